@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: quickstart test test-full lint clean
+
+quickstart: $(VENV)/.quickstart   ## find a universal perturbation, harden the model, open report.html
+	$(BIN)/gambeson quickstart --out runs/quickstart
+
+test: $(VENV)/.dev lint           ## everything that must hold, in minutes
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: $(VENV)/.dev lint      ## and the slow checks
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+
+# A stamp a set of extras: made again only when pyproject.toml changes.
+$(VENV)/.quickstart: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[quickstart]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

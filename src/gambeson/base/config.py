@@ -1,0 +1,80 @@
+"""Typed, validated, frozen, keyword-only configuration: the object that YAML, flags and Python all build."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from gambeson.base.errors import UserError
+
+
+def parse_number(value: Any) -> Any:
+    """Read ``"8/255"`` or ``"0.03"`` as a float; anything that is not text passes through.
+
+    Raises:
+        ValueError: the text is not a number or a fraction of two numbers, or divides by zero.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        top, *bottom = (float(part) for part in value.split("/"))
+        number = top if not bottom else top / bottom[0]
+    except ValueError:
+        raise ValueError(f"{value!r} is not a number; write 0.1 or a fraction such as 8/255") from None
+    except ZeroDivisionError:
+        raise ValueError(f"{value!r} divides by zero; write a fraction such as 8/255") from None
+    if len(bottom) > 1:
+        raise ValueError(f"{value!r} is not a number; write 0.1 or a fraction such as 8/255")
+    return number
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is not a finite number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_finite), BeforeValidator(parse_number)]
+"""A finite float that may be written as text, fractions included: ``8/255``."""
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, keyword-only, and closed (an unknown field is an error).
+
+    Raises:
+        TypeError: a field is missing or unknown.
+        UserError: a value is out of its range; the message is one sentence.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise config_error(error, type(self).__name__) from None
+
+    def settings(self) -> dict[str, Any]:
+        """Every field as plain data, ready for YAML or JSON."""
+        return self.model_dump(mode="json")
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
+
+
+def config_error(error: ValidationError, owner: str) -> Exception:
+    """Turn pydantic's report into one sentence: its first problem, with the field and the value given."""
+    problem = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in problem["loc"]) or owner
+    if problem["type"] == "missing":
+        return TypeError(f"{owner} needs {field}")
+    if problem["type"] == "extra_forbidden":
+        return TypeError(f"{owner} has no setting {field!r}")
+    reason = problem["msg"].removeprefix("Value error, ")
+    if problem["loc"] and not isinstance(problem["input"], dict):
+        return UserError(f"{owner}.{field} = {problem['input']!r}: {reason}")
+    return UserError(f"{owner}: {reason}")

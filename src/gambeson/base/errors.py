@@ -1,0 +1,28 @@
+"""Errors that a user can cause. Each is one sentence: what came, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake the user can mend; the command line prints it without a traceback and exits with code 2."""
+
+
+class OutOfSpace(UserError):
+    """A file could not be written; nothing half-written was left behind."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """Build the error for a name that is not in a list, with the nearest matches first.
+
+    Args:
+        kind: what the name stands for, such as ``"model"``.
+        name: the name that was given.
+        known: every name that would have been accepted.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}."
+    return UserError(f"unknown {kind} {name!r}: {hint}")
