@@ -1,8 +1,12 @@
 """What every room stands on: errors, validated configuration, numbers, seeds and atomic files."""
 
-from gambeson.base.config import Config, Number, config_error
-from gambeson.base.errors import OutOfSpace, UserError, unknown_name
+from gambeson.base.config import Config, Number
+from gambeson.base.devices import pick_device
+from gambeson.base.environment import environment
+from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, unknown_name
 from gambeson.base.files import read_json, write_bytes, write_json, write_text, write_yaml
+from gambeson.base.progress import show_progress, task
+from gambeson.base.run_folder import close_run, open_run, read_settings
 from gambeson.base.seeds import derive, generator, seeded
 from gambeson.base.tensors import load_tensors, pixel_bytes, save_tensors
 
@@ -10,15 +14,22 @@ __all__ = [
     "Config",
     "Number",
     "OutOfSpace",
+    "UnknownSetting",
     "UserError",
-    "config_error",
+    "close_run",
     "derive",
+    "environment",
     "generator",
     "load_tensors",
+    "open_run",
+    "pick_device",
     "pixel_bytes",
     "read_json",
+    "read_settings",
     "save_tensors",
     "seeded",
+    "show_progress",
+    "task",
     "unknown_name",
     "write_bytes",
     "write_json",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from gambeson.base.errors import UserError
+from gambeson.base.errors import UnknownSetting, UserError
 
 
 def parse_number(value: Any) -> Any:
@@ -44,7 +46,7 @@ class Config(BaseModel):
     """Base of every configuration: frozen, keyword-only, and closed (an unknown field is an error).
 
     Raises:
-        TypeError: a field is missing or unknown.
+        UnknownSetting: a field is missing or unknown.
         UserError: a value is out of its range; the message is one sentence.
     """
 
@@ -56,24 +58,30 @@ class Config(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise config_error(error, type(self).__name__) from None
+            raise config_error(error, type(self).__name__, type(self).model_fields) from None
 
-    def settings(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, Any]:
         """Every field as plain data, ready for YAML or JSON."""
         return self.model_dump(mode="json")
 
     def __str__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.plain().items())})"
 
 
-def config_error(error: ValidationError, owner: str) -> Exception:
+def _nearest(field: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    near = difflib.get_close_matches(field, names, n=1)
+    return f"did you mean {near[0]}?" if near else f"choose among {', '.join(names)}"
+
+
+def config_error(error: ValidationError, owner: str, known: Iterable[str]) -> UserError:
     """Turn pydantic's report into one sentence: its first problem, with the field and the value given."""
     problem = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in problem["loc"]) or owner
     if problem["type"] == "missing":
-        return TypeError(f"{owner} needs {field}")
+        return UnknownSetting(f"{owner} needs {field}: give it, for example {field}=...")
     if problem["type"] == "extra_forbidden":
-        return TypeError(f"{owner} has no setting {field!r}")
+        return UnknownSetting(f"{owner} has no setting {field!r}: {_nearest(field, known)}")
     reason = problem["msg"].removeprefix("Value error, ")
     if problem["loc"] and not isinstance(problem["input"], dict):
         return UserError(f"{owner}.{field} = {problem['input']!r}: {reason}")

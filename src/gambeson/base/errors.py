@@ -10,6 +10,10 @@ class UserError(ValueError):
     """A mistake the user can mend; the command line prints it without a traceback and exits with code 2."""
 
 
+class UnknownSetting(UserError, TypeError):
+    """A setting is missing or does not exist; a ``TypeError`` too, as for any other wrong keyword."""
+
+
 class OutOfSpace(UserError):
     """A file could not be written; nothing half-written was left behind."""
 

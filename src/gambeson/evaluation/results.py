@@ -172,11 +172,7 @@ class AuditResult(Config):
 
     def save(self, folder: Path) -> None:
         """Write ``result.json``."""
-        write_json(folder / "result.json", self.settings_of())
-
-    def settings_of(self) -> dict[str, Any]:
-        """The result as JSON-ready data."""
-        return self.model_dump(mode="json")
+        write_json(folder / "result.json", self.plain())
 
     @classmethod
     def load(cls, folder: Path) -> AuditResult:

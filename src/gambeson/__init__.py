@@ -1,0 +1,24 @@
+"""Gambeson: attack, harden and honestly judge vision models.
+
+Universal adversarial perturbations (one perturbation that fools a model on most inputs) stand at the centre.
+Images are float pixels in [0, 1], shape (N, C, H, W); every eps is in these units.
+"""
+
+from gambeson import attacks, data, defenses, evaluation, models, threat, training, victim
+from gambeson.base import UserError
+from gambeson.evaluation import audit
+from gambeson.training import train
+
+__all__ = [
+    "UserError",
+    "attacks",
+    "audit",
+    "data",
+    "defenses",
+    "evaluation",
+    "models",
+    "threat",
+    "train",
+    "training",
+    "victim",
+]

@@ -1,0 +1,29 @@
+"""Controls: patterns that know nothing of the model. A universal perturbation has to beat them to count."""
+
+from __future__ import annotations
+
+import torch
+
+from gambeson.base import generator, unknown_name
+from gambeson.threat import Ball
+
+CONTROLS = {"random-sign": 10, "chessboard": 1}
+"""Each control and the number of draws that is customary: the chessboard is one fixed pattern."""
+
+
+def control(name: str, ball: Ball, shape: tuple[int, ...], *, draws: int = 1, seed: int = 0) -> torch.Tensor:
+    """Return ``draws`` patterns of norm eps for images of ``shape`` (C, H, W), shape (draws, C, H, W).
+
+    ``random-sign`` is +-eps at every value, independently. ``chessboard`` alternates +-eps with a period of two
+    pixels, equal in all channels, -eps at the top left.
+
+    Raises:
+        UserError: no such control.
+    """
+    if name == "random-sign":
+        return ball.signs((draws, *shape), generator(seed, "control", name))
+    if name == "chessboard":
+        rows, columns = torch.arange(shape[1]).view(-1, 1), torch.arange(shape[2])
+        board = ((rows + columns) % 2 * 2 - 1).float()
+        return ball.fill(board.expand(draws, *shape))
+    raise unknown_name("control", name, CONTROLS)

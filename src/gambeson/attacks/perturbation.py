@@ -1,0 +1,77 @@
+"""A universal perturbation as a thing: one delta, where it comes from, and how to apply, save and load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from gambeson.base import Config, UserError, load_tensors, save_tensors
+from gambeson.threat import Ball, Eps, Norm, perturb
+
+
+class Provenance(Config):
+    """How a universal perturbation was made: enough to make it again, and to refuse scoring it on its own images."""
+
+    attack: str
+    """Name of the attack."""
+    settings: dict[str, Any]
+    """Every setting of the attack that ran."""
+    eps: Eps
+    norm: Norm
+    seed: int
+    model: str
+    """Hash of the weights it was crafted on."""
+    crafted_on: str
+    """Hash of the images it was crafted on."""
+    crafted_split: str
+    """Their name."""
+    chosen_on: str
+    """Name of the split that chose among restarts."""
+    restarts: list[tuple[str, float]]
+    """Each start and the rate it reached on ``chosen_on``: UER, or target rate where targeted."""
+    status: Literal["done", "weak", "zero"]
+    """``weak``: its norm is below 5 % of eps; ``zero``: it is zero although eps is not."""
+    forwards: int
+    backwards: int
+
+
+class UniversalPerturbation:
+    """One perturbation for all images.
+
+    Attributes:
+        delta: (1, C, H, W), float32, in pixel units, inside the ball of ``about``.
+        about: its provenance.
+    """
+
+    def __init__(self, delta: torch.Tensor, about: Provenance) -> None:
+        if delta.ndim != 4 or len(delta) != 1:
+            raise UserError(f"a universal perturbation has shape (1, C, H, W), got {tuple(delta.shape)}")
+        self.delta = delta.detach()
+        self.about = about
+
+    @property
+    def ball(self) -> Ball:
+        """The ball it lies in."""
+        return Ball(eps=self.about.eps, norm=self.about.norm)
+
+    def apply(self, images: torch.Tensor) -> torch.Tensor:
+        """Return clip(images + delta, 0, 1) for images (N, C, H, W) in [0, 1]."""
+        return perturb(images, self.delta.to(images))
+
+    def save(self, path: str | Path) -> None:
+        """Write it to one safetensors file."""
+        save_tensors(Path(path), {"delta": self.delta}, self.about.plain())
+
+    @classmethod
+    def load(cls, path: str | Path) -> UniversalPerturbation:
+        """Read it back.
+
+        Raises:
+            UserError: the file is missing, damaged, a pickle, or holds something else.
+        """
+        tensors, about = load_tensors(Path(path), "a universal perturbation")
+        if set(tensors) != {"delta"} or "crafted_on" not in about:
+            raise UserError(f"{path} holds {sorted(tensors)}: expected a universal perturbation saved by gambeson")
+        return cls(tensors["delta"], Provenance(**about))

@@ -1,0 +1,76 @@
+"""A folder that holds one run: its settings in ``run.yaml``, and never another run's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gambeson.base.errors import UserError
+from gambeson.base.files import write_yaml
+
+_UNLIKE = ("environment", "finished")  # what may differ between two runs of the same settings
+
+
+def open_run(folder: Path, settings: dict[str, Any], environment: dict[str, str]) -> bool:
+    """Claim ``folder`` for the run that ``settings`` describe, or find that run there.
+
+    Returns:
+        Whether that run has already finished.
+
+    Raises:
+        UserError: the folder holds another run, or files that no run has written.
+    """
+    file = folder / "run.yaml"
+    if file.is_file():
+        held = read_yaml(file)
+        known = {key: value for key, value in held.items() if key not in _UNLIKE}
+        if known != settings:
+            unlike = sorted(key for key in known.keys() | settings.keys() if known.get(key) != settings.get(key))
+            raise UserError(
+                f"{folder} holds another run (it differs in {', '.join(unlike)}): choose another --out, "
+                "or give the same settings to go on with that one"
+            )
+        return bool(held.get("finished"))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty and holds no run of this kind: choose another --out")
+    write_yaml(file, {**settings, "environment": environment, "finished": False})
+    return False
+
+
+def close_run(folder: Path) -> None:
+    """Mark the run of this folder as finished."""
+    file = folder / "run.yaml"
+    write_yaml(file, {**read_yaml(file), "finished": True})
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or is no mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: name a YAML file, such as the run.yaml of a finished run") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML ({reason}): mend it and try again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}: expected settings, one `name: value` a line")
+    return content
+
+
+def read_settings(path: Path, kind: str) -> dict[str, Any]:
+    """Read the settings of a run from YAML, as a person wrote them or as a run left them.
+
+    Raises:
+        UserError: they are of another kind of run.
+    """
+    content = {key: value for key, value in read_yaml(path).items() if key not in _UNLIKE}
+    found = content.get("kind", kind)
+    if found != kind:
+        raise UserError(f"{path} describes a run of kind {found!r}: expected {kind!r}; use `gambeson {found}` for it")
+    return content

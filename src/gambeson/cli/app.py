@@ -1,0 +1,51 @@
+"""The ``gambeson`` command: where errors become one sentence and an exit code."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import typer
+
+from gambeson.base import UserError
+from gambeson.cli import audit, data, quickstart, report, train
+
+STOPPED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+app = typer.Typer(
+    help="Attack, harden and honestly judge vision models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quickstart")(quickstart.quickstart)
+app.add_typer(data.app, name="data")
+app.command("train")(train.train)
+app.command("audit")(audit.audit)
+app.command("report")(report.report)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 a mistake that the user can mend, 130 stopped by Ctrl-C."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line; return its exit code."""
+    try:
+        code = app(args=arguments, prog_name="gambeson", standalone_mode=False)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        return 2
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        typer.echo("stopped: nothing finished is lost; the same command goes on from here", err=True)
+        return STOPPED
+    return int(code or 0)

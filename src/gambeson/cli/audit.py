@@ -1,0 +1,59 @@
+"""``gambeson audit``: is this model broken by one pattern, and can the answer be trusted?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gambeson.base import UserError, pick_device, read_settings
+from gambeson.cli.options import ConfigFile, Device, Json, Out, Set, print_json, progress, put, put_all
+from gambeson.cli.tables import audit_table
+from gambeson.evaluation import SUITES, AuditRun, run_audit
+
+
+def audit(
+    model: Annotated[str | None, typer.Argument(help="Folder of a training run, or its model.safetensors.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data set; else the one the run was trained on.")] = None,
+    suite: Annotated[str | None, typer.Option(help=f"{', '.join(SUITES)}: from minutes to hours (standard).")] = None,
+    eps: Annotated[
+        str | None, typer.Option(help="Radii of the curve, ascending, with commas: 4/255,8/255 (a grid for the data).")
+    ] = None,
+    norm: Annotated[str | None, typer.Option(help="inf or 2.")] = None,
+    label: Annotated[str | None, typer.Option(help="What tables call the model.")] = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    out: Out = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random draw (0).")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Attack a model with universal perturbations and judge what came out.
+
+    Example: `gambeson audit runs/x --out runs/x-audit`
+    """
+    settings = read_settings(config, "audit") if config else {}
+    for name, value in (("model", model), ("data", data), ("label", label), ("seed", seed)):
+        put(settings, name, value)
+    if suite is not None or isinstance(settings.get("suite", "standard"), str):
+        chosen = suite or settings.get("suite", "standard")
+        settings["suite"] = SUITES[chosen].plain() if chosen in SUITES else chosen
+    if eps is not None:
+        put(settings, "suite.eps", [part.strip() for part in eps.split(",")])
+    put(settings, "suite.norm", norm)
+    put_all(settings, set_)
+    if device != "auto" or "device" not in settings:
+        settings["device"] = pick_device(device)
+    if "model" not in settings:
+        raise UserError("no model was given: name the folder of a training run, for example gambeson audit runs/x")
+    run = AuditRun(**settings)
+    folder = out or Path(f"{run.model.removesuffix('/')}-audit")
+    with progress(as_json) as console:
+        found = run_audit(run, folder)
+    if as_json:
+        print_json(found.results.plain())
+        return
+    console.print(audit_table([found.results]))
+    console.print(found.verdict.summary)
+    console.print(f"next: gambeson report {folder}")

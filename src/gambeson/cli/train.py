@@ -1,0 +1,93 @@
+"""``gambeson train``: train a model by a defence's objective."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gambeson import data as data_room
+from gambeson import defenses
+from gambeson.base import UserError, pick_device, read_settings
+from gambeson.cli.options import ConfigFile, Device, Json, Out, Set, print_json, progress, put, put_all
+from gambeson.training import TrainRun, run_training
+
+GREY_EPS, COLOUR_EPS = 0.2, 8 / 255
+
+
+def train(
+    data: Annotated[str | None, typer.Option(help="Data set; see `gambeson data list`.")] = None,
+    model: Annotated[str | None, typer.Option(help="Architecture, such as lenet or resnet20.")] = None,
+    defense: Annotated[str | None, typer.Option(help=f"One of {', '.join(defenses.names())}.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    augment: Annotated[str | None, typer.Option(help="none, crop or crop-flip.")] = None,
+    eps: Annotated[
+        str | None, typer.Option(help="Radius, such as 0.2 or 8/255 (those are the defaults for grey and colour).")
+    ] = None,
+    norm: Annotated[str | None, typer.Option(help="inf or 2.")] = None,
+    sharedness: Annotated[int | None, typer.Option(help="Images that share a perturbation.")] = None,
+    sigma: Annotated[float | None, typer.Option(help="Weight of the adversarial risk.")] = None,
+    init: Annotated[Path | None, typer.Option(help="Weights to start from.")] = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    out: Out = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random draw (0).")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train a model, with a defence or without.
+
+    Flags override the YAML of --config; both build the same validated settings, which are stored in run.yaml.
+
+    Example: `gambeson train --data fashion-mnist --model lenet --defense shared-adversarial --epochs 2 --out runs/x`
+    """
+    settings = read_settings(config, "train") if config else {}
+    chosen = _defense_of(settings)
+    if defense is not None and defense != chosen.get("name"):
+        chosen = {"name": defense}
+    settings["defense"] = {"name": "standard", **chosen}
+    for name, value in (("data", data), ("model", model), ("seed", seed)):
+        put(settings, name, value)
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr), ("augment", augment)):
+        put(settings, f"recipe.{name}", value)
+    for name, value in (("eps", eps), ("norm", norm), ("sharedness", sharedness), ("sigma", sigma)):
+        put(settings, f"defense.{name}", value)
+    put(settings, "init", None if init is None else str(init))
+    put_all(settings, set_)
+    if device != "auto" or "device" not in settings:
+        settings["device"] = pick_device(device)
+    if "data" not in settings or "model" not in settings:
+        missing = " and ".join(f"--{name}" for name in ("data", "model") if name not in settings)
+        raise UserError(f"{missing} must be given: name one, for example --data fashion-mnist --model lenet")
+    with progress(as_json) as console:
+        dataset = data_room.load(settings["data"])
+        _default_eps(settings["defense"], dataset)
+        run = TrainRun(**settings)
+        name = settings["defense"]["name"]
+        folder = out or Path("runs") / f"{run.data}-{run.model}-{name}".replace(":", "-").replace("/", "-")
+        trained = run_training(run, folder, dataset)
+        history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if as_json:
+        print_json({"out": str(folder), "metrics": history})
+        return
+    accuracy = history[-1]["validation_accuracy"]
+    console.print(
+        f"{trained.card.name} with {name} is in {folder}: "
+        f"{100 * accuracy:.1f} % of the validation images are right after {len(history)} epochs"
+    )
+    console.print(f"next: gambeson audit {folder}")
+
+
+def _defense_of(settings: dict[str, Any]) -> dict[str, Any]:
+    value = settings.get("defense", {})
+    return {"name": value} if isinstance(value, str) else dict(value)
+
+
+def _default_eps(defense: dict[str, Any], dataset: data_room.Dataset) -> None:
+    """Give a defence that needs an eps the customary one of its data, where none was given."""
+    if "eps" not in defense and defenses.needs_eps(defense["name"]):
+        defense["eps"] = GREY_EPS if dataset.in_channels == 1 else COLOUR_EPS

@@ -1,0 +1,21 @@
+"""Data sets as tensors or streams: named sets, pairs, image folders, and batched augmentation."""
+
+from gambeson.data.augment import KINDS, augment
+from gambeson.data.dataset import Dataset, as_dataset, as_split
+from gambeson.data.lazy import LazySplit
+from gambeson.data.load import Entry, catalog, get, load
+from gambeson.data.split import Split
+
+__all__ = [
+    "KINDS",
+    "Dataset",
+    "Entry",
+    "LazySplit",
+    "Split",
+    "as_dataset",
+    "as_split",
+    "augment",
+    "catalog",
+    "get",
+    "load",
+]

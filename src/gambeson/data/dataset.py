@@ -1,0 +1,173 @@
+"""A data set is three splits; anything a user has becomes one here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from gambeson.base.errors import UserError, unknown_name
+from gambeson.data.arrays import as_images, as_labels, find_ignored
+from gambeson.data.items import from_items
+from gambeson.data.lazy import LazySplit
+from gambeson.data.partition import partition
+from gambeson.data.split import Split
+
+PARTS = ("train", "validation", "test")
+Part = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Train to learn and craft on, validation to choose on, test to report on.
+
+    Raises:
+        UserError: a split is empty or holds one class only, or the splits differ in shape or classes.
+    """
+
+    name: str
+    """What reports call the data set."""
+    train: Split
+    """What models and universal perturbations are made from."""
+    validation: Split
+    """What checkpoints and restarts are chosen on."""
+    test: Split
+    """What is reported; nothing is ever chosen on it."""
+    classes: tuple[str, ...]
+    """The class names, in the order of the labels."""
+
+    def __post_init__(self) -> None:
+        for part in PARTS:
+            split: Split = getattr(self, part)
+            if len(split) == 0:
+                raise UserError(
+                    f"{split.name}, the {part} split of {self.name}, is empty: expected images of two classes"
+                )
+            if split.classes != self.classes:
+                raise UserError(
+                    f"{split.name} has {len(split.classes)} classes, but {self.name} has "
+                    f"{len(self.classes)}: "
+                    "give every split the same class names in the same order"
+                )
+            if split.shape != self.train.shape:
+                raise UserError(
+                    f"{split.name} holds images of {split.shape}, but train of {self.train.shape}: "
+                    "expected one shape"
+                )
+            if _single_class(split):
+                raise UserError(
+                    f"{split.name}, the {part} split of {self.name}, has {len(split)} images of one class "
+                    "only: "
+                    "expected two classes or more; give more images, or build the three splits yourself"
+                )
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of one image."""
+        return self.train.shape[0]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of one image."""
+        return self.train.shape[1:]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; the ignore index is none of them."""
+        return len(self.classes)
+
+
+def as_split(data: Any, part: Part = "test") -> Split:
+    """Return one split of whatever a user has.
+
+    Args:
+        data: a Dataset (its ``part``), a Split (itself), an (images, labels) pair or a torch Dataset (all).
+        part: which split of a Dataset.
+
+    Raises:
+        UserError: something else, an unknown part, or a pair without images.
+    """
+    if part not in PARTS:
+        raise unknown_name("part", part, PARTS)
+    if isinstance(data, Dataset):
+        return getattr(data, part)
+    return _whole(data, "data", None)
+
+
+def as_dataset(data: Any, *, size: int | None = None) -> Dataset:
+    """Return a Dataset of whatever a user has; what is none yet is cut 70/15/15, stratified, always the same.
+
+    Args:
+        data: a Dataset (itself), a Split, an (images, labels) pair, or a torch Dataset.
+        size: pixels that a torch Dataset's images are resized and cropped to, a square; None keeps them.
+
+    Raises:
+        UserError: something else, or too little data for three splits with two classes each.
+    """
+    if isinstance(data, Dataset):
+        return data
+    whole = _whole(data, "data", size)
+    return cut(whole, whole.name, (0.15, 0.15))
+
+
+def cut(whole: Split, name: str, shares: Sequence[float]) -> Dataset:
+    """Cut one split into a Dataset; ``shares`` are those of validation and test, train gets the rest."""
+    counts = [max(2, round(len(whole) * share)) for share in shares]
+    if sum(counts) >= len(whole):
+        raise UserError(
+            f"{name} has {len(whole)} images, too few for train, validation and test: give 7 or more"
+        )
+    # Lazy maps are on disk, and maps are not stratified anyway: any labels of the right length will do.
+    labels = torch.zeros(len(whole), 1, 1) if isinstance(whole, LazySplit) and whole.maps else whole.labels
+    parts = partition(labels, counts, name)
+    train, validation, test = (
+        whole.subset(index, f"{name}/{part}") for part, index in zip(PARTS, parts, strict=True)
+    )
+    return Dataset(name, train, validation, test, whole.classes)
+
+
+def from_pair(images: Any, labels: Any, name: str) -> Split:
+    """Build a split from a plain pair: numbered classes, and the usual ignore index of label maps."""
+    images, labels = as_images(images), as_labels(labels)
+    if len(images) == 0:
+        raise UserError("the pair (images, labels) is empty: expected one image at the least")
+    ignored = find_ignored(labels.unique()) if labels.ndim == 3 else None
+    return Split(name, images, labels, None, ignored)
+
+
+def is_pair(data: Any) -> bool:
+    """Tell whether ``data`` is (images, labels)."""
+    return (
+        isinstance(data, tuple | list)
+        and len(data) == 2
+        and all(isinstance(part, torch.Tensor | np.ndarray | list | tuple) for part in data)
+    )
+
+
+def _whole(data: Any, name: str, size: int | None) -> Split:
+    if size is not None and (isinstance(data, Split) or is_pair(data)):
+        raise UserError(
+            f"size = {size} came with tensors: it resizes image folders and torch Datasets only; resize "
+            "them first"
+        )
+    if isinstance(data, Split):
+        return data
+    if is_pair(data):
+        return from_pair(data[0], data[1], name)
+    if isinstance(data, torch.utils.data.Dataset):
+        return from_items(data, size, name)
+    raise UserError(
+        f"data is a {type(data).__name__}: expected a Dataset, a Split, a pair (images, labels) of "
+        "tensors or arrays, "
+        "or a torch.utils.data.Dataset; named sets come from gambeson.data.load"
+    )
+
+
+def _single_class(split: Split) -> bool:
+    if isinstance(split, LazySplit) and split.maps:
+        return False  # finding out would read the whole split
+    labels = split.labels if split.ignore_index is None else split.labels[split.labels != split.ignore_index]
+    return labels.numel() == 0 or bool(labels.min() == labels.max())

@@ -1,0 +1,144 @@
+"""A torch.utils.data.Dataset becomes a split: in memory if it fits, else lazily."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from gambeson.base.errors import UserError
+from gambeson.data.arrays import class_names, find_ignored
+from gambeson.data.lazy import LazySplit, settle
+from gambeson.data.split import Batch, Split
+
+
+class Items:
+    """Loads items of a torch Dataset as (image (C, H, W), label () or (H, W)).
+
+    Args:
+        source: a map-style Dataset; its items are (PIL image, array or tensor, label or label map).
+        size: images and maps are resized (shorter side) and centre-cropped to this square; None keeps them.
+    """
+
+    def __init__(self, source: Any, size: int | None) -> None:
+        self.source, self.size = source, size
+
+    def __call__(self, number: int) -> Batch:
+        """Load one item."""
+        item = self.source[number]
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise UserError(
+                f"item {number} of the data set is a {type(item).__name__}: expected a pair (image, label)"
+            )
+        image, label = image_tensor(item[0]), label_tensor(item[1])
+        return fit(image, self.size), fit(label, self.size, nearest=True) if label.ndim == 2 else label
+
+
+def from_items(source: Any, size: int | None, name: str) -> Split:
+    """Build a split from a torch Dataset, whose items are read by several threads and must not change.
+
+    Raises:
+        UserError: it is empty or has no length, or its items are not (image, label) of one shape.
+    """
+    try:
+        count = len(source)
+    except TypeError:
+        raise UserError(
+            "the torch Dataset has no length: expected a map-style data set, not a stream"
+        ) from None
+    if count == 0:
+        raise UserError("the torch Dataset is empty: expected one image at the least")
+    fetch = Items(source, size)
+    _, label = fetch(0)
+    labels = _targets(source, fetch)
+    if labels is None:
+        labels, values = _read_labels(fetch, count)
+    else:
+        values = labels.unique()
+    ignored = find_ignored(values) if label.ndim == 2 else None
+    named = getattr(source, "classes", None)
+    classes = class_names(values, ignored)
+    if isinstance(named, list | tuple) and len(named) >= len(classes):
+        classes = tuple(str(entry) for entry in named)
+    return settle(LazySplit(name, fetch, count if labels is None else labels, classes, ignored))
+
+
+def image_tensor(image: Any) -> torch.Tensor:
+    """Return one image as (C, H, W), uint8 or float: grey PIL images get one channel, all others three."""
+    if isinstance(image, Image.Image):
+        return pil_tensor(image, grey=image.mode in ("1", "L") or image.mode.startswith("I"))
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(image.copy())
+    if not isinstance(image, torch.Tensor) or image.ndim not in (2, 3):
+        what = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+        raise UserError(f"an item's image is {what}: expected a PIL image or a tensor (C, H, W)")
+    return image if image.ndim == 3 else image[None]
+
+
+def pil_tensor(image: Image.Image, *, grey: bool) -> torch.Tensor:
+    """Return a PIL image as uint8 (1, H, W) or (3, H, W); 16-bit grey keeps its upper 8 bits."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    pixels = torch.from_numpy(np.array(image.convert("L" if grey else "RGB")))
+    return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()
+
+
+def label_tensor(label: Any) -> torch.Tensor:
+    """Return one label as an int64 () or a label map as an int64 (H, W)."""
+    value = torch.as_tensor(np.array(label)) if not isinstance(label, torch.Tensor) else label
+    if value.ndim == 3 and value.shape[0] == 1:
+        value = value[0]
+    if value.ndim not in (0, 2) or value.is_floating_point() or value.dtype == torch.bool:
+        raise UserError(
+            f"an item's label is {value.dtype} of shape {tuple(value.shape)}: expected an integer or a "
+            "map (H, W)"
+        )
+    return value.to(torch.int64)
+
+
+def fit(image: torch.Tensor, size: int | None, *, nearest: bool = False) -> torch.Tensor:
+    """Resize the shorter side to ``size`` pixels and cut the centre square; None changes nothing."""
+    if size is None or tuple(image.shape[-2:]) == (size, size):
+        return image
+    from torchvision.transforms.v2 import InterpolationMode, functional
+
+    how = InterpolationMode.NEAREST_EXACT if nearest else InterpolationMode.BILINEAR
+    planes = image[None] if nearest else image
+    planes = functional.resize(planes, [size], interpolation=how, antialias=not nearest)
+    planes = functional.center_crop(planes, [size, size])
+    return planes[0] if nearest else planes
+
+
+def _targets(source: Any, fetch: Items) -> torch.Tensor | None:
+    """Return the labels that torchvision keeps as ``targets``, where they are what the items give."""
+    targets = getattr(source, "targets", None)
+    if targets is None or getattr(source, "target_transform", None) is not None:
+        return None
+    try:
+        labels = torch.as_tensor(np.asarray(targets))
+    except (TypeError, ValueError):
+        return None
+    if labels.shape != (len(source),) or labels.is_floating_point() or labels.dtype == torch.bool:
+        return None
+    ends = (0, len(source) - 1)
+    return (
+        labels.to(torch.int64)
+        if all(torch.equal(fetch(at)[1], labels[at].to(torch.int64)) for at in ends)
+        else None
+    )
+
+
+def _read_labels(fetch: Items, count: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Read every item once for its label; return the labels, or None for maps, and their distinct values."""
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        found = list(pool.map(lambda number: _brief(fetch(number)[1]), range(count)))
+    values = torch.cat([entry.flatten() for entry in found]).unique()
+    return (None if found[0].ndim else torch.stack(found)), values
+
+
+def _brief(label: torch.Tensor) -> torch.Tensor:
+    return label if label.ndim == 0 else label.unique()

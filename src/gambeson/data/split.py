@@ -1,0 +1,202 @@
+"""A split: images and labels that are kept as tensors and handed out as pixels in [0, 1]."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+
+from gambeson.base.checks import check_labels
+from gambeson.base.errors import UserError
+from gambeson.data.arrays import as_pair, class_names
+from gambeson.data.stats import fingerprint, moments
+
+CHUNK_BYTES = 64 * 2**20
+"""Statistics walk over a split in pieces of this size, so that they need little memory beside the data."""
+
+_CACHED = ("fingerprint", "_moments")
+SplitT = TypeVar("SplitT", bound="Split")
+Indices = Any  # a LongTensor, a slice, or anything torch can turn into a LongTensor
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class Split:
+    """Images with their labels, on one device. Treat it as read-only: its fingerprint is computed once.
+
+    Args:
+        name: what reports call it, such as ``"fashion-mnist/test"``.
+        images: (N, C, H, W), uint8 or float in [0, 1]; a tensor or an array. Floats are kept as they are.
+        labels: integers, (N,) or (N, H, W).
+        classes: the class names; by default the numbers up to the highest label.
+        ignore_index: a label that counts nowhere, or None.
+
+    Raises:
+        UserError: wrong shapes, lengths that differ, pixels outside [0, 1], or labels without a class.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        images: Any,
+        labels: Any,
+        classes: tuple[str, ...] | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
+        self._images, self._labels = as_pair(images, labels)
+        self.name = name
+        self.ignore_index = ignore_index
+        self.classes = class_names(self._labels, ignore_index) if classes is None else tuple(classes)
+        check_labels(self._labels, len(self.classes), ignore_index)
+        self._device: torch.device | None = None
+
+    @property
+    def images(self) -> torch.Tensor:
+        """Images as stored, (N, C, H, W): uint8, or float in [0, 1]."""
+        return self._images
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Labels, int64: (N,) or (N, H, W)."""
+        return self._labels
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        channels, height, width = self._images.shape[1:]
+        return channels, height, width
+
+    @property
+    def device(self) -> torch.device:
+        """The device that :meth:`take` and :meth:`batches` deliver to unless told otherwise."""
+        return self._device or self._home
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __repr__(self) -> str:
+        kind = type(self).__name__
+        return f"{kind}({self.name!r}, {len(self)} images of {self.shape}, {len(self.classes)} classes)"
+
+    def take(self, indices: Indices, device: torch.device | str | None = None) -> Batch:
+        """Return images as float32 in [0, 1] and labels as int64, in the order of ``indices``.
+
+        Args:
+            indices: a LongTensor (M,) or a slice.
+            device: where the batch goes; by default where the split was sent. uint8 becomes float there.
+
+        Returns:
+            x (M, C, H, W) and y (M,) or (M, H, W): copies, so that changing them leaves the split alone.
+        """
+        target = torch.device(device) if device is not None else self.device
+        images, labels = self._rows(indices)
+        if images.is_floating_point():
+            x = images.to(target, torch.float32, copy=isinstance(indices, slice))
+        else:
+            x = images.to(target).to(torch.float32).div_(255)
+        return x, labels.to(target, copy=isinstance(indices, slice))
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+        drop_last: bool = False,
+    ) -> Iterator[Batch]:
+        """Walk over the split once, as :meth:`take` gives it.
+
+        Args:
+            batch_size: images a batch; the last batch may be smaller.
+            device: where the batches go; by default where the split was sent.
+            generator: shuffles the walk, and is drawn from at the call; None keeps the order.
+            drop_last: leave out a smaller last batch.
+
+        Raises:
+            UserError: a batch size below 1, or one that leaves no batch at all.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size = {batch_size}: expected 1 or more")
+        if drop_last and batch_size > len(self):
+            raise UserError(
+                f"batch_size = {batch_size} with drop_last leaves no batch of the {len(self)} images of "
+                f"{self.name}: "
+                f"expected {len(self)} or less"
+            )
+        stop = len(self) - len(self) % batch_size if drop_last else len(self)
+        starts = range(0, stop, batch_size)
+        if generator is None:
+            return self._walk([slice(at, min(at + batch_size, stop)) for at in starts], device)
+        order = torch.randperm(len(self), generator=generator, device=generator.device).to(self._home)
+        return self._walk([order[at : min(at + batch_size, stop)] for at in starts], device)
+
+    def subset(self: SplitT, indices: Indices, name: str | None = None) -> SplitT:
+        """Return the split of the images at ``indices``, in that order, with the same classes."""
+        other = copy.copy(self)
+        for cached in _CACHED:
+            other.__dict__.pop(cached, None)
+        other._select(indices)
+        other.name = f"{self.name}[{len(other)}]" if name is None else name
+        return other
+
+    def to(self: SplitT, device: torch.device | str) -> SplitT:
+        """Return the split with its tensors on ``device`` or, where they do not fit, its batches sent there.
+
+        On a GPU the tensors may fill half of the free memory at most.
+        """
+        other = copy.copy(self)
+        other._device = torch.device(device)
+        other._move(other._device)
+        return other
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of a sha256 over images, labels, their types and shapes; the same on every device."""
+        return fingerprint(self._chunks(), len(self))
+
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return the mean and the population standard deviation of each channel, in pixel units [0, 1].
+
+        Exact over the split; a channel that never changes has a deviation of 0.
+        """
+        return self._moments
+
+    @cached_property
+    def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return moments(self._chunks(), self.shape[0])
+
+    @property
+    def _home(self) -> torch.device:
+        """The device that holds the tensors, and so the one for indices."""
+        return self._images.device
+
+    def _rows(self, indices: Indices) -> Batch:
+        index = self._index(indices)
+        return self._images[index], self._labels[index]
+
+    def _index(self, indices: Indices) -> Any:
+        if isinstance(indices, slice):
+            return indices
+        index = torch.as_tensor(indices, device=self._home)
+        return index.nonzero().flatten() if index.dtype == torch.bool else index.to(torch.int64)
+
+    def _walk(self, parts: list[Indices], device: torch.device | str | None) -> Iterator[Batch]:
+        for part in parts:
+            yield self.take(part, device)
+
+    def _select(self, indices: Indices) -> None:
+        self._images, self._labels = self._rows(indices)
+
+    def _move(self, device: torch.device) -> None:
+        if device.type == "cuda" and self._images.device.type != "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            if self._images.nbytes + self._labels.nbytes > free // 2:
+                return
+        self._images, self._labels = self._images.to(device), self._labels.to(device)
+
+    def _chunks(self) -> Iterator[Batch]:
+        size = max(1, CHUNK_BYTES // (self.shape[0] * self.shape[1] * self.shape[2]))
+        for start in range(0, len(self), size):
+            yield self._rows(slice(start, start + size))

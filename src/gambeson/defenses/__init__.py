@@ -1,0 +1,24 @@
+"""Defences, one file a paper: the objective that training minimises."""
+
+from gambeson.defenses.objective import Defense, Losses
+from gambeson.defenses.pgd_adversarial import PGDAdversarial
+from gambeson.defenses.registry import create, name_of, names, needs_eps
+from gambeson.defenses.shared_adversarial import SharedAdversarial
+from gambeson.defenses.standard import Standard
+from gambeson.defenses.terms import Adversarial, Batch, Clean, Term
+
+__all__ = [
+    "Adversarial",
+    "Batch",
+    "Clean",
+    "Defense",
+    "Losses",
+    "PGDAdversarial",
+    "SharedAdversarial",
+    "Standard",
+    "Term",
+    "create",
+    "name_of",
+    "names",
+    "needs_eps",
+]

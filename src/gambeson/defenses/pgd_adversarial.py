@@ -1,0 +1,34 @@
+"""PGD adversarial training (Madry et al. 2018): every image has a perturbation of its own."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from gambeson.base import Number
+from gambeson.defenses.objective import Defense
+from gambeson.defenses.terms import Adversarial, Term
+from gambeson.threat import Eps, Norm
+
+
+class PGDAdversarial(Defense):
+    """Minimise E[max over the ball of CE(f(x + delta), y)], one delta an image (Madry et al. 2018, equation 2.1).
+
+    The steps and their length are ours: 4 of eps / 2, the inner attack of Mummadi et al. 2019, so that this is
+    Shared Adversarial Training with sharedness 1, sigma 1 and no truncation, bit for bit.
+    """
+
+    eps: Eps
+    """Radius in pixel units."""
+    norm: Norm = "inf"
+    steps: Annotated[int, Field(ge=1)] = 4
+    """Gradient steps of the inner attack."""
+    step: Annotated[Number, Field(gt=0)] = 0.5
+    """Length of a step as a share of eps."""
+
+    def terms(self) -> dict[str, tuple[float, Term]]:
+        """The adversarial term alone."""
+        return {
+            "adversarial": (1.0, Adversarial(eps=self.eps, norm=self.norm, steps=self.steps, step=self.step))
+        }

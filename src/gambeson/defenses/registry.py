@@ -1,0 +1,49 @@
+"""Defences by the name their papers give them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gambeson.base import unknown_name
+from gambeson.defenses.objective import Defense
+from gambeson.defenses.pgd_adversarial import PGDAdversarial
+from gambeson.defenses.shared_adversarial import SharedAdversarial
+from gambeson.defenses.standard import Standard
+
+_DEFENSES: dict[str, type[Defense]] = {
+    "standard": Standard,
+    "pgd-adversarial": PGDAdversarial,
+    "shared-adversarial": SharedAdversarial,
+}
+
+
+def names() -> list[str]:
+    """Every name that :func:`create` takes."""
+    return list(_DEFENSES)
+
+
+def create(name: str, **settings: Any) -> Defense:
+    """Build a defence by name, for example ``create("shared-adversarial", eps="8/255")``.
+
+    Raises:
+        UserError: no such defence, or a value out of range.
+        TypeError: a setting is missing or unknown.
+    """
+    return _kind(name)(**settings)
+
+
+def needs_eps(name: str) -> bool:
+    """Whether a defence cannot be built without an eps."""
+    field = _kind(name).model_fields.get("eps")
+    return field is not None and field.is_required()
+
+
+def name_of(defense: Defense) -> str:
+    """The name under which a defence is registered; its class's name for a user's own."""
+    return next((name for name, kind in _DEFENSES.items() if kind is type(defense)), type(defense).__name__)
+
+
+def _kind(name: str) -> type[Defense]:
+    if name not in _DEFENSES:
+        raise unknown_name("defence", name, _DEFENSES)
+    return _DEFENSES[name]

@@ -1,0 +1,63 @@
+"""Shared Adversarial Training (Mummadi, Brox, Metzen, ICCV 2019, arXiv 1812.03705)."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from pydantic import Field
+
+from gambeson.base import Number, UserError
+from gambeson.defenses.objective import Defense
+from gambeson.defenses.terms import Adversarial, Clean, Term
+from gambeson.threat import Eps, Norm
+
+
+class SharedAdversarial(Defense):
+    """Minimise sigma * E[max over xi of the mean CE of a heap of s images under one xi] + (1 - sigma) * E[CE].
+
+    The inner maximum is taken by 4 steps of eps / 2 on the cross-entropy truncated at -log 0.2 (both from the
+    paper). The random start and evaluation statistics while crafting are ours: the paper leaves them open.
+    """
+
+    eps: Eps
+    """Radius in pixel units; the paper goes from 2/255 to 26/255 on CIFAR-10."""
+    norm: Norm = "inf"
+    sharedness: Annotated[int, Field(ge=1)] = 64
+    """Images s that share one perturbation: 1, 8 and 64 in the paper; s = 1 is adversarial training."""
+    sigma: Annotated[Number, Field(ge=0, le=1)] = 0.5
+    """Weight of the adversarial risk: 0.3 to 0.9 in the paper; 0 is standard training."""
+    steps: Annotated[int, Field(ge=1)] = 4
+    """Gradient steps of the inner attack."""
+    step: Annotated[Number, Field(gt=0)] = 0.5
+    """Length of a step as a share of eps."""
+    truncate: Number | None = -math.log(0.2)
+    """Cap kappa of the inner cross-entropy, per image; None: no cap."""
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Share of the target spread over all classes, in both outer losses; the paper's amount is not known."""
+
+    def terms(self) -> dict[str, tuple[float, Term]]:
+        """The heap risk and the clean risk."""
+        heaps = Adversarial(
+            eps=self.eps,
+            norm=self.norm,
+            sharedness=self.sharedness,
+            steps=self.steps,
+            step=self.step,
+            truncate=self.truncate,
+            label_smoothing=self.label_smoothing,
+        )
+        clean = Clean(label_smoothing=self.label_smoothing)
+        return {"adversarial": (self.sigma, heaps), "clean": (1 - self.sigma, clean)}
+
+    def check(self, batch_size: int) -> None:
+        """Refuse a batch that does not fall into heaps.
+
+        Raises:
+            UserError: the sharedness does not divide the batch.
+        """
+        if self.sigma and batch_size % self.sharedness:
+            raise UserError(
+                f"sharedness {self.sharedness} does not divide the batch size {batch_size}: "
+                f"choose a batch size that is a multiple of it, such as {self.sharedness * 2}"
+            )

@@ -1,0 +1,121 @@
+"""eps_uni(delta): the smallest eps at which one perturbation reaches an error of delta, by bisection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from gambeson.attacks import StochasticPGD
+from gambeson.base import UserError, task
+from gambeson.data import Dataset, as_dataset
+from gambeson.evaluation.results import Cost, EpsUni
+from gambeson.victim import Victim, predict, score
+
+_SMALLEST = 4 / 255
+_FINEST = 1 / 1024
+
+
+def eps_uni(
+    model: nn.Module | Victim,
+    data: object,
+    attack: StochasticPGD,
+    *,
+    delta: float = 0.5,
+    tolerance: float = 0.02,
+    seed: int = 0,
+    known: Mapping[float, tuple[float, torch.Tensor]] | None = None,
+) -> EpsUni:
+    """Search the robustness of Mummadi et al. 2019, section 3: eps_uni(delta).
+
+    eps doubles until one perturbation reaches an error of ``delta`` on the test split, then the bracket is halved.
+    Every run also starts from the best perturbation so far, scaled to its eps: balls are nested, so a success at
+    eps counts for every larger one. The perturbations are crafted on train and chosen on validation. An attack
+    gives an upper bound only.
+
+    Args:
+        model: any module from pixels to logits, or a :class:`Victim` already entered.
+        data: a data set, or what can be split into one.
+        attack: the universal attack; its own eps is replaced.
+        delta: the error to reach.
+        tolerance: width of the last bracket as a share of eps.
+        seed: of the attack.
+        known: what is known already: error on the test split and perturbation (1, C, H, W), by eps.
+
+    Returns:
+        The smallest success; right-censored where even the whole box gives none.
+    """
+    if not 0 < delta < 1:
+        raise UserError(f"delta = {delta:g}: expected an error between 0 and 1, such as 0.5")
+    if not isinstance(model, Victim):
+        with Victim(model) as victim:
+            return eps_uni(victim, data, attack, delta=delta, tolerance=tolerance, seed=seed, known=known)
+    dataset = as_dataset(data)
+    before = (model.forwards, model.backwards)
+    search = _Search(model, dataset, attack, delta, seed, known or {})
+    low, high = search.bracket()
+    with task(f"  eps_uni({delta:g})", _halvings(low, high, tolerance)) as advance:
+        while math.isfinite(high) and high - low > max(tolerance * high, _FINEST):
+            middle = (low + high) / 2
+            low, high = (low, middle) if search.succeeds(middle) else (middle, high)
+            advance()
+    tried = sorted((eps, error) for eps, (error, _) in search.tried.items())
+    return EpsUni(
+        delta=delta,
+        value=high if math.isfinite(high) else low,
+        censored=not math.isfinite(high),
+        tolerance=high - low if math.isfinite(high) else 0.0,
+        tried=tried,
+        split="test",
+        cost=Cost(forwards=model.forwards - before[0], backwards=model.backwards - before[1]),
+    )
+
+
+class _Search:
+    def __init__(
+        self,
+        victim: Victim,
+        data: Dataset,
+        attack: StochasticPGD,
+        delta: float,
+        seed: int,
+        known: Mapping[float, tuple[float, torch.Tensor]],
+    ) -> None:
+        self.victim, self.data, self.attack, self.delta, self.seed = victim, data, attack, delta, seed
+        self.tried = dict(known)
+        self.whole_box = 1.0
+        if attack.norm == "2":
+            self.whole_box = math.sqrt(math.prod(data.test.images.shape[1:]))
+
+    def bracket(self) -> tuple[float, float]:
+        """Return the largest eps known to fail and the smallest known to succeed, infinite where none does."""
+        clean = score(predict(self.victim, self.data.test), self.data.test).error
+        if clean >= self.delta:
+            return 0.0, 0.0
+        while (high := self._smallest_success()) == math.inf and self._largest() < self.whole_box:
+            self.succeeds(min(self.whole_box, max(_SMALLEST, 2 * self._largest())))
+        low = max((eps for eps in self.tried if eps < high), default=0.0)
+        return low, high
+
+    def succeeds(self, eps: float) -> bool:
+        """Attack at ``eps`` and say whether the error reaches delta."""
+        best = max(self.tried.values(), key=lambda found: found[0], default=None)
+        attack = self.attack.model_copy(update={"eps": eps})
+        uap = attack.craft(self.victim, self.data, seed=self.seed, start=None if best is None else best[1])
+        moved = predict(self.victim, self.data.test, uap.delta.to(self.victim.device))
+        self.tried[eps] = (score(moved, self.data.test).error, uap.delta)
+        return self.tried[eps][0] >= self.delta
+
+    def _smallest_success(self) -> float:
+        return min((eps for eps, (error, _) in self.tried.items() if error >= self.delta), default=math.inf)
+
+    def _largest(self) -> float:
+        return max(self.tried, default=0.0)
+
+
+def _halvings(low: float, high: float, tolerance: float) -> int:
+    if not math.isfinite(high) or high == 0:
+        return 0
+    return max(0, math.ceil(math.log2(max(1.0, (high - low) / max(tolerance * high, _FINEST)))))

@@ -1,0 +1,76 @@
+"""How thorough an audit is: every setting of its attacks, by name of suite."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from gambeson.attacks import PGD, StochasticPGD
+from gambeson.base import Config, Number
+from gambeson.data import Dataset
+from gambeson.threat import Eps, Norm
+
+_GREY = (0.05, 0.1, 0.15, 0.2, 0.3)
+_COLOUR = (4 / 255, 8 / 255, 12 / 255, 16 / 255, 26 / 255)
+
+
+class Suite(Config):
+    """Settings of an audit. The papers fix none of these numbers; all defaults are ours."""
+
+    eps: tuple[Eps, ...] = ()
+    """Radii of the curve, ascending; empty: a grid that suits the data (grey or colour). The middle one is what
+    pictures, per-image attacks and the verdict use."""
+    norm: Norm = "inf"
+    universal_steps: Annotated[int, Field(ge=1)] = 200
+    """Gradient steps a restart of stochastic PGD."""
+    universal_restarts: Annotated[int, Field(ge=1)] = 4
+    universal_batch: Annotated[int, Field(ge=1)] = 128
+    pgd_steps: Annotated[int, Field(ge=1)] = 40
+    """Gradient steps a restart of PGD."""
+    pgd_restarts: Annotated[int, Field(ge=1)] = 2
+    eps_uni_delta: Annotated[Number, Field(gt=0, lt=1)] = 0.5
+    """The error whose smallest eps is searched."""
+    eps_uni_tolerance: Annotated[Number, Field(gt=0, lt=1)] = 0.02
+    """Width of the last bracket as a share of eps."""
+
+    @field_validator("eps")
+    @classmethod
+    def _ascending(cls, eps: tuple[float, ...]) -> tuple[float, ...]:
+        if list(eps) != sorted(set(eps)):
+            raise ValueError(f"eps must be ascending without repeats, got {', '.join(f'{e:g}' for e in eps)}")
+        return eps
+
+    def on(self, data: Dataset) -> Suite:
+        """The same suite with a grid of eps for this data, where none was given."""
+        if self.eps:
+            return self
+        grid = _GREY if data.in_channels == 1 else _COLOUR
+        if self.norm == "2":  # the same share of the box's diagonal as the grid takes of its side, quartered
+            side = (data.in_channels * data.image_size[0] * data.image_size[1]) ** 0.5
+            grid = tuple(round(eps * side / 4, 3) for eps in grid)
+        return self.model_copy(update={"eps": grid})
+
+    def universal(self, eps: float, *, restarts: int | None = None) -> StochasticPGD:
+        """The universal attack at one eps."""
+        return StochasticPGD(
+            eps=eps,
+            norm=self.norm,
+            steps=self.universal_steps,
+            restarts=restarts or self.universal_restarts,
+            batch_size=self.universal_batch,
+        )
+
+    def pgd(self, eps: float) -> PGD:
+        """The per-image attack at one eps."""
+        return PGD(eps=eps, norm=self.norm, steps=self.pgd_steps, restarts=self.pgd_restarts)
+
+
+SUITES = {
+    "quick": Suite(
+        universal_steps=100, universal_restarts=2, pgd_steps=20, pgd_restarts=1, eps_uni_tolerance=0.05
+    ),
+    "standard": Suite(),
+    "full": Suite(universal_steps=500, universal_restarts=8, pgd_steps=100, pgd_restarts=5, eps_uni_tolerance=0.01),
+}
+"""The suites by name, from minutes to hours."""

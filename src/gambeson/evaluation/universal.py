@@ -1,0 +1,90 @@
+"""Rates of a model on a split: clean, and under one universal perturbation or its controls."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gambeson.attacks import CONTROLS, PGD, UniversalPerturbation, control
+from gambeson.base import UserError, derive
+from gambeson.data import Split, as_split
+from gambeson.evaluation.rates import Rate
+from gambeson.evaluation.results import Control
+from gambeson.threat import Ball
+from gambeson.victim import Score, Victim, predict, score
+
+
+def error_rate(found: Score) -> Rate:
+    """Share of wrong answers."""
+    return Rate.of(found.errors, found.answers, found.images)
+
+
+def change_rate(found: Score) -> Rate:
+    """Share of answers that differ from the clean prediction."""
+    return Rate.of(found.changed, found.answers, found.images)
+
+
+def accuracy(model: nn.Module, data: object) -> Rate:
+    """Accuracy on clean images of a split, an (images, labels) pair, or a data set's test split."""
+    split = as_split(data, "test")
+    with Victim(model) as victim:
+        return error_rate(score(predict(victim, split), split)).complement
+
+
+def universal_evasion(model: nn.Module, data: object, uap: UniversalPerturbation) -> Rate:
+    """Universal evasion rate: the share of inputs that the model gets wrong under one perturbation (true labels).
+
+    Args:
+        model: any module from pixels to logits.
+        data: a split, an (images, labels) pair, or a data set, whose test split is then used.
+        uap: the perturbation.
+
+    Raises:
+        UserError: the images are those that the perturbation was crafted on.
+    """
+    split = as_split(data, "test")
+    _refuse_own_images(split, uap)
+    with Victim(model) as victim:
+        return error_rate(score(predict(victim, split, uap.delta.to(victim.device)), split))
+
+
+def fooling_rate(model: nn.Module, data: object, uap: UniversalPerturbation) -> Rate:
+    """Fooling rate: the share of inputs whose prediction the perturbation changes. Arguments as above."""
+    split = as_split(data, "test")
+    _refuse_own_images(split, uap)
+    with Victim(model) as victim:
+        found = score(predict(victim, split, uap.delta.to(victim.device)), split, predict(victim, split))
+    return change_rate(found)
+
+
+def control_rates(victim: Victim, split: Split, ball: Ball, seed: int) -> list[Control]:
+    """UER of every control of the same norm: mean over its draws, and the worst draw."""
+    found = []
+    shape = split.shape
+    for name, draws in CONTROLS.items():
+        patterns = control(name, ball, shape, draws=draws, seed=seed).to(victim.device)
+        rates = [error_rate(score(predict(victim, split, pattern[None]), split)) for pattern in patterns]
+        mean = sum(rate.value for rate in rates) / len(rates)
+        worst = max(rates, key=lambda rate: rate.value)
+        found.append(Control(name=name, mean=mean, worst=worst, draws=draws))
+    return found
+
+
+def accuracy_under(victim: Victim, split: Split, attack: PGD, seed: int, batch_size: int = 250) -> Rate:
+    """Accuracy on images that ``attack`` perturbs one by one; decided here, on the clipped images it returned."""
+    answers, right = 0, 0
+    for k, (images, labels) in enumerate(split.batches(batch_size, device=victim.device)):
+        moved = attack(victim, images, labels, seed=derive(seed, "batch", k), ignore_index=split.ignore_index)
+        with torch.no_grad():
+            correct = victim(moved).argmax(1) == labels
+        valid = torch.ones_like(correct) if split.ignore_index is None else labels != split.ignore_index
+        answers, right = answers + int(valid.sum()), right + int((correct & valid).sum())
+    return Rate.of(right, answers, len(split))
+
+
+def _refuse_own_images(split: Split, uap: UniversalPerturbation) -> None:
+    if split.fingerprint == uap.about.crafted_on:
+        raise UserError(
+            f"the perturbation was crafted on these images ({uap.about.crafted_split}): "
+            "score it on images it has not seen, such as data.test"
+        )

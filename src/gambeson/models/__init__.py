@@ -1,0 +1,27 @@
+"""Architectures of the papers and of torchvision: pixels in, logits out, the normalisation inside.
+
+>>> import gambeson as gb
+>>> model = gb.models.create("resnet20x4", in_channels=3, classes=10, image_size=32)
+>>> gb.models.count_parameters(model)
+4286026
+"""
+
+from gambeson.models.card import ModelCard
+from gambeson.models.factory import create
+from gambeson.models.measures import count_parameters, fingerprint
+from gambeson.models.pixel_model import Normalize, PixelModel
+from gambeson.models.registry import names
+from gambeson.models.storage import load, load_weights, save
+
+__all__ = [
+    "ModelCard",
+    "Normalize",
+    "PixelModel",
+    "count_parameters",
+    "create",
+    "fingerprint",
+    "load",
+    "load_weights",
+    "names",
+    "save",
+]

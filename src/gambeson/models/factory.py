@@ -1,0 +1,122 @@
+"""Build a model by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from gambeson.base import UserError
+from gambeson.models import torchvision_nets
+from gambeson.models.card import ModelCard
+from gambeson.models.pixel_model import PixelModel
+from gambeson.models.registry import build_body, check_name
+
+
+class TrainSplit(Protocol):
+    """The part of a split that a model needs."""
+
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, in pixel space [0, 1]."""
+
+
+class ImageData(Protocol):
+    """The part of a data set that a model needs."""
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of an image."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+
+    @property
+    def train(self) -> TrainSplit:
+        """The training split."""
+
+
+def create(
+    name: str,
+    data: ImageData | None = None,
+    *,
+    in_channels: int | None = None,
+    classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+) -> PixelModel:
+    """Build a model that takes pixels (N, C, H, W) in [0, 1] and gives logits (N, classes), in training mode.
+
+    Weights are drawn from torch's global generator: seed it for a model that can be drawn again.
+
+    Args:
+        name: one of :func:`gambeson.models.names`: ``lenet`` (Jacobian regularisation), ``mnist-a`` to
+            ``mnist-d`` (Ensemble Adversarial Training), ``resnet20`` to ``resnet56`` and ``resnet18``
+            (Learn2Perturb), with a width factor as in ``resnet20x4`` (Shared Adversarial Training); or
+            ``torchvision:NAME`` for an architecture of torchvision, ``torchvision:NAME@WEIGHTS`` for its
+            weights too.
+        data: a data set, which supplies what the keywords leave out.
+        in_channels: channels of an image.
+        classes: number of logits.
+        image_size: side, or (H, W), in pixels.
+        mean: what to subtract from the pixels: one number, or one a channel.
+        std: what to divide them by. Without these two the mean and std of the training split are used, and
+            0 and 1 without data; weights of torchvision bring their own, which precede the data's.
+
+    Raises:
+        UserError: an unknown name, something missing or out of range, or images too small.
+
+    Example:
+        >>> model = create("lenet", in_channels=1, classes=10, image_size=28)
+    """
+    check_name(name)
+    if data is not None and not all(
+        hasattr(data, key) for key in ("in_channels", "image_size", "num_classes", "train")
+    ):
+        raise UserError(
+            f"data is a {type(data).__name__}: pass a data set from data.load, or the keywords alone"
+        )
+    if (mean is None) != (std is None):
+        raise UserError("only one of mean and std was given: give both or neither")
+    preset = torchvision_nets.weights_defaults(name) if name.startswith(torchvision_nets.PREFIX) else {}
+
+    def pick(key: str, given: Any, from_data: str) -> Any:
+        if given is not None:
+            return given
+        return preset.get(key) if data is None else getattr(data, from_data)
+
+    shape = {
+        "in_channels": pick("in_channels", in_channels, "in_channels"),
+        "classes": pick("classes", classes, "num_classes"),
+        "image_size": pick("image_size", image_size, "image_size"),
+    }
+    if missing := [key for key, value in shape.items() if value is None]:
+        raise UserError(f"{name} needs {' and '.join(missing)}: pass a data set, or give them as keywords")
+    channels, size = shape["in_channels"], shape["image_size"]
+    if mean is None or std is None:
+        if preset:
+            mean, std = preset["mean"], preset["std"]
+        elif data is None:
+            mean, std = 0.0, 1.0
+        else:
+            mean, std = data.train.mean_std()
+            std = [value if value > 0 else 1.0 for value in std]  # a constant channel is only shifted
+    card = ModelCard(
+        name=name,
+        in_channels=channels,
+        classes=shape["classes"],
+        image_size=(size, size) if isinstance(size, int) else tuple(size),
+        mean=_per_channel(mean, channels),
+        std=_per_channel(std, channels),
+    )
+    return PixelModel(card, build_body(name, card.in_channels, card.classes, card.image_size))
+
+
+def _per_channel(value: Any, channels: int) -> tuple[float, ...]:
+    if isinstance(value, int | float):
+        return (float(value),) * channels
+    return tuple(float(entry) for entry in value)

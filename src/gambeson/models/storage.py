@@ -1,0 +1,137 @@
+"""Models on disk: safetensors with the card inside, so that a file can be loaded on its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gambeson.base import UserError, load_tensors, save_tensors, seeded
+from gambeson.models.card import ModelCard
+from gambeson.models.pixel_model import PixelModel
+from gambeson.models.registry import build_body
+
+FILE_NAME = "model.safetensors"
+_WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and data parallel put before every name
+
+
+def save(model: PixelModel, path: Path, about: dict[str, Any] | None = None) -> None:
+    """Write a model to one safetensors file, atomically.
+
+    Args:
+        model: a model of :func:`gambeson.models.create`; compiled and data-parallel ones are unwrapped.
+        path: the file.
+        about: anything JSON-ready to keep beside the card, under ``"about"``.
+
+    Raises:
+        UserError: not such a model.
+        OutOfSpace: the file could not be written.
+    """
+    inner: nn.Module = model
+    while not isinstance(inner, PixelModel):
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if not isinstance(wrapped, nn.Module):
+            raise UserError(
+                f"a {type(inner).__name__} has no card: pass a model of models.create, or use safetensors"
+            )
+        inner = wrapped
+    save_tensors(Path(path), inner.state_dict(), {"card": inner.card.plain(), "about": about or {}})
+
+
+def load(path: Path) -> PixelModel:
+    """Build the model that :func:`save` wrote, bit for bit, on the CPU and in evaluation mode.
+
+    Nothing is fetched, and torch's global generators are left as they were.
+
+    Args:
+        path: the file, or the folder of a run that holds ``model.safetensors``.
+
+    Raises:
+        UserError: the file is missing, a pickle or truncated, has no card, or its weights do not fit it.
+    """
+    path = _file(path)
+    tensors, document = load_tensors(path)
+    if "card" not in document:
+        raise UserError(
+            f"{path} holds weights but no model card: build the architecture by name with models.create "
+            "and fill it with models.load_weights"
+        )
+    try:
+        card = ModelCard(**document["card"])
+    except (TypeError, UserError) as error:
+        raise UserError(
+            f"the model card of {path} cannot be read ({error}): use the version of gambeson that wrote it"
+        ) from None
+    with seeded(0, "load"):  # the weights drawn here are replaced, and the caller's generator must not move
+        body = build_body(card.name, card.in_channels, card.classes, card.image_size, pretrained=False)
+    model = PixelModel(card, body)
+    kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(kinds) == 1:
+        model.to(kinds.pop())
+    _fill(
+        model, tensors, f"the weights of {path} do not fit its own card ({card.name})", "copy the file again"
+    )
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill ``model`` with the weights of a safetensors file of the same architecture, whoever wrote it.
+
+    Values are copied into the model's own type and device. The prefixes that ``torch.compile`` and data
+    parallel put before every name are ignored. On an error the model is unchanged.
+
+    Args:
+        model: any module.
+        path: the file, or the folder of a run that holds ``model.safetensors``.
+
+    Raises:
+        UserError: the file is missing, a pickle or truncated, or names or shapes differ.
+    """
+    path = _file(path)
+    tensors, _ = load_tensors(path)
+    for prefix in _WRAPPERS:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    body = getattr(model, "body", None)
+    if isinstance(body, nn.Module) and set(tensors) == set(body.state_dict()):
+        advice = "the names are those of the body, so load them into model.body"
+    else:
+        advice = "create the architecture the file was written from"
+    _fill(model, tensors, f"the weights of {path} do not fit this {_title(model)}", advice)
+
+
+def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], problem: str, advice: str) -> None:
+    own = model.state_dict()
+    faults = [
+        _listed("missing", [name for name in own if name not in tensors]),
+        _listed("unexpected", [name for name in tensors if name not in own]),
+        _listed(
+            "of another shape",
+            [
+                f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+                for name, value in own.items()
+                if name in tensors and tensors[name].shape != value.shape
+            ],
+        ),
+    ]
+    if any(faults):
+        raise UserError(f"{problem}: {'; '.join(fault for fault in faults if fault)}; {advice}")
+    model.load_state_dict(tensors)
+
+
+def _listed(what: str, entries: list[str]) -> str:
+    if not entries:
+        return ""
+    more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
+    return f"{what} {', '.join(entries[:3])}{more}"
+
+
+def _title(model: nn.Module) -> str:
+    return model.card.name if isinstance(model, PixelModel) else type(model).__name__
+
+
+def _file(path: Path) -> Path:
+    path = Path(path)
+    return path / FILE_NAME if path.is_dir() else path

@@ -1,0 +1,48 @@
+"""How to train, whatever the objective is: length, optimiser, schedule, augmentation, precision."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gambeson.base import Config, Number
+
+
+class Recipe(Config):
+    """SGD with momentum and a schedule. The defaults are ours unless a preset of a paper sets them."""
+
+    epochs: Annotated[int, Field(ge=1)] = 10
+    """Passes over the training split."""
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    """Images a step, over all processes; the last, smaller batch of an epoch is left out."""
+    lr: Annotated[Number, Field(gt=0)] = 0.05
+    """Learning rate at the start (after the warm-up)."""
+    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[Number, Field(ge=0)] = 5e-4
+    """On every parameter, as in the papers' settings."""
+    schedule: Literal["cosine", "steps", "constant"] = "cosine"
+    """``cosine`` falls to zero at the end; ``steps`` multiplies by ``gamma`` after each milestone."""
+    milestones: tuple[int, ...] = ()
+    """Epochs after which ``steps`` multiplies the learning rate."""
+    gamma: Annotated[Number, Field(gt=0, le=1)] = 0.1
+    warmup: Annotated[Number, Field(ge=0)] = 0.0
+    """Epochs over which the learning rate rises from zero in a straight line."""
+    augment: Literal["none", "crop", "crop-flip"] = "none"
+    """Random shifts by up to 4 pixels, and mirror images."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the training forwards; perturbations and verdicts stay in float32."""
+    select: Literal["last", "best"] = "last"
+    """Which epoch's weights to keep; ``best`` has the lowest clean error on the validation split."""
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """Learning rate of a step, counted from 0 over the whole run: a function of nothing else."""
+        epoch = step / steps_per_epoch
+        rise = min(1.0, (epoch + 1 / steps_per_epoch) / self.warmup) if self.warmup else 1.0
+        if self.schedule == "cosine":
+            return self.lr * rise * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+        if self.schedule == "steps":
+            return self.lr * rise * self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
+        return self.lr * rise

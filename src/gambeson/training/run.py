@@ -1,0 +1,74 @@
+"""A training run as one object: what YAML, flags and Python all build, and what its folder can be run again from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, PlainSerializer, SerializeAsAny
+
+from gambeson import data, defenses, models
+from gambeson.base import Config, close_run, environment, open_run, seeded
+from gambeson.defenses import Defense, name_of
+from gambeson.training.loop import train
+from gambeson.training.recipe import Recipe
+
+
+def _read_defense(value: Any) -> Any:
+    if isinstance(value, str):
+        return defenses.create(value)
+    if isinstance(value, dict) and "name" in value:
+        return defenses.create(**value)
+    return value
+
+
+def _write_defense(value: Defense) -> dict[str, Any]:
+    return {"name": name_of(value), **value.plain()}
+
+
+class TrainRun(Config):
+    """What to train, on what, and how."""
+
+    kind: Literal["train"] = "train"
+    data: str
+    """Name of a data set, such as ``fashion-mnist`` or ``image-folder:PATH``."""
+    model: str
+    """Name of an architecture, such as ``lenet``."""
+    defense: Annotated[
+        SerializeAsAny[Defense], BeforeValidator(_read_defense), PlainSerializer(_write_defense)
+    ]
+    """The objective: its name with its settings."""
+    recipe: Recipe = Recipe()
+    """Length, optimiser, schedule."""
+    init: str | None = None
+    """Weights to start from; None: a fresh initialisation from the seed."""
+    seed: int = 0
+    device: str = "cpu"
+
+
+def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) -> models.PixelModel:
+    """Carry out ``run`` in the folder ``out``, or go on with it there; a finished one is only loaded.
+
+    Args:
+        run: the settings.
+        out: the run folder.
+        dataset: the data of ``run.data``, where it is loaded already.
+
+    Raises:
+        UserError: the folder holds another run, or a name is unknown.
+    """
+    dataset = data.load(run.data) if dataset is None else dataset
+    with seeded(run.seed, "model"):
+        model = models.create(run.model, dataset)
+    if run.init is not None:
+        models.load_weights(model, Path(run.init))
+    run.defense.check(run.recipe.batch_size)
+    if open_run(out, run.plain(), environment(run.device)):
+        return models.load(out).to(torch.device(run.device))
+    model = model.to(torch.device(run.device))
+    train(
+        model, dataset, run.defense, recipe=run.recipe, seed=run.seed, out=out, label=f"train {name_of(run.defense)}"
+    )
+    close_run(out)
+    return model

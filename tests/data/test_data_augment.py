@@ -1,0 +1,81 @@
+"""Augmentation geometry: every output is an exact copy of the input, shifted and maybe mirrored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gambeson.base.errors import UserError
+from gambeson.data import augment
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def find(padded: torch.Tensor, out: torch.Tensor, flips: tuple[bool, ...]) -> tuple[int, int, bool]:
+    height, width = out.shape[-2:]
+    hits = [
+        (dy, dx, flip)
+        for dy in range(9)
+        for dx in range(9)
+        for flip in flips
+        if torch.equal(padded[..., dy : dy + height, dx : dx + width], out.flip(-1) if flip else out)
+    ]
+    assert len(hits) == 1, "not one exact shifted copy"
+    return hits[0]
+
+
+@pytest.mark.parametrize(("kind", "flips"), [("crop", (False,)), ("crop-flip", (False, True))])
+def test_images_and_maps_move_together(kind: str, flips: tuple[bool, ...]) -> None:
+    x = torch.rand(400, 2, 10, 12, generator=rng(1)) + 0.01
+    maps = torch.randint(0, 5, (400, 10, 12), generator=rng(2))
+    out, moved = augment(x, kind, rng(), maps, 255)
+    assert out.shape == x.shape
+    assert moved.shape == maps.shape
+    assert out.is_contiguous()
+    found = []
+    for number in range(400):
+        move = find(F.pad(x[number], (4,) * 4), out[number], flips)
+        assert find(F.pad(maps[number], (4,) * 4, value=255), moved[number], flips) == move
+        found.append(move)
+    assert len({(dy, dx) for dy, dx, _ in found}) > 70  # of 81: each image has its own shift
+    assert {dy for dy, _, _ in found} == {dx for _, dx, _ in found} == set(range(9))
+    assert len({flip for *_, flip in found}) == len(flips)
+    if len(flips) == 2:
+        assert 150 < sum(flip for *_, flip in found) < 250
+    assert torch.equal(moved == 255, (out == 0).all(1))  # what came in from outside, and nothing else
+
+
+def test_draws_come_from_the_generator_alone() -> None:
+    x = torch.rand(16, 3, 8, 8, generator=rng(1))
+    state = torch.get_rng_state()
+    assert torch.equal(augment(x, "crop-flip", rng(5)), augment(x, "crop-flip", rng(5)))
+    assert not torch.equal(augment(x, "crop-flip", rng(5)), augment(x, "crop-flip", rng(6)))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(
+        augment(x, "crop", rng(5)), augment(x, "crop", rng(5), torch.zeros(16, 8, 8).long())[0]
+    )
+
+
+def test_none_changes_and_draws_nothing() -> None:
+    x, draw = torch.rand(3, 1, 4, 4), rng()
+    state = draw.get_state()
+    assert augment(x, "none", draw) is x
+    assert torch.equal(draw.get_state(), state)
+
+
+def test_maps_get_torchs_ignore_index_by_default() -> None:
+    _, moved = augment(torch.ones(32, 1, 4, 4), "crop", rng(), torch.zeros(32, 4, 4, dtype=torch.int64))
+    assert set(moved.unique().tolist()) == {0, -100}
+
+
+def test_refusals() -> None:
+    x = torch.rand(2, 1, 4, 4)
+    with pytest.raises(UserError, match="unknown augmentation 'crop-flips': did you mean crop-flip"):
+        augment(x, "crop-flips", rng())
+    with pytest.raises(UserError, match=r"maps have shape \(2, 4, 5\): expected \(2, 4, 4\)"):
+        augment(x, "crop", rng(), torch.zeros(2, 4, 5))
+    with pytest.raises(UserError, match="generator is on cpu and the images on meta"):
+        augment(x.to("meta"), "crop", rng())
