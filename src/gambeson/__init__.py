@@ -4,7 +4,7 @@ Universal adversarial perturbations (one perturbation that fools a model on most
 Images are float pixels in [0, 1], shape (N, C, H, W); every eps is in these units.
 """
 
-from gambeson import attacks, data, defenses, evaluation, models, threat, training, victim
+from gambeson import attacks, data, defenses, evaluation, models, report, threat, training, victim
 from gambeson.base import UserError
 from gambeson.evaluation import audit
 from gambeson.training import train
@@ -17,6 +17,7 @@ __all__ = [
     "defenses",
     "evaluation",
     "models",
+    "report",
     "threat",
     "train",
     "training",

@@ -12,6 +12,8 @@ from gambeson.base import UserError
 # name, channels, side: the smallest cases that still leave batch normalisation something to normalise
 CASES = [
     ("lenet", 1, 28),
+    ("lenet5", 1, 28),
+    ("lenet5", 1, 8),
     ("lenet", 3, 32),
     ("lenet", 1, 8),
     ("mnist-a", 1, 28),
@@ -108,6 +110,13 @@ COUNTS = [
         32,
         _conv(3, 20, 5) + _conv(20, 50, 5) + _linear(50 * 5 * 5, 500) + _linear(500, 10),
         657_080,
+    ),
+    (
+        "lenet5",
+        1,
+        28,
+        _conv(1, 6, 5) + _conv(6, 16, 5) + _linear(16 * 5 * 5, 120) + _linear(120, 84) + _linear(84, 10),
+        61_706,
     ),
     (
         "mnist-a",

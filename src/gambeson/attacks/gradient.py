@@ -33,7 +33,8 @@ class PGD(Config):
     steps: Annotated[int, Field(ge=1)] = 20
     """Gradient steps a restart."""
     step: Annotated[Number, Field(gt=0)] | None = None
-    """Length of a step as a share of eps; 2.5 / steps where it is not given."""
+    """Length of a step as a share of eps; 4 / steps where it is not given. The customary 2.5 / steps stops one to
+    three per cent short of the optimum of a linear model in the Euclidean ball; 4 / steps, a tenth of one."""
     start: Start = "uniform"
     """Where a restart begins; ``zero`` makes every restart but the first pointless."""
     start_size: Annotated[Number, Field(ge=0, le=1)] = 1.0
@@ -55,7 +56,7 @@ class PGD(Config):
     @property
     def lengths(self) -> list[float]:
         """Length of each step in pixel units."""
-        share = 2.5 / self.steps if self.step is None else self.step
+        share = 4 / self.steps if self.step is None else self.step
         return [share * self.eps] * self.steps
 
     def __call__(

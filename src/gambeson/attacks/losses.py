@@ -12,7 +12,11 @@ IGNORE = -100
 
 
 def cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None, *, label_smoothing: float = 0.0
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int | None = None,
+    *,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Cross-entropy of every answer, zero where the label is the ignore index.
 

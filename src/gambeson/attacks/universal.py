@@ -142,14 +142,14 @@ class StochasticPGD(Config):
             start = ascent.start(example, 1, start, 1.0, draw)
         return ascent.run(start, stream, self.lengths)
 
-    def _stream(
-        self, train: Split, victim: Victim, seed: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _stream(self, train: Split, victim: Victim, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         # Whole epochs in a new order each, for as long as the solver asks.
         size, epoch = min(self.batch_size, len(train)), 0
         while True:
             shuffle = generator(seed, "epoch", epoch)
-            for images, labels in train.batches(size, device=victim.device, generator=shuffle, drop_last=True):
+            for images, labels in train.batches(
+                size, device=victim.device, generator=shuffle, drop_last=True
+            ):
                 yield images, labels if self.target is None else torch.full_like(labels, self.target)
             epoch += 1
 

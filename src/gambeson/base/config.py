@@ -76,7 +76,8 @@ def _nearest(field: str, known: Iterable[str]) -> str:
 
 def config_error(error: ValidationError, owner: str, known: Iterable[str]) -> UserError:
     """Turn pydantic's report into one sentence: its first problem, with the field and the value given."""
-    problem = error.errors(include_url=False)[0]
+    # A misspelt setting explains a missing one, so it is named first.
+    problem = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
     field = ".".join(str(part) for part in problem["loc"]) or owner
     if problem["type"] == "missing":
         return UnknownSetting(f"{owner} needs {field}: give it, for example {field}=...")

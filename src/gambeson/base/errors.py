@@ -27,6 +27,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
         known: every name that would have been accepted.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    near = [other for other in names if name and name in other][:3]
+    near = near or difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}."
     return UserError(f"unknown {kind} {name!r}: {hint}")

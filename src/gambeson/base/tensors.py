@@ -44,7 +44,7 @@ def load_tensors(path: Path, kind: str = "weights") -> tuple[dict[str, torch.Ten
     if head.lstrip()[:1] == b"<":
         raise UserError(f"{path} starts with {head!r}: a web page, not {kind}; download the file itself")
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get(_KEY, "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,8 @@ from gambeson.cli.options import Json, print_json
 
 app = typer.Typer(help="List data sets and get them.", no_args_is_help=True)
 Root = Annotated[
-    Path | None, typer.Option("--root", help="Folder of the data sets; else $GAMBESON_DATA or ~/.cache/gambeson.")
+    Path | None,
+    typer.Option("--root", help="Folder of the data sets; else $GAMBESON_DATA or ~/.cache/gambeson."),
 ]
 
 
@@ -26,7 +28,7 @@ def list_(root: Root = None, as_json: Json = False) -> None:
     """
     entries = data_room.catalog(root)
     if as_json:
-        print_json([entry.plain() for entry in entries])
+        print_json([dataclasses.asdict(entry) for entry in entries])
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("name", "what", "train", "test", "shape", "licence", "here", "how to get it"):
@@ -39,7 +41,7 @@ def list_(root: Root = None, as_json: Json = False) -> None:
             f"{entry.test:,}" if entry.test else "",
             "x".join(map(str, entry.shape)) if entry.shape else "",
             entry.licence,
-            "yes" if entry.on_disk else "no",
+            "yes" if entry.ready else "no",
             entry.how,
         )
     Console().print(table)

@@ -21,7 +21,8 @@ Device = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines; no progress.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; a cut run goes on there.")]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML with settings, such as the run.yaml of a finished run.")
+    Path | None,
+    typer.Option("--config", "-c", help="YAML with settings, such as the run.yaml of a finished run."),
 ]
 Set = Annotated[
     list[str] | None,

@@ -14,7 +14,8 @@ from gambeson.cli.options import Json, print_json
 def report(
     audits: Annotated[list[Path], typer.Argument(help="Folders of finished audits on the same data.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="File to write (report.html in the first audit's folder).")
+        Path | None,
+        typer.Option("--out", "-o", help="File to write (report.html in the first audit's folder)."),
     ] = None,
     as_json: Json = False,
 ) -> None:

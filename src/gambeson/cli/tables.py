@@ -11,7 +11,9 @@ from gambeson.evaluation import AuditResult, Rate
 
 def audit_table(results: Sequence[AuditResult]) -> Table:
     """Clean accuracy, UER with interval and controls at each eps, PGD accuracy and eps_uni, a block a model."""
-    table = Table(title=f"UER on {results[0].material.test} test images of {results[0].material.name}, with 95 % intervals")
+    table = Table(
+        title=f"UER on {results[0].material.test} test images of {results[0].material.name}, with 95 % intervals"
+    )
     table.add_column("model")
     table.add_column("perturbation")
     for point in results[0].universal:
@@ -26,7 +28,9 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
             f"{_short(attacked.accuracy)}\nat {attacked.eps:.3g}",
             f"{'>' if found.censored else '≤'} {found.value:.3f}",
         )
-        table.add_row(result.subject.label, "crafted", *[_short(point.uer) for point in result.universal], *ends)
+        table.add_row(
+            result.subject.label, "crafted", *[_short(point.uer) for point in result.universal], *ends
+        )
         for row, control in enumerate(result.universal[0].controls):
             cells = [_short(point.controls[row].worst) for point in result.universal]
             name = control.name if control.draws == 1 else f"{control.name}, worst of {control.draws}"

@@ -26,7 +26,8 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     augment: Annotated[str | None, typer.Option(help="none, crop or crop-flip.")] = None,
     eps: Annotated[
-        str | None, typer.Option(help="Radius, such as 0.2 or 8/255 (those are the defaults for grey and colour).")
+        str | None,
+        typer.Option(help="Radius, such as 0.2 or 8/255 (those are the defaults for grey and colour)."),
     ] = None,
     norm: Annotated[str | None, typer.Option(help="inf or 2.")] = None,
     sharedness: Annotated[int | None, typer.Option(help="Images that share a perturbation.")] = None,
@@ -50,13 +51,22 @@ def train(
     if defense is not None and defense != chosen.get("name"):
         chosen = {"name": defense}
     settings["defense"] = {"name": "standard", **chosen}
-    for name, value in (("data", data), ("model", model), ("seed", seed)):
+    flags: dict[str, Any] = {
+        "data": data,
+        "model": model,
+        "seed": seed,
+        "init": None if init is None else str(init),
+        "recipe.epochs": epochs,
+        "recipe.batch_size": batch_size,
+        "recipe.lr": lr,
+        "recipe.augment": augment,
+        "defense.eps": eps,
+        "defense.norm": norm,
+        "defense.sharedness": sharedness,
+        "defense.sigma": sigma,
+    }
+    for name, value in flags.items():
         put(settings, name, value)
-    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr), ("augment", augment)):
-        put(settings, f"recipe.{name}", value)
-    for name, value in (("eps", eps), ("norm", norm), ("sharedness", sharedness), ("sigma", sigma)):
-        put(settings, f"defense.{name}", value)
-    put(settings, "init", None if init is None else str(init))
     put_all(settings, set_)
     if device != "auto" or "device" not in settings:
         settings["device"] = pick_device(device)

@@ -30,7 +30,13 @@ from gambeson.evaluation.results import (
 )
 from gambeson.evaluation.stages import Stages
 from gambeson.evaluation.suite import SUITES, Suite
-from gambeson.evaluation.universal import accuracy_under, change_rate, control_rates, error_rate
+from gambeson.evaluation.universal import (
+    accuracy_rate,
+    accuracy_under,
+    change_rate,
+    control_rates,
+    error_rate,
+)
 from gambeson.evaluation.verdict import judge
 from gambeson.models import count_parameters, fingerprint
 from gambeson.victim import Victim, predict, score
@@ -110,7 +116,7 @@ class _Auditor:
     def run(self, subject: Subject) -> Audit:
         with task(f"audit {subject.label}", len(self.suite.eps) + 3) as advance:
             clean_predictions = predict(self.victim, self.test)
-            clean = error_rate(score(clean_predictions, self.test)).complement
+            clean = accuracy_rate(score(clean_predictions, self.test))
             points = []
             for eps in self.suite.eps:
                 points.append(self._universal(eps, clean_predictions))

@@ -48,7 +48,7 @@ class Rate(Config):
 
     @property
     def complement(self) -> Rate:
-        """The share of the other answer: accuracy from error, error from accuracy."""
+        """The share of the other answer, up to rounding: accuracy from error, error from accuracy."""
         return Rate(value=1 - self.value, low=1 - self.high, high=1 - self.low, n=self.n)
 
     def __str__(self) -> str:

@@ -75,8 +75,6 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
     defense = trained.get("defense")
     label = run.label or (defense or {}).get("name") or source.stem
     epochs = trained.get("recipe", {}).get("epochs")
-    found = audit(
-        model, dataset, run.suite, out, seed=run.seed, label=label, defense=defense, epochs=epochs
-    )
+    found = audit(model, dataset, run.suite, out, seed=run.seed, label=label, defense=defense, epochs=epochs)
     close_run(out)
     return found

@@ -19,6 +19,11 @@ def error_rate(found: Score) -> Rate:
     return Rate.of(found.errors, found.answers, found.images)
 
 
+def accuracy_rate(found: Score) -> Rate:
+    """Share of right answers."""
+    return Rate.of(found.answers - found.errors, found.answers, found.images)
+
+
 def change_rate(found: Score) -> Rate:
     """Share of answers that differ from the clean prediction."""
     return Rate.of(found.changed, found.answers, found.images)
@@ -28,7 +33,7 @@ def accuracy(model: nn.Module, data: object) -> Rate:
     """Accuracy on clean images of a split, an (images, labels) pair, or a data set's test split."""
     split = as_split(data, "test")
     with Victim(model) as victim:
-        return error_rate(score(predict(victim, split), split)).complement
+        return accuracy_rate(score(predict(victim, split), split))
 
 
 def universal_evasion(model: nn.Module, data: object, uap: UniversalPerturbation) -> Rate:

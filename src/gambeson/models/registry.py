@@ -25,6 +25,7 @@ class Architecture:
 
 REGISTRY: dict[str, Architecture] = {
     "lenet": Architecture(lenet.LeNet, lenet.SMALLEST),
+    "lenet5": Architecture(lenet.LeNet5, lenet.SMALLEST),
     "mnist-a": Architecture(mnist_nets.net_a, mnist_nets.SMALLEST["a"]),
     "mnist-b": Architecture(mnist_nets.net_b, mnist_nets.SMALLEST["b"]),
     "mnist-c": Architecture(mnist_nets.net_c, mnist_nets.SMALLEST["c"]),

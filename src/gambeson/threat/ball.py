@@ -6,7 +6,8 @@ perturbation an image (R = N), one a heap (R = N / s) and one for all (R = 1).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from functools import cached_property
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
@@ -29,18 +30,23 @@ class Ball(Config):
     """Radius in pixel units."""
     norm: Norm = "inf"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _check_unit(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        eps, norm = fields.get("eps"), str(fields.get("norm", "inf"))
-        if isinstance(eps, (int, float)) and eps > 1 and norm.endswith("inf"):
-            raise ValueError(f"eps = {eps:g}, but pixels are in [0, 1]; did you mean {eps:g}/255?")
-        return fields
+    @model_validator(mode="after")
+    def _check_unit(self) -> Ball:
+        if self.norm == "inf" and self.eps > 1:
+            raise ValueError(f"eps = {self.eps:g}, but pixels are in [0, 1]; did you mean {self.eps:g}/255?")
+        return self
+
+    @cached_property
+    def _radius(self) -> float:
+        """The largest float32 that is not above eps, so that no float32 perturbation ever leaves the ball."""
+        nearest = torch.tensor(self.eps, dtype=torch.float32)
+        below = torch.nextafter(nearest, torch.zeros(()))
+        return float(nearest if float(nearest) <= self.eps else below)
 
     def project(self, delta: torch.Tensor) -> torch.Tensor:
         """Return the nearest point of the ball to each row, in Euclidean distance."""
         if self.norm == "inf":
-            return delta.clamp(-self.eps, self.eps)
+            return delta.clamp(-self._radius, self._radius)
         return delta * (self.eps / _lengths(delta).clamp(min=_TINY)).clamp(max=1)
 
     def steepest(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -55,7 +61,7 @@ class Ball(Config):
     def uniform(self, shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         """Draw rows uniformly from the ball, on the generator's device."""
         if self.norm == "inf":
-            return (torch.rand(shape, generator=generator, device=generator.device) * 2 - 1) * self.eps
+            return (torch.rand(shape, generator=generator, device=generator.device) * 2 - 1) * self._radius
         direction = torch.randn(shape, generator=generator, device=generator.device)
         radius = torch.rand(len(direction), generator=generator, device=generator.device)
         radius = radius.pow(1 / max(1, direction[0].numel())).view(-1, *[1] * (direction.ndim - 1))
@@ -69,7 +75,7 @@ class Ball(Config):
     def fill(self, pattern: torch.Tensor) -> torch.Tensor:
         """Scale each row so that its norm is eps: the strongest form of a fixed pattern."""
         if self.norm == "inf":
-            return pattern / pattern.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=_TINY) * self.eps
+            return pattern / pattern.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=_TINY) * self._radius
         return pattern / _lengths(pattern).clamp(min=_TINY) * self.eps
 
     def length(self, delta: torch.Tensor) -> torch.Tensor:

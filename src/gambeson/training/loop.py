@@ -64,7 +64,12 @@ def train(
     if recipe is not None and settings:
         raise TypeError(f"give a recipe or its fields, not both (got {', '.join(settings)})")
     return _Run(
-        model, as_dataset(data), defense, recipe or Recipe(**settings), seed, None if out is None else Path(out)
+        model,
+        as_dataset(data),
+        defense,
+        recipe or Recipe(**settings),
+        seed,
+        None if out is None else Path(out),
     ).go(label)
 
 
@@ -174,7 +179,10 @@ class _Run:
         accuracies = [entry["validation_accuracy"] for entry in self.history]
         if self.recipe.select == "best" and accuracies[-1] > max(accuracies[:-1], default=-1.0):
             save_tensors(self.out / "state" / "best.safetensors", self.model.state_dict(), {})
-        write_text(self.out / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
+        write_text(
+            self.out / "metrics.jsonl",
+            "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in self.history),
+        )
         write_json(self.out / "timing.json", {"seconds_per_epoch": self.seconds})
         about = {"history": self.history, "seconds": self.seconds}
         save_state(self._state, self.model, self.optimizer, about)

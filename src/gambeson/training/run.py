@@ -68,7 +68,13 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
         return models.load(out).to(torch.device(run.device))
     model = model.to(torch.device(run.device))
     train(
-        model, dataset, run.defense, recipe=run.recipe, seed=run.seed, out=out, label=f"train {name_of(run.defense)}"
+        model,
+        dataset,
+        run.defense,
+        recipe=run.recipe,
+        seed=run.seed,
+        out=out,
+        label=f"train {name_of(run.defense)}",
     )
     close_run(out)
     return model

@@ -36,9 +36,7 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         UserError: the state belongs to another model.
     """
     tensors, about = load_tensors(path, "the state of a training run")
-    weights = {
-        name.removeprefix(_MODEL): value for name, value in tensors.items() if name.startswith(_MODEL)
-    }
+    weights = {name.removeprefix(_MODEL): value for name, value in tensors.items() if name.startswith(_MODEL)}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -52,7 +50,5 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         if name.startswith(_OPTIMIZER):
             index, key = name.removeprefix(_OPTIMIZER).split(".", 1)
             moments.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict(
-        {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return about

@@ -1,0 +1,39 @@
+"""From the page's data to one HTML text: the template, with its style and the chart's library inside it."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib.resources import files
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from gambeson.report.page import Page
+
+
+def render(page: Page) -> str:
+    """Write the page. What comes from files is escaped; style, library and chart data are not."""
+    return _template().render(
+        page=page, style=Markup(_text("style.css")), plotly=Markup(get_plotlyjs()), figure=Markup(page.figure)
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["tight"] = _tight
+    return environment.from_string(_text("template.html.j2"))
+
+
+def _tight(text: str) -> str:
+    """Keep a number and its unit, and the two ends of an interval, on one line."""
+    text = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", text)
+    return re.sub(r"(\[[\d.]+), ([\d.]+\])", "\\1,\N{NO-BREAK SPACE}\\2", text)
+
+
+def _text(name: str) -> str:
+    return (files("gambeson.report") / name).read_text(encoding="utf-8")

@@ -1,0 +1,38 @@
+"""Tensors as PNG pictures inside the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import torch
+from PIL import Image
+
+from gambeson.base import pixel_bytes
+
+
+def png(pixels: torch.Tensor) -> str:
+    """Return a PNG data URI of a uint8 image (C, H, W); of other than 1 or 3 channels, the first."""
+    if len(pixels) == 3:
+        picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy(), "RGB")
+    else:
+        picture = Image.fromarray(pixels[0].contiguous().numpy(), "L")
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def reach(delta: torch.Tensor, eps: float, norm: str) -> float:
+    """Return the change that is drawn as white: eps, or the largest one present where eps is a length."""
+    return eps if norm == "inf" else float(delta.abs().max())
+
+
+def signed(delta: torch.Tensor, white: float) -> torch.Tensor:
+    """Return delta (C, H, W) as uint8 pixels: grey is no change, 255 is +white, 0 is -white, each channel."""
+    return pixel_bytes(torch.full_like(delta, 0.5) if white == 0 else 0.5 + delta.float() / (2 * white))
+
+
+def icon() -> str:
+    """Return the page's icon, a small chessboard, so that a browser need not ask for one."""
+    rows, columns = torch.arange(16).view(-1, 1) // 4, torch.arange(16) // 4
+    return png(((rows + columns) % 2 * 150 + 70).to(torch.uint8)[None])

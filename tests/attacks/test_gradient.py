@@ -1,0 +1,188 @@
+"""Per-image attacks against formulas. The last test shows that attacks which do nothing would fail these."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gambeson as gb
+from gambeson import UserError
+from gambeson.attacks import FGSM, PGD, RFGSM
+from gambeson.data import Split
+from gambeson.evaluation import Rate
+from gambeson.evaluation.universal import accuracy_under
+from gambeson.threat import Ball
+from gambeson.victim import Victim
+from tests.conftest import LinearNet, binary, inner_images
+
+SHAPES = [(1, 2, 3), (3, 5, 7), (1, 1, 11)]
+
+
+def gain(model, x, x_adv, y):
+    """How much the margin of the wrong class has grown."""
+    sign = 1 - 2 * y.float()
+    before, after = model(x).diff(dim=1).flatten(), model(x_adv).diff(dim=1).flatten()
+    return (after - before) * sign
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("norm", ["inf", "2"])
+def test_pgd_and_fgsm_reach_the_optimum_of_a_linear_model(shape, norm):
+    model, w = binary(shape)
+    x, y = inner_images(7, shape), torch.arange(7) % 2
+    eps = 0.05
+    best = eps * (w.abs().sum() if norm == "inf" else w.norm())
+    for attack in (FGSM(eps=eps, norm=norm), PGD(eps=eps, norm=norm, steps=20, early_stop=False)):
+        x_adv = attack(model, x, y)
+        torch.testing.assert_close(gain(model, x, x_adv, y), best.expand(7), rtol=0.01, atol=0)
+        assert (Ball(eps=eps, norm=norm).length(x_adv - x) <= eps * (1 + 1e-5)).all()
+
+
+def test_early_stop_finds_exactly_the_images_that_can_be_broken():
+    model, w = binary((3, 4, 5))
+    x = inner_images(64, (3, 4, 5))
+    y = model(x).argmax(1)
+    margin = model(x).diff(dim=1).flatten().abs()
+    for norm, dual in (("inf", w.abs().sum()), ("2", w.norm())):
+        reach = margin / dual
+        eps = float(reach.detach().median()) * 1.001
+        x_adv = PGD(eps=eps, norm=norm, steps=50, step=0.2)(model, x, y)
+        broken = model(x_adv).argmax(1) != y
+        clear = (reach / eps - 1).abs() > 0.01  # the optimum is reached to one per cent
+        assert torch.equal(broken[clear], (reach < eps)[clear])
+
+
+def test_random_start_of_rfgsm_costs_what_the_paper_s_formula_says():
+    model, w = binary((3, 6, 6))
+    x, y = inner_images(2000, (3, 6, 6)), torch.zeros(2000, dtype=torch.long)
+    for share in (0.0, 0.5, 1.0):
+        x_adv = RFGSM(eps=0.1, start_size=share)(model, x, y, seed=3)
+        mean = float(gain(model, x, x_adv, y).mean() / (0.1 * w.abs().sum()))
+        assert (
+            abs(mean - (1 - share)) < 0.02
+        )  # ensemble-adversarial-training oracle: (1 - alpha / eps) of FGSM's
+
+
+def test_targeted_moves_to_the_target_and_untargeted_away():
+    draw = torch.Generator().manual_seed(1)
+    model = LinearNet(torch.randn(4, 1, 3, 3, generator=draw))
+    x = inner_images(20, (1, 3, 3))
+    y, target = model(x).topk(2).indices.T
+    reached = model(PGD(eps=0.4, targeted=True, steps=40)(model, x, target)).argmax(1) == target
+    assert reached.float().mean() > 0.9
+    assert (model(PGD(eps=0.4, margin=True)(model, x, y)).argmax(1) != y).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("attack", [FGSM, PGD, RFGSM])
+def test_eps_zero_returns_the_images_bit_for_bit(attack, trained, digits):
+    x, y = digits.test.take(slice(0, 20))
+    assert torch.equal(attack(eps=0)(trained, x, y), x)
+    with Victim(trained) as victim:
+        under = accuracy_under(victim, digits.test, attack(eps=0), seed=0)
+    assert under == gb.evaluation.accuracy(trained, digits)
+
+
+@given(
+    st.integers(1, 7),
+    st.sampled_from(["inf", "2"]),
+    st.floats(0, 1),
+    st.sampled_from([FGSM, PGD, RFGSM]),
+    st.integers(0, 9),
+)
+def test_results_stay_in_the_ball_and_in_the_box_and_repeat(count, norm, eps, kind, seed):
+    model, _ = binary((1, 3, 4), seed)
+    x = torch.rand(count, 1, 3, 4, generator=torch.Generator().manual_seed(seed))
+    x[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    y = torch.arange(count) % 2
+    attack = kind(eps=eps, norm=norm)
+    x_adv = attack(model, x, y, seed=seed)
+    assert x_adv.shape == x.shape
+    assert x_adv.dtype == x.dtype
+    assert not x_adv.requires_grad
+    assert (Ball(eps=eps, norm=norm).length(x_adv - x) <= eps + 1e-6).all()
+    assert ((x_adv >= 0) & (x_adv <= 1)).all()
+    assert torch.equal(attack(model, x, y, seed=seed), x_adv)
+
+
+def test_more_steps_and_restarts_are_never_weaker_on_a_trained_net(trained, digits):
+    x, y = digits.test.take(slice(0, 150))
+
+    def left(attack):
+        with torch.no_grad():
+            return int((trained(attack(trained, x, y)).argmax(1) == y).sum())
+
+    one, many = left(PGD(eps=0.1, steps=10)), left(PGD(eps=0.1, steps=10, restarts=4))
+    assert many <= one
+    assert left(PGD(eps=0.1, steps=20)) <= left(FGSM(eps=0.1)) < 140
+
+
+def test_works_under_no_grad_and_leaves_the_model_alone(trained, digits):
+    x, y = digits.test.take(slice(0, 10))
+    before = gb.models.fingerprint(trained)
+    with torch.no_grad():
+        moved = PGD(eps=0.1)(trained, x, y)
+    assert torch.equal(moved, PGD(eps=0.1)(trained, x, y))
+    assert gb.models.fingerprint(trained) == before
+
+
+def test_label_maps_need_every_labelled_pixel_to_fall():
+    class PixelNet(torch.nn.Module):
+        def forward(self, x):
+            return torch.cat([1 - 2 * x, 2 * x - 1], 1)  # a pixel above 0.5 is class 1
+
+    x = torch.tensor([[[[0.55, 0.9]]], [[[0.55, 0.6]]]])
+    y = torch.tensor([[[1, 1]], [[1, 255]]])
+    x_adv = PGD(eps=0.1, steps=5, step=1.0)(PixelNet(), x, y, ignore_index=255)
+    prediction = PixelNet()(x_adv).argmax(1)
+    assert prediction[1, 0, 0] == 0
+    assert float(x_adv[1, 0, 0, 1]) == pytest.approx(0.6, abs=0.11)
+    assert prediction[0].tolist() == [[0, 1]]  # 0.9 cannot fall below 0.5 within 0.1
+    split = Split("maps", x, y, ("a", "b"), ignore_index=255)
+    with Victim(PixelNet()) as victim:
+        under = accuracy_under(victim, split, PGD(eps=0.1, steps=5, step=1.0), seed=0)
+    assert under == Rate.of(1, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (torch.full((2, 1, 2, 2), -1.5), "reach from -1.5 to -1.5; they look normalised"),
+        (torch.full((2, 1, 2, 2), 200.0), "they look like 0..255: divide by 255"),
+        (torch.full((2, 1, 2, 2), 200, dtype=torch.uint8), r"torch.uint8: expected floats in \[0, 1\]"),
+        (
+            torch.full((2, 1, 2, 2), float("nan")),
+            "2 images hold NaN or infinite pixels, the first at index 0",
+        ),
+        (torch.zeros(2, 2, 2), r"expected a batch \(N, C, H, W\)"),
+        (torch.zeros(3, 1, 2, 2), "3 images came with 2 labels"),
+    ],
+)
+def test_bad_images_are_refused(x, words):
+    model, _ = binary((1, 2, 2))
+    with pytest.raises(UserError, match=words):
+        PGD(eps=0.1)(model, x, torch.tensor([0, 1]))
+
+
+def test_rounding_outside_the_box_is_clipped():
+    model, _ = binary((1, 2, 2))
+    x = torch.full((1, 1, 2, 2), 1 + 5e-7)
+    assert float(PGD(eps=0)(model, x, torch.tensor([0])).max()) == 1.0
+
+
+def test_settings_are_checked():
+    with pytest.raises(UserError, match="steps = 0"):
+        PGD(eps=0.1, steps=0)
+    with pytest.raises(TypeError, match="no setting 'step_size': did you mean"):
+        PGD(eps=0.1, step_size=0.01)
+    with pytest.raises(UserError, match="steps = 2"):
+        FGSM(eps=0.1, steps=2)
+
+
+def test_attacks_that_do_nothing_or_go_down_would_fail(trained, digits):
+    model, w = binary((1, 4, 4))
+    x, y = inner_images(5, (1, 4, 4)), torch.zeros(5, dtype=torch.long)
+    up = gain(model, x, FGSM(eps=0.1)(model, x, y), y)
+    down = gain(model, x, FGSM(eps=0.1)(model, x, 1 - y), y)
+    assert (up > 0).all()
+    assert (down < 0).all()
+    assert not gain(model, x, x, y).any()

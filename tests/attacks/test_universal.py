@@ -1,0 +1,214 @@
+"""Stochastic PGD against formulas, and what it hands back."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import gambeson as gb
+from gambeson import UserError
+from gambeson.attacks import StochasticPGD, UniversalPerturbation, control
+from gambeson.data import Dataset, Split
+from gambeson.threat import Ball
+from gambeson.victim import Victim
+from tests.conftest import LinearNet, binary, inner_images
+
+
+def linear_data(model, shape, keep=None, count=240):
+    """Images that the linear model gets right, of both classes or of one."""
+    x = inner_images(count * 4, shape)
+    bias = float(model(x).diff(dim=1).mean())
+    with torch.no_grad():
+        model.bias += torch.tensor([bias / 2, -bias / 2])
+        y = model(x).argmax(1)
+    rows = torch.arange(len(x)) if keep is None else (y == keep).nonzero().flatten()
+    rows = rows[:count]
+    thirds = rows.chunk(3)
+    splits = [
+        Split(f"linear/{name}", x[part], y[part], ("a", "b"))
+        for name, part in zip(("train", "validation", "test"), thirds, strict=True)
+    ]
+    dataset = object.__new__(Dataset)  # one class is refused by Dataset; here the formula needs it
+    for name, value in zip(
+        ("name", "train", "validation", "test", "classes"), ("linear", *splits, ("a", "b")), strict=True
+    ):
+        object.__setattr__(dataset, name, value)
+    return dataset
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3), (3, 5, 7), (1, 1, 11), (2, 8, 4)])
+@pytest.mark.parametrize("keep", [0, 1])
+def test_finds_the_best_universal_perturbation_of_a_linear_model(shape, keep):
+    model, w = binary(shape)
+    data = linear_data(model, shape, keep)
+    # With truncation an image that is fooled has no say, so the plain loss is what has this optimum.
+    attack = StochasticPGD(eps=0.1, steps=40, restarts=2, batch_size=32, truncate=None)
+    uap = attack.craft(model, data)
+    toward = 1 if keep == 0 else -1
+    torch.testing.assert_close(uap.delta[0], 0.1 * toward * w.sign())
+    margin = model(data.test.take(slice(None))[0]).diff(dim=1).flatten().abs()
+    expected = (margin < 0.1 * w.abs().sum()).float().mean()
+    assert gb.evaluation.universal_evasion(model, data.test, uap).value == pytest.approx(float(expected))
+    flat = attack.model_copy(update={"norm": "2"}).craft(model, data)
+    torch.testing.assert_close(flat.delta[0], 0.1 * toward * w / w.norm(), rtol=0.02, atol=1e-4)
+
+
+def test_two_classes_give_one_of_the_two_optima():
+    model, w = binary((1, 4, 6))
+    data = linear_data(model, (1, 4, 6))
+    uap = StochasticPGD(eps=0.1, steps=60, restarts=3, batch_size=32, truncate=None).craft(model, data)
+    assert float((uap.delta[0] * w.sign()).mean().abs()) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_targeted_optimum_of_a_linear_model_and_bad_targets():
+    model, w = binary((1, 3, 5))
+    data = linear_data(model, (1, 3, 5))
+    uap = StochasticPGD(eps=0.2, steps=40, target=1, batch_size=32, target_floor=0.0).craft(model, data)
+    torch.testing.assert_close(uap.delta[0], 0.2 * w.sign())
+    with pytest.raises(UserError, match="target 2 is not a class: expected 0 to 1"):
+        StochasticPGD(eps=0.2, target=2).craft(model, data)
+
+
+def test_restart_is_chosen_on_validation_and_everything_is_said(trained, digits):
+    attack = StochasticPGD(eps=0.2, steps=20, restarts=3, batch_size=64)
+    uap = attack.craft(trained, digits, seed=5)
+    about = uap.about
+    assert [kind for kind, _ in about.restarts] == ["zero", "sign", "sign"]
+    chosen = gb.evaluation.universal_evasion(trained, digits.validation, uap).value
+    assert chosen == max(rate for _, rate in about.restarts)
+    assert about.settings == attack.plain()
+    assert about.crafted_on == digits.train.fingerprint
+    assert about.model == gb.models.fingerprint(trained)
+    assert about.backwards == 3 * 20 * 64
+    assert about.forwards == 3 * (20 * 64 + len(digits.validation))
+    assert float(uap.delta.abs().max()) <= 0.2
+    again = attack.craft(trained, digits, seed=5)
+    assert torch.equal(uap.delta, again.delta)
+    assert not torch.equal(uap.delta, attack.craft(trained, digits, seed=6).delta)
+
+
+def test_beats_its_controls_and_the_null_perturbation_does_not(trained, digits):
+    eps = 0.2
+    uap = StochasticPGD(eps=eps, steps=60, restarts=2, batch_size=64).craft(trained, digits)
+    crafted = gb.evaluation.universal_evasion(trained, digits, uap)
+    clean = gb.evaluation.accuracy(trained, digits).complement
+    for name in ("random-sign", "chessboard"):
+        noise = UniversalPerturbation(control(name, Ball(eps=eps), digits.test.shape), uap.about)
+        assert gb.evaluation.universal_evasion(trained, digits, noise).high < crafted.low
+    nothing = UniversalPerturbation(torch.zeros_like(uap.delta), uap.about)
+    assert gb.evaluation.universal_evasion(trained, digits, nothing).value == pytest.approx(
+        clean.value, abs=1e-12
+    )
+    assert gb.evaluation.fooling_rate(trained, digits, nothing).value == 0
+    evasion, fooling = crafted.value, gb.evaluation.fooling_rate(trained, digits, uap).value
+    assert abs(evasion - fooling) <= clean.value + 1e-9
+
+
+def test_saved_file_gives_the_same_number_and_refuses_its_own_images(tmp_path, trained, digits):
+    uap = StochasticPGD(eps=0.2, steps=10, restarts=1, batch_size=64).craft(trained, digits)
+    uap.save(tmp_path / "uap.safetensors")
+    back = UniversalPerturbation.load(tmp_path / "uap.safetensors")
+    assert torch.equal(back.delta, uap.delta)
+    assert back.about == uap.about
+    one, other = (gb.evaluation.universal_evasion(trained, digits, found) for found in (uap, back))
+    assert one == other
+    with pytest.raises(UserError, match="was crafted on these images"):
+        gb.evaluation.universal_evasion(trained, digits.train, back)
+    gb.models.save(trained, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="expected a universal perturbation saved by gambeson"):
+        UniversalPerturbation.load(tmp_path / "model.safetensors")
+
+
+def test_a_model_that_ignores_its_input_ends_with_a_status(digits):
+    class Constant(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :10] * 0.0
+
+    uap = StochasticPGD(eps=0.2, steps=5, restarts=1, batch_size=64).craft(Constant(), digits)
+    assert uap.about.status == "zero"
+    assert StochasticPGD(eps=0, steps=2, restarts=1).craft(Constant(), digits).about.status == "done"
+
+
+def test_warm_start_is_one_more_restart_scaled_to_the_ball(trained, digits):
+    attack = StochasticPGD(eps=0.2, steps=10, restarts=1, batch_size=64)
+    small = attack.model_copy(update={"eps": 0.1}).craft(trained, digits)
+    warm = attack.craft(trained, digits, start=small.delta)
+    assert [kind for kind, _ in warm.about.restarts] == ["zero", "warm"]
+    assert float(warm.delta.abs().max()) <= 0.2
+
+
+def test_steps_decay_from_a_quarter_to_a_hundredth_of_eps():
+    lengths = StochasticPGD(eps=0.4, steps=200).lengths
+    assert lengths[0] == pytest.approx(0.1)
+    assert lengths[-1] == pytest.approx(0.004)
+    assert all(a >= b for a, b in zip(lengths, lengths[1:], strict=False))
+
+
+def test_label_maps_are_attacked_by_the_same_call():
+    class PixelNet(nn.Module):
+        def forward(self, x):
+            return torch.cat([1 - 2 * x, 2 * x - 1], 1)
+
+    x = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.3 + 0.55
+    y = torch.ones(60, 4, 4, dtype=torch.long)
+    y[:, 0] = 255
+    whole = Split("pixels", x, y, ("a", "b"), ignore_index=255)
+    parts = [whole.subset(torch.arange(20) + 20 * k, f"pixels/{k}") for k in range(3)]
+    data = object.__new__(Dataset)
+    for name, value in zip(
+        ("name", "train", "validation", "test", "classes"), ("p", *parts, ("a", "b")), strict=True
+    ):
+        object.__setattr__(data, name, value)
+    uap = StochasticPGD(eps=0.1, steps=20, restarts=1, batch_size=10, truncate=None).craft(PixelNet(), data)
+    torch.testing.assert_close(uap.delta[0, 0, 1:], torch.full((3, 4), -0.1))
+    assert not uap.delta[0, 0, 0].any()  # ignored pixels have no gradient
+    flips = ((parts[2].take(slice(None))[0] - 0.1) < 0.5)[:, 0, 1:].float().mean()
+    found = gb.evaluation.universal_evasion(PixelNet(), parts[2], uap)
+    assert found.value == pytest.approx(float(flips), abs=1e-6)
+    assert found.n == 20
+
+
+def test_controls_have_norm_eps_zero_mean_board_and_fresh_signs():
+    for norm in ("inf", "2"):
+        ball = Ball(eps=0.3, norm=norm)
+        board = control("chessboard", ball, (3, 4, 6))
+        torch.testing.assert_close(ball.length(board), torch.tensor([0.3]))
+        assert float(board.mean()) == pytest.approx(0, abs=1e-7)
+        assert board[0, 0, 0, 0] < 0 < board[0, 0, 0, 1]
+        assert torch.equal(board[0, 0], board[0, 2])
+        signs = control("random-sign", ball, (3, 4, 6), draws=4, seed=1)
+        torch.testing.assert_close(ball.length(signs), torch.full((4,), 0.3))
+        assert not torch.equal(signs[0], signs[1])
+        assert torch.equal(signs, control("random-sign", ball, (3, 4, 6), draws=4, seed=1))
+    with pytest.raises(UserError, match="unknown control 'chess': did you mean chessboard"):
+        control("chess", ball, (1, 2, 2))
+
+
+def test_same_numbers_whether_a_model_or_a_victim_is_given(trained, digits):
+    attack = StochasticPGD(eps=0.1, steps=5, restarts=1, batch_size=64)
+    with Victim(trained) as victim:
+        inside = attack.craft(victim, digits)
+    assert torch.equal(inside.delta, attack.craft(trained, digits).delta)
+
+
+def test_linear_net_with_many_classes_meets_brute_force():
+    draw = torch.Generator().manual_seed(2)
+    model = LinearNet(torch.randn(3, 1, 2, 4, generator=draw))
+    x = inner_images(300, (1, 2, 4))
+    with torch.no_grad():
+        model.bias -= model(x).mean(0)
+    y = model(x).argmax(1)
+    data = gb.data.as_dataset((x, y))
+    images, labels = data.train.take(slice(None))
+    corners = torch.cartesian_prod(*[torch.tensor([-0.1, 0.1])] * 8).view(-1, 1, 2, 4)
+    with torch.no_grad():
+        values = [nn.functional.cross_entropy(model(images + corner), labels) for corner in corners]
+    uap = StochasticPGD(eps=0.1, steps=100, restarts=4, batch_size=len(images), truncate=None).craft(
+        model, data
+    )
+    with torch.no_grad():
+        reached = nn.functional.cross_entropy(model(images + uap.delta), labels)
+    assert float(reached) <= float(max(values)) + 1e-5  # cross-entropy is convex: a corner is the maximum
+    assert float(reached) >= 0.95 * float(max(values))
+    assert math.isfinite(float(reached))

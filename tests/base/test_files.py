@@ -1,0 +1,142 @@
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gambeson import UserError
+from gambeson.base import (
+    close_run,
+    derive,
+    load_tensors,
+    open_run,
+    read_settings,
+    save_tensors,
+    seeded,
+    write_bytes,
+    write_json,
+)
+
+
+def test_tensors_and_their_document_come_back(tmp_path):
+    tensors = {"a": torch.rand(3, 2), "b": torch.arange(4)}
+    save_tensors(tmp_path / "deep" / "x.safetensors", tensors, {"n": 1, "list": [1, 2]})
+    back, about = load_tensors(tmp_path / "deep" / "x.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[key], tensors[key]) for key in tensors)
+    assert about == {"n": 1, "list": [1, 2]}
+
+
+def test_equal_contents_are_equal_bytes(tmp_path):
+    for name in ("one", "two"):
+        save_tensors(tmp_path / name, {"a": torch.ones(2), "b": torch.zeros(3)}, {"x": 1, "y": 2, "z": 3})
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PK\x03\x04rest", "is a pickle, which can run code when it is opened and is never loaded"),
+        (b"\x80\x04\x95rest", "is a pickle"),
+        (b"<!DOCTYPE html><html>", "a web page, not weights"),
+        (b"", r"\(0 bytes\) is not a complete safetensors file"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00{}", "it is truncated or damaged"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_refused(tmp_path, content, words):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        load_tensors(tmp_path / "x")
+    with pytest.raises(UserError, match="does not exist: expected a safetensors file with weights"):
+        load_tensors(tmp_path / "none")
+
+
+def test_a_real_pickle_is_never_opened(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    torch.save(Bomb(), tmp_path / "bomb.pt")
+    with pytest.raises(UserError, match="is a pickle"):
+        load_tensors(tmp_path / "bomb.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+@given(st.integers(1, 300))
+def test_any_truncation_is_noticed(tmp_path_factory, cut):
+    folder = tmp_path_factory.mktemp("cut")
+    save_tensors(folder / "x", {"a": torch.rand(40)}, {"k": "v"})
+    whole = (folder / "x").read_bytes()
+    (folder / "x").write_bytes(whole[: max(0, len(whole) - cut)])
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
+        load_tensors(folder / "x")
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from gambeson import UserError
+from gambeson.base import write_bytes
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    write_bytes(Path(sys.argv[1]), b"x" * 5000)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path):
+    target = tmp_path / "file"
+    write_bytes(target, b"old")
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(target)], capture_output=True, text=True, check=True
+    )
+    assert "nothing half-written was left" in done.stdout
+    assert target.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1000
+
+
+def test_a_folder_belongs_to_one_run(tmp_path):
+    run = {"kind": "train", "data": "digits", "seed": 0}
+    assert not open_run(tmp_path / "run", run, {"torch": "2"})
+    assert not open_run(tmp_path / "run", run, {"torch": "3"})  # the same run on another machine goes on
+    close_run(tmp_path / "run")
+    assert open_run(tmp_path / "run", run, {})
+    assert read_settings(tmp_path / "run" / "run.yaml", "train") == run
+    with pytest.raises(UserError, match=r"holds another run \(it differs in seed\): choose another --out"):
+        open_run(tmp_path / "run", {**run, "seed": 1}, {})
+    with pytest.raises(UserError, match="describes a run of kind 'train': expected 'audit'"):
+        read_settings(tmp_path / "run" / "run.yaml", "audit")
+    write_json(tmp_path / "other" / "notes.json", {})
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        open_run(tmp_path / "other", run, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("a: [1", "is not valid YAML"), ("- 1", "holds a list: expected settings")]
+)
+def test_bad_yaml_is_one_sentence(tmp_path, text, words):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_settings(tmp_path / "x.yaml", "train")
+    with pytest.raises(UserError, match="does not exist: name a YAML file"):
+        read_settings(Path(tmp_path / "none.yaml"), "train")
+
+
+def test_draws_are_named_by_seed_and_path_and_leave_the_global_stream_alone():
+    assert derive(0, "a", 1) == derive(0, "a", 1)
+    assert len({derive(seed, name, k) for seed in range(3) for name in "ab" for k in range(3)}) == 18
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with seeded(1, "x"):
+        one = torch.rand(2)
+    assert torch.equal(torch.rand(3), expected)
+    with seeded(1, "x"):
+        assert torch.equal(one, torch.rand(2))

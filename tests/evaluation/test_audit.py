@@ -1,0 +1,174 @@
+"""The audit end to end on real digits, and on models that deceive: a failed check must turn the verdict."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import gambeson as gb
+from gambeson import UserError
+from gambeson.attacks import StochasticPGD, UniversalPerturbation
+from gambeson.evaluation import AuditResult, Suite, eps_uni
+from tests.attacks.test_universal import linear_data
+from tests.conftest import binary
+
+SUITE = Suite(
+    eps=(0.05, 0.1, 0.2),
+    universal_steps=30,
+    universal_restarts=1,
+    universal_batch=64,
+    pgd_steps=10,
+    pgd_restarts=1,
+    eps_uni_tolerance=0.1,
+)
+
+
+@pytest.fixture(scope="module")
+def audited(trained, digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("audit")
+    return gb.audit(trained, digits, SUITE, folder, label="plain"), folder
+
+
+def test_an_honest_model_is_trusted_and_its_numbers_hang_together(audited, trained, digits):
+    found, folder = audited
+    result = found.results
+    assert found.verdict.trusted, found.verdict.reasons
+    assert result.clean == gb.evaluation.accuracy(trained, digits)
+    rates = [point.uer.value for point in result.universal]
+    assert rates[-1] > 2 * max(control.worst.value for control in result.universal[-1].controls)
+    assert rates == sorted(rates)
+    assert (
+        result.per_image[0].accuracy.value < 1 - result.middle.uer.value
+    )  # one an image is stronger than one for all
+    for point, uap in zip(result.universal, found.perturbations, strict=True):
+        stored = UniversalPerturbation.load(folder / point.file)
+        assert (
+            gb.evaluation.universal_evasion(trained, digits, stored)
+            == point.uer
+            == gb.evaluation.universal_evasion(trained, digits, uap)
+        )
+        assert gb.evaluation.fooling_rate(trained, digits, stored) == point.fooling
+        assert float(stored.delta.abs().max()) <= point.eps
+    tried = dict(result.eps_uni.tried)
+    assert tried[result.eps_uni.value] >= 0.5 or result.eps_uni.censored
+    assert all(error < 0.5 for eps, error in tried.items() if eps < result.eps_uni.value)
+
+
+def test_result_file_is_the_result_and_the_same_seed_gives_the_same_bytes(audited, trained, digits, tmp_path):
+    found, folder = audited
+    assert AuditResult.load(folder) == found.results
+    again = gb.audit(trained, digits, SUITE, tmp_path / "again", label="plain")
+    assert (tmp_path / "again" / "result.json").read_bytes() == (folder / "result.json").read_bytes()
+    other = gb.audit(trained, digits, SUITE, tmp_path / "other", label="plain", seed=1)
+    assert other.results != again.results
+    assert set(json.loads((folder / "timing.json").read_text())) >= {"per-image", "eps-uni"}
+
+
+def test_a_cut_audit_goes_on_after_its_last_stage(audited, trained, digits, tmp_path, monkeypatch):
+    found, _ = audited
+    crafted = []
+    craft = StochasticPGD.craft
+
+    def counted(self, *args, **kwargs):
+        crafted.append(self.eps)
+        if len(crafted) == 3:
+            raise KeyboardInterrupt
+        return craft(self, *args, **kwargs)
+
+    monkeypatch.setattr(StochasticPGD, "craft", counted)
+    with pytest.raises(KeyboardInterrupt):
+        gb.audit(trained, digits, SUITE, tmp_path, label="plain")
+    assert not (tmp_path / "result.json").exists()
+    resumed = gb.audit(trained, digits, SUITE, tmp_path, label="plain")
+    assert crafted[:4] == [0.05, 0.1, 0.2, 0.2]  # the first two were not crafted again
+    assert resumed.results == found.results
+    other = gb.models.create("lenet5", digits)
+    with pytest.raises(UserError, match="holds the audit of another model"):
+        gb.audit(other, digits, SUITE, tmp_path)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model, before=None, after=None):
+        super().__init__()
+        self.model, self.before, self.after = model, before, after
+
+    def forward(self, x):
+        z = self.model(x if self.before is None else self.before(x))
+        return z if self.after is None else self.after(z)
+
+
+DECEIVERS = {
+    "rounded inputs": (lambda x: (x * 4).round() / 4, None, {"gradients alive", "unbounded attack succeeds"}),
+    "detached inputs": (lambda x: x.detach() + 0 * x, None, {"gradients alive", "unbounded attack succeeds"}),
+    "saturated logits": (None, lambda z: z * 1e5, {"gradients alive", "unbounded attack succeeds"}),
+    "noisy logits": (None, lambda z: z + torch.randn_like(z), {"deterministic"}),
+    "constant": (None, lambda z: z * 0, {"better than guessing"}),
+}
+
+
+@pytest.mark.parametrize("name", DECEIVERS)
+def test_deceptive_models_are_not_trusted(name, trained, digits):
+    before, after, expected = DECEIVERS[name]
+    found = gb.audit(Wrapped(trained, before, after), digits, SUITE)
+    failed = {check.name for check in found.results.checks if not check.passed}
+    assert failed & expected, failed
+    assert not found.verdict.trusted
+    assert found.verdict.summary.startswith("Not to be trusted")
+    assert any(reason.startswith(tuple(expected)) for reason in found.verdict.reasons)
+
+
+def test_a_failed_attack_is_reported_as_failed(trained, digits, monkeypatch):
+    def nothing(self, model, data, **kwargs):
+        real = craft(self.model_copy(update={"steps": 1, "restarts": 1}), model, data, seed=0)
+        return UniversalPerturbation(real.delta * 0, real.about.model_copy(update={"status": "zero"}))
+
+    craft = StochasticPGD.craft
+    monkeypatch.setattr(StochasticPGD, "craft", nothing)
+    found = gb.audit(trained, digits, SUITE.model_copy(update={"eps": (0.3,)}))
+    failed = {check.name for check in found.results.checks if not check.passed}
+    assert {"crafted beats controls", "budget used"} <= failed
+
+
+def test_eps_uni_of_one_class_is_a_quantile_of_the_margins():
+    model, w = binary((1, 4, 6))
+    data = linear_data(model, (1, 4, 6), keep=0)
+    margins = model(data.test.take(slice(None))[0]).diff(dim=1).flatten().detach().abs() / w.abs().sum()
+    exact = float(margins.sort().values[(len(margins) + 1) // 2 - 1])
+    attack = StochasticPGD(eps=0.1, steps=20, restarts=1, batch_size=16, truncate=None)
+    found = eps_uni(model, data, attack, delta=0.5, tolerance=0.01)
+    assert exact <= found.value <= exact + max(0.011 * exact, 1 / 1024) + 1e-6
+    assert not found.censored
+
+
+def test_eps_uni_is_censored_or_zero_where_it_must_be(digits):
+    class Fixed(nn.Module):
+        def __init__(self, answer):
+            super().__init__()
+            self.answer = answer
+
+        def forward(self, x):
+            return (
+                x.flatten(1).sum(1, keepdim=True) * 0
+                + nn.functional.one_hot(torch.tensor(self.answer), 10).float()
+            )
+
+    attack = StochasticPGD(eps=0.1, steps=2, restarts=1, batch_size=16)
+    easy = eps_uni(Fixed(3), digits, attack, delta=0.5)
+    assert (easy.value, easy.censored) == (0.0, False)  # nine of ten digits are wrong before any attack
+    never = eps_uni(Fixed(3), digits, attack, delta=0.95)
+    assert (never.value, never.censored) == (1.0, True)
+    with pytest.raises(UserError, match="expected an error between 0 and 1"):
+        eps_uni(Fixed(3), digits, attack, delta=1.5)
+
+
+def test_mistakes_are_named(trained, digits):
+    with pytest.raises(UserError, match="unknown suite 'fast': choose one of full, quick, standard"):
+        gb.audit(trained, digits, "fast")
+    with pytest.raises(UserError, match="eps must be ascending without repeats"):
+        Suite(eps=(0.2, 0.1))
+    with pytest.raises(UserError, match="divides by zero"):
+        Suite(eps=("8/0",))
+    colour = gb.models.create("lenet5", in_channels=3, classes=10, image_size=8)
+    with pytest.raises(UserError, match="1 channels?.*3|3 channels?.*1"):
+        gb.audit(colour, digits, SUITE)

@@ -1,0 +1,194 @@
+"""Audit folders for the tests: synthetic, but of the real schema, with numbers that all differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from sklearn.datasets import load_digits
+from torch.nn.functional import interpolate
+
+from gambeson.attacks import CONTROLS, UniversalPerturbation
+from gambeson.attacks.perturbation import Provenance
+from gambeson.base import generator, pixel_bytes, save_tensors, write_json, write_yaml
+from gambeson.evaluation import SUITES, AuditResult, Rate
+from gambeson.evaluation.results import (
+    Check,
+    Control,
+    Cost,
+    EpsUni,
+    Material,
+    PerImage,
+    Restart,
+    Subject,
+    Universal,
+)
+from gambeson.evaluation.verdict import judge
+
+GREY = (0.05, 0.1, 0.15, 0.2, 0.3)
+COLOUR = (4 / 255, 8 / 255, 12 / 255, 16 / 255, 26 / 255)
+TESTS = 1000
+
+
+def write_audit(
+    folder: Path,
+    *,
+    label: str = "standard",
+    wrong: tuple[int, ...] = (121, 397, 683, 811, 903),
+    clean: int = 987,
+    colour: bool = False,
+    failed: bool = False,
+    censored: bool = False,
+    classes: list[str] | None = None,
+    norm: str = "inf",
+    seed: int = 0,
+) -> AuditResult:
+    """Write one folder; ``wrong`` and ``clean`` are counts out of 1,000 test images."""
+    radii = COLOUR if colour else GREY
+    shape = [3, 32, 32] if colour else [1, 28, 28]
+    names = classes or [f"digit {k}" for k in range(10)]
+    points, deltas = [], []
+    for k, (eps, errors) in enumerate(zip(radii, wrong, strict=True)):
+        floor = max(1, (errors - (1000 - clean)) // (4 + k % 2) + 1000 - clean)
+        controls = [
+            Control(name=name, mean=(floor - 3 * j - 2) / TESTS, worst=Rate.of(floor + j, TESTS), draws=draws)
+            for j, (name, draws) in enumerate(CONTROLS.items())
+        ]
+        points.append(
+            Universal(
+                eps=eps,
+                norm=norm,
+                uer=Rate.of(errors, TESTS),
+                fooling=Rate.of(errors + 7, TESTS),
+                controls=controls,
+                restarts=[
+                    Restart(start="uniform", validation_uer=errors / 1001),
+                    Restart(start="smaller", validation_uer=errors / 1003),
+                ],
+                file=f"uap-{eps:.4g}.safetensors",
+                status="done",
+                cost=Cost(forwards=25_600, backwards=25_600),
+            )
+        )
+        deltas.append(_pattern(eps, shape, seed + k))
+        about = Provenance(
+            attack="stochastic-pgd",
+            settings={},
+            eps=eps,
+            norm=norm,
+            seed=0,
+            model="f" * 16,
+            crafted_on="a" * 16,
+            crafted_split="train",
+            chosen_on="validation",
+            restarts=[("uniform", errors / 1001)],
+            status="done",
+            forwards=25_600,
+            backwards=25_600,
+        )
+        UniversalPerturbation(deltas[-1], about).save(folder / points[-1].file)
+    found = EpsUni(
+        delta=0.5,
+        value=1.0 if censored else 0.1207 + seed / 100,
+        censored=censored,
+        tolerance=0.0021,
+        tried=[(p.eps, p.uer.value) for p in points],
+        split="test",
+        cost=Cost(forwards=90_000, backwards=80_000),
+    )
+    checks = [
+        Check(
+            name="deterministic", passed=True, detail="two forwards of the same images differ by at most 0"
+        ),
+        Check(
+            name="gradients alive",
+            passed=not failed,
+            detail=f"{150 if failed else 0} of 200 images have no gradient",
+        ),
+        Check(
+            name="crafted beats controls", passed=True, detail="no control does clearly more harm at any eps"
+        ),
+    ]
+    right = Rate.of(clean, TESTS)
+    result = AuditResult(
+        subject=Subject(
+            label=label,
+            name="lenet",
+            parameters=431_080,
+            fingerprint=f"{seed:x}3b9c41d7e20f6a8",
+            defense={"name": label, "eps": 0.2, "term": {"sharedness": 64}},
+            epochs=10,
+        ),
+        material=Material(name="digits", classes=names, shape=shape, train=4000, validation=500, test=TESTS),
+        seed=0,
+        settings=SUITES["standard"].model_copy(update={"eps": radii, "norm": norm}).plain(),
+        clean=right,
+        per_image=[
+            PerImage(
+                attack="pgd",
+                settings={"eps": radii[2], "steps": 40},
+                eps=radii[2],
+                norm=norm,
+                accuracy=Rate.of(max(3, 700 - wrong[2]), TESTS),
+                cost=Cost(forwards=40_000, backwards=40_000),
+            )
+        ],
+        universal=points,
+        eps_uni=found,
+        checks=checks,
+        verdict=judge(right, points, found, checks),
+        cost=Cost(forwards=258_000, backwards=248_000),
+        environment={"python": "3.11.9", "gambeson": "0.1.0", "torch": "2.11.0", "device": "x86_64 cpu"},
+    )
+    result.save(folder)
+    _write_examples(folder, deltas[2], shape, wrong[2])
+    write_json(folder / "timing.json", {"uap-0.05.safetensors": 12.3, "per-image": 63.9})
+    write_yaml(folder / "run.yaml", {"kind": "audit", "model": "runs/model"})
+    return result
+
+
+def three(root: Path, **common: Any) -> tuple[list[Path], list[AuditResult]]:
+    """Write three audits of the same data whose numbers all differ."""
+    rows = [
+        {"label": "standard", "seed": 0},
+        {
+            "label": "shared-adversarial",
+            "wrong": (31, 58, 117, 204, 466),
+            "clean": 979,
+            "seed": 5,
+            "censored": True,
+        },
+        {"label": "jacobian", "wrong": (77, 259, 541, 707, 864), "clean": 983, "seed": 9, "failed": True},
+    ]
+    folders = [root / f"audit-{row['label']}" for row in rows]
+    return folders, [
+        write_audit(folder, **{**row, **common}) for folder, row in zip(folders, rows, strict=True)
+    ]
+
+
+def _pattern(eps: float, shape: list[int], seed: int) -> torch.Tensor:
+    """Smooth blobs of +-eps with soft edges, different for every seed, touching both ends."""
+    coarse = torch.randn(1, shape[0], 6, 6, generator=generator(seed, "pattern"))
+    smooth = interpolate(coarse, shape[1:], mode="bicubic")
+    return (smooth * 4).clamp(-1, 1) * eps
+
+
+def _write_examples(folder: Path, delta: torch.Tensor, shape: list[int], wrong: int) -> None:
+    digits = load_digits()
+    labels = torch.arange(10)
+    first = [int((torch.from_numpy(digits.target) == k).nonzero()[0]) for k in range(10)]
+    images = torch.from_numpy(digits.images[first]).float().div(16).unsqueeze(1)
+    images = interpolate(images, shape[1:], mode="bilinear").expand(-1, shape[0], -1, -1)
+    if shape[0] == 3:
+        images = images * torch.tensor([1.0, 0.8, 0.4]).view(3, 1, 1) + 0.1
+    fooled = torch.arange(10) * 100 < wrong
+    after = torch.where(fooled, (labels + 3) % 10, labels)
+    tensors = {
+        "images": pixel_bytes(images),
+        "perturbed": pixel_bytes((images + delta).clamp(0, 1)),
+        "labels": labels,
+        "predictions": torch.where(labels == 9, 4, labels),
+        "perturbed_predictions": after,
+    }
+    save_tensors(folder / "examples.safetensors", tensors, {"eps": 0.15, "norm": "inf"})

@@ -1,0 +1,201 @@
+"""What stands in the page: every number of the results, once more and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import plotly.graph_objects as go
+import pytest
+from report_audits import COLOUR, three, write_audit
+from report_reader import Reader, Written
+
+from gambeson import UserError, report
+from gambeson.evaluation import Rate
+
+
+def show(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def ends(rate: Rate) -> str:
+    return f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+
+
+def figure(html: str) -> dict[str, object]:
+    found = re.search(r'<script type="application/json" id="figure">(.*?)</script>', html, re.S)
+    assert found
+    return json.loads(found[1])
+
+
+def test_every_rate_stands_in_its_cell(written: Written) -> None:
+    start = next(k for k, row in enumerate(written.seen.rows) if row[0] == "Pattern")
+    head = written.seen.rows[start]
+    assert head[1:] == [f"eps {point.eps:.4g}" for point in written.results[0].universal]
+    for k, result in enumerate(written.results):
+        title, crafted, random, board = written.seen.rows[start + 1 + 4 * k : start + 5 + 4 * k]
+        assert title == [result.subject.label]
+        assert [crafted[0][:7], random[0][:11], board[0][:10]] == ["crafted", "random sign", "chessboard"]
+        for column, point in enumerate(result.universal, start=1):
+            assert crafted[column] == f"{show(point.uer.value)} {ends(point.uer)}"
+            draws, fixed = point.controls
+            assert random[column] == f"{show(draws.mean)} worst {show(draws.worst.value)} {ends(draws.worst)}"
+            assert board[column] == f"{show(fixed.worst.value)} {ends(fixed.worst)}"
+
+
+def test_glance_has_clean_middle_pgd_and_eps_uni(written: Written) -> None:
+    for row, result in zip(written.seen.rows[1:4], written.results, strict=True):
+        pgd, found = result.per_image[0], result.eps_uni
+        assert row[0] == f"{result.subject.label} lenet"
+        assert row[1] == f"{show(result.clean.value)} {ends(result.clean)}"
+        assert row[2] == f"{show(result.middle.uer.value)} {ends(result.middle.uer)}"
+        assert row[3] == f"{show(pgd.accuracy.value)} {ends(pgd.accuracy)} pgd, eps {pgd.eps:.4g}"
+        assert row[4].startswith(f"> {found.value:.3g}" if found.censored else f"≤ {found.value:.3g}")
+        assert row[5] == ("✓ trusted" if result.verdict.trusted else "✗ not to be trusted")
+
+
+def test_headline_names_the_weakest_and_the_strongest(written: Written) -> None:
+    weakest, strongest = written.results[0].middle.uer, written.results[1].middle.uer
+    assert f"“standard” is broken most by one pattern: at eps 0.15 it gets {weakest} of" in written.seen.text
+    best = "“shared-adversarial” withstands best among those whose "
+    best += f"numbers can be trusted, with {strongest} wrong"
+    assert best in written.seen.text
+    for result in written.results:
+        assert result.verdict.summary in written.seen.text
+
+
+def test_an_untrusted_model_is_never_called_best(tmp_path: Path) -> None:
+    folders = [tmp_path / "weak", tmp_path / "fake"]
+    write_audit(folders[0], label="weak")
+    write_audit(folders[1], label="fake", wrong=(1, 2, 3, 4, 5), clean=999, failed=True)
+    html = report.write(folders, tmp_path / "page.html").read_text()
+    assert "“fake” withstands" not in html
+    assert "It is the only one whose numbers can be trusted." in Reader(html).text
+    best = [row for row in re.findall(r"<tr.*?</tr>", html, re.S) if 'class="best"' in row]
+    assert best
+    assert not any("fake" in row or "0.1 %" in row for row in best)
+
+
+def test_overlapping_intervals_are_said_to_be_a_tie(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    write_audit(folders[0], label="a")
+    write_audit(folders[1], label="b", wrong=(120, 396, 680, 810, 902))
+    html = report.write(folders, tmp_path / "page.html").read_text()
+    assert "The two intervals overlap" in html
+    assert html.count('<td class="best">') == 2 * 9
+
+
+def test_checks_and_reasons_are_written_out(written: Written) -> None:
+    failed = written.results[2]
+    assert failed.verdict.reasons
+    for reason in failed.verdict.reasons:
+        assert f"Why not: {reason}" in written.seen.text
+    for result in written.results:
+        for check in result.checks:
+            assert (
+                f"{'✓ passed' if check.passed else '✗ failed'} {check.name} : {check.detail}"
+                in written.seen.text
+            )
+
+
+def test_settings_cost_and_versions_are_there(written: Written) -> None:
+    text = written.seen.text
+    for folder, result in zip(written.folders, written.results, strict=True):
+        assert f"gambeson audit --config {folder.name}/run.yaml --out NEW" in text
+        assert result.subject.fingerprint in text
+        for point in result.universal:
+            assert f"fooling rate {point.fooling}" in text
+    for part in (
+        "term.sharedness 64",
+        "258,000 images",
+        "1 min 16 s",
+        "torch 2.11.0",
+        "4,000 images",
+        "431,080",
+    ):
+        assert part in text
+
+
+def test_chart_holds_the_numbers_and_starts_at_the_clean_error(written: Written) -> None:
+    plot = figure(written.html)
+    go.Figure(plot)  # plotly refuses what it does not know
+    for k, result in enumerate(written.results):
+        own = [trace for trace in plot["data"] if trace["legendgroup"] == str(k)]
+        rates = [result.clean.complement, *(point.uer for point in result.universal)]
+        line, band = (next(t for t in own if t["meta"] == kind) for kind in ("line", "band"))
+        assert line["x"] == [0, *(point.eps for point in result.universal)]
+        assert line["y"] == [100 * rate.value for rate in rates]
+        assert band["y"] == [100 * r.high for r in rates] + [100 * r.low for r in reversed(rates)]
+        assert all(f"UER {rate}<br>n = 1,000" in text for rate, text in zip(rates, line["text"], strict=True))
+        controls = [t for t in own if t["meta"] == "control"]
+        for j, trace in enumerate(controls):
+            assert trace["y"] == [100 * rates[0].value, *(100 * p.controls[j].mean for p in result.universal)]
+
+
+def test_colour_data_shows_eps_in_255ths_beside_decimals(tmp_path: Path) -> None:
+    folders, _ = three(tmp_path, colour=True)
+    html = report.write(folders, tmp_path / "page.html").read_text()
+    seen = Reader(html)
+    head = next(row for row in seen.rows if row[0] == "Pattern")
+    assert head[1:] == [f"eps {round(255 * eps)}/255 {eps:.4g}" for eps in COLOUR]
+    assert figure(html)["layout"]["xaxis"]["ticktext"] == ["0", "4", "8", "12", "16", "26"]
+    assert "eps 8/255 (0.03137)" in figure(html)["data"][3]["text"][2]
+
+
+def test_one_audit_is_enough_and_its_summary_is_the_headline(tmp_path: Path) -> None:
+    result = write_audit(tmp_path / "only", censored=True)
+    (tmp_path / "only" / "timing.json").unlink()
+    (tmp_path / "only" / "run.yaml").unlink()
+    html = report.write([tmp_path / "only"], tmp_path / "page.html").read_text()
+    seen = Reader(html)
+    assert seen.text.count(result.verdict.summary) == 1
+    assert "> 1 no success up to there" in seen.text
+    assert 'class="best"' not in html
+    assert "left no run.yaml" in seen.text
+
+
+def test_equal_labels_are_told_apart_by_folder(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        write_audit(tmp_path / name)
+    html = report.write([tmp_path / "first", tmp_path / "second"], tmp_path / "page.html").read_text()
+    assert {"standard (first)", "standard (second)"} <= {row[0] for row in Reader(html).rows}
+
+
+def test_title_is_taken_and_equal_folders_give_equal_bytes(written: Written, tmp_path: Path) -> None:
+    again = report.write(written.folders, tmp_path / "again.html")
+    assert again.read_bytes() == written.path.read_bytes()
+    named = report.write(written.folders[:1], tmp_path / "named.html", title="Digits & <more>").read_text()
+    assert "<h1>Digits &amp; &lt;more&gt;</h1>" in named
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"classes": [str(k) for k in range(9)]},
+            r"digits \(9 classes.*expected the same data.*report each",
+        ),
+        ({"colour": True}, r"3 x 32 x 32.*but .* is on digits \(10 classes, 1 x 28 x 28"),
+        ({"norm": "2"}, r"in the 2-norm, but .* in the inf-norm: expected one norm"),
+    ],
+)
+def test_audits_that_cannot_stand_side_by_side_are_refused(
+    tmp_path: Path, change: dict[str, object], words: str
+) -> None:
+    write_audit(tmp_path / "one")
+    write_audit(tmp_path / "two", **change)
+    with pytest.raises(UserError, match=words):
+        report.write([tmp_path / "one", tmp_path / "two"], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_missing_files_and_empty_lists_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no audit was given: expected one or more folders"):
+        report.write([], tmp_path / "page.html")
+    with pytest.raises(UserError, match=r"result\.json does not exist: name a folder"):
+        report.write([tmp_path / "nothing"], tmp_path / "page.html")
+    write_audit(tmp_path / "cut")
+    (tmp_path / "cut" / "uap-0.15.safetensors").unlink()
+    with pytest.raises(UserError, match=r"uap-0\.15\.safetensors does not exist"):
+        report.write([tmp_path / "cut"], tmp_path / "page.html")

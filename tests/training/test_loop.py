@@ -1,0 +1,182 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gambeson as gb
+from gambeson import UserError
+from gambeson.base import generator, load_tensors
+from gambeson.defenses import PGDAdversarial, Standard
+from gambeson.training import Recipe
+
+
+def fresh(digits, seed=0, name="lenet5"):
+    torch.manual_seed(seed)
+    return gb.models.create(name, digits)
+
+
+def test_equals_the_shortest_plain_loop_bit_for_bit(digits):
+    recipe = Recipe(epochs=2, batch_size=64, lr=0.1, momentum=0.9, weight_decay=1e-3, warmup=0.5)
+    ours, plain = fresh(digits), fresh(digits)
+    start = {key: value.clone() for key, value in plain.state_dict().items()}
+    gb.train(ours, digits, Standard(), recipe=recipe, seed=7)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    plain.train()
+    steps = len(digits.train) // 64
+    for epoch in range(2):
+        order = torch.randperm(len(digits.train), generator=generator(7, "order", epoch))
+        for k in range(steps):
+            x, y = digits.train.take(order[k * 64 : k * 64 + 64])
+            progress = epoch + k / steps
+            rise = min(1.0, (progress + 1 / steps) / 0.5)
+            optimizer.param_groups[0]["lr"] = 0.1 * rise * (1 + math.cos(math.pi * progress / 2)) / 2
+            optimizer.zero_grad()
+            F.cross_entropy(plain(x), y).backward()
+            optimizer.step()
+    for key, value in ours.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[key])
+    assert any(not torch.equal(value, start[key]) for key, value in ours.state_dict().items())
+
+
+def test_learns_digits_and_logs_every_epoch(digits, tmp_path):
+    model = fresh(digits)
+    untrained = gb.evaluation.accuracy(model, digits)
+    history = gb.train(model, digits, Standard(), epochs=8, lr=0.05, batch_size=64, out=tmp_path)
+    assert gb.evaluation.accuracy(model, digits).low > 0.75 > untrained.high
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == history
+    assert [line["epoch"] for line in lines] == list(range(8))
+    assert lines[-1]["loss"] < lines[0]["loss"] / 3
+    back = gb.models.load(tmp_path)
+    assert gb.models.fingerprint(back) == gb.models.fingerprint(model)
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_a_cut_run_resumes_in_lock_step(digits, tmp_path, cut):
+    class Dropped(nn.Module):
+        """Dropout and BatchNorm: what a resume breaks first."""
+
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(
+                nn.Flatten(),
+                nn.Linear(64, 32),
+                nn.BatchNorm1d(32),
+                nn.ReLU(),
+                nn.Dropout(0.3),
+                nn.Linear(32, 10),
+            )
+
+        def forward(self, x):
+            return self.layers(x)
+
+    def run(out, stop=None):
+        torch.manual_seed(1)
+        model, seen = Dropped(), 0
+        defense = PGDAdversarial(eps=0.1)
+        if stop is not None:
+
+            class Cut(PGDAdversarial):
+                def losses(self, model, batch):
+                    nonlocal seen
+                    seen += 1
+                    if seen > stop:
+                        raise KeyboardInterrupt
+                    return super().losses(model, batch)
+
+            defense = Cut(eps=0.1)
+        kwargs = {"epochs": 4, "batch_size": 128, "seed": 5, "out": out, "augment": "crop"}
+        if stop is None:
+            return model, gb.train(model, digits, defense, **kwargs)
+        with pytest.raises(KeyboardInterrupt):
+            gb.train(model, digits, defense, **kwargs)
+        return model, None
+
+    whole, history = run(tmp_path / "whole")
+    steps = len(digits.train) // 128
+    run(tmp_path / "cut", stop=cut * steps + 3)
+    torch.rand(100)  # another process would have another global generator
+    resumed, again = run(tmp_path / "cut")
+    assert again == history
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    files = [tmp_path / name / "state" / "latest.safetensors" for name in ("whole", "cut")]
+    (one, _), (other, _) = (load_tensors(file) for file in files)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (
+        tmp_path / "cut" / "metrics.jsonl"
+    ).read_text()
+
+
+def test_sigkill_at_any_moment_loses_nothing_finished(tmp_path):
+    command = [
+        *(sys.executable, "-m", "gambeson", "train", "--data", "digits", "--model", "lenet5", "--json"),
+        *("--defense", "shared-adversarial", "--sharedness", "16", "--batch-size", "64", "--epochs", "6"),
+    ]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True)
+    process = subprocess.Popen(
+        [*command, "--out", str(cut)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (cut / "state" / "latest.safetensors").is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = len((cut / "metrics.jsonl").read_text().splitlines())
+    assert 1 <= done < 6
+    subprocess.run([*command, "--out", str(cut)], check=True, capture_output=True)
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert not [file for file in cut.rglob(".*") if file.is_file()]
+
+
+def test_best_epoch_is_chosen_on_validation(digits, tmp_path):
+    model = fresh(digits)
+    history = gb.train(
+        model, digits, Standard(), epochs=5, lr=0.2, batch_size=64, out=tmp_path, select="best"
+    )
+    best = max(entry["validation_accuracy"] for entry in history)
+    assert gb.evaluation.accuracy(model, digits.validation).value == pytest.approx(best)
+
+
+def test_schedules_are_functions_of_the_step():
+    steps = Recipe(epochs=10, lr=1.0, schedule="steps", milestones=(4, 8), gamma=0.1)
+    assert [steps.lr_at(10 * epoch, 10) for epoch in (0, 3, 4, 8)] == pytest.approx([1, 1, 0.1, 0.01])
+    assert Recipe(epochs=10, lr=1.0).lr_at(50, 10) == pytest.approx(0.5)
+    assert Recipe(epochs=10, lr=1.0, schedule="constant", warmup=2).lr_at(9, 10) == pytest.approx(0.5)
+
+
+def test_mistakes_are_named(digits):
+    model = fresh(digits)
+    with pytest.raises(UserError, match="batch size 4096 does not fit 1078 training images"):
+        gb.train(model, digits, Standard(), batch_size=4096)
+    with pytest.raises(TypeError, match="no setting 'epoch': did you mean epochs"):
+        gb.train(model, digits, Standard(), epoch=3)
+    with pytest.raises(TypeError, match="a recipe or its fields, not both"):
+        gb.train(model, digits, Standard(), recipe=Recipe(), epochs=3)
+    with pytest.raises(UserError, match="loss became NaN or infinite in epoch 0: lower the learning rate"):
+        gb.train(model, digits, Standard(), epochs=1, lr=1e6, batch_size=64)
+
+
+def test_label_maps_train_with_an_ignore_index():
+    draw = torch.Generator().manual_seed(0)
+    x = torch.rand(60, 1, 6, 6, generator=draw)
+    y = (x[:, 0] > 0.5).long()
+    y[:, 0] = 255
+    data = gb.data.as_dataset((x, y))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    defense = gb.defenses.SharedAdversarial(eps=0.02, sharedness=2, sigma=0.5)
+    history = gb.train(model, data, defense, epochs=30, batch_size=10, lr=0.5, augment="crop-flip")
+    assert history[-1]["validation_accuracy"] > 0.9
+    assert data.test.ignore_index == 255

@@ -1,0 +1,109 @@
+import pytest
+import torch
+from torch import nn
+
+from gambeson import UserError
+from gambeson.data import Split
+from gambeson.victim import Victim, predict, score
+
+
+def mixed():
+    """A net whose parts are in unlike states: a BatchNorm frozen by its user, one parameter without gradient."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3)
+    )
+    net.train()
+    net[1].eval()
+    net[0].bias.requires_grad_(False)
+    return net
+
+
+def state(net):
+    modes = [module.training for module in net.modules()]
+    flags = [parameter.requires_grad for parameter in net.parameters()]
+    return modes, flags, [value.clone() for value in net.state_dict().values()]
+
+
+def same(one, other):
+    return one[:2] == other[:2] and all(torch.equal(a, b) for a, b in zip(one[2], other[2], strict=True))
+
+
+def test_everything_comes_back_as_it_was_also_after_an_exception():
+    net = mixed()
+    before = state(net)
+    with Victim(net) as victim:
+        assert not any(module.training for module in net.modules())
+        assert not any(parameter.requires_grad for parameter in net.parameters())
+        victim(torch.rand(5, 1, 4, 4))
+    assert same(before, state(net))
+    with pytest.raises(ZeroDivisionError), Victim(net):
+        raise ZeroDivisionError
+    assert same(before, state(net))
+
+
+def test_work_is_counted_in_images():
+    with Victim(mixed()) as victim:
+        x = torch.rand(5, 1, 4, 4, requires_grad=True)
+        victim.gradient(victim(x).sum(), x, 5)
+        victim(torch.rand(2, 1, 4, 4))
+    assert (victim.forwards, victim.backwards) == (7, 5)
+
+
+def test_outputs_with_logits_are_taken_and_others_refused():
+    class Odd(nn.Module):
+        def __init__(self, wrap):
+            super().__init__()
+            self.wrap = wrap
+
+        def forward(self, x):
+            return self.wrap(x.flatten(1))
+
+    with Victim(Odd(lambda z: type("Out", (), {"logits": z})())) as victim:
+        assert victim(torch.rand(2, 1, 1, 3)).shape == (2, 3)
+    with (
+        Victim(Odd(lambda z: [z])) as victim,
+        pytest.raises(UserError, match="returned list: expected a tensor"),
+    ):
+        victim(torch.rand(2, 1, 1, 3))
+
+
+def test_wrong_channels_are_named():
+    with (
+        Victim(mixed()) as victim,
+        pytest.raises(UserError, match="images have 3 channels, but the model takes 1"),
+    ):
+        victim(torch.rand(2, 3, 4, 4))
+
+
+class Lookup(nn.Module):
+    """Answers with the channels themselves: predictions are whatever the test wrote into the images."""
+
+    def forward(self, x):
+        return x
+
+
+def test_pixels_are_scored_without_the_ignored_ones():
+    images = torch.zeros(2, 3, 2, 2)
+    images[:, 1] = 1.0  # predicts class 1 everywhere
+    labels = torch.tensor([[[1, 1], [0, 255]], [[1, 2], [255, 255]]])
+    split = Split("maps", images, labels, ("a", "b", "c"), ignore_index=255)
+    with Victim(Lookup()) as victim:
+        predictions = predict(victim, split)
+        moved = predict(victim, split, torch.tensor([1.0, -1.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2))
+    found = score(predictions, split)
+    assert (found.errors, found.answers, found.images) == (2, 5, 2)
+    assert score(moved, split, predictions).changed == 5
+    assert score(moved, split, predictions).errors == 4
+
+
+def test_broken_logits_stop_the_scoring():
+    class Broken(nn.Module):
+        def forward(self, x):
+            return x.flatten(1) / 0.0
+
+    split = Split("zeros", torch.zeros(4, 1, 1, 2), torch.tensor([0, 1, 0, 1]))
+    with (
+        Victim(Broken()) as victim,
+        pytest.raises(UserError, match="NaN or infinite logits for 4 of 4 images"),
+    ):
+        predict(victim, split)
