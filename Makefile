@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test test-full lint clean
+.PHONY: quickstart test test-full lint picture clean
 
 quickstart: $(VENV)/.quickstart   ## find a universal perturbation, harden the model, open report.html
 	$(BIN)/gambeson quickstart --out runs/quickstart
@@ -17,6 +17,13 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
+
+picture: quickstart $(VENV)/.dev     ## the README's pictures and stored results, from the quickstart
+	$(BIN)/python docs/picture.py
+	for model in standard pgd-adversarial shared-adversarial; do \
+	  mkdir -p results/quickstart/$$model; \
+	  cp runs/quickstart/$$model-audit/result.json runs/quickstart/$$model-audit/run.yaml results/quickstart/$$model/; \
+	done
 
 # A stamp a set of extras: made again only when pyproject.toml changes.
 $(VENV)/.quickstart: pyproject.toml | $(BIN)/python

@@ -62,9 +62,5 @@ def test_files_can_be_read_at_a_sitting():
 
 def test_no_pickle_is_loaded():
     for file in SOURCE.rglob("*.py"):
-        calls = [
-            ast.unparse(node.func)
-            for node in ast.walk(ast.parse(file.read_text()))
-            if isinstance(node, ast.Call)
-        ]
+        calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         assert not {"torch.load", "pickle.load", "pickle.loads", "np.load"} & set(calls), file

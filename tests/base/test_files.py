@@ -93,9 +93,7 @@ except UserError as error:
 def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path):
     target = tmp_path / "file"
     write_bytes(target, b"old")
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(target)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", FULL, str(target)], capture_output=True, text=True, check=True)
     assert "nothing half-written was left" in done.stdout
     assert target.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

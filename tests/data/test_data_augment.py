@@ -54,9 +54,7 @@ def test_draws_come_from_the_generator_alone() -> None:
     assert torch.equal(augment(x, "crop-flip", rng(5)), augment(x, "crop-flip", rng(5)))
     assert not torch.equal(augment(x, "crop-flip", rng(5)), augment(x, "crop-flip", rng(6)))
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(
-        augment(x, "crop", rng(5)), augment(x, "crop", rng(5), torch.zeros(16, 8, 8).long())[0]
-    )
+    assert torch.equal(augment(x, "crop", rng(5)), augment(x, "crop", rng(5), torch.zeros(16, 8, 8).long())[0])
 
 
 def test_none_changes_and_draws_nothing() -> None:

@@ -68,9 +68,7 @@ def test_cifar_round_trip(label_bytes: int) -> None:
     read, truth = formats.read_cifar(blob, "batch", label_bytes)
     assert np.array_equal(read.numpy(), images)
     assert truth.tolist() == labels[:, -1].tolist()  # fine labels come last
-    with pytest.raises(
-        UserError, match=f"{len(blob) - 1} bytes: expected a multiple of {3072 + label_bytes}"
-    ):
+    with pytest.raises(UserError, match=f"{len(blob) - 1} bytes: expected a multiple of {3072 + label_bytes}"):
         formats.read_cifar(blob[:-1], "batch", label_bytes)
 
 

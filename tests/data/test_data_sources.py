@@ -169,9 +169,7 @@ def test_lazy_equals_eager(maps: bool, targets: bool, monkeypatch: pytest.Monkey
 
 
 def test_torch_data_set_refusals() -> None:
-    with pytest.raises(
-        UserError, match=r"images differ in shape, \(3, 10, 10\) and \(3, 9, 10\)|pass size=224"
-    ):
+    with pytest.raises(UserError, match=r"images differ in shape, \(3, 10, 10\) and \(3, 9, 10\)|pass size=224"):
         load(Pictures(False))
     with pytest.raises(UserError, match="item 0 of the data set is a tuple: expected a pair"):
         load(torch.utils.data.TensorDataset(torch.zeros(9, 1, 2, 2)))

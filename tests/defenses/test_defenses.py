@@ -1,5 +1,6 @@
 """Objectives against hand-computed formulas, and the identities that tie them to one another."""
 
+import itertools
 import math
 
 import pytest
@@ -71,9 +72,7 @@ def test_a_heap_as_large_as_the_batch_is_one_perturbation_for_all():
     assert float(delta.abs().max()) == pytest.approx(0.1)
     with pytest.raises(UserError, match="sharedness 5 does not divide the batch of 12"):
         Adversarial(eps=0.1, sharedness=5).craft(model, batch)
-    with pytest.raises(
-        UserError, match="sharedness 64 does not divide the batch size 100: choose .* such as 128"
-    ):
+    with pytest.raises(UserError, match="sharedness 64 does not divide the batch size 100: choose .* such as 128"):
         SharedAdversarial(eps=0.1).check(100)
     SharedAdversarial(eps=0.1, sigma=0).check(100)
 
@@ -117,7 +116,7 @@ def test_risk_hierarchy_holds_exactly_and_crafting_attains_it():
         clean = float(F.cross_entropy(model(x), y))
         risks = [heap_risk(model, x, y, s, eps, w) for s in (16, 8, 4, 2, 1)]  # universal ... per image
         assert clean <= risks[0]
-        assert all(a <= b + 1e-7 for a, b in zip(risks, risks[1:], strict=False))
+        assert all(a <= b + 1e-7 for a, b in itertools.pairwise(risks))
         assert risks[0] < risks[-1]
         for s, exact in zip((16, 8, 4, 2, 1), risks, strict=True):
             assert crafted_risk(model, x, y, s, eps) == pytest.approx(exact, rel=1e-5)
@@ -130,9 +129,7 @@ def test_truncation_sends_the_budget_to_those_not_yet_fooled():
     z = model(x).diff(dim=1).flatten().detach()
     y = torch.ones(10, dtype=torch.long)
     with torch.no_grad():
-        model.bias += torch.tensor(
-            [3.0 + float(z.max()), 0.0]
-        )  # all are taken for class 0, y = 1 is fooled already
+        model.bias += torch.tensor([3.0 + float(z.max()), 0.0])  # all are taken for class 0, y = 1 is fooled already
     y[0] = 0
     batch = Batch(images=x, labels=y, seed=0)
     toward_one = 0.1 * w.sign()

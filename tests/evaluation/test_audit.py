@@ -38,9 +38,7 @@ def test_an_honest_model_is_trusted_and_its_numbers_hang_together(audited, train
     rates = [point.uer.value for point in result.universal]
     assert rates[-1] > 2 * max(control.worst.value for control in result.universal[-1].controls)
     assert rates == sorted(rates)
-    assert (
-        result.per_image[0].accuracy.value < 1 - result.middle.uer.value
-    )  # one an image is stronger than one for all
+    assert result.per_image[0].accuracy.value < 1 - result.middle.uer.value  # one an image is stronger than one for all
     for point, uap in zip(result.universal, found.perturbations, strict=True):
         stored = UniversalPerturbation.load(folder / point.file)
         assert (
@@ -148,10 +146,7 @@ def test_eps_uni_is_censored_or_zero_where_it_must_be(digits):
             self.answer = answer
 
         def forward(self, x):
-            return (
-                x.flatten(1).sum(1, keepdim=True) * 0
-                + nn.functional.one_hot(torch.tensor(self.answer), 10).float()
-            )
+            return x.flatten(1).sum(1, keepdim=True) * 0 + nn.functional.one_hot(torch.tensor(self.answer), 10).float()
 
     attack = StochasticPGD(eps=0.1, steps=2, restarts=1, batch_size=16)
     easy = eps_uni(Fixed(3), digits, attack, delta=0.5)

@@ -166,9 +166,7 @@ def test_smallest_image_works_and_one_pixel_less_is_refused(name, smallest):
     model = models.create(name, in_channels=1, classes=3, image_size=smallest).eval()
     assert model(torch.rand(2, 1, smallest, smallest)).shape == (2, 3)
     if smallest > 1:
-        with pytest.raises(
-            UserError, match=f"cannot take {smallest - 1}x40 images.*smallest.*{smallest}x{smallest}"
-        ):
+        with pytest.raises(UserError, match=f"cannot take {smallest - 1}x40 images.*smallest.*{smallest}x{smallest}"):
             models.create(name, in_channels=1, classes=3, image_size=(smallest - 1, 40))
 
 
@@ -185,9 +183,7 @@ def test_lenet_is_the_paper_s_chain():
     by_hand = torch.conv2d(x, body.conv1.weight, body.conv1.bias)
     by_hand = torch.max_pool2d(by_hand, 2).relu()
     by_hand = torch.max_pool2d(torch.conv2d(by_hand, body.conv2.weight, body.conv2.bias), 2).relu()
-    by_hand = (
-        by_hand.flatten(1) @ body.fc1.weight.T + body.fc1.bias
-    ).relu() @ body.fc2.weight.T + body.fc2.bias
+    by_hand = (by_hand.flatten(1) @ body.fc1.weight.T + body.fc1.bias).relu() @ body.fc2.weight.T + body.fc2.bias
     torch.testing.assert_close(body(x), by_hand)
 
 
@@ -239,9 +235,7 @@ def test_width_factors_scale_every_stage():
 
 def test_he_initialisation():
     torch.manual_seed(0)
-    convolution = (
-        models.create("resnet20x4", in_channels=3, classes=10, image_size=32).body.stages[2][1].conv1
-    )
+    convolution = models.create("resnet20x4", in_channels=3, classes=10, image_size=32).body.stages[2][1].conv1
     assert float(convolution.weight.detach().std()) == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.01)
 
 
@@ -270,9 +264,7 @@ def test_dropout_rates_are_the_paper_s():
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "channels", "side"), [("lenet", 1, 8), ("resnet20x0.5", 3, 8), ("mnist-d", 1, 8)]
-)
+@pytest.mark.parametrize(("name", "channels", "side"), [("lenet", 1, 8), ("resnet20x0.5", 3, 8), ("mnist-d", 1, 8)])
 def test_functional_transforms_and_double_backward(name, channels, side):
     torch.manual_seed(0)
     model = models.create(name, in_channels=channels, classes=4, image_size=side).double().eval()

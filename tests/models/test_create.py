@@ -57,9 +57,7 @@ def test_normalising_inside_is_normalising_outside():
 @given(mean=st.floats(-1, 1), std=st.floats(0.05, 3), seed=st.integers(0, 1000))
 def test_normalisation_folds_into_a_first_linear_layer(mean, std, seed):
     torch.manual_seed(seed)
-    model = (
-        models.create("mnist-d", in_channels=1, classes=3, image_size=3, mean=mean, std=std).double().eval()
-    )
+    model = models.create("mnist-d", in_channels=1, classes=3, image_size=3, mean=mean, std=std).double().eval()
     plain = models.create("mnist-d", in_channels=1, classes=3, image_size=3).double().eval()
     plain.body.load_state_dict(model.body.state_dict())
     # W (x - m) / s + b = (W / s) x + (b - sum(W) m / s), with the buffers' own rounding of m and s

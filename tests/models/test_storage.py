@@ -92,9 +92,7 @@ def test_weights_that_do_not_fit(tmp_path):
         UserError, match=r"do not fit this lenet: of another shape body.fc2.weight \(5, 500\) instead of"
     ):
         models.load_weights(wider, path)
-    with pytest.raises(
-        UserError, match=r"missing body.bn1.weight.* and 1.. more; unexpected body.conv1.bias, "
-    ):
+    with pytest.raises(UserError, match=r"missing body.bn1.weight.* and 1.. more; unexpected body.conv1.bias, "):
         models.load_weights(models.create("resnet20", in_channels=3, classes=5, image_size=12), path)
     assert models.fingerprint(wider) == before
     save_file(model.body.state_dict(), path)

@@ -61,9 +61,7 @@ def test_transformers_are_built_for_the_size(monkeypatch):
     monkeypatch.setattr(module, "VisionTransformer", tiny)
     model = models.create("torchvision:vit_b_16", in_channels=3, classes=7, image_size=48)
     assert model(torch.rand(2, 3, 48, 48)).shape == (2, 7)
-    with pytest.raises(
-        UserError, match=r"vit_b_16 cannot be built for 50x50 images.*divisible.*another image_size"
-    ):
+    with pytest.raises(UserError, match=r"vit_b_16 cannot be built for 50x50 images.*divisible.*another image_size"):
         models.create("torchvision:vit_b_16", in_channels=3, classes=7, image_size=50)
     with pytest.raises(UserError, match="takes square images, not 48x32"):
         models.create("torchvision:vit_b_16", in_channels=3, classes=7, image_size=(48, 32))

@@ -98,17 +98,13 @@ def write_audit(
         cost=Cost(forwards=90_000, backwards=80_000),
     )
     checks = [
-        Check(
-            name="deterministic", passed=True, detail="two forwards of the same images differ by at most 0"
-        ),
+        Check(name="deterministic", passed=True, detail="two forwards of the same images differ by at most 0"),
         Check(
             name="gradients alive",
             passed=not failed,
             detail=f"{150 if failed else 0} of 200 images have no gradient",
         ),
-        Check(
-            name="crafted beats controls", passed=True, detail="no control does clearly more harm at any eps"
-        ),
+        Check(name="crafted beats controls", passed=True, detail="no control does clearly more harm at any eps"),
     ]
     right = Rate.of(clean, TESTS)
     result = AuditResult(
@@ -162,9 +158,7 @@ def three(root: Path, **common: Any) -> tuple[list[Path], list[AuditResult]]:
         {"label": "jacobian", "wrong": (77, 259, 541, 707, 864), "clean": 983, "seed": 9, "failed": True},
     ]
     folders = [root / f"audit-{row['label']}" for row in rows]
-    return folders, [
-        write_audit(folder, **{**row, **common}) for folder, row in zip(folders, rows, strict=True)
-    ]
+    return folders, [write_audit(folder, **{**row, **common}) for folder, row in zip(folders, rows, strict=True)]
 
 
 def _pattern(eps: float, shape: list[int], seed: int) -> torch.Tensor:

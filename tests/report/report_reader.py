@@ -35,9 +35,7 @@ class Reader(HTMLParser):
             self.rows[-1].append("")
         if tag == "img":
             self.pictures[found["alt"] or ""] = found["src"] or ""
-        self.addresses += [
-            value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")
-        ]
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
 
     def handle_endtag(self, tag: str) -> None:
         self._hidden = False

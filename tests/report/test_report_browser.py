@@ -53,9 +53,7 @@ def test_chart_is_drawn_without_a_network(browser: Browser, written: Written) ->
     assert page.locator("#chart .scatterlayer .trace").count() == 3 * 4
     assert page.locator("#chart .js-fill").count() == 3
     assert page.locator("#chart .scatterlayer .point").count() == 3 * 6
-    assert page.locator("#chart .legendtext").all_text_contents() == [
-        r.subject.label for r in written.results
-    ]
+    assert page.locator("#chart .legendtext").all_text_contents() == [r.subject.label for r in written.results]
     assert page.locator("#chart").get_attribute("aria-label")
     assert page.locator(".modebar-btn--logo, a[href*=plotly]").count() == 0
     page.context.close()

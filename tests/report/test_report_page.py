@@ -52,7 +52,7 @@ def test_glance_has_clean_middle_pgd_and_eps_uni(written: Written) -> None:
         assert row[2] == f"{show(result.middle.uer.value)} {ends(result.middle.uer)}"
         assert row[3] == f"{show(pgd.accuracy.value)} {ends(pgd.accuracy)} pgd, eps {pgd.eps:.4g}"
         assert row[4].startswith(f"> {found.value:.3g}" if found.censored else f"≤ {found.value:.3g}")
-        assert row[5] == ("✓ trusted" if result.verdict.trusted else "✗ not to be trusted")
+        assert row[5] == ("✓ numbers trusted" if result.verdict.trusted else "✗ not to be trusted")
 
 
 def test_headline_names_the_weakest_and_the_strongest(written: Written) -> None:
@@ -93,10 +93,7 @@ def test_checks_and_reasons_are_written_out(written: Written) -> None:
         assert f"Why not: {reason}" in written.seen.text
     for result in written.results:
         for check in result.checks:
-            assert (
-                f"{'✓ passed' if check.passed else '✗ failed'} {check.name} : {check.detail}"
-                in written.seen.text
-            )
+            assert f"{'✓ passed' if check.passed else '✗ failed'} {check.name} : {check.detail}" in written.seen.text
 
 
 def test_settings_cost_and_versions_are_there(written: Written) -> None:

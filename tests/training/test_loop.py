@@ -112,9 +112,7 @@ def test_a_cut_run_resumes_in_lock_step(digits, tmp_path, cut):
     (one, _), (other, _) = (load_tensors(file) for file in files)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (
-        tmp_path / "cut" / "metrics.jsonl"
-    ).read_text()
+    assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "cut" / "metrics.jsonl").read_text()
 
 
 def test_sigkill_at_any_moment_loses_nothing_finished(tmp_path):
@@ -124,9 +122,7 @@ def test_sigkill_at_any_moment_loses_nothing_finished(tmp_path):
     ]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True)
-    process = subprocess.Popen(
-        [*command, "--out", str(cut)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([*command, "--out", str(cut)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (cut / "state" / "latest.safetensors").is_file() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -142,9 +138,7 @@ def test_sigkill_at_any_moment_loses_nothing_finished(tmp_path):
 
 def test_best_epoch_is_chosen_on_validation(digits, tmp_path):
     model = fresh(digits)
-    history = gb.train(
-        model, digits, Standard(), epochs=5, lr=0.2, batch_size=64, out=tmp_path, select="best"
-    )
+    history = gb.train(model, digits, Standard(), epochs=5, lr=0.2, batch_size=64, out=tmp_path, select="best")
     best = max(entry["validation_accuracy"] for entry in history)
     assert gb.evaluation.accuracy(model, digits.validation).value == pytest.approx(best)
 

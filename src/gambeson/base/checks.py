@@ -25,9 +25,7 @@ def check_images(images: torch.Tensor) -> torch.Tensor:
     low, high = (float(bound) for bound in torch.aminmax(images.detach()))
     if not (low > -float("inf") and high < float("inf")):
         bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten()
-        raise UserError(
-            f"{len(bad)} images hold NaN or infinite pixels, the first at index {int(bad[0])}: remove them"
-        )
+        raise UserError(f"{len(bad)} images hold NaN or infinite pixels, the first at index {int(bad[0])}: remove them")
     if low >= 0 and high <= 1:
         return images
     if low >= -TOLERANCE and high <= 1 + TOLERANCE:
@@ -67,7 +65,5 @@ def check_batch(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             f"{len(images)} images came with {len(labels)} labels: expected one label map or label an image"
         )
     if images.device != labels.device:
-        raise UserError(
-            f"images are on {images.device} and labels on {labels.device}: move them to one device"
-        )
+        raise UserError(f"images are on {images.device} and labels on {labels.device}: move them to one device")
     return check_images(images)

@@ -27,9 +27,7 @@ def open_run(folder: Path, settings: dict[str, Any], environment: dict[str, str]
         held = read_yaml(file)
         known = {key: value for key, value in held.items() if key not in _UNLIKE}
         if known != settings:
-            unlike = sorted(
-                key for key in known.keys() | settings.keys() if known.get(key) != settings.get(key)
-            )
+            unlike = sorted(key for key in known.keys() | settings.keys() if known.get(key) != settings.get(key))
             raise UserError(
                 f"{folder} holds another run (it differs in {', '.join(unlike)}): choose another --out, "
                 "or give the same settings to go on with that one"
@@ -56,16 +54,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist: name a YAML file, such as the run.yaml of a finished run"
-        ) from None
+        raise UserError(f"{path} does not exist: name a YAML file, such as the run.yaml of a finished run") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not valid YAML ({reason}): mend it and try again") from None
     if not isinstance(content, dict):
-        raise UserError(
-            f"{path} holds a {type(content).__name__}: expected settings, one `name: value` a line"
-        )
+        raise UserError(f"{path} holds a {type(content).__name__}: expected settings, one `name: value` a line")
     return content
 
 
@@ -78,7 +72,5 @@ def read_settings(path: Path, kind: str) -> dict[str, Any]:
     content = {key: value for key, value in read_yaml(path).items() if key not in _UNLIKE}
     found = content.get("kind", kind)
     if found != kind:
-        raise UserError(
-            f"{path} describes a run of kind {found!r}: expected {kind!r}; use `gambeson {found}` for it"
-        )
+        raise UserError(f"{path} describes a run of kind {found!r}: expected {kind!r}; use `gambeson {found}` for it")
     return content

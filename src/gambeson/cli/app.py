@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 
-import click
 import typer
 
 from gambeson.base import UserError
 from gambeson.cli import audit, data, quickstart, report, train
 
-STOPPED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+MISTAKE, STOPPED = 2, 130
+"""Exit codes of a mistake that the user can mend, and after Ctrl-C, as shells have it."""
 
 app = typer.Typer(
     help="Attack, harden and honestly judge vision models.",
@@ -36,16 +35,12 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run the command line; return its exit code."""
     try:
-        code = app(args=arguments, prog_name="gambeson", standalone_mode=False)
+        app(args=arguments, prog_name="gambeson")
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
-        return 2
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        typer.echo("stopped: nothing finished is lost; the same command goes on from here", err=True)
-        return STOPPED
-    return int(code or 0)
+        return MISTAKE
+    except SystemExit as end:
+        if end.code == STOPPED:
+            typer.echo("stopped: nothing finished is lost; the same command goes on from here", err=True)
+        return int(end.code or 0)
+    return 0

@@ -14,13 +14,9 @@ from gambeson.evaluation import SUITES, AuditRun, run_audit
 
 
 def audit(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder of a training run, or its model.safetensors.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help="Folder of a training run, or its model.safetensors.")] = None,
     data: Annotated[str | None, typer.Option(help="Data set; else the one the run was trained on.")] = None,
-    suite: Annotated[
-        str | None, typer.Option(help=f"{', '.join(SUITES)}: from minutes to hours (standard).")
-    ] = None,
+    suite: Annotated[str | None, typer.Option(help=f"{', '.join(SUITES)}: from minutes to hours (standard).")] = None,
     eps: Annotated[
         str | None,
         typer.Option(help="Radii of the curve, ascending, with commas: 4/255,8/255 (a grid for the data)."),
@@ -51,9 +47,7 @@ def audit(
     if device != "auto" or "device" not in settings:
         settings["device"] = pick_device(device)
     if "model" not in settings:
-        raise UserError(
-            "no model was given: name the folder of a training run, for example gambeson audit runs/x"
-        )
+        raise UserError("no model was given: name the folder of a training run, for example gambeson audit runs/x")
     run = AuditRun(**settings)
     folder = out or Path(f"{run.model.removesuffix('/')}-audit")
     with progress(as_json) as console:

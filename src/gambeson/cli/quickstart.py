@@ -14,9 +14,9 @@ from gambeson.cli.tables import audit_table
 
 
 def quickstart(
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder to write; a cut run goes on there.")
-    ] = Path("runs/quickstart"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; a cut run goes on there.")] = Path(
+        "runs/quickstart"
+    ),
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -28,9 +28,7 @@ def quickstart(
     with progress(as_json) as console:
         audits = studies.quickstart(out, seed, pick_device(device))
         folders = [out / f"{found.results.subject.label}-audit" for found in audits]
-        page = report.write(
-            folders, out / "report.html", title="Gambeson quickstart: one pattern against three models"
-        )
+        page = report.write(folders, out / "report.html", title="Gambeson quickstart: one pattern against three models")
     results = [found.results for found in audits]
     if as_json:
         print_json({"report": str(page), "audits": [result.plain() for result in results]})

@@ -1,43 +1,46 @@
-"""Results as a table for the terminal."""
+"""Results as a table for the terminal, narrow enough for 80 columns and three models."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from rich import box
 from rich.table import Table
 
 from gambeson.evaluation import AuditResult, Rate
 
 
 def audit_table(results: Sequence[AuditResult]) -> Table:
-    """Clean accuracy, UER with interval and controls at each eps, PGD accuracy and eps_uni, a block a model."""
+    """A column a model: clean accuracy, UER and its controls at each eps, PGD accuracy and eps_uni."""
+    first = results[0]
     table = Table(
-        title=f"UER on {results[0].material.test} test images of {results[0].material.name}, with 95 % intervals"
+        title=f"{first.material.test} test images of {first.material.name}: per cent [95 % interval]",
+        box=box.SIMPLE_HEAD,
+        caption="UER: share of test images that one perturbation makes the model get wrong",
     )
-    table.add_column("model")
-    table.add_column("perturbation")
-    for point in results[0].universal:
-        table.add_column(f"eps {point.eps:.3g}", justify="right")
-    for name in ("clean acc.", "PGD acc.", "eps_uni"):
-        table.add_column(name, justify="right")
+    table.add_column("")
     for result in results:
-        found = result.eps_uni
-        attacked = result.per_image[0]
-        ends = (
-            _short(result.clean),
-            f"{_short(attacked.accuracy)}\nat {attacked.eps:.3g}",
-            f"{'>' if found.censored else '≤'} {found.value:.3f}",
-        )
-        table.add_row(
-            result.subject.label, "crafted", *[_short(point.uer) for point in result.universal], *ends
-        )
-        for row, control in enumerate(result.universal[0].controls):
-            cells = [_short(point.controls[row].worst) for point in result.universal]
-            name = control.name if control.draws == 1 else f"{control.name}, worst of {control.draws}"
-            table.add_row("", name, *cells, style="dim")
+        table.add_column(result.subject.label, justify="right", no_wrap=True)
+
+    def row(name: str, cell: Callable[[AuditResult], str], style: str | None = None) -> None:
+        table.add_row(name, *[cell(result) for result in results], style=style)
+
+    row("clean accuracy", lambda result: _cell(result.clean))
+    for k, point in enumerate(first.universal):
         table.add_section()
+        row(f"UER at eps {point.eps:.3g}", lambda result, k=k: _cell(result.universal[k].uer), "bold")  # type: ignore[misc]
+        for j, control in enumerate(point.controls):
+            name = control.name if control.draws == 1 else f"{control.name} (worst)"
+            row(f"  {name}", lambda result, k=k, j=j: _cell(result.universal[k].controls[j].worst), "dim")  # type: ignore[misc]
+    table.add_section()
+    attacked = first.per_image[0]
+    row(f"PGD accuracy at eps {attacked.eps:.3g}", lambda result: _cell(result.per_image[0].accuracy))
+    row(
+        f"eps_uni({first.eps_uni.delta:g})",
+        lambda result: f"{'>' if result.eps_uni.censored else 'at most'} {result.eps_uni.value:.3f}",
+    )
     return table
 
 
-def _short(rate: Rate) -> str:
-    return f"{100 * rate.value:.1f} %\n{100 * rate.low:.0f}–{100 * rate.high:.0f}"
+def _cell(rate: Rate) -> str:
+    return f"{100 * rate.value:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"

@@ -34,9 +34,7 @@ def as_images(images: Any) -> torch.Tensor:
     if images.dtype != torch.uint8 or images.ndim != 4:
         images = check_images(images)
     if 0 in images.shape[1:]:
-        raise UserError(
-            f"images have shape {tuple(images.shape)}, which holds no pixels: expected (N, C, H, W)"
-        )
+        raise UserError(f"images have shape {tuple(images.shape)}, which holds no pixels: expected (N, C, H, W)")
     return images
 
 
@@ -49,15 +47,12 @@ def as_labels(labels: Any) -> torch.Tensor:
     labels = _tensor(labels, "labels")
     if labels.ndim == 2:
         raise UserError(
-            f"labels have shape {tuple(labels.shape)}: expected (N,) or (N, H, W); pass labels.argmax(1) "
-            "if one-hot"
+            f"labels have shape {tuple(labels.shape)}: expected (N,) or (N, H, W); pass labels.argmax(1) if one-hot"
         )
     if labels.ndim not in (1, 3):
         raise UserError(f"labels have shape {tuple(labels.shape)}: expected (N,) or (N, H, W)")
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise UserError(
-            f"labels are {labels.dtype}: expected integers that count from 0; convert them to int64"
-        )
+        raise UserError(f"labels are {labels.dtype}: expected integers that count from 0; convert them to int64")
     return labels.to(torch.int64)
 
 
@@ -109,7 +104,5 @@ def _tensor(values: Any, what: str) -> torch.Tensor:
                 array = array.copy()  # a tensor may not share memory that is read-only or strided backwards
             return torch.as_tensor(array)
         except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{what} cannot become one tensor ({error}): expected numbers of one shape"
-            ) from None
+            raise UserError(f"{what} cannot become one tensor ({error}): expected numbers of one shape") from None
     raise UserError(f"{what} are a {type(values).__name__}: expected a torch tensor or a numpy array")

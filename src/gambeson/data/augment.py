@@ -56,13 +56,9 @@ def augment(
     if kind not in KINDS:
         raise unknown_name("augmentation", kind, KINDS)
     if generator.device.type != x.device.type:
-        raise UserError(
-            f"the generator is on {generator.device} and the images on {x.device}: make it on that device"
-        )
+        raise UserError(f"the generator is on {generator.device} and the images on {x.device}: make it on that device")
     if maps is not None and maps.shape != (len(x), *x.shape[2:]):
-        raise UserError(
-            f"maps have shape {tuple(maps.shape)}: expected {(len(x), *x.shape[2:])}, one map an image"
-        )
+        raise UserError(f"maps have shape {tuple(maps.shape)}: expected {(len(x), *x.shape[2:])}, one map an image")
     if kind == "none":
         return x if maps is None else (x, maps)
     shifts = torch.randint(2 * PAD + 1, (2, len(x)), generator=generator, device=x.device)

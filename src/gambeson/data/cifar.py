@@ -55,9 +55,7 @@ def cifar_disk(name: str, root: Path) -> Content:
         return _cifar_archive(name, fetch.check_digest(blob, md5, str(root / archive), "md5"))
     pickled = root / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
     if pickled.is_dir():
-        raise UserError(
-            f"{pickled} holds pickles, which can run code and are never read; {archive} is read instead"
-        )
+        raise UserError(f"{pickled} holds pickles, which can run code and are never read; {archive} is read instead")
     raise UserError(f"neither {here} nor {archive} exists")
 
 

@@ -54,8 +54,7 @@ class Dataset:
                 )
             if split.shape != self.train.shape:
                 raise UserError(
-                    f"{split.name} holds images of {split.shape}, but train of {self.train.shape}: "
-                    "expected one shape"
+                    f"{split.name} holds images of {split.shape}, but train of {self.train.shape}: expected one shape"
                 )
             if _single_class(split):
                 raise UserError(
@@ -117,15 +116,11 @@ def cut(whole: Split, name: str, shares: Sequence[float]) -> Dataset:
     """Cut one split into a Dataset; ``shares`` are those of validation and test, train gets the rest."""
     counts = [max(2, round(len(whole) * share)) for share in shares]
     if sum(counts) >= len(whole):
-        raise UserError(
-            f"{name} has {len(whole)} images, too few for train, validation and test: give 7 or more"
-        )
+        raise UserError(f"{name} has {len(whole)} images, too few for train, validation and test: give 7 or more")
     # Lazy maps are on disk, and maps are not stratified anyway: any labels of the right length will do.
     labels = torch.zeros(len(whole), 1, 1) if isinstance(whole, LazySplit) and whole.maps else whole.labels
     parts = partition(labels, counts, name)
-    train, validation, test = (
-        whole.subset(index, f"{name}/{part}") for part, index in zip(PARTS, parts, strict=True)
-    )
+    train, validation, test = (whole.subset(index, f"{name}/{part}") for part, index in zip(PARTS, parts, strict=True))
     return Dataset(name, train, validation, test, whole.classes)
 
 
@@ -150,8 +145,7 @@ def is_pair(data: Any) -> bool:
 def _whole(data: Any, name: str, size: int | None) -> Split:
     if size is not None and (isinstance(data, Split) or is_pair(data)):
         raise UserError(
-            f"size = {size} came with tensors: it resizes image folders and torch Datasets only; resize "
-            "them first"
+            f"size = {size} came with tensors: it resizes image folders and torch Datasets only; resize them first"
         )
     if isinstance(data, Split):
         return data

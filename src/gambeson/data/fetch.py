@@ -28,9 +28,7 @@ def check_digest(blob: bytes, expected: str, what: str, algorithm: str = "sha256
     """
     got = hashlib.new(algorithm, blob, usedforsecurity=False).hexdigest()
     if got != expected:
-        raise UserError(
-            f"{what} {opening(blob)}, with {algorithm} {got}: expected {expected}, so it was not used"
-        )
+        raise UserError(f"{what} {opening(blob)}, with {algorithm} {got}: expected {expected}, so it was not used")
     return blob
 
 
@@ -80,9 +78,7 @@ def apt_files(package: str, version: str, sha256: str, folder: str) -> dict[str,
         run(["dpkg-deb", "-x", str(archive), "content"], here)
         root = here / "content" / folder.lstrip("/")
         return {
-            file.name: file.read_bytes()
-            for file in sorted(root.glob("*"))
-            if file.is_file() and not file.is_symlink()
+            file.name: file.read_bytes() for file in sorted(root.glob("*")) if file.is_file() and not file.is_symlink()
         }
 
 

@@ -39,9 +39,7 @@ class Files:
             with Image.open(path) as image:
                 pixels = pil_tensor(ImageOps.exif_transpose(image), grey=False)
         except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(
-                f"{path} cannot be read as an image ({error}): replace it or take it out"
-            ) from None
+            raise UserError(f"{path} cannot be read as an image ({error}): replace it or take it out") from None
         return fit(pixels, self.size), self.labels[number]
 
 
@@ -61,16 +59,12 @@ def load_folder(path: Path, size: int | None = None) -> Dataset:
     if size < 1:
         raise UserError(f"size = {size}: expected a number of pixels, 1 or more")
     if not path.is_dir():
-        raise UserError(
-            f"{path} is not a folder: expected one with a sub-folder a class, or train, val and test"
-        )
+        raise UserError(f"{path} is not a folder: expected one with a sub-folder a class, or train, val and test")
     name = path.resolve().name
     folders = {part: _first(path, names) for part, names in PART_FOLDERS.items()}
     if folders["train"] is None:
         if any(folders.values()):
-            raise UserError(
-                f"{path} has a test or validation folder but no train folder: add train, or flatten it"
-            )
+            raise UserError(f"{path} has a test or validation folder but no train folder: add train, or flatten it")
         return _settled(cut(_scan(path, name, None, size), name, (SHARE, SHARE)))
     train = _scan(folders["train"], f"{name}/train", None, size)
     splits = {
@@ -82,8 +76,7 @@ def load_folder(path: Path, size: int | None = None) -> Dataset:
     counts = [max(2, round(len(train) * SHARE)) for _ in missing]
     if sum(counts) >= len(train):
         raise UserError(
-            f"{folders['train']} has {len(train)} images, too few to cut {' and '.join(missing)} from: "
-            "add more"
+            f"{folders['train']} has {len(train)} images, too few to cut {' and '.join(missing)} from: add more"
         )
     rest, *parts = partition(train.labels, counts, name)
     for part, index in zip(missing, parts, strict=True):
@@ -100,26 +93,19 @@ def _scan(path: Path, name: str, classes: tuple[str, ...] | None, size: int) -> 
     """List the images of the class folders under ``path``, in the order of their names."""
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
-        raise UserError(
-            f"{path} has no sub-folders: expected one a class, with the images of that class in it"
-        )
+        raise UserError(f"{path} has no sub-folders: expected one a class, with the images of that class in it")
     found = tuple(folder.name for folder in folders)
     strangers = sorted(set(found) - set(classes or found))
     if strangers:
         raise UserError(
-            f"{path} has classes that train has not: {', '.join(strangers[:5])}; expected the same "
-            "folders in both"
+            f"{path} has classes that train has not: {', '.join(strangers[:5])}; expected the same folders in both"
         )
     known = classes or found
     paths, labels = [], []
     for folder in folders:
-        files = sorted(
-            file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file()
-        )
+        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
         if not files:
-            raise UserError(
-                f"{folder} holds no images ({', '.join(sorted(ENDINGS))}): add some or take the folder out"
-            )
+            raise UserError(f"{folder} holds no images ({', '.join(sorted(ENDINGS))}): add some or take the folder out")
         paths += files
         labels += [known.index(folder.name)] * len(files)
     truth = torch.tensor(labels)

@@ -46,9 +46,7 @@ def read_idx(blob: bytes, what: str) -> torch.Tensor:
         raise UserError(f"{what} ends inside its header after {len(blob)} bytes: fetch it again")
     shape = struct.unpack(f">{blob[3]}I", blob[4:start])
     if len(blob) - start != math.prod(shape):
-        raise UserError(
-            f"{what} holds {len(blob) - start} bytes, but its header promises {shape}: fetch it again"
-        )
+        raise UserError(f"{what} holds {len(blob) - start} bytes, but its header promises {shape}: fetch it again")
     return _tensor(blob[start:]).reshape(shape)
 
 
@@ -69,8 +67,7 @@ def read_cifar(blob: bytes, what: str, label_bytes: int = 1) -> tuple[torch.Tens
     record = label_bytes + 3 * 32 * 32
     if not blob or len(blob) % record:
         raise UserError(
-            f"{what} has {len(blob)} bytes: expected a multiple of {record}, one record an image; fetch "
-            "it again"
+            f"{what} has {len(blob)} bytes: expected a multiple of {record}, one record an image; fetch it again"
         )
     rows = _tensor(blob).reshape(-1, record)
     return rows[:, label_bytes:].reshape(-1, 3, 32, 32).contiguous(), rows[:, label_bytes - 1].to(torch.int64)
@@ -91,9 +88,7 @@ def read_sheet(blob: bytes, what: str) -> torch.Tensor:
         raise UserError(f"{what} has mode {mode}: expected RGB")
     side = math.isqrt(pixels.shape[1])
     if side * side != pixels.shape[1]:
-        raise UserError(
-            f"{what} has rows of {pixels.shape[1]} pixels: expected a square number, one image a row"
-        )
+        raise UserError(f"{what} has rows of {pixels.shape[1]} pixels: expected a square number, one image a row")
     return torch.from_numpy(pixels).reshape(-1, side, side, 3).permute(0, 3, 1, 2).contiguous()
 
 
@@ -147,11 +142,7 @@ def opening(blob: bytes) -> str:
         kind = ": a pickle, which is never read"
     elif not blob:
         kind = ": an empty file"
-    text = (
-        head.decode("ascii", "replace")
-        if head.isascii() and head.decode("ascii").isprintable()
-        else repr(head)
-    )
+    text = head.decode("ascii", "replace") if head.isascii() and head.decode("ascii").isprintable() else repr(head)
     return f"({len(blob)} bytes) starts with {text}{kind}"
 
 

@@ -31,9 +31,7 @@ class Items:
         """Load one item."""
         item = self.source[number]
         if not isinstance(item, tuple | list) or len(item) != 2:
-            raise UserError(
-                f"item {number} of the data set is a {type(item).__name__}: expected a pair (image, label)"
-            )
+            raise UserError(f"item {number} of the data set is a {type(item).__name__}: expected a pair (image, label)")
         image, label = image_tensor(item[0]), label_tensor(item[1])
         return fit(image, self.size), fit(label, self.size, nearest=True) if label.ndim == 2 else label
 
@@ -47,9 +45,7 @@ def from_items(source: Any, size: int | None, name: str) -> Split:
     try:
         count = len(source)
     except TypeError:
-        raise UserError(
-            "the torch Dataset has no length: expected a map-style data set, not a stream"
-        ) from None
+        raise UserError("the torch Dataset has no length: expected a map-style data set, not a stream") from None
     if count == 0:
         raise UserError("the torch Dataset is empty: expected one image at the least")
     fetch = Items(source, size)
@@ -94,8 +90,7 @@ def label_tensor(label: Any) -> torch.Tensor:
         value = value[0]
     if value.ndim not in (0, 2) or value.is_floating_point() or value.dtype == torch.bool:
         raise UserError(
-            f"an item's label is {value.dtype} of shape {tuple(value.shape)}: expected an integer or a "
-            "map (H, W)"
+            f"an item's label is {value.dtype} of shape {tuple(value.shape)}: expected an integer or a map (H, W)"
         )
     return value.to(torch.int64)
 
@@ -125,11 +120,7 @@ def _targets(source: Any, fetch: Items) -> torch.Tensor | None:
     if labels.shape != (len(source),) or labels.is_floating_point() or labels.dtype == torch.bool:
         return None
     ends = (0, len(source) - 1)
-    return (
-        labels.to(torch.int64)
-        if all(torch.equal(fetch(at)[1], labels[at].to(torch.int64)) for at in ends)
-        else None
-    )
+    return labels.to(torch.int64) if all(torch.equal(fetch(at)[1], labels[at].to(torch.int64)) for at in ends) else None
 
 
 def _read_labels(fetch: Items, count: int) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -97,11 +97,7 @@ class LazySplit(Split):
     def _rows(self, indices: Indices) -> Batch:
         items = self._items[self._index(indices)].tolist()
         if not items:
-            label = (
-                self._known[:0]
-                if self._known is not None
-                else torch.empty(0, *self.shape[1:], dtype=torch.int64)
-            )
+            label = self._known[:0] if self._known is not None else torch.empty(0, *self.shape[1:], dtype=torch.int64)
             return self._first.new_empty(0, *self.shape), label
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1, len(items))) as pool:
             images, labels = zip(*pool.map(self._fetch, items), strict=True)

@@ -61,8 +61,7 @@ def load(name_or_data: Any, root: str | Path | None = None, *, size: int | None 
     recipe = _recipe(name_or_data)
     if size is not None:
         raise UserError(
-            f"size = {size} came with {recipe.name}, whose images are "
-            f"{recipe.shape[1]}x{recipe.shape[2]}: leave it out"
+            f"size = {size} came with {recipe.name}, whose images are {recipe.shape[1]}x{recipe.shape[2]}: leave it out"
         )
     return build(recipe, *prepare(recipe, data_root(root)))
 

@@ -80,8 +80,7 @@ def check_content(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> None:
             raise UserError(f"{part}images or {part}labels are missing: expected both")
         if images.dtype != torch.uint8 or tuple(images.shape) != (count, *recipe.shape):
             raise UserError(
-                f"{part}images are {images.dtype} of {tuple(images.shape)}: expected uint8 of "
-                f"{(count, *recipe.shape)}"
+                f"{part}images are {images.dtype} of {tuple(images.shape)}: expected uint8 of {(count, *recipe.shape)}"
             )
         if tuple(labels.shape) != (count,):
             raise UserError(f"{part}labels have shape {tuple(labels.shape)}: expected {(count,)}")

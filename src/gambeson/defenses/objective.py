@@ -26,8 +26,6 @@ class Defense(Config):
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
         """Evaluate the objective on one batch; a term of weight zero costs nothing and is left out."""
-        values = {
-            name: (weight, term(model, batch)) for name, (weight, term) in self.terms().items() if weight
-        }
+        values = {name: (weight, term(model, batch)) for name, (weight, term) in self.terms().items() if weight}
         total = torch.stack([weight * value for weight, value in values.values()]).sum()
         return {"loss": total} | {name: value.detach() for name, (_, value) in values.items()}

@@ -29,6 +29,4 @@ class PGDAdversarial(Defense):
 
     def terms(self) -> dict[str, tuple[float, Term]]:
         """The adversarial term alone."""
-        return {
-            "adversarial": (1.0, Adversarial(eps=self.eps, norm=self.norm, steps=self.steps, step=self.step))
-        }
+        return {"adversarial": (1.0, Adversarial(eps=self.eps, norm=self.norm, steps=self.steps, step=self.step))}

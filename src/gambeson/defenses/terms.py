@@ -37,9 +37,7 @@ class Term(Protocol):
         ...
 
 
-def batch_loss(
-    model: nn.Module, images: torch.Tensor, batch: Batch, label_smoothing: float = 0.0
-) -> torch.Tensor:
+def batch_loss(model: nn.Module, images: torch.Tensor, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
     """Mean cross-entropy of ``images`` against the batch's labels."""
     answers = cross_entropy(model(images), batch.labels, batch.ignore_index, label_smoothing=label_smoothing)
     return image_means(answers, batch.labels, batch.ignore_index).mean()

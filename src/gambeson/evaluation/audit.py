@@ -213,9 +213,7 @@ class _Auditor:
             known=known,
         )
 
-    def _checks(
-        self, clean: Rate, points: list[Universal], middle: Universal, per_image: PerImage
-    ) -> list[Check]:
+    def _checks(self, clean: Rate, points: list[Universal], middle: Universal, per_image: PerImage) -> list[Check]:
         victim, test, norm = self.victim, self.test, self.suite.norm
         return [
             checks.is_deterministic(victim, test),

@@ -63,9 +63,7 @@ def gradients_are_alive(victim: Victim, split: Split) -> Check:
     )
 
 
-def multi_step_is_stronger(
-    victim: Victim, split: Split, eps: float, norm: Norm, pgd: Rate, seed: int
-) -> Check:
+def multi_step_is_stronger(victim: Victim, split: Split, eps: float, norm: Norm, pgd: Rate, seed: int) -> Check:
     """A single gradient step must not break more images than many (Tramèr et al. 2018, section 4)."""
     single = accuracy_under(victim, split, FGSM(eps=eps, norm=norm), seed)
     passed = single.high >= pgd.low

@@ -28,7 +28,7 @@ def eps_uni(
     seed: int = 0,
     known: Mapping[float, tuple[float, torch.Tensor]] | None = None,
 ) -> EpsUni:
-    """Search the robustness of Mummadi et al. 2019, section 3: eps_uni(delta).
+    """Search the smallest eps that one perturbation needs (Mummadi et al. 2019, section 3).
 
     eps doubles until one perturbation reaches an error of ``delta`` on the test split, then the bracket is halved.
     Every run also starts from the best perturbation so far, scaled to its eps: balls are nested, so a success at
@@ -116,6 +116,7 @@ class _Search:
 
 
 def _halvings(low: float, high: float, tolerance: float) -> int:
+    """At most how many halvings the bracket needs."""
     if not math.isfinite(high) or high == 0:
         return 0
-    return max(0, math.ceil(math.log2(max(1.0, (high - low) / max(tolerance * high, _FINEST)))))
+    return max(0, math.ceil(math.log2(max(1.0, (high - low) / max(tolerance * low, _FINEST)))))

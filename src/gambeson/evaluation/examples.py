@@ -14,9 +14,7 @@ from gambeson.victim import Victim
 FILE = "examples.safetensors"
 
 
-def save_examples(
-    folder: Path, victim: Victim, data: Dataset, uap: UniversalPerturbation, count: int = 10
-) -> None:
+def save_examples(folder: Path, victim: Victim, data: Dataset, uap: UniversalPerturbation, count: int = 10) -> None:
     """Write the first test images of every class in turn, up to ``count``, whatever the model makes of them.
 
     The file holds ``images`` and ``perturbed`` (uint8, K x C x H x W), ``labels``, ``predictions`` and

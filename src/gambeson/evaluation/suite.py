@@ -67,12 +67,8 @@ class Suite(Config):
 
 
 SUITES = {
-    "quick": Suite(
-        universal_steps=100, universal_restarts=2, pgd_steps=20, pgd_restarts=1, eps_uni_tolerance=0.05
-    ),
+    "quick": Suite(universal_steps=100, universal_restarts=2, pgd_steps=20, pgd_restarts=1, eps_uni_tolerance=0.05),
     "standard": Suite(),
-    "full": Suite(
-        universal_steps=500, universal_restarts=8, pgd_steps=100, pgd_restarts=5, eps_uni_tolerance=0.01
-    ),
+    "full": Suite(universal_steps=500, universal_restarts=8, pgd_steps=100, pgd_restarts=5, eps_uni_tolerance=0.01),
 }
 """The suites by name, from minutes to hours."""

@@ -77,9 +77,7 @@ def create(
     if data is not None and not all(
         hasattr(data, key) for key in ("in_channels", "image_size", "num_classes", "train")
     ):
-        raise UserError(
-            f"data is a {type(data).__name__}: pass a data set from data.load, or the keywords alone"
-        )
+        raise UserError(f"data is a {type(data).__name__}: pass a data set from data.load, or the keywords alone")
     if (mean is None) != (std is None):
         raise UserError("only one of mean and std was given: give both or neither")
     preset = torchvision_nets.weights_defaults(name) if name.startswith(torchvision_nets.PREFIX) else {}

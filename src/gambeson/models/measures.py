@@ -22,9 +22,7 @@ def fingerprint(module: nn.Module) -> str:
         The first 16 hexadecimal digits of a SHA-256.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(
-        [*module.named_parameters(), *module.named_buffers()], key=lambda item: item[0]
-    ):
+    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda item: item[0]):
         value = tensor.detach().cpu().contiguous()
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().data)

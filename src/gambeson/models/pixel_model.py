@@ -38,9 +38,7 @@ class Normalize(nn.Module):
                 "convert the images or create the model with other in_channels"
             )
         if not pixels.is_floating_point():
-            raise UserError(
-                f"images are {pixels.dtype}: expected floats in [0, 1]; pass images.float() / 255"
-            )
+            raise UserError(f"images are {pixels.dtype}: expected floats in [0, 1]; pass images.float() / 255")
         return (pixels - self.mean) / self.std
 
 

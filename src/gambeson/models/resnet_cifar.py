@@ -9,9 +9,7 @@ from gambeson.models.blocks import ResNet, scaled
 SMALLEST = 4  # below it a stage would halve a single pixel
 
 
-def resnet_v1(
-    in_channels: int, classes: int, image_size: tuple[int, int], *, depth: int, width: float = 1.0
-) -> ResNet:
+def resnet_v1(in_channels: int, classes: int, image_size: tuple[int, int], *, depth: int, width: float = 1.0) -> ResNet:
     """Build the CIFAR ResNet of He et al. 2016 (arXiv 1512.03385), section 4.2: three stages of n blocks.
 
     Shortcuts are option A (strided, zero-padded channels), as in that paper and in the public code of

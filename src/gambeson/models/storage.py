@@ -33,9 +33,7 @@ def save(model: PixelModel, path: Path, about: dict[str, Any] | None = None) -> 
     while not isinstance(inner, PixelModel):
         wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if not isinstance(wrapped, nn.Module):
-            raise UserError(
-                f"a {type(inner).__name__} has no card: pass a model of models.create, or use safetensors"
-            )
+            raise UserError(f"a {type(inner).__name__} has no card: pass a model of models.create, or use safetensors")
         inner = wrapped
     save_tensors(Path(path), inner.state_dict(), {"card": inner.card.plain(), "about": about or {}})
 
@@ -70,9 +68,7 @@ def load(path: Path) -> PixelModel:
     kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(kinds) == 1:
         model.to(kinds.pop())
-    _fill(
-        model, tensors, f"the weights of {path} do not fit its own card ({card.name})", "copy the file again"
-    )
+    _fill(model, tensors, f"the weights of {path} do not fit its own card ({card.name})", "copy the file again")
     return model.eval()
 
 

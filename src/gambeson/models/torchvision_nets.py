@@ -60,8 +60,7 @@ def build(
         body: nn.Module = models.get_model(arch, weights=weights, num_classes=classes, **settings)
     except OSError as error:
         raise UserError(
-            f"the weights of {name} could not be fetched ({error}): check the network, "
-            f"or leave out @{weights_name}"
+            f"the weights of {name} could not be fetched ({error}): check the network, or leave out @{weights_name}"
         ) from error
     except _SIZE_ERRORS as error:
         raise UserError(
@@ -77,9 +76,7 @@ def build(
     for module in body.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
-    _check_size(
-        name, body, in_channels, image_size, fixed="image_size" in settings or "input_size" in settings
-    )
+    _check_size(name, body, in_channels, image_size, fixed="image_size" in settings or "input_size" in settings)
     return body
 
 
@@ -109,8 +106,7 @@ def _torchvision_models() -> Any:
         if "torchvision::" not in str(error):
             raise
         raise UserError(
-            f"torch and torchvision come from different builds: "
-            f"install both from the same place ({_one_line(error)})"
+            f"torch and torchvision come from different builds: install both from the same place ({_one_line(error)})"
         ) from error
     return models
 
@@ -134,9 +130,7 @@ def _weights(models: Any, arch: str, weights_name: str) -> Any:
 def _settings(name: str, arch: str, image_size: tuple[int, int], fetching: bool) -> dict[str, Any]:
     if arch.startswith("vit_"):
         if image_size[0] != image_size[1]:
-            raise UserError(
-                f"{name} takes square images, not {image_size[0]}x{image_size[1]}: choose one side"
-            )
+            raise UserError(f"{name} takes square images, not {image_size[0]}x{image_size[1]}: choose one side")
         return {"image_size": image_size[0]}
     if arch.startswith("maxvit"):
         return {"input_size": image_size}
@@ -164,39 +158,27 @@ def _change_channels(body: nn.Module, in_channels: int) -> None:
     setattr(body.get_submodule(parent), leaf, new)
 
 
-def _check_size(
-    name: str, body: nn.Module, in_channels: int, image_size: tuple[int, int], fixed: bool
-) -> None:
+def _check_size(name: str, body: nn.Module, in_channels: int, image_size: tuple[int, int], fixed: bool) -> None:
     """Run shapes alone through the body; where they do not fit, look for the smallest side that does."""
     failure = _shape_failure(body, in_channels, image_size)
     if failure is None:
         return
     given = f"{image_size[0]}x{image_size[1]}"
     if fixed:
-        raise UserError(
-            f"{name} cannot take {given} images ({_one_line(failure)}): choose another image_size"
-        )
-    smallest = _first_true(
-        lambda side: _shape_failure(body, in_channels, (side, side)) is None, _LARGEST_SEARCHED
-    )
+        raise UserError(f"{name} cannot take {given} images ({_one_line(failure)}): choose another image_size")
+    smallest = _first_true(lambda side: _shape_failure(body, in_channels, (side, side)) is None, _LARGEST_SEARCHED)
     if smallest is None or min(image_size) >= smallest:
-        raise UserError(
-            f"{name} cannot take {given} images ({_one_line(failure)}): choose another image_size"
-        )
+        raise UserError(f"{name} cannot take {given} images ({_one_line(failure)}): choose another image_size")
     raise UserError(f"{name} cannot take {given} images: the smallest it takes are {smallest}x{smallest}")
 
 
 def _shape_failure(body: nn.Module, in_channels: int, image_size: tuple[int, int]) -> Exception | None:
-    shapes = {
-        key: value.detach().to("meta") for key, value in (*body.named_parameters(), *body.named_buffers())
-    }
+    shapes = {key: value.detach().to("meta") for key, value in (*body.named_parameters(), *body.named_buffers())}
     training = {module: module.training for module in body.modules()}
     body.eval()
     try:
         with torch.no_grad():
-            torch.func.functional_call(
-                body, shapes, (torch.empty(2, in_channels, *image_size, device="meta"),)
-            )
+            torch.func.functional_call(body, shapes, (torch.empty(2, in_channels, *image_size, device="meta"),))
     except _SIZE_ERRORS as error:
         return error
     finally:

@@ -42,9 +42,7 @@ def alternative(folders: Sequence[Folder], scale: Scale) -> str:
     parts = []
     for folder in folders:
         last, clean = folder.result.universal[-1], folder.result.clean.complement
-        parts.append(
-            f"{folder.label} from {clean} without a pattern to {last.uer} at eps {scale.text(last.eps)}"
-        )
+        parts.append(f"{folder.label} from {clean} without a pattern to {last.uer} at eps {scale.text(last.eps)}")
     return f"UER: {'; '.join(parts)}."
 
 
@@ -118,11 +116,7 @@ def _controls(folder: Folder, index: int, scale: Scale) -> list[dict[str, Any]]:
             for control in (c for c in point.controls if c.name == name):
                 x.append(point.eps)
                 y.append(100 * control.mean)
-                mean = (
-                    ""
-                    if control.draws == 1
-                    else f"mean of {control.draws} draws {percent(control.mean)}<br>worst "
-                )
+                mean = "" if control.draws == 1 else f"mean of {control.draws} draws {percent(control.mean)}<br>worst "
                 text.append(
                     f"{escape(folder.label)}: {escape(name)}<br>eps {_both(point.eps, scale)}<br>"
                     f"{mean}{control.worst}<br>n = {control.worst.n:,}"

@@ -56,9 +56,7 @@ def read_folders(paths: Sequence[Path]) -> list[Folder]:
     results = [AuditResult.load(path) for path in paths]
     for path, result in zip(paths, results, strict=True):
         if not result.universal:
-            raise UserError(
-                f"{path} holds no universal perturbation: expected at least one eps; run the audit again"
-            )
+            raise UserError(f"{path} holds no universal perturbation: expected at least one eps; run the audit again")
         _check_pair(paths[0], results[0], path, result)
     times = Counter(result.subject.label for result in results)
     return [_read(path, result, times) for path, result in zip(paths, results, strict=True)]
@@ -97,18 +95,14 @@ def _delta(path: Path, material: Material) -> torch.Tensor:
     delta = tensors.get("delta")
     if delta is None or list(delta.shape) != [1, *material.shape]:
         found = sorted(tensors) if delta is None else f"a delta of shape {tuple(delta.shape)}"
-        raise UserError(
-            f"{path} holds {found}: expected a delta of shape {(1, *material.shape)}; run the audit again"
-        )
+        raise UserError(f"{path} holds {found}: expected a delta of shape {(1, *material.shape)}; run the audit again")
     return delta[0]
 
 
 def _examples(path: Path) -> dict[str, torch.Tensor]:
     tensors, _ = load_tensors(path, "test images of an audit")
     if missing := sorted(set(_EXAMPLES) - set(tensors)):
-        raise UserError(
-            f"{path} lacks {', '.join(missing)}: expected test images of an audit; run the audit again"
-        )
+        raise UserError(f"{path} lacks {', '.join(missing)}: expected test images of an audit; run the audit again")
     return tensors
 
 

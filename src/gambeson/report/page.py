@@ -100,9 +100,7 @@ def build(folders: Sequence[Folder], title: str | None) -> Page:
     scale = Scale(first.universal[0].norm, len(first.material.shape) == 3 and first.material.shape[0] == 3)
     eps = tables.common_eps(folders)
     what = folders[0].label if len(folders) == 1 else words.count(len(folders), "model")
-    names = [
-        control.name for folder in folders for point in folder.result.universal for control in point.controls
-    ]
+    names = [control.name for folder in folders for point in folder.result.universal for control in point.controls]
     return Page(
         title=title or f"Robustness audit: {what} on {first.material.name}",
         icon=pictures.icon(),
@@ -151,8 +149,7 @@ def _patterns(folder: Folder, scale: Scale) -> list[Picture]:
             Picture(
                 source=pictures.png(pictures.signed(delta, white)),
                 alt=f"Universal perturbation for {folder.label} at eps {scale.text(point.eps)}",
-                title=f"eps {scale.text(point.eps)}"
-                + ("" if point.status == "done" else f" ({point.status})"),
+                title=f"eps {scale.text(point.eps)}" + ("" if point.status == "done" else f" ({point.status})"),
                 scale=f"{'each channel: ' if scale.colour else ''}black -{size}, grey 0, white +{size}",
                 rate=f"UER {point.uer}",
             )

@@ -52,9 +52,7 @@ def glance(folders: Sequence[Folder], eps: float | None, scale: Scale) -> list[L
     uer = _leaders(folders, [folder.at(eps).uer if eps is not None else None for folder in folders])
     tests = {tuple((attack.attack, attack.eps) for attack in folder.result.per_image) for folder in folders}
     alike = len(tests) == 1 and len(folders[0].result.per_image) == 1
-    pgd = _leaders(
-        folders, [f.result.per_image[0].accuracy if alike else None for f in folders], highest=True
-    )
+    pgd = _leaders(folders, [f.result.per_image[0].accuracy if alike else None for f in folders], highest=True)
     sizes = [(folder.result.eps_uni.censored, folder.result.eps_uni.value) for folder in folders]
     largest = max((size for size, folder in zip(sizes, folders, strict=True) if folder.trusted), default=None)
     alike_delta = len({folder.result.eps_uni.delta for folder in folders}) == 1
@@ -84,9 +82,7 @@ def grid(folders: Sequence[Folder]) -> list[float]:
 def curves(folders: Sequence[Folder]) -> list[list[Line]]:
     """Build, for each model, a line for the crafted pattern and one for each control, over all eps."""
     points = [{point.eps: point for point in folder.result.universal} for folder in folders]
-    best = {
-        eps: _leaders(folders, [p[eps].uer if eps in p else None for p in points]) for eps in grid(folders)
-    }
+    best = {eps: _leaders(folders, [p[eps].uer if eps in p else None for p in points]) for eps in grid(folders)}
     groups = []
     for k, folder in enumerate(folders):
         crafted = [
@@ -102,11 +98,7 @@ def curves(folders: Sequence[Folder]) -> list[list[Line]]:
             for eps in grid(folders):
                 found = [c for c in points[k][eps].controls if c.name == name] if eps in points[k] else []
                 cells.append(_control(found[0]) if found else Cell(_NONE))
-            note = (
-                "one fixed pattern"
-                if control.draws == 1
-                else f"mean of {control.draws} draws; the worst below"
-            )
+            note = "one fixed pattern" if control.draws == 1 else f"mean of {control.draws} draws; the worst below"
             lines.append(Line(name.replace("-", " "), note, cells))
         groups.append(lines)
     return groups

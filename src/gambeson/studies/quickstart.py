@@ -56,7 +56,5 @@ def quickstart(out: Path, seed: int = 0, device: str = "cpu") -> list[Audit]:
             device=device,
         )
         run_training(run, out / name, dataset)
-    plans = [
-        AuditRun(model=str(out / name), data=DATA, suite=SUITE, seed=seed, device=device) for name in DEFENSES
-    ]
+    plans = [AuditRun(model=str(out / name), data=DATA, suite=SUITE, seed=seed, device=device) for name in DEFENSES]
     return [run_audit(plan, Path(f"{plan.model}-audit"), dataset) for plan in plans]

@@ -35,9 +35,7 @@ class TrainRun(Config):
     """Name of a data set, such as ``fashion-mnist`` or ``image-folder:PATH``."""
     model: str
     """Name of an architecture, such as ``lenet``."""
-    defense: Annotated[
-        SerializeAsAny[Defense], BeforeValidator(_read_defense), PlainSerializer(_write_defense)
-    ]
+    defense: Annotated[SerializeAsAny[Defense], BeforeValidator(_read_defense), PlainSerializer(_write_defense)]
     """The objective: its name with its settings."""
     recipe: Recipe = Recipe()
     """Length, optimiser, schedule."""

@@ -43,9 +43,7 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         raise UserError(
             f"{path} is the state of another model ({str(error).splitlines()[-1].strip()}): choose another --out"
         ) from None
-    moments: dict[int, dict[str, Any]] = {
-        int(index): dict(values) for index, values in about["optimizer"].items()
-    }
+    moments: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in about["optimizer"].items()}
     for name, value in tensors.items():
         if name.startswith(_OPTIMIZER):
             index, key = name.removeprefix(_OPTIMIZER).split(".", 1)

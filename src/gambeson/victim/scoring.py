@@ -79,11 +79,7 @@ def score(predictions: torch.Tensor, split: Split, clean: torch.Tensor | None = 
             f"the model answers with shape {tuple(predictions.shape)}, but the labels have {tuple(labels.shape)}: "
             "expected logits (N, K) for labels (N,), or (N, K, H, W) for labels (N, H, W)"
         )
-    valid = (
-        torch.ones_like(labels, dtype=torch.bool)
-        if split.ignore_index is None
-        else labels != split.ignore_index
-    )
+    valid = torch.ones_like(labels, dtype=torch.bool) if split.ignore_index is None else labels != split.ignore_index
     changed = 0 if clean is None else int(((predictions != clean) & valid).sum())
     return Score(
         errors=int(((predictions != labels) & valid).sum()),
