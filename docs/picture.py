@@ -15,7 +15,7 @@ def main() -> None:
     """Photograph the curve and the strip of test images."""
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
-        page = browser.new_page(viewport={"width": 900, "height": 900}, device_scale_factor=1.5)
+        page = browser.new_page(viewport={"width": 1140, "height": 900}, device_scale_factor=1.5)
         page.goto(REPORT.as_uri())
         page.wait_for_selector("#chart svg")
         for name in ("curve", "images"):

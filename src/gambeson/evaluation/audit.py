@@ -94,7 +94,7 @@ def audit(
         suite = SUITES[suite]
     dataset = as_dataset(data)
     folder = None if out is None else Path(out)
-    with Victim(model) as victim:
+    with Victim(model, fast=True) as victim:
         subject = Subject(
             label=label,
             name=getattr(getattr(model, "card", None), "name", type(model).__name__),

@@ -30,7 +30,7 @@ def save_examples(folder: Path, victim: Victim, data: Dataset, uap: UniversalPer
     images, truths = data.test.take(chosen, victim.device)
     moved = uap.apply(images)
     with torch.no_grad():
-        before, after = victim(images).argmax(1), victim(moved).argmax(1)
+        before, after = victim.exact(images).argmax(1), victim.exact(moved).argmax(1)
     tensors = {
         "images": pixel_bytes(images),
         "perturbed": pixel_bytes(moved),

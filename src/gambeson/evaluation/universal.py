@@ -81,7 +81,7 @@ def accuracy_under(victim: Victim, split: Split, attack: PGD, seed: int, batch_s
     for k, (images, labels) in enumerate(split.batches(batch_size, device=victim.device)):
         moved = attack(victim, images, labels, seed=derive(seed, "batch", k), ignore_index=split.ignore_index)
         with torch.no_grad():
-            correct = victim(moved).argmax(1) == labels
+            correct = victim.exact(moved).argmax(1) == labels
         valid = torch.ones_like(correct) if split.ignore_index is None else labels != split.ignore_index
         answers, right = answers + int(valid.sum()), right + int((correct & valid).sum())
     return Rate.of(right, answers, len(split))

@@ -1,0 +1,107 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import gambeson as gb
+from gambeson.victim import Victim, folded
+
+
+def settled(name, channels=3, size=16):
+    """A net whose BatchNorm statistics are not the initial ones."""
+    torch.manual_seed(0)
+    model = gb.models.create(name, in_channels=channels, classes=5, image_size=size)
+    model.train()
+    for _ in range(3):
+        model(torch.rand(8, channels, size, size))
+    return model.eval()
+
+
+@pytest.mark.parametrize(("name", "pairs"), [("resnet20x0.5", 19), ("resnet18x0.25", 20), ("torchvision:resnet18", 20)])
+def test_every_pair_is_folded_and_nothing_else_changes(name, pairs):
+    model = settled(name, size=32)
+    before = gb.models.fingerprint(model)
+    x = torch.rand(4, 3, 32, 32, requires_grad=True)
+    view, found = folded(model, x[:2].detach())
+    assert found == pairs
+    assert not [module for module in view.modules() if isinstance(module, nn.BatchNorm2d)]
+    torch.testing.assert_close(view(x), model(x), rtol=1e-4, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(net(x).square().sum(), x)[0] for net in (view, model))
+    assert (ours - theirs).norm() < 0.01 * theirs.norm()  # a ReLU at its kink may switch
+    assert gb.models.fingerprint(model) == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Forked(nn.Module):
+    """The convolution's output has a second use, so folding would be wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.flat = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten()
+        self.norm.running_mean.fill_(3.0)
+
+    def forward(self, x):
+        z = self.conv(x)
+        return self.flat(self.norm(z) + z)
+
+
+class Twice(nn.Module):
+    """One convolution called twice, one of its outputs normalised."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.flat = nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1), nn.Flatten()
+        self.norm.running_var.fill_(7.0)
+
+    def forward(self, x):
+        return self.flat(self.norm(self.conv(x)) + self.conv(x + 1))
+
+
+@pytest.mark.parametrize("kind", [Forked, Twice])
+def test_where_folding_would_be_wrong_the_copy_stays_unfolded(kind):
+    model = kind().eval()
+    x = torch.rand(3, 1, 5, 5)
+    view, pairs = folded(model, x)
+    assert pairs == 0
+    assert torch.equal(view(x), model(x))
+
+
+def test_a_fast_victim_gives_the_same_logits_and_scores_come_from_the_model():
+    model = settled("resnet20x0.5")
+    x = torch.rand(6, 3, 16, 16)
+    with Victim(model, fast=True) as victim, Victim(copy.deepcopy(model)) as plain:
+        torch.testing.assert_close(victim(x), plain(x), rtol=1e-4, atol=1e-5)
+        assert torch.equal(victim.exact(x), plain(x))
+        assert victim.notes == "a copy with 19 BatchNorms folded, channels last"
+        assert victim.forwards == 12
+        images = x.clone().requires_grad_()
+        gradient = victim.gradient(victim(images).sum(), images, 6)
+        expected = torch.autograd.grad(plain(images).sum(), images)[0]
+    assert (gradient - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_model_that_cannot_be_copied_still_works():
+    class Single(nn.Module):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("there is only one of me")
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    with Victim(Single(), fast=True) as victim:
+        assert victim(torch.rand(2, 1, 1, 3)).shape == (2, 3)
+    assert "there is only one of me" in victim.notes
+
+
+def test_weights_may_change_between_two_uses():
+    model = settled("resnet20x0.5")
+    x = torch.rand(2, 3, 16, 16)
+    victim = Victim(model, fast=True)
+    with victim:
+        before = victim(x)
+    with torch.no_grad():
+        model.body.bn1.weight.mul_(2)
+    with victim:
+        assert not torch.allclose(victim(x), before)
+        torch.testing.assert_close(victim(x), victim.exact(x), rtol=1e-4, atol=1e-5)
