@@ -12,6 +12,8 @@ from torch import nn
 
 import gambeson as gb
 
+torch.set_num_threads(1)  # the nets are tiny: a second thread costs more than it brings
+
 settings.register_profile("fast", max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("fast")
 

@@ -11,6 +11,11 @@ from gambeson.base import Config, UserError, load_tensors, save_tensors
 from gambeson.threat import Ball, Eps, Norm, perturb
 
 
+Status = Literal["done", "weak", "zero", "target not reached"]
+"""``weak``: its norm is below 5 % of eps; ``zero``: it is zero although eps is not; ``target not reached``: the
+attack's own stopping rule (DeepFool-UAP's fooling rate) was not met within its passes."""
+
+
 class Provenance(Config):
     """How a universal perturbation was made: enough to make it again, and to refuse scoring it on its own images."""
 
@@ -22,19 +27,21 @@ class Provenance(Config):
     norm: Norm
     seed: int
     model: str
-    """Hash of the weights it was crafted on."""
+    """Hash of the weights it was crafted on; several models' hashes are joined by ``+``."""
     crafted_on: str
-    """Hash of the images it was crafted on."""
+    """Hash of the images it was crafted on; ``no images`` for a data-free attack."""
     crafted_split: str
     """Their name."""
     chosen_on: str
     """Name of the split that chose among restarts."""
     restarts: list[tuple[str, float]]
     """Each start and the rate it reached on ``chosen_on``: UER, or target rate where targeted."""
-    status: Literal["done", "weak", "zero"]
-    """``weak``: its norm is below 5 % of eps; ``zero``: it is zero although eps is not."""
+    status: Status
+    """See :data:`Status`."""
     forwards: int
     backwards: int
+    source_class: int | None = None
+    """The true class whose images it is for, where it was crafted class-wise."""
 
 
 class UniversalPerturbation:

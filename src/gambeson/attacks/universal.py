@@ -1,41 +1,37 @@
-"""Stochastic PGD: one perturbation for all images, climbed over a stream of mini-batches."""
+"""Stochastic PGD: one perturbation for all images, or one for each class, climbed over a stream of mini-batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
 
+from gambeson.attacks.crafting import LabelSource, Models, UniversalAttack, entered, tally
 from gambeson.attacks.losses import Loss
-from gambeson.attacks.perturbation import Provenance, UniversalPerturbation
-from gambeson.attacks.solver import Ascent
-from gambeson.base import Config, Number, UserError, derive, generator
-from gambeson.data import Split, as_dataset
-from gambeson.models import fingerprint
-from gambeson.threat import Ball, BoxGradient, Eps, Norm
-from gambeson.victim import Victim, predict, score
-
-WEAK = 0.05
-"""A perturbation whose norm stays below this share of eps has not used its budget."""
+from gambeson.attacks.perturbation import UniversalPerturbation
+from gambeson.attacks.workshop import Candidate, Objective, Workshop
+from gambeson.base import Number, UserError
+from gambeson.data import Split
+from gambeson.threat import BoxGradient
 
 
-class StochasticPGD(Config):
+class StochasticPGD(UniversalAttack):
     """Stochastic projected gradient descent for universal perturbations.
 
     Maximises mean_i min(CE(f(clip(x_i + delta)), y_i), kappa) over the ball by steps on mini-batches (Shafahi et
     al., arXiv 1811.11304; the attack of Mummadi et al. 2019). Neither paper's schedule or number of restarts is
     known: all defaults here are ours, but for the truncation kappa = -log 0.2 of Mummadi et al.
 
-    Crafted on ``data.train``; ``data.validation`` chooses among restarts; ``data.test`` is never looked at.
+    Crafted on ``data.train``; ``data.validation`` chooses among restarts; ``data.test`` is never looked at. It costs
+    ``restarts * steps * batch_size`` forwards and as many backwards, and a forward of validation a restart.
     """
 
-    eps: Eps
-    """Radius in pixel units."""
-    norm: Norm = "inf"
+    name: ClassVar[str] = "stochastic-pgd"
+
     steps: Annotated[int, Field(ge=1)] = 200
     """Gradient steps a restart, one mini-batch each."""
     batch_size: Annotated[int, Field(ge=1)] = 128
@@ -45,7 +41,8 @@ class StochasticPGD(Config):
     final_step: Annotated[Number, Field(gt=0)] = 0.01
     """Length of the last step as a share of eps; the lengths between follow a cosine."""
     truncate: Number | None = -math.log(0.2)
-    """Truth less likely than exp(-truncate): the image is fooled and has no more say. None: plain cross-entropy."""
+    """Truth less likely than exp(-truncate): the image is fooled and has no more say. None: plain cross-entropy.
+    With ``margin``, an image whose margin is beyond it has no more say."""
     target_floor: Number = 0.05
     """Targeted only: an image whose cross-entropy to the target is below this has no more say."""
     restarts: Annotated[int, Field(ge=1)] = 4
@@ -54,11 +51,15 @@ class StochasticPGD(Config):
     """Class that every image should be taken for; None: any wrong class."""
     box_gradient: BoxGradient = "straight-through"
     """See :data:`gambeson.threat.BoxGradient`; ``exact`` is the papers'."""
-
-    @property
-    def ball(self) -> Ball:
-        """The ball of allowed perturbations."""
-        return Ball(eps=self.eps, norm=self.norm)
+    margin: bool = False
+    """Climb the margin of the logits (Carlini and Wagner) instead of cross-entropy."""
+    momentum: Annotated[Number, Field(ge=0)] = 0.0
+    """Decay of the gradients summed over the steps, each divided by its mean absolute value (Dong et al. 2018)."""
+    normalise: Literal["batch", "sample"] = "batch"
+    """``batch``: the steepest step of the mean gradient. ``sample``: the mean of every image's own steepest step
+    (Perolat et al., arXiv 1809.07802), so that no image has more say than another."""
+    labels: LabelSource = "truth"
+    """See :data:`gambeson.attacks.crafting.LabelSource`."""
 
     @property
     def lengths(self) -> list[float]:
@@ -67,100 +68,105 @@ class StochasticPGD(Config):
         waves = [(1 + math.cos(math.pi * k / last)) / 2 for k in range(self.steps)]
         return [self.eps * (self.final_step + (self.step - self.final_step) * wave) for wave in waves]
 
-    def craft(
-        self,
-        model: nn.Module | Victim,
-        data: object,
-        *,
-        seed: int = 0,
-        start: torch.Tensor | None = None,
-    ) -> UniversalPerturbation:
-        """Craft a universal perturbation.
+    @property
+    def objective(self) -> Objective:
+        """What is climbed, one value an image."""
+        truncate = self.truncate if self.target is None else self.target_floor
+        return Loss(margin=self.margin, targeted=self.target is not None, truncate=truncate)
 
-        Args:
-            model: any module from pixels to logits, or a :class:`Victim` already entered.
-            data: a ``Dataset``, a split, or an (images, labels) pair; the latter two are split by a fixed rule.
-            seed: of the starts and the mini-batches.
-            start: (1, C, H, W), a perturbation to start one more restart from, scaled to the ball.
+    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
+        for restart, (kind, delta) in enumerate(work.starts(self.restarts, start)):
+            yield Candidate(start=kind, delta=self._climb(work, delta, restart))
+
+    def _climb(self, work: Workshop, delta: torch.Tensor, restart: int) -> torch.Tensor:
+        """Climb with one perturbation (1, C, H, W), or with one a class (K, C, H, W)."""
+        objective, memory = self.objective, torch.zeros_like(delta)
+        batches = islice(work.stream(self.batch_size, restart), self.steps)
+        for (images, labels), length in zip(batches, self.lengths, strict=True):
+            goals = work.goals(images, labels)
+            # One row an image: its own class's perturbation, or its own copy of the shared one.
+            rows = labels if len(delta) > 1 else torch.zeros(len(images), dtype=torch.int64, device=labels.device)
+            alone = self.normalise == "sample" or len(delta) > 1
+            gradient = work.gradient(delta[rows] if alone else delta, images, goals, objective)
+            if self.normalise == "sample":
+                gradient = work.ball.steepest(gradient)
+            if alone:
+                gradient = torch.zeros_like(delta).index_add_(0, rows, gradient)
+            if self.normalise == "sample":
+                direction = gradient / rows.bincount(minlength=len(delta)).clamp(min=1).view(-1, 1, 1, 1)
+            else:
+                direction = gradient
+            if self.momentum:
+                size = direction.abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-30)
+                direction = memory = self.momentum * memory + direction / size
+            if self.normalise == "batch" or self.momentum:
+                direction = work.ball.steepest(direction)
+            delta = work.ball.project(delta + length * direction)
+        return delta
+
+
+class ClasswiseStochasticPGD(StochasticPGD):
+    """Stochastic PGD with one perturbation for every true class, all of them climbed at once.
+
+    After class-wise universal attacks (Zhang et al. 2020) and class-wise UAT (Benz et al. 2021, arXiv 2104.03000):
+    in a batch every image carries its own class's perturbation, x_i + delta[y_i], so that one backward serves all
+    classes. An image informs its own class only: at equal cost a class sees ``batch_size / K`` images a step, and
+    the default batch is larger for that reason.
+
+    ``craft_classes`` returns a perturbation for every class, each chosen on the validation images of its class.
+    To apply them one has to know the true class, so ``craft`` is refused.
+    """
+
+    name: ClassVar[str] = "classwise-stochastic-pgd"
+
+    batch_size: Annotated[int, Field(ge=1)] = 512
+    """Images a step, of all classes."""
+    restarts: Annotated[int, Field(ge=1)] = 2
+    """The first starts from zero, the others from random signs."""
+
+    def craft(
+        self, model: Models, data: object, *, seed: int = 0, start: torch.Tensor | None = None
+    ) -> UniversalPerturbation:
+        """Refuse: there is one perturbation a class, see :meth:`craft_classes`."""
+        raise UserError(
+            "a class-wise attack makes one perturbation a class: call craft_classes, which returns them by class"
+        )
+
+    def craft_classes(self, model: Models, data: object, *, seed: int = 0) -> dict[int, UniversalPerturbation]:
+        """Craft one perturbation for each class; arguments as in :meth:`StochasticPGD.craft`.
+
+        Returns:
+            Class index to its perturbation. A class without validation images is judged on its training images.
+            Forwards and backwards in each provenance are those of all classes together.
 
         Raises:
-            UserError: no such target class, or data and model that do not fit.
+            UserError: label maps, which have no class an image; or data and model that do not fit.
         """
-        if not isinstance(model, Victim):
-            with Victim(model) as victim:
-                return self.craft(victim, data, seed=seed, start=start)
-        dataset = as_dataset(data)
-        if self.target is not None and self.target >= dataset.num_classes:
-            raise UserError(f"target {self.target} is not a class: expected 0 to {dataset.num_classes - 1}")
-        before = (model.forwards, model.backwards)
-        train = dataset.train.to(model.device)
-        starts = ["zero", *["sign"] * (self.restarts - 1)]
-        candidates = [self._climb(model, train, kind, seed, k) for k, kind in enumerate(starts)]
-        if start is not None:
-            starts.append("warm")
-            given = self.ball.fill(start.to(model.device)) if bool(start.any()) else start.to(model.device)
-            candidates.append(self._climb(model, train, given, seed, len(candidates)))
-        judge = dataset.validation
-        rates = [self._rate(model, judge, delta) for delta in candidates]
-        best = max(range(len(rates)), key=rates.__getitem__)
-        delta = candidates[best].cpu()
-        return UniversalPerturbation(
-            delta,
-            Provenance(
-                attack="stochastic-pgd",
-                settings=self.plain(),
-                eps=self.eps,
-                norm=self.norm,
-                seed=seed,
-                model=fingerprint(model.model),
-                crafted_on=dataset.train.fingerprint,
-                crafted_split=dataset.train.name,
-                chosen_on=judge.name,
-                restarts=list(zip(starts, rates, strict=True)),
-                status=self._status(delta),
-                forwards=model.forwards - before[0],
-                backwards=model.backwards - before[1],
-            ),
-        )
+        with entered(model) as victims:
+            spent = tally(victims)
+            work = self._prepare(victims, data, seed)
+            if work.train.labels.ndim != 1:
+                raise UserError("the labels are maps: a class-wise attack expects one label an image")
+            classes = len(work.train.classes)
+            kinds, outcomes = [], []
+            for restart in range(self.restarts):
+                kinds.append("sign" if restart else "zero")
+                first = work.start(kinds[-1], restart, classes)
+                outcomes.append(self._climb(work, first, restart))
+            table = [[work.rate(delta[[k]], part) for delta in outcomes] for k, part in _parts(work, classes)]
+            found = {}
+            for k, rates in enumerate(table):
+                best = max(range(len(rates)), key=rates.__getitem__)
+                delta = outcomes[best][[k]].cpu()
+                restarts = list(zip(kinds, rates, strict=True))
+                chosen = Candidate(start=kinds[best], delta=delta)
+                found[k] = UniversalPerturbation(
+                    delta, self._about(work, spent(), restarts, self._status(delta, chosen), source_class=k)
+                )
+        return found
 
-    def _climb(
-        self, victim: Victim, train: Split, start: str | torch.Tensor, seed: int, restart: int
-    ) -> torch.Tensor:
-        truncate = self.truncate if self.target is None else self.target_floor
-        loss = Loss(targeted=self.target is not None, truncate=truncate)
-        ascent = Ascent(
-            victim=victim,
-            ball=self.ball,
-            loss=loss,
-            box_gradient=self.box_gradient,
-            ignore_index=train.ignore_index,
-        )
-        stream = self._stream(train, victim, derive(seed, "batches", restart))
-        if isinstance(start, str):
-            draw = generator(seed, "start", restart, device=victim.device)
-            example, _ = train.take(slice(0, 1), victim.device)
-            start = ascent.start(example, 1, start, 1.0, draw)
-        return ascent.run(start, stream, self.lengths)
 
-    def _stream(self, train: Split, victim: Victim, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        # Whole epochs in a new order each, for as long as the solver asks.
-        size, epoch = min(self.batch_size, len(train)), 0
-        while True:
-            shuffle = generator(seed, "epoch", epoch)
-            for images, labels in train.batches(
-                size, device=victim.device, generator=shuffle, drop_last=True
-            ):
-                yield images, labels if self.target is None else torch.full_like(labels, self.target)
-            epoch += 1
-
-    def _rate(self, victim: Victim, split: Split, delta: torch.Tensor) -> float:
-        predictions = predict(victim, split, delta)
-        if self.target is None:
-            return score(predictions, split).error
-        return float((predictions == self.target).float().mean())
-
-    def _status(self, delta: torch.Tensor) -> Literal["done", "weak", "zero"]:
-        length = float(self.ball.length(delta))
-        if self.eps == 0 or length >= WEAK * self.eps:
-            return "done"
-        return "weak" if length > 0 else "zero"
+def _parts(work: Workshop, classes: int) -> Iterator[tuple[int, Split]]:
+    for k in range(classes):
+        own = work.validation.labels == k
+        yield k, work.validation.subset(own) if bool(own.any()) else work.train.subset(work.train.labels == k)

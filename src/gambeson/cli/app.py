@@ -7,7 +7,7 @@ import sys
 import typer
 
 from gambeson.base import UserError
-from gambeson.cli import audit, data, quickstart, report, train
+from gambeson.cli import audit, bench, data, quickstart, report, train
 
 MISTAKE, STOPPED = 2, 130
 """Exit codes of a mistake that the user can mend, and after Ctrl-C, as shells have it."""
@@ -25,6 +25,7 @@ app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("audit")(audit.audit)
 app.command("report")(report.report)
+app.add_typer(bench.app, name="bench")
 
 
 def main(arguments: list[str] | None = None) -> None:

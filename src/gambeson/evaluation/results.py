@@ -100,8 +100,9 @@ class Universal(Config):
     restarts: list[Restart]
     file: str
     """The perturbation's file, relative to the result."""
-    status: Literal["done", "weak", "zero"]
-    """``weak``: the perturbation stayed below 5 % of eps; ``zero``: it is no perturbation at all."""
+    status: Literal["done", "weak", "zero", "target not reached"]
+    """``weak``: the perturbation stayed below 5 % of eps; ``zero``: it is no perturbation at all; ``target not
+    reached``: the attack's own stopping rule was not met."""
     cost: Cost
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BeforeValidator
 
 from gambeson import data as data_room
-from gambeson import models
 from gambeson.attacks import UniversalPerturbation
-from gambeson.base import Config, UserError, close_run, environment, open_run, read_settings, unknown_name
+from gambeson.base import Config, close_run, environment, open_run, unknown_name
 from gambeson.evaluation.audit import Audit, audit
 from gambeson.evaluation.results import AuditResult
+from gambeson.evaluation.subjects import load_subject
 from gambeson.evaluation.suite import SUITES, Suite
 
 
@@ -52,29 +51,19 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
     Raises:
         UserError: the folder holds another run, the model cannot be loaded, or no data is known.
     """
-    source = Path(run.model)
-    if not source.exists():
-        raise UserError(
-            f"{source} does not exist: name the folder of a finished `gambeson train`, or a model.safetensors file"
-        )
-    trained = read_settings(source / "run.yaml", "train") if (source / "run.yaml").is_file() else {}
-    name = run.data or trained.get("data")
-    if name is None:
-        raise UserError(f"{source} does not say what data its model was trained on: name it with --data")
-    dataset = data_room.load(name) if dataset is None else dataset
-    model = models.load(source).to(torch.device(run.device))
-    card = model.card
-    if card.classes != dataset.num_classes or card.in_channels != dataset.in_channels:
-        raise UserError(
-            f"the model takes {card.in_channels} channels and knows {card.classes} classes, but {name} has "
-            f"{dataset.in_channels} channels and {dataset.num_classes} classes: choose data that fit the model"
-        )
+    subject = load_subject(run.model, run.data, run.device, dataset)
     if open_run(out, run.plain(), environment(run.device)):
         result = AuditResult.load(out)
         return Audit(result, [UniversalPerturbation.load(out / point.file) for point in result.universal])
-    defense = trained.get("defense")
-    label = run.label or (defense or {}).get("name") or source.stem
-    epochs = trained.get("recipe", {}).get("epochs")
-    found = audit(model, dataset, run.suite, out, seed=run.seed, label=label, defense=defense, epochs=epochs)
+    found = audit(
+        subject.model,
+        subject.dataset,
+        run.suite,
+        out,
+        seed=run.seed,
+        label=run.label or subject.label,
+        defense=subject.trained.get("defense"),
+        epochs=subject.trained.get("recipe", {}).get("epochs"),
+    )
     close_run(out)
     return found

@@ -1,0 +1,174 @@
+"""What every universal attack shares: models, splits, starts, the choice on validation, and provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from gambeson.attacks.perturbation import Provenance, Status, UniversalPerturbation
+from gambeson.attacks.workshop import Candidate, Workshop, splits_of
+from gambeson.base import Config, UserError
+from gambeson.models import fingerprint
+from gambeson.threat import Ball, Eps, Norm
+from gambeson.victim import Victim
+
+Models = nn.Module | Victim | Sequence[nn.Module | Victim]
+"""One model, or several whose losses are averaged: modules from pixels to logits, or victims already entered."""
+
+WEAK = 0.05
+"""A perturbation whose norm stays below this share of eps has not used its budget."""
+
+
+@contextmanager
+def entered(model: Models) -> Iterator[list[Victim]]:
+    """Hold every model frozen and counted.
+
+    Raises:
+        UserError: an empty list, something that is no model, or models on several devices.
+    """
+    several = list(model) if isinstance(model, list | tuple) else [model]
+    if not several:
+        raise UserError("the list of models is empty: give one model or more")
+    with ExitStack() as stack:
+        victims = []
+        for one in several:
+            if not isinstance(one, nn.Module | Victim):
+                raise UserError(
+                    f"a model is a {type(one).__name__}: expected a torch.nn.Module, or a list of them"
+                )
+            victims.append(one if isinstance(one, Victim) else stack.enter_context(Victim(one)))
+        places = {str(victim.device) for victim in victims}
+        if len(places) > 1:
+            raise UserError(f"the models are on {' and '.join(sorted(places))}: move them to one device")
+        yield victims
+
+
+class UniversalAttack(Config):
+    """Base of the universal attacks: crafted on train, chosen on validation, never looking at test."""
+
+    name: ClassVar[str]
+    """What provenance calls the attack."""
+    looks_at_train: ClassVar[bool] = True
+    """Whether it sees training images at all."""
+
+    eps: Eps
+    """Radius in pixel units."""
+    norm: Norm = "inf"
+    """Norm of the ball."""
+
+    @property
+    def ball(self) -> Ball:
+        """The ball of allowed perturbations."""
+        return Ball(eps=self.eps, norm=self.norm)
+
+    def craft(
+        self, model: Models, data: object, *, seed: int = 0, start: torch.Tensor | None = None
+    ) -> UniversalPerturbation:
+        """Craft a universal perturbation.
+
+        Args:
+            model: any module from pixels to logits, a :class:`Victim` already entered, or a list of them: the
+                losses of several are averaged, and so are the rates that choose.
+            data: a ``Dataset``; a split or an (images, labels) pair, which are split by a fixed rule; or images
+                (N, C, H, W) alone, which get the (first) model's own predictions as labels.
+            seed: of every draw.
+            start: (1, C, H, W), a perturbation to start one more restart from, scaled to the ball. An attack that
+                cannot start from one takes it as one more candidate.
+
+        Raises:
+            UserError: no such target class, or data and model that do not fit.
+        """
+        with entered(model) as victims:
+            spent = tally(victims)
+            work = self._prepare(victims, data, seed)
+            given = None if start is None else self._scaled(start.to(work.device), work)
+            candidates = list(self._search(work, given))
+            rates = [work.rate(one.delta) if one.rate is None else one.rate for one in candidates]
+            best = max(range(len(rates)), key=rates.__getitem__)
+            delta = candidates[best].delta.cpu()
+            names = [one.start for one in candidates]
+            restarts = list(zip(names, rates, strict=True))
+            about = self._about(work, spent(), restarts, self._status(delta, candidates[best]))
+        return UniversalPerturbation(delta, about)
+
+    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
+        """Make candidates (1, C, H, W) inside the ball; ``start`` is already scaled to it."""
+        raise NotImplementedError
+
+    def _prepare(self, victims: list[Victim], data: object, seed: int) -> Workshop:
+        settings = self.plain()
+        train, validation, classes = splits_of(victims[0], data)
+        target: int | None = settings.get("target")
+        if target is not None and target >= classes:
+            raise UserError(f"target {target} is not a class: expected 0 to {classes - 1}")
+        return Workshop(
+            victims=victims,
+            train=train.to(victims[0].device),
+            validation=validation,
+            ball=self.ball,
+            seed=seed,
+            target=target,
+            predicted_labels=settings.get("labels") == "prediction",
+            box_gradient=settings.get("box_gradient", "exact"),
+        )
+
+    def _scaled(self, start: torch.Tensor, work: Workshop) -> torch.Tensor:
+        if start.ndim != 4 or tuple(start.shape[1:]) != tuple(work.train.shape):
+            raise UserError(
+                f"start has shape {tuple(start.shape)}: expected (1, {', '.join(map(str, work.train.shape))})"
+            )
+        return self.ball.fill(start) if bool(start.any()) else start
+
+    def _about(
+        self,
+        work: Workshop,
+        spent: tuple[int, int],
+        restarts: list[tuple[str, float]],
+        status: Status,
+        source_class: int | None = None,
+    ) -> Provenance:
+        return Provenance(
+            attack=self.name,
+            settings=self.plain(),
+            eps=self.eps,
+            norm=self.norm,
+            seed=work.seed,
+            model="+".join(fingerprint(victim.model) for victim in work.victims),
+            crafted_on=work.train.fingerprint if self.looks_at_train else "no images",
+            crafted_split=work.train.name if self.looks_at_train else "no images",
+            chosen_on=work.validation.name,
+            restarts=restarts,
+            status=status,
+            forwards=spent[0],
+            backwards=spent[1],
+            source_class=source_class,
+        )
+
+    def _status(self, delta: torch.Tensor, chosen: Candidate) -> Status:
+        length = float(self.ball.length(delta))
+        if self.eps > 0 and length < WEAK * self.eps:
+            return "weak" if length > 0 else "zero"
+        return "done" if chosen.reached else "target not reached"
+
+
+LabelSource = Literal["truth", "prediction"]
+"""Which labels an untargeted attack leaves: the true ones, or the model's clean predictions (the papers of the
+fooling rate; needs no labels and one more forward an image). With several models, those of their mean logits."""
+
+
+def tally(victims: list[Victim]) -> Callable[[], tuple[int, int]]:
+    """Return a function that says what the victims have spent since: forwards and backwards, in images.
+
+    A victim that is listed twice is counted once.
+    """
+    unique = list({id(victim): victim for victim in victims}.values())
+
+    def now() -> tuple[int, int]:
+        return sum(victim.forwards for victim in unique), sum(victim.backwards for victim in unique)
+
+    before = now()
+    return lambda: (now()[0] - before[0], now()[1] - before[1])

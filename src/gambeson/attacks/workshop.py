@@ -1,0 +1,174 @@
+"""One crafting of a universal perturbation at work: batches, starts, gradients and rates, all counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gambeson.base import UserError, derive, generator
+from gambeson.data import Split, as_dataset
+from gambeson.threat import Ball, BoxGradient, perturb
+from gambeson.victim import Victim, predict, score
+
+Objective = Callable[[torch.Tensor, torch.Tensor, int | None], torch.Tensor]
+"""(logits, labels, ignore index) to the value to climb, one an image: (N,)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One outcome that validation judges."""
+
+    start: str
+    """Where it comes from."""
+    delta: torch.Tensor
+    """(1, C, H, W), inside the ball."""
+    rate: float | None = None
+    """Its rate on validation, where the search has taken it already."""
+    reached: bool = True
+    """Whether the attack's own stopping rule was met."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workshop:
+    """The models, images and ball of one crafting."""
+
+    victims: list[Victim]
+    train: Split
+    """What is crafted on, on the models' device."""
+    validation: Split
+    ball: Ball
+    seed: int
+    target: int | None = None
+    predicted_labels: bool = False
+    box_gradient: BoxGradient = "exact"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.victims[0].device
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(1, C, H, W) of the perturbation."""
+        return (1, *self.train.shape)
+
+    def start(self, kind: str, restart: int, rows: int = 1) -> torch.Tensor:
+        """Return ``rows`` starting points: ``zero``, or random ``sign``s on the ball's surface."""
+        shape = (rows, *self.train.shape)
+        if kind == "zero":
+            return torch.zeros(shape, device=self.device)
+        return self.ball.signs(shape, generator(self.seed, "start", restart, device=self.device))
+
+    def starts(self, restarts: int, given: torch.Tensor | None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the customary starts: zero, then random signs, then the one that was given."""
+        for restart in range(restarts):
+            kind = "sign" if restart else "zero"
+            yield kind, self.start(kind, restart)
+        if given is not None:
+            yield "warm", given
+
+    def stream(self, batch_size: int, restart: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (images, true labels) in whole epochs of a new order each, for as long as they are asked for."""
+        size, epoch = min(batch_size, len(self.train)), 0
+        seed = derive(self.seed, "batches", restart)
+        while True:
+            shuffle = generator(seed, "epoch", epoch)
+            yield from self.train.batches(size, device=self.device, generator=shuffle, drop_last=True)
+            epoch += 1
+
+    def goals(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the labels to leave, or the targets to reach."""
+        if self.target is not None:
+            return torch.full_like(labels, self.target)
+        if not self.predicted_labels:
+            return labels
+        with torch.no_grad():
+            found = sum(victim(images) for victim in self.victims)
+        assert isinstance(found, torch.Tensor)
+        return found.argmax(1)
+
+    def gradient(
+        self, delta: torch.Tensor, images: torch.Tensor, goals: torch.Tensor, objective: Objective
+    ) -> torch.Tensor:
+        """Return the gradient of the objective's sum, averaged over the models: one row a perturbation.
+
+        Args:
+            delta: (R, C, H, W) with R a divisor of N; R = N gives every image its own gradient.
+            images: (N, C, H, W).
+            goals: what :meth:`goals` returned.
+            objective: what to climb.
+
+        Raises:
+            UserError: the gradient is not finite.
+        """
+        with torch.enable_grad():  # an attack called under no_grad still needs gradients
+            point = delta.detach().requires_grad_()
+            return self.differentiate(self.value(perturb(images, point, self.box_gradient), goals, objective), point, images)
+
+    def value(self, moved: torch.Tensor, goals: torch.Tensor, objective: Objective) -> torch.Tensor:
+        """Return the objective's sum over images, averaged over the models: a scalar."""
+        values = [objective(victim(moved), goals, self.train.ignore_index).sum() for victim in self.victims]
+        return values[0] if len(values) == 1 else torch.stack(values).mean()
+
+    def differentiate(self, value: torch.Tensor, point: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of ``value`` at ``point``, counted as one backward of ``images`` for every model."""
+        gradient = self.victims[0].gradient(value, point, len(images))
+        for victim in self.victims[1:]:
+            victim.backwards += len(images)  # the one backward went through every model
+        if not torch.isfinite(gradient.sum()):
+            raise UserError(
+                "the model's gradient is NaN or infinite: no attack can follow it; check the model's weights and outputs"
+            )
+        return gradient
+
+    def rate(self, delta: torch.Tensor, split: Split | None = None) -> float:
+        """Return the mean over the models of the error (or, targeted, of the share that says the target).
+
+        Args:
+            delta: (1, C, H, W).
+            split: the images; validation where none are given.
+        """
+        split = self.validation if split is None else split
+        rates = []
+        for victim in self.victims:
+            predictions = predict(victim, split, delta)
+            if self.target is None:
+                rates.append(score(predictions, split).error)
+            else:
+                rates.append(float((predictions == self.target).float().mean()))
+        return sum(rates) / len(rates)
+
+    def few(self, images: int) -> Split:
+        """Return a random part of the training images, the same for every call."""
+        if images >= len(self.train):
+            return self.train
+        order = torch.randperm(len(self.train), generator=generator(self.seed, "few"))
+        return self.train.subset(order[:images])
+
+
+def splits_of(victim: Victim, data: object) -> tuple[Split, Split, int]:
+    """Return train, validation and the number of classes of whatever a user has; test is not touched.
+
+    Images alone (N, C, H, W) get the victim's predictions as labels; a fixed fifth of them is validation.
+    """
+    if not (isinstance(data, torch.Tensor | np.ndarray) and data.ndim == 4):
+        dataset = as_dataset(data)
+        return dataset.train, dataset.validation, dataset.num_classes
+    images = torch.as_tensor(data)
+    if len(images) < 2:
+        raise UserError(f"{len(images)} images without labels came: expected 2 or more")
+    bare = Split("images", images, torch.zeros(len(images), dtype=torch.int64), ("unknown",))
+    labels = predict(victim, bare).to(images.device)
+    with torch.no_grad():
+        classes = victim(bare.take(slice(0, 1), victim.device)[0]).shape[1]
+    whole = Split("images", images, labels, tuple(str(k) for k in range(classes)))
+    order = torch.randperm(len(images), generator=generator(0, "unlabelled"))
+    held = max(1, len(images) // 5)
+    return (
+        whole.subset(order[held:], "images/train"),
+        whole.subset(order[:held], "images/validation"),
+        classes,
+    )

@@ -1,0 +1,66 @@
+"""``gambeson attack``: perturb test images one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gambeson import attacks
+from gambeson.base import UserError, pick_device, read_settings
+from gambeson.cli.options import ConfigFile, Device, Json, Out, Set, print_json, progress, put, put_all
+from gambeson.evaluation import AttackRun, run_attack
+
+
+def attack(
+    model: Annotated[str | None, typer.Option(help="Folder of a training run, or its model.safetensors.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data set; else the one the run was trained on.")] = None,
+    attack: Annotated[str | None, typer.Option(help=f"One of {', '.join(attacks.names('image'))} (pgd).")] = None,
+    eps: Annotated[str | None, typer.Option(help="Radius, such as 0.2 or 8/255.")] = None,
+    norm: Annotated[str | None, typer.Option(help="Norm of the ball.")] = None,
+    images: Annotated[int | None, typer.Option(help="Test images to attack (1000).")] = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    out: Out = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random draw (0).")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Attack a model image by image; store the images that broke it.
+
+    Any other setting of the attack is given as --set settings.NAME=VALUE.
+
+    Example: `gambeson attack --model runs/x --data cifar10 --attack pgd --eps 8/255`
+    """
+    chosen = read_settings(config, "attack") if config else {}
+    flags: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        "attack": attack,
+        "images": images,
+        "seed": seed,
+        "settings.eps": eps,
+        "settings.norm": norm,
+    }
+    for name, value in flags.items():
+        put(chosen, name, value)
+    put_all(chosen, set_)
+    if device != "auto" or "device" not in chosen:
+        chosen["device"] = pick_device(device)
+    if "model" not in chosen:
+        raise UserError("no model was given: name the folder of a training run, for example --model runs/x")
+    run = AttackRun(**chosen)
+    folder = out or Path(f"{run.model.removesuffix('/')}-{run.attack}")
+    with progress(as_json) as console:
+        result = run_attack(run, folder)
+    if as_json:
+        print_json(result.plain())
+        return
+    console.print(f"clean accuracy {result.clean}, under {run.attack} {result.robust} of {result.robust.n} test images")
+    console.print(
+        f"{result.success} of the {result.success.n} images that were right when clean fell; "
+        f"norms at most {result.largest:.4g}, mean {result.mean:.4g}"
+    )
+    cost = result.rounds[0].cost
+    console.print(f"{cost.forwards:,} forwards and {cost.backwards:,} backwards; everything is in {folder}")

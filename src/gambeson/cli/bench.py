@@ -1,0 +1,48 @@
+"""``gambeson bench``: how fast the attacks are on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gambeson.base import write_json
+from gambeson.cli.options import Json, print_json, progress
+from gambeson.studies.bench import BenchSettings, bench_attacks
+
+app = typer.Typer(help="Time attacks side by side with the bare loop.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Time attacks side by side with the bare loop."""
+
+
+@app.command("attacks")
+def attacks(
+    model: Annotated[str, typer.Option(help="Architecture.")] = "resnet20",
+    batch_size: Annotated[int, typer.Option(help="Images.")] = 128,
+    steps: Annotated[int, typer.Option(help="PGD steps.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file to write.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time PGD against the loop of a tutorial, in turns; report medians of ratios.
+
+    Example: `gambeson bench attacks --rounds 7`
+    """
+    with progress(as_json):
+        result = bench_attacks(BenchSettings(model=model, batch_size=batch_size, steps=steps, rounds=rounds))
+    if out is not None:
+        write_json(out, result.plain())
+    if as_json:
+        print_json(result.plain())
+        return
+    table = Table("", "seconds (median)", "of the bare loop (median)", "smallest to largest", box=None)
+    for timing in result.timings:
+        span = f"{timing.ratio_low:.2f} to {timing.ratio_high:.2f}"
+        table.add_row(timing.name, f"{timing.seconds:.3f}", f"{timing.ratio:.2f}", span)
+    Console().print(table)

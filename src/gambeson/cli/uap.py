@@ -1,0 +1,129 @@
+"""``gambeson uap``: craft universal perturbations, score them on any model, list their files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gambeson import attacks
+from gambeson.attacks import UniversalPerturbation
+from gambeson.base import UserError, pick_device
+from gambeson.cli.options import Device, Json, Seed, Set, print_json, progress, put, put_all
+from gambeson.evaluation import accuracy, control_rates, fooling_rate, universal_evasion
+from gambeson.evaluation.subjects import load_subject
+from gambeson.victim import Victim
+
+app = typer.Typer(help="Craft, score and list universal perturbations.", no_args_is_help=True)
+Model = Annotated[str, typer.Option(help="Folder of a training run, or its model.safetensors.")]
+Data = Annotated[str | None, typer.Option(help="Data set; else the one the run was trained on.")]
+
+
+@app.command("craft")
+def craft(
+    model: Model,
+    data: Data = None,
+    attack: Annotated[
+        str, typer.Option(help=f"One of {', '.join(attacks.names('universal'))}.")
+    ] = "stochastic-pgd",
+    eps: Annotated[str, typer.Option(help="Radius, such as 0.2 or 10/255.")] = "10/255",
+    norm: Annotated[str | None, typer.Option(help="Norm of the ball.")] = None,
+    set_: Set = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("uap.safetensors"),
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Craft one perturbation for all images: on train, chosen on validation.
+
+    Example: `gambeson uap craft --model runs/x --eps 0.2 --out uap.safetensors`
+    """
+    settings: dict[str, Any] = {"eps": eps}
+    put(settings, "norm", norm)
+    put_all(settings, set_)
+    method = attacks.create(attack, **settings)
+    if out.exists():
+        raise UserError(f"{out} exists: choose another --out, or remove it first")
+    with progress(as_json) as console:
+        subject = load_subject(model, data, pick_device(device))
+        with Victim(subject.model, fast=True) as victim:
+            uap = method.craft(victim, subject.dataset, seed=seed)
+        uap.save(out)
+    if as_json:
+        print_json({"file": str(out), **uap.about.plain()})
+        return
+    best = max(rate for _, rate in uap.about.restarts)
+    console.print(f"{out}: {attack} at eps {uap.about.eps:.4g} ({uap.about.status}); {100 * best:.1f} % on validation")
+    console.print(f"next: gambeson uap score {out} --model {model}")
+
+
+@app.command("score")
+def score(
+    file: Annotated[Path, typer.Argument(help="A perturbation's file.")],
+    model: Model,
+    data: Data = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score a perturbation on the test split of any model, beside its controls.
+
+    Example: `gambeson uap score uap.safetensors --model runs/x`
+    """
+    uap = UniversalPerturbation.load(file)
+    with progress(as_json) as console:
+        subject = load_subject(model, data, pick_device(device))
+        test = subject.dataset.test
+        if tuple(uap.delta.shape[1:]) != test.shape:
+            raise UserError(
+                f"{file} is a perturbation for images of {tuple(uap.delta.shape[1:])}, but {test.name} has "
+                f"{test.shape}: score it on images of its own size"
+            )
+        rates = {
+            "clean error": accuracy(subject.model, test).complement,
+            "UER": universal_evasion(subject.model, test, uap),
+            "fooling rate": fooling_rate(subject.model, test, uap),
+        }
+        with Victim(subject.model) as victim:
+            controls = control_rates(victim, test, uap.ball, seed)
+    if as_json:
+        found = {name: rate.plain() for name, rate in rates.items()}
+        print_json({"file": str(file), **found, "controls": [control.plain() for control in controls]})
+        return
+    for name, rate in rates.items():
+        console.print(f"{name:14} {rate}")
+    for control in controls:
+        console.print(f"{control.name:14} {control.worst} (worst of {control.draws}), mean {100 * control.mean:.1f} %")
+
+
+@app.command("list")
+def list_(
+    places: Annotated[list[Path], typer.Argument(help="Files, or folders to look in.")],
+    as_json: Json = False,
+) -> None:
+    """List perturbation files with where they come from.
+
+    Example: `gambeson uap list runs`
+    """
+    files = [file for place in places for file in (sorted(place.rglob("*.safetensors")) if place.is_dir() else [place])]
+    named = {file for file in places if not file.is_dir()}
+    found: list[tuple[Path, UniversalPerturbation]] = []
+    for file in files:
+        try:
+            found.append((file, UniversalPerturbation.load(file)))
+        except UserError:
+            if file in named:  # a folder may hold other files as well
+                raise
+    if as_json:
+        print_json([{"file": str(file), **uap.about.plain()} for file, uap in found])
+        return
+    table = Table("file", "attack", "eps", "norm", "crafted on", "seed", "status", box=None)
+    for file, uap in found:
+        about = uap.about
+        table.add_row(
+            str(file), about.attack, f"{about.eps:.4g}", about.norm, about.crafted_split, str(about.seed), about.status
+        )
+    Console().print(table)

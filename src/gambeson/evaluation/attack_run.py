@@ -1,0 +1,65 @@
+"""One attack on one model as an object: what ``gambeson attack`` builds, and what its folder can be run again from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from gambeson import attacks
+from gambeson.base import Config, close_run, environment, open_run, read_json, save_tensors, write_json
+from gambeson.evaluation.cascade import CascadeResult, run_cascade
+from gambeson.evaluation.subjects import load_subject
+from gambeson.victim import Victim
+
+FILE = "adversarial.safetensors"
+
+
+class AttackRun(Config):
+    """What to attack, with what, on how many images."""
+
+    kind: Literal["attack"] = "attack"
+    model: str
+    """A run folder of ``gambeson train``, or a weights file written by this library."""
+    data: str | None = None
+    """Name of a data set; None: the one that the run was trained on."""
+    attack: str = "pgd"
+    """Name of an attack that perturbs image by image."""
+    settings: dict[str, Any] = {}
+    """Settings of the attack, such as eps."""
+    images: Annotated[int, Field(ge=1)] = 1000
+    """Test images to attack, the first ones."""
+    seed: int = 0
+    device: str = "cpu"
+
+
+def run_attack(run: AttackRun, out: Path) -> CascadeResult:
+    """Carry out ``run``; leave ``result.json`` and the perturbed images in ``out``.
+
+    Raises:
+        UserError: the folder holds another run, the model cannot be loaded, or a setting is wrong.
+    """
+    attack = attacks.create(run.attack, **run.settings)
+    subject = load_subject(run.model, run.data, run.device)
+    if open_run(out, run.plain(), environment(run.device)):
+        return CascadeResult(**read_json(out / "result.json")["result"])
+    test = subject.dataset.test
+    split = test.subset(torch.arange(min(run.images, len(test))))
+    with Victim(subject.model, fast=True) as victim:
+        norm = getattr(attack, "norm", "2")
+        found = run_cascade(victim, split, {run.attack: attack}, norm=norm, seed=run.seed)
+        notes = victim.notes
+    tensors = {"images": found.images, "labels": split.labels, "fallen_to": found.fallen_to}
+    save_tensors(out / FILE, tensors, {"attack": run.attack, "settings": attack.plain()})
+    content = {
+        "schema": "gambeson/attack-1",
+        "run": run.plain(),
+        "settings": attack.plain(),
+        "victim": notes,
+        "result": found.result.plain(),
+    }
+    write_json(out / "result.json", content)
+    close_run(out)
+    return found.result

@@ -1,0 +1,134 @@
+"""Attacks in a row, from cheap to strong: an image that has fallen is left alone, and the worst case counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from gambeson.base import Config, derive, task
+from gambeson.data import Split
+from gambeson.evaluation.rates import Rate
+from gambeson.evaluation.results import Cost
+from gambeson.victim import Victim
+
+
+class ImageAttack(Protocol):
+    """Anything that perturbs images one by one, as the attacks of :mod:`gambeson.attacks` do."""
+
+    def __call__(
+        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
+    ) -> torch.Tensor:
+        """Return perturbed images in the shape of ``x``."""
+        ...
+
+
+class Round(Config):
+    """What one attack of the row did."""
+
+    attack: str
+    tried: int
+    """Images that stood before it."""
+    broken: int
+    """Images that it broke."""
+    accuracy: Rate
+    """Share of all images that are still right after it."""
+    cost: Cost
+
+
+class CascadeResult(Config):
+    """Accuracy under the worst of several attacks, image by image."""
+
+    clean: Rate
+    """Accuracy on clean images."""
+    robust: Rate
+    """Share of images that are right when clean and that no attack broke."""
+    success: Rate
+    """Share of the images right when clean that some attack broke."""
+    rounds: list[Round]
+    largest: float
+    """Largest norm of a perturbation that broke an image, as measured on the stored images."""
+    mean: float
+    """Mean norm of these."""
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """A finished row of attacks."""
+
+    result: CascadeResult
+    images: torch.Tensor
+    """The images, those that fell replaced by what broke them: scoring these gives ``result.robust`` exactly."""
+    fallen_to: torch.Tensor
+    """Index of the attack that broke each image; -1 none, -2 wrong when clean."""
+
+
+def run_cascade(
+    victim: Victim,
+    split: Split,
+    attacks: Mapping[str, ImageAttack],
+    *,
+    norm: str = "inf",
+    seed: int = 0,
+    batch_size: int = 250,
+) -> Cascade:
+    """Attack every image with each attack in turn until one breaks it.
+
+    Success is decided on the model itself, by the images an attack returned, whatever the attack believed.
+
+    Args:
+        victim: the model, inside its context.
+        split: images with one label each.
+        attacks: by name, cheapest first.
+        norm: of the distances that are reported.
+        seed: of every attack.
+        batch_size: images at a time.
+    """
+    images, labels = split.take(slice(None), victim.device)
+    ignore = split.ignore_index
+    standing = torch.cat([_right(victim, *part) for part in _parts(images, labels, batch_size)])
+    clean = Rate.of(int(standing.sum()), len(images))
+    fallen_to = torch.where(standing, -1, -2)
+    stored, rounds = images.clone(), []
+    with task("  attacks in a row", len(attacks)) as advance:
+        for k, (name, attack) in enumerate(attacks.items()):
+            before, rows = (victim.forwards, victim.backwards), standing.nonzero().flatten()
+            for j, part in enumerate(rows.split(batch_size)):
+                moved = attack(victim, images[part], labels[part], seed=derive(seed, name, j), ignore_index=ignore)
+                fell = part[~_right(victim, moved, labels[part])]
+                stored[fell] = moved[torch.isin(part, fell)]
+                standing[fell] = False
+                fallen_to[fell] = k
+            cost = Cost(forwards=victim.forwards - before[0], backwards=victim.backwards - before[1])
+            rounds.append(
+                Round(
+                    attack=name,
+                    tried=len(rows),
+                    broken=len(rows) - int(standing.sum()),
+                    accuracy=Rate.of(int(standing.sum()), len(images)),
+                    cost=cost,
+                )
+            )
+            advance()
+    distances = (stored - images).flatten(1).norm(p=float(norm), dim=1)[fallen_to >= 0]
+    right = int((fallen_to != -2).sum())
+    result = CascadeResult(
+        clean=clean,
+        robust=Rate.of(int(standing.sum()), len(images)),
+        success=Rate.of(right - int(standing.sum()), right),
+        rounds=rounds,
+        largest=float(distances.max()) if len(distances) else 0.0,
+        mean=float(distances.mean()) if len(distances) else 0.0,
+    )
+    return Cascade(result=result, images=stored.cpu(), fallen_to=fallen_to.cpu())
+
+
+def _parts(images: torch.Tensor, labels: torch.Tensor, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(images.split(size), labels.split(size), strict=True))
+
+
+@torch.no_grad()
+def _right(victim: Victim, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return victim.exact(images).argmax(1) == labels
