@@ -152,13 +152,10 @@ def test_a_model_and_data_that_do_not_fit(capsys, tmp_path):
 
 
 def start(arguments, **kwargs):
-    return subprocess.Popen(
-        [sys.executable, "-m", "gambeson", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **kwargs,
-    )
+    command = [sys.executable, "-m", "gambeson", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, **kwargs)
 
 
 def test_ctrl_c_exits_with_130_and_the_same_command_goes_on(made, tmp_path):
@@ -181,11 +178,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path):
     def small_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
-    process = start(
-        [*TRAIN, "--out", str(tmp_path / "run")],
-        preexec_fn=small_disk,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-    )
+    process = start([*TRAIN, "--out", str(tmp_path / "run")], preexec_fn=small_disk)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 2, error
     assert "nothing half-written was left" in error

@@ -121,8 +121,10 @@ def test_sigkill_at_any_moment_loses_nothing_finished(tmp_path):
         *("--defense", "shared-adversarial", "--sharedness", "16", "--batch-size", "64", "--epochs", "6"),
     ]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True)
-    process = subprocess.Popen([*command, "--out", str(cut)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True, env=environment)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    process = subprocess.Popen([*command, "--out", str(cut)], **quiet)
     deadline = time.monotonic() + 120
     while not (cut / "state" / "latest.safetensors").is_file() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -130,7 +132,7 @@ def test_sigkill_at_any_moment_loses_nothing_finished(tmp_path):
     process.wait()
     done = len((cut / "metrics.jsonl").read_text().splitlines())
     assert 1 <= done < 6
-    subprocess.run([*command, "--out", str(cut)], check=True, capture_output=True)
+    subprocess.run([*command, "--out", str(cut)], check=True, capture_output=True, env=environment)
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
     assert not [file for file in cut.rglob(".*") if file.is_file()]

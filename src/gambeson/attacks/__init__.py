@@ -4,6 +4,7 @@ from gambeson.attacks.controls import CONTROLS, control
 from gambeson.attacks.gradient import FGSM, PGD, RFGSM
 from gambeson.attacks.losses import Loss, cross_entropy, margin
 from gambeson.attacks.perturbation import UniversalPerturbation
+from gambeson.attacks.registry import create, names
 from gambeson.attacks.solver import Ascent
 from gambeson.attacks.universal import StochasticPGD
 
@@ -17,6 +18,8 @@ __all__ = [
     "StochasticPGD",
     "UniversalPerturbation",
     "control",
+    "create",
     "cross_entropy",
     "margin",
+    "names",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -44,8 +44,15 @@ class CarliniWagner(Config):
     optimum of a linear model."""
     lr: Annotated[Number, Field(gt=0)] = 0.01
     """Step size of Adam, in the space of w (authors' code)."""
+    decay: bool = True
+    """Let the step size fall evenly towards zero (ours). The authors keep it (False), and end a third above the
+    optimum where that is shorter than a step."""
     c: Annotated[Number, Field(gt=0)] = 1e-3
     """First value of c (authors' code)."""
+    judge: Literal["last", "any"] = "last"
+    """Which successes make the search go on with a smaller c: those in the last tenth of the steps (ours), or any
+    (authors' code). The first steps overshoot near a boundary whatever c is; ``any`` then halves c in vain, and ends
+    a third above the optimum. Either way the smallest success of all steps is returned."""
     early_abort: bool = True
     """Leave a value of c for an image once a tenth of the steps has not lowered its objective by 0.01 per cent
     (authors' code, which judges the batch as a whole; here each image by itself)."""
@@ -120,7 +127,7 @@ class CarliniWagner(Config):
         w = torch.atanh((2 * x[rows] - 1) * _EDGE)
         adam = Adam(torch.zeros_like(w), torch.zeros_like(w))
         reached = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        before, going = x.new_full((len(rows),), torch.inf), rows
+        before, going, tenth = x.new_full((len(rows),), torch.inf), rows, max(1, self.steps // 10)
         for step in range(self.steps):
             images, labels = x[going], y[going]
             with torch.enable_grad():
@@ -139,9 +146,11 @@ class CarliniWagner(Config):
             success, moved, length = self._success(logits.detach(), labels), moved.detach(), length.detach()
             better = success & (length < shortest[going])
             best[going[better]], shortest[going[better]] = moved[better], length[better]
+            if self.judge == "last" and step % tenth == 0:
+                reached[going] = False
             reached[going] |= success
-            w = point.detach() - adam.step(gradient, self.lr)
-            if self.early_abort and (step + 1) % max(1, self.steps // 10) == 0:
+            w = point.detach() - adam.step(gradient, self.lr * (1 - step / self.steps if self.decay else 1))
+            if self.early_abort and (step + 1) % tenth == 0:
                 improving = objective.detach() < 0.9999 * before
                 before, going, w = objective.detach()[improving], going[improving], w[improving]
                 adam = adam.of(improving)

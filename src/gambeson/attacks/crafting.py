@@ -65,6 +65,11 @@ class UniversalAttack(Config):
         """The ball of allowed perturbations."""
         return Ball(eps=self.eps, norm=self.norm)
 
+    @property
+    def sees_train(self) -> bool:
+        """Whether training images are looked at: a perturbation is never scored on the images it was made from."""
+        return True
+
     def craft(
         self, model: Models, data: object, *, seed: int = 0, start: torch.Tensor | None = None
     ) -> UniversalPerturbation:
@@ -138,8 +143,8 @@ class UniversalAttack(Config):
             norm=self.norm,
             seed=work.seed,
             model="+".join(fingerprint(victim.model) for victim in work.victims),
-            crafted_on=work.train.fingerprint if self.looks_at_train else "no images",
-            crafted_split=work.train.name if self.looks_at_train else "no images",
+            crafted_on=work.train.fingerprint if self.sees_train else "no images",
+            crafted_split=work.train.name if self.sees_train else "no images",
             chosen_on=work.validation.name,
             restarts=restarts,
             status=status,

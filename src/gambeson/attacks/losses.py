@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 
 from gambeson.base import Config, Number
+
+LossName = Literal["cross-entropy", "margin", "dlr"]
+"""What an attack can climb: :func:`cross_entropy`, :func:`margin` or :func:`dlr`."""
+
+_TINY = 1e-12
 
 IGNORE = -100
 """What ``ignore_index`` becomes where a data set has none: a label that never occurs."""
@@ -30,9 +37,7 @@ def cross_entropy(
         Losses in the shape of ``labels``.
     """
     ignored = IGNORE if ignore_index is None else ignore_index
-    return F.cross_entropy(
-        logits, labels, reduction="none", ignore_index=ignored, label_smoothing=label_smoothing
-    )
+    return F.cross_entropy(logits, labels, reduction="none", ignore_index=ignored, label_smoothing=label_smoothing)
 
 
 def margin(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None) -> torch.Tensor:
@@ -45,6 +50,39 @@ def margin(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None 
     own = logits.gather(1, index).squeeze(1)
     others = logits.scatter(1, index, -torch.inf).amax(1)
     return (others - own) * counts
+
+
+def target_margin(logits: torch.Tensor, targets: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Logit of the target minus that of the true class: (N,) or (N, H, W). Both must be classes everywhere."""
+    pair = logits.gather(1, torch.stack([truth, targets], 1))
+    return pair[:, 1] - pair[:, 0]
+
+
+def dlr(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None) -> torch.Tensor:
+    """Difference of logits ratio (Croce and Hein 2020, equation 6): the margin over the first minus the third logit.
+
+    It does not change when logits are shifted or scaled, so that a model cannot hide its gradient by large logits.
+    Shapes as in :func:`cross_entropy`; needs three classes or more.
+    """
+    top = logits.topk(3, dim=1).values
+    return margin(logits, labels, ignore_index) / (top[:, 0] - top[:, 2] + _TINY)
+
+
+def targeted_dlr(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    truth: torch.Tensor | None = None,
+    ignore_index: int | None = None,
+) -> torch.Tensor:
+    """The targeted ratio (Croce and Hein 2020, equation 7), to be raised; shapes as in :func:`cross_entropy`.
+
+    The target's logit minus the true class's, over the first logit minus the mean of the third and fourth. Without
+    ``truth`` the best other class stands for it (our choice). Needs four classes or more.
+    """
+    top = logits.topk(4, dim=1).values
+    scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _TINY
+    ahead = -margin(logits, targets, ignore_index) if truth is None else target_margin(logits, targets, truth)
+    return ahead / scale
 
 
 def image_means(answers: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None) -> torch.Tensor:
@@ -72,8 +110,10 @@ def fallen(
 class Loss(Config):
     """An attack's objective: what each answer contributes, and from where on it contributes nothing."""
 
+    kind: LossName = "cross-entropy"
+    """What is climbed."""
     margin: bool = False
-    """Climb the margin of the logits instead of the cross-entropy."""
+    """Short for ``kind="margin"``."""
     targeted: bool = False
     """Labels are targets to reach; otherwise they are truths to leave."""
     truncate: Number | None = None
@@ -81,13 +121,48 @@ class Loss(Config):
     (Mummadi et al. 2019: -log 0.2 of cross-entropy). It acts per answer, before any mean. For a targeted
     attack it is the floor of the loss below which an answer counts as reached."""
 
+    def used(self, classes: int) -> LossName:
+        """What is really climbed on a model with this many classes.
+
+        The ratio needs a third logit, targeted a fourth: with fewer classes it has no meaning, and the margin, its
+        numerator, is climbed in its place.
+        """
+        if self.margin:
+            return "margin"
+        if self.kind == "dlr" and classes < (4 if self.targeted else 3):
+            return "margin"
+        return self.kind
+
     def __call__(
-        self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        ignore_index: int | None = None,
+        truth: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the value to climb, one an image: (N,)."""
-        answers = (margin if self.margin else cross_entropy)(logits, labels, ignore_index)
+        """Return the value to climb, one an image: (N,).
+
+        Args:
+            logits: (N, K) or (N, K, H, W).
+            labels: (N,) or (N, H, W); targets where ``targeted``.
+            ignore_index: the label that counts nowhere.
+            truth: true labels, where a targeted margin or ratio shall measure the target against them.
+        """
+        answers = self._answers(logits, labels, ignore_index, truth)
         if self.targeted:
             answers = -(answers if self.truncate is None else answers.clamp(min=self.truncate))
         elif self.truncate is not None:
             answers = answers.clamp(max=self.truncate)
         return image_means(answers, labels, ignore_index)
+
+    def _answers(
+        self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None, truth: torch.Tensor | None
+    ) -> torch.Tensor:
+        used = self.used(logits.shape[1])
+        if used == "cross-entropy":
+            return cross_entropy(logits, labels, ignore_index)
+        if not self.targeted:
+            return (margin if used == "margin" else dlr)(logits, labels, ignore_index)
+        if used == "dlr":
+            return -targeted_dlr(logits, labels, truth, ignore_index)
+        return margin(logits, labels, ignore_index) if truth is None else -target_margin(logits, labels, truth)

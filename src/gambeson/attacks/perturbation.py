@@ -10,7 +10,6 @@ import torch
 from gambeson.base import Config, UserError, load_tensors, save_tensors
 from gambeson.threat import Ball, Eps, Norm, perturb
 
-
 Status = Literal["done", "weak", "zero", "target not reached"]
 """``weak``: its norm is below 5 % of eps; ``zero``: it is zero although eps is not; ``target not reached``: the
 attack's own stopping rule (DeepFool-UAP's fooling rate) was not met within its passes."""

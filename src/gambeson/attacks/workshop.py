@@ -106,7 +106,8 @@ class Workshop:
         """
         with torch.enable_grad():  # an attack called under no_grad still needs gradients
             point = delta.detach().requires_grad_()
-            return self.differentiate(self.value(perturb(images, point, self.box_gradient), goals, objective), point, images)
+            value = self.value(perturb(images, point, self.box_gradient), goals, objective)
+            return self.differentiate(value, point, images)
 
     def value(self, moved: torch.Tensor, goals: torch.Tensor, objective: Objective) -> torch.Tensor:
         """Return the objective's sum over images, averaged over the models: a scalar."""
@@ -120,7 +121,8 @@ class Workshop:
             victim.backwards += len(images)  # the one backward went through every model
         if not torch.isfinite(gradient.sum()):
             raise UserError(
-                "the model's gradient is NaN or infinite: no attack can follow it; check the model's weights and outputs"
+                "the model's gradient is NaN or infinite: no attack can follow it; "
+                "check the model's weights and outputs"
             )
         return gradient
 

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from gambeson.base import UserError
-from gambeson.cli import audit, bench, data, quickstart, report, train
+from gambeson.cli import attack, audit, bench, data, quickstart, report, train, uap
 
 MISTAKE, STOPPED = 2, 130
 """Exit codes of a mistake that the user can mend, and after Ctrl-C, as shells have it."""
@@ -24,6 +24,8 @@ app.command("quickstart")(quickstart.quickstart)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("audit")(audit.audit)
+app.command("attack")(attack.attack)
+app.add_typer(uap.app, name="uap")
 app.command("report")(report.report)
 app.add_typer(bench.app, name="bench")
 

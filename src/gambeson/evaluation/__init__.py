@@ -1,24 +1,32 @@
 """Honest numbers: rates with intervals, controls beside attacks, checks that can overturn a verdict."""
 
+from gambeson.evaluation.attack_run import AttackRun, run_attack
 from gambeson.evaluation.audit import Audit, audit
+from gambeson.evaluation.cascade import Cascade, CascadeResult, run_cascade
 from gambeson.evaluation.eps_uni import eps_uni
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.results import AuditResult
 from gambeson.evaluation.run import AuditRun, run_audit
 from gambeson.evaluation.suite import SUITES, Suite
-from gambeson.evaluation.universal import accuracy, fooling_rate, universal_evasion
+from gambeson.evaluation.universal import accuracy, control_rates, fooling_rate, universal_evasion
 
 __all__ = [
     "SUITES",
+    "AttackRun",
     "Audit",
     "AuditResult",
     "AuditRun",
+    "Cascade",
+    "CascadeResult",
     "Rate",
     "Suite",
     "accuracy",
     "audit",
+    "control_rates",
     "eps_uni",
     "fooling_rate",
+    "run_attack",
     "run_audit",
+    "run_cascade",
     "universal_evasion",
 ]

@@ -27,7 +27,7 @@ class AttackRun(Config):
     """Name of a data set; None: the one that the run was trained on."""
     attack: str = "pgd"
     """Name of an attack that perturbs image by image."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of the attack, such as eps."""
     images: Annotated[int, Field(ge=1)] = 1000
     """Test images to attack, the first ones."""

@@ -13,14 +13,14 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 
 from gambeson.base import Config, Number
+from gambeson.threat.projections import TINY, fill_greedily, largest_share, shorten, soften
 
 Eps = Annotated[Number, Field(ge=0)]
 """A radius in pixel units (images are in [0, 1]); text such as ``8/255`` is accepted."""
 
-Norm = Annotated[Literal["inf", "2"], BeforeValidator(lambda value: str(value).lower().removeprefix("l"))]
-"""``inf`` (largest change of a pixel) or ``2`` (Euclidean length); ``linf``, ``l2`` and 2 are read too."""
-
-_TINY = 1e-12
+Norm = Annotated[Literal["inf", "2", "1"], BeforeValidator(lambda value: str(value).lower().removeprefix("l"))]
+"""``inf`` (largest change of a pixel), ``2`` (Euclidean length) or ``1`` (sum of the changes); ``linf``, ``l2``,
+``l1``, 2 and 1 are read too."""
 
 
 class Ball(Config):
@@ -47,7 +47,31 @@ class Ball(Config):
         """Return the nearest point of the ball to each row, in Euclidean distance."""
         if self.norm == "inf":
             return delta.clamp(-self._radius, self._radius)
-        return delta * (self.eps / _lengths(delta).clamp(min=_TINY)).clamp(max=1)
+        if self.norm == "1":
+            rows = delta.flatten(1)
+            inside = rows.abs().sum(1, keepdim=True) <= self.eps
+            return torch.where(inside, rows, soften(rows, rows.abs(), self.eps)).view_as(delta)
+        return delta * (self.eps / _lengths(delta).clamp(min=TINY)).clamp(max=1)
+
+    def project_in_box(self, delta: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """Return the nearest point to each row that lies in the ball and between ``low`` and ``high``.
+
+        For the norms 2 and 1 this is not the projection followed by a clip, which wastes part of the radius
+        (Croce and Hein 2021, section 3). A row whose projection lies in the box is that projection, to the bit.
+
+        Args:
+            delta: (R, C, H, W).
+            low: same shape, not above zero.
+            high: same shape, not below zero.
+        """
+        plain = self.project(delta)
+        clipped = torch.minimum(torch.maximum(plain, low), high)
+        if self.norm == "inf":
+            return clipped
+        room = torch.where(delta > 0, high, -low).flatten(1)
+        exact = (soften if self.norm == "1" else shorten)(delta.flatten(1), room, self.eps).view_as(delta)
+        free = (clipped == plain).flatten(1).all(1).view(-1, 1, 1, 1)
+        return torch.where(free, plain, exact)
 
     def steepest(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the direction of unit norm along which a linear function with this gradient rises fastest.
@@ -56,16 +80,51 @@ class Ball(Config):
         """
         if self.norm == "inf":
             return gradient.sign()
-        return gradient / _lengths(gradient).clamp(min=_TINY)
+        if self.norm == "1":  # the one largest value; among equals the first
+            rows = gradient.flatten(1)
+            return fill_greedily(rows, torch.ones_like(rows), 1.0).view_as(gradient)
+        return gradient / _lengths(gradient).clamp(min=TINY)
+
+    def step_in_box(
+        self,
+        gradient: torch.Tensor,
+        length: torch.Tensor | float,
+        room: torch.Tensor,
+        sparsity: float | None = None,
+    ) -> torch.Tensor:
+        """Return a step of norm ``length`` up the gradient that norm 1 does not waste on values without room.
+
+        In the norms inf and 2 it is ``length`` times :meth:`steepest`: the projection takes care of the box.
+
+        Args:
+            gradient: (R, C, H, W).
+            length: in pixel units; a number, or (R, 1, 1, 1).
+            room: (R, C, H, W), not negative: how far each value may go in the direction of its gradient.
+            sparsity: norm 1 only: the share of values moved, each equally (SLIDE, Tramer and Boneh 2019); None
+                fills value after value (the steepest step, Croce and Hein 2021).
+        """
+        if self.norm != "1":
+            return length * self.steepest(gradient)
+        rows, rooms = gradient.flatten(1), room.flatten(1)
+        if sparsity is not None:
+            return length * largest_share(rows, rooms, sparsity).view_as(gradient)
+        reach = length.flatten(1) if isinstance(length, torch.Tensor) else length
+        return fill_greedily(rows, rooms, reach).view_as(gradient)
 
     def uniform(self, shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         """Draw rows uniformly from the ball, on the generator's device."""
         if self.norm == "inf":
             return (torch.rand(shape, generator=generator, device=generator.device) * 2 - 1) * self._radius
+        if self.norm == "1":  # the first D of D + 1 exponentials over their sum fill the simplex evenly
+            size = max(1, torch.Size(shape[1:]).numel())
+            draw = torch.empty((shape[0], size + 1), device=generator.device).exponential_(generator=generator)
+            share = draw[:, :-1] / draw.sum(1, keepdim=True).clamp(min=TINY)
+            signs = torch.randint(0, 2, share.shape, generator=generator, device=generator.device) * 2 - 1
+            return self.project((share * signs * self.eps).view(shape))
         direction = torch.randn(shape, generator=generator, device=generator.device)
         radius = torch.rand(len(direction), generator=generator, device=generator.device)
         radius = radius.pow(1 / max(1, direction[0].numel())).view(-1, *[1] * (direction.ndim - 1))
-        return direction / _lengths(direction).clamp(min=_TINY) * radius * self.eps
+        return direction / _lengths(direction).clamp(min=TINY) * radius * self.eps
 
     def signs(self, shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         """Draw rows of independent random signs, scaled to the surface of the ball."""
@@ -75,13 +134,16 @@ class Ball(Config):
     def fill(self, pattern: torch.Tensor) -> torch.Tensor:
         """Scale each row so that its norm is eps: the strongest form of a fixed pattern."""
         if self.norm == "inf":
-            return pattern / pattern.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=_TINY) * self._radius
-        return pattern / _lengths(pattern).clamp(min=_TINY) * self.eps
+            return pattern / pattern.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=TINY) * self._radius
+        lengths = _lengths(pattern) if self.norm == "2" else pattern.abs().sum(dim=(1, 2, 3), keepdim=True)
+        return pattern / lengths.clamp(min=TINY) * self.eps
 
     def length(self, delta: torch.Tensor) -> torch.Tensor:
         """Return the norm of each row, shape (R,)."""
         rows = delta.flatten(1)
-        return rows.abs().amax(1) if self.norm == "inf" else rows.norm(dim=1)
+        if self.norm == "inf":
+            return rows.abs().amax(1)
+        return rows.abs().sum(1) if self.norm == "1" else rows.norm(dim=1)
 
 
 def _lengths(rows: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+import gambeson as gb
+from gambeson.attacks import FGSM, PGD, RFGSM
+from gambeson.evaluation import Rate, run_cascade
+from gambeson.victim import Victim
+
+
+class Nothing:
+    def __call__(self, model, x, y, *, seed=0, ignore_index=None):
+        self.seen = len(x)
+        return x
+
+
+@pytest.fixture(scope="module")
+def row(trained, digits):
+    attacks = {"nothing": Nothing(), "fgsm": FGSM(eps=0.1), "pgd": PGD(eps=0.1, restarts=2), "r-fgsm": RFGSM(eps=0.1)}
+    with Victim(trained, fast=True) as victim:
+        return run_cascade(victim, digits.test, attacks, batch_size=100)
+
+
+def test_the_row_keeps_the_worst_case_of_every_image(row, trained, digits):
+    result = row.result
+    assert result.clean == gb.evaluation.accuracy(trained, digits)
+    assert [found.attack for found in result.rounds] == ["nothing", "fgsm", "pgd", "r-fgsm"]
+    assert result.rounds[0].broken == 0
+    assert result.rounds[1].broken > 0
+    for before, after in zip(result.rounds, result.rounds[1:], strict=False):
+        assert after.tried == before.tried - before.broken  # the fallen are left alone
+        assert after.accuracy.value <= before.accuracy.value
+    assert result.robust == result.rounds[-1].accuracy
+    assert result.success.n == result.rounds[0].tried
+
+
+def test_stored_images_score_the_reported_number_in_any_batch_size(row, trained, digits):
+    for size in (7, 100, 449):
+        with torch.no_grad():
+            right = sum(
+                int((trained(x).argmax(1) == y).sum())
+                for x, y in zip(row.images.split(size), digits.test.labels.split(size), strict=True)
+            )
+        assert Rate.of(right, len(digits.test)) == row.result.robust
+    x, _ = digits.test.take(slice(None))
+    moved = (row.images - x).abs().amax((1, 2, 3))
+    assert float(moved.max()) <= 0.1 + 1e-6
+    assert torch.equal(moved > 0, row.fallen_to >= 0)
+    assert row.result.largest == pytest.approx(float(moved.max()))
+
+
+def test_an_attack_alone_is_never_stronger_than_the_row(row, trained, digits):
+    with Victim(trained, fast=True) as victim:
+        alone = run_cascade(victim, digits.test, {"fgsm": FGSM(eps=0.1)}, batch_size=100)
+        nothing = run_cascade(victim, digits.test, {"nothing": Nothing()})
+    assert row.result.robust.value < alone.result.robust.value < nothing.result.robust.value
+    assert nothing.result.robust == nothing.result.clean
+    assert (nothing.result.largest, nothing.result.mean) == (0.0, 0.0)
