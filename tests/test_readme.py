@@ -12,7 +12,8 @@ MODELS = ("standard", "pgd-adversarial", "shared-adversarial")
 
 def table() -> str:
     lines = [
-        "| model | clean accuracy | UER at eps 0.25 | PGD accuracy at eps 0.25 | eps_uni(0.5) | strongest control at eps 0.25 |",
+        "| model | clean accuracy | UER at eps 0.25 | PGD accuracy at eps 0.25 | eps_uni(0.5) "
+        "| strongest control at eps 0.25 |",
         "|---|---|---|---|---|---|",
     ]
     for model in MODELS:

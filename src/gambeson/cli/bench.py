@@ -30,7 +30,7 @@ def attacks(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file to write.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time PGD against the loop of a tutorial, in turns; report medians of ratios.
+    """Time PGD against the plain loop, in turns; report medians of ratios.
 
     Example: `gambeson bench attacks --rounds 7`
     """

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Protocol
 import torch
 from pydantic import Field
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gambeson.attacks.losses import Loss, cross_entropy, image_means
 from gambeson.attacks.solver import Ascent
@@ -93,7 +94,9 @@ class Adversarial(Config):
                 f"sharedness {self.sharedness} does not divide the batch of {len(batch.images)}: "
                 "choose a batch size that is a multiple of it"
             )
-        with Victim(model) as victim:
+        # Data-parallel wrappers are for the weights' gradients; crafting takes none and must not wait for others.
+        core = model.module if isinstance(model, DistributedDataParallel) else model
+        with Victim(core) as victim:
             ascent = Ascent(
                 victim=victim,
                 ball=Ball(eps=self.eps, norm=self.norm),

@@ -56,15 +56,14 @@ class BenchResult(Config):
 
 
 def bare_pgd(settings: BenchSettings) -> Attack:
-    """The loop of a tutorial: forward, ``backward()``, sign, project, clip; nothing frozen, nothing shared."""
+    """The plain loop: forward, gradient with respect to the images alone, sign, project, clip."""
 
     def attack(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         adversarial = x + torch.empty_like(x).uniform_(-settings.eps, settings.eps)
         for _ in range(settings.steps):
             adversarial = adversarial.clamp(0, 1).detach().requires_grad_()
-            F.cross_entropy(model(adversarial), y).backward()
-            assert adversarial.grad is not None
-            moved = adversarial.detach() + settings.eps / 4 * adversarial.grad.sign()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(model(adversarial), y), adversarial)
+            moved = adversarial.detach() + settings.eps / 4 * gradient.sign()
             adversarial = torch.min(torch.max(moved, x - settings.eps), x + settings.eps)
         return adversarial.clamp(0, 1).detach()
 
@@ -95,7 +94,6 @@ def bench_attacks(settings: BenchSettings, peers: Mapping[str, Attack] | None = 
     with task("bench attacks", settings.rounds + 1) as advance:
         for lap in range(settings.rounds + 1):
             for name, attack in candidates.items():
-                model.zero_grad(set_to_none=True)
                 began = time.perf_counter()
                 attack(model, x, y)
                 if lap:  # the first lap warms up
