@@ -1,7 +1,7 @@
 """Time to reach what ART's DeepFool-UAP reaches, on Fashion-MNIST with LeNet: ``python benchmarks/universal.py``.
 
-ART crafts on ``--images`` training images; our stochastic PGD is then given a growing number of steps until its error on
-the same held-out images is at least as high. Both are timed in this one process. ART comes with the extra ``bench``.
+ART crafts on ``--images`` training images; our stochastic PGD is then given a growing number of steps until its error
+on the same held-out images is at least as high. Both are timed in this one process. ART comes with the extra ``bench``.
 """
 
 from __future__ import annotations

@@ -52,7 +52,9 @@ def test_no_file_spells_out_an_accelerator():
 
 def test_ranges_are_checked_in_one_place():
     for file in (SOURCE / "attacks").glob("*.py"):
-        assert not re.search(r"def (check_|_check_range|clip|project)", file.read_text()), file
+        text = file.read_text()
+        assert not re.search(r"def (check_|_check_range|clip)", text), file
+        assert file.name == "solver.py" or "def project" not in text, file  # it asks the ball, for ball and box
 
 
 def test_files_can_be_read_at_a_sitting():

@@ -8,11 +8,14 @@ from hypothesis import strategies as st
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import FGSM, PGD, RFGSM
+from gambeson.attacks.gradient import IFGSM
+from gambeson.attacks.solver import NotFinite
 from gambeson.data import Split
 from gambeson.evaluation import Rate
 from gambeson.evaluation.universal import accuracy_under
 from gambeson.threat import Ball
 from gambeson.victim import Victim
+from tests.attacks.optima import best_gain
 from tests.conftest import LinearNet, binary, inner_images
 
 SHAPES = [(1, 2, 3), (3, 5, 7), (1, 1, 11)]
@@ -38,6 +41,107 @@ def test_pgd_and_fgsm_reach_the_optimum_of_a_linear_model(shape, norm):
         assert (Ball(eps=eps, norm=norm).length(x_adv - x) <= eps * (1 + 1e-5)).all()
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 3), (3, 5, 7)])
+@pytest.mark.parametrize(("norm", "eps"), [("inf", 0.05), ("inf", 0.5), ("2", 0.5), ("2", 2.0), ("1", 0.3), ("1", 1.5)])
+def test_pgd_reaches_the_optimum_where_images_are_black_and_white(shape, norm, eps):
+    model, w = binary(shape)
+    x, y = torch.rand(9, *shape, generator=torch.Generator().manual_seed(3)), torch.arange(9) % 2
+    x[x < 0.3], x[x > 0.7] = 0, 1
+    best = best_gain(w, x, y, eps, norm).float()
+    for attack in (PGD(eps=eps, norm=norm, loss="margin", early_stop=False), IFGSM(eps=eps, norm=norm, loss="margin")):
+        grown = gain(model, x, attack(model, x, y), y).detach()
+        assert (grown <= best * (1 + 1e-4)).all()
+        if norm != "2" or attack.start == "uniform":  # with steps of eps / steps the norm 2 has no time to turn
+            assert (grown >= 0.99 * best).all()
+
+
+def test_the_norm_2_of_the_paper_wastes_radius_on_black_and_white_pixels():
+    model, w = binary((1, 1, 11))
+    x, y = torch.rand(9, 1, 1, 11, generator=torch.Generator().manual_seed(3)).round(), torch.arange(9) % 2
+    best = best_gain(w, x, y, 1.0, "2").float()
+    exact, paper = (
+        gain(model, x, PGD(eps=1.0, norm="2", loss="margin", exact_box=box, early_stop=False)(model, x, y), y).detach()
+        for box in (True, False)
+    )
+    assert (exact >= 0.99 * best).all()
+    assert (paper < 0.99 * best).any()
+
+
+def test_slide_spreads_its_steps_over_a_share_of_the_values():
+    model, w = binary((1, 10, 10))
+    x, y = inner_images(3, (1, 10, 10)), torch.tensor([0, 1, 0])
+    moved = FGSM(eps=1.0, norm="1", sparsity=0.2)(model, x, y) - x
+    assert ((moved.abs() > 1e-6).flatten(1).sum(1) == 20).all()
+    largest = w.flatten().abs().topk(20).indices
+    torch.testing.assert_close(moved.flatten(1)[:, largest].abs(), torch.full((3, 20), 0.05))
+
+
+def test_black_pixels_have_a_gradient():
+    model, w = binary((1, 3, 4))
+    y = torch.zeros(1, dtype=torch.long)
+    for shade in (0.0, 1.0):
+        x = torch.full((1, 1, 3, 4), shade)
+        inward = (w > 0) if shade == 0 else (w < 0)
+        moved = FGSM(eps=0.1)(model, x, y) - x
+        torch.testing.assert_close(moved[0], torch.where(inward, 0.1 * w.sign(), torch.zeros_like(w)))
+
+
+@pytest.mark.parametrize("norm", ["inf", "2"])
+def test_equals_the_shortest_plain_loop(norm, trained, digits):
+    x, y = digits.test.take(slice(0, 16))
+    x = x * 0.4 + 0.3  # the box does not bind
+    attack = PGD(eps=0.1, norm=norm, steps=7, start="zero", early_stop=False)
+    trained.eval()
+    delta = torch.zeros_like(x)
+    for _ in range(7):
+        point = (x + delta).requires_grad_()
+        (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(trained(point), y, reduction="sum"), point)
+        if norm == "inf":
+            delta = (delta + 0.1 * 4 / 7 * gradient.sign()).clamp(-0.1, 0.1)
+        else:
+            delta = delta + 0.1 * 4 / 7 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            delta = delta * (0.1 / delta.flatten(1).norm(dim=1)).clamp(max=1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(attack(trained, x, y), x + delta, rtol=0, atol=1e-4)
+
+
+def test_costs_are_what_the_text_says(trained, digits):
+    x, y = digits.test.take(slice(0, 10))
+    for attack, forwards, backwards in (
+        (FGSM(eps=0.1), 1, 1),
+        (FGSM(eps=0.1, label="prediction"), 2, 1),
+        (PGD(eps=0.1, steps=6, early_stop=False), 6, 6),
+        (PGD(eps=0.1, steps=6, restarts=3, early_stop=False), 21, 18),
+    ):
+        with Victim(trained) as victim:
+            attack(victim, x, y)
+            if attack.restarts == 1:  # later restarts leave out what has fallen
+                assert (victim.forwards, victim.backwards) == (10 * forwards, 10 * backwards)
+            assert victim.forwards <= 10 * forwards
+
+
+def test_a_gradient_that_is_not_finite_stops_with_its_step_and_what_was_found():
+    class Brittle(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += int(x.requires_grad)
+            value = x.flatten(1).sum(1)
+            return torch.stack([value, -value], 1) * (float("nan") if self.calls == 3 else 1.0)
+
+    x, y = inner_images(4, (1, 2, 2)), torch.tensor([0, 0, 1, 1])  # the last two are wrong as they are
+    with pytest.raises(NotFinite, match="gradient is NaN or infinite at step 3: no attack can follow it") as caught:
+        PGD(eps=0.1, steps=5)(Brittle(), x, y)
+    assert caught.value.found.shape == x.shape
+    assert isinstance(caught.value, UserError)
+
+
+def test_no_images_are_no_problem():
+    model, _ = binary((1, 2, 2))
+    assert PGD(eps=0.1)(model, torch.zeros(0, 1, 2, 2), torch.zeros(0, dtype=torch.long)).shape == (0, 1, 2, 2)
+
+
 def test_early_stop_finds_exactly_the_images_that_can_be_broken():
     model, w = binary((3, 4, 5))
     x = inner_images(64, (3, 4, 5))
@@ -58,9 +162,7 @@ def test_random_start_of_rfgsm_costs_what_the_paper_s_formula_says():
     for share in (0.0, 0.5, 1.0):
         x_adv = RFGSM(eps=0.1, start_size=share)(model, x, y, seed=3)
         mean = float(gain(model, x, x_adv, y).mean() / (0.1 * w.abs().sum()))
-        assert (
-            abs(mean - (1 - share)) < 0.02
-        )  # ensemble-adversarial-training oracle: (1 - alpha / eps) of FGSM's
+        assert abs(mean - (1 - share)) < 0.02  # ensemble-adversarial-training oracle: (1 - alpha / eps) of FGSM's
 
 
 def test_targeted_moves_to_the_target_and_untargeted_away():
@@ -70,7 +172,7 @@ def test_targeted_moves_to_the_target_and_untargeted_away():
     y, target = model(x).topk(2).indices.T
     reached = model(PGD(eps=0.4, targeted=True, steps=40)(model, x, target)).argmax(1) == target
     assert reached.float().mean() > 0.9
-    assert (model(PGD(eps=0.4, margin=True)(model, x, y)).argmax(1) != y).float().mean() > 0.9
+    assert (model(PGD(eps=0.4, loss="margin")(model, x, y)).argmax(1) != y).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("attack", [FGSM, PGD, RFGSM])
@@ -84,9 +186,9 @@ def test_eps_zero_returns_the_images_bit_for_bit(attack, trained, digits):
 
 @given(
     st.integers(1, 7),
-    st.sampled_from(["inf", "2"]),
+    st.sampled_from(["inf", "2", "1"]),
     st.floats(0, 1),
-    st.sampled_from([FGSM, PGD, RFGSM]),
+    st.sampled_from([FGSM, PGD, RFGSM, IFGSM]),
     st.integers(0, 9),
 )
 def test_results_stay_in_the_ball_and_in_the_box_and_repeat(count, norm, eps, kind, seed):
@@ -179,7 +281,7 @@ def test_settings_are_checked():
 
 
 def test_attacks_that_do_nothing_or_go_down_would_fail(trained, digits):
-    model, w = binary((1, 4, 4))
+    model, _ = binary((1, 4, 4))
     x, y = inner_images(5, (1, 4, 4)), torch.zeros(5, dtype=torch.long)
     up = gain(model, x, FGSM(eps=0.1)(model, x, y), y)
     down = gain(model, x, FGSM(eps=0.1)(model, x, 1 - y), y)

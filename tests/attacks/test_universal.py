@@ -1,5 +1,6 @@
 """Stochastic PGD against formulas, and what it hands back."""
 
+import itertools
 import math
 
 import pytest
@@ -97,9 +98,7 @@ def test_beats_its_controls_and_the_null_perturbation_does_not(trained, digits):
         noise = UniversalPerturbation(control(name, Ball(eps=eps), digits.test.shape), uap.about)
         assert gb.evaluation.universal_evasion(trained, digits, noise).high < crafted.low
     nothing = UniversalPerturbation(torch.zeros_like(uap.delta), uap.about)
-    assert gb.evaluation.universal_evasion(trained, digits, nothing).value == pytest.approx(
-        clean.value, abs=1e-12
-    )
+    assert gb.evaluation.universal_evasion(trained, digits, nothing).value == pytest.approx(clean.value, abs=1e-12)
     assert gb.evaluation.fooling_rate(trained, digits, nothing).value == 0
     evasion, fooling = crafted.value, gb.evaluation.fooling_rate(trained, digits, uap).value
     assert abs(evasion - fooling) <= clean.value + 1e-9
@@ -142,7 +141,7 @@ def test_steps_decay_from_a_quarter_to_a_hundredth_of_eps():
     lengths = StochasticPGD(eps=0.4, steps=200).lengths
     assert lengths[0] == pytest.approx(0.1)
     assert lengths[-1] == pytest.approx(0.004)
-    assert all(a >= b for a, b in zip(lengths, lengths[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(lengths))
 
 
 def test_label_maps_are_attacked_by_the_same_call():
@@ -156,9 +155,7 @@ def test_label_maps_are_attacked_by_the_same_call():
     whole = Split("pixels", x, y, ("a", "b"), ignore_index=255)
     parts = [whole.subset(torch.arange(20) + 20 * k, f"pixels/{k}") for k in range(3)]
     data = object.__new__(Dataset)
-    for name, value in zip(
-        ("name", "train", "validation", "test", "classes"), ("p", *parts, ("a", "b")), strict=True
-    ):
+    for name, value in zip(("name", "train", "validation", "test", "classes"), ("p", *parts, ("a", "b")), strict=True):
         object.__setattr__(data, name, value)
     uap = StochasticPGD(eps=0.1, steps=20, restarts=1, batch_size=10, truncate=None).craft(PixelNet(), data)
     torch.testing.assert_close(uap.delta[0, 0, 1:], torch.full((3, 4), -0.1))
@@ -204,9 +201,7 @@ def test_linear_net_with_many_classes_meets_brute_force():
     corners = torch.cartesian_prod(*[torch.tensor([-0.1, 0.1])] * 8).view(-1, 1, 2, 4)
     with torch.no_grad():
         values = [nn.functional.cross_entropy(model(images + corner), labels) for corner in corners]
-    uap = StochasticPGD(eps=0.1, steps=100, restarts=4, batch_size=len(images), truncate=None).craft(
-        model, data
-    )
+    uap = StochasticPGD(eps=0.1, steps=100, restarts=4, batch_size=len(images), truncate=None).craft(model, data)
     with torch.no_grad():
         reached = nn.functional.cross_entropy(model(images + uap.delta), labels)
     assert float(reached) <= float(max(values)) + 1e-5  # cross-entropy is convex: a corner is the maximum

@@ -9,7 +9,7 @@ from gambeson import UserError
 from gambeson.threat import Ball
 
 shapes = st.tuples(st.integers(1, 4), st.sampled_from([1, 3]), st.integers(1, 5), st.integers(1, 7))
-norms = st.sampled_from(["inf", "2"])
+norms = st.sampled_from(["inf", "2", "1"])
 radii = st.floats(0, 1, allow_nan=False)
 
 
@@ -43,13 +43,17 @@ def test_steepest_direction_beats_every_other_of_unit_norm(shape, norm, seed):
     best = ball.steepest(gradient)
     assert (ball.length(best) <= 1 + 1e-5).all()
     gain = (best * gradient).flatten(1).sum(1)
-    dual = gradient.flatten(1).norm(p=1 if norm == "inf" else 2, dim=1)
+    dual = gradient.flatten(1).norm(p={"inf": 1, "2": 2, "1": float("inf")}[norm], dim=1)
     torch.testing.assert_close(gain, dual)
 
 
 def test_a_zero_gradient_gives_no_direction():
-    for norm in ("inf", "2"):
+    for norm in ("inf", "2", "1"):
         assert not Ball(eps=1, norm=norm).steepest(torch.zeros(2, 1, 3, 3)).any()
+    ball, flat, ones = Ball(eps=1, norm="1"), torch.zeros(2, 1, 3, 3), torch.ones(2, 1, 3, 3)
+    for sparsity in (None, 0.3):
+        assert not ball.step_in_box(flat, 1.0, ones, sparsity).any()
+        assert not ball.step_in_box(ones, 1.0, flat, sparsity).any()
 
 
 def test_uniform_l2_draws_are_not_all_on_the_surface():
@@ -57,6 +61,66 @@ def test_uniform_l2_draws_are_not_all_on_the_surface():
         Ball(eps=1, norm="2").uniform((2000, 1, 1, 2), torch.Generator().manual_seed(0))
     )
     assert abs(float((lengths < math.sqrt(0.5)).float().mean()) - 0.5) < 0.05  # half the disc's area
+
+
+def test_uniform_l1_draws_have_the_length_and_the_spread_of_the_volume():
+    draws = Ball(eps=2, norm="1").uniform((4000, 1, 1, 3), torch.Generator().manual_seed(0))
+    lengths = Ball(eps=2, norm="1").length(draws)
+    assert abs(float((lengths < 2 * 0.5 ** (1 / 3)).float().mean()) - 0.5) < 0.05  # half of the octahedron's volume
+    assert (draws.mean(0).abs() < 0.05).all()
+    assert draws.abs().mean(0).flatten().tolist() == [pytest.approx(0.5, abs=0.05)] * 3  # eps / (D + 1)
+
+
+def test_l1_projection_by_hand():
+    ball = Ball(eps=3, norm="1")
+    delta = torch.tensor([3.0, -2.0, 0.5, 1.0]).view(1, 1, 2, 2)
+    torch.testing.assert_close(ball.project(delta).flatten(), torch.tensor([2.0, -1.0, 0.0, 0.0]), rtol=0, atol=1e-6)
+    low, high = torch.full_like(delta, -4.0), torch.tensor([1.0, 9.0, 9.0, 9.0]).view_as(delta)
+    found = ball.project_in_box(delta, low, high).flatten()
+    torch.testing.assert_close(
+        found, torch.tensor([1.0, -1.5, 0.0, 0.5]), rtol=0, atol=1e-6
+    )  # first at its bound, then shift by 0.5
+
+
+@given(st.integers(1, 3), st.integers(1, 40), norms, st.floats(0.01, 3), st.floats(0, 5), st.integers(0, 99))
+def test_projection_on_ball_and_box_is_the_nearest_point_of_both(rows, size, norm, eps, scale, seed):
+    draws = torch.Generator().manual_seed(seed)
+    images = torch.rand(rows, 1, 1, size, generator=draws).round(decimals=1)
+    delta = torch.randn(rows, 1, 1, size, generator=draws) * scale
+    ball = Ball(eps=min(eps, 1.0), norm=norm)
+    found = ball.project_in_box(delta, -images, 1 - images)
+    assert (ball.length(found) <= ball.eps * (1 + 1e-5)).all()
+    assert ((images + found >= -1e-6) & (images + found <= 1 + 1e-6)).all()
+    torch.testing.assert_close(ball.project_in_box(found, -images, 1 - images), found, rtol=1e-4, atol=1e-5)
+    plain = ball.project(delta)
+    free = ((images + plain >= 0) & (images + plain <= 1)).flatten(1).all(1)
+    torch.testing.assert_close(found[free], plain[free])
+    # Nearest: no allowed point may lie beyond the plane through it (the variational inequality).
+    for _ in range(5):
+        other = ball.uniform(delta.shape, draws)
+        other = torch.minimum(torch.maximum(other, -images), 1 - images)
+        assert (((delta - found) * (other - found)).flatten(1).sum(1) <= 1e-4 * (1 + scale)).all()
+
+
+@given(st.integers(1, 30), st.floats(0.1, 4), st.integers(0, 99))
+def test_l1_step_in_a_box_is_the_best_of_its_length(size, length, seed):
+    draws = torch.Generator().manual_seed(seed)
+    gradient, room = torch.randn(1, 1, 1, size, generator=draws), torch.rand(1, 1, 1, size, generator=draws)
+    step = Ball(eps=1, norm="1").step_in_box(gradient, length, room)
+    assert float(step.abs().sum()) == pytest.approx(min(length, float(room.sum())), abs=1e-5)
+    assert (step.abs() <= room + 1e-6).all()
+    gain = float((step * gradient).sum())
+    for _ in range(20):
+        other = torch.rand(gradient.shape, generator=draws) * room * gradient.sign()
+        other = other * min(1.0, length / float(other.abs().sum()))
+        assert float((other * gradient).sum()) <= gain + 1e-5
+
+
+def test_sparse_steps_move_the_largest_values_that_have_room_equally():
+    gradient = torch.tensor([5.0, -4.0, 3.0, 0.1]).view(1, 1, 2, 2)
+    room = torch.tensor([0.0, 1.0, 1.0, 1.0]).view_as(gradient)
+    step = Ball(eps=1, norm="1").step_in_box(gradient, 0.6, room, sparsity=0.5)
+    torch.testing.assert_close(step.flatten(), torch.tensor([0.0, -0.3, 0.3, 0.0]))
 
 
 @pytest.mark.parametrize(
@@ -78,5 +142,6 @@ def test_bad_radii_are_refused_with_their_reason(eps, words):
 def test_radii_as_text_and_norms_as_numbers():
     assert Ball(eps="8/255").eps == 8 / 255
     assert Ball(eps=3, norm=2) == Ball(eps="3", norm="l2")
+    assert Ball(eps=12, norm=1) == Ball(eps="12", norm="L1")
     with pytest.raises(TypeError, match="no setting 'epsilon'"):
         Ball(epsilon=0.1)

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
+from gambeson.attacks.adam import Adam
 from gambeson.attacks.crafting import LabelSource, UniversalAttack
 from gambeson.attacks.losses import image_means, margin
 from gambeson.attacks.workshop import Candidate, Objective, Workshop
@@ -56,15 +57,11 @@ class BoundedLogit(UniversalAttack):
         """What is climbed, one value an image."""
         return self._targeted if self.target is not None else self._untargeted
 
-    def _untargeted(
-        self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None
-    ) -> torch.Tensor:
+    def _untargeted(self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None) -> torch.Tensor:
         answers = margin(logits, labels, ignore_index).clamp(max=self.confidence)
         return image_means(answers, labels, ignore_index)
 
-    def _targeted(
-        self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None
-    ) -> torch.Tensor:
+    def _targeted(self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None) -> torch.Tensor:
         index = labels.unsqueeze(1)
         rival = logits.detach().scatter(1, index, -torch.inf).amax(1)
         answers = (logits.gather(1, index).squeeze(1) - rival).clamp(max=self.confidence)
@@ -72,7 +69,7 @@ class BoundedLogit(UniversalAttack):
 
     def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
         for restart, (kind, delta) in enumerate(work.starts(self.restarts, start)):
-            adam = Adam(delta, self.betas)
+            adam = Adam.like(delta, self.betas)
             for images, labels in islice(work.stream(self.batch_size, restart), self.steps):
                 goals = work.goals(images, labels)
                 if self.clip:
@@ -89,19 +86,3 @@ class BoundedLogit(UniversalAttack):
         with torch.enable_grad():
             point = delta.detach().requires_grad_()
             return work.differentiate(work.value(images + point, goals, self.objective), point, images)
-
-
-class Adam:
-    """Adam's direction of ascent (Kingma and Ba 2015, algorithm 1) for one tensor, without a parameter."""
-
-    def __init__(self, like: torch.Tensor, betas: tuple[float, float] = (0.9, 0.999), tiny: float = 1e-8) -> None:
-        self.first, self.second = torch.zeros_like(like), torch.zeros_like(like)
-        self.betas, self.tiny, self.count = betas, tiny, 0
-
-    def direction(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the step for this gradient at a learning rate of one."""
-        one, two = self.betas
-        self.count += 1
-        self.first = one * self.first + (1 - one) * gradient
-        self.second = two * self.second + (1 - two) * gradient.square()
-        return (self.first / (1 - one**self.count)) / ((self.second / (1 - two**self.count)).sqrt() + self.tiny)

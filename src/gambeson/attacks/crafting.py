@@ -37,10 +37,8 @@ def entered(model: Models) -> Iterator[list[Victim]]:
         victims = []
         for one in several:
             if not isinstance(one, nn.Module | Victim):
-                raise UserError(
-                    f"a model is a {type(one).__name__}: expected a torch.nn.Module, or a list of them"
-                )
-            victims.append(one if isinstance(one, Victim) else stack.enter_context(Victim(one)))
+                raise UserError(f"a model is a {type(one).__name__}: expected a torch.nn.Module, or a list of them")
+            victims.append(one if isinstance(one, Victim) else stack.enter_context(Victim(one, fast=True)))
         places = {str(victim.device) for victim in victims}
         if len(places) > 1:
             raise UserError(f"the models are on {' and '.join(sorted(places))}: move them to one device")

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from gambeson.attacks.bounded_logit import Adam
+from gambeson.attacks.adam import Adam
 from gambeson.attacks.crafting import UniversalAttack
 from gambeson.attacks.layers import activations, layer_names
 from gambeson.attacks.workshop import Candidate, Workshop
@@ -71,10 +71,8 @@ class DataFree(UniversalAttack):
         yield from self._climb(work, delta if start is None else start)
 
     def _climb(self, work: Workshop, delta: torch.Tensor) -> Iterator[Candidate]:
-        layers = [
-            list(self.layers) or layer_names(victim.model, convolutions=True) for victim in work.victims
-        ]
-        adam, samples = Adam(delta), self._samples(work)
+        layers = [list(self.layers) or layer_names(victim.model, convolutions=True) for victim in work.victims]
+        adam, samples = Adam.like(delta), self._samples(work)
         best, stale, share = -1.0, 0, 0.0
         for k in range(1, self.steps + 1):
             images = next(samples)

@@ -9,14 +9,15 @@ from pydantic import Field
 from torch import nn
 
 from gambeson.attacks.losses import fallen
-from gambeson.attacks.query import attacked, working
+from gambeson.attacks.query import InfOr2, attacked, working
 from gambeson.base import Config, Number, UserError
 from gambeson.base.checks import check_batch, check_labels
-from gambeson.threat import Ball, Eps, Norm, perturb
+from gambeson.threat import Ball, Eps, perturb
 from gambeson.victim import Victim
 
 _SHORTEST = 1e-6
 """Shortest step in pixel units (ours): on the boundary itself a step of no length would never leave it."""
+_BROKEN = "the model's logits or gradient are NaN or infinite: no attack can follow them; check the model's weights"
 
 
 class DeepFool(Config):
@@ -33,7 +34,7 @@ class DeepFool(Config):
     eps: Eps | None = None
     """Radius in pixel units; what is found beyond it is projected to the ball, and may then succeed no more.
     None: no bound."""
-    norm: Norm = "2"
+    norm: InfOr2 = "2"
     """Norm that is made small."""
     classes: Annotated[int, Field(ge=2)] = 10
     """How many of the likeliest classes count, the label among them (authors' code: 10)."""
@@ -88,6 +89,8 @@ class DeepFool(Config):
                 logits = victim(point)
                 if rivals is None:
                     rivals = self._rivals(logits.detach(), y, rows)
+                if not bool(logits.isfinite().all()):
+                    raise UserError(_BROKEN)
                 down = fallen(logits, labels)
                 if bool(down.all()):
                     break
@@ -124,10 +127,7 @@ class DeepFool(Config):
             (slope,) = torch.autograd.grad(gaps[:, k].sum(), point, retain_graph=k + 1 < rivals.shape[1])
             rise = slope.flatten(1).abs().sum(1) if self.norm == "inf" else slope.flatten(1).norm(dim=1)
             if not bool(rise.isfinite().all()):
-                raise UserError(
-                    "the model's gradient is NaN or infinite: no attack can follow it; "
-                    "check the model's weights and outputs"
-                )
+                raise UserError(_BROKEN)
             distance = torch.where(rise > 0, gaps[:, k].detach().abs() / rise, torch.inf)
             closer = distance < nearest
             nearest = torch.where(closer, distance, nearest)

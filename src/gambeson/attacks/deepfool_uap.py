@@ -166,4 +166,3 @@ def _linearised(
         values = logits.gather(1, ranked.reshape(-1, 1)).squeeze(1)
         slopes = victim.gradient(values.sum(), point, len(point))
     return values.detach().view(count, k), slopes.unflatten(0, (count, k)), logits.detach()[::k].argmax(1)
-

@@ -1,123 +1,123 @@
-"""Gradient attacks with one perturbation an image: FGSM, R+FGSM and PGD, as settings of one loop."""
+"""Gradient attacks with one perturbation an image: FGSM, R+FGSM, I-FGSM and PGD, as settings of one loop."""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
 
-from gambeson.attacks.losses import Loss, fallen
+from gambeson.attacks.guide import Guide
+from gambeson.attacks.losses import fallen
+from gambeson.attacks.per_image import GradientAttack, warn_of_fallback
 from gambeson.attacks.solver import Ascent
-from gambeson.base import Config, Number, generator
-from gambeson.base.checks import check_batch
-from gambeson.threat import Ball, Eps, Norm, perturb
-from gambeson.victim import Victim
+from gambeson.attacks.transforms import Diversity, Scales, Smoothing
+from gambeson.base import Number, generator
 
 Start = Literal["zero", "uniform", "sign"]
 
 
-class PGD(Config):
+class PGD(GradientAttack):
     """Projected gradient descent (Madry et al. 2018, section 2.1; Kurakin et al. 2017 with ``start="zero"``).
 
-    Call it: ``PGD(eps="8/255")(model, x, y)`` returns images of the shape, dtype and device of ``x``, inside the
-    ball and inside [0, 1]. Several restarts keep, for each image, a perturbation that succeeds, else the one with
-    the highest loss. The length of a step and the number of restarts are not fixed by the paper; they are ours.
+    The length of a step and the number of restarts are not fixed by the paper; they are ours. Costs, an image and
+    restart: ``steps`` forwards and backwards, one forward more where several restarts are compared, one more a step
+    where an early stop needs to see what ``nesterov`` or ``diversity`` hide, and ``scales.copies`` times as much of
+    a step with ``scales``.
+
+    The options of transfer attacks are independent of each other and off by default; their customary sets have
+    names in :mod:`gambeson.attacks.transfer`.
     """
 
-    eps: Eps
-    """Radius in pixel units."""
-    norm: Norm = "inf"
-    """Norm of the ball and of the step."""
     steps: Annotated[int, Field(ge=1)] = 20
     """Gradient steps a restart."""
     step: Annotated[Number, Field(gt=0)] | None = None
     """Length of a step as a share of eps; 4 / steps where it is not given. The customary 2.5 / steps stops one to
     three per cent short of the optimum of a linear model in the Euclidean ball; 4 / steps, a tenth of one."""
+    final_step: Annotated[Number, Field(gt=0)] | None = None
+    """Length of the last step as a share of eps; the lengths between follow a cosine. None: every step has the same
+    length, but for the norm 1, whose steps end at a hundredth of the first: long ones swing about the optimum."""
     start: Start = "uniform"
-    """Where a restart begins; ``zero`` makes every restart but the first pointless."""
+    """Where a restart begins; ``zero`` makes every restart but the first pointless unless steps are random."""
     start_size: Annotated[Number, Field(ge=0, le=1)] = 1.0
     """Radius of the random start as a share of eps."""
-    restarts: Annotated[int, Field(ge=1)] = 1
-    """Independent starts."""
-    targeted: bool = False
-    """Read the labels as targets to reach."""
-    margin: bool = False
-    """Climb the margin of the logits (Carlini and Wagner) instead of cross-entropy."""
-    early_stop: bool = True
-    """Stop working on an image once it has fallen."""
-
-    @property
-    def ball(self) -> Ball:
-        """The ball of allowed perturbations."""
-        return Ball(eps=self.eps, norm=self.norm)
+    momentum: Annotated[Number, Field(ge=0)] = 0.0
+    """Share of the velocity that a step keeps (MI, Dong et al. 2018, section 3.1: 1.0). Gradients are added at mean
+    absolute value 1; the paper writes the 1-norm, whose steps are the same."""
+    nesterov: bool = False
+    """Look at the gradient one step of velocity ahead (NI, Lin et al. 2020, section 3.2); needs momentum."""
+    diversity: Diversity | None = None
+    """Random resizing of what the model sees (DI)."""
+    smoothing: Smoothing | None = None
+    """Smoothing of the gradient (TI), before momentum."""
+    scales: Scales | None = None
+    """Gradients of scaled copies (SI)."""
 
     @property
     def lengths(self) -> list[float]:
-        """Length of each step in pixel units."""
-        share = 4 / self.steps if self.step is None else self.step
-        return [share * self.eps] * self.steps
+        """Length of each step in pixel units; the last is reached by a cosine where it differs from the first."""
+        first, last = self._first, self._last
+        if first == last or self.steps == 1:
+            return [first * self.eps] * self.steps
+        waves = [(1 + math.cos(math.pi * k / (self.steps - 1))) / 2 for k in range(self.steps)]
+        return [self.eps * (last + (first - last) * wave) for wave in waves]
 
-    def __call__(
-        self,
-        model: nn.Module | Victim,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        *,
-        seed: int = 0,
-        ignore_index: int | None = None,
-    ) -> torch.Tensor:
-        """Attack a batch.
+    @property
+    def _first(self) -> float:
+        return 4 / self.steps if self.step is None else self.step
 
-        Args:
-            model: any module from pixels to logits, or a :class:`Victim` already entered.
-            x: (N, C, H, W) in [0, 1].
-            y: (N,) or (N, H, W) labels, or targets where ``targeted``.
-            seed: of the random starts.
-            ignore_index: label that counts nowhere.
+    @property
+    def _last(self) -> float:
+        if self.final_step is not None:
+            return self.final_step
+        return self._first / 100 if self.norm == "1" else self._first
 
-        Raises:
-            UserError: images outside [0, 1], or a model and images that do not fit.
-        """
-        if not isinstance(model, Victim):
-            with Victim(model) as victim:
-                return self(victim, x, y, seed=seed, ignore_index=ignore_index)
-        images = check_batch(x, y)
-        loss = Loss(margin=self.margin, targeted=self.targeted)
-        ascent = Ascent(victim=model, ball=self.ball, loss=loss, per_image=True, ignore_index=ignore_index)
-        delta = self._search(ascent, images.float(), y, seed)
-        return perturb(images, delta.to(images.dtype)).detach()
-
-    def _search(self, ascent: Ascent, x: torch.Tensor, y: torch.Tensor, seed: int) -> torch.Tensor:
-        best = torch.zeros_like(x)
+    def _search(self, ascent: Ascent, x: torch.Tensor, y: torch.Tensor, seed: int, best: torch.Tensor) -> None:
+        guide = Guide(
+            ascent=ascent,
+            momentum=self.momentum,
+            nesterov=self.nesterov and self.momentum > 0,
+            diversity=self.diversity,
+            smoothing=self.smoothing,
+            scales=self.scales,
+        )
         best_loss = x.new_full((len(x),), -torch.inf)
         standing = torch.arange(len(x), device=x.device)  # images that no restart has broken yet
         for restart in range(self.restarts):
             if len(standing) == 0:
                 break
             draw = generator(seed, "start", restart, device=x.device)
+            views = generator(seed, "views", restart, device=x.device)
             # Drawn for the whole batch, so that what one image gets does not depend on the others' fate.
             delta = ascent.start(x, len(x), self.start, self.start_size, draw)[standing]
             rows, images, labels = standing, x[standing], y[standing]
-            for length in self.lengths:
-                moved, logits = ascent.step(delta, images, labels, length)
-                down = fallen(logits, labels, ascent.ignore_index, targeted=self.targeted)
-                if self.early_stop and bool(down.any()):
-                    best[rows[down]], best_loss[rows[down]] = delta[down], torch.inf
-                    rows, images, labels, moved = (t[~down] for t in (rows, images, labels, moved))
-                delta = moved
-                if len(rows) == 0:
-                    break
+            velocity = torch.zeros_like(delta[:, :1, :1, :1])
+            for number, length in enumerate(self.lengths, 1):
+                drawn = [numbers[rows] for numbers in guide.draw(x, views)]
+                direction, velocity, logits = guide.look(delta, images, labels, velocity, length, drawn, number)
+                if restart == 0 and number == 1:
+                    warn_of_fallback(ascent.loss, logits.shape[1])
+                if self.early_stop:
+                    if not guide.sees_images:
+                        _, logits = ascent.values(delta, images, labels)
+                    down = fallen(logits, labels, ascent.ignore_index, targeted=self.reaches)
+                    if bool(down.any()):
+                        best[rows[down]], best_loss[rows[down]] = delta[down], torch.inf
+                        kept = (rows, images, labels, delta, direction, velocity)
+                        rows, images, labels, delta, direction, velocity = (t[~down] for t in kept)
+                    if len(rows) == 0:
+                        break
+                delta = ascent.move(delta, images, direction, length)
+            if self.restarts == 1:
+                best[rows] = delta
+                break
             if len(rows):
-                with torch.no_grad():
-                    logits = ascent.victim(perturb(images, delta))
-                value = ascent.loss(logits, labels, ascent.ignore_index)
-                value[fallen(logits, labels, ascent.ignore_index, targeted=self.targeted)] = torch.inf
+                value, logits = ascent.values(delta, images, labels)
+                value[fallen(logits, labels, ascent.ignore_index, targeted=self.reaches)] = torch.inf
                 better = value > best_loss[rows]
                 best[rows[better]], best_loss[rows[better]] = delta[better], value[better]
             standing = (best_loss < torch.inf).nonzero().flatten()
-        return best
 
 
 class FGSM(PGD):
@@ -141,6 +141,23 @@ class RFGSM(PGD):
     early_stop: bool = False
 
     @property
-    def lengths(self) -> list[float]:
-        """The one step: what the random start has left of eps, unless ``step`` says otherwise."""
-        return [(1 - self.start_size if self.step is None else self.step) * self.eps]
+    def _first(self) -> float:
+        # What the random start has left of eps.
+        return 1 - self.start_size if self.step is None else self.step
+
+
+class IFGSM(PGD):
+    """Iterative FGSM, also called BIM (Kurakin et al. 2017): steps of eps / steps from the image itself."""
+
+    steps: Annotated[int, Field(ge=1)] = 10
+    """The 10 are those of transfer papers; Tramèr et al. 2018 allow any step of eps / steps or more."""
+    start: Start = "zero"
+    early_stop: bool = False
+
+    @property
+    def _first(self) -> float:
+        return 1 / self.steps if self.step is None else self.step
+
+    @property
+    def _last(self) -> float:
+        return self._first if self.final_step is None else self.final_step

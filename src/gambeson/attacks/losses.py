@@ -52,10 +52,13 @@ def margin(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None 
     return (others - own) * counts
 
 
-def target_margin(logits: torch.Tensor, targets: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Logit of the target minus that of the true class: (N,) or (N, H, W). Both must be classes everywhere."""
-    pair = logits.gather(1, torch.stack([truth, targets], 1))
-    return pair[:, 1] - pair[:, 0]
+def target_margin(
+    logits: torch.Tensor, targets: torch.Tensor, truth: torch.Tensor, ignore_index: int | None = None
+) -> torch.Tensor:
+    """Logit of the target minus that of the true class; shapes as in :func:`cross_entropy`."""
+    counts = torch.ones_like(truth, dtype=torch.bool) if ignore_index is None else truth != ignore_index
+    pair = logits.gather(1, torch.stack([truth, targets], 1) * counts.unsqueeze(1))
+    return (pair[:, 1] - pair[:, 0]) * counts
 
 
 def dlr(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None) -> torch.Tensor:
@@ -81,7 +84,9 @@ def targeted_dlr(
     """
     top = logits.topk(4, dim=1).values
     scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _TINY
-    ahead = -margin(logits, targets, ignore_index) if truth is None else target_margin(logits, targets, truth)
+    ahead = (
+        -margin(logits, targets, ignore_index) if truth is None else target_margin(logits, targets, truth, ignore_index)
+    )
     return ahead / scale
 
 
@@ -112,8 +117,6 @@ class Loss(Config):
 
     kind: LossName = "cross-entropy"
     """What is climbed."""
-    margin: bool = False
-    """Short for ``kind="margin"``."""
     targeted: bool = False
     """Labels are targets to reach; otherwise they are truths to leave."""
     truncate: Number | None = None
@@ -127,8 +130,6 @@ class Loss(Config):
         The ratio needs a third logit, targeted a fourth: with fewer classes it has no meaning, and the margin, its
         numerator, is climbed in its place.
         """
-        if self.margin:
-            return "margin"
         if self.kind == "dlr" and classes < (4 if self.targeted else 3):
             return "margin"
         return self.kind
@@ -165,4 +166,6 @@ class Loss(Config):
             return (margin if used == "margin" else dlr)(logits, labels, ignore_index)
         if used == "dlr":
             return -targeted_dlr(logits, labels, truth, ignore_index)
-        return margin(logits, labels, ignore_index) if truth is None else -target_margin(logits, labels, truth)
+        if truth is None:
+            return margin(logits, labels, ignore_index)
+        return -target_margin(logits, labels, truth, ignore_index)

@@ -7,24 +7,27 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from gambeson.attacks.carlini_wagner import Adam
+from gambeson.attacks.adam import Adam
+from gambeson.attacks.query import InfOr2
 from gambeson.attacks.query_attack import QueryAttack, Search
 from gambeson.base import Number, generator
-from gambeson.threat import Ball, Eps, Norm, perturb
+from gambeson.threat import Ball, Eps, perturb
 
 
 class NES(QueryAttack):
     """Natural evolution strategies (Ilyas et al. 2018, section 2.2 and Algorithm 1): projected steps, no gradients.
 
     The gradient of the loss is (1 / 2 sigma n) sum u (F(x + sigma u) - F(x - sigma u)) over n Gaussian directions u,
-    in antithetic pairs; a running mean of the estimates is followed as PGD follows the gradient. The authors' code
+    in antithetic pairs; a running mean of the estimates is followed as PGD follows the gradient. F is the
+    cross-entropy for targets, as in the paper, and the margin untargeted (ours), where the cross-entropy of a
+    confident model rounds to zero and shows no difference; ``margin`` overrules that. The authors' code
     also halves the step where the loss stalls; that is left out. The last step of the budget has fewer pairs.
     Cost: at most ``queries`` forwards an image: one for the image, 2 ``pairs`` + 1 a step.
     """
 
     eps: Eps
     """Radius in pixel units."""
-    norm: Norm = "inf"
+    norm: InfOr2 = "inf"
     """Norm of the ball and of the step."""
     pairs: Annotated[int, Field(ge=1)] = 25
     """Antithetic pairs a step (authors' code: 50 samples)."""
@@ -52,26 +55,21 @@ class NES(QueryAttack):
     def _null(self) -> bool:
         return self.eps == 0
 
-    @property
-    def _margin_by_default(self) -> bool:
-        return False
-
     def _search(self, search: Search, seed: int) -> None:
         x = search.images
         draw = generator(seed, "estimate", device=x.device)
         delta = torch.zeros_like(x[search.standing])
-        mean, adam = torch.zeros_like(delta), Adam(torch.zeros_like(delta), torch.zeros_like(delta))
+        mean, adam = torch.zeros_like(delta), Adam.like(delta)
         while len(search.standing) and search.left >= 3:
             standing = search.standing
             images = x[standing]
             gradient = self._estimate(search, perturb(images, delta), draw)
             if self.optimizer == "adam":
-                moved = delta - adam.step(-gradient, self.step * self.eps)
+                moved = delta + self.step * self.eps * adam.direction(gradient)
             else:
                 mean = self.momentum * mean + (1 - self.momentum) * gradient
                 moved = delta + self.step * self.eps * self.ball.steepest(mean)
-            moved = self.ball.project(moved)
-            delta = torch.minimum(torch.maximum(moved, -images), 1 - images)
+            delta = self.ball.project_in_box(moved, -images, 1 - images)
             search.offer(perturb(images, delta))
             still = torch.isin(standing, search.standing)
             delta, mean, adam = delta[still], mean[still], adam.of(still)

@@ -79,7 +79,5 @@ class UniversalPerturbation:
         """
         tensors, about = load_tensors(Path(path), "a universal perturbation")
         if set(tensors) != {"delta"} or "crafted_on" not in about:
-            raise UserError(
-                f"{path} holds {sorted(tensors)}: expected a universal perturbation saved by gambeson"
-            )
+            raise UserError(f"{path} holds {sorted(tensors)}: expected a universal perturbation saved by gambeson")
         return cls(tensors["delta"], Provenance(**about))

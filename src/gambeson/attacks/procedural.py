@@ -22,9 +22,9 @@ class ProceduralAttack(UniversalAttack):
     """Base of the procedural attacks: patterns of few parameters, searched by their error on training images.
 
     The model is only asked for its scores. Exactly ``patterns`` patterns are tried, each on the same ``images``
-    training images: ``patterns * images`` forwards, no backward, and ``finalists`` forwards of validation, which
-    chooses among the best. (Random search over 1,000 patterns is the paper's; a pattern's parameters are drawn in the
-    same box by the evolution, which keeps the best ``parents`` and varies them.)
+    training images: ``patterns * images`` forwards and no backward, then ``finalists`` forwards of validation, which
+    chooses among the best. The paper's search is Bayesian, or 1,000 random patterns; the evolution and all sizes here
+    are ours.
     """
 
     patterns: Annotated[int, Field(ge=1)] = 100

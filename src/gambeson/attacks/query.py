@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator
 from torch import nn
 
 from gambeson.base import UserError
 from gambeson.victim import Victim
+
+InfOr2 = Annotated[Literal["inf", "2"], BeforeValidator(lambda value: str(value).lower().removeprefix("l"))]
+"""The norms these attacks are published for; written as :data:`gambeson.threat.Norm` is."""
 
 
 class Queries:

@@ -80,7 +80,8 @@ class QueryAttack(Config):
     targeted: bool = False
     """Read the labels as targets to reach."""
     margin: bool | None = None
-    """Climb the margin of the scores (True) or their cross-entropy (False); the attack's own way where None."""
+    """Climb the margin of the scores (True) or their cross-entropy (False); None is the attack's own way: the margin
+    untargeted, the cross-entropy for targets, unless it says otherwise."""
 
     def __call__(
         self,
@@ -111,7 +112,8 @@ class QueryAttack(Config):
         if len(attacked(y, ignore_index)) == 0 or self._null:
             return images
         with queries.opened(images, self.queries):
-            loss = Loss(margin=self._margin_by_default if self.margin is None else self.margin, targeted=self.targeted)
+            by_margin = self._margin_by_default if self.margin is None else self.margin
+            loss = Loss(kind="margin" if by_margin else "cross-entropy", targeted=self.targeted)
             search = Search(queries, working(images), y, loss, ignore_index)
             self._search(search, seed)
         return search.best.to(images.dtype)
@@ -123,7 +125,7 @@ class QueryAttack(Config):
 
     @property
     def _margin_by_default(self) -> bool:
-        return True
+        return not self.targeted
 
     @abstractmethod
     def _search(self, search: Search, seed: int) -> None:

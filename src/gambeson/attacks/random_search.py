@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from gambeson.attacks.query import InfOr2
 from gambeson.attacks.query_attack import QueryAttack, Search
 from gambeson.base import generator
-from gambeson.threat import Ball, Eps, Norm, perturb
+from gambeson.threat import Ball, Eps, perturb
 
 
 class RandomSearch(QueryAttack):
@@ -16,7 +17,7 @@ class RandomSearch(QueryAttack):
 
     eps: Eps
     """Radius in pixel units."""
-    norm: Norm = "inf"
+    norm: InfOr2 = "inf"
     """Norm of the ball."""
 
     @property

@@ -6,15 +6,26 @@ Shared Adversarial Training, and over a stream of mini-batches with one row it i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
 from gambeson.attacks.losses import Loss
+from gambeson.attacks.sources import Ensemble
 from gambeson.base import UserError
 from gambeson.threat import Ball, BoxGradient, perturb
 from gambeson.victim import Victim
+
+
+class NotFinite(UserError):
+    """The model's gradient is NaN or infinite.
+
+    Attributes:
+        found: (N, C, H, W), the best images until then, where the attack has an image's best to give; else None.
+    """
+
+    found: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +40,11 @@ class Ascent:
     A shared one is not: what saturates one image still moves the others."""
     box_gradient: BoxGradient = "exact"
     ignore_index: int | None = None
+    exact_box: bool = False
+    """Per image only: project on the ball and the box at once (:meth:`gambeson.threat.Ball.project_in_box`) and not
+    on one after the other. The same in the norm inf; always on in the norm 1."""
+    sparsity: float | None = None
+    """Norm 1 only: the share of values a step moves; see :meth:`gambeson.threat.Ball.step_in_box`."""
 
     def start(
         self, images: torch.Tensor, rows: int, kind: str, size: float, generator: torch.Generator
@@ -63,19 +79,81 @@ class Ascent:
             The new delta, inside the ball, and the logits before the step.
 
         Raises:
-            UserError: the gradient is not finite.
+            NotFinite: the gradient is not finite.
+        """
+        gradient, logits = self.look(delta, images, labels)
+        return self.move(delta, images, gradient, length), logits
+
+    def look(
+        self,
+        delta: torch.Tensor,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        truth: torch.Tensor | None = None,
+        view: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        number: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradient of the loss with respect to ``delta``, and the logits: one forward, one backward.
+
+        Args:
+            delta: (R, C, H, W) with R a divisor of N.
+            images: (N, C, H, W) in [0, 1].
+            labels: (N,) or (N, H, W); targets where the loss is targeted.
+            truth: true labels, for a targeted loss that asks for them.
+            view: what is done to the perturbed images before the model sees them; differentiable.
+            number: of the step, counted from 1, for the error message.
+
+        Raises:
+            NotFinite: the gradient is not finite.
         """
         with torch.enable_grad():  # an attack called under no_grad still needs gradients
-            point = delta.detach().requires_grad_()
-            logits = self.victim(perturb(images, point, self.box_gradient))
-            value = self.loss(logits, labels, self.ignore_index).sum()
-            gradient = self.victim.gradient(value, point, len(images))
+            if self.per_image:
+                # The perturbed image is in the box, so the model's gradient there is the gradient: a clip would take
+                # it from pixels that are exactly black or white (torch 2.15 does), which can still move inwards.
+                point = moved = perturb(images, delta).detach().requires_grad_()
+            else:
+                point = delta.detach().requires_grad_()
+                moved = perturb(images, point, self.box_gradient)
+            logits, values = self._answer(moved if view is None else view(moved), labels, truth)
+            gradient = self.victim.gradient(values.sum(), point, len(images))
         if not torch.isfinite(gradient.sum()):
-            raise UserError(
-                "the model's gradient is NaN or infinite: no attack can follow it; check the model's weights and outputs"
+            where = "" if number is None else f" at step {number}"
+            raise NotFinite(
+                f"the model's gradient is NaN or infinite{where}: no attack can follow it; "
+                "check the model's weights and outputs"
             )
-        moved = delta.detach() + length * self.ball.steepest(gradient)
-        return self._hold(self.ball.project(moved), images), logits.detach()
+        return gradient, logits.detach()
+
+    def values(
+        self,
+        delta: torch.Tensor,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        truth: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of each image (N,) and the logits: one forward, without a gradient."""
+        with torch.no_grad():
+            logits, values = self._answer(perturb(images, delta), labels, truth)
+        return values, logits
+
+    def move(
+        self, delta: torch.Tensor, images: torch.Tensor, gradient: torch.Tensor, length: float | torch.Tensor
+    ) -> torch.Tensor:
+        """Return ``delta`` after a step of ``length`` (pixel units; a number or (R, 1, 1, 1)) up ``gradient``."""
+        if self._at_once:
+            room = torch.where(gradient > 0, 1 - images - delta, images + delta).clamp(min=0)
+            moved = delta.detach() + self.ball.step_in_box(gradient, length, room, self.sparsity)
+        else:
+            moved = delta.detach() + length * self.ball.steepest(gradient)
+        return self.project(moved, images)
+
+    def project(self, delta: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Return the nearest allowed point: in the ball and, where each image has its own, inside the box."""
+        if self._at_once:
+            return self.ball.project_in_box(delta, -images, 1 - images)
+        return self._hold(self.ball.project(delta), images)
 
     def run(
         self,
@@ -87,6 +165,21 @@ class Ascent:
         for (images, labels), length in zip(batches, lengths, strict=False):
             delta, _ = self.step(delta, images, labels, length)
         return delta
+
+    def _answer(
+        self, moved: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not (isinstance(self.victim, Ensemble) and self.victim.average == "losses"):
+            logits = self.victim(moved)
+            return logits, self.loss(logits, labels, self.ignore_index, truth)
+        each = self.victim.each(moved)
+        values = torch.stack([self.loss(logits, labels, self.ignore_index, truth) for logits in each])
+        return self.victim.joined(each), values.mean(0)
+
+    @property
+    def _at_once(self) -> bool:
+        # In the norm inf, one after the other is the same.
+        return self.per_image and (self.ball.norm == "1" or (self.ball.norm == "2" and self.exact_box))
 
     def _hold(self, delta: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         return torch.minimum(torch.maximum(delta, -images), 1 - images) if self.per_image else delta

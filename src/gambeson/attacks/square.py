@@ -32,10 +32,6 @@ class Square(RandomSearch):
     rescale: bool = True
     """Stretch the schedule, made for 10,000 iterations, to the budget (the paper); False is AutoAttack's way."""
 
-    @property
-    def _margin_by_default(self) -> bool:
-        return not self.targeted
-
     def side(self, iteration: int, shape: tuple[int, ...]) -> int:
         """Return the side of the window at an iteration, in pixels of an image (C, H, W)."""
         position = iteration / self.queries * 10_000 if self.rescale else iteration

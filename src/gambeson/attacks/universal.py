@@ -27,7 +27,8 @@ class StochasticPGD(UniversalAttack):
     known: all defaults here are ours, but for the truncation kappa = -log 0.2 of Mummadi et al.
 
     Crafted on ``data.train``; ``data.validation`` chooses among restarts; ``data.test`` is never looked at. It costs
-    ``restarts * steps * batch_size`` forwards and as many backwards, and a forward of validation a restart.
+    ``restarts * steps * batch_size`` forwards and as many backwards, and a forward of validation a restart; the same
+    again, with ``screened`` and ``screen_steps``, where starts are screened.
     """
 
     name: ClassVar[str] = "stochastic-pgd"
@@ -47,6 +48,11 @@ class StochasticPGD(UniversalAttack):
     """Targeted only: an image whose cross-entropy to the target is below this has no more say."""
     restarts: Annotated[int, Field(ge=1)] = 4
     """The first starts from zero, the others from random signs."""
+    screened: Annotated[int, Field(ge=0)] = 0
+    """Starts (zero, then random signs) that are climbed for ``screen_steps`` first; the best ``restarts`` of them on
+    validation go on for ``steps``. 0: every restart goes its whole way, as in the papers."""
+    screen_steps: Annotated[int, Field(ge=1)] = 25
+    """Steps of that first climb, with a schedule of their own."""
     target: Annotated[int, Field(ge=0)] | None = None
     """Class that every image should be taken for; None: any wrong class."""
     box_gradient: BoxGradient = "straight-through"
@@ -72,11 +78,24 @@ class StochasticPGD(UniversalAttack):
     def objective(self) -> Objective:
         """What is climbed, one value an image."""
         truncate = self.truncate if self.target is None else self.target_floor
-        return Loss(margin=self.margin, targeted=self.target is not None, truncate=truncate)
+        return Loss(
+            kind="margin" if self.margin else "cross-entropy", targeted=self.target is not None, truncate=truncate
+        )
 
     def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
-        for restart, (kind, delta) in enumerate(work.starts(self.restarts, start)):
-            yield Candidate(start=kind, delta=self._climb(work, delta, restart))
+        starts = list(work.starts(self.screened or self.restarts, start))
+        if self.screened:
+            starts = self._best(work, starts)
+        for restart, (kind, delta) in enumerate(starts):
+            yield Candidate(start=kind, delta=self._climb(work, delta, self.screened + restart))
+
+    def _best(self, work: Workshop, starts: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+        """Climb every start a little, and return the best on validation; one that was given is always kept."""
+        brief = self.model_copy(update={"steps": self.screen_steps})
+        drawn, given = starts[: self.screened], starts[self.screened :]
+        climbed = [(kind, brief._climb(work, delta, k)) for k, (kind, delta) in enumerate(drawn)]
+        ranked = sorted(climbed, key=lambda entry: -work.rate(entry[1]))
+        return [(f"{kind}, screened", delta) for kind, delta in ranked[: self.restarts]] + given
 
     def _climb(self, work: Workshop, delta: torch.Tensor, restart: int) -> torch.Tensor:
         """Climb with one perturbation (1, C, H, W), or with one a class (K, C, H, W)."""
@@ -118,6 +137,9 @@ class ClasswiseStochasticPGD(StochasticPGD):
     """
 
     name: ClassVar[str] = "classwise-stochastic-pgd"
+
+    screened: Literal[0] = 0
+    """Not for class-wise perturbations."""
 
     batch_size: Annotated[int, Field(ge=1)] = 512
     """Images a step, of all classes."""

@@ -86,9 +86,17 @@ class Workshop:
         if not self.predicted_labels:
             return labels
         with torch.no_grad():
-            found = sum(victim(images) for victim in self.victims)
-        assert isinstance(found, torch.Tensor)
-        return found.argmax(1)
+            return torch.stack(self._logits(images)).mean(0).argmax(1)
+
+    def _logits(self, images: torch.Tensor) -> list[torch.Tensor]:
+        found = [victim(images) for victim in self.victims]
+        shapes = {tuple(logits.shape[1:]) for logits in found}
+        if len(shapes) > 1:
+            raise UserError(
+                f"the models answer with shapes {' and '.join(map(str, sorted(shapes)))} an image: "
+                "choose models of the same classes"
+            )
+        return found
 
     def gradient(
         self, delta: torch.Tensor, images: torch.Tensor, goals: torch.Tensor, objective: Objective
@@ -111,7 +119,7 @@ class Workshop:
 
     def value(self, moved: torch.Tensor, goals: torch.Tensor, objective: Objective) -> torch.Tensor:
         """Return the objective's sum over images, averaged over the models: a scalar."""
-        values = [objective(victim(moved), goals, self.train.ignore_index).sum() for victim in self.victims]
+        values = [objective(logits, goals, self.train.ignore_index).sum() for logits in self._logits(moved)]
         return values[0] if len(values) == 1 else torch.stack(values).mean()
 
     def differentiate(self, value: torch.Tensor, point: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

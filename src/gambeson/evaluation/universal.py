@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gambeson.attacks import CONTROLS, PGD, UniversalPerturbation, control
+from gambeson.attacks import CONTROLS, GradientAttack, UniversalPerturbation, control
 from gambeson.base import UserError, derive
 from gambeson.data import Split, as_split
 from gambeson.evaluation.rates import Rate
@@ -75,7 +75,7 @@ def control_rates(victim: Victim, split: Split, ball: Ball, seed: int) -> list[C
     return found
 
 
-def accuracy_under(victim: Victim, split: Split, attack: PGD, seed: int, batch_size: int = 250) -> Rate:
+def accuracy_under(victim: Victim, split: Split, attack: GradientAttack, seed: int, batch_size: int = 250) -> Rate:
     """Accuracy on images that ``attack`` perturbs one by one; decided here, on the clipped images it returned."""
     answers, right = 0, 0
     for k, (images, labels) in enumerate(split.batches(batch_size, device=victim.device)):

@@ -9,7 +9,7 @@ from gambeson.defenses import Defense, PGDAdversarial, SharedAdversarial, Standa
 from gambeson.evaluation import Audit, AuditRun, Suite, run_audit
 from gambeson.training import Recipe, TrainRun, run_training
 
-DATA, MODEL, EPS = "mnist5k", "lenet5", 0.25
+DATA, MODEL, EPS = "mnist5k", "lenet5", 0.2
 
 BASELINE = "standard"
 DEFENSES: dict[str, Defense] = {

@@ -92,9 +92,11 @@ class Ball(Config):
         room: torch.Tensor,
         sparsity: float | None = None,
     ) -> torch.Tensor:
-        """Return a step of norm ``length`` up the gradient that norm 1 does not waste on values without room.
+        """Return a step of norm ``length`` up the gradient, none of it wasted on values that have no room.
 
-        In the norms inf and 2 it is ``length`` times :meth:`steepest`: the projection takes care of the box.
+        Norm 2: the length is that of the values with room; the others' pull, up to twenty times as long, is left
+        to the projection, which needs it to hold them at the box. Norm 1: only values with room are moved. Norm
+        inf: ``length`` times :meth:`steepest`.
 
         Args:
             gradient: (R, C, H, W).
@@ -103,8 +105,11 @@ class Ball(Config):
             sparsity: norm 1 only: the share of values moved, each equally (SLIDE, Tramer and Boneh 2019); None
                 fills value after value (the steepest step, Croce and Hein 2021).
         """
-        if self.norm != "1":
-            return length * self.steepest(gradient)
+        if self.norm == "inf":
+            return length * gradient.sign()
+        if self.norm == "2":
+            free = _lengths(gradient.masked_fill(room <= 0, 0))
+            return length * (gradient / free.maximum(_lengths(gradient) / 20).clamp(min=TINY))
         rows, rooms = gradient.flatten(1), room.flatten(1)
         if sparsity is not None:
             return length * largest_share(rows, rooms, sparsity).view_as(gradient)

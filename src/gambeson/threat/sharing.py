@@ -9,7 +9,7 @@ import torch
 from gambeson.base import UserError
 
 BoxGradient = Literal["exact", "straight-through"]
-"""How the clip to [0, 1] is differentiated: ``exact`` gives a saturated pixel no gradient;
+"""How the clip to [0, 1] is differentiated: ``exact`` gives a pixel beyond the ends no gradient;
 ``straight-through`` passes the gradient on, so that a shared perturbation can leave a pixel where most
 images are black or white and its own value points outside the range (our choice, for universal attacks)."""
 
@@ -41,5 +41,6 @@ def perturb(images: torch.Tensor, delta: torch.Tensor, box_gradient: BoxGradient
         moved = (images.unflatten(0, (heaps, -1)) + delta.unsqueeze(1)).flatten(0, 1)
     clipped = moved.clamp(0, 1)
     if box_gradient == "exact":
-        return clipped
+        # Not the gradient of clamp: at the ends themselves it is 0 or 1 depending on torch's version.
+        return torch.where((moved >= 0) & (moved <= 1), moved, clipped.detach())
     return clipped.detach() + (moved - moved.detach())

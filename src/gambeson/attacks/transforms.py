@@ -1,0 +1,133 @@
+"""What makes examples transfer, each an option of its own: random resizing, a smoothed gradient, scaled copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+
+from gambeson.base import Config, Number
+
+
+class Diversity(Config):
+    """Diverse inputs, DI (Xie et al. 2019, section 3.2): with some probability, an image is resized and padded.
+
+    Every image has its own draw. The image is drawn on a canvas ``canvas`` times as large, at a size between its own
+    and the canvas's, at a random place. The paper's sizes for 299 pixels are [299, 330) on 330.
+    """
+
+    probability: Annotated[Number, Field(ge=0, le=1)] = 0.5
+    """That an image is changed; the paper's 0.5."""
+    canvas: Annotated[Number, Field(gt=1)] = 1.125
+    """Side of the canvas over the side of the image: 36 of 32 pixels (ours); 330 / 299 = 1.104 in the paper."""
+    fill: Annotated[Number, Field(ge=0, le=1)] = 0.5
+    """Value of the padding: 0.5 is the paper's, whose zero is the grey of its range [-1, 1]; many ports that changed
+    the range to [0, 1] pad with black."""
+    interpolation: Literal["bilinear", "nearest"] = "bilinear"
+    """Of the resizing; ``nearest`` is the paper's code, ``bilinear`` passes smoother gradients (ours)."""
+    resize_back: bool = True
+    """Bring the canvas back to the image's size, so that models of one input size can be attacked (ours). The paper
+    sends the canvas itself; an image that is not changed then fills the canvas, as a batch has one size."""
+
+    def draw(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Draw what happens to each image: (N, 4) numbers in [0, 1)."""
+        return torch.rand(len(images), 4, generator=generator, device=generator.device)
+
+    def view(self, images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        """Return the changed images, differentiable: two small matrix products an image.
+
+        Args:
+            images: (N, C, H, W).
+            drawn: rows of :meth:`draw` that belong to these images.
+        """
+        if self.probability == 0:
+            return images
+        changed = drawn[:, 3] < self.probability
+        size = drawn[:, 0].where(changed, torch.ones_like(drawn[:, 0]))
+        rows = self._matrix(images.shape[2], size, drawn[:, 1]).to(images.dtype)
+        columns = self._matrix(images.shape[3], size, drawn[:, 2]).to(images.dtype)
+        moved = torch.einsum("nih,nchw,njw->ncij", rows, images, columns)
+        covered = rows.sum(2).unsqueeze(2) * columns.sum(2).unsqueeze(1)
+        moved = moved + self.fill * (1 - covered).unsqueeze(1)
+        return torch.where(changed.view(-1, 1, 1, 1), moved, images) if self.resize_back else moved
+
+    def _matrix(self, side: int, size: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """Return (N, out, side): how each line of the result mixes the lines of the image."""
+        canvas = max(side + 1, round(self.canvas * side))
+        resized = side + (size * (canvas - side)).floor()
+        offset = (place * (canvas - resized + 1)).floor()
+        line = torch.arange(canvas, device=size.device) - offset.unsqueeze(1)  # of the resized image
+        inside = (line >= 0) & (line < resized.unsqueeze(1))
+        step = side / resized.unsqueeze(1)
+        source = torch.arange(side, device=size.device)
+        if self.interpolation == "nearest":
+            weights = (line * step).floor().unsqueeze(2) == source
+        else:
+            centre = ((line + 0.5) * step - 0.5).clamp(0, side - 1)
+            weights = (1 - (centre.unsqueeze(2) - source).abs()).clamp(min=0)
+        matrix = weights * inside.unsqueeze(2).float()
+        if not self.resize_back:
+            return matrix
+        centre = ((torch.arange(side, device=size.device) + 0.5) * canvas / side - 0.5).clamp(0, canvas - 1)
+        back = (1 - (centre.unsqueeze(1) - torch.arange(canvas, device=size.device)).abs()).clamp(min=0)
+        return back @ matrix
+
+
+class Smoothing(Config):
+    """Translation invariance, TI (Dong et al. 2019, section 3.3): the gradient is smoothed by a Gaussian.
+
+    That is, to first order, the mean gradient over shifted copies of the image.
+    """
+
+    size: Annotated[int, Field(ge=1)] = 5
+    """Side of the kernel in pixels, odd; 1 smooths nothing. The paper's 15 is for 299 pixels."""
+    sigma: Annotated[Number, Field(gt=0)] = 1.0
+    """Standard deviation in pixels (ours, for 32-pixel images). The paper's code lets the kernel span three standard
+    deviations to each side: sigma = (size - 1) / 6, that is 2.33 for 15, but 0.33 for 3, which smooths nothing."""
+
+    @field_validator("size")
+    @classmethod
+    def _odd(cls, size: int) -> int:
+        if size % 2 == 0:
+            raise ValueError("the kernel needs a middle; choose an odd size")
+        return size
+
+    def kernel(self) -> torch.Tensor:
+        """Return the kernel, (size, size), of sum 1."""
+        steps = torch.arange(self.size) - self.size // 2
+        line = torch.exp(-(steps / self.sigma).square() / 2)
+        return torch.outer(line, line) / line.sum().square()
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient (N, C, H, W) convolved with the kernel, each channel alone, zero outside."""
+        if self.size == 1:
+            return gradient
+        channels = gradient.shape[1]
+        kernel = self.kernel().to(gradient).expand(channels, 1, -1, -1)
+        return F.conv2d(gradient, kernel, padding=self.size // 2, groups=channels)
+
+
+class Scales(Config):
+    """Scale invariance, SI (Lin et al. 2020, section 3.3): the mean gradient over copies scaled by 1, 1/2, 1/4, ...
+
+    Costs one forward and one backward a copy.
+    """
+
+    copies: Annotated[int, Field(ge=1)] = 5
+    """Number of copies, the image itself included; the paper's 5."""
+    toward: Literal["black", "grey"] = "black"
+    """What an image shrinks to: ``black`` scales pixels of [0, 1], the paper's formula; ``grey`` scales pixels of
+    [-1, 1], the paper's code. The two are different attacks."""
+
+    def views(self) -> list[Callable[[torch.Tensor], torch.Tensor] | None]:
+        """Return what each copy does to images; None for the image itself."""
+        rest = 0.5 if self.toward == "grey" else 0.0
+        shrunk = [self._shrink(0.5**power, rest) for power in range(1, self.copies)]
+        return [None, *shrunk]
+
+    @staticmethod
+    def _shrink(scale: float, rest: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda images: rest + (images - rest) * scale
