@@ -91,7 +91,6 @@ def test_losses_that_need_more_classes_say_what_takes_their_place():
     assert Loss().used(2) == "cross-entropy"
     logits, labels = torch.randn(4, 2), torch.tensor([0, 1, 0, 1])
     assert torch.equal(Loss(kind="dlr")(logits, labels), margin(logits, labels))
-    assert torch.equal(Loss(margin=True)(logits, labels), Loss(kind="margin")(logits, labels))
 
 
 def test_targeted_ratio_of_label_maps_skips_ignored_pixels():
