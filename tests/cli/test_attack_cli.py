@@ -29,6 +29,32 @@ def test_attack_stores_images_that_score_its_number_and_runs_again(weights, trai
     assert (tmp_path / "b" / "result.json").read_bytes() == (tmp_path / "a" / "result.json").read_bytes()
 
 
+def test_the_standard_row_is_at_least_as_strong_as_its_first_attack(weights, tmp_path, capsys):
+    command = [
+        "attack",
+        "--model",
+        weights,
+        "--data",
+        "digits",
+        "--attack",
+        "standard",
+        "--eps",
+        "0.06",
+        "--images",
+        "60",
+    ]
+    assert run([*command, "--set", "settings.queries=100", "--out", str(tmp_path / "a"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [part["attack"] for part in found["rounds"]] == ["pgd", "auto-pgd", "auto-pgd-targeted", "square"]
+    assert found["rounds"][0]["broken"] > 0
+    assert found["robust"]["value"] <= found["rounds"][0]["accuracy"]["value"] < found["clean"]["value"]
+    square = found["rounds"][3]
+    assert square["cost"]["forwards"] <= square["tried"] * 101 + square["tried"]  # its budget, and the judge's look
+    assert square["cost"]["backwards"] == 0
+    assert run([*command, "--set", "settings.steps=3", "--out", str(tmp_path / "b")]) == 2
+    assert "the standard row takes eps, norm and queries" in capsys.readouterr().err
+
+
 def test_uap_craft_score_list(weights, tmp_path, capsys):
     file = tmp_path / "uap.safetensors"
     craft = ["uap", "craft", "--model", weights, "--data", "digits", "--eps", "0.2", "--out", str(file)]

@@ -38,6 +38,15 @@ def test_straight_through_passes_the_gradient_that_the_clip_takes():
         assert gradient.flatten().tolist() == expected
 
 
+def test_pixels_exactly_black_or_white_have_a_gradient():
+    # torch.clamp takes it from them since torch 2.15; an attack could then never move them.
+    images = torch.tensor([[[[0.0, 1.0, 0.5]]]])
+    for rows in (1, 2):
+        delta = torch.zeros(rows, 1, 1, 3, requires_grad=True)
+        (gradient,) = torch.autograd.grad(perturb(images.repeat(4, 1, 1, 1), delta).sum(), delta)
+        assert torch.equal(gradient, torch.full_like(gradient, 4 / rows))
+
+
 def test_heaps_that_do_not_divide_the_images_are_refused():
     with pytest.raises(UserError, match="4 perturbations cannot be shared evenly by 6 images"):
         perturb(torch.rand(6, 1, 2, 2), torch.zeros(4, 1, 2, 2))

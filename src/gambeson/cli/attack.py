@@ -16,7 +16,9 @@ from gambeson.evaluation import AttackRun, run_attack
 def attack(
     model: Annotated[str | None, typer.Option(help="Folder of a training run, or its model.safetensors.")] = None,
     data: Annotated[str | None, typer.Option(help="Data set; else the one the run was trained on.")] = None,
-    attack: Annotated[str | None, typer.Option(help=f"One of {', '.join(attacks.names('image'))} (pgd).")] = None,
+    attack: Annotated[
+        str | None, typer.Option(help=f"standard, or one of {', '.join(attacks.names('image'))} (pgd).")
+    ] = None,
     eps: Annotated[str | None, typer.Option(help="Radius, such as 0.2 or 8/255.")] = None,
     norm: Annotated[str | None, typer.Option(help="Norm of the ball.")] = None,
     images: Annotated[int | None, typer.Option(help="Test images to attack (1000).")] = None,
@@ -62,5 +64,9 @@ def attack(
         f"{result.success} of the {result.success.n} images that were right when clean fell; "
         f"norms at most {result.largest:.4g}, mean {result.mean:.4g}"
     )
-    cost = result.rounds[0].cost
-    console.print(f"{cost.forwards:,} forwards and {cost.backwards:,} backwards; everything is in {folder}")
+    for part in result.rounds:
+        console.print(
+            f"  {part.attack}: broke {part.broken} of {part.tried}, "
+            f"{part.cost.forwards:,} forwards and {part.cost.backwards:,} backwards of an image"
+        )
+    console.print(f"everything is in {folder}")

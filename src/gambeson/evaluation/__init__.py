@@ -7,6 +7,7 @@ from gambeson.evaluation.eps_uni import eps_uni
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.results import AuditResult
 from gambeson.evaluation.run import AuditRun, run_audit
+from gambeson.evaluation.standard import standard_attacks
 from gambeson.evaluation.suite import SUITES, Suite
 from gambeson.evaluation.universal import accuracy, control_rates, fooling_rate, universal_evasion
 
@@ -28,5 +29,6 @@ __all__ = [
     "run_attack",
     "run_audit",
     "run_cascade",
+    "standard_attacks",
     "universal_evasion",
 ]

@@ -9,12 +9,14 @@ import torch
 from pydantic import Field
 
 from gambeson import attacks
-from gambeson.base import Config, close_run, environment, open_run, read_json, save_tensors, write_json
+from gambeson.base import Config, UserError, close_run, environment, open_run, read_json, save_tensors, write_json
 from gambeson.evaluation.cascade import CascadeResult, run_cascade
+from gambeson.evaluation.standard import standard_attacks
 from gambeson.evaluation.subjects import load_subject
 from gambeson.victim import Victim
 
 FILE = "adversarial.safetensors"
+STANDARD = "standard"
 
 
 class AttackRun(Config):
@@ -26,7 +28,7 @@ class AttackRun(Config):
     data: str | None = None
     """Name of a data set; None: the one that the run was trained on."""
     attack: str = "pgd"
-    """Name of an attack that perturbs image by image."""
+    """Name of an attack that perturbs image by image, or ``standard`` for the row of :func:`standard_attacks`."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of the attack, such as eps."""
     images: Annotated[int, Field(ge=1)] = 1000
@@ -35,28 +37,40 @@ class AttackRun(Config):
     device: str = "cpu"
 
 
+def _attacks_of(run: AttackRun) -> dict[str, Any]:
+    if run.attack != STANDARD:
+        return {run.attack: attacks.create(run.attack, **run.settings)}
+    unknown = set(run.settings) - {"eps", "norm", "queries"}
+    if unknown or "eps" not in run.settings:
+        raise UserError(
+            f"the standard row takes eps, norm and queries, got {sorted(run.settings)}: give --eps at least"
+        )
+    return dict(standard_attacks(**run.settings))
+
+
 def run_attack(run: AttackRun, out: Path) -> CascadeResult:
     """Carry out ``run``; leave ``result.json`` and the perturbed images in ``out``.
 
     Raises:
         UserError: the folder holds another run, the model cannot be loaded, or a setting is wrong.
     """
-    attack = attacks.create(run.attack, **run.settings)
+    row = _attacks_of(run)
     subject = load_subject(run.model, run.data, run.device)
     if open_run(out, run.plain(), environment(run.device)):
         return CascadeResult(**read_json(out / "result.json")["result"])
     test = subject.dataset.test
     split = test.subset(torch.arange(min(run.images, len(test))))
     with Victim(subject.model, fast=True) as victim:
-        norm = getattr(attack, "norm", "2")
-        found = run_cascade(victim, split, {run.attack: attack}, norm=norm, seed=run.seed)
+        norm = getattr(next(iter(row.values())), "norm", "2")
+        found = run_cascade(victim, split, row, norm=norm, seed=run.seed)
         notes = victim.notes
     tensors = {"images": found.images, "labels": split.labels, "fallen_to": found.fallen_to}
-    save_tensors(out / FILE, tensors, {"attack": run.attack, "settings": attack.plain()})
+    settings = {name: attack.plain() for name, attack in row.items()}
+    save_tensors(out / FILE, tensors, {"attacks": settings})
     content = {
         "schema": "gambeson/attack-1",
         "run": run.plain(),
-        "settings": attack.plain(),
+        "attacks": settings,
         "victim": notes,
         "result": found.result.plain(),
     }

@@ -1,0 +1,28 @@
+"""The standard row of attacks on single images: from cheap to strong, each on what still stands."""
+
+from __future__ import annotations
+
+from gambeson.attacks import PGD, AutoPGD, Square, TargetedAutoPGD
+from gambeson.evaluation.cascade import ImageAttack
+from gambeson.threat import Norm
+
+
+def standard_attacks(*, eps: float | str, norm: Norm = "inf", queries: int = 5000) -> dict[str, ImageAttack]:
+    """Return the attacks of the standard suite, to be run by :func:`gambeson.evaluation.run_cascade`.
+
+    The members of AutoAttack's standard version (Croce and Hein 2020, section 6) without FAB, behind a short PGD that
+    takes what is easy: Auto-PGD on cross-entropy, targeted Auto-PGD on the ratio of logits over the nine likeliest
+    wrong classes, Square, which has no gradient to be misled by. FAB is left out (our choice): it aims at the same
+    boundaries as targeted Auto-PGD at several times the cost.
+
+    Args:
+        eps: radius in pixel units.
+        norm: ``inf`` or ``2``.
+        queries: budget of Square, an image.
+    """
+    return {
+        "pgd": PGD(eps=eps, norm=norm, steps=10),
+        "auto-pgd": AutoPGD(eps=eps, norm=norm, steps=100),
+        "auto-pgd-targeted": TargetedAutoPGD(eps=eps, norm=norm, steps=100),
+        "square": Square(eps=eps, norm=norm, queries=queries),
+    }
