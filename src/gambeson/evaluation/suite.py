@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from gambeson.attacks import PGD, StochasticPGD
-from gambeson.base import Config, Number
+from gambeson.base import Config, Number, UserError
 from gambeson.data import Dataset
 from gambeson.threat import Eps, Norm
 
@@ -45,6 +45,8 @@ class Suite(Config):
         """The same suite with a grid of eps for this data, where none was given."""
         if self.eps:
             return self
+        if self.norm == "1":
+            raise UserError("there is no customary grid of eps for the norm 1: give one, for example --eps 5,10,20")
         grid = _GREY if data.in_channels == 1 else _COLOUR
         if self.norm == "2":  # the same share of the box's diagonal as the grid takes of its side, quartered
             side = (data.in_channels * data.image_size[0] * data.image_size[1]) ** 0.5
