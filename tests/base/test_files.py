@@ -138,3 +138,15 @@ def test_draws_are_named_by_seed_and_path_and_leave_the_global_stream_alone():
     assert torch.equal(torch.rand(3), expected)
     with seeded(1, "x"):
         assert torch.equal(one, torch.rand(2))
+
+
+def test_a_safetensors_file_is_never_taken_for_a_pickle(tmp_path):
+    """Its first byte is the low byte of a length, which can be any: 0x80 begins a pickle too."""
+    firsts = set()
+    for length in range(300):
+        save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {"text": "x" * length})
+        firsts.add((tmp_path / "x.safetensors").read_bytes()[0])
+        tensors, about = load_tensors(tmp_path / "x.safetensors")
+        assert len(about["text"]) == length
+        assert tensors["a"] == 1
+    assert 0x80 in firsts

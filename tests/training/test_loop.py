@@ -85,12 +85,17 @@ def test_a_cut_run_resumes_in_lock_step(digits, tmp_path, cut):
         if stop is not None:
 
             class Cut(PGDAdversarial):
-                def losses(self, model, batch):
-                    nonlocal seen
-                    seen += 1
-                    if seen > stop:
-                        raise KeyboardInterrupt
-                    return super().losses(model, batch)
+                def terms(self):
+                    weight, term = super().terms()["adversarial"]
+
+                    def stopping(model, batch):
+                        nonlocal seen
+                        seen += 1
+                        if seen > stop:
+                            raise KeyboardInterrupt
+                        return term(model, batch)
+
+                    return {"adversarial": (weight, stopping)}
 
             defense = Cut(eps=0.1)
         kwargs = {"epochs": 4, "batch_size": 128, "seed": 5, "out": out, "augment": "crop"}

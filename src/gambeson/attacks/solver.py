@@ -47,7 +47,13 @@ class Ascent:
     """Norm 1 only: the share of values a step moves; see :meth:`gambeson.threat.Ball.step_in_box`."""
 
     def start(
-        self, images: torch.Tensor, rows: int, kind: str, size: float, generator: torch.Generator
+        self,
+        images: torch.Tensor,
+        rows: int,
+        kind: str,
+        size: float,
+        generator: torch.Generator,
+        place: tuple[int, int] = (0, 1),
     ) -> torch.Tensor:
         """Return ``rows`` starting points: ``zero``, ``uniform`` in the ball, or random ``sign``s.
 
@@ -57,12 +63,15 @@ class Ascent:
             kind: the kind of start.
             size: radius of the start as a share of eps.
             generator: on the images' device.
+            place: the number of this process and of how many; each draws for all and takes its own part, so that
+                several start where one with the joined images would.
         """
-        shape = (rows, *images.shape[1:])
+        number, processes = place
         if kind == "zero":
-            return images.new_zeros(shape)
+            return images.new_zeros((rows, *images.shape[1:]))
         draw = self.ball.uniform if kind == "uniform" else self.ball.signs
-        return self._hold(draw(shape, generator).to(images.dtype) * size, images)
+        drawn = draw((processes * rows, *images.shape[1:]), generator).unflatten(0, (processes, rows))[number]
+        return self._hold(drawn.to(images.dtype) * size, images)
 
     def step(
         self, delta: torch.Tensor, images: torch.Tensor, labels: torch.Tensor, length: float

@@ -5,6 +5,7 @@ from gambeson.base.devices import pick_device
 from gambeson.base.environment import environment
 from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, unknown_name
 from gambeson.base.files import read_json, write_bytes, write_json, write_text, write_yaml
+from gambeson.base.processes import average, place, share_first
 from gambeson.base.progress import show_progress, task
 from gambeson.base.run_folder import close_run, open_run, read_settings
 from gambeson.base.seeds import derive, generator, seeded
@@ -16,6 +17,7 @@ __all__ = [
     "OutOfSpace",
     "UnknownSetting",
     "UserError",
+    "average",
     "close_run",
     "derive",
     "environment",
@@ -24,10 +26,12 @@ __all__ = [
     "open_run",
     "pick_device",
     "pixel_bytes",
+    "place",
     "read_json",
     "read_settings",
     "save_tensors",
     "seeded",
+    "share_first",
     "show_progress",
     "task",
     "unknown_name",

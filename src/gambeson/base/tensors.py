@@ -36,7 +36,8 @@ def load_tensors(path: Path, kind: str = "weights") -> tuple[dict[str, torch.Ten
         raise UserError(f"{path} does not exist: expected a safetensors file with {kind}")
     with path.open("rb") as file:
         head = file.read(16)
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+    # A safetensors file starts with the length of its JSON, any eight bytes, and then the brace.
+    if head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
         raise UserError(
             f"{path} is a pickle, which can run code when it is opened and is never loaded here: convert it once, "
             "where you trust it, with safetensors.torch.save_file(torch.load(path, weights_only=True), new_path)"

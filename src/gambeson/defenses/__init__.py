@@ -1,6 +1,6 @@
 """Defences, one file a paper: the objective that training minimises."""
 
-from gambeson.defenses.objective import Defense, Losses
+from gambeson.defenses.objective import Defense, Follows, Losses, Objective, Scene, Weight
 from gambeson.defenses.pgd_adversarial import PGDAdversarial
 from gambeson.defenses.registry import create, name_of, names, needs_eps
 from gambeson.defenses.shared_adversarial import SharedAdversarial
@@ -12,11 +12,15 @@ __all__ = [
     "Batch",
     "Clean",
     "Defense",
+    "Follows",
     "Losses",
+    "Objective",
     "PGDAdversarial",
+    "Scene",
     "SharedAdversarial",
     "Standard",
     "Term",
+    "Weight",
     "create",
     "name_of",
     "names",

@@ -1,31 +1,117 @@
-"""A defence is an objective: a weighted sum of terms."""
+"""A defence is an objective: a weighted sum of terms, and what it asks of the model and of the loop."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from gambeson.base import Config
+from gambeson.data import Split
 from gambeson.defenses.terms import Batch, Term
 
 Losses = dict[str, torch.Tensor]
 """The value of each term, detached, and their weighted sum as ``loss``, with its graph."""
 
+Weight = float | Callable[[Batch], float]
+"""The weight of a term: a number, or a function of the batch's place in the training."""
+
+
+@runtime_checkable
+class Follows(Protocol):
+    """A term that goes on from step to step, such as one that keeps a perturbation."""
+
+    def follow(self, batch: Batch) -> None:
+        """Take its own step, after the backward of the objective and before the next batch."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What an objective is opened for."""
+
+    model: nn.Module
+    """The model to train, on its device."""
+    train: Split
+    """The training images, on that device where they fit."""
+    seed: int
+    epochs: int
+    steps: int
+    """Steps an epoch."""
+    batch_size: int
+    """Images a step in this process, of one data order."""
+
+
+class Objective(nn.Module):
+    """An objective at work: its terms, and in its buffers what they carry from step to step.
+
+    The loop stores the buffers with the rest of its state, so that a run that was cut goes on bit for bit.
+
+    Args:
+        terms: each term with its weight, by name. Those that are modules are registered, the others are functions.
+    """
+
+    def __init__(self, terms: Mapping[str, tuple[Weight, Term]]) -> None:
+        super().__init__()
+        self.terms = dict(terms)
+        self.carried = nn.ModuleDict({name: term for name, (_, term) in terms.items() if isinstance(term, nn.Module)})
+
+    def losses(self, model: nn.Module, batch: Batch) -> Losses:
+        """Evaluate the objective on one batch; a term of weight zero costs nothing and is left out."""
+        weights = {name: weight(batch) if callable(weight) else weight for name, (weight, _) in self.terms.items()}
+        values = {name: self.terms[name][1](model, batch) for name, weight in weights.items() if weight}
+        total = torch.stack([weights[name] * value for name, value in values.items()]).sum()
+        return {"loss": total} | {name: value.detach() for name, value in values.items()}
+
+    def phases(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
+        """Yield what to descend on this batch, one optimiser step each: the losses, and the parameters that move.
+
+        None moves all of them. A parameter that does not move in a phase stays as it is bit for bit, weight decay
+        and momentum included. What comes after a ``yield`` sees the parameters after that step.
+        """
+        yield self.losses(model, batch), None
+
+    def follow(self, batch: Batch) -> None:
+        """Let every term that goes on from step to step take its own step."""
+        for _, term in self.terms.values():
+            if isinstance(term, Follows):
+                term.follow(batch)
+
 
 class Defense(Config):
-    """Base of every defence. A new one is a frozen configuration with :meth:`terms`."""
+    """Base of every defence. A new one is a frozen configuration with :meth:`terms`; the rest has a default."""
 
-    def terms(self) -> Mapping[str, tuple[float, Term]]:
+    def terms(self) -> Mapping[str, tuple[Weight, Term]]:
         """Return each term of the objective with its weight, by name."""
         raise NotImplementedError
+
+    def open(self, scene: Scene) -> Objective:
+        """Return the objective at work on one model; where terms carry a state, it begins here."""
+        return Objective(self.terms())
+
+    def prepare(self, model: nn.Module) -> None:
+        """Give a model, in place and once, the parts that this defence needs, such as noise.
+
+        Raises:
+            UserError: the model has no place for them.
+        """
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Return parameters with optimiser settings of their own, as ``torch.optim`` takes them; ``lr_scale``
+        multiplies the learning rate of a group."""
+        return []
+
+    @property
+    def members(self) -> int:
+        """Models that vote, each of which sees the data in an order of its own: its batch is a part of the rows."""
+        return 1
 
     def check(self, batch_size: int) -> None:
         """Refuse a batch size that the objective cannot work with, before the training starts."""
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
-        """Evaluate the objective on one batch; a term of weight zero costs nothing and is left out."""
-        values = {name: (weight, term(model, batch)) for name, (weight, term) in self.terms().items() if weight}
-        total = torch.stack([weight * value for weight, value in values.values()]).sum()
-        return {"loss": total} | {name: value.detach() for name, (_, value) in values.items()}
+        """Evaluate an objective without a state on one batch."""
+        return Objective(self.terms()).losses(model, batch)

@@ -8,7 +8,6 @@ from typing import Annotated, Literal, Protocol
 import torch
 from pydantic import Field
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from gambeson.attacks.losses import Loss, cross_entropy, image_means
 from gambeson.attacks.solver import Ascent
@@ -28,6 +27,31 @@ class Batch:
     seed: int
     """Names the draws of this step; equal seeds draw equally."""
     ignore_index: int | None = None
+    place: tuple[int, int] = (0, 1)
+    """The number of this process, and of how many: the batch of the step is cut into consecutive parts."""
+    step: int = 0
+    """Steps taken before this one."""
+    steps: int = 1
+    """Steps an epoch."""
+    epochs: int = 1
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished before this one."""
+        return self.step // self.steps
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, in [0, 1)."""
+        return self.step / (self.steps * self.epochs)
+
+    def mine(self, drawn: torch.Tensor) -> torch.Tensor:
+        """Return this process's rows of what was drawn for the batch of all processes.
+
+        Drawing for all and taking a part makes several processes do what one with the joined batch would do.
+        """
+        number, processes = self.place
+        return drawn if processes == 1 else drawn.unflatten(0, (processes, -1))[number]
 
 
 class Term(Protocol):
@@ -94,9 +118,7 @@ class Adversarial(Config):
                 f"sharedness {self.sharedness} does not divide the batch of {len(batch.images)}: "
                 "choose a batch size that is a multiple of it"
             )
-        # Data-parallel wrappers are for the weights' gradients; crafting takes none and must not wait for others.
-        core = model.module if isinstance(model, DistributedDataParallel) else model
-        with Victim(core) as victim:
+        with Victim(model) as victim:
             ascent = Ascent(
                 victim=victim,
                 ball=Ball(eps=self.eps, norm=self.norm),
@@ -105,6 +127,6 @@ class Adversarial(Config):
                 ignore_index=batch.ignore_index,
             )
             draw = generator(batch.seed, "craft", device=batch.images.device)
-            delta = ascent.start(batch.images, heaps, self.start, 1.0, draw)
+            delta = ascent.start(batch.images, heaps, self.start, 1.0, draw, batch.place)
             again = [(batch.images, batch.labels)] * self.steps
             return ascent.run(delta, again, [self.step * self.eps] * self.steps)

@@ -9,17 +9,24 @@
 from gambeson.models.card import ModelCard
 from gambeson.models.factory import create
 from gambeson.models.measures import count_parameters, fingerprint
+from gambeson.models.members import Members
+from gambeson.models.noise import Noise, NoiseInjection, add_noise, injections
 from gambeson.models.pixel_model import Normalize, PixelModel
 from gambeson.models.registry import names
 from gambeson.models.storage import load, load_weights, save
 
 __all__ = [
+    "Members",
     "ModelCard",
+    "Noise",
+    "NoiseInjection",
     "Normalize",
     "PixelModel",
+    "add_noise",
     "count_parameters",
     "create",
     "fingerprint",
+    "injections",
     "load",
     "load_weights",
     "names",

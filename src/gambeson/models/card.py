@@ -7,6 +7,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from gambeson.base import Config, Number
+from gambeson.models.members import Average
+from gambeson.models.noise import Noise
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -36,6 +38,15 @@ class ModelCard(Config):
 
     std: tuple[Annotated[Number, Field(gt=0)], ...]
     """Standard deviation each channel is divided by, in pixel space."""
+
+    members: Size = 1
+    """Bodies that vote."""
+
+    average: Average = "probabilities"
+    """How they vote, where there are several."""
+
+    noise: Noise | None = None
+    """The feature noise that every body carries."""
 
     @model_validator(mode="after")
     def _channels_agree(self) -> ModelCard:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
+
 from gambeson.base import UserError
 from gambeson.models import torchvision_nets
 from gambeson.models.card import ModelCard
+from gambeson.models.members import Average, Members
+from gambeson.models.noise import Noise, add_noise
 from gambeson.models.pixel_model import PixelModel
 from gambeson.models.registry import build_body, check_name
 
@@ -48,6 +52,9 @@ def create(
     image_size: int | tuple[int, int] | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
+    members: int = 1,
+    average: Average = "probabilities",
+    noise: Noise | None = None,
 ) -> PixelModel:
     """Build a model that takes pixels (N, C, H, W) in [0, 1] and gives logits (N, classes), in training mode.
 
@@ -110,8 +117,31 @@ def create(
         image_size=(size, size) if isinstance(size, int) else tuple(size),
         mean=_per_channel(mean, channels),
         std=_per_channel(std, channels),
+        members=members,
+        average=average,
+        noise=noise,
     )
-    return PixelModel(card, build_body(name, card.in_channels, card.classes, card.image_size))
+    return build(card)
+
+
+def build(card: ModelCard, *, pretrained: bool = True) -> PixelModel:
+    """Build the model that a card describes, from torch's global random generator.
+
+    Args:
+        card: what the model is.
+        pretrained: False never fetches the weights of ``torchvision:NAME@WEIGHTS``.
+
+    Raises:
+        UserError: unknown name, images too small, or no place for the noise.
+    """
+    bodies = [
+        build_body(card.name, card.in_channels, card.classes, card.image_size, pretrained=pretrained)
+        for _ in range(card.members)
+    ]
+    if card.noise is not None:
+        for body in bodies:
+            add_noise(body, card.noise, torch.zeros(1, card.in_channels, *card.image_size))
+    return PixelModel(card, bodies[0] if card.members == 1 else Members(bodies, card.average))
 
 
 def _per_channel(value: Any, channels: int) -> tuple[float, ...]:

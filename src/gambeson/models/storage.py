@@ -10,8 +10,8 @@ from torch import nn
 
 from gambeson.base import UserError, load_tensors, save_tensors, seeded
 from gambeson.models.card import ModelCard
+from gambeson.models.factory import build
 from gambeson.models.pixel_model import PixelModel
-from gambeson.models.registry import build_body
 
 FILE_NAME = "model.safetensors"
 _WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and data parallel put before every name
@@ -63,8 +63,7 @@ def load(path: Path) -> PixelModel:
             f"the model card of {path} cannot be read ({error}): use the version of gambeson that wrote it"
         ) from None
     with seeded(0, "load"):  # the weights drawn here are replaced, and the caller's generator must not move
-        body = build_body(card.name, card.in_channels, card.classes, card.image_size, pretrained=False)
-    model = PixelModel(card, body)
+        model = build(card, pretrained=False)
     kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(kinds) == 1:
         model.to(kinds.pop())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ from torch import nn
 
 from gambeson.base import (
     UserError,
+    average,
     derive,
     generator,
     load_tensors,
     save_tensors,
     seeded,
+    share_first,
     task,
     write_json,
     write_text,
 )
 from gambeson.data import Dataset, as_dataset, augment
-from gambeson.defenses import Batch, Defense
+from gambeson.defenses import Batch, Defense, Losses, Scene
 from gambeson.models import PixelModel
 from gambeson.models import save as save_model
 from gambeson.training.recipe import Recipe
@@ -91,26 +94,46 @@ class _Run:
                 f"batch size {recipe.batch_size} does not fit {len(self.train)} training images on {processes} "
                 "process(es): choose a smaller one that the number of processes divides"
             )
-        defense.check(recipe.batch_size // processes)
+        self.share = recipe.batch_size // processes
+        defense.check(self.share)
+        defense.prepare(model)
         self.steps = len(self.train) // recipe.batch_size
-        self.optimizer = torch.optim.SGD(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
+        self.objective = defense.open(
+            Scene(
+                model=model,
+                train=self.train,
+                seed=seed,
+                epochs=recipe.epochs,
+                steps=self.steps,
+                batch_size=self.share,
+            )
+        ).to(self.device)
+        self.optimizer = self._optimizer()
+        self.history: History = []
+        self.seconds: list[float] = []
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        special = self.defense.groups(self.model)
+        taken = {parameter for group in special for parameter in group["params"]}
+        rest = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        recipe = self.recipe
+        return torch.optim.SGD(
+            [{"params": [parameter for parameter in rest if parameter not in taken]}, *special],
             lr=recipe.lr,
             momentum=recipe.momentum,
             nesterov=recipe.nesterov,
             weight_decay=recipe.weight_decay,
         )
-        self.history: History = []
-        self.seconds: list[float] = []
 
     def go(self, label: str) -> History:
         done = self._resume()
-        wrapped, optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        share_first([*self.model.parameters(), *self.model.buffers()])
         with task(label, self.recipe.epochs * self.steps, done=done * self.steps) as advance:
             for epoch in range(done, self.recipe.epochs):
                 began = time.perf_counter()
                 with seeded(self.seed, "dropout", epoch, self.accelerator.process_index):
-                    means = self._epoch(wrapped, optimizer, epoch, advance)
+                    means = self._epoch(epoch, advance)
+                share_first(self.model.buffers())  # running statistics: each process has seen its own images
                 with Victim(self.model) as victim:
                     verdict = score(predict(victim, self.data.validation), self.data.validation)
                 self.history.append({"epoch": epoch, **means, "validation_accuracy": 1 - verdict.error})
@@ -123,25 +146,26 @@ class _Run:
             save_model(self.model, self.out / "model.safetensors", {"epochs": self.recipe.epochs})
         return self.history
 
-    def _epoch(self, model: nn.Module, optimizer: Any, epoch: int, advance: Any) -> dict[str, float]:
-        model.train()
-        order = torch.randperm(len(self.train), generator=generator(self.seed, "order", epoch))
-        share = self.recipe.batch_size // self.accelerator.num_processes
+    def _epoch(self, epoch: int, advance: Any) -> dict[str, float]:
+        self.model.train()
+        orders = [
+            torch.randperm(len(self.train), generator=generator(seed, "order", epoch)) for seed in self._member_seeds
+        ]
         sums: dict[str, torch.Tensor] = {}
         lr = 0.0
         for k in range(self.steps):
             step = epoch * self.steps + k
             lr = self.recipe.lr_at(step, self.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             # A process takes consecutive rows, so that a heap never crosses processes.
-            first = k * self.recipe.batch_size + self.accelerator.process_index * share
-            losses = self.defense.losses(model, self._batch(order[first : first + share], step))
-            optimizer.zero_grad(set_to_none=True)
-            self.accelerator.backward(losses["loss"])
-            optimizer.step()
-            for name, value in losses.items():
-                sums[name] = sums.get(name, torch.zeros_like(value.detach())) + value.detach()
+            first = k * self.recipe.batch_size + self.accelerator.process_index * self.share
+            batch = self._batch(torch.cat([order[first : first + self.share] for order in orders]), step)
+            for losses, moving in self._descend(batch):
+                self._step(losses["loss"], moving)
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, torch.zeros_like(value.detach())) + value.detach()
+            self.objective.follow(batch)
             advance()
         means = {name: float(value) / self.steps for name, value in sums.items()}
         if not all(abs(value) < float("inf") for value in means.values()):
@@ -150,16 +174,53 @@ class _Run:
             )
         return means | {"lr": lr}
 
+    def _descend(self, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
+        phases = self.objective.phases(self.model, batch)
+        while True:
+            with self.accelerator.autocast():
+                phase = next(phases, None)
+            if phase is None:
+                return
+            yield phase
+
+    def _step(self, loss: torch.Tensor, moving: set[nn.Parameter] | None) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if moving is not None:
+            for parameter in parameters:
+                if parameter not in moving:
+                    parameter.grad = None  # the optimiser passes it by: no decay, no momentum
+        # After the backward and by hand: objectives go through parts of the model, several times, and through double
+        # backwards, and a data-parallel wrapper counts on one forward of the whole.
+        average([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self.optimizer.step()
+
+    @property
+    def _member_seeds(self) -> list[int]:
+        if self.defense.members == 1:
+            return [self.seed]
+        return [derive(self.seed, "member", number) for number in range(self.defense.members)]
+
     def _batch(self, indices: torch.Tensor, step: int) -> Batch:
         images, labels = self.train.take(indices, self.device)
-        seed = derive(self.seed, "step", step, self.accelerator.process_index)
+        seed, place = derive(self.seed, "step", step), self.accelerator.process_index
         if self.recipe.augment != "none":
-            draw = generator(seed, "augment", device=self.device)
+            draw = generator(seed, "augment", place, device=self.device)
             if labels.ndim == 1:
                 images = augment(images, self.recipe.augment, draw)
             else:
                 images, labels = augment(images, self.recipe.augment, draw, labels, self.train.ignore_index)
-        return Batch(images=images, labels=labels, seed=seed, ignore_index=self.train.ignore_index)
+        return Batch(
+            images=images,
+            labels=labels,
+            seed=seed,
+            ignore_index=self.train.ignore_index,
+            place=(place, self.accelerator.num_processes),
+            step=step,
+            steps=self.steps,
+            epochs=self.recipe.epochs,
+        )
 
     @property
     def _state(self) -> Path | None:
@@ -168,7 +229,7 @@ class _Run:
     def _resume(self) -> int:
         if self._state is None or not self._state.is_file():
             return 0
-        about = load_state(self._state, self.model, self.optimizer)
+        about = load_state(self._state, self.model, self.optimizer, self.objective)
         self.history, self.seconds = about["history"], about["seconds"]
         return len(self.history)
 
@@ -185,4 +246,4 @@ class _Run:
         )
         write_json(self.out / "timing.json", {"seconds_per_epoch": self.seconds})
         about = {"history": self.history, "seconds": self.seconds}
-        save_state(self._state, self.model, self.optimizer, about)
+        save_state(self._state, self.model, self.optimizer, self.objective, about)

@@ -58,7 +58,7 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
     """
     dataset = data.load(run.data) if dataset is None else dataset
     with seeded(run.seed, "model"):
-        model = models.create(run.model, dataset)
+        model = models.create(run.model, dataset, members=run.defense.members)
     if run.init is not None:
         models.load_weights(model, Path(run.init))
     run.defense.check(run.recipe.batch_size)

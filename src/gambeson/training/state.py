@@ -10,15 +10,18 @@ from torch import nn
 
 from gambeson.base import UserError, load_tensors, save_tensors
 
-_MODEL, _OPTIMIZER = "model.", "optimizer."
+_MODEL, _OPTIMIZER, _OBJECTIVE = "model.", "optimizer.", "objective."
 
 
-def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, about: dict[str, Any]) -> None:
-    """Write weights, buffers, the optimiser's tensors and the JSON-ready ``about``, atomically.
+def save_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, objective: nn.Module, about: dict[str, Any]
+) -> None:
+    """Write weights, buffers, the optimiser's and the objective's tensors and the JSON-ready ``about``, atomically.
 
     No generator's state is needed: every draw is named by the seed and the step (see :mod:`gambeson.base.seeds`).
     """
     tensors = {_MODEL + name: value for name, value in model.state_dict().items()}
+    tensors |= {_OBJECTIVE + name: value for name, value in objective.state_dict().items()}
     scalars: dict[str, dict[str, Any]] = {}
     for index, values in optimizer.state_dict()["state"].items():
         for key, value in values.items():
@@ -29,24 +32,29 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, a
     save_tensors(path, tensors, {**about, "optimizer": scalars})
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a saved state back into ``model`` and ``optimizer``; return the document saved with it.
+def load_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, objective: nn.Module
+) -> dict[str, Any]:
+    """Put a saved state back where it came from; return the document saved with it.
 
     Raises:
         UserError: the state belongs to another model.
     """
     tensors, about = load_tensors(path, "the state of a training run")
-    weights = {name.removeprefix(_MODEL): value for name, value in tensors.items() if name.startswith(_MODEL)}
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(part(_MODEL))
+        objective.load_state_dict(part(_OBJECTIVE))
     except RuntimeError as error:
         raise UserError(
             f"{path} is the state of another model ({str(error).splitlines()[-1].strip()}): choose another --out"
         ) from None
     moments: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in about["optimizer"].items()}
-    for name, value in tensors.items():
-        if name.startswith(_OPTIMIZER):
-            index, key = name.removeprefix(_OPTIMIZER).split(".", 1)
-            moments.setdefault(int(index), {})[key] = value
+    for name, value in part(_OPTIMIZER).items():
+        index, key = name.split(".", 1)
+        moments.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return about

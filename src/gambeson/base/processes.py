@@ -1,0 +1,40 @@
+"""The processes of one run: who they are, and the mean over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+
+
+def place() -> tuple[int, int]:
+    """Return the number of this process and how many there are: (0, 1) outside a distributed run."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def average(tensors: Iterable[torch.Tensor]) -> None:
+    """Replace float tensors, in place, by their mean over the processes; one message for each type and device."""
+    _together(tensors, lambda flat: dist.all_reduce(flat), 1 / place()[1])
+
+
+def share_first(tensors: Iterable[torch.Tensor]) -> None:
+    """Give every process the tensors of the first one, in place."""
+    _together(tensors, lambda flat: dist.broadcast(flat, 0), None)
+
+
+def _together(tensors: Iterable[torch.Tensor], send: Callable[[torch.Tensor], object], factor: float | None) -> None:
+    if place()[1] == 1:
+        return
+    kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for several in kinds.values():
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in several])
+        send(flat)
+        if factor is not None:
+            flat.mul_(factor)
+        for tensor, part in zip(several, flat.split([tensor.numel() for tensor in several]), strict=True):
+            tensor.detach().copy_(part.view_as(tensor))
