@@ -89,7 +89,7 @@ def test_scaled_copies_average_their_gradients(toward):
         assert (victim.forwards, victim.backwards) == (6, 6)
     x = inner_images(2, (1, 2, 2))
     rest = 0.5 if toward == "grey" else 0.0
-    for power, copy in enumerate(seen):
+    for power, copy in enumerate(seen[-3:]):  # before them, the first look at the model
         torch.testing.assert_close(copy, rest + (x - rest) / 2**power)
 
 

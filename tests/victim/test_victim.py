@@ -60,11 +60,13 @@ def test_outputs_with_logits_are_taken_and_others_refused():
 
     with Victim(Odd(lambda z: type("Out", (), {"logits": z})())) as victim:
         assert victim(torch.rand(2, 1, 1, 3)).shape == (2, 3)
-    with (
-        Victim(Odd(lambda z: [z])) as victim,
-        pytest.raises(UserError, match="returned list: expected a tensor"),
-    ):
-        victim(torch.rand(2, 1, 1, 3))
+    for wrap in (lambda z: [z], lambda z: (z, None), lambda z: {"logits": z}, lambda z: {"out": z, "aux": -z}):
+        with Victim(Odd(wrap)) as victim:
+            images = torch.rand(2, 1, 1, 3)
+            torch.testing.assert_close(victim(images), images.flatten(1))
+    for wrap, words in ((lambda z: {"scores": z}, "dict with the keys scores"), (lambda z: 3, "returned int")):
+        with Victim(Odd(wrap)) as victim, pytest.raises(UserError, match=f"{words}: expected"):
+            victim(torch.rand(2, 1, 1, 3))
 
 
 def test_wrong_channels_are_named():

@@ -11,7 +11,7 @@ from torch import nn
 
 from gambeson.attacks.perturbation import Provenance, Status, UniversalPerturbation
 from gambeson.attacks.workshop import Candidate, Workshop, splits_of
-from gambeson.base import Config, UserError
+from gambeson.base import Config, UserError, seeded
 from gambeson.models import fingerprint
 from gambeson.threat import Ball, Eps, Norm
 from gambeson.victim import Victim
@@ -85,7 +85,7 @@ class UniversalAttack(Config):
         Raises:
             UserError: no such target class, or data and model that do not fit.
         """
-        with entered(model) as victims:
+        with entered(model) as victims, seeded(seed, "noise"):
             spent = tally(victims)
             work = self._prepare(victims, data, seed)
             given = None if start is None else self._scaled(start.to(work.device), work)
@@ -105,6 +105,9 @@ class UniversalAttack(Config):
     def _prepare(self, victims: list[Victim], data: object, seed: int) -> Workshop:
         settings = self.plain()
         train, validation, classes = splits_of(victims[0], data)
+        for victim in victims:
+            # A random model is attacked as it is: every step averages over a batch, each image with a draw of its own.
+            victim.meet(train.take(slice(0, 8), victim.device)[0])
         target: int | None = settings.get("target")
         if target is not None and target >= classes:
             raise UserError(f"target {target} is not a class: expected 0 to {classes - 1}")

@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 
 from gambeson.attacks.losses import Loss, LossName
 from gambeson.attacks.solver import Ascent, NotFinite
-from gambeson.attacks.sources import Average, Source, opened
-from gambeson.base import Config, Number
+from gambeson.attacks.sources import Average, Source, drawn, opened
+from gambeson.base import Config, Number, seeded
 from gambeson.base.checks import check_batch
 from gambeson.threat import Ball, Eps, Norm, perturb
 from gambeson.victim import Victim
@@ -52,6 +52,11 @@ class GradientAttack(Config):
     sparsity: Annotated[Number, Field(gt=0, le=1)] | None = None
     """Norm 1 only: the share of values that a step moves, each equally (SLIDE, Tramer and Boneh 2019, whose code
     takes 0.01 for colour images); None moves value after value as far as the box lets it, the steepest step."""
+    draws: Annotated[int, Field(ge=1)] | None = None
+    """For a random model: fresh draws over which each gradient is averaged (expectation over transformation, Athalye
+    et al. 2018); every step then costs so many times as much, and no image is stopped at early, for falling in a few
+    draws is not falling. 1 follows a single draw. None: the model has to repeat itself, and one that does not is
+    refused."""
     early_stop: bool = True
     """Stop working on an image once it has fallen."""
 
@@ -98,12 +103,14 @@ class GradientAttack(Config):
         images = check_batch(x, y)
         if len(images) == 0:
             return images.clone()
-        with opened(model, self.average) as victim:
+        with opened(model, self.average) as given, seeded(seed, "noise"):
             pixels = images.float()
+            victim = drawn(given, pixels, self.draws)
             labels = self._labels(victim, pixels, y, ignore_index)
             best = torch.zeros_like(pixels)
+            patient = self if self.draws is None else self.model_copy(update={"early_stop": False})
             try:
-                self._search(self._ascent(victim, ignore_index), pixels, labels, seed, best)
+                patient._search(self._ascent(victim, ignore_index), pixels, labels, seed, best)
             except NotFinite as error:
                 error.found = perturb(images, best.to(images.dtype))
                 raise

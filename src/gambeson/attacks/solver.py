@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from gambeson.attacks.losses import Loss
-from gambeson.attacks.sources import Ensemble
+from gambeson.attacks.sources import Several
 from gambeson.base import UserError
 from gambeson.threat import Ball, BoxGradient, perturb
 from gambeson.victim import Victim
@@ -178,7 +178,7 @@ class Ascent:
     def _answer(
         self, moved: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not (isinstance(self.victim, Ensemble) and self.victim.average == "losses"):
+        if not (isinstance(self.victim, Several) and self.victim.average == "losses"):
             logits = self.victim(moved)
             return logits, self.loss(logits, labels, self.ignore_index, truth)
         each = self.victim.each(moved)

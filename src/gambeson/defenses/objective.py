@@ -100,8 +100,10 @@ class Defense(Config):
         """
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Return parameters with optimiser settings of their own, as ``torch.optim`` takes them; ``lr_scale``
-        multiplies the learning rate of a group."""
+        """Return parameters with optimiser settings of their own, as ``torch.optim`` takes them.
+
+        A setting ``lr_scale`` multiplies the learning rate of a group.
+        """
         return []
 
     @property

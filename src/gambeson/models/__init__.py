@@ -6,6 +6,7 @@
 4286026
 """
 
+from gambeson.models.as_logits import as_logits
 from gambeson.models.card import ModelCard
 from gambeson.models.factory import create
 from gambeson.models.measures import count_parameters, fingerprint
@@ -23,6 +24,7 @@ __all__ = [
     "Normalize",
     "PixelModel",
     "add_noise",
+    "as_logits",
     "count_parameters",
     "create",
     "fingerprint",

@@ -73,6 +73,9 @@ def create(
         mean: what to subtract from the pixels: one number, or one a channel.
         std: what to divide them by. Without these two the mean and std of the training split are used, and
             0 and 1 without data; weights of torchvision bring their own, which precede the data's.
+        members: bodies that vote, each drawn by itself.
+        average: how they vote.
+        noise: feature noise that every body shall carry.
 
     Raises:
         UserError: an unknown name, something missing or out of range, or images too small.

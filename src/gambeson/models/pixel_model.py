@@ -7,6 +7,7 @@ from torch import nn
 
 from gambeson.base import UserError
 from gambeson.models.card import ModelCard
+from gambeson.models.members import Members
 
 
 class Normalize(nn.Module):
@@ -71,9 +72,23 @@ class PixelModel(nn.Module):
             )
         return self.body(normalised)
 
+    @property
+    def voters(self) -> list[PixelModel]:
+        """The members as models of their own, which share their weights with this one; itself where it is alone."""
+        if not isinstance(self.body, Members):
+            return [self]
+        card = self.card.model_copy(update={"members": 1})
+        return [_sharing(card, self.normalize, body) for body in self.body.members]
+
     def extra_repr(self) -> str:
         """Show the card where the model is printed."""
         return str(self.card)
+
+
+def _sharing(card: ModelCard, normalize: Normalize, body: nn.Module) -> PixelModel:
+    voter = PixelModel(card, body)
+    voter.normalize = normalize
+    return voter.train(body.training)
 
 
 def _by(height: int, width: int) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from gambeson.base import UserError
 from gambeson.victim.fold import folded
+from gambeson.victim.look import Look, look_at
 from gambeson.victim.outputs import logits_of
 
 
@@ -50,6 +51,7 @@ class Victim:
         forwards: images sent forward so far.
         backwards: images whose gradient was taken so far.
         notes: what the fast path did, or why it is off.
+        look: what :meth:`meet` saw; None before.
     """
 
     def __init__(self, model: nn.Module, *, fast: bool = False) -> None:
@@ -58,6 +60,7 @@ class Victim:
         self.forwards = 0
         self.backwards = 0
         self.notes = "the model itself"
+        self.look: Look | None = None
         self._guard = frozen(model)
         self._seen_input = False
         self._view: nn.Module | None = None
@@ -71,7 +74,7 @@ class Victim:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._view = None
+        self._view = self.look = None
         self._seen_input = False
         self._guard.__exit__(kind, error, trace)
 
@@ -80,6 +83,26 @@ class Victim:
         """Where the model's parameters are; the CPU for a model without any."""
         parameter = next(self.model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
+
+    def meet(self, images: torch.Tensor, *, scores: bool = False) -> Look:
+        """Look at the model before anything is asked of it; nothing is counted.
+
+        Args:
+            images: (N, C, H, W) in [0, 1], of which a few are sent through the model, three times.
+            scores: probabilities will do as well as logits.
+
+        Raises:
+            UserError: the model returns probabilities, or nothing that could be logits.
+        """
+        if self.look is None:
+            self._check_input(images)
+            self.look = look_at(self.model, images)
+        if self.look.probabilities and not scores:
+            raise UserError(
+                "the model's answers lie in [0, 1] and sum to 1: expected logits, for probabilities have no gradient "
+                "where the model is sure; wrap it by gb.models.as_logits(model, 'probabilities')"
+            )
+        return self.look
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits (N, K) or (N, K, H, W) of pixels (N, C, H, W) in [0, 1], by the fast copy if there is one."""
@@ -90,14 +113,18 @@ class Victim:
         if self._view is None:
             return self.exact(images)
         self.forwards += len(images)
-        return logits_of(self._view(images.contiguous(memory_format=self._layout)))
+        return logits_of(self._view(self._kept(images.contiguous(memory_format=self._layout))))
 
     def exact(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits of the model itself: what every score is taken from."""
         if not self._seen_input:
             self._check_input(images)
         self.forwards += len(images)
-        return logits_of(self.model(images))
+        return logits_of(self.model(self._kept(images)))
+
+    def _kept(self, images: torch.Tensor) -> torch.Tensor:
+        # A copy for a model that writes into its input: what the attack keeps must not change.
+        return images.clone() if self.look is not None and self.look.writes else images
 
     def gradient(self, value: torch.Tensor, wrt: torch.Tensor, images: int) -> torch.Tensor:
         """Return the gradient of a scalar with respect to ``wrt``, counted as ``images`` backward passes."""

@@ -1,0 +1,160 @@
+"""Universal consistency (ours): predictions that no perturbation of a kept pool changes, at twice a plain step."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from gambeson.attacks.losses import cross_entropy, image_means
+from gambeson.base import Number, generator
+from gambeson.defenses.objective import Defense, Objective, Scene
+from gambeson.defenses.pool import Pool, PoolStart, mute
+from gambeson.defenses.terms import Batch, batch_loss
+from gambeson.threat import Ball, BoxGradient, Eps, Norm
+
+Assignment = Literal["even", "random", "strong"]
+"""Which perturbation an image carries: ``even`` gives each the same number of the shuffled batch's images,
+``random`` draws one an image, ``strong`` draws those more often under which the term was larger lately."""
+
+Direction = Literal["forward", "reverse"]
+"""``forward`` is KL(clean prediction, perturbed prediction), as in TRADES; ``reverse`` swaps the two."""
+
+
+class UniversalConsistency(Defense):
+    """Minimise E[CE(f(x), y)] + beta * E[KL(f(x), f(x + delta_k))] over a pool of perturbations that maximise it.
+
+    Every image of a batch carries one of K perturbations, which live as long as the training. Clean and perturbed
+    images go through the model in one forward (a BatchNorm sees both together), and one backward gives the weights'
+    gradient and the perturbations', so that a step costs what two plain ones cost, whatever K is.
+    """
+
+    eps: Eps
+    """Radius in pixel units."""
+    norm: Norm = "inf"
+    pool: Annotated[int, Field(ge=1)] = 8
+    """Number K of perturbations."""
+    beta: Annotated[Number, Field(ge=0)] = 4.0
+    """Weight of the consistency; 0 is standard training."""
+    warmup: Annotated[Number, Field(ge=0, le=1)] = 0.5
+    """Share of the training over which the weight rises from zero in a straight line."""
+    step: Annotated[Number, Field(gt=0)] = 0.25
+    """Length of a perturbation's step as a share of eps."""
+    assignment: Assignment = "even"
+    direction: Direction = "forward"
+    detach_clean: bool = False
+    """Hold the clean prediction fixed in the consistency: only the perturbed one is then drawn to the other."""
+    truncate: Number | None = None
+    """An image whose cross-entropy under its perturbation is above this has no say in the perturbation's step, and
+    its full say in the weights'."""
+    restart: Annotated[int, Field(ge=0)] = 0
+    """Draw the weakest perturbation anew every so many steps; 0: never."""
+    start: PoolStart = "uniform"
+    box_gradient: BoxGradient = "exact"
+    """How the clip of the perturbed images is differentiated: see :data:`gambeson.threat.BoxGradient`."""
+
+    def open(self, scene: Scene) -> Objective:
+        """Return the objective with its pool at the start."""
+        pool = Pool(
+            scene,
+            count=self.pool,
+            ball=Ball(eps=self.eps, norm=self.norm),
+            step=self.step,
+            start=self.start,
+            box_gradient=self.box_gradient,
+        )
+        term = PoolConsistency(pool, self)
+        return Objective({"clean": (1.0, term.clean), "consistency": (term.strain, term)})
+
+
+class PoolConsistency(nn.Module):
+    """Mean divergence between the predictions on clean images and on images under the pool's perturbations.
+
+    Args:
+        pool: the perturbations.
+        settings: how they are used.
+    """
+
+    def __init__(self, pool: Pool, settings: UniversalConsistency) -> None:
+        super().__init__()
+        self.pool, self.settings = pool, settings
+        self._ready: tuple[nn.Module, Batch, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def strain(self, batch: Batch) -> float:
+        """The weight at this place of the training."""
+        warmup = self.settings.warmup
+        return self.settings.beta * (min(1.0, batch.progress / warmup) if warmup else 1.0)
+
+    def clean(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the cross-entropy of the clean half; the other half of its forward is kept for :meth:`forward`."""
+        if not self.strain(batch):
+            return batch_loss(model, batch.images, batch)
+        self._ready = (model, batch, *self._halves(model, batch))
+        answers = cross_entropy(self._ready[2], batch.labels, batch.ignore_index)
+        return image_means(answers, batch.labels, batch.ignore_index).mean()
+
+    def forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the mean divergence, with a graph to the parameters and the perturbations."""
+        ready, self._ready = self._ready, None
+        if ready is not None and ready[0] is model and ready[1] is batch:
+            clean, perturbed, moved = ready[2:]
+        else:
+            clean, perturbed, moved = self._halves(model, batch)
+        if self.settings.truncate is not None:
+            fooled = cross_entropy(perturbed.detach(), batch.labels, batch.ignore_index)
+            mute(moved, image_means(fooled, batch.labels, batch.ignore_index) <= self.settings.truncate)
+        answers = divergence(clean.detach() if self.settings.detach_clean else clean, perturbed, self.settings.direction)
+        if batch.ignore_index is not None:
+            answers = answers * (batch.labels != batch.ignore_index)
+        values = image_means(answers, batch.labels, batch.ignore_index)
+        self._seen.append((self.rows(batch), values.detach()))
+        return values.mean()
+
+    def rows(self, batch: Batch) -> torch.Tensor:
+        """Return the number of the perturbation that each image of a batch carries, (N,)."""
+        count, device = len(self.pool.delta), batch.images.device
+        number, processes = batch.place
+        own = len(batch.images)
+        if self.settings.assignment == "even":
+            return torch.arange(number * own, number * own + own, device=device) % count
+        odds = torch.ones(count, device=device)
+        if self.settings.assignment == "strong":
+            # What is not known yet counts as the strongest.
+            known = self.pool.strength.to(device)
+            odds = torch.where(known > 0, known, known.max().clamp(min=1e-6))
+        draw = generator(batch.seed, "pool", device=device)
+        return batch.mine(torch.multinomial(odds, processes * own, replacement=True, generator=draw))
+
+    def follow(self, batch: Batch) -> None:
+        """Let the perturbations take their step, note what each gave, and draw the weakest anew where it is time."""
+        seen, self._seen = self._seen, []
+        self.pool.follow()
+        if seen:
+            self.pool.note(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
+        if self.settings.restart and (batch.step + 1) % self.settings.restart == 0:
+            self.pool.replace_weakest(batch.seed)
+
+    def _halves(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        moved = self.pool.perturb(batch.images, self.rows(batch))
+        clean, perturbed = model(torch.cat([batch.images, moved])).tensor_split(2)
+        return clean, perturbed, moved
+
+
+def divergence(clean: torch.Tensor, perturbed: torch.Tensor, direction: Direction = "forward") -> torch.Tensor:
+    """Kullback-Leibler divergence between two predictions, one value an answer.
+
+    Args:
+        clean: logits (N, K) or (N, K, H, W).
+        perturbed: logits of the same shape.
+        direction: see :data:`Direction`.
+
+    Returns:
+        (N,) or (N, H, W), in nats.
+    """
+    p, q = clean.float().log_softmax(1), perturbed.float().log_softmax(1)
+    if direction == "reverse":
+        p, q = q, p
+    return (p.exp() * (p - q)).sum(1)

@@ -1,0 +1,64 @@
+"""A first look at a model on a few images: what it returns, whether it repeats itself, and whether it keeps its input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gambeson.base import UserError, seeded
+from gambeson.victim.outputs import logits_of
+
+_FEW = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What was seen."""
+
+    gap: float
+    """Largest difference between the logits of two calls with the same images; above zero the model is random."""
+    shared: bool
+    """The model is random and gives equal images of one batch equal answers: copies in one forward are no fresh
+    draws."""
+    writes: bool
+    """The model changes the images it is given."""
+    probabilities: bool
+    """Every row lies in [0, 1] and sums to 1."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether two calls differ."""
+        return self.gap > 0
+
+
+@torch.no_grad()
+def look_at(model: nn.Module, images: torch.Tensor) -> Look:
+    """Send a few images through a model, three times; torch's global generators stay as they were.
+
+    Args:
+        model: in evaluation mode.
+        images: (N, C, H, W) in [0, 1]; the first few are looked at.
+
+    Raises:
+        UserError: what comes back has not one row an image.
+    """
+    few = images[:_FEW].detach()
+    with seeded(0, "look"):
+        given = few.clone()
+        first = logits_of(model(given))
+        if first.ndim not in (2, 4) or len(first) != len(few):
+            raise UserError(
+                f"the model was given {len(few)} images and returned shape {tuple(first.shape)}: expected logits "
+                "(N, K), or (N, K, H, W) for one answer a pixel"
+            )
+        writes = not torch.equal(given, few)
+        second = logits_of(model(few.clone()))
+        # Equal infinities differ by NaN; what is not finite is another matter and is refused where it is scored.
+        gap = float((first - second).abs().nan_to_num(0.0, 0.0).max())
+        one, other = logits_of(model(few[:1].repeat(2, 1, 1, 1)))[:2]
+        shared = gap > 0 and torch.equal(one, other)
+    total = first.sum(1)
+    probabilities = bool((first >= 0).all() and (first <= 1).all() and ((total - 1).abs() < 1e-3).all())
+    return Look(gap=gap, shared=shared, writes=writes, probabilities=probabilities)

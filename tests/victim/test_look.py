@@ -1,0 +1,155 @@
+"""What a first look at a model sees, and what follows from it."""
+
+import pytest
+import torch
+from torch import nn
+
+import gambeson as gb
+from gambeson import UserError
+from gambeson.attacks import FGSM, PGD, StochasticPGD
+from gambeson.victim import Victim, look_at
+from tests.conftest import LinearNet, inner_images
+
+
+def net(inputs=6, classes=3):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, classes))
+
+
+class Noisy(nn.Module):
+    """Logits +-(w + noise) . x, the noise drawn for each image or once for the batch."""
+
+    def __init__(self, w, size, shared=False):
+        super().__init__()
+        self.register_buffer("w", w)
+        self.size, self.shared, self.calls = size, shared, 0
+
+    def forward(self, x):
+        self.calls += 1
+        flat = x.flatten(1)
+        noise = torch.randn_like(flat[:1] if self.shared else flat) * self.size
+        value = ((self.w + noise) * flat).sum(1)
+        return torch.stack([value, -value], 1)
+
+
+def test_look_tells_random_from_repeatable_models():
+    x = torch.rand(4, 1, 2, 3)
+    assert not look_at(net(), x).stochastic
+    own, shared = (look_at(Noisy(torch.ones(6), 0.1, shared), x) for shared in (False, True))
+    assert own.stochastic and not own.shared
+    assert shared.stochastic and shared.shared
+    state = torch.get_rng_state()
+    look_at(Noisy(torch.ones(6), 0.1), x)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_deterministic_attack_on_a_random_model_refuses():
+    x, y = inner_images(2, (1, 2, 3)), torch.tensor([0, 1])
+    with pytest.raises(UserError, match="the model is random .* set draws=20"):
+        PGD(eps=0.1)(Noisy(torch.ones(6), 0.5), x, y)
+    assert PGD(eps=0.1, draws=1)(Noisy(torch.ones(6), 0.5), x, y).shape == x.shape
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_averaging_over_draws_finds_what_one_draw_misses(shared):
+    """The best perturbation is -eps sign(w); a single draw has the noise's signs, many have those of w."""
+    w = torch.linspace(-1, 1, 64)
+    x, y = inner_images(8, (1, 8, 8)), torch.zeros(8, dtype=torch.long)
+
+    def reached(draws):
+        moved = FGSM(eps=0.05, loss="margin", draws=draws)(Noisy(w, 3.0, shared), x, y, seed=1)
+        return float(-((moved - x).flatten(1) @ w).mean() / (0.05 * w.abs().sum()))
+
+    assert reached(1) < 0.6
+    assert reached(400) > 0.95
+
+
+def test_draws_are_counted_and_made_in_one_forward_where_they_can():
+    x, y = inner_images(3, (1, 2, 3)), torch.zeros(3, dtype=torch.long)
+    for shared, calls in ((False, 1), (True, 5)):
+        model = Noisy(torch.ones(6), 0.1, shared)
+        with Victim(model) as victim:
+            victim.meet(x)
+            looked = model.calls
+            PGD(eps=0.1, steps=2, draws=5)(victim, x, y)
+            assert (victim.forwards, victim.backwards) == (30, 30)
+            assert model.calls - looked == 2 * calls
+
+
+def test_draws_of_a_repeatable_model_change_nothing():
+    x, y = inner_images(3, (1, 2, 3)), torch.tensor([0, 1, 2])
+    one, many = (FGSM(eps=0.1, draws=draws)(net(), x, y) for draws in (None, 7))
+    assert torch.equal(one, many)
+
+
+def test_same_seed_same_draws(trained, digits):
+    class Dropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = trained
+
+        def forward(self, x):
+            return self.model(nn.functional.dropout(x, 0.2, training=True))
+
+    x, y = digits.test.take(slice(0, 20), "cpu")
+    first, second, other = (PGD(eps=0.1, steps=3, draws=4)(Dropped(), x, y, seed=s) for s in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_probabilities_are_refused_with_the_way_out():
+    model = nn.Sequential(net(), nn.Softmax(1))
+    x, y = inner_images(4, (1, 2, 3)), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(UserError, match="sum to 1: expected logits.*as_logits"):
+        PGD(eps=0.1)(model, x, y)
+    fixed, plain = (FGSM(eps=0.1)(m, x, y) for m in (gb.models.as_logits(model), net()))
+    torch.testing.assert_close(fixed, plain)
+    data = (torch.rand(40, 1, 2, 3), torch.arange(40) % 3)
+    with pytest.raises(UserError, match="sum to 1"):
+        StochasticPGD(eps=0.1, steps=2, restarts=1).craft(model, data)
+    keyed = gb.models.as_logits(Keyed(net()), "scores")
+    torch.testing.assert_close(FGSM(eps=0.1)(keyed, x, y), plain)
+    with pytest.raises(UserError, match="keys scores"):
+        gb.models.as_logits(Keyed(net()), "answers")(x)
+
+
+class Keyed(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return {"scores": self.model(x)}
+
+
+def test_a_model_that_writes_into_its_input_changes_nothing_of_ours():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = LinearNet(torch.eye(6)[:3])
+
+        def forward(self, x):
+            return self.model(x.sub_(0.5).mul_(2))
+
+    class Same(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = LinearNet(torch.eye(6)[:3])
+
+        def forward(self, x):
+            return self.model((x - 0.5) * 2)
+
+    x, y = inner_images(4, (1, 2, 3)), torch.tensor([0, 1, 2, 0])
+    kept = x.clone()
+    assert torch.equal(PGD(eps=0.1)(Writes(), x, y), PGD(eps=0.1)(Same(), x, y))
+    assert torch.equal(x, kept)
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(UserError, match=r"given 4 images and returned shape \(6,\)"):
+        PGD(eps=0.1)(Flat(), inner_images(4, (1, 2, 3)), torch.zeros(4, dtype=torch.long))
+
+
+class Flat(nn.Module):
+    def forward(self, x):
+        return x.mean(0).flatten()
