@@ -118,7 +118,7 @@ class Adversarial(Config):
                 f"sharedness {self.sharedness} does not divide the batch of {len(batch.images)}: "
                 "choose a batch size that is a multiple of it"
             )
-        with Victim(model) as victim:
+        with Victim(model, fast=True) as victim:  # a copy that follows the weights from step to step
             ascent = Ascent(
                 victim=victim,
                 ball=Ball(eps=self.eps, norm=self.norm),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from gambeson.base import seeded
 from gambeson.victim.outputs import logits_of
@@ -17,8 +18,8 @@ TOLERANCE = 1e-4
 """A folded copy whose logits are further than this share of the largest logit from the model's is thrown away."""
 
 
-def folded(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, int]:
-    """Return a frozen copy of ``model`` with each BatchNorm folded into the convolution whose output it takes.
+class Folded:
+    """A frozen copy of a model with each BatchNorm folded into the convolution whose output it takes.
 
     Which convolution feeds which BatchNorm is watched in one forward of ``example``, so that no model has to be
     traceable. A convolution whose output has another use as well would go wrong; the copy's logits on ``example``
@@ -28,29 +29,94 @@ def folded(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, int]:
         model: in evaluation mode.
         example: (N, C, H, W) images.
 
-    Returns:
-        The copy, and how many pairs were folded in it.
+    Attributes:
+        view: the copy.
+        pairs: the names of every (convolution, BatchNorm) folded in it.
     """
-    pairs = _pairs(model, example)
-    plain = copy.deepcopy(model).requires_grad_(False)
-    if not pairs:
-        return plain, 0
-    view = copy.deepcopy(plain)
-    for conv_name, norm_name in pairs:
-        conv, norm = view.get_submodule(conv_name), view.get_submodule(norm_name)
-        assert isinstance(conv, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        view.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
-        view.set_submodule(norm_name, nn.Identity())
-    view.requires_grad_(False)
-    with torch.no_grad(), seeded(0, "proof"):
-        expected = logits_of(model(example))
-    with torch.no_grad(), seeded(0, "proof"):  # a model that draws noise draws the same again
-        found = logits_of(view(example))
-    close = float((expected - found).abs().max()) <= TOLERANCE * max(1.0, float(expected.abs().max()))
-    return (view, len(pairs)) if close else (plain, 0)
+
+    def __init__(self, model: nn.Module, example: torch.Tensor) -> None:
+        self.pairs = _pairs(model, example)
+        self._signature = _signature(model)
+        plain = copy.deepcopy(model).requires_grad_(False)
+        self.view = plain
+        if not self.pairs:
+            return
+        self.view = copy.deepcopy(plain)
+        for conv_name, norm_name in self.pairs:
+            conv, norm = self.view.get_submodule(conv_name), self.view.get_submodule(norm_name)
+            assert isinstance(conv, nn.Conv2d)
+            assert isinstance(norm, nn.BatchNorm2d)
+            self.view.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
+            self.view.set_submodule(norm_name, nn.Identity())
+        self.view.requires_grad_(False)
+        with torch.no_grad(), seeded(0, "proof"):
+            expected = logits_of(model(example))
+        with torch.no_grad(), seeded(0, "proof"):  # a model that draws noise draws the same again
+            found = logits_of(self.view(example))
+        if float((expected - found).abs().max()) > TOLERANCE * max(1.0, float(expected.abs().max())):
+            self.view, self.pairs = plain, []
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the model is, but for the values of its tensors, what the copy was made of."""
+        return _signature(model) == self._signature
+
+    @torch.no_grad()
+    def refresh(self, model: nn.Module) -> None:
+        """Bring the copy to the model's present weights and statistics, in place."""
+        norms = {conv: model.get_submodule(norm) for conv, norm in self.pairs}
+        folded = {name for pair in self.pairs for name in pair}
+        values = dict(model.state_dict(keep_vars=True))
+        for name, target in self.view.state_dict(keep_vars=True).items():
+            if name.rpartition(".")[0] not in folded:
+                target.copy_(values[name])
+        for name, norm in norms.items():
+            conv, target = model.get_submodule(name), self.view.get_submodule(name)
+            assert isinstance(conv, nn.Conv2d)
+            assert isinstance(norm, nn.BatchNorm2d)
+            assert isinstance(target, nn.Conv2d)
+            assert target.bias is not None
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            weight, bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            target.weight.copy_(weight)
+            target.bias.copy_(bias)
 
 
+_made: WeakKeyDictionary[nn.Module, Folded] = WeakKeyDictionary()
+
+
+def folded(model: nn.Module, example: torch.Tensor) -> Folded:
+    """Return a folded copy of ``model``: the one made before, brought to the present weights, where it still fits."""
+    made = _made.get(model)
+    if made is not None and made.fits(model) and next(made.view.parameters(), example).device == example.device:
+        made.refresh(model)
+        return made
+    _made[model] = Folded(model, example)
+    return _made[model]
+
+
+def _signature(model: nn.Module) -> Hashable:
+    """Everything about a model that is neither a tensor's values nor a mode: its modules and their plain settings."""
+    return tuple(
+        (name, type(module), tuple(sorted(_settings(module).items())), _shapes(module))
+        for name, module in model.named_modules()
+    )
+
+
+def _settings(module: nn.Module) -> dict[str, str]:
+    plain = (bool, int, float, str, tuple, type(None))
+    hooks = {"_forward_hooks", "_forward_pre_hooks"}
+    found = {
+        key: repr(value) for key, value in vars(module).items() if isinstance(value, plain) and key != "training"
+    }
+    return found | {key: str(sorted(map(id, vars(module)[key].values()))) for key in hooks}
+
+
+def _shapes(module: nn.Module) -> tuple[Hashable, ...]:
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return tuple((name, tuple(value.shape), value.dtype, value.device) for name, value in tensors)
 def _pairs(model: nn.Module, example: torch.Tensor) -> list[tuple[str, str]]:
     """Names of every (convolution, BatchNorm) where the one's output was the other's input, each called once."""
     names = {module: name for name, module in model.named_modules()}
