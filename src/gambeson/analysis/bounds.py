@@ -1,0 +1,180 @@
+"""Bounds on what one shared perturbation can do, and how tight they are for those that were crafted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gambeson.analysis.linear import linearise
+from gambeson.analysis.spectrum import Spectrum
+from gambeson.analysis.stacked import LARGEST, StackedGram, stacked_grams, stacked_spectrum
+from gambeson.analysis.views import Source, labelled, opened
+from gambeson.base import Config, UserError, generator
+from gambeson.data import Split
+from gambeson.victim import Victim
+
+
+class BoundRow(Config):
+    """One perturbation delta against the bounds P1, P2 and P4 of the notes on Jacobian regularisation, section 2.
+
+    Effects are E(delta) = sum_i ||J_i delta||_2^2 over all N images, in squared logits; errors are shares of all N,
+    images already wrong included. The bounds hold for the linearised model and delta as it stands; the measured
+    error is the model's own at clip(x + delta).
+    """
+
+    length_inf: float
+    """||delta||_inf."""
+    length_2: float
+    """||delta||_2."""
+    effect: float
+    """E(delta)."""
+    spectral_bound: float
+    """P1: sigma_1^2 ||delta||_2^2."""
+    frobenius_bound: float
+    """P1: tr G ||delta||_2^2."""
+    box_mean: float
+    """P2: ||delta||_inf^2 tr G, the mean effect of random signs of this size."""
+    box_bound: float
+    """P2: ||delta||_inf^2 D sigma_1^2, above the effect of everything of this size in the norm inf."""
+    box_frobenius_bound: float
+    """P2: ||delta||_inf^2 D tr G."""
+    linear_error: float
+    """Error of the linearised model f(x_i) + J_i delta."""
+    counted_error: float
+    """P4: images with ||J_i delta||_2 >= m_i / sqrt(2); at least ``linear_error``."""
+    effect_error: float
+    """P4: 2/N sum_i ||J_i delta||^2 / m_i^2, and the images already wrong; at least ``counted_error``, at most 1."""
+    bound_error: float
+    """P4: 2/N sigma_1(diag(1/m) Jbar)^2 ||delta||_2^2, and the images already wrong; at most 1."""
+    measured_error: float
+    """UER: error of the model itself."""
+
+    @property
+    def attained(self) -> float:
+        """E(delta) over its bound P1, in [0, 1]: 1 where delta is the best universal L2 perturbation."""
+        return self.effect / self.spectral_bound if self.spectral_bound > 0 else 0.0
+
+
+class BoundTable(Config):
+    """Bounds against measured errors for several perturbations of one model, in the order given."""
+
+    rows: tuple[BoundRow, ...]
+    images: int
+    errors: int
+    """Images already wrong: counted as errors, and left out of the margin-weighted stack."""
+    sigma: float
+    """sigma_1 of the stack."""
+    weighted_sigma: float
+    """sigma_1 of the margin-weighted stack, the quantity that P4 and claim J3 rest on."""
+    trace: float
+    """tr G; an estimate with error ``trace_error``."""
+    trace_error: float
+    box_tightness: float
+    """D sigma_1^2 / tr G >= 1: P2 is tight up to this factor."""
+
+
+def bound_table(
+    model: Source,
+    data: Any,
+    perturbations: Sequence[torch.Tensor],
+    *,
+    spectra: tuple[Spectrum, Spectrum] | None = None,
+    seed: int = 0,
+) -> BoundTable:
+    """Set the bounds P1, P2 and P4 against what perturbations do, one row a perturbation: how tight, per eps.
+
+    Cost: the two spectra (see :func:`gambeson.analysis.stacked_spectrum`; one walk serves both for images of up to
+    4096 values); then an image one forward, one backward, and one of each a perturbation.
+
+    Args:
+        model: a module or a victim.
+        data: a split, a dataset (its test split) or a pair (images, labels).
+        perturbations: each (1, C, H, W) or (C, H, W), such as one crafted at every eps.
+        spectra: the plain and the margin-weighted spectrum of this model on this data, if known.
+        seed: of the Lanczos start.
+
+    Raises:
+        UserError: no perturbations, or of another shape than the images.
+    """
+    split = labelled(data)
+    deltas = [delta.reshape(1, *delta.shape[-3:]) for delta in perturbations]
+    if not deltas or any(tuple(delta.shape[1:]) != split.shape for delta in deltas):
+        shapes = ", ".join(str(tuple(delta.shape)) for delta in perturbations) or "none"
+        raise UserError(f"perturbations have shapes {shapes}: expected one or more of (1, {str(split.shape)[1:]}")
+    with opened(model) as victim:
+        plain, weighted = spectra or both_spectra(victim, split, seed)
+        line = linearise(victim, split, torch.cat(deltas))
+        measured = line.measured_errors
+    wrong, size = int((line.margin <= 0).sum()), torch.Size(split.shape).numel()
+    squares = line.change.double().square().sum(2)  # (R, N)
+    right = (line.margin > 0).to(squares.dtype)
+    inverse = right / line.margin.double().where(line.margin > 0, 1).square()
+    rows = []
+    for k, delta in enumerate(deltas):
+        high, length = float(delta.abs().max()), float(delta.double().norm())
+        ratio = squares[k] * inverse
+        rows.append(
+            BoundRow(
+                length_inf=high,
+                length_2=length,
+                effect=float(squares[k].sum()),
+                spectral_bound=plain.ceiling * length**2,
+                frobenius_bound=plain.trace * length**2,
+                box_mean=plain.trace * high**2,
+                box_bound=plain.ceiling * size * high**2,
+                box_frobenius_bound=plain.trace * size * high**2,
+                linear_error=line.errors[k] / len(split),
+                counted_error=(wrong + int((ratio >= 0.5).sum())) / len(split),
+                effect_error=min(1.0, (wrong + 2 * float(ratio.sum())) / len(split)),
+                bound_error=min(1.0, (wrong + 2 * weighted.ceiling * length**2) / len(split)),
+                measured_error=measured[k] / len(split),
+            )
+        )
+    return BoundTable(
+        rows=tuple(rows),
+        images=len(split),
+        errors=wrong,
+        sigma=float(plain.values[0]) ** 0.5,
+        weighted_sigma=float(weighted.values[0]) ** 0.5,
+        trace=plain.trace,
+        trace_error=plain.trace_error,
+        box_tightness=size * float(plain.values[0]) / plain.trace if plain.trace > 0 else 1.0,
+    )
+
+
+def both_spectra(victim: Victim, split: Split, seed: int = 0) -> tuple[Spectrum, Spectrum]:
+    """Return the plain and the margin-weighted spectrum, from one walk where G fits."""
+    if torch.Size(split.shape).numel() <= LARGEST:
+        plain, weighted = stacked_grams(victim, split, ("none", "margin"))
+        return plain.top(1, seed), weighted.top(1, seed)
+    return stacked_spectrum(victim, split, seed=seed), stacked_spectrum(victim, split, weighting="margin", seed=seed)
+
+
+def strongest_signs(gram: StackedGram, *, starts: int = 10, steps: int = 200, seed: int = 0) -> torch.Tensor:
+    """Climb z^T G z over sign vectors: the maximiser of P2, the best universal Linf perturbation to first order.
+
+    z <- sign(G z), the (inf, 2) power method of Khrulkov and Oseledets (CVPR 2018, arXiv 1709.03582) on logits: it
+    never falls, and stops at local maxima, so the best of several starts is taken. One start is the sign of the top
+    direction, the others are random (ours).
+
+    Returns:
+        (C, H, W), values -1 and 1; times eps it is the perturbation, and eps^2 z^T G z its linearised effect.
+    """
+    matrix = gram.matrix
+    draw = generator(seed, "signs", device=matrix.device)
+    z = torch.randn(len(matrix), max(1, starts), generator=draw, device=matrix.device, dtype=matrix.dtype)
+    z[:, 0] = gram.top(1, seed).directions[0].flatten()
+    z = _signs(z)
+    for _ in range(steps):
+        moved = _signs(matrix @ z)
+        if torch.equal(moved, z):
+            break
+        z = moved
+    best = int((z * (matrix @ z)).sum(0).argmax())
+    return z[:, best].float().view(gram.shape)
+
+
+def _signs(z: torch.Tensor) -> torch.Tensor:
+    return torch.where(z >= 0, 1.0, -1.0).to(z.dtype)

@@ -1,0 +1,149 @@
+"""Exact Jacobians of the logits with respect to the pixels, and their norms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gambeson.analysis.views import Source, answer, labelled, margins, opened, pull
+from gambeson.base import Config
+from gambeson.base.checks import check_images
+from gambeson.data import Split
+from gambeson.victim import Victim
+
+_ROWS_BYTES = 2**26
+"""Jacobians held at once while walking: 2,200 rows of 3 x 32 x 32; a batch has 256 images at most."""
+
+
+def batch_jacobian(model: Source, images: torch.Tensor) -> torch.Tensor:
+    """Return the Jacobian of the logits at every image, (N, K, C*H*W), in logits per pixel unit.
+
+    Notes on Jacobian regularisation, section 5. Exact, by K backward passes of the batch on the model itself, which
+    is in evaluation mode meanwhile. Of the logits, not of the softmax, whose Jacobian saturates to 0 on confident
+    inputs and would reward gradient masking. Cost: one forward and K backwards an image; memory N*K*C*H*W floats.
+
+    Args:
+        model: a module or a victim.
+        images: (N, C, H, W) in [0, 1].
+
+    Raises:
+        UserError: images out of range, or a model that is no classifier.
+    """
+    with opened(model) as victim:
+        return rows_at(victim, check_images(images))[0]
+
+
+def rows_at(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the Jacobians (N, K, C*H*W) and the logits (N, K) of images that were checked before."""
+    point, logits = answer(victim, images)
+    classes = logits.shape[1]
+    found = torch.empty(len(images), classes, point[0].numel(), dtype=point.dtype, device=point.device)
+    for k in range(classes):
+        with torch.enable_grad():
+            value = logits[:, k].sum()
+        found[:, k] = pull(victim, value, point, keep=k + 1 < classes).flatten(1)
+    return found, logits.detach()
+
+
+def frobenius(jacobian: torch.Tensor) -> torch.Tensor:
+    """Return the Frobenius norm of each Jacobian (N, K, D), shape (N,)."""
+    return jacobian.flatten(1).norm(dim=1)
+
+
+def spectral(jacobian: torch.Tensor) -> torch.Tensor:
+    """Return the largest singular value of each Jacobian (N, K, D), shape (N,): the root of the K x K Gram's top."""
+    small = jacobian if jacobian.shape[1] <= jacobian.shape[2] else jacobian.transpose(1, 2)
+    gram = (small @ small.transpose(1, 2)).double()
+    return torch.linalg.eigvalsh(gram)[:, -1].clamp(min=0).sqrt().to(jacobian.dtype)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The Jacobians of a batch, with what else one forward gave."""
+
+    jacobian: torch.Tensor
+    """(B, K, D)."""
+    margin: torch.Tensor
+    """(B,): f_y minus the largest other logit; not positive where the model is wrong."""
+
+
+def classes_of(victim: Victim, split: Split) -> int:
+    """Return the number of logits, by one forward of one image."""
+    images, _ = split.take(slice(0, 1), victim.device)
+    return answer(victim, images)[1].shape[1]
+
+
+def walk(victim: Victim, split: Split, *, needs_margin: bool = True) -> Iterator[Rows]:
+    """Walk over a split in batches whose Jacobians fit in little memory."""
+    width = torch.Size(split.shape).numel()
+    size = max(1, min(256, _ROWS_BYTES // (4 * width * classes_of(victim, split))))
+    for images, labels in split.batches(size, device=victim.device):
+        jacobian, logits = rows_at(victim, images)
+        yield Rows(jacobian, margins(logits, labels) if needs_margin else logits.new_full((len(labels),), torch.nan))
+
+
+class Spread(Config):
+    """A number that every image has, over the images of a set."""
+
+    mean: float
+    low: float
+    """5 % quantile."""
+    median: float
+    high: float
+    """95 % quantile."""
+    n: int
+    """Images behind it."""
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> Spread | None:
+        """Sum up values (N,); None where there are none."""
+        if len(values) == 0:
+            return None
+        values = values.double().cpu()
+        marks = torch.quantile(values, torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
+        return cls(mean=float(values.mean()), low=marks[0], median=marks[1], high=marks[2], n=len(values))
+
+
+class JacobianNorms(Config):
+    """Norms of the Jacobians of a set, as section 5 of the notes reports them."""
+
+    frobenius: Spread
+    """||J_i||_F."""
+    spectral: Spread
+    """||J_i||_2, the largest singular value."""
+    reach: Spread | None
+    """m_i / (sqrt(2) ||J_i||_2) of the images that the model has right: no L2 perturbation shorter than it can flip
+    the linearised model at this image (P4). None when none is right."""
+    regulariser: float
+    """Half the mean of ||J_i||_F^2: the term R of Jacobian regularisation in pixel space."""
+    errors: int
+    """Images already wrong, left out of ``reach``."""
+
+
+def jacobian_norms(model: Source, data: Any) -> JacobianNorms:
+    """Measure the exact Jacobian norms of every image of a set.
+
+    Cost: one forward and K backwards an image.
+
+    Args:
+        model: a module or a victim.
+        data: a split, a dataset (its test split) or a pair (images, labels).
+    """
+    split = labelled(data)
+    with opened(model) as victim:
+        parts = [(frobenius(r.jacobian), spectral(r.jacobian), r.margin) for r in walk(victim, split)]
+    size, top, margin = (torch.cat(column) for column in zip(*parts, strict=True))
+    right = (margin > 0) & (top > 0)
+    whole, peak = Spread.of(size), Spread.of(top)
+    assert whole is not None
+    assert peak is not None
+    return JacobianNorms(
+        frobenius=whole,
+        spectral=peak,
+        reach=Spread.of(margin[right] / (2**0.5 * top[right])),
+        regulariser=float(size.double().square().mean() / 2),
+        errors=int((margin <= 0).sum()),
+    )

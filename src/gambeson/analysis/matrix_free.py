@@ -1,0 +1,153 @@
+"""The stacked Jacobian of large images: never a matrix, only products with a few directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from gambeson.analysis.jacobian import Rows, classes_of, frobenius, spectral, walk
+from gambeson.analysis.krylov import Apply
+from gambeson.analysis.views import answer, margins, pull
+from gambeson.base import generator
+from gambeson.data import Split
+from gambeson.victim import Victim
+
+Weigh = Callable[[torch.Tensor], torch.Tensor]
+"""Margins (B,) to what each image's rows are multiplied with, (B,); 0 leaves an image out."""
+
+EXTRA = 3
+"""Columns of a block beyond the directions wanted."""
+_CACHE_BYTES = 2**29
+_PIXELS = 2**22  # input values whose graph is kept at once
+_PROJECTIONS = 4  # random projections an image for the trace
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stacked Jacobian as an operator, and what one walk over it told."""
+
+    apply: Apply
+    """v -> sum_i J_i^T J_i v, on blocks (D, b)."""
+    trace: float
+    trace_error: float
+    single: float | None
+    """sum_i ||J_i||_2^2; None where it is not known."""
+    left_out: int
+
+
+def products_are_cheaper(victim: Victim, split: Split, count: int) -> bool:
+    """Tell whether K backwards an image cost more than three for each direction of a block."""
+    return classes_of(victim, split) > 3 * (count + EXTRA)
+
+
+def build(victim: Victim, split: Split, weigh: Weigh, method: Literal["rows", "products"], seed: int) -> Stack:
+    """Walk over the set once and return its stack."""
+    return _from_rows(victim, split, weigh) if method == "rows" else _from_products(victim, split, weigh, seed)
+
+
+def _from_rows(victim: Victim, split: Split, weigh: Weigh) -> Stack:
+    values = len(split) * classes_of(victim, split) * torch.Size(split.shape).numel()
+    store: list[torch.Tensor] | None = [] if 4 * values <= _CACHE_BYTES else None
+    trace, single, left_out = 0.0, 0.0, 0
+    for jacobian, missing in _weighted(walk(victim, split), weigh):
+        trace += float(frobenius(jacobian).double().square().sum())
+        single += float(spectral(jacobian).double().square().sum())
+        left_out += missing
+        if store is not None:
+            store.append(jacobian)
+
+    def apply(block: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros_like(block)
+        for jacobian in store if store is not None else (j for j, _ in _weighted(walk(victim, split), weigh)):
+            rows = jacobian.flatten(0, 1)
+            total += rows.T @ (rows @ block.to(rows.dtype))
+        return total
+
+    return Stack(apply, trace, 0.0, single, left_out)
+
+
+def _weighted(batches: Iterator[Rows], weigh: Weigh) -> Iterator[tuple[torch.Tensor, int]]:
+    for rows in batches:
+        weight = weigh(rows.margin)
+        kept = weight > 0
+        yield rows.jacobian[kept] * weight[kept, None, None], int((~kept).sum())
+
+
+def _from_products(victim: Victim, split: Split, weigh: Weigh, seed: int) -> Stack:
+    draw = generator(seed, "trace", device=victim.device)
+    trace, variance, left_out = 0.0, 0.0, 0
+    for images, labels in batches_of(victim, split):
+        point, logits = answer(victim, images)
+        weight = weigh(margins(logits.detach(), labels)).double()
+        left_out += int((weight == 0).sum())
+        squares = []
+        for k in range(_PROJECTIONS):
+            v = torch.randn(logits.shape, generator=draw, device=logits.device, dtype=logits.dtype)
+            v = v / v.norm(dim=1, keepdim=True)
+            row = pull(victim, logits, point, v, keep=k + 1 < _PROJECTIONS).flatten(1).double()
+            squares.append(logits.shape[1] * row.square().sum(1) * weight**2)
+        drawn = torch.stack(squares)
+        trace += float(drawn.mean(0).sum())
+        variance += float(drawn.var(0).sum()) / _PROJECTIONS
+
+    def apply(block: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros_like(block)
+        for images, labels in batches_of(victim, split):
+            linear = Linearised(victim, images)
+            weight = weigh(margins(linear.logits, labels))
+            for k in range(block.shape[1]):
+                pushed = linear.push(block[:, k].to(images.dtype).view(1, *split.shape))
+                total[:, k] += linear.pull(pushed * weight[:, None] ** 2).sum(0).flatten()
+        return total
+
+    return Stack(apply, trace, variance**0.5, None, left_out)
+
+
+def batches_of(victim: Victim, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Walk over a split in batches whose graph fits in little memory."""
+    size = max(1, min(256, _PIXELS // torch.Size(split.shape).numel()))
+    return split.batches(size, device=victim.device)
+
+
+class Linearised:
+    """A batch's Jacobians as operators: one forward serves every product, each of which costs one backward an image.
+
+    J_i v is the derivative of u -> J_i^T u, which is linear: so no layer needs a forward-mode rule.
+
+    Args:
+        victim: who is charged.
+        images: (B, C, H, W).
+
+    Attributes:
+        logits: (B, K), without a graph.
+    """
+
+    def __init__(self, victim: Victim, images: torch.Tensor) -> None:
+        self._victim = victim
+        self._point, self._answer = answer(victim, images)
+        self.logits = self._answer.detach()
+        with torch.enable_grad():
+            self._dual = torch.zeros_like(self._answer, requires_grad=True)
+            self._pulled = torch.zeros_like(self._point)
+            if self._answer.requires_grad:
+                victim.backwards += len(images)
+                (self._pulled,) = torch.autograd.grad(
+                    self._answer, self._point, self._dual, create_graph=True, materialize_grads=True
+                )
+
+    def push(self, direction: torch.Tensor) -> torch.Tensor:
+        """Return J_i v for a shared v (1, C, H, W) or one an image: (B, K)."""
+        self._victim.backwards += len(self._point)
+        if not self._pulled.requires_grad:
+            return torch.zeros_like(self.logits)
+        (pushed,) = torch.autograd.grad(
+            self._pulled, self._dual, direction.expand_as(self._point), retain_graph=True, materialize_grads=True
+        )
+        return pushed.detach()
+
+    def pull(self, cotangent: torch.Tensor) -> torch.Tensor:
+        """Return J_i^T u_i, (B, C, H, W), for u (B, K)."""
+        return pull(self._victim, self._answer, self._point, cotangent, keep=True)

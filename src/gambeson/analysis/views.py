@@ -1,0 +1,103 @@
+"""How analysis looks at a model: frozen, counted, and differentiated without asking how it was built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from gambeson.base import UserError
+from gambeson.data import Split, as_split
+from gambeson.victim import Victim
+
+Source = nn.Module | Victim
+"""A module from pixels to logits, or a :class:`Victim` already entered, whose counts then grow."""
+
+
+@contextmanager
+def opened(source: Source) -> Iterator[Victim]:
+    """Hold a model frozen and counted; a victim is used as it is. Inference mode is off inside.
+
+    Raises:
+        UserError: neither a module nor a victim.
+    """
+    if isinstance(source, Victim):
+        with torch.inference_mode(False):
+            yield source
+        return
+    if not isinstance(source, nn.Module):
+        raise UserError(f"the model is a {type(source).__name__}: expected a torch.nn.Module from pixels to logits")
+    with torch.inference_mode(False), Victim(source) as victim:
+        yield victim
+
+
+def answer(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images as a leaf of a graph, and the model's own logits (N, K) at them.
+
+    Works under ``torch.no_grad`` and in inference mode as well.
+
+    Raises:
+        UserError: the model does not answer with one row of logits an image.
+    """
+    with torch.enable_grad():
+        point = images.detach().clone().requires_grad_()
+        logits = victim.exact(point)
+    if logits.ndim != 2 or len(logits) != len(images):
+        raise UserError(
+            f"the model answers with shape {tuple(logits.shape)} for {len(images)} images: Jacobians are taken of "
+            "classifiers, expected logits (N, K)"
+        )
+    return point, logits
+
+
+def pull(
+    victim: Victim, value: torch.Tensor, point: torch.Tensor, cotangent: torch.Tensor | None = None, *, keep: bool
+) -> torch.Tensor:
+    """Return the cotangent pulled back to ``point``, counted as one backward of every image.
+
+    Zero where nothing of ``value`` depends on ``point``: a model that stops its gradient is a finding, not a crash.
+    Victim.gradient frees the graph, which serves several backwards here; so this counts for itself.
+
+    Args:
+        victim: who is charged.
+        value: a scalar, or a tensor with a cotangent of its shape.
+        point: the leaf.
+        cotangent: None for a scalar.
+        keep: keep the graph for another backward.
+    """
+    victim.backwards += len(point)
+    if not value.requires_grad:
+        return torch.zeros_like(point)
+    (gradient,) = torch.autograd.grad(value, point, cotangent, retain_graph=keep, materialize_grads=True)
+    return gradient.detach()
+
+
+def labelled(data: Any) -> Split:
+    """Return the split of images with one label each that ``data`` is; of a Dataset, the test split.
+
+    Raises:
+        UserError: no data, or label maps.
+    """
+    split = as_split(data)
+    if len(split) == 0:
+        raise UserError(f"{split.name} holds no images: give one image at the least")
+    if split.ignore_index is not None or split.take(slice(0, 1))[1].ndim != 1:
+        raise UserError(f"{split.name} has label maps: Jacobians are taken of classifiers, expected labels (N,)")
+    return split
+
+
+def margins(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return f_y - max of the others (N,), not positive where the model is wrong.
+
+    Raises:
+        UserError: a label without a logit, or a single logit.
+    """
+    if logits.shape[1] < 2:
+        raise UserError("the model has one logit: a margin needs two classes or more")
+    if int(labels.max()) >= logits.shape[1]:
+        raise UserError(f"labels reach {int(labels.max())}, but the model has {logits.shape[1]} logits: match the two")
+    own = logits.gather(1, labels[:, None])
+    return (own - logits.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True)).flatten()
