@@ -1,5 +1,6 @@
 """Defences, one file a paper: the objective that training minimises."""
 
+from gambeson.defenses.ensemble_adversarial import EnsembleAdversarial
 from gambeson.defenses.objective import Defense, Follows, Losses, Objective, Scene, Weight
 from gambeson.defenses.pgd_adversarial import PGDAdversarial
 from gambeson.defenses.registry import create, name_of, names, needs_eps
@@ -12,6 +13,7 @@ __all__ = [
     "Batch",
     "Clean",
     "Defense",
+    "EnsembleAdversarial",
     "Follows",
     "Losses",
     "Objective",

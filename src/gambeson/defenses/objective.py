@@ -92,6 +92,10 @@ class Defense(Config):
         """Return the objective at work on one model; where terms carry a state, it begins here."""
         return Objective(self.terms())
 
+    def supplied(self, load: Callable[[str], nn.Module]) -> Defense:
+        """Return this defence with the models that it names loaded by ``load``; most name none."""
+        return self
+
     def prepare(self, model: nn.Module) -> None:
         """Give a model, in place and once, the parts that this defence needs, such as noise.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gambeson.base import unknown_name
+from gambeson.defenses.ensemble_adversarial import EnsembleAdversarial
 from gambeson.defenses.objective import Defense
 from gambeson.defenses.pgd_adversarial import PGDAdversarial
 from gambeson.defenses.shared_adversarial import SharedAdversarial
@@ -14,6 +15,7 @@ _DEFENSES: dict[str, type[Defense]] = {
     "standard": Standard,
     "pgd-adversarial": PGDAdversarial,
     "shared-adversarial": SharedAdversarial,
+    "ensemble-adversarial": EnsembleAdversarial,
 }
 
 

@@ -34,6 +34,8 @@ class Batch:
     steps: int = 1
     """Steps an epoch."""
     epochs: int = 1
+    indices: torch.Tensor | None = None
+    """(N,) places of the images in the training split, where they are as they stand there: not augmented."""
 
     @property
     def epoch(self) -> int:

@@ -220,6 +220,7 @@ class _Run:
             step=step,
             steps=self.steps,
             epochs=self.recipe.epochs,
+            indices=indices if self.recipe.augment == "none" else None,
         )
 
     @property

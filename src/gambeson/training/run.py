@@ -9,8 +9,8 @@ import torch
 from pydantic import BeforeValidator, PlainSerializer, SerializeAsAny
 
 from gambeson import data, defenses, models
-from gambeson.base import Config, close_run, environment, open_run, seeded
-from gambeson.defenses import Defense, name_of
+from gambeson.base import Config, close_run, derive, environment, open_run, seeded
+from gambeson.defenses import Defense, Standard, name_of
 from gambeson.training.loop import train
 from gambeson.training.recipe import Recipe
 
@@ -68,7 +68,7 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
     train(
         model,
         dataset,
-        run.defense,
+        run.defense.supplied(lambda name: _source(run, name, out, dataset)),
         recipe=run.recipe,
         seed=run.seed,
         out=out,
@@ -76,3 +76,18 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
     )
     close_run(out)
     return model
+
+
+def _source(run: TrainRun, name: str, out: Path, dataset: data.Dataset) -> models.PixelModel:
+    """Load a model that a defence names: a run or a file; or an architecture, trained first and kept beside the run."""
+    if Path(name).exists():
+        return models.load(Path(name))
+    settings = run.model_copy(
+        update={
+            "model": name,
+            "defense": Standard(),
+            "init": None,
+            "seed": derive(run.seed, "source", name) % 2**31,
+        }
+    )
+    return run_training(settings, out / "sources" / name.replace(":", "-"), dataset)

@@ -32,9 +32,7 @@ def save_state(
     save_tensors(path, tensors, {**about, "optimizer": scalars})
 
 
-def load_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, objective: nn.Module
-) -> dict[str, Any]:
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, objective: nn.Module) -> dict[str, Any]:
     """Put a saved state back where it came from; return the document saved with it.
 
     Raises:
