@@ -165,7 +165,7 @@ def test_mistakes_are_named(digits):
         gb.train(model, digits, Standard(), epoch=3)
     with pytest.raises(TypeError, match="a recipe or its fields, not both"):
         gb.train(model, digits, Standard(), recipe=Recipe(), epochs=3)
-    with pytest.raises(UserError, match="loss became NaN or infinite in epoch 0: lower the learning rate"):
+    with pytest.raises(UserError, match="loss became NaN or infinite in epoch 0, between steps 0 and 15: lower the"):
         gb.train(model, digits, Standard(), epochs=1, lr=1e6, batch_size=64)
 
 

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gambeson.base import (
     UserError,
     average,
-    derive,
-    generator,
     load_tensors,
     save_tensors,
     seeded,
@@ -25,13 +24,17 @@ from gambeson.base import (
     write_json,
     write_text,
 )
-from gambeson.data import Dataset, as_dataset, augment
+from gambeson.data import Dataset, as_dataset
 from gambeson.defenses import Batch, Defense, Losses, Scene
 from gambeson.models import PixelModel
 from gambeson.models import save as save_model
+from gambeson.training.batches import Epoch
+from gambeson.training.optimizer import freeze_statistics, make_optimizer, set_lr
 from gambeson.training.recipe import Recipe
 from gambeson.training.state import load_state, save_state
-from gambeson.victim import Victim, predict, score
+from gambeson.training.tracking import tracking
+from gambeson.training.validation import is_best, validate, validate_robustly
+from gambeson.victim import Victim
 
 History = list[dict[str, float]]
 """One entry an epoch: each term of the objective, the learning rate, the accuracy on the validation split."""
@@ -76,6 +79,10 @@ def train(
     ).go(label)
 
 
+_WATCH = 50
+"""Steps between two looks at whether the loss is still finite."""
+
+
 class _Run:
     def __init__(
         self, model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed: int, out: Path | None
@@ -86,7 +93,10 @@ class _Run:
             cpu=self.device.type == "cpu",
             device_placement=False,
             mixed_precision="bf16" if recipe.precision == "bfloat16" else "no",
+            **tracking(recipe, out),
         )
+        if recipe.track != "none":
+            self.accelerator.init_trackers("gambeson")
         self.data, self.train = data, data.train.to(self.device)
         processes = self.accelerator.num_processes
         if recipe.batch_size > len(self.train) or recipe.batch_size % processes:
@@ -108,22 +118,14 @@ class _Run:
                 batch_size=self.share,
             )
         ).to(self.device)
-        self.optimizer = self._optimizer()
+        self.optimizer = make_optimizer(model, defense, recipe)
+        self.shadow = (
+            None
+            if recipe.ema is None
+            else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+        )
         self.history: History = []
         self.seconds: list[float] = []
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        special = self.defense.groups(self.model)
-        taken = {parameter for group in special for parameter in group["params"]}
-        rest = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        recipe = self.recipe
-        return torch.optim.SGD(
-            [{"params": [parameter for parameter in rest if parameter not in taken]}, *special],
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            weight_decay=recipe.weight_decay,
-        )
 
     def go(self, label: str) -> History:
         done = self._resume()
@@ -134,45 +136,65 @@ class _Run:
                 with seeded(self.seed, "dropout", epoch, self.accelerator.process_index):
                     means = self._epoch(epoch, advance)
                 share_first(self.model.buffers())  # running statistics: each process has seen its own images
-                with Victim(self.model) as victim:
-                    verdict = score(predict(victim, self.data.validation), self.data.validation)
-                self.history.append({"epoch": epoch, **means, "validation_accuracy": 1 - verdict.error})
+                self.history.append({"epoch": epoch, **means, **self._validate(epoch)})
                 self.seconds.append(time.perf_counter() - began)
                 self._keep()
-        if self.out is not None and self.recipe.select == "best":
-            weights, _ = load_tensors(self.out / "state" / "best.safetensors")
-            self.model.load_state_dict(weights)
-        if self.out is not None and isinstance(self.model, PixelModel):
+        self.model.load_state_dict(self._chosen())
+        if self.out is not None and isinstance(self.model, PixelModel) and self.accelerator.is_main_process:
             save_model(self.model, self.out / "model.safetensors", {"epochs": self.recipe.epochs})
+        self.accelerator.end_training()
         return self.history
+
+    @property
+    def result(self) -> nn.Module:
+        """The model that is validated and handed back: the moving average where there is one."""
+        return self.model if self.shadow is None else self.shadow.module
+
+    def _validate(self, epoch: int) -> dict[str, float]:
+        with seeded(self.seed, "validation", epoch):
+            found = validate(self.result, self.data)
+            every, last = self.recipe.robust_every, epoch == self.recipe.epochs - 1
+            if every and (last or (epoch + 1) % every == 0):
+                found |= validate_robustly(self.result, self.data, self.defense, self.seed)
+        return found
+
+    def _chosen(self) -> dict[str, torch.Tensor]:
+        if self.out is None or self.recipe.select == "last":
+            return self.result.state_dict()
+        return load_tensors(self.out / "state" / "best.safetensors")[0]
 
     def _epoch(self, epoch: int, advance: Any) -> dict[str, float]:
         self.model.train()
-        orders = [
-            torch.randperm(len(self.train), generator=generator(seed, "order", epoch)) for seed in self._member_seeds
-        ]
+        if self.recipe.freeze_statistics:
+            freeze_statistics(self.model)
+        batches = Epoch(self.train, self.recipe, self.defense.members, self.seed, epoch, self.device)
         sums: dict[str, torch.Tensor] = {}
         lr = 0.0
         for k in range(self.steps):
             step = epoch * self.steps + k
             lr = self.recipe.lr_at(step, self.steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            # A process takes consecutive rows, so that a heap never crosses processes.
-            first = k * self.recipe.batch_size + self.accelerator.process_index * self.share
-            batch = self._batch(torch.cat([order[first : first + self.share] for order in orders]), step)
+            set_lr(self.optimizer, lr)
+            batch = batches[k]
             for losses, moving in self._descend(batch):
                 self._step(losses["loss"], moving)
                 for name, value in losses.items():
                     sums[name] = sums.get(name, torch.zeros_like(value.detach())) + value.detach()
             self.objective.follow(batch)
+            if self.shadow is not None:
+                self.shadow.update_parameters(self.model)
+            if k % _WATCH == _WATCH - 1 or k == self.steps - 1:
+                self._watch(sums["loss"], epoch, k)
             advance()
-        means = {name: float(value) / self.steps for name, value in sums.items()}
-        if not all(abs(value) < float("inf") for value in means.values()):
+        return {name: float(value) / self.steps for name, value in sums.items()} | {"lr": lr}
+
+    def _watch(self, total: torch.Tensor, epoch: int, k: int) -> None:
+        """Stop a training that has diverged. Looked at now and then only: looking waits for the device."""
+        if not torch.isfinite(total):
+            kept = f"; {self.out} keeps the state after epoch {epoch}" if self.out is not None and epoch else ""
             raise UserError(
-                f"the loss became NaN or infinite in epoch {epoch}: lower the learning rate ({self.recipe.lr}) or eps"
+                f"the loss became NaN or infinite in epoch {epoch}, between steps {k - k % _WATCH} and {k}: lower the "
+                f"learning rate ({self.recipe.lr:g}) or eps{kept}"
             )
-        return means | {"lr": lr}
 
     def _descend(self, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
         phases = self.objective.phases(self.model, batch)
@@ -197,31 +219,9 @@ class _Run:
         self.optimizer.step()
 
     @property
-    def _member_seeds(self) -> list[int]:
-        if self.defense.members == 1:
-            return [self.seed]
-        return [derive(self.seed, "member", number) for number in range(self.defense.members)]
-
-    def _batch(self, indices: torch.Tensor, step: int) -> Batch:
-        images, labels = self.train.take(indices, self.device)
-        seed, place = derive(self.seed, "step", step), self.accelerator.process_index
-        if self.recipe.augment != "none":
-            draw = generator(seed, "augment", place, device=self.device)
-            if labels.ndim == 1:
-                images = augment(images, self.recipe.augment, draw)
-            else:
-                images, labels = augment(images, self.recipe.augment, draw, labels, self.train.ignore_index)
-        return Batch(
-            images=images,
-            labels=labels,
-            seed=seed,
-            ignore_index=self.train.ignore_index,
-            place=(place, self.accelerator.num_processes),
-            step=step,
-            steps=self.steps,
-            epochs=self.recipe.epochs,
-            indices=indices if self.recipe.augment == "none" else None,
-        )
+    def _carried(self) -> nn.Module:
+        carried = nn.ModuleDict({"objective": self.objective})
+        return carried if self.shadow is None else nn.ModuleDict({**carried, "shadow": self.shadow})
 
     @property
     def _state(self) -> Path | None:
@@ -230,7 +230,7 @@ class _Run:
     def _resume(self) -> int:
         if self._state is None or not self._state.is_file():
             return 0
-        about = load_state(self._state, self.model, self.optimizer, self.objective)
+        about = load_state(self._state, self.model, self.optimizer, self._carried)
         self.history, self.seconds = about["history"], about["seconds"]
         return len(self.history)
 
@@ -238,13 +238,14 @@ class _Run:
         """Write everything an epoch leaves, the state last: what it stands for is then on disk already."""
         if self.out is None or self._state is None or not self.accelerator.is_main_process:
             return
-        accuracies = [entry["validation_accuracy"] for entry in self.history]
-        if self.recipe.select == "best" and accuracies[-1] > max(accuracies[:-1], default=-1.0):
-            save_tensors(self.out / "state" / "best.safetensors", self.model.state_dict(), {})
+        if self.recipe.select != "last" and is_best(self.history, self.recipe):
+            save_tensors(self.out / "state" / "best.safetensors", self.result.state_dict(), {})
         write_text(
             self.out / "metrics.jsonl",
             "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in self.history),
         )
         write_json(self.out / "timing.json", {"seconds_per_epoch": self.seconds})
         about = {"history": self.history, "seconds": self.seconds}
-        save_state(self._state, self.model, self.optimizer, self.objective, about)
+        save_state(self._state, self.model, self.optimizer, self._carried, about)
+        if self.recipe.track != "none":
+            self.accelerator.log(self.history[-1], step=len(self.history))

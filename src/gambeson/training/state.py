@@ -10,18 +10,18 @@ from torch import nn
 
 from gambeson.base import UserError, load_tensors, save_tensors
 
-_MODEL, _OPTIMIZER, _OBJECTIVE = "model.", "optimizer.", "objective."
+_MODEL, _OPTIMIZER, _CARRIED = "model.", "optimizer.", "carried."
 
 
 def save_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, objective: nn.Module, about: dict[str, Any]
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, carried: nn.Module, about: dict[str, Any]
 ) -> None:
-    """Write weights, buffers, the optimiser's and the objective's tensors and the JSON-ready ``about``, atomically.
+    """Write weights, the optimiser's tensors, what else is ``carried`` and the JSON-ready ``about``, atomically.
 
     No generator's state is needed: every draw is named by the seed and the step (see :mod:`gambeson.base.seeds`).
     """
     tensors = {_MODEL + name: value for name, value in model.state_dict().items()}
-    tensors |= {_OBJECTIVE + name: value for name, value in objective.state_dict().items()}
+    tensors |= {_CARRIED + name: value for name, value in carried.state_dict().items()}
     scalars: dict[str, dict[str, Any]] = {}
     for index, values in optimizer.state_dict()["state"].items():
         for key, value in values.items():
@@ -32,7 +32,7 @@ def save_state(
     save_tensors(path, tensors, {**about, "optimizer": scalars})
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, objective: nn.Module) -> dict[str, Any]:
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, carried: nn.Module) -> dict[str, Any]:
     """Put a saved state back where it came from; return the document saved with it.
 
     Raises:
@@ -45,7 +45,7 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, o
 
     try:
         model.load_state_dict(part(_MODEL))
-        objective.load_state_dict(part(_OBJECTIVE))
+        carried.load_state_dict(part(_CARRIED))
     except RuntimeError as error:
         raise UserError(
             f"{path} is the state of another model ({str(error).splitlines()[-1].strip()}): choose another --out"

@@ -1,0 +1,54 @@
+"""What is measured on the validation split between epochs, and which epoch is the best by it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gambeson.attacks import PGD, StochasticPGD
+from gambeson.base import derive
+from gambeson.data import Dataset
+from gambeson.defenses import Defense
+from gambeson.training.recipe import Recipe
+from gambeson.victim import Victim, predict, score
+
+_IMAGES = 500
+
+
+def validate(model: nn.Module, data: Dataset) -> dict[str, float]:
+    """Return the clean accuracy."""
+    with Victim(model) as victim:
+        return {"validation_accuracy": 1 - score(predict(victim, data.validation), data.validation).error}
+
+
+def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: int) -> dict[str, float]:
+    """Return the universal evasion rate and, for one label an image, the accuracy under PGD, at the defence's eps.
+
+    Both by short attacks, to compare epochs: 50 steps of stochastic PGD, 10 of PGD on the first images. A random
+    model is taken as it is, one draw an image.
+    """
+    ball = {"eps": getattr(defense, "eps", None), "norm": getattr(defense, "norm", "inf")}
+    if not ball["eps"]:
+        return {}
+    universal = StochasticPGD(**ball, steps=50, restarts=1).craft(model, data, seed=derive(seed, "validation"))
+    few = data.validation.subset(torch.arange(min(_IMAGES, len(data.validation))))
+    with Victim(model) as victim:
+        delta = universal.delta.to(victim.device)
+        found = {"validation_uer": score(predict(victim, data.validation, delta), data.validation).error}
+        images, labels = few.take(slice(None), victim.device)
+        if labels.ndim == 1:
+            moved = PGD(**ball, steps=10, draws=1)(victim, images, labels, seed=seed)
+            with torch.no_grad():
+                found["validation_pgd_accuracy"] = float((victim.exact(moved).argmax(1) == labels).float().mean())
+    return found
+
+
+def is_best(history: list[dict[str, float]], recipe: Recipe) -> bool:
+    """Whether the last epoch is better than all before by the recipe's rule; one that was not measured is not."""
+    key, sign = {
+        "best": ("validation_accuracy", 1),
+        "best-universal": ("validation_uer", -1),
+        "best-pgd": ("validation_pgd_accuracy", 1),
+    }[recipe.select]
+    values = [sign * entry[key] for entry in history if key in entry]
+    return key in history[-1] and values[-1] > max(values[:-1], default=-float("inf"))

@@ -1,0 +1,126 @@
+"""What a recipe can ask for beside an objective: averages, selection, fine-tuning, trackers."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import gambeson as gb
+from gambeson import UserError
+from gambeson.defenses import PGDAdversarial, Standard
+from gambeson.training.optimizer import make_optimizer
+from gambeson.training.recipe import Recipe
+
+
+def fresh(digits, name="lenet5"):
+    torch.manual_seed(1)
+    return gb.models.create(name, digits)
+
+
+def test_moving_average_is_the_recursion(digits):
+    plain, averaged = [], fresh(digits)
+    for epochs in (1, 2, 3):
+        model = fresh(digits)
+        gb.train(model, digits, Standard(), epochs=epochs, batch_size=1078, schedule="constant", seed=2)
+        plain.append(model)
+    gb.train(averaged, digits, Standard(), epochs=3, batch_size=1078, schedule="constant", ema=0.5, seed=2)
+    for key, value in averaged.named_parameters():
+        one, two, three = (dict(model.named_parameters())[key] for model in plain)
+        torch.testing.assert_close(value, 0.5 * (0.5 * one + 0.5 * two) + 0.5 * three)
+
+
+def test_a_moving_average_resumes_bit_for_bit(digits, tmp_path):
+    class Stop(Standard):
+        def terms(self):
+            weight, term = super().terms()["clean"]
+
+            def stopping(model, batch):
+                if batch.epoch == 2:
+                    raise KeyboardInterrupt
+                return term(model, batch)
+
+            return {"clean": (weight, stopping)}
+
+    whole, cut = fresh(digits), fresh(digits)
+    settings = {"epochs": 3, "ema": 0.9, "seed": 4}
+    gb.train(whole, digits, Standard(), **settings)
+    with pytest.raises(KeyboardInterrupt):
+        gb.train(cut, digits, Stop(), out=tmp_path, **settings)
+    cut = fresh(digits)
+    gb.train(cut, digits, Standard(), out=tmp_path, **settings)
+    assert gb.models.fingerprint(cut) == gb.models.fingerprint(whole)
+
+
+def test_robust_selection_keeps_the_epoch_that_validation_names(digits, tmp_path):
+    model = fresh(digits)
+    history = gb.train(
+        model,
+        digits,
+        PGDAdversarial(eps=0.1),
+        epochs=4,
+        select="best-pgd",
+        robust_every=2,
+        lr=0.1,
+        seed=0,
+        out=tmp_path,
+    )
+    measured = {k: entry["validation_pgd_accuracy"] for k, entry in enumerate(history) if "validation_uer" in entry}
+    assert sorted(measured) == [1, 3]
+    best, _ = gb.base.load_tensors(tmp_path / "state" / "best.safetensors")
+    assert all(torch.equal(best[key], value) for key, value in model.state_dict().items())
+    with pytest.raises(UserError, match="needs robust_every"):
+        Recipe(select="best-universal")
+
+
+def test_fine_tuning_holds_statistics_and_slows_early_layers(digits):
+    model = fresh(digits, "resnet20x0.25")
+    before = {key: value.clone() for key, value in model.named_buffers() if "running" in key}
+    gb.train(model, digits, Standard(), epochs=1, freeze_statistics=True, seed=0)
+    assert all(torch.equal(value, dict(model.named_buffers())[key]) for key, value in before.items())
+    gb.train(model, digits, Standard(), epochs=1, seed=0)
+    assert not all(torch.equal(value, dict(model.named_buffers())[key]) for key, value in before.items())
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+    groups = make_optimizer(net, Standard(), Recipe(layer_decay=0.5)).param_groups
+    assert [group["lr_scale"] for group in groups] == [0.25, 0.5, 1.0]
+    assert [len(group["params"]) for group in groups] == [2, 2, 2]
+
+
+def test_adam_is_torch_s(digits):
+    model, plain = fresh(digits), fresh(digits)
+    gb.train(model, digits, Standard(), epochs=1, optimizer="adam", lr=0.001, seed=0)
+    other = copy.deepcopy(plain)
+    gb.train(other, digits, Standard(), epochs=1, lr=0.001, seed=0)
+    moved = [(a - b).abs().max() for a, b in zip(model.parameters(), plain.parameters(), strict=True)]
+    assert max(moved) > 0.002  # Adam's step is about the learning rate, SGD's that of the gradient
+    assert gb.models.fingerprint(model) != gb.models.fingerprint(other)
+
+
+def test_trackers_get_every_epoch(digits, tmp_path):
+    pytest.importorskip("tensorboard")
+    gb.train(fresh(digits), digits, Standard(), epochs=2, track="tensorboard", out=tmp_path)
+    assert list((tmp_path / "track").rglob("events.out.tfevents.*"))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_tracker_that_is_not_there_is_named(digits, monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"gambeson\[track\]"):
+        gb.train(fresh(digits), digits, Standard(), epochs=1, track="mlflow", out=tmp_path)
+
+
+def test_divergence_keeps_the_last_good_state(digits, tmp_path):
+    class Diverges(Standard):
+        def terms(self):
+            weight, term = super().terms()["clean"]
+            return {
+                "clean": (weight, lambda model, batch: term(model, batch) / (0 if batch.step == 20 else 1)),
+            }
+
+    with pytest.raises(UserError, match="in epoch 2, between steps 0 and 7: lower .* keeps the state after epoch 2"):
+        gb.train(fresh(digits), digits, Diverges(), epochs=4, batch_size=128, out=tmp_path, seed=0)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    weights, _ = gb.base.load_tensors(tmp_path / "state" / "latest.safetensors")
+    assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())

@@ -1,0 +1,34 @@
+"""Two processes with half of a batch each do what one does with the whole."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gambeson as gb
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    alone, both = (tmp_path_factory.mktemp(name) for name in ("alone", "both"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for command in ([sys.executable, SCRIPT, alone], [*launch, SCRIPT, both]):
+        done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return alone, both
+
+
+@pytest.mark.parametrize("name", gb.defenses.names())
+def test_two_processes_end_with_the_weights_of_one(weights, name):
+    alone, both = (gb.models.load(folder / f"{name}.safetensors") for folder in weights)
+    for (key, one), other in zip(alone.named_parameters(), both.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    if name != "standard":
+        plain = gb.models.load(weights[0] / "standard.safetensors")
+        assert gb.models.fingerprint(plain) != gb.models.fingerprint(alone)

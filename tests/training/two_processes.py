@@ -1,0 +1,34 @@
+"""Train every defence for an epoch and save the weights: run alone, and by torchrun in two processes."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import gambeson as gb
+from gambeson.base import place
+from gambeson.data import Dataset
+
+
+def defenses():
+    for name in gb.defenses.names():
+        settings = {"eps": 0.1} if gb.defenses.needs_eps(name) else {}
+        if name == "shared-adversarial":
+            settings["sharedness"] = 8
+        yield name, gb.defenses.create(name, **settings)
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    data = gb.data.load("digits")
+    few = Dataset("few", data.train.subset(torch.arange(192)), data.validation, data.test, data.classes)
+    for name, defense in defenses():
+        torch.manual_seed(0)
+        model = gb.models.create("lenet5", data, members=defense.members)
+        gb.train(model, few, defense, epochs=1, batch_size=64, lr=0.05, seed=1)
+        if place()[0] == 0:
+            gb.models.save(model, out / f"{name}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
