@@ -12,7 +12,7 @@ from gambeson import data as data_room
 from gambeson import defenses
 from gambeson.base import UserError, pick_device, read_settings
 from gambeson.cli.options import ConfigFile, Device, Json, Out, Set, print_json, progress, put, put_all
-from gambeson.training import TrainRun, run_training
+from gambeson.training import Plan, TrainRun, plan_training, run_training
 
 GREY_EPS, COLOUR_EPS = 0.2, 8 / 255
 
@@ -33,6 +33,9 @@ def train(
     sharedness: Annotated[int | None, typer.Option(help="Images that share a perturbation.")] = None,
     sigma: Annotated[float | None, typer.Option(help="Weight of the adversarial risk.")] = None,
     init: Annotated[Path | None, typer.Option(help="Weights to start from.")] = None,
+    only_plan: Annotated[
+        bool, typer.Option("--plan", help="Only measure and print what the training will cost.")
+    ] = False,
     config: ConfigFile = None,
     set_: Set = None,
     out: Out = None,
@@ -78,6 +81,10 @@ def train(
         _default_eps(settings["defense"], dataset)
         run = TrainRun(**settings)
         name = settings["defense"]["name"]
+        if only_plan:
+            cost = plan_training(run, dataset)
+            print_json(cost.plain() | {"memory": cost.memory}) if as_json else console.print(_words(cost, name))
+            return
         folder = out or Path("runs") / f"{run.data}-{run.model}-{name}".replace(":", "-").replace("/", "-")
         trained = run_training(run, folder, dataset)
         history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -90,6 +97,18 @@ def train(
         f"{100 * accuracy:.1f} % of the validation images are right after {len(history)} epochs"
     )
     console.print(f"next: gambeson audit {folder}")
+
+
+def _words(cost: Plan, name: str) -> str:
+    hours, rest = divmod(round(cost.seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    span = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+    megabytes = [round(size / 2**20) for size in (cost.memory, cost.weights, cost.activations, cost.data)]
+    return (
+        f"{name}: {cost.steps} steps of {cost.seconds_a_step:.3g} s are about {span} on {cost.device}; a step costs "
+        f"{cost.plain_ratio:.2f} times a step of standard training; memory about {megabytes[0]} MiB "
+        f"(weights and moments {megabytes[1]}, activations {megabytes[2]}, images {megabytes[3]})"
+    )
 
 
 def _defense_of(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The loop that minimises a defence's objective, and the run folder it leaves."""
 
 from gambeson.training.loop import train
+from gambeson.training.plan import Plan, plan
 from gambeson.training.recipe import Recipe
-from gambeson.training.run import TrainRun, run_training
+from gambeson.training.run import TrainRun, plan_training, run_training
 
-__all__ = ["Recipe", "TrainRun", "run_training", "train"]
+__all__ = ["Plan", "Recipe", "TrainRun", "plan", "plan_training", "run_training", "train"]

@@ -69,7 +69,7 @@ def train(
     """
     if recipe is not None and settings:
         raise TypeError(f"give a recipe or its fields, not both (got {', '.join(settings)})")
-    return _Run(
+    return Run(
         model,
         as_dataset(data),
         defense,
@@ -83,7 +83,9 @@ _WATCH = 50
 """Steps between two looks at whether the loss is still finite."""
 
 
-class _Run:
+class Run:
+    """A training at work: see :func:`train` for what its arguments mean."""
+
     def __init__(
         self, model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed: int, out: Path | None
     ) -> None:
@@ -128,6 +130,7 @@ class _Run:
         self.seconds: list[float] = []
 
     def go(self, label: str) -> History:
+        """Train to the end, from where an earlier run in the same folder stopped."""
         done = self._resume()
         share_first([*self.model.parameters(), *self.model.buffers()])
         with task(label, self.recipe.epochs * self.steps, done=done * self.steps) as advance:
@@ -174,18 +177,24 @@ class _Run:
             step = epoch * self.steps + k
             lr = self.recipe.lr_at(step, self.steps)
             set_lr(self.optimizer, lr)
-            batch = batches[k]
-            for losses, moving in self._descend(batch):
-                self._step(losses["loss"], moving)
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, torch.zeros_like(value.detach())) + value.detach()
-            self.objective.follow(batch)
-            if self.shadow is not None:
-                self.shadow.update_parameters(self.model)
+            for name, value in self.take(batches[k]).items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value
             if k % _WATCH == _WATCH - 1 or k == self.steps - 1:
                 self._watch(sums["loss"], epoch, k)
             advance()
         return {name: float(value) / self.steps for name, value in sums.items()} | {"lr": lr}
+
+    def take(self, batch: Batch) -> Losses:
+        """Take one step: every phase of the objective, and what follows it; return the losses, detached."""
+        found: Losses = {}
+        for losses, moving in self._descend(batch):
+            self._step(losses["loss"], moving)
+            for name, value in losses.items():
+                found[name] = found[name] + value.detach() if name in found else value.detach()
+        self.objective.follow(batch)
+        if self.shadow is not None:
+            self.shadow.update_parameters(self.model)
+        return found
 
     def _watch(self, total: torch.Tensor, epoch: int, k: int) -> None:
         """Stop a training that has diverged. Looked at now and then only: looking waits for the device."""

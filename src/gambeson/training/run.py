@@ -12,6 +12,7 @@ from gambeson import data, defenses, models
 from gambeson.base import Config, close_run, derive, environment, open_run, seeded
 from gambeson.defenses import Defense, Standard, name_of
 from gambeson.training.loop import train
+from gambeson.training.plan import Plan, plan
 from gambeson.training.recipe import Recipe
 
 
@@ -57,10 +58,7 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
         UserError: the folder holds another run, or a name is unknown.
     """
     dataset = data.load(run.data) if dataset is None else dataset
-    with seeded(run.seed, "model"):
-        model = models.create(run.model, dataset, members=run.defense.members)
-    if run.init is not None:
-        models.load_weights(model, Path(run.init))
+    model = _model(run, dataset)
     run.defense.check(run.recipe.batch_size)
     if open_run(out, run.plain(), environment(run.device)):
         return models.load(out).to(torch.device(run.device))
@@ -75,6 +73,29 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
         label=f"train {name_of(run.defense)}",
     )
     close_run(out)
+    return model
+
+
+def plan_training(run: TrainRun, dataset: data.Dataset | None = None) -> Plan:
+    """Measure what ``run`` will cost, on a few steps; nothing is written.
+
+    Models that a defence names and that would be trained first stand in untrained.
+    """
+    dataset = data.load(run.data) if dataset is None else dataset
+
+    def stand_in(name: str) -> models.PixelModel:
+        return models.load(Path(name)) if Path(name).exists() else models.create(name, dataset)
+
+    model = _model(run, dataset).to(torch.device(run.device))
+    run.defense.check(run.recipe.batch_size)
+    return plan(model, dataset, run.defense.supplied(stand_in), run.recipe, run.seed)
+
+
+def _model(run: TrainRun, dataset: data.Dataset) -> models.PixelModel:
+    with seeded(run.seed, "model"):
+        model = models.create(run.model, dataset, members=run.defense.members)
+    if run.init is not None:
+        models.load_weights(model, Path(run.init))
     return model
 
 
