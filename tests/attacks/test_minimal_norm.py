@@ -57,6 +57,18 @@ def test_deepfool_takes_one_exact_step_on_a_linear_model(classes, norm, shape):
     assert (victim.forwards, victim.backwards) == (2 * len(x), (classes - 1) * len(x))
 
 
+def test_few_images_take_one_backward_through_copies_and_find_the_same(trained, digits):
+    x, y = digits.test.take(slice(0, 8))
+    for norm in ("2", "inf"):
+        with Victim(trained) as victim:
+            whole = DeepFool(norm=norm, steps=1)(victim, x, y)
+        with Victim(trained) as few:
+            parts = [DeepFool(norm=norm, steps=1)(few, x[k : k + 4], y[k : k + 4]) for k in (0, 4)]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-6)
+        assert (victim.forwards, victim.backwards) == (8, 9 * 8)
+        assert (few.forwards, few.backwards) == (10 * 8, 9 * 8)
+
+
 def test_deepfool_at_the_edge_of_the_box_still_flips_and_the_paper_s_way_need_not():
     model, w = binary((1, 8, 8))
     x = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(1)).round()
@@ -228,3 +240,12 @@ def test_settings_are_checked():
         DeepFool(norm="1")
     with pytest.raises(TypeError, match="no setting 'confidence'"):
         CarliniWagner(confidence=1.0)
+
+
+def test_an_image_whose_pixels_are_all_black_or_white_is_not_given_up_while_tanh_is_flat(trained):
+    """Its objective stands still until its pixels have left the ends; a batch of one has no neighbour to carry it."""
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)).round()
+    y = trained(x).argmax(1)
+    settings = {"steps": 150, "lr": 0.06, "c": 1.0, "searches": 2}
+    for kept in (CarliniWagner(**settings), CarliniWagner(**settings, early_abort=False)):
+        assert (trained(kept(trained, x, y)).argmax(1) != y).all()

@@ -99,7 +99,7 @@ class Stripes(nn.Module):
 
 
 @pytest.mark.parametrize("attack", [PerlinNoise, GaborNoise], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("search", ["random", "evolution"])
+@pytest.mark.parametrize("search", ["random", "evolution", "bayesian"])
 def test_budget_is_exact_no_gradient_is_needed_and_runs_repeat(attack, search, trained, digits):
     searching = attack(eps=0.2, patterns=12, images=50, finalists=3, search=search)
     uap = searching.craft(trained, digits, seed=1)

@@ -190,6 +190,40 @@ def test_square_s_windows_shrink_as_published_and_fit_the_image():
             assert (Ball(eps=0.1, norm=norm).length(x_adv - x) <= 0.1 + 1e-6).all()
 
 
+def test_square_without_a_prospect_stops_after_an_eighth_and_keeps_what_it_found():
+    model = Steep((1, 6, 7))
+    x, y = inner_images(8, (1, 6, 7)), torch.arange(8) // 4  # the first four never fall
+    queries = Queries(model)
+    short = Square(eps=0.01, queries=800, outlook=2)(queries, x, y)
+    assert queries.spent[:4].tolist() == [100] * 4
+    assert queries.spent[4:].tolist() == [1] * 4  # wrong as they are
+    assert (gain(model, x, short, y)[:4] > 0).all()
+    queries = Queries(model)
+    Square(eps=0.01, queries=800)(queries, x, y)
+    assert queries.spent[:4].tolist() == [800] * 4
+    with pytest.raises(UserError, match="outlook reads the margin's distance"):
+        Square(eps=0.1, targeted=True, outlook=1)
+    with pytest.raises(UserError, match="outlook = 0"):
+        Square(eps=0.1, outlook=0)
+
+
+def test_square_with_an_outlook_breaks_what_the_whole_budget_breaks(trained, digits):
+    class Stairs(torch.nn.Module):
+        """The trained net behind pixels rounded to steps: its gradient is zero, its scores tell."""
+
+        def forward(self, x):
+            return trained((x * 8).round() / 8)
+
+    x, y = digits.test.take(slice(0, 40))
+    for model in (trained, Stairs()):
+        whole, short = Queries(model), Queries(model)
+        broken = model(Square(eps=0.12, queries=400)(whole, x, y)).argmax(1) != y
+        also = model(Square(eps=0.12, queries=400, outlook=2)(short, x, y)).argmax(1) != y
+        assert 3 < int(broken.sum()) < 37
+        assert int(also.sum()) >= int(broken.sum()) - 1
+        assert short.total < 0.9 * whole.total
+
+
 def test_square_starts_from_stripes():
     model = Steep((3, 6, 7))
     x, y = inner_images(40, (3, 6, 7)), torch.zeros(40, dtype=torch.long)

@@ -138,8 +138,8 @@ def test_mistakes_are_named(digits):
         gb.train(model, digits, EnsembleAdversarial(eps=0.1, pool=(other,)), epochs=1)
     with pytest.raises(UserError, match="precompute works for fgsm"):
         gb.train(model, digits, EnsembleAdversarial(eps=0.1, precompute=True, attack="r-fgsm"), epochs=1)
+    defense = EnsembleAdversarial(eps=0.1, precompute=True, pool=(gb.models.create("lenet5", digits),))
     with pytest.raises(UserError, match="without augmentation"):
-        defense = EnsembleAdversarial(eps=0.1, precompute=True, pool=(gb.models.create("lenet5", digits),))
         gb.train(model, digits, defense, epochs=3, augment="crop")
 
 

@@ -24,7 +24,7 @@ def main(out: Path) -> None:
     few = Dataset("few", data.train.subset(torch.arange(192)), data.validation, data.test, data.classes)
     for name, defense in defenses():
         torch.manual_seed(0)
-        model = gb.models.create("lenet5", data, members=defense.members)
+        model = gb.models.create("lenet5", data, members=defense.num_members)
         gb.train(model, few, defense, epochs=1, batch_size=64, lr=0.05, seed=1)
         if place()[0] == 0:
             gb.models.save(model, out / f"{name}.safetensors")

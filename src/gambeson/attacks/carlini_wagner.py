@@ -6,21 +6,18 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from gambeson.attacks.adam import Adam
 from gambeson.attacks.losses import fallen, margin
-from gambeson.attacks.query import attacked, working
-from gambeson.base import Config, Number, UserError
-from gambeson.base.checks import check_batch, check_labels
-from gambeson.threat import Ball, Eps, perturb
+from gambeson.attacks.minimal_norm import MinimalNorm, check_finite, check_head
+from gambeson.base import Number
 from gambeson.victim import Victim
 
 _EDGE = 0.999999
 """Pixels are drawn in by this factor before the inverse of tanh, as in the authors' code: it is infinite at 0 and 1."""
 
 
-class CarliniWagner(Config):
+class CarliniWagner(MinimalNorm):
     """Carlini and Wagner's L2 attack (2017, sections V-A and VI-A): minimise ||delta||^2 + c f(x + delta).
 
     x + delta = (tanh(w) + 1) / 2 holds every pixel in [0, 1]; f is the margin left until success with ``kappa`` to
@@ -30,9 +27,6 @@ class CarliniWagner(Config):
     Cost an image: at most 1 + ``searches`` x ``steps`` forwards and ``searches`` x ``steps`` backwards.
     """
 
-    eps: Eps | None = None
-    """Euclidean radius in pixel units; what is found beyond it is projected to the ball, and may then succeed no
-    more. None: no bound."""
     targeted: bool = False
     """Read the labels as targets to reach."""
     kappa: Annotated[Number, Field(ge=0)] = 0.0
@@ -51,52 +45,16 @@ class CarliniWagner(Config):
     (authors' code). The first steps overshoot near a boundary whatever c is; ``any`` then halves c in vain, and ends
     a third above the optimum. Either way the smallest success of all steps is returned."""
     early_abort: bool = True
-    """Leave a value of c for an image once a tenth of the steps has not lowered its objective by 0.01 per cent
-    (authors' code, which judges the batch as a whole; here each image by itself)."""
+    """Leave a value of c for an image once a tenth of the steps has lowered neither its objective nor the lowest one so
+    far by 0.01 per cent. The authors' code compares the batch's sum at the ends of the tenths; an image by itself
+    swings about its boundary, and before its black and white pixels have left the flat ends of tanh it seems to stand
+    still: it is not judged in the steps that takes at the full speed of Adam."""
 
-    def __call__(
-        self,
-        model: nn.Module | Victim,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        *,
-        seed: int = 0,
-        ignore_index: int | None = None,
-    ) -> torch.Tensor:
-        """Attack a batch.
-
-        Args:
-            model: any module from pixels to logits (N, K), or a :class:`Victim` already entered.
-            x: (N, C, H, W) in [0, 1].
-            y: (N,) labels, or targets where ``targeted``.
-            seed: not used; nothing is drawn.
-            ignore_index: label of images that are left alone.
-
-        Raises:
-            UserError: images outside [0, 1], one label a pixel, or a gradient that is not finite.
-        """
-        if not isinstance(model, Victim):
-            with Victim(model) as victim:
-                return self(victim, x, y, seed=seed, ignore_index=ignore_index)
-        images = check_batch(x, y)
-        rows = attacked(y, ignore_index)
-        if len(rows) == 0 or self.eps == 0:
-            return images
-        found = self._search(model, working(images), y, rows)
-        if self.eps is None:
-            return found.to(images.dtype)
-        delta = Ball(eps=self.eps, norm="2").project(found - working(images))
-        return perturb(images, delta.to(images.dtype))
-
-    def _search(self, victim: Victim, x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def search(self, victim: Victim, x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Search c and descend, for every image of ``rows``; see :class:`MinimalNorm`."""
         with torch.no_grad():
             logits = victim(x[rows])
-        if logits.ndim != 2 or logits.shape[1] < 2:
-            raise UserError(
-                f"the model answers with shape {tuple(logits.shape)}: expected logits (N, K) with K of at least 2; "
-                "for label maps choose a gradient attack such as PGD"
-            )
-        check_labels(y[rows], logits.shape[1])
+        check_head(logits, y[rows])
         best, shortest = x.clone(), x.new_full((len(x),), torch.inf)
         rows = rows[~self._success(logits, y[rows])]
         lower, upper = torch.zeros_like(shortest), torch.full_like(shortest, torch.inf)
@@ -124,7 +82,9 @@ class CarliniWagner(Config):
         w = torch.atanh((2 * x[rows] - 1) * _EDGE)
         adam = Adam.like(w)
         reached = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        before, going, tenth = x.new_full((len(rows),), torch.inf), rows, max(1, self.steps // 10)
+        flat = w.flatten(1).abs().amax(1) / self.lr
+        before = lowest_before = lowest = x.new_full((len(rows),), torch.inf)
+        going, tenth = rows, max(1, self.steps // 10)
         for step in range(self.steps):
             images, labels = x[going], y[going]
             with torch.enable_grad():
@@ -135,11 +95,7 @@ class CarliniWagner(Config):
                 short = (self.kappa - self._gain(logits, labels)).clamp(min=0)
                 objective = length + c[going] * short
                 gradient = victim.gradient(objective.sum(), point, len(going))
-            if not bool(torch.isfinite(gradient.sum() + objective.detach().sum())):
-                raise UserError(
-                    f"the model's logits or gradient are NaN or infinite at step {step}: no attack can follow them; "
-                    "check the model's weights and outputs"
-                )
+            check_finite(gradient.sum(), objective.sum(), step=step + 1)
             success, moved, length = self._success(logits.detach(), labels), moved.detach(), length.detach()
             better = success & (length < shortest[going])
             best[going[better]], shortest[going[better]] = moved[better], length[better]
@@ -147,9 +103,13 @@ class CarliniWagner(Config):
                 reached[going] = False
             reached[going] |= success
             w = point.detach() - self.lr * adam.direction(gradient)
+            lowest = lowest.minimum(objective.detach())
             if self.early_abort and (step + 1) % tenth == 0:
-                improving = objective.detach() < 0.9999 * before
-                before, going, w = objective.detach()[improving], going[improving], w[improving]
+                now = objective.detach()
+                improving = (now < 0.9999 * before) | (lowest < 0.9999 * lowest_before) | (step < flat)
+                flat, before = flat[improving], now[improving]
+                lowest_before = lowest = lowest[improving]
+                going, w = going[improving], w[improving]
                 adam = adam.of(improving)
                 if len(going) == 0:
                     break

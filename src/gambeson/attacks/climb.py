@@ -40,7 +40,7 @@ class Climb:
 
     def only(self, keep: torch.Tensor) -> Climb:
         """Return the climbs of some images."""
-        return Climb(**{field.name: getattr(self, field.name)[keep] for field in dataclasses.fields(self)})
+        return type(self)(**{field.name: getattr(self, field.name)[keep] for field in dataclasses.fields(self)})
 
     def arrive(self, delta: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> Climb:
         """Return the climbs after a step to ``delta``."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 
 from gambeson.attacks.crafting import UniversalAttack
+from gambeson.attacks.deepfool import DeepFool
 from gambeson.attacks.workshop import Candidate, Workshop
 from gambeson.base import Number, UserError, generator
 from gambeson.data import Split
@@ -26,8 +27,8 @@ class DeepFoolUAP(UniversalAttack):
     ``images_a_step=1`` is the paper's one image at a time. With more, DeepFool runs on all standing images of a step at
     once and v moves by the mean of their r: a deviation of ours for speed.
 
-    Cost: a forward an image and pass, and for a standing image up to ``inner_steps`` times ``classes`` forwards and
-    backwards. Clipping of x + v, which the public code leaves out, is ours.
+    Cost: a forward an image and pass, and for a standing image one more and up to ``inner_steps`` times those of a
+    step of :class:`DeepFool`. Clipping of x + v, which the public code leaves out, is ours.
     """
 
     name: ClassVar[str] = "deepfool-uap"
@@ -78,16 +79,15 @@ class DeepFoolUAP(UniversalAttack):
             standing = victim(moved).argmax(1) == clean
         if not bool(standing.any()):
             return v
-        found = deepfool(
-            victim,
-            moved[standing],
-            classes=self.classes,
-            overshoot=self.overshoot,
-            steps=self.inner_steps,
-        )
-        if not bool(found.fallen.any()):
+        images, labels = moved[standing], clean[standing]
+        # Not clipped, as in the paper: what the clip takes from one image may be what moves another.
+        inner = DeepFool(classes=self.classes, overshoot=self.overshoot, steps=self.inner_steps, clip="end")
+        found = inner.search(victim, images, labels, torch.arange(len(images), device=images.device))
+        with torch.no_grad():
+            down = victim(found).argmax(1) != labels
+        if not bool(down.any()):
             return v
-        return work.ball.project(v + found.shift[found.fallen].mean(0, keepdim=True))
+        return work.ball.project(v + (found - images)[down].mean(0, keepdim=True))
 
     def _fooling(self, work: Workshop, few: Split, clean: list[torch.Tensor], v: torch.Tensor) -> float:
         changed = [
@@ -95,74 +95,3 @@ class DeepFoolUAP(UniversalAttack):
             for victim, before in zip(work.victims, clean, strict=True)
         ]
         return sum(changed) / len(changed)
-
-
-class Found(NamedTuple):
-    """What :func:`deepfool` returns."""
-
-    shift: torch.Tensor
-    """(N, C, H, W): what to add; zero for an image that stood."""
-    fallen: torch.Tensor
-    """(N,): whether the prediction of x + shift has changed."""
-    steps: torch.Tensor
-    """(N,): linearisations used."""
-
-
-def deepfool(
-    victim: Victim, images: torch.Tensor, *, classes: int = 10, overshoot: float = 0.02, steps: int = 10
-) -> Found:
-    """Find for every image a short Euclidean step over its nearest boundary (Moosavi-Dezfooli et al. 2016, alg. 2).
-
-    The boundaries to the highest ``classes`` logits are linearised, f_k / ||w_k|| with f_k = z_k - z_0 and w_k its
-    gradient; the image moves onto the nearest and ``overshoot`` beyond. All images and classes share one forward and
-    backward a step: an image costs ``classes`` of each. The step is not clipped to [0, 1], as in the paper.
-
-    Args:
-        victim: the model.
-        images: (N, C, H, W).
-        classes: logits considered, the prediction's own among them.
-        overshoot: share by which the whole step is lengthened.
-        steps: linearisations at most.
-    """
-    with torch.no_grad():
-        logits = victim(images)
-    ranked = logits.topk(min(classes, logits.shape[1]), dim=1).indices
-    total = torch.zeros_like(images)
-    fallen = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    used = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    rows = torch.arange(len(images), device=images.device)
-    for _ in range(steps):
-        moved = images[rows] + (1 + overshoot) * total[rows]
-        values, slopes, answer = _linearised(victim, moved, ranked[rows])
-        over = answer != ranked[rows, 0]
-        fallen[rows[over]] = True
-        rows, values, slopes = rows[~over], values[~over], slopes[~over]
-        if len(rows) == 0:
-            break
-        gaps = (values[:, 1:] - values[:, :1]).abs()
-        normals = slopes[:, 1:] - slopes[:, :1]
-        lengths = normals.flatten(2).norm(dim=2).clamp(min=1e-12)
-        nearest = (gaps / lengths).argmin(1)
-        pick = torch.arange(len(rows), device=images.device), nearest
-        # A tie counts as standing: it needs the least of pushes to fall.
-        share = gaps[pick].clamp(min=1e-6) / lengths[pick] ** 2
-        total[rows] += share.view(-1, 1, 1, 1) * normals[pick]
-        used[rows] += 1
-    if len(rows):
-        with torch.no_grad():
-            fallen[rows] = victim(images[rows] + (1 + overshoot) * total[rows]).argmax(1) != ranked[rows, 0]
-    shift = (1 + overshoot) * total * fallen.view(-1, 1, 1, 1)
-    return Found(shift, fallen, used)
-
-
-def _linearised(
-    victim: Victim, images: torch.Tensor, ranked: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return logits (N, k) and their gradients (N, k, C, H, W) of the ranked classes, and the predictions (N,)."""
-    count, k = ranked.shape
-    with torch.enable_grad():
-        point = images.detach().repeat_interleave(k, 0).requires_grad_()
-        logits = victim(point)
-        values = logits.gather(1, ranked.reshape(-1, 1)).squeeze(1)
-        slopes = victim.gradient(values.sum(), point, len(point))
-    return values.detach().view(count, k), slopes.unflatten(0, (count, k)), logits.detach()[::k].argmax(1)

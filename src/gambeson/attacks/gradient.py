@@ -90,8 +90,10 @@ class PGD(GradientAttack):
             draw = generator(seed, "start", restart, device=x.device)
             views = generator(seed, "views", restart, device=x.device)
             # Drawn for the whole batch, so that what one image gets does not depend on the others' fate.
-            delta = ascent.start(x, len(x), self.start, self.start_size, draw)[standing]
-            rows, images, labels = standing, x[standing], y[standing]
+            delta = ascent.start(x, len(x), self.start, self.start_size, draw)
+            rows, images, labels = standing, x, y
+            if len(standing) < len(x):  # otherwise the batch itself: a copy would be one more in memory
+                delta, images, labels = delta[standing], x[standing], y[standing]
             velocity = torch.zeros_like(delta[:, :1, :1, :1])
             for number, length in enumerate(self.lengths, 1):
                 drawn = [numbers[rows] for numbers in guide.draw(x, views)]
@@ -109,6 +111,7 @@ class PGD(GradientAttack):
                     if len(rows) == 0:
                         break
                 delta = ascent.move(delta, images, direction, length)
+                del direction  # not kept through the next forward
             if self.restarts == 1:
                 best[rows] = delta
                 break

@@ -62,14 +62,12 @@ class Guide:
         if self.nesterov:  # kept in the box, where a clip would take the gradient of what lies beyond
             ahead = delta + length * self.momentum * velocity
             point = torch.minimum(torch.maximum(ahead, -images), 1 - images)
-        gradient = torch.zeros_like(delta)
-        first: torch.Tensor | None = None
         views = self._views(drawn)
-        for view in views:
-            part, logits = self.ascent.look(point, images, labels, view=view, number=number)
-            gradient = part if len(views) == 1 else gradient + part / len(views)
-            first = logits if first is None else first
-        assert first is not None
+        gradient, first = self.ascent.look(point, images, labels, view=views[0], number=number)
+        for view in views[1:]:
+            gradient = gradient + self.ascent.look(point, images, labels, view=view, number=number)[0]
+        if len(views) > 1:
+            gradient = gradient / len(views)
         if self.smoothing is not None:
             gradient = self.smoothing(gradient)
         if self.momentum == 0:

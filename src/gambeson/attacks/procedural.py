@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from gambeson.attacks.bayesian import first_points, latin_hypercube, propose
 from gambeson.attacks.crafting import UniversalAttack
 from gambeson.attacks.gabor import gabor, kernel_width
 from gambeson.attacks.perlin import perlin
@@ -23,16 +24,18 @@ class ProceduralAttack(UniversalAttack):
 
     The model is only asked for its scores. Exactly ``patterns`` patterns are tried, each on the same ``images``
     training images: ``patterns * images`` forwards and no backward, then ``finalists`` forwards of validation, which
-    chooses among the best. The paper's search is Bayesian, or 1,000 random patterns; the evolution and all sizes here
-    are ours.
+    chooses among the best. The paper's searches are Bayesian, with a Gaussian process of Matern 5/2 kernel and
+    expected improvement, or 1,000 random patterns; the evolution and all sizes here are ours.
     """
 
     patterns: Annotated[int, Field(ge=1)] = 100
     """Patterns tried."""
     images: Annotated[int, Field(ge=1)] = 500
     """Training images that each pattern is tried on."""
-    search: Literal["random", "evolution"] = "evolution"
-    """``random``: independent draws. ``evolution``: a third are random, the others vary the best ones so far."""
+    search: Literal["random", "evolution", "bayesian"] = "evolution"
+    """``random``: independent draws. ``evolution``: a third are random, the others vary the best ones so far.
+    ``bayesian``: a few are spread over the box, the others are where a Gaussian process expects the most
+    (:func:`gambeson.attacks.bayesian.propose`)."""
     parents: Annotated[int, Field(ge=1)] = 5
     """Patterns that the evolution varies, the best so far."""
     spread: Annotated[Number, Field(gt=0, le=1)] = 0.2
@@ -87,8 +90,10 @@ class ProceduralAttack(UniversalAttack):
         k: int,
     ) -> tuple[torch.Tensor, int]:
         """Return the next point of the unit cube to try, and the seed of its pattern's hash."""
-        place = torch.rand(size, generator=draw, dtype=torch.float64)
         fresh = derive(seed, self.name, "hash", k) % 2**32
+        if self.search == "bayesian":
+            return self._expected(tried, size, draw, seed, k), fresh
+        place = torch.rand(size, generator=draw, dtype=torch.float64)
         if self.search == "random" or k < max(1, self.patterns // 3):
             return place, fresh
         ranked = sorted(tried, key=lambda entry: -entry[0])[: self.parents]
@@ -98,6 +103,15 @@ class ProceduralAttack(UniversalAttack):
         moved = parent + width * torch.randn(size, generator=draw, dtype=torch.float64)
         moved = (moved + 1).remainder(2) - 1  # reflected at the walls of the cube
         return moved.abs().clamp(0, 1), parent_seed if same < 0.5 else fresh
+
+    def _expected(
+        self, tried: list[tuple[float, torch.Tensor, int]], size: int, draw: torch.Generator, seed: int, k: int
+    ) -> torch.Tensor:
+        first = first_points(self.patterns, size)
+        if k < first:
+            return latin_hypercube(first, size, generator(seed, self.name, "first"))[k]
+        rates = torch.tensor([rate for rate, _, _ in tried], dtype=torch.float64)
+        return propose(torch.stack([place for _, place, _ in tried]), rates, draw)
 
 
 class PerlinNoise(ProceduralAttack):

@@ -66,6 +66,10 @@ class Search:
         self.best[rows], self.value[rows] = candidates[better], value[better]
         self.standing = self.standing[~down]
 
+    def leave(self, hopeless: torch.Tensor) -> None:
+        """Ask no more about the images (N,) that are hopeless; what was found for them is kept."""
+        self.standing = self.standing[~hopeless[self.standing]]
+
     def _take(self, candidates: torch.Tensor, scores: torch.Tensor) -> None:
         labels = self.labels[self.standing]
         self.keep(candidates, self.loss(scores, labels), fallen(scores, labels, targeted=self.loss.targeted))

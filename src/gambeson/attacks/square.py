@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gambeson.attacks.query_attack import Search
 from gambeson.attacks.random_search import RandomSearch
@@ -23,7 +24,7 @@ class Square(RandomSearch):
     of the scores, targeted their negative cross-entropy, as the authors do; ``margin`` overrules that. The share
     of pixels is halved at the authors' iterations, counted as shares of the budget. Where a window reaches beyond
     a small or oblong image it is as wide as the shorter side. The steps for ``norm="2"`` are Algorithm 3.
-    Cost: at most ``queries`` forwards an image.
+    Cost: at most ``queries`` forwards an image; an eighth of them where ``outlook`` sees no prospect.
     """
 
     p_init: Annotated[Number, Field(gt=0, le=1)] = 0.8
@@ -31,6 +32,18 @@ class Square(RandomSearch):
     they use 0.05 (inf) and 0.1 (2)."""
     rescale: bool = True
     """Stretch the schedule, made for 10,000 iterations, to the budget (the paper); False is AutoAttack's way."""
+    outlook: Annotated[Number, Field(gt=0)] | None = None
+    """Leave an image alone once the margin is so far from a wrong answer that it would not get there within the
+    budget though every doubling of the queries brought ``outlook`` times what the last one brought (ours: what random
+    search still finds shrinks with each doubling, so that 1 is already patient). Judged after an eighth, a quarter
+    and half of the budget. For models that return logits: the margin of saturated probabilities tells nothing. None:
+    spend the whole budget, as in the paper."""
+
+    @model_validator(mode="after")
+    def _check_outlook(self) -> Square:
+        if self.outlook is not None and not (self._margin_by_default if self.margin is None else self.margin):
+            raise ValueError("outlook reads the margin's distance to a wrong answer; set margin=True, or leave it out")
+        return self
 
     def side(self, iteration: int, shape: tuple[int, ...]) -> int:
         """Return the side of the window at an iteration, in pixels of an image (C, H, W)."""
@@ -50,7 +63,14 @@ class Square(RandomSearch):
         if search.left:
             delta = start(search.images, self.ball, draw)
             search.offer(perturb(search.images, delta)[search.standing])
+        earlier = None
         for iteration in range(search.left):
+            asked = self.queries - search.left
+            if self.outlook and asked in [self.queries >> halvings for halvings in (4, 3, 2, 1)]:
+                if earlier is not None:
+                    reach = self.outlook * math.log2(self.queries / asked)
+                    search.leave(search.value + reach * (search.value - earlier) < 0)
+                earlier = search.value.clone()
             if len(search.standing) == 0:
                 break
             side = self.side(iteration, search.images.shape[1:])

@@ -19,14 +19,15 @@ class Jacobian(JacobianSettings, Defense):
     The defaults are the public code's estimator, one random projection an image. The paper's strength, data sets and
     schedule are not known to us.
 
-    A cheap form with the same expectation takes one finite difference on an eighth of each batch::
+    Cheap forms with the same expectation take one forward-mode product on a part of every second or fourth batch::
 
-        Jacobian(estimator="input", share=1 / 8)
+        Jacobian(estimator="input", share=1 / 8, every=2)
+        Jacobian(estimator="input", share=1 / 4, every=4)
     """
 
     strength: Annotated[Number, Field(ge=0)] = 0.01
-    """Weight of the norm, in the space that ``space`` names; 0 is standard training. Ours, in pixel space. The public
-    code's examples take 0.01 to 0.1 in normalised space, which is 0.01 / std^2 to 0.1 / std^2 in pixels... """
+    """Weight of the norm, in the space that ``space`` names; 0 is standard training. Ours: in pixel space, where the
+    public code's 0.01 of normalised space would be 0.01 times the square of the pixels' standard deviation."""
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes."""
 

@@ -7,7 +7,11 @@ deviation sqrt(2 / (d + 2) * (d * sum l^2 / (sum l)^2 - 1)), l the eigenvalues o
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +36,9 @@ class Part:
 
     @classmethod
     def of(cls, batch: Batch, share: float) -> Part:
-        """Choose ``share`` of the images, at least one."""
+        """Choose ``share`` of the images, at least one a process."""
         (number, processes), here = batch.place, len(batch.images)
-        count = max(1, round(share * here * processes))
+        count = max(processes, round(share * here * processes))
         chosen = torch.arange(count) * (here * processes) // count
         mine = (chosen // here == number).nonzero().flatten()
         device = batch.images.device
@@ -65,7 +69,7 @@ def pulled(logits: torch.Tensor, point: torch.Tensor, vectors: torch.Tensor, sca
         logits: (N, K) or (N, K, H, W), of ``point``.
         point: (N, C, H, W), with a gradient.
         vectors: (N, P, K or K*H*W).
-        scale: (1, C, 1, 1) or a number: what a unit of the chosen space is in pixels.
+        scale: (1, C, 1, 1) or (): what a unit of the chosen space is in pixels.
     """
     total = logits.new_zeros(len(logits))
     for vector in vectors.unbind(1):
@@ -104,18 +108,53 @@ def differenced(
     return logits, change.flatten(2).square().sum(2).mean(1)
 
 
-def pushed(model: nn.Module, images: torch.Tensor, moves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits of ``images`` and the mean over P of ||J u||^2 for each, by forward-mode differentiation.
+def pushed(
+    model: nn.Module, images: torch.Tensor, rows: torch.Tensor, moves: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of ``images`` and the mean over P of ||J u||^2 for each of ``rows``, by forward mode.
 
-    Shapes as in :func:`differenced`, with R = N.
+    Shapes as in :func:`differenced`. Images that are not in ``rows`` have a plain forward.
     """
+    _load_rules()
     times = moves.shape[1]
-    with forward_ad.dual_level():
-        point = forward_ad.make_dual(images.repeat_interleave(times, 0), moves.flatten(0, 1))
-        logits, product = forward_ad.unpack_dual(model(point))
-    if product is None:  # no logit depends on the images
-        return logits[::times], logits.new_zeros(len(images))
-    return logits[::times], product.unflatten(0, moves.shape[:2]).flatten(2).square().sum(2).mean(1)
+    # Not a bare dual level: its rule for logsumexp works in place and breaks the backward (torch 2.15).
+    found, product = torch.func.jvp(model, (images[rows].repeat_interleave(times, 0),), (moves.flatten(0, 1),))[:2]
+    squares = product.unflatten(0, moves.shape[:2]).flatten(2).square().sum(2).mean(1)
+    if len(rows) == len(images):
+        return found[::times], squares
+    rest = torch.ones(len(images), dtype=torch.bool, device=rows.device)
+    rest[rows] = False
+    others = rest.nonzero().flatten()
+    order = torch.cat([rows, others]).argsort()
+    return torch.cat([found[::times], model(images[others])])[order], squares
+
+
+def joins_images(model: nn.Module) -> bool:
+    """Whether BatchNorm makes an image's logits depend on the others of its batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules())
+
+
+@contextmanager
+def still(model: nn.Module, active: bool) -> Iterator[None]:
+    """Let BatchNorm use its running statistics and keep them, inside the block and where ``active``."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    held = [module for module in norms if active and module.training]
+    try:
+        for module in held:
+            module.training = False
+        yield
+    finally:
+        for module in held:
+            module.training = True
+
+
+@functools.cache
+def _load_rules() -> None:
+    """Let torch load its forward-mode rules, which it does at first use with a warning about its own source."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 def _random_state(device: torch.device) -> torch.Tensor:

@@ -111,9 +111,14 @@ class Defense(Config):
         return []
 
     @property
-    def members(self) -> int:
-        """Models that vote, each of which sees the data in an order of its own: its batch is a part of the rows."""
+    def num_members(self) -> int:
+        """Bodies of the model, which vote."""
         return 1
+
+    @property
+    def num_orders(self) -> int:
+        """Orders of the data: a batch has the rows of each, one after another; each member has its own."""
+        return self.num_members
 
     def check(self, batch_size: int) -> None:
         """Refuse a batch size that the objective cannot work with, before the training starts."""

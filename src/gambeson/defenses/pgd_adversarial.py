@@ -10,6 +10,7 @@ from gambeson.base import Number
 from gambeson.defenses.objective import Defense
 from gambeson.defenses.terms import Adversarial, Term
 from gambeson.threat import Eps, Norm
+from gambeson.victim import Precision
 
 
 class PGDAdversarial(Defense):
@@ -26,7 +27,16 @@ class PGDAdversarial(Defense):
     """Gradient steps of the inner attack."""
     step: Annotated[Number, Field(gt=0)] = 0.5
     """Length of a step as a share of eps."""
+    craft_precision: Precision = "float32"
+    """Of the model while perturbations are crafted; bfloat16 pays on machines that have it."""
 
     def terms(self) -> dict[str, tuple[float, Term]]:
         """The adversarial term alone."""
-        return {"adversarial": (1.0, Adversarial(eps=self.eps, norm=self.norm, steps=self.steps, step=self.step))}
+        return {
+            "adversarial": (
+                1.0,
+                Adversarial(
+                    eps=self.eps, norm=self.norm, steps=self.steps, step=self.step, precision=self.craft_precision
+                ),
+            )
+        }

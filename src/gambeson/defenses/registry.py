@@ -5,17 +5,43 @@ from __future__ import annotations
 from typing import Any
 
 from gambeson.base import unknown_name
+from gambeson.defenses.adp import ADP
+from gambeson.defenses.combination import Combination
 from gambeson.defenses.ensemble_adversarial import EnsembleAdversarial
+from gambeson.defenses.gal import GAL
+from gambeson.defenses.jacobian import Jacobian
+from gambeson.defenses.jacobian_ensemble import JacobianEnsemble
+from gambeson.defenses.learn2perturb import Learn2Perturb
 from gambeson.defenses.objective import Defense
 from gambeson.defenses.pgd_adversarial import PGDAdversarial
+from gambeson.defenses.pni import PNI
+from gambeson.defenses.rse import RSE
 from gambeson.defenses.shared_adversarial import SharedAdversarial
 from gambeson.defenses.standard import Standard
+from gambeson.defenses.trades import Trades
+from gambeson.defenses.trs import TRS
+from gambeson.defenses.universal_adversarial import UniversalAdversarial
+from gambeson.defenses.universal_consistency import UniversalConsistency
+from gambeson.defenses.voters import Ensemble
 
 _DEFENSES: dict[str, type[Defense]] = {
     "standard": Standard,
     "pgd-adversarial": PGDAdversarial,
+    "trades": Trades,
     "shared-adversarial": SharedAdversarial,
+    "universal-adversarial": UniversalAdversarial,
+    "universal-consistency": UniversalConsistency,
     "ensemble-adversarial": EnsembleAdversarial,
+    "jacobian": Jacobian,
+    "learn2perturb": Learn2Perturb,
+    "pni": PNI,
+    "rse": RSE,
+    "ensemble": Ensemble,
+    "jacobian-ensemble": JacobianEnsemble,
+    "adp": ADP,
+    "gal": GAL,
+    "trs": TRS,
+    "combination": Combination,
 }
 
 

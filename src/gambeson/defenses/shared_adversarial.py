@@ -11,6 +11,7 @@ from gambeson.base import Number, UserError
 from gambeson.defenses.objective import Defense
 from gambeson.defenses.terms import Adversarial, Clean, Term
 from gambeson.threat import Eps, Norm
+from gambeson.victim import Precision
 
 
 class SharedAdversarial(Defense):
@@ -31,6 +32,8 @@ class SharedAdversarial(Defense):
     """Gradient steps of the inner attack."""
     step: Annotated[Number, Field(gt=0)] = 0.5
     """Length of a step as a share of eps."""
+    craft_precision: Precision = "float32"
+    """Of the model while perturbations are crafted; bfloat16 pays on machines that have it."""
     truncate: Number | None = -math.log(0.2)
     """Cap kappa of the inner cross-entropy, per image; None: no cap."""
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
@@ -44,6 +47,7 @@ class SharedAdversarial(Defense):
             sharedness=self.sharedness,
             steps=self.steps,
             step=self.step,
+            precision=self.craft_precision,
             truncate=self.truncate,
             label_smoothing=self.label_smoothing,
         )

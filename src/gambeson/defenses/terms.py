@@ -13,7 +13,7 @@ from gambeson.attacks.losses import Loss, cross_entropy, image_means
 from gambeson.attacks.solver import Ascent
 from gambeson.base import Config, Number, UserError, generator
 from gambeson.threat import Ball, Eps, Norm, perturb
-from gambeson.victim import Victim
+from gambeson.victim import Fast, Precision, Victim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +98,8 @@ class Adversarial(Config):
     start: Literal["zero", "uniform", "sign"] = "uniform"
     truncate: Number | None = None
     """Inner loss only; see :class:`gambeson.attacks.Loss`."""
+    precision: Precision = "float32"
+    """Of the model while crafting; the step itself and the outer loss are not touched."""
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Outer loss only: in the truncated inner loss it would blind the attack to its easiest images."""
 
@@ -120,7 +122,9 @@ class Adversarial(Config):
                 f"sharedness {self.sharedness} does not divide the batch of {len(batch.images)}: "
                 "choose a batch size that is a multiple of it"
             )
-        with Victim(model, fast=True) as victim:  # a copy that follows the weights from step to step
+        with Victim(
+            model, fast=Fast(precision=self.precision)
+        ) as victim:  # a copy that follows the weights from step to step
             ascent = Ascent(
                 victim=victim,
                 ball=Ball(eps=self.eps, norm=self.norm),

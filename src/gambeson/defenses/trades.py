@@ -38,8 +38,7 @@ class Divergence(Config):
         """Return the clean logits too."""
         moved = perturb(batch.images, self.craft(model, batch))
         logits = model(batch.images)
-        answers = _divergence(logits.log_softmax(1), model(moved))
-        return logits, image_means(answers, batch.labels, batch.ignore_index).mean()
+        return logits, _divergence(logits.log_softmax(1), model(moved), batch).mean()
 
     def craft(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Craft the perturbations, (N, C, H, W), with the model in evaluation mode (as in the public code)."""
@@ -56,8 +55,7 @@ class Divergence(Config):
             for _ in range(self.steps):
                 point = perturb(images, delta).detach().requires_grad_()
                 with torch.enable_grad():
-                    answers = _divergence(clean, victim(point))
-                    value = image_means(answers, batch.labels, batch.ignore_index).sum()
+                    value = _divergence(clean, victim(point), batch).sum()
                 gradient = victim.gradient(value, point, len(images))
                 delta = ascent.move(delta, images, gradient, self.step * self.eps)
         return delta
@@ -96,6 +94,9 @@ class Trades(Defense):
         return SharedForward(self.terms())
 
 
-def _divergence(clean: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL of every answer: (N,) or (N, H, W) from the clean log-probabilities and the logits, classes in dimension 1."""
-    return F.kl_div(logits.log_softmax(1), clean, reduction="none", log_target=True).sum(1)
+def _divergence(clean: torch.Tensor, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """KL of each image, (N,), from clean log-probabilities and logits; its mean over the labelled answers of each."""
+    answers = F.kl_div(logits.log_softmax(1), clean, reduction="none", log_target=True).sum(1)
+    if batch.ignore_index is not None:
+        answers = answers * (batch.labels != batch.ignore_index)
+    return image_means(answers, batch.labels, batch.ignore_index)

@@ -12,7 +12,8 @@ from gambeson.attacks.losses import cross_entropy, image_means
 from gambeson.base import Number, generator
 from gambeson.defenses.objective import Defense, Objective, Scene
 from gambeson.defenses.pool import Pool, PoolStart, mute
-from gambeson.defenses.terms import Batch, batch_loss
+from gambeson.defenses.shared_forward import SharedForward
+from gambeson.defenses.terms import Batch, Clean
 from gambeson.threat import Ball, BoxGradient, Eps, Norm
 
 Assignment = Literal["even", "random", "strong"]
@@ -66,7 +67,7 @@ class UniversalConsistency(Defense):
             box_gradient=self.box_gradient,
         )
         term = PoolConsistency(pool, self)
-        return Objective({"clean": (1.0, term.clean), "consistency": (term.strain, term)})
+        return SharedForward({"clean": (1.0, Clean()), "consistency": (term.strain, term)})
 
 
 class PoolConsistency(nn.Module):
@@ -80,7 +81,6 @@ class PoolConsistency(nn.Module):
     def __init__(self, pool: Pool, settings: UniversalConsistency) -> None:
         super().__init__()
         self.pool, self.settings = pool, settings
-        self._ready: tuple[nn.Module, Batch, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def strain(self, batch: Batch) -> float:
@@ -88,30 +88,25 @@ class PoolConsistency(nn.Module):
         warmup = self.settings.warmup
         return self.settings.beta * (min(1.0, batch.progress / warmup) if warmup else 1.0)
 
-    def clean(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Return the cross-entropy of the clean half; the other half of its forward is kept for :meth:`forward`."""
-        if not self.strain(batch):
-            return batch_loss(model, batch.images, batch)
-        self._ready = (model, batch, *self._halves(model, batch))
-        answers = cross_entropy(self._ready[2], batch.labels, batch.ignore_index)
-        return image_means(answers, batch.labels, batch.ignore_index).mean()
-
     def forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the mean divergence, with a graph to the parameters and the perturbations."""
-        ready, self._ready = self._ready, None
-        if ready is not None and ready[0] is model and ready[1] is batch:
-            clean, perturbed, moved = ready[2:]
-        else:
-            clean, perturbed, moved = self._halves(model, batch)
+        return self.answers(model, batch)[1]
+
+    def answers(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the clean logits of the one forward as well, for the clean term."""
+        rows = self.rows(batch)
+        moved = self.pool.perturb(batch.images, rows)
+        clean, perturbed = model(torch.cat([batch.images, moved])).tensor_split(2)
         if self.settings.truncate is not None:
             fooled = cross_entropy(perturbed.detach(), batch.labels, batch.ignore_index)
             mute(moved, image_means(fooled, batch.labels, batch.ignore_index) <= self.settings.truncate)
-        answers = divergence(clean.detach() if self.settings.detach_clean else clean, perturbed, self.settings.direction)
+        fixed = clean.detach() if self.settings.detach_clean else clean
+        apart = divergence(fixed, perturbed, self.settings.direction)
         if batch.ignore_index is not None:
-            answers = answers * (batch.labels != batch.ignore_index)
-        values = image_means(answers, batch.labels, batch.ignore_index)
-        self._seen.append((self.rows(batch), values.detach()))
-        return values.mean()
+            apart = apart * (batch.labels != batch.ignore_index)
+        values = image_means(apart, batch.labels, batch.ignore_index)
+        self._seen.append((rows, values.detach()))
+        return clean, values.mean()
 
     def rows(self, batch: Batch) -> torch.Tensor:
         """Return the number of the perturbation that each image of a batch carries, (N,)."""
@@ -136,11 +131,6 @@ class PoolConsistency(nn.Module):
             self.pool.note(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
         if self.settings.restart and (batch.step + 1) % self.settings.restart == 0:
             self.pool.replace_weakest(batch.seed)
-
-    def _halves(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        moved = self.pool.perturb(batch.images, self.rows(batch))
-        clean, perturbed = model(torch.cat([batch.images, moved])).tensor_split(2)
-        return clean, perturbed, moved
 
 
 def divergence(clean: torch.Tensor, perturbed: torch.Tensor, direction: Direction = "forward") -> torch.Tensor:

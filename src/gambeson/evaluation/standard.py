@@ -7,22 +7,29 @@ from gambeson.evaluation.cascade import ImageAttack
 from gambeson.threat import Norm
 
 
-def standard_attacks(*, eps: float | str, norm: Norm = "inf", queries: int = 5000) -> dict[str, ImageAttack]:
+def standard_attacks(
+    *, eps: float | str, norm: Norm = "inf", queries: int = 5000, faithful: bool = False
+) -> dict[str, ImageAttack]:
     """Return the attacks of the standard suite, to be run by :func:`gambeson.evaluation.run_cascade`.
 
     The members of AutoAttack's standard version (Croce and Hein 2020, section 6) without FAB, behind a short PGD that
     takes what is easy: Auto-PGD on cross-entropy, targeted Auto-PGD on the ratio of logits over the nine likeliest
-    wrong classes, Square, which has no gradient to be misled by. FAB is left out (our choice): it aims at the same
-    boundaries as targeted Auto-PGD at several times the cost.
+    wrong classes, Square, which has no gradient to be misled by. Three choices are ours, and ``faithful`` undoes the
+    latter two. FAB is left out: it aims at the same boundaries as targeted Auto-PGD at several times the cost. The
+    nine targets are scouted for 20 steps and the nearest three climbed in full. Square leaves an image alone once its
+    margin is too far from a wrong answer for what it still gains (``outlook=3``). On the 60 images nearest to falling
+    of two adversarially trained nets (LeNet5 on MNIST and on Fashion-MNIST) neither lost an image that the faithful
+    forms break.
 
     Args:
         eps: radius in pixel units.
         norm: ``inf`` or ``2``.
         queries: budget of Square, an image.
+        faithful: climb towards all nine targets in full, and let Square spend its whole budget on every image.
     """
     return {
         "pgd": PGD(eps=eps, norm=norm, steps=10),
         "auto-pgd": AutoPGD(eps=eps, norm=norm, steps=100),
-        "auto-pgd-targeted": TargetedAutoPGD(eps=eps, norm=norm, steps=100),
-        "square": Square(eps=eps, norm=norm, queries=queries),
+        "auto-pgd-targeted": TargetedAutoPGD(eps=eps, norm=norm, steps=100, scout=None if faithful else 20),
+        "square": Square(eps=eps, norm=norm, queries=queries, outlook=None if faithful else 3),
     }

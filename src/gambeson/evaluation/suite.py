@@ -22,10 +22,12 @@ class Suite(Config):
     """Radii of the curve, ascending; empty: a grid that suits the data (grey or colour). The middle one is what
     pictures, per-image attacks and the verdict use."""
     norm: Norm = "inf"
-    universal_steps: Annotated[int, Field(ge=1)] = 200
+    universal_steps: Annotated[int, Field(ge=1)] = 400
     """Gradient steps a restart of stochastic PGD."""
     universal_restarts: Annotated[int, Field(ge=1)] = 4
-    universal_batch: Annotated[int, Field(ge=1)] = 128
+    universal_batch: Annotated[int, Field(ge=1)] = 64
+    universal_screened: Annotated[int, Field(ge=0)] = 8
+    """Short climbs from random starts, the best of which stochastic PGD begins from."""
     pgd_steps: Annotated[int, Field(ge=1)] = 40
     """Gradient steps a restart of PGD."""
     pgd_restarts: Annotated[int, Field(ge=1)] = 2
@@ -61,6 +63,7 @@ class Suite(Config):
             steps=self.universal_steps,
             restarts=restarts or self.universal_restarts,
             batch_size=self.universal_batch,
+            screened=self.universal_screened,
         )
 
     def pgd(self, eps: float) -> PGD:
@@ -69,8 +72,18 @@ class Suite(Config):
 
 
 SUITES = {
-    "quick": Suite(universal_steps=100, universal_restarts=2, pgd_steps=20, pgd_restarts=1, eps_uni_tolerance=0.05),
+    "quick": Suite(
+        universal_restarts=1, universal_batch=32, pgd_steps=20, pgd_restarts=1, eps_uni_tolerance=0.05
+    ),
     "standard": Suite(),
-    "full": Suite(universal_steps=500, universal_restarts=8, pgd_steps=100, pgd_restarts=5, eps_uni_tolerance=0.01),
+    "full": Suite(
+        universal_steps=500,
+        universal_restarts=8,
+        universal_batch=128,
+        universal_screened=16,
+        pgd_steps=100,
+        pgd_restarts=5,
+        eps_uni_tolerance=0.01,
+    ),
 }
 """The suites by name, from minutes to hours."""

@@ -8,29 +8,38 @@
 
 from gambeson.models.as_logits import as_logits
 from gambeson.models.card import ModelCard
+from gambeson.models.equip import equip
 from gambeson.models.factory import create
 from gambeson.models.measures import count_parameters, fingerprint
 from gambeson.models.members import Members
-from gambeson.models.noise import Noise, NoiseInjection, add_noise, injections
+from gambeson.models.noise import FeatureNoise, Noise, NoiseInjection, NoiseModule, add_noise, injections, noise_off
+from gambeson.models.noisy_weights import FixedNoise, ParametricNoise, PassAverage
 from gambeson.models.pixel_model import Normalize, PixelModel
 from gambeson.models.registry import names
 from gambeson.models.storage import load, load_weights, save
 
 __all__ = [
+    "FeatureNoise",
+    "FixedNoise",
     "Members",
     "ModelCard",
     "Noise",
     "NoiseInjection",
+    "NoiseModule",
     "Normalize",
+    "ParametricNoise",
+    "PassAverage",
     "PixelModel",
     "add_noise",
     "as_logits",
     "count_parameters",
     "create",
+    "equip",
     "fingerprint",
     "injections",
     "load",
     "load_weights",
     "names",
+    "noise_off",
     "save",
 ]

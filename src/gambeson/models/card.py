@@ -8,9 +8,13 @@ from pydantic import Field, model_validator
 
 from gambeson.base import Config, Number
 from gambeson.models.members import Average
-from gambeson.models.noise import Noise
+from gambeson.models.noise import FeatureNoise
+from gambeson.models.noisy_weights import FixedNoise, ParametricNoise
 
 Size = Annotated[int, Field(ge=1)]
+
+AnyNoise = Annotated[FeatureNoise | ParametricNoise | FixedNoise, Field(discriminator="kind")]
+"""Learn2Perturb's noise or one of its baselines', told apart by ``kind``."""
 
 
 class ModelCard(Config):
@@ -45,8 +49,8 @@ class ModelCard(Config):
     average: Average = "probabilities"
     """How they vote, where there are several."""
 
-    noise: Noise | None = None
-    """The feature noise that every body carries."""
+    noise: AnyNoise | None = None
+    """The noise that every body carries."""
 
     @model_validator(mode="after")
     def _channels_agree(self) -> ModelCard:

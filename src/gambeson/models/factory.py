@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from gambeson.base import UserError
-from gambeson.models import torchvision_nets
+from gambeson.models import external, torchvision_nets
 from gambeson.models.card import ModelCard
 from gambeson.models.members import Average, Members
 from gambeson.models.noise import Noise, add_noise
@@ -65,14 +65,17 @@ def create(
             ``mnist-d`` (Ensemble Adversarial Training), ``resnet20`` to ``resnet56`` and ``resnet18``
             (Learn2Perturb), with a width factor as in ``resnet20x4`` (Shared Adversarial Training); or
             ``torchvision:NAME`` for an architecture of torchvision, ``torchvision:NAME@WEIGHTS`` for its
-            weights too.
+            weights too; ``timm:NAME``, ``timm:NAME@TAG`` or ``transformers:NAME_OR_PATH``, whose weights get a new
+            last layer where the classes differ; or ``FILE.py:FUNCTION``, the user's own function that returns a
+            module from pixels to logits.
         data: a data set, which supplies what the keywords leave out.
         in_channels: channels of an image.
         classes: number of logits.
         image_size: side, or (H, W), in pixels.
         mean: what to subtract from the pixels: one number, or one a channel.
         std: what to divide them by. Without these two the mean and std of the training split are used, and
-            0 and 1 without data; weights of torchvision bring their own, which precede the data's.
+            0 and 1 without data; weights of torchvision and whatever is not of this library bring their own,
+            which precede the data's.
         members: bodies that vote, each drawn by itself.
         average: how they vote.
         noise: feature noise that every body shall carry.
@@ -83,14 +86,19 @@ def create(
     Example:
         >>> model = create("lenet", in_channels=1, classes=10, image_size=28)
     """
-    check_name(name)
+    name = external.canonical(name)
+    elsewhere = external.is_external(name)
+    if not elsewhere:
+        check_name(name)
     if data is not None and not all(
         hasattr(data, key) for key in ("in_channels", "image_size", "num_classes", "train")
     ):
         raise UserError(f"data is a {type(data).__name__}: pass a data set from data.load, or the keywords alone")
     if (mean is None) != (std is None):
         raise UserError("only one of mean and std was given: give both or neither")
-    preset = torchvision_nets.weights_defaults(name) if name.startswith(torchvision_nets.PREFIX) else {}
+    preset = external.defaults(name) if elsewhere else {}
+    if name.startswith(torchvision_nets.PREFIX):
+        preset = torchvision_nets.weights_defaults(name)
 
     def pick(key: str, given: Any, from_data: str) -> Any:
         if given is not None:
@@ -106,7 +114,7 @@ def create(
         raise UserError(f"{name} needs {' and '.join(missing)}: pass a data set, or give them as keywords")
     channels, size = shape["in_channels"], shape["image_size"]
     if mean is None or std is None:
-        if preset:
+        if "mean" in preset and (isinstance(preset["mean"], float) or len(preset["mean"]) == channels):
             mean, std = preset["mean"], preset["std"]
         elif data is None:
             mean, std = 0.0, 1.0
@@ -137,8 +145,9 @@ def build(card: ModelCard, *, pretrained: bool = True) -> PixelModel:
     Raises:
         UserError: unknown name, images too small, or no place for the noise.
     """
+    make = external.build_body if external.is_external(card.name) else build_body
     bodies = [
-        build_body(card.name, card.in_channels, card.classes, card.image_size, pretrained=pretrained)
+        make(card.name, card.in_channels, card.classes, card.image_size, pretrained=pretrained)
         for _ in range(card.members)
     ]
     if card.noise is not None:

@@ -1,7 +1,14 @@
-"""Feature noise with a learnt size, at training and at inference (Learn2Perturb, Jeddi et al. 2020)."""
+"""Noise that a model carries at training and at inference; here the learnt feature noise of Learn2Perturb.
+
+Parametric Noise Injection and the noise of Random Self-Ensemble stand in :mod:`gambeson.models.noisy_weights`.
+"""
 
 from __future__ import annotations
 
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import torch
@@ -9,40 +16,98 @@ from pydantic import Field
 from torch import nn
 
 from gambeson.base import Config, Number, UserError
+from gambeson.models.noise_places import feature_shapes, places_of, put_after, put_before
+
+_CHUNK = 2**17  # normals drawn from one seed: half a megabyte, which stays in a core's cache
 
 
 class Noise(Config):
-    """Which noise a model carries; stored in its card."""
+    """Base of every noise; a model's card stores it, so that a saved model can be built again."""
+
+    def insert(self, body: nn.Module, example: torch.Tensor) -> None:
+        """Put the noise into a body without noise, in place.
+
+        Args:
+            body: takes normalised images.
+            example: (1, C, H, W) of them, on the body's device, to see the features' shapes.
+
+        Raises:
+            UserError: the body has no place for it.
+        """
+        raise NotImplementedError
+
+
+class NoiseModule(nn.Module):
+    """Base of every module that draws noise: in training and in evaluation mode, unless ``enabled`` is False.
+
+    Draws come from torch's global generator, as dropout's do.
+    """
+
+    def __init__(self, noise: Noise) -> None:
+        super().__init__()
+        self.noise = noise
+        self.enabled = True
+
+    @property
+    def learnt(self) -> list[nn.Parameter]:
+        """The sizes of the noise that are trained."""
+        return list(self.parameters(recurse=False))
+
+
+class FeatureNoise(Noise):
+    """The noise of Learn2Perturb (Jeddi et al. 2020): every neuron has a trained standard deviation of its own."""
 
     kind: Literal["learn2perturb"] = "learn2perturb"
     init: Annotated[Number, Field(ge=0)] = 0.25
     """Standard deviation at the start, of every neuron (the released code's)."""
-    floor: Annotated[Number, Field(ge=0)] = 0.01
-    """The least a trained standard deviation may become."""
+    floor: Annotated[Number, Field(gt=0)] = 0.01
+    """The least a trained standard deviation may become (the released code's)."""
     sharing: Literal["sample", "batch"] = "sample"
     """Every image has draws of its own (our default), or one draw serves a whole batch (the released code's, which
     makes averaging over copies in one forward useless)."""
+    places: tuple[str, ...] | None = None
+    """Names of the modules whose output gets the noise. None: in a residual network before the first ReLU and before
+    the last one of each block, as in the paper; elsewhere after each convolution with the normalisation and pooling
+    that follow it, before the activation (ours: the paper has residual networks only)."""
+
+    def insert(self, body: nn.Module, example: torch.Tensor) -> None:
+        """Put a :class:`NoiseInjection` at every place."""
+        before, after = ([], list(self.places)) if self.places is not None else places_of(body, example)
+        shapes = feature_shapes(body, before, after, example)
+        for names, put in ((before, put_before), (after, put_after)):
+            for name in names:
+                put(body, name, NoiseInjection(shapes[name], self).to(example))
 
 
-class NoiseInjection(nn.Module):
-    """Add N(0, theta^2) to features (N, C, H, W), theta a trained value for each neuron (C, H, W).
+class NoiseInjection(NoiseModule):
+    """Add N(0, theta^2) to features (N, C, H, W), theta a trained value for each neuron (C, H, W)."""
 
-    Draws come from torch's global generator, as dropout's do. They are made in training and in evaluation mode;
-    ``enabled = False`` turns them off.
-    """
+    noise: FeatureNoise
 
-    def __init__(self, shape: tuple[int, ...], noise: Noise) -> None:
-        super().__init__()
+    def __init__(self, shape: tuple[int, ...], noise: FeatureNoise) -> None:
+        super().__init__(noise)
         self.theta = nn.Parameter(torch.full(shape, noise.init))
-        self.noise = noise
-        self.enabled = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the features with noise."""
+        """Return the features with noise.
+
+        Raises:
+            UserError: the features have another shape than theta.
+        """
         if not self.enabled:
             return x
-        drawn = torch.randn_like(x if self.noise.sharing == "sample" else x[:1])
-        return x + self.theta * drawn
+        if x.shape[1:] != self.theta.shape:
+            raise UserError(
+                f"features of shape {tuple(x.shape[1:])} meet noise made for {tuple(self.theta.shape)}: "
+                "send images of the size that the noise was made for"
+            )
+        drawn = standard_normal(x if self.noise.sharing == "sample" else x[:1]).to(self.theta.dtype)
+        theta = self.theta.unsqueeze(0)
+        if x.ndim == 4 and x.stride(1) == 1:
+            theta = theta.contiguous(memory_format=torch.channels_last)  # as x is; in another layout: six times as slow
+        if x.dtype == theta.dtype:
+            return torch.addcmul(x, theta, drawn)  # one pass where x + theta * drawn has two
+        return x + (theta * drawn).to(x.dtype)
 
     @torch.no_grad()
     def hold(self) -> None:
@@ -51,52 +116,71 @@ class NoiseInjection(nn.Module):
 
 
 def add_noise(body: nn.Module, noise: Noise, example: torch.Tensor) -> None:
-    """Put noise into a body, in place: after the stem's first BatchNorm and after every residual addition.
+    """Put noise into a body, in place and once.
 
     Args:
-        body: a residual network with ``relu1`` after its first BatchNorm and blocks whose ``relu2`` sees the sum.
+        body: takes normalised images.
         noise: which.
-        example: (1, C, H, W) normalised, to see the features' shapes.
+        example: (1, C, H, W) of them, to see the features' shapes.
 
     Raises:
-        UserError: the body has no such places.
+        UserError: the body has no place for it, or carries another noise.
     """
-    places = [name for name, module in body.named_modules() if isinstance(module, nn.ReLU) and _is_place(name)]
-    if not places:
+    carried = injections(body)
+    if carried and carried[0].noise != noise:
         raise UserError(
-            f"{type(body).__name__} has no place for feature noise (a ReLU after the stem's BatchNorm or after a "
-            "residual addition): choose a residual network such as resnet20"
+            f"the model carries {carried[0].noise} already: give the same settings, or start from a model without noise"
         )
-    shapes = _shapes(body, places, example)
-    for name in places:
-        body.set_submodule(name, nn.Sequential(NoiseInjection(shapes[name], noise), body.get_submodule(name)))
+    if not carried:
+        weight = next(body.parameters(), None)
+        noise.insert(body, example if weight is None else example.to(weight))
+        body.fixed_size = True  # type: ignore[assignment]  # the noise fits features of one size
 
 
-def injections(model: nn.Module) -> list[NoiseInjection]:
+def injections(model: nn.Module) -> list[NoiseModule]:
     """Return every noise module of a model, in order."""
-    return [module for module in model.modules() if isinstance(module, NoiseInjection)]
+    return [module for module in model.modules() if isinstance(module, NoiseModule)]
 
 
-def _is_place(name: str) -> bool:
-    return name == "relu1" or name.endswith(".relu2")
-
-
-def _shapes(body: nn.Module, places: list[str], example: torch.Tensor) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {}
-
-    def watch(name: str) -> object:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            found[name] = tuple(inputs[0].shape[1:])
-
-        return body.get_submodule(name).register_forward_pre_hook(hook)
-
-    handles = [watch(name) for name in places]
-    mode = body.training
+@contextmanager
+def noise_off(model: nn.Module) -> Iterator[None]:
+    """Switch a model's noise off inside the block, for the noise-off number; then put every switch back."""
+    switches = [(module, module.enabled) for module in injections(model)]
     try:
-        with torch.no_grad():
-            body.eval()(example)
+        for module, _ in switches:
+            module.enabled = False
+        yield
     finally:
-        body.train(mode)
-        for handle in handles:
-            handle.remove()  # type: ignore[attr-defined]
-    return found
+        for module, enabled in switches:
+            module.enabled = enabled
+
+
+def standard_normal(like: torch.Tensor) -> torch.Tensor:
+    """Draw N(0, 1) in float32 (whatever the precision of the rest is), in the shape and on the device of ``like``.
+
+    Torch fills a tensor on the CPU by one thread, which for a small residual network takes a fifth of the time of
+    two-threaded training. Large draws are therefore cut into parts of fixed size, each from a seed of its own that
+    torch's global generator gives, and filled by as many threads as torch has; the values do not depend on how many.
+    """
+    total = like.numel()
+    # Nothing here can be traced or batched: torch.randn then stands in the graph, and vmap's randomness rules hold.
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if like.device.type != "cpu" or transformed or total <= _CHUNK:
+        return torch.randn_like(like, dtype=torch.float32)
+    drawn = torch.empty_like(like, dtype=torch.float32)  # channels last where the features are
+    parts = list(drawn.as_strided((total,), (1,)).split(_CHUNK))
+    seeds = torch.randint(2**63 - 1, (math.ceil(total / _CHUNK),)).tolist()
+    threads = min(torch.get_num_threads(), len(parts))
+
+    def fill(first: int) -> None:
+        source = torch.Generator()
+        for part, seed in zip(parts[first::threads], seeds[first::threads], strict=True):
+            part.normal_(generator=source.manual_seed(seed))
+
+    helpers = [threading.Thread(target=fill, args=(number,), daemon=True) for number in range(1, threads)]
+    for helper in helpers:
+        helper.start()
+    fill(0)
+    for helper in helpers:
+        helper.join()
+    return drawn

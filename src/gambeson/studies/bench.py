@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -14,10 +13,12 @@ from torch import nn
 
 from gambeson import models
 from gambeson.attacks import PGD
-from gambeson.base import Config, environment, generator, seeded, task
+from gambeson.base import Config, environment, generator, seeded
+from gambeson.studies.timing import Timing, side_by_side
+from gambeson.victim import Fast, Victim
 
 Attack = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
-BARE = "bare loop"
+BARE, BACKWARD = "bare loop", "bare loop with loss.backward()"
 
 
 class BenchSettings(Config):
@@ -31,20 +32,9 @@ class BenchSettings(Config):
     eps: float = 8 / 255
     rounds: Annotated[int, Field(ge=3)] = 7
     """Timed rounds; in each, every candidate runs once, in turn."""
+    bfloat16: bool = False
+    """Time ours in bfloat16 as well."""
     seed: int = 0
-
-
-class Timing(Config):
-    """One candidate's time over the rounds."""
-
-    name: str
-    seconds: float
-    """Median."""
-    ratio: float
-    """Median over the rounds of its time divided by the bare loop's in the same round."""
-    ratio_low: float
-    ratio_high: float
-    """Smallest and largest ratio of a round."""
 
 
 class BenchResult(Config):
@@ -55,14 +45,24 @@ class BenchResult(Config):
     environment: dict[str, str]
 
 
-def bare_pgd(settings: BenchSettings) -> Attack:
-    """The plain loop: forward, gradient with respect to the images alone, sign, project, clip."""
+def bare_pgd(settings: BenchSettings, *, whole: bool = False) -> Attack:
+    """The plain loop: forward, gradient with respect to the images alone, sign, project, clip.
+
+    ``whole`` takes the gradient by ``loss.backward()``, as public reference code does: that of the weights as well.
+    """
 
     def attack(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         adversarial = x + torch.empty_like(x).uniform_(-settings.eps, settings.eps)
         for _ in range(settings.steps):
             adversarial = adversarial.clamp(0, 1).detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(F.cross_entropy(model(adversarial), y), adversarial)
+            loss = F.cross_entropy(model(adversarial), y)
+            if whole:
+                loss.backward()
+                gradient = adversarial.grad
+                model.zero_grad()
+            else:
+                (gradient,) = torch.autograd.grad(loss, adversarial)
+            assert gradient is not None
             moved = adversarial.detach() + settings.eps / 4 * gradient.sign()
             adversarial = torch.min(torch.max(moved, x - settings.eps), x + settings.eps)
         return adversarial.clamp(0, 1).detach()
@@ -70,7 +70,7 @@ def bare_pgd(settings: BenchSettings) -> Attack:
     return attack
 
 
-def ours(settings: BenchSettings) -> Attack:
+def ours(settings: BenchSettings) -> PGD:
     """Our PGD at the same steps, every step taken: no image stops early."""
     return PGD(eps=settings.eps, steps=settings.steps, step=0.25, early_stop=False)
 
@@ -89,29 +89,22 @@ def bench_attacks(settings: BenchSettings, peers: Mapping[str, Attack] | None = 
     shape = (settings.batch_size, settings.channels, settings.image_size, settings.image_size)
     draw = generator(settings.seed, "bench")
     x, y = torch.rand(shape, generator=draw), torch.randint(0, 10, shape[:1], generator=draw)
-    candidates = {BARE: bare_pgd(settings), "gambeson": ours(settings), **(peers or {})}
-    taken: dict[str, list[float]] = {name: [] for name in candidates}
-    with task("bench attacks", settings.rounds + 1) as advance:
-        for lap in range(settings.rounds + 1):
-            for name, attack in candidates.items():
-                began = time.perf_counter()
-                attack(model, x, y)
-                if lap:  # the first lap warms up
-                    taken[name].append(time.perf_counter() - began)
-            advance()
+    candidates = {
+        BARE: bare_pgd(settings),
+        BACKWARD: bare_pgd(settings, whole=True),
+        "gambeson": ours(settings),
+        **(peers or {}),
+    }
+    runs = {name: partial(attack, model, x, y) for name, attack in candidates.items()}
+    if settings.bfloat16:
+        runs["gambeson, bfloat16"] = partial(_in_bfloat16, ours(settings), model, x, y)
     return BenchResult(
         settings=settings,
-        timings=[_timing(name, seconds, taken[BARE]) for name, seconds in taken.items()],
+        timings=side_by_side(runs, BARE, settings.rounds, "bench attacks"),
         environment=environment(),
     )
 
 
-def _timing(name: str, seconds: list[float], bare: list[float]) -> Timing:
-    ratios = [own / other for own, other in zip(seconds, bare, strict=True)]
-    return Timing(
-        name=name,
-        seconds=statistics.median(seconds),
-        ratio=statistics.median(ratios),
-        ratio_low=min(ratios),
-        ratio_high=max(ratios),
-    )
+def _in_bfloat16(attack: PGD, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    with Victim(model, fast=Fast(precision="bfloat16")) as victim:
+        return attack(victim, x, y)

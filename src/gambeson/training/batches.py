@@ -21,16 +21,16 @@ class Epoch:
     Args:
         train: the images.
         recipe: batch size and augmentation.
-        members: models that vote, each with an order of its own; their rows follow each other in a batch.
+        orders: of the data; their rows follow each other in a batch.
         seed: of the run.
         epoch: its number.
         device: where the batches go.
     """
 
-    def __init__(self, train: Split, recipe: Recipe, members: int, seed: int, epoch: int, device: torch.device) -> None:
+    def __init__(self, train: Split, recipe: Recipe, orders: int, seed: int, epoch: int, device: torch.device) -> None:
         self.train, self.recipe, self.seed, self.epoch, self.device = train, recipe, seed, epoch, device
         self.orders = [
-            torch.randperm(len(train), generator=generator(one, "order", epoch)) for one in member_seeds(seed, members)
+            torch.randperm(len(train), generator=generator(one, "order", epoch)) for one in member_seeds(seed, orders)
         ]
         self.place = place()
         self.share = recipe.batch_size // self.place[1]

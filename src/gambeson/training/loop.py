@@ -170,7 +170,7 @@ class Run:
         self.model.train()
         if self.recipe.freeze_statistics:
             freeze_statistics(self.model)
-        batches = Epoch(self.train, self.recipe, self.defense.members, self.seed, epoch, self.device)
+        batches = Epoch(self.train, self.recipe, self.defense.num_orders, self.seed, epoch, self.device)
         sums: dict[str, torch.Tensor] = {}
         lr = 0.0
         for k in range(self.steps):

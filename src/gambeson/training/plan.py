@@ -65,7 +65,7 @@ def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed
     kept = 0
     for k in range(_WARM_UP + _TIMED):
         for run, found in zip(runs, times, strict=True):
-            epoch = Epoch(run.train, recipe, run.defense.members, seed, recipe.epochs - 1, run.device)
+            epoch = Epoch(run.train, recipe, run.defense.num_orders, seed, recipe.epochs - 1, run.device)
             run.model.train()
             batch = epoch[k % len(epoch)]
             with seeded(seed, "plan", k):

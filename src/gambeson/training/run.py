@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import BeforeValidator, PlainSerializer, SerializeAsAny
 
-from gambeson import data, defenses, models
+from gambeson import data, models
 from gambeson.base import Config, close_run, derive, environment, open_run, seeded
-from gambeson.defenses import Defense, Standard, name_of
+from gambeson.defenses import AnyDefense, Standard, name_of
+from gambeson.models.init_weights import init_weights
 from gambeson.training.loop import train
 from gambeson.training.plan import Plan, plan
 from gambeson.training.recipe import Recipe
-
-
-def _read_defense(value: Any) -> Any:
-    if isinstance(value, str):
-        return defenses.create(value)
-    if isinstance(value, dict) and "name" in value:
-        return defenses.create(**value)
-    return value
-
-
-def _write_defense(value: Defense) -> dict[str, Any]:
-    return {"name": name_of(value), **value.plain()}
 
 
 class TrainRun(Config):
@@ -35,13 +23,15 @@ class TrainRun(Config):
     data: str
     """Name of a data set, such as ``fashion-mnist`` or ``image-folder:PATH``."""
     model: str
-    """Name of an architecture, such as ``lenet``."""
-    defense: Annotated[SerializeAsAny[Defense], BeforeValidator(_read_defense), PlainSerializer(_write_defense)]
+    """Name of an architecture, such as ``lenet``, ``torchvision:NAME``, ``timm:NAME``, ``transformers:NAME_OR_PATH`` or
+    ``FILE.py:FUNCTION``."""
+    defense: AnyDefense
     """The objective: its name with its settings."""
     recipe: Recipe = Recipe()
     """Length, optimiser, schedule."""
     init: str | None = None
-    """Weights to start from; None: a fresh initialisation from the seed."""
+    """Weights to start from, of the whole model or of the architecture alone; None: a fresh initialisation from the
+    seed, or what the name of the model brings."""
     seed: int = 0
     device: str = "cpu"
 
@@ -93,9 +83,9 @@ def plan_training(run: TrainRun, dataset: data.Dataset | None = None) -> Plan:
 
 def _model(run: TrainRun, dataset: data.Dataset) -> models.PixelModel:
     with seeded(run.seed, "model"):
-        model = models.create(run.model, dataset, members=run.defense.members)
+        model = models.create(run.model, dataset, members=run.defense.num_members)
     if run.init is not None:
-        models.load_weights(model, Path(run.init))
+        init_weights(model, Path(run.init))
     return model
 
 
@@ -111,4 +101,4 @@ def _source(run: TrainRun, name: str, out: Path, dataset: data.Dataset) -> model
             "seed": derive(run.seed, "source", name) % 2**31,
         }
     )
-    return run_training(settings, out / "sources" / name.replace(":", "-"), dataset)
+    return run_training(settings, out / "sources" / name.replace(":", "-").replace("/", "-"), dataset)

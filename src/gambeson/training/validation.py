@@ -24,13 +24,13 @@ def validate(model: nn.Module, data: Dataset) -> dict[str, float]:
 def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: int) -> dict[str, float]:
     """Return the universal evasion rate and, for one label an image, the accuracy under PGD, at the defence's eps.
 
-    Both by short attacks, to compare epochs: 50 steps of stochastic PGD, 10 of PGD on the first images. A random
+    Both by short attacks, to compare epochs: 50 steps of stochastic PGD from zero, 10 of PGD on the first images. A random
     model is taken as it is, one draw an image.
     """
     ball = {"eps": getattr(defense, "eps", None), "norm": getattr(defense, "norm", "inf")}
     if not ball["eps"]:
         return {}
-    universal = StochasticPGD(**ball, steps=50, restarts=1).craft(model, data, seed=derive(seed, "validation"))
+    universal = StochasticPGD(**ball, steps=50, batch_size=128, screened=0).craft(model, data, seed=derive(seed, "validation"))
     few = data.validation.subset(torch.arange(min(_IMAGES, len(data.validation))))
     with Victim(model) as victim:
         delta = universal.delta.to(victim.device)

@@ -3,6 +3,6 @@
 from gambeson.victim.fold import Folded, folded
 from gambeson.victim.look import Look, look_at
 from gambeson.victim.scoring import Score, predict, score
-from gambeson.victim.victim import Fast, Victim, frozen
+from gambeson.victim.victim import Fast, Precision, Victim, frozen
 
-__all__ = ["Fast", "Folded", "Look", "Score", "Victim", "folded", "frozen", "look_at", "predict", "score"]
+__all__ = ["Fast", "Folded", "Look", "Precision", "Score", "Victim", "folded", "frozen", "look_at", "predict", "score"]

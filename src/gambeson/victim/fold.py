@@ -62,13 +62,17 @@ class Folded:
 
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> None:
-        """Bring the copy to the model's present weights and statistics, in place."""
+        """Bring the copy to the model's present weights and statistics, in place.
+
+        Unseen by autograd (``.data``): another victim of the same model may have a graph on this very copy, and finds
+        the same values there.
+        """
         norms = {conv: model.get_submodule(norm) for conv, norm in self.pairs}
         folded = {name for pair in self.pairs for name in pair}
         values = dict(model.state_dict(keep_vars=True))
         for name, target in self.view.state_dict(keep_vars=True).items():
             if name.rpartition(".")[0] not in folded:
-                target.copy_(values[name])
+                target.data.copy_(values[name])
         for name, norm in norms.items():
             conv, target = model.get_submodule(name), self.view.get_submodule(name)
             assert isinstance(conv, nn.Conv2d)
@@ -80,8 +84,8 @@ class Folded:
             weight, bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
-            target.weight.copy_(weight)
-            target.bias.copy_(bias)
+            target.weight.data.copy_(weight)
+            target.bias.data.copy_(bias)
 
 
 _made: WeakKeyDictionary[nn.Module, Folded] = WeakKeyDictionary()
@@ -108,15 +112,15 @@ def _signature(model: nn.Module) -> Hashable:
 def _settings(module: nn.Module) -> dict[str, str]:
     plain = (bool, int, float, str, tuple, type(None))
     hooks = {"_forward_hooks", "_forward_pre_hooks"}
-    found = {
-        key: repr(value) for key, value in vars(module).items() if isinstance(value, plain) and key != "training"
-    }
+    found = {key: repr(value) for key, value in vars(module).items() if isinstance(value, plain) and key != "training"}
     return found | {key: str(sorted(map(id, vars(module)[key].values()))) for key in hooks}
 
 
 def _shapes(module: nn.Module) -> tuple[Hashable, ...]:
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return tuple((name, tuple(value.shape), value.dtype, value.device) for name, value in tensors)
+
+
 def _pairs(model: nn.Module, example: torch.Tensor) -> list[tuple[str, str]]:
     """Names of every (convolution, BatchNorm) where the one's output was the other's input, each called once."""
     names = {module: name for name, module in model.named_modules()}

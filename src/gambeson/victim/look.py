@@ -1,4 +1,4 @@
-"""A first look at a model on a few images: what it returns, whether it repeats itself, and whether it keeps its input."""
+"""A first look at a model: what it returns, whether it repeats itself, and whether it keeps its input."""
 
 from __future__ import annotations
 

@@ -37,10 +37,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+Precision = Literal["float32", "bfloat16", "float16"]
+"""Types that a model can be run in."""
+
+
 class Fast(Config):
     """What the fast copy of a model may do; each part that a model does not allow is left out, and said so."""
 
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Precision = "float32"
     """Of convolutions and products (autocast). Less than float32 pays on accelerators and on processors that have
     the type; gradients come back in float32."""
     compile: bool = False

@@ -1,0 +1,64 @@
+"""``gambeson export``: a model that runs without this library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gambeson.base import UserError, unknown_name
+from gambeson.cli.options import Json, Seed, print_json, progress
+from gambeson.evaluation.exporting import Exported, run_export
+from gambeson.models.export import TARGETS
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="Folder of a training run, or any model that `gambeson audit` takes.")],
+    to: Annotated[str, typer.Option(help=f"{', '.join(TARGETS)}.")] = "torch-export",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write (RUN with the suffix).")] = None,
+    data: Annotated[str | None, typer.Option(help="Data set that scores; else the one of the run.")] = None,
+    images: Annotated[int | None, typer.Option(help="Test images to score at most (all).")] = None,
+    draws: Annotated[int, typer.Option(help="Answers an image, where the model is random.", show_default=True)] = 10,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Write a model that runs without gambeson, noise and vote included, and score it against the original.
+
+    Example: `gambeson export runs/x --to onnx --out x.onnx`
+    """
+    if to not in TARGETS:
+        raise unknown_name("export target", to, TARGETS)
+    if out is None:
+        if not Path(run).exists():
+            raise UserError(
+                f"no file was named for the export of {run}: name one, for example --out model{TARGETS[to]}"
+            )
+        out = Path(f"{run.removesuffix('/')}{TARGETS[to]}")
+    with progress(as_json) as console:
+        found = run_export(run, to, out, data_name=data, images=images, draws=draws, seed=seed)
+    if as_json:
+        print_json(found.plain())
+    else:
+        console.print(_words(found, out), highlight=False)
+    if not found.agrees:
+        raise UserError(
+            f"{out} does not score as {run} does (largest difference of a logit {found.largest_difference:.3g}): "
+            f"do not use it; {out}.json has the numbers"
+        )
+
+
+def _words(found: Exported, out: Path) -> str:
+    text = (
+        f"{out} is right on {found.exported} of {found.exported.n} test images, the original on {found.original}; "
+        f"the largest difference of a logit is {found.largest_difference:.3g}"
+    )
+    if found.draws > 1:
+        ratio = 0.0 if found.spread_ratio is None else found.spread_ratio
+        text += (
+            f" (means over {found.draws} draws; two sets of the original's draws differ by {found.by_chance:.3g}; its "
+            f"spread over draws is {ratio:.2f} times the original's)"
+        )
+    if found.to == "safetensors":
+        text += "\nthe file holds weights alone: mean and std of the pixels, noise and vote stand in its metadata"
+    return text

@@ -1,0 +1,104 @@
+"""Any combination: who shares and who crafts, what the slope is held to, what noise the model carries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from gambeson.base import UserError
+from gambeson.defenses.any_defense import AnyDefense
+from gambeson.defenses.jacobian import Jacobian
+from gambeson.defenses.learn2perturb import NOISE, Learn2Perturb, Learn2PerturbObjective
+from gambeson.defenses.objective import Defense, Objective, Scene, Weight
+from gambeson.defenses.standard import Standard
+from gambeson.defenses.terms import Term
+
+
+class Combination(Defense):
+    """The sum of a risk, a norm of the Jacobian and the reward that keeps learnt noise up; each may be left out.
+
+    In YAML::
+
+        defense:
+          name: combination
+          risk: {name: shared-adversarial, eps: 0.2, sharedness: 16}
+          jacobian: {strength: 0.01}
+          noise: {gamma: 1e-4, noise_from: 0}
+
+    Several members that vote, each of which learns so, are ``{name: ensemble, members: 5, inner: {name: combination,
+    ...}}``. A part of weight zero changes nothing, bit for bit.
+    """
+
+    risk: AnyDefense = Standard()
+    """Any defence of a single model without noise of its own."""
+    jacobian: Jacobian | None = None
+    """How the slope is held down; its own clean risk is left out, for the risk has one or is meant to have none."""
+    noise: Learn2Perturb | None = None
+    """The learnt noise, when it begins and who moves when; its own risk is left out. Its ``eps`` may be left out."""
+
+    def __init__(self, **fields: Any) -> None:
+        noise = fields.get("noise")
+        if isinstance(noise, dict):
+            fields["noise"] = {"eps": 0.0, **noise}
+        super().__init__(**fields)
+        if self.risk.num_members != 1 or isinstance(self.risk, Combination | Learn2Perturb):
+            raise UserError(
+                f"risk is {type(self.risk).__name__}: expected a defence of one model without noise; put members "
+                "around the combination (name: ensemble, inner: ...) and noise into its own field"
+            )
+
+    def terms(self) -> dict[str, tuple[Weight, Term]]:
+        """Return those of the risk, and what is added."""
+        found: dict[str, tuple[Weight, Term]] = dict(self.risk.terms())
+        if self.jacobian is not None:
+            found["jacobian"] = self.jacobian.terms()["jacobian"]
+        if self.noise is not None:
+            found[NOISE] = self.noise.terms()[NOISE]
+        return found
+
+    def open(self, scene: Scene) -> Objective:
+        """Open every part for one model."""
+        if self.noise is not None:
+            self.noise.open(scene)  # puts the noise into a model that is not ours
+        risk = self.risk.open(scene)
+        if self.jacobian is None and self.noise is None:
+            return risk
+        if not risk.terms:
+            raise UserError(f"{type(self.risk).__name__} has no terms that could be added to: choose another risk")
+        found = dict(risk.terms)
+        if self.jacobian is not None and self.jacobian.strength:
+            found["jacobian"] = self.jacobian.open(scene).terms["jacobian"]
+        if self.noise is None:
+            return Objective(found)
+        found[NOISE] = self.noise.terms()[NOISE]
+        return Learn2PerturbObjective(found, scene.model, self.noise.noise_start, self.noise.update)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Put noise into the model, where there is any."""
+        self.risk.prepare(model)
+        if self.noise is not None:
+            self.noise.prepare(model)
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Those of the risk and of the noise."""
+        return [*self.risk.groups(model), *([] if self.noise is None else self.noise.groups(model))]
+
+    def check(self, batch_size: int) -> None:
+        """Check the batch of the risk."""
+        self.risk.check(batch_size)
+
+    def supplied(self, load: Callable[[str], nn.Module]) -> Combination:
+        """Supply the risk."""
+        return self.model_copy(update={"risk": self.risk.supplied(load)})
+
+    @property
+    def eps(self) -> float | None:
+        """The risk's radius, by which epochs are compared."""
+        return getattr(self.risk, "eps", None)
+
+    @property
+    def norm(self) -> Any:
+        """The risk's norm."""
+        return getattr(self.risk, "norm", "inf")

@@ -1,0 +1,128 @@
+"""How alike the members of an ensemble are: their Jacobians, and the gradients of their losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from gambeson.attacks.losses import cross_entropy
+from gambeson.base import UserError, generator
+from gambeson.victim import Victim
+
+TINY = 1e-12
+_EXACT = 16
+"""Up to so many classes every row of the Jacobian is taken; beyond, as many random directions."""
+
+
+def diversity_gain(voters: Sequence[nn.Module], images: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
+    """Return D = ||J_e||_F^2 / mean_m ||J_m||_F^2 for each image, J_e the Jacobian of the mean logits.
+
+    1 for copies, 1/M for orthogonal Jacobians, less where members cancel (our notes on Co et al. 2022, section 3);
+    1 where every Jacobian is zero. The models are in evaluation mode meanwhile. Exact up to 16 classes, beyond from
+    16 random directions in the space of the logits, the same for all members. Cost: one forward an image and member,
+    and as many backwards as there are directions.
+
+    Args:
+        voters: the members, each from pixels to logits.
+        images: (N, C, H, W) in [0, 1].
+        seed: of the directions.
+
+    Returns:
+        (N,), between 0 and 1.
+    """
+    with ExitStack() as stack, torch.enable_grad():
+        for voter in voters:
+            stack.enter_context(Victim(voter))
+        points = [images.detach().clone().requires_grad_() for _ in voters]
+        answers = [voter(point).flatten(1) for voter, point in zip(voters, points, strict=True)]
+        count, outputs = answers[0].shape
+        if outputs <= _EXACT:
+            directions = torch.eye(outputs, device=images.device).unsqueeze(1).expand(-1, count, -1)
+        else:
+            draw = generator(seed, "diversity", device=images.device)
+            directions = torch.randn((_EXACT, count, outputs), generator=draw, device=images.device)
+        joint = images.new_zeros(count)
+        alone = images.new_zeros(count)
+        for direction in directions:
+            rows = torch.stack(
+                [
+                    torch.autograd.grad(answer, point, direction.to(answer), retain_graph=True)[0].flatten(1)
+                    for answer, point in zip(answers, points, strict=True)
+                ]
+            )
+            joint += rows.mean(0).square().sum(1)
+            alone += rows.square().sum(2).mean(0)
+    return torch.where(alone > 0, joint / alone.clamp(min=torch.finfo(alone.dtype).tiny), torch.ones_like(alone))
+
+
+def loss_gradients(
+    logits: torch.Tensor, labels: torch.Tensor, point: torch.Tensor, ignore_index: int | None = None
+) -> torch.Tensor:
+    """Return the gradient of every member's cross-entropy at every image, (M, N, C*H*W), with a graph of its own.
+
+    Args:
+        logits: (M, N, K), of ``point``.
+        labels: (N,).
+        point: (N, C, H, W), with a gradient.
+        ignore_index: the label that counts nowhere.
+    """
+    return torch.stack(
+        [
+            torch.autograd.grad(cross_entropy(z, labels, ignore_index).sum(), point, create_graph=True)[0].flatten(1)
+            for z in logits
+        ]
+    )
+
+
+def cosines(gradients: torch.Tensor) -> torch.Tensor:
+    """Return the cosine between the gradients (M, N, D) of every pair of members, (M * (M - 1) / 2, N).
+
+    A zero gradient has the cosine 0 with every other.
+    """
+    unit = gradients / gradients.square().sum(2, keepdim=True).clamp(min=TINY**2).sqrt()
+    first, second = torch.triu_indices(len(unit), len(unit), 1, device=unit.device)
+    return (unit[first] * unit[second]).sum(2)
+
+
+def coherence(pairs: torch.Tensor) -> torch.Tensor:
+    """Return the mean over images of log sum_{i<j} exp(cos) (Kariyappa and Qureshi 2019, equation 6), from (P, N)."""
+    return pairs.logsumexp(0).mean()
+
+
+def log_det(logits: torch.Tensor, labels: torch.Tensor, ridge: float = 1e-6) -> torch.Tensor:
+    """Return the mean of log det(V^T V + ridge * I), V the members' predictions without the true class, normalised.
+
+    Pang et al. 2019, section 3.2. Taken from the logits and in double precision: predictions that are sure to the last
+    bit still have a direction, and a ridge of 1e-6 beside 1 is lost in float32.
+
+    Args:
+        logits: (M, N, K).
+        labels: (N,).
+        ridge: what keeps the determinant positive.
+    """
+    truth = torch.zeros_like(logits[0], dtype=torch.bool).scatter(1, labels.unsqueeze(1), True)
+    others = logits.double().masked_fill(truth, -math.inf).softmax(2)
+    unit = others / others.norm(dim=2, keepdim=True)
+    rows = unit.transpose(0, 1)  # (N, M, K)
+    gram = rows @ rows.transpose(1, 2) + ridge * torch.eye(len(logits), dtype=rows.dtype, device=rows.device)
+    return gram.logdet().mean().to(logits.dtype)
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Return the mean entropy of logits (N, K), in nats."""
+    logs = logits.log_softmax(1)
+    return -(logs.exp() * logs).sum(1).mean()
+
+
+def check_labels(labels: torch.Tensor, name: str) -> None:
+    """Refuse labels that are maps.
+
+    Raises:
+        UserError: a label a pixel.
+    """
+    if labels.ndim != 1:
+        raise UserError(f"the labels are maps, but {name} compares classifiers: it needs one label an image")

@@ -1,0 +1,223 @@
+"""How the members of an ensemble take a training step: in turn, on threads, or as one batched computation."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gambeson.base import average, derive
+from gambeson.defenses.diversity import diversity_gain
+from gambeson.defenses.objective import Losses, Objective
+from gambeson.defenses.terms import Batch
+from gambeson.models import Members, PixelModel
+
+AtOnce = Literal["loop", "threads", "stacked"]
+"""``loop``: one member after another, with the memory of one. ``threads``: the same on as many threads as the run has,
+each with one member; the fastest on a processor, with the memory of as many members. ``stacked``: one batched
+computation of all, for accelerators that one member does not fill; equal to the others within rounding."""
+
+_COPIES = 0.99
+
+_Step = tuple[Losses, set[nn.Parameter] | None, list[nn.Parameter], list[torch.Tensor | None]]
+
+
+class EachMember(Objective):
+    """Every member's own objective on its own part of the batch: the sum, so that each moves as it would alone.
+
+    A member's gradients are taken as soon as its objective is known, and the loop's backward only hands them over: no
+    more than one member's graph (or one a thread) is ever alive.
+
+    Args:
+        objectives: one a member, opened for its voter.
+        voters: the members.
+        seeds: of their runs; the step's is ``derive(seed, "step", number)``, as in the loop. None: the batch's for all.
+        threads: members computed at the same time.
+        watched: images of a batch on which the diversity gain is taken, at the last step of an epoch; 0: never.
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[Objective],
+        voters: Sequence[PixelModel],
+        seeds: Sequence[int] | None,
+        *,
+        threads: int = 1,
+        watched: int = 0,
+    ) -> None:
+        super().__init__({})
+        self.each = nn.ModuleList(objectives)
+        self._voters = list(voters)  # a plain list: the model is no part of the objective's state
+        self._seeds = seeds
+        self._threads = threads
+        self._watched = watched
+
+    def parts(self, batch: Batch) -> list[Batch]:
+        """Return every member's batch: its rows, with the seed that a run of its own would have."""
+        members = len(self._voters)
+        seeds = [batch.seed] * members
+        if self._seeds is not None:
+            seeds = [derive(seed, "step", batch.step) for seed in self._seeds]
+        indices: Sequence[torch.Tensor | None] = [None] * members
+        if batch.indices is not None:
+            indices = batch.indices.chunk(members)
+        rows = zip(batch.images.chunk(members), batch.labels.chunk(members), seeds, indices, strict=True)
+        return [
+            dataclasses.replace(batch, images=images, labels=labels, seed=seed, indices=own)
+            for images, labels, seed, own in rows
+        ]
+
+    def losses(self, model: nn.Module, batch: Batch) -> Losses:
+        """Evaluate every member's objective: the sum of the losses, the means of the terms."""
+        found = [
+            objective.losses(voter, part)  # type: ignore[operator]
+            for objective, voter, part in zip(self.each, self._voters, self.parts(batch), strict=True)
+        ]
+        return self._joined(found, torch.stack([losses["loss"] for losses in found]).sum())
+
+    def phases(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
+        """Let the members go through their phases together."""
+        streams: list[Iterator[tuple[Losses, set[nn.Parameter] | None]]] = [
+            objective.phases(voter, part)  # type: ignore[operator]
+            for objective, voter, part in zip(self.each, self._voters, self.parts(batch), strict=True)
+        ]
+        extra = self._look(batch)
+        while True:
+            found = [step for step in self._advance(streams, batch.images.device) if step is not None]
+            if not found:
+                return
+            parameters = [parameter for step in found for parameter in step[2]]
+            gradients = [gradient for step in found for gradient in step[3]]
+            total = torch.stack([step[0]["loss"] for step in found]).sum()
+            handed: torch.Tensor = _Handed.apply(total, gradients, *parameters)
+            moving: set[nn.Parameter] = set()
+            for _, moves, own, _ in found:
+                moving |= set(own) if moves is None else moves
+            yield self._joined([step[0] for step in found], handed) | extra, moving
+            extra = {}
+
+    def follow(self, batch: Batch) -> None:
+        """Let every member's objective take its own step."""
+        for objective, part in zip(self.each, self.parts(batch), strict=True):
+            objective.follow(part)  # type: ignore[operator]
+
+    def _joined(self, found: Sequence[Losses], total: torch.Tensor) -> Losses:
+        names = [name for name in found[0] if name != "loss"]
+        return {"loss": total} | {name: torch.stack([losses[name] for losses in found]).mean() for name in names}
+
+    def _advance(self, streams: Sequence[Iterator[Any]], device: torch.device) -> list[_Step | None]:
+        jobs = [self._job(voter, stream, device) for voter, stream in zip(self._voters, streams, strict=True)]
+        if self._threads == 1:
+            return [job() for job in jobs]
+        threads = torch.get_num_threads()
+        normalize = self._voters[0].normalize
+        mode = normalize.training
+        try:
+            with ThreadPoolExecutor(self._threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+                return list(pool.map(lambda job: job(), jobs))
+        finally:
+            torch.set_num_threads(threads)  # what a later thread begins with
+            normalize.train(mode)  # the one module that all voters share
+
+    def _job(self, voter: PixelModel, stream: Iterator[Any], device: torch.device) -> Callable[[], _Step | None]:
+        kind = device.type
+        lower, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+        def job() -> _Step | None:
+            with torch.autocast(kind, dtype=dtype, enabled=lower):  # a thread does not inherit it
+                phase = next(stream, None)
+            if phase is None:
+                return None
+            losses, moving = phase
+            own = [parameter for parameter in voter.parameters() if parameter.requires_grad]
+            for parameter in own:
+                parameter.grad = None
+            with torch.autocast(kind, enabled=False):
+                losses["loss"].backward()  # not only to the weights: terms read gradients of their own
+            gradients = [parameter.grad for parameter in own]
+            for parameter in own:
+                parameter.grad = None
+            return {name: value.detach() for name, value in losses.items()}, moving, own, gradients
+
+        return job
+
+    def _look(self, batch: Batch) -> Losses:
+        return watch(self._voters, batch, self._watched)
+
+
+class Stacked(Objective):
+    """One objective for all members, computed in one batched forward and backward.
+
+    Args:
+        objective: a mean over rows, without a state; its draws are those of the joined batch.
+        view: all members, see :class:`Parted`.
+        voters: the members.
+        watched: see :class:`EachMember`.
+    """
+
+    def __init__(self, objective: Objective, view: Parted, voters: Sequence[PixelModel], *, watched: int = 0) -> None:
+        super().__init__({})
+        self.objective = objective
+        self._view = (view,)  # in a tuple: the model is no part of the objective's state
+        self._voters = list(voters)
+        self._watched = watched
+
+    def losses(self, model: nn.Module, batch: Batch) -> Losses:
+        """Evaluate the objective; the mean over all rows is the mean over members, of which the sum is wanted."""
+        found = self.objective.losses(self._view[0], batch)
+        return found | {"loss": found["loss"] * len(self._voters)} | watch(self._voters, batch, self._watched)
+
+
+class Parted(nn.Module):
+    """Pixels (M * N, C, H, W) to logits (M * N, K): part m of the rows is answered by member m."""
+
+    def __init__(self, model: PixelModel) -> None:
+        super().__init__()
+        self.normalize = model.normalize
+        self.body = model.body
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the logits."""
+        assert isinstance(self.body, Members)
+        return self.body.parted(self.normalize(pixels)).flatten(0, 1)
+
+
+def watch(voters: Sequence[PixelModel], batch: Batch, images: int) -> Losses:
+    """Return the diversity gain at the last step of an epoch, warning of copies; at other steps nothing.
+
+    It is counted once for each step of the epoch, so that the mean that the loop logs is the value itself.
+    """
+    if not images or batch.step % batch.steps != batch.steps - 1:
+        return {}
+    with torch.autocast(batch.images.device.type, enabled=False):
+        gain = diversity_gain(voters, batch.images[:images], seed=batch.seed).mean()
+    average([gain])
+    if float(gain) > _COPIES:
+        warnings.warn(
+            f"the members' Jacobians agree to {float(gain):.3f} (1 means copies): were they given equal seeds?",
+            stacklevel=2,
+        )
+    return {"diversity_gain": gain * batch.steps}
+
+
+class _Handed(torch.autograd.Function):
+    """A number whose gradients are known already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: torch.Tensor, gradients: list[torch.Tensor | None], *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the number."""
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Hand the gradients over."""
+        gradients, ctx.gradients = ctx.gradients, []
+        return None, None, *[None if gradient is None else gradient.mul_(outer[0]) for gradient in gradients]

@@ -1,0 +1,175 @@
+"""Export a model and score what was written against what was exported, on the test split."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gambeson.base import Config, UserError, environment, load_tensors, seeded, task, write_json
+from gambeson.data import Split
+from gambeson.evaluation.black_box import OnnxScores
+from gambeson.evaluation.rates import Rate
+from gambeson.evaluation.subjects import load_subject
+from gambeson.models import ModelCard, PixelModel
+from gambeson.models.export import Target, export
+from gambeson.models.factory import build
+from gambeson.models.hubs import required
+from gambeson.models.init_weights import init_weights
+from gambeson.models.program import load_program
+from gambeson.victim import Victim, look_at
+
+_TOLERANCE = 1e-3
+"""Largest difference of a logit, as a share of the largest logit: rounding differs between two runtimes."""
+_CHANCE = 3.0
+"""How many times as far as two sets of its own draws a random model's export may lie from it."""
+_SPREAD = 2.0
+"""By what factor the spread of its draws may differ, either way."""
+
+
+class Exported(Config):
+    """What was written, and how it scores."""
+
+    source: str
+    to: str
+    file: str
+    split: str
+    draws: int
+    """Answers an image that were averaged; 1 for a model that repeats itself."""
+    original: Rate
+    """Accuracy of the model that was exported."""
+    exported: Rate
+    """Accuracy of what was written, loaded again."""
+    largest_difference: float
+    """Largest difference of a logit; for a random model, of a logit's mean over the draws."""
+    by_chance: float | None
+    """The same between two sets of draws of the original; None for a model that repeats itself."""
+    spread_ratio: float | None
+    """Standard deviation over draws, exported to original (root mean square over images and classes)."""
+    agrees: bool
+    """Whether both are the same model, up to rounding and chance."""
+
+
+def run_export(
+    source: str,
+    to: Target,
+    out: Path,
+    *,
+    data_name: str | None = None,
+    images: int | None = None,
+    draws: int = 10,
+    seed: int = 0,
+) -> Exported:
+    """Export a model to ``out``, load it again, score both, and store the result beside it as ``OUT.json``.
+
+    Args:
+        source: see :func:`gambeson.evaluation.subjects.load_subject`.
+        to: ``torch-export``, ``onnx`` or ``safetensors``; see :func:`gambeson.models.export.export`.
+        out: the file.
+        data_name: whose test split scores; None: the data that the run was trained on.
+        images: test images at most; None: all.
+        draws: answers an image, for a random model.
+        seed: of the draws of torch; onnxruntime seeds its own.
+
+    Raises:
+        UserError: the file exists, the model is a black box, an extra is missing, or the export fails.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists: choose another --out, or remove it first")
+    if draws < 2 or (images is not None and images < 1):
+        raise UserError(f"draws = {draws}, images = {images}: expected 2 draws and 1 image at least")
+    if to == "onnx":
+        required("onnxruntime", "scoring an export to ONNX")
+    subject = load_subject(source, data_name, "cpu")
+    model, test = subject.model, subject.dataset.test
+    if not isinstance(model, PixelModel):
+        raise UserError(f"{source} is a black box, of which nothing can be exported: name a model with its weights")
+    if images is not None and images < len(test):
+        test = test.subset(torch.arange(images))
+    export(model, out, to)
+    again = _loaded(out, to, model.card)
+    score = _score(model, again, test, draws, seed)
+    result = Exported(source=source, to=to, file=out.name, split=test.name, **score)
+    write_json(Path(f"{out}.json"), {"schema": "gambeson/export-1", "environment": environment(), **result.plain()})
+    return result
+
+
+def _loaded(path: Path, to: Target, card: ModelCard) -> nn.Module:
+    if to == "onnx":
+        return OnnxScores(path, output="logits")
+    if to == "torch-export":
+        return load_program(path, card.in_channels, card.classes, card.image_size, "cpu")
+    _, about = load_tensors(path)
+    with seeded(0, "load"):
+        model = build(ModelCard(**about["exported"]), pretrained=False)
+    init_weights(model, path)
+    return model.eval()
+
+
+@dataclass
+class _Sums:
+    """What one model answered over the draws of one batch."""
+
+    hits: int = 0
+    total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    squares: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+@torch.no_grad()
+def _score(model: nn.Module, again: nn.Module, test: Split, draws: int, seed: int) -> dict[str, Any]:
+    hits = {"original": 0, "exported": 0}
+    variance = {"original": 0.0, "exported": 0.0}
+    difference = chance = largest = 0.0
+    answers = 0
+    with Victim(model) as victim, seeded(seed, "export"):
+        first, _ = test.take(slice(0, 8))
+        repeats = not (look_at(model, first).stochastic or look_at(again, first).stochastic)
+        count = 1 if repeats else draws
+        size = max(1, min(250, 2**22 // math.prod(test.shape)))
+        with task("score the export", math.ceil(len(test) / size)) as advance:
+            for images, labels in test.batches(size):
+                keep = torch.ones_like(labels, dtype=torch.bool)
+                if test.ignore_index is not None:
+                    keep = labels != test.ignore_index
+                own = _asked(victim.exact, images, labels, keep, count)
+                other = _asked(again, images, labels, keep, count)
+                hits["original"] += own.hits
+                hits["exported"] += other.hits
+                answers += int(keep.sum())
+                largest = max(largest, float(own.total.abs().max()) / count)
+                difference = max(difference, float((own.total - other.total).abs().max()) / count)
+                if count > 1:
+                    control = _asked(victim.exact, images, labels, keep, count)
+                    chance = max(chance, float((own.total - control.total).abs().max()) / count)
+                    for name, sums in (("original", own), ("exported", other)):
+                        variance[name] += float((sums.squares - sums.total**2 / count).clamp(min=0).sum())
+                advance()
+    ratio = math.sqrt(variance["exported"] / variance["original"]) if variance["original"] else None
+    if count == 1:
+        agrees = difference <= _TOLERANCE * max(1.0, largest)
+    else:
+        agrees = ratio is not None and 1 / _SPREAD <= ratio <= _SPREAD and difference <= _CHANCE * chance
+    return {
+        "draws": count,
+        **{name: Rate.of(found, answers * count, len(test)) for name, found in hits.items()},
+        "largest_difference": difference,
+        "by_chance": chance if count > 1 else None,
+        "spread_ratio": ratio,
+        "agrees": agrees,
+    }
+
+
+def _asked(ask: Any, images: torch.Tensor, labels: torch.Tensor, keep: torch.Tensor, draws: int) -> _Sums:
+    sums = _Sums()
+    for _ in range(draws):
+        logits = ask(images).double()
+        if not bool(logits.isfinite().all()):
+            raise UserError("NaN or infinite logits came while the export was scored: mend the model, then export it")
+        sums.hits += int(((logits.argmax(1) == labels) & keep).sum())
+        sums.total = sums.total + logits
+        sums.squares = sums.squares + logits**2
+    return sums
