@@ -8,6 +8,7 @@ member has all threads to itself. Processor seconds stand beside: they do not de
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -120,12 +121,13 @@ def main() -> None:
                 }
                 rows.append(row)
                 print(
-                    f"{name:7} {kind:9} {way:8} {row['seconds'] * 1e3:7.1f} ms  x {row['ratio']:.2f} "
+                    f"{name:7} {kind:9} {way:8} {statistics.median(wall[way]) * 1e3:7.1f} ms  x {row['ratio']:.2f} "
                     f"(minima x {row['ratio_of_minima']:.2f}, processor x {row['ratio_of_processor_seconds']:.2f})",
                     flush=True,
                 )
     content = {"members": MEMBERS, "batch_size": BATCH, "threads": arguments.threads, "rounds": arguments.rounds}
-    write_json(arguments.out, content | {"rows": rows, "environment": environment()})
+    content |= {"rows": rows, "load_average": os.getloadavg(), "environment": environment()}
+    write_json(arguments.out, content)
 
 
 def _ways(name: str, kind: str) -> dict[str, Callable[[], None]]:

@@ -62,7 +62,9 @@ def main() -> None:
     for steps in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         with Victim(model, fast=True) as victim:
             began = time.perf_counter()
-            uap = StochasticPGD(eps=eps, steps=steps, batch_size=128, screened=0, step=max(0.25, 1 / steps)).craft(victim, small)
+            uap = StochasticPGD(eps=eps, steps=steps, batch_size=128, screened=0, step=max(0.25, 1 / steps)).craft(
+                victim, small
+            )
             seconds = time.perf_counter() - began
         error = gb.evaluation.universal_evasion(model, data, uap)
         rows.append({"steps": steps, "seconds": seconds, "error": error.plain()})

@@ -4,13 +4,14 @@ Universal adversarial perturbations (one perturbation that fools a model on most
 Images are float pixels in [0, 1], shape (N, C, H, W); every eps is in these units.
 """
 
-from gambeson import attacks, data, defenses, evaluation, models, report, threat, training, victim
+from gambeson import analysis, attacks, data, defenses, evaluation, models, report, threat, training, victim
 from gambeson.base import UserError
 from gambeson.evaluation import audit
 from gambeson.training import train
 
 __all__ = [
     "UserError",
+    "analysis",
     "attacks",
     "audit",
     "data",

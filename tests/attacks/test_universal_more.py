@@ -91,9 +91,9 @@ def test_deepfool_uap_fools_every_image_that_one_direction_can(name):
 
 
 def test_sga_with_one_inner_step_is_plain_stochastic_pgd(trained, digits):
-    plain = StochasticPGD(eps=0.2, steps=6, batch_size=64, step=0.1, final_step=0.1, restarts=2, truncate=9.0, screened=0).craft(
-        trained, digits, seed=3
-    )
+    plain = StochasticPGD(
+        eps=0.2, steps=6, batch_size=64, step=0.1, final_step=0.1, restarts=2, truncate=9.0, screened=0
+    ).craft(trained, digits, seed=3)
     sga = SGA(
         eps=0.2, steps=6, batch_size=64, inner_batch=64, rounds=1, restarts=2, truncate=9.0, labels="truth"
     ).craft(trained, digits, seed=3)
@@ -236,7 +236,7 @@ def test_predictions_as_labels_equal_the_truth_where_the_model_is_right():
     model, _ = binary(SHAPE)
     data = linear_data(model)
     one, two = (
-        StochasticPGD(eps=0.1, steps=5, restarts=1, batch_size=20, labels=labels).craft(model, data)
+        StochasticPGD(eps=0.1, steps=5, screened=0, batch_size=20, labels=labels).craft(model, data)
         for labels in ("truth", "prediction")
     )
     assert torch.equal(one.delta, two.delta)
@@ -389,7 +389,7 @@ def test_eps_zero_is_clean_and_the_ball_holds_and_runs_repeat(attack, trained, d
 
 
 def test_screening_costs_what_it_says_and_keeps_the_best(trained, digits):
-    attack = StochasticPGD(eps=0.2, steps=10, restarts=2, batch_size=64, screened=6, screen_steps=3)
+    attack = StochasticPGD(eps=0.2, steps=10, restarts=2, batch_size=64, screened=6, screen_steps=3, screen_batch=64)
     uap = attack.craft(trained, digits, start=torch.ones(1, 1, 8, 8))
     assert uap.about.backwards == (6 * 3 + 3 * 10) * 64
     assert uap.about.forwards == uap.about.backwards + (6 + 3) * len(digits.validation)

@@ -9,13 +9,24 @@ import gambeson as gb
 from gambeson.base import place
 from gambeson.data import Dataset
 
+RANDOM = {"learn2perturb", "pni", "rse"}
+"""Their models draw noise in the forward, each process its own, as dropout does."""
+MORE = {
+    "shared-adversarial": {"sharedness": 8},
+    "ensemble": {"members": 2},
+    "jacobian-ensemble": {"members": 2},
+    "adp": {"members": 2},
+    "gal": {"members": 2},
+    "trs": {"members": 2},
+    "combination": {"risk": {"name": "pgd-adversarial", "eps": 0.1}, "jacobian": {"strength": 0.01}},
+}
+
 
 def defenses():
     for name in gb.defenses.names():
-        settings = {"eps": 0.1} if gb.defenses.needs_eps(name) else {}
-        if name == "shared-adversarial":
-            settings["sharedness"] = 8
-        yield name, gb.defenses.create(name, **settings)
+        if name not in RANDOM:
+            eps = {"eps": 0.1} if gb.defenses.needs_eps(name) else {}
+            yield name, gb.defenses.create(name, **eps, **MORE.get(name, {}))
 
 
 def main(out: Path) -> None:

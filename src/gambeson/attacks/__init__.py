@@ -10,6 +10,7 @@ from gambeson.attacks.deepfool import DeepFool
 from gambeson.attacks.deepfool_uap import DeepFoolUAP
 from gambeson.attacks.few_pixel import FewPixel
 from gambeson.attacks.gradient import FGSM, IFGSM, PGD, RFGSM
+from gambeson.attacks.l1_auto_pgd import L1AutoPGD
 from gambeson.attacks.least_likely import IterLL, RStepLL, StepLL
 from gambeson.attacks.losses import Loss, LossName, cross_entropy, dlr, margin, targeted_dlr
 from gambeson.attacks.nes import NES, SPSA
@@ -55,6 +56,7 @@ __all__ = [
     "GaborNoise",
     "GradientAttack",
     "IterLL",
+    "L1AutoPGD",
     "Loss",
     "LossName",
     "NotFinite",

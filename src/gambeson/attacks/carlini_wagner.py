@@ -9,7 +9,7 @@ from pydantic import Field
 
 from gambeson.attacks.adam import Adam
 from gambeson.attacks.losses import fallen, margin
-from gambeson.attacks.minimal_norm import MinimalNorm, check_finite, check_head
+from gambeson.attacks.minimal_norm import MinimalNorm, refuse_not_finite, refuse_odd_head
 from gambeson.base import Number
 from gambeson.victim import Victim
 
@@ -54,7 +54,7 @@ class CarliniWagner(MinimalNorm):
         """Search c and descend, for every image of ``rows``; see :class:`MinimalNorm`."""
         with torch.no_grad():
             logits = victim(x[rows])
-        check_head(logits, y[rows])
+        refuse_odd_head(logits, y[rows])
         best, shortest = x.clone(), x.new_full((len(x),), torch.inf)
         rows = rows[~self._success(logits, y[rows])]
         lower, upper = torch.zeros_like(shortest), torch.full_like(shortest, torch.inf)
@@ -95,7 +95,7 @@ class CarliniWagner(MinimalNorm):
                 short = (self.kappa - self._gain(logits, labels)).clamp(min=0)
                 objective = length + c[going] * short
                 gradient = victim.gradient(objective.sum(), point, len(going))
-            check_finite(gradient.sum(), objective.sum(), step=step + 1)
+            refuse_not_finite(gradient.sum(), objective.sum(), step=step + 1)
             success, moved, length = self._success(logits.detach(), labels), moved.detach(), length.detach()
             better = success & (length < shortest[going])
             best[going[better]], shortest[going[better]] = moved[better], length[better]

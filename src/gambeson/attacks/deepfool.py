@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from gambeson.attacks.losses import fallen
-from gambeson.attacks.minimal_norm import MinimalNorm, check_finite, check_head
+from gambeson.attacks.minimal_norm import MinimalNorm, refuse_not_finite, refuse_odd_head
 from gambeson.attacks.query import InfOr2
 from gambeson.base import Number
 from gambeson.threat import Ball, Norm
@@ -59,7 +59,7 @@ class DeepFool(MinimalNorm):
                 logits = victim(point)
                 if rivals is None:
                     rivals = self._rivals(logits.detach(), labels)
-                check_finite(logits, step=number)
+                refuse_not_finite(logits, step=number)
                 down = fallen(logits, labels)
                 if bool(down.all()):
                     break
@@ -73,7 +73,7 @@ class DeepFool(MinimalNorm):
 
     def _rivals(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the likeliest classes but the label at the image itself, (A, classes - 1)."""
-        check_head(logits, labels)
+        refuse_odd_head(logits, labels)
         count = min(self.classes, logits.shape[1]) - 1
         return logits.scatter(1, labels.unsqueeze(1), -torch.inf).topk(count).indices
 
@@ -99,7 +99,7 @@ class DeepFool(MinimalNorm):
             else:
                 slope = copied[:, k]
             rise = slope.flatten(1).abs().sum(1) if self.norm == "inf" else slope.flatten(1).norm(dim=1)
-            check_finite(rise, step=number)
+            refuse_not_finite(rise, step=number)
             distance = torch.where(rise > 0, gaps[:, k].detach().abs() / rise, torch.inf)
             closer = distance < nearest
             nearest = torch.where(closer, distance, nearest)

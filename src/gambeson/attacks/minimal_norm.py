@@ -68,7 +68,7 @@ class MinimalNorm(Config):
         """
 
 
-def check_head(logits: torch.Tensor, labels: torch.Tensor) -> None:
+def refuse_odd_head(logits: torch.Tensor, labels: torch.Tensor) -> None:
     """Refuse a model that does not give one row of scores an image, and labels that it has no score for.
 
     Args:
@@ -86,7 +86,7 @@ def check_head(logits: torch.Tensor, labels: torch.Tensor) -> None:
     check_labels(labels, logits.shape[1])
 
 
-def check_finite(*values: torch.Tensor, step: int) -> None:
+def refuse_not_finite(*values: torch.Tensor, step: int) -> None:
     """Refuse logits or gradients that are not finite.
 
     Args:

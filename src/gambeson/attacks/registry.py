@@ -14,6 +14,7 @@ from gambeson.attacks.deepfool import DeepFool
 from gambeson.attacks.deepfool_uap import DeepFoolUAP
 from gambeson.attacks.few_pixel import FewPixel
 from gambeson.attacks.gradient import FGSM, IFGSM, PGD, RFGSM
+from gambeson.attacks.l1_auto_pgd import L1AutoPGD
 from gambeson.attacks.least_likely import IterLL, RStepLL, StepLL
 from gambeson.attacks.nes import NES, SPSA
 from gambeson.attacks.procedural import GaborNoise, PerlinNoise
@@ -35,6 +36,7 @@ _IMAGE: dict[str, Callable[..., Any]] = {
     "pgd": PGD,
     "auto-pgd": AutoPGD,
     "auto-pgd-targeted": TargetedAutoPGD,
+    "l1-auto-pgd": L1AutoPGD,
     **{name: partial(transfer_attack, name) for name in TRANSFER},
     "deepfool": DeepFool,
     "carlini-wagner": CarliniWagner,

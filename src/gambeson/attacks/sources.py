@@ -94,7 +94,6 @@ class Ensemble(Several):
             member.backwards += images
         return super().gradient(value, wrt, images * len(self.members))
 
-
     def meet(self, images: torch.Tensor, *, scores: bool = False) -> Look:
         """Look at every model; what is true of one is said of all."""
         looks = [member.meet(images, scores=scores) for member in self.members]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gambeson.base import average, derive
+from gambeson.base import average, derive, seeded
 from gambeson.defenses.diversity import diversity_gain
 from gambeson.defenses.objective import Losses, Objective
 from gambeson.defenses.terms import Batch
@@ -194,7 +194,7 @@ def watch(voters: Sequence[PixelModel], batch: Batch, images: int) -> Losses:
     """
     if not images or batch.step % batch.steps != batch.steps - 1:
         return {}
-    with torch.autocast(batch.images.device.type, enabled=False):
+    with torch.autocast(batch.images.device.type, enabled=False), seeded(batch.seed, "diversity"):
         gain = diversity_gain(voters, batch.images[:images], seed=batch.seed).mean()
     average([gain])
     if float(gain) > _COPIES:

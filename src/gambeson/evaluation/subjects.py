@@ -126,6 +126,11 @@ def _architecture(source: str, dataset: data.Dataset, device: str) -> nn.Module:
         model = models.create(architecture, dataset)
     if weights is not None:
         init_weights(model, weights)
+    elif drawn := getattr(model.body, "drawn", None):
+        raise UserError(
+            f"{architecture} has no weights for {', '.join(drawn[:3])}, which would be random: choose a model that is "
+            "trained as a classifier, or fine-tune it with gambeson train and name the run"
+        )
     return model.eval().to(torch.device(device))
 
 

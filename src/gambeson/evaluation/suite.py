@@ -72,9 +72,7 @@ class Suite(Config):
 
 
 SUITES = {
-    "quick": Suite(
-        universal_restarts=1, universal_batch=32, pgd_steps=20, pgd_restarts=1, eps_uni_tolerance=0.05
-    ),
+    "quick": Suite(universal_restarts=1, universal_batch=32, pgd_steps=20, pgd_restarts=1, eps_uni_tolerance=0.05),
     "standard": Suite(),
     "full": Suite(
         universal_steps=500,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -167,11 +168,16 @@ def _transformers(
     if in_channels != known:
         raise UserError(f"{name} takes {known} channels, not {in_channels}: choose data and model that fit each other")
     auto = importlib.import_module("transformers").AutoModelForImageClassification
+    drawn: list[str] = []
     other = {} if classes == config.num_labels else {"num_labels": classes, "ignore_mismatched_sizes": True}
     try:
         if pretrained:
             place = name.removeprefix(TRANSFORMERS)
-            model = auto.from_pretrained(place, use_safetensors=True, trust_remote_code=False, **other)
+            with _silent():
+                model, told = auto.from_pretrained(
+                    place, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **other
+                )
+            drawn = sorted(map(str, told["missing_keys"]))
         else:
             config.num_labels = classes
             model = auto.from_config(config)
@@ -180,7 +186,24 @@ def _transformers(
             f"{name} could not be loaded as an image classifier ({_line(error)}): name one whose weights are "
             "safetensors"
         ) from None
-    return as_logits(model, "logits")
+    body = as_logits(model, "logits")
+    body.drawn = drawn  # type: ignore[assignment]  # what no weights were found for: whoever judges the model asks
+    return body
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep transformers' bars and its report of a new last layer away from the user."""
+    logging = importlib.import_module("transformers.utils.logging")
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    try:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _side(size: Any) -> tuple[int, int] | None:

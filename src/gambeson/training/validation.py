@@ -30,7 +30,9 @@ def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: i
     ball = {"eps": getattr(defense, "eps", None), "norm": getattr(defense, "norm", "inf")}
     if not ball["eps"]:
         return {}
-    universal = StochasticPGD(**ball, steps=50, batch_size=128, screened=0).craft(model, data, seed=derive(seed, "validation"))
+    universal = StochasticPGD(**ball, steps=50, batch_size=128, screened=0).craft(
+        model, data, seed=derive(seed, "validation")
+    )
     few = data.validation.subset(torch.arange(min(_IMAGES, len(data.validation))))
     with Victim(model) as victim:
         delta = universal.delta.to(victim.device)

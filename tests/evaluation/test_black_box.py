@@ -1,0 +1,359 @@
+"""Black boxes: a function, an ONNX file, and a real server under load, with delays, failures and wrong answers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+
+import gambeson as gb
+from gambeson.base import UserError
+from gambeson.evaluation.black_box import FunctionScores
+from gambeson.evaluation.http_scores import HttpScores
+from gambeson.victim import Victim
+from tests.conftest import binary, inner_images
+
+SHAPE = (1, 4, 4)
+
+
+def npy(array):
+    body = io.BytesIO()
+    np.lib.format.write_array(body, np.asarray(array), allow_pickle=False)
+    return body.getvalue()
+
+
+class Server:
+    """Answers with a net's scores; ``plan`` holds what happens to the next requests instead, one entry each.
+
+    An entry is a status, ``"drop"``, ``"slow"``, or a function from the right answer to (status, bytes).
+    """
+
+    def __init__(self, net):
+        self.net, self.plan, self.always = net, [], None
+        self.seen, self.headers, self.busy, self.most = 0, [], 0, 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                with outer.lock:
+                    outer.seen += 1
+                    outer.busy += 1
+                    outer.most = max(outer.most, outer.busy)
+                    outer.headers.append(dict(self.headers))
+                    todo = outer.plan.pop(0) if outer.plan else outer.always
+                try:
+                    outer.answer(self, body, todo)
+                except (BrokenPipeError, ConnectionResetError):
+                    pass
+                finally:
+                    with outer.lock:
+                        outer.busy -= 1
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}/scores"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def answer(self, handler, body, todo):
+        images = torch.from_numpy(np.lib.format.read_array(io.BytesIO(body), allow_pickle=False))
+        with torch.no_grad():
+            scores = self.net(images)
+        status, content, headers = 200, json.dumps({"scores": scores.tolist()}).encode(), {}
+        if todo == "drop":
+            handler.connection.close()
+            return
+        if todo == "slow":
+            time.sleep(0.5)
+        elif isinstance(todo, tuple):
+            status, headers = todo
+        elif isinstance(todo, int):
+            status, content = todo, b"out of order"
+        elif todo is not None:
+            status, content = todo(scores)
+        handler.send_response(status)
+        for key, value in headers.items():
+            handler.send_header(key, value)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+
+@pytest.fixture
+def server():
+    net, _ = binary(SHAPE)
+    made = Server(net)
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def box(server, **keywords):
+    return HttpScores(server.url, **{"timeout": 5.0, "pause": 0.01} | keywords)
+
+
+def test_scores_are_those_of_the_model_behind_it(server):
+    images = inner_images(10, SHAPE)
+    asked = box(server, batch=4, headers={"Authorization": "Bearer x"})
+    with torch.no_grad():
+        assert torch.allclose(asked(images), server.net(images), atol=1e-6)
+    assert (asked.images, asked.requests, asked.retried) == (10, 3, 0)
+    assert server.headers[0]["Content-Type"] == "application/x-npy"
+    assert server.headers[0]["Authorization"] == "Bearer x"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda scores: (200, npy(scores.numpy())),
+        lambda scores: (200, npy(scores.double().numpy())),
+        lambda scores: (200, json.dumps(scores.tolist()).encode()),
+        lambda scores: (200, json.dumps({"logits": scores.tolist()}).encode()),
+        lambda scores: (200, json.dumps({"probabilities": scores.softmax(1).tolist()}).encode()),
+    ],
+)
+def test_every_documented_answer_is_read(server, answer):
+    server.always = answer
+    images = inner_images(5, SHAPE)
+    with torch.no_grad():
+        found, right = box(server)(images), server.net(images)
+    assert torch.allclose(found.log_softmax(1), right.log_softmax(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("trouble", [500, 503, 429, "drop", "slow"])
+def test_what_passes_is_tried_again_and_counts_once(server, trouble):
+    server.plan = [trouble, trouble, None, trouble]
+    asked = box(server, timeout=0.2, budget=8)
+    images = inner_images(4, SHAPE)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.allclose(asked(images), server.net(images), atol=1e-6)
+        assert (asked.images, asked.requests, asked.retried) == (8, 5, 3)
+        with pytest.raises(UserError, match="may be asked about 8 images and was about 8: 1 more are too many"):
+            asked(images[:1])
+    assert server.seen == 5
+    assert asked.images == 8
+
+
+def test_retry_after_is_kept_to(server):
+    server.plan = [(503, {"Retry-After": "0.3"}), (429, {"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"})]
+    began = time.monotonic()
+    box(server)(inner_images(1, SHAPE))
+    assert 0.3 <= time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"), [(500, "status 500, 'out of order'"), ("slow", "no answer within 0.1 s")]
+)
+def test_a_server_that_never_recovers_is_told_with_the_count(server, trouble, words):
+    server.always = trouble
+    asked = box(server, timeout=0.1, retries=3)
+    with pytest.raises(UserError, match=rf"gave no answer in 4 attempts \(the last: {words}\)"):
+        asked(inner_images(2, SHAPE))
+    assert (server.seen, asked.requests, asked.retried, asked.images) == (4, 4, 3, 0)
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 302, 301])
+def test_a_refusal_is_not_tried_again(server, status):
+    server.always = (status, {"Location": server.url})
+    asked = box(server)
+    with pytest.raises(UserError, match=f"refused the images with status {status}.*float32 .N, C, H, W., was sent"):
+        asked(inner_images(2, SHAPE))
+    assert (server.seen, asked.retried) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (
+            lambda scores: scores[:-1].tolist(),
+            r"was given 3 images and returned shape \(2, 2\): expected scores \(3, K\)",
+        ),
+        (lambda scores: scores[:, :1].tolist(), r"returned shape \(3, 1\).*K of at least 2"),
+        (lambda scores: scores[0].tolist(), r"returned shape \(2,\)"),
+        (lambda scores: [[1.0, 2.0], [1.0], [2.0, 1.0]], r"returned list: expected scores"),
+        (lambda scores: [["a", "b"]] * 3, r"returned list: expected scores"),
+        (lambda scores: [[None, 1.0]] * 3, r"returned list: expected scores"),
+        (lambda scores: [[float("nan"), 1.0]] * 3, r"NaN or infinite scores"),
+        (lambda scores: {"classes": [1, 2, 3]}, r"JSON with the keys classes: expected scores"),
+        (lambda scores: "cat", r"returned str"),
+        (lambda scores: None, r"returned NoneType"),
+    ],
+)
+def test_wrong_answers_are_told(server, answer, words):
+    server.always = lambda scores: (200, json.dumps(answer(scores)).encode())
+    with pytest.raises(UserError, match=words) as told:
+        box(server)(inner_images(3, SHAPE))
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"<html>", b"", b"\x93NUMPY\x01\x00", b"\xff\xfe", npy(np.zeros(3))[:-5], b"\x80\x04\x95pickle"]
+)
+def test_bytes_that_are_no_scores(server, content):
+    server.always = lambda scores: (200, content)
+    with pytest.raises(UserError, match="neither JSON nor .npy"):
+        box(server)(inner_images(1, SHAPE))
+
+
+def test_a_pickled_npy_is_not_opened(server):
+    body = io.BytesIO()
+    np.save(body, np.array([[{"a": 1}, 2]], dtype=object), allow_pickle=True)
+    server.always = lambda scores: (200, body.getvalue())
+    with pytest.raises(UserError, match=r"neither JSON nor .npy \(Object arrays cannot be loaded"):
+        box(server)(inner_images(1, SHAPE))
+
+
+def test_classes_may_not_change(server):
+    server.plan = [None, lambda scores: (200, npy(np.zeros((2, 3))))]
+    asked = box(server)
+    asked(inner_images(2, SHAPE))
+    with pytest.raises(UserError, match="returned 3 classes after 2 before"):
+        asked(inner_images(2, SHAPE))
+
+
+def test_many_clients_at_once_get_their_own_answers(server):
+    """Eight threads, one shared box and boxes of their own; a third of the requests fail first."""
+    server.plan = [[500, None, "drop"][k % 3] for k in range(60)]
+    shared = box(server, retries=30, batch=3)
+    jobs = [(shared if k % 2 else box(server, retries=30, batch=3), inner_images(7, SHAPE, seed=k)) for k in range(24)]
+
+    def work(job):
+        asked, images = job
+        with torch.no_grad():
+            return asked(images)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(work, jobs))
+    with torch.no_grad():
+        for (_, images), scores in zip(jobs, found, strict=True):
+            assert torch.allclose(scores, server.net(images), atol=1e-6)
+    assert server.most > 1  # they really were there together
+    assert shared.images == 12 * 7
+    boxes = {id(asked): asked for asked, _ in jobs}.values()
+    assert sum(asked.requests for asked in boxes) == server.seen
+    assert sum(asked.retried for asked in boxes) == 40
+
+
+def test_a_budget_holds_over_threads(server):
+    asked = box(server, budget=10)
+
+    def work(k):
+        try:
+            asked(inner_images(3, SHAPE, seed=k))
+        except UserError:
+            return 0
+        return 3
+
+    with ThreadPoolExecutor(6) as pool:
+        total = sum(pool.map(work, range(12)))
+    assert total == asked.images == 9
+
+
+def test_no_server_and_no_address(server):
+    server.server.shutdown()
+    server.server.server_close()
+    with pytest.raises(UserError, match=r"gave no answer in 2 attempts.*refused"):
+        box(server, retries=1)(inner_images(1, SHAPE))
+    for url in ("http://", "ftp://a/b", "http://a:b/", "a"):
+        with pytest.raises(UserError, match="is no address of a server"):
+            HttpScores(url)
+    with pytest.raises(UserError, match="expected none below 0"):
+        HttpScores("http://a/", retries=-1)
+
+
+def test_the_title_keeps_secrets():
+    assert HttpScores("http://me:secret@host:1/path?key=secret").title == "http://host:1/path"
+
+
+def test_a_query_attack_keeps_its_budget_through_lost_requests(server):
+    images = inner_images(6, SHAPE)
+    with torch.no_grad():
+        labels = server.net(images).argmax(1)
+    attack = gb.attacks.Square(eps=0.2, queries=30)
+    server.plan = [500 if k % 4 == 0 else None for k in range(200)]
+    asked = box(server)
+    found = attack(gb.attacks.Queries(asked), images, labels, seed=1)
+    assert asked.retried > 0
+    assert asked.images <= 6 * 30
+    assert torch.equal(found, attack(server.net, images, labels, seed=1))
+    with torch.no_grad():
+        assert (server.net(found).argmax(1) != labels).any()
+
+
+def test_a_black_box_has_no_gradient_and_no_copy():
+    net, _ = binary(SHAPE)
+    asked = FunctionScores(net, budget=50)
+    images = inner_images(2, SHAPE)
+    with pytest.raises(UserError, match="is a black box, which has no gradient: choose a query, procedural"):
+        gb.attacks.PGD(eps=0.1, steps=2)(asked, images, torch.tensor([0, 1]))
+    with pytest.raises(UserError, match="no weights to copy"):
+        copy.deepcopy(asked)
+    with Victim(asked, fast=True) as victim, torch.no_grad():
+        assert torch.allclose(victim(images), net(images))
+        assert victim.forwards == 2
+
+
+def test_functions_may_return_arrays_lists_and_probabilities():
+    net, _ = binary(SHAPE)
+    images = inner_images(4, SHAPE)
+    with torch.no_grad():
+        right = net(images)
+        for form in (lambda s: s, lambda s: s.numpy(), lambda s: s.tolist(), lambda s: s.double()):
+            assert torch.allclose(FunctionScores(lambda x, form=form: form(net(x)))(images), right, atol=1e-6)
+        sure = FunctionScores(lambda x: net(x).softmax(1))
+        assert torch.allclose(sure(images), right.log_softmax(1), atol=1e-5)
+        assert sure.output == "probabilities"
+        left = FunctionScores(lambda x: net(x).softmax(1), output="logits")
+        assert torch.allclose(left(images), right.softmax(1))
+        zero = FunctionScores(lambda x: torch.eye(2)[torch.zeros(len(x), dtype=torch.long)])
+        assert zero(images).isfinite().all()
+
+
+def test_a_function_that_writes_into_its_input_changes_nothing():
+    images = inner_images(3, SHAPE)
+    before = images.clone()
+    FunctionScores(lambda x: x.zero_().flatten(1)[:, :2])(images)
+    assert torch.equal(images, before)
+
+
+def test_onnx_files_that_do_not_fit(tmp_path):
+    pytest.importorskip("onnxruntime")
+    from gambeson.evaluation.black_box import OnnxScores
+
+    with pytest.raises(UserError, match="does not exist: name an ONNX file"):
+        OnnxScores(tmp_path / "none.onnx")
+    (tmp_path / "bad.onnx").write_bytes(b"not onnx")
+    with pytest.raises(UserError, match="cannot be read as ONNX"):
+        OnnxScores(tmp_path / "bad.onnx")
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+def test_onnx_gives_the_scores_of_its_model(tmp_path, batch):
+    for package in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    from gambeson.evaluation.black_box import OnnxScores
+
+    net, _ = binary(SHAPE)
+    shapes = ({0: torch.export.Dim("n")},) if batch is None else None
+    program = torch.export.export(net.eval(), (torch.rand(batch or 2, *SHAPE),), dynamic_shapes=shapes)
+    torch.onnx.export(program, (), str(tmp_path / "m.onnx"), dynamo=True, external_data=False, verbose=False)
+    asked = OnnxScores(tmp_path / "m.onnx")
+    for count in (1, 3, 8):
+        images = inner_images(count, SHAPE)
+        with torch.no_grad():
+            assert torch.allclose(asked(images), net(images), atol=1e-5)
+    with pytest.raises(UserError, match="takes images of 1x4x4, got 3x4x4: choose data"):
+        asked(inner_images(2, (3, 4, 4)))

@@ -1,0 +1,193 @@
+"""What a user may name as a model, and the one sentence for each name that does not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import gambeson as gb
+from gambeson.base import UserError
+from gambeson.evaluation.subjects import load_subject
+from gambeson.models.export import export
+
+NET = """
+import gambeson as gb
+from safetensors.torch import load_file
+from torch import nn
+
+def lenet(in_channels, classes, image_size):
+    return gb.models.create("lenet5", in_channels=in_channels, classes=classes, image_size=image_size)
+
+def scores(images):
+    return images.flatten(1)[:, :10].tolist()
+
+def three(images):
+    return images.flatten(1)[:, :3]
+
+def broken(images):
+    return images.nothing
+"""
+
+
+@pytest.fixture(scope="module")
+def places(trained, tmp_path_factory):
+    """A folder with the trained net in every form."""
+    folder = tmp_path_factory.mktemp("subjects")
+    gb.models.save(trained, folder / "own.safetensors")
+    save_file(trained.body.state_dict(), folder / "body.safetensors")
+    export(trained, folder / "net.pt2", "torch-export")
+    (folder / "nets.py").write_text(NET)
+    return folder
+
+
+def accuracy(subject):
+    with torch.no_grad():
+        x, y = subject.dataset.test.take(slice(0, 200))
+        return float((subject.model(x).argmax(1) == y).float().mean())
+
+
+@pytest.mark.parametrize(
+    ("source", "label"),
+    [
+        ("{}/own.safetensors", "own"),
+        ("{}/net.pt2", "net"),
+        ("lenet5@{}/own.safetensors", "own"),
+        ("{}/nets.py:lenet@{}/own.safetensors", "own"),
+    ],
+)
+def test_the_same_net_by_every_name(places, digits, trained, source, label):
+    # A file's function has no normalisation before it but the net's own: its weights are those of the inner model.
+    subject = load_subject(source.replace("{}", str(places)), "digits", "cpu", digits)
+    assert subject.label == label
+    assert not subject.black_box
+    x, _ = digits.test.take(slice(0, 20))
+    with torch.no_grad():
+        assert torch.allclose(subject.model(x), trained(x), atol=1e-5)
+    assert accuracy(subject) > 0.85
+
+
+def test_an_architecture_is_the_same_at_every_call(digits):
+    first, second = (load_subject("lenet5", "digits", "cpu", digits) for _ in range(2))
+    assert gb.models.fingerprint(first.model) == gb.models.fingerprint(second.model)
+    assert first.label == "lenet5"
+    assert not first.model.training
+
+
+def test_body_weights_fit_an_architecture(places, digits):
+    assert accuracy(load_subject(f"lenet5@{places}/body.safetensors", "digits", "cpu", digits)) > 0.85
+
+
+def test_an_onnx_file(places, trained, digits):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    export(trained, places / "net.onnx", "onnx")
+    subject = load_subject(f"{places}/net.onnx", "digits", "cpu", digits)
+    assert subject.black_box
+    assert accuracy(subject) > 0.85
+
+
+def test_a_function_of_scores_is_a_black_box(places, digits):
+    subject = load_subject(f"function:{places}/nets.py:scores", "digits", "cpu", digits)
+    assert subject.black_box
+    assert subject.label == "scores"
+    assert subject.model(torch.rand(3, 1, 8, 8)).shape == (3, 10)
+
+
+def test_a_server(trained, digits):
+    from tests.evaluation.test_black_box import Server
+
+    server = Server(trained)
+    try:
+        subject = load_subject(server.url, "digits", "cpu", digits)
+        assert subject.black_box
+        assert subject.label == server.url.removeprefix("http://")
+        assert accuracy(subject) > 0.85
+        with pytest.raises(UserError, match="gives scores of 10 classes, but two has 2"):
+            load_subject(server.url, "two", "cpu", _two())
+    finally:
+        server.server.shutdown()
+        server.server.server_close()
+
+
+def _two():
+    images, labels = torch.rand(40, 1, 8, 8), torch.arange(40) % 2
+    whole = gb.data.as_dataset((images, labels))
+    object.__setattr__(whole, "name", "two")
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{}/none", "none does not exist: name the folder of a finished `gambeson train`"),
+        ("lenett", r"lenett does not exist, and as the name .* unknown model 'lenett': did you mean"),
+        ("{}/none.pt2", "none.pt2 does not exist: name a program"),
+        ("{}/none.onnx", "onnx"),
+        ("lenet5@{}/none.safetensors", "none.safetensors does not exist: expected the weights of lenet5"),
+        ("lenet@{}/own.safetensors", "do not fit this lenet"),
+        ("{}/nets.py:nothing", "has no function 'nothing'"),
+        ("{}/nets.py", "names a file but no function"),
+        ("function:{}/nets.py", "write FILE.py:FUNCTION"),
+        ("function:{}/nets.py:three", "gives scores of 3 classes, but .* has 10"),
+        ("function:{}/nets.py:broken", r"asking .*:broken about 2 images failed in line 16 of .*AttributeError"),
+        ("torchvision:resnet1818", "unknown torchvision model"),
+        ("http://127.0.0.1:notaport/", "is no address"),
+    ],
+)
+def test_names_that_stand_for_nothing(places, digits, source, words):
+    with pytest.raises(UserError, match=words) as told:
+        load_subject(source.replace("{}", str(places)), "digits", "cpu", digits)
+    assert "\n" not in str(told.value)
+
+
+def test_a_model_and_data_that_do_not_fit(places):
+    with pytest.raises(UserError, match=r"knows 10 classes, but two has 1 channels and 2 classes"):
+        load_subject(f"{places}/own.safetensors", "two", "cpu", _two())
+    with pytest.raises(UserError, match=r"returned \(2, 10\) for two images: expected logits \(2, 2\)"):
+        load_subject(f"{places}/net.pt2", "two", "cpu", _two())
+    with pytest.raises(UserError, match="does not say what data its model was trained on"):
+        load_subject(f"{places}/own.safetensors", None, "cpu")
+
+
+def test_trained_weights_of_other_classes_are_not_judged_with_a_new_last_layer(digits):
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match="knows 1000 classes, but .* has 10: choose data that fit .* fine-tune"):
+        load_subject("timm:resnet18@DEFAULT", "digits", "cpu", digits)
+
+
+def test_a_users_model_is_trained_and_its_folder_loaded_again(tmp_path, digits):
+    (tmp_path / "nets.py").write_text(NET)
+    run = gb.training.TrainRun(
+        data="digits",
+        model=f"{tmp_path}/nets.py:lenet",
+        defense=gb.defenses.Standard(),
+        recipe=gb.training.Recipe(epochs=1, batch_size=64),
+    )
+    trained = gb.training.run_training(run, tmp_path / "run", digits)
+    subject = load_subject(str(tmp_path / "run"), None, "cpu", digits)
+    assert gb.models.fingerprint(subject.model) == gb.models.fingerprint(trained)
+    assert subject.trained["model"] == f"{tmp_path}/nets.py:lenet"
+    tuned = run.model_copy(update={"init": str(tmp_path / "run"), "recipe": run.recipe.model_copy(update={"lr": 1e-9})})
+    near = gb.training.run_training(tuned, tmp_path / "tuned", digits)
+    for mine, theirs in zip(near.parameters(), trained.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-4)
+
+
+def test_a_transformers_model_without_its_head_is_not_judged(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=2, **sizes)
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "preprocessor_config.json").write_text('{"image_mean": [0.5], "image_std": [0.5]}')
+    whole = transformers.ViTForImageClassification(config)
+    whole.save_pretrained(tmp_path / "vit")
+    source = f"transformers:{tmp_path / 'vit'}"
+    assert load_subject(source, "two", "cpu", _two()).model(torch.rand(3, 1, 8, 8)).shape == (3, 2)
+    weights = {key: value for key, value in whole.state_dict().items() if not key.startswith("classifier")}
+    save_file(weights, tmp_path / "vit" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"has no weights for classifier.bias, classifier.weight, which would be random"
+    ):
+        load_subject(source, "two", "cpu", _two())
+    assert gb.models.create(source, _two()).card.classes == 2  # to be fine-tuned it will do
