@@ -1,8 +1,9 @@
 """Every defence, side by side: ``python benchmarks/defenses.py``.
 
-Fashion-MNIST (10,000 training images), LeNet-5, equal epochs and optimiser, trained against eps 0.2 where a defence has one. A row gives clean
-accuracy, UER under strong stochastic PGD at three radii (crafted on train, restarts chosen on validation, reported on
-test), accuracy under PGD-40, and the time of a step over that of a plain step, taken in turns in this process. Cells that the results file holds already are not run again.
+Fashion-MNIST (10,000 training images), LeNet-5, equal epochs and optimiser, trained against eps 0.2 where a defence
+has one. A row gives clean accuracy, UER under strong stochastic PGD at three radii (crafted on train, chosen on
+validation, reported on test), accuracy under PGD-40, and the time of a step over that of a plain one, taken in turns
+in this process. Cells that the results file holds already are not run again.
 """
 
 from __future__ import annotations

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gambeson import attacks
 from gambeson.base import UserError, pick_device, read_settings
-from gambeson.cli.options import ConfigFile, Device, Json, Out, Set, print_json, progress, put, put_all
+from gambeson.cli.options import ConfigFile, Device, Json, Out, Set, folder_beside, print_json, progress, put, put_all
 from gambeson.evaluation import AttackRun, run_attack
 
 
@@ -53,7 +52,7 @@ def attack(
     if "model" not in chosen:
         raise UserError("no model was given: name the folder of a training run, for example --model runs/x")
     run = AttackRun(**chosen)
-    folder = out or Path(f"{run.model.removesuffix('/')}-{run.attack}")
+    folder = out or folder_beside(run.model, run.attack)
     with progress(as_json) as console:
         result = run_attack(run, folder)
     if as_json:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gambeson.base import UserError, pick_device, read_settings
-from gambeson.cli.options import ConfigFile, Device, Json, Out, Set, print_json, progress, put, put_all
+from gambeson.cli.options import ConfigFile, Device, Json, Out, Set, folder_beside, print_json, progress, put, put_all
 from gambeson.cli.tables import audit_table
 from gambeson.evaluation import SUITES, AuditRun, run_audit
 
@@ -49,7 +48,7 @@ def audit(
     if "model" not in settings:
         raise UserError("no model was given: name the folder of a training run, for example gambeson audit runs/x")
     run = AuditRun(**settings)
-    folder = out or Path(f"{run.model.removesuffix('/')}-audit")
+    folder = out or folder_beside(run.model, "audit")
     with progress(as_json) as console:
         found = run_audit(run, folder)
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,13 @@ def progress(as_json: bool) -> Iterator[Console]:
         return
     with show_progress(console):
         yield console
+
+
+def folder_beside(model: str, what: str) -> Path:
+    """Name a folder for what is done to a model: beside its own, or under ``runs`` where it has none."""
+    if Path(model).exists():
+        return Path(f"{model.removesuffix('/')}-{what}")
+    return Path("runs") / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', model).strip('-')}-{what}"
 
 
 def put(settings: dict[str, Any], path: str, value: Any) -> None:

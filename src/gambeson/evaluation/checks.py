@@ -28,11 +28,7 @@ def is_deterministic(victim: Victim, split: Split) -> Check:
         name="deterministic",
         passed=gap == 0,
         detail=f"two forwards of the same images differ by at most {gap:.3g} in their logits"
-        + (
-            ""
-            if gap == 0
-            else f"; gradients were averaged over {DRAWS} draws, but every rate is of a single pass of a random model"
-        ),
+        + ("" if gap == 0 else f"; gradients were averaged over {DRAWS} draws, every rate is of one pass"),
     )
 
 

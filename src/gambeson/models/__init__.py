@@ -8,6 +8,7 @@
 
 from gambeson.models.as_logits import as_logits
 from gambeson.models.card import ModelCard
+from gambeson.models.ensemble import ensemble
 from gambeson.models.equip import equip
 from gambeson.models.factory import create
 from gambeson.models.measures import count_parameters, fingerprint
@@ -34,6 +35,7 @@ __all__ = [
     "as_logits",
     "count_parameters",
     "create",
+    "ensemble",
     "equip",
     "fingerprint",
     "injections",

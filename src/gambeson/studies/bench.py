@@ -89,13 +89,13 @@ def bench_attacks(settings: BenchSettings, peers: Mapping[str, Attack] | None = 
     shape = (settings.batch_size, settings.channels, settings.image_size, settings.image_size)
     draw = generator(settings.seed, "bench")
     x, y = torch.rand(shape, generator=draw), torch.randint(0, 10, shape[:1], generator=draw)
-    candidates = {
+    candidates: dict[str, Attack] = {
         BARE: bare_pgd(settings),
         BACKWARD: bare_pgd(settings, whole=True),
         "gambeson": ours(settings),
         **(peers or {}),
     }
-    runs = {name: partial(attack, model, x, y) for name, attack in candidates.items()}
+    runs: dict[str, Callable[[], object]] = {name: partial(attack, model, x, y) for name, attack in candidates.items()}
     if settings.bfloat16:
         runs["gambeson, bfloat16"] = partial(_in_bfloat16, ours(settings), model, x, y)
     return BenchResult(

@@ -29,9 +29,8 @@ class Epoch:
 
     def __init__(self, train: Split, recipe: Recipe, orders: int, seed: int, epoch: int, device: torch.device) -> None:
         self.train, self.recipe, self.seed, self.epoch, self.device = train, recipe, seed, epoch, device
-        self.orders = [
-            torch.randperm(len(train), generator=generator(one, "order", epoch)) for one in member_seeds(seed, orders)
-        ]
+        self.seeds = member_seeds(seed, orders)
+        self.orders = [torch.randperm(len(train), generator=generator(one, "order", epoch)) for one in self.seeds]
         self.place = place()
         self.share = recipe.batch_size // self.place[1]
 
@@ -46,11 +45,7 @@ class Epoch:
         step = self.epoch * len(self) + k
         seed, whole = derive(self.seed, "step", step), self.recipe.augment == "none"
         if not whole:
-            draw = generator(seed, "augment", self.place[0], device=self.device)
-            if labels.ndim == 1:
-                images = augment(images, self.recipe.augment, draw)
-            else:
-                images, labels = augment(images, self.recipe.augment, draw, labels, self.train.ignore_index)
+            images, labels = self._augmented(images, labels, step)
         return Batch(
             images=images,
             labels=labels,
@@ -62,3 +57,17 @@ class Epoch:
             epochs=self.recipe.epochs,
             indices=indices if whole else None,
         )
+
+    def _augmented(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Augment every order's rows with the draws that a run of its own would have."""
+        moved, kept = [], []
+        for part, theirs, seed in zip(images.split(self.share), labels.split(self.share), self.seeds, strict=True):
+            draw = generator(derive(seed, "step", step), "augment", self.place[0], device=self.device)
+            if theirs.ndim == 1:
+                moved.append(augment(part, self.recipe.augment, draw))
+                kept.append(theirs)
+            else:
+                both = augment(part, self.recipe.augment, draw, theirs, self.train.ignore_index)
+                moved.append(both[0])
+                kept.append(both[1])
+        return (moved[0], kept[0]) if len(moved) == 1 else (torch.cat(moved), torch.cat(kept))

@@ -145,7 +145,9 @@ class Run:
         self.model.load_state_dict(self._chosen())
         if self.out is not None and isinstance(self.model, PixelModel) and self.accelerator.is_main_process:
             save_model(self.model, self.out / "model.safetensors", {"epochs": self.recipe.epochs})
-        self.accelerator.end_training()
+        if self.recipe.track != "none":
+            for tracker in self.accelerator.trackers:
+                tracker.finish()  # not end_training: it would close the process group under a later run
         return self.history
 
     @property

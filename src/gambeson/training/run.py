@@ -11,6 +11,7 @@ from gambeson import data, models
 from gambeson.base import Config, close_run, derive, environment, open_run, seeded
 from gambeson.defenses import AnyDefense, Standard, name_of
 from gambeson.models.init_weights import init_weights
+from gambeson.training.batches import member_seeds
 from gambeson.training.loop import train
 from gambeson.training.plan import Plan, plan
 from gambeson.training.recipe import Recipe
@@ -82,8 +83,11 @@ def plan_training(run: TrainRun, dataset: data.Dataset | None = None) -> Plan:
 
 
 def _model(run: TrainRun, dataset: data.Dataset) -> models.PixelModel:
-    with seeded(run.seed, "model"):
-        model = models.create(run.model, dataset, members=run.defense.num_members)
+    drawn = []
+    for seed in member_seeds(run.seed, run.defense.num_members):  # each member as a run of its own would draw it
+        with seeded(seed, "model"):
+            drawn.append(models.create(run.model, dataset))
+    model = models.ensemble(drawn)
     if run.init is not None:
         init_weights(model, Path(run.init))
     return model

@@ -24,8 +24,8 @@ def validate(model: nn.Module, data: Dataset) -> dict[str, float]:
 def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: int) -> dict[str, float]:
     """Return the universal evasion rate and, for one label an image, the accuracy under PGD, at the defence's eps.
 
-    Both by short attacks, to compare epochs: 50 steps of stochastic PGD from zero, 10 of PGD on the first images. A random
-    model is taken as it is, one draw an image.
+    Both by short attacks, to compare epochs: 50 steps of stochastic PGD from zero, 10 of PGD on the first images. A
+    random model is taken as it is, one draw an image.
     """
     ball = {"eps": getattr(defense, "eps", None), "norm": getattr(defense, "norm", "inf")}
     if not ball["eps"]:
