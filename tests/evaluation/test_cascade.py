@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch import nn
 
 import gambeson as gb
+from gambeson import UserError
 from gambeson.attacks import FGSM, PGD, RFGSM
 from gambeson.evaluation import Rate, run_cascade
 from gambeson.victim import Victim
@@ -55,3 +57,26 @@ def test_an_attack_alone_is_never_stronger_than_the_row(row, trained, digits):
     assert row.result.robust.value < alone.result.robust.value < nothing.result.robust.value
     assert nothing.result.robust == nothing.result.clean
     assert (nothing.result.largest, nothing.result.mean) == (0.0, 0.0)
+
+
+def test_a_random_model_is_decided_by_many_draws():
+    """One draw would break an image of margin 1 under noise of size 2 in three of ten attempts, whatever the attack."""
+
+    class Noisy(nn.Module):
+        def forward(self, x):
+            margin = x.flatten(1)[:, 0] * 2
+            return torch.stack([margin + 2 * torch.randn_like(margin), torch.zeros_like(margin)], 1)
+
+    x = torch.full((200, 1, 1, 2), 0.5)
+    split = gb.data.as_split((x, torch.zeros(200, dtype=torch.long)))
+    nothing = {"nothing": lambda victim, x, y, **_: x}
+    torch.manual_seed(0)
+    with Victim(Noisy()) as victim:
+        found = run_cascade(victim, split, nothing).result
+    assert found.draws == 21
+    assert found.clean.value > 0.95
+    with Victim(Noisy()) as victim:
+        broken = run_cascade(victim, split, {"pgd": PGD(eps=0.5, steps=5, draws=20)}).result
+        assert broken.robust.value < 0.8 * broken.clean.value
+        with pytest.raises(UserError, match="set draws=20"):
+            run_cascade(victim, split, {"pgd": PGD(eps=0.5, steps=5)})

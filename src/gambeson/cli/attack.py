@@ -20,6 +20,9 @@ def attack(
     ] = None,
     eps: Annotated[str | None, typer.Option(help="Radius, such as 0.2 or 8/255.")] = None,
     norm: Annotated[str | None, typer.Option(help="Norm of the ball.")] = None,
+    draws: Annotated[
+        int | None, typer.Option(help="Draws of a random model that every gradient is averaged over.")
+    ] = None,
     images: Annotated[int | None, typer.Option(help="Test images to attack (1000).")] = None,
     config: ConfigFile = None,
     set_: Set = None,
@@ -43,6 +46,7 @@ def attack(
         "seed": seed,
         "settings.eps": eps,
         "settings.norm": norm,
+        "settings.draws": draws,
     }
     for name, value in flags.items():
         put(chosen, name, value)

@@ -40,10 +40,10 @@ class AttackRun(Config):
 def _attacks_of(run: AttackRun) -> dict[str, Any]:
     if run.attack != STANDARD:
         return {run.attack: attacks.create(run.attack, **run.settings)}
-    unknown = set(run.settings) - {"eps", "norm", "queries"}
+    unknown = set(run.settings) - {"eps", "norm", "queries", "faithful", "draws"}
     if unknown or "eps" not in run.settings:
         raise UserError(
-            f"the standard row takes eps, norm and queries, got {sorted(run.settings)}: give --eps at least"
+            f"the standard row takes eps, norm, queries, faithful and draws, got {sorted(run.settings)}: give --eps at least"
         )
     return dict(standard_attacks(**run.settings))
 

@@ -15,6 +15,10 @@ from gambeson.evaluation.results import Cost
 from gambeson.victim import Victim
 
 
+DRAWS = 21
+"""Fresh draws that decide, by their majority, whether a random model still gets an image right."""
+
+
 class ImageAttack(Protocol):
     """Anything that perturbs images one by one, as the attacks of :mod:`gambeson.attacks` do."""
 
@@ -47,6 +51,8 @@ class CascadeResult(Config):
     """Share of images that are right when clean and that no attack broke."""
     success: Rate
     """Share of the images right when clean that some attack broke."""
+    draws: int = 1
+    """Draws that decided each image by their majority: more than one for a random model."""
     rounds: list[Round]
     largest: float
     """Largest norm of a perturbation that broke an image, as measured on the stored images."""
@@ -76,7 +82,8 @@ def run_cascade(
 ) -> Cascade:
     """Attack every image with each attack in turn until one breaks it.
 
-    Success is decided on the model itself, by the images an attack returned, whatever the attack believed.
+    Success is decided on the model itself, by the images an attack returned, whatever the attack believed; on a random
+    model by the majority of :data:`DRAWS` fresh draws.
 
     Args:
         victim: the model, inside its context.
@@ -118,6 +125,7 @@ def run_cascade(
         clean=clean,
         robust=Rate.of(int(standing.sum()), len(images)),
         success=Rate.of(right - int(standing.sum()), right),
+        draws=_draws(victim, images),
         rounds=rounds,
         largest=float(distances.max()) if len(distances) else 0.0,
         mean=float(distances.mean()) if len(distances) else 0.0,
@@ -131,4 +139,10 @@ def _parts(images: torch.Tensor, labels: torch.Tensor, size: int) -> list[tuple[
 
 @torch.no_grad()
 def _right(victim: Victim, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return victim.exact(images).argmax(1) == labels
+    draws = _draws(victim, images)
+    hits = torch.stack([victim.exact(images).argmax(1) == labels for _ in range(draws)]).sum(0)
+    return 2 * hits > draws
+
+
+def _draws(victim: Victim, images: torch.Tensor) -> int:
+    return DRAWS if victim.meet(images, scores=True).stochastic else 1

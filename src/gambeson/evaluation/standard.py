@@ -8,7 +8,7 @@ from gambeson.threat import Norm
 
 
 def standard_attacks(
-    *, eps: float | str, norm: Norm = "inf", queries: int = 5000, faithful: bool = False
+    *, eps: float | str, norm: Norm = "inf", queries: int = 5000, faithful: bool = False, draws: int | None = None
 ) -> dict[str, ImageAttack]:
     """Return the attacks of the standard suite, to be run by :func:`gambeson.evaluation.run_cascade`.
 
@@ -26,10 +26,12 @@ def standard_attacks(
         norm: ``inf`` or ``2``.
         queries: budget of Square, an image.
         faithful: climb towards all nine targets in full, and let Square spend its whole budget on every image.
+        draws: of a random model, over which each gradient is averaged.
     """
+    ball = {"eps": eps, "norm": norm, "draws": draws}
     return {
-        "pgd": PGD(eps=eps, norm=norm, steps=10),
-        "auto-pgd": AutoPGD(eps=eps, norm=norm, steps=100),
-        "auto-pgd-targeted": TargetedAutoPGD(eps=eps, norm=norm, steps=100, scout=None if faithful else 20),
+        "pgd": PGD(steps=10, **ball),
+        "auto-pgd": AutoPGD(steps=100, **ball),
+        "auto-pgd-targeted": TargetedAutoPGD(steps=100, scout=None if faithful else 20, **ball),
         "square": Square(eps=eps, norm=norm, queries=queries, outlook=None if faithful else 3),
     }
