@@ -1,10 +1,46 @@
+import json
+import re
+import statistics
 from pathlib import Path
 
 import pytest
 
-from gambeson import attacks
+from gambeson import attacks, defenses
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def defense_table():
+    """The table of docs/defenses.md, from what ``benchmarks/defenses.py`` stored."""
+    content = json.loads((ROOT / "results" / "defenses.json").read_text())
+    columns = {"clean": "clean", "uer 0.1": "UER 0.1", "uer 0.2": "UER 0.2", "uer 0.3": "UER 0.3"}
+    columns["pgd-40 at 0.1"] = "PGD-40 at 0.1"
+    lines = [f"| defence | seeds | time of a step | {' | '.join(columns.values())} |", "|---|" + "---|" * 7]
+    for name, cells in content["cells"].items():
+        means = [100 * statistics.mean(cell[key]["value"] for cell in cells.values()) for key in columns]
+        cost = content.get("cost", {}).get(name)
+        values = [f"{mean:.1f}" for mean in means]
+        lines.append(f"| {name} | {len(cells)} | {'' if cost is None else f'{cost:.1f}'} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_every_defence_is_in_the_table():
+    text = (DOCS / "defenses.md").read_text()
+    for name in defenses.names():
+        assert f"`{name}`" in text, name
+
+
+def test_the_defences_numbers_are_the_stored_ones():
+    text = (DOCS / "defenses.md").read_text()
+    assert text.split("<!-- defenses table -->\n")[1].split("<!-- /defenses table -->")[0] == defense_table()
+
+
+def test_the_new_idea_of_the_page_trains(digits):
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "defenses.md").read_text(), re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    assert scope["gb"].evaluation.accuracy(scope["model"], scope["data"]).value > 0.3
 
 
 @pytest.mark.parametrize("kind", ["image", "universal"])

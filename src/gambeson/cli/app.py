@@ -7,7 +7,7 @@ import sys
 import typer
 
 from gambeson.base import UserError
-from gambeson.cli import attack, audit, bench, data, export, quickstart, report, train, uap
+from gambeson.cli import attack, audit, bench, data, export, quickstart, report, train, transfer, uap
 
 MISTAKE, STOPPED = 2, 130
 """Exit codes of a mistake that the user can mend, and after Ctrl-C, as shells have it."""
@@ -26,6 +26,7 @@ app.command("train")(train.train)
 app.command("audit")(audit.audit)
 app.command("attack")(attack.attack)
 app.add_typer(uap.app, name="uap")
+app.command("transfer")(transfer.transfer)
 app.command("report")(report.report)
 app.command("export")(export.export)
 app.add_typer(bench.app, name="bench")

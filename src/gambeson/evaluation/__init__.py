@@ -13,6 +13,7 @@ from gambeson.evaluation.run import AuditRun, run_audit
 from gambeson.evaluation.standard import standard_attacks
 from gambeson.evaluation.subjects import LoadedModel, load_subject
 from gambeson.evaluation.suite import SUITES, Suite
+from gambeson.evaluation.transfer import TransferResult, TransferRun, run_transfer
 from gambeson.evaluation.universal import accuracy, control_rates, fooling_rate, universal_evasion
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "OnnxScores",
     "Rate",
     "Suite",
+    "TransferResult",
+    "TransferRun",
     "accuracy",
     "audit",
     "control_rates",
@@ -41,6 +44,7 @@ __all__ = [
     "run_audit",
     "run_cascade",
     "run_export",
+    "run_transfer",
     "standard_attacks",
     "universal_evasion",
 ]

@@ -43,7 +43,7 @@ def _attacks_of(run: AttackRun) -> dict[str, Any]:
     unknown = set(run.settings) - {"eps", "norm", "queries", "faithful", "draws"}
     if unknown or "eps" not in run.settings:
         raise UserError(
-            f"the standard row takes eps, norm, queries, faithful and draws, got {sorted(run.settings)}: give --eps at least"
+            f"the standard row takes eps, norm, queries, faithful, draws, got {sorted(run.settings)}: give --eps"
         )
     return dict(standard_attacks(**run.settings))
 

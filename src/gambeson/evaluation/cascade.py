@@ -14,7 +14,6 @@ from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.results import Cost
 from gambeson.victim import Victim
 
-
 DRAWS = 21
 """Fresh draws that decide, by their majority, whether a random model still gets an image right."""
 

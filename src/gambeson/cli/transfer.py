@@ -1,0 +1,72 @@
+"""``gambeson transfer``: how far examples crafted on one model fool the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from gambeson.base import UserError, pick_device, read_settings
+from gambeson.cli.options import ConfigFile, Device, Json, Out, Set, print_json, progress, put, put_all
+from gambeson.evaluation.transfer import TransferRun, run_transfer
+from gambeson.report.heat_map import write_heat_map
+
+
+def transfer(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Two models or more: run folders or other sources.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Data set (the first run's).")] = None,
+    attacks: Annotated[
+        str | None, typer.Option(help="Names, with commas between (fgsm,r-fgsm,step-ll,pgd,mi-fgsm).")
+    ] = None,
+    eps: Annotated[str | None, typer.Option(help="Radius, such as 0.2 or 8/255.")] = None,
+    norm: Annotated[str | None, typer.Option(help="Norm of the ball.")] = None,
+    images: Annotated[int | None, typer.Option(help="Test images (1000).")] = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    out: Out = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random draw (0).")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Craft examples on every model and score them on every other; the diagonal is the white box.
+
+    Example: `gambeson transfer runs/x runs/y runs/z --eps 0.1 --out runs/transfer`
+    """
+    chosen = read_settings(config, "transfer") if config else {}
+    flags: dict[str, Any] = {
+        "models": models or None,
+        "data": data,
+        "attacks": None if attacks is None else [name.strip() for name in attacks.split(",")],
+        "eps": eps,
+        "norm": norm,
+        "images": images,
+        "seed": seed,
+    }
+    for name, value in flags.items():
+        put(chosen, name, value)
+    put_all(chosen, set_)
+    if device != "auto" or "device" not in chosen:
+        chosen["device"] = pick_device(device)
+    if len(chosen.get("models", ())) < 2 or "eps" not in chosen:
+        raise UserError(
+            "transfer needs two models or more and --eps: for example gambeson transfer runs/x runs/y --eps 0.1"
+        )
+    run = TransferRun(**chosen)
+    folder = out or Path("runs") / "transfer"
+    with progress(as_json) as console:
+        result = run_transfer(run, folder)
+        page = write_heat_map(result, folder / "transfer.html")
+    if as_json:
+        print_json(result.plain())
+        return
+    for table in result.tables:
+        shown = Table(f"{table.attack}: from", *result.labels, box=None)
+        for label, row in zip(result.labels, table.errors, strict=True):
+            shown.add_row(label, *("" if rate is None else str(rate) for rate in row))
+        shown.add_row("worst of the others", *("" if rate is None else str(rate) for rate in table.worst))
+        console.print(shown)
+    console.print(f"errors without a perturbation: {', '.join(map(str, result.clean))}; the page is {page}")

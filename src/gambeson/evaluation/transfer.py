@@ -1,0 +1,127 @@
+"""Transfer tables: the error of every model under examples that another crafted (Tramèr et al. 2018, table 1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from gambeson import attacks
+from gambeson.base import Config, UserError, close_run, derive, environment, open_run, read_json, task, write_json
+from gambeson.data import Split
+from gambeson.evaluation.rates import Rate
+from gambeson.evaluation.subjects import LoadedModel, load_subject
+from gambeson.threat import Eps, Norm
+from gambeson.victim import Victim
+
+
+class TransferRun(Config):
+    """Which models, which attacks, on how many images."""
+
+    kind: Literal["transfer"] = "transfer"
+    models: Annotated[tuple[str, ...], Field(min_length=2)]
+    """What ``gambeson attack`` takes as a model. A black box can only be a target."""
+    data: str | None = None
+    """Name of a data set; None: the one that the first model was trained on."""
+    attacks: tuple[str, ...] = ("fgsm", "r-fgsm", "step-ll", "pgd", "mi-fgsm")
+    """Attacks that perturb image by image, by name."""
+    eps: Eps
+    norm: Norm = "inf"
+    images: Annotated[int, Field(ge=1)] = 1000
+    """Test images, the first ones."""
+    seed: int = 0
+    device: str = "cpu"
+
+
+class TransferTable(Config):
+    """Errors in the order of the models: ``errors[source][target]``; the diagonal is the white box."""
+
+    attack: str
+    errors: list[list[Rate | None]]
+    """Share of wrong answers; a row is None where the source is a black box."""
+
+    @property
+    def worst(self) -> list[Rate | None]:
+        """Worst error of each target under the other models' examples."""
+        found: list[Rate | None] = []
+        for target in range(len(self.errors)):
+            others = [row[target] for k, row in enumerate(self.errors) if k != target]
+            found.append(max((rate for rate in others if rate is not None), key=lambda rate: rate.value, default=None))
+        return found
+
+
+class TransferResult(Config):
+    """What ``transfer.json`` holds."""
+
+    labels: list[str]
+    clean: list[Rate]
+    """Error of each model on the images as they are."""
+    tables: list[TransferTable]
+    run: TransferRun
+    environment: dict[str, str]
+
+
+def run_transfer(run: TransferRun, out: Path) -> TransferResult:
+    """Carry out ``run``; leave ``result.json`` in ``out``.
+
+    Raises:
+        UserError: the folder holds another run, a model cannot be loaded, or the models do not belong to one data set.
+    """
+    rows = {name: attacks.create(name, eps=run.eps, norm=run.norm) for name in run.attacks}
+    subjects = _load(run)
+    if open_run(out, run.plain(), environment(run.device)):
+        return TransferResult(**read_json(out / "result.json"))
+    test = subjects[0].dataset.test
+    split = test.subset(torch.arange(min(run.images, len(test))))
+    clean, tables = [], []
+    with task("transfer", (len(rows) + 1) * len(subjects)) as advance:
+        for target in subjects:
+            clean.append(_error(target, split))
+            advance()
+        for name, attack in rows.items():
+            errors: list[list[Rate | None]] = []
+            for number, source in enumerate(subjects):
+                if source.black_box:
+                    errors.append([None] * len(subjects))
+                else:
+                    with Victim(source.model, fast=True) as victim:
+                        parts = [
+                            attack(victim, images, labels, seed=derive(run.seed, name, number, k))
+                            for k, (images, labels) in enumerate(split.batches(250, device=victim.device))
+                        ]
+                    moved = Split(split.name, torch.cat(parts).cpu(), split.labels, split.classes)
+                    errors.append([_error(target, moved) for target in subjects])
+                advance()
+            tables.append(TransferTable(attack=name, errors=errors))
+    result = TransferResult(
+        labels=_labels(run, subjects), clean=clean, tables=tables, run=run, environment=environment(run.device)
+    )
+    write_json(out / "result.json", result.plain())
+    close_run(out)
+    return result
+
+
+def _load(run: TransferRun) -> list[LoadedModel]:
+    first = load_subject(run.models[0], run.data, run.device)
+    name = run.data or first.trained.get("data")
+    others = [load_subject(source, name, run.device, first.dataset) for source in run.models[1:]]
+    if first.dataset.test.labels.ndim != 1:
+        raise UserError(f"{name} has one label a pixel: transfer tables take one label an image")
+    return [first, *others]
+
+
+def _labels(run: TransferRun, subjects: list[LoadedModel]) -> list[str]:
+    """The subjects' labels, or what was named where two are equal."""
+    labels = [subject.label for subject in subjects]
+    return [label if labels.count(label) == 1 else name for label, name in zip(labels, run.models, strict=True)]
+
+
+@torch.no_grad()
+def _error(target: LoadedModel, split: Split) -> Rate:
+    with Victim(target.model) as victim:
+        wrong = 0
+        for images, labels in split.batches(250, device=victim.device):
+            wrong += int((victim.exact(images).argmax(1) != labels).sum())
+    return Rate.of(wrong, len(split))
