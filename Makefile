@@ -8,7 +8,7 @@ quickstart: $(VENV)/.quickstart   ## find a universal perturbation, harden the m
 	$(BIN)/gambeson quickstart --out runs/quickstart
 
 test: $(VENV)/.dev lint           ## everything that must hold, in minutes
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -n auto -m "not full"
 
 test-full: $(VENV)/.dev lint      ## and the slow checks
 	$(BIN)/python -m pytest

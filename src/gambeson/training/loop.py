@@ -32,7 +32,7 @@ from gambeson.training.batches import Epoch
 from gambeson.training.optimizer import freeze_statistics, make_optimizer, set_lr
 from gambeson.training.recipe import Recipe
 from gambeson.training.state import load_state, save_state
-from gambeson.training.tracking import tracking
+from gambeson.training.tracking import finish, tracking
 from gambeson.training.validation import is_best, validate, validate_robustly
 from gambeson.victim import Victim
 
@@ -145,9 +145,7 @@ class Run:
         self.model.load_state_dict(self._chosen())
         if self.out is not None and isinstance(self.model, PixelModel) and self.accelerator.is_main_process:
             save_model(self.model, self.out / "model.safetensors", {"epochs": self.recipe.epochs})
-        if self.recipe.track != "none":
-            for tracker in self.accelerator.trackers:
-                tracker.finish()  # not end_training: it would close the process group under a later run
+        finish(self.accelerator)
         return self.history
 
     @property

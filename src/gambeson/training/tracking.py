@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from gambeson.base import UserError
 from gambeson.training.recipe import Recipe
 
@@ -24,3 +26,9 @@ def tracking(recipe: Recipe, out: Path | None) -> dict[str, Any]:
             "pip install gambeson[track]"
         )
     return {"log_with": recipe.track, "project_dir": str(out / "track")}
+
+
+def finish(accelerator: Accelerator) -> None:
+    """Close the trackers, where there are any; the process group stays open for a later run."""
+    for tracker in getattr(accelerator, "trackers", []):
+        tracker.finish()
