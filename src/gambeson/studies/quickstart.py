@@ -21,8 +21,10 @@ TRAIN = Recipe(epochs=12, lr=0.05, warmup=1)
 HARDEN = Recipe(epochs=8, lr=0.05, warmup=1)
 SUITE = Suite(
     eps=(0.1, 0.2, 0.25, 0.3, 0.4),
-    universal_steps=100,
-    universal_restarts=2,
+    universal_steps=200,
+    universal_restarts=1,
+    universal_batch=64,
+    universal_screened=4,
     pgd_steps=20,
     pgd_restarts=1,
     eps_uni_tolerance=0.05,
