@@ -124,3 +124,11 @@ def test_divergence_keeps_the_last_good_state(digits, tmp_path):
     assert len(lines) == 2
     weights, _ = gb.base.load_tensors(tmp_path / "state" / "latest.safetensors")
     assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
+
+
+def test_no_epoch_is_the_best_before_all_of_the_objective_is_at_work(digits, tmp_path):
+    defense = gb.defenses.Learn2Perturb(eps=0.1, steps=1, noise_from=2, adversarial_from=2, places=("relu1",))
+    gb.train(fresh(digits), digits, defense, epochs=2 + 1, select="best", lr=1e-6, seed=0, out=tmp_path)
+    weights, _ = gb.base.load_tensors(tmp_path / "state" / "best.safetensors")
+    latest, _ = gb.base.load_tensors(tmp_path / "state" / "latest.safetensors")
+    assert all(torch.equal(value, latest[f"model.{name}"]) for name, value in weights.items())

@@ -12,6 +12,7 @@ from gambeson.defenses.any_defense import AnyDefense
 from gambeson.defenses.jacobian import Jacobian
 from gambeson.defenses.learn2perturb import NOISE, Learn2Perturb, Learn2PerturbObjective
 from gambeson.defenses.objective import Defense, Objective, Scene, Weight
+from gambeson.defenses.shared_forward import SharedForward
 from gambeson.defenses.standard import Standard
 from gambeson.defenses.terms import Term
 
@@ -71,7 +72,7 @@ class Combination(Defense):
         if self.jacobian is not None and self.jacobian.strength:
             found["jacobian"] = self.jacobian.open(scene).terms["jacobian"]
         if self.noise is None:
-            return Objective(found)
+            return SharedForward(found)
         found[NOISE] = self.noise.terms()[NOISE]
         return Learn2PerturbObjective(found, scene.model, self.noise.noise_start, self.noise.update)
 
@@ -92,6 +93,10 @@ class Combination(Defense):
     def supplied(self, load: Callable[[str], nn.Module]) -> Combination:
         """Supply the risk."""
         return self.model_copy(update={"risk": self.risk.supplied(load)})
+
+    def whole_from(self, epochs: int) -> int:
+        """When the last of its parts has begun."""
+        return max(part.whole_from(epochs) for part in (self.risk, self.noise) if part is not None)
 
     @property
     def eps(self) -> float | None:

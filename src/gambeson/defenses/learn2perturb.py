@@ -157,6 +157,10 @@ class Learn2Perturb(NoisyDefense):
         """Return the epoch from which the adversarial loss counts in a training of so many epochs."""
         return starting(self.adversarial_from, (20, 350), epochs, "adversarial_from") if self.mix else epochs
 
+    def whole_from(self, epochs: int) -> int:
+        """When noise and attack have both begun."""
+        return max(self.noise_start(epochs), self.adversarial_start(epochs) if self.mix else 0)
+
     def terms(self) -> dict[str, tuple[Weight, Term]]:
         """The two losses and, once the noise is on, the regulariser."""
 

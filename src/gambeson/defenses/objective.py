@@ -120,6 +120,10 @@ class Defense(Config):
         """Orders of the data: a batch has the rows of each, one after another; each member has its own."""
         return self.num_members
 
+    def whole_from(self, epochs: int) -> int:
+        """Return the epoch from which all of the objective is at work; only from there on can an epoch be the best."""
+        return 0
+
     def check(self, batch_size: int) -> None:
         """Refuse a batch size that the objective cannot work with, before the training starts."""
 

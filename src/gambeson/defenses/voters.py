@@ -127,6 +127,10 @@ class Ensemble(Separate):
         """The inner defence's norm."""
         return getattr(self.inner, "norm", "inf")
 
+    def whole_from(self, epochs: int) -> int:
+        """When the inner defence is."""
+        return self.inner.whole_from(epochs)
+
     def supplied(self, load: Callable[[str], torch.nn.Module]) -> Ensemble:
         """Supply the inner defence, once for all members."""
         return self.model_copy(update={"inner": self.inner.supplied(load)})

@@ -247,7 +247,7 @@ class Run:
         """Write everything an epoch leaves, the state last: what it stands for is then on disk already."""
         if self.out is None or self._state is None or not self.accelerator.is_main_process:
             return
-        if self.recipe.select != "last" and is_best(self.history, self.recipe):
+        if self.recipe.select != "last" and is_best(self.history, self.recipe, self.defense):
             save_tensors(self.out / "state" / "best.safetensors", self.result.state_dict(), {})
         write_text(
             self.out / "metrics.jsonl",

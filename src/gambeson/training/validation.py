@@ -45,12 +45,16 @@ def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: i
     return found
 
 
-def is_best(history: list[dict[str, float]], recipe: Recipe) -> bool:
-    """Whether the last epoch is better than all before by the recipe's rule; one that was not measured is not."""
+def is_best(history: list[dict[str, float]], recipe: Recipe, defense: Defense) -> bool:
+    """Whether the last epoch is better than all before by the recipe's rule; one that was not measured is not.
+
+    Nor is one before all of the objective was at work, such as a noise that begins later.
+    """
+    history = history[defense.whole_from(recipe.epochs) :]
     key, sign = {
         "best": ("validation_accuracy", 1),
         "best-universal": ("validation_uer", -1),
         "best-pgd": ("validation_pgd_accuracy", 1),
     }[recipe.select]
     values = [sign * entry[key] for entry in history if key in entry]
-    return key in history[-1] and values[-1] > max(values[:-1], default=-float("inf"))
+    return bool(history) and key in history[-1] and values[-1] > max(values[:-1], default=-float("inf"))
