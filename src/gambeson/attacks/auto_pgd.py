@@ -44,8 +44,8 @@ class AutoPGD(GradientAttack):
     fallen once any wrong class is reached. At most the number of classes less one. None: no targets."""
     scout: Annotated[int, Field(ge=1)] | None = None
     """With ``targets``: climb towards each of them for this many steps first, with a schedule of that length, and
-    spend the full ``steps`` only on the ``keep`` targets that came nearest, nearest first (ours: one climb in three
-    finds what nine find at half the cost). None: the full steps on every target, as in the paper."""
+    spend the full ``steps`` only on the ``keep`` targets that came nearest, nearest first (ours).
+    None: the full steps on every target, as in the paper."""
     keep: Annotated[int, Field(ge=1)] = 3
     """Targets that are climbed in full after the scouts."""
 

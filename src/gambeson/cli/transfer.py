@@ -24,6 +24,9 @@ def transfer(
     ] = None,
     eps: Annotated[str | None, typer.Option(help="Radius, such as 0.2 or 8/255.")] = None,
     norm: Annotated[str | None, typer.Option(help="Norm of the ball.")] = None,
+    draws: Annotated[
+        int | None, typer.Option(help="Draws of a random model that every gradient is averaged over.")
+    ] = None,
     images: Annotated[int | None, typer.Option(help="Test images (1000).")] = None,
     config: ConfigFile = None,
     set_: Set = None,
@@ -43,6 +46,7 @@ def transfer(
         "attacks": None if attacks is None else [name.strip() for name in attacks.split(",")],
         "eps": eps,
         "norm": norm,
+        "draws": draws,
         "images": images,
         "seed": seed,
     }

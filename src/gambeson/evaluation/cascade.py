@@ -94,7 +94,7 @@ def run_cascade(
     """
     images, labels = split.take(slice(None), victim.device)
     ignore = split.ignore_index
-    standing = torch.cat([_right(victim, *part) for part in _parts(images, labels, batch_size)])
+    standing = torch.cat([still_right(victim, *part) for part in _parts(images, labels, batch_size)])
     clean = Rate.of(int(standing.sum()), len(images))
     fallen_to = torch.where(standing, -1, -2)
     stored, rounds = images.clone(), []
@@ -103,7 +103,7 @@ def run_cascade(
             before, rows = (victim.forwards, victim.backwards), standing.nonzero().flatten()
             for j, part in enumerate(rows.split(batch_size)):
                 moved = attack(victim, images[part], labels[part], seed=derive(seed, name, j), ignore_index=ignore)
-                fell = part[~_right(victim, moved, labels[part])]
+                fell = part[~still_right(victim, moved, labels[part])]
                 stored[fell] = moved[torch.isin(part, fell)]
                 standing[fell] = False
                 fallen_to[fell] = k
@@ -137,7 +137,8 @@ def _parts(images: torch.Tensor, labels: torch.Tensor, size: int) -> list[tuple[
 
 
 @torch.no_grad()
-def _right(victim: Victim, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def still_right(victim: Victim, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return whether the model itself gets each image right (N,); a random one by the majority of :data:`DRAWS`."""
     draws = _draws(victim, images)
     hits = torch.stack([victim.exact(images).argmax(1) == labels for _ in range(draws)]).sum(0)
     return 2 * hits > draws

@@ -11,6 +11,7 @@ from pydantic import Field
 from gambeson import attacks
 from gambeson.base import Config, UserError, close_run, derive, environment, open_run, read_json, task, write_json
 from gambeson.data import Split
+from gambeson.evaluation.cascade import still_right
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.subjects import LoadedModel, load_subject
 from gambeson.threat import Eps, Norm
@@ -29,6 +30,8 @@ class TransferRun(Config):
     """Attacks that perturb image by image, by name."""
     eps: Eps
     norm: Norm = "inf"
+    draws: Annotated[int, Field(ge=1)] | None = None
+    """Draws of a random source that every gradient is averaged over; for gradient attacks."""
     images: Annotated[int, Field(ge=1)] = 1000
     """Test images, the first ones."""
     seed: int = 0
@@ -69,7 +72,8 @@ def run_transfer(run: TransferRun, out: Path) -> TransferResult:
     Raises:
         UserError: the folder holds another run, a model cannot be loaded, or the models do not belong to one data set.
     """
-    rows = {name: attacks.create(name, eps=run.eps, norm=run.norm) for name in run.attacks}
+    ball = {"eps": run.eps, "norm": run.norm, **({} if run.draws is None else {"draws": run.draws})}
+    rows = {name: attacks.create(name, **ball) for name in run.attacks}
     subjects = _load(run)
     if open_run(out, run.plain(), environment(run.device)):
         return TransferResult(**read_json(out / "result.json"))
@@ -118,10 +122,9 @@ def _labels(run: TransferRun, subjects: list[LoadedModel]) -> list[str]:
     return [label if labels.count(label) == 1 else name for label, name in zip(labels, run.models, strict=True)]
 
 
-@torch.no_grad()
 def _error(target: LoadedModel, split: Split) -> Rate:
     with Victim(target.model) as victim:
         wrong = 0
         for images, labels in split.batches(250, device=victim.device):
-            wrong += int((victim.exact(images).argmax(1) != labels).sum())
+            wrong += int((~still_right(victim, images, labels)).sum())
     return Rate.of(wrong, len(split))
