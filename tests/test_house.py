@@ -12,6 +12,7 @@ FLOORS = [
     {"attacks", "analysis"},
     {"defenses"},
     {"training", "evaluation"},
+    {"auditing"},
     {"studies"},
     {"report"},
     {"cli"},

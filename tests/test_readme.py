@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import gambeson as gb
-from gambeson.evaluation import AuditResult
+from gambeson.auditing import AuditResult
 
 ROOT = Path(__file__).parent.parent
 MODELS = ("standard", "pgd-adversarial", "shared-adversarial")

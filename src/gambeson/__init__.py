@@ -4,9 +4,9 @@ Universal adversarial perturbations (one perturbation that fools a model on most
 Images are float pixels in [0, 1], shape (N, C, H, W); every eps is in these units.
 """
 
-from gambeson import analysis, attacks, data, defenses, evaluation, models, report, threat, training, victim
+from gambeson import analysis, attacks, auditing, data, defenses, evaluation, models, report, threat, training, victim
+from gambeson.auditing import audit
 from gambeson.base import UserError
-from gambeson.evaluation import audit
 from gambeson.training import train
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "analysis",
     "attacks",
     "audit",
+    "auditing",
     "data",
     "defenses",
     "evaluation",

@@ -11,20 +11,19 @@ from torch.nn.functional import interpolate
 
 from gambeson.attacks import CONTROLS, UniversalPerturbation
 from gambeson.attacks.perturbation import Provenance
-from gambeson.base import generator, pixel_bytes, save_tensors, write_json, write_yaml
-from gambeson.evaluation import SUITES, AuditResult, Rate
-from gambeson.evaluation.results import (
+from gambeson.auditing import SUITES, AuditResult
+from gambeson.auditing.results import (
     Check,
-    Control,
-    Cost,
-    EpsUni,
     Material,
     PerImage,
     Restart,
     Subject,
     Universal,
 )
-from gambeson.evaluation.verdict import judge
+from gambeson.auditing.verdict import judge
+from gambeson.base import generator, pixel_bytes, save_tensors, write_json, write_yaml
+from gambeson.evaluation import Rate
+from gambeson.evaluation.results import Control, Cost, EpsUni
 
 GREY = (0.05, 0.1, 0.15, 0.2, 0.3)
 COLOUR = (4 / 255, 8 / 255, 12 / 255, 16 / 255, 26 / 255)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
-from gambeson.evaluation import AuditResult
+from gambeson.auditing import AuditResult
 
 _ADDRESSES = ("src", "href", "srcset", "action", "data")
 

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
+from gambeson.auditing import SUITES, AuditRun, run_audit
 from gambeson.base import UserError, pick_device, read_settings
 from gambeson.cli.options import ConfigFile, Device, Json, Out, Set, folder_beside, print_json, progress, put, put_all
 from gambeson.cli.tables import audit_table
-from gambeson.evaluation import SUITES, AuditRun, run_audit
 
 
 def audit(

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from rich import box
 from rich.table import Table
 
-from gambeson.evaluation import AuditResult, Rate
+from gambeson.auditing import AuditResult
+from gambeson.evaluation import Rate
 
 
 def audit_table(results: Sequence[AuditResult]) -> Table:

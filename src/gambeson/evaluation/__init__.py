@@ -1,27 +1,19 @@
 """Honest numbers: rates with intervals, controls beside attacks, checks that can overturn a verdict."""
 
 from gambeson.evaluation.attack_run import AttackRun, run_attack
-from gambeson.evaluation.audit import Audit, audit
 from gambeson.evaluation.black_box import BlackBox, FunctionScores, OnnxScores
 from gambeson.evaluation.cascade import Cascade, CascadeResult, run_cascade
 from gambeson.evaluation.eps_uni import eps_uni
 from gambeson.evaluation.exporting import Exported, run_export
 from gambeson.evaluation.http_scores import HttpScores
 from gambeson.evaluation.rates import Rate
-from gambeson.evaluation.results import AuditResult
-from gambeson.evaluation.run import AuditRun, run_audit
 from gambeson.evaluation.standard import standard_attacks
 from gambeson.evaluation.subjects import LoadedModel, load_subject
-from gambeson.evaluation.suite import SUITES, Suite
 from gambeson.evaluation.transfer import TransferResult, TransferRun, run_transfer
 from gambeson.evaluation.universal import accuracy, control_rates, fooling_rate, universal_evasion
 
 __all__ = [
-    "SUITES",
     "AttackRun",
-    "Audit",
-    "AuditResult",
-    "AuditRun",
     "BlackBox",
     "Cascade",
     "CascadeResult",
@@ -31,17 +23,14 @@ __all__ = [
     "LoadedModel",
     "OnnxScores",
     "Rate",
-    "Suite",
     "TransferResult",
     "TransferRun",
     "accuracy",
-    "audit",
     "control_rates",
     "eps_uni",
     "fooling_rate",
     "load_subject",
     "run_attack",
-    "run_audit",
     "run_cascade",
     "run_export",
     "run_transfer",

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from gambeson.auditing import AuditResult
+from gambeson.auditing.results import Material, Universal
 from gambeson.base import UserError, load_tensors, read_json
-from gambeson.evaluation import AuditResult
-from gambeson.evaluation.results import Material, Universal
 
 _EXAMPLES = ("images", "perturbed", "labels", "predictions", "perturbed_predictions")
 
@@ -27,7 +27,7 @@ class Folder:
     deltas: tuple[torch.Tensor, ...]
     """The perturbations (C, H, W), in the order of ``result.universal``."""
     examples: dict[str, torch.Tensor]
-    """As :mod:`gambeson.evaluation.examples` describes them."""
+    """As :mod:`gambeson.auditing.examples` describes them."""
     seconds: dict[str, float]
     """Seconds by stage; empty when nothing was timed."""
     has_settings: bool

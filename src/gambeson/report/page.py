@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gambeson.evaluation.results import Check
+from gambeson.auditing import Check
 from gambeson.report import charts, pictures, tables, words
 from gambeson.report.facts import Facts, collect
 from gambeson.report.folders import Folder
@@ -65,7 +65,7 @@ class Model:
     @property
     def passed(self) -> int:
         """Number of checks that passed."""
-        return sum(check.passed for check in self.checks)
+        return sum(check.passed is True for check in self.checks)
 
 
 @dataclass(frozen=True)

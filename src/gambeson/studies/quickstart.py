@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gambeson import data
+from gambeson.auditing import Audit, AuditRun, Suite, run_audit
 from gambeson.defenses import Defense, PGDAdversarial, SharedAdversarial, Standard
-from gambeson.evaluation import Audit, AuditRun, Suite, run_audit
 from gambeson.training import Recipe, TrainRun, run_training
 
 DATA, MODEL, EPS = "mnist5k", "lenet5", 0.2

@@ -9,11 +9,11 @@ from pydantic import BeforeValidator
 
 from gambeson import data as data_room
 from gambeson.attacks import UniversalPerturbation
+from gambeson.auditing.audit import Audit, audit
+from gambeson.auditing.results import AuditResult
+from gambeson.auditing.suite import SUITES, Suite
 from gambeson.base import Config, close_run, environment, open_run, unknown_name
-from gambeson.evaluation.audit import Audit, audit
-from gambeson.evaluation.results import AuditResult
-from gambeson.evaluation.subjects import load_subject
-from gambeson.evaluation.suite import SUITES, Suite
+from gambeson.evaluation import load_subject
 
 
 def _read_suite(value: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from gambeson.evaluation.rates import Rate
-from gambeson.evaluation.results import Check, EpsUni, Universal, Verdict
+from gambeson.auditing.results import Check, Universal, Verdict
+from gambeson.evaluation import Rate
+from gambeson.evaluation.results import EpsUni
 
 
 def judge(clean: Rate, points: list[Universal], found: EpsUni, checks: list[Check]) -> Verdict:
@@ -22,8 +23,8 @@ def judge(clean: Rate, points: list[Universal], found: EpsUni, checks: list[Chec
         f"{lead} at eps {point.eps:.3g}: it misclassifies {point.uer} of test images, against {clean.complement} when "
         f"clean and {rival.worst} under the strongest control ({rival.name}). eps_uni({found.delta:g}) is {bound}."
     )
-    failed = [check for check in checks if not check.passed]
+    failed = [check for check in checks if check.passed is False]
     if failed:
         summary = f"Not to be trusted ({', '.join(check.name for check in failed)}). {summary}"
-    reasons = [f"{check.name}: {check.detail}" for check in failed]
+    reasons = [f"{check.name}: {check.detail}. {check.explanation}" for check in failed]
     return Verdict(trusted=not failed, summary=summary, reasons=reasons)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gambeson.base import Config, read_json, write_json
+from pydantic import TypeAdapter
 
-ConfigT = TypeVar("ConfigT", bound=Config)
+from gambeson.base import read_json, write_json
+
+ResultT = TypeVar("ResultT")
 
 
 class Stages:
@@ -20,13 +22,20 @@ class Stages:
         self._done = self._read("state/stages.json")
         self._seconds = self._read("timing.json")
 
-    def do(self, name: str, kind: type[ConfigT], work: Callable[[], ConfigT]) -> ConfigT:
-        """Return the kept result of this stage, or do the work and keep what it returns."""
+    def do(self, name: str, kind: Any, work: Callable[[], ResultT]) -> ResultT:
+        """Return the kept result of this stage, or do the work and keep what it returns.
+
+        Args:
+            name: of the stage.
+            kind: the type of the result, built of configurations: how it is written and read.
+            work: what to do where nothing is kept.
+        """
+        form: TypeAdapter[ResultT] = TypeAdapter(kind)
         if name in self._done:
-            return kind(**self._done[name])
+            return form.validate_python(self._done[name])
         began = time.perf_counter()
         result = work()
-        self._done[name] = result.plain()
+        self._done[name] = form.dump_python(result, mode="json")
         self._seconds[name] = time.perf_counter() - began
         if self._folder is not None:
             write_json(self._folder / "timing.json", self._seconds)

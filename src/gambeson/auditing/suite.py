@@ -31,6 +31,10 @@ class Suite(Config):
     pgd_steps: Annotated[int, Field(ge=1)] = 40
     """Gradient steps a restart of PGD."""
     pgd_restarts: Annotated[int, Field(ge=1)] = 2
+    test_images: Annotated[int, Field(ge=1)] | None = None
+    """Test images that are reported on, drawn evenly; None: all."""
+    sample: Annotated[int, Field(ge=1)] = 200
+    """Test images that diagnostics look at."""
     eps_uni_delta: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """The error whose smallest eps is searched."""
     eps_uni_tolerance: Annotated[Number, Field(gt=0, lt=1)] = 0.02

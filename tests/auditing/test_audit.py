@@ -9,7 +9,8 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import StochasticPGD, UniversalPerturbation
-from gambeson.evaluation import AuditResult, Suite, eps_uni
+from gambeson.auditing import AuditResult, Suite
+from gambeson.evaluation import eps_uni
 from tests.attacks.test_universal import linear_data
 from tests.conftest import binary
 

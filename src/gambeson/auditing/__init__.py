@@ -1,0 +1,24 @@
+"""The audit: is this model broken by one pattern, and can the answer be trusted?"""
+
+from gambeson.auditing.audit import Audit, audit
+from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, Finding
+from gambeson.auditing.evidence import Evidence
+from gambeson.auditing.results import AuditResult, Check, Verdict
+from gambeson.auditing.run import AuditRun, run_audit
+from gambeson.auditing.suite import SUITES, Suite
+
+__all__ = [
+    "DIAGNOSTICS",
+    "SUITES",
+    "Audit",
+    "AuditResult",
+    "AuditRun",
+    "Check",
+    "Diagnostic",
+    "Evidence",
+    "Finding",
+    "Suite",
+    "Verdict",
+    "audit",
+    "run_audit",
+]

@@ -1,0 +1,19 @@
+"""Signs that a robustness number cannot be trusted; each can turn an audit's verdict.
+
+A file here is a family of diagnostics; :data:`DIAGNOSTICS` is all of them, in the order in which an audit looks.
+"""
+
+from gambeson.auditing.diagnostics import convergence, gradients, randomness, single_step, transferred, universal
+from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
+
+DIAGNOSTICS: tuple[Diagnostic, ...] = (
+    *randomness.DIAGNOSTICS,
+    *gradients.DIAGNOSTICS,
+    *single_step.DIAGNOSTICS,
+    *convergence.DIAGNOSTICS,
+    *transferred.DIAGNOSTICS,
+    *universal.DIAGNOSTICS,
+)
+"""Every diagnostic, in order."""
+
+__all__ = ["DIAGNOSTICS", "Diagnostic", "Finding"]

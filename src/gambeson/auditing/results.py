@@ -1,0 +1,214 @@
+"""What an audit found, as data: the schema of ``result.json``, which reports read and nothing else computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from gambeson.auditing.slopes import Slopes
+from gambeson.base import Config, read_json, write_json
+from gambeson.evaluation import Rate
+from gambeson.evaluation.cascade import Round
+from gambeson.evaluation.results import Control, Cost, EpsUni
+
+SCHEMA = "gambeson/audit-2"
+
+
+class Subject(Config):
+    """The model that was audited."""
+
+    label: str
+    """What to call it in tables, such as ``shared-adversarial``."""
+    name: str
+    """Its architecture, such as ``lenet``."""
+    parameters: int
+    """Number of trainable values; 0 for a black box."""
+    fingerprint: str
+    """Hash of its weights; of its answers for a black box."""
+    black_box: bool = False
+    """Only scores could be had of it, no gradient."""
+    random: bool = False
+    """Two calls with the same images differ."""
+    defense: dict[str, Any] | None = None
+    """The defence it was trained with, with every setting; None when that is not known."""
+    epochs: int | None = None
+    """Epochs it was trained for; None when that is not known."""
+
+
+class Material(Config):
+    """The data behind an audit: which split did what."""
+
+    name: str
+    classes: list[str]
+    shape: list[int]
+    """C, H, W of an image."""
+    train: int
+    """Images the perturbations were crafted on."""
+    validation: int
+    """Images that chose among restarts."""
+    test: int
+    """Images the numbers are reported on."""
+
+
+class Restart(Config):
+    """One start of a universal attack and how the validation split judged its outcome."""
+
+    start: str
+    validation_uer: float
+
+
+class Universal(Config):
+    """One crafted universal perturbation, its rates on the test split, and the controls at the same eps."""
+
+    attack: str = "stochastic-pgd"
+    """Name of the attack that crafted it."""
+    eps: float
+    norm: str
+    uer: Rate
+    """Universal evasion rate: share of test inputs that the model gets wrong."""
+    fooling: Rate
+    """Share of test inputs whose prediction changes."""
+    controls: list[Control]
+    restarts: list[Restart]
+    file: str
+    """The perturbation's file, relative to the result."""
+    status: Literal["done", "weak", "zero", "target not reached"]
+    """``weak``: the perturbation stayed below 5 % of eps; ``zero``: it is no perturbation at all; ``target not
+    reached``: the attack's own stopping rule was not met."""
+    cost: Cost
+
+
+class PerImage(Config):
+    """Accuracy under an attack that makes one perturbation an image, or under a row of them."""
+
+    attack: str
+    """Its name, such as ``pgd``; ``standard`` for the row of :func:`gambeson.evaluation.standard_attacks`."""
+    settings: dict[str, Any]
+    """Every setting of the attack; of every attack of a row, by its name."""
+    eps: float
+    norm: str
+    accuracy: Rate
+    """Share of test images still right; of a row, under the worst of its attacks for each image."""
+    rounds: list[Round] = Field(default_factory=list)
+    """What each attack of a row broke; empty for a single attack."""
+    cost: Cost
+
+
+class Transferred(Config):
+    """Error under perturbations that were crafted on another model."""
+
+    source: str
+    """What they were crafted on, such as ``surrogate (lenet5)``."""
+    attack: str
+    """Name of the attack."""
+    universal: bool
+    """One perturbation for all images; else one for each."""
+    eps: float
+    norm: str
+    error: Rate
+    cost: Cost
+
+
+class Corruption(Config):
+    """Error under plain noise, drawn anew for every image: what chance does, without an adversary."""
+
+    noise: str
+    """``gaussian``, ``uniform`` or ``salt-and-pepper``."""
+    size: float
+    """Standard deviation, half-width, or share of pixels; in pixel units."""
+    error: Rate
+
+
+class Draws(Config):
+    """A random model's accuracy over many draws."""
+
+    draws: int
+    """Passes over the same test images."""
+    mean: float
+    """Mean accuracy of a pass."""
+    spread: float
+    """Standard deviation of the accuracy between passes."""
+    lowest: float
+    highest: float
+    majority: Rate
+    """Accuracy of the majority of the passes, image by image."""
+    noise_off: Rate | None
+    """Accuracy with the randomness turned off; None where that cannot be done from outside."""
+    noise_off_by: str
+    """How it was turned off, or why it was not."""
+
+
+class Check(Config):
+    """One condition under which the numbers could not be trusted."""
+
+    name: str
+    passed: bool | None
+    """None: the check does not apply to this model, for the reason in ``detail``."""
+    detail: str
+    """What was compared, with the numbers."""
+    condition: str = ""
+    """When the check fails."""
+    explanation: str = ""
+    """What a failure means."""
+    remedy: str = ""
+    """What to do then."""
+    numbers: dict[str, float] = Field(default_factory=dict)
+    """What was measured, by name."""
+
+
+class Verdict(Config):
+    """The answer in plain words, and every reason it may not be trusted."""
+
+    trusted: bool
+    summary: str
+    """One or two sentences with the number that supports them and its interval."""
+    reasons: list[str]
+    """Why the numbers are not to be trusted; empty when they are."""
+
+
+class AuditResult(Config):
+    """Everything that ``result.json`` holds. Same seed, same machine, same bytes."""
+
+    schema_: str = SCHEMA
+    subject: Subject
+    material: Material
+    seed: int
+    settings: dict[str, Any]
+    """Every setting of the suite."""
+    clean: Rate
+    """Accuracy on clean test images."""
+    per_image: list[PerImage]
+    universal: list[Universal]
+    """In order of eps."""
+    eps_uni: EpsUni
+    transfer: list[Transferred] = Field(default_factory=list)
+    corruption: list[Corruption] = Field(default_factory=list)
+    draws: Draws | None = None
+    """For a random model."""
+    slopes: Slopes | None = None
+    """Jacobian analysis; None for a black box."""
+    checks: list[Check]
+    verdict: Verdict
+    cost: Cost
+    environment: dict[str, str]
+    """Versions and device, the same for every run on one machine."""
+
+    @property
+    def middle(self) -> Universal:
+        """The perturbation at the middle eps, the one that pictures and headlines use."""
+        return self.universal[len(self.universal) // 2]
+
+    def save(self, folder: Path) -> None:
+        """Write ``result.json``."""
+        write_json(folder / "result.json", self.plain())
+
+    @classmethod
+    def load(cls, folder: Path) -> AuditResult:
+        """Read ``result.json`` from the folder of a finished audit.
+
+        Raises:
+            UserError: there is none, or it is of another kind.
+        """
+        return cls(**read_json(folder / "result.json"))
