@@ -1,6 +1,7 @@
 """Two processes with half of a batch each do what one does with the whole."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -33,3 +34,22 @@ def test_two_processes_end_with_the_weights_of_one(weights, name):
     if name not in ("standard", "ensemble"):
         plain = gb.models.load(weights[0] / "standard.safetensors")
         assert gb.models.fingerprint(plain) != gb.models.fingerprint(alone)
+
+
+@pytest.mark.full
+def test_two_machines_end_with_the_weights_of_one(tmp_path):
+    train = ["-m", "gambeson", "train", "--data", "digits", "--model", "lenet5", "--defense", "pgd-adversarial"]
+    train += ["--epochs", "1", "--device", "cpu"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launch += ["--master-addr", "127.0.0.1", "--master-port", port]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, *train, "--out", tmp_path / "alone"]]
+    commands += [[*launch, "--node-rank", rank, *train, "--out", tmp_path / "both"] for rank in "01"]
+    running = [subprocess.Popen([str(part) for part in command], env=environment) for command in commands]
+    assert [process.wait(timeout=300) for process in running] == [0, 0, 0]
+    alone, both = (gb.models.load(tmp_path / name) for name in ("alone", "both"))
+    for one, other in zip(alone.parameters(), both.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
