@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gambeson.base import write_json
-from gambeson.cli.options import Json, print_json, progress
-from gambeson.studies.bench import BenchSettings, bench_attacks
-from gambeson.studies.bench_training import TrainingBench, bench_training
-from gambeson.studies.timing import Timing
+from gambeson.base import pick_device, write_json
+from gambeson.cli.options import Device, Json, print_json, progress
+from gambeson.studies import BenchResult, BenchSettings, bench_attacks, bench_training
 
 app = typer.Typer(help="Time attacks and training side by side with the plain loops.", no_args_is_help=True)
 
@@ -23,62 +22,75 @@ def _group() -> None:
     """Time attacks and training side by side with the plain loops."""
 
 
+Model = Annotated[str, typer.Option(help="Architecture.")]
+BatchSize = Annotated[int, typer.Option(help="Images.")]
+Steps = Annotated[int, typer.Option(help="PGD steps.")]
+Rounds = Annotated[int, typer.Option(help="Timed rounds.")]
+Bfloat16 = Annotated[bool, typer.Option("--bfloat16", help="Time ours in bfloat16 as well.")]
+OutFile = Annotated[Path | None, typer.Option("--out", "-o", help="JSON file to write.")]
+
+
 @app.command("attacks")
 def attacks(
-    model: Annotated[str, typer.Option(help="Architecture.")] = "resnet20",
-    batch_size: Annotated[int, typer.Option(help="Images.")] = 128,
-    steps: Annotated[int, typer.Option(help="PGD steps.")] = 10,
-    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
-    bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Time ours in bfloat16 as well.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file to write.")] = None,
+    model: Model = "resnet20",
+    batch_size: BatchSize = 128,
+    steps: Steps = 10,
+    rounds: Rounds = 7,
+    bfloat16: Bfloat16 = False,
+    device: Device = "auto",
+    out: OutFile = None,
     as_json: Json = False,
 ) -> None:
     """Time PGD against the plain loop, in turns; report medians of ratios.
 
     Example: `gambeson bench attacks --rounds 7`
     """
-    with progress(as_json):
-        result = bench_attacks(
-            BenchSettings(model=model, batch_size=batch_size, steps=steps, rounds=rounds, bfloat16=bfloat16)
-        )
-    if out is not None:
-        write_json(out, result.plain())
-    if as_json:
-        print_json(result.plain())
-        return
-    _show(result.timings, "the bare loop")
+    settings = BenchSettings(
+        model=model, batch_size=batch_size, steps=steps, rounds=rounds, bfloat16=bfloat16, device=pick_device(device)
+    )
+    _run(bench_attacks, settings, out, as_json, "the bare loop")
 
 
 @app.command("training")
 def training(
-    model: Annotated[str, typer.Option(help="Architecture.")] = "resnet20",
-    batch_size: Annotated[int, typer.Option(help="Images.")] = 128,
-    steps: Annotated[int, typer.Option(help="PGD steps.")] = 7,
-    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
-    bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Craft in bfloat16 as well.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file to write.")] = None,
+    model: Model = "resnet20",
+    batch_size: BatchSize = 128,
+    steps: Steps = 7,
+    rounds: Rounds = 7,
+    bfloat16: Bfloat16 = False,
+    device: Device = "auto",
+    out: OutFile = None,
     as_json: Json = False,
 ) -> None:
     """Time a step of adversarial training against the plain loop, in turns; report medians of ratios.
 
-    Example: `gambeson bench training --rounds 7`
+    Example: `gambeson bench training --model resnet18 --rounds 7`
     """
+    settings = BenchSettings(
+        model=model, batch_size=batch_size, steps=steps, rounds=rounds, bfloat16=bfloat16, device=pick_device(device)
+    )
+    _run(bench_training, settings, out, as_json, "the plain loop")
+
+
+def _run(
+    bench: Callable[[BenchSettings], BenchResult], settings: BenchSettings, out: Path | None, as_json: bool, base: str
+) -> None:
     with progress(as_json):
-        result = bench_training(
-            TrainingBench(model=model, batch_size=batch_size, steps=steps, rounds=rounds, bfloat16=bfloat16)
-        )
+        result = bench(settings)
     if out is not None:
         write_json(out, result.plain())
     if as_json:
         print_json(result.plain())
         return
-    _show(result.timings, "the plain loop")
-    Console().print(f"by counting forwards and backwards, ours could be {result.ideal:.2f} times as fast")
-
-
-def _show(timings: list[Timing], baseline: str) -> None:
-    table = Table("", "seconds (median)", f"of {baseline} (median)", "smallest to largest", box=None)
-    for timing in timings:
+    table = Table("", "seconds", f"of {base}", "smallest to largest", "images/s", "of peak", box=None)
+    for timing in result.timings:
         span = f"{timing.ratio_low:.2f} to {timing.ratio_high:.2f}"
-        table.add_row(timing.name, f"{timing.seconds:.3f}", f"{timing.ratio:.2f}", span)
-    Console().print(table)
+        rate, share = result.images_a_second(timing), result.share_of_peak(timing)
+        row = (f"{timing.seconds:.3f}", f"{timing.ratio:.2f}", span, f"{rate:.0f}", f"{100 * share:.0f} %")
+        table.add_row(timing.name, *row)
+    console = Console()
+    console.print(table)
+    peaks = " and ".join(f"{peak / 1e9:.0f} GFLOP/s in {kind}" for kind, peak in result.peaks.items())
+    console.print(f"medians; the peak is that of a large matrix product, {peaks}")
+    if result.ideal is not None:
+        console.print(f"by counting forwards and backwards, ours could be {result.ideal:.2f} times as fast")

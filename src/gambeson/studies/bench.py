@@ -4,45 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import nn
 
-from gambeson import models
 from gambeson.attacks import PGD
-from gambeson.base import Config, environment, generator, seeded
-from gambeson.studies.timing import Timing, side_by_side
+from gambeson.base import environment
+from gambeson.studies.timing import BenchResult, BenchSettings, matmul_peaks, side_by_side
 from gambeson.victim import Fast, Victim
 
 Attack = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 BARE, BACKWARD = "bare loop", "bare loop with loss.backward()"
-
-
-class BenchSettings(Config):
-    """What is timed."""
-
-    model: str = "resnet20"
-    channels: Annotated[int, Field(ge=1)] = 3
-    image_size: Annotated[int, Field(ge=8)] = 32
-    batch_size: Annotated[int, Field(ge=1)] = 128
-    steps: Annotated[int, Field(ge=1)] = 10
-    eps: float = 8 / 255
-    rounds: Annotated[int, Field(ge=3)] = 7
-    """Timed rounds; in each, every candidate runs once, in turn."""
-    bfloat16: bool = False
-    """Time ours in bfloat16 as well."""
-    seed: int = 0
-
-
-class BenchResult(Config):
-    """What a benchmark leaves."""
-
-    settings: BenchSettings
-    timings: list[Timing]
-    environment: dict[str, str]
 
 
 def bare_pgd(settings: BenchSettings, *, whole: bool = False) -> Attack:
@@ -82,13 +55,7 @@ def bench_attacks(settings: BenchSettings, peers: Mapping[str, Attack] | None = 
         settings: model, batch and rounds.
         peers: other implementations by name, called as ``attack(model, x, y)``.
     """
-    with seeded(settings.seed, "bench"):
-        model = models.create(
-            settings.model, in_channels=settings.channels, classes=10, image_size=settings.image_size
-        ).eval()
-    shape = (settings.batch_size, settings.channels, settings.image_size, settings.image_size)
-    draw = generator(settings.seed, "bench")
-    x, y = torch.rand(shape, generator=draw), torch.randint(0, 10, shape[:1], generator=draw)
+    model, (x, y) = settings.network(), settings.batch()
     candidates: dict[str, Attack] = {
         BARE: bare_pgd(settings),
         BACKWARD: bare_pgd(settings, whole=True),
@@ -101,7 +68,8 @@ def bench_attacks(settings: BenchSettings, peers: Mapping[str, Attack] | None = 
     return BenchResult(
         settings=settings,
         timings=side_by_side(runs, BARE, settings.rounds, "bench attacks"),
-        environment=environment(),
+        peaks=matmul_peaks(settings),
+        environment=environment(torch.device(settings.device)),
     )
 
 

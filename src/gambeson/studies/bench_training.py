@@ -3,59 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import nn
 
-from gambeson import models
-from gambeson.base import Config, environment, generator, seeded
+from gambeson.base import environment
 from gambeson.defenses import Batch, Defense, PGDAdversarial, SharedAdversarial, Standard
-from gambeson.studies.timing import Timing, side_by_side
+from gambeson.studies.timing import BenchResult, BenchSettings, matmul_peaks, side_by_side
 
 PLAIN = "plain loop"
 
 
-class TrainingBench(Config):
-    """What is timed: one step of training, PGD inside."""
+def ideal(steps: int) -> float:
+    """What counting promises: the time of a plain step over ours.
 
-    model: str = "resnet20"
-    channels: Annotated[int, Field(ge=1)] = 3
-    image_size: Annotated[int, Field(ge=8)] = 32
-    batch_size: Annotated[int, Field(ge=1)] = 128
-    steps: Annotated[int, Field(ge=1)] = 7
-    """Of PGD."""
-    eps: float = 8 / 255
-    rounds: Annotated[int, Field(ge=3)] = 7
-    bfloat16: bool = False
-    """Time crafting in bfloat16 as well."""
-    seed: int = 0
+    A forward, a gradient of the images and one of the weights cost the same; nothing else costs anything.
 
-    @property
-    def ideal(self) -> float:
-        """What counting promises: the time of a plain step over ours.
-
-        A forward, a gradient of the images and one of the weights cost the same; nothing else costs anything.
-        """
-        return 3 * (self.steps + 1) / (2 * self.steps + 3)
+    Args:
+        steps: of PGD.
+    """
+    return 3 * (steps + 1) / (2 * steps + 3)
 
 
-class TrainingBenchResult(Config):
-    """What the benchmark leaves."""
-
-    settings: TrainingBench
-    ideal: float
-    timings: list[Timing]
-    environment: dict[str, str]
-
-
-def bench_training(settings: TrainingBench) -> TrainingBenchResult:
+def bench_training(settings: BenchSettings) -> BenchResult:
     """Time one step of each: the plain loop, ours at sharedness 1 and at the whole batch, and standard training."""
-    draw = generator(settings.seed, "bench")
-    shape = (settings.batch_size, settings.channels, settings.image_size, settings.image_size)
-    x, y = torch.rand(shape, generator=draw), torch.randint(0, 10, shape[:1], generator=draw)
+    x, y = settings.batch()
     attack = {"eps": settings.eps, "steps": settings.steps, "step": 0.25}
     shared = {**attack, "sigma": 1.0, "truncate": None}
     candidates = {
@@ -72,18 +45,21 @@ def bench_training(settings: TrainingBench) -> TrainingBenchResult:
             settings, PGDAdversarial(craft_precision="bfloat16", **attack), x, y
         )
     timings = side_by_side(candidates, PLAIN, settings.rounds, "bench training")
-    return TrainingBenchResult(settings=settings, ideal=settings.ideal, timings=timings, environment=environment())
+    return BenchResult(
+        settings=settings,
+        timings=timings,
+        peaks=matmul_peaks(settings),
+        ideal=ideal(settings.steps),
+        environment=environment(torch.device(settings.device)),
+    )
 
 
-def _model(settings: TrainingBench) -> tuple[nn.Module, torch.optim.Optimizer]:
-    with seeded(settings.seed, "bench"):
-        model = models.create(
-            settings.model, in_channels=settings.channels, classes=10, image_size=settings.image_size
-        ).train()
+def _model(settings: BenchSettings) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = settings.network().train()
     return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
 
-def _plain_step(settings: TrainingBench, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+def _plain_step(settings: BenchSettings, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
     model, optimizer = _model(settings)
 
     def step() -> None:
@@ -101,7 +77,7 @@ def _plain_step(settings: TrainingBench, x: torch.Tensor, y: torch.Tensor) -> Ca
     return step
 
 
-def _our_step(settings: TrainingBench, defense: Defense, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+def _our_step(settings: BenchSettings, defense: Defense, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
     model, optimizer = _model(settings)
     batch = Batch(images=x, labels=y, seed=settings.seed)
 
