@@ -25,6 +25,30 @@ def defense_table():
     return "\n".join(lines) + "\n"
 
 
+def universal_table():
+    """The table of universal attacks in docs/attacks.md, from what ``benchmarks/universal_budget.py`` stored."""
+    content = json.loads((ROOT / "results" / "universal-budget.json").read_text())
+    rivals = {"ours": "ours", "stochastic-pgd": "stochastic PGD", "sga": "SGA", "bounded-logit": "bounded logits"}
+    lines = [f"| net | eps | {' | '.join(rivals.values())} | strongest control |", "|---|---|" + "---|" * 5]
+    cells = {}
+    for row in content["rows"]:
+        if row["budget"] == 25600 and row["attack"] in rivals:
+            cells.setdefault((row["net"], row["eps"]), {}).setdefault(row["attack"], []).append(row["uer"]["value"])
+    for (net, eps), found in sorted(cells.items(), key=lambda cell: (cell[0][0] != "standard", cell[0][1])):
+        values = []
+        for name in rivals:
+            low, high = 100 * min(found[name]), 100 * max(found[name])
+            values.append(f"{100 * statistics.mean(found[name]):.1f} ({low:.1f} to {high:.1f})")
+        control = max(one["worst"]["value"] for one in content["controls"][net][f"{eps:g}"])
+        lines.append(f"| {net} | {eps:g} | {' | '.join(values)} | {100 * control:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_universal_attacks_numbers_are_the_stored_ones():
+    text = (DOCS / "attacks.md").read_text()
+    assert text.split("<!-- universal table -->\n")[1].split("<!-- /universal table -->")[0] == universal_table()
+
+
 def test_every_defence_is_in_the_table():
     text = (DOCS / "defenses.md").read_text()
     for name in defenses.names():
