@@ -7,27 +7,40 @@ from typing import Annotated, Any
 import typer
 
 from gambeson import attacks
-from gambeson.base import UserError, pick_device, read_settings
-from gambeson.cli.options import ConfigFile, Device, Json, Out, Set, folder_beside, print_json, progress, put, put_all
+from gambeson.base import UserError
+from gambeson.cli.options import (
+    ConfigFile,
+    Data,
+    Device,
+    Draws,
+    Eps,
+    Json,
+    Norm,
+    Out,
+    RunSeed,
+    Set,
+    chosen,
+    folder_beside,
+    print_json,
+    progress,
+)
 from gambeson.evaluation import AttackRun, run_attack
 
 
 def attack(
     model: Annotated[str | None, typer.Option(help="Folder of a training run, or its model.safetensors.")] = None,
-    data: Annotated[str | None, typer.Option(help="Data set; else the one the run was trained on.")] = None,
+    data: Data = None,
     attack: Annotated[
         str | None, typer.Option(help=f"standard, or one of {', '.join(attacks.names('image'))} (pgd).")
     ] = None,
-    eps: Annotated[str | None, typer.Option(help="Radius, such as 0.2 or 8/255.")] = None,
-    norm: Annotated[str | None, typer.Option(help="Norm of the ball.")] = None,
-    draws: Annotated[
-        int | None, typer.Option(help="Draws of a random model that every gradient is averaged over.")
-    ] = None,
+    eps: Eps = None,
+    norm: Norm = None,
+    draws: Draws = None,
     images: Annotated[int | None, typer.Option(help="Test images to attack (1000).")] = None,
     config: ConfigFile = None,
     set_: Set = None,
     out: Out = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random draw (0).")] = None,
+    seed: RunSeed = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -37,7 +50,6 @@ def attack(
 
     Example: `gambeson attack --model runs/x --data cifar10 --attack pgd --eps 8/255`
     """
-    chosen = read_settings(config, "attack") if config else {}
     flags: dict[str, Any] = {
         "model": model,
         "data": data,
@@ -48,14 +60,10 @@ def attack(
         "settings.norm": norm,
         "settings.draws": draws,
     }
-    for name, value in flags.items():
-        put(chosen, name, value)
-    put_all(chosen, set_)
-    if device != "auto" or "device" not in chosen:
-        chosen["device"] = pick_device(device)
-    if "model" not in chosen:
+    settings = chosen(config, "attack", flags, set_, device)
+    if "model" not in settings:
         raise UserError("no model was given: name the folder of a training run, for example --model runs/x")
-    run = AttackRun(**chosen)
+    run = AttackRun(**settings)
     folder = out or folder_beside(run.model, run.attack)
     with progress(as_json) as console:
         result = run_attack(run, folder)

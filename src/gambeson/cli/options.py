@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,12 +13,17 @@ import typer
 import yaml
 from rich.console import Console
 
-from gambeson.base import UserError, show_progress
+from gambeson.base import UserError, pick_device, read_settings, show_progress
 
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.", show_default=True)]
 Device = Annotated[
     str, typer.Option(help="Where to compute; auto takes the accelerator if there is one.", show_default=True)
 ]
+Data = Annotated[str | None, typer.Option(help="Data set; else the one the (first) run was trained on.")]
+Eps = Annotated[str | None, typer.Option(help="Radius, such as 0.2 or 8/255.")]
+Norm = Annotated[str | None, typer.Option(help="Norm of the ball: inf, 2 or, for some attacks, 1.")]
+Draws = Annotated[int | None, typer.Option(help="Draws of a random model that every gradient is averaged over.")]
+RunSeed = Annotated[int | None, typer.Option("--seed", help="Seed of every random draw (0).")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines; no progress.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; a cut run goes on there.")]
 ConfigFile = Annotated[
@@ -60,6 +65,27 @@ def put(settings: dict[str, Any], path: str, value: Any) -> None:
             raise UserError(f"{path} cannot be set: {parent} is {below!r}, not a group of settings")
         settings = below
     settings[last] = value
+
+
+def chosen(
+    config: Path | None, kind: str, flags: Mapping[str, Any], pairs: list[str] | None, device: str
+) -> dict[str, Any]:
+    """Gather the settings of a run: those of ``--config``, over them the flags that were given, over these ``--set``.
+
+    Args:
+        config: a YAML file.
+        kind: of run that it has to hold, such as ``train``.
+        flags: by path; None was not given.
+        pairs: of ``--set``.
+        device: ``auto`` leaves what the file says.
+    """
+    settings = read_settings(config, kind) if config else {}
+    for path, value in flags.items():
+        put(settings, path, value)
+    put_all(settings, pairs)
+    if device != "auto" or "device" not in settings:
+        settings["device"] = pick_device(device)
+    return settings
 
 
 def put_all(settings: dict[str, Any], pairs: list[str] | None) -> None:

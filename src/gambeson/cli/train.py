@@ -10,8 +10,8 @@ import typer
 
 from gambeson import data as data_room
 from gambeson import defenses
-from gambeson.base import UserError, pick_device, read_settings
-from gambeson.cli.options import ConfigFile, Device, Json, Out, Set, print_json, progress, put, put_all
+from gambeson.base import UserError, read_settings
+from gambeson.cli.options import ConfigFile, Device, Json, Norm, Out, RunSeed, Set, chosen, print_json, progress
 from gambeson.training import Plan, TrainRun, plan_training, run_training
 
 GREY_EPS, COLOUR_EPS = 0.2, 8 / 255
@@ -29,7 +29,7 @@ def train(
         str | None,
         typer.Option(help="Radius, such as 0.2 or 8/255 (those are the defaults for grey and colour)."),
     ] = None,
-    norm: Annotated[str | None, typer.Option(help="inf or 2.")] = None,
+    norm: Norm = None,
     sharedness: Annotated[int | None, typer.Option(help="Images that share a perturbation.")] = None,
     sigma: Annotated[float | None, typer.Option(help="Weight of the adversarial risk.")] = None,
     init: Annotated[Path | None, typer.Option(help="Weights to start from.")] = None,
@@ -39,7 +39,7 @@ def train(
     config: ConfigFile = None,
     set_: Set = None,
     out: Out = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random draw (0).")] = None,
+    seed: RunSeed = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -49,11 +49,6 @@ def train(
 
     Example: `gambeson train --data fashion-mnist --model lenet --defense shared-adversarial --epochs 2 --out runs/x`
     """
-    settings = read_settings(config, "train") if config else {}
-    chosen = _defense_of(settings)
-    if defense is not None and defense != chosen.get("name"):
-        chosen = {"name": defense}
-    settings["defense"] = {"name": "standard", **chosen}
     flags: dict[str, Any] = {
         "data": data,
         "model": model,
@@ -63,16 +58,13 @@ def train(
         "recipe.batch_size": batch_size,
         "recipe.lr": lr,
         "recipe.augment": augment,
+        "defense": _defense_of(config, defense),
         "defense.eps": eps,
         "defense.norm": norm,
         "defense.sharedness": sharedness,
         "defense.sigma": sigma,
     }
-    for name, value in flags.items():
-        put(settings, name, value)
-    put_all(settings, set_)
-    if device != "auto" or "device" not in settings:
-        settings["device"] = pick_device(device)
+    settings = chosen(config, "train", flags, set_, device)
     if "data" not in settings or "model" not in settings:
         missing = " and ".join(f"--{name}" for name in ("data", "model") if name not in settings)
         raise UserError(f"{missing} must be given: name one, for example --data fashion-mnist --model lenet")
@@ -111,9 +103,11 @@ def _words(cost: Plan, name: str) -> str:
     )
 
 
-def _defense_of(settings: dict[str, Any]) -> dict[str, Any]:
-    value = settings.get("defense", {})
-    return {"name": value} if isinstance(value, str) else dict(value)
+def _defense_of(config: Path | None, name: str | None) -> dict[str, Any]:
+    """The defence of the file, or one with defaults where another is named."""
+    stored = (read_settings(config, "train") if config else {}).get("defense", {})
+    stored = {"name": stored} if isinstance(stored, str) else dict(stored)
+    return {"name": "standard", **stored} if name in (None, stored.get("name")) else {"name": name}
 
 
 def _default_eps(defense: dict[str, Any], dataset: data_room.Dataset) -> None:

@@ -8,8 +8,22 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from gambeson.base import UserError, pick_device, read_settings
-from gambeson.cli.options import ConfigFile, Device, Json, Out, Set, print_json, progress, put, put_all
+from gambeson.base import UserError
+from gambeson.cli.options import (
+    ConfigFile,
+    Data,
+    Device,
+    Draws,
+    Eps,
+    Json,
+    Norm,
+    Out,
+    RunSeed,
+    Set,
+    chosen,
+    print_json,
+    progress,
+)
 from gambeson.evaluation.transfer import TransferRun, run_transfer
 from gambeson.report.heat_map import write_heat_map
 
@@ -18,20 +32,18 @@ def transfer(
     models: Annotated[
         list[str] | None, typer.Argument(help="Two models or more: run folders or other sources.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Data set (the first run's).")] = None,
+    data: Data = None,
     attacks: Annotated[
         str | None, typer.Option(help="Names, with commas between (fgsm,r-fgsm,step-ll,pgd,mi-fgsm).")
     ] = None,
-    eps: Annotated[str | None, typer.Option(help="Radius, such as 0.2 or 8/255.")] = None,
-    norm: Annotated[str | None, typer.Option(help="Norm of the ball.")] = None,
-    draws: Annotated[
-        int | None, typer.Option(help="Draws of a random model that every gradient is averaged over.")
-    ] = None,
+    eps: Eps = None,
+    norm: Norm = None,
+    draws: Draws = None,
     images: Annotated[int | None, typer.Option(help="Test images (1000).")] = None,
     config: ConfigFile = None,
     set_: Set = None,
     out: Out = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random draw (0).")] = None,
+    seed: RunSeed = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -39,7 +51,6 @@ def transfer(
 
     Example: `gambeson transfer runs/x runs/y runs/z --eps 0.1 --out runs/transfer`
     """
-    chosen = read_settings(config, "transfer") if config else {}
     flags: dict[str, Any] = {
         "models": models or None,
         "data": data,
@@ -50,16 +61,12 @@ def transfer(
         "images": images,
         "seed": seed,
     }
-    for name, value in flags.items():
-        put(chosen, name, value)
-    put_all(chosen, set_)
-    if device != "auto" or "device" not in chosen:
-        chosen["device"] = pick_device(device)
-    if len(chosen.get("models", ())) < 2 or "eps" not in chosen:
+    settings = chosen(config, "transfer", flags, set_, device)
+    if len(settings.get("models", ())) < 2 or "eps" not in settings:
         raise UserError(
             "transfer needs two models or more and --eps: for example gambeson transfer runs/x runs/y --eps 0.1"
         )
-    run = TransferRun(**chosen)
+    run = TransferRun(**settings)
     folder = out or Path("runs") / "transfer"
     with progress(as_json) as console:
         result = run_transfer(run, folder)
