@@ -74,6 +74,17 @@ def apgd(**settings: Any) -> Callable[[float], AutoPGD]:
     return lambda eps: AutoPGD(**({"eps": eps, "steps": 40} | settings))
 
 
+def cw(**settings: Any) -> Callable[[float], CarliniWagner]:
+    """Carlini and Wagner's attack: six values of c, 300 long steps each, which move black and white pixels too."""
+    return lambda _: CarliniWagner(**({"searches": 6, "steps": 300, "lr": 0.05, "c": 1.0} | settings))
+
+
+def foolbox_cw(**settings: Any) -> Callable[[float], Peer]:
+    """Foolbox's at the settings of :func:`cw`."""
+    same = {"binary_search_steps": 6, "steps": 300, "stepsize": 0.05, "initial_const": 1.0, "eps": None}
+    return fixed("foolbox", "L2CarliniWagnerAttack", **same, **settings)
+
+
 ART_PGD = "ProjectedGradientDescentPyTorch"
 ART_DLR, ART_CE = {"loss_type": "difference_logits_ratio"}, {"loss_type": "cross_entropy"}
 ART_APGD = {"eps_step": 2.0, "max_iter": 40, "nb_random_init": 1}
@@ -121,7 +132,6 @@ CASES = (
             "torchattacks": torch_("PGD", alpha=0.1, steps=20, targeted=True),
             "art": art_(ART_PGD, eps_step=0.1, max_iter=20, num_random_init=1, targeted=True),
         },
-        images=300,
         targeted=True,
         stretch=1.3,
     ),
@@ -133,7 +143,6 @@ CASES = (
             "torchattacks": torch_("BIM", alpha=0.1, steps=10, targeted=True),
             "art": art_("BasicIterativeMethod", eps_step=0.1, max_iter=10, targeted=True),
         },
-        images=300,
         targeted=True,
         stretch=1.3,
     ),
@@ -156,19 +165,16 @@ CASES = (
         "ni-fgsm",
         bim(momentum=1.0, nesterov=True),
         {"torchattacks": torch_("NIFGSM", alpha=0.1, steps=10, decay=1.0)},
-        images=300,
     ),
     Case(
         "si-ni-fgsm",
         bim(momentum=1.0, nesterov=True, scales=Scales(copies=3)),
         {"torchattacks": torch_("SINIFGSM", alpha=0.1, steps=10, decay=1.0, m=3)},
-        images=200,
     ),
     Case(
         "ti-fgsm",
         bim(smoothing=Smoothing(size=5, sigma=1.0)),
         {"torchattacks": torch_("TIFGSM", alpha=0.1, steps=10, len_kernel=5, nsig=2, diversity_prob=0.0, colour=True)},
-        images=300,
     ),
     Case(
         "di-fgsm",
@@ -181,7 +187,6 @@ CASES = (
                 "one draw a batch, and images shrunk inside their own size",
             )
         },
-        images=300,
     ),
     Case(
         "apgd-ce",
@@ -190,7 +195,7 @@ CASES = (
             "torchattacks": torch_("APGD", steps=40, loss="ce"),
             "art": art_("AutoProjectedGradientDescent", **ART_APGD, **ART_CE),
         },
-        images=200,
+        images=300,
     ),
     Case(
         "apgd-dlr",
@@ -199,7 +204,7 @@ CASES = (
             "torchattacks": torch_("APGD", steps=40, loss="dlr"),
             "art": art_("AutoProjectedGradientDescent", **ART_APGD, **ART_DLR),
         },
-        images=200,
+        images=300,
     ),
     Case(
         "apgd-ce-2",
@@ -208,14 +213,14 @@ CASES = (
             "torchattacks": torch_("APGD", steps=40, loss="ce", norm="L2"),
             "art": art_("AutoProjectedGradientDescent", norm=2, **ART_APGD, **ART_CE),
         },
-        images=200,
+        images=300,
         norm="2",
     ),
     Case(
         "apgd-ce targeted",
         apgd(targeted=True),
         {"art": art_("AutoProjectedGradientDescent", targeted=True, **ART_APGD, **ART_CE)},
-        images=200,
+        images=300,
         targeted=True,
         stretch=1.3,
     ),
@@ -263,67 +268,71 @@ CASES = (
     ),
     Case(
         "carlini-wagner",
-        lambda _: CarliniWagner(searches=5, steps=150, lr=0.05, c=0.01, early_abort=False),
-        {
-            "foolbox": fixed(
-                "foolbox",
-                "L2CarliniWagnerAttack",
-                binary_search_steps=5,
-                steps=150,
-                stepsize=0.05,
-                initial_const=0.01,
-                abort_early=False,
-                eps=None,
-            ),
-        },
-        images=50,
+        cw(early_abort=False),
+        {"foolbox": foolbox_cw(abort_early=False)},
+        images=60,
+        norm="2",
+        minimal=True,
+    ),
+    Case(
+        "carlini-wagner early abort",
+        cw(),
+        {"foolbox": foolbox_cw(abort_early=True)},
+        images=30,
+        norm="2",
+        minimal=True,
+    ),
+    Case(
+        "carlini-wagner c=100",
+        cw(searches=1, c=100.0),
+        {"torchattacks": fixed("torchattacks", "CW", c=100, steps=300, lr=0.05)},
+        images=60,
         norm="2",
         minimal=True,
     ),
     Case(
         "carlini-wagner targeted",
-        lambda _: CarliniWagner(searches=5, steps=150, lr=0.05, c=0.01, early_abort=False, targeted=True),
-        {
-            "foolbox": fixed(
-                "foolbox",
-                "L2CarliniWagnerAttack",
-                binary_search_steps=5,
-                steps=150,
-                stepsize=0.05,
-                initial_const=0.01,
-                abort_early=False,
-                eps=None,
-                targeted=True,
-            ),
-        },
-        images=30,
+        cw(early_abort=False, targeted=True),
+        {"foolbox": foolbox_cw(abort_early=False, targeted=True)},
+        images=20,
         norm="2",
         targeted=True,
         minimal=True,
     ),
     Case(
-        "carlini-wagner c=10",
-        lambda _: CarliniWagner(searches=1, steps=300, lr=0.05, c=10.0),
-        {"torchattacks": fixed("torchattacks", "CW", c=10, steps=300, lr=0.05)},
-        images=50,
-        norm="2",
-        minimal=True,
-    ),
-    Case(
         "carlini-wagner art",
-        lambda _: CarliniWagner(searches=5, steps=150, lr=0.05, c=0.01, early_abort=False),
+        cw(early_abort=False),
         {
             "art": fixed(
                 "art",
                 "CarliniL2Method",
                 "gradient descent with a line search, about eight evaluations a step",
-                binary_search_steps=5,
-                max_iter=20,
+                binary_search_steps=6,
+                max_iter=40,
                 learning_rate=0.05,
-                initial_const=0.01,
+                initial_const=1.0,
             )
         },
         images=20,
+        norm="2",
+        minimal=True,
+    ),
+    Case(
+        "carlini-wagner default",
+        lambda _: CarliniWagner(),
+        {
+            "foolbox": fixed(
+                "foolbox",
+                "L2CarliniWagnerAttack",
+                binary_search_steps=9,
+                steps=1000,
+                stepsize=0.01,
+                initial_const=1e-3,
+                abort_early=True,
+                eps=None,
+            )
+        },
+        images=10,
         norm="2",
         minimal=True,
     ),

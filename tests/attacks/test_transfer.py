@@ -172,8 +172,9 @@ def test_bad_ensembles_are_refused():
     three = LinearNet(torch.randn(3, 1, 2, 2))
     x, y = inner_images(2, (1, 2, 2)), torch.tensor([0, 1])
     for models, words in (
-        ([], "list of source models is empty"),
-        ([model, "resnet"], "a source model is a str: expected a torch.nn.Module"),
+        ([], "the list of models is empty"),
+        ([model, "resnet"], "a model is a str: expected a torch.nn.Module"),
+        (5, "a model is a int: expected a torch.nn.Module, or a list of them"),
         ([model, three], r"answer with shapes \(2,\) and \(3,\) an image: choose models of the same classes"),
     ):
         with pytest.raises(UserError, match=words):

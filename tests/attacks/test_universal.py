@@ -10,7 +10,8 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import StochasticPGD, UniversalPerturbation, control
-from gambeson.attacks.crafting import entered
+from gambeson.attacks.sources import entered
+from gambeson.attacks.workshop import Workshop
 from gambeson.data import Dataset, Split
 from gambeson.threat import Ball
 from gambeson.victim import Victim
@@ -241,3 +242,15 @@ def test_linear_net_with_many_classes_meets_brute_force():
     assert float(reached) <= float(max(values)) + 1e-5  # cross-entropy is convex: a corner is the maximum
     assert float(reached) >= 0.95 * float(max(values))
     assert math.isfinite(float(reached))
+
+
+@pytest.mark.parametrize("norm", ["inf", "2", "1"])
+def test_its_climb_is_the_one_solver_over_mini_batches_with_one_row(trained, digits, norm):
+    attack = StochasticPGD(eps=0.2, norm=norm, steps=6, batch_size=40)
+    with entered(trained) as victims:
+        split = digits.train.to(victims[0].device)
+        work = Workshop(victims=victims, train=split, validation=digits.validation, ball=attack.ball, seed=3)
+        climbed = attack._climb(work, work.start("sign", 1), 1)
+        same = work.ascent(attack.objective).run(work.start("sign", 1), work.stream(40, 1), attack.lengths)
+    assert torch.equal(climbed, same)
+    assert not torch.equal(climbed, work.start("sign", 1))

@@ -13,12 +13,13 @@ from gambeson import UserError
 from gambeson.attacks import StochasticPGD, UniversalPerturbation, control
 from gambeson.attacks.adam import Adam
 from gambeson.attacks.bounded_logit import BoundedLogit
-from gambeson.attacks.crafting import UniversalAttack, entered
+from gambeson.attacks.crafting import UniversalAttack
 from gambeson.attacks.data_free import DataFree
 from gambeson.attacks.deepfool_uap import DeepFoolUAP
 from gambeson.attacks.layers import activations, layer_names
 from gambeson.attacks.sga import SGA
 from gambeson.attacks.singular_vector import SingularVector, layer_maps, power_method
+from gambeson.attacks.sources import entered
 from gambeson.attacks.universal import ClasswiseStochasticPGD
 from gambeson.attacks.workshop import Workshop
 from gambeson.data import Dataset, Split

@@ -1,4 +1,4 @@
-"""Attacks, one file a family. Every gradient attack with one perturbation an image is a loop over one solver."""
+"""Attacks, one file a family. Every gradient attack, for one image or for all of them, is a loop over one solver."""
 
 from gambeson.attacks.auto_pgd import AutoPGD, TargetedAutoPGD
 from gambeson.attacks.bounded_logit import BoundedLogit

@@ -11,10 +11,24 @@ from pydantic import Field
 
 from gambeson.attacks.adam import Adam
 from gambeson.attacks.crafting import LabelSource, UniversalAttack
-from gambeson.attacks.losses import image_means, margin
-from gambeson.attacks.workshop import Candidate, Objective, Workshop
+from gambeson.attacks.losses import Loss
+from gambeson.attacks.solver import Ascent, slope
+from gambeson.attacks.workshop import Candidate, Workshop
 from gambeson.base import Number
 from gambeson.threat import BoxGradient
+
+
+class HeldRival(Loss):
+    """The margin of a target over the best other logit, which is held fixed, no higher than ``-truncate``."""
+
+    targeted: bool = True
+
+    def _answers(
+        self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None, truth: torch.Tensor | None
+    ) -> torch.Tensor:
+        index = labels.unsqueeze(1)
+        rival = logits.detach().scatter(1, index, -torch.inf).amax(1)
+        return rival - logits.gather(1, index).squeeze(1)
 
 
 class BoundedLogit(UniversalAttack):
@@ -53,36 +67,30 @@ class BoundedLogit(UniversalAttack):
     """See :data:`gambeson.threat.BoxGradient`; without ``clip`` it has no meaning."""
 
     @property
-    def objective(self) -> Objective:
+    def objective(self) -> Loss:
         """What is climbed, one value an image."""
-        return self._targeted if self.target is not None else self._untargeted
-
-    def _untargeted(self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None) -> torch.Tensor:
-        answers = margin(logits, labels, ignore_index).clamp(max=self.confidence)
-        return image_means(answers, labels, ignore_index)
-
-    def _targeted(self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None) -> torch.Tensor:
-        index = labels.unsqueeze(1)
-        rival = logits.detach().scatter(1, index, -torch.inf).amax(1)
-        answers = (logits.gather(1, index).squeeze(1) - rival).clamp(max=self.confidence)
-        return image_means(answers, labels, ignore_index)
+        return (
+            Loss(kind="margin", truncate=self.confidence)
+            if self.target is None
+            else HeldRival(truncate=-self.confidence)
+        )
 
     def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
         for restart, (kind, delta) in enumerate(work.starts(self.restarts, start)):
-            adam = Adam.like(delta, self.betas)
+            adam, ascent = Adam.like(delta, self.betas), work.ascent(self.objective)
             for images, labels in islice(work.stream(self.batch_size, restart), self.steps):
                 goals = work.goals(images, labels)
                 if self.clip:
-                    gradient = work.gradient(delta, images, goals, self.objective)
+                    gradient, _ = ascent.look(delta, images, goals)
                 else:
-                    gradient = self._unclipped(work, delta, images, goals)
+                    gradient = _unclipped(ascent, delta, images, goals)
                 move = adam.direction(gradient / len(images))
                 delta = work.ball.project(delta + self.step * self.eps * move)
             yield Candidate(start=kind, delta=delta)
 
-    def _unclipped(
-        self, work: Workshop, delta: torch.Tensor, images: torch.Tensor, goals: torch.Tensor
-    ) -> torch.Tensor:
-        with torch.enable_grad():
-            point = delta.detach().requires_grad_()
-            return work.differentiate(work.value(images + point, goals, self.objective), point, images)
+
+def _unclipped(ascent: Ascent, delta: torch.Tensor, images: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        point = delta.detach().requires_grad_()
+        _, values = ascent.answer(images + point, goals)
+        return slope(ascent.victim, values.sum(), point, len(images))

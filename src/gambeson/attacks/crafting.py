@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from typing import ClassVar, Literal
 
 import torch
-from torch import nn
 
 from gambeson.attacks.perturbation import Provenance, Status, UniversalPerturbation
+from gambeson.attacks.sources import Source, entered
 from gambeson.attacks.workshop import Candidate, Workshop, splits_of
 from gambeson.base import Config, UserError, seeded
 from gambeson.models import fingerprint
 from gambeson.threat import Ball, Eps, Norm
 from gambeson.victim import Victim
 
-Models = nn.Module | Victim | Sequence[nn.Module | Victim]
-"""One model, or several whose losses are averaged: modules from pixels to logits, or victims already entered."""
-
 WEAK = 0.05
 """A perturbation whose norm stays below this share of eps has not used its budget."""
-
-
-@contextmanager
-def entered(model: Models) -> Iterator[list[Victim]]:
-    """Hold every model frozen and counted.
-
-    Raises:
-        UserError: an empty list, something that is no model, or models on several devices.
-    """
-    several = list(model) if isinstance(model, list | tuple) else [model]
-    if not several:
-        raise UserError("the list of models is empty: give one model or more")
-    with ExitStack() as stack:
-        victims = []
-        for one in several:
-            if not isinstance(one, nn.Module | Victim):
-                raise UserError(f"a model is a {type(one).__name__}: expected a torch.nn.Module, or a list of them")
-            victims.append(one if isinstance(one, Victim) else stack.enter_context(Victim(one, fast=True)))
-        places = {str(victim.device) for victim in victims}
-        if len(places) > 1:
-            raise UserError(f"the models are on {' and '.join(sorted(places))}: move them to one device")
-        yield victims
 
 
 class UniversalAttack(Config):
@@ -69,7 +43,7 @@ class UniversalAttack(Config):
         return True
 
     def craft(
-        self, model: Models, data: object, *, seed: int = 0, start: torch.Tensor | None = None
+        self, model: Source, data: object, *, seed: int = 0, start: torch.Tensor | None = None
     ) -> UniversalPerturbation:
         """Craft a universal perturbation.
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from gambeson.attacks.adam import Adam
 from gambeson.attacks.crafting import UniversalAttack
 from gambeson.attacks.layers import activations, layer_names
+from gambeson.attacks.solver import slope
 from gambeson.attacks.workshop import Candidate, Workshop
 from gambeson.base import Number, generator
 from gambeson.threat import perturb
@@ -83,7 +84,7 @@ class DataFree(UniversalAttack):
                     self._excitement(activations(victim, moved, names))
                     for victim, names in zip(work.victims, layers, strict=True)
                 ]
-                gradient = work.differentiate(torch.stack(values).mean(), point, images)
+                gradient = slope(work.victim, torch.stack(values).mean(), point, len(images))
             delta = work.ball.project(delta + self.step * self.eps * adam.direction(gradient))
             before, share = share, self._saturation(work, delta)
             halve = self.rescale and share > self.saturated and abs(share - before) < self.settled

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 
+from gambeson.attacks.climb import Record
 from gambeson.attacks.guide import Guide
 from gambeson.attacks.losses import fallen
 from gambeson.attacks.per_image import GradientAttack, warn_of_fallback
-from gambeson.attacks.solver import Ascent
+from gambeson.attacks.solver import Ascent, cosine
 from gambeson.attacks.transforms import Diversity, Scales, Smoothing
 from gambeson.base import Number, generator
 
@@ -60,8 +60,7 @@ class PGD(GradientAttack):
         first, last = self._first, self._last
         if first == last or self.steps == 1:
             return [first * self.eps] * self.steps
-        waves = [(1 + math.cos(math.pi * k / (self.steps - 1))) / 2 for k in range(self.steps)]
-        return [self.eps * (last + (first - last) * wave) for wave in waves]
+        return [self.eps * share for share in cosine(self.steps, first, last)]
 
     @property
     def _first(self) -> float:
@@ -82,9 +81,9 @@ class PGD(GradientAttack):
             smoothing=self.smoothing,
             scales=self.scales,
         )
-        best_loss = x.new_full((len(x),), -torch.inf)
-        standing = torch.arange(len(x), device=x.device)  # images that no restart has broken yet
+        record = Record.into(best)
         for restart in range(self.restarts):
+            standing = (~record.fallen).nonzero().flatten()
             if len(standing) == 0:
                 break
             draw = generator(seed, "start", restart, device=x.device)
@@ -105,7 +104,7 @@ class PGD(GradientAttack):
                         _, logits = ascent.values(delta, images, labels)
                     down = fallen(logits, labels, ascent.ignore_index, targeted=self.reaches)
                     if bool(down.any()):
-                        best[rows[down]], best_loss[rows[down]] = delta[down], torch.inf
+                        best[rows[down]], record.fallen[rows[down]] = delta[down], True
                         kept = (rows, images, labels, delta, direction, velocity)
                         rows, images, labels, delta, direction, velocity = (t[~down] for t in kept)
                     if len(rows) == 0:
@@ -117,10 +116,8 @@ class PGD(GradientAttack):
                 break
             if len(rows):
                 value, logits = ascent.values(delta, images, labels)
-                value[fallen(logits, labels, ascent.ignore_index, targeted=self.reaches)] = torch.inf
-                better = value > best_loss[rows]
-                best[rows[better]], best_loss[rows[better]] = delta[better], value[better]
-            standing = (best_loss < torch.inf).nonzero().flatten()
+                down = fallen(logits, labels, ascent.ignore_index, targeted=self.reaches)
+                record.note(rows, delta, value, down)
 
 
 class FGSM(PGD):

@@ -11,14 +11,19 @@ from pydantic import Field
 
 from gambeson.attacks.crafting import LabelSource, UniversalAttack
 from gambeson.attacks.losses import Loss
-from gambeson.attacks.workshop import Candidate, Objective, Workshop
+from gambeson.attacks.solver import Ascent
+from gambeson.attacks.workshop import Candidate, Workshop
 from gambeson.base import Number, generator
 from gambeson.threat import BoxGradient
 
 
-def clean_logit(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None) -> torch.Tensor:
-    """Return minus the label's own logit, (N,): the loss that the public code of SGA has as its default."""
-    return -logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+class CleanLogit(Loss):
+    """Minus the label's own logit: the loss that the public code of SGA has as its default."""
+
+    def _answers(
+        self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None, truth: torch.Tensor | None
+    ) -> torch.Tensor:
+        return -logits.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
 class SGA(UniversalAttack):
@@ -63,24 +68,24 @@ class SGA(UniversalAttack):
     """See :data:`gambeson.threat.BoxGradient`; ``exact`` is the paper's."""
 
     @property
-    def objective(self) -> Objective:
+    def objective(self) -> Loss:
         """What is climbed, one value an image."""
         if self.target is not None:
             return Loss(targeted=True, truncate=self.target_floor)
-        return clean_logit if self.loss == "logit" else Loss(truncate=self.truncate)
+        return CleanLogit() if self.loss == "logit" else Loss(truncate=self.truncate)
 
     def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
         for restart, (kind, delta) in enumerate(work.starts(self.restarts, start)):
-            draw = generator(work.seed, "inner", restart)
+            ascent, draw = work.ascent(self.objective), generator(work.seed, "inner", restart)
             for images, labels in islice(work.stream(self.batch_size, restart), self.steps):
                 goals = work.goals(images, labels)
-                direction = self._aggregate(work, delta, images, goals, draw)
-                delta = work.ball.project(delta + self.step * self.eps * work.ball.steepest(direction))
+                direction = self._aggregate(ascent, delta, images, goals, draw)
+                delta = ascent.move(delta, images, direction, self.step * self.eps)
             yield Candidate(start=kind, delta=delta)
 
     def _aggregate(
         self,
-        work: Workshop,
+        ascent: Ascent,
         delta: torch.Tensor,
         images: torch.Tensor,
         goals: torch.Tensor,
@@ -90,9 +95,9 @@ class SGA(UniversalAttack):
         total, inner = torch.zeros_like(delta), delta
         for rows in self._small_batches(len(images), draw):
             rows = rows.to(images.device)
-            gradient = work.gradient(inner, images[rows], goals[rows], self.objective) / len(rows)
+            gradient = ascent.look(inner, images[rows], goals[rows])[0] / len(rows)
             total += gradient
-            inner = work.ball.project(inner + self.inner_step * self.eps * work.ball.steepest(gradient))
+            inner = ascent.move(inner, images[rows], gradient, self.inner_step * self.eps)
         return total
 
     def _small_batches(self, images: int, draw: torch.Generator) -> Iterator[torch.Tensor]:

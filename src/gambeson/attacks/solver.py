@@ -6,6 +6,7 @@ Shared Adversarial Training, and over a stream of mini-batches with one row it i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -26,6 +27,30 @@ class NotFinite(UserError):
     """
 
     found: torch.Tensor | None = None
+
+
+def slope(
+    victim: Victim, value: torch.Tensor, point: torch.Tensor, images: int, number: int | None = None
+) -> torch.Tensor:
+    """Return the gradient of a scalar at ``point``, counted as one backward of so many images.
+
+    Raises:
+        NotFinite: it is not finite; ``number``, where given, is the step that the message names.
+    """
+    gradient = victim.gradient(value, point, images)
+    if not torch.isfinite(gradient.sum()):
+        where = "" if number is None else f" at step {number}"
+        raise NotFinite(
+            f"the model's gradient is NaN or infinite{where}: no attack can follow it; "
+            "check the model's weights and outputs"
+        )
+    return gradient
+
+
+def cosine(steps: int, first: float, last: float) -> list[float]:
+    """Return the lengths of ``steps`` steps that fall from the first to the last along a cosine."""
+    waves = [(1 + math.cos(math.pi * k / max(1, steps - 1))) / 2 for k in range(steps)]
+    return [last + (first - last) * wave for wave in waves]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +149,8 @@ class Ascent:
             else:
                 point = delta.detach().requires_grad_()
                 moved = perturb(images, point, self.box_gradient)
-            logits, values = self._answer(moved if view is None else view(moved), labels, truth)
-            gradient = self.victim.gradient(values.sum(), point, len(images))
-        if not torch.isfinite(gradient.sum()):
-            where = "" if number is None else f" at step {number}"
-            raise NotFinite(
-                f"the model's gradient is NaN or infinite{where}: no attack can follow it; "
-                "check the model's weights and outputs"
-            )
+            logits, values = self.answer(moved if view is None else view(moved), labels, truth)
+            gradient = slope(self.victim, values.sum(), point, len(images), number)
         return gradient, logits.detach()
 
     def values(
@@ -144,7 +163,7 @@ class Ascent:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of each image (N,) and the logits: one forward, without a gradient."""
         with torch.no_grad():
-            logits, values = self._answer(perturb(images, delta), labels, truth)
+            logits, values = self.answer(perturb(images, delta), labels, truth)
         return values, logits
 
     def move(
@@ -175,9 +194,10 @@ class Ascent:
             delta, _ = self.step(delta, images, labels, length)
         return delta
 
-    def _answer(
-        self, moved: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor | None
+    def answer(
+        self, moved: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits of images that are perturbed already, and the loss of each (N,)."""
         if not (isinstance(self.victim, Several) and self.victim.average == "losses"):
             logits = self.victim(moved)
             return logits, self.loss(logits, labels, self.ignore_index, truth)

@@ -55,15 +55,17 @@ class Ensemble(Several):
     """
 
     def __init__(self, models: Sequence[nn.Module | Victim], average: Average = "logits") -> None:
-        if len(models) == 0:
-            raise UserError("the list of source models is empty: give one model or more")
+        if not isinstance(models, list | tuple):
+            raise UserError(f"a model is a {type(models).__name__}: expected a torch.nn.Module, or a list of them")
+        if not models:
+            raise UserError("the list of models is empty: give one model or more")
         for model in models:
             if not isinstance(model, nn.Module | Victim):
-                raise UserError(f"a source model is a {type(model).__name__}: expected a torch.nn.Module")
+                raise UserError(f"a model is a {type(model).__name__}: expected a torch.nn.Module")
         self.members = [model if isinstance(model, Victim) else Victim(model, fast=True) for model in models]
         places = sorted({str(member.device) for member in self.members})
         if len(places) > 1:
-            raise UserError(f"the source models are on {' and '.join(places)}: move them to one device")
+            raise UserError(f"the models are on {' and '.join(places)}: move them to one device")
         super().__init__(nn.ModuleList(member.model for member in self.members))
         self.average = average
 
@@ -78,7 +80,7 @@ class Ensemble(Several):
         shapes = {tuple(logits.shape[1:]) for logits in found}
         if len(shapes) > 1:
             raise UserError(
-                f"the source models answer with shapes {' and '.join(map(str, sorted(shapes)))} an image: "
+                f"the models answer with shapes {' and '.join(map(str, sorted(shapes)))} an image: "
                 "choose models of the same classes"
             )
         return found
@@ -151,12 +153,23 @@ _VALUES_A_FORWARD = 2**23
 
 @contextmanager
 def opened(source: Source, average: Average = "logits") -> Iterator[Victim]:
-    """Hold one source model, or an ensemble of several, frozen and counted; a victim given as one is used as it is."""
+    """Hold one model, or an ensemble of several, frozen and counted; a victim given as one is used as it is.
+
+    Raises:
+        UserError: an empty list, something that is no model, or models on several devices.
+    """
     if isinstance(source, Victim):
         yield source
         return
-    with Victim(source, fast=True) if isinstance(source, nn.Module) else Ensemble(list(source), average) as victim:
+    with Victim(source, fast=True) if isinstance(source, nn.Module) else Ensemble(source, average) as victim:
         yield victim
+
+
+@contextmanager
+def entered(source: Source) -> Iterator[list[Victim]]:
+    """Do as :func:`opened`, and return the victim of each model."""
+    with opened(source) as victim:
+        yield victim.members if isinstance(victim, Ensemble) and victim is not source else [victim]
 
 
 def drawn(victim: Victim, images: torch.Tensor, draws: int | None) -> Victim:

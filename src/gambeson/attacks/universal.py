@@ -10,10 +10,12 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from gambeson.attacks.crafting import LabelSource, Models, UniversalAttack, entered, tally
+from gambeson.attacks.crafting import LabelSource, UniversalAttack, tally
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.perturbation import UniversalPerturbation
-from gambeson.attacks.workshop import Candidate, Objective, Workshop
+from gambeson.attacks.solver import cosine
+from gambeson.attacks.sources import Source, entered
+from gambeson.attacks.workshop import Candidate, Workshop
 from gambeson.base import Number, UserError, generator
 from gambeson.data import Split
 from gambeson.threat import BoxGradient
@@ -80,12 +82,10 @@ class StochasticPGD(UniversalAttack):
     @property
     def lengths(self) -> list[float]:
         """Length of each step in pixel units: a cosine from ``step`` to ``final_step``, times eps."""
-        last = max(1, self.steps - 1)
-        waves = [(1 + math.cos(math.pi * k / last)) / 2 for k in range(self.steps)]
-        return [self.eps * (self.final_step + (self.step - self.final_step) * wave) for wave in waves]
+        return [self.eps * share for share in cosine(self.steps, self.step, self.final_step)]
 
     @property
-    def objective(self) -> Objective:
+    def objective(self) -> Loss:
         """What is climbed, one value an image."""
         truncate = self.truncate if self.target is None else self.target_floor
         return Loss(
@@ -114,28 +114,27 @@ class StochasticPGD(UniversalAttack):
 
     def _climb(self, work: Workshop, delta: torch.Tensor, restart: int) -> torch.Tensor:
         """Climb with one perturbation (1, C, H, W), or with one a class (K, C, H, W)."""
-        objective, memory = self.objective, torch.zeros_like(delta)
+        ascent, memory = work.ascent(self.objective), torch.zeros_like(delta)
         batches = islice(work.stream(self.batch_size, restart), self.steps)
         for (images, labels), length in zip(batches, self.lengths, strict=True):
             goals = work.goals(images, labels)
             # One row an image: its own class's perturbation, or its own copy of the shared one.
             rows = labels if len(delta) > 1 else torch.zeros(len(images), dtype=torch.int64, device=labels.device)
             alone = self.normalise == "sample" or len(delta) > 1
-            gradient = work.gradient(delta[rows] if alone else delta, images, goals, objective)
+            direction, _ = ascent.look(delta[rows] if alone else delta, images, goals)
             if self.normalise == "sample":
-                gradient = work.ball.steepest(gradient)
+                direction = work.ball.steepest(direction)
             if alone:
-                gradient = torch.zeros_like(delta).index_add_(0, rows, gradient)
+                direction = torch.zeros_like(delta).index_add_(0, rows, direction)
             if self.normalise == "sample":
-                direction = gradient / rows.bincount(minlength=len(delta)).clamp(min=1).view(-1, 1, 1, 1)
-            else:
-                direction = gradient
+                direction = direction / rows.bincount(minlength=len(delta)).clamp(min=1).view(-1, 1, 1, 1)
             if self.momentum:
                 size = direction.abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-30)
                 direction = memory = self.momentum * memory + direction / size
             if self.normalise == "batch" or self.momentum:
-                direction = work.ball.steepest(direction)
-            delta = work.ball.project(delta + length * direction)
+                delta = ascent.move(delta, images, direction, length)
+            else:  # a mean of steps is one already
+                delta = ascent.project(delta + length * direction, images)
         return delta
 
 
@@ -164,14 +163,14 @@ class ClasswiseStochasticPGD(StochasticPGD):
     """The first starts from zero, the others from random signs."""
 
     def craft(
-        self, model: Models, data: object, *, seed: int = 0, start: torch.Tensor | None = None
+        self, model: Source, data: object, *, seed: int = 0, start: torch.Tensor | None = None
     ) -> UniversalPerturbation:
         """Refuse: there is one perturbation a class, see :meth:`craft_classes`."""
         raise UserError(
             "a class-wise attack makes one perturbation a class: call craft_classes, which returns them by class"
         )
 
-    def craft_classes(self, model: Models, data: object, *, seed: int = 0) -> dict[int, UniversalPerturbation]:
+    def craft_classes(self, model: Source, data: object, *, seed: int = 0) -> dict[int, UniversalPerturbation]:
         """Craft one perturbation for each class; arguments as in :meth:`StochasticPGD.craft`.
 
         Returns:

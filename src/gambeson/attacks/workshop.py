@@ -1,20 +1,21 @@
-"""One crafting of a universal perturbation at work: batches, starts, gradients and rates, all counted."""
+"""One crafting of a universal perturbation at work: its models, batches, starts and rates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
+from gambeson.attacks.losses import Loss
+from gambeson.attacks.solver import Ascent
+from gambeson.attacks.sources import Ensemble
 from gambeson.base import UserError, derive, generator
 from gambeson.data import Split, as_dataset
-from gambeson.threat import Ball, BoxGradient, perturb
+from gambeson.threat import Ball, BoxGradient
 from gambeson.victim import Victim, predict, score
-
-Objective = Callable[[torch.Tensor, torch.Tensor, int | None], torch.Tensor]
-"""(logits, labels, ignore index) to the value to climb, one an image: (N,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,15 @@ class Workshop:
     def device(self) -> torch.device:
         """Where the models are."""
         return self.victims[0].device
+
+    @property
+    def victim(self) -> Victim:
+        """The one model, or the ensemble of several, whose losses are averaged."""
+        return self.victims[0] if len(self.victims) == 1 else self._together
+
+    @cached_property
+    def _together(self) -> Ensemble:
+        return Ensemble(self.victims, "losses")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -86,53 +96,17 @@ class Workshop:
         if not self.predicted_labels:
             return labels
         with torch.no_grad():
-            return torch.stack(self._logits(images)).mean(0).argmax(1)
+            return torch.stack(self._together.each(images)).mean(0).argmax(1)
 
-    def _logits(self, images: torch.Tensor) -> list[torch.Tensor]:
-        found = [victim(images) for victim in self.victims]
-        shapes = {tuple(logits.shape[1:]) for logits in found}
-        if len(shapes) > 1:
-            raise UserError(
-                f"the models answer with shapes {' and '.join(map(str, sorted(shapes)))} an image: "
-                "choose models of the same classes"
-            )
-        return found
-
-    def gradient(
-        self, delta: torch.Tensor, images: torch.Tensor, goals: torch.Tensor, objective: Objective
-    ) -> torch.Tensor:
-        """Return the gradient of the objective's sum, averaged over the models: one row a perturbation.
-
-        Args:
-            delta: (R, C, H, W) with R a divisor of N; R = N gives every image its own gradient.
-            images: (N, C, H, W).
-            goals: what :meth:`goals` returned.
-            objective: what to climb.
-
-        Raises:
-            UserError: the gradient is not finite.
-        """
-        with torch.enable_grad():  # an attack called under no_grad still needs gradients
-            point = delta.detach().requires_grad_()
-            value = self.value(perturb(images, point, self.box_gradient), goals, objective)
-            return self.differentiate(value, point, images)
-
-    def value(self, moved: torch.Tensor, goals: torch.Tensor, objective: Objective) -> torch.Tensor:
-        """Return the objective's sum over images, averaged over the models: a scalar."""
-        values = [objective(logits, goals, self.train.ignore_index).sum() for logits in self._logits(moved)]
-        return values[0] if len(values) == 1 else torch.stack(values).mean()
-
-    def differentiate(self, value: torch.Tensor, point: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of ``value`` at ``point``, counted as one backward of ``images`` for every model."""
-        gradient = self.victims[0].gradient(value, point, len(images))
-        for victim in self.victims[1:]:
-            victim.backwards += len(images)  # the one backward went through every model
-        if not torch.isfinite(gradient.sum()):
-            raise UserError(
-                "the model's gradient is NaN or infinite: no attack can follow it; "
-                "check the model's weights and outputs"
-            )
-        return gradient
+    def ascent(self, loss: Loss) -> Ascent:
+        """Return the solver that climbs ``loss``, averaged over the models, from this ball."""
+        return Ascent(
+            victim=self.victim,
+            ball=self.ball,
+            loss=loss,
+            box_gradient=self.box_gradient,
+            ignore_index=self.train.ignore_index,
+        )
 
     def rate(self, delta: torch.Tensor, split: Split | None = None) -> float:
         """Return the mean over the models of the error (or, targeted, of the share that says the target).
