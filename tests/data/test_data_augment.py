@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from gambeson.base.errors import UserError
 from gambeson.data import augment
+from gambeson.data.zoom import draw_boxes, sampling_grid
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -46,6 +47,59 @@ def test_images_and_maps_move_together(kind: str, flips: tuple[bool, ...]) -> No
     if len(flips) == 2:
         assert 150 < sum(flip for *_, flip in found) < 250
     assert torch.equal(moved == 255, (out == 0).all(1))  # what came in from outside, and nothing else
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_zoom_is_torchvisions_resized_crop(flip: bool) -> None:
+    from torchvision.transforms.v2 import functional
+
+    x = torch.rand(60, 3, 30, 25, generator=rng(1))
+    boxes, flips = draw_boxes(60, 30, 25, rng(2)), torch.full((60,), flip)
+    grid = sampling_grid(boxes, flips, 30, 25)
+    out = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    for number, box in enumerate(boxes.long().tolist()):
+        expected = functional.resized_crop(x[number], *box, [30, 25])
+        torch.testing.assert_close(out[number], expected.flip(-1) if flip else expected, rtol=0, atol=2e-5)
+
+
+def test_boxes_are_drawn_as_torchvision_draws_them() -> None:
+    from torchvision.transforms import RandomResizedCrop
+
+    count, height, width = 20000, 96, 128
+    boxes = draw_boxes(count, height, width, rng(3))
+    assert (boxes >= torch.tensor([0.0, 0.0, 1.0, 1.0])).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= torch.tensor([height, width])).all()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x = torch.empty(1, height, width)
+        theirs = [RandomResizedCrop.get_params(x, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
+    others = torch.tensor(theirs, dtype=torch.float32)
+    for ours, other in zip(
+        (*boxes.T, boxes[:, 2] * boxes[:, 3]), (*others.T, others[:, 2] * others[:, 3]), strict=True
+    ):
+        error = (ours.var() / count + other.var() / len(other)).sqrt()
+        assert (ours.mean() - other.mean()).abs() < 4 * error
+        assert ours.std() == pytest.approx(float(other.std()), rel=0.06)
+
+
+def test_where_no_box_fits_the_middle_is_taken() -> None:
+    boxes = draw_boxes(500, 4, 400, rng(4))  # no box of 8 % of the area and an aspect up to 4/3 fits
+    assert boxes.unique(dim=0).tolist() == [[0.0, 198.0, 4.0, 5.0]]
+
+
+def test_images_and_maps_are_zoomed_together() -> None:
+    maps = torch.randint(0, 5, (50, 6, 6), generator=rng(1)).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    maps[:, :4, :4] = 255
+    x = maps[:, None] / 255
+    out, moved = augment(x, "imagenet", rng(), maps, 255)
+    assert out.shape == x.shape
+    assert moved.dtype == torch.int64
+    assert set(moved.unique().tolist()) <= set(maps.unique().tolist())
+    assert 0.3 < (out[:, 0] * 255 - moved).abs().lt(0.01).float().mean() < 1  # equal but where labels meet
+    assert torch.equal(out, augment(x, "imagenet", rng()))
+    assert ((moved != maps).flatten(1).any(1)).all()
+    assert out.min() >= 0
+    assert out.max() <= 1
 
 
 def test_draws_come_from_the_generator_alone() -> None:

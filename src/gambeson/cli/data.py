@@ -44,7 +44,9 @@ def list_(root: Root = None, as_json: Json = False) -> None:
             "yes" if entry.ready else "no",
             entry.how,
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print("also image-folder:PATH and torchvision:NAME, both with ?size=64 where images need another size")
 
 
 @app.command("get")

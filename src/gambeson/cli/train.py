@@ -24,7 +24,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    augment: Annotated[str | None, typer.Option(help="none, crop or crop-flip.")] = None,
+    augment: Annotated[str | None, typer.Option(help="none, crop, crop-flip or imagenet.")] = None,
     eps: Annotated[
         str | None,
         typer.Option(help="Radius, such as 0.2 or 8/255 (those are the defaults for grey and colour)."),

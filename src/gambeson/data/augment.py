@@ -1,4 +1,4 @@
-"""Random crops and flips for a whole batch at once, on its device, each image with its own draw."""
+"""Random crops, zooms and flips for a whole batch at once, on its device, each image with its own draw."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from gambeson.base.errors import UserError, unknown_name
+from gambeson.data.zoom import zoom
 
-KINDS = ("none", "crop", "crop-flip")
+KINDS = ("none", "crop", "crop-flip", "imagenet")
 PAD = 4
 """Zeros around the image; a crop moves it by up to this many pixels each way, as is usual for CIFAR."""
 IGNORED = -100
@@ -37,12 +38,17 @@ def augment(
     maps: torch.Tensor | None = None,
     ignore_index: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Shift, and flip, every image of a batch by its own random amount.
+    """Shift or zoom, and flip, every image of a batch by its own random amount.
 
     Args:
         x: images (N, C, H, W).
-        kind: "none"; "crop", a shift of up to 4 pixels each way with zeros coming in; or "crop-flip", which
-            also mirrors each image left to right with probability 1/2.
+        kind: "none"; "crop", a shift of up to 4 pixels each way with zeros coming in; "crop-flip", which also
+            mirrors each image left to right with probability 1/2; or "imagenet", which takes a random box of 8 to 100 %
+            of the area and of an aspect from 3/4 to 4/3, enlarges it to the image's size, and mirrors as well: the
+            augmentation of Szegedy et al. 2015 ("Going deeper with convolutions", section 6) as torchvision's
+            RandomResizedCrop has it, except that the box is cut from the image as it comes, not from the whole
+            photograph before that is made square. We deviate so that images are decoded the same way for
+            every purpose, and augmented a batch at a time.
         generator: the only source of randomness, on the device of ``x``.
         maps: label maps (N, H, W) that move with the images.
         ignore_index: what comes into the maps at their edges; -100 if None.
@@ -61,6 +67,8 @@ def augment(
         raise UserError(f"maps have shape {tuple(maps.shape)}: expected {(len(x), *x.shape[2:])}, one map an image")
     if kind == "none":
         return x if maps is None else (x, maps)
+    if kind == "imagenet":
+        return zoom(x, generator, maps)
     shifts = torch.randint(2 * PAD + 1, (2, len(x)), generator=generator, device=x.device)
     flips = None
     if kind == "crop-flip":

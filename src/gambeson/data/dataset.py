@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from gambeson.base.errors import UserError, unknown_name
+from gambeson.data import lazy
 from gambeson.data.arrays import as_images, as_labels, find_ignored
 from gambeson.data.items import from_items
 from gambeson.data.lazy import LazySplit
@@ -96,19 +97,20 @@ def as_split(data: Any, part: Part = "test") -> Split:
     return _whole(data, "data", None)
 
 
-def as_dataset(data: Any, *, size: int | None = None) -> Dataset:
+def as_dataset(data: Any, *, size: int | None = None, workers: int | None = None) -> Dataset:
     """Return a Dataset of whatever a user has; what is none yet is cut 70/15/15, stratified, always the same.
 
     Args:
         data: a Dataset (itself), a Split, an (images, labels) pair, or a torch Dataset.
         size: pixels that a torch Dataset's images are resized and cropped to, a square; None keeps them.
+        workers: processes that read a torch Dataset's items ahead, see :class:`LazySplit`.
 
     Raises:
         UserError: something else, or too little data for three splits with two classes each.
     """
     if isinstance(data, Dataset):
         return data
-    whole = _whole(data, "data", size)
+    whole = _whole(data, "data", size, workers)
     return cut(whole, whole.name, (0.15, 0.15))
 
 
@@ -117,11 +119,43 @@ def cut(whole: Split, name: str, shares: Sequence[float]) -> Dataset:
     counts = [max(2, round(len(whole) * share)) for share in shares]
     if sum(counts) >= len(whole):
         raise UserError(f"{name} has {len(whole)} images, too few for train, validation and test: give 7 or more")
-    # Lazy maps are on disk, and maps are not stratified anyway: any labels of the right length will do.
-    labels = torch.zeros(len(whole), 1, 1) if isinstance(whole, LazySplit) and whole.maps else whole.labels
-    parts = partition(labels, counts, name)
+    parts = partition(_labels(whole), counts, name)
     train, validation, test = (whole.subset(index, f"{name}/{part}") for part, index in zip(PARTS, parts, strict=True))
     return Dataset(name, train, validation, test, whole.classes)
+
+
+def complete(splits: dict[str, Split], name: str, share: float, most: int | None = None) -> Dataset:
+    """Return a Dataset of the splits that there are; what is missing is cut from train, stratified, always the same.
+
+    Args:
+        splits: by part, train among them.
+        name: of the data set.
+        share: of train's images, for each part that is missing.
+        most: images that a missing part gets at the most.
+
+    Raises:
+        UserError: too few images to cut from.
+    """
+    train = splits["train"]
+    missing = [part for part in PARTS if part not in splits]
+    count = max(2, round(len(train) * share))
+    counts = [count if most is None else min(most, count) for _ in missing]
+    if sum(counts) >= len(train):
+        raise UserError(f"{train.name} has {len(train)} images, too few to cut {' and '.join(missing)} from: add more")
+    rest, *parts = partition(_labels(train), counts, name)
+    found = {part: train.subset(index, f"{name}/{part}") for part, index in zip(missing, parts, strict=True)}
+    found = {**splits, **found, "train": train.subset(rest, f"{name}/train")}
+    return Dataset(name, found["train"], found["validation"], found["test"], train.classes)
+
+
+def settled(data: Dataset) -> Dataset:
+    """Read every split into memory, if all of them fit within :data:`MEMORY_LIMIT` together."""
+    splits = [getattr(data, part) for part in PARTS]
+    lazies = [split for split in splits if isinstance(split, LazySplit)]
+    if sum(split.nbytes for split in lazies) > lazy.MEMORY_LIMIT:
+        return data
+    train, validation, test = (split.eager() if isinstance(split, LazySplit) else split for split in splits)
+    return Dataset(data.name, train, validation, test, data.classes)
 
 
 def from_pair(images: Any, labels: Any, name: str) -> Split:
@@ -142,7 +176,12 @@ def is_pair(data: Any) -> bool:
     )
 
 
-def _whole(data: Any, name: str, size: int | None) -> Split:
+def _labels(split: Split) -> torch.Tensor:
+    # Lazy maps are on disk, and maps are not stratified anyway: any labels of the right length will do.
+    return torch.zeros(len(split), 1, 1) if isinstance(split, LazySplit) and split.maps else split.labels
+
+
+def _whole(data: Any, name: str, size: int | None, workers: int | None = None) -> Split:
     if size is not None and (isinstance(data, Split) or is_pair(data)):
         raise UserError(
             f"size = {size} came with tensors: it resizes image folders and torch Datasets only; resize them first"
@@ -152,7 +191,7 @@ def _whole(data: Any, name: str, size: int | None) -> Split:
     if is_pair(data):
         return from_pair(data[0], data[1], name)
     if isinstance(data, torch.utils.data.Dataset):
-        return from_items(data, size, name)
+        return from_items(data, size, name, workers)
     raise UserError(
         f"data is a {type(data).__name__}: expected a Dataset, a Split, a pair (images, labels) of "
         "tensors or arrays, "

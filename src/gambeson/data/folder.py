@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from gambeson.base.errors import UserError
-from gambeson.data import lazy
-from gambeson.data.dataset import PARTS, Dataset, cut
-from gambeson.data.items import fit, pil_tensor
+from gambeson.data.dataset import Dataset, complete, cut, settled
+from gambeson.data.items import UNREADABLE, fit, pil_tensor
 from gambeson.data.lazy import LazySplit
-from gambeson.data.partition import partition
-from gambeson.data.split import Batch
+from gambeson.data.split import Batch, Split
 
 SIZE = 224
 """Default side of the square that images are resized and cropped to: what ImageNet models expect."""
@@ -30,20 +30,22 @@ class Files:
     """
 
     def __init__(self, paths: list[Path], labels: torch.Tensor, size: int) -> None:
-        self.paths, self.labels, self.size = paths, labels, size
+        # One array: of a million Path objects every worker would come to hold a copy, by their reference counts.
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.labels, self.size = labels, size
 
     def __call__(self, number: int) -> Batch:
         """Load one image, turned upright, resized (shorter side) and centre-cropped."""
-        path = self.paths[number]
+        path = os.fsdecode(bytes(self.paths[number]))
         try:
             with Image.open(path) as image:
                 pixels = pil_tensor(ImageOps.exif_transpose(image), grey=False)
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise UserError(f"{path} cannot be read as an image ({error}): replace it or take it out") from None
         return fit(pixels, self.size), self.labels[number]
 
 
-def load_folder(path: Path, size: int | None = None) -> Dataset:
+def load_folder(path: Path, size: int | None = None, workers: int | None = None) -> Dataset:
     """Load PATH/train, PATH/val (or validation) and PATH/test, or class folders directly under PATH.
 
     A part that is missing is cut from train, stratified, 15 % of it each; without parts all is cut 70/15/15.
@@ -51,6 +53,7 @@ def load_folder(path: Path, size: int | None = None) -> Dataset:
     Args:
         path: the folder.
         size: side of the square, in pixels; 224 by default.
+        workers: processes that read the images ahead, see :class:`LazySplit`.
 
     Raises:
         UserError: no such folder, no class folders, no images, or classes that train does not have.
@@ -65,31 +68,20 @@ def load_folder(path: Path, size: int | None = None) -> Dataset:
     if folders["train"] is None:
         if any(folders.values()):
             raise UserError(f"{path} has a test or validation folder but no train folder: add train, or flatten it")
-        return _settled(cut(_scan(path, name, None, size), name, (SHARE, SHARE)))
-    train = _scan(folders["train"], f"{name}/train", None, size)
-    splits = {
-        part: _scan(folder, f"{name}/{part}", train.classes, size)
-        for part, folder in folders.items()
-        if folder is not None and part != "train"
-    }
-    missing = [part for part in PARTS[1:] if part not in splits]
-    counts = [max(2, round(len(train) * SHARE)) for _ in missing]
-    if sum(counts) >= len(train):
-        raise UserError(
-            f"{folders['train']} has {len(train)} images, too few to cut {' and '.join(missing)} from: add more"
-        )
-    rest, *parts = partition(train.labels, counts, name)
-    for part, index in zip(missing, parts, strict=True):
-        splits[part] = train.subset(index, f"{name}/{part}")
-    train = train.subset(rest, f"{name}/train")
-    return _settled(Dataset(name, train, splits["validation"], splits["test"], train.classes))
+        return settled(cut(_scan(path, name, None, size, workers), name, (SHARE, SHARE)))
+    train = _scan(folders["train"], f"{name}/train", None, size, workers)
+    splits: dict[str, Split] = {"train": train}
+    for part, folder in folders.items():
+        if folder is not None and part != "train":
+            splits[part] = _scan(folder, f"{name}/{part}", train.classes, size, workers)
+    return settled(complete(splits, name, SHARE))
 
 
 def _first(path: Path, names: tuple[str, ...]) -> Path | None:
     return next((path / name for name in names if (path / name).is_dir()), None)
 
 
-def _scan(path: Path, name: str, classes: tuple[str, ...] | None, size: int) -> LazySplit:
+def _scan(path: Path, name: str, classes: tuple[str, ...] | None, size: int, workers: int | None) -> LazySplit:
     """List the images of the class folders under ``path``, in the order of their names."""
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
@@ -103,20 +95,12 @@ def _scan(path: Path, name: str, classes: tuple[str, ...] | None, size: int) -> 
     known = classes or found
     paths, labels = [], []
     for folder in folders:
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
+        # os.walk asks the disk once a folder, not once a file.
+        within = (Path(above, file) for above, _, files in os.walk(folder) for file in files)
+        files = sorted(file for file in within if file.suffix.lower() in ENDINGS)
         if not files:
             raise UserError(f"{folder} holds no images ({', '.join(sorted(ENDINGS))}): add some or take the folder out")
         paths += files
         labels += [known.index(folder.name)] * len(files)
     truth = torch.tensor(labels)
-    return LazySplit(name, Files(paths, truth, size), truth, known)
-
-
-def _settled(data: Dataset) -> Dataset:
-    """Read everything into memory now, if all of it fits."""
-    lazies = [getattr(data, part) for part in PARTS]
-    total = sum(split.nbytes for split in lazies)
-    if total > lazy.MEMORY_LIMIT:
-        return data
-    train, validation, test = (split.eager() for split in lazies)
-    return Dataset(data.name, train, validation, test, data.classes)
+    return LazySplit(name, Files(paths, truth, size), truth, known, workers=workers)

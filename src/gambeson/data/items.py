@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from gambeson.base.errors import UserError
 from gambeson.data.arrays import class_names, find_ignored
 from gambeson.data.lazy import LazySplit, settle
 from gambeson.data.split import Batch, Split
+
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)
+"""What PIL raises for a file that is no image, is cut short, or would fill the memory."""
 
 
 class Items:
@@ -29,18 +33,50 @@ class Items:
 
     def __call__(self, number: int) -> Batch:
         """Load one item."""
-        item = self.source[number]
+        try:
+            item = self.source[number]
+        except UNREADABLE as error:
+            raise UserError(
+                f"item {number} of the data set cannot be read ({error}): replace its file or take it out"
+            ) from None
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise UserError(f"item {number} of the data set is a {type(item).__name__}: expected a pair (image, label)")
         image, label = image_tensor(item[0]), label_tensor(item[1])
         return fit(image, self.size), fit(label, self.size, nearest=True) if label.ndim == 2 else label
 
 
-def from_items(source: Any, size: int | None, name: str) -> Split:
-    """Build a split from a torch Dataset, whose items are read by several threads and must not change.
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a torch Dataset before its images are read."""
+
+    fetch: Items
+    count: int
+    labels: torch.Tensor | None
+    """(N,); None where the labels are maps, which are read with the images."""
+    values: torch.Tensor
+    """The distinct labels."""
+    names: tuple[str, ...]
+    """Class names that the source gives; maybe none."""
+
+    def split(self, name: str, classes: tuple[str, ...], ignore_index: int | None, workers: int | None) -> LazySplit:
+        """Return the split that reads the items."""
+        labels = self.count if self.labels is None else self.labels
+        return LazySplit(name, self.fetch, labels, classes, ignore_index, workers)
+
+
+def survey(
+    source: Any, size: int | None, kept: tuple[str, ...] = ("targets",), classes: tuple[str, ...] = ()
+) -> Survey:
+    """Find out about a torch Dataset; all items are read if it does not keep their labels.
+
+    Args:
+        source: a map-style Dataset.
+        size: as for :class:`Items`.
+        kept: names of attributes that may hold all labels.
+        classes: class names, where they are known: then label maps need not be read.
 
     Raises:
-        UserError: it is empty or has no length, or its items are not (image, label) of one shape.
+        UserError: it is empty or has no length, or its items are not (image, label).
     """
     try:
         count = len(source)
@@ -49,18 +85,31 @@ def from_items(source: Any, size: int | None, name: str) -> Split:
     if count == 0:
         raise UserError("the torch Dataset is empty: expected one image at the least")
     fetch = Items(source, size)
-    _, label = fetch(0)
-    labels = _targets(source, fetch)
-    if labels is None:
-        labels, values = _read_labels(fetch, count)
-    else:
+    _, first = fetch(0)
+    labels = next((found for name in kept if (found := _targets(source, fetch, name)) is not None), None)
+    if labels is not None:
         values = labels.unique()
-    ignored = find_ignored(values) if label.ndim == 2 else None
-    named = getattr(source, "classes", None)
-    classes = class_names(values, ignored)
-    if isinstance(named, list | tuple) and len(named) >= len(classes):
-        classes = tuple(str(entry) for entry in named)
-    return settle(LazySplit(name, fetch, count if labels is None else labels, classes, ignored))
+    elif first.ndim and classes:
+        values = torch.arange(len(classes))
+    else:
+        labels, values = _read_labels(fetch, count)
+    named = getattr(source, "classes", None) or getattr(source, "categories", None)
+    names = map(_spelt, named) if isinstance(named, list | tuple) else ()
+    return Survey(fetch, count, labels, values, tuple(names))
+
+
+def from_items(source: Any, size: int | None, name: str, workers: int | None = None) -> Split:
+    """Build a split from a torch Dataset, whose items are read by several threads or processes and must not change.
+
+    Raises:
+        UserError: as :func:`survey`; or items of different shapes.
+    """
+    found = survey(source, size)
+    ignored = find_ignored(found.values) if found.labels is None else None
+    classes = class_names(found.values, ignored)
+    if len(found.names) >= len(classes):
+        classes = found.names
+    return settle(found.split(name, classes, ignored, workers))
 
 
 def image_tensor(image: Any) -> torch.Tensor:
@@ -108,19 +157,25 @@ def fit(image: torch.Tensor, size: int | None, *, nearest: bool = False) -> torc
     return planes[0] if nearest else planes
 
 
-def _targets(source: Any, fetch: Items) -> torch.Tensor | None:
-    """Return the labels that torchvision keeps as ``targets``, where they are what the items give."""
-    targets = getattr(source, "targets", None)
+def _spelt(name: Any) -> str:
+    return ", ".join(map(str, name)) if isinstance(name, tuple) else str(name)  # ImageNet's come with synonyms
+
+
+def _targets(source: Any, fetch: Items, name: str) -> torch.Tensor | None:
+    """Return the labels that a data set keeps as ``name``, where they are what the items give."""
+    targets = getattr(source, name, None)
     if targets is None or getattr(source, "target_transform", None) is not None:
         return None
     try:
+        if isinstance(targets[0], tuple):  # (file, label)
+            targets = [label for _, label in targets]
         labels = torch.as_tensor(np.asarray(targets))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, LookupError):
         return None
     if labels.shape != (len(source),) or labels.is_floating_point() or labels.dtype == torch.bool:
         return None
-    ends = (0, len(source) - 1)
-    return labels.to(torch.int64) if all(torch.equal(fetch(at)[1], labels[at].to(torch.int64)) for at in ends) else None
+    labels = labels.to(torch.int64)
+    return labels if all(torch.equal(fetch(at)[1], labels[at]) for at in (0, len(source) - 1)) else None
 
 
 def _read_labels(fetch: Items, count: int) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -1,24 +1,23 @@
-"""A split too large for memory: the same interface, with items loaded by threads when they are asked for."""
+"""A split too large for memory: the same interface, with items loaded when they are asked for, or just before."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 import torch
 
 from gambeson.base.checks import check_labels
 from gambeson.base.errors import UserError
-from gambeson.data.arrays import as_images, as_labels
-from gambeson.data.split import Batch, Indices, Split
+from gambeson.data.ahead import Fetch, check_alike, default_workers, load_items, read_ahead
+from gambeson.data.arrays import as_labels
+from gambeson.data.split import Batch, Indices, Split, delivered
+from gambeson.data.stats import moments
 
+SAMPLE = 10_000
+"""Images that the mean and the deviation are taken over at the most: reading all would cost as much as an epoch."""
 MEMORY_LIMIT = 4 * 2**30
 """Bytes of images that are kept in memory; a larger set stays on disk."""
-
-Fetch = Callable[[int], Batch]
-"""Item number -> image (C, H, W), uint8 or float in [0, 1], and its label () or (H, W)."""
 
 
 class LazySplit(Split):
@@ -26,10 +25,16 @@ class LazySplit(Split):
 
     Args:
         name: what reports call it.
-        fetch: loads one item; called from several threads at once, and must give the same item every time.
+        fetch: loads one item: number -> (image (C, H, W), label () or (H, W)); called from several threads and
+            processes at once, and must give the same item every time.
         labels: (N,), known beforehand; or the number of items N, when labels are maps read with the images.
         classes: the class names.
         ignore_index: a label that counts nowhere, or None.
+        workers: processes that read ahead in :meth:`walk` and :meth:`batches`; 0: threads; None: as many as
+            :func:`default_workers` finds fit, whenever a walk begins.
+
+    Raises:
+        UserError: no items, labels without a class, or as ``fetch``.
     """
 
     def __init__(
@@ -39,10 +44,13 @@ class LazySplit(Split):
         labels: torch.Tensor | int,
         classes: tuple[str, ...],
         ignore_index: int | None = None,
+        workers: int | None = None,
     ) -> None:
+        if workers is not None and workers < 0:
+            raise UserError(f"workers = {workers}: expected a number of processes, 0 or more")
         count = labels if isinstance(labels, int) else len(labels)
         self.name, self.classes, self.ignore_index = name, tuple(classes), ignore_index
-        self._fetch = fetch
+        self._fetch, self._workers = fetch, workers
         self._items = torch.arange(count)
         self._known = None if isinstance(labels, int) else as_labels(labels)
         self._device = torch.device("cpu")
@@ -92,32 +100,49 @@ class LazySplit(Split):
 
     def eager(self) -> Split:
         """Load everything, once, into a plain split."""
-        return Split(self.name, *self._rows(slice(None)), self.classes, self.ignore_index)
+        images = self._first.new_empty(len(self), *self.shape)
+        labels, at = [], 0
+        for some, truths in self._chunks():
+            images[at : at + len(some)] = some
+            labels.append(truths)
+            at += len(some)
+        return Split(self.name, images, torch.cat(labels), self.classes, self.ignore_index)
+
+    def walk(self, parts: Iterable[Indices], device: torch.device | str | None = None) -> Iterator[Batch]:
+        """Take parts of the split one after another, and read the next ones while the caller computes.
+
+        Each item is loaded once. The workers end with the walk: when it is through, left or broken off.
+        """
+        target = self.device if device is None else torch.device(device)
+        for images, labels in self._read(parts, target):
+            yield delivered(images, labels, target)
 
     def _rows(self, indices: Indices) -> Batch:
         items = self._items[self._index(indices)].tolist()
         if not items:
             label = self._known[:0] if self._known is not None else torch.empty(0, *self.shape[1:], dtype=torch.int64)
             return self._first.new_empty(0, *self.shape), label
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1, len(items))) as pool:
-            images, labels = zip(*pool.map(self._fetch, items), strict=True)
-        return stack(images), self._checked(torch.stack([torch.as_tensor(label) for label in labels]))
+        return self._checked(*load_items(self._fetch, items))
 
-    def _checked(self, labels: torch.Tensor) -> torch.Tensor:
+    def _read(self, parts: Iterable[Indices], device: torch.device) -> Iterator[Batch]:
+        batches = [self._items[self._index(part)] for part in parts]
+        workers = default_workers() if self._workers is None else self._workers
+        for images, labels in read_ahead(self._fetch, batches, workers, device):
+            yield self._checked(images, labels)
+
+    @cached_property
+    def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        every = torch.linspace(0, len(self) - 1, min(SAMPLE, len(self)), dtype=torch.float64).round().long()
+        return moments(self.subset(every)._chunks(), self.shape[0])
+
+    def _chunks(self) -> Iterator[Batch]:
+        return self._read(self._slices(), torch.device("cpu"))
+
+    def _checked(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
+        check_alike(images[:1], self._first[None])
         labels = as_labels(labels)
         check_labels(labels, len(self.classes), self.ignore_index)
-        return labels
-
-    def _walk(self, parts: list[Indices], device: torch.device | str | None) -> Iterator[Batch]:
-        # The next batch is read while the caller computes on this one.
-        with ThreadPoolExecutor(1) as ahead:
-            coming = [ahead.submit(self.take, part, device) for part in parts[:1]]
-            for part in [*parts[1:], None]:
-                batch = coming.pop().result() if coming else None
-                if part is not None:
-                    coming.append(ahead.submit(self.take, part, device))
-                if batch is not None:
-                    yield batch
+        return images, labels
 
     def _select(self, indices: Indices) -> None:
         index = self._index(indices)
@@ -128,22 +153,6 @@ class LazySplit(Split):
         """Nothing to move: batches go to the device one by one."""
 
 
-def stack(images: Any) -> torch.Tensor:
-    """Stack images (C, H, W) of one shape to (N, C, H, W), checked.
-
-    Raises:
-        UserError: shapes that differ, or pixels that are not uint8 or float in [0, 1].
-    """
-    shapes = sorted({tuple(image.shape) for image in images})
-    if len(shapes) > 1:
-        raise UserError(
-            f"images differ in shape, {shapes[0]} and {shapes[-1]} among them: expected one shape; pass "
-            "size=224 "
-            "to resize and crop them, and convert them to one mode"
-        )
-    return as_images(torch.stack(tuple(images)))
-
-
-def settle(split: LazySplit, total_bytes: int | None = None) -> Split:
-    """Return the split in memory, if its data set is within :data:`MEMORY_LIMIT`, else as it is."""
-    return split.eager() if (total_bytes or split.nbytes) <= MEMORY_LIMIT else split
+def settle(split: LazySplit) -> Split:
+    """Return the split in memory, if it is within :data:`MEMORY_LIMIT`, else as it is."""
+    return split.eager() if split.nbytes <= MEMORY_LIMIT else split

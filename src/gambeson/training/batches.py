@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from gambeson.base import derive, generator, place
@@ -38,10 +40,20 @@ class Epoch:
         return len(self.train) // self.recipe.batch_size
 
     def __getitem__(self, k: int) -> Batch:
+        return self._batch(k, *self.train.take(self._rows(k), self.device))
+
+    def walk(self, first: int = 0) -> Iterator[Batch]:
+        """The batches from number ``first`` on; images that are not in memory are read ahead of the compute."""
+        steps = range(first, len(self))
+        for k, taken in zip(steps, self.train.walk(map(self._rows, steps), self.device), strict=True):
+            yield self._batch(k, *taken)
+
+    def _rows(self, k: int) -> torch.Tensor:
         # A process takes consecutive rows, so that a heap never crosses processes.
         first = k * self.recipe.batch_size + self.place[0] * self.share
-        indices = torch.cat([order[first : first + self.share] for order in self.orders])
-        images, labels = self.train.take(indices, self.device)
+        return torch.cat([order[first : first + self.share] for order in self.orders])
+
+    def _batch(self, k: int, images: torch.Tensor, labels: torch.Tensor) -> Batch:
         step = self.epoch * len(self) + k
         seed, whole = derive(self.seed, "step", step), self.recipe.augment == "none"
         if not whole:
@@ -55,7 +67,7 @@ class Epoch:
             step=step,
             steps=len(self),
             epochs=self.recipe.epochs,
-            indices=indices if whole else None,
+            indices=self._rows(k) if whole else None,
         )
 
     def _augmented(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -173,11 +173,11 @@ class Run:
         batches = Epoch(self.train, self.recipe, self.defense.num_orders, self.seed, epoch, self.device)
         sums: dict[str, torch.Tensor] = {}
         lr = 0.0
-        for k in range(self.steps):
+        for k, batch in enumerate(batches.walk()):
             step = epoch * self.steps + k
             lr = self.recipe.lr_at(step, self.steps)
             set_lr(self.optimizer, lr)
-            for name, value in self.take(batches[k]).items():
+            for name, value in self.take(batch).items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value
             if k % _WATCH == _WATCH - 1 or k == self.steps - 1:
                 self._watch(sums["loss"], epoch, k)

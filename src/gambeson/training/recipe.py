@@ -32,8 +32,9 @@ class Recipe(Config):
     gamma: Annotated[Number, Field(gt=0, le=1)] = 0.1
     warmup: Annotated[Number, Field(ge=0)] = 0.0
     """Epochs over which the learning rate rises from zero in a straight line."""
-    augment: Literal["none", "crop", "crop-flip"] = "none"
-    """Random shifts by up to 4 pixels, and mirror images."""
+    augment: Literal["none", "crop", "crop-flip", "imagenet"] = "none"
+    """``crop``: random shifts by up to 4 pixels; ``crop-flip``: and mirror images; ``imagenet``: a random box of 8 to
+    100 % of the area, enlarged, and mirror images."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the training forwards; perturbations and verdicts stay in float32."""
     select: Literal["last", "best", "best-universal", "best-pgd"] = "last"

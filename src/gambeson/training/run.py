@@ -22,7 +22,7 @@ class TrainRun(Config):
 
     kind: Literal["train"] = "train"
     data: str
-    """Name of a data set, such as ``fashion-mnist`` or ``image-folder:PATH``."""
+    """Name of a data set, such as ``fashion-mnist``, ``image-folder:PATH?size=64`` or ``torchvision:NAME``."""
     model: str
     """Name of an architecture, such as ``lenet``, ``torchvision:NAME``, ``timm:NAME``, ``transformers:NAME_OR_PATH`` or
     ``FILE.py:FUNCTION``."""

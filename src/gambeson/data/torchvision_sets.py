@@ -1,0 +1,172 @@
+"""torchvision's image data sets by name: which of their parts is train, validation and test, and at which size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gambeson.base.errors import UserError, unknown_name
+from gambeson.data.arrays import class_names
+from gambeson.data.dataset import Dataset, complete, cut, settled
+from gambeson.data.folder import SHARE, SIZE
+from gambeson.data.items import Survey, survey
+from gambeson.data.split import Split
+from gambeson.data.ways import torchvision_sets
+
+MOST = 5000
+"""Images that a part cut from train gets at the most, as for the named sets. The choice is ours."""
+KEPT = ("targets", "labels", "_labels", "y", "_samples")
+"""Where torchvision's classes keep their labels; what is found there is compared with items."""
+VOC = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """How one of torchvision's classes is called."""
+
+    parts: dict[str, Settings] = field(default_factory=dict)
+    """Arguments for each part; empty: the set has no parts and is cut 70/15/15."""
+    size: int | None = SIZE
+    """Side of the square that images are brought to by default; None: they have one size already."""
+    downloads: bool = True
+    """Whether torchvision can download it."""
+    classes: tuple[str, ...] = ()
+    """Class names, where the class does not know them; for label maps always."""
+
+
+def _by(key: str, train: Any, test: Any, validation: Any = None) -> dict[str, Settings]:
+    named = {"train": train, "validation": validation, "test": test}
+    return {part: {key: value} for part, value in named.items() if value is not None}
+
+
+SETS = {
+    "Caltech101": Source(),
+    "Caltech256": Source(),
+    "CLEVRClassification": Source(parts=_by("split", "train", "val")),
+    "Country211": Source(parts=_by("split", "train", "test", "valid")),
+    "DTD": Source(parts=_by("split", "train", "test", "val")),
+    "EuroSAT": Source(size=None),
+    "FGVCAircraft": Source(parts=_by("split", "train", "test", "val")),
+    "Flowers102": Source(parts=_by("split", "train", "test", "val")),
+    "Food101": Source(parts=_by("split", "train", "test")),
+    "GTSRB": Source(parts=_by("split", "train", "test"), size=32),
+    "ImageNet": Source(parts=_by("split", "train", "val"), downloads=False),
+    "Imagenette": Source(parts=_by("split", "train", "val")),
+    "KMNIST": Source(parts=_by("train", True, False), size=None),
+    "OxfordIIITPet": Source(parts=_by("split", "trainval", "test")),
+    "Places365": Source(parts=_by("split", "train-standard", "val")),
+    "RenderedSST2": Source(parts=_by("split", "train", "test", "val")),
+    "SEMEION": Source(size=None),
+    "STL10": Source(parts=_by("split", "train", "test"), size=None),
+    "StanfordCars": Source(parts=_by("split", "train", "test"), downloads=False),
+    "SUN397": Source(),
+    "SVHN": Source(parts=_by("split", "train", "test"), size=None),
+    "USPS": Source(parts=_by("train", True, False), size=None),
+    "VOCSegmentation": Source(parts=_by("image_set", "train", "val"), classes=VOC),
+}
+"""What :func:`load_torchvision` takes. A set with a validation part and no other is reported on it: it is test, and
+validation is cut from train."""
+OTHERWISE = {
+    "CIFAR10": "cifar10",
+    "CIFAR100": "cifar100",
+    "MNIST": "mnist",
+    "FashionMNIST": "fashion-mnist",
+    "ImageFolder": "image-folder:PATH",
+}
+"""Sets that have a name of their own here, which reads no pickles."""
+
+
+def load_torchvision(name: str, root: Path, size: int | None = None, workers: int | None = None) -> Dataset:
+    """Load one of torchvision's data sets from files that are there.
+
+    A part that is missing is cut from train, 15 % of it, 5,000 images at the most; without parts all is cut 70/15/15.
+
+    Args:
+        name: of the class, such as ``OxfordIIITPet``, in capitals or not.
+        root: torchvision's ``root`` argument; for ImageNet its folder ``imagenet``, where there is one.
+        size: side of the square that images and maps are resized and centre-cropped to, in pixels; by default 32 for
+            GTSRB, 224 for other sets whose images differ in size, and unchanged for the rest.
+        workers: processes that read the images ahead, see :class:`LazySplit`.
+
+    Raises:
+        UserError: an unknown name, or files that are missing, damaged or of another set.
+    """
+    name, source = _source(name)
+    if size is not None and size < 1:
+        raise UserError(f"size = {size}: expected a number of pixels, 1 or more")
+    side = source.size if size is None else size
+    parts = source.parts or {"whole": {}}
+    found = {
+        part: survey(_open(name, root, settings, False), side, KEPT, source.classes) for part, settings in parts.items()
+    }
+    classes = source.classes or _classes(list(found.values()))
+    ignored = 255 if next(iter(found.values())).labels is None else None
+    splits: dict[str, Split] = {
+        part: one.split(f"{name}/{part}", classes, ignored, workers) for part, one in found.items()
+    }
+    if not source.parts:
+        return settled(cut(splits["whole"], name, (SHARE, SHARE)))
+    return settled(complete(splits, name, SHARE, MOST))
+
+
+def fetch_torchvision(name: str, root: Path) -> Path:
+    """Have torchvision download a data set, unless it is there already; return the folder that holds it.
+
+    Raises:
+        UserError: an unknown name, a set that torchvision cannot download, or a download that failed.
+    """
+    name, source = _source(name)
+    for settings in source.parts.values() or [{}]:
+        _open(name, root, settings, source.downloads)
+    return _folder(name, root)
+
+
+def _source(name: str) -> tuple[str, Source]:
+    small = {known.lower(): known for known in [*SETS, *OTHERWISE]}
+    known = small.get(name.lower(), name)
+    if known in OTHERWISE:
+        raise UserError(f"torchvision:{name} goes by the name {OTHERWISE[known]} here: use that")
+    if known in SETS:
+        return known, SETS[known]
+    if hasattr(torchvision_sets(), name):
+        raise UserError(
+            f"torchvision:{name} is not among the sets that load by name ({', '.join(SETS)}): if its items are "
+            f"(image, label), build it and pass it, as in gambeson.data.load(torchvision.datasets.{name}(...))"
+        )
+    raise unknown_name("torchvision data set", name, SETS)
+
+
+def _folder(name: str, root: Path) -> Path:
+    # Only ImageNet's class expects train and val directly in its root; the others make a folder of their own there.
+    own = root / "imagenet"
+    return own if name == "ImageNet" and own.is_dir() else root
+
+
+def _open(name: str, root: Path, settings: Settings, download: bool) -> Any:
+    folder = _folder(name, root)
+    asked = {"download": download} if SETS[name].downloads else {}
+    if download:
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return getattr(torchvision_sets(), name)(str(folder), **settings, **asked)
+    except ModuleNotFoundError as error:
+        raise UserError(f"torchvision:{name} needs {error.name} to read its files: pip install {error.name}") from None
+    except (RuntimeError, OSError, ValueError, LookupError) as error:
+        how = "put its files there, as torchvision's page on it says"
+        if asked and not download:
+            how = f"fetch it by `gambeson data get torchvision:{name}`, or {how}"
+        said = " ".join(str(error).replace("You can use download=True to download it", "").split()).rstrip(".")
+        raise UserError(f"torchvision:{name} cannot be had from {folder} ({said}): {how}") from None
+
+
+def _classes(found: list[Survey]) -> tuple[str, ...]:
+    """Return the names that the parts agree on, else numbers up to the highest label of any."""
+    numbered = max((class_names(one.values, None) for one in found), key=len)
+    names = {one.names for one in found}
+    return names.pop() if len(names) == 1 and len(found[0].names) >= len(numbered) else numbered
