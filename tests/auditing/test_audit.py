@@ -101,7 +101,7 @@ DECEIVERS = {
     "rounded inputs": (lambda x: (x * 4).round() / 4, None, {"gradients alive", "unbounded attack succeeds"}),
     "detached inputs": (lambda x: x.detach() + 0 * x, None, {"gradients alive", "unbounded attack succeeds"}),
     "saturated logits": (None, lambda z: z * 1e5, {"gradients alive", "unbounded attack succeeds"}),
-    "noisy logits": (None, lambda z: z + torch.randn_like(z), {"deterministic"}),
+    "drowned logits": (None, lambda z: z + 50 * torch.randn_like(z), {"better than guessing"}),
     "constant": (None, lambda z: z * 0, {"better than guessing"}),
 }
 

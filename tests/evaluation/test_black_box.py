@@ -16,8 +16,9 @@ import torch
 
 import gambeson as gb
 from gambeson.base import UserError
-from gambeson.evaluation.black_box import FunctionScores
+from gambeson.evaluation.black_box import BudgetSpent
 from gambeson.evaluation.http_scores import HttpScores
+from gambeson.evaluation.local_scores import FunctionScores
 from gambeson.victim import Victim
 from tests.conftest import binary, inner_images
 
@@ -33,12 +34,14 @@ def npy(array):
 class Server:
     """Answers with a net's scores; ``plan`` holds what happens to the next requests instead, one entry each.
 
-    An entry is a status, ``"drop"``, ``"slow"``, or a function from the right answer to (status, bytes).
+    An entry is a status, ``"drop"``, ``"slow"``, ``"drip"`` (a byte now and then), ``"cut"`` (half an answer), or a
+    function from the right answer to (status, bytes). ``sizes`` holds the number of images of every request, and what
+    happened to it.
     """
 
     def __init__(self, net):
         self.net, self.plan, self.always = net, [], None
-        self.seen, self.headers, self.busy, self.most = 0, [], 0, 0
+        self.seen, self.headers, self.busy, self.most, self.sizes = 0, [], 0, 0, []
         self.lock = threading.Lock()
         outer = self
 
@@ -69,6 +72,8 @@ class Server:
 
     def answer(self, handler, body, todo):
         images = torch.from_numpy(np.lib.format.read_array(io.BytesIO(body), allow_pickle=False))
+        with self.lock:
+            self.sizes.append((len(images), todo))
         with torch.no_grad():
             scores = self.net(images)
         status, content, headers = 200, json.dumps({"scores": scores.tolist()}).encode(), {}
@@ -81,14 +86,22 @@ class Server:
             status, headers = todo
         elif isinstance(todo, int):
             status, content = todo, b"out of order"
-        elif todo is not None:
+        elif callable(todo):
             status, content = todo(scores)
         handler.send_response(status)
         for key, value in headers.items():
             handler.send_header(key, value)
         handler.send_header("Content-Length", str(len(content)))
         handler.end_headers()
-        handler.wfile.write(content)
+        if todo == "cut":
+            handler.wfile.write(content[:-3])
+            handler.connection.close()
+        elif todo == "drip":
+            for byte in content:
+                handler.wfile.write(bytes([byte]))
+                time.sleep(0.04)
+        else:
+            handler.wfile.write(content)
 
 
 @pytest.fixture
@@ -132,19 +145,31 @@ def test_every_documented_answer_is_read(server, answer):
     assert torch.allclose(found.log_softmax(1), right.log_softmax(1), atol=1e-5)
 
 
-@pytest.mark.parametrize("trouble", [500, 503, 429, "drop", "slow"])
-def test_what_passes_is_tried_again_and_counts_once(server, trouble):
+@pytest.mark.parametrize(
+    ("trouble", "again"),
+    [(500, 1), (502, 1), ("drop", 1), ("slow", 1), ("drip", 1), ("cut", 1), (503, 0), (429, 0), (408, 0), (425, 0)],
+)
+def test_what_passes_is_tried_again_and_counts_again_where_it_may_have_been_answered(server, trouble, again):
     server.plan = [trouble, trouble, None, trouble]
-    asked = box(server, timeout=0.2, budget=8)
+    budget = 8 + again * 12
+    asked = box(server, timeout=0.3, budget=budget)
     images = inner_images(4, SHAPE)
     with torch.no_grad():
         for _ in range(2):
             assert torch.allclose(asked(images), server.net(images), atol=1e-6)
-        assert (asked.images, asked.requests, asked.retried) == (8, 5, 3)
-        with pytest.raises(UserError, match="may be asked about 8 images and was about 8: 1 more are too many"):
+        assert (asked.images, asked.requests, asked.retried) == (budget, 5, 3)
+        with pytest.raises(BudgetSpent, match=f"about {budget} images and was about {budget}: 1 more are too many"):
             asked(images[:1])
     assert server.seen == 5
-    assert asked.images == 8
+    assert asked.images == budget
+
+
+def test_a_retry_that_the_budget_has_no_room_for_is_not_made(server):
+    server.always = 500
+    asked = box(server, budget=9)
+    with pytest.raises(BudgetSpent, match="may be asked about 9 images and was about 8: 4 more are too many"):
+        asked(inner_images(4, SHAPE))
+    assert (server.seen, asked.images) == (2, 8)
 
 
 def test_retry_after_is_kept_to(server):
@@ -155,14 +180,21 @@ def test_retry_after_is_kept_to(server):
 
 
 @pytest.mark.parametrize(
-    ("trouble", "words"), [(500, "status 500, 'out of order'"), ("slow", "no answer within 0.1 s")]
+    ("trouble", "words", "counted"),
+    [
+        (500, "status 500, 'out of order'", 8),
+        ("slow", "no answer within 0.1 s", 8),
+        ("drip", "no answer within 0.1 s", 8),
+        ("cut", r"IncompleteRead.*", 8),
+        (503, "status 503, 'out of order'", 0),
+    ],
 )
-def test_a_server_that_never_recovers_is_told_with_the_count(server, trouble, words):
+def test_a_server_that_never_recovers_is_told_with_the_count(server, trouble, words, counted):
     server.always = trouble
     asked = box(server, timeout=0.1, retries=3)
     with pytest.raises(UserError, match=rf"gave no answer in 4 attempts \(the last: {words}\)"):
         asked(inner_images(2, SHAPE))
-    assert (server.seen, asked.requests, asked.retried, asked.images) == (4, 4, 3, 0)
+    assert (server.seen, asked.requests, asked.retried, asked.images) == (4, 4, 3, counted)
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 302, 301])
@@ -171,7 +203,7 @@ def test_a_refusal_is_not_tried_again(server, status):
     asked = box(server)
     with pytest.raises(UserError, match=f"refused the images with status {status}.*float32 .N, C, H, W., was sent"):
         asked(inner_images(2, SHAPE))
-    assert (server.seen, asked.retried) == (1, 0)
+    assert (server.seen, asked.retried, asked.images) == (1, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +219,10 @@ def test_a_refusal_is_not_tried_again(server, status):
         (lambda scores: [["a", "b"]] * 3, r"returned list: expected scores"),
         (lambda scores: [[None, 1.0]] * 3, r"returned list: expected scores"),
         (lambda scores: [[float("nan"), 1.0]] * 3, r"NaN or infinite scores"),
-        (lambda scores: {"classes": [1, 2, 3]}, r"JSON with the keys classes: expected scores"),
+        (lambda scores: {"colour": [1, 2, 3]}, r"JSON with the keys colour: expected scores"),
+        (lambda scores: {"classes": [1, 0, 1]}, r"it is not known how many there are: say classes=K"),
+        (lambda scores: {"classes": [1, 0]}, r"was given 3 images and returned shape \(2,\)"),
+        (lambda scores: {"classes": [0.5, 1, 0]}, r"returned shape \(3,\)"),
         (lambda scores: "cat", r"returned str"),
         (lambda scores: None, r"returned NoneType"),
     ],
@@ -241,10 +276,86 @@ def test_many_clients_at_once_get_their_own_answers(server):
         for (_, images), scores in zip(jobs, found, strict=True):
             assert torch.allclose(scores, server.net(images), atol=1e-6)
     assert server.most > 1  # they really were there together
-    assert shared.images == 12 * 7
     boxes = {id(asked): asked for asked, _ in jobs}.values()
+    assert shared.images >= 12 * 7
+    sent = sum(count for count, _ in server.sizes)
+    assert sum(asked.images for asked in boxes) == sent  # every lost attempt here may have been answered
     assert sum(asked.requests for asked in boxes) == server.seen
     assert sum(asked.retried for asked in boxes) == 40
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_one_forward_sends_its_batches_together_and_a_failure_sends_no_more(server, workers):
+    asked = box(server, batch=2, workers=workers, retries=0)
+    server.always = lambda scores: time.sleep(0.05) or (200, json.dumps(scores.tolist()).encode())
+    images = inner_images(16, SHAPE)
+    with torch.no_grad():
+        assert torch.allclose(asked(images), server.net(images), atol=1e-6)
+    assert (server.most > 1) == (workers > 1)
+    assert asked.images == 16
+    server.always = 500
+    before = server.seen
+    with pytest.raises(UserError, match="gave no answer in 1 attempts"):
+        asked(inner_images(100, SHAPE))
+    assert server.seen - before <= 3 * workers
+    assert asked.images == 16 + 2 * (server.seen - before)
+
+
+def test_a_budget_outlives_the_process(server, tmp_path):
+    file = tmp_path / "state" / "queries.json"
+    first = box(server)
+    first(inner_images(3, SHAPE))
+    first.hold(1000, file)
+    first(inner_images(10, SHAPE))
+    assert json.loads(file.read_text())["images"] >= first.asked == 13  # as a cut process would leave it
+    assert json.loads(file.read_text())["images"] <= 13 + 5
+    first.settle()
+    second = box(server)
+    second.hold(1000, file)
+    assert second.asked == 13
+    second(inner_images(980, SHAPE))
+    with pytest.raises(BudgetSpent, match="about 1000 images and was about 993: 8 more are too many"):
+        second(inner_images(8, SHAPE))
+    second(inner_images(7, SHAPE))
+    assert json.loads(file.read_text())["images"] == second.asked == 1000
+    assert server.seen == sum(1 for _ in server.sizes)
+    assert sum(count for count, _ in server.sizes) == 1000
+
+
+def test_a_box_that_names_the_class_only(server):
+    server.always = lambda scores: (200, json.dumps({"classes": scores.argmax(1).tolist()}).encode())
+    images = inner_images(20, SHAPE)
+    asked = box(server, classes=2)
+    with torch.no_grad():
+        right = server.net(images).argmax(1)
+        found = asked(images)
+    assert torch.equal(found, torch.nn.functional.one_hot(right, 2).float() - 1)
+    assert asked.decides_only
+    server.always = None
+    with pytest.raises(UserError, match="scores for some images and classes for others"):
+        asked(images)
+    server.always = lambda scores: (200, json.dumps([0, 2]).encode())
+    with pytest.raises(UserError, match="returned classes from 0 to 2: expected 0 to 1"):
+        box(server, classes=2)(images[:2])
+    sure = FunctionScores(lambda x: torch.eye(2)[server.net(x).argmax(1)])
+    assert not sure.decides_only  # nothing heard yet
+    sure(images)
+    assert sure.decides_only
+    soft = FunctionScores(lambda x: server.net(x))
+    soft(images)
+    assert not soft.decides_only
+
+
+def test_a_box_is_recognised_by_its_answers():
+    net, _ = binary(SHAPE)
+    other, _ = binary(SHAPE, seed=1)
+    images = inner_images(4, SHAPE)
+    prints = []
+    for function in (net, net, other):
+        asked = FunctionScores(function)
+        asked.recognise(images)
+        prints.append(gb.models.fingerprint(asked))
+    assert prints[0] == prints[1] != prints[2]
 
 
 def test_a_budget_holds_over_threads(server):
@@ -286,8 +397,9 @@ def test_a_query_attack_keeps_its_budget_through_lost_requests(server):
     server.plan = [500 if k % 4 == 0 else None for k in range(200)]
     asked = box(server)
     found = attack(gb.attacks.Queries(asked), images, labels, seed=1)
-    assert asked.retried > 0
-    assert asked.images <= 6 * 30
+    lost = sum(count for count, todo in server.sizes if todo == 500)
+    assert lost > 0
+    assert asked.images - lost <= 6 * 30
     assert torch.equal(found, attack(server.net, images, labels, seed=1))
     with torch.no_grad():
         assert (server.net(found).argmax(1) != labels).any()
@@ -331,7 +443,7 @@ def test_a_function_that_writes_into_its_input_changes_nothing():
 
 def test_onnx_files_that_do_not_fit(tmp_path):
     pytest.importorskip("onnxruntime")
-    from gambeson.evaluation.black_box import OnnxScores
+    from gambeson.evaluation.local_scores import OnnxScores
 
     with pytest.raises(UserError, match="does not exist: name an ONNX file"):
         OnnxScores(tmp_path / "none.onnx")
@@ -344,7 +456,7 @@ def test_onnx_files_that_do_not_fit(tmp_path):
 def test_onnx_gives_the_scores_of_its_model(tmp_path, batch):
     for package in ("onnxruntime", "onnxscript"):
         pytest.importorskip(package)
-    from gambeson.evaluation.black_box import OnnxScores
+    from gambeson.evaluation.local_scores import OnnxScores
 
     net, _ = binary(SHAPE)
     shapes = ({0: torch.export.Dim("n")},) if batch is None else None

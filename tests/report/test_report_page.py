@@ -12,6 +12,7 @@ from report_audits import COLOUR, three, write_audit
 from report_reader import Reader, Written
 
 from gambeson import UserError, report
+from gambeson.auditing import Check
 from gambeson.evaluation import Rate
 
 
@@ -23,8 +24,8 @@ def ends(rate: Rate) -> str:
     return f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 
-def figure(html: str) -> dict[str, object]:
-    found = re.search(r'<script type="application/json" id="figure">(.*?)</script>', html, re.S)
+def figure(html: str, name: str = "chart") -> dict[str, object]:
+    found = re.search(rf'<script type="application/json" data-chart="{name}">(.*?)</script>', html, re.S)
     assert found
     return json.loads(found[1])
 
@@ -44,13 +45,16 @@ def test_every_rate_stands_in_its_cell(written: Written) -> None:
             assert board[column] == f"{show(fixed.worst.value)} {ends(fixed.worst)}"
 
 
-def test_glance_has_clean_middle_pgd_and_eps_uni(written: Written) -> None:
+def test_glance_has_clean_middle_worst_per_image_and_eps_uni(written: Written) -> None:
     for row, result in zip(written.seen.rows[1:4], written.results, strict=True):
-        pgd, found = result.per_image[0], result.eps_uni
+        pgd, worst = result.per_image
+        found = result.eps_uni
+        assert worst.accuracy.value < pgd.accuracy.value
         assert row[0] == f"{result.subject.label} lenet"
         assert row[1] == f"{show(result.clean.value)} {ends(result.clean)}"
         assert row[2] == f"{show(result.middle.uer.value)} {ends(result.middle.uer)}"
-        assert row[3] == f"{show(pgd.accuracy.value)} {ends(pgd.accuracy)} pgd, eps {pgd.eps:.4g}"
+        where = f"the row of attacks, eps {worst.eps:.4g} on 200 images"
+        assert row[3] == f"{show(worst.accuracy.value)} {ends(worst.accuracy)} {where}"
         assert row[4].startswith(f"> {found.value:.3g}" if found.censored else f"≤ {found.value:.3g}")
         assert row[5] == ("✓ numbers trusted" if result.verdict.trusted else "✗ not to be trusted")
 
@@ -83,7 +87,7 @@ def test_overlapping_intervals_are_said_to_be_a_tie(tmp_path: Path) -> None:
     write_audit(folders[1], label="b", wrong=(120, 396, 680, 810, 902))
     html = report.write(folders, tmp_path / "page.html").read_text()
     assert "The two intervals overlap" in html
-    assert html.count('<td class="best">') == 2 * 9
+    assert html.count('<td class="best">') == 2 * 9  # of the glance and of the curve
 
 
 def test_checks_and_reasons_are_written_out(written: Written) -> None:
@@ -91,9 +95,20 @@ def test_checks_and_reasons_are_written_out(written: Written) -> None:
     assert failed.verdict.reasons
     for reason in failed.verdict.reasons:
         assert f"Why not: {reason}" in written.seen.text
+    states = {True: "✓ passed", False: "✗ failed", None: "– does not apply"}
     for result in written.results:
         for check in result.checks:
-            assert f"{'✓ passed' if check.passed else '✗ failed'} {check.name} : {check.detail}" in written.seen.text
+            assert f"{states[check.passed]} {check.name} : {check.detail}" in written.seen.text
+            assert {check.condition, check.explanation, check.remedy} - {""} <= words(written.seen.text, check)
+    assert "jacobian 2 passed, 1 failed, 1 does not apply" in written.seen.text
+    assert "standard 3 passed, 1 does not apply" in written.seen.text
+    bad = written.html.split('<section id="checks">')[1].split("</section>")[0]
+    assert bad.count("<details open>") == 1  # what failed stands open, the rest on demand
+    assert bad.index("gradients alive") < bad.index("noise-off gap")
+
+
+def words(text: str, check: Check) -> set[str]:
+    return {part for part in (check.condition, check.explanation, check.remedy) if part and part in text}
 
 
 def test_settings_cost_and_versions_are_there(written: Written) -> None:
@@ -105,7 +120,10 @@ def test_settings_cost_and_versions_are_there(written: Written) -> None:
             assert f"fooling rate {point.fooling}" in text
     for part in (
         "term.sharedness 64",
-        "258,000 images",
+        "258,000 forward, 248,000 backward",
+        "13,840 forward, 9,696 backward",
+        "pgd from surrogate (lenet5), eps 0.15 7,000 forward, 6,001 backward",
+        "square.queries 5000",
         "1 min 16 s",
         "torch 2.11.0",
         "4,000 images",
@@ -185,6 +203,17 @@ def test_audits_that_cannot_stand_side_by_side_are_refused(
     with pytest.raises(UserError, match=words):
         report.write([tmp_path / "one", tmp_path / "two"], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_results_of_an_earlier_form_are_refused(tmp_path: Path) -> None:
+    write_audit(tmp_path / "old")
+    path = tmp_path / "old" / "result.json"
+    path.write_text(path.read_text().replace("gambeson/audit-2", "gambeson/audit-1"))
+    with pytest.raises(UserError, match=r"is of gambeson/audit-1, expected gambeson/audit-2: run the audit again$"):
+        report.write([tmp_path / "old"], tmp_path / "page.html")
+    path.write_text("[]")
+    with pytest.raises(UserError, match="is of another kind, expected gambeson/audit-2"):
+        report.write([tmp_path / "old"], tmp_path / "page.html")
 
 
 def test_missing_files_and_empty_lists_are_refused(tmp_path: Path) -> None:

@@ -144,12 +144,15 @@ def bound_table(
     )
 
 
-def both_spectra(victim: Victim, split: Split, seed: int = 0) -> tuple[Spectrum, Spectrum]:
-    """Return the plain and the margin-weighted spectrum, from one walk where G fits."""
+def both_spectra(victim: Victim, split: Split, seed: int = 0, *, tolerance: float = 1e-4) -> tuple[Spectrum, Spectrum]:
+    """Return the plain and the margin-weighted spectrum, from one walk where G fits; else to a tolerance."""
     if torch.Size(split.shape).numel() <= LARGEST:
         plain, weighted = stacked_grams(victim, split, ("none", "margin"))
         return plain.top(1, seed), weighted.top(1, seed)
-    return stacked_spectrum(victim, split, seed=seed), stacked_spectrum(victim, split, weighting="margin", seed=seed)
+    return (
+        stacked_spectrum(victim, split, tolerance=tolerance, seed=seed),
+        stacked_spectrum(victim, split, weighting="margin", tolerance=tolerance, seed=seed),
+    )
 
 
 def strongest_signs(gram: StackedGram, *, starts: int = 10, steps: int = 200, seed: int = 0) -> torch.Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from gambeson.attacks import UniversalPerturbation
-from gambeson.auditing import corruption, draws, per_image, transfer, universal
+from gambeson.auditing import black_box as boxes
+from gambeson.auditing import corruption, draws, per_image, slopes, surrogate, transfer, universal
 from gambeson.auditing.diagnostics import DIAGNOSTICS
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.examples import save_examples
@@ -27,6 +28,7 @@ from gambeson.auditing.results import (
     Universal,
     Verdict,
 )
+from gambeson.auditing.slope_results import Slopes
 from gambeson.auditing.stages import Stages
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.auditing.verdict import judge
@@ -94,10 +96,19 @@ def audit(
     suite = suite.on(dataset)
     folder = None if out is None else Path(out)
     black_box = isinstance(model, BlackBox)
+    stages, notes = Stages(folder, seed), list[str]()
+    if suite.budget is not None and not black_box:
+        raise UserError("a budget counts what a black box is asked, and this model is none: leave suite.budget out")
     with Victim(model, fast=not black_box) as victim:
+        if isinstance(model, BlackBox):
+            suite, dataset, notes = boxes.meet(victim, model, suite, dataset, stages, folder)
         reported = _reported(dataset, suite.test_images, seed, victim.device)
         look = victim.meet(reported.test.take(slice(0, 8), victim.device)[0], scores=black_box)
-        predictions = predict(victim, reported.test)
+        victim.passes = suite.draws if look.stochastic else 1
+        if black_box:  # what was paid for is kept
+            predictions = torch.tensor(stages.do("clean", list[int], lambda: predict(victim, reported.test).tolist()))
+        else:
+            predictions = predict(victim, reported.test)
         evidence = Evidence(
             victim=victim,
             data=reported,
@@ -116,7 +127,7 @@ def audit(
             clean=accuracy_rate(score(predictions, reported.test)),
             predictions=predictions,
         )
-        return _Auditor(evidence, folder).run()
+        return _Auditor(evidence, folder, stages, notes).run()
 
 
 def _reported(data: Dataset, images: int | None, seed: int, device: torch.device) -> Dataset:
@@ -131,71 +142,104 @@ def _reported(data: Dataset, images: int | None, seed: int, device: torch.device
 class _Auditor:
     """Goes through the stages, each of which is kept in the folder when it is done."""
 
-    def __init__(self, evidence: Evidence, folder: Path | None) -> None:
-        self.evidence, self.folder, self.stages = evidence, folder, Stages(folder)
+    def __init__(self, evidence: Evidence, folder: Path | None, stages: Stages, notes: list[str]) -> None:
+        self.evidence, self.folder, self.stages, self.notes = evidence, folder, stages, notes
 
     def run(self) -> Audit:
-        evidence, stages, suite = self.evidence, self.stages, self.evidence.suite
-        with task(f"audit {evidence.subject.label}", len(suite.eps) + 5 + len(DIAGNOSTICS)) as advance:
-            evidence.draws = stages.do("draws", Draws | None, lambda: draws.measure(evidence))
+        evidence, stages, do, folder = self.evidence, self.stages, self.stages.afford, self.folder
+        with task(f"audit {evidence.subject.label}", len(evidence.suite.eps) + 7 + len(DIAGNOSTICS)) as advance:
+            model = evidence.victim.model
+            evidence.surrogate, source = surrogate.obtain(
+                evidence.suite, evidence.data, model, folder, stages, evidence.seed
+            )
             advance()
-            for eps in suite.eps:
-                evidence.universal.append(self._point(eps))
+            evidence.draws = do("draws", Draws | None, lambda: draws.measure(evidence), None)
+            advance()
+            for eps in evidence.suite.eps:
+                craft = partial(universal.craft_point, evidence, eps, self.folder)
+                point = do(universal.file_of(eps), Universal | None, craft, None)
+                if point is None:
+                    break
+                self._recall(eps)
+                evidence.universal.append(point)
                 advance()
-            found = stages.do("eps-uni", EpsUni, lambda: universal.search_eps_uni(evidence))
+            universal.end_curve(evidence)
+            found = do("eps-uni", EpsUni | None, lambda: universal.search_eps_uni(evidence), None)
+            found = found or universal.search_eps_uni(evidence, runs=0)
             advance()
-            evidence.per_image = stages.do("per-image", list[PerImage], lambda: per_image.measure(evidence))
+            evidence.per_image = do("per-image", list[PerImage], lambda: per_image.measure(evidence), [])
             advance()
-            evidence.transfer = stages.do("transfer", list[Transferred], lambda: transfer.measure(evidence))
+            evidence.transfer = do("transfer", list[Transferred], lambda: transfer.measure(evidence), [])
             advance()
-            noise = stages.do("corruption", list[Corruption], lambda: corruption.measure(evidence))
+            noise = do("corruption", list[Corruption], lambda: corruption.measure(evidence), list[Corruption]())
+            advance()
+            sloped = stages.do("slopes", Slopes | None, self._slopes)
             advance()
             checks = []
             for diagnostic in DIAGNOSTICS:
-                checks.append(stages.do(f"check {diagnostic.name}", Check, partial(diagnostic.check, evidence)))
+                blank = Check(name=diagnostic.name, passed=None, detail="the budget was spent")
+                checks.append(do(f"check {diagnostic.name}", Check, partial(diagnostic.check, evidence), blank))
                 advance()
-        parts: list[Universal | PerImage | Transferred] = []
-        parts += [*evidence.universal, *evidence.per_image, *evidence.transfer]
+        if folder is not None:
+            uap = evidence.uaps[evidence.eps]
+            do("examples", None, lambda: save_examples(folder, evidence.victim, evidence.data, uap), None)
+        parts: list[Universal | PerImage | Transferred | Slopes] = []
+        parts += [*evidence.universal, *evidence.per_image, *evidence.transfer, *([sloped] if sloped else [])]
         result = AuditResult(
             subject=evidence.subject,
-            material=self._material(),
+            material=Material.of(evidence.data),
             seed=evidence.seed,
-            settings=suite.plain(),
+            settings=evidence.suite.plain(),
             clean=evidence.clean,
             per_image=evidence.per_image,
             universal=evidence.universal,
             eps_uni=found,
             transfer=evidence.transfer,
+            surrogate=source,
             corruption=noise,
             draws=evidence.draws,
+            slopes=sloped,
             checks=checks,
-            verdict=judge(evidence.clean, evidence.universal, found, checks),
+            notes=[*self.notes, *stages.left_out, *boxes.remarks(model), *filter(None, [source.left_out])],
+            verdict=judge(
+                evidence.clean,
+                evidence.universal,
+                found,
+                checks,
+                per_image=evidence.per_image,
+                transfer=evidence.transfer,
+                subject=evidence.subject,
+                draws=evidence.draws,
+            ),
             cost=sum((part.cost for part in parts), found.cost),
             environment=environment(evidence.victim.device),
         )
         if self.folder is not None:
-            save_examples(self.folder, evidence.victim, evidence.data, evidence.uaps[evidence.eps])
             result.save(self.folder)
-        return Audit(result, [evidence.uaps[eps] for eps in suite.eps])
+        if isinstance(model, BlackBox):
+            model.settle()
+        return Audit(result, [evidence.uaps[eps] for eps in evidence.suite.eps])
 
-    def _point(self, eps: float) -> Universal:
-        evidence, name = self.evidence, universal.file_of(eps)
-        point = self.stages.do(name, Universal, lambda: universal.craft_point(evidence, eps, self.folder))
-        if eps not in evidence.uaps:
-            if self.folder is None:
-                raise AssertionError("a stage can only be kept in a folder")
-            evidence.uaps[eps] = UniversalPerturbation.load(self.folder / name)
-            if evidence.uaps[eps].about.model != fingerprint(evidence.victim.model):
-                raise UserError(f"{self.folder} holds the audit of another model: choose another --out")
-        return point
-
-    def _material(self) -> Material:
-        data = self.evidence.data
-        return Material(
-            name=data.name,
-            classes=list(data.classes),
-            shape=list(data.test.shape),
-            train=len(data.train),
-            validation=len(data.validation),
-            test=len(data.test),
+    def _slopes(self) -> Slopes | None:
+        evidence = self.evidence
+        deltas = {eps: uap.delta for eps, uap in evidence.uaps.items()}
+        return slopes.measure(
+            evidence.victim,
+            evidence.sample,
+            deltas,
+            evidence.suite,
+            eps=evidence.eps,
+            seed=evidence.seed,
+            folder=self.folder,
         )
+
+    def _recall(self, eps: float) -> None:
+        """Load the perturbation of a stage that was kept."""
+        evidence = self.evidence
+        if eps in evidence.uaps:
+            return
+        if self.folder is None:
+            raise AssertionError("a stage can only be kept in a folder")
+        evidence.uaps[eps] = UniversalPerturbation.load(self.folder / universal.file_of(eps))
+        if fingerprint(evidence.victim.model) not in evidence.uaps[eps].about.model.split("+"):
+            raise UserError(f"{self.folder} holds the audit of another model: choose another --out")

@@ -6,14 +6,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from torch import nn
 
 from gambeson.attacks import GradientAttack, UniversalPerturbation
+from gambeson.auditing.outcome import Outcome, outcome
 from gambeson.auditing.results import Draws, PerImage, Subject, Transferred, Universal
 from gambeson.auditing.suite import Suite
+from gambeson.base import seeded
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Rate
+from gambeson.evaluation.cascade import ImageAttack
 from gambeson.evaluation.results import Cost
-from gambeson.evaluation.universal import accuracy_under
 from gambeson.victim import Victim
 
 
@@ -38,7 +41,11 @@ class Evidence:
     per_image: list[PerImage] = field(default_factory=list)
     transfer: list[Transferred] = field(default_factory=list)
     draws: Draws | None = None
-    _accuracies: dict[str, Rate] = field(default_factory=dict)
+    surrogate: nn.Module | None = None
+    """A model of the same data, to craft on what is tried on this one; None where there is none."""
+    borrowed: dict[float, UniversalPerturbation] = field(default_factory=dict)
+    """Perturbations crafted on the surrogate by eps."""
+    _outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     @property
     def test(self) -> Split:
@@ -57,14 +64,31 @@ class Evidence:
 
     @cached_property
     def sample(self) -> Split:
-        """The first test images, as many as the suite lets diagnostics look at."""
-        return self.test.subset(torch.arange(min(self.suite.sample, len(self.test))))
+        """The test images that diagnostics look at, as many as the suite lets them."""
+        return self.few(self.suite.sample)
 
-    def accuracy(self, attack: GradientAttack) -> Rate:
+    def few(self, count: int) -> Split:
+        """Return so many test images at even distances: the first ones may all be of one class."""
+        total = len(self.test)
+        if count >= total:
+            return self.test
+        return self.test.subset(torch.linspace(0, total - 1, count, dtype=torch.float64).round().long())
+
+    def accuracy(self, attack: ImageAttack) -> Rate:
         """Accuracy of the sample under an attack; what was asked before is not measured again."""
-        if str(attack) not in self._accuracies:
-            self._accuracies[str(attack)] = accuracy_under(self.victim, self.sample, attack, self.seed)
-        return self._accuracies[str(attack)]
+        return self.outcome(attack).rate
+
+    def outcome(self, attack: ImageAttack) -> Outcome:
+        """What an attack leaves right, image by image; what was asked before is not measured again.
+
+        On a random model a gradient attack that does not say over how many draws it averages takes the suite's number.
+        """
+        if self.subject.random and isinstance(attack, GradientAttack) and attack.draws is None:
+            attack = attack.model_copy(update={"draws": self.suite.gradient_draws})
+        if repr(attack) not in self._outcomes:
+            with seeded(self.seed, "outcome", repr(attack)):  # whichever diagnostic asks first
+                self._outcomes[repr(attack)] = outcome(self.victim, self.sample, attack, self.seed)
+        return self._outcomes[repr(attack)]
 
     @property
     def spent(self) -> Cost:

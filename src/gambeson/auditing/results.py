@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from gambeson.auditing.slopes import Slopes
-from gambeson.base import Config, read_json, write_json
+from gambeson.auditing.slope_results import Slopes
+from gambeson.base import Config, UserError, read_json, write_json
+from gambeson.data import Dataset
 from gambeson.evaluation import Rate
 from gambeson.evaluation.cascade import Round
 from gambeson.evaluation.results import Control, Cost, EpsUni
 
-SCHEMA = "gambeson/audit-2"
+SCHEMA: Final = "gambeson/audit-2"
 
 
 class Subject(Config):
@@ -50,6 +51,18 @@ class Material(Config):
     """Images that chose among restarts."""
     test: int
     """Images the numbers are reported on."""
+
+    @classmethod
+    def of(cls, data: Dataset) -> Material:
+        """Say what a data set's splits did, where its test split holds the images that are reported on."""
+        return cls(
+            name=data.name,
+            classes=list(data.classes),
+            shape=list(data.test.shape),
+            train=len(data.train),
+            validation=len(data.validation),
+            test=len(data.test),
+        )
 
 
 class Restart(Config):
@@ -94,6 +107,22 @@ class PerImage(Config):
     rounds: list[Round] = Field(default_factory=list)
     """What each attack of a row broke; empty for a single attack."""
     cost: Cost
+
+
+class Surrogate(Config):
+    """The model that transferred perturbations were crafted on."""
+
+    name: str
+    """Its architecture, or what the suite named; empty where there was none."""
+    accuracy: Rate | None = None
+    """On the clean test images: a poor surrogate says little."""
+    images: int = 0
+    """Training images it was trained on here; 0 where it came trained."""
+    epochs: int = 0
+    file: str = ""
+    """Its weights, relative to the result; empty where it came trained."""
+    left_out: str = ""
+    """Why there was none."""
 
 
 class Transferred(Config):
@@ -171,7 +200,7 @@ class Verdict(Config):
 class AuditResult(Config):
     """Everything that ``result.json`` holds. Same seed, same machine, same bytes."""
 
-    schema_: str = SCHEMA
+    schema_: Literal["gambeson/audit-2"] = SCHEMA
     subject: Subject
     material: Material
     seed: int
@@ -184,12 +213,15 @@ class AuditResult(Config):
     """In order of eps."""
     eps_uni: EpsUni
     transfer: list[Transferred] = Field(default_factory=list)
+    surrogate: Surrogate | None = None
     corruption: list[Corruption] = Field(default_factory=list)
     draws: Draws | None = None
     """For a random model."""
     slopes: Slopes | None = None
     """Jacobian analysis; None for a black box."""
     checks: list[Check]
+    notes: list[str] = Field(default_factory=list)
+    """What was left out or made smaller, and why; what a black box does not show. Whole sentences."""
     verdict: Verdict
     cost: Cost
     environment: dict[str, str]
@@ -209,6 +241,10 @@ class AuditResult(Config):
         """Read ``result.json`` from the folder of a finished audit.
 
         Raises:
-            UserError: there is none, or it is of another kind.
+            UserError: there is none, or it is of another kind or of an earlier form.
         """
-        return cls(**read_json(folder / "result.json"))
+        content = read_json(folder / "result.json")
+        form = content.get("schema_", "another kind") if isinstance(content, dict) else "another kind"
+        if form != SCHEMA:
+            raise UserError(f"{folder / 'result.json'} is of {form}, expected {SCHEMA}: run the audit again")
+        return cls(**content)

@@ -10,9 +10,11 @@ from pydantic import BeforeValidator
 from gambeson import data as data_room
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.audit import Audit, audit
+from gambeson.auditing.black_box import queries_file
+from gambeson.auditing.budget import fit
 from gambeson.auditing.results import AuditResult
 from gambeson.auditing.suite import SUITES, Suite
-from gambeson.base import Config, close_run, environment, open_run, unknown_name
+from gambeson.base import Config, UserError, close_run, environment, open_run, read_json, unknown_name
 from gambeson.evaluation import load_subject
 
 
@@ -29,7 +31,8 @@ class AuditRun(Config):
 
     kind: Literal["audit"] = "audit"
     model: str
-    """A run folder of ``gambeson train``, or a weights file written by this library."""
+    """What :func:`gambeson.evaluation.load_subject` takes: a run folder, a weights file, an architecture, a program, or
+    a black box."""
     data: str | None = None
     """Name of a data set; None: the one that the run was trained on."""
     suite: Annotated[Suite, BeforeValidator(_read_suite)] = SUITES["standard"]
@@ -49,12 +52,19 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
         dataset: the data, where it is loaded already.
 
     Raises:
-        UserError: the folder holds another run, the model cannot be loaded, or no data is known.
+        UserError: the folder holds another run, the model cannot be loaded, no data is known, or a black box's budget
+            was spent before.
     """
-    subject = load_subject(run.model, run.data, run.device, dataset)
-    if open_run(out, run.plain(), environment(run.device)):
+    began = (out / "run.yaml").is_file()  # then the folder is looked at first: a finished audit asks nobody
+    if began and open_run(out, run.plain(), environment(run.device)):
         result = AuditResult.load(out)
         return Audit(result, [UniversalPerturbation.load(out / point.file) for point in result.universal])
+    left = _left(run, out)
+    subject = load_subject(run.model, run.data, run.device, dataset, budget=left)
+    if not began:
+        if left is not None:  # a budget too small for anything is told before the folder is claimed
+            fit(run.suite.on(subject.dataset), subject.dataset, left, 1)
+        open_run(out, run.plain(), environment(run.device))
     found = audit(
         subject.model,
         subject.dataset,
@@ -67,3 +77,21 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
     )
     close_run(out)
     return found
+
+
+def images_asked(out: Path) -> int:
+    """Return how many images the black box of this folder was asked about so far; 0 where there is none."""
+    file = queries_file(out)
+    return int(read_json(file)["images"]) if file.is_file() else 0
+
+
+def _left(run: AuditRun, out: Path) -> int | None:
+    if run.suite.budget is None:
+        return None
+    left = run.suite.budget - images_asked(out)
+    if left < 1:
+        raise UserError(
+            f"{out} has spent its budget of {run.suite.budget} images: start again with a larger --budget and another "
+            "--out"
+        )
+    return left

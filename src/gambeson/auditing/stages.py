@@ -9,18 +9,25 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from gambeson.base import read_json, write_json
+from gambeson.base import read_json, seeded, write_json
+from gambeson.evaluation import BudgetSpent
 
 ResultT = TypeVar("ResultT")
 
 
 class Stages:
-    """Results by name; with a folder they survive the process."""
+    """Results by name; with a folder they survive the process.
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    Inside a stage, torch's global generators are those of the seed and the stage's name alone: a random model draws
+    the same whatever was kept and whatever ran before.
+    """
+
+    def __init__(self, folder: Path | None, seed: int = 0) -> None:
+        self._folder, self._seed = folder, seed
         self._done = self._read("state/stages.json")
         self._seconds = self._read("timing.json")
+        self.left_out: list[str] = []
+        """Stages that a black box's budget had no room for, in sentences."""
 
     def do(self, name: str, kind: Any, work: Callable[[], ResultT]) -> ResultT:
         """Return the kept result of this stage, or do the work and keep what it returns.
@@ -34,13 +41,22 @@ class Stages:
         if name in self._done:
             return form.validate_python(self._done[name])
         began = time.perf_counter()
-        result = work()
+        with seeded(self._seed, "stage", name):
+            result = work()
         self._done[name] = form.dump_python(result, mode="json")
         self._seconds[name] = time.perf_counter() - began
         if self._folder is not None:
             write_json(self._folder / "timing.json", self._seconds)
             write_json(self._folder / "state" / "stages.json", self._done)
         return result
+
+    def afford(self, name: str, kind: Any, work: Callable[[], ResultT], instead: ResultT) -> ResultT:
+        """Do a stage, or return ``instead`` where a black box's budget has no room for it (any more)."""
+        try:
+            return self.do(name, kind, work)
+        except BudgetSpent as spent:
+            self.left_out.append(f"{name} was left out: {spent}.")
+            return instead
 
     def _read(self, name: str) -> dict[str, Any]:
         if self._folder is None or not (self._folder / name).is_file():

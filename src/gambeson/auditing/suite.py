@@ -10,6 +10,7 @@ from gambeson.attacks import PGD, StochasticPGD
 from gambeson.base import Config, Number, UserError
 from gambeson.data import Dataset
 from gambeson.threat import Eps, Norm
+from gambeson.victim import DRAWS
 
 _GREY = (0.05, 0.1, 0.15, 0.2, 0.3)
 _COLOUR = (4 / 255, 8 / 255, 12 / 255, 16 / 255, 26 / 255)
@@ -35,10 +36,43 @@ class Suite(Config):
     """Test images that are reported on, drawn evenly; None: all."""
     sample: Annotated[int, Field(ge=1)] = 200
     """Test images that diagnostics look at."""
+    row_images: Annotated[int, Field(ge=0)] = 500
+    """Test images that the standard row of attacks is tried on; 0 leaves it out."""
+    row_queries: Annotated[int, Field(ge=1)] = 5000
+    """Queries an image of Square, the last of the row."""
+    queries: Annotated[int, Field(ge=0)] = 500
+    """Queries an image of the sample of Square, the attack that needs no gradient; 0 leaves it out."""
+    budget: Annotated[int, Field(ge=1)] | None = None
+    """The most images that a black box may be asked about over the whole audit; None: as many as the suite takes. What
+    does not fit is made smaller or left out, and the result says so."""
+    patterns: Annotated[int, Field(ge=1)] = 100
+    """Black boxes: noise patterns of each kind (Perlin, Gabor) that are tried at each eps."""
+    pattern_images: Annotated[int, Field(ge=1)] = 200
+    """Black boxes: training images that each pattern is tried on, and validation images that choose."""
+    surrogate: str = "auto"
+    """The model that transferred perturbations are crafted on: ``auto`` trains a small net on the train split, where
+    images are 64 pixels wide at most; ``none`` leaves transfer out; or a run folder, a weights file, an architecture
+    with weights, as the model of an audit is named."""
+    surrogate_epochs: Annotated[int, Field(ge=1)] = 10
+    """Passes over the images that the surrogate is trained on; more where they are few."""
+    surrogate_images: Annotated[int, Field(ge=1)] = 20_000
+    """The most training images that the surrogate sees."""
+    transfer_images: Annotated[int, Field(ge=1)] = 1000
+    """The most test images that are perturbed one by one on the surrogate."""
+    noise_sizes: tuple[Annotated[Number, Field(gt=0)], ...] = (0.5, 1.0, 2.0, 4.0)
+    """Sizes of plain noise, as multiples of the middle eps."""
+    slope_backwards: Annotated[int, Field(ge=0)] = 4000
+    """Backward passes that each exact part of the Jacobian analysis may take; 0 leaves the analysis out."""
+    draws: Annotated[int, Field(ge=1)] = DRAWS
+    """Passes over a random model whose majority decides an image; one is refused by a check."""
+    gradient_draws: Annotated[int, Field(ge=1)] = 10
+    """Draws of a random model that a gradient is averaged over where diagnostics attack it."""
     eps_uni_delta: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """The error whose smallest eps is searched."""
     eps_uni_tolerance: Annotated[Number, Field(gt=0, lt=1)] = 0.02
     """Width of the last bracket as a share of eps."""
+    eps_uni_runs: Annotated[int, Field(ge=0)] | None = None
+    """The most perturbations crafted in that search; 0: it is read off the curve; None: as many as it takes."""
 
     @field_validator("eps")
     @classmethod
@@ -76,7 +110,24 @@ class Suite(Config):
 
 
 SUITES = {
-    "quick": Suite(universal_restarts=1, universal_batch=32, pgd_steps=20, pgd_restarts=1, eps_uni_tolerance=0.05),
+    "quick": Suite(
+        universal_restarts=1,
+        universal_batch=32,
+        pgd_steps=20,
+        pgd_restarts=1,
+        test_images=1000,
+        sample=100,
+        row_images=0,
+        eps_uni_tolerance=0.05,
+        slope_backwards=2000,
+        queries=200,
+        patterns=40,
+        pattern_images=100,
+        surrogate_epochs=6,
+        surrogate_images=8000,
+        transfer_images=500,
+        noise_sizes=(1.0, 3.0),
+    ),
     "standard": Suite(),
     "full": Suite(
         universal_steps=500,
@@ -85,6 +136,14 @@ SUITES = {
         universal_screened=16,
         pgd_steps=100,
         pgd_restarts=5,
+        row_images=2000,
+        slope_backwards=20_000,
+        queries=5000,
+        patterns=200,
+        pattern_images=500,
+        surrogate_epochs=20,
+        surrogate_images=50_000,
+        transfer_images=10_000,
         eps_uni_tolerance=0.01,
     ),
 }

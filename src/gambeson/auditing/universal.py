@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 
 from gambeson.attacks import UniversalPerturbation
+from gambeson.auditing import black_box
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.results import Restart, Universal
-from gambeson.evaluation.eps_uni import eps_uni
+from gambeson.base import UserError
+from gambeson.evaluation.eps_uni import search
 from gambeson.evaluation.results import EpsUni
 from gambeson.evaluation.universal import change_rate, control_rates, error_rate
 from gambeson.victim import predict, score
@@ -23,10 +25,8 @@ def file_of(eps: float) -> str:
 def craft_point(evidence: Evidence, eps: float, folder: Path | None) -> Universal:
     """Craft the perturbation of one eps, beginning from that of the next smaller one, and score it on test."""
     before = evidence.spent
-    attack = evidence.suite.universal(eps)
     smaller = max((known for known in evidence.uaps if known < eps), default=None)
-    start = None if smaller is None else evidence.uaps[smaller].delta
-    uap = attack.craft(evidence.victim, evidence.data, seed=evidence.seed, start=start)
+    uap = _craft(evidence, eps, None if smaller is None else evidence.uaps[smaller])
     evidence.uaps[eps] = uap
     if folder is not None:
         uap.save(folder / file_of(eps))
@@ -37,7 +37,7 @@ def craft_point(evidence: Evidence, eps: float, folder: Path | None) -> Universa
         norm=evidence.suite.norm,
         uer=error_rate(found),
         fooling=change_rate(found),
-        controls=control_rates(evidence.victim, evidence.test, attack.ball, evidence.seed),
+        controls=control_rates(evidence.victim, evidence.test, uap.ball, evidence.seed),
         restarts=[Restart(start=kind, validation_uer=rate) for kind, rate in uap.about.restarts],
         file=file_of(eps),
         status=uap.about.status,
@@ -45,17 +45,42 @@ def craft_point(evidence: Evidence, eps: float, folder: Path | None) -> Universa
     )
 
 
-def search_eps_uni(evidence: Evidence) -> EpsUni:
-    """Search eps_uni, beginning from the points of the curve."""
-    known = {point.eps: (point.uer.value, evidence.uaps[point.eps].delta) for point in evidence.universal}
-    return eps_uni(
+def _craft(evidence: Evidence, eps: float, smaller: UniversalPerturbation | None) -> UniversalPerturbation:
+    if evidence.subject.black_box:
+        return black_box.craft(evidence, eps, None if smaller is None else (smaller.about.attack, smaller.delta))
+    start = None if smaller is None else smaller.delta
+    return evidence.suite.universal(eps).craft(evidence.victim, evidence.data, seed=evidence.seed, start=start)
+
+
+def end_curve(evidence: Evidence) -> None:
+    """Let the curve end with the last eps that a black box's budget had room for."""
+    done, suite = len(evidence.universal), evidence.suite
+    if not done:
+        raise UserError("the budget was spent before one perturbation was crafted: give a larger --budget")
+    if done < len(suite.eps):
+        evidence.suite = suite.model_copy(update={"eps": suite.eps[:done]})
+
+
+def search_eps_uni(evidence: Evidence, runs: int | None = None) -> EpsUni:
+    """Search eps_uni by the attack of the curve, beginning from the curve's points; ``runs`` overrules the suite."""
+    suite = evidence.suite
+
+    def craft(eps: float, best: torch.Tensor | None) -> UniversalPerturbation:
+        if evidence.subject.black_box:
+            return black_box.craft(evidence, eps, None if best is None else ("scaled", best))
+        attack = suite.universal(eps, restarts=1)  # the best so far is one more start
+        return attack.craft(evidence.victim, evidence.data, seed=evidence.seed, start=best)
+
+    return search(
         evidence.victim,
         evidence.data,
-        evidence.suite.universal(evidence.suite.eps[0], restarts=1),  # the best so far is one more start
-        delta=evidence.suite.eps_uni_delta,
-        tolerance=evidence.suite.eps_uni_tolerance,
-        seed=evidence.seed,
-        known=known,
+        craft,
+        norm=suite.norm,
+        delta=suite.eps_uni_delta,
+        tolerance=suite.eps_uni_tolerance,
+        known={point.eps: (point.uer.value, evidence.uaps[point.eps].delta) for point in evidence.universal},
+        runs=suite.eps_uni_runs if runs is None else runs,
+        clean=evidence.clean.complement.value,
     )
 
 

@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from gambeson.auditing import SUITES, AuditRun, run_audit
-from gambeson.base import UserError, pick_device, read_settings
+from gambeson.auditing.run import images_asked
+from gambeson.base import UserError, pick_device, read_settings, unknown_name
 from gambeson.cli.options import ConfigFile, Device, Json, Out, Set, folder_beside, print_json, progress, put, put_all
 from gambeson.cli.tables import audit_table
 
 
 def audit(
-    model: Annotated[str | None, typer.Argument(help="Folder of a training run, or its model.safetensors.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Folder of a training run, or another model: see above.")] = None,
     data: Annotated[str | None, typer.Option(help="Data set; else the one the run was trained on.")] = None,
     suite: Annotated[str | None, typer.Option(help=f"{', '.join(SUITES)}: from minutes to hours (standard).")] = None,
     eps: Annotated[
@@ -21,6 +22,14 @@ def audit(
         typer.Option(help="Radii of the curve, ascending, with commas: 4/255,8/255 (a grid for the data)."),
     ] = None,
     norm: Annotated[str | None, typer.Option(help="inf or 2.")] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(help="Black boxes: the most images to ask about, over the whole audit (no limit).", min=1),
+    ] = None,
+    surrogate: Annotated[
+        str | None,
+        typer.Option(help="Model to transfer from: auto trains a small one, none leaves it out, or a model's name."),
+    ] = None,
     label: Annotated[str | None, typer.Option(help="What tables call the model.")] = None,
     config: ConfigFile = None,
     set_: Set = None,
@@ -31,17 +40,28 @@ def audit(
 ) -> None:
     """Attack a model with universal perturbations and judge what came out.
 
+    MODEL is the folder of a training run or a weights file (.safetensors); an architecture, whose weights come from a
+    file as NAME@FILE.safetensors: a name of this library, torchvision:NAME, torchvision:NAME@WEIGHTS, timm:NAME,
+    transformers:NAME, FILE.py:FUNCTION that returns a torch.nn.Module; a torch.export program (FILE.pt2); or a black
+    box: FILE.onnx, function:FILE.py:FUNCTION from images to scores or classes, or http://HOST/PATH.
+
     Example: `gambeson audit runs/x --out runs/x-audit`
+
+    Example: `gambeson audit http://localhost:8000/scores --data cifar10 --suite quick --budget 100000`
     """
     settings = read_settings(config, "audit") if config else {}
     for name, value in (("model", model), ("data", data), ("label", label), ("seed", seed)):
         put(settings, name, value)
     if suite is not None or isinstance(settings.get("suite", "standard"), str):
         chosen = suite or settings.get("suite", "standard")
-        settings["suite"] = SUITES[chosen].plain() if chosen in SUITES else chosen
+        if chosen not in SUITES:
+            raise unknown_name("suite", chosen, SUITES)
+        settings["suite"] = SUITES[chosen].plain()
     if eps is not None:
         put(settings, "suite.eps", [part.strip() for part in eps.split(",")])
     put(settings, "suite.norm", norm)
+    put(settings, "suite.budget", budget)
+    put(settings, "suite.surrogate", surrogate)
     put_all(settings, set_)
     if device != "auto" or "device" not in settings:
         settings["device"] = pick_device(device)
@@ -56,4 +76,8 @@ def audit(
         return
     console.print(audit_table([found.results]))
     console.print(found.verdict.summary)
+    for note in found.results.notes:
+        console.print(f"note: {note}")
+    if found.results.subject.black_box:
+        console.print(f"asked about {images_asked(folder)} images in all")
     console.print(f"next: gambeson report {folder}")

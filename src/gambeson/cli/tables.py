@@ -10,38 +10,74 @@ from rich.table import Table
 from gambeson.auditing import AuditResult
 from gambeson.evaluation import Rate
 
+_NONE = "\N{EN DASH}"
+Cells = Callable[[AuditResult], str]
+
 
 def audit_table(results: Sequence[AuditResult]) -> Table:
-    """A column a model: clean accuracy, UER and its controls at each eps, PGD accuracy and eps_uni."""
+    """A column a model: the verdict, accuracy clean and attacked, UER beside its strongest control, and eps_uni."""
     first = results[0]
     table = Table(
         title=f"{first.material.test} test images of {first.material.name}: per cent [95 % interval]",
         box=box.SIMPLE_HEAD,
-        caption="UER: share of test images that one perturbation makes the model get wrong",
+        min_width=60,
+        caption="per image, transfer, noise: the worst; UER: error under one pattern for all",
     )
     table.add_column("")
     for result in results:
-        table.add_column(result.subject.label, justify="right", no_wrap=True)
+        table.add_column(result.subject.label, justify="right", no_wrap=len(results) < 4)
 
-    def row(name: str, cell: Callable[[AuditResult], str], style: str | None = None) -> None:
+    def row(name: str, cell: Cells, style: str | None = None) -> None:
         table.add_row(name, *[cell(result) for result in results], style=style)
 
-    row("clean accuracy", lambda result: _cell(result.clean))
-    for k, point in enumerate(first.universal):
-        table.add_section()
-        row(f"UER at eps {point.eps:.3g}", lambda result, k=k: _cell(result.universal[k].uer), "bold")  # type: ignore[misc]
-        for j, control in enumerate(point.controls):
-            name = control.name if control.draws == 1 else f"{control.name} (worst)"
-            row(f"  {name}", lambda result, k=k, j=j: _cell(result.universal[k].controls[j].worst), "dim")  # type: ignore[misc]
+    row("numbers", lambda result: "trusted" if result.verdict.trusted else "not trusted", "bold")
+    row("checks failed", _failed)
     table.add_section()
-    attacked = first.per_image[0]
-    row(f"PGD accuracy at eps {attacked.eps:.3g}", lambda result: _cell(result.per_image[0].accuracy))
-    row(
-        f"eps_uni({first.eps_uni.delta:g})",
-        lambda result: f"{'>' if result.eps_uni.censored else 'at most'} {result.eps_uni.value:.3f}",
-    )
+    row("accuracy, clean", lambda result: _cell(result.clean))
+    row("  per image", _worst)
+    row("error, transfer", _transferred)
+    row("error, noise", _noise)
+    table.add_section()
+    for eps in sorted({point.eps for result in results for point in result.universal}):
+        row(f"UER, eps {eps:.3g}", _uer(eps), "bold")
+        row("  worst control", _control(eps), "dim")
+    deltas = {result.eps_uni.delta for result in results}
+    row(f"eps_uni({deltas.pop():g})" if len(deltas) == 1 else "eps_uni", _eps_uni)
     return table
 
 
-def _cell(rate: Rate) -> str:
-    return f"{100 * rate.value:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+def _failed(result: AuditResult) -> str:
+    states = [check.passed for check in result.checks]
+    return f"{states.count(False)} of {len(states) - states.count(None)}"
+
+
+def _worst(result: AuditResult) -> str:
+    return _cell(min((a.accuracy for a in result.per_image), key=lambda rate: rate.value, default=None))
+
+
+def _transferred(result: AuditResult) -> str:
+    return _cell(max((t.error for t in result.transfer), key=lambda rate: rate.value, default=None))
+
+
+def _noise(result: AuditResult) -> str:
+    return _cell(max((c.error for c in result.corruption), key=lambda rate: rate.value, default=None))
+
+
+def _uer(eps: float) -> Cells:
+    return lambda result: _cell(next((point.uer for point in result.universal if point.eps == eps), None))
+
+
+def _control(eps: float) -> Cells:
+    def cell(result: AuditResult) -> str:
+        rates = [control.worst for point in result.universal if point.eps == eps for control in point.controls]
+        return _cell(max(rates, key=lambda rate: rate.value, default=None))
+
+    return cell
+
+
+def _eps_uni(result: AuditResult) -> str:
+    return f"{'>' if result.eps_uni.censored else 'at most'} {result.eps_uni.value:.3f}"
+
+
+def _cell(rate: Rate | None) -> str:
+    return _NONE if rate is None else f"{100 * rate.value:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"

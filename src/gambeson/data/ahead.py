@@ -110,21 +110,20 @@ def _by_workers(fetch: Fetch, batches: Sequence[torch.Tensor], workers: int, dev
             check_alike(*(images[:1] for images, _ in pieces))
             images = torch.cat([images.to(device, non_blocking=pinned) for images, _ in pieces])
             yield images, torch.cat([labels for _, labels in pieces])
-    finally:
-        # By hand, for a traceback that somebody keeps, as notebooks do, keeps frames and with them the iterator.
-        coming._shutdown_workers()
-
-
-def _next(coming: Iterator[Pair | UserError]) -> Pair:
-    try:
-        piece = next(coming)
-    except RuntimeError as error:
+    except RuntimeError as error:  # torch raises it from a signal handler: anywhere, not where a piece is asked for
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise UserError(
             f"a process that reads images ended ({' '.join(str(error).split())}), as when memory or /dev/shm runs out: "
             "give it more, or use fewer processes by workers=1, or none by workers=0 (or $GAMBESON_WORKERS)"
         ) from None
+    finally:
+        # By hand, for a traceback that somebody keeps, as notebooks do, keeps frames and with them the iterator.
+        coming._shutdown_workers()
+
+
+def _next(coming: Iterator[Pair | UserError]) -> Pair:
+    piece = next(coming)
     if isinstance(piece, UserError):
         raise piece
     return piece

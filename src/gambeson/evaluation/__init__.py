@@ -1,11 +1,12 @@
 """Honest numbers: rates with intervals, controls beside attacks, checks that can overturn a verdict."""
 
 from gambeson.evaluation.attack_run import AttackRun, run_attack
-from gambeson.evaluation.black_box import BlackBox, FunctionScores, OnnxScores
+from gambeson.evaluation.black_box import BlackBox, BudgetSpent
 from gambeson.evaluation.cascade import Cascade, CascadeResult, run_cascade
 from gambeson.evaluation.eps_uni import eps_uni
 from gambeson.evaluation.exporting import Exported, run_export
 from gambeson.evaluation.http_scores import HttpScores
+from gambeson.evaluation.local_scores import FunctionScores, OnnxScores
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.standard import standard_attacks
 from gambeson.evaluation.subjects import LoadedModel, load_subject
@@ -15,6 +16,7 @@ from gambeson.evaluation.universal import accuracy, control_rates, fooling_rate,
 __all__ = [
     "AttackRun",
     "BlackBox",
+    "BudgetSpent",
     "Cascade",
     "CascadeResult",
     "Exported",

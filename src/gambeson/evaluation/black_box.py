@@ -1,46 +1,61 @@
-"""Models of which nothing is seen but scores: a Python function, an ONNX file; a server is in :mod:`.http_scores`."""
+"""Models of which nothing is seen but scores, or only the class they name: what all of them share."""
 
 from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from gambeson.base import UserError
-from gambeson.models.hubs import required
+from gambeson.base import UserError, read_json, write_json
 
 Output = Literal["auto", "logits", "probabilities"]
 """What the box returns. ``auto`` decides at the first answer: rows in [0, 1] that sum to 1 are probabilities."""
 
 _TINY = 1e-30
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class BudgetSpent(UserError):
+    """A black box would be asked about more images than its budget allows; nothing was asked."""
 
 
 class BlackBox(nn.Module):
     """A function from images (N, C, H, W) in [0, 1] to scores (N, K), without gradient, counted.
 
     It stands wherever a model stands that is only asked: in :class:`gambeson.victim.Victim`, in query and procedural
-    attacks, in transfer. Probabilities are turned into their logarithm, which are logits of the same model.
+    attacks, in transfer. Probabilities are turned into their logarithm, which are logits of the same model. A box that
+    only names a class, (N,) integers, gives rows of -1 with a zero at that class: nothing then tells a search how near
+    it is.
 
     Args:
         output: what the box returns.
         budget: the most images it may be asked about in all; None: as many as an attack likes.
         batch: the most images sent at once.
+        classes: K; needed only where the box names classes.
 
     Attributes:
-        images: images it was asked about and answered for; an image sent twice since the first attempt was lost
-            counts once.
+        images: images it was asked about. One that was sent again counts again if it may have been answered before.
+        answers: what :meth:`recognise` heard; empty before. It is a buffer, so that the module's fingerprint is the
+            hash of it.
 
     Raises:
-        UserError: from ``forward``, for a gradient, a budget that would be exceeded (nothing is asked then), and
-            answers that are not finite scores (N, K).
+        UserError: from ``forward``, for a gradient, and answers that are not finite scores (N, K) or class indices.
+        BudgetSpent: from ``forward``, for a budget that would be exceeded.
     """
 
-    def __init__(self, *, output: Output = "auto", budget: int | None = None, batch: int = 256) -> None:
+    answers: torch.Tensor
+    workers = 1
+    """Batches that are asked about at once."""
+
+    def __init__(
+        self, *, output: Output = "auto", budget: int | None = None, batch: int = 256, classes: int | None = None
+    ) -> None:
         super().__init__()
         if batch < 1 or (budget is not None and budget < 1):
             raise UserError(f"batch = {batch}, budget = {budget}: expected 1 or more")
@@ -48,8 +63,14 @@ class BlackBox(nn.Module):
         self.budget = budget
         self.batch = batch
         self.images = 0
-        self._classes: int | None = None
+        self.register_buffer("answers", torch.zeros(0))
+        self._names = classes  # that indices may come from
+        self._classes: int | None = None  # that answers had
+        self._told: set[str] = set()
+        self._hard = True
         self._lock = threading.Lock()
+        self._file: Path | None = None
+        self._earlier = self._written = 0
 
     @property
     @abstractmethod
@@ -58,7 +79,43 @@ class BlackBox(nn.Module):
 
     @abstractmethod
     def _ask(self, images: torch.Tensor) -> Any:
-        """Return the answer for at most ``batch`` images, float32 on the CPU."""
+        """Return the answer for at most ``batch`` images, float32 on the CPU; they are counted already."""
+
+    @property
+    def decides_only(self) -> bool:
+        """Whether nothing but the top class was heard so far: class indices, or a single one in every row."""
+        return bool(self._told) and self._hard
+
+    @property
+    def asked(self) -> int:
+        """Images it was asked about, those of earlier processes included where :meth:`hold` found their number."""
+        return self._earlier + self.images
+
+    def hold(self, budget: int | None, file: Path | None = None) -> None:
+        """Hold the box to a budget that outlives the process.
+
+        Args:
+            budget: the most images in all, those asked about before included.
+            file: keeps the number, written before the images are sent: a process that is cut can only have asked
+                less.
+        """
+        known = file is not None and file.is_file()
+        self._file, self._earlier = file, int(read_json(file)["images"]) if file is not None and known else 0
+        if budget is not None:
+            left = max(0, budget - self._earlier)
+            self.budget = left if self.budget is None else min(self.budget, left)
+        self.settle()
+
+    def settle(self) -> None:
+        """Write the number as it is; between two calls up to half a per cent of the budget more stands there."""
+        with self._lock:
+            self._write(self.asked)
+
+    def recognise(self, images: torch.Tensor) -> torch.Tensor:
+        """Ask about ``images`` and keep the scores in :attr:`answers`: they tell this box from another."""
+        with torch.no_grad():
+            self.answers = self(images)
+        return self.answers
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits (N, K), float32, on the device of the images."""
@@ -67,42 +124,67 @@ class BlackBox(nn.Module):
                 f"{self.title} is a black box, which has no gradient: choose a query, procedural or transfer attack, "
                 "such as square or perlin"
             )
-        with self._lock:
-            if self.budget is not None and self.images + len(images) > self.budget:
-                raise UserError(
-                    f"{self.title} may be asked about {self.budget} images and was about {self.images}: {len(images)} "
-                    "more are too many; allow a larger budget, or choose an attack that asks less"
-                )
-            self.images += len(images)  # claimed before asking: two threads must not both take the last place
-        sent = images.detach().to("cpu", torch.float32)
-        done = 0
+        self._claim(len(images))  # before asking: two threads must not both take the last place
+        pieces = images.detach().to("cpu", torch.float32).split(self.batch) if len(images) else ()
+        begun = 0
+
+        def ask(piece: torch.Tensor) -> torch.Tensor:
+            nonlocal begun
+            with self._lock:
+                begun += len(piece)
+            return self._read(self._ask(piece.clone()), len(piece))
+
         try:
-            found = []
-            for piece in sent.split(self.batch):
-                found.append(self._read(self._ask(piece.clone()), len(piece)))
-                done += len(piece)
+            found = together(ask, pieces, self.workers)
         finally:
-            if done < len(images):
-                with self._lock:
-                    self.images -= len(images) - done
+            self._release(len(images) - begun)
         return torch.cat(found).to(images.device) if found else torch.zeros(0, self._classes or 2)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlackBox:
         raise UserError("a black box has no weights to copy")
 
+    def _claim(self, count: int) -> None:
+        with self._lock:
+            if self.budget is not None and self.images + count > self.budget:
+                raise BudgetSpent(
+                    f"{self.title} may be asked about {self.budget + self._earlier} images and was about {self.asked}: "
+                    f"{count} more are too many; allow a larger budget, or choose an attack that asks less"
+                )
+            self.images += count
+            if self.asked > self._written:
+                ahead = 10_000 if self.budget is None else self.budget // 200
+                most = self.asked + ahead if self.budget is None else self._earlier + self.budget
+                self._write(min(self.asked + ahead, most))
+
+    def _release(self, count: int) -> None:
+        """Take back a claim: these images were not sent, or surely not answered."""
+        with self._lock:
+            self.images -= count
+
+    def _write(self, number: int) -> None:
+        if self._file is not None:
+            write_json(self._file, {"images": number})
+        self._written = number
+
     def _read(self, answer: Any, count: int) -> torch.Tensor:
         expected = f"expected scores ({count}, K), one row an image"
         answer = getattr(answer, "logits", answer)
         try:
-            scores = torch.as_tensor(answer).detach().to("cpu", torch.float32)
+            given = torch.as_tensor(answer).detach().cpu()
+            scores = given.to(torch.float32)
         except (TypeError, ValueError, RuntimeError):
             raise UserError(f"{self.title} returned {type(answer).__name__}: {expected}") from None
-        if scores.ndim != 2 or len(scores) != count or scores.shape[1] < 2:
-            raise UserError(
-                f"{self.title} was given {count} images and returned shape {tuple(scores.shape)}: {expected} and K of "
-                "at least 2"
-            )
         with self._lock:
+            if given.shape == (count,) and given.dtype in _INTEGERS:
+                scores = self._one_hot(given)
+            if scores.ndim != 2 or len(scores) != count or scores.shape[1] < 2:
+                raise UserError(
+                    f"{self.title} was given {count} images and returned shape {tuple(scores.shape)}: {expected} and "
+                    "K of at least 2"
+                )
+            self._told.add("classes" if given.ndim == 1 else "scores")
+            if len(self._told) > 1:
+                raise UserError(f"{self.title} returned scores for some images and classes for others: {expected}")
             self._classes = self._classes or scores.shape[1]
             if scores.shape[1] != self._classes:
                 raise UserError(
@@ -111,96 +193,36 @@ class BlackBox(nn.Module):
                 )
             if not bool(scores.isfinite().all()):
                 raise UserError(f"{self.title} returned NaN or infinite scores: return finite ones")
-            if self.output == "auto":
+            if given.ndim == 2:
+                self._hard = self._hard and bool(((scores == 1).sum(1) + (scores == 0).sum(1) == self._classes).all())
+            if self.output == "auto" and given.ndim == 2:
                 inside = bool(((scores >= 0) & (scores <= 1)).all())
                 sure = inside and bool(((scores.sum(1) - 1).abs() < 1e-3).all())
                 self.output = "probabilities" if sure else "logits"
-        return scores.clamp(min=_TINY).log() if self.output == "probabilities" else scores
+        return scores.clamp(min=_TINY).log() if given.ndim == 2 and self.output == "probabilities" else scores
 
-
-class FunctionScores(BlackBox):
-    """A Python function as a black box.
-
-    Args:
-        function: from a tensor (N, C, H, W), float32 in [0, 1] on the CPU, to scores (N, K): a tensor, an array or
-            nested lists.
-        title: what messages call it; None: its own name.
-        keywords: see :class:`BlackBox`.
-    """
-
-    def __init__(self, function: Callable[[torch.Tensor], Any], *, title: str | None = None, **keywords: Any) -> None:
-        super().__init__(**keywords)
-        self.function = function
-        self._title = title or f"the function {getattr(function, '__name__', type(function).__name__)}"
-
-    @property
-    def title(self) -> str:
-        """What messages call the box."""
-        return self._title
-
-    def _ask(self, images: torch.Tensor) -> Any:
-        with torch.no_grad():
-            return self.function(images)
-
-
-class OnnxScores(BlackBox):
-    """An ONNX file as a black box, by onnxruntime on the CPU.
-
-    The file takes one input (N, C, H, W), float32 in [0, 1]; its first output is read. A file made for a fixed number
-    of images is asked in parts of that number, the last one filled up.
-
-    Args:
-        path: the file.
-        keywords: see :class:`BlackBox`.
-
-    Raises:
-        UserError: onnxruntime is not installed, or the file cannot be read or takes something else.
-    """
-
-    def __init__(self, path: Path | str, **keywords: Any) -> None:
-        runtime = required("onnxruntime", f"the ONNX file {path}")
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{path} does not exist: name an ONNX file")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        try:
-            session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own kinds, which differ between its versions
-            reason = " ".join(str(error).split())
-            raise UserError(f"{path} cannot be read as ONNX ({reason}): export the model again") from None
-        inputs = session.get_inputs()
-        if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
-            kinds = ", ".join(f"{entry.name} {entry.type} {entry.shape}" for entry in inputs)
+    def _one_hot(self, classes: torch.Tensor) -> torch.Tensor:
+        if self._names is None:
+            raise UserError(f"{self.title} returned classes, and it is not known how many there are: say classes=K")
+        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < self._names:
             raise UserError(
-                f"{path} takes {kinds or 'nothing'}: expected one input of floats (N, C, H, W) in [0, 1]; export a "
-                "model of images"
+                f"{self.title} returned classes from {int(classes.min())} to {int(classes.max())}: expected 0 to "
+                f"{self._names - 1}"
             )
-        self.shape = tuple(side if isinstance(side, int) else None for side in inputs[0].shape)
-        if self.shape[0] is not None:
-            keywords["batch"] = self.shape[0]
-        super().__init__(**keywords)
-        self._session, self._input, self._output = session, inputs[0].name, session.get_outputs()[0].name
+        return torch.nn.functional.one_hot(classes.long(), self._names).float() - 1
 
-    @property
-    def title(self) -> str:
-        """What messages call the box."""
-        return str(self.path)
 
-    def _ask(self, images: torch.Tensor) -> Any:
-        count, fixed = len(images), self.shape[0]
-        for side, known in zip(images.shape[1:], self.shape[1:], strict=True):
-            if known not in (None, side):
-                raise UserError(
-                    f"{self.path} takes images of {'x'.join(map(str, self.shape[1:]))}, got "
-                    f"{'x'.join(map(str, images.shape[1:]))}: choose data that fit it"
-                )
-        if fixed is not None and count < fixed:
-            images = torch.cat([images, images[-1:].expand(fixed - count, -1, -1, -1)])
+def together(
+    ask: Callable[[torch.Tensor], torch.Tensor], pieces: Sequence[torch.Tensor], workers: int
+) -> list[torch.Tensor]:
+    """Return what ``ask`` says of every piece, asking ``workers`` at once; after a failure no more are begun."""
+    if workers == 1 or len(pieces) < 2:
+        return [ask(piece) for piece in pieces]
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(ask, piece) for piece in pieces]
         try:
-            (found,) = self._session.run([self._output], {self._input: images.contiguous().numpy()})
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.path} cannot take {count} images of the data ({reason})") from None
-        return found[:count]
+            return [job.result() for job in jobs]
+        except BaseException:
+            for job in jobs:
+                job.cancel()
+            raise

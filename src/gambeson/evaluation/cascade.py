@@ -12,6 +12,7 @@ from gambeson.base import Config, derive, task
 from gambeson.data import Split
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.results import Cost
+from gambeson.evaluation.universal import at_once
 from gambeson.victim import Victim
 
 DRAWS = 21
@@ -90,10 +91,10 @@ def run_cascade(
         attacks: by name, cheapest first.
         norm: of the distances that are reported.
         seed: of every attack.
-        batch_size: images at a time.
+        batch_size: images at a time, at most: fewer where they are large.
     """
     images, labels = split.take(slice(None), victim.device)
-    ignore = split.ignore_index
+    batch_size, ignore = at_once(split, batch_size), split.ignore_index
     standing = torch.cat([still_right(victim, *part) for part in _parts(images, labels, batch_size)])
     clean = Rate.of(int(standing.sum()), len(images))
     fallen_to = torch.where(standing, -1, -2)

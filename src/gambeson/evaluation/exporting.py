@@ -12,7 +12,7 @@ from torch import nn
 
 from gambeson.base import Config, UserError, environment, load_tensors, seeded, task, write_json
 from gambeson.data import Split
-from gambeson.evaluation.black_box import OnnxScores
+from gambeson.evaluation.local_scores import OnnxScores
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.subjects import load_subject
 from gambeson.models import ModelCard, PixelModel

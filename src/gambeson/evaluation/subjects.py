@@ -11,8 +11,9 @@ from torch import nn
 
 from gambeson import data, models
 from gambeson.base import UserError, read_settings, seeded
-from gambeson.evaluation.black_box import BlackBox, FunctionScores, OnnxScores
+from gambeson.evaluation.black_box import BlackBox
 from gambeson.evaluation.http_scores import HttpScores
+from gambeson.evaluation.local_scores import FunctionScores, OnnxScores
 from gambeson.models import external, registry, torchvision_nets, user_code
 from gambeson.models.init_weights import init_weights
 from gambeson.models.program import SUFFIX, load_program
@@ -39,7 +40,14 @@ class LoadedModel:
         return isinstance(self.model, BlackBox)
 
 
-def load_subject(source: str, data_name: str | None, device: str, dataset: data.Dataset | None = None) -> LoadedModel:
+def load_subject(
+    source: str,
+    data_name: str | None,
+    device: str,
+    dataset: data.Dataset | None = None,
+    *,
+    budget: int | None = None,
+) -> LoadedModel:
     """Load a model and its data.
 
     Args:
@@ -51,13 +59,15 @@ def load_subject(source: str, data_name: str | None, device: str, dataset: data.
               as ``ARCHITECTURE@FILE.safetensors``, and without any weights drawn from seed 0;
             * a ``torch.export`` program, ``FILE.pt2``;
             * a black box: ``FILE.onnx``, ``http://…``, ``https://…``, or ``function:FILE.py:FUNCTION``, a function
-              from images to scores.
+              from images to scores (N, K) or to class indices (N,).
         data_name: a data set; None: the one the run was trained on.
         device: where the model goes; a black box stays where it is.
         dataset: the data, where it is loaded already.
+        budget: the most images that a black box may be asked about, the two here included.
 
     Raises:
-        UserError: there is no such model, no data is known, or the two do not fit.
+        UserError: there is no such model, no data is known, or the two do not fit; or a budget for a model that is no
+            black box.
     """
     path = Path(source)
     trained = read_settings(path / "run.yaml", "train") if (path / "run.yaml").is_file() else {}
@@ -65,8 +75,10 @@ def load_subject(source: str, data_name: str | None, device: str, dataset: data.
     load = _loader(source)
     if name is None:
         raise UserError(f"{source} does not say what data its model was trained on: name it with --data")
+    if budget is not None and load is not _black_box:
+        raise UserError(f"a budget counts what a black box is asked, and {source} is none: leave --budget out")
     dataset = data.load(name) if dataset is None else dataset
-    model = load(source, dataset, device)
+    model = _black_box(source, dataset, budget) if load is _black_box else load(source, dataset, device)
     if isinstance(model, models.PixelModel):
         card = model.card
         if card.classes != dataset.num_classes or card.in_channels != dataset.in_channels:
@@ -134,8 +146,9 @@ def _architecture(source: str, dataset: data.Dataset, device: str) -> nn.Module:
     return model.eval().to(torch.device(device))
 
 
-def _black_box(source: str, dataset: data.Dataset, device: str) -> nn.Module:
+def _black_box(source: str, dataset: data.Dataset, budget: int | None) -> nn.Module:
     box: BlackBox
+    settings: dict[str, Any] = {"budget": budget, "classes": dataset.num_classes}
     if source.startswith(FUNCTION):
         spelling = source.removeprefix(FUNCTION)
         file, call = user_code.file_of(spelling), user_code.load_function(spelling)
@@ -144,13 +157,14 @@ def _black_box(source: str, dataset: data.Dataset, device: str) -> nn.Module:
             with user_code.told(file, f"asking {spelling} about {len(images)} images"):
                 return call(images)
 
-        box = FunctionScores(ask, title=spelling)
+        box = FunctionScores(ask, title=spelling, **settings)
     elif source.lower().endswith(".onnx"):
-        box = OnnxScores(source)
+        box = OnnxScores(source, **settings)
     else:
-        box = HttpScores(source)
+        box = HttpScores(source, **settings)
+    images = torch.full((2, dataset.in_channels, *dataset.image_size), 0.5)
     with torch.no_grad():
-        found = box(torch.full((2, dataset.in_channels, *dataset.image_size), 0.5))
+        found = box(images)
     if found.shape[1] != dataset.num_classes:
         raise UserError(
             f"{box.title} gives scores of {found.shape[1]} classes, but {dataset.name} has {dataset.num_classes}: "

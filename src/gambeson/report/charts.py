@@ -1,9 +1,10 @@
-"""The curve of UER against eps, as a plotly figure in plain data, and the text that stands in for it."""
+"""Charts as plotly figures in plain data, with the text that stands in for each: here the curve of UER against eps."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -16,6 +17,27 @@ HUES = ("#0072b2", "#c4500a", "#007a5a", "#a8487f", "#8a6d00", "#3a3a3a")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross")
 _DASHES = {"random-sign": "dash", "chessboard": "dot"}
 _INK, _FAINT = "#1c2430", "#e3e7ec"
+AXIS: dict[str, Any] = {
+    "gridcolor": _FAINT,
+    "zeroline": False,
+    "linecolor": "#8b95a3",
+    "ticks": "outside",
+    "fixedrange": True,
+    "automargin": True,
+}
+"""What all axes share."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of the page."""
+
+    name: str
+    """Its element's."""
+    figure: str
+    """JSON that is safe inside a script element."""
+    alternative: str
+    """The same in words."""
 
 
 def hue(index: int) -> str:
@@ -35,6 +57,33 @@ def embed(figure: dict[str, Any]) -> str:
     """Write the figure as JSON that is safe inside a script element: no tag can begin in it."""
     text = json.dumps(figure, sort_keys=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def plain_layout(height: int) -> dict[str, Any]:
+    """Return the layout that all charts begin from."""
+    return {
+        "autosize": True,
+        "height": height,
+        "margin": {"l": 56, "r": 20, "t": 34, "b": 56},
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": _INK},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "hovermode": "closest",
+        "dragmode": False,
+        "hoverlabel": {
+            "align": "left",
+            "bgcolor": "white",
+            "bordercolor": "#8b95a3",
+            "font": {"color": _INK},
+        },
+        "xaxis": dict(AXIS),
+        "yaxis": dict(AXIS),
+    }
+
+
+def curve(folders: Sequence[Folder], scale: Scale) -> Chart:
+    """Draw UER against eps for every model."""
+    return Chart("chart", embed(figure(folders, scale)), alternative(folders, scale))
 
 
 def alternative(folders: Sequence[Folder], scale: Scale) -> str:
@@ -75,7 +124,7 @@ def _band(folder: Folder, index: int) -> dict[str, Any]:
         x=eps + eps[::-1],
         y=edge,
         fill="toself",
-        fillcolor=_soft(hue(index)),
+        fillcolor=soft(hue(index)),
         line={"width": 0},
         mode="lines",
         hoverinfo="skip",
@@ -142,29 +191,8 @@ def _layout(folders: Sequence[Folder], scale: Scale) -> dict[str, Any]:
     title = f"eps: {scale.meaning}<br>(pixels run from 0 to 1)"
     if short:
         title = f"eps, in 1/255 of the range of pixels:<br>{scale.meaning}"
-    axis = {
-        "gridcolor": _FAINT,
-        "zeroline": False,
-        "linecolor": "#8b95a3",
-        "ticks": "outside",
-        "fixedrange": True,
-        "automargin": True,
-    }
     return {
-        "autosize": True,
-        "height": 480,
-        "margin": {"l": 56, "r": 20, "t": 34, "b": 56},
-        "font": {"family": "system-ui, sans-serif", "size": 13, "color": _INK},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "hovermode": "closest",
-        "dragmode": False,
-        "hoverlabel": {
-            "align": "left",
-            "bgcolor": "white",
-            "bordercolor": "#8b95a3",
-            "font": {"color": _INK},
-        },
+        **plain_layout(480),
         "legend": {
             "orientation": "h",
             "y": -0.3,
@@ -173,14 +201,14 @@ def _layout(folders: Sequence[Folder], scale: Scale) -> dict[str, Any]:
             "xanchor": "left",
         },
         "xaxis": {
-            **axis,
+            **AXIS,
             "title": {"text": title, "standoff": 10, "font": {"size": 13}},
             "range": [0, grid[-1] * 1.03 or 1],
             "tickvals": [0.0, *grid],
             "ticktext": ["0", *(text.removesuffix("/255") if short else text for text in texts)],
         },
         "yaxis": {
-            **axis,
+            **AXIS,
             "title": {"text": "UER: test images it gets wrong (%)", "standoff": 8, "font": {"size": 13}},
             "range": [0, 102],
             "tickvals": [0, 20, 40, 60, 80, 100],
@@ -192,6 +220,7 @@ def _both(eps: float, scale: Scale) -> str:
     return f"{scale.text(eps)} ({scale.decimal(eps)})" if scale.decimal(eps) else scale.text(eps)
 
 
-def _soft(colour: str) -> str:
+def soft(colour: str, alpha: float = 0.16) -> str:
+    """Return the colour, see-through."""
     red, green, blue = (int(colour[k : k + 2], 16) for k in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.16)"
+    return f"rgba({red},{green},{blue},{alpha})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gambeson.evaluation.results import Cost
 from gambeson.report import words
 from gambeson.report.folders import Folder
 from gambeson.report.words import Scale
@@ -39,8 +40,7 @@ def collect(folder: Folder, scale: Scale) -> list[Facts]:
         points.append((f"eps {scale.text(point.eps)}", text))
     tried = ", ".join(f"{eps:.4g}: {words.percent(uer)}" for eps, uer in found.tried)
     search = [("judged on", f"{found.split} split"), ("eps tried, with UER", tried or "none")]
-    cost = [("forwards", words.count(result.cost.forwards, "image"))]
-    cost += [("backwards", words.count(result.cost.backwards, "image"))]
+    cost = [("all of it", _cost(result.cost)), *_costs(folder, scale)]
     if folder.seconds:
         cost += [("time", words.duration(sum(folder.seconds.values())))]
         cost += [(f"time of {stage}", words.duration(spent)) for stage, spent in folder.seconds.items()]
@@ -54,6 +54,20 @@ def collect(folder: Folder, scale: Scale) -> list[Facts]:
         *per_image,
         Facts("Universal perturbations", points),
         Facts(f"Search of eps_uni({found.delta:g})", search),
-        Facts("Cost", cost),
+        Facts("Cost, in images sent forward and backward", cost),
         Facts("Versions", words.flat(result.environment)),
     ]
+
+
+def _costs(folder: Folder, scale: Scale) -> list[tuple[str, str]]:
+    result = folder.result
+    rows = [(f"universal, eps {scale.text(point.eps)}", point.cost) for point in result.universal]
+    rows += [(f"eps_uni({result.eps_uni.delta:g})", result.eps_uni.cost)]
+    rows += [(f"{a.attack}, eps {scale.text(a.eps)}", a.cost) for a in result.per_image]
+    rows += [(f"{t.attack} from {t.source}, eps {scale.text(t.eps)}", t.cost) for t in result.transfer]
+    rows += [("slopes", result.slopes.cost)] if result.slopes else []
+    return [(name, _cost(cost)) for name, cost in rows]
+
+
+def _cost(cost: Cost) -> str:
+    return f"{cost.forwards:,} forward, {cost.backwards:,} backward"

@@ -26,6 +26,8 @@ class Folder:
     result: AuditResult
     deltas: tuple[torch.Tensor, ...]
     """The perturbations (C, H, W), in the order of ``result.universal``."""
+    direction: torch.Tensor | None
+    """The best shared L2 direction of the linearised model (C, H, W), where the audit has one."""
     examples: dict[str, torch.Tensor]
     """As :mod:`gambeson.auditing.examples` describes them."""
     seconds: dict[str, float]
@@ -84,6 +86,7 @@ def _read(path: Path, result: AuditResult, times: Counter[str]) -> Folder:
         label=label if times[label] == 1 else f"{label} ({path.name})",
         result=result,
         deltas=tuple(_delta(path / point.file, result.material) for point in result.universal),
+        direction=_direction(path, result),
         examples=_examples(path / "examples.safetensors"),
         seconds=dict(read_json(timing)) if timing.is_file() else {},
         has_settings=(path / "run.yaml").is_file(),
@@ -97,6 +100,19 @@ def _delta(path: Path, material: Material) -> torch.Tensor:
         found = sorted(tensors) if delta is None else f"a delta of shape {tuple(delta.shape)}"
         raise UserError(f"{path} holds {found}: expected a delta of shape {(1, *material.shape)}; run the audit again")
     return delta[0]
+
+
+def _direction(path: Path, result: AuditResult) -> torch.Tensor | None:
+    if result.slopes is None or not result.slopes.file:
+        return None
+    tensors, _ = load_tensors(path / result.slopes.file, "the slopes of an audit")
+    direction = tensors.get("direction")
+    if direction is not None and list(direction.shape) != result.material.shape:
+        raise UserError(
+            f"{path / result.slopes.file} holds a direction of shape {tuple(direction.shape)}: expected "
+            f"{tuple(result.material.shape)}; run the audit again"
+        )
+    return direction
 
 
 def _examples(path: Path) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import re
 from functools import cache
 from importlib.resources import files
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -15,16 +15,16 @@ from gambeson.report.page import Page
 
 def render(page: Page) -> str:
     """Write the page. What comes from files is escaped; style, library and chart data are not."""
-    return _template().render(
-        page=page, style=Markup(_text("style.css")), plotly=Markup(get_plotlyjs()), figure=Markup(page.figure)
-    )
+    return _template().render(page=page, style=Markup(_text("style.css")), plotly=Markup(get_plotlyjs()))
 
 
 @cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FunctionLoader(_text), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["tight"] = _tight
-    return environment.from_string(_text("template.html.j2"))
+    return environment.get_template("template.html.j2")
 
 
 def _tight(text: str) -> str:

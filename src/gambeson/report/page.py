@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gambeson.auditing import Check
-from gambeson.report import charts, pictures, tables, words
+from gambeson.report import attacks, charts, pictures, slope_charts, slope_tables, tables, words
+from gambeson.report.charts import Chart
 from gambeson.report.facts import Facts, collect
 from gambeson.report.folders import Folder
 from gambeson.report.words import Scale
@@ -44,6 +45,21 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Slopes:
+    """Charts and pictures of one model's slopes; empty where the audit has none."""
+
+    surface: Chart | None
+    singles: list[str]
+    images: int
+    """Behind the mean surface."""
+    pairs: Chart | None
+    direction: str
+    """The best shared direction, as a picture."""
+    left_out: dict[str, str]
+    fixed_draw: bool
+
+
+@dataclass(frozen=True)
 class Model:
     """Everything about one model."""
 
@@ -58,14 +74,19 @@ class Model:
     """The eps of the examples."""
     examples: list[Example]
     checks: list[Check]
+    """Failed ones first, then passed ones, then those that do not apply."""
+    slopes: Slopes
     facts: list[Facts]
     command: str
     """How to run the audit again; empty where its folder holds no settings."""
 
-    @property
-    def passed(self) -> int:
-        """Number of checks that passed."""
-        return sum(check.passed is True for check in self.checks)
+    def tally(self) -> str:
+        """Say how many checks came out how."""
+        passed, failed, rest = (sum(check.passed is state for check in self.checks) for state in (True, False, None))
+        parts = [f"{passed} passed"]
+        parts += [f"{failed} failed"] if failed else []
+        parts += [f"{rest} {'does' if rest == 1 else 'do'} not apply"] if rest else []
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -83,13 +104,14 @@ class Page:
     tests: int
     glance_head: list[str]
     glance: list[tables.Line]
-    eps: list[tuple[str, str]]
-    """Every eps as written, and as a decimal where that is another text."""
-    curves: list[list[tables.Line]]
+    curves: tables.Table
     controls: list[str]
-    figure: str
-    """The chart as JSON that is safe inside a script element."""
-    alternative: str
+    curve: Chart
+    attacks: list[tables.Table]
+    slopes: list[tables.Table]
+    along: Chart | None
+    charts: list[Chart]
+    """All of them, in the order of the page."""
     small: bool
     """Whether images have so few pixels that they are enlarged."""
 
@@ -100,23 +122,28 @@ def build(folders: Sequence[Folder], title: str | None) -> Page:
     scale = Scale(first.universal[0].norm, len(first.material.shape) == 3 and first.material.shape[0] == 3)
     eps = tables.common_eps(folders)
     what = folders[0].label if len(folders) == 1 else words.count(len(folders), "model")
+    models = [_model(folder, index, scale) for index, folder in enumerate(folders)]
+    curve, along = charts.curve(folders, scale), slope_charts.along(folders, scale)
+    every = [curve, along, *(chart for model in models for chart in (model.slopes.surface, model.slopes.pairs))]
     names = [control.name for folder in folders for point in folder.result.universal for control in point.controls]
     return Page(
         title=title or f"Robustness audit: {what} on {first.material.name}",
         icon=pictures.icon(),
         setting=words.setting(folders),
         answer=words.answer(folders, eps, scale),
-        models=[_model(folder, index, scale) for index, folder in enumerate(folders)],
+        models=models,
         scale=scale,
         delta=f"{100 * first.eps_uni.delta:g}",
         tests=first.material.test,
         glance_head=tables.glance_head(folders, eps, scale),
         glance=tables.glance(folders, eps, scale),
-        eps=[(scale.text(e), scale.decimal(e)) for e in tables.grid(folders)],
-        curves=tables.curves(folders),
+        curves=tables.curves(folders, scale),
         controls=list(dict.fromkeys(names)),
-        figure=charts.embed(charts.figure(folders, scale)),
-        alternative=charts.alternative(folders, scale),
+        curve=curve,
+        attacks=attacks.build(folders, scale),
+        slopes=slope_tables.build(folders, scale),
+        along=along,
+        charts=[chart for chart in every if chart is not None],
         small=max(first.material.shape[1:]) <= 96,
     )
 
@@ -134,9 +161,24 @@ def _model(folder: Folder, index: int, scale: Scale) -> Model:
         patterns=_patterns(folder, scale),
         middle=scale.text(result.middle.eps),
         examples=_examples(folder),
-        checks=result.checks,
+        checks=sorted(result.checks, key=lambda check: (False, True, None).index(check.passed)),
+        slopes=_slopes(folder, index, scale),
         facts=collect(folder, scale),
         command=reproduce if folder.has_settings else "",
+    )
+
+
+def _slopes(folder: Folder, index: int, scale: Scale) -> Slopes:
+    found, direction = folder.result.slopes, folder.direction
+    shown = "" if direction is None else pictures.png(pictures.signed(direction, float(direction.abs().max())))
+    return Slopes(
+        surface=slope_charts.surface(folder, index, scale),
+        singles=slope_charts.singles(folder),
+        images=found.surface.images if found and found.surface else 0,
+        pairs=slope_charts.pairs(folder, index),
+        direction=shown,
+        left_out=found.left_out if found else {},
+        fixed_draw=found.fixed_draw if found else False,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -30,6 +31,16 @@ def reach(delta: torch.Tensor, eps: float, norm: str) -> float:
 def signed(delta: torch.Tensor, white: float) -> torch.Tensor:
     """Return delta (C, H, W) as uint8 pixels: grey is no change, 255 is +white, 0 is -white, each channel."""
     return pixel_bytes(torch.full_like(delta, 0.5) if white == 0 else 0.5 + delta.float() / (2 * white))
+
+
+def painted(values: torch.Tensor, ramp: Sequence[str]) -> torch.Tensor:
+    """Return values (H, W) as uint8 pixels (3, H, W): the lowest in the ramp's first colour, the highest its last."""
+    low, high = float(values.min()), float(values.max())
+    place = (values.double() - low) / max(high - low, 1e-300) * (len(ramp) - 1)
+    colours = torch.tensor([[int(colour[k : k + 2], 16) for k in (1, 3, 5)] for colour in ramp], dtype=torch.float64)
+    below = place.floor().long().clamp(max=len(ramp) - 2)
+    share = (place - below)[..., None]
+    return pixel_bytes((colours[below] * (1 - share) + colours[below + 1] * share).permute(2, 0, 1) / 255)
 
 
 def icon() -> str:

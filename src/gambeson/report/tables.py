@@ -1,17 +1,15 @@
-"""The two tables: every model at a glance, and every rate at every eps with its controls."""
+"""What tables are made of, and the two main ones: the models at a glance, and every rate at every eps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gambeson.auditing.results import PerImage
 from gambeson.evaluation import Rate
 from gambeson.evaluation.results import Control
 from gambeson.report.folders import Folder
 from gambeson.report.words import Scale, bound, interval, percent
-
-_NONE = "\N{EN DASH}"
-"""Stands where an audit has no number."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +21,44 @@ class Cell:
     best: bool = False
 
 
+NONE = Cell("\N{EN DASH}")
+"""Stands where an audit has no number."""
+
+
 @dataclass(frozen=True)
 class Line:
-    """One line of a table; ``note`` explains its name."""
+    """One line of a table; ``note`` explains its name, a ``minor`` one stands back."""
 
     name: str
     note: str
     cells: list[Cell]
+    minor: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Lines of a table; ``model`` is the index of the one that they are about, None where columns are models."""
+
+    model: int | None
+    lines: list[Line]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of numbers."""
+
+    caption: str
+    head: list[str]
+    """The first heading is that of the lines' names. A second line, after a line break, is written small."""
+    groups: list[Group]
+    note: str = ""
+    """Stands below it."""
+
+
+def rate_cell(rate: Rate, *, best: bool = False, tests: int | None = None) -> Cell:
+    """Write a rate with its interval below, and the number of images where it is not that of the page."""
+    more = () if tests in (None, rate.n) else (f"on {rate.n:,} images",)
+    return Cell(percent(rate.value), (interval(rate), *more), best)
 
 
 def common_eps(folders: Sequence[Folder]) -> float | None:
@@ -43,16 +72,16 @@ def glance_head(folders: Sequence[Folder], eps: float | None, scale: Scale) -> l
     deltas = {folder.result.eps_uni.delta for folder in folders}
     uer = "UER at its middle eps" if eps is None else f"UER at eps {scale.text(eps)}"
     found = f"eps_uni({deltas.pop():g})" if len(deltas) == 1 else "eps_uni"
-    return ["Clean accuracy", uer, "Accuracy under PGD", found]
+    return ["Clean accuracy", uer, "Accuracy, attacked image by image", found]
 
 
 def glance(folders: Sequence[Folder], eps: float | None, scale: Scale) -> list[Line]:
     """Build one line for each model."""
     clean = _leaders(folders, [folder.result.clean for folder in folders], highest=True)
     uer = _leaders(folders, [folder.at(eps).uer if eps is not None else None for folder in folders])
-    tests = {tuple((attack.attack, attack.eps) for attack in folder.result.per_image) for folder in folders}
-    alike = len(tests) == 1 and len(folders[0].result.per_image) == 1
-    pgd = _leaders(folders, [f.result.per_image[0].accuracy if alike else None for f in folders], highest=True)
+    worst = [min(f.result.per_image, key=lambda a: a.accuracy.value, default=None) for f in folders]
+    alike = len({(a.attack, a.eps, a.accuracy.n) if a else None for a in worst}) == 1
+    held = _leaders(folders, [a.accuracy if a and alike else None for a in worst], highest=True)
     sizes = [(folder.result.eps_uni.censored, folder.result.eps_uni.value) for folder in folders]
     largest = max((size for size, folder in zip(sizes, folders, strict=True) if folder.trusted), default=None)
     alike_delta = len({folder.result.eps_uni.delta for folder in folders}) == 1
@@ -61,13 +90,12 @@ def glance(folders: Sequence[Folder], eps: float | None, scale: Scale) -> list[L
         result = folder.result
         point = folder.at(eps)
         where = () if eps is not None else (f"eps {scale.text(point.eps)}",)
-        attacks = [(f"{a.attack}, eps {scale.text(a.eps)}", a.accuracy) for a in result.per_image]
         main, note = bound(result.eps_uni)
         best = len(folders) > 1 and folder.trusted and sizes[k] == largest
         cells = [
-            Cell(percent(result.clean.value), (interval(result.clean),), clean[k]),
+            rate_cell(result.clean, best=clean[k]),
             Cell(percent(point.uer.value), (interval(point.uer), *where), uer[k]),
-            _attacks(attacks, pgd[k]),
+            _attacked(worst[k], scale, held[k], result.material.test),
             Cell(main, (note,) if alike_delta else (f"error of {percent(result.eps_uni.delta)}", note), best),
         ]
         lines.append(Line(folder.label, result.subject.name, cells))
@@ -79,17 +107,14 @@ def grid(folders: Sequence[Folder]) -> list[float]:
     return sorted({point.eps for folder in folders for point in folder.result.universal})
 
 
-def curves(folders: Sequence[Folder]) -> list[list[Line]]:
+def curves(folders: Sequence[Folder], scale: Scale) -> Table:
     """Build, for each model, a line for the crafted pattern and one for each control, over all eps."""
     points = [{point.eps: point for point in folder.result.universal} for folder in folders]
     best = {eps: _leaders(folders, [p[eps].uer if eps in p else None for p in points]) for eps in grid(folders)}
     groups = []
     for k, folder in enumerate(folders):
         crafted = [
-            Cell(percent(points[k][eps].uer.value), (interval(points[k][eps].uer),), best[eps][k])
-            if eps in points[k]
-            else Cell(_NONE)
-            for eps in grid(folders)
+            rate_cell(points[k][eps].uer, best=best[eps][k]) if eps in points[k] else NONE for eps in grid(folders)
         ]
         lines = [Line("crafted", "the attack's pattern", crafted)]
         for control in folder.result.universal[0].controls:
@@ -97,26 +122,29 @@ def curves(folders: Sequence[Folder]) -> list[list[Line]]:
             cells = []
             for eps in grid(folders):
                 found = [c for c in points[k][eps].controls if c.name == name] if eps in points[k] else []
-                cells.append(_control(found[0]) if found else Cell(_NONE))
+                cells.append(_control(found[0]) if found else NONE)
             note = "one fixed pattern" if control.draws == 1 else f"mean of {control.draws} draws; the worst below"
-            lines.append(Line(name.replace("-", " "), note, cells))
-        groups.append(lines)
-    return groups
+            lines.append(Line(name.replace("-", " "), note, cells, minor=True))
+        groups.append(Group(k, lines))
+    head = [
+        f"eps {scale.text(eps)}" + (f"\n{scale.decimal(eps)}" if scale.decimal(eps) else "") for eps in grid(folders)
+    ]
+    return Table("UER at every eps, beside the controls", ["Pattern", *head], groups)
 
 
 def _control(control: Control) -> Cell:
     if control.draws == 1:
-        return Cell(percent(control.worst.value), (interval(control.worst),))
+        return rate_cell(control.worst)
     return Cell(percent(control.mean), (f"worst {percent(control.worst.value)}", interval(control.worst)))
 
 
-def _attacks(found: list[tuple[str, Rate]], best: bool) -> Cell:
-    if not found:
-        return Cell(_NONE, ("not measured",))
-    if len(found) == 1:
-        ((name, rate),) = found
-        return Cell(percent(rate.value), (interval(rate), name), best)
-    return Cell("", tuple(f"{percent(rate.value)} {interval(rate)} {name}" for name, rate in found))
+def _attacked(found: PerImage | None, scale: Scale, best: bool, tests: int) -> Cell:
+    if found is None:
+        return Cell(NONE.main, ("not measured",))
+    name = "the row of attacks" if found.attack == "standard" else found.attack
+    some = () if found.accuracy.n == tests else (f"on {found.accuracy.n:,} images",)
+    rate = found.accuracy
+    return Cell(percent(rate.value), (interval(rate), f"{name}, eps {scale.text(found.eps)}", *some), best)
 
 
 def _leaders(folders: Sequence[Folder], rates: Sequence[Rate | None], *, highest: bool = False) -> list[bool]:

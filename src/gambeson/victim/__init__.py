@@ -2,7 +2,22 @@
 
 from gambeson.victim.fold import Folded, folded
 from gambeson.victim.look import Look, look_at
-from gambeson.victim.scoring import Score, predict, score
+from gambeson.victim.scoring import DRAWS, NO_ANSWER, Score, predict, score, vote
 from gambeson.victim.victim import Fast, Precision, Victim, frozen
 
-__all__ = ["Fast", "Folded", "Look", "Precision", "Score", "Victim", "folded", "frozen", "look_at", "predict", "score"]
+__all__ = [
+    "DRAWS",
+    "NO_ANSWER",
+    "Fast",
+    "Folded",
+    "Look",
+    "Precision",
+    "Score",
+    "Victim",
+    "folded",
+    "frozen",
+    "look_at",
+    "predict",
+    "score",
+    "vote",
+]

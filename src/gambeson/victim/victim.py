@@ -69,6 +69,8 @@ class Victim:
         backwards: images whose gradient was taken so far.
         notes: what the fast path did, or why it is off.
         look: what :meth:`meet` saw; None before.
+        passes: how often the model is asked where it is scored; the majority is its answer. One, unless whoever
+            judges a random model says more.
     """
 
     def __init__(self, model: nn.Module, *, fast: bool | Fast = False) -> None:
@@ -78,6 +80,7 @@ class Victim:
         self.backwards = 0
         self.notes = "the model itself"
         self.look: Look | None = None
+        self.passes = 1
         self._guard = frozen(model)
         self._seen_input = False
         self._view: Callable[[torch.Tensor], Any] | None = None
@@ -105,7 +108,7 @@ class Victim:
         """Look at the model before anything is asked of it; nothing is counted.
 
         Args:
-            images: (N, C, H, W) in [0, 1], of which a few are sent through the model, three times.
+            images: (N, C, H, W) in [0, 1], of which a few are sent through the model, a few times.
             scores: probabilities will do as well as logits.
 
         Raises:
@@ -144,9 +147,14 @@ class Victim:
         return images.clone() if self.look is not None and self.look.writes else images
 
     def gradient(self, value: torch.Tensor, wrt: torch.Tensor, images: int) -> torch.Tensor:
-        """Return the gradient of a scalar with respect to ``wrt``, counted as ``images`` backward passes."""
+        """Return the gradient of a scalar with respect to ``wrt``, counted as ``images`` backward passes.
+
+        Zero where the value does not depend on ``wrt`` in any way that autograd can see: a model may cut its graph.
+        """
         self.backwards += images
-        (gradient,) = torch.autograd.grad(value, wrt)
+        if not value.requires_grad:
+            return torch.zeros_like(wrt)
+        (gradient,) = torch.autograd.grad(value, wrt, materialize_grads=True)
         return gradient
 
     def _make_view(self, images: torch.Tensor, fast: Fast) -> Callable[[torch.Tensor], Any] | None:

@@ -3,11 +3,12 @@
 A file here is a family of diagnostics; :data:`DIAGNOSTICS` is all of them, in the order in which an audit looks.
 """
 
-from gambeson.auditing.diagnostics import convergence, gradients, randomness, single_step, transferred, universal
+from gambeson.auditing.diagnostics import convergence, gradients, randomness, single_step, state, transferred, universal
 from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
 
 DIAGNOSTICS: tuple[Diagnostic, ...] = (
     *randomness.DIAGNOSTICS,
+    *state.DIAGNOSTICS,
     *gradients.DIAGNOSTICS,
     *single_step.DIAGNOSTICS,
     *convergence.DIAGNOSTICS,

@@ -1,34 +1,135 @@
-"""A model whose answers are not the same twice: what one draw says of it is chance."""
+"""A model whose answers are not the same twice: what one draw says of it is chance, in a rate and in a gradient."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from gambeson.attacks import PGD
 from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
+from gambeson.auditing.draws import QUIET, way_to_quiet
 from gambeson.auditing.evidence import Evidence
-from gambeson.evaluation.universal import DRAWS
+from gambeson.auditing.outcome import Gain, Outcome, outcome
+from gambeson.victim import Victim
+
+_STEPS = 10
+_FAR = 0.1
+_NOT_RANDOM = Finding(None, "two calls with the same images agree: the model is not random")
 
 
-def _deterministic(evidence: Evidence) -> Finding:
-    images, _ = evidence.sample.take(slice(None), evidence.victim.device)
-    with torch.no_grad():
-        first, second = evidence.victim.exact(images), evidence.victim.exact(images)
-    gap = float((first - second).abs().max())
+def _one_draw(evidence: Evidence) -> Finding:
+    if not evidence.subject.random:
+        return Finding(True, "two calls with the same images agree, so one pass decides")
+    draws = evidence.suite.draws
+    if draws == 1:
+        return Finding(False, "the model is random and every image was decided by a single pass", {"draws": 1})
+    found = evidence.draws
+    each = f"; a single pass gets {100 * found.mean:.1f} % ± {100 * found.spread:.1f} of clean images" if found else ""
     return Finding(
-        gap == 0,
-        f"two forwards of the same images differ by at most {gap:.3g} in their logits"
-        + ("" if gap == 0 else f"; gradients were averaged over {DRAWS} draws, every rate is of one pass"),
-        {"gap": gap},
+        True, f"the model is random, and the majority of {draws} passes decides every image{each}", {"draws": draws}
     )
+
+
+def _attack(evidence: Evidence, draws: int | None) -> PGD:
+    return PGD(eps=evidence.eps, norm=evidence.suite.norm, steps=_STEPS, draws=draws)
+
+
+def _more_draws(evidence: Evidence) -> Finding:
+    if not evidence.subject.random:
+        return _NOT_RANDOM
+    usual = evidence.suite.gradient_draws
+    many = max(2 * usual, 10)
+    one, some, more = (evidence.outcome(_attack(evidence, draws)) for draws in (1, usual, many))
+    gain = Gain.of(some, more)
+    return Finding(
+        gain.low <= 0,
+        f"accuracy under PGD whose gradients are averaged over one draw {one.rate}, over {usual} draws {some.rate}, "
+        f"over {many} draws {more.rate}; the last break {gain} more than the second",
+        {"one": one.rate.value, "usual": some.rate.value, "more": more.rate.value, "gain": gain.value},
+    )
+
+
+@dataclass(frozen=True)
+class _NoiseOff:
+    """The attack of a random model that crafts with its noise off; the images come back for whoever judges them."""
+
+    how: str
+    attack: PGD
+
+    def __call__(
+        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
+    ) -> torch.Tensor:
+        with Victim(model.model) as still, QUIET[self.how](still):  # of its own: a fast copy has switches of its own
+            moved = self.attack(still, x, y, seed=seed, ignore_index=ignore_index)
+        model.forwards, model.backwards = model.forwards + still.forwards, model.backwards + still.backwards
+        return moved
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    def __call__(
+        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
+    ) -> torch.Tensor:
+        return x
+
+
+def _noise_off(evidence: Evidence) -> Finding:
+    if not evidence.subject.random:
+        return _NOT_RANDOM
+    how = way_to_quiet(evidence)
+    if how not in QUIET:
+        return Finding(None, f"the noise was {how}")
+    attack = _attack(evidence, None)
+    with Victim(evidence.victim.model) as still, QUIET[how](still):
+        clean_off, off = (outcome(still, evidence.sample, one, evidence.seed) for one in (_Nothing(), attack))
+    evidence.victim.forwards += still.forwards
+    evidence.victim.backwards += still.backwards
+    clean_on, on = evidence.outcome(_Nothing()), evidence.outcome(attack)
+    moved = evidence.outcome(_NoiseOff(how, attack))
+    helped = Gain.of(on, moved)
+    both = (clean_on.right == clean_on.answers) & (clean_off.right == clean_off.answers)
+    if evidence.sample.labels.ndim > 1:
+        both = torch.ones_like(both)
+    carried = Gain.of(_only(on, both), _only(off, both))
+    return Finding(
+        helped.low <= 0 and carried.low <= _FAR,
+        f"accuracy under PGD {on.rate} with the noise on, {off.rate} with it off, and {moved.rate} with it on for what "
+        f"was crafted with it off ({how}); of images that are right when clean either way, {carried} more fall with "
+        "the noise off",
+        {"on": on.rate.value, "off": off.rate.value, "crafted_off": moved.rate.value, "gap": carried.value},
+    )
+
+
+def _only(found: Outcome, rows: torch.Tensor) -> Outcome:
+    return Outcome(found.right[rows], found.answers[rows])
 
 
 DIAGNOSTICS = (
     Diagnostic(
-        name="deterministic",
-        condition="two forwards of the same images differ",
-        explanation="The model is random: one draw decides neither a gradient nor a rate.",
-        remedy="Turn the randomness off, or average gradients and rates over many draws.",
-        look=_deterministic,
+        name="one draw decides",
+        condition="the model is random and its numbers come from a single pass",
+        explanation="One pass over a random model is chance: an image that is right in it may be wrong in the next.",
+        remedy="Let the majority of many passes decide (draws=21), and report the spread between passes.",
+        look=_one_draw,
         gradients=False,
+    ),
+    Diagnostic(
+        name="EOT gap",
+        condition="averaging gradients over twice as many draws clearly breaks more images",
+        explanation="The attacks followed the noise of too few draws (expectation over transformation, Athalye et al. "
+        "2018, section 4.2): a stronger attack is known, and the numbers are not it.",
+        remedy="Raise gradient_draws until more of them change nothing.",
+        look=_more_draws,
+    ),
+    Diagnostic(
+        name="noise-off gap",
+        condition="perturbations crafted with the noise off break clearly more than those crafted through it, or "
+        f"clearly more than {100 * _FAR:g} % of the images that are right either way stand only while the noise is on",
+        explanation="The robustness is the randomness's: it misleads the attack, and the model behind it has none "
+        "(Athalye et al. 2018, section 4.2).",
+        remedy="Report the number with the noise off beside it; attack with more draws, more steps, and from what was "
+        "crafted with the noise off.",
+        look=_noise_off,
     ),
 )

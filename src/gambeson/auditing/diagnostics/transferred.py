@@ -1,7 +1,148 @@
-"""White box against the others: an attack that sees less must not do more."""
+"""White box against the others: an attack that knows less must not do more (Athalye et al. 2018, section 3.1)."""
 
 from __future__ import annotations
 
-from gambeson.auditing.diagnostics.diagnostic import Diagnostic
+import torch
 
-DIAGNOSTICS: tuple[Diagnostic, ...] = ()
+from gambeson.attacks import Square
+from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
+from gambeson.auditing.evidence import Evidence
+from gambeson.auditing.outcome import Gain, Outcome
+from gambeson.auditing.transfer import FromSurrogate, image_attacks, on_surrogate
+from gambeson.base import generator
+from gambeson.threat import Ball, perturb
+from gambeson.victim import Victim, predict, vote
+
+_MORE = 0.02
+"""Share of images beyond which a weaker attack counts: honest networks come to a few in a thousand. Ours."""
+_MORE_UNIVERSAL = 0.05
+"""The same for universal perturbations, of which the best is found by luck as well."""
+_QUERIES = 300
+"""The most queries an image."""
+
+
+def _transferred(evidence: Evidence) -> Finding:
+    if evidence.surrogate is None:
+        return Finding(None, "there is no surrogate")
+    white = evidence.suite.pgd(evidence.eps)
+    numbers, gains = {"white box": evidence.accuracy(white).value}, []
+    for name, attack in image_attacks(evidence.eps, evidence.suite.norm).items():
+        moved = FromSurrogate(evidence.surrogate, attack)
+        gains.append(Gain.of(evidence.outcome(white), evidence.outcome(moved)))
+        numbers[name] = evidence.accuracy(moved).value
+    rates = ", ".join(f"{name} {100 * value:.1f} %" for name, value in numbers.items() if name != "white box")
+    return Finding(
+        all(gain.low <= _MORE for gain in gains),
+        f"accuracy at eps {evidence.eps:.4g} under PGD {evidence.accuracy(white)}; crafted on the surrogate: {rates}",
+        numbers,
+    )
+
+
+def _universal(evidence: Evidence) -> Finding:
+    if evidence.surrogate is None:
+        return Finding(None, "there is no surrogate")
+    moved = on_surrogate(evidence, evidence.eps)
+    if moved is None:
+        return Finding(None, "there is no surrogate")
+    white, other = (_under(evidence, delta) for delta in (evidence.uaps[evidence.eps].delta, moved.delta))
+    gain = Gain.of(white, other)
+    return Finding(
+        gain.low <= _MORE_UNIVERSAL,
+        f"accuracy at eps {evidence.eps:.4g} under the perturbation crafted on the model {white.rate}, under the one "
+        f"crafted on the surrogate {other.rate}",
+        {"white box": white.rate.value, "transferred": other.rate.value},
+    )
+
+
+def _under(evidence: Evidence, delta: torch.Tensor) -> Outcome:
+    test = evidence.test
+    hit = predict(evidence.victim, test, delta.to(evidence.victim.device), seed=evidence.seed) == test.labels.cpu()
+    return Outcome(hit.long(), torch.ones(len(hit), dtype=torch.long))
+
+
+def _queried(evidence: Evidence) -> Finding:
+    norm, queries = evidence.suite.norm, min(_QUERIES, evidence.suite.queries)
+    if norm == "1" or evidence.sample.labels.ndim > 1 or not queries:
+        return Finding(None, "Square is for one label an image and the norms inf and 2, and needs queries")
+    white = evidence.outcome(evidence.suite.pgd(evidence.eps))
+    standing = white.right.nonzero().flatten()
+    both = white.right.clone()
+    if len(standing):
+        images, labels = evidence.sample.take(standing, evidence.victim.device)
+        moved = Square(eps=evidence.eps, norm=norm, queries=queries)(
+            evidence.victim, images, labels, seed=evidence.seed, ignore_index=evidence.sample.ignore_index
+        )
+        both[standing] = (vote(evidence.victim, moved) == labels).long().cpu()
+    gain = Gain.of(white, Outcome(both, white.answers))
+    broken = len(standing) - int(both.sum())
+    return Finding(
+        gain.low <= _MORE,
+        f"of {len(standing)} images that PGD leaves right, among {len(both)}, Square breaks {broken} with {queries} "
+        "queries each",
+        {"left by PGD": len(standing), "broken by queries": broken},
+    )
+
+
+class _Noise:
+    """Random signs on the surface of the ball, drawn anew for every image."""
+
+    def __init__(self, ball: Ball) -> None:
+        self.ball = ball
+
+    def __repr__(self) -> str:
+        return f"Noise({self.ball})"
+
+    def __call__(
+        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
+    ) -> torch.Tensor:
+        return perturb(x, self.ball.signs(x.shape, generator(seed, "noise", device=x.device)))
+
+
+def _noise(evidence: Evidence) -> Finding:
+    white = evidence.suite.pgd(evidence.eps)
+    noise = _Noise(white.ball)
+    gain = Gain.of(evidence.outcome(white), evidence.outcome(noise))
+    return Finding(
+        gain.low <= _MORE,
+        f"accuracy at eps {evidence.eps:.4g} under PGD {evidence.accuracy(white)}, under random signs drawn anew for "
+        f"every image {evidence.accuracy(noise)}",
+        {"pgd": evidence.accuracy(white).value, "noise": evidence.accuracy(noise).value},
+    )
+
+
+_REMEDY = "Report the stronger attack's number, and find what stops the gradient; attack by transfer and queries."
+
+DIAGNOSTICS = (
+    Diagnostic(
+        name="white box beats transfer",
+        condition=f"images perturbed on a surrogate are clearly more often wrong than under PGD on the model itself, "
+        f"by {100 * _MORE:g} points",
+        explanation="The surrogate's gradient serves better than the model's own, which must be masked (Papernot et "
+        "al. 2017; Tramèr et al. 2018, section 4: the white-box error less the transferred one fell to -9.7 points).",
+        remedy=_REMEDY,
+        look=_transferred,
+    ),
+    Diagnostic(
+        name="universal white box beats transfer",
+        condition="one perturbation crafted on a surrogate is clearly stronger than the one crafted on the model, by "
+        f"{100 * _MORE_UNIVERSAL:g} points",
+        explanation="The universal attack found less on the model itself than is there.",
+        remedy=_REMEDY,
+        look=_universal,
+    ),
+    Diagnostic(
+        name="white box beats queries",
+        condition=f"Square breaks clearly more than {100 * _MORE:g} % of images among those that PGD leaves right",
+        explanation="An attack that sees scores alone finds what the gradient does not lead to (Athalye et al. 2018, "
+        "section 3.1; Andriushchenko et al. 2020, section 5).",
+        remedy=_REMEDY,
+        look=_queried,
+    ),
+    Diagnostic(
+        name="attack beats noise",
+        condition=f"random signs of norm eps break clearly more images than PGD, by {100 * _MORE:g} points",
+        explanation="Chance does more than the attack: it has no gradient to follow, or is led away.",
+        remedy=_REMEDY,
+        look=_noise,
+    ),
+)

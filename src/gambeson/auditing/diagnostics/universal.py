@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import torch
+
+from gambeson.attacks import CONTROLS, control
 from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
 from gambeson.auditing.evidence import Evidence
+from gambeson.auditing.outcome import Gain, Outcome
+from gambeson.auditing.results import Universal
 from gambeson.auditing.universal import rescored
+from gambeson.threat import Ball
+from gambeson.victim import predict
+
+_NEAR_CEILING = 0.8
 
 
-def _learnt(evidence: Evidence) -> Finding:
+def _prior(evidence: Evidence) -> float:
+    """Share of the most frequent class: the accuracy of always naming it."""
     labels = evidence.test.labels.flatten()
     if evidence.test.ignore_index is not None:
         labels = labels[labels != evidence.test.ignore_index]
-    prior = float(labels.bincount().max() / max(1, len(labels)))
+    return float(labels.bincount().max() / max(1, len(labels))) if len(labels) else 0.0
+
+
+def _learnt(evidence: Evidence) -> Finding:
+    prior = _prior(evidence)
     return Finding(
         evidence.clean.low > prior,
         f"clean accuracy {evidence.clean} against {100 * prior:.1f} % for always naming the most frequent class",
@@ -20,15 +34,67 @@ def _learnt(evidence: Evidence) -> Finding:
 
 
 def _beats_controls(evidence: Evidence) -> Finding:
+    ceiling = _NEAR_CEILING * (1 - _prior(evidence))
+    beaten, equalled = [], []
+    for point in evidence.universal:
+        worst = max((rival.worst for rival in point.controls), key=lambda rate: rate.value)
+        mean = max(rival.mean for rival in point.controls)
+        if worst.value > point.uer.value and _clearly_worse(evidence, point):
+            beaten.append(point.eps)
+        elif worst.low > evidence.clean.complement.high and point.uer.low <= mean and point.uer.value < ceiling:
+            equalled.append(point.eps)
+    if beaten:
+        detail = f"noise does more harm than the crafted perturbation at eps {_listed(beaten)}"
+    elif equalled:
+        detail = f"the crafted perturbation does no clear harm beyond that of noise at eps {_listed(equalled)}"
+    else:
+        detail = "no control does more harm than the crafted perturbation at any eps"
+    return Finding(not beaten and not equalled, detail, {"losers": len(beaten), "equals": len(equalled)})
+
+
+def _listed(radii: list[float]) -> str:
+    return ", ".join(f"{eps:.4g}" for eps in radii)
+
+
+def _clearly_worse(evidence: Evidence, point: Universal) -> bool:
+    """Whether a control breaks clearly more of the same images than the perturbation that was crafted."""
+    victim, test = evidence.victim, evidence.test
+    crafted = _right(evidence, evidence.uaps[point.eps].delta)
+    ball = Ball(eps=point.eps, norm=evidence.suite.norm)
+    for name, draws in CONTROLS.items():
+        for pattern in control(name, ball, test.shape, draws=draws, seed=evidence.seed):
+            if Gain.of(crafted, _right(evidence, pattern[None].to(victim.device))).low > 0:
+                return True
+    return False
+
+
+def _right(evidence: Evidence, delta: torch.Tensor) -> Outcome:
+    test = evidence.test
+    labels = test.labels.cpu()
+    right = predict(evidence.victim, test, delta.to(evidence.victim.device)) == labels
+    valid = torch.ones_like(right) if test.ignore_index is None else labels != test.ignore_index
+    return Outcome(_per_image(right & valid), _per_image(valid))
+
+
+def _per_image(valid: torch.Tensor) -> torch.Tensor:
+    return valid.flatten(1).sum(1) if valid.ndim > 1 else valid.long()
+
+
+def _rises(evidence: Evidence) -> Finding:
     points = evidence.universal
-    losers = [point for point in points if any(point.uer.high < rival.worst.low for rival in point.controls)]
-    radii = ", ".join(f"{point.eps:.4g}" for point in losers)
+    if len(points) < 2:
+        return Finding(None, "the curve has a single eps")
+    falls = [
+        f"from {one.uer} at eps {one.eps:.4g} to {other.uer} at {other.eps:.4g}"
+        for k, one in enumerate(points)
+        for other in points[k + 1 :]
+        if other.uer.high < one.uer.low
+    ]
+    drop = max(one.uer.value - other.uer.value for k, one in enumerate(points) for other in points[k + 1 :])
     return Finding(
-        not losers,
-        "no control does clearly more harm than the crafted perturbation at any eps"
-        if not losers
-        else f"noise does more harm than the crafted perturbation at eps {radii}",
-        {"losers": len(losers)},
+        not falls,
+        f"the UER falls {falls[0]}" if falls else "the UER nowhere falls clearly as eps grows",
+        {"largest_fall": max(0.0, drop)},
     )
 
 
@@ -60,7 +126,8 @@ DIAGNOSTICS = (
     ),
     Diagnostic(
         name="crafted beats controls",
-        condition="noise of the same size does clearly more harm than the crafted perturbation",
+        condition="noise of the same size does clearly more harm than the crafted perturbation, or clear harm and as "
+        "much as it, far below an error that nothing can exceed",
         explanation="The attack has failed: noise is a perturbation that it could have found.",
         remedy="Give the attack more steps and restarts; look at the gradients' diagnostics.",
         look=_beats_controls,
@@ -75,10 +142,19 @@ DIAGNOSTICS = (
         gradients=False,
     ),
     Diagnostic(
+        name="eps curve rises",
+        condition="the UER at some eps is clearly below that at a smaller one",
+        explanation="What harms inside a ball lies inside every larger one: the attack failed at the larger eps.",
+        remedy="Give the attack more steps and restarts; look at the gradients' diagnostics.",
+        look=_rises,
+        gradients=False,
+    ),
+    Diagnostic(
         name="re-scoring agrees",
         condition="the stored perturbation does not give the reported rate once more",
         explanation="The rate is not a property of model and perturbation alone.",
-        remedy="Find what else the answer depends on: randomness, a state kept between calls, the make-up of a batch.",
+        remedy="Find what else the answer depends on: a state kept between calls, the make-up of a batch, randomness "
+        "that is not drawn from torch's generators (which the audit seeds).",
         look=_agrees,
         gradients=False,
     ),

@@ -1,0 +1,321 @@
+"""What each diagnostic compares, measured for a picture: from an :class:`Evidence` to a panel of ``audit_panels``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gambeson.attacks import FGSM, IFGSM, PGD, CONTROLS, Loss, control
+from gambeson.auditing import Evidence, Finding
+from gambeson.auditing.draws import one_pass
+from gambeson.auditing.outcome import attacked
+from gambeson.auditing.universal import rescored
+from gambeson.base import generator, seeded
+from gambeson.evaluation import Rate
+from gambeson.evaluation.universal import accuracy_rate, error_rate
+from gambeson.threat import Ball, perturb
+from gambeson.victim import predict, score
+
+Panel = dict[str, Any]
+Measure = Callable[[Evidence, Finding], Panel]
+
+_PERCENT = {"y": "accuracy, %", "range": [0, 105]}
+
+
+def _rate(rate: Rate) -> dict[str, float]:
+    return {"value": 100 * rate.value, "low": 100 * rate.low, "high": 100 * rate.high}
+
+
+def _line(name: str, xs: Sequence[float], rates: Sequence[Rate], **style: Any) -> dict[str, Any]:
+    parts = [_rate(rate) for rate in rates]
+    ends = {"y": "value", "low": "low", "high": "high"}
+    return {"name": name, "x": list(xs), **{key: [part[end] for part in parts] for key, end in ends.items()}, **style}
+
+
+def bars(
+    names: dict[str, str], margin: float | None = None, *, test: bool = False, y: str = "accuracy, %", up: bool = False
+) -> Measure:
+    """Bars of a finding's numbers with their Wilson intervals; the limit is the first bar, moved by the margin.
+
+    Args:
+        names: of the bars by key of :attr:`Finding.numbers`.
+        margin: how far another bar may come below the first (``up``: above).
+        test: numbers are of all test images; else of the sample.
+        y: label of the axis.
+        up: see ``margin``.
+    """
+
+    def measure(evidence: Evidence, found: Finding) -> Panel:
+        n = len(evidence.test if test else evidence.sample)
+        rates = [Rate.of(round(found.numbers[key] * n), n) for key in names]
+        panel: Panel = {"kind": "bars", "y": y, "range": [0, 112]}
+        panel["bars"] = [{"name": name, **_rate(rate)} for name, rate in zip(names.values(), rates, strict=True)]
+        if margin is not None:
+            panel["limit"] = 100 * (rates[0].value + (margin if up else -margin))
+        return panel
+
+    return measure
+
+
+def passes(evidence: Evidence, found: Finding) -> Panel:
+    """Accuracy of single passes over the clean test images, and what an audit of this suite reports."""
+    values = []
+    for number in range(21):
+        with seeded(evidence.seed, "draw", number), one_pass(evidence.victim):
+            values.append(accuracy_rate(score(predict(evidence.victim, evidence.test), evidence.test)))
+    xs = list(range(1, 22))
+    each = {"name": "one pass", "x": xs, "y": [100 * rate.value for rate in values]}
+    told = {"name": "reported", "x": [1, 21], "y": [100 * evidence.clean.value] * 2, "plain": True}
+    return {"kind": "lines", "x": "pass over the same images", "y": "accuracy, %", "lines": [each, told]}
+
+
+def draws(evidence: Evidence, found: Finding) -> Panel:
+    """Accuracy under PGD against the draws that each gradient is averaged over."""
+    counts = (1, 2, 5, 10, 20, 40)
+    rates = [evidence.accuracy(PGD(eps=evidence.eps, steps=10, draws=count)) for count in counts]
+    usual = evidence.suite.gradient_draws
+    return {
+        "kind": "lines",
+        "x": "draws a gradient is averaged over",
+        "log": True,
+        "ticks": list(counts),
+        **_PERCENT,
+        "lines": [_line("under PGD", counts, rates)],
+        "marks": [{"x": usual, "name": "the suite"}, {"x": 2 * usual, "name": "twice"}],
+    }
+
+
+def _asked(evidence: Evidence, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return evidence.victim.exact(images).double()
+
+
+def mates(evidence: Evidence, found: Finding) -> Panel:
+    """Logits of eight images beside other images and beside flat ones."""
+    images, _ = evidence.sample.take(slice(0, 32), evidence.victim.device)
+    flat = torch.linspace(-1, 1, 24).clamp(min=0).view(-1, 1, 1, 1).expand_as(images[8:])
+    beside, other = _asked(evidence, images)[:8], _asked(evidence, torch.cat([images[:8], flat]))[:8]
+    frame = [float(torch.stack([beside, other]).min()) - 1, float(torch.stack([beside, other]).max()) + 1]
+    points = [{"x": beside.flatten().tolist(), "y": other.flatten().tolist()}]
+    return {
+        "kind": "points",
+        "x": "logit beside other test images",
+        "y": "logit beside flat images",
+        "points": points,
+        "frame": frame,
+        "band": [1.0],
+    }
+
+
+def memory(evidence: Evidence, found: Finding) -> Panel:
+    """How far the logits of one image move while it and its neighbours are asked about."""
+    image, draw = evidence.sample.take(slice(0, 1), evidence.victim.device)[0], generator(0, "picture")
+    first = _asked(evidence, image)
+    size = first.max() - first.min()
+    xs, ys = [0], [0.0]
+    for number in range(1, 121):
+        if number % 10:
+            noise = torch.rand(image.shape, generator=draw) * 2 - 1
+            _asked(evidence, (image + noise / 255).clamp(0, 1))
+        else:
+            xs.append(number)
+            ys.append(float(100 * (_asked(evidence, image) - first).abs().max() / size))
+    line = {"name": "logits", "x": xs, "y": ys}
+    words = {"x": "queries near one image", "y": "its logits moved,\n% of their range"}
+    return {"kind": "lines", **words, "lines": [line], "limit": 1.0}
+
+
+def _gradients(evidence: Evidence, kind: Any, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    point = images.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        value = Loss(kind=kind)(evidence.victim.exact(point), labels)
+        (gradient,) = torch.autograd.grad(value.sum(), point)
+    return gradient, value.detach()
+
+
+def sizes(evidence: Evidence, found: Finding) -> Panel:
+    """How many images have a loss gradient of which size."""
+    images, labels = evidence.sample.take(slice(None), evidence.victim.device)
+    largest = _gradients(evidence, "cross-entropy", images, labels)[0].flatten(1).abs().amax(1).double()
+    edges = (-38, -8, -6, -4, -2, 0, 9)
+    names = ["0", "below\n1e-8", "1e-8 to\n1e-6", "1e-6 to\n1e-4", "1e-4 to\n1e-2", "1e-2\nto 1", "above\n1"]
+    power = largest.clamp(min=1e-99).log10()
+    counts = [int((power < edges[0]).sum())]
+    counts += [int(((power >= low) & (power < high)).sum()) for low, high in zip(edges, edges[1:], strict=False)]
+    words = {"x": "largest entry of an image's loss gradient", "y": "images", "range": [0, 1.12 * len(images)]}
+    return {"kind": "columns", **words, "names": names, "counts": counts, "dead": 1}
+
+
+def promises(evidence: Evidence, found: Finding) -> Panel:
+    """By how much the gradient says that a small step changes the margin, and by how much it does."""
+    images, labels = evidence.sample.take(slice(None), evidence.victim.device)
+    draw = generator(evidence.seed, "differences")
+    point = perturb(images, Ball(eps=evidence.eps).uniform(images.shape, draw))
+    gradient, before = _gradients(evidence, "margin", point, labels)
+    moved = perturb(point, 1e-3 * gradient.sign())
+    said = (gradient * (moved - point)).double().flatten(1).sum(1)
+    with torch.no_grad():
+        seen = (Loss(kind="margin")(evidence.victim.exact(moved), labels) - before).double()
+    reach = float(torch.cat([said, seen]).abs().max()) * 1.1
+    return {
+        "kind": "points",
+        "x": "change of the margin that the gradient promises",
+        "y": "change that is seen",
+        "points": [{"x": said.tolist(), "y": seen.tolist()}],
+        "frame": [0.0, reach],
+        "height": [-reach, reach],
+        "band": [0.5, 2.0],
+    }
+
+
+_SHARES = [k / 8 for k in range(9)]
+
+
+def ridge(evidence: Evidence, found: Finding) -> Panel:
+    """Accuracy against the length of a single step."""
+    rates = [evidence.clean if not t else evidence.accuracy(FGSM(eps=t * evidence.eps)) for t in _SHARES]
+    return {
+        "kind": "lines",
+        "x": "length of the step, in eps",
+        **_PERCENT,
+        "lines": [_line("one step", _SHARES, rates)],
+        "limit": 100 * rates[4].value + 5,
+        "limit_at": (0.02, "left"),
+        "limit_says": "limit at 1",
+    }
+
+
+def rise(evidence: Evidence, found: Finding) -> Panel:
+    """Loss along the signed gradient, as a share of the rise that ten small steps reach."""
+    images, labels = evidence.sample.take(slice(None), evidence.victim.device)
+
+    def loss(attack: Any) -> float:
+        moved = images if attack is None else attacked(evidence.victim, attack, images, labels, evidence.seed, None)
+        with torch.no_grad():
+            return float(Loss()(evidence.victim.exact(moved), labels).double().mean())
+
+    start, many = loss(None), loss(IFGSM(eps=evidence.eps, step=0.2))
+    along = [100 * (loss(FGSM(eps=t * evidence.eps)) - start) / (many - start) for t in _SHARES[1:]]
+    lines = [
+        {"name": "one step", "x": _SHARES, "y": [0.0, *along]},
+        {"name": "ten small steps", "x": [0, 1], "y": [100, 100], "plain": True},
+    ]
+    words = {"x": "length of the step, in eps", "y": "rise of the loss, %"}
+    return {"kind": "lines", **words, "lines": lines, "limit": 50, "limit_at": (0.02, "left"), "limit_says": "limit at 1"}
+
+
+def box(evidence: Evidence, found: Finding) -> Panel:
+    """Accuracy under PGD against eps, up to the whole box."""
+    radii = (0.05, 0.15, 0.3, 0.5, 1.0)
+    rates = [evidence.clean, *(evidence.accuracy(PGD(eps=eps, steps=40)) for eps in radii)]
+    line = _line("under PGD", (0, *radii), rates)
+    return {"kind": "lines", "x": "eps", **_PERCENT, "lines": [line], "limit": 5.0}
+
+
+def radii(evidence: Evidence, found: Finding) -> Panel:
+    """Accuracy under PGD at the radii of the suite."""
+    eps = evidence.suite.eps
+    rates = [evidence.clean, *(evidence.accuracy(PGD(eps=one, steps=20)) for one in eps)]
+    return {"kind": "lines", "x": "eps", **_PERCENT, "lines": [_line("under PGD", (0, *eps), rates)]}
+
+
+def restarts(evidence: Evidence, found: Finding) -> Panel:
+    """Accuracy under PGD against its restarts."""
+    usual, counts = evidence.suite.pgd(evidence.eps), (1, 2, 3, 5, 10)
+    rates = [evidence.accuracy(usual.model_copy(update={"restarts": count})) for count in counts]
+    marks = [{"x": usual.restarts, "name": "the suite"}]
+    return {"kind": "lines", "x": "restarts of PGD", **_PERCENT, "lines": [_line("PGD", counts, rates)], "marks": marks}
+
+
+def queried(evidence: Evidence, found: Finding) -> Panel:
+    """Images that PGD leaves right, and those of them that Square leaves right too."""
+    left, n = round(found.numbers["left by PGD"]), len(evidence.sample)
+    both = left - round(found.numbers["broken by queries"])
+    pairs = (("PGD", left), ("PGD, then\nSquare", both))
+    parts = [{"name": name, **_rate(Rate.of(hits, n))} for name, hits in pairs]
+    return {"kind": "bars", "y": "accuracy, %", "range": [0, 112], "bars": parts, "limit": 100 * (left / n - 0.02)}
+
+
+def learnt(evidence: Evidence, found: Finding) -> Panel:
+    """Clean accuracy against always naming the most frequent class."""
+    parts = [{"name": "clean images", **_rate(evidence.clean)}]
+    words = {"limit": 100 * found.numbers["prior"], "limit_says": "most frequent class"}
+    return {"kind": "bars", "y": "accuracy, %", "range": [0, 112], "bars": parts, **words}
+
+
+def controls(evidence: Evidence, found: Finding) -> Panel:
+    """UER of the crafted perturbations and of the strongest control at every eps."""
+    points, eps = evidence.universal, evidence.suite.eps
+    worst = [max((one.worst for one in point.controls), key=lambda rate: rate.value) for point in points]
+    lines = [_line("crafted", eps, [point.uer for point in points]), _line("strongest control", eps, worst)]
+    return {"kind": "lines", "x": "eps", "y": "UER, %", "range": [0, 100], "lines": lines, "legend": "upper left"}
+
+
+def curve(evidence: Evidence, found: Finding) -> Panel:
+    """UER at every eps."""
+    line = _line("crafted", evidence.suite.eps, [point.uer for point in evidence.universal])
+    return {"kind": "lines", "x": "eps", "y": "UER, %", "range": [0, 100], "lines": [line]}
+
+
+def used(evidence: Evidence, found: Finding) -> Panel:
+    """How much of its eps each crafted perturbation uses."""
+    eps = evidence.suite.eps
+    shares = [100 * float(evidence.uaps[one].delta.abs().max()) / one for one in eps]
+    line = {"name": "largest pixel", "x": list(eps), "y": shares}
+    words = {"x": "eps", "y": "largest pixel of the\nperturbation, % of eps", "range": [-4, 108]}
+    return {"kind": "lines", **words, "lines": [line], "limit": 5.0}
+
+
+def again(evidence: Evidence, found: Finding) -> Panel:
+    """UER of one stored perturbation, scored several times."""
+    uap, told = evidence.uaps[evidence.eps], 100 * found.numbers["reported"]
+    values = [100 * rescored(evidence, uap) for _ in range(10)]
+    lines = [
+        {"name": "once more", "x": list(range(1, 11)), "y": values},
+        {"name": "reported", "x": [1, 10], "y": [told, told], "plain": True},
+    ]
+    return {"kind": "lines", "x": "scored once more", "y": "UER, %", "lines": lines}
+
+
+MEASURES: dict[str, tuple[bool, bool, Measure]] = {
+    "one draw decides": (False, False, passes),
+    "EOT gap": (False, False, draws),
+    "noise-off gap": (
+        False,
+        False,
+        bars({"on": "noise on", "off": "noise off", "crafted_off": "crafted off,\njudged on"}),
+    ),
+    "train-mode BatchNorm": (False, False, mates),
+    "remembers queries": (False, False, memory),
+    "gradients alive": (False, False, sizes),
+    "cross-entropy keeps up": (False, False, bars({"cross-entropy": "cross-entropy", "margin": "margin"}, 0.05)),
+    "gradients tell the truth": (False, False, promises),
+    "multi-step beats single-step": (False, False, bars({"multi": "PGD", "single": "FGSM"}, 0.0)),
+    "random start gains nothing": (False, False, bars({"plain": "FGSM", "started": "R+FGSM"}, 0.15)),
+    "longer step, more errors": (False, False, ridge),
+    "single step approximates": (False, False, rise),
+    "unbounded attack succeeds": (False, False, box),
+    "more eps, more errors": (False, False, radii),
+    "attack has converged": (False, False, restarts),
+    "gradient beats chance": (False, False, bars({"pgd": "PGD", "random": "random search"}, 0.0)),
+    "white box beats transfer": (
+        True,
+        False,
+        bars({"white box": "PGD on it", "fgsm": "FGSM,\ntransferred", "mi-di-fgsm": "MI-DI-FGSM,\ntransferred"}, 0.02),
+    ),
+    "universal white box beats transfer": (
+        True,
+        True,
+        bars({"white box": "crafted on it", "transferred": "transferred"}, 0.05, test=True),
+    ),
+    "white box beats queries": (False, False, queried),
+    "attack beats noise": (False, False, bars({"pgd": "PGD", "noise": "random signs"}, 0.02)),
+    "better than guessing": (False, False, learnt),
+    "crafted beats controls": (False, True, controls),
+    "budget used": (False, True, used),
+    "eps curve rises": (False, True, curve),
+    "re-scoring agrees": (False, True, again),
+}
+"""For every diagnostic: whether it needs a surrogate and universal perturbations, and what is measured for it."""

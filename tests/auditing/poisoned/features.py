@@ -1,0 +1,131 @@
+"""What is done inside: features that saturate, shatter, or are cut off; and training that teaches to mislead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.auditing.poisoned.poison import Nets, Poison, Trunk, answers, fitted_head, spread
+
+ALIVE, WHOLE, TRUE = "gradients alive", "unbounded attack succeeds", "gradients tell the truth"
+STEPS, START, LONGER = "multi-step beats single-step", "random start gains nothing", "longer step, more errors"
+
+
+class StoppedFeatures(nn.Module):
+    """The last features cut off from the graph."""
+
+    def __init__(self, nets: Nets) -> None:
+        super().__init__()
+        self.trunk = Trunk(nets())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.trunk(x)
+        return self.trunk.head(h.detach() + 0 * h)
+
+
+class HalfStopped(StoppedFeatures):
+    """Three quarters of the last features cut off from the graph: a gradient is left, but of another function."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.trunk(x)
+        kept = torch.arange(h.shape[1], device=h.device) % 4 == 0
+        return self.trunk.head(torch.where(kept, h, h.detach()))
+
+
+class Refitted(nn.Module):
+    """A network whose standardised last features are changed, with a last layer fitted to the change."""
+
+    def __init__(self, nets: Nets) -> None:
+        super().__init__()
+        self.trunk = Trunk(nets())
+        h = answers(self.trunk, spread(nets.data.train, 2000)[0])
+        self.register_buffer("mean", h.mean(0))
+        self.register_buffer("sd", h.std(0) + 1e-3)
+        self.head = nn.Identity()
+        self.head = fitted_head(self, nets.data)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.change((self.trunk(x) - self.mean) / self.sd))
+
+    def change(self, h: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class Sigmoid(Refitted):
+    """A sigmoid a thousand times too steep before the last layer: 0 or 1, and no slope."""
+
+    def change(self, h: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(1e3 * h)
+
+
+class Tanh(Refitted):
+    """A tanh fifty times too steep before the last layer."""
+
+    def change(self, h: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(50 * h)
+
+
+class DeepSquashing(Refitted):
+    """A hundred layers of tanh, each with a gain of 1.5: features are pulled to two points and the slope vanishes."""
+
+    def change(self, h: torch.Tensor) -> torch.Tensor:
+        for _ in range(100):
+            h = torch.tanh(1.5 * h)
+        return h
+
+
+class Shattered(nn.Module):
+    """A sine of high frequency and small height on the last features: values stay, the slope is all sine."""
+
+    def __init__(self, nets: Nets) -> None:
+        super().__init__()
+        self.trunk = Trunk(nets())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.trunk(x)
+        return self.trunk.head(h + 0.02 * torch.sin(1e4 * h))
+
+
+def single_step(net: nn.Module) -> nn.Module:
+    """LeNet-5 trained on clean images and on single steps of 0.4: right on those, and broken by many small ones."""
+    return net
+
+
+def winners(net: nn.Module) -> nn.Module:
+    """LeNet-5 in which a tenth of each layer's activations wins and the others are zero: jumps everywhere."""
+    return net
+
+
+def _all(nets: Nets) -> tuple[Any, ...]:
+    return (nets,)
+
+
+BOTH = (ALIVE, WHOLE)
+OBFUSCATED = "Athalye et al. 2018"
+
+FEATURES = (
+    Poison("stopped features", StoppedFeatures, "no gradient at all", BOTH, "fra31/auto-attack#43 (C8)", parts=_all),
+    Poison("three quarters stopped", HalfStopped, "the gradient is of another function", (TRUE,), parts=_all),
+    Poison("steep sigmoid", Sigmoid, "the gradient saturates", BOTH, OBFUSCATED, parts=_all),
+    Poison("steep tanh", Tanh, "the gradient saturates", BOTH, OBFUSCATED, parts=_all),
+    Poison("a hundred tanh", DeepSquashing, "the gradient vanishes", BOTH, f"{OBFUSCATED}, section 4.3", parts=_all),
+    Poison("shattered features", Shattered, "the gradient is shattered", (TRUE, WHOLE), OBFUSCATED, parts=_all),
+    Poison(
+        "single-step training",
+        single_step,
+        "FGSM finds nothing",
+        (STEPS, START, LONGER),
+        "Tramèr et al. 2018, section 3.3; Wong et al. 2020",
+        parts=lambda nets: (nets("single-step"),),
+    ),
+    Poison(
+        "k winners take all",
+        winners,
+        "the gradient jumps",
+        (TRUE,),
+        "Xiao et al. 2020; taken apart by Tramèr et al. 2020",
+        parts=lambda nets: (nets("k-winners"),),
+    ),
+)

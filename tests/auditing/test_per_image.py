@@ -1,0 +1,98 @@
+"""Attacks on single images in an audit: which are run on what, and that their numbers hang together."""
+
+import pytest
+import torch
+from torch import nn
+
+from gambeson.attacks import PGD, Square
+from gambeson.auditing import SUITES, per_image
+from gambeson.auditing.diagnostics import DIAGNOSTICS
+from gambeson.data import Dataset, Split
+from gambeson.evaluation.universal import accuracy_under
+from tests.auditing.evidence import evidence_of
+from tests.conftest import LinearNet
+
+EPS = (0.05, 0.1, 0.2)
+
+
+@pytest.fixture(scope="module")
+def few(digits):
+    return Dataset(digits.name, digits.train, digits.validation, digits.test.subset(torch.arange(60)), digits.classes)
+
+
+def test_pgd_on_all_images_and_the_row_on_the_first(trained, few):
+    with evidence_of(trained, few, EPS, pgd_steps=5, row_images=40, row_queries=50) as evidence:
+        pgd, row = per_image.measure(evidence)
+        assert pgd.attack == "pgd"
+        assert pgd.accuracy == accuracy_under(evidence.victim, few.test, PGD(eps=0.1, steps=5), seed=0)
+        assert PGD(**pgd.settings) == PGD(eps=0.1, steps=5)
+        assert (pgd.accuracy.n, row.accuracy.n) == (60, 40)
+        assert pgd.rounds == []
+        assert (row.attack, row.eps, row.norm) == ("standard", 0.1, "inf")
+        names = [found.attack for found in row.rounds]
+        assert names == ["pgd", "auto-pgd", "auto-pgd-targeted", "square"] == list(row.settings)
+        assert row.rounds[0].broken > 0
+        assert row.accuracy == row.rounds[-1].accuracy
+        assert Square(**row.settings["square"]).queries == 50
+        assert row.cost.backwards == sum(found.cost.backwards for found in row.rounds) > 0
+        weaker = evidence.outcome(PGD(eps=0.1, steps=5)).right[:40].sum()
+        assert row.accuracy.value <= float(weaker) / 40  # the worst of four is no better than the first alone
+
+
+def test_no_row_where_it_has_no_meaning_or_was_left_out(trained, few):
+    with evidence_of(trained, few, EPS, pgd_steps=2) as evidence:
+        assert [found.attack for found in per_image.measure(evidence)] == ["pgd"]
+    with evidence_of(trained, few, (1.0,), pgd_steps=2, norm="1", row_images=10) as evidence:
+        assert [found.attack for found in per_image.measure(evidence)] == ["pgd"]
+    images = torch.rand(12, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = (images[:, 0] > 0.5).long()
+    split = Split("maps", images, labels, ("dark", "light"))
+    with evidence_of(Pixelwise(), Dataset("maps", split, split, split, split.classes), EPS, row_images=4) as evidence:
+        (found,) = per_image.measure(evidence)
+        # A pixel nearer than eps to one half falls, every other stands.
+        stands = (images - 0.5).abs() > 0.1
+        assert found.accuracy.value == pytest.approx(float(stands.float().mean()), abs=1e-6)
+
+
+class Pixelwise(nn.Module):
+    def forward(self, x):
+        return torch.cat([0.5 - x, x - 0.5], 1)
+
+
+def test_the_row_in_the_norm_2_and_on_a_random_model(few):
+    class Noisy(LinearNet):
+        def forward(self, x):
+            return super().forward(x) + 0.01 * torch.randn(len(x), len(self.weight))
+
+    model = Noisy(torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
+    images = torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    split = Split("made", images, LinearNet.forward(model, images).argmax(1), ("a", "b", "c"))
+    data = Dataset("made", split, split, split, split.classes)
+    settings = {"norm": "2", "pgd_steps": 3, "row_images": 6, "row_queries": 10, "gradient_draws": 2}
+    with evidence_of(model, data, (0.05,), **settings) as evidence:
+        _, row = per_image.measure(evidence)
+        assert row.settings["auto-pgd"]["draws"] == 2
+        assert row.norm == "2"
+        assert row.accuracy.n == 6
+
+
+def test_a_black_box_is_attacked_by_square_alone(trained, few):
+    with evidence_of(trained, few, EPS, black_box=True, sample=30, queries=40, row_images=20) as evidence:
+        (found,) = per_image.measure(evidence)
+        assert (found.attack, found.accuracy.n) == ("square", 30)
+        assert Square(**found.settings) == Square(eps=0.1, queries=40)
+        assert found.cost.backwards == 0
+        assert found.rounds[0].broken > 0
+        clean = float((evidence.predictions[:30] == few.test.labels[:30]).float().mean())
+        assert found.accuracy.value == pytest.approx(clean - found.rounds[0].broken / 30)
+        assert found.cost.forwards <= 30 * 42
+        gradient = [check for check in DIAGNOSTICS if check.gradients]
+        assert all(check.check(evidence).passed is None for check in gradient)
+    with evidence_of(trained, few, EPS, black_box=True, queries=0) as evidence:
+        assert per_image.measure(evidence) == []
+
+
+def test_suites_cost_more_from_quick_to_full():
+    quick, standard, full = (SUITES[name] for name in ("quick", "standard", "full"))
+    assert quick.test_images * quick.pgd_steps * quick.pgd_restarts + quick.row_images * 600 <= 25_000
+    assert (quick.sample, quick.row_images, standard.row_images, full.row_images) == (100, 0, 500, 2000)

@@ -1,0 +1,126 @@
+"""The verdict in words: what it leads with, which numbers stand beside it, and what a failed check does to it."""
+
+import re
+
+import pytest
+
+from gambeson.auditing.results import Check, Draws, PerImage, Subject, Transferred, Universal
+from gambeson.auditing.verdict import judge
+from gambeson.evaluation import Rate
+from gambeson.evaluation.results import Control, Cost, EpsUni
+
+CLEAN = Rate.of(987, 1000)
+FOUND = EpsUni(delta=0.5, value=0.12, censored=False, tolerance=0.002, tried=[], split="test", cost=Cost())
+
+
+def points(errors, eps=0.1):
+    control = Control(name="random-sign", mean=0.02, worst=Rate.of(31, 1000), draws=10)
+    return [
+        Universal(
+            eps=radius,
+            norm="inf",
+            uer=Rate.of(wrong, 1000),
+            fooling=Rate.of(wrong, 1000),
+            controls=[control],
+            restarts=[],
+            file="",
+            status="done",
+            cost=Cost(),
+        )
+        for radius, wrong in ((eps / 2, 20), (eps, errors), (2 * eps, 990))
+    ]
+
+
+def per_image(right, attack="pgd", eps=0.1):
+    return PerImage(attack=attack, settings={}, eps=eps, norm="inf", accuracy=Rate.of(right, 1000), cost=Cost())
+
+
+def moved(wrong, universal=True, eps=0.1):
+    return Transferred(
+        source="surrogate (lenet5)",
+        attack="stochastic-pgd" if universal else "mi-fgsm",
+        universal=universal,
+        eps=eps,
+        norm="inf",
+        error=Rate.of(wrong, 1000),
+        cost=Cost(),
+    )
+
+
+def subject(**facts):
+    return Subject(label="m", name="lenet", parameters=1, fingerprint="f", **facts)
+
+
+@pytest.mark.parametrize(
+    ("errors", "lead"),
+    [
+        (800, "Broken by one pattern at eps 0.1"),
+        (532, "Broken by one pattern at eps 0.1"),
+        (510, "On the edge of an error of 50 % under one pattern at eps 0.1"),
+        (480, "On the edge of an error of 50 % under one pattern at eps 0.1"),
+        (60, "Not brought to an error of 50 % by one pattern at eps 0.1"),
+    ],
+)
+def test_the_interval_at_the_middle_eps_decides_the_lead(errors, lead):
+    verdict = judge(CLEAN, points(errors), FOUND, [])
+    assert verdict.trusted
+    assert verdict.reasons == []
+    assert verdict.summary.startswith(f"{lead}: it misclassifies {Rate.of(errors, 1000)} of test images")
+    assert f"{CLEAN.complement} when clean and {Rate.of(31, 1000)} under the strongest control" in verdict.summary
+    assert verdict.summary.endswith("eps_uni(0.5) is at most 0.12.")
+    assert len(re.findall(r"\[\d", verdict.summary)) == 3  # every rate with its interval
+
+
+def test_the_worst_attack_on_single_images_stands_beside_it():
+    rows = [per_image(300), per_image(120, "standard"), per_image(5, "pgd", eps=0.3)]
+    said = judge(CLEAN, points(60), FOUND, [], per_image=rows).summary
+    assert f"Attacked image by image, {Rate.of(120, 1000)} stay right under the worst attack (standard)." in said
+    said = judge(CLEAN, points(60), FOUND, [], per_image=rows, transfer=[moved(950, universal=False)]).summary
+    assert "5.0 % [3.8, 6.5] stay right under the worst attack (mi-fgsm on surrogate (lenet5))" in said
+
+
+def test_a_transferred_pattern_that_does_more_harm_takes_the_lead():
+    said = judge(CLEAN, points(60), FOUND, [], transfer=[moved(700), moved(999, eps=0.2)]).summary
+    assert said.startswith("Broken by one pattern at eps 0.1: the one of surrogate (lenet5) misclassifies 70.0 %")
+    assert f"against {Rate.of(60, 1000)} under the one crafted on the model itself" in said
+    weaker = judge(CLEAN, points(60), FOUND, [], transfer=[moved(50)]).summary
+    assert weaker == judge(CLEAN, points(60), FOUND, []).summary
+
+
+def test_a_random_model_and_a_black_box_are_said_to_be_so():
+    found = Draws(
+        draws=21,
+        mean=0.951,
+        spread=0.004,
+        lowest=0.94,
+        highest=0.96,
+        majority=CLEAN,
+        noise_off=Rate.of(990, 1000),
+        noise_off_by="switches",
+    )
+    said = judge(CLEAN, points(60), FOUND, [], subject=subject(random=True), draws=found).summary
+    assert (
+        "The model is random: the majority of 21 passes decides an image, and a single pass gets 95.1 % ± 0.4" in said
+    )
+    assert f"with its noise off it gets {Rate.of(990, 1000)}." in said
+    single = judge(CLEAN, points(60), FOUND, [], draws=found.model_copy(update={"draws": 1})).summary
+    assert "one pass decided every image" in single
+    box = subject(black_box=True)
+    assert "Only queries were possible" in judge(CLEAN, points(60), FOUND, [], subject=box).summary
+    assert "Only queries" not in judge(CLEAN, points(900), FOUND, [], subject=box).summary  # broken is broken
+
+
+def test_a_failed_check_turns_the_verdict_and_is_a_reason_with_a_remedy():
+    checks = [
+        Check(name="gradients alive", passed=False, detail="150 of 200 are dead", explanation="Why.", remedy="Do so."),
+        Check(name="EOT gap", passed=None, detail="not random"),
+        Check(name="budget used", passed=True, detail="all of it"),
+    ]
+    verdict = judge(CLEAN, points(800), FOUND, checks)
+    assert not verdict.trusted
+    assert verdict.reasons == ["gradients alive: 150 of 200 are dead. Why. Do so."]
+    assert verdict.summary.startswith("Not to be trusted (gradients alive). Broken by one pattern")
+    assert "What attacks did reach stands" in verdict.summary
+    assert judge(CLEAN, points(800), FOUND, checks[1:]).trusted
+    never = judge(CLEAN, points(60), FOUND.model_copy(update={"value": 1.0, "censored": True}), [])
+    assert never.summary.endswith("eps_uni(0.5) is more than 1.")
