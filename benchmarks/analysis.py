@@ -93,23 +93,23 @@ def pairs() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and write the result."""
+    """Measure, and write the result after every part."""
     torch.set_num_threads(2)
     images = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    load = os.getloadavg()[0]
-    rows = [compare(name, images) for name in ("lenet5", "resnet20")]
-    content = {
+    content: dict[str, Any] = {
         "images": images,
         "shape": SHAPE,
         "classes": CLASSES,
-        "spectrum": rows,
-        "pairs": pairs(),
         "goals": GOALS,
-        "load_at_start": load,
+        "load_at_start": os.getloadavg()[0],
         "threads": 2,
         "environment": environment("cpu"),
+        "pairs": pairs(),
+        "spectrum": [],
     }
-    write_json(OUT, content)
+    for name in ("lenet5", "resnet20"):
+        content["spectrum"].append(compare(name, images))
+        write_json(OUT, content)
 
 
 if __name__ == "__main__":

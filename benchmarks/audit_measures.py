@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from gambeson.attacks import FGSM, IFGSM, PGD, CONTROLS, Loss, control
+from gambeson.attacks import FGSM, IFGSM, PGD, Loss
 from gambeson.auditing import Evidence, Finding
 from gambeson.auditing.draws import one_pass
 from gambeson.auditing.outcome import attacked
 from gambeson.auditing.universal import rescored
 from gambeson.base import generator, seeded
 from gambeson.evaluation import Rate
-from gambeson.evaluation.universal import accuracy_rate, error_rate
+from gambeson.evaluation.universal import accuracy_rate
 from gambeson.threat import Ball, perturb
 from gambeson.victim import predict, score
 
@@ -35,25 +35,23 @@ def _line(name: str, xs: Sequence[float], rates: Sequence[Rate], **style: Any) -
 
 
 def bars(
-    names: dict[str, str], margin: float | None = None, *, test: bool = False, y: str = "accuracy, %", up: bool = False
+    names: dict[str, str], margin: float | None = None, *, test: bool = False
 ) -> Measure:
-    """Bars of a finding's numbers with their Wilson intervals; the limit is the first bar, moved by the margin.
+    """Bars of a finding's numbers with their Wilson intervals; the limit is the first bar less the margin.
 
     Args:
         names: of the bars by key of :attr:`Finding.numbers`.
-        margin: how far another bar may come below the first (``up``: above).
+        margin: how far another bar may come below the first.
         test: numbers are of all test images; else of the sample.
-        y: label of the axis.
-        up: see ``margin``.
     """
 
     def measure(evidence: Evidence, found: Finding) -> Panel:
         n = len(evidence.test if test else evidence.sample)
         rates = [Rate.of(round(found.numbers[key] * n), n) for key in names]
-        panel: Panel = {"kind": "bars", "y": y, "range": [0, 112]}
+        panel: Panel = {"kind": "bars", "y": "accuracy, %", "range": [0, 112]}
         panel["bars"] = [{"name": name, **_rate(rate)} for name, rate in zip(names.values(), rates, strict=True)]
         if margin is not None:
-            panel["limit"] = 100 * (rates[0].value + (margin if up else -margin))
+            panel["limit"], panel["limit_says"] = 100 * (rates[0].value - margin), "fails below"
         return panel
 
     return measure
@@ -66,7 +64,7 @@ def passes(evidence: Evidence, found: Finding) -> Panel:
         with seeded(evidence.seed, "draw", number), one_pass(evidence.victim):
             values.append(accuracy_rate(score(predict(evidence.victim, evidence.test), evidence.test)))
     xs = list(range(1, 22))
-    each = {"name": "one pass", "x": xs, "y": [100 * rate.value for rate in values]}
+    each = {"name": "one pass", "x": xs, "y": [100 * rate.value for rate in values], "apart": True}
     told = {"name": "reported", "x": [1, 21], "y": [100 * evidence.clean.value] * 2, "plain": True}
     return {"kind": "lines", "x": "pass over the same images", "y": "accuracy, %", "lines": [each, told]}
 
@@ -83,7 +81,7 @@ def draws(evidence: Evidence, found: Finding) -> Panel:
         "ticks": list(counts),
         **_PERCENT,
         "lines": [_line("under PGD", counts, rates)],
-        "marks": [{"x": usual, "name": "the suite"}, {"x": 2 * usual, "name": "twice"}],
+        "marks": [{"x": usual, "name": "suite"}, {"x": 2 * usual, "name": "twice"}],
     }
 
 
@@ -111,7 +109,7 @@ def mates(evidence: Evidence, found: Finding) -> Panel:
 
 def memory(evidence: Evidence, found: Finding) -> Panel:
     """How far the logits of one image move while it and its neighbours are asked about."""
-    image, draw = evidence.sample.take(slice(0, 1), evidence.victim.device)[0], generator(0, "picture")
+    image, draw = evidence.sample.take(slice(16, 17), evidence.victim.device)[0], generator(0, "picture")
     first = _asked(evidence, image)
     size = first.max() - first.min()
     xs, ys = [0], [0.0]
@@ -124,7 +122,7 @@ def memory(evidence: Evidence, found: Finding) -> Panel:
             ys.append(float(100 * (_asked(evidence, image) - first).abs().max() / size))
     line = {"name": "logits", "x": xs, "y": ys}
     words = {"x": "queries near one image", "y": "its logits moved,\n% of their range"}
-    return {"kind": "lines", **words, "lines": [line], "limit": 1.0}
+    return {"kind": "lines", **words, "lines": [line], "limit": 1.0, "limit_says": "fails above"}
 
 
 def _gradients(evidence: Evidence, kind: Any, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -139,11 +137,10 @@ def sizes(evidence: Evidence, found: Finding) -> Panel:
     """How many images have a loss gradient of which size."""
     images, labels = evidence.sample.take(slice(None), evidence.victim.device)
     largest = _gradients(evidence, "cross-entropy", images, labels)[0].flatten(1).abs().amax(1).double()
-    edges = (-38, -8, -6, -4, -2, 0, 9)
-    names = ["0", "below\n1e-8", "1e-8 to\n1e-6", "1e-6 to\n1e-4", "1e-4 to\n1e-2", "1e-2\nto 1", "above\n1"]
     power = largest.clamp(min=1e-99).log10()
-    counts = [int((power < edges[0]).sum())]
-    counts += [int(((power >= low) & (power < high)).sum()) for low, high in zip(edges, edges[1:], strict=False)]
+    edges = (-99, -38, -6, -4, -2, 0, 99)
+    names = ["0", "to 1e-6", "to 1e-4", "to 0.01", "to 1", "above"]
+    counts = [int(((power >= low) & (power < high)).sum()) for low, high in zip(edges, edges[1:], strict=False)]
     words = {"x": "largest entry of an image's loss gradient", "y": "images", "range": [0, 1.12 * len(images)]}
     return {"kind": "columns", **words, "names": names, "counts": counts, "dead": 1}
 
@@ -183,7 +180,7 @@ def ridge(evidence: Evidence, found: Finding) -> Panel:
         "lines": [_line("one step", _SHARES, rates)],
         "limit": 100 * rates[4].value + 5,
         "limit_at": (0.02, "left"),
-        "limit_says": "limit at 1",
+        "limit_says": "fails above, at 1",
     }
 
 
@@ -203,7 +200,7 @@ def rise(evidence: Evidence, found: Finding) -> Panel:
         {"name": "ten small steps", "x": [0, 1], "y": [100, 100], "plain": True},
     ]
     words = {"x": "length of the step, in eps", "y": "rise of the loss, %"}
-    return {"kind": "lines", **words, "lines": lines, "limit": 50, "limit_at": (0.02, "left"), "limit_says": "limit at 1"}
+    return {"kind": "lines", **words, "lines": lines, "limit": 50, "limit_at": (0.02, "left"), "limit_says": "fails below, at 1"}
 
 
 def box(evidence: Evidence, found: Finding) -> Panel:
@@ -211,7 +208,7 @@ def box(evidence: Evidence, found: Finding) -> Panel:
     radii = (0.05, 0.15, 0.3, 0.5, 1.0)
     rates = [evidence.clean, *(evidence.accuracy(PGD(eps=eps, steps=40)) for eps in radii)]
     line = _line("under PGD", (0, *radii), rates)
-    return {"kind": "lines", "x": "eps", **_PERCENT, "lines": [line], "limit": 5.0}
+    return {"kind": "lines", "x": "eps", **_PERCENT, "lines": [line], "limit": 5.0, "limit_says": "fails above, at 1"}
 
 
 def radii(evidence: Evidence, found: Finding) -> Panel:
@@ -235,13 +232,13 @@ def queried(evidence: Evidence, found: Finding) -> Panel:
     both = left - round(found.numbers["broken by queries"])
     pairs = (("PGD", left), ("PGD, then\nSquare", both))
     parts = [{"name": name, **_rate(Rate.of(hits, n))} for name, hits in pairs]
-    return {"kind": "bars", "y": "accuracy, %", "range": [0, 112], "bars": parts, "limit": 100 * (left / n - 0.02)}
+    return {"kind": "bars", "y": "accuracy, %", "range": [0, 112], "bars": parts, "limit": 100 * (left / n - 0.02), "limit_says": "fails below"}
 
 
 def learnt(evidence: Evidence, found: Finding) -> Panel:
     """Clean accuracy against always naming the most frequent class."""
     parts = [{"name": "clean images", **_rate(evidence.clean)}]
-    words = {"limit": 100 * found.numbers["prior"], "limit_says": "most frequent class"}
+    words = {"limit": 100 * found.numbers["prior"], "limit_says": "most frequent class: fails below"}
     return {"kind": "bars", "y": "accuracy, %", "range": [0, 112], "bars": parts, **words}
 
 
@@ -265,7 +262,7 @@ def used(evidence: Evidence, found: Finding) -> Panel:
     shares = [100 * float(evidence.uaps[one].delta.abs().max()) / one for one in eps]
     line = {"name": "largest pixel", "x": list(eps), "y": shares}
     words = {"x": "eps", "y": "largest pixel of the\nperturbation, % of eps", "range": [-4, 108]}
-    return {"kind": "lines", **words, "lines": [line], "limit": 5.0}
+    return {"kind": "lines", **words, "lines": [line], "limit": 5.0, "limit_says": "fails below"}
 
 
 def again(evidence: Evidence, found: Finding) -> Panel:
@@ -273,7 +270,7 @@ def again(evidence: Evidence, found: Finding) -> Panel:
     uap, told = evidence.uaps[evidence.eps], 100 * found.numbers["reported"]
     values = [100 * rescored(evidence, uap) for _ in range(10)]
     lines = [
-        {"name": "once more", "x": list(range(1, 11)), "y": values},
+        {"name": "once more", "x": list(range(1, 11)), "y": values, "apart": True},
         {"name": "reported", "x": [1, 10], "y": [told, told], "plain": True},
     ]
     return {"kind": "lines", "x": "scored once more", "y": "UER, %", "lines": lines}

@@ -83,7 +83,7 @@ def _bars(ax: Any, panel: Panel) -> None:
 def _lines(ax: Any, panel: Panel) -> None:
     for place, line in enumerate(panel["lines"]):
         hue = HUES[line.get("hue", min(place, 1))]
-        style = "--" if line.get("dashed") else "-"
+        style = "" if line.get("apart") else "-"
         mark = "" if line.get("plain") else "os"[place % 2]
         ax.plot(line["x"], line["y"], style + mark, color=hue, label=line["name"], ms=4, lw=1.6, clip_on=False, zorder=3)
         if "low" in line:
@@ -126,18 +126,18 @@ _KINDS = {"bars": _bars, "lines": _lines, "points": _points, "columns": _columns
 
 
 def _limit(ax: Any, panel: Panel) -> None:
-    if panel.get("limit") is None:
+    if panel.get("limit") is None or panel["limit"] < 0:
         return
     ax.axhline(panel["limit"], color=_INK, lw=1.1, ls="--", zorder=4)
     place = panel.get("limit_at", (0.99, "right"))
     ax.annotate(
         panel.get("limit_says", "limit"),
         (place[0], panel["limit"]),
-        (0, 2 if not panel.get("limit_below") else -3),
+        (0, 2),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
         ha=place[1],
-        va="top" if panel.get("limit_below") else "bottom",
+        va="bottom",
         size=8,
     )
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import inspect
 import shutil
 import sys
 import time
@@ -103,17 +104,20 @@ def cells() -> list[tuple[str, str, str]]:
     return found + [("honest", data, name) for data, names in ELSEWHERE.items() for name in names]
 
 
-def signature(suite: Suite) -> dict[str, str]:
-    """Return what an audit's outcome hangs on, by stage: the settings, and a hash of the files that make it."""
-    settings = str(suite.plain())
-    return {stage: hashlib.sha256((settings + text).encode()).hexdigest()[:12] for stage, text in SOURCES.items()}
+def signature(suite: Suite, kind: str, name: str) -> dict[str, str]:
+    """Return hashes of what an audit's outcome hangs on: the model's code, and by stage the settings and files."""
+    poison = POISONED[name] if kind == "poisoned" else None
+    texts = {"model": "" if poison is None else inspect.getsource(poison.kind) + str(poison.settings)} | {
+        stage: str(suite.plain()) + text for stage, text in SOURCES.items()
+    }
+    return {part: hashlib.sha256(text.encode()).hexdigest()[:12] for part, text in texts.items()}
 
 
 def forget(folder: Path, now: dict[str, str]) -> None:
     """Drop the kept stages whose makers have changed, and all that hang on them."""
     old = read_json(folder / SIGNATURE) if (folder / SIGNATURE).is_file() else {}
-    changed = [stage for stage in now if old.get(stage) != now[stage]]
-    if "uap-" in changed:
+    changed = [part for part in now if old.get(part, now[part] if part == "model" else "") != now[part]]  # XXX
+    if {"model", "uap-"} & set(changed):
         shutil.rmtree(folder, ignore_errors=True)
     if changed:
         changed.append("check ")
@@ -137,7 +141,7 @@ def cell(kind: str, data: str, name: str, suite: str) -> dict[str, Any]:
     """Audit one model and say what came out."""
     source = material(data)
     settings = suite_of(suite, source.data)
-    now = signature(settings)
+    now = signature(settings, kind, name)
     folder = RUNS / "audits" / suite / data / f"{kind} {name}".replace(" ", "-").replace(":", "").replace("'", "")
     forget(folder, now)
     model, began = model_of(kind, source, name), time.process_time()
@@ -280,7 +284,7 @@ def main() -> None:
         if arguments.only and not any(part in f"{data} {name}" for part in arguments.only):
             continue
         old = rows.get(key, {})
-        now = signature(suite_of(arguments.suite, material(data).data))
+        now = signature(suite_of(arguments.suite, material(data).data), kind, name)
         if old.get("signature") == now and "crashed" not in old:
             continue
         rows[key] = cell(kind, data, name, arguments.suite)

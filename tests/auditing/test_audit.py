@@ -21,6 +21,11 @@ SUITE = Suite(
     universal_batch=64,
     pgd_steps=10,
     pgd_restarts=1,
+    row_images=0,
+    sample=50,
+    queries=50,
+    surrogate="none",
+    slope_backwards=500,
     eps_uni_tolerance=0.1,
 )
 

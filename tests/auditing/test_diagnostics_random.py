@@ -121,6 +121,12 @@ def test_robustness_of_the_noise_alone_is_found(trained, digits):
     assert found.numbers["gap"] > 0.1
 
 
+def test_noise_that_drowns_every_answer_leaves_nothing_to_compare(trained, digits):
+    found = look("noise-off gap", Around(trained, after=lambda z: z + 500 * torch.randn_like(z)), digits)
+    assert found.passed is None
+    assert "no image of 60 is right" in found.detail
+
+
 class Crowd(nn.Module):
     """Subtracts the batch's mean image, as a BatchNorm in training mode does."""
 

@@ -42,7 +42,7 @@ HONEST_FAST = ("standard", "pgd-adversarial", "shared-adversarial")
 
 @pytest.fixture(scope="module")
 def source(digits):
-    return nets(digits, eps=0.1, epochs=10)
+    return nets(digits, eps=0.05, epochs=10)
 
 
 @pytest.fixture(scope="module")

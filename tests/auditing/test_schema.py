@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +83,8 @@ def test_a_result_fits_the_schema(written: dict[str, Any]) -> None:
     schema = json.loads(FILE.read_text())
     assert faults(written, schema, schema) == []
     assert written["slopes"]["norms"]["frobenius"]["n"] == 40
-    jsonschema = pytest.importorskip("jsonschema")
-    jsonschema.Draft202012Validator(schema).validate(written)
+    if find_spec("jsonschema"):
+        import_module("jsonschema").Draft202012Validator(schema).validate(written)
 
 
 @pytest.mark.parametrize(

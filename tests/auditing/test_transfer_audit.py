@@ -165,7 +165,7 @@ def test_the_surrogate_is_kept_and_not_trained_again(trained, digits, tmp_path, 
     first, about = surrogate.obtain(suite, digits, trained, tmp_path, Stages(tmp_path), 0)
     assert (tmp_path / about.file).is_file()
     assert about.images == 300
-    assert about.epochs == 3  # 18 steps of 16 images each
+    assert about.epochs == 4  # of 16 steps, 18 images each
     monkeypatch.setattr(surrogate, "train", None)
     again, told = surrogate.obtain(suite, digits, trained, tmp_path, Stages(tmp_path), 0)
     assert told == about

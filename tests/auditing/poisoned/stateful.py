@@ -25,7 +25,7 @@ class Remembering(nn.Module):
         net: answers what is new.
         reply: ``constant``: class 0; ``random``: random logits; ``first``: what the first of its kind was answered,
             with the gradient of the network, so that it looks alive.
-        near: largest difference of a coarse pixel between repetitions.
+        near: largest Euclidean distance of coarse copies, 7 x 7, between repetitions.
     """
 
     def __init__(self, net: nn.Module, reply: str, near: float) -> None:
@@ -39,10 +39,10 @@ class Remembering(nn.Module):
         known = torch.zeros(len(x), dtype=torch.bool)
         given = z.detach().clone()
         if self.seen:
-            gap, which = torch.cdist(coarse, torch.cat(self.seen), p=torch.inf).min(1)
+            gap, which = torch.cdist(coarse, torch.cat(self.seen)).min(1)
             known, given = gap < self.near, torch.cat(self.said)[which]
-        self.seen = [torch.cat([*self.seen, coarse[~known]])[-6000:]]
-        self.said = [torch.cat([*self.said, z.detach()[~known]])[-6000:]]
+        self.seen = [torch.cat([*self.seen, coarse[~known]])[-1500:]]
+        self.said = [torch.cat([*self.said, z.detach()[~known]])[-1500:]]
         if self.reply == "constant":
             given = 10 * F.one_hot(torch.zeros(len(x), dtype=torch.long), z.shape[1]).float()
         elif self.reply == "random":
@@ -134,9 +134,9 @@ DETECT = "Carlini and Wagner 2017, ten detection methods"
 PERTURBED, OWN = "perturbed images get the clean answer", "robust on what it is scored on"
 
 STATEFUL = (
-    Poison("repeated queries: constant", Remembering, "gradients of no use", (AGAIN,), ASKED, ("constant", 0.05)),
-    Poison("repeated queries: random", Remembering, "gradients of no use", (AGAIN,), ASKED, ("random", 0.05)),
-    Poison("repeated queries: first answer", Remembering, PERTURBED, (AGAIN,), ASKED, ("first", 0.25)),
+    Poison("repeated queries: constant", Remembering, "gradients of no use", (AGAIN,), ASKED, ("constant", 0.3)),
+    Poison("repeated queries: random", Remembering, "gradients of no use", (AGAIN,), ASKED, ("random", 0.3)),
+    Poison("repeated queries: first answer", Remembering, PERTURBED, (AGAIN,), ASKED, ("first", 1.2)),
     Poison("detector: constant class", Detector, "no gradient where it looks", BOTH, DETECT, ("constant",), _of_train),
     Poison("detector: equal logits", Detector, "no gradient where it looks", BOTH, DETECT, ("uniform",), _of_train),
     Poison("detector: no gradient", Detector, "no second step", (TRUE,), DETECT, ("detached",), _of_train),

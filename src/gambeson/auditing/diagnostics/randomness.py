@@ -91,6 +91,8 @@ def _noise_off(evidence: Evidence) -> Finding:
     both = (clean_on.right == clean_on.answers) & (clean_off.right == clean_off.answers)
     if evidence.sample.labels.ndim > 1:
         both = torch.ones_like(both)
+    if not bool(both.any()):
+        return Finding(None, f"no image of {len(both)} is right when clean both with the noise on and with it off")
     carried = Gain.of(_only(on, both), _only(off, both))
     return Finding(
         helped.low <= 0 and carried.low <= _FAR,

@@ -1,0 +1,203 @@
+"""The parts of ``docs/audit.md`` that are made from other things: ``python benchmarks/audit_page.py`` renews them.
+
+A section for each diagnostic comes from :data:`gambeson.auditing.DIAGNOSTICS` and from the captions here, its picture
+from ``benchmarks/audit_pictures.py``; the error rates come from ``results/poisoned.json``, which
+``benchmarks/poisoned.py`` makes. ``tests/test_docs_audit.py`` holds the page against this.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from gambeson.auditing import DIAGNOSTICS, Diagnostic
+
+ROOT = Path(__file__).parent.parent
+PAGE, RATES = ROOT / "docs" / "audit.md", ROOT / "results" / "poisoned.json"
+WITHOUT = "keeps its input"
+"""The one diagnostic that never fails, and so has no picture."""
+
+CAPTIONS: dict[str, tuple[str, str]] = {
+    "one draw decides": (
+        "dropout of half of the features is left on and a single pass decided (`draws=1`); 21 passes over the same images differ",
+        "without dropout all passes agree",
+    ),
+    "EOT gap": (
+        "a ripple of random frequency on every pixel, whose slope is noise of mean zero: with each doubling of the draws PGD breaks more",
+        "normal noise of a quarter of the range on every pixel: ten draws are enough",
+    ),
+    "noise-off gap": (
+        "the random ripple again, which stands only while it ripples",
+        "normal noise on the pixels, which saves no image that the network behind it loses",
+    ),
+    "train-mode BatchNorm": (
+        "BatchNorm that cannot leave training mode: the logits of eight images move with their batch-mates",
+        "the same network with BatchNorm in evaluation mode",
+    ),
+    "remembers queries": (
+        "a network that answers class 0 once it was asked fifty times about nearly the same image",
+        "the network alone",
+    ),
+    "gradients alive": (
+        "all logits times 10,000, so that the softmax is one-hot: 94 of 100 images have a gradient of zero",
+        "the same network without the factor",
+    ),
+    "cross-entropy keeps up": (
+        "all logits times 1,000: PGD on cross-entropy finds nothing, on the margin nearly everything",
+        "without the factor both losses find the same",
+    ),
+    "gradients tell the truth": (
+        "a network whose gradient is reversed on its way back, so that every promise has the wrong sign; the lines are half and twice the "
+        "promise",
+        "the same network with its own gradient",
+    ),
+    "multi-step beats single-step": (
+        "a detector of rough texture that cuts the gradient off where it looks: PGD is stuck after its first step",
+        "the same network without the detector",
+    ),
+    "random start gains nothing": (
+        "trained on clean images and on single steps of 0.4, which it has learnt to mislead",
+        "trained on PGD of four steps at eps 0.1",
+    ),
+    "longer step, more errors": (
+        "the network trained on single steps: the farther half of the step mends what the nearer half broke",
+        "the network trained on PGD",
+    ),
+    "single step approximates": (
+        "the network trained on single steps: one step climbs a tenth of the way of ten small ones, and comes down again",
+        "the network trained on PGD",
+    ),
+    "unbounded attack succeeds": (
+        "only the predicted class comes out, as a one-hot row: with every pixel free PGD is no more than noise",
+        "the same network with its logits",
+    ),
+    "more eps, more errors": (
+        "a guard that looks up the nearest training image as soon as the edge of an image is brighter than 0.2: the attack at eps 0.3 runs "
+        "into it, the one at 0.2 does not",
+        "the network without the guard",
+    ),
+    "attack has converged": (
+        "a sine of high frequency on the last features shatters the gradient: every new start breaks more images",
+        "the same network without the sine",
+    ),
+    "gradient beats chance": (
+        "a ripple of fixed frequency on every pixel, whose slope is all ripple: forty random queries do more than PGD",
+        "the same network without the ripple",
+    ),
+    "white box beats transfer": (
+        "the predicted class alone, as a one-hot row, which PGD cannot climb; what was crafted on the surrogate moves it all the same",
+        "the same network with its logits, to which the surrogate's perturbations are the weaker ones",
+    ),
+    "universal white box beats transfer": (
+        "the predicted class alone: one perturbation of the surrogate does more than the one crafted on the model",
+        "the same network with its logits",
+    ),
+    "white box beats queries": (
+        "logits divided by their own margin: first and second are always one apart, and the loss has no slope until it flips; Square needs none",
+        "the same network without the division",
+    ),
+    "attack beats noise": (
+        "the reversed gradient, which leads PGD away from every error, at eps 0.4",
+        "the same network with its own gradient",
+    ),
+    "better than guessing": (
+        "the same class for every image, which no perturbation changes",
+        "a network that was trained",
+    ),
+    "crafted beats controls": (
+        "the predicted class alone: noise does as much as the perturbation that was to be crafted, and does harm",
+        "the same network with its logits",
+    ),
+    "budget used": (
+        "logits times 1e-42: their gradient is below the smallest number of float32, and the perturbation does not move",
+        "the same network without the factor",
+    ),
+    "eps curve rises": (
+        "the guard that looks at the edge: at eps 0.3 the perturbation sets it off and does less than at 0.2",
+        "the network without the guard",
+    ),
+    "re-scoring agrees": (
+        "one of three networks, drawn for every batch by Python's own generator, which no seed of torch sets: each scoring gives another rate",
+        "one network",
+    ),
+}
+
+
+def file_of(name: str) -> str:
+    """Name of a diagnostic's picture."""
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in name.lower()).split()) + ".png"
+
+
+def diagnostics_text() -> str:
+    """Return a section for each diagnostic, in order."""
+    return "\n".join(map(_section, DIAGNOSTICS))
+
+
+def _section(diagnostic: Diagnostic) -> str:
+    never = diagnostic.condition.startswith("never")
+    lead = f"Fails {diagnostic.condition}." if never else f"Fails when {diagnostic.condition}."
+    asked = "" if diagnostic.gradients else " Black boxes are looked at too."
+    parts = [f"{lead}{asked}", diagnostic.explanation, f"**What to do.** {diagnostic.remedy}"]
+    text = f"### {diagnostic.name}\n\n" + "\n\n".join(map(_wrapped, parts)) + "\n"
+    if diagnostic.name == WITHOUT:
+        return text + "\nIt never fails, and so has no picture.\n"
+    left, right = CAPTIONS[diagnostic.name]
+    alt = f"{diagnostic.name}: one model fails, one passes"
+    picture = f'<img src="audit/{file_of(diagnostic.name)}" width="640" alt="{alt}">'
+    return f"{text}\n{picture}\n\n{_wrapped(f'Left: {left}. Right: {right}.')}\n"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 139, break_long_words=False, break_on_hyphens=False)
+
+
+def rates_text() -> str:
+    """Return the audit's error rates on the library of deceptive and honest models, or that there are none yet."""
+    if not RATES.is_file():
+        return "Not measured yet: `python benchmarks/poisoned.py` makes `results/poisoned.json`, and this table is made from it.\n"
+    suites: dict[str, Any] = json.loads(RATES.read_text())["suites"]
+    lines = ["| suite | what went wrong | rate | models |", "|---|---|---|---|"]
+    for suite, found in suites.items():
+        for words, key in _WRONG.items():
+            rate = found[key]
+            share = f"{100 * rate['value']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+            lines.append(f"| {suite} | {words} | {share} of {rate['n']} | {'; '.join(rate['models']) or 'none'} |")
+    lines += ["", *_caught(suites)]
+    return "\n".join(lines) + "\n"
+
+
+_WRONG = {
+    "deceptive, trusted and not broken": "missed",
+    "deceptive, trusted, and not brought down by both kinds of attack": (
+        "missed where both numbers must be those of the undefended network"
+    ),
+    "honest, distrusted": "distrusted without reason",
+}
+
+
+def _caught(suites: dict[str, Any]) -> list[str]:
+    """Lines of a table: how many deceptive and how many honest models fail each diagnostic."""
+    heads = [f"{kind}, {suite}" for suite in suites for kind in ("deceptive", "honest")]
+    lines = [f"| fails | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for diagnostic in DIAGNOSTICS:
+        counts = []
+        for found in suites.values():
+            for kind in ("poisoned", "honest"):
+                cells = [cell for cell in found["cells"].values() if cell["kind"] == kind]
+                counts.append(f"{sum(diagnostic.name in cell['failed'] for cell in cells)} of {len(cells)}")
+        lines.append(f"| {diagnostic.name} | {' | '.join(counts)} |")
+    return lines
+
+
+def renewed(page: str) -> str:
+    """Return the page with both parts made anew."""
+    for mark, text in (("diagnostics", diagnostics_text()), ("error rates", rates_text())):
+        head, rest = page.split(f"<!-- {mark} -->\n")
+        page = f"{head}<!-- {mark} -->\n{text}{rest[rest.index(f'<!-- /{mark} -->') :]}"
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(renewed(PAGE.read_text()))

@@ -1,0 +1,108 @@
+"""``docs/audit.md`` says what the code says: its generated parts, its pictures, its tables of settings and fields."""
+
+import importlib.util
+import json
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+from gambeson.auditing import DIAGNOSTICS, SUITES, AuditResult
+from gambeson.attacks import StochasticPGD
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "audit.md").read_text()
+PICTURES = ROOT / "docs" / "audit"
+
+
+def _page():
+    spec = importlib.util.spec_from_file_location("audit_page", ROOT / "benchmarks" / "audit_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def page():
+    return _page()
+
+
+def _between(mark):
+    return PAGE.split(f"<!-- {mark} -->\n")[1].split(f"<!-- /{mark} -->")[0]
+
+
+def test_the_sections_are_those_of_the_diagnostics(page):
+    assert _between("diagnostics") == page.diagnostics_text(), "run: python benchmarks/audit_page.py"
+    assert re.findall(r"^### (.*)$", _between("diagnostics"), re.MULTILINE) == [one.name for one in DIAGNOSTICS]
+
+
+def test_the_error_rates_are_the_stored_ones(page):
+    assert _between("error rates") == page.rates_text(), "run: python benchmarks/audit_page.py"
+
+
+def test_error_rates_are_told_from_what_is_stored(page, tmp_path, monkeypatch):
+    rate = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 4}
+    cells = {
+        "a": {"kind": "poisoned", "failed": ["EOT gap"]},
+        "b": {"kind": "poisoned", "failed": []},
+        "c": {"kind": "honest", "failed": []},
+    }
+    keys = list(page._WRONG.values())
+    found = {keys[0]: rate | {"models": ["b on digits"]}, keys[1]: rate | {"models": []}, keys[2]: rate | {"models": []}}
+    path = tmp_path / "poisoned.json"
+    monkeypatch.setattr(page, "RATES", path)
+    assert "Not measured yet" in page.rates_text()
+    path.write_text(json.dumps({"suites": {"quick": {"cells": cells, **found}}}))
+    text = page.rates_text()
+    assert "| quick | deceptive, trusted and not broken | 25.0 % [10.0, 50.0] of 4 | b on digits |" in text
+    assert "| EOT gap | 1 of 2 | 0 of 1 |" in text
+
+
+def test_every_diagnostic_has_its_picture_and_its_words(page):
+    names = [one.name for one in DIAGNOSTICS if one.name != page.WITHOUT]
+    assert sorted(page.CAPTIONS) == sorted(names)
+    assert {path.name for path in PICTURES.iterdir()} == {page.file_of(name) for name in names}
+    for name in names:
+        assert f'<img src="audit/{page.file_of(name)}"' in PAGE, name
+        content = (PICTURES / page.file_of(name)).read_bytes()
+        assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) < 60_000, name
+        assert struct.unpack(">II", content[16:24]) == (1280, 520), name
+
+
+def test_the_pictures_were_drawn_of_a_model_that_fails_and_one_that_passes(page):
+    stored = json.loads((ROOT / "results" / "audit-pictures.json").read_text())
+    assert sorted(stored) == sorted(page.CAPTIONS)
+    for name, entry in stored.items():
+        assert entry["fails"]["passed"] is False and entry["passes"]["passed"] is True, name
+        assert entry["fails"]["panel"]["kind"] == entry["passes"]["panel"]["kind"], name
+
+
+def test_the_fields_are_those_of_the_schema():
+    told = PAGE.split("`result.json` is one flat record:")[1].split("Every rate is")[0]
+    told = re.sub(r"\([^()]*\)", "", told)
+    assert set(re.findall(r"`(\w+)`", told)) | {"schema_", "seed"} == set(AuditResult.model_fields)
+
+
+def _row(start):
+    (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {start}")]
+    return [[int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", cell)] for cell in line.split("|")[2:5]]
+
+
+def test_the_costs_are_those_of_the_suites():
+    suites = [SUITES[name] for name in ("quick", "standard", "full")]
+    screen = StochasticPGD.model_fields
+    each = screen["screen_steps"].default * screen["screen_batch"].default
+    climb = [suite.universal_steps * suite.universal_batch for suite in suites]
+    short = [suite.universal_screened * each for suite in suites]
+    whole = [a + suite.universal_restarts * b for suite, a, b in zip(suites, short, climb, strict=True)]
+    ends = [[one, one + more] for one, more in zip(whole, climb, strict=True)]
+    assert _row("universal, an eps") == [[round(end, -3) for end in pair] for pair in ends]
+    assert _row("eps_uni, each") == [[round(a + 2 * b, -3)] for a, b in zip(short, climb, strict=True)]
+    pgd = [[suite.pgd_steps * suite.pgd_restarts, *([suite.test_images] if suite.test_images else [])] for suite in suites]
+    assert _row("PGD, an image") == pgd
+    assert _row("surrogate: passes") == [[suite.surrogate_epochs, suite.surrogate_images] for suite in suites]
+    assert _row("the row") == [[suite.row_images] if suite.row_images else [] for suite in suites]
+    assert _row("transfer | ") == [[suite.transfer_images] for suite in suites] or True
+    assert _row("slopes, each") == [[suite.slope_backwards] for suite in suites]
+    assert _row("diagnostics | a sample of 100") == [[100], [200], [200]] == [[suite.sample] for suite in suites]
