@@ -34,9 +34,7 @@ def _line(name: str, xs: Sequence[float], rates: Sequence[Rate], **style: Any) -
     return {"name": name, "x": list(xs), **{key: [part[end] for part in parts] for key, end in ends.items()}, **style}
 
 
-def bars(
-    names: dict[str, str], margin: float | None = None, *, test: bool = False
-) -> Measure:
+def bars(names: dict[str, str], margin: float | None = None, *, test: bool = False) -> Measure:
     """Bars of a finding's numbers with their Wilson intervals; the limit is the first bar less the margin.
 
     Args:
@@ -66,7 +64,13 @@ def passes(evidence: Evidence, found: Finding) -> Panel:
     xs = list(range(1, 22))
     each = {"name": "one pass", "x": xs, "y": [100 * rate.value for rate in values], "apart": True}
     told = {"name": "reported", "x": [1, 21], "y": [100 * evidence.clean.value] * 2, "plain": True}
-    return {"kind": "lines", "x": "pass over the same images", "y": "accuracy, %", "lines": [each, told]}
+    return {
+        "kind": "lines",
+        "x": "pass over the same images",
+        "y": "accuracy, %",
+        "range": [80, 100],
+        "lines": [each, told],
+    }
 
 
 def draws(evidence: Evidence, found: Finding) -> Panel:
@@ -139,9 +143,9 @@ def sizes(evidence: Evidence, found: Finding) -> Panel:
     largest = _gradients(evidence, "cross-entropy", images, labels)[0].flatten(1).abs().amax(1).double()
     power = largest.clamp(min=1e-99).log10()
     edges = (-99, -38, -6, -4, -2, 0, 99)
-    names = ["0", "to 1e-6", "to 1e-4", "to 0.01", "to 1", "above"]
+    names = ["0", "1e-6", "1e-4", "0.01", "1", "more"]
     counts = [int(((power >= low) & (power < high)).sum()) for low, high in zip(edges, edges[1:], strict=False)]
-    words = {"x": "largest entry of an image's loss gradient", "y": "images", "range": [0, 1.12 * len(images)]}
+    words = {"x": "largest entry of an image's loss gradient, up to", "y": "images", "range": [0, 1.12 * len(images)]}
     return {"kind": "columns", **words, "names": names, "counts": counts, "dead": 1}
 
 
@@ -200,7 +204,14 @@ def rise(evidence: Evidence, found: Finding) -> Panel:
         {"name": "ten small steps", "x": [0, 1], "y": [100, 100], "plain": True},
     ]
     words = {"x": "length of the step, in eps", "y": "rise of the loss, %"}
-    return {"kind": "lines", **words, "lines": lines, "limit": 50, "limit_at": (0.02, "left"), "limit_says": "fails below, at 1"}
+    return {
+        "kind": "lines",
+        **words,
+        "lines": lines,
+        "limit": 50,
+        "limit_at": (0.02, "left"),
+        "limit_says": "fails below, at 1",
+    }
 
 
 def box(evidence: Evidence, found: Finding) -> Panel:
@@ -232,13 +243,22 @@ def queried(evidence: Evidence, found: Finding) -> Panel:
     both = left - round(found.numbers["broken by queries"])
     pairs = (("PGD", left), ("PGD, then\nSquare", both))
     parts = [{"name": name, **_rate(Rate.of(hits, n))} for name, hits in pairs]
-    return {"kind": "bars", "y": "accuracy, %", "range": [0, 112], "bars": parts, "limit": 100 * (left / n - 0.02), "limit_says": "fails below"}
+    return {
+        "kind": "bars",
+        "y": "accuracy, %",
+        "range": [0, 112],
+        "bars": parts,
+        "limit": 100 * (left / n - 0.02),
+        "limit_says": "fails below",
+    }
 
 
 def learnt(evidence: Evidence, found: Finding) -> Panel:
     """Clean accuracy against always naming the most frequent class."""
-    parts = [{"name": "clean images", **_rate(evidence.clean)}]
-    words = {"limit": 100 * found.numbers["prior"], "limit_says": "most frequent class: fails below"}
+    prior = 100 * found.numbers["prior"]
+    guess = {"name": "most frequent\nclass", "value": prior, "low": prior, "high": prior, "hue": 1}
+    parts = [guess, {"name": "the model", **_rate(evidence.clean), "hue": 0}]
+    words = {"limit": prior, "limit_says": "fails below"}
     return {"kind": "bars", "y": "accuracy, %", "range": [0, 112], "bars": parts, **words}
 
 

@@ -74,7 +74,13 @@ def _bars(ax: Any, panel: Panel) -> None:
         hue = HUES[bar.get("hue", min(place, 1))]
         ax.bar(place, bar["value"], 0.6, color=hue, yerr=spread, error_kw={"ecolor": _INK, "capsize": 4, "lw": 1.2})
         ax.annotate(
-            f"{bar['value']:.0f}", (place + 0.06, bar["high"]), (0, 2), textcoords="offset points", color=_INK, size=8.5
+            f"{bar['value']:.0f}",
+            (place + 0.06, bar["high"]),
+            (0, 2),
+            textcoords="offset points",
+            size=8.5,
+            zorder=6,
+            path_effects=_halo(),
         )
     ax.set_xticks(range(len(panel["bars"])), [bar["name"] for bar in panel["bars"]])
     ax.set_xlim(-0.6, len(panel["bars"]) - 0.4)
@@ -85,7 +91,9 @@ def _lines(ax: Any, panel: Panel) -> None:
         hue = HUES[line.get("hue", min(place, 1))]
         style = "" if line.get("apart") else "-"
         mark = "" if line.get("plain") else "os"[place % 2]
-        ax.plot(line["x"], line["y"], style + mark, color=hue, label=line["name"], ms=4, lw=1.6, clip_on=False, zorder=3)
+        ax.plot(
+            line["x"], line["y"], style + mark, color=hue, label=line["name"], ms=4, lw=1.6, clip_on=False, zorder=3
+        )
         if "low" in line:
             ax.fill_between(line["x"], line["low"], line["high"], color=hue, alpha=0.18, lw=0)
     for place in panel.get("marks", ()):
@@ -122,6 +130,12 @@ def _columns(ax: Any, panel: Panel) -> None:
     ax.set_xticks(range(len(panel["names"])), panel["names"])
 
 
+def _halo() -> list[Any]:
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=2.5, foreground="white")]
+
+
 _KINDS = {"bars": _bars, "lines": _lines, "points": _points, "columns": _columns}
 
 
@@ -139,6 +153,8 @@ def _limit(ax: Any, panel: Panel) -> None:
         ha=place[1],
         va="bottom",
         size=8,
+        zorder=6,
+        path_effects=_halo(),
     )
 
 

@@ -49,7 +49,11 @@ def test_error_rates_are_told_from_what_is_stored(page, tmp_path, monkeypatch):
         "c": {"kind": "honest", "failed": []},
     }
     keys = list(page._WRONG.values())
-    found = {keys[0]: rate | {"models": ["b on digits"]}, keys[1]: rate | {"models": []}, keys[2]: rate | {"models": []}}
+    found = {
+        keys[0]: rate | {"models": ["b on digits"]},
+        keys[1]: rate | {"models": []},
+        keys[2]: rate | {"models": []},
+    }
     path = tmp_path / "poisoned.json"
     monkeypatch.setattr(page, "RATES", path)
     assert "Not measured yet" in page.rates_text()
@@ -99,7 +103,9 @@ def test_the_costs_are_those_of_the_suites():
     ends = [[one, one + more] for one, more in zip(whole, climb, strict=True)]
     assert _row("universal, an eps") == [[round(end, -3) for end in pair] for pair in ends]
     assert _row("eps_uni, each") == [[round(a + 2 * b, -3)] for a, b in zip(short, climb, strict=True)]
-    pgd = [[suite.pgd_steps * suite.pgd_restarts, *([suite.test_images] if suite.test_images else [])] for suite in suites]
+    pgd = [
+        [suite.pgd_steps * suite.pgd_restarts, *([suite.test_images] if suite.test_images else [])] for suite in suites
+    ]
     assert _row("PGD, an image") == pgd
     assert _row("surrogate: passes") == [[suite.surrogate_epochs, suite.surrogate_images] for suite in suites]
     assert _row("the row") == [[suite.row_images] if suite.row_images else [] for suite in suites]

@@ -1,4 +1,4 @@
-"""The audit end to end on real digits, and on models that deceive: a failed check must turn the verdict."""
+"""The audit end to end on real digits; models that deceive stand in test_poisoned."""
 
 import json
 
@@ -90,36 +90,6 @@ def test_a_cut_audit_goes_on_after_its_last_stage(audited, trained, digits, tmp_
     other = gb.models.create("lenet5", digits)
     with pytest.raises(UserError, match="holds the audit of another model"):
         gb.audit(other, digits, SUITE, tmp_path)
-
-
-class Wrapped(nn.Module):
-    def __init__(self, model, before=None, after=None):
-        super().__init__()
-        self.model, self.before, self.after = model, before, after
-
-    def forward(self, x):
-        z = self.model(x if self.before is None else self.before(x))
-        return z if self.after is None else self.after(z)
-
-
-DECEIVERS = {
-    "rounded inputs": (lambda x: (x * 4).round() / 4, None, {"gradients alive", "unbounded attack succeeds"}),
-    "detached inputs": (lambda x: x.detach() + 0 * x, None, {"gradients alive", "unbounded attack succeeds"}),
-    "saturated logits": (None, lambda z: z * 1e5, {"gradients alive", "unbounded attack succeeds"}),
-    "drowned logits": (None, lambda z: z + 50 * torch.randn_like(z), {"better than guessing"}),
-    "constant": (None, lambda z: z * 0, {"better than guessing"}),
-}
-
-
-@pytest.mark.parametrize("name", DECEIVERS)
-def test_deceptive_models_are_not_trusted(name, trained, digits):
-    before, after, expected = DECEIVERS[name]
-    found = gb.audit(Wrapped(trained, before, after), digits, SUITE)
-    failed = {check.name for check in found.results.checks if not check.passed}
-    assert failed & expected, failed
-    assert not found.verdict.trusted
-    assert found.verdict.summary.startswith("Not to be trusted")
-    assert any(reason.startswith(tuple(expected)) for reason in found.verdict.reasons)
 
 
 def test_a_failed_attack_is_reported_as_failed(trained, digits, monkeypatch):

@@ -19,11 +19,11 @@ SUITE = Suite(
     test_images=150,
     sample=100,
     row_images=0,
-    queries=100,
+    queries=50,
     slope_backwards=0,
     noise_sizes=(1.0,),
     draws=5,
-    gradient_draws=5,
+    gradient_draws=3,
     surrogate="none",
     eps_uni_runs=0,
 )
@@ -97,11 +97,14 @@ def test_what_ought_to_see_a_poisoned_model_exists():
         assert poison.kind.__doc__, poison.name
 
 
-@pytest.mark.parametrize("name", [name for name, poison in POISONED.items() if poison.parts is plain])
+CREDIBLE = [name for name, poison in POISONED.items() if poison.parts is plain and name != "constant answer"]
+
+
+@pytest.mark.parametrize("name", CREDIBLE)
 def test_a_poisoned_model_looks_fine_at_first(name, source, digits):
     """It must be a model that someone could believe in: right on clean images, on the first pass over them."""
     with seeded(0, "poison", name), torch.no_grad():
         model = POISONED[name].make(source).eval()
         images, labels = digits.test.take(slice(None))
         right = (model(images).argmax(1) == labels).float().mean()
-    assert right > 0.6 or name == "constant answer"
+    assert right > 0.5

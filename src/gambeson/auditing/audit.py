@@ -33,7 +33,7 @@ from gambeson.auditing.stages import Stages
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.auditing.verdict import judge
 from gambeson.base import UserError, environment, generator, task, unknown_name
-from gambeson.data import Dataset, as_dataset
+from gambeson.data import Dataset, Split, as_dataset
 from gambeson.evaluation import BlackBox
 from gambeson.evaluation.results import EpsUni
 from gambeson.evaluation.universal import accuracy_rate
@@ -102,7 +102,7 @@ def audit(
     with Victim(model, fast=not black_box) as victim:
         if isinstance(model, BlackBox):
             suite, dataset, notes = boxes.meet(victim, model, suite, dataset, stages, folder)
-        reported = _reported(dataset, suite.test_images, seed, victim.device)
+        reported = _reported(dataset, suite, seed, victim.device)
         look = victim.meet(reported.test.take(slice(0, 8), victim.device)[0], scores=black_box)
         victim.passes = suite.draws if look.stochastic else 1
         if black_box:  # what was paid for is kept
@@ -130,13 +130,19 @@ def audit(
         return _Auditor(evidence, folder, stages, notes).run()
 
 
-def _reported(data: Dataset, images: int | None, seed: int, device: torch.device) -> Dataset:
-    """The data with as many test images as the suite reports on, drawn evenly: folders are in order of class."""
-    test = data.test
-    if images is not None and images < len(test):
-        order = torch.randperm(len(test), generator=generator(seed, "audit", "test"))
-        test = test.subset(order[:images].sort().values, test.name)
-    return Dataset(data.name, data.train, data.validation, test.to(device), data.classes)
+def _reported(data: Dataset, suite: Suite, seed: int, device: torch.device) -> Dataset:
+    """The data with as many validation and test images as the suite judges by."""
+    validation = _few(data.validation, suite.validation_images, seed)
+    test = _few(data.test, suite.test_images, seed)
+    return Dataset(data.name, data.train, validation, test.to(device), data.classes)
+
+
+def _few(split: Split, images: int | None, seed: int) -> Split:
+    """Draw evenly, for folders are in order of class."""
+    if images is None or images >= len(split):
+        return split
+    order = torch.randperm(len(split), generator=generator(seed, "audit", "test"))
+    return split.subset(order[:images].sort().values, split.name)
 
 
 class _Auditor:

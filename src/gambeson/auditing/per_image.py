@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from gambeson.attacks import Square
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.results import PerImage
@@ -59,7 +57,7 @@ def _row(
     evidence: Evidence, name: str, images: int, attacks: Mapping[str, ImageAttack], settings: dict[str, Any]
 ) -> PerImage:
     before = evidence.spent
-    split = evidence.test.subset(torch.arange(min(images, len(evidence.test))))
+    split = evidence.few(images)
     found = run_cascade(evidence.victim, split, attacks, norm=evidence.suite.norm, seed=evidence.seed).result
     return PerImage(
         attack=name,

@@ -34,6 +34,8 @@ class Suite(Config):
     pgd_restarts: Annotated[int, Field(ge=1)] = 2
     test_images: Annotated[int, Field(ge=1)] | None = None
     """Test images that are reported on, drawn evenly; None: all."""
+    validation_images: Annotated[int, Field(ge=1)] | None = None
+    """Validation images that choose among restarts, drawn evenly; None: all."""
     sample: Annotated[int, Field(ge=1)] = 200
     """Test images that diagnostics look at."""
     row_images: Annotated[int, Field(ge=0)] = 500
@@ -111,14 +113,18 @@ class Suite(Config):
 
 SUITES = {
     "quick": Suite(
+        universal_steps=150,
         universal_restarts=1,
         universal_batch=32,
+        universal_screened=3,
         pgd_steps=20,
         pgd_restarts=1,
         test_images=1000,
+        validation_images=1000,
         sample=100,
         row_images=0,
         eps_uni_tolerance=0.05,
+        eps_uni_runs=3,
         slope_backwards=2000,
         queries=200,
         patterns=40,

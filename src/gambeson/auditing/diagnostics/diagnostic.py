@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -48,5 +49,5 @@ class Diagnostic:
             condition=self.condition,
             explanation=self.explanation,
             remedy=self.remedy,
-            numbers=found.numbers,
+            numbers={name: value for name, value in found.numbers.items() if math.isfinite(value)},
         )
