@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ def sizes(evidence: Evidence, found: Finding) -> Panel:
     power = largest.clamp(min=1e-99).log10()
     edges = (-99, -38, -6, -4, -2, 0, 99)
     names = ["0", "1e-6", "1e-4", "0.01", "1", "more"]
-    counts = [int(((power >= low) & (power < high)).sum()) for low, high in zip(edges, edges[1:], strict=False)]
+    counts = [int(((power >= low) & (power < high)).sum()) for low, high in pairwise(edges)]
     words = {"x": "largest entry of an image's loss gradient, up to", "y": "images", "range": [0, 1.12 * len(images)]}
     return {"kind": "columns", **words, "names": names, "counts": counts, "dead": 1}
 
@@ -258,7 +259,7 @@ def learnt(evidence: Evidence, found: Finding) -> Panel:
     prior = 100 * found.numbers["prior"]
     guess = {"name": "most frequent\nclass", "value": prior, "low": prior, "high": prior, "hue": 1}
     parts = [guess, {"name": "the model", **_rate(evidence.clean), "hue": 0}]
-    words = {"limit": prior, "limit_says": "fails below"}
+    words = {"limit": prior, "limit_says": ""}
     return {"kind": "bars", "y": "accuracy, %", "range": [0, 112], "bars": parts, **words}
 
 

@@ -1,8 +1,9 @@
 """The parts of ``docs/audit.md`` that are made from other things: ``python benchmarks/audit_page.py`` renews them.
 
 A section for each diagnostic comes from :data:`gambeson.auditing.DIAGNOSTICS` and from the captions here, its picture
-from ``benchmarks/audit_pictures.py``; the error rates come from ``results/poisoned.json``, which
-``benchmarks/poisoned.py`` makes. ``tests/test_docs_audit.py`` holds the page against this.
+from ``benchmarks/audit_pictures.py``; the costs come from the suites; the error rates come from
+``results/poisoned.json``, which ``benchmarks/poisoned.py`` makes. ``tests/test_docs_audit.py`` holds the page against
+this.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from gambeson.auditing import DIAGNOSTICS, Diagnostic
+from gambeson.attacks import StochasticPGD
+from gambeson.auditing import DIAGNOSTICS, SUITES, Diagnostic
 
 ROOT = Path(__file__).parent.parent
 PAGE, RATES = ROOT / "docs" / "audit.md", ROOT / "results" / "poisoned.json"
@@ -21,11 +23,11 @@ WITHOUT = "keeps its input"
 
 CAPTIONS: dict[str, tuple[str, str]] = {
     "one draw decides": (
-        "dropout of half of the features is left on and a single pass decided (`draws=1`); 21 passes over the same images differ",
+        "dropout of half of the features is left on, and one pass decided (`draws=1`); 21 passes differ",
         "without dropout all passes agree",
     ),
     "EOT gap": (
-        "a ripple of random frequency on every pixel, whose slope is noise of mean zero: with each doubling of the draws PGD breaks more",
+        "a ripple of random frequency on every pixel, whose slope is noise of mean zero: more draws break more",
         "normal noise of a quarter of the range on every pixel: ten draws are enough",
     ),
     "noise-off gap": (
@@ -49,8 +51,8 @@ CAPTIONS: dict[str, tuple[str, str]] = {
         "without the factor both losses find the same",
     ),
     "gradients tell the truth": (
-        "a network whose gradient is reversed on its way back, so that every promise has the wrong sign; the lines are half and twice the "
-        "promise",
+        "the gradient is reversed on its way back, and every promise has the wrong sign; the lines are half and "
+        "twice the promise",
         "the same network with its own gradient",
     ),
     "multi-step beats single-step": (
@@ -66,7 +68,7 @@ CAPTIONS: dict[str, tuple[str, str]] = {
         "the network trained on PGD",
     ),
     "single step approximates": (
-        "the network trained on single steps: one step climbs a tenth of the way of ten small ones, and comes down again",
+        "the network trained on single steps: one step climbs a tenth of what ten small ones do, and comes down",
         "the network trained on PGD",
     ),
     "unbounded attack succeeds": (
@@ -74,8 +76,8 @@ CAPTIONS: dict[str, tuple[str, str]] = {
         "the same network with its logits",
     ),
     "more eps, more errors": (
-        "a guard that looks up the nearest training image as soon as the edge of an image is brighter than 0.2: the attack at eps 0.3 runs "
-        "into it, the one at 0.2 does not",
+        "a guard that looks up the nearest training image as soon as the edge of an image is brighter than 0.2: the "
+        "attack at eps 0.3 runs into it, the one at 0.2 does not",
         "the network without the guard",
     ),
     "attack has converged": (
@@ -87,15 +89,16 @@ CAPTIONS: dict[str, tuple[str, str]] = {
         "the same network without the ripple",
     ),
     "white box beats transfer": (
-        "the predicted class alone, as a one-hot row, which PGD cannot climb; what was crafted on the surrogate moves it all the same",
-        "the same network with its logits, to which the surrogate's perturbations are the weaker ones",
+        "the predicted class alone, which PGD cannot climb; what was crafted on the surrogate moves it all the same",
+        "the same network with its logits, which PGD breaks further than the surrogate's perturbations do",
     ),
     "universal white box beats transfer": (
         "the predicted class alone: one perturbation of the surrogate does more than the one crafted on the model",
         "the same network with its logits",
     ),
     "white box beats queries": (
-        "logits divided by their own margin: first and second are always one apart, and the loss has no slope until it flips; Square needs none",
+        "logits divided by their own margin: first and second are always one apart, and the margin has no slope; "
+        "Square needs none",
         "the same network without the division",
     ),
     "attack beats noise": (
@@ -111,15 +114,16 @@ CAPTIONS: dict[str, tuple[str, str]] = {
         "the same network with its logits",
     ),
     "budget used": (
-        "logits times 1e-42: their gradient is below the smallest number of float32, and the perturbation does not move",
-        "the same network without the factor",
+        "the same class for every image: every perturbation is as good as none",
+        "a network that was trained",
     ),
     "eps curve rises": (
         "the guard that looks at the edge: at eps 0.3 the perturbation sets it off and does less than at 0.2",
         "the network without the guard",
     ),
     "re-scoring agrees": (
-        "one of three networks, drawn for every batch by Python's own generator, which no seed of torch sets: each scoring gives another rate",
+        "one of three networks, drawn for every batch by Python's own generator, which no seed of torch sets: each "
+        "scoring gives another rate",
         "one network",
     ),
 }
@@ -156,7 +160,7 @@ def _wrapped(text: str) -> str:
 def rates_text() -> str:
     """Return the audit's error rates on the library of deceptive and honest models, or that there are none yet."""
     if not RATES.is_file():
-        return "Not measured yet: `python benchmarks/poisoned.py` makes `results/poisoned.json`, and this table is made from it.\n"
+        return "Not measured yet: this table is made from what `python benchmarks/poisoned.py` stores.\n"
     suites: dict[str, Any] = json.loads(RATES.read_text())["suites"]
     lines = ["| suite | what went wrong | rate | models |", "|---|---|---|---|"]
     for suite, found in suites.items():
@@ -191,9 +195,48 @@ def _caught(suites: dict[str, Any]) -> list[str]:
     return lines
 
 
+def costs_text() -> str:
+    """Return the table of what the suites cost, in gradients of one image."""
+    short = StochasticPGD.model_fields
+    screen = short["screen_steps"].default * short["screen_batch"].default
+    rows: dict[str, list[str]] = {name: [] for name in _COSTS}
+    for suite in SUITES.values():
+        climb, screened = suite.universal_steps * suite.universal_batch, suite.universal_screened * screen
+        whole = screened + suite.universal_restarts * climb
+        images = "all" if suite.test_images is None else f"{suite.test_images:,}"
+        runs = suite.eps_uni_runs
+        row = f"on {suite.row_images:,} images" if suite.row_images else "left out"
+        values = (
+            f"{suite.surrogate_epochs} over {suite.surrogate_images:,}",
+            f"{round(whole, -3):,} to {round(whole + climb, -3):,}",
+            f"{round(screened + 2 * climb, -3):,}" + (f", at most {runs} times" if runs is not None else ""),
+            f"{suite.pgd_steps * suite.pgd_restarts}, on {images}",
+            row,
+            f"{suite.transfer_images:,}",
+            f"{suite.slope_backwards:,}",
+            f"{suite.sample:,}",
+        )
+        for name, value in zip(rows, values, strict=True):
+            rows[name].append(value)
+    lines = [f"| | {' | '.join(f'`{name}`' for name in SUITES)} |", "|---|" + "---|" * len(SUITES)]
+    return "\n".join(lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]) + "\n"
+
+
+_COSTS = (
+    "surrogate: passes over train, images at most",
+    "universal, an eps",
+    "eps_uni, each perturbation that it tries",
+    "PGD, an image at most",
+    "the row of four attacks",
+    "transfer, images at most",
+    "slopes, each exact part at most",
+    "diagnostics, images of the sample",
+)
+
+
 def renewed(page: str) -> str:
-    """Return the page with both parts made anew."""
-    for mark, text in (("diagnostics", diagnostics_text()), ("error rates", rates_text())):
+    """Return the page with its parts made anew."""
+    for mark, text in (("costs", costs_text()), ("error rates", rates_text()), ("diagnostics", diagnostics_text())):
         head, rest = page.split(f"<!-- {mark} -->\n")
         page = f"{head}<!-- {mark} -->\n{text}{rest[rest.index(f'<!-- /{mark} -->') :]}"
     return page

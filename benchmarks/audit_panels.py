@@ -1,7 +1,7 @@
 """Pictures with two panels, a model that fails a diagnostic beside one that passes: how :mod:`audit_pictures` draws.
 
-A panel is plain data: ``{"kind": "bars" | "lines" | "points" | "columns", "x": label, "y": label, ...}``; both panels of
-a picture have the same kind and get the same axes. Matplotlib is needed (the extra ``quickstart`` brings it).
+A panel is plain data: ``{"kind": "bars" | "lines" | "points" | "columns", "x": label, "y": label, ...}``; both panels
+of a picture have the same kind and get the same axes. Matplotlib is needed (the extra ``quickstart`` brings it).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def draw(panels: dict[str, Panel], path: Path) -> None:
     import matplotlib.pyplot as plt
     from PIL import Image
 
-    style = {
+    style: Any = {
         "font.family": "DejaVu Sans",
         "font.size": 9,
         "axes.edgecolor": _PALE,

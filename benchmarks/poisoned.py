@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from poisoned_tables import judged, show
 from torch import nn
 
 import gambeson as gb
-from gambeson.auditing import DIAGNOSTICS, SUITES, AuditResult, Suite
+from gambeson.auditing import SUITES, AuditResult, Suite
 from gambeson.base import environment, read_json, seeded, write_json
 from gambeson.data import Dataset
-from gambeson.evaluation import Rate
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the library stands with the tests, which are not installed
-from tests.auditing.poisoned import HONEST, POISONED, Nets, broken, nets, worst
+from tests.auditing.poisoned import HONEST, POISONED, Nets, nets, worst
 
 RUNS, SIGNATURE = Path("runs/poisoned"), "signature.json"
 AUDITING = Path(gb.__file__).parent / "auditing"
@@ -51,10 +51,17 @@ SOURCES = {  # read at once: what this process runs, also where a file changes m
     stage: "".join(file.read_text() for pattern in patterns for file in sorted(AUDITING.glob(pattern)))
     for stage, patterns in MAKERS.items()
 }
-THIN = {"universal_steps": 100, "universal_screened": 2, "eps_uni_runs": 0, "test_images": 500, "slope_backwards": 0}
+THIN = {
+    "universal_steps": 100,
+    "universal_screened": 2,
+    "eps_uni_runs": 0,
+    "test_images": 500,
+    "slope_backwards": 0,
+    "validation_images": None,
+}
 """The quick suite at three of its radii, without what no diagnostic looks at: the same diagnostics in a third of the
 time."""
-WHOLE: dict[str, dict[str, Any]] = {"digits": {"eps": 0.1, "epochs": 15}, "mnist5k": {"eps": 0.2}}
+WHOLE: dict[str, dict[str, Any]] = {"digits": {"eps": 0.1, "epochs": 15}, "mnist5k": {"eps": 0.15, "epochs": 10}}
 """Data that poisoned models are made on, with what its networks are trained against, and how long."""
 ELSEWHERE = {
     "fashion-mnist": (
@@ -116,7 +123,7 @@ def signature(suite: Suite, kind: str, name: str) -> dict[str, str]:
 def forget(folder: Path, now: dict[str, str]) -> None:
     """Drop the kept stages whose makers have changed, and all that hang on them."""
     old = read_json(folder / SIGNATURE) if (folder / SIGNATURE).is_file() else {}
-    changed = [part for part in now if old.get(part, now[part] if part == "model" else "") != now[part]]  # XXX
+    changed = [part for part in now if old.get(part) != now[part]]
     if {"model", "uap-"} & set(changed):
         shutil.rmtree(folder, ignore_errors=True)
     if changed:
@@ -151,7 +158,7 @@ def cell(kind: str, data: str, name: str, suite: str) -> dict[str, Any]:
             result = gb.audit(model, source.data, settings, folder, label=name).results
     except gb.UserError as error:  # a refusal is a way of not trusting
         return found | {"refused": str(error), "trusted": False, "failed": ["refused"], "seconds": 0.0}
-    except Exception as error:
+    except Exception as error:  # the audit may not fall over any model: stored as a miss
         return found | {"crashed": f"{type(error).__name__}: {error}", "trusted": True, "failed": [], "seconds": 0.0}
     return found | outcome(result) | {"seconds": kept_seconds(folder), "this_time": time.process_time() - began}
 
@@ -178,74 +185,6 @@ def outcome(result: AuditResult) -> dict[str, Any]:
     }
 
 
-def rates(row: dict[str, Any]) -> tuple[Rate, Rate]:
-    """Return what was stored of :func:`worst`."""
-    return Rate(**row["uer"]), Rate(**row["per_image"])
-
-
-def judged(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return both error rates, the models behind them, and the matrix of models and diagnostics."""
-    bases = {data: rows[key] for data in WHOLE if (key := f"honest/{data}/standard") in rows}
-    poisoned = [row for row in rows.values() if row["kind"] == "poisoned" and row["data"] in bases]
-    honest = [row for row in rows.values() if row["kind"] == "honest"]
-    alarms = [row for row in honest if not row["trusted"]]
-    missed, believed = [], []
-    for row in poisoned:
-        row["broken"] = broken(rates(row), rates(bases[row["data"]])) if "uer" in row else {}
-        if row["trusted"] and not any(row["broken"].values()):
-            missed.append(row)
-        if row["trusted"] and not (row["broken"] and all(row["broken"].values())):
-            believed.append(row)
-    return {
-        "missed": Rate.of(len(missed), len(poisoned)).plain()
-        | {"models": [f"{row['name']} on {row['data']}" for row in missed]},
-        "missed where both numbers must be those of the undefended network": Rate.of(
-            len(believed), len(poisoned)
-        ).plain()
-        | {"models": [f"{row['name']} on {row['data']}" for row in believed]},
-        "distrusted without reason": Rate.of(len(alarms), len(honest)).plain()
-        | {"models": [f"{row['name']} on {row['data']}: {', '.join(row['failed'])}" for row in alarms]},
-        "matrix": {
-            f"{row['name']} on {row['data']}": {
-                diagnostic.name: "failed"
-                if diagnostic.name in row["failed"]
-                else "passed"
-                if diagnostic.name in row.get("passed", ())
-                else "does not apply"
-                for diagnostic in DIAGNOSTICS
-            }
-            for row in rows.values()
-        },
-    }
-
-
-def show(rows: dict[str, dict[str, Any]], verdict: dict[str, Any]) -> None:
-    """Print a line a model, the matrix as marks, and the two error rates."""
-    names = [diagnostic.name for diagnostic in DIAGNOSTICS]
-    for number, name in enumerate(names):
-        print(f"{number:3} {name}")
-    marks = {"failed": "X", "passed": ".", "does not apply": " "}
-    for row in rows.values():
-        line = "".join(marks[verdict["matrix"][f"{row['name']} on {row['data']}"][name]] for name in names)
-        numbers = row.get("crashed") or row.get("refused")
-        if numbers is None:
-            numbers = (
-                f"UER {row['uer']['value']:.3f}, under attack {row['per_image']['value']:.3f}, {row['seconds']:.0f} s"
-            )
-        broke = ", ".join(how for how, yes in row.get("broken", {}).items() if yes)
-        said = ("trusted" if row["trusted"] else "distrusted") + (f", broken ({broke})" if broke else "")
-        print(f"{row['kind']:8} {row['data']:13} {row['name']:42} |{line}| {numbers}; {said}")
-    for name in (
-        "missed",
-        "missed where both numbers must be those of the undefended network",
-        "distrusted without reason",
-    ):
-        rate = verdict[name]
-        print(f"{name}: {100 * rate['value']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] of {rate['n']}")
-        for model in rate["models"]:
-            print(f"    {model}")
-
-
 def main() -> None:
     """Audit what is missing, store each cell as it finishes, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -267,7 +206,7 @@ def main() -> None:
 
     def store() -> dict[str, Any]:
         in_order = {key: rows[key] for key in known if key in rows}
-        verdict = judged(in_order)
+        verdict = judged(in_order, WHOLE)
         content.setdefault("suites", {})[arguments.suite] = {
             "settings": THIN if arguments.suite == "thin" else SUITES[arguments.suite].plain(),
             "cells": in_order,

@@ -7,9 +7,9 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 
-from gambeson.auditing import DIAGNOSTICS, SUITES, AuditResult
-from gambeson.attacks import StochasticPGD
+from gambeson.auditing import DIAGNOSTICS, AuditResult, Suite
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "audit.md").read_text()
@@ -70,7 +70,8 @@ def test_every_diagnostic_has_its_picture_and_its_words(page):
     for name in names:
         assert f'<img src="audit/{page.file_of(name)}"' in PAGE, name
         content = (PICTURES / page.file_of(name)).read_bytes()
-        assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) < 60_000, name
+        assert content[:8] == b"\x89PNG\r\n\x1a\n", name
+        assert len(content) < 60_000, name
         assert struct.unpack(">II", content[16:24]) == (1280, 520), name
 
 
@@ -78,7 +79,7 @@ def test_the_pictures_were_drawn_of_a_model_that_fails_and_one_that_passes(page)
     stored = json.loads((ROOT / "results" / "audit-pictures.json").read_text())
     assert sorted(stored) == sorted(page.CAPTIONS)
     for name, entry in stored.items():
-        assert entry["fails"]["passed"] is False and entry["passes"]["passed"] is True, name
+        assert (entry["fails"]["passed"], entry["passes"]["passed"]) == (False, True), name
         assert entry["fails"]["panel"]["kind"] == entry["passes"]["panel"]["kind"], name
 
 
@@ -88,27 +89,20 @@ def test_the_fields_are_those_of_the_schema():
     assert set(re.findall(r"`(\w+)`", told)) | {"schema_", "seed"} == set(AuditResult.model_fields)
 
 
-def _row(start):
-    (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {start}")]
-    return [[int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", cell)] for cell in line.split("|")[2:5]]
+def test_the_costs_are_those_of_the_suites(page):
+    assert _between("costs") == page.costs_text(), "run: python benchmarks/audit_page.py"
 
 
-def test_the_costs_are_those_of_the_suites():
-    suites = [SUITES[name] for name in ("quick", "standard", "full")]
-    screen = StochasticPGD.model_fields
-    each = screen["screen_steps"].default * screen["screen_batch"].default
-    climb = [suite.universal_steps * suite.universal_batch for suite in suites]
-    short = [suite.universal_screened * each for suite in suites]
-    whole = [a + suite.universal_restarts * b for suite, a, b in zip(suites, short, climb, strict=True)]
-    ends = [[one, one + more] for one, more in zip(whole, climb, strict=True)]
-    assert _row("universal, an eps") == [[round(end, -3) for end in pair] for pair in ends]
-    assert _row("eps_uni, each") == [[round(a + 2 * b, -3)] for a, b in zip(short, climb, strict=True)]
-    pgd = [
-        [suite.pgd_steps * suite.pgd_restarts, *([suite.test_images] if suite.test_images else [])] for suite in suites
-    ]
-    assert _row("PGD, an image") == pgd
-    assert _row("surrogate: passes") == [[suite.surrogate_epochs, suite.surrogate_images] for suite in suites]
-    assert _row("the row") == [[suite.row_images] if suite.row_images else [] for suite in suites]
-    assert _row("transfer | ") == [[suite.transfer_images] for suite in suites] or True
-    assert _row("slopes, each") == [[suite.slope_backwards] for suite in suites]
-    assert _row("diagnostics | a sample of 100") == [[100], [200], [200]] == [[suite.sample] for suite in suites]
+def test_the_cost_of_a_universal_perturbation_is_what_is_counted(page, trained, digits, monkeypatch):
+    from gambeson.victim import Victim
+
+    small = {"universal_steps": 500, "universal_batch": 8, "universal_screened": 2, "universal_restarts": 1}
+    suite = Suite(eps=(0.1,), **small)
+    monkeypatch.setattr(page, "SUITES", {"small": suite})
+    attack = suite.universal(0.1)
+    counted = []
+    for start in (None, torch.full((1, *digits.train.shape), 0.05)):
+        with Victim(trained) as victim:
+            attack.craft(victim, digits, start=start)
+            counted.append(round(victim.backwards, -3))
+    assert f"| universal, an eps | {counted[0]:,} to {counted[1]:,} |" in page.costs_text()

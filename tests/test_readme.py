@@ -48,5 +48,5 @@ def test_the_python_example_runs_on_small_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(compile(code, "README", "exec"), scope)
-    assert isinstance(scope["audit"], gb.evaluation.Audit)
+    assert isinstance(scope["audit"], gb.auditing.Audit)
     assert (tmp_path / "runs" / "shared" / "model.safetensors").is_file()
