@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import gambeson as gb
 from gambeson.attacks import PGD, Square
 from gambeson.auditing import SUITES, per_image
 from gambeson.auditing.diagnostics import DIAGNOSTICS
