@@ -32,7 +32,7 @@ CAPTIONS: dict[str, tuple[str, str]] = {
     ),
     "noise-off gap": (
         "the random ripple again, which stands only while it ripples",
-        "normal noise on the pixels, which saves no image that the network behind it loses",
+        "normal noise on the pixels, which saves hardly an image",
     ),
     "train-mode BatchNorm": (
         "BatchNorm that cannot leave training mode: the logits of eight images move with their batch-mates",
