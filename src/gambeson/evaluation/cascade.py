@@ -13,10 +13,7 @@ from gambeson.data import Split
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.results import Cost
 from gambeson.evaluation.universal import at_once
-from gambeson.victim import Victim
-
-DRAWS = 21
-"""Fresh draws that decide, by their majority, whether a random model still gets an image right."""
+from gambeson.victim import DRAWS, Victim
 
 
 class ImageAttack(Protocol):
@@ -83,7 +80,7 @@ def run_cascade(
     """Attack every image with each attack in turn until one breaks it.
 
     Success is decided on the model itself, by the images an attack returned, whatever the attack believed; on a random
-    model by the majority of :data:`DRAWS` fresh draws.
+    model by the majority of :data:`gambeson.victim.DRAWS` fresh draws.
 
     Args:
         victim: the model, inside its context.
@@ -139,7 +136,7 @@ def _parts(images: torch.Tensor, labels: torch.Tensor, size: int) -> list[tuple[
 
 @torch.no_grad()
 def still_right(victim: Victim, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return whether the model itself gets each image right (N,); a random one by the majority of :data:`DRAWS`."""
+    """Return whether the model itself gets each image right (N,); a random one by the majority of many passes."""
     draws = _draws(victim, images)
     hits = torch.stack([victim.exact(images).argmax(1) == labels for _ in range(draws)]).sum(0)
     return 2 * hits > draws
