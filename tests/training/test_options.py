@@ -31,7 +31,8 @@ def test_moving_average_is_the_recursion(digits):
         torch.testing.assert_close(value, 0.5 * (0.5 * one + 0.5 * two) + 0.5 * three)
 
 
-def test_a_moving_average_resumes_bit_for_bit(digits, tmp_path):
+@pytest.mark.parametrize("option", [{"ema": 0.9}, {"channels_last": True}], ids=["ema", "channels-last"])
+def test_an_option_resumes_bit_for_bit(digits, tmp_path, option):
     class Stop(Standard):
         def terms(self):
             weight, term = super().terms()["clean"]
@@ -44,13 +45,25 @@ def test_a_moving_average_resumes_bit_for_bit(digits, tmp_path):
             return {"clean": (weight, stopping)}
 
     whole, cut = fresh(digits), fresh(digits)
-    settings = {"epochs": 3, "ema": 0.9, "seed": 4}
+    settings = {"epochs": 3, "seed": 4, **option}
     gb.train(whole, digits, Standard(), **settings)
     with pytest.raises(KeyboardInterrupt):
         gb.train(cut, digits, Stop(), out=tmp_path, **settings)
     cut = fresh(digits)
     gb.train(cut, digits, Standard(), out=tmp_path, **settings)
     assert gb.models.fingerprint(cut) == gb.models.fingerprint(whole)
+
+
+def test_channels_last_trains_the_same_network(digits, tmp_path):
+    models = [fresh(digits), fresh(digits)]
+    for model, last in zip(models, (False, True), strict=True):
+        gb.train(model, digits, PGDAdversarial(eps=0.1), epochs=1, channels_last=last, seed=3, out=tmp_path / str(last))
+    kernels = [module.weight for module in models[1].modules() if isinstance(module, nn.Conv2d)]
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    stored = gb.models.load(tmp_path / "True" / "model.safetensors")
+    assert gb.models.fingerprint(stored) == gb.models.fingerprint(models[1]) != gb.models.fingerprint(fresh(digits))
 
 
 def test_robust_selection_keeps_the_epoch_that_validation_names(digits, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gambeson as gb
+from gambeson.base import load_tensors
 from tests.training.two_processes import RANDOM
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -28,9 +29,12 @@ def weights(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [name for name in gb.defenses.names() if name not in RANDOM])
 def test_two_processes_end_with_the_weights_of_one(weights, name):
-    alone, both = (gb.models.load(folder / f"{name}.safetensors") for folder in weights)
+    files = [folder / f"{name}.safetensors" for folder in weights]
+    alone, both = map(gb.models.load, files)
     for (key, one), other in zip(alone.named_parameters(), both.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    accuracies = [load_tensors(file)[1]["about"]["accuracy"] for file in files]  # each process looked at half
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.01)
     if name not in ("standard", "ensemble"):
         plain = gb.models.load(weights[0] / "standard.safetensors")
         assert gb.models.fingerprint(plain) != gb.models.fingerprint(alone)

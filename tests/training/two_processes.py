@@ -36,9 +36,9 @@ def main(out: Path) -> None:
     for name, defense in defenses():
         torch.manual_seed(0)
         model = gb.models.create("lenet5", data, members=defense.num_members)
-        gb.train(model, few, defense, epochs=1, batch_size=64, lr=0.05, seed=1)
+        history = gb.train(model, few, defense, epochs=1, batch_size=64, lr=0.05, seed=1)
         if place()[0] == 0:
-            gb.models.save(model, out / f"{name}.safetensors")
+            gb.models.save(model, out / f"{name}.safetensors", {"accuracy": history[-1]["validation_accuracy"]})
 
 
 if __name__ == "__main__":

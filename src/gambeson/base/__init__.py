@@ -5,7 +5,7 @@ from gambeson.base.devices import pick_device
 from gambeson.base.environment import environment
 from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, unknown_name
 from gambeson.base.files import read_json, write_bytes, write_json, write_text, write_yaml
-from gambeson.base.processes import average, place, share_first
+from gambeson.base.processes import average, place, share_first, total
 from gambeson.base.progress import show_progress, task
 from gambeson.base.run_folder import close_run, open_run, read_settings
 from gambeson.base.seeds import derive, generator, seeded
@@ -34,6 +34,7 @@ __all__ = [
     "share_first",
     "show_progress",
     "task",
+    "total",
     "unknown_name",
     "write_bytes",
     "write_json",

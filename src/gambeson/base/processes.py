@@ -1,4 +1,4 @@
-"""The processes of one run: who they are, and the mean over all of them."""
+"""The processes of one run: who they are, and what they find together."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ def place() -> tuple[int, int]:
 def average(tensors: Iterable[torch.Tensor]) -> None:
     """Replace float tensors, in place, by their mean over the processes; one message for each type and device."""
     _together(tensors, lambda flat: dist.all_reduce(flat), 1 / place()[1])
+
+
+def total(counts: Iterable[int], device: torch.device) -> list[int]:
+    """Return the sums of whole numbers over the processes, which talk to each other on ``device``."""
+    counts = list(counts)
+    if place()[1] == 1:
+        return counts
+    sums = torch.tensor(counts, device=device)
+    dist.all_reduce(sums)
+    return [int(value) for value in sums]
 
 
 def share_first(tensors: Iterable[torch.Tensor]) -> None:

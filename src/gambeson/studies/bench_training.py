@@ -79,6 +79,7 @@ def _plain_step(settings: BenchSettings, x: torch.Tensor, y: torch.Tensor) -> Ca
 
 def _our_step(settings: BenchSettings, defense: Defense, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
     model, optimizer = _model(settings)
+    model.to(memory_format=torch.channels_last)  # as a recipe with channels_last has it
     batch = Batch(images=x, labels=y, seed=settings.seed)
 
     def step() -> None:

@@ -109,6 +109,8 @@ class Run:
         self.share = recipe.batch_size // processes
         defense.check(self.share)
         defense.prepare(model)
+        if recipe.channels_last:
+            model.to(memory_format=torch.channels_last)
         self.steps = len(self.train) // recipe.batch_size
         self.objective = defense.open(
             Scene(
@@ -249,10 +251,8 @@ class Run:
             return
         if self.recipe.select != "last" and is_best(self.history, self.recipe, self.defense):
             save_tensors(self.out / "state" / "best.safetensors", self.result.state_dict(), {})
-        write_text(
-            self.out / "metrics.jsonl",
-            "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in self.history),
-        )
+        lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in self.history]
+        write_text(self.out / "metrics.jsonl", "".join(lines))
         write_json(self.out / "timing.json", {"seconds_per_epoch": self.seconds})
         about = {"history": self.history, "seconds": self.seconds}
         save_state(self._state, self.model, self.optimizer, self._carried, about)

@@ -37,6 +37,9 @@ class Recipe(Config):
     100 % of the area, enlarged, and mirror images."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the training forwards; perturbations and verdicts stay in float32."""
+    channels_last: bool = False
+    """Lay the weights of convolutions out by pixel, and with them all that flows through: the same network, rounded
+    differently, and often faster where it has many channels."""
     select: Literal["last", "best", "best-universal", "best-pgd"] = "last"
     """Which epoch's weights to keep. By the validation split, ``best`` has the lowest clean error,
     ``best-universal`` the lowest universal evasion rate, ``best-pgd`` the highest accuracy under PGD; the latter two
