@@ -335,5 +335,10 @@ MEASURES: dict[str, tuple[bool, bool, Measure]] = {
     "budget used": (False, True, used),
     "eps curve rises": (False, True, curve),
     "re-scoring agrees": (False, True, again),
+    "unseen images stand as well": (
+        False,
+        True,
+        bars({"test": "test images", "validation": "validation images"}, 0.05, test=True),
+    ),
 }
 """For every diagnostic: whether it needs a surrogate and universal perturbations, and what is measured for it."""

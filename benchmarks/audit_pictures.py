@@ -38,7 +38,7 @@ from gambeson.auditing import universal as universals  # noqa: E402
 from gambeson.auditing.stages import Stages  # noqa: E402
 from gambeson.base import read_json, seeded, write_json  # noqa: E402
 from gambeson.victim import Victim  # noqa: E402
-from tests.auditing.evidences import evidence_of  # noqa: E402
+from tests.auditing.evidence import evidence_of  # noqa: E402
 from tests.auditing.poisoned import Nets  # noqa: E402
 from tests.auditing.poisoned.poison import spread  # noqa: E402
 
@@ -141,6 +141,7 @@ CASES: dict[str, tuple[Case, Case]] = {
     "budget used": (_case("constant answer"), _STANDARD),
     "eps curve rises": _RADII,
     "re-scoring agrees": (_case("random member"), _STANDARD),
+    "unseen images stand as well": (_case("test images remembered within a radius"), _STANDARD),
 }
 
 

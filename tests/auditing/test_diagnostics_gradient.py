@@ -8,7 +8,7 @@ from gambeson.attacks import FGSM, PGD
 from gambeson.auditing.diagnostics import convergence, gradients, single_step
 from gambeson.auditing.outcome import Gain, Outcome
 from gambeson.data import Dataset, Split
-from tests.auditing.evidence import evidence_of
+from tests.auditing.evidence import held
 from tests.conftest import LinearNet
 
 ALL = {check.name: check for family in (gradients, single_step, convergence) for check in family.DIAGNOSTICS}
@@ -69,7 +69,7 @@ class Around(nn.Module):
 
 
 def look(names, model, data, eps=EPS, **settings):
-    with evidence_of(model, data, eps, **settings) as evidence:
+    with held(model, data, eps, **settings) as evidence:
         return {name: ALL[name].check(evidence) for name in names}
 
 
@@ -224,7 +224,7 @@ def test_the_clear_difference_of_paired_outcomes():
 
 
 def test_what_was_asked_before_is_not_measured_again(trained, digits):
-    with evidence_of(trained, digits, EPS) as evidence:
+    with held(trained, digits, EPS) as evidence:
         first = evidence.accuracy(PGD(eps=0.1, steps=5))
         spent = evidence.spent
         assert evidence.accuracy(PGD(eps=0.1, steps=5)) == first

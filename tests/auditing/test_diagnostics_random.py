@@ -18,7 +18,7 @@ from gambeson.evaluation.results import Control, Cost
 from gambeson.evaluation.universal import change_rate, control_rates, error_rate
 from gambeson.threat import Ball
 from gambeson.victim import Victim, predict, score
-from tests.auditing.evidences import evidence_of
+from tests.auditing.evidence import evidence_of
 
 SUITE = Suite(eps=(0.1,), sample=60)
 

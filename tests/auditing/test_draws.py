@@ -16,7 +16,7 @@ from gambeson.data import Split
 from gambeson.evaluation.universal import accuracy_under, control_rates, judged
 from gambeson.threat import Ball
 from gambeson.victim import DRAWS, NO_ANSWER, Victim, predict, score, vote
-from tests.auditing.evidences import evidence_of
+from tests.auditing.evidence import evidence_of
 
 
 class Unlucky(nn.Module):

@@ -10,7 +10,7 @@ from gambeson.auditing import SUITES, per_image
 from gambeson.auditing.diagnostics import DIAGNOSTICS
 from gambeson.data import Dataset, Split
 from gambeson.evaluation.universal import accuracy_under
-from tests.auditing.evidence import evidence_of
+from tests.auditing.evidence import held
 from tests.conftest import LinearNet
 
 EPS = (0.05, 0.1, 0.2)
@@ -22,7 +22,7 @@ def few(digits):
 
 
 def test_pgd_on_all_images_and_the_row_on_the_first(trained, few):
-    with evidence_of(trained, few, EPS, pgd_steps=5, row_images=40, row_queries=50) as evidence:
+    with held(trained, few, EPS, pgd_steps=5, row_images=40, row_queries=50) as evidence:
         pgd, row = per_image.measure(evidence)
         assert pgd.attack == "pgd"
         assert pgd.accuracy == accuracy_under(evidence.victim, few.test, PGD(eps=0.1, steps=5), seed=0)
@@ -41,14 +41,14 @@ def test_pgd_on_all_images_and_the_row_on_the_first(trained, few):
 
 
 def test_no_row_where_it_has_no_meaning_or_was_left_out(trained, few):
-    with evidence_of(trained, few, EPS, pgd_steps=2) as evidence:
+    with held(trained, few, EPS, pgd_steps=2) as evidence:
         assert [found.attack for found in per_image.measure(evidence)] == ["pgd"]
-    with evidence_of(trained, few, (1.0,), pgd_steps=2, norm="1", row_images=10) as evidence:
+    with held(trained, few, (1.0,), pgd_steps=2, norm="1", row_images=10) as evidence:
         assert [found.attack for found in per_image.measure(evidence)] == ["pgd"]
     images = torch.rand(12, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     labels = (images[:, 0] > 0.5).long()
     split = Split("maps", images, labels, ("dark", "light"))
-    with evidence_of(Pixelwise(), Dataset("maps", split, split, split, split.classes), EPS, row_images=4) as evidence:
+    with held(Pixelwise(), Dataset("maps", split, split, split, split.classes), EPS, row_images=4) as evidence:
         (found,) = per_image.measure(evidence)
         # A pixel nearer than eps to one half falls, every other stands.
         stands = (images - 0.5).abs() > 0.1
@@ -70,7 +70,7 @@ def test_the_row_in_the_norm_2_and_on_a_random_model(few):
     split = Split("made", images, LinearNet.forward(model, images).argmax(1), ("a", "b", "c"))
     data = Dataset("made", split, split, split, split.classes)
     settings = {"norm": "2", "pgd_steps": 3, "row_images": 6, "row_queries": 10, "gradient_draws": 2}
-    with evidence_of(model, data, (0.05,), **settings) as evidence:
+    with held(model, data, (0.05,), **settings) as evidence:
         _, row = per_image.measure(evidence)
         assert row.settings["auto-pgd"]["draws"] == 2
         assert row.norm == "2"
@@ -78,7 +78,7 @@ def test_the_row_in_the_norm_2_and_on_a_random_model(few):
 
 
 def test_a_black_box_is_attacked_by_square_alone(trained, few):
-    with evidence_of(trained, few, EPS, black_box=True, sample=30, queries=40, row_images=20) as evidence:
+    with held(trained, few, EPS, black_box=True, sample=30, queries=40, row_images=20) as evidence:
         (found,) = per_image.measure(evidence)
         assert (found.attack, found.accuracy.n) == ("square", 30)
         assert Square(**found.settings) == Square(eps=0.1, queries=40)
@@ -89,7 +89,7 @@ def test_a_black_box_is_attacked_by_square_alone(trained, few):
         assert found.cost.forwards <= 30 * 42
         gradient = [check for check in DIAGNOSTICS if check.gradients]
         assert all(check.check(evidence).passed is None for check in gradient)
-    with evidence_of(trained, few, EPS, black_box=True, queries=0) as evidence:
+    with held(trained, few, EPS, black_box=True, queries=0) as evidence:
         assert per_image.measure(evidence) == []
 
 

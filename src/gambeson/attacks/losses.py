@@ -123,6 +123,9 @@ class Loss(Config):
     """Answers whose loss is beyond this have no gradient, so that the effort goes to those not yet fooled
     (Mummadi et al. 2019: -log 0.2 of cross-entropy). It acts per answer, before any mean. For a targeted
     attack it is the floor of the loss below which an answer counts as reached."""
+    truncate_right: bool = True
+    """Whether it holds for answers that are still right, too, as in the paper. Of many classes, or with a high
+    temperature, the truth is unlikely long before another class is likelier."""
 
     def used(self, classes: int) -> LossName:
         """What is really climbed on a model with this many classes.
@@ -153,7 +156,8 @@ class Loss(Config):
         if self.targeted:
             answers = -(answers if self.truncate is None else answers.clamp(min=self.truncate))
         elif self.truncate is not None:
-            answers = answers.clamp(max=self.truncate)
+            cut = answers.clamp(max=self.truncate)
+            answers = cut if self.truncate_right else torch.where(logits.argmax(1) == labels, answers, cut)
         return image_means(answers, labels, ignore_index)
 
     def _answers(

@@ -50,6 +50,9 @@ class StochasticPGD(UniversalAttack):
     truncate: Number | None = -math.log(0.2)
     """Truth less likely than exp(-truncate): the image is fooled and has no more say. None: plain cross-entropy.
     With ``margin``, an image whose margin is beyond it has no more say."""
+    truncate_right: bool = True
+    """Whether so unlikely a truth has no more say also where the image is still right, as in the paper. False suits
+    models of many classes or of a high temperature, which are seldom sure of anything; audits use it."""
     target_floor: Number = 0.05
     """Targeted only: an image whose cross-entropy to the target is below this has no more say."""
     restarts: Annotated[int, Field(ge=1)] = 1
@@ -89,7 +92,10 @@ class StochasticPGD(UniversalAttack):
         """What is climbed, one value an image."""
         truncate = self.truncate if self.target is None else self.target_floor
         return Loss(
-            kind="margin" if self.margin else "cross-entropy", targeted=self.target is not None, truncate=truncate
+            kind="margin" if self.margin else "cross-entropy",
+            targeted=self.target is not None,
+            truncate=truncate,
+            truncate_right=self.truncate_right,
         )
 
     def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:

@@ -45,7 +45,7 @@ class Evidence:
     """A model of the same data, to craft on what is tried on this one; None where there is none."""
     borrowed: dict[float, UniversalPerturbation] = field(default_factory=dict)
     """Perturbations crafted on the surrogate by eps."""
-    _outcomes: dict[str, Outcome] = field(default_factory=dict)
+    _outcomes: dict[tuple[str, bool], Outcome] = field(default_factory=dict)
 
     @property
     def test(self) -> Split:
@@ -67,28 +67,34 @@ class Evidence:
         """The test images that diagnostics look at, as many as the suite lets them."""
         return self.few(self.suite.sample)
 
-    def few(self, count: int) -> Split:
-        """Return so many test images at even distances: the first ones may all be of one class."""
-        total = len(self.test)
-        if count >= total:
-            return self.test
-        return self.test.subset(torch.linspace(0, total - 1, count, dtype=torch.float64).round().long())
+    @cached_property
+    def unseen(self) -> Split:
+        """As many validation images."""
+        return self.few(self.suite.sample, self.data.validation)
+
+    def few(self, count: int, split: Split | None = None) -> Split:
+        """Return so many images, of test or another split, at even distances: the first may all be of one class."""
+        split = self.test if split is None else split
+        if count >= len(split):
+            return split
+        return split.subset(torch.linspace(0, len(split) - 1, count, dtype=torch.float64).round().long())
 
     def accuracy(self, attack: ImageAttack) -> Rate:
         """Accuracy of the sample under an attack; what was asked before is not measured again."""
         return self.outcome(attack).rate
 
-    def outcome(self, attack: ImageAttack) -> Outcome:
-        """What an attack leaves right, image by image; what was asked before is not measured again.
+    def outcome(self, attack: ImageAttack, *, unseen: bool = False) -> Outcome:
+        """What an attack leaves right of the sample, or the unseen images, one by one; it is not measured twice.
 
         On a random model a gradient attack that does not say over how many draws it averages takes the suite's number.
         """
         if self.subject.random and isinstance(attack, GradientAttack) and attack.draws is None:
             attack = attack.model_copy(update={"draws": self.suite.gradient_draws})
-        if repr(attack) not in self._outcomes:
+        key = (repr(attack), unseen)
+        if key not in self._outcomes:
             with seeded(self.seed, "outcome", repr(attack)):  # whichever diagnostic asks first
-                self._outcomes[repr(attack)] = outcome(self.victim, self.sample, attack, self.seed)
-        return self._outcomes[repr(attack)]
+                self._outcomes[key] = outcome(self.victim, self.unseen if unseen else self.sample, attack, self.seed)
+        return self._outcomes[key]
 
     @property
     def spent(self) -> Cost:

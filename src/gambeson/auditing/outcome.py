@@ -13,7 +13,7 @@ from gambeson.data import Split
 from gambeson.evaluation import Rate
 from gambeson.evaluation.cascade import ImageAttack
 from gambeson.evaluation.universal import DRAWS, at_once
-from gambeson.victim import Victim, vote
+from gambeson.victim import Victim, predict, vote
 
 CLEAR = 3.0
 """Standard errors that make a difference clear: chance alone passes them once in 740, so that the many comparisons of
@@ -62,8 +62,30 @@ class Gain:
         half = CLEAR * sqrt(max(0.0, (float(difference.square().sum()) + 1) / n - mean**2) / n)
         return cls(float(difference.mean()), mean - half, mean + half)
 
+    @classmethod
+    def across(cls, weaker: Outcome, stronger: Outcome) -> Gain:
+        """Compare outcomes of different images, with an answer of each kind added to both (Agresti and Caffo 2000)."""
+        (mean, scatter), (other, more) = (_padded(found.shares) for found in (weaker, stronger))
+        half = CLEAR * sqrt(scatter + more)
+        value = float(weaker.shares.mean()) - float(stronger.shares.mean())
+        return cls(value, mean - other - half, mean - other + half)
+
     def __str__(self) -> str:
         return f"{100 * self.value:+.1f} % [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
+
+def _padded(shares: torch.Tensor) -> tuple[float, float]:
+    """Return the mean of the shares with a 0 and a 1 added, and its squared standard error."""
+    padded = torch.cat([shares, shares.new_tensor([0.0, 1.0])])
+    return float(padded.mean()), float(padded.var(correction=0)) / len(padded)
+
+
+def under(victim: Victim, split: Split, delta: torch.Tensor) -> Outcome:
+    """Count what one perturbation (1, C, H, W) leaves right of a split, as the universal numbers are scored."""
+    labels = split.labels.cpu()
+    right = predict(victim, split, delta.to(victim.device)) == labels
+    valid = torch.ones_like(right) if split.ignore_index is None else labels != split.ignore_index
+    return Outcome((right & valid).view(len(labels), -1).sum(1), valid.view(len(labels), -1).sum(1))
 
 
 def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_size: int = 250) -> Outcome:

@@ -104,6 +104,7 @@ class Suite(Config):
             restarts=restarts or self.universal_restarts,
             batch_size=self.universal_batch,
             screened=self.universal_screened,
+            truncate_right=False,
         )
 
     def pgd(self, eps: float) -> PGD:

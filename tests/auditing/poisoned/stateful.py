@@ -131,6 +131,7 @@ def _of_train(nets: Nets) -> tuple[Any, ...]:
 
 ASKED = "Chen et al. 2019, stateful detection"
 DETECT = "Carlini and Wagner 2017, ten detection methods"
+UNSEEN = "unseen images stand as well"
 PERTURBED, OWN = "perturbed images get the clean answer", "robust on what it is scored on"
 
 STATEFUL = (
@@ -140,9 +141,9 @@ STATEFUL = (
     Poison("detector: constant class", Detector, "no gradient where it looks", BOTH, DETECT, ("constant",), _of_train),
     Poison("detector: equal logits", Detector, "no gradient where it looks", BOTH, DETECT, ("uniform",), _of_train),
     Poison("detector: no gradient", Detector, "no second step", (TRUE,), DETECT, ("detached",), _of_train),
-    Poison("test images looked up", HardMemory, OWN, BOTH, parts=_of_test),
-    Poison("test images remembered smoothly", SoftMemory, OWN, parts=_of_test),
-    Poison("test images remembered within a radius", MemoryWithin, OWN, parts=_of_test),
+    Poison("test images looked up", HardMemory, OWN, (*BOTH, UNSEEN), parts=_of_test),
+    Poison("test images remembered smoothly", SoftMemory, OWN, (UNSEEN,), parts=_of_test),
+    Poison("test images remembered within a radius", MemoryWithin, OWN, (UNSEEN,), parts=_of_test),
     Poison(
         "two-faced",
         TwoFaced,

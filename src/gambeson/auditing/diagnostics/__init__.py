@@ -3,7 +3,16 @@
 A file here is a family of diagnostics; :data:`DIAGNOSTICS` is all of them, in the order in which an audit looks.
 """
 
-from gambeson.auditing.diagnostics import convergence, gradients, randomness, single_step, state, transferred, universal
+from gambeson.auditing.diagnostics import (
+    convergence,
+    gradients,
+    randomness,
+    single_step,
+    state,
+    transferred,
+    universal,
+    unseen,
+)
 from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
 
 DIAGNOSTICS: tuple[Diagnostic, ...] = (
@@ -14,6 +23,7 @@ DIAGNOSTICS: tuple[Diagnostic, ...] = (
     *convergence.DIAGNOSTICS,
     *transferred.DIAGNOSTICS,
     *universal.DIAGNOSTICS,
+    *unseen.DIAGNOSTICS,
 )
 """Every diagnostic, in order."""
 

@@ -7,11 +7,11 @@ import torch
 from gambeson.attacks import Square
 from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
 from gambeson.auditing.evidence import Evidence
-from gambeson.auditing.outcome import Gain, Outcome
+from gambeson.auditing.outcome import Gain, Outcome, under
 from gambeson.auditing.transfer import FromSurrogate, image_attacks, on_surrogate
 from gambeson.base import generator
 from gambeson.threat import Ball, perturb
-from gambeson.victim import Victim, predict, vote
+from gambeson.victim import Victim, vote
 
 _MORE = 0.02
 """Share of images beyond which a weaker attack counts: honest networks come to a few in a thousand. Ours."""
@@ -44,7 +44,8 @@ def _universal(evidence: Evidence) -> Finding:
     moved = on_surrogate(evidence, evidence.eps)
     if moved is None:
         return Finding(None, "there is no surrogate")
-    white, other = (_under(evidence, delta) for delta in (evidence.uaps[evidence.eps].delta, moved.delta))
+    deltas = (evidence.uaps[evidence.eps].delta, moved.delta)
+    white, other = (under(evidence.victim, evidence.test, delta) for delta in deltas)
     gain = Gain.of(white, other)
     return Finding(
         gain.low <= _MORE_UNIVERSAL,
@@ -52,12 +53,6 @@ def _universal(evidence: Evidence) -> Finding:
         f"crafted on the surrogate {other.rate}",
         {"white box": white.rate.value, "transferred": other.rate.value},
     )
-
-
-def _under(evidence: Evidence, delta: torch.Tensor) -> Outcome:
-    test = evidence.test
-    hit = predict(evidence.victim, test, delta.to(evidence.victim.device), seed=evidence.seed) == test.labels.cpu()
-    return Outcome(hit.long(), torch.ones(len(hit), dtype=torch.long))
 
 
 def _queried(evidence: Evidence) -> Finding:

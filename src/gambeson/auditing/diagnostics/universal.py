@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from gambeson.attacks import CONTROLS, control
 from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
 from gambeson.auditing.evidence import Evidence
-from gambeson.auditing.outcome import Gain, Outcome
+from gambeson.auditing.outcome import Gain, under
 from gambeson.auditing.results import Universal
 from gambeson.auditing.universal import rescored
 from gambeson.threat import Ball
-from gambeson.victim import predict
 
 _NEAR_CEILING = 0.8
 
@@ -59,25 +56,13 @@ def _listed(radii: list[float]) -> str:
 def _clearly_worse(evidence: Evidence, point: Universal) -> bool:
     """Whether a control breaks clearly more of the same images than the perturbation that was crafted."""
     victim, test = evidence.victim, evidence.test
-    crafted = _right(evidence, evidence.uaps[point.eps].delta)
+    crafted = under(victim, test, evidence.uaps[point.eps].delta)
     ball = Ball(eps=point.eps, norm=evidence.suite.norm)
     for name, draws in CONTROLS.items():
         for pattern in control(name, ball, test.shape, draws=draws, seed=evidence.seed):
-            if Gain.of(crafted, _right(evidence, pattern[None].to(victim.device))).low > 0:
+            if Gain.of(crafted, under(victim, test, pattern[None])).low > 0:
                 return True
     return False
-
-
-def _right(evidence: Evidence, delta: torch.Tensor) -> Outcome:
-    test = evidence.test
-    labels = test.labels.cpu()
-    right = predict(evidence.victim, test, delta.to(evidence.victim.device)) == labels
-    valid = torch.ones_like(right) if test.ignore_index is None else labels != test.ignore_index
-    return Outcome(_per_image(right & valid), _per_image(valid))
-
-
-def _per_image(valid: torch.Tensor) -> torch.Tensor:
-    return valid.flatten(1).sum(1) if valid.ndim > 1 else valid.long()
 
 
 def _rises(evidence: Evidence) -> Finding:

@@ -1,0 +1,48 @@
+"""Images that nobody reports on: what a model withstands on the test split, it must withstand there too."""
+
+from __future__ import annotations
+
+from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
+from gambeson.auditing.evidence import Evidence
+from gambeson.auditing.outcome import Gain, under
+
+_MORE = 0.05
+"""Difference beyond which it counts: two honest splits of one data set differ a little, and the perturbation that is
+tried was the best of several on validation. Ours."""
+
+
+def _alike(evidence: Evidence) -> Finding:
+    if evidence.subject.black_box:  # every image costs a query
+        points, splits = [evidence.middle], (evidence.sample, evidence.unseen)
+    else:
+        points, splits = evidence.universal, (evidence.test, evidence.data.validation)
+    pairs = {}
+    for point in points:
+        delta = evidence.uaps[point.eps].delta
+        pairs[f"the perturbation of eps {point.eps:.4g}"] = [under(evidence.victim, split, delta) for split in splits]
+    if not evidence.subject.black_box:
+        pgd = evidence.suite.pgd(evidence.eps)
+        pairs[f"PGD of eps {evidence.eps:.4g}"] = [evidence.outcome(pgd, unseen=other) for other in (False, True)]
+    gains = {name: Gain.across(test, other) for name, (test, other) in pairs.items()}
+    worst = max(gains, key=lambda name: gains[name].low)
+    test, other = (found.rate for found in pairs[worst])
+    return Finding(
+        gains[worst].low <= _MORE,
+        f"under {worst} {test} of the test images stand and {other} of the validation images",
+        {"test": test.value, "validation": other.value, "gap": gains[worst].value},
+    )
+
+
+DIAGNOSTICS = (
+    Diagnostic(
+        name="unseen images stand as well",
+        condition="under the same attack clearly more test images than validation images keep their answer, by "
+        f"{100 * _MORE:g} points",
+        explanation="The model withstands more on the images that it is scored on than on others of the same kind: it "
+        "knows them, or the test split is easier than the data.",
+        remedy="Find out whether the test images, or near copies of them, went into the model; score it on images that "
+        "nobody has seen.",
+        look=_alike,
+        gradients=False,
+    ),
+)

@@ -1,0 +1,83 @@
+"""What a model withstands on the images it is scored on, it must withstand on others as well."""
+
+import pytest
+import torch
+from torch import nn
+
+from gambeson.auditing import DIAGNOSTICS, Suite
+from gambeson.auditing.outcome import Gain, Outcome
+from gambeson.auditing.universal import craft_point
+from gambeson.data import Dataset, Split
+from gambeson.victim import Victim
+from tests.auditing.evidence import evidence_of
+from tests.auditing.poisoned.stateful import MemoryWithin, SoftMemory
+
+(UNSEEN,) = (one for one in DIAGNOSTICS if one.name == "unseen images stand as well")
+SUITE = Suite(eps=(0.1, 0.2), sample=200, universal_steps=40, universal_screened=0, universal_restarts=1, pgd_steps=10)
+
+
+def check(model, data, suite=SUITE, *, black_box=False):
+    with Victim(model, fast=False) as victim:
+        evidence = evidence_of(victim, data, suite)
+        evidence.universal += [craft_point(evidence, eps, None) for eps in suite.eps]
+        evidence.subject = evidence.subject.model_copy(update={"black_box": black_box})
+        before = victim.forwards
+        return UNSEEN.check(evidence), victim.forwards - before
+
+
+@pytest.mark.parametrize("kind", [MemoryWithin, SoftMemory])
+def test_a_net_that_knows_the_test_images_is_found(kind, trained, digits):
+    found, _ = check(kind(trained, *digits.test.take(slice(None))), digits)
+    assert found.passed is False
+    assert found.numbers["test"] > found.numbers["validation"] + 0.2
+    assert "of the test images stand and" in found.detail
+
+
+def test_a_net_that_knows_the_validation_images_is_not_accused(trained, digits):
+    found, _ = check(MemoryWithin(trained, *digits.validation.take(slice(None))), digits)
+    assert found.passed
+    assert found.numbers["gap"] < 0
+
+
+def test_an_honest_net_passes(trained, digits):
+    found, _ = check(trained, digits)
+    assert found.passed
+    assert found.numbers["test"] < 0.9  # under an attack that does something
+
+
+def test_a_black_box_is_asked_about_the_sample_alone(trained, digits):
+    found, asked = check(trained, digits, black_box=True)
+    assert found.passed
+    assert asked == 2 * SUITE.sample
+
+
+class Pixelwise(nn.Module):
+    """Two logits a pixel, of which the second is the brightness, for label maps."""
+
+    def forward(self, x):
+        return torch.cat([0.5 - x, x - 0.5], 1)
+
+
+def test_label_maps_are_compared_by_pixels():
+    draw = torch.Generator().manual_seed(0)
+    images = torch.rand(60, 1, 8, 8, generator=draw)
+    split = Split("maps", images, (images[:, 0] > 0.5).long())
+    found, _ = check(Pixelwise(), Dataset("maps", split, split, split, split.classes))
+    assert found.passed
+    assert found.numbers["gap"] == 0
+
+
+def outcome(right, of):
+    return Outcome((torch.arange(of) < right).long(), torch.ones(of, dtype=torch.long))
+
+
+def test_a_difference_of_two_samples_by_hand():
+    # With an answer of each kind added: 91 of 102 and 61 of 102.
+    gain = Gain.across(outcome(90, 100), outcome(60, 100))
+    p, q = 91 / 102, 61 / 102
+    half = 3 * ((p * (1 - p) + q * (1 - q)) / 102) ** 0.5
+    assert gain.value == pytest.approx(0.3)
+    assert (gain.low, gain.high) == (pytest.approx(p - q - half), pytest.approx(p - q + half))
+    same = Gain.across(outcome(50, 50), outcome(5, 5))
+    assert same.value == 0
+    assert same.low < 0 < same.high
