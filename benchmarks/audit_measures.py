@@ -35,13 +35,20 @@ def _line(name: str, xs: Sequence[float], rates: Sequence[Rate], **style: Any) -
     return {"name": name, "x": list(xs), **{key: [part[end] for part in parts] for key, end in ends.items()}, **style}
 
 
-def bars(names: dict[str, str], margin: float | None = None, *, test: bool = False) -> Measure:
+def bars(
+    names: dict[str, str],
+    margin: float | None = None,
+    *,
+    test: bool = False,
+    limit_at: tuple[float, str] = (0.99, "right"),
+) -> Measure:
     """Bars of a finding's numbers with their Wilson intervals; the limit is the first bar less the margin.
 
     Args:
         names: of the bars by key of :attr:`Finding.numbers`.
         margin: how far another bar may come below the first.
         test: numbers are of all test images; else of the sample.
+        limit_at: where the limit's words stand, as a share of the width, and which end of them stands there.
     """
 
     def measure(evidence: Evidence, found: Finding) -> Panel:
@@ -51,6 +58,7 @@ def bars(names: dict[str, str], margin: float | None = None, *, test: bool = Fal
         panel["bars"] = [{"name": name, **_rate(rate)} for name, rate in zip(names.values(), rates, strict=True)]
         if margin is not None:
             panel["limit"], panel["limit_says"] = 100 * (rates[0].value - margin), "fails below"
+            panel["limit_at"] = limit_at
         return panel
 
     return measure
@@ -338,7 +346,7 @@ MEASURES: dict[str, tuple[bool, bool, Measure]] = {
     "unseen images stand as well": (
         False,
         True,
-        bars({"test": "test images", "validation": "validation images"}, 0.05, test=True),
+        bars({"test": "test images", "validation": "validation images"}, 0.05, test=True, limit_at=(0.5, "center")),
     ),
 }
 """For every diagnostic: whether it needs a surrogate and universal perturbations, and what is measured for it."""

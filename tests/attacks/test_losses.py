@@ -18,6 +18,16 @@ def test_truncation_acts_on_each_answer_and_kills_its_gradient():
     assert gradient[1].any()
 
 
+def test_truncation_can_spare_answers_that_are_still_right():
+    logits = torch.zeros(2, 10)
+    logits[:, 0] = 0.1  # the likeliest of ten, at 11 %
+    logits.requires_grad_()
+    for spared, moving in ((False, [False, False]), (True, [True, False])):
+        loss = Loss(truncate=-math.log(0.2), truncate_right=not spared)
+        (gradient,) = torch.autograd.grad(loss(logits, torch.tensor([0, 1])).sum(), logits)
+        assert gradient.any(1).tolist() == moving
+
+
 def test_targeted_loss_rises_to_the_target_down_to_its_floor():
     logits = torch.tensor([[0.0, 9.0], [9.0, 0.0]], requires_grad=True)
     value = Loss(targeted=True, truncate=0.05)(logits, torch.tensor([1, 1]))
