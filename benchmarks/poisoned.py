@@ -37,7 +37,7 @@ from tests.auditing.poisoned import HONEST, POISONED, Nets, nets, worst
 RUNS, SIGNATURE = Path("runs/poisoned"), "signature.json"
 AUDITING = Path(gb.__file__).parent / "auditing"
 MAKERS = {  # which files of the audit make which stages
-    "uap-": ("universal.py", "surrogate.py"),
+    "uap-": ("universal.py", "surrogate.py", "suite.py"),
     "eps-uni": ("universal.py",),
     "draws": ("draws.py",),
     "per-image": ("per_image.py",),

@@ -114,18 +114,18 @@ class Suite(Config):
 
 SUITES = {
     "quick": Suite(
-        universal_steps=150,
+        universal_steps=100,
         universal_restarts=1,
         universal_batch=32,
         universal_screened=3,
         pgd_steps=20,
         pgd_restarts=1,
-        test_images=1000,
-        validation_images=1000,
+        test_images=500,
+        validation_images=500,
         sample=100,
         row_images=0,
         eps_uni_tolerance=0.05,
-        eps_uni_runs=3,
+        eps_uni_runs=2,
         slope_backwards=2000,
         queries=200,
         patterns=40,

@@ -12,23 +12,20 @@ tried was the best of several on validation. Ours."""
 
 
 def _alike(evidence: Evidence) -> Finding:
+    splits = [evidence.test, evidence.data.validation]
     if evidence.subject.black_box:  # every image costs a query
-        points, splits = [evidence.middle], (evidence.sample, evidence.unseen)
-    else:
-        points, splits = evidence.universal, (evidence.test, evidence.data.validation)
-    pairs = {}
-    for point in points:
-        delta = evidence.uaps[point.eps].delta
-        pairs[f"the perturbation of eps {point.eps:.4g}"] = [under(evidence.victim, split, delta) for split in splits]
+        splits = [evidence.sample, evidence.unseen]
+    delta = evidence.uaps[evidence.eps].delta
+    pairs = {"the perturbation": [under(evidence.victim, split, delta) for split in splits]}
     if not evidence.subject.black_box:
         pgd = evidence.suite.pgd(evidence.eps)
-        pairs[f"PGD of eps {evidence.eps:.4g}"] = [evidence.outcome(pgd, unseen=other) for other in (False, True)]
+        pairs["PGD"] = [evidence.outcome(pgd, unseen=other) for other in (False, True)]
     gains = {name: Gain.across(test, other) for name, (test, other) in pairs.items()}
     worst = max(gains, key=lambda name: gains[name].low)
     test, other = (found.rate for found in pairs[worst])
     return Finding(
         gains[worst].low <= _MORE,
-        f"under {worst} {test} of the test images stand and {other} of the validation images",
+        f"under {worst} of eps {evidence.eps:.4g} {test} of the test images stand and {other} of the validation images",
         {"test": test.value, "validation": other.value, "gap": gains[worst].value},
     )
 
