@@ -12,6 +12,7 @@ from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.outcome import Gain
 from gambeson.base import UserError, generator
 from gambeson.evaluation import Rate
+from gambeson.evaluation.universal import at_once
 from gambeson.threat import Ball, perturb
 
 _DEAD = 0.1
@@ -77,7 +78,7 @@ def _true(evidence: Evidence) -> Finding:
     moved = perturb(point, _REACH * signs)
     said = (gradients * (moved - point)).double().flatten(1).sum(1)
     with torch.no_grad():
-        parts = zip(moved.split(250), labels.split(250), strict=True)
+        parts = zip(moved.split(at_once(split)), labels.split(at_once(split)), strict=True)
         after = [Loss(kind="margin")(victim.exact(x), y, split.ignore_index) for x, y in parts]
     seen = (torch.cat(after) - before).double()
     kept = ((seen >= said / 2) & (seen <= 2 * said)) | ((seen == 0) & (said == 0))
@@ -99,8 +100,8 @@ def _slopes(
     evidence: Evidence, images: torch.Tensor, labels: torch.Tensor, kind: LossName
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradient of each image's loss (N, C, H, W), by the model itself, and the loss (N,)."""
-    victim, loss, parts = evidence.victim, Loss(kind=kind), []
-    for x, y in zip(images.split(250), labels.split(250), strict=True):
+    victim, loss, parts, size = evidence.victim, Loss(kind=kind), [], at_once(evidence.sample)
+    for x, y in zip(images.split(size), labels.split(size), strict=True):
         with torch.enable_grad():
             point = x.detach().clone().requires_grad_()
             value = loss(victim.exact(point), y, evidence.sample.ignore_index)

@@ -57,12 +57,12 @@ def _batches(evidence: Evidence) -> Finding:
         except Exception:  # a program that was exported for one batch size; statistics of a single image
             alone = None
     said = (
-        "cannot be asked for one by one"
+        "they cannot be asked for one by one"
         if alone is None
-        else f"differ by {100 * alone:.2g} % when asked for one by one"
+        else f"asked for one by one they differ by {100 * alone:.2g} %"
     )
     if evidence.subject.random:
-        said = "are compared at one draw"
+        said = "both at one draw"
     worst = max(gap, alone or 0.0)
     return Finding(
         worst <= _NOISE,
