@@ -44,6 +44,41 @@ def universal_table():
     return "\n".join(lines) + "\n"
 
 
+def sharing_table():
+    """The table of docs/analysis.md, from what ``benchmarks/sharing.py`` stored."""
+    content = json.loads((ROOT / "results" / "sharing.json").read_text())
+    radii = ("0.05", "0.1", "0.2")
+    lines = [f"| data | metric | {' | '.join(f'eps {eps}' for eps in radii)} |", "|---|---|" + "---|" * len(radii)]
+    for data, metrics in content["correlations"].items():
+        for metric, cells in metrics.items():
+            values = []
+            for eps in radii:
+                both = [cells[eps]["spearman"], cells[eps]["partial"]]
+                values.append("; ".join(f"{c['value']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" for c in both if c))
+            lines.append(f"| {data} | {metric} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def gains_table():
+    """The table of what the regulariser gains, from what ``benchmarks/sharing.py`` stored."""
+    gains = json.loads((ROOT / "results" / "sharing.json").read_text())["gains"]
+    lines = [
+        "| data, seed, eps | strength | UER without / with | accuracy under it with / without |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {gain['strength']:g} | {gain['ratio']:.2f} | {gain['accuracy ratio']:.2f} |"
+        for name, gain in gains.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(("name", "table"), [("sharing table", sharing_table), ("gains table", gains_table)])
+def test_the_numbers_of_the_analysis_are_the_stored_ones(name, table):
+    text = (DOCS / "analysis.md").read_text()
+    assert text.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0] == table()
+
+
 def test_the_universal_attacks_numbers_are_the_stored_ones():
     text = (DOCS / "attacks.md").read_text()
     assert text.split("<!-- universal table -->\n")[1].split("<!-- /universal table -->")[0] == universal_table()

@@ -45,7 +45,7 @@ def images_asked(suite: Suite, data: Dataset, passes: int) -> int:
     if suite.surrogate != "none":
         scored += test + 2 * min(suite.transfer_images, test)
     scored += len(NOISES) * len(suite.noise_sizes) * test
-    scored += 2 * test + 12 * sample  # diagnostics
+    scored += 2 * test + 14 * sample  # diagnostics
     return passes * scored + sample * (suite.queries + 1) + 20
 
 
