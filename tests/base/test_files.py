@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gambeson import UserError
 from gambeson.base import (
+    Config,
     close_run,
     derive,
     load_tensors,
@@ -100,15 +101,30 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1000
 
 
+class Run(Config):
+    kind: str = "train"
+    data: str = "digits"
+    seed: int = 0
+
+
+class LaterRun(Run):
+    """Of a later version, which can do more."""
+
+    speed: int = 1
+
+
 def test_a_folder_belongs_to_one_run(tmp_path):
-    run = {"kind": "train", "data": "digits", "seed": 0}
+    run = Run()
     assert not open_run(tmp_path / "run", run, {"torch": "2"})
     assert not open_run(tmp_path / "run", run, {"torch": "3"})  # the same run on another machine goes on
     close_run(tmp_path / "run")
     assert open_run(tmp_path / "run", run, {})
-    assert read_settings(tmp_path / "run" / "run.yaml", "train") == run
+    assert read_settings(tmp_path / "run" / "run.yaml", "train") == run.plain()
     with pytest.raises(UserError, match=r"holds another run \(it differs in seed\): choose another --out"):
-        open_run(tmp_path / "run", {**run, "seed": 1}, {})
+        open_run(tmp_path / "run", Run(seed=1), {})
+    assert open_run(tmp_path / "run", LaterRun(), {})
+    with pytest.raises(UserError, match=r"holds another run \(it differs in speed\)"):
+        open_run(tmp_path / "run", LaterRun(speed=2), {})
     with pytest.raises(UserError, match="describes a run of kind 'train': expected 'audit'"):
         read_settings(tmp_path / "run" / "run.yaml", "audit")
     write_json(tmp_path / "other" / "notes.json", {})

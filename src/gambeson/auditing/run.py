@@ -56,7 +56,7 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
             was spent before.
     """
     began = (out / "run.yaml").is_file()  # then the folder is looked at first: a finished audit asks nobody
-    if began and open_run(out, run.plain(), environment(run.device)):
+    if began and open_run(out, run, environment(run.device)):
         result = AuditResult.load(out)
         return Audit(result, [UniversalPerturbation.load(out / point.file) for point in result.universal])
     left = _left(run, out)
@@ -64,7 +64,7 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
     if not began:
         if left is not None:  # a budget too small for anything is told before the folder is claimed
             fit(run.suite.on(subject.dataset), subject.dataset, left, 1)
-        open_run(out, run.plain(), environment(run.device))
+        open_run(out, run, environment(run.device))
     found = audit(
         subject.model,
         subject.dataset,

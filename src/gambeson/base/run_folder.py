@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from gambeson.base.config import Config
 from gambeson.base.errors import UserError
 from gambeson.base.files import write_yaml
 
 _UNLIKE = ("environment", "finished")  # what may differ between two runs of the same settings
 
 
-def open_run(folder: Path, settings: dict[str, Any], environment: dict[str, str]) -> bool:
-    """Claim ``folder`` for the run that ``settings`` describe, or find that run there.
+def open_run(folder: Path, run: Config, environment: dict[str, str]) -> bool:
+    """Claim ``folder`` for the run that a configuration describes, or find that run there.
+
+    A setting that the run there does not know, for it was begun by an earlier version, has its default there.
 
     Returns:
         Whether that run has already finished.
@@ -22,10 +26,12 @@ def open_run(folder: Path, settings: dict[str, Any], environment: dict[str, str]
     Raises:
         UserError: the folder holds another run, or files that no run has written.
     """
-    file = folder / "run.yaml"
+    file, settings = folder / "run.yaml", run.plain()
     if file.is_file():
         held = read_yaml(file)
         known = {key: value for key, value in held.items() if key not in _UNLIKE}
+        with suppress(UserError):
+            known = type(run)(**known).plain()
         if known != settings:
             unlike = sorted(key for key in known.keys() | settings.keys() if known.get(key) != settings.get(key))
             raise UserError(

@@ -56,7 +56,7 @@ def run_attack(run: AttackRun, out: Path) -> CascadeResult:
     """
     row = _attacks_of(run)
     subject = load_subject(run.model, run.data, run.device)
-    if open_run(out, run.plain(), environment(run.device)):
+    if open_run(out, run, environment(run.device)):
         return CascadeResult(**read_json(out / "result.json")["result"])
     test = subject.dataset.test
     split = test.subset(torch.arange(min(run.images, len(test))))

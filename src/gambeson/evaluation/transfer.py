@@ -75,7 +75,7 @@ def run_transfer(run: TransferRun, out: Path) -> TransferResult:
     ball = {"eps": run.eps, "norm": run.norm, **({} if run.draws is None else {"draws": run.draws})}
     rows = {name: attacks.create(name, **ball) for name in run.attacks}
     subjects = _load(run)
-    if open_run(out, run.plain(), environment(run.device)):
+    if open_run(out, run, environment(run.device)):
         return TransferResult(**read_json(out / "result.json"))
     test = subjects[0].dataset.test
     split = test.subset(torch.arange(min(run.images, len(test))))

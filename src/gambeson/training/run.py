@@ -51,7 +51,7 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
     dataset = data.load(run.data) if dataset is None else dataset
     model = _model(run, dataset)
     run.defense.check(run.recipe.batch_size)
-    if open_run(out, run.plain(), environment(run.device)):
+    if open_run(out, run, environment(run.device)):
         return models.load(out).to(torch.device(run.device))
     model = model.to(torch.device(run.device))
     train(
