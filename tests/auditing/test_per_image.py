@@ -50,6 +50,7 @@ def test_no_row_where_it_has_no_meaning_or_was_left_out(trained, few):
     split = Split("maps", images, labels, ("dark", "light"))
     with held(Pixelwise(), Dataset("maps", split, split, split, split.classes), EPS, row_images=4) as evidence:
         (found,) = per_image.measure(evidence)
+        assert per_image.left_out(evidence).startswith("No row of attacks was tried")
         # A pixel nearer than eps to one half falls, every other stands.
         stands = (images - 0.5).abs() > 0.1
         assert found.accuracy.value == pytest.approx(float(stands.float().mean()), abs=1e-6)

@@ -189,6 +189,7 @@ class _Auditor:
         if folder is not None:
             uap = evidence.uaps[evidence.eps]
             do("examples", None, lambda: save_examples(folder, evidence.victim, evidence.data, uap), None)
+        without = [source.left_out, per_image.left_out(evidence)]
         parts: list[Universal | PerImage | Transferred | Slopes] = []
         parts += [*evidence.universal, *evidence.per_image, *evidence.transfer, *([sloped] if sloped else [])]
         result = AuditResult(
@@ -206,7 +207,7 @@ class _Auditor:
             draws=evidence.draws,
             slopes=sloped,
             checks=checks,
-            notes=[*self.notes, *stages.left_out, *boxes.remarks(model), *filter(None, [source.left_out])],
+            notes=[*self.notes, *stages.left_out, *boxes.remarks(model), *filter(None, without)],
             verdict=judge(
                 evidence.clean,
                 evidence.universal,

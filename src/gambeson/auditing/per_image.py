@@ -13,6 +13,13 @@ from gambeson.evaluation.cascade import ImageAttack
 from gambeson.evaluation.universal import accuracy_under
 
 
+def left_out(evidence: Evidence) -> str:
+    """Return why there is no row of attacks; empty where there can be one."""
+    if evidence.suite.norm != "1" and evidence.test.labels.ndim == 1:
+        return ""
+    return "No row of attacks was tried on single images: it is for one label an image and the norms inf and 2."
+
+
 def measure(evidence: Evidence) -> list[PerImage]:
     """Attack image by image at the middle eps.
 
@@ -21,7 +28,7 @@ def measure(evidence: Evidence) -> list[PerImage]:
     that diagnostics look at, with ``suite.queries`` of each; nothing is tried on one in the norm 1.
     """
     suite, norm = evidence.suite, evidence.suite.norm
-    rows = norm != "1" and evidence.test.labels.ndim == 1
+    rows = not left_out(evidence)
     if evidence.subject.black_box:
         if not rows or suite.queries == 0:
             return []
