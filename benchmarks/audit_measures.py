@@ -346,7 +346,7 @@ MEASURES: dict[str, tuple[bool, bool, Measure]] = {
     "unseen images stand as well": (
         False,
         True,
-        bars({"test": "test images", "validation": "validation images"}, 0.05, test=True, limit_at=(0.5, "center")),
+        bars({"test": "test images", "validation": "validation images"}, 0.03, test=True, limit_at=(0.5, "center")),
     ),
 }
 """For every diagnostic: whether it needs a surrogate and universal perturbations, and what is measured for it."""

@@ -6,7 +6,7 @@ from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.outcome import Gain, under
 
-_MORE = 0.05
+_MORE = 0.03
 """Difference beyond which it counts: two honest splits of one data set differ a little, and the perturbation that is
 tried was the best of several on validation. Ours."""
 
