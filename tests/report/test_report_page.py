@@ -208,11 +208,11 @@ def test_audits_that_cannot_stand_side_by_side_are_refused(
 def test_results_of_an_earlier_form_are_refused(tmp_path: Path) -> None:
     write_audit(tmp_path / "old")
     path = tmp_path / "old" / "result.json"
-    path.write_text(path.read_text().replace("gambeson/audit-2", "gambeson/audit-1"))
-    with pytest.raises(UserError, match=r"is of gambeson/audit-1, expected gambeson/audit-2: run the audit again$"):
+    path.write_text(path.read_text().replace("gambeson/audit-3", "gambeson/audit-1"))
+    with pytest.raises(UserError, match=r"is of gambeson/audit-1, expected gambeson/audit-3: run the audit again$"):
         report.write([tmp_path / "old"], tmp_path / "page.html")
     path.write_text("[]")
-    with pytest.raises(UserError, match="is of another kind, expected gambeson/audit-2"):
+    with pytest.raises(UserError, match="is of another kind, expected gambeson/audit-3"):
         report.write([tmp_path / "old"], tmp_path / "page.html")
 
 

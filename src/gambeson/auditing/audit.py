@@ -12,7 +12,7 @@ from torch import nn
 
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing import black_box as boxes
-from gambeson.auditing import corruption, draws, per_image, slopes, surrogate, transfer, universal
+from gambeson.auditing import corruption, draws, per_image, scale, slopes, surrogate, transfer, universal
 from gambeson.auditing.diagnostics import DIAGNOSTICS
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.examples import save_examples
@@ -105,6 +105,8 @@ def audit(
         reported = _reported(dataset, suite, seed, victim.device)
         look = victim.meet(reported.test.take(slice(0, 8), victim.device)[0], scores=black_box)
         victim.passes = suite.draws if look.stochastic else 1
+        if not black_box:
+            victim.temperature = scale.temperature(victim, reported.validation, seed)
         if black_box:  # what was paid for is kept
             predictions = torch.tensor(stages.do("clean", list[int], lambda: predict(victim, reported.test).tolist()))
         else:
@@ -198,6 +200,7 @@ class _Auditor:
             seed=evidence.seed,
             settings=evidence.suite.plain(),
             clean=evidence.clean,
+            temperature=evidence.victim.temperature,
             per_image=evidence.per_image,
             universal=evidence.universal,
             eps_uni=found,

@@ -14,7 +14,7 @@ from gambeson.evaluation import Rate
 from gambeson.evaluation.cascade import Round
 from gambeson.evaluation.results import Control, Cost, EpsUni
 
-SCHEMA: Final = "gambeson/audit-2"
+SCHEMA: Final = "gambeson/audit-3"
 
 
 class Subject(Config):
@@ -200,7 +200,7 @@ class Verdict(Config):
 class AuditResult(Config):
     """Everything that ``result.json`` holds. Same seed, same machine, same bytes."""
 
-    schema_: Literal["gambeson/audit-2"] = SCHEMA
+    schema_: Literal["gambeson/audit-3"] = SCHEMA
     subject: Subject
     material: Material
     seed: int
@@ -208,6 +208,8 @@ class AuditResult(Config):
     """Every setting of the suite."""
     clean: Rate
     """Accuracy on clean test images."""
+    temperature: float
+    """What the logits that attacks climbed were divided by (see :mod:`gambeson.auditing.scale`)."""
     per_image: list[PerImage]
     universal: list[Universal]
     """In order of eps."""

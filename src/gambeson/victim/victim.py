@@ -71,6 +71,7 @@ class Victim:
         look: what :meth:`meet` saw; None before.
         passes: how often the model is asked where it is scored; the majority is its answer. One, unless whoever
             judges a random model says more.
+        temperature: what the logits that attacks climb are divided by; 1 leaves them as they are. It changes no answer.
     """
 
     def __init__(self, model: nn.Module, *, fast: bool | Fast = False) -> None:
@@ -81,6 +82,7 @@ class Victim:
         self.notes = "the model itself"
         self.look: Look | None = None
         self.passes = 1
+        self.temperature = 1.0
         self._guard = frozen(model)
         self._seen_input = False
         self._view: Callable[[torch.Tensor], Any] | None = None
@@ -125,15 +127,20 @@ class Victim:
         return self.look
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Return logits (N, K) or (N, K, H, W) of pixels (N, C, H, W) in [0, 1], by the fast copy if there is one."""
+        """Return logits (N, K) or (N, K, H, W) of pixels (N, C, H, W) in [0, 1], for attacks to climb.
+
+        By the fast copy if there is one, and divided by the temperature.
+        """
         if not self._seen_input:
             self._check_input(images)
             self._view = None if self.fast is None else self._make_view(images, self.fast)
             self._seen_input = True
         if self._view is None:
-            return self.exact(images)
-        self.forwards += len(images)
-        return logits_of(self._view(self._kept(images.contiguous(memory_format=self._layout))))
+            logits = self.exact(images)
+        else:
+            self.forwards += len(images)
+            logits = logits_of(self._view(self._kept(images.contiguous(memory_format=self._layout))))
+        return logits if self.temperature == 1 else logits / self.temperature
 
     def exact(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits of the model itself: what every score is taken from."""

@@ -99,12 +99,16 @@ def probe(evidence: Evidence, eps: float) -> PGD:
 def _slopes(
     evidence: Evidence, images: torch.Tensor, labels: torch.Tensor, kind: LossName
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradient of each image's loss (N, C, H, W), by the model itself, and the loss (N,)."""
+    """Return the gradient of each image's loss (N, C, H, W), by the model itself, and the loss (N,).
+
+    Cross-entropy is that of the logits as attacks climb them, brought to one scale.
+    """
     victim, loss, parts, size = evidence.victim, Loss(kind=kind), [], at_once(evidence.sample)
+    scale = victim.temperature if kind == "cross-entropy" else 1.0
     for x, y in zip(images.split(size), labels.split(size), strict=True):
         with torch.enable_grad():
             point = x.detach().clone().requires_grad_()
-            value = loss(victim.exact(point), y, evidence.sample.ignore_index)
+            value = loss(victim.exact(point) / scale, y, evidence.sample.ignore_index)
         parts.append((pull(victim, value.sum(), point, keep=False), value.detach()))
     gradients, values = zip(*parts, strict=True)
     return torch.cat(gradients), torch.cat(values)

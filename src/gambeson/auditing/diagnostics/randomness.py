@@ -61,6 +61,7 @@ class _NoiseOff:
         self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
     ) -> torch.Tensor:
         with Victim(model.model) as still, QUIET[self.how](still):  # of its own: a fast copy has switches of its own
+            still.temperature = model.temperature
             moved = self.attack(still, x, y, seed=seed, ignore_index=ignore_index)
         model.forwards, model.backwards = model.forwards + still.forwards, model.backwards + still.backwards
         return moved
@@ -82,6 +83,7 @@ def _noise_off(evidence: Evidence) -> Finding:
         return Finding(None, f"the noise was {how}")
     attack = _attack(evidence, None)
     with Victim(evidence.victim.model) as still, QUIET[how](still):
+        still.temperature = evidence.victim.temperature
         clean_off, off = (outcome(still, evidence.sample, one, evidence.seed) for one in (_Nothing(), attack))
     evidence.victim.forwards += still.forwards
     evidence.victim.backwards += still.backwards
