@@ -37,7 +37,7 @@ from tests.auditing.poisoned import HONEST, POISONED, Nets, nets, worst
 RUNS, SIGNATURE = Path("runs/poisoned"), "signature.json"
 AUDITING = Path(gb.__file__).parent / "auditing"
 MAKERS = {  # which files of the audit make which stages
-    "uap-": ("universal.py", "surrogate.py", "suite.py"),
+    "uap-": ("universal.py", "surrogate.py", "suite.py", "scale.py"),
     "eps-uni": ("universal.py",),
     "draws": ("draws.py",),
     "per-image": ("per_image.py",),
@@ -61,7 +61,7 @@ THIN = {
 }
 """The quick suite at three of its radii, without what no diagnostic looks at: the same diagnostics in a third of the
 time."""
-WHOLE: dict[str, dict[str, Any]] = {"digits": {"eps": 0.1, "epochs": 15}, "mnist5k": {"eps": 0.15, "epochs": 10}}
+WHOLE: dict[str, dict[str, Any]] = {"digits": {"eps": 0.1, "epochs": 15}, "mnist5k": {"eps": 0.1, "epochs": 10}}
 """Data that poisoned models are made on, with what its networks are trained against, and how long."""
 ELSEWHERE = {
     "fashion-mnist": (

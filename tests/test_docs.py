@@ -59,6 +59,21 @@ def sharing_table():
     return "\n".join(lines) + "\n"
 
 
+def scale_table():
+    """The table of the logits' scale in docs/audit.md, from what ``benchmarks/scale.py`` stored."""
+    rows = json.loads((ROOT / "results" / "scale.json").read_text())["rows"]
+    margins = [f"{one['margin']:g}" for one in rows[0]["scales"][1:]]
+    lines = [f"| net, eps | its own | {' | '.join(margins)} |", "|---|---|" + "---|" * len(margins)]
+    for row in rows:
+        cells = [
+            f"{100 * statistics.mean(one['uer']):.0f} / {100 * one['pgd accuracy']['value']:.0f}"
+            for one in row["scales"]
+        ]
+        cells[0] += f" at {row['scales'][0]['margin']:.1f}"
+        lines.append(f"| {row['data']}, {row['net']}, {row['eps']:g} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def gains_table():
     """The table of what the regulariser gains, from what ``benchmarks/sharing.py`` stored."""
     gains = json.loads((ROOT / "results" / "sharing.json").read_text())["gains"]
@@ -73,9 +88,16 @@ def gains_table():
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize(("name", "table"), [("sharing table", sharing_table), ("gains table", gains_table)])
-def test_the_numbers_of_the_analysis_are_the_stored_ones(name, table):
-    text = (DOCS / "analysis.md").read_text()
+@pytest.mark.parametrize(
+    ("page", "name", "table"),
+    [
+        ("analysis", "sharing table", sharing_table),
+        ("analysis", "gains table", gains_table),
+        ("audit", "scale table", scale_table),
+    ],
+)
+def test_the_numbers_of_a_page_are_the_stored_ones(page, name, table):
+    text = (DOCS / f"{page}.md").read_text()
     assert text.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0] == table()
 
 

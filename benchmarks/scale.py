@@ -1,0 +1,71 @@
+"""At which scale of the logits does cross-entropy lead an attack best? ``python benchmarks/scale.py``.
+
+Plain and PGD-trained LeNet-5 on digits and Fashion-MNIST (the networks of ``benchmarks/poisoned.py``), whose logits
+are multiplied so that the median of first minus second on clean validation images takes nine values. Stochastic PGD
+(crafted on train, two seeds) and PGD of 20 steps at one eps each; all rates are of validation images, for they choose
+the setting of :mod:`gambeson.auditing.scale`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from poisoned import material, model_of
+
+import gambeson as gb
+from gambeson.attacks import PGD, StochasticPGD
+from gambeson.auditing.scale import MARGIN, temperature
+from gambeson.base import environment, write_json
+from gambeson.evaluation.universal import accuracy_under
+from gambeson.victim import Victim
+
+MARGINS = (0.05, 0.5, 1.0, 2.0, 3.0, 4.0, 8.0, 30.0, 300.0)
+CASES = (
+    ("digits", "standard", 0.15),
+    ("digits", "pgd-adversarial", 0.15),
+    ("fashion-mnist", "standard", 0.1),
+    ("fashion-mnist", "pgd-adversarial", 0.15),
+)
+SEEDS, IMAGES = (0, 1), 500
+
+
+def measure(data: gb.data.Dataset, model: torch.nn.Module, eps: float) -> list[dict[str, Any]]:
+    """Attack one network at every scale; the model's own stands first."""
+    found = []
+    few = data.validation.subset(torch.arange(min(IMAGES, len(data.validation))))
+    with Victim(model, fast=True) as victim:
+        victim.meet(few.take(slice(0, 8))[0])
+        own = temperature(victim, data.validation, 0)
+        for margin in (own * MARGIN, *MARGINS):
+            victim.temperature = own * MARGIN / margin
+            rates = []
+            for seed in SEEDS:
+                attack = StochasticPGD(eps=eps, steps=100, screened=2, truncate_right=False)
+                uap = attack.craft(victim, data, seed=seed)
+                rates.append(max(rate for _, rate in uap.about.restarts))
+            accuracy = accuracy_under(victim, few, PGD(eps=eps, steps=20), 0).plain()
+            found.append({"margin": margin, "uer": rates, "pgd accuracy": accuracy})
+            print(f"  margin {margin:7.2f}: UER {rates}, accuracy under PGD {accuracy['value']:.3f}", flush=True)
+    return found
+
+
+def main() -> None:
+    """Measure, print, store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results/scale.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for name, kind, eps in CASES:
+        nets = material(name)
+        print(f"{name}, {kind}, eps {eps}")
+        scales = measure(nets.data, model_of("honest", nets, kind), eps)
+        rows.append({"data": name, "net": kind, "eps": eps, "scales": scales})
+        write_json(arguments.out, {"chosen": MARGIN, "rows": rows, "environment": environment()})
+
+
+if __name__ == "__main__":
+    main()
