@@ -185,7 +185,8 @@ _SHARES = [k / 8 for k in range(9)]
 
 def ridge(evidence: Evidence, found: Finding) -> Panel:
     """Accuracy against the length of a single step."""
-    rates = [evidence.clean if not t else evidence.accuracy(FGSM(eps=t * evidence.eps)) for t in _SHARES]
+    with evidence.unscaled():
+        rates = [evidence.clean if not t else evidence.accuracy(FGSM(eps=t * evidence.eps)) for t in _SHARES]
     return {
         "kind": "lines",
         "x": "length of the step, in eps",
@@ -206,8 +207,9 @@ def rise(evidence: Evidence, found: Finding) -> Panel:
         with torch.no_grad():
             return float(Loss()(evidence.victim.exact(moved), labels).double().mean())
 
-    start, many = loss(None), loss(IFGSM(eps=evidence.eps, step=0.2))
-    along = [100 * (loss(FGSM(eps=t * evidence.eps)) - start) / (many - start) for t in _SHARES[1:]]
+    with evidence.unscaled():
+        start, many = loss(None), loss(IFGSM(eps=evidence.eps, step=0.2))
+        along = [100 * (loss(FGSM(eps=t * evidence.eps)) - start) / (many - start) for t in _SHARES[1:]]
     lines = [
         {"name": "one step", "x": _SHARES, "y": [0.0, *along]},
         {"name": "ten small steps", "x": [0, 1], "y": [100, 100], "plain": True},

@@ -43,12 +43,12 @@ CAPTIONS: dict[str, tuple[str, str]] = {
         "the network alone",
     ),
     "gradients alive": (
-        "all logits times 10,000, so that the softmax is one-hot: 94 of 100 images have a gradient of zero",
-        "the same network without the factor",
+        "pixels rounded to four grey levels: every image has a gradient of zero",
+        "the same network without the rounding",
     ),
     "cross-entropy keeps up": (
-        "all logits times 1,000: PGD on cross-entropy finds nothing, on the margin nearly everything",
-        "without the factor both losses find the same",
+        "logits divided by their own margin: PGD on cross-entropy finds little, on the margin, once it is lost, much more",
+        "the same network without the division: both losses find the same",
     ),
     "gradients tell the truth": (
         "the gradient is reversed on its way back, and every promise has the wrong sign; the lines are half and "

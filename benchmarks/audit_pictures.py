@@ -32,7 +32,7 @@ from audit_page import file_of  # noqa: E402
 from audit_panels import draw  # noqa: E402
 from poisoned import material, model_of  # noqa: E402
 
-from gambeson.auditing import DIAGNOSTICS, SUITES, Evidence  # noqa: E402
+from gambeson.auditing import DIAGNOSTICS, SUITES, Evidence, scale  # noqa: E402
 from gambeson.auditing import surrogate as surrogates  # noqa: E402
 from gambeson.auditing import universal as universals  # noqa: E402
 from gambeson.auditing.stages import Stages  # noqa: E402
@@ -121,8 +121,8 @@ CASES: dict[str, tuple[Case, Case]] = {
     "noise-off gap": (_case("random ripple"), _case("input noise")),
     "train-mode BatchNorm": (_case("BatchNorm stuck in training"), _case("batch-norm")),
     "remembers queries": (_case("tired of repetitions"), _STANDARD),
-    "gradients alive": (_case("logits x 1e4"), _STANDARD),
-    "cross-entropy keeps up": (_case("logits x 1e3"), _STANDARD),
+    "gradients alive": (_case("four grey levels"), _STANDARD),
+    "cross-entropy keeps up": (_case("fixed margin"), _STANDARD),
     "gradients tell the truth": (_case("reversed gradient"), _STANDARD),
     "multi-step beats single-step": (_case("detector: no gradient"), _STANDARD),
     "random start gains nothing": _STEPS,
@@ -168,6 +168,7 @@ def held(case: Case, *, surrogate: bool, universal: bool) -> Iterator[Evidence]:
     with Victim(model, fast=True) as victim:
         with seeded(0, "picture"):  # a random model's first pass
             evidence = evidence_of(victim, dataset, suite)
+            victim.temperature = scale.temperature(victim, dataset.validation, 0)
         if surrogate:
             folder = RUNS / f"surrogate-{data}"
             folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -45,7 +47,7 @@ class Evidence:
     """A model of the same data, to craft on what is tried on this one; None where there is none."""
     borrowed: dict[float, UniversalPerturbation] = field(default_factory=dict)
     """Perturbations crafted on the surrogate by eps."""
-    _outcomes: dict[tuple[str, bool], Outcome] = field(default_factory=dict)
+    _outcomes: dict[tuple[str, bool, float], Outcome] = field(default_factory=dict)
 
     @property
     def test(self) -> Split:
@@ -90,11 +92,20 @@ class Evidence:
         """
         if self.subject.random and isinstance(attack, GradientAttack) and attack.draws is None:
             attack = attack.model_copy(update={"draws": self.suite.gradient_draws})
-        key = (repr(attack), unseen)
+        key = (repr(attack), unseen, self.victim.temperature)
         if key not in self._outcomes:
             with seeded(self.seed, "outcome", repr(attack)):  # whichever diagnostic asks first
                 self._outcomes[key] = outcome(self.victim, self.unseen if unseen else self.sample, attack, self.seed)
         return self._outcomes[key]
+
+    @contextmanager
+    def unscaled(self) -> Iterator[None]:
+        """Let attacks climb the logits as they are, as those did that a net was trained against."""
+        kept, self.victim.temperature = self.victim.temperature, 1.0
+        try:
+            yield
+        finally:
+            self.victim.temperature = kept
 
     @property
     def spent(self) -> Cost:
