@@ -47,7 +47,8 @@ CAPTIONS: dict[str, tuple[str, str]] = {
         "the same network without the rounding",
     ),
     "cross-entropy keeps up": (
-        "logits divided by their own margin: PGD on cross-entropy finds little, on the margin, once it is lost, much more",
+        "logits divided by their own margin, which is then always one: PGD on cross-entropy finds little, on the "
+        "margin much more",
         "the same network without the division: both losses find the same",
     ),
     "gradients tell the truth": (
