@@ -15,12 +15,14 @@ def defense_table():
     """The table of docs/defenses.md, from what ``benchmarks/defenses.py`` stored."""
     content = json.loads((ROOT / "results" / "defenses.json").read_text())
     columns = {"clean": "clean", "uer 0.1": "UER 0.1", "uer 0.2": "UER 0.2", "uer 0.3": "UER 0.3"}
-    columns["pgd-40 at 0.1"] = "PGD-40 at 0.1"
-    lines = [f"| defence | seeds | time of a step | {' | '.join(columns.values())} |", "|---|" + "---|" * 7]
+    columns |= {"pgd-40 at 0.1": "PGD-40 at 0.1", "suite at 0.1": "row at 0.1"}
+    lines = [f"| defence | seeds | time of a step | {' | '.join(columns.values())} |", "|---|" + "---|" * 8]
     for name, cells in content["cells"].items():
-        means = [100 * statistics.mean(cell[key]["value"] for cell in cells.values()) for key in columns]
-        cost = content.get("cost", {}).get(name)
-        values = [f"{mean:.1f}" for mean in means]
+        cost, values = content.get("cost", {}).get(name), []
+        for key in columns:
+            found = [100 * cell[key]["value"] for cell in cells.values()]
+            spread = f" ({min(found):.0f}-{max(found):.0f})" if len(found) > 1 else ""
+            values.append(f"{statistics.mean(found):.1f}{spread}")
         lines.append(f"| {name} | {len(cells)} | {'' if cost is None else f'{cost:.1f}'} | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"
 
