@@ -1,7 +1,7 @@
 """At which scale of the logits does cross-entropy lead an attack best? ``python benchmarks/scale.py``.
 
-Plain and PGD-trained LeNet-5 on digits and Fashion-MNIST (the networks of ``benchmarks/poisoned.py``), whose logits
-are multiplied so that the median of first minus second on clean validation images takes nine values. Stochastic PGD
+Plain and PGD-trained LeNet-5 on digits, MNIST and Fashion-MNIST (the networks of ``benchmarks/poisoned.py``), whose logits
+are multiplied so that the median of first minus second on clean validation images takes eight values. Stochastic PGD
 (crafted on train, two seeds) and PGD of 20 steps at one eps each; all rates are of validation images, for they choose
 the setting of :mod:`gambeson.auditing.scale`.
 """
@@ -17,15 +17,17 @@ from poisoned import material, model_of
 
 import gambeson as gb
 from gambeson.attacks import PGD, StochasticPGD
-from gambeson.auditing.scale import MARGIN, temperature
+from gambeson.auditing.scale import USUAL, margin_of
 from gambeson.base import environment, write_json
 from gambeson.evaluation.universal import accuracy_under
 from gambeson.victim import Victim
 
-MARGINS = (0.05, 0.5, 1.0, 2.0, 3.0, 4.0, 8.0, 30.0, 300.0)
+MARGINS = (0.05, 0.5, 1.5, 3.0, 6.0, 12.0, 30.0, 300.0)
 CASES = (
     ("digits", "standard", 0.15),
     ("digits", "pgd-adversarial", 0.15),
+    ("mnist5k", "standard", 0.2),
+    ("mnist5k", "pgd-adversarial", 0.2),
     ("fashion-mnist", "standard", 0.1),
     ("fashion-mnist", "pgd-adversarial", 0.15),
 )
@@ -38,9 +40,9 @@ def measure(data: gb.data.Dataset, model: torch.nn.Module, eps: float) -> list[d
     few = data.validation.subset(torch.arange(min(IMAGES, len(data.validation))))
     with Victim(model, fast=True) as victim:
         victim.meet(few.take(slice(0, 8))[0])
-        own = temperature(victim, data.validation, 0)
-        for margin in (own * MARGIN, *MARGINS):
-            victim.temperature = own * MARGIN / margin
+        own = margin_of(victim, data.validation, 0)
+        for margin in (own, *MARGINS):
+            victim.temperature = own / margin
             rates = []
             for seed in SEEDS:
                 attack = StochasticPGD(eps=eps, steps=100, screened=2, truncate_right=False)
@@ -64,7 +66,7 @@ def main() -> None:
         print(f"{name}, {kind}, eps {eps}")
         scales = measure(nets.data, model_of("honest", nets, kind), eps)
         rows.append({"data": name, "net": kind, "eps": eps, "scales": scales})
-        write_json(arguments.out, {"chosen": MARGIN, "rows": rows, "environment": environment()})
+        write_json(arguments.out, {"chosen": USUAL, "rows": rows, "environment": environment()})
 
 
 if __name__ == "__main__":

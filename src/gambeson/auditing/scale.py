@@ -2,7 +2,7 @@
 
 Much larger logits saturate the softmax, and gradients vanish or see one class alone; in much smaller ones all wrong
 classes weigh alike, and an image that is fooled weighs as much as one that is not. Predictions do not depend on the
-scale at all. So attacks climb logits that are brought to one scale, and scores are taken of the logits as they are.
+scale at all. So attacks climb logits that are brought to a usual scale, and scores are taken of the logits as they are.
 """
 
 from __future__ import annotations
@@ -15,18 +15,28 @@ from gambeson.base import seeded
 from gambeson.data import Split
 from gambeson.victim import Victim
 
-MARGIN = 3.0
-"""The median margin of clean images that attacks climb at. Ours: PGD and stochastic PGD are strongest where it is
-between 2 and 8, on plain and on hardened networks (``benchmarks/scale.py``)."""
+USUAL = (3.0, 12.0)
+"""Median margins of clean images between which logits are left as they are; others are brought to the nearer end.
+Ours: where in that range PGD and stochastic PGD are strongest differs from net to net, and they are clearly weaker
+beyond it (``benchmarks/scale.py``)."""
 _IMAGES = 200
 _LARGEST = 1e30
 
 
-@torch.no_grad()
 def temperature(victim: Victim, split: Split, seed: int) -> float:
-    """Return what to divide the logits by, so that the median of first minus second is :data:`MARGIN`.
+    """Return what to divide the logits by, so that their median margin is :data:`USUAL`.
 
-    1 where that cannot be: logits that are all alike, or not finite.
+    1 where it is, and where it cannot be: logits that are all alike, or not finite. Arguments as in :func:`margin_of`.
+    """
+    margin = margin_of(victim, split, seed)
+    if not (math.isfinite(margin) and 1 / _LARGEST < margin < _LARGEST):
+        return 1.0
+    return margin / min(max(margin, USUAL[0]), USUAL[1])
+
+
+@torch.no_grad()
+def margin_of(victim: Victim, split: Split, seed: int) -> float:
+    """Return the median, over images, of the first logit minus the second.
 
     Args:
         victim: the model, inside its context.
@@ -38,5 +48,4 @@ def temperature(victim: Victim, split: Split, seed: int) -> float:
         for images, _ in split.subset(torch.arange(min(_IMAGES, len(split)))).batches(20, device=victim.device):
             first, second = victim.exact(images).double().topk(2, dim=1).values.unbind(1)
             margins.append((first - second).flatten().cpu())
-    found = float(torch.cat(margins).median()) / MARGIN
-    return found if math.isfinite(found) and 1 / _LARGEST < found < _LARGEST else 1.0
+    return float(torch.cat(margins).median())
