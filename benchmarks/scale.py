@@ -1,9 +1,9 @@
 """At which scale of the logits does cross-entropy lead an attack best? ``python benchmarks/scale.py``.
 
-Plain and PGD-trained LeNet-5 on digits, MNIST and Fashion-MNIST (the networks of ``benchmarks/poisoned.py``), whose logits
-are multiplied so that the median of first minus second on clean validation images takes eight values. Stochastic PGD
-(crafted on train, two seeds) and PGD of 20 steps at one eps each; all rates are of validation images, for they choose
-the setting of :mod:`gambeson.auditing.scale`.
+Plain and PGD-trained LeNet-5 on digits, MNIST and Fashion-MNIST (the networks of ``benchmarks/poisoned.py``), whose
+logits are multiplied so that the median of first minus second on clean validation images takes eight values.
+Stochastic PGD (crafted on train, two seeds) and PGD of 20 steps at one eps each; all rates are of validation images,
+for they choose the setting of :mod:`gambeson.auditing.scale`.
 """
 
 from __future__ import annotations
