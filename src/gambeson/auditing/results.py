@@ -208,7 +208,7 @@ class AuditResult(Config):
     """Every setting of the suite."""
     clean: Rate
     """Accuracy on clean test images."""
-    temperature: float
+    temperature: float = 1.0
     """What the logits that attacks climbed were divided by (see :mod:`gambeson.auditing.scale`)."""
     per_image: list[PerImage]
     universal: list[Universal]

@@ -110,8 +110,11 @@ def _by_workers(fetch: Fetch, batches: Sequence[torch.Tensor], workers: int, dev
             check_alike(*(images[:1] for images, _ in pieces))
             images = torch.cat([images.to(device, non_blocking=pinned) for images, _ in pieces])
             yield images, torch.cat([labels for _, labels in pieces])
-    except RuntimeError as error:  # torch raises it from a signal handler: anywhere, not where a piece is asked for
-        if not str(error).startswith("DataLoader worker (pid"):
+    # Torch raises the first from a signal handler: anywhere, not where a piece is asked for. The others come where a
+    # piece was on its way.
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        known = str(error).startswith("DataLoader worker (pid")
+        if not known and (isinstance(error, RuntimeError) or str(error).startswith("Caught")):
             raise
         raise UserError(
             f"a process that reads images ended ({' '.join(str(error).split())}), as when memory or /dev/shm runs out: "
