@@ -17,8 +17,8 @@ from gambeson.victim import Victim
 
 USUAL = (3.0, 12.0)
 """Median margins of clean images between which logits are left as they are; others are brought to the nearer end.
-Ours: where in that range PGD and stochastic PGD are strongest differs from net to net, and they are clearly weaker
-beyond it (``benchmarks/scale.py``)."""
+Ours: where in that range PGD and stochastic PGD are strongest differs from net to net; beyond it PGD is weaker on
+every net that was tried (``benchmarks/scale.py``)."""
 _IMAGES = 200
 _LARGEST = 1e30
 
@@ -36,7 +36,7 @@ def temperature(victim: Victim, split: Split, seed: int) -> float:
 
 @torch.no_grad()
 def margin_of(victim: Victim, split: Split, seed: int) -> float:
-    """Return the median, over images, of the first logit minus the second.
+    """Return the median, over images, of the first logit minus the second; NaN where there is no second.
 
     Args:
         victim: the model, inside its context.
@@ -46,6 +46,9 @@ def margin_of(victim: Victim, split: Split, seed: int) -> float:
     margins = []
     with seeded(seed, "scale"):
         for images, _ in split.subset(torch.arange(min(_IMAGES, len(split)))).batches(20, device=victim.device):
-            first, second = victim.exact(images).double().topk(2, dim=1).values.unbind(1)
+            logits = victim.exact(images).double()
+            if logits.ndim < 2 or logits.shape[1] < 2:
+                return math.nan
+            first, second = logits.topk(2, dim=1).values.unbind(1)
             margins.append((first - second).flatten().cpu())
     return float(torch.cat(margins).median())

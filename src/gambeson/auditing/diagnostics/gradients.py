@@ -101,7 +101,7 @@ def _slopes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradient of each image's loss (N, C, H, W), by the model itself, and the loss (N,).
 
-    Cross-entropy is that of the logits as attacks climb them, brought to one scale.
+    Cross-entropy is that of the logits as attacks climb them, brought to a usual scale.
     """
     victim, loss, parts, size = evidence.victim, Loss(kind=kind), [], at_once(evidence.sample)
     scale = victim.temperature if kind == "cross-entropy" else 1.0
