@@ -42,11 +42,11 @@ def test_an_unusual_margin_is_brought_to_the_nearer_end(factor, becomes, trained
         assert torch.equal(predict(plain, digits.test), before)
 
 
-@pytest.mark.parametrize("answer", [0.0, float("nan")])
-def test_logits_without_a_scale_are_left_alone(answer, digits):
+@pytest.mark.parametrize(("answer", "classes"), [(0.0, 10), (float("nan"), 10), (7.0, 1)])
+def test_logits_without_a_scale_are_left_alone(answer, classes, digits):
     class Constant(nn.Module):
         def forward(self, x):
-            return torch.full((len(x), 10), answer)
+            return torch.full((len(x), classes), answer)
 
     with Victim(Constant()) as victim:
         assert scale.temperature(victim, digits.validation, 0) == 1

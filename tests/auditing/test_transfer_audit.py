@@ -148,6 +148,24 @@ def test_transferred_errors_are_those_of_the_images_crafted_on_the_surrogate(tra
     found.victim.__exit__(None, None, None)
 
 
+def test_a_surrogate_of_any_scale_is_climbed_as_well(trained, digits, source):
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = source
+
+        def forward(self, x):
+            return 1000 * self.model(x)
+
+    errors = []
+    for surrogate_of_audit in (source, Large()):
+        found = evidence_of(trained, digits, surrogate_of_audit)
+        errors.append({part.attack: part.error.value for part in measure(found)})
+        found.victim.__exit__(None, None, None)
+    own, large = errors
+    assert all(large[name] > own[name] - 0.08 for name in own), errors
+
+
 def test_an_attack_on_a_surrogate_does_not_look_at_the_model():
     net, w = binary((1, 4, 4))
     other = LinearNet(-2 * net.weight.detach())

@@ -13,6 +13,7 @@ from torch import nn
 from gambeson.attacks import GradientAttack, UniversalPerturbation
 from gambeson.auditing.outcome import Outcome, outcome
 from gambeson.auditing.results import Draws, PerImage, Subject, Transferred, Universal
+from gambeson.auditing.scale import temperature
 from gambeson.auditing.suite import Suite
 from gambeson.base import seeded
 from gambeson.data import Dataset, Split
@@ -73,6 +74,14 @@ class Evidence:
     def unseen(self) -> Split:
         """As many validation images."""
         return self.few(self.suite.sample, self.data.validation)
+
+    @cached_property
+    def surrogate_temperature(self) -> float:
+        """What the surrogate's logits are divided by where attacks climb them; 1 where there is none."""
+        if self.surrogate is None:
+            return 1.0
+        with Victim(self.surrogate) as source:
+            return temperature(source, self.data.validation, self.seed)
 
     def few(self, count: int, split: Split | None = None) -> Split:
         """Return so many images, of test or another split, at even distances: the first may all be of one class."""

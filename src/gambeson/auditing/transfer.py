@@ -27,10 +27,16 @@ def image_attacks(eps: float, norm: Norm) -> dict[str, GradientAttack]:
 
 
 class FromSurrogate:
-    """An attack that crafts on a surrogate whatever model it is given, to be used where attacks are compared."""
+    """An attack that crafts on a surrogate whatever model it is given, to be used where attacks are compared.
 
-    def __init__(self, surrogate: nn.Module, attack: GradientAttack) -> None:
-        self.surrogate, self.attack = surrogate, attack
+    Args:
+        surrogate: what to craft on.
+        attack: how.
+        temperature: what the surrogate's logits are divided by, see :mod:`gambeson.auditing.scale`.
+    """
+
+    def __init__(self, surrogate: nn.Module, attack: GradientAttack, temperature: float = 1.0) -> None:
+        self.surrogate, self.attack, self.temperature = surrogate, attack, temperature
 
     def __repr__(self) -> str:
         return f"FromSurrogate({self.attack!r})"
@@ -46,7 +52,7 @@ class FromSurrogate:
     ) -> torch.Tensor:
         """Return perturbed images; ``model`` is not looked at."""
         with Victim(self.surrogate, fast=True) as source:
-            attack = self.attack
+            source.temperature, attack = self.temperature, self.attack
             if attack.draws is None and source.meet(x).stochastic:
                 attack = attack.model_copy(update={"draws": DRAWS})
             return attack(source, x, y, seed=seed, ignore_index=ignore_index)
@@ -61,7 +67,9 @@ def on_surrogate(evidence: Evidence, eps: float) -> UniversalPerturbation | None
         return None
     if eps not in evidence.borrowed:
         attack = StochasticPGD(eps=eps, norm=evidence.suite.norm, steps=200, screened=0, batch_size=32)
-        evidence.borrowed[eps] = attack.craft(evidence.surrogate, evidence.data, seed=evidence.seed)
+        with Victim(evidence.surrogate, fast=True) as source:
+            source.temperature = evidence.surrogate_temperature
+            evidence.borrowed[eps] = attack.craft(source, evidence.data, seed=evidence.seed)
     return evidence.borrowed[eps]
 
 
@@ -91,7 +99,8 @@ def measure(evidence: Evidence) -> list[Transferred]:
     tried("stochastic-pgd", test, shared.delta)
     few = evidence.few(evidence.suite.transfer_images)
     for name, attack in image_attacks(eps, norm).items():
-        tried(name, perturbed(few, FromSurrogate(surrogate, attack), evidence))
+        moved = FromSurrogate(surrogate, attack, evidence.surrogate_temperature)
+        tried(name, perturbed(few, moved, evidence))
     return found
 
 

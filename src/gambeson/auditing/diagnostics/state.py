@@ -71,6 +71,13 @@ def _batches(evidence: Evidence) -> Finding:
     )
 
 
+def _moves(evidence: Evidence, image: torch.Tensor) -> bool:
+    """Whether the largest logit has a gradient at an image."""
+    with torch.enable_grad():
+        point = image.clone().requires_grad_()
+        return bool(evidence.victim.gradient(evidence.victim.exact(point).amax(), point, 1).any())
+
+
 def _memory(evidence: Evidence) -> Finding:
     victim, subject = evidence.victim, evidence.subject
     images, _ = evidence.sample.take(slice(0, _PROBES), victim.device)
@@ -83,6 +90,8 @@ def _memory(evidence: Evidence) -> Finding:
     before = _asked(evidence, images)
     draw = generator(evidence.seed, "burst")
     asked, gap, same = images[:1], 0.0, 0
+    # Looked at on an image that nobody has asked for yet: what is replayed need not have the gradient it had.
+    moves = not subject.black_box and _moves(evidence, images[:2].mean(0, keepdim=True))
     alone = _asked(evidence, asked)
     for number in range(_BURST):
         if number % _REPEATS:
@@ -92,8 +101,8 @@ def _memory(evidence: Evidence) -> Finding:
             gap = max(gap, _apart(alone, _asked(evidence, asked)))
     gap = max(gap, _apart(alone, _asked(evidence, asked)))
     after = _apart(before, _asked(evidence, images))
-    # What has a gradient moves with its image; labels and the like, of a black box, need not.
-    replayed = not subject.black_box and same == _BURST - _BURST // _REPEATS
+    # What has a gradient moves with its image; labels, rounded logits and the like need not.
+    replayed = moves and same == _BURST - _BURST // _REPEATS
     return Finding(
         changed <= _NOISE and max(gap, after) <= _NOISE and not replayed,
         f"{100 * changed:.2g} % of the clean predictions differ from those at the audit's beginning; while {_BURST} "

@@ -27,7 +27,7 @@ def _transferred(evidence: Evidence) -> Finding:
     white = evidence.suite.pgd(evidence.eps)
     numbers, gains = {"white box": evidence.accuracy(white).value}, []
     for name, attack in image_attacks(evidence.eps, evidence.suite.norm).items():
-        moved = FromSurrogate(evidence.surrogate, attack)
+        moved = FromSurrogate(evidence.surrogate, attack, evidence.surrogate_temperature)
         gains.append(Gain.of(evidence.outcome(white), evidence.outcome(moved)))
         numbers[name] = evidence.accuracy(moved).value
     rates = ", ".join(f"{name} {100 * value:.1f} %" for name, value in numbers.items() if name != "white box")
