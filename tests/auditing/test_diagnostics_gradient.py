@@ -138,6 +138,7 @@ DECEIVERS = {
     "reversed gradient": (Reversed.apply, None, {"gradients tell the truth", "gradient beats chance"}),
     "steps of a half": (lambda z: z + 2.0**22, None, {"gradients tell the truth"}),
     "cut logits": (hardtanh_cut, None, {"gradients alive"}),
+    "the first class alone": (lambda z: (z - z.topk(2).values[:, 1:]).relu(), None, {"gradients alive"}),
 }
 
 
@@ -161,6 +162,17 @@ def test_a_gradient_that_is_not_finite_is_dead_and_stops_no_diagnostic(trained, 
     found = look(ALL, Around(trained, None, broken), digits, sample=20)
     assert found["gradients alive"].passed is False
     assert found["gradients alive"].numbers["dead"] == 1
+
+
+def test_a_class_that_is_a_constant_is_no_mask(trained, digits):
+    """A softmax may have a class of reference: one wrong class without a slope, where the others have theirs."""
+
+    def with_reference(z):
+        return z - z[:, :1]
+
+    found = look(["gradients alive"], Around(trained, None, with_reference), digits, sample=60)
+    assert found["gradients alive"].passed
+    assert found["gradients alive"].numbers["wrong classes dead"] == 0
 
 
 class Pixelwise(nn.Module):

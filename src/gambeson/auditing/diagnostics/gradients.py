@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from gambeson.analysis import GradientStatistics, gradient_statistics
 from gambeson.analysis.views import pull
-from gambeson.attacks import PGD, Loss, LossName
+from gambeson.attacks import PGD, Loss
 from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.outcome import Gain
@@ -23,18 +25,36 @@ _REACH = 1e-3
 _LEAST = torch.finfo(torch.float32).tiny
 """What lies below is no longer a normal number: the gradient has underflown."""
 _STEPS = 20
+_SEVERAL = 3
+"""Classes from which on wrong ones are looked at: the logits of two may be a number and a zero."""
 
 
 def _alive(evidence: Evidence) -> Finding:
     images, labels = evidence.sample.take(slice(None), evidence.victim.device)
-    gradients, _ = _slopes(evidence, images, labels, "cross-entropy")
-    largest = gradients.flatten(1).abs().amax(1)
-    dead = int((~((largest >= _LEAST) & largest.isfinite())).sum())
-    return Finding(
-        dead <= _DEAD * len(images),
-        f"{dead} of {len(images)} images have an input gradient of zero, or one that is not finite",
-        {"dead": dead / len(images)},
+    loss, temperature = Loss(kind="cross-entropy"), evidence.victim.temperature  # of the logits as attacks climb them
+    gradients, _ = _slopes(
+        evidence, images, labels, lambda z, y: loss(z / temperature, y, evidence.sample.ignore_index)
     )
+    dead = _without(gradients)
+    detail = f"{dead} of {len(images)} images have an input gradient of zero, or one that is not finite"
+    numbers, blind = {"dead": dead / len(images)}, 0
+    if labels.ndim == 1 and split.ignore_index is None and len(split.classes) >= _SEVERAL:
+        blind = _without(_slopes(evidence, images, labels, _of_wrong_classes)[0])
+        detail += f"; on {blind} no logit of a wrong class has one"
+        numbers["wrong classes dead"] = blind / len(images)
+    return Finding(max(dead, blind) <= _DEAD * len(images), detail, numbers)
+
+
+def _without(gradients: torch.Tensor) -> int:
+    """Return how many of the gradients (N, C, H, W) are zero or not finite."""
+    largest = gradients.flatten(1).abs().amax(1)
+    return int((~((largest >= _LEAST) & largest.isfinite())).sum())
+
+
+def _of_wrong_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    # Weights of different size: slopes of different classes shall not cancel.
+    weights = torch.linspace(1, 2, logits.shape[1], device=logits.device).expand_as(logits)
+    return (logits * weights.scatter(1, labels[:, None], 0)).sum(1)
 
 
 def _fed(evidence: Evidence) -> Finding:
@@ -73,13 +93,14 @@ def _true(evidence: Evidence) -> Finding:
     draw = generator(evidence.seed, "differences", device=images.device)
     # Where attacks begin: a point drawn in the ball has no ties, at which one-sided slopes differ.
     point = perturb(images, Ball(eps=evidence.eps, norm=evidence.suite.norm).uniform(images.shape, draw))
-    gradients, before = _slopes(evidence, point, labels, "margin")
+    loss = Loss(kind="margin")
+    gradients, before = _slopes(evidence, point, labels, lambda z, y: loss(z, y, split.ignore_index))
     signs = torch.where(gradients == 0, Ball(eps=1).signs(images.shape, draw), gradients.sign())
     moved = perturb(point, _REACH * signs)
     said = (gradients * (moved - point)).double().flatten(1).sum(1)
     with torch.no_grad():
         parts = zip(moved.split(at_once(split)), labels.split(at_once(split)), strict=True)
-        after = [Loss(kind="margin")(victim.exact(x), y, split.ignore_index) for x, y in parts]
+        after = [loss(victim.exact(x), y, split.ignore_index) for x, y in parts]
     seen = (torch.cat(after) - before).double()
     kept = ((seen >= said / 2) & (seen <= 2 * said)) | ((seen == 0) & (said == 0))
     false = Rate.of(int((~kept).sum()), len(kept))
@@ -97,18 +118,17 @@ def probe(evidence: Evidence, eps: float) -> PGD:
 
 
 def _slopes(
-    evidence: Evidence, images: torch.Tensor, labels: torch.Tensor, kind: LossName
+    evidence: Evidence,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    value_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradient of each image's loss (N, C, H, W), by the model itself, and the loss (N,).
-
-    Cross-entropy is that of the logits as attacks climb them, brought to a usual scale.
-    """
-    victim, loss, parts, size = evidence.victim, Loss(kind=kind), [], at_once(evidence.sample)
-    scale = victim.temperature if kind == "cross-entropy" else 1.0
+    """Return the gradients (N, C, H, W), by the model itself, of a value of logits and labels, and the values (N,)."""
+    victim, parts, size = evidence.victim, [], at_once(evidence.sample)
     for x, y in zip(images.split(size), labels.split(size), strict=True):
         with torch.enable_grad():
             point = x.detach().clone().requires_grad_()
-            value = loss(victim.exact(point) / scale, y, evidence.sample.ignore_index)
+            value = value_of(victim.exact(point), y)
         parts.append((pull(victim, value.sum(), point, keep=False), value.detach()))
     gradients, values = zip(*parts, strict=True)
     return torch.cat(gradients), torch.cat(values)
@@ -118,9 +138,9 @@ DIAGNOSTICS = (
     Diagnostic(
         name="gradients alive",
         condition=f"more than {100 * _DEAD:g} % of images have a loss gradient of zero, to float32's smallest normal "
-        "number, or one that is not finite",
+        "number, or one that is not finite; or on as many no logit of a wrong class has a gradient",
         explanation="Such images cannot be attacked by following the gradient: it is saturated, detached, rounded away "
-        "or underflown.",
+        "or underflown; or it leads away from the right class, and towards no other.",
         remedy="Attack the logits before the part that hides it, or by queries.",
         look=_alive,
     ),
