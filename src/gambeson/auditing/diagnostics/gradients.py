@@ -30,17 +30,15 @@ _SEVERAL = 3
 
 
 def _alive(evidence: Evidence) -> Finding:
-    images, labels = evidence.sample.take(slice(None), evidence.victim.device)
-    loss, temperature = Loss(kind="cross-entropy"), evidence.victim.temperature  # of the logits as attacks climb them
-    gradients, _ = _slopes(
-        evidence, images, labels, lambda z, y: loss(z / temperature, y, evidence.sample.ignore_index)
-    )
-    dead = _without(gradients)
+    split, loss = evidence.sample, Loss(kind="cross-entropy")
+    scale = evidence.victim.temperature  # of the logits as attacks climb them
+    images, labels = split.take(slice(None), evidence.victim.device)
+    dead = _without(_slopes(evidence, images, labels, lambda z, y: loss(z / scale, y, split.ignore_index))[0])
     detail = f"{dead} of {len(images)} images have an input gradient of zero, or one that is not finite"
     numbers, blind = {"dead": dead / len(images)}, 0
     if labels.ndim == 1 and split.ignore_index is None and len(split.classes) >= _SEVERAL:
         blind = _without(_slopes(evidence, images, labels, _of_wrong_classes)[0])
-        detail += f"; on {blind} no logit of a wrong class has one"
+        detail += f"; on {blind} no wrong class's logit has a gradient"
         numbers["wrong classes dead"] = blind / len(images)
     return Finding(max(dead, blind) <= _DEAD * len(images), detail, numbers)
 
@@ -138,7 +136,7 @@ DIAGNOSTICS = (
     Diagnostic(
         name="gradients alive",
         condition=f"more than {100 * _DEAD:g} % of images have a loss gradient of zero, to float32's smallest normal "
-        "number, or one that is not finite; or on as many no logit of a wrong class has a gradient",
+        "number, or one that is not finite; or on as many no wrong class's logit has a gradient",
         explanation="Such images cannot be attacked by following the gradient: it is saturated, detached, rounded away "
         "or underflown; or it leads away from the right class, and towards no other.",
         remedy="Attack the logits before the part that hides it, or by queries.",
