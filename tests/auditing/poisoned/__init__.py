@@ -6,6 +6,7 @@ networks, which must be trusted.
 
 from tests.auditing.poisoned.batches import BATCHES
 from tests.auditing.poisoned.features import FEATURES
+from tests.auditing.poisoned.held_out import HELD_OUT
 from tests.auditing.poisoned.inputs import INPUTS
 from tests.auditing.poisoned.nets import HONEST, RECIPES, nets
 from tests.auditing.poisoned.noise import NOISE
@@ -13,8 +14,8 @@ from tests.auditing.poisoned.outputs import OUTPUTS
 from tests.auditing.poisoned.poison import Nets, Poison, broken, worst
 from tests.auditing.poisoned.stateful import STATEFUL
 
-_ALL = (*OUTPUTS, *INPUTS, *FEATURES, *NOISE, *STATEFUL, *BATCHES)
+_ALL = (*OUTPUTS, *INPUTS, *FEATURES, *NOISE, *STATEFUL, *BATCHES, *HELD_OUT)
 POISONED: dict[str, Poison] = {poison.name: poison for poison in _ALL}
 """Every poisoned model by its name."""
 
-__all__ = ["HONEST", "POISONED", "RECIPES", "Nets", "Poison", "broken", "nets", "worst"]
+__all__ = ["HELD_OUT", "HONEST", "POISONED", "RECIPES", "Nets", "Poison", "broken", "nets", "worst"]
