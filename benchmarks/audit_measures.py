@@ -249,10 +249,10 @@ def restarts(evidence: Evidence, found: Finding) -> Panel:
 
 
 def queried(evidence: Evidence, found: Finding) -> Panel:
-    """Images that PGD leaves right, and those of them that Square leaves right too."""
+    """Images that PGD leaves right, and those of them that queries leave right too."""
     left, n = round(found.numbers["left by PGD"]), len(evidence.sample)
     both = left - round(found.numbers["broken by queries"])
-    pairs = (("PGD", left), ("PGD, then\nSquare", both))
+    pairs = (("PGD", left), ("PGD, then\nqueries", both))
     parts = [{"name": name, **_rate(Rate.of(hits, n))} for name, hits in pairs]
     return {
         "kind": "bars",

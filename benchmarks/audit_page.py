@@ -171,6 +171,8 @@ def rates_text() -> str:
     for suite, found in suites.items():
         for words, key in _WRONG.items():
             rate = found[key]
+            if rate["n"] <= 1:  # the undefended network alone
+                continue
             share = f"{100 * rate['value']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
             lines.append(f"| {suite} | {words} | {share} of {rate['n']} | {'; '.join(rate['models']) or 'none'} |")
     lines += ["", *_caught(suites)]
@@ -188,14 +190,17 @@ _WRONG = {
 
 def _caught(suites: dict[str, Any]) -> list[str]:
     """Lines of a table: how many deceptive and how many honest models fail each diagnostic."""
-    heads = [f"{kind}, {suite}" for suite in suites for kind in ("deceptive", "honest")]
-    lines = [f"| fails | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    columns: dict[str, list[dict[str, Any]]] = {}
+    for suite, found in suites.items():
+        for kind, word in (("poisoned", "deceptive"), ("honest", "honest")):
+            cells = [cell for cell in found["cells"].values() if cell["kind"] == kind]
+            if len(cells) > 1:
+                columns[f"{word}, {suite}"] = cells
+    lines = [f"| fails | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for diagnostic in DIAGNOSTICS:
-        counts = []
-        for found in suites.values():
-            for kind in ("poisoned", "honest"):
-                cells = [cell for cell in found["cells"].values() if cell["kind"] == kind]
-                counts.append(f"{sum(diagnostic.name in cell['failed'] for cell in cells)} of {len(cells)}")
+        counts = [
+            f"{sum(diagnostic.name in row['failed'] for row in rows)} of {len(rows)}" for rows in columns.values()
+        ]
         lines.append(f"| {diagnostic.name} | {' | '.join(counts)} |")
     return lines
 

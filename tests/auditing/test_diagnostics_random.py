@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -220,6 +221,35 @@ def test_a_detector_of_repeated_queries_is_found(trained, digits):
             return 9.0 * nn.functional.one_hot(trained(x).argmax(1), 10) + 0 * x.sum()
 
     assert look(name, Labels(), digits).passed
+
+    class Drifting(nn.Module):
+        """Takes the mean of what it was asked lately out of its images: it seems random."""
+
+        def __init__(self):
+            super().__init__()
+            self.model, self.mean = trained, digits.train.take(slice(None))[0].mean(0)
+            self.usual = self.mean
+
+        def forward(self, x):
+            for image in x.detach():
+                self.mean = 0.95 * self.mean + 0.05 * image
+            return self.model(x - self.mean + self.usual)
+
+    drifting = look(name, Drifting(), digits)
+    assert drifting.passed is False
+    assert "remembers what it was asked" in drifting.detail
+
+    class Rolling(nn.Module):
+        """Noise of a generator of its own: it moves from call to call, and remembers nothing."""
+
+        def __init__(self):
+            super().__init__()
+            self.model, self.draw = trained, np.random.default_rng(0)
+
+        def forward(self, x):
+            return self.model(x + torch.tensor(self.draw.normal(0, 0.1, x.shape), dtype=x.dtype))
+
+    assert look(name, Rolling(), digits).passed is None
 
     class Writer(nn.Module):
         def __init__(self):

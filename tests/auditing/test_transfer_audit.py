@@ -11,9 +11,10 @@ from gambeson.auditing import DIAGNOSTICS, Suite, surrogate
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.results import Subject
 from gambeson.auditing.stages import Stages
+from gambeson.auditing.towards import Towards
 from gambeson.auditing.transfer import FromSurrogate, measure, name_of
 from gambeson.evaluation import Rate
-from gambeson.threat import perturb
+from gambeson.threat import Ball, perturb
 from gambeson.victim import Victim, predict
 from tests.conftest import LinearNet, binary, inner_images
 
@@ -146,6 +147,35 @@ def test_transferred_errors_are_those_of_the_images_crafted_on_the_surrogate(tra
     assert all(part.error.value > 0.1 for part in parts.values())
     assert found.borrowed[0.15].about.model == gb.models.fingerprint(source)
     found.victim.__exit__(None, None, None)
+
+
+class Nearest(nn.Module):
+    """The class of the nearest image that it knows, with a faint gradient of another net for show."""
+
+    def __init__(self, known, labels, net):
+        super().__init__()
+        self.known, self.labels, self.net = known, labels, net
+
+    def forward(self, x):
+        nearest = torch.cdist(x.detach().flatten(1), self.known.flatten(1)).argmin(1)
+        return 10.0 * nn.functional.one_hot(self.labels[nearest], 10) + 1e-3 * self.net(x)
+
+
+def test_what_compares_with_known_images_falls_to_steps_towards_others(trained, digits, source):
+    model = Nearest(*digits.train.take(slice(None)), trained)
+    suite = SUITE.model_copy(update={"eps": (0.3,)})
+    check = looked(evidence_of(model, digits, source, suite=suite))["white box beats queries"]
+    assert check.passed is False
+    images, labels = digits.test.take(slice(0, 60))
+    with Victim(model) as victim:
+        moved = Towards(Ball(eps=0.3), digits.train)(victim, images, labels)
+        still = (victim.exact(images).argmax(1) == labels).sum() - (victim.exact(moved).argmax(1) == labels).sum()
+        assert still > 12
+        assert victim.forwards == (20 + 2) * 60
+    assert (moved - images).abs().max() <= 0.3 + 1e-6
+    nothing = Towards(Ball(eps=0), digits.train)
+    with Victim(model) as victim:
+        assert torch.equal(nothing(victim, images, labels), images)
 
 
 def test_a_surrogate_of_any_scale_is_climbed_as_well(trained, digits, source):

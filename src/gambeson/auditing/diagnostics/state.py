@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
 from gambeson.auditing.evidence import Evidence
 from gambeson.base import generator, seeded
-from gambeson.victim import predict
+from gambeson.victim import Victim, predict
 
 _PROBES = 8
 _OTHERS = 24
@@ -18,6 +20,12 @@ _NOISE = 0.01
 """What rounding may do: batches of another size are added up in another order."""
 _UNREPEATABLE = Finding(
     None, "the model is random and no seed of torch makes it repeat itself: its answers cannot be told from its noise"
+)
+
+_STATEFUL = Finding(
+    False,
+    "asked twice for the same images from the same seed, the model answers differently; copies of it answer alike "
+    "after the same images and otherwise after others: it remembers what it was asked",
 )
 
 
@@ -38,6 +46,25 @@ def _apart(first: torch.Tensor, second: torch.Tensor) -> float:
 
 def _repeats(evidence: Evidence, images: torch.Tensor) -> bool:
     return _apart(_asked(evidence, images), _asked(evidence, images)) <= _NOISE
+
+
+def _remembers(evidence: Evidence, images: torch.Tensor) -> bool:
+    """Whether copies of the model answer alike after the same images, and otherwise after others.
+
+    A model that draws from a generator of its own also moves from call to call, but whatever the images were.
+    """
+    if evidence.subject.black_box:
+        return False
+    answers = []
+    try:
+        for before in (images, images, 1 - images):
+            with Victim(copy.deepcopy(evidence.victim.model)) as twin, seeded(evidence.seed, "state"), torch.no_grad():
+                twin.exact(before.clone())
+                answers.append(twin.exact(images.clone()))
+    except Exception:  # what cannot be copied cannot be told
+        return False
+    first, again, other = answers
+    return _apart(first, again) <= _NOISE < _apart(first, other)
 
 
 def _batches(evidence: Evidence) -> Finding:
@@ -82,7 +109,7 @@ def _memory(evidence: Evidence) -> Finding:
     victim, subject = evidence.victim, evidence.subject
     images, _ = evidence.sample.take(slice(0, _PROBES), victim.device)
     if subject.random and not _repeats(evidence, images):
-        return _UNREPEATABLE
+        return _STATEFUL if _remembers(evidence, images) else _UNREPEATABLE
     # The whole split again where the model is random: with other batches it would not draw the same.
     count = len(evidence.test) if subject.random else min(evidence.suite.sample, len(evidence.test))
     split = evidence.test.subset(torch.arange(count))

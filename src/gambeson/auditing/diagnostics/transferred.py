@@ -8,6 +8,7 @@ from gambeson.attacks import Square
 from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.outcome import Gain, Outcome, under
+from gambeson.auditing.towards import Towards
 from gambeson.auditing.transfer import FromSurrogate, image_attacks, on_surrogate
 from gambeson.base import generator
 from gambeson.threat import Ball, perturb
@@ -19,6 +20,8 @@ _MORE_UNIVERSAL = 0.05
 """The same for universal perturbations, of which the best is found by luck as well."""
 _QUERIES = 300
 """The most queries an image."""
+_KNOWN, _FLOATS = 2000, 2**26
+"""Training images that are stepped towards: so many at the most, and so many numbers in them."""
 
 
 def _transferred(evidence: Evidence) -> Finding:
@@ -61,21 +64,32 @@ def _queried(evidence: Evidence) -> Finding:
         return Finding(None, "Square is for one label an image and the norms inf and 2, and needs queries")
     white = evidence.outcome(evidence.suite.pgd(evidence.eps))
     standing = white.right.nonzero().flatten()
-    both = white.right.clone()
+    both, broken = white.right.clone(), [0, 0]
     if len(standing):
-        images, labels = evidence.sample.take(standing, evidence.victim.device)
-        moved = Square(eps=evidence.eps, norm=norm, queries=queries)(
-            evidence.victim, images, labels, seed=evidence.seed, ignore_index=evidence.sample.ignore_index
+        victim, ignored = evidence.victim, evidence.sample.ignore_index
+        images, labels = evidence.sample.take(standing, victim.device)
+        square = Square(eps=evidence.eps, norm=norm, queries=queries)
+        moves = (
+            square(victim, images, labels, seed=evidence.seed, ignore_index=ignored),
+            _towards(evidence)(victim, images, labels),
         )
-        both[standing] = (vote(evidence.victim, moved) == labels).long().cpu()
+        for k, moved in enumerate(moves):
+            right = (vote(victim, moved) == labels).long().cpu()
+            broken[k] = len(standing) - int(right.sum())
+            both[standing] = both[standing].minimum(right)
     gain = Gain.of(white, Outcome(both, white.answers))
-    broken = len(standing) - int(both.sum())
     return Finding(
         gain.low <= _MORE,
-        f"of {len(standing)} images that PGD leaves right, among {len(both)}, Square breaks {broken} with {queries} "
-        "queries each",
-        {"left by PGD": len(standing), "broken by queries": broken},
+        f"of {len(standing)} images that PGD leaves right, among {len(both)}, Square breaks {broken[0]} with {queries} "
+        f"queries each, and steps towards training images of other classes break {broken[1]}",
+        {"left by PGD": len(standing), "broken by queries": len(standing) - int(both[standing].sum())},
     )
+
+
+def _towards(evidence: Evidence) -> Towards:
+    train = evidence.data.train
+    known = evidence.few(min(_KNOWN, _FLOATS // torch.Size(train.shape).numel()), train)
+    return Towards(Ball(eps=evidence.eps, norm=evidence.suite.norm), known)
 
 
 class _Noise:
@@ -127,9 +141,11 @@ DIAGNOSTICS = (
     ),
     Diagnostic(
         name="white box beats queries",
-        condition=f"Square breaks clearly more than {100 * _MORE:g} % of images among those that PGD leaves right",
+        condition=f"Square, or steps towards training images of other classes, break clearly more than {100 * _MORE:g} "
+        "% of images among those that PGD leaves right",
         explanation="An attack that sees scores alone finds what the gradient does not lead to (Athalye et al. 2018, "
-        "section 3.1; Andriushchenko et al. 2020, section 5).",
+        "section 3.1; Andriushchenko et al. 2020, section 5); steps towards other images find what compares images "
+        "with those it knows.",
         remedy=_REMEDY,
         look=_queried,
     ),

@@ -1,0 +1,49 @@
+"""Steps towards images of other classes: an attack that no gradient leads, and none can lead astray."""
+
+from __future__ import annotations
+
+import torch
+
+from gambeson.attacks import Loss
+from gambeson.data import Split
+from gambeson.threat import Ball, perturb
+from gambeson.victim import Victim
+
+
+class Towards:
+    """Move each image as far as the ball allows towards the nearest images of other classes, one after the other.
+
+    What is kept is the move with the largest loss. A model that compares images with what it knows (nearest
+    neighbours, prototypes, projections on the data) changes its answer along such lines, and seldom along its
+    gradient. The attack is ours.
+
+    Args:
+        ball: of allowed perturbations.
+        known: images with one label each, from the train split.
+        tries: how many of the nearest are stepped towards: as many queries an image.
+    """
+
+    def __init__(self, ball: Ball, known: Split, tries: int = 20) -> None:
+        self.ball, self.known, self.tries = ball, known, tries
+
+    @torch.no_grad()
+    def __call__(self, victim: Victim, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return perturbed images.
+
+        Args:
+            victim: the model, inside its context; asked for scores.
+            x: images (N, C, H, W) in [0, 1].
+            y: labels (N,).
+        """
+        images, labels = self.known.take(slice(None), x.device)
+        distances = torch.cdist(x.flatten(1), images.flatten(1))
+        distances[y[:, None] == labels] = torch.inf
+        order = distances.argsort(1)[:, : self.tries]
+        loss, kept = Loss(kind="margin"), x.clone()
+        best = torch.full((len(x),), -torch.inf, device=x.device)
+        for nearest in order.T:
+            moved = perturb(x, self.ball.project(images[nearest] - x))
+            value = loss(victim.exact(moved), y, self.known.ignore_index)
+            better = value > best
+            kept[better], best = moved[better], torch.maximum(value, best)
+        return kept
