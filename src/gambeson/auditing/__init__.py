@@ -3,14 +3,16 @@
 from gambeson.auditing.audit import Audit, audit
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, Finding
 from gambeson.auditing.evidence import Evidence
+from gambeson.auditing.plan import AuditPlan
 from gambeson.auditing.results import AuditResult, Check, Verdict
-from gambeson.auditing.run import AuditRun, run_audit
+from gambeson.auditing.run import AuditRun, plan_audit, run_audit
 from gambeson.auditing.suite import SUITES, Suite
 
 __all__ = [
     "DIAGNOSTICS",
     "SUITES",
     "Audit",
+    "AuditPlan",
     "AuditResult",
     "AuditRun",
     "Check",
@@ -20,5 +22,6 @@ __all__ = [
     "Suite",
     "Verdict",
     "audit",
+    "plan_audit",
     "run_audit",
 ]

@@ -12,6 +12,7 @@ from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.audit import Audit, audit
 from gambeson.auditing.black_box import queries_file
 from gambeson.auditing.budget import fit
+from gambeson.auditing.plan import AuditPlan, plan
 from gambeson.auditing.results import AuditResult
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.base import Config, UserError, close_run, environment, open_run, read_json, unknown_name
@@ -77,6 +78,16 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
     )
     close_run(out)
     return found
+
+
+def plan_audit(run: AuditRun, dataset: data_room.Dataset | None = None) -> AuditPlan:
+    """Count and measure what ``run`` will cost, on a few images; nothing is written.
+
+    Raises:
+        UserError: the model cannot be loaded or is a black box, or no data is known.
+    """
+    subject = load_subject(run.model, run.data, run.device, dataset)
+    return plan(subject.model, subject.dataset, run.suite, run.seed)
 
 
 def images_asked(out: Path) -> int:

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from gambeson.auditing import SUITES, AuditRun, run_audit
+from gambeson.auditing import SUITES, AuditRun, plan_audit, run_audit
 from gambeson.auditing.run import images_asked
 from gambeson.base import UserError, pick_device, read_settings, unknown_name
 from gambeson.cli.options import ConfigFile, Device, Json, Out, Set, folder_beside, print_json, progress, put, put_all
-from gambeson.cli.tables import audit_table
+from gambeson.cli.tables import audit_table, plan_table
 
 
 def audit(
@@ -31,6 +31,7 @@ def audit(
         typer.Option(help="Model to transfer from: auto trains a small one, none leaves it out, or a model's name."),
     ] = None,
     label: Annotated[str | None, typer.Option(help="What tables call the model.")] = None,
+    only_plan: Annotated[bool, typer.Option("--plan", help="Only count and print what the audit will cost.")] = False,
     config: ConfigFile = None,
     set_: Set = None,
     out: Out = None,
@@ -70,6 +71,10 @@ def audit(
     run = AuditRun(**settings)
     folder = out or folder_beside(run.model, "audit")
     with progress(as_json) as console:
+        if only_plan:
+            cost = plan_audit(run)
+            print_json(cost.plain() | {"seconds": cost.seconds}) if as_json else console.print(plan_table(cost))
+            return
         found = run_audit(run, folder)
     if as_json:
         print_json(found.results.plain())

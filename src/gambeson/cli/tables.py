@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from rich import box
 from rich.table import Table
 
-from gambeson.auditing import AuditResult
+from gambeson.auditing import AuditPlan, AuditResult
 from gambeson.evaluation import Rate
 
 _NONE = "\N{EN DASH}"
@@ -43,6 +43,27 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
         row("  worst control", _control(eps), "dim")
     deltas = {result.eps_uni.delta for result in results}
     row(f"eps_uni({deltas.pop():g})" if len(deltas) == 1 else "eps_uni", _eps_uni)
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: hours and minutes, or minutes and seconds."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s"
+
+
+def plan_table(cost: AuditPlan) -> Table:
+    """A row a part of the audit: how many forwards and gradients, and how long at the most."""
+    table = Table(
+        title=f"at most {duration(cost.seconds)} on {cost.device}",
+        box=box.SIMPLE_HEAD,
+        caption=f"{cost.surrogate} is trained first, which comes on top" if cost.surrogate else None,
+    )
+    for name in ("", "forwards", "gradients", "at most"):
+        table.add_column(name, justify="right" if name else "left")
+    for part in cost.parts:
+        table.add_row(part.name, f"{part.forwards:,}", f"{part.gradients:,}", duration(cost.seconds_of(part)))
     return table
 
 

@@ -12,6 +12,7 @@ from gambeson import data as data_room
 from gambeson import defenses
 from gambeson.base import UserError, read_settings
 from gambeson.cli.options import ConfigFile, Device, Json, Norm, Out, RunSeed, Set, chosen, print_json, progress
+from gambeson.cli.tables import duration
 from gambeson.training import Plan, TrainRun, plan_training, run_training
 
 GREY_EPS, COLOUR_EPS = 0.2, 8 / 255
@@ -92,13 +93,11 @@ def train(
 
 
 def _words(cost: Plan, name: str) -> str:
-    hours, rest = divmod(round(cost.seconds), 3600)
-    minutes, seconds = divmod(rest, 60)
-    span = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
     megabytes = [round(size / 2**20) for size in (cost.memory, cost.weights, cost.activations, cost.data)]
     return (
-        f"{name}: {cost.steps} steps of {cost.seconds_a_step:.3g} s are about {span} on {cost.device}; a step costs "
-        f"{cost.plain_ratio:.2f} times a step of standard training; memory about {megabytes[0]} MiB "
+        f"{name}: {cost.steps} steps of {cost.seconds_a_step:.3g} s are about {duration(cost.seconds)} on "
+        f"{cost.device}; a step costs {cost.plain_ratio:.2f} times a step of standard training; memory about "
+        f"{megabytes[0]} MiB "
         f"(weights and moments {megabytes[1]}, activations {megabytes[2]}, images {megabytes[3]})"
     )
 
