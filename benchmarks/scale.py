@@ -1,9 +1,9 @@
 """At which scale of the logits does cross-entropy lead an attack best? ``python benchmarks/scale.py``.
 
-Plain and PGD-trained LeNet-5 on digits, MNIST and Fashion-MNIST (the networks of ``benchmarks/poisoned.py``), whose
-logits are multiplied so that the median of first minus second on clean validation images takes eight values.
-Stochastic PGD (crafted on train, two seeds) and PGD of 20 steps at one eps each; all rates are of validation images,
-for they choose the setting of :mod:`gambeson.auditing.scale`.
+Plain and PGD-trained LeNet-5 on digits, MNIST, Fashion-MNIST and CIFAR-10 (the networks of ``benchmarks/poisoned.py``),
+whose logits are divided by the temperature that calibrates them, and by multiples of it. Stochastic PGD (crafted on
+train, two seeds) and PGD of 20 steps at one eps each; all rates are of validation images, for they choose the setting
+of :mod:`gambeson.auditing.scale`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from poisoned import material, model_of
 
 import gambeson as gb
 from gambeson.attacks import PGD, StochasticPGD
-from gambeson.auditing.scale import USUAL, margin_of
+from gambeson.auditing.scale import USUAL, calibrating
 from gambeson.base import environment, write_json
 from gambeson.evaluation.universal import accuracy_under
 from gambeson.victim import Victim
 
-MARGINS = (0.05, 0.5, 1.5, 3.0, 6.0, 12.0, 30.0, 300.0)
+MULTIPLES = (32, 8, 2, 1, 0.5, 0.125, 0.03125)
 CASES = (
     ("digits", "standard", 0.15),
     ("digits", "pgd-adversarial", 0.15),
@@ -30,6 +30,8 @@ CASES = (
     ("mnist5k", "pgd-adversarial", 0.2),
     ("fashion-mnist", "standard", 0.1),
     ("fashion-mnist", "pgd-adversarial", 0.15),
+    ("cifar10", "standard", 12 / 255),
+    ("cifar10", "pgd-adversarial", 12 / 255),
 )
 SEEDS, IMAGES = (0, 1), 500
 
@@ -40,17 +42,17 @@ def measure(data: gb.data.Dataset, model: torch.nn.Module, eps: float) -> list[d
     few = data.validation.subset(torch.arange(min(IMAGES, len(data.validation))))
     with Victim(model, fast=True) as victim:
         victim.meet(few.take(slice(0, 8))[0])
-        own = margin_of(victim, data.validation, 0)
-        for margin in (own, *MARGINS):
-            victim.temperature = own / margin
+        own = calibrating(victim, data.validation, 0)
+        for multiple in (1 / own, *MULTIPLES):
+            victim.temperature = own * multiple
             rates = []
             for seed in SEEDS:
                 attack = StochasticPGD(eps=eps, steps=100, screened=2, truncate_right=False)
                 uap = attack.craft(victim, data, seed=seed)
                 rates.append(max(rate for _, rate in uap.about.restarts))
             accuracy = accuracy_under(victim, few, PGD(eps=eps, steps=20), 0).plain()
-            found.append({"margin": margin, "uer": rates, "pgd accuracy": accuracy})
-            print(f"  margin {margin:7.2f}: UER {rates}, accuracy under PGD {accuracy['value']:.3f}", flush=True)
+            found.append({"multiple": multiple, "uer": rates, "pgd accuracy": accuracy})
+            print(f"  {multiple:7.3g}: UER {rates}, accuracy under PGD {accuracy['value']:.3f}", flush=True)
     return found
 
 

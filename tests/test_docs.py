@@ -64,15 +64,16 @@ def sharing_table():
 def scale_table():
     """The table of the logits' scale in docs/audit.md, from what ``benchmarks/scale.py`` stored."""
     rows = json.loads((ROOT / "results" / "scale.json").read_text())["rows"]
-    margins = [f"{one['margin']:g}" for one in rows[0]["scales"][1:]]
-    lines = [f"| net, eps | its own | {' | '.join(margins)} |", "|---|---|" + "---|" * len(margins)]
+    values = [one["multiple"] for one in rows[0]["scales"][1:]]
+    multiples = [f"{value:g}" if value >= 1 else f"1/{1 / value:g}" for value in values]
+    lines = [f"| net, eps | as they are | {' | '.join(multiples)} |", "|---|---|" + "---|" * len(multiples)]
     for row in rows:
         cells = [
             f"{100 * statistics.mean(one['uer']):.0f} / {100 * one['pgd accuracy']['value']:.0f}"
             for one in row["scales"]
         ]
-        cells[0] += f" at {row['scales'][0]['margin']:.1f}"
-        lines.append(f"| {row['data']}, {row['net']}, {row['eps']:g} | {' | '.join(cells)} |")
+        cells[0] += f" at {row['scales'][0]['multiple']:.2f}"
+        lines.append(f"| {row['data']}, {row['net']}, {row['eps']:.3g} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -23,23 +23,40 @@ class Times(nn.Module):
         return self.model(x) * self.factor
 
 
-def margin(victim, ask, images):
-    first, second = ask(images).topk(2, dim=1).values.unbind(1)
-    return float((first - second).median())
-
-
-@pytest.mark.parametrize(("factor", "becomes"), [(40.0, 12.0), (0.01, 3.0), (1.0, None)])
-def test_an_unusual_margin_is_brought_to_the_nearer_end(factor, becomes, trained, digits):
+@pytest.mark.parametrize(("factor", "left"), [(40.0, False), (0.01, False), (1.0, True)])
+def test_an_unusual_scale_is_brought_to_calibration(factor, left, trained, digits):
     images, _ = digits.validation.take(slice(0, 200))
-    with Victim(Times(trained, factor)) as victim:
-        own = margin(victim, victim.exact, images)
-        assert becomes or scale.USUAL[0] < own < scale.USUAL[1]
-        victim.temperature = scale.temperature(victim, digits.validation, 0)
-        assert margin(victim, victim, images) == pytest.approx(becomes or own, rel=1e-4)
-        assert margin(victim, victim.exact, images) == own
-        before = predict(victim, digits.test)
     with Victim(trained) as plain:
-        assert torch.equal(predict(plain, digits.test), before)
+        own = scale.calibrating(plain, digits.validation, 0)
+        before = predict(plain, digits.test)
+        logits = plain.exact(images)
+    assert scale.USUAL[0] < own < scale.USUAL[1]
+    with Victim(Times(trained, factor)) as victim:
+        assert scale.calibrating(victim, digits.validation, 0) == pytest.approx(factor * own, rel=1e-4)
+        victim.temperature = scale.temperature(victim, digits.validation, 0)
+        assert torch.allclose(victim(images), logits if left else logits / own, rtol=1e-3, atol=1e-4)
+        assert torch.equal(victim.exact(images), logits * factor)
+        assert torch.equal(predict(victim, digits.test), before)
+
+
+def test_the_calibrating_temperature_is_known_where_answers_are_drawn_from_it():
+    """Labels drawn from the softmax of z / 5; and a model without an error, which is not sharpened without end."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.rand(200, 1, 20, 20, generator=draw)
+    z = 15 * torch.randn(200, 4, 20, 20, generator=draw)
+
+    class Drawn(nn.Module):
+        def forward(self, x):
+            where = [int((images == image).flatten(1).all(1).nonzero()) for image in x]
+            return z[where]
+
+    shares = (z / 5).softmax(1).movedim(1, -1).flatten(0, -2)
+    labels = torch.multinomial(shares, 1, generator=draw).view(200, 20, 20)
+    split = gb.data.Split("drawn", images, labels, tuple("abcd"))
+    with Victim(Drawn()) as victim:
+        assert scale.calibrating(victim, split, 0) == pytest.approx(5, rel=0.05)
+        perfect = gb.data.Split("right", images, z.argmax(1), tuple("abcd"))
+        assert 0 < scale.calibrating(victim, perfect, 0) < 5
 
 
 @pytest.mark.parametrize(("answer", "classes"), [(0.0, 10), (float("nan"), 10), (7.0, 1)])

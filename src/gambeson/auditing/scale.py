@@ -2,7 +2,8 @@
 
 Much larger logits saturate the softmax, and gradients vanish or see one class alone; in much smaller ones all wrong
 classes weigh alike, and an image that is fooled weighs as much as one that is not. Predictions do not depend on the
-scale at all. So attacks climb logits that are brought to a usual scale, and scores are taken of the logits as they are.
+scale at all. So attacks climb logits whose probabilities are honest ones: divided by the temperature that calibrates
+them (Guo et al. 2017, section 4.2), where that is far from 1. Scores are taken of the logits as they are.
 """
 
 from __future__ import annotations
@@ -15,40 +16,56 @@ from gambeson.base import seeded
 from gambeson.data import Split
 from gambeson.victim import Victim
 
-USUAL = (3.0, 12.0)
-"""Median margins of clean images between which logits are left as they are; others are brought to the nearer end.
-Ours: where in that range PGD and stochastic PGD are strongest differs from net to net; beyond it PGD is weaker on
-every net that was tried (``benchmarks/scale.py``)."""
+USUAL = (0.5, 2.0)
+"""Calibrating temperatures between which logits are left as they are. Ours: near calibration the attacks are about as
+strong (``benchmarks/scale.py``)."""
 _IMAGES = 200
+_PIXELS = 2**14
+"""Answers that are looked at, of label maps."""
 _LARGEST = 1e30
 
 
 def temperature(victim: Victim, split: Split, seed: int) -> float:
-    """Return what to divide the logits by, so that their median margin is :data:`USUAL`.
+    """Return what to divide the logits by: the temperature that calibrates them, or 1 where that is :data:`USUAL`.
 
-    1 where it is, and where it cannot be: logits that are all alike, or not finite. Arguments as in :func:`margin_of`.
+    1 also where there is none: a single logit, logits that are all alike, or not finite. Arguments as in
+    :func:`calibrating`.
     """
-    margin = margin_of(victim, split, seed)
-    if not (math.isfinite(margin) and 1 / _LARGEST < margin < _LARGEST):
-        return 1.0
-    return margin / min(max(margin, USUAL[0]), USUAL[1])
+    found = calibrating(victim, split, seed)
+    return 1.0 if math.isnan(found) or USUAL[0] <= found <= USUAL[1] else found
 
 
 @torch.no_grad()
-def margin_of(victim: Victim, split: Split, seed: int) -> float:
-    """Return the median, over images, of the first logit minus the second; NaN where there is no second.
+def calibrating(victim: Victim, split: Split, seed: int) -> float:
+    """Return the temperature at which the cross-entropy of clean images is least; NaN where there is none.
+
+    Labels are smoothed by one image's worth, so that a model without an error is not sharpened without end.
 
     Args:
         victim: the model, inside its context.
         split: images that nothing is reported on; the first 200 are looked at.
         seed: of a random model's draws.
     """
-    margins = []
+    answers, truths = [], []
     with seeded(seed, "scale"):
-        for images, _ in split.subset(torch.arange(min(_IMAGES, len(split)))).batches(20, device=victim.device):
+        for images, labels in split.subset(torch.arange(min(_IMAGES, len(split)))).batches(20, device=victim.device):
             logits = victim.exact(images).double()
             if logits.ndim < 2 or logits.shape[1] < 2:
                 return math.nan
-            first, second = logits.topk(2, dim=1).values.unbind(1)
-            margins.append((first - second).flatten().cpu())
-    return float(torch.cat(margins).median())
+            answers.append(logits.movedim(1, -1).flatten(0, -2).cpu())
+            truths.append(labels.flatten().cpu())
+    z, y = torch.cat(answers), torch.cat(truths)
+    known = torch.ones_like(y, dtype=torch.bool) if split.ignore_index is None else y != split.ignore_index
+    z, y = z[known], y[known]
+    few = torch.linspace(0, len(y) - 1, min(len(y), _PIXELS), dtype=torch.float64).round().long()
+    z, y = z[few], y[few]
+    unit = float((z.amax(1) - z.mean(1)).median()) if len(y) else math.nan
+    if not (math.isfinite(unit) and 1 / _LARGEST < unit < _LARGEST):
+        return math.nan
+    smoothing = 1 / (len(y) + 1)
+    shares = torch.logspace(-2, 2, 401, dtype=torch.float64)
+
+    def loss(share: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(z / (unit * share), y, label_smoothing=smoothing)
+
+    return unit * float(shares[torch.stack([loss(share) for share in shares]).argmin()])
