@@ -47,6 +47,7 @@ def test_error_rates_are_told_from_what_is_stored(page, tmp_path, monkeypatch):
         "a": {"kind": "poisoned", "failed": ["EOT gap"]},
         "b": {"kind": "poisoned", "failed": []},
         "c": {"kind": "honest", "failed": []},
+        "d": {"kind": "honest", "failed": []},
     }
     keys = list(page._WRONG.values())
     found = {
@@ -57,10 +58,19 @@ def test_error_rates_are_told_from_what_is_stored(page, tmp_path, monkeypatch):
     path = tmp_path / "poisoned.json"
     monkeypatch.setattr(page, "RATES", path)
     assert "Not measured yet" in page.rates_text()
-    path.write_text(json.dumps({"suites": {"quick": {"cells": cells, **found}}}))
+    alone = {
+        "cells": {"a": cells["a"], "c": cells["c"]},
+        keys[0]: rate | {"models": []},
+        keys[1]: rate | {"models": []},
+    }
+    alone[keys[2]] = rate | {"models": [], "n": 1}
+    suites = {"quick": {"cells": cells, **found}, "quick, first sight": alone}
+    path.write_text(json.dumps({"suites": suites}))
     text = page.rates_text()
+    assert text.count("first sight | honest") == 0
     assert "| quick | deceptive, trusted and not broken | 25.0 % [10.0, 50.0] of 4 | b on digits |" in text
-    assert "| EOT gap | 1 of 2 | 0 of 1 |" in text
+    assert "| fails | deceptive, quick | honest, quick |\n" in text  # a single network is no rate
+    assert "| EOT gap | 1 of 2 | 0 of 2 |" in text
 
 
 def test_every_diagnostic_has_its_picture_and_its_words(page):
