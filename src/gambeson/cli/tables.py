@@ -58,7 +58,7 @@ def duration(seconds: float) -> str:
 def plan_table(cost: AuditPlan) -> Table:
     """A row a part of the audit: how many forwards and gradients, and how long at the most."""
     table = Table(
-        title=f"at most {duration(cost.seconds)} on {cost.device}",
+        title=f"about {duration(cost.seconds)} at the most, on {cost.device}",
         box=box.SIMPLE_HEAD,
         caption=f"{cost.surrogate} is trained first, which comes on top" if cost.surrogate else None,
     )
