@@ -71,6 +71,14 @@ def test_the_interval_at_the_middle_eps_decides_the_lead(errors, lead):
     assert len(re.findall(r"\[\d", verdict.summary)) == 3  # every rate with its interval
 
 
+def test_a_model_that_is_wrong_as_it_is_was_not_broken_by_a_pattern():
+    said = judge(Rate.of(250, 1000), points(800), FOUND, []).summary
+    assert said.startswith(
+        "At an error of 50 % before any pattern is added; under one at eps 0.1: it misclassifies 80.0"
+    )
+    assert judge(Rate.of(600, 1000), points(800), FOUND, []).summary.startswith("Broken by one pattern")
+
+
 def test_the_worst_attack_on_single_images_stands_beside_it():
     rows = [per_image(300), per_image(120, "standard"), per_image(5, "pgd", eps=0.3)]
     said = judge(CLEAN, points(60), FOUND, [], per_image=rows).summary

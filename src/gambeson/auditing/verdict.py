@@ -63,7 +63,9 @@ def _worst(point: Universal, transfer: Sequence[Transferred]) -> tuple[Rate, Tra
 def _one_pattern(clean: Rate, point: Universal, delta: float, transfer: Sequence[Transferred]) -> str:
     worst, source = _worst(point, transfer)
     share = f"{100 * delta:g} %"
-    if worst.low >= delta:
+    if clean.complement.low >= delta:
+        lead = f"At an error of {share} before any pattern is added; under one"
+    elif worst.low >= delta:
         lead = "Broken by one pattern"
     elif worst.high < delta:
         lead = f"Not brought to an error of {share} by one pattern"
