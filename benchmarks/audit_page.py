@@ -215,11 +215,12 @@ def costs_text() -> str:
         whole = screened + suite.universal_restarts * climb
         images = "all" if suite.test_images is None else f"{suite.test_images:,}"
         runs = suite.eps_uni_runs
+        tried = "" if runs is None else ", at most once" if runs == 1 else f", at most {runs} times"
         row = f"on {suite.row_images:,} images" if suite.row_images else "left out"
         values = (
             f"{suite.surrogate_epochs} over {suite.surrogate_images:,}",
             f"{round(whole, -3):,} to {round(whole + climb, -3):,}",
-            f"{round(screened + 2 * climb, -3):,}" + (f", at most {runs} times" if runs is not None else ""),
+            f"{round(screened + 2 * climb, -3):,}" + tried,
             f"{suite.pgd_steps * suite.pgd_restarts}, on {images}",
             row,
             f"{suite.transfer_images:,}",

@@ -45,7 +45,7 @@ MAKERS = {  # which files of the audit make which stages
     "corruption": ("corruption.py",),
     "slopes": ("slopes.py", "slope_results.py"),
     "surrogate": ("surrogate.py",),
-    "check ": ("diagnostics/*.py", "evidence.py", "outcome.py"),
+    "check ": ("diagnostics/*.py", "evidence.py", "outcome.py", "towards.py"),
 }
 SOURCES = {  # read at once: what this process runs, also where a file changes meanwhile
     stage: "".join(file.read_text() for pattern in patterns for file in sorted(AUDITING.glob(pattern)))
@@ -235,6 +235,8 @@ def main() -> None:
         if arguments.only and not any(part in f"{data} {name}" for part in arguments.only):
             continue
         old = rows.get(key, {})
+        if arguments.first_sight and old:  # there is no second one
+            continue
         now = signature(suite_of(arguments.suite, material(data).data), kind, name)
         if old.get("signature") == now and "crashed" not in old:
             continue

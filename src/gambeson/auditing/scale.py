@@ -46,19 +46,21 @@ def calibrating(victim: Victim, split: Split, seed: int) -> float:
         split: images that nothing is reported on; the first 200 are looked at.
         seed: of a random model's draws.
     """
+    count = min(_IMAGES, len(split))
     answers, truths = [], []
     with seeded(seed, "scale"):
-        for images, labels in split.subset(torch.arange(min(_IMAGES, len(split)))).batches(20, device=victim.device):
-            logits = victim.exact(images).double()
+        for images, labels in split.subset(torch.arange(count)).batches(20, device=victim.device):
+            logits = victim.exact(images)
             if logits.ndim < 2 or logits.shape[1] < 2:
                 return math.nan
-            answers.append(logits.movedim(1, -1).flatten(0, -2).cpu())
-            truths.append(labels.flatten().cpu())
+            rows, truth = logits.movedim(1, -1).flatten(0, -2), labels.flatten()
+            known = torch.arange(len(truth)) if split.ignore_index is None else (truth != split.ignore_index).nonzero()
+            # Label maps are thinned out batch by batch: all their pixels would not fit into memory.
+            most = min(len(known), max(1, _PIXELS * len(images) // count))
+            few = known.flatten()[torch.linspace(0, len(known) - 1, most, dtype=torch.float64).round().long()]
+            answers.append(rows[few].double().cpu())
+            truths.append(truth[few].cpu())
     z, y = torch.cat(answers), torch.cat(truths)
-    known = torch.ones_like(y, dtype=torch.bool) if split.ignore_index is None else y != split.ignore_index
-    z, y = z[known], y[known]
-    few = torch.linspace(0, len(y) - 1, min(len(y), _PIXELS), dtype=torch.float64).round().long()
-    z, y = z[few], y[few]
     unit = float((z.amax(1) - z.mean(1)).median()) if len(y) else math.nan
     if not (math.isfinite(unit) and 1 / _LARGEST < unit < _LARGEST):
         return math.nan
