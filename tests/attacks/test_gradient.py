@@ -11,8 +11,7 @@ from gambeson.attacks import FGSM, PGD, RFGSM
 from gambeson.attacks.gradient import IFGSM
 from gambeson.attacks.solver import NotFinite
 from gambeson.data import Split
-from gambeson.evaluation import Rate
-from gambeson.evaluation.universal import accuracy_under
+from gambeson.evaluation import Rate, accuracy_under
 from gambeson.threat import Ball
 from gambeson.victim import Victim
 from tests.attacks.optima import best_gain

@@ -9,7 +9,7 @@ from gambeson.attacks import PGD, Square
 from gambeson.auditing import SUITES, per_image
 from gambeson.auditing.diagnostics import DIAGNOSTICS
 from gambeson.data import Dataset, Split
-from gambeson.evaluation.universal import accuracy_under
+from gambeson.evaluation import accuracy_under
 from tests.auditing.evidence import held
 from tests.conftest import LinearNet
 

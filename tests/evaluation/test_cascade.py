@@ -74,7 +74,7 @@ def test_a_random_model_is_decided_by_many_draws():
     with Victim(Noisy()) as victim:
         found = run_cascade(victim, split, nothing).result
     assert found.draws == 21
-    assert found.clean.value > 0.95
+    assert found.clean.value > 0.9  # by one draw, 0.69
     with Victim(Noisy()) as victim:
         broken = run_cascade(victim, split, {"pgd": PGD(eps=0.5, steps=5, draws=20)}).result
         assert broken.robust.value < 0.8 * broken.clean.value

@@ -10,6 +10,7 @@ import torch
 from gambeson.analysis.matrix_free import Linearised, batches_of
 from gambeson.analysis.views import Source, labelled, margins, opened
 from gambeson.threat import perturb
+from gambeson.victim import predicted
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def linearise(model: Source, data: Any, perturbations: torch.Tensor) -> Linear:
                     margins(line.logits, labels),
                     change.transpose(0, 1),
                     (moved.argmax(2) != labels).T,
-                    (truth.argmax(2) != labels).T,
+                    (torch.stack([predicted(logits) for logits in truth]) != labels).T,
                     (truth - moved).norm(dim=2).T,
                 )
             )

@@ -12,6 +12,7 @@ from gambeson.analysis.views import Source, opened
 from gambeson.base import UserError, generator
 from gambeson.base.checks import check_batch
 from gambeson.threat import Ball, Norm, perturb
+from gambeson.victim import predicted
 
 ORDERS = (1, 4, 16, 64)
 
@@ -116,7 +117,7 @@ def adversarial_subspace(
                 hits, clipped = torch.zeros_like(counts[row]), []
                 for direction in directions(g, ball, k, draw):
                     moved = perturb(images, direction)
-                    hits += victim.exact(moved).argmax(1) != labels
+                    hits += predicted(victim.exact(moved)) != labels
                     clipped.append((moved - images).flatten(1))
                 counts[row] = torch.maximum(counts[row], hits)
                 if turn == 0:

@@ -10,7 +10,7 @@ from gambeson.analysis.views import Source, answer, margins, opened, pull
 from gambeson.base import UserError, generator
 from gambeson.base.checks import check_batch
 from gambeson.threat import Ball, perturb
-from gambeson.victim import Victim
+from gambeson.victim import Victim, predicted
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def loss_surface(
                     move = first * g + second * side
                     logits = victim.exact(perturb(images, move) if clip else images + move)
                     losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
-                    wrongs.append(logits.argmax(1) != labels)
+                    wrongs.append(predicted(logits) != labels)
     shape = (len(images), points, points)
     return Surface(steps, torch.stack(losses, 1).view(shape), torch.stack(wrongs, 1).view(shape), g, side)
 

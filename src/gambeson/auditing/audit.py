@@ -38,7 +38,7 @@ from gambeson.evaluation import BlackBox
 from gambeson.evaluation.results import EpsUni
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import count_parameters, fingerprint
-from gambeson.victim import Victim, predict, score
+from gambeson.victim import Victim, counting, nothing_counts, predict, score
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,19 @@ def audit(
 
 def _reported(data: Dataset, suite: Suite, seed: int, device: torch.device) -> Dataset:
     """The data with as many validation and test images as the suite judges by."""
-    validation = _few(data.validation, suite.validation_images, seed)
-    test = _few(data.test, suite.test_images, seed)
+    validation = _few(_labelled(data.validation), suite.validation_images, seed)
+    test = _few(_labelled(data.test), suite.test_images, seed)
     return Dataset(data.name, data.train, validation, test.to(device), data.classes)
+
+
+def _labelled(split: Split) -> Split:
+    """Leave out images in which no label counts: nothing can be reported on them."""
+    if split.ignore_index is None:
+        return split
+    counted = counting(split.labels, split.ignore_index).view(len(split), -1).any(1)
+    if not bool(counted.any()):
+        raise nothing_counts(split)
+    return split if bool(counted.all()) else split.subset(counted.nonzero().flatten(), split.name)
 
 
 def _few(split: Split, images: int | None, seed: int) -> Split:

@@ -11,11 +11,9 @@ from gambeson.auditing.results import Corruption
 from gambeson.base import generator, seeded
 from gambeson.evaluation import Rate
 from gambeson.evaluation.universal import error_rate
-from gambeson.victim import score, vote
+from gambeson.victim import auto_batch_size, score, vote
 
 NOISES = ("gaussian", "uniform", "salt-and-pepper")
-_PIXELS = 2**22
-"""Input values sent forward at once."""
 
 
 def noisy(images: torch.Tensor, noise: str, size: float, draw: torch.Generator) -> torch.Tensor:
@@ -58,10 +56,9 @@ def measure(evidence: Evidence) -> list[Corruption]:
 def _error(evidence: Evidence, noise: str, size: float) -> Rate:
     victim, test = evidence.victim, evidence.test
     draw = generator(evidence.seed, "corruption", noise, f"{size:.6g}", device=victim.device)
-    batch = max(1, min(500, _PIXELS // math.prod(test.shape)))
     with seeded(evidence.seed, "corruption"):  # of a random model's passes
         predictions = [
             vote(victim, noisy(images, noise, size, draw)).cpu()
-            for images, _ in test.batches(batch, device=victim.device)
+            for images, _ in test.batches(auto_batch_size(test.shape), device=victim.device)
         ]
     return error_rate(score(torch.cat(predictions), test))

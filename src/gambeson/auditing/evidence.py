@@ -10,15 +10,14 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from gambeson.attacks import GradientAttack, UniversalPerturbation
-from gambeson.auditing.outcome import Outcome, outcome
+from gambeson.attacks import UniversalPerturbation
+from gambeson.auditing.outcome import AsFarAsFinite
 from gambeson.auditing.results import Draws, PerImage, Subject, Transferred, Universal
 from gambeson.auditing.scale import temperature
 from gambeson.auditing.suite import Suite
-from gambeson.base import seeded
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Rate
-from gambeson.evaluation.cascade import ImageAttack
+from gambeson.evaluation.outcome import AttackT, ImageAttack, Outcome, averaged, outcome
 from gambeson.evaluation.results import Cost
 from gambeson.victim import Victim
 
@@ -99,13 +98,17 @@ class Evidence:
 
         On a random model a gradient attack that does not say over how many draws it averages takes the suite's number.
         """
-        if self.subject.random and isinstance(attack, GradientAttack) and attack.draws is None:
-            attack = attack.model_copy(update={"draws": self.suite.gradient_draws})
+        attack = self.averaged(attack)
         key = (repr(attack), unseen, self.victim.temperature)
         if key not in self._outcomes:
-            with seeded(self.seed, "outcome", repr(attack)):  # whichever diagnostic asks first
-                self._outcomes[key] = outcome(self.victim, self.unseen if unseen else self.sample, attack, self.seed)
+            split = self.unseen if unseen else self.sample
+            self._outcomes[key] = outcome(self.victim, split, AsFarAsFinite(attack), self.seed)
         return self._outcomes[key]
+
+    def averaged(self, attack: AttackT) -> AttackT:
+        """Return an attack whose gradients are averaged over the suite's number of draws where the model is random."""
+        images, _ = self.test.take(slice(0, 8), self.victim.device)
+        return averaged(attack, self.victim, images, self.suite.gradient_draws)
 
     @contextmanager
     def unscaled(self) -> Iterator[None]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from gambeson.attacks import UniversalPerturbation
-from gambeson.base import pixel_bytes, save_tensors
+from gambeson.base import pixel_bytes, save_tensors, seeded
 from gambeson.data import Dataset
-from gambeson.victim import Victim
+from gambeson.victim import Victim, vote
 
 FILE = "examples.safetensors"
 
@@ -29,8 +29,8 @@ def save_examples(folder: Path, victim: Victim, data: Dataset, uap: UniversalPer
         chosen = torch.arange(min(count, len(data.test)))
     images, truths = data.test.take(chosen, victim.device)
     moved = uap.apply(images)
-    with torch.no_grad():
-        before, after = victim.exact(images).argmax(1), victim.exact(moved).argmax(1)
+    with seeded(0, "examples"):  # of a random model's votes
+        before, after = vote(victim, images), vote(victim, moved)
     tensors = {
         "images": pixel_bytes(images),
         "perturbed": pixel_bytes(moved),

@@ -1,4 +1,4 @@
-"""What an attack leaves right, image by image, so that two attacks can be compared on the same images."""
+"""Two attacks compared on the same images, and an attack that goes as far as its gradients are finite."""
 
 from __future__ import annotations
 
@@ -7,37 +7,13 @@ from math import sqrt
 
 import torch
 
-from gambeson.attacks import GradientAttack, NotFinite
-from gambeson.base import derive
-from gambeson.data import Split
-from gambeson.evaluation import Rate
-from gambeson.evaluation.cascade import ImageAttack
-from gambeson.evaluation.universal import DRAWS, at_once
-from gambeson.victim import Victim, predict, vote
+from gambeson.attacks import NotFinite
+from gambeson.evaluation.outcome import ImageAttack, Outcome
+from gambeson.victim import Victim
 
 CLEAR = 3.0
 """Standard errors that make a difference clear: chance alone passes them once in 740, so that the many comparisons of
 one audit seldom cry wolf. Ours."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Right answers of each image under one attack; on label maps an image has many."""
-
-    right: torch.Tensor
-    """(N,): answers that are still right."""
-    answers: torch.Tensor
-    """(N,): answers that count; 1 where an image has one label."""
-
-    @property
-    def rate(self) -> Rate:
-        """Accuracy, with its interval over images."""
-        return Rate.of(int(self.right.sum()), int(self.answers.sum()), len(self.right))
-
-    @property
-    def shares(self) -> torch.Tensor:
-        """(N,) float64: the share of each image's answers that is right."""
-        return self.right.double() / self.answers.clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -80,52 +56,21 @@ def _padded(shares: torch.Tensor) -> tuple[float, float]:
     return float(padded.mean()), float(padded.var(correction=0)) / len(padded)
 
 
-def under(victim: Victim, split: Split, delta: torch.Tensor) -> Outcome:
-    """Count what one perturbation (1, C, H, W) leaves right of a split, as the universal numbers are scored."""
-    labels = split.labels.cpu()
-    right = predict(victim, split, delta.to(victim.device)) == labels
-    valid = torch.ones_like(right) if split.ignore_index is None else labels != split.ignore_index
-    return Outcome((right & valid).view(len(labels), -1).sum(1), valid.view(len(labels), -1).sum(1))
-
-
-def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_size: int = 250) -> Outcome:
-    """Attack every image and count on the images that came back, as ``accuracy_under`` does.
-
-    The majority of the victim's ``passes`` decides.
+class AsFarAsFinite:
+    """An attack whose images, where a gradient is not finite, are what it had found until then.
 
     Args:
-        victim: the model, met before.
-        split: the images.
-        attack: see :func:`attacked`.
-        seed: of the attack.
-        batch_size: images at a time.
+        attack: any attack on single images.
     """
-    right, answers = [], []
-    for k, (images, labels) in enumerate(split.batches(at_once(split, batch_size), device=victim.device)):
-        moved = attacked(victim, attack, images, labels, derive(seed, "batch", k), split.ignore_index)
-        correct = vote(victim, moved) == labels
-        valid = torch.ones_like(correct) if split.ignore_index is None else labels != split.ignore_index
-        right.append((correct & valid).view(len(images), -1).sum(1))
-        answers.append(valid.view(len(images), -1).sum(1))
-    return Outcome(torch.cat(right).cpu(), torch.cat(answers).cpu())
 
+    def __init__(self, attack: ImageAttack) -> None:
+        self.attack = attack
 
-def attacked(
-    victim: Victim,
-    attack: ImageAttack,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    seed: int,
-    ignore_index: int | None,
-) -> torch.Tensor:
-    """Return the images that an attack makes.
-
-    On a random model a gradient attack averages over :data:`DRAWS` draws where it does not say otherwise. Where a
-    gradient is not finite, the images are what the attack had found until then.
-    """
-    if isinstance(attack, GradientAttack) and attack.draws is None and victim.meet(images, scores=True).stochastic:
-        attack = attack.model_copy(update={"draws": DRAWS})
-    try:
-        return attack(victim, images, labels, seed=seed, ignore_index=ignore_index)
-    except NotFinite as error:
-        return images if error.found is None else error.found
+    def __call__(
+        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
+    ) -> torch.Tensor:
+        """Return perturbed images."""
+        try:
+            return self.attack(model, x, y, seed=seed, ignore_index=ignore_index)
+        except NotFinite as error:
+            return x if error.found is None else error.found

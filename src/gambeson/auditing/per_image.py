@@ -9,8 +9,7 @@ from gambeson.attacks import Square
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.results import PerImage
 from gambeson.evaluation import run_cascade, standard_attacks
-from gambeson.evaluation.cascade import ImageAttack
-from gambeson.evaluation.universal import accuracy_under
+from gambeson.evaluation.outcome import ImageAttack, accuracy_under
 
 
 def left_out(evidence: Evidence) -> str:
@@ -55,7 +54,7 @@ def _pgd(evidence: Evidence) -> PerImage:
         settings=attack.plain(),
         eps=evidence.eps,
         norm=evidence.suite.norm,
-        accuracy=accuracy_under(evidence.victim, evidence.test, attack, evidence.seed),
+        accuracy=accuracy_under(evidence.victim, evidence.test, evidence.averaged(attack), evidence.seed),
         cost=evidence.since(before),
     )
 

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from gambeson.attacks import PGD, StochasticPGD
 from gambeson.base import Config, Number, UserError
 from gambeson.data import Dataset
+from gambeson.evaluation.outcome import EOT_SAMPLES
 from gambeson.threat import Eps, Norm
 from gambeson.victim import DRAWS
 
@@ -67,7 +68,7 @@ class Suite(Config):
     """Backward passes that each exact part of the Jacobian analysis may take; 0 leaves the analysis out."""
     draws: Annotated[int, Field(ge=1)] = DRAWS
     """Passes over a random model whose majority decides an image; one is refused by a check."""
-    gradient_draws: Annotated[int, Field(ge=1)] = 10
+    gradient_draws: Annotated[int, Field(ge=1)] = EOT_SAMPLES
     """Draws of a random model that a gradient is averaged over where diagnostics attack it."""
     eps_uni_delta: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """The error whose smallest eps is searched."""

@@ -27,13 +27,17 @@ class Towards:
         self.ball, self.known, self.tries = ball, known, tries
 
     @torch.no_grad()
-    def __call__(self, victim: Victim, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
+    ) -> torch.Tensor:
         """Return perturbed images.
 
         Args:
-            victim: the model, inside its context; asked for scores.
+            model: the model, inside its context; asked for scores.
             x: images (N, C, H, W) in [0, 1].
             y: labels (N,).
+            seed: nothing is drawn.
+            ignore_index: the label of images whose loss is zero, so that they stay as they are.
         """
         images, labels = self.known.take(slice(None), x.device)
         distances = torch.cdist(x.flatten(1), images.flatten(1))
@@ -43,7 +47,7 @@ class Towards:
         best = torch.full((len(x),), -torch.inf, device=x.device)
         for nearest in order.T:
             moved = perturb(x, self.ball.project(images[nearest] - x))
-            value = loss(victim.exact(moved), y, self.known.ignore_index)
+            value = loss(model.exact(moved), y, ignore_index)
             better = value > best
             kept[better], best = moved[better], torch.maximum(value, best)
         return kept

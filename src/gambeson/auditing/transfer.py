@@ -12,7 +12,8 @@ from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.results import Transferred
 from gambeson.base import derive
 from gambeson.data import Split
-from gambeson.evaluation.universal import DRAWS, at_once, error_rate
+from gambeson.evaluation.outcome import EOT_SAMPLES, at_once, averaged
+from gambeson.evaluation.universal import error_rate
 from gambeson.threat import Norm
 from gambeson.victim import Victim, predict, score
 
@@ -33,10 +34,13 @@ class FromSurrogate:
         surrogate: what to craft on.
         attack: how.
         temperature: what the surrogate's logits are divided by, see :mod:`gambeson.auditing.scale`.
+        samples: draws that gradients are averaged over where the surrogate is random.
     """
 
-    def __init__(self, surrogate: nn.Module, attack: GradientAttack, temperature: float = 1.0) -> None:
-        self.surrogate, self.attack, self.temperature = surrogate, attack, temperature
+    def __init__(
+        self, surrogate: nn.Module, attack: GradientAttack, temperature: float = 1.0, samples: int = EOT_SAMPLES
+    ) -> None:
+        self.surrogate, self.attack, self.temperature, self.samples = surrogate, attack, temperature, samples
 
     def __repr__(self) -> str:
         return f"FromSurrogate({self.attack!r})"
@@ -52,9 +56,8 @@ class FromSurrogate:
     ) -> torch.Tensor:
         """Return perturbed images; ``model`` is not looked at."""
         with Victim(self.surrogate, fast=True) as source:
-            source.temperature, attack = self.temperature, self.attack
-            if attack.draws is None and source.meet(x).stochastic:
-                attack = attack.model_copy(update={"draws": DRAWS})
+            source.temperature = self.temperature
+            attack = averaged(self.attack, source, x, self.samples)
             return attack(source, x, y, seed=seed, ignore_index=ignore_index)
 
 
@@ -99,7 +102,7 @@ def measure(evidence: Evidence) -> list[Transferred]:
     tried("stochastic-pgd", test, shared.delta)
     few = evidence.few(evidence.suite.transfer_images)
     for name, attack in image_attacks(eps, norm).items():
-        moved = FromSurrogate(surrogate, attack, evidence.surrogate_temperature)
+        moved = FromSurrogate(surrogate, attack, evidence.surrogate_temperature, evidence.suite.gradient_draws)
         tried(name, perturbed(few, moved, evidence))
     return found
 
@@ -112,7 +115,9 @@ def name_of(surrogate: nn.Module) -> str:
 def perturbed(split: Split, attack: Callable[..., torch.Tensor], evidence: Evidence) -> Split:
     """Return the split with every image perturbed, by the same batches and seeds as diagnostics take."""
     moved = [
-        attack(evidence.victim, images, labels, seed=derive(evidence.seed, "batch", k)).cpu()
+        attack(
+            evidence.victim, images, labels, seed=derive(evidence.seed, "batch", k), ignore_index=split.ignore_index
+        ).cpu()
         for k, (images, labels) in enumerate(split.batches(at_once(split), device=evidence.victim.device))
     ]
     return Split(split.name, torch.cat(moved), split.labels, split.classes, split.ignore_index)

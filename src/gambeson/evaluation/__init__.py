@@ -7,6 +7,7 @@ from gambeson.evaluation.eps_uni import eps_uni
 from gambeson.evaluation.exporting import Exported, run_export
 from gambeson.evaluation.http_scores import HttpScores
 from gambeson.evaluation.local_scores import FunctionScores, OnnxScores
+from gambeson.evaluation.outcome import Outcome, accuracy_under, outcome, outcome_under
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.standard import standard_attacks
 from gambeson.evaluation.subjects import LoadedModel, load_subject
@@ -24,14 +25,18 @@ __all__ = [
     "HttpScores",
     "LoadedModel",
     "OnnxScores",
+    "Outcome",
     "Rate",
     "TransferResult",
     "TransferRun",
     "accuracy",
+    "accuracy_under",
     "control_rates",
     "eps_uni",
     "fooling_rate",
     "load_subject",
+    "outcome",
+    "outcome_under",
     "run_attack",
     "run_cascade",
     "run_export",

@@ -15,13 +15,14 @@ from gambeson.data import Split
 from gambeson.evaluation.local_scores import OnnxScores
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.subjects import load_subject
+from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import ModelCard, PixelModel
 from gambeson.models.export import Target, export
 from gambeson.models.factory import build
 from gambeson.models.hubs import required
 from gambeson.models.init_weights import init_weights
 from gambeson.models.program import load_program
-from gambeson.victim import Victim, look_at
+from gambeson.victim import Victim, auto_batch_size, look_at, majority, nothing_counts, predicted, score
 
 _TOLERANCE = 1e-3
 """Largest difference of a logit, as a share of the largest logit: rounding differs between two runtimes."""
@@ -39,7 +40,7 @@ class Exported(Config):
     file: str
     split: str
     draws: int
-    """Answers an image that were averaged; 1 for a model that repeats itself."""
+    """Passes that decided each image by their majority; 1 for a model that repeats itself."""
     original: Rate
     """Accuracy of the model that was exported."""
     exported: Rate
@@ -92,8 +93,8 @@ def run_export(
         test = test.subset(torch.arange(images))
     export(model, out, to)
     again = _loaded(out, to, model.card)
-    score = _score(model, again, test, draws, seed)
-    result = Exported(source=source, to=to, file=out.name, split=test.name, **score)
+    found = _score(model, again, test, draws, seed)
+    result = Exported(source=source, to=to, file=out.name, split=test.name, **found)
     write_json(Path(f"{out}.json"), {"schema": "gambeson/export-1", "environment": environment(), **result.plain()})
     return result
 
@@ -114,36 +115,33 @@ def _loaded(path: Path, to: Target, card: ModelCard) -> nn.Module:
 class _Sums:
     """What one model answered over the draws of one batch."""
 
-    hits: int = 0
+    answers: list[torch.Tensor] = field(default_factory=list)
     total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     squares: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
 @torch.no_grad()
 def _score(model: nn.Module, again: nn.Module, test: Split, draws: int, seed: int) -> dict[str, Any]:
-    hits = {"original": 0, "exported": 0}
+    found: dict[str, list[torch.Tensor]] = {"original": [], "exported": []}
     variance = {"original": 0.0, "exported": 0.0}
     difference = chance = largest = 0.0
-    answers = 0
+    if len(test) == 0:
+        raise nothing_counts(test)
     with Victim(model) as victim, seeded(seed, "export"):
         first, _ = test.take(slice(0, 8))
         repeats = not (look_at(model, first).stochastic or look_at(again, first).stochastic)
         count = 1 if repeats else draws
-        size = max(1, min(250, 2**22 // math.prod(test.shape)))
+        size = auto_batch_size(test.shape, 250)
         with task("score the export", math.ceil(len(test) / size)) as advance:
-            for images, labels in test.batches(size):
-                keep = torch.ones_like(labels, dtype=torch.bool)
-                if test.ignore_index is not None:
-                    keep = labels != test.ignore_index
-                own = _asked(victim.exact, images, labels, keep, count)
-                other = _asked(again, images, labels, keep, count)
-                hits["original"] += own.hits
-                hits["exported"] += other.hits
-                answers += int(keep.sum())
+            for images, _ in test.batches(size):
+                own = _asked(victim.exact, images, count)
+                other = _asked(again, images, count)
+                found["original"].append(majority(torch.stack(own.answers)))
+                found["exported"].append(majority(torch.stack(other.answers)))
                 largest = max(largest, float(own.total.abs().max()) / count)
                 difference = max(difference, float((own.total - other.total).abs().max()) / count)
                 if count > 1:
-                    control = _asked(victim.exact, images, labels, keep, count)
+                    control = _asked(victim.exact, images, count)
                     chance = max(chance, float((own.total - control.total).abs().max()) / count)
                     for name, sums in (("original", own), ("exported", other)):
                         variance[name] += float((sums.squares - sums.total**2 / count).clamp(min=0).sum())
@@ -155,7 +153,7 @@ def _score(model: nn.Module, again: nn.Module, test: Split, draws: int, seed: in
         agrees = ratio is not None and 1 / _SPREAD <= ratio <= _SPREAD and difference <= _CHANCE * chance
     return {
         "draws": count,
-        **{name: Rate.of(found, answers * count, len(test)) for name, found in hits.items()},
+        **{name: accuracy_rate(score(torch.cat(answers), test)) for name, answers in found.items()},
         "largest_difference": difference,
         "by_chance": chance if count > 1 else None,
         "spread_ratio": ratio,
@@ -163,13 +161,11 @@ def _score(model: nn.Module, again: nn.Module, test: Split, draws: int, seed: in
     }
 
 
-def _asked(ask: Any, images: torch.Tensor, labels: torch.Tensor, keep: torch.Tensor, draws: int) -> _Sums:
+def _asked(ask: Any, images: torch.Tensor, draws: int) -> _Sums:
     sums = _Sums()
     for _ in range(draws):
         logits = ask(images).double()
-        if not bool(logits.isfinite().all()):
-            raise UserError("NaN or infinite logits came while the export was scored: mend the model, then export it")
-        sums.hits += int(((logits.argmax(1) == labels) & keep).sum())
+        sums.answers.append(predicted(logits))
         sums.total = sums.total + logits
         sums.squares = sums.squares + logits**2
     return sums

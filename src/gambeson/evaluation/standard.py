@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gambeson.attacks import PGD, AutoPGD, Square, TargetedAutoPGD
-from gambeson.evaluation.cascade import ImageAttack
+from gambeson.evaluation.outcome import ImageAttack
 from gambeson.threat import Norm
 
 

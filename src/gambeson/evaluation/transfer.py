@@ -7,15 +7,17 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from gambeson import attacks
 from gambeson.base import Config, UserError, close_run, derive, environment, open_run, read_json, task, write_json
 from gambeson.data import Split
-from gambeson.evaluation.cascade import still_right
+from gambeson.evaluation.outcome import ImageAttack, at_once
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.subjects import LoadedModel, load_subject
+from gambeson.evaluation.universal import error_rate, judged
 from gambeson.threat import Eps, Norm
-from gambeson.victim import Victim
+from gambeson.victim import Victim, nothing_counts, predict, score
 
 
 class TransferRun(Config):
@@ -47,11 +49,12 @@ class TransferTable(Config):
 
     @property
     def worst(self) -> list[Rate | None]:
-        """Worst error of each target under the other models' examples."""
+        """Worst error of each target under the other models' examples, with the interval of the worst of so many."""
         found: list[Rate | None] = []
         for target in range(len(self.errors)):
             others = [row[target] for k, row in enumerate(self.errors) if k != target]
-            found.append(max((rate for rate in others if rate is not None), key=lambda rate: rate.value, default=None))
+            known = [rate for rate in others if rate is not None]
+            found.append(Rate.highest(known) if known else None)
         return found
 
 
@@ -82,7 +85,7 @@ def run_transfer(run: TransferRun, out: Path) -> TransferResult:
     clean, tables = [], []
     with task("transfer", (len(rows) + 1) * len(subjects)) as advance:
         for target in subjects:
-            clean.append(_error(target, split))
+            clean.append(error_of(target.model, split, run.seed))
             advance()
         for name, attack in rows.items():
             errors: list[list[Rate | None]] = []
@@ -90,13 +93,8 @@ def run_transfer(run: TransferRun, out: Path) -> TransferResult:
                 if source.black_box:
                     errors.append([None] * len(subjects))
                 else:
-                    with Victim(source.model, fast=True) as victim:
-                        parts = [
-                            attack(victim, images, labels, seed=derive(run.seed, name, number, k))
-                            for k, (images, labels) in enumerate(split.batches(250, device=victim.device))
-                        ]
-                    moved = Split(split.name, torch.cat(parts).cpu(), split.labels, split.classes)
-                    errors.append([_error(target, moved) for target in subjects])
+                    moved = perturbed(source.model, split, attack, run.seed, name, number)
+                    errors.append([error_of(target.model, moved, run.seed) for target in subjects])
                 advance()
             tables.append(TransferTable(attack=name, errors=errors))
     result = TransferResult(
@@ -122,9 +120,19 @@ def _labels(run: TransferRun, subjects: list[LoadedModel]) -> list[str]:
     return [label if labels.count(label) == 1 else name for label, name in zip(labels, run.models, strict=True)]
 
 
-def _error(target: LoadedModel, split: Split) -> Rate:
-    with Victim(target.model) as victim:
-        wrong = 0
-        for images, labels in split.batches(250, device=victim.device):
-            wrong += int((~still_right(victim, images, labels)).sum())
-    return Rate.of(wrong, len(split))
+def perturbed(model: nn.Module, split: Split, attack: ImageAttack, seed: int, *path: str | int) -> Split:
+    """Return the split with every image perturbed on a model; ``path`` names the stream of draws."""
+    with Victim(model, fast=True) as victim:
+        parts = [
+            attack(victim, images, labels, seed=derive(seed, *path, k), ignore_index=split.ignore_index)
+            for k, (images, labels) in enumerate(split.batches(at_once(split), device=victim.device))
+        ]
+    if not parts:
+        raise nothing_counts(split)
+    return Split(split.name, torch.cat(parts).cpu(), split.labels.cpu(), split.classes, split.ignore_index)
+
+
+def error_of(model: nn.Module, split: Split, seed: int) -> Rate:
+    """Return the error of a model on images as they are."""
+    with judged(model, split) as victim:
+        return error_rate(score(predict(victim, split, seed=seed), split))

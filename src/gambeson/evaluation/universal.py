@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
-from gambeson.attacks import CONTROLS, GradientAttack, UniversalPerturbation, control
-from gambeson.base import UserError, derive, seeded
+from gambeson.attacks import CONTROLS, UniversalPerturbation, control
+from gambeson.base import UserError
 from gambeson.data import Split, as_split
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.results import Control
 from gambeson.threat import Ball
-from gambeson.victim import DRAWS as PASSES
-from gambeson.victim import Score, Victim, predict, score, vote
+from gambeson.victim import Score, Victim, predict, score, votes_of
 
 
 def error_rate(found: Score) -> Rate:
@@ -36,10 +33,9 @@ def change_rate(found: Score) -> Rate:
 
 @contextmanager
 def judged(model: nn.Module, split: Split) -> Iterator[Victim]:
-    """Hold a model frozen, for rates: a random one is asked :data:`gambeson.victim.DRAWS` times an image."""
+    """Hold a model frozen, for rates: a random one is asked :data:`gambeson.victim.DRAWS` times per image."""
     with Victim(model) as victim:
-        if len(split) and victim.meet(split.take(slice(0, 8), victim.device)[0], scores=True).stochastic:
-            victim.passes = PASSES
+        victim.passes = votes_of(victim, split.take(slice(0, 8), victim.device)[0])
         yield victim
 
 
@@ -97,39 +93,6 @@ def control_rates(victim: Victim, split: Split, ball: Ball, seed: int) -> list[C
         worst = max(rates, key=lambda rate: rate.value)
         found.append(Control(name=name, mean=mean, worst=worst, draws=draws))
     return found
-
-
-DRAWS = 10
-"""Draws that a gradient is averaged over where a random model is audited; the papers say 1 to 30."""
-
-
-_VALUES = 2**21
-
-
-def at_once(split: Split, most: int = 250) -> int:
-    """Return how many images of a split to perturb at a time: fewer where they are large, for the sake of memory.
-
-    250 of 32 pixels, 170 of 64 in colour, 13 of 224.
-    """
-    return max(1, min(most, _VALUES // max(1, math.prod(split.shape))))
-
-
-def accuracy_under(victim: Victim, split: Split, attack: GradientAttack, seed: int, batch_size: int = 250) -> Rate:
-    """Accuracy on images that ``attack`` perturbs one by one; decided here, on the clipped images it returned.
-
-    On a random model the attack averages its gradients over :data:`DRAWS` draws where it does not say otherwise, and
-    the majority of the victim's ``passes`` decides.
-    """
-    answers, right = 0, 0
-    with seeded(seed, "score"):
-        for k, (images, labels) in enumerate(split.batches(at_once(split, batch_size), device=victim.device)):
-            if k == 0 and attack.draws is None and victim.meet(images).stochastic:
-                attack = attack.model_copy(update={"draws": DRAWS})
-            moved = attack(victim, images, labels, seed=derive(seed, "batch", k), ignore_index=split.ignore_index)
-            correct = vote(victim, moved) == labels
-            valid = torch.ones_like(correct) if split.ignore_index is None else labels != split.ignore_index
-            answers, right = answers + int(valid.sum()), right + int((correct & valid).sum())
-    return Rate.of(right, answers, len(split))
 
 
 def _refuse_own_images(split: Split, uap: UniversalPerturbation) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -10,24 +13,36 @@ from gambeson.base import derive, place, total
 from gambeson.data import Dataset, Split
 from gambeson.defenses import Defense
 from gambeson.training.recipe import Recipe
-from gambeson.victim import Victim, predict, score
+from gambeson.victim import Victim, nothing_counts, predict, right_answers, score, vote
 
 _IMAGES = 500
 
 
 def validate(model: nn.Module, data: Dataset) -> dict[str, float]:
     """Return the clean accuracy."""
-    with Victim(model) as victim:
+    with _one_pass(model) as victim:
         return {"validation_accuracy": 1 - _error(victim, data.validation)}
+
+
+@contextmanager
+def _one_pass(model: nn.Module) -> Iterator[Victim]:
+    """Hold a model frozen; a random one is decided by one pass per image, for epochs are only compared."""
+    with Victim(model) as victim:
+        victim.passes = 1
+        yield victim
 
 
 def _error(victim: Victim, split: Split, delta: torch.Tensor | None = None) -> float:
     """Rate of wrong answers; every process looks at its share of the images."""
+    if len(split) == 0:
+        raise nothing_counts(split)
     first, step = place()
     own = split.subset(torch.arange(first % len(split), len(split), step))  # with few images, some are looked at twice
-    found = score(predict(victim, own, delta), own)
+    found = score(predict(victim, own, delta), own, whole=False)
     errors, answers = total([found.errors, found.answers], victim.device)
-    return errors / max(1, answers)
+    if answers == 0:
+        raise nothing_counts(split)
+    return errors / answers
 
 
 def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: int) -> dict[str, float]:
@@ -43,14 +58,15 @@ def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: i
         model, data, seed=derive(seed, "validation")
     )
     few = data.validation.subset(torch.arange(min(_IMAGES, len(data.validation))))
-    with Victim(model) as victim:
+    with _one_pass(model) as victim:
         delta = universal.delta.to(victim.device)
         found = {"validation_uer": _error(victim, data.validation, delta)}
         images, labels = few.take(slice(None), victim.device)
         if labels.ndim == 1:
-            moved = PGD(**ball, steps=10, draws=1)(victim, images, labels, seed=seed)
-            with torch.no_grad():
-                found["validation_pgd_accuracy"] = float((victim.exact(moved).argmax(1) == labels).float().mean())
+            ignored = few.ignore_index
+            moved = PGD(**ball, steps=10, draws=1)(victim, images, labels, seed=seed, ignore_index=ignored)
+            right, answers = right_answers(vote(victim, moved), labels, ignored)
+            found["validation_pgd_accuracy"] = int(right.sum()) / max(1, int(answers.sum()))
     return found
 
 

@@ -2,7 +2,22 @@
 
 from gambeson.victim.fold import Folded, folded
 from gambeson.victim.look import Look, look_at
-from gambeson.victim.scoring import DRAWS, NO_ANSWER, Score, predict, score, vote
+from gambeson.victim.scoring import (
+    DRAWS,
+    NO_ANSWER,
+    Score,
+    auto_batch_size,
+    counting,
+    majority,
+    nothing_counts,
+    predict,
+    predicted,
+    right_answers,
+    score,
+    vote,
+    votes_of,
+    votes_right,
+)
 from gambeson.victim.victim import Fast, Precision, Victim, frozen
 
 __all__ = [
@@ -14,10 +29,18 @@ __all__ = [
     "Precision",
     "Score",
     "Victim",
+    "auto_batch_size",
+    "counting",
     "folded",
     "frozen",
     "look_at",
+    "majority",
+    "nothing_counts",
     "predict",
+    "predicted",
+    "right_answers",
     "score",
     "vote",
+    "votes_of",
+    "votes_right",
 ]

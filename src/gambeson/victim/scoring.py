@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ class Score:
     answers: int
     """Answers that count: images, or pixels whose label is not the ignore index."""
     images: int
+    """Images with at least one answer that counts: the independent units of a rate's interval."""
 
     @property
     def error(self) -> float:
@@ -39,11 +41,33 @@ with probability 0.3 whatever the input then gets 97 % of its images right, and 
 NO_ANSWER = -1
 """The prediction of a random model for an image that no class has the majority of the passes for: always an error."""
 
-_PIXELS_A_FORWARD = 2**22
-"""Input values sent forward at once while predicting: 500 images of 28 x 28, 27 colour images of 224 x 224."""
-
 _SHARING = 25
 """Images that share their draws where a random model draws once for a batch."""
+
+
+def auto_batch_size(shape: Sequence[int], most: int = 500, values: int = 2**22) -> int:
+    """Return how many images to send through a model at once, for the sake of memory.
+
+    By default as many as fit a forward without gradients: 500 of 28 x 28, 27 colour images of 224 x 224.
+
+    Args:
+        shape: (C, H, W) of one image.
+        most: the most images.
+        values: the most input values.
+    """
+    return max(1, min(most, values // max(1, math.prod(shape))))
+
+
+def votes_of(victim: Victim, images: torch.Tensor) -> int:
+    """Return how many passes decide an image: ``victim.passes``, or one, and :data:`DRAWS` of a random model.
+
+    Args:
+        victim: the model, inside its context.
+        images: (N, C, H, W), to meet the model with where that has not happened yet.
+    """
+    if victim.passes is None:
+        return DRAWS if len(images) and victim.meet(images, scores=True).stochastic else 1
+    return victim.passes
 
 
 @torch.no_grad()
@@ -51,7 +75,7 @@ def predict(victim: Victim, split: Split, delta: torch.Tensor | None = None, *, 
     """Predict every image of a split, clean or under one universal perturbation.
 
     Args:
-        victim: the model, inside its context; its ``passes`` say how many votes an image has.
+        victim: the model, inside its context; see :func:`votes_of` for how many votes an image has.
         split: the images.
         delta: (1, C, H, W), or None for clean images.
         seed: of the draws of a model that is asked several times, so that the same call gives the same answers; one
@@ -61,15 +85,17 @@ def predict(victim: Victim, split: Split, delta: torch.Tensor | None = None, *, 
         Class indices (N,) or (N, H, W), on the CPU; :data:`NO_ANSWER` where no class has the majority.
 
     Raises:
-        UserError: some logits are not finite.
+        UserError: there are no images, or some logits are not finite.
     """
+    if len(split) == 0:
+        raise nothing_counts(split)
     device = delta.device if delta is not None else victim.device
-    batch_size = min(500, max(1, _PIXELS_A_FORWARD // max(1, math.prod(split.shape))))
-    with seeded(seed, "score") if victim.passes > 1 else nullcontext():
+    votes = victim.passes or votes_of(victim, split.take(slice(0, 8), device)[0])
+    with seeded(seed, "score") if votes > 1 else nullcontext():
         return torch.cat(
             [
                 vote(victim, images if delta is None else perturb(images, delta)).cpu()
-                for images, _ in split.batches(batch_size, device=device)
+                for images, _ in split.batches(auto_batch_size(split.shape), device=device)
             ]
         )
 
@@ -82,7 +108,7 @@ def vote(victim: Victim, images: torch.Tensor) -> torch.Tensor:
     share one draw, few are sent at a time: a rate's interval takes images for independent.
 
     Args:
-        victim: the model, inside its context; its ``passes`` say how many votes an image has.
+        victim: the model, inside its context; see :func:`votes_of` for how many votes an image has.
         images: (N, C, H, W).
 
     Returns:
@@ -91,50 +117,125 @@ def vote(victim: Victim, images: torch.Tensor) -> torch.Tensor:
     Raises:
         UserError: some logits are not finite.
     """
-    if victim.passes > 1 and len(images) > _SHARING and victim.look is not None and victim.look.shared:
+    votes = votes_of(victim, images)
+    if _shared(victim, images, votes):
         return torch.cat([vote(victim, part) for part in images.split(_SHARING)])
-    enough = victim.passes // 2 + 1
+    enough = votes // 2 + 1
     answers = torch.stack([_answers(victim, images) for _ in range(enough)])
     found = answers[0].clone()
     rows = (answers != found).transpose(0, 1).flatten(1).any(1)
     if bool(rows.any()):
-        more = [_answers(victim, images[rows]) for _ in range(victim.passes - enough)]
-        votes = torch.stack([*answers[:, rows], *more])
-        middle = votes.median(0).values  # what more than half name is the median
-        found[rows] = torch.where((votes == middle).sum(0) >= enough, middle, NO_ANSWER)
+        more = [_answers(victim, images[rows]) for _ in range(votes - enough)]
+        found[rows] = majority(torch.stack([*answers[:, rows], *more]))
     return found
 
 
+def majority(votes: torch.Tensor) -> torch.Tensor:
+    """Return the class that more than half of the votes (V, N, ...) name; :data:`NO_ANSWER` where none has so many."""
+    middle = votes.median(0).values  # what more than half name is the median
+    return torch.where((votes == middle).sum(0) > len(votes) // 2, middle, NO_ANSWER)
+
+
+@torch.no_grad()
+def votes_right(victim: Victim, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return how many of its votes get each image right, (N,): a measure of how near a random model is to wrong.
+
+    It is for choosing among candidates; what was chosen by it has to be scored on fresh votes.
+
+    Args:
+        victim: the model, inside its context.
+        images: (N, C, H, W).
+        labels: (N,).
+
+    Raises:
+        UserError: some logits are not finite.
+    """
+    votes = votes_of(victim, images)
+    if _shared(victim, images, votes):
+        parts = zip(images.split(_SHARING), labels.split(_SHARING), strict=True)
+        return torch.cat([votes_right(victim, *part) for part in parts])
+    return torch.stack([_answers(victim, images) == labels for _ in range(votes)]).sum(0)
+
+
+def _shared(victim: Victim, images: torch.Tensor, votes: int) -> bool:
+    return votes > 1 and len(images) > _SHARING and victim.look is not None and victim.look.shared
+
+
 def _answers(victim: Victim, images: torch.Tensor) -> torch.Tensor:
-    logits = victim.exact(images)
+    return predicted(victim.exact(images))
+
+
+def predicted(logits: torch.Tensor) -> torch.Tensor:
+    """Return the class that each row of logits (N, K) or (N, K, H, W) names.
+
+    Raises:
+        UserError: some logits are not finite.
+    """
     broken = ~logits.flatten(1).isfinite().all(1)
     if broken.any():
         raise UserError(
-            f"the model gave NaN or infinite logits for {int(broken.sum())} of {len(images)} images: "
+            f"the model gave NaN or infinite logits for {int(broken.sum())} of {len(logits)} images: "
             "no rate can be taken; train it again or load other weights"
         )
     return logits.argmax(1)
 
 
-def score(predictions: torch.Tensor, split: Split, clean: torch.Tensor | None = None) -> Score:
+def counting(labels: torch.Tensor, ignore_index: int | None) -> torch.Tensor:
+    """Return which answers count, in the shape of the labels: those whose label is not the ignore index."""
+    return torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+
+
+def right_answers(
+    predictions: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return for each image how many of its answers are right, and how many count, both (N,).
+
+    An image with one label has one answer, or none where its label is the ignore index; a label map, one per pixel.
+
+    Args:
+        predictions: (N,) or (N, H, W), as :func:`vote` returns them.
+        labels: the same shape, on the same device.
+        ignore_index: the label that counts nowhere.
+
+    Raises:
+        UserError: the shapes differ.
+    """
+    if predictions.shape != labels.shape:
+        raise UserError(
+            f"the model answers with shape {tuple(predictions.shape)}, but the labels have {tuple(labels.shape)}: "
+            "expected logits (N, K) for labels (N,), or (N, K, H, W) for labels (N, H, W)"
+        )
+    valid = counting(labels, ignore_index)
+    right = (predictions == labels) & valid
+    return right.view(len(labels), -1).sum(1), valid.view(len(labels), -1).sum(1)
+
+
+def score(predictions: torch.Tensor, split: Split, clean: torch.Tensor | None = None, *, whole: bool = True) -> Score:
     """Count errors and changed predictions, the ignore index left out.
 
     Args:
         predictions: what :func:`predict` returned for this split.
         split: the images with their labels.
         clean: the predictions on clean images; without them nothing counts as changed.
+        whole: whether the split is all there is; the share of one process may hold no answer that counts.
+
+    Raises:
+        UserError: predictions and labels have different shapes, or no label counts.
     """
     labels = split.labels.cpu()
-    if predictions.shape != labels.shape:
-        raise UserError(
-            f"the model answers with shape {tuple(predictions.shape)}, but the labels have {tuple(labels.shape)}: "
-            "expected logits (N, K) for labels (N,), or (N, K, H, W) for labels (N, H, W)"
-        )
-    valid = torch.ones_like(labels, dtype=torch.bool) if split.ignore_index is None else labels != split.ignore_index
-    changed = 0 if clean is None else int(((predictions != clean) & valid).sum())
-    return Score(
-        errors=int(((predictions != labels) & valid).sum()),
-        changed=changed,
-        answers=int(valid.sum()),
-        images=len(labels),
+    right, answers = right_answers(predictions, labels, split.ignore_index)
+    total = int(answers.sum())
+    if whole and total == 0:
+        raise nothing_counts(split)
+    changed = 0 if clean is None else int(((predictions != clean) & counting(labels, split.ignore_index)).sum())
+    return Score(errors=total - int(right.sum()), changed=changed, answers=total, images=int((answers > 0).sum()))
+
+
+def nothing_counts(split: Split) -> UserError:
+    """Return the refusal of a split in which no label counts."""
+    if len(split) == 0:
+        return UserError(f"{split.name} holds no images: give at least one to score")
+    return UserError(
+        f"{split.name} has no label that counts: all {len(split)} images have the ignore index {split.ignore_index} "
+        "everywhere; give images with labels"
     )

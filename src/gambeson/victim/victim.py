@@ -69,8 +69,8 @@ class Victim:
         backwards: images whose gradient was taken so far.
         notes: what the fast path did, or why it is off.
         look: what :meth:`meet` saw; None before.
-        passes: how often the model is asked where it is scored; the majority is its answer. One, unless whoever
-            judges a random model says more.
+        passes: how often the model is asked where it is scored; the majority is its answer. None: once, and a random
+            model :data:`gambeson.victim.DRAWS` times.
         temperature: what the logits that attacks climb are divided by; 1 leaves them as they are. It changes no answer.
     """
 
@@ -81,7 +81,7 @@ class Victim:
         self.backwards = 0
         self.notes = "the model itself"
         self.look: Look | None = None
-        self.passes = 1
+        self.passes: int | None = None
         self.temperature = 1.0
         self._guard = frozen(model)
         self._seen_input = False

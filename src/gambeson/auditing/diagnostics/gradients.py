@@ -14,7 +14,7 @@ from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.outcome import Gain
 from gambeson.base import UserError, generator
 from gambeson.evaluation import Rate
-from gambeson.evaluation.universal import at_once
+from gambeson.evaluation.outcome import at_once
 from gambeson.threat import Ball, perturb
 
 _DEAD = 0.1

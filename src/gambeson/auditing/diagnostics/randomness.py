@@ -10,7 +10,8 @@ from gambeson.attacks import PGD
 from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
 from gambeson.auditing.draws import QUIET, way_to_quiet
 from gambeson.auditing.evidence import Evidence
-from gambeson.auditing.outcome import Gain, Outcome, outcome
+from gambeson.auditing.outcome import AsFarAsFinite, Gain
+from gambeson.evaluation.outcome import Outcome, outcome
 from gambeson.victim import Victim
 
 _STEPS = 10
@@ -84,7 +85,8 @@ def _noise_off(evidence: Evidence) -> Finding:
     attack = _attack(evidence, None)
     with Victim(evidence.victim.model) as still, QUIET[how](still):
         still.temperature = evidence.victim.temperature
-        clean_off, off = (outcome(still, evidence.sample, one, evidence.seed) for one in (_Nothing(), attack))
+        attacks = AsFarAsFinite(_Nothing()), AsFarAsFinite(attack)
+        clean_off, off = (outcome(still, evidence.sample, one, evidence.seed) for one in attacks)
     evidence.victim.forwards += still.forwards
     evidence.victim.backwards += still.backwards
     clean_on, on = evidence.outcome(_Nothing()), evidence.outcome(attack)

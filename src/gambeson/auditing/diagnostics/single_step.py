@@ -9,8 +9,10 @@ import torch
 from gambeson.attacks import FGSM, IFGSM, RFGSM, GradientAttack, Loss
 from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
 from gambeson.auditing.evidence import Evidence
-from gambeson.auditing.outcome import Gain, attacked
+from gambeson.auditing.outcome import AsFarAsFinite, Gain
 from gambeson.evaluation import Rate
+from gambeson.evaluation.outcome import at_once
+from gambeson.victim import counting
 
 _GAP = 0.15
 """Share of images beyond which a random start counts: between the 10 points that it gains on an undefended Inception
@@ -58,18 +60,23 @@ def _approximation(evidence: Evidence) -> Finding:
     """Compare losses and directions of one step and of ten, and how far the loss falls before the step's end."""
     sums = torch.zeros(5, dtype=torch.float64)
     count = 0
-    for images, labels in evidence.sample.batches(250, device=evidence.victim.device):
-        attacks: list[GradientAttack] = [_step(evidence, 0.5), _step(evidence, 1), _steps(evidence)]
-        seed, ignored = evidence.seed, evidence.sample.ignore_index
-        points = [images, *(attacked(evidence.victim, attack, images, labels, seed, ignored) for attack in attacks)]
+    sample, victim = evidence.sample, evidence.victim
+    attacks: list[GradientAttack] = [_step(evidence, 0.5), _step(evidence, 1), _steps(evidence)]
+    able = [AsFarAsFinite(evidence.averaged(attack)) for attack in attacks]
+    for images, labels in sample.batches(at_once(sample), device=victim.device):
+        points = [images]
+        points += [
+            attack(victim, images, labels, seed=evidence.seed, ignore_index=sample.ignore_index) for attack in able
+        ]
         at_image, at_half, at_end, at_many = (_loss(evidence, point, labels) for point in points)
         single, several = ((point - images).flatten(1).double() for point in points[2:])
         cosines = torch.nn.functional.cosine_similarity(single, several, dim=1)
         best = torch.maximum(at_half, at_end)
         falling = (best - at_end > _DROP * (best - at_image).clamp(min=1e-9)) & (best > at_image)
         columns = (at_image, at_end, at_many, cosines, falling.double())
-        sums += torch.stack([column.sum() for column in columns]).cpu()
-        count += len(images)
+        rows = counting(labels, sample.ignore_index).view(len(labels), -1).any(1)
+        sums += torch.stack([column[rows].sum() for column in columns]).cpu()
+        count += int(rows.sum())
     falls = Rate.of(int(sums[4]), count)
     start, whole, many, cosine = (float(value) / count for value in sums[:4])
     ratio = whole / many if many > 0 else 1.0

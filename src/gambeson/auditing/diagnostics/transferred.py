@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from gambeson.attacks import Square
 from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
 from gambeson.auditing.evidence import Evidence
-from gambeson.auditing.outcome import Gain, Outcome, under
+from gambeson.auditing.outcome import AsFarAsFinite, Gain
 from gambeson.auditing.towards import Towards
 from gambeson.auditing.transfer import FromSurrogate, image_attacks, on_surrogate
-from gambeson.base import generator
+from gambeson.base import derive, generator, seeded
+from gambeson.evaluation.cascade import WorstCase
+from gambeson.evaluation.outcome import ImageAttack, Outcome, at_once, outcome_under
 from gambeson.threat import Ball, perturb
-from gambeson.victim import Victim, vote
+from gambeson.victim import Victim, right_answers, vote
 
 _MORE = 0.02
 """Share of images beyond which a weaker attack counts: honest networks come to a few in a thousand. Ours."""
@@ -30,7 +34,7 @@ def _transferred(evidence: Evidence) -> Finding:
     white = evidence.suite.pgd(evidence.eps)
     numbers, gains = {"white box": evidence.accuracy(white).value}, []
     for name, attack in image_attacks(evidence.eps, evidence.suite.norm).items():
-        moved = FromSurrogate(evidence.surrogate, attack, evidence.surrogate_temperature)
+        moved = FromSurrogate(evidence.surrogate, attack, evidence.surrogate_temperature, evidence.suite.gradient_draws)
         gains.append(Gain.of(evidence.outcome(white), evidence.outcome(moved)))
         numbers[name] = evidence.accuracy(moved).value
     rates = ", ".join(f"{name} {100 * value:.1f} %" for name, value in numbers.items() if name != "white box")
@@ -48,7 +52,7 @@ def _universal(evidence: Evidence) -> Finding:
     if moved is None:
         return Finding(None, "there is no surrogate")
     deltas = (evidence.uaps[evidence.eps].delta, moved.delta)
-    white, other = (under(evidence.victim, evidence.test, delta) for delta in deltas)
+    white, other = (outcome_under(evidence.victim, evidence.test, delta) for delta in deltas)
     gain = Gain.of(white, other)
     return Finding(
         gain.low <= _MORE_UNIVERSAL,
@@ -62,28 +66,57 @@ def _queried(evidence: Evidence) -> Finding:
     norm, queries = evidence.suite.norm, min(_QUERIES, evidence.suite.queries)
     if norm == "1" or evidence.sample.labels.ndim > 1 or not queries:
         return Finding(None, "Square is for one label an image and the norms inf and 2, and needs queries")
+    others = (Square(eps=evidence.eps, norm=norm, queries=queries), _towards(evidence))
+    white, both, broken = (_voted if evidence.subject.random else _settled)(evidence, others)
+    left = int(white.right.sum())
+    gain = Gain.of(white, both)
+    return Finding(
+        gain.low <= _MORE,
+        f"of {left} images that PGD leaves right, among {len(white.right)}, Square breaks {broken[0]} with {queries} "
+        f"queries each, and steps towards training images of other classes break {broken[1]}",
+        {"left by PGD": left, "broken by queries": left - int(both.right.sum())},
+    )
+
+
+def _settled(evidence: Evidence, others: Sequence[ImageAttack]) -> tuple[Outcome, Outcome, list[int]]:
+    """Return what PGD leaves right, what the others leave of that, and how many each of them breaks."""
     white = evidence.outcome(evidence.suite.pgd(evidence.eps))
     standing = white.right.nonzero().flatten()
-    both, broken = white.right.clone(), [0, 0]
+    both, broken = white.right.clone(), [0] * len(others)
     if len(standing):
         victim, ignored = evidence.victim, evidence.sample.ignore_index
         images, labels = evidence.sample.take(standing, victim.device)
-        square = Square(eps=evidence.eps, norm=norm, queries=queries)
-        moves = (
-            square(victim, images, labels, seed=evidence.seed, ignore_index=ignored),
-            _towards(evidence)(victim, images, labels),
-        )
-        for k, moved in enumerate(moves):
-            right = (vote(victim, moved) == labels).long().cpu()
+        for k, attack in enumerate(others):
+            moved = attack(victim, images, labels, seed=evidence.seed, ignore_index=ignored)
+            right = right_answers(vote(victim, moved), labels, ignored)[0].cpu()
             broken[k] = len(standing) - int(right.sum())
             both[standing] = both[standing].minimum(right)
-    gain = Gain.of(white, Outcome(both, white.answers))
-    return Finding(
-        gain.low <= _MORE,
-        f"of {len(standing)} images that PGD leaves right, among {len(both)}, Square breaks {broken[0]} with {queries} "
-        f"queries each, and steps towards training images of other classes break {broken[1]}",
-        {"left by PGD": len(standing), "broken by queries": len(standing) - int(both[standing].sum())},
-    )
+    return white, Outcome(both, white.answers), broken
+
+
+def _voted(evidence: Evidence, others: Sequence[ImageAttack]) -> tuple[Outcome, Outcome, list[int]]:
+    """Do the same on a random model, where survivors that are judged once more fall by chance alone.
+
+    The worst candidate of each image is chosen by some votes and scored on others, before the others and after them.
+    """
+    victim, sample, seed = evidence.victim, evidence.sample, evidence.seed
+    worst = WorstCase(victim, sample, seed=seed)
+    clean, answers = worst.images.clone(), worst.counts.long().cpu()
+    pgd = AsFarAsFinite(evidence.averaged(evidence.suite.pgd(evidence.eps)))
+
+    def attack(one: ImageAttack, rows: torch.Tensor, stream: int, source: int) -> None:
+        moved = one(victim, clean[rows], worst.labels[rows], seed=stream, ignore_index=sample.ignore_index)
+        worst.offer(rows, moved, source)
+
+    with seeded(seed, "queried"):
+        for k, rows in enumerate(torch.arange(len(sample), device=victim.device).split(at_once(sample))):
+            attack(pgd, rows, derive(seed, "batch", k), 0)
+        white, standing = worst.right().cpu(), worst.standing
+        for k, one in enumerate(others if len(standing) else (), 1):
+            attack(one, standing, seed, k)
+        both = worst.right().cpu()
+    broken = [int((white & ~both & (worst.source.cpu() == k)).sum()) for k in range(1, len(others) + 1)]
+    return Outcome(white.long(), answers), Outcome(both.long(), answers), broken
 
 
 def _towards(evidence: Evidence) -> Towards:

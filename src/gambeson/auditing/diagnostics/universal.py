@@ -5,9 +5,10 @@ from __future__ import annotations
 from gambeson.attacks import CONTROLS, control
 from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
 from gambeson.auditing.evidence import Evidence
-from gambeson.auditing.outcome import Gain, under
+from gambeson.auditing.outcome import Gain
 from gambeson.auditing.results import Universal
 from gambeson.auditing.universal import rescored
+from gambeson.evaluation.outcome import outcome_under
 from gambeson.threat import Ball
 
 _NEAR_CEILING = 0.8
@@ -56,11 +57,11 @@ def _listed(radii: list[float]) -> str:
 def _clearly_worse(evidence: Evidence, point: Universal) -> bool:
     """Whether a control breaks clearly more of the same images than the perturbation that was crafted."""
     victim, test = evidence.victim, evidence.test
-    crafted = under(victim, test, evidence.uaps[point.eps].delta)
+    crafted = outcome_under(victim, test, evidence.uaps[point.eps].delta)
     ball = Ball(eps=point.eps, norm=evidence.suite.norm)
     for name, draws in CONTROLS.items():
         for pattern in control(name, ball, test.shape, draws=draws, seed=evidence.seed):
-            if Gain.of(crafted, under(victim, test, pattern[None])).low > 0:
+            if Gain.of(crafted, outcome_under(victim, test, pattern[None])).low > 0:
                 return True
     return False
 

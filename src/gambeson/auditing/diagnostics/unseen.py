@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
 from gambeson.auditing.evidence import Evidence
-from gambeson.auditing.outcome import Gain, under
+from gambeson.auditing.outcome import Gain
+from gambeson.evaluation.outcome import outcome_under
 
 _MORE = 0.03
 """Difference beyond which it counts: two honest splits of one data set differ a little, and the perturbation that is
@@ -16,7 +17,7 @@ def _alike(evidence: Evidence) -> Finding:
     if evidence.subject.black_box:  # every image costs a query
         splits = [evidence.sample, evidence.unseen]
     delta = evidence.uaps[evidence.eps].delta
-    pairs = {"the perturbation": [under(evidence.victim, split, delta) for split in splits]}
+    pairs = {"the perturbation": [outcome_under(evidence.victim, split, delta) for split in splits]}
     if not evidence.subject.black_box:
         pgd = evidence.suite.pgd(evidence.eps)
         pairs["PGD"] = [evidence.outcome(pgd, unseen=other) for other in (False, True)]

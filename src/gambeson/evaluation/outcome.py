@@ -1,0 +1,117 @@
+"""What an attack leaves right of each image: the counts that every per-image rate is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+
+from gambeson.attacks import GradientAttack
+from gambeson.base import derive, seeded
+from gambeson.data import Split
+from gambeson.evaluation.rates import Rate
+from gambeson.victim import Victim, auto_batch_size, nothing_counts, predict, right_answers, vote
+
+EOT_SAMPLES = 10
+"""Draws of a random model that a gradient is averaged over where nothing else is said (ours); the papers say 1 to 30.
+"""
+
+
+class ImageAttack(Protocol):
+    """Anything that perturbs images one by one, as the attacks of :mod:`gambeson.attacks` do."""
+
+    def __call__(
+        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
+    ) -> torch.Tensor:
+        """Return perturbed images in the shape of ``x``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Right answers of each image under one attack; a label map has many answers per image."""
+
+    right: torch.Tensor
+    """(N,): answers that are still right."""
+    answers: torch.Tensor
+    """(N,): answers that count; 1 where an image has one label, 0 where that is the ignore index."""
+
+    @property
+    def rate(self) -> Rate:
+        """Accuracy, with its interval over the images that have an answer which counts."""
+        return Rate.of(int(self.right.sum()), int(self.answers.sum()), int((self.answers > 0).sum()))
+
+    @property
+    def shares(self) -> torch.Tensor:
+        """(M,) float64: the share of its answers that is right, of each image that has any which count."""
+        counted = self.answers > 0
+        return self.right[counted].double() / self.answers[counted]
+
+
+def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_size: int = 250) -> Outcome:
+    """Attack every image; what is right is decided here, on the images that the attack returned.
+
+    On a random model a gradient attack averages over :data:`EOT_SAMPLES` draws where it does not say otherwise, and
+    the majority of the votes decides (:func:`gambeson.victim.votes_of`).
+
+    Args:
+        victim: the model, inside its context.
+        split: the images.
+        attack: perturbs them one by one.
+        seed: of the attack and of a random model's votes.
+        batch_size: images at a time, at most: fewer where they are large.
+
+    Raises:
+        UserError: some logits are not finite, or no label of the split counts.
+    """
+    if len(split) == 0:
+        raise nothing_counts(split)
+    attack = averaged(attack, victim, split.take(slice(0, 8), victim.device)[0])
+    right, answers = [], []
+    with seeded(seed, "score"):
+        for k, (images, labels) in enumerate(split.batches(at_once(split, batch_size), device=victim.device)):
+            moved = attack(victim, images, labels, seed=derive(seed, "batch", k), ignore_index=split.ignore_index)
+            found = right_answers(vote(victim, moved), labels, split.ignore_index)
+            right.append(found[0].cpu())
+            answers.append(found[1].cpu())
+    return _counted(torch.cat(right), torch.cat(answers), split)
+
+
+def outcome_under(victim: Victim, split: Split, delta: torch.Tensor, *, seed: int = 0) -> Outcome:
+    """Count what one perturbation (1, C, H, W) leaves right of a split, as :func:`gambeson.victim.predict` does."""
+    predictions = predict(victim, split, delta.to(victim.device), seed=seed)
+    return _counted(*right_answers(predictions, split.labels.cpu(), split.ignore_index), split)
+
+
+def accuracy_under(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_size: int = 250) -> Rate:
+    """Accuracy on images that ``attack`` perturbs one by one; see :func:`outcome`."""
+    return outcome(victim, split, attack, seed, batch_size).rate
+
+
+def _counted(right: torch.Tensor, answers: torch.Tensor, split: Split) -> Outcome:
+    if not bool(answers.any()):
+        raise nothing_counts(split)
+    return Outcome(right, answers)
+
+
+AttackT = TypeVar("AttackT", bound=ImageAttack)
+
+
+def averaged(attack: AttackT, victim: Victim, images: torch.Tensor, samples: int = EOT_SAMPLES) -> AttackT:
+    """Return the attack as it is meant for a model: on a random one its gradients are averaged over several draws.
+
+    Args:
+        attack: any; one that is no gradient attack, or says over how many draws it averages, comes back as it is.
+        victim: the model, inside its context.
+        images: (N, C, H, W), to meet the model with where that has not happened yet.
+        samples: the draws.
+    """
+    if isinstance(attack, GradientAttack) and attack.draws is None and victim.meet(images, scores=True).stochastic:
+        return attack.model_copy(update={"draws": samples})
+    return attack
+
+
+def at_once(split: Split, most: int = 250) -> int:
+    """Return how many images of a split to perturb at a time: 250 of 32 pixels, 170 of 64 in colour, 13 of 224."""
+    return auto_batch_size(split.shape, most, 2**21)
