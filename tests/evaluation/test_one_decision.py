@@ -214,7 +214,7 @@ def test_logits_that_are_not_finite_are_refused(path):
 @pytest.mark.parametrize("path", RATES | SHARES)
 def test_splits_without_an_answer_that_counts_are_refused(path):
     for split in (made(ignored=1.0), made().subset(torch.arange(0))):
-        with pytest.raises(UserError, match=r"no image|no label|of one class only") as caught:
+        with pytest.raises(UserError, match=r"no image|no label|of one class only|is empty") as caught:
             (RATES | SHARES)[path](Bright(), split)
         assert "\n" not in str(caught.value)
 

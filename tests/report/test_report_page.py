@@ -54,13 +54,16 @@ def test_glance_has_clean_middle_worst_per_image_and_eps_uni(written: Written) -
         assert row[1] == f"{show(result.clean.value)} {ends(result.clean)}"
         assert row[2] == f"{show(result.middle.uer.value)} {ends(result.middle.uer)}"
         where = f"the row of attacks, eps {worst.eps:.4g} on 200 images"
-        assert row[3] == f"{show(worst.accuracy.value)} {ends(worst.accuracy)} {where}"
+        lowest = worst.accuracy.among(2)  # chosen between the two
+        assert row[3] == f"{show(lowest.value)} {ends(lowest)} {where}"
         assert row[4].startswith(f"> {found.value:.3g}" if found.censored else f"≤ {found.value:.3g}")
         assert row[5] == ("✓ numbers trusted" if result.verdict.trusted else "✗ not to be trusted")
 
 
 def test_headline_names_the_weakest_and_the_strongest(written: Written) -> None:
-    weakest, strongest = written.results[0].middle.uer, written.results[1].middle.uer
+    weakest, strongest = written.results[0].middle.uer.among(3), written.results[1].middle.uer
+    trusted = sum(result.verdict.trusted for result in written.results)
+    strongest = strongest.among(trusted)
     assert f"“standard” is broken most by one pattern: at eps 0.15 it gets {weakest} of" in written.seen.text
     best = "“shared-adversarial” withstands best among those whose "
     best += f"numbers can be trusted, with {strongest} wrong"

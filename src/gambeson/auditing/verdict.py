@@ -92,7 +92,8 @@ def _image_by_image(point: Universal, per_image: Sequence[PerImage], transfer: S
     ]
     if not found:
         return ""
-    accuracy, attack = min(found, key=lambda entry: entry[0].value)
+    attack = min(found, key=lambda entry: entry[0].value)[1]
+    accuracy = Rate.lowest(rate for rate, _ in found)
     return f"Attacked image by image, {accuracy} stay right under the worst attack ({attack})."
 
 

@@ -21,7 +21,8 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
         title=f"{first.material.test} test images of {first.material.name}: per cent [95 % interval]",
         box=box.SIMPLE_HEAD,
         min_width=60,
-        caption="per image, transfer, noise: the worst; UER: error under one pattern for all",
+        caption="per image, transfer, noise: the worst, its interval that of the worst of so many; UER: error under one "
+        "pattern for all",
     )
     table.add_column("")
     for result in results:
@@ -77,15 +78,15 @@ def _failed(result: AuditResult) -> str:
 
 
 def _worst(result: AuditResult) -> str:
-    return _cell(min((a.accuracy for a in result.per_image), key=lambda rate: rate.value, default=None))
+    return _cell(_chosen(Rate.lowest, [a.accuracy for a in result.per_image]))
 
 
 def _transferred(result: AuditResult) -> str:
-    return _cell(max((t.error for t in result.transfer), key=lambda rate: rate.value, default=None))
+    return _cell(_chosen(Rate.highest, [t.error for t in result.transfer]))
 
 
 def _noise(result: AuditResult) -> str:
-    return _cell(max((c.error for c in result.corruption), key=lambda rate: rate.value, default=None))
+    return _cell(_chosen(Rate.highest, [c.error for c in result.corruption]))
 
 
 def _uer(eps: float) -> Cells:
@@ -95,13 +96,18 @@ def _uer(eps: float) -> Cells:
 def _control(eps: float) -> Cells:
     def cell(result: AuditResult) -> str:
         rates = [control.worst for point in result.universal if point.eps == eps for control in point.controls]
-        return _cell(max(rates, key=lambda rate: rate.value, default=None))
+        return _cell(_chosen(Rate.highest, rates))
 
     return cell
 
 
 def _eps_uni(result: AuditResult) -> str:
     return f"{'>' if result.eps_uni.censored else 'at most'} {result.eps_uni.value:.3f}"
+
+
+def _chosen(choose: Callable[[Sequence[Rate]], Rate], rates: Sequence[Rate]) -> Rate | None:
+    """Return the one of several that is chosen, with the interval of a chosen one; None where there are none."""
+    return choose(rates) if rates else None
 
 
 def _cell(rate: Rate | None) -> str:

@@ -79,7 +79,7 @@ def glance(folders: Sequence[Folder], eps: float | None, scale: Scale) -> list[L
     """Build one line for each model."""
     clean = _leaders(folders, [folder.result.clean for folder in folders], highest=True)
     uer = _leaders(folders, [folder.at(eps).uer if eps is not None else None for folder in folders])
-    worst = [min(f.result.per_image, key=lambda a: a.accuracy.value, default=None) for f in folders]
+    worst = [_worst(folder.result.per_image) for folder in folders]
     alike = len({(a.attack, a.eps, a.accuracy.n) if a else None for a in worst}) == 1
     held = _leaders(folders, [a.accuracy if a and alike else None for a in worst], highest=True)
     sizes = [(folder.result.eps_uni.censored, folder.result.eps_uni.value) for folder in folders]
@@ -136,6 +136,14 @@ def _control(control: Control) -> Cell:
     if control.draws == 1:
         return rate_cell(control.worst)
     return Cell(percent(control.mean), (f"worst {percent(control.worst.value)}", interval(control.worst)))
+
+
+def _worst(found: Sequence[PerImage]) -> PerImage | None:
+    """Return the attack that leaves least right, with the interval of the lowest of so many."""
+    if not found:
+        return None
+    lowest = Rate.lowest(one.accuracy for one in found)
+    return min(found, key=lambda one: one.accuracy.value).model_copy(update={"accuracy": lowest})
 
 
 def _attacked(found: PerImage | None, scale: Scale, best: bool, tests: int) -> Cell:

@@ -111,7 +111,7 @@ def answer(folders: Sequence[Folder], eps: float | None, scale: Scale) -> str:
     if eps is None:
         return "The audits share no eps, so their rates cannot be compared: compare eps_uni in the table."
     weakest = max(folders, key=lambda folder: folder.at(eps).uer.value)
-    worst = weakest.at(eps).uer
+    worst = Rate.highest(folder.at(eps).uer for folder in folders)
     clean = weakest.result.clean.complement
     doubt = "" if weakest.trusted else " (its numbers are not to be trusted)"
     first = (
@@ -122,7 +122,7 @@ def answer(folders: Sequence[Folder], eps: float | None, scale: Scale) -> str:
     if not trusted:
         return f"{first} No model can be called robust, because none of the verdicts can be trusted."
     strongest = min(trusted, key=lambda folder: folder.at(eps).uer.value)
-    least = strongest.at(eps).uer
+    least = Rate.lowest(folder.at(eps).uer for folder in trusted)
     among = "" if len(trusted) == len(folders) else " among those whose numbers can be trusted"
     if strongest is weakest:
         return f"{first} It is the only one whose numbers can be trusted."
