@@ -15,6 +15,7 @@ from gambeson.attacks import FGSM, PGD, UniversalPerturbation
 from gambeson.attacks.perturbation import Provenance
 from gambeson.auditing import Suite, corruption, per_image
 from gambeson.auditing import transfer as audit_transfer
+from gambeson.auditing.diagnostics import DIAGNOSTICS
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import FunctionScores, Rate, exporting, run_cascade, transfer
 from gambeson.evaluation.outcome import accuracy_under, outcome, outcome_under
@@ -376,6 +377,23 @@ def test_judged_votes_as_every_victim_does():
     split = made(60, right=1.0)
     with judged(Chancy(), split) as one, Victim(Chancy()) as other:
         assert torch.equal(predict(one, split, seed=4), predict(other, split, seed=4))
+
+
+def test_a_random_model_is_not_accused_because_its_survivors_were_judged_again():
+    """The comparison of PGD with queries: of the images that PGD leaves right, attacks that do nothing break none."""
+    (check,) = (one for one in DIAGNOSTICS if one.name == "white box beats queries")
+    split = made(300, right=1.0)
+    torch.manual_seed(0)
+    with held(Chancy(), dataset(split), (EPS,), **SETTINGS, queries=2) as evidence:
+        found = check.check(evidence)
+    assert found.passed
+    assert found.numbers["left by PGD"] / 300 == pytest.approx(majority(0.6, 21), abs=0.09)
+    assert abs(found.numbers["broken by queries"]) <= 0.09 * 300
+    with held(Fragile(), dataset(split), (1.0,), **SETTINGS, queries=30) as evidence:
+        evidence.averaged = lambda attack: nothing  # PGD that does not move, where queries find the weak spot
+        found = check.check(evidence)
+    assert found.passed is False
+    assert found.numbers["broken by queries"] > 0.3 * found.numbers["left by PGD"]
 
 
 def test_gradients_of_random_models_are_averaged_as_the_audit_says():
