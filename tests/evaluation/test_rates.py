@@ -1,4 +1,5 @@
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,3 +36,56 @@ def test_pixels_of_one_image_do_not_count_as_independent():
     assert wide.value == narrow.value
     assert wide.high - wide.low > 5 * (narrow.high - narrow.low)
     assert Rate.of(0, 0) == Rate(value=0, low=0, high=1, n=0)
+
+
+def _covered(rates, truth):
+    return sum(rate.low <= p <= rate.high for rate, p in zip(rates, truth, strict=True)) / len(rates)
+
+
+def test_the_highest_of_many_is_covered_and_a_plain_interval_is_not():
+    """20 candidates of one true rate 0.4 on 200 images each, independent: the worst case for a choice."""
+    draw = torch.Generator().manual_seed(0)
+    counts = torch.rand(1000, 20, 200, generator=draw).lt(0.4).sum(2)
+    plain = [Rate.of(int(row.max()), 200) for row in counts]
+    assert _covered(plain, [0.4] * 1000) < 0.75
+    for chosen in (Rate.highest, Rate.lowest):
+        rates = [chosen(Rate.of(int(hits), 200) for hits in row) for row in counts]
+        assert all(rate.candidates == 20 for rate in rates)
+        assert _covered(rates, [0.4] * 1000) > 0.95
+    # Not by being useless: 20 candidates cost half as much again in width, not several times as much.
+    assert rates[0].high - rates[0].low < 1.6 * (plain[0].high - plain[0].low)
+
+
+def test_the_highest_of_dependent_candidates_is_covered_whatever_their_true_rates():
+    """Candidates that share most of their luck and differ in truth; the true rate of the chosen one is what counts."""
+    draw = torch.Generator().manual_seed(1)
+    truth = torch.tensor([0.30, 0.34, 0.36, 0.36, 0.37])
+    shared = torch.rand(1000, 1, 300, generator=draw)
+    own = torch.rand(1000, 5, 300, generator=draw)
+    lucky = torch.rand(1000, 5, 300, generator=draw) < 0.7
+    counts = torch.where(lucky, shared, own).lt(truth[:, None]).sum(2)
+    rates = [Rate.highest(Rate.of(int(hits), 300) for hits in row) for row in counts]
+    assert _covered(rates, truth[counts.argmax(1)].tolist()) > 0.95
+    assert _covered(rates, [0.37] * 1000) > 0.95  # all have the same n, so the highest true rate is covered as well
+
+
+def test_the_worst_case_of_each_image_is_one_binomial_count():
+    """Right under all of four attacks, decided image by image: the plain interval has its 95 %."""
+    draw = torch.Generator().manual_seed(2)
+    right = torch.rand(2000, 4, 250, generator=draw).lt(0.8).all(1).sum(1)
+    assert 0.93 < _covered([Rate.of(int(hits), 250) for hits in right], [0.8**4] * 2000) < 0.97
+
+
+def test_choices_among_the_chosen_add_up():
+    first = Rate.highest([Rate.of(40, 100), Rate.of(60, 100), Rate.of(50, 100)])
+    assert (first.value, first.candidates) == (0.6, 3)
+    assert first == Rate.of(60, 100, candidates=3)
+    again = Rate.highest([first, Rate.of(55, 100)])
+    assert again == Rate.of(60, 100, candidates=4)
+    assert Rate.lowest([Rate.of(5, 10), first.complement]).candidates == 4
+    assert Rate.highest([Rate.of(60, 100)]) == Rate.of(60, 100)
+    assert Rate.of(0, 0, candidates=2) == Rate.of(0, 0).among(2)
+    maps = Rate.of(300, 1000, n=10)
+    assert maps.among(3) == Rate.of(300, 1000, n=10, candidates=3)
+    # Bonferroni at k = 5: the 99 % interval, whose quantile tables give as 2.5758.
+    assert Rate.of(0, 100, candidates=5).high == pytest.approx(2.5758**2 / (100 + 2.5758**2), rel=1e-4)
