@@ -81,22 +81,48 @@ class Workshop:
             yield "warm", given
 
     def stream(self, batch_size: int, restart: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (images, true labels) in whole epochs of a new order each, for as long as they are asked for."""
+        """Yield (images, true labels) in whole epochs of a new order each, for as long as they are asked for.
+
+        Images without a label that counts are left out, so that every mean over a batch is over those that have one.
+
+        Raises:
+            UserError: no image has a label that counts.
+        """
         size, epoch = min(batch_size, len(self.train)), 0
         seed = derive(self.seed, "batches", restart)
         while True:
-            shuffle = generator(seed, "epoch", epoch)
-            yield from self.train.batches(size, device=self.device, generator=shuffle, drop_last=True)
+            shuffle, none = generator(seed, "epoch", epoch), True
+            for images, labels in self.train.batches(size, device=self.device, generator=shuffle, drop_last=True):
+                counts = self._counts(labels)
+                if counts is not None:
+                    rows = counts.flatten(1).any(1) if labels.ndim > 1 else counts
+                    images, labels = images[rows], labels[rows]
+                if len(images):
+                    none = False
+                    yield images, labels
+            if none:
+                raise UserError(
+                    f"no image of {self.train.name} has a label that counts (all are the ignore index "
+                    f"{self.train.ignore_index}): give labels, or images alone"
+                )
             epoch += 1
 
+    def _counts(self, labels: torch.Tensor) -> torch.Tensor | None:
+        """Which labels count; None where all do."""
+        ignored = self.train.ignore_index
+        return None if ignored is None else labels != ignored
+
     def goals(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the labels to leave, or the targets to reach."""
+        """Return the labels to leave, or the targets to reach; the ignore index where the true label is."""
         if self.target is not None:
-            return torch.full_like(labels, self.target)
-        if not self.predicted_labels:
+            goals = torch.full_like(labels, self.target)
+        elif not self.predicted_labels:
             return labels
-        with torch.no_grad():
-            return torch.stack(self._together.each(images)).mean(0).argmax(1)
+        else:
+            with torch.no_grad():
+                goals = torch.stack(self._together.each(images)).mean(0).argmax(1)
+        counts = self._counts(labels)
+        return goals if counts is None else labels.where(~counts, goals)
 
     def ascent(self, loss: Loss) -> Ascent:
         """Return the solver that climbs ``loss``, averaged over the models, from this ball."""
@@ -122,15 +148,20 @@ class Workshop:
             if self.target is None:
                 rates.append(score(predictions, split).error)
             else:
-                rates.append(float((predictions == self.target).float().mean()))
+                hits = predictions == self.target
+                counts = self._counts(split.labels.cpu())
+                rates.append(float((hits if counts is None else hits[counts]).float().mean()))
         return sum(rates) / len(rates)
 
     def few(self, images: int) -> Split:
         """Return a random part of the training images, the same for every call."""
-        if images >= len(self.train):
-            return self.train
-        order = torch.randperm(len(self.train), generator=generator(self.seed, "few"))
-        return self.train.subset(order[:images])
+        train, ignored = self.train, self.train.ignore_index
+        if ignored is not None and train.labels.ndim == 1:
+            train = train.subset(train.labels != ignored, train.name)
+        if images >= len(train):
+            return train
+        order = torch.randperm(len(train), generator=generator(self.seed, "few"))
+        return train.subset(order[:images])
 
 
 def splits_of(victim: Victim, data: object) -> tuple[Split, Split, int]:
