@@ -135,12 +135,18 @@ def test_every_loss_is_zero_and_flat_where_the_label_is_ignored():
         marked = labels.masked_fill(gone, IGNORED)
         for kind in ("cross-entropy", "margin", "dlr"):
             for loss in (Loss(kind=kind, truncate=0.3), Loss(kind=kind, targeted=True, truncate=-0.3)):
-                calls = [(targets.masked_fill(gone, IGNORED), None), (targets, marked)] if loss.targeted else [(marked, None)]
+                calls = (
+                    [(targets.masked_fill(gone, IGNORED), None), (targets, marked)]
+                    if loss.targeted
+                    else [(marked, None)]
+                )
                 for goal, truth in calls:
                     values = loss(logits, goal, IGNORED, truth)
                     (gradient,) = torch.autograd.grad(values.sum(), logits)
                     assert not gradient.movedim(1, -1)[gone].any()
                     if len(shape) == 1:
                         assert not values[gone].any()
-                        plain = loss(logits, targets if loss.targeted else labels, None, None if truth is None else labels)
+                        plain = loss(
+                            logits, targets if loss.targeted else labels, None, None if truth is None else labels
+                        )
                         torch.testing.assert_close(values[~gone], plain[~gone])

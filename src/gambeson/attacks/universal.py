@@ -15,7 +15,7 @@ from gambeson.attacks.losses import Loss
 from gambeson.attacks.perturbation import UniversalPerturbation
 from gambeson.attacks.solver import cosine
 from gambeson.attacks.sources import Source, entered
-from gambeson.attacks.workshop import Candidate, Workshop
+from gambeson.attacks.workshop import Candidate, Workshop, voting
 from gambeson.base import Number, UserError, generator
 from gambeson.data import Split
 from gambeson.threat import BoxGradient
@@ -198,7 +198,8 @@ class ClasswiseStochasticPGD(StochasticPGD):
                 kinds.append("sign" if restart else "zero")
                 first = work.start(kinds[-1], restart, classes)
                 outcomes.append(self._climb(work, first, restart))
-            table = {k: [work.rate(delta[[k]], part) for delta in outcomes] for k, part in _parts(work, classes)}
+            with voting(victims):
+                table = {k: [work.rate(delta[[k]], part) for delta in outcomes] for k, part in _parts(work, classes)}
             found = {}
             for k, rates in table.items():
                 best = max(range(len(rates)), key=rates.__getitem__)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,11 +12,11 @@ import torch
 
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.solver import Ascent
-from gambeson.attacks.sources import Ensemble
+from gambeson.attacks.sources import EOT_SAMPLES, Ensemble
 from gambeson.base import UserError, derive, generator
 from gambeson.data import Split, as_dataset
 from gambeson.threat import Ball, BoxGradient
-from gambeson.victim import Victim, predict, score
+from gambeson.victim import DRAWS, Victim, predict, score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class Workshop:
     target: int | None = None
     predicted_labels: bool = False
     box_gradient: BoxGradient = "exact"
+    eot_samples: int | None = None
+    """See :attr:`gambeson.attacks.UniversalAttack.eot_samples`."""
 
     @property
     def device(self) -> torch.device:
@@ -55,6 +58,19 @@ class Workshop:
     def victim(self) -> Victim:
         """The one model, or the ensemble of several, whose losses are averaged."""
         return self.victims[0] if len(self.victims) == 1 else self._together
+
+    @cached_property
+    def climbed(self) -> Victim:
+        """What a loss is climbed on: :attr:`victim`, or several fresh draws of each random model."""
+        drawn = [victim for victim in self.victims for _ in range(self._draws(victim))]
+        return self.victim if len(drawn) == len(self.victims) else Ensemble(drawn, "losses")
+
+    def _draws(self, victim: Victim) -> int:
+        look = victim.look
+        if look is None or not look.stochastic:
+            return 1
+        # Where each image has a draw of its own, the mean gradient of a batch is over images and draws already.
+        return self.eot_samples or (EOT_SAMPLES if look.shared else 1)
 
     @cached_property
     def _together(self) -> Ensemble:
@@ -120,14 +136,15 @@ class Workshop:
             return labels
         else:
             with torch.no_grad():
-                goals = torch.stack(self._together.each(images)).mean(0).argmax(1)
+                each = self.climbed.each(images) if isinstance(self.climbed, Ensemble) else [self.victim(images)]
+                goals = torch.stack(list(each)).mean(0).argmax(1)
         counts = self._counts(labels)
         return goals if counts is None else labels.where(~counts, goals)
 
     def ascent(self, loss: Loss) -> Ascent:
         """Return the solver that climbs ``loss``, averaged over the models, from this ball."""
         return Ascent(
-            victim=self.victim,
+            victim=self.climbed,
             ball=self.ball,
             loss=loss,
             box_gradient=self.box_gradient,
@@ -144,7 +161,7 @@ class Workshop:
         split = self.validation if split is None else split
         rates = []
         for victim in self.victims:
-            predictions = predict(victim, split, delta)
+            predictions = predict(victim, split, delta, seed=self.seed)
             if self.target is None:
                 rates.append(score(predictions, split).error)
             else:
@@ -162,6 +179,25 @@ class Workshop:
             return train
         order = torch.randperm(len(train), generator=generator(self.seed, "few"))
         return train.subset(order[:images])
+
+
+@contextmanager
+def voting(victims: Sequence[Victim]) -> Iterator[None]:
+    """Let the majority of :data:`gambeson.victim.DRAWS` votes decide each image of a random model inside the block.
+
+    A victim that is asked several times already keeps its number.
+
+    Args:
+        victims: inside their contexts, and met.
+    """
+    asked_once = [victim for victim in victims if victim.passes == 1 and victim.look and victim.look.stochastic]
+    try:
+        for victim in asked_once:
+            victim.passes = DRAWS
+        yield
+    finally:
+        for victim in asked_once:
+            victim.passes = 1
 
 
 def splits_of(victim: Victim, data: object) -> tuple[Split, Split, int]:
