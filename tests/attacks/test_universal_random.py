@@ -65,7 +65,7 @@ def test_restarts_are_chosen_by_the_votes_that_report_them(trained, digits):
 
 def test_class_wise_choice_is_by_votes_too(trained, digits):
     class Coin(nn.Module):
-        """Right with probability 0.6 whatever the perturbation: one vote says 0.4 wrong, the majority of 21 far less."""
+        """Right with probability 0.6 whatever the perturbation: 0.4 are wrong by one vote, far less by 21."""
 
         def forward(self, x):
             z = trained(x)
