@@ -99,8 +99,17 @@ def eps_uni(
             if uap.about.norm != attack.norm:
                 raise UserError(f"a known perturbation is of norm {uap.about.norm}: expected {attack.norm}")
             found[uap.about.eps] = Found(uap, _errors(victim, dataset.test, uap.delta))
-        settings = {"norm": attack.norm, "delta": delta, "tolerance": tolerance, "known": found, "controls": controls}
-        result = search(victim, dataset, craft, seed=seed, **settings)
+        result = search(
+            victim,
+            dataset,
+            craft,
+            norm=attack.norm,
+            delta=delta,
+            tolerance=tolerance,
+            seed=seed,
+            known=found,
+            controls=controls,
+        )
         return result.model_copy(update={"cost": _since(victim, before)})
 
 

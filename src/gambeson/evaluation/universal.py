@@ -169,8 +169,8 @@ def strongest(
     about, source = candidates[best].about, crafted.about
     rivals = [(one.about.attack, rate) for one, rate in zip(candidates[1:], errors[1:], strict=True)]
     models = dict.fromkeys([*about.model.split("+"), *source.model.split("+")])
-    update = {"restarts": [*source.restarts, *rivals], "chosen_on": validation.name, "model": "+".join(models)}
-    return UniversalPerturbation(candidates[best].delta, about.model_copy(update=update)), errors[best]
+    chosen = {"restarts": [*source.restarts, *rivals], "chosen_on": validation.name, "model": "+".join(models)}
+    return UniversalPerturbation(candidates[best].delta, about.model_copy(update=chosen)), errors[best]
 
 
 DRAWS = EOT_SAMPLES
