@@ -425,10 +425,14 @@ def test_sga_steps_along_the_mean_of_all_inner_gradients(norm):
     x[x < 0.25], x[x > 0.75] = 0.0, 1.0
     assert ((x == 0) | (x == 1)).any(0).all()
     y = torch.randint(0, 3, (12,), generator=draw)
-    part = Split("few", x, y, ("a", "b", "c"))
+    part, data = Split("few", x, y, ("a", "b", "c")), object.__new__(Dataset)
+    for name, value in zip(
+        ("name", "train", "validation", "test", "classes"), ("f", *[part] * 3, part.classes), strict=True
+    ):
+        object.__setattr__(data, name, value)
     attack = SGA(eps=0.3, norm=norm, inner_batch=4, rounds=1, step=0.5, inner_step=0.4, labels="truth", truncate=None)
     with entered(net) as victims:
-        work = Workshop(victims=victims, train=part, validation=part, ball=attack.ball, seed=0)
+        work = attack._prepare(victims, data, 0)
         ascent = work.ascent(attack.objective)
         found = attack._aggregate(ascent, torch.zeros(1, 1, 3, 4), x, y, torch.Generator())
         delta = next(iter(attack.model_copy(update={"steps": 1, "batch_size": 12})._search(work, None))).delta
