@@ -55,10 +55,13 @@ def control(name: str, ball: Ball, shape: tuple[int, ...], *, draws: int = 1, se
     if name == "perlin":
         noise = PerlinNoise(eps=ball.eps, norm=ball.norm)
         box = torch.tensor(noise.bounds((shape[1], shape[2])), dtype=torch.float64)
-        places = torch.rand(draws, len(box), generator=draw, dtype=torch.float64)
-        values = (box[:, 0] + places * (box[:, 1] - box[:, 0])).tolist()
-        hashes = torch.randint(2**32, (draws,), generator=draw).tolist()
-        return torch.cat([noise.delta(shape, each, number) for each, number in zip(values, hashes, strict=True)])
+        patterns = []
+        for _ in range(draws):
+            place = torch.rand(len(box), generator=draw, dtype=torch.float64)
+            number = int(torch.randint(2**32, (), generator=draw))
+            values = (box[:, 0] + place * (box[:, 1] - box[:, 0])).tolist()
+            patterns.append(noise.delta(shape, values, number))
+        return torch.cat(patterns)
     raise unknown_name("control", name, CONTROLS | MORE_CONTROLS)
 
 
