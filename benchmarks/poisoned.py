@@ -58,6 +58,7 @@ THIN = {
     "universal_steps": 100,
     "universal_screened": 2,
     "eps_uni_runs": 0,
+    "eps_adv": False,
     "test_images": 500,
     "slope_backwards": 0,
     "validation_images": None,

@@ -411,3 +411,47 @@ def test_start_is_one_more_candidate_of_every_attack(trained, digits):
 def test_the_base_alone_is_no_attack(trained, digits):
     with pytest.raises(NotImplementedError):
         UniversalAttack(eps=0.1).craft(trained, digits)
+
+
+@pytest.mark.parametrize("norm", ["inf", "2"])
+def test_sga_steps_along_the_mean_of_all_inner_gradients(norm):
+    """One outer step by hand, in plain PyTorch, on images with pixels at exactly 0 and 1."""
+    draw = torch.Generator().manual_seed(4)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw))
+    x = torch.rand(12, 1, 3, 4, generator=draw)
+    x[x < 0.25], x[x > 0.75] = 0.0, 1.0
+    assert ((x == 0) | (x == 1)).any(0).all()
+    y = torch.randint(0, 3, (12,), generator=draw)
+    part, data = Split("few", x, y, ("a", "b", "c")), object.__new__(Dataset)
+    for name, value in zip(
+        ("name", "train", "validation", "test", "classes"), ("f", *[part] * 3, part.classes), strict=True
+    ):
+        object.__setattr__(data, name, value)
+    attack = SGA(eps=0.3, norm=norm, inner_batch=4, rounds=1, step=0.5, inner_step=0.4, labels="truth", truncate=None)
+    with entered(net) as victims:
+        work = attack._prepare(victims, data, 0)
+        ascent = work.ascent(attack.objective)
+        found = attack._aggregate(ascent, torch.zeros(1, 1, 3, 4), x, y, torch.Generator())
+        delta = next(iter(attack.model_copy(update={"steps": 1, "batch_size": 12})._search(work, None))).delta
+
+    def step(delta, gradient, length):
+        if norm == "inf":
+            return (delta + length * gradient.sign()).clamp(-0.3, 0.3)
+        moved = delta + length * gradient / gradient.norm()
+        return moved * min(1.0, 0.3 / float(moved.norm()))
+
+    inner, gradients = torch.zeros(1, 1, 3, 4), []
+    for rows in torch.arange(12).split(4):
+        point = inner.clone().requires_grad_()
+        straight = x[rows] + point + ((x[rows] + inner).clamp(0, 1) - (x[rows] + inner))
+        gradients.append(torch.autograd.grad(nn.functional.cross_entropy(net(straight), y[rows]), point)[0])
+        inner = step(inner, gradients[-1], 0.4 * 0.3)
+    total = sum(gradients)
+    torch.testing.assert_close(found, total)
+    assert not torch.equal(total.sign(), gradients[-1].sign())  # the last alone would go elsewhere
+    assert not torch.equal(total.sign(), gradients[0].sign())
+    assert delta.shape == total.shape
+    assert float(attack.ball.length(delta)) == pytest.approx(0.15, rel=1e-5)

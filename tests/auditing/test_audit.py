@@ -56,6 +56,9 @@ def test_an_honest_model_is_trusted_and_its_numbers_hang_together(audited, train
         assert float(stored.delta.abs().max()) <= point.eps
     tried = dict(result.eps_uni.tried)
     assert tried[result.eps_uni.value] >= 0.5 or result.eps_uni.censored
+    assert result.eps_uni.low <= result.eps_uni.value <= result.eps_uni.high
+    assert result.eps_adv.value < result.eps_uni.low  # one an image needs less
+    assert (result.eps_adv.images, result.middle.crafted) == (50, None)
     assert all(error < 0.5 for eps, error in tried.items() if eps < result.eps_uni.value)
 
 
@@ -102,6 +105,15 @@ def test_a_failed_attack_is_reported_as_failed(trained, digits, monkeypatch):
     found = gb.audit(trained, digits, SUITE.model_copy(update={"eps": (0.3,)}))
     failed = {check.name for check in found.results.checks if not check.passed}
     assert {"crafted beats controls", "budget used"} <= failed
+    (point,) = found.results.universal
+    worst = max((control.worst for control in point.controls), key=lambda rate: rate.value)
+    assert point.attack in ("random-sign", "chessboard")
+    assert point.crafted.value == found.results.clean.complement.value
+    assert point.crafted.value < point.uer.value <= worst.value
+    (uap,) = found.perturbations  # what the headline says is what is stored, and it has seen no image
+    assert gb.evaluation.universal_evasion(trained, digits, uap) == point.uer
+    assert (uap.about.attack, uap.about.crafted_on) == (point.attack, "no images")
+    assert f"the {point.attack} misclassifies {point.uer}" in found.verdict.summary
 
 
 def test_eps_uni_of_one_class_is_a_quantile_of_the_margins():

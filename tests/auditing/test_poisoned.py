@@ -28,6 +28,7 @@ SUITE = Suite(
     gradient_draws=3,
     surrogate="none",
     eps_uni_runs=0,
+    eps_adv=False,
 )
 FAST = (  # the ones that the issue names
     "logits x 1e4",

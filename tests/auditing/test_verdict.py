@@ -7,7 +7,7 @@ import pytest
 from gambeson.auditing.results import Check, Draws, PerImage, Subject, Transferred, Universal
 from gambeson.auditing.verdict import judge
 from gambeson.evaluation import Rate
-from gambeson.evaluation.results import Control, Cost, EpsUni
+from gambeson.evaluation.results import Control, Cost, EpsAdv, EpsUni
 
 CLEAN = Rate.of(987, 1000)
 FOUND = EpsUni(delta=0.5, value=0.12, censored=False, tolerance=0.002, tried=[], split="test", cost=Cost())
@@ -94,6 +94,40 @@ def test_a_transferred_pattern_that_does_more_harm_takes_the_lead():
     assert f"against {Rate.of(60, 1000)} under the one crafted on the model itself" in said
     weaker = judge(CLEAN, points(60), FOUND, [], transfer=[moved(50)]).summary
     assert weaker == judge(CLEAN, points(60), FOUND, []).summary
+
+
+def beaten(control, crafted=400, name="chessboard", chosen=True):
+    """An audit at whose middle eps a control does more harm than what was crafted."""
+    low, middle, high = points(crafted)
+    rival = Control(name=name, mean=control / 1000, worst=Rate.of(control, 1000), draws=1)
+    update = {"controls": [rival, *middle.controls]}
+    if chosen:
+        update |= {"attack": name, "uer": Rate.of(control, 1000), "crafted": Rate.of(crafted, 1000)}
+    return [low, middle.model_copy(update=update), high]
+
+
+def test_a_control_that_does_more_harm_is_the_headline():
+    said = judge(CLEAN, beaten(580), FOUND, []).summary
+    assert said.startswith(f"Broken by one pattern at eps 0.1: the chessboard misclassifies {Rate.of(580, 1000)} of")
+    assert f"against {Rate.of(400, 1000)} under the one crafted on the model itself, {CLEAN.complement}" in said
+    assert "under the strongest other control (random-sign)" in said
+
+
+@pytest.mark.parametrize("control", range(430, 620, 10))
+@pytest.mark.parametrize("chosen", [True, False])
+def test_no_model_is_said_to_stand_that_a_control_brings_down(control, chosen):
+    """Whatever validation chose: the intervals of three rates at once leave 50 % out up to 460 and from 540 of 1000."""
+    said = judge(CLEAN, beaten(control, chosen=chosen), FOUND, []).summary
+    assert said.startswith("Not brought") == (control <= 460)
+    if control >= 540:
+        assert said.startswith("Broken by one pattern at eps 0.1: the chessboard misclassifies")
+
+
+def test_the_smallest_eps_have_their_intervals():
+    found = FOUND.model_copy(update={"low": 0.11, "high": 0.13})
+    each = EpsAdv(**FOUND.model_copy(update={"value": 0.02, "low": 0.018, "high": None}).plain(), images=100)
+    said = judge(CLEAN, points(60), found, [], each=each).summary
+    assert said.endswith("eps_uni(0.5) is at most 0.12 [0.11, 0.13], eps_adv(0.5) at most 0.02 [0.018, more].")
 
 
 def test_a_random_model_and_a_black_box_are_said_to_be_so():

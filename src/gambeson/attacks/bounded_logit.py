@@ -23,9 +23,7 @@ class HeldRival(Loss):
 
     targeted: bool = True
 
-    def _answers(
-        self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None, truth: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _answers(self, logits: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor | None) -> torch.Tensor:
         index = labels.unsqueeze(1)
         rival = logits.detach().scatter(1, index, -torch.inf).amax(1)
         return rival - logits.gather(1, index).squeeze(1)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from gambeson.attacks.perturbation import Provenance, Status, UniversalPerturbation
 from gambeson.attacks.sources import Source, entered
@@ -31,6 +32,12 @@ class UniversalAttack(Config):
     """Radius in pixel units."""
     norm: Norm = "inf"
     """Norm of the ball."""
+    eot_samples: Annotated[int, Field(ge=1)] | None = None
+    """Fresh draws of a random model that the gradient of a loss is averaged over at every step (expectation over
+    transformation, Athalye et al. 2018), each a forward and a backward. None (the default is ours): one where the
+    model draws for each image by itself, since the mean over a batch is one over draws then, and
+    :data:`gambeson.attacks.sources.EOT_SAMPLES` where all images of a batch share a draw. Attacks without a loss
+    (DeepFool-UAP, singular vectors, data-free, procedural) take a draw each time."""
 
     @property
     def ball(self) -> Ball:
@@ -52,7 +59,7 @@ class UniversalAttack(Config):
                 losses of several are averaged, and so are the rates that choose.
             data: a ``Dataset``; a split or an (images, labels) pair, which are split by a fixed rule; or images
                 (N, C, H, W) alone, which get the (first) model's own predictions as labels.
-            seed: of every draw.
+            seed: of every draw. The rates that choose are decided by votes where a model is random, as everywhere.
             start: (1, C, H, W), a perturbation to start one more restart from, scaled to the ball. An attack that
                 cannot start from one takes it as one more candidate.
 
@@ -80,7 +87,6 @@ class UniversalAttack(Config):
         settings = self.plain()
         train, validation, classes = splits_of(victims[0], data)
         for victim in victims:
-            # A random model is attacked as it is: every step averages over a batch, each image with a draw of its own.
             victim.meet(train.take(slice(0, 8), victim.device)[0])
         target: int | None = settings.get("target")
         if target is not None and target >= classes:
@@ -94,6 +100,7 @@ class UniversalAttack(Config):
             target=target,
             predicted_labels=settings.get("labels") == "prediction",
             box_gradient=settings.get("box_gradient", "exact"),
+            eot_samples=self.eot_samples,
         )
 
     def _scaled(self, start: torch.Tensor, work: Workshop) -> torch.Tensor:

@@ -91,7 +91,7 @@ class DeepFoolUAP(UniversalAttack):
 
     def _fooling(self, work: Workshop, few: Split, clean: list[torch.Tensor], v: torch.Tensor) -> float:
         changed = [
-            score(now := predict(victim, few, v), few, before).changed / len(now)
+            (found := score(predict(victim, few, v), few, before)).changed / max(1, found.answers)
             for victim, before in zip(work.victims, clean, strict=True)
         ]
         return sum(changed) / len(changed)

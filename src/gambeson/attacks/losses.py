@@ -152,24 +152,31 @@ class Loss(Config):
             ignore_index: the label that counts nowhere.
             truth: true labels, where a targeted margin or ratio shall measure the target against them.
         """
-        answers = self._answers(logits, labels, ignore_index, truth)
+        counts = None
+        if ignore_index is not None:  # an ignored answer has no index to gather; it is computed as if, and left out
+            counts = labels != ignore_index
+            counts = counts if truth is None else counts & (truth != ignore_index)
+            labels = labels.where(counts, 0)
+            truth = truth if truth is None else truth.where(counts, 0)
+        answers = self._answers(logits, labels, truth)
         if self.targeted:
             answers = -(answers if self.truncate is None else answers.clamp(min=self.truncate))
         elif self.truncate is not None:
             cut = answers.clamp(max=self.truncate)
             answers = cut if self.truncate_right else torch.where(logits.argmax(1) == labels, answers, cut)
-        return image_means(answers, labels, ignore_index)
+        if counts is None:
+            return image_means(answers, labels)
+        return image_means(answers.where(counts, 0), labels.where(counts, IGNORE), IGNORE)
 
-    def _answers(
-        self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None, truth: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _answers(self, logits: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor | None) -> torch.Tensor:
+        """Return the loss of every answer, in the shape of ``labels``, none of which is the ignore index here."""
         used = self.used(logits.shape[1])
         if used == "cross-entropy":
-            return cross_entropy(logits, labels, ignore_index)
+            return cross_entropy(logits, labels)
         if not self.targeted:
-            return (margin if used == "margin" else dlr)(logits, labels, ignore_index)
+            return (margin if used == "margin" else dlr)(logits, labels)
         if used == "dlr":
-            return -targeted_dlr(logits, labels, truth, ignore_index)
+            return -targeted_dlr(logits, labels, truth)
         if truth is None:
-            return margin(logits, labels, ignore_index)
-        return -target_margin(logits, labels, truth, ignore_index)
+            return margin(logits, labels)
+        return -target_margin(logits, labels, truth)

@@ -20,9 +20,7 @@ from gambeson.threat import BoxGradient
 class CleanLogit(Loss):
     """Minus the label's own logit: the loss that the public code of SGA has as its default."""
 
-    def _answers(
-        self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None, truth: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _answers(self, logits: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor | None) -> torch.Tensor:
         return -logits.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 

@@ -147,6 +147,9 @@ class Draws(Several):
         return self.victim.gradient(value, wrt, images * self.draws)
 
 
+EOT_SAMPLES = 10
+"""Draws of a random model that a gradient is averaged over where nothing else is said (ours; the papers: 1 to 30)."""
+
 _VALUES_A_FORWARD = 2**23
 """Input values of all draws that are sent forward at once: 128 colour images of 32 x 32 drawn 21 times."""
 

@@ -180,7 +180,8 @@ class ClasswiseStochasticPGD(StochasticPGD):
         """Craft one perturbation for each class; arguments as in :meth:`StochasticPGD.craft`.
 
         Returns:
-            Class index to its perturbation. A class without validation images is judged on its training images.
+            Class index to its perturbation. A class without validation images is judged on its training images;
+            one that has none of these either is left out.
             Forwards and backwards in each provenance are those of all classes together.
 
         Raises:
@@ -197,9 +198,9 @@ class ClasswiseStochasticPGD(StochasticPGD):
                 kinds.append("sign" if restart else "zero")
                 first = work.start(kinds[-1], restart, classes)
                 outcomes.append(self._climb(work, first, restart))
-            table = [[work.rate(delta[[k]], part) for delta in outcomes] for k, part in _parts(work, classes)]
+            table = {k: [work.rate(delta[[k]], part) for delta in outcomes] for k, part in _parts(work, classes)}
             found = {}
-            for k, rates in enumerate(table):
+            for k, rates in table.items():
                 best = max(range(len(rates)), key=rates.__getitem__)
                 delta = outcomes[best][[k]].cpu()
                 restarts = list(zip(kinds, rates, strict=True))
@@ -212,5 +213,8 @@ class ClasswiseStochasticPGD(StochasticPGD):
 
 def _parts(work: Workshop, classes: int) -> Iterator[tuple[int, Split]]:
     for k in range(classes):
-        own = work.validation.labels == k
-        yield k, work.validation.subset(own) if bool(own.any()) else work.train.subset(work.train.labels == k)
+        for split in (work.validation, work.train):
+            own = split.labels == k
+            if bool(own.any()):
+                yield k, split.subset(own)
+                break

@@ -11,7 +11,7 @@ import torch
 
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.solver import Ascent
-from gambeson.attacks.sources import Ensemble
+from gambeson.attacks.sources import EOT_SAMPLES, Ensemble
 from gambeson.base import UserError, derive, generator
 from gambeson.data import Split, as_dataset
 from gambeson.threat import Ball, BoxGradient
@@ -45,6 +45,8 @@ class Workshop:
     target: int | None = None
     predicted_labels: bool = False
     box_gradient: BoxGradient = "exact"
+    eot_samples: int | None = None
+    """See :attr:`gambeson.attacks.UniversalAttack.eot_samples`."""
 
     @property
     def device(self) -> torch.device:
@@ -55,6 +57,19 @@ class Workshop:
     def victim(self) -> Victim:
         """The one model, or the ensemble of several, whose losses are averaged."""
         return self.victims[0] if len(self.victims) == 1 else self._together
+
+    @cached_property
+    def climbed(self) -> Victim:
+        """What a loss is climbed on: :attr:`victim`, or several fresh draws of each random model."""
+        drawn = [victim for victim in self.victims for _ in range(self._draws(victim))]
+        return self.victim if len(drawn) == len(self.victims) else Ensemble(drawn, "losses")
+
+    def _draws(self, victim: Victim) -> int:
+        look = victim.look
+        if look is None or not look.stochastic:
+            return 1
+        # Where each image has a draw of its own, the mean gradient of a batch is over images and draws already.
+        return self.eot_samples or (EOT_SAMPLES if look.shared else 1)
 
     @cached_property
     def _together(self) -> Ensemble:
@@ -81,27 +96,54 @@ class Workshop:
             yield "warm", given
 
     def stream(self, batch_size: int, restart: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (images, true labels) in whole epochs of a new order each, for as long as they are asked for."""
+        """Yield (images, true labels) in whole epochs of a new order each, for as long as they are asked for.
+
+        Images without a label that counts are left out, so that every mean over a batch is over those that have one.
+
+        Raises:
+            UserError: no image has a label that counts.
+        """
         size, epoch = min(batch_size, len(self.train)), 0
         seed = derive(self.seed, "batches", restart)
         while True:
-            shuffle = generator(seed, "epoch", epoch)
-            yield from self.train.batches(size, device=self.device, generator=shuffle, drop_last=True)
+            shuffle, none = generator(seed, "epoch", epoch), True
+            for images, labels in self.train.batches(size, device=self.device, generator=shuffle, drop_last=True):
+                counts = self._counts(labels)
+                if counts is not None:
+                    rows = counts.flatten(1).any(1) if labels.ndim > 1 else counts
+                    images, labels = images[rows], labels[rows]
+                if len(images):
+                    none = False
+                    yield images, labels
+            if none:
+                raise UserError(
+                    f"no image of {self.train.name} has a label that counts (all are the ignore index "
+                    f"{self.train.ignore_index}): give labels, or images alone"
+                )
             epoch += 1
 
+    def _counts(self, labels: torch.Tensor) -> torch.Tensor | None:
+        """Which labels count; None where all do."""
+        ignored = self.train.ignore_index
+        return None if ignored is None else labels != ignored
+
     def goals(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the labels to leave, or the targets to reach."""
+        """Return the labels to leave, or the targets to reach; the ignore index where the true label is."""
         if self.target is not None:
-            return torch.full_like(labels, self.target)
-        if not self.predicted_labels:
+            goals = torch.full_like(labels, self.target)
+        elif not self.predicted_labels:
             return labels
-        with torch.no_grad():
-            return torch.stack(self._together.each(images)).mean(0).argmax(1)
+        else:
+            with torch.no_grad():
+                each = self.climbed.each(images) if isinstance(self.climbed, Ensemble) else [self.victim(images)]
+                goals = torch.stack(list(each)).mean(0).argmax(1)
+        counts = self._counts(labels)
+        return goals if counts is None else labels.where(~counts, goals)
 
     def ascent(self, loss: Loss) -> Ascent:
         """Return the solver that climbs ``loss``, averaged over the models, from this ball."""
         return Ascent(
-            victim=self.victim,
+            victim=self.climbed,
             ball=self.ball,
             loss=loss,
             box_gradient=self.box_gradient,
@@ -118,19 +160,24 @@ class Workshop:
         split = self.validation if split is None else split
         rates = []
         for victim in self.victims:
-            predictions = predict(victim, split, delta)
+            predictions = predict(victim, split, delta, seed=self.seed)
             if self.target is None:
                 rates.append(score(predictions, split).error)
             else:
-                rates.append(float((predictions == self.target).float().mean()))
+                hits = predictions == self.target
+                counts = self._counts(split.labels.cpu())
+                rates.append(float((hits if counts is None else hits[counts]).float().mean()))
         return sum(rates) / len(rates)
 
     def few(self, images: int) -> Split:
         """Return a random part of the training images, the same for every call."""
-        if images >= len(self.train):
-            return self.train
-        order = torch.randperm(len(self.train), generator=generator(self.seed, "few"))
-        return self.train.subset(order[:images])
+        train, ignored = self.train, self.train.ignore_index
+        if ignored is not None and train.labels.ndim == 1:
+            train = train.subset(train.labels != ignored, train.name)
+        if images >= len(train):
+            return train
+        order = torch.randperm(len(train), generator=generator(self.seed, "few"))
+        return train.subset(order[:images])
 
 
 def splits_of(victim: Victim, data: object) -> tuple[Split, Split, int]:

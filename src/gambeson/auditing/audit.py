@@ -35,7 +35,7 @@ from gambeson.auditing.verdict import judge
 from gambeson.base import UserError, environment, generator, task, unknown_name
 from gambeson.data import Dataset, Split, as_dataset
 from gambeson.evaluation import BlackBox
-from gambeson.evaluation.results import EpsUni
+from gambeson.evaluation.results import EpsAdv, EpsUni
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import count_parameters, fingerprint
 from gambeson.victim import Victim, counting, nothing_counts, predict, score
@@ -184,6 +184,7 @@ class _Auditor:
             universal.end_curve(evidence)
             found = do("eps-uni", EpsUni | None, lambda: universal.search_eps_uni(evidence), None)
             found = found or universal.search_eps_uni(evidence, runs=0)
+            each = do("eps-adv", EpsAdv | None, lambda: universal.search_eps_adv(evidence), None)
             advance()
             evidence.per_image = do("per-image", list[PerImage], lambda: per_image.measure(evidence), [])
             advance()
@@ -202,7 +203,7 @@ class _Auditor:
             uap = evidence.uaps[evidence.eps]
             do("examples", None, lambda: save_examples(folder, evidence.victim, evidence.data, uap), None)
         without = [source.left_out, per_image.left_out(evidence)]
-        parts: list[Universal | PerImage | Transferred | Slopes] = []
+        parts: list[Universal | PerImage | Transferred | Slopes | EpsAdv] = [each] if each else []
         parts += [*evidence.universal, *evidence.per_image, *evidence.transfer, *([sloped] if sloped else [])]
         result = AuditResult(
             subject=evidence.subject,
@@ -214,6 +215,7 @@ class _Auditor:
             per_image=evidence.per_image,
             universal=evidence.universal,
             eps_uni=found,
+            eps_adv=each,
             transfer=evidence.transfer,
             surrogate=source,
             corruption=noise,
@@ -230,6 +232,7 @@ class _Auditor:
                 transfer=evidence.transfer,
                 subject=evidence.subject,
                 draws=evidence.draws,
+                each=each,
             ),
             cost=sum((part.cost for part in parts), found.cost),
             environment=environment(evidence.victim.device),
@@ -260,6 +263,6 @@ class _Auditor:
             return
         if self.folder is None:
             raise AssertionError("a stage can only be kept in a folder")
-        evidence.uaps[eps] = UniversalPerturbation.load(self.folder / universal.file_of(eps))
+        universal.recall(evidence, eps, self.folder)
         if fingerprint(evidence.victim.model) not in evidence.uaps[eps].about.model.split("+"):
             raise UserError(f"{self.folder} holds the audit of another model: choose another --out")

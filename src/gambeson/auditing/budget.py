@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from gambeson.attacks import CONTROLS
 from gambeson.auditing.corruption import NOISES
 from gambeson.auditing.suite import Suite
 from gambeson.base import Config, UserError
@@ -39,9 +38,12 @@ def images_asked(suite: Suite, data: Dataset, passes: int) -> int:
     test = min(suite.test_images or len(data.test), len(data.test))
     few, held = min(suite.pattern_images, len(data.train)), min(suite.pattern_images, len(data.validation))
     sample = min(suite.sample, test)
+    controls, runs = suite.patterns_of_controls, _RUNS if suite.eps_uni_runs is None else suite.eps_uni_runs
     craft = 2 * (suite.patterns * few + 3 * held) + 2 * held + test
-    scored = test + len(suite.eps) * (craft + sum(CONTROLS.values()) * test)
-    scored += (_RUNS if suite.eps_uni_runs is None else suite.eps_uni_runs) * craft
+    craft += (controls + 3) * held  # what stands for an eps is chosen on validation
+    scored = test + len(suite.eps) * (craft + controls * test)
+    scored += runs * (craft + (len(suite.eps) + runs) * held)
+    scored += 12 * test if runs else 0  # the error curve near eps_uni
     if suite.surrogate != "none":
         scored += test + 2 * min(suite.transfer_images, test)
     scored += len(NOISES) * len(suite.noise_sizes) * test

@@ -17,6 +17,7 @@ from gambeson.auditing.scale import temperature
 from gambeson.auditing.suite import Suite
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Rate
+from gambeson.evaluation.crossing import ImageErrors
 from gambeson.evaluation.outcome import AttackT, ImageAttack, Outcome, averaged, outcome
 from gambeson.evaluation.results import Cost
 from gambeson.victim import Victim
@@ -38,7 +39,11 @@ class Evidence:
     predictions: torch.Tensor
     """What the model says of the clean test images, (N,) or (N, H, W)."""
     uaps: dict[float, UniversalPerturbation] = field(default_factory=dict)
-    """The crafted perturbations by eps."""
+    """The perturbations by eps, each what does most harm on validation."""
+    crafted: dict[float, UniversalPerturbation] = field(default_factory=dict)
+    """The crafted perturbation of an eps where another one took its place."""
+    errors: dict[float, ImageErrors] = field(default_factory=dict)
+    """Errors of each test image under the perturbations, by eps."""
     universal: list[Universal] = field(default_factory=list)
     per_image: list[PerImage] = field(default_factory=list)
     transfer: list[Transferred] = field(default_factory=list)
@@ -63,6 +68,10 @@ class Evidence:
     def middle(self) -> Universal:
         """The perturbation of the middle eps."""
         return self.universal[len(self.universal) // 2]
+
+    def crafted_at(self, eps: float) -> UniversalPerturbation:
+        """What the attack on the model itself crafted, whether or not another perturbation does more harm."""
+        return self.crafted.get(eps, self.uaps[eps])
 
     @cached_property
     def sample(self) -> Split:

@@ -9,12 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from gambeson.attacks.controls import CONTROLS
 from gambeson.auditing.suite import Suite
 from gambeson.auditing.surrogate import choose
 from gambeson.base import Config, UserError, seeded
 from gambeson.data import Dataset
 from gambeson.evaluation import BlackBox
+from gambeson.evaluation.universal import RANKED
 from gambeson.victim import Victim
 
 _ROW = 10 + 100 + 9 * 20 + 3 * 100
@@ -118,7 +118,8 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
     points, restarts = len(suite.eps), min(attack.restarts, attack.screened or attack.restarts)
     climbs = points * restarts + points - 1  # from the second eps on the eps before is one start more
     trials = _TRIALS if suite.eps_uni_runs is None else suite.eps_uni_runs
-    scored = test * (1 + sum(CONTROLS.values()))
+    ranked = suite.patterns_of_controls * min(RANKED, held) + 2 * held  # what stands for an eps is chosen on validation
+    scored = test * (1 + suite.patterns_of_controls) + ranked
     row = min(suite.row_images, test) if data.test.labels.ndim == 1 and suite.norm != "1" else 0
     steps = suite.pgd_steps * suite.pgd_restarts
     return (
@@ -129,8 +130,13 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
         ),
         Part(
             name="eps_uni",
-            forwards=passes * trials * (screened + 2 * held + test),
+            forwards=passes * (trials * (screened + 3 * held + test + ranked + trials * min(RANKED, held)) + 12 * test),
             gradients=trials * (screen + 2 * climb),
+        ),
+        Part(
+            name="eps_adv",
+            forwards=passes * sample * 2 * _TRIALS * suite.eps_adv,
+            gradients=draws * sample * suite.pgd_steps * _TRIALS * suite.eps_adv,
         ),
         Part(name="PGD, image by image", forwards=passes * test, gradients=draws * test * steps),
         Part(name="row of attacks", forwards=passes * row * suite.row_queries, gradients=draws * row * _ROW),

@@ -12,7 +12,7 @@ from gambeson.base import Config, UserError, read_json, write_json
 from gambeson.data import Dataset
 from gambeson.evaluation import Rate
 from gambeson.evaluation.cascade import Round
-from gambeson.evaluation.results import Control, Cost, EpsUni
+from gambeson.evaluation.results import Control, Cost, EpsAdv, EpsUni
 
 SCHEMA: Final = "gambeson/audit-3"
 
@@ -73,16 +73,22 @@ class Restart(Config):
 
 
 class Universal(Config):
-    """One crafted universal perturbation, its rates on the test split, and the controls at the same eps."""
+    """The universal perturbation of one eps, its rates on the test split, and the controls at the same eps.
+
+    It is the one that does most harm on validation: what was crafted or, where that does less, a control or what was
+    crafted on the surrogate. Its rates have the plain intervals of a choice that no test image took part in.
+    """
 
     attack: str = "stochastic-pgd"
-    """Name of the attack that crafted it."""
+    """Name of the attack that crafted it, or of the control."""
     eps: float
     norm: str
     uer: Rate
     """Universal evasion rate: share of test inputs that the model gets wrong."""
     fooling: Rate
     """Share of test inputs whose prediction changes."""
+    crafted: Rate | None = None
+    """UER of what was crafted on the model itself, where another perturbation took its place; None elsewhere."""
     controls: list[Control]
     restarts: list[Restart]
     file: str
@@ -214,6 +220,8 @@ class AuditResult(Config):
     universal: list[Universal]
     """In order of eps."""
     eps_uni: EpsUni
+    eps_adv: EpsAdv | None = None
+    """The same for attacks on each image by itself, on the sample; None for a black box or where it was left out."""
     transfer: list[Transferred] = Field(default_factory=list)
     surrogate: Surrogate | None = None
     corruption: list[Corruption] = Field(default_factory=list)

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from gambeson.attacks import PGD, StochasticPGD
-from gambeson.base import Config, Number, UserError
+from gambeson.attacks import CONTROLS, MORE_CONTROLS, PGD, StochasticPGD
+from gambeson.attacks.sources import EOT_SAMPLES
+from gambeson.base import Config, Number, UserError, unknown_name
 from gambeson.data import Dataset
-from gambeson.evaluation.outcome import EOT_SAMPLES
 from gambeson.threat import Eps, Norm
 from gambeson.victim import DRAWS
 
@@ -76,6 +76,24 @@ class Suite(Config):
     """Width of the last bracket as a share of eps."""
     eps_uni_runs: Annotated[int, Field(ge=0)] | None = None
     """The most perturbations crafted in that search; 0: it is read off the curve; None: as many as it takes."""
+    eps_adv: bool = True
+    """Search the smallest eps for attacks on each image as well, on the sample (not for black boxes)."""
+    controls: tuple[str, ...] = tuple(CONTROLS)
+    """Patterns that know nothing of the model, tried at each eps: see :func:`gambeson.attacks.control`. One that does
+    more harm on validation than what was crafted takes its place."""
+
+    @field_validator("controls")
+    @classmethod
+    def _known(cls, controls: tuple[str, ...]) -> tuple[str, ...]:
+        for name in controls:
+            if name not in CONTROLS | MORE_CONTROLS:
+                raise unknown_name("control", name, CONTROLS | MORE_CONTROLS)
+        return controls
+
+    @property
+    def patterns_of_controls(self) -> int:
+        """How many patterns the controls are."""
+        return sum((CONTROLS | MORE_CONTROLS)[name] for name in self.controls)
 
     @field_validator("eps")
     @classmethod

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from gambeson.attacks import FGSM, GradientAttack, StochasticPGD, UniversalPerturbation, transfer_attack
+from gambeson.attacks.sources import EOT_SAMPLES
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.results import Transferred
 from gambeson.base import derive
 from gambeson.data import Split
-from gambeson.evaluation.outcome import EOT_SAMPLES, at_once, averaged
+from gambeson.evaluation.outcome import at_once, averaged
 from gambeson.evaluation.universal import error_rate
 from gambeson.threat import Norm
 from gambeson.victim import Victim, predict, score

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gambeson.auditing.results import Check, Draws, PerImage, Subject, Transferred, Universal, Verdict
 from gambeson.evaluation import Rate
-from gambeson.evaluation.results import EpsUni
+from gambeson.evaluation.results import EpsAdv, EpsUni, SmallestEps
 
 
 def judge(
@@ -19,6 +19,7 @@ def judge(
     transfer: Sequence[Transferred] = (),
     subject: Subject | None = None,
     draws: Draws | None = None,
+    each: EpsAdv | None = None,
 ) -> Verdict:
     """State what one pattern does to the model at the middle eps, and whether that can be trusted.
 
@@ -26,10 +27,10 @@ def judge(
         clean: accuracy on clean test images.
         points: the crafted perturbations, in order of eps; the middle one is judged.
         found: eps_uni.
+        each: eps_adv, where it was searched.
         checks: what the diagnostics saw.
         per_image: accuracy under attacks that perturb each image by itself.
-        transfer: error under what was crafted on other models; a universal one that does more harm than the crafted
-            one at the middle eps takes its place.
+        transfer: error under what was crafted on other models.
         subject: the model.
         draws: what a random model answers over many passes.
     """
@@ -38,9 +39,9 @@ def judge(
         _one_pattern(clean, point, found.delta, transfer),
         _image_by_image(point, per_image, transfer),
         _random(subject, draws),
-        _eps_uni(found),
+        _eps_uni(found, each),
     ]
-    if subject is not None and subject.black_box and _worst(point, transfer)[0].low < found.delta:
+    if subject is not None and subject.black_box and _worst(point, transfer).low < found.delta:
         said.append("Only queries were possible: an attack with gradients may do more, so not broken says less here.")
     failed = [check for check in checks if check.passed is False]
     if failed:
@@ -51,35 +52,53 @@ def judge(
     return Verdict(trusted=not failed, summary=" ".join(filter(None, said)), reasons=reasons)
 
 
-def _worst(point: Universal, transfer: Sequence[Transferred]) -> tuple[Rate, Transferred | None]:
-    """The highest error that one pattern reached at this eps, and where it came from if it was not crafted here."""
+def _tried(point: Universal, transfer: Sequence[Transferred]) -> dict[str, Rate]:
+    """Error under every pattern that was tried at this eps, by what to call it in a sentence; the chosen one first."""
     others = [one for one in transfer if one.universal and (one.eps, one.norm) == (point.eps, point.norm)]
-    best = max(others, key=lambda one: one.error.value, default=None)
-    if best is not None and best.error.value > point.uer.value:
-        return best.error, best
-    return point.uer, None
+    found = {_CRAFTED if point.crafted is None else f"the {point.attack}": point.uer}
+    if point.crafted is not None:
+        found[_CRAFTED] = point.crafted
+    found |= {f"the {control.name}": control.worst for control in point.controls if control.name != point.attack}
+    return found | {f"the one of {one.source}": one.error for one in others}
+
+
+_CRAFTED = "it"
+
+
+def _worst(point: Universal, transfer: Sequence[Transferred]) -> Rate:
+    """The highest error that any pattern reached at this eps; its interval holds for all that were tried at once."""
+    return Rate.highest(_tried(point, transfer).values())
 
 
 def _one_pattern(clean: Rate, point: Universal, delta: float, transfer: Sequence[Transferred]) -> str:
-    worst, source = _worst(point, transfer)
-    share = f"{100 * delta:g} %"
+    """Lead with the pattern that validation chose, and say that a model stands only where it withstood every one.
+
+    Patterns that were not chosen are compared on test images, so that their intervals are simultaneous ones. Where one
+    of those alone shows that the model is broken, it takes the lead.
+    """
+    tried = _tried(point, transfer)
+    worst, share = _worst(point, transfer), f"{100 * delta:g} %"
+    name, rate = next(iter(tried.items()))
+    if worst.low >= delta > rate.low:
+        name, rate = max(tried, key=lambda one: tried[one].value), worst
     if clean.complement.low >= delta:
         lead = f"At an error of {share} before any pattern is added; under one"
-    elif worst.low >= delta:
+    elif rate.low >= delta:
         lead = "Broken by one pattern"
     elif worst.high < delta:
         lead = f"Not brought to an error of {share} by one pattern"
     else:
         lead = f"On the edge of an error of {share} under one pattern"
-    subject = "it misclassifies"
     against = f"{clean.complement} when clean"
-    if source is not None:
-        subject = f"the one of {source.source} misclassifies"
-        against = f"{point.uer} under the one crafted on the model itself, {against}"
-    if point.controls:
-        rival = max(point.controls, key=lambda control: control.worst.value)
-        against += f" and {rival.worst} under the strongest control ({rival.name})"
-    return f"{lead} at eps {point.eps:.3g}: {subject} {worst} of test images, against {against}."
+    if name != _CRAFTED:
+        against = f"{tried[_CRAFTED]} under the one crafted on the model itself, {against}"
+    rivals = [control for control in point.controls if f"the {control.name}" != name]
+    if rivals:
+        rival = max(rivals, key=lambda control: control.worst.value)
+        kind = "strongest control" if len(rivals) == len(point.controls) else "strongest other control"
+        against += f" and {rival.worst} under the {kind} ({rival.name})"
+    subject = "it misclassifies" if name == _CRAFTED else f"{name} misclassifies"
+    return f"{lead} at eps {point.eps:.3g}: {subject} {rate} of test images, against {against}."
 
 
 def _image_by_image(point: Universal, per_image: Sequence[PerImage], transfer: Sequence[Transferred]) -> str:
@@ -109,6 +128,10 @@ def _random(subject: Subject | None, draws: Draws | None) -> str:
     )
 
 
-def _eps_uni(found: EpsUni) -> str:
-    bound = f"more than {found.value:.3g}" if found.censored else f"at most {found.value:.3g}"
-    return f"eps_uni({found.delta:g}) is {bound}."
+def _eps_uni(found: EpsUni, each: EpsAdv | None) -> str:
+    beside = "" if each is None else f", eps_adv({each.delta:g}) {_bound(each)}"
+    return f"eps_uni({found.delta:g}) is {_bound(found)}{beside}."
+
+
+def _bound(found: SmallestEps) -> str:
+    return f"{'more than' if found.censored else 'at most'} {found.value:.3g}{found.interval}"

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from gambeson.auditing import AuditPlan, AuditResult
 from gambeson.evaluation import Rate
+from gambeson.evaluation.results import SmallestEps
 
 _NONE = "\N{EN DASH}"
 Cells = Callable[[AuditResult], str]
@@ -21,7 +22,7 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
         title=f"{first.material.test} test images of {first.material.name}: per cent [95 % interval]",
         box=box.SIMPLE_HEAD,
         min_width=60,
-        caption="per image, transfer, noise: the worst, with the interval of a worst; UER: error under one pattern for all",
+        caption="per image, transfer, noise: the worst, with its interval; UER: error under one pattern for all",
     )
     table.add_column("")
     for result in results:
@@ -42,7 +43,10 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
         row(f"UER, eps {eps:.3g}", _uer(eps), "bold")
         row("  worst control", _control(eps), "dim")
     deltas = {result.eps_uni.delta for result in results}
-    row(f"eps_uni({deltas.pop():g})" if len(deltas) == 1 else "eps_uni", _eps_uni)
+    delta = f"({deltas.pop():g})" if len(deltas) == 1 else ""
+    row(f"eps_uni{delta}", lambda result: _smallest(result.eps_uni))
+    if any(result.eps_adv is not None for result in results):
+        row(f"eps_adv{delta}", lambda result: _NONE if result.eps_adv is None else _smallest(result.eps_adv), "dim")
     return table
 
 
@@ -100,8 +104,8 @@ def _control(eps: float) -> Cells:
     return cell
 
 
-def _eps_uni(result: AuditResult) -> str:
-    return f"{'>' if result.eps_uni.censored else 'at most'} {result.eps_uni.value:.3f}"
+def _smallest(found: SmallestEps) -> str:
+    return f"{'>' if found.censored else 'at most'} {found.value:.3f}{found.interval}"
 
 
 def _chosen(choose: Callable[[Sequence[Rate]], Rate], rates: Sequence[Rate]) -> Rate | None:

@@ -15,6 +15,7 @@ from gambeson.base import UserError, pick_device
 from gambeson.cli.options import Device, Json, Seed, Set, print_json, progress, put, put_all
 from gambeson.evaluation import accuracy, control_rates, fooling_rate, universal_evasion
 from gambeson.evaluation.subjects import load_subject
+from gambeson.evaluation.universal import judged
 from gambeson.victim import Victim
 
 app = typer.Typer(help="Craft, score and list universal perturbations.", no_args_is_help=True)
@@ -85,7 +86,7 @@ def score(
             "UER": universal_evasion(subject.model, test, uap),
             "fooling rate": fooling_rate(subject.model, test, uap),
         }
-        with Victim(subject.model) as victim:
+        with judged(subject.model, test) as victim:
             controls = control_rates(victim, test, uap.ball, seed)
     if as_json:
         found = {name: rate.plain() for name, rate in rates.items()}

@@ -3,7 +3,7 @@
 from gambeson.evaluation.attack_run import AttackRun, run_attack
 from gambeson.evaluation.black_box import BlackBox, BudgetSpent
 from gambeson.evaluation.cascade import Cascade, CascadeResult, run_cascade
-from gambeson.evaluation.eps_uni import eps_uni
+from gambeson.evaluation.eps_uni import eps_adv, eps_uni
 from gambeson.evaluation.exporting import Exported, run_export
 from gambeson.evaluation.http_scores import HttpScores
 from gambeson.evaluation.local_scores import FunctionScores, OnnxScores
@@ -12,7 +12,7 @@ from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.standard import standard_attacks
 from gambeson.evaluation.subjects import LoadedModel, load_subject
 from gambeson.evaluation.transfer import TransferResult, TransferRun, run_transfer
-from gambeson.evaluation.universal import accuracy, control_rates, fooling_rate, universal_evasion
+from gambeson.evaluation.universal import accuracy, control_rates, fooling_rate, strongest, universal_evasion
 
 __all__ = [
     "AttackRun",
@@ -32,6 +32,7 @@ __all__ = [
     "accuracy",
     "accuracy_under",
     "control_rates",
+    "eps_adv",
     "eps_uni",
     "fooling_rate",
     "load_subject",
@@ -42,5 +43,6 @@ __all__ = [
     "run_export",
     "run_transfer",
     "standard_attacks",
+    "strongest",
     "universal_evasion",
 ]

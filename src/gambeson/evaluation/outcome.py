@@ -8,14 +8,11 @@ from typing import Protocol, TypeVar
 import torch
 
 from gambeson.attacks import GradientAttack
+from gambeson.attacks.sources import EOT_SAMPLES
 from gambeson.base import derive, seeded
 from gambeson.data import Split
 from gambeson.evaluation.rates import Rate
 from gambeson.victim import Victim, auto_batch_size, nothing_counts, predict, right_answers, vote
-
-EOT_SAMPLES = 10
-"""Draws of a random model that a gradient is averaged over where nothing else is said (ours); the papers say 1 to 30.
-"""
 
 
 class ImageAttack(Protocol):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
-from gambeson.attacks import CONTROLS, UniversalPerturbation, control
+from gambeson.attacks import CONTROLS, MORE_CONTROLS, UniversalPerturbation, control
 from gambeson.base import UserError
 from gambeson.data import Split, as_split
 from gambeson.evaluation.rates import Rate
@@ -32,8 +33,14 @@ def change_rate(found: Score) -> Rate:
 
 
 @contextmanager
-def judged(model: nn.Module, split: Split) -> Iterator[Victim]:
-    """Hold a model frozen, for rates: a random one is asked :data:`gambeson.victim.DRAWS` times per image."""
+def judged(model: nn.Module | Victim, split: Split) -> Iterator[Victim]:
+    """Hold a model frozen, for rates: a random one is asked :data:`gambeson.victim.DRAWS` times per image.
+
+    A victim that is inside its context is used as it is.
+    """
+    if isinstance(model, Victim):
+        yield model
+        return
     with Victim(model) as victim:
         victim.passes = votes_of(victim, split.take(slice(0, 8), victim.device)[0])
         yield victim
@@ -82,17 +89,82 @@ def fooling_rate(model: nn.Module, data: object, uap: UniversalPerturbation, *, 
         return change_rate(score(predict(victim, split, uap.delta.to(victim.device), seed=seed), split, clean))
 
 
-def control_rates(victim: Victim, split: Split, ball: Ball, seed: int) -> list[Control]:
+def control_rates(
+    victim: Victim, split: Split, ball: Ball, seed: int, controls: Iterable[str] = tuple(CONTROLS)
+) -> list[Control]:
     """UER of every control of the same norm: mean over its draws, and the worst draw."""
     found = []
-    shape = split.shape
-    for name, draws in CONTROLS.items():
-        patterns = control(name, ball, shape, draws=draws, seed=seed).to(victim.device)
+    for name in controls:
+        patterns = patterns_of(name, ball, split.shape, seed).to(victim.device)
         rates = [error_rate(score(predict(victim, split, pattern[None]), split)) for pattern in patterns]
         mean = sum(rate.value for rate in rates) / len(rates)
-        worst = max(rates, key=lambda rate: rate.value)
-        found.append(Control(name=name, mean=mean, worst=worst, draws=draws))
+        found.append(Control(name=name, mean=mean, worst=Rate.highest(rates), draws=len(rates)))
     return found
+
+
+def patterns_of(name: str, ball: Ball, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Return the customary patterns of a control, (draws, C, H, W)."""
+    draws = (CONTROLS | MORE_CONTROLS).get(name, 1)  # the control itself refuses an unknown name
+    return control(name, ball, shape, draws=draws, seed=seed)
+
+
+RANKED = 1000
+"""Validation images that rank many perturbations cheaply; the strongest is then judged on all of them."""
+
+
+def thinned(split: Split, images: int = RANKED) -> Split:
+    """Return so many images of a split at even distances, for folders are in order of class."""
+    if len(split) <= images:
+        return split
+    return split.subset(torch.linspace(0, len(split) - 1, images, dtype=torch.float64).round().long())
+
+
+def strongest(
+    victim: Victim,
+    validation: Split,
+    crafted: UniversalPerturbation,
+    *,
+    seed: int = 0,
+    controls: Iterable[str] = tuple(CONTROLS),
+    others: Sequence[UniversalPerturbation] = (),
+) -> tuple[UniversalPerturbation, float]:
+    """Return the perturbation that does most harm on validation, and its error there.
+
+    Whatever lies in the ball is a valid universal perturbation: the crafted one, a control, one that was crafted for
+    another model or another eps. Validation chooses, so that the choice is made before any test image is looked at,
+    and the error on test of what is returned has the plain interval of a single rate. Among equals the first stands:
+    the crafted one, then ``others``, then the controls.
+
+    Args:
+        victim: the model, inside its context.
+        validation: the images that choose.
+        crafted: what the attack made; it gives ball and provenance.
+        seed: of the controls' draws.
+        controls: their names; none: they are left out.
+        others: more perturbations of the same eps.
+    """
+    ball, device = crafted.ball, victim.device
+
+    def error(delta: torch.Tensor, split: Split) -> float:
+        return score(predict(victim, split, delta.to(device)), split).error
+
+    few = thinned(validation)
+    patterns = [(name, one[None]) for name in controls for one in patterns_of(name, ball, validation.shape, seed)]
+    candidates = [crafted, *others]
+    if patterns:
+        name, delta = max(patterns, key=lambda pattern: error(pattern[1], few))
+        no_images = {"crafted_on": "no images", "crafted_split": "no images"}
+        update = {"attack": name, "settings": {"control": name}, "restarts": [], "status": "done", **no_images}
+        candidates.append(UniversalPerturbation(delta.cpu(), crafted.about.model_copy(update=update)))
+    errors = [error(one.delta, validation) for one in candidates]
+    best = max(range(len(errors)), key=errors.__getitem__)
+    if best == 0:
+        return crafted, errors[0]
+    about, source = candidates[best].about, crafted.about
+    rivals = [(one.about.attack, rate) for one, rate in zip(candidates[1:], errors[1:], strict=True)]
+    models = dict.fromkeys([*about.model.split("+"), *source.model.split("+")])
+    chosen = {"restarts": [*source.restarts, *rivals], "chosen_on": validation.name, "model": "+".join(models)}
+    return UniversalPerturbation(candidates[best].delta, about.model_copy(update=chosen)), errors[best]
 
 
 def _refuse_own_images(split: Split, uap: UniversalPerturbation) -> None:

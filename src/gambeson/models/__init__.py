@@ -18,6 +18,7 @@ from gambeson.models.noisy_weights import FixedNoise, ParametricNoise, PassAvera
 from gambeson.models.pixel_model import Normalize, PixelModel
 from gambeson.models.registry import names
 from gambeson.models.storage import load, load_weights, save
+from gambeson.models.thresholded import Thresholded
 
 __all__ = [
     "FeatureNoise",
@@ -31,6 +32,7 @@ __all__ = [
     "ParametricNoise",
     "PassAverage",
     "PixelModel",
+    "Thresholded",
     "add_noise",
     "as_logits",
     "count_parameters",

@@ -40,6 +40,10 @@ def collect(folder: Folder, scale: Scale) -> list[Facts]:
         points.append((f"eps {scale.text(point.eps)}", text))
     tried = ", ".join(f"{eps:.4g}: {words.percent(uer)}" for eps, uer in found.tried)
     search = [("judged on", f"{found.split} split"), ("eps tried, with UER", tried or "none")]
+    search += [("95 % interval, by bootstrap over test images", found.interval.strip())] if found.interval else []
+    if (each := result.eps_adv) is not None:
+        size = f"{words.bound(each)[0]}{each.interval}, on {words.count(each.images, 'image')}"
+        search += [(f"eps_adv({each.delta:g}), image by image", size)]
     cost = [("all of it", _cost(result.cost)), *_costs(folder, scale)]
     if folder.seconds:
         cost += [("time", words.duration(sum(folder.seconds.values())))]
@@ -63,6 +67,7 @@ def _costs(folder: Folder, scale: Scale) -> list[tuple[str, str]]:
     result = folder.result
     rows = [(f"universal, eps {scale.text(point.eps)}", point.cost) for point in result.universal]
     rows += [(f"eps_uni({result.eps_uni.delta:g})", result.eps_uni.cost)]
+    rows += [(f"eps_adv({each.delta:g})", each.cost)] if (each := result.eps_adv) else []
     rows += [(f"{a.attack}, eps {scale.text(a.eps)}", a.cost) for a in result.per_image]
     rows += [(f"{t.attack} from {t.source}, eps {scale.text(t.eps)}", t.cost) for t in result.transfer]
     rows += [("slopes", result.slopes.cost)] if result.slopes else []

@@ -90,13 +90,17 @@ def glance(folders: Sequence[Folder], eps: float | None, scale: Scale) -> list[L
         result = folder.result
         point = folder.at(eps)
         where = () if eps is not None else (f"eps {scale.text(point.eps)}",)
-        main, note = bound(result.eps_uni)
+        main, *notes = bound(result.eps_uni)
+        if not alike_delta:
+            notes = [f"error of {percent(result.eps_uni.delta)}", *notes]
+        if result.eps_adv is not None:
+            notes.append(f"image by image: {' '.join(bound(result.eps_adv)[:-1])}")
         best = len(folders) > 1 and folder.trusted and sizes[k] == largest
         cells = [
             rate_cell(result.clean, best=clean[k]),
             Cell(percent(point.uer.value), (interval(point.uer), *where), uer[k]),
             _attacked(worst[k], scale, held[k], result.material.test),
-            Cell(main, (note,) if alike_delta else (f"error of {percent(result.eps_uni.delta)}", note), best),
+            Cell(main, tuple(notes), best),
         ]
         lines.append(Line(folder.label, result.subject.name, cells))
     return lines
@@ -113,10 +117,16 @@ def curves(folders: Sequence[Folder], scale: Scale) -> Table:
     best = {eps: _leaders(folders, [p[eps].uer if eps in p else None for p in points]) for eps in grid(folders)}
     groups = []
     for k, folder in enumerate(folders):
-        crafted = [
+        chosen = [
             rate_cell(points[k][eps].uer, best=best[eps][k]) if eps in points[k] else NONE for eps in grid(folders)
         ]
-        lines = [Line("crafted", "the attack's pattern", crafted)]
+        lines = [Line("crafted", "the attack's pattern", chosen)]
+        if any(point.crafted for point in points[k].values()):
+            own = [rate_cell(p.crafted or p.uer) if (p := points[k].get(eps)) else NONE for eps in grid(folders)]
+            lines = [
+                Line("strongest", "of all patterns, as validation sees it", chosen),
+                Line("crafted", "the attack's pattern", own, minor=True),
+            ]
         for control in folder.result.universal[0].controls:
             name = control.name
             cells = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gambeson.evaluation import Rate
-from gambeson.evaluation.results import EpsUni
+from gambeson.evaluation.results import SmallestEps
 from gambeson.report.folders import Folder
 
 
@@ -50,14 +50,15 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def bound(found: EpsUni) -> tuple[str, str]:
-    """Write eps_uni and what is known about it."""
+def bound(found: SmallestEps) -> tuple[str, ...]:
+    """Write the smallest eps, its interval where there is one, and what else is known about it."""
+    ends = () if found.low is None else (found.interval.strip(),)
     if found.censored:
-        return f"> {found.value:.3g}", "no success up to there"
+        return f"> {found.value:.3g}", *ends, "no success up to there"
     if found.value == 0:
-        return "0", "reached without any pattern"
+        return "0", *ends, "reached without any pattern"
     low = max(0.0, found.value - found.tolerance)
-    return f"≤ {found.value:.3g}", f"no success at {low:.3g}" if low else "smallest eps tried"
+    return f"≤ {found.value:.3g}", *ends, f"no success at {low:.3g}" if low else "smallest eps tried"
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gambeson.base import Config, UserError
+from gambeson.base import Config, UserError, seeded
 from gambeson.victim.fold import folded
 from gambeson.victim.look import Look, look_at
 from gambeson.victim.outputs import logits_of
@@ -133,7 +133,8 @@ class Victim:
         """
         if not self._seen_input:
             self._check_input(images)
-            self._view = None if self.fast is None else self._make_view(images, self.fast)
+            with seeded(0, "view"):  # what is remembered of a model is not drawn again, and must not shift the draws
+                self._view = None if self.fast is None else self._make_view(images, self.fast)
             self._seen_input = True
         if self._view is None:
             logits = self.exact(images)

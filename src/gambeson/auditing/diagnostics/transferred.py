@@ -51,7 +51,7 @@ def _universal(evidence: Evidence) -> Finding:
     moved = on_surrogate(evidence, evidence.eps)
     if moved is None:
         return Finding(None, "there is no surrogate")
-    deltas = (evidence.uaps[evidence.eps].delta, moved.delta)
+    deltas = (evidence.crafted_at(evidence.eps).delta, moved.delta)
     white, other = (outcome_under(evidence.victim, evidence.test, delta) for delta in deltas)
     gain = Gain.of(white, other)
     return Finding(

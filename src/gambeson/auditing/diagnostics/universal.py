@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from gambeson.attacks import CONTROLS, control
 from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.outcome import Gain
 from gambeson.auditing.results import Universal
 from gambeson.auditing.universal import rescored
 from gambeson.evaluation.outcome import outcome_under
+from gambeson.evaluation.universal import patterns_of
 from gambeson.threat import Ball
 
 _NEAR_CEILING = 0.8
@@ -34,12 +34,17 @@ def _learnt(evidence: Evidence) -> Finding:
 def _beats_controls(evidence: Evidence) -> Finding:
     ceiling = _NEAR_CEILING * (1 - _prior(evidence))
     beaten, equalled = [], []
+    if not any(point.controls for point in evidence.universal):
+        return Finding(None, "no controls were tried")
     for point in evidence.universal:
+        if not point.controls:
+            continue
+        crafted = point.crafted or point.uer
         worst = max((rival.worst for rival in point.controls), key=lambda rate: rate.value)
         mean = max(rival.mean for rival in point.controls)
-        if worst.value > point.uer.value and _clearly_worse(evidence, point):
+        if worst.value > crafted.value and _clearly_worse(evidence, point):
             beaten.append(point.eps)
-        elif worst.low > evidence.clean.complement.high and point.uer.low <= mean and point.uer.value < ceiling:
+        elif worst.low > evidence.clean.complement.high and crafted.low <= mean and crafted.value < ceiling:
             equalled.append(point.eps)
     if beaten:
         detail = f"noise does more harm than the crafted perturbation at eps {_listed(beaten)}"
@@ -57,10 +62,10 @@ def _listed(radii: list[float]) -> str:
 def _clearly_worse(evidence: Evidence, point: Universal) -> bool:
     """Whether a control breaks clearly more of the same images than the perturbation that was crafted."""
     victim, test = evidence.victim, evidence.test
-    crafted = outcome_under(victim, test, evidence.uaps[point.eps].delta)
+    crafted = outcome_under(victim, test, evidence.crafted_at(point.eps).delta)
     ball = Ball(eps=point.eps, norm=evidence.suite.norm)
-    for name, draws in CONTROLS.items():
-        for pattern in control(name, ball, test.shape, draws=draws, seed=evidence.seed):
+    for rival in point.controls:
+        for pattern in patterns_of(rival.name, ball, test.shape, evidence.seed):
             if Gain.of(crafted, outcome_under(victim, test, pattern[None])).low > 0:
                 return True
     return False
@@ -85,7 +90,11 @@ def _rises(evidence: Evidence) -> Finding:
 
 
 def _used(evidence: Evidence) -> Finding:
-    idle = ", ".join(f"{point.eps:.4g} ({point.status})" for point in evidence.universal if point.status != "done")
+    states = {
+        point.eps: point.status if point.crafted is None else evidence.crafted_at(point.eps).about.status
+        for point in evidence.universal
+    }
+    idle = ", ".join(f"{eps:.4g} ({status})" for eps, status in states.items() if status != "done")
     return Finding(
         not idle, "every perturbation uses its budget" if not idle else f"the attack hardly moved at eps {idle}"
     )
