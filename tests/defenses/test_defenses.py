@@ -1,5 +1,6 @@
 """Objectives against hand-computed formulas, and the identities that tie them to one another."""
 
+import copy
 import itertools
 import math
 
@@ -147,6 +148,122 @@ def test_crafting_leaves_the_model_in_training_with_its_statistics(digits):
     Adversarial(eps=0.1, sharedness=4).craft(model, Batch(images=x, labels=y, seed=0))
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def with_batch_norm(dropout=0.0):
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(1)
+    norm.running_mean.fill_(0.2)
+    norm.running_var.fill_(3.0)
+    conv = torch.nn.Conv2d(1, 1, 3)
+    return torch.nn.Sequential(
+        conv, norm, torch.nn.Dropout(dropout), torch.nn.Flatten(), torch.nn.Linear(16, 3)
+    ).train()
+
+
+def hand_crafted(model, batch, steps, eps):
+    """Heaps of 4 by plain PyTorch on the model in whatever mode it is."""
+    delta = torch.zeros(len(batch.images) // 4, *batch.images.shape[1:])
+    for _ in range(steps):
+        moved = batch.images + delta.repeat_interleave(4, 0)
+        point = moved.clamp(0, 1).requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(point), batch.labels, reduction="sum"), point)
+        inside = (moved >= 0) & (moved <= 1)  # a pixel that the clip holds does not move its image
+        heap = (gradient * inside).unflatten(0, (-1, 4)).sum(1)
+        delta = (delta + 0.5 * eps * heap.sign()).clamp(-eps, eps)
+    return delta
+
+
+@pytest.mark.parametrize("attack_bn", ["eval", "batch", "train"])
+def test_crafting_takes_the_statistics_it_is_told_to(attack_bn):
+    model = with_batch_norm()
+    x = torch.rand(8, 1, 6, 6, generator=torch.Generator().manual_seed(2))
+    x[:, :, 0], x[:, :, 1] = 0, 1
+    batch = Batch(images=x, labels=torch.arange(8) % 3, seed=0)
+    twin = copy.deepcopy(model)
+    expected = hand_crafted(twin.train(attack_bn != "eval"), batch, 3, 0.2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    term = Adversarial(eps=0.2, sharedness=4, steps=3, start="zero", attack_bn=attack_bn)
+    torch.testing.assert_close(term.craft(model, batch), expected)
+    others = [Adversarial(**{**term.plain(), "attack_bn": other}) for other in ("eval", "batch") if other != attack_bn]
+    assert any(not torch.allclose(other.craft(model, batch), expected) for other in others)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model[1].track_running_stats
+    after = twin.state_dict() if attack_bn == "train" else before
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, after[key])
+
+
+def test_a_batch_norm_that_is_held_stays_held_and_dropout_is_on_in_training_mode_only():
+    model = with_batch_norm(0.5)
+    batch = batch_of(8, (1, 6, 6))
+
+    def craft(mode):
+        torch.manual_seed(len(mode))
+        return Adversarial(eps=0.2, sharedness=4, attack_bn=mode, steps=1).craft(model, batch)
+
+    assert torch.equal(craft("batch"), craft("batch"))
+    assert not torch.equal(
+        craft("train"), Adversarial(eps=0.2, sharedness=4, attack_bn="train", steps=1).craft(model, batch)
+    )
+    model[1].eval()
+    assert torch.allclose(craft("batch"), craft("eval"))
+    assert not model[1].training
+    for kind in (SharedAdversarial, PGDAdversarial):
+        assert kind(eps=0.1, attack_bn="batch").terms()["adversarial"][1].attack_bn == "batch"
+        assert kind(eps=0.1).terms()["adversarial"][1].attack_bn == "eval"
+
+
+CRAFTING = {
+    "pgd": PGDAdversarial(eps=0.2),
+    "shared": SharedAdversarial(eps=0.2, sharedness=4),
+    "shared, batch statistics": SharedAdversarial(eps=0.2, sharedness=4, attack_bn="batch"),
+    "trades": gb.defenses.Trades(eps=0.2, steps=2),
+    "ensemble-adversarial": gb.defenses.create("ensemble-adversarial", eps=0.2, attack="r-fgsm"),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTING)
+def test_a_low_precision_recipe_crafts_in_float32(name, digits):
+    torch.manual_seed(0)
+    model = gb.models.create("resnet20x0.25", in_channels=1, classes=10, image_size=8).train()
+    x, y = digits.train.take(slice(0, 16))
+    batch = Batch(images=x, labels=y, seed=0)
+    terms = CRAFTING[name].terms()
+    (term,) = [term for _, term in terms.values() if hasattr(term, "craft")]
+    plain = term.craft(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert copy.deepcopy(model)(x).dtype == torch.bfloat16
+        assert torch.equal(term.craft(model, batch), plain)
+    if name in ("pgd", "shared"):
+        low = CRAFTING[name].model_copy(update={"craft_precision": "bfloat16"}).terms()["adversarial"][1]
+        assert low.precision == "bfloat16"
+        assert not torch.equal(low.craft(model, batch), plain)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(low.craft(model, batch), low.craft(model, batch))
+
+
+def test_a_whole_training_in_bfloat16_crafts_what_float32_would(digits, monkeypatch):
+    """Through the loop: the perturbations of the first step, on the same weights, are the same bits."""
+    seen = {}
+    craft = Adversarial.craft
+
+    def watched(self, model, batch):
+        delta = craft(self, model, batch)
+        seen.setdefault(torch.is_autocast_enabled("cpu"), delta)
+        return delta
+
+    monkeypatch.setattr(Adversarial, "craft", watched)
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(3)
+        model = gb.models.create("lenet5", digits)
+        few = digits.train.subset(torch.arange(128))
+        gb.train(
+            model, few, SharedAdversarial(eps=0.1, sharedness=8), epochs=1, batch_size=32, seed=3, precision=precision
+        )
+    assert set(seen) == {False, True}
+    assert torch.equal(seen[False], seen[True])
 
 
 def test_names_settings_and_mistakes():

@@ -3,11 +3,12 @@
 from gambeson.victim.fold import Folded, folded
 from gambeson.victim.look import Look, look_at
 from gambeson.victim.scoring import DRAWS, NO_ANSWER, Score, predict, score, vote
-from gambeson.victim.victim import Fast, Precision, Victim, frozen
+from gambeson.victim.victim import BatchNormMode, Fast, Precision, Victim, frozen
 
 __all__ = [
     "DRAWS",
     "NO_ANSWER",
+    "BatchNormMode",
     "Fast",
     "Folded",
     "Look",
