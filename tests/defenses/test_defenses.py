@@ -140,6 +140,23 @@ def test_truncation_sends_the_budget_to_those_not_yet_fooled():
     torch.testing.assert_close(cut[0], toward_one)
 
 
+@pytest.mark.parametrize(("probability", "counts"), [(0.8, True), (0.4, True), (0.25, True), (0.15, False)])
+def test_an_image_counts_until_its_label_s_probability_is_below_a_fifth(probability, counts):
+    """The default of shared training: nine images of class 0 at this probability against one of class 1 at 0.6."""
+    model, w = binary((1, 4, 4))
+    x = inner_images(1, (1, 4, 4)) + 0 * inner_images(10, (1, 4, 4))
+    model.bias.data[:] = -model(x[:1]).detach()[0]  # both classes at 0.5
+    shift = torch.full((10,), -math.log(probability / (1 - probability)))
+    y = torch.zeros(10, dtype=torch.long)
+    y[0], shift[0] = 1, math.log(0.6 / 0.4)
+    x = x + (shift / w.square().sum()).view(-1, 1, 1, 1) * w
+    torch.testing.assert_close(F.cross_entropy(model(x[1:]), y[1:]), torch.tensor(-math.log(probability)))
+    eps = 0.02 / float(w.abs().sum())  # no probability moves far
+    term = SharedAdversarial(eps=eps, sharedness=10).terms()["adversarial"][1]
+    delta = term.craft(model, Batch(images=x, labels=y, seed=0))
+    torch.testing.assert_close(delta[0], (1 if counts else -1) * eps * w.sign())
+
+
 def test_crafting_leaves_the_model_in_training_with_its_statistics(digits):
     model = gb.models.create("resnet20x0.25", in_channels=1, classes=10, image_size=8)
     model.train()

@@ -18,7 +18,7 @@ from gambeson.defenses.ensemble_adversarial import EnsembleAdversarial, Transfer
 from gambeson.threat import Ball
 from gambeson.training import Recipe, TrainRun, run_training
 from gambeson.training.loop import Run
-from tests.conftest import LinearNet, binary, inner_images
+from tests.conftest import LinearNet, binary, inner_images, shaded_images
 
 W = torch.tensor([[1.0, -2.0, 3.0, 0.5], [-1.0, 0.5, 0.2, -0.4], [0.3, 1.0, -2.0, 0.1]])
 
@@ -60,16 +60,10 @@ def test_step_ll_goes_towards_the_least_likely_class():
     assert torch.equal(moved, FGSM(eps=0.05, label="least-likely")(model, batch.images, batch.labels))
 
 
-def shaded(count=32, shape=(1, 2, 2), seed=0):
-    """Images of which about half of the pixels are exactly black or white."""
-    x = torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed))
-    return torch.where(x < 0.25, 0.0, torch.where(x > 0.75, 1.0, x))
-
-
 def hundred_classes(count=64, seed=0):
     """A linear net of 100 classes whose answers change over a start of 0.15, and images for it."""
     draw = torch.Generator().manual_seed(seed)
-    return LinearNet(torch.randn(100, 1, 4, 4, generator=draw)), shaded(count, (1, 4, 4), seed)
+    return LinearNet(torch.randn(100, 1, 4, 4, generator=draw)), shaded_images(count, (1, 4, 4), seed)
 
 
 def by_hand(model, x, goal, start, eps, share, sign):
@@ -111,7 +105,7 @@ def test_a_random_start_changes_neither_the_label_nor_the_class_to_reach(attack,
 def test_ignored_pixels_stay_ignored_whatever_label_is_left():
     torch.manual_seed(0)
     model = nn.Conv2d(1, 3, 1)
-    x = shaded(6, (1, 4, 4))
+    x = shaded_images(6, (1, 4, 4))
     y = model(x).argmax(1).detach()
     y[:, :2] = 255
     for attack in ("fgsm", "r-step-ll"):
