@@ -221,7 +221,7 @@ def test_the_model_may_stand_in_its_own_pool(digits):
 @pytest.mark.parametrize("mixing", ["both", "half"])
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 def test_adversarial_examples_weigh_lambda_beside_clean_ones(mixing, weight):
-    """Kurakin et al. 2017, equation 1."""
+    """Kurakin et al. 2017: (clean + lambda * adversarial) / (1 + lambda)."""
     model, batch = LinearNet(W), batch_of(8)
     defense = EnsembleAdversarial(eps=0.2, mixing=mixing, weight=weight)
     moved = crafted(defense, [], batch, model)

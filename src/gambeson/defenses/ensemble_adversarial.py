@@ -51,10 +51,10 @@ class EnsembleAdversarial(Defense):
     """Clean and adversarial form of every image with equal weights (the paper's MNIST), or the first half of the
     batch replaced, with one loss (its ImageNet)."""
     weight: Annotated[Number, Field(gt=0)] = 1.0
-    """Weight lambda of an adversarial example beside a clean one: 0.3 in Kurakin et al. 2017 (equation 1), whose mean
+    """Weight lambda of an adversarial example beside a clean one: 0.3 in Kurakin et al. 2017, whose mean
     is (clean + lambda * adversarial) / (1 + lambda); the ensemble paper's MNIST code weighs them equally."""
     random_eps: bool = False
-    """A radius per image: |N(0, eps / 2)| truncated to [0, eps] (Kurakin et al. 2017, section 4), the one that the
+    """A radius per image: |N(0, eps / 2)| truncated to [0, eps] (Kurakin et al. 2017), the one that the
     whole attack on the image keeps to."""
     precompute: bool = False
     """Compute the sources' gradients once for all training images, one byte a value and source; for steps without a
