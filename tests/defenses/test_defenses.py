@@ -65,6 +65,48 @@ def test_objective_is_the_paper_s_formula():
     assert model.weight.grad.abs().sum() > 0
 
 
+OTHERS = {
+    "eps": 0.3,
+    "norm": "2",
+    "sharedness": 3,
+    "steps": 6,
+    "step": 0.7,
+    "truncate": 1.1,
+    "attack_bn": "batch",
+    "craft_precision": "bfloat16",
+    "label_smoothing": 0.2,
+    "noise": 0.02,
+}
+
+
+@pytest.mark.parametrize("kind", [PGDAdversarial, SharedAdversarial, gb.defenses.Trades, gb.defenses.PNI])
+def test_every_setting_of_the_inner_attack_arrives_there(kind):
+    """None of these is a default: a setting that is not handed on shows."""
+    given = {name: value for name, value in OTHERS.items() if name in kind.model_fields}
+    terms = [term for _, term in kind(**given).terms().values()]
+    (inner,) = [getattr(term, "attack", term) for term in terms if hasattr(getattr(term, "attack", term), "craft")]
+    found = {name: getattr(inner, name.removeprefix("craft_")) for name in given if name != "label_smoothing"}
+    assert found == {name: value for name, value in given.items() if name != "label_smoothing"}
+    if "label_smoothing" in given:
+        assert all(term.label_smoothing == 0.2 for term in terms if hasattr(term, "label_smoothing"))
+
+
+def test_label_smoothing_is_of_both_outer_losses_and_of_no_inner_one():
+    model, _ = binary((1, 4, 4))
+    batch = batch_of(12)
+    plain, smooth = (SharedAdversarial(eps=0.1, sharedness=4, sigma=0.3, label_smoothing=q) for q in (0.0, 0.2))
+    delta = plain.terms()["adversarial"][1].craft(model, batch)
+    assert torch.equal(smooth.terms()["adversarial"][1].craft(model, batch), delta)
+    expected = {
+        "adversarial": F.cross_entropy(model(perturb(batch.images, delta)), batch.labels, label_smoothing=0.2),
+        "clean": F.cross_entropy(model(batch.images), batch.labels, label_smoothing=0.2),
+    }
+    found = smooth.losses(model, batch)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value.detach())
+    assert not torch.isclose(found["loss"], plain.losses(model, batch)["loss"])
+
+
 def test_a_heap_as_large_as_the_batch_is_one_perturbation_for_all():
     model, _ = binary((1, 4, 4))
     batch = batch_of(12)
@@ -281,6 +323,41 @@ def test_a_whole_training_in_bfloat16_crafts_what_float32_would(digits, monkeypa
         )
     assert set(seen) == {False, True}
     assert torch.equal(seen[False], seen[True])
+
+
+PUBLISHED = {
+    "shared-adversarial": {"steps": 4, "step": 0.5, "truncate": -math.log(0.2), "label_smoothing": 0.0},
+    "trades": {"beta": 6.0, "steps": 10, "step": 0.25, "noise": 0.001},
+    "ensemble-adversarial": {"attack": "fgsm", "start_size": 0.5, "label": "prediction", "mixing": "both"},
+    "universal-adversarial": {"step": 1.0, "sigma": 1.0, "classwise": False},
+    "jacobian": {"estimator": "projection", "n_proj": 1, "share": 1.0, "every": 1},
+    "learn2perturb": {"gamma": 1e-4, "init": 0.25, "floor": 0.01, "steps": 7, "step": 0.01 * 255 / 8, "mix": 0.5},
+    "pni": {"init": 0.25, "steps": 7, "step": 0.01 / 0.031, "mix": 0.5},
+    "rse": {"first": 0.2, "rest": 0.1},
+    "adp": {"members": 3, "alpha": 2.0, "beta": 0.5},
+    "gal": {"members": 3, "strength": 0.5},
+    "trs": {"members": 3, "scale": 5.0, "alignment": 2.0, "smoothness": 2.0, "steps": 6},
+}
+OURS = {
+    "universal-adversarial": {"truncate": 9.0, "start": "zero", "update": "alternating"},
+    "jacobian": {"strength": 0.01, "space": "pixel"},
+    "jacobian-ensemble": {"strength": 0.01, "members": 5, "average": "probabilities"},
+    "universal-consistency": {"pool": 8, "beta": 4.0, "warmup": 0.5, "step": 0.25},
+}
+
+
+@pytest.mark.parametrize(("name", "values"), [*PUBLISHED.items(), *OURS.items()])
+def test_defaults_are_those_of_the_paper_or_its_code_and_ours_do_not_drift(name, values):
+    given = {"eps": 0.1} if gb.defenses.needs_eps(name) else {}
+    settings = gb.defenses.create(name, **given).plain()
+    assert {key: settings[key] for key in values} == pytest.approx(values)
+
+
+def test_trades_starts_a_thousandth_off_the_image():
+    model, _ = binary((1, 20, 20))
+    batch = batch_of(12, (1, 20, 20))
+    term = gb.defenses.Trades(eps=0.1, steps=1, step=1e-9).terms()["divergence"][1]
+    assert float(term.craft(model, batch).std()) == pytest.approx(0.001, rel=0.05)
 
 
 def test_names_settings_and_mistakes():
