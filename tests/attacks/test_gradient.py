@@ -9,7 +9,8 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import FGSM, PGD, RFGSM
 from gambeson.attacks.gradient import IFGSM
-from gambeson.attacks.solver import NotFinite
+from gambeson.attacks.losses import Loss
+from gambeson.attacks.solver import Ascent, NotFinite
 from gambeson.base import generator
 from gambeson.data import Split
 from gambeson.evaluation import Rate
@@ -199,6 +200,25 @@ def test_each_image_may_have_a_radius_of_its_own(norm):
             pytest.raises(UserError, match=r"PGD was given a radius for each image: expected"),
         ):
             attack.perturb_batch(victim, x, y, sizes=sizes)
+
+
+@pytest.mark.parametrize("box_gradient", ["exact", "straight-through"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_shared_gradient_is_the_sum_over_images_of_which_a_clip_takes_its_part_or_not(box_gradient, rows):
+    model = LinearNet(torch.randn(3, 1, 2, 3, generator=torch.Generator().manual_seed(0)))
+    x, y = shaded_images(8, (1, 2, 3)), torch.arange(8) % 3
+    delta = 0.2 * torch.randn(rows, 1, 2, 3, generator=torch.Generator().manual_seed(1)).sign()
+    moved = x + delta.repeat_interleave(8 // rows, 0)
+    point = moved.clamp(0, 1).requires_grad_()
+    (each,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(point), y, reduction="sum"), point)
+    held = (moved < 0) | (moved > 1)
+    assert 0.1 < held.float().mean() < 0.5
+    each = each if box_gradient == "straight-through" else each.masked_fill(held, 0)
+    with Victim(model) as victim:
+        ascent = Ascent(victim=victim, ball=Ball(eps=0.2), loss=Loss(), box_gradient=box_gradient)
+        gradient, logits = ascent.look(delta, x, y)
+    torch.testing.assert_close(gradient, each.unflatten(0, (rows, -1)).sum(1))
+    torch.testing.assert_close(logits, model(moved.clamp(0, 1)).detach())
 
 
 def test_targeted_moves_to_the_target_and_untargeted_away():
