@@ -44,6 +44,12 @@ def inner_images(count: int, shape: tuple[int, int, int], seed: int = 0) -> torc
     return torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed)) * 0.2 + 0.4
 
 
+def shaded_images(count: int, shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
+    """Images of which about half of the values are exactly 0 or 1."""
+    x = torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed))
+    return torch.where(x < 0.25, 0.0, torch.where(x > 0.75, 1.0, x))
+
+
 @pytest.fixture(scope="session")
 def digits():
     """The 8 x 8 digits of scikit-learn."""

@@ -19,7 +19,7 @@ from gambeson.analysis import (
     strongest_signs,
 )
 from tests.analysis.test_jacobian import SHAPE, close, labelled, linear, relu_net
-from tests.conftest import LinearNet, inner_images
+from tests.conftest import LinearNet, inner_images, shaded_images
 
 
 def test_every_bound_of_a_linear_model_has_its_formula():
@@ -45,6 +45,41 @@ def test_every_bound_of_a_linear_model_has_its_formula():
         wrong = (model(pair[0] + best).argmax(1) != pair[1]).double().mean()
     close(first.linear_error, wrong)
     close(first.measured_error, wrong)
+
+
+@pytest.mark.parametrize("reach", [0.9, 1.1, 1.3, 1.5])
+def test_an_image_is_counted_from_its_margin_over_the_root_of_two(reach):
+    """P4: along w_1 - w_0 the logits of two classes part by sqrt(2) times the change's length, so the bound is met."""
+    weight = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    w = weight[1] - weight[0]
+    half = torch.stack([-w / 2, w / 2])
+    x = shaded_images(12, SHAPE) * 0.5 + 0.25
+    model = LinearNet(half, torch.tensor([3.0, -3.0]) - x.flatten(1).mm(half.flatten(1).T).mean(0))
+    y = torch.zeros(12, dtype=torch.long)
+    margin = -model(x).diff(dim=1).flatten().detach().double()
+    assert (margin > 0).all()
+    y[:2] = 1  # wrong as they are
+    right = margin[2:]
+    change = reach * float(right.median())  # of the logits' difference
+    delta = change / float(w.square().sum()) * w
+    table = bound_table(model, (x, y), [delta])
+    (row,) = table.rows
+    assert table.errors == 2
+    close(row.counted_error, (2 + (change / 2**0.5 >= right / 2**0.5).sum()) / 12)
+    squares = change**2 / 2 / right.square()
+    close(row.effect_error, min(1.0, (2 + 2 * float(squares.sum())) / 12))
+    # All rows of the weighted stack lie along w: its top singular value is theirs together, and the bound is tight.
+    close(row.bound_error, row.effect_error, 1e-4)
+    close(row.effect, 12 * change**2 / 2)
+    flipped = (change > right).sum()
+    close(row.linear_error, (flipped + (change < margin[:2]).sum()) / 12)
+
+
+def test_shares_of_errors_are_never_above_one():
+    model, w = linear(2)
+    x, y = labelled(model, inner_images(4, SHAPE))
+    (row,) = bound_table(model, (x, y), [50 * (w[1] - w[0]).view(SHAPE)]).rows
+    assert row.effect_error == row.bound_error == row.counted_error == 1
 
 
 @given(

@@ -9,13 +9,15 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import FGSM, PGD, RFGSM
 from gambeson.attacks.gradient import IFGSM
-from gambeson.attacks.solver import NotFinite
+from gambeson.attacks.losses import Loss
+from gambeson.attacks.solver import Ascent, NotFinite
+from gambeson.base import generator
 from gambeson.data import Split
 from gambeson.evaluation import Rate, accuracy_under
 from gambeson.threat import Ball
 from gambeson.victim import Victim
 from tests.attacks.optima import best_gain
-from tests.conftest import LinearNet, binary, inner_images
+from tests.conftest import LinearNet, binary, inner_images, shaded_images
 
 SHAPES = [(1, 2, 3), (3, 5, 7), (1, 1, 11)]
 
@@ -162,6 +164,60 @@ def test_random_start_of_rfgsm_costs_what_the_paper_s_formula_says():
         x_adv = RFGSM(eps=0.1, start_size=share)(model, x, y, seed=3)
         mean = float(gain(model, x, x_adv, y).mean() / (0.1 * w.abs().sum()))
         assert abs(mean - (1 - share)) < 0.02  # ensemble-adversarial-training oracle: (1 - alpha / eps) of FGSM's
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_rfgsm_has_what_the_start_leaves_also_where_images_are_black_and_white(share):
+    """Tramèr et al. 2018, section 3.4: x' = clip(x + a s), then (eps - a) up the gradient at x'."""
+    model, w = binary((1, 3, 4))
+    x, y = shaded_images(40, (1, 3, 4)), torch.arange(40) % 2
+    starts = Ball(eps=0.3).signs(x.shape, generator(5, "start", 0))
+    first = (x + share * starts).clamp(0, 1)
+    up = w.sign() * (1 - 2 * y).view(-1, 1, 1, 1)
+    expected = (first + (1 - share) * 0.3 * up).clamp(0, 1)
+    torch.testing.assert_close(RFGSM(eps=0.3, start_size=share)(model, x, y, seed=5), expected)
+
+
+@pytest.mark.parametrize("norm", ["inf", "2", "1"])
+def test_each_image_may_have_a_radius_of_its_own(norm):
+    model, _ = binary((1, 3, 4))
+    x, y = shaded_images(5, (1, 3, 4)), torch.arange(5) % 2
+    sizes = torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0]).view(-1, 1, 1, 1)
+    settings = {"norm": norm, "early_stop": False, "momentum": 0.5, "nesterov": True}
+    for kind in (FGSM, RFGSM, PGD):
+        attack = kind(eps=0.3, **settings)
+        with Victim(model) as victim:
+            together = attack.perturb_batch(victim, x, y, seed=1, sizes=sizes)
+        for k in range(5):
+            alone = kind(eps=0.3 * float(sizes[k]), **settings)
+            with Victim(model) as victim:
+                same = alone.perturb_batch(victim, x, y, seed=1)[k]
+            torch.testing.assert_close(together[k], same)
+    for attack in (PGD(eps=0.3), PGD(eps=0.3, restarts=2, early_stop=False), gb.attacks.AutoPGD(eps=0.3)):
+        with (
+            Victim(model) as victim,
+            pytest.raises(UserError, match=r"PGD was given a radius for each image: expected"),
+        ):
+            attack.perturb_batch(victim, x, y, sizes=sizes)
+
+
+@pytest.mark.parametrize("box_gradient", ["exact", "straight-through"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_shared_gradient_is_the_sum_over_images_of_which_a_clip_takes_its_part_or_not(box_gradient, rows):
+    model = LinearNet(torch.randn(3, 1, 2, 3, generator=torch.Generator().manual_seed(0)))
+    x, y = shaded_images(8, (1, 2, 3)), torch.arange(8) % 3
+    delta = 0.2 * torch.randn(rows, 1, 2, 3, generator=torch.Generator().manual_seed(1)).sign()
+    moved = x + delta.repeat_interleave(8 // rows, 0)
+    point = moved.clamp(0, 1).requires_grad_()
+    (each,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(point), y, reduction="sum"), point)
+    held = (moved < 0) | (moved > 1)
+    assert 0.1 < held.float().mean() < 0.5
+    each = each if box_gradient == "straight-through" else each.masked_fill(held, 0)
+    with Victim(model) as victim:
+        ascent = Ascent(victim=victim, ball=Ball(eps=0.2), loss=Loss(), box_gradient=box_gradient)
+        gradient, logits = ascent.look(delta, x, y)
+    torch.testing.assert_close(gradient, each.unflatten(0, (rows, -1)).sum(1))
+    torch.testing.assert_close(logits, model(moved.clamp(0, 1)).detach())
 
 
 def test_targeted_moves_to_the_target_and_untargeted_away():

@@ -17,7 +17,7 @@ from gambeson.attacks.transfer import TRANSFER, mi_fgsm, ni_fgsm, si_ni_fgsm, ti
 from gambeson.attacks.transforms import Diversity, Scales, Smoothing
 from gambeson.threat import Ball
 from gambeson.victim import Victim
-from tests.conftest import LinearNet, binary, inner_images
+from tests.conftest import LinearNet, binary, inner_images, shaded_images
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.5, 1.0, 2.0])
@@ -198,6 +198,23 @@ def test_least_likely_steps_reach_the_optimum_of_their_class():
         goal = model(many).argmin(1)
         gain = (model(RStepLL(eps=0.1)(model, many, goal)) - model(many)).diff(dim=1).flatten() * (2 * goal - 1)
     assert float(gain.mean() / (0.1 * w[0].abs().sum())) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("attack", [StepLL(eps=0.2), IterLL(eps=0.2, steps=4), FGSM(eps=0.2, label="prediction")])
+def test_the_class_that_is_reached_or_left_is_that_of_the_clean_image_among_a_hundred(attack):
+    draw = torch.Generator().manual_seed(4)
+    model, x = LinearNet(torch.randn(100, 1, 4, 4, generator=draw)), shaded_images(32, (1, 4, 4))
+    order = model(x).argsort(1)
+    goal, sign = (order[:, -1], 1) if attack.label == "prediction" else (order[:, 0], -1)
+    moved = x
+    for _ in range(attack.steps):
+        point = moved.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(point), goal, reduction="sum"), point)
+        moved = (moved + sign * 0.2 / attack.steps * gradient.sign()).clamp(0, 1)
+    found = attack(model, x, torch.zeros(32, dtype=torch.long))
+    torch.testing.assert_close(found, moved)
+    second = F.cross_entropy(model(found), order[:, 1 if sign < 0 else -2])
+    assert not torch.isclose(second, F.cross_entropy(model(found), goal), atol=0.1)
 
 
 def test_least_likely_class_becomes_likelier_on_a_trained_net(trained, digits):

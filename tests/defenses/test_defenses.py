@@ -1,5 +1,6 @@
 """Objectives against hand-computed formulas, and the identities that tie them to one another."""
 
+import copy
 import itertools
 import math
 
@@ -62,6 +63,48 @@ def test_objective_is_the_paper_s_formula():
     assert set(found) == {"loss", "adversarial", "clean"}
     found["loss"].backward()
     assert model.weight.grad.abs().sum() > 0
+
+
+OTHERS = {
+    "eps": 0.3,
+    "norm": "2",
+    "sharedness": 3,
+    "steps": 6,
+    "step": 0.7,
+    "truncate": 1.1,
+    "attack_bn": "batch",
+    "craft_precision": "bfloat16",
+    "label_smoothing": 0.2,
+    "noise": 0.02,
+}
+
+
+@pytest.mark.parametrize("kind", [PGDAdversarial, SharedAdversarial, gb.defenses.Trades, gb.defenses.PNI])
+def test_every_setting_of_the_inner_attack_arrives_there(kind):
+    """None of these is a default: a setting that is not handed on shows."""
+    given = {name: value for name, value in OTHERS.items() if name in kind.model_fields}
+    terms = [term for _, term in kind(**given).terms().values()]
+    (inner,) = [getattr(term, "attack", term) for term in terms if hasattr(getattr(term, "attack", term), "craft")]
+    found = {name: getattr(inner, name.removeprefix("craft_")) for name in given if name != "label_smoothing"}
+    assert found == {name: value for name, value in given.items() if name != "label_smoothing"}
+    if "label_smoothing" in given:
+        assert all(term.label_smoothing == 0.2 for term in terms if hasattr(term, "label_smoothing"))
+
+
+def test_label_smoothing_is_of_both_outer_losses_and_of_no_inner_one():
+    model, _ = binary((1, 4, 4))
+    batch = batch_of(12)
+    plain, smooth = (SharedAdversarial(eps=0.1, sharedness=4, sigma=0.3, label_smoothing=q) for q in (0.0, 0.2))
+    delta = plain.terms()["adversarial"][1].craft(model, batch)
+    assert torch.equal(smooth.terms()["adversarial"][1].craft(model, batch), delta)
+    expected = {
+        "adversarial": F.cross_entropy(model(perturb(batch.images, delta)), batch.labels, label_smoothing=0.2),
+        "clean": F.cross_entropy(model(batch.images), batch.labels, label_smoothing=0.2),
+    }
+    found = smooth.losses(model, batch)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value.detach())
+    assert not torch.isclose(found["loss"], plain.losses(model, batch)["loss"])
 
 
 def test_a_heap_as_large_as_the_batch_is_one_perturbation_for_all():
@@ -139,6 +182,23 @@ def test_truncation_sends_the_budget_to_those_not_yet_fooled():
     torch.testing.assert_close(cut[0], toward_one)
 
 
+@pytest.mark.parametrize(("probability", "counts"), [(0.8, True), (0.4, True), (0.25, True), (0.15, False)])
+def test_an_image_counts_until_its_label_s_probability_is_below_a_fifth(probability, counts):
+    """The default of shared training: nine images of class 0 at this probability against one of class 1 at 0.6."""
+    model, w = binary((1, 4, 4))
+    x = inner_images(1, (1, 4, 4)) + 0 * inner_images(10, (1, 4, 4))
+    model.bias.data[:] = -model(x[:1]).detach()[0]  # both classes at 0.5
+    shift = torch.full((10,), -math.log(probability / (1 - probability)))
+    y = torch.zeros(10, dtype=torch.long)
+    y[0], shift[0] = 1, math.log(0.6 / 0.4)
+    x = x + (shift / w.square().sum()).view(-1, 1, 1, 1) * w
+    torch.testing.assert_close(F.cross_entropy(model(x[1:]), y[1:]), torch.tensor(-math.log(probability)))
+    eps = 0.02 / float(w.abs().sum())  # no probability moves far
+    term = SharedAdversarial(eps=eps, sharedness=10).terms()["adversarial"][1]
+    delta = term.craft(model, Batch(images=x, labels=y, seed=0))
+    torch.testing.assert_close(delta[0], (1 if counts else -1) * eps * w.sign())
+
+
 def test_crafting_leaves_the_model_in_training_with_its_statistics(digits):
     model = gb.models.create("resnet20x0.25", in_channels=1, classes=10, image_size=8)
     model.train()
@@ -147,6 +207,157 @@ def test_crafting_leaves_the_model_in_training_with_its_statistics(digits):
     Adversarial(eps=0.1, sharedness=4).craft(model, Batch(images=x, labels=y, seed=0))
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def with_batch_norm(dropout=0.0):
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(1)
+    norm.running_mean.fill_(0.2)
+    norm.running_var.fill_(3.0)
+    conv = torch.nn.Conv2d(1, 1, 3)
+    return torch.nn.Sequential(
+        conv, norm, torch.nn.Dropout(dropout), torch.nn.Flatten(), torch.nn.Linear(16, 3)
+    ).train()
+
+
+def hand_crafted(model, batch, steps, eps):
+    """Heaps of 4 by plain PyTorch on the model in whatever mode it is."""
+    delta = torch.zeros(len(batch.images) // 4, *batch.images.shape[1:])
+    for _ in range(steps):
+        moved = batch.images + delta.repeat_interleave(4, 0)
+        point = moved.clamp(0, 1).requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(point), batch.labels, reduction="sum"), point)
+        inside = (moved >= 0) & (moved <= 1)  # a pixel that the clip holds does not move its image
+        heap = (gradient * inside).unflatten(0, (-1, 4)).sum(1)
+        delta = (delta + 0.5 * eps * heap.sign()).clamp(-eps, eps)
+    return delta
+
+
+@pytest.mark.parametrize("attack_bn", ["eval", "batch", "train"])
+def test_crafting_takes_the_statistics_it_is_told_to(attack_bn):
+    model = with_batch_norm()
+    x = torch.rand(8, 1, 6, 6, generator=torch.Generator().manual_seed(2))
+    x[:, :, 0], x[:, :, 1] = 0, 1
+    batch = Batch(images=x, labels=torch.arange(8) % 3, seed=0)
+    twin = copy.deepcopy(model)
+    expected = hand_crafted(twin.train(attack_bn != "eval"), batch, 3, 0.2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    term = Adversarial(eps=0.2, sharedness=4, steps=3, start="zero", attack_bn=attack_bn)
+    torch.testing.assert_close(term.craft(model, batch), expected)
+    others = [Adversarial(**{**term.plain(), "attack_bn": other}) for other in ("eval", "batch") if other != attack_bn]
+    assert any(not torch.allclose(other.craft(model, batch), expected) for other in others)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model[1].track_running_stats
+    after = twin.state_dict() if attack_bn == "train" else before
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, after[key])
+
+
+def test_a_batch_norm_that_is_held_stays_held_and_dropout_is_on_in_training_mode_only():
+    model = with_batch_norm(0.5)
+    batch = batch_of(8, (1, 6, 6))
+
+    def craft(mode):
+        torch.manual_seed(len(mode))
+        return Adversarial(eps=0.2, sharedness=4, attack_bn=mode, steps=1).craft(model, batch)
+
+    assert torch.equal(craft("batch"), craft("batch"))
+    assert not torch.equal(
+        craft("train"), Adversarial(eps=0.2, sharedness=4, attack_bn="train", steps=1).craft(model, batch)
+    )
+    model[1].eval()
+    assert torch.allclose(craft("batch"), craft("eval"))
+    assert not model[1].training
+    for kind in (SharedAdversarial, PGDAdversarial):
+        assert kind(eps=0.1, attack_bn="batch").terms()["adversarial"][1].attack_bn == "batch"
+        assert kind(eps=0.1).terms()["adversarial"][1].attack_bn == "eval"
+
+
+CRAFTING = {
+    "pgd": PGDAdversarial(eps=0.2),
+    "shared": SharedAdversarial(eps=0.2, sharedness=4),
+    "shared, batch statistics": SharedAdversarial(eps=0.2, sharedness=4, attack_bn="batch"),
+    "trades": gb.defenses.Trades(eps=0.2, steps=2),
+    "ensemble-adversarial": gb.defenses.create("ensemble-adversarial", eps=0.2, attack="r-fgsm"),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTING)
+def test_a_low_precision_recipe_crafts_in_float32(name, digits):
+    torch.manual_seed(0)
+    model = gb.models.create("resnet20x0.25", in_channels=1, classes=10, image_size=8).train()
+    x, y = digits.train.take(slice(0, 16))
+    batch = Batch(images=x, labels=y, seed=0)
+    terms = CRAFTING[name].terms()
+    (term,) = [term for _, term in terms.values() if hasattr(term, "craft")]
+    plain = term.craft(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert copy.deepcopy(model)(x).dtype == torch.bfloat16
+        assert torch.equal(term.craft(model, batch), plain)
+    if name in ("pgd", "shared"):
+        low = CRAFTING[name].model_copy(update={"craft_precision": "bfloat16"}).terms()["adversarial"][1]
+        assert low.precision == "bfloat16"
+        assert not torch.equal(low.craft(model, batch), plain)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(low.craft(model, batch), low.craft(model, batch))
+
+
+def test_a_whole_training_in_bfloat16_crafts_what_float32_would(digits, monkeypatch):
+    """Through the loop: the perturbations of the first step, on the same weights, are the same bits."""
+    seen = {}
+    craft = Adversarial.craft
+
+    def watched(self, model, batch):
+        delta = craft(self, model, batch)
+        seen.setdefault(torch.is_autocast_enabled("cpu"), delta)
+        return delta
+
+    monkeypatch.setattr(Adversarial, "craft", watched)
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(3)
+        model = gb.models.create("lenet5", digits)
+        few = digits.train.subset(torch.arange(128))
+        gb.train(
+            model, few, SharedAdversarial(eps=0.1, sharedness=8), epochs=1, batch_size=32, seed=3, precision=precision
+        )
+    assert set(seen) == {False, True}
+    assert torch.equal(seen[False], seen[True])
+
+
+PUBLISHED = {
+    "shared-adversarial": {"steps": 4, "step": 0.5, "truncate": -math.log(0.2), "label_smoothing": 0.0},
+    "trades": {"beta": 6.0, "steps": 10, "step": 0.25, "noise": 0.001},
+    "ensemble-adversarial": {"attack": "fgsm", "start_size": 0.5, "label": "prediction", "mixing": "both"},
+    "universal-adversarial": {"step": 1.0, "sigma": 1.0, "classwise": False},
+    "jacobian": {"estimator": "projection", "n_proj": 1, "share": 1.0, "every": 1},
+    "learn2perturb": {"gamma": 1e-4, "init": 0.25, "floor": 0.01, "steps": 7, "step": 0.01 * 255 / 8, "mix": 0.5},
+    "pni": {"init": 0.25, "steps": 7, "step": 0.01 / 0.031, "mix": 0.5},
+    "rse": {"first": 0.2, "rest": 0.1},
+    "adp": {"members": 3, "alpha": 2.0, "beta": 0.5},
+    "gal": {"members": 3, "strength": 0.5},
+    "trs": {"members": 3, "scale": 5.0, "alignment": 2.0, "smoothness": 2.0, "steps": 6},
+}
+OURS = {
+    "universal-adversarial": {"truncate": 9.0, "start": "zero", "update": "alternating"},
+    "jacobian": {"strength": 0.01, "space": "pixel"},
+    "jacobian-ensemble": {"strength": 0.01, "members": 5, "average": "probabilities"},
+    "universal-consistency": {"pool": 8, "beta": 4.0, "warmup": 0.5, "step": 0.25},
+}
+
+
+@pytest.mark.parametrize(("name", "values"), [*PUBLISHED.items(), *OURS.items()])
+def test_defaults_are_those_of_the_paper_or_its_code_and_ours_do_not_drift(name, values):
+    given = {"eps": 0.1} if gb.defenses.needs_eps(name) else {}
+    settings = gb.defenses.create(name, **given).plain()
+    assert {key: settings[key] for key in values} == pytest.approx(values)
+
+
+def test_trades_starts_a_thousandth_off_the_image():
+    model, _ = binary((1, 20, 20))
+    batch = batch_of(12, (1, 20, 20))
+    term = gb.defenses.Trades(eps=0.1, steps=1, step=1e-9).terms()["divergence"][1]
+    assert float(term.craft(model, batch).std()) == pytest.approx(0.001, rel=0.05)
 
 
 def test_names_settings_and_mistakes():

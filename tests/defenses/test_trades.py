@@ -122,7 +122,7 @@ def test_training_with_it_makes_a_net_robust(digits):
             clean.append(float((model(x).argmax(1) == y).float().mean()))
             robust.append(float((model(attack(model, x, y, seed=0)).argmax(1) == y).float().mean()))
     assert robust[1] > robust[0] + 0.15
-    assert clean[1] > 0.85
+    assert clean[1] > 0.8
 
 
 def test_mistakes_are_named():

@@ -392,6 +392,15 @@ def test_a_cut_run_goes_on_bit_for_bit(digits, tmp_path, defense):
     assert float(kept.abs().max()) == pytest.approx(0.1)
 
 
+def test_strength_is_a_moving_mean_of_what_each_member_gave():
+    model, _ = binary(SHAPE)
+    keeper = the_pool(opened(UniversalConsistency(eps=0.1, pool=3), model, batch_of([0, 1])))
+    keeper.note(torch.tensor([0, 0, 2]), torch.tensor([1.0, 3.0, 5.0]))
+    assert keeper.strength.tolist() == [2.0, 0.0, 5.0]
+    keeper.note(torch.tensor([0, 1]), torch.tensor([4.0, 7.0]))
+    assert keeper.strength.tolist() == pytest.approx([0.9 * 2 + 0.1 * 4, 7.0, 5.0])
+
+
 def test_the_weakest_member_is_drawn_anew_and_only_that(trained, digits):
     model = copy.deepcopy(trained).eval()
     x, y = digits.train.take(slice(0, 40))

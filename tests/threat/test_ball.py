@@ -145,3 +145,23 @@ def test_radii_as_text_and_norms_as_numbers():
     assert Ball(eps=12, norm=1) == Ball(eps="12", norm="L1")
     with pytest.raises(TypeError, match="no setting 'epsilon'"):
         Ball(epsilon=0.1)
+
+
+@pytest.mark.parametrize("norm", ["inf", "2", "1"])
+def test_uniform_draws_fill_the_whole_ball_evenly(norm):
+    """P(length <= r) = (r / eps)^D in every norm, and each value is symmetric."""
+    drawn = Ball(eps=0.3, norm=norm).uniform((4000, 1, 1, 2), torch.Generator().manual_seed(0)).double()
+    share = (Ball(eps=0.3, norm=norm).length(drawn) / 0.3).square().sort().values
+    at = torch.arange(1, 4001) / 4000
+    assert float((share - at).abs().max()) < 1.95 / 4000**0.5  # Kolmogorov-Smirnov, one in a thousand
+    assert (drawn.flatten(1).mean(0).abs() < 4 * drawn.flatten(1).std(0) / 4000**0.5).all()
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.3, 8 / 255, 16 / 255])
+def test_no_value_is_above_eps_in_exact_arithmetic(eps):
+    """0.1 lies between two float32 numbers; the upper one is outside the ball."""
+    ball, draw = Ball(eps=eps), torch.Generator().manual_seed(0)
+    far = torch.randn(3, 1, 4, 4, generator=draw) * 10
+    for found in (ball.project(far), ball.fill(far.sign()), ball.signs(far.shape, draw)):
+        assert float(found.double().abs().max()) <= eps
+        assert float(found.double().abs().max()) > eps * (1 - 2e-7)

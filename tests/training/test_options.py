@@ -10,8 +10,8 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.defenses import PGDAdversarial, Standard
+from gambeson.training import PRESETS, Recipe, TrainRun
 from gambeson.training.optimizer import make_optimizer
-from gambeson.training.recipe import Recipe
 
 
 def fresh(digits, name="lenet5"):
@@ -31,7 +31,7 @@ def test_moving_average_is_the_recursion(digits):
         torch.testing.assert_close(value, 0.5 * (0.5 * one + 0.5 * two) + 0.5 * three)
 
 
-@pytest.mark.parametrize("option", [{"ema": 0.9}, {"channels_last": True}], ids=["ema", "channels-last"])
+@pytest.mark.parametrize("option", [{"ema": 0.9}, {"channels_last": True}, {"optimizer": "rmsprop", "lr": 0.01}])
 def test_an_option_resumes_bit_for_bit(digits, tmp_path, option):
     class Stop(Standard):
         def terms(self):
@@ -108,6 +108,45 @@ def test_adam_is_torch_s(digits):
     moved = [(a - b).abs().max() for a, b in zip(model.parameters(), plain.parameters(), strict=True)]
     assert max(moved) > 0.002  # Adam's step is about the learning rate, SGD's that of the gradient
     assert gb.models.fingerprint(model) != gb.models.fingerprint(other)
+
+
+def test_rmsprop_takes_inception_s_steps():
+    """Decay 0.9 and epsilon 1 (Szegedy et al. 2016), momentum on the scaled gradient: two steps by hand."""
+    model = nn.Linear(1, 1, bias=False)
+    start = model.weight.detach().clone()
+    optimizer = make_optimizer(model, Standard(), Recipe(optimizer="rmsprop", lr=0.1, momentum=0.5, weight_decay=0))
+    square = moved = 0.0
+    expected = float(start)
+    for gradient in (2.0, -1.0):
+        model.weight.grad = torch.full_like(model.weight, gradient)
+        optimizer.step()
+        square = 0.9 * square + 0.1 * gradient**2
+        moved = 0.5 * moved + gradient / (square**0.5 + 1)
+        expected -= 0.1 * moved
+        assert float(model.weight.detach()) == pytest.approx(expected)
+
+
+def test_steps_fall_at_milestones_and_after_every_so_many_epochs():
+    recipe = Recipe(epochs=10, lr=1.0, schedule="steps", decay_every=2, milestones=(5,), gamma=0.5)
+    rates = [recipe.lr_at(4 * epoch + k, 4) for epoch in range(10) for k in (0, 3)]
+    falls = [0, 0, 1, 1, 2, 3, 4, 4, 5, 5]
+    assert rates == [0.5**fall for fall in falls for _ in range(2)]
+
+
+def test_presets_are_the_papers_recipes(tmp_path):
+    paper = Recipe(preset="shared-adversarial")
+    assert (paper.epochs, paper.lr, paper.lr_at(49, 1), paper.lr_at(50, 1)) == (65, 0.0025, 0.0025, 0.00025)
+    inception = Recipe(preset="ensemble-adversarial-imagenet", epochs=4)
+    assert [inception.lr_at(k, 1) for k in range(4)] == pytest.approx([0.045, 0.045, 0.0423, 0.0423])
+    assert (inception.optimizer, inception.batch_size) == ("rmsprop", 800)
+    assert Recipe(**Recipe(preset="learn2perturb").plain()) == Recipe(preset="learn2perturb")
+    for name in PRESETS:
+        assert Recipe(preset=name) != Recipe()
+    with pytest.raises(UserError, match="unknown preset 'shared': did you mean shared-adversarial"):
+        Recipe(preset="shared")
+    run = TrainRun(data="digits", model="lenet5", defense="standard", recipe={"preset": "ensemble-adversarial-mnist"})
+    assert run.recipe.optimizer == "adam"
+    assert "preset" not in run.plain()["recipe"]
 
 
 def test_trackers_get_every_epoch(digits, tmp_path):

@@ -63,6 +63,10 @@ class PGD(GradientAttack):
         return [self.eps * share for share in cosine(self.steps, first, last)]
 
     @property
+    def _follows_sizes(self) -> bool:
+        return self.restarts == 1 and not self.early_stop
+
+    @property
     def _first(self) -> float:
         return 4 / self.steps if self.step is None else self.step
 

@@ -60,7 +60,7 @@ class Guide:
         """
         point = delta
         if self.nesterov:  # kept in the box, where a clip would take the gradient of what lies beyond
-            ahead = delta + length * self.momentum * velocity
+            ahead = delta + self.ascent.scaled(length) * self.momentum * velocity
             point = torch.minimum(torch.maximum(ahead, -images), 1 - images)
         views = self._views(drawn)
         gradient, first = self.ascent.look(point, images, labels, view=views[0], number=number)

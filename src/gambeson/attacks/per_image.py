@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -11,7 +12,7 @@ from pydantic import Field, model_validator
 from gambeson.attacks.losses import Loss, LossName
 from gambeson.attacks.solver import Ascent, NotFinite
 from gambeson.attacks.sources import Average, Source, drawn, opened
-from gambeson.base import Config, Number, seeded
+from gambeson.base import Config, Number, UserError, seeded
 from gambeson.base.checks import check_batch
 from gambeson.threat import Ball, Eps, Norm, perturb
 from gambeson.victim import Victim
@@ -104,17 +105,58 @@ class GradientAttack(Config):
         if len(images) == 0:
             return images.clone()
         with opened(model, self.average) as given, seeded(seed, "noise"):
-            pixels = images.float()
-            victim = drawn(given, pixels, self.draws)
-            labels = self._labels(victim, pixels, y, ignore_index)
-            best = torch.zeros_like(pixels)
-            patient = self if self.draws is None else self.model_copy(update={"early_stop": False})
-            try:
-                patient._search(self._ascent(victim, ignore_index), pixels, labels, seed, best)
-            except NotFinite as error:
-                error.found = perturb(images, best.to(images.dtype))
-                raise
-            return perturb(images, best.to(images.dtype)).detach()
+            victim = drawn(given, images.float(), self.draws)
+            return self.perturb_batch(victim, images, y, seed=seed, ignore_index=ignore_index)
+
+    def perturb_batch(
+        self,
+        victim: Victim,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        seed: int = 0,
+        ignore_index: int | None = None,
+        sizes: torch.Tensor | None = None,
+        place: tuple[int, int] = (0, 1),
+    ) -> torch.Tensor:
+        """Attack a batch without looking at model and images first: what training does step after step.
+
+        A random model is followed as it answers, and torch's global generators are left to it.
+
+        Args:
+            victim: entered; it is climbed as it is.
+            images: (N, C, H, W) in [0, 1].
+            labels: (N,) or (N, H, W) labels, or targets where ``targeted``.
+            seed: of every random draw.
+            ignore_index: label that counts nowhere.
+            sizes: (N, 1, 1, 1), the radius of each image's ball as a share of eps, to which its start and its steps
+                shrink too; for attacks of :class:`gambeson.attacks.PGD` without restarts and early stop.
+            place: the number of this process and of how many; see :class:`gambeson.attacks.solver.Ascent`.
+
+        Raises:
+            UserError: the attack cannot follow ``sizes``.
+            NotFinite: a gradient is NaN or infinite; its ``found`` holds the images found until then.
+        """
+        if sizes is not None and not self._follows_sizes:
+            raise UserError(
+                f"{type(self).__name__} was given a radius for each image: expected a PGD attack with restarts=1 and "
+                "early_stop=False; give one eps for all images"
+            )
+        pixels = images.float()
+        goals = self._labels(victim, pixels, labels, ignore_index)
+        best = torch.zeros_like(pixels)
+        patient = self if self.draws is None else self.model_copy(update={"early_stop": False})
+        ascent = replace(self._ascent(victim, ignore_index), sizes=sizes, place=place)
+        try:
+            patient._search(ascent, pixels, goals, seed, best)
+        except NotFinite as error:
+            error.found = perturb(images, best.to(images.dtype))
+            raise
+        return perturb(images, best.to(images.dtype)).detach()
+
+    @property
+    def _follows_sizes(self) -> bool:
+        return False
 
     def _search(self, ascent: Ascent, x: torch.Tensor, y: torch.Tensor, seed: int, best: torch.Tensor) -> None:
         """Write the best perturbation of each image into ``best`` (N, C, H, W), which is zero."""

@@ -70,6 +70,12 @@ class Ascent:
     on one after the other. The same in the norm inf; always on in the norm 1."""
     sparsity: float | None = None
     """Norm 1 only: the share of values a step moves; see :meth:`gambeson.threat.Ball.step_in_box`."""
+    sizes: torch.Tensor | None = None
+    """(R, 1, 1, 1): the radius of each perturbation as a share of eps, and with it the length of its start and of its
+    steps; None: eps for every one."""
+    place: tuple[int, int] = (0, 1)
+    """The number of this process and of how many; each draws for all and takes its own part, so that several start
+    where one with the joined images would."""
 
     def start(
         self,
@@ -78,7 +84,6 @@ class Ascent:
         kind: str,
         size: float,
         generator: torch.Generator,
-        place: tuple[int, int] = (0, 1),
     ) -> torch.Tensor:
         """Return ``rows`` starting points: ``zero``, ``uniform`` in the ball, or random ``sign``s.
 
@@ -88,15 +93,17 @@ class Ascent:
             kind: the kind of start.
             size: radius of the start as a share of eps.
             generator: on the images' device.
-            place: the number of this process and of how many; each draws for all and takes its own part, so that
-                several start where one with the joined images would.
         """
-        number, processes = place
+        number, processes = self.place
         if kind == "zero":
             return images.new_zeros((rows, *images.shape[1:]))
         draw = self.ball.uniform if kind == "uniform" else self.ball.signs
         drawn = draw((processes * rows, *images.shape[1:]), generator).unflatten(0, (processes, rows))[number]
-        return self._hold(drawn.to(images.dtype) * size, images)
+        return self._hold(drawn.to(images.dtype) * self.scaled(size), images)
+
+    def scaled(self, length: float | torch.Tensor) -> float | torch.Tensor:
+        """Return a length, or a share, at the size of each perturbation's ball."""
+        return length if self.sizes is None else length * self.sizes
 
     def step(
         self, delta: torch.Tensor, images: torch.Tensor, labels: torch.Tensor, length: float
@@ -169,7 +176,11 @@ class Ascent:
     def move(
         self, delta: torch.Tensor, images: torch.Tensor, gradient: torch.Tensor, length: float | torch.Tensor
     ) -> torch.Tensor:
-        """Return ``delta`` after a step of ``length`` (pixel units; a number or (R, 1, 1, 1)) up ``gradient``."""
+        """Return ``delta`` after a step of ``length`` (pixel units; a number or (R, 1, 1, 1)) up ``gradient``.
+
+        Where the balls have ``sizes``, the length is that of a full one.
+        """
+        length = self.scaled(length)
         if self._at_once:
             room = torch.where(gradient > 0, 1 - images - delta, images + delta).clamp(min=0)
             moved = delta.detach() + self.ball.step_in_box(gradient, length, room, self.sparsity)
@@ -180,8 +191,8 @@ class Ascent:
     def project(self, delta: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """Return the nearest allowed point: in the ball and, where each image has its own, inside the box."""
         if self._at_once:
-            return self.ball.project_in_box(delta, -images, 1 - images)
-        return self._hold(self.ball.project(delta), images)
+            return self.ball.project_in_box(delta, -images, 1 - images, self.sizes)
+        return self._hold(self.ball.project(delta, self.sizes), images)
 
     def run(
         self,

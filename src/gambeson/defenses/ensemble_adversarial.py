@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
@@ -9,11 +11,13 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from gambeson.attacks.gradient import FGSM, PGD, RFGSM
+from gambeson.attacks.least_likely import RStepLL, StepLL
 from gambeson.attacks.losses import cross_entropy, image_means
 from gambeson.base import Number, UserError, generator
 from gambeson.defenses.objective import Defense, Objective, Scene
 from gambeson.defenses.terms import Batch, Clean, Term, batch_loss
-from gambeson.threat import Ball, Eps, Norm, perturb
+from gambeson.threat import Eps, Norm, perturb
 from gambeson.victim import Victim
 
 
@@ -21,8 +25,9 @@ class EnsembleAdversarial(Defense):
     """Train on single-step examples that a model drawn for each batch crafts: a static source, or the model itself.
 
     Without sources this is single-step adversarial training. Sources stay as they are, in evaluation mode (ours: the
-    released MNIST code leaves their dropout on). Costs one forward and backward of the drawn model beside the step;
-    nothing with ``precompute`` where a source is drawn.
+    released MNIST code leaves their dropout on); one that is the trained model itself, or shares weights with it, is
+    copied as it is at the start. Costs one forward and backward of the drawn model beside the step, and one forward
+    for a label that is the model's own; nothing with ``precompute`` where a source is drawn.
     """
 
     eps: Eps
@@ -35,7 +40,8 @@ class EnsembleAdversarial(Defense):
     """The same as modules, from pixels to logits; they precede ``sources``."""
     attack: Literal["fgsm", "r-fgsm", "step-ll", "r-step-ll"] = "fgsm"
     """How examples are made: FGSM on MNIST, Step-LL (towards the least likely class) on ImageNet in the paper; ``r-``
-    puts a random-sign step before it."""
+    puts a random-sign step before it. They are :class:`gambeson.attacks.FGSM` and its relatives, whose labels are those
+    of the clean image."""
     start_size: Annotated[Number, Field(ge=0, le=1)] = 0.5
     """Length of that random step as a share of eps; the gradient's has the rest."""
     label: Literal["prediction", "truth"] = "prediction"
@@ -44,8 +50,12 @@ class EnsembleAdversarial(Defense):
     mixing: Literal["both", "half"] = "both"
     """Clean and adversarial form of every image with equal weights (the paper's MNIST), or the first half of the
     batch replaced, with one loss (its ImageNet)."""
+    weight: Annotated[Number, Field(gt=0)] = 1.0
+    """Weight lambda of an adversarial example beside a clean one: 0.3 in Kurakin et al. 2017, whose mean
+    is (clean + lambda * adversarial) / (1 + lambda); the ensemble paper's MNIST code weighs them equally."""
     random_eps: bool = False
-    """A radius for every image: |N(0, eps / 2)| cut to [0, eps] (Kurakin et al. 2017)."""
+    """A radius per image: |N(0, eps / 2)| truncated to [0, eps] (Kurakin et al. 2017), the one that the
+    whole attack on the image keeps to."""
     precompute: bool = False
     """Compute the sources' gradients once for all training images, one byte a value and source; for steps without a
     random start in the norm inf, and without augmentation (the paper's remark)."""
@@ -88,7 +98,18 @@ class EnsembleAdversarial(Defense):
     def _with(self, term: Transferred) -> dict[str, tuple[float, Term]]:
         if self.mixing == "half":
             return {"adversarial": (1.0, term)}
-        return {"adversarial": (0.5, term), "clean": (0.5, Clean())}
+        whole = 1 + self.weight
+        return {"adversarial": (self.weight / whole, term), "clean": (1 / whole, Clean())}
+
+    @property
+    def crafting(self) -> PGD:
+        """The attack that makes the examples, as it stands in :mod:`gambeson.attacks`."""
+        common: dict[str, Any] = {"eps": self.eps, "norm": self.norm}
+        if self.attack.startswith("r-"):
+            common["start_size"] = self.start_size
+        if self.attack.endswith("step-ll"):
+            return (RStepLL if self.attack.startswith("r-") else StepLL)(**common)
+        return (RFGSM if self.attack.startswith("r-") else FGSM)(label=self.label, **common)
 
 
 class Transferred:
@@ -96,83 +117,89 @@ class Transferred:
 
     def __init__(self, defense: EnsembleAdversarial, sources: Iterable[nn.Module]) -> None:
         self.defense = defense
-        self.ball = Ball(eps=defense.eps, norm=defense.norm)
-        self.sources = [Victim(source, fast=True).__enter__() for source in sources]  # frozen for good
+        self.attack = defense.crafting
+        self.sources = list(sources)
         self.signs: list[torch.Tensor] = []
 
     def fit(self, scene: Scene) -> None:
-        """See that every source answers as the model does; precompute what is asked for."""
+        """See that every source answers as the model does; precompute what is asked for.
+
+        A source that shares weights with the model is replaced by a copy: static sources do not learn.
+        """
         images, _ = scene.train.take(slice(0, 2), Victim(scene.model).device)
         with Victim(scene.model) as victim, torch.no_grad():
             expected = victim(images).shape
+        self.sources = [copy.deepcopy(s) if _tied(s, scene.model) else s.to(images.device) for s in self.sources]
         for number, source in enumerate(self.sources, 1):
-            source.model.to(images.device)
-            with torch.no_grad():
-                found = source(images).shape
-            if found != expected:
-                raise UserError(
-                    f"source {number} answers {tuple(found)} to 2 images and the model {tuple(expected)}: choose a "
-                    "source of the same classes"
-                )
-            if self.defense.precompute:
-                self.signs.append(self._signs(source, scene))
+            with Victim(source, fast=True) as victim:
+                with torch.no_grad():
+                    found = victim(images).shape
+                if found != expected:
+                    raise UserError(
+                        f"source {number} answers {tuple(found)} to 2 images and the model {tuple(expected)}: choose a "
+                        "source of the same classes"
+                    )
+                if self.defense.precompute:
+                    self.signs.append(self._signs(victim, scene))
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the loss on the examples, or on the batch of which they replace one half."""
         moved = self.craft(model, batch)
-        if self.defense.mixing == "half":
-            half = len(moved) // 2
-            moved = torch.cat([moved[:half], batch.images[half:]])
-        return batch_loss(model, moved, batch)
+        if self.defense.mixing == "both":
+            return batch_loss(model, moved, batch)
+        half = len(moved) // 2
+        moved = torch.cat([moved[:half], batch.images[half:]])
+        if self.defense.weight == 1:
+            return batch_loss(model, moved, batch)
+        answers = cross_entropy(model(moved), batch.labels, batch.ignore_index)
+        values = image_means(answers, batch.labels, batch.ignore_index)
+        weights = torch.ones_like(values)
+        weights[:half] = self.defense.weight
+        return (weights * values).sum() / weights.sum()
+
+    def draw(self, batch: Batch) -> int:
+        """Draw who crafts for this batch: the number of a source, or that of sources for the model itself."""
+        return int(torch.randint(len(self.sources) + 1, (), generator=generator(batch.seed, "source")))
 
     def craft(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the examples (N, C, H, W) of the model drawn for this batch."""
-        drawn = int(torch.randint(len(self.sources) + 1, (), generator=generator(batch.seed, "source")))
-        if drawn == len(self.sources):
-            with Victim(model, fast=True) as victim:
-                moved = self._step(victim, batch)
-        elif self.signs:
+        drawn, sizes = self.draw(batch), self.sizes(batch)
+        if drawn < len(self.signs):
             if batch.indices is None:
                 raise UserError("precompute needs the images as they are: train without augmentation")
-            signs = self.signs[drawn][batch.indices].to(batch.images.device)
-            moved = perturb(batch.images, self.ball.eps * signs.to(batch.images.dtype))
-        else:
-            moved = self._step(self.sources[drawn], batch)
+            signs = self.signs[drawn][batch.indices].to(batch.images)
+            return perturb(batch.images, self.defense.eps * (signs if sizes is None else sizes * signs))
+        with Victim(model if drawn == len(self.sources) else self.sources[drawn], fast=True) as victim:
+            return self.attack.perturb_batch(
+                victim,
+                batch.images,
+                batch.labels,
+                seed=batch.seed,
+                ignore_index=batch.ignore_index,
+                sizes=sizes,
+                place=batch.place,
+            )
+
+    def sizes(self, batch: Batch) -> torch.Tensor | None:
+        """Draw each image's radius as a share of eps, (N, 1, 1, 1); None where every image has eps."""
         if not self.defense.random_eps:
-            return moved
-        shape = (len(moved) * batch.place[1], 1, 1, 1)
-        normal = torch.randn(shape, generator=generator(batch.seed, "eps", device=moved.device), device=moved.device)
-        return batch.images + batch.mine((normal / 2).abs().clamp(max=1)) * (moved - batch.images)
-
-    def _step(self, victim: Victim, batch: Batch) -> torch.Tensor:
-        settings, images = self.defense, batch.images
-        delta, length = torch.zeros_like(images), settings.eps
-        if settings.attack.startswith("r-"):
-            shape = (len(images) * batch.place[1], *images.shape[1:])
-            signs = self.ball.signs(shape, generator(batch.seed, "start", device=images.device))
-            delta = settings.start_size * batch.mine(signs).to(images.dtype)
-            length = (1 - settings.start_size) * settings.eps
-        gradient = self._gradient(victim, perturb(images, delta), batch.labels, batch.ignore_index)
-        return perturb(images, self.ball.project(delta + length * self.ball.steepest(gradient))).detach()
-
-    def _gradient(
-        self, victim: Victim, images: torch.Tensor, labels: torch.Tensor, ignore_index: int | None
-    ) -> torch.Tensor:
-        """Return the direction of one step; prediction and gradient come from one forward."""
-        least_likely = self.defense.attack.endswith("step-ll")
-        with torch.enable_grad():
-            point = images.detach().requires_grad_()
-            logits = victim(point)
-            goal = labels
-            if least_likely or self.defense.label == "prediction":
-                goal = logits.argmin(1) if least_likely else logits.argmax(1)
-                goal = goal if ignore_index is None else goal.where(labels != ignore_index, labels)
-            value = image_means(cross_entropy(logits, goal, ignore_index), goal, ignore_index).sum()
-            gradient = victim.gradient(value, point, len(images))
-        return -gradient if least_likely else gradient
+            return None
+        shape, device = (len(batch.images) * batch.place[1], 1, 1, 1), batch.images.device
+        uniform = torch.rand(shape, generator=generator(batch.seed, "eps", device=device), device=device)
+        # By the inverse of the truncated distribution, so that no draw has to be thrown away; eps is two deviations.
+        deviations = math.sqrt(2) * torch.erfinv(uniform * math.erf(math.sqrt(2)))
+        return batch.mine((deviations / 2).clamp(max=1))
 
     def _signs(self, source: Victim, scene: Scene) -> torch.Tensor:
+        """Return the step of every training image: where the clip lets a value not move, 0 does as well."""
         found = []
         for images, labels in scene.train.batches(500, device=source.device):
-            found.append(self._gradient(source, images, labels, scene.train.ignore_index).sign().to(torch.int8))
+            moved = self.attack.perturb_batch(source, images, labels, ignore_index=scene.train.ignore_index)
+            found.append((moved - images).sign().to(torch.int8))
         return torch.cat(found)
+
+
+def _tied(source: nn.Module, model: nn.Module) -> bool:
+    """Tell whether two models have a tensor in common."""
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    return any(id(tensor) in own for tensor in (*source.parameters(), *source.buffers()))

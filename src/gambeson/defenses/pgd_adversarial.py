@@ -10,7 +10,7 @@ from gambeson.base import Number
 from gambeson.defenses.objective import Defense
 from gambeson.defenses.terms import Adversarial, Term
 from gambeson.threat import Eps, Norm
-from gambeson.victim import Precision
+from gambeson.victim import BatchNormMode, Precision
 
 
 class PGDAdversarial(Defense):
@@ -28,7 +28,12 @@ class PGDAdversarial(Defense):
     step: Annotated[Number, Field(gt=0)] = 0.5
     """Length of a step as a share of eps."""
     craft_precision: Precision = "float32"
-    """Of the model while perturbations are crafted; bfloat16 pays on machines that have it."""
+    """Of the model while perturbations are crafted, whatever the recipe's is; bfloat16 pays on machines that have
+    it."""
+    attack_bn: BatchNormMode = "eval"
+    """The statistics that BatchNorm takes while crafting: its running ones (``eval``), those of the perturbed batch
+    (``batch``), or those of the batch with the whole model in training mode, dropout and running statistics included
+    (``train``). The paper leaves it open; the default is ours."""
 
     def terms(self) -> dict[str, tuple[float, Term]]:
         """The adversarial term alone."""
@@ -36,7 +41,12 @@ class PGDAdversarial(Defense):
             "adversarial": (
                 1.0,
                 Adversarial(
-                    eps=self.eps, norm=self.norm, steps=self.steps, step=self.step, precision=self.craft_precision
+                    eps=self.eps,
+                    norm=self.norm,
+                    steps=self.steps,
+                    step=self.step,
+                    precision=self.craft_precision,
+                    attack_bn=self.attack_bn,
                 ),
             )
         }

@@ -11,7 +11,7 @@ from gambeson.base import Number, UserError
 from gambeson.defenses.objective import Defense
 from gambeson.defenses.terms import Adversarial, Clean, Term
 from gambeson.threat import Eps, Norm
-from gambeson.victim import Precision
+from gambeson.victim import BatchNormMode, Precision
 
 
 class SharedAdversarial(Defense):
@@ -33,7 +33,12 @@ class SharedAdversarial(Defense):
     step: Annotated[Number, Field(gt=0)] = 0.5
     """Length of a step as a share of eps."""
     craft_precision: Precision = "float32"
-    """Of the model while perturbations are crafted; bfloat16 pays on machines that have it."""
+    """Of the model while perturbations are crafted, whatever the recipe's is; bfloat16 pays on machines that have
+    it."""
+    attack_bn: BatchNormMode = "eval"
+    """The statistics that BatchNorm takes while crafting: its running ones (``eval``), those of the perturbed batch
+    (``batch``), or those of the batch with the whole model in training mode, dropout and running statistics included
+    (``train``). The paper leaves it open; the default is ours."""
     truncate: Number | None = -math.log(0.2)
     """Cap kappa of the inner cross-entropy, per image; None: no cap."""
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
@@ -48,6 +53,7 @@ class SharedAdversarial(Defense):
             steps=self.steps,
             step=self.step,
             precision=self.craft_precision,
+            attack_bn=self.attack_bn,
             truncate=self.truncate,
             label_smoothing=self.label_smoothing,
         )

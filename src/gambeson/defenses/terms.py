@@ -13,7 +13,7 @@ from gambeson.attacks.losses import Loss, cross_entropy, image_means
 from gambeson.attacks.solver import Ascent
 from gambeson.base import Config, Number, UserError, generator
 from gambeson.threat import Ball, Eps, Norm, perturb
-from gambeson.victim import Fast, Precision, Victim
+from gambeson.victim import BatchNormMode, Fast, Precision, Victim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,9 @@ class Adversarial(Config):
     truncate: Number | None = None
     """Inner loss only; see :class:`gambeson.attacks.Loss`."""
     precision: Precision = "float32"
-    """Of the model while crafting; the step itself and the outer loss are not touched."""
+    """Of the model while crafting, whatever the training's is; the step itself and the outer loss are not touched."""
+    attack_bn: BatchNormMode = "eval"
+    """The statistics that BatchNorm takes while crafting; see :data:`gambeson.victim.BatchNormMode`."""
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Outer loss only: in the truncated inner loss it would blind the attack to its easiest images."""
 
@@ -110,8 +112,7 @@ class Adversarial(Config):
     def craft(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Craft the perturbations of a batch, shape (N / sharedness, C, H, W).
 
-        The model is in evaluation mode meanwhile (our choice: no paper of the five fixes it for heaps) and comes
-        back as it was, statistics included.
+        The model comes back in the mode it was in, and with its statistics but for ``attack_bn="train"``.
 
         Raises:
             UserError: the sharedness does not divide the batch.
@@ -122,17 +123,17 @@ class Adversarial(Config):
                 f"sharedness {self.sharedness} does not divide the batch of {len(batch.images)}: "
                 "choose a batch size that is a multiple of it"
             )
-        with Victim(
-            model, fast=Fast(precision=self.precision)
-        ) as victim:  # a copy that follows the weights from step to step
+        # In evaluation mode by a copy, which follows the weights from step to step.
+        with Victim(model, fast=Fast(precision=self.precision), batch_norm=self.attack_bn) as victim:
             ascent = Ascent(
                 victim=victim,
                 ball=Ball(eps=self.eps, norm=self.norm),
                 loss=Loss(truncate=self.truncate),
                 per_image=self.sharedness == 1,
                 ignore_index=batch.ignore_index,
+                place=batch.place,
             )
             draw = generator(batch.seed, "craft", device=batch.images.device)
-            delta = ascent.start(batch.images, heaps, self.start, 1.0, draw, batch.place)
+            delta = ascent.start(batch.images, heaps, self.start, 1.0, draw)
             again = [(batch.images, batch.labels)] * self.steps
             return ascent.run(delta, again, [self.step * self.eps] * self.steps)

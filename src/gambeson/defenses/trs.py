@@ -72,7 +72,7 @@ class TRS(Together):
         draw = generator(batch.seed, "trs", device=images.device)
         drawn = ball.uniform((len(batch.images) * batch.place[1], *images.shape[1:]), draw)
         delta = batch.mine(drawn)[chosen]
-        with frozen(model):
+        with frozen(model), torch.autocast(images.device.type, enabled=False):  # crafted in float32
             for _ in range(self.steps):
                 point = (images + delta).clamp(0, 1).requires_grad_()
                 value = squared_slopes(model, point, labels, batch.ignore_index).sum()

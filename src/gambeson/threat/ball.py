@@ -43,17 +43,27 @@ class Ball(Config):
         below = torch.nextafter(nearest, torch.zeros(()))
         return float(nearest if float(nearest) <= self.eps else below)
 
-    def project(self, delta: torch.Tensor) -> torch.Tensor:
-        """Return the nearest point of the ball to each row, in Euclidean distance."""
-        if self.norm == "inf":
-            return delta.clamp(-self._radius, self._radius)
-        if self.norm == "1":
-            rows = delta.flatten(1)
-            inside = rows.abs().sum(1, keepdim=True) <= self.eps
-            return torch.where(inside, rows, soften(rows, rows.abs(), self.eps)).view_as(delta)
-        return delta * (self.eps / _lengths(delta).clamp(min=TINY)).clamp(max=1)
+    def project(self, delta: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the nearest point of the ball to each row, in Euclidean distance.
 
-    def project_in_box(self, delta: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        Args:
+            delta: (R, C, H, W).
+            sizes: (R, 1, 1, 1), the radius of each row's ball as a share of eps; None: eps for every row.
+        """
+        if self.norm == "inf":
+            if sizes is None:
+                return delta.clamp(-self._radius, self._radius)
+            return delta.clamp(-self._radius * sizes, self._radius * sizes)
+        if self.norm == "1":
+            rows, eps = delta.flatten(1), self._eps_of(sizes)
+            inside = rows.abs().sum(1, keepdim=True) <= eps
+            return torch.where(inside, rows, soften(rows, rows.abs(), eps)).view_as(delta)
+        reach = self.eps if sizes is None else self.eps * sizes
+        return delta * (reach / _lengths(delta).clamp(min=TINY)).clamp(max=1)
+
+    def project_in_box(
+        self, delta: torch.Tensor, low: torch.Tensor, high: torch.Tensor, sizes: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the nearest point to each row that lies in the ball and between ``low`` and ``high``.
 
         For the norms 2 and 1 this is not the projection followed by a clip, which wastes part of the radius
@@ -63,15 +73,20 @@ class Ball(Config):
             delta: (R, C, H, W).
             low: same shape, not above zero.
             high: same shape, not below zero.
+            sizes: see :meth:`project`.
         """
-        plain = self.project(delta)
+        plain = self.project(delta, sizes)
         clipped = torch.minimum(torch.maximum(plain, low), high)
         if self.norm == "inf":
             return clipped
         room = torch.where(delta > 0, high, -low).flatten(1)
-        exact = (soften if self.norm == "1" else shorten)(delta.flatten(1), room, self.eps).view_as(delta)
+        exact = (soften if self.norm == "1" else shorten)(delta.flatten(1), room, self._eps_of(sizes)).view_as(delta)
         free = (clipped == plain).flatten(1).all(1).view(-1, 1, 1, 1)
         return torch.where(free, plain, exact)
+
+    def _eps_of(self, sizes: torch.Tensor | None) -> float | torch.Tensor:
+        """Return the radius: a number, or (R, 1) of each row."""
+        return self.eps if sizes is None else self.eps * sizes.flatten(1)
 
     def steepest(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the direction of unit norm along which a linear function with this gradient rises fastest.

@@ -13,7 +13,7 @@ _ROUNDS = 8
 of its surface."""
 
 
-def soften(rows: torch.Tensor, room: torch.Tensor, eps: float) -> torch.Tensor:
+def soften(rows: torch.Tensor, room: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
     """Return the nearest point of {|d|_1 <= eps, |d_i| <= room_i} to each row, signs kept.
 
     The nearest point is min((|z_i| - t)+, room_i) for the one t >= 0 that makes its sum eps (Duchi et al. 2008,
@@ -22,7 +22,7 @@ def soften(rows: torch.Tensor, room: torch.Tensor, eps: float) -> torch.Tensor:
     Args:
         rows: (R, D).
         room: (R, D), not negative: how far each value may go in the direction of its sign.
-        eps: radius.
+        eps: radius; a number, or (R, 1).
     """
     size = rows.abs()
     low, high = torch.zeros_like(size[:, :1]), size.amax(1, keepdim=True)
@@ -38,7 +38,7 @@ def soften(rows: torch.Tensor, room: torch.Tensor, eps: float) -> torch.Tensor:
     return _within(found, found.sum(1, keepdim=True), eps) * rows.sign()
 
 
-def shorten(rows: torch.Tensor, room: torch.Tensor, eps: float) -> torch.Tensor:
+def shorten(rows: torch.Tensor, room: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
     """Return the nearest point of {|d|_2 <= eps, |d_i| <= room_i} to each row, signs kept.
 
     The nearest point is min(s |z_i|, room_i) for the largest s in [0, 1] that keeps its length at eps. A first s
@@ -57,7 +57,7 @@ def shorten(rows: torch.Tensor, room: torch.Tensor, eps: float) -> torch.Tensor:
     return _within(found, found.square().sum(1, keepdim=True).sqrt(), eps) * rows.sign()
 
 
-def _within(found: torch.Tensor, length: torch.Tensor, eps: float) -> torch.Tensor:
+def _within(found: torch.Tensor, length: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
     # The rounding of long sums is taken back by a scale a hair below one.
     return found * (eps / length.clamp(min=TINY)).clamp(max=1)
 

@@ -2,7 +2,7 @@
 
 from gambeson.training.loop import train
 from gambeson.training.plan import Plan, plan
-from gambeson.training.recipe import Recipe
+from gambeson.training.recipe import PRESETS, Recipe
 from gambeson.training.run import TrainRun, plan_training, run_training
 
-__all__ = ["Plan", "Recipe", "TrainRun", "plan", "plan_training", "run_training", "train"]
+__all__ = ["PRESETS", "Plan", "Recipe", "TrainRun", "plan", "plan_training", "run_training", "train"]

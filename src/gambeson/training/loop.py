@@ -94,7 +94,6 @@ class Run:
         self.accelerator = Accelerator(
             cpu=self.device.type == "cpu",
             device_placement=False,
-            mixed_precision="bf16" if recipe.precision == "bfloat16" else "no",
             **tracking(recipe, out),
         )
         if recipe.track != "none":
@@ -210,7 +209,8 @@ class Run:
     def _descend(self, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
         phases = self.objective.phases(self.model, batch)
         while True:
-            with self.accelerator.autocast():
+            # Not Accelerator's own precision, which a process cannot change from one training to the next.
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
                 phase = next(phases, None)
             if phase is None:
                 return

@@ -19,6 +19,10 @@ def make_optimizer(model: nn.Module, defense: Defense, recipe: Recipe) -> torch.
     groups: list[dict[str, Any]] = [*_by_depth(rest, recipe.layer_decay), *special]
     if recipe.optimizer == "adam":
         return torch.optim.Adam(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    if recipe.optimizer == "rmsprop":
+        return torch.optim.RMSprop(
+            groups, lr=recipe.lr, alpha=0.9, eps=1.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        )
     return torch.optim.SGD(
         groups,
         lr=recipe.lr,

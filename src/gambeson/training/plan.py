@@ -85,7 +85,7 @@ def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed
         seconds_a_step=second,
         seconds=second * steps,
         plain_ratio=second / statistics.median(times[1]),
-        weights=values * (4 if recipe.optimizer == "adam" else 3),
+        weights=values * (3 if recipe.optimizer == "sgd" else 4),
         activations=kept,
         data=len(ours.train) * math.prod(ours.train.shape),
         device=str(ours.device),

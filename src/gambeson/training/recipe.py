@@ -3,15 +3,67 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from gambeson.base import Config, Number
+from gambeson.base import Config, Number, unknown_name
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "shared-adversarial": {
+        "epochs": 65,
+        "lr": 0.0025,
+        "schedule": "steps",
+        "milestones": (50,),
+        "augment": "crop-flip",
+    },
+    "ensemble-adversarial-mnist": {
+        "epochs": 12,
+        "batch_size": 64,
+        "optimizer": "adam",
+        "lr": 0.001,
+        "weight_decay": 0.0,
+        "schedule": "constant",
+    },
+    "ensemble-adversarial-imagenet": {
+        "epochs": 280,
+        "batch_size": 800,
+        "optimizer": "rmsprop",
+        "lr": 0.045,
+        "schedule": "steps",
+        "decay_every": 2,
+        "gamma": 0.94,
+        "augment": "imagenet",
+    },
+    "learn2perturb": {
+        "epochs": 350,
+        "lr": 0.1,
+        "nesterov": True,
+        "weight_decay": 3e-4,
+        "schedule": "steps",
+        "milestones": (150, 250),
+        "augment": "crop-flip",
+    },
+}
+"""Recipes of the papers, by the name that ``Recipe(preset=NAME)`` reads; what they leave out is the default, ours.
+
+``shared-adversarial``: Mummadi et al. 2019 on CIFAR-10, at a rate that asks for pretrained weights (augmentation ours).
+``ensemble-adversarial-mnist``: the released code of Tramèr et al. 2018. ``ensemble-adversarial-imagenet``: that paper's
+ens3 and ens4 on ImageNet, 50 machines of 16 images; the weights of Kurakin et al. 2017, whose recipe it goes on with,
+are the defence's: ``EnsembleAdversarial(weight=0.3, random_eps=True, mixing="half", attack="step-ll")``.
+``learn2perturb``: the released script of Jeddi et al. 2020.
+"""
 
 
 class Recipe(Config):
-    """An optimiser and a schedule. The defaults are ours unless a preset of a paper sets them."""
+    """An optimiser and a schedule. The defaults are ours unless a preset of a paper sets them.
+
+    ``Recipe(preset=NAME)`` starts from one of :data:`PRESETS`; fields given beside it replace the preset's. The object,
+    and with it ``run.yaml``, holds the fields and not the name.
+
+    Raises:
+        UserError: a preset is unknown, or a value is out of its range.
+    """
 
     epochs: Annotated[int, Field(ge=1)] = 10
     """Passes over the training split."""
@@ -19,16 +71,21 @@ class Recipe(Config):
     """Images a step, over all processes; the last, smaller batch of an epoch is left out."""
     lr: Annotated[Number, Field(gt=0)] = 0.05
     """Learning rate at the start (after the warm-up)."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """Momentum belongs to ``sgd``; ``adam`` has its customary moments (Tramèr et al. 2018 on MNIST: lr 0.001)."""
+    optimizer: Literal["sgd", "adam", "rmsprop"] = "sgd"
+    """``adam`` has its customary moments (Tramèr et al. 2018 on MNIST: lr 0.001). ``rmsprop`` is that of Inception
+    networks (Szegedy et al. 2016, section 8: decay 0.9, epsilon 1), on ImageNet in Tramèr et al. 2018."""
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    """Of ``sgd`` and ``rmsprop``."""
     nesterov: bool = False
+    """Of ``sgd``."""
     weight_decay: Annotated[Number, Field(ge=0)] = 5e-4
     """On every parameter, as in the papers' settings."""
     schedule: Literal["cosine", "steps", "constant"] = "cosine"
     """``cosine`` falls to zero at the end; ``steps`` multiplies by ``gamma`` after each milestone."""
     milestones: tuple[int, ...] = ()
     """Epochs after which ``steps`` multiplies the learning rate."""
+    decay_every: Annotated[int, Field(ge=0)] = 0
+    """``steps`` multiplies the learning rate after every so many epochs as well; 0: at the milestones only."""
     gamma: Annotated[Number, Field(gt=0, le=1)] = 0.1
     warmup: Annotated[Number, Field(ge=0)] = 0.0
     """Epochs over which the learning rate rises from zero in a straight line."""
@@ -56,6 +113,16 @@ class Recipe(Config):
     track: Literal["none", "tensorboard", "mlflow"] = "none"
     """Where the epochs' numbers go beside ``metrics.jsonl``; needs the extra ``track``."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("preset") is None:
+            return fields
+        name = fields["preset"]
+        if name not in PRESETS:
+            raise unknown_name("preset", name, PRESETS)
+        return PRESETS[name] | {key: value for key, value in fields.items() if key != "preset"}
+
     @model_validator(mode="after")
     def _check_selection(self) -> Recipe:
         if self.select.startswith("best-") and not self.robust_every:
@@ -69,5 +136,6 @@ class Recipe(Config):
         if self.schedule == "cosine":
             return self.lr * rise * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
         if self.schedule == "steps":
-            return self.lr * rise * self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
+            falls = sum(epoch >= milestone for milestone in self.milestones)
+            return self.lr * rise * self.gamma ** (falls + (int(epoch / self.decay_every) if self.decay_every else 0))
         return self.lr * rise

@@ -18,11 +18,12 @@ from gambeson.victim.scoring import (
     votes_of,
     votes_right,
 )
-from gambeson.victim.victim import Fast, Precision, Victim, frozen
+from gambeson.victim.victim import BatchNormMode, Fast, Precision, Victim, frozen
 
 __all__ = [
     "DRAWS",
     "NO_ANSWER",
+    "BatchNormMode",
     "Fast",
     "Folded",
     "Look",

@@ -15,22 +15,41 @@ from gambeson.victim.fold import folded
 from gambeson.victim.look import Look, look_at
 from gambeson.victim.outputs import logits_of
 
+BatchNormMode = Literal["eval", "batch", "train"]
+"""What a model does about its training mode while it is attacked. ``eval``: evaluation mode, BatchNorm with its running
+statistics. ``batch``: evaluation mode, but a BatchNorm that was in training takes the statistics of the attacked batch
+and leaves its running ones as they are. ``train``: every sub-module in the mode that it has, so that dropout is on and
+running statistics take in the attacked images too."""
+
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[None]:
     """Hold ``model`` in evaluation mode without parameter gradients; put back every sub-module as it was.
 
     Modes and flags are read on entry, for each sub-module and parameter alone, and restored after an
     exception too: a BatchNorm that the user had frozen stays frozen.
+
+    Args:
+        model: any module.
+        batch_norm: see :data:`BatchNormMode`.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    norms = [module for module, mode in modes if mode and isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    held = [norm for norm in norms if norm.track_running_stats] if batch_norm == "batch" else []
     try:
-        model.eval()
+        if batch_norm != "train":
+            model.eval()
+        for norm in norms if batch_norm == "batch" else []:
+            norm.training = True
+        for norm in held:
+            norm.track_running_stats = False  # in training mode: the batch's statistics, which are not kept
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         yield
     finally:
+        for norm in held:
+            norm.track_running_stats = True
         for module, mode in modes:
             module.training = mode
         for parameter, flag in flags:
@@ -59,10 +78,14 @@ class Victim:
     CPU, whose images lie channels-last: about half the time of the model itself. Scores are never taken on the
     copy: :meth:`exact` is the model as it was given.
 
+    Its answers have its own precision, float32 where ``fast`` names no other, whatever autocast it is asked under:
+    training in a lower precision neither crafts nor judges in it.
+
     Args:
         model: any module from pixels (N, C, H, W) in [0, 1] to logits.
         fast: answer with such a copy; the weights may then not change while the victim is in use. True takes the
             defaults of :class:`Fast`.
+        batch_norm: what the model does about its training mode; any but ``eval`` leaves the copy out.
 
     Attributes:
         forwards: images sent forward so far.
@@ -74,8 +97,9 @@ class Victim:
         temperature: what the logits that attacks climb are divided by; 1 leaves them as they are. It changes no answer.
     """
 
-    def __init__(self, model: nn.Module, *, fast: bool | Fast = False) -> None:
+    def __init__(self, model: nn.Module, *, fast: bool | Fast = False, batch_norm: BatchNormMode = "eval") -> None:
         self.model = model
+        self.batch_norm = batch_norm
         self.fast = Fast() if fast is True else fast or None
         self.forwards = 0
         self.backwards = 0
@@ -83,13 +107,13 @@ class Victim:
         self.look: Look | None = None
         self.passes: int | None = None
         self.temperature = 1.0
-        self._guard = frozen(model)
+        self._guard = frozen(model, batch_norm)
         self._seen_input = False
         self._view: Callable[[torch.Tensor], Any] | None = None
         self._layout = torch.contiguous_format
 
     def __enter__(self) -> Victim:
-        self._guard = frozen(self.model)
+        self._guard = frozen(self.model, self.batch_norm)
         self._guard.__enter__()
         return self
 
@@ -131,16 +155,19 @@ class Victim:
 
         By the fast copy if there is one, and divided by the temperature.
         """
-        if not self._seen_input:
-            self._check_input(images)
-            with seeded(0, "view"):  # what is remembered of a model is not drawn again, and must not shift the draws
-                self._view = None if self.fast is None else self._make_view(images, self.fast)
-            self._seen_input = True
-        if self._view is None:
-            logits = self.exact(images)
-        else:
-            self.forwards += len(images)
-            logits = logits_of(self._view(self._kept(images.contiguous(memory_format=self._layout))))
+        with _without_autocast(images.device.type):
+            if not self._seen_input:
+                self._check_input(images)
+                with seeded(
+                    0, "view"
+                ):  # what is remembered of a model is not drawn again, and must not shift the draws
+                    self._view = None if self.fast is None else self._make_view(images, self.fast)
+                self._seen_input = True
+            if self._view is None:
+                logits = self.exact(images)
+            else:
+                self.forwards += len(images)
+                logits = logits_of(self._view(self._kept(images.contiguous(memory_format=self._layout))))
         return logits if self.temperature == 1 else logits / self.temperature
 
     def exact(self, images: torch.Tensor) -> torch.Tensor:
@@ -148,7 +175,8 @@ class Victim:
         if not self._seen_input:
             self._check_input(images)
         self.forwards += len(images)
-        return logits_of(self.model(self._kept(images)))
+        with _without_autocast(images.device.type):
+            return logits_of(self.model(self._kept(images)))
 
     def _kept(self, images: torch.Tensor) -> torch.Tensor:
         # A copy for a model that writes into its input: what the attack keeps must not change.
@@ -162,21 +190,25 @@ class Victim:
         self.backwards += images
         if not value.requires_grad:
             return torch.zeros_like(wrt)
-        (gradient,) = torch.autograd.grad(value, wrt, materialize_grads=True)
+        with _without_autocast(wrt.device.type):  # the products of a backward would be cast too
+            (gradient,) = torch.autograd.grad(value, wrt, materialize_grads=True)
         return gradient
 
     def _make_view(self, images: torch.Tensor, fast: Fast) -> Callable[[torch.Tensor], Any] | None:
-        try:
-            made = folded(self.model, images[:2].detach())
-        except Exception as error:  # whatever keeps a model from being copied, the model itself still works
-            self.notes = f"the model itself ({type(error).__name__} while copying it: {error})"
-            return None
-        self.notes = f"a copy with {len(made.pairs)} BatchNorms folded"
-        view: Callable[[torch.Tensor], Any] = made.view
-        if images.device.type == "cpu" and any(isinstance(module, nn.Conv2d) for module in made.view.modules()):
-            self._layout = torch.channels_last
-            made.view.to(memory_format=torch.channels_last)
-            self.notes += ", channels last"
+        view: Callable[[torch.Tensor], Any] = self.model
+        self.notes = "the model itself"
+        if self.batch_norm == "eval":
+            try:
+                made = folded(self.model, images[:2].detach())
+            except Exception as error:  # whatever keeps a model from being copied, the model itself still works
+                self.notes = f"the model itself ({type(error).__name__} while copying it: {error})"
+                return None
+            self.notes = f"a copy with {len(made.pairs)} BatchNorms folded"
+            view = made.view
+            if images.device.type == "cpu" and any(isinstance(module, nn.Conv2d) for module in made.view.modules()):
+                self._layout = torch.channels_last
+                made.view.to(memory_format=torch.channels_last)
+                self.notes += ", channels last"
         if fast.precision != "float32":
             view = _in_precision(view, images.device.type, getattr(torch, fast.precision))
             self.notes += f", {fast.precision}"
@@ -216,6 +248,15 @@ class Victim:
                 f"the images have {images.shape[1]} channels, but the model takes {first.in_channels}: "
                 "choose data and model that fit each other"
             )
+
+
+@contextmanager
+def _without_autocast(device: str) -> Iterator[None]:
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            yield
+    else:  # the usual case, which shall cost nothing
+        yield
 
 
 def _in_precision(
