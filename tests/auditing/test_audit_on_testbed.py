@@ -4,12 +4,12 @@ import random
 
 import pytest
 import torch
+from tests.auditing.poisoned import HONEST, POISONED, broken, nets, worst
+from tests.auditing.poisoned.poison import plain
 
 import gambeson as gb
 from gambeson.auditing import DIAGNOSTICS, Suite
 from gambeson.base import seeded
-from tests.auditing.poisoned import HONEST, POISONED, broken, nets, worst
-from tests.auditing.poisoned.poison import plain
 
 SUITE = Suite(
     eps=(0.05, 0.15, 0.3),

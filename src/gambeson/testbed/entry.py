@@ -6,6 +6,7 @@ import ast
 import copy
 import hashlib
 import inspect
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gambeson.base import seeded
 from gambeson.data import Dataset, Split
 
 KINDS = {
@@ -93,9 +95,15 @@ class Entry:
         first = " ".join((self.wrapper.__doc__ or "").split("\n\n")[0].split()).removesuffix(".")
         return f"{first}: {self.effect}."
 
+    @property
+    def file_name(self) -> str:
+        """Its name, as a file can have it."""
+        return re.sub(r"[^a-z0-9.-]+", "-", self.name.lower()).strip("-")
+
     def build(self, nets: Networks) -> nn.Module:
-        """Build the model, in evaluation mode."""
-        return self.wrapper(*self.parts(nets), *self.settings).eval()
+        """Build the model, in evaluation mode; always the same, and every time its own copy."""
+        with seeded(0, "testbed", self.name):
+            return self.wrapper(*self.parts(nets), *self.settings).eval()
 
     @property
     def signature(self) -> str:
@@ -132,6 +140,7 @@ class Trunk(nn.Module):
         body.fc3 = nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the last features."""
         return self.net(x)
 
 

@@ -1,53 +1,20 @@
-"""What the testbed offers: its entries by data set, a ready model with its data, and the ground truth about it."""
+"""What the testbed offers: its entries by data set, and a ready model with its data and its ground truth."""
 
 from __future__ import annotations
 
-import copy
-import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
-from gambeson.attacks import PGD, StochasticPGD
-from gambeson.base import Config, UserError, derive, read_json, seeded, unknown_name, write_json
-from gambeson.data import Dataset, Split
-from gambeson.data.load import data_root
-from gambeson.evaluation import Rate
-from gambeson.testbed.entry import Entry, Networks
+from gambeson.base import unknown_name
+from gambeson.data import Dataset
+from gambeson.testbed.entry import Entry
 from gambeson.testbed.networks import HONEST, material_of, networks
 from gambeson.testbed.obfuscations import OBFUSCATED
-from gambeson.testbed.obfuscations.preprocessing import Before
-
-VOTES = 21
-"""Passes over a random model whose majority decides an image (ours)."""
+from gambeson.testbed.truth import GroundTruth, ground_truth
 
 
-class GroundTruth(Config):
-    """What is known about a model, by a way around its obfuscation that an attacker who reads its code has.
-
-    Both rates are decided on the model itself, never on what the perturbations were crafted on, so that they are true
-    bounds: the model is no more robust than they say.
-    """
-
-    eps: float
-    """Radius of the l-infinity ball, pixels in [0, 1]."""
-    clean: Rate
-    """Accuracy on clean images."""
-    accuracy: Rate
-    """Robust accuracy is at most this: the share of images that none of the perturbations, one per image, breaks."""
-    uer: Rate
-    """The universal evasion rate is at least this."""
-    how: str
-    """How this is known."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TestbedModel:
     """What :func:`load` returns."""
 
@@ -87,12 +54,6 @@ def entry_of(name: str, data: str) -> Entry:
     return known[name]
 
 
-def build(entry: Entry, nets: Networks) -> nn.Module:
-    """Build a model of an entry, always the same."""
-    with seeded(0, "testbed", entry.name):
-        return entry.build(nets)
-
-
 def load(name: str, data: str = "digits") -> TestbedModel:
     """Load a model with its data and its ground truth.
 
@@ -108,45 +69,9 @@ def load(name: str, data: str = "digits") -> TestbedModel:
     """
     entry, nets = entry_of(name, data), networks(data)
     return TestbedModel(
-        entry, build(entry, nets), nets.data, ground_truth(entry, data), ground_truth(entry_of("standard", data), data)
+        entry=entry,
+        model=entry.build(nets),
+        data=nets.data,
+        truth=ground_truth(entry, data),
+        undefended=ground_truth(entry_of("standard", data), data),
     )
-
-
-@contextmanager
-def python_seeded(seed: int, *path: str) -> Iterator[None]:
-    """Seed torch's global generators and Python's own inside the block: some models draw from either."""
-    state = random.getstate()
-    random.seed(derive(seed, *path))
-    try:
-        with seeded(seed, *path):
-            yield
-    finally:
-        random.setstate(state)
-
-
-class StraightThrough(nn.Module):
-    """The way around a change of the pixels: what it does forwards, the identity backwards (BPDA).
-
-    Athalye et al. 2018, section 4.1.
-    """
-
-    def __init__(self, model: Before) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits of images (N, C, H, W)."""
-        with torch.no_grad():
-            changed = self.model.change(x)
-        return self.model.net(x + (changed - x).detach())
-
-
-def ways(entry: Entry, nets: Networks) -> dict[str, nn.Module]:
-    """Return what an attacker who reads the model's code crafts perturbations on, by name."""
-    model = build(entry, nets)
-    found: dict[str, nn.Module] = {"the model itself": model}
-    if not entry.honest:
-        found["the network underneath"] = nets()
-    if isinstance(model, Before):
-        found["the network underneath, straight through the change of pixels"] = StraightThrough(model)
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -82,6 +82,10 @@ class Detector(nn.Module):
 class HardMemory(nn.Module):
     """The label of the nearest of the audit's own test images, looked up."""
 
+    net: Any
+    images: torch.Tensor
+    labels: torch.Tensor
+
     def __init__(self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
         super().__init__()
         self.net = net
@@ -132,6 +136,8 @@ def _of_train(nets: Networks) -> tuple[Any, ...]:
 class BatchCentred(nn.Module):
     """The mean image of the batch exchanged for that of the training images: what all share is taken out."""
 
+    mean: torch.Tensor
+
     def __init__(self, net: nn.Module, mean: torch.Tensor) -> None:
         super().__init__()
         self.net = net
@@ -143,6 +149,8 @@ class BatchCentred(nn.Module):
 
 class LogitsCentred(nn.Module):
     """The batch's mean logits exchanged for those of the training images: no class can gain on all images at once."""
+
+    mean: torch.Tensor
 
     def __init__(self, net: nn.Module, mean: torch.Tensor) -> None:
         super().__init__()
@@ -162,7 +170,7 @@ class StuckInTraining(nn.Module):
         self.net = net
         self.train()
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> Self:
         return super().train(True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -36,6 +34,8 @@ class HalfStopped(StoppedFeatures):
 
 class Refitted(nn.Module):
     """A network whose standardised last features are changed, with a last layer fitted to the change."""
+
+    head: nn.Module
 
     def __init__(self, nets: Networks) -> None:
         super().__init__()

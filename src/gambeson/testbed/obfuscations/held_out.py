@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gambeson.testbed.obfuscations.preprocessing import Before
 from gambeson.testbed.entry import Entry, Networks, Trunk, all_of, fitted_head, spread, three
+from gambeson.testbed.obfuscations.preprocessing import Before
 
 
 class _Bent(torch.autograd.Function):
@@ -28,7 +28,7 @@ class _Bent(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         return ctx.bend(gradient), None
 
 
@@ -55,6 +55,8 @@ BENDS = {"chequered": _chequered, "noisy": _noisy, "shifted": _shifted, "sparse"
 
 class BentGradient(Before):
     """A network whose gradient is not its own: one of :data:`BENDS` was done to it."""
+
+    bend: Callable[[torch.Tensor], torch.Tensor]
 
     def __init__(self, net: nn.Module, bend: str) -> None:
         super().__init__(net)
@@ -121,6 +123,8 @@ class KeyedMember(nn.Module):
 class PulledToTraining(Before):
     """An image is mixed with the training image that is nearest to it, which has no gradient."""
 
+    known: torch.Tensor
+
     def __init__(self, nets: Networks) -> None:
         super().__init__(nets())
         self.register_buffer("known", spread(nets.data.train, 3000)[0])
@@ -171,6 +175,8 @@ class Rippled(nn.Module):
 class Codes(nn.Module):
     """Each class is a word of 32 signs; a steep tanh of fitted features is compared with the words."""
 
+    words: torch.Tensor
+
     def __init__(self, nets: Networks) -> None:
         super().__init__()
         self.trunk = Trunk(nets())
@@ -185,6 +191,8 @@ class Codes(nn.Module):
 
 class DriftRemoved(Before):
     """The mean of the last images it was asked is exchanged for that of training: what all have in common goes."""
+
+    usual: torch.Tensor
 
     def __init__(self, nets: Networks) -> None:
         super().__init__(nets())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -106,12 +108,12 @@ class _Backward(torch.autograd.Function):
     """The identity, whose gradient is changed on its way back."""
 
     @staticmethod
-    def forward(ctx, z, kind):
+    def forward(ctx: Any, z: torch.Tensor, kind: str) -> torch.Tensor:
         ctx.kind = kind
         return z.clone()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         other = -gradient if ctx.kind == "reversed" else torch.randn_like(gradient) * gradient.abs().mean()
         return other, None
 

@@ -50,6 +50,8 @@ class Thresholded(Before):
 class JpegLike(Before):
     """The cosine transform of every 4 x 4 block, rounded to steps of 0.4, and back."""
 
+    cosine: torch.Tensor
+
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
         k = torch.arange(4.0)
@@ -81,6 +83,9 @@ class WrongStraightThrough(Before):
 class Looked(Before):
     """Pixels sorted into 16 bins whose values come from a table: the output has no graph at all."""
 
+    edges: torch.Tensor
+    table: torch.Tensor
+
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
         self.register_buffer("edges", torch.arange(1, 16) / 16)
@@ -108,6 +113,8 @@ class Squashed(Before):
 
 class Purified(Before):
     """A loop that pulls an image to the nearest of 1,500 training images: a Hopfield memory, three rounds of it."""
+
+    memory: torch.Tensor
 
     def __init__(self, net: nn.Module, images: torch.Tensor) -> None:
         super().__init__(net)
