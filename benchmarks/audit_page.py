@@ -2,7 +2,7 @@
 
 A section for each diagnostic comes from :data:`gambeson.auditing.DIAGNOSTICS` and from the captions here, its picture
 from ``benchmarks/audit_pictures.py``; the costs come from the suites; the error rates come from
-``results/poisoned.json``, which ``benchmarks/poisoned.py`` makes. ``tests/test_docs_audit.py`` holds the page against
+``results/testbed.json``, which ``benchmarks/testbed.py`` makes. ``tests/test_docs_audit.py`` holds the page against
 this.
 """
 
@@ -17,7 +17,7 @@ from gambeson.attacks import StochasticPGD
 from gambeson.auditing import DIAGNOSTICS, SUITES, Diagnostic
 
 ROOT = Path(__file__).parent.parent
-PAGE, RATES = ROOT / "docs" / "audit.md", ROOT / "results" / "poisoned.json"
+PAGE, RATES = ROOT / "docs" / "audit.md", ROOT / "results" / "testbed.json"
 WITHOUT = "keeps its input"
 """The one diagnostic that never fails, and so has no picture."""
 
@@ -163,9 +163,9 @@ def _wrapped(text: str) -> str:
 
 
 def rates_text() -> str:
-    """Return the audit's error rates on the library of deceptive and honest models, or that there are none yet."""
+    """Return the audit's error rates on the obfuscated and honest models of the testbed, or that there are none yet."""
     if not RATES.is_file():
-        return "Not measured yet: this table is made from what `python benchmarks/poisoned.py` stores.\n"
+        return "Not measured yet: this table is made from what `python benchmarks/testbed.py` stores.\n"
     suites: dict[str, Any] = json.loads(RATES.read_text())["suites"]
     lines = ["| suite | what went wrong | rate | models |", "|---|---|---|---|"]
     for suite, found in suites.items():
@@ -180,8 +180,8 @@ def rates_text() -> str:
 
 
 _WRONG = {
-    "deceptive, trusted and not broken": "missed",
-    "deceptive, trusted, and not brought down by both kinds of attack": (
+    "obfuscated, trusted and not broken": "missed",
+    "obfuscated, trusted, and not brought down by both kinds of attack": (
         "missed where both numbers must be those of the undefended network"
     ),
     "honest, distrusted": "distrusted without reason",
@@ -189,13 +189,13 @@ _WRONG = {
 
 
 def _caught(suites: dict[str, Any]) -> list[str]:
-    """Lines of a table: how many deceptive and how many honest models fail each diagnostic."""
+    """Lines of a table: how many obfuscated and how many honest models fail each diagnostic."""
     columns: dict[str, list[dict[str, Any]]] = {}
     for suite, found in suites.items():
-        for kind, word in (("poisoned", "deceptive"), ("honest", "honest")):
+        for kind in ("obfuscated", "honest"):
             cells = [cell for cell in found["cells"].values() if cell["kind"] == kind]
             if len(cells) > 1:
-                columns[f"{word}, {suite}"] = cells
+                columns[f"{kind}, {suite}"] = cells
     lines = [f"| fails | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for diagnostic in DIAGNOSTICS:
         counts = [

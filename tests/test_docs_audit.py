@@ -44,8 +44,8 @@ def test_the_error_rates_are_the_stored_ones(page):
 def test_error_rates_are_told_from_what_is_stored(page, tmp_path, monkeypatch):
     rate = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 4}
     cells = {
-        "a": {"kind": "poisoned", "failed": ["EOT gap"]},
-        "b": {"kind": "poisoned", "failed": []},
+        "a": {"kind": "obfuscated", "failed": ["EOT gap"]},
+        "b": {"kind": "obfuscated", "failed": []},
         "c": {"kind": "honest", "failed": []},
         "d": {"kind": "honest", "failed": []},
     }
@@ -55,7 +55,7 @@ def test_error_rates_are_told_from_what_is_stored(page, tmp_path, monkeypatch):
         keys[1]: rate | {"models": []},
         keys[2]: rate | {"models": []},
     }
-    path = tmp_path / "poisoned.json"
+    path = tmp_path / "testbed.json"
     monkeypatch.setattr(page, "RATES", path)
     assert "Not measured yet" in page.rates_text()
     alone = {
@@ -68,8 +68,8 @@ def test_error_rates_are_told_from_what_is_stored(page, tmp_path, monkeypatch):
     path.write_text(json.dumps({"suites": suites}))
     text = page.rates_text()
     assert text.count("first sight | honest") == 0
-    assert "| quick | deceptive, trusted and not broken | 25.0 % [10.0, 50.0] of 4 | b on digits |" in text
-    assert "| fails | deceptive, quick | honest, quick |\n" in text  # a single network is no rate
+    assert "| quick | obfuscated, trusted and not broken | 25.0 % [10.0, 50.0] of 4 | b on digits |" in text
+    assert "| fails | obfuscated, quick | honest, quick |\n" in text  # a single network is no rate
     assert "| EOT gap | 1 of 2 | 0 of 2 |" in text
 
 

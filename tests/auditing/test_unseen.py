@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.auditing.poisoned.stateful import MemoryWithin, SoftMemory
 from torch import nn
 
 from gambeson.auditing import DIAGNOSTICS, Suite
 from gambeson.auditing.outcome import Gain, Outcome
 from gambeson.auditing.universal import craft_point
 from gambeson.data import Dataset, Split
+from gambeson.testbed.obfuscations.context import MemoryWithin, SoftMemory
 from gambeson.victim import Victim
 from tests.auditing.evidence import evidence_of
 

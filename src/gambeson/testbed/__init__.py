@@ -13,7 +13,7 @@ from gambeson.testbed.auditors import AUDITORS
 from gambeson.testbed.entry import KINDS, Entry
 from gambeson.testbed.judgement import Judgement, broken
 from gambeson.testbed.library import TestbedModel, load, models
-from gambeson.testbed.networks import DATA, networks, networks_on
+from gambeson.testbed.recipes import DATA, networks, networks_on
 from gambeson.testbed.scoring import Outcome, TestbedScore, score
 from gambeson.testbed.truth import GroundTruth
 

@@ -16,7 +16,7 @@ from gambeson.data import Dataset
 from gambeson.evaluation.universal import accuracy_under, judged
 from gambeson.models.user_code import canonical, file_of, is_spelling, load_function
 from gambeson.testbed.judgement import Judgement, judgement_of
-from gambeson.testbed.networks import DATA
+from gambeson.testbed.recipes import DATA
 
 
 def pgd(model: nn.Module, data: Dataset) -> Judgement:

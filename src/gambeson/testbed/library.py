@@ -9,8 +9,8 @@ from torch import nn
 from gambeson.base import unknown_name
 from gambeson.data import Dataset
 from gambeson.testbed.entry import Entry
-from gambeson.testbed.networks import HONEST, material_of, networks
 from gambeson.testbed.obfuscations import OBFUSCATED
+from gambeson.testbed.recipes import HONEST, material_of, networks
 from gambeson.testbed.truth import GroundTruth, ground_truth
 
 

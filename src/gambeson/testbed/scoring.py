@@ -22,7 +22,7 @@ from gambeson.testbed.auditors import auditor_named
 from gambeson.testbed.entry import KINDS, Entry
 from gambeson.testbed.judgement import Judgement, NotAJudgement, as_judgement, broken
 from gambeson.testbed.library import entry_of, models
-from gambeson.testbed.networks import networks
+from gambeson.testbed.recipes import networks
 from gambeson.testbed.truth import python_seeded
 
 Auditor = Callable[[nn.Module, Dataset], object]

@@ -16,8 +16,8 @@ from gambeson.data.load import data_root
 from gambeson.evaluation import Rate
 from gambeson.models import fingerprint
 from gambeson.testbed.entry import Entry, Networks, spread
-from gambeson.testbed.networks import material_of, networks
 from gambeson.testbed.obfuscations.preprocessing import Before
+from gambeson.testbed.recipes import material_of, networks
 from gambeson.victim import DRAWS as VOTES
 
 _FORM = "testbed/1"

@@ -1,4 +1,4 @@
-"""What answers by more than the image: by what was asked before, what stands beside it, who asks, or the test itself."""
+"""What answers by more than the image: by what was asked before, by its batch, by who asks, or by the test itself."""
 
 from __future__ import annotations
 

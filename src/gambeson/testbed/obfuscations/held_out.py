@@ -1,4 +1,4 @@
-"""Deceptions that were written when the diagnostics stood, to learn what an audit misses that was not made for them.
+"""Models that were written when the audit's diagnostics stood, to learn what it misses that it was not made for.
 
 Their error rates at first sight are stored apart (``benchmarks/testbed.py --first-sight``). Two were missed by one
 measure or the other, and are now seen: from then on they are part of the library like all others. Write new ones in
