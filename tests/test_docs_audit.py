@@ -13,6 +13,7 @@ from gambeson.auditing import DIAGNOSTICS, AuditResult, Suite
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "audit.md").read_text()
+TESTBED = (ROOT / "docs" / "testbed.md").read_text()
 PICTURES = ROOT / "docs" / "audit"
 
 
@@ -28,8 +29,8 @@ def page():
     return _page()
 
 
-def _between(mark):
-    return PAGE.split(f"<!-- {mark} -->\n")[1].split(f"<!-- /{mark} -->")[0]
+def _between(mark, page=PAGE):
+    return page.split(f"<!-- {mark} -->\n")[1].split(f"<!-- /{mark} -->")[0]
 
 
 def test_the_sections_are_those_of_the_diagnostics(page):
@@ -39,6 +40,31 @@ def test_the_sections_are_those_of_the_diagnostics(page):
 
 def test_the_error_rates_are_the_stored_ones(page):
     assert _between("error rates") == page.rates_text(), "run: python benchmarks/audit_page.py"
+
+
+def test_the_testbeds_page_lists_its_models_and_the_stored_rates(page):
+    assert _between("models", TESTBED) == page.models_text(), "run: python benchmarks/audit_page.py"
+    assert _between("own rates", TESTBED) == page.own_rates_text(), "run: python benchmarks/audit_page.py"
+
+
+def test_the_testbeds_page_runs(tmp_path, monkeypatch, capsys):
+    from gambeson.testbed.recipes import networks
+
+    for room in ("recipes", "truth"):
+        monkeypatch.setattr(f"gambeson.testbed.{room}.data_root", lambda _: tmp_path)
+    networks.cache_clear()
+    scope = {}
+    for code in re.findall(r"```python\n(.*?)```", TESTBED, re.DOTALL):
+        exec(code, scope)
+    networks.cache_clear()
+    found = scope["score"]
+    assert [outcome.name for outcome in found.outcomes if not outcome.judgement.trusted] == FLAT
+    assert not found.accused.value
+    assert capsys.readouterr().out.count("%") == 6
+
+
+FLAT = ["four grey levels", "logits x 1e4"]
+"""Models of the page's example in which most images have no gradient."""
 
 
 def test_error_rates_are_told_from_what_is_stored(page, tmp_path, monkeypatch):
