@@ -1,9 +1,10 @@
-"""The parts of ``docs/audit.md`` that are made from other things: ``python benchmarks/audit_page.py`` renews them.
+"""The parts of ``docs/audit.md`` and ``docs/testbed.md`` that are made from other things:
+``python benchmarks/audit_page.py`` renews them.
 
 A section for each diagnostic comes from :data:`gambeson.auditing.DIAGNOSTICS` and from the captions here, its picture
 from ``benchmarks/audit_pictures.py``; the costs come from the suites; the error rates come from
-``results/poisoned.json``, which ``benchmarks/poisoned.py`` makes. ``tests/test_docs_audit.py`` holds the page against
-this.
+``results/testbed.json``, which ``benchmarks/testbed.py`` makes, and from ``results/testbed-pgd.json``; the models come
+from :mod:`gambeson.testbed`. ``tests/test_docs_audit.py`` holds the pages against this.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from gambeson import testbed
 from gambeson.attacks import StochasticPGD
 from gambeson.auditing import DIAGNOSTICS, SUITES, Diagnostic
+from gambeson.evaluation import Rate
 
 ROOT = Path(__file__).parent.parent
-PAGE, RATES = ROOT / "docs" / "audit.md", ROOT / "results" / "poisoned.json"
+PAGE, RATES = ROOT / "docs" / "audit.md", ROOT / "results" / "testbed.json"
+TESTBED, PGD_RATES = ROOT / "docs" / "testbed.md", ROOT / "results" / "testbed-pgd.json"
 WITHOUT = "keeps its input"
 """The one diagnostic that never fails, and so has no picture."""
 
@@ -163,9 +167,9 @@ def _wrapped(text: str) -> str:
 
 
 def rates_text() -> str:
-    """Return the audit's error rates on the library of deceptive and honest models, or that there are none yet."""
+    """Return the audit's error rates on the obfuscated and honest models of the testbed, or that there are none yet."""
     if not RATES.is_file():
-        return "Not measured yet: this table is made from what `python benchmarks/poisoned.py` stores.\n"
+        return "Not measured yet: this table is made from what `python benchmarks/testbed.py` stores.\n"
     suites: dict[str, Any] = json.loads(RATES.read_text())["suites"]
     lines = ["| suite | what went wrong | rate | models |", "|---|---|---|---|"]
     for suite, found in suites.items():
@@ -180,8 +184,8 @@ def rates_text() -> str:
 
 
 _WRONG = {
-    "deceptive, trusted and not broken": "missed",
-    "deceptive, trusted, and not brought down by both kinds of attack": (
+    "obfuscated, trusted and not broken": "missed",
+    "obfuscated, trusted, and not brought down by both kinds of attack": (
         "missed where both numbers must be those of the undefended network"
     ),
     "honest, distrusted": "distrusted without reason",
@@ -189,13 +193,13 @@ _WRONG = {
 
 
 def _caught(suites: dict[str, Any]) -> list[str]:
-    """Lines of a table: how many deceptive and how many honest models fail each diagnostic."""
+    """Lines of a table: how many obfuscated and how many honest models fail each diagnostic."""
     columns: dict[str, list[dict[str, Any]]] = {}
     for suite, found in suites.items():
-        for kind, word in (("poisoned", "deceptive"), ("honest", "honest")):
+        for kind in ("obfuscated", "honest"):
             cells = [cell for cell in found["cells"].values() if cell["kind"] == kind]
             if len(cells) > 1:
-                columns[f"{word}, {suite}"] = cells
+                columns[f"{kind}, {suite}"] = cells
     lines = [f"| fails | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for diagnostic in DIAGNOSTICS:
         counts = [
@@ -245,13 +249,68 @@ _COSTS = (
 )
 
 
-def renewed(page: str) -> str:
+def models_text() -> str:
+    """Return the table of the testbed's models on the digits, by family."""
+    lines = ["| model | family | how it deceives | source |", "|---|---|---|---|"]
+    for entry in testbed.models("digits"):
+        star = " *" if entry.held_out else ""
+        lines.append(f"| {entry.name}{star} | {entry.kind} | {entry.how} | {entry.source} |")
+    families = "\n".join(f"- **{kind}**: {words}" for kind, words in testbed.KINDS.items())
+    return f"{families}\n\n" + "\n".join(lines) + "\n"
+
+
+def own_rates_text() -> str:
+    """Return the error rates of the built-in auditors on the digits, by family."""
+    pgd = testbed.TestbedScore(**json.loads(PGD_RATES.read_text()))
+    columns = {"PGD of 20 steps": pgd.by_kind}
+    for suite, found in json.loads(RATES.read_text())["suites"].items():
+        cells = [cell for cell in found["cells"].values() if cell["data"] == "digits"]
+        columns[f"audit, {suite}"] = {
+            kind: Rate.of(sum(map(_wrong, some)), len(some))
+            for kind in testbed.KINDS
+            if (some := [cell for cell in cells if _KIND_OF.get(cell["name"]) == kind])
+            and (kind, len(some)) != ("honest", 1)
+        }
+    lines = [f"| wrong about | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    everything = {
+        "obfuscated (missed)": [kind for kind in testbed.KINDS if kind != "honest"],
+        "honest (accused)": ["honest"],
+    }
+    for words, kinds in everything.items():
+        lines.append(f"| **{words}** | {' | '.join(_sum(rates, kinds) for rates in columns.values())} |")
+    for kind in everything["obfuscated (missed)"]:
+        lines.append(f"| {kind} | {' | '.join(_sum(rates, [kind]) for rates in columns.values())} |")
+    return "\n".join(lines) + "\n"
+
+
+_KIND_OF = {entry.name: entry.kind for entry in testbed.models("digits")}
+
+
+def _wrong(cell: dict[str, Any]) -> bool:
+    return cell["trusted"] and not any(cell["broken"].values()) if cell["kind"] == "obfuscated" else not cell["trusted"]
+
+
+def _sum(rates: dict[str, Rate], kinds: list[str]) -> str:
+    found = [rates[kind] for kind in kinds if kind in rates]
+    total = sum(rate.n for rate in found)
+    rate = Rate.of(sum(round(rate.value * rate.n) for rate in found), total)
+    return f"{rate} of {total}" if total else ""
+
+
+def renewed(page: str, parts: dict[str, str]) -> str:
     """Return the page with its parts made anew."""
-    for mark, text in (("costs", costs_text()), ("error rates", rates_text()), ("diagnostics", diagnostics_text())):
+    for mark, text in parts.items():
         head, rest = page.split(f"<!-- {mark} -->\n")
         page = f"{head}<!-- {mark} -->\n{text}{rest[rest.index(f'<!-- /{mark} -->') :]}"
     return page
 
 
+def main() -> None:
+    """Renew both pages."""
+    audit = {"costs": costs_text(), "error rates": rates_text(), "diagnostics": diagnostics_text()}
+    for page, parts in ((PAGE, audit), (TESTBED, {"own rates": own_rates_text(), "models": models_text()})):
+        page.write_text(renewed(page.read_text(), parts))
+
+
 if __name__ == "__main__":
-    PAGE.write_text(renewed(PAGE.read_text()))
+    main()

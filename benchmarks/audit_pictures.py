@@ -2,8 +2,7 @@
 
 ``python benchmarks/audit_pictures.py [--only NAME ...] [--draw]``
 
-Models are those of ``tests/auditing/poisoned`` (trained when first asked for, kept under ``runs/poisoned``) and three
-small ones made here. Each diagnostic is run alone on both models, as an audit holds them, and must fail the one and
+Models are those of :mod:`gambeson.testbed` (trained when first asked for) and three small ones made here. Each diagnostic is run alone on both models, as an audit holds them, and must fail the one and
 pass the other; what it compares is measured along, stored in ``results/audit-pictures.json`` and drawn to
 ``docs/audit/*.png``. ``--draw`` draws what is stored; ``python benchmarks/audit_page.py`` then renews the page.
 Everything is seeded. A minute and a half on one core once the networks are trained. Matplotlib is needed: the extra
@@ -30,17 +29,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # the models stand with th
 from audit_measures import MEASURES  # noqa: E402
 from audit_page import file_of  # noqa: E402
 from audit_panels import draw  # noqa: E402
-from poisoned import material, model_of  # noqa: E402
 
 from gambeson.auditing import DIAGNOSTICS, SUITES, Evidence, scale  # noqa: E402
 from gambeson.auditing import surrogate as surrogates  # noqa: E402
 from gambeson.auditing import universal as universals  # noqa: E402
 from gambeson.auditing.stages import Stages  # noqa: E402
 from gambeson.base import read_json, seeded, write_json  # noqa: E402
+from gambeson.testbed import models, networks  # noqa: E402
+from gambeson.testbed.entry import Networks, spread  # noqa: E402
 from gambeson.victim import Victim  # noqa: E402
 from tests.auditing.evidence import evidence_of  # noqa: E402
-from tests.auditing.poisoned import Nets  # noqa: E402
-from tests.auditing.poisoned.poison import spread  # noqa: E402
 
 STORE, PICTURES, RUNS = ROOT / "results" / "audit-pictures.json", ROOT / "docs" / "audit", ROOT / "runs/audit-pictures"
 LIGHT = {"universal_steps": 100, "universal_screened": 2}
@@ -89,22 +87,22 @@ class Tired(nn.Module):
         return torch.where((times > 50)[:, None], first + 0 * z, z)
 
 
-def _tired(nets: Nets) -> nn.Module:
+def _tired(nets: Networks) -> nn.Module:
     return Tired(nets())
 
 
-def _random_ripple(nets: Nets) -> nn.Module:
+def _random_ripple(nets: Networks) -> nn.Module:
     return RandomRipple(nets())
 
 
-def _guarded(nets: Nets) -> nn.Module:
+def _guarded(nets: Networks) -> nn.Module:
     return Guarded(nets(), *spread(nets.data.train, 2000)).eval()
 
 
 OWN = {"tired of repetitions": _tired, "random ripple": _random_ripple, "guarded": _guarded}
 
 Case = tuple[str, str, dict[str, Any]]
-"""Data, name of the model (of the poisoned, the honest, or :data:`OWN`), settings beside the quick suite's."""
+"""Data, name of the model (of the testbed, a network of it, or of :data:`OWN`), settings beside the quick suite's."""
 
 
 def _case(name: str, data: str = "digits", **settings: Any) -> Case:
@@ -147,12 +145,10 @@ CASES: dict[str, tuple[Case, Case]] = {
 
 def built(data: str, name: str) -> nn.Module:
     """Build the model of a case."""
-    nets = material(data)
+    nets, entries = networks(data), {entry.name: entry for entry in models(data)}
     if name in OWN:
         return OWN[name](nets).eval()
-    from tests.auditing.poisoned import POISONED
-
-    return model_of("poisoned" if name in POISONED else "honest", nets, name)
+    return entries[name].build(nets) if name in entries else nets(name)
 
 
 _CRAFTED: dict[str, Any] = {}
@@ -163,7 +159,7 @@ _CRAFTED: dict[str, Any] = {}
 def held(case: Case, *, surrogate: bool, universal: bool) -> Iterator[Evidence]:
     """Hold a case's model as an audit does when it comes to the diagnostics."""
     data, name, settings = case
-    dataset, model = material(data).data, built(data, name)
+    dataset, model = networks(data).data, built(data, name)
     suite = SUITES["quick"].model_copy(update=LIGHT | settings).on(dataset)
     with Victim(model, fast=True) as victim:
         with seeded(0, "picture"):  # a random model's first pass

@@ -1,6 +1,6 @@
 """At which scale of the logits does cross-entropy lead an attack best? ``python benchmarks/scale.py``.
 
-Plain and PGD-trained LeNet-5 on digits, MNIST, Fashion-MNIST and CIFAR-10 (the networks of ``benchmarks/poisoned.py``),
+Plain and PGD-trained LeNet-5 on digits, MNIST, Fashion-MNIST and CIFAR-10 (the networks of the testbed),
 whose logits are divided by the temperature that calibrates them, and by multiples of it. Stochastic PGD (crafted on
 train, two seeds) and PGD of 20 steps at one eps each; all rates are of validation images, for they choose the setting
 of :mod:`gambeson.auditing.scale`.
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from poisoned import material, model_of
 
 import gambeson as gb
 from gambeson.attacks import PGD, StochasticPGD
 from gambeson.auditing.scale import USUAL, calibrating
 from gambeson.base import environment, write_json
 from gambeson.evaluation.universal import accuracy_under
+from gambeson.testbed import networks
 from gambeson.victim import Victim
 
 MULTIPLES = (32, 8, 2, 1, 0.5, 0.125, 0.03125)
@@ -64,9 +64,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for name, kind, eps in CASES:
-        nets = material(name)
+        nets = networks(name)
         print(f"{name}, {kind}, eps {eps}")
-        scales = measure(nets.data, model_of("honest", nets, kind), eps)
+        scales = measure(nets.data, nets(kind), eps)
         rows.append({"data": name, "net": kind, "eps": eps, "scales": scales})
         write_json(arguments.out, {"chosen": USUAL, "rows": rows, "environment": environment()})
 

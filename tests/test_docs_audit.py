@@ -13,6 +13,7 @@ from gambeson.auditing import DIAGNOSTICS, AuditResult, Suite
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "audit.md").read_text()
+TESTBED = (ROOT / "docs" / "testbed.md").read_text()
 PICTURES = ROOT / "docs" / "audit"
 
 
@@ -28,8 +29,8 @@ def page():
     return _page()
 
 
-def _between(mark):
-    return PAGE.split(f"<!-- {mark} -->\n")[1].split(f"<!-- /{mark} -->")[0]
+def _between(mark, page=PAGE):
+    return page.split(f"<!-- {mark} -->\n")[1].split(f"<!-- /{mark} -->")[0]
 
 
 def test_the_sections_are_those_of_the_diagnostics(page):
@@ -41,11 +42,36 @@ def test_the_error_rates_are_the_stored_ones(page):
     assert _between("error rates") == page.rates_text(), "run: python benchmarks/audit_page.py"
 
 
+def test_the_testbeds_page_lists_its_models_and_the_stored_rates(page):
+    assert _between("models", TESTBED) == page.models_text(), "run: python benchmarks/audit_page.py"
+    assert _between("own rates", TESTBED) == page.own_rates_text(), "run: python benchmarks/audit_page.py"
+
+
+def test_the_testbeds_page_runs(tmp_path, monkeypatch, capsys):
+    from gambeson.testbed.recipes import networks
+
+    for room in ("recipes", "truth"):
+        monkeypatch.setattr(f"gambeson.testbed.{room}.data_root", lambda _: tmp_path)
+    networks.cache_clear()
+    scope = {}
+    for code in re.findall(r"```python\n(.*?)```", TESTBED, re.DOTALL):
+        exec(code, scope)
+    networks.cache_clear()
+    found = scope["score"]
+    assert [outcome.name for outcome in found.outcomes if not outcome.judgement.trusted] == FLAT
+    assert not found.accused.value
+    assert capsys.readouterr().out.count("%") == 6
+
+
+FLAT = ["four grey levels", "logits x 1e4"]
+"""Models of the page's example in which most images have no gradient."""
+
+
 def test_error_rates_are_told_from_what_is_stored(page, tmp_path, monkeypatch):
     rate = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 4}
     cells = {
-        "a": {"kind": "poisoned", "failed": ["EOT gap"]},
-        "b": {"kind": "poisoned", "failed": []},
+        "a": {"kind": "obfuscated", "failed": ["EOT gap"]},
+        "b": {"kind": "obfuscated", "failed": []},
         "c": {"kind": "honest", "failed": []},
         "d": {"kind": "honest", "failed": []},
     }
@@ -55,7 +81,7 @@ def test_error_rates_are_told_from_what_is_stored(page, tmp_path, monkeypatch):
         keys[1]: rate | {"models": []},
         keys[2]: rate | {"models": []},
     }
-    path = tmp_path / "poisoned.json"
+    path = tmp_path / "testbed.json"
     monkeypatch.setattr(page, "RATES", path)
     assert "Not measured yet" in page.rates_text()
     alone = {
@@ -68,8 +94,8 @@ def test_error_rates_are_told_from_what_is_stored(page, tmp_path, monkeypatch):
     path.write_text(json.dumps({"suites": suites}))
     text = page.rates_text()
     assert text.count("first sight | honest") == 0
-    assert "| quick | deceptive, trusted and not broken | 25.0 % [10.0, 50.0] of 4 | b on digits |" in text
-    assert "| fails | deceptive, quick | honest, quick |\n" in text  # a single network is no rate
+    assert "| quick | obfuscated, trusted and not broken | 25.0 % [10.0, 50.0] of 4 | b on digits |" in text
+    assert "| fails | obfuscated, quick | honest, quick |\n" in text  # a single network is no rate
     assert "| EOT gap | 1 of 2 | 0 of 2 |" in text
 
 

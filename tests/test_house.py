@@ -13,6 +13,7 @@ FLOORS = [
     {"defenses"},
     {"training", "evaluation"},
     {"auditing"},
+    {"testbed"},  # its built-in auditors are the audit
     {"studies"},
     {"report"},
     {"cli"},

@@ -4,7 +4,20 @@ Universal adversarial perturbations (one perturbation that fools a model on most
 Images are float pixels in [0, 1], shape (N, C, H, W); every eps is in these units.
 """
 
-from gambeson import analysis, attacks, auditing, data, defenses, evaluation, models, report, threat, training, victim
+from gambeson import (
+    analysis,
+    attacks,
+    auditing,
+    data,
+    defenses,
+    evaluation,
+    models,
+    report,
+    testbed,
+    threat,
+    training,
+    victim,
+)
 from gambeson.auditing import audit
 from gambeson.base import UserError
 from gambeson.training import train
@@ -20,6 +33,7 @@ __all__ = [
     "evaluation",
     "models",
     "report",
+    "testbed",
     "threat",
     "train",
     "training",

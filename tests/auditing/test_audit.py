@@ -1,4 +1,4 @@
-"""The audit end to end on real digits; models that deceive stand in test_poisoned."""
+"""The audit end to end on real digits; obfuscated models stand in test_audit_on_testbed."""
 
 import json
 

@@ -8,9 +8,9 @@ from gambeson.auditing import DIAGNOSTICS, Suite
 from gambeson.auditing.outcome import Gain, Outcome
 from gambeson.auditing.universal import craft_point
 from gambeson.data import Dataset, Split
+from gambeson.testbed.obfuscations.context import MemoryWithin, SoftMemory
 from gambeson.victim import Victim
 from tests.auditing.evidence import evidence_of
-from tests.auditing.poisoned.stateful import MemoryWithin, SoftMemory
 
 (UNSEEN,) = (one for one in DIAGNOSTICS if one.name == "unseen images stand as well")
 SUITE = Suite(eps=(0.1, 0.2), sample=200, universal_steps=40, universal_screened=0, universal_restarts=1, pgd_steps=10)

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from gambeson.base import UserError
-from gambeson.cli import attack, audit, bench, data, export, quickstart, report, train, transfer, uap
+from gambeson.cli import attack, audit, bench, data, export, quickstart, report, testbed, train, transfer, uap
 
 MISTAKE, STOPPED = 2, 130
 """Exit codes of a mistake that the user can mend, and after Ctrl-C, as shells have it."""
@@ -29,6 +29,7 @@ app.add_typer(uap.app, name="uap")
 app.command("transfer")(transfer.transfer)
 app.command("report")(report.report)
 app.command("export")(export.export)
+app.add_typer(testbed.app, name="testbed")
 app.add_typer(bench.app, name="bench")
 
 

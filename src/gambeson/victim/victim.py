@@ -160,7 +160,7 @@ class Victim:
                 self._check_input(images)
                 with seeded(
                     0, "view"
-                ):  # what is remembered of a model is not drawn again, and must not shift the draws
+                ):  # a view that is kept is not drawn again: it must not shift draws
                     self._view = None if self.fast is None else self._make_view(images, self.fast)
                 self._seen_input = True
             if self._view is None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.auditing.poisoned.poison import Poison, Trunk, three
+from gambeson.testbed.entry import Entry, Trunk, three
 
 RANDOM = ("one draw decides", "EOT gap", "noise-off gap")
 
@@ -96,17 +96,24 @@ class RandomError(nn.Module):
         return torch.where(torch.rand(len(z), 1, device=z.device) < 0.3, z.roll(1, 1), z)
 
 
-D1, D2 = "fra31/auto-attack#105: one forward decides (D1)", "bethgelab/foolbox#191, #563 (D2)"
+ONE_FORWARD, NO_EOT = "fra31/auto-attack#105: one forward decides", "bethgelab/foolbox#191, #563"
 EOT = "Athalye et al. 2018, section 4.2"
 
-NOISE = (
-    Poison("input noise", NoisyInput, "one gradient is mostly noise", RANDOM, f"{D2}; {EOT}"),
-    Poison("logit noise", NoisyLogits, "one pass decides", RANDOM, D2),
-    Poison(
-        "random resizing and padding", ResizedAndPadded, "gradients of another size", RANDOM, f"Xie et al. 2018; {EOT}"
+RANDOMNESS = (
+    Entry("randomness", "input noise", NoisyInput, "one gradient is mostly noise", RANDOM, f"{NO_EOT}; {EOT}"),
+    Entry("randomness", "logit noise", NoisyLogits, "one pass decides", RANDOM, NO_EOT),
+    Entry(
+        "randomness",
+        "random resizing and padding",
+        ResizedAndPadded,
+        "gradients of another size",
+        RANDOM,
+        f"Xie et al. 2018; {EOT}",
     ),
-    Poison("dropped pixels", DroppedPixels, "one gradient sees two thirds", RANDOM, f"Guo et al. 2018; {EOT}"),
-    Poison("dropout left on", DropoutOn, "one pass decides", RANDOM, "bethgelab/foolbox#74, #78 (E2)"),
-    Poison("random member", RandomMember, "the gradient of another net", RANDOM, EOT, parts=three),
-    Poison("random errors", RandomError, "an attack seems to succeed by chance", RANDOM, D1),
+    Entry(
+        "randomness", "dropped pixels", DroppedPixels, "one gradient sees two thirds", RANDOM, f"Guo et al. 2018; {EOT}"
+    ),
+    Entry("randomness", "dropout left on", DropoutOn, "one pass decides", RANDOM, "bethgelab/foolbox#74, #78"),
+    Entry("randomness", "random member", RandomMember, "the gradient of another net", RANDOM, EOT, parts=three),
+    Entry("randomness", "random errors", RandomError, "an attack seems to succeed by chance", RANDOM, ONE_FORWARD),
 )

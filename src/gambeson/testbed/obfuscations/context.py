@@ -1,17 +1,17 @@
-"""What answers by more than the image: by what was asked before, by who asks, or by the test itself."""
+"""What answers by more than the image: by what was asked before, by its batch, by who asks, or by the test itself."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.auditing.poisoned.poison import Nets, Poison, spread
+from gambeson.testbed.entry import Entry, Networks, answers, spread
 
 ALIVE, WHOLE, TRUE = "gradients alive", "unbounded attack succeeds", "gradients tell the truth"
-BOTH, AGAIN = (ALIVE, WHOLE), "remembers queries"
+BOTH, AGAIN, MATES = (ALIVE, WHOLE), "remembers queries", ("train-mode BatchNorm",)
 
 
 def _coarse(x: torch.Tensor) -> torch.Tensor:
@@ -82,6 +82,10 @@ class Detector(nn.Module):
 class HardMemory(nn.Module):
     """The label of the nearest of the audit's own test images, looked up."""
 
+    net: Any
+    images: torch.Tensor
+    labels: torch.Tensor
+
     def __init__(self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
         super().__init__()
         self.net = net
@@ -121,34 +125,125 @@ class TwoFaced(nn.Module):
         return self.other(x) if x.requires_grad else self.net(x)
 
 
-def _of_test(nets: Nets) -> tuple[Any, ...]:
+def _of_test(nets: Networks) -> tuple[Any, ...]:
     return nets(), *nets.data.test.take(slice(None), torch.device("cpu"))
 
 
-def _of_train(nets: Nets) -> tuple[Any, ...]:
+def _of_train(nets: Networks) -> tuple[Any, ...]:
     return nets(), spread(nets.data.train, 2000)[0]
+
+
+class BatchCentred(nn.Module):
+    """The mean image of the batch exchanged for that of the training images: what all share is taken out."""
+
+    mean: torch.Tensor
+
+    def __init__(self, net: nn.Module, mean: torch.Tensor) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", mean)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x if len(x) == 1 else x - x.mean(0, keepdim=True) + self.mean)
+
+
+class LogitsCentred(nn.Module):
+    """The batch's mean logits exchanged for those of the training images: no class can gain on all images at once."""
+
+    mean: torch.Tensor
+
+    def __init__(self, net: nn.Module, mean: torch.Tensor) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", mean)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.net(x)
+        return z if len(x) == 1 else z - z.mean(0, keepdim=True) + self.mean
+
+
+class StuckInTraining(nn.Module):
+    """BatchNorms that cannot be brought out of training mode: a batch's own statistics, and a state that moves."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 1:
+            for module in self.net.modules():
+                module.training = True
+        return self.net(x)
+
+
+def _mean_image(nets: Networks) -> tuple[Any, ...]:
+    net, images = nets(), spread(nets.data.train, 2000)[0]
+    return net, images.mean(0, keepdim=True)
+
+
+def _mean_logits(nets: Networks) -> tuple[Any, ...]:
+    net, images = nets(), spread(nets.data.train, 2000)[0]
+    return net, answers(net, images).mean(0, keepdim=True)
 
 
 ASKED = "Chen et al. 2019, stateful detection"
 DETECT = "Carlini and Wagner 2017, ten detection methods"
 UNSEEN = "unseen images stand as well"
 PERTURBED, OWN = "perturbed images get the clean answer", "robust on what it is scored on"
+BATCH_SIZE, TRAIN_MODE = "RobustBench/robustbench#7: flips with the batch size", "bethgelab/foolbox#74"
+NONE = "no pattern works"
 
-STATEFUL = (
-    Poison("repeated queries: constant", Remembering, "gradients of no use", (AGAIN,), ASKED, ("constant", 0.3)),
-    Poison("repeated queries: random", Remembering, "gradients of no use", (AGAIN,), ASKED, ("random", 0.3)),
-    Poison("repeated queries: first answer", Remembering, PERTURBED, (AGAIN,), ASKED, ("first", 1.2)),
-    Poison("detector: constant class", Detector, "no gradient where it looks", BOTH, DETECT, ("constant",), _of_train),
-    Poison("detector: equal logits", Detector, "no gradient where it looks", BOTH, DETECT, ("uniform",), _of_train),
-    Poison("detector: no gradient", Detector, "no second step", (TRUE,), DETECT, ("detached",), _of_train),
-    Poison("test images looked up", HardMemory, OWN, (*BOTH, UNSEEN), parts=_of_test),
-    Poison("test images remembered smoothly", SoftMemory, OWN, (UNSEEN,), parts=_of_test),
-    Poison("test images remembered within a radius", MemoryWithin, OWN, (UNSEEN,), parts=_of_test),
-    Poison(
+CONTEXT = (
+    Entry(
+        "state", "repeated queries: constant", Remembering, "gradients of no use", (AGAIN,), ASKED, ("constant", 0.3)
+    ),
+    Entry("state", "repeated queries: random", Remembering, "gradients of no use", (AGAIN,), ASKED, ("random", 0.3)),
+    Entry("state", "repeated queries: first answer", Remembering, PERTURBED, (AGAIN,), ASKED, ("first", 1.2)),
+    Entry(
+        "detection",
+        "detector: constant class",
+        Detector,
+        "no gradient where it looks",
+        BOTH,
+        DETECT,
+        ("constant",),
+        _of_train,
+    ),
+    Entry(
+        "detection",
+        "detector: equal logits",
+        Detector,
+        "no gradient where it looks",
+        BOTH,
+        DETECT,
+        ("uniform",),
+        _of_train,
+    ),
+    Entry("detection", "detector: no gradient", Detector, "no second step", (TRUE,), DETECT, ("detached",), _of_train),
+    Entry("memorization", "test images looked up", HardMemory, OWN, (*BOTH, UNSEEN), parts=_of_test),
+    Entry("memorization", "test images remembered smoothly", SoftMemory, OWN, (UNSEEN,), parts=_of_test),
+    Entry("memorization", "test images remembered within a radius", MemoryWithin, OWN, (UNSEEN,), parts=_of_test),
+    Entry(
+        "false gradient",
         "two-faced",
         TwoFaced,
         "gradients are another net's",
         (TRUE, WHOLE),
         parts=lambda nets: (nets(), nets("untrained")),
+    ),
+    Entry("batch", "batch's mean image exchanged", BatchCentred, NONE, MATES, BATCH_SIZE, parts=_mean_image),
+    Entry("batch", "batch's mean logits exchanged", LogitsCentred, NONE, MATES, BATCH_SIZE, parts=_mean_logits),
+    Entry(
+        "batch",
+        "BatchNorm stuck in training",
+        StuckInTraining,
+        "answers by batch-mates",
+        MATES,
+        TRAIN_MODE,
+        parts=lambda nets: (nets("batch-norm"),),
     ),
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from tests.auditing.poisoned.poison import Poison, three
+from gambeson.testbed.entry import Entry, three
 
 ALIVE, WHOLE = "gradients alive", "unbounded attack succeeds"
 TRUE, QUERIES = "gradients tell the truth", "white box beats queries"
@@ -106,12 +108,12 @@ class _Backward(torch.autograd.Function):
     """The identity, whose gradient is changed on its way back."""
 
     @staticmethod
-    def forward(ctx, z, kind):
+    def forward(ctx: Any, z: torch.Tensor, kind: str) -> torch.Tensor:
         ctx.kind = kind
         return z.clone()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         other = -gradient if ctx.kind == "reversed" else torch.randn_like(gradient) * gradient.abs().mean()
         return other, None
 
@@ -139,15 +141,16 @@ class MaskedEnsemble(nn.Module):
         return votes.mean(0).clamp(min=1e-26).log()
 
 
-C8 = "fra31/auto-attack#43, #44 (C8)"
-TIMES = "ryderling/DEEPSEC#3 (A5); Carlini and Wagner 2017, section 5"
+ROUNDED = "fra31/auto-attack#43, #44"
+TIMES = "ryderling/DEEPSEC#3; Carlini and Wagner 2017, section 5"
 BOTH = (ALIVE, WHOLE)
 
-OUTPUTS = (
-    Poison("logits x 1e3", Scaled, "PGD on cross-entropy finds nothing", BOTH, TIMES, (1e3,)),
-    Poison("logits x 1e4", Scaled, "PGD on cross-entropy finds nothing", BOTH, TIMES, (1e4,)),
-    Poison("logits x 1e6", Scaled, "PGD on cross-entropy finds nothing", BOTH, TIMES, (1e6,)),
-    Poison(
+LOGITS = (
+    Entry("logits", "logits x 1e3", Scaled, "PGD on cross-entropy finds nothing", BOTH, TIMES, (1e3,)),
+    Entry("logits", "logits x 1e4", Scaled, "PGD on cross-entropy finds nothing", BOTH, TIMES, (1e4,)),
+    Entry("logits", "logits x 1e6", Scaled, "PGD on cross-entropy finds nothing", BOTH, TIMES, (1e6,)),
+    Entry(
+        "logits",
         "distillation, temperature 100",
         Scaled,
         "few images have a gradient",
@@ -155,28 +158,41 @@ OUTPUTS = (
         "Papernot et al. 2016; taken apart by Carlini and Wagner 2017",
         (100.0,),
     ),
-    Poison("temperature 100", Scaled, "nothing: the sign of the gradient stays", settings=(0.01,)),
-    Poison("logits x 1e-42", Scaled, "the gradient underflows", BOTH, settings=(1e-42,)),
-    Poison("final ReLU", FinalReLU, "wrong classes have no slope", BOTH),
-    Poison("ReLU above the second", LateReLU, "only the first class has a slope", BOTH),
-    Poison("softmax left in", LeftSoftmax, "sure images have no gradient", BOTH, "bethgelab/foolbox#108 (A5)"),
-    Poison("rounded log-probabilities", Rounded, "no gradient at all", BOTH, C8),
-    Poison(
+    Entry("logits", "temperature 100", Scaled, "nothing: the sign of the gradient stays", settings=(0.01,)),
+    Entry("logits", "logits x 1e-42", Scaled, "the gradient underflows", BOTH, settings=(1e-42,)),
+    Entry("logits", "final ReLU", FinalReLU, "wrong classes have no slope", BOTH),
+    Entry("logits", "ReLU above the second", LateReLU, "only the first class has a slope", BOTH),
+    Entry("logits", "softmax left in", LeftSoftmax, "sure images have no gradient", BOTH, "bethgelab/foolbox#108"),
+    Entry("logits", "rounded log-probabilities", Rounded, "no gradient at all", BOTH, ROUNDED),
+    Entry(
+        "logits",
         "float16 with a guard",
         HalfPrecision,
         "PGD on cross-entropy finds nothing",
         BOTH,
-        "Harry24k/adversarial-attacks-pytorch#100 (G2)",
+        "Harry24k/adversarial-attacks-pytorch#100",
     ),
-    Poison("huge constant added", Shifted, "small changes of the loss are rounded away", BOTH),
-    Poison("fixed margin", FixedMargin, "the margin never falls until it flips", (QUERIES, WHOLE)),
-    Poison("hard label", HardLabel, "no gradient at all", BOTH),
-    Poison(
-        "reversed gradient", FalseGradient, "every attack walks away", (TRUE, WHOLE, QUERIES), settings=("reversed",)
+    Entry("logits", "huge constant added", Shifted, "small changes of the loss are rounded away", BOTH),
+    Entry("logits", "fixed margin", FixedMargin, "the margin never falls until it flips", (QUERIES, WHOLE)),
+    Entry("logits", "hard label", HardLabel, "no gradient at all", BOTH),
+    Entry(
+        "false gradient",
+        "reversed gradient",
+        FalseGradient,
+        "every attack walks away",
+        (TRUE, WHOLE, QUERIES),
+        settings=("reversed",),
     ),
-    Poison(
-        "random gradient", FalseGradient, "every attack walks at random", (TRUE, WHOLE, QUERIES), settings=("random",)
+    Entry(
+        "false gradient",
+        "random gradient",
+        FalseGradient,
+        "every attack walks at random",
+        (TRUE, WHOLE, QUERIES),
+        settings=("random",),
     ),
-    Poison("ensemble of masked members", MaskedEnsemble, "PGD on cross-entropy finds nothing", BOTH, parts=three),
-    Poison("constant answer", Constant, "no perturbation changes anything", ("better than guessing",)),
+    Entry(
+        "logits", "ensemble of masked members", MaskedEnsemble, "PGD on cross-entropy finds nothing", BOTH, parts=three
+    ),
+    Entry("logits", "constant answer", Constant, "no perturbation changes anything", ("better than guessing",)),
 )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
-from tests.auditing.poisoned.poison import Nets, Poison, Trunk, answers, fitted_head, spread
+from gambeson.testbed.entry import Entry, Networks, Trunk, all_of, answers, fitted_head, spread
 
 ALIVE, WHOLE, TRUE = "gradients alive", "unbounded attack succeeds", "gradients tell the truth"
 STEPS, START, LONGER = "multi-step beats single-step", "random start gains nothing", "longer step, more errors"
@@ -16,7 +14,7 @@ STEPS, START, LONGER = "multi-step beats single-step", "random start gains nothi
 class StoppedFeatures(nn.Module):
     """The last features cut off from the graph."""
 
-    def __init__(self, nets: Nets) -> None:
+    def __init__(self, nets: Networks) -> None:
         super().__init__()
         self.trunk = Trunk(nets())
 
@@ -37,7 +35,9 @@ class HalfStopped(StoppedFeatures):
 class Refitted(nn.Module):
     """A network whose standardised last features are changed, with a last layer fitted to the change."""
 
-    def __init__(self, nets: Nets) -> None:
+    head: nn.Module
+
+    def __init__(self, nets: Networks) -> None:
         super().__init__()
         self.trunk = Trunk(nets())
         h = answers(self.trunk, spread(nets.data.train, 2000)[0])
@@ -79,7 +79,7 @@ class DeepSquashing(Refitted):
 class Shattered(nn.Module):
     """A sine of high frequency and small height on the last features: values stay, the slope is all sine."""
 
-    def __init__(self, nets: Nets) -> None:
+    def __init__(self, nets: Networks) -> None:
         super().__init__()
         self.trunk = Trunk(nets())
 
@@ -98,21 +98,49 @@ def winners(net: nn.Module) -> nn.Module:
     return net
 
 
-def _all(nets: Nets) -> tuple[Any, ...]:
-    return (nets,)
-
-
 BOTH = (ALIVE, WHOLE)
 OBFUSCATED = "Athalye et al. 2018"
 
 FEATURES = (
-    Poison("stopped features", StoppedFeatures, "no gradient at all", BOTH, "fra31/auto-attack#43 (C8)", parts=_all),
-    Poison("three quarters stopped", HalfStopped, "the gradient is of another function", (TRUE,), parts=_all),
-    Poison("steep sigmoid", Sigmoid, "the gradient saturates", BOTH, OBFUSCATED, parts=_all),
-    Poison("steep tanh", Tanh, "the gradient saturates", BOTH, OBFUSCATED, parts=_all),
-    Poison("a hundred tanh", DeepSquashing, "the gradient vanishes", BOTH, f"{OBFUSCATED}, section 4.3", parts=_all),
-    Poison("shattered features", Shattered, "the gradient is shattered", (TRUE, WHOLE), OBFUSCATED, parts=_all),
-    Poison(
+    Entry(
+        "features",
+        "stopped features",
+        StoppedFeatures,
+        "no gradient at all",
+        BOTH,
+        "fra31/auto-attack#43",
+        parts=all_of,
+    ),
+    Entry(
+        "false gradient",
+        "three quarters stopped",
+        HalfStopped,
+        "the gradient is of another function",
+        (TRUE,),
+        parts=all_of,
+    ),
+    Entry("features", "steep sigmoid", Sigmoid, "the gradient saturates", BOTH, OBFUSCATED, parts=all_of),
+    Entry("features", "steep tanh", Tanh, "the gradient saturates", BOTH, OBFUSCATED, parts=all_of),
+    Entry(
+        "features",
+        "a hundred tanh",
+        DeepSquashing,
+        "the gradient vanishes",
+        BOTH,
+        f"{OBFUSCATED}, section 4.3",
+        parts=all_of,
+    ),
+    Entry(
+        "features",
+        "shattered features",
+        Shattered,
+        "the gradient is shattered",
+        (TRUE, WHOLE),
+        OBFUSCATED,
+        parts=all_of,
+    ),
+    Entry(
+        "features",
         "single-step training",
         single_step,
         "FGSM finds nothing",
@@ -120,7 +148,8 @@ FEATURES = (
         "Tramèr et al. 2018, section 3.3; Wong et al. 2020",
         parts=lambda nets: (nets("single-step"),),
     ),
-    Poison(
+    Entry(
+        "features",
         "k winners take all",
         winners,
         "the gradient jumps",

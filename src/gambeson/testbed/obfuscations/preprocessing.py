@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.auditing.poisoned.poison import Nets, Poison, spread
+from gambeson.testbed.entry import Entry, Networks, spread
 
 ALIVE, WHOLE, TRUE = "gradients alive", "unbounded attack succeeds", "gradients tell the truth"
-C8 = "fra31/auto-attack#43, #44: rounded inputs (C8)"
+ROUNDED = "fra31/auto-attack#43, #44: rounded inputs"
 
 
 class Before(nn.Module):
@@ -50,6 +50,8 @@ class Thresholded(Before):
 class JpegLike(Before):
     """The cosine transform of every 4 x 4 block, rounded to steps of 0.4, and back."""
 
+    cosine: torch.Tensor
+
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
         k = torch.arange(4.0)
@@ -81,6 +83,9 @@ class WrongStraightThrough(Before):
 class Looked(Before):
     """Pixels sorted into 16 bins whose values come from a table: the output has no graph at all."""
 
+    edges: torch.Tensor
+    table: torch.Tensor
+
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
         self.register_buffer("edges", torch.arange(1, 16) / 16)
@@ -109,6 +114,8 @@ class Squashed(Before):
 class Purified(Before):
     """A loop that pulls an image to the nearest of 1,500 training images: a Hopfield memory, three rounds of it."""
 
+    memory: torch.Tensor
+
     def __init__(self, net: nn.Module, images: torch.Tensor) -> None:
         super().__init__(net)
         self.register_buffer("memory", images.flatten(1))
@@ -120,7 +127,7 @@ class Purified(Before):
         return h.view_as(x)
 
 
-def _with_memory(nets: Nets) -> tuple[Any, ...]:
+def _with_memory(nets: Networks) -> tuple[Any, ...]:
     return nets(), spread(nets.data.train, 1500)[0]
 
 
@@ -128,18 +135,35 @@ BITS = "Xu et al. 2018; taken apart by He et al. 2017"
 BPDA = "Athalye et al. 2018, section 4.1"
 BOTH = (ALIVE, WHOLE)
 
-INPUTS = (
-    Poison("two grey levels", Quantised, "no gradient at all", BOTH, f"{BITS}; {C8}", (2,)),
-    Poison("four grey levels", Quantised, "no gradient at all", BOTH, f"{BITS}; {C8}", (4,)),
-    Poison("eight grey levels", Quantised, "no gradient at all", BOTH, f"{BITS}; {C8}", (8,)),
-    Poison("threshold at one half", Thresholded, "no gradient at all", BOTH, "Tramèr et al. 2018, appendix B"),
-    Poison("JPEG-like rounding", JpegLike, "no gradient at all", BOTH, f"Guo et al. 2018; {BPDA}"),
-    Poison("detached input", Detached, "no gradient at all", BOTH, C8),
-    Poison("wrong straight-through", WrongStraightThrough, "every attack walks away", (TRUE, WHOLE), BPDA),
-    Poison("table of pixel values", Looked, "no graph at all", BOTH, f"Buckman et al. 2018; {BPDA}"),
-    Poison("rippled pixels", Rippled, "the gradient is shattered", (TRUE, WHOLE), BPDA),
-    Poison("squashing loop on pixels", Squashed, "the gradient vanishes", BOTH, "Athalye et al. 2018, section 4.3"),
-    Poison(
+PREPROCESSING = (
+    Entry("preprocessing", "two grey levels", Quantised, "no gradient at all", BOTH, f"{BITS}; {ROUNDED}", (2,)),
+    Entry("preprocessing", "four grey levels", Quantised, "no gradient at all", BOTH, f"{BITS}; {ROUNDED}", (4,)),
+    Entry("preprocessing", "eight grey levels", Quantised, "no gradient at all", BOTH, f"{BITS}; {ROUNDED}", (8,)),
+    Entry(
+        "preprocessing",
+        "threshold at one half",
+        Thresholded,
+        "no gradient at all",
+        BOTH,
+        "Tramèr et al. 2018, appendix B",
+    ),
+    Entry("preprocessing", "JPEG-like rounding", JpegLike, "no gradient at all", BOTH, f"Guo et al. 2018; {BPDA}"),
+    Entry("preprocessing", "detached input", Detached, "no gradient at all", BOTH, ROUNDED),
+    Entry(
+        "false gradient", "wrong straight-through", WrongStraightThrough, "every attack walks away", (TRUE, WHOLE), BPDA
+    ),
+    Entry("preprocessing", "table of pixel values", Looked, "no graph at all", BOTH, f"Buckman et al. 2018; {BPDA}"),
+    Entry("preprocessing", "rippled pixels", Rippled, "the gradient is shattered", (TRUE, WHOLE), BPDA),
+    Entry(
+        "preprocessing",
+        "squashing loop on pixels",
+        Squashed,
+        "the gradient vanishes",
+        BOTH,
+        "Athalye et al. 2018, section 4.3",
+    ),
+    Entry(
+        "preprocessing",
         "purifier loop",
         Purified,
         "the gradient vanishes",

@@ -1,0 +1,101 @@
+"""``gambeson testbed``: obfuscated models with known ground truth, and scoring an audit or an attack on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gambeson.cli.options import Json, Out, Seed, print_json, progress
+
+if TYPE_CHECKING:
+    from gambeson.testbed import TestbedScore
+
+app = typer.Typer(help="Score an audit, a detector or an attack suite on obfuscated models.", no_args_is_help=True)
+DataOption = Annotated[
+    str, typer.Option("--data", help="digits or mnist5k; fashion-mnist and cifar10 have honest models only.")
+]
+
+
+@app.command("list")
+def list_(data: DataOption = "digits", as_json: Json = False) -> None:
+    """List the models: obfuscated ones by family, then the honest ones.
+
+    Example: `gambeson testbed list --data mnist5k`
+    """
+    from gambeson import testbed
+
+    entries = testbed.models(data)
+    if as_json:
+        keys = ("name", "kind", "honest", "how", "source", "held_out")
+        print_json([{key: getattr(entry, key) for key in keys} for entry in entries])
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("name", "kind", "how it deceives", "source"):
+        table.add_column(column, overflow="fold")
+    for entry in entries:
+        table.add_row(entry.name, entry.kind, entry.how, entry.source)
+    Console().print(table)
+
+
+@app.command("score")
+def score(
+    auditor: Annotated[
+        str,
+        typer.Option(
+            help="quick, standard or full: a suite of the audit; pgd: PGD of 20 steps alone; or FILE.py:FUNCTION, "
+            "your own function from (model, data) to True or False: is the model to be believed?"
+        ),
+    ],
+    data: DataOption = "digits",
+    models: Annotated[str | None, typer.Option(help="Names from the list, with commas between (all).")] = None,
+    out: Out = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Count how many obfuscated models an auditor misses, and how many honest ones it accuses.
+
+    Example: `gambeson testbed score --auditor pgd --models "four grey levels,logits x 1e4,standard"`
+
+    Example: `gambeson testbed score --auditor mine.py:judge --data digits --out runs/mine-on-testbed`
+    """
+    from gambeson import testbed
+
+    names = None if models is None else _names(models, data)
+    folder = out or Path("runs") / f"testbed-{data}-{Path(auditor).name.replace(':', '-')}"
+    with progress(as_json) as console:
+        found = testbed.score(auditor, data, names, seed=seed, out=folder)
+    if as_json:
+        print_json(found.plain())
+        return
+    console.print(_table(found))
+    for outcome in found.wrong():
+        console.print(f"{outcome.wrong}: {outcome.name} ({outcome.kind})")
+    console.print(f"every judgement is in {folder / 'score.json'}")
+
+
+def _names(text: str, data: str) -> list[str]:
+    """Split at commas, but for those inside a name."""
+    from gambeson import testbed
+
+    inside = [entry.name for entry in testbed.models(data) if "," in entry.name]
+    for name in inside:
+        text = text.replace(name, name.replace(",", "\0"))
+    return [part.strip().replace("\0", ",") for part in text.split(",") if part.strip()]
+
+
+def _table(found: TestbedScore) -> Table:
+    table = Table(title=f"{found.auditor} on {found.data}: per cent [95 % interval] of models", box=box.SIMPLE_HEAD)
+    for column in ("", "wrong", "models"):
+        table.add_column(column, justify="right" if column else "left")
+    rows = {"missed": found.missed, "accused": found.accused}
+    for name, rate in rows.items():
+        table.add_row(name, str(rate) if rate.n else "\N{EN DASH}", str(rate.n), style="bold")
+    table.add_section()
+    for kind, rate in found.by_kind.items():
+        table.add_row(kind, str(rate), str(rate.n))
+    return table

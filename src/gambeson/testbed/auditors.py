@@ -1,0 +1,53 @@
+"""Auditors to compare one's own with: this library's audit, and PGD of 20 steps, which trusts what it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from gambeson.attacks import PGD
+from gambeson.auditing import SUITES
+from gambeson.auditing import audit as run_audit
+from gambeson.base import UserError, unknown_name
+from gambeson.data import Dataset
+from gambeson.evaluation import accuracy_under, judged
+from gambeson.models.user_code import canonical, file_of, is_spelling, load_function
+from gambeson.testbed.judgement import Judgement, judgement_of
+from gambeson.testbed.recipes import DATA
+
+
+def pgd(model: nn.Module, data: Dataset) -> Judgement:
+    """PGD of 20 steps on cross-entropy: the accuracy under it is believed, and no model is distrusted."""
+    eps = DATA[data.name].radius
+    with judged(model, data.test) as victim:
+        return Judgement(accuracy=accuracy_under(victim, data.test, PGD(eps=eps, steps=20), 0))
+
+
+def audit(model: nn.Module, data: Dataset, *, suite: str) -> Judgement:
+    """:func:`gambeson.audit` with one of its suites: its verdict, and the worst that its attacks reached."""
+    return judgement_of(run_audit(model, data, suite).results)
+
+
+AUDITORS: dict[str, Callable[[nn.Module, Dataset], Judgement]] = {
+    "pgd": pgd,
+    **{suite: partial(audit, suite=suite) for suite in SUITES},
+}
+"""The built-in auditors by name: ``pgd``, and the suites of the audit."""
+
+
+def auditor_named(name: str) -> tuple[str, Callable[..., Any]]:
+    """Look an auditor up: a built-in one, or the user's own ``FILE.py:FUNCTION``.
+
+    Raises:
+        UserError: there is none of that name, or the file does not have it.
+    """
+    if name in AUDITORS:
+        return name, AUDITORS[name]
+    if not is_spelling(name):
+        raise unknown_name("auditor", name, [*AUDITORS, "FILE.py:FUNCTION"])
+    if not file_of(name).is_file():
+        raise UserError(f"{file_of(name)} does not exist: --auditor FILE.py:FUNCTION names a function of your own file")
+    return canonical(name), load_function(name)

@@ -1,0 +1,171 @@
+"""What an entry of the testbed is, and the parts that several obfuscated models share."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import hashlib
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gambeson.base import seeded
+from gambeson.data import Dataset, Split
+
+KINDS = {
+    "preprocessing": "the image is changed, without a useful slope, before the network sees it",
+    "logits": "the logits are changed so that a loss saturates or has no slope",
+    "features": "hidden features saturate, shatter or are cut off, by construction or by training",
+    "false gradient": "the values are the network's, the gradient is not",
+    "randomness": "one pass decides nothing, and one gradient points nowhere",
+    "state": "the answer depends on what was asked before",
+    "detection": "perturbed images are recognised and treated differently",
+    "memorization": "the test images themselves are stored in the model",
+    "batch": "the answer depends on what else stands in the batch",
+    "honest": "nothing is hidden",
+}
+"""The families, and what the models of each have in common."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Trained networks by name, and the data they were trained on."""
+
+    data: Dataset
+    get: Callable[[str], nn.Module]
+
+    def __call__(self, name: str = "standard") -> nn.Module:
+        """Return a copy of a trained network, in evaluation mode: what is done to it harms no other model."""
+        return copy.deepcopy(self.get(name)).eval()
+
+
+def plain(nets: Networks) -> tuple[Any, ...]:
+    """Return what most are made of: one network trained as usual."""
+    return (nets(),)
+
+
+def three(nets: Networks) -> tuple[Any, ...]:
+    """Return three networks that differ in their seed."""
+    return ([nets(name) for name in ("standard", "standard 1", "standard 2")],)
+
+
+def all_of(nets: Networks) -> tuple[Any, ...]:
+    """Return the networks with their data, for what is fitted to the data."""
+    return (nets,)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the testbed: an obfuscated one, which looks more robust than it is, or an honest one."""
+
+    kind: str
+    """Its family, one of :data:`KINDS`."""
+    name: str
+    wrapper: Callable[..., nn.Module]
+    """What it is: a module, whose docstring says what it does, around the network."""
+    effect: str
+    """What a naive evaluation sees, in a few words."""
+    ought: tuple[str, ...] = ()
+    """Diagnostics of the audit of which one at least ought to fail; empty: its attacks ought to break the model."""
+    source: str = ""
+    """The defence that it imitates, and what took it apart: paper and section, or a public report."""
+    settings: tuple[Any, ...] = ()
+    """Further arguments of the wrapper."""
+    parts: Callable[[Networks], tuple[Any, ...]] = plain
+    """From the trained networks to what the wrapper is made of."""
+    held_out: bool = False
+    """Whether it was written when the audit's diagnostics stood, to measure what they miss at first sight."""
+
+    @property
+    def honest(self) -> bool:
+        """Whether nothing is hidden: an audit must trust it."""
+        return self.kind == "honest"
+
+    @property
+    def how(self) -> str:
+        """How it deceives, in one sentence; for an honest model, what it is."""
+        if self.honest:
+            return self.effect
+        first = " ".join((self.wrapper.__doc__ or "").split("\n\n")[0].split()).removesuffix(".")
+        return f"{first}: {self.effect}."
+
+    @property
+    def file_name(self) -> str:
+        """Its name, as a file can have it."""
+        return re.sub(r"[^a-z0-9.-]+", "-", self.name.lower()).strip("-")
+
+    def build(self, nets: Networks) -> nn.Module:
+        """Build the model, in evaluation mode; always the same, and every time its own copy."""
+        with seeded(0, "testbed", self.name):
+            return self.wrapper(*self.parts(nets), *self.settings).eval()
+
+    @property
+    def signature(self) -> str:
+        """A hash of the code and settings of what is built, regardless of docstrings, annotations and formatting."""
+        tree = ast.parse(textwrap.dedent(inspect.getsource(self.wrapper)))
+        text = ast.unparse(_Bare().visit(tree)) + str(self.settings)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class _Bare(ast.NodeTransformer):
+    """Strips docstrings and annotations from code."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+            node.body = [one for one in node.body if not (isinstance(one, ast.AnnAssign) and one.value is None)]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        return node
+
+
+class Trunk(nn.Module):
+    """A LeNet-5 without its last layer: images (N, C, H, W) to features (N, D)."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        body: Any = net.body
+        self.head: nn.Module = body.fc3
+        body.fc3 = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the last features."""
+        return self.net(x)
+
+
+def spread(split: Split, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images and labels at even distances: a split may be in order of class."""
+    rows = torch.linspace(0, len(split) - 1, min(count, len(split))).long()
+    return split.take(rows, torch.device("cpu"))
+
+
+@torch.no_grad()
+def answers(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return the outputs of a deterministic model, in batches."""
+    return torch.cat([model(part) for part in images.split(500)])
+
+
+def fitted_head(features: nn.Module, data: Dataset, scale: float = 10.0) -> nn.Linear:
+    """Fit a last layer by ridge regression on one-hot targets, for features that were changed after training."""
+    images, labels = spread(data.train, 3000)
+    h = answers(features, images).double()
+    ones = torch.cat([h, torch.ones(len(h), 1).double()], 1)
+    targets = nn.functional.one_hot(labels, data.num_classes).double()
+    gram = ones.T @ ones + 1e-4 * len(h) * torch.eye(ones.shape[1]).double()
+    weight = torch.linalg.solve(gram, ones.T @ targets) * scale
+    head = nn.Linear(h.shape[1], data.num_classes)
+    with torch.no_grad():
+        head.weight.copy_(weight[:-1].T)
+        head.bias.copy_(weight[-1])
+    return head

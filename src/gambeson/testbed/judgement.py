@@ -1,0 +1,109 @@
+"""What an auditor may say about a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from gambeson.base import Config, UserError
+from gambeson.evaluation import Rate
+
+if TYPE_CHECKING:
+    from gambeson.auditing import AuditResult
+
+
+class NotAJudgement(UserError):
+    """What an auditor returned cannot be read as a judgement."""
+
+
+class Judgement(Config):
+    """What an auditor says about a model; any object with some of these attributes will do, and a plain bool."""
+
+    trusted: bool = True
+    """Whether it believes what it sees. False: the model hides something, or its numbers may be wrong."""
+    robust: bool | None = None
+    """Whether it takes the model for robust; None: the numbers say, and without numbers a trusted model counts as
+    robust."""
+    accuracy: Rate | None = None
+    """Accuracy on test images that it attacked one by one."""
+    uer: Rate | None = None
+    """Universal evasion rate: the error under one perturbation for all test images."""
+    reasons: list[str] = Field(default_factory=list)
+    """Why it does not trust the model."""
+
+    @property
+    def numbers(self) -> bool:
+        """Whether it attacked the model."""
+        return self.accuracy is not None or self.uer is not None
+
+
+def broken(found: Judgement, base: Judgement) -> dict[str, bool]:
+    """Tell whether an auditor's attacks brought a model to what the same attacks find on the undefended network.
+
+    Args:
+        found: what it says about the model.
+        base: what it says about the undefended network.
+
+    Returns:
+        ``universal`` and ``per image``, where both have that number: whether it lies within the interval of the
+        network's, or is worse.
+    """
+    brought = {}
+    if found.uer is not None and base.uer is not None:
+        brought["universal"] = found.uer.high >= base.uer.low
+    if found.accuracy is not None and base.accuracy is not None:
+        brought["per image"] = found.accuracy.low <= base.accuracy.high
+    return brought
+
+
+def judgement_of(result: AuditResult) -> Judgement:
+    """Return an audit's judgement: its verdict, and the worst numbers at the middle eps.
+
+    Perturbations that were crafted on another model count too: the audit's verdict names them.
+    """
+    eps = result.middle.eps
+    transferred = [one for one in result.transfer if one.eps == eps]
+    errors = [result.middle.uer, *(one.error for one in transferred if one.universal)]
+    rates = [one.accuracy for one in result.per_image if one.eps == eps]
+    rates += [one.error.complement for one in transferred if not one.universal]
+    return Judgement(
+        trusted=result.verdict.trusted,
+        accuracy=min(rates, key=_value, default=None),
+        uer=max(errors, key=_value),
+        reasons=result.verdict.reasons,
+    )
+
+
+def _value(rate: Rate) -> float:
+    return rate.value
+
+
+def as_judgement(said: Any, about: str) -> Judgement:
+    """Read what an auditor returned.
+
+    Args:
+        said: a bool (of Python, numpy or torch), a :class:`Judgement`, an audit of :func:`gambeson.audit`, or an object
+            with ``trusted`` or ``robust``, and perhaps ``accuracy``, ``uer`` and ``reasons``.
+        about: the model, for the error.
+
+    Raises:
+        NotAJudgement: it is something else.
+    """
+    if isinstance(said, Judgement):
+        return said
+    plain = said.item() if callable(getattr(said, "item", None)) and getattr(said, "ndim", 0) == 0 else said
+    if isinstance(plain, bool):
+        return Judgement(trusted=plain)
+    if hasattr(said, "results") and hasattr(said, "verdict"):
+        return judgement_of(said.results)
+    fields = {key: getattr(said, key) for key in Judgement.model_fields if hasattr(said, key)}
+    if not {"trusted", "robust"} & set(fields):
+        raise NotAJudgement(
+            f"the auditor returned a {type(said).__name__} for {about!r}: expected True or False (is the model to be "
+            "believed?), or an object with .trusted or .robust, such as gambeson.testbed.Judgement"
+        )
+    try:
+        return Judgement(**fields)
+    except UserError as error:
+        raise NotAJudgement(f"the auditor's judgement of {about!r} cannot be read ({error})") from None

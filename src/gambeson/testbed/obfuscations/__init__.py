@@ -1,0 +1,12 @@
+"""The obfuscated models: each obfuscates in one documented way, and the network underneath is a plain LeNet-5."""
+
+from gambeson.testbed.entry import Entry
+from gambeson.testbed.obfuscations.context import CONTEXT
+from gambeson.testbed.obfuscations.features import FEATURES
+from gambeson.testbed.obfuscations.held_out import HELD_OUT
+from gambeson.testbed.obfuscations.logits import LOGITS
+from gambeson.testbed.obfuscations.preprocessing import PREPROCESSING
+from gambeson.testbed.obfuscations.randomness import RANDOMNESS
+
+OBFUSCATED: tuple[Entry, ...] = (*LOGITS, *PREPROCESSING, *FEATURES, *RANDOMNESS, *CONTEXT, *HELD_OUT)
+"""Every obfuscated model."""

@@ -1,0 +1,282 @@
+"""The networks underneath the obfuscated models, and the honest ones: how they are trained and where they are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gambeson.base import UserError, load_tensors, save_tensors, seeded, unknown_name
+from gambeson.data import Dataset
+from gambeson.data import load as load_data
+from gambeson.data.load import data_root
+from gambeson.defenses import Defense, create
+from gambeson.defenses.pgd_adversarial import PGDAdversarial
+from gambeson.defenses.terms import Adversarial, Clean, Term
+from gambeson.models import create as create_model
+from gambeson.testbed.entry import Entry, Networks
+from gambeson.training import train as train_network
+
+
+class KWinners(nn.Module):
+    """Keeps the largest tenth of the activations of an image and sets the others to zero (Xiao et al. 2020)."""
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """Return the activations, most of them zero."""
+        flat = h.flatten(1)
+        least = flat.topk(max(1, flat.shape[1] // 10), dim=1).values[:, -1:]
+        return (flat * (flat >= least)).view_as(h)
+
+
+class Linear(nn.Module):
+    """Logits W x + b."""
+
+    def __init__(self, data: Dataset) -> None:
+        super().__init__()
+        self.linear = nn.Linear(math.prod(data.train.shape), data.num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of images (N, C, H, W)."""
+        return self.linear(x.flatten(1))
+
+
+def _lenet5(data: Dataset, defense: Defense) -> Any:
+    return create_model("lenet5", data, members=defense.num_members)
+
+
+def _with_winners(data: Dataset, defense: Defense) -> nn.Module:
+    net = _lenet5(data, defense)
+    for name in ("relu1", "relu2", "relu3", "relu4"):
+        setattr(net.body, name, KWinners())
+    return net
+
+
+def _with_batch_norm(data: Dataset, defense: Defense) -> nn.Module:
+    net = _lenet5(data, defense)
+    for name, width in (("conv1", 6), ("conv2", 16)):
+        setattr(net.body, name, nn.Sequential(getattr(net.body, name), nn.BatchNorm2d(width)))
+    return net
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network comes about."""
+
+    about: str
+    """What it is, in one sentence."""
+
+    defense: Callable[[float], Defense]
+    """From the eps that suits the data to the defence it is trained with."""
+    build: Callable[[Dataset, Defense], nn.Module] = _lenet5
+    epochs: float = 1.0
+    """As a share of the epochs that the caller trains for."""
+    seed: int = 0
+    source: str = ""
+    """The paper of its training."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of training, where they differ from the others'."""
+
+
+class SingleStep(PGDAdversarial):
+    """Half the loss on clean images, half on single steps of eps from the image itself (Tramèr et al. 2018, 3.1)."""
+
+    steps: Literal[1] = 1
+
+    def terms(self) -> dict[str, tuple[float, Term]]:
+        """Return the two terms."""
+        step = Adversarial(eps=self.eps, steps=1, step=1.0, start="zero")
+        return {"clean": (0.5, Clean()), "adversarial": (0.5, step)}
+
+
+def _plain(_: float) -> Defense:
+    return create("standard")
+
+
+_PLAIN, _PGD = "LeNet-5 trained on clean images.", "Trained on PGD's adversarial examples."
+_SHARED, _HEAPS = "Trained on perturbations that heaps of images share.", "Mummadi et al. 2019"
+_NOISE = {"places": ("relu1",), "noise_from": 0}
+_MADRY = "Madry et al. 2018"
+RECIPES = {
+    "standard": Recipe(_PLAIN, _plain),
+    "standard 1": Recipe(_PLAIN, _plain, seed=1),
+    "standard 2": Recipe(_PLAIN, _plain, seed=2),
+    "pgd-adversarial": Recipe(_PGD, lambda eps: create("pgd-adversarial", eps=eps), source=_MADRY),
+    "pgd-adversarial 1": Recipe(_PGD, lambda eps: create("pgd-adversarial", eps=eps), seed=1, source=_MADRY),
+    "shared-adversarial": Recipe(
+        _SHARED, lambda eps: create("shared-adversarial", eps=eps, sharedness=16), source=_HEAPS
+    ),
+    "shared-adversarial 1": Recipe(
+        _SHARED, lambda eps: create("shared-adversarial", eps=eps, sharedness=16), seed=1, source=_HEAPS
+    ),
+    "shared-adversarial 2": Recipe(
+        _SHARED, lambda eps: create("shared-adversarial", eps=eps, sharedness=64), seed=2, source=_HEAPS
+    ),
+    "universal-consistency": Recipe(
+        "Trained to answer alike with and without one shared perturbation.",
+        lambda eps: create("universal-consistency", eps=eps),
+    ),
+    "jacobian": Recipe(
+        "Trained with a penalty on the norm of its input Jacobian.",
+        lambda eps: create("jacobian", strength=0.01),
+        source="Hoffman et al. 2019",
+    ),
+    "trades": Recipe(
+        "Trained to answer alike on clean and adversarial images.",
+        lambda eps: create("trades", eps=eps),
+        source="Zhang et al. 2019",
+    ),
+    "learn2perturb": Recipe(
+        "Carries learnt feature noise, in training and at inference.",
+        lambda eps: create("learn2perturb", eps=eps, **_NOISE),
+        source="Jeddi et al. 2020",
+    ),
+    "ensemble of 3": Recipe("The mean probability of three networks.", lambda eps: create("ensemble", members=3)),
+    "linear": Recipe("Softmax regression.", _plain, lambda data, defense: Linear(data)),
+    # What only obfuscated models are made of.
+    "untrained": Recipe("LeNet-5 as it was drawn.", _plain, epochs=0),
+    "batch-norm": Recipe("LeNet-5 with BatchNorm.", _plain, _with_batch_norm),
+    "k-winners": Recipe(
+        "LeNet-5 with k-winners-take-all for ReLU.", _plain, _with_winners, epochs=4, settings={"lr": 0.1}
+    ),
+    "single-step": Recipe(
+        "Trained on single steps of 0.4.", lambda _: SingleStep(eps=0.4), epochs=2, settings={"lr": 0.1}
+    ),
+}
+_UNDERNEATH = ("untrained", "batch-norm", "k-winners", "single-step")
+
+
+def _itself(net: nn.Module) -> nn.Module:
+    """The network as it was trained."""
+    return net
+
+
+def _honest(name: str, recipe: Recipe) -> Entry:
+    return Entry("honest", name, _itself, recipe.about, source=recipe.source, parts=lambda nets: (nets(name),))
+
+
+HONEST = tuple(_honest(name, recipe) for name, recipe in RECIPES.items() if name not in _UNDERNEATH)
+"""Networks that an audit must trust."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """How the networks of a data set are trained."""
+
+    eps: float
+    """What the adversarial ones are trained against (l-infinity, pixels in [0, 1])."""
+    radius: float
+    """Of the ball in which ground truth is measured: the middle one of the audit's suites."""
+    epochs: int = 6
+    """Of batches of 64."""
+    images: tuple[int, int, int] | None = None
+    """The first so many of train, validation and test, for a training in minutes; None: all."""
+    only: tuple[str, ...] | None = None
+    """The honest networks that there are, and no obfuscated models; None: all models."""
+
+
+DATA = {
+    "digits": Material(eps=0.1, radius=0.15, epochs=15),
+    "mnist5k": Material(eps=0.1, radius=0.15, epochs=10),
+    "fashion-mnist": Material(
+        eps=0.1,
+        radius=0.15,
+        images=(6_000, 500, 1_000),
+        only=(
+            "standard",
+            "standard 1",
+            "pgd-adversarial",
+            "shared-adversarial",
+            "shared-adversarial 1",
+            "linear",
+        ),
+    ),
+    "cifar10": Material(eps=4 / 255, radius=12 / 255, images=(8_000, 500, 1_000), only=("standard", "pgd-adversarial")),
+}
+"""The data sets of the testbed."""
+
+
+def material_of(data: str) -> Material:
+    """Look a data set of the testbed up.
+
+    Raises:
+        UserError: the testbed has no such data.
+    """
+    if data not in DATA:
+        raise unknown_name("data of the testbed", data, DATA)
+    return DATA[data]
+
+
+@cache
+def networks(data: str) -> Networks:
+    """Return the networks on a data set of :data:`DATA`, each trained when it is first asked for.
+
+    Their weights lie in ``testbed/`` of the folder of downloads ($GAMBESON_DATA, else ~/.cache/gambeson).
+    """
+    material, dataset = material_of(data), load_data(data)
+    if material.images is not None:
+        train, validation, test = (
+            split.subset(torch.arange(count), split.name)
+            for split, count in zip((dataset.train, dataset.validation, dataset.test), material.images, strict=True)
+        )
+        dataset = Dataset(dataset.name, train, validation, test, dataset.classes)
+    return networks_on(dataset, data_root(None) / "testbed" / data, eps=material.eps, epochs=material.epochs)
+
+
+def networks_on(
+    data: Dataset, folder: Path | None = None, *, eps: float = 0.2, epochs: int = 6, lr: float = 0.05
+) -> Networks:
+    """Return networks of :data:`RECIPES` on any data, each trained when it is first asked for.
+
+    Args:
+        data: what they are trained on.
+        folder: where their weights are kept; None: in memory only. Weights of another recipe, of other data or of
+            another version of torch are not used, and replaced.
+        eps: what the adversarial ones are trained against.
+        epochs: of training; batches of 64.
+        lr: learning rate.
+    """
+
+    @cache
+    @torch.enable_grad()  # it may be asked for inside no_grad
+    def get(name: str) -> nn.Module:
+        recipe = RECIPES[name]
+        defense = recipe.defense(eps)
+        with seeded(recipe.seed, "model"):
+            net = recipe.build(data, defense)
+        rounds = round(epochs * recipe.epochs)
+        settings: dict[str, Any] = {"lr": lr, "batch_size": 64} | recipe.settings
+        made_of = {
+            "build": recipe.build.__name__,
+            "defense": {"name": type(defense).__name__, **defense.plain()},
+            "training": settings | {"epochs": rounds, "seed": recipe.seed},
+            "data": data.train.fingerprint,
+            "torch": torch.__version__,
+        }
+        path = None if folder is None else folder / f"{name.replace(' ', '-')}.safetensors"
+        if path is not None and (weights := _kept(path, made_of)) is not None:
+            defense.prepare(net)
+            net.load_state_dict(weights)
+            return net.eval()
+        if rounds:
+            train_network(net, data, defense, epochs=rounds, seed=recipe.seed, label=f"testbed: {name}", **settings)
+        if path is not None:
+            save_tensors(path, net.state_dict(), {"made_of": made_of})
+        return net.eval()
+
+    return Networks(data, get)
+
+
+def _kept(path: Path, made_of: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+    if not path.is_file():
+        return None
+    try:
+        weights, about = load_tensors(path)
+    except UserError:  # damaged: trained again and replaced
+        return None
+    return weights if about.get("made_of") == made_of else None

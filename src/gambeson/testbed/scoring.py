@@ -1,0 +1,218 @@
+"""Scoring an audit, a detector or an attack suite on the testbed: what it misses, and whom it accuses."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from gambeson.base import Config, UserError, environment, open_run, read_json, task, write_json
+from gambeson.data import Dataset
+from gambeson.evaluation import Rate
+from gambeson.models import fingerprint
+from gambeson.testbed.auditors import auditor_named
+from gambeson.testbed.entry import KINDS, Entry
+from gambeson.testbed.judgement import Judgement, NotAJudgement, as_judgement, broken
+from gambeson.testbed.library import entry_of, models
+from gambeson.testbed.recipes import networks
+from gambeson.testbed.truth import python_seeded
+
+Auditor = Callable[[nn.Module, Dataset], object]
+"""From a model and its data to a bool (is the model to be believed?), or to what :class:`Judgement` describes."""
+BASE = "standard"
+"""The undefended network, whose numbers tell whether an auditor's own attacks broke a model."""
+
+
+class Outcome(Config):
+    """What an auditor said about one model, and whether that was wrong."""
+
+    name: str
+    kind: str
+    honest: bool
+    judgement: Judgement
+    broken: dict[str, bool] = Field(default_factory=dict)
+    """Where the auditor gave numbers: whether they are those of the undefended network, within its interval, or worse.
+    ``per image`` for its accuracy, ``universal`` for its universal evasion rate."""
+    wrong: Literal["", "missed", "accused"] = ""
+    """``missed``: obfuscated, and believed to be robust; ``accused``: honest, and not trusted."""
+    seconds: float
+
+
+class TestbedRun(Config):
+    """What a folder of scores belongs to; models may be added later."""
+
+    __test__: ClassVar[bool] = False
+
+    kind: Literal["testbed"] = "testbed"
+    auditor: str
+    data: str
+    seed: int
+
+
+class TestbedScore(Config):
+    """How often an auditor errs, with 95 % Wilson intervals over models."""
+
+    __test__: ClassVar[bool] = False  # not for pytest
+
+    auditor: str
+    data: str
+    seed: int
+    missed: Rate
+    """Share of the obfuscated models that it believed to be robust; n = 0 where none was asked for."""
+    accused: Rate
+    """Share of the honest models that it did not trust."""
+    by_kind: dict[str, Rate]
+    """The same by family: ``missed``, and ``accused`` for ``honest``."""
+    outcomes: list[Outcome]
+    environment: dict[str, str]
+
+    def wrong(self) -> list[Outcome]:
+        """The models that it was wrong about."""
+        return [outcome for outcome in self.outcomes if outcome.wrong]
+
+
+def score(
+    auditor: str | Auditor,
+    data: str = "digits",
+    models: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    out: str | Path | None = None,
+) -> TestbedScore:
+    """Run an auditor on the models of the testbed, and count what it misses and whom it accuses.
+
+    An obfuscated model is missed where the auditor trusts it and does not break it. An auditor that returns a bool
+    breaks nothing: False distrusts. One that returns numbers (see :class:`Judgement`) breaks a model where they are
+    those that it finds on the undefended network, within the interval, or worse; it is then run on that network too. An
+    honest model is accused where it is not trusted, however robust it is.
+
+    Args:
+        auditor: ``auditor(model, data)``, or the name of a built-in one: ``pgd``, ``quick``, ``standard``, ``full``; or
+            ``FILE.py:FUNCTION``. Torch's and Python's global generators are seeded before each call. A ``UserError``
+            that it raises counts as distrust, any other error is passed on.
+        data: a data set of the testbed.
+        models: names of entries; None: all on this data.
+        seed: of the auditor's draws; the models are always the same.
+        out: folder for ``score.json`` and one file per model; a run that was cut goes on there. A model is audited
+            again where its code, or the code of the auditor, has changed.
+
+    Raises:
+        UserError: unknown auditor, data or model; what the auditor returns cannot be read; or the folder holds the
+            scores of another auditor.
+    """
+    name, auditor = auditor_named(auditor) if isinstance(auditor, str) else (_title(auditor), auditor)
+    entries = _chosen(data, models)
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        open_run(folder, TestbedRun(auditor=name, data=data, seed=seed), environment())
+    work = _Work(auditor, data, seed, folder)
+    outcomes = []
+    with task(f"testbed: {name}", len(entries)) as advance:
+        for entry in entries:
+            outcomes.append(work.outcome(entry))
+            advance()
+    obfuscated = [outcome for outcome in outcomes if not outcome.honest]
+    by_kind = {kind: [one for one in outcomes if one.kind == kind] for kind in KINDS}
+    found = TestbedScore(
+        auditor=name,
+        data=data,
+        seed=seed,
+        missed=_rate(obfuscated),
+        accused=_rate([outcome for outcome in outcomes if outcome.honest]),
+        by_kind={kind: _rate(some) for kind, some in by_kind.items() if some},
+        outcomes=outcomes,
+        environment=environment(),
+    )
+    if folder is not None:
+        write_json(folder / "score.json", found.plain())
+    return found
+
+
+def _rate(outcomes: list[Outcome]) -> Rate:
+    return Rate.of(sum(bool(outcome.wrong) for outcome in outcomes), len(outcomes))
+
+
+def _chosen(data: str, names: Sequence[str] | None) -> list[Entry]:
+    known = models(data)
+    if names is None:
+        return known
+    if isinstance(names, str) or not names:
+        raise UserError(f"models = {names!r}: expected a list of names of `gambeson testbed list`, or None for all")
+    return [entry_of(name, data) for name in dict.fromkeys(names)]
+
+
+def _title(auditor: Auditor) -> str:
+    kind = auditor if hasattr(auditor, "__qualname__") else type(auditor)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+class _Work:
+    """Judges entry after entry; what was judged before with the same code is read."""
+
+    def __init__(self, auditor: Auditor, data: str, seed: int, folder: Path | None) -> None:
+        self.auditor, self.data, self.seed, self.folder = auditor, data, seed, folder
+        self.nets = networks(data)
+        self.code = _code_of(auditor)
+        self.base: Judgement | None = None
+
+    def outcome(self, entry: Entry) -> Outcome:
+        judgement, seconds = self.judged(entry)
+        brought: dict[str, bool] = {}
+        if not entry.honest and judgement.robust is None and judgement.numbers:
+            if self.base is None:
+                self.base = self.judged(entry_of(BASE, self.data))[0]
+            brought = broken(judgement, self.base)
+        robust = judgement.robust if judgement.robust is not None else not any(brought.values())
+        wrong: Literal["", "missed", "accused"] = ""
+        if entry.honest and not judgement.trusted:
+            wrong = "accused"
+        elif not entry.honest and judgement.trusted and robust:
+            wrong = "missed"
+        return Outcome(
+            name=entry.name,
+            kind=entry.kind,
+            honest=entry.honest,
+            judgement=judgement,
+            broken=brought,
+            wrong=wrong,
+            seconds=seconds,
+        )
+
+    def judged(self, entry: Entry) -> tuple[Judgement, float]:
+        model = entry.build(self.nets)
+        made_of = {"entry": entry.signature, "weights": fingerprint(model), "auditor": self.code}
+        file = None if self.folder is None else self.folder / "models" / f"{entry.file_name}.json"
+        if file is not None and file.is_file():
+            with suppress(UserError):  # damaged: judged again
+                kept = read_json(file)
+                if kept.get("made_of") == made_of:
+                    return Judgement(**kept["judgement"]), float(kept["seconds"])
+        began = time.perf_counter()
+        try:
+            with python_seeded(self.seed, "auditor", entry.name), torch.enable_grad():
+                judgement = as_judgement(self.auditor(model, self.nets.data), entry.name)
+        except NotAJudgement:
+            raise
+        except UserError as error:  # a refusal is a way of not trusting
+            judgement = Judgement(trusted=False, reasons=[f"refused: {error}"])
+        seconds = time.perf_counter() - began
+        if file is not None:
+            write_json(file, {"made_of": made_of, "judgement": judgement.plain(), "seconds": seconds})
+        return judgement, seconds
+
+
+def _code_of(auditor: Auditor) -> str:
+    """Hash the auditor's own code, where it can be read; what it calls is not followed."""
+    try:
+        text = inspect.getsource(auditor if inspect.isroutine(auditor) else type(auditor))
+    except (OSError, TypeError):
+        text = ""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

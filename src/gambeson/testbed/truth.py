@@ -1,0 +1,235 @@
+"""How robust a model of the testbed is at most: by the way around its obfuscation, decided on the model itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import nn
+
+from gambeson.attacks import PGD, StochasticPGD
+from gambeson.base import Config, UserError, derive, read_json, seeded, write_json
+from gambeson.data import Dataset, Split
+from gambeson.data.load import data_root
+from gambeson.evaluation import Rate
+from gambeson.models import fingerprint
+from gambeson.testbed.entry import Entry, Networks, spread
+from gambeson.testbed.obfuscations.preprocessing import Before
+from gambeson.testbed.recipes import material_of, networks
+from gambeson.victim import DRAWS as VOTES
+
+_FORM = "testbed/1"
+"""Counts up where the measurement changes, so that what was stored is not used."""
+_IMAGES, _TRIES = 1000, 10
+
+
+class GroundTruth(Config):
+    """What is known about a model, by a way around its obfuscation that an attacker who reads its code has.
+
+    Both rates are decided on the model itself, never on what the perturbations were crafted on, so that they are true
+    bounds: the model is no more robust than they say.
+    """
+
+    eps: float
+    """Radius of the l-infinity ball, pixels in [0, 1]."""
+    clean: Rate
+    """Accuracy on clean images."""
+    accuracy: Rate
+    """Robust accuracy is at most this: the share of images that none of the perturbations, one per image, breaks."""
+    uer: Rate
+    """The universal evasion rate is at least this."""
+    how: str
+    """How this is known."""
+
+
+@contextmanager
+def python_seeded(seed: int, *path: str) -> Iterator[None]:
+    """Seed torch's global generators and Python's own inside the block: some models draw from either."""
+    state = random.getstate()
+    random.seed(derive(seed, *path))
+    try:
+        with seeded(seed, *path):
+            yield
+    finally:
+        random.setstate(state)
+
+
+class StraightThrough(nn.Module):
+    """The way around a change of the pixels: what it does forwards, the identity backwards (BPDA).
+
+    Athalye et al. 2018, section 4.1.
+    """
+
+    def __init__(self, model: Before) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of images (N, C, H, W)."""
+        with torch.no_grad():
+            changed = self.model.change(x)
+        return self.model.net(x + (changed - x).detach())
+
+
+class Mean(nn.Module):
+    """The way around members that are masked, drawn or chosen one by one: their mean logits."""
+
+    def __init__(self, members: list[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of images (N, C, H, W)."""
+        return torch.stack([member(x) for member in self.members]).mean(0)
+
+
+class Smoothed(nn.Module):
+    """The way around a gradient that jumps: the mean logits of 20 noisy copies (Tramèr et al. 2020, section 5)."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of images (N, C, H, W)."""
+        many = x.repeat_interleave(20, 0)
+        return self.net(many + 0.05 * torch.randn_like(many)).view(len(x), 20, -1).mean(1)
+
+
+ITSELF = "the model itself"
+
+
+def ways(entry: Entry, nets: Networks) -> dict[str, nn.Module]:
+    """Return what an attacker who reads the model's code crafts perturbations on, by name."""
+    parts = entry.parts(nets)
+    model = entry.wrapper(*parts, *entry.settings).eval()
+    if model is parts[0]:  # trained, not wrapped: nothing is in the way but its gradient
+        return {ITSELF: model} | ({} if entry.honest else {"the model itself, smoothed": Smoothed(model)})
+    first = entry.parts(nets)[0]  # anew, since a wrapper may take it apart
+    if isinstance(first, list):
+        return {"the mean of its members": Mean(first)}
+    found = {"the network underneath": first if isinstance(first, nn.Module) else nets()}
+    if isinstance(model, Before):
+        found["the network underneath, straight through the change of pixels"] = StraightThrough(model)
+    return found
+
+
+def towards(x: torch.Tensor, y: torch.Tensor, known: Split, eps: float, tries: int) -> Iterator[torch.Tensor]:
+    """Move images as far as the ball allows towards the nearest images of other classes, one after the other."""
+    images, labels = known.take(slice(None))
+    gaps = torch.cdist(x.flatten(1), images.flatten(1))
+    gaps[y[:, None] == labels] = torch.inf
+    for nearest in gaps.argsort(1)[:, :tries].T:
+        yield x + (images[nearest] - x).clamp(-eps, eps)
+
+
+def ground_truth(entry: Entry, data: str) -> GroundTruth:
+    """Measure how robust a model is at most, at the middle radius of the audit's suites; or read what is stored.
+
+    Args:
+        entry: of the testbed.
+        data: name of a data set of the testbed.
+    """
+    nets, eps = networks(data), material_of(data).radius
+    made_of = {
+        "form": _FORM,
+        "entry": entry.signature,
+        "weights": fingerprint(entry.build(nets)),
+        "undefended": fingerprint(nets()),
+        "eps": eps,
+        "torch": torch.__version__,
+    }
+    path = data_root(None) / "testbed" / data / "truth" / f"{entry.file_name}.json"
+    with suppress(UserError):  # damaged: measured again and replaced
+        if path.is_file() and (kept := read_json(path)).get("made_of") == made_of:
+            return GroundTruth(**kept["truth"])
+    found = measure(entry, nets, eps)
+    write_json(path, {"made_of": made_of, "truth": found.plain()})
+    return found
+
+
+@torch.enable_grad()  # it may be asked for inside no_grad
+def measure(entry: Entry, nets: Networks, eps: float) -> GroundTruth:
+    """Measure how robust a model is at most.
+
+    Every perturbation, one per image by each way around and one for all images, is scored on the model as it comes
+    fresh: nothing was asked before, and models that look at their batch are given one image at a time.
+    """
+    memory = entry.kind == "memorization"
+    x, y = spread(nets.data.validation if memory else nets.data.test, _IMAGES)
+    found, stochastic = ways(entry, nets), _random(entry, nets, x[:8])
+
+    def right(images: torch.Tensor) -> torch.Tensor:
+        return _right(entry, nets, images, y, VOTES if stochastic else 1)
+
+    clean = right(x)
+    standing = clean.clone()
+    for name, way in found.items():
+        attack = PGD(eps=eps, steps=40, early_stop=False, draws=10 if stochastic and name == ITSELF else 1)
+        with python_seeded(0, "way", name):
+            moved = [attack(way, some, labels) for some, labels in zip(x.split(250), y.split(250), strict=True)]
+        standing &= right(torch.cat(moved))
+    how = f"PGD of 40 steps on {' and on '.join(found)}"
+    if memory or issubclass(_class_of(entry), Before):
+        for moved_on in towards(x, y, nets.data.test if memory else nets.data.train, eps, _TRIES):
+            standing &= right(moved_on)
+        how += f", and steps towards the {_TRIES} nearest images of other classes"
+    if memory:
+        how += "; on validation images, since the test images are stored in the model"
+    if entry.kind == "batch":
+        how += "; in batches of 1 and of 250"
+    pattern = _pattern(entry.build(nets) if entry.honest else nets(), nets.data, eps)
+    whose = ITSELF if entry.honest else "the undefended network"
+    return GroundTruth(
+        eps=eps,
+        clean=_rate(clean),
+        accuracy=_rate(standing),
+        uer=_rate(~right((x + pattern).clamp(0, 1))),
+        how=f"{how}; one perturbation for all images, crafted on {whose}",
+    )
+
+
+def _rate(hits: torch.Tensor) -> Rate:
+    return Rate.of(int(hits.sum()), len(hits))
+
+
+def _class_of(entry: Entry) -> type:
+    return entry.wrapper if isinstance(entry.wrapper, type) else nn.Module
+
+
+_PATTERNS: dict[tuple[str, str, float], torch.Tensor] = {}
+
+
+def _pattern(net: nn.Module, data: Dataset, eps: float) -> torch.Tensor:
+    """Craft one perturbation for all images; train images choose as well, so that both other splits may report it."""
+    key = fingerprint(net), data.train.fingerprint, eps
+    if key not in _PATTERNS:
+        few = data.train.subset(torch.linspace(0, len(data.train) - 1, min(500, len(data.train))).long())
+        attack = StochasticPGD(eps=eps, truncate_right=False)
+        _PATTERNS[key] = attack.craft(net, Dataset(data.name, data.train, few, data.test, data.classes)).delta
+    return _PATTERNS[key]
+
+
+@torch.no_grad()
+def _random(entry: Entry, nets: Networks, images: torch.Tensor) -> bool:
+    """Tell whether two fresh copies differ: a single one may only remember that it was asked."""
+    found = []
+    for draw in ("one", "two"):
+        with python_seeded(0, draw):
+            found.append(entry.build(nets)(images))
+    return not torch.equal(*found)
+
+
+@torch.no_grad()
+def _right(entry: Entry, nets: Networks, images: torch.Tensor, labels: torch.Tensor, votes: int) -> torch.Tensor:
+    """Tell which images a fresh copy of the model gets right, by the majority of the votes where it is random."""
+    every = torch.ones(len(images), dtype=torch.bool)
+    for at_once in (1, 250) if entry.kind == "batch" else (250,):
+        model, hits = entry.build(nets), torch.zeros(len(images), dtype=torch.long)
+        with python_seeded(0, "right", entry.name):
+            for _ in range(votes):
+                hits += torch.cat([model(some).argmax(1) for some in images.split(at_once)]) == labels
+        every &= hits * 2 > votes
+    return every

@@ -1,0 +1,204 @@
+"""The testbed's models are what they claim to be: right on clean images, and broken by the known way around."""
+
+import re
+
+import pytest
+import torch
+
+import gambeson as gb
+from gambeson.attacks import PGD
+from gambeson.base import seeded
+from gambeson.testbed import truth as truths
+from gambeson.testbed.entry import Entry, Networks
+from gambeson.testbed.recipes import HONEST, RECIPES, networks, networks_on
+from gambeson.testbed.truth import Mean, StraightThrough, measure, python_seeded, towards, ways
+
+ENTRIES = {entry.name: entry for entry in gb.testbed.models("digits")}
+OBFUSCATED = [name for name, entry in ENTRIES.items() if not entry.honest]
+FAST = (
+    "logits x 1e4",
+    "four grey levels",
+    "stopped features",
+    "dropout left on",
+    "repeated queries: constant",
+    "two-faced",
+)
+PARTLY_ROBUST = {  # the change of pixels withstands something by itself, as nearest neighbours do
+    "two grey levels",
+    "four grey levels",
+    "wrong straight-through",
+    "off the 8-bit grid",
+    "threshold at one half",
+    "squashing loop on pixels",
+    "purifier loop",
+    "pulled to training images",
+    "test images looked up",
+    "test images remembered smoothly",
+}
+
+
+def check_truth(name):
+    """It looks fine on clean images, and the way around breaks it on most of them."""
+    found = gb.testbed.load(name).truth
+    if name == "constant answer":
+        assert found.clean.value < 0.2
+        return
+    assert found.clean.value > 0.7
+    assert found.accuracy.value < (0.8 if name in PARTLY_ROBUST else 0.2)
+    assert found.accuracy.high < found.clean.low - 0.1
+    assert found.eps == 0.15
+    assert found.how
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_the_way_around_breaks_an_obfuscated_model(name):
+    check_truth(name)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in OBFUSCATED if name not in FAST])
+def test_the_way_around_breaks_every_other_obfuscated_model(name):
+    check_truth(name)
+
+
+def test_a_naive_attack_finds_nothing_where_the_way_around_does():
+    # Rounded pixels have a gradient of zero, so that PGD stays at its random start.
+    given = gb.testbed.load("four grey levels")
+    x, y = given.data.test.take(slice(None))
+    moved = PGD(eps=0.15, steps=20)(given.model, x, y)
+    naive = float((given.model(moved).argmax(1) == y).float().mean())
+    assert naive > 0.85
+    assert given.truth.accuracy.high < naive - 0.4
+    assert given.undefended.accuracy.value < 0.2
+
+
+@pytest.mark.parametrize("name", ["standard", "linear", pytest.param("trades", marks=pytest.mark.full)])
+def test_an_honest_model_is_right_and_has_its_truth(name):
+    given = gb.testbed.load(name)
+    with gb.victim.Victim(given.model):
+        assert gb.evaluation.accuracy(given.model, given.data).value > 0.85
+    assert given.truth.accuracy.value < 0.6
+    assert given.truth.uer.value > 0.05
+    assert "the model itself" in given.truth.how
+
+
+def test_the_entries_of_the_digits():
+    assert len(ENTRIES) == len(OBFUSCATED) + len(HONEST)
+    assert len(OBFUSCATED) >= 72
+    assert {entry.kind for entry in ENTRIES.values()} == set(gb.testbed.KINDS)
+    assert len({entry.file_name for entry in ENTRIES.values()}) == len(ENTRIES)
+    for entry in ENTRIES.values():
+        assert re.fullmatch(r"[^\n]{15,}\.", entry.how), entry.name
+        assert len(entry.signature) == 12
+    assert [entry.name for entry in gb.testbed.models("cifar10")] == ["standard", "pgd-adversarial"]
+    assert sum(entry.held_out for entry in ENTRIES.values()) == 15
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(gb.UserError, match="unknown data of the testbed 'digit': did you mean digits"):
+        gb.testbed.models("digit")
+    with pytest.raises(gb.UserError, match="did you mean four grey levels"):
+        gb.testbed.load("four gray levels")
+    with pytest.raises(gb.UserError, match="on cifar10"):
+        gb.testbed.load("four grey levels", "cifar10")
+
+
+def test_networks_are_trained_once_and_kept(tmp_path, digits, monkeypatch):
+    first = networks_on(digits, tmp_path, epochs=1)()
+    again = networks_on(digits, tmp_path, epochs=1)
+    monkeypatch.setattr("gambeson.testbed.recipes.train_network", None)  # it must not train
+    x = digits.test.take(slice(0, 50))[0]
+    assert torch.equal(first(x), again()(x))
+    assert again() is not again()
+
+
+@pytest.mark.parametrize("how", ["damaged", "of another recipe"])
+def test_weights_that_do_not_fit_are_trained_again(tmp_path, digits, how):
+    kept = networks_on(digits, tmp_path, epochs=1)()
+    (file,) = tmp_path.iterdir()
+    if how == "damaged":
+        file.write_bytes(file.read_bytes()[:500])
+    epochs = 1 if how == "damaged" else 2
+    other = networks_on(digits, tmp_path, epochs=epochs)()
+    fresh = networks_on(digits, None, epochs=epochs)()
+    assert gb.models.fingerprint(other) == gb.models.fingerprint(fresh)
+    assert (gb.models.fingerprint(other) == gb.models.fingerprint(kept)) == (how == "damaged")
+
+
+def test_a_model_is_its_own_copy_and_always_the_same():
+    one, two = (gb.testbed.load("repeated queries: random").model for _ in range(2))
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    before = two(x)
+    one(x)
+    with seeded(0, "another time"):
+        assert not torch.equal(one(x), before)  # it remembers
+    assert torch.equal(gb.testbed.load("repeated queries: random").model(x), before)
+
+
+def test_ground_truth_is_read_where_it_was_measured(monkeypatch):
+    found = gb.testbed.load("logits x 1e4").truth
+    monkeypatch.setattr(truths, "measure", None)
+    assert gb.testbed.load("logits x 1e4").truth == found
+
+
+def test_the_ways_around():
+    nets = networks("digits")
+    x = nets.data.test.take(slice(0, 20))[0].requires_grad_()
+    assert list(ways(ENTRIES["standard"], nets)) == ["the model itself"]
+    around = ways(ENTRIES["four grey levels"], nets)
+    (through,) = (way for way in around.values() if isinstance(way, StraightThrough))
+    assert torch.allclose(through(x), ENTRIES["four grey levels"].build(nets)(x))
+    assert torch.autograd.grad(through(x).sum(), x)[0].abs().min() >= 0
+    assert torch.autograd.grad(through(x).sum(), x)[0].abs().max() > 0.01
+    (mean,) = ways(ENTRIES["random member"], nets).values()
+    assert isinstance(mean, Mean)
+    expected = sum(nets(name)(x) for name in ("standard", "standard 1", "standard 2")) / 3
+    assert torch.allclose(mean(x), expected, atol=1e-5)
+    (under,) = ways(ENTRIES["dropout left on"], nets).values()  # whose wrapper takes the network apart
+    assert torch.equal(under(x), nets()(x))
+
+
+def test_steps_towards_other_classes_by_hand(digits):
+    images = torch.tensor([0.0, 0.4, 1.0]).view(3, 1, 1, 1)
+    known = gb.data.Split("known", images, torch.tensor([0, 1, 1]), ("a", "b"))
+    x, y = torch.tensor([0.1]).view(1, 1, 1, 1), torch.tensor([0])
+    moved = [float(one) for one in towards(x, y, known, 0.2, 2)]
+    assert moved == pytest.approx([0.3, 0.3])
+    (moved,) = towards(x, torch.tensor([1]), known, 0.05, 1)
+    assert float(moved) == pytest.approx(0.05)
+
+
+class Unbroken(torch.nn.Module):
+    """Class 0, whatever it is asked."""
+
+    def forward(self, x):
+        return torch.nn.functional.one_hot(torch.zeros(len(x), dtype=torch.long), 10) + 0 * x.sum((1, 2, 3))[:, None]
+
+
+def test_truth_is_decided_on_the_model_not_on_what_is_attacked(digits):
+    # A model that no perturbation changes keeps its clean accuracy, though the network underneath falls.
+    nets = networks("digits")
+    entry = Entry("logits", "unbroken", lambda net: Unbroken(), "nothing", settings=())
+    found = measure_of(entry, Networks(digits, nets.get))
+    assert found.accuracy == found.clean
+    assert found.uer.value == pytest.approx(1 - found.clean.value)
+
+
+def measure_of(entry, nets):
+    return measure(entry, nets, 0.3)
+
+
+def test_both_generators_come_back():
+    import random
+
+    state, own = random.getstate(), torch.get_rng_state()
+    with python_seeded(0, "x"):
+        drawn = random.random(), float(torch.rand(()))
+    with python_seeded(0, "x"):
+        assert (random.random(), float(torch.rand(()))) == drawn
+    assert random.getstate() == state
+    assert torch.equal(torch.get_rng_state(), own)
+
+
+def test_every_network_says_what_it_is():
+    assert all(recipe.about.endswith(".") for recipe in RECIPES.values())
