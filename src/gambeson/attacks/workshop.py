@@ -127,10 +127,7 @@ class Workshop:
 
     def few(self, images: int) -> Split:
         """Return a random part of the training images, the same for every call."""
-        if images >= len(self.train):
-            return self.train
-        order = torch.randperm(len(self.train), generator=generator(self.seed, "few"))
-        return self.train.subset(order[:images])
+        return self.train.sample(images, seed=self.seed)
 
 
 def splits_of(victim: Victim, data: object) -> tuple[Split, Split, int]:
@@ -149,10 +146,7 @@ def splits_of(victim: Victim, data: object) -> tuple[Split, Split, int]:
     with torch.no_grad():
         classes = victim(bare.take(slice(0, 1), victim.device)[0]).shape[1]
     whole = Split("images", images, labels, tuple(str(k) for k in range(classes)))
-    order = torch.randperm(len(images), generator=generator(0, "unlabelled"))
-    held = max(1, len(images) // 5)
-    return (
-        whole.subset(order[held:], "images/train"),
-        whole.subset(order[:held], "images/validation"),
-        classes,
-    )
+    held = whole.sample_indices(max(1, len(images) // 5))
+    rest = torch.ones(len(images), dtype=torch.bool)
+    rest[held] = False
+    return whole.subset(rest, "images/train"), whole.subset(held, "images/validation"), classes

@@ -10,7 +10,7 @@ from torch import nn
 
 from gambeson.attacks import UniversalAttack, UniversalPerturbation
 from gambeson.base import UserError, task
-from gambeson.data import Dataset, as_dataset
+from gambeson.data import Dataset, as_dataset, disjoint
 from gambeson.evaluation.results import Cost, EpsUni
 from gambeson.victim import Victim, predict, score
 
@@ -53,7 +53,7 @@ def eps_uni(
     if not isinstance(model, Victim):
         with Victim(model) as victim:
             return eps_uni(victim, data, attack, delta=delta, tolerance=tolerance, seed=seed, known=known)
-    dataset = as_dataset(data)
+    dataset = disjoint(as_dataset(data))
 
     def craft(eps: float, start: torch.Tensor | None) -> UniversalPerturbation:
         return attack.model_copy(update={"eps": eps}).craft(model, dataset, seed=seed, start=start)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gambeson.attacks import CONTROLS, GradientAttack, UniversalPerturbation, control
-from gambeson.base import UserError, derive, seeded
+from gambeson.base import derive, seeded
 from gambeson.data import Split, as_split
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.results import Control
@@ -68,19 +68,20 @@ def universal_evasion(model: nn.Module, data: object, uap: UniversalPerturbation
         uap: the perturbation.
         seed: of a random model's draws; see :func:`accuracy`.
 
+    Images that the perturbation was crafted on are left out (``.images`` of the rate says how many are left): a data
+    set may hold the same picture twice.
+
     Raises:
-        UserError: the images are those that the perturbation was crafted on.
+        UserError: they are more than chance explains; see :func:`gambeson.data.held_out`.
     """
-    split = as_split(data, "test")
-    _refuse_own_images(split, uap)
+    split = uap.held_out(as_split(data, "test"))
     with judged(model, split) as victim:
         return error_rate(score(predict(victim, split, uap.delta.to(victim.device), seed=seed), split))
 
 
 def fooling_rate(model: nn.Module, data: object, uap: UniversalPerturbation, *, seed: int = 0) -> Rate:
     """Fooling rate: the share of inputs whose prediction the perturbation changes. Arguments as above."""
-    split = as_split(data, "test")
-    _refuse_own_images(split, uap)
+    split = uap.held_out(as_split(data, "test"))
     with judged(model, split) as victim:
         clean = predict(victim, split, seed=seed)
         return change_rate(score(predict(victim, split, uap.delta.to(victim.device), seed=seed), split, clean))
@@ -130,11 +131,3 @@ def accuracy_under(victim: Victim, split: Split, attack: GradientAttack, seed: i
             valid = torch.ones_like(correct) if split.ignore_index is None else labels != split.ignore_index
             answers, right = answers + int(valid.sum()), right + int((correct & valid).sum())
     return Rate.of(right, answers, len(split))
-
-
-def _refuse_own_images(split: Split, uap: UniversalPerturbation) -> None:
-    if split.fingerprint == uap.about.crafted_on:
-        raise UserError(
-            f"the perturbation was crafted on these images ({uap.about.crafted_split}): "
-            "score it on images it has not seen, such as data.test"
-        )
