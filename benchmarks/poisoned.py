@@ -89,9 +89,9 @@ def material(name: str) -> Nets:
     count, eps = (6_000, 0.1) if name == "fashion-mnist" else (8_000, 4 / 255)
     few = Dataset(
         data.name,
-        data.train.subset(torch.arange(count)),
-        data.validation.subset(torch.arange(500)),
-        data.test.subset(torch.arange(1_000)),
+        data.train.sample(count),
+        data.validation.sample(500),
+        data.test.sample(1_000),
         data.classes,
     )
     return nets(few, RUNS / "nets" / name, eps=eps)
