@@ -240,18 +240,20 @@ def test_the_audits_samples(data: Dataset) -> None:
         assert counts(evidence.few(14, data.train)) == [2] * 7
 
 
-def test_images_without_labels_are_cut_evenly_over_what_the_model_says() -> None:
+@pytest.mark.parametrize("dark", [5, 20, 35])
+def test_images_without_labels_are_cut_evenly_over_what_the_model_says(dark: int) -> None:
     from gambeson.attacks.workshop import splits_of
 
     class Dark(torch.nn.Module):
-        """Calls a tenth of the images dark."""
+        """Calls black images dark."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            dark = (x.flatten(1)[:, 0] < 0.1).float()
-            return torch.stack([1 - dark, dark], 1)
+            black = (x.flatten(1)[:, 0] < 0.1).float()
+            return torch.stack([1 - black, black], 1)
 
     images = torch.full((100, 1, 2, 2), 0.5)
-    images[:10] = 0
+    images[:dark] = 0
     with Victim(Dark()) as victim:
         train, validation, classes = splits_of(victim, images)
-    assert (counts(train), counts(validation), classes) == ([72, 8], [18, 2], 2)
+    assert counts(train) == [80 - dark * 4 // 5, dark * 4 // 5]
+    assert (counts(validation), classes) == ([20 - dark // 5, dark // 5], 2)
