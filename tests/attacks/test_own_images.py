@@ -104,6 +104,13 @@ def test_some_of_them_among_others(uap, pair, own):
         universal_evasion(Net(), mixed, uap)
 
 
+def test_few_that_were_crafted_on_among_many(pair):
+    few = pair[0][:40], pair[1][:40]
+    uap = StochasticPGD(eps=0.1, steps=2, screened=0).craft(Net(), few)
+    with pytest.raises(UserError, match=r"^28 of the 28 images .* among the 600 to be scored"):
+        universal_evasion(Net(), pair, uap)
+
+
 def test_a_handful_is_left_out_of_the_rate(uap, pair, tmp_path):
     images, labels = own_of(uap, pair)
     others = pictures(200, seed=9)
