@@ -55,11 +55,9 @@ def main() -> None:
     model, test = lenet5(arguments.weights), gb.data.load("mnist").test
     content: dict[str, object] = {"eps": EPS, "images": arguments.images, "environment": environment()}
     with Victim(model, fast=True) as victim:
-        reference = run_cascade(
-            victim, test.subset(torch.arange(500)), {"pgd-40": PGD(eps=EPS, steps=40, step=0.01 / EPS)}
-        ).result
+        reference = run_cascade(victim, test.sample(500), {"pgd-40": PGD(eps=EPS, steps=40, step=0.01 / EPS)}).result
         print(f"PGD-40, step 0.01, first 500: {reference.robust} (public reference 0.934)")
-        few = test.subset(torch.arange(arguments.images))
+        few = test.sample(arguments.images)
         began = time.perf_counter()
         found = run_cascade(victim, few, standard_attacks(eps=EPS)).result
         seconds = time.perf_counter() - began

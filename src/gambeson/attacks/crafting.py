@@ -12,6 +12,7 @@ from gambeson.attacks.perturbation import Provenance, Status, UniversalPerturbat
 from gambeson.attacks.sources import Source, entered
 from gambeson.attacks.workshop import Candidate, Workshop, splits_of
 from gambeson.base import Config, UserError, seeded
+from gambeson.data import held_out
 from gambeson.models import fingerprint
 from gambeson.threat import Ball, Eps, Norm
 from gambeson.victim import Victim
@@ -77,7 +78,7 @@ class UniversalAttack(Config):
             names = [one.start for one in candidates]
             restarts = list(zip(names, rates, strict=True))
             about = self._about(work, spent(), restarts, self._status(delta, candidates[best]))
-        return UniversalPerturbation(delta, about)
+        return UniversalPerturbation(delta, about, self._seen(work))
 
     def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
         """Make candidates (1, C, H, W) inside the ball; ``start`` is already scaled to it."""
@@ -86,6 +87,13 @@ class UniversalAttack(Config):
     def _prepare(self, victims: list[Victim], data: object, seed: int) -> Workshop:
         settings = self.plain()
         train, validation, classes = splits_of(victims[0], data)
+        if self.sees_train:
+            validation = held_out(
+                validation,
+                train.image_hashes,
+                f"images to craft on ({train.name})",
+                "choose among the restarts on other images than are crafted on",
+            )
         for victim in victims:
             victim.meet(train.take(slice(0, 8), victim.device)[0])
         target: int | None = settings.get("target")
@@ -102,6 +110,10 @@ class UniversalAttack(Config):
             box_gradient=settings.get("box_gradient", "exact"),
             eot_samples=self.eot_samples,
         )
+
+    def _seen(self, work: Workshop) -> torch.Tensor | None:
+        """Hashes of the images that are crafted on; none where no image is looked at."""
+        return work.train.image_hashes if self.sees_train else None
 
     def _scaled(self, start: torch.Tensor, work: Workshop) -> torch.Tensor:
         if start.ndim != 4 or tuple(start.shape[1:]) != tuple(work.train.shape):

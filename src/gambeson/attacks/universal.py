@@ -16,7 +16,7 @@ from gambeson.attacks.perturbation import UniversalPerturbation
 from gambeson.attacks.solver import cosine
 from gambeson.attacks.sources import Source, entered
 from gambeson.attacks.workshop import Candidate, Workshop
-from gambeson.base import Number, UserError, generator
+from gambeson.base import Number, UserError
 from gambeson.data import Split
 from gambeson.threat import BoxGradient
 
@@ -111,10 +111,7 @@ class StochasticPGD(UniversalAttack):
         brief = self.model_copy(update=settings)
         drawn, given = starts[: self.screened], starts[self.screened :]
         climbed = [(kind, brief._climb(work, delta, k)) for k, (kind, delta) in enumerate(drawn)]
-        judge = work.validation
-        if self.screen_images < len(judge):
-            order = torch.randperm(len(judge), generator=generator(work.seed, "screen"))
-            judge = judge.subset(order[: self.screen_images])
+        judge = work.validation.sample(self.screen_images, seed=work.seed)
         ranked = sorted(climbed, key=lambda entry: -work.rate(entry[1], judge))
         return [(f"{kind}, screened", delta) for kind, delta in ranked[: self.restarts]] + given
 
@@ -205,9 +202,8 @@ class ClasswiseStochasticPGD(StochasticPGD):
                 delta = outcomes[best][[k]].cpu()
                 restarts = list(zip(kinds, rates, strict=True))
                 chosen = Candidate(start=kinds[best], delta=delta)
-                found[k] = UniversalPerturbation(
-                    delta, self._about(work, spent(), restarts, self._status(delta, chosen), source_class=k)
-                )
+                about = self._about(work, spent(), restarts, self._status(delta, chosen), source_class=k)
+                found[k] = UniversalPerturbation(delta, about, self._seen(work))
         return found
 
 

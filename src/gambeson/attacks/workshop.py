@@ -174,10 +174,7 @@ class Workshop:
         train, ignored = self.train, self.train.ignore_index
         if ignored is not None and train.labels.ndim == 1:
             train = train.subset(train.labels != ignored, train.name)
-        if images >= len(train):
-            return train
-        order = torch.randperm(len(train), generator=generator(self.seed, "few"))
-        return train.subset(order[:images])
+        return train.sample(images, seed=self.seed)
 
 
 def splits_of(victim: Victim, data: object) -> tuple[Split, Split, int]:
@@ -196,10 +193,7 @@ def splits_of(victim: Victim, data: object) -> tuple[Split, Split, int]:
     with torch.no_grad():
         classes = victim(bare.take(slice(0, 1), victim.device)[0]).shape[1]
     whole = Split("images", images, labels, tuple(str(k) for k in range(classes)))
-    order = torch.randperm(len(images), generator=generator(0, "unlabelled"))
-    held = max(1, len(images) // 5)
-    return (
-        whole.subset(order[held:], "images/train"),
-        whole.subset(order[:held], "images/validation"),
-        classes,
-    )
+    held = whole.sample_indices(max(1, len(images) // 5))
+    rest = torch.ones(len(images), dtype=torch.bool)
+    rest[held] = False
+    return whole.subset(rest, "images/train"), whole.subset(held, "images/validation"), classes

@@ -32,8 +32,8 @@ from gambeson.auditing.slope_results import Slopes
 from gambeson.auditing.stages import Stages
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.auditing.verdict import judge
-from gambeson.base import UserError, environment, generator, task, unknown_name
-from gambeson.data import Dataset, Split, as_dataset
+from gambeson.base import UserError, environment, task, unknown_name
+from gambeson.data import Dataset, Split, as_dataset, disjoint
 from gambeson.evaluation import BlackBox
 from gambeson.evaluation.results import EpsAdv, EpsUni
 from gambeson.evaluation.universal import accuracy_rate
@@ -102,7 +102,7 @@ def audit(
     with Victim(model, fast=not black_box) as victim:
         if isinstance(model, BlackBox):
             suite, dataset, notes = boxes.meet(victim, model, suite, dataset, stages, folder)
-        reported = _reported(dataset, suite, seed, victim.device)
+        reported, twice = _reported(dataset, suite, seed, victim.device)
         look = victim.meet(reported.test.take(slice(0, 8), victim.device)[0], scores=black_box)
         victim.passes = suite.draws if look.stochastic else 1
         if not black_box:
@@ -129,14 +129,21 @@ def audit(
             clean=accuracy_rate(score(predictions, reported.test)),
             predictions=predictions,
         )
-        return _Auditor(evidence, folder, stages, notes).run()
+        return _Auditor(evidence, folder, stages, [*notes, *twice]).run()
 
 
-def _reported(data: Dataset, suite: Suite, seed: int, device: torch.device) -> Dataset:
-    """The data with as many validation and test images as the suite judges by."""
+def _reported(data: Dataset, suite: Suite, seed: int, device: torch.device) -> tuple[Dataset, list[str]]:
+    """The data with as many validation and test images as the suite judges by, and which were left out."""
     validation = _few(_labelled(data.validation), suite.validation_images, seed)
     test = _few(_labelled(data.test), suite.test_images, seed)
-    return Dataset(data.name, data.train, validation, test.to(device), data.classes)
+    found = disjoint(Dataset(data.name, data.train, validation, test, data.classes))
+    parts = (("validation", validation, found.validation, "train"), ("test", test, found.test, "train or validation"))
+    notes = [
+        f"{len(before) - len(after)} of {len(before)} {part} images were left out: the same pictures are in {where}."
+        for part, before, after, where in parts
+        if len(after) < len(before)
+    ]
+    return Dataset(data.name, data.train, found.validation, found.test.to(device), data.classes), notes
 
 
 def _labelled(split: Split) -> Split:
@@ -150,11 +157,7 @@ def _labelled(split: Split) -> Split:
 
 
 def _few(split: Split, images: int | None, seed: int) -> Split:
-    """Draw evenly, for folders are in order of class."""
-    if images is None or images >= len(split):
-        return split
-    order = torch.randperm(len(split), generator=generator(seed, "audit", "test"))
-    return split.subset(order[:images].sort().values, split.name)
+    return split if images is None else split.sample(images, seed=seed)
 
 
 class _Auditor:

@@ -78,10 +78,7 @@ def meet(
     recognise(box, data, stages, folder, random=random)
     room = None if suite.budget is None else suite.budget - box.asked
     plan = stages.do("plan", Plan, lambda: fit(suite, data, room, suite.draws if random else 1))
-    held = data.validation
-    if plan.suite.pattern_images < len(held):
-        order = torch.randperm(len(held), generator=generator(0, "held"))[: plan.suite.pattern_images]
-        held = held.subset(order.sort().values, held.name)
+    held = data.validation.sample(plan.suite.pattern_images)
     return plan.suite, Dataset(data.name, data.train, held, data.test, data.classes), list(plan.notes)
 
 
@@ -129,11 +126,12 @@ def craft(evidence: Evidence, eps: float, start: tuple[str, torch.Tensor] | None
     if evidence.surrogate is not None and (borrowed := on_surrogate(evidence, eps)) is not None:
         mixed = borrowed.about.model_copy(update={"model": f"{borrowed.about.model}+{fingerprint(victim.model)}"})
         name = f"{mixed.attack} on surrogate ({name_of(evidence.surrogate)})"
-        found.append((name, UniversalPerturbation(borrowed.delta, mixed), judged(borrowed.delta)))
+        lent = UniversalPerturbation(borrowed.delta, mixed, borrowed.image_hashes)
+        found.append((name, lent, judged(borrowed.delta)))
     if start is not None and bool(start[1].any()):
         delta = Ball(eps=eps, norm=suite.norm).fill(start[1]).cpu()
         about = found[0][1].about.model_copy(update={"status": "done"})
-        found.append((start[0], UniversalPerturbation(delta, about), judged(delta)))
+        found.append((start[0], UniversalPerturbation(delta, about, found[0][1].image_hashes), judged(delta)))
     name, best, _ = max(found, key=lambda entry: entry[2])
     about = best.about.model_copy(
         update={
@@ -143,4 +141,4 @@ def craft(evidence: Evidence, eps: float, start: tuple[str, torch.Tensor] | None
             "forwards": victim.forwards - spent,
         }
     )
-    return UniversalPerturbation(best.delta, about)
+    return UniversalPerturbation(best.delta, about, best.image_hashes)

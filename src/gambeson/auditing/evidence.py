@@ -92,11 +92,8 @@ class Evidence:
             return temperature(source, self.data.validation, self.seed)
 
     def few(self, count: int, split: Split | None = None) -> Split:
-        """Return so many images, of test or another split, at even distances: the first may all be of one class."""
-        split = self.test if split is None else split
-        if count >= len(split):
-            return split
-        return split.subset(torch.linspace(0, len(split) - 1, count, dtype=torch.float64).round().long())
+        """Return so many images of test, or of another split, drawn evenly over the classes by the audit's seed."""
+        return (self.test if split is None else split).sample(count, seed=self.seed)
 
     def accuracy(self, attack: ImageAttack) -> Rate:
         """Accuracy of the sample under an attack; what was asked before is not measured again."""

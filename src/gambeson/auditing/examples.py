@@ -18,7 +18,7 @@ def save_examples(folder: Path, victim: Victim, data: Dataset, uap: UniversalPer
     """Write the first test images of every class in turn, up to ``count``, whatever the model makes of them.
 
     The file holds ``images`` and ``perturbed`` (uint8, K x C x H x W), ``labels``, ``predictions`` and
-    ``perturbed_predictions`` (K, or K x H x W). For label maps the first images are taken.
+    ``perturbed_predictions`` (K, or K x H x W). Of label maps they are drawn at random.
     """
     labels = data.test.labels
     if labels.ndim == 1:
@@ -26,7 +26,7 @@ def save_examples(folder: Path, victim: Victim, data: Dataset, uap: UniversalPer
         order = [rows[turn] for turn in range(count) for rows in turns if turn < len(rows)]
         chosen = torch.tensor(order[:count])
     else:
-        chosen = torch.arange(min(count, len(data.test)))
+        chosen = data.test.sample_indices(count)
     images, truths = data.test.take(chosen, victim.device)
     moved = uap.apply(images)
     with seeded(0, "examples"):  # of a random model's votes

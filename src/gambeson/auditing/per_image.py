@@ -22,7 +22,7 @@ def left_out(evidence: Evidence) -> str:
 def measure(evidence: Evidence) -> list[PerImage]:
     """Attack image by image at the middle eps.
 
-    PGD on all test images, then the standard row on the first ``suite.row_images`` of them. The row is for one label
+    PGD on all test images, then the standard row on ``suite.row_images`` of them. The row is for one label
     an image and the norms inf and 2, and is left out elsewhere. A black box is attacked by Square alone, on the images
     that diagnostics look at, with ``suite.queries`` of each; nothing is tried on one in the norm 1.
     """

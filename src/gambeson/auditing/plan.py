@@ -72,7 +72,7 @@ def plan(model: nn.Module, data: Dataset, suite: Suite, seed: int = 0) -> AuditP
     if isinstance(model, BlackBox):
         raise UserError("the model is a black box, whose cost is what it is asked: bound that by --budget instead")
     suite = suite.on(data)
-    few = data.train.subset(torch.arange(min(_BATCH, len(data.train))))
+    few = data.train.sample(_BATCH, seed=seed)
     with Victim(model, fast=True) as victim, seeded(seed, "plan"):
         images, _ = few.take(slice(None), victim.device)
         random = victim.meet(images[:8]).stochastic

@@ -43,13 +43,13 @@ def calibrating(victim: Victim, split: Split, seed: int) -> float:
 
     Args:
         victim: the model, inside its context.
-        split: images that nothing is reported on; the first 200 are looked at.
-        seed: of a random model's draws.
+        split: images that nothing is reported on; 200 of them are looked at.
+        seed: of these images, and of a random model's draws.
     """
     count = min(_IMAGES, len(split))
     answers, truths = [], []
     with seeded(seed, "scale"):
-        for images, labels in split.subset(torch.arange(count)).batches(20, device=victim.device):
+        for images, labels in split.sample(count, seed=seed).batches(20, device=victim.device):
             logits = victim.exact(images)
             if logits.ndim < 2 or logits.shape[1] < 2:
                 return math.nan

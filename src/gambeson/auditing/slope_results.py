@@ -68,7 +68,7 @@ class LossSurface(Config):
     """Cross-entropy on x + e1 g + e2 g_perp, g the sign of the gradient and g_perp random signs orthogonal to it."""
 
     images: int
-    """Of the sample, at even distances."""
+    """A subset of the sample."""
     steps: list[float]
     """Values of e1 and of e2, in pixel units."""
     loss: list[list[float]]

@@ -111,7 +111,7 @@ class _Parts:
         victim, split, budget = self.victim, self.split, self.suite.slope_backwards
         count = min(len(split), budget // self.classes, _FLOATS // (self.classes * self.size))
         exact = count >= min(_FEWEST, len(split))
-        some = _some(split, count if exact else budget // 200)
+        some = split.sample(max(1, count if exact else budget // 200), seed=self.seed)
         dear = f"{self.classes} classes: one exact Jacobian takes as many backward passes"
         if not exact:
             self.left_out["norms"] = f"{dear}, so the Frobenius norm alone is estimated by projections"
@@ -142,7 +142,7 @@ class _Parts:
             return None
 
     def _estimated(self) -> Spread | None:
-        images, _ = _some(self.split, self.suite.slope_backwards // 8).take(slice(None), self.victim.device)
+        images, _ = self._few(self.suite.slope_backwards // 8)
         found = [analysis.estimate_frobenius(self.victim, part, seed=self.seed).values for part in images.split(16)]
         return Spread.of(torch.cat(found).sqrt())
 
@@ -216,13 +216,7 @@ class _Parts:
         )
 
     def _few(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return _some(self.split, count).take(slice(None), self.victim.device)
-
-
-def _some(split: Split, count: int) -> Split:
-    """So many images at even distances: the first ones may all be of one class."""
-    count = max(1, min(count, len(split)))
-    return split.subset(torch.linspace(0, len(split) - 1, count, dtype=torch.float64).round().long())
+        return self.split.sample(max(1, count), seed=self.seed).take(slice(None), self.victim.device)
 
 
 def _length(eps: float, norm: Norm, wanted: Norm, size: int) -> float:

@@ -12,7 +12,7 @@ from gambeson import models
 from gambeson.auditing.results import Surrogate
 from gambeson.auditing.stages import Stages
 from gambeson.auditing.suite import Suite
-from gambeson.base import UserError, generator, seeded
+from gambeson.base import UserError, seeded
 from gambeson.data import Dataset
 from gambeson.defenses import Standard
 from gambeson.evaluation import accuracy, load_subject
@@ -95,10 +95,8 @@ def _named(suite: Suite, data: Dataset, device: torch.device) -> tuple[nn.Module
 
 def _trained(name: str, suite: Suite, data: Dataset, device: torch.device, seed: int) -> tuple[nn.Module, Surrogate]:
     part, count = data.train, min(suite.surrogate_images, len(data.train))
-    if count < len(part):
-        order = torch.randperm(len(part), generator=generator(seed, "surrogate", "images"))
-        part = part.subset(order[:count].sort().values)
-    held = data.validation.subset(torch.arange(min(_BATCH, len(data.validation))))
+    part = part.sample(count, seed=seed)
+    held = data.validation.sample(_BATCH, seed=seed)
     batch = min(_BATCH, count, max(16, count // 16))
     epochs = max(suite.surrogate_epochs, math.ceil(_FEWEST_STEPS / (count // batch)))
     with seeded(seed, "surrogate"):

@@ -91,7 +91,7 @@ def _borrowed(evidence: Evidence, eps: float) -> list[UniversalPerturbation]:
     if found is None or evidence.surrogate is None:
         return []
     name = f"{found.about.attack} on surrogate ({name_of(evidence.surrogate)})"
-    return [UniversalPerturbation(found.delta, found.about.model_copy(update={"attack": name}))]
+    return [UniversalPerturbation(found.delta, found.about.model_copy(update={"attack": name}), found.image_hashes)]
 
 
 def _craft(evidence: Evidence, eps: float, smaller: UniversalPerturbation | None) -> UniversalPerturbation:

@@ -36,7 +36,7 @@ def attack(
     eps: Eps = None,
     norm: Norm = None,
     draws: Draws = None,
-    images: Annotated[int | None, typer.Option(help="Test images to attack (1000).")] = None,
+    images: Annotated[int | None, typer.Option(help="Test images to attack, a stratified sample (1000).")] = None,
     config: ConfigFile = None,
     set_: Set = None,
     out: Out = None,

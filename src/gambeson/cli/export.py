@@ -18,7 +18,7 @@ def export(
     to: Annotated[str, typer.Option(help=f"{', '.join(TARGETS)}.")] = "torch-export",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write (RUN with the suffix).")] = None,
     data: Annotated[str | None, typer.Option(help="Data set that scores; else the one of the run.")] = None,
-    images: Annotated[int | None, typer.Option(help="Test images to score at most (all).")] = None,
+    images: Annotated[int | None, typer.Option(help="Test images to score at most, a stratified sample (all).")] = None,
     draws: Annotated[int, typer.Option(help="Answers an image, where the model is random.", show_default=True)] = 10,
     seed: Seed = 0,
     as_json: Json = False,

@@ -39,7 +39,7 @@ def transfer(
     eps: Eps = None,
     norm: Norm = None,
     draws: Draws = None,
-    images: Annotated[int | None, typer.Option(help="Test images (1000).")] = None,
+    images: Annotated[int | None, typer.Option(help="Test images, a stratified sample (1000).")] = None,
     config: ConfigFile = None,
     set_: Set = None,
     out: Out = None,

@@ -81,6 +81,7 @@ def score(
                 f"{file} is a perturbation for images of {tuple(uap.delta.shape[1:])}, but {test.name} has "
                 f"{test.shape}: score it on images of its own size"
             )
+        whole, test = test, uap.held_out(test)
         rates = {
             "clean error": accuracy(subject.model, test).complement,
             "UER": universal_evasion(subject.model, test, uap),
@@ -90,8 +91,14 @@ def score(
             controls = control_rates(victim, test, uap.ball, seed)
     if as_json:
         found = {name: rate.plain() for name, rate in rates.items()}
-        print_json({"file": str(file), **found, "controls": [control.plain() for control in controls]})
+        own = len(whole) - len(test)
+        print_json({"file": str(file), "left_out": own, **found, "controls": [one.plain() for one in controls]})
         return
+    if len(test) < len(whole):
+        console.print(
+            f"{len(whole) - len(test)} of the {len(whole)} images of {whole.name} were left out: the perturbation was "
+            "crafted on the same pictures"
+        )
     for name, rate in rates.items():
         console.print(f"{name:14} {rate}")
     for control in controls:

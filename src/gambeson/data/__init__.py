@@ -4,6 +4,7 @@ from gambeson.data.augment import KINDS, augment
 from gambeson.data.dataset import Dataset, as_dataset, as_split
 from gambeson.data.lazy import LazySplit
 from gambeson.data.load import Entry, catalog, get, load
+from gambeson.data.overlap import disjoint, held_out
 from gambeson.data.split import Split
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "as_split",
     "augment",
     "catalog",
+    "disjoint",
     "get",
+    "held_out",
     "load",
 ]

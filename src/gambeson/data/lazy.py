@@ -92,6 +92,10 @@ class LazySplit(Split):
         return self._first.nbytes * len(self)
 
     @property
+    def _strata(self) -> torch.Tensor | None:
+        return self._known
+
+    @property
     def _home(self) -> torch.device:
         return self._items.device
 
@@ -132,8 +136,7 @@ class LazySplit(Split):
 
     @cached_property
     def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        every = torch.linspace(0, len(self) - 1, min(SAMPLE, len(self)), dtype=torch.float64).round().long()
-        return moments(self.subset(every)._chunks(), self.shape[0])
+        return moments(self.sample(SAMPLE)._chunks(), self.shape[0])
 
     def _chunks(self) -> Iterator[Batch]:
         return self._read(self._slices(), torch.device("cpu"))

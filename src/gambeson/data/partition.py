@@ -1,4 +1,4 @@
-"""Fixed, stratified partitions: which items a split gets depends on the data's name and labels alone."""
+"""Stratified draws: the fixed partition of a data set into its splits, and subsets of a split by seed."""
 
 from __future__ import annotations
 
@@ -31,6 +31,33 @@ def pick(labels: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tenso
     mask = torch.zeros(len(labels), dtype=torch.bool)
     mask[order[ticks.diff() > 0]] = True
     return mask
+
+
+def stratified(labels: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tensor:
+    """Draw ``count`` items at random so that every class keeps its share, by the method of largest remainders.
+
+    A class of n items among N gets ``n * count / N`` of them, rounded down; the items that are then missing go to the
+    classes with the largest remainders, where several are equal to random ones. So a rate over the items estimates
+    the rate over all; where all classes are equally large, no class gets two items more than another.
+
+    Args:
+        labels: (N,).
+        count: how many items, 0 to N.
+        draw: a CPU generator.
+
+    Returns:
+        Item numbers (count,), ascending: a stream is read in order.
+    """
+    labels = labels.cpu()
+    order = torch.randperm(len(labels), generator=draw)
+    codes, sizes = labels.unique(return_inverse=True, return_counts=True)[1:]
+    shares, remainders = sizes * count // max(1, len(labels)), sizes * count % max(1, len(labels))
+    among_equals = torch.randperm(len(sizes), generator=draw)
+    ranked = among_equals[remainders[among_equals].argsort(descending=True, stable=True)]
+    shares[ranked[: count - int(shares.sum())]] += 1
+    by_class = order[codes[order].argsort(stable=True)]
+    place = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return by_class[place < shares.repeat_interleave(sizes)].sort().values
 
 
 def partition(labels: torch.Tensor, counts: Sequence[int], name: str, seed: int = 0) -> list[torch.Tensor]:

@@ -11,13 +11,15 @@ import torch
 
 from gambeson.base.checks import check_labels
 from gambeson.base.errors import UserError
+from gambeson.base.seeds import generator as stream
 from gambeson.data.arrays import as_pair, class_names
-from gambeson.data.stats import fingerprint, moments
+from gambeson.data.partition import stratified
+from gambeson.data.stats import digests, moments
 
 CHUNK_BYTES = 64 * 2**20
 """Statistics walk over a split in pieces of this size, so that they need little memory beside the data."""
 
-_CACHED = ("fingerprint", "_moments")
+_CACHED = ("_digests", "_moments")
 SplitT = TypeVar("SplitT", bound="Split")
 Indices = Any  # a LongTensor, a slice, or anything torch can turn into a LongTensor
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -146,6 +148,46 @@ class Split:
         other.name = f"{self.name}[{len(other)}]" if name is None else name
         return other
 
+    def sample(self: SplitT, count: int, *, seed: int = 0) -> SplitT:
+        """Return a subset of ``count`` images at most, drawn evenly over the classes; see :meth:`sample_indices`.
+
+        Raises:
+            UserError: a count below 1.
+        """
+        rows = self.sample_indices(count, seed=seed)
+        return self.subset(rows) if len(rows) < len(self) else self
+
+    def sample_indices(self, count: int, *, seed: int = 0) -> torch.Tensor:
+        """Draw the images of a subset: every subset in this library is one of these.
+
+        The first images of a split are no sample of it, for folders are in order of class. Each class keeps its share,
+        by the method of largest remainders (:func:`gambeson.data.partition.stratified`); label maps are drawn without
+        regard to their classes.
+
+        Args:
+            count: how many images; all of them where the split has no more.
+            seed: of the draw: the same one gives the same images.
+
+        Returns:
+            Indices (min(count, N),), ascending, on the CPU.
+
+        Raises:
+            UserError: a count below 1.
+        """
+        if count < 1:
+            raise UserError(f"a subset of {count} images of {self.name} was asked for: expected 1 or more")
+        strata = torch.zeros(len(self)) if self._strata is None else self._strata
+        return stratified(strata, min(count, len(self)), stream(seed, "sample"))
+
+    def without(self: SplitT, seen: torch.Tensor) -> SplitT:
+        """Return the split without the images whose content is among ``seen``.
+
+        Args:
+            seen: hashes as :attr:`image_hashes` gives them, such as ``data.train.image_hashes``.
+        """
+        own = torch.isin(self.image_hashes, seen.cpu())
+        return self.subset(~own) if bool(own.any()) else self
+
     def to(self: SplitT, device: torch.device | str) -> SplitT:
         """Return the split with its tensors on ``device`` or, where they do not fit, its batches sent there.
 
@@ -156,15 +198,27 @@ class Split:
         other._move(other._device)
         return other
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """16 hex digits of a sha256 over images, labels, their types and shapes; the same on every device."""
-        return fingerprint(self._chunks(), len(self))
+        return self._digests[0]
+
+    @property
+    def image_hashes(self) -> torch.Tensor:
+        """A 64-bit hash of every image's content, int64 (N,) on the CPU; a float image has that of its uint8 form.
+
+        One pass over the split, at the first call.
+        """
+        return self._digests[1]
+
+    @cached_property
+    def _digests(self) -> tuple[str, torch.Tensor]:
+        return digests(self._chunks(), len(self))
 
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return the mean and the population standard deviation of each channel, in pixel units [0, 1].
 
-        Exact over the split, or, where that stays on disk, over 10,000 images at equal distances; a channel that never
+        Exact over the split, or, where that stays on disk, over a :meth:`sample` of 10,000 images; a channel that never
         changes has a deviation of 0.
         """
         return self._moments
@@ -172,6 +226,11 @@ class Split:
     @cached_property
     def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return moments(self._chunks(), self.shape[0])
+
+    @property
+    def _strata(self) -> torch.Tensor | None:
+        """The class of each image (N,), or None where labels are maps."""
+        return self._labels if self._labels.ndim == 1 else None
 
     @property
     def _home(self) -> torch.device:

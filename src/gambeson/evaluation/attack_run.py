@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 
 from gambeson import attacks
@@ -32,7 +31,7 @@ class AttackRun(Config):
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of the attack, such as eps."""
     images: Annotated[int, Field(ge=1)] = 1000
-    """Test images to attack, the first ones."""
+    """Test images to attack, at most: drawn evenly over the classes, by the seed."""
     seed: int = 0
     device: str = "cpu"
 
@@ -58,13 +57,13 @@ def run_attack(run: AttackRun, out: Path) -> CascadeResult:
     subject = load_subject(run.model, run.data, run.device)
     if open_run(out, run, environment(run.device)):
         return CascadeResult(**read_json(out / "result.json")["result"])
-    test = subject.dataset.test
-    split = test.subset(torch.arange(min(run.images, len(test))))
+    rows = subject.dataset.test.sample_indices(run.images, seed=run.seed)
+    split = subject.dataset.test.subset(rows)
     with Victim(subject.model, fast=True) as victim:
         norm = getattr(next(iter(row.values())), "norm", "2")
         found = run_cascade(victim, split, row, norm=norm, seed=run.seed)
         notes = victim.notes
-    tensors = {"images": found.images, "labels": split.labels, "fallen_to": found.fallen_to}
+    tensors = {"images": found.images, "labels": split.labels, "fallen_to": found.fallen_to, "indices": rows}
     settings = {name: attack.plain() for name, attack in row.items()}
     save_tensors(out / FILE, tensors, {"attacks": settings})
     content = {

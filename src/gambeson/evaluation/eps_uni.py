@@ -13,11 +13,11 @@ from torch import nn
 from gambeson.attacks import CONTROLS, GradientAttack, UniversalAttack, UniversalPerturbation
 from gambeson.attacks.sources import EOT_SAMPLES
 from gambeson.base import UserError, derive, seeded, task
-from gambeson.data import Dataset, Split, as_dataset, as_split
+from gambeson.data import Dataset, Split, as_dataset, as_split, disjoint
 from gambeson.evaluation.crossing import ImageErrors, crossing_interval
 from gambeson.evaluation.outcome import at_once
 from gambeson.evaluation.results import Cost, EpsAdv, EpsUni
-from gambeson.evaluation.universal import judged, strongest, thinned
+from gambeson.evaluation.universal import RANKED, judged, strongest
 from gambeson.threat import Ball, Norm, perturb
 from gambeson.victim import Victim, predict, vote
 
@@ -88,7 +88,7 @@ def eps_uni(
     Raises:
         UserError: no such delta, or a perturbation of another norm.
     """
-    dataset = as_dataset(data)
+    dataset = disjoint(as_dataset(data))
     with judged(model, dataset.test) as victim:
 
         def craft(eps: float, start: torch.Tensor | None) -> UniversalPerturbation:
@@ -145,7 +145,7 @@ def search(
         clean: the errors on clean test images, where they are known.
     """
     before = Cost(forwards=victim.forwards, backwards=victim.backwards)
-    few = thinned(data.validation)
+    few = data.validation.sample(RANKED, seed=seed)
 
     def attempt(eps: float, tried: Mapping[float, Found]) -> Found:
         earlier = [scaled(found.uap, eps) for found in tried.values() if bool(found.uap.delta.any())]
@@ -222,7 +222,7 @@ def eps_adv(
 def scaled(uap: UniversalPerturbation, eps: float) -> UniversalPerturbation:
     """Return a perturbation as one of another eps: the same direction with norm ``eps``."""
     delta = Ball(eps=eps, norm=uap.about.norm).fill(uap.delta)
-    return UniversalPerturbation(delta, uap.about.model_copy(update={"eps": eps, "status": "done"}))
+    return UniversalPerturbation(delta, uap.about.model_copy(update={"eps": eps, "status": "done"}), uap.image_hashes)
 
 
 FoundT = TypeVar("FoundT")

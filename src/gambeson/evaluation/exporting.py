@@ -39,6 +39,8 @@ class Exported(Config):
     to: str
     file: str
     split: str
+    seed: int
+    """It drew the images, where not all of the split were scored."""
     draws: int
     """Passes that decided each image by their majority; 1 for a model that repeats itself."""
     original: Rate
@@ -72,9 +74,9 @@ def run_export(
         to: ``torch-export``, ``onnx`` or ``safetensors``; see :func:`gambeson.models.export.export`.
         out: the file.
         data_name: whose test split scores; None: the data that the run was trained on.
-        images: test images at most; None: all.
+        images: test images at most, drawn evenly over the classes; None: all.
         draws: answers an image, for a random model.
-        seed: of the draws of torch; onnxruntime seeds its own.
+        seed: of the images and of the draws of torch; onnxruntime seeds its own.
 
     Raises:
         UserError: the file exists, the model is a black box, an extra is missing, or the export fails.
@@ -89,12 +91,12 @@ def run_export(
     model, test = subject.model, subject.dataset.test
     if not isinstance(model, PixelModel):
         raise UserError(f"{source} is a black box, of which nothing can be exported: name a model with its weights")
-    if images is not None and images < len(test):
-        test = test.subset(torch.arange(images))
+    if images is not None:
+        test = test.sample(images, seed=seed)
     export(model, out, to)
     again = _loaded(out, to, model.card)
     found = _score(model, again, test, draws, seed)
-    result = Exported(source=source, to=to, file=out.name, split=test.name, **found)
+    result = Exported(source=source, to=to, file=out.name, split=test.name, seed=seed, **found)
     write_json(Path(f"{out}.json"), {"schema": "gambeson/export-1", "environment": environment(), **result.plain()})
     return result
 

@@ -35,7 +35,7 @@ class TransferRun(Config):
     draws: Annotated[int, Field(ge=1)] | None = None
     """Draws of a random source that every gradient is averaged over; for gradient attacks."""
     images: Annotated[int, Field(ge=1)] = 1000
-    """Test images, the first ones."""
+    """Test images, at most: drawn evenly over the classes, by the seed."""
     seed: int = 0
     device: str = "cpu"
 
@@ -80,8 +80,7 @@ def run_transfer(run: TransferRun, out: Path) -> TransferResult:
     subjects = _load(run)
     if open_run(out, run, environment(run.device)):
         return TransferResult(**read_json(out / "result.json"))
-    test = subjects[0].dataset.test
-    split = test.subset(torch.arange(min(run.images, len(test))))
+    split = subjects[0].dataset.test.sample(run.images, seed=run.seed)
     clean, tables = [], []
     with task("transfer", (len(rows) + 1) * len(subjects)) as advance:
         for target in subjects:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from gambeson.attacks import CONTROLS, MORE_CONTROLS, UniversalPerturbation, control
-from gambeson.base import UserError
 from gambeson.data import Split, as_split
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.results import Control
@@ -71,19 +70,20 @@ def universal_evasion(model: nn.Module, data: object, uap: UniversalPerturbation
         uap: the perturbation.
         seed: of a random model's draws; see :func:`accuracy`.
 
+    Images that the perturbation was crafted on are left out (``.images`` of the rate says how many are left): a data
+    set may hold the same picture twice.
+
     Raises:
-        UserError: the images are those that the perturbation was crafted on.
+        UserError: they are more than chance explains; see :func:`gambeson.data.held_out`.
     """
-    split = as_split(data, "test")
-    _refuse_own_images(split, uap)
+    split = uap.held_out(as_split(data, "test"))
     with judged(model, split) as victim:
         return error_rate(score(predict(victim, split, uap.delta.to(victim.device), seed=seed), split))
 
 
 def fooling_rate(model: nn.Module, data: object, uap: UniversalPerturbation, *, seed: int = 0) -> Rate:
     """Fooling rate: the share of inputs whose prediction the perturbation changes. Arguments as above."""
-    split = as_split(data, "test")
-    _refuse_own_images(split, uap)
+    split = uap.held_out(as_split(data, "test"))
     with judged(model, split) as victim:
         clean = predict(victim, split, seed=seed)
         return change_rate(score(predict(victim, split, uap.delta.to(victim.device), seed=seed), split, clean))
@@ -110,13 +110,6 @@ def patterns_of(name: str, ball: Ball, shape: tuple[int, ...], seed: int) -> tor
 
 RANKED = 1000
 """Validation images that rank many perturbations cheaply; the strongest is then judged on all of them."""
-
-
-def thinned(split: Split, images: int = RANKED) -> Split:
-    """Return so many images of a split at even distances, for folders are in order of class."""
-    if len(split) <= images:
-        return split
-    return split.subset(torch.linspace(0, len(split) - 1, images, dtype=torch.float64).round().long())
 
 
 def strongest(
@@ -148,7 +141,7 @@ def strongest(
     def error(delta: torch.Tensor, split: Split) -> float:
         return score(predict(victim, split, delta.to(device)), split).error
 
-    few = thinned(validation)
+    few = validation.sample(RANKED, seed=seed)
     patterns = [(name, one[None]) for name in controls for one in patterns_of(name, ball, validation.shape, seed)]
     candidates = [crafted, *others]
     if patterns:
@@ -164,12 +157,7 @@ def strongest(
     rivals = [(one.about.attack, rate) for one, rate in zip(candidates[1:], errors[1:], strict=True)]
     models = dict.fromkeys([*about.model.split("+"), *source.model.split("+")])
     chosen = {"restarts": [*source.restarts, *rivals], "chosen_on": validation.name, "model": "+".join(models)}
-    return UniversalPerturbation(candidates[best].delta, about.model_copy(update=chosen)), errors[best]
-
-
-def _refuse_own_images(split: Split, uap: UniversalPerturbation) -> None:
-    if split.fingerprint == uap.about.crafted_on:
-        raise UserError(
-            f"the perturbation was crafted on these images ({uap.about.crafted_split}): "
-            "score it on images it has not seen, such as data.test"
-        )
+    chosen_one = candidates[best]
+    return UniversalPerturbation(chosen_one.delta, about.model_copy(update=chosen), chosen_one.image_hashes), errors[
+        best
+    ]

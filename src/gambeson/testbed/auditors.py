@@ -13,7 +13,8 @@ from gambeson.auditing import SUITES
 from gambeson.auditing import audit as run_audit
 from gambeson.base import UserError, unknown_name
 from gambeson.data import Dataset
-from gambeson.evaluation import accuracy_under, judged
+from gambeson.evaluation import accuracy_under
+from gambeson.evaluation.universal import judged
 from gambeson.models.user_code import canonical, file_of, is_spelling, load_function
 from gambeson.testbed.judgement import Judgement, judgement_of
 from gambeson.testbed.recipes import DATA

@@ -158,9 +158,7 @@ class Victim:
         with _without_autocast(images.device.type):
             if not self._seen_input:
                 self._check_input(images)
-                with seeded(
-                    0, "view"
-                ):  # a view that is kept is not drawn again: it must not shift draws
+                with seeded(0, "view"):  # a view that is kept is not drawn again: it must not shift draws
                     self._view = None if self.fast is None else self._make_view(images, self.fast)
                 self._seen_input = True
             if self._view is None:

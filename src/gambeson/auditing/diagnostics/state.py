@@ -71,7 +71,7 @@ def _remembers(evidence: Evidence, images: torch.Tensor) -> bool:
 
 
 def _batches(evidence: Evidence) -> Finding:
-    images, _ = evidence.sample.take(slice(0, _PROBES + _OTHERS), evidence.victim.device)
+    images, _ = evidence.few(_PROBES + _OTHERS, evidence.sample).take(slice(None), evidence.victim.device)
     probes, others = images[:_PROBES], images[_PROBES:]
     if evidence.subject.random and not _repeats(evidence, images):
         return _UNREPEATABLE
@@ -110,13 +110,14 @@ def _moves(evidence: Evidence, image: torch.Tensor) -> bool:
 
 def _memory(evidence: Evidence) -> Finding:
     victim, subject = evidence.victim, evidence.subject
-    images, _ = evidence.sample.take(slice(0, _PROBES), victim.device)
+    images, _ = evidence.few(_PROBES, evidence.sample).take(slice(None), victim.device)
     if subject.random and not _repeats(evidence, images):
         return _STATEFUL if _remembers(evidence, images) else _UNREPEATABLE
     # The whole split again where the model is random: with other batches it would not draw the same.
     count = len(evidence.test) if subject.random else min(evidence.suite.sample, len(evidence.test))
-    split = evidence.test.subset(torch.arange(count))
-    changed = float((predict(victim, split) != evidence.predictions[:count]).float().mean())
+    rows = evidence.test.sample_indices(count, seed=evidence.seed)
+    again = predict(victim, evidence.test.subset(rows))
+    changed = float((again != evidence.predictions[rows]).float().mean())
     before = _asked(evidence, images)
     draw = generator(evidence.seed, "burst")
     asked, gap, same = images[:1], 0.0, 0
