@@ -92,17 +92,15 @@ def test_lazy_names_are_those_of_the_packages():
 @pytest.mark.parametrize(
     ("command", "names"),
     [
-        (["audit"], list(SUITES)),
-        (["export"], list(TARGETS)),
-        (["train"], defenses.names()),
-        (["attack"], attacks.names("image")),
-        (["uap", "craft"], attacks.names("universal")),
+        (["audit"], "{}, {} or {}:".format(*SUITES)),
+        (["export"], "{}, {} or {}.".format(*TARGETS)),
+        (["train"], f"One of {', '.join(defenses.names())}."),
+        (["attack"], f"standard, or one of {', '.join(attacks.names('image'))} (pgd)."),
+        (["uap", "craft"], f"One of {', '.join(attacks.names('universal'))}."),
     ],
 )
 def test_help_names_what_can_be_chosen(capsys, command, names):
-    assert run([*command, "--help"]) == 0
-    text = re.sub(r"[\s│]+", "", capsys.readouterr().out)
-    found = [text.find(name) for name in names]
-    assert -1 not in found, names
-    assert found == sorted(found)
-    assert not re.search(r"\{\w+s\}\.", text)
+    for _ in range(2):
+        assert run([*command, "--help"]) == 0
+        text = re.sub(r"[\s│]+", "", capsys.readouterr().out)  # without the table's lines and wrapping
+        assert names.replace(" ", "") in text
