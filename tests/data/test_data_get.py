@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -178,8 +179,10 @@ def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
         mirrors = [f"http://127.0.0.1:{server.getsockname()[1]}/" for server in silent]
         monkeypatch.setattr(ways.torchvision_sets().MNIST, "mirrors", mirrors)
+        began = time.monotonic()
         with pytest.raises(UserError, match=r"cannot be reached .timed out.; .*cannot be reached .timed out."):
             ways.idx_servers("MNIST")
+        assert 0.4 <= time.monotonic() - began < 4
         for server in silent:  # one file a mirror, then the next mirror
             server.settimeout(0.2)
             server.accept()[0].close()

@@ -386,8 +386,10 @@ def test_a_budget_holds_over_threads(server):
 def test_no_server_and_no_address(server):
     server.server.shutdown()
     server.server.server_close()
+    asked = box(server, retries=1)
     with pytest.raises(UserError, match=r"gave no answer in 2 attempts.*refused"):
-        box(server, retries=1)(inner_images(1, SHAPE))
+        asked(inner_images(1, SHAPE))
+    assert asked.images == 0
     for url in ("http://", "ftp://a/b", "http://a:b/", "http://a:0/", "http://a:65536/", "a"):
         with pytest.raises(UserError, match="is no address of a server"):
             HttpScores(url)
@@ -421,6 +423,16 @@ def test_connections_are_kept_and_one_that_the_server_closed_is_not_missed():
     assert len(server.connections) == 2
     server.server.shutdown()
     server.server.server_close()
+
+
+def test_no_proxy_stands_before_a_server_of_this_machine(server, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    asked = box(server, retries=0)
+    asked(inner_images(2, SHAPE))
+    assert server.seen == 1
+    with pytest.raises(UserError, match="gave no answer in 1 attempts"):  # elsewhere there is one
+        HttpScores("http://192.0.2.1/scores", timeout=5, retries=0)(inner_images(2, SHAPE))
 
 
 def test_an_answer_without_end_is_not_read_to_the_end(server, monkeypatch):
