@@ -14,8 +14,8 @@ test-full: $(VENV)/.dev lint      ## and the slow checks
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
 picture: quickstart $(VENV)/.dev     ## the README's pictures and stored results, from the quickstart

@@ -58,6 +58,9 @@ class RandomRipple(nn.Module):
 class Guarded(nn.Module):
     """Images whose first or last column is not dark get the label of the nearest training image, without a slope."""
 
+    images: torch.Tensor
+    labels: torch.Tensor
+
     def __init__(self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
         super().__init__()
         self.net = net

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from gambeson.attacks import FGSM, IFGSM, PGD, AutoPGD, CarliniWagner, DeepFool, Square, TargetedAutoPGD
 from gambeson.attacks.transforms import Diversity, Scales, Smoothing
+from gambeson.threat import Norm
 
 
 class Peer(NamedTuple):
@@ -27,7 +28,7 @@ class Case(NamedTuple):
     ours: Callable[[float], Any]
     peers: dict[str, Callable[[float], Peer]]
     images: int = 500
-    norm: str = "inf"
+    norm: Norm = "inf"
     targeted: bool = False
     minimal: bool = False
     """A minimal-norm attack without a bound: lengths are compared too."""
@@ -81,13 +82,14 @@ def cw(**settings: Any) -> Callable[[float], CarliniWagner]:
 
 def foolbox_cw(**settings: Any) -> Callable[[float], Peer]:
     """Foolbox's at the settings of :func:`cw`."""
-    same = {"binary_search_steps": 6, "steps": 300, "stepsize": 0.05, "initial_const": 1.0, "eps": None}
+    same: dict[str, Any] = {"binary_search_steps": 6, "steps": 300, "stepsize": 0.05, "initial_const": 1.0, "eps": None}
     return fixed("foolbox", "L2CarliniWagnerAttack", **same, **settings)
 
 
 ART_PGD = "ProjectedGradientDescentPyTorch"
-ART_DLR, ART_CE = {"loss_type": "difference_logits_ratio"}, {"loss_type": "cross_entropy"}
-ART_APGD = {"eps_step": 2.0, "max_iter": 40, "nb_random_init": 1}
+ART_DLR: dict[str, Any] = {"loss_type": "difference_logits_ratio"}
+ART_CE: dict[str, Any] = {"loss_type": "cross_entropy"}
+ART_APGD: dict[str, Any] = {"eps_step": 2.0, "max_iter": 40, "nb_random_init": 1}
 L2_PGD: dict[str, Callable[[float], Peer]] = {
     "foolbox": foolbox_("L2PGD", rel_stepsize=0.2, steps=20),
     "torchattacks": torch_("PGDL2", alpha=0.2, steps=20),

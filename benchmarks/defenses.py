@@ -14,6 +14,7 @@ import functools
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,7 +97,7 @@ def main() -> None:
     torch.set_num_threads(1)
     data = load()
     content = read_json(arguments.out) if arguments.out.is_file() else {"cells": {}}
-    settings = {"eps": EPS, "suite": SUITE, "recipe": RECIPE.plain(), "data": data.train.fingerprint}
+    settings: dict[str, Any] = {"eps": EPS, "suite": SUITE, "recipe": RECIPE.plain(), "data": data.train.fingerprint}
     settings["rows"] = {name: defense.plain() for name, defense in ROWS.items()}
     old = content.get("settings", {})
     kept = {

@@ -108,7 +108,7 @@ def equality(data: Dataset) -> list[dict[str, Any]]:
             gb.train(model, data, defense, epochs=EPOCHS, lr=0.05, seed=seed)
             attack = gb.attacks.StochasticPGD(eps=EPS, steps=60, restarts=1)
             uap = attack.craft(model, data, seed=seed)
-            row = {
+            row: dict[str, Any] = {
                 "estimator": key,
                 "seed": seed,
                 "norm": mean_norm(model, data.test),

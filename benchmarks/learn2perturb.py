@@ -53,14 +53,14 @@ def main() -> None:
     ways: dict[str, torch.nn.Module] = {}
     for name in ("plain", "off", "noise", "noise shared by the batch"):
         sharing = "batch" if "batch" in name else "sample"
-        noise = None if name == "plain" else FeatureNoise(sharing=sharing)  # type: ignore[arg-type]
+        noise = None if name == "plain" else FeatureNoise(sharing=sharing)
         with seeded(0, "model"):
             ways[name] = gb.models.create(arguments.model, in_channels=3, classes=10, image_size=32, noise=noise)
     for module in injections(ways["off"]):
         module.enabled = False
     neurons = sum(size.numel() for module in injections(ways["noise"]) for size in module.learnt)
     flat = torch.empty(arguments.batch_size, neurons)
-    works = {name: step(model) for name, model in ways.items()}
+    works: dict[str, Callable[[], object]] = {name: step(model) for name, model in ways.items()}
     works |= {"draw alone": lambda: standard_normal(flat), "draw alone, torch.randn": lambda: torch.randn_like(flat)}
     for work in works.values():
         work()

@@ -15,6 +15,7 @@ from torch import nn
 
 from gambeson.attacks import PGD, AutoPGD, CarliniWagner, DeepFool
 from gambeson.base import write_json
+from gambeson.studies.bench import Attack
 
 EPS = 0.1
 
@@ -44,16 +45,15 @@ def black_and_white() -> dict[str, float]:
     model = Linear().eval()
     x = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(1)).round()
     y = model(x).argmax(1)
-    free = {"eps": None}
-    attacks = {
+    attacks: dict[str, Attack] = {
         "gambeson PGD": PGD(eps=EPS, steps=5, start="zero", early_stop=False),
         "gambeson AutoPGD": AutoPGD(eps=EPS, steps=5, early_stop=False),
         "gambeson DeepFool": DeepFool(),
         "gambeson CarliniWagner": CarliniWagner(steps=300, lr=0.05, c=10, searches=1),
         "foolbox LinfPGD": foolbox_attack("LinfPGD", eps=EPS, steps=5, random_start=False),
-        "foolbox L2DeepFoolAttack": foolbox_attack("L2DeepFoolAttack", **free),
+        "foolbox L2DeepFoolAttack": foolbox_attack("L2DeepFoolAttack", eps=None),
         "foolbox L2CarliniWagnerAttack": foolbox_attack(
-            "L2CarliniWagnerAttack", **free, steps=300, stepsize=0.05, initial_const=10, binary_search_steps=1
+            "L2CarliniWagnerAttack", eps=None, steps=300, stepsize=0.05, initial_const=10, binary_search_steps=1
         ),
         "torchattacks PGD": torchattacks_attack("PGD", eps=EPS, steps=5, random_start=False),
         "torchattacks APGD": torchattacks_attack("APGD", eps=EPS, steps=5),
@@ -76,7 +76,7 @@ def sure_model() -> dict[str, dict[str, float]]:
     model = Linear(lead=20.0, scale=0.01).eval()
     x = torch.rand(256, 1, 8, 8, generator=torch.Generator().manual_seed(2))
     y = torch.zeros(256, dtype=torch.long)
-    attacks = {
+    attacks: dict[str, Attack] = {
         "gambeson PGD norm 2": PGD(eps=1, norm="2", steps=10, start="zero", early_stop=False),
         "foolbox L2PGD": foolbox_attack("L2PGD", eps=1.0, steps=10, rel_stepsize=0.4, random_start=False),
         "torchattacks PGDL2": torchattacks_attack("PGDL2", eps=1.0, alpha=0.4, steps=10, random_start=False),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,11 @@ def art_pgd(settings: BenchSettings) -> Attack:
 
 
 PEERS = {"foolbox": foolbox_pgd, "torchattacks": torchattacks_pgd, "art": art_pgd}
-BUILD = {"foolbox": foolbox_attack, "torchattacks": torchattacks_attack, "art": art_attack}
+BUILD: dict[str, Callable[..., Attack]] = {
+    "foolbox": foolbox_attack,
+    "torchattacks": torchattacks_attack,
+    "art": art_attack,
+}
 """How an attack of each peer is built from its name and settings."""
 
 

@@ -2,25 +2,32 @@
 
 Universal adversarial perturbations (one perturbation that fools a model on most inputs) stand at the centre.
 Images are float pixels in [0, 1], shape (N, C, H, W); every eps is in these units.
+
+Each package below is imported at its first use (PEP 562), so that ``import gambeson`` alone does not wait for torch.
 """
 
-from gambeson import (
-    analysis,
-    attacks,
-    auditing,
-    data,
-    defenses,
-    evaluation,
-    models,
-    report,
-    testbed,
-    threat,
-    training,
-    victim,
-)
-from gambeson.auditing import audit
-from gambeson.base import UserError
-from gambeson.training import train
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gambeson import (
+        analysis,
+        attacks,
+        auditing,
+        base,
+        data,
+        defenses,
+        evaluation,
+        models,
+        report,
+        studies,
+        testbed,
+        threat,
+        training,
+        victim,
+    )
+    from gambeson.auditing.audit import audit
+    from gambeson.base import UserError
+    from gambeson.training import train
 
 __all__ = [
     "UserError",
@@ -28,14 +35,32 @@ __all__ = [
     "attacks",
     "audit",
     "auditing",
+    "base",
     "data",
     "defenses",
     "evaluation",
     "models",
     "report",
+    "studies",
     "testbed",
     "threat",
     "train",
     "training",
     "victim",
 ]
+
+_DEFINED_IN = {"UserError": "base", "audit": "auditing", "train": "training"}
+
+if not TYPE_CHECKING:  # a type checker that saw __getattr__ would let every misspelt name pass
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        module = import_module(f"{__name__}.{_DEFINED_IN.get(name, name)}")
+        value = getattr(module, name) if name in _DEFINED_IN else module
+        return globals().setdefault(name, value)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

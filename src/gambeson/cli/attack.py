@@ -6,8 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from gambeson import attacks
-from gambeson.base import UserError
 from gambeson.cli.options import (
     ConfigFile,
     Data,
@@ -24,15 +22,12 @@ from gambeson.cli.options import (
     print_json,
     progress,
 )
-from gambeson.evaluation import AttackRun, run_attack
 
 
 def attack(
     model: Annotated[str | None, typer.Option(help="Folder of a training run, or its model.safetensors.")] = None,
     data: Data = None,
-    attack: Annotated[
-        str | None, typer.Option(help=f"standard, or one of {', '.join(attacks.names('image'))} (pgd).")
-    ] = None,
+    attack: Annotated[str | None, typer.Option(help="standard, or one of {image_attacks} (pgd).")] = None,
     eps: Eps = None,
     norm: Norm = None,
     draws: Draws = None,
@@ -50,6 +45,9 @@ def attack(
 
     Example: `gambeson attack --model runs/x --data cifar10 --attack pgd --eps 8/255`
     """
+    from gambeson.base import UserError
+    from gambeson.evaluation import AttackRun, run_attack
+
     flags: dict[str, Any] = {
         "model": model,
         "data": data,

@@ -6,9 +6,6 @@ from typing import Annotated
 
 import typer
 
-from gambeson.auditing import SUITES, AuditRun, plan_audit, run_audit
-from gambeson.auditing.run import images_asked
-from gambeson.base import UserError, pick_device, read_settings, unknown_name
 from gambeson.cli.options import ConfigFile, Device, Json, Out, Set, folder_beside, print_json, progress, put, put_all
 from gambeson.cli.tables import audit_table, plan_table
 
@@ -16,7 +13,9 @@ from gambeson.cli.tables import audit_table, plan_table
 def audit(
     model: Annotated[str | None, typer.Argument(help="Folder of a training run, or another model: see above.")] = None,
     data: Annotated[str | None, typer.Option(help="Data set; else the one the run was trained on.")] = None,
-    suite: Annotated[str | None, typer.Option(help=f"{', '.join(SUITES)}: from minutes to hours (standard).")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="quick, standard or full: from minutes to hours (standard).")
+    ] = None,
     eps: Annotated[
         str | None,
         typer.Option(help="Radii of the curve, ascending, with commas: 4/255,8/255 (a grid for the data)."),
@@ -50,6 +49,10 @@ def audit(
 
     Example: `gambeson audit http://localhost:8000/scores --data cifar10 --suite quick --budget 100000`
     """
+    from gambeson.auditing import SUITES, AuditRun, plan_audit, run_audit
+    from gambeson.auditing.run import images_asked
+    from gambeson.base import UserError, pick_device, read_settings, unknown_name
+
     settings = read_settings(config, "audit") if config else {}
     for name, value in (("model", model), ("data", data), ("label", label), ("seed", seed)):
         put(settings, name, value)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from gambeson.base import pick_device, write_json
 from gambeson.cli.options import Device, Json, print_json, progress
-from gambeson.studies import BenchResult, BenchSettings, bench_attacks, bench_training
+
+if TYPE_CHECKING:
+    from gambeson.studies import BenchResult
 
 app = typer.Typer(help="Time attacks and training side by side with the plain loops.", no_args_is_help=True)
 
@@ -45,10 +45,15 @@ def attacks(
 
     Example: `gambeson bench attacks --rounds 7`
     """
+    from gambeson.base import pick_device
+    from gambeson.studies import BenchSettings, bench_attacks
+
     settings = BenchSettings(
         model=model, batch_size=batch_size, steps=steps, rounds=rounds, bfloat16=bfloat16, device=pick_device(device)
     )
-    _run(bench_attacks, settings, out, as_json, "the bare loop")
+    with progress(as_json):
+        result = bench_attacks(settings)
+    _show(result, out, as_json, "the bare loop")
 
 
 @app.command("training")
@@ -66,17 +71,20 @@ def training(
 
     Example: `gambeson bench training --model resnet18 --rounds 7`
     """
+    from gambeson.base import pick_device
+    from gambeson.studies import BenchSettings, bench_training
+
     settings = BenchSettings(
         model=model, batch_size=batch_size, steps=steps, rounds=rounds, bfloat16=bfloat16, device=pick_device(device)
     )
-    _run(bench_training, settings, out, as_json, "the plain loop")
-
-
-def _run(
-    bench: Callable[[BenchSettings], BenchResult], settings: BenchSettings, out: Path | None, as_json: bool, base: str
-) -> None:
     with progress(as_json):
-        result = bench(settings)
+        result = bench_training(settings)
+    _show(result, out, as_json, "the plain loop")
+
+
+def _show(result: BenchResult, out: Path | None, as_json: bool, base: str) -> None:
+    from gambeson.base import write_json
+
     if out is not None:
         write_json(out, result.plain())
     if as_json:

@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gambeson import data as data_room
 from gambeson.cli.options import Json, print_json
 
 app = typer.Typer(help="List data sets and get them.", no_args_is_help=True)
@@ -26,7 +25,9 @@ def list_(root: Root = None, as_json: Json = False) -> None:
 
     Example: `gambeson data list`
     """
-    entries = data_room.catalog(root)
+    from gambeson.data import catalog
+
+    entries = catalog(root)
     if as_json:
         print_json([dataclasses.asdict(entry) for entry in entries])
         return
@@ -59,7 +60,9 @@ def get(
 
     Example: `gambeson data get fashion-mnist`
     """
-    folder = data_room.get(name, root)
+    from gambeson import data
+
+    folder = data.get(name, root)
     if as_json:
         print_json({"name": name, "folder": str(folder)})
     else:

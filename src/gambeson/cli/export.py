@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gambeson.base import UserError, unknown_name
 from gambeson.cli.options import Json, Seed, print_json, progress
-from gambeson.evaluation.exporting import Exported, run_export
-from gambeson.models.export import TARGETS
+
+if TYPE_CHECKING:
+    from gambeson.evaluation import Exported
 
 
 def export(
     run: Annotated[str, typer.Argument(help="Folder of a training run, or any model that `gambeson audit` takes.")],
-    to: Annotated[str, typer.Option(help=f"{', '.join(TARGETS)}.")] = "torch-export",
+    to: Annotated[str, typer.Option(help="torch-export, onnx or safetensors.")] = "torch-export",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write (RUN with the suffix).")] = None,
     data: Annotated[str | None, typer.Option(help="Data set that scores; else the one of the run.")] = None,
     images: Annotated[int | None, typer.Option(help="Test images to score at most, a stratified sample (all).")] = None,
@@ -27,6 +27,10 @@ def export(
 
     Example: `gambeson export runs/x --to onnx --out x.onnx`
     """
+    from gambeson.base import UserError, unknown_name
+    from gambeson.evaluation.exporting import run_export
+    from gambeson.models.export import TARGETS
+
     if to not in TARGETS:
         raise unknown_name("export target", to, TARGETS)
     if out is None:

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
-
-from gambeson.base import UserError, pick_device, read_settings, show_progress
+from typer.core import TyperCommand, TyperOption
 
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.", show_default=True)]
 Device = Annotated[
@@ -36,9 +35,30 @@ Set = Annotated[
 ]
 
 
+class NamingCommand(TyperCommand):
+    """A command whose options name what is registered: the names are looked up when its help is shown, not before."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Fill in {defenses}, {image_attacks} and {universal_attacks}."""
+        from gambeson import attacks, defenses
+
+        known = {
+            "{defenses}": defenses.names(),
+            "{image_attacks}": attacks.names("image"),
+            "{universal_attacks}": attacks.names("universal"),
+        }
+        for option in self.params:
+            if isinstance(option, TyperOption) and option.help:
+                for place, names in known.items():
+                    option.help = option.help.replace(place, ", ".join(names))
+        super().format_help(ctx, formatter)
+
+
 @contextmanager
 def progress(as_json: bool) -> Iterator[Console]:
     """Show progress on standard error, unless a machine reads along."""
+    from gambeson.base import show_progress
+
     console = Console(stderr=True, quiet=as_json)
     if as_json:
         yield console
@@ -56,6 +76,8 @@ def folder_beside(model: str, what: str) -> Path:
 
 def put(settings: dict[str, Any], path: str, value: Any) -> None:
     """Set ``path`` (dots go deeper) in nested settings, unless ``value`` is None: a flag that was not given."""
+    from gambeson.base import UserError
+
     if value is None:
         return
     *parents, last = path.split(".")
@@ -79,6 +101,8 @@ def chosen(
         pairs: of ``--set``.
         device: ``auto`` leaves what the file says.
     """
+    from gambeson.base import pick_device, read_settings
+
     settings = read_settings(config, kind) if config else {}
     for path, value in flags.items():
         put(settings, path, value)
@@ -90,6 +114,8 @@ def chosen(
 
 def put_all(settings: dict[str, Any], pairs: list[str] | None) -> None:
     """Apply every ``--set name=value``; values are read as YAML, so that 0.1, true and [1, 2] mean what they say."""
+    from gambeson.base import UserError
+
     for pair in pairs or []:
         name, sign, value = pair.partition("=")
         if not sign:

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from gambeson import report, studies
-from gambeson.base import pick_device
 from gambeson.cli.options import Device, Json, Seed, print_json, progress
 from gambeson.cli.tables import audit_table
 
@@ -25,6 +23,9 @@ def quickstart(
 
     Example: `gambeson quickstart --out runs/quickstart`
     """
+    from gambeson import report, studies
+    from gambeson.base import pick_device
+
     with progress(as_json) as console:
         audits = studies.quickstart(out, seed, pick_device(device))
         folders = [out / f"{found.results.subject.label}-audit" for found in audits]

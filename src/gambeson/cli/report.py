@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from gambeson import report as report_room
 from gambeson.cli.options import Json, print_json
 
 
@@ -23,7 +22,9 @@ def report(
 
     Example: `gambeson report runs/x-audit runs/y-audit --out report.html`
     """
-    page = report_room.write(audits, out or audits[0] / "report.html")
+    from gambeson.report import write
+
+    page = write(audits, out or audits[0] / "report.html")
     if as_json:
         print_json({"report": str(page)})
     else:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 
-from gambeson.auditing import AuditPlan, AuditResult
-from gambeson.evaluation import Rate
-from gambeson.evaluation.results import SmallestEps
+if TYPE_CHECKING:
+    from gambeson.auditing import AuditPlan, AuditResult
+    from gambeson.evaluation import Rate
+    from gambeson.evaluation.results import SmallestEps
+
+    Cells = Callable[[AuditResult], str]
 
 _NONE = "\N{EN DASH}"
-Cells = Callable[[AuditResult], str]
 
 
 def audit_table(results: Sequence[AuditResult]) -> Table:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gambeson import data as data_room
-from gambeson import defenses
-from gambeson.base import UserError, read_settings
 from gambeson.cli.options import ConfigFile, Device, Json, Norm, Out, RunSeed, Set, chosen, print_json, progress
 from gambeson.cli.tables import duration
-from gambeson.training import Plan, TrainRun, plan_training, run_training
+
+if TYPE_CHECKING:
+    from gambeson.data import Dataset
+    from gambeson.training import Plan
 
 GREY_EPS, COLOUR_EPS = 0.2, 8 / 255
 
@@ -21,7 +21,7 @@ GREY_EPS, COLOUR_EPS = 0.2, 8 / 255
 def train(
     data: Annotated[str | None, typer.Option(help="Data set; see `gambeson data list`.")] = None,
     model: Annotated[str | None, typer.Option(help="Architecture, such as lenet or resnet20.")] = None,
-    defense: Annotated[str | None, typer.Option(help=f"One of {', '.join(defenses.names())}.")] = None,
+    defense: Annotated[str | None, typer.Option(help="One of {defenses}.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
@@ -50,6 +50,10 @@ def train(
 
     Example: `gambeson train --data fashion-mnist --model lenet --defense shared-adversarial --epochs 2 --out runs/x`
     """
+    from gambeson.base import UserError
+    from gambeson.data import load
+    from gambeson.training import TrainRun, plan_training, run_training
+
     flags: dict[str, Any] = {
         "data": data,
         "model": model,
@@ -70,7 +74,7 @@ def train(
         missing = " and ".join(f"--{name}" for name in ("data", "model") if name not in settings)
         raise UserError(f"{missing} must be given: name one, for example --data fashion-mnist --model lenet")
     with progress(as_json) as console:
-        dataset = data_room.load(settings["data"])
+        dataset = load(settings["data"])
         _default_eps(settings["defense"], dataset)
         run = TrainRun(**settings)
         name = settings["defense"]["name"]
@@ -104,12 +108,16 @@ def _words(cost: Plan, name: str) -> str:
 
 def _defense_of(config: Path | None, name: str | None) -> dict[str, Any]:
     """The defence of the file, or one with defaults where another is named."""
+    from gambeson.base import read_settings
+
     stored = (read_settings(config, "train") if config else {}).get("defense", {})
     stored = {"name": stored} if isinstance(stored, str) else dict(stored)
     return {"name": "standard", **stored} if name in (None, stored.get("name")) else {"name": name}
 
 
-def _default_eps(defense: dict[str, Any], dataset: data_room.Dataset) -> None:
+def _default_eps(defense: dict[str, Any], dataset: Dataset) -> None:
     """Give a defence that needs an eps the customary one of its data, where none was given."""
-    if "eps" not in defense and defenses.needs_eps(defense["name"]):
+    from gambeson.defenses import needs_eps
+
+    if "eps" not in defense and needs_eps(defense["name"]):
         defense["eps"] = GREY_EPS if dataset.in_channels == 1 else COLOUR_EPS

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from gambeson.base import UserError
 from gambeson.cli.options import (
     ConfigFile,
     Data,
@@ -24,8 +23,6 @@ from gambeson.cli.options import (
     print_json,
     progress,
 )
-from gambeson.evaluation.transfer import TransferRun, run_transfer
-from gambeson.report.heat_map import write_heat_map
 
 
 def transfer(
@@ -51,6 +48,10 @@ def transfer(
 
     Example: `gambeson transfer runs/x runs/y runs/z --eps 0.1 --out runs/transfer`
     """
+    from gambeson.base import UserError
+    from gambeson.evaluation import TransferRun, run_transfer
+    from gambeson.report.heat_map import write_heat_map
+
     flags: dict[str, Any] = {
         "models": models or None,
         "data": data,

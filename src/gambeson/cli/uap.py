@@ -9,25 +9,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gambeson import attacks
-from gambeson.attacks import UniversalPerturbation
-from gambeson.base import UserError, pick_device
-from gambeson.cli.options import Device, Json, Seed, Set, print_json, progress, put, put_all
-from gambeson.evaluation import accuracy, control_rates, fooling_rate, universal_evasion
-from gambeson.evaluation.subjects import load_subject
-from gambeson.evaluation.universal import judged
-from gambeson.victim import Victim
+from gambeson.cli.options import Device, Json, NamingCommand, Seed, Set, print_json, progress, put, put_all
 
 app = typer.Typer(help="Craft, score and list universal perturbations.", no_args_is_help=True)
 Model = Annotated[str, typer.Option(help="Folder of a training run, or its model.safetensors.")]
 Data = Annotated[str | None, typer.Option(help="Data set; else the one the run was trained on.")]
 
 
-@app.command("craft")
+@app.command("craft", cls=NamingCommand)
 def craft(
     model: Model,
     data: Data = None,
-    attack: Annotated[str, typer.Option(help=f"One of {', '.join(attacks.names('universal'))}.")] = "stochastic-pgd",
+    attack: Annotated[str, typer.Option(help="One of {universal_attacks}.")] = "stochastic-pgd",
     eps: Annotated[str, typer.Option(help="Radius, such as 0.2 or 10/255.")] = "10/255",
     norm: Annotated[str | None, typer.Option(help="Norm of the ball.")] = None,
     set_: Set = None,
@@ -40,6 +33,11 @@ def craft(
 
     Example: `gambeson uap craft --model runs/x --eps 0.2 --out uap.safetensors`
     """
+    from gambeson import attacks
+    from gambeson.base import UserError, pick_device
+    from gambeson.evaluation import load_subject
+    from gambeson.victim import Victim
+
     settings: dict[str, Any] = {"eps": eps}
     put(settings, "norm", norm)
     put_all(settings, set_)
@@ -72,6 +70,11 @@ def score(
 
     Example: `gambeson uap score uap.safetensors --model runs/x`
     """
+    from gambeson.attacks import UniversalPerturbation
+    from gambeson.base import UserError, pick_device
+    from gambeson.evaluation import accuracy, control_rates, fooling_rate, load_subject, universal_evasion
+    from gambeson.evaluation.universal import judged
+
     uap = UniversalPerturbation.load(file)
     with progress(as_json) as console:
         subject = load_subject(model, data, pick_device(device))
@@ -114,6 +117,9 @@ def list_(
 
     Example: `gambeson uap list runs`
     """
+    from gambeson.attacks import UniversalPerturbation
+    from gambeson.base import UserError
+
     files = [file for place in places for file in (sorted(place.rglob("*.safetensors")) if place.is_dir() else [place])]
     named = {file for file in places if not file.is_dir()}
     found: list[tuple[Path, UniversalPerturbation]] = []

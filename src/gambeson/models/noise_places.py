@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from gambeson.base import UserError, unknown_name
 from gambeson.models.blocks import ResNet
+
+if TYPE_CHECKING:
+    from torchvision.models import ResNet as TorchvisionResNet
 
 _WITH_CONVOLUTION = (
     _BatchNorm,
@@ -33,7 +35,9 @@ def places_of(body: nn.Module, example: torch.Tensor) -> tuple[list[str], list[s
     """
     if isinstance(body, ResNet):
         return [name for name, _ in body.named_modules() if name == "relu1" or name.endswith(".relu2")], []
-    if isinstance(body, torchvision.models.ResNet):
+    from torchvision.models import ResNet as TorchvisionResNet  # takes longer to import than torch itself
+
+    if isinstance(body, TorchvisionResNet):
         return [], _torchvision_places(body)
     after = _after_convolutions(body, example)
     if not after:
@@ -94,10 +98,12 @@ def feature_shapes(
     return {name: shapes.pop() for name, shapes in found.items()}
 
 
-def _torchvision_places(body: torchvision.models.ResNet) -> list[str]:
+def _torchvision_places(body: TorchvisionResNet) -> list[str]:
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+
     # Noise on the last normalisation of a block is noise on the sum with the shortcut, before the last ReLU; the ReLU
     # itself cannot be wrapped, for a block has but one, which it uses twice or more.
-    last = {torchvision.models.resnet.BasicBlock: "bn2", torchvision.models.resnet.Bottleneck: "bn3"}
+    last = {BasicBlock: "bn2", Bottleneck: "bn3"}
     return ["bn1"] + [f"{name}.{last[type(module)]}" for name, module in body.named_modules() if type(module) in last]
 
 

@@ -5,21 +5,26 @@ from __future__ import annotations
 import re
 from functools import cache
 from importlib.resources import files
-
-from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
+from typing import TYPE_CHECKING
 
 from gambeson.report.page import Page
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 
 def render(page: Page) -> str:
     """Write the page. What comes from files is escaped; style, library and chart data are not."""
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
     return _template().render(page=page, style=Markup(_text("style.css")), plotly=Markup(get_plotlyjs()))
 
 
 @cache
 def _template() -> Template:
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
     environment = Environment(
         loader=FunctionLoader(_text), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -11,7 +11,6 @@ import torch
 from pydantic import Field
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from gambeson import models
 from gambeson.base import Config, generator, seeded, task
@@ -103,11 +102,15 @@ def matmul_peaks(settings: BenchSettings) -> dict[str, float]:
 class _Operations(TorchDispatchMode):
     """Counts by torch's own formulas; its counter by module cannot watch ``torch.autograd.grad``."""
 
-    total = 0
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # imports triton
+
+        super().__init__()
+        self.total, self.formulas = 0, flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if formula := flop_registry.get(func.overloadpacket):
+        if formula := self.formulas.get(func.overloadpacket):
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -91,6 +90,8 @@ class Run:
     ) -> None:
         self.model, self.defense, self.recipe, self.seed, self.out = model, defense, recipe, seed, out
         self.device = Victim(model).device
+        from accelerate import Accelerator
+
         self.accelerator = Accelerator(
             cpu=self.device.type == "cpu",
             device_placement=False,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any
 
 from gambeson.base import UserError
 from gambeson.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def tracking(recipe: Recipe, out: Path | None) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""What a start costs: help and ``import gambeson`` wait for no heavy library."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+
+import gambeson as gb
+from gambeson import attacks, defenses
+from gambeson.auditing import SUITES
+from gambeson.cli.app import run
+from gambeson.models.export import TARGETS
+
+HEAVY = {
+    "torchvision",
+    "accelerate",
+    "plotly",
+    "jinja2",
+    "scipy",
+    "httpx",
+    "pooch",
+    "pandas",
+    "sklearn",
+    "torch._dynamo",
+}
+COMMANDS = ["quickstart", "train", "audit", "attack", "transfer", "report", "export", "data", "uap", "bench"]
+EVERY_PACKAGE = "import gambeson as gb; [getattr(gb, name) for name in gb.__all__]"
+
+
+def start(arguments, code="from gambeson.cli import main; main()"):
+    """Run Python anew: its output, the modules that it imported, and the seconds of processor time that it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    script = f"import atexit, sys\natexit.register(lambda: print(*sys.modules, file=sys.stderr))\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done.stdout, set(done.stderr.split()), after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_help_lists_every_command_without_torch():
+    text, modules, seconds = start(["--help"])
+    for name in COMMANDS:
+        assert re.search(rf"^\W+{name} +\w.*\.", text, re.MULTILINE), name
+    assert {"gambeson", "gambeson.cli.audit"} <= modules
+    assert not modules & (HEAVY | {"torch", "numpy", "gambeson.base"})
+    assert seconds < 1.5
+
+
+@pytest.mark.parametrize("command", ["audit", "transfer", "export", "data get", "bench training"])
+def test_help_of_a_command_needs_no_torch(command):
+    _, modules, seconds = start([*command.split(), "--help"])
+    assert not modules & (HEAVY | {"torch", "numpy"})
+    assert seconds < 1.5
+
+
+def test_import_costs_no_more_than_that_of_torch():
+    _, modules, seconds = start([], "import gambeson")
+    assert not modules & (HEAVY | {"torch", "pydantic"})
+    assert seconds < start([], "import torch")[2] + 0.5
+
+
+def test_no_package_imports_what_only_some_of_its_functions_use():
+    _, modules, _ = start([], EVERY_PACKAGE)
+    assert {"torch", "gambeson.attacks.square", "gambeson.report.html", "gambeson.training.loop"} <= modules
+    assert not modules & HEAVY
+
+
+def test_lazy_names_are_those_of_the_packages():
+    from gambeson.auditing import audit
+    from gambeson.training import train
+
+    assert gb.train is train
+    assert gb.audit is audit
+    assert gb.UserError is gb.base.UserError
+    assert set(gb.__all__) <= set(dir(gb))
+    for name in gb.__all__:
+        assert getattr(gb, name) is not None
+    with pytest.raises(AttributeError, match="module 'gambeson' has no attribute 'atacks'"):
+        _ = gb.atacks
+    with pytest.raises(ImportError, match="cannot import name 'atacks'"):
+        exec("from gambeson import atacks")
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        (["audit"], "{}, {} or {}:".format(*SUITES)),
+        (["export"], "{}, {} or {}.".format(*TARGETS)),
+        (["train"], f"One of {', '.join(defenses.names())}."),
+        (["attack"], f"standard, or one of {', '.join(attacks.names('image'))} (pgd)."),
+        (["uap", "craft"], f"One of {', '.join(attacks.names('universal'))}."),
+    ],
+)
+def test_help_names_what_can_be_chosen(capsys, command, names):
+    for _ in range(2):
+        assert run([*command, "--help"]) == 0
+        text = re.sub(r"[\s│]+", "", capsys.readouterr().out)  # without the table's lines and wrapping
+        assert names.replace(" ", "") in text
