@@ -6,15 +6,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
-
 from gambeson.base import write_text
 from gambeson.evaluation.transfer import TransferResult, TransferTable
 
 
 def write_heat_map(result: TransferResult, path: Path) -> Path:
     """Write a page with one heat map an attack: sources down, targets across, errors in per cent with intervals."""
+    from plotly.subplots import make_subplots  # imported where it is used: attacking and training run without it
+
     count = len(result.tables)
     figure = make_subplots(rows=count, cols=1, subplot_titles=[escape(table.attack) for table in result.tables])
     labels = [escape(label) for label in result.labels]
@@ -32,6 +31,8 @@ def write_heat_map(result: TransferResult, path: Path) -> Path:
 
 
 def _map(table: TransferTable, labels: list[str]) -> Any:
+    import plotly.graph_objects as go
+
     values = [[None if rate is None else 100 * rate.value for rate in row] for row in table.errors]
     words = [["" if rate is None else str(rate) for rate in row] for row in table.errors]
     return go.Heatmap(

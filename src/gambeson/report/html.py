@@ -8,13 +8,14 @@ from importlib.resources import files
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from gambeson.report.page import Page
 
 
 def render(page: Page) -> str:
     """Write the page. What comes from files is escaped; style, library and chart data are not."""
+    from plotly.offline import get_plotlyjs  # imported where it is used: attacking and training run without it
+
     return _template().render(page=page, style=Markup(_text("style.css")), plotly=Markup(get_plotlyjs()))
 
 
