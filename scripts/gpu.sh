@@ -13,7 +13,7 @@ PYTHON=${PYTHON:-python3} PARTS=${PARTS:-machine tests bench training}
 export PYTHONPATH="$here/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 mkdir -p "$out"
 began=$(date +%s)
-end=$((began + minutes * 60))
+end=$((began + $("$PYTHON" -c "print(int(60 * $minutes))")))
 
 visit() { # PART SHARE [option...]: at most SHARE per cent of what is left, killed 10 seconds later
   part=$1 share=$2

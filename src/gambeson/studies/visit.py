@@ -58,6 +58,8 @@ class Visit(Config):
     low: bool = True
     """Whether bfloat16 is used: in training, crafting and the benchmarks; verdicts are always in float32."""
     device: str
+    seeds: int = 3
+    """Runs of each defence; every defence has its first before any has a second."""
     seed: int = 0
 
     @property
@@ -86,6 +88,7 @@ def tiny(device: str) -> Visit:
         matrix=64,
         copied=2**16,
         low=False,
+        seeds=1,
         device=device,
     )
 

@@ -23,7 +23,6 @@ from gambeson.training.batches import Epoch
 from gambeson.training.loop import Run
 from gambeson.victim import Fast, Victim
 
-SEEDS = 3
 SLACK = 1.15
 """Trainings and audits are expected to take so much longer than measured."""
 FIRST_AUDIT = 25.0
@@ -78,7 +77,7 @@ def run_trainings(visit: Visit, book: Notebook, done: list[dict[str, Any]], only
     }
     jobs = [
         (name, visit.seed + seed)
-        for seed in range(SEEDS)
+        for seed in range(visit.seeds)
         for name in chosen
         if (name, visit.seed + seed, data.name, visit.model) not in finished
     ]

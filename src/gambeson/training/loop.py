@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import is_initialized
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -91,11 +92,9 @@ class Run:
     ) -> None:
         self.model, self.defense, self.recipe, self.seed, self.out = model, defense, recipe, seed, out
         self.device = Victim(model).device
+        # Its state is the process's: a training on another device or in another precision must not ask to change it.
         self.accelerator = Accelerator(
-            cpu=self.device.type == "cpu",
-            device_placement=False,
-            mixed_precision="bf16" if recipe.precision == "bfloat16" else "no",
-            **tracking(recipe, out),
+            cpu=self.device.type == "cpu" and not is_initialized(), device_placement=False, **tracking(recipe, out)
         )
         if recipe.track != "none":
             self.accelerator.init_trackers("gambeson")
@@ -210,7 +209,7 @@ class Run:
     def _descend(self, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
         phases = self.objective.phases(self.model, batch)
         while True:
-            with self.accelerator.autocast():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
                 phase = next(phases, None)
             if phase is None:
                 return
@@ -218,7 +217,7 @@ class Run:
 
     def _step(self, loss: torch.Tensor, moving: set[nn.Parameter] | None) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
+        loss.backward()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         if moving is not None:
             for parameter in parameters:
