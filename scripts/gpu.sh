@@ -18,6 +18,7 @@ end=$((began + $("$PYTHON" -c "print(int(60 * $minutes))")))
 visit() { # PART SHARE [option...]: at most SHARE per cent of what is left, killed 10 seconds later
   part=$1 share=$2
   shift 2
+  [ "$part" != "${PARTS##* }" ] || share=97 # the last part has all that is left
   left=$((end - $(date +%s)))
   [ "$left" -gt 0 ] || return 0
   seconds=$((left * share / 100))

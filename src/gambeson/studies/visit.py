@@ -39,7 +39,7 @@ class Visit(Config):
     """Radii of the universal perturbations that models are audited with."""
     batch_size: int = 512
     lr: float = 0.2
-    epochs: tuple[int, int] = (8, 20)
+    epochs: tuple[int, int] = (10, 20)
     """The fewest and the most epochs of a training; as many as let every defence have its turn."""
     craft_steps: int = 7
     """Of the inner attack of PGD adversarial training."""

@@ -17,6 +17,9 @@ from gambeson.studies.bench import bench_attacks
 from gambeson.studies.bench_training import bench_training
 from gambeson.studies.timing import BenchResult, BenchSettings
 from gambeson.studies.visit import Notebook, Peak, Visit, dataset, peaks_of, seconds_of, wait
+from gambeson.studies.visit_training import defenses, recipe
+from gambeson.training.batches import Epoch
+from gambeson.training.loop import Run
 from gambeson.victim import Fast, Victim
 
 
@@ -37,8 +40,9 @@ def run_benchmarks(visit: Visit, book: Notebook) -> None:
         book.attempt(
             f"training, {batch_size} images", partial(_side_by_side, "training", bench_training, trained, book), 8
         )
+        if batch_size == visit.bench_batches[0]:
+            book.attempt("profiles", lambda: _profiles(visit, book), 8)
     book.attempt("universal crafting", lambda: _universal(visit, book), 15)
-    book.attempt("profile of an attack", lambda: _profile(visit, book), 8)
     if accelerated:
         book.attempt("convolutions chosen by trial", lambda: _by_trial(visit, book), 8)
         book.attempt("compiled copy", lambda: _compiled(visit, book), 75)
@@ -85,6 +89,8 @@ def _universal(visit: Visit, book: Notebook) -> None:
     for name, settings in (("default", small), ("two climbs", climb)):
         attack = StochasticPGD(eps=visit.eps, **settings)
         for kind, fast in _copies(visit).items():
+            if name == "default" and kind == "float32":
+                continue  # the long one, and the least informative of the three
             found: dict[str, Any] = {}
 
             def craft(attack: StochasticPGD = attack, fast: Fast | None = fast, found: dict[str, Any] = found) -> None:
@@ -104,36 +110,45 @@ def _copies(visit: Visit) -> dict[str, Fast | None]:
     return {"model itself": None, "float32": Fast()} | ({"bfloat16": Fast(precision="bfloat16")} if visit.low else {})
 
 
-def _profile(visit: Visit, book: Notebook) -> None:
-    """Kernels and their time in one attack of ten steps, beside the time that passes; and the host's waits."""
-    from torch.profiler import ProfilerActivity, profile
-
+def _profiles(visit: Visit, book: Notebook) -> None:
+    """Where the time of an attack of ten steps goes, and that of a step of PGD adversarial training."""
     model, x, y = _network(visit)
     attack = PGD(eps=visit.eps, steps=10, early_stop=False)
     for kind, fast in _copies(visit).items():
         with Victim(model, fast=fast or False) as victim:
-            plain = seconds_of(lambda victim=victim: attack(victim, x, y), 2, 1)  # type: ignore[misc]
-            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-            with profile(activities=activities) as seen:
-                attack(victim, x, y)
-                wait()
-        events = seen.key_averages()
-        kernels = [event for event in events if str(event.device_type).endswith("CUDA")]
-        busy = sum(event.self_device_time_total for event in kernels) / 1e6
-        waits = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::_local_scalar_dense"}
-        book.note(
-            "profile",
-            copy=kind,
-            batch_size=len(x),
-            seconds=plain,
-            kernel_seconds=busy,
-            kernels=sum(event.count for event in kernels),
-            waits={event.key: event.count for event in events if event.key in waits},
-            longest=[
-                [event.key[:80], event.count, round(event.self_device_time_total / 1e3, 2)]
-                for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:12]
-            ],
-        )
+            _profile(f"PGD-10, {kind}", lambda victim=victim: attack(victim, x, y), book)  # type: ignore[misc]
+    data = dataset(visit)
+    how, defense = recipe(visit, 2), defenses(visit)["pgd-adversarial"]
+    run = Run(model, data, defense, how, visit.seed, None)
+    batch = Epoch(run.train, how, 1, visit.seed, 0, run.device)[0]
+    model.train()
+    _profile("a step of pgd-adversarial", lambda: run.take(batch), book)
+
+
+def _profile(name: str, job: Callable[[], object], book: Notebook) -> None:
+    """Note the kernels of a job and their time, beside the time that passes, and how often the host waits."""
+    from torch.profiler import ProfilerActivity, profile
+
+    plain = seconds_of(job, 3, 2)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=activities) as seen:
+        job()
+        wait()
+    events = seen.key_averages()
+    kernels = [event for event in events if str(event.device_type).endswith("CUDA")]
+    waits = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::_local_scalar_dense"}
+    book.note(
+        "profile",
+        name=name,
+        seconds=plain,
+        kernel_seconds=sum(event.self_device_time_total for event in kernels) / 1e6,
+        kernels=sum(event.count for event in kernels),
+        waits={event.key: event.count for event in events if event.key in waits},
+        longest=[
+            [event.key[:80], event.count, round(event.self_device_time_total / 1e3, 2)]
+            for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:12]
+        ],
+    )
 
 
 @contextlib.contextmanager

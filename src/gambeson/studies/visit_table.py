@@ -24,7 +24,7 @@ def print_table(lines: list[dict[str, Any]]) -> None:
             print(f"PGD-10, {line['setting']}, {line['copy']}: {line['images_a_second']:.0f} images/s")
         elif kind == "profile":
             print(
-                f"PGD-10, {line['copy']}: {1e3 * line['seconds']:.0f} ms, of which kernels "
+                f"{line['name']}: {1e3 * line['seconds']:.0f} ms, of which kernels "
                 f"{1e3 * line['kernel_seconds']:.0f} ms in {line['kernels']}; waits {line['waits']}"
             )
         elif kind == "step":

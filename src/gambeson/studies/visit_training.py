@@ -25,7 +25,7 @@ from gambeson.victim import Fast, Victim
 
 SLACK = 1.15
 """Trainings and audits are expected to take so much longer than measured."""
-FIRST_AUDIT = 25.0
+FIRST_AUDIT = 18.0
 """Seconds that an audit on an accelerator is expected to take before one has been timed."""
 
 
