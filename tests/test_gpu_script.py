@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from gambeson.base import UserError
+from gambeson.base.tensors import save_tensors
 from gambeson.data import load
 from gambeson.data.pieces import load_available, read_piece, unpack, write_pieces
 from gambeson.data.prepare import stored_file
 from gambeson.data.registry import RECIPES
-from gambeson.base.tensors import save_tensors
 from gambeson.studies.visit import Notebook, read_lines
 from gambeson.studies.visit_training import choose_epochs
 
@@ -166,5 +166,7 @@ def test_running_needs_no_report_library():
     """A machine that trains and attacks may lack plotly."""
     code = "import sys; sys.modules['plotly'] = None; import gambeson, gambeson.cli, gambeson.studies.visit"
     began = time.monotonic()
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=200, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=200, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    )
     assert time.monotonic() - began < 200

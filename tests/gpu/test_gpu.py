@@ -59,7 +59,7 @@ def model(data):
     return net.cpu().eval()
 
 
-@pytest.fixture()
+@pytest.fixture
 def pair(model):
     return copy.deepcopy(model), copy.deepcopy(model).to(GPU)
 

@@ -18,9 +18,10 @@ from PIL import Image, UnidentifiedImageError
 from gambeson.base.errors import UserError
 from gambeson.base.files import write_bytes
 from gambeson.base.tensors import load_tensors, save_tensors
-from gambeson.data.dataset import Dataset, cut
+from gambeson.data.dataset import Dataset
 from gambeson.data.formats import opening, read_members
 from gambeson.data.load import data_root, load
+from gambeson.data.partition import partition
 from gambeson.data.prepare import check_content, prepare, stored_file
 from gambeson.data.registry import RECIPES, Recipe
 from gambeson.data.split import Split
@@ -135,7 +136,7 @@ def unpack(files: Sequence[Path], root: str | Path | None = None) -> dict[str, s
 def load_available(name: str, root: str | Path | None = None) -> Dataset:
     """Load a named data set, or as much of it as unpacked pieces hold, under a name that says so.
 
-    What is missing from train is missing; a tenth of the training images there are is validation, as it is always cut.
+    A tenth of the training images that there are is validation.
 
     Raises:
         UserError: neither the data set nor a piece with training and test images is there.
@@ -147,13 +148,11 @@ def load_available(name: str, root: str | Path | None = None) -> Dataset:
     classes = tuple(recipe.classes or about["classes"])
     title = f"{name}[{len(tensors['train_labels'])}]"
     whole = Split(title, tensors["train_images"], tensors["train_labels"], classes)
-    first = cut(whole, title, (0.05, 0.05))  # its last part is joined to the second: validation has a tenth
-    held = torch.cat([first.validation.images, first.test.images])
-    labels = torch.cat([first.validation.labels, first.test.labels])
+    train, validation = partition(whole.labels, [max(2, len(whole) // 10)], name)
     return Dataset(
         title,
-        first.train,
-        Split(f"{title}/validation", held, labels, classes),
+        whole.subset(train, f"{title}/train"),
+        whole.subset(validation, f"{title}/validation"),
         Split(f"{name}/test", tensors["test_images"], tensors["test_labels"], classes),
         classes,
     )
@@ -169,7 +168,9 @@ def _joined(recipe: Recipe, folder: Path) -> tuple[dict[str, torch.Tensor], dict
             if about[part]["count"] and about[part]["first"] >= reached:
                 blocks.append((tensors[f"{part}_images"], tensors[f"{part}_labels"]))
                 reached = about[part]["first"] + about[part]["count"]
-        joined[f"{part}_images"] = torch.cat([torch.empty((0, *recipe.shape), dtype=torch.uint8), *(b[0] for b in blocks)])
+        joined[f"{part}_images"] = torch.cat(
+            [torch.empty((0, *recipe.shape), dtype=torch.uint8), *(b[0] for b in blocks)]
+        )
         joined[f"{part}_labels"] = torch.cat([torch.empty(0, dtype=torch.int64), *(b[1] for b in blocks)])
     return joined, stored[0][1]
 

@@ -36,7 +36,9 @@ def run_benchmarks(visit: Visit, book: Notebook) -> None:
             **({} if accelerated else {"channels": 1, "image_size": 8, "steps": 1}),
         )
         trained = settings.model_copy(update={"steps": visit.craft_steps})
-        book.attempt(f"attacks, {batch_size} images", partial(_side_by_side, "attacks", bench_attacks, settings, book), 8)
+        book.attempt(
+            f"attacks, {batch_size} images", partial(_side_by_side, "attacks", bench_attacks, settings, book), 8
+        )
         book.attempt(
             f"training, {batch_size} images", partial(_side_by_side, "training", bench_training, trained, book), 8
         )

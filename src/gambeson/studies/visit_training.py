@@ -199,9 +199,7 @@ def _audit(visit: Visit, data: Dataset, name: str, seed: int, epochs: int, model
     found["pgd"] = robust.value
     for eps in visit.audited:
         began = time.monotonic()
-        attack = StochasticPGD(
-            eps=eps, screened=0, steps=visit.uap_steps, batch_size=visit.uap_batch, restarts=2
-        )
+        attack = StochasticPGD(eps=eps, screened=0, steps=visit.uap_steps, batch_size=visit.uap_batch, restarts=2)
         with Victim(model, fast=fast) as victim:
             uap = attack.craft(victim, data, seed=seed)
         crafted = round(time.monotonic() - began, 2)

@@ -56,8 +56,8 @@ class Victim:
     """A model under attack. Use it as a context manager; inside, it is frozen (see :func:`frozen`).
 
     A fast victim answers with a copy whose BatchNorms are folded into its convolutions (:func:`folded`) and, on a
-    CPU and in the short types, whose images lie channels-last: about half the time of the model itself. Scores are never taken on the
-    copy: :meth:`exact` is the model as it was given.
+    CPU and in the short types, whose images lie channels-last: on a CPU about half the time of the model itself.
+    Scores are never taken on the copy: :meth:`exact` is the model as it was given.
 
     Args:
         model: any module from pixels (N, C, H, W) in [0, 1] to logits.
