@@ -166,9 +166,9 @@ def test_jacobian_projection_has_the_exact_norm_as_its_mean(pair, data):
     values = []
     for seed in range(40):
         term = gb.defenses.Jacobian(strength=1.0).terms()["jacobian"][1]
-        values.append(float(term(pair[1], Batch(images=x, labels=y, seed=seed))))
+        values.append(float(term(pair[1], Batch(images=x, labels=y, seed=seed)).detach()))
     exact = gb.defenses.Jacobian(strength=1.0, estimator="exact").terms()["jacobian"][1]
-    assert sum(values) / 40 == pytest.approx(float(exact(pair[1], Batch(images=x, labels=y, seed=0))), rel=0.1)
+    assert sum(values) / 40 == pytest.approx(float(exact(pair[1], Batch(images=x, labels=y, seed=0)).detach()), rel=0.1)
 
 
 @pytest.mark.parametrize("fast", [False, Fast(), Fast(precision="bfloat16")], ids=["plain", "folded", "bfloat16"])
@@ -305,6 +305,17 @@ def test_the_fast_copys_logits_and_gradients_are_the_models(pair, data, precisio
     bounds = {"float32": (1e-3, 1e-3), "bfloat16": (0.05, 0.3), "float16": (0.01, 0.1)}[precision]
     for (one, other), bound in zip(zip(*found, strict=True), bounds, strict=True):
         assert (one - other).norm() / one.norm() < bound
+
+
+@pytest.mark.parametrize("outer", ["tf32", "autocast"])
+def test_a_copy_is_folded_where_the_users_precision_is_low(pair, data, outer):
+    """The proof of a folded copy is taken in float32 proper, whatever convolutions or autocast round off outside."""
+    x, _ = (t.to(GPU) for t in batch_of(data, 64))
+    torch.backends.cudnn.allow_tf32 = outer == "tf32"
+    with torch.autocast(GPU, torch.bfloat16, enabled=outer == "autocast"), Victim(pair[1], fast=True) as victim:
+        victim(x)
+        assert victim.notes.startswith("a copy with 19 BatchNorms folded")
+    assert torch.backends.cudnn.allow_tf32 == (outer == "tf32")
 
 
 def test_the_fast_copy_follows_the_weights(pair, data):

@@ -18,6 +18,7 @@ from gambeson.base import (
     UserError,
     average,
     load_tensors,
+    repeatable,
     save_tensors,
     seeded,
     share_first,
@@ -188,10 +189,11 @@ class Run:
     def take(self, batch: Batch) -> Losses:
         """Take one step: every phase of the objective, and what follows it; return the losses, detached."""
         found: Losses = {}
-        for losses, moving in self._descend(batch):
-            self._step(losses["loss"], moving)
-            for name, value in losses.items():
-                found[name] = found[name] + value.detach() if name in found else value.detach()
+        with repeatable():
+            for losses, moving in self._descend(batch):
+                self._step(losses["loss"], moving)
+                for name, value in losses.items():
+                    found[name] = found[name] + value.detach() if name in found else value.detach()
         self.objective.follow(batch)
         if self.shadow is not None:
             self.shadow.update_parameters(self.model)
