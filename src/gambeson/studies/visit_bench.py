@@ -44,10 +44,10 @@ def run_benchmarks(visit: Visit, book: Notebook) -> None:
         )
         if batch_size == visit.bench_batches[0]:
             book.attempt("profiles", lambda: _profiles(visit, book), 8)
+            if accelerated:
+                book.attempt("compiled copy", lambda: _compiled(visit, book), 40)
+                book.attempt("convolutions chosen by trial", lambda: _by_trial(visit, book), 8)
     book.attempt("universal crafting", lambda: _universal(visit, book), 15)
-    if accelerated:
-        book.attempt("convolutions chosen by trial", lambda: _by_trial(visit, book), 8)
-        book.attempt("compiled copy", lambda: _compiled(visit, book), 75)
 
 
 def _side_by_side(
