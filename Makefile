@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test test-full lint picture clean
+.PHONY: quickstart test test-full lint picture bundle clean
 
 quickstart: $(VENV)/.quickstart   ## find a universal perturbation, harden the model, open report.html
 	$(BIN)/gambeson quickstart --out runs/quickstart
@@ -24,6 +24,9 @@ picture: quickstart $(VENV)/.dev     ## the README's pictures and stored results
 	  mkdir -p results/quickstart/$$model; \
 	  cp runs/quickstart/$$model-audit/result.json runs/quickstart/$$model-audit/run.yaml results/quickstart/$$model/; \
 	done
+
+bundle: $(VENV)/.quickstart        ## all that a machine without network needs, in pieces under 60 MiB
+	$(BIN)/python scripts/bundle.py pack
 
 # A stamp a set of extras: made again only when pyproject.toml changes.
 $(VENV)/.quickstart: pyproject.toml | $(BIN)/python

@@ -153,3 +153,12 @@ def test_compiled_or_not_the_answer_is_the_same_and_the_notes_say_which(monkeypa
     with Victim(model, fast=Fast(compile=True)) as victim:
         torch.testing.assert_close(victim(x), model(x))
         assert "not compiled (RuntimeError)" in victim.notes
+
+
+def test_a_copy_is_folded_under_autocast_too():
+    """What autocast rounds off says nothing about the folding; training in bfloat16 crafts under it."""
+    model = gb.models.create("resnet20x0.5", in_channels=3, classes=10, image_size=16).eval()
+    x = torch.rand(4, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16), Victim(model, fast=True) as victim:
+        victim(x)
+        assert victim.notes.startswith("a copy with 19 BatchNorms folded")

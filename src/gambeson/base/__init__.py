@@ -1,7 +1,7 @@
 """What every room stands on: errors, validated configuration, numbers, seeds and atomic files."""
 
 from gambeson.base.config import Config, Number
-from gambeson.base.devices import pick_device
+from gambeson.base.devices import full_precision, pick_device, repeatable
 from gambeson.base.environment import environment
 from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, unknown_name
 from gambeson.base.files import read_json, write_bytes, write_json, write_text, write_yaml
@@ -21,6 +21,7 @@ __all__ = [
     "close_run",
     "derive",
     "environment",
+    "full_precision",
     "generator",
     "load_tensors",
     "open_run",
@@ -29,6 +30,7 @@ __all__ = [
     "place",
     "read_json",
     "read_settings",
+    "repeatable",
     "save_tensors",
     "seeded",
     "share_first",

@@ -16,6 +16,7 @@ from gambeson.base import (
     UserError,
     average,
     load_tensors,
+    repeatable,
     save_tensors,
     seeded,
     share_first,
@@ -91,11 +92,11 @@ class Run:
         self.model, self.defense, self.recipe, self.seed, self.out = model, defense, recipe, seed, out
         self.device = Victim(model).device
         from accelerate import Accelerator
+        from accelerate.state import is_initialized
 
+        # Its state is the process's: a training on another device or in another precision must not ask to change it.
         self.accelerator = Accelerator(
-            cpu=self.device.type == "cpu",
-            device_placement=False,
-            **tracking(recipe, out),
+            cpu=self.device.type == "cpu" and not is_initialized(), device_placement=False, **tracking(recipe, out)
         )
         if recipe.track != "none":
             self.accelerator.init_trackers("gambeson")
@@ -189,10 +190,11 @@ class Run:
     def take(self, batch: Batch) -> Losses:
         """Take one step: every phase of the objective, and what follows it; return the losses, detached."""
         found: Losses = {}
-        for losses, moving in self._descend(batch):
-            self._step(losses["loss"], moving)
-            for name, value in losses.items():
-                found[name] = found[name] + value.detach() if name in found else value.detach()
+        with repeatable():
+            for losses, moving in self._descend(batch):
+                self._step(losses["loss"], moving)
+                for name, value in losses.items():
+                    found[name] = found[name] + value.detach() if name in found else value.detach()
         self.objective.follow(batch)
         if self.shadow is not None:
             self.shadow.update_parameters(self.model)
@@ -210,7 +212,6 @@ class Run:
     def _descend(self, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
         phases = self.objective.phases(self.model, batch)
         while True:
-            # Not Accelerator's own precision, which a process cannot change from one training to the next.
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
                 phase = next(phases, None)
             if phase is None:
@@ -219,7 +220,7 @@ class Run:
 
     def _step(self, loss: torch.Tensor, moving: set[nn.Parameter] | None) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
+        loss.backward()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         if moving is not None:
             for parameter in parameters:

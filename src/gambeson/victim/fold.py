@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
-from gambeson.base import seeded
+from gambeson.base import full_precision, seeded
 from gambeson.victim.outputs import logits_of
 
 TOLERANCE = 1e-4
@@ -49,10 +49,14 @@ class Folded:
             self.view.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
             self.view.set_submodule(norm_name, nn.Identity())
         self.view.requires_grad_(False)
-        with torch.no_grad(), seeded(0, "proof"):
-            expected = logits_of(model(example))
-        with torch.no_grad(), seeded(0, "proof"):  # a model that draws noise draws the same again
-            found = logits_of(self.view(example))
+        with (
+            torch.no_grad(),
+            full_precision(example.device),
+        ):  # what TF32 or autocast rounds off is no proof of anything
+            with seeded(0, "proof"):
+                expected = logits_of(model(example))
+            with seeded(0, "proof"):  # a model that draws noise draws the same again
+                found = logits_of(self.view(example))
         if float((expected - found).abs().max()) > TOLERANCE * max(1.0, float(expected.abs().max())):
             self.view, self.pairs = plain, []
 

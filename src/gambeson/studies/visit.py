@@ -1,0 +1,291 @@
+"""A visit to an accelerator: what is worth measuring in the few minutes that one is at hand, in order, kept as it goes.
+
+Each part appends what it found to one file of JSON lines as soon as it is known, so that nothing is lost when the
+minutes end. A part that fails leaves its error there, and the next one runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gambeson.base import Config, environment, pick_device
+from gambeson.data import Dataset, load
+from gambeson.data.pieces import load_available
+from gambeson.data.registry import RECIPES
+
+GIB = 2**30
+
+
+class Visit(Config):
+    """What is measured, and how large; the defaults are for an accelerator."""
+
+    data: str = "cifar10"
+    """Of what there is of it, see :func:`gambeson.data.pieces.load_available`."""
+    model: str = "resnet18"
+    eps: float = 8 / 255
+    """Of training, and of the first audit."""
+    audited: tuple[float, ...] = (8 / 255, 10 / 255)
+    """Radii of the universal perturbations that models are audited with."""
+    batch_size: int = 512
+    lr: float = 0.2
+    epochs: tuple[int, int] = (10, 20)
+    """The fewest and the most epochs of a training; as many as let every defence have its turn."""
+    craft_steps: int = 7
+    """Of the inner attack of PGD adversarial training."""
+    uap_steps: int = 200
+    uap_batch: int = 256
+    """Steps and images of one climb of the audits' universal attack; two climbs, from zero and from random signs."""
+    pgd_images: int = 2000
+    """Test images that the audits attack one by one."""
+    pgd_steps: int = 20
+    bench_batches: tuple[int, ...] = (512, 128)
+    rounds: int = 5
+    matrix: int = 8192
+    """Side of the matrices whose product is timed."""
+    copied: int = 2**31
+    """Bytes of the tensor whose copy is timed."""
+    low: bool = True
+    """Whether bfloat16 is used: in training, crafting and the benchmarks; verdicts are always in float32."""
+    device: str
+    seeds: int = 3
+    """Runs of each defence; every defence has its first before any has a second."""
+    seed: int = 0
+
+    @property
+    def precision(self) -> str:
+        """What models are trained and attacked in."""
+        return "bfloat16" if self.low else "float32"
+
+
+def tiny(device: str) -> Visit:
+    """The same on 8 x 8 digits, in seconds: a rehearsal, whose numbers say nothing."""
+    return Visit(
+        data="digits",
+        model="lenet5",
+        eps=0.1,
+        audited=(0.1,),
+        batch_size=64,
+        lr=0.05,
+        epochs=(1, 1),
+        craft_steps=1,
+        uap_steps=2,
+        uap_batch=16,
+        pgd_images=32,
+        pgd_steps=2,
+        bench_batches=(4,),
+        rounds=3,
+        matrix=64,
+        copied=2**16,
+        low=False,
+        seeds=1,
+        device=device,
+    )
+
+
+class Notebook:
+    """The file of JSON lines, and the clock.
+
+    Args:
+        path: the file; lines are appended.
+        seconds: from now until everything has to be over.
+    """
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        self.path, self.end = path, time.monotonic() + seconds
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def left(self) -> float:
+        """Seconds left."""
+        return self.end - time.monotonic()
+
+    def note(self, kind: str, **values: Any) -> None:
+        """Append one line, on disk before this returns, and print it in short."""
+        line = json.dumps({"kind": kind, **values}, sort_keys=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        print(f"[{self.left:4.0f} s left] {line[:160]}", flush=True)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What is in the file so far."""
+        return read_lines(self.path)
+
+    def attempt(self, name: str, job: Callable[[], object], needs: float = 0.0) -> bool:
+        """Run a job if its seconds are left; note its error, or that there was no time. Return whether it ran through.
+
+        Args:
+            name: what the notes call it.
+            job: it writes its own notes.
+            needs: seconds that it is expected to take.
+        """
+        if self.left < needs or self.left <= 0:
+            self.note("skipped", name=name, needs=round(needs, 1), left=round(self.left, 1))
+            return False
+        began = time.monotonic()
+        try:
+            job()
+        except Exception as error:  # whatever one part runs into, the others still tell something
+            text = traceback.format_exc(limit=-6)
+            self.note("error", name=name, error=f"{type(error).__name__}: {error}"[:500], trace=text[-2500:])
+            return False
+        finally:
+            free()
+        self.note("took", name=name, seconds=round(time.monotonic() - began, 2))
+        return True
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines; a last line that was cut is left out, a missing file is empty."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+def dataset(visit: Visit) -> Dataset:
+    """The data, whole or as much as there is."""
+    recipe = RECIPES.get(visit.data)
+    return load_available(visit.data) if recipe is not None and recipe.source[1] else load(visit.data)
+
+
+def wait() -> None:
+    """Wait for the accelerator."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def free() -> None:
+    """Give the allocator's unused memory back."""
+    if torch.accelerator.is_available():
+        torch.accelerator.memory.empty_cache()
+
+
+def seconds_of(job: Callable[[], object], times: int, warm: int = 2) -> float:
+    """Seconds of one call, the mean over ``times`` after ``warm`` calls, the device waited for at both ends."""
+    for _ in range(warm):
+        job()
+    wait()
+    began = time.perf_counter()
+    for _ in range(times):
+        job()
+    wait()
+    return (time.perf_counter() - began) / times
+
+
+class Peak:
+    """Most bytes that tensors had on the accelerator inside a block; 0 on a CPU."""
+
+    bytes = 0
+
+    def __enter__(self) -> Peak:
+        if torch.accelerator.is_available():
+            wait()
+            torch.accelerator.memory.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if torch.accelerator.is_available():
+            wait()
+            self.bytes = torch.accelerator.memory.max_memory_allocated()
+
+    @property
+    def gib(self) -> float:
+        """In GiB, to three places."""
+        return round(self.bytes / GIB, 3)
+
+
+@contextlib.contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Set torch's precision of float32 products inside the block."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def measure_machine(visit: Visit, book: Notebook) -> None:
+    """Note what the machine is, the rates of its matrix product by type, and the bandwidth of a copy."""
+    device, size = torch.device(visit.device), visit.matrix
+    book.note(
+        "environment",
+        **environment(device),
+        cudnn=torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
+        convolutions_in_tf32=torch.backends.cudnn.allow_tf32,
+        visit=visit.plain(),
+        at=time.strftime("%Y-%m-%d"),
+    )
+    rates = {}
+    for name, dtype, precision in (
+        ("float32", torch.float32, "highest"),
+        ("tf32", torch.float32, "high"),
+        ("bfloat16", torch.bfloat16, "highest"),
+    ):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        with matmul_precision(precision):
+            rates[name] = 2 * size**3 / seconds_of(lambda a=a, b=b: a @ b, 10, 3)  # type: ignore[misc]
+        del a, b
+    source = torch.randn(visit.copied // 4, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 10, 3)
+    book.note("peak", matmul_flops=rates, copy_bytes=bandwidth)
+
+
+def peaks_of(book: Notebook) -> dict[str, float]:
+    """The rates that :func:`measure_machine` noted last; empty where it has not run."""
+    found = [line["matmul_flops"] for line in book.lines() if line["kind"] == "peak"]
+    return found[-1] if found else {}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run parts of a visit from the command line."""
+    from gambeson.studies.visit_bench import run_benchmarks
+    from gambeson.studies.visit_table import print_table
+    from gambeson.studies.visit_training import run_trainings
+
+    parser = argparse.ArgumentParser(prog="gpu visit", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("part", choices=("machine", "bench", "training", "table"))
+    parser.add_argument("--out", type=Path, required=True, help="the file of JSON lines")
+    parser.add_argument("--seconds", type=float, default=600.0, help="when to be done")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--done", type=Path, nargs="*", default=[], help="lines of earlier visits, not done again")
+    parser.add_argument("--only", default="", help="training: defences, by commas, in the order wanted")
+    parser.add_argument("--epochs", type=int, help="training: epochs of every run, not chosen by the time left")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal in seconds")
+    given = parser.parse_args(arguments)
+    book = Notebook(given.out, given.seconds)
+    if given.part == "table":
+        print_table(book.lines())
+        return 0
+    device = pick_device(given.device)
+    visit = tiny(device) if given.tiny else Visit(device=device, data=given.data)
+    if given.epochs:
+        visit = visit.model_copy(update={"epochs": (given.epochs, given.epochs)})
+    if given.part == "machine":
+        return int(not book.attempt("machine", lambda: measure_machine(visit, book)))
+    if given.part == "bench":
+        run_benchmarks(visit, book)
+        return 0
+    done = [line for file in given.done for line in read_lines(file)]
+    run_trainings(visit, book, done, [name for name in given.only.split(",") if name])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""The trainings of a visit: one defence after another, each audited at once, as many as the time left allows."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from gambeson import models
+from gambeson.attacks import PGD, StochasticPGD
+from gambeson.base import seeded
+from gambeson.data import Dataset
+from gambeson.defenses import Defense, Jacobian, PGDAdversarial, SharedAdversarial, Standard, UniversalConsistency
+from gambeson.evaluation import accuracy, universal_evasion
+from gambeson.evaluation.universal import accuracy_under, control_rates
+from gambeson.models import PixelModel
+from gambeson.studies.timing import _Operations
+from gambeson.studies.visit import Notebook, Peak, Visit, dataset, free, peaks_of, seconds_of
+from gambeson.threat import Ball
+from gambeson.training import Recipe, train
+from gambeson.training.batches import Epoch
+from gambeson.training.loop import Run
+from gambeson.victim import Fast, Victim
+
+SLACK = 1.15
+"""Trainings and audits are expected to take so much longer than measured."""
+FIRST_AUDIT = 18.0
+"""Seconds that an audit on an accelerator is expected to take before one has been timed."""
+
+
+def defenses(visit: Visit) -> dict[str, Defense]:
+    """The defences, the most informative first."""
+    attack: dict[str, Any] = {"eps": visit.eps, "craft_precision": visit.precision}
+    return {
+        "standard": Standard(),
+        "pgd-adversarial": PGDAdversarial(steps=visit.craft_steps, step=0.25, **attack),
+        "shared-adversarial 64": SharedAdversarial(sharedness=64, **attack),
+        "universal-consistency": UniversalConsistency(eps=visit.eps),
+        "jacobian": Jacobian(strength=0.01),
+        "shared-adversarial 8": SharedAdversarial(sharedness=8, **attack),
+        "shared-adversarial 1": SharedAdversarial(sharedness=1, **attack),
+    }
+
+
+def recipe(visit: Visit, epochs: int) -> Recipe:
+    """How all of them are trained: stochastic gradient descent with a cosine, in the low precision."""
+    return Recipe(
+        epochs=epochs,
+        batch_size=visit.batch_size,
+        lr=visit.lr,
+        nesterov=True,
+        warmup=min(1.0, epochs / 4),
+        augment="crop-flip" if visit.low else "none",
+        precision="bfloat16" if visit.low else "float32",
+        channels_last=True,
+    )
+
+
+def run_trainings(visit: Visit, book: Notebook, done: list[dict[str, Any]], only: list[str]) -> None:
+    """Train and audit one defence after another until the time is over; note each number as it is known.
+
+    Args:
+        visit: the settings.
+        book: where notes go, and the clock.
+        done: notes of earlier visits: a defence that was trained then, on as much data with the same seed, is passed
+            over.
+        only: names of defences in the order wanted; empty: all.
+    """
+    data = dataset(visit)
+    chosen = {name: one for name, one in defenses(visit).items() if not only or name in only}
+    chosen = {name: chosen[name] for name in only or chosen}
+    finished = {
+        (line["defense"], line["seed"], line["data"], line["model"])
+        for line in done + book.lines()
+        if line["kind"] == "audited"
+    }
+    jobs = [
+        (name, visit.seed + seed)
+        for seed in range(visit.seeds)
+        for name in chosen
+        if (name, visit.seed + seed, data.name, visit.model) not in finished
+    ]
+    epoch: dict[str, float] = {}
+    for name, defense in chosen.items():
+        book.attempt(f"step of {name}", lambda n=name, d=defense: epoch.update({n: _step(visit, data, n, d, book)}))  # type: ignore[misc]
+    jobs = [job for job in jobs if job[0] in epoch]
+    first = [job for job in jobs if job[1] == visit.seed] or jobs
+    audit = FIRST_AUDIT if visit.low else 0.0
+    epochs = choose_epochs([epoch[name] for name, _ in first], audit, book.left, visit.epochs)
+    book.note("plan", epochs=epochs, seconds_per_epoch=epoch, jobs=[list(job) for job in jobs], images=len(data.train))
+    for name, seed in jobs:
+        fits = int((book.left - audit) / (SLACK * epoch[name]))
+        mine = min(epochs, fits)
+        if mine < min(visit.epochs[0], epochs):
+            book.note("skipped", name=name, seed=seed, left=round(book.left, 1))
+            continue
+        began: dict[str, float] = {}
+
+        def job(name: str = name, seed: int = seed, mine: int = mine, began: dict[str, float] = began) -> None:
+            model = _train(visit, data, name, chosen[name], seed, mine, book)
+            began["audit"] = time.monotonic()
+            _audit(visit, data, name, seed, mine, model, book)
+
+        if book.attempt(f"{name}, seed {seed}", job):
+            audit = max(1.0, SLACK * (time.monotonic() - began["audit"]))
+
+
+def choose_epochs(seconds: list[float], audit: float, left: float, limits: tuple[int, int]) -> int:
+    """The number of epochs, the same for all, at which the most runs fit the time left; then the most of them.
+
+    Args:
+        seconds: of an epoch of each run, in the order that they are made.
+        audit: seconds of an audit, one after every run.
+        left: seconds left.
+        limits: fewest and most epochs.
+    """
+    fewest, most = limits
+    for count in range(len(seconds), 0, -1):
+        room = left - count * audit
+        fits = int(room / (SLACK * sum(seconds[:count])))
+        if fits >= fewest:
+            return min(most, fits)
+    return fewest
+
+
+def _create(visit: Visit, data: Dataset, seed: int) -> PixelModel:
+    with seeded(seed, "model"):
+        return models.create(visit.model, data).to(visit.device)
+
+
+def _step(visit: Visit, data: Dataset, name: str, defense: Defense, book: Notebook) -> float:
+    """Measure a step of training by this defence; return the seconds of an epoch."""
+    how = recipe(visit, visit.epochs[1])
+    run = Run(_create(visit, data, visit.seed), data, defense, how, visit.seed, None)
+    batches = Epoch(run.train, how, defense.num_orders, visit.seed, how.epochs - 1, run.device)
+    run.model.train()
+    numbers = iter(range(10**9))
+
+    def one() -> None:
+        run.take(batches[next(numbers) % len(batches)])
+
+    with seeded(visit.seed, "visit"), Peak() as peak:
+        one()
+        with _Operations() as counted:
+            one()
+        seconds = seconds_of(one, 6 if visit.low else 1, 2 if visit.low else 0)
+    rate = counted.total / seconds
+    book.note(
+        "step",
+        defense=name,
+        batch_size=visit.batch_size,
+        seconds=seconds,
+        images_a_second=visit.batch_size / seconds,
+        tflop=counted.total / 1e12,
+        flops=rate,
+        share_of_peak={kind: round(rate / reached, 4) for kind, reached in peaks_of(book).items()},
+        peak_gib=peak.gib,
+        seconds_per_epoch=seconds * run.steps,
+    )
+    return seconds * run.steps
+
+
+def _train(
+    visit: Visit, data: Dataset, name: str, defense: Defense, seed: int, epochs: int, book: Notebook
+) -> PixelModel:
+    model = _create(visit, data, seed)
+    began = time.monotonic()
+    with Peak() as peak:
+        history = train(model, data, defense, recipe=recipe(visit, epochs), seed=seed, label=f"train {name}")
+    book.note(
+        "trained",
+        defense=name,
+        settings=defense.plain(),
+        seed=seed,
+        epochs=epochs,
+        seconds=round(time.monotonic() - began, 2),
+        peak_gib=peak.gib,
+        history=[{key: round(value, 5) for key, value in entry.items()} for entry in history],
+    )
+    free()
+    return model.eval()
+
+
+def _audit(visit: Visit, data: Dataset, name: str, seed: int, epochs: int, model: PixelModel, book: Notebook) -> None:
+    """Clean accuracy, accuracy under PGD, and for each eps the UER with its controls; verdicts in float32."""
+    about = {"defense": name, "seed": seed, "epochs": epochs, "data": data.name, "model": visit.model}
+    test = data.test.to(visit.device)
+    fast = Fast(precision=visit.precision)
+    clean = accuracy(model, test)
+    book.note("clean", accuracy=clean.plain(), **about)
+    found: dict[str, Any] = {"clean": clean.value}
+    few = test.subset(torch.arange(min(visit.pgd_images, len(test))))
+    began = time.monotonic()
+    with Victim(model, fast=fast) as victim:
+        robust = accuracy_under(victim, few, PGD(eps=visit.eps, steps=visit.pgd_steps), seed, 500)
+    seconds = round(time.monotonic() - began, 2)
+    book.note("pgd", eps=visit.eps, steps=visit.pgd_steps, accuracy=robust.plain(), seconds=seconds, **about)
+    found["pgd"] = robust.value
+    for eps in visit.audited:
+        began = time.monotonic()
+        attack = StochasticPGD(eps=eps, screened=0, steps=visit.uap_steps, batch_size=visit.uap_batch, restarts=2)
+        with Victim(model, fast=fast) as victim:
+            uap = attack.craft(victim, data, seed=seed)
+        crafted = round(time.monotonic() - began, 2)
+        rate = universal_evasion(model, test, uap)
+        with Victim(model) as victim:
+            controls = control_rates(victim, test, Ball(eps=eps), seed)
+        book.note(
+            "uer",
+            eps=eps,
+            uer=rate.plain(),
+            controls=[one.plain() for one in controls],
+            restarts=uap.about.restarts,
+            crafting_seconds=crafted,
+            **about,
+        )
+        found[f"uer {255 * eps:.3g}/255"] = rate.value
+        found[f"controls {255 * eps:.3g}/255"] = max(one.worst.value for one in controls)
+    book.note("audited", found=found, **about)
