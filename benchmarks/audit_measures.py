@@ -11,7 +11,7 @@ import torch
 from gambeson.attacks import FGSM, IFGSM, PGD, Loss
 from gambeson.auditing import Evidence, Finding
 from gambeson.auditing.draws import one_pass
-from gambeson.auditing.outcome import attacked
+from gambeson.auditing.outcome import AsFarAsFinite
 from gambeson.auditing.universal import rescored
 from gambeson.base import generator, seeded
 from gambeson.evaluation import Rate
@@ -203,7 +203,7 @@ def rise(evidence: Evidence, found: Finding) -> Panel:
     images, labels = evidence.sample.take(slice(None), evidence.victim.device)
 
     def loss(attack: Any) -> float:
-        moved = images if attack is None else attacked(evidence.victim, attack, images, labels, evidence.seed, None)
+        moved = images if attack is None else AsFarAsFinite(attack)(evidence.victim, images, labels, seed=evidence.seed)
         with torch.no_grad():
             return float(Loss()(evidence.victim.exact(moved), labels).double().mean())
 

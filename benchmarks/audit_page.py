@@ -1,5 +1,4 @@
-"""The parts of ``docs/audit.md`` and ``docs/testbed.md`` that are made from other things:
-``python benchmarks/audit_page.py`` renews them.
+"""Renew the parts of ``docs/audit.md`` and ``docs/testbed.md`` that are made: ``python benchmarks/audit_page.py``.
 
 A section for each diagnostic comes from :data:`gambeson.auditing.DIAGNOSTICS` and from the captions here, its picture
 from ``benchmarks/audit_pictures.py``; the costs come from the suites; the error rates come from

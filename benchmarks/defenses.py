@@ -20,10 +20,10 @@ import torch
 
 import gambeson as gb
 from gambeson.attacks import PGD, StochasticPGD
+from gambeson.attacks.sources import EOT_SAMPLES
 from gambeson.base import environment, read_json, seeded, write_json
 from gambeson.defenses import Defense, create
-from gambeson.evaluation import run_cascade, standard_attacks
-from gambeson.evaluation.universal import DRAWS, accuracy_under
+from gambeson.evaluation import accuracy_under, run_cascade, standard_attacks
 from gambeson.training import Recipe, plan
 from gambeson.victim import Victim
 
@@ -81,7 +81,7 @@ def cell(data: gb.data.Dataset, defense: Defense, seed: int) -> dict[str, object
     with Victim(model, fast=True) as victim:
         found["pgd-40 at 0.1"] = accuracy_under(victim, few, PGD(eps=0.1, steps=40), seed).plain()
         fewest = data.test.sample(SUITE)
-        draws = DRAWS if victim.meet(fewest.take(slice(8), victim.device)[0]).stochastic else None
+        draws = EOT_SAMPLES if victim.meet(fewest.take(slice(8), victim.device)[0]).stochastic else None
         row = standard_attacks(eps=0.1, draws=draws)
         found["suite at 0.1"] = run_cascade(victim, fewest, row, seed=seed).result.robust.plain()
     return found

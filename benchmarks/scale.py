@@ -18,7 +18,7 @@ import gambeson as gb
 from gambeson.attacks import PGD, StochasticPGD
 from gambeson.auditing.scale import USUAL, calibrating
 from gambeson.base import environment, write_json
-from gambeson.evaluation.universal import accuracy_under
+from gambeson.evaluation import accuracy_under
 from gambeson.testbed import networks
 from gambeson.victim import Victim
 

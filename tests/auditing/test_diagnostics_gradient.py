@@ -6,8 +6,9 @@ from torch import nn
 
 from gambeson.attacks import FGSM, PGD
 from gambeson.auditing.diagnostics import convergence, gradients, single_step
-from gambeson.auditing.outcome import Gain, Outcome
+from gambeson.auditing.outcome import Gain
 from gambeson.data import Dataset, Split
+from gambeson.evaluation import Outcome
 from tests.auditing.evidence import held
 from tests.conftest import LinearNet
 

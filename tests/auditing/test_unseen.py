@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from gambeson.auditing import DIAGNOSTICS, Suite
-from gambeson.auditing.outcome import Gain, Outcome
+from gambeson.auditing.outcome import Gain
 from gambeson.auditing.universal import craft_point
 from gambeson.data import Dataset, Split
+from gambeson.evaluation import Outcome
 from gambeson.testbed.obfuscations.context import MemoryWithin, SoftMemory
 from gambeson.victim import Victim
 from tests.auditing.evidence import evidence_of

@@ -12,8 +12,8 @@ from gambeson.attacks import PGD, StochasticPGD
 from gambeson.base import seeded
 from gambeson.data import Dataset
 from gambeson.defenses import Defense, Jacobian, PGDAdversarial, SharedAdversarial, Standard, UniversalConsistency
-from gambeson.evaluation import accuracy, universal_evasion
-from gambeson.evaluation.universal import accuracy_under, control_rates
+from gambeson.evaluation import accuracy, accuracy_under, universal_evasion
+from gambeson.evaluation.universal import control_rates
 from gambeson.models import PixelModel
 from gambeson.studies.timing import _Operations
 from gambeson.studies.visit import Notebook, Peak, Visit, dataset, free, peaks_of, seconds_of
