@@ -200,6 +200,13 @@ def test_the_interval_of_twenty_of_forty_images():
     assert (found.value, round(found.low, 3), round(found.high, 3), found.n) == (0.5, 0.299, 0.701, 20)
 
 
+def test_a_class_that_is_ignored_counts_nowhere_even_where_the_model_names_it():
+    split = made(right=0.6)
+    split = Split("made/test", split.images, split.labels, split.classes, ignore_index=0)
+    for path in ("accuracy", "outcome", "outcome_under", "suite", "export", "transfer"):
+        assert RATES[path](Bright(), split) == Rate.of(12, 20), path
+
+
 @pytest.mark.parametrize("path", SHARES)
 def test_a_share_is_that_of_the_images_that_count(path):
     assert SHARES[path](Bright(), made()) == pytest.approx(0.5)
@@ -227,13 +234,13 @@ def majority(p, votes):
 
 @pytest.mark.parametrize("path", RATES)
 def test_a_random_model_is_decided_by_the_majority_of_its_votes_and_repeats(path):
-    """82.6 % by majority of 21, 60 % by a single pass; four standard errors of 600 images are 6.2 points."""
-    split = made(600, right=1.0)
+    """82.6 % by majority of 21, 60 % by a single pass; four standard errors of 300 images are 8.8 points."""
+    split = made(300, right=1.0)
     torch.manual_seed(0)
     first = rates(RATES[path](Chancy(), split))
     for found in first:
-        assert found.value == pytest.approx(majority(0.6, 21), abs=0.062)
-        assert found.n == 600
+        assert found.value == pytest.approx(majority(0.6, 21), abs=0.088)
+        assert found.n == 300
     torch.manual_seed(1)
     assert rates(RATES[path](Chancy(), split)) == first
 
@@ -260,8 +267,8 @@ def test_the_number_of_votes_that_was_set_is_the_number_that_decides(votes):
 
 def test_attacks_that_do_nothing_change_nothing():
     """Each image's worst candidate is scored once, on fresh votes: four no-ops once made 82.6 % into 39.7 %."""
-    split = made(600, right=1.0)
-    for count in (1, 4, 8):
+    split = made(300, right=1.0)
+    for count in (1, 4):
         with Victim(Chancy()) as victim:
             found = run_cascade(victim, split, {f"nothing {k}": nothing for k in range(count)})
         result = found.result
@@ -286,16 +293,20 @@ def test_attacks_that_move_images_and_do_no_harm_are_not_counted_by_their_luck()
 
     with Victim(Chancy()) as victim:
         found = run_cascade(victim, split, {str(k): fidgety(k) for k in range(12)})
-    assert bool((found.images != split.images).flatten(1).any(1).float().mean() > 0.8)
+    assert bool((found.images != split.images).flatten(1).any(1).float().mean() > 0.7)
     assert found.result.robust.value == pytest.approx(majority(0.6, 21), abs=0.062)
 
 
 class Fragile(Bright):
     """Right in 90 % of passes; in 30 % once the last pixel is above 0.9."""
 
+    def __init__(self, usual=0.9, weak=0.3):
+        super().__init__()
+        self.usual, self.weak = usual, weak
+
     def forward(self, x):
         z = super().forward(x)
-        p = torch.where(x.flatten(1)[:, -1] > 0.9, 0.3, 0.9)
+        p = torch.where(x.flatten(1)[:, -1] > 0.9, self.weak, self.usual)
         return torch.where(torch.rand(len(x), device=x.device)[:, None] < p[:, None], z, -z)
 
 
@@ -327,6 +338,17 @@ def test_what_weakens_a_random_model_is_found_and_kept(order):
     assert int(broken.sum()) >= 0.95 * round(400 * (result.clean.value - result.robust.value))
     assert bool((found.images[broken][:, 0, -1, -1] == 1).all())
     assert result.success.value == pytest.approx(1 - result.robust.value / result.clean.value)
+
+
+def test_images_that_are_wrong_by_bad_luck_are_attacked_all_the_same():
+    """Right in 55 % of passes: a third has no majority when clean, and falls for good only under the attack."""
+    split = made(200, right=1.0)
+    split.images[:, :, -1, -1] *= 0.5
+    with Victim(Fragile(0.55, 0.05)) as victim:
+        result = run_cascade(victim, split, {"weakening": weakening}).result
+    assert result.clean.value == pytest.approx(majority(0.55, 21), abs=0.13)
+    assert result.rounds[0].tried > 190
+    assert result.robust.value < 0.02
 
 
 def test_the_suite_leaves_ignored_images_alone():
