@@ -40,9 +40,9 @@ def images_asked(suite: Suite, data: Dataset, passes: int) -> int:
     sample = min(suite.sample, test)
     controls, runs = suite.patterns_of_controls, _RUNS if suite.eps_uni_runs is None else suite.eps_uni_runs
     craft = 2 * (suite.patterns * few + 3 * held) + 2 * held + test
-    craft += (controls + 3) * held  # what stands for an eps is chosen on validation
+    craft += (controls + 2) * held  # what stands for an eps is chosen on validation
     scored = test + len(suite.eps) * (craft + controls * test)
-    scored += runs * (craft + (len(suite.eps) + runs) * held)
+    scored += runs * (craft + held) + (runs * len(suite.eps) + runs * (runs - 1) // 2) * held
     scored += 12 * test if runs else 0  # the error curve near eps_uni
     if suite.surrogate != "none":
         scored += test + 2 * min(suite.transfer_images, test)
