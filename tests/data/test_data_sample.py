@@ -192,9 +192,7 @@ def test_attack(folder: Path, zero: str, tmp_path: Path) -> None:
 
 
 def test_transfer(folder: Path, zero: str, tmp_path: Path) -> None:
-    run = TransferRun(
-        models=(zero, zero), data=f"image-folder:{folder}?size=16", attacks=("fgsm",), eps=0.1, images=21
-    )
+    run = TransferRun(models=(zero, zero), data=f"image-folder:{folder}?size=16", attacks=("fgsm",), eps=0.1, images=21)
     found = run_transfer(run, tmp_path / "t")
     assert [rate.value for rate in found.clean] == pytest.approx([6 / 7] * 2)
 
