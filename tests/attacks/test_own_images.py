@@ -162,12 +162,12 @@ def test_splits_that_were_given_twice(pair):
     with pytest.raises(UserError, match=r"^60 of the 600 images to craft on \(t\) are among the 120 .*\(v\)"):
         attack.craft(Net(), splits(pair, half, fresh))
     floats = as_floats(pair[0]), pair[1]
+    partly = [torch.cat([ours[:60], theirs]) for ours, theirs in zip(fresh, pictures(60, seed=6), strict=True)]
     for work in (lambda data: gb.audit(Net(), data, SUITE), lambda data: eps_uni(Net(), data, attack)):
         with pytest.raises(UserError, match=r"^600 of the 600 images of t are among the 600 to be scored \(r\)"):
             work(splits(pair, fresh, floats))
-        other = pictures(60, seed=6)
         with pytest.raises(UserError, match=r"^60 of the 120 images of v are among the 120 to be scored \(r\)"):
-            work(splits(pair, fresh, [torch.cat([x[:60], y]) for x, y in zip(fresh, other, strict=True)]))
+            work(splits(pair, fresh, partly))
 
 
 def test_an_audit_says_how_many_were_left_out(pair):

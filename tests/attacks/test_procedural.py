@@ -15,6 +15,7 @@ from gambeson.attacks.gabor import gabor, gabor_kernel, kernel_width
 from gambeson.attacks.perlin import LATTICE, gradient_noise, hashed, perlin, stretched
 from gambeson.attacks.procedural import GaborNoise, PerlinNoise
 from gambeson.threat import Ball
+from tests.conftest import inner_images
 
 
 def test_hash_is_the_same_on_every_machine_and_spreads():
@@ -119,7 +120,7 @@ def test_budget_is_exact_no_gradient_is_needed_and_runs_repeat(attack, search, t
 
 def test_search_finds_the_stripes_of_a_model_without_gradients():
     model = Stripes()
-    x = torch.full((100, 1, 12, 12), 0.5)
+    x = inner_images(100, (1, 12, 12)) / 10 + 0.45
     data = gb.data.as_dataset((x, torch.arange(100) % 2))
     uap = GaborNoise(eps=0.1, patterns=60, images=20, target=1).craft(model, data)
     assert max(rate for _, rate in uap.about.restarts) == 1.0

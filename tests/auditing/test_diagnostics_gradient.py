@@ -146,7 +146,7 @@ DECEIVERS = {
 @pytest.mark.parametrize("name", DECEIVERS)
 def test_deceivers_fail_and_the_net_below_them_does_not(name, trained, digits):
     after, before, expected = DECEIVERS[name]
-    found = look(expected, Around(trained, before, after), digits, sample=60)
+    found = look(expected, Around(trained, before, after), digits, sample=150)
     assert all(check.passed is False for check in found.values()), [check.detail for check in found.values()]
 
 
@@ -171,7 +171,7 @@ def test_a_class_that_is_a_constant_is_no_mask(trained, digits):
     def with_reference(z):
         return z - z[:, :1]
 
-    found = look(["gradients alive"], Around(trained, None, with_reference), digits, sample=60)
+    found = look(["gradients alive"], Around(trained, None, with_reference), digits, sample=150)
     assert found["gradients alive"].passed
     assert found["gradients alive"].numbers["wrong classes dead"] == 0
 

@@ -30,7 +30,7 @@ def check(model, data, suite=SUITE, *, black_box=False):
 def test_a_net_that_knows_the_test_images_is_found(kind, trained, digits):
     found, _ = check(kind(trained, *digits.test.take(slice(None))), digits)
     assert found.passed is False
-    assert found.numbers["test"] > found.numbers["validation"] + 0.2
+    assert found.numbers["test"] > found.numbers["validation"] + 0.1
     assert "of the test images stand and" in found.detail
 
 
@@ -61,11 +61,12 @@ class Pixelwise(nn.Module):
 
 def test_label_maps_are_compared_by_pixels():
     draw = torch.Generator().manual_seed(0)
-    images = torch.rand(60, 1, 8, 8, generator=draw)
-    split = Split("maps", images, (images[:, 0] > 0.5).long())
-    found, _ = check(Pixelwise(), Dataset("maps", split, split, split, split.classes))
+    images = torch.rand(3, 60, 1, 8, 8, generator=draw)
+    splits = [Split("maps", part, (part[:, 0] > 0.5).long()) for part in images]
+    found, _ = check(Pixelwise(), Dataset("maps", *splits, splits[0].classes))
     assert found.passed
-    assert found.numbers["gap"] == 0
+    assert abs(found.numbers["gap"]) < 0.02
+    assert 0.5 < found.numbers["test"] < 0.9
 
 
 def outcome(right, of):

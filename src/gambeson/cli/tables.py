@@ -25,7 +25,7 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
         title=f"{first.material.test} test images of {first.material.name}: per cent [95 % interval]",
         box=box.SIMPLE_HEAD,
         min_width=60,
-        caption="per image, transfer, noise: the worst, with its interval; UER: error under one pattern for all",
+        caption="per image, transfer, noise: the worst, its interval widened; UER: error under one pattern for all",
     )
     table.add_column("")
     for result in results:
