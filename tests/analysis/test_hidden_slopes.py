@@ -1,5 +1,6 @@
 """Adversarial subspaces, loss surfaces and gradient statistics, on models whose answers are known."""
 
+import itertools
 import math
 
 import pytest
@@ -122,6 +123,20 @@ def test_images_without_a_dimension_are_told_apart():
     assert clipped.cosine[0] > 0.1  # the clip has cost the orthogonality, and says so
     few = adversarial_subspace(model, x, y, eps=0.2, orders=(4, 256))
     assert few.orders == (4,)
+
+
+def test_more_permutations_never_count_fewer_directions():
+    model, w = binary((1, 6, 6))
+    x = inner_images(60, (1, 6, 6))
+    y = model(x).argmax(1)
+    margin = model(x).diff(dim=1).flatten().abs().detach()
+    eps = 2.5 * float(margin.median() / w.abs().sum())
+    counts = [
+        adversarial_subspace(model, x, y, eps=eps, orders=(4, 16), permutations=turns).counts for turns in (1, 2, 3, 4)
+    ]
+    for fewer, more in itertools.pairwise(counts):
+        assert (more >= fewer).all()
+    assert (counts[-1] > counts[0]).any()
 
 
 def test_what_no_subspace_is_defined_for_is_refused():

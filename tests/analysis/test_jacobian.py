@@ -282,6 +282,9 @@ def test_gradients_of_one_direction_are_fully_shared():
     mixed = gradient_sharing(model, (x[:1].repeat(2, 1, 1, 1), torch.tensor([0, 1])), norm="2")
     close(mixed.universal, float((2 * p[0] - 1).abs() * gap.norm()) / 2)
     close(mixed.per_image, float(gap.norm()) / 2)
+    for norm, dual in (("inf", gap.abs().sum()), ("2", gap.norm()), ("1", gap.abs().max())):
+        found = gradient_sharing(model, (x, torch.zeros(6, dtype=torch.long)), norm=norm)
+        close([found.per_image, found.universal], [float(p.mean() * dual)] * 2)
 
 
 @given(seed=st.integers(0, 10**6), size=st.integers(1, 30), rank=st.integers(0, 30))
