@@ -93,7 +93,7 @@ class Entry:
         if self.honest:
             return self.effect
         first = " ".join((self.wrapper.__doc__ or "").split("\n\n")[0].split()).removesuffix(".")
-        return f"{first}: {self.effect}."
+        return f"{first}; {self.effect}."
 
     @property
     def file_name(self) -> str:

@@ -158,7 +158,7 @@ LOGITS = (
         "Papernot et al. 2016; taken apart by Carlini and Wagner 2017",
         (100.0,),
     ),
-    Entry("logits", "temperature 100", Scaled, "nothing: the sign of the gradient stays", settings=(0.01,)),
+    Entry("logits", "temperature 100", Scaled, "the sign of the gradient stays", settings=(0.01,)),
     Entry("logits", "logits x 1e-42", Scaled, "the gradient underflows", BOTH, settings=(1e-42,)),
     Entry("logits", "final ReLU", FinalReLU, "wrong classes have no slope", BOTH),
     Entry("logits", "ReLU above the second", LateReLU, "only the first class has a slope", BOTH),
