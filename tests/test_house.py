@@ -60,7 +60,7 @@ def test_ranges_are_checked_in_one_place():
 
 def test_files_can_be_read_at_a_sitting():
     for file in SOURCE.rglob("*.py"):
-        assert len(file.read_text().splitlines()) <= 260, file
+        assert len(file.read_text().splitlines()) <= 450, file
 
 
 def test_no_pickle_is_loaded():

@@ -20,7 +20,7 @@ from gambeson.attacks.procedural import GaborNoise, PerlinNoise
 from gambeson.attacks.query import Queries
 from gambeson.attacks.query_attack import QueryAttack
 from gambeson.attacks.random_search import RandomSearch
-from gambeson.attacks.registry import create, names
+from gambeson.attacks.registry import canonical, create, names, register, require_kind
 from gambeson.attacks.sga import SGA
 from gambeson.attacks.singular_vector import SingularVector
 from gambeson.attacks.solver import Ascent, NotFinite
@@ -75,6 +75,7 @@ __all__ = [
     "TargetedAutoPGD",
     "UniversalAttack",
     "UniversalPerturbation",
+    "canonical",
     "control",
     "create",
     "cross_entropy",
@@ -83,6 +84,8 @@ __all__ = [
     "mi_fgsm",
     "names",
     "ni_fgsm",
+    "register",
+    "require_kind",
     "si_ni_fgsm",
     "targeted_dlr",
     "ti_dim",

@@ -10,7 +10,7 @@ import typer
 
 from gambeson import data as data_room
 from gambeson import defenses
-from gambeson.base import UserError, read_settings
+from gambeson.base import UserError, read_settings, user_code
 from gambeson.cli.options import ConfigFile, Device, Json, Norm, Out, RunSeed, Set, chosen, print_json, progress
 from gambeson.cli.tables import duration
 from gambeson.training import Plan, TrainRun, plan_training, run_training
@@ -21,7 +21,9 @@ GREY_EPS, COLOUR_EPS = 0.2, 8 / 255
 def train(
     data: Annotated[str | None, typer.Option(help="Data set; see `gambeson data list`.")] = None,
     model: Annotated[str | None, typer.Option(help="Architecture, such as lenet or resnet20.")] = None,
-    defense: Annotated[str | None, typer.Option(help=f"One of {', '.join(defenses.names())}.")] = None,
+    defense: Annotated[
+        str | None, typer.Option(help="A name of `gambeson list defenses`, or FILE.py:CLASS (standard).")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
@@ -73,7 +75,7 @@ def train(
         dataset = data_room.load(settings["data"])
         _default_eps(settings["defense"], dataset)
         run = TrainRun(**settings)
-        name = settings["defense"]["name"]
+        name = user_code.short(settings["defense"]["name"])
         if only_plan:
             cost = plan_training(run, dataset)
             print_json(cost.plain() | {"memory": cost.memory}) if as_json else console.print(_words(cost, name))
@@ -106,7 +108,16 @@ def _defense_of(config: Path | None, name: str | None) -> dict[str, Any]:
     """The defence of the file, or one with defaults where another is named."""
     stored = (read_settings(config, "train") if config else {}).get("defense", {})
     stored = {"name": stored} if isinstance(stored, str) else dict(stored)
-    return {"name": "standard", **stored} if name in (None, stored.get("name")) else {"name": name}
+    if name is None:
+        return {"name": "standard", **stored}
+    return {**stored, "name": name} if _same(name, stored.get("name", "standard")) else {"name": name}
+
+
+def _same(name: str, other: str) -> bool:
+    """Whether two names mean the same class, whatever its file held when one of them was stored."""
+    if user_code.is_spelling(name) and user_code.is_spelling(other):
+        return user_code.parts(name) == user_code.parts(other)
+    return name == other
 
 
 def _default_eps(defense: dict[str, Any], dataset: data_room.Dataset) -> None:

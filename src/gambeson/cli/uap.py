@@ -11,7 +11,7 @@ from rich.table import Table
 
 from gambeson import attacks
 from gambeson.attacks import UniversalPerturbation
-from gambeson.base import UserError, pick_device
+from gambeson.base import UserError, pick_device, user_code
 from gambeson.cli.options import Device, Json, Seed, Set, print_json, progress, put, put_all
 from gambeson.evaluation import accuracy, control_rates, fooling_rate, universal_evasion
 from gambeson.evaluation.subjects import load_subject
@@ -26,7 +26,9 @@ Data = Annotated[str | None, typer.Option(help="Data set; else the one the run w
 def craft(
     model: Model,
     data: Data = None,
-    attack: Annotated[str, typer.Option(help=f"One of {', '.join(attacks.names('universal'))}.")] = "stochastic-pgd",
+    attack: Annotated[
+        str, typer.Option(help=f"FILE.py:CLASS, or one of {', '.join(attacks.names('universal'))}.")
+    ] = "stochastic-pgd",
     eps: Annotated[str, typer.Option(help="Radius, such as 0.2 or 10/255.")] = "10/255",
     norm: Annotated[str | None, typer.Option(help="Norm of the ball.")] = None,
     set_: Set = None,
@@ -42,6 +44,7 @@ def craft(
     settings: dict[str, Any] = {"eps": eps}
     put(settings, "norm", norm)
     put_all(settings, set_)
+    attacks.require_kind(attack, "universal")
     method = attacks.create(attack, **settings)
     if out.exists():
         raise UserError(f"{out} exists: choose another --out, or remove it first")
@@ -54,7 +57,10 @@ def craft(
         print_json({"file": str(out), **uap.about.plain()})
         return
     best = max(rate for _, rate in uap.about.restarts)
-    console.print(f"{out}: {attack} at eps {uap.about.eps:.4g} ({uap.about.status}); {100 * best:.1f} % on validation")
+    console.print(
+        f"{out}: {user_code.short(attack)} at eps {uap.about.eps:.4g} ({uap.about.status}); "
+        f"{100 * best:.1f} % on validation"
+    )
     console.print(f"next: gambeson uap score {out} --model {model}")
 
 
@@ -122,6 +128,12 @@ def list_(
     for file, uap in found:
         about = uap.about
         table.add_row(
-            str(file), about.attack, f"{about.eps:.4g}", about.norm, about.crafted_split, str(about.seed), about.status
+            str(file),
+            user_code.short(about.attack),
+            f"{about.eps:.4g}",
+            about.norm,
+            about.crafted_split,
+            str(about.seed),
+            about.status,
         )
     Console().print(table)

@@ -6,10 +6,21 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from gambeson import attacks
-from gambeson.base import Config, UserError, close_run, derive, environment, open_run, read_json, task, write_json
+from gambeson.base import (
+    Config,
+    UserError,
+    close_run,
+    derive,
+    environment,
+    open_run,
+    read_json,
+    task,
+    user_code,
+    write_json,
+)
 from gambeson.data import Split
 from gambeson.evaluation.cascade import still_right
 from gambeson.evaluation.rates import Rate
@@ -27,7 +38,7 @@ class TransferRun(Config):
     data: str | None = None
     """Name of a data set; None: the one that the first model was trained on."""
     attacks: tuple[str, ...] = ("fgsm", "r-fgsm", "step-ll", "pgd", "mi-fgsm")
-    """Attacks that perturb image by image, by name."""
+    """Attacks that perturb image by image, by name or as ``FILE.py:CLASS``, stored with the hash of the file."""
     eps: Eps
     norm: Norm = "inf"
     draws: Annotated[int, Field(ge=1)] | None = None
@@ -36,6 +47,11 @@ class TransferRun(Config):
     """Test images, the first ones."""
     seed: int = 0
     device: str = "cpu"
+
+    @field_validator("attacks")
+    @classmethod
+    def _canonical(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(attacks.canonical(name) for name in names)
 
 
 class TransferTable(Config):
@@ -73,7 +89,11 @@ def run_transfer(run: TransferRun, out: Path) -> TransferResult:
         UserError: the folder holds another run, a model cannot be loaded, or the models do not belong to one data set.
     """
     ball = {"eps": run.eps, "norm": run.norm, **({} if run.draws is None else {"draws": run.draws})}
-    rows = {name: attacks.create(name, **ball) for name in run.attacks}
+    for name in run.attacks:
+        attacks.require_kind(name, "image")
+    rows = {user_code.short(name): attacks.create(name, **ball) for name in run.attacks}
+    if len(rows) < len(run.attacks):
+        raise UserError(f"two of the attacks are called the same ({', '.join(rows)}): give each of them once")
     subjects = _load(run)
     if open_run(out, run, environment(run.device)):
         return TransferResult(**read_json(out / "result.json"))
