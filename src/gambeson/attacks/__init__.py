@@ -20,7 +20,7 @@ from gambeson.attacks.procedural import GaborNoise, PerlinNoise
 from gambeson.attacks.query import Queries
 from gambeson.attacks.query_attack import QueryAttack
 from gambeson.attacks.random_search import RandomSearch
-from gambeson.attacks.registry import canonical, create, names, register, require_kind
+from gambeson.attacks.registry import Name, canonical, create, names, register, require_kind
 from gambeson.attacks.sga import SGA
 from gambeson.attacks.singular_vector import SingularVector
 from gambeson.attacks.solver import Ascent, NotFinite
@@ -59,6 +59,7 @@ __all__ = [
     "L1AutoPGD",
     "Loss",
     "LossName",
+    "Name",
     "NotFinite",
     "PerlinNoise",
     "Queries",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator
 
 from gambeson.base import Config, Registered, Registry, UserError
 
@@ -56,6 +58,10 @@ def canonical(name: str) -> str:
         UserError: there is no such file, or it was changed since the name was stored.
     """
     return ATTACKS.canonical(name)
+
+
+Name = Annotated[str, AfterValidator(canonical)]
+"""The name of an attack in the settings of a run, as :func:`canonical` gives it."""
 
 
 def create(name: str, **settings: Any) -> Any:

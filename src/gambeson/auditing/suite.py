@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from gambeson.attacks import PGD, StochasticPGD
 from gambeson.base import Config, Number, UserError
+from gambeson.base.registry import canonical
 from gambeson.data import Dataset
 from gambeson.threat import Eps, Norm
 from gambeson.victim import DRAWS
@@ -75,6 +76,10 @@ class Suite(Config):
     """Width of the last bracket as a share of eps."""
     eps_uni_runs: Annotated[int, Field(ge=0)] | None = None
     """The most perturbations crafted in that search; 0: it is read off the curve; None: as many as it takes."""
+
+    diagnostics: tuple[Annotated[str, AfterValidator(canonical)], ...] = ()
+    """Further diagnostics, looked at after this library's: names that installed packages have registered, or
+    ``FILE.py:FUNCTION``. Their cost is in no plan."""
 
     @field_validator("eps")
     @classmethod

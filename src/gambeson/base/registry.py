@@ -133,6 +133,11 @@ class Registry(Generic[T]):
                 found.append(error)
         return found
 
+    def own(self) -> list[Registered[T]]:
+        """What this library brings, in the order in which it is defined."""
+        self._discover()
+        return [entry for entry in self._entries.values() if entry.owner == OWN]
+
     def get(self, name: str) -> Registered[T]:
         """Return what stands behind a name, or behind ``FILE.py:NAME``.
 
@@ -164,7 +169,7 @@ class Registry(Generic[T]):
         Raises:
             UserError: there is no such file, or its hash is not the one that the name carries.
         """
-        return user_code.pinned(name) if user_code.is_spelling(name) else name
+        return canonical(name)
 
     def name_of(self, target: Any) -> str:
         """Return the name under which a class or function is found again; its own where there is none.
@@ -247,6 +252,11 @@ class Registry(Generic[T]):
 
     def _points(self, name: str | None = None) -> list[EntryPoint]:
         return list(entry_points(group=self.group) if name is None else entry_points(group=self.group, name=name))
+
+
+def canonical(name: str) -> str:
+    """Return a name as runs store it; see :meth:`Registry.canonical`."""
+    return user_code.pinned(name) if user_code.is_spelling(name) else name
 
 
 def _package(point: EntryPoint) -> str:

@@ -80,7 +80,9 @@ def train(
             cost = plan_training(run, dataset)
             print_json(cost.plain() | {"memory": cost.memory}) if as_json else console.print(_words(cost, name))
             return
-        folder = out or Path("runs") / f"{run.data}-{run.model}-{name}".replace(":", "-").replace("/", "-")
+        folder = out or Path("runs") / f"{user_code.short(run.data)}-{run.model}-{name}".replace(":", "-").replace(
+            "/", "-"
+        )
         trained = run_training(run, folder, dataset)
         history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if as_json:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from gambeson import attacks
 from gambeson.base import (
@@ -20,6 +20,7 @@ from gambeson.base import (
     user_code,
     write_json,
 )
+from gambeson.data import Name
 from gambeson.evaluation.cascade import CascadeResult, run_cascade
 from gambeson.evaluation.standard import standard_attacks
 from gambeson.evaluation.subjects import load_subject
@@ -35,9 +36,9 @@ class AttackRun(Config):
     kind: Literal["attack"] = "attack"
     model: str
     """A run folder of ``gambeson train``, or a weights file written by this library."""
-    data: str | None = None
+    data: Name | None = None
     """Name of a data set; None: the one that the run was trained on."""
-    attack: str = "pgd"
+    attack: attacks.Name = "pgd"
     """Name of an attack that perturbs image by image, ``FILE.py:CLASS`` of one, which is stored with the hash of the
     file, or ``standard`` for the row of :func:`standard_attacks`."""
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -46,11 +47,6 @@ class AttackRun(Config):
     """Test images to attack, the first ones."""
     seed: int = 0
     device: str = "cpu"
-
-    @field_validator("attack")
-    @classmethod
-    def _canonical(cls, attack: str) -> str:
-        return attacks.canonical(attack)
 
 
 def _attacks_of(run: AttackRun) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from gambeson import attacks
+from gambeson.attacks import Name as AttackName
 from gambeson.base import (
     Config,
     UserError,
@@ -21,7 +22,7 @@ from gambeson.base import (
     user_code,
     write_json,
 )
-from gambeson.data import Split
+from gambeson.data import Name, Split
 from gambeson.evaluation.cascade import still_right
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.subjects import LoadedModel, load_subject
@@ -35,9 +36,9 @@ class TransferRun(Config):
     kind: Literal["transfer"] = "transfer"
     models: Annotated[tuple[str, ...], Field(min_length=2)]
     """What ``gambeson attack`` takes as a model. A black box can only be a target."""
-    data: str | None = None
+    data: Name | None = None
     """Name of a data set; None: the one that the first model was trained on."""
-    attacks: tuple[str, ...] = ("fgsm", "r-fgsm", "step-ll", "pgd", "mi-fgsm")
+    attacks: tuple[AttackName, ...] = ("fgsm", "r-fgsm", "step-ll", "pgd", "mi-fgsm")
     """Attacks that perturb image by image, by name or as ``FILE.py:CLASS``, stored with the hash of the file."""
     eps: Eps
     norm: Norm = "inf"
@@ -47,11 +48,6 @@ class TransferRun(Config):
     """Test images, the first ones."""
     seed: int = 0
     device: str = "cpu"
-
-    @field_validator("attacks")
-    @classmethod
-    def _canonical(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(attacks.canonical(name) for name in names)
 
 
 class TransferTable(Config):

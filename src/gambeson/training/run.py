@@ -21,7 +21,7 @@ class TrainRun(Config):
     """What to train, on what, and how."""
 
     kind: Literal["train"] = "train"
-    data: str
+    data: data.Name
     """Name of a data set, such as ``fashion-mnist``, ``image-folder:PATH?size=64`` or ``torchvision:NAME``."""
     model: str
     """Name of an architecture, such as ``lenet``, ``torchvision:NAME``, ``timm:NAME``, ``transformers:NAME_OR_PATH`` or
