@@ -29,6 +29,7 @@ from gambeson.attacks.square import Square
 from gambeson.attacks.transfer import TRANSFER, mi_fgsm, ni_fgsm, si_ni_fgsm, ti_dim, transfer_attack
 from gambeson.attacks.transforms import Diversity, Scales, Smoothing
 from gambeson.attacks.universal import ClasswiseStochasticPGD, StochasticPGD
+from gambeson.attacks.workshop import Candidate, Workshop
 
 __all__ = [
     "CONTROLS",
@@ -45,6 +46,7 @@ __all__ = [
     "AutoPGD",
     "Average",
     "BoundedLogit",
+    "Candidate",
     "CarliniWagner",
     "ClasswiseStochasticPGD",
     "DataFree",
@@ -76,6 +78,7 @@ __all__ = [
     "TargetedAutoPGD",
     "UniversalAttack",
     "UniversalPerturbation",
+    "Workshop",
     "canonical",
     "control",
     "create",

@@ -8,6 +8,7 @@ import typer
 
 from gambeson.base import UserError
 from gambeson.cli import attack, audit, bench, data, export, quickstart, report, train, transfer, uap
+from gambeson.cli.list import list_ as list_things
 
 MISTAKE, STOPPED = 2, 130
 """Exit codes of a mistake that the user can mend, and after Ctrl-C, as shells have it."""
@@ -21,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("quickstart")(quickstart.quickstart)
+app.command("list")(list_things)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("audit")(audit.audit)

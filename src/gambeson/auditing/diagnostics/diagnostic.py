@@ -63,9 +63,10 @@ def _fault(target: object) -> str | None:
     return None if inspect.isfunction(target) else "expected a function of the Evidence that returns a Finding"
 
 
-_LOOKS: Registry[Look] = Registry(
+LOOKS: Registry[Look] = Registry(
     "diagnostic", "gambeson.diagnostics", room="gambeson.auditing.diagnostics", check=_fault, what="function"
 )
+"""Every diagnostic: of this library, of installed packages (group ``gambeson.diagnostics``), and of this process."""
 
 
 def register(
@@ -81,17 +82,17 @@ def register(
         gradients: it needs gradients, and so does not apply to a black box.
     """
     about = {"condition": condition, "explanation": explanation, "remedy": remedy, "gradients": gradients}
-    return _LOOKS.register(name, title=name, summary=f"Fails where {condition}.", **about)
+    return LOOKS.register(name, title=name, summary=f"Fails where {condition}.", **about)
 
 
 def entries() -> list[Registered[Look] | UserError]:
     """Every diagnostic; an error in place of one whose package cannot be imported."""
-    return _LOOKS.entries()
+    return LOOKS.entries()
 
 
 def built_in() -> list[Diagnostic]:
     """The diagnostics of this library, in the order in which they are defined."""
-    return [_diagnostic(entry) for entry in _LOOKS.own()]
+    return [_diagnostic(entry) for entry in LOOKS.own()]
 
 
 def get(name: str) -> Diagnostic:
@@ -100,7 +101,7 @@ def get(name: str) -> Diagnostic:
     Raises:
         UserError: there is none, or its package or file does not run or does not register it.
     """
-    return _diagnostic(_LOOKS.get(name))
+    return _diagnostic(LOOKS.get(name))
 
 
 def _diagnostic(entry: Registered[Look]) -> Diagnostic:
