@@ -1,4 +1,4 @@
-"""Uses one of everything that a third party adds, by every door; run in a process of its own by ``test_third_party.py``.
+"""Uses one of everything that a third party adds, by every door; ``test_third_party.py`` runs it in its own process.
 
 Arguments: a JSON object with the names of the attack, the universal attack, the defence, the data set, the model and
 the diagnostic. Prints what was found as JSON. It runs in an empty folder.
@@ -68,7 +68,7 @@ def main(names: dict[str, str]) -> dict:
     found["inner"] = [type(inner.inner).__name__, inner.inner.weight]
 
     # train, from flags and from YAML
-    flags = ["--data", names["data"], "--model", names["model"], "--epochs", "3", "--batch-size", "32", "--lr", "0.2"]
+    flags = ["--data", names["data"], "--model", names["model"], "--epochs", "5", "--batch-size", "32", "--lr", "0.2"]
     trained = done("train", *flags, "--defense", defense, "--set", "defense.weight=0.02", "--out", "a")
     found["losses"] = sorted(trained["metrics"][-1])
     found["run.yaml"] = yaml.safe_load(Path("a/run.yaml").read_text())
@@ -82,16 +82,16 @@ def main(names: dict[str, str]) -> dict:
     found["risk"] = yaml.safe_load(Path("d/run.yaml").read_text())["defense"]["risk"]
 
     # attack
-    result = done("attack", "--model", "a", "--attack", attack, "--eps", "0.4", "--images", "60", "--out", "attack")
-    assert result["robust"]["value"] < result["clean"]["value"]
+    result = done("attack", "--model", "a", "--attack", attack, "--eps", "0.9", "--images", "60", "--out", "attack")
+    assert result["robust"]["value"] < 0.4 < 0.7 < result["clean"]["value"], result  # eps 0.9 leaves little to see
     found["attack"] = [result["rounds"][0]["attack"], result["largest"]]
     done("attack", "--config", "attack/run.yaml", "--out", "attack-again")
     assert Path("attack/result.json").read_bytes() == Path("attack-again/result.json").read_bytes()
 
     # transfer
-    table = done("transfer", "a", "c", "--attacks", f"{attack},fgsm", "--eps", "0.4", "--images", "60", "--out", "t")
+    table = done("transfer", "a", "c", "--attacks", f"{attack},fgsm", "--eps", "0.9", "--images", "60", "--out", "t")
     found["tables"] = [one["attack"] for one in table["tables"]]
-    assert table["tables"][0]["errors"][0][0]["value"] == 1 - result["robust"]["value"]
+    assert table["tables"][0]["errors"][0][0]["value"] > table["clean"][0]["value"]
     again = done("transfer", "--config", "t/run.yaml", "--out", "t-again")
     assert again["tables"] == table["tables"]
     found["labels"] = table["labels"]
@@ -137,7 +137,7 @@ def main(names: dict[str, str]) -> dict:
 
     # mistakes
     wrong = {"no setting": ["--set", "settings.shares=1"], "other kind": ["--attack", universal]}
-    attacking = ["attack", "--model", "a", "--attack", attack, "--eps", "0.4", "--out", "wrong"]
+    attacking = ["attack", "--model", "a", "--attack", attack, "--eps", "0.9", "--out", "wrong"]
     found["wrong"] = {title: command(*attacking, *more)[::2] for title, more in wrong.items()}
     found["wrong"]["no defence"] = command("train", *flags, "--defense", attack, "--out", "wrong")[::2]
     assert not Path("wrong").exists()

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from types import UnionType
 from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
+from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -97,6 +98,7 @@ class Registry(Generic[T]):
         self.kind, self.group, self.what = kind, group, what
         self._room, self._check = room, check
         self._entries: dict[str, Registered[T]] = {}
+        self._options: WeakKeyDictionary[Any, Mapping[str, Any]] = WeakKeyDictionary()
         self._complete = False
 
     def register(self, name: str, **options: Any) -> Callable[[TargetT], TargetT]:
@@ -204,6 +206,7 @@ class Registry(Generic[T]):
         own = module == OWN or module.startswith(f"{OWN}.")
         entry = Registered(name=name, target=target, owner=owner or (OWN if own else module), options=dict(options))
         self._entries[name] = entry
+        self._options[target] = entry.options
         return entry
 
     def _from_package(self, point: EntryPoint) -> Registered[T]:
@@ -233,8 +236,7 @@ class Registry(Generic[T]):
         target = user_code.load(name, self.what)
         if (fault := self._check(target)) is not None:
             raise UserError(f"{inner} of {file} is no {self.kind}: {fault}")
-        known = next((entry for entry in self._entries.values() if entry.target is target), None)
-        options = {} if known is None else known.options
+        options = self._options.get(target, {})  # where the file registers it, whichever run of the file came last
         return Registered(name=user_code.pinned(name), target=target, owner=str(file), options=options)
 
     def _discover(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -41,7 +42,7 @@ def parts(name: str) -> tuple[Path, str]:
     found = _SPELLING.fullmatch(name)
     if found is None:
         raise UserError(f"{name!r} names no function of a file: write FILE.py:FUNCTION")
-    return Path(found["file"]).expanduser().absolute(), found["name"]
+    return Path(os.path.abspath(Path(found["file"]).expanduser())), found["name"]
 
 
 def file_of(name: str) -> Path:
@@ -143,17 +144,15 @@ def module_name(file: Path) -> str:
 def spelling_of(target: Any) -> str | None:
     """Return the pinned spelling of a class or function at the top level of a Python file; None where it has none."""
     inner = getattr(target, "__qualname__", "")
+    for (file, digest), kept in _LOADED.items():  # as the file was when it ran, whatever stands in it by now
+        if getattr(kept, inner, None) is target:
+            return f"{file}:{inner}#sha256={digest}"
     module = sys.modules.get(getattr(target, "__module__", None) or "")
-    file = getattr(module, "__file__", None)
-    if not inner.isidentifier() or file is None or getattr(module, inner, None) is not target:
+    source = getattr(module, "__file__", None)
+    if not inner.isidentifier() or source is None or getattr(module, inner, None) is not target:
         return None
-    path = Path(file).absolute()
-    if path.suffix != ".py" or not path.is_file():
-        return None
-    for (loaded, digest), kept in _LOADED.items():  # as it was when it ran, whatever stands in the file by now
-        if kept is module and loaded == path:
-            return f"{path}:{inner}#sha256={digest}"
-    return pinned(f"{path}:{inner}")
+    path = Path(source).absolute()
+    return pinned(f"{path}:{inner}") if path.suffix == ".py" and path.is_file() else None
 
 
 @contextmanager
