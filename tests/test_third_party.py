@@ -54,6 +54,7 @@ def site(tmp_path_factory):
     return target
 
 
+@pytest.mark.timeout(600)
 def test_an_installed_package_adds_one_of_everything(site, tmp_path):
     found = use(NAMES, [SOURCE, site], tmp_path)
     assert found["run.yaml"]["defense"] == {"name": "quiet", "weight": 0.02}
@@ -89,6 +90,7 @@ def same_by_every_door(found):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(600)
 def test_a_file_adds_one_of_everything(tmp_path):
     file, cwd = tmp_path / "my own.py", tmp_path / "cwd"
     cwd.mkdir()
