@@ -89,6 +89,17 @@ def test_a_changed_file_is_noticed_and_can_be_taken_on_purpose(mine):
     assert TrainRun(**stored).plain() == stored
 
 
+def test_naming_the_stored_defence_again_keeps_its_settings(mine, tmp_path):
+    from gambeson.cli.train import _defense_of
+
+    stored = TrainRun(data="digits", model="lenet5", defense={"name": f"{mine}:Quiet", "weight": 0.5}).plain()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(stored))
+    mine.write_text(MINE + "# changed")
+    assert _defense_of(tmp_path / "run.yaml", None) == stored["defense"]
+    assert _defense_of(tmp_path / "run.yaml", f"{mine}:Quiet") == {"name": f"{mine}:Quiet", "weight": 0.5}
+    assert _defense_of(tmp_path / "run.yaml", "standard") == {"name": "standard"}
+
+
 def test_what_an_object_was_made_from_is_stored_even_when_the_file_changes_meanwhile(mine):
     defense = gb.defenses.create(f"{mine}:Quiet")
     name = f"{mine}:Quiet#sha256={digest(mine)}"
@@ -229,6 +240,8 @@ def test_every_setting_of_a_listing_says_what_it_is():
             for name, setting in entry.settings.items():
                 assert setting.type, name
                 assert setting.required == (setting.default is None and entry.target.model_fields[name].is_required())
+    assert gb.attacks.create("mi-fgsm", eps=0.1) == gb.attacks.IFGSM(eps=0.1, momentum=1.0)
+    assert gb.attacks.create("mi-fgsm", eps=0.1, momentum=0.5).momentum == 0.5
     transfer = ATTACKS.get("mi-fgsm")
     assert transfer.settings["momentum"].default == 1.0
     assert ATTACKS.get("i-fgsm").settings["momentum"].default == 0.0

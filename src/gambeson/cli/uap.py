@@ -26,7 +26,9 @@ Data = Annotated[str | None, typer.Option(help="Data set; else the one the run w
 def craft(
     model: Model,
     data: Data = None,
-    attack: Annotated[str, typer.Option(help="A name of `gambeson list attacks`, or FILE.py:CLASS.")] = "stochastic-pgd",
+    attack: Annotated[
+        str, typer.Option(help="A name of `gambeson list attacks`, or FILE.py:CLASS.")
+    ] = "stochastic-pgd",
     eps: Annotated[str, typer.Option(help="Radius, such as 0.2 or 10/255.")] = "10/255",
     norm: Annotated[str | None, typer.Option(help="Norm of the ball.")] = None,
     set_: Set = None,
