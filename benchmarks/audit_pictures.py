@@ -3,10 +3,10 @@
 ``python benchmarks/audit_pictures.py [--only NAME ...] [--draw]``
 
 Models are those of :mod:`gambeson.testbed` (trained when first asked for) and three small ones made here. Each
-diagnostic is run alone on both models, as an audit holds them, and must fail the one and pass the other; what it compares is measured along, stored in ``results/audit-pictures.json`` and drawn to
-``docs/audit/*.png``. ``--draw`` draws what is stored; ``python benchmarks/audit_page.py`` then renews the page.
-Everything is seeded. A minute and a half on one core once the networks are trained. Matplotlib is needed: the extra
-``quickstart`` brings it.
+diagnostic is run alone on both models, as an audit holds them, and must fail the one and pass the other; what it
+compares is measured along, stored in ``results/audit-pictures.json`` and drawn to ``docs/audit/*.png``. ``--draw``
+draws what is stored; ``python benchmarks/audit_page.py`` then renews the page. Everything is seeded. A minute and a
+half on one core once the networks are trained. Matplotlib is needed: the extra ``quickstart`` brings it.
 """
 
 from __future__ import annotations

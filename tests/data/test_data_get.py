@@ -286,12 +286,12 @@ def test_missing_extras_say_what_to_install(tmp_path: Path, monkeypatch: pytest.
 def test_catalog_agrees_with_the_recipes(tmp_path: Path) -> None:
     entries = data.catalog(tmp_path)
     assert [entry.name for entry in entries] == [
-        "digits",
-        "mnist5k",
-        "mnist",
-        "fashion-mnist",
         "cifar10",
         "cifar100",
+        "digits",
+        "fashion-mnist",
+        "mnist",
+        "mnist5k",
     ]
     for entry in entries:
         assert entry.train + entry.validation + entry.test == sum(RECIPES[entry.name].source)

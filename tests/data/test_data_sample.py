@@ -184,7 +184,8 @@ def test_attack(folder: Path, zero: str, tmp_path: Path) -> None:
     data = f"image-folder:{folder}?size=16"
     run = AttackRun(model=zero, data=data, attack="fgsm", settings={"eps": 0.1}, images=14, seed=5)
     found = run_attack(run, tmp_path / "a")
-    assert found.clean.n == 14 and found.clean.value == pytest.approx(1 / 7)
+    assert found.clean.n == 14
+    assert found.clean.value == pytest.approx(1 / 7)
     tensors, _ = gb.base.load_tensors(tmp_path / "a" / "adversarial.safetensors")
     test = gb.data.load(data).test
     assert torch.equal(tensors["indices"], test.sample_indices(14, seed=5))

@@ -20,7 +20,7 @@ from gambeson.attacks.procedural import GaborNoise, PerlinNoise
 from gambeson.attacks.query import Queries
 from gambeson.attacks.query_attack import QueryAttack
 from gambeson.attacks.random_search import RandomSearch
-from gambeson.attacks.registry import create, names
+from gambeson.attacks.registry import Name, canonical, create, names, register, require_kind
 from gambeson.attacks.sga import SGA
 from gambeson.attacks.singular_vector import SingularVector
 from gambeson.attacks.solver import Ascent, NotFinite
@@ -29,6 +29,7 @@ from gambeson.attacks.square import Square
 from gambeson.attacks.transfer import TRANSFER, mi_fgsm, ni_fgsm, si_ni_fgsm, ti_dim, transfer_attack
 from gambeson.attacks.transforms import Diversity, Scales, Smoothing
 from gambeson.attacks.universal import ClasswiseStochasticPGD, StochasticPGD
+from gambeson.attacks.workshop import Candidate, Workshop
 
 __all__ = [
     "CONTROLS",
@@ -45,6 +46,7 @@ __all__ = [
     "AutoPGD",
     "Average",
     "BoundedLogit",
+    "Candidate",
     "CarliniWagner",
     "ClasswiseStochasticPGD",
     "DataFree",
@@ -59,6 +61,7 @@ __all__ = [
     "L1AutoPGD",
     "Loss",
     "LossName",
+    "Name",
     "NotFinite",
     "PerlinNoise",
     "Queries",
@@ -75,6 +78,8 @@ __all__ = [
     "TargetedAutoPGD",
     "UniversalAttack",
     "UniversalPerturbation",
+    "Workshop",
+    "canonical",
     "control",
     "create",
     "cross_entropy",
@@ -83,6 +88,8 @@ __all__ = [
     "mi_fgsm",
     "names",
     "ni_fgsm",
+    "register",
+    "require_kind",
     "si_ni_fgsm",
     "targeted_dlr",
     "ti_dim",

@@ -12,10 +12,12 @@ from pydantic import Field, model_validator
 from gambeson.attacks.climb import Climb, Record
 from gambeson.attacks.losses import LossName, fallen
 from gambeson.attacks.per_image import GradientAttack, warn_of_fallback
+from gambeson.attacks.registry import register
 from gambeson.attacks.solver import Ascent
 from gambeson.base import Number, generator
 
 
+@register("auto-pgd", source="Croce and Hein 2020", cost="steps + 1 / steps, per restart")
 class AutoPGD(GradientAttack):
     """Auto-PGD (Croce and Hein 2020, algorithm 1), norms inf, 2 and 1.
 
@@ -203,6 +205,7 @@ class AutoPGD(GradientAttack):
         return None if self.targets is None else truth
 
 
+@register("auto-pgd-targeted", source="Croce and Hein 2020, section 5", cost="as `auto-pgd`, per target")
 class TargetedAutoPGD(AutoPGD):
     """APGD-T (Croce and Hein 2020, section 5): the targeted ratio, towards the nine likeliest wrong classes in turn."""
 

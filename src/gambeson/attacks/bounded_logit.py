@@ -12,6 +12,7 @@ from pydantic import Field
 from gambeson.attacks.adam import Adam
 from gambeson.attacks.crafting import LabelSource, UniversalAttack
 from gambeson.attacks.losses import Loss
+from gambeson.attacks.registry import register
 from gambeson.attacks.solver import Ascent, slope
 from gambeson.attacks.workshop import Candidate, Workshop
 from gambeson.base import Number
@@ -29,6 +30,7 @@ class HeldRival(Loss):
         return rival - logits.gather(1, index).squeeze(1)
 
 
+@register("bounded-logit", source="Zhang et al. 2020", cost="restarts x steps x batch_size")
 class BoundedLogit(UniversalAttack):
     """DF-UAP (Zhang et al., CVPR 2020): Adam on delta against a logit loss that is bounded by ``confidence``.
 

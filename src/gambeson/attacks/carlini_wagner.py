@@ -10,6 +10,7 @@ from pydantic import Field
 from gambeson.attacks.adam import Adam
 from gambeson.attacks.losses import fallen, margin
 from gambeson.attacks.minimal_norm import MinimalNorm, refuse_not_finite, refuse_odd_head
+from gambeson.attacks.registry import register
 from gambeson.base import Number
 from gambeson.victim import Victim
 
@@ -17,6 +18,7 @@ _EDGE = 0.999999
 """Pixels are drawn in by this factor before the inverse of tanh, as in the authors' code: it is infinite at 0 and 1."""
 
 
+@register("carlini-wagner", source="Carlini and Wagner 2017", cost="searches x steps + 1 / searches x steps")
 class CarliniWagner(MinimalNorm):
     """Carlini and Wagner's L2 attack (2017, sections V-A and VI-A): minimise ||delta||^2 + c f(x + delta).
 

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from gambeson.attacks.perturbation import Provenance, Status, UniversalPerturbation
+from gambeson.attacks.registry import ATTACKS
 from gambeson.attacks.sources import Source, entered
 from gambeson.attacks.workshop import Candidate, Workshop, splits_of
 from gambeson.base import Config, UserError, seeded
@@ -24,8 +25,9 @@ WEAK = 0.05
 class UniversalAttack(Config):
     """Base of the universal attacks: crafted on train, chosen on validation, never looking at test."""
 
-    name: ClassVar[str]
-    """What provenance calls the attack."""
+    name: ClassVar[str] = "universal"
+    """What provenance calls the attack. A class of your own need not set it: the name under which it is registered, or
+    ``FILE.py:CLASS``, is taken, by which it is found again."""
     looks_at_train: ClassVar[bool] = True
     """Whether it sees training images at all."""
 
@@ -131,7 +133,7 @@ class UniversalAttack(Config):
         source_class: int | None = None,
     ) -> Provenance:
         return Provenance(
-            attack=self.name,
+            attack=vars(type(self)).get("name") or ATTACKS.name_of(type(self)),
             settings=self.plain(),
             eps=self.eps,
             norm=self.norm,

@@ -11,6 +11,7 @@ from pydantic import Field
 from gambeson.attacks.adam import Adam
 from gambeson.attacks.crafting import UniversalAttack
 from gambeson.attacks.layers import activations, layer_names
+from gambeson.attacks.registry import register
 from gambeson.attacks.solver import slope
 from gambeson.attacks.workshop import Candidate, Workshop
 from gambeson.base import Number, generator
@@ -22,6 +23,7 @@ SPREAD = 0.5 / 3.29
 """Deviation of the range prior: 99.9 % of a Gaussian around grey then lie in [0, 1]."""
 
 
+@register("data-free", source="Mopuri et al. 2018 (GD-UAP), 2017 (FFF)", cost="steps x 32")
 class DataFree(UniversalAttack):
     """GD-UAP (Mopuri et al., arXiv 1801.08092) and FFF (arXiv 1707.05572): maximise the activations of all layers.
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from gambeson.attacks.losses import fallen
 from gambeson.attacks.minimal_norm import MinimalNorm, refuse_not_finite, refuse_odd_head
 from gambeson.attacks.query import InfOr2
+from gambeson.attacks.registry import register
 from gambeson.base import Number
 from gambeson.threat import Ball, Norm
 from gambeson.victim import Victim
@@ -20,6 +21,11 @@ _FEW = 4
 """Up to this many images, one backward through copies is faster than a backward a class."""
 
 
+@register(
+    "deepfool",
+    source="Moosavi-Dezfooli et al. 2016",
+    cost="1 / (classes - 1), per step; up to 4 images: classes / (classes - 1)",
+)
 class DeepFool(MinimalNorm):
     """DeepFool (Moosavi-Dezfooli et al. 2016, Algorithm 2; section 3.3 for other norms): a small perturbation.
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from gambeson.attacks.crafting import UniversalAttack
 from gambeson.attacks.deepfool import DeepFool
+from gambeson.attacks.registry import register
 from gambeson.attacks.workshop import Candidate, Workshop
 from gambeson.base import Number, UserError, generator
 from gambeson.data import Split
@@ -17,6 +18,11 @@ from gambeson.threat import perturb
 from gambeson.victim import Victim, predict, score
 
 
+@register(
+    "deepfool-uap",
+    source="Moosavi-Dezfooli et al. 2017",
+    cost="1 / 0 per image and pass, and DeepFool on the others",
+)
 class DeepFoolUAP(UniversalAttack):
     """Universal adversarial perturbation of Moosavi-Dezfooli et al. (CVPR 2017, algorithm 1).
 

@@ -8,9 +8,11 @@ import torch
 from pydantic import Field
 
 from gambeson.attacks.query_attack import QueryAttack, Search
+from gambeson.attacks.registry import register
 from gambeson.base import Number, generator
 
 
+@register("few-pixel", source="Su et al. 2019", cost="at most queries / 0")
 class FewPixel(QueryAttack):
     """One-pixel and few-pixel attack by differential evolution (Su et al. 2019, section III).
 

@@ -11,6 +11,7 @@ from gambeson.attacks.climb import Record
 from gambeson.attacks.guide import Guide
 from gambeson.attacks.losses import fallen
 from gambeson.attacks.per_image import GradientAttack, warn_of_fallback
+from gambeson.attacks.registry import register
 from gambeson.attacks.solver import Ascent, cosine
 from gambeson.attacks.transforms import Diversity, Scales, Smoothing
 from gambeson.base import Number, generator
@@ -18,6 +19,7 @@ from gambeson.base import Number, generator
 Start = Literal["zero", "uniform", "sign"]
 
 
+@register("pgd", source="Madry et al. 2018", cost="steps / steps, per restart")
 class PGD(GradientAttack):
     """Projected gradient descent (Madry et al. 2018, section 2.1; Kurakin et al. 2017 with ``start="zero"``).
 
@@ -124,6 +126,7 @@ class PGD(GradientAttack):
                 record.note(rows, delta, value, down)
 
 
+@register("fgsm", source="Goodfellow et al. 2015", cost="1 / 1")
 class FGSM(PGD):
     """Fast gradient sign method (Goodfellow et al. 2015): one step of length eps from the image itself."""
 
@@ -133,6 +136,7 @@ class FGSM(PGD):
     early_stop: bool = False
 
 
+@register("r-fgsm", source="Tramèr et al. 2018, section 3.4", cost="1 / 1")
 class RFGSM(PGD):
     """R+FGSM (Tramèr et al. 2018, section 3.4): a random-sign step of alpha, then a gradient step of eps - alpha.
 
@@ -150,6 +154,7 @@ class RFGSM(PGD):
         return 1 - self.start_size if self.step is None else self.step
 
 
+@register("i-fgsm", source="Kurakin et al. 2017", cost="steps / steps")
 class IFGSM(PGD):
     """Iterative FGSM, also called BIM (Kurakin et al. 2017): steps of eps / steps from the image itself."""
 

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from gambeson.attacks.auto_pgd import AutoPGD
 from gambeson.attacks.climb import Climb, Record
+from gambeson.attacks.registry import register
 from gambeson.attacks.solver import Ascent
 from gambeson.base import Number
 from gambeson.threat import Norm
@@ -24,6 +25,7 @@ _SHORTER = 1.5
 _SHORTEST = 10.0
 
 
+@register("l1-auto-pgd", source="Croce and Hein 2021", cost="as `auto-pgd`")
 class L1AutoPGD(AutoPGD):
     """l1-APGD (Croce and Hein 2021, section 4, algorithm 1): adaptive sparsity and step size, exact projection.
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from gambeson.attacks.gradient import FGSM, IFGSM, RFGSM
 from gambeson.attacks.per_image import LabelChoice
+from gambeson.attacks.registry import register
 
 
+@register("step-ll", source="Kurakin et al. 2017", cost="2 / 1")
 class StepLL(FGSM):
     """Step-LL: one step of length eps down the cross-entropy of the least likely class."""
 
     label: LabelChoice = "least-likely"
 
 
+@register("r-step-ll", source="Tramèr et al. 2018, section 3.4", cost="2 / 1")
 class RStepLL(RFGSM):
     """R+Step-LL (Tramèr et al. 2018, section 3.4): a random-sign step of alpha, then Step-LL with eps - alpha.
 
@@ -26,6 +29,7 @@ class RStepLL(RFGSM):
     label: LabelChoice = "least-likely"
 
 
+@register("iter-ll", source="Kurakin et al. 2017", cost="steps + 1 / steps")
 class IterLL(IFGSM):
     """Iter-LL: steps of eps / steps down the cross-entropy of the least likely class."""
 

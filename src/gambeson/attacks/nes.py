@@ -10,10 +10,12 @@ from pydantic import Field
 from gambeson.attacks.adam import Adam
 from gambeson.attacks.query import InfOr2
 from gambeson.attacks.query_attack import QueryAttack, Search
+from gambeson.attacks.registry import register
 from gambeson.base import Number, generator
 from gambeson.threat import Ball, Eps, perturb
 
 
+@register("nes", source="Ilyas et al. 2018", cost="at most queries / 0")
 class NES(QueryAttack):
     """Natural evolution strategies (Ilyas et al. 2018, section 2.2 and Algorithm 1): projected steps, no gradients.
 
@@ -101,6 +103,7 @@ class NES(QueryAttack):
         return (u * (ahead - behind).to(u.dtype)).sum(0)
 
 
+@register("spsa", source="Uesato et al. 2018", cost="at most queries / 0")
 class SPSA(NES):
     """Simultaneous perturbation (Uesato et al. 2018, section 3, Algorithm 1): random signs, the margin, and Adam.
 

@@ -13,6 +13,7 @@ from gambeson.attacks.bayesian import first_points, latin_hypercube, propose
 from gambeson.attacks.crafting import UniversalAttack
 from gambeson.attacks.gabor import gabor, kernel_width
 from gambeson.attacks.perlin import perlin
+from gambeson.attacks.registry import register
 from gambeson.attacks.workshop import Candidate, Workshop
 from gambeson.base import Number, derive, generator
 
@@ -114,6 +115,7 @@ class ProceduralAttack(UniversalAttack):
         return propose(torch.stack([place for _, place, _ in tried]), rates, draw)
 
 
+@register("perlin", source="Co et al. 2019", cost="patterns x images / 0")
 class PerlinNoise(ProceduralAttack):
     """Perlin noise (Co et al., CCS 2019, arXiv 1810.00470): period, octaves and the sine's frequency are searched.
 
@@ -134,6 +136,7 @@ class PerlinNoise(ProceduralAttack):
         return perlin(size, period=period, octaves=min(4, int(octaves)), frequency=frequency, seed=seed)
 
 
+@register("gabor", source="Co et al. 2019", cost="patterns x images / 0")
 class GaborNoise(ProceduralAttack):
     """Gabor noise (Co et al., arXiv 1810.00470): sigma, orientation, wavelength and number of sides are searched.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from gambeson.attacks.query import InfOr2
 from gambeson.attacks.query_attack import QueryAttack, Search
+from gambeson.attacks.registry import register
 from gambeson.base import generator
 from gambeson.threat import Ball, Eps, perturb
 
 
+@register("random-search", source="the control of the query attacks", cost="at most queries / 0")
 class RandomSearch(QueryAttack):
     """The control of query attacks: independent draws on the surface of the ball, the best one kept.
 

@@ -2,74 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal
+import inspect
+from typing import Annotated, Any, Literal
 
-from gambeson.attacks.auto_pgd import AutoPGD, TargetedAutoPGD
-from gambeson.attacks.bounded_logit import BoundedLogit
-from gambeson.attacks.carlini_wagner import CarliniWagner
-from gambeson.attacks.data_free import DataFree
-from gambeson.attacks.deepfool import DeepFool
-from gambeson.attacks.deepfool_uap import DeepFoolUAP
-from gambeson.attacks.few_pixel import FewPixel
-from gambeson.attacks.gradient import FGSM, IFGSM, PGD, RFGSM
-from gambeson.attacks.l1_auto_pgd import L1AutoPGD
-from gambeson.attacks.least_likely import IterLL, RStepLL, StepLL
-from gambeson.attacks.nes import NES, SPSA
-from gambeson.attacks.procedural import GaborNoise, PerlinNoise
-from gambeson.attacks.random_search import RandomSearch
-from gambeson.attacks.sga import SGA
-from gambeson.attacks.singular_vector import SingularVector
-from gambeson.attacks.square import Square
-from gambeson.attacks.transfer import TRANSFER, transfer_attack
-from gambeson.attacks.universal import StochasticPGD
-from gambeson.base import unknown_name
+from pydantic import AfterValidator
 
-_IMAGE: dict[str, Callable[..., Any]] = {
-    "fgsm": FGSM,
-    "r-fgsm": RFGSM,
-    "i-fgsm": IFGSM,
-    "step-ll": StepLL,
-    "r-step-ll": RStepLL,
-    "iter-ll": IterLL,
-    "pgd": PGD,
-    "auto-pgd": AutoPGD,
-    "auto-pgd-targeted": TargetedAutoPGD,
-    "l1-auto-pgd": L1AutoPGD,
-    **{name: partial(transfer_attack, name) for name in TRANSFER},
-    "deepfool": DeepFool,
-    "carlini-wagner": CarliniWagner,
-    "square": Square,
-    "few-pixel": FewPixel,
-    "nes": NES,
-    "spsa": SPSA,
-    "random-search": RandomSearch,
-}
-_UNIVERSAL: dict[str, Callable[..., Any]] = {
-    "stochastic-pgd": StochasticPGD,
-    "sga": SGA,
-    "bounded-logit": BoundedLogit,
-    "deepfool-uap": DeepFoolUAP,
-    "singular-vector": SingularVector,
-    "data-free": DataFree,
-    "perlin": PerlinNoise,
-    "gabor": GaborNoise,
-}
+from gambeson.base import Config, Registered, Registry, UserError
+
+Kind = Literal["image", "universal"]
 
 
-def names(kind: Literal["image", "universal"]) -> list[str]:
-    """Every name of a kind that :func:`create` takes."""
-    return list(_IMAGE if kind == "image" else _UNIVERSAL)
+def _fault(target: Any) -> str | None:
+    if not (inspect.isclass(target) and issubclass(target, Config)):
+        return "expected a class with settings, a subclass of gambeson.base.Config such as gambeson.attacks.PGD"
+    if _kind(target) is None:
+        return "expected __call__(model, x, y, *, seed, ignore_index), or craft(model, data) of UniversalAttack"
+    return None
+
+
+def _kind(target: Any) -> Kind | None:
+    for one in target.__mro__:
+        if "craft" in vars(one):
+            return "universal"
+        if "__call__" in vars(one):
+            return "image"
+    return None
+
+
+ATTACKS: Registry[Any] = Registry("attack", "gambeson.attacks", room="gambeson.attacks", check=_fault)
+"""Every attack: of this library, of installed packages (group ``gambeson.attacks``), and of this process."""
+
+register = ATTACKS.register
+"""``@register("name", source="paper", cost="forwards / backwards")`` at an attack's class gives it its name."""
+
+
+def names(kind: Kind) -> list[str]:
+    """Every name of a kind that :func:`create` takes, in alphabetical order."""
+    return [entry.name for entry in entries() if isinstance(entry, Registered) and _kind(entry.target) == kind]
+
+
+def entries() -> list[Registered[Any] | UserError]:
+    """Every attack; an error in place of one whose package cannot be imported."""
+    return ATTACKS.entries()
+
+
+def kind_of(entry: Registered[Any]) -> Kind:
+    """Whether an attack makes one perturbation per image or one for all."""
+    return _kind(entry.target) or "image"
+
+
+def canonical(name: str) -> str:
+    """Return a name as runs store it: ``FILE.py:CLASS`` by the file's absolute path and with the hash of its content.
+
+    Raises:
+        UserError: there is no such file, or it was changed since the name was stored.
+    """
+    return ATTACKS.canonical(name)
+
+
+Name = Annotated[str, AfterValidator(canonical)]
+"""The name of an attack in the settings of a run, as :func:`canonical` gives it."""
 
 
 def create(name: str, **settings: Any) -> Any:
     """Build an attack by name, for example ``create("pgd", eps="8/255")``.
 
+    Args:
+        name: a registered name, or ``FILE.py:CLASS``.
+        **settings: of the attack.
+
     Raises:
         UserError: no such attack, or a setting that is unknown or out of range.
     """
-    known = _IMAGE | _UNIVERSAL
-    if name not in known:
-        raise unknown_name("attack", name, known)
-    return known[name](**settings)
+    entry = ATTACKS.get(name)
+    return entry.target(**(dict(entry.options.get("preset", {})) | settings))
+
+
+def require_kind(name: str, kind: Kind) -> None:
+    """Refuse an attack of the other kind, by a sentence that says which command takes it.
+
+    Raises:
+        UserError: no such attack, or one of the other kind.
+    """
+    if kind_of(ATTACKS.get(name)) != kind:
+        says = {
+            "image": "makes one perturbation for all images: craft it with `gambeson uap craft`",
+            "universal": "makes one perturbation per image: run it with `gambeson attack`",
+        }
+        raise UserError(f"the attack {name!r} {says[kind]}")

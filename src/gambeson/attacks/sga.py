@@ -11,6 +11,7 @@ from pydantic import Field
 
 from gambeson.attacks.crafting import LabelSource, UniversalAttack
 from gambeson.attacks.losses import Loss
+from gambeson.attacks.registry import register
 from gambeson.attacks.solver import Ascent
 from gambeson.attacks.workshop import Candidate, Workshop
 from gambeson.base import Number, generator
@@ -24,6 +25,7 @@ class CleanLogit(Loss):
         return -logits.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
+@register("sga", source="Liu et al. 2023", cost="restarts x steps x rounds x batch_size")
 class SGA(UniversalAttack):
     """Stochastic gradient aggregation (Liu et al., ICCV 2023, arXiv 2308.06015).
 

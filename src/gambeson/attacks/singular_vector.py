@@ -11,6 +11,7 @@ from pydantic import Field
 
 from gambeson.attacks.crafting import UniversalAttack
 from gambeson.attacks.layers import activations, layer_names
+from gambeson.attacks.registry import register
 from gambeson.attacks.workshop import Candidate, Workshop
 from gambeson.base import Number, generator
 from gambeson.victim import Victim
@@ -19,6 +20,7 @@ Map = Callable[[torch.Tensor], torch.Tensor]
 MAX_LAYERS = 5
 
 
+@register("singular-vector", source="Khrulkov and Oseledets 2018", cost="64 / 128 per iteration, start and layer")
 class SingularVector(UniversalAttack):
     """Universal perturbation from a (p, q)-singular vector (Khrulkov and Oseledets, CVPR 2018, arXiv 1709.03582).
 

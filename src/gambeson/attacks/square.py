@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from gambeson.attacks.query_attack import Search
 from gambeson.attacks.random_search import RandomSearch
+from gambeson.attacks.registry import register
 from gambeson.base import Number, generator
 from gambeson.threat import Ball, perturb
 
@@ -17,6 +18,7 @@ _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Iterations, of 10,000, after which the share of pixels is halved (authors' code)."""
 
 
+@register("square", source="Andriushchenko et al. 2020", cost="at most queries / 0")
 class Square(RandomSearch):
     """Square attack (Andriushchenko et al. 2020, section 3): local windows of full strength, kept where they help.
 

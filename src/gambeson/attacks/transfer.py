@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gambeson.attacks.gradient import IFGSM
+from gambeson.attacks.registry import register
 from gambeson.attacks.transforms import Diversity, Scales, Smoothing
 from gambeson.base import unknown_name
 
@@ -34,6 +35,23 @@ TRANSFER: dict[str, dict[str, Any]] = {
 """Each name and the settings it stands for: Dong et al. 2018 (MI), Xie et al. 2019 (DI, and with MI: M-DI2), Dong et
 al. 2019 (TI, TI-DIM), Lin et al. 2020 (NI, SI). The original DI-FGSM takes int(min(eps + 4, 1.25 eps)) steps of
 1/255 with eps in 255ths; here it has the common frame."""
+
+_SOURCES = {"mi": "Dong et al. 2018", "di": "Xie et al. 2019", "ti": "Dong et al. 2019", "ni": "Lin et al. 2020"}
+_WORDS = {
+    "momentum": "momentum 1 (MI)",
+    "nesterov": "a Nesterov look-ahead (NI)",
+    "diversity": "random resizing with probability 0.5 (DI)",
+    "smoothing": "a 5 x 5 Gaussian over the gradient (TI)",
+    "scales": "the mean gradient of 5 scaled copies (SI)",
+}
+for _name, _preset in TRANSFER.items():
+    register(
+        _name,
+        preset=_preset,
+        source=_SOURCES.get("ni" if _name.startswith("si-") else _name.removeprefix("mi-")[:2], _SOURCES["mi"]),
+        cost="steps x copies / steps x copies" if "scales" in _preset else "steps / steps",
+        summary=f"I-FGSM with {', '.join(_WORDS[option] for option in _preset)}.",
+    )(IFGSM)
 
 
 def transfer_attack(name: str, **settings: Any) -> IFGSM:

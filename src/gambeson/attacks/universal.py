@@ -13,6 +13,7 @@ from pydantic import Field
 from gambeson.attacks.crafting import LabelSource, UniversalAttack, tally
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.perturbation import UniversalPerturbation
+from gambeson.attacks.registry import register
 from gambeson.attacks.solver import cosine
 from gambeson.attacks.sources import Source, entered
 from gambeson.attacks.workshop import Candidate, Workshop
@@ -21,6 +22,11 @@ from gambeson.data import Split
 from gambeson.threat import BoxGradient
 
 
+@register(
+    "stochastic-pgd",
+    source="Shafahi et al. 2020; Mummadi et al. 2019",
+    cost="(screened x screen_steps x screen_batch) + (restarts x steps x batch_size)",
+)
 class StochasticPGD(UniversalAttack):
     """Stochastic projected gradient descent for universal perturbations.
 

@@ -1,7 +1,7 @@
 """The audit: is this model broken by one pattern, and can the answer be trusted?"""
 
 from gambeson.auditing.audit import Audit, audit
-from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, Finding
+from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, Finding, register
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.plan import AuditPlan
 from gambeson.auditing.results import AuditResult, Check, Verdict
@@ -23,5 +23,6 @@ __all__ = [
     "Verdict",
     "audit",
     "plan_audit",
+    "register",
     "run_audit",
 ]

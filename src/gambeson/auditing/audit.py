@@ -13,7 +13,7 @@ from torch import nn
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing import black_box as boxes
 from gambeson.auditing import corruption, draws, per_image, scale, slopes, surrogate, transfer, universal
-from gambeson.auditing.diagnostics import DIAGNOSTICS
+from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, get
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.examples import save_examples
 from gambeson.auditing.results import (
@@ -94,6 +94,7 @@ def audit(
         suite = SUITES[suite]
     dataset = as_dataset(data)
     suite = suite.on(dataset)
+    diagnostics = _diagnostics(suite)
     folder = None if out is None else Path(out)
     black_box = isinstance(model, BlackBox)
     stages, notes = Stages(folder, seed), list[str]()
@@ -129,7 +130,16 @@ def audit(
             clean=accuracy_rate(score(predictions, reported.test)),
             predictions=predictions,
         )
-        return _Auditor(evidence, folder, stages, [*notes, *twice]).run()
+        return _Auditor(evidence, folder, stages, [*notes, *twice], diagnostics).run()
+
+
+def _diagnostics(suite: Suite) -> list[Diagnostic]:
+    """Return the diagnostics of this library and those that the suite names."""
+    every = [*DIAGNOSTICS, *(get(name) for name in suite.diagnostics)]
+    names = [diagnostic.name for diagnostic in every]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two diagnostics are called {twice[0]!r}: name each of suite.diagnostics once, none of ours")
+    return every
 
 
 def _reported(data: Dataset, suite: Suite, seed: int, device: torch.device) -> tuple[Dataset, list[str]]:
@@ -163,12 +173,20 @@ def _few(split: Split, images: int | None, seed: int) -> Split:
 class _Auditor:
     """Goes through the stages, each of which is kept in the folder when it is done."""
 
-    def __init__(self, evidence: Evidence, folder: Path | None, stages: Stages, notes: list[str]) -> None:
+    def __init__(
+        self,
+        evidence: Evidence,
+        folder: Path | None,
+        stages: Stages,
+        notes: list[str],
+        diagnostics: list[Diagnostic],
+    ) -> None:
         self.evidence, self.folder, self.stages, self.notes = evidence, folder, stages, notes
+        self.diagnostics = diagnostics
 
     def run(self) -> Audit:
         evidence, stages, do, folder = self.evidence, self.stages, self.stages.afford, self.folder
-        with task(f"audit {evidence.subject.label}", len(evidence.suite.eps) + 7 + len(DIAGNOSTICS)) as advance:
+        with task(f"audit {evidence.subject.label}", len(evidence.suite.eps) + 7 + len(self.diagnostics)) as advance:
             model = evidence.victim.model
             evidence.surrogate, source = surrogate.obtain(
                 evidence.suite, evidence.data, model, folder, stages, evidence.seed
@@ -198,7 +216,7 @@ class _Auditor:
             sloped = stages.do("slopes", Slopes | None, self._slopes)
             advance()
             checks = []
-            for diagnostic in DIAGNOSTICS:
+            for diagnostic in self.diagnostics:
                 blank = Check(name=diagnostic.name, passed=None, detail="the budget was spent")
                 checks.append(do(f"check {diagnostic.name}", Check, partial(diagnostic.check, evidence), blank))
                 advance()

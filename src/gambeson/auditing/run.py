@@ -34,7 +34,7 @@ class AuditRun(Config):
     model: str
     """What :func:`gambeson.evaluation.load_subject` takes: a run folder, a weights file, an architecture, a program, or
     a black box."""
-    data: str | None = None
+    data: data_room.Name | None = None
     """Name of a data set; None: the one that the run was trained on."""
     suite: Annotated[Suite, BeforeValidator(_read_suite)] = SUITES["standard"]
     """The suite's name or its settings."""

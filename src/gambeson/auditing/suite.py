@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from gambeson.attacks import CONTROLS, MORE_CONTROLS, PGD, StochasticPGD
 from gambeson.attacks.sources import EOT_SAMPLES
 from gambeson.base import Config, Number, UserError, unknown_name
+from gambeson.base.registry import canonical
 from gambeson.data import Dataset
 from gambeson.threat import Eps, Norm
 from gambeson.victim import DRAWS
@@ -94,6 +95,10 @@ class Suite(Config):
     def patterns_of_controls(self) -> int:
         """How many patterns the controls are."""
         return sum((CONTROLS | MORE_CONTROLS)[name] for name in self.controls)
+
+    diagnostics: tuple[Annotated[str, AfterValidator(canonical)], ...] = ()
+    """Further diagnostics, looked at after this library's: names that installed packages have registered, or
+    ``FILE.py:FUNCTION``. Their cost is in no plan."""
 
     @field_validator("eps")
     @classmethod

@@ -7,6 +7,7 @@ from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, unknown_
 from gambeson.base.files import read_json, write_bytes, write_json, write_text, write_yaml
 from gambeson.base.processes import average, place, share_first, total
 from gambeson.base.progress import show_progress, task
+from gambeson.base.registry import Registered, Registry
 from gambeson.base.run_folder import close_run, open_run, read_settings
 from gambeson.base.seeds import derive, generator, seeded
 from gambeson.base.tensors import load_tensors, pixel_bytes, save_tensors
@@ -15,6 +16,8 @@ __all__ = [
     "Config",
     "Number",
     "OutOfSpace",
+    "Registered",
+    "Registry",
     "UnknownSetting",
     "UserError",
     "average",

@@ -11,7 +11,7 @@ import typer
 
 import gambeson as gb
 from gambeson.cli import attack, audit, bench, data, export, quickstart, report, testbed, train, transfer, uap
-from gambeson.cli.options import NamingCommand
+from gambeson.cli.list import list_ as list_things
 
 MISTAKE, STOPPED = 2, 130
 """Exit codes of a mistake that the user can mend, and after Ctrl-C, as shells have it."""
@@ -25,10 +25,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("quickstart")(quickstart.quickstart)
+app.command("list")(list_things)
 app.add_typer(data.app, name="data")
-app.command("train", cls=NamingCommand)(train.train)
+app.command("train")(train.train)
 app.command("audit")(audit.audit)
-app.command("attack", cls=NamingCommand)(attack.attack)
+app.command("attack")(attack.attack)
 app.add_typer(uap.app, name="uap")
 app.command("transfer")(transfer.transfer)
 app.command("report")(report.report)

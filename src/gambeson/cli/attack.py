@@ -27,7 +27,9 @@ from gambeson.cli.options import (
 def attack(
     model: Annotated[str | None, typer.Option(help="Folder of a training run, or its model.safetensors.")] = None,
     data: Data = None,
-    attack: Annotated[str | None, typer.Option(help="standard, or one of {image_attacks} (pgd).")] = None,
+    attack: Annotated[
+        str | None, typer.Option(help="standard, a name of `gambeson list attacks`, or FILE.py:CLASS (pgd).")
+    ] = None,
     eps: Eps = None,
     norm: Norm = None,
     draws: Draws = None,
@@ -45,7 +47,7 @@ def attack(
 
     Example: `gambeson attack --model runs/x --data cifar10 --attack pgd --eps 8/255`
     """
-    from gambeson.base import UserError
+    from gambeson.base import UserError, user_code
     from gambeson.evaluation import AttackRun, run_attack
 
     flags: dict[str, Any] = {
@@ -62,13 +64,14 @@ def attack(
     if "model" not in settings:
         raise UserError("no model was given: name the folder of a training run, for example --model runs/x")
     run = AttackRun(**settings)
-    folder = out or folder_beside(run.model, run.attack)
+    name = user_code.short(run.attack)
+    folder = out or folder_beside(run.model, name)
     with progress(as_json) as console:
         result = run_attack(run, folder)
     if as_json:
         print_json(result.plain())
         return
-    console.print(f"clean accuracy {result.clean}, under {run.attack} {result.robust} of {result.robust.n} test images")
+    console.print(f"clean accuracy {result.clean}, under {name} {result.robust} of {result.robust.n} test images")
     console.print(
         f"{result.success} of the {result.success.n} images that were right when clean fell; "
         f"norms at most {result.largest:.4g}, mean {result.mean:.4g}"

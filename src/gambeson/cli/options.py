@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
-from typer.core import TyperCommand, TyperOption
 
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.", show_default=True)]
 Device = Annotated[
@@ -33,25 +32,6 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other setting, as name=value; dots go deeper: recipe.momentum=0.8"),
 ]
-
-
-class NamingCommand(TyperCommand):
-    """A command whose options name what is registered: the names are looked up when its help is shown, not before."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Fill in {defenses}, {image_attacks} and {universal_attacks}."""
-        from gambeson import attacks, defenses
-
-        known = {
-            "{defenses}": defenses.names(),
-            "{image_attacks}": attacks.names("image"),
-            "{universal_attacks}": attacks.names("universal"),
-        }
-        for option in self.params:
-            if isinstance(option, TyperOption) and option.help:
-                for place, names in known.items():
-                    option.help = option.help.replace(place, ", ".join(names))
-        super().format_help(ctx, formatter)
 
 
 @contextmanager

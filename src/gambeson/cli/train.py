@@ -21,7 +21,9 @@ GREY_EPS, COLOUR_EPS = 0.2, 8 / 255
 def train(
     data: Annotated[str | None, typer.Option(help="Data set; see `gambeson data list`.")] = None,
     model: Annotated[str | None, typer.Option(help="Architecture, such as lenet or resnet20.")] = None,
-    defense: Annotated[str | None, typer.Option(help="One of {defenses}.")] = None,
+    defense: Annotated[
+        str | None, typer.Option(help="A name of `gambeson list defenses`, or FILE.py:CLASS (standard).")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
@@ -50,7 +52,7 @@ def train(
 
     Example: `gambeson train --data fashion-mnist --model lenet --defense shared-adversarial --epochs 2 --out runs/x`
     """
-    from gambeson.base import UserError
+    from gambeson.base import UserError, user_code
     from gambeson.data import load
     from gambeson.training import TrainRun, plan_training, run_training
 
@@ -77,12 +79,14 @@ def train(
         dataset = load(settings["data"])
         _default_eps(settings["defense"], dataset)
         run = TrainRun(**settings)
-        name = settings["defense"]["name"]
+        name = user_code.short(settings["defense"]["name"])
         if only_plan:
             cost = plan_training(run, dataset)
             print_json(cost.plain() | {"memory": cost.memory}) if as_json else console.print(_words(cost, name))
             return
-        folder = out or Path("runs") / f"{run.data}-{run.model}-{name}".replace(":", "-").replace("/", "-")
+        folder = out or Path("runs") / f"{user_code.short(run.data)}-{run.model}-{name}".replace(":", "-").replace(
+            "/", "-"
+        )
         trained = run_training(run, folder, dataset)
         history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if as_json:
@@ -112,7 +116,18 @@ def _defense_of(config: Path | None, name: str | None) -> dict[str, Any]:
 
     stored = (read_settings(config, "train") if config else {}).get("defense", {})
     stored = {"name": stored} if isinstance(stored, str) else dict(stored)
-    return {"name": "standard", **stored} if name in (None, stored.get("name")) else {"name": name}
+    if name is None:
+        return {"name": "standard", **stored}
+    return {**stored, "name": name} if _same(name, stored.get("name", "standard")) else {"name": name}
+
+
+def _same(name: str, other: str) -> bool:
+    """Whether two names mean the same class, whatever its file held when one of them was stored."""
+    from gambeson.base import user_code
+
+    if user_code.is_spelling(name) and user_code.is_spelling(other):
+        return user_code.parts(name) == user_code.parts(other)
+    return name == other
 
 
 def _default_eps(defense: dict[str, Any], dataset: Dataset) -> None:

@@ -9,18 +9,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gambeson.cli.options import Device, Json, NamingCommand, Seed, Set, print_json, progress, put, put_all
+from gambeson.cli.options import Device, Json, Seed, Set, print_json, progress, put, put_all
 
 app = typer.Typer(help="Craft, score and list universal perturbations.", no_args_is_help=True)
 Model = Annotated[str, typer.Option(help="Folder of a training run, or its model.safetensors.")]
 Data = Annotated[str | None, typer.Option(help="Data set; else the one the run was trained on.")]
 
 
-@app.command("craft", cls=NamingCommand)
+@app.command("craft")
 def craft(
     model: Model,
     data: Data = None,
-    attack: Annotated[str, typer.Option(help="One of {universal_attacks}.")] = "stochastic-pgd",
+    attack: Annotated[
+        str, typer.Option(help="A name of `gambeson list attacks`, or FILE.py:CLASS.")
+    ] = "stochastic-pgd",
     eps: Annotated[str, typer.Option(help="Radius, such as 0.2 or 10/255.")] = "10/255",
     norm: Annotated[str | None, typer.Option(help="Norm of the ball.")] = None,
     set_: Set = None,
@@ -34,13 +36,14 @@ def craft(
     Example: `gambeson uap craft --model runs/x --eps 0.2 --out uap.safetensors`
     """
     from gambeson import attacks
-    from gambeson.base import UserError, pick_device
+    from gambeson.base import UserError, pick_device, user_code
     from gambeson.evaluation import load_subject
     from gambeson.victim import Victim
 
     settings: dict[str, Any] = {"eps": eps}
     put(settings, "norm", norm)
     put_all(settings, set_)
+    attacks.require_kind(attack, "universal")
     method = attacks.create(attack, **settings)
     if out.exists():
         raise UserError(f"{out} exists: choose another --out, or remove it first")
@@ -53,7 +56,10 @@ def craft(
         print_json({"file": str(out), **uap.about.plain()})
         return
     best = max(rate for _, rate in uap.about.restarts)
-    console.print(f"{out}: {attack} at eps {uap.about.eps:.4g} ({uap.about.status}); {100 * best:.1f} % on validation")
+    console.print(
+        f"{out}: {user_code.short(attack)} at eps {uap.about.eps:.4g} ({uap.about.status}); "
+        f"{100 * best:.1f} % on validation"
+    )
     console.print(f"next: gambeson uap score {out} --model {model}")
 
 
@@ -118,7 +124,7 @@ def list_(
     Example: `gambeson uap list runs`
     """
     from gambeson.attacks import UniversalPerturbation
-    from gambeson.base import UserError
+    from gambeson.base import UserError, user_code
 
     files = [file for place in places for file in (sorted(place.rglob("*.safetensors")) if place.is_dir() else [place])]
     named = {file for file in places if not file.is_dir()}
@@ -136,6 +142,12 @@ def list_(
     for file, uap in found:
         about = uap.about
         table.add_row(
-            str(file), about.attack, f"{about.eps:.4g}", about.norm, about.crafted_split, str(about.seed), about.status
+            str(file),
+            user_code.short(about.attack),
+            f"{about.eps:.4g}",
+            about.norm,
+            about.crafted_split,
+            str(about.seed),
+            about.status,
         )
     Console().print(table)

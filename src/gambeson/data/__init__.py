@@ -3,8 +3,9 @@
 from gambeson.data.augment import KINDS, augment
 from gambeson.data.dataset import Dataset, as_dataset, as_split
 from gambeson.data.lazy import LazySplit
-from gambeson.data.load import Entry, catalog, get, load
+from gambeson.data.load import Entry, Name, canonical, catalog, get, load
 from gambeson.data.overlap import disjoint, held_out
+from gambeson.data.registry import register
 from gambeson.data.split import Split
 
 __all__ = [
@@ -12,13 +13,16 @@ __all__ = [
     "Dataset",
     "Entry",
     "LazySplit",
+    "Name",
     "Split",
     "as_dataset",
     "as_split",
     "augment",
+    "canonical",
     "catalog",
     "disjoint",
     "get",
     "held_out",
     "load",
+    "register",
 ]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator
+
+from gambeson.base import user_code
 from gambeson.base.errors import UserError, unknown_name
-from gambeson.data.dataset import Dataset, as_dataset
+from gambeson.base.registry import Registered
+from gambeson.data.dataset import PARTS, Dataset, as_dataset
 from gambeson.data.folder import load_folder
 from gambeson.data.prepare import build, prepare, stored_file
-from gambeson.data.registry import RECIPES, Recipe
+from gambeson.data.registry import SETS, Recipe
 from gambeson.data.torchvision_sets import fetch_torchvision, load_torchvision
 
 FOLDER = "image-folder:"
@@ -29,8 +33,8 @@ class Entry:
     """Images to train on, validation taken off."""
     validation: int
     test: int
-    shape: tuple[int, int, int]
-    """Channels, height, width."""
+    shape: tuple[int, ...]
+    """Channels, height, width; empty where that is not known before loading."""
     classes: int
     licence: str
     """As the source states it."""
@@ -50,8 +54,9 @@ def load(
 
     Args:
         name_or_data: digits, mnist5k, mnist, fashion-mnist, cifar10, cifar100, image-folder:PATH or torchvision:NAME;
-            or an (images, labels) pair of tensors or arrays, a Split, or a torch Dataset of (image, label) items,
-            which are cut 70/15/15. A name may end in ``?size=64``.
+            a name that an installed package has registered, or ``FILE.py:FUNCTION``, a function of the folder for
+            downloads that returns data; or an (images, labels) pair of tensors or arrays, a Split, or a torch Dataset
+            of (image, label) items, which are cut 70/15/15. A name may end in ``?size=64``.
         root: the folder of downloads; by default $GAMBESON_DATA or ~/.cache/gambeson.
         size: side in pixels of the square that images are resized and centre-cropped to: those of a folder (224 by
             default), of torchvision's sets (by default 224 where they differ in size) or of a torch Dataset
@@ -73,7 +78,10 @@ def load(
         return load_folder(Path(name.removeprefix(FOLDER)).expanduser(), size, workers)
     if name.startswith(TORCHVISION):
         return load_torchvision(name.removeprefix(TORCHVISION), data_root(root), size, workers)
-    recipe = _recipe(name)
+    entry = _entry(name)
+    if "recipe" not in entry.options:
+        return _named(load(_called(entry, data_root(root)), size=size, workers=workers), name)
+    recipe: Recipe = entry.options["recipe"]
     if size is not None:
         raise UserError(
             f"size = {size} came with {recipe.name}, whose images are {recipe.shape[1]}x{recipe.shape[2]}: leave it out"
@@ -90,28 +98,36 @@ def get(name: str, root: str | Path | None = None) -> Path:
     folder = data_root(root)
     if name.startswith(TORCHVISION):
         return fetch_torchvision(name.removeprefix(TORCHVISION), folder)
-    prepare(_recipe(name), folder)
+    entry = _entry(name)
+    if "recipe" in entry.options:
+        prepare(entry.options["recipe"], folder)
+    else:
+        load(_called(entry, folder))
     return folder
 
 
 def catalog(root: str | Path | None = None) -> list[Entry]:
-    """List the named data sets; image-folder:PATH and torchvision:NAME come beside them."""
+    """List the named data sets; image-folder:PATH and torchvision:NAME come beside them.
+
+    Of a data set from an installed package only its name, its description and the package are known before it is
+    loaded: its counts are 0.
+    """
     folder = data_root(root)
-    return [
-        Entry(
-            name=recipe.name,
-            description=recipe.description,
-            train=recipe.train,
-            validation=recipe.validation,
-            test=recipe.test,
-            shape=recipe.shape,
-            classes=recipe.num_classes,
-            licence=recipe.licence,
-            ready=stored_file(recipe.name, folder).is_file(),
-            how=recipe.how,
-        )
-        for recipe in RECIPES.values()
-    ]
+    return [_line(name, folder) for name in SETS.names()]
+
+
+def canonical(name: str) -> str:
+    """Return a name as runs store it: ``FILE.py:FUNCTION`` by its absolute path and with the hash of the file.
+
+    Raises:
+        UserError: there is no such file, or it was changed since the name was stored.
+    """
+    bare, size = _sized(name, None)
+    return SETS.canonical(bare) + ("" if size is None else f"?size={size}")
+
+
+Name = Annotated[str, AfterValidator(canonical)]
+"""The name of a data set in the settings of a run, as :func:`canonical` gives it."""
 
 
 def data_root(root: str | Path | None) -> Path:
@@ -129,7 +145,58 @@ def _sized(name: str, size: int | None) -> tuple[str, int | None]:
     return bare, int(number)
 
 
-def _recipe(name: str) -> Recipe:
-    if name in RECIPES:
-        return RECIPES[name]
-    raise unknown_name("data set", name, [*RECIPES, f"{FOLDER}PATH", f"{TORCHVISION}NAME"])
+def _entry(name: str) -> Registered[Any]:
+    if user_code.is_spelling(name) or name in SETS.names():
+        return SETS.get(name)
+    raise unknown_name("data set", name, [*SETS.names(), f"{FOLDER}PATH", f"{TORCHVISION}NAME"])
+
+
+def _line(name: str, folder: Path) -> Entry:
+    unknown: dict[str, Any] = {"train": 0, "validation": 0, "test": 0, "shape": (), "classes": 0, "licence": ""}
+    try:
+        entry = SETS.get(name)
+    except UserError as error:
+        return Entry(name=name, description=str(error), ready=False, how="", **unknown)
+    if "recipe" not in entry.options:
+        how = f"loaded by {entry.owner}"
+        return Entry(name=name, description=entry.summary, ready=True, how=how, **unknown)
+    recipe: Recipe = entry.options["recipe"]
+    return Entry(
+        name=recipe.name,
+        description=recipe.description,
+        train=recipe.train,
+        validation=recipe.validation,
+        test=recipe.test,
+        shape=recipe.shape,
+        classes=recipe.num_classes,
+        licence=recipe.licence,
+        ready=stored_file(recipe.name, folder).is_file(),
+        how=recipe.how,
+    )
+
+
+def _called(entry: Registered[Any], root: Path) -> Any:
+    """Call the function that loads a data set.
+
+    Raises:
+        UserError: a user's file fails, told with its line; or a name comes back, which may have no end.
+    """
+    if user_code.is_spelling(entry.name):
+        file = user_code.file_of(entry.name)
+        with user_code.told(file, f"calling {user_code.short(entry.name)}"), user_code.beside(file):
+            found = entry.target(root)
+    else:
+        found = entry.target(root)
+    if isinstance(found, str):
+        raise UserError(f"the data set {entry.name} returned the text {found!r}: expected the data, or a pathlib.Path")
+    return found
+
+
+def _named(data: Dataset, name: str) -> Dataset:
+    """Call a data set by the name that it was asked for, where it has none of its own."""
+    name = user_code.short(name)
+    if data.name != "data":
+        return data
+    for part in PARTS:  # cut just now, so that nobody else holds them
+        getattr(data, part).name = f"{name}/{part}"
+    return replace(data, name=name)

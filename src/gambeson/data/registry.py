@@ -1,11 +1,18 @@
-"""The named data sets: what each holds, under which licence, and the ways to it, nearest first."""
+"""The named data sets: what each holds, under which licence, and the ways to it, nearest first.
+
+A package adds one by a function that loads it, registered under its name: ``@register("blobs") def blobs(root)``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from gambeson.base.errors import UserError
+from gambeson.base.registry import Registered, Registry
 from gambeson.data import cifar, ways
 from gambeson.data.ways import Way
 
@@ -178,3 +185,27 @@ RECIPES = {
         ),
     )
 }
+
+
+Load = Callable[[Path], Any]
+"""``load(root)`` returns a ``Dataset``, or anything else that :func:`gambeson.data.load` takes but a name: a ``Split``,
+a pair (images, labels), a torch ``Dataset``, or a folder's path. ``root`` is the folder for downloads."""
+
+
+def _fault(target: object) -> str | None:
+    return None if callable(target) else "expected a function of the folder for downloads that returns the data"
+
+
+SETS: Registry[Any] = Registry("data set", "gambeson.data", room="gambeson.data", check=_fault, what="function")
+"""Every data set by name: a function :data:`Load`, or the ways of a :class:`Recipe` (option ``recipe``)."""
+
+register = SETS.register
+"""``@register("name")`` at a function :data:`Load` gives it its name; its docstring's first sentence describes it."""
+
+for _recipe in RECIPES.values():
+    register(_recipe.name, recipe=_recipe, summary=_recipe.description)(Recipe)
+
+
+def entries() -> list[Registered[Any] | UserError]:
+    """Every data set; an error in place of one whose package cannot be imported."""
+    return SETS.entries()

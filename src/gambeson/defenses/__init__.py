@@ -1,7 +1,6 @@
 """Defences, one file a paper: the objective that training minimises."""
 
 from gambeson.defenses.adp import ADP
-from gambeson.defenses.any_defense import AnyDefense
 from gambeson.defenses.combination import Combination
 from gambeson.defenses.ensemble_adversarial import EnsembleAdversarial
 from gambeson.defenses.gal import GAL
@@ -12,7 +11,7 @@ from gambeson.defenses.learn2perturb import Learn2Perturb
 from gambeson.defenses.objective import Defense, Follows, Losses, Objective, Scene, Weight
 from gambeson.defenses.pgd_adversarial import PGDAdversarial
 from gambeson.defenses.pni import PNI
-from gambeson.defenses.registry import create, name_of, names, needs_eps
+from gambeson.defenses.registry import AnyDefense, create, name_of, names, needs_eps, register
 from gambeson.defenses.rse import RSE
 from gambeson.defenses.shared_adversarial import SharedAdversarial
 from gambeson.defenses.standard import Standard
@@ -57,4 +56,5 @@ __all__ = [
     "name_of",
     "names",
     "needs_eps",
+    "register",
 ]

@@ -10,12 +10,14 @@ from pydantic import Field
 from gambeson.base import Number
 from gambeson.defenses.diversity import entropy, log_det
 from gambeson.defenses.objective import Objective, Scene
+from gambeson.defenses.registry import register
 from gambeson.defenses.terms import Batch
 from gambeson.defenses.together import Together, check_classes
 from gambeson.models import PixelModel
 from gambeson.models.members import vote
 
 
+@register("adp", source="Pang et al. 2019", cost="M members")
 class ADP(Together):
     """Minimise sum_m CE_m - alpha * H(mean_m p_m) - beta * log det(V^T V + 1e-6 I).
 

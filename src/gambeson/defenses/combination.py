@@ -8,15 +8,15 @@ from typing import Any
 from torch import nn
 
 from gambeson.base import UserError
-from gambeson.defenses.any_defense import AnyDefense
 from gambeson.defenses.jacobian import Jacobian
 from gambeson.defenses.learn2perturb import NOISE, Learn2Perturb, Learn2PerturbObjective
-from gambeson.defenses.objective import Defense, Objective, Scene, Weight
-from gambeson.defenses.shared_forward import SharedForward
+from gambeson.defenses.objective import Defense, Objective, Scene, SharedForward, Weight
+from gambeson.defenses.registry import AnyDefense, register
 from gambeson.defenses.standard import Standard
 from gambeson.defenses.terms import Term
 
 
+@register("combination", cost="the sum of its parts")
 class Combination(Defense):
     """The sum of a risk, a norm of the Jacobian and the reward that keeps learnt noise up; each may be left out.
 

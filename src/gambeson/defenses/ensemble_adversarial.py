@@ -16,11 +16,13 @@ from gambeson.attacks.least_likely import RStepLL, StepLL
 from gambeson.attacks.losses import cross_entropy, image_means
 from gambeson.base import Number, UserError, generator
 from gambeson.defenses.objective import Defense, Objective, Scene
+from gambeson.defenses.registry import register
 from gambeson.defenses.terms import Batch, Clean, Term, batch_loss
 from gambeson.threat import Eps, Norm, perturb
 from gambeson.victim import Victim
 
 
+@register("ensemble-adversarial", source="Tramèr et al. 2018", cost="3 / 3")
 class EnsembleAdversarial(Defense):
     """Train on single-step examples that a model drawn for each batch crafts: a static source, or the model itself.
 

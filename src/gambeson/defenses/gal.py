@@ -10,11 +10,13 @@ from pydantic import Field
 from gambeson.base import Number
 from gambeson.defenses.diversity import coherence, cosines, loss_gradients
 from gambeson.defenses.objective import Objective, Scene
+from gambeson.defenses.registry import register
 from gambeson.defenses.terms import Batch
 from gambeson.defenses.together import Together
 from gambeson.models import PixelModel
 
 
+@register("gal", source="Kariyappa and Qureshi 2019", cost="M members")
 class GAL(Together):
     """Minimise mean_m CE_m + strength * E[log sum_{i<j} exp(cos(g_i, g_j))], g_m = grad_x CE_m.
 

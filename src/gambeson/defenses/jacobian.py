@@ -8,11 +8,12 @@ from pydantic import Field
 
 from gambeson.base import Number
 from gambeson.defenses.jacobian_norm import JacobianNorm, JacobianSettings
-from gambeson.defenses.objective import Defense, Objective, Scene
-from gambeson.defenses.shared_forward import SharedForward
+from gambeson.defenses.objective import Defense, Objective, Scene, SharedForward
+from gambeson.defenses.registry import register
 from gambeson.defenses.terms import Clean, Term
 
 
+@register("jacobian", source="Co et al. 2021; Hoffman et al. 2019", cost="1 / 2")
 class Jacobian(JacobianSettings, Defense):
     """Minimise E[CE(f(x), y)] + strength * E[||df/dx||_F^2] / 2 (Hoffman, Roberts, Yaida 2019, arXiv 1908.02729).
 

@@ -13,12 +13,14 @@ from gambeson.base import Number
 from gambeson.defenses.jacobian import Jacobian
 from gambeson.defenses.jacobian_norm import JacobianNorm, JacobianSettings
 from gambeson.defenses.objective import Losses, Objective, Scene
+from gambeson.defenses.registry import register
 from gambeson.defenses.standard import Standard
 from gambeson.defenses.terms import Batch, Term
 from gambeson.defenses.voters import Separate
 from gambeson.models import Members, PixelModel
 
 
+@register("jacobian-ensemble", source="Co et al. 2022", cost="M times `jacobian`")
 class JacobianEnsemble(JacobianSettings, Separate):
     """Members that each minimise E[CE] + strength * E[||df/dx||_F^2] / 2 and vote.
 

@@ -12,6 +12,7 @@ from torch import nn
 from gambeson.base import Number
 from gambeson.defenses.noisy import NoisyDefense, equip_for, starting
 from gambeson.defenses.objective import Losses, Objective, Scene, Weight
+from gambeson.defenses.registry import register
 from gambeson.defenses.terms import Batch, Term
 from gambeson.models import NoiseInjection, injections
 from gambeson.models.noise import FeatureNoise
@@ -120,6 +121,7 @@ class Learn2PerturbObjective(Objective):
             module.hold()
 
 
+@register("learn2perturb", source="Jeddi et al. 2020", cost="the attack, then 2 steps")
 class Learn2Perturb(NoisyDefense):
     """Minimise over W and theta E[L] + gamma * g(theta), the features of the network carrying noise N(0, theta^2).
 

@@ -8,11 +8,13 @@ from pydantic import Field
 
 from gambeson.base import Number
 from gambeson.defenses.objective import Defense
+from gambeson.defenses.registry import register
 from gambeson.defenses.terms import Adversarial, Term
 from gambeson.threat import Eps, Norm
 from gambeson.victim import BatchNormMode, Precision
 
 
+@register("pgd-adversarial", source="Madry et al. 2018", cost="s + 1 / s + 1")
 class PGDAdversarial(Defense):
     """Minimise E[max over the ball of CE(f(x + delta), y)], one delta an image (Madry et al. 2018, equation 2.1).
 

@@ -9,9 +9,11 @@ from pydantic import Field
 from gambeson.base import Number
 from gambeson.defenses.noisy import Label, NoisyDefense, starting
 from gambeson.defenses.objective import Objective, Scene
+from gambeson.defenses.registry import register
 from gambeson.models.noisy_weights import ParametricNoise, Where
 
 
+@register("pni", source="He et al. 2019", cost="s + 2 / s + 2")
 class PNI(NoisyDefense):
     """Minimise 0.5 CE(clean) + 0.5 CE(PGD-7) over the weights and one size of noise a layer, the noise always on.
 

@@ -1,77 +1,77 @@
-"""Defences by the name their papers give them."""
+"""Defences by the name their papers give them, and a field that holds any of them."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Annotated, Any
 
-from gambeson.base import unknown_name
-from gambeson.defenses.adp import ADP
-from gambeson.defenses.combination import Combination
-from gambeson.defenses.ensemble_adversarial import EnsembleAdversarial
-from gambeson.defenses.gal import GAL
-from gambeson.defenses.jacobian import Jacobian
-from gambeson.defenses.jacobian_ensemble import JacobianEnsemble
-from gambeson.defenses.learn2perturb import Learn2Perturb
+from pydantic import BeforeValidator, PlainSerializer, SerializeAsAny
+
+from gambeson.base import Registered, Registry, UserError
 from gambeson.defenses.objective import Defense
-from gambeson.defenses.pgd_adversarial import PGDAdversarial
-from gambeson.defenses.pni import PNI
-from gambeson.defenses.rse import RSE
-from gambeson.defenses.shared_adversarial import SharedAdversarial
-from gambeson.defenses.standard import Standard
-from gambeson.defenses.trades import Trades
-from gambeson.defenses.trs import TRS
-from gambeson.defenses.universal_adversarial import UniversalAdversarial
-from gambeson.defenses.universal_consistency import UniversalConsistency
-from gambeson.defenses.voters import Ensemble
 
-_DEFENSES: dict[str, type[Defense]] = {
-    "standard": Standard,
-    "pgd-adversarial": PGDAdversarial,
-    "trades": Trades,
-    "shared-adversarial": SharedAdversarial,
-    "universal-adversarial": UniversalAdversarial,
-    "universal-consistency": UniversalConsistency,
-    "ensemble-adversarial": EnsembleAdversarial,
-    "jacobian": Jacobian,
-    "learn2perturb": Learn2Perturb,
-    "pni": PNI,
-    "rse": RSE,
-    "ensemble": Ensemble,
-    "jacobian-ensemble": JacobianEnsemble,
-    "adp": ADP,
-    "gal": GAL,
-    "trs": TRS,
-    "combination": Combination,
-}
+
+def _fault(target: Any) -> str | None:
+    if inspect.isclass(target) and issubclass(target, Defense):
+        return None
+    return "expected a subclass of gambeson.defenses.Defense with a method terms()"
+
+
+DEFENSES: Registry[type[Defense]] = Registry("defence", "gambeson.defenses", room="gambeson.defenses", check=_fault)
+"""Every defence: of this library, of installed packages (group ``gambeson.defenses``), and of this process."""
+
+register = DEFENSES.register
+"""``@register("name", source="paper", cost="forwards / backwards")`` at a defence's class gives it its name."""
 
 
 def names() -> list[str]:
-    """Every name that :func:`create` takes."""
-    return list(_DEFENSES)
+    """Every name that :func:`create` takes, in alphabetical order."""
+    return DEFENSES.names()
+
+
+def entries() -> list[Registered[type[Defense]] | UserError]:
+    """Every defence; an error in place of one whose package cannot be imported."""
+    return DEFENSES.entries()
 
 
 def create(name: str, **settings: Any) -> Defense:
     """Build a defence by name, for example ``create("shared-adversarial", eps="8/255")``.
 
+    Args:
+        name: a registered name, or ``FILE.py:CLASS``.
+        **settings: of the defence.
+
     Raises:
         UserError: no such defence, or a value out of range.
         TypeError: a setting is missing or unknown.
     """
-    return _kind(name)(**settings)
+    return DEFENSES.get(name).target(**settings)
 
 
 def needs_eps(name: str) -> bool:
     """Whether a defence cannot be built without an eps."""
-    field = _kind(name).model_fields.get("eps")
+    field = DEFENSES.get(name).target.model_fields.get("eps")
     return field is not None and field.is_required()
 
 
 def name_of(defense: Defense) -> str:
-    """The name under which a defence is registered; its class's name for a user's own."""
-    return next((name for name, kind in _DEFENSES.items() if kind is type(defense)), type(defense).__name__)
+    """The name by which :func:`create` finds a defence's class again.
+
+    A user's own class at the top level of a Python file is found by ``FILE.py:CLASS``, with the hash of the file; one
+    that stands nowhere, as in a notebook, has its class's name alone, which ``create`` does not find.
+    """
+    return DEFENSES.name_of(type(defense))
 
 
-def _kind(name: str) -> type[Defense]:
-    if name not in _DEFENSES:
-        raise unknown_name("defence", name, _DEFENSES)
-    return _DEFENSES[name]
+def _read(value: Any) -> Any:
+    if isinstance(value, str):
+        return create(value)
+    return create(**value) if isinstance(value, dict) and "name" in value else value
+
+
+def _write(value: Defense) -> dict[str, Any]:
+    return {"name": name_of(value), **value.plain()}
+
+
+AnyDefense = Annotated[SerializeAsAny[Defense], BeforeValidator(_read), PlainSerializer(_write)]
+"""A defence, or its name, or a mapping of its name and settings, as YAML has it."""

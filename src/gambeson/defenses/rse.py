@@ -10,12 +10,14 @@ from torch import nn
 from gambeson.base import Number
 from gambeson.defenses.noisy import equip_for
 from gambeson.defenses.objective import Defense, Objective, Scene, Weight
+from gambeson.defenses.registry import register
 from gambeson.defenses.terms import Clean, Term
 from gambeson.models import PixelModel
 from gambeson.models.equip import equip
 from gambeson.models.noisy_weights import FixedNoise
 
 
+@register("rse", source="Liu et al. 2018", cost="1 / 1")
 class RSE(Defense):
     """Minimise E[CE] under noise of fixed size.
 

@@ -9,11 +9,13 @@ from pydantic import Field
 
 from gambeson.base import Number, UserError
 from gambeson.defenses.objective import Defense
+from gambeson.defenses.registry import register
 from gambeson.defenses.terms import Adversarial, Clean, Term
 from gambeson.threat import Eps, Norm
 from gambeson.victim import BatchNormMode, Precision
 
 
+@register("shared-adversarial", source="Mummadi et al. 2019", cost="s + 2 / s + 2")
 class SharedAdversarial(Defense):
     """Minimise sigma * E[max over xi of the mean CE of a heap of s images under one xi] + (1 - sigma) * E[CE].
 

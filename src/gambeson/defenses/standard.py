@@ -8,9 +8,11 @@ from pydantic import Field
 
 from gambeson.base import Number
 from gambeson.defenses.objective import Defense
+from gambeson.defenses.registry import register
 from gambeson.defenses.terms import Clean, Term
 
 
+@register("standard", cost="1 / 1")
 class Standard(Defense):
     """Minimise E[CE(f(x), y)]."""
 

@@ -12,8 +12,8 @@ from torch import nn
 from gambeson.attacks.losses import Loss, image_means
 from gambeson.attacks.solver import Ascent
 from gambeson.base import Config, Number, generator
-from gambeson.defenses.objective import Defense, Objective, Scene
-from gambeson.defenses.shared_forward import SharedForward
+from gambeson.defenses.objective import Defense, Objective, Scene, SharedForward
+from gambeson.defenses.registry import register
 from gambeson.defenses.terms import Batch, Clean, Term
 from gambeson.threat import Ball, Eps, Norm, perturb
 from gambeson.victim import Victim
@@ -61,6 +61,7 @@ class Divergence(Config):
         return delta
 
 
+@register("trades", source="Zhang et al. 2019", cost="s + 2 / s + 2")
 class Trades(Defense):
     """Minimise E[CE(f(x), y)] + beta * E[max over the ball of KL(p(x), p(x + delta))] (equation 5, beta = 1/lambda).
 

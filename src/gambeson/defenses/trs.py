@@ -10,6 +10,7 @@ from pydantic import Field
 from gambeson.base import Number, generator
 from gambeson.defenses.diversity import cosines, loss_gradients
 from gambeson.defenses.objective import Objective, Scene
+from gambeson.defenses.registry import register
 from gambeson.defenses.terms import Batch
 from gambeson.defenses.together import Together
 from gambeson.models import PixelModel
@@ -17,6 +18,7 @@ from gambeson.threat import Ball, Eps
 from gambeson.victim import frozen
 
 
+@register("trs", source="Yang et al. 2021", cost="M members")
 class TRS(Together):
     """Minimise sum_m CE_m + scale * (alignment * mean_{i<j} |cos(g_i, g_j)| + smoothness * S), g_m = grad_x CE_m.
 

@@ -12,12 +12,14 @@ from gambeson.attacks.losses import Loss, cross_entropy, image_means
 from gambeson.base import Number, UserError
 from gambeson.defenses.objective import Defense, Objective, Scene
 from gambeson.defenses.pool import Ascend, Pool, PoolStart, mute
+from gambeson.defenses.registry import register
 from gambeson.defenses.terms import Batch, Clean
 from gambeson.threat import Ball, BoxGradient, Eps, Norm
 
 Update = Literal["alternating", "one-pass"]
 
 
+@register("universal-adversarial", source="Shafahi et al. 2020", cost="2 / 2, in one pass 1 / 1")
 class UniversalAdversarial(Defense):
     """Minimise over the weights, and maximise over one perturbation for all images, E[CE(f(x + delta), y)].
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from gambeson.attacks.losses import cross_entropy, image_means
 from gambeson.base import Number, generator
-from gambeson.defenses.objective import Defense, Objective, Scene
+from gambeson.defenses.objective import Defense, Objective, Scene, SharedForward
 from gambeson.defenses.pool import Pool, PoolStart, mute
-from gambeson.defenses.shared_forward import SharedForward
+from gambeson.defenses.registry import register
 from gambeson.defenses.terms import Batch, Clean
 from gambeson.threat import Ball, BoxGradient, Eps, Norm
 
@@ -24,6 +24,7 @@ Direction = Literal["forward", "reverse"]
 """``forward`` is KL(clean prediction, perturbed prediction), as in TRADES; ``reverse`` swaps the two."""
 
 
+@register("universal-consistency", source="ours", cost="2 / 2 in one pass")
 class UniversalConsistency(Defense):
     """Minimise E[CE(f(x), y)] + beta * E[KL(f(x), f(x + delta_k))] over a pool of perturbations that maximise it.
 

@@ -11,10 +11,10 @@ import torch
 from pydantic import Field, model_validator
 
 from gambeson.base import UserError, derive, place, seeded
-from gambeson.defenses.any_defense import AnyDefense
 from gambeson.defenses.jacobian_norm import JacobianNorm
 from gambeson.defenses.member_steps import AtOnce, EachMember, Parted, Stacked
 from gambeson.defenses.objective import Defense, Objective, Scene
+from gambeson.defenses.registry import AnyDefense, register
 from gambeson.defenses.standard import Standard
 from gambeson.defenses.terms import Adversarial, Batch, Clean, Term, batch_loss
 from gambeson.models import Members, PixelModel
@@ -89,6 +89,7 @@ class Separate(Voting):
         check_memory(needed, device, self.members)
 
 
+@register("ensemble", cost="M times its `inner`")
 class Ensemble(Separate):
     """The plain ensemble, or several members each of which learns by another defence: 5 of Shared Adversarial, say.
 

@@ -8,7 +8,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from gambeson import attacks
-from gambeson.base import Config, UserError, close_run, environment, open_run, read_json, save_tensors, write_json
+from gambeson.base import (
+    Config,
+    UserError,
+    close_run,
+    environment,
+    open_run,
+    read_json,
+    save_tensors,
+    user_code,
+    write_json,
+)
+from gambeson.data import Name
 from gambeson.evaluation.cascade import CascadeResult, run_cascade
 from gambeson.evaluation.standard import standard_attacks
 from gambeson.evaluation.subjects import load_subject
@@ -24,10 +35,11 @@ class AttackRun(Config):
     kind: Literal["attack"] = "attack"
     model: str
     """A run folder of ``gambeson train``, or a weights file written by this library."""
-    data: str | None = None
+    data: Name | None = None
     """Name of a data set; None: the one that the run was trained on."""
-    attack: str = "pgd"
-    """Name of an attack that perturbs image by image, or ``standard`` for the row of :func:`standard_attacks`."""
+    attack: attacks.Name = "pgd"
+    """Name of an attack that perturbs image by image, ``FILE.py:CLASS`` of one, which is stored with the hash of the
+    file, or ``standard`` for the row of :func:`standard_attacks`."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of the attack, such as eps."""
     images: Annotated[int, Field(ge=1)] = 1000
@@ -38,7 +50,8 @@ class AttackRun(Config):
 
 def _attacks_of(run: AttackRun) -> dict[str, Any]:
     if run.attack != STANDARD:
-        return {run.attack: attacks.create(run.attack, **run.settings)}
+        attacks.require_kind(run.attack, "image")
+        return {user_code.short(run.attack): attacks.create(run.attack, **run.settings)}
     unknown = set(run.settings) - {"eps", "norm", "queries", "faithful", "draws"}
     if unknown or "eps" not in run.settings:
         raise UserError(

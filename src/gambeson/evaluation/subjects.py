@@ -86,7 +86,8 @@ def load_subject(
                 f"the model takes {card.in_channels} channels and knows {card.classes} classes, but {name} has "
                 f"{dataset.in_channels} channels and {dataset.num_classes} classes: choose data that fit the model"
             )
-    label = trained.get("defense", {}).get("name") or _label(source)
+    defense = trained.get("defense", {})
+    label = user_code.short((defense if isinstance(defense, str) else defense.get("name")) or _label(source))
     return LoadedModel(model=model, dataset=dataset, trained=trained, label=label)
 
 

@@ -10,8 +10,20 @@ from pydantic import Field
 from torch import nn
 
 from gambeson import attacks
-from gambeson.base import Config, UserError, close_run, derive, environment, open_run, read_json, task, write_json
-from gambeson.data import Split
+from gambeson.attacks import Name as AttackName
+from gambeson.base import (
+    Config,
+    UserError,
+    close_run,
+    derive,
+    environment,
+    open_run,
+    read_json,
+    task,
+    user_code,
+    write_json,
+)
+from gambeson.data import Name, Split
 from gambeson.evaluation.outcome import ImageAttack, at_once
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.subjects import LoadedModel, load_subject
@@ -26,10 +38,10 @@ class TransferRun(Config):
     kind: Literal["transfer"] = "transfer"
     models: Annotated[tuple[str, ...], Field(min_length=2)]
     """What ``gambeson attack`` takes as a model. A black box can only be a target."""
-    data: str | None = None
+    data: Name | None = None
     """Name of a data set; None: the one that the first model was trained on."""
-    attacks: tuple[str, ...] = ("fgsm", "r-fgsm", "step-ll", "pgd", "mi-fgsm")
-    """Attacks that perturb image by image, by name."""
+    attacks: tuple[AttackName, ...] = ("fgsm", "r-fgsm", "step-ll", "pgd", "mi-fgsm")
+    """Attacks that perturb image by image, by name or as ``FILE.py:CLASS``, stored with the hash of the file."""
     eps: Eps
     norm: Norm = "inf"
     draws: Annotated[int, Field(ge=1)] | None = None
@@ -76,7 +88,11 @@ def run_transfer(run: TransferRun, out: Path) -> TransferResult:
         UserError: the folder holds another run, a model cannot be loaded, or the models do not belong to one data set.
     """
     ball = {"eps": run.eps, "norm": run.norm, **({} if run.draws is None else {"draws": run.draws})}
-    rows = {name: attacks.create(name, **ball) for name in run.attacks}
+    for name in run.attacks:
+        attacks.require_kind(name, "image")
+    rows = {user_code.short(name): attacks.create(name, **ball) for name in run.attacks}
+    if len(rows) < len(run.attacks):
+        raise UserError(f"two of the attacks are called the same ({', '.join(rows)}): give each of them once")
     subjects = _load(run)
     if open_run(out, run, environment(run.device)):
         return TransferResult(**read_json(out / "result.json"))

@@ -16,7 +16,7 @@ from gambeson.models.members import Members
 from gambeson.models.noise import FeatureNoise, Noise, NoiseInjection, NoiseModule, add_noise, injections, noise_off
 from gambeson.models.noisy_weights import FixedNoise, ParametricNoise, PassAverage
 from gambeson.models.pixel_model import Normalize, PixelModel
-from gambeson.models.registry import names
+from gambeson.models.registry import names, register
 from gambeson.models.storage import load, load_weights, save
 from gambeson.models.thresholded import Thresholded
 
@@ -45,5 +45,6 @@ __all__ = [
     "load_weights",
     "names",
     "noise_off",
+    "register",
     "save",
 ]

@@ -72,11 +72,16 @@ def build_body(
         body = user_code.build(name, in_channels, classes, image_size)
     else:
         body = hubs.build(name, in_channels, classes, image_size, pretrained=pretrained)
-    return _tried(name, body, in_channels, classes, image_size)
+    return tried(name, body, in_channels, classes, image_size)
 
 
 @torch.no_grad()
-def _tried(name: str, body: nn.Module, in_channels: int, classes: int, image_size: tuple[int, int]) -> nn.Module:
+def tried(name: str, body: nn.Module, in_channels: int, classes: int, image_size: tuple[int, int]) -> nn.Module:
+    """Return a body that gives such logits for two images of this size; a mapping's logits are taken out of it.
+
+    Raises:
+        UserError: it does not take such images, or gives something else.
+    """
     modes = [(module, module.training) for module in body.modules()]
     weight = next(body.parameters(), torch.zeros(0))
     images = torch.full((2, in_channels, *image_size), 0.5, dtype=weight.dtype, device=weight.device)

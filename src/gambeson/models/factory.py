@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from gambeson.base import UserError
 from gambeson.models import external, torchvision_nets
@@ -13,7 +14,7 @@ from gambeson.models.card import ModelCard
 from gambeson.models.members import Average, Members
 from gambeson.models.noise import Noise, add_noise
 from gambeson.models.pixel_model import PixelModel
-from gambeson.models.registry import build_body, check_name
+from gambeson.models.registry import build_body, check_name, is_ours
 
 
 class TrainSplit(Protocol):
@@ -145,7 +146,7 @@ def build(card: ModelCard, *, pretrained: bool = True) -> PixelModel:
     Raises:
         UserError: unknown name, images too small, or no place for the noise.
     """
-    make = external.build_body if external.is_external(card.name) else build_body
+    make = external.build_body if external.is_external(card.name) else _registered
     bodies = [
         make(card.name, card.in_channels, card.classes, card.image_size, pretrained=pretrained)
         for _ in range(card.members)
@@ -154,6 +155,17 @@ def build(card: ModelCard, *, pretrained: bool = True) -> PixelModel:
         for body in bodies:
             add_noise(body, card.noise, torch.zeros(1, card.in_channels, *card.image_size))
     return PixelModel(card, bodies[0] if card.members == 1 else Members(bodies, card.average))
+
+
+def _registered(
+    name: str, in_channels: int, classes: int, image_size: tuple[int, int], *, pretrained: bool = True
+) -> nn.Module:
+    body = build_body(name, in_channels, classes, image_size, pretrained=pretrained)
+    if is_ours(name):
+        return body
+    if not isinstance(body, nn.Module):
+        raise UserError(f"the model {name} is a {type(body).__name__}: expected a torch.nn.Module from its package")
+    return external.tried(name, body, in_channels, classes, image_size)
 
 
 def _per_channel(value: Any, channels: int) -> tuple[float, ...]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from gambeson.models.registry import register
+
 SMALLEST = 4
 UNPADDED = 16  # the smallest side that two unpadded 5x5 convolutions and two poolings leave a pixel of
 
 
+@register("lenet", smallest=SMALLEST)
 class LeNet(nn.Module):
     """LeNet 20-50-500: conv20-5, pool, conv50-5, pool, fc500, fc10 (after LeCun et al. 1998).
 
@@ -46,6 +49,7 @@ class LeNet(nn.Module):
         return self.fc2(x)
 
 
+@register("lenet5", smallest=SMALLEST)
 class LeNet5(nn.Module):
     """LeNet-5: conv6-5, pool, conv16-5, pool, fc120, fc84, fc10 (LeCun et al. 1998, section II.B).
 

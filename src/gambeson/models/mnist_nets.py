@@ -6,6 +6,8 @@ from collections import OrderedDict
 
 from torch import nn
 
+from gambeson.models.registry import register
+
 SMALLEST = {"a": 9, "b": 27, "c": 5, "d": 1}
 
 
@@ -18,6 +20,7 @@ class MnistNet(nn.Sequential):
         super().__init__(OrderedDict(layers))
 
 
+@register("mnist-a", smallest=SMALLEST["a"])
 def net_a(in_channels: int, classes: int, image_size: tuple[int, int]) -> MnistNet:
     """Network A: conv64 5x5, conv64 5x5, dropout 0.25, fc128, dropout 0.5, fc; unpadded, ReLU throughout."""
     height, width = (side - 8 for side in image_size)
@@ -35,6 +38,7 @@ def net_a(in_channels: int, classes: int, image_size: tuple[int, int]) -> MnistN
     )
 
 
+@register("mnist-b", smallest=SMALLEST["b"])
 def net_b(in_channels: int, classes: int, image_size: tuple[int, int]) -> MnistNet:
     """Network B: dropout 0.2 on the input, conv64 8x8 /2, conv128 6x6 /2, conv128 5x5, dropout 0.5, fc.
 
@@ -58,6 +62,7 @@ def net_b(in_channels: int, classes: int, image_size: tuple[int, int]) -> MnistN
     )
 
 
+@register("mnist-c", smallest=SMALLEST["c"])
 def net_c(in_channels: int, classes: int, image_size: tuple[int, int]) -> MnistNet:
     """Network C: conv128 3x3, conv64 3x3, dropout 0.25, fc128, dropout 0.5, fc; unpadded, ReLU throughout."""
     height, width = (side - 4 for side in image_size)
@@ -75,6 +80,7 @@ def net_c(in_channels: int, classes: int, image_size: tuple[int, int]) -> MnistN
     )
 
 
+@register("mnist-d", smallest=SMALLEST["d"])
 def net_d(in_channels: int, classes: int, image_size: tuple[int, int]) -> MnistNet:
     """Network D: four times fc300 with ReLU and dropout 0.5, then fc; no convolution."""
     layers: dict[str, nn.Module] = {"flat": nn.Flatten()}

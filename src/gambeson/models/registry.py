@@ -1,50 +1,45 @@
-"""From a name to a body: the one place that knows every architecture."""
+"""From a name to a body: architectures register here, and are built from here."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
 
-from gambeson.base import UserError, unknown_name
-from gambeson.models import lenet, mnist_nets, resnet18, resnet_cifar, torchvision_nets
+from gambeson.base import Registered, Registry, UserError, unknown_name
+from gambeson.base.registry import OWN
+from gambeson.models import torchvision_nets
+
+Build = Callable[..., nn.Module]
+"""``build(in_channels, classes, image_size)`` returns a body, with ``width=`` too where it is scalable."""
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """How to build a body: ``build(in_channels, classes, image_size)``, with ``width=`` where scalable."""
-
-    build: Callable[..., nn.Module]
-    smallest: int
-    """The smallest side of an image, in pixels."""
-    scalable: bool = False
+def _fault(target: object) -> str | None:
+    return None if callable(target) else "expected a class or function of (in_channels, classes, image_size)"
 
 
-REGISTRY: dict[str, Architecture] = {
-    "lenet": Architecture(lenet.LeNet, lenet.SMALLEST),
-    "lenet5": Architecture(lenet.LeNet5, lenet.SMALLEST),
-    "mnist-a": Architecture(mnist_nets.net_a, mnist_nets.SMALLEST["a"]),
-    "mnist-b": Architecture(mnist_nets.net_b, mnist_nets.SMALLEST["b"]),
-    "mnist-c": Architecture(mnist_nets.net_c, mnist_nets.SMALLEST["c"]),
-    "mnist-d": Architecture(mnist_nets.net_d, mnist_nets.SMALLEST["d"]),
-    "resnet18": Architecture(resnet18.resnet18, resnet18.SMALLEST, scalable=True),
-    "resnet20": Architecture(resnet_cifar.resnet20, resnet_cifar.SMALLEST, scalable=True),
-    "resnet32": Architecture(resnet_cifar.resnet32, resnet_cifar.SMALLEST, scalable=True),
-    "resnet44": Architecture(resnet_cifar.resnet44, resnet_cifar.SMALLEST, scalable=True),
-    "resnet56": Architecture(resnet_cifar.resnet56, resnet_cifar.SMALLEST, scalable=True),
-}
+MODELS: Registry[Build] = Registry("model", "gambeson.models", room="gambeson.models", check=_fault, what="function")
+"""Every architecture: of this library, of installed packages (group ``gambeson.models``), and of this process."""
+
+register = MODELS.register
+"""``@register("name", smallest=4, scalable=False)`` at a module's class, or at a function that builds one, gives it its
+name. ``smallest`` is the smallest side of an image in pixels, 1 where it is left out; ``scalable`` takes ``width=``."""
 
 
 def names() -> list[str]:
-    """Every name :func:`gambeson.models.create` takes as it stands.
+    """Every name :func:`gambeson.models.create` takes as it stands, in alphabetical order.
 
     It also takes ``torchvision:NAME``, ``torchvision:NAME@WEIGHTS`` and, after a ``resnet`` of this list, a
     width factor: ``resnet20x0.5``.
     """
-    return [*REGISTRY, "resnet20x4"]
+    return sorted([*MODELS.names(), "resnet20x4"])
+
+
+def entries() -> list[Registered[Build] | UserError]:
+    """Every architecture; an error in place of one whose package cannot be imported."""
+    return MODELS.entries()
 
 
 def build_body(
@@ -65,10 +60,11 @@ def build_body(
     if name.startswith(torchvision_nets.PREFIX):
         return torchvision_nets.build(name, in_channels, classes, image_size, pretrained=pretrained)
     architecture, build = _find(name)
-    if min(image_size) < architecture.smallest:
+    smallest = architecture.options.get("smallest", 1)
+    if min(image_size) < smallest:
         raise UserError(
             f"{name} cannot take {image_size[0]}x{image_size[1]} images: the smallest it takes are "
-            f"{architecture.smallest}x{architecture.smallest}"
+            f"{smallest}x{smallest}"
         )
     return build(in_channels, classes, image_size)
 
@@ -79,16 +75,22 @@ def check_name(name: str) -> None:
         _find(name)
 
 
-def _find(name: str) -> tuple[Architecture, Callable[..., nn.Module]]:
-    if name in REGISTRY:
-        return REGISTRY[name], REGISTRY[name].build
-    base, cross, factor = name.partition("x")
-    if not cross or base not in REGISTRY:
+def is_ours(name: str) -> bool:
+    """Whether an architecture is of this library or torchvision's, and not of another package or a user's process."""
+    return name.startswith(torchvision_nets.PREFIX) or _find(name)[0].owner == OWN
+
+
+def _find(name: str) -> tuple[Registered[Build], Build]:
+    known = MODELS.names()
+    if name in known:
+        return MODELS.get(name), MODELS.get(name).target
+    base, cross, factor = name.rpartition("x")
+    if not cross or base not in known:
         raise _unknown(name)
-    architecture = REGISTRY[base]
-    if not architecture.scalable:
+    architecture = MODELS.get(base)
+    if not architecture.options.get("scalable"):
         raise UserError(f"{name!r} asks for a width factor, which {base} does not take: write {base}")
-    return architecture, partial(architecture.build, width=_width(name, base, factor))
+    return architecture, partial(architecture.target, width=_width(name, base, factor))
 
 
 def _width(name: str, base: str, factor: str) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from gambeson.models.blocks import ResNet, scaled
+from gambeson.models.registry import register
 
 SMALLEST = 8  # below it a stage would halve a single pixel
 
 
+@register("resnet18", smallest=SMALLEST, scalable=True)
 def resnet18(in_channels: int, classes: int, image_size: tuple[int, int], *, width: float = 1.0) -> ResNet:
     """Build the ResNet-18 of He et al. 2016 (table 1) with a stem for small images: 3x3, no max-pooling.
 

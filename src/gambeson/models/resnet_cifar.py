@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from gambeson.models.blocks import ResNet, scaled
+from gambeson.models.registry import register
 
 SMALLEST = 4  # below it a stage would halve a single pixel
 
@@ -26,7 +28,13 @@ def resnet_v1(in_channels: int, classes: int, image_size: tuple[int, int], *, de
     return ResNet(in_channels, classes, scaled((16, 32, 64), width), (depth - 2) // 6, "pad")
 
 
-resnet20 = partial(resnet_v1, depth=20)
-resnet32 = partial(resnet_v1, depth=32)
-resnet44 = partial(resnet_v1, depth=44)
-resnet56 = partial(resnet_v1, depth=56)
+def _named(depth: int) -> Callable[..., ResNet]:
+    summary = f"ResNet-{depth} for small images (He et al. 2016, arXiv 1512.03385, section 4.2)."
+    built = partial(resnet_v1, depth=depth)
+    return register(f"resnet{depth}", smallest=SMALLEST, scalable=True, summary=summary)(built)
+
+
+resnet20 = _named(20)
+resnet32 = _named(32)
+resnet44 = _named(44)
+resnet56 = _named(56)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from gambeson import data, models
-from gambeson.base import Config, close_run, derive, environment, open_run, seeded
+from gambeson.base import Config, close_run, derive, environment, open_run, seeded, user_code
 from gambeson.defenses import AnyDefense, Standard, name_of
 from gambeson.models.init_weights import init_weights
 from gambeson.training.batches import member_seeds
@@ -21,13 +21,13 @@ class TrainRun(Config):
     """What to train, on what, and how."""
 
     kind: Literal["train"] = "train"
-    data: str
+    data: data.Name
     """Name of a data set, such as ``fashion-mnist``, ``image-folder:PATH?size=64`` or ``torchvision:NAME``."""
     model: str
     """Name of an architecture, such as ``lenet``, ``torchvision:NAME``, ``timm:NAME``, ``transformers:NAME_OR_PATH`` or
     ``FILE.py:FUNCTION``."""
     defense: AnyDefense
-    """The objective: its name with its settings."""
+    """The objective: its name, or ``FILE.py:CLASS``, with its settings."""
     recipe: Recipe = Recipe()
     """Length, optimiser, schedule."""
     init: str | None = None
@@ -61,7 +61,7 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
         recipe=run.recipe,
         seed=run.seed,
         out=out,
-        label=f"train {name_of(run.defense)}",
+        label=f"train {user_code.short(name_of(run.defense))}",
     )
     close_run(out)
     return model

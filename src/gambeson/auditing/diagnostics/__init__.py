@@ -1,30 +1,28 @@
 """Signs that a robustness number cannot be trusted; each can turn an audit's verdict.
 
-A file here is a family of diagnostics; :data:`DIAGNOSTICS` is all of them, in the order in which an audit looks.
+A file here is a family of diagnostics, each of which is a function below ``@register``.
 """
 
-from gambeson.auditing.diagnostics import (
-    convergence,
-    gradients,
-    randomness,
-    single_step,
-    state,
-    transferred,
-    universal,
-    unseen,
-)
-from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
+from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding, built_in, entries, get, register
 
-DIAGNOSTICS: tuple[Diagnostic, ...] = (
-    *randomness.DIAGNOSTICS,
-    *state.DIAGNOSTICS,
-    *gradients.DIAGNOSTICS,
-    *single_step.DIAGNOSTICS,
-    *convergence.DIAGNOSTICS,
-    *transferred.DIAGNOSTICS,
-    *universal.DIAGNOSTICS,
-    *unseen.DIAGNOSTICS,
+_FAMILIES = (
+    "randomness",
+    "state",
+    "gradients",
+    "single_step",
+    "convergence",
+    "transferred",
+    "universal",
+    "unseen",
 )
-"""Every diagnostic, in order."""
 
-__all__ = ["DIAGNOSTICS", "Diagnostic", "Finding"]
+
+def _place(diagnostic: Diagnostic) -> int:
+    family = diagnostic.look.__module__.rpartition(".")[2]
+    return _FAMILIES.index(family) if family in _FAMILIES else len(_FAMILIES)
+
+
+DIAGNOSTICS: tuple[Diagnostic, ...] = tuple(sorted(built_in(), key=_place))
+"""Every diagnostic of this library in the order in which an audit looks: by family, and within one as defined."""
+
+__all__ = ["DIAGNOSTICS", "Diagnostic", "Finding", "entries", "get", "register"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from gambeson.attacks import PGD, RandomSearch
-from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
+from gambeson.auditing.diagnostics.diagnostic import Finding, register
 from gambeson.auditing.diagnostics.gradients import probe
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.outcome import Gain
@@ -15,6 +15,13 @@ _MORE = 3
 """How many times the suite's steps the longer attack takes."""
 
 
+@register(
+    "unbounded attack succeeds",
+    condition=f"with the whole box allowed, clearly more than {100 * _LEFT:g} % of images stay right",
+    explanation="With the whole box allowed every image can be made anything: the attack fails for another reason "
+    "than the model's robustness (Athalye et al. 2018, section 3.1).",
+    remedy="Find what stops the gradient; attack by queries or transfer.",
+)
 def _whole_box(evidence: Evidence) -> Finding:
     norm, values = evidence.suite.norm, math.prod(evidence.test.shape)
     eps = {"inf": 1.0, "2": math.sqrt(values), "1": float(values)}[norm]
@@ -24,6 +31,13 @@ def _whole_box(evidence: Evidence) -> Finding:
     )
 
 
+@register(
+    "more eps, more errors",
+    condition="PGD with a larger eps leaves clearly more images right than with a smaller one",
+    explanation="The larger ball holds the smaller one: an attack that does less in it has lost its way (Athalye "
+    "et al. 2018, section 3.1).",
+    remedy="Take more and smaller steps; look at the gradients' diagnostics.",
+)
 def _falls(evidence: Evidence) -> Finding:
     grid = evidence.suite.eps
     radii = sorted({grid[0], evidence.eps, grid[-1]})
@@ -45,6 +59,12 @@ def _falls(evidence: Evidence) -> Finding:
     )
 
 
+@register(
+    "attack has converged",
+    condition=f"PGD of {_MORE} times the steps, or of one more restart, breaks clearly more images than the suite's",
+    explanation="The reported accuracy is that of an attack cut short, not of the model (Carlini et al. 2019).",
+    remedy="Raise pgd_steps or pgd_restarts of the suite until this number stands still.",
+)
 def _converged(evidence: Evidence) -> Finding:
     suite = evidence.suite
     usual = suite.pgd(evidence.eps)
@@ -68,6 +88,13 @@ def _converged(evidence: Evidence) -> Finding:
     )
 
 
+@register(
+    "gradient beats chance",
+    condition="random search breaks clearly more images than PGD at as many passes",
+    explanation="Following the gradient is worse than guessing: it does not point where the loss rises "
+    "(Athalye et al. 2018, section 3.1).",
+    remedy="Distrust gradient attacks on this model; attack it by queries or transfer.",
+)
 def _beats_chance(evidence: Evidence) -> Finding:
     norm = evidence.suite.norm
     if norm == "1":
@@ -84,39 +111,3 @@ def _beats_chance(evidence: Evidence) -> Finding:
         f"{evidence.accuracy(chance)}",
         {"pgd": evidence.accuracy(attack).value, "random": evidence.accuracy(chance).value},
     )
-
-
-DIAGNOSTICS = (
-    Diagnostic(
-        name="unbounded attack succeeds",
-        condition=f"with the whole box allowed, clearly more than {100 * _LEFT:g} % of images stay right",
-        explanation="With the whole box allowed every image can be made anything: the attack fails for another reason "
-        "than the model's robustness (Athalye et al. 2018, section 3.1).",
-        remedy="Find what stops the gradient; attack by queries or transfer.",
-        look=_whole_box,
-    ),
-    Diagnostic(
-        name="more eps, more errors",
-        condition="PGD with a larger eps leaves clearly more images right than with a smaller one",
-        explanation="The larger ball holds the smaller one: an attack that does less in it has lost its way (Athalye "
-        "et al. 2018, section 3.1).",
-        remedy="Take more and smaller steps; look at the gradients' diagnostics.",
-        look=_falls,
-    ),
-    Diagnostic(
-        name="attack has converged",
-        condition=f"PGD of {_MORE} times the steps, or of one more restart, breaks clearly more images than the "
-        "suite's",
-        explanation="The reported accuracy is that of an attack cut short, not of the model (Carlini et al. 2019).",
-        remedy="Raise pgd_steps or pgd_restarts of the suite until this number stands still.",
-        look=_converged,
-    ),
-    Diagnostic(
-        name="gradient beats chance",
-        condition="random search breaks clearly more images than PGD at as many passes",
-        explanation="Following the gradient is worse than guessing: it does not point where the loss rises "
-        "(Athalye et al. 2018, section 3.1).",
-        remedy="Distrust gradient attacks on this model; attack it by queries or transfer.",
-        look=_beats_chance,
-    ),
-)

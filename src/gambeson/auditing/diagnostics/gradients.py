@@ -9,7 +9,7 @@ import torch
 from gambeson.analysis import GradientStatistics, gradient_statistics
 from gambeson.analysis.views import pull
 from gambeson.attacks import PGD, Loss
-from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
+from gambeson.auditing.diagnostics.diagnostic import Finding, register
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.outcome import Gain
 from gambeson.base import UserError, generator
@@ -29,6 +29,14 @@ _SEVERAL = 3
 """Classes from which on wrong ones are looked at: the logits of two may be a number and a zero."""
 
 
+@register(
+    "gradients alive",
+    condition=f"more than {100 * _DEAD:g} % of images have a loss gradient of zero, to float32's smallest normal "
+    "number, or one that is not finite; or on as many no wrong class's logit has a gradient",
+    explanation="Such images cannot be attacked by following the gradient: it is saturated, detached, rounded away "
+    "or underflown; or it leads away from the right class, and towards no other.",
+    remedy="Attack the logits before the part that hides it, or by queries.",
+)
 def _alive(evidence: Evidence) -> Finding:
     split, loss = evidence.sample, Loss(kind="cross-entropy")
     scale = evidence.victim.temperature  # of the logits as attacks climb them
@@ -55,6 +63,15 @@ def _of_wrong_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     return (logits * weights.scatter(1, labels[:, None], 0)).sum(1)
 
 
+@register(
+    "cross-entropy keeps up",
+    condition=f"PGD on the margin of the logits breaks clearly more images, by {100 * _STARVED:g} points, than PGD "
+    "on cross-entropy with the same steps",
+    explanation="The logits are so large, or so shaped, that the softmax starves the attack of its gradient "
+    "(Carlini and Wagner 2017, section 5; Croce and Hein 2020, section 4); the universal perturbations climbed "
+    "the same cross-entropy.",
+    remedy="Attack the margin or the ratio of logits (loss='margin', loss='dlr'), which no factor changes.",
+)
 def _fed(evidence: Evidence) -> Finding:
     usual = probe(evidence, evidence.eps)
     margin = usual.model_copy(update={"loss": "margin"})
@@ -83,6 +100,15 @@ def _statistics(evidence: Evidence) -> GradientStatistics | None:
         return None
 
 
+@register(
+    "gradients tell the truth",
+    condition=f"on clearly more than {100 * _FALSE:g} % of images the margin changes along the gradient by less "
+    f"than half or more than twice what the gradient promises, over {_REACH:g} in every pixel",
+    explanation="The gradient is not the slope of the function: shattered, straight-through, rounded or reversed "
+    "(Athalye et al. 2018, section 4.1).",
+    remedy="Replace the part that breaks the gradient by a smooth one in the backward pass (BPDA), or attack by "
+    "queries.",
+)
 def _true(evidence: Evidence) -> Finding:
     if evidence.subject.random:
         return Finding(None, "the model is random: the difference of two forwards is noise")
@@ -130,36 +156,3 @@ def _slopes(
         parts.append((pull(victim, value.sum(), point, keep=False), value.detach()))
     gradients, values = zip(*parts, strict=True)
     return torch.cat(gradients), torch.cat(values)
-
-
-DIAGNOSTICS = (
-    Diagnostic(
-        name="gradients alive",
-        condition=f"more than {100 * _DEAD:g} % of images have a loss gradient of zero, to float32's smallest normal "
-        "number, or one that is not finite; or on as many no wrong class's logit has a gradient",
-        explanation="Such images cannot be attacked by following the gradient: it is saturated, detached, rounded away "
-        "or underflown; or it leads away from the right class, and towards no other.",
-        remedy="Attack the logits before the part that hides it, or by queries.",
-        look=_alive,
-    ),
-    Diagnostic(
-        name="cross-entropy keeps up",
-        condition=f"PGD on the margin of the logits breaks clearly more images, by {100 * _STARVED:g} points, than PGD "
-        "on cross-entropy with the same steps",
-        explanation="The logits are so large, or so shaped, that the softmax starves the attack of its gradient "
-        "(Carlini and Wagner 2017, section 5; Croce and Hein 2020, section 4); the universal perturbations climbed "
-        "the same cross-entropy.",
-        remedy="Attack the margin or the ratio of logits (loss='margin', loss='dlr'), which no factor changes.",
-        look=_fed,
-    ),
-    Diagnostic(
-        name="gradients tell the truth",
-        condition=f"on clearly more than {100 * _FALSE:g} % of images the margin changes along the gradient by less "
-        f"than half or more than twice what the gradient promises, over {_REACH:g} in every pixel",
-        explanation="The gradient is not the slope of the function: shattered, straight-through, rounded or reversed "
-        "(Athalye et al. 2018, section 4.1).",
-        remedy="Replace the part that breaks the gradient by a smooth one in the backward pass (BPDA), or attack by "
-        "queries.",
-        look=_true,
-    ),
-)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gambeson.attacks import PGD
-from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
+from gambeson.auditing.diagnostics.diagnostic import Finding, register
 from gambeson.auditing.draws import QUIET, way_to_quiet
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.outcome import AsFarAsFinite, Gain
@@ -19,6 +19,13 @@ _FAR = 0.1
 _NOT_RANDOM = Finding(None, "two calls with the same images agree: the model is not random")
 
 
+@register(
+    "one draw decides",
+    condition="the model is random and its numbers come from a single pass",
+    explanation="One pass over a random model is chance: an image that is right in it may be wrong in the next.",
+    remedy="Let the majority of many passes decide (draws=21), and report the spread between passes.",
+    gradients=False,
+)
 def _one_draw(evidence: Evidence) -> Finding:
     if not evidence.subject.random:
         return Finding(True, "two calls with the same images agree, so one pass decides")
@@ -36,6 +43,13 @@ def _attack(evidence: Evidence, draws: int | None) -> PGD:
     return PGD(eps=evidence.eps, norm=evidence.suite.norm, steps=_STEPS, draws=draws)
 
 
+@register(
+    "EOT gap",
+    condition="averaging gradients over twice as many draws, or over one alone, clearly breaks more images",
+    explanation="The attacks followed the noise of too few draws, or a mean that misleads (expectation over "
+    "transformation, Athalye et al. 2018, section 4.2): a stronger attack is known, and the numbers are not it.",
+    remedy="Raise gradient_draws until more of them change nothing; where one does better, lower them to it.",
+)
 def _more_draws(evidence: Evidence) -> Finding:
     if not evidence.subject.random:
         return _NOT_RANDOM
@@ -76,6 +90,15 @@ class _Nothing:
         return x
 
 
+@register(
+    "noise-off gap",
+    condition="perturbations crafted with the noise off break clearly more than those crafted through it, or "
+    f"clearly more than {100 * _FAR:g} % of the images that are right either way stand only while the noise is on",
+    explanation="The robustness is the randomness's: it misleads the attack, and the model behind it has none "
+    "(Athalye et al. 2018, section 4.2).",
+    remedy="Report the number with the noise off beside it; attack with more draws, more steps, and from what was "
+    "crafted with the noise off.",
+)
 def _noise_off(evidence: Evidence) -> Finding:
     if not evidence.subject.random:
         return _NOT_RANDOM
@@ -109,33 +132,3 @@ def _noise_off(evidence: Evidence) -> Finding:
 
 def _only(found: Outcome, rows: torch.Tensor) -> Outcome:
     return Outcome(found.right[rows], found.answers[rows])
-
-
-DIAGNOSTICS = (
-    Diagnostic(
-        name="one draw decides",
-        condition="the model is random and its numbers come from a single pass",
-        explanation="One pass over a random model is chance: an image that is right in it may be wrong in the next.",
-        remedy="Let the majority of many passes decide (draws=21), and report the spread between passes.",
-        look=_one_draw,
-        gradients=False,
-    ),
-    Diagnostic(
-        name="EOT gap",
-        condition="averaging gradients over twice as many draws, or over one alone, clearly breaks more images",
-        explanation="The attacks followed the noise of too few draws, or a mean that misleads (expectation over "
-        "transformation, Athalye et al. 2018, section 4.2): a stronger attack is known, and the numbers are not it.",
-        remedy="Raise gradient_draws until more of them change nothing; where one does better, lower them to it.",
-        look=_more_draws,
-    ),
-    Diagnostic(
-        name="noise-off gap",
-        condition="perturbations crafted with the noise off break clearly more than those crafted through it, or "
-        f"clearly more than {100 * _FAR:g} % of the images that are right either way stand only while the noise is on",
-        explanation="The robustness is the randomness's: it misleads the attack, and the model behind it has none "
-        "(Athalye et al. 2018, section 4.2).",
-        remedy="Report the number with the noise off beside it; attack with more draws, more steps, and from what was "
-        "crafted with the noise off.",
-        look=_noise_off,
-    ),
-)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 
 from gambeson.attacks import FGSM, IFGSM, RFGSM, GradientAttack, Loss
-from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
+from gambeson.auditing.diagnostics.diagnostic import Finding, register
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.outcome import AsFarAsFinite, Gain
 from gambeson.evaluation import Rate
@@ -24,6 +25,23 @@ _DROP = 0.1
 """Share of its rise that the loss must lose in the step's second half to count as falling."""
 
 
+def _as_trained(look: Callable[[Evidence], Finding]) -> Callable[[Evidence], Finding]:
+    """Look at the loss of the logits as they are: single steps on it are what training on single steps defeats."""
+
+    @functools.wraps(look)
+    def looked(evidence: Evidence) -> Finding:
+        with evidence.unscaled():
+            return look(evidence)
+
+    return looked
+
+
+@register(
+    "multi-step beats single-step",
+    condition="a single gradient step breaks clearly more images than many",
+    explanation="The loss surface misleads the gradient beyond the first step (Athalye et al. 2018, section 3.1).",
+    remedy="Distrust gradient attacks on this model; use transfer and query attacks, and the logits' margin.",
+)
 def _multi_step(evidence: Evidence) -> Finding:
     single, many = _step(evidence, 1), evidence.suite.pgd(evidence.eps)
     gain = Gain.of(evidence.outcome(many), evidence.outcome(single))
@@ -35,6 +53,15 @@ def _multi_step(evidence: Evidence) -> Finding:
     )
 
 
+@register(
+    "random start gains nothing",
+    condition=f"R+FGSM breaks clearly more images than FGSM at the same eps, by {100 * _GAP:g} points",
+    explanation="The gradient at the image itself misleads, and a random step away from it frees the attack "
+    "(Tramèr et al. 2018, section 4.1, table 2): the mark of training on single steps. On a linear loss R+FGSM is "
+    "the weaker of the two.",
+    remedy="Trust no single-step number; look at PGD with random starts.",
+)
+@_as_trained
 def _random_start(evidence: Evidence) -> Finding:
     plain, started = _step(evidence, 1), RFGSM(eps=evidence.eps, norm=evidence.suite.norm)
     gain = Gain.of(evidence.outcome(plain), evidence.outcome(started))
@@ -46,6 +73,15 @@ def _random_start(evidence: Evidence) -> Finding:
     )
 
 
+@register(
+    "longer step, more errors",
+    condition=f"a gradient step of eps leaves clearly more images right, by {100 * _FURTHER:g} points, than one of "
+    "eps / 2 along the same gradient",
+    explanation="The loss has a ridge at small eps, along the gradient that training looked at (Tramèr et al. "
+    "2018, Figure 1): beyond it the gradient at the image says nothing.",
+    remedy="Trust no single-step number; look at PGD with random starts, and at transferred perturbations.",
+)
+@_as_trained
 def _longer_step(evidence: Evidence) -> Finding:
     half, whole = _step(evidence, 0.5), _step(evidence, 1)
     gain = Gain.of(evidence.outcome(whole), evidence.outcome(half))
@@ -56,6 +92,17 @@ def _longer_step(evidence: Evidence) -> Finding:
     )
 
 
+@register(
+    "single step approximates",
+    condition=f"a single step reaches less than {100 * _NEAR:g} % of the rise of the loss that ten reach, and on "
+    f"clearly more than {100 * _FALLING:g} % of images the loss falls in its second half",
+    explanation="Single-step and multi-step perturbations have little in common and the loss has a ridge between "
+    "them (Tramèr et al. 2018, section 4.1: the ratio fell from 19 to 7 %, the cosine from 0.13 to 0.02). Ratio "
+    "and cosine alone accuse honest models too, whose loss is merely curved, so that they count with the ridge "
+    "alone.",
+    remedy="Trust no single-step number; look at PGD with random starts, and at transferred perturbations.",
+)
+@_as_trained
 def _approximation(evidence: Evidence) -> Finding:
     """Compare losses and directions of one step and of ten, and how far the loss falls before the step's end."""
     sums = torch.zeros(5, dtype=torch.float64)
@@ -89,16 +136,6 @@ def _approximation(evidence: Evidence) -> Finding:
     )
 
 
-def _as_trained(look: Callable[[Evidence], Finding]) -> Callable[[Evidence], Finding]:
-    """Look at the loss of the logits as they are: single steps on it are what training on single steps defeats."""
-
-    def looked(evidence: Evidence) -> Finding:
-        with evidence.unscaled():
-            return look(evidence)
-
-    return looked
-
-
 def _step(evidence: Evidence, share: float) -> FGSM:
     return FGSM(eps=share * evidence.eps, norm=evidence.suite.norm)
 
@@ -110,43 +147,3 @@ def _steps(evidence: Evidence) -> IFGSM:
 @torch.no_grad()
 def _loss(evidence: Evidence, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return Loss()(evidence.victim.exact(images), labels, evidence.sample.ignore_index).double()
-
-
-DIAGNOSTICS = (
-    Diagnostic(
-        name="multi-step beats single-step",
-        condition="a single gradient step breaks clearly more images than many",
-        explanation="The loss surface misleads the gradient beyond the first step (Athalye et al. 2018, section 3.1).",
-        remedy="Distrust gradient attacks on this model; use transfer and query attacks, and the logits' margin.",
-        look=_multi_step,
-    ),
-    Diagnostic(
-        name="random start gains nothing",
-        condition=f"R+FGSM breaks clearly more images than FGSM at the same eps, by {100 * _GAP:g} points",
-        explanation="The gradient at the image itself misleads, and a random step away from it frees the attack "
-        "(Tramèr et al. 2018, section 4.1, table 2): the mark of training on single steps. On a linear loss R+FGSM is "
-        "the weaker of the two.",
-        remedy="Trust no single-step number; look at PGD with random starts.",
-        look=_as_trained(_random_start),
-    ),
-    Diagnostic(
-        name="longer step, more errors",
-        condition=f"a gradient step of eps leaves clearly more images right, by {100 * _FURTHER:g} points, than one of "
-        "eps / 2 along the same gradient",
-        explanation="The loss has a ridge at small eps, along the gradient that training looked at (Tramèr et al. "
-        "2018, Figure 1): beyond it the gradient at the image says nothing.",
-        remedy="Trust no single-step number; look at PGD with random starts, and at transferred perturbations.",
-        look=_as_trained(_longer_step),
-    ),
-    Diagnostic(
-        name="single step approximates",
-        condition=f"a single step reaches less than {100 * _NEAR:g} % of the rise of the loss that ten reach, and on "
-        f"clearly more than {100 * _FALLING:g} % of images the loss falls in its second half",
-        explanation="Single-step and multi-step perturbations have little in common and the loss has a ridge between "
-        "them (Tramèr et al. 2018, section 4.1: the ratio fell from 19 to 7 %, the cosine from 0.13 to 0.02). Ratio "
-        "and cosine alone accuse honest models too, whose loss is merely curved, so that they count with the ridge "
-        "alone.",
-        remedy="Trust no single-step number; look at PGD with random starts, and at transferred perturbations.",
-        look=_as_trained(_approximation),
-    ),
-)

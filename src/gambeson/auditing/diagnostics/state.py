@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
+from gambeson.auditing.diagnostics.diagnostic import Finding, register
 from gambeson.auditing.evidence import Evidence
 from gambeson.base import generator, seeded
 from gambeson.victim import Victim, predict
@@ -70,6 +70,14 @@ def _remembers(evidence: Evidence, images: torch.Tensor) -> bool:
     return max(_apart(first, one) for one in again) <= _NOISE < _apart(first, other)
 
 
+@register(
+    "train-mode BatchNorm",
+    condition="the logits of an image change with the other images of its batch",
+    explanation="An image's answer is not its own: statistics or attention reach across the batch, so that a rate "
+    "depends on how images were put together, and an attack changes the answers of images it does not touch.",
+    remedy="Put BatchNorm in evaluation mode, with running statistics; let nothing reach across the batch.",
+    gradients=False,
+)
 def _batches(evidence: Evidence) -> Finding:
     images, _ = evidence.few(_PROBES + _OTHERS, evidence.sample).take(slice(None), evidence.victim.device)
     probes, others = images[:_PROBES], images[_PROBES:]
@@ -108,6 +116,15 @@ def _moves(evidence: Evidence, image: torch.Tensor) -> bool:
         return bool(evidence.victim.gradient(evidence.victim.exact(point).amax(), point, 1).any())
 
 
+@register(
+    "remembers queries",
+    condition="the same images get other answers later, or after many queries near one of them; or all images near "
+    "another get the logits of that one to the last digit",
+    explanation="The model keeps a state between calls, as detectors of repeated queries do (Chen, Carlini and "
+    "Wagner 2019): what looks like robustness is its memory of the attack.",
+    remedy="Reset the model before each call, or audit the network behind the detector.",
+    gradients=False,
+)
 def _memory(evidence: Evidence) -> Finding:
     victim, subject = evidence.victim, evidence.subject
     images, _ = evidence.few(_PROBES, evidence.sample).take(slice(None), victim.device)
@@ -143,39 +160,15 @@ def _memory(evidence: Evidence) -> Finding:
     )
 
 
+@register(
+    "keeps its input",
+    condition="never: a model that writes into its input is given copies, and this check says so",
+    explanation="Writing into the images would change what an attack keeps.",
+    remedy="Copy the images at the head of the model's forward.",
+    gradients=False,
+)
 def _input(evidence: Evidence) -> Finding:
     look = evidence.victim.look
     if look is not None and look.writes:
         return Finding(True, "the model writes into the images it is given; every number was taken with copies")
     return Finding(True, "the images come back as they were sent")
-
-
-DIAGNOSTICS = (
-    Diagnostic(
-        name="train-mode BatchNorm",
-        condition="the logits of an image change with the other images of its batch",
-        explanation="An image's answer is not its own: statistics or attention reach across the batch, so that a rate "
-        "depends on how images were put together, and an attack changes the answers of images it does not touch.",
-        remedy="Put BatchNorm in evaluation mode, with running statistics; let nothing reach across the batch.",
-        look=_batches,
-        gradients=False,
-    ),
-    Diagnostic(
-        name="remembers queries",
-        condition="the same images get other answers later, or after many queries near one of them; or all images near "
-        "another get the logits of that one to the last digit",
-        explanation="The model keeps a state between calls, as detectors of repeated queries do (Chen, Carlini and "
-        "Wagner 2019): what looks like robustness is its memory of the attack.",
-        remedy="Reset the model before each call, or audit the network behind the detector.",
-        look=_memory,
-        gradients=False,
-    ),
-    Diagnostic(
-        name="keeps its input",
-        condition="never: a model that writes into its input is given copies, and this check says so",
-        explanation="Writing into the images would change what an attack keeps.",
-        remedy="Copy the images at the head of the model's forward.",
-        look=_input,
-        gradients=False,
-    ),
-)

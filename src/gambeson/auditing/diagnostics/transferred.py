@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gambeson.attacks import Square
-from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
+from gambeson.auditing.diagnostics.diagnostic import Finding, register
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.outcome import AsFarAsFinite, Gain
 from gambeson.auditing.towards import Towards
@@ -26,8 +26,17 @@ _QUERIES = 300
 """The most queries an image."""
 _KNOWN, _FLOATS = 2000, 2**26
 """Training images that are stepped towards: so many at the most, and so many numbers in them."""
+_REMEDY = "Report the stronger attack's number, and find what stops the gradient; attack by transfer and queries."
 
 
+@register(
+    "white box beats transfer",
+    condition=f"images perturbed on a surrogate are clearly more often wrong than under PGD on the model itself, "
+    f"by {100 * _MORE:g} points",
+    explanation="The surrogate's gradient serves better than the model's own, which must be masked (Papernot et "
+    "al. 2017; Tramèr et al. 2018, section 4: the white-box error less the transferred one fell to -9.7 points).",
+    remedy=_REMEDY,
+)
 def _transferred(evidence: Evidence) -> Finding:
     if evidence.surrogate is None:
         return Finding(None, "there is no surrogate")
@@ -45,6 +54,13 @@ def _transferred(evidence: Evidence) -> Finding:
     )
 
 
+@register(
+    "universal white box beats transfer",
+    condition="one perturbation crafted on a surrogate is clearly stronger than the one crafted on the model, by "
+    f"{100 * _MORE_UNIVERSAL:g} points",
+    explanation="The universal attack found less on the model itself than is there.",
+    remedy=_REMEDY,
+)
 def _universal(evidence: Evidence) -> Finding:
     if evidence.surrogate is None:
         return Finding(None, "there is no surrogate")
@@ -62,6 +78,15 @@ def _universal(evidence: Evidence) -> Finding:
     )
 
 
+@register(
+    "white box beats queries",
+    condition=f"Square, or steps towards training images of other classes, break clearly more than {100 * _MORE:g} "
+    "% of images among those that PGD leaves right",
+    explanation="An attack that sees scores alone finds what the gradient does not lead to (Athalye et al. 2018, "
+    "section 3.1; Andriushchenko et al. 2020, section 5); steps towards other images find what compares images "
+    "with those it knows.",
+    remedy=_REMEDY,
+)
 def _queried(evidence: Evidence) -> Finding:
     norm, queries = evidence.suite.norm, min(_QUERIES, evidence.suite.queries)
     if norm == "1" or evidence.sample.labels.ndim > 1 or not queries:
@@ -140,6 +165,12 @@ class _Noise:
         return perturb(x, self.ball.signs(x.shape, generator(seed, "noise", device=x.device)))
 
 
+@register(
+    "attack beats noise",
+    condition=f"random signs of norm eps break clearly more images than PGD, by {100 * _MORE:g} points",
+    explanation="Chance does more than the attack: it has no gradient to follow, or is led away.",
+    remedy=_REMEDY,
+)
 def _noise(evidence: Evidence) -> Finding:
     white = evidence.suite.pgd(evidence.eps)
     noise = _Noise(white.ball)
@@ -150,43 +181,3 @@ def _noise(evidence: Evidence) -> Finding:
         f"every image {evidence.accuracy(noise)}",
         {"pgd": evidence.accuracy(white).value, "noise": evidence.accuracy(noise).value},
     )
-
-
-_REMEDY = "Report the stronger attack's number, and find what stops the gradient; attack by transfer and queries."
-
-DIAGNOSTICS = (
-    Diagnostic(
-        name="white box beats transfer",
-        condition=f"images perturbed on a surrogate are clearly more often wrong than under PGD on the model itself, "
-        f"by {100 * _MORE:g} points",
-        explanation="The surrogate's gradient serves better than the model's own, which must be masked (Papernot et "
-        "al. 2017; Tramèr et al. 2018, section 4: the white-box error less the transferred one fell to -9.7 points).",
-        remedy=_REMEDY,
-        look=_transferred,
-    ),
-    Diagnostic(
-        name="universal white box beats transfer",
-        condition="one perturbation crafted on a surrogate is clearly stronger than the one crafted on the model, by "
-        f"{100 * _MORE_UNIVERSAL:g} points",
-        explanation="The universal attack found less on the model itself than is there.",
-        remedy=_REMEDY,
-        look=_universal,
-    ),
-    Diagnostic(
-        name="white box beats queries",
-        condition=f"Square, or steps towards training images of other classes, break clearly more than {100 * _MORE:g} "
-        "% of images among those that PGD leaves right",
-        explanation="An attack that sees scores alone finds what the gradient does not lead to (Athalye et al. 2018, "
-        "section 3.1; Andriushchenko et al. 2020, section 5); steps towards other images find what compares images "
-        "with those it knows.",
-        remedy=_REMEDY,
-        look=_queried,
-    ),
-    Diagnostic(
-        name="attack beats noise",
-        condition=f"random signs of norm eps break clearly more images than PGD, by {100 * _MORE:g} points",
-        explanation="Chance does more than the attack: it has no gradient to follow, or is led away.",
-        remedy=_REMEDY,
-        look=_noise,
-    ),
-)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
+from gambeson.auditing.diagnostics.diagnostic import Finding, register
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.outcome import Gain
 from gambeson.auditing.results import Universal
@@ -22,6 +22,13 @@ def _prior(evidence: Evidence) -> float:
     return float(labels.bincount().max() / max(1, len(labels))) if len(labels) else 0.0
 
 
+@register(
+    "better than guessing",
+    condition="the clean accuracy is not clearly above that of always naming the most frequent class",
+    explanation="A model that has learnt nothing cannot be called robust.",
+    remedy="Train the model, or check that data, classes and normalisation are its own.",
+    gradients=False,
+)
 def _learnt(evidence: Evidence) -> Finding:
     prior = _prior(evidence)
     return Finding(
@@ -31,6 +38,14 @@ def _learnt(evidence: Evidence) -> Finding:
     )
 
 
+@register(
+    "crafted beats controls",
+    condition="noise of the same size does clearly more harm than the crafted perturbation, or clear harm and as "
+    "much as it, far below an error that nothing can exceed",
+    explanation="The attack has failed: noise is a perturbation that it could have found.",
+    remedy="Give the attack more steps and restarts; look at the gradients' diagnostics.",
+    gradients=False,
+)
 def _beats_controls(evidence: Evidence) -> Finding:
     ceiling = _NEAR_CEILING * (1 - _prior(evidence))
     beaten, equalled = [], []
@@ -71,6 +86,31 @@ def _clearly_worse(evidence: Evidence, point: Universal) -> bool:
     return False
 
 
+@register(
+    "budget used",
+    condition="a crafted perturbation stays below 5 % of its eps",
+    explanation="The attack hardly moved: it had no gradient to follow.",
+    remedy="Look at the gradients' diagnostics.",
+    gradients=False,
+)
+def _used(evidence: Evidence) -> Finding:
+    states = {
+        point.eps: point.status if point.crafted is None else evidence.crafted_at(point.eps).about.status
+        for point in evidence.universal
+    }
+    idle = ", ".join(f"{eps:.4g} ({status})" for eps, status in states.items() if status != "done")
+    return Finding(
+        not idle, "every perturbation uses its budget" if not idle else f"the attack hardly moved at eps {idle}"
+    )
+
+
+@register(
+    "eps curve rises",
+    condition="the UER at some eps is clearly below that at a smaller one",
+    explanation="What harms inside a ball lies inside every larger one: the attack failed at the larger eps.",
+    remedy="Give the attack more steps and restarts; look at the gradients' diagnostics.",
+    gradients=False,
+)
 def _rises(evidence: Evidence) -> Finding:
     points = evidence.universal
     if len(points) < 2:
@@ -89,17 +129,14 @@ def _rises(evidence: Evidence) -> Finding:
     )
 
 
-def _used(evidence: Evidence) -> Finding:
-    states = {
-        point.eps: point.status if point.crafted is None else evidence.crafted_at(point.eps).about.status
-        for point in evidence.universal
-    }
-    idle = ", ".join(f"{eps:.4g} ({status})" for eps, status in states.items() if status != "done")
-    return Finding(
-        not idle, "every perturbation uses its budget" if not idle else f"the attack hardly moved at eps {idle}"
-    )
-
-
+@register(
+    "re-scoring agrees",
+    condition="the stored perturbation does not give the reported rate once more",
+    explanation="The rate is not a property of model and perturbation alone.",
+    remedy="Find what else the answer depends on: a state kept between calls, the make-up of a batch, randomness "
+    "that is not drawn from torch's generators (which the audit seeds).",
+    gradients=False,
+)
 def _agrees(evidence: Evidence) -> Finding:
     point = evidence.middle
     again = rescored(evidence, evidence.uaps[point.eps])
@@ -108,49 +145,3 @@ def _agrees(evidence: Evidence) -> Finding:
         f"the stored perturbation at eps {point.eps:.4g} gives a UER of {100 * again:.1f} %, reported was {point.uer}",
         {"again": again, "reported": point.uer.value},
     )
-
-
-DIAGNOSTICS = (
-    Diagnostic(
-        name="better than guessing",
-        condition="the clean accuracy is not clearly above that of always naming the most frequent class",
-        explanation="A model that has learnt nothing cannot be called robust.",
-        remedy="Train the model, or check that data, classes and normalisation are its own.",
-        look=_learnt,
-        gradients=False,
-    ),
-    Diagnostic(
-        name="crafted beats controls",
-        condition="noise of the same size does clearly more harm than the crafted perturbation, or clear harm and as "
-        "much as it, far below an error that nothing can exceed",
-        explanation="The attack has failed: noise is a perturbation that it could have found.",
-        remedy="Give the attack more steps and restarts; look at the gradients' diagnostics.",
-        look=_beats_controls,
-        gradients=False,
-    ),
-    Diagnostic(
-        name="budget used",
-        condition="a crafted perturbation stays below 5 % of its eps",
-        explanation="The attack hardly moved: it had no gradient to follow.",
-        remedy="Look at the gradients' diagnostics.",
-        look=_used,
-        gradients=False,
-    ),
-    Diagnostic(
-        name="eps curve rises",
-        condition="the UER at some eps is clearly below that at a smaller one",
-        explanation="What harms inside a ball lies inside every larger one: the attack failed at the larger eps.",
-        remedy="Give the attack more steps and restarts; look at the gradients' diagnostics.",
-        look=_rises,
-        gradients=False,
-    ),
-    Diagnostic(
-        name="re-scoring agrees",
-        condition="the stored perturbation does not give the reported rate once more",
-        explanation="The rate is not a property of model and perturbation alone.",
-        remedy="Find what else the answer depends on: a state kept between calls, the make-up of a batch, randomness "
-        "that is not drawn from torch's generators (which the audit seeds).",
-        look=_agrees,
-        gradients=False,
-    ),
-)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding
+from gambeson.auditing.diagnostics.diagnostic import Finding, register
 from gambeson.auditing.evidence import Evidence
 from gambeson.auditing.outcome import Gain
 from gambeson.evaluation.outcome import outcome_under
@@ -12,6 +12,16 @@ _MORE = 0.03
 tried was the best of several on validation. Ours."""
 
 
+@register(
+    "unseen images stand as well",
+    condition="under the same attack clearly more test images than validation images keep their answer, by "
+    f"{100 * _MORE:g} points",
+    explanation="The model withstands more on the images that it is scored on than on others of the same kind: it "
+    "knows them, or the test split is easier than the data.",
+    remedy="Find out whether the test images, or near copies of them, went into the model; score it on images that "
+    "nobody has seen.",
+    gradients=False,
+)
 def _alike(evidence: Evidence) -> Finding:
     splits = [evidence.test, evidence.data.validation]
     if evidence.subject.black_box:  # every image costs a query
@@ -29,18 +39,3 @@ def _alike(evidence: Evidence) -> Finding:
         f"under {worst} of eps {evidence.eps:.4g} {test} of the test images stand and {other} of the validation images",
         {"test": test.value, "validation": other.value, "gap": gains[worst].value},
     )
-
-
-DIAGNOSTICS = (
-    Diagnostic(
-        name="unseen images stand as well",
-        condition="under the same attack clearly more test images than validation images keep their answer, by "
-        f"{100 * _MORE:g} points",
-        explanation="The model withstands more on the images that it is scored on than on others of the same kind: it "
-        "knows them, or the test split is easier than the data.",
-        remedy="Find out whether the test images, or near copies of them, went into the model; score it on images that "
-        "nobody has seen.",
-        look=_alike,
-        gradients=False,
-    ),
-)

@@ -1,0 +1,101 @@
+"""``gambeson list``: what there is by name, of this library and of installed packages."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gambeson.cli.options import Json, print_json
+
+if TYPE_CHECKING:
+    from gambeson.base import Registered, UserError
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    attacks = "attacks"
+    defenses = "defenses"
+    models = "models"
+    data = "data"
+    diagnostics = "diagnostics"
+
+
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    name: Annotated[str | None, typer.Argument(help="One of them, with its settings; FILE.py:NAME too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List attacks, defences, models, data sets or diagnostics by name, those of installed packages among them.
+
+    Example: `gambeson list attacks`
+
+    Example: `gambeson list defenses shared-adversarial`
+    """
+    registry = _registry(kind)
+    entries = registry.entries() if name is None else [registry.get(name)]
+    if as_json:
+        print_json([_plain(kind, entry) for entry in entries])
+    elif name is None:
+        Console().print(_table(kind, entries))
+    else:
+        Console().print(_details(_plain(kind, entries[0])))
+
+
+def _registry(kind: Kind) -> Any:
+    if kind is Kind.attacks:
+        from gambeson.attacks.registry import ATTACKS as REGISTRY
+    elif kind is Kind.defenses:
+        from gambeson.defenses.registry import DEFENSES as REGISTRY
+    elif kind is Kind.models:
+        from gambeson.models.registry import MODELS as REGISTRY
+    elif kind is Kind.data:
+        from gambeson.data.registry import SETS as REGISTRY
+    else:
+        from gambeson.auditing.diagnostics.diagnostic import LOOKS as REGISTRY
+    return REGISTRY
+
+
+def _plain(kind: Kind, entry: Registered[Any] | UserError) -> dict[str, Any]:
+    if isinstance(entry, ValueError):
+        return {"error": str(entry)}
+    return entry.plain() | ({"makes": _made(entry)} if kind is Kind.attacks else {})
+
+
+def _made(entry: Registered[Any]) -> str:
+    from gambeson.attacks.registry import kind_of
+
+    return {"image": "one perturbation per image", "universal": "one for all images"}[kind_of(entry)]
+
+
+def _table(kind: Kind, entries: list[Registered[Any] | UserError]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("name", *(["makes"] if kind is Kind.attacks else []), "what", "package"):
+        table.add_column(column, overflow="fold", no_wrap=column == "name" and kind is not Kind.diagnostics)
+    for entry in entries:
+        if isinstance(entry, ValueError):
+            table.add_row("", *([""] if kind is Kind.attacks else []), escape(f"error: {entry}"), "")
+        else:
+            made = [_made(entry)] if kind is Kind.attacks else []
+            table.add_row(entry.name, *made, escape(entry.summary), entry.owner)
+    return table
+
+
+def _details(about: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"{about['name']} ({about['package']}): {about['summary']}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for column in ("setting", "type", "default", "what"):
+        table.add_column(column, overflow="fold")
+    for name, setting in about["settings"].items():
+        default = "required" if setting["required"] else str(setting["default"])
+        table.add_row(name, *map(escape, (setting["type"], default, setting["description"])))
+    return table
