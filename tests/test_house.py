@@ -87,8 +87,8 @@ class Imports(ast.NodeVisitor):
             self.visit(part)
 
     def _note(self, names: list[str], otherwise: str | None = None) -> None:
-        found = {name if name in self.known else otherwise for name in names} & self.known
-        (self.in_functions if self._inside else self.at_import).update(found)
+        found = {name if name in self.known else otherwise for name in names}
+        (self.in_functions if self._inside else self.at_import).update(name for name in found if name in self.known)
 
 
 def graphs(files: dict[str, Path]) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
