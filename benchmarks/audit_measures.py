@@ -10,9 +10,9 @@ import torch
 
 from gambeson.attacks import FGSM, IFGSM, PGD, Loss
 from gambeson.auditing import Evidence, Finding
-from gambeson.auditing.draws import one_pass
 from gambeson.auditing.outcome import AsFarAsFinite
-from gambeson.auditing.universal import rescored
+from gambeson.auditing.stages.randomness import one_pass
+from gambeson.auditing.stages.universal import rescored
 from gambeson.base import generator, seeded
 from gambeson.evaluation import Rate
 from gambeson.evaluation.universal import accuracy_rate

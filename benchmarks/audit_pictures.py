@@ -30,10 +30,10 @@ from audit_measures import MEASURES  # noqa: E402
 from audit_page import file_of  # noqa: E402
 from audit_panels import draw  # noqa: E402
 
-from gambeson.auditing import DIAGNOSTICS, SUITES, Evidence, scale  # noqa: E402
-from gambeson.auditing import surrogate as surrogates  # noqa: E402
-from gambeson.auditing import universal as universals  # noqa: E402
-from gambeson.auditing.stages import Stages  # noqa: E402
+from gambeson.auditing import DIAGNOSTICS, SUITES, Evidence, temperature  # noqa: E402
+from gambeson.auditing.checkpoint import Stages  # noqa: E402
+from gambeson.auditing.stages import surrogate as surrogates  # noqa: E402
+from gambeson.auditing.stages import universal as universals  # noqa: E402
 from gambeson.base import read_json, seeded, write_json  # noqa: E402
 from gambeson.testbed import models, networks  # noqa: E402
 from gambeson.testbed.entry import Networks, spread  # noqa: E402
@@ -167,7 +167,7 @@ def held(case: Case, *, surrogate: bool, universal: bool) -> Iterator[Evidence]:
     with Victim(model, fast=True) as victim:
         with seeded(0, "picture"):  # a random model's first pass
             evidence = evidence_of(victim, dataset, suite)
-            victim.temperature = scale.temperature(victim, dataset.validation, 0)
+            victim.temperature = temperature.temperature(victim, dataset.validation, 0)
         if surrogate:
             folder = RUNS / f"surrogate-{data}"
             folder.mkdir(parents=True, exist_ok=True)

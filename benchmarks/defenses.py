@@ -20,12 +20,12 @@ import torch
 
 import gambeson as gb
 from gambeson.attacks import PGD, StochasticPGD
-from gambeson.attacks.sources import EOT_SAMPLES
 from gambeson.base import environment, read_json, seeded, write_json
 from gambeson.defenses import Defense, create
 from gambeson.evaluation import accuracy_under, run_cascade, standard_attacks
 from gambeson.training import Recipe, plan
 from gambeson.victim import Victim
+from gambeson.victim.averaged import EOT_SAMPLES
 
 EPS, RADII = 0.2, (0.1, 0.2, 0.3)
 SUITE = 250  # images that the standard row attacks

@@ -21,12 +21,12 @@ import gambeson as gb
 from gambeson.base import environment, write_json
 from gambeson.data import Split
 from gambeson.defenses import Batch, Defense, Scene
+from gambeson.defenses.ensemble import Ensemble
 from gambeson.defenses.jacobian import Jacobian
 from gambeson.defenses.jacobian_ensemble import JacobianEnsemble
-from gambeson.defenses.standard import Standard
-from gambeson.defenses.voters import Ensemble
+from gambeson.defenses.pgd_adversarial import Standard
 from gambeson.models import PixelModel
-from gambeson.models.ensemble import ensemble
+from gambeson.models.factory import ensemble
 
 MEMBERS, BATCH = 5, 128
 

@@ -21,8 +21,7 @@ import gambeson as gb
 from gambeson.base import derive, environment, seeded, write_json
 from gambeson.data import Dataset, Split
 from gambeson.defenses import Batch, Defense, Scene, Standard
-from gambeson.defenses.jacobian import Jacobian
-from gambeson.defenses.jacobian_norm import JacobianNorm
+from gambeson.defenses.jacobian import Jacobian, JacobianNorm
 from gambeson.defenses.trades import Trades
 
 OUT = Path("results/bench-jacobian.json")

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from gambeson.base import write_json
-from gambeson.studies.bench import Attack, bench_attacks
-from gambeson.studies.timing import BenchSettings
+from gambeson.studies.bench import Attack, BenchSettings, bench_attacks
 
 warnings.filterwarnings("ignore")
 

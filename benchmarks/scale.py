@@ -3,7 +3,7 @@
 Plain and PGD-trained LeNet-5 on digits, MNIST, Fashion-MNIST and CIFAR-10 (the networks of the testbed),
 whose logits are divided by the temperature that calibrates them, and by multiples of it. Stochastic PGD (crafted on
 train, two seeds) and PGD of 20 steps at one eps each; all rates are of validation images, for they choose the setting
-of :mod:`gambeson.auditing.scale`.
+of :mod:`gambeson.auditing.temperature`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 import gambeson as gb
 from gambeson.attacks import PGD, StochasticPGD
-from gambeson.auditing.scale import USUAL, calibrating
+from gambeson.auditing.temperature import USUAL, calibrating
 from gambeson.base import environment, write_json
 from gambeson.evaluation import accuracy_under
 from gambeson.testbed import networks

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from gambeson.base import UserError
-from gambeson.base.tensors import save_tensors
+from gambeson.base.files import save_tensors
 from gambeson.data import load
+from gambeson.data.load import stored_file
 from gambeson.data.pieces import load_available, read_piece, unpack, write_pieces
-from gambeson.data.prepare import stored_file
 from gambeson.data.registry import RECIPES
 from gambeson.studies.visit import Notebook, read_lines
 from gambeson.studies.visit_training import choose_epochs

@@ -12,8 +12,8 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.analysis import adversarial_subspace, gradient_statistics, hadamard, loss_surface
+from gambeson.analysis.gradient_masking import orthogonal_signs
 from gambeson.analysis.subspace import directions
-from gambeson.analysis.surface import orthogonal_signs
 from gambeson.threat import Ball
 from tests.analysis.test_jacobian import close
 from tests.conftest import LinearNet, binary, inner_images

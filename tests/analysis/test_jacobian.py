@@ -18,7 +18,7 @@ from gambeson.analysis import (
     stacked_gram,
     stacked_spectrum,
 )
-from gambeson.analysis.krylov import top_eigenpairs
+from gambeson.analysis.matrix_free import top_eigenpairs
 from gambeson.victim import Victim
 from tests.conftest import LinearNet, inner_images
 

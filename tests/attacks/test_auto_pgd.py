@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 import gambeson as gb
 from gambeson import UserError
-from gambeson.attacks.auto_pgd import AutoPGD, TargetedAutoPGD
-from gambeson.attacks.gradient import PGD
+from gambeson.attacks.gradient.auto_pgd import AutoPGD, TargetedAutoPGD
+from gambeson.attacks.gradient.pgd import PGD
 from gambeson.threat import Ball
 from gambeson.victim import Victim
 from tests.attacks.optima import best_gain

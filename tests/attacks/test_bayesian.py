@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gambeson as gb
-from gambeson.attacks.bayesian import (
+from gambeson.attacks.universal.bayesian import (
     GaussianProcess,
     _likelihood,
     expected_improvement,
@@ -18,7 +18,7 @@ from gambeson.attacks.bayesian import (
     maximise,
     propose,
 )
-from gambeson.attacks.procedural import GaborNoise
+from gambeson.attacks.universal.procedural import GaborNoise
 from gambeson.base import generator
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import FGSM, PGD, RFGSM
-from gambeson.attacks.gradient import IFGSM
+from gambeson.attacks.gradient.pgd import IFGSM
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.solver import Ascent, NotFinite
 from gambeson.base import generator

@@ -7,9 +7,9 @@ from torch import nn
 from gambeson import UserError
 from gambeson.attacks import BoundedLogit, ClasswiseStochasticPGD, DeepFoolUAP, StochasticPGD
 from gambeson.attacks.losses import Loss
-from gambeson.attacks.sga import SGA
-from gambeson.attacks.sources import entered
+from gambeson.attacks.universal.sga import SGA
 from gambeson.data import Dataset, Split
+from gambeson.victim.averaged import entered
 from tests.conftest import binary, inner_images
 
 IGNORED = 255

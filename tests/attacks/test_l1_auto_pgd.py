@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gambeson import UserError
-from gambeson.attacks.auto_pgd import AutoPGD
-from gambeson.attacks.l1_auto_pgd import L1AutoPGD
+from gambeson.attacks.gradient.auto_pgd import AutoPGD, L1AutoPGD
 from gambeson.threat import Ball
 from gambeson.victim import Victim
 from tests.attacks.optima import best_gain

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gambeson.attacks.gradient import PGD
+from gambeson.attacks.gradient.pgd import PGD
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.solver import Ascent
 from gambeson.threat import Ball

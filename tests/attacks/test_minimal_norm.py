@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 import gambeson as gb
 from gambeson import UserError
-from gambeson.attacks.carlini_wagner import CarliniWagner
-from gambeson.attacks.deepfool import DeepFool
+from gambeson.attacks.minimal_norm.carlini_wagner import CarliniWagner
+from gambeson.attacks.minimal_norm.deepfool import DeepFool
 from gambeson.threat import Ball
 from gambeson.victim import Victim
 from tests.conftest import LinearNet, binary, inner_images

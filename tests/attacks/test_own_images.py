@@ -12,12 +12,12 @@ from torch import nn
 
 import gambeson as gb
 from gambeson.attacks import GaborNoise, StochasticPGD, UniversalPerturbation
-from gambeson.attacks.universal import ClasswiseStochasticPGD
+from gambeson.attacks.universal.stochastic_pgd import ClasswiseStochasticPGD
 from gambeson.auditing import Suite
 from gambeson.base import UserError
 from gambeson.cli.app import run
 from gambeson.data import Dataset, LazySplit, Split, disjoint
-from gambeson.data.stats import image_hashes
+from gambeson.data.split import image_hashes
 from gambeson.evaluation import eps_uni, fooling_rate, universal_evasion
 
 SHAPE = (3, 5, 5)  # 75 pixels: no whole number of 8-byte words

@@ -11,9 +11,18 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import control
-from gambeson.attacks.gabor import gabor, gabor_kernel, kernel_width
-from gambeson.attacks.perlin import LATTICE, gradient_noise, hashed, perlin, stretched
-from gambeson.attacks.procedural import GaborNoise, PerlinNoise
+from gambeson.attacks.universal.procedural import (
+    LATTICE,
+    GaborNoise,
+    PerlinNoise,
+    gabor,
+    gabor_kernel,
+    gradient_noise,
+    hashed,
+    kernel_width,
+    perlin,
+    stretched,
+)
 from gambeson.threat import Ball
 from tests.conftest import inner_images
 
@@ -80,7 +89,7 @@ def test_gabor_kernel_by_hand_and_noise_is_their_sum():
 
 def test_impulses_that_meet_add_up():
     # A cell of one pixel holds all impulses of it; with a kernel of one pixel the noise is their sum.
-    from gambeson.attacks.perlin import unit
+    from gambeson.attacks.universal.procedural import unit
 
     pattern = gabor((3, 5), sigma=1.0, orientation=0.0, wavelength=5.0, width=1, grid=1, impulses=4, seed=9)
     down, across, point = torch.arange(3).view(-1, 1, 1), torch.arange(5).view(1, -1, 1), torch.arange(4)

@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gambeson import UserError
-from gambeson.attacks.few_pixel import FewPixel
-from gambeson.attacks.nes import NES, SPSA
-from gambeson.attacks.query import Queries
-from gambeson.attacks.random_search import RandomSearch
-from gambeson.attacks.square import Square
+from gambeson.attacks.query.base import Queries
+from gambeson.attacks.query.nes import NES, SPSA
+from gambeson.attacks.query.one_pixel import FewPixel
+from gambeson.attacks.query.square import RandomSearch, Square
 from gambeson.threat import Ball
 from gambeson.victim import Victim
 from tests.conftest import LinearNet, binary, inner_images

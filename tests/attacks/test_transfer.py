@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gambeson import UserError
-from gambeson.attacks.gradient import FGSM, IFGSM, PGD
-from gambeson.attacks.least_likely import IterLL, RStepLL, StepLL
-from gambeson.attacks.sources import Ensemble
-from gambeson.attacks.transfer import TRANSFER, mi_fgsm, ni_fgsm, si_ni_fgsm, ti_dim, transfer_attack
-from gambeson.attacks.transforms import Diversity, Scales, Smoothing
+from gambeson.attacks.gradient.base import Diversity, Scales, Smoothing
+from gambeson.attacks.gradient.pgd import FGSM, IFGSM, PGD, IterLL, RStepLL, StepLL
+from gambeson.attacks.gradient.transfer import TRANSFER, mi_fgsm, ni_fgsm, si_ni_fgsm, ti_dim, transfer_attack
 from gambeson.threat import Ball
 from gambeson.victim import Victim
+from gambeson.victim.averaged import Ensemble
 from tests.conftest import LinearNet, binary, inner_images, shaded_images
 
 

@@ -10,11 +10,11 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import StochasticPGD, UniversalPerturbation, control
-from gambeson.attacks.sources import entered
-from gambeson.attacks.workshop import Workshop
+from gambeson.attacks.universal.base import Workshop
 from gambeson.data import Dataset, Split
 from gambeson.threat import Ball
 from gambeson.victim import Victim
+from gambeson.victim.averaged import entered
 from tests.conftest import LinearNet, binary, inner_images
 
 

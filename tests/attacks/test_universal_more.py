@@ -11,20 +11,19 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import StochasticPGD, UniversalPerturbation, control
-from gambeson.attacks.adam import Adam
-from gambeson.attacks.bounded_logit import BoundedLogit
-from gambeson.attacks.crafting import UniversalAttack
-from gambeson.attacks.data_free import DataFree
-from gambeson.attacks.deepfool_uap import DeepFoolUAP
-from gambeson.attacks.layers import activations, layer_names
-from gambeson.attacks.sga import SGA
-from gambeson.attacks.singular_vector import SingularVector, layer_maps, power_method
-from gambeson.attacks.sources import entered
-from gambeson.attacks.universal import ClasswiseStochasticPGD
-from gambeson.attacks.workshop import Workshop
+from gambeson.attacks.solver import Adam
+from gambeson.attacks.universal.base import UniversalAttack, Workshop
+from gambeson.attacks.universal.data_free import DataFree
+from gambeson.attacks.universal.deepfool_uap import DeepFoolUAP
+from gambeson.attacks.universal.df_uap import BoundedLogit
+from gambeson.attacks.universal.layers import activations, layer_names
+from gambeson.attacks.universal.sga import SGA
+from gambeson.attacks.universal.singular_vector import SingularVector, layer_maps, power_method
+from gambeson.attacks.universal.stochastic_pgd import ClasswiseStochasticPGD
 from gambeson.data import Dataset, Split
 from gambeson.threat import Ball
 from gambeson.victim import Victim
+from gambeson.victim.averaged import entered
 from tests.conftest import LinearNet, binary, inner_images
 
 SHAPE = (2, 3, 4)

@@ -6,11 +6,11 @@ from torch import nn
 
 import gambeson as gb
 from gambeson.attacks import BoundedLogit, StochasticPGD
-from gambeson.attacks.sga import SGA
-from gambeson.attacks.sources import EOT_SAMPLES, entered
-from gambeson.attacks.universal import ClasswiseStochasticPGD
+from gambeson.attacks.universal.sga import SGA
+from gambeson.attacks.universal.stochastic_pgd import ClasswiseStochasticPGD
 from gambeson.base import seeded
 from gambeson.victim import Victim, predict, score
+from gambeson.victim.averaged import EOT_SAMPLES, entered
 from tests.attacks.test_universal import linear_data
 from tests.conftest import binary
 

@@ -8,9 +8,10 @@ import torch
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import UniversalPerturbation
-from gambeson.auditing import Suite, black_box, surrogate
-from gambeson.auditing.budget import TEST_IMAGES, fit, images_asked
+from gambeson.auditing import Suite
+from gambeson.auditing.cost import TEST_IMAGES, fit, images_asked
 from gambeson.auditing.results import AuditResult, Surrogate
+from gambeson.auditing.stages import black_box, surrogate
 from gambeson.evaluation import FunctionScores
 from tests.attacks.test_universal import linear_data
 from tests.conftest import LinearNet, binary

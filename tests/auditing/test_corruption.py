@@ -7,7 +7,7 @@ import torch
 
 import gambeson as gb
 from gambeson.auditing import Suite
-from gambeson.auditing.corruption import NOISES, a_pixel, noisy
+from gambeson.auditing.stages.corruption import NOISES, a_pixel, noisy
 from gambeson.base import generator
 
 SHAPE = (3, 40, 40)

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 from gambeson.attacks import FGSM, PGD
-from gambeson.auditing.diagnostics import DIAGNOSTICS, convergence, gradients, single_step
+from gambeson.auditing.diagnostics import DIAGNOSTICS, convergence, gradient_masking, single_step
 from gambeson.auditing.outcome import Gain
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Outcome
 from tests.auditing.evidence import held
 from tests.conftest import LinearNet
 
-FAMILIES = {family.__name__ for family in (gradients, single_step, convergence)}
+FAMILIES = {family.__name__ for family in (gradient_masking, single_step, convergence)}
 ALL = {check.name: check for check in DIAGNOSTICS if check.look.__module__ in FAMILIES}
 EPS = (0.05, 0.1, 0.15)
 SHAPE = (1, 6, 6)

@@ -10,12 +10,13 @@ from torch.nn import functional as F
 
 import gambeson as gb
 from gambeson.attacks import CONTROLS, UniversalPerturbation, control
-from gambeson.attacks.perturbation import Provenance
-from gambeson.auditing import DIAGNOSTICS, Suite, draws
+from gambeson.attacks.universal.perturbation import Provenance
+from gambeson.auditing import DIAGNOSTICS, Suite
 from gambeson.auditing.results import Universal
-from gambeson.auditing.universal import rescored
+from gambeson.auditing.stages import randomness
+from gambeson.auditing.stages.universal import rescored
 from gambeson.evaluation import Rate
-from gambeson.evaluation.results import Control, Cost
+from gambeson.evaluation.rates import Control, Cost
 from gambeson.evaluation.universal import change_rate, control_rates, error_rate
 from gambeson.threat import Ball
 from gambeson.victim import Victim, predict, score
@@ -29,7 +30,7 @@ def look(name, model, data, suite=SUITE):
     (diagnostic,) = (one for one in DIAGNOSTICS if one.name == name)
     with Victim(model, fast=True) as victim:
         evidence = evidence_of(victim, data, suite)
-        evidence.draws = draws.measure(evidence)
+        evidence.draws = randomness.measure(evidence)
         return diagnostic.look(evidence)
 
 

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 import gambeson as gb
 from gambeson.attacks import FGSM
-from gambeson.auditing import Suite, draws
-from gambeson.auditing.draws import ELSEWHERE, SWITCHES
-from gambeson.auditing.means import Means
+from gambeson.auditing import Suite
+from gambeson.auditing.derandomize import Means
+from gambeson.auditing.stages import randomness
+from gambeson.auditing.stages.randomness import ELSEWHERE, SWITCHES
 from gambeson.data import Split
 from gambeson.evaluation import accuracy_under
 from gambeson.evaluation.universal import control_rates, judged
@@ -163,7 +164,7 @@ class Coin(Dropping):
 def test_what_a_random_model_answers_over_many_passes_and_without_its_noise(trained, digits):
     clean = gb.evaluation.accuracy(trained, digits)
     with Victim(Dropping(trained)) as victim:
-        found = draws.measure(evidence_of(victim, digits, Suite(eps=(0.1,))))
+        found = randomness.measure(evidence_of(victim, digits, Suite(eps=(0.1,))))
         assert victim.passes == DRAWS
     assert found.draws == DRAWS
     assert found.lowest < found.mean < found.highest < found.majority.value < clean.value
@@ -171,10 +172,10 @@ def test_what_a_random_model_answers_over_many_passes_and_without_its_noise(trai
     assert found.noise_off == clean
     assert "replaced by its mean" in found.noise_off_by
     with Victim(trained) as victim:
-        assert draws.measure(evidence_of(victim, digits, Suite(eps=(0.1,)))) is None
+        assert randomness.measure(evidence_of(victim, digits, Suite(eps=(0.1,)))) is None
     with Victim(Coin(trained)) as victim:
         random.seed(0)
-        other = draws.measure(evidence_of(victim, digits, Suite(eps=(0.1,))))
+        other = randomness.measure(evidence_of(victim, digits, Suite(eps=(0.1,))))
     assert (other.noise_off, other.noise_off_by) == (None, ELSEWHERE)
 
 
@@ -183,7 +184,7 @@ def test_our_own_noise_has_a_switch(digits):
     model = gb.models.create("lenet5", digits)
     gb.models.equip(model, gb.models.FeatureNoise(init=0.3))
     with Victim(model) as victim:
-        found = draws.measure(evidence_of(victim, digits, Suite(eps=(0.1,), draws=5)))
+        found = randomness.measure(evidence_of(victim, digits, Suite(eps=(0.1,), draws=5)))
     assert (found.draws, found.noise_off_by) == (5, SWITCHES)
     with gb.models.noise_off(model):
         assert gb.evaluation.accuracy(model, digits) == found.noise_off

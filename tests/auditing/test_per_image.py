@@ -6,8 +6,9 @@ from torch import nn
 
 import gambeson as gb
 from gambeson.attacks import PGD, Square
-from gambeson.auditing import SUITES, per_image
+from gambeson.auditing import SUITES
 from gambeson.auditing.diagnostics import DIAGNOSTICS
+from gambeson.auditing.stages import per_image
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import accuracy_under
 from tests.auditing.evidence import held

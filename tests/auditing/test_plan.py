@@ -9,9 +9,9 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.auditing import Suite
-from gambeson.auditing.plan import plan
+from gambeson.auditing.cost import plan
 from gambeson.cli.app import run
-from gambeson.evaluation.local_scores import FunctionScores
+from gambeson.models.black_box.local import FunctionScores
 
 SUITE = Suite(
     eps=(0.1, 0.2), universal_steps=5, universal_restarts=2, universal_batch=8, universal_screened=1, pgd_steps=5,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import gambeson as gb
-from gambeson.auditing import Suite, scale
+from gambeson.auditing import Suite, temperature
 from gambeson.victim import Victim, predict
 
 SUITE = Suite(
@@ -27,13 +27,13 @@ class Times(nn.Module):
 def test_an_unusual_scale_is_brought_to_calibration(factor, left, trained, digits):
     images, _ = digits.validation.take(slice(0, 200))
     with Victim(trained) as plain:
-        own = scale.calibrating(plain, digits.validation, 0)
+        own = temperature.calibrating(plain, digits.validation, 0)
         before = predict(plain, digits.test)
         logits = plain.exact(images)
-    assert scale.USUAL[0] < own < scale.USUAL[1]
+    assert temperature.USUAL[0] < own < temperature.USUAL[1]
     with Victim(Times(trained, factor)) as victim:
-        assert scale.calibrating(victim, digits.validation, 0) == pytest.approx(factor * own, rel=1e-4)
-        victim.temperature = scale.temperature(victim, digits.validation, 0)
+        assert temperature.calibrating(victim, digits.validation, 0) == pytest.approx(factor * own, rel=1e-4)
+        victim.temperature = temperature.temperature(victim, digits.validation, 0)
         assert torch.allclose(victim(images), logits if left else logits / own, rtol=1e-3, atol=1e-4)
         assert torch.equal(victim.exact(images), logits * factor)
         assert torch.equal(predict(victim, digits.test), before)
@@ -54,9 +54,9 @@ def test_the_calibrating_temperature_is_known_where_answers_are_drawn_from_it():
     labels = torch.multinomial(shares, 1, generator=draw).view(200, 20, 20)
     split = gb.data.Split("drawn", images, labels, tuple("abcd"))
     with Victim(Drawn()) as victim:
-        assert scale.calibrating(victim, split, 0) == pytest.approx(5, rel=0.05)
+        assert temperature.calibrating(victim, split, 0) == pytest.approx(5, rel=0.05)
         perfect = gb.data.Split("right", images, z.argmax(1), tuple("abcd"))
-        assert 0 < scale.calibrating(victim, perfect, 0) < 5
+        assert 0 < temperature.calibrating(victim, perfect, 0) < 5
 
 
 @pytest.mark.parametrize(("answer", "classes"), [(0.0, 10), (float("nan"), 10), (7.0, 1)])
@@ -66,7 +66,7 @@ def test_logits_without_a_scale_are_left_alone(answer, classes, digits):
             return torch.full((len(x), classes), answer)
 
     with Victim(Constant()) as victim:
-        assert scale.temperature(victim, digits.validation, 0) == 1
+        assert temperature.temperature(victim, digits.validation, 0) == 1
 
 
 @pytest.mark.parametrize("factor", [0.01, 1000.0])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from gambeson.auditing import Suite, slopes
+from gambeson.auditing import Suite
+from gambeson.auditing.stages import jacobian
 from gambeson.base import load_tensors
 from gambeson.data import Split
 from gambeson.evaluation import FunctionScores
@@ -20,7 +21,9 @@ SUITE = Suite(eps=(0.05, 0.1), slope_backwards=1200)
 def measured(model, split, uaps=None, suite=SUITE, **more):
     with Victim(model) as victim:
         victim.meet(split.take(slice(0, 8))[0])
-        return slopes.measure(victim, split, uaps or {0.1: torch.full((1, *split.shape), 0.1)}, suite, eps=0.1, **more)
+        return jacobian.measure(
+            victim, split, uaps or {0.1: torch.full((1, *split.shape), 0.1)}, suite, eps=0.1, **more
+        )
 
 
 def linear(classes=3, images=60, seed=0):
@@ -171,4 +174,4 @@ def test_nothing_is_measured_where_slopes_mean_nothing():
     assert measured(pixels, maps) is None
     with Victim(FunctionScores(lambda images: model(images).detach())) as box:
         box.meet(split.take(slice(0, 8))[0], scores=True)
-        assert slopes.measure(box, split, {}, SUITE, eps=0.1) is None
+        assert jacobian.measure(box, split, {}, SUITE, eps=0.1) is None

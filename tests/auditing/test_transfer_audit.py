@@ -7,12 +7,13 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import FGSM, UniversalPerturbation
-from gambeson.auditing import DIAGNOSTICS, Suite, surrogate
-from gambeson.auditing.evidence import Evidence
+from gambeson.auditing import DIAGNOSTICS, Suite
+from gambeson.auditing.checkpoint import Stages
+from gambeson.auditing.context import Evidence
+from gambeson.auditing.nearest_class import Towards
 from gambeson.auditing.results import Subject
-from gambeson.auditing.stages import Stages
-from gambeson.auditing.towards import Towards
-from gambeson.auditing.transfer import FromSurrogate, measure, name_of
+from gambeson.auditing.stages import surrogate
+from gambeson.auditing.stages.transfer import FromSurrogate, measure, name_of
 from gambeson.evaluation import Rate
 from gambeson.threat import Ball, perturb
 from gambeson.victim import Victim, predict

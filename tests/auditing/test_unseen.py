@@ -6,7 +6,7 @@ from torch import nn
 
 from gambeson.auditing import DIAGNOSTICS, Suite
 from gambeson.auditing.outcome import Gain
-from gambeson.auditing.universal import craft_point
+from gambeson.auditing.stages.universal import craft_point
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Outcome
 from gambeson.testbed.obfuscations.context import MemoryWithin, SoftMemory

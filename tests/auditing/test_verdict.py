@@ -7,7 +7,7 @@ import pytest
 from gambeson.auditing.results import Check, Draws, PerImage, Subject, Transferred, Universal
 from gambeson.auditing.verdict import judge
 from gambeson.evaluation import Rate
-from gambeson.evaluation.results import Control, Cost, EpsAdv, EpsUni
+from gambeson.evaluation.rates import Control, Cost, EpsAdv, EpsUni
 
 CLEAN = Rate.of(987, 1000)
 FOUND = EpsUni(delta=0.5, value=0.12, censored=False, tolerance=0.002, tried=[], split="test", cost=Cost())

@@ -11,7 +11,7 @@ import typer
 import gambeson as gb
 from gambeson.base import UserError
 from gambeson.cli.export import export as command
-from gambeson.evaluation import exporting
+from gambeson.evaluation import export_check
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def noisy(trained, tmp_path_factory):
 
 
 def _equip(model):
-    from gambeson.models.equip import equip
+    from gambeson.models.factory import equip
     from gambeson.models.noise import FeatureNoise
 
     equip(model, FeatureNoise(init=0.3))
@@ -84,13 +84,13 @@ def test_a_random_model_is_scored_over_draws(noisy, tmp_path, capsys):
 def test_an_export_without_the_noise_does_not_agree(noisy, tmp_path, monkeypatch, capsys):
     from gambeson.models.noise import noise_off
 
-    real = exporting.export
+    real = export_check.export
 
     def quiet(model, path, to):
         with noise_off(model):
             real(model, path, to)
 
-    monkeypatch.setattr(exporting, "export", quiet)
+    monkeypatch.setattr(export_check, "export", quiet)
     out = str(tmp_path / "net.pt2")
     code, error = run(noisy, "--data", "digits", "--out", out, "--images", "60")
     assert code == 2
@@ -100,7 +100,7 @@ def test_an_export_without_the_noise_does_not_agree(noisy, tmp_path, monkeypatch
 
 
 def test_an_export_with_other_weights_does_not_agree(weights, tmp_path, monkeypatch):
-    real = exporting.export
+    real = export_check.export
 
     def wrong(model, path, to):
         with torch.no_grad():
@@ -109,7 +109,7 @@ def test_an_export_with_other_weights_does_not_agree(weights, tmp_path, monkeypa
             real(model, path, to)
             next(model.parameters()).copy_(kept)
 
-    monkeypatch.setattr(exporting, "export", wrong)
+    monkeypatch.setattr(export_check, "export", wrong)
     code, error = run(weights, "--data", "digits", "--out", str(tmp_path / "net.pt2"))
     assert code == 2
     assert "do not use it" in error

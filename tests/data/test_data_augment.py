@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from gambeson.base.errors import UserError
 from gambeson.data import augment
-from gambeson.data.zoom import draw_boxes, sampling_grid
+from gambeson.data.augment import draw_boxes, sampling_grid
 
 
 def rng(seed: int = 0) -> torch.Generator:

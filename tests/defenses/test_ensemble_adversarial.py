@@ -10,7 +10,7 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import FGSM, RFGSM
-from gambeson.attacks.least_likely import RStepLL
+from gambeson.attacks.gradient.pgd import RStepLL
 from gambeson.base import generator
 from gambeson.data import Dataset, Split
 from gambeson.defenses import Batch

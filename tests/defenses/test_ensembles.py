@@ -13,16 +13,13 @@ from gambeson import UserError
 from gambeson.base import derive, generator, load_tensors, seeded
 from gambeson.data import Split
 from gambeson.defenses import Adversarial, Batch, PGDAdversarial, Scene, SharedAdversarial, Standard
-from gambeson.defenses.adp import ADP
-from gambeson.defenses.diversity import coherence, cosines, diversity_gain, entropy, log_det, loss_gradients
-from gambeson.defenses.gal import GAL
-from gambeson.defenses.jacobian import Jacobian
+from gambeson.defenses.ensemble import Ensemble, against
+from gambeson.defenses.ensemble_diversity import ADP, GAL, TRS, squared_slopes
+from gambeson.defenses.ensemble_losses import coherence, cosines, diversity_gain, entropy, log_det, loss_gradients
+from gambeson.defenses.jacobian import Jacobian, JacobianNorm
 from gambeson.defenses.jacobian_ensemble import JacobianEnsemble
-from gambeson.defenses.jacobian_norm import JacobianNorm
-from gambeson.defenses.trs import TRS, squared_slopes
-from gambeson.defenses.voters import Ensemble, against
 from gambeson.models import Members, ModelCard, PixelModel
-from gambeson.models.ensemble import ensemble
+from gambeson.models.factory import ensemble
 from tests.conftest import LinearNet, inner_images
 
 SHAPE = (1, 4, 4)

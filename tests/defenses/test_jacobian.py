@@ -10,8 +10,7 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.defenses import Batch, Clean, Scene, Standard
-from gambeson.defenses.jacobian import Jacobian
-from gambeson.defenses.jacobian_norm import JacobianNorm
+from gambeson.defenses.jacobian import Jacobian, JacobianNorm
 from tests.conftest import LinearNet, inner_images
 
 WAYS = {

@@ -12,12 +12,10 @@ from gambeson import UserError
 from gambeson.base import load_tensors, seeded
 from gambeson.defenses import Batch, Scene, Standard
 from gambeson.defenses.learn2perturb import Learn2Perturb, NoiseReward, feature_noise, harmonic
-from gambeson.defenses.noisy import NoisyAdversarial, NoisyClean
-from gambeson.defenses.pni import PNI
-from gambeson.defenses.rse import RSE
-from gambeson.defenses.terms import Adversarial
+from gambeson.defenses.noise_injection import PNI, RSE, NoisyAdversarial, NoisyClean
+from gambeson.defenses.objective import Adversarial
 from gambeson.models import injections
-from gambeson.models.equip import equip
+from gambeson.models.factory import equip
 from gambeson.models.noise import FeatureNoise, NoiseInjection, noise_off
 from gambeson.models.noisy_weights import FixedNoise, ParametricNoise
 from tests.conftest import binary, inner_images

@@ -13,7 +13,7 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.base import load_tensors
-from gambeson.defenses import Batch, Scene, Standard, pool
+from gambeson.defenses import Batch, Scene, Standard, uap_bank
 from gambeson.defenses.universal_adversarial import UniversalAdversarial
 from gambeson.defenses.universal_consistency import UniversalConsistency, divergence
 from gambeson.threat import Ball, perturb
@@ -36,7 +36,7 @@ def opened(defense, model, batch, seed=0):
 
 
 def the_pool(objective):
-    (found,) = [module for module in objective.modules() if isinstance(module, pool.Pool)]
+    (found,) = [module for module in objective.modules() if isinstance(module, uap_bank.Pool)]
     return found
 
 
@@ -319,7 +319,7 @@ def test_the_step_is_averaged_over_the_processes(trained, digits, monkeypatch, d
 
     def run(batch):
         handed = []
-        monkeypatch.setattr(pool, "average", lambda tensors: handed.append([tensor.clone() for tensor in tensors]))
+        monkeypatch.setattr(uap_bank, "average", lambda tensors: handed.append([tensor.clone() for tensor in tensors]))
         objective = opened(defense, model, whole)
         go(objective, model, batch)
         return handed
@@ -388,7 +388,7 @@ def test_a_cut_run_goes_on_bit_for_bit(digits, tmp_path, defense):
     (one, _), (other, _) = (load_tensors(tmp_path / name / "state" / "latest.safetensors") for name in ("whole", "cut"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
-    (kept,) = [value for key, value in one.items() if "objective" in key and key.endswith("pool.delta")]
+    (kept,) = [value for key, value in one.items() if "objective" in key and key.endswith("uap_bank.delta")]
     assert float(kept.abs().max()) == pytest.approx(0.1)
 
 
@@ -414,7 +414,7 @@ def test_the_weakest_member_is_drawn_anew_and_only_that(trained, digits):
     assert len(changes) == 2  # after the steps 3 and 5, the fourth and the sixth
     keeper.strength = torch.tensor([0.3, 0.1, 0.2, 0.4])
     before = keeper.delta
-    pool.Pool.replace_weakest(keeper, 9)
+    uap_bank.Pool.replace_weakest(keeper, 9)
     assert (keeper.delta != before).flatten(1).any(1).tolist() == [False, True, False, False]
     assert keeper.strength.tolist() == pytest.approx([0.3, 0, 0.2, 0.4])
 

@@ -18,9 +18,9 @@ import torch
 
 import gambeson as gb
 from gambeson.base import UserError
-from gambeson.evaluation.black_box import BudgetSpent
-from gambeson.evaluation.http_scores import HttpScores
-from gambeson.evaluation.local_scores import FunctionScores
+from gambeson.models.black_box.base import BudgetSpent
+from gambeson.models.black_box.http import HttpScores
+from gambeson.models.black_box.local import FunctionScores
 from gambeson.victim import Victim
 from tests.conftest import binary, inner_images
 
@@ -436,7 +436,7 @@ def test_no_proxy_stands_before_a_server_of_this_machine(server, monkeypatch):
 
 
 def test_an_answer_without_end_is_not_read_to_the_end(server, monkeypatch):
-    monkeypatch.setattr("gambeson.evaluation.http_scores._LARGEST", 10_000)
+    monkeypatch.setattr("gambeson.models.black_box.http._LARGEST", 10_000)
     server.always = lambda scores: (200, b"[" * 10**7)
     asked = box(server)
     with pytest.raises(UserError, match="answered more than 10000 bytes: expected scores"):
@@ -502,7 +502,7 @@ def test_a_function_that_writes_into_its_input_changes_nothing():
 
 def test_onnx_files_that_do_not_fit(tmp_path):
     pytest.importorskip("onnxruntime")
-    from gambeson.evaluation.local_scores import OnnxScores
+    from gambeson.models.black_box.local import OnnxScores
 
     with pytest.raises(UserError, match="does not exist: name an ONNX file"):
         OnnxScores(tmp_path / "none.onnx")
@@ -515,7 +515,7 @@ def test_onnx_files_that_do_not_fit(tmp_path):
 def test_onnx_gives_the_scores_of_its_model(tmp_path, batch):
     for package in ("onnxruntime", "onnxscript"):
         pytest.importorskip(package)
-    from gambeson.evaluation.local_scores import OnnxScores
+    from gambeson.models.black_box.local import OnnxScores
 
     net, _ = binary(SHAPE)
     shapes = ({0: torch.export.Dim("n")},) if batch is None else None

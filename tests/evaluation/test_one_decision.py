@@ -12,12 +12,13 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import FGSM, PGD, UniversalPerturbation
-from gambeson.attacks.perturbation import Provenance
-from gambeson.auditing import Suite, corruption, per_image
-from gambeson.auditing import transfer as audit_transfer
+from gambeson.attacks.universal.perturbation import Provenance
+from gambeson.auditing import Suite
 from gambeson.auditing.diagnostics import DIAGNOSTICS
+from gambeson.auditing.stages import corruption, per_image
+from gambeson.auditing.stages import transfer as audit_transfer
 from gambeson.data import Dataset, Split
-from gambeson.evaluation import FunctionScores, Rate, exporting, run_cascade, transfer
+from gambeson.evaluation import FunctionScores, Rate, export_check, run_cascade, transfer
 from gambeson.evaluation.outcome import accuracy_under, outcome, outcome_under
 from gambeson.evaluation.universal import control_rates, judged
 from gambeson.threat import Ball
@@ -117,7 +118,7 @@ SETTINGS = {
 
 
 def _export(model, split):
-    return exporting._score(model, model, split, DRAWS, 0)["original"]
+    return export_check._score(model, model, split, DRAWS, 0)["original"]
 
 
 def _robust_validation(model, split):

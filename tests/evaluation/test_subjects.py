@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 import gambeson as gb
 from gambeson.base import UserError
-from gambeson.evaluation.subjects import load_subject
 from gambeson.models.export import export
+from gambeson.models.loading import load_subject
 
 NET = """
 import gambeson as gb

@@ -8,7 +8,7 @@ from gambeson import UserError
 from gambeson.attacks import FGSM
 from gambeson.cli.app import run as gambeson
 from gambeson.evaluation.transfer import TransferRun, run_transfer
-from gambeson.report.heat_map import write_heat_map
+from gambeson.report.images import write_heat_map
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.base import seeded
 from gambeson.models import Members
-from gambeson.models.ensemble import ensemble
+from gambeson.models.factory import ensemble
 from gambeson.models.members import vote
 from gambeson.models.memory import check_memory, free_bytes, training_bytes
 from tests.conftest import inner_images

@@ -11,7 +11,7 @@ from torch.func import functional_call, stack_module_state, vmap
 import gambeson as gb
 from gambeson import UserError
 from gambeson.base import seeded
-from gambeson.models.equip import equip
+from gambeson.models.factory import equip
 from gambeson.models.noise import FeatureNoise, NoiseInjection, add_noise, injections, noise_off, standard_normal
 from gambeson.models.noisy_weights import FixedNoise, GaussianNoise, ParametricNoise, PassAverage, ScaledNoise
 

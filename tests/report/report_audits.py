@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import interpolate
 
 from gambeson.attacks import CONTROLS, UniversalPerturbation
-from gambeson.attacks.perturbation import Provenance
+from gambeson.attacks.universal.perturbation import Provenance
 from gambeson.auditing import SUITES, AuditResult
 from gambeson.auditing.results import (
     Check,
@@ -27,8 +27,8 @@ from gambeson.auditing.results import (
 from gambeson.auditing.verdict import judge
 from gambeson.base import generator, pixel_bytes, save_tensors, write_json, write_yaml
 from gambeson.evaluation import Rate
-from gambeson.evaluation.cascade import Round
-from gambeson.evaluation.results import Control, Cost, EpsUni
+from gambeson.evaluation.attack_suite import Round
+from gambeson.evaluation.rates import Control, Cost, EpsUni
 
 GREY = (0.05, 0.1, 0.15, 0.2, 0.3)
 COLOUR = (4 / 255, 8 / 255, 12 / 255, 16 / 255, 26 / 255)

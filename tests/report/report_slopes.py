@@ -16,9 +16,9 @@ from gambeson.analysis import (
     PairSharing,
     Spread,
 )
-from gambeson.auditing.slope_results import RANGES, Bounds, LossSurface, PairHistogram, Slopes, Subspace
+from gambeson.auditing.results import RANGES, Bounds, LossSurface, PairHistogram, Slopes, Subspace
 from gambeson.base import generator, save_tensors
-from gambeson.evaluation.results import Cost
+from gambeson.evaluation.rates import Cost
 
 POINTS = 17
 

@@ -16,7 +16,7 @@ from test_report_safety import pixels
 
 from gambeson import UserError, report
 from gambeson.base import load_tensors, save_tensors
-from gambeson.report.pictures import painted, signed
+from gambeson.report.images import painted, signed
 
 HEADS = ("Attack", "Noise", "Accuracy", "Measure", "Metric", "Pattern", "Directions")
 

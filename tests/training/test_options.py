@@ -11,7 +11,7 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.defenses import PGDAdversarial, Standard
 from gambeson.training import PRESETS, Recipe, TrainRun
-from gambeson.training.optimizer import make_optimizer
+from gambeson.training.recipe import make_optimizer
 
 
 def fresh(digits, name="lenet5"):

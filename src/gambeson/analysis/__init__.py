@@ -4,28 +4,34 @@ Every function takes a module or a victim; those over a set take a split, a data
 (images, labels). The model is frozen and in evaluation mode meanwhile, and is never answered for by a fast copy.
 """
 
-from gambeson.analysis.bounds import BoundRow, BoundTable, bound_table, strongest_signs
+from gambeson.analysis.bounds import BoundRow, BoundTable, Linear, bound_table, linearise, strongest_signs
 from gambeson.analysis.correlation import Correlation, Interval, correlate, partial, pearson, spearman
-from gambeson.analysis.ensemble import UniversalAlignment, diversity_gain, universal_alignment
 from gambeson.analysis.estimate import Estimate, estimate_frobenius
-from gambeson.analysis.gradients import GradientStatistics, gradient_statistics
+from gambeson.analysis.gradient_masking import GradientStatistics, Surface, gradient_statistics, loss_surface
+from gambeson.analysis.inputs import Source
 from gambeson.analysis.jacobian import JacobianNorms, Spread, batch_jacobian, frobenius, jacobian_norms, spectral
-from gambeson.analysis.linear import Linear, linearise
-from gambeson.analysis.power import StackedNorm, stacked_norm
 from gambeson.analysis.sharing import (
     GradientSharing,
     PairMetric,
     PairSharing,
+    UniversalAlignment,
+    diversity_gain,
     gradient_sharing,
     pair_metrics,
     pair_sharing,
     sharing_factor,
+    universal_alignment,
 )
-from gambeson.analysis.spectrum import Spectrum, Weighting
-from gambeson.analysis.stacked import StackedGram, stacked_gram, stacked_spectrum
+from gambeson.analysis.stacked import (
+    Spectrum,
+    StackedGram,
+    StackedNorm,
+    Weighting,
+    stacked_gram,
+    stacked_norm,
+    stacked_spectrum,
+)
 from gambeson.analysis.subspace import Subspace, adversarial_subspace, hadamard
-from gambeson.analysis.surface import Surface, loss_surface
-from gambeson.analysis.views import Source
 
 __all__ = [
     "BoundRow",

@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
+from gambeson.analysis.inputs import Source, answer, opened, pull
 from gambeson.analysis.matrix_free import Linearised
-from gambeson.analysis.views import Source, answer, opened, pull
 from gambeson.base import UserError, generator
 from gambeson.base.checks import check_images
 from gambeson.victim import Victim

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gambeson.analysis.views import Source, answer, labelled, margins, opened, pull
+from gambeson.analysis.inputs import Source, answer, labelled, margins, opened, pull
 from gambeson.base import Config
 from gambeson.base.checks import check_images
 from gambeson.data import Split

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gambeson.analysis.surface import loss_gradient
-from gambeson.analysis.views import Source, opened
+from gambeson.analysis.gradient_masking import loss_gradient
+from gambeson.analysis.inputs import Source, opened
 from gambeson.base import UserError, generator
 from gambeson.base.checks import check_batch
 from gambeson.threat import Ball, Norm, perturb

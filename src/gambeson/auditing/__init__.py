@@ -1,9 +1,9 @@
 """The audit: is this model broken by one pattern, and can the answer be trusted?"""
 
 from gambeson.auditing.audit import Audit, audit
+from gambeson.auditing.context import Evidence
+from gambeson.auditing.cost import AuditPlan
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, Finding, register
-from gambeson.auditing.evidence import Evidence
-from gambeson.auditing.plan import AuditPlan
 from gambeson.auditing.results import AuditResult, Check, Verdict
 from gambeson.auditing.run import AuditRun, plan_audit, run_audit
 from gambeson.auditing.suite import SUITES, Suite

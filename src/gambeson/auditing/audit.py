@@ -1,4 +1,4 @@
-"""An audit: every measurement of a suite on one model, the diagnostics, and a verdict that they can overturn."""
+"""A few test images, clean and perturbed, with what the model made of them: for pictures, and to look again."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from gambeson.attacks import UniversalPerturbation
-from gambeson.auditing import black_box as boxes
-from gambeson.auditing import corruption, draws, per_image, scale, slopes, surrogate, transfer, universal
+from gambeson.auditing import temperature
+from gambeson.auditing.checkpoint import Stages
+from gambeson.auditing.context import Evidence
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, get
-from gambeson.auditing.evidence import Evidence
-from gambeson.auditing.examples import save_examples
 from gambeson.auditing.results import (
     AuditResult,
     Check,
@@ -23,22 +22,52 @@ from gambeson.auditing.results import (
     Draws,
     Material,
     PerImage,
+    Slopes,
     Subject,
     Transferred,
     Universal,
     Verdict,
 )
-from gambeson.auditing.slope_results import Slopes
-from gambeson.auditing.stages import Stages
+from gambeson.auditing.stages import black_box as boxes
+from gambeson.auditing.stages import corruption, jacobian, per_image, randomness, surrogate, transfer, universal
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.auditing.verdict import judge
-from gambeson.base import UserError, environment, task, unknown_name
+from gambeson.base import UserError, environment, pixel_bytes, save_tensors, seeded, task, unknown_name
 from gambeson.data import Dataset, Split, as_dataset, disjoint
 from gambeson.evaluation import BlackBox
-from gambeson.evaluation.results import EpsAdv, EpsUni
+from gambeson.evaluation.rates import EpsAdv, EpsUni
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import count_parameters, fingerprint
-from gambeson.victim import Victim, counting, nothing_counts, predict, score
+from gambeson.victim import Victim, counting, nothing_counts, predict, score, vote
+
+FILE = "examples.safetensors"
+
+
+def save_examples(folder: Path, victim: Victim, data: Dataset, uap: UniversalPerturbation, count: int = 10) -> None:
+    """Write the first test images of every class in turn, up to ``count``, whatever the model makes of them.
+
+    The file holds ``images`` and ``perturbed`` (uint8, K x C x H x W), ``labels``, ``predictions`` and
+    ``perturbed_predictions`` (K, or K x H x W). Of label maps they are drawn at random.
+    """
+    labels = data.test.labels
+    if labels.ndim == 1:
+        turns = [(labels == label).nonzero().flatten().tolist() for label in range(data.num_classes)]
+        order = [rows[turn] for turn in range(count) for rows in turns if turn < len(rows)]
+        chosen = torch.tensor(order[:count])
+    else:
+        chosen = data.test.sample_indices(count)
+    images, truths = data.test.take(chosen, victim.device)
+    moved = uap.apply(images)
+    with seeded(0, "examples"):  # of a random model's votes
+        before, after = vote(victim, images), vote(victim, moved)
+    tensors = {
+        "images": pixel_bytes(images),
+        "perturbed": pixel_bytes(moved),
+        "labels": truths,
+        "predictions": before,
+        "perturbed_predictions": after,
+    }
+    save_tensors(folder / FILE, tensors, {"eps": uap.about.eps, "norm": uap.about.norm})
 
 
 @dataclass(frozen=True)
@@ -107,7 +136,7 @@ def audit(
         look = victim.meet(reported.test.take(slice(0, 8), victim.device)[0], scores=black_box)
         victim.passes = suite.draws if look.stochastic else 1
         if not black_box:
-            victim.temperature = scale.temperature(victim, reported.validation, seed)
+            victim.temperature = temperature.temperature(victim, reported.validation, seed)
         if black_box:  # what was paid for is kept
             predictions = torch.tensor(stages.do("clean", list[int], lambda: predict(victim, reported.test).tolist()))
         else:
@@ -192,7 +221,7 @@ class _Auditor:
                 evidence.suite, evidence.data, model, folder, stages, evidence.seed
             )
             advance()
-            evidence.draws = do("draws", Draws | None, lambda: draws.measure(evidence), None)
+            evidence.draws = do("draws", Draws | None, lambda: randomness.measure(evidence), None)
             advance()
             for eps in evidence.suite.eps:
                 craft = partial(universal.craft_point, evidence, eps, self.folder)
@@ -267,7 +296,7 @@ class _Auditor:
     def _slopes(self) -> Slopes | None:
         evidence = self.evidence
         deltas = {eps: uap.delta for eps, uap in evidence.uaps.items()}
-        return slopes.measure(
+        return jacobian.measure(
             evidence.victim,
             evidence.sample,
             deltas,

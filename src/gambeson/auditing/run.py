@@ -10,10 +10,9 @@ from pydantic import BeforeValidator
 from gambeson import data as data_room
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.audit import Audit, audit
-from gambeson.auditing.black_box import queries_file
-from gambeson.auditing.budget import fit
-from gambeson.auditing.plan import AuditPlan, plan
+from gambeson.auditing.cost import AuditPlan, fit, plan
 from gambeson.auditing.results import AuditResult
+from gambeson.auditing.stages.black_box import queries_file
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.base import Config, UserError, close_run, environment, open_run, read_json, unknown_name
 from gambeson.evaluation import load_subject

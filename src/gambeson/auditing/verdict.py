@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gambeson.auditing.results import Check, Draws, PerImage, Subject, Transferred, Universal, Verdict
 from gambeson.evaluation import Rate
-from gambeson.evaluation.results import EpsAdv, EpsUni, SmallestEps
+from gambeson.evaluation.rates import EpsAdv, EpsUni, SmallestEps
 
 
 def judge(

@@ -1,16 +1,23 @@
 """What every room stands on: errors, validated configuration, numbers, seeds and atomic files."""
 
 from gambeson.base.config import Config, Number
-from gambeson.base.devices import full_precision, pick_device, repeatable
-from gambeson.base.environment import environment
+from gambeson.base.distributed import average, place, share_first, total
+from gambeson.base.environment import environment, full_precision, pick_device, repeatable
 from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, unknown_name
-from gambeson.base.files import read_json, write_bytes, write_json, write_text, write_yaml
-from gambeson.base.processes import average, place, share_first, total
+from gambeson.base.files import (
+    load_tensors,
+    pixel_bytes,
+    read_json,
+    save_tensors,
+    write_bytes,
+    write_json,
+    write_text,
+    write_yaml,
+)
 from gambeson.base.progress import show_progress, task
 from gambeson.base.registry import Registered, Registry
 from gambeson.base.run_folder import close_run, open_run, read_settings
 from gambeson.base.seeds import derive, generator, seeded
-from gambeson.base.tensors import load_tensors, pixel_bytes, save_tensors
 
 __all__ = [
     "Config",

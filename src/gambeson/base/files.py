@@ -8,7 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from gambeson.base.errors import OutOfSpace, UserError
 
@@ -67,3 +70,52 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} does not exist: name a folder that a finished run has written") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): run the command that made it again") from None
+
+
+_KEY = "gambeson"  # one key only: safetensors does not keep the order of several
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+    """Write ``tensors`` and the JSON-ready ``about`` to one safetensors file, atomically."""
+    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(copies, {_KEY: json.dumps(about, sort_keys=True)}))
+
+
+def load_tensors(path: Path, kind: str = "weights") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a safetensors file: its tensors, and the document that :func:`save_tensors` put beside them.
+
+    Args:
+        path: the file; a plain safetensors file of another tool has an empty document.
+        kind: what the file should hold, for the error message.
+
+    Raises:
+        UserError: the file is missing, is a pickle, is a web page, or is cut short.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: expected a safetensors file with {kind}")
+    with path.open("rb") as file:
+        head = file.read(16)
+    # A safetensors file starts with the length of its JSON, any eight bytes, and then the brace.
+    if head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
+        raise UserError(
+            f"{path} is a pickle, which can run code when it is opened and is never loaded here: convert it once, "
+            "where you trust it, with safetensors.torch.save_file(torch.load(path, weights_only=True), new_path)"
+        )
+    if head.lstrip()[:1] == b"<":
+        raise UserError(f"{path} starts with {head!r}: a web page, not {kind}; download the file itself")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = (file.metadata() or {}).get(_KEY, "{}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise UserError(
+            f"{path} ({size} bytes) is not a complete safetensors file ({error}): it is truncated or damaged; "
+            "copy it again or run the command that made it"
+        ) from None
+    return tensors, json.loads(about)
+
+
+def pixel_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Round pixels in [0, 1] to uint8 0..255, for storing."""
+    return (images * 255).round().clamp(0, 255).to(torch.uint8)

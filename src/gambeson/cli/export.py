@@ -28,7 +28,7 @@ def export(
     Example: `gambeson export runs/x --to onnx --out x.onnx`
     """
     from gambeson.base import UserError, unknown_name
-    from gambeson.evaluation.exporting import run_export
+    from gambeson.evaluation.export_check import run_export
     from gambeson.models.export import TARGETS
 
     if to not in TARGETS:

@@ -57,7 +57,7 @@ def _registry(kind: Kind) -> Any:
     elif kind is Kind.data:
         from gambeson.data.registry import SETS as REGISTRY
     else:
-        from gambeson.auditing.diagnostics.diagnostic import LOOKS as REGISTRY
+        from gambeson.auditing.diagnostics.base import LOOKS as REGISTRY
     return REGISTRY
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from gambeson.auditing import AuditPlan, AuditResult
     from gambeson.evaluation import Rate
-    from gambeson.evaluation.results import SmallestEps
+    from gambeson.evaluation.rates import SmallestEps
 
     Cells = Callable[[AuditResult], str]
 

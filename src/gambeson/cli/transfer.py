@@ -50,7 +50,7 @@ def transfer(
     """
     from gambeson.base import UserError
     from gambeson.evaluation import TransferRun, run_transfer
-    from gambeson.report.heat_map import write_heat_map
+    from gambeson.report.images import write_heat_map
 
     flags: dict[str, Any] = {
         "models": models or None,

@@ -11,11 +11,11 @@ import torch
 
 from gambeson.base.errors import UserError, unknown_name
 from gambeson.data import lazy
-from gambeson.data.arrays import as_images, as_labels, find_ignored
-from gambeson.data.items import from_items
+from gambeson.data.conversion import as_images, as_labels, find_ignored
 from gambeson.data.lazy import LazySplit
 from gambeson.data.partition import partition
 from gambeson.data.split import Split
+from gambeson.data.torch_dataset import from_items
 
 PARTS = ("train", "validation", "test")
 Part = Literal["train", "validation", "test"]

@@ -11,9 +11,9 @@ from PIL import Image, ImageOps
 
 from gambeson.base.errors import UserError
 from gambeson.data.dataset import Dataset, complete, cut, settled
-from gambeson.data.items import UNREADABLE, fit, pil_tensor
 from gambeson.data.lazy import LazySplit
 from gambeson.data.split import Batch, Split
+from gambeson.data.torch_dataset import UNREADABLE, fit, pil_tensor
 
 SIZE = 224
 """Default side of the square that images are resized and cropped to: what ImageNet models expect."""

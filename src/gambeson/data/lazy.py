@@ -9,10 +9,9 @@ import torch
 
 from gambeson.base.checks import check_labels
 from gambeson.base.errors import UserError
-from gambeson.data.ahead import Fetch, check_alike, default_workers, load_items, read_ahead
-from gambeson.data.arrays import as_labels
-from gambeson.data.split import Batch, Indices, Split, delivered
-from gambeson.data.stats import moments
+from gambeson.data.conversion import as_labels
+from gambeson.data.prefetch import Fetch, check_alike, default_workers, load_items, read_ahead
+from gambeson.data.split import Batch, Indices, Split, delivered, moments
 
 SAMPLE = 10_000
 """Images that the mean and the deviation are taken over at the most: reading all would cost as much as an epoch."""

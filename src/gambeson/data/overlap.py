@@ -16,7 +16,7 @@ in train and test now and then, by far less than this; a split that was given tw
 def held_out(split: SplitT, seen: torch.Tensor, those: str, remedy: str) -> SplitT:
     """Return the split without the images that have been seen, so that a rate over it is one over unseen images.
 
-    Images are compared by their content (:func:`gambeson.data.stats.image_hashes`), and counted once however often
+    Images are compared by their content (:func:`gambeson.data.split.image_hashes`), and counted once however often
     they occur. Up to :data:`SHARED` of the smaller side they are left out; more are a mistake.
 
     Args:

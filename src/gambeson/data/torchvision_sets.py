@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from gambeson.base.errors import UserError, unknown_name
-from gambeson.data.arrays import class_names
+from gambeson.data.conversion import class_names
 from gambeson.data.dataset import Dataset, complete, cut, settled
 from gambeson.data.folder import SHARE, SIZE
-from gambeson.data.items import Survey, survey
+from gambeson.data.sources import torchvision_sets
 from gambeson.data.split import Split
-from gambeson.data.ways import torchvision_sets
+from gambeson.data.torch_dataset import Survey, survey
 
 MOST = 5000
 """Images that a part cut from train gets at the most, as for the named sets. The choice is ours."""

@@ -10,10 +10,9 @@ from torch import nn
 from gambeson.base import UserError
 from gambeson.defenses.jacobian import Jacobian
 from gambeson.defenses.learn2perturb import NOISE, Learn2Perturb, Learn2PerturbObjective
-from gambeson.defenses.objective import Defense, Objective, Scene, SharedForward, Weight
+from gambeson.defenses.objective import Defense, Objective, Scene, SharedForward, Term, Weight
+from gambeson.defenses.pgd_adversarial import Standard
 from gambeson.defenses.registry import AnyDefense, register
-from gambeson.defenses.standard import Standard
-from gambeson.defenses.terms import Term
 
 
 @register("combination", cost="the sum of its parts")

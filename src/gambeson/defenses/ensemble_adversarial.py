@@ -11,13 +11,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from gambeson.attacks.gradient import FGSM, PGD, RFGSM
-from gambeson.attacks.least_likely import RStepLL, StepLL
+from gambeson.attacks.gradient.pgd import FGSM, PGD, RFGSM, RStepLL, StepLL
 from gambeson.attacks.losses import cross_entropy, image_means
 from gambeson.base import Number, UserError, generator
-from gambeson.defenses.objective import Defense, Objective, Scene
+from gambeson.defenses.objective import Batch, Clean, Defense, Objective, Scene, Term, batch_loss
 from gambeson.defenses.registry import register
-from gambeson.defenses.terms import Batch, Clean, Term, batch_loss
 from gambeson.threat import Eps, Norm, perturb
 from gambeson.victim import Victim
 

@@ -10,13 +10,11 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from gambeson.base import Number
-from gambeson.defenses.jacobian import Jacobian
-from gambeson.defenses.jacobian_norm import JacobianNorm, JacobianSettings
-from gambeson.defenses.objective import Losses, Objective, Scene
+from gambeson.defenses.ensemble import Separate
+from gambeson.defenses.jacobian import Jacobian, JacobianNorm, JacobianSettings
+from gambeson.defenses.objective import Batch, Losses, Objective, Scene, Term
+from gambeson.defenses.pgd_adversarial import Standard
 from gambeson.defenses.registry import register
-from gambeson.defenses.standard import Standard
-from gambeson.defenses.terms import Batch, Term
-from gambeson.defenses.voters import Separate
 from gambeson.models import Members, PixelModel
 
 

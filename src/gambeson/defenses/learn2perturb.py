@@ -10,10 +10,9 @@ from pydantic import Field
 from torch import nn
 
 from gambeson.base import Number
-from gambeson.defenses.noisy import NoisyDefense, equip_for, starting
-from gambeson.defenses.objective import Losses, Objective, Scene, Weight
+from gambeson.defenses.noise_injection import NoisyDefense, equip_for, starting
+from gambeson.defenses.objective import Batch, Losses, Objective, Scene, Term, Weight
 from gambeson.defenses.registry import register
-from gambeson.defenses.terms import Batch, Term
 from gambeson.models import NoiseInjection, injections
 from gambeson.models.noise import FeatureNoise
 

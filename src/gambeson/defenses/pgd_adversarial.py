@@ -1,4 +1,4 @@
-"""PGD adversarial training (Madry et al. 2018): every image has a perturbation of its own."""
+"""Ordinary training: empirical risk, no defence. The baseline of every table."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from typing import Annotated
 from pydantic import Field
 
 from gambeson.base import Number
-from gambeson.defenses.objective import Defense
+from gambeson.defenses.objective import Adversarial, Clean, Defense, Term
 from gambeson.defenses.registry import register
-from gambeson.defenses.terms import Adversarial, Term
 from gambeson.threat import Eps, Norm
 from gambeson.victim import BatchNormMode, Precision
+
+
+@register("standard", cost="1 / 1")
+class Standard(Defense):
+    """Minimise E[CE(f(x), y)]."""
+
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Share of the target spread over all classes."""
+
+    def terms(self) -> dict[str, tuple[float, Term]]:
+        """The clean term alone."""
+        return {"clean": (1.0, Clean(label_smoothing=self.label_smoothing))}
 
 
 @register("pgd-adversarial", source="Madry et al. 2018", cost="s + 1 / s + 1")

@@ -8,9 +8,8 @@ from typing import Annotated
 from pydantic import Field
 
 from gambeson.base import Number, UserError
-from gambeson.defenses.objective import Defense
+from gambeson.defenses.objective import Adversarial, Clean, Defense, Term
 from gambeson.defenses.registry import register
-from gambeson.defenses.terms import Adversarial, Clean, Term
 from gambeson.threat import Eps, Norm
 from gambeson.victim import BatchNormMode, Precision
 

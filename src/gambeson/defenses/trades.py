@@ -12,9 +12,8 @@ from torch import nn
 from gambeson.attacks.losses import Loss, image_means
 from gambeson.attacks.solver import Ascent
 from gambeson.base import Config, Number, generator
-from gambeson.defenses.objective import Defense, Objective, Scene, SharedForward
+from gambeson.defenses.objective import Batch, Clean, Defense, Objective, Scene, SharedForward, Term
 from gambeson.defenses.registry import register
-from gambeson.defenses.terms import Batch, Clean, Term
 from gambeson.threat import Ball, Eps, Norm, perturb
 from gambeson.victim import Victim
 

@@ -10,10 +10,9 @@ from torch import nn
 
 from gambeson.attacks.losses import Loss, cross_entropy, image_means
 from gambeson.base import Number, UserError
-from gambeson.defenses.objective import Defense, Objective, Scene
-from gambeson.defenses.pool import Ascend, Pool, PoolStart, mute
+from gambeson.defenses.objective import Batch, Clean, Defense, Objective, Scene
 from gambeson.defenses.registry import register
-from gambeson.defenses.terms import Batch, Clean
+from gambeson.defenses.uap_bank import Ascend, Pool, PoolStart, mute
 from gambeson.threat import Ball, BoxGradient, Eps, Norm
 
 Update = Literal["alternating", "one-pass"]
@@ -41,7 +40,7 @@ class UniversalAdversarial(Defense):
     step: Annotated[Number, Field(gt=0)] = 1.0
     """Length of the perturbation's step as a share of eps."""
     ascend: Ascend = "steepest"
-    """Direction of that step: see :data:`gambeson.defenses.pool.Ascend`."""
+    """Direction of that step: see :data:`gambeson.defenses.uap_bank.Ascend`."""
     truncate: Number | None = 9.0
     """An image whose cross-entropy is above this (the paper's beta) has no say in the perturbation's step, and its
     full say in the weights'. Label maps: per pixel where the update alternates, by the image's mean in one pass."""

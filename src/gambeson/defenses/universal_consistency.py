@@ -10,10 +10,9 @@ from torch import nn
 
 from gambeson.attacks.losses import cross_entropy, image_means
 from gambeson.base import Number, generator
-from gambeson.defenses.objective import Defense, Objective, Scene, SharedForward
-from gambeson.defenses.pool import Pool, PoolStart, mute
+from gambeson.defenses.objective import Batch, Clean, Defense, Objective, Scene, SharedForward
 from gambeson.defenses.registry import register
-from gambeson.defenses.terms import Batch, Clean
+from gambeson.defenses.uap_bank import Pool, PoolStart, mute
 from gambeson.threat import Ball, BoxGradient, Eps, Norm
 
 Assignment = Literal["even", "random", "strong"]

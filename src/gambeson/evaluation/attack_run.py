@@ -20,9 +20,8 @@ from gambeson.base import (
     write_json,
 )
 from gambeson.data import Name
-from gambeson.evaluation.cascade import CascadeResult, run_cascade
-from gambeson.evaluation.standard import standard_attacks
-from gambeson.evaluation.subjects import load_subject
+from gambeson.evaluation.attack_suite import CascadeResult, run_cascade, standard_attacks
+from gambeson.models.loading import load_subject
 from gambeson.victim import Victim
 
 FILE = "adversarial.safetensors"

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from gambeson.attacks import CONTROLS, GradientAttack, UniversalAttack, UniversalPerturbation
-from gambeson.attacks.sources import EOT_SAMPLES
 from gambeson.base import UserError, derive, seeded, task
 from gambeson.data import Dataset, Split, as_dataset, as_split, disjoint
-from gambeson.evaluation.crossing import ImageErrors, crossing_interval
+from gambeson.evaluation.bootstrap import ImageErrors, crossing_interval
 from gambeson.evaluation.outcome import at_once
-from gambeson.evaluation.results import Cost, EpsAdv, EpsUni
+from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni
 from gambeson.evaluation.universal import RANKED, judged, strongest
 from gambeson.threat import Ball, Norm, perturb
 from gambeson.victim import Victim, predict, vote
+from gambeson.victim.averaged import EOT_SAMPLES
 
 Craft = Callable[[float, torch.Tensor | None], UniversalPerturbation]
 """From eps, and the best perturbation so far (1, C, H, W) scaled to it, to a perturbation of this eps."""
@@ -66,7 +66,7 @@ def eps_uni(
     the true value.
 
     Test images choose nothing; they say where the error crosses ``delta``. The interval is a bootstrap over them with
-    the perturbations held fixed (:func:`gambeson.evaluation.crossing.crossing_interval`). To know the error curve
+    the perturbations held fixed (:func:`gambeson.evaluation.bootstrap.crossing_interval`). To know the error curve
     there, the perturbation found is scaled to up to twelve eps around it, which costs forwards alone; a scaled one
     that succeeds at a smaller eps counts.
 
@@ -193,7 +193,7 @@ def eps_adv(
         model: any module from pixels to logits, or a :class:`Victim` already entered.
         data: a split, an (images, labels) pair, or a data set, whose test split is then used.
         attack: any gradient attack; its own eps is replaced. On a random model it averages over
-            :data:`gambeson.attacks.sources.EOT_SAMPLES` draws where it does not say otherwise.
+            :data:`gambeson.victim.averaged.EOT_SAMPLES` draws where it does not say otherwise.
         delta: the error to reach.
         tolerance: width of the last bracket as a share of eps.
         seed: of the attack and the bootstrap.

@@ -8,11 +8,11 @@ from typing import Protocol, TypeVar
 import torch
 
 from gambeson.attacks import GradientAttack
-from gambeson.attacks.sources import EOT_SAMPLES
 from gambeson.base import derive, seeded
 from gambeson.data import Split
 from gambeson.evaluation.rates import Rate
 from gambeson.victim import Victim, auto_batch_size, nothing_counts, predict, right_answers, vote
+from gambeson.victim.averaged import EOT_SAMPLES
 
 
 class ImageAttack(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import sqrt
 from statistics import NormalDist
+from typing import Literal
 
 from gambeson.base import Config
 
@@ -94,3 +95,71 @@ class Rate(Config):
 
     def __str__(self) -> str:
         return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+class Cost(Config):
+    """Work that a number took, counted in images."""
+
+    forwards: int = 0
+    """Images sent forward through the model."""
+    backwards: int = 0
+    """Images whose gradient was taken."""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(forwards=self.forwards + other.forwards, backwards=self.backwards + other.backwards)
+
+
+class Control(Config):
+    """What noise of the same size does: the floor that a crafted perturbation has to beat."""
+
+    name: str
+    """One of :data:`gambeson.attacks.CONTROLS` and :data:`gambeson.attacks.MORE_CONTROLS`."""
+    mean: float
+    """Mean UER over the draws."""
+    worst: Rate
+    """UER of the worst draw; its interval holds for all draws at once."""
+    draws: int
+    """Patterns tried."""
+
+
+class SmallestEps(Config):
+    """The smallest eps at which an attack was found that brings the error to ``delta``.
+
+    An attack only ever gives an upper bound of the true value.
+    """
+
+    delta: float
+    value: float
+    """The smallest success, in pixel units; the largest eps tried where ``censored``."""
+    low: float | None = None
+    """Lower end of the 95 % interval over test images (:func:`gambeson.evaluation.bootstrap.crossing_interval`); None
+    in results that were made without one."""
+    high: float | None = None
+    """Upper end; None where the perturbations that were tried do not reach ``delta`` often enough to tell."""
+    censored: bool
+    """No success up to ``value``: the truth is larger than it."""
+    tolerance: float
+    """Width of the last bracket."""
+    tried: list[tuple[float, float]]
+    """Every (eps, error) of the search, in order of eps."""
+    split: Literal["validation", "test"]
+    """The split whose error is reported."""
+    cost: Cost
+
+    @property
+    def interval(self) -> str:
+        """The interval in words, with a space before it: `` [0.0312, 0.0341]``; empty where there is none."""
+        if self.low is None:
+            return ""
+        return f" [{self.low:.3g}, {'more' if self.high is None else f'{self.high:.3g}'}]"
+
+
+class EpsUni(SmallestEps):
+    """eps_uni(delta) (Mummadi et al. 2019, section 3): the attack is one perturbation for all images."""
+
+
+class EpsAdv(SmallestEps):
+    """eps_adv(delta): the attack makes a perturbation for each image, so that it lies below eps_uni(delta)."""
+
+    images: int
+    """Test images that were attacked."""

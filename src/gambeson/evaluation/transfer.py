@@ -26,8 +26,8 @@ from gambeson.base import (
 from gambeson.data import Name, Split
 from gambeson.evaluation.outcome import ImageAttack, at_once
 from gambeson.evaluation.rates import Rate
-from gambeson.evaluation.subjects import LoadedModel, load_subject
 from gambeson.evaluation.universal import error_rate, judged
+from gambeson.models.loading import LoadedModel, load_subject
 from gambeson.threat import Eps, Norm
 from gambeson.victim import Victim, nothing_counts, predict, score
 

@@ -10,8 +10,7 @@ from torch import nn
 
 from gambeson.attacks import CONTROLS, MORE_CONTROLS, UniversalPerturbation, control
 from gambeson.data import Split, as_split
-from gambeson.evaluation.rates import Rate
-from gambeson.evaluation.results import Control
+from gambeson.evaluation.rates import Control, Rate
 from gambeson.threat import Ball
 from gambeson.victim import Score, Victim, predict, score, votes_of
 

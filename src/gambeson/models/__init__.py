@@ -6,16 +6,12 @@
 4286026
 """
 
-from gambeson.models.as_logits import as_logits
-from gambeson.models.card import ModelCard
-from gambeson.models.ensemble import ensemble
-from gambeson.models.equip import equip
-from gambeson.models.factory import create
-from gambeson.models.measures import count_parameters, fingerprint
+from gambeson.models.factory import create, ensemble, equip
 from gambeson.models.members import Members
+from gambeson.models.memory import count_parameters, fingerprint
 from gambeson.models.noise import FeatureNoise, Noise, NoiseInjection, NoiseModule, add_noise, injections, noise_off
 from gambeson.models.noisy_weights import FixedNoise, ParametricNoise, PassAverage
-from gambeson.models.pixel_model import Normalize, PixelModel
+from gambeson.models.pixel_model import ModelCard, Normalize, PixelModel, as_logits
 from gambeson.models.registry import names, register
 from gambeson.models.storage import load, load_weights, save
 from gambeson.models.thresholded import Thresholded

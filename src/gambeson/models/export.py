@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from gambeson.base import UserError, save_tensors, write_bytes
-from gambeson.models.card import ModelCard
 from gambeson.models.hubs import required
-from gambeson.models.pixel_model import PixelModel
+from gambeson.models.pixel_model import ModelCard, PixelModel
 
 Target = Literal["torch-export", "onnx", "safetensors"]
 TARGETS: dict[Target, str] = {"torch-export": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors"}

@@ -15,7 +15,7 @@ from torch import nn
 
 from gambeson.base import UserError, seeded
 from gambeson.models import hubs, user_code
-from gambeson.models.as_logits import as_logits
+from gambeson.models.pixel_model import as_logits
 
 _HUBS = (hubs.TIMM, hubs.TRANSFORMERS)
 _KEYS = ("logits", "out")

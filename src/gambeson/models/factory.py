@@ -10,10 +10,9 @@ from torch import nn
 
 from gambeson.base import UserError
 from gambeson.models import external, torchvision_nets
-from gambeson.models.card import ModelCard
 from gambeson.models.members import Average, Members
-from gambeson.models.noise import Noise, add_noise
-from gambeson.models.pixel_model import PixelModel
+from gambeson.models.noise import Noise, add_noise, injections
+from gambeson.models.pixel_model import ModelCard, PixelModel
 from gambeson.models.registry import build_body, check_name, is_ours
 
 
@@ -172,3 +171,59 @@ def _per_channel(value: Any, channels: int) -> tuple[float, ...]:
     if isinstance(value, int | float):
         return (float(value),) * channels
     return tuple(float(entry) for entry in value)
+
+
+def ensemble(models: Sequence[PixelModel], average: Average = "probabilities") -> PixelModel:
+    """Return one model whose members are the given ones, which share their weights with it.
+
+    Member m of a run with seed s is the single run with seed ``derive(s, "member", m)``: members may be trained one
+    after another, or each on a device or machine of its own, and joined here.
+
+    Args:
+        models: models of :func:`gambeson.models.create` with equal cards, one body each.
+        average: how they vote.
+
+    Raises:
+        UserError: none, ensembles among them, or cards that differ.
+    """
+    if not models:
+        raise UserError("an ensemble of no models was asked for: give one at least")
+    first = models[0].card
+    for number, model in enumerate(models):
+        if model.card.members != 1:
+            raise UserError(f"model {number} is an ensemble of {model.card.members} itself: give its voters one by one")
+        own, theirs = first.plain(), model.card.plain()
+        if differing := [name for name in own if own[name] != theirs[name]]:
+            raise UserError(
+                f"model {number} differs from model 0 in {', '.join(differing)}: the members of an ensemble share "
+                "architecture, classes and normalisation"
+            )
+    if len(models) == 1:
+        return models[0]
+    card = first.model_copy(update={"members": len(models), "average": average})
+    joined = PixelModel(card, Members([model.body for model in models], average))
+    joined.normalize = models[0].normalize
+    return joined.train(models[0].training)
+
+
+def equip(model: nn.Module, noise: Noise, example: torch.Tensor | None = None) -> None:
+    """Put noise into every body of a model, in place and once; a model of ours says so in its card from then on.
+
+    Args:
+        model: any module; a model of :func:`gambeson.models.create` needs nothing else.
+        noise: which.
+        example: (1, C, H, W), needed for any other module, to see the features' shapes.
+
+    Raises:
+        UserError: no place for the noise, another noise is there, or an example is missing.
+    """
+    if isinstance(model, PixelModel):
+        card = model.card
+        for body in model.body.members if isinstance(model.body, Members) else [model.body]:
+            add_noise(body, noise, torch.zeros(1, card.in_channels, *card.image_size))
+        model.body.fixed_size = True  # type: ignore[assignment]
+        model.card = card.model_copy(update={"noise": noise})
+        return
+    if example is None and not injections(model):
+        raise UserError(f"noise for a {type(model).__name__} needs an example image (1, C, H, W): pass one")
+    add_noise(model, noise, torch.zeros(1) if example is None else example)

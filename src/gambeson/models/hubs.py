@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from gambeson.base import UserError, unknown_name
-from gambeson.models.as_logits import as_logits
+from gambeson.models.pixel_model import as_logits
 
 TIMM, TRANSFORMERS = "timm:", "transformers:"
 

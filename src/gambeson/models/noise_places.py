@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from gambeson.base import UserError, unknown_name
-from gambeson.models.blocks import ResNet
+from gambeson.models.resnet import ResNet
 
 if TYPE_CHECKING:
     from torchvision.models import ResNet as TorchvisionResNet

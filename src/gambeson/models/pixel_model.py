@@ -1,13 +1,68 @@
-"""The model every room works with: pixels in, logits out."""
+"""The card: everything that is needed to build a model again, apart from its weights."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated, Any
+
 import torch
+from pydantic import Field, model_validator
 from torch import nn
 
-from gambeson.base import UserError
-from gambeson.models.card import ModelCard
-from gambeson.models.members import Members
+from gambeson.base import Config, Number, UserError
+from gambeson.models.members import Average, Members
+from gambeson.models.noise import FeatureNoise
+from gambeson.models.noisy_weights import FixedNoise, ParametricNoise
+
+Size = Annotated[int, Field(ge=1)]
+
+AnyNoise = Annotated[FeatureNoise | ParametricNoise | FixedNoise, Field(discriminator="kind")]
+"""Learn2Perturb's noise or one of its baselines', told apart by ``kind``."""
+
+
+class ModelCard(Config):
+    """What a model is, stored beside its weights so that a file can be loaded on its own.
+
+    Raises:
+        TypeError: a field is missing or unknown.
+        UserError: a size is not positive, or the normalisation does not match the channels.
+    """
+
+    name: str
+    """Name of the architecture, as :func:`gambeson.models.create` takes it."""
+
+    in_channels: Size
+    """Channels of an image, C."""
+
+    classes: Annotated[int, Field(ge=2)]
+    """Number of logits."""
+
+    image_size: tuple[Size, Size]
+    """Height and width of an image in pixels, (H, W)."""
+
+    mean: tuple[Number, ...]
+    """Mean subtracted from each channel, in pixel space [0, 1]."""
+
+    std: tuple[Annotated[Number, Field(gt=0)], ...]
+    """Standard deviation each channel is divided by, in pixel space."""
+
+    members: Size = 1
+    """Bodies that vote."""
+
+    average: Average = "probabilities"
+    """How they vote, where there are several."""
+
+    noise: AnyNoise | None = None
+    """The noise that every body carries."""
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> ModelCard:
+        for field, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.in_channels:
+                raise ValueError(
+                    f"{field} has {len(values)} values for {self.in_channels} channels: give one a channel"
+                )
+        return self
 
 
 class Normalize(nn.Module):
@@ -93,3 +148,39 @@ def _sharing(card: ModelCard, normalize: Normalize, body: nn.Module) -> PixelMod
 
 def _by(height: int, width: int) -> str:
     return f"{height}x{width}"
+
+
+PROBABILITIES = "probabilities"
+_TINY = 1e-30
+
+
+class as_logits(nn.Module):  # noqa: N801  (used like a function)
+    """Wrap a model so that it returns logits.
+
+    Args:
+        model: any module.
+        output: ``probabilities``, whose logarithm is then returned (softmax of it gives them back); or the key under
+            which a mapping has the logits.
+
+    Raises:
+        UserError: from ``forward``, for an output that is neither.
+    """
+
+    def __init__(self, model: nn.Module, output: str = PROBABILITIES) -> None:
+        super().__init__()
+        self.model = model
+        self.output = output
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return logits (N, K) or (N, K, H, W) of images (N, C, H, W)."""
+        answer: Any = self.model(images)
+        if self.output == PROBABILITIES:
+            if isinstance(answer, torch.Tensor):
+                return answer.clamp(min=_TINY).log()
+        elif isinstance(answer, Mapping) and isinstance(answer.get(self.output), torch.Tensor):
+            return answer[self.output]
+        keys = f" with the keys {', '.join(map(str, answer))}" if isinstance(answer, Mapping) else ""
+        raise UserError(
+            f"the model returned {type(answer).__name__}{keys}, and {self.output!r} was to be read from it: name "
+            "`probabilities` for a tensor of them, or the key of the logits"
+        )

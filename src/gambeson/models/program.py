@@ -14,8 +14,7 @@ from torch import nn
 from torch.export.passes import move_to_device_pass
 
 from gambeson.base import UserError
-from gambeson.models.card import ModelCard
-from gambeson.models.pixel_model import PixelModel
+from gambeson.models.pixel_model import ModelCard, PixelModel
 
 SUFFIX = ".pt2"
 

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from gambeson.base import UserError, load_tensors, save_tensors, seeded
-from gambeson.models.card import ModelCard
 from gambeson.models.factory import build
-from gambeson.models.pixel_model import PixelModel
+from gambeson.models.pixel_model import ModelCard, PixelModel, as_logits
 
 FILE_NAME = "model.safetensors"
 _WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and data parallel put before every name
@@ -130,3 +129,26 @@ def _title(model: nn.Module) -> str:
 def _file(path: Path) -> Path:
     path = Path(path)
     return path / FILE_NAME if path.is_dir() else path
+
+
+def init_weights(model: PixelModel, path: Path) -> None:
+    """Fill a model, or its body, with the weights of a safetensors file.
+
+    This library's files name the parameters of the whole model; those of timm, torchvision, transformers and of
+    ``gambeson export --to safetensors`` name the architecture's alone. The names decide.
+
+    Args:
+        model: a model of :func:`gambeson.models.create`.
+        path: the file, or the folder of a run.
+
+    Raises:
+        UserError: the file is missing, a pickle or truncated, or names or shapes fit no part of the model.
+    """
+    path = path / FILE_NAME if path.is_dir() else path
+    tensors, _ = load_tensors(path)
+    inner = [model.body.model] if isinstance(model.body, as_logits) else []
+    for part in (model.body, *inner):
+        if set(tensors) == set(part.state_dict()):
+            load_weights(part, path)
+            return
+    load_weights(model, path)

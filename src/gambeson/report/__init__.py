@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gambeson.base import write_text
-from gambeson.report.folders import read_folders
-from gambeson.report.html import render
-from gambeson.report.page import build
+from gambeson.report.loading import read_folders
+from gambeson.report.page import build, render
 
 __all__ = ["write"]
 

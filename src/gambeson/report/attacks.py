@@ -7,10 +7,10 @@ from typing import TypeVar
 
 from gambeson.auditing.results import Corruption, Draws, PerImage, Transferred
 from gambeson.evaluation import Rate
-from gambeson.evaluation.cascade import Round
-from gambeson.report.folders import Folder
+from gambeson.evaluation.attack_suite import Round
+from gambeson.report.formatting import Scale, percent
+from gambeson.report.loading import Folder
 from gambeson.report.tables import NONE, Cell, Group, Line, Table, rate_cell
-from gambeson.report.words import Scale, percent
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 

@@ -9,8 +9,8 @@ from html import escape
 from typing import Any
 
 from gambeson.evaluation import Rate
-from gambeson.report.folders import Folder
-from gambeson.report.words import Scale, percent
+from gambeson.report.formatting import Scale, percent
+from gambeson.report.loading import Folder
 
 HUES = ("#0072b2", "#c4500a", "#007a5a", "#a8487f", "#8a6d00", "#3a3a3a")
 """Told apart with all common kinds of colour blindness, and each at least 4.5 : 1 against white."""

@@ -1,17 +1,53 @@
-"""The page as data: what the template writes down, in the order in which it is read."""
+"""From the page's data to one HTML text: the template, with its style and the chart's library inside it."""
 
 from __future__ import annotations
 
+import re
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gambeson.auditing import Check
-from gambeson.report import attacks, charts, pictures, slope_charts, slope_tables, tables, words
+from gambeson.report import attacks, charts, formatting, images, jacobian, tables
 from gambeson.report.charts import Chart
-from gambeson.report.facts import Facts, collect
-from gambeson.report.folders import Folder
-from gambeson.report.words import Scale
+from gambeson.report.formatting import Scale
+from gambeson.report.loading import Folder
+from gambeson.report.metadata import Facts, collect
+
+
+def render(page: Page) -> str:
+    """Write the page. What comes from files is escaped; style, library and chart data are not."""
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    return _template().render(page=page, style=Markup(_text("style.css")), plotly=Markup(get_plotlyjs()))
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FunctionLoader(_text), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["tight"] = _tight
+    return environment.get_template("template.html.j2")
+
+
+def _tight(text: str) -> str:
+    """Keep a number and its unit, and the two ends of an interval, on one line."""
+    text = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", text)
+    return re.sub(r"(\[[\d.]+), ([\d.]+\])", "\\1,\N{NO-BREAK SPACE}\\2", text)
+
+
+def _text(name: str) -> str:
+    return (files("gambeson.report") / name).read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -121,16 +157,16 @@ def build(folders: Sequence[Folder], title: str | None) -> Page:
     first = folders[0].result
     scale = Scale(first.universal[0].norm, len(first.material.shape) == 3 and first.material.shape[0] == 3)
     eps = tables.common_eps(folders)
-    what = folders[0].label if len(folders) == 1 else words.count(len(folders), "model")
+    what = folders[0].label if len(folders) == 1 else formatting.count(len(folders), "model")
     models = [_model(folder, index, scale) for index, folder in enumerate(folders)]
-    curve, along = charts.curve(folders, scale), slope_charts.along(folders, scale)
+    curve, along = charts.curve(folders, scale), jacobian.along(folders, scale)
     every = [curve, along, *(chart for model in models for chart in (model.slopes.surface, model.slopes.pairs))]
     names = [control.name for folder in folders for point in folder.result.universal for control in point.controls]
     return Page(
         title=title or f"Robustness audit: {what} on {first.material.name}",
-        icon=pictures.icon(),
-        setting=words.setting(folders),
-        answer=words.answer(folders, eps, scale),
+        icon=images.icon(),
+        setting=formatting.setting(folders),
+        answer=formatting.answer(folders, eps, scale),
         models=models,
         scale=scale,
         delta=f"{100 * first.eps_uni.delta:g}",
@@ -141,7 +177,7 @@ def build(folders: Sequence[Folder], title: str | None) -> Page:
         controls=list(dict.fromkeys(names)),
         curve=curve,
         attacks=attacks.build(folders, scale),
-        slopes=slope_tables.build(folders, scale),
+        slopes=jacobian.build(folders, scale),
         along=along,
         charts=[chart for chart in every if chart is not None],
         small=max(first.material.shape[1:]) <= 96,
@@ -170,12 +206,12 @@ def _model(folder: Folder, index: int, scale: Scale) -> Model:
 
 def _slopes(folder: Folder, index: int, scale: Scale) -> Slopes:
     found, direction = folder.result.slopes, folder.direction
-    shown = "" if direction is None else pictures.png(pictures.signed(direction, float(direction.abs().max())))
+    shown = "" if direction is None else images.png(images.signed(direction, float(direction.abs().max())))
     return Slopes(
-        surface=slope_charts.surface(folder, index, scale),
-        singles=slope_charts.singles(folder),
+        surface=jacobian.surface(folder, index, scale),
+        singles=jacobian.singles(folder),
         images=found.surface.images if found and found.surface else 0,
-        pairs=slope_charts.pairs(folder, index),
+        pairs=jacobian.pairs(folder, index),
         direction=shown,
         left_out=found.left_out if found else {},
         fixed_draw=found.fixed_draw if found else False,
@@ -185,11 +221,11 @@ def _slopes(folder: Folder, index: int, scale: Scale) -> Slopes:
 def _patterns(folder: Folder, scale: Scale) -> list[Picture]:
     found = []
     for point, delta in zip(folder.result.universal, folder.deltas, strict=True):
-        white = pictures.reach(delta, point.eps, point.norm)
+        white = images.reach(delta, point.eps, point.norm)
         size = scale.text(white) if point.norm == "inf" else f"{white:.3g}"
         found.append(
             Picture(
-                source=pictures.png(pictures.signed(delta, white)),
+                source=images.png(images.signed(delta, white)),
                 alt=f"Universal perturbation for {folder.label} at eps {scale.text(point.eps)}",
                 title=f"eps {scale.text(point.eps)}" + ("" if point.status == "done" else f" ({point.status})"),
                 scale=f"{'each channel: ' if scale.colour else ''}black -{size}, grey 0, white +{size}",
@@ -204,7 +240,7 @@ def _examples(folder: Folder) -> list[Example]:
     maps = tensors["labels"].ndim > 1
 
     def answer(image: str, prediction: str, k: int, kind: str) -> Answer:
-        source = pictures.png(tensors[image][k])
+        source = images.png(tensors[image][k])
         if maps:
             return Answer(source, f"Test image {k + 1}, {kind}", "", False)
         said, truth = int(tensors[prediction][k]), int(tensors["labels"][k])

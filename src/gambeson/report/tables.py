@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from gambeson.auditing.results import PerImage
 from gambeson.evaluation import Rate
-from gambeson.evaluation.results import Control
-from gambeson.report.folders import Folder
-from gambeson.report.words import Scale, bound, interval, percent
+from gambeson.evaluation.rates import Control
+from gambeson.report.formatting import Scale, bound, interval, percent
+from gambeson.report.loading import Folder
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,164 @@
-"""Speed of attacks against the bare loop that anyone would write: medians of ratios, taken side by side."""
+"""Times taken side by side: every candidate once a round, in turn, and the median of its ratios to a baseline."""
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from gambeson import models
 from gambeson.attacks import PGD
-from gambeson.base import environment
-from gambeson.studies.timing import BenchResult, BenchSettings, matmul_peaks, side_by_side
+from gambeson.base import Config, environment, generator, seeded, task
+from gambeson.defenses import Batch, Defense, PGDAdversarial, SharedAdversarial, Standard
 from gambeson.victim import Fast, Victim
+
+
+class BenchSettings(Config):
+    """What is timed: an attack, or a step of training with one inside, on random images and a fresh network."""
+
+    model: str = "resnet20"
+    channels: Annotated[int, Field(ge=1)] = 3
+    image_size: Annotated[int, Field(ge=8)] = 32
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    steps: Annotated[int, Field(ge=1)] = 10
+    """Of PGD."""
+    eps: float = 8 / 255
+    rounds: Annotated[int, Field(ge=3)] = 7
+    """Timed rounds; in each, every candidate runs once, in turn."""
+    bfloat16: bool = False
+    """Time ours in bfloat16 as well."""
+    device: str = "cpu"
+    seed: int = 0
+
+    def network(self) -> nn.Module:
+        """The network, always with the same weights, in evaluation mode."""
+        with seeded(self.seed, "bench"):
+            model = models.create(self.model, in_channels=self.channels, classes=10, image_size=self.image_size)
+        return model.eval().to(self.device)
+
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random images (N, C, H, W) and labels (N,)."""
+        shape = (self.batch_size, self.channels, self.image_size, self.image_size)
+        draw = generator(self.seed, "bench")
+        x, y = torch.rand(shape, generator=draw), torch.randint(0, 10, shape[:1], generator=draw)
+        return x.to(self.device), y.to(self.device)
+
+
+class Timing(Config):
+    """One candidate's time over the rounds."""
+
+    name: str
+    seconds: float
+    """Median."""
+    ratio: float
+    """Median over the rounds of its time divided by the baseline's in the same round."""
+    ratio_low: float
+    ratio_high: float
+    """Smallest and largest ratio of a round."""
+    work: float = 0.0
+    """Floating-point operations of its convolutions and matrix products, counted while it warmed up."""
+
+
+class BenchResult(Config):
+    """What a benchmark leaves."""
+
+    settings: BenchSettings
+    timings: list[Timing]
+    peaks: dict[str, float]
+    """Operations a second of a large matrix product here, by type: what :attr:`Timing.work` a second can reach."""
+    ideal: float | None = None
+    """What counting forwards and backwards promises: the baseline's time over ours; None where both do the same."""
+    environment: dict[str, str]
+
+    def images_a_second(self, timing: Timing) -> float:
+        """Images of a candidate, each attacked or trained on once."""
+        return self.settings.batch_size / timing.seconds
+
+    def share_of_peak(self, timing: Timing) -> float:
+        """A candidate's operations a second over those of a matrix product of its type."""
+        kind = "bfloat16" if "bfloat16" in timing.name else "float32"
+        return timing.work / timing.seconds / self.peaks[kind]
+
+
+def matmul_peaks(settings: BenchSettings) -> dict[str, float]:
+    """Measure operations a second of a large matrix product: the best of a few, in each type that is timed."""
+    size = 1024 if settings.device == "cpu" else 8192
+    found = {}
+    for kind in ("float32", "bfloat16") if settings.bfloat16 else ("float32",):
+        a = torch.rand(size, size, device=settings.device).to(getattr(torch, kind))
+        taken = []
+        for _ in range(8):
+            began = time.perf_counter()
+            a @ a
+            _wait()
+            taken.append(time.perf_counter() - began)
+        found[kind] = 2 * size**3 / min(taken)
+    return found
+
+
+class _Operations(TorchDispatchMode):
+    """Counts by torch's own formulas; its counter by module cannot watch ``torch.autograd.grad``."""
+
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # imports triton
+
+        super().__init__()
+        self.total, self.formulas = 0, flop_registry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if formula := self.formulas.get(func.overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _wait() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def side_by_side(
+    candidates: Mapping[str, Callable[[], object]], baseline: str, rounds: int, title: str
+) -> list[Timing]:
+    """Run every candidate once a round, after one round that warms up, and compare it with the baseline."""
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    work: dict[str, float] = {}
+    with task(title, rounds + 1) as advance:
+        for lap in range(rounds + 1):
+            for name, run in candidates.items():
+                if not lap:
+                    with _Operations() as counted:
+                        run()
+                    work[name] = counted.total
+                    continue
+                _wait()
+                began = time.perf_counter()
+                run()
+                _wait()
+                taken[name].append(time.perf_counter() - began)
+            advance()
+    return [_timing(name, seconds, taken[baseline], work[name]) for name, seconds in taken.items()]
+
+
+def _timing(name: str, seconds: list[float], baseline: list[float], work: float) -> Timing:
+    ratios = [own / other for own, other in zip(seconds, baseline, strict=True)]
+    return Timing(
+        name=name,
+        seconds=statistics.median(seconds),
+        ratio=statistics.median(ratios),
+        ratio_low=min(ratios),
+        ratio_high=max(ratios),
+        work=work,
+    )
+
 
 Attack = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 BARE, BACKWARD = "bare loop", "bare loop with loss.backward()"
@@ -76,3 +222,82 @@ def bench_attacks(settings: BenchSettings, peers: Mapping[str, Attack] | None = 
 def _in_bfloat16(attack: PGD, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     with Victim(model, fast=Fast(precision="bfloat16")) as victim:
         return attack(victim, x, y)
+
+
+PLAIN = "plain loop"
+
+
+def ideal(steps: int) -> float:
+    """What counting promises: the time of a plain step over ours.
+
+    A forward, a gradient of the images and one of the weights cost the same; nothing else costs anything.
+
+    Args:
+        steps: of PGD.
+    """
+    return 3 * (steps + 1) / (2 * steps + 3)
+
+
+def bench_training(settings: BenchSettings) -> BenchResult:
+    """Time one step of each: the plain loop, ours at sharedness 1 and at the whole batch, and standard training."""
+    x, y = settings.batch()
+    attack = {"eps": settings.eps, "steps": settings.steps, "step": 0.25}
+    shared = {**attack, "sigma": 1.0, "truncate": None}
+    candidates = {
+        PLAIN: _plain_step(settings, x, y),
+        "pgd-adversarial": _our_step(settings, PGDAdversarial(**attack), x, y),
+        "shared-adversarial, sharedness 1": _our_step(settings, SharedAdversarial(sharedness=1, **shared), x, y),
+        f"shared-adversarial, sharedness {settings.batch_size}": _our_step(
+            settings, SharedAdversarial(sharedness=settings.batch_size, **shared), x, y
+        ),
+        "standard": _our_step(settings, Standard(), x, y),
+    }
+    if settings.bfloat16:
+        candidates["pgd-adversarial, bfloat16 crafting"] = _our_step(
+            settings, PGDAdversarial(craft_precision="bfloat16", **attack), x, y
+        )
+    timings = side_by_side(candidates, PLAIN, settings.rounds, "bench training")
+    return BenchResult(
+        settings=settings,
+        timings=timings,
+        peaks=matmul_peaks(settings),
+        ideal=ideal(settings.steps),
+        environment=environment(torch.device(settings.device)),
+    )
+
+
+def _model(settings: BenchSettings) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = settings.network().train()
+    return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+
+def _plain_step(settings: BenchSettings, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+    model, optimizer = _model(settings)
+
+    def step() -> None:
+        moved = (x + torch.empty_like(x).uniform_(-settings.eps, settings.eps)).clamp(0, 1)
+        for _ in range(settings.steps):
+            moved = moved.detach().requires_grad_()
+            F.cross_entropy(model(moved), y).backward()
+            assert moved.grad is not None
+            ahead = moved.detach() + settings.eps / 4 * moved.grad.sign()
+            moved = torch.min(torch.max(ahead, x - settings.eps), x + settings.eps).clamp(0, 1)
+        optimizer.zero_grad()
+        F.cross_entropy(model(moved), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def _our_step(settings: BenchSettings, defense: Defense, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+    model, optimizer = _model(settings)
+    model.to(memory_format=torch.channels_last)  # as a recipe with channels_last has it
+    batch = Batch(images=x, labels=y, seed=settings.seed)
+
+    def step() -> None:
+        losses = defense.losses(model, batch)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+
+    return step

@@ -6,11 +6,9 @@ minutes end. A part that fails leaves its error there, and the next one runs.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gambeson.base import Config, environment, pick_device
+from gambeson.base import Config, environment
 from gambeson.data import Dataset, load
 from gambeson.data.pieces import load_available
 from gambeson.data.registry import RECIPES
@@ -250,42 +248,3 @@ def peaks_of(book: Notebook) -> dict[str, float]:
     """The rates that :func:`measure_machine` noted last; empty where it has not run."""
     found = [line["matmul_flops"] for line in book.lines() if line["kind"] == "peak"]
     return found[-1] if found else {}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run parts of a visit from the command line."""
-    from gambeson.studies.visit_bench import run_benchmarks
-    from gambeson.studies.visit_table import print_table
-    from gambeson.studies.visit_training import run_trainings
-
-    parser = argparse.ArgumentParser(prog="gpu visit", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("part", choices=("machine", "bench", "training", "table"))
-    parser.add_argument("--out", type=Path, required=True, help="the file of JSON lines")
-    parser.add_argument("--seconds", type=float, default=600.0, help="when to be done")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--done", type=Path, nargs="*", default=[], help="lines of earlier visits, not done again")
-    parser.add_argument("--only", default="", help="training: defences, by commas, in the order wanted")
-    parser.add_argument("--epochs", type=int, help="training: epochs of every run, not chosen by the time left")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal in seconds")
-    given = parser.parse_args(arguments)
-    book = Notebook(given.out, given.seconds)
-    if given.part == "table":
-        print_table(book.lines())
-        return 0
-    device = pick_device(given.device)
-    visit = tiny(device) if given.tiny else Visit(device=device, data=given.data)
-    if given.epochs:
-        visit = visit.model_copy(update={"epochs": (given.epochs, given.epochs)})
-    if given.part == "machine":
-        return int(not book.attempt("machine", lambda: measure_machine(visit, book)))
-    if given.part == "bench":
-        run_benchmarks(visit, book)
-        return 0
-    done = [line for file in given.done for line in read_lines(file)]
-    run_trainings(visit, book, done, [name for name in given.only.split(",") if name])
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

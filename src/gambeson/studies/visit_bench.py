@@ -13,9 +13,7 @@ from torch import nn
 from gambeson import models
 from gambeson.attacks import PGD, StochasticPGD
 from gambeson.base import seeded
-from gambeson.studies.bench import bench_attacks
-from gambeson.studies.bench_training import bench_training
-from gambeson.studies.timing import BenchResult, BenchSettings
+from gambeson.studies.bench import BenchResult, BenchSettings, bench_attacks, bench_training
 from gambeson.studies.visit import Notebook, Peak, Visit, dataset, peaks_of, seconds_of, wait
 from gambeson.studies.visit_training import defenses, recipe
 from gambeson.training.batches import Epoch

@@ -15,7 +15,7 @@ from gambeson.defenses import Defense, Jacobian, PGDAdversarial, SharedAdversari
 from gambeson.evaluation import accuracy, accuracy_under, universal_evasion
 from gambeson.evaluation.universal import control_rates
 from gambeson.models import PixelModel
-from gambeson.studies.timing import _Operations
+from gambeson.studies.bench import _Operations
 from gambeson.studies.visit import Notebook, Peak, Visit, dataset, free, peaks_of, seconds_of
 from gambeson.threat import Ball
 from gambeson.training import Recipe, train

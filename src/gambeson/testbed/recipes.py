@@ -17,8 +17,8 @@ from gambeson.data import Dataset
 from gambeson.data import load as load_data
 from gambeson.data.load import data_root
 from gambeson.defenses import Defense, create
+from gambeson.defenses.objective import Adversarial, Clean, Term
 from gambeson.defenses.pgd_adversarial import PGDAdversarial
-from gambeson.defenses.terms import Adversarial, Clean, Term
 from gambeson.models import create as create_model
 from gambeson.testbed.entry import Entry, Networks
 from gambeson.training import train as train_network

@@ -1,8 +1,7 @@
 """The loop that minimises a defence's objective, and the run folder it leaves."""
 
 from gambeson.training.loop import train
-from gambeson.training.plan import Plan, plan
 from gambeson.training.recipe import PRESETS, Recipe
-from gambeson.training.run import TrainRun, plan_training, run_training
+from gambeson.training.run import Plan, TrainRun, plan, plan_training, run_training
 
 __all__ = ["PRESETS", "Plan", "Recipe", "TrainRun", "plan", "plan_training", "run_training", "train"]

@@ -1,7 +1,7 @@
 """A model while it is attacked: frozen, counted, and given back exactly as it was."""
 
-from gambeson.victim.fold import Folded, folded
-from gambeson.victim.look import Look, look_at
+from gambeson.victim.bn_folding import Folded, folded
+from gambeson.victim.inspect import Look, look_at
 from gambeson.victim.scoring import (
     DRAWS,
     NO_ANSWER,

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from gambeson.base import Config, UserError, seeded
-from gambeson.victim.fold import folded
-from gambeson.victim.look import Look, look_at
-from gambeson.victim.outputs import logits_of
+from gambeson.victim.bn_folding import folded
+from gambeson.victim.inspect import Look, logits_of, look_at
 
 BatchNormMode = Literal["eval", "batch", "train"]
 """What a model does about its training mode while it is attacked. ``eval``: evaluation mode, BatchNorm with its running

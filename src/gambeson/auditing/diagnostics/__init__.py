@@ -3,17 +3,17 @@
 A file here is a family of diagnostics, each of which is a function below ``@register``.
 """
 
-from gambeson.auditing.diagnostics.diagnostic import Diagnostic, Finding, built_in, entries, get, register
+from gambeson.auditing.diagnostics.base import Diagnostic, Finding, built_in, entries, get, register
 
 _FAMILIES = (
     "randomness",
-    "state",
-    "gradients",
+    "statefulness",
+    "gradient_masking",
     "single_step",
     "convergence",
-    "transferred",
+    "black_box_gap",
     "universal",
-    "unseen",
+    "test_leakage",
 )
 
 

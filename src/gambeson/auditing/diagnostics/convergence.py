@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from gambeson.attacks import PGD, RandomSearch
-from gambeson.auditing.diagnostics.diagnostic import Finding, register
-from gambeson.auditing.diagnostics.gradients import probe
-from gambeson.auditing.evidence import Evidence
+from gambeson.auditing.context import Evidence
+from gambeson.auditing.diagnostics.base import Finding, register
+from gambeson.auditing.diagnostics.gradient_masking import probe
 from gambeson.auditing.outcome import Gain
 
 _LEFT = 0.05

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from gambeson.attacks import PGD
-from gambeson.auditing.diagnostics.diagnostic import Finding, register
-from gambeson.auditing.draws import QUIET, way_to_quiet
-from gambeson.auditing.evidence import Evidence
+from gambeson.auditing.context import Evidence
+from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.outcome import AsFarAsFinite, Gain
+from gambeson.auditing.stages.randomness import QUIET, way_to_quiet
 from gambeson.evaluation.outcome import Outcome, outcome
 from gambeson.victim import Victim
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 
 from gambeson.attacks import FGSM, IFGSM, RFGSM, GradientAttack, Loss
-from gambeson.auditing.diagnostics.diagnostic import Finding, register
-from gambeson.auditing.evidence import Evidence
+from gambeson.auditing.context import Evidence
+from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.outcome import AsFarAsFinite, Gain
 from gambeson.evaluation import Rate
 from gambeson.evaluation.outcome import at_once

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from gambeson.auditing.diagnostics.diagnostic import Finding, register
-from gambeson.auditing.evidence import Evidence
+from gambeson.auditing.context import Evidence
+from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.outcome import Gain
 from gambeson.auditing.results import Universal
-from gambeson.auditing.universal import rescored
+from gambeson.auditing.stages.universal import rescored
 from gambeson.evaluation.outcome import outcome_under
 from gambeson.evaluation.universal import patterns_of
 from gambeson.threat import Ball

@@ -1,0 +1,449 @@
+"""What Auto-PGD knows of each image while it climbs, and the best that was found."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field, model_validator
+
+from gambeson.attacks.gradient.base import GradientAttack, warn_of_fallback
+from gambeson.attacks.losses import LossName, fallen
+from gambeson.attacks.registry import register
+from gambeson.attacks.solver import Ascent
+from gambeson.base import Number, generator
+from gambeson.threat import Norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Climb:
+    """One climb an image that still stands; every field has one row an image."""
+
+    rows: torch.Tensor
+    """Which images of the batch these are."""
+    images: torch.Tensor
+    labels: torch.Tensor
+    """What the loss is taken of: labels, or targets."""
+    truth: torch.Tensor
+    """What decides whether an image has fallen; the same as ``labels`` but where an attack tries several targets."""
+    delta: torch.Tensor
+    before: torch.Tensor
+    """``delta`` one step ago."""
+    gradient: torch.Tensor
+    value: torch.Tensor
+    """Loss at ``delta``."""
+    best: torch.Tensor
+    """Point of highest loss so far, with its gradient and value below."""
+    best_gradient: torch.Tensor
+    best_value: torch.Tensor
+    length: torch.Tensor
+    """Step size, pixel units."""
+    rises: torch.Tensor
+    """Steps since the last checkpoint that raised the loss."""
+    checked_value: torch.Tensor
+    """Best value at the last checkpoint."""
+    halved: torch.Tensor
+    """Whether the step was halved at the last checkpoint."""
+
+    def only(self, keep: torch.Tensor) -> Climb:
+        """Return the climbs of some images."""
+        return type(self)(**{field.name: getattr(self, field.name)[keep] for field in dataclasses.fields(self)})
+
+    def arrive(self, delta: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> Climb:
+        """Return the climbs after a step to ``delta``."""
+        better = value > self.best_value
+        chosen = better.view(-1, 1, 1, 1)
+        return dataclasses.replace(
+            self,
+            delta=delta,
+            before=self.delta,
+            gradient=gradient,
+            value=value,
+            best=torch.where(chosen, delta, self.best),
+            best_gradient=torch.where(chosen, gradient, self.best_gradient),
+            best_value=torch.where(better, value, self.best_value),
+            rises=self.rises + (value > self.value),
+        )
+
+    def judge(self, steps: int, rise: float) -> Climb:
+        """Halve the step of the images whose loss has stopped rising, and send them back to their best point.
+
+        Croce and Hein 2020, section 3.1: condition 1 is that fewer than a share ``rise`` of the ``steps`` since the
+        last checkpoint raised the loss; condition 2 that neither the step nor the best loss has changed since then.
+        What is repeated of the last step starts from nothing again (ours; the paper does not say).
+        """
+        halve = (self.rises < rise * steps) | (~self.halved & (self.best_value <= self.checked_value))
+        back = halve.view(-1, 1, 1, 1)
+        return dataclasses.replace(
+            self,
+            delta=torch.where(back, self.best, self.delta),
+            before=torch.where(back, self.best, self.before),
+            gradient=torch.where(back, self.best_gradient, self.gradient),
+            value=torch.where(halve, self.best_value, self.value),
+            length=torch.where(halve, self.length / 2, self.length),
+            rises=torch.zeros_like(self.rises),
+            checked_value=self.best_value,
+            halved=halve,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """The best perturbation of each image of a batch: one that succeeds before one that does not, then by loss."""
+
+    delta: torch.Tensor
+    """(N, C, H, W); written in place."""
+    value: torch.Tensor
+    """(N,)"""
+    fallen: torch.Tensor
+    """(N,)"""
+
+    @classmethod
+    def into(cls, delta: torch.Tensor) -> Record:
+        """Return an empty record that writes its perturbations into ``delta``."""
+        value = delta.new_full((len(delta),), -torch.inf)
+        return cls(delta=delta, value=value, fallen=torch.zeros_like(value, dtype=torch.bool))
+
+    def note(self, rows: torch.Tensor, delta: torch.Tensor, value: torch.Tensor, fallen: torch.Tensor) -> None:
+        """Keep what is better than before for the images ``rows``."""
+        old_value, old_fallen = self.value[rows], self.fallen[rows]
+        better = (fallen & ~old_fallen) | ((fallen == old_fallen) & (value > old_value))
+        chosen = better.view(-1, 1, 1, 1)
+        self.delta[rows] = torch.where(chosen, delta, self.delta[rows])
+        self.value[rows] = torch.where(better, value, old_value)
+        self.fallen[rows] = fallen | old_fallen
+
+
+@register("auto-pgd", source="Croce and Hein 2020", cost="steps + 1 / steps, per restart")
+class AutoPGD(GradientAttack):
+    """Auto-PGD (Croce and Hein 2020, algorithm 1), norms inf, 2 and 1.
+
+    Steps start long and with momentum; at checkpoints that come closer and closer, an image whose loss has
+    stopped rising has its step halved and goes on from its best point. For each image the result is a perturbation
+    that succeeds, else the one of highest loss. Costs, an image and restart: ``steps`` + 1 forwards and ``steps``
+    backwards; with ``targets``, as much for each target and one forward more in all; with ``scout`` as well,
+    ``scout`` + 1 forwards and ``scout`` backwards for each target, and the full climb for ``keep`` of them. An image
+    that has fallen costs nothing more.
+
+    The norm 1 has the same schedule with the steepest step in ball and box (ours); the schedule that Croce and Hein
+    published for it in 2021 is :class:`gambeson.attacks.gradient.auto_pgd.L1AutoPGD`. ``loss="dlr"`` is APGD-DLR,
+    ``targets=9`` with it APGD-T (:class:`TargetedAutoPGD`).
+    """
+
+    steps: Annotated[int, Field(ge=1)] = 100
+    """Gradient steps a restart; the paper's 100."""
+    step: Annotated[Number, Field(gt=0)] | None = None
+    """Length of the first steps as a share of eps; 2 where it is not given, as in the paper, and 1 in the norm 1."""
+    inertia: Annotated[Number, Field(gt=0, le=1)] = 0.75
+    """Share of the new step in a move, the rest repeats the last one: the paper's alpha."""
+    rise: Annotated[Number, Field(ge=0, le=1)] = 0.75
+    """Share of steps that must raise the loss between two checkpoints: the paper's rho."""
+    targets: Annotated[int, Field(ge=1)] | None = None
+    """Attack towards this many of the likeliest wrong classes of the clean image, one after the other: an image has
+    fallen once any wrong class is reached. At most the number of classes less one. None: no targets."""
+    scout: Annotated[int, Field(ge=1)] | None = None
+    """With ``targets``: climb towards each of them for this many steps first, with a schedule of that length, and
+    spend the full ``steps`` only on the ``keep`` targets that came nearest, nearest first (ours).
+    None: the full steps on every target, as in the paper."""
+    keep: Annotated[int, Field(ge=1)] = 3
+    """Targets that are climbed in full after the scouts."""
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> AutoPGD:
+        if self.targets is not None and self.reaches:
+            raise ValueError("with targets the attack chooses what to reach; leave out targeted and least-likely")
+        if self.scout is not None and self.targets is None:
+            raise ValueError("scout is for an attack that tries several targets; set targets as well, or leave it out")
+        return self
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Steps at which step sizes are judged (section 3.1): after 22 % of the steps, then at shorter distances."""
+        shares = [0.0, 0.22]
+        while shares[-1] < 1:
+            shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
+        return sorted({math.ceil(round(share * self.steps, 6)) for share in shares[1:] if share < 1})
+
+    @property
+    def _first(self) -> float:
+        if self.step is not None:
+            return self.step
+        return 1.0 if self.norm == "1" else 2.0
+
+    def _search(self, ascent: Ascent, x: torch.Tensor, y: torch.Tensor, seed: int, best: torch.Tensor) -> None:
+        record = Record.into(best)
+        if self.targets is None:
+            for restart in range(self.restarts):
+                self._climb(ascent, x, y, y, f"{restart}", seed, record)
+            return
+        with torch.no_grad():
+            logits = ascent.victim(x)
+        # An image that is wrong as it is needs no perturbation.
+        record.fallen.copy_(fallen(logits, y, ascent.ignore_index))
+        ascent = dataclasses.replace(ascent, loss=ascent.loss.model_copy(update={"targeted": True}))
+        counts = torch.ones_like(y, dtype=torch.bool) if ascent.ignore_index is None else y != ascent.ignore_index
+        own = y.where(counts, torch.zeros_like(y)).unsqueeze(1)
+        order = logits.scatter(1, own, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        order = order[:, : min(self.targets, logits.shape[1] - 1)]
+        for restart in range(self.restarts):
+            tried = order
+            if self.scout is not None:
+                brief = self.model_copy(update={"steps": self.scout})
+                reached = [
+                    brief._climb(ascent, x, target.where(counts, y), y, f"{restart}/scout/{rank}", seed, record)
+                    for rank, target in enumerate(order.unbind(1))
+                ]
+                nearest = torch.stack(reached, 1).argsort(dim=1, descending=True, stable=True)
+                chosen = nearest[:, : self.keep].reshape(len(x), -1, *[1] * (order.ndim - 2))
+                tried = order.gather(1, chosen.expand(-1, -1, *order.shape[2:]))
+            for rank, target in enumerate(tried.unbind(1)):
+                self._climb(ascent, x, target.where(counts, y), y, f"{restart}/{rank}", seed, record)
+
+    def _climb(
+        self,
+        ascent: Ascent,
+        x: torch.Tensor,
+        labels: torch.Tensor,
+        truth: torch.Tensor,
+        name: str,
+        seed: int,
+        record: Record,
+    ) -> torch.Tensor:
+        """Climb once, from a random start, on every image that stands; return the highest loss of each (N,)."""
+        # Drawn for the whole batch, so that what one image gets does not depend on the others' fate.
+        start = ascent.start(x, len(x), "uniform", 1.0, generator(seed, "start", name, device=x.device))
+        reached = x.new_full((len(x),), -torch.inf)
+        rows = (~record.fallen).nonzero().flatten() if self.early_stop else torch.arange(len(x), device=x.device)
+        if len(rows) == 0:
+            return reached
+        state = self._rise(ascent, rows, x[rows], labels[rows], truth[rows], start[rows], record)
+        reached[state.rows] = state.best_value
+        return reached
+
+    def _rise(
+        self,
+        ascent: Ascent,
+        rows: torch.Tensor,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        truth: torch.Tensor,
+        delta: torch.Tensor,
+        record: Record,
+    ) -> Climb:
+        """Climb from ``delta`` and return where those are that have not fallen."""
+        state, judged = self._begin(ascent, rows, images, labels, truth, delta, record), 0
+        for step in range(1, self.steps + 1):
+            if len(state.rows) == 0:
+                break
+            if step > 1 and step - 1 in self.checkpoints:
+                state, judged = state.judge(step - 1 - judged, self.rise), step - 1
+            state = self._step(ascent, state, step, record)
+        return state
+
+    def _begin(
+        self,
+        ascent: Ascent,
+        rows: torch.Tensor,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        truth: torch.Tensor,
+        delta: torch.Tensor,
+        record: Record,
+    ) -> Climb:
+        gradient, logits = ascent.look(delta, images, labels, truth=self._measure(truth), number=1)
+        warn_of_fallback(ascent.loss, logits.shape[1])
+        value = ascent.loss(logits, labels, ascent.ignore_index, self._measure(truth))
+        state = Climb(
+            rows=rows,
+            images=images,
+            labels=labels,
+            truth=truth,
+            delta=delta,
+            before=delta,
+            gradient=gradient,
+            value=value,
+            best=delta,
+            best_gradient=gradient,
+            best_value=value,
+            length=torch.full_like(value, self._first * self.eps),
+            rises=torch.zeros_like(value),
+            checked_value=value,
+            halved=torch.zeros_like(value, dtype=torch.bool),
+        )
+        return self._note(ascent, self._equip(state), logits, record)
+
+    def _equip(self, state: Climb) -> Climb:
+        """Add what a variant keeps of each image beside."""
+        return state
+
+    def _step(self, ascent: Ascent, now: Climb, step: int, record: Record) -> Climb:
+        delta = self._move(ascent, now)
+        if step > 1 and self.inertia < 1:
+            mixed = now.delta + self.inertia * (delta - now.delta) + (1 - self.inertia) * (now.delta - now.before)
+            delta = ascent.project(mixed, now.images)
+        truth = self._measure(now.truth)
+        if step == self.steps:  # nothing follows that would need a gradient
+            value, logits = ascent.values(delta, now.images, now.labels, truth=truth)
+            return self._note(ascent, now.arrive(delta, now.gradient, value), logits, record)
+        gradient, logits = ascent.look(delta, now.images, now.labels, truth=truth, number=step + 1)
+        value = ascent.loss(logits, now.labels, ascent.ignore_index, truth)
+        return self._note(ascent, now.arrive(delta, gradient, value), logits, record)
+
+    def _move(self, ascent: Ascent, now: Climb) -> torch.Tensor:
+        return ascent.move(now.delta, now.images, now.gradient, now.length.view(-1, 1, 1, 1))
+
+    def _note(self, ascent: Ascent, state: Climb, logits: torch.Tensor, record: Record) -> Climb:
+        down = fallen(logits, state.truth, ascent.ignore_index, targeted=self.reaches)
+        record.note(state.rows, state.delta, state.value, down)
+        return state.only(~down) if self.early_stop and bool(down.any()) else state
+
+    def _measure(self, truth: torch.Tensor) -> torch.Tensor | None:
+        """Return the true labels where a targeted loss is measured against them."""
+        return None if self.targets is None else truth
+
+
+@register("auto-pgd-targeted", source="Croce and Hein 2020, section 5", cost="as `auto-pgd`, per target")
+class TargetedAutoPGD(AutoPGD):
+    """APGD-T (Croce and Hein 2020, section 5): the targeted ratio, towards the nine likeliest wrong classes in turn."""
+
+    loss: LossName = "dlr"
+    targets: Annotated[int, Field(ge=1)] | None = 9
+
+
+_DENSER = 1.5
+"""A step moves the number of values that the best point changes over this (algorithm 1)."""
+_FEWER = 0.95
+"""The best point has become sparser where it changes less than this share of the values that it changed before."""
+_SHORTER = 1.5
+_SHORTEST = 10.0
+
+
+@register("l1-auto-pgd", source="Croce and Hein 2021", cost="as `auto-pgd`")
+class L1AutoPGD(AutoPGD):
+    """l1-APGD (Croce and Hein 2021, section 4, algorithm 1): adaptive sparsity and step size, exact projection.
+
+    A step moves a share of the values with the largest gradients equally, then the point is projected on ball and
+    box at once. Every 4 % of the steps the share becomes what the best point changes, over 1.5. Where the best point
+    has become sparser by 5 % the climb goes on from it with steps of full length; elsewhere steps are shortened by
+    1.5, down to a tenth. There is no momentum. ``radii`` is the paper's multi-eps form. Costs are Auto-PGD's, and
+    one forward more for each radius after the first.
+    """
+
+    norm: Norm = "1"
+    """The norm 1 alone."""
+    exact_box: bool = True
+    """Pass over values that the box stops, so that a sparse step is not spent on them (ours: where the largest
+    gradients point out of the box, the published form stands still). False: as published."""
+    inertia: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """1: no momentum, as in the authors' code."""
+    share: Annotated[Number, Field(gt=0, le=1)] | None = 0.2
+    """Share of the values that the first steps move: the paper's 0.2. None: as many as the start changes over 1.5,
+    which is what every stage after the first does."""
+    radii: tuple[Annotated[Number, Field(ge=1)], ...] = (3.0, 2.0, 1.0)
+    """Radii of the stages as multiples of eps; each stage goes on from the best point of the one before, projected on
+    its own ball. The last must be 1: only there does a perturbation count. (1,) is the single-eps form."""
+    portions: tuple[Annotated[Number, Field(gt=0)], ...] = (0.3, 0.3, 0.4)
+    """Share of the steps that each stage takes; the last takes what is left."""
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> L1AutoPGD:
+        if self.norm != "1":
+            raise ValueError(f"this attack is for norm '1', and the norm is {self.norm!r}; use AutoPGD for others")
+        if self.sparsity is not None:
+            raise ValueError("this attack adapts the sparsity of its steps; set share, where it begins, instead")
+        if not self.radii or self.radii[-1] != 1:
+            raise ValueError(f"radii {self.radii} must end with 1, the ball in which a perturbation counts")
+        if len(self.portions) < len(self.radii):
+            raise ValueError(f"{len(self.radii)} radii need as many portions, and there are {len(self.portions)}")
+        return self
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Steps at which sparsity and step sizes are chosen anew: every 4 % of them."""
+        return list(range(0, self.steps, max(1, math.floor(0.04 * self.steps + 1e-9))))[1:]
+
+    def _rise(
+        self,
+        ascent: Ascent,
+        rows: torch.Tensor,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        truth: torch.Tensor,
+        delta: torch.Tensor,
+        record: Record,
+    ) -> Climb:
+        left, share = self.steps, self.share
+        for radius, portion in zip(self.radii[:-1], self.portions, strict=False):
+            steps = min(round(portion * self.steps), left - 1)
+            if steps < 1:
+                continue
+            wide = self._stage(steps, radius, share)
+            # What is found outside the ball of eps is no result, and nothing has fallen there.
+            scratch = Record.into(torch.zeros_like(images))
+            place = torch.arange(len(rows), device=rows.device)
+            outer = dataclasses.replace(ascent, ball=wide.ball)
+            delta = outer.project(delta, images)
+            state = super(L1AutoPGD, wide)._rise(outer, place, images, labels, truth, delta, scratch)
+            delta, left, share = state.best, left - steps, None
+        last = self._stage(left, 1.0, share).model_copy(update={"early_stop": self.early_stop})
+        delta = ascent.project(delta, images)
+        return super(L1AutoPGD, last)._rise(ascent, rows, images, labels, truth, delta, record)
+
+    def _stage(self, steps: int, radius: float, share: float | None) -> L1AutoPGD:
+        return self.model_copy(update={"steps": steps, "eps": self.eps * radius, "early_stop": False, "share": share})
+
+    def _equip(self, state: Climb) -> Climb:
+        changed, size = _changed(state.delta), state.delta[0].numel()
+        moved = changed / _DENSER if self.share is None else torch.full_like(changed, self.share * size)
+        before = changed if self.share is None else torch.full_like(changed, size)
+        fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+        return SparseClimb(**fields, moved=moved, changed=before, longest=state.length)
+
+    def _move(self, ascent: Ascent, now: Climb) -> torch.Tensor:
+        assert isinstance(now, SparseClimb)
+        slope = now.gradient.flatten(1)
+        if self.exact_box:
+            room = torch.where(now.gradient > 0, 1 - now.images - now.delta, now.images + now.delta)
+            slope = slope.masked_fill(room.flatten(1) <= 0, 0)
+        size = slope.abs()
+        last = now.moved.long().clamp(1, size.shape[1]) - 1
+        least = size.sort(dim=1, descending=True).values.gather(1, last.unsqueeze(1))
+        signs = slope.sign() * (size >= least)
+        move = now.length.unsqueeze(1) * signs / signs.abs().sum(1, keepdim=True).clamp(min=1)
+        return ascent.project(now.delta + move.view_as(now.delta), now.images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseClimb(Climb):
+    """A climb whose steps move a number of values that is its own."""
+
+    moved: torch.Tensor
+    """Values that a step moves."""
+    changed: torch.Tensor
+    """Values that the best point changed at the last checkpoint."""
+    longest: torch.Tensor
+    """Step size at the start, pixel units."""
+
+    def judge(self, steps: int, rise: float) -> SparseClimb:
+        """Choose sparsity and step size anew (algorithm 1); neither argument plays a part."""
+        changed = _changed(self.best)
+        sparser = changed < _FEWER * self.changed
+        back = sparser.view(-1, 1, 1, 1)
+        shorter = (self.length / _SHORTER).maximum(self.longest / _SHORTEST)
+        return dataclasses.replace(
+            self,
+            delta=torch.where(back, self.best, self.delta),
+            before=torch.where(back, self.best, self.before),
+            gradient=torch.where(back, self.best_gradient, self.gradient),
+            value=torch.where(sparser, self.best_value, self.value),
+            length=torch.where(sparser, self.longest, shorter),
+            moved=changed / _DENSER,
+            changed=changed,
+        )
+
+
+def _changed(delta: torch.Tensor) -> torch.Tensor:
+    return (delta != 0).flatten(1).sum(1).to(delta.dtype)

@@ -1,0 +1,403 @@
+"""What makes examples transfer, each an option of its own: random resizing, a smoothed gradient, scaled copies."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator, model_validator
+
+from gambeson.attacks.losses import Loss, LossName
+from gambeson.attacks.solver import Ascent, NotFinite
+from gambeson.base import Config, Number, UserError, seeded
+from gambeson.base.checks import check_batch
+from gambeson.threat import Ball, Eps, Norm, perturb
+from gambeson.victim import Victim
+from gambeson.victim.averaged import Average, Source, drawn, opened
+
+
+class Diversity(Config):
+    """Diverse inputs, DI (Xie et al. 2019, section 3.2): with some probability, an image is resized and padded.
+
+    Every image has its own draw. The image is drawn on a canvas ``canvas`` times as large, at a size between its own
+    and the canvas's, at a random place. The paper's sizes for 299 pixels are [299, 330) on 330.
+    """
+
+    probability: Annotated[Number, Field(ge=0, le=1)] = 0.5
+    """That an image is changed; the paper's 0.5."""
+    canvas: Annotated[Number, Field(gt=1)] = 1.125
+    """Side of the canvas over the side of the image: 36 of 32 pixels (ours); 330 / 299 = 1.104 in the paper."""
+    fill: Annotated[Number, Field(ge=0, le=1)] = 0.5
+    """Value of the padding: 0.5 is the paper's, whose zero is the grey of its range [-1, 1]; many ports that changed
+    the range to [0, 1] pad with black."""
+    interpolation: Literal["bilinear", "nearest"] = "bilinear"
+    """Of the resizing; ``nearest`` is the paper's code, ``bilinear`` passes smoother gradients (ours)."""
+    resize_back: bool = True
+    """Bring the canvas back to the image's size, so that models of one input size can be attacked (ours). The paper
+    sends the canvas itself; an image that is not changed then fills the canvas, as a batch has one size."""
+
+    def draw(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Draw what happens to each image: (N, 4) numbers in [0, 1)."""
+        return torch.rand(len(images), 4, generator=generator, device=generator.device)
+
+    def view(self, images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        """Return the changed images, differentiable: two small matrix products an image.
+
+        Args:
+            images: (N, C, H, W).
+            drawn: rows of :meth:`draw` that belong to these images.
+        """
+        if self.probability == 0:
+            return images
+        changed = drawn[:, 3] < self.probability
+        size = drawn[:, 0].where(changed, torch.ones_like(drawn[:, 0]))
+        rows = self._matrix(images.shape[2], size, drawn[:, 1]).to(images.dtype)
+        columns = self._matrix(images.shape[3], size, drawn[:, 2]).to(images.dtype)
+        moved = torch.einsum("nih,nchw,njw->ncij", rows, images, columns)
+        covered = rows.sum(2).unsqueeze(2) * columns.sum(2).unsqueeze(1)
+        moved = moved + self.fill * (1 - covered).unsqueeze(1)
+        return torch.where(changed.view(-1, 1, 1, 1), moved, images) if self.resize_back else moved
+
+    def _matrix(self, side: int, size: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """Return (N, out, side): how each line of the result mixes the lines of the image."""
+        canvas = max(side + 1, round(self.canvas * side))
+        resized = side + (size * (canvas - side)).floor()
+        offset = (place * (canvas - resized + 1)).floor()
+        line = torch.arange(canvas, device=size.device) - offset.unsqueeze(1)  # of the resized image
+        inside = (line >= 0) & (line < resized.unsqueeze(1))
+        step = side / resized.unsqueeze(1)
+        source = torch.arange(side, device=size.device)
+        if self.interpolation == "nearest":
+            weights = (line * step).floor().unsqueeze(2) == source
+        else:
+            centre = ((line + 0.5) * step - 0.5).clamp(0, side - 1)
+            weights = (1 - (centre.unsqueeze(2) - source).abs()).clamp(min=0)
+        matrix = weights * inside.unsqueeze(2).float()
+        if not self.resize_back:
+            return matrix
+        centre = ((torch.arange(side, device=size.device) + 0.5) * canvas / side - 0.5).clamp(0, canvas - 1)
+        back = (1 - (centre.unsqueeze(1) - torch.arange(canvas, device=size.device)).abs()).clamp(min=0)
+        return back @ matrix
+
+
+class Smoothing(Config):
+    """Translation invariance, TI (Dong et al. 2019, section 3.3): the gradient is smoothed by a Gaussian.
+
+    That is, to first order, the mean gradient over shifted copies of the image.
+    """
+
+    size: Annotated[int, Field(ge=1)] = 5
+    """Side of the kernel in pixels, odd; 1 smooths nothing. The paper's 15 is for 299 pixels."""
+    sigma: Annotated[Number, Field(gt=0)] = 1.0
+    """Standard deviation in pixels (ours, for 32-pixel images). The paper's code lets the kernel span three standard
+    deviations to each side: sigma = (size - 1) / 6, that is 2.33 for 15, but 0.33 for 3, which smooths nothing."""
+
+    @field_validator("size")
+    @classmethod
+    def _odd(cls, size: int) -> int:
+        if size % 2 == 0:
+            raise ValueError("the kernel needs a middle; choose an odd size")
+        return size
+
+    def kernel(self) -> torch.Tensor:
+        """Return the kernel, (size, size), of sum 1."""
+        steps = torch.arange(self.size) - self.size // 2
+        line = torch.exp(-(steps / self.sigma).square() / 2)
+        return torch.outer(line, line) / line.sum().square()
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient (N, C, H, W) convolved with the kernel, each channel alone, zero outside."""
+        if self.size == 1:
+            return gradient
+        channels = gradient.shape[1]
+        kernel = self.kernel().to(gradient).expand(channels, 1, -1, -1)
+        return F.conv2d(gradient, kernel, padding=self.size // 2, groups=channels)
+
+
+class Scales(Config):
+    """Scale invariance, SI (Lin et al. 2020, section 3.3): the mean gradient over copies scaled by 1, 1/2, 1/4, ...
+
+    Costs one forward and one backward a copy.
+    """
+
+    copies: Annotated[int, Field(ge=1)] = 5
+    """Number of copies, the image itself included; the paper's 5."""
+    toward: Literal["black", "grey"] = "black"
+    """What an image shrinks to: ``black`` scales pixels of [0, 1], the paper's formula; ``grey`` scales pixels of
+    [-1, 1], the paper's code. The two are different attacks."""
+
+    def views(self) -> list[Callable[[torch.Tensor], torch.Tensor] | None]:
+        """Return what each copy does to images; None for the image itself."""
+        rest = 0.5 if self.toward == "grey" else 0.0
+        shrunk = [self._shrink(0.5**power, rest) for power in range(1, self.copies)]
+        return [None, *shrunk]
+
+    @staticmethod
+    def _shrink(scale: float, rest: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda images: rest + (images - rest) * scale
+
+
+_TINY = 1e-12
+View = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guide:
+    """The transfer options of an attack; with all of them off a step follows the gradient to the bit."""
+
+    ascent: Ascent
+    momentum: float = 0.0
+    nesterov: bool = False
+    diversity: Diversity | None = None
+    smoothing: Smoothing | None = None
+    scales: Scales | None = None
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether the logits of a look are those of the perturbed images themselves."""
+        return self.diversity is None and not self.nesterov
+
+    def draw(self, images: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
+        """Draw what one step needs at random: for all images, so that none depends on which others still stand."""
+        if self.diversity is None:
+            return []
+        copies = 1 if self.scales is None else self.scales.copies
+        return [self.diversity.draw(images, generator) for _ in range(copies)]
+
+    def look(
+        self,
+        delta: torch.Tensor,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        velocity: torch.Tensor,
+        length: float,
+        drawn: list[torch.Tensor],
+        number: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the direction, the new velocity, and the logits of the first forward.
+
+        Args:
+            delta: (N, C, H, W).
+            images: (N, C, H, W).
+            labels: (N,) or (N, H, W).
+            velocity: (N, C, H, W); at the first step zero, (N, 1, 1, 1).
+            length: of the step to come, in pixel units.
+            drawn: what :meth:`draw` returned, its rows chosen for these images.
+            number: of the step, counted from 1.
+        """
+        point = delta
+        if self.nesterov:  # kept in the box, where a clip would take the gradient of what lies beyond
+            ahead = delta + self.ascent.scaled(length) * self.momentum * velocity
+            point = torch.minimum(torch.maximum(ahead, -images), 1 - images)
+        views = self._views(drawn)
+        gradient, first = self.ascent.look(point, images, labels, view=views[0], number=number)
+        for view in views[1:]:
+            gradient = gradient + self.ascent.look(point, images, labels, view=view, number=number)[0]
+        if len(views) > 1:
+            gradient = gradient / len(views)
+        if self.smoothing is not None:
+            gradient = self.smoothing(gradient)
+        if self.momentum == 0:
+            return gradient, velocity, first
+        velocity = self.momentum * velocity + self._unit(gradient)
+        return velocity, velocity, first
+
+    def _views(self, drawn: list[torch.Tensor]) -> list[View | None]:
+        scaled: list[View | None] = [None] if self.scales is None else self.scales.views()
+        if self.diversity is None:
+            return scaled
+        diversity = self.diversity
+        return [_after(view, diversity, rows) for view, rows in zip(scaled, drawn, strict=True)]
+
+    def _unit(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient at the size that a look-ahead of one step needs."""
+        if self.ascent.ball.norm == "inf":
+            size = gradient.abs().mean(dim=(1, 2, 3), keepdim=True)
+        else:
+            size = self.ascent.ball.length(gradient).view(-1, 1, 1, 1)
+        return gradient / size.clamp(min=_TINY)
+
+
+def _after(view: View | None, diversity: Diversity, drawn: torch.Tensor) -> View:
+    return lambda images: diversity.view(images if view is None else view(images), drawn)
+
+
+LabelChoice = Literal["truth", "prediction", "least-likely"]
+"""Which label an attack works with: the one that is given; the model's own prediction on the clean image, which does
+not leak the truth into training (Tramer et al. 2018, section 4.1); or the class that the model finds least likely
+there, as a target to reach (Kurakin et al. 2017). The latter two cost one forward an image."""
+
+
+class GradientAttack(Config):
+    """Base of the gradient attacks with one perturbation an image.
+
+    Call it: ``attack(model, x, y)`` returns images of the shape, dtype and device of ``x``, inside the ball and
+    inside [0, 1]. Several restarts keep, for each image, a perturbation that succeeds, else the one with the
+    highest loss.
+    """
+
+    eps: Eps
+    """Radius in pixel units."""
+    norm: Norm = "inf"
+    """Norm of the ball and of the step."""
+    restarts: Annotated[int, Field(ge=1)] = 1
+    """Independent starts."""
+    targeted: bool = False
+    """Read the labels as targets to reach."""
+    label: LabelChoice = "truth"
+    """Which label to leave or to reach; ``least-likely`` is a target by itself."""
+    loss: LossName = "cross-entropy"
+    """What is climbed. ``dlr`` needs three classes, targeted four: on a model with fewer the margin is climbed, with
+    a warning (see :meth:`gambeson.attacks.Loss.used`)."""
+    average: Average = "logits"
+    """What is averaged where several models are attacked at once."""
+    exact_box: bool = True
+    """Norm 2: project on ball and box at once and let no step be lost on values that stand at the box (after Croce and
+    Hein 2021, who do so in the norm 1); False projects on the ball and then clips, the customary form, which wastes
+    radius where images are black or white. The norm 1 always does it, and in the norm inf the two are the same."""
+    sparsity: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Norm 1 only: the share of values that a step moves, each equally (SLIDE, Tramer and Boneh 2019, whose code
+    takes 0.01 for colour images); None moves value after value as far as the box lets it, the steepest step."""
+    draws: Annotated[int, Field(ge=1)] | None = None
+    """For a random model: fresh draws over which each gradient is averaged (expectation over transformation, Athalye
+    et al. 2018); every step then costs so many times as much, and no image is stopped at early, for falling in a few
+    draws is not falling. 1 follows a single draw. None: the model has to repeat itself, and one that does not is
+    refused."""
+    early_stop: bool = True
+    """Stop working on an image once it has fallen."""
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> GradientAttack:
+        if self.label == "prediction" and self.targeted:
+            raise ValueError("the model's own prediction is no target to reach; use label='least-likely' or 'truth'")
+        if self.sparsity is not None and self.norm != "1":
+            raise ValueError(f"sparsity is for norm '1', and the norm is {self.norm!r}; leave it out")
+        return self
+
+    @property
+    def ball(self) -> Ball:
+        """The ball of allowed perturbations."""
+        return Ball(eps=self.eps, norm=self.norm)
+
+    @property
+    def reaches(self) -> bool:
+        """Whether the attack has targets to reach, and not labels to leave."""
+        return self.targeted or self.label == "least-likely"
+
+    def __call__(
+        self,
+        model: Source,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        *,
+        seed: int = 0,
+        ignore_index: int | None = None,
+    ) -> torch.Tensor:
+        """Attack a batch.
+
+        Args:
+            model: any module from pixels to logits, a :class:`Victim` already entered, or a list of source models.
+            x: (N, C, H, W) in [0, 1].
+            y: (N,) or (N, H, W) labels, or targets where ``targeted``.
+            seed: of every random draw.
+            ignore_index: label that counts nowhere.
+
+        Raises:
+            UserError: images outside [0, 1], or a model and images that do not fit.
+            NotFinite: a gradient is NaN or infinite; its ``found`` holds the images found until then.
+        """
+        images = check_batch(x, y)
+        if len(images) == 0:
+            return images.clone()
+        with opened(model, self.average) as given, seeded(seed, "noise"):
+            victim = drawn(given, images.float(), self.draws)
+            return self.perturb_batch(victim, images, y, seed=seed, ignore_index=ignore_index)
+
+    def perturb_batch(
+        self,
+        victim: Victim,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        seed: int = 0,
+        ignore_index: int | None = None,
+        sizes: torch.Tensor | None = None,
+        place: tuple[int, int] = (0, 1),
+    ) -> torch.Tensor:
+        """Attack a batch without looking at model and images first: what training does step after step.
+
+        A random model is followed as it answers, and torch's global generators are left to it.
+
+        Args:
+            victim: entered; it is climbed as it is.
+            images: (N, C, H, W) in [0, 1].
+            labels: (N,) or (N, H, W) labels, or targets where ``targeted``.
+            seed: of every random draw.
+            ignore_index: label that counts nowhere.
+            sizes: (N, 1, 1, 1), the radius of each image's ball as a share of eps, to which its start and its steps
+                shrink too; for attacks of :class:`gambeson.attacks.PGD` without restarts and early stop.
+            place: the number of this process and of how many; see :class:`gambeson.attacks.solver.Ascent`.
+
+        Raises:
+            UserError: the attack cannot follow ``sizes``.
+            NotFinite: a gradient is NaN or infinite; its ``found`` holds the images found until then.
+        """
+        if sizes is not None and not self._follows_sizes:
+            raise UserError(
+                f"{type(self).__name__} was given a radius for each image: expected a PGD attack with restarts=1 and "
+                "early_stop=False; give one eps for all images"
+            )
+        pixels = images.float()
+        goals = self._labels(victim, pixels, labels, ignore_index)
+        best = torch.zeros_like(pixels)
+        patient = self if self.draws is None else self.model_copy(update={"early_stop": False})
+        ascent = replace(self._ascent(victim, ignore_index), sizes=sizes, place=place)
+        try:
+            patient._search(ascent, pixels, goals, seed, best)
+        except NotFinite as error:
+            error.found = perturb(images, best.to(images.dtype))
+            raise
+        return perturb(images, best.to(images.dtype)).detach()
+
+    @property
+    def _follows_sizes(self) -> bool:
+        return False
+
+    def _search(self, ascent: Ascent, x: torch.Tensor, y: torch.Tensor, seed: int, best: torch.Tensor) -> None:
+        """Write the best perturbation of each image into ``best`` (N, C, H, W), which is zero."""
+        raise NotImplementedError
+
+    def _ascent(self, victim: Victim, ignore_index: int | None) -> Ascent:
+        return Ascent(
+            victim=victim,
+            ball=self.ball,
+            loss=Loss(kind=self.loss, targeted=self.reaches),
+            per_image=True,
+            ignore_index=ignore_index,
+            exact_box=self.exact_box,
+            sparsity=self.sparsity,
+        )
+
+    def _labels(
+        self, victim: Victim, images: torch.Tensor, labels: torch.Tensor, ignore_index: int | None
+    ) -> torch.Tensor:
+        if self.label == "truth":
+            return labels
+        with torch.no_grad():
+            logits = victim(images)
+        chosen = logits.argmax(1) if self.label == "prediction" else logits.argmin(1)
+        return chosen if ignore_index is None else chosen.where(labels != ignore_index, labels)
+
+
+def warn_of_fallback(loss: Loss, classes: int) -> None:
+    """Warn where a loss cannot be climbed on a model with this many classes and another takes its place."""
+    if loss.used(classes) != loss.kind:
+        warnings.warn(
+            f"loss {loss.kind!r} needs more classes than the {classes} of this model: "
+            f"the {loss.used(classes)} is climbed in its place",
+            stacklevel=2,
+        )

@@ -1,0 +1,203 @@
+"""Gradient attacks with one perturbation an image: FGSM, R+FGSM, I-FGSM and PGD, as settings of one loop."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from gambeson.attacks.gradient.auto_pgd import Record
+from gambeson.attacks.gradient.base import (
+    Diversity,
+    GradientAttack,
+    Guide,
+    LabelChoice,
+    Scales,
+    Smoothing,
+    warn_of_fallback,
+)
+from gambeson.attacks.losses import fallen
+from gambeson.attacks.registry import register
+from gambeson.attacks.solver import Ascent, cosine
+from gambeson.base import Number, generator
+
+Start = Literal["zero", "uniform", "sign"]
+
+
+@register("pgd", source="Madry et al. 2018", cost="steps / steps, per restart")
+class PGD(GradientAttack):
+    """Projected gradient descent (Madry et al. 2018, section 2.1; Kurakin et al. 2017 with ``start="zero"``).
+
+    The length of a step and the number of restarts are not fixed by the paper; they are ours. Costs, an image and
+    restart: ``steps`` forwards and backwards, one forward more where several restarts are compared, one more a step
+    where an early stop needs to see what ``nesterov`` or ``diversity`` hide, and ``scales.copies`` times as much of
+    a step with ``scales``.
+
+    The options of transfer attacks are independent of each other and off by default; their customary sets have
+    names in :mod:`gambeson.attacks.gradient.transfer`.
+    """
+
+    steps: Annotated[int, Field(ge=1)] = 20
+    """Gradient steps a restart."""
+    step: Annotated[Number, Field(gt=0)] | None = None
+    """Length of a step as a share of eps; 4 / steps where it is not given. The customary 2.5 / steps stops one to
+    three per cent short of the optimum of a linear model in the Euclidean ball; 4 / steps, a tenth of one."""
+    final_step: Annotated[Number, Field(gt=0)] | None = None
+    """Length of the last step as a share of eps; the lengths between follow a cosine. None: every step has the same
+    length, but for the norm 1, whose steps end at a hundredth of the first: long ones swing about the optimum."""
+    start: Start = "uniform"
+    """Where a restart begins; ``zero`` makes every restart but the first pointless unless steps are random."""
+    start_size: Annotated[Number, Field(ge=0, le=1)] = 1.0
+    """Radius of the random start as a share of eps."""
+    momentum: Annotated[Number, Field(ge=0)] = 0.0
+    """Share of the velocity that a step keeps (MI, Dong et al. 2018, section 3.1: 1.0). Gradients are added at mean
+    absolute value 1; the paper writes the 1-norm, whose steps are the same."""
+    nesterov: bool = False
+    """Look at the gradient one step of velocity ahead (NI, Lin et al. 2020, section 3.2); needs momentum."""
+    diversity: Diversity | None = None
+    """Random resizing of what the model sees (DI)."""
+    smoothing: Smoothing | None = None
+    """Smoothing of the gradient (TI), before momentum."""
+    scales: Scales | None = None
+    """Gradients of scaled copies (SI)."""
+
+    @property
+    def lengths(self) -> list[float]:
+        """Length of each step in pixel units; the last is reached by a cosine where it differs from the first."""
+        first, last = self._first, self._last
+        if first == last or self.steps == 1:
+            return [first * self.eps] * self.steps
+        return [self.eps * share for share in cosine(self.steps, first, last)]
+
+    @property
+    def _follows_sizes(self) -> bool:
+        return self.restarts == 1 and not self.early_stop
+
+    @property
+    def _first(self) -> float:
+        return 4 / self.steps if self.step is None else self.step
+
+    @property
+    def _last(self) -> float:
+        if self.final_step is not None:
+            return self.final_step
+        return self._first / 100 if self.norm == "1" else self._first
+
+    def _search(self, ascent: Ascent, x: torch.Tensor, y: torch.Tensor, seed: int, best: torch.Tensor) -> None:
+        guide = Guide(
+            ascent=ascent,
+            momentum=self.momentum,
+            nesterov=self.nesterov and self.momentum > 0,
+            diversity=self.diversity,
+            smoothing=self.smoothing,
+            scales=self.scales,
+        )
+        record = Record.into(best)
+        for restart in range(self.restarts):
+            standing = (~record.fallen).nonzero().flatten()
+            if len(standing) == 0:
+                break
+            draw = generator(seed, "start", restart, device=x.device)
+            views = generator(seed, "views", restart, device=x.device)
+            # Drawn for the whole batch, so that what one image gets does not depend on the others' fate.
+            delta = ascent.start(x, len(x), self.start, self.start_size, draw)
+            rows, images, labels = standing, x, y
+            if len(standing) < len(x):  # otherwise the batch itself: a copy would be one more in memory
+                delta, images, labels = delta[standing], x[standing], y[standing]
+            velocity = torch.zeros_like(delta[:, :1, :1, :1])
+            for number, length in enumerate(self.lengths, 1):
+                drawn = [numbers[rows] for numbers in guide.draw(x, views)]
+                direction, velocity, logits = guide.look(delta, images, labels, velocity, length, drawn, number)
+                if restart == 0 and number == 1:
+                    warn_of_fallback(ascent.loss, logits.shape[1])
+                if self.early_stop:
+                    if not guide.sees_images:
+                        _, logits = ascent.values(delta, images, labels)
+                    down = fallen(logits, labels, ascent.ignore_index, targeted=self.reaches)
+                    if bool(down.any()):
+                        best[rows[down]], record.fallen[rows[down]] = delta[down], True
+                        kept = (rows, images, labels, delta, direction, velocity)
+                        rows, images, labels, delta, direction, velocity = (t[~down] for t in kept)
+                    if len(rows) == 0:
+                        break
+                delta = ascent.move(delta, images, direction, length)
+                del direction  # not kept through the next forward
+            if self.restarts == 1:
+                best[rows] = delta
+                break
+            if len(rows):
+                value, logits = ascent.values(delta, images, labels)
+                down = fallen(logits, labels, ascent.ignore_index, targeted=self.reaches)
+                record.note(rows, delta, value, down)
+
+
+@register("fgsm", source="Goodfellow et al. 2015", cost="1 / 1")
+class FGSM(PGD):
+    """Fast gradient sign method (Goodfellow et al. 2015): one step of length eps from the image itself."""
+
+    steps: Literal[1] = 1
+    step: Annotated[Number, Field(gt=0)] | None = 1.0
+    start: Start = "zero"
+    early_stop: bool = False
+
+
+@register("r-fgsm", source="Tramèr et al. 2018, section 3.4", cost="1 / 1")
+class RFGSM(PGD):
+    """R+FGSM (Tramèr et al. 2018, section 3.4): a random-sign step of alpha, then a gradient step of eps - alpha.
+
+    ``start_size`` is alpha / eps: 0.5 in the paper's ImageNet experiments; its MNIST code uses 0.05 at eps 0.3.
+    """
+
+    steps: Literal[1] = 1
+    start: Start = "sign"
+    start_size: Annotated[Number, Field(ge=0, le=1)] = 0.5
+    early_stop: bool = False
+
+    @property
+    def _first(self) -> float:
+        # What the random start has left of eps.
+        return 1 - self.start_size if self.step is None else self.step
+
+
+@register("i-fgsm", source="Kurakin et al. 2017", cost="steps / steps")
+class IFGSM(PGD):
+    """Iterative FGSM, also called BIM (Kurakin et al. 2017): steps of eps / steps from the image itself."""
+
+    steps: Annotated[int, Field(ge=1)] = 10
+    """The 10 are those of transfer papers; Tramèr et al. 2018 allow any step of eps / steps or more."""
+    start: Start = "zero"
+    early_stop: bool = False
+
+    @property
+    def _first(self) -> float:
+        return 1 / self.steps if self.step is None else self.step
+
+    @property
+    def _last(self) -> float:
+        return self._first if self.final_step is None else self.final_step
+
+
+@register("step-ll", source="Kurakin et al. 2017", cost="2 / 1")
+class StepLL(FGSM):
+    """Step-LL: one step of length eps down the cross-entropy of the least likely class."""
+
+    label: LabelChoice = "least-likely"
+
+
+@register("r-step-ll", source="Tramèr et al. 2018, section 3.4", cost="2 / 1")
+class RStepLL(RFGSM):
+    """R+Step-LL (Tramèr et al. 2018, section 3.4): a random-sign step of alpha, then Step-LL with eps - alpha.
+
+    The class is that of the clean image, not of the random start, as in the paper's ImageNet code; the label
+    smoothing and auxiliary head of that code are left out.
+    """
+
+    label: LabelChoice = "least-likely"
+
+
+@register("iter-ll", source="Kurakin et al. 2017", cost="steps + 1 / steps")
+class IterLL(IFGSM):
+    """Iter-LL: steps of eps / steps down the cross-entropy of the least likely class."""
+
+    label: LabelChoice = "least-likely"

@@ -1,0 +1,1 @@
+"""Attacks per image that look for the smallest perturbation."""

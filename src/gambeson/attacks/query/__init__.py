@@ -1,0 +1,1 @@
+"""Attacks per image that only ask the model for its scores, within a budget of queries."""

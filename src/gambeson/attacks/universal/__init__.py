@@ -1,0 +1,1 @@
+"""Attacks that craft one perturbation for all images; a file per method."""

@@ -1,0 +1,361 @@
+"""One crafting of a universal perturbation at work: its models, batches, starts and rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from gambeson.attacks.losses import Loss
+from gambeson.attacks.registry import ATTACKS
+from gambeson.attacks.solver import Ascent
+from gambeson.attacks.universal.perturbation import Provenance, Status, UniversalPerturbation
+from gambeson.base import Config, UserError, derive, generator, seeded
+from gambeson.data import Split, as_dataset, held_out
+from gambeson.models import fingerprint
+from gambeson.threat import Ball, BoxGradient, Eps, Norm
+from gambeson.victim import Victim, predict, score
+from gambeson.victim.averaged import EOT_SAMPLES, Ensemble, Source, entered
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One outcome that validation judges."""
+
+    start: str
+    """Where it comes from."""
+    delta: torch.Tensor
+    """(1, C, H, W), inside the ball."""
+    rate: float | None = None
+    """Its rate on validation, where the search has taken it already."""
+    reached: bool = True
+    """Whether the attack's own stopping rule was met."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workshop:
+    """The models, images and ball of one crafting."""
+
+    victims: list[Victim]
+    train: Split
+    """What is crafted on, on the models' device."""
+    validation: Split
+    ball: Ball
+    seed: int
+    target: int | None = None
+    predicted_labels: bool = False
+    box_gradient: BoxGradient = "exact"
+    eot_samples: int | None = None
+    """See :attr:`gambeson.attacks.UniversalAttack.eot_samples`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.victims[0].device
+
+    @property
+    def victim(self) -> Victim:
+        """The one model, or the ensemble of several, whose losses are averaged."""
+        return self.victims[0] if len(self.victims) == 1 else self._together
+
+    @cached_property
+    def climbed(self) -> Victim:
+        """What a loss is climbed on: :attr:`victim`, or several fresh draws of each random model."""
+        drawn = [victim for victim in self.victims for _ in range(self._draws(victim))]
+        return self.victim if len(drawn) == len(self.victims) else Ensemble(drawn, "losses")
+
+    def _draws(self, victim: Victim) -> int:
+        look = victim.look
+        if look is None or not look.stochastic:
+            return 1
+        # Where each image has a draw of its own, the mean gradient of a batch is over images and draws already.
+        return self.eot_samples or (EOT_SAMPLES if look.shared else 1)
+
+    @cached_property
+    def _together(self) -> Ensemble:
+        return Ensemble(self.victims, "losses")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(1, C, H, W) of the perturbation."""
+        return (1, *self.train.shape)
+
+    def start(self, kind: str, restart: int, rows: int = 1) -> torch.Tensor:
+        """Return ``rows`` starting points: ``zero``, or random ``sign``s on the ball's surface."""
+        shape = (rows, *self.train.shape)
+        if kind == "zero":
+            return torch.zeros(shape, device=self.device)
+        return self.ball.signs(shape, generator(self.seed, "start", restart, device=self.device))
+
+    def starts(self, restarts: int, given: torch.Tensor | None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the customary starts: zero, then random signs, then the one that was given."""
+        for restart in range(restarts):
+            kind = "sign" if restart else "zero"
+            yield kind, self.start(kind, restart)
+        if given is not None:
+            yield "warm", given
+
+    def stream(self, batch_size: int, restart: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (images, true labels) in whole epochs of a new order each, for as long as they are asked for.
+
+        Images without a label that counts are left out, so that every mean over a batch is over those that have one.
+
+        Raises:
+            UserError: no image has a label that counts.
+        """
+        size, epoch = min(batch_size, len(self.train)), 0
+        seed = derive(self.seed, "batches", restart)
+        while True:
+            shuffle, none = generator(seed, "epoch", epoch), True
+            for images, labels in self.train.batches(size, device=self.device, generator=shuffle, drop_last=True):
+                counts = self._counts(labels)
+                if counts is not None:
+                    rows = counts.flatten(1).any(1) if labels.ndim > 1 else counts
+                    images, labels = images[rows], labels[rows]
+                if len(images):
+                    none = False
+                    yield images, labels
+            if none:
+                raise UserError(
+                    f"no image of {self.train.name} has a label that counts (all are the ignore index "
+                    f"{self.train.ignore_index}): give labels, or images alone"
+                )
+            epoch += 1
+
+    def _counts(self, labels: torch.Tensor) -> torch.Tensor | None:
+        """Which labels count; None where all do."""
+        ignored = self.train.ignore_index
+        return None if ignored is None else labels != ignored
+
+    def goals(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the labels to leave, or the targets to reach; the ignore index where the true label is."""
+        if self.target is not None:
+            goals = torch.full_like(labels, self.target)
+        elif not self.predicted_labels:
+            return labels
+        else:
+            with torch.no_grad():
+                each = self.climbed.each(images) if isinstance(self.climbed, Ensemble) else [self.victim(images)]
+                goals = torch.stack(list(each)).mean(0).argmax(1)
+        counts = self._counts(labels)
+        return goals if counts is None else labels.where(~counts, goals)
+
+    def ascent(self, loss: Loss) -> Ascent:
+        """Return the solver that climbs ``loss``, averaged over the models, from this ball."""
+        return Ascent(
+            victim=self.climbed,
+            ball=self.ball,
+            loss=loss,
+            box_gradient=self.box_gradient,
+            ignore_index=self.train.ignore_index,
+        )
+
+    def rate(self, delta: torch.Tensor, split: Split | None = None) -> float:
+        """Return the mean over the models of the error (or, targeted, of the share that says the target).
+
+        Args:
+            delta: (1, C, H, W).
+            split: the images; validation where none are given.
+        """
+        split = self.validation if split is None else split
+        rates = []
+        for victim in self.victims:
+            predictions = predict(victim, split, delta, seed=self.seed)
+            if self.target is None:
+                rates.append(score(predictions, split).error)
+            else:
+                hits = predictions == self.target
+                counts = self._counts(split.labels.cpu())
+                rates.append(float((hits if counts is None else hits[counts]).float().mean()))
+        return sum(rates) / len(rates)
+
+    def few(self, images: int) -> Split:
+        """Return a random part of the training images, the same for every call."""
+        train, ignored = self.train, self.train.ignore_index
+        if ignored is not None and train.labels.ndim == 1:
+            train = train.subset(train.labels != ignored, train.name)
+        return train.sample(images, seed=self.seed)
+
+
+def splits_of(victim: Victim, data: object) -> tuple[Split, Split, int]:
+    """Return train, validation and the number of classes of whatever a user has; test is not touched.
+
+    Images alone (N, C, H, W) get the victim's predictions as labels; a fixed fifth of them is validation.
+    """
+    if not (isinstance(data, torch.Tensor | np.ndarray) and data.ndim == 4):
+        dataset = as_dataset(data)
+        return dataset.train, dataset.validation, dataset.num_classes
+    images = torch.as_tensor(data)
+    if len(images) < 2:
+        raise UserError(f"{len(images)} images without labels came: expected 2 or more")
+    bare = Split("images", images, torch.zeros(len(images), dtype=torch.int64), ("unknown",))
+    labels = predict(victim, bare).to(images.device)
+    with torch.no_grad():
+        classes = victim(bare.take(slice(0, 1), victim.device)[0]).shape[1]
+    whole = Split("images", images, labels, tuple(str(k) for k in range(classes)))
+    held = whole.sample_indices(max(1, len(images) // 5))
+    rest = torch.ones(len(images), dtype=torch.bool)
+    rest[held] = False
+    return whole.subset(rest, "images/train"), whole.subset(held, "images/validation"), classes
+
+
+WEAK = 0.05
+"""A perturbation whose norm stays below this share of eps has not used its budget."""
+
+
+class UniversalAttack(Config):
+    """Base of the universal attacks: crafted on train, chosen on validation, never looking at test."""
+
+    name: ClassVar[str] = "universal"
+    """What provenance calls the attack. A class of your own need not set it: the name under which it is registered, or
+    ``FILE.py:CLASS``, is taken, by which it is found again."""
+    looks_at_train: ClassVar[bool] = True
+    """Whether it sees training images at all."""
+
+    eps: Eps
+    """Radius in pixel units."""
+    norm: Norm = "inf"
+    """Norm of the ball."""
+    eot_samples: Annotated[int, Field(ge=1)] | None = None
+    """Fresh draws of a random model that the gradient of a loss is averaged over at every step (expectation over
+    transformation, Athalye et al. 2018), each a forward and a backward. None (the default is ours): one where the
+    model draws for each image by itself, since the mean over a batch is one over draws then, and
+    :data:`gambeson.victim.averaged.EOT_SAMPLES` where all images of a batch share a draw. Attacks without a loss
+    (DeepFool-UAP, singular vectors, data-free, procedural) take a draw each time."""
+
+    @property
+    def ball(self) -> Ball:
+        """The ball of allowed perturbations."""
+        return Ball(eps=self.eps, norm=self.norm)
+
+    @property
+    def sees_train(self) -> bool:
+        """Whether training images are looked at: a perturbation is never scored on the images it was made from."""
+        return True
+
+    def craft(
+        self, model: Source, data: object, *, seed: int = 0, start: torch.Tensor | None = None
+    ) -> UniversalPerturbation:
+        """Craft a universal perturbation.
+
+        Args:
+            model: any module from pixels to logits, a :class:`Victim` already entered, or a list of them: the
+                losses of several are averaged, and so are the rates that choose.
+            data: a ``Dataset``; a split or an (images, labels) pair, which are split by a fixed rule; or images
+                (N, C, H, W) alone, which get the (first) model's own predictions as labels.
+            seed: of every draw. The rates that choose are decided by votes where a model is random, as everywhere.
+            start: (1, C, H, W), a perturbation to start one more restart from, scaled to the ball. An attack that
+                cannot start from one takes it as one more candidate.
+
+        Raises:
+            UserError: no such target class, or data and model that do not fit.
+        """
+        with entered(model) as victims, seeded(seed, "noise"):
+            spent = tally(victims)
+            work = self._prepare(victims, data, seed)
+            given = None if start is None else self._scaled(start.to(work.device), work)
+            candidates = list(self._search(work, given))
+            rates = [work.rate(one.delta) if one.rate is None else one.rate for one in candidates]
+            best = max(range(len(rates)), key=rates.__getitem__)
+            delta = candidates[best].delta.cpu()
+            names = [one.start for one in candidates]
+            restarts = list(zip(names, rates, strict=True))
+            about = self._about(work, spent(), restarts, self._status(delta, candidates[best]))
+        return UniversalPerturbation(delta, about, self._seen(work))
+
+    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
+        """Make candidates (1, C, H, W) inside the ball; ``start`` is already scaled to it."""
+        raise NotImplementedError
+
+    def _prepare(self, victims: list[Victim], data: object, seed: int) -> Workshop:
+        settings = self.plain()
+        train, validation, classes = splits_of(victims[0], data)
+        if self.sees_train:
+            validation = held_out(
+                validation,
+                train.image_hashes,
+                f"images to craft on ({train.name})",
+                "choose among the restarts on other images than are crafted on",
+            )
+        for victim in victims:
+            victim.meet(train.take(slice(0, 8), victim.device)[0])
+        target: int | None = settings.get("target")
+        if target is not None and target >= classes:
+            raise UserError(f"target {target} is not a class: expected 0 to {classes - 1}")
+        return Workshop(
+            victims=victims,
+            train=train.to(victims[0].device),
+            validation=validation,
+            ball=self.ball,
+            seed=seed,
+            target=target,
+            predicted_labels=settings.get("labels") == "prediction",
+            box_gradient=settings.get("box_gradient", "exact"),
+            eot_samples=self.eot_samples,
+        )
+
+    def _seen(self, work: Workshop) -> torch.Tensor | None:
+        """Hashes of the images that are crafted on; none where no image is looked at."""
+        return work.train.image_hashes if self.sees_train else None
+
+    def _scaled(self, start: torch.Tensor, work: Workshop) -> torch.Tensor:
+        if start.ndim != 4 or tuple(start.shape[1:]) != tuple(work.train.shape):
+            raise UserError(
+                f"start has shape {tuple(start.shape)}: expected (1, {', '.join(map(str, work.train.shape))})"
+            )
+        return self.ball.fill(start) if bool(start.any()) else start
+
+    def _about(
+        self,
+        work: Workshop,
+        spent: tuple[int, int],
+        restarts: list[tuple[str, float]],
+        status: Status,
+        source_class: int | None = None,
+    ) -> Provenance:
+        return Provenance(
+            attack=vars(type(self)).get("name") or ATTACKS.name_of(type(self)),
+            settings=self.plain(),
+            eps=self.eps,
+            norm=self.norm,
+            seed=work.seed,
+            model="+".join(fingerprint(victim.model) for victim in work.victims),
+            crafted_on=work.train.fingerprint if self.sees_train else "no images",
+            crafted_split=work.train.name if self.sees_train else "no images",
+            chosen_on=work.validation.name,
+            restarts=restarts,
+            status=status,
+            forwards=spent[0],
+            backwards=spent[1],
+            source_class=source_class,
+        )
+
+    def _status(self, delta: torch.Tensor, chosen: Candidate) -> Status:
+        length = float(self.ball.length(delta))
+        if self.eps > 0 and length < WEAK * self.eps:
+            return "weak" if length > 0 else "zero"
+        return "done" if chosen.reached else "target not reached"
+
+
+LabelSource = Literal["truth", "prediction"]
+"""Which labels an untargeted attack leaves: the true ones, or the model's clean predictions (the papers of the
+fooling rate; needs no labels and one more forward an image). With several models, those of their mean logits."""
+
+
+def tally(victims: list[Victim]) -> Callable[[], tuple[int, int]]:
+    """Return a function that says what the victims have spent since: forwards and backwards, in images.
+
+    A victim that is listed twice is counted once.
+    """
+    unique = list({id(victim): victim for victim in victims}.values())
+
+    def now() -> tuple[int, int]:
+        return sum(victim.forwards for victim in unique), sum(victim.backwards for victim in unique)
+
+    before = now()
+    return lambda: (now()[0] - before[0], now()[1] - before[1])

@@ -1,0 +1,124 @@
+"""Data-free universal perturbations: excite every layer, without a single image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from gambeson.attacks.registry import register
+from gambeson.attacks.solver import Adam, slope
+from gambeson.attacks.universal.base import Candidate, UniversalAttack, Workshop
+from gambeson.attacks.universal.layers import activations, layer_names
+from gambeson.base import Number, generator
+from gambeson.threat import perturb
+
+GREY = 0.5
+"""The network's input without an image: the middle of the range, as a mean-subtracted net's zero is."""
+SPREAD = 0.5 / 3.29
+"""Deviation of the range prior: 99.9 % of a Gaussian around grey then lie in [0, 1]."""
+
+
+@register("data-free", source="Mopuri et al. 2018 (GD-UAP), 2017 (FFF)", cost="steps x 32")
+class DataFree(UniversalAttack):
+    """GD-UAP (Mopuri et al., arXiv 1801.08092) and FFF (arXiv 1707.05572): maximise the activations of all layers.
+
+    Adam climbs sum_l log(||a_l(prior + delta)||^2 / 2), or for FFF sum_l log mean |a_l|. Where more than half of delta
+    is saturated and that share has stopped changing, delta is halved, which lets the climb go on. Every
+    ``check_every`` steps the rate on validation is taken, and the best delta is kept; the papers do the same with a
+    substitute data set. No training image is used but with ``prior="data"``, and no label while crafting.
+
+    Cost: a forward and a backward of ``batch_size`` images a step (of one where the prior is ``none``), and a forward
+    of validation a check. The paper's rate 0.1 at eps 10 of 255 is ``step`` = 0.01 of eps. Steps, check interval and
+    patience are ours: the paper has 40,000, 400 and 10.
+    """
+
+    name: ClassVar[str] = "data-free"
+
+    prior: Literal["none", "range", "data"] = "range"
+    """What delta is added to: mid-grey, Gaussian noise around it, or training images."""
+    objective: Literal["gd-uap", "fff"] = "gd-uap"
+    """Which activations: energies (GD-UAP) or mean magnitudes (FFF, whose prior is ``none``)."""
+    layers: tuple[str, ...] = ()
+    """Names of modules, as in ``model.named_modules()``; empty: all convolutions."""
+    steps: Annotated[int, Field(ge=1)] = 1000
+    """Adam steps at most."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Samples of the prior a step."""
+    step: Annotated[Number, Field(gt=0)] = 0.01
+    """Adam's learning rate as a share of eps."""
+    check_every: Annotated[int, Field(ge=1)] = 50
+    """Steps between looks at validation."""
+    patience: Annotated[int, Field(ge=1)] = 10
+    """Looks without a gain after which it stops."""
+    saturated: Annotated[Number, Field(gt=0, le=1)] = 0.5
+    """Share of delta at the ball's edge from which on delta may be halved."""
+    settled: Annotated[Number, Field(ge=0)] = 1e-5
+    """Change of that share in one step below which it counts as settled."""
+    rescale: bool = True
+    """Halve a saturated delta (GD-UAP); it is what the climb goes on from, not what is handed back."""
+
+    @property
+    def sees_train(self) -> bool:
+        """Only with ``prior="data"``."""
+        return self.prior == "data"
+
+    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
+        delta = work.ball.uniform(work.shape, generator(work.seed, "start", 0, device=work.device))
+        if start is not None:
+            yield Candidate(start="given", delta=start)
+        yield from self._climb(work, delta if start is None else start)
+
+    def _climb(self, work: Workshop, delta: torch.Tensor) -> Iterator[Candidate]:
+        layers = [list(self.layers) or layer_names(victim.model, convolutions=True) for victim in work.victims]
+        adam, samples = Adam.like(delta), self._samples(work)
+        best, stale, share = -1.0, 0, 0.0
+        for k in range(1, self.steps + 1):
+            images = next(samples)
+            with torch.enable_grad():
+                point = delta.detach().requires_grad_()
+                moved = perturb(images, point, "straight-through")
+                values = [
+                    self._excitement(activations(victim, moved, names))
+                    for victim, names in zip(work.victims, layers, strict=True)
+                ]
+                gradient = slope(work.victim, torch.stack(values).mean(), point, len(images))
+            delta = work.ball.project(delta + self.step * self.eps * adam.direction(gradient))
+            before, share = share, self._saturation(work, delta)
+            halve = self.rescale and share > self.saturated and abs(share - before) < self.settled
+            if halve or k % self.check_every == 0 or k == self.steps:
+                rate = work.rate(delta)
+                stale = 0 if rate > best else stale + 1
+                best = max(best, rate)
+                yield Candidate(start=f"step {k}", delta=delta, rate=rate)
+                if stale >= self.patience:
+                    return
+            if halve:
+                delta, share = delta / 2, 0.0
+
+    def _samples(self, work: Workshop) -> Iterator[torch.Tensor]:
+        if self.prior == "data":
+            for images, _ in work.stream(self.batch_size, 0):
+                yield images
+        grey = torch.full(work.shape, GREY, device=work.device)
+        draw = generator(work.seed, "prior", device=work.device)
+        while True:
+            if self.prior == "none":
+                yield grey
+            else:
+                noise = torch.randn((self.batch_size, *work.shape[1:]), generator=draw, device=work.device)
+                yield (grey + SPREAD * noise).clamp(0, 1)
+
+    def _excitement(self, answers: list[torch.Tensor]) -> torch.Tensor:
+        if self.objective == "fff":
+            parts = [answer.abs().mean() for answer in answers]
+        else:
+            parts = [answer.square().sum() / 2 for answer in answers]
+        return torch.stack([part.clamp(min=1e-30).log() for part in parts]).sum()
+
+    def _saturation(self, work: Workshop, delta: torch.Tensor) -> float:
+        if self.norm != "inf":
+            return float(work.ball.length(delta) >= 0.999 * self.eps)
+        return float((delta.abs() >= 0.999 * self.eps).float().mean())

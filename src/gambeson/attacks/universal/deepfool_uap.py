@@ -1,0 +1,102 @@
+"""DeepFool-UAP: walk over the images, and add what each one that still stands would need to fall."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+
+from gambeson.attacks.minimal_norm.deepfool import DeepFool
+from gambeson.attacks.registry import register
+from gambeson.attacks.universal.base import Candidate, UniversalAttack, Workshop
+from gambeson.base import Number, UserError, generator
+from gambeson.data import Split
+from gambeson.threat import perturb
+from gambeson.victim import Victim, predict, score
+
+
+@register(
+    "deepfool-uap",
+    source="Moosavi-Dezfooli et al. 2017",
+    cost="1 / 0 per image and pass, and DeepFool on the others",
+)
+class DeepFoolUAP(UniversalAttack):
+    """Universal adversarial perturbation of Moosavi-Dezfooli et al. (CVPR 2017, algorithm 1).
+
+    For every image whose prediction under v is still the clean one: r = DeepFool(clip(x + v)), v = Proj(v + r). Passes
+    over the shuffled images go on until the fooling rate on them reaches ``fooling``, or ``passes`` are done (the
+    public Python code has no such limit; the status is then ``target not reached``).
+
+    ``images_a_step=1`` is the paper's one image at a time. With more, DeepFool runs on all standing images of a step at
+    once and v moves by the mean of their r: a deviation of ours for speed.
+
+    Cost: a forward an image and pass, and for a standing image one more and up to ``inner_steps`` times those of a
+    step of :class:`DeepFool`. Clipping of x + v, which the public code leaves out, is ours.
+    """
+
+    name: ClassVar[str] = "deepfool-uap"
+
+    images: Annotated[int, Field(ge=1)] = 1000
+    """Training images that are used; the paper has 10,000 of ImageNet."""
+    fooling: Annotated[Number, Field(gt=0, le=1)] = 0.8
+    """Fooling rate on these images at which it stops (1 - delta of the paper)."""
+    passes: Annotated[int, Field(ge=1)] = 10
+    """Passes over the images, at most."""
+    images_a_step: Annotated[int, Field(ge=1)] = 1
+    """Images that are looked at before v moves."""
+    classes: Annotated[int, Field(ge=2)] = 10
+    """Classes that DeepFool considers: the highest clean logits, the prediction among them."""
+    overshoot: Annotated[Number, Field(ge=0)] = 0.02
+    """DeepFool goes this share beyond the boundary."""
+    inner_steps: Annotated[int, Field(ge=1)] = 10
+    """Linearisations of DeepFool an image; an image that has not fallen after them moves nothing."""
+    restarts: Annotated[int, Field(ge=1)] = 1
+    """Orders of the images; validation chooses."""
+
+    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
+        if work.train.labels.ndim != 1:
+            raise UserError("the labels are maps: DeepFool-UAP expects one label an image")
+        few = work.few(self.images)
+        clean = [predict(victim, few) for victim in work.victims]
+        zero = work.start("zero", 0)
+        for restart in range(self.restarts + (start is not None)):
+            warm = start is not None and restart == self.restarts
+            v, reached = (start if warm and start is not None else zero), False
+            for turn in range(self.passes):
+                order = torch.randperm(len(few), generator=generator(work.seed, "order", restart, turn))
+                for rows in order.split(self.images_a_step):
+                    images, _ = few.take(rows, work.device)
+                    for victim, answers in zip(work.victims, clean, strict=True):
+                        v = self._move(work, victim, v, images, answers[rows].to(work.device))
+                reached = self._fooling(work, few, clean, v) >= self.fooling
+                if reached:
+                    break
+            yield Candidate(start="warm" if warm else "zero", delta=v, reached=reached)
+
+    def _move(
+        self, work: Workshop, victim: Victim, v: torch.Tensor, images: torch.Tensor, clean: torch.Tensor
+    ) -> torch.Tensor:
+        """Return Proj(v + mean r) over the images whose prediction is still the clean one."""
+        moved = perturb(images, v)
+        with torch.no_grad():
+            standing = victim(moved).argmax(1) == clean
+        if not bool(standing.any()):
+            return v
+        images, labels = moved[standing], clean[standing]
+        # Not clipped, as in the paper: what the clip takes from one image may be what moves another.
+        inner = DeepFool(classes=self.classes, overshoot=self.overshoot, steps=self.inner_steps, clip="end")
+        found = inner.search(victim, images, labels, torch.arange(len(images), device=images.device))
+        with torch.no_grad():
+            down = victim(found).argmax(1) != labels
+        if not bool(down.any()):
+            return v
+        return work.ball.project(v + (found - images)[down].mean(0, keepdim=True))
+
+    def _fooling(self, work: Workshop, few: Split, clean: list[torch.Tensor], v: torch.Tensor) -> float:
+        changed = [
+            (found := score(predict(victim, few, v), few, before)).changed / max(1, found.answers)
+            for victim, before in zip(work.victims, clean, strict=True)
+        ]
+        return sum(changed) / len(changed)

@@ -1,0 +1,94 @@
+"""Bounded-logit universal perturbations (DF-UAP): Adam on a clamped logit margin, on real or proxy images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+
+from gambeson.attacks.losses import Loss
+from gambeson.attacks.registry import register
+from gambeson.attacks.solver import Adam, Ascent, slope
+from gambeson.attacks.universal.base import Candidate, LabelSource, UniversalAttack, Workshop
+from gambeson.base import Number
+from gambeson.threat import BoxGradient
+
+
+class HeldRival(Loss):
+    """The margin of a target over the best other logit, which is held fixed, no higher than ``-truncate``."""
+
+    targeted: bool = True
+
+    def _answers(self, logits: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor | None) -> torch.Tensor:
+        index = labels.unsqueeze(1)
+        rival = logits.detach().scatter(1, index, -torch.inf).amax(1)
+        return rival - logits.gather(1, index).squeeze(1)
+
+
+@register("bounded-logit", source="Zhang et al. 2020", cost="restarts x steps x batch_size")
+class BoundedLogit(UniversalAttack):
+    """DF-UAP (Zhang et al., CVPR 2020): Adam on delta against a logit loss that is bounded by ``confidence``.
+
+    Untargeted it climbs min(max_{i != y} z_i - z_y, kappa), targeted it descends max(max_{i != t} z_i - z_t, -kappa)
+    with the rival logit held fixed. Needs no labels where ``labels`` is ``prediction``, and any images will do:
+    ``craft(model, proxy_images)`` takes images of another data set alone.
+
+    The public script runs 2,000 steps of batch 32 with learning rate 0.005 at eps 10/255 and kappa 10; ``step`` is
+    that rate as a share of eps. Steps and batch here are ours, at equal cost to one restart of
+    :class:`StochasticPGD`; so is the clip to [0, 1], which ``clip=False`` leaves out while crafting.
+    """
+
+    name: ClassVar[str] = "bounded-logit"
+
+    steps: Annotated[int, Field(ge=1)] = 200
+    """Adam steps a restart, one mini-batch each."""
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    """Images a step."""
+    step: Annotated[Number, Field(gt=0)] = 0.005 * 255 / 10
+    """Adam's learning rate as a share of eps."""
+    confidence: Annotated[Number, Field(ge=0)] = 10.0
+    """An image whose logit margin is beyond this has no more say (kappa)."""
+    betas: tuple[Number, Number] = (0.9, 0.999)
+    """Adam's decay rates."""
+    restarts: Annotated[int, Field(ge=1)] = 1
+    """The first starts from zero, as in the paper; the others from random signs."""
+    target: Annotated[int, Field(ge=0)] | None = None
+    """Class that every image should be taken for; None: any wrong class."""
+    labels: LabelSource = "prediction"
+    """See :data:`gambeson.attacks.universal.base.LabelSource`."""
+    clip: bool = True
+    """Clip x + delta to [0, 1] while crafting; the public code does not. Rates are always taken clipped."""
+    box_gradient: BoxGradient = "straight-through"
+    """See :data:`gambeson.threat.BoxGradient`; without ``clip`` it has no meaning."""
+
+    @property
+    def objective(self) -> Loss:
+        """What is climbed, one value an image."""
+        return (
+            Loss(kind="margin", truncate=self.confidence)
+            if self.target is None
+            else HeldRival(truncate=-self.confidence)
+        )
+
+    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
+        for restart, (kind, delta) in enumerate(work.starts(self.restarts, start)):
+            adam, ascent = Adam.like(delta, self.betas), work.ascent(self.objective)
+            for images, labels in islice(work.stream(self.batch_size, restart), self.steps):
+                goals = work.goals(images, labels)
+                if self.clip:
+                    gradient, _ = ascent.look(delta, images, goals)
+                else:
+                    gradient = _unclipped(ascent, delta, images, goals)
+                move = adam.direction(gradient / len(images))
+                delta = work.ball.project(delta + self.step * self.eps * move)
+            yield Candidate(start=kind, delta=delta)
+
+
+def _unclipped(ascent: Ascent, delta: torch.Tensor, images: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        point = delta.detach().requires_grad_()
+        _, values = ascent.answer(images + point, goals)
+        return slope(ascent.victim, values.sum(), point, len(images))

@@ -1,0 +1,137 @@
+"""Singular-vector universal perturbations: the direction that moves a hidden layer most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+
+from gambeson.attacks.registry import register
+from gambeson.attacks.universal.base import Candidate, UniversalAttack, Workshop
+from gambeson.attacks.universal.layers import activations, layer_names
+from gambeson.base import Number, generator
+from gambeson.victim import Victim
+
+Map = Callable[[torch.Tensor], torch.Tensor]
+MAX_LAYERS = 5
+
+
+@register("singular-vector", source="Khrulkov and Oseledets 2018", cost="64 / 128 per iteration, start and layer")
+class SingularVector(UniversalAttack):
+    """Universal perturbation from a (p, q)-singular vector (Khrulkov and Oseledets, CVPR 2018, arXiv 1709.03582).
+
+    Maximises ||J v||_q over ||v||_p = 1 by Boyd's power method, J being the Jacobian of a hidden layer stacked over a
+    few images; delta = eps v. The objective is even in v but the error is not, so both signs are candidates; with
+    p = inf the method stops at local maxima, so the best of several starts is taken for each layer. Layer and sign
+    are chosen on validation. No label is used.
+
+    Cost, for each layer: one forward of ``images``, then two backwards of them an iteration and start; and two
+    forwards of validation. Defaults of q, iterations and images are those of the public codes; layers and starts ours.
+    """
+
+    name: ClassVar[str] = "singular-vector"
+
+    layers: tuple[str, ...] = ()
+    """Names of modules, as in ``model.named_modules()``; empty: convolutions and linear layers, at most five,
+    spread from the first to the last."""
+    q: Annotated[Number, Field(ge=1)] = 5.0
+    """Norm of the layer's change that is maximised."""
+    p: Annotated[Number, Field(gt=1)] | None = None
+    """Norm of v; None: the ball's. With another p the result is scaled to the ball."""
+    iterations: Annotated[int, Field(ge=1)] = 30
+    """Steps of the power method a start."""
+    images: Annotated[int, Field(ge=1)] = 64
+    """Training images whose Jacobians are stacked."""
+    restarts: Annotated[int, Field(ge=1)] = 5
+    """Random starts for each layer; the highest ||J v||_q is kept."""
+
+    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
+        images, _ = work.few(self.images).take(slice(None), work.device)
+        p = self.p or (math.inf if self.norm == "inf" else float(self.norm))
+        for k, victim in enumerate(work.victims):
+            for name in self.layers or layer_names(victim.model, at_most=MAX_LAYERS):
+                draw = generator(work.seed, "singular", k, name, device=work.device)
+                v = self._strongest(victim, images, name, p, draw, start)
+                for sign in ("+", "-"):
+                    pattern = work.ball.fill(v if sign == "+" else -v) if bool(v.any()) else v
+                    yield Candidate(start=f"{name} {sign}", delta=pattern)
+
+    def _strongest(
+        self,
+        victim: Victim,
+        images: torch.Tensor,
+        layer: str,
+        p: float,
+        draw: torch.Generator,
+        start: torch.Tensor | None,
+    ) -> torch.Tensor:
+        jvp, vjp = layer_maps(victim, images, layer)
+        shape = (1, *images.shape[1:])
+        begins = [torch.randn(shape, generator=draw, device=images.device) for _ in range(self.restarts)]
+        if start is not None and bool(start.any()):
+            begins.append(start)
+        ends = [power_method(jvp, vjp, v, p=p, q=self.q, iterations=self.iterations) for v in begins]
+        values = [float(jvp(v).norm(p=self.q)) for v in ends]
+        return ends[max(range(len(values)), key=values.__getitem__)]
+
+
+def layer_maps(victim: Victim, images: torch.Tensor, layer: str) -> tuple[Map, Map]:
+    """Return J and its transpose, J being the layer's Jacobian at ``images`` seen as a function of one shared input.
+
+    J v stacks J_i v over the images, J^T u sums J_i^T u_i over them. One forward serves all calls; every call costs
+    a backward of the images. J v is the derivative of u -> J^T u, which is linear, so that no forward-mode rule of
+    any layer is needed.
+    """
+    with torch.enable_grad():
+        point = images.detach().requires_grad_()
+        (answer,) = activations(victim, point, [layer])
+        dual = torch.zeros_like(answer, requires_grad=True)
+        (pulled,) = torch.autograd.grad(answer, point, dual, create_graph=True)
+    # Victim.gradient frees the graph that these two keep, so they count for themselves.
+
+    def jvp(v: torch.Tensor) -> torch.Tensor:
+        victim.backwards += len(images)
+        (pushed,) = torch.autograd.grad(pulled, dual, v.expand_as(images), retain_graph=True)
+        return pushed
+
+    def vjp(u: torch.Tensor) -> torch.Tensor:
+        victim.backwards += len(images)
+        (rows,) = torch.autograd.grad(answer, point, u, retain_graph=True)
+        return rows.sum(0, keepdim=True)
+
+    return jvp, vjp
+
+
+def power_method(jvp: Map, vjp: Map, v: torch.Tensor, *, p: float, q: float, iterations: int) -> torch.Tensor:
+    """Climb ||J v||_q over ||v||_p = 1 (Boyd 1974): v becomes the p-dual of J^T psi_q(J v). It never falls.
+
+    Args:
+        jvp: v to J v.
+        vjp: u to J^T u.
+        v: where to start.
+        p: above 1, may be infinite.
+        q: 1 or above, finite.
+        iterations: steps; it stops by itself where J v is zero.
+    """
+    v = _dual(v, p)
+    for _ in range(iterations):
+        pushed = jvp(v)
+        # Divided by its largest value, so that no power leaves the range of floats.
+        pushed = pushed / pushed.abs().max().clamp(min=1e-30)
+        pulled = vjp(pushed.sign() * pushed.abs().pow(q - 1))
+        if not bool(pulled.any()):
+            return v
+        v = _dual(pulled, p)
+    return v
+
+
+def _dual(u: torch.Tensor, p: float) -> torch.Tensor:
+    """Return the v with ||v||_p = 1 that maximises <u, v>."""
+    if math.isinf(p):
+        return u.sign()
+    u = u / u.abs().max().clamp(min=1e-30)
+    v = u.sign() * u.abs().pow(1 / (p - 1))
+    return v / v.norm(p=p).clamp(min=1e-30)

@@ -1,0 +1,221 @@
+"""Stochastic PGD: one perturbation for all images, or one for each class, climbed over a stream of mini-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from gambeson.attacks.losses import Loss
+from gambeson.attacks.registry import register
+from gambeson.attacks.solver import cosine
+from gambeson.attacks.universal.base import Candidate, LabelSource, UniversalAttack, Workshop, tally
+from gambeson.attacks.universal.perturbation import UniversalPerturbation
+from gambeson.base import Number, UserError
+from gambeson.data import Split
+from gambeson.threat import BoxGradient
+from gambeson.victim.averaged import Source, entered
+
+
+@register(
+    "stochastic-pgd",
+    source="Shafahi et al. 2020; Mummadi et al. 2019",
+    cost="(screened x screen_steps x screen_batch) + (restarts x steps x batch_size)",
+)
+class StochasticPGD(UniversalAttack):
+    """Stochastic projected gradient descent for universal perturbations.
+
+    Maximises mean_i min(CE(f(clip(x_i + delta)), y_i), kappa) over the ball by steps on mini-batches (Shafahi et
+    al., arXiv 1811.11304; the attack of Mummadi et al. 2019). Neither paper's schedule or number of restarts is
+    known: all defaults here are ours, but for the truncation kappa = -log 0.2 of Mummadi et al.
+
+    Where a climb ends depends on its start far more than on its length or its batch, so many starts are climbed a
+    little, on small batches with long steps, and only the best goes on (``benchmarks/universal_budget.py``). The
+    papers' one long climb is ``screened=0, steps=200, batch_size=128, box_gradient="exact"``.
+
+    Crafted on ``data.train``; ``data.validation`` chooses among starts; ``data.test`` is never looked at. It costs
+    ``screened * screen_steps * screen_batch + restarts * steps * batch_size`` forwards and as many backwards, 25,600
+    by default, and a forward of ``screen_images`` a screened start and of all validation a restart.
+    """
+
+    name: ClassVar[str] = "stochastic-pgd"
+
+    steps: Annotated[int, Field(ge=1)] = 400
+    """Gradient steps a restart, one mini-batch each."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Images a step."""
+    step: Annotated[Number, Field(gt=0)] = 0.25
+    """Length of the first step as a share of eps."""
+    final_step: Annotated[Number, Field(gt=0)] = 0.01
+    """Length of the last step as a share of eps; the lengths between follow a cosine."""
+    truncate: Number | None = -math.log(0.2)
+    """Truth less likely than exp(-truncate): the image is fooled and has no more say. None: plain cross-entropy.
+    With ``margin``, an image whose margin is beyond it has no more say."""
+    truncate_right: bool = True
+    """Whether so unlikely a truth has no more say also where the image is still right, as in the paper. False suits
+    models of many classes or of a high temperature, which are seldom sure of anything; audits use it."""
+    target_floor: Number = 0.05
+    """Targeted only: an image whose cross-entropy to the target is below this has no more say."""
+    restarts: Annotated[int, Field(ge=1)] = 1
+    """Climbs of ``steps``; without ``screened`` the first starts from zero, the others from random signs."""
+    screened: Annotated[int, Field(ge=0)] = 8
+    """Starts (zero, then random signs) that are climbed for ``screen_steps`` first; the best ``restarts`` of them on
+    validation go on for ``steps``. 0: every restart goes its whole way, as in the papers."""
+    screen_steps: Annotated[int, Field(ge=1)] = 100
+    """Steps of that first climb, which follow a cosine of their own."""
+    screen_batch: Annotated[int, Field(ge=1)] = 16
+    """Images a step of that first climb."""
+    screen_step: Annotated[Number, Field(gt=0)] = 0.5
+    """Length of its first step as a share of eps."""
+    screen_images: Annotated[int, Field(ge=1)] = 1000
+    """Validation images that rank the screened starts; the last choice is on all of them."""
+    target: Annotated[int, Field(ge=0)] | None = None
+    """Class that every image should be taken for; None: any wrong class."""
+    box_gradient: BoxGradient = "straight-through"
+    """See :data:`gambeson.threat.BoxGradient`; ``exact`` is the papers'."""
+    margin: bool = False
+    """Climb the margin of the logits (Carlini and Wagner) instead of cross-entropy."""
+    momentum: Annotated[Number, Field(ge=0)] = 0.0
+    """Decay of the gradients summed over the steps, each divided by its mean absolute value (Dong et al. 2018)."""
+    normalise: Literal["batch", "sample"] = "batch"
+    """``batch``: the steepest step of the mean gradient. ``sample``: the mean of every image's own steepest step
+    (Perolat et al., arXiv 1809.07802), so that no image has more say than another."""
+    labels: LabelSource = "truth"
+    """See :data:`gambeson.attacks.universal.base.LabelSource`."""
+
+    @property
+    def lengths(self) -> list[float]:
+        """Length of each step in pixel units: a cosine from ``step`` to ``final_step``, times eps."""
+        return [self.eps * share for share in cosine(self.steps, self.step, self.final_step)]
+
+    @property
+    def objective(self) -> Loss:
+        """What is climbed, one value an image."""
+        truncate = self.truncate if self.target is None else self.target_floor
+        return Loss(
+            kind="margin" if self.margin else "cross-entropy",
+            targeted=self.target is not None,
+            truncate=truncate,
+            truncate_right=self.truncate_right,
+        )
+
+    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
+        starts = list(work.starts(self.screened or self.restarts, start))
+        if self.screened:
+            starts = self._best(work, starts)
+        for restart, (kind, delta) in enumerate(starts):
+            yield Candidate(start=kind, delta=self._climb(work, delta, self.screened + restart))
+
+    def _best(self, work: Workshop, starts: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+        """Climb every start a little, and return the best on validation; one that was given is always kept."""
+        settings = {"steps": self.screen_steps, "batch_size": self.screen_batch, "step": self.screen_step}
+        brief = self.model_copy(update=settings)
+        drawn, given = starts[: self.screened], starts[self.screened :]
+        climbed = [(kind, brief._climb(work, delta, k)) for k, (kind, delta) in enumerate(drawn)]
+        judge = work.validation.sample(self.screen_images, seed=work.seed)
+        ranked = sorted(climbed, key=lambda entry: -work.rate(entry[1], judge))
+        return [(f"{kind}, screened", delta) for kind, delta in ranked[: self.restarts]] + given
+
+    def _climb(self, work: Workshop, delta: torch.Tensor, restart: int) -> torch.Tensor:
+        """Climb with one perturbation (1, C, H, W), or with one a class (K, C, H, W)."""
+        ascent, memory = work.ascent(self.objective), torch.zeros_like(delta)
+        batches = islice(work.stream(self.batch_size, restart), self.steps)
+        for (images, labels), length in zip(batches, self.lengths, strict=True):
+            goals = work.goals(images, labels)
+            # One row an image: its own class's perturbation, or its own copy of the shared one.
+            rows = labels if len(delta) > 1 else torch.zeros(len(images), dtype=torch.int64, device=labels.device)
+            alone = self.normalise == "sample" or len(delta) > 1
+            direction, _ = ascent.look(delta[rows] if alone else delta, images, goals)
+            if self.normalise == "sample":
+                direction = work.ball.steepest(direction)
+            if alone:
+                direction = torch.zeros_like(delta).index_add_(0, rows, direction)
+            if self.normalise == "sample":
+                direction = direction / rows.bincount(minlength=len(delta)).clamp(min=1).view(-1, 1, 1, 1)
+            if self.momentum:
+                size = direction.abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-30)
+                direction = memory = self.momentum * memory + direction / size
+            if self.normalise == "batch" or self.momentum:
+                delta = ascent.move(delta, images, direction, length)
+            else:  # a mean of steps is one already
+                delta = ascent.project(delta + length * direction, images)
+        return delta
+
+
+class ClasswiseStochasticPGD(StochasticPGD):
+    """Stochastic PGD with one perturbation for every true class, all of them climbed at once.
+
+    After class-wise universal attacks (Zhang et al. 2020) and class-wise UAT (Benz et al. 2021, arXiv 2104.03000):
+    in a batch every image carries its own class's perturbation, x_i + delta[y_i], so that one backward serves all
+    classes. An image informs its own class only: at equal cost a class sees ``batch_size / K`` images a step, and
+    the default batch is larger for that reason.
+
+    ``craft_classes`` returns a perturbation for every class, each chosen on the validation images of its class.
+    To apply them one has to know the true class, so ``craft`` is refused.
+    """
+
+    name: ClassVar[str] = "classwise-stochastic-pgd"
+
+    screened: Literal[0] = 0
+    """Not for class-wise perturbations."""
+
+    steps: Annotated[int, Field(ge=1)] = 200
+    """Gradient steps a restart, one mini-batch each."""
+    batch_size: Annotated[int, Field(ge=1)] = 512
+    """Images a step, of all classes."""
+    restarts: Annotated[int, Field(ge=1)] = 2
+    """The first starts from zero, the others from random signs."""
+
+    def craft(
+        self, model: Source, data: object, *, seed: int = 0, start: torch.Tensor | None = None
+    ) -> UniversalPerturbation:
+        """Refuse: there is one perturbation a class, see :meth:`craft_classes`."""
+        raise UserError(
+            "a class-wise attack makes one perturbation a class: call craft_classes, which returns them by class"
+        )
+
+    def craft_classes(self, model: Source, data: object, *, seed: int = 0) -> dict[int, UniversalPerturbation]:
+        """Craft one perturbation for each class; arguments as in :meth:`StochasticPGD.craft`.
+
+        Returns:
+            Class index to its perturbation. A class without validation images is judged on its training images;
+            one that has none of these either is left out.
+            Forwards and backwards in each provenance are those of all classes together.
+
+        Raises:
+            UserError: label maps, which have no class an image; or data and model that do not fit.
+        """
+        with entered(model) as victims:
+            spent = tally(victims)
+            work = self._prepare(victims, data, seed)
+            if work.train.labels.ndim != 1:
+                raise UserError("the labels are maps: a class-wise attack expects one label an image")
+            classes = len(work.train.classes)
+            kinds, outcomes = [], []
+            for restart in range(self.restarts):
+                kinds.append("sign" if restart else "zero")
+                first = work.start(kinds[-1], restart, classes)
+                outcomes.append(self._climb(work, first, restart))
+            table = {k: [work.rate(delta[[k]], part) for delta in outcomes] for k, part in _parts(work, classes)}
+            found = {}
+            for k, rates in table.items():
+                best = max(range(len(rates)), key=rates.__getitem__)
+                delta = outcomes[best][[k]].cpu()
+                restarts = list(zip(kinds, rates, strict=True))
+                chosen = Candidate(start=kinds[best], delta=delta)
+                about = self._about(work, spent(), restarts, self._status(delta, chosen), source_class=k)
+                found[k] = UniversalPerturbation(delta, about, self._seen(work))
+        return found
+
+
+def _parts(work: Workshop, classes: int) -> Iterator[tuple[int, Split]]:
+    for k in range(classes):
+        for split in (work.validation, work.train):
+            own = split.labels == k
+            if bool(own.any()):
+                yield k, split.subset(own)
+                break

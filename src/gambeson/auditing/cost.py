@@ -1,0 +1,300 @@
+"""What an audit asks a black box, in images, and how it is made smaller until a budget has room for it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from gambeson.auditing.stages.corruption import NOISES
+from gambeson.auditing.stages.surrogate import choose
+from gambeson.auditing.suite import Suite
+from gambeson.base import Config, UserError, seeded
+from gambeson.data import Dataset
+from gambeson.evaluation import BlackBox
+from gambeson.evaluation.universal import RANKED
+from gambeson.victim import Victim
+
+TEST_IMAGES = 2000
+"""Test images that a black box is asked about where the suite leaves the number open."""
+_RESERVE = 0.1
+"""Share of a budget that is kept for requests that are lost and sent again."""
+_RUNS = 6
+"""Perturbations that the search of eps_uni crafts at most, where the suite leaves the number open."""
+
+
+class Plan(Config):
+    """The suite as a budget has room for it."""
+
+    suite: Suite
+    notes: list[str]
+    """What was made smaller, in sentences."""
+    images: int
+    """The most images that will be asked about, lost requests aside."""
+
+
+def images_asked(suite: Suite, data: Dataset, passes: int) -> int:
+    """Return an upper bound of the images that the audit of a black box asks about, from the first stage on.
+
+    Args:
+        suite: its settings.
+        data: the data.
+        passes: how often a random box is asked about an image that is scored.
+    """
+    test = min(suite.test_images or len(data.test), len(data.test))
+    few, held = min(suite.pattern_images, len(data.train)), min(suite.pattern_images, len(data.validation))
+    sample = min(suite.sample, test)
+    controls, runs = suite.patterns_of_controls, _RUNS if suite.eps_uni_runs is None else suite.eps_uni_runs
+    craft = 2 * (suite.patterns * few + 3 * held) + 2 * held + test
+    craft += (controls + 2) * held  # what stands for an eps is chosen on validation
+    scored = test + len(suite.eps) * (craft + controls * test)
+    scored += runs * (craft + held) + (runs * len(suite.eps) + runs * (runs - 1) // 2) * held
+    scored += 12 * test if runs else 0  # the error curve near eps_uni
+    if suite.surrogate != "none":
+        scored += test + 2 * min(suite.transfer_images, test)
+    scored += len(NOISES) * len(suite.noise_sizes) * test
+    scored += 2 * test + 14 * sample  # diagnostics
+    scored += 0 if passes == 1 else 2 * sample  # of a random box: votes that choose the worst candidates
+    return passes * scored + sample * (suite.queries + 1) + 20
+
+
+def fit(suite: Suite, data: Dataset, room: int | None, passes: int) -> Plan:
+    """Make an audit as small as it has to be.
+
+    Args:
+        suite: what was asked for, with its grid of eps.
+        data: the data.
+        room: images that may still be asked about; None: no limit.
+        passes: see :func:`images_asked`.
+
+    Raises:
+        UserError: even the smallest audit does not fit.
+    """
+    notes = []
+    if suite.test_images is None and len(data.test) > TEST_IMAGES:
+        suite = suite.model_copy(update={"test_images": TEST_IMAGES})
+        notes.append(
+            f"Of {len(data.test)} test images {TEST_IMAGES} were asked about, as suits a black box; "
+            "suite.test_images sets another number."
+        )
+    if suite.eps_uni_runs is None:
+        suite = suite.model_copy(update={"eps_uni_runs": _RUNS})
+    asked = suite
+    for suite in _smaller(asked, min(asked.test_images or len(data.test), len(data.test))):
+        images = images_asked(suite, data, passes)
+        if room is None or images <= (1 - _RESERVE) * room:
+            break
+    else:
+        least = int(images / (1 - _RESERVE)) + 1
+        raise UserError(
+            f"a budget with room for {room} images is too small: the smallest audit asks about {least}; give a larger "
+            "--budget"
+        )
+    if suite != asked:
+        notes.append(
+            f"The budget of {asked.budget} images made the audit smaller: {'; '.join(_changes(asked, suite))}."
+        )
+    return Plan(suite=suite, notes=notes, images=images)
+
+
+def _smaller(suite: Suite, test: int) -> Iterator[Suite]:
+    """Yield ever smaller suites: first what only costs precision, then what can be left out."""
+    yield suite
+
+    def at_most(**limits: int) -> Callable[[], Suite]:
+        def limited() -> Suite:
+            now = {name: getattr(suite, name) for name in limits}
+            now["test_images"] = now.get("test_images") or test
+            return suite.model_copy(
+                update={name: min(now[name], limit) for name, limit in limits.items() if now[name] > limit}
+            )
+
+        return limited
+
+    steps: list[Callable[[], Suite]] = [
+        at_most(test_images=1000),
+        at_most(patterns=50, pattern_images=100, queries=200),
+        at_most(test_images=500, transfer_images=500),
+        at_most(patterns=30, pattern_images=60, sample=100),
+        lambda: suite.model_copy(update={"noise_sizes": suite.noise_sizes[:2]}),
+        at_most(eps_uni_runs=3),
+        at_most(test_images=250, queries=100),
+        at_most(eps_uni_runs=0),
+        at_most(queries=0),
+        at_most(test_images=100, sample=50, transfer_images=100),
+        lambda: suite.model_copy(update={"noise_sizes": suite.noise_sizes[:1]}),
+        lambda: suite.model_copy(update={"eps": suite.eps[len(suite.eps) // 2 :][:1]}),
+        at_most(patterns=10, pattern_images=30, test_images=50, sample=20),
+        lambda: suite.model_copy(update={"noise_sizes": ()}),
+    ]
+    for step in steps:
+        suite = step()
+        yield suite
+
+
+_WORDS = {
+    "test_images": "test images",
+    "patterns": "noise patterns of each kind",
+    "pattern_images": "images that each pattern is tried on",
+    "sample": "images that diagnostics look at",
+    "queries": "queries an image of Square",
+    "transfer_images": "images perturbed on the surrogate",
+    "eps_uni_runs": "perturbations crafted in the search of eps_uni",
+}
+
+
+def _changes(asked: Suite, suite: Suite) -> Iterator[str]:
+    for name, words in _WORDS.items():
+        before, now = getattr(asked, name), getattr(suite, name)
+        if before == now:
+            continue
+        if name == "eps_uni_runs" and not now:
+            yield "eps_uni was read off the curve"
+        elif name == "queries" and not now:
+            yield "Square was left out"
+        else:
+            yield f"{now} {words}" + ("" if before is None else f" in place of {before}")
+    if suite.noise_sizes != asked.noise_sizes:
+        yield f"{len(suite.noise_sizes)} sizes of plain noise in place of {len(asked.noise_sizes)}"
+    if suite.eps != asked.eps:
+        yield f"the curve has {len(suite.eps)} eps in place of {len(asked.eps)}"
+
+
+_ROW = 10 + 100 + 9 * 20 + 3 * 100
+"""Gradients that the standard row takes of an image that never falls."""
+_TRIALS = 8
+"""Perturbations that the search of eps_uni crafts at the most, where the suite does not say."""
+_ATTACKS = 20
+"""Short attacks that diagnostics make on their sample, of as many steps as PGD or fewer."""
+_BATCH, _TIMED = 32, 3
+
+
+class Part(Config):
+    """What one part of an audit asks of the model at the most: images sent forward, and images' gradients."""
+
+    name: str
+    forwards: int
+    """Beside those that gradients begin with."""
+    gradients: int
+
+
+class AuditPlan(Config):
+    """The expected cost of an audit. A perturbed image that has fallen costs no more, so that weak nets take less."""
+
+    parts: tuple[Part, ...]
+    seconds_a_forward: float
+    """Of one image in a batch of 32: the median of three batches."""
+    seconds_a_gradient: float
+    """A forward and a backward of one image."""
+    surrogate: str
+    """The net that is trained first, whose time comes on top; empty: none."""
+    device: str
+
+    def seconds_of(self, part: Part) -> float:
+        """Return how long a part takes at the most."""
+        return part.forwards * self.seconds_a_forward + part.gradients * self.seconds_a_gradient
+
+    @property
+    def seconds(self) -> float:
+        """All parts together."""
+        return sum(self.seconds_of(part) for part in self.parts)
+
+
+def plan(model: nn.Module, data: Dataset, suite: Suite, seed: int = 0) -> AuditPlan:
+    """Count what an audit asks of a model and measure a few batches; the model comes back as it was.
+
+    Args:
+        model: from pixels to logits, on the device of the audit.
+        data: with the splits of the audit.
+        suite: how thorough.
+        seed: of a random model's draws.
+
+    Raises:
+        UserError: a black box, whose cost is what it is asked: that is bounded by a budget.
+    """
+    if isinstance(model, BlackBox):
+        raise UserError("the model is a black box, whose cost is what it is asked: bound that by --budget instead")
+    suite = suite.on(data)
+    few = data.train.sample(_BATCH, seed=seed)
+    with Victim(model, fast=True) as victim, seeded(seed, "plan"):
+        images, _ = few.take(slice(None), victim.device)
+        random = victim.meet(images[:8]).stochastic
+
+        def forward() -> None:
+            with torch.no_grad():
+                victim.exact(images)
+
+        def gradient() -> None:
+            point = images.clone().requires_grad_()
+            victim.gradient(victim(point).logsumexp(1).sum(), point, len(images))
+
+        times = [_median(work, victim.device) / len(images) for work in (forward, gradient)]
+        device = str(victim.device)
+    return AuditPlan(
+        parts=_parts(suite, data, random),
+        seconds_a_forward=times[0],
+        seconds_a_gradient=times[1],
+        surrogate=choose(suite, data)[0] or ("" if suite.surrogate in ("auto", "none") else suite.surrogate),
+        device=device,
+    )
+
+
+def _median(work: Callable[[], None], device: torch.device) -> float:
+    found = []
+    for _ in range(_TIMED + 1):  # the first warms up
+        began = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        found.append(time.perf_counter() - began)
+    return statistics.median(found[1:])
+
+
+def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
+    test = min(len(data.test), suite.test_images or len(data.test))
+    held = min(len(data.validation), suite.validation_images or len(data.validation))
+    sample, passes = min(suite.sample, len(data.test)), suite.draws if random else 1
+    draws = suite.gradient_draws if random else 1
+    attack = suite.universal(suite.eps[0])
+    climb, screen = attack.steps * attack.batch_size, attack.screened * attack.screen_steps * attack.screen_batch
+    screened = attack.screened * min(attack.screen_images, held)
+    points, restarts = len(suite.eps), min(attack.restarts, attack.screened or attack.restarts)
+    climbs = points * restarts + points - 1  # from the second eps on the eps before is one start more
+    trials = _TRIALS if suite.eps_uni_runs is None else suite.eps_uni_runs
+    ranked = suite.patterns_of_controls * min(RANKED, held) + 2 * held  # what stands for an eps is chosen on validation
+    scored = test * (1 + suite.patterns_of_controls) + ranked
+    row = min(suite.row_images, test) if data.test.labels.ndim == 1 and suite.norm != "1" else 0
+    steps = suite.pgd_steps * suite.pgd_restarts
+    return (
+        Part(
+            name="universal curve",
+            forwards=passes * (points * (screened + scored) + climbs * held),
+            gradients=points * screen + climbs * climb,
+        ),
+        Part(
+            name="eps_uni",
+            forwards=passes * (trials * (screened + 3 * held + test + ranked + trials * min(RANKED, held)) + 12 * test),
+            gradients=trials * (screen + 2 * climb),
+        ),
+        Part(
+            name="eps_adv",
+            forwards=passes * sample * 2 * _TRIALS * suite.eps_adv,
+            gradients=draws * sample * suite.pgd_steps * _TRIALS * suite.eps_adv,
+        ),
+        Part(name="PGD, image by image", forwards=passes * test, gradients=draws * test * steps),
+        Part(name="row of attacks", forwards=passes * row * suite.row_queries, gradients=draws * row * _ROW),
+        Part(
+            name="transfer and noise",
+            forwards=passes * (2 * suite.transfer_images + test * (1 + 3 * len(suite.noise_sizes))),
+            gradients=0,
+        ),
+        Part(name="slopes", forwards=4 * suite.slope_backwards, gradients=3 * suite.slope_backwards),
+        Part(
+            name="diagnostics",
+            forwards=passes * sample * (suite.queries + 100),
+            gradients=draws * sample * _ATTACKS * min(20, suite.pgd_steps),
+        ),
+    )

@@ -1,0 +1,114 @@
+"""What a diagnostic is: a condition under which numbers mean nothing, why, and what to do about it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from gambeson.auditing.context import Evidence
+from gambeson.auditing.results import Check
+from gambeson.base import Registered, Registry, UserError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a diagnostic saw."""
+
+    passed: bool | None
+    """None: it does not apply to this model."""
+    detail: str
+    """What was compared, with the numbers; why it does not apply."""
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnostic:
+    """A condition under which the audit's numbers could not be trusted."""
+
+    name: str
+    condition: str
+    """When it fails."""
+    explanation: str
+    """What a failure means."""
+    remedy: str
+    """What to do then."""
+    look: Callable[[Evidence], Finding]
+    gradients: bool = True
+    """It needs gradients, and so does not apply to a black box."""
+
+    def check(self, evidence: Evidence) -> Check:
+        """Look, and write down what was seen."""
+        if self.gradients and evidence.subject.black_box:
+            found = Finding(None, "a black box has no gradients to look at")
+        else:
+            found = self.look(evidence)
+        return Check(
+            name=self.name,
+            passed=found.passed,
+            detail=found.detail,
+            condition=self.condition,
+            explanation=self.explanation,
+            remedy=self.remedy,
+            numbers={name: value for name, value in found.numbers.items() if math.isfinite(value)},
+        )
+
+
+Look = Callable[[Evidence], Finding]
+"""What looks at the evidence: measure, compare, and return a :class:`Finding`."""
+
+
+def _fault(target: object) -> str | None:
+    return None if inspect.isfunction(target) else "expected a function of the Evidence that returns a Finding"
+
+
+LOOKS: Registry[Look] = Registry(
+    "diagnostic", "gambeson.diagnostics", room="gambeson.auditing.diagnostics", check=_fault, what="function"
+)
+"""Every diagnostic: of this library, of installed packages (group ``gambeson.diagnostics``), and of this process."""
+
+
+def register(
+    name: str, *, condition: str, explanation: str, remedy: str, gradients: bool = True
+) -> Callable[[Look], Look]:
+    """Make a diagnostic of the function below: ``@register("name", condition=..., explanation=..., remedy=...)``.
+
+    Args:
+        name: the property that holds where it passes.
+        condition: when it fails.
+        explanation: what a failure means.
+        remedy: what to do then.
+        gradients: it needs gradients, and so does not apply to a black box.
+    """
+    about = {"condition": condition, "explanation": explanation, "remedy": remedy, "gradients": gradients}
+    return LOOKS.register(name, title=name, summary=f"Fails where {condition}.", **about)
+
+
+def entries() -> list[Registered[Look] | UserError]:
+    """Every diagnostic; an error in place of one whose package cannot be imported."""
+    return LOOKS.entries()
+
+
+def built_in() -> list[Diagnostic]:
+    """The diagnostics of this library, in the order in which they are defined."""
+    return [_diagnostic(entry) for entry in LOOKS.own()]
+
+
+def get(name: str) -> Diagnostic:
+    """Return a diagnostic by its registered name, or by ``FILE.py:FUNCTION``.
+
+    Raises:
+        UserError: there is none, or its package or file does not run or does not register it.
+    """
+    return _diagnostic(LOOKS.get(name))
+
+
+def _diagnostic(entry: Registered[Look]) -> Diagnostic:
+    if "title" not in entry.options:
+        raise UserError(
+            f"the function {entry.target.__name__} of {entry.owner} is no diagnostic: put @gambeson.auditing.register("
+            "name, condition=..., explanation=..., remedy=...) above it"
+        )
+    about = {key: entry.options[key] for key in ("condition", "explanation", "remedy", "gradients")}
+    return Diagnostic(name=entry.options["title"], look=entry.target, **about)

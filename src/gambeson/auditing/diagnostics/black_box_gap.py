@@ -1,0 +1,183 @@
+"""White box against the others: an attack that knows less must not do more (Athalye et al. 2018, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gambeson.attacks import Square
+from gambeson.auditing.context import Evidence
+from gambeson.auditing.diagnostics.base import Finding, register
+from gambeson.auditing.nearest_class import Towards
+from gambeson.auditing.outcome import AsFarAsFinite, Gain
+from gambeson.auditing.stages.transfer import FromSurrogate, image_attacks, on_surrogate
+from gambeson.base import derive, generator, seeded
+from gambeson.evaluation.attack_suite import WorstCase
+from gambeson.evaluation.outcome import ImageAttack, Outcome, at_once, outcome_under
+from gambeson.threat import Ball, perturb
+from gambeson.victim import Victim, right_answers, vote
+
+_MORE = 0.02
+"""Share of images beyond which a weaker attack counts: honest networks come to a few in a thousand. Ours."""
+_MORE_UNIVERSAL = 0.05
+"""The same for universal perturbations, of which the best is found by luck as well."""
+_QUERIES = 300
+"""The most queries an image."""
+_KNOWN, _FLOATS = 2000, 2**26
+"""Training images that are stepped towards: so many at the most, and so many numbers in them."""
+_REMEDY = "Report the stronger attack's number, and find what stops the gradient; attack by transfer and queries."
+
+
+@register(
+    "white box beats transfer",
+    condition=f"images perturbed on a surrogate are clearly more often wrong than under PGD on the model itself, "
+    f"by {100 * _MORE:g} points",
+    explanation="The surrogate's gradient serves better than the model's own, which must be masked (Papernot et "
+    "al. 2017; Tramèr et al. 2018, section 4: the white-box error less the transferred one fell to -9.7 points).",
+    remedy=_REMEDY,
+)
+def _transferred(evidence: Evidence) -> Finding:
+    if evidence.surrogate is None:
+        return Finding(None, "there is no surrogate")
+    white = evidence.suite.pgd(evidence.eps)
+    numbers, gains = {"white box": evidence.accuracy(white).value}, []
+    for name, attack in image_attacks(evidence.eps, evidence.suite.norm).items():
+        moved = FromSurrogate(evidence.surrogate, attack, evidence.surrogate_temperature, evidence.suite.gradient_draws)
+        gains.append(Gain.of(evidence.outcome(white), evidence.outcome(moved)))
+        numbers[name] = evidence.accuracy(moved).value
+    rates = ", ".join(f"{name} {100 * value:.1f} %" for name, value in numbers.items() if name != "white box")
+    return Finding(
+        all(gain.low <= _MORE for gain in gains),
+        f"accuracy at eps {evidence.eps:.4g} under PGD {evidence.accuracy(white)}; crafted on the surrogate: {rates}",
+        numbers,
+    )
+
+
+@register(
+    "universal white box beats transfer",
+    condition="one perturbation crafted on a surrogate is clearly stronger than the one crafted on the model, by "
+    f"{100 * _MORE_UNIVERSAL:g} points",
+    explanation="The universal attack found less on the model itself than is there.",
+    remedy=_REMEDY,
+)
+def _universal(evidence: Evidence) -> Finding:
+    if evidence.surrogate is None:
+        return Finding(None, "there is no surrogate")
+    moved = on_surrogate(evidence, evidence.eps)
+    if moved is None:
+        return Finding(None, "there is no surrogate")
+    deltas = (evidence.crafted_at(evidence.eps).delta, moved.delta)
+    white, other = (outcome_under(evidence.victim, evidence.test, delta) for delta in deltas)
+    gain = Gain.of(white, other)
+    return Finding(
+        gain.low <= _MORE_UNIVERSAL,
+        f"accuracy at eps {evidence.eps:.4g} under the perturbation crafted on the model {white.rate}, under the one "
+        f"crafted on the surrogate {other.rate}",
+        {"white box": white.rate.value, "transferred": other.rate.value},
+    )
+
+
+@register(
+    "white box beats queries",
+    condition=f"Square, or steps towards training images of other classes, break clearly more than {100 * _MORE:g} "
+    "% of images among those that PGD leaves right",
+    explanation="An attack that sees scores alone finds what the gradient does not lead to (Athalye et al. 2018, "
+    "section 3.1; Andriushchenko et al. 2020, section 5); steps towards other images find what compares images "
+    "with those it knows.",
+    remedy=_REMEDY,
+)
+def _queried(evidence: Evidence) -> Finding:
+    norm, queries = evidence.suite.norm, min(_QUERIES, evidence.suite.queries)
+    if norm == "1" or evidence.sample.labels.ndim > 1 or not queries:
+        return Finding(None, "Square is for one label an image and the norms inf and 2, and needs queries")
+    others = (Square(eps=evidence.eps, norm=norm, queries=queries), _towards(evidence))
+    white, both, broken = (_voted if evidence.subject.random else _settled)(evidence, others)
+    left = int(white.right.sum())
+    gain = Gain.of(white, both)
+    return Finding(
+        gain.low <= _MORE,
+        f"of {left} images that PGD leaves right, among {len(white.right)}, Square breaks {broken[0]} with {queries} "
+        f"queries each, and steps towards training images of other classes break {broken[1]}",
+        {"left by PGD": left, "broken by queries": left - int(both.right.sum())},
+    )
+
+
+def _settled(evidence: Evidence, others: Sequence[ImageAttack]) -> tuple[Outcome, Outcome, list[int]]:
+    """Return what PGD leaves right, what the others leave of that, and how many each of them breaks."""
+    white = evidence.outcome(evidence.suite.pgd(evidence.eps))
+    standing = white.right.nonzero().flatten()
+    both, broken = white.right.clone(), [0] * len(others)
+    if len(standing):
+        victim, ignored = evidence.victim, evidence.sample.ignore_index
+        images, labels = evidence.sample.take(standing, victim.device)
+        for k, attack in enumerate(others):
+            moved = attack(victim, images, labels, seed=evidence.seed, ignore_index=ignored)
+            right = right_answers(vote(victim, moved), labels, ignored)[0].cpu()
+            broken[k] = len(standing) - int(right.sum())
+            both[standing] = both[standing].minimum(right)
+    return white, Outcome(both, white.answers), broken
+
+
+def _voted(evidence: Evidence, others: Sequence[ImageAttack]) -> tuple[Outcome, Outcome, list[int]]:
+    """Do the same on a random model, where survivors that are judged once more fall by chance alone.
+
+    The worst candidate of each image is chosen by some votes and scored on others, before the others and after them.
+    """
+    victim, sample, seed = evidence.victim, evidence.sample, evidence.seed
+    worst = WorstCase(victim, sample, seed=seed)
+    clean, answers = worst.images.clone(), worst.counts.long().cpu()
+    pgd = AsFarAsFinite(evidence.averaged(evidence.suite.pgd(evidence.eps)))
+
+    def attack(one: ImageAttack, rows: torch.Tensor, stream: int, source: int) -> None:
+        moved = one(victim, clean[rows], worst.labels[rows], seed=stream, ignore_index=sample.ignore_index)
+        worst.offer(rows, moved, source)
+
+    with seeded(seed, "queried"):
+        for k, rows in enumerate(torch.arange(len(sample), device=victim.device).split(at_once(sample))):
+            attack(pgd, rows, derive(seed, "batch", k), 0)
+        white, standing = worst.right().cpu(), worst.standing
+        for k, one in enumerate(others if len(standing) else (), 1):
+            attack(one, standing, seed, k)
+        both = worst.right().cpu()
+    broken = [int((white & ~both & (worst.source.cpu() == k)).sum()) for k in range(1, len(others) + 1)]
+    return Outcome(white.long(), answers), Outcome(both.long(), answers), broken
+
+
+def _towards(evidence: Evidence) -> Towards:
+    train = evidence.data.train
+    known = evidence.few(min(_KNOWN, _FLOATS // torch.Size(train.shape).numel()), train)
+    return Towards(Ball(eps=evidence.eps, norm=evidence.suite.norm), known)
+
+
+class _Noise:
+    """Random signs on the surface of the ball, drawn anew for every image."""
+
+    def __init__(self, ball: Ball) -> None:
+        self.ball = ball
+
+    def __repr__(self) -> str:
+        return f"Noise({self.ball})"
+
+    def __call__(
+        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
+    ) -> torch.Tensor:
+        return perturb(x, self.ball.signs(x.shape, generator(seed, "noise", device=x.device)))
+
+
+@register(
+    "attack beats noise",
+    condition=f"random signs of norm eps break clearly more images than PGD, by {100 * _MORE:g} points",
+    explanation="Chance does more than the attack: it has no gradient to follow, or is led away.",
+    remedy=_REMEDY,
+)
+def _noise(evidence: Evidence) -> Finding:
+    white = evidence.suite.pgd(evidence.eps)
+    noise = _Noise(white.ball)
+    gain = Gain.of(evidence.outcome(white), evidence.outcome(noise))
+    return Finding(
+        gain.low <= _MORE,
+        f"accuracy at eps {evidence.eps:.4g} under PGD {evidence.accuracy(white)}, under random signs drawn anew for "
+        f"every image {evidence.accuracy(noise)}",
+        {"pgd": evidence.accuracy(white).value, "noise": evidence.accuracy(noise).value},
+    )

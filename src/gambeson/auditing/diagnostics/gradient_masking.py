@@ -1,0 +1,158 @@
+"""Gradients that vanish, saturate or lie: an attack that follows them has nothing to follow, or goes astray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from gambeson.analysis import GradientStatistics, gradient_statistics
+from gambeson.analysis.inputs import pull
+from gambeson.attacks import PGD, Loss
+from gambeson.auditing.context import Evidence
+from gambeson.auditing.diagnostics.base import Finding, register
+from gambeson.auditing.outcome import Gain
+from gambeson.base import UserError, generator
+from gambeson.evaluation import Rate
+from gambeson.evaluation.outcome import at_once
+from gambeson.threat import Ball, perturb
+
+_DEAD = 0.1
+_STARVED = 0.05
+_FALSE = 0.25
+_REACH = 1e-3
+"""Length of a difference, in pixel units: a quarter of a grey level."""
+_LEAST = torch.finfo(torch.float32).tiny
+"""What lies below is no longer a normal number: the gradient has underflown."""
+_STEPS = 20
+_SEVERAL = 3
+"""Classes from which on wrong ones are looked at: the logits of two may be a number and a zero."""
+
+
+@register(
+    "gradients alive",
+    condition=f"more than {100 * _DEAD:g} % of images have a loss gradient of zero, to float32's smallest normal "
+    "number, or one that is not finite; or on as many no wrong class's logit has a gradient",
+    explanation="Such images cannot be attacked by following the gradient: it is saturated, detached, rounded away "
+    "or underflown; or it leads away from the right class, and towards no other.",
+    remedy="Attack the logits before the part that hides it, or by queries.",
+)
+def _alive(evidence: Evidence) -> Finding:
+    split, loss = evidence.sample, Loss(kind="cross-entropy")
+    scale = evidence.victim.temperature  # of the logits as attacks climb them
+    images, labels = split.take(slice(None), evidence.victim.device)
+    dead = _without(_slopes(evidence, images, labels, lambda z, y: loss(z / scale, y, split.ignore_index))[0])
+    detail = f"{dead} of {len(images)} images have an input gradient of zero, or one that is not finite"
+    numbers, blind = {"dead": dead / len(images)}, 0
+    if labels.ndim == 1 and split.ignore_index is None and len(split.classes) >= _SEVERAL:
+        blind = _without(_slopes(evidence, images, labels, _of_wrong_classes)[0])
+        detail += f"; on {blind} no wrong class's logit has a gradient"
+        numbers["wrong classes dead"] = blind / len(images)
+    return Finding(max(dead, blind) <= _DEAD * len(images), detail, numbers)
+
+
+def _without(gradients: torch.Tensor) -> int:
+    """Return how many of the gradients (N, C, H, W) are zero or not finite."""
+    largest = gradients.flatten(1).abs().amax(1)
+    return int((~((largest >= _LEAST) & largest.isfinite())).sum())
+
+
+def _of_wrong_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    # Weights of different size: slopes of different classes shall not cancel.
+    weights = torch.linspace(1, 2, logits.shape[1], device=logits.device).expand_as(logits)
+    return (logits * weights.scatter(1, labels[:, None], 0)).sum(1)
+
+
+@register(
+    "cross-entropy keeps up",
+    condition=f"PGD on the margin of the logits breaks clearly more images, by {100 * _STARVED:g} points, than PGD "
+    "on cross-entropy with the same steps",
+    explanation="The logits are so large, or so shaped, that the softmax starves the attack of its gradient "
+    "(Carlini and Wagner 2017, section 5; Croce and Hein 2020, section 4); the universal perturbations climbed "
+    "the same cross-entropy.",
+    remedy="Attack the margin or the ratio of logits (loss='margin', loss='dlr'), which no factor changes.",
+)
+def _fed(evidence: Evidence) -> Finding:
+    usual = probe(evidence, evidence.eps)
+    margin = usual.model_copy(update={"loss": "margin"})
+    gain = Gain.of(evidence.outcome(usual), evidence.outcome(margin))
+    detail = (
+        f"accuracy under PGD on cross-entropy {evidence.accuracy(usual)}, on the margin of the logits "
+        f"{evidence.accuracy(margin)}"
+    )
+    numbers = {"cross-entropy": evidence.accuracy(usual).value, "margin": evidence.accuracy(margin).value}
+    found = _statistics(evidence)
+    if found is not None:
+        detail += (
+            f"; {100 * found.saturated:.0f} % of images are certain to the last digit, and on "
+            f"{100 * found.masked_by_scale:.0f} % the loss has no gradient though the margin has one"
+        )
+        numbers |= {"saturated": found.saturated, "masked by scale": found.masked_by_scale}
+        if found.rescaled_ratio is not None:
+            numbers["rescaled ratio"] = found.rescaled_ratio
+    return Finding(gain.low <= _STARVED, detail, numbers)
+
+
+def _statistics(evidence: Evidence) -> GradientStatistics | None:
+    try:
+        return gradient_statistics(evidence.victim, evidence.sample)
+    except UserError:  # label maps, or gradients that are not finite, which "gradients alive" is for
+        return None
+
+
+@register(
+    "gradients tell the truth",
+    condition=f"on clearly more than {100 * _FALSE:g} % of images the margin changes along the gradient by less "
+    f"than half or more than twice what the gradient promises, over {_REACH:g} in every pixel",
+    explanation="The gradient is not the slope of the function: shattered, straight-through, rounded or reversed "
+    "(Athalye et al. 2018, section 4.1).",
+    remedy="Replace the part that breaks the gradient by a smooth one in the backward pass (BPDA), or attack by "
+    "queries.",
+)
+def _true(evidence: Evidence) -> Finding:
+    if evidence.subject.random:
+        return Finding(None, "the model is random: the difference of two forwards is noise")
+    victim, split = evidence.victim, evidence.sample
+    images, labels = split.take(slice(None), victim.device)
+    draw = generator(evidence.seed, "differences", device=images.device)
+    # Where attacks begin: a point drawn in the ball has no ties, at which one-sided slopes differ.
+    point = perturb(images, Ball(eps=evidence.eps, norm=evidence.suite.norm).uniform(images.shape, draw))
+    loss = Loss(kind="margin")
+    gradients, before = _slopes(evidence, point, labels, lambda z, y: loss(z, y, split.ignore_index))
+    signs = torch.where(gradients == 0, Ball(eps=1).signs(images.shape, draw), gradients.sign())
+    moved = perturb(point, _REACH * signs)
+    said = (gradients * (moved - point)).double().flatten(1).sum(1)
+    with torch.no_grad():
+        parts = zip(moved.split(at_once(split)), labels.split(at_once(split)), strict=True)
+        after = [loss(victim.exact(x), y, split.ignore_index) for x, y in parts]
+    seen = (torch.cat(after) - before).double()
+    kept = ((seen >= said / 2) & (seen <= 2 * said)) | ((seen == 0) & (said == 0))
+    false = Rate.of(int((~kept).sum()), len(kept))
+    return Finding(
+        false.low <= _FALSE,
+        f"on {false} of images a step of {_REACH:g} along the gradient changes the margin by less than half or more "
+        "than twice what the gradient promises",
+        {"false": false.value},
+    )
+
+
+def probe(evidence: Evidence, eps: float) -> PGD:
+    """The short PGD that comparisons at equal steps are made with."""
+    return PGD(eps=eps, norm=evidence.suite.norm, steps=min(_STEPS, evidence.suite.pgd_steps))
+
+
+def _slopes(
+    evidence: Evidence,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    value_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients (N, C, H, W), by the model itself, of a value of logits and labels, and the values (N,)."""
+    victim, parts, size = evidence.victim, [], at_once(evidence.sample)
+    for x, y in zip(images.split(size), labels.split(size), strict=True):
+        with torch.enable_grad():
+            point = x.detach().clone().requires_grad_()
+            value = value_of(victim.exact(point), y)
+        parts.append((pull(victim, value.sum(), point, keep=False), value.detach()))
+    gradients, values = zip(*parts, strict=True)
+    return torch.cat(gradients), torch.cat(values)

@@ -1,0 +1,144 @@
+"""Auditing what only answers: a universal attack without gradients, and the box recognised when it is met again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gambeson.attacks import GaborNoise, PerlinNoise, UniversalPerturbation
+from gambeson.attacks.universal.procedural import ProceduralAttack
+from gambeson.auditing.checkpoint import Stages
+from gambeson.auditing.context import Evidence
+from gambeson.auditing.cost import Plan, fit
+from gambeson.auditing.stages.transfer import name_of, on_surrogate
+from gambeson.auditing.suite import Suite
+from gambeson.base import UserError, generator
+from gambeson.data import Dataset
+from gambeson.evaluation import BlackBox
+from gambeson.models import fingerprint
+from gambeson.threat import Ball
+from gambeson.victim import Victim, predict, score
+
+_ALIKE = 1e-3
+"""Scores that differ by less than this share of their range are the same: a server may round, or batch otherwise."""
+_FINALISTS = 3
+
+
+def queries_file(folder: Path) -> Path:
+    """Return the file that keeps how many images a black box was asked about."""
+    return folder / "state" / "queries.json"
+
+
+def recognise(box: BlackBox, data: Dataset, stages: Stages, folder: Path | None, *, random: bool) -> None:
+    """Ask about a few fixed images, so that another box behind the same name is noticed.
+
+    The answers become the box's fingerprint; those of the first time stand as long as the new ones are alike. A random
+    box has no answers of its own: nothing is asked then, and only its name tells it from another.
+
+    Raises:
+        UserError: the folder holds the audit of a box that answers otherwise.
+    """
+    if random:
+        return
+    shape = data.test.shape
+    grey = torch.linspace(0, 1, 4).view(-1, 1, 1, 1).expand(-1, *shape)
+    noise = torch.rand(4, *shape, generator=generator(0, "probe"))
+    own = data.test.take(slice(0, 8), "cpu")[0]
+    now = box.recognise(torch.cat([grey, noise, own]))
+    before = torch.tensor(stages.do("probe", list[list[float]], lambda: now.tolist()))
+    spread = float(before.max() - before.min())
+    if before.shape != now.shape or float((before - now).abs().max()) > _ALIKE * max(spread, 1e-6):
+        raise UserError(
+            f"{folder} holds the audit of another model: {box.title} answers otherwise than it did; choose another "
+            "--out"
+        )
+    box.answers = before
+
+
+def meet(
+    victim: Victim, box: BlackBox, suite: Suite, data: Dataset, stages: Stages, folder: Path | None
+) -> tuple[Suite, Dataset, list[str]]:
+    """Hold a box to its budget, recognise it, and make the audit as small as the budget has to have it.
+
+    Args:
+        victim: the box, inside its context.
+        box: the same.
+        suite: what was asked for.
+        data: the data; of its validation split as much is kept as one choice among perturbations looks at.
+        stages: of the audit.
+        folder: of the audit.
+
+    Returns:
+        The suite and the data to go on with, and what was made smaller, in sentences.
+    """
+    box.hold(suite.budget, None if folder is None else queries_file(folder))
+    random = victim.meet(data.test.take(slice(0, 8), victim.device)[0], scores=True).stochastic
+    recognise(box, data, stages, folder, random=random)
+    room = None if suite.budget is None else suite.budget - box.asked
+    plan = stages.do("plan", Plan, lambda: fit(suite, data, room, suite.draws if random else 1))
+    held = data.validation.sample(plan.suite.pattern_images)
+    return plan.suite, Dataset(data.name, data.train, held, data.test, data.classes), list(plan.notes)
+
+
+def remarks(model: nn.Module) -> list[str]:
+    """What a black box does not show, in sentences; nothing for a model that has gradients."""
+    if not isinstance(model, BlackBox):
+        return []
+    words = ["A black box: attacks that need gradients were left out, so that true robustness may be lower."]
+    if model.decides_only:
+        words.append(
+            "Only the top class came back: Square then knows hits and misses and not how near it is, and finds less "
+            "than it does with scores."
+        )
+    return words
+
+
+def pattern_attacks(suite: Suite, eps: float) -> list[ProceduralAttack]:
+    """Return the procedural attacks at one eps, each with the suite's number of patterns."""
+    ball = {"eps": eps, "norm": suite.norm}
+    size = {"patterns": suite.patterns, "images": suite.pattern_images, "finalists": min(_FINALISTS, suite.patterns)}
+    return [kind(**ball, **size) for kind in (PerlinNoise, GaborNoise)]
+
+
+def craft(evidence: Evidence, eps: float, start: tuple[str, torch.Tensor] | None = None) -> UniversalPerturbation:
+    """Return the strongest of several universal attacks without a gradient, as validation sees it.
+
+    They are Perlin noise and Gabor noise, searched by queries; stochastic PGD on the surrogate, where there is one;
+    and a perturbation of another eps, scaled to this one.
+
+    Args:
+        evidence: of the audit.
+        eps: the radius.
+        start: what made the perturbation of another eps, and that perturbation (1, C, H, W).
+    """
+    victim, suite, validation = evidence.victim, evidence.suite, evidence.data.validation
+    spent = victim.forwards
+
+    def judged(delta: torch.Tensor) -> float:
+        return score(predict(victim, validation, delta.to(victim.device), seed=evidence.seed), validation).error
+
+    found: list[tuple[str, UniversalPerturbation, float]] = []
+    for attack in pattern_attacks(suite, eps):
+        uap = attack.craft(victim, evidence.data, seed=evidence.seed)
+        found.append((uap.about.attack, uap, max(rate for _, rate in uap.about.restarts)))
+    if evidence.surrogate is not None and (borrowed := on_surrogate(evidence, eps)) is not None:
+        mixed = borrowed.about.model_copy(update={"model": f"{borrowed.about.model}+{fingerprint(victim.model)}"})
+        name = f"{mixed.attack} on surrogate ({name_of(evidence.surrogate)})"
+        lent = UniversalPerturbation(borrowed.delta, mixed, borrowed.image_hashes)
+        found.append((name, lent, judged(borrowed.delta)))
+    if start is not None and bool(start[1].any()):
+        delta = Ball(eps=eps, norm=suite.norm).fill(start[1]).cpu()
+        about = found[0][1].about.model_copy(update={"status": "done"})
+        found.append((start[0], UniversalPerturbation(delta, about, found[0][1].image_hashes), judged(delta)))
+    name, best, _ = max(found, key=lambda entry: entry[2])
+    about = best.about.model_copy(
+        update={
+            "attack": name,
+            "restarts": [(kind, rate) for kind, _, rate in found],
+            "chosen_on": validation.name,
+            "forwards": victim.forwards - spent,
+        }
+    )
+    return UniversalPerturbation(best.delta, about, best.image_hashes)

@@ -1,0 +1,64 @@
+"""The audit's plain noise: what chance does to the model, without an adversary."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gambeson.auditing.context import Evidence
+from gambeson.auditing.results import Corruption
+from gambeson.base import generator, seeded
+from gambeson.evaluation import Rate
+from gambeson.evaluation.universal import error_rate
+from gambeson.victim import auto_batch_size, score, vote
+
+NOISES = ("gaussian", "uniform", "salt-and-pepper")
+
+
+def noisy(images: torch.Tensor, noise: str, size: float, draw: torch.Generator) -> torch.Tensor:
+    """Return images (N, C, H, W) with noise of their own each, clipped to [0, 1].
+
+    Args:
+        images: in [0, 1].
+        noise: one of :data:`NOISES`.
+        size: of ``gaussian`` the standard deviation, of ``uniform`` the half-width, of ``salt-and-pepper`` the
+            probability that a pixel becomes black or white, in all its channels.
+        draw: on the device of the images.
+    """
+    if noise == "gaussian":
+        moved = images + size * torch.randn(images.shape, generator=draw, device=images.device)
+    elif noise == "uniform":
+        moved = images + size * (2 * torch.rand(images.shape, generator=draw, device=images.device) - 1)
+    else:
+        pixels = (len(images), 1, *images.shape[2:])
+        hit = torch.rand(pixels, generator=draw, device=images.device) < size
+        white = torch.rand(pixels, generator=draw, device=images.device) < 0.5
+        moved = torch.where(hit, white.to(images.dtype).expand_as(images), images)
+    return moved.clamp(0, 1)
+
+
+def a_pixel(eps: float, norm: str, shape: tuple[int, ...]) -> float:
+    """Return what a radius allows each value of an image (C, H, W) if it is spread evenly."""
+    count = math.prod(shape)
+    return {"inf": eps, "2": eps / math.sqrt(count), "1": eps / count}[norm]
+
+
+def measure(evidence: Evidence) -> list[Corruption]:
+    """Every noise at every size of the suite: multiples of what the middle eps allows a pixel."""
+    unit = a_pixel(evidence.eps, evidence.suite.norm, evidence.test.shape)
+    sizes = sorted({min(1.0, times * unit) for times in evidence.suite.noise_sizes})
+    return [
+        Corruption(noise=noise, size=size, error=_error(evidence, noise, size)) for noise in NOISES for size in sizes
+    ]
+
+
+def _error(evidence: Evidence, noise: str, size: float) -> Rate:
+    victim, test = evidence.victim, evidence.test
+    draw = generator(evidence.seed, "corruption", noise, f"{size:.6g}", device=victim.device)
+    with seeded(evidence.seed, "corruption"):  # of a random model's passes
+        predictions = [
+            vote(victim, noisy(images, noise, size, draw)).cpu()
+            for images, _ in test.batches(auto_batch_size(test.shape), device=victim.device)
+        ]
+    return error_rate(score(torch.cat(predictions), test))

@@ -1,0 +1,107 @@
+"""The audit's draws: what a random model answers over many passes, and what it answers once its noise is off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from gambeson.auditing.context import Evidence
+from gambeson.auditing.derandomize import Means
+from gambeson.auditing.results import Draws
+from gambeson.base import seeded
+from gambeson.evaluation import Rate
+from gambeson.evaluation.universal import accuracy_rate
+from gambeson.models import injections, noise_off
+from gambeson.victim import Victim, predict, score
+
+ELSEWHERE = (
+    "not turned off: two passes differ although every random draw of torch was replaced by its mean, so the randomness "
+    "comes from elsewhere (Python, NumPy, the clock, a state kept between calls)"
+)
+
+
+def measure(evidence: Evidence) -> Draws | None:
+    """Take ``suite.draws`` passes over the clean test images, and one with the noise off; None for other models."""
+    if not evidence.subject.random:
+        return None
+    values = []
+    for number in range(evidence.suite.draws):
+        with seeded(evidence.seed, "draw", number), one_pass(evidence.victim):
+            values.append(accuracy_rate(score(predict(evidence.victim, evidence.test), evidence.test)).value)
+    quiet, how = _without_noise(evidence)
+    return Draws(
+        draws=len(values),
+        mean=fmean(values),
+        spread=stdev(values) if len(values) > 1 else 0.0,
+        lowest=min(values),
+        highest=max(values),
+        majority=evidence.clean,
+        noise_off=quiet,
+        noise_off_by=how,
+    )
+
+
+@contextmanager
+def one_pass(victim: Victim) -> Iterator[None]:
+    """Let one pass decide inside the block, whatever the victim's ``passes``."""
+    before, victim.passes = victim.passes, 1
+    try:
+        yield
+    finally:
+        victim.passes = before
+
+
+def _without_noise(evidence: Evidence) -> tuple[Rate | None, str]:
+    how = way_to_quiet(evidence)
+    if how not in QUIET:
+        return None, how
+    with QUIET[how](evidence.victim), one_pass(evidence.victim):
+        found = score(predict(evidence.victim, evidence.test), evidence.test)
+    return accuracy_rate(found), how
+
+
+def way_to_quiet(evidence: Evidence) -> str:
+    """Return the first of :data:`QUIET` that makes a random model repeat itself, or why none does."""
+    if evidence.subject.black_box:
+        return "not turned off: only queries are possible"
+    images, _ = evidence.sample.take(slice(0, 8), evidence.victim.device)
+    reason = ELSEWHERE
+    for how, quiet in QUIET.items():
+        if how == SWITCHES and not injections(evidence.victim.model):
+            continue
+        # What a stranger's model does when its draws are not what it expects cannot be known: any error is an answer.
+        try:
+            with torch.no_grad(), quiet(evidence.victim):
+                first, second = evidence.victim.exact(images), evidence.victim.exact(images)
+        except Exception as error:
+            reason = f"not turned off: the model does not run without its noise ({type(error).__name__}: {error})"
+            continue
+        if torch.equal(first, second):
+            return how
+    return reason
+
+
+@contextmanager
+def _switched(victim: Victim) -> Iterator[None]:
+    with noise_off(victim.model):
+        yield
+
+
+@contextmanager
+def _averaged(victim: Victim) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(noise_off(victim.model))  # these draw in threads of their own, where no mode reaches
+        stack.enter_context(Means())
+        yield
+
+
+SWITCHES = "the switches of the model's noise modules"
+QUIET: dict[str, Callable[[Victim], Any]] = {
+    SWITCHES: _switched,
+    "every random draw of torch replaced by its mean (dropout by all of its input)": _averaged,
+}
+"""Ways to turn a model's randomness off from outside, as contexts for a victim, the gentlest first."""

@@ -1,0 +1,115 @@
+"""The audit's surrogate: a net of its own for the same data, on which perturbations are crafted that then transfer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gambeson import models
+from gambeson.auditing.checkpoint import Stages
+from gambeson.auditing.results import Surrogate
+from gambeson.auditing.suite import Suite
+from gambeson.base import UserError, seeded
+from gambeson.data import Dataset
+from gambeson.defenses import Standard
+from gambeson.evaluation import accuracy, load_subject
+from gambeson.training import train
+
+FILE = "surrogate.safetensors"
+LARGEST = 64
+"""Side in pixels above which no surrogate is trained: the nets that suit larger images take hours."""
+_MANY = 150_000
+"""Images seen in training, from which on a residual net of colour images learns more than LeNet-5 in the same time."""
+_FEWEST_STEPS = 400
+_BATCH = 64
+
+
+def choose(suite: Suite, data: Dataset) -> tuple[str, str]:
+    """Return the architecture to train (empty: none, or what the suite names), and why there is none."""
+    if suite.surrogate == "none":
+        return "", "No perturbation was transferred, as the suite asks."
+    if data.test.labels.ndim != 1:
+        return "", "No perturbation was transferred: a surrogate takes one label an image."
+    if suite.surrogate != "auto":
+        return "", ""
+    if max(data.image_size) > LARGEST:
+        return "", (
+            f"No perturbation was transferred: images are {max(data.image_size)} pixels wide, and a surrogate is only "
+            f"trained up to {LARGEST}; name a model of the same data with --surrogate."
+        )
+    seen = suite.surrogate_epochs * min(suite.surrogate_images, len(data.train))
+    return ("resnet20" if data.in_channels > 1 and seen >= _MANY else "lenet5"), ""
+
+
+def obtain(
+    suite: Suite, data: Dataset, audited: nn.Module, folder: Path | None, stages: Stages, seed: int
+) -> tuple[nn.Module | None, Surrogate]:
+    """Return the surrogate on the audited model's device, and what there is to say of it.
+
+    It is trained once on the train split, with the data's labels, and kept in the folder.
+
+    Args:
+        suite: names or sizes it.
+        data: what to train it on.
+        audited: the model under audit, which must not be its own surrogate.
+        folder: of the audit.
+        stages: of the audit.
+        seed: of its weights and its training.
+
+    Raises:
+        UserError: the suite names a model that cannot be had, or the audited model itself.
+    """
+    name, reason = choose(suite, data)
+    if reason:
+        return None, Surrogate(name="", left_out=reason)
+    device = next((parameter.device for parameter in audited.parameters()), torch.device("cpu"))
+    made: list[nn.Module] = []
+
+    def work() -> Surrogate:
+        model, about = _trained(name, suite, data, device, seed) if name else _named(suite, data, device)
+        made.append(model)
+        if folder is None or not isinstance(model, models.PixelModel) or not name:
+            return about
+        models.save(model, folder / FILE)
+        return about.model_copy(update={"file": FILE})
+
+    about = stages.do("surrogate", Surrogate, work)
+    if not made and name and folder is not None:
+        made.append(models.load(folder / FILE).to(device))
+    elif not made:
+        made.append(_named(suite, data, device)[0])
+    if models.fingerprint(made[0]) == models.fingerprint(audited):
+        raise UserError(f"the surrogate {suite.surrogate} is the audited model itself: name another one, or none")
+    return made[0].eval(), about
+
+
+def _named(suite: Suite, data: Dataset, device: torch.device) -> tuple[nn.Module, Surrogate]:
+    found = load_subject(suite.surrogate, data.name, str(device), data)
+    if found.black_box:
+        raise UserError(f"the surrogate {suite.surrogate} is a black box: name a model that has gradients")
+    return found.model, Surrogate(name=suite.surrogate, accuracy=accuracy(found.model, data.test))
+
+
+def _trained(name: str, suite: Suite, data: Dataset, device: torch.device, seed: int) -> tuple[nn.Module, Surrogate]:
+    part, count = data.train, min(suite.surrogate_images, len(data.train))
+    part = part.sample(count, seed=seed)
+    held = data.validation.sample(_BATCH, seed=seed)
+    batch = min(_BATCH, count, max(16, count // 16))
+    epochs = max(suite.surrogate_epochs, math.ceil(_FEWEST_STEPS / (count // batch)))
+    with seeded(seed, "surrogate"):
+        model = models.create(name, data).to(device)
+    train(
+        model,
+        Dataset(data.name, part, held, data.test, data.classes),
+        Standard(),
+        seed=seed,
+        label="  surrogate",
+        epochs=epochs,
+        batch_size=batch,
+        lr=0.1 if name.startswith("resnet") else 0.03,
+        warmup=0.5,
+    )
+    return model, Surrogate(name=name, accuracy=accuracy(model, data.test), images=count, epochs=epochs)

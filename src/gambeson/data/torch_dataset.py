@@ -1,0 +1,190 @@
+"""A torch.utils.data.Dataset becomes a split: in memory if it fits, else lazily."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from gambeson.base.errors import UserError
+from gambeson.data.conversion import class_names, find_ignored
+from gambeson.data.lazy import LazySplit, settle
+from gambeson.data.split import Batch, Split
+
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)
+"""What PIL raises for a file that is no image, is cut short, or would fill the memory."""
+
+
+class Items:
+    """Loads items of a torch Dataset as (image (C, H, W), label () or (H, W)).
+
+    Args:
+        source: a map-style Dataset; its items are (PIL image, array or tensor, label or label map).
+        size: images and maps are resized (shorter side) and centre-cropped to this square; None keeps them.
+    """
+
+    def __init__(self, source: Any, size: int | None) -> None:
+        self.source, self.size = source, size
+
+    def __call__(self, number: int) -> Batch:
+        """Load one item."""
+        try:
+            item = self.source[number]
+        except UNREADABLE as error:
+            raise UserError(
+                f"item {number} of the data set cannot be read ({error}): replace its file or take it out"
+            ) from None
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise UserError(f"item {number} of the data set is a {type(item).__name__}: expected a pair (image, label)")
+        image, label = image_tensor(item[0]), label_tensor(item[1])
+        return fit(image, self.size), fit(label, self.size, nearest=True) if label.ndim == 2 else label
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a torch Dataset before its images are read."""
+
+    fetch: Items
+    count: int
+    labels: torch.Tensor | None
+    """(N,); None where the labels are maps, which are read with the images."""
+    values: torch.Tensor
+    """The distinct labels."""
+    names: tuple[str, ...]
+    """Class names that the source gives; maybe none."""
+
+    def split(self, name: str, classes: tuple[str, ...], ignore_index: int | None, workers: int | None) -> LazySplit:
+        """Return the split that reads the items."""
+        labels = self.count if self.labels is None else self.labels
+        return LazySplit(name, self.fetch, labels, classes, ignore_index, workers)
+
+
+def survey(
+    source: Any, size: int | None, kept: tuple[str, ...] = ("targets",), classes: tuple[str, ...] = ()
+) -> Survey:
+    """Find out about a torch Dataset; all items are read if it does not keep their labels.
+
+    Args:
+        source: a map-style Dataset.
+        size: as for :class:`Items`.
+        kept: names of attributes that may hold all labels.
+        classes: class names, where they are known: then label maps need not be read.
+
+    Raises:
+        UserError: it is empty or has no length, or its items are not (image, label).
+    """
+    try:
+        count = len(source)
+    except TypeError:
+        raise UserError("the torch Dataset has no length: expected a map-style data set, not a stream") from None
+    if count == 0:
+        raise UserError("the torch Dataset is empty: expected one image at the least")
+    fetch = Items(source, size)
+    _, first = fetch(0)
+    labels = next((found for name in kept if (found := _targets(source, fetch, name)) is not None), None)
+    if labels is not None:
+        values = labels.unique()
+    elif first.ndim and classes:
+        values = torch.arange(len(classes))
+    else:
+        labels, values = _read_labels(fetch, count)
+    named = getattr(source, "classes", None) or getattr(source, "categories", None)
+    names = map(_spelt, named) if isinstance(named, list | tuple) else ()
+    return Survey(fetch, count, labels, values, tuple(names))
+
+
+def from_items(source: Any, size: int | None, name: str, workers: int | None = None) -> Split:
+    """Build a split from a torch Dataset, whose items are read by several threads or processes and must not change.
+
+    Raises:
+        UserError: as :func:`survey`; or items of different shapes.
+    """
+    found = survey(source, size)
+    ignored = find_ignored(found.values) if found.labels is None else None
+    classes = class_names(found.values, ignored)
+    if len(found.names) >= len(classes):
+        classes = found.names
+    return settle(found.split(name, classes, ignored, workers))
+
+
+def image_tensor(image: Any) -> torch.Tensor:
+    """Return one image as (C, H, W), uint8 or float: grey PIL images get one channel, all others three."""
+    if isinstance(image, Image.Image):
+        return pil_tensor(image, grey=image.mode in ("1", "L") or image.mode.startswith("I"))
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(image.copy())
+    if not isinstance(image, torch.Tensor) or image.ndim not in (2, 3):
+        what = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+        raise UserError(f"an item's image is {what}: expected a PIL image or a tensor (C, H, W)")
+    return image if image.ndim == 3 else image[None]
+
+
+def pil_tensor(image: Image.Image, *, grey: bool) -> torch.Tensor:
+    """Return a PIL image as uint8 (1, H, W) or (3, H, W); 16-bit grey keeps its upper 8 bits."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    pixels = torch.from_numpy(np.array(image.convert("L" if grey else "RGB")))
+    return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()
+
+
+def label_tensor(label: Any) -> torch.Tensor:
+    """Return one label as an int64 () or a label map as an int64 (H, W)."""
+    value = torch.as_tensor(np.array(label)) if not isinstance(label, torch.Tensor) else label
+    if value.ndim == 3 and value.shape[0] == 1:
+        value = value[0]
+    if value.ndim not in (0, 2) or value.is_floating_point() or value.dtype == torch.bool:
+        raise UserError(
+            f"an item's label is {value.dtype} of shape {tuple(value.shape)}: expected an integer or a map (H, W)"
+        )
+    return value.to(torch.int64)
+
+
+def fit(image: torch.Tensor, size: int | None, *, nearest: bool = False) -> torch.Tensor:
+    """Resize the shorter side to ``size`` pixels and cut the centre square; None changes nothing."""
+    if size is None or tuple(image.shape[-2:]) == (size, size):
+        return image
+    from torchvision.transforms.v2 import InterpolationMode, functional
+
+    how = InterpolationMode.NEAREST_EXACT if nearest else InterpolationMode.BILINEAR
+    planes = image[None] if nearest else image
+    planes = functional.resize(planes, [size], interpolation=how, antialias=not nearest)
+    planes = functional.center_crop(planes, [size, size])
+    return planes[0] if nearest else planes
+
+
+def _spelt(name: Any) -> str:
+    return ", ".join(map(str, name)) if isinstance(name, tuple) else str(name)  # ImageNet's come with synonyms
+
+
+def _targets(source: Any, fetch: Items, name: str) -> torch.Tensor | None:
+    """Return the labels that a data set keeps as ``name``, where they are what the items give."""
+    targets = getattr(source, name, None)
+    if targets is None or getattr(source, "target_transform", None) is not None:
+        return None
+    try:
+        if isinstance(targets[0], tuple):  # (file, label)
+            targets = [label for _, label in targets]
+        labels = torch.as_tensor(np.asarray(targets))
+    except (TypeError, ValueError, LookupError):
+        return None
+    if labels.shape != (len(source),) or labels.is_floating_point() or labels.dtype == torch.bool:
+        return None
+    labels = labels.to(torch.int64)
+    return labels if all(torch.equal(fetch(at)[1], labels[at]) for at in (0, len(source) - 1)) else None
+
+
+def _read_labels(fetch: Items, count: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Read every item once for its label; return the labels, or None for maps, and their distinct values."""
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        found = list(pool.map(lambda number: _brief(fetch(number)[1]), range(count)))
+    values = torch.cat([entry.flatten() for entry in found]).unique()
+    return (None if found[0].ndim else torch.stack(found)), values
+
+
+def _brief(label: torch.Tensor) -> torch.Tensor:
+    return label if label.ndim == 0 else label.unique()

@@ -1,0 +1,224 @@
+"""Ensembles whose members learn together: all see the same images, and a term compares their answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from gambeson.attacks.losses import cross_entropy
+from gambeson.base import Number, UserError, generator
+from gambeson.defenses.ensemble import Voting, members_of, watch
+from gambeson.defenses.ensemble_losses import check_labels, coherence, cosines, entropy, log_det, loss_gradients
+from gambeson.defenses.objective import Batch, Losses, Objective, Scene
+from gambeson.defenses.registry import register
+from gambeson.models import PixelModel
+from gambeson.models.members import vote
+from gambeson.threat import Ball, Eps
+from gambeson.victim import frozen
+
+Compare = Callable[[PixelModel, torch.Tensor, Batch], dict[str, tuple[float, torch.Tensor]]]
+"""Weighted values by name, from the model, the members' logits (M, N, K) and the batch."""
+
+
+class Together(Voting):
+    """Base of ADP, GAL and TRS: one data order for all members, so that a batch has N rows and not M * N."""
+
+    members: Annotated[int, Field(ge=2)] = 3
+    """Members; 3 in the public scripts."""
+    watched: Annotated[int, Field(ge=0)] = 32
+    """Images on which the members' diversity gain is taken and logged, once an epoch; 0: never."""
+
+    @property
+    def num_orders(self) -> int:
+        """Data orders: all members see the same images."""
+        return 1
+
+    def _open(self, scene: Scene, compare: Compare, *, mean: bool = False, slopes: bool = False) -> Objective:
+        members_of(scene.model, self.members)
+        assert isinstance(scene.model, PixelModel)
+        check_labels(scene.train.labels, type(self).__name__)
+        return Compared(scene.model, compare, mean=mean, slopes=slopes, watched=self.watched)
+
+
+class Compared(Objective):
+    """The members' cross-entropies, and what compares them, from one forward of each.
+
+    Args:
+        model: the ensemble.
+        compare: the other values.
+        mean: the mean of the cross-entropies in place of their sum.
+        slopes: whether the images need a gradient.
+        watched: images of a batch on which the diversity gain is taken, at the last step of an epoch.
+    """
+
+    def __init__(
+        self, model: PixelModel, compare: Compare, *, mean: bool = False, slopes: bool = False, watched: int = 0
+    ) -> None:
+        super().__init__({})
+        self._voters = model.voters  # a list: the model is no part of the objective's state
+        self._compare, self._mean, self._slopes, self._watched = compare, mean, slopes, watched
+
+    def losses(self, model: nn.Module, batch: Batch) -> Losses:
+        """Evaluate the objective on one batch; a value of weight zero is left out."""
+        images = batch.images.detach().requires_grad_() if self._slopes else batch.images
+        logits = torch.stack([voter(images) for voter in self._voters])
+        every = torch.stack([cross_entropy(z, batch.labels, batch.ignore_index).mean() for z in logits])
+        assert isinstance(model, PixelModel)
+        values = self._compare(model, logits, dataclasses.replace(batch, images=images))
+        total = every.mean() if self._mean else every.sum()
+        total = torch.stack([total, *(weight * value for weight, value in values.values())]).sum()
+        named = {name: value.detach() for name, (_, value) in values.items()}
+        return {"loss": total, "clean": every.mean().detach()} | named | watch(self._voters, batch, self._watched)
+
+
+def check_classes(members: int, classes: int) -> None:
+    """Refuse more members than there are wrong classes.
+
+    Raises:
+        UserError: the predictions cannot all be orthogonal.
+    """
+    if members > classes - 1:
+        raise UserError(
+            f"{members} members cannot differ on {classes} classes: their predictions of the wrong classes can be "
+            f"orthogonal for {classes - 1} at most; choose fewer members"
+        )
+
+
+@register("adp", source="Pang et al. 2019", cost="M members")
+class ADP(Together):
+    """Minimise sum_m CE_m - alpha * H(mean_m p_m) - beta * log det(V^T V + 1e-6 I).
+
+    V has each member's prediction of the wrong classes as a column of length 1 (see
+    :func:`gambeson.defenses.ensemble_losses.log_det`). The weights are the paper's, for M = 3; its optimiser (Adam,
+    1e-3) and length (200 epochs) are a matter of the recipe.
+    """
+
+    alpha: Annotated[Number, Field(ge=0)] = 2.0
+    """Weight of the entropy of the mean prediction."""
+    beta: Annotated[Number, Field(ge=0)] = 0.5
+    """Weight of the log-determinant."""
+
+    def open(self, scene: Scene) -> Objective:
+        """Open the objective.
+
+        Raises:
+            UserError: more members than wrong classes.
+        """
+        check_classes(self.members, len(scene.train.classes))
+        return self._open(scene, self._compare)
+
+    def _compare(self, model: PixelModel, logits: torch.Tensor, batch: Batch) -> dict[str, tuple[float, torch.Tensor]]:
+        values: dict[str, tuple[float, torch.Tensor]] = {}
+        with torch.autocast(logits.device.type, enabled=False):
+            exact = logits.float()
+            if self.alpha:
+                values["entropy"] = -self.alpha, entropy(vote(exact, "probabilities"))
+            if self.beta:
+                values["log_det"] = -self.beta, log_det(exact, batch.labels)
+        return values
+
+
+@register("gal", source="Kariyappa and Qureshi 2019", cost="M members")
+class GAL(Together):
+    """Minimise mean_m CE_m + strength * E[log sum_{i<j} exp(cos(g_i, g_j))], g_m = grad_x CE_m.
+
+    One forward serves the losses and the gradients; a public port takes two. The paper's nets use leaky ReLU.
+    """
+
+    strength: Annotated[Number, Field(ge=0)] = 0.5
+    """Weight of the coherence; 0.5 in the paper."""
+
+    def open(self, scene: Scene) -> Objective:
+        """Open the objective."""
+        return self._open(scene, self._compare, mean=True, slopes=bool(self.strength))
+
+    def _compare(self, model: PixelModel, logits: torch.Tensor, batch: Batch) -> dict[str, tuple[float, torch.Tensor]]:
+        if not self.strength:
+            return {}
+        gradients = loss_gradients(logits, batch.labels, batch.images, batch.ignore_index)
+        return {"coherence": (self.strength, coherence(cosines(gradients)))}
+
+
+@register("trs", source="Yang et al. 2021", cost="M members")
+class TRS(Together):
+    """Minimise sum_m CE_m + scale * (alignment * mean_{i<j} |cos(g_i, g_j)| + smoothness * S), g_m = grad_x CE_m.
+
+    S = mean_m 2 E[||g_m||^2], on half of the batch as it is and on the other half moved to where the gradients are
+    large: steps of eps / 3 up the sign of their squared norm's gradient, eps growing in a straight line. The weights
+    are the public code's (AI-secure/Transferability-Reduced-Smooth-Ensemble). For any number of members; that code has
+    3, and sums the gradients of all its steps, which is not copied.
+    """
+
+    scale: Annotated[Number, Field(ge=0)] = 5.0
+    """Of both terms."""
+    alignment: Annotated[Number, Field(ge=0)] = 2.0
+    """Weight of the cosines."""
+    smoothness: Annotated[Number, Field(ge=0)] = 2.0
+    """Weight of S."""
+    loss_mean: Literal["batch", "image"] = "batch"
+    """Of what the gradients in S are taken: ``batch``, of the mean loss, as the public code does and its weights
+    suppose, which makes S smaller by the square of the batch size; ``image``, of each image's loss (the paper)."""
+    eps_first: Eps = 0.1
+    """Radius of the moves at the start, in pixel units."""
+    eps_last: Eps = 0.2
+    """Radius at the end."""
+    steps: Annotated[int, Field(ge=1)] = 6
+    """Steps of a move."""
+
+    def open(self, scene: Scene) -> Objective:
+        """Open the objective."""
+        return self._open(scene, self._compare, slopes=bool(self.scale * self.alignment))
+
+    def _compare(self, model: PixelModel, logits: torch.Tensor, batch: Batch) -> dict[str, tuple[float, torch.Tensor]]:
+        values: dict[str, tuple[float, torch.Tensor]] = {}
+        if self.scale * self.alignment:
+            gradients = loss_gradients(logits, batch.labels, batch.images, batch.ignore_index)
+            values["alignment"] = self.scale * self.alignment, cosines(gradients).abs().mean()
+        if self.scale * self.smoothness:
+            values["smoothness"] = self.scale * self.smoothness, self._slope(model, batch)
+        return values
+
+    def _slope(self, model: PixelModel, batch: Batch) -> torch.Tensor:
+        here, (number, processes) = len(batch.images), batch.place
+        # Every second image, not the second half: the same ones on every number of processes.
+        chosen = (torch.arange(here, device=batch.images.device) + number * here) % 2 == 1
+        images = batch.images.detach().clone()
+        if bool(chosen.any()):
+            images[chosen] = self._moved(model, batch, chosen)
+        value = squared_slopes(model, images.requires_grad_(), batch.labels, batch.ignore_index).mean()
+        return 2 * (value if self.loss_mean == "image" else value / (here * processes) ** 2)
+
+    def _moved(self, model: PixelModel, batch: Batch, chosen: torch.Tensor) -> torch.Tensor:
+        images, labels = batch.images[chosen].detach(), batch.labels[chosen]
+        eps = self.eps_first + (self.eps_last - self.eps_first) * batch.epoch / batch.epochs
+        ball = Ball(eps=eps)
+        draw = generator(batch.seed, "trs", device=images.device)
+        drawn = ball.uniform((len(batch.images) * batch.place[1], *images.shape[1:]), draw)
+        delta = batch.mine(drawn)[chosen]
+        with frozen(model), torch.autocast(images.device.type, enabled=False):  # crafted in float32
+            for _ in range(self.steps):
+                point = (images + delta).clamp(0, 1).requires_grad_()
+                value = squared_slopes(model, point, labels, batch.ignore_index).sum()
+                (gradient,) = torch.autograd.grad(value, point)
+                delta = ball.project(point.detach() - images + eps / 3 * gradient.sign())
+        return (images + delta).clamp(0, 1)
+
+
+def squared_slopes(
+    model: PixelModel, point: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None
+) -> torch.Tensor:
+    """Return ||grad_x CE_m||^2 of every member at every image, (M, N), with a graph.
+
+    Args:
+        model: the ensemble.
+        point: (N, C, H, W), with a gradient.
+        labels: (N,).
+        ignore_index: the label that counts nowhere.
+    """
+    logits = torch.stack([voter(point) for voter in model.voters])
+    return loss_gradients(logits, labels, point, ignore_index).square().sum(2)

@@ -1,0 +1,214 @@
+"""What the defences that train a noisy model share: when each part begins, and the half-and-half adversarial loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from gambeson.attacks.losses import cross_entropy, image_means
+from gambeson.base import Number, UserError
+from gambeson.defenses.objective import Adversarial, Batch, Clean, Defense, Objective, Scene, Term, Weight, batch_loss
+from gambeson.defenses.registry import register
+from gambeson.models import PixelModel, injections
+from gambeson.models.factory import equip
+from gambeson.models.noise import Noise
+from gambeson.models.noisy_weights import FixedNoise, ParametricNoise, Where
+from gambeson.threat import Eps, Norm, perturb
+
+Label = Literal["prediction", "truth"]
+"""What an attack inside training moves away from: the model's own answer to the clean image, or the true label."""
+
+
+class NoisyClean:
+    """Cross-entropy on the images as they are; it remembers what the model answered, for the attack on the batch."""
+
+    def __init__(self) -> None:
+        self._batch: Batch | None = None
+        self._answers = torch.empty(0)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the mean cross-entropy."""
+        logits = model(batch.images)
+        self._batch, self._answers = batch, logits.detach().argmax(1)
+        losses = cross_entropy(logits, batch.labels, batch.ignore_index)
+        return image_means(losses, batch.labels, batch.ignore_index).mean()
+
+    def answers(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the model's predictions on the batch: the remembered ones, or those of a forward of its own."""
+        if self._batch is not batch:
+            with torch.no_grad():
+                return model(batch.images).argmax(1)
+        return self._answers
+
+
+class NoisyAdversarial:
+    """Cross-entropy, with the true labels, on images perturbed while the noise is on.
+
+    A batch is attacked once: a second phase on it sees the same perturbed images.
+    """
+
+    def __init__(self, attack: Adversarial, clean: NoisyClean, label: Label) -> None:
+        self.attack, self.clean, self.label = attack, clean, label
+        self._batch: Batch | None = None
+        self._delta = torch.empty(0)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the mean cross-entropy."""
+        if self._batch is not batch:
+            targets = self._leave(model, batch) if self.label == "prediction" else batch.labels
+            self._delta = self.attack.craft(model, replace(batch, labels=targets))
+            self._batch = batch
+        return batch_loss(model, perturb(batch.images, self._delta), batch)
+
+    def _leave(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        answers = self.clean.answers(model, batch)
+        return (
+            answers if batch.ignore_index is None else answers.where(batch.labels != batch.ignore_index, batch.labels)
+        )
+
+
+class NoisyDefense(Defense):
+    """Base of the defences that give a model noise and train it on clean and perturbed images."""
+
+    eps: Eps
+    """Radius of the attack in pixel units; 8/255 in the released codes, on CIFAR."""
+    norm: Norm = "inf"
+    steps: Annotated[int, Field(ge=1)] = 7
+    """Gradient steps of the attack, from a uniform start."""
+    step: Annotated[Number, Field(gt=0)] = 0.31875
+    """Length of a step as a share of eps: 0.01 at 8/255."""
+    mix: Annotated[Number, Field(ge=0, le=1)] = 0.5
+    """Weight of the adversarial loss once it has begun; the clean loss has the rest. 0: no adversarial training."""
+    adversarial_from: Annotated[int, Field(ge=0)] | None = None
+    """Epoch from which the adversarial loss counts. None: the released code's share of the training."""
+    label: Label = "prediction"
+    """What the attack leaves."""
+
+    def noise(self) -> Noise:
+        """Return the noise that the model shall carry."""
+        raise NotImplementedError
+
+    def adversarial_start(self, epochs: int) -> int:
+        """Return the epoch from which the adversarial loss counts in a training of so many epochs."""
+        raise NotImplementedError
+
+    def terms(self) -> dict[str, tuple[Weight, Term]]:
+        """The clean and the adversarial loss, weighted by the epoch."""
+        attack = Adversarial(eps=self.eps, norm=self.norm, steps=self.steps, step=self.step)
+        clean = NoisyClean()
+
+        def weight(batch: Batch) -> float:
+            return self.mix if batch.epoch >= self.adversarial_start(batch.epochs) else 0.0
+
+        return {
+            "clean": (lambda batch: 1 - weight(batch), clean),
+            "adversarial": (weight, NoisyAdversarial(attack, clean, self.label)),
+        }
+
+    def prepare(self, model: nn.Module) -> None:
+        """Put the noise into a model of ours; any other gets it in :meth:`open`, where an image's size is known."""
+        if isinstance(model, PixelModel):
+            equip(model, self.noise())
+
+    def open(self, scene: Scene) -> Objective:
+        """Return the objective; the model carries the noise from here on."""
+        equip_for(scene, self.noise())
+        return super().open(scene)
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Take the noise's sizes out of the weight decay, which would make the noise vanish."""
+        return undecayed(model)
+
+
+def equip_for(scene: Scene, noise: Noise) -> None:
+    """Put noise into the model of a training, whatever module it is."""
+    images, _ = scene.train.take(slice(0, 1))
+    equip(scene.model, noise, images)
+
+
+def undecayed(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the trained sizes of a model's noise as a group without weight decay."""
+    sizes = [size for module in injections(model) for size in module.learnt]
+    return [{"params": sizes, "weight_decay": 0.0}] if sizes else []
+
+
+def starting(given: int | None, share: tuple[int, int], epochs: int, what: str) -> int:
+    """Return the epoch in which something begins: the given one, or a share of the training, rounded down.
+
+    Raises:
+        UserError: the training is over before.
+    """
+    first = epochs * share[0] // share[1] if given is None else given
+    if first >= epochs:
+        raise UserError(f"{what} = {first} lies beyond the {epochs} epochs of this training: lower it or train longer")
+    return first
+
+
+@register("pni", source="He et al. 2019", cost="s + 2 / s + 2")
+class PNI(NoisyDefense):
+    """Minimise 0.5 CE(clean) + 0.5 CE(PGD-7) over the weights and one size of noise a layer, the noise always on.
+
+    Published with eps 0.031, steps of 0.01, the adversarial part from epoch 5 of 160, SGD with Nesterov momentum at
+    0.1 (x0.1 at 80 and 120), weight decay 3e-4 on the weights and none on alpha.
+    """
+
+    where: Where = "weight"
+    """What gets the noise; see :class:`gambeson.models.ParametricNoise`."""
+    init: Annotated[Number, Field(ge=0)] = ParametricNoise().init
+    """Alpha at the start."""
+    step: Annotated[Number, Field(gt=0)] = 0.01 / 0.031
+    """Length of a step as a share of eps: 0.01 at 0.031."""
+    label: Label = "truth"
+    """What the attack leaves (ours: what the paper says of it is not known)."""
+
+    def noise(self) -> ParametricNoise:
+        """Return the noise that the model shall carry."""
+        return ParametricNoise(init=self.init, where=self.where)
+
+    def adversarial_start(self, epochs: int) -> int:
+        """Return the epoch from which the adversarial loss counts in a training of so many epochs."""
+        return starting(self.adversarial_from, (5, 160), epochs, "adversarial_from") if self.mix else epochs
+
+    def open(self, scene: Scene) -> Objective:
+        """Return the objective.
+
+        Raises:
+            UserError: the training is too short for the adversarial loss to begin.
+        """
+        self.adversarial_start(scene.epochs)
+        return super().open(scene)
+
+
+@register("rse", source="Liu et al. 2018", cost="1 / 1")
+class RSE(Defense):
+    """Minimise E[CE] under noise of fixed size.
+
+    The model predicts by the mean softmax over several passes: :class:`gambeson.models.PassAverage` of the result.
+    """
+
+    first: Annotated[Number, Field(ge=0)] = FixedNoise().first
+    """Standard deviation on the normalised images."""
+    rest: Annotated[Number, Field(ge=0)] = FixedNoise().rest
+    """Standard deviation before every other convolution."""
+
+    def noise(self) -> FixedNoise:
+        """Return the noise that the model shall carry."""
+        return FixedNoise(first=self.first, rest=self.rest)
+
+    def terms(self) -> dict[str, tuple[Weight, Term]]:
+        """The clean term alone."""
+        return {"clean": (1.0, Clean())}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Put the noise into a model of ours; any other gets it in :meth:`open`, where an image's size is known."""
+        if isinstance(model, PixelModel):
+            equip(model, self.noise())
+
+    def open(self, scene: Scene) -> Objective:
+        """Return the objective; the model carries the noise from here on."""
+        equip_for(scene, self.noise())
+        return super().open(scene)

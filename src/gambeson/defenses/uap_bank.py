@@ -1,0 +1,148 @@
+"""Perturbations that outlive a batch: what training against universal perturbations climbs, a step a batch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from gambeson.attacks.losses import Loss
+from gambeson.attacks.solver import Ascent
+from gambeson.base import average, generator
+from gambeson.defenses.objective import Batch, Scene
+from gambeson.threat import Ball, BoxGradient, perturb
+from gambeson.victim import Victim
+
+PoolStart = Literal["zero", "uniform", "sign"]
+"""Where a kept perturbation begins: zero, uniform in the ball, or random signs on its surface."""
+
+Ascend = Literal["steepest", "normalised"]
+"""How a kept perturbation steps: ``steepest`` in its norm (the gradient's sign in the norm inf), or along the
+``normalised`` gradient, scaled to a step of the same norm. The two differ in the norm inf only."""
+
+_MEMORY = 0.9  # of a member's strength, a step
+
+
+class Pool(nn.Module):
+    """K perturbations inside a ball, kept in a buffer, each climbed by the rows of a batch that carry it.
+
+    The perturbations enter the graph of the training loss as one leaf, so that the backward that gives the weights'
+    gradient gives theirs too. A step's length does not depend on the weight of the loss: only its direction does.
+
+    Args:
+        scene: what the objective is opened for.
+        count: number of perturbations K.
+        ball: where they stay.
+        step: length of a step as a share of eps.
+        start: where they begin.
+        ascend: how they step.
+        box_gradient: how the clip of the images to [0, 1] is differentiated.
+
+    Attributes:
+        delta: (K, C, H, W), in pixel units.
+        strength: (K,), what a row under each gave lately; zero until it is known.
+    """
+
+    delta: torch.Tensor
+    strength: torch.Tensor
+
+    def __init__(
+        self,
+        scene: Scene,
+        *,
+        count: int,
+        ball: Ball,
+        step: float,
+        start: PoolStart = "uniform",
+        ascend: Ascend = "steepest",
+        box_gradient: BoxGradient = "exact",
+    ) -> None:
+        super().__init__()
+        self.ball, self.length, self.ascend = ball, step * ball.eps, ascend
+        self.box_gradient: BoxGradient = box_gradient
+        shape = (count, *scene.train.shape)
+        self.register_buffer("delta", self._drawn(shape, start, generator(scene.seed, "pool")))
+        self.register_buffer("strength", torch.zeros(count))
+        self._leaf: torch.Tensor | None = None
+
+    def perturb(self, images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return clip(images + delta[rows], 0, 1), with a graph to the perturbations.
+
+        Args:
+            images: (N, C, H, W) in [0, 1].
+            rows: (N,), the number of the perturbation that each image carries.
+        """
+        if self._leaf is None:
+            self._leaf = self.delta.detach().requires_grad_()
+        # Indexing adds up each perturbation's gradient in a fixed order on every device; index_select does not.
+        return perturb(images, self._leaf if len(self._leaf) == 1 else self._leaf[rows], self.box_gradient)
+
+    def climb(self, model: nn.Module, batch: Batch, rows: torch.Tensor, loss: Loss) -> None:
+        """Take one step up ``loss`` on a batch, by a forward and a backward of its own.
+
+        The model is in evaluation mode meanwhile and has no parameter gradients.
+        """
+        shared = len(self.delta) == 1
+        with Victim(model) as victim:
+            ascent = Ascent(
+                victim=victim,
+                ball=self.ball,
+                loss=loss,
+                box_gradient=self.box_gradient,
+                ignore_index=batch.ignore_index,
+            )
+            gradient, _ = ascent.look(self.delta if shared else self.delta[rows], batch.images, batch.labels)
+        if not shared:
+            gradient = torch.zeros_like(self.delta).index_put_((rows,), gradient, accumulate=True)
+        self._move(gradient)
+
+    def follow(self) -> None:
+        """Take one step up what the last backward, or several of this batch, gave; without one, none."""
+        leaf, self._leaf = self._leaf, None
+        if leaf is not None and leaf.grad is not None:
+            self._move(leaf.grad)
+
+    @torch.no_grad()
+    def note(self, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Remember, over all processes, the mean of ``values`` (N,) for each perturbation, in ``strength``."""
+        sums, counts = torch.zeros_like(self.strength), torch.zeros_like(self.strength)
+        sums.index_put_((rows,), values.detach().float(), accumulate=True)
+        counts.index_put_((rows,), torch.ones_like(values, dtype=torch.float32), accumulate=True)
+        average([sums, counts])
+        means = sums / counts.where(counts > 0, 1)
+        known = torch.where(self.strength > 0, _MEMORY * self.strength + (1 - _MEMORY) * means, means)
+        self.strength = torch.where(counts > 0, known, self.strength)
+
+    @torch.no_grad()
+    def replace_weakest(self, seed: int) -> None:
+        """Draw the perturbation of least strength anew, uniformly; what it gives is unknown again."""
+        weakest = torch.nn.functional.one_hot(self.strength.argmin(), len(self.delta)).bool()
+        fresh = self._drawn((1, *self.delta.shape[1:]), "uniform", generator(seed, "pool")).to(self.delta)
+        self.delta = torch.where(weakest.view(-1, 1, 1, 1), fresh, self.delta)
+        self.strength = self.strength.masked_fill(weakest, 0)
+
+    @torch.no_grad()
+    def _move(self, gradient: torch.Tensor) -> None:
+        average([gradient])
+        steepest = self.ball.steepest(gradient)
+        if self.ascend == "normalised":
+            size = self.ball.length(gradient).view(-1, 1, 1, 1)
+            steepest = torch.where(size > 0, gradient / size.where(size > 0, 1), 0)
+        self.delta = self.ball.project(self.delta + self.length * steepest)
+
+    def _drawn(self, shape: tuple[int, ...], start: PoolStart, draw: torch.Generator) -> torch.Tensor:
+        if start == "zero":
+            return torch.zeros(shape)
+        return (self.ball.uniform if start == "uniform" else self.ball.signs)(shape, draw)
+
+
+def mute(moved: torch.Tensor, keep: torch.Tensor) -> None:
+    """Take from some images their say in the perturbations' step, and from none its say in the weights'.
+
+    Args:
+        moved: (N, C, H, W), what :meth:`Pool.perturb` returned; its backward has not run yet.
+        keep: (N,), whether an image keeps its say.
+    """
+    if moved.requires_grad:
+        moved.register_hook(lambda gradient: gradient * keep.view(-1, 1, 1, 1).to(gradient))

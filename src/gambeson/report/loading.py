@@ -1,0 +1,128 @@
+"""Reading the folders of finished audits, and refusing those that cannot stand side by side."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gambeson.auditing import AuditResult
+from gambeson.auditing.results import Material, Universal
+from gambeson.base import UserError, load_tensors, read_json
+
+_EXAMPLES = ("images", "perturbed", "labels", "predictions", "perturbed_predictions")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One finished audit as it lies on disk."""
+
+    path: Path
+    label: str
+    """What the page calls the model: the audit's label, with the folder's name where two labels are equal."""
+    result: AuditResult
+    deltas: tuple[torch.Tensor, ...]
+    """The perturbations (C, H, W), in the order of ``result.universal``."""
+    direction: torch.Tensor | None
+    """The best shared L2 direction of the linearised model (C, H, W), where the audit has one."""
+    examples: dict[str, torch.Tensor]
+    """As :mod:`gambeson.auditing.audit` describes them."""
+    seconds: dict[str, float]
+    """Seconds by stage; empty when nothing was timed."""
+    has_settings: bool
+    """Whether ``run.yaml`` is there, from which the command line can run the audit again."""
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the verdict found no reason to doubt the numbers."""
+        return self.result.verdict.trusted
+
+    def at(self, eps: float | None) -> Universal:
+        """The perturbation at ``eps``, or at the audit's own middle eps where that is None."""
+        return next((point for point in self.result.universal if point.eps == eps), self.result.middle)
+
+
+def read_folders(paths: Sequence[Path]) -> list[Folder]:
+    """Read every folder.
+
+    Raises:
+        UserError: there is none, one is not finished, or they were not measured in the same way.
+    """
+    if not paths:
+        raise UserError(
+            "no audit was given: expected one or more folders that `gambeson audit` has finished; name them"
+        )
+    results = [AuditResult.load(path) for path in paths]
+    for path, result in zip(paths, results, strict=True):
+        if not result.universal:
+            raise UserError(f"{path} holds no universal perturbation: expected at least one eps; run the audit again")
+        _check_pair(paths[0], results[0], path, result)
+    times = Counter(result.subject.label for result in results)
+    return [_read(path, result, times) for path, result in zip(paths, results, strict=True)]
+
+
+def _check_pair(first: Path, expected: AuditResult, path: Path, found: AuditResult) -> None:
+    if found.material != expected.material:
+        raise UserError(
+            f"{path} is an audit on {_describe(found.material)}, but {first} is on "
+            f"{_describe(expected.material)}: expected the same data in all of them; write one report each"
+        )
+    norms = (expected.universal[0].norm, found.universal[0].norm)
+    if norms[0] != norms[1]:
+        raise UserError(
+            f"{path} measures eps in the {norms[1]}-norm, but {first} in the {norms[0]}-norm: "
+            "expected one norm in all of them; write one report for each"
+        )
+
+
+def _read(path: Path, result: AuditResult, times: Counter[str]) -> Folder:
+    label = result.subject.label
+    timing = path / "timing.json"
+    return Folder(
+        path=path,
+        label=label if times[label] == 1 else f"{label} ({path.name})",
+        result=result,
+        deltas=tuple(_delta(path / point.file, result.material) for point in result.universal),
+        direction=_direction(path, result),
+        examples=_examples(path / "examples.safetensors"),
+        seconds=dict(read_json(timing)) if timing.is_file() else {},
+        has_settings=(path / "run.yaml").is_file(),
+    )
+
+
+def _delta(path: Path, material: Material) -> torch.Tensor:
+    tensors, _ = load_tensors(path, "a universal perturbation")
+    delta = tensors.get("delta")
+    if delta is None or list(delta.shape) != [1, *material.shape]:
+        found = sorted(tensors) if delta is None else f"a delta of shape {tuple(delta.shape)}"
+        raise UserError(f"{path} holds {found}: expected a delta of shape {(1, *material.shape)}; run the audit again")
+    return delta[0]
+
+
+def _direction(path: Path, result: AuditResult) -> torch.Tensor | None:
+    if result.slopes is None or not result.slopes.file:
+        return None
+    tensors, _ = load_tensors(path / result.slopes.file, "the slopes of an audit")
+    direction = tensors.get("direction")
+    if direction is not None and list(direction.shape) != result.material.shape:
+        raise UserError(
+            f"{path / result.slopes.file} holds a direction of shape {tuple(direction.shape)}: expected "
+            f"{tuple(result.material.shape)}; run the audit again"
+        )
+    return direction
+
+
+def _examples(path: Path) -> dict[str, torch.Tensor]:
+    tensors, _ = load_tensors(path, "test images of an audit")
+    if missing := sorted(set(_EXAMPLES) - set(tensors)):
+        raise UserError(f"{path} lacks {', '.join(missing)}: expected test images of an audit; run the audit again")
+    return tensors
+
+
+def _describe(material: Material) -> str:
+    shape = " x ".join(str(side) for side in material.shape)
+    splits = f"{material.train}/{material.validation}/{material.test}"
+    return f"{material.name} ({len(material.classes)} classes, {shape}, {splits} images)"

@@ -1,0 +1,83 @@
+"""The command of a visit to an accelerator: which part to run, and the table of what it found."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from gambeson.base import pick_device
+from gambeson.studies.visit import Notebook, Visit, measure_machine, read_lines, tiny
+from gambeson.studies.visit_bench import run_benchmarks
+from gambeson.studies.visit_training import run_trainings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run parts of a visit from the command line."""
+    parser = argparse.ArgumentParser(prog="gpu visit", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("part", choices=("machine", "bench", "training", "table"))
+    parser.add_argument("--out", type=Path, required=True, help="the file of JSON lines")
+    parser.add_argument("--seconds", type=float, default=600.0, help="when to be done")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--done", type=Path, nargs="*", default=[], help="lines of earlier visits, not done again")
+    parser.add_argument("--only", default="", help="training: defences, by commas, in the order wanted")
+    parser.add_argument("--epochs", type=int, help="training: epochs of every run, not chosen by the time left")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal in seconds")
+    given = parser.parse_args(arguments)
+    book = Notebook(given.out, given.seconds)
+    if given.part == "table":
+        print_table(book.lines())
+        return 0
+    device = pick_device(given.device)
+    visit = tiny(device) if given.tiny else Visit(device=device, data=given.data)
+    if given.epochs:
+        visit = visit.model_copy(update={"epochs": (given.epochs, given.epochs)})
+    if given.part == "machine":
+        return int(not book.attempt("machine", lambda: measure_machine(visit, book)))
+    if given.part == "bench":
+        run_benchmarks(visit, book)
+        return 0
+    done = [line for file in given.done for line in read_lines(file)]
+    run_trainings(visit, book, done, [name for name in given.only.split(",") if name])
+    return 0
+
+
+def print_table(lines: list[dict[str, Any]]) -> None:
+    """Print one line for each number that a reader asks for first."""
+    for line in lines:
+        kind = line["kind"]
+        if kind == "peak":
+            rates = ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in line["matmul_flops"].items())
+            print(f"matrix product, TFLOP/s: {rates}; copy {line['copy_bytes'] / 1e12:.2f} TB/s")
+        elif kind == "bench":
+            best = " ".join(f"{100 * share:.0f}% of {name}" for name, share in line["share_of_peak"].items())
+            print(
+                f"{line['bench']:9s} {line['batch_size']:4d} {line['name'][:38]:38s} {1e3 * line['seconds']:8.1f} ms "
+                f"{line['images_a_second']:8.0f} images/s  {line['ratio'][0]:.2f}  {best}"
+            )
+        elif kind == "universal":
+            print(f"universal {line['name']}, {line['copy']}: {line['seconds']:.1f} s, {line['peak_gib']} GiB")
+        elif kind == "attack":
+            print(f"PGD-10, {line['setting']}, {line['copy']}: {line['images_a_second']:.0f} images/s")
+        elif kind == "profile":
+            print(
+                f"{line['name']}: {1e3 * line['seconds']:.0f} ms, of which kernels "
+                f"{1e3 * line['kernel_seconds']:.0f} ms in {line['kernels']}; waits {line['waits']}"
+            )
+        elif kind == "step":
+            best = " ".join(f"{100 * share:.0f}% of {name}" for name, share in line["share_of_peak"].items())
+            print(
+                f"step {line['defense']:24s} {1e3 * line['seconds']:7.1f} ms {line['images_a_second']:8.0f} images/s "
+                f"epoch {line['seconds_per_epoch']:.1f} s, {line['peak_gib']} GiB  {best}"
+            )
+        elif kind == "audited":
+            values = "  ".join(f"{name} {100 * value:.1f}" for name, value in line["found"].items())
+            print(f"{line['defense']:24s} seed {line['seed']} {line['epochs']:3d} epochs: {values}")
+        elif kind in ("error", "skipped"):
+            print(f"{kind}: {line['name']} {line.get('error', '')}"[:200])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

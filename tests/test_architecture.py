@@ -1,0 +1,181 @@
+"""The house's own rules: imports run downwards, no device is spelt out, checks exist once."""
+
+import ast
+import re
+from pathlib import Path
+
+SOURCE = Path(__file__).parent.parent / "src" / "gambeson"
+FLOORS = [
+    {"base"},
+    {"threat", "data"},
+    {"models"},
+    {"victim"},
+    {"attacks", "analysis"},
+    {"defenses"},
+    {"training", "evaluation"},
+    {"auditing"},
+    {"testbed"},  # its built-in auditors are the audit
+    {"studies"},
+    {"report"},
+    {"cli"},
+]
+FLOOR = {room: k for k, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imports_of(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gambeson":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {name.name for name in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {name.name.split(".")[1] for name in node.names if name.name.startswith("gambeson.")}
+    return found
+
+
+def test_imports_run_downwards_only():
+    seen = 0
+    for file in SOURCE.rglob("*.py"):
+        parts = file.relative_to(SOURCE).parts
+        if len(parts) == 1:
+            continue
+        room = parts[0]
+        for other in imports_of(file) - {room, "UserError"}:
+            seen += 1
+            assert FLOOR[other] < FLOOR[room], f"{file} in {room} imports {other}"
+    assert seen > 50
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by name; a package's name stands for its ``__init__.py``."""
+    found = {}
+    for file in SOURCE.rglob("*.py"):
+        parts = ("gambeson", *file.relative_to(SOURCE).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+class Imports(ast.NodeVisitor):
+    """What a file imports of the package: while it is itself imported, and when a function of it runs."""
+
+    def __init__(self, known: set[str]) -> None:
+        self.known = known
+        self.at_import: set[str] = set()
+        self.in_functions: set[str] = set()
+        self._inside = 0
+
+    def visit_Import(self, node):
+        self._note([name.name for name in node.names])
+
+    def visit_ImportFrom(self, node):
+        assert node.level == 0, "imports are absolute"
+        # `from package import name` asks for a module where there is one of that name, else for the package itself.
+        self._note([f"{node.module}.{name.name}" for name in node.names], node.module)
+
+    def visit_FunctionDef(self, node):
+        for part in [*node.decorator_list, node.args]:
+            self.visit(part)
+        self._inside += 1
+        for part in node.body:
+            self.visit(part)
+        self._inside -= 1
+
+    def visit_If(self, node):
+        test = ast.unparse(node.test)
+        for part in [] if test in {"TYPE_CHECKING", "typing.TYPE_CHECKING"} else node.body:
+            self.visit(part)
+        for part in node.orelse:
+            self.visit(part)
+
+    def _note(self, names: list[str], otherwise: str | None = None) -> None:
+        found = {name if name in self.known else otherwise for name in names}
+        (self.in_functions if self._inside else self.at_import).update(name for name in found if name in self.known)
+
+
+def graphs(files: dict[str, Path]) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """Who imports whom: at import, and with what functions import as well."""
+    early, late = {}, {}
+    for name, file in files.items():
+        imports = Imports(set(files))
+        imports.visit(ast.parse(file.read_text()))
+        early[name], late[name] = imports.at_import, imports.at_import | imports.in_functions
+    return early, late
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules that reach each other, by Tarjan's algorithm."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def walk(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in sorted(graph[name]):
+            if other not in index:
+                walk(other)
+            if other in stack:
+                low[name] = min(low[name], low[other])
+        if low[name] == index[name]:
+            group = stack[stack.index(name) :]
+            del stack[stack.index(name) :]
+            if len(group) > 1 or name in graph[name]:
+                found.append(sorted(group))
+
+    for name in graph:
+        if name not in index:
+            walk(name)
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle():
+    files = modules()
+    early, late = graphs(files)
+    assert sum(map(len, early.values())) > 500
+    assert circles(early) == []
+    assert circles(late) == []  # an import inside a function hides a circle, and is no way out of one
+
+
+def test_a_circle_is_found_wherever_it_hides(tmp_path):
+    texts = {
+        "p": "",
+        "p.a": "from p.b import f",
+        "p.b": "if True:\n    from p import c",
+        "p.c": "import p.a",
+        "p.d": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import p.e",
+        "p.e": "def f():\n    from p import d",
+        "p.f": "def f():\n    from p import g",
+        "p.g": "class G:\n    from p.f import x",
+    }
+    files = {name: tmp_path / name for name in texts}
+    for name, text in texts.items():
+        files[name].write_text(text)
+    early, late = graphs(files)
+    assert circles(early) == [["p.a", "p.b", "p.c"]]
+    assert circles(late) == [["p.a", "p.b", "p.c"], ["p.f", "p.g"]]
+
+
+def test_no_file_spells_out_an_accelerator():
+    for file in SOURCE.rglob("*.py"):
+        if file.name in {"seeds.py", "environment.py"}:
+            continue  # which generators and names a machine has
+        assert not re.search(r"[\"']cuda(:\d)?[\"']", file.read_text()) or file.name == "split.py", file
+
+
+def test_ranges_are_checked_in_one_place():
+    for file in (SOURCE / "attacks").glob("*.py"):
+        text = file.read_text()
+        assert not re.search(r"def (check_|_check_range|clip)", text), file
+        assert file.name == "solver.py" or "def project" not in text, file  # it asks the ball, for ball and box
+
+
+def test_files_can_be_read_at_a_sitting():
+    for file in SOURCE.rglob("*.py"):
+        assert len(file.read_text().splitlines()) <= 450, file
+
+
+def test_no_pickle_is_loaded():
+    for file in SOURCE.rglob("*.py"):
+        calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        assert not {"torch.load", "pickle.load", "pickle.loads", "np.load"} & set(calls), file
