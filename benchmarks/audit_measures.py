@@ -1,4 +1,4 @@
-"""What each diagnostic compares, measured for a picture: from an :class:`Evidence` to a panel of ``audit_panels``."""
+"""What each diagnostic compares, measured for a picture: from an audit's context to a panel of ``audit_panels``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gambeson.attacks import FGSM, IFGSM, PGD, Loss
-from gambeson.auditing import Evidence, Finding
+from gambeson.auditing import AuditContext, Finding
 from gambeson.auditing.outcome import AsFarAsFinite
 from gambeson.auditing.stages.randomness import one_pass
 from gambeson.auditing.stages.universal import rescored
@@ -20,7 +20,7 @@ from gambeson.threat import Ball, perturb
 from gambeson.victim import predict, score
 
 Panel = dict[str, Any]
-Measure = Callable[[Evidence, Finding], Panel]
+Measure = Callable[[AuditContext, Finding], Panel]
 
 _PERCENT = {"y": "accuracy, %", "range": [0, 105]}
 
@@ -51,7 +51,7 @@ def bars(
         limit_at: where the limit's words stand, as a share of the width, and which end of them stands there.
     """
 
-    def measure(evidence: Evidence, found: Finding) -> Panel:
+    def measure(evidence: AuditContext, found: Finding) -> Panel:
         n = len(evidence.test if test else evidence.sample)
         rates = [Rate.of(round(found.numbers[key] * n), n) for key in names]
         panel: Panel = {"kind": "bars", "y": "accuracy, %", "range": [0, 112]}
@@ -64,7 +64,7 @@ def bars(
     return measure
 
 
-def passes(evidence: Evidence, found: Finding) -> Panel:
+def votes(evidence: AuditContext, found: Finding) -> Panel:
     """Accuracy of single passes over the clean test images, and what an audit of this suite reports."""
     values = []
     for number in range(21):
@@ -82,11 +82,11 @@ def passes(evidence: Evidence, found: Finding) -> Panel:
     }
 
 
-def draws(evidence: Evidence, found: Finding) -> Panel:
+def draws(evidence: AuditContext, found: Finding) -> Panel:
     """Accuracy under PGD against the draws that each gradient is averaged over."""
     counts = (1, 2, 5, 10, 20, 40)
-    rates = [evidence.accuracy(PGD(eps=evidence.eps, steps=10, draws=count)) for count in counts]
-    usual = evidence.suite.gradient_draws
+    rates = [evidence.accuracy(PGD(eps=evidence.eps, steps=10, eot_samples=count)) for count in counts]
+    usual = evidence.suite.eot_samples
     return {
         "kind": "lines",
         "x": "draws a gradient is averaged over",
@@ -98,12 +98,12 @@ def draws(evidence: Evidence, found: Finding) -> Panel:
     }
 
 
-def _asked(evidence: Evidence, images: torch.Tensor) -> torch.Tensor:
+def _asked(evidence: AuditContext, images: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return evidence.victim.exact(images).double()
+        return evidence.victim.forward_original(images).double()
 
 
-def mates(evidence: Evidence, found: Finding) -> Panel:
+def mates(evidence: AuditContext, found: Finding) -> Panel:
     """Logits of eight images beside other images and beside flat ones."""
     images, _ = evidence.sample.take(slice(0, 32), evidence.victim.device)
     flat = torch.linspace(-1, 1, 24).clamp(min=0).view(-1, 1, 1, 1).expand_as(images[8:])
@@ -120,7 +120,7 @@ def mates(evidence: Evidence, found: Finding) -> Panel:
     }
 
 
-def memory(evidence: Evidence, found: Finding) -> Panel:
+def memory(evidence: AuditContext, found: Finding) -> Panel:
     """How far the logits of one image move while it and its neighbours are asked about."""
     image, draw = evidence.sample.take(slice(16, 17), evidence.victim.device)[0], generator(0, "picture")
     first = _asked(evidence, image)
@@ -138,15 +138,17 @@ def memory(evidence: Evidence, found: Finding) -> Panel:
     return {"kind": "lines", **words, "lines": [line], "limit": 1.0, "limit_says": "fails above"}
 
 
-def _gradients(evidence: Evidence, kind: Any, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _gradients(
+    evidence: AuditContext, kind: Any, images: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     point = images.detach().clone().requires_grad_()
     with torch.enable_grad():
-        value = Loss(kind=kind)(evidence.victim.exact(point), labels)
+        value = Loss(kind=kind)(evidence.victim.forward_original(point), labels)
         (gradient,) = torch.autograd.grad(value.sum(), point)
     return gradient, value.detach()
 
 
-def sizes(evidence: Evidence, found: Finding) -> Panel:
+def sizes(evidence: AuditContext, found: Finding) -> Panel:
     """How many images have a loss gradient of which size."""
     images, labels = evidence.sample.take(slice(None), evidence.victim.device)
     largest = _gradients(evidence, "cross-entropy", images, labels)[0].flatten(1).abs().amax(1).double()
@@ -158,7 +160,7 @@ def sizes(evidence: Evidence, found: Finding) -> Panel:
     return {"kind": "columns", **words, "names": names, "counts": counts, "dead": 1}
 
 
-def promises(evidence: Evidence, found: Finding) -> Panel:
+def promises(evidence: AuditContext, found: Finding) -> Panel:
     """By how much the gradient says that a small step changes the margin, and by how much it does."""
     images, labels = evidence.sample.take(slice(None), evidence.victim.device)
     draw = generator(evidence.seed, "differences")
@@ -167,7 +169,7 @@ def promises(evidence: Evidence, found: Finding) -> Panel:
     moved = perturb(point, 1e-3 * gradient.sign())
     said = (gradient * (moved - point)).double().flatten(1).sum(1)
     with torch.no_grad():
-        seen = (Loss(kind="margin")(evidence.victim.exact(moved), labels) - before).double()
+        seen = (Loss(kind="margin")(evidence.victim.forward_original(moved), labels) - before).double()
     reach = float(torch.cat([said, seen]).abs().max()) * 1.1
     return {
         "kind": "points",
@@ -183,7 +185,7 @@ def promises(evidence: Evidence, found: Finding) -> Panel:
 _SHARES = [k / 8 for k in range(9)]
 
 
-def ridge(evidence: Evidence, found: Finding) -> Panel:
+def ridge(evidence: AuditContext, found: Finding) -> Panel:
     """Accuracy against the length of a single step."""
     with evidence.unscaled():
         rates = [evidence.clean if not t else evidence.accuracy(FGSM(eps=t * evidence.eps)) for t in _SHARES]
@@ -198,17 +200,17 @@ def ridge(evidence: Evidence, found: Finding) -> Panel:
     }
 
 
-def rise(evidence: Evidence, found: Finding) -> Panel:
+def rise(evidence: AuditContext, found: Finding) -> Panel:
     """Loss along the signed gradient, as a share of the rise that ten small steps reach."""
     images, labels = evidence.sample.take(slice(None), evidence.victim.device)
 
     def loss(attack: Any) -> float:
         moved = images if attack is None else AsFarAsFinite(attack)(evidence.victim, images, labels, seed=evidence.seed)
         with torch.no_grad():
-            return float(Loss()(evidence.victim.exact(moved), labels).double().mean())
+            return float(Loss()(evidence.victim.forward_original(moved), labels).double().mean())
 
     with evidence.unscaled():
-        start, many = loss(None), loss(IFGSM(eps=evidence.eps, step=0.2))
+        start, many = loss(None), loss(IFGSM(eps=evidence.eps, rel_step_size=0.2))
         along = [100 * (loss(FGSM(eps=t * evidence.eps)) - start) / (many - start) for t in _SHARES[1:]]
     lines = [
         {"name": "one step", "x": _SHARES, "y": [0.0, *along]},
@@ -225,7 +227,7 @@ def rise(evidence: Evidence, found: Finding) -> Panel:
     }
 
 
-def box(evidence: Evidence, found: Finding) -> Panel:
+def box(evidence: AuditContext, found: Finding) -> Panel:
     """Accuracy under PGD against eps, up to the whole box."""
     radii = (0.05, 0.15, 0.3, 0.5, 1.0)
     rates = [evidence.clean, *(evidence.accuracy(PGD(eps=eps, steps=40)) for eps in radii)]
@@ -233,14 +235,14 @@ def box(evidence: Evidence, found: Finding) -> Panel:
     return {"kind": "lines", "x": "eps", **_PERCENT, "lines": [line], "limit": 5.0, "limit_says": "fails above, at 1"}
 
 
-def radii(evidence: Evidence, found: Finding) -> Panel:
+def radii(evidence: AuditContext, found: Finding) -> Panel:
     """Accuracy under PGD at the radii of the suite."""
     eps = evidence.suite.eps
     rates = [evidence.clean, *(evidence.accuracy(PGD(eps=one, steps=20)) for one in eps)]
     return {"kind": "lines", "x": "eps", **_PERCENT, "lines": [_line("under PGD", (0, *eps), rates)]}
 
 
-def restarts(evidence: Evidence, found: Finding) -> Panel:
+def restarts(evidence: AuditContext, found: Finding) -> Panel:
     """Accuracy under PGD against its restarts."""
     usual, counts = evidence.suite.pgd(evidence.eps), (1, 2, 3, 5, 10)
     rates = [evidence.accuracy(usual.model_copy(update={"restarts": count})) for count in counts]
@@ -248,7 +250,7 @@ def restarts(evidence: Evidence, found: Finding) -> Panel:
     return {"kind": "lines", "x": "restarts of PGD", **_PERCENT, "lines": [_line("PGD", counts, rates)], "marks": marks}
 
 
-def queried(evidence: Evidence, found: Finding) -> Panel:
+def queried(evidence: AuditContext, found: Finding) -> Panel:
     """Images that PGD leaves right, and those of them that queries leave right too."""
     left, n = round(found.numbers["left by PGD"]), len(evidence.sample)
     both = left - round(found.numbers["broken by queries"])
@@ -264,7 +266,7 @@ def queried(evidence: Evidence, found: Finding) -> Panel:
     }
 
 
-def learnt(evidence: Evidence, found: Finding) -> Panel:
+def learnt(evidence: AuditContext, found: Finding) -> Panel:
     """Clean accuracy against always naming the most frequent class."""
     prior = 100 * found.numbers["prior"]
     guess = {"name": "most frequent\nclass", "value": prior, "low": prior, "high": prior, "hue": 1}
@@ -273,7 +275,7 @@ def learnt(evidence: Evidence, found: Finding) -> Panel:
     return {"kind": "bars", "y": "accuracy, %", "range": [0, 112], "bars": parts, **words}
 
 
-def controls(evidence: Evidence, found: Finding) -> Panel:
+def controls(evidence: AuditContext, found: Finding) -> Panel:
     """UER of the crafted perturbations and of the strongest control at every eps."""
     points, eps = evidence.universal, evidence.suite.eps
     worst = [max((one.worst for one in point.controls), key=lambda rate: rate.value) for point in points]
@@ -281,13 +283,13 @@ def controls(evidence: Evidence, found: Finding) -> Panel:
     return {"kind": "lines", "x": "eps", "y": "UER, %", "range": [0, 100], "lines": lines, "legend": "upper left"}
 
 
-def curve(evidence: Evidence, found: Finding) -> Panel:
+def curve(evidence: AuditContext, found: Finding) -> Panel:
     """UER at every eps."""
     line = _line("crafted", evidence.suite.eps, [point.uer for point in evidence.universal])
     return {"kind": "lines", "x": "eps", "y": "UER, %", "range": [0, 100], "lines": [line]}
 
 
-def used(evidence: Evidence, found: Finding) -> Panel:
+def used(evidence: AuditContext, found: Finding) -> Panel:
     """How much of its eps each crafted perturbation uses."""
     eps = evidence.suite.eps
     shares = [100 * float(evidence.uaps[one].delta.abs().max()) / one for one in eps]
@@ -296,7 +298,7 @@ def used(evidence: Evidence, found: Finding) -> Panel:
     return {"kind": "lines", **words, "lines": [line], "limit": 5.0, "limit_says": "fails below"}
 
 
-def again(evidence: Evidence, found: Finding) -> Panel:
+def again(evidence: AuditContext, found: Finding) -> Panel:
     """UER of one stored perturbation, scored several times."""
     uap, told = evidence.uaps[evidence.eps], 100 * found.numbers["reported"]
     values = [100 * rescored(evidence, uap) for _ in range(10)]
@@ -308,7 +310,7 @@ def again(evidence: Evidence, found: Finding) -> Panel:
 
 
 MEASURES: dict[str, tuple[bool, bool, Measure]] = {
-    "one draw decides": (False, False, passes),
+    "one draw decides": (False, False, votes),
     "EOT gap": (False, False, draws),
     "noise-off gap": (
         False,

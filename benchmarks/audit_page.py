@@ -26,7 +26,7 @@ WITHOUT = "keeps its input"
 
 CAPTIONS: dict[str, tuple[str, str]] = {
     "one draw decides": (
-        "dropout of half of the features is left on, and one pass decided (`draws=1`); 21 passes differ",
+        "dropout of half of the features is left on, and one pass decided (`votes=1`); 21 passes differ",
         "without dropout all passes agree",
     ),
     "EOT gap": (
@@ -214,8 +214,8 @@ def costs_text() -> str:
     screen = short["screen_steps"].default * short["screen_batch"].default
     rows: dict[str, list[str]] = {name: [] for name in _COSTS}
     for suite in SUITES.values():
-        climb, screened = suite.universal_steps * suite.universal_batch, suite.universal_screened * screen
-        whole = screened + suite.universal_restarts * climb
+        climb, probe_starts = suite.universal_steps * suite.universal_batch, suite.universal_probe_starts * screen
+        whole = probe_starts + suite.universal_restarts * climb
         images = "all" if suite.test_images is None else f"{suite.test_images:,}"
         runs = suite.eps_uni_runs
         tried = "" if runs is None else ", at most once" if runs == 1 else f", at most {runs} times"
@@ -223,7 +223,7 @@ def costs_text() -> str:
         values = (
             f"{suite.surrogate_epochs} over {suite.surrogate_images:,}",
             f"{round(whole, -3):,} to {round(whole + climb, -3):,}",
-            f"{round(screened + 2 * climb, -3):,}" + tried,
+            f"{round(probe_starts + 2 * climb, -3):,}" + tried,
             f"{suite.pgd_steps * suite.pgd_restarts}, on {images}",
             row,
             f"{suite.transfer_images:,}",

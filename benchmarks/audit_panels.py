@@ -18,7 +18,7 @@ _INK, _PALE = "#333333", "#8a8a8a"
 
 
 def draw(panels: dict[str, Panel], path: Path) -> None:
-    """Draw ``fails`` and ``passes`` side by side, 640 x 260 pixels at twice the density, as a PNG of 64 colours.
+    """Draw ``fails`` and ``votes`` side by side, 640 x 260 pixels at twice the density, as a PNG of 64 colours.
 
     Raises:
         SystemExit: matplotlib is missing.

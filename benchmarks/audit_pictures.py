@@ -30,8 +30,8 @@ from audit_measures import MEASURES  # noqa: E402
 from audit_page import file_of  # noqa: E402
 from audit_panels import draw  # noqa: E402
 
-from gambeson.auditing import DIAGNOSTICS, SUITES, Evidence, temperature  # noqa: E402
-from gambeson.auditing.checkpoint import Stages  # noqa: E402
+from gambeson.auditing import DIAGNOSTICS, SUITES, AuditContext, temperature  # noqa: E402
+from gambeson.auditing.checkpoint import Checkpoints  # noqa: E402
 from gambeson.auditing.stages import surrogate as surrogates  # noqa: E402
 from gambeson.auditing.stages import universal as universals  # noqa: E402
 from gambeson.base import read_json, seeded, write_json  # noqa: E402
@@ -117,7 +117,7 @@ _WIDE: dict[str, Any] = {"eps": (0.1, 0.4, 0.5), "sample": 449}
 _STEPS = (_case("single-step training", **_WIDE), _case("pgd-adversarial", **_WIDE))
 _RADII = (_case("guarded"), _STANDARD)
 CASES: dict[str, tuple[Case, Case]] = {
-    "one draw decides": (_case("dropout left on", draws=1), _STANDARD),
+    "one draw decides": (_case("dropout left on", votes=1), _STANDARD),
     "EOT gap": (_case("random ripple"), _case("input noise")),
     "noise-off gap": (_case("random ripple"), _case("input noise")),
     "train-mode BatchNorm": (_case("BatchNorm stuck in training"), _case("batch-norm")),
@@ -159,7 +159,7 @@ _CRAFTED: dict[str, Any] = {}
 
 
 @contextmanager
-def held(case: Case, *, surrogate: bool, universal: bool) -> Iterator[Evidence]:
+def held(case: Case, *, surrogate: bool, universal: bool) -> Iterator[AuditContext]:
     """Hold a case's model as an audit does when it comes to the diagnostics."""
     data, name, settings = case
     dataset, model = networks(data).data, built(data, name)
@@ -171,7 +171,7 @@ def held(case: Case, *, surrogate: bool, universal: bool) -> Iterator[Evidence]:
         if surrogate:
             folder = RUNS / f"surrogate-{data}"
             folder.mkdir(parents=True, exist_ok=True)
-            evidence.surrogate, _ = surrogates.obtain(suite, dataset, model, folder, Stages(folder), 0)
+            evidence.surrogate, _ = surrogates.obtain(suite, dataset, model, folder, Checkpoints(folder), 0)
         if universal:
             crafted = _CRAFTED.get(repr(case))
             if crafted is None:

@@ -26,7 +26,7 @@ from torch import nn
 
 import gambeson as gb
 from gambeson.base import environment, write_json
-from gambeson.evaluation import run_cascade, standard_attacks
+from gambeson.evaluation import run_suite, standard_suite
 from gambeson.victim import Victim
 
 Sides = dict[str, dict[str, Any]]
@@ -35,7 +35,7 @@ Sides = dict[str, dict[str, Any]]
 def ours(model: nn.Module, part: gb.data.Split) -> tuple[torch.Tensor, dict[str, Any]]:
     """Return the images as the standard row leaves them, and what each of its attacks did."""
     with Victim(model, fast=True) as victim:
-        found = run_cascade(victim, part, standard_attacks(eps=EPS))
+        found = run_suite(victim, part, standard_suite(eps=EPS))
     rounds = [{"attack": each.attack, "broken": each.broken, **each.cost.plain()} for each in found.result.rounds]
     return found.images, {"rounds": rounds}
 

@@ -21,7 +21,7 @@ def main() -> None:
     for eps in RADII:
         for kind in ("exact", "straight-through"):
             attack = gb.attacks.StochasticPGD(
-                eps=eps, steps=100, restarts=2, batch_size=128, screened=0, box_gradient=kind
+                eps=eps, steps=100, restarts=2, batch_size=128, probe_starts=0, box_gradient=kind
             )
             rates = [
                 gb.evaluation.universal_evasion(model, data, attack.craft(model, data, seed=seed)) for seed in SEEDS

@@ -67,7 +67,7 @@ def pgd(**settings: Any) -> Callable[[float], PGD]:
 
 def bim(**settings: Any) -> Callable[[float], IFGSM]:
     """Ten steps from the image itself, each a tenth of eps."""
-    return lambda eps: IFGSM(eps=eps, steps=10, step=0.1, **settings)
+    return lambda eps: IFGSM(eps=eps, steps=10, rel_step_size=0.1, **settings)
 
 
 def apgd(**settings: Any) -> Callable[[float], AutoPGD]:
@@ -117,18 +117,18 @@ CASES = (
     ),
     Case(
         "pgd-inf",
-        pgd(steps=20, step=0.1),
+        pgd(steps=20, rel_step_size=0.1),
         {
             "foolbox": foolbox_("LinfPGD", rel_stepsize=0.1, steps=20),
             "torchattacks": torch_("PGD", alpha=0.1, steps=20),
             "art": art_(ART_PGD, eps_step=0.1, max_iter=20, num_random_init=1),
         },
     ),
-    Case("pgd-2", pgd(steps=20, step=0.2, norm="2"), L2_PGD, norm="2"),
-    Case("pgd-2 exact box", pgd(steps=20, step=0.2, norm="2", exact_box=True), L2_PGD, norm="2"),
+    Case("pgd-2", pgd(steps=20, rel_step_size=0.2, norm="2"), L2_PGD, norm="2"),
+    Case("pgd-2 exact box", pgd(steps=20, rel_step_size=0.2, norm="2", exact_box=True), L2_PGD, norm="2"),
     Case(
         "pgd-inf targeted",
-        pgd(steps=20, step=0.1, targeted=True),
+        pgd(steps=20, rel_step_size=0.1, targeted=True),
         {
             "foolbox": foolbox_("LinfPGD", rel_stepsize=0.1, steps=20, targeted=True),
             "torchattacks": torch_("PGD", alpha=0.1, steps=20, targeted=True),

@@ -22,7 +22,7 @@ import gambeson as gb
 from gambeson.attacks import PGD, StochasticPGD
 from gambeson.base import environment, read_json, seeded, write_json
 from gambeson.defenses import Defense, create
-from gambeson.evaluation import accuracy_under, run_cascade, standard_attacks
+from gambeson.evaluation import accuracy_under, run_suite, standard_suite
 from gambeson.training import Recipe, plan
 from gambeson.victim import Victim
 from gambeson.victim.averaged import EOT_SAMPLES
@@ -72,7 +72,7 @@ def cell(data: gb.data.Dataset, defense: Defense, seed: int) -> dict[str, object
     """Train one model and judge it."""
     with seeded(seed, "model"):
         model = gb.models.create("lenet5", data, members=defense.num_members)
-    gb.train(model, data, defense.supplied(lambda name: source(data, name)), recipe=RECIPE, seed=seed)
+    gb.train(model, data, defense.with_source_models(lambda name: source(data, name)), recipe=RECIPE, seed=seed)
     found: dict[str, object] = {"clean": gb.evaluation.accuracy(model, data).plain()}
     for eps in RADII:
         uap = StochasticPGD(eps=eps, steps=400, batch_size=64, restarts=2).craft(model, data, seed=seed)
@@ -81,9 +81,9 @@ def cell(data: gb.data.Dataset, defense: Defense, seed: int) -> dict[str, object
     with Victim(model, fast=True) as victim:
         found["pgd-40 at 0.1"] = accuracy_under(victim, few, PGD(eps=0.1, steps=40), seed).plain()
         fewest = data.test.sample(SUITE)
-        draws = EOT_SAMPLES if victim.meet(fewest.take(slice(8), victim.device)[0]).stochastic else None
-        row = standard_attacks(eps=0.1, draws=draws)
-        found["suite at 0.1"] = run_cascade(victim, fewest, row, seed=seed).result.robust.plain()
+        samples = EOT_SAMPLES if victim.inspect(fewest.take(slice(8), victim.device)[0]).stochastic else None
+        attacks = standard_suite(eps=0.1, eot_samples=samples)
+        found["suite at 0.1"] = run_suite(victim, fewest, attacks, seed=seed).result.robust.plain()
     return found
 
 
@@ -127,7 +127,7 @@ def main() -> None:
 def plan_of(data: gb.data.Dataset, defense: Defense) -> float:
     """Return the time of a step over that of a step of standard training, as ``gambeson train --plan`` measures it."""
     model = gb.models.create("lenet5", data, members=defense.num_members)
-    return plan(model, data, defense.supplied(lambda name: source(data, name)), RECIPE).plain_ratio
+    return plan(model, data, defense.with_source_models(lambda name: source(data, name)), RECIPE).plain_ratio
 
 
 def line(cells: list[dict[str, object]]) -> str:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import gambeson as gb
 from gambeson.base import environment, write_json
 from gambeson.data import Split
-from gambeson.defenses import Batch, Defense, Scene
+from gambeson.defenses import Batch, Defense, TrainContext
 from gambeson.defenses.ensemble import Ensemble
 from gambeson.defenses.jacobian import Jacobian
 from gambeson.defenses.jacobian_ensemble import JacobianEnsemble
@@ -48,12 +48,12 @@ def stepper(name: str, defense: Defense, members: int) -> Callable[[], None]:
     """Return one training step as the loop takes it."""
     model, batch = made(name, members), data(members)
     train = Split("bench", batch.images, batch.labels)
-    scene = Scene(model=model, train=train, seed=0, epochs=1, steps=10, batch_size=BATCH)
-    objective = defense.open(scene)
+    context = TrainContext(model=model, train=train, seed=0, epochs=1, steps=10, batch_size=BATCH)
+    objective = defense.build_objective(context)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
     def step() -> None:
-        for losses, _ in objective.phases(model, batch):
+        for losses, _ in objective.optimizer_steps(model, batch):
             optimizer.zero_grad(set_to_none=True)
             losses["loss"].backward()
             optimizer.step()

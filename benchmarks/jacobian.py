@@ -20,7 +20,7 @@ import torch
 import gambeson as gb
 from gambeson.base import derive, environment, seeded, write_json
 from gambeson.data import Dataset, Split
-from gambeson.defenses import Batch, Defense, Scene, Standard
+from gambeson.defenses import Batch, Defense, Standard, TrainContext
 from gambeson.defenses.jacobian import Jacobian, JacobianNorm
 from gambeson.defenses.trades import Trades
 
@@ -80,19 +80,19 @@ class _Stepper:
         with seeded(0, "model"):
             self.model = gb.models.create(name, data).train()
         self.images, self.labels = data.train.take(torch.arange(BATCH))
-        self.objective = defense.open(
-            Scene(model=self.model, train=data.train, seed=0, epochs=1, steps=1, batch_size=BATCH)
+        self.objective = defense.build_objective(
+            TrainContext(model=self.model, train=data.train, seed=0, epochs=1, steps=1, batch_size=BATCH)
         )
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
 
     def __call__(self, step: int) -> float:
         began = time.perf_counter()
         batch = Batch(images=self.images, labels=self.labels, seed=derive(0, "step", step), step=step)
-        for losses, _ in self.objective.phases(self.model, batch):
+        for losses, _ in self.objective.optimizer_steps(self.model, batch):
             self.optimizer.zero_grad()
             losses["loss"].backward()
             self.optimizer.step()
-        self.objective.follow(batch)
+        self.objective.after_step(batch)
         return time.perf_counter() - began
 
 

@@ -18,7 +18,7 @@ from torch import nn
 import gambeson as gb
 from gambeson.attacks import PGD
 from gambeson.base import environment, write_json
-from gambeson.evaluation import run_cascade, standard_attacks
+from gambeson.evaluation import run_suite, standard_suite
 from gambeson.victim import Victim
 
 EPS = 0.3
@@ -55,11 +55,13 @@ def main() -> None:
     model, test = lenet5(arguments.weights), gb.data.load("mnist").test
     content: dict[str, object] = {"eps": EPS, "images": arguments.images, "environment": environment()}
     with Victim(model, fast=True) as victim:
-        reference = run_cascade(victim, test.sample(500), {"pgd-40": PGD(eps=EPS, steps=40, step=0.01 / EPS)}).result
+        reference = run_suite(
+            victim, test.sample(500), {"pgd-40": PGD(eps=EPS, steps=40, rel_step_size=0.01 / EPS)}
+        ).result
         print(f"PGD-40, step 0.01, first 500: {reference.robust} (public reference 0.934)")
         few = test.sample(arguments.images)
         began = time.perf_counter()
-        found = run_cascade(victim, few, standard_attacks(eps=EPS)).result
+        found = run_suite(victim, few, standard_suite(eps=EPS)).result
         seconds = time.perf_counter() - began
     content |= {"pgd40": reference.plain(), "standard": found.plain(), "seconds": seconds}
     for part in found.rounds:

@@ -41,13 +41,13 @@ def measure(data: gb.data.Dataset, model: torch.nn.Module, eps: float) -> list[d
     found = []
     few = data.validation.sample(IMAGES)
     with Victim(model, fast=True) as victim:
-        victim.meet(few.take(slice(0, 8))[0])
+        victim.inspect(few.take(slice(0, 8))[0])
         own = calibrating(victim, data.validation, 0)
         for multiple in (1 / own, *MULTIPLES):
             victim.temperature = own * multiple
             rates = []
             for seed in SEEDS:
-                attack = StochasticPGD(eps=eps, steps=100, screened=2, truncate_right=False)
+                attack = StochasticPGD(eps=eps, steps=100, probe_starts=2, truncate_correct=False)
                 uap = attack.craft(victim, data, seed=seed)
                 rates.append(max(rate for _, rate in uap.about.restarts))
             accuracy = accuracy_under(victim, few, PGD(eps=eps, steps=20), 0).plain()

@@ -55,16 +55,16 @@ def main() -> None:
     began = time.perf_counter()
     noise = art_perturbation(model, images, eps, len(data.classes)).clamp(-eps, eps)
     art_seconds = time.perf_counter() - began
-    probe = StochasticPGD(eps=eps, steps=1, batch_size=128, screened=0).craft(model, small)
+    probe = StochasticPGD(eps=eps, steps=1, batch_size=128, probe_starts=0).craft(model, small)
     art_error = gb.evaluation.universal_evasion(model, data, UniversalPerturbation(noise, probe.about))
     print(f"clean error {clean}; ART: {art_error} in {art_seconds:.1f} s")
     rows = []
     for steps in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         with Victim(model, fast=True) as victim:
             began = time.perf_counter()
-            uap = StochasticPGD(eps=eps, steps=steps, batch_size=128, screened=0, step=max(0.25, 1 / steps)).craft(
-                victim, small
-            )
+            uap = StochasticPGD(
+                eps=eps, steps=steps, batch_size=128, probe_starts=0, rel_step_size=max(0.25, 1 / steps)
+            ).craft(victim, small)
             seconds = time.perf_counter() - began
         error = gb.evaluation.universal_evasion(model, data, uap)
         rows.append({"steps": steps, "seconds": seconds, "error": error.plain()})

@@ -18,8 +18,8 @@ from torch import nn
 
 import gambeson as gb
 from gambeson.attacks import (
+    DFUAP,
     SGA,
-    BoundedLogit,
     DataFree,
     DeepFoolUAP,
     GaborNoise,
@@ -48,12 +48,12 @@ def attacks(budget: int, eps: float) -> dict[str, Any]:
         # K = 4 rounds over large batches of 250: 1,000 gradients an outer step; the paper goes on for epochs.
         "sga": SGA(eps=eps, steps=budget // 1000, box_gradient="exact", labels="truth"),
         # Batch 32 and learning rate of the public script, which goes on for iterations; no clip while crafting.
-        "bounded-logit": BoundedLogit(eps=eps, steps=800 * k, batch_size=32, clip=False, labels="truth"),
+        "df-uap": DFUAP(eps=eps, steps=800 * k, batch_size=32, clip=False, labels="truth"),
         "stochastic-pgd, beta 9, constant step": StochasticPGD(
-            eps=eps, box_gradient="exact", truncate=9.0, step=0.1, final_step=0.1, **PLAIN | {"steps": 200 * k}
+            eps=eps, box_gradient="exact", truncate=9.0, rel_step_size=0.1, final_step=0.1, **PLAIN | {"steps": 200 * k}
         ),
         "ours, eight whole climbs": StochasticPGD(
-            eps=eps, screened=0, restarts=8, steps=200 * k, batch_size=16, step=0.5
+            eps=eps, probe_starts=0, restarts=8, steps=200 * k, batch_size=16, rel_step_size=0.5
         ),
         "ours, one climb": StochasticPGD(eps=eps, **PLAIN | {"steps": 200 * k}),
         "perlin, bayesian": PerlinNoise(eps=eps, patterns=budget // 500, search="bayesian"),
@@ -66,7 +66,7 @@ def attacks(budget: int, eps: float) -> dict[str, Any]:
     }
 
 
-RIVALS = ("ours", "stochastic-pgd", "sga", "bounded-logit")
+RIVALS = ("ours", "stochastic-pgd", "sga", "df-uap")
 ONCE = ("perlin, random", "gabor, random", "singular-vector", "data-free", "deepfool-uap")
 
 

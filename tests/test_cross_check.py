@@ -41,7 +41,7 @@ def agree(model, x, y, ours, theirs, norm="inf", eps=EPS):
 
 OURS = {
     "fgsm": FGSM(eps=EPS),
-    "pgd": PGD(eps=EPS, steps=STEPS, step=0.2, start="zero", early_stop=False),
+    "pgd": PGD(eps=EPS, steps=STEPS, rel_step_size=0.2, start="zero", early_stop=False),
     "apgd-ce": AutoPGD(eps=EPS, steps=STEPS),
     "apgd-dlr": AutoPGD(eps=EPS, steps=STEPS, loss="dlr"),
 }
@@ -78,7 +78,7 @@ def test_as_strong_as_foolbox_in_the_euclidean_norm(trained, batch, name):
     wrapped = foolbox.PyTorchModel(trained.eval(), bounds=(0, 1), device="cpu")
     if name == "pgd-2":
         attack = foolbox.attacks.L2PGD(rel_stepsize=0.2, steps=STEPS, random_start=False)
-        ours = PGD(eps=0.4, norm="2", steps=STEPS, step=0.2, start="zero", early_stop=False, exact_box=False)
+        ours = PGD(eps=0.4, norm="2", steps=STEPS, rel_step_size=0.2, start="zero", early_stop=False, exact_box=False)
         agree(trained, x, y, ours, lambda x, y: attack(wrapped, x, y, epsilons=0.4)[1], "2", 0.4)
         return
     if name == "deepfool":
@@ -91,10 +91,10 @@ def test_as_strong_as_foolbox_in_the_euclidean_norm(trained, batch, name):
     found = [ours(trained, x, y), attack(wrapped, x, y, epsilons=None)[0]]
     with torch.no_grad():
         # Where it finds nothing, Foolbox's Carlini-Wagner returns a black image.
-        fallen = [(trained(moved).argmax(1) != y) & (moved != 0).flatten(1).any(1) for moved in found]
+        is_adversarial = [(trained(moved).argmax(1) != y) & (moved != 0).flatten(1).any(1) for moved in found]
         right = trained(x).argmax(1) == y
-    assert fallen[0].float().mean() >= fallen[1].float().mean()
-    both = fallen[0] & fallen[1] & right
+    assert is_adversarial[0].float().mean() >= is_adversarial[1].float().mean()
+    both = is_adversarial[0] & is_adversarial[1] & right
     assert int(both.sum()) > 20
     lengths = [float((moved - x)[both].flatten(1).norm(dim=1).mean()) for moved in found]
     assert 0 < lengths[0] <= 1.01 * lengths[1]

@@ -31,7 +31,7 @@ def defense_table():
 def universal_table():
     """The table of universal attacks in docs/attacks.md, from what ``benchmarks/universal_budget.py`` stored."""
     content = json.loads((ROOT / "results" / "universal-budget.json").read_text())
-    rivals = {"ours": "ours", "stochastic-pgd": "stochastic PGD", "sga": "SGA", "bounded-logit": "bounded logits"}
+    rivals = {"ours": "ours", "stochastic-pgd": "stochastic PGD", "sga": "SGA", "df-uap": "bounded logits"}
     lines = [f"| net | eps | {' | '.join(rivals.values())} | strongest control |", "|---|---|" + "---|" * 5]
     cells = {}
     for row in content["rows"]:

@@ -15,7 +15,7 @@ from gambeson.base.files import save_tensors
 from gambeson.data import load
 from gambeson.data.load import stored_file
 from gambeson.data.pieces import load_available, read_piece, unpack, write_pieces
-from gambeson.data.registry import RECIPES
+from gambeson.data.registry import DATASETS
 from gambeson.studies.visit import Notebook, read_lines
 from gambeson.studies.visit_training import choose_epochs
 
@@ -106,7 +106,7 @@ def mnist_like(tmp_path_factory):
     """Something of CIFAR-10's shape that has all its values: stored where the prepared set would be."""
     root = tmp_path_factory.mktemp("root")
     draw = torch.Generator().manual_seed(0)
-    recipe = RECIPES["cifar10"]
+    recipe = DATASETS["cifar10"]
     tensors = {}
     for part, count in zip(("train", "test"), recipe.source, strict=True):
         tensors[f"{part}_images"] = torch.zeros((count, *recipe.shape), dtype=torch.uint8)

@@ -10,7 +10,7 @@ from gambeson import UserError
 from gambeson.attacks import FGSM, PGD, RFGSM
 from gambeson.attacks.gradient.pgd import IFGSM
 from gambeson.attacks.losses import Loss
-from gambeson.attacks.solver import Ascent, NotFinite
+from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
 from gambeson.base import generator
 from gambeson.data import Split
 from gambeson.evaluation import Rate, accuracy_under
@@ -132,7 +132,9 @@ def test_a_gradient_that_is_not_finite_stops_with_its_step_and_what_was_found():
             return torch.stack([value, -value], 1) * (float("nan") if self.calls == 3 else 1.0)
 
     x, y = inner_images(4, (1, 2, 2)), torch.tensor([0, 0, 1, 1])  # the last two are wrong as they are
-    with pytest.raises(NotFinite, match="gradient is NaN or infinite at step 3: no attack can follow it") as caught:
+    with pytest.raises(
+        NonFiniteGradientError, match="gradient is NaN or infinite at step 3: no attack can follow it"
+    ) as caught:
         PGD(eps=0.1, steps=5)(Brittle(), x, y)
     assert caught.value.found.shape == x.shape
     assert isinstance(caught.value, UserError)
@@ -151,7 +153,7 @@ def test_early_stop_finds_exactly_the_images_that_can_be_broken():
     for norm, dual in (("inf", w.abs().sum()), ("2", w.norm())):
         reach = margin / dual
         eps = float(reach.detach().median()) * 1.001
-        x_adv = PGD(eps=eps, norm=norm, steps=50, step=0.2)(model, x, y)
+        x_adv = PGD(eps=eps, norm=norm, steps=50, rel_step_size=0.2)(model, x, y)
         broken = model(x_adv).argmax(1) != y
         clear = (reach / eps - 1).abs() > 0.01  # the optimum is reached to one per cent
         assert torch.equal(broken[clear], (reach < eps)[clear])
@@ -214,8 +216,8 @@ def test_a_shared_gradient_is_the_sum_over_images_of_which_a_clip_takes_its_part
     assert 0.1 < held.float().mean() < 0.5
     each = each if box_gradient == "straight-through" else each.masked_fill(held, 0)
     with Victim(model) as victim:
-        ascent = Ascent(victim=victim, ball=Ball(eps=0.2), loss=Loss(), box_gradient=box_gradient)
-        gradient, logits = ascent.look(delta, x, y)
+        solver = ProjectedGradient(victim=victim, ball=Ball(eps=0.2), loss=Loss(), box_gradient=box_gradient)
+        gradient, logits = solver.look(delta, x, y)
     torch.testing.assert_close(gradient, each.unflatten(0, (rows, -1)).sum(1))
     torch.testing.assert_close(logits, model(moved.clamp(0, 1)).detach())
 
@@ -289,14 +291,14 @@ def test_label_maps_need_every_labelled_pixel_to_fall():
 
     x = torch.tensor([[[[0.55, 0.9]]], [[[0.55, 0.6]]]])
     y = torch.tensor([[[1, 1]], [[1, 255]]])
-    x_adv = PGD(eps=0.1, steps=5, step=1.0)(PixelNet(), x, y, ignore_index=255)
+    x_adv = PGD(eps=0.1, steps=5, rel_step_size=1.0)(PixelNet(), x, y, ignore_index=255)
     prediction = PixelNet()(x_adv).argmax(1)
     assert prediction[1, 0, 0] == 0
     assert float(x_adv[1, 0, 0, 1]) == pytest.approx(0.6, abs=0.11)
     assert prediction[0].tolist() == [[0, 1]]  # 0.9 cannot fall below 0.5 within 0.1
     split = Split("maps", x, y, ("a", "b"), ignore_index=255)
     with Victim(PixelNet()) as victim:
-        under = accuracy_under(victim, split, PGD(eps=0.1, steps=5, step=1.0), seed=0)
+        under = accuracy_under(victim, split, PGD(eps=0.1, steps=5, rel_step_size=1.0), seed=0)
     assert under == Rate.of(1, 3, 2)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from gambeson import UserError
-from gambeson.attacks import BoundedLogit, ClasswiseStochasticPGD, DeepFoolUAP, StochasticPGD
+from gambeson.attacks import DFUAP, ClasswiseStochasticPGD, DeepFoolUAP, StochasticPGD
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.universal.sga import SGA
 from gambeson.data import Dataset, Split
@@ -42,14 +42,14 @@ def maps():
 
 
 MAP_ATTACKS = {
-    "s-pgd, truth": StochasticPGD(eps=0.1, steps=5, batch_size=10, screened=0),
-    "s-pgd, prediction": StochasticPGD(eps=0.1, steps=5, batch_size=10, screened=0, labels="prediction"),
-    "s-pgd, targeted": StochasticPGD(eps=0.1, steps=5, batch_size=10, screened=0, target=0),
+    "s-pgd, truth": StochasticPGD(eps=0.1, steps=5, batch_size=10, probe_starts=0),
+    "s-pgd, prediction": StochasticPGD(eps=0.1, steps=5, batch_size=10, probe_starts=0, labels="prediction"),
+    "s-pgd, targeted": StochasticPGD(eps=0.1, steps=5, batch_size=10, probe_starts=0, target=0),
     "sga, prediction": SGA(eps=0.1, steps=5, batch_size=10, inner_batch=4, rounds=2),
     "sga, logit and truth": SGA(eps=0.1, steps=5, batch_size=10, rounds=1, loss="logit", labels="truth"),
     "sga, logit and prediction": SGA(eps=0.1, steps=5, batch_size=10, rounds=1, loss="logit"),
-    "bounded logit, prediction": BoundedLogit(eps=0.1, steps=5, batch_size=10),
-    "bounded logit, targeted": BoundedLogit(eps=0.1, steps=5, batch_size=10, target=0),
+    "bounded logit, prediction": DFUAP(eps=0.1, steps=5, batch_size=10),
+    "bounded logit, targeted": DFUAP(eps=0.1, steps=5, batch_size=10, target=0),
 }
 
 
@@ -76,13 +76,13 @@ def images_of(ignored):
 
 
 IMAGE_ATTACKS = {
-    "s-pgd": StochasticPGD(eps=0.1, steps=3, batch_size=20, screened=2, screen_steps=2),
-    "s-pgd, prediction": StochasticPGD(eps=0.1, steps=3, batch_size=20, screened=0, labels="prediction"),
-    "s-pgd, targeted": StochasticPGD(eps=0.1, steps=3, batch_size=20, screened=0, target=1),
+    "s-pgd": StochasticPGD(eps=0.1, steps=3, batch_size=20, probe_starts=2, probe_start_steps=2),
+    "s-pgd, prediction": StochasticPGD(eps=0.1, steps=3, batch_size=20, probe_starts=0, labels="prediction"),
+    "s-pgd, targeted": StochasticPGD(eps=0.1, steps=3, batch_size=20, probe_starts=0, target=1),
     "sga": SGA(eps=0.1, steps=3, batch_size=20, inner_batch=6, rounds=2, norm="2"),
     "sga, logit and truth": SGA(eps=0.1, steps=3, batch_size=20, rounds=1, loss="logit", labels="truth"),
-    "bounded logit": BoundedLogit(eps=0.1, steps=3, batch_size=20),
-    "bounded logit, targeted": BoundedLogit(eps=0.1, steps=3, batch_size=20, target=1),
+    "bounded logit": DFUAP(eps=0.1, steps=3, batch_size=20),
+    "bounded logit, targeted": DFUAP(eps=0.1, steps=3, batch_size=20, target=1),
     "deepfool": DeepFoolUAP(eps=0.1, images=60, passes=2, images_a_step=8),
 }
 
@@ -100,30 +100,37 @@ def test_what_an_ignored_image_shows_changes_nothing(name):
 def test_a_mean_of_steps_is_over_images_that_have_a_label():
     model, w, data = images_of(None)
     attack = StochasticPGD(
-        eps=0.1, steps=1, step=0.5, final_step=0.5, batch_size=60, screened=0, normalise="sample", truncate=None
+        eps=0.1,
+        steps=1,
+        rel_step_size=0.5,
+        final_step=0.5,
+        batch_size=60,
+        probe_starts=0,
+        normalise="sample",
+        truncate=None,
     )
     torch.testing.assert_close(attack.craft(model, data).delta[0], 0.05 * w.sign())
-    classwise = ClasswiseStochasticPGD(eps=0.1, steps=1, step=0.5, final_step=0.5, batch_size=60, restarts=1)
+    classwise = ClasswiseStochasticPGD(eps=0.1, steps=1, rel_step_size=0.5, final_step=0.5, batch_size=60, restarts=1)
     torch.testing.assert_close(classwise.craft_classes(model, data)[0].delta[0], 0.05 * w.sign())
 
 
 def test_rates_that_choose_are_of_answers_that_count():
     model, w, data = images_of(None)
-    attack = StochasticPGD(eps=0.3, target=1, screened=0, steps=1)
+    attack = StochasticPGD(eps=0.3, target=1, probe_starts=0, steps=1)
     with entered(model) as victims:
-        work = attack._prepare(victims, data, 0)
-        assert work.rate(torch.zeros(1, 1, 2, 3)) == 0  # the ignored images are of the target class already
-        assert work.rate(0.3 * w.sign()[None]) == work.rate(0.3 * w.sign()[None], data.test) == 1
+        context = attack._prepare(victims, data, 0)
+        assert context.rate(torch.zeros(1, 1, 2, 3)) == 0  # the ignored images are of the target class already
+        assert context.rate(0.3 * w.sign()[None]) == context.rate(0.3 * w.sign()[None], data.test) == 1
         fool = DeepFoolUAP(eps=0.3)
         clean = [model(data.train.take(slice(None))[0]).argmax(1)]
-        assert fool._fooling(work, data.train, clean, 0.3 * w.sign()[None]) == 1
+        assert fool._fooling(context, data.train, clean, 0.3 * w.sign()[None]) == 1
 
 
 def test_data_without_any_label_that_counts_are_refused():
     model, _, data = images_of(None)
     none = dataset(data.train.images, torch.full((len(data.train),), IGNORED))
     with pytest.raises(UserError, match="no image of ignored/0 has a label that counts"):
-        StochasticPGD(eps=0.1, steps=2, screened=0).craft(model, none)
+        StochasticPGD(eps=0.1, steps=2, probe_starts=0).craft(model, none)
 
 
 def test_every_loss_is_zero_and_flat_where_the_label_is_ignored():

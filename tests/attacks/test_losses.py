@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gambeson.attacks import Loss, cross_entropy, margin
-from gambeson.attacks.losses import dlr, fallen, image_means, target_margin, targeted_dlr
+from gambeson.attacks.losses import dlr, image_means, is_adversarial, target_margin, targeted_dlr
 
 
 def test_truncation_acts_on_each_answer_and_kills_its_gradient():
@@ -23,7 +23,7 @@ def test_truncation_can_spare_answers_that_are_still_right():
     logits[:, 0] = 0.1  # the likeliest of ten, at 11 %
     logits.requires_grad_()
     for spared, moving in ((False, [False, False]), (True, [True, False])):
-        loss = Loss(truncate=-math.log(0.2), truncate_right=not spared)
+        loss = Loss(truncate=-math.log(0.2), truncate_correct=not spared)
         (gradient,) = torch.autograd.grad(loss(logits, torch.tensor([0, 1])).sum(), logits)
         assert gradient.any(1).tolist() == moving
 
@@ -39,8 +39,8 @@ def test_targeted_loss_rises_to_the_target_down_to_its_floor():
 def test_margin_by_hand_and_its_sign():
     logits = torch.tensor([[1.0, 4.0, 2.0], [5.0, 1.0, 0.0]])
     assert margin(logits, torch.tensor([0, 0])).tolist() == [3.0, -4.0]
-    assert fallen(logits, torch.tensor([0, 0])).tolist() == [True, False]
-    assert fallen(logits, torch.tensor([1, 1]), targeted=True).tolist() == [True, False]
+    assert is_adversarial(logits, torch.tensor([0, 0])).tolist() == [True, False]
+    assert is_adversarial(logits, torch.tensor([1, 1]), targeted=True).tolist() == [True, False]
 
 
 def test_pixels_average_over_labelled_ones_only():

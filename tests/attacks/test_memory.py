@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from gambeson.attacks.gradient.pgd import PGD
 from gambeson.attacks.losses import Loss
-from gambeson.attacks.solver import Ascent
+from gambeson.attacks.solver import ProjectedGradient
 from gambeson.threat import Ball
 from gambeson.victim import Victim
 
@@ -44,10 +44,10 @@ class Peak(TorchDispatchMode):
         self.live -= self.sizes.pop(key, 0)
 
 
-def peak(work):
+def peak(context):
     gc.collect()
     with Peak() as mode:
-        work()
+        context()
     return mode.most
 
 
@@ -59,12 +59,12 @@ def net():
 
 
 def bare(net, x, y):
-    def work():
+    def context():
         point = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(net(point), y), point)
         return gradient
 
-    return peak(work)
+    return peak(context)
 
 
 def batch():
@@ -73,11 +73,11 @@ def batch():
 
 
 def test_the_meter_sees_what_is_alive_and_forgets_what_is_not():
-    def work():
+    def context():
         for _ in range(5):
             torch.ones(1000).add(1)  # 4,000 bytes, twice at once
 
-    assert peak(work) == 8000
+    assert peak(context) == 8000
     kept = []
     assert peak(lambda: kept.extend(torch.ones(1000) for _ in range(5))) == 20_000
 
@@ -103,8 +103,8 @@ def test_pgd_s_memory_does_not_grow_with_its_steps(net):
 def test_a_step_of_stochastic_pgd_holds_two_batches_more(net, norm):
     x, y = batch()
     with Victim(net) as victim:
-        ascent = Ascent(victim=victim, ball=Ball(eps=0.05, norm=norm), loss=Loss(truncate=2.0))
+        solver = ProjectedGradient(victim=victim, ball=Ball(eps=0.05, norm=norm), loss=Loss(truncate=2.0))
         delta = torch.zeros(1, *SHAPE)
         lengths = [0.01] * 3
-        extra = (peak(lambda: ascent.run(delta, [(x, y)] * 3, lengths)) - bare(net, x, y)) / BATCH
+        extra = (peak(lambda: solver.run(delta, [(x, y)] * 3, lengths)) - bare(net, x, y)) / BATCH
     assert extra <= 2.05, extra

@@ -57,7 +57,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def uap(pair):
-    return StochasticPGD(eps=0.1, steps=5, screened=0, restarts=1).craft(Net(), pair)
+    return StochasticPGD(eps=0.1, steps=5, probe_starts=0, restarts=1).craft(Net(), pair)
 
 
 def own_of(uap: UniversalPerturbation, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +106,7 @@ def test_some_of_them_among_others(uap, pair, own):
 
 def test_few_that_were_crafted_on_among_many(pair):
     few = pair[0][:40], pair[1][:40]
-    uap = StochasticPGD(eps=0.1, steps=2, screened=0).craft(Net(), few)
+    uap = StochasticPGD(eps=0.1, steps=2, probe_starts=0).craft(Net(), few)
     with pytest.raises(UserError, match=r"^28 of the 28 images .* among the 600 to be scored"):
         universal_evasion(Net(), pair, uap)
 
@@ -157,17 +157,17 @@ def splits(train, validation, test):
 
 
 def test_splits_that_were_given_twice(pair):
-    fresh, attack = pictures(120, seed=5), StochasticPGD(eps=0.1, steps=2, screened=0)
+    fresh, attack = pictures(120, seed=5), StochasticPGD(eps=0.1, steps=2, probe_starts=0)
     half = tuple(torch.cat([ours[:60], theirs[:60]]) for ours, theirs in zip(pair, fresh, strict=True))
     with pytest.raises(UserError, match=r"^60 of the 600 images to craft on \(t\) are among the 120 .*\(v\)"):
         attack.craft(Net(), splits(pair, half, fresh))
     floats = as_floats(pair[0]), pair[1]
     partly = [torch.cat([ours[:60], theirs]) for ours, theirs in zip(fresh, pictures(60, seed=6), strict=True)]
-    for work in (lambda data: gb.audit(Net(), data, SUITE), lambda data: eps_uni(Net(), data, attack)):
+    for context in (lambda data: gb.audit(Net(), data, SUITE), lambda data: eps_uni(Net(), data, attack)):
         with pytest.raises(UserError, match=r"^600 of the 600 images of t are among the 600 to be scored \(r\)"):
-            work(splits(pair, fresh, floats))
+            context(splits(pair, fresh, floats))
         with pytest.raises(UserError, match=r"^60 of the 120 images of v are among the 120 to be scored \(r\)"):
-            work(splits(pair, fresh, partly))
+            context(splits(pair, fresh, partly))
 
 
 def test_an_audit_says_how_many_were_left_out(pair):
@@ -187,7 +187,7 @@ def test_a_data_set_without_equal_pictures_is_left_alone(digits):
 
 def test_uap_score(trained, digits, tmp_path, capsys):
     gb.models.save(trained, tmp_path / "m.safetensors")
-    uap = StochasticPGD(eps=0.1, steps=2, screened=0).craft(trained, digits)
+    uap = StochasticPGD(eps=0.1, steps=2, probe_starts=0).craft(trained, digits)
     command = ["uap", "score", "", "--model", str(tmp_path / "m.safetensors"), "--data", "digits", "--json"]
     for own, count in (("few", 3), ("all", len(digits.test))):
         seen = torch.cat([uap.image_hashes, digits.test.image_hashes[:count]])

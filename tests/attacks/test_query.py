@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gambeson import UserError
 from gambeson.attacks.query.base import Queries
 from gambeson.attacks.query.nes import NES, SPSA
-from gambeson.attacks.query.one_pixel import FewPixel
+from gambeson.attacks.query.one_pixel import OnePixel
 from gambeson.attacks.query.square import RandomSearch, Square
 from gambeson.threat import Ball
 from gambeson.victim import Victim
@@ -68,13 +68,13 @@ def test_few_pixel_s_budget_is_never_exceeded_in_the_last_generation_either(budg
     x, y = inner_images(5, (3, 4, 5)), torch.zeros(5, dtype=torch.long)
     ask, count = counted(model)
     queries = Queries(ask)
-    FewPixel(queries=budget, population=20, batch_size=16)(queries, x, y)
+    OnePixel(queries=budget, population=20, batch_size=16)(queries, x, y)
     assert sum(count) == queries.total
     assert queries.spent.tolist() == [budget] * 5
     assert max(count) <= 16
 
 
-@pytest.mark.parametrize("attack", [*BALLS, FewPixel])
+@pytest.mark.parametrize("attack", [*BALLS, OnePixel])
 def test_an_image_that_has_fallen_is_not_asked_about_again(attack):
     model, _ = binary((1, 4, 5))
     x = inner_images(12, (1, 4, 5))
@@ -82,7 +82,7 @@ def test_an_image_that_has_fallen_is_not_asked_about_again(attack):
         model.bias[0] += model(x).diff(dim=1).mean()
     y = model(x).argmax(1)
     y[:4] = 1 - y[:4]  # wrong already
-    settings = {"pixels": 2, "population": 20} if attack is FewPixel else {"eps": 0.03}
+    settings = {"pixels": 2, "population": 20} if attack is OnePixel else {"eps": 0.03}
     queries = Queries(model)
     x_adv = attack(**settings, queries=400)(queries, x, y)
     down = model(x_adv).argmax(1) != y
@@ -132,7 +132,7 @@ def test_nes_needs_one_pair_only_in_one_dimension():
     x, y = inner_images(4, (1, 1, 2)), torch.zeros(4, dtype=torch.long)
     with torch.no_grad():
         model.bias[0] += 100
-    x_adv = NES(eps=0.1, pairs=1, step=1.0, momentum=0.0, queries=60, margin=True)(model, x, y)
+    x_adv = NES(eps=0.1, pairs=1, rel_step_size=1.0, momentum=0.0, queries=60, margin=True)(model, x, y)
     assert gain(model, x, x_adv, y).min() > 0
     assert (x_adv - x).abs().max() <= 0.1 + 1e-6
 
@@ -142,7 +142,7 @@ def test_few_pixel_changes_at_most_so_many_pixels_and_finds_the_best_one(pixels)
     shape = (3, 4, 5)
     model = Steep(shape)
     x, y = inner_images(5, shape), torch.zeros(5, dtype=torch.long)
-    x_adv = FewPixel(pixels=pixels, population=40, queries=2000, margin=True)(model, x, y)
+    x_adv = OnePixel(pixels=pixels, population=40, queries=2000, margin=True)(model, x, y)
     changed = ((x_adv != x).any(1)).flatten(1).sum(1)
     assert (changed <= pixels).all()
     assert (changed >= 1).all()
@@ -152,14 +152,14 @@ def test_few_pixel_changes_at_most_so_many_pixels_and_finds_the_best_one(pixels)
     best = each.sort(1, descending=True).values[:, :pixels].sum(1)
     share = gain(model, x, x_adv, y) / best
     assert (share <= 1 + 1e-4).all()
-    drawn = FewPixel(pixels=pixels, population=1999, queries=2000, margin=True)(model, x, y)
+    drawn = OnePixel(pixels=pixels, population=1999, queries=2000, margin=True)(model, x, y)
     by_chance = float((gain(model, x, drawn, y) / best).mean())  # as many candidates, none of them a child
     assert float(share.mean()) > (0.95 if pixels == 1 else max(0.6, by_chance))
-    assert torch.equal(FewPixel(pixels=0)(model, x, y), x)
+    assert torch.equal(OnePixel(pixels=0)(model, x, y), x)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("attack", [*BALLS, FewPixel])
+@pytest.mark.parametrize("attack", [*BALLS, OnePixel])
 def test_targets_are_reached(attack, classes):
     draw = torch.Generator().manual_seed(classes)
     model = LinearNet(torch.randn(classes, 1, 4, 5, generator=draw))
@@ -167,7 +167,7 @@ def test_targets_are_reached(attack, classes):
     with torch.no_grad():
         model.bias -= model(x).mean(0)
     target = model(x).topk(2).indices[:, 1]
-    settings = {"pixels": 5, "population": 40} if attack is FewPixel else {"eps": 0.15}
+    settings = {"pixels": 5, "population": 40} if attack is OnePixel else {"eps": 0.15}
     x_adv = attack(**settings, targeted=True, queries=800)(model, x, target)
     reached = model(x_adv).argmax(1) == target
     assert not (model(x).argmax(1) == target).any()
@@ -193,7 +193,7 @@ def test_square_without_a_prospect_stops_after_an_eighth_and_keeps_what_it_found
     model = Steep((1, 6, 7))
     x, y = inner_images(8, (1, 6, 7)), torch.arange(8) // 4  # the first four never fall
     queries = Queries(model)
-    short = Square(eps=0.01, queries=800, outlook=2)(queries, x, y)
+    short = Square(eps=0.01, queries=800, early_abandon=2)(queries, x, y)
     assert queries.spent[:4].tolist() == [100] * 4
     assert queries.spent[4:].tolist() == [1] * 4  # wrong as they are
     assert (gain(model, x, short, y)[:4] > 0).all()
@@ -201,9 +201,9 @@ def test_square_without_a_prospect_stops_after_an_eighth_and_keeps_what_it_found
     Square(eps=0.01, queries=800)(queries, x, y)
     assert queries.spent[:4].tolist() == [800] * 4
     with pytest.raises(UserError, match="outlook reads the margin's distance"):
-        Square(eps=0.1, targeted=True, outlook=1)
+        Square(eps=0.1, targeted=True, early_abandon=1)
     with pytest.raises(UserError, match="outlook = 0"):
-        Square(eps=0.1, outlook=0)
+        Square(eps=0.1, early_abandon=0)
 
 
 def test_square_with_an_outlook_breaks_what_the_whole_budget_breaks(trained, digits):
@@ -217,7 +217,7 @@ def test_square_with_an_outlook_breaks_what_the_whole_budget_breaks(trained, dig
     for model in (trained, Stairs()):
         whole, short = Queries(model), Queries(model)
         broken = model(Square(eps=0.12, queries=400)(whole, x, y)).argmax(1) != y
-        also = model(Square(eps=0.12, queries=400, outlook=2)(short, x, y)).argmax(1) != y
+        also = model(Square(eps=0.12, queries=400, early_abandon=2)(short, x, y)).argmax(1) != y
         assert 3 < int(broken.sum()) < 37
         assert int(also.sum()) >= int(broken.sum()) - 1
         assert short.total < 0.9 * whole.total
@@ -235,7 +235,7 @@ def test_square_starts_from_stripes():
 
 @given(
     st.integers(1, 5),
-    st.sampled_from([*BALLS, FewPixel]),
+    st.sampled_from([*BALLS, OnePixel]),
     st.sampled_from(["inf", "2"]),
     st.floats(0, 1),
     st.integers(0, 9),
@@ -245,12 +245,12 @@ def test_results_stay_in_ball_and_box_and_repeat(count, kind, norm, eps, seed):
     x = torch.rand(count, 3, 3, 4, generator=torch.Generator().manual_seed(seed))
     x[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
     y = torch.arange(count) % 2
-    attack = kind(queries=25, population=6) if kind is FewPixel else kind(eps=eps, norm=norm, queries=25)
+    attack = kind(queries=25, population=6) if kind is OnePixel else kind(eps=eps, norm=norm, queries=25)
     x_adv = attack(model, x, y, seed=seed)
     assert x_adv.shape == x.shape
     assert x_adv.dtype == x.dtype
     assert ((x_adv >= 0) & (x_adv <= 1)).all()
-    if kind is not FewPixel:
+    if kind is not OnePixel:
         assert (Ball(eps=eps, norm=norm).length(x_adv - x) <= eps + 1e-6).all()
         assert torch.equal(kind(eps=0, norm=norm)(model, x, y), x)
     assert torch.equal(attack(model, x, y, seed=seed), x_adv)
@@ -342,6 +342,6 @@ def test_settings_are_checked():
     with pytest.raises(UserError, match="queries = 0"):
         Square(eps=0.1, queries=0)
     with pytest.raises(UserError, match="population = 3"):
-        FewPixel(population=3)
+        OnePixel(population=3)
     with pytest.raises(TypeError, match="no setting 'samples'"):
         NES(eps=0.1, samples=3)

@@ -15,7 +15,7 @@ from gambeson.attacks.gradient.pgd import FGSM, IFGSM, PGD, IterLL, RStepLL, Ste
 from gambeson.attacks.gradient.transfer import TRANSFER, mi_fgsm, ni_fgsm, si_ni_fgsm, ti_dim, transfer_attack
 from gambeson.threat import Ball
 from gambeson.victim import Victim
-from gambeson.victim.averaged import Ensemble
+from gambeson.victim.averaged import ModelAverage
 from tests.conftest import LinearNet, binary, inner_images, shaded_images
 
 
@@ -151,7 +151,7 @@ def test_averages_of_two_models_by_hand_and_their_cost():
     for average, value in values.items():
         point = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(value(one(point), two(point)), point)
-        with Ensemble([one, two], average) as pair:
+        with ModelAverage([one, two], average) as pair:
             found = FGSM(eps=0.1, norm="2")(pair, x, y) - x
             assert (pair.forwards, pair.backwards) == (10, 10)
         torch.testing.assert_close(found, 0.1 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1))

@@ -10,7 +10,7 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import StochasticPGD, UniversalPerturbation, control
-from gambeson.attacks.universal.base import Workshop
+from gambeson.attacks.universal.base import CraftingContext
 from gambeson.data import Dataset, Split
 from gambeson.threat import Ball
 from gambeson.victim import Victim
@@ -46,7 +46,7 @@ def test_finds_the_best_universal_perturbation_of_a_linear_model(shape, keep):
     model, w = binary(shape)
     data = linear_data(model, shape, keep)
     # With truncation an image that is fooled has no say, so the plain loss is what has this optimum.
-    attack = StochasticPGD(eps=0.1, steps=40, screened=2, screen_steps=10, truncate=None)
+    attack = StochasticPGD(eps=0.1, steps=40, probe_starts=2, probe_start_steps=10, truncate=None)
     uap = attack.craft(model, data)
     toward = 1 if keep == 0 else -1
     torch.testing.assert_close(uap.delta[0], 0.1 * toward * w.sign())
@@ -60,21 +60,23 @@ def test_finds_the_best_universal_perturbation_of_a_linear_model(shape, keep):
 def test_two_classes_give_one_of_the_two_optima():
     model, w = binary((1, 4, 6))
     data = linear_data(model, (1, 4, 6))
-    uap = StochasticPGD(eps=0.1, steps=60, screened=3, screen_steps=20, truncate=None).craft(model, data)
+    uap = StochasticPGD(eps=0.1, steps=60, probe_starts=3, probe_start_steps=20, truncate=None).craft(model, data)
     assert float((uap.delta[0] * w.sign()).mean().abs()) == pytest.approx(0.1, rel=1e-4)
 
 
 def test_targeted_optimum_of_a_linear_model_and_bad_targets():
     model, w = binary((1, 3, 5))
     data = linear_data(model, (1, 3, 5))
-    uap = StochasticPGD(eps=0.2, steps=40, target=1, screened=2, screen_steps=10, target_floor=0.0).craft(model, data)
+    uap = StochasticPGD(eps=0.2, steps=40, target=1, probe_starts=2, probe_start_steps=10, target_floor=0.0).craft(
+        model, data
+    )
     torch.testing.assert_close(uap.delta[0], 0.2 * w.sign())
     with pytest.raises(UserError, match="target 2 is not a class: expected 0 to 1"):
         StochasticPGD(eps=0.2, target=2).craft(model, data)
 
 
 def test_restart_is_chosen_on_validation_and_everything_is_said(trained, digits):
-    attack = StochasticPGD(eps=0.2, steps=20, restarts=3, batch_size=64, screened=0)
+    attack = StochasticPGD(eps=0.2, steps=20, restarts=3, batch_size=64, probe_starts=0)
     uap = attack.craft(trained, digits, seed=5)
     about = uap.about
     assert [kind for kind, _ in about.restarts] == ["zero", "sign", "sign"]
@@ -93,7 +95,7 @@ def test_restart_is_chosen_on_validation_and_everything_is_said(trained, digits)
 
 def test_beats_its_controls_and_the_null_perturbation_does_not(trained, digits):
     eps = 0.2
-    uap = StochasticPGD(eps=eps, steps=60, screened=2, screen_steps=30).craft(trained, digits)
+    uap = StochasticPGD(eps=eps, steps=60, probe_starts=2, probe_start_steps=30).craft(trained, digits)
     crafted = gb.evaluation.universal_evasion(trained, digits, uap)
     clean = gb.evaluation.accuracy(trained, digits).complement
     for name in ("random-sign", "chessboard"):
@@ -107,7 +109,7 @@ def test_beats_its_controls_and_the_null_perturbation_does_not(trained, digits):
 
 
 def test_saved_file_gives_the_same_number_and_refuses_its_own_images(tmp_path, trained, digits):
-    uap = StochasticPGD(eps=0.2, steps=10, screened=0).craft(trained, digits)
+    uap = StochasticPGD(eps=0.2, steps=10, probe_starts=0).craft(trained, digits)
     uap.save(tmp_path / "uap.safetensors")
     back = UniversalPerturbation.load(tmp_path / "uap.safetensors")
     assert torch.equal(back.delta, uap.delta)
@@ -126,13 +128,13 @@ def test_a_model_that_ignores_its_input_ends_with_a_status(digits):
         def forward(self, x):
             return x.flatten(1)[:, :10] * 0.0
 
-    uap = StochasticPGD(eps=0.2, steps=5, screened=2, batch_size=64).craft(Constant(), digits)
+    uap = StochasticPGD(eps=0.2, steps=5, probe_starts=2, batch_size=64).craft(Constant(), digits)
     assert uap.about.status == "zero"
-    assert StochasticPGD(eps=0, steps=2, screened=0).craft(Constant(), digits).about.status == "done"
+    assert StochasticPGD(eps=0, steps=2, probe_starts=0).craft(Constant(), digits).about.status == "done"
 
 
 def test_warm_start_is_one_more_restart_scaled_to_the_ball(trained, digits):
-    attack = StochasticPGD(eps=0.2, steps=10, restarts=1, batch_size=64, screened=0)
+    attack = StochasticPGD(eps=0.2, steps=10, restarts=1, batch_size=64, probe_starts=0)
     small = attack.model_copy(update={"eps": 0.1}).craft(trained, digits)
     warm = attack.craft(trained, digits, start=small.delta)
     assert [kind for kind, _ in warm.about.restarts] == ["zero", "warm"]
@@ -140,7 +142,9 @@ def test_warm_start_is_one_more_restart_scaled_to_the_ball(trained, digits):
 
 
 def test_starts_are_screened_by_a_short_climb_and_the_best_goes_on(trained, digits):
-    attack = StochasticPGD(eps=0.2, steps=20, batch_size=32, screened=5, screen_steps=10, screen_batch=8, restarts=2)
+    attack = StochasticPGD(
+        eps=0.2, steps=20, batch_size=32, probe_starts=5, probe_start_steps=10, probe_start_batch=8, restarts=2
+    )
     uap = attack.craft(trained, digits, seed=1)
     about = uap.about
     assert len(about.restarts) == 2
@@ -148,10 +152,10 @@ def test_starts_are_screened_by_a_short_climb_and_the_best_goes_on(trained, digi
     assert about.backwards == 5 * 10 * 8 + 2 * 20 * 32
     assert about.forwards == about.backwards + (5 + 2) * len(digits.validation)
     with entered(trained) as victims:
-        work = attack._prepare(victims, digits, 1)
-        brief = StochasticPGD(eps=0.2, steps=10, batch_size=8, step=0.5, screened=0)
-        rates = [work.rate(brief._climb(work, start, k)) for k, (_, start) in enumerate(work.starts(5, None))]
-        kept = [work.rate(delta) for _, delta in attack._best(work, list(work.starts(5, None)))]
+        context = attack._prepare(victims, digits, 1)
+        brief = StochasticPGD(eps=0.2, steps=10, batch_size=8, rel_step_size=0.5, probe_starts=0)
+        rates = [context.rate(brief._climb(context, start, k)) for k, (_, start) in enumerate(context.starts(5, None))]
+        kept = [context.rate(delta) for _, delta in attack._best(context, list(context.starts(5, None)))]
     assert kept == sorted(rates, reverse=True)[:2]
     few = attack.model_copy(update={"screen_images": 20}).craft(trained, digits, seed=1).about
     assert few.forwards == few.backwards + 5 * 20 + 2 * len(digits.validation)
@@ -163,7 +167,7 @@ def test_default_costs_a_stated_number_of_gradients_and_is_no_weaker_than_one_lo
     rates = []
     for attack in (
         StochasticPGD(eps=0.15),
-        StochasticPGD(eps=0.15, screened=0, steps=200, batch_size=128, box_gradient="exact"),
+        StochasticPGD(eps=0.15, probe_starts=0, steps=200, batch_size=128, box_gradient="exact"),
     ):
         uap = attack.craft(trained, digits)
         assert uap.about.backwards == 25_600
@@ -191,7 +195,7 @@ def test_label_maps_are_attacked_by_the_same_call():
     data = object.__new__(Dataset)
     for name, value in zip(("name", "train", "validation", "test", "classes"), ("p", *parts, ("a", "b")), strict=True):
         object.__setattr__(data, name, value)
-    uap = StochasticPGD(eps=0.1, steps=20, batch_size=10, screened=0, truncate=None).craft(PixelNet(), data)
+    uap = StochasticPGD(eps=0.1, steps=20, batch_size=10, probe_starts=0, truncate=None).craft(PixelNet(), data)
     torch.testing.assert_close(uap.delta[0, 0, 1:], torch.full((3, 4), -0.1))
     assert not uap.delta[0, 0, 0].any()  # ignored pixels have no gradient
     flips = ((parts[2].take(slice(None))[0] - 0.1) < 0.5)[:, 0, 1:].float().mean()
@@ -208,16 +212,16 @@ def test_controls_have_norm_eps_zero_mean_board_and_fresh_signs():
         assert float(board.mean()) == pytest.approx(0, abs=1e-7)
         assert board[0, 0, 0, 0] < 0 < board[0, 0, 0, 1]
         assert torch.equal(board[0, 0], board[0, 2])
-        signs = control("random-sign", ball, (3, 4, 6), draws=4, seed=1)
+        signs = control("random-sign", ball, (3, 4, 6), eot_samples=4, seed=1)
         torch.testing.assert_close(ball.length(signs), torch.full((4,), 0.3))
         assert not torch.equal(signs[0], signs[1])
-        assert torch.equal(signs, control("random-sign", ball, (3, 4, 6), draws=4, seed=1))
+        assert torch.equal(signs, control("random-sign", ball, (3, 4, 6), eot_samples=4, seed=1))
     with pytest.raises(UserError, match="unknown control 'chess': did you mean chessboard"):
         control("chess", ball, (1, 2, 2))
 
 
 def test_same_numbers_whether_a_model_or_a_victim_is_given(trained, digits):
-    attack = StochasticPGD(eps=0.1, steps=5, screened=2, screen_steps=2)
+    attack = StochasticPGD(eps=0.1, steps=5, probe_starts=2, probe_start_steps=2)
     with Victim(trained) as victim:
         inside = attack.craft(victim, digits)
     assert torch.equal(inside.delta, attack.craft(trained, digits).delta)
@@ -235,7 +239,7 @@ def test_linear_net_with_many_classes_meets_brute_force():
     corners = torch.cartesian_prod(*[torch.tensor([-0.1, 0.1])] * 8).view(-1, 1, 2, 4)
     with torch.no_grad():
         values = [nn.functional.cross_entropy(model(images + corner), labels) for corner in corners]
-    attack = StochasticPGD(eps=0.1, steps=100, restarts=4, batch_size=len(images), screened=0, truncate=None)
+    attack = StochasticPGD(eps=0.1, steps=100, restarts=4, batch_size=len(images), probe_starts=0, truncate=None)
     uap = attack.craft(model, data)
     with torch.no_grad():
         reached = nn.functional.cross_entropy(model(images + uap.delta), labels)
@@ -249,8 +253,8 @@ def test_its_climb_is_the_one_solver_over_mini_batches_with_one_row(trained, dig
     attack = StochasticPGD(eps=0.2, norm=norm, steps=6, batch_size=40)
     with entered(trained) as victims:
         split = digits.train.to(victims[0].device)
-        work = Workshop(victims=victims, train=split, validation=digits.validation, ball=attack.ball, seed=3)
-        climbed = attack._climb(work, work.start("sign", 1), 1)
-        same = work.ascent(attack.objective).run(work.start("sign", 1), work.stream(40, 1), attack.lengths)
+        context = CraftingContext(victims=victims, train=split, validation=digits.validation, ball=attack.ball, seed=3)
+        climbed = attack._climb(context, context.start("sign", 1), 1)
+        same = context.solver(attack.objective).run(context.start("sign", 1), context.stream(40, 1), attack.lengths)
     assert torch.equal(climbed, same)
-    assert not torch.equal(climbed, work.start("sign", 1))
+    assert not torch.equal(climbed, context.start("sign", 1))

@@ -12,10 +12,10 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import StochasticPGD, UniversalPerturbation, control
 from gambeson.attacks.solver import Adam
-from gambeson.attacks.universal.base import UniversalAttack, Workshop
+from gambeson.attacks.universal.base import CraftingContext, UniversalAttack
 from gambeson.attacks.universal.data_free import DataFree
 from gambeson.attacks.universal.deepfool_uap import DeepFoolUAP
-from gambeson.attacks.universal.df_uap import BoundedLogit
+from gambeson.attacks.universal.df_uap import DFUAP
 from gambeson.attacks.universal.layers import activations, layer_names
 from gambeson.attacks.universal.sga import SGA
 from gambeson.attacks.universal.singular_vector import SingularVector, layer_maps, power_method
@@ -51,7 +51,7 @@ ATTACKS = {
     "margin": lambda **kw: StochasticPGD(steps=40, restarts=1, batch_size=20, truncate=99, margin=True, **kw),
     "sga": lambda **kw: SGA(steps=40, batch_size=20, rounds=2, **kw),
     "sga-logit": lambda **kw: SGA(steps=40, batch_size=20, rounds=2, loss="logit", **kw),
-    "bounded-logit": lambda **kw: BoundedLogit(steps=80, batch_size=20, step=0.1, confidence=99, **kw),
+    "df-uap": lambda **kw: DFUAP(steps=80, batch_size=20, rel_step_size=0.1, confidence=99, **kw),
     "deepfool": lambda **kw: DeepFoolUAP(images=60, fooling=1.0, passes=20, **kw),
     "deepfool-32": lambda **kw: DeepFoolUAP(images=60, fooling=1.0, passes=20, images_a_step=32, **kw),
     "singular": lambda **kw: SingularVector(layers=("",), images=8, **kw),
@@ -92,7 +92,7 @@ def test_deepfool_uap_fools_every_image_that_one_direction_can(name):
 
 def test_sga_with_one_inner_step_is_plain_stochastic_pgd(trained, digits):
     plain = StochasticPGD(
-        eps=0.2, steps=6, batch_size=64, step=0.1, final_step=0.1, restarts=2, truncate=9.0, screened=0
+        eps=0.2, steps=6, batch_size=64, rel_step_size=0.1, final_step=0.1, restarts=2, truncate=9.0, probe_starts=0
     ).craft(trained, digits, seed=3)
     sga = SGA(
         eps=0.2, steps=6, batch_size=64, inner_batch=64, rounds=1, restarts=2, truncate=9.0, labels="truth"
@@ -111,12 +111,12 @@ def test_mean_of_signs_differs_from_sign_of_the_mean_on_two_samples():
         model.bias += torch.tensor([0.0, 1.0])  # the image of class 1 is surer, so that of class 0 has more to lose
     part = Split("two", x, y, ("a", "b"))
     with entered(model) as victims:
-        work = Workshop(victims=victims, train=part, validation=part, ball=Ball(eps=0.2), seed=0)
-        zero = work.start("zero", 0)
+        context = CraftingContext(victims=victims, train=part, validation=part, ball=Ball(eps=0.2), seed=0)
+        zero = context.start("zero", 0)
         one = {
-            kind: StochasticPGD(eps=0.2, steps=1, batch_size=2, step=0.5, truncate=None, normalise=kind)._climb(
-                work, zero, 0
-            )
+            kind: StochasticPGD(
+                eps=0.2, steps=1, batch_size=2, rel_step_size=0.5, truncate=None, normalise=kind
+            )._climb(context, zero, 0)
             for kind in ("batch", "sample")
         }
     assert not one["sample"].any()  # the two signs are opposite and cancel
@@ -153,7 +153,7 @@ def test_classwise_momentum_and_sample_steps_stay_in_the_ball(trained, digits):
     [
         StochasticPGD(eps=0.2, steps=6, restarts=2, batch_size=64),
         SGA(eps=0.2, steps=2, batch_size=60, rounds=1),
-        BoundedLogit(eps=0.2, steps=6, batch_size=64),
+        DFUAP(eps=0.2, steps=6, batch_size=64),
         DataFree(eps=0.2, steps=6, batch_size=4, check_every=3),
     ],
     ids=lambda attack: attack.name,
@@ -197,9 +197,9 @@ def test_models_of_unequal_classes_are_refused():
 def test_bounded_logit_targeted_reaches_its_class_and_its_loss_is_bounded():
     model, w = binary(SHAPE)
     data = linear_data(model)
-    uap = BoundedLogit(eps=0.2, steps=60, batch_size=20, step=0.1, target=1, confidence=99).craft(model, data)
+    uap = DFUAP(eps=0.2, steps=60, batch_size=20, rel_step_size=0.1, target=1, confidence=99).craft(model, data)
     torch.testing.assert_close(uap.delta[0], 0.2 * w.sign(), rtol=1e-4, atol=1e-6)
-    attack = BoundedLogit(eps=0.1, target=1, confidence=2.0)
+    attack = DFUAP(eps=0.1, target=1, confidence=2.0)
     logits = torch.tensor([[0.0, 1.0, 0.5], [0.0, 9.0, 0.0]], requires_grad=True)
     value = attack.objective(logits, torch.tensor([1, 1]), None)
     assert value.tolist() == [0.5, 2.0]
@@ -221,7 +221,7 @@ def test_adam_is_torch_s():
 
 def test_proxy_images_need_no_labels(trained, digits):
     noise = torch.rand(200, *digits.train.shape, generator=torch.Generator().manual_seed(0))
-    attack = BoundedLogit(eps=0.2, steps=20, batch_size=40)
+    attack = DFUAP(eps=0.2, steps=20, batch_size=40)
     uap = attack.craft(trained, noise)
     assert (uap.about.crafted_split, uap.about.chosen_on) == ("images/train", "images/validation")
     nothing = UniversalPerturbation(torch.zeros_like(uap.delta), uap.about)
@@ -236,7 +236,7 @@ def test_predictions_as_labels_equal_the_truth_where_the_model_is_right():
     model, _ = binary(SHAPE)
     data = linear_data(model)
     one, two = (
-        StochasticPGD(eps=0.1, steps=5, screened=0, batch_size=20, labels=labels).craft(model, data)
+        StochasticPGD(eps=0.1, steps=5, probe_starts=0, batch_size=20, labels=labels).craft(model, data)
         for labels in ("truth", "prediction")
     )
     assert torch.equal(one.delta, two.delta)
@@ -329,7 +329,7 @@ def test_data_free_climbs_the_norm_of_a_linear_layer_and_sees_no_image(digits):
     model = OneLayer()
     x = inner_images(60, (1, 2, 3))
     data = gb.data.as_dataset((x, torch.arange(60) % 4))
-    attack = DataFree(eps=0.1, prior="none", steps=300, step=0.05, check_every=300, rescale=False)
+    attack = DataFree(eps=0.1, prior="none", steps=300, rel_step_size=0.05, check_every=300, rescale=False)
     uap = attack.craft(model, data)
     weight = model.layer.weight.detach()
     corners = torch.cartesian_prod(*[torch.tensor([-0.1, 0.1])] * 6)
@@ -353,7 +353,7 @@ def test_data_free_climbs_the_norm_of_a_linear_layer_and_sees_no_image(digits):
 
 
 def test_data_free_halves_a_saturated_delta_and_keeps_what_was_best(trained, digits):
-    attack = DataFree(eps=0.2, steps=40, step=0.5, batch_size=2, check_every=20, settled=0.5, saturated=0.3)
+    attack = DataFree(eps=0.2, steps=40, rel_step_size=0.5, batch_size=2, check_every=20, settled=0.5, saturated=0.3)
     uap = attack.craft(trained, digits)
     rates = dict(uap.about.restarts)
     assert len(rates) > 3  # a look at every halving beside the regular ones
@@ -366,7 +366,7 @@ def test_data_free_halves_a_saturated_delta_and_keeps_what_was_best(trained, dig
 SMALL = [
     StochasticPGD(eps=0, steps=2, restarts=2),
     SGA(eps=0, steps=1),
-    BoundedLogit(eps=0, steps=2),
+    DFUAP(eps=0, steps=2),
     DeepFoolUAP(eps=0, images=4, passes=1),
     SingularVector(eps=0, images=4, iterations=1, restarts=1),
     DataFree(eps=0, steps=2, batch_size=2),
@@ -389,7 +389,9 @@ def test_eps_zero_is_clean_and_the_ball_holds_and_runs_repeat(attack, trained, d
 
 
 def test_screening_costs_what_it_says_and_keeps_the_best(trained, digits):
-    attack = StochasticPGD(eps=0.2, steps=10, restarts=2, batch_size=64, screened=6, screen_steps=3, screen_batch=64)
+    attack = StochasticPGD(
+        eps=0.2, steps=10, restarts=2, batch_size=64, probe_starts=6, probe_start_steps=3, probe_start_batch=64
+    )
     uap = attack.craft(trained, digits, start=torch.ones(1, 1, 8, 8))
     assert uap.about.backwards == (6 * 3 + 3 * 10) * 64
     assert uap.about.forwards == uap.about.backwards + (6 + 3) * len(digits.validation)
@@ -400,7 +402,7 @@ def test_screening_costs_what_it_says_and_keeps_the_best(trained, digits):
 
 def test_start_is_one_more_candidate_of_every_attack(trained, digits):
     strong = StochasticPGD(eps=0.1, steps=40, restarts=1, batch_size=64).craft(trained, digits)
-    for attack in (SGA(eps=0.2, steps=1, batch_size=20), BoundedLogit(eps=0.2, steps=1), DataFree(eps=0.2, steps=1)):
+    for attack in (SGA(eps=0.2, steps=1, batch_size=20), DFUAP(eps=0.2, steps=1), DataFree(eps=0.2, steps=1)):
         uap = attack.craft(trained, digits, start=strong.delta)
         assert {"warm", "given"} & {kind for kind, _ in uap.about.restarts}
     with pytest.raises(UserError, match=r"start has shape \(1, 1, 2, 2\): expected \(1, 1, 8, 8\)"):
@@ -429,12 +431,21 @@ def test_sga_steps_along_the_mean_of_all_inner_gradients(norm):
         ("name", "train", "validation", "test", "classes"), ("f", *[part] * 3, part.classes), strict=True
     ):
         object.__setattr__(data, name, value)
-    attack = SGA(eps=0.3, norm=norm, inner_batch=4, rounds=1, step=0.5, inner_step=0.4, labels="truth", truncate=None)
+    attack = SGA(
+        eps=0.3,
+        norm=norm,
+        inner_batch=4,
+        rounds=1,
+        rel_step_size=0.5,
+        rel_inner_step_size=0.4,
+        labels="truth",
+        truncate=None,
+    )
     with entered(net) as victims:
-        work = attack._prepare(victims, data, 0)
-        ascent = work.ascent(attack.objective)
-        found = attack._aggregate(ascent, torch.zeros(1, 1, 3, 4), x, y, torch.Generator())
-        delta = next(iter(attack.model_copy(update={"steps": 1, "batch_size": 12})._search(work, None))).delta
+        context = attack._prepare(victims, data, 0)
+        solver = context.solver(attack.objective)
+        found = attack._aggregate(solver, torch.zeros(1, 1, 3, 4), x, y, torch.Generator())
+        delta = next(iter(attack.model_copy(update={"steps": 1, "batch_size": 12})._search(context, None))).delta
 
     def step(delta, gradient, length):
         if norm == "inf":

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import gambeson as gb
-from gambeson.attacks import BoundedLogit, StochasticPGD
+from gambeson.attacks import DFUAP, StochasticPGD
 from gambeson.attacks.universal.sga import SGA
 from gambeson.attacks.universal.stochastic_pgd import ClasswiseStochasticPGD
 from gambeson.base import seeded
@@ -48,18 +48,18 @@ def test_restarts_are_chosen_by_the_votes_that_report_them(trained, digits):
             return z + 4 * torch.randn_like(z)
 
     model = Logits()
-    attack = StochasticPGD(eps=0.15, steps=5, restarts=3, batch_size=64, screened=0)
+    attack = StochasticPGD(eps=0.15, steps=5, restarts=3, batch_size=64, probe_starts=0)
     uap = attack.craft(model, digits, seed=5)
     voted = gb.evaluation.universal_evasion(model, digits.validation, uap, seed=5).value
     assert voted == max(rate for _, rate in uap.about.restarts)
     assert attack.craft(model, digits, seed=5).about == uap.about
     with Victim(model) as victim:
         assert attack.craft(victim, digits, seed=5).about == uap.about
-        assert victim.passes == 1  # as it was
-        victim.passes = 3  # whoever says how many is heard
+        assert victim.votes == 1  # as it was
+        victim.votes = 3  # whoever says how many is heard
         few = attack.craft(victim, digits, seed=5)
         expected = score(predict(victim, digits.validation, few.delta, seed=5), digits.validation).error
-        assert victim.passes == 3
+        assert victim.votes == 3
     assert max(rate for _, rate in few.about.restarts) == expected != voted
 
 
@@ -79,9 +79,9 @@ def test_class_wise_choice_is_by_votes_too(trained, digits):
 @pytest.mark.parametrize(
     "attack",
     [
-        StochasticPGD(eps=0.1, margin=True, truncate=None, screened=0, steps=1),
+        StochasticPGD(eps=0.1, margin=True, truncate=None, probe_starts=0, steps=1),
         SGA(eps=0.1, steps=1, rounds=1, inner_batch=250, loss="logit"),
-        BoundedLogit(eps=0.1, steps=1, confidence=1e6),
+        DFUAP(eps=0.1, steps=1, confidence=1e6),
     ],
     ids=lambda a: a.name,
 )
@@ -100,7 +100,7 @@ def test_a_gradient_is_the_mean_over_draws_where_a_batch_shares_one(linear, atta
 
 def test_a_batch_of_own_draws_is_a_mean_over_draws_already(linear):
     plain, _, data = linear
-    attack = StochasticPGD(eps=0.1, steps=2, screened=0, batch_size=20)
+    attack = StochasticPGD(eps=0.1, steps=2, probe_starts=0, batch_size=20)
     assert attack.craft(Noisy(plain, 1.0, shared=False), data).about.backwards == 40
     more = attack.model_copy(update={"eot_samples": 4})
     assert more.craft(Noisy(plain, 1.0, shared=False), data).about.backwards == 160
@@ -112,6 +112,6 @@ def test_a_batch_of_own_draws_is_a_mean_over_draws_already(linear):
 def test_predicted_labels_of_a_random_model_are_those_of_its_mean_logits(linear):
     plain, _, data = linear
     with entered(Noisy(plain, 0.5, shared=True)) as victims, seeded(0):
-        work = StochasticPGD(eps=0.1, labels="prediction", eot_samples=2000)._prepare(victims, data, 0)
+        context = StochasticPGD(eps=0.1, labels="prediction", eot_samples=2000)._prepare(victims, data, 0)
         images, labels = data.train.take(slice(None))
-        assert float((work.goals(images, labels) == labels).float().mean()) > 0.95
+        assert float((context.targets(images, labels) == labels).float().mean()) > 0.95

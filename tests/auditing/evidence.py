@@ -1,4 +1,4 @@
-"""Evidence as an audit would hold it when it comes to a stage or to the diagnostics, without the stages before."""
+"""An audit's context as it would hold it when it comes to a stage or to the diagnostics, without the stages before."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from typing import Any
 
 from torch import nn
 
-from gambeson.auditing import Evidence, Suite
-from gambeson.auditing.results import Subject
+from gambeson.auditing import AuditContext, Suite
+from gambeson.auditing.results import ModelInfo
 from gambeson.data import Dataset
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.victim import Victim, predict, score
 
 
-def evidence_of(victim: Victim, data: Dataset, suite: Suite, *, black_box: bool = False) -> Evidence:
+def evidence_of(victim: Victim, data: Dataset, suite: Suite, *, black_box: bool = False) -> AuditContext:
     """What an audit knows before its first stage, of a victim inside its context."""
-    look = victim.meet(data.test.take(slice(0, 8), victim.device)[0], scores=black_box)
-    victim.passes = suite.draws if look.stochastic else 1
+    look = victim.inspect(data.test.take(slice(0, 8), victim.device)[0], scores=black_box)
+    victim.votes = suite.votes if look.stochastic else 1
     predictions = predict(victim, data.test)
-    return Evidence(
+    return AuditContext(
         victim=victim,
         data=data,
         suite=suite,
         seed=0,
-        subject=Subject(label="m", name="m", parameters=1, fingerprint="", black_box=black_box, random=look.stochastic),
+        subject=ModelInfo(
+            label="m", name="m", parameters=1, fingerprint="", black_box=black_box, random=look.stochastic
+        ),
         clean=accuracy_rate(score(predictions, data.test)),
         predictions=predictions,
     )
@@ -34,7 +36,7 @@ def evidence_of(victim: Victim, data: Dataset, suite: Suite, *, black_box: bool 
 @contextmanager
 def held(
     model: nn.Module, data: Dataset, eps: tuple[float, ...], *, black_box: bool = False, **settings: Any
-) -> Iterator[Evidence]:
+) -> Iterator[AuditContext]:
     """Hold a model as an audit does, with few images and steps."""
     suite = Suite(**{"eps": eps, "pgd_steps": 20, "pgd_restarts": 1, "sample": 100, "row_images": 0} | settings)
     with Victim(model, fast=not black_box) as victim:

@@ -121,7 +121,7 @@ def test_eps_uni_of_one_class_is_a_quantile_of_the_margins():
     data = linear_data(model, (1, 4, 6), keep=0)
     margins = model(data.test.take(slice(None))[0]).diff(dim=1).flatten().detach().abs() / w.abs().sum()
     exact = float(margins.sort().values[(len(margins) + 1) // 2 - 1])
-    attack = StochasticPGD(eps=0.1, steps=20, screened=0, batch_size=16, truncate=None)
+    attack = StochasticPGD(eps=0.1, steps=20, probe_starts=0, batch_size=16, truncate=None)
     found = eps_uni(model, data, attack, delta=0.5, tolerance=0.01)
     assert exact <= found.value <= exact + max(0.011 * exact, 1 / 1024) + 1e-6
     assert not found.censored
@@ -137,7 +137,7 @@ def test_eps_uni_is_censored_or_zero_where_it_must_be(digits):
             answer = 2 * nn.functional.one_hot(torch.tensor(self.answer), 10).float()
             return x.flatten(1).sum(1, keepdim=True) * 0 + answer
 
-    attack = StochasticPGD(eps=0.1, steps=2, screened=0, batch_size=16)
+    attack = StochasticPGD(eps=0.1, steps=2, probe_starts=0, batch_size=16)
     easy = eps_uni(Fixed(3), digits, attack, delta=0.5)
     assert (easy.value, easy.censored) == (0.0, False)  # nine of ten digits are wrong before any attack
     never = eps_uni(Fixed(3), digits, attack, delta=0.95)

@@ -12,7 +12,7 @@ from gambeson.auditing import Suite
 from gambeson.auditing.cost import TEST_IMAGES, fit, images_asked
 from gambeson.auditing.results import AuditResult, Surrogate
 from gambeson.auditing.stages import black_box, surrogate
-from gambeson.evaluation import FunctionScores
+from gambeson.evaluation import FunctionModel
 from tests.attacks.test_universal import linear_data
 from tests.conftest import LinearNet, binary
 
@@ -32,7 +32,7 @@ SUITE = Suite(
 @pytest.fixture(scope="module")
 def audited(trained, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("box")
-    box = FunctionScores(trained)
+    box = FunctionModel(trained)
     return gb.audit(box, digits, SUITE, folder), folder, box
 
 
@@ -79,7 +79,7 @@ def test_what_is_crafted_on_a_surrogate_is_tried_beside_noise(tmp_path, monkeypa
     source = LinearNet(3 * model.weight.detach())
     monkeypatch.setattr(surrogate, "obtain", lambda *_: (source, Surrogate(name="linear")))
     suite = SUITE.model_copy(update={"eps": (0.02,), "patterns": 5, "eps_uni_runs": 0})
-    result = gb.audit(FunctionScores(model), data, suite, tmp_path).results
+    result = gb.audit(FunctionModel(model), data, suite, tmp_path).results
     (point,) = result.universal
     assert point.attack == "stochastic-pgd on surrogate (LinearNet)"
     stored = UniversalPerturbation.load(tmp_path / point.file)
@@ -125,7 +125,7 @@ def test_many_test_images_are_not_all_asked_about():
     assert f"{TEST_IMAGES} were asked about" in plan.notes[0]
 
 
-class Counted(FunctionScores):
+class Counted(FunctionModel):
     """Counts for itself, and may be charged more than it is asked, as by requests that are lost."""
 
     def __init__(self, model, waste=0, stop=None):
@@ -160,7 +160,7 @@ def test_a_budget_is_never_exceeded(trained, digits, tmp_path, budget, waste):
 
 def test_a_budget_too_small_for_anything(trained, digits):
     with pytest.raises(UserError, match="the smallest audit asks about"):
-        gb.audit(FunctionScores(trained), digits, SUITE.model_copy(update={"budget": 300}))
+        gb.audit(FunctionModel(trained), digits, SUITE.model_copy(update={"budget": 300}))
     with pytest.raises(UserError, match="a budget counts what a black box is asked, and this model is none"):
         gb.audit(trained, digits, SUITE.model_copy(update={"budget": 300}))
 
@@ -180,29 +180,29 @@ def test_a_cut_audit_goes_on_and_counts_what_was_asked_before(audited, trained, 
     assert second.images < whole.images  # what was done was not asked again
     other = gb.models.create("lenet5", digits)
     with pytest.raises(UserError, match="holds the audit of another model: .* answers otherwise than it did"):
-        gb.audit(FunctionScores(other), digits, SUITE, tmp_path)
+        gb.audit(FunctionModel(other), digits, SUITE, tmp_path)
 
 
 def test_scores_that_are_rounded_are_still_the_same_box(audited, trained, digits, tmp_path):
     suite = SUITE.model_copy(update={"eps": (0.2,), "eps_uni_runs": 0, "queries": 0})
-    gb.audit(FunctionScores(trained), digits, suite, tmp_path)
-    again = gb.audit(FunctionScores(lambda x: trained(x) + 1e-4), digits, suite, tmp_path)
+    gb.audit(FunctionModel(trained), digits, suite, tmp_path)
+    again = gb.audit(FunctionModel(lambda x: trained(x) + 1e-4), digits, suite, tmp_path)
     assert again.results.subject.fingerprint == audited[0].results.subject.fingerprint
 
 
 def test_a_box_that_names_the_class_only_is_told_so(trained, digits):
     suite = SUITE.model_copy(update={"eps": (0.3,), "eps_uni_runs": 0})
-    result = gb.audit(FunctionScores(lambda x: trained(x).argmax(1), classes=10), digits, suite).results
+    result = gb.audit(FunctionModel(lambda x: trained(x).argmax(1), classes=10), digits, suite).results
     assert any("Only the top class came back" in note for note in result.notes)
     assert result.universal[0].uer.value > 0.3
-    scored = gb.audit(FunctionScores(trained), digits, suite).results
+    scored = gb.audit(FunctionModel(trained), digits, suite).results
     assert result.universal[0].uer == scored.universal[0].uer  # noise is chosen by classes alone
     assert result.per_image[0].accuracy.value > scored.per_image[0].accuracy.value
 
 
 def test_a_random_box_has_no_answers_to_be_known_by(trained, digits, tmp_path):
     suite = SUITE.model_copy(update={"eps": (0.3,), "eps_uni_runs": 0, "patterns": 3, "test_images": 60, "queries": 5})
-    box = FunctionScores(lambda x: trained(x) + 0.5 * torch.randn(len(x), 10))
+    box = FunctionModel(lambda x: trained(x) + 0.5 * torch.randn(len(x), 10))
     result = gb.audit(box, digits, suite, tmp_path).results
     assert result.subject.random
     assert box.asked <= images_asked(suite, digits, 21) + 40

@@ -6,7 +6,7 @@ from torch import nn
 
 from gambeson.attacks import FGSM, PGD
 from gambeson.auditing.diagnostics import DIAGNOSTICS, convergence, gradient_masking, single_step
-from gambeson.auditing.outcome import Gain
+from gambeson.auditing.outcome import PairedDifference
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Outcome
 from tests.auditing.evidence import held
@@ -220,17 +220,17 @@ def test_the_clear_difference_of_paired_outcomes():
     def outcome(*right):
         return Outcome(torch.tensor(right), torch.ones(len(right), dtype=torch.long))
 
-    same = Gain.of(outcome(*[1] * 50), outcome(*[1] * 50))
+    same = PairedDifference.of(outcome(*[1] * 50), outcome(*[1] * 50))
     assert same.value == 0
     assert same.low < 0 < same.high
     # 10 of 100 that only the second breaks: (10 / 102) +- 3 sqrt((11 / 102 - (10 / 102)^2) / 102)
-    ten = Gain.of(outcome(*[1] * 100), outcome(*[0] * 10, *[1] * 90))
+    ten = PairedDifference.of(outcome(*[1] * 100), outcome(*[0] * 10, *[1] * 90))
     assert (ten.value, ten.low, ten.high) == pytest.approx((0.1, 0.0049, 0.1911), abs=1e-4)
-    assert Gain.of(outcome(*[1] * 100), outcome(*[0] * 9, *[1] * 91)).low < 0
-    back = Gain.of(outcome(*[0] * 10, *[1] * 90), outcome(*[1] * 100))
+    assert PairedDifference.of(outcome(*[1] * 100), outcome(*[0] * 9, *[1] * 91)).low < 0
+    back = PairedDifference.of(outcome(*[0] * 10, *[1] * 90), outcome(*[1] * 100))
     assert (back.low, back.high) == pytest.approx((-ten.high, -ten.low))
     # As many lost as won are no difference, however many they are.
-    assert Gain.of(outcome(*[1, 0] * 50), outcome(*[0, 1] * 50)).value == 0
+    assert PairedDifference.of(outcome(*[1, 0] * 50), outcome(*[0, 1] * 50)).value == 0
     # On label maps an image counts once, by its share.
     shares = Outcome(torch.tensor([5, 10]), torch.tensor([10, 10]))
     assert shares.shares.tolist() == [0.5, 1.0]
@@ -243,6 +243,6 @@ def test_what_was_asked_before_is_not_measured_again(trained, digits):
         spent = evidence.spent
         assert evidence.accuracy(PGD(eps=0.1, steps=5)) == first
         assert evidence.spent == spent
-        one = PGD(eps=0.1, steps=1, step=1, start="zero", early_stop=False)
+        one = PGD(eps=0.1, steps=1, rel_step_size=1, start="zero", early_stop=False)
         assert evidence.accuracy(one) == evidence.accuracy(FGSM(eps=0.1))  # the same attack by two names
         assert evidence.spent.backwards == spent.backwards + 2 * len(evidence.sample)

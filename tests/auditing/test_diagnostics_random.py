@@ -12,7 +12,7 @@ import gambeson as gb
 from gambeson.attacks import CONTROLS, UniversalPerturbation, control
 from gambeson.attacks.universal.perturbation import Provenance
 from gambeson.auditing import DIAGNOSTICS, Suite
-from gambeson.auditing.results import Universal
+from gambeson.auditing.results import UniversalResult
 from gambeson.auditing.stages import randomness
 from gambeson.auditing.stages.universal import rescored
 from gambeson.evaluation import Rate
@@ -30,7 +30,7 @@ def look(name, model, data, suite=SUITE):
     (diagnostic,) = (one for one in DIAGNOSTICS if one.name == name)
     with Victim(model, fast=True) as victim:
         evidence = evidence_of(victim, data, suite)
-        evidence.draws = randomness.measure(evidence)
+        evidence.randomness = randomness.measure(evidence)
         return diagnostic.look(evidence)
 
 
@@ -70,7 +70,7 @@ def noisy(trained, digits):
     """A net with the learnt noise of Learn2Perturb, trained and attacked with it: random, and honest."""
     with torch.random.fork_rng():
         model = copy.deepcopy(trained)
-        defense = gb.defenses.Learn2Perturb(eps=0.1, steps=2, step=1.0, noise_from=0, adversarial_from=0)
+        defense = gb.defenses.Learn2Perturb(eps=0.1, steps=2, rel_step_size=1.0, noise_from=0, adversarial_from=0)
         gb.train(model, digits, defense, epochs=2, lr=0.02, batch_size=64, seed=0)
     assert gb.evaluation.accuracy(model, digits).value > 0.8
     return model
@@ -80,7 +80,7 @@ def test_one_draw_is_not_enough_for_a_random_model(trained, digits):
     assert look("one draw decides", trained, digits).passed
     model = Around(trained, after=grain)
     assert look("one draw decides", model, digits).passed
-    found = look("one draw decides", model, digits, SUITE.model_copy(update={"draws": 1}))
+    found = look("one draw decides", model, digits, SUITE.model_copy(update={"votes": 1}))
     assert found.passed is False
     assert "single pass" in found.detail
 
@@ -291,7 +291,7 @@ def curve(victim, data, rates=None, deltas=None, eps=(0.1, 0.2), controls=True):
         evidence.uaps[radius] = UniversalPerturbation(delta, about)
         found = score(predict(victim, data.test, delta), data.test, evidence.predictions)
         evidence.universal.append(
-            Universal(
+            UniversalResult(
                 eps=radius,
                 norm="inf",
                 uer=error_rate(found) if rates is None else Rate.of(rates[k], 1000),
@@ -316,9 +316,9 @@ def seen(name, evidence):
 def test_a_curve_that_falls_is_found(trained, digits):
     with Victim(trained) as victim:
         assert seen("eps curve rises", curve(victim, digits, rates=(300, 290))).passed
-        fallen = seen("eps curve rises", curve(victim, digits, rates=(300, 200)))
-        assert fallen.passed is False
-        assert fallen.numbers["largest_fall"] == pytest.approx(0.1)
+        is_adversarial = seen("eps curve rises", curve(victim, digits, rates=(300, 200)))
+        assert is_adversarial.passed is False
+        assert is_adversarial.numbers["largest_fall"] == pytest.approx(0.1)
         assert seen("eps curve rises", curve(victim, digits, rates=(300,), eps=(0.1,))).passed is None
 
 
@@ -327,7 +327,7 @@ def test_noise_that_equals_or_beats_the_crafted_perturbation_is_found(trained, d
     shape = digits.test.shape
     board = control("chessboard", Ball(eps=eps, norm="inf"), shape)[:1]
     signs = control("random-sign", Ball(eps=eps, norm="inf"), shape, draws=CONTROLS["random-sign"], seed=0)
-    crafted = gb.attacks.StochasticPGD(eps=eps, steps=50, screened=0).craft(trained, digits)
+    crafted = gb.attacks.StochasticPGD(eps=eps, steps=50, probe_starts=0).craft(trained, digits)
     with Victim(trained) as victim:
         noise = [score(predict(victim, digits.test, one[None]), digits.test).error for one in signs]
         least = signs[noise.index(min(noise))][None]

@@ -10,14 +10,14 @@ from torch.nn import functional as F
 import gambeson as gb
 from gambeson.attacks import FGSM
 from gambeson.auditing import Suite
-from gambeson.auditing.derandomize import Means
+from gambeson.auditing.derandomize import Derandomize
 from gambeson.auditing.stages import randomness
 from gambeson.auditing.stages.randomness import ELSEWHERE, SWITCHES
 from gambeson.data import Split
 from gambeson.evaluation import accuracy_under
 from gambeson.evaluation.universal import control_rates, judged
 from gambeson.threat import Ball
-from gambeson.victim import DRAWS, NO_ANSWER, Victim, predict, score, vote
+from gambeson.victim import ABSTAIN, DEFAULT_VOTES, Victim, predict, score, vote
 from tests.auditing.evidence import evidence_of
 
 
@@ -61,11 +61,11 @@ def test_the_majority_of_the_passes_is_the_answer_and_none_is_none():
     images = (torch.arange(4) / 100).view(4, 1, 1, 1).expand(4, 1, 2, 2).contiguous()
     model = Scripted(answers)
     with Victim(model) as victim:
-        victim.passes = 5
-        assert vote(victim, images).tolist() == [1, 2, NO_ANSWER, 0]
+        victim.votes = 5
+        assert vote(victim, images).tolist() == [1, 2, ABSTAIN, 0]
         assert model.asked == {0: 3, 1: 5, 2: 5, 3: 3}  # three equal answers of five need no more
         assert victim.forwards == 16
-        assert score(torch.tensor([NO_ANSWER]), zeros(1)).errors == 1
+        assert score(torch.tensor([ABSTAIN]), zeros(1)).errors == 1
 
 
 def test_a_net_that_is_wrong_three_times_in_ten_is_not_broken():
@@ -78,7 +78,7 @@ def test_a_net_that_is_wrong_three_times_in_ten_is_not_broken():
     assert gb.evaluation.accuracy(Unlucky(0.3), split, seed=1) == rates[1]
     assert gb.evaluation.accuracy(Unlucky(0.6), split).value < 0.25
     with Victim(Unlucky(0.3)) as victim, torch.random.fork_rng():
-        victim.passes = 1
+        victim.votes = 1
         assert 1 - score(predict(victim, split), split).error == pytest.approx(0.7, abs=0.07)  # a single pass
 
 
@@ -96,7 +96,7 @@ def test_every_rate_of_a_repeatable_model_is_what_one_pass_says(trained, digits)
     with torch.no_grad():
         once = trained.eval()(images).argmax(1)
     with judged(trained, digits.test) as victim:
-        assert victim.passes == 1
+        assert victim.votes == 1
         assert torch.equal(predict(victim, digits.test), once)
         assert torch.equal(vote(victim, images), once)
         assert victim.forwards == 2 * len(images)
@@ -115,20 +115,20 @@ def test_rates_of_a_random_model_agree_and_can_be_taken_again(trained, digits):
     model, ball, few = Noisy(), Ball(eps=0.1, norm="inf"), digits.test.subset(torch.arange(150))
     clean = gb.evaluation.accuracy(model, few)
     with judged(model, few) as victim:
-        assert victim.passes == DRAWS
+        assert victim.votes == DEFAULT_VOTES
         assert 1 - score(predict(victim, few), few).error == pytest.approx(clean.value)
         assert control_rates(victim, few, ball, 0) == control_rates(victim, few, ball, 0)
         under = accuracy_under(victim, few, FGSM(eps=0.1), 0)
         assert under == accuracy_under(victim, few, FGSM(eps=0.1), 0)
         assert accuracy_under(victim, few, FGSM(eps=0), 0).value == pytest.approx(clean.value, abs=0.03)
-        victim.passes = 1
+        victim.votes = 1
         assert accuracy_under(victim, few, FGSM(eps=0), 0).value < clean.value - 0.04  # one pass is another number
     assert under.high < clean.low
 
 
 def test_means_stand_for_draws_and_gradients_flow():
     x = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    with Means():
+    with Derandomize():
         assert torch.equal(torch.randn(2, 3), torch.zeros(2, 3))
         assert torch.equal(torch.rand_like(x), torch.full_like(x, 0.5))
         assert torch.randint(3, 10, (2,)).tolist() == [6, 6]
@@ -165,8 +165,8 @@ def test_what_a_random_model_answers_over_many_passes_and_without_its_noise(trai
     clean = gb.evaluation.accuracy(trained, digits)
     with Victim(Dropping(trained)) as victim:
         found = randomness.measure(evidence_of(victim, digits, Suite(eps=(0.1,))))
-        assert victim.passes == DRAWS
-    assert found.draws == DRAWS
+        assert victim.votes == DEFAULT_VOTES
+    assert found.votes == DEFAULT_VOTES
     assert found.lowest < found.mean < found.highest < found.majority.value < clean.value
     assert 0 < found.spread < 0.05
     assert found.noise_off == clean
@@ -184,7 +184,7 @@ def test_our_own_noise_has_a_switch(digits):
     model = gb.models.create("lenet5", digits)
     gb.models.equip(model, gb.models.FeatureNoise(init=0.3))
     with Victim(model) as victim:
-        found = randomness.measure(evidence_of(victim, digits, Suite(eps=(0.1,), draws=5)))
-    assert (found.draws, found.noise_off_by) == (5, SWITCHES)
+        found = randomness.measure(evidence_of(victim, digits, Suite(eps=(0.1,), votes=5)))
+    assert (found.votes, found.noise_off_by) == (5, SWITCHES)
     with gb.models.noise_off(model):
         assert gb.evaluation.accuracy(model, digits) == found.noise_off

@@ -74,7 +74,7 @@ def test_the_row_in_the_norm_2_and_on_a_random_model(few):
     settings = {"norm": "2", "pgd_steps": 3, "row_images": 6, "row_queries": 10, "gradient_draws": 2}
     with held(model, data, (0.05,), **settings) as evidence:
         _, row = per_image.measure(evidence)
-        assert row.settings["auto-pgd"]["draws"] == 2
+        assert row.settings["auto-pgd"]["eot_samples"] == 2
         assert row.norm == "2"
         assert row.accuracy.n == 6
 

@@ -11,10 +11,10 @@ from gambeson import UserError
 from gambeson.auditing import Suite
 from gambeson.auditing.cost import plan
 from gambeson.cli.app import run
-from gambeson.models.black_box.local import FunctionScores
+from gambeson.models.black_box.local import FunctionModel
 
 SUITE = Suite(
-    eps=(0.1, 0.2), universal_steps=5, universal_restarts=2, universal_batch=8, universal_screened=1, pgd_steps=5,
+    eps=(0.1, 0.2), universal_steps=5, universal_restarts=2, universal_batch=8, universal_probe_starts=1, pgd_steps=5,
     pgd_restarts=1, test_images=60, validation_images=40, sample=30, row_images=20, row_queries=50, queries=20,
     slope_backwards=300, surrogate="none", eps_uni_runs=1, noise_sizes=(1.0,),
 )  # fmt: skip
@@ -58,15 +58,15 @@ def test_a_plan_grows_with_what_is_asked_and_leaves_the_model_alone(digits):
     assert all(parameter.requires_grad for parameter in noisy.parameters())
     both = {one.name: (one, other) for one, other in zip(calm.parts, random.parts, strict=True)}
     one, other = both["universal curve"]
-    assert other.forwards == SUITE.draws * one.forwards
+    assert other.forwards == SUITE.votes * one.forwards
     one, other = both["PGD, image by image"]
-    assert other.gradients == SUITE.gradient_draws * one.gradients
+    assert other.gradients == SUITE.eot_samples * one.gradients
     assert plan(noisy.net, digits, Suite(eps=(0.1,))).surrogate == "lenet5"
     assert calm.surrogate == ""
 
 
 def test_a_black_box_has_a_budget_and_no_plan(digits):
-    box = FunctionScores(lambda images: images.reshape(len(images), -1)[:, :10])
+    box = FunctionModel(lambda images: images.reshape(len(images), -1)[:, :10])
     with pytest.raises(UserError, match="--budget"):
         plan(box, digits, SUITE)
 

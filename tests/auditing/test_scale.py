@@ -9,7 +9,7 @@ from gambeson.auditing import Suite, temperature
 from gambeson.victim import Victim, predict
 
 SUITE = Suite(
-    eps=(0.15,), universal_steps=30, universal_screened=0, pgd_steps=10, pgd_restarts=1, row_images=0, queries=0,
+    eps=(0.15,), universal_steps=30, universal_probe_starts=0, pgd_steps=10, pgd_restarts=1, row_images=0, queries=0,
     slope_backwards=0, surrogate="none", eps_uni_runs=0, eps_adv=False, sample=60, noise_sizes=(1.0,),
 )  # fmt: skip
 
@@ -29,13 +29,13 @@ def test_an_unusual_scale_is_brought_to_calibration(factor, left, trained, digit
     with Victim(trained) as plain:
         own = temperature.calibrating(plain, digits.validation, 0)
         before = predict(plain, digits.test)
-        logits = plain.exact(images)
+        logits = plain.forward_original(images)
     assert temperature.USUAL[0] < own < temperature.USUAL[1]
     with Victim(Times(trained, factor)) as victim:
         assert temperature.calibrating(victim, digits.validation, 0) == pytest.approx(factor * own, rel=1e-4)
         victim.temperature = temperature.temperature(victim, digits.validation, 0)
         assert torch.allclose(victim(images), logits if left else logits / own, rtol=1e-3, atol=1e-4)
-        assert torch.equal(victim.exact(images), logits * factor)
+        assert torch.equal(victim.forward_original(images), logits * factor)
         assert torch.equal(predict(victim, digits.test), before)
 
 

@@ -59,7 +59,7 @@ def test_the_published_schema_is_the_current_one() -> None:
 
 @pytest.fixture(scope="module")
 def audited(trained, digits, tmp_path_factory) -> tuple[AuditResult, Path]:
-    suite = Suite(eps=(0.1,), universal_steps=5, universal_restarts=1, universal_screened=0, sample=40)
+    suite = Suite(eps=(0.1,), universal_steps=5, universal_restarts=1, universal_probe_starts=0, sample=40)
     folder = tmp_path_factory.mktemp("audit")
     return gb.audit(trained, digits, suite, folder).results, folder
 

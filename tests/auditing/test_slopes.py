@@ -10,7 +10,7 @@ from gambeson.auditing import Suite
 from gambeson.auditing.stages import jacobian
 from gambeson.base import load_tensors
 from gambeson.data import Split
-from gambeson.evaluation import FunctionScores
+from gambeson.evaluation import FunctionModel
 from gambeson.victim import Victim
 from tests.conftest import LinearNet, inner_images
 
@@ -20,7 +20,7 @@ SUITE = Suite(eps=(0.05, 0.1), slope_backwards=1200)
 
 def measured(model, split, uaps=None, suite=SUITE, **more):
     with Victim(model) as victim:
-        victim.meet(split.take(slice(0, 8))[0])
+        victim.inspect(split.take(slice(0, 8))[0])
         return jacobian.measure(
             victim, split, uaps or {0.1: torch.full((1, *split.shape), 0.1)}, suite, eps=0.1, **more
         )
@@ -172,6 +172,6 @@ def test_nothing_is_measured_where_slopes_mean_nothing():
     maps = Split("test", split.images, torch.zeros(60, 6, 6, dtype=torch.int64))
     pixels = nn.Conv2d(1, 3, 3, padding=1)
     assert measured(pixels, maps) is None
-    with Victim(FunctionScores(lambda images: model(images).detach())) as box:
-        box.meet(split.take(slice(0, 8))[0], scores=True)
+    with Victim(FunctionModel(lambda images: model(images).detach())) as box:
+        box.inspect(split.take(slice(0, 8))[0], scores=True)
         assert jacobian.measure(box, split, {}, SUITE, eps=0.1) is None

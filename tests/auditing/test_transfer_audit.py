@@ -8,10 +8,10 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import FGSM, UniversalPerturbation
 from gambeson.auditing import DIAGNOSTICS, Suite
-from gambeson.auditing.checkpoint import Stages
-from gambeson.auditing.context import Evidence
-from gambeson.auditing.nearest_class import Towards
-from gambeson.auditing.results import Subject
+from gambeson.auditing.checkpoint import Checkpoints
+from gambeson.auditing.context import AuditContext
+from gambeson.auditing.nearest_class import NearestClass
+from gambeson.auditing.results import ModelInfo
 from gambeson.auditing.stages import surrogate
 from gambeson.auditing.stages.transfer import FromSurrogate, measure, name_of
 from gambeson.evaluation import Rate
@@ -33,7 +33,7 @@ OURS = (
 
 @pytest.fixture(scope="module")
 def source(trained, digits):
-    model, about = surrogate.obtain(SUITE, digits, trained, None, Stages(None), 0)
+    model, about = surrogate.obtain(SUITE, digits, trained, None, Checkpoints(None), 0)
     assert about.accuracy.value > 0.85
     return model
 
@@ -42,9 +42,9 @@ def evidence_of(model, digits, source, uap=None, suite=SUITE, **subject):
     """What an audit knows when it comes to its diagnostics; the caller holds the victim."""
     victim = Victim(model, fast=False)
     victim.__enter__()
-    victim.meet(digits.test.take(slice(0, 8))[0])
-    about = Subject(label="m", name="m", parameters=1, fingerprint="", **subject)
-    found = Evidence(
+    victim.inspect(digits.test.take(slice(0, 8))[0])
+    about = ModelInfo(label="m", name="m", parameters=1, fingerprint="", **subject)
+    found = AuditContext(
         victim=victim, data=digits, suite=suite, seed=0, subject=about, clean=Rate.of(1, 1),
         predictions=predict(victim, digits.test), surrogate=source,
     )  # fmt: skip
@@ -169,12 +169,14 @@ def test_what_compares_with_known_images_falls_to_steps_towards_others(trained, 
     assert check.passed is False
     images, labels = digits.test.take(slice(0, 60))
     with Victim(model) as victim:
-        moved = Towards(Ball(eps=0.3), digits.train)(victim, images, labels)
-        still = (victim.exact(images).argmax(1) == labels).sum() - (victim.exact(moved).argmax(1) == labels).sum()
+        moved = NearestClass(Ball(eps=0.3), digits.train)(victim, images, labels)
+        still = (victim.forward_original(images).argmax(1) == labels).sum() - (
+            victim.forward_original(moved).argmax(1) == labels
+        ).sum()
         assert still > 12
         assert victim.forwards == (20 + 2) * 60
     assert (moved - images).abs().max() <= 0.3 + 1e-6
-    nothing = Towards(Ball(eps=0), digits.train)
+    nothing = NearestClass(Ball(eps=0), digits.train)
     with Victim(model) as victim:
         assert torch.equal(nothing(victim, images, labels), images)
 
@@ -211,12 +213,12 @@ def test_an_attack_on_a_surrogate_does_not_look_at_the_model():
 def test_the_surrogate_is_kept_and_not_trained_again(trained, digits, tmp_path, monkeypatch):
     suite = SUITE.model_copy(update={"surrogate_epochs": 2, "surrogate_images": 300})
     monkeypatch.setattr(surrogate, "_FEWEST_STEPS", 50)
-    first, about = surrogate.obtain(suite, digits, trained, tmp_path, Stages(tmp_path), 0)
+    first, about = surrogate.obtain(suite, digits, trained, tmp_path, Checkpoints(tmp_path), 0)
     assert (tmp_path / about.file).is_file()
     assert about.images == 300
     assert about.epochs == 4  # of 16 steps, 18 images each
     monkeypatch.setattr(surrogate, "train", None)
-    again, told = surrogate.obtain(suite, digits, trained, tmp_path, Stages(tmp_path), 0)
+    again, told = surrogate.obtain(suite, digits, trained, tmp_path, Checkpoints(tmp_path), 0)
     assert told == about
     assert gb.models.fingerprint(again) == gb.models.fingerprint(first)
     assert gb.evaluation.accuracy(again, digits) == about.accuracy
@@ -245,12 +247,14 @@ def test_a_surrogate_by_name(trained, digits, tmp_path):
     gb.models.save(trained, tmp_path / "own.safetensors")
     suite = SUITE.model_copy(update={"surrogate": str(tmp_path / "own.safetensors")})
     with pytest.raises(UserError, match="is the audited model itself"):
-        surrogate.obtain(suite, digits, trained, None, Stages(None), 0)
+        surrogate.obtain(suite, digits, trained, None, Checkpoints(None), 0)
     torch.manual_seed(3)
     other = gb.models.create("lenet5", digits)
-    found, about = surrogate.obtain(suite, digits, other, None, Stages(None), 0)
+    found, about = surrogate.obtain(suite, digits, other, None, Checkpoints(None), 0)
     assert gb.models.fingerprint(found) == gb.models.fingerprint(trained)
     assert (about.name, about.images, about.file) == (suite.surrogate, 0, "")
     assert about.accuracy.value > 0.9
     with pytest.raises(UserError, match="does not exist"):
-        surrogate.obtain(SUITE.model_copy(update={"surrogate": "no/where"}), digits, trained, None, Stages(None), 0)
+        surrogate.obtain(
+            SUITE.model_copy(update={"surrogate": "no/where"}), digits, trained, None, Checkpoints(None), 0
+        )

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from gambeson.auditing import DIAGNOSTICS, Suite
-from gambeson.auditing.outcome import Gain
+from gambeson.auditing.outcome import PairedDifference
 from gambeson.auditing.stages.universal import craft_point
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Outcome
@@ -14,7 +14,9 @@ from gambeson.victim import Victim
 from tests.auditing.evidence import evidence_of
 
 (UNSEEN,) = (one for one in DIAGNOSTICS if one.name == "unseen images stand as well")
-SUITE = Suite(eps=(0.1, 0.2), sample=200, universal_steps=40, universal_screened=0, universal_restarts=1, pgd_steps=10)
+SUITE = Suite(
+    eps=(0.1, 0.2), sample=200, universal_steps=40, universal_probe_starts=0, universal_restarts=1, pgd_steps=10
+)
 
 
 def check(model, data, suite=SUITE, *, black_box=False):
@@ -75,11 +77,11 @@ def outcome(right, of):
 
 def test_a_difference_of_two_samples_by_hand():
     # With an answer of each kind added: 91 of 102 and 61 of 102.
-    gain = Gain.across(outcome(90, 100), outcome(60, 100))
+    gain = PairedDifference.across(outcome(90, 100), outcome(60, 100))
     p, q = 91 / 102, 61 / 102
     half = 3 * ((p * (1 - p) + q * (1 - q)) / 102) ** 0.5
     assert gain.value == pytest.approx(0.3)
     assert (gain.low, gain.high) == (pytest.approx(p - q - half), pytest.approx(p - q + half))
-    same = Gain.across(outcome(50, 50), outcome(5, 5))
+    same = PairedDifference.across(outcome(50, 50), outcome(5, 5))
     assert same.value == 0
     assert same.low < 0 < same.high

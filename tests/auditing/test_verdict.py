@@ -4,7 +4,14 @@ import re
 
 import pytest
 
-from gambeson.auditing.results import Check, Draws, PerImage, Subject, Transferred, Universal
+from gambeson.auditing.results import (
+    Check,
+    ModelInfo,
+    PerImageResult,
+    RandomnessResult,
+    TransferredResult,
+    UniversalResult,
+)
 from gambeson.auditing.verdict import judge
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import Control, Cost, EpsAdv, EpsUni
@@ -16,7 +23,7 @@ FOUND = EpsUni(delta=0.5, value=0.12, censored=False, tolerance=0.002, tried=[],
 def points(errors, eps=0.1):
     control = Control(name="random-sign", mean=0.02, worst=Rate.of(31, 1000), draws=10)
     return [
-        Universal(
+        UniversalResult(
             eps=radius,
             norm="inf",
             uer=Rate.of(wrong, 1000),
@@ -32,11 +39,11 @@ def points(errors, eps=0.1):
 
 
 def per_image(right, attack="pgd", eps=0.1):
-    return PerImage(attack=attack, settings={}, eps=eps, norm="inf", accuracy=Rate.of(right, 1000), cost=Cost())
+    return PerImageResult(attack=attack, settings={}, eps=eps, norm="inf", accuracy=Rate.of(right, 1000), cost=Cost())
 
 
 def moved(wrong, universal=True, eps=0.1):
-    return Transferred(
+    return TransferredResult(
         source="surrogate (lenet5)",
         attack="stochastic-pgd" if universal else "mi-fgsm",
         universal=universal,
@@ -48,7 +55,7 @@ def moved(wrong, universal=True, eps=0.1):
 
 
 def subject(**facts):
-    return Subject(label="m", name="lenet", parameters=1, fingerprint="f", **facts)
+    return ModelInfo(label="m", name="lenet", parameters=1, fingerprint="f", **facts)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +138,8 @@ def test_the_smallest_eps_have_their_intervals():
 
 
 def test_a_random_model_and_a_black_box_are_said_to_be_so():
-    found = Draws(
-        draws=21,
+    found = RandomnessResult(
+        votes=21,
         mean=0.951,
         spread=0.004,
         lowest=0.94,
@@ -141,12 +148,12 @@ def test_a_random_model_and_a_black_box_are_said_to_be_so():
         noise_off=Rate.of(990, 1000),
         noise_off_by="switches",
     )
-    said = judge(CLEAN, points(60), FOUND, [], subject=subject(random=True), draws=found).summary
+    said = judge(CLEAN, points(60), FOUND, [], subject=subject(random=True), randomness=found).summary
     assert (
         "The model is random: the majority of 21 passes decides an image, and a single pass gets 95.1 % ± 0.4" in said
     )
     assert f"with its noise off it gets {Rate.of(990, 1000)}." in said
-    single = judge(CLEAN, points(60), FOUND, [], draws=found.model_copy(update={"draws": 1})).summary
+    single = judge(CLEAN, points(60), FOUND, [], randomness=found.model_copy(update={"votes": 1})).summary
     assert "one pass decided every image" in single
     box = subject(black_box=True)
     assert "Only queries were possible" in judge(CLEAN, points(60), FOUND, [], subject=box).summary

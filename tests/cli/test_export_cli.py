@@ -65,7 +65,7 @@ def test_every_target_scores_as_the_original(weights, trained, digits, tmp_path,
     assert printed["original"]["value"] == pytest.approx(right.value)
     assert printed["exported"]["value"] == pytest.approx(right.value)
     assert printed["largest_difference"] < 1e-3
-    assert (printed["agrees"], printed["draws"], printed["spread_ratio"]) == (True, 1, None)
+    assert (printed["agrees"], printed["votes"], printed["spread_ratio"]) == (True, 1, None)
     code, error = run(weights, "--to", to, "--data", "digits", "--out", str(out))
     assert code == 2
     assert "exists: choose another --out" in error
@@ -75,7 +75,7 @@ def test_a_random_model_is_scored_over_draws(noisy, tmp_path, capsys):
     out = str(tmp_path / "net.pt2")
     assert run(noisy, "--data", "digits", "--out", out, "--json", "--draws", "6", "--images", "120") == (0, "")
     printed = json.loads(capsys.readouterr().out)
-    assert printed["draws"] == 6
+    assert printed["votes"] == 6
     assert printed["original"]["n"] == 120
     assert 0.8 < printed["spread_ratio"] < 1.25
     assert 0 < printed["largest_difference"] < 3 * printed["by_chance"]

@@ -24,7 +24,7 @@ from gambeson.base.errors import OutOfSpace, UserError
 from gambeson.base.files import load_tensors
 from gambeson.data import fetch, packages, sources
 from gambeson.data.load import build, prepare
-from gambeson.data.registry import RECIPES, Recipe
+from gambeson.data.registry import DATASETS, DatasetSpec
 from gambeson.data.sources import IDX, Content, Way
 
 
@@ -32,8 +32,8 @@ def idx(values: torch.Tensor) -> bytes:
     return struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.numpy().tobytes()
 
 
-def tiny(*tries: Way) -> Recipe:
-    return replace(RECIPES["mnist"], name="tiny", source=(40, 20), validation=10, test=20, ways=tries)
+def tiny(*tries: Way) -> DatasetSpec:
+    return replace(DATASETS["mnist"], name="tiny", source=(40, 20), validation=10, test=20, ways=tries)
 
 
 def tiny_content() -> Content:
@@ -294,7 +294,7 @@ def test_catalog_agrees_with_the_recipes(tmp_path: Path) -> None:
         "mnist5k",
     ]
     for entry in entries:
-        assert entry.train + entry.validation + entry.test == sum(RECIPES[entry.name].source)
+        assert entry.train + entry.validation + entry.test == sum(DATASETS[entry.name].source)
         assert entry.licence
         assert entry.how
         assert not entry.ready
@@ -302,7 +302,7 @@ def test_catalog_agrees_with_the_recipes(tmp_path: Path) -> None:
 
 def real(name: str, root: Path, *tries: str) -> dict[str, torch.Tensor]:
     """Prepare a real set by the ways whose names start so, or skip where none is there."""
-    recipe = RECIPES[name]
+    recipe = DATASETS[name]
     chosen = tuple(way for way in recipe.ways if way.name.startswith(tries))
     try:
         prepare(replace(recipe, ways=chosen), root)

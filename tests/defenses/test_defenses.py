@@ -356,7 +356,7 @@ def test_defaults_are_those_of_the_paper_or_its_code_and_ours_do_not_drift(name,
 def test_trades_starts_a_thousandth_off_the_image():
     model, _ = binary((1, 20, 20))
     batch = batch_of(12, (1, 20, 20))
-    term = gb.defenses.Trades(eps=0.1, steps=1, step=1e-9).terms()["divergence"][1]
+    term = gb.defenses.Trades(eps=0.1, steps=1, rel_step_size=1e-9).terms()["divergence"][1]
     assert float(term.craft(model, batch).std()) == pytest.approx(0.001, rel=0.05)
 
 

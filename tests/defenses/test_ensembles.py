@@ -12,7 +12,7 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.base import derive, generator, load_tensors, seeded
 from gambeson.data import Split
-from gambeson.defenses import Adversarial, Batch, PGDAdversarial, Scene, SharedAdversarial, Standard
+from gambeson.defenses import Adversarial, Batch, PGDAdversarial, SharedAdversarial, Standard, TrainContext
 from gambeson.defenses.ensemble import Ensemble, against
 from gambeson.defenses.ensemble_diversity import ADP, GAL, TRS, squared_slopes
 from gambeson.defenses.ensemble_losses import coherence, cosines, diversity_gain, entropy, log_det, loss_gradients
@@ -43,13 +43,13 @@ def batch_of(count=12, classes=5, seed=0, **settings):
 
 def scene_of(model, classes=5, seed=0, batch_size=4):
     train = Split("train", inner_images(20, SHAPE), torch.arange(20) % classes)
-    return Scene(model=model, train=train, seed=seed, epochs=2, steps=5, batch_size=batch_size)
+    return TrainContext(model=model, train=train, seed=seed, epochs=2, steps=5, batch_size=batch_size)
 
 
 def descend(objective, model, batch):
     """The gradients of one phase, as the loop would have them."""
     model.zero_grad()
-    for losses, _ in objective.phases(model, batch):
+    for losses, _ in objective.optimizer_steps(model, batch):
         losses["loss"].backward()
     return losses, [parameter.grad for parameter in model.parameters()]
 
@@ -73,11 +73,11 @@ def test_linear_members_have_the_mean_jacobian_and_its_norm():
     expected = mean.square().sum() / torch.stack(weights).square().flatten(1).sum(1).mean()
     torch.testing.assert_close(gain, expected.expand(12))
     joint = JacobianEnsemble(members=3, estimator="exact", strength=0.3, joint=True, watched=0)
-    losses, gradients = descend(joint.open(scene_of(model)), model, batch)
+    losses, gradients = descend(joint.build_objective(scene_of(model)), model, batch)
     parts = zip(weights, batch.images.chunk(3), batch.labels.chunk(3), strict=True)
     clean = sum(F.cross_entropy(x.flatten(1) @ weight.flatten(1).T, y) for weight, x, y in parts)
     torch.testing.assert_close(losses["loss"], clean + 0.3 * 3 * mean.square().sum() / 2)
-    plain = Ensemble(members=3, watched=0).open(scene_of(model))
+    plain = Ensemble(members=3, watched=0).build_objective(scene_of(model))
     _, without = descend(plain, model, batch)
     for number in range(3):  # d/dW_m of 3 * 0.3 * ||mean W||^2 / 2 is 0.3 * mean W
         torch.testing.assert_close(gradients[2 * number], without[2 * number] + 0.3 * mean)
@@ -199,8 +199,8 @@ def test_threads_equal_the_loop_and_stacked_members_do_within_rounding(digits, e
         for way in ("loop", "threads", "stacked"):
             model = joined(digits, 3)
             defense = JacobianEnsemble(members=3, at_once=way, estimator=estimator, strength=0.1, watched=0)
-            scene = Scene(model=model, train=digits.train, seed=0, epochs=1, steps=10, batch_size=16)
-            objective = defense.open(scene)
+            context = TrainContext(model=model, train=digits.train, seed=0, epochs=1, steps=10, batch_size=16)
+            objective = defense.build_objective(context)
             found[way] = descend(objective, model, batch)
             assert objective.losses(model, batch)["loss"] > 0
             assert torch.get_num_threads() == 3
@@ -220,7 +220,7 @@ def test_threads_equal_the_loop_and_stacked_members_do_within_rounding(digits, e
 
 def test_gradients_taken_at_once_are_those_of_the_sum():
     model, batch = linear(random_weights()), batch_of()
-    objective = JacobianEnsemble(members=3, strength=0.2, watched=0).open(scene_of(model))
+    objective = JacobianEnsemble(members=3, strength=0.2, watched=0).build_objective(scene_of(model))
     _, handed = descend(objective, model, batch)
     model.zero_grad()
     objective.losses(model, batch)["loss"].backward()
@@ -240,7 +240,7 @@ def test_shared_projections_are_the_same_for_all_members():
     for shared in (False, True):
         model = linear([weight] * 2)
         defense = JacobianEnsemble(members=2, shared_projection=shared, watched=0)
-        _, gradients = descend(defense.open(scene_of(model)), model, batch)
+        _, gradients = descend(defense.build_objective(scene_of(model)), model, batch)
         values[shared] = torch.equal(gradients[0], gradients[2])
     assert values == {False: False, True: True}
 
@@ -293,11 +293,11 @@ def test_the_vote_is_at_least_as_right_as_its_members_which_differ(digits):
 def test_copies_are_warned_of():
     weight = random_weights(1)[0]
     model = linear([weight] * 2)
-    objective = Ensemble(members=2).open(scene_of(model))
+    objective = Ensemble(members=2).build_objective(scene_of(model))
     with pytest.warns(UserWarning, match=r"agree to 1.000 .* equal seeds"):
-        losses = next(objective.phases(model, batch_of(step=4, steps=5)))[0]
+        losses = next(objective.optimizer_steps(model, batch_of(rel_step_size=4, steps=5)))[0]
     assert float(losses["diversity_gain"]) == pytest.approx(5)  # the loop divides its sum by the steps
-    assert "diversity_gain" not in next(objective.phases(model, batch_of(step=3, steps=5)))[0]
+    assert "diversity_gain" not in next(objective.optimizer_steps(model, batch_of(rel_step_size=3, steps=5)))[0]
 
 
 @pytest.mark.parametrize(
@@ -312,16 +312,16 @@ def test_a_cut_ensemble_resumes_bit_for_bit(digits, tmp_path, defense):
         if epochs_seen is not None:
 
             class Cut(kind):
-                def open(self, scene):
-                    objective = super().open(scene)
-                    phases = objective.phases
+                def build_objective(self, context):
+                    objective = super().build_objective(context)
+                    optimizer_steps = objective.optimizer_steps
 
                     def stopping(model, batch):
                         if batch.epoch == epochs_seen:
                             raise KeyboardInterrupt
-                        return phases(model, batch)
+                        return optimizer_steps(model, batch)
 
-                    objective.phases = stopping
+                    objective.optimizer_steps = stopping
                     return objective
 
             cut = Cut(**{name: getattr(defense, name) for name in kind.model_fields})
@@ -361,7 +361,7 @@ def test_log_det_of_copies_and_of_orthogonal_predictions():
 
 def test_adp_is_its_formula():
     model, batch = linear(random_weights(classes=5)), batch_of()
-    objective = ADP(members=3, watched=0).open(scene_of(model))
+    objective = ADP(members=3, watched=0).build_objective(scene_of(model))
     logits = torch.stack([voter(batch.images) for voter in model.voters])
     mean = logits.softmax(2).mean(0)
     by_hand = sum(F.cross_entropy(z, batch.labels) for z in logits) + 2.0 * (mean * mean.log()).sum(1).mean()
@@ -374,7 +374,7 @@ def test_adp_is_its_formula():
     uniform = torch.zeros(2, 10)
     assert float(entropy(uniform)) == pytest.approx(math.log(10))
     with pytest.raises(UserError, match="5 members cannot differ on 5 classes"):
-        ADP(members=5).open(scene_of(linear(random_weights(5))))
+        ADP(members=5).build_objective(scene_of(linear(random_weights(5))))
 
 
 def test_cosines_and_coherence_of_gradients_made_by_hand():
@@ -399,23 +399,25 @@ def test_gal_and_trs_are_their_formulas():
 
     g = torch.stack([gradients_of(voter.body.weight.detach()) for voter in model.voters])
     clean = torch.stack([F.cross_entropy(voter(batch.images), batch.labels) for voter in model.voters]).detach()
-    losses, gradients = descend(GAL(members=3, watched=0).open(scene_of(model)), model, batch)
+    losses, gradients = descend(GAL(members=3, watched=0).build_objective(scene_of(model)), model, batch)
     pairs = F.cosine_similarity(g[[0, 0, 1]], g[[1, 2, 2]], dim=2)
     torch.testing.assert_close(losses["loss"], clean.mean() + 0.5 * pairs.exp().sum(0).log().mean())
     plain = [gradient.clone() for gradient in gradients]
-    objective = TRS(members=3, eps_first=0.0, eps_last=0.0, loss_mean="image", watched=0).open(scene_of(model))
+    objective = TRS(members=3, eps_first=0.0, eps_last=0.0, loss_mean="image", watched=0).build_objective(
+        scene_of(model)
+    )
     losses, gradients = descend(objective, model, batch)
     smooth = 2 * g.square().sum(2).mean()
     torch.testing.assert_close(losses["smoothness"], smooth)
     torch.testing.assert_close(losses["loss"], clean.sum() + 5 * (2 * pairs.abs().mean() + 2 * smooth))
     assert not torch.allclose(plain[0], gradients[0])
-    whole = TRS(members=3, eps_first=0.0, eps_last=0.0, watched=0).open(scene_of(model)).losses(model, batch)
+    whole = TRS(members=3, eps_first=0.0, eps_last=0.0, watched=0).build_objective(scene_of(model)).losses(model, batch)
     torch.testing.assert_close(whole["smoothness"], smooth / 12**2)
 
 
 def test_trs_moves_every_second_image_to_where_slopes_are_larger():
     model = linear(random_weights())
-    batch = batch_of(step=5, steps=5, epochs=10)
+    batch = batch_of(rel_step_size=5, steps=5, epochs=10)
     chosen = torch.arange(12) % 2 == 1
     term = TRS(members=3)
     moved = term._moved(model, batch, chosen)
@@ -426,7 +428,7 @@ def test_trs_moves_every_second_image_to_where_slopes_are_larger():
     assert bool(after > before)
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(UserError, match="fewer members|asks for 4 members and the model has 3"):
-        TRS(members=4).open(scene_of(model))
+        TRS(members=4).build_objective(scene_of(model))
 
 
 def test_loss_gradients_leave_ignored_labels_out():
@@ -445,7 +447,9 @@ def test_what_does_not_fit_is_refused(digits):
     with pytest.raises(UserError, match="inner is an ensemble of 5 itself"):
         Ensemble(inner=Ensemble())
     with pytest.raises(UserError, match="at_once='stacked' works for clean and adversarial terms"):
-        JacobianEnsemble(members=3, at_once="stacked", estimator="input").open(scene_of(linear(random_weights())))
+        JacobianEnsemble(members=3, at_once="stacked", estimator="input").build_objective(
+            scene_of(linear(random_weights()))
+        )
     with pytest.raises(UserError, match="joint=True has one norm for all members"):
         JacobianEnsemble(joint=True, at_once="threads")
     with pytest.raises(UserError, match="sharedness 64 does not divide the batch size 100"):
@@ -455,7 +459,7 @@ def test_what_does_not_fit_is_refused(digits):
     torch.set_num_threads(2)
     try:
         with pytest.raises(UserError, match="draws random numbers in its forward"):
-            Ensemble(members=2, at_once="threads").open(scene_of(noisy))
+            Ensemble(members=2, at_once="threads").build_objective(scene_of(noisy))
     finally:
         torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import gambeson as gb
 from gambeson import UserError
-from gambeson.defenses import Batch, Clean, Scene, Standard
+from gambeson.defenses import Batch, Clean, Standard, TrainContext
 from gambeson.defenses.jacobian import Jacobian, JacobianNorm
 from tests.conftest import LinearNet, inner_images
 
@@ -54,8 +54,8 @@ def jacobians(model, x):
     return torch.stack([torch.autograd.functional.jacobian(model, row[None]).flatten(0, 1).flatten(1) for row in x])
 
 
-def scene(model, batch_size=6, train=None, seed=0):
-    return Scene(model=model, train=train, seed=seed, epochs=1, steps=1, batch_size=batch_size)
+def context(model, batch_size=6, train=None, seed=0):
+    return TrainContext(model=model, train=train, seed=seed, epochs=1, steps=1, batch_size=batch_size)
 
 
 class Shaped:
@@ -201,7 +201,7 @@ def test_the_objective_shares_one_forward_and_equals_the_sum_of_its_terms():
     for way, forwards in expected.items():
         defense = Jacobian(**WAYS[way], strength=0.3)
         calls.clear()
-        together = defense.open(scene(model, train=Shaped())).losses(model, batch_of(x))
+        together = defense.build_objective(context(model, train=Shaped())).losses(model, batch_of(x))
         assert calls == forwards
         apart = defense.losses(model, batch_of(x))
         assert list(together) == ["loss", "clean", "jacobian"]
@@ -215,7 +215,7 @@ def test_the_objective_shares_one_forward_and_equals_the_sum_of_its_terms():
         plain = part.losses(model, batch_of(x))
         part = part.model_copy(update={"strength": 0.3})
         calls.clear()
-        found = part.open(scene(model, train=Shaped())).losses(model, batch_of(x))
+        found = part.build_objective(context(model, train=Shaped())).losses(model, batch_of(x))
         assert calls == forwards
         torch.testing.assert_close(found["clean"], plain["clean"])
 
@@ -254,14 +254,14 @@ def test_training_with_it_halves_the_norm_at_the_same_accuracy(digits, settings)
 def test_power_iteration_reaches_the_stacked_jacobian_s_largest_singular_value(derivative):
     model, x = two_layers(), images(8)
     defense = Jacobian(estimator="stacked", power=True, inertia=0, derivative=derivative, step=1e-6)
-    objective = defense.open(scene(model, train=Shaped()))
+    objective = defense.build_objective(context(model, train=Shaped()))
     _, values, right = torch.linalg.svd(jacobians(model, x).flatten(0, 1))
     target = float(values[0] ** 2 / 2 / len(x))
     found = []
     for step in range(150):
         losses = objective.losses(model, batch_of(x, step=step))
         losses["loss"].backward()
-        objective.follow(batch_of(x, step=step))
+        objective.after_step(batch_of(x, step=step))
         found.append(float(losses["jacobian"]))
     assert all(value <= target * (1 + 1e-4) for value in found)
     assert found[0] < 0.6 * target
@@ -269,7 +269,7 @@ def test_power_iteration_reaches_the_stacked_jacobian_s_largest_singular_value(d
     direction = objective.carried["jacobian"].direction.flatten().double()
     assert abs(float(direction @ right[0])) > 0.999
     before = direction.clone()
-    objective.follow(batch_of(x))  # nothing was evaluated since
+    objective.after_step(batch_of(x))  # nothing was evaluated since
     assert torch.equal(before, objective.carried["jacobian"].direction.flatten().double())
 
 
@@ -328,7 +328,7 @@ def test_an_ensemble_s_vote_has_a_jacobian_too(way):
 def test_batch_norm_in_training_mode_works_and_the_difference_holds_its_statistics(way):
     torch.manual_seed(0)
     model = gb.models.create("resnet20x0.25", in_channels=1, classes=10, image_size=8).train()
-    objective = Jacobian(**WAYS[way] | {"step": 1e-3}).open(scene(model, train=Shaped()))
+    objective = Jacobian(**WAYS[way] | {"step": 1e-3}).build_objective(context(model, train=Shaped()))
     losses = objective.losses(model, batch_of(images(8, (1, 8, 8)).float()))
     losses["loss"].backward()
     assert math.isfinite(float(losses["jacobian"]))
@@ -361,7 +361,7 @@ def test_it_is_taken_in_float32_under_autocast(way):
     torch.manual_seed(0)
     model = gb.models.create("lenet5", in_channels=1, classes=3, image_size=8).eval()
     batch = batch_of(images(8, (1, 8, 8)).float())
-    objective = Jacobian(**WAYS[way] | {"step": 1e-3}).open(scene(model, train=Shaped()))
+    objective = Jacobian(**WAYS[way] | {"step": 1e-3}).build_objective(context(model, train=Shaped()))
     plain = objective.losses(model, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = objective.losses(model, batch)

@@ -10,7 +10,7 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.base import load_tensors, seeded
-from gambeson.defenses import Batch, Scene, Standard
+from gambeson.defenses import Batch, Standard, TrainContext
 from gambeson.defenses.learn2perturb import Learn2Perturb, NoiseReward, feature_noise, harmonic
 from gambeson.defenses.noise_injection import PNI, RSE, NoisyAdversarial, NoisyClean
 from gambeson.defenses.objective import Adversarial
@@ -32,8 +32,10 @@ def batch_of(digits, epoch=0, epochs=10, count=32):
 
 
 def opened(defense, model, digits, epochs=10):
-    defense.prepare(model)
-    return defense.open(Scene(model=model, train=digits.train, seed=0, epochs=epochs, steps=1, batch_size=32))
+    defense.configure_model(model)
+    return defense.build_objective(
+        TrainContext(model=model, train=digits.train, seed=0, epochs=epochs, steps=1, batch_size=32)
+    )
 
 
 def moved_by(model, objective, defense, batch):
@@ -44,7 +46,7 @@ def moved_by(model, objective, defense, batch):
     optimizer = torch.optim.SGD([{"params": rest}, *special], lr=0.1, momentum=0.9, weight_decay=1e-2, nesterov=True)
     found = []
     for _ in range(2):  # the second time with momentum
-        for losses, moving in objective.phases(model, batch):
+        for losses, moving in objective.optimizer_steps(model, batch):
             before = {name: value.detach().clone() for name, value in model.named_parameters()}
             optimizer.zero_grad(set_to_none=True)
             losses["loss"].backward()
@@ -56,7 +58,7 @@ def moved_by(model, objective, defense, batch):
             found.append(
                 ({name for name, value in model.named_parameters() if not torch.equal(value, before[name])}, losses)
             )
-        objective.follow(batch)
+        objective.after_step(batch)
         batch = replace(batch)
     return found
 
@@ -150,7 +152,7 @@ def test_theta_never_leaves_its_floor(digits):
         for parameter in model.parameters():
             parameter.grad = None
         for _ in range(3):
-            for losses, _ in objective.phases(model, batch_of(digits)):
+            for losses, _ in objective.optimizer_steps(model, batch_of(digits)):
                 losses["loss"].backward()
                 with torch.no_grad():
                     for module in injections(model):
@@ -165,7 +167,7 @@ def test_noise_and_attack_begin_with_their_epochs(digits):
     objective = opened(defense, model, digits)
     for epoch, names in ((1, [{"clean"}]), (2, [{"noise"}, {"clean"}]), (4, [{"noise"}, {"clean", "adversarial"}])):
         batch = batch_of(digits, epoch)
-        found = list(objective.phases(model, batch))
+        found = list(objective.optimizer_steps(model, batch))
         assert [set(losses) - {"loss"} for losses, _ in found] == names
         assert all(module.enabled == (epoch >= 2) for module in injections(model))
         if epoch == 1:
@@ -185,7 +187,7 @@ def test_crafting_is_in_evaluation_mode_with_the_noise_on_and_once_a_batch(digit
         seen = []
         noise = injections(model)[0]
         noise.register_forward_hook(lambda module, *_, seen=seen: seen.append((module.training, module.enabled)))
-        for losses, _ in objective.phases(model, batch_of(digits)):
+        for losses, _ in objective.optimizer_steps(model, batch_of(digits)):
             losses["loss"].backward()
         assert all(enabled for _, enabled in seen)
         assert [training for training, _ in seen].count(False) in (3, 6)  # a fast victim compares itself in three more
@@ -197,7 +199,7 @@ def test_the_attack_leaves_the_model_s_own_answer():
     x = inner_images(8, (1, 4, 4))
     own = model(x).argmax(1)
     batch = Batch(images=x, labels=1 - own, seed=0)  # every answer is wrong: the two labels lead opposite ways
-    attack, clean = Adversarial(eps=0.1, steps=4, step=0.5), NoisyClean()
+    attack, clean = Adversarial(eps=0.1, steps=4, rel_step_size=0.5), NoisyClean()
     for label, from_ in (("prediction", own), ("truth", batch.labels)):
         term = NoisyAdversarial(attack, clean, label)
         value = term(model, batch)
@@ -227,7 +229,7 @@ def test_only_the_sizes_of_the_noise_go_without_weight_decay(digits):
     for defense, count in ((Learn2Perturb(eps=0.1), 2), (PNI(eps=0.1, where="weight+input"), 10)):
         model = fresh(digits)
         assert defense.groups(model) == []
-        defense.prepare(model)
+        defense.configure_model(model)
         (group,) = defense.groups(model)
         assert group["weight_decay"] == 0
         assert len(group["params"]) == count
@@ -297,9 +299,9 @@ def right(model, digits):
 @pytest.mark.parametrize(
     ("defense", "noise"),
     [
-        (Learn2Perturb(eps=0.05, steps=1, step=1), FeatureNoise()),
-        (Learn2Perturb(eps=0.05, steps=1, step=1, update="joint"), FeatureNoise()),
-        (PNI(eps=0.05, steps=1, step=1), ParametricNoise()),
+        (Learn2Perturb(eps=0.05, steps=1, rel_step_size=1), FeatureNoise()),
+        (Learn2Perturb(eps=0.05, steps=1, rel_step_size=1, update="joint"), FeatureNoise()),
+        (PNI(eps=0.05, steps=1, rel_step_size=1), ParametricNoise()),
         (RSE(), FixedNoise()),
     ],
 )

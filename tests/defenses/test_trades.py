@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import gambeson as gb
 from gambeson import UserError
-from gambeson.defenses import Batch, Scene, Standard
+from gambeson.defenses import Batch, Standard, TrainContext
 from gambeson.defenses.trades import Divergence, Trades
 from tests.conftest import binary, inner_images
 
@@ -70,8 +70,8 @@ def test_objective_is_the_paper_s_formula_and_its_gradient_goes_through_both_pre
     by_hand = F.cross_entropy(model(batch.images), batch.labels)
     by_hand = by_hand + 2.5 * divergence(model, batch.images, delta).mean()
     expected = torch.autograd.grad(by_hand, list(model.parameters()))
-    scene = Scene(model=model, train=None, seed=0, epochs=1, steps=1, batch_size=12)
-    for losses in (defense.losses(model, batch), defense.open(scene).losses(model, batch)):
+    context = TrainContext(model=model, train=None, seed=0, epochs=1, steps=1, batch_size=12)
+    for losses in (defense.losses(model, batch), defense.build_objective(context).losses(model, batch)):
         torch.testing.assert_close(losses["loss"], by_hand)
         assert list(losses) == ["loss", "clean", "divergence"]
         found = torch.autograd.grad(losses["loss"], list(model.parameters()))
@@ -93,11 +93,11 @@ def test_crafting_is_in_evaluation_mode_and_leaves_the_model_as_it_was(digits):
 def test_two_processes_craft_what_one_crafts_for_the_joined_batch():
     model, _ = binary((1, 4, 4))
     whole = batch_of(12)
-    joined = Divergence(eps=0.1, steps=1, step=0.01).craft(model, whole)
+    joined = Divergence(eps=0.1, steps=1, rel_step_size=0.01).craft(model, whole)
     for number in range(2):
         rows = slice(6 * number, 6 * number + 6)
         part = Batch(images=whole.images[rows], labels=whole.labels[rows], seed=0, place=(number, 2))
-        torch.testing.assert_close(Divergence(eps=0.1, steps=1, step=0.01).craft(model, part), joined[rows])
+        torch.testing.assert_close(Divergence(eps=0.1, steps=1, rel_step_size=0.01).craft(model, part), joined[rows])
 
 
 def test_pixels_without_a_label_have_no_say():
@@ -116,7 +116,7 @@ def test_training_with_it_makes_a_net_robust(digits):
     attack = gb.attacks.PGD(eps=0.15, steps=10)
     x, y = digits.test.take(slice(0, 200))
     robust, clean = [], []
-    for defense in (Standard(), Trades(eps=0.15, steps=5, step=0.4)):
+    for defense in (Standard(), Trades(eps=0.15, steps=5, rel_step_size=0.4)):
         model = weights_after(digits, defense, epochs=8).eval()
         with torch.no_grad():
             clean.append(float((model(x).argmax(1) == y).float().mean()))

@@ -13,7 +13,7 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.base import load_tensors
-from gambeson.defenses import Batch, Scene, Standard, uap_bank
+from gambeson.defenses import Batch, Standard, TrainContext, uap_bank
 from gambeson.defenses.universal_adversarial import UniversalAdversarial
 from gambeson.defenses.universal_consistency import UniversalConsistency, divergence
 from gambeson.threat import Ball, perturb
@@ -31,12 +31,12 @@ def batch_of(labels, seed=0, **place):
 def opened(defense, model, batch, seed=0):
     classes = tuple(str(k) for k in range(max(2, int(batch.labels.max()) + 1)))
     split = gb.data.Split("own", batch.images, batch.labels, classes)
-    scene = Scene(model=model, train=split, seed=seed, epochs=1, steps=4, batch_size=len(batch.images))
-    return defense.open(scene)
+    context = TrainContext(model=model, train=split, seed=seed, epochs=1, steps=4, batch_size=len(batch.images))
+    return defense.build_objective(context)
 
 
 def the_pool(objective):
-    (found,) = [module for module in objective.modules() if isinstance(module, uap_bank.Pool)]
+    (found,) = [module for module in objective.modules() if isinstance(module, uap_bank.UAPBank)]
     return found
 
 
@@ -45,7 +45,7 @@ def go(objective, model, batch, count=1):
     for _ in range(count):
         model.zero_grad()
         objective.losses(model, batch)["loss"].backward()
-        objective.follow(batch)
+        objective.after_step(batch)
 
 
 def fresh(digits, seed=0):
@@ -57,7 +57,7 @@ FORMS = [
     UniversalAdversarial(eps=0.1),
     UniversalAdversarial(eps=0.1, update="one-pass"),
     UniversalAdversarial(eps=0.1, update="one-pass", classwise=True),
-    UniversalConsistency(eps=0.1, pool=3, restart=7),
+    UniversalConsistency(eps=0.1, bank=3, restart=7),
 ]
 NAMES = ["alternating", "one-pass", "classwise", "consistency"]
 
@@ -124,8 +124,8 @@ def test_a_step_is_the_papers_formula_and_a_pool_of_one_is_one_pass_up_to_the_lo
 
     ball = Ball(eps=0.1)
     for defense, loss in (
-        (UniversalAdversarial(eps=0.1, update="one-pass", start="uniform", step=0.25), adversarial),
-        (UniversalAdversarial(eps=0.1, update="alternating", start="uniform", step=0.25), adversarial),
+        (UniversalAdversarial(eps=0.1, update="one-pass", start="uniform", rel_step_size=0.25), adversarial),
+        (UniversalAdversarial(eps=0.1, update="alternating", start="uniform", rel_step_size=0.25), adversarial),
         (UniversalConsistency(eps=0.1, pool=1), consistent),
     ):
         objective = opened(defense, model, batch)
@@ -140,7 +140,7 @@ def test_a_step_is_the_papers_formula_and_a_pool_of_one_is_one_pass_up_to_the_lo
 def test_the_objective_is_the_sum_that_its_docstring_says(trained, digits):
     model = copy.deepcopy(trained).eval()
     images, labels = digits.train.take(slice(0, 30))
-    batch = Batch(images=images, labels=labels, seed=0, step=1, steps=4, epochs=1)  # half way up the warm-up
+    batch = Batch(images=images, labels=labels, seed=0, rel_step_size=1, steps=4, epochs=1)  # half way up the warm-up
     objective = opened(UniversalConsistency(eps=0.2, pool=3, beta=4), model, batch)
     found = objective.losses(model, batch)
     delta = the_pool(objective).delta.repeat(10, 1, 1, 1)
@@ -249,7 +249,7 @@ def test_the_alternating_step_sees_the_new_weights_and_leaves_the_model_alone(di
         model[1].weight.copy_(torch.randn(10, 64, generator=torch.Generator().manual_seed(0)))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     gradient = model[1].weight.grad.clone()
-    objective.follow(batch)
+    objective.after_step(batch)
     assert model.training
     assert torch.equal(model[1].weight.grad, gradient)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -285,7 +285,9 @@ def test_a_normalised_step_is_along_the_gradient_and_as_long():
     model, w = binary(SHAPE)
     batch = batch_of([0] * 4)
     objective = opened(
-        UniversalAdversarial(eps=0.1, step=0.5, ascend="normalised", update="one-pass", truncate=None), model, batch
+        UniversalAdversarial(eps=0.1, rel_step_size=0.5, ascend="normalised", update="one-pass", truncate=None),
+        model,
+        batch,
     )
     go(objective, model, batch)
     torch.testing.assert_close(the_pool(objective).delta, (0.05 * w / w.abs().max())[None])
@@ -363,8 +365,8 @@ def test_a_cut_run_goes_on_bit_for_bit(digits, tmp_path, defense):
     steps = len(digits.train) // 128
 
     class Cut(type(defense)):
-        def open(self, scene):
-            objective, seen = super().open(scene), 0
+        def build_objective(self, context):
+            objective, seen = super().build_objective(context), 0
             perturbed = the_pool(objective).perturb
 
             def stopping(images, rows):
@@ -414,7 +416,7 @@ def test_the_weakest_member_is_drawn_anew_and_only_that(trained, digits):
     assert len(changes) == 2  # after the steps 3 and 5, the fourth and the sixth
     keeper.strength = torch.tensor([0.3, 0.1, 0.2, 0.4])
     before = keeper.delta
-    uap_bank.Pool.replace_weakest(keeper, 9)
+    uap_bank.UAPBank.replace_weakest(keeper, 9)
     assert (keeper.delta != before).flatten(1).any(1).tolist() == [False, True, False, False]
     assert keeper.strength.tolist() == pytest.approx([0.3, 0, 0.2, 0.4])
 
@@ -433,13 +435,13 @@ def test_label_maps_train_and_ignored_pixels_have_no_say():
         labels = y.clone()
         labels[:, 0] = 255
         batch = Batch(images=images, labels=labels, seed=0, ignore_index=255, **MID)
-        scene = Scene(model=model, train=split, seed=0, epochs=1, steps=4, batch_size=24)
+        context = TrainContext(model=model, train=split, seed=0, epochs=1, steps=4, batch_size=24)
         for defense in (UniversalConsistency(eps=0.1, pool=2), UniversalAdversarial(eps=0.1, update="one-pass")):
-            found.append(float(defense.open(scene).losses(model, batch)["loss"].detach()))
+            found.append(float(defense.build_objective(context).losses(model, batch)["loss"].detach()))
             assert found[-1] > 0
     assert found[:2] == pytest.approx(found[2:])
     with pytest.raises(UserError, match="the labels are maps: class-wise training expects one label an image"):
-        UniversalAdversarial(eps=0.1, classwise=True).open(scene)
+        UniversalAdversarial(eps=0.1, classwise=True).build_objective(context)
     history = gb.train(model, (x.repeat(3, 1, 1, 1), y.repeat(3, 1, 1)), FORMS[3], epochs=2, batch_size=12)
     assert history[-1]["loss"] < history[0]["loss"] + 1
 

@@ -19,8 +19,8 @@ import torch
 import gambeson as gb
 from gambeson.base import UserError
 from gambeson.models.black_box.base import BudgetSpent
-from gambeson.models.black_box.http import HttpScores
-from gambeson.models.black_box.local import FunctionScores
+from gambeson.models.black_box.http import HttpModel
+from gambeson.models.black_box.local import FunctionModel
 from gambeson.victim import Victim
 from tests.conftest import binary, inner_images
 
@@ -123,7 +123,7 @@ def server():
 
 
 def box(server, **keywords):
-    return HttpScores(server.url, **{"timeout": 5.0, "pause": 0.01} | keywords)
+    return HttpModel(server.url, **{"timeout": 5.0, "pause": 0.01} | keywords)
 
 
 def test_scores_are_those_of_the_model_behind_it(server):
@@ -347,11 +347,11 @@ def test_a_box_that_names_the_class_only(server):
     server.always = lambda scores: (200, json.dumps([0, 2]).encode())
     with pytest.raises(UserError, match="returned classes from 0 to 2: expected 0 to 1"):
         box(server, classes=2)(images[:2])
-    sure = FunctionScores(lambda x: torch.eye(2)[server.net(x).argmax(1)])
+    sure = FunctionModel(lambda x: torch.eye(2)[server.net(x).argmax(1)])
     assert not sure.decides_only  # nothing heard yet
     sure(images)
     assert sure.decides_only
-    soft = FunctionScores(lambda x: server.net(x))
+    soft = FunctionModel(lambda x: server.net(x))
     soft(images)
     assert not soft.decides_only
 
@@ -362,7 +362,7 @@ def test_a_box_is_recognised_by_its_answers():
     images = inner_images(4, SHAPE)
     prints = []
     for function in (net, net, other):
-        asked = FunctionScores(function)
+        asked = FunctionModel(function)
         asked.recognise(images)
         prints.append(gb.models.fingerprint(asked))
     assert prints[0] == prints[1] != prints[2]
@@ -392,9 +392,9 @@ def test_no_server_and_no_address(server):
     assert asked.images == 0
     for url in ("http://", "ftp://a/b", "http://a:b/", "http://a:0/", "http://a:65536/", "a"):
         with pytest.raises(UserError, match="is no address of a server"):
-            HttpScores(url)
+            HttpModel(url)
     with pytest.raises(UserError, match="expected none below 0"):
-        HttpScores("http://a/", retries=-1)
+        HttpModel("http://a/", retries=-1)
 
 
 def test_a_server_that_does_not_accept_is_not_counted():
@@ -405,7 +405,7 @@ def test_a_server_that_does_not_accept_is_not_counted():
             waiting = others.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(full.getsockname())
-        asked = HttpScores(f"http://127.0.0.1:{full.getsockname()[1]}/", timeout=0.1, retries=1, pause=0.01)
+        asked = HttpModel(f"http://127.0.0.1:{full.getsockname()[1]}/", timeout=0.1, retries=1, pause=0.01)
         with pytest.raises(UserError, match="gave no answer in 2 attempts .the last: no answer within 0.1 s"):
             asked(inner_images(3, SHAPE))
     assert (asked.images, asked.requests) == (0, 2)
@@ -432,7 +432,7 @@ def test_no_proxy_stands_before_a_server_of_this_machine(server, monkeypatch):
     asked(inner_images(2, SHAPE))
     assert server.seen == 1
     with pytest.raises(UserError, match="gave no answer in 1 attempts"):  # elsewhere there is one
-        HttpScores("http://192.0.2.1/scores", timeout=5, retries=0)(inner_images(2, SHAPE))
+        HttpModel("http://192.0.2.1/scores", timeout=5, retries=0)(inner_images(2, SHAPE))
 
 
 def test_an_answer_without_end_is_not_read_to_the_end(server, monkeypatch):
@@ -445,7 +445,7 @@ def test_an_answer_without_end_is_not_read_to_the_end(server, monkeypatch):
 
 
 def test_the_title_keeps_secrets():
-    assert HttpScores("http://me:secret@host:1/path?key=secret").title == "http://host:1/path"
+    assert HttpModel("http://me:secret@host:1/path?key=secret").title == "http://host:1/path"
 
 
 def test_a_query_attack_keeps_its_budget_through_lost_requests(server):
@@ -466,7 +466,7 @@ def test_a_query_attack_keeps_its_budget_through_lost_requests(server):
 
 def test_a_black_box_has_no_gradient_and_no_copy():
     net, _ = binary(SHAPE)
-    asked = FunctionScores(net, budget=50)
+    asked = FunctionModel(net, budget=50)
     images = inner_images(2, SHAPE)
     with pytest.raises(UserError, match="is a black box, which has no gradient: choose a query, procedural"):
         gb.attacks.PGD(eps=0.1, steps=2)(asked, images, torch.tensor([0, 1]))
@@ -483,45 +483,45 @@ def test_functions_may_return_arrays_lists_and_probabilities():
     with torch.no_grad():
         right = net(images)
         for form in (lambda s: s, lambda s: s.numpy(), lambda s: s.tolist(), lambda s: s.double()):
-            assert torch.allclose(FunctionScores(lambda x, form=form: form(net(x)))(images), right, atol=1e-6)
-        sure = FunctionScores(lambda x: net(x).softmax(1))
+            assert torch.allclose(FunctionModel(lambda x, form=form: form(net(x)))(images), right, atol=1e-6)
+        sure = FunctionModel(lambda x: net(x).softmax(1))
         assert torch.allclose(sure(images), right.log_softmax(1), atol=1e-5)
         assert sure.output == "probabilities"
-        left = FunctionScores(lambda x: net(x).softmax(1), output="logits")
+        left = FunctionModel(lambda x: net(x).softmax(1), output="logits")
         assert torch.allclose(left(images), right.softmax(1))
-        zero = FunctionScores(lambda x: torch.eye(2)[torch.zeros(len(x), dtype=torch.long)])
+        zero = FunctionModel(lambda x: torch.eye(2)[torch.zeros(len(x), dtype=torch.long)])
         assert zero(images).isfinite().all()
 
 
 def test_a_function_that_writes_into_its_input_changes_nothing():
     images = inner_images(3, SHAPE)
     before = images.clone()
-    FunctionScores(lambda x: x.zero_().flatten(1)[:, :2])(images)
+    FunctionModel(lambda x: x.zero_().flatten(1)[:, :2])(images)
     assert torch.equal(images, before)
 
 
 def test_onnx_files_that_do_not_fit(tmp_path):
     pytest.importorskip("onnxruntime")
-    from gambeson.models.black_box.local import OnnxScores
+    from gambeson.models.black_box.local import OnnxModel
 
     with pytest.raises(UserError, match="does not exist: name an ONNX file"):
-        OnnxScores(tmp_path / "none.onnx")
+        OnnxModel(tmp_path / "none.onnx")
     (tmp_path / "bad.onnx").write_bytes(b"not onnx")
     with pytest.raises(UserError, match="cannot be read as ONNX"):
-        OnnxScores(tmp_path / "bad.onnx")
+        OnnxModel(tmp_path / "bad.onnx")
 
 
 @pytest.mark.parametrize("batch", [None, 3])
 def test_onnx_gives_the_scores_of_its_model(tmp_path, batch):
     for package in ("onnxruntime", "onnxscript"):
         pytest.importorskip(package)
-    from gambeson.models.black_box.local import OnnxScores
+    from gambeson.models.black_box.local import OnnxModel
 
     net, _ = binary(SHAPE)
     shapes = ({0: torch.export.Dim("n")},) if batch is None else None
     program = torch.export.export(net.eval(), (torch.rand(batch or 2, *SHAPE),), dynamic_shapes=shapes)
     torch.onnx.export(program, (), str(tmp_path / "m.onnx"), dynamo=True, external_data=False, verbose=False)
-    asked = OnnxScores(tmp_path / "m.onnx")
+    asked = OnnxModel(tmp_path / "m.onnx")
     for count in (1, 3, 8):
         images = inner_images(count, SHAPE)
         with torch.no_grad():

@@ -5,7 +5,7 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import FGSM, PGD, RFGSM
-from gambeson.evaluation import Rate, run_cascade
+from gambeson.evaluation import Rate, run_suite
 from gambeson.victim import Victim
 
 
@@ -19,7 +19,7 @@ class Nothing:
 def row(trained, digits):
     attacks = {"nothing": Nothing(), "fgsm": FGSM(eps=0.1), "pgd": PGD(eps=0.1, restarts=2), "r-fgsm": RFGSM(eps=0.1)}
     with Victim(trained, fast=True) as victim:
-        return run_cascade(victim, digits.test, attacks, batch_size=100)
+        return run_suite(victim, digits.test, attacks, batch_size=100)
 
 
 def test_the_row_keeps_the_worst_case_of_every_image(row, trained, digits):
@@ -52,8 +52,8 @@ def test_stored_images_score_the_reported_number_in_any_batch_size(row, trained,
 
 def test_an_attack_alone_is_never_stronger_than_the_row(row, trained, digits):
     with Victim(trained, fast=True) as victim:
-        alone = run_cascade(victim, digits.test, {"fgsm": FGSM(eps=0.1)}, batch_size=100)
-        nothing = run_cascade(victim, digits.test, {"nothing": Nothing()})
+        alone = run_suite(victim, digits.test, {"fgsm": FGSM(eps=0.1)}, batch_size=100)
+        nothing = run_suite(victim, digits.test, {"nothing": Nothing()})
     assert row.result.robust.value < alone.result.robust.value < nothing.result.robust.value
     assert nothing.result.robust == nothing.result.clean
     assert (nothing.result.largest, nothing.result.mean) == (0.0, 0.0)
@@ -72,11 +72,11 @@ def test_a_random_model_is_decided_by_many_draws():
     nothing = {"nothing": lambda victim, x, y, **_: x}
     torch.manual_seed(0)
     with Victim(Noisy()) as victim:
-        found = run_cascade(victim, split, nothing).result
-    assert found.draws == 21
+        found = run_suite(victim, split, nothing).result
+    assert found.votes == 21
     assert found.clean.value > 0.9  # by one draw, 0.69
     with Victim(Noisy()) as victim:
-        broken = run_cascade(victim, split, {"pgd": PGD(eps=0.5, steps=5, draws=20)}).result
+        broken = run_suite(victim, split, {"pgd": PGD(eps=0.5, steps=5, eot_samples=20)}).result
         assert broken.robust.value < 0.8 * broken.clean.value
-        with pytest.raises(UserError, match="set draws=20"):
-            run_cascade(victim, split, {"pgd": PGD(eps=0.5, steps=5)})
+        with pytest.raises(UserError, match="set eot_samples=20"):
+            run_suite(victim, split, {"pgd": PGD(eps=0.5, steps=5)})

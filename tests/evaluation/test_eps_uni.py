@@ -70,7 +70,7 @@ def test_the_tolerance_is_relative_at_every_scale(scale):
     w = binary(SHAPE)[1]
     parts = [margins_of(60, scale, seed) for seed in range(3)]
     data = dataset(*[(known_margins(margins, w), None) for margins in parts])
-    attack = StochasticPGD(eps=0.1, steps=15, batch_size=16, screened=0, truncate=None)
+    attack = StochasticPGD(eps=0.1, steps=15, batch_size=16, probe_starts=0, truncate=None)
     found = eps_uni(net(w), data, attack, tolerance=0.01)
     exact = float(parts[2].sort().values[29])  # the 30th of 60 brings the error to one half
     assert exact * (1 - 2e-3) <= found.value <= exact * 1.012 + 1e-6
@@ -91,7 +91,9 @@ def test_per_image_eps_is_the_quantile_and_lies_below_the_universal_one():
     assert each.low <= exact <= each.high
     assert (each.images, each.split, each.censored) == (80, "test", False)
     # One direction moves both classes apart from each other: it can break one half at the most, at the largest margin.
-    shared = eps_uni(net(w), data, StochasticPGD(eps=0.1, steps=20, screened=2, screen_steps=10, truncate=None))
+    shared = eps_uni(
+        net(w), data, StochasticPGD(eps=0.1, steps=20, probe_starts=2, probe_start_steps=10, truncate=None)
+    )
     assert shared.value > 1.5 * each.value
 
 
@@ -116,7 +118,7 @@ def test_an_image_that_fell_at_a_smaller_eps_counts_as_fallen(monkeypatch):
 
 def test_validation_chooses_the_warm_start_and_test_does_not(digits, trained):
     shape = digits.test.shape
-    good = StochasticPGD(eps=0.3, steps=30, screened=0).craft(trained, digits)
+    good = StochasticPGD(eps=0.3, steps=30, probe_starts=0).craft(trained, digits)
     weak = uap_of(control("random-sign", Ball(eps=0.1), shape, seed=3), 0.1)
     nothing = ImageErrors(torch.zeros(449, dtype=torch.long), torch.ones(449, dtype=torch.long))
     much = ImageErrors((torch.arange(449) % 5 < 2).long(), nothing.answers)
@@ -213,11 +215,11 @@ def test_a_random_model_is_decided_by_votes_and_the_same_again(digits, trained):
         *[split.subset(torch.arange(80)) for split in (digits.train, digits.validation, digits.test)],
         digits.classes,
     )
-    attack = StochasticPGD(eps=0.1, steps=2, screened=0)
+    attack = StochasticPGD(eps=0.1, steps=2, probe_starts=0)
     first = eps_uni(model, few, attack, delta=0.3, tolerance=0.5, controls=())
     with Victim(model) as victim:
         assert eps_uni(victim, few, attack, delta=0.3, tolerance=0.5, controls=()) == first
-        assert victim.passes == 1
+        assert victim.votes == 1
     clean = gb.evaluation.accuracy(model, few).complement.value
     with Victim(model) as victim:
         once = score(predict(victim, few.test), few.test).error
@@ -309,7 +311,7 @@ def test_a_control_takes_the_place_of_what_was_crafted_only_where_validation_say
         assert rate == max(rates) == dict(chosen.about.restarts)[chosen.about.attack]
         assert chosen.about.crafted_on == "no images"
         assert score(predict(victim, digits.validation, chosen.delta), digits.validation).error == rate
-        crafted = StochasticPGD(eps=0.3, steps=50, screened=0).craft(trained, digits)
+        crafted = StochasticPGD(eps=0.3, steps=50, probe_starts=0).craft(trained, digits)
         assert strongest(victim, digits.validation, crafted)[0] is crafted
         assert strongest(victim, digits.validation, nothing, controls=())[0] is nothing
         better, _ = strongest(victim, digits.validation, nothing, others=[crafted])

@@ -18,12 +18,12 @@ from gambeson.auditing.diagnostics import DIAGNOSTICS
 from gambeson.auditing.stages import corruption, per_image
 from gambeson.auditing.stages import transfer as audit_transfer
 from gambeson.data import Dataset, Split
-from gambeson.evaluation import FunctionScores, Rate, export_check, run_cascade, transfer
+from gambeson.evaluation import FunctionModel, Rate, export_check, run_suite, transfer
 from gambeson.evaluation.outcome import accuracy_under, outcome, outcome_under
 from gambeson.evaluation.universal import control_rates, judged
 from gambeson.threat import Ball
 from gambeson.training import validation
-from gambeson.victim import DRAWS, Victim, predict, score
+from gambeson.victim import DEFAULT_VOTES, Victim, predict, score
 from tests.auditing.evidence import held
 
 EPS = 1e-3
@@ -118,7 +118,7 @@ SETTINGS = {
 
 
 def _export(model, split):
-    return export_check._score(model, model, split, DRAWS, 0)["original"]
+    return export_check._score(model, model, split, DEFAULT_VOTES, 0)["original"]
 
 
 def _robust_validation(model, split):
@@ -136,12 +136,12 @@ def _box(model, split):
         with torch.no_grad():
             return model(images)
 
-    with held(FunctionScores(scores), dataset(split), (EPS,), black_box=True, queries=3, sample=1000) as evidence:
+    with held(FunctionModel(scores), dataset(split), (EPS,), black_box=True, queries=3, sample=1000) as evidence:
         return [evidence.clean, per_image.measure(evidence)[0].accuracy]
 
 
 def moved_by(model, split):
-    return transfer.perturbed(model, split, FGSM(eps=EPS, draws=2), 0)
+    return transfer.perturbed(model, split, FGSM(eps=EPS, eot_samples=2), 0)
 
 
 RATES = {
@@ -154,9 +154,9 @@ RATES = {
     "accuracy_under": with_victim(lambda v, s: accuracy_under(v, s, FGSM(eps=EPS), 0)),
     "outcome": with_victim(lambda v, s: outcome(v, s, nothing, 0).rate),
     "outcome_under": with_victim(lambda v, s: outcome_under(v, s, uap(s).delta).rate),
-    "suite, clean": with_victim(lambda v, s: run_cascade(v, s, {}).result.clean),
-    "suite": with_victim(lambda v, s: run_cascade(v, s, {"a": nothing, "b": nothing}).result.robust),
-    "suite, round": with_victim(lambda v, s: run_cascade(v, s, {"a": nothing}).result.rounds[0].accuracy),
+    "suite, clean": with_victim(lambda v, s: run_suite(v, s, {}).result.clean),
+    "suite": with_victim(lambda v, s: run_suite(v, s, {"a": nothing, "b": nothing}).result.robust),
+    "suite, round": with_victim(lambda v, s: run_suite(v, s, {"a": nothing}).result.rounds[0].accuracy),
     "transfer": lambda m, s: transfer.error_of(m, s, 0).complement,
     "transfer, moved": lambda m, s: transfer.error_of(m, moved_by(m, s), 0).complement,
     "export": _export,
@@ -257,13 +257,13 @@ def test_the_number_of_votes_that_was_set_is_the_number_that_decides(votes):
     split = made(600, right=1.0)
     truth = pytest.approx(majority(0.6, votes), abs=0.085)
     torch.manual_seed(0)
-    with held(Chancy(), dataset(split), (EPS,), **SETTINGS, draws=votes) as evidence:
+    with held(Chancy(), dataset(split), (EPS,), **SETTINGS, votes=votes) as evidence:
         found = [evidence.clean, evidence.accuracy(nothing), *(one.accuracy for one in per_image.measure(evidence))]
         found += [one.error.complement for one in corruption.measure(evidence)]
-        suite = run_cascade(evidence.victim, split, {"a": nothing}).result
+        suite = run_suite(evidence.victim, split, {"a": nothing}).result
     assert [rate.value for rate in found] == [truth] * len(found)
-    assert (suite.draws, suite.robust.value) == (votes, truth)
-    assert Suite(draws=votes).draws == votes
+    assert (suite.votes, suite.robust.value) == (votes, truth)
+    assert Suite(votes=votes).votes == votes
 
 
 def test_attacks_that_do_nothing_change_nothing():
@@ -271,7 +271,7 @@ def test_attacks_that_do_nothing_change_nothing():
     split = made(300, right=1.0)
     for count in (1, 4):
         with Victim(Chancy()) as victim:
-            found = run_cascade(victim, split, {f"nothing {k}": nothing for k in range(count)})
+            found = run_suite(victim, split, {f"nothing {k}": nothing for k in range(count)})
         result = found.result
         assert result.clean == gb.evaluation.accuracy(Chancy(), split)
         assert result.robust == result.clean
@@ -293,7 +293,7 @@ def test_attacks_that_move_images_and_do_no_harm_are_not_counted_by_their_luck()
         return attack
 
     with Victim(Chancy()) as victim:
-        found = run_cascade(victim, split, {str(k): fidgety(k) for k in range(12)})
+        found = run_suite(victim, split, {str(k): fidgety(k) for k in range(12)})
     assert bool((found.images != split.images).flatten(1).any(1).float().mean() > 0.7)
     assert found.result.robust.value == pytest.approx(majority(0.6, 21), abs=0.062)
 
@@ -329,7 +329,7 @@ def test_what_weakens_a_random_model_is_found_and_kept(order):
 
     attacks = {"nothing": nothing, "weakening": weakening, "repair": repair}
     with Victim(Fragile()) as victim:
-        found = run_cascade(victim, split, {name: attacks[name] for name in order}, seed=3)
+        found = run_suite(victim, split, {name: attacks[name] for name in order}, seed=3)
     result = found.result
     assert result.clean.value > 0.99
     assert result.robust.value == pytest.approx(majority(0.3, 21), abs=0.04)
@@ -346,7 +346,7 @@ def test_images_that_are_wrong_by_bad_luck_are_attacked_all_the_same():
     split = made(200, right=1.0)
     split.images[:, :, -1, -1] *= 0.5
     with Victim(Fragile(0.55, 0.05)) as victim:
-        result = run_cascade(victim, split, {"weakening": weakening}).result
+        result = run_suite(victim, split, {"weakening": weakening}).result
     assert result.clean.value == pytest.approx(majority(0.55, 21), abs=0.13)
     assert result.rounds[0].tried > 190
     assert result.robust.value < 0.02
@@ -362,7 +362,7 @@ def test_the_suite_leaves_ignored_images_alone():
         return moved
 
     with Victim(Bright()) as victim:
-        found = run_cascade(victim, split, {"harm": harm})
+        found = run_suite(victim, split, {"harm": harm})
     assert 255 not in torch.cat(seen)
     assert (found.result.success.value, found.result.success.n) == (1.0, 12)
     assert (found.result.robust.value, found.result.robust.n) == (0.0, 20)
@@ -374,10 +374,10 @@ def test_the_suite_refuses_label_maps_and_what_is_no_image():
     images = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     maps = Split("maps", images, (images[:, 0] > 0.5).long(), ("dark", "light"))
     with Victim(Bright()) as victim, pytest.raises(UserError, match="one label per image"):
-        run_cascade(victim, maps, {"a": nothing})
+        run_suite(victim, maps, {"a": nothing})
     for wrong in (lambda x: x + 1, lambda x: x * torch.nan, lambda x: x[:-1]):
         with Victim(Bright()) as victim, pytest.raises(UserError, match="attack 'odd' returned"):
-            run_cascade(victim, made(), {"odd": lambda victim, x, y, wrong=wrong, **_: wrong(x)})
+            run_suite(victim, made(), {"odd": lambda victim, x, y, wrong=wrong, **_: wrong(x)})
 
 
 def test_label_maps_count_pixels_and_the_images_that_have_some():
@@ -431,7 +431,7 @@ def test_gradients_of_random_models_are_averaged_as_the_audit_says():
     model, split = Counted(), made(20)
     for draws in (2, 7):
         asked.clear()
-        with held(model, dataset(split), (EPS,), pgd_steps=1, gradient_draws=draws) as evidence:
+        with held(model, dataset(split), (EPS,), pgd_steps=1, eot_samples=draws) as evidence:
             per_image.measure(evidence)
         assert sum(asked) == draws * 20
     with Victim(model) as victim:

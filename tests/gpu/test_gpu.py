@@ -14,7 +14,7 @@ from gambeson.defenses import Batch
 from gambeson.threat import Ball
 from gambeson.training.batches import Epoch
 from gambeson.training.loop import Run
-from gambeson.victim import Fast, Victim, predict
+from gambeson.victim import FastPath, Victim, predict
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 
@@ -93,7 +93,7 @@ def test_rates_are_the_cpus(pair, data):
 def test_one_step_is_the_cpus(pair, data, norm):
     """The sign of a gradient near zero may differ, and so may a few pixels; the rest is equal."""
     x, y = batch_of(data)
-    attack = pgd(norm=norm, eps=EPS if norm == "inf" else 0.5, steps=1, step=1.0)
+    attack = pgd(norm=norm, eps=EPS if norm == "inf" else 0.5, steps=1, rel_step_size=1.0)
     here, there = attack(pair[0], x, y), attack(pair[1], x.to(GPU), y.to(GPU)).cpu()
     assert not torch.equal(here, x)
     assert ((here - there).abs() > 1e-4).float().mean() < 0.005
@@ -114,7 +114,7 @@ def test_pgd_does_as_much_harm(pair, data):
 
 
 def test_stochastic_pgd_does_as_much_harm(pair, data):
-    attack = gb.attacks.StochasticPGD(eps=20 / 255, screened=0, steps=30, batch_size=64)
+    attack = gb.attacks.StochasticPGD(eps=20 / 255, probe_starts=0, steps=30, batch_size=64)
     rates = []
     for net in pair:
         found = attack.craft(net, data)
@@ -128,7 +128,7 @@ def test_stochastic_pgd_does_as_much_harm(pair, data):
 
 def test_a_climb_from_zero_is_the_cpus(pair, data):
     """Three steps of a shared perturbation: the same images in the same order on both."""
-    attack = gb.attacks.StochasticPGD(eps=EPS, screened=0, steps=3, batch_size=64, box_gradient="exact")
+    attack = gb.attacks.StochasticPGD(eps=EPS, probe_starts=0, steps=3, batch_size=64, box_gradient="exact")
     here, there = (attack.craft(net, data).delta for net in pair)
     assert ((here - there).abs() > 1e-4).float().mean() < 0.05
     assert here.abs().max() > 0
@@ -171,7 +171,9 @@ def test_jacobian_projection_has_the_exact_norm_as_its_mean(pair, data):
     assert sum(values) / 40 == pytest.approx(float(exact(pair[1], Batch(images=x, labels=y, seed=0)).detach()), rel=0.1)
 
 
-@pytest.mark.parametrize("fast", [False, Fast(), Fast(precision="bfloat16")], ids=["plain", "folded", "bfloat16"])
+@pytest.mark.parametrize(
+    "fast", [False, FastPath(), FastPath(precision="bfloat16")], ids=["plain", "folded", "bfloat16"]
+)
 def test_same_seed_same_bytes_of_an_attack(pair, data, fast):
     x, y = (t.to(GPU) for t in batch_of(data, 64))
     found = []
@@ -183,7 +185,7 @@ def test_same_seed_same_bytes_of_an_attack(pair, data, fast):
 
 
 def test_same_seed_same_bytes_of_a_universal_perturbation(pair, data):
-    attack = gb.attacks.StochasticPGD(eps=EPS, screened=2, screen_steps=5, steps=10)
+    attack = gb.attacks.StochasticPGD(eps=EPS, probe_starts=2, probe_start_steps=5, steps=10)
     one, two = (attack.craft(pair[1], data, seed=4).delta for _ in range(2))
     assert torch.equal(one, two)
 
@@ -212,7 +214,7 @@ def test_modes_and_flags_come_back(pair, data):
     before = [(m.training) for m in net.modules()], [p.requires_grad for p in net.parameters()]
     state = {name: value.clone() for name, value in net.state_dict().items()}
     x, y = (t.to(GPU) for t in batch_of(data))
-    with Victim(net, fast=Fast(precision="bfloat16")) as victim:
+    with Victim(net, fast=FastPath(precision="bfloat16")) as victim:
         pgd()(victim, x, y)
     assert ([(m.training) for m in net.modules()], [p.requires_grad for p in net.parameters()]) == before
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
@@ -293,7 +295,7 @@ def test_the_users_autocast_does_not_break_an_attack(pair, data):
 def test_the_fast_copys_logits_and_gradients_are_the_models(pair, data, precision):
     x, y = (t.to(GPU) for t in batch_of(data, 64))
     found = []
-    for fast in (False, Fast(precision=precision)):
+    for fast in (False, FastPath(precision=precision)):
         with Victim(pair[1], fast=fast) as victim:
             point = x.clone().requires_grad_()
             logits = victim(point)

@@ -16,18 +16,18 @@ from gambeson.auditing import SUITES, AuditResult
 from gambeson.auditing.results import (
     Check,
     Corruption,
-    Draws,
-    Material,
-    PerImage,
+    DataInfo,
+    ModelInfo,
+    PerImageResult,
+    RandomnessResult,
     Restart,
-    Subject,
-    Transferred,
-    Universal,
+    TransferredResult,
+    UniversalResult,
 )
 from gambeson.auditing.verdict import judge
 from gambeson.base import generator, pixel_bytes, save_tensors, write_json, write_yaml
 from gambeson.evaluation import Rate
-from gambeson.evaluation.attack_suite import Round
+from gambeson.evaluation.attack_suite import AttackRound
 from gambeson.evaluation.rates import Control, Cost, EpsUni
 
 GREY = (0.05, 0.1, 0.15, 0.2, 0.3)
@@ -62,7 +62,7 @@ def write_audit(
             for j, (name, draws) in enumerate(CONTROLS.items())
         ]
         points.append(
-            Universal(
+            UniversalResult(
                 eps=eps,
                 norm=norm,
                 uer=Rate.of(errors, TESTS),
@@ -119,7 +119,7 @@ def write_audit(
     ]
     right = Rate.of(clean, TESTS)
     result = AuditResult(
-        subject=Subject(
+        subject=ModelInfo(
             label=label,
             name="lenet",
             parameters=431_080,
@@ -127,12 +127,12 @@ def write_audit(
             defense={"name": label, "eps": 0.2, "term": {"sharedness": 64}},
             epochs=10,
         ),
-        material=Material(name="digits", classes=names, shape=shape, train=4000, validation=500, test=TESTS),
+        material=DataInfo(name="digits", classes=names, shape=shape, train=4000, validation=500, test=TESTS),
         seed=0,
         settings=SUITES["standard"].model_copy(update={"eps": radii, "norm": norm}).plain(),
         clean=right,
         per_image=[
-            PerImage(
+            PerImageResult(
                 attack="pgd",
                 settings={"eps": radii[2], "steps": 40},
                 eps=radii[2],
@@ -145,7 +145,7 @@ def write_audit(
         universal=points,
         eps_uni=found,
         transfer=[
-            Transferred(
+            TransferredResult(
                 source="surrogate (lenet5)",
                 attack=attack,
                 universal=universal,
@@ -160,8 +160,8 @@ def write_audit(
             Corruption(noise=kind, size=radii[2] / (k + 1), error=Rate.of(1000 - clean + 7 * k + 5, TESTS))
             for k, kind in enumerate(("gaussian", "uniform", "salt-and-pepper"))
         ],
-        draws=Draws(
-            draws=20,
+        randomness=RandomnessResult(
+            votes=20,
             mean=0.9213,
             spread=0.0047,
             lowest=0.9112,
@@ -185,18 +185,18 @@ def write_audit(
     return result
 
 
-def _row(eps: float, norm: str, wrong: int, clean: int) -> PerImage:
+def _row(eps: float, norm: str, wrong: int, clean: int) -> PerImageResult:
     """A row of two attacks on 200 images; the worst of all attacks here."""
     after = [max(4, (690 - wrong) // 5), max(0, (690 - wrong) // 5 - 4)]
     before = [clean // 5, after[0]]
-    return PerImage(
+    return PerImageResult(
         attack="standard",
         settings={"apgd-ce": {"eps": eps, "steps": 100}, "square": {"eps": eps, "queries": 5000}},
         eps=eps,
         norm=norm,
         accuracy=Rate.of(after[1], 200),
         rounds=[
-            Round(
+            AttackRound(
                 attack=name,
                 tried=had,
                 broken=had - left,

@@ -10,7 +10,7 @@ from gambeson.attacks import PGD
 from gambeson.base import seeded
 from gambeson.testbed import truth as truths
 from gambeson.testbed.entry import Entry, Networks
-from gambeson.testbed.recipes import HONEST, RECIPES, networks, networks_on
+from gambeson.testbed.recipes import DATASETS, HONEST, networks, networks_on
 from gambeson.testbed.truth import Mean, StraightThrough, measure, python_seeded, towards, ways
 
 ENTRIES = {entry.name: entry for entry in gb.testbed.models("digits")}
@@ -201,4 +201,4 @@ def test_both_generators_come_back():
 
 
 def test_every_network_says_what_it_is():
-    assert all(recipe.about.endswith(".") for recipe in RECIPES.values())
+    assert all(recipe.about.endswith(".") for recipe in DATASETS.values())

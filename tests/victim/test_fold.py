@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import gambeson as gb
-from gambeson.victim import Fast, Victim, folded
+from gambeson.victim import FastPath, Victim, fold_batchnorms
 
 
 def settled(name, channels=3, size=16):
@@ -23,7 +23,7 @@ def test_every_pair_is_folded_and_nothing_else_changes(name, pairs):
     model = settled(name, size=32)
     before = gb.models.fingerprint(model)
     x = torch.rand(4, 3, 32, 32, requires_grad=True)
-    made = folded(model, x[:2].detach())
+    made = fold_batchnorms(model, x[:2].detach())
     view = made.view
     assert len(made.pairs) == pairs
     assert not [module for module in view.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -63,7 +63,7 @@ class Twice(nn.Module):
 def test_where_folding_would_be_wrong_the_copy_stays_unfolded(kind):
     model = kind().eval()
     x = torch.rand(3, 1, 5, 5)
-    view, pairs = folded(model, x).view, len(folded(model, x).pairs)
+    view, pairs = fold_batchnorms(model, x).view, len(fold_batchnorms(model, x).pairs)
     assert pairs == 0
     assert torch.equal(view(x), model(x))
 
@@ -73,7 +73,7 @@ def test_a_fast_victim_gives_the_same_logits_and_scores_come_from_the_model():
     x = torch.rand(6, 3, 16, 16)
     with Victim(model, fast=True) as victim, Victim(copy.deepcopy(model)) as plain:
         torch.testing.assert_close(victim(x), plain(x), rtol=1e-4, atol=1e-5)
-        assert torch.equal(victim.exact(x), plain(x))
+        assert torch.equal(victim.forward_original(x), plain(x))
         assert victim.notes == "a copy with 19 BatchNorms folded, channels last"
         assert victim.forwards == 12
         images = x.clone().requires_grad_()
@@ -105,41 +105,41 @@ def test_weights_may_change_between_two_uses():
         model.body.bn1.weight.mul_(2)
     with victim:
         assert not torch.allclose(victim(x), before)
-        torch.testing.assert_close(victim(x), victim.exact(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(victim(x), victim.forward_original(x), rtol=1e-4, atol=1e-5)
 
 
 def test_the_copy_follows_the_weights_and_is_made_again_when_the_model_changes():
     model = settled("resnet20x0.25")
     x = torch.rand(4, 3, 16, 16)
-    first = folded(model, x)
+    first = fold_batchnorms(model, x)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.is_floating_point():
                 tensor.add_(0.1 * torch.rand_like(tensor))
-    again = folded(model, x)
+    again = fold_batchnorms(model, x)
     assert again is first
     torch.testing.assert_close(again.view(x), model(x), rtol=1e-4, atol=1e-4)
     model.body.fc = nn.Sequential(model.body.fc, nn.ReLU())
-    other = folded(model, x)
+    other = fold_batchnorms(model, x)
     assert other is not first
     torch.testing.assert_close(other.view(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_lower_precision_is_said_and_stays_near():
     model, x = settled("resnet20x0.25"), torch.rand(4, 3, 16, 16)
-    with Victim(model, fast=Fast(precision="bfloat16")) as victim:
+    with Victim(model, fast=FastPath(precision="bfloat16")) as victim:
         logits = victim(x)
         assert "bfloat16" in victim.notes
         assert logits.dtype == torch.float32
         assert 0 < (logits - model(x)).norm() < 0.05 * model(x).norm()
-        assert torch.equal(victim.exact(x), model(x))
+        assert torch.equal(victim.forward_original(x), model(x))
 
 
 def test_compiled_or_not_the_answer_is_the_same_and_the_notes_say_which(monkeypatch):
     model, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)), torch.rand(2, 1, 4, 4)
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda view, mode: real(view, backend="aot_eager"))  # in a second, not thirty
-    with Victim(model, fast=Fast(compile=True)) as victim:
+    with Victim(model, fast=FastPath(compile=True)) as victim:
         torch.testing.assert_close(victim(x), model(x))
         assert victim.notes.endswith(", compiled")
 
@@ -150,7 +150,7 @@ def test_compiled_or_not_the_answer_is_the_same_and_the_notes_say_which(monkeypa
         return call
 
     monkeypatch.setattr(torch, "compile", refuse)
-    with Victim(model, fast=Fast(compile=True)) as victim:
+    with Victim(model, fast=FastPath(compile=True)) as victim:
         torch.testing.assert_close(victim(x), model(x))
         assert "not compiled (RuntimeError)" in victim.notes
 

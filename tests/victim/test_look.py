@@ -7,7 +7,7 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import FGSM, PGD, StochasticPGD
-from gambeson.victim import Victim, look_at
+from gambeson.victim import Victim, inspect_model
 from tests.conftest import LinearNet, inner_images
 
 
@@ -34,20 +34,20 @@ class Noisy(nn.Module):
 
 def test_look_tells_random_from_repeatable_models():
     x = torch.rand(4, 1, 2, 3)
-    assert not look_at(net(), x).stochastic
-    own, shared = (look_at(Noisy(torch.ones(6), 0.1, shared), x) for shared in (False, True))
+    assert not inspect_model(net(), x).stochastic
+    own, shared = (inspect_model(Noisy(torch.ones(6), 0.1, shared), x) for shared in (False, True))
     assert (own.stochastic, own.shared) == (True, False)
     assert (shared.stochastic, shared.shared) == (True, True)
     state = torch.get_rng_state()
-    look_at(Noisy(torch.ones(6), 0.1), x)
+    inspect_model(Noisy(torch.ones(6), 0.1), x)
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_a_deterministic_attack_on_a_random_model_refuses():
     x, y = inner_images(2, (1, 2, 3)), torch.tensor([0, 1])
-    with pytest.raises(UserError, match="the model is random .* set draws=20"):
+    with pytest.raises(UserError, match="the model is random .* set eot_samples=20"):
         PGD(eps=0.1)(Noisy(torch.ones(6), 0.5), x, y)
-    assert PGD(eps=0.1, draws=1)(Noisy(torch.ones(6), 0.5), x, y).shape == x.shape
+    assert PGD(eps=0.1, eot_samples=1)(Noisy(torch.ones(6), 0.5), x, y).shape == x.shape
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -57,7 +57,7 @@ def test_averaging_over_draws_finds_what_one_draw_misses(shared):
     x, y = inner_images(8, (1, 8, 8)), torch.zeros(8, dtype=torch.long)
 
     def reached(draws):
-        moved = FGSM(eps=0.05, loss="margin", draws=draws)(Noisy(w, 3.0, shared), x, y, seed=1)
+        moved = FGSM(eps=0.05, loss="margin", eot_samples=draws)(Noisy(w, 3.0, shared), x, y, seed=1)
         return float(-((moved - x).flatten(1) @ w).mean() / (0.05 * w.abs().sum()))
 
     assert reached(1) < 0.6
@@ -69,16 +69,16 @@ def test_draws_are_counted_and_made_in_one_forward_where_they_can():
     for shared, calls in ((False, 1), (True, 5)):
         model = Noisy(torch.ones(6), 0.1, shared)
         with Victim(model) as victim:
-            victim.meet(x)
+            victim.inspect(x)
             looked = model.calls
-            PGD(eps=0.1, steps=2, draws=5)(victim, x, y)
+            PGD(eps=0.1, steps=2, eot_samples=5)(victim, x, y)
             assert (victim.forwards, victim.backwards) == (30, 30)
             assert model.calls - looked == 2 * calls
 
 
 def test_draws_of_a_repeatable_model_change_nothing():
     x, y = inner_images(3, (1, 2, 3)), torch.tensor([0, 1, 2])
-    one, many = (FGSM(eps=0.1, draws=draws)(net(), x, y) for draws in (None, 7))
+    one, many = (FGSM(eps=0.1, eot_samples=draws)(net(), x, y) for draws in (None, 7))
     assert torch.equal(one, many)
 
 
@@ -92,7 +92,7 @@ def test_same_seed_same_draws(trained, digits):
             return self.model(nn.functional.dropout(x, 0.2, training=True))
 
     x, y = digits.test.take(slice(0, 20), "cpu")
-    first, second, other = (PGD(eps=0.1, steps=3, draws=4)(Dropped(), x, y, seed=s) for s in (1, 1, 2))
+    first, second, other = (PGD(eps=0.1, steps=3, eot_samples=4)(Dropped(), x, y, seed=s) for s in (1, 1, 2))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
 

@@ -53,7 +53,7 @@ def linearise(model: Source, data: Any, perturbations: torch.Tensor) -> Linear:
             line = Linearised(victim, images)
             change = torch.stack([line.push(delta[None]) for delta in deltas])
             with torch.no_grad():
-                truth = torch.stack([victim.exact(perturb(images, delta[None])) for delta in deltas])
+                truth = torch.stack([victim.forward_original(perturb(images, delta[None])) for delta in deltas])
             moved = line.logits + change
             parts.append(
                 (

@@ -193,7 +193,7 @@ def loss_surface(
             for first in steps.tolist():
                 for second in steps.tolist():
                     move = first * g + second * side
-                    logits = victim.exact(perturb(images, move) if clip else images + move)
+                    logits = victim.forward_original(perturb(images, move) if clip else images + move)
                     losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
                     wrongs.append(predicted(logits) != labels)
     shape = (len(images), points, points)

@@ -190,7 +190,7 @@ class MeanLogits(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the mean logits (N, K) of pixels (N, C, H, W)."""
-        return torch.stack([member.exact(images) for member in self._members]).mean(0)
+        return torch.stack([member.forward_original(images) for member in self._members]).mean(0)
 
 
 def diversity_gain(members: Sequence[Source], images: torch.Tensor) -> torch.Tensor:

@@ -117,7 +117,7 @@ def adversarial_subspace(
                 hits, clipped = torch.zeros_like(counts[row]), []
                 for direction in directions(g, ball, k, draw):
                     moved = perturb(images, direction)
-                    hits += predicted(victim.exact(moved)) != labels
+                    hits += predicted(victim.forward_original(moved)) != labels
                     clipped.append((moved - images).flatten(1))
                 counts[row] = torch.maximum(counts[row], hits)
                 if turn == 0:

@@ -9,24 +9,25 @@ from gambeson.attacks.minimal_norm.carlini_wagner import CarliniWagner
 from gambeson.attacks.minimal_norm.deepfool import DeepFool
 from gambeson.attacks.query.base import Queries, QueryAttack
 from gambeson.attacks.query.nes import NES, SPSA
-from gambeson.attacks.query.one_pixel import FewPixel
+from gambeson.attacks.query.one_pixel import OnePixel
 from gambeson.attacks.query.square import RandomSearch, Square
 from gambeson.attacks.registry import Name, canonical, create, names, register, require_kind
-from gambeson.attacks.solver import Ascent, NotFinite
-from gambeson.attacks.universal.base import Candidate, UniversalAttack, Workshop
+from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
+from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
 from gambeson.attacks.universal.controls import CONTROLS, MORE_CONTROLS, control
 from gambeson.attacks.universal.data_free import DataFree
 from gambeson.attacks.universal.deepfool_uap import DeepFoolUAP
-from gambeson.attacks.universal.df_uap import BoundedLogit
+from gambeson.attacks.universal.df_uap import DFUAP
 from gambeson.attacks.universal.perturbation import UniversalPerturbation
 from gambeson.attacks.universal.procedural import GaborNoise, PerlinNoise
 from gambeson.attacks.universal.sga import SGA
 from gambeson.attacks.universal.singular_vector import SingularVector
 from gambeson.attacks.universal.stochastic_pgd import ClasswiseStochasticPGD, StochasticPGD
-from gambeson.victim.averaged import Average, Ensemble, Source
+from gambeson.victim.averaged import Average, ModelAverage, Source
 
 __all__ = [
     "CONTROLS",
+    "DFUAP",
     "FGSM",
     "IFGSM",
     "MORE_CONTROLS",
@@ -36,28 +37,28 @@ __all__ = [
     "SGA",
     "SPSA",
     "TRANSFER",
-    "Ascent",
     "AutoPGD",
     "Average",
-    "BoundedLogit",
     "Candidate",
     "CarliniWagner",
     "ClasswiseStochasticPGD",
+    "CraftingContext",
     "DataFree",
     "DeepFool",
     "DeepFoolUAP",
     "Diversity",
-    "Ensemble",
-    "FewPixel",
     "GaborNoise",
     "GradientAttack",
     "IterLL",
     "L1AutoPGD",
     "Loss",
     "LossName",
+    "ModelAverage",
     "Name",
-    "NotFinite",
+    "NonFiniteGradientError",
+    "OnePixel",
     "PerlinNoise",
+    "ProjectedGradient",
     "Queries",
     "QueryAttack",
     "RStepLL",
@@ -72,7 +73,6 @@ __all__ = [
     "TargetedAutoPGD",
     "UniversalAttack",
     "UniversalPerturbation",
-    "Workshop",
     "canonical",
     "control",
     "create",

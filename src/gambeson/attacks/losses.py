@@ -98,7 +98,7 @@ def image_means(answers: torch.Tensor, labels: torch.Tensor, ignore_index: int |
     return answers.flatten(1).sum(1) / counts.flatten(1).sum(1).clamp(min=1)
 
 
-def fallen(
+def is_adversarial(
     logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None, *, targeted: bool = False
 ) -> torch.Tensor:
     """Whether an attack has succeeded on an image, shape (N,).
@@ -123,7 +123,7 @@ class Loss(Config):
     """Answers whose loss is beyond this have no gradient, so that the effort goes to those not yet fooled
     (Mummadi et al. 2019: -log 0.2 of cross-entropy). It acts per answer, before any mean. For a targeted
     attack it is the floor of the loss below which an answer counts as reached."""
-    truncate_right: bool = True
+    truncate_correct: bool = True
     """Whether it holds for answers that are still right, too, as in the paper. Of many classes, or with a high
     temperature, the truth is unlikely long before another class is likelier."""
 
@@ -163,7 +163,7 @@ class Loss(Config):
             answers = -(answers if self.truncate is None else answers.clamp(min=self.truncate))
         elif self.truncate is not None:
             cut = answers.clamp(max=self.truncate)
-            answers = cut if self.truncate_right else torch.where(logits.argmax(1) == labels, answers, cut)
+            answers = cut if self.truncate_correct else torch.where(logits.argmax(1) == labels, answers, cut)
         if counts is None:
             return image_means(answers, labels)
         return image_means(answers.where(counts, 0), labels.where(counts, IGNORE), IGNORE)

@@ -12,7 +12,7 @@ from gambeson.attacks.losses import Loss
 from gambeson.base import UserError
 from gambeson.threat import Ball, BoxGradient, perturb
 from gambeson.victim import Victim
-from gambeson.victim.averaged import Several
+from gambeson.victim.averaged import AveragedVictim
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Adam:
         return Adam(self.mean[rows], self.square[rows], self.betas, self.count)
 
 
-class NotFinite(UserError):
+class NonFiniteGradientError(UserError):
     """The model's gradient is NaN or infinite.
 
     Attributes:
@@ -53,18 +53,18 @@ class NotFinite(UserError):
     found: torch.Tensor | None = None
 
 
-def slope(
+def input_gradient(
     victim: Victim, value: torch.Tensor, point: torch.Tensor, images: int, number: int | None = None
 ) -> torch.Tensor:
     """Return the gradient of a scalar at ``point``, counted as one backward of so many images.
 
     Raises:
-        NotFinite: it is not finite; ``number``, where given, is the step that the message names.
+        NonFiniteGradientError: it is not finite; ``number``, where given, is the step that the message names.
     """
     gradient = victim.gradient(value, point, images)
     if not torch.isfinite(gradient.sum()):
         where = "" if number is None else f" at step {number}"
-        raise NotFinite(
+        raise NonFiniteGradientError(
             f"the model's gradient is NaN or infinite{where}: no attack can follow it; "
             "check the model's weights and outputs"
         )
@@ -78,7 +78,7 @@ def cosine(steps: int, first: float, last: float) -> list[float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ascent:
+class ProjectedGradient:
     """Projected gradient ascent in a ball, on one victim, for one loss."""
 
     victim: Victim
@@ -144,12 +144,12 @@ class Ascent:
             The new delta, inside the ball, and the logits before the step.
 
         Raises:
-            NotFinite: the gradient is not finite.
+            NonFiniteGradientError: the gradient is not finite.
         """
-        gradient, logits = self.look(delta, images, labels)
-        return self.move(delta, images, gradient, length), logits
+        gradient, logits = self.gradient(delta, images, labels)
+        return self.step_along(delta, images, gradient, length), logits
 
-    def look(
+    def gradient(
         self,
         delta: torch.Tensor,
         images: torch.Tensor,
@@ -170,7 +170,7 @@ class Ascent:
             number: of the step, counted from 1, for the error message.
 
         Raises:
-            NotFinite: the gradient is not finite.
+            NonFiniteGradientError: the gradient is not finite.
         """
         with torch.enable_grad():  # an attack called under no_grad still needs gradients
             if self.per_image:
@@ -180,11 +180,11 @@ class Ascent:
             else:
                 point = delta.detach().requires_grad_()
                 moved = perturb(images, point, self.box_gradient)
-            logits, values = self.answer(moved if view is None else view(moved), labels, truth)
-            gradient = slope(self.victim, values.sum(), point, len(images), number)
+            logits, values = self.forward(moved if view is None else view(moved), labels, truth)
+            gradient = input_gradient(self.victim, values.sum(), point, len(images), number)
         return gradient, logits.detach()
 
-    def values(
+    def losses(
         self,
         delta: torch.Tensor,
         images: torch.Tensor,
@@ -194,10 +194,10 @@ class Ascent:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of each image (N,) and the logits: one forward, without a gradient."""
         with torch.no_grad():
-            logits, values = self.answer(perturb(images, delta), labels, truth)
+            logits, values = self.forward(perturb(images, delta), labels, truth)
         return values, logits
 
-    def move(
+    def step_along(
         self, delta: torch.Tensor, images: torch.Tensor, gradient: torch.Tensor, length: float | torch.Tensor
     ) -> torch.Tensor:
         """Return ``delta`` after a step of ``length`` (pixel units; a number or (R, 1, 1, 1)) up ``gradient``.
@@ -229,16 +229,16 @@ class Ascent:
             delta, _ = self.step(delta, images, labels, length)
         return delta
 
-    def answer(
+    def forward(
         self, moved: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits of images that are perturbed already, and the loss of each (N,)."""
-        if not (isinstance(self.victim, Several) and self.victim.average == "losses"):
+        if not (isinstance(self.victim, AveragedVictim) and self.victim.average == "losses"):
             logits = self.victim(moved)
             return logits, self.loss(logits, labels, self.ignore_index, truth)
         each = self.victim.each(moved)
         values = torch.stack([self.loss(logits, labels, self.ignore_index, truth) for logits in each])
-        return self.victim.joined(each), values.mean(0)
+        return self.victim.combine(each), values.mean(0)
 
     @property
     def _at_once(self) -> bool:

@@ -1,7 +1,7 @@
 """The audit: is this model broken by one pattern, and can the answer be trusted?"""
 
 from gambeson.auditing.audit import Audit, audit
-from gambeson.auditing.context import Evidence
+from gambeson.auditing.context import AuditContext
 from gambeson.auditing.cost import AuditPlan
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, Finding, register
 from gambeson.auditing.results import AuditResult, Check, Verdict
@@ -12,12 +12,12 @@ __all__ = [
     "DIAGNOSTICS",
     "SUITES",
     "Audit",
+    "AuditContext",
     "AuditPlan",
     "AuditResult",
     "AuditRun",
     "Check",
     "Diagnostic",
-    "Evidence",
     "Finding",
     "Suite",
     "Verdict",

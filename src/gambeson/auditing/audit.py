@@ -12,20 +12,20 @@ from torch import nn
 
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing import temperature
-from gambeson.auditing.checkpoint import Stages
-from gambeson.auditing.context import Evidence
+from gambeson.auditing.checkpoint import Checkpoints
+from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, get
 from gambeson.auditing.results import (
     AuditResult,
     Check,
     Corruption,
-    Draws,
-    Material,
-    PerImage,
+    DataInfo,
+    ModelInfo,
+    PerImageResult,
+    RandomnessResult,
     Slopes,
-    Subject,
-    Transferred,
-    Universal,
+    TransferredResult,
+    UniversalResult,
     Verdict,
 )
 from gambeson.auditing.stages import black_box as boxes
@@ -126,27 +126,27 @@ def audit(
     diagnostics = _diagnostics(suite)
     folder = None if out is None else Path(out)
     black_box = isinstance(model, BlackBox)
-    stages, notes = Stages(folder, seed), list[str]()
+    stages, notes = Checkpoints(folder, seed), list[str]()
     if suite.budget is not None and not black_box:
         raise UserError("a budget counts what a black box is asked, and this model is none: leave suite.budget out")
     with Victim(model, fast=not black_box) as victim:
         if isinstance(model, BlackBox):
-            suite, dataset, notes = boxes.meet(victim, model, suite, dataset, stages, folder)
+            suite, dataset, notes = boxes.inspect(victim, model, suite, dataset, stages, folder)
         reported, twice = _reported(dataset, suite, seed, victim.device)
-        look = victim.meet(reported.test.take(slice(0, 8), victim.device)[0], scores=black_box)
-        victim.passes = suite.draws if look.stochastic else 1
+        look = victim.inspect(reported.test.take(slice(0, 8), victim.device)[0], scores=black_box)
+        victim.votes = suite.votes if look.stochastic else 1
         if not black_box:
             victim.temperature = temperature.temperature(victim, reported.validation, seed)
         if black_box:  # what was paid for is kept
             predictions = torch.tensor(stages.do("clean", list[int], lambda: predict(victim, reported.test).tolist()))
         else:
             predictions = predict(victim, reported.test)
-        evidence = Evidence(
+        context = AuditContext(
             victim=victim,
             data=reported,
             suite=suite,
             seed=seed,
-            subject=Subject(
+            subject=ModelInfo(
                 label=label,
                 name=getattr(getattr(model, "card", None), "name", type(model).__name__),
                 parameters=count_parameters(model),
@@ -159,7 +159,7 @@ def audit(
             clean=accuracy_rate(score(predictions, reported.test)),
             predictions=predictions,
         )
-        return _Auditor(evidence, folder, stages, [*notes, *twice], diagnostics).run()
+        return _Auditor(context, folder, stages, [*notes, *twice], diagnostics).run()
 
 
 def _diagnostics(suite: Suite) -> list[Diagnostic]:
@@ -204,115 +204,115 @@ class _Auditor:
 
     def __init__(
         self,
-        evidence: Evidence,
+        context: AuditContext,
         folder: Path | None,
-        stages: Stages,
+        stages: Checkpoints,
         notes: list[str],
         diagnostics: list[Diagnostic],
     ) -> None:
-        self.evidence, self.folder, self.stages, self.notes = evidence, folder, stages, notes
+        self.context, self.folder, self.stages, self.notes = context, folder, stages, notes
         self.diagnostics = diagnostics
 
     def run(self) -> Audit:
-        evidence, stages, do, folder = self.evidence, self.stages, self.stages.afford, self.folder
-        with task(f"audit {evidence.subject.label}", len(evidence.suite.eps) + 7 + len(self.diagnostics)) as advance:
-            model = evidence.victim.model
-            evidence.surrogate, source = surrogate.obtain(
-                evidence.suite, evidence.data, model, folder, stages, evidence.seed
+        context, stages, do, folder = self.context, self.stages, self.stages.afford, self.folder
+        with task(f"audit {context.subject.label}", len(context.suite.eps) + 7 + len(self.diagnostics)) as advance:
+            model = context.victim.model
+            context.surrogate, source = surrogate.obtain(
+                context.suite, context.data, model, folder, stages, context.seed
             )
             advance()
-            evidence.draws = do("draws", Draws | None, lambda: randomness.measure(evidence), None)
+            context.randomness = do("randomness", RandomnessResult | None, lambda: randomness.measure(context), None)
             advance()
-            for eps in evidence.suite.eps:
-                craft = partial(universal.craft_point, evidence, eps, self.folder)
-                point = do(universal.file_of(eps), Universal | None, craft, None)
+            for eps in context.suite.eps:
+                craft = partial(universal.craft_point, context, eps, self.folder)
+                point = do(universal.file_of(eps), UniversalResult | None, craft, None)
                 if point is None:
                     break
                 self._recall(eps)
-                evidence.universal.append(point)
+                context.universal.append(point)
                 advance()
-            universal.end_curve(evidence)
-            found = do("eps-uni", EpsUni | None, lambda: universal.search_eps_uni(evidence), None)
-            found = found or universal.search_eps_uni(evidence, runs=0)
-            each = do("eps-adv", EpsAdv | None, lambda: universal.search_eps_adv(evidence), None)
+            universal.end_curve(context)
+            found = do("eps-uni", EpsUni | None, lambda: universal.search_eps_uni(context), None)
+            found = found or universal.search_eps_uni(context, runs=0)
+            each = do("eps-adv", EpsAdv | None, lambda: universal.search_eps_adv(context), None)
             advance()
-            evidence.per_image = do("per-image", list[PerImage], lambda: per_image.measure(evidence), [])
+            context.per_image = do("per-image", list[PerImageResult], lambda: per_image.measure(context), [])
             advance()
-            evidence.transfer = do("transfer", list[Transferred], lambda: transfer.measure(evidence), [])
+            context.transfer = do("transfer", list[TransferredResult], lambda: transfer.measure(context), [])
             advance()
-            noise = do("corruption", list[Corruption], lambda: corruption.measure(evidence), list[Corruption]())
+            noise = do("corruption", list[Corruption], lambda: corruption.measure(context), list[Corruption]())
             advance()
             sloped = stages.do("slopes", Slopes | None, self._slopes)
             advance()
             checks = []
             for diagnostic in self.diagnostics:
                 blank = Check(name=diagnostic.name, passed=None, detail="the budget was spent")
-                checks.append(do(f"check {diagnostic.name}", Check, partial(diagnostic.check, evidence), blank))
+                checks.append(do(f"check {diagnostic.name}", Check, partial(diagnostic.check, context), blank))
                 advance()
         if folder is not None:
-            uap = evidence.uaps[evidence.eps]
-            do("examples", None, lambda: save_examples(folder, evidence.victim, evidence.data, uap), None)
-        without = [source.left_out, per_image.left_out(evidence)]
-        parts: list[Universal | PerImage | Transferred | Slopes | EpsAdv] = [each] if each else []
-        parts += [*evidence.universal, *evidence.per_image, *evidence.transfer, *([sloped] if sloped else [])]
+            uap = context.uaps[context.eps]
+            do("examples", None, lambda: save_examples(folder, context.victim, context.data, uap), None)
+        without = [source.left_out, per_image.left_out(context)]
+        parts: list[UniversalResult | PerImageResult | TransferredResult | Slopes | EpsAdv] = [each] if each else []
+        parts += [*context.universal, *context.per_image, *context.transfer, *([sloped] if sloped else [])]
         result = AuditResult(
-            subject=evidence.subject,
-            material=Material.of(evidence.data),
-            seed=evidence.seed,
-            settings=evidence.suite.plain(),
-            clean=evidence.clean,
-            temperature=evidence.victim.temperature,
-            per_image=evidence.per_image,
-            universal=evidence.universal,
+            subject=context.subject,
+            material=DataInfo.of(context.data),
+            seed=context.seed,
+            settings=context.suite.plain(),
+            clean=context.clean,
+            temperature=context.victim.temperature,
+            per_image=context.per_image,
+            universal=context.universal,
             eps_uni=found,
             eps_adv=each,
-            transfer=evidence.transfer,
+            transfer=context.transfer,
             surrogate=source,
             corruption=noise,
-            draws=evidence.draws,
+            randomness=context.randomness,
             slopes=sloped,
             checks=checks,
             notes=[*self.notes, *stages.left_out, *boxes.remarks(model), *filter(None, without)],
             verdict=judge(
-                evidence.clean,
-                evidence.universal,
+                context.clean,
+                context.universal,
                 found,
                 checks,
-                per_image=evidence.per_image,
-                transfer=evidence.transfer,
-                subject=evidence.subject,
-                draws=evidence.draws,
+                per_image=context.per_image,
+                transfer=context.transfer,
+                subject=context.subject,
+                randomness=context.randomness,
                 each=each,
             ),
             cost=sum((part.cost for part in parts), found.cost),
-            environment=environment(evidence.victim.device),
+            environment=environment(context.victim.device),
         )
         if self.folder is not None:
             result.save(self.folder)
         if isinstance(model, BlackBox):
             model.settle()
-        return Audit(result, [evidence.uaps[eps] for eps in evidence.suite.eps])
+        return Audit(result, [context.uaps[eps] for eps in context.suite.eps])
 
     def _slopes(self) -> Slopes | None:
-        evidence = self.evidence
-        deltas = {eps: uap.delta for eps, uap in evidence.uaps.items()}
+        context = self.context
+        deltas = {eps: uap.delta for eps, uap in context.uaps.items()}
         return jacobian.measure(
-            evidence.victim,
-            evidence.sample,
+            context.victim,
+            context.sample,
             deltas,
-            evidence.suite,
-            eps=evidence.eps,
-            seed=evidence.seed,
+            context.suite,
+            eps=context.eps,
+            seed=context.seed,
             folder=self.folder,
         )
 
     def _recall(self, eps: float) -> None:
         """Load the perturbation of a stage that was kept."""
-        evidence = self.evidence
-        if eps in evidence.uaps:
+        context = self.context
+        if eps in context.uaps:
             return
         if self.folder is None:
             raise AssertionError("a stage can only be kept in a folder")
-        universal.recall(evidence, eps, self.folder)
-        if fingerprint(evidence.victim.model) not in evidence.uaps[eps].about.model.split("+"):
+        universal.recall(context, eps, self.folder)
+        if fingerprint(context.victim.model) not in context.uaps[eps].about.model.split("+"):
             raise UserError(f"{self.folder} holds the audit of another model: choose another --out")

@@ -15,7 +15,7 @@ from gambeson.evaluation import BudgetSpent
 ResultT = TypeVar("ResultT")
 
 
-class Stages:
+class Checkpoints:
     """Results by name; with a folder they survive the process.
 
     Inside a stage, torch's global generators are those of the seed and the stage's name alone: a random model draws

@@ -12,7 +12,7 @@ from torch import nn
 
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.outcome import AsFarAsFinite
-from gambeson.auditing.results import Draws, PerImage, Subject, Transferred, Universal
+from gambeson.auditing.results import ModelInfo, PerImageResult, RandomnessResult, TransferredResult, UniversalResult
 from gambeson.auditing.suite import Suite
 from gambeson.auditing.temperature import temperature
 from gambeson.data import Dataset, Split
@@ -24,8 +24,8 @@ from gambeson.victim import Victim
 
 
 @dataclass
-class Evidence:
-    """One audit under way. Stages add to it, in order; diagnostics read it and may ask the victim for more."""
+class AuditContext:
+    """One audit under way. Checkpoints add to it, in order; diagnostics read it and may ask the victim for more."""
 
     victim: Victim
     """The model, inside its context, and met."""
@@ -33,7 +33,7 @@ class Evidence:
     """Its test split holds the images that are reported on."""
     suite: Suite
     seed: int
-    subject: Subject
+    subject: ModelInfo
     clean: Rate
     """Accuracy on clean test images."""
     predictions: torch.Tensor
@@ -44,10 +44,10 @@ class Evidence:
     """The crafted perturbation of an eps where another one took its place."""
     errors: dict[float, ImageErrors] = field(default_factory=dict)
     """Errors of each test image under the perturbations, by eps."""
-    universal: list[Universal] = field(default_factory=list)
-    per_image: list[PerImage] = field(default_factory=list)
-    transfer: list[Transferred] = field(default_factory=list)
-    draws: Draws | None = None
+    universal: list[UniversalResult] = field(default_factory=list)
+    per_image: list[PerImageResult] = field(default_factory=list)
+    transfer: list[TransferredResult] = field(default_factory=list)
+    randomness: RandomnessResult | None = None
     surrogate: nn.Module | None = None
     """A model of the same data, to craft on what is tried on this one; None where there is none."""
     borrowed: dict[float, UniversalPerturbation] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Evidence:
         return self.suite.eps[len(self.suite.eps) // 2]
 
     @property
-    def middle(self) -> Universal:
+    def middle(self) -> UniversalResult:
         """The perturbation of the middle eps."""
         return self.universal[len(self.universal) // 2]
 
@@ -114,7 +114,7 @@ class Evidence:
     def averaged(self, attack: AttackT) -> AttackT:
         """Return an attack whose gradients are averaged over the suite's number of draws where the model is random."""
         images, _ = self.test.take(slice(0, 8), self.victim.device)
-        return averaged(attack, self.victim, images, self.suite.gradient_draws)
+        return averaged(attack, self.victim, images, self.suite.eot_samples)
 
     @contextmanager
     def unscaled(self) -> Iterator[None]:

@@ -221,11 +221,11 @@ def plan(model: nn.Module, data: Dataset, suite: Suite, seed: int = 0) -> AuditP
     few = data.train.sample(_BATCH, seed=seed)
     with Victim(model, fast=True) as victim, seeded(seed, "plan"):
         images, _ = few.take(slice(None), victim.device)
-        random = victim.meet(images[:8]).stochastic
+        random = victim.inspect(images[:8]).stochastic
 
         def forward() -> None:
             with torch.no_grad():
-                victim.exact(images)
+                victim.forward_original(images)
 
         def gradient() -> None:
             point = images.clone().requires_grad_()
@@ -256,12 +256,15 @@ def _median(work: Callable[[], None], device: torch.device) -> float:
 def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
     test = min(len(data.test), suite.test_images or len(data.test))
     held = min(len(data.validation), suite.validation_images or len(data.validation))
-    sample, passes = min(suite.sample, len(data.test)), suite.draws if random else 1
-    draws = suite.gradient_draws if random else 1
+    sample, votes = min(suite.sample, len(data.test)), suite.votes if random else 1
+    eot_samples = suite.eot_samples if random else 1
     attack = suite.universal(suite.eps[0])
-    climb, screen = attack.steps * attack.batch_size, attack.screened * attack.screen_steps * attack.screen_batch
-    screened = attack.screened * min(attack.screen_images, held)
-    points, restarts = len(suite.eps), min(attack.restarts, attack.screened or attack.restarts)
+    climb, screen = (
+        attack.steps * attack.batch_size,
+        attack.probe_starts * attack.probe_start_steps * attack.probe_start_batch,
+    )
+    probe_starts = attack.probe_starts * min(attack.probe_start_images, held)
+    points, restarts = len(suite.eps), min(attack.restarts, attack.probe_starts or attack.restarts)
     climbs = points * restarts + points - 1  # from the second eps on the eps before is one start more
     trials = _TRIALS if suite.eps_uni_runs is None else suite.eps_uni_runs
     ranked = suite.patterns_of_controls * min(RANKED, held) + 2 * held  # what stands for an eps is chosen on validation
@@ -271,30 +274,31 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
     return (
         Part(
             name="universal curve",
-            forwards=passes * (points * (screened + scored) + climbs * held),
+            forwards=votes * (points * (probe_starts + scored) + climbs * held),
             gradients=points * screen + climbs * climb,
         ),
         Part(
             name="eps_uni",
-            forwards=passes * (trials * (screened + 3 * held + test + ranked + trials * min(RANKED, held)) + 12 * test),
+            forwards=votes
+            * (trials * (probe_starts + 3 * held + test + ranked + trials * min(RANKED, held)) + 12 * test),
             gradients=trials * (screen + 2 * climb),
         ),
         Part(
             name="eps_adv",
-            forwards=passes * sample * 2 * _TRIALS * suite.eps_adv,
-            gradients=draws * sample * suite.pgd_steps * _TRIALS * suite.eps_adv,
+            forwards=votes * sample * 2 * _TRIALS * suite.eps_adv,
+            gradients=eot_samples * sample * suite.pgd_steps * _TRIALS * suite.eps_adv,
         ),
-        Part(name="PGD, image by image", forwards=passes * test, gradients=draws * test * steps),
-        Part(name="row of attacks", forwards=passes * row * suite.row_queries, gradients=draws * row * _ROW),
+        Part(name="PGD, image by image", forwards=votes * test, gradients=eot_samples * test * steps),
+        Part(name="row of attacks", forwards=votes * row * suite.row_queries, gradients=eot_samples * row * _ROW),
         Part(
             name="transfer and noise",
-            forwards=passes * (2 * suite.transfer_images + test * (1 + 3 * len(suite.noise_sizes))),
+            forwards=votes * (2 * suite.transfer_images + test * (1 + 3 * len(suite.noise_sizes))),
             gradients=0,
         ),
         Part(name="slopes", forwards=4 * suite.slope_backwards, gradients=3 * suite.slope_backwards),
         Part(
             name="diagnostics",
-            forwards=passes * sample * (suite.queries + 100),
-            gradients=draws * sample * _ATTACKS * min(20, suite.pgd_steps),
+            forwards=votes * sample * (suite.queries + 100),
+            gradients=eot_samples * sample * _ATTACKS * min(20, suite.pgd_steps),
         ),
     )

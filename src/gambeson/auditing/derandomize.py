@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Means(TorchDispatchMode):
+class Derandomize(TorchDispatchMode):
     """Inside, what torch draws at random is the mean of its distribution; gradients flow as ever.
 
     So dropout keeps all of its input, Gaussian noise is zero, and a random size or place is the middle one. A draw

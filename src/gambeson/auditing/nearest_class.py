@@ -10,7 +10,7 @@ from gambeson.threat import Ball, perturb
 from gambeson.victim import Victim
 
 
-class Towards:
+class NearestClass:
     """Move each image as far as the ball allows towards the nearest images of other classes, one after the other.
 
     What is kept is the move with the largest loss. A model that compares images with what it knows (nearest
@@ -47,7 +47,7 @@ class Towards:
         best = torch.full((len(x),), -torch.inf, device=x.device)
         for nearest in order.T:
             moved = perturb(x, self.ball.project(images[nearest] - x))
-            value = loss(model.exact(moved), y, ignore_index)
+            value = loss(model.forward_original(moved), y, ignore_index)
             better = value > best
             kept[better], best = moved[better], torch.maximum(value, best)
         return kept

@@ -7,7 +7,7 @@ from math import sqrt
 
 import torch
 
-from gambeson.attacks import NotFinite
+from gambeson.attacks import NonFiniteGradientError
 from gambeson.evaluation.outcome import ImageAttack, Outcome
 from gambeson.victim import Victim
 
@@ -17,7 +17,7 @@ one audit seldom cry wolf. Ours."""
 
 
 @dataclass(frozen=True)
-class Gain:
+class PairedDifference:
     """How much more of the same images one attack breaks than another, in shares of answers."""
 
     value: float
@@ -26,7 +26,7 @@ class Gain:
     high: float
 
     @classmethod
-    def of(cls, weaker: Outcome, stronger: Outcome) -> Gain:
+    def of(cls, weaker: Outcome, stronger: Outcome) -> PairedDifference:
         """Compare image by image: above 0 where ``stronger`` breaks more.
 
         The interval is that of paired proportions with half an image added to each of the four outcomes of a pair
@@ -39,7 +39,7 @@ class Gain:
         return cls(float(difference.mean()), mean - half, mean + half)
 
     @classmethod
-    def across(cls, weaker: Outcome, stronger: Outcome) -> Gain:
+    def across(cls, weaker: Outcome, stronger: Outcome) -> PairedDifference:
         """Compare outcomes of different images, with an answer of each kind added to both (Agresti and Caffo 2000)."""
         (mean, scatter), (other, more) = (_padded(found.shares) for found in (weaker, stronger))
         half = CLEAR * sqrt(scatter + more)
@@ -72,5 +72,5 @@ class AsFarAsFinite:
         """Return perturbed images."""
         try:
             return self.attack(model, x, y, seed=seed, ignore_index=ignore_index)
-        except NotFinite as error:
+        except NonFiniteGradientError as error:
             return x if error.found is None else error.found

@@ -20,7 +20,7 @@ from gambeson.analysis import (
 from gambeson.base import Config, UserError, read_json, write_json
 from gambeson.data import Dataset
 from gambeson.evaluation import Rate
-from gambeson.evaluation.attack_suite import Round
+from gambeson.evaluation.attack_suite import AttackRound
 from gambeson.evaluation.rates import Control, Cost, EpsAdv, EpsUni
 
 RANGES: dict[PairMetric, tuple[float, float]] = {"cos_F": (-1, 1), "ratio_s": (0.5, 1), "rank1": (0, 1), "cka": (0, 1)}
@@ -134,10 +134,10 @@ class Slopes(Config):
     cost: Cost
 
 
-SCHEMA: Final = "gambeson/audit-3"
+SCHEMA: Final = "gambeson/audit-4"
 
 
-class Subject(Config):
+class ModelInfo(Config):
     """The model that was audited."""
 
     label: str
@@ -158,7 +158,7 @@ class Subject(Config):
     """Epochs it was trained for; None when that is not known."""
 
 
-class Material(Config):
+class DataInfo(Config):
     """The data behind an audit: which split did what."""
 
     name: str
@@ -173,7 +173,7 @@ class Material(Config):
     """Images the numbers are reported on."""
 
     @classmethod
-    def of(cls, data: Dataset) -> Material:
+    def of(cls, data: Dataset) -> DataInfo:
         """Say what a data set's splits did, where its test split holds the images that are reported on."""
         return cls(
             name=data.name,
@@ -192,7 +192,7 @@ class Restart(Config):
     validation_uer: float
 
 
-class Universal(Config):
+class UniversalResult(Config):
     """The universal perturbation of one eps, its rates on the test split, and the controls at the same eps.
 
     It is the one that does most harm on validation: what was crafted or, where that does less, a control or what was
@@ -219,18 +219,18 @@ class Universal(Config):
     cost: Cost
 
 
-class PerImage(Config):
+class PerImageResult(Config):
     """Accuracy under an attack that makes one perturbation an image, or under a row of them."""
 
     attack: str
-    """Its name, such as ``pgd``; ``standard`` for the row of :func:`gambeson.evaluation.standard_attacks`."""
+    """Its name, such as ``pgd``; ``standard`` for the row of :func:`gambeson.evaluation.standard_suite`."""
     settings: dict[str, Any]
     """Every setting of the attack; of every attack of a row, by its name."""
     eps: float
     norm: str
     accuracy: Rate
     """Share of test images still right; of a row, under the worst of its attacks for each image."""
-    rounds: list[Round] = Field(default_factory=list)
+    rounds: list[AttackRound] = Field(default_factory=list)
     """What each attack of a row broke; empty for a single attack."""
     cost: Cost
 
@@ -251,7 +251,7 @@ class Surrogate(Config):
     """Why there was none."""
 
 
-class Transferred(Config):
+class TransferredResult(Config):
     """Error under perturbations that were crafted on another model."""
 
     source: str
@@ -276,10 +276,10 @@ class Corruption(Config):
     error: Rate
 
 
-class Draws(Config):
+class RandomnessResult(Config):
     """A random model's accuracy over many draws."""
 
-    draws: int
+    votes: int
     """Passes over the same test images."""
     mean: float
     """Mean accuracy of a pass."""
@@ -326,9 +326,9 @@ class Verdict(Config):
 class AuditResult(Config):
     """Everything that ``result.json`` holds. Same seed, same machine, same bytes."""
 
-    schema_: Literal["gambeson/audit-3"] = SCHEMA
-    subject: Subject
-    material: Material
+    schema_: Literal["gambeson/audit-4"] = SCHEMA
+    subject: ModelInfo
+    material: DataInfo
     seed: int
     settings: dict[str, Any]
     """Every setting of the suite."""
@@ -336,16 +336,16 @@ class AuditResult(Config):
     """Accuracy on clean test images."""
     temperature: float = 1.0
     """What the logits that attacks climbed were divided by (see :mod:`gambeson.auditing.temperature`)."""
-    per_image: list[PerImage]
-    universal: list[Universal]
+    per_image: list[PerImageResult]
+    universal: list[UniversalResult]
     """In order of eps."""
     eps_uni: EpsUni
     eps_adv: EpsAdv | None = None
     """The same for attacks on each image by itself, on the sample; None for a black box or where it was left out."""
-    transfer: list[Transferred] = Field(default_factory=list)
+    transfer: list[TransferredResult] = Field(default_factory=list)
     surrogate: Surrogate | None = None
     corruption: list[Corruption] = Field(default_factory=list)
-    draws: Draws | None = None
+    randomness: RandomnessResult | None = None
     """For a random model."""
     slopes: Slopes | None = None
     """Jacobian analysis; None for a black box."""
@@ -358,7 +358,7 @@ class AuditResult(Config):
     """Versions and device, the same for every run on one machine."""
 
     @property
-    def middle(self) -> Universal:
+    def middle(self) -> UniversalResult:
         """The perturbation at the middle eps, the one that pictures and headlines use."""
         return self.universal[len(self.universal) // 2]
 

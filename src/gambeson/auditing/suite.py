@@ -11,7 +11,7 @@ from gambeson.base import Config, Number, UserError, unknown_name
 from gambeson.base.registry import canonical
 from gambeson.data import Dataset
 from gambeson.threat import Eps, Norm
-from gambeson.victim import DRAWS
+from gambeson.victim import DEFAULT_VOTES
 from gambeson.victim.averaged import EOT_SAMPLES
 
 _GREY = (0.05, 0.1, 0.15, 0.2, 0.3)
@@ -29,7 +29,7 @@ class Suite(Config):
     """Gradient steps a restart of stochastic PGD."""
     universal_restarts: Annotated[int, Field(ge=1)] = 4
     universal_batch: Annotated[int, Field(ge=1)] = 64
-    universal_screened: Annotated[int, Field(ge=0)] = 8
+    universal_probe_starts: Annotated[int, Field(ge=0)] = 8
     """Short climbs from random starts, the best of which stochastic PGD begins from."""
     pgd_steps: Annotated[int, Field(ge=1)] = 40
     """Gradient steps a restart of PGD."""
@@ -67,10 +67,10 @@ class Suite(Config):
     """Sizes of plain noise, as multiples of the middle eps."""
     slope_backwards: Annotated[int, Field(ge=0)] = 4000
     """Backward passes that each exact part of the Jacobian analysis may take; 0 leaves the analysis out."""
-    draws: Annotated[int, Field(ge=1)] = DRAWS
+    votes: Annotated[int, Field(ge=1)] = DEFAULT_VOTES
     """Passes over a random model whose majority decides an image; one is refused by a check."""
-    gradient_draws: Annotated[int, Field(ge=1)] = EOT_SAMPLES
-    """Draws of a random model that a gradient is averaged over where diagnostics attack it."""
+    eot_samples: Annotated[int, Field(ge=1)] = EOT_SAMPLES
+    """RandomnessResult of a random model that a gradient is averaged over where diagnostics attack it."""
     eps_uni_delta: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """The error whose smallest eps is searched."""
     eps_uni_tolerance: Annotated[Number, Field(gt=0, lt=1)] = 0.02
@@ -127,8 +127,8 @@ class Suite(Config):
             steps=self.universal_steps,
             restarts=restarts or self.universal_restarts,
             batch_size=self.universal_batch,
-            screened=self.universal_screened,
-            truncate_right=False,
+            probe_starts=self.universal_probe_starts,
+            truncate_correct=False,
         )
 
     def pgd(self, eps: float) -> PGD:
@@ -141,7 +141,7 @@ SUITES = {
         universal_steps=100,
         universal_restarts=1,
         universal_batch=32,
-        universal_screened=3,
+        universal_probe_starts=3,
         pgd_steps=20,
         pgd_restarts=1,
         test_images=500,
@@ -164,7 +164,7 @@ SUITES = {
         universal_steps=500,
         universal_restarts=8,
         universal_batch=128,
-        universal_screened=16,
+        universal_probe_starts=16,
         pgd_steps=100,
         pgd_restarts=5,
         row_images=2000,

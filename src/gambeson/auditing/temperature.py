@@ -50,7 +50,7 @@ def calibrating(victim: Victim, split: Split, seed: int) -> float:
     answers, truths = [], []
     with seeded(seed, "scale"):
         for images, labels in split.sample(count, seed=seed).batches(20, device=victim.device):
-            logits = victim.exact(images)
+            logits = victim.forward_original(images)
             if logits.ndim < 2 or logits.shape[1] < 2:
                 return math.nan
             rows, truth = logits.movedim(1, -1).flatten(0, -2), labels.flatten()

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gambeson.auditing.results import Check, Draws, PerImage, Subject, Transferred, Universal, Verdict
+from gambeson.auditing.results import (
+    Check,
+    ModelInfo,
+    PerImageResult,
+    RandomnessResult,
+    TransferredResult,
+    UniversalResult,
+    Verdict,
+)
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import EpsAdv, EpsUni, SmallestEps
 
 
 def judge(
     clean: Rate,
-    points: list[Universal],
+    points: list[UniversalResult],
     found: EpsUni,
     checks: list[Check],
     *,
-    per_image: Sequence[PerImage] = (),
-    transfer: Sequence[Transferred] = (),
-    subject: Subject | None = None,
-    draws: Draws | None = None,
+    per_image: Sequence[PerImageResult] = (),
+    transfer: Sequence[TransferredResult] = (),
+    subject: ModelInfo | None = None,
+    randomness: RandomnessResult | None = None,
     each: EpsAdv | None = None,
 ) -> Verdict:
     """State what one pattern does to the model at the middle eps, and whether that can be trusted.
@@ -32,13 +40,13 @@ def judge(
         per_image: accuracy under attacks that perturb each image by itself.
         transfer: error under what was crafted on other models.
         subject: the model.
-        draws: what a random model answers over many passes.
+        randomness: what a random model answers over many passes.
     """
     point = points[len(points) // 2]
     said = [
         _one_pattern(clean, point, found.delta, transfer),
         _image_by_image(point, per_image, transfer),
-        _random(subject, draws),
+        _random(subject, randomness),
         _eps_uni(found, each),
     ]
     if subject is not None and subject.black_box and _worst(point, transfer).low < found.delta:
@@ -52,7 +60,7 @@ def judge(
     return Verdict(trusted=not failed, summary=" ".join(filter(None, said)), reasons=reasons)
 
 
-def _tried(point: Universal, transfer: Sequence[Transferred]) -> dict[str, Rate]:
+def _tried(point: UniversalResult, transfer: Sequence[TransferredResult]) -> dict[str, Rate]:
     """Error under every pattern that was tried at this eps, by what to call it in a sentence; the chosen one first."""
     others = [one for one in transfer if one.universal and (one.eps, one.norm) == (point.eps, point.norm)]
     found = {_CRAFTED if point.crafted is None else f"the {point.attack}": point.uer}
@@ -65,12 +73,12 @@ def _tried(point: Universal, transfer: Sequence[Transferred]) -> dict[str, Rate]
 _CRAFTED = "it"
 
 
-def _worst(point: Universal, transfer: Sequence[Transferred]) -> Rate:
+def _worst(point: UniversalResult, transfer: Sequence[TransferredResult]) -> Rate:
     """The highest error that any pattern reached at this eps; its interval holds for all that were tried at once."""
     return Rate.highest(_tried(point, transfer).values())
 
 
-def _one_pattern(clean: Rate, point: Universal, delta: float, transfer: Sequence[Transferred]) -> str:
+def _one_pattern(clean: Rate, point: UniversalResult, delta: float, transfer: Sequence[TransferredResult]) -> str:
     """Lead with the pattern that validation chose, and say that a model stands only where it withstood every one.
 
     Patterns that were not chosen are compared on test images, so that their intervals are simultaneous ones. Where one
@@ -101,7 +109,9 @@ def _one_pattern(clean: Rate, point: Universal, delta: float, transfer: Sequence
     return f"{lead} at eps {point.eps:.3g}: {subject} {rate} of test images, against {against}."
 
 
-def _image_by_image(point: Universal, per_image: Sequence[PerImage], transfer: Sequence[Transferred]) -> str:
+def _image_by_image(
+    point: UniversalResult, per_image: Sequence[PerImageResult], transfer: Sequence[TransferredResult]
+) -> str:
     at = (point.eps, point.norm)
     found = [(one.accuracy, one.attack) for one in per_image if (one.eps, one.norm) == at]
     found += [
@@ -116,15 +126,15 @@ def _image_by_image(point: Universal, per_image: Sequence[PerImage], transfer: S
     return f"Attacked image by image, {accuracy} stay right under the worst attack ({attack})."
 
 
-def _random(subject: Subject | None, draws: Draws | None) -> str:
-    if draws is None:
+def _random(subject: ModelInfo | None, randomness: RandomnessResult | None) -> str:
+    if randomness is None:
         return "The model is random." if subject is not None and subject.random else ""
-    if draws.draws == 1:
+    if randomness.votes == 1:
         return "The model is random, and one pass decided every image."
-    quiet = f"; with its noise off it gets {draws.noise_off}" if draws.noise_off is not None else ""
+    quiet = f"; with its noise off it gets {randomness.noise_off}" if randomness.noise_off is not None else ""
     return (
-        f"The model is random: the majority of {draws.draws} passes decides an image, and a single pass gets "
-        f"{100 * draws.mean:.1f} % ± {100 * draws.spread:.1f} of the clean ones{quiet}."
+        f"The model is random: the majority of {randomness.votes} passes decides an image, and a single pass gets "
+        f"{100 * randomness.mean:.1f} % ± {100 * randomness.spread:.1f} of the clean ones{quiet}."
     )
 
 

@@ -10,7 +10,7 @@ from gambeson.cli.options import (
     ConfigFile,
     Data,
     Device,
-    Draws,
+    EotSamples,
     Eps,
     Json,
     Norm,
@@ -32,7 +32,7 @@ def attack(
     ] = None,
     eps: Eps = None,
     norm: Norm = None,
-    draws: Draws = None,
+    eot_samples: EotSamples = None,
     images: Annotated[int | None, typer.Option(help="Test images to attack, a stratified sample (1000).")] = None,
     config: ConfigFile = None,
     set_: Set = None,
@@ -58,7 +58,7 @@ def attack(
         "seed": seed,
         "settings.eps": eps,
         "settings.norm": norm,
-        "settings.draws": draws,
+        "settings.eot_samples": eot_samples,
     }
     settings = chosen(config, "attack", flags, set_, device)
     if "model" not in settings:

@@ -19,7 +19,7 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write (RUN with the suffix).")] = None,
     data: Annotated[str | None, typer.Option(help="Data set that scores; else the one of the run.")] = None,
     images: Annotated[int | None, typer.Option(help="Test images to score at most, a stratified sample (all).")] = None,
-    draws: Annotated[int, typer.Option(help="Answers an image, where the model is random.", show_default=True)] = 10,
+    votes: Annotated[int, typer.Option(help="Answers per image, where the model is random.", show_default=True)] = 10,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -40,7 +40,7 @@ def export(
             )
         out = Path(f"{run.removesuffix('/')}{TARGETS[to]}")
     with progress(as_json) as console:
-        found = run_export(run, to, out, data_name=data, images=images, draws=draws, seed=seed)
+        found = run_export(run, to, out, data_name=data, images=images, votes=votes, seed=seed)
     if as_json:
         print_json(found.plain())
     else:
@@ -57,10 +57,10 @@ def _words(found: Exported, out: Path) -> str:
         f"{out} is right on {found.exported} of {found.exported.n} test images, the original on {found.original}; "
         f"the largest difference of a logit is {found.largest_difference:.3g}"
     )
-    if found.draws > 1:
+    if found.votes > 1:
         ratio = 0.0 if found.spread_ratio is None else found.spread_ratio
         text += (
-            f" (means over {found.draws} draws; two sets of the original's draws differ by {found.by_chance:.3g}; its "
+            f" (means over {found.votes} draws; two sets of the original's draws differ by {found.by_chance:.3g}; its "
             f"spread over draws is {ratio:.2f} times the original's)"
         )
     if found.to == "safetensors":

@@ -20,7 +20,7 @@ Device = Annotated[
 Data = Annotated[str | None, typer.Option(help="Data set; else the one the (first) run was trained on.")]
 Eps = Annotated[str | None, typer.Option(help="Radius, such as 0.2 or 8/255.")]
 Norm = Annotated[str | None, typer.Option(help="Norm of the ball: inf, 2 or, for some attacks, 1.")]
-Draws = Annotated[int | None, typer.Option(help="Draws of a random model that every gradient is averaged over.")]
+EotSamples = Annotated[int | None, typer.Option(help="Draws of a random model that every gradient is averaged over.")]
 RunSeed = Annotated[int | None, typer.Option("--seed", help="Seed of every random draw (0).")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines; no progress.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; a cut run goes on there.")]

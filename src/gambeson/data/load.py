@@ -18,7 +18,7 @@ from gambeson.base.registry import Registered
 from gambeson.data.dataset import PARTS, Dataset, as_dataset
 from gambeson.data.folder import load_folder
 from gambeson.data.partition import partition
-from gambeson.data.registry import SETS, Recipe
+from gambeson.data.registry import SETS, DatasetSpec
 from gambeson.data.split import Split
 from gambeson.data.torchvision_sets import fetch_torchvision, load_torchvision
 
@@ -30,7 +30,7 @@ def stored_file(name: str, root: Path) -> Path:
     return root / f"{name}.safetensors"
 
 
-def prepare(recipe: Recipe, root: Path) -> Stored:
+def prepare(recipe: DatasetSpec, root: Path) -> Stored:
     """Return a data set's tensors and what is known about them, from disk or by the first way that works.
 
     Raises:
@@ -74,7 +74,7 @@ def prepare(recipe: Recipe, root: Path) -> Stored:
     )
 
 
-def check_content(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> None:
+def check_content(recipe: DatasetSpec, tensors: dict[str, torch.Tensor]) -> None:
     """Refuse tensors that are not the data set: names, counts, shape, types and labels.
 
     Raises:
@@ -94,7 +94,7 @@ def check_content(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> None:
         check_labels(labels, recipe.num_classes)
 
 
-def build(recipe: Recipe, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> Dataset:
+def build(recipe: DatasetSpec, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> Dataset:
     """Cut a prepared data set into its splits, the same way on every machine."""
     name = recipe.name
     given = recipe.classes or about.get("classes") or ()
@@ -179,7 +179,7 @@ def load(
     entry = _entry(name)
     if "recipe" not in entry.options:
         return _named(load(_called(entry, data_root(root)), size=size, workers=workers), name)
-    recipe: Recipe = entry.options["recipe"]
+    recipe: DatasetSpec = entry.options["recipe"]
     if size is not None:
         raise UserError(
             f"size = {size} came with {recipe.name}, whose images are {recipe.shape[1]}x{recipe.shape[2]}: leave it out"
@@ -258,7 +258,7 @@ def _line(name: str, folder: Path) -> Entry:
     if "recipe" not in entry.options:
         how = f"loaded by {entry.owner}"
         return Entry(name=name, description=entry.summary, ready=True, how=how, **unknown)
-    recipe: Recipe = entry.options["recipe"]
+    recipe: DatasetSpec = entry.options["recipe"]
     return Entry(
         name=recipe.name,
         description=recipe.description,

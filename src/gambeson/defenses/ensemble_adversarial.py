@@ -14,7 +14,7 @@ from torch import nn
 from gambeson.attacks.gradient.pgd import FGSM, PGD, RFGSM, RStepLL, StepLL
 from gambeson.attacks.losses import cross_entropy, image_means
 from gambeson.base import Number, UserError, generator
-from gambeson.defenses.objective import Batch, Clean, Defense, Objective, Scene, Term, batch_loss
+from gambeson.defenses.objective import Batch, Clean, Defense, Objective, Term, TrainContext, batch_loss
 from gambeson.defenses.registry import register
 from gambeson.threat import Eps, Norm, perturb
 from gambeson.victim import Victim
@@ -60,7 +60,7 @@ class EnsembleAdversarial(Defense):
     """Compute the sources' gradients once for all training images, one byte a value and source; for steps without a
     random start in the norm inf, and without augmentation (the paper's remark)."""
 
-    def supplied(self, load: Callable[[str], nn.Module]) -> Defense:
+    def with_source_models(self, load: Callable[[str], nn.Module]) -> Defense:
         """Load the sources."""
         return self.model_copy(update={"pool": (*self.pool, *(load(name) for name in self.sources))})
 
@@ -80,7 +80,7 @@ class EnsembleAdversarial(Defense):
         """The clean risk and the risk on examples of the model itself: what stands without sources."""
         return self._with(Transferred(self, []))
 
-    def open(self, scene: Scene) -> Objective:
+    def build_objective(self, context: TrainContext) -> Objective:
         """Hold the sources frozen, and compute their gradients where that is asked for.
 
         Raises:
@@ -92,7 +92,7 @@ class EnsembleAdversarial(Defense):
                 "the modules as pool=(...)"
             )
         term = Transferred(self, self.pool)
-        term.fit(scene)
+        term.fit(context)
         return Objective(self._with(term))
 
     def _with(self, term: Transferred) -> dict[str, tuple[float, Term]]:
@@ -121,15 +121,15 @@ class Transferred:
         self.sources = list(sources)
         self.signs: list[torch.Tensor] = []
 
-    def fit(self, scene: Scene) -> None:
+    def fit(self, context: TrainContext) -> None:
         """See that every source answers as the model does; precompute what is asked for.
 
         A source that shares weights with the model is replaced by a copy: static sources do not learn.
         """
-        images, _ = scene.train.take(slice(0, 2), Victim(scene.model).device)
-        with Victim(scene.model) as victim, torch.no_grad():
+        images, _ = context.train.take(slice(0, 2), Victim(context.model).device)
+        with Victim(context.model) as victim, torch.no_grad():
             expected = victim(images).shape
-        self.sources = [copy.deepcopy(s) if _tied(s, scene.model) else s.to(images.device) for s in self.sources]
+        self.sources = [copy.deepcopy(s) if _tied(s, context.model) else s.to(images.device) for s in self.sources]
         for number, source in enumerate(self.sources, 1):
             with Victim(source, fast=True) as victim:
                 with torch.no_grad():
@@ -140,7 +140,7 @@ class Transferred:
                         "source of the same classes"
                     )
                 if self.defense.precompute:
-                    self.signs.append(self._signs(victim, scene))
+                    self.signs.append(self._signs(victim, context))
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the loss on the examples, or on the batch of which they replace one half."""
@@ -190,11 +190,11 @@ class Transferred:
         deviations = math.sqrt(2) * torch.erfinv(uniform * math.erf(math.sqrt(2)))
         return batch.mine((deviations / 2).clamp(max=1))
 
-    def _signs(self, source: Victim, scene: Scene) -> torch.Tensor:
+    def _signs(self, source: Victim, context: TrainContext) -> torch.Tensor:
         """Return the step of every training image: where the clip lets a value not move, 0 does as well."""
         found = []
-        for images, labels in scene.train.batches(500, device=source.device):
-            moved = self.attack.perturb_batch(source, images, labels, ignore_index=scene.train.ignore_index)
+        for images, labels in context.train.batches(500, device=source.device):
+            moved = self.attack.perturb_batch(source, images, labels, ignore_index=context.train.ignore_index)
             found.append((moved - images).sign().to(torch.int8))
         return torch.cat(found)
 

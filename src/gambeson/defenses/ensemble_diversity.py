@@ -12,9 +12,9 @@ from torch import nn
 
 from gambeson.attacks.losses import cross_entropy
 from gambeson.base import Number, UserError, generator
-from gambeson.defenses.ensemble import Voting, members_of, watch
+from gambeson.defenses.ensemble import EnsembleDefense, members_of, watch
 from gambeson.defenses.ensemble_losses import check_labels, coherence, cosines, entropy, log_det, loss_gradients
-from gambeson.defenses.objective import Batch, Losses, Objective, Scene
+from gambeson.defenses.objective import Batch, Losses, Objective, TrainContext
 from gambeson.defenses.registry import register
 from gambeson.models import PixelModel
 from gambeson.models.members import vote
@@ -25,7 +25,7 @@ Compare = Callable[[PixelModel, torch.Tensor, Batch], dict[str, tuple[float, tor
 """Weighted values by name, from the model, the members' logits (M, N, K) and the batch."""
 
 
-class Together(Voting):
+class JointEnsemble(EnsembleDefense):
     """Base of ADP, GAL and TRS: one data order for all members, so that a batch has N rows and not M * N."""
 
     members: Annotated[int, Field(ge=2)] = 3
@@ -38,14 +38,14 @@ class Together(Voting):
         """Data orders: all members see the same images."""
         return 1
 
-    def _open(self, scene: Scene, compare: Compare, *, mean: bool = False, slopes: bool = False) -> Objective:
-        members_of(scene.model, self.members)
-        assert isinstance(scene.model, PixelModel)
-        check_labels(scene.train.labels, type(self).__name__)
-        return Compared(scene.model, compare, mean=mean, slopes=slopes, watched=self.watched)
+    def _open(self, context: TrainContext, compare: Compare, *, mean: bool = False, slopes: bool = False) -> Objective:
+        members_of(context.model, self.members)
+        assert isinstance(context.model, PixelModel)
+        check_labels(context.train.labels, type(self).__name__)
+        return EnsembleObjective(context.model, compare, mean=mean, slopes=slopes, watched=self.watched)
 
 
-class Compared(Objective):
+class EnsembleObjective(Objective):
     """The members' cross-entropies, and what compares them, from one forward of each.
 
     Args:
@@ -90,7 +90,7 @@ def check_classes(members: int, classes: int) -> None:
 
 
 @register("adp", source="Pang et al. 2019", cost="M members")
-class ADP(Together):
+class ADP(JointEnsemble):
     """Minimise sum_m CE_m - alpha * H(mean_m p_m) - beta * log det(V^T V + 1e-6 I).
 
     V has each member's prediction of the wrong classes as a column of length 1 (see
@@ -103,14 +103,14 @@ class ADP(Together):
     beta: Annotated[Number, Field(ge=0)] = 0.5
     """Weight of the log-determinant."""
 
-    def open(self, scene: Scene) -> Objective:
+    def build_objective(self, context: TrainContext) -> Objective:
         """Open the objective.
 
         Raises:
             UserError: more members than wrong classes.
         """
-        check_classes(self.members, len(scene.train.classes))
-        return self._open(scene, self._compare)
+        check_classes(self.members, len(context.train.classes))
+        return self._open(context, self._compare)
 
     def _compare(self, model: PixelModel, logits: torch.Tensor, batch: Batch) -> dict[str, tuple[float, torch.Tensor]]:
         values: dict[str, tuple[float, torch.Tensor]] = {}
@@ -124,7 +124,7 @@ class ADP(Together):
 
 
 @register("gal", source="Kariyappa and Qureshi 2019", cost="M members")
-class GAL(Together):
+class GAL(JointEnsemble):
     """Minimise mean_m CE_m + strength * E[log sum_{i<j} exp(cos(g_i, g_j))], g_m = grad_x CE_m.
 
     One forward serves the losses and the gradients; a public port takes two. The paper's nets use leaky ReLU.
@@ -133,9 +133,9 @@ class GAL(Together):
     strength: Annotated[Number, Field(ge=0)] = 0.5
     """Weight of the coherence; 0.5 in the paper."""
 
-    def open(self, scene: Scene) -> Objective:
+    def build_objective(self, context: TrainContext) -> Objective:
         """Open the objective."""
-        return self._open(scene, self._compare, mean=True, slopes=bool(self.strength))
+        return self._open(context, self._compare, mean=True, slopes=bool(self.strength))
 
     def _compare(self, model: PixelModel, logits: torch.Tensor, batch: Batch) -> dict[str, tuple[float, torch.Tensor]]:
         if not self.strength:
@@ -145,7 +145,7 @@ class GAL(Together):
 
 
 @register("trs", source="Yang et al. 2021", cost="M members")
-class TRS(Together):
+class TRS(JointEnsemble):
     """Minimise sum_m CE_m + scale * (alignment * mean_{i<j} |cos(g_i, g_j)| + smoothness * S), g_m = grad_x CE_m.
 
     S = mean_m 2 E[||g_m||^2], on half of the batch as it is and on the other half moved to where the gradients are
@@ -170,9 +170,9 @@ class TRS(Together):
     steps: Annotated[int, Field(ge=1)] = 6
     """Steps of a move."""
 
-    def open(self, scene: Scene) -> Objective:
+    def build_objective(self, context: TrainContext) -> Objective:
         """Open the objective."""
-        return self._open(scene, self._compare, slopes=bool(self.scale * self.alignment))
+        return self._open(context, self._compare, slopes=bool(self.scale * self.alignment))
 
     def _compare(self, model: PixelModel, logits: torch.Tensor, batch: Batch) -> dict[str, tuple[float, torch.Tensor]]:
         values: dict[str, tuple[float, torch.Tensor]] = {}

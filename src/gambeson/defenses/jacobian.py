@@ -22,7 +22,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from gambeson.base import Config, Number, UserError, average, generator
-from gambeson.defenses.objective import Batch, Clean, Defense, Objective, Scene, SharedForward, Term
+from gambeson.defenses.objective import Batch, Clean, Defense, Objective, SharedForward, Term, TrainContext
 from gambeson.defenses.registry import register
 
 
@@ -332,7 +332,7 @@ class PowerNorm(nn.Module):
         return logits, value / pixels
 
     @torch.no_grad()
-    def follow(self, batch: Batch) -> None:
+    def after_step(self, batch: Batch) -> None:
         """Turn the direction towards where the backward says that the batch is most sensitive."""
         gradient = None if self._used is None else self._used.grad
         self._used = None
@@ -369,9 +369,9 @@ class Jacobian(JacobianSettings, Defense):
         """The clean term and the norm."""
         return {"clean": (1.0, Clean(label_smoothing=self.label_smoothing)), "jacobian": (self.strength, self._norm)}
 
-    def open(self, scene: Scene) -> Objective:
+    def build_objective(self, context: TrainContext) -> Objective:
         """Both terms with one forward for the two."""
-        norm = self._norm.opened(tuple(scene.train.shape), scene.seed)
+        norm = self._norm.opened(tuple(context.train.shape), context.seed)
         return SharedForward(self.terms() | {"jacobian": (self.strength, norm)})
 
     @property

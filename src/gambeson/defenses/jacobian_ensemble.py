@@ -10,16 +10,16 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from gambeson.base import Number
-from gambeson.defenses.ensemble import Separate
+from gambeson.defenses.ensemble import IndependentEnsemble
 from gambeson.defenses.jacobian import Jacobian, JacobianNorm, JacobianSettings
-from gambeson.defenses.objective import Batch, Losses, Objective, Scene, Term
+from gambeson.defenses.objective import Batch, Losses, Objective, Term, TrainContext
 from gambeson.defenses.pgd_adversarial import Standard
 from gambeson.defenses.registry import register
 from gambeson.models import Members, PixelModel
 
 
 @register("jacobian-ensemble", source="Co et al. 2022", cost="M times `jacobian`")
-class JacobianEnsemble(JacobianSettings, Separate):
+class JacobianEnsemble(JacobianSettings, IndependentEnsemble):
     """Members that each minimise E[CE] + strength * E[||df/dx||_F^2] / 2 and vote.
 
     Only the abstract of the paper is known to us: number of members, vote, independence and strength are ours.
@@ -53,19 +53,19 @@ class JacobianEnsemble(JacobianSettings, Separate):
         """Those of one member."""
         return self.single.terms()
 
-    def open(self, scene: Scene) -> Objective:
+    def build_objective(self, context: TrainContext) -> Objective:
         """Every member's objective, or the joint one; for one member the single model's."""
         if self.members == 1:
-            return self.single.open(scene)
+            return self.single.build_objective(context)
         if not (self.joint and self.strength):
-            return self._open(scene, self.single, shared_draws=self.shared_projection)
+            return self._open(context, self.single, shared_draws=self.shared_projection)
         norm = JacobianNorm(
             **{name: getattr(self, name) for name in JacobianSettings.model_fields if name != "share"},
             share=self.share / self.members,
         )
-        plain = self._open(scene, Standard(label_smoothing=self.label_smoothing))
-        assert isinstance(scene.model, PixelModel)
-        return Joint(plain, MeanLogits(scene.model), norm, self.strength * self.members)
+        plain = self._open(context, Standard(label_smoothing=self.label_smoothing))
+        assert isinstance(context.model, PixelModel)
+        return Joint(plain, MeanLogits(context.model), norm, self.strength * self.members)
 
 
 class Joint(Objective):
@@ -84,9 +84,9 @@ class Joint(Objective):
         self._view = (view,)  # in a tuple: the model is no part of the objective's state
         self._norm, self._weight = norm, weight
 
-    def phases(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
+    def optimizer_steps(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
         """Yield both together."""
-        for losses, moving in self.plain.phases(model, batch):
+        for losses, moving in self.plain.optimizer_steps(model, batch):
             yield self._with_norm(losses, batch), moving
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:

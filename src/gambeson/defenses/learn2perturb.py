@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import nn
 
 from gambeson.base import Number
-from gambeson.defenses.noise_injection import NoisyDefense, equip_for, starting
-from gambeson.defenses.objective import Batch, Losses, Objective, Scene, Term, Weight
+from gambeson.defenses.noise_injection import NoisyDefense, add_noise_for, starting
+from gambeson.defenses.objective import Batch, Losses, Objective, Term, TrainContext, Weight
 from gambeson.defenses.registry import register
 from gambeson.models import NoiseInjection, injections
 from gambeson.models.noise import FeatureNoise
@@ -73,7 +73,7 @@ class Learn2PerturbObjective(Objective):
         self._injections = feature_noise(model)
         self._start, self._update = start, update
 
-    def phases(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
+    def optimizer_steps(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
         """Yield the steps of a batch; before the noise begins there is one, on the weights."""
         # From the batch alone, so that a resumed run has its noise on or off as an uninterrupted one has.
         on = batch.epoch >= self._start(batch.epochs)
@@ -158,7 +158,7 @@ class Learn2Perturb(NoisyDefense):
         """Return the epoch from which the adversarial loss counts in a training of so many epochs."""
         return starting(self.adversarial_from, (20, 350), epochs, "adversarial_from") if self.mix else epochs
 
-    def whole_from(self, epochs: int) -> int:
+    def fully_active_epoch(self, epochs: int) -> int:
         """When noise and attack have both begun."""
         return max(self.noise_start(epochs), self.adversarial_start(epochs) if self.mix else 0)
 
@@ -170,16 +170,16 @@ class Learn2Perturb(NoisyDefense):
 
         return {**super().terms(), NOISE: (weight, NoiseReward(self.noise_start))}
 
-    def open(self, scene: Scene) -> Objective:
+    def build_objective(self, context: TrainContext) -> Objective:
         """Return the objective, which takes one or two steps a batch.
 
         Raises:
             UserError: the training is too short for the noise or the adversarial loss to begin.
         """
-        self.noise_start(scene.epochs)
-        self.adversarial_start(scene.epochs)
-        equip_for(scene, self.noise())
-        return Learn2PerturbObjective(self.terms(), scene.model, self.noise_start, self.update)
+        self.noise_start(context.epochs)
+        self.adversarial_start(context.epochs)
+        add_noise_for(context, self.noise())
+        return Learn2PerturbObjective(self.terms(), context.model, self.noise_start, self.update)
 
 
 def feature_noise(model: nn.Module) -> list[NoiseInjection]:

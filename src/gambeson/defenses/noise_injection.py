@@ -11,7 +11,17 @@ from torch import nn
 
 from gambeson.attacks.losses import cross_entropy, image_means
 from gambeson.base import Number, UserError
-from gambeson.defenses.objective import Adversarial, Batch, Clean, Defense, Objective, Scene, Term, Weight, batch_loss
+from gambeson.defenses.objective import (
+    Adversarial,
+    Batch,
+    Clean,
+    Defense,
+    Objective,
+    Term,
+    TrainContext,
+    Weight,
+    batch_loss,
+)
 from gambeson.defenses.registry import register
 from gambeson.models import PixelModel, injections
 from gambeson.models.factory import equip
@@ -79,7 +89,7 @@ class NoisyDefense(Defense):
     norm: Norm = "inf"
     steps: Annotated[int, Field(ge=1)] = 7
     """Gradient steps of the attack, from a uniform start."""
-    step: Annotated[Number, Field(gt=0)] = 0.31875
+    rel_step_size: Annotated[Number, Field(gt=0)] = 0.31875
     """Length of a step as a share of eps: 0.01 at 8/255."""
     mix: Annotated[Number, Field(ge=0, le=1)] = 0.5
     """Weight of the adversarial loss once it has begun; the clean loss has the rest. 0: no adversarial training."""
@@ -98,7 +108,7 @@ class NoisyDefense(Defense):
 
     def terms(self) -> dict[str, tuple[Weight, Term]]:
         """The clean and the adversarial loss, weighted by the epoch."""
-        attack = Adversarial(eps=self.eps, norm=self.norm, steps=self.steps, step=self.step)
+        attack = Adversarial(eps=self.eps, norm=self.norm, steps=self.steps, rel_step_size=self.rel_step_size)
         clean = NoisyClean()
 
         def weight(batch: Batch) -> float:
@@ -109,25 +119,25 @@ class NoisyDefense(Defense):
             "adversarial": (weight, NoisyAdversarial(attack, clean, self.label)),
         }
 
-    def prepare(self, model: nn.Module) -> None:
-        """Put the noise into a model of ours; any other gets it in :meth:`open`, where an image's size is known."""
+    def configure_model(self, model: nn.Module) -> None:
+        """Put the noise into a model of ours; another gets it in :meth:`build_objective`, where the image size is known."""
         if isinstance(model, PixelModel):
             equip(model, self.noise())
 
-    def open(self, scene: Scene) -> Objective:
+    def build_objective(self, context: TrainContext) -> Objective:
         """Return the objective; the model carries the noise from here on."""
-        equip_for(scene, self.noise())
-        return super().open(scene)
+        add_noise_for(context, self.noise())
+        return super().build_objective(context)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Take the noise's sizes out of the weight decay, which would make the noise vanish."""
         return undecayed(model)
 
 
-def equip_for(scene: Scene, noise: Noise) -> None:
+def add_noise_for(context: TrainContext, noise: Noise) -> None:
     """Put noise into the model of a training, whatever module it is."""
-    images, _ = scene.train.take(slice(0, 1))
-    equip(scene.model, noise, images)
+    images, _ = context.train.take(slice(0, 1))
+    equip(context.model, noise, images)
 
 
 def undecayed(model: nn.Module) -> list[dict[str, Any]]:
@@ -160,7 +170,7 @@ class PNI(NoisyDefense):
     """What gets the noise; see :class:`gambeson.models.ParametricNoise`."""
     init: Annotated[Number, Field(ge=0)] = ParametricNoise().init
     """Alpha at the start."""
-    step: Annotated[Number, Field(gt=0)] = 0.01 / 0.031
+    rel_step_size: Annotated[Number, Field(gt=0)] = 0.01 / 0.031
     """Length of a step as a share of eps: 0.01 at 0.031."""
     label: Label = "truth"
     """What the attack leaves (ours: what the paper says of it is not known)."""
@@ -173,14 +183,14 @@ class PNI(NoisyDefense):
         """Return the epoch from which the adversarial loss counts in a training of so many epochs."""
         return starting(self.adversarial_from, (5, 160), epochs, "adversarial_from") if self.mix else epochs
 
-    def open(self, scene: Scene) -> Objective:
+    def build_objective(self, context: TrainContext) -> Objective:
         """Return the objective.
 
         Raises:
             UserError: the training is too short for the adversarial loss to begin.
         """
-        self.adversarial_start(scene.epochs)
-        return super().open(scene)
+        self.adversarial_start(context.epochs)
+        return super().build_objective(context)
 
 
 @register("rse", source="Liu et al. 2018", cost="1 / 1")
@@ -203,12 +213,12 @@ class RSE(Defense):
         """The clean term alone."""
         return {"clean": (1.0, Clean())}
 
-    def prepare(self, model: nn.Module) -> None:
-        """Put the noise into a model of ours; any other gets it in :meth:`open`, where an image's size is known."""
+    def configure_model(self, model: nn.Module) -> None:
+        """Put the noise into a model of ours; another gets it in :meth:`build_objective`, where the image size is known."""
         if isinstance(model, PixelModel):
             equip(model, self.noise())
 
-    def open(self, scene: Scene) -> Objective:
+    def build_objective(self, context: TrainContext) -> Objective:
         """Return the objective; the model carries the noise from here on."""
-        equip_for(scene, self.noise())
-        return super().open(scene)
+        add_noise_for(context, self.noise())
+        return super().build_objective(context)

@@ -11,11 +11,11 @@ from pydantic import Field
 from torch import nn
 
 from gambeson.attacks.losses import Loss, cross_entropy, image_means
-from gambeson.attacks.solver import Ascent
+from gambeson.attacks.solver import ProjectedGradient
 from gambeson.base import Config, Number, UserError, generator
 from gambeson.data import Split
 from gambeson.threat import Ball, Eps, Norm, perturb
-from gambeson.victim import BatchNormMode, Fast, Precision, Victim
+from gambeson.victim import BatchNormMode, FastPath, Precision, Victim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class Adversarial(Config):
     sharedness: Annotated[int, Field(ge=1)] = 1
     """Images that share one perturbation."""
     steps: Annotated[int, Field(ge=1)] = 4
-    step: Annotated[Number, Field(gt=0)] = 0.5
+    rel_step_size: Annotated[Number, Field(gt=0)] = 0.5
     """Length of a step as a share of eps."""
     start: Literal["zero", "uniform", "sign"] = "uniform"
     truncate: Number | None = None
@@ -126,8 +126,8 @@ class Adversarial(Config):
                 "choose a batch size that is a multiple of it"
             )
         # In evaluation mode by a copy, which follows the weights from step to step.
-        with Victim(model, fast=Fast(precision=self.precision), batch_norm=self.attack_bn) as victim:
-            ascent = Ascent(
+        with Victim(model, fast=FastPath(precision=self.precision), batch_norm=self.attack_bn) as victim:
+            solver = ProjectedGradient(
                 victim=victim,
                 ball=Ball(eps=self.eps, norm=self.norm),
                 loss=Loss(truncate=self.truncate),
@@ -136,9 +136,9 @@ class Adversarial(Config):
                 place=batch.place,
             )
             draw = generator(batch.seed, "craft", device=batch.images.device)
-            delta = ascent.start(batch.images, heaps, self.start, 1.0, draw)
+            delta = solver.start(batch.images, heaps, self.start, 1.0, draw)
             again = [(batch.images, batch.labels)] * self.steps
-            return ascent.run(delta, again, [self.step * self.eps] * self.steps)
+            return solver.run(delta, again, [self.rel_step_size * self.eps] * self.steps)
 
 
 Losses = dict[str, torch.Tensor]
@@ -149,16 +149,16 @@ Weight = float | Callable[[Batch], float]
 
 
 @runtime_checkable
-class Follows(Protocol):
+class AfterStep(Protocol):
     """A term that goes on from step to step, such as one that keeps a perturbation."""
 
-    def follow(self, batch: Batch) -> None:
+    def after_step(self, batch: Batch) -> None:
         """Take its own step, after the backward of the objective and before the next batch."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
+class TrainContext:
     """What an objective is opened for."""
 
     model: nn.Module
@@ -194,7 +194,7 @@ class Objective(nn.Module):
         total = torch.stack([weights[name] * value for name, value in values.items()]).sum()
         return {"loss": total} | {name: value.detach() for name, value in values.items()}
 
-    def phases(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
+    def optimizer_steps(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
         """Yield what to descend on this batch, one optimiser step each: the losses, and the parameters that move.
 
         None moves all of them. A parameter that does not move in a phase stays as it is bit for bit, weight decay
@@ -202,11 +202,11 @@ class Objective(nn.Module):
         """
         yield self.losses(model, batch), None
 
-    def follow(self, batch: Batch) -> None:
+    def after_step(self, batch: Batch) -> None:
         """Let every term that goes on from step to step take its own step."""
         for _, term in self.terms.values():
-            if isinstance(term, Follows):
-                term.follow(batch)
+            if isinstance(term, AfterStep):
+                term.after_step(batch)
 
 
 @runtime_checkable
@@ -251,15 +251,15 @@ class Defense(Config):
         """Return each term of the objective with its weight, by name."""
         raise NotImplementedError
 
-    def open(self, scene: Scene) -> Objective:
+    def build_objective(self, context: TrainContext) -> Objective:
         """Return the objective at work on one model; where terms carry a state, it begins here."""
         return Objective(self.terms())
 
-    def supplied(self, load: Callable[[str], nn.Module]) -> Defense:
+    def with_source_models(self, load: Callable[[str], nn.Module]) -> Defense:
         """Return this defence with the models that it names loaded by ``load``; most name none."""
         return self
 
-    def prepare(self, model: nn.Module) -> None:
+    def configure_model(self, model: nn.Module) -> None:
         """Give a model, in place and once, the parts that this defence needs, such as noise.
 
         Raises:
@@ -283,7 +283,7 @@ class Defense(Config):
         """Orders of the data: a batch has the rows of each, one after another; each member has its own."""
         return self.num_members
 
-    def whole_from(self, epochs: int) -> int:
+    def fully_active_epoch(self, epochs: int) -> int:
         """Return the epoch from which all of the objective is at work; only from there on can an epoch be the best."""
         return 0
 

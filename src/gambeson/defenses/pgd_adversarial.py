@@ -38,7 +38,7 @@ class PGDAdversarial(Defense):
     norm: Norm = "inf"
     steps: Annotated[int, Field(ge=1)] = 4
     """Gradient steps of the inner attack."""
-    step: Annotated[Number, Field(gt=0)] = 0.5
+    rel_step_size: Annotated[Number, Field(gt=0)] = 0.5
     """Length of a step as a share of eps."""
     craft_precision: Precision = "float32"
     """Of the model while perturbations are crafted, whatever the recipe's is; bfloat16 pays on machines that have
@@ -57,7 +57,7 @@ class PGDAdversarial(Defense):
                     eps=self.eps,
                     norm=self.norm,
                     steps=self.steps,
-                    step=self.step,
+                    rel_step_size=self.rel_step_size,
                     precision=self.craft_precision,
                     attack_bn=self.attack_bn,
                 ),

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import nn
 
 from gambeson.attacks.losses import Loss, image_means
-from gambeson.attacks.solver import Ascent
+from gambeson.attacks.solver import ProjectedGradient
 from gambeson.base import Config, Number, generator
-from gambeson.defenses.objective import Batch, Clean, Defense, Objective, Scene, SharedForward, Term
+from gambeson.defenses.objective import Batch, Clean, Defense, Objective, SharedForward, Term, TrainContext
 from gambeson.defenses.registry import register
 from gambeson.threat import Ball, Eps, Norm, perturb
 from gambeson.victim import Victim
@@ -24,7 +24,7 @@ class Divergence(Config):
     eps: Eps
     norm: Norm = "inf"
     steps: Annotated[int, Field(ge=1)] = 10
-    step: Annotated[Number, Field(gt=0)] = 0.25
+    rel_step_size: Annotated[Number, Field(gt=0)] = 0.25
     """Length of a step as a share of eps."""
     noise: Annotated[Number, Field(gt=0)] = 0.001
     """Standard deviation of the start, in pixel units: at zero the divergence has no gradient."""
@@ -45,18 +45,18 @@ class Divergence(Config):
         draw = generator(batch.seed, "trades", device=images.device)
         start = torch.randn((processes * len(images), *images.shape[1:]), generator=draw, device=images.device)
         with Victim(model) as victim:
-            ascent = Ascent(
+            solver = ProjectedGradient(
                 victim=victim, ball=Ball(eps=self.eps, norm=self.norm), loss=Loss(), per_image=True, exact_box=True
             )
             with torch.no_grad():
                 clean = victim(images).log_softmax(1)
-            delta = ascent.project(self.noise * batch.mine(start).to(images), images)
+            delta = solver.project(self.noise * batch.mine(start).to(images), images)
             for _ in range(self.steps):
                 point = perturb(images, delta).detach().requires_grad_()
                 with torch.enable_grad():
                     value = _divergence(clean, victim(point), batch).sum()
                 gradient = victim.gradient(value, point, len(images))
-                delta = ascent.move(delta, images, gradient, self.step * self.eps)
+                delta = solver.step_along(delta, images, gradient, self.rel_step_size * self.eps)
         return delta
 
 
@@ -76,7 +76,7 @@ class Trades(Defense):
     """Weight of the divergence; 0 is standard training."""
     steps: Annotated[int, Field(ge=1)] = 10
     """Gradient steps of the inner attack."""
-    step: Annotated[Number, Field(gt=0)] = 0.25
+    rel_step_size: Annotated[Number, Field(gt=0)] = 0.25
     """Length of a step as a share of eps."""
     noise: Annotated[Number, Field(gt=0)] = 0.001
     """Standard deviation of the inner attack's start, in pixel units."""
@@ -85,11 +85,13 @@ class Trades(Defense):
 
     def terms(self) -> dict[str, tuple[float, Term]]:
         """The clean term and the divergence."""
-        divergence = Divergence(eps=self.eps, norm=self.norm, steps=self.steps, step=self.step, noise=self.noise)
+        divergence = Divergence(
+            eps=self.eps, norm=self.norm, steps=self.steps, rel_step_size=self.rel_step_size, noise=self.noise
+        )
         clean = Clean(label_smoothing=self.label_smoothing)
         return {"clean": (1.0, clean), "divergence": (self.beta, divergence)}
 
-    def open(self, scene: Scene) -> Objective:
+    def build_objective(self, context: TrainContext) -> Objective:
         """Both terms with one clean forward for the two."""
         return SharedForward(self.terms())
 

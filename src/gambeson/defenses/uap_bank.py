@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from gambeson.attacks.losses import Loss
-from gambeson.attacks.solver import Ascent
+from gambeson.attacks.solver import ProjectedGradient
 from gambeson.base import average, generator
-from gambeson.defenses.objective import Batch, Scene
+from gambeson.defenses.objective import Batch, TrainContext
 from gambeson.threat import Ball, BoxGradient, perturb
 from gambeson.victim import Victim
 
-PoolStart = Literal["zero", "uniform", "sign"]
+BankStart = Literal["zero", "uniform", "sign"]
 """Where a kept perturbation begins: zero, uniform in the ball, or random signs on its surface."""
 
 Ascend = Literal["steepest", "normalised"]
@@ -24,7 +24,7 @@ Ascend = Literal["steepest", "normalised"]
 _MEMORY = 0.9  # of a member's strength, a step
 
 
-class Pool(nn.Module):
+class UAPBank(nn.Module):
     """K perturbations inside a ball, kept in a buffer, each climbed by the rows of a batch that carry it.
 
     The perturbations enter the graph of the training loss as one leaf, so that the backward that gives the weights'
@@ -34,7 +34,7 @@ class Pool(nn.Module):
         scene: what the objective is opened for.
         count: number of perturbations K.
         ball: where they stay.
-        step: length of a step as a share of eps.
+        rel_step_size: length of a step as a share of eps.
         start: where they begin.
         ascend: how they step.
         box_gradient: how the clip of the images to [0, 1] is differentiated.
@@ -49,20 +49,20 @@ class Pool(nn.Module):
 
     def __init__(
         self,
-        scene: Scene,
+        context: TrainContext,
         *,
         count: int,
         ball: Ball,
-        step: float,
-        start: PoolStart = "uniform",
+        rel_step_size: float,
+        start: BankStart = "uniform",
         ascend: Ascend = "steepest",
         box_gradient: BoxGradient = "exact",
     ) -> None:
         super().__init__()
-        self.ball, self.length, self.ascend = ball, step * ball.eps, ascend
+        self.ball, self.length, self.ascend = ball, rel_step_size * ball.eps, ascend
         self.box_gradient: BoxGradient = box_gradient
-        shape = (count, *scene.train.shape)
-        self.register_buffer("delta", self._drawn(shape, start, generator(scene.seed, "pool")))
+        shape = (count, *context.train.shape)
+        self.register_buffer("delta", self._drawn(shape, start, generator(context.seed, "pool")))
         self.register_buffer("strength", torch.zeros(count))
         self._leaf: torch.Tensor | None = None
 
@@ -85,19 +85,19 @@ class Pool(nn.Module):
         """
         shared = len(self.delta) == 1
         with Victim(model) as victim:
-            ascent = Ascent(
+            solver = ProjectedGradient(
                 victim=victim,
                 ball=self.ball,
                 loss=loss,
                 box_gradient=self.box_gradient,
                 ignore_index=batch.ignore_index,
             )
-            gradient, _ = ascent.look(self.delta if shared else self.delta[rows], batch.images, batch.labels)
+            gradient, _ = solver.gradient(self.delta if shared else self.delta[rows], batch.images, batch.labels)
         if not shared:
             gradient = torch.zeros_like(self.delta).index_put_((rows,), gradient, accumulate=True)
         self._move(gradient)
 
-    def follow(self) -> None:
+    def after_step(self) -> None:
         """Take one step up what the last backward, or several of this batch, gave; without one, none."""
         leaf, self._leaf = self._leaf, None
         if leaf is not None and leaf.grad is not None:
@@ -131,7 +131,7 @@ class Pool(nn.Module):
             steepest = torch.where(size > 0, gradient / size.where(size > 0, 1), 0)
         self.delta = self.ball.project(self.delta + self.length * steepest)
 
-    def _drawn(self, shape: tuple[int, ...], start: PoolStart, draw: torch.Generator) -> torch.Tensor:
+    def _drawn(self, shape: tuple[int, ...], start: BankStart, draw: torch.Generator) -> torch.Tensor:
         if start == "zero":
             return torch.zeros(shape)
         return (self.ball.uniform if start == "uniform" else self.ball.signs)(shape, draw)

@@ -10,9 +10,9 @@ from torch import nn
 
 from gambeson.attacks.losses import Loss, cross_entropy, image_means
 from gambeson.base import Number, UserError
-from gambeson.defenses.objective import Batch, Clean, Defense, Objective, Scene
+from gambeson.defenses.objective import Batch, Clean, Defense, Objective, TrainContext
 from gambeson.defenses.registry import register
-from gambeson.defenses.uap_bank import Ascend, Pool, PoolStart, mute
+from gambeson.defenses.uap_bank import Ascend, BankStart, UAPBank, mute
 from gambeson.threat import Ball, BoxGradient, Eps, Norm
 
 Update = Literal["alternating", "one-pass"]
@@ -37,38 +37,38 @@ class UniversalAdversarial(Defense):
     """Whether the perturbation's step has a backward of its own."""
     classwise: bool = False
     """One perturbation for every class, carried by its images (Benz et al. 2021, arXiv 2104.03000)."""
-    step: Annotated[Number, Field(gt=0)] = 1.0
+    rel_step_size: Annotated[Number, Field(gt=0)] = 1.0
     """Length of the perturbation's step as a share of eps."""
     ascend: Ascend = "steepest"
     """Direction of that step: see :data:`gambeson.defenses.uap_bank.Ascend`."""
     truncate: Number | None = 9.0
     """An image whose cross-entropy is above this (the paper's beta) has no say in the perturbation's step, and its
     full say in the weights'. Label maps: per pixel where the update alternates, by the image's mean in one pass."""
-    start: PoolStart = "zero"
+    start: BankStart = "zero"
     box_gradient: BoxGradient = "exact"
     """``straight-through`` lets a pixel leave a value at which it clips most images (ours, not the paper's)."""
     sigma: Annotated[Number, Field(ge=0, le=1)] = 1.0
     """Weight of the perturbed images; the rest is the clean ones', as in shared adversarial training. The paper's
     form has no clean term."""
 
-    def open(self, scene: Scene) -> Objective:
+    def build_objective(self, context: TrainContext) -> Objective:
         """Return the objective with its perturbation at the start.
 
         Raises:
             UserError: label maps, which have no class an image, with ``classwise``.
         """
-        if self.classwise and scene.train.labels.ndim != 1:
+        if self.classwise and context.train.labels.ndim != 1:
             raise UserError("the labels are maps: class-wise training expects one label an image; use classwise=False")
-        pool = Pool(
-            scene,
-            count=len(scene.train.classes) if self.classwise else 1,
+        bank = UAPBank(
+            context,
+            count=len(context.train.classes) if self.classwise else 1,
             ball=Ball(eps=self.eps, norm=self.norm),
-            step=self.step,
+            rel_step_size=self.rel_step_size,
             start=self.start,
             ascend=self.ascend,
             box_gradient=self.box_gradient,
         )
-        term = UniversalRisk(pool, update=self.update, truncate=self.truncate)
+        term = UniversalRisk(bank, update=self.update, truncate=self.truncate)
         return Objective({"adversarial": (self.sigma, term), "clean": (1 - self.sigma, Clean())})
 
 
@@ -81,15 +81,15 @@ class UniversalRisk(nn.Module):
         truncate: cap of the cross-entropy in their step.
     """
 
-    def __init__(self, pool: Pool, *, update: Update, truncate: float | None) -> None:
+    def __init__(self, bank: UAPBank, *, update: Update, truncate: float | None) -> None:
         super().__init__()
-        self.pool, self.update, self.truncate = pool, update, truncate
+        self.bank, self.update, self.truncate = bank, update, truncate
         self._last: tuple[nn.Module] | None = None  # in a tuple: the model is no part of this module
 
     def forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the loss on a batch, with a graph to the parameters and the perturbations."""
         self._last = (model,)
-        moved = self.pool.perturb(batch.images, self._rows(batch))
+        moved = self.bank.perturb(batch.images, self._rows(batch))
         if self.update == "alternating":
             moved = moved.detach()
         answers = cross_entropy(model(moved), batch.labels, batch.ignore_index)
@@ -98,14 +98,14 @@ class UniversalRisk(nn.Module):
             mute(moved, values <= self.truncate)
         return values.mean()
 
-    def follow(self, batch: Batch) -> None:
+    def after_step(self, batch: Batch) -> None:
         """Let the perturbations take their step on the batch that the weights have just taken theirs on."""
         last, self._last = self._last, None
         if last is None:
             return
         if self.update == "alternating":
-            self.pool.climb(last[0], batch, self._rows(batch), Loss(truncate=self.truncate))
-        self.pool.follow()
+            self.bank.climb(last[0], batch, self._rows(batch), Loss(truncate=self.truncate))
+        self.bank.after_step()
 
     def _rows(self, batch: Batch) -> torch.Tensor:
-        return batch.labels if len(self.pool.delta) > 1 else batch.labels.new_zeros(len(batch.images))
+        return batch.labels if len(self.bank.delta) > 1 else batch.labels.new_zeros(len(batch.images))

@@ -10,9 +10,9 @@ from torch import nn
 
 from gambeson.attacks.losses import cross_entropy, image_means
 from gambeson.base import Number, generator
-from gambeson.defenses.objective import Batch, Clean, Defense, Objective, Scene, SharedForward
+from gambeson.defenses.objective import Batch, Clean, Defense, Objective, SharedForward, TrainContext
 from gambeson.defenses.registry import register
-from gambeson.defenses.uap_bank import Pool, PoolStart, mute
+from gambeson.defenses.uap_bank import BankStart, UAPBank, mute
 from gambeson.threat import Ball, BoxGradient, Eps, Norm
 
 Assignment = Literal["even", "random", "strong"]
@@ -35,13 +35,13 @@ class UniversalConsistency(Defense):
     eps: Eps
     """Radius in pixel units."""
     norm: Norm = "inf"
-    pool: Annotated[int, Field(ge=1)] = 8
+    bank: Annotated[int, Field(ge=1)] = 8
     """Number K of perturbations."""
     beta: Annotated[Number, Field(ge=0)] = 4.0
     """Weight of the consistency; 0 is standard training."""
     warmup: Annotated[Number, Field(ge=0, le=1)] = 0.5
     """Share of the training over which the weight rises from zero in a straight line."""
-    step: Annotated[Number, Field(gt=0)] = 0.25
+    rel_step_size: Annotated[Number, Field(gt=0)] = 0.25
     """Length of a perturbation's step as a share of eps."""
     assignment: Assignment = "even"
     direction: Direction = "forward"
@@ -52,25 +52,25 @@ class UniversalConsistency(Defense):
     its full say in the weights'."""
     restart: Annotated[int, Field(ge=0)] = 0
     """Draw the weakest perturbation anew every so many steps; 0: never."""
-    start: PoolStart = "uniform"
+    start: BankStart = "uniform"
     box_gradient: BoxGradient = "exact"
     """How the clip of the perturbed images is differentiated: see :data:`gambeson.threat.BoxGradient`."""
 
-    def open(self, scene: Scene) -> Objective:
+    def build_objective(self, context: TrainContext) -> Objective:
         """Return the objective with its pool at the start."""
-        pool = Pool(
-            scene,
-            count=self.pool,
+        bank = UAPBank(
+            context,
+            count=self.bank,
             ball=Ball(eps=self.eps, norm=self.norm),
-            step=self.step,
+            rel_step_size=self.rel_step_size,
             start=self.start,
             box_gradient=self.box_gradient,
         )
-        term = PoolConsistency(pool, self)
+        term = BankConsistency(bank, self)
         return SharedForward({"clean": (1.0, Clean()), "consistency": (term.strain, term)})
 
 
-class PoolConsistency(nn.Module):
+class BankConsistency(nn.Module):
     """Mean divergence between the predictions on clean images and on images under the pool's perturbations.
 
     Args:
@@ -78,9 +78,9 @@ class PoolConsistency(nn.Module):
         settings: how they are used.
     """
 
-    def __init__(self, pool: Pool, settings: UniversalConsistency) -> None:
+    def __init__(self, bank: UAPBank, settings: UniversalConsistency) -> None:
         super().__init__()
-        self.pool, self.settings = pool, settings
+        self.bank, self.settings = bank, settings
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def strain(self, batch: Batch) -> float:
@@ -95,7 +95,7 @@ class PoolConsistency(nn.Module):
     def answers(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the clean logits of the one forward as well, for the clean term."""
         rows = self.rows(batch)
-        moved = self.pool.perturb(batch.images, rows)
+        moved = self.bank.perturb(batch.images, rows)
         clean, perturbed = model(torch.cat([batch.images, moved])).tensor_split(2)
         if self.settings.truncate is not None:
             fooled = cross_entropy(perturbed.detach(), batch.labels, batch.ignore_index)
@@ -110,7 +110,7 @@ class PoolConsistency(nn.Module):
 
     def rows(self, batch: Batch) -> torch.Tensor:
         """Return the number of the perturbation that each image of a batch carries, (N,)."""
-        count, device = len(self.pool.delta), batch.images.device
+        count, device = len(self.bank.delta), batch.images.device
         number, processes = batch.place
         own = len(batch.images)
         if self.settings.assignment == "even":
@@ -118,19 +118,19 @@ class PoolConsistency(nn.Module):
         odds = torch.ones(count, device=device)
         if self.settings.assignment == "strong":
             # What is not known yet counts as the strongest.
-            known = self.pool.strength.to(device)
+            known = self.bank.strength.to(device)
             odds = torch.where(known > 0, known, known.max().clamp(min=1e-6))
         draw = generator(batch.seed, "pool", device=device)
         return batch.mine(torch.multinomial(odds, processes * own, replacement=True, generator=draw))
 
-    def follow(self, batch: Batch) -> None:
+    def after_step(self, batch: Batch) -> None:
         """Let the perturbations take their step, note what each gave, and draw the weakest anew where it is time."""
         seen, self._seen = self._seen, []
-        self.pool.follow()
+        self.bank.after_step()
         if seen:
-            self.pool.note(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
+            self.bank.note(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
         if self.settings.restart and (batch.step + 1) % self.settings.restart == 0:
-            self.pool.replace_weakest(batch.seed)
+            self.bank.replace_weakest(batch.seed)
 
 
 def divergence(clean: torch.Tensor, perturbed: torch.Tensor, direction: Direction = "forward") -> torch.Tensor:

@@ -20,8 +20,8 @@ from gambeson.base import (
     write_json,
 )
 from gambeson.data import Name
-from gambeson.evaluation.attack_suite import CascadeResult, run_cascade, standard_attacks
-from gambeson.models.loading import load_subject
+from gambeson.evaluation.attack_suite import SuiteResult, run_suite, standard_suite
+from gambeson.models.loading import load_target
 from gambeson.victim import Victim
 
 FILE = "adversarial.safetensors"
@@ -38,7 +38,7 @@ class AttackRun(Config):
     """Name of a data set; None: the one that the run was trained on."""
     attack: attacks.Name = "pgd"
     """Name of an attack that perturbs image by image, ``FILE.py:CLASS`` of one, which is stored with the hash of the
-    file, or ``standard`` for the row of :func:`standard_attacks`."""
+    file, or ``standard`` for the row of :func:`standard_suite`."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of the attack, such as eps."""
     images: Annotated[int, Field(ge=1)] = 1000
@@ -51,29 +51,29 @@ def _attacks_of(run: AttackRun) -> dict[str, Any]:
     if run.attack != STANDARD:
         attacks.require_kind(run.attack, "image")
         return {user_code.short(run.attack): attacks.create(run.attack, **run.settings)}
-    unknown = set(run.settings) - {"eps", "norm", "queries", "faithful", "draws"}
+    unknown = set(run.settings) - {"eps", "norm", "queries", "faithful", "eot_samples"}
     if unknown or "eps" not in run.settings:
         raise UserError(
-            f"the standard row takes eps, norm, queries, faithful, draws, got {sorted(run.settings)}: give --eps"
+            f"the standard row takes eps, norm, queries, faithful, eot_samples, got {sorted(run.settings)}: give --eps"
         )
-    return dict(standard_attacks(**run.settings))
+    return dict(standard_suite(**run.settings))
 
 
-def run_attack(run: AttackRun, out: Path) -> CascadeResult:
+def run_attack(run: AttackRun, out: Path) -> SuiteResult:
     """Carry out ``run``; leave ``result.json`` and the perturbed images in ``out``.
 
     Raises:
         UserError: the folder holds another run, the model cannot be loaded, or a setting is wrong.
     """
     row = _attacks_of(run)
-    subject = load_subject(run.model, run.data, run.device)
+    subject = load_target(run.model, run.data, run.device)
     if open_run(out, run, environment(run.device)):
-        return CascadeResult(**read_json(out / "result.json")["result"])
+        return SuiteResult(**read_json(out / "result.json")["result"])
     rows = subject.dataset.test.sample_indices(run.images, seed=run.seed)
     split = subject.dataset.test.subset(rows)
     with Victim(subject.model, fast=True) as victim:
         norm = getattr(next(iter(row.values())), "norm", "2")
-        found = run_cascade(victim, split, row, norm=norm, seed=run.seed)
+        found = run_suite(victim, split, row, norm=norm, seed=run.seed)
         notes = victim.notes
     tensors = {"images": found.images, "labels": split.labels, "fallen_to": found.fallen_to, "indices": rows}
     settings = {name: attack.plain() for name, attack in row.items()}

@@ -21,7 +21,7 @@ SURE = 0.25
 attacks leave it alone (ours): were half of all its passes right, so few of 21 votes would be once in 75 times."""
 
 
-class Round(Config):
+class AttackRound(Config):
     """What one attack of the suite did."""
 
     attack: str
@@ -35,7 +35,7 @@ class Round(Config):
     cost: Cost
 
 
-class CascadeResult(Config):
+class SuiteResult(Config):
     """Accuracy under the worst of several attacks, image by image.
 
     What is right under the worst case is decided for each image by itself, by a procedure that is fixed before the
@@ -50,9 +50,9 @@ class CascadeResult(Config):
     success: Rate
     """Share of the images right when clean that the attacks took from the model: of a random model the net loss, for
     some images are right in one count and wrong in the next by chance alone."""
-    draws: int = 1
+    votes: int = 1
     """Votes that decided each image by their majority: more than one for a random model."""
-    rounds: list[Round]
+    rounds: list[AttackRound]
     largest: float
     """Largest norm of a perturbation that broke an image, as measured on the stored images."""
     mean: float
@@ -60,10 +60,10 @@ class CascadeResult(Config):
 
 
 @dataclass(frozen=True)
-class Cascade:
+class SuiteRun:
     """A finished suite of attacks."""
 
-    result: CascadeResult
+    result: SuiteResult
     images: torch.Tensor
     """The images, each as the attack left it that did it most harm, or clean where none did any: scoring these with
     the seed of the suite gives ``result.robust`` exactly."""
@@ -111,7 +111,7 @@ class WorstCase:
         if not bool(self.counts.any()):
             raise nothing_counts(split)
         self.votes = votes_of(victim, self.images)
-        self._random = victim.meet(self.images, scores=True).stochastic
+        self._random = victim.inspect(self.images, scores=True).stochastic
         self._support = torch.zeros_like(self.labels)
         self.source = torch.full_like(self.labels, -1)
         for rows in torch.arange(len(self.labels), device=self.labels.device).split(self.batch_size):
@@ -148,7 +148,7 @@ class WorstCase:
             return votes_right(self.victim, images, self.labels[rows])
 
 
-def run_cascade(
+def run_suite(
     victim: Victim,
     split: Split,
     attacks: Mapping[str, ImageAttack],
@@ -156,7 +156,7 @@ def run_cascade(
     norm: str = "inf",
     seed: int = 0,
     batch_size: int = 250,
-) -> Cascade:
+) -> SuiteRun:
     """Attack every image with each attack in turn until one breaks it, and score the worst case of each image once.
 
     Success is decided on the model itself, by the images an attack returned, whatever the attack believed. Of a random
@@ -189,7 +189,7 @@ def run_cascade(
                 worst.offer(part, _checked(moved, x, name), k)
             right = worst.right()
             rounds.append(
-                Round(
+                AttackRound(
                     attack=name,
                     tried=len(rows),
                     broken=len(rows) - len(worst.standing),
@@ -202,16 +202,16 @@ def run_cascade(
     fallen_to = torch.where(broken, worst.source, torch.where(right, -1, -2)).masked_fill(~worst.counts, -3)
     distances = (worst.images - clean_images).flatten(1).norm(p=float(norm), dim=1)[broken]
     before_all, left = int(clean.sum()), int(right.sum())
-    result = CascadeResult(
+    result = SuiteResult(
         clean=worst.rate(clean),
         robust=worst.rate(right),
         success=Rate.of(max(0, before_all - left), before_all),
-        draws=worst.votes,
+        votes=worst.votes,
         rounds=rounds,
         largest=float(distances.max()) if len(distances) else 0.0,
         mean=float(distances.mean()) if len(distances) else 0.0,
     )
-    return Cascade(result=result, images=worst.images.cpu(), fallen_to=fallen_to.cpu())
+    return SuiteRun(result=result, images=worst.images.cpu(), fallen_to=fallen_to.cpu())
 
 
 def _checked(moved: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -227,10 +227,10 @@ def _checked(moved: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
     return moved
 
 
-def standard_attacks(
-    *, eps: float | str, norm: Norm = "inf", queries: int = 5000, faithful: bool = False, draws: int | None = None
+def standard_suite(
+    *, eps: float | str, norm: Norm = "inf", queries: int = 5000, faithful: bool = False, eot_samples: int | None = None
 ) -> dict[str, ImageAttack]:
-    """Return the attacks of the standard suite, to be run by :func:`gambeson.evaluation.run_cascade`.
+    """Return the attacks of the standard suite, to be run by :func:`gambeson.evaluation.run_suite`.
 
     The members of AutoAttack's standard version (Croce and Hein 2020, section 6) without FAB, behind a short PGD that
     takes what is easy: Auto-PGD on cross-entropy, targeted Auto-PGD on the ratio of logits over the nine likeliest
@@ -246,12 +246,12 @@ def standard_attacks(
         norm: ``inf`` or ``2``.
         queries: budget of Square, an image.
         faithful: climb towards all nine targets in full, and let Square spend its whole budget on every image.
-        draws: of a random model, over which each gradient is averaged.
+        eot_samples: of a random model, over which each gradient is averaged.
     """
-    ball = {"eps": eps, "norm": norm, "draws": draws}
+    ball = {"eps": eps, "norm": norm, "eot_samples": eot_samples}
     return {
         "pgd": PGD(steps=10, **ball),
         "auto-pgd": AutoPGD(steps=100, **ball),
-        "auto-pgd-targeted": TargetedAutoPGD(steps=100, scout=None if faithful else 20, **ball),
-        "square": Square(eps=eps, norm=norm, queries=queries, outlook=None if faithful else 3),
+        "auto-pgd-targeted": TargetedAutoPGD(steps=100, probe_steps=None if faithful else 20, **ball),
+        "square": Square(eps=eps, norm=norm, queries=queries, early_abandon=None if faithful else 3),
     }

@@ -131,7 +131,7 @@ def search(
     """As :func:`eps_uni`, for whatever makes a perturbation of a given eps.
 
     Args:
-        victim: the model, inside its context; its ``passes`` say how many votes decide.
+        victim: the model, inside its context; its ``votes`` say how many votes decide.
         data: its validation split chooses, its test split reports.
         craft: the attack.
         norm: of its ball.
@@ -201,8 +201,8 @@ def eps_adv(
     split = as_split(data, "test")
     with judged(model, split) as victim:
         before = Cost(forwards=victim.forwards, backwards=victim.backwards)
-        if attack.draws is None and victim.look is not None and victim.look.stochastic:
-            attack = attack.model_copy(update={"draws": EOT_SAMPLES})
+        if attack.eot_samples is None and victim.traits is not None and victim.traits.stochastic:
+            attack = attack.model_copy(update={"eot_samples": EOT_SAMPLES})
         work = _Bisection(
             attempt=lambda eps, tried: _attacked(victim, split, attack, eps, tried, seed),
             errors=lambda found: found[1],

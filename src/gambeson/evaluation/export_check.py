@@ -15,14 +15,14 @@ from gambeson.data import Split
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import ModelCard, PixelModel
-from gambeson.models.black_box.local import OnnxScores
+from gambeson.models.black_box.local import OnnxModel
 from gambeson.models.export import Target, export
 from gambeson.models.factory import build
 from gambeson.models.hubs import required
-from gambeson.models.loading import load_subject
+from gambeson.models.loading import load_target
 from gambeson.models.program import load_program
 from gambeson.models.storage import init_weights
-from gambeson.victim import Victim, auto_batch_size, look_at, majority, nothing_counts, predicted, score
+from gambeson.victim import Victim, auto_batch_size, inspect_model, majority, nothing_counts, predicted, score
 
 _TOLERANCE = 1e-3
 """Largest difference of a logit, as a share of the largest logit: rounding differs between two runtimes."""
@@ -41,7 +41,7 @@ class Exported(Config):
     split: str
     seed: int
     """It drew the images, where not all of the split were scored."""
-    draws: int
+    votes: int
     """Passes that decided each image by their majority; 1 for a model that repeats itself."""
     original: Rate
     """Accuracy of the model that was exported."""
@@ -64,18 +64,18 @@ def run_export(
     *,
     data_name: str | None = None,
     images: int | None = None,
-    draws: int = 10,
+    votes: int = 10,
     seed: int = 0,
 ) -> Exported:
     """Export a model to ``out``, load it again, score both, and store the result beside it as ``OUT.json``.
 
     Args:
-        source: see :func:`gambeson.models.loading.load_subject`.
+        source: see :func:`gambeson.models.loading.load_target`.
         to: ``torch-export``, ``onnx`` or ``safetensors``; see :func:`gambeson.models.export.export`.
         out: the file.
         data_name: whose test split scores; None: the data that the run was trained on.
         images: test images at most, drawn evenly over the classes; None: all.
-        draws: answers an image, for a random model.
+        votes: answers per image, for a random model.
         seed: of the images and of the draws of torch; onnxruntime seeds its own.
 
     Raises:
@@ -83,11 +83,11 @@ def run_export(
     """
     if out.exists():
         raise UserError(f"{out} exists: choose another --out, or remove it first")
-    if draws < 2 or (images is not None and images < 1):
-        raise UserError(f"draws = {draws}, images = {images}: expected 2 draws and 1 image at least")
+    if votes < 2 or (images is not None and images < 1):
+        raise UserError(f"votes = {votes}, images = {images}: expected 2 votes and 1 image at least")
     if to == "onnx":
         required("onnxruntime", "scoring an export to ONNX")
-    subject = load_subject(source, data_name, "cpu")
+    subject = load_target(source, data_name, "cpu")
     model, test = subject.model, subject.dataset.test
     if not isinstance(model, PixelModel):
         raise UserError(f"{source} is a black box, of which nothing can be exported: name a model with its weights")
@@ -95,7 +95,7 @@ def run_export(
         test = test.sample(images, seed=seed)
     export(model, out, to)
     again = _loaded(out, to, model.card)
-    found = _score(model, again, test, draws, seed)
+    found = _score(model, again, test, votes, seed)
     result = Exported(source=source, to=to, file=out.name, split=test.name, seed=seed, **found)
     write_json(Path(f"{out}.json"), {"schema": "gambeson/export-1", "environment": environment(), **result.plain()})
     return result
@@ -103,7 +103,7 @@ def run_export(
 
 def _loaded(path: Path, to: Target, card: ModelCard) -> nn.Module:
     if to == "onnx":
-        return OnnxScores(path, output="logits")
+        return OnnxModel(path, output="logits")
     if to == "torch-export":
         return load_program(path, card.in_channels, card.classes, card.image_size, "cpu")
     _, about = load_tensors(path)
@@ -123,7 +123,7 @@ class _Sums:
 
 
 @torch.no_grad()
-def _score(model: nn.Module, again: nn.Module, test: Split, draws: int, seed: int) -> dict[str, Any]:
+def _score(model: nn.Module, again: nn.Module, test: Split, votes: int, seed: int) -> dict[str, Any]:
     found: dict[str, list[torch.Tensor]] = {"original": [], "exported": []}
     variance = {"original": 0.0, "exported": 0.0}
     difference = chance = largest = 0.0
@@ -131,19 +131,19 @@ def _score(model: nn.Module, again: nn.Module, test: Split, draws: int, seed: in
         raise nothing_counts(test)
     with Victim(model) as victim, seeded(seed, "export"):
         first, _ = test.take(slice(0, 8))
-        repeats = not (look_at(model, first).stochastic or look_at(again, first).stochastic)
-        count = 1 if repeats else draws
+        repeats = not (inspect_model(model, first).stochastic or inspect_model(again, first).stochastic)
+        count = 1 if repeats else votes
         size = auto_batch_size(test.shape, 250)
         with task("score the export", math.ceil(len(test) / size)) as advance:
             for images, _ in test.batches(size):
-                own = _asked(victim.exact, images, count)
+                own = _asked(victim.forward_original, images, count)
                 other = _asked(again, images, count)
                 found["original"].append(majority(torch.stack(own.answers)))
                 found["exported"].append(majority(torch.stack(other.answers)))
                 largest = max(largest, float(own.total.abs().max()) / count)
                 difference = max(difference, float((own.total - other.total).abs().max()) / count)
                 if count > 1:
-                    control = _asked(victim.exact, images, count)
+                    control = _asked(victim.forward_original, images, count)
                     chance = max(chance, float((own.total - control.total).abs().max()) / count)
                     for name, sums in (("original", own), ("exported", other)):
                         variance[name] += float((sums.squares - sums.total**2 / count).clamp(min=0).sum())
@@ -154,7 +154,7 @@ def _score(model: nn.Module, again: nn.Module, test: Split, draws: int, seed: in
     else:
         agrees = ratio is not None and 1 / _SPREAD <= ratio <= _SPREAD and difference <= _CHANCE * chance
     return {
-        "draws": count,
+        "votes": count,
         **{name: accuracy_rate(score(torch.cat(answers), test)) for name, answers in found.items()},
         "largest_difference": difference,
         "by_chance": chance if count > 1 else None,
@@ -163,9 +163,9 @@ def _score(model: nn.Module, again: nn.Module, test: Split, draws: int, seed: in
     }
 
 
-def _asked(ask: Any, images: torch.Tensor, draws: int) -> _Sums:
+def _asked(ask: Any, images: torch.Tensor, votes: int) -> _Sums:
     sums = _Sums()
-    for _ in range(draws):
+    for _ in range(votes):
         logits = ask(images).double()
         sums.answers.append(predicted(logits))
         sums.total = sums.total + logits

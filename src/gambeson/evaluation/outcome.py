@@ -104,8 +104,12 @@ def averaged(attack: AttackT, victim: Victim, images: torch.Tensor, samples: int
         images: (N, C, H, W), to meet the model with where that has not happened yet.
         samples: the draws.
     """
-    if isinstance(attack, GradientAttack) and attack.draws is None and victim.meet(images, scores=True).stochastic:
-        return attack.model_copy(update={"draws": samples})
+    if (
+        isinstance(attack, GradientAttack)
+        and attack.eot_samples is None
+        and victim.inspect(images, scores=True).stochastic
+    ):
+        return attack.model_copy(update={"eot_samples": samples})
     return attack
 
 

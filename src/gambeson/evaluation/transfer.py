@@ -27,7 +27,7 @@ from gambeson.data import Name, Split
 from gambeson.evaluation.outcome import ImageAttack, at_once
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.universal import error_rate, judged
-from gambeson.models.loading import LoadedModel, load_subject
+from gambeson.models.loading import LoadedModel, load_target
 from gambeson.threat import Eps, Norm
 from gambeson.victim import Victim, nothing_counts, predict, score
 
@@ -44,7 +44,7 @@ class TransferRun(Config):
     """Attacks that perturb image by image, by name or as ``FILE.py:CLASS``, stored with the hash of the file."""
     eps: Eps
     norm: Norm = "inf"
-    draws: Annotated[int, Field(ge=1)] | None = None
+    eot_samples: Annotated[int, Field(ge=1)] | None = None
     """Draws of a random source that every gradient is averaged over; for gradient attacks."""
     images: Annotated[int, Field(ge=1)] = 1000
     """Test images, at most: drawn evenly over the classes, by the seed."""
@@ -87,7 +87,7 @@ def run_transfer(run: TransferRun, out: Path) -> TransferResult:
     Raises:
         UserError: the folder holds another run, a model cannot be loaded, or the models do not belong to one data set.
     """
-    ball = {"eps": run.eps, "norm": run.norm, **({} if run.draws is None else {"draws": run.draws})}
+    ball = {"eps": run.eps, "norm": run.norm, **({} if run.eot_samples is None else {"eot_samples": run.eot_samples})}
     for name in run.attacks:
         attacks.require_kind(name, "image")
     rows = {user_code.short(name): attacks.create(name, **ball) for name in run.attacks}
@@ -121,9 +121,9 @@ def run_transfer(run: TransferRun, out: Path) -> TransferResult:
 
 
 def _load(run: TransferRun) -> list[LoadedModel]:
-    first = load_subject(run.models[0], run.data, run.device)
+    first = load_target(run.models[0], run.data, run.device)
     name = run.data or first.trained.get("data")
-    others = [load_subject(source, name, run.device, first.dataset) for source in run.models[1:]]
+    others = [load_target(source, name, run.device, first.dataset) for source in run.models[1:]]
     if first.dataset.test.labels.ndim != 1:
         raise UserError(f"{name} has one label a pixel: transfer tables take one label an image")
     return [first, *others]

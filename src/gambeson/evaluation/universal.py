@@ -17,17 +17,17 @@ from gambeson.victim import Score, Victim, predict, score, votes_of
 
 def error_rate(found: Score) -> Rate:
     """Share of wrong answers."""
-    return Rate.of(found.errors, found.answers, found.images)
+    return Rate.of(found.errors, found.total, found.images)
 
 
 def accuracy_rate(found: Score) -> Rate:
     """Share of right answers."""
-    return Rate.of(found.answers - found.errors, found.answers, found.images)
+    return Rate.of(found.total - found.errors, found.total, found.images)
 
 
 def change_rate(found: Score) -> Rate:
     """Share of answers that differ from the clean prediction."""
-    return Rate.of(found.changed, found.answers, found.images)
+    return Rate.of(found.flipped, found.total, found.images)
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def judged(model: nn.Module | Victim, split: Split) -> Iterator[Victim]:
         yield model
         return
     with Victim(model) as victim:
-        victim.passes = votes_of(victim, split.take(slice(0, 8), victim.device)[0])
+        victim.votes = votes_of(victim, split.take(slice(0, 8), victim.device)[0])
         yield victim
 
 

@@ -13,8 +13,8 @@ from gambeson import data, models
 from gambeson.base import UserError, read_settings, seeded
 from gambeson.models import external, registry, torchvision_nets, user_code
 from gambeson.models.black_box.base import BlackBox
-from gambeson.models.black_box.http import HttpScores
-from gambeson.models.black_box.local import FunctionScores, OnnxScores
+from gambeson.models.black_box.http import HttpModel
+from gambeson.models.black_box.local import FunctionModel, OnnxModel
 from gambeson.models.program import SUFFIX, load_program
 from gambeson.models.storage import init_weights
 
@@ -40,7 +40,7 @@ class LoadedModel:
         return isinstance(self.model, BlackBox)
 
 
-def load_subject(
+def load_target(
     source: str,
     data_name: str | None,
     device: str,
@@ -158,11 +158,11 @@ def _black_box(source: str, dataset: data.Dataset, budget: int | None) -> nn.Mod
             with user_code.told(file, f"asking {spelling} about {len(images)} images"):
                 return call(images)
 
-        box = FunctionScores(ask, title=spelling, **settings)
+        box = FunctionModel(ask, title=spelling, **settings)
     elif source.lower().endswith(".onnx"):
-        box = OnnxScores(source, **settings)
+        box = OnnxModel(source, **settings)
     else:
-        box = HttpScores(source, **settings)
+        box = HttpModel(source, **settings)
     images = torch.full((2, dataset.in_channels, *dataset.image_size), 0.5)
     with torch.no_grad():
         found = box(images)

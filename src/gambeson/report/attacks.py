@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
 
-from gambeson.auditing.results import Corruption, Draws, PerImage, Transferred
+from gambeson.auditing.results import Corruption, PerImageResult, RandomnessResult, TransferredResult
 from gambeson.evaluation import Rate
-from gambeson.evaluation.attack_suite import Round
-from gambeson.report.formatting import Scale, percent
+from gambeson.evaluation.attack_suite import AttackRound
+from gambeson.report.formatting import EpsFormat, percent
 from gambeson.report.loading import Folder
 from gambeson.report.tables import NONE, Cell, Group, Line, Table, rate_cell
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 
 
-def build(folders: Sequence[Folder], scale: Scale) -> list[Table]:
+def build(folders: Sequence[Folder], scale: EpsFormat) -> list[Table]:
     """Build the tables that have anything in them: a column a model, a line an attack."""
     found = [_per_image(folders, scale), _transferred(folders, scale), _noise(folders), _draws(folders)]
     return [table for table in found if table is not None]
@@ -25,7 +25,7 @@ def _table(folders: Sequence[Folder], caption: str, name: str, lines: list[Line]
     return Table(caption, [name, *(folder.label for folder in folders)], [Group(None, lines)], note)
 
 
-def _per_image(folders: Sequence[Folder], scale: Scale) -> Table | None:
+def _per_image(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
     columns = [{(a.attack, a.eps): a for a in folder.result.per_image} for folder in folders]
     if not any(columns):
         return None
@@ -49,14 +49,14 @@ def _per_image(folders: Sequence[Folder], scale: Scale) -> Table | None:
     return _table(folders, "Accuracy when every image gets a perturbation of its own", "Attack", lines, note)
 
 
-def _round(turn: Round | None, of: PerImage | None) -> Cell:
+def _round(turn: AttackRound | None, of: PerImageResult | None) -> Cell:
     if turn is None or of is None:
         return NONE
     return Cell(percent(turn.accuracy.value), (f"broke {turn.broken:,} of {turn.tried:,}",))
 
 
-def _transferred(folders: Sequence[Folder], scale: Scale) -> Table | None:
-    def key(t: Transferred) -> tuple[str, str, bool, float]:
+def _transferred(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
+    def key(t: TransferredResult) -> tuple[str, str, bool, float]:
         return (t.source, t.attack, t.universal, t.eps)
 
     columns = [{key(t): t for t in folder.result.transfer} for folder in folders]
@@ -90,18 +90,18 @@ def _noise(folders: Sequence[Folder]) -> Table | None:
 
 
 def _draws(folders: Sequence[Folder]) -> Table | None:
-    found = [folder.result.draws for folder in folders]
+    found = [folder.result.randomness for folder in folders]
     if not any(found):
         return None
 
-    def line(name: str, note: str, cell: Callable[[Draws], Cell]) -> Line:
-        return Line(name, note, [cell(draws) if draws else Cell("not random") for draws in found])
+    def line(name: str, note: str, cell: Callable[[RandomnessResult], Cell]) -> Line:
+        return Line(name, note, [cell(one) if one else Cell("not random") for one in found])
 
     lines = [
         line(
             "mean of all passes",
             "± one standard deviation",
-            lambda d: Cell(_spread(d), (f"{d.draws} passes",)),
+            lambda d: Cell(_spread(d), (f"{d.votes} votes",)),
         ),
         line("lowest and highest pass", "", lambda d: Cell(f"{percent(d.lowest)} to {percent(d.highest)}")),
         line("majority of the passes", "image by image", lambda d: rate_cell(d.majority)),
@@ -112,8 +112,8 @@ def _draws(folders: Sequence[Folder]) -> Table | None:
     return _table(folders, "Clean accuracy of random models, over passes of the same images", "Accuracy", lines, note)
 
 
-def _spread(draws: Draws) -> str:
-    return f"{percent(draws.mean)} ± {100 * draws.spread:.1f}"
+def _spread(found: RandomnessResult) -> str:
+    return f"{percent(found.mean)} ± {100 * found.spread:.1f}"
 
 
 def _clean(folders: Sequence[Folder], name: str, rate: Callable[[Folder], Rate]) -> Line:

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from gambeson.evaluation import Rate
-from gambeson.report.formatting import Scale, percent
+from gambeson.report.formatting import EpsFormat, percent
 from gambeson.report.loading import Folder
 
 HUES = ("#0072b2", "#c4500a", "#007a5a", "#a8487f", "#8a6d00", "#3a3a3a")
@@ -45,7 +45,7 @@ def hue(index: int) -> str:
     return HUES[index % len(HUES)]
 
 
-def figure(folders: Sequence[Folder], scale: Scale) -> dict[str, Any]:
+def figure(folders: Sequence[Folder], scale: EpsFormat) -> dict[str, Any]:
     """Build data and layout: for every model a band, its controls, and its line on top."""
     traces: list[dict[str, Any]] = []
     for index, folder in enumerate(folders):
@@ -81,12 +81,12 @@ def plain_layout(height: int) -> dict[str, Any]:
     }
 
 
-def curve(folders: Sequence[Folder], scale: Scale) -> Chart:
+def curve(folders: Sequence[Folder], scale: EpsFormat) -> Chart:
     """Draw UER against eps for every model."""
     return Chart("chart", embed(figure(folders, scale)), alternative(folders, scale))
 
 
-def alternative(folders: Sequence[Folder], scale: Scale) -> str:
+def alternative(folders: Sequence[Folder], scale: EpsFormat) -> str:
     """Say in words what the chart shows."""
     parts = []
     for folder in folders:
@@ -131,7 +131,7 @@ def _band(folder: Folder, index: int) -> dict[str, Any]:
     )
 
 
-def _line(folder: Folder, index: int, scale: Scale) -> dict[str, Any]:
+def _line(folder: Folder, index: int, scale: EpsFormat) -> dict[str, Any]:
     eps, rates = _points(folder)
     name = escape(folder.label)
     return _trace(
@@ -152,7 +152,7 @@ def _line(folder: Folder, index: int, scale: Scale) -> dict[str, Any]:
     )
 
 
-def _controls(folder: Folder, index: int, scale: Scale) -> list[dict[str, Any]]:
+def _controls(folder: Folder, index: int, scale: EpsFormat) -> list[dict[str, Any]]:
     points, clean = folder.result.universal, folder.result.clean.complement
     traces = []
     for name in [control.name for control in points[0].controls]:
@@ -183,7 +183,7 @@ def _controls(folder: Folder, index: int, scale: Scale) -> list[dict[str, Any]]:
     return traces
 
 
-def _layout(folders: Sequence[Folder], scale: Scale) -> dict[str, Any]:
+def _layout(folders: Sequence[Folder], scale: EpsFormat) -> dict[str, Any]:
     grid = sorted({point.eps for folder in folders for point in folder.result.universal})
     texts = [scale.text(eps) for eps in grid]
     # Short labels, so that they fit side by side on a phone.
@@ -216,7 +216,7 @@ def _layout(folders: Sequence[Folder], scale: Scale) -> dict[str, Any]:
     }
 
 
-def _both(eps: float, scale: Scale) -> str:
+def _both(eps: float, scale: EpsFormat) -> str:
     return f"{scale.text(eps)} ({scale.decimal(eps)})" if scale.decimal(eps) else scale.text(eps)
 
 

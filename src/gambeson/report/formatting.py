@@ -22,7 +22,7 @@ def interval(rate: Rate) -> str:
 
 
 @dataclass(frozen=True)
-class Scale:
+class EpsFormat:
     """How eps is written: as k/255 for colour images, as a decimal number otherwise."""
 
     norm: str
@@ -105,7 +105,7 @@ def setting(folders: Sequence[Folder]) -> str:
     )
 
 
-def answer(folders: Sequence[Folder], eps: float | None, scale: Scale) -> str:
+def answer(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> str:
     """Say what came out: the verdict of one model, or the weakest and the strongest of several."""
     if len(folders) == 1:
         return folders[0].result.verdict.summary

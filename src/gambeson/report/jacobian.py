@@ -12,7 +12,7 @@ from gambeson.analysis import Spread
 from gambeson.auditing.results import LossSurface, PairHistogram, Slopes, Subspace
 from gambeson.report import images
 from gambeson.report.charts import AXIS, MARKERS, Chart, embed, hue, plain_layout, soft
-from gambeson.report.formatting import Scale, percent
+from gambeson.report.formatting import EpsFormat, percent
 from gambeson.report.loading import Folder
 from gambeson.report.tables import NONE, Cell, Group, Line, Table
 
@@ -20,7 +20,7 @@ RAMP = ("#fdf6e3", "#f4c978", "#e0873c", "#a8412f", "#4d1a2e")
 """From low to high; its lightness falls evenly, so that it reads in grey as well."""
 
 
-def along(folders: Sequence[Folder], scale: Scale) -> Chart | None:
+def along(folders: Sequence[Folder], scale: EpsFormat) -> Chart | None:
     """Draw the mean loss along the signed gradient, and across it, for every model: a ridge shows as a fall."""
     known = [
         (k, f, f.result.slopes.surface) for k, f in enumerate(folders) if f.result.slopes and f.result.slopes.surface
@@ -63,7 +63,7 @@ def along(folders: Sequence[Folder], scale: Scale) -> Chart | None:
     )
 
 
-def surface(folder: Folder, index: int, scale: Scale) -> Chart | None:
+def surface(folder: Folder, index: int, scale: EpsFormat) -> Chart | None:
     """Draw the mean loss over the grid, and the border beyond which the model gets half of the images wrong."""
     found = folder.result.slopes.surface if folder.result.slopes else None
     if found is None:
@@ -175,7 +175,7 @@ def _shown(found: PairHistogram) -> list[float]:
     return [min(-0.25, found.edges[full[0]]), 1.0]
 
 
-def _steps(found: LossSurface, scale: Scale, title: str) -> dict[str, Any]:
+def _steps(found: LossSurface, scale: EpsFormat, title: str) -> dict[str, Any]:
     end = found.steps[-1]
     text = scale.text(end) if scale.norm == "inf" else f"{end:.3g}"
     return {
@@ -191,7 +191,7 @@ def _turned(grid: Sequence[Sequence[float]]) -> list[list[float]]:
     return [list(column) for column in zip(*grid, strict=True)]
 
 
-def build(folders: Sequence[Folder], scale: Scale) -> list[Table]:
+def build(folders: Sequence[Folder], scale: EpsFormat) -> list[Table]:
     """Build the tables that have anything in them."""
     found = [_norms(folders), _pairs(folders), _bounds(folders, scale), _subspaces(folders, scale)]
     return [table for table in found if any(group.lines for group in table.groups)]
@@ -297,7 +297,7 @@ def _pair(found: PairHistogram | None) -> Cell:
     return Cell(main, (*(f"{side.low:.2f} to {side.high:.2f}, n = {n:,}" for side, n in sides if side),))
 
 
-def _bounds(folders: Sequence[Folder], scale: Scale) -> Table:
+def _bounds(folders: Sequence[Folder], scale: EpsFormat) -> Table:
     groups, counts = [], []
     for k, folder in enumerate(folders):
         slopes = folder.result.slopes
@@ -331,7 +331,7 @@ def _bounds(folders: Sequence[Folder], scale: Scale) -> Table:
     return Table("Bounds against measured UER, on the sample", head, groups, note)
 
 
-def _subspaces(folders: Sequence[Folder], scale: Scale) -> Table:
+def _subspaces(folders: Sequence[Folder], scale: EpsFormat) -> Table:
     columns = [{s.norm: s for s in f.result.slopes.subspaces} if f.result.slopes else {} for f in folders]
     lines = []
     for norm in dict.fromkeys(norm for column in columns for norm in column):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gambeson.auditing import AuditResult
-from gambeson.auditing.results import Material, Universal
+from gambeson.auditing.results import DataInfo, UniversalResult
 from gambeson.base import UserError, load_tensors, read_json
 
 _EXAMPLES = ("images", "perturbed", "labels", "predictions", "perturbed_predictions")
@@ -40,7 +40,7 @@ class Folder:
         """Whether the verdict found no reason to doubt the numbers."""
         return self.result.verdict.trusted
 
-    def at(self, eps: float | None) -> Universal:
+    def at(self, eps: float | None) -> UniversalResult:
         """The perturbation at ``eps``, or at the audit's own middle eps where that is None."""
         return next((point for point in self.result.universal if point.eps == eps), self.result.middle)
 
@@ -93,7 +93,7 @@ def _read(path: Path, result: AuditResult, times: Counter[str]) -> Folder:
     )
 
 
-def _delta(path: Path, material: Material) -> torch.Tensor:
+def _delta(path: Path, material: DataInfo) -> torch.Tensor:
     tensors, _ = load_tensors(path, "a universal perturbation")
     delta = tensors.get("delta")
     if delta is None or list(delta.shape) != [1, *material.shape]:
@@ -122,7 +122,7 @@ def _examples(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _describe(material: Material) -> str:
+def _describe(material: DataInfo) -> str:
     shape = " x ".join(str(side) for side in material.shape)
     splits = f"{material.train}/{material.validation}/{material.test}"
     return f"{material.name} ({len(material.classes)} classes, {shape}, {splits} images)"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gambeson.evaluation.rates import Cost
 from gambeson.report import formatting
-from gambeson.report.formatting import Scale
+from gambeson.report.formatting import EpsFormat
 from gambeson.report.loading import Folder
 
 
@@ -18,7 +18,7 @@ class Facts:
     rows: list[tuple[str, str]]
 
 
-def collect(folder: Folder, scale: Scale) -> list[Facts]:
+def collect(folder: Folder, scale: EpsFormat) -> list[Facts]:
     """List model, defence, data, settings, perturbations, search, cost and versions of one audit."""
     result = folder.result
     subject, material, found = result.subject, result.material, result.eps_uni
@@ -63,7 +63,7 @@ def collect(folder: Folder, scale: Scale) -> list[Facts]:
     ]
 
 
-def _costs(folder: Folder, scale: Scale) -> list[tuple[str, str]]:
+def _costs(folder: Folder, scale: EpsFormat) -> list[tuple[str, str]]:
     result = folder.result
     rows = [(f"universal, eps {scale.text(point.eps)}", point.cost) for point in result.universal]
     rows += [(f"eps_uni({result.eps_uni.delta:g})", result.eps_uni.cost)]

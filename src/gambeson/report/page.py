@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from gambeson.auditing import Check
 from gambeson.report import attacks, charts, formatting, images, jacobian, tables
 from gambeson.report.charts import Chart
-from gambeson.report.formatting import Scale
+from gambeson.report.formatting import EpsFormat
 from gambeson.report.loading import Folder
 from gambeson.report.metadata import Facts, collect
 
@@ -134,7 +134,7 @@ class Page:
     setting: str
     answer: str
     models: list[Model]
-    scale: Scale
+    scale: EpsFormat
     delta: str
     """The error that eps_uni is searched for, as a share in per cent."""
     tests: int
@@ -155,7 +155,7 @@ class Page:
 def build(folders: Sequence[Folder], title: str | None) -> Page:
     """Lay out the audits."""
     first = folders[0].result
-    scale = Scale(first.universal[0].norm, len(first.material.shape) == 3 and first.material.shape[0] == 3)
+    scale = EpsFormat(first.universal[0].norm, len(first.material.shape) == 3 and first.material.shape[0] == 3)
     eps = tables.common_eps(folders)
     what = folders[0].label if len(folders) == 1 else formatting.count(len(folders), "model")
     models = [_model(folder, index, scale) for index, folder in enumerate(folders)]
@@ -184,7 +184,7 @@ def build(folders: Sequence[Folder], title: str | None) -> Page:
     )
 
 
-def _model(folder: Folder, index: int, scale: Scale) -> Model:
+def _model(folder: Folder, index: int, scale: EpsFormat) -> Model:
     result = folder.result
     reproduce = f"gambeson audit --config {shlex.quote(folder.path.resolve().name + '/run.yaml')} --out NEW"
     return Model(
@@ -204,7 +204,7 @@ def _model(folder: Folder, index: int, scale: Scale) -> Model:
     )
 
 
-def _slopes(folder: Folder, index: int, scale: Scale) -> Slopes:
+def _slopes(folder: Folder, index: int, scale: EpsFormat) -> Slopes:
     found, direction = folder.result.slopes, folder.direction
     shown = "" if direction is None else images.png(images.signed(direction, float(direction.abs().max())))
     return Slopes(
@@ -218,7 +218,7 @@ def _slopes(folder: Folder, index: int, scale: Scale) -> Slopes:
     )
 
 
-def _patterns(folder: Folder, scale: Scale) -> list[Picture]:
+def _patterns(folder: Folder, scale: EpsFormat) -> list[Picture]:
     found = []
     for point, delta in zip(folder.result.universal, folder.deltas, strict=True):
         white = images.reach(delta, point.eps, point.norm)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gambeson.auditing.results import PerImage
+from gambeson.auditing.results import PerImageResult
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import Control
-from gambeson.report.formatting import Scale, bound, interval, percent
+from gambeson.report.formatting import EpsFormat, bound, interval, percent
 from gambeson.report.loading import Folder
 
 
@@ -67,7 +67,7 @@ def common_eps(folders: Sequence[Folder]) -> float | None:
     return sorted(shared)[len(shared) // 2] if shared else None
 
 
-def glance_head(folders: Sequence[Folder], eps: float | None, scale: Scale) -> list[str]:
+def glance_head(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> list[str]:
     """Return the headings of :func:`glance`, between the model and its verdict."""
     deltas = {folder.result.eps_uni.delta for folder in folders}
     uer = "UER at its middle eps" if eps is None else f"UER at eps {scale.text(eps)}"
@@ -75,7 +75,7 @@ def glance_head(folders: Sequence[Folder], eps: float | None, scale: Scale) -> l
     return ["Clean accuracy", uer, "Accuracy, attacked image by image", found]
 
 
-def glance(folders: Sequence[Folder], eps: float | None, scale: Scale) -> list[Line]:
+def glance(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> list[Line]:
     """Build one line for each model."""
     clean = _leaders(folders, [folder.result.clean for folder in folders], highest=True)
     uer = _leaders(folders, [folder.at(eps).uer if eps is not None else None for folder in folders])
@@ -111,7 +111,7 @@ def grid(folders: Sequence[Folder]) -> list[float]:
     return sorted({point.eps for folder in folders for point in folder.result.universal})
 
 
-def curves(folders: Sequence[Folder], scale: Scale) -> Table:
+def curves(folders: Sequence[Folder], scale: EpsFormat) -> Table:
     """Build, for each model, a line for the crafted pattern and one for each control, over all eps."""
     points = [{point.eps: point for point in folder.result.universal} for folder in folders]
     best = {eps: _leaders(folders, [p[eps].uer if eps in p else None for p in points]) for eps in grid(folders)}
@@ -148,7 +148,7 @@ def _control(control: Control) -> Cell:
     return Cell(percent(control.mean), (f"worst {percent(control.worst.value)}", interval(control.worst)))
 
 
-def _worst(found: Sequence[PerImage]) -> PerImage | None:
+def _worst(found: Sequence[PerImageResult]) -> PerImageResult | None:
     """Return the attack that leaves least right, with the interval of the lowest of so many."""
     if not found:
         return None
@@ -156,7 +156,7 @@ def _worst(found: Sequence[PerImage]) -> PerImage | None:
     return min(found, key=lambda one: one.accuracy.value).model_copy(update={"accuracy": lowest})
 
 
-def _attacked(found: PerImage | None, scale: Scale, best: bool, tests: int) -> Cell:
+def _attacked(found: PerImageResult | None, scale: EpsFormat, best: bool, tests: int) -> Cell:
     if found is None:
         return Cell(NONE.main, ("not measured",))
     name = "the row of attacks" if found.attack == "standard" else found.attack

@@ -18,7 +18,7 @@ from gambeson import models
 from gambeson.attacks import PGD
 from gambeson.base import Config, environment, generator, seeded, task
 from gambeson.defenses import Batch, Defense, PGDAdversarial, SharedAdversarial, Standard
-from gambeson.victim import Fast, Victim
+from gambeson.victim import FastPath, Victim
 
 
 class BenchSettings(Config):
@@ -191,7 +191,7 @@ def bare_pgd(settings: BenchSettings, *, whole: bool = False) -> Attack:
 
 def ours(settings: BenchSettings) -> PGD:
     """Our PGD at the same steps, every step taken: no image stops early."""
-    return PGD(eps=settings.eps, steps=settings.steps, step=0.25, early_stop=False)
+    return PGD(eps=settings.eps, steps=settings.steps, rel_step_size=0.25, early_stop=False)
 
 
 def bench_attacks(settings: BenchSettings, peers: Mapping[str, Attack] | None = None) -> BenchResult:
@@ -220,7 +220,7 @@ def bench_attacks(settings: BenchSettings, peers: Mapping[str, Attack] | None = 
 
 
 def _in_bfloat16(attack: PGD, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    with Victim(model, fast=Fast(precision="bfloat16")) as victim:
+    with Victim(model, fast=FastPath(precision="bfloat16")) as victim:
         return attack(victim, x, y)
 
 

@@ -20,7 +20,7 @@ import torch
 from gambeson.base import Config, environment
 from gambeson.data import Dataset, load
 from gambeson.data.pieces import load_available
-from gambeson.data.registry import RECIPES
+from gambeson.data.registry import DATASETS
 
 GIB = 2**30
 
@@ -156,7 +156,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def dataset(visit: Visit) -> Dataset:
     """The data, whole or as much as there is."""
-    recipe = RECIPES.get(visit.data)
+    recipe = DATASETS.get(visit.data)
     return load_available(visit.data) if recipe is not None and recipe.source[1] else load(visit.data)
 
 

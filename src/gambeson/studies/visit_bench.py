@@ -18,7 +18,7 @@ from gambeson.studies.visit import Notebook, Peak, Visit, dataset, peaks_of, sec
 from gambeson.studies.visit_training import defenses, recipe
 from gambeson.training.batches import Epoch
 from gambeson.training.loop import Run
-from gambeson.victim import Fast, Victim
+from gambeson.victim import FastPath, Victim
 
 
 def run_benchmarks(visit: Visit, book: Notebook) -> None:
@@ -93,7 +93,9 @@ def _universal(visit: Visit, book: Notebook) -> None:
                 continue  # the long one, and the least informative of the three
             found: dict[str, Any] = {}
 
-            def craft(attack: StochasticPGD = attack, fast: Fast | None = fast, found: dict[str, Any] = found) -> None:
+            def craft(
+                attack: StochasticPGD = attack, fast: FastPath | None = fast, found: dict[str, Any] = found
+            ) -> None:
                 with Victim(model, fast=fast or False) as victim:
                     made = attack.craft(victim, data).about
                 found.update(forwards=made.forwards, backwards=made.backwards)
@@ -106,8 +108,10 @@ def _universal(visit: Visit, book: Notebook) -> None:
             )
 
 
-def _copies(visit: Visit) -> dict[str, Fast | None]:
-    return {"model itself": None, "float32": Fast()} | ({"bfloat16": Fast(precision="bfloat16")} if visit.low else {})
+def _copies(visit: Visit) -> dict[str, FastPath | None]:
+    return {"model itself": None, "float32": FastPath()} | (
+        {"bfloat16": FastPath(precision="bfloat16")} if visit.low else {}
+    )
 
 
 def _profiles(visit: Visit, book: Notebook) -> None:
@@ -122,7 +126,7 @@ def _profiles(visit: Visit, book: Notebook) -> None:
     run = Run(model, data, defense, how, visit.seed, None)
     batch = Epoch(run.train, how, 1, visit.seed, 0, run.device)[0]
     model.train()
-    _profile("a step of pgd-adversarial", lambda: run.take(batch), book)
+    _profile("a step of pgd-adversarial", lambda: run.train_step(batch), book)
 
 
 def _profile(name: str, job: Callable[[], object], book: Notebook) -> None:
@@ -169,10 +173,10 @@ def _by_trial(visit: Visit, book: Notebook) -> None:
 
 
 def _compiled(visit: Visit, book: Notebook) -> None:
-    _timed_copies(visit, book, "compiled", {"bfloat16, compiled": Fast(precision="bfloat16", compile=True)})
+    _timed_copies(visit, book, "compiled", {"bfloat16, compiled": FastPath(precision="bfloat16", compile=True)})
 
 
-def _timed_copies(visit: Visit, book: Notebook, name: str, copies: dict[str, Fast | None] | None = None) -> None:
+def _timed_copies(visit: Visit, book: Notebook, name: str, copies: dict[str, FastPath | None] | None = None) -> None:
     model, x, y = _network(visit)
     attack = PGD(eps=visit.eps, steps=10, early_stop=False)
     for kind, fast in (_copies(visit) if copies is None else copies).items():

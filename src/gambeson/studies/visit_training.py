@@ -21,7 +21,7 @@ from gambeson.threat import Ball
 from gambeson.training import Recipe, train
 from gambeson.training.batches import Epoch
 from gambeson.training.loop import Run
-from gambeson.victim import Fast, Victim
+from gambeson.victim import FastPath, Victim
 
 SLACK = 1.15
 """Trainings and audits are expected to take so much longer than measured."""
@@ -34,7 +34,7 @@ def defenses(visit: Visit) -> dict[str, Defense]:
     attack: dict[str, Any] = {"eps": visit.eps, "craft_precision": visit.precision}
     return {
         "standard": Standard(),
-        "pgd-adversarial": PGDAdversarial(steps=visit.craft_steps, step=0.25, **attack),
+        "pgd-adversarial": PGDAdversarial(steps=visit.craft_steps, rel_step_size=0.25, **attack),
         "shared-adversarial 64": SharedAdversarial(sharedness=64, **attack),
         "universal-consistency": UniversalConsistency(eps=visit.eps),
         "jacobian": Jacobian(strength=0.01),
@@ -138,7 +138,7 @@ def _step(visit: Visit, data: Dataset, name: str, defense: Defense, book: Notebo
     numbers = iter(range(10**9))
 
     def one() -> None:
-        run.take(batches[next(numbers) % len(batches)])
+        run.train_step(batches[next(numbers) % len(batches)])
 
     with seeded(visit.seed, "visit"), Peak() as peak:
         one()
@@ -186,7 +186,7 @@ def _audit(visit: Visit, data: Dataset, name: str, seed: int, epochs: int, model
     """Clean accuracy, accuracy under PGD, and for each eps the UER with its controls; verdicts in float32."""
     about = {"defense": name, "seed": seed, "epochs": epochs, "data": data.name, "model": visit.model}
     test = data.test.to(visit.device)
-    fast = Fast(precision=visit.precision)
+    fast = FastPath(precision=visit.precision)
     clean = accuracy(model, test)
     book.note("clean", accuracy=clean.plain(), **about)
     found: dict[str, Any] = {"clean": clean.value}
@@ -199,7 +199,7 @@ def _audit(visit: Visit, data: Dataset, name: str, seed: int, epochs: int, model
     found["pgd"] = robust.value
     for eps in visit.audited:
         began = time.monotonic()
-        attack = StochasticPGD(eps=eps, screened=0, steps=visit.uap_steps, batch_size=visit.uap_batch, restarts=2)
+        attack = StochasticPGD(eps=eps, probe_starts=0, steps=visit.uap_steps, batch_size=visit.uap_batch, restarts=2)
         with Victim(model, fast=fast) as victim:
             uap = attack.craft(victim, data, seed=seed)
         crafted = round(time.monotonic() - began, 2)

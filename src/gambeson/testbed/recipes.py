@@ -90,7 +90,7 @@ class SingleStep(PGDAdversarial):
 
     def terms(self) -> dict[str, tuple[float, Term]]:
         """Return the two terms."""
-        step = Adversarial(eps=self.eps, steps=1, step=1.0, start="zero")
+        step = Adversarial(eps=self.eps, steps=1, rel_step_size=1.0, start="zero")
         return {"clean": (0.5, Clean()), "adversarial": (0.5, step)}
 
 
@@ -102,7 +102,7 @@ _PLAIN, _PGD = "LeNet-5 trained on clean images.", "Trained on PGD's adversarial
 _SHARED, _HEAPS = "Trained on perturbations that heaps of images share.", "Mummadi et al. 2019"
 _NOISE = {"places": ("relu1",), "noise_from": 0}
 _MADRY = "Madry et al. 2018"
-RECIPES = {
+DATASETS = {
     "standard": Recipe(_PLAIN, _plain),
     "standard 1": Recipe(_PLAIN, _plain, seed=1),
     "standard 2": Recipe(_PLAIN, _plain, seed=2),
@@ -160,12 +160,12 @@ def _honest(name: str, recipe: Recipe) -> Entry:
     return Entry("honest", name, _itself, recipe.about, source=recipe.source, parts=lambda nets: (nets(name),))
 
 
-HONEST = tuple(_honest(name, recipe) for name, recipe in RECIPES.items() if name not in _UNDERNEATH)
+HONEST = tuple(_honest(name, recipe) for name, recipe in DATASETS.items() if name not in _UNDERNEATH)
 """Networks that an audit must trust."""
 
 
 @dataclass(frozen=True)
-class Material:
+class DataInfo:
     """How the networks of a data set are trained."""
 
     eps: float
@@ -181,9 +181,9 @@ class Material:
 
 
 DATA = {
-    "digits": Material(eps=0.1, radius=0.15, epochs=15),
-    "mnist5k": Material(eps=0.1, radius=0.15, epochs=10),
-    "fashion-mnist": Material(
+    "digits": DataInfo(eps=0.1, radius=0.15, epochs=15),
+    "mnist5k": DataInfo(eps=0.1, radius=0.15, epochs=10),
+    "fashion-mnist": DataInfo(
         eps=0.1,
         radius=0.15,
         images=(6_000, 500, 1_000),
@@ -196,12 +196,12 @@ DATA = {
             "linear",
         ),
     ),
-    "cifar10": Material(eps=4 / 255, radius=12 / 255, images=(8_000, 500, 1_000), only=("standard", "pgd-adversarial")),
+    "cifar10": DataInfo(eps=4 / 255, radius=12 / 255, images=(8_000, 500, 1_000), only=("standard", "pgd-adversarial")),
 }
 """The data sets of the testbed."""
 
 
-def material_of(data: str) -> Material:
+def material_of(data: str) -> DataInfo:
     """Look a data set of the testbed up.
 
     Raises:
@@ -231,7 +231,7 @@ def networks(data: str) -> Networks:
 def networks_on(
     data: Dataset, folder: Path | None = None, *, eps: float = 0.2, epochs: int = 6, lr: float = 0.05
 ) -> Networks:
-    """Return networks of :data:`RECIPES` on any data, each trained when it is first asked for.
+    """Return networks of :data:`DATASETS` on any data, each trained when it is first asked for.
 
     Args:
         data: what they are trained on.
@@ -245,7 +245,7 @@ def networks_on(
     @cache
     @torch.enable_grad()  # it may be asked for inside no_grad
     def get(name: str) -> nn.Module:
-        recipe = RECIPES[name]
+        recipe = DATASETS[name]
         defense = recipe.defense(eps)
         with seeded(recipe.seed, "model"):
             net = recipe.build(data, defense)
@@ -260,7 +260,7 @@ def networks_on(
         }
         path = None if folder is None else folder / f"{name.replace(' ', '-')}.safetensors"
         if path is not None and (weights := _kept(path, made_of)) is not None:
-            defense.prepare(net)
+            defense.configure_model(net)
             net.load_state_dict(weights)
             return net.eval()
         if rounds:

@@ -18,7 +18,7 @@ from gambeson.models import fingerprint
 from gambeson.testbed.entry import Entry, Networks, spread
 from gambeson.testbed.obfuscations.preprocessing import Before
 from gambeson.testbed.recipes import material_of, networks
-from gambeson.victim import DRAWS as VOTES
+from gambeson.victim import DEFAULT_VOTES as VOTES
 
 _FORM = "testbed/1"
 """Counts up where the measurement changes, so that what was stored is not used."""
@@ -167,7 +167,7 @@ def measure(entry: Entry, nets: Networks, eps: float) -> GroundTruth:
     clean = right(x)
     standing = clean.clone()
     for name, way in found.items():
-        attack = PGD(eps=eps, steps=40, early_stop=False, draws=10 if stochastic and name == ITSELF else 1)
+        attack = PGD(eps=eps, steps=40, early_stop=False, eot_samples=10 if stochastic and name == ITSELF else 1)
         with python_seeded(0, "way", name):
             moved = [attack(way, some, labels) for some, labels in zip(x.split(250), y.split(250), strict=True)]
         standing &= right(torch.cat(moved))
@@ -207,7 +207,7 @@ def _pattern(net: nn.Module, data: Dataset, eps: float) -> torch.Tensor:
     key = fingerprint(net), data.train.fingerprint, eps
     if key not in _PATTERNS:
         few = data.train.subset(torch.linspace(0, len(data.train) - 1, min(500, len(data.train))).long())
-        attack = StochasticPGD(eps=eps, truncate_right=False)
+        attack = StochasticPGD(eps=eps, truncate_correct=False)
         _PATTERNS[key] = attack.craft(net, Dataset(data.name, data.train, few, data.test, data.classes)).delta
     return _PATTERNS[key]
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 
 from gambeson.base import Config, Number, UserError
-from gambeson.threat.projections import TINY, fill_greedily, largest_share, shorten, soften
+from gambeson.threat.projections import TINY, fill_greedily, largest_share, project_l1_box, project_l2_box
 
 Eps = Annotated[Number, Field(ge=0)]
 """A radius in pixel units (images are in [0, 1]); text such as ``8/255`` is accepted."""
@@ -57,7 +57,7 @@ class Ball(Config):
         if self.norm == "1":
             rows, eps = delta.flatten(1), self._eps_of(sizes)
             inside = rows.abs().sum(1, keepdim=True) <= eps
-            return torch.where(inside, rows, soften(rows, rows.abs(), eps)).view_as(delta)
+            return torch.where(inside, rows, project_l1_box(rows, rows.abs(), eps)).view_as(delta)
         reach = self.eps if sizes is None else self.eps * sizes
         return delta * (reach / _lengths(delta).clamp(min=TINY)).clamp(max=1)
 
@@ -80,7 +80,9 @@ class Ball(Config):
         if self.norm == "inf":
             return clipped
         room = torch.where(delta > 0, high, -low).flatten(1)
-        exact = (soften if self.norm == "1" else shorten)(delta.flatten(1), room, self._eps_of(sizes)).view_as(delta)
+        exact = (project_l1_box if self.norm == "1" else project_l2_box)(
+            delta.flatten(1), room, self._eps_of(sizes)
+        ).view_as(delta)
         free = (clipped == plain).flatten(1).all(1).view(-1, 1, 1, 1)
         return torch.where(free, plain, exact)
 

@@ -13,7 +13,7 @@ _ROUNDS = 8
 of its surface."""
 
 
-def soften(rows: torch.Tensor, room: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
+def project_l1_box(rows: torch.Tensor, room: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
     """Return the nearest point of {|d|_1 <= eps, |d_i| <= room_i} to each row, signs kept.
 
     The nearest point is min((|z_i| - t)+, room_i) for the one t >= 0 that makes its sum eps (Duchi et al. 2008,
@@ -38,7 +38,7 @@ def soften(rows: torch.Tensor, room: torch.Tensor, eps: float | torch.Tensor) ->
     return _within(found, found.sum(1, keepdim=True), eps) * rows.sign()
 
 
-def shorten(rows: torch.Tensor, room: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
+def project_l2_box(rows: torch.Tensor, room: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
     """Return the nearest point of {|d|_2 <= eps, |d_i| <= room_i} to each row, signs kept.
 
     The nearest point is min(s |z_i|, room_i) for the largest s in [0, 1] that keeps its length at eps. A first s

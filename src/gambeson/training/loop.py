@@ -31,7 +31,7 @@ from gambeson.base import (
     write_text,
 )
 from gambeson.data import Dataset, as_dataset
-from gambeson.defenses import Batch, Defense, Losses, Scene
+from gambeson.defenses import Batch, Defense, Losses, TrainContext
 from gambeson.models import PixelModel
 from gambeson.models import save as save_model
 from gambeson.training.batches import Epoch
@@ -103,7 +103,7 @@ def train(
         recipe or Recipe(**settings),
         seed,
         None if out is None else Path(out),
-    ).go(label)
+    ).fit(label)
 
 
 _WATCH = 50
@@ -136,12 +136,12 @@ class Run:
             )
         self.share = recipe.batch_size // processes
         defense.check(self.share)
-        defense.prepare(model)
+        defense.configure_model(model)
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)
         self.steps = len(self.train) // recipe.batch_size
-        self.objective = defense.open(
-            Scene(
+        self.objective = defense.build_objective(
+            TrainContext(
                 model=model,
                 train=self.train,
                 seed=seed,
@@ -159,7 +159,7 @@ class Run:
         self.history: History = []
         self.seconds: list[float] = []
 
-    def go(self, label: str) -> History:
+    def fit(self, label: str) -> History:
         """Train to the end, from where an earlier run in the same folder stopped."""
         done = self._resume()
         share_first([*self.model.parameters(), *self.model.buffers()])
@@ -171,7 +171,7 @@ class Run:
                 share_first(self.model.buffers())  # running statistics: each process has seen its own images
                 self.history.append({"epoch": epoch, **means, **self._validate(epoch)})
                 self.seconds.append(time.perf_counter() - began)
-                self._keep()
+                self._checkpoint()
         self.model.load_state_dict(self._chosen())
         if self.out is not None and isinstance(self.model, PixelModel) and self.accelerator.is_main_process:
             save_model(self.model, self.out / "model.safetensors", {"epochs": self.recipe.epochs})
@@ -207,22 +207,22 @@ class Run:
             step = epoch * self.steps + k
             lr = self.recipe.lr_at(step, self.steps)
             set_lr(self.optimizer, lr)
-            for name, value in self.take(batch).items():
+            for name, value in self.train_step(batch).items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value
             if k % _WATCH == _WATCH - 1 or k == self.steps - 1:
                 self._watch(sums["loss"], epoch, k)
             advance()
         return {name: float(value) / self.steps for name, value in sums.items()} | {"lr": lr}
 
-    def take(self, batch: Batch) -> Losses:
+    def train_step(self, batch: Batch) -> Losses:
         """Take one step: every phase of the objective, and what follows it; return the losses, detached."""
         found: Losses = {}
         with repeatable():
-            for losses, moving in self._descend(batch):
+            for losses, moving in self._optimizer_steps(batch):
                 self._step(losses["loss"], moving)
                 for name, value in losses.items():
                     found[name] = found[name] + value.detach() if name in found else value.detach()
-        self.objective.follow(batch)
+        self.objective.after_step(batch)
         if self.shadow is not None:
             self.shadow.update_parameters(self.model)
         return found
@@ -236,11 +236,11 @@ class Run:
                 f"learning rate ({self.recipe.lr:g}) or eps{kept}"
             )
 
-    def _descend(self, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
-        phases = self.objective.phases(self.model, batch)
+    def _optimizer_steps(self, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
+        optimizer_steps = self.objective.optimizer_steps(self.model, batch)
         while True:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-                phase = next(phases, None)
+                phase = next(optimizer_steps, None)
             if phase is None:
                 return
             yield phase
@@ -274,7 +274,7 @@ class Run:
         self.history, self.seconds = about["history"], about["seconds"]
         return len(self.history)
 
-    def _keep(self) -> None:
+    def _checkpoint(self) -> None:
         """Write everything an epoch leaves, the state last: what it stands for is then on disk already."""
         if self.out is None or self._state is None or not self.accelerator.is_main_process:
             return

@@ -74,10 +74,10 @@ def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed
             batch = epoch[k % len(epoch)]
             with seeded(seed, "plan", k):
                 if run is ours and k == 0:
-                    kept = _kept(lambda run=run, batch=batch: run.take(batch))  # type: ignore[misc]
+                    kept = _kept(lambda run=run, batch=batch: run.train_step(batch))  # type: ignore[misc]
                     continue
                 began = time.perf_counter()
-                run.take(batch)
+                run.train_step(batch)
                 if run.device.type != "cpu":
                     torch.accelerator.synchronize(run.device)
                 if k >= _WARM_UP:
@@ -157,7 +157,7 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
     train(
         model,
         dataset,
-        run.defense.supplied(lambda name: _source(run, name, out, dataset)),
+        run.defense.with_source_models(lambda name: _source(run, name, out, dataset)),
         recipe=run.recipe,
         seed=run.seed,
         out=out,
@@ -179,7 +179,7 @@ def plan_training(run: TrainRun, dataset: data.Dataset | None = None) -> Plan:
 
     model = _model(run, dataset).to(torch.device(run.device))
     run.defense.check(run.recipe.batch_size)
-    return plan(model, dataset, run.defense.supplied(stand_in), run.recipe, run.seed)
+    return plan(model, dataset, run.defense.with_source_models(stand_in), run.recipe, run.seed)
 
 
 def _model(run: TrainRun, dataset: data.Dataset) -> models.PixelModel:

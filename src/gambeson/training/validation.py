@@ -28,7 +28,7 @@ def validate(model: nn.Module, data: Dataset) -> dict[str, float]:
 def _one_pass(model: nn.Module) -> Iterator[Victim]:
     """Hold a model frozen; a random one is decided by one pass per image, for epochs are only compared."""
     with Victim(model) as victim:
-        victim.passes = 1
+        victim.votes = 1
         yield victim
 
 
@@ -39,7 +39,7 @@ def _error(victim: Victim, split: Split, delta: torch.Tensor | None = None) -> f
     first, step = place()
     own = split.subset(torch.arange(first % len(split), len(split), step))  # with few images, some are looked at twice
     found = score(predict(victim, own, delta), own, whole=False)
-    errors, answers = total([found.errors, found.answers], victim.device)
+    errors, answers = total([found.errors, found.total], victim.device)
     if answers == 0:
         raise nothing_counts(split)
     return errors / answers
@@ -54,7 +54,7 @@ def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: i
     ball = {"eps": getattr(defense, "eps", None), "norm": getattr(defense, "norm", "inf")}
     if not ball["eps"]:
         return {}
-    universal = StochasticPGD(**ball, steps=50, batch_size=128, screened=0).craft(
+    universal = StochasticPGD(**ball, steps=50, batch_size=128, probe_starts=0).craft(
         model, data, seed=derive(seed, "validation")
     )
     few = data.validation.sample(_IMAGES, seed=seed)
@@ -64,7 +64,7 @@ def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: i
         images, labels = few.take(slice(None), victim.device)
         if labels.ndim == 1:
             ignored = few.ignore_index
-            moved = PGD(**ball, steps=10, draws=1)(victim, images, labels, seed=seed, ignore_index=ignored)
+            moved = PGD(**ball, steps=10, eot_samples=1)(victim, images, labels, seed=seed, ignore_index=ignored)
             right, answers = right_answers(vote(victim, moved), labels, ignored)
             found["validation_pgd_accuracy"] = int(right.sum()) / max(1, int(answers.sum()))
     return found
@@ -75,7 +75,7 @@ def is_best(history: list[dict[str, float]], recipe: Recipe, defense: Defense) -
 
     Nor is one before all of the objective was at work, such as a noise that begins later.
     """
-    history = history[defense.whole_from(recipe.epochs) :]
+    history = history[defense.fully_active_epoch(recipe.epochs) :]
     key, sign = {
         "best": ("validation_accuracy", 1),
         "best-universal": ("validation_uer", -1),

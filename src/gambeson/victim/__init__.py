@@ -1,10 +1,10 @@
 """A model while it is attacked: frozen, counted, and given back exactly as it was."""
 
-from gambeson.victim.bn_folding import Folded, folded
-from gambeson.victim.inspect import Look, look_at
+from gambeson.victim.bn_folding import FoldedModel, fold_batchnorms
+from gambeson.victim.inspect import ModelTraits, inspect_model
 from gambeson.victim.scoring import (
-    DRAWS,
-    NO_ANSWER,
+    ABSTAIN,
+    DEFAULT_VOTES,
     Score,
     auto_batch_size,
     counting,
@@ -18,23 +18,23 @@ from gambeson.victim.scoring import (
     votes_of,
     votes_right,
 )
-from gambeson.victim.victim import BatchNormMode, Fast, Precision, Victim, frozen
+from gambeson.victim.victim import BatchNormMode, FastPath, Precision, Victim, frozen
 
 __all__ = [
-    "DRAWS",
-    "NO_ANSWER",
+    "ABSTAIN",
+    "DEFAULT_VOTES",
     "BatchNormMode",
-    "Fast",
-    "Folded",
-    "Look",
+    "FastPath",
+    "FoldedModel",
+    "ModelTraits",
     "Precision",
     "Score",
     "Victim",
     "auto_batch_size",
     "counting",
-    "folded",
+    "fold_batchnorms",
     "frozen",
-    "look_at",
+    "inspect_model",
     "majority",
     "nothing_counts",
     "predict",

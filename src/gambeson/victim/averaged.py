@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gambeson.base import UserError
-from gambeson.victim.inspect import Look
+from gambeson.victim.inspect import ModelTraits
 from gambeson.victim.victim import Victim
 
 Average = Literal["logits", "probabilities", "losses"]
@@ -21,7 +21,7 @@ Source = nn.Module | Victim | Sequence["nn.Module | Victim"]
 """A module from pixels to logits, a :class:`Victim` already entered, or several of either."""
 
 
-class Several(Victim):
+class AveragedVictim(Victim):
     """A victim that gives several answers to each image, which are averaged; see :data:`Average`."""
 
     average: Average
@@ -30,7 +30,7 @@ class Several(Victim):
         """Return each answer, logits (N, K) or (N, K, H, W)."""
         raise NotImplementedError
 
-    def joined(self, each: Sequence[torch.Tensor]) -> torch.Tensor:
+    def combine(self, each: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the logits of the average: the mean, or the logarithm of the mean probability."""
         stacked = torch.stack(list(each))
         if self.average == "logits":
@@ -39,10 +39,10 @@ class Several(Victim):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits of the average, (N, K) or (N, K, H, W)."""
-        return self.joined(self.each(images))
+        return self.combine(self.each(images))
 
 
-class Ensemble(Several):
+class ModelAverage(AveragedVictim):
     """Several models attacked as one: every image sent in is sent to each, and counted for each.
 
     Args:
@@ -86,10 +86,10 @@ class Ensemble(Several):
             )
         return found
 
-    def exact(self, images: torch.Tensor) -> torch.Tensor:
+    def forward_original(self, images: torch.Tensor) -> torch.Tensor:
         """Return the ensemble's logits by the models themselves."""
         self.forwards += len(images) * len(self.members)
-        return self.joined([member.exact(images) for member in self.members])
+        return self.combine([member.forward_original(images) for member in self.members])
 
     def gradient(self, value: torch.Tensor, wrt: torch.Tensor, images: int) -> torch.Tensor:
         """Return the gradient of a scalar, counted as ``images`` backward passes of every model."""
@@ -97,19 +97,19 @@ class Ensemble(Several):
             member.backwards += images
         return super().gradient(value, wrt, images * len(self.members))
 
-    def meet(self, images: torch.Tensor, *, scores: bool = False) -> Look:
+    def inspect(self, images: torch.Tensor, *, scores: bool = False) -> ModelTraits:
         """Look at every model; what is true of one is said of all."""
-        looks = [member.meet(images, scores=scores) for member in self.members]
-        self.look = Look(
+        looks = [member.inspect(images, scores=scores) for member in self.members]
+        self.traits = ModelTraits(
             gap=max(look.gap for look in looks),
             shared=any(look.shared for look in looks),
             writes=any(look.writes for look in looks),
             probabilities=any(look.probabilities for look in looks),
         )
-        return self.look
+        return self.traits
 
 
-class Draws(Several):
+class EOTAverage(AveragedVictim):
     """A random model attacked through several fresh draws: expectation over transformation (Athalye et al. 2018).
 
     The gradient is that of the mean loss of the draws; their mean probability is what an image has to fool. Each
@@ -118,34 +118,34 @@ class Draws(Several):
 
     Args:
         victim: inside its context, and met.
-        draws: how many.
+        eot_samples: how many.
     """
 
     average: Average = "losses"
 
-    def __init__(self, victim: Victim, draws: int) -> None:
+    def __init__(self, victim: Victim, eot_samples: int) -> None:
         super().__init__(victim.model)
-        self.victim, self.draws = victim, draws
-        self.look = victim.look
+        self.victim, self.eot_samples = victim, eot_samples
+        self.traits = victim.traits
 
     def each(self, images: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return the logits of each draw."""
-        if self.look is not None and self.look.shared:
-            return [self.victim(images) for _ in range(self.draws)]
+        if self.traits is not None and self.traits.shared:
+            return [self.victim(images) for _ in range(self.eot_samples)]
         at_once = max(1, _VALUES_A_FORWARD // max(1, images.numel()))
         found: list[torch.Tensor] = []
-        while len(found) < self.draws:
-            copies = min(at_once, self.draws - len(found))
+        while len(found) < self.eot_samples:
+            copies = min(at_once, self.eot_samples - len(found))
             found += self.victim(images.repeat(copies, 1, 1, 1)).chunk(copies)
         return found
 
-    def exact(self, images: torch.Tensor) -> torch.Tensor:
+    def forward_original(self, images: torch.Tensor) -> torch.Tensor:
         """Return the model's own logits: one draw."""
-        return self.victim.exact(images)
+        return self.victim.forward_original(images)
 
     def gradient(self, value: torch.Tensor, wrt: torch.Tensor, images: int) -> torch.Tensor:
         """Return the gradient of a scalar, counted as ``images`` backward passes for every draw."""
-        return self.victim.gradient(value, wrt, images * self.draws)
+        return self.victim.gradient(value, wrt, images * self.eot_samples)
 
 
 EOT_SAMPLES = 10
@@ -165,7 +165,7 @@ def opened(source: Source, average: Average = "logits") -> Iterator[Victim]:
     if isinstance(source, Victim):
         yield source
         return
-    with Victim(source, fast=True) if isinstance(source, nn.Module) else Ensemble(source, average) as victim:
+    with Victim(source, fast=True) if isinstance(source, nn.Module) else ModelAverage(source, average) as victim:
         yield victim
 
 
@@ -173,21 +173,22 @@ def opened(source: Source, average: Average = "logits") -> Iterator[Victim]:
 def entered(source: Source) -> Iterator[list[Victim]]:
     """Do as :func:`opened`, and return the victim of each model."""
     with opened(source) as victim:
-        yield victim.members if isinstance(victim, Ensemble) and victim is not source else [victim]
+        yield victim.members if isinstance(victim, ModelAverage) and victim is not source else [victim]
 
 
-def drawn(victim: Victim, images: torch.Tensor, draws: int | None) -> Victim:
+def drawn(victim: Victim, images: torch.Tensor, eot_samples: int | None) -> Victim:
     """Meet a model and return what an attack on these images shall climb: itself, or its draws.
 
     Raises:
         UserError: the model is random and no number of draws was given.
     """
-    look = victim.meet(images)
-    if draws is not None:
-        return Draws(victim, draws) if draws > 1 else victim
+    look = victim.inspect(images)
+    if eot_samples is not None:
+        return EOTAverage(victim, eot_samples) if eot_samples > 1 else victim
     if look.stochastic:
         raise UserError(
             f"the model is random (the logits of two calls with the same images differ by up to {look.gap:.3g}): one "
-            "draw tells an attack little; set draws=20 to average its gradient over 20, or turn the randomness off"
+            "draw tells an attack little; set eot_samples=20 to average its gradient over 20 draws, or turn the "
+            "randomness off"
         )
     return victim

@@ -18,7 +18,7 @@ TOLERANCE = 1e-4
 """A folded copy whose logits are further than this share of the largest logit from the model's is thrown away."""
 
 
-class Folded:
+class FoldedModel:
     """A frozen copy of a model with each BatchNorm folded into the convolution whose output it takes.
 
     Which convolution feeds which BatchNorm is watched in one forward of ``example``, so that no model has to be
@@ -72,10 +72,10 @@ class Folded:
         the same values there.
         """
         norms = {conv: model.get_submodule(norm) for conv, norm in self.pairs}
-        folded = {name for pair in self.pairs for name in pair}
+        fold_batchnorms = {name for pair in self.pairs for name in pair}
         values = dict(model.state_dict(keep_vars=True))
         for name, target in self.view.state_dict(keep_vars=True).items():
-            if name.rpartition(".")[0] not in folded:
+            if name.rpartition(".")[0] not in fold_batchnorms:
                 target.data.copy_(values[name])
         for name, norm in norms.items():
             conv, target = model.get_submodule(name), self.view.get_submodule(name)
@@ -92,16 +92,16 @@ class Folded:
             target.bias.data.copy_(bias)
 
 
-_made: WeakKeyDictionary[nn.Module, Folded] = WeakKeyDictionary()
+_made: WeakKeyDictionary[nn.Module, FoldedModel] = WeakKeyDictionary()
 
 
-def folded(model: nn.Module, example: torch.Tensor) -> Folded:
+def fold_batchnorms(model: nn.Module, example: torch.Tensor) -> FoldedModel:
     """Return a folded copy of ``model``: the one made before, brought to the present weights, where it still fits."""
     made = _made.get(model)
     if made is not None and made.fits(model) and next(made.view.parameters(), example).device == example.device:
         made.refresh(model)
         return made
-    _made[model] = Folded(model, example)
+    _made[model] = FoldedModel(model, example)
     return _made[model]
 
 

@@ -46,7 +46,7 @@ _FEW = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class ModelTraits:
     """What was seen."""
 
     gap: float
@@ -66,7 +66,7 @@ class Look:
 
 
 @torch.no_grad()
-def look_at(model: nn.Module, images: torch.Tensor) -> Look:
+def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
     """Send a few images through a model, a few times; torch's global generators stay as they were.
 
     A model that repeats itself is asked :data:`CALLS` times before it is believed: one that draws among few sizes or
@@ -98,4 +98,4 @@ def look_at(model: nn.Module, images: torch.Tensor) -> Look:
         shared = gap > 0 and torch.equal(one, other)
     total = first.sum(1)
     probabilities = bool((first >= 0).all() and (first <= 1).all() and ((total - 1).abs() < 1e-3).all())
-    return Look(gap=gap, shared=shared, writes=writes, probabilities=probabilities)
+    return ModelTraits(gap=gap, shared=shared, writes=writes, probabilities=probabilities)

@@ -21,9 +21,9 @@ class Score:
 
     errors: int
     """Answers that differ from the label."""
-    changed: int
+    flipped: int
     """Answers that differ from the clean prediction."""
-    answers: int
+    total: int
     """Answers that count: images, or pixels whose label is not the ignore index."""
     images: int
     """Images with at least one answer that counts: the independent units of a rate's interval."""
@@ -31,14 +31,14 @@ class Score:
     @property
     def error(self) -> float:
         """Share of wrong answers."""
-        return self.errors / max(1, self.answers)
+        return self.errors / max(1, self.total)
 
 
-DRAWS = 21
+DEFAULT_VOTES = 21
 """Passes over a random model whose majority decides an image, where nothing else is said (ours). A net that is wrong
 with probability 0.3 whatever the input then gets 97 % of its images right, and two such counts differ little."""
 
-NO_ANSWER = -1
+ABSTAIN = -1
 """The prediction of a random model for an image that no class has the majority of the passes for: always an error."""
 
 _SHARING = 25
@@ -59,15 +59,15 @@ def auto_batch_size(shape: Sequence[int], most: int = 500, values: int = 2**22) 
 
 
 def votes_of(victim: Victim, images: torch.Tensor) -> int:
-    """Return how many passes decide an image: ``victim.passes``, or one, and :data:`DRAWS` of a random model.
+    """Return how many passes decide an image: ``victim.passes``, or one, and :data:`DEFAULT_VOTES` of a random model.
 
     Args:
         victim: the model, inside its context.
         images: (N, C, H, W), to meet the model with where that has not happened yet.
     """
-    if victim.passes is None:
-        return DRAWS if len(images) and victim.meet(images, scores=True).stochastic else 1
-    return victim.passes
+    if victim.votes is None:
+        return DEFAULT_VOTES if len(images) and victim.inspect(images, scores=True).stochastic else 1
+    return victim.votes
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def predict(victim: Victim, split: Split, delta: torch.Tensor | None = None, *, 
             that is asked once draws from wherever the caller left torch's generators.
 
     Returns:
-        Class indices (N,) or (N, H, W), on the CPU; :data:`NO_ANSWER` where no class has the majority.
+        Class indices (N,) or (N, H, W), on the CPU; :data:`ABSTAIN` where no class has the majority.
 
     Raises:
         UserError: there are no images, or some logits are not finite.
@@ -90,7 +90,7 @@ def predict(victim: Victim, split: Split, delta: torch.Tensor | None = None, *, 
     if len(split) == 0:
         raise nothing_counts(split)
     device = delta.device if delta is not None else victim.device
-    votes = victim.passes or votes_of(victim, split.take(slice(0, 8), device)[0])
+    votes = victim.votes or votes_of(victim, split.take(slice(0, 8), device)[0])
     with seeded(seed, "score") if votes > 1 else nullcontext():
         return torch.cat(
             [
@@ -112,7 +112,7 @@ def vote(victim: Victim, images: torch.Tensor) -> torch.Tensor:
         images: (N, C, H, W).
 
     Returns:
-        Class indices; :data:`NO_ANSWER` where no class has the majority.
+        Class indices; :data:`ABSTAIN` where no class has the majority.
 
     Raises:
         UserError: some logits are not finite.
@@ -121,19 +121,19 @@ def vote(victim: Victim, images: torch.Tensor) -> torch.Tensor:
     if _shared(victim, images, votes):
         return torch.cat([vote(victim, part) for part in images.split(_SHARING)])
     enough = votes // 2 + 1
-    answers = torch.stack([_answers(victim, images) for _ in range(enough)])
-    found = answers[0].clone()
-    rows = (answers != found).transpose(0, 1).flatten(1).any(1)
+    total = torch.stack([_answers(victim, images) for _ in range(enough)])
+    found = total[0].clone()
+    rows = (total != found).transpose(0, 1).flatten(1).any(1)
     if bool(rows.any()):
         more = [_answers(victim, images[rows]) for _ in range(votes - enough)]
-        found[rows] = majority(torch.stack([*answers[:, rows], *more]))
+        found[rows] = majority(torch.stack([*total[:, rows], *more]))
     return found
 
 
 def majority(votes: torch.Tensor) -> torch.Tensor:
-    """Return the class that more than half of the votes (V, N, ...) name; :data:`NO_ANSWER` where none has so many."""
+    """Return the class that more than half of the votes (V, N, ...) name; :data:`ABSTAIN` where none has so many."""
     middle = votes.median(0).values  # what more than half name is the median
-    return torch.where((votes == middle).sum(0) > len(votes) // 2, middle, NO_ANSWER)
+    return torch.where((votes == middle).sum(0) > len(votes) // 2, middle, ABSTAIN)
 
 
 @torch.no_grad()
@@ -158,11 +158,11 @@ def votes_right(victim: Victim, images: torch.Tensor, labels: torch.Tensor) -> t
 
 
 def _shared(victim: Victim, images: torch.Tensor, votes: int) -> bool:
-    return votes > 1 and len(images) > _SHARING and victim.look is not None and victim.look.shared
+    return votes > 1 and len(images) > _SHARING and victim.traits is not None and victim.traits.shared
 
 
 def _answers(victim: Victim, images: torch.Tensor) -> torch.Tensor:
-    return predicted(victim.exact(images))
+    return predicted(victim.forward_original(images))
 
 
 def predicted(logits: torch.Tensor) -> torch.Tensor:
@@ -223,12 +223,12 @@ def score(predictions: torch.Tensor, split: Split, clean: torch.Tensor | None = 
         UserError: predictions and labels have different shapes, or no label counts.
     """
     labels = split.labels.cpu()
-    right, answers = right_answers(predictions, labels, split.ignore_index)
-    total = int(answers.sum())
+    right, counted = right_answers(predictions, labels, split.ignore_index)
+    total = int(counted.sum())
     if whole and total == 0:
         raise nothing_counts(split)
-    changed = 0 if clean is None else int(((predictions != clean) & counting(labels, split.ignore_index)).sum())
-    return Score(errors=total - int(right.sum()), changed=changed, answers=total, images=int((answers > 0).sum()))
+    flipped = 0 if clean is None else int(((predictions != clean) & counting(labels, split.ignore_index)).sum())
+    return Score(errors=total - int(right.sum()), flipped=flipped, total=total, images=int((counted > 0).sum()))
 
 
 def nothing_counts(split: Split) -> UserError:

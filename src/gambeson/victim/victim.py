@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from gambeson.base import Config, UserError, seeded
-from gambeson.victim.bn_folding import folded
-from gambeson.victim.inspect import Look, logits_of, look_at
+from gambeson.victim.bn_folding import fold_batchnorms
+from gambeson.victim.inspect import ModelTraits, inspect_model, logits_of
 
 BatchNormMode = Literal["eval", "batch", "train"]
 """What a model does about its training mode while it is attacked. ``eval``: evaluation mode, BatchNorm with its running
@@ -59,7 +59,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 """Types that a model can be run in."""
 
 
-class Fast(Config):
+class FastPath(Config):
     """What the fast copy of a model may do; each part that a model does not allow is left out, and said so."""
 
     precision: Precision = "float32"
@@ -73,9 +73,9 @@ class Fast(Config):
 class Victim:
     """A model under attack. Use it as a context manager; inside, it is frozen (see :func:`frozen`).
 
-    A fast victim answers with a copy whose BatchNorms are folded into its convolutions (:func:`folded`) and, on a
-    CPU and in the short types, whose images lie channels-last: on a CPU about half the time of the model itself.
-    Scores are never taken on the copy: :meth:`exact` is the model as it was given.
+    A fast victim answers with a copy whose BatchNorms are folded into its convolutions (:func:`fold_batchnorms`) and, on
+    a CPU and in the short types, whose images lie channels-last: on a CPU about half the time of the model itself.
+    Scores are never taken on the copy: :meth:`forward_original` is the model as it was given.
 
     Its answers have its own precision, float32 where ``fast`` names no other, whatever autocast it is asked under:
     training in a lower precision neither crafts nor judges in it.
@@ -83,28 +83,28 @@ class Victim:
     Args:
         model: any module from pixels (N, C, H, W) in [0, 1] to logits.
         fast: answer with such a copy; the weights may then not change while the victim is in use. True takes the
-            defaults of :class:`Fast`.
+            defaults of :class:`FastPath`.
         batch_norm: what the model does about its training mode; any but ``eval`` leaves the copy out.
 
     Attributes:
         forwards: images sent forward so far.
         backwards: images whose gradient was taken so far.
         notes: what the fast path did, or why it is off.
-        look: what :meth:`meet` saw; None before.
+        look: what :meth:`inspect` saw; None before.
         passes: how often the model is asked where it is scored; the majority is its answer. None: once, and a random
             model :data:`gambeson.victim.DRAWS` times.
         temperature: what the logits that attacks climb are divided by; 1 leaves them as they are. It changes no answer.
     """
 
-    def __init__(self, model: nn.Module, *, fast: bool | Fast = False, batch_norm: BatchNormMode = "eval") -> None:
+    def __init__(self, model: nn.Module, *, fast: bool | FastPath = False, batch_norm: BatchNormMode = "eval") -> None:
         self.model = model
         self.batch_norm = batch_norm
-        self.fast = Fast() if fast is True else fast or None
+        self.fast = FastPath() if fast is True else fast or None
         self.forwards = 0
         self.backwards = 0
         self.notes = "the model itself"
-        self.look: Look | None = None
-        self.passes: int | None = None
+        self.traits: ModelTraits | None = None
+        self.votes: int | None = None
         self.temperature = 1.0
         self._guard = frozen(model, batch_norm)
         self._seen_input = False
@@ -119,7 +119,7 @@ class Victim:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._view = self.look = None
+        self._view = self.traits = None
         self._seen_input = False
         self._guard.__exit__(kind, error, trace)
 
@@ -129,7 +129,7 @@ class Victim:
         parameter = next(self.model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
-    def meet(self, images: torch.Tensor, *, scores: bool = False) -> Look:
+    def inspect(self, images: torch.Tensor, *, scores: bool = False) -> ModelTraits:
         """Look at the model before anything is asked of it; nothing is counted.
 
         Args:
@@ -139,15 +139,15 @@ class Victim:
         Raises:
             UserError: the model returns probabilities, or nothing that could be logits.
         """
-        if self.look is None:
+        if self.traits is None:
             self._check_input(images)
-            self.look = look_at(self.model, images)
-        if self.look.probabilities and not scores:
+            self.traits = inspect_model(self.model, images)
+        if self.traits.probabilities and not scores:
             raise UserError(
                 "the model's answers lie in [0, 1] and sum to 1: expected logits, for probabilities have no gradient "
                 "where the model is sure; wrap it by gb.models.as_logits(model, 'probabilities')"
             )
-        return self.look
+        return self.traits
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits (N, K) or (N, K, H, W) of pixels (N, C, H, W) in [0, 1], for attacks to climb.
@@ -161,13 +161,13 @@ class Victim:
                     self._view = None if self.fast is None else self._make_view(images, self.fast)
                 self._seen_input = True
             if self._view is None:
-                logits = self.exact(images)
+                logits = self.forward_original(images)
             else:
                 self.forwards += len(images)
                 logits = logits_of(self._view(self._kept(images.contiguous(memory_format=self._layout))))
         return logits if self.temperature == 1 else logits / self.temperature
 
-    def exact(self, images: torch.Tensor) -> torch.Tensor:
+    def forward_original(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits of the model itself: what every score is taken from."""
         if not self._seen_input:
             self._check_input(images)
@@ -177,7 +177,7 @@ class Victim:
 
     def _kept(self, images: torch.Tensor) -> torch.Tensor:
         # A copy for a model that writes into its input: what the attack keeps must not change.
-        return images.clone() if self.look is not None and self.look.writes else images
+        return images.clone() if self.traits is not None and self.traits.writes else images
 
     def gradient(self, value: torch.Tensor, wrt: torch.Tensor, images: int) -> torch.Tensor:
         """Return the gradient of a scalar with respect to ``wrt``, counted as ``images`` backward passes.
@@ -191,12 +191,12 @@ class Victim:
             (gradient,) = torch.autograd.grad(value, wrt, materialize_grads=True)
         return gradient
 
-    def _make_view(self, images: torch.Tensor, fast: Fast) -> Callable[[torch.Tensor], Any] | None:
+    def _make_view(self, images: torch.Tensor, fast: FastPath) -> Callable[[torch.Tensor], Any] | None:
         view: Callable[[torch.Tensor], Any] = self.model
         self.notes = "the model itself"
         if self.batch_norm == "eval":
             try:
-                made = folded(self.model, images[:2].detach())
+                made = fold_batchnorms(self.model, images[:2].detach())
             except Exception as error:  # whatever keeps a model from being copied, the model itself still works
                 self.notes = f"the model itself ({type(error).__name__} while copying it: {error})"
                 return None
@@ -214,7 +214,7 @@ class Victim:
             view = self._compiled(view, images)
         return view
 
-    def _likes_channels_last(self, images: torch.Tensor, fast: Fast) -> bool:
+    def _likes_channels_last(self, images: torch.Tensor, fast: FastPath) -> bool:
         """Whether convolutions are faster with their channels last: on CPUs, and in the short types of accelerators.
 
         A model that the user has laid out so stays so.

@@ -11,9 +11,9 @@ import torch
 from pydantic import Field, model_validator
 
 from gambeson.attacks.gradient.base import GradientAttack, warn_of_fallback
-from gambeson.attacks.losses import LossName, fallen
+from gambeson.attacks.losses import LossName, is_adversarial
 from gambeson.attacks.registry import register
-from gambeson.attacks.solver import Ascent
+from gambeson.attacks.solver import ProjectedGradient
 from gambeson.base import Number, generator
 from gambeson.threat import Norm
 
@@ -48,9 +48,9 @@ class Climb:
     halved: torch.Tensor
     """Whether the step was halved at the last checkpoint."""
 
-    def only(self, keep: torch.Tensor) -> Climb:
+    def only(self, targets_kept: torch.Tensor) -> Climb:
         """Return the climbs of some images."""
-        return type(self)(**{field.name: getattr(self, field.name)[keep] for field in dataclasses.fields(self)})
+        return type(self)(**{field.name: getattr(self, field.name)[targets_kept] for field in dataclasses.fields(self)})
 
     def arrive(self, delta: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> Climb:
         """Return the climbs after a step to ``delta``."""
@@ -68,14 +68,14 @@ class Climb:
             rises=self.rises + (value > self.value),
         )
 
-    def judge(self, steps: int, rise: float) -> Climb:
+    def judge(self, steps: int, rho: float) -> Climb:
         """Halve the step of the images whose loss has stopped rising, and send them back to their best point.
 
-        Croce and Hein 2020, section 3.1: condition 1 is that fewer than a share ``rise`` of the ``steps`` since the
+        Croce and Hein 2020, section 3.1: condition 1 is that fewer than a share ``rho`` of the ``steps`` since the
         last checkpoint raised the loss; condition 2 that neither the step nor the best loss has changed since then.
         What is repeated of the last step starts from nothing again (ours; the paper does not say).
         """
-        halve = (self.rises < rise * steps) | (~self.halved & (self.best_value <= self.checked_value))
+        halve = (self.rises < rho * steps) | (~self.halved & (self.best_value <= self.checked_value))
         back = halve.view(-1, 1, 1, 1)
         return dataclasses.replace(
             self,
@@ -91,30 +91,30 @@ class Climb:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class BestSoFar:
     """The best perturbation of each image of a batch: one that succeeds before one that does not, then by loss."""
 
     delta: torch.Tensor
     """(N, C, H, W); written in place."""
     value: torch.Tensor
     """(N,)"""
-    fallen: torch.Tensor
+    is_adversarial: torch.Tensor
     """(N,)"""
 
     @classmethod
-    def into(cls, delta: torch.Tensor) -> Record:
+    def into(cls, delta: torch.Tensor) -> BestSoFar:
         """Return an empty record that writes its perturbations into ``delta``."""
         value = delta.new_full((len(delta),), -torch.inf)
-        return cls(delta=delta, value=value, fallen=torch.zeros_like(value, dtype=torch.bool))
+        return cls(delta=delta, value=value, is_adversarial=torch.zeros_like(value, dtype=torch.bool))
 
-    def note(self, rows: torch.Tensor, delta: torch.Tensor, value: torch.Tensor, fallen: torch.Tensor) -> None:
+    def note(self, rows: torch.Tensor, delta: torch.Tensor, value: torch.Tensor, is_adversarial: torch.Tensor) -> None:
         """Keep what is better than before for the images ``rows``."""
-        old_value, old_fallen = self.value[rows], self.fallen[rows]
-        better = (fallen & ~old_fallen) | ((fallen == old_fallen) & (value > old_value))
+        old_value, old_fallen = self.value[rows], self.is_adversarial[rows]
+        better = (is_adversarial & ~old_fallen) | ((is_adversarial == old_fallen) & (value > old_value))
         chosen = better.view(-1, 1, 1, 1)
         self.delta[rows] = torch.where(chosen, delta, self.delta[rows])
         self.value[rows] = torch.where(better, value, old_value)
-        self.fallen[rows] = fallen | old_fallen
+        self.is_adversarial[rows] = is_adversarial | old_fallen
 
 
 @register("auto-pgd", source="Croce and Hein 2020", cost="steps + 1 / steps, per restart")
@@ -124,9 +124,9 @@ class AutoPGD(GradientAttack):
     Steps start long and with momentum; at checkpoints that come closer and closer, an image whose loss has
     stopped rising has its step halved and goes on from its best point. For each image the result is a perturbation
     that succeeds, else the one of highest loss. Costs, an image and restart: ``steps`` + 1 forwards and ``steps``
-    backwards; with ``targets``, as much for each target and one forward more in all; with ``scout`` as well,
-    ``scout`` + 1 forwards and ``scout`` backwards for each target, and the full climb for ``keep`` of them. An image
-    that has fallen costs nothing more.
+    backwards; with ``targets``, as much for each target and one forward more in all; with ``probe_steps`` as well,
+    ``probe_steps`` + 1 forwards and ``probe_steps`` backwards for each target, and the full climb for
+    ``targets_kept`` of them. An image that is adversarial already costs nothing more.
 
     The norm 1 has the same schedule with the steepest step in ball and box (ours); the schedule that Croce and Hein
     published for it in 2021 is :class:`gambeson.attacks.gradient.auto_pgd.L1AutoPGD`. ``loss="dlr"`` is APGD-DLR,
@@ -135,27 +135,27 @@ class AutoPGD(GradientAttack):
 
     steps: Annotated[int, Field(ge=1)] = 100
     """Gradient steps a restart; the paper's 100."""
-    step: Annotated[Number, Field(gt=0)] | None = None
+    rel_step_size: Annotated[Number, Field(gt=0)] | None = None
     """Length of the first steps as a share of eps; 2 where it is not given, as in the paper, and 1 in the norm 1."""
     inertia: Annotated[Number, Field(gt=0, le=1)] = 0.75
     """Share of the new step in a move, the rest repeats the last one: the paper's alpha."""
-    rise: Annotated[Number, Field(ge=0, le=1)] = 0.75
+    rho: Annotated[Number, Field(ge=0, le=1)] = 0.75
     """Share of steps that must raise the loss between two checkpoints: the paper's rho."""
     targets: Annotated[int, Field(ge=1)] | None = None
     """Attack towards this many of the likeliest wrong classes of the clean image, one after the other: an image has
     fallen once any wrong class is reached. At most the number of classes less one. None: no targets."""
-    scout: Annotated[int, Field(ge=1)] | None = None
+    probe_steps: Annotated[int, Field(ge=1)] | None = None
     """With ``targets``: climb towards each of them for this many steps first, with a schedule of that length, and
-    spend the full ``steps`` only on the ``keep`` targets that came nearest, nearest first (ours).
+    spend the full ``steps`` only on the ``targets_kept`` targets that came nearest, nearest first (ours).
     None: the full steps on every target, as in the paper."""
-    keep: Annotated[int, Field(ge=1)] = 3
+    targets_kept: Annotated[int, Field(ge=1)] = 3
     """Targets that are climbed in full after the scouts."""
 
     @model_validator(mode="after")
     def _check_targets(self) -> AutoPGD:
         if self.targets is not None and self.reaches:
             raise ValueError("with targets the attack chooses what to reach; leave out targeted and least-likely")
-        if self.scout is not None and self.targets is None:
+        if self.probe_steps is not None and self.targets is None:
             raise ValueError("scout is for an attack that tries several targets; set targets as well, or leave it out")
         return self
 
@@ -169,93 +169,97 @@ class AutoPGD(GradientAttack):
 
     @property
     def _first(self) -> float:
-        if self.step is not None:
-            return self.step
+        if self.rel_step_size is not None:
+            return self.rel_step_size
         return 1.0 if self.norm == "1" else 2.0
 
-    def _search(self, ascent: Ascent, x: torch.Tensor, y: torch.Tensor, seed: int, best: torch.Tensor) -> None:
-        record = Record.into(best)
+    def _search(
+        self, solver: ProjectedGradient, x: torch.Tensor, y: torch.Tensor, seed: int, best: torch.Tensor
+    ) -> None:
+        record = BestSoFar.into(best)
         if self.targets is None:
             for restart in range(self.restarts):
-                self._climb(ascent, x, y, y, f"{restart}", seed, record)
+                self._climb(solver, x, y, y, f"{restart}", seed, record)
             return
         with torch.no_grad():
-            logits = ascent.victim(x)
+            logits = solver.victim(x)
         # An image that is wrong as it is needs no perturbation.
-        record.fallen.copy_(fallen(logits, y, ascent.ignore_index))
-        ascent = dataclasses.replace(ascent, loss=ascent.loss.model_copy(update={"targeted": True}))
-        counts = torch.ones_like(y, dtype=torch.bool) if ascent.ignore_index is None else y != ascent.ignore_index
+        record.is_adversarial.copy_(is_adversarial(logits, y, solver.ignore_index))
+        solver = dataclasses.replace(solver, loss=solver.loss.model_copy(update={"targeted": True}))
+        counts = torch.ones_like(y, dtype=torch.bool) if solver.ignore_index is None else y != solver.ignore_index
         own = y.where(counts, torch.zeros_like(y)).unsqueeze(1)
         order = logits.scatter(1, own, -torch.inf).argsort(dim=1, descending=True, stable=True)
         order = order[:, : min(self.targets, logits.shape[1] - 1)]
         for restart in range(self.restarts):
             tried = order
-            if self.scout is not None:
-                brief = self.model_copy(update={"steps": self.scout})
+            if self.probe_steps is not None:
+                brief = self.model_copy(update={"steps": self.probe_steps})
                 reached = [
-                    brief._climb(ascent, x, target.where(counts, y), y, f"{restart}/scout/{rank}", seed, record)
+                    brief._climb(solver, x, target.where(counts, y), y, f"{restart}/scout/{rank}", seed, record)
                     for rank, target in enumerate(order.unbind(1))
                 ]
                 nearest = torch.stack(reached, 1).argsort(dim=1, descending=True, stable=True)
-                chosen = nearest[:, : self.keep].reshape(len(x), -1, *[1] * (order.ndim - 2))
+                chosen = nearest[:, : self.targets_kept].reshape(len(x), -1, *[1] * (order.ndim - 2))
                 tried = order.gather(1, chosen.expand(-1, -1, *order.shape[2:]))
             for rank, target in enumerate(tried.unbind(1)):
-                self._climb(ascent, x, target.where(counts, y), y, f"{restart}/{rank}", seed, record)
+                self._climb(solver, x, target.where(counts, y), y, f"{restart}/{rank}", seed, record)
 
     def _climb(
         self,
-        ascent: Ascent,
+        solver: ProjectedGradient,
         x: torch.Tensor,
         labels: torch.Tensor,
         truth: torch.Tensor,
         name: str,
         seed: int,
-        record: Record,
+        record: BestSoFar,
     ) -> torch.Tensor:
         """Climb once, from a random start, on every image that stands; return the highest loss of each (N,)."""
         # Drawn for the whole batch, so that what one image gets does not depend on the others' fate.
-        start = ascent.start(x, len(x), "uniform", 1.0, generator(seed, "start", name, device=x.device))
+        start = solver.start(x, len(x), "uniform", 1.0, generator(seed, "start", name, device=x.device))
         reached = x.new_full((len(x),), -torch.inf)
-        rows = (~record.fallen).nonzero().flatten() if self.early_stop else torch.arange(len(x), device=x.device)
+        rows = (
+            (~record.is_adversarial).nonzero().flatten() if self.early_stop else torch.arange(len(x), device=x.device)
+        )
         if len(rows) == 0:
             return reached
-        state = self._rise(ascent, rows, x[rows], labels[rows], truth[rows], start[rows], record)
+        state = self._rise(solver, rows, x[rows], labels[rows], truth[rows], start[rows], record)
         reached[state.rows] = state.best_value
         return reached
 
     def _rise(
         self,
-        ascent: Ascent,
+        solver: ProjectedGradient,
         rows: torch.Tensor,
         images: torch.Tensor,
         labels: torch.Tensor,
         truth: torch.Tensor,
         delta: torch.Tensor,
-        record: Record,
+        record: BestSoFar,
     ) -> Climb:
         """Climb from ``delta`` and return where those are that have not fallen."""
-        state, judged = self._begin(ascent, rows, images, labels, truth, delta, record), 0
+        state, judged = self._begin(solver, rows, images, labels, truth, delta, record), 0
         for step in range(1, self.steps + 1):
             if len(state.rows) == 0:
                 break
             if step > 1 and step - 1 in self.checkpoints:
-                state, judged = state.judge(step - 1 - judged, self.rise), step - 1
-            state = self._step(ascent, state, step, record)
+                state, judged = state.judge(step - 1 - judged, self.rho), step - 1
+            state = self._step(solver, state, step, record)
         return state
 
     def _begin(
         self,
-        ascent: Ascent,
+        solver: ProjectedGradient,
         rows: torch.Tensor,
         images: torch.Tensor,
         labels: torch.Tensor,
         truth: torch.Tensor,
         delta: torch.Tensor,
-        record: Record,
+        record: BestSoFar,
     ) -> Climb:
-        gradient, logits = ascent.look(delta, images, labels, truth=self._measure(truth), number=1)
-        warn_of_fallback(ascent.loss, logits.shape[1])
-        value = ascent.loss(logits, labels, ascent.ignore_index, self._measure(truth))
+        gradient, logits = solver.gradient(delta, images, labels, truth=self._measure(truth), number=1)
+        warn_of_fallback(solver.loss, logits.shape[1])
+        value = solver.loss(logits, labels, solver.ignore_index, self._measure(truth))
         state = Climb(
             rows=rows,
             images=images,
@@ -273,30 +277,30 @@ class AutoPGD(GradientAttack):
             checked_value=value,
             halved=torch.zeros_like(value, dtype=torch.bool),
         )
-        return self._note(ascent, self._equip(state), logits, record)
+        return self._note(solver, self._equip(state), logits, record)
 
     def _equip(self, state: Climb) -> Climb:
         """Add what a variant keeps of each image beside."""
         return state
 
-    def _step(self, ascent: Ascent, now: Climb, step: int, record: Record) -> Climb:
-        delta = self._move(ascent, now)
+    def _step(self, solver: ProjectedGradient, now: Climb, step: int, record: BestSoFar) -> Climb:
+        delta = self._move(solver, now)
         if step > 1 and self.inertia < 1:
             mixed = now.delta + self.inertia * (delta - now.delta) + (1 - self.inertia) * (now.delta - now.before)
-            delta = ascent.project(mixed, now.images)
+            delta = solver.project(mixed, now.images)
         truth = self._measure(now.truth)
         if step == self.steps:  # nothing follows that would need a gradient
-            value, logits = ascent.values(delta, now.images, now.labels, truth=truth)
-            return self._note(ascent, now.arrive(delta, now.gradient, value), logits, record)
-        gradient, logits = ascent.look(delta, now.images, now.labels, truth=truth, number=step + 1)
-        value = ascent.loss(logits, now.labels, ascent.ignore_index, truth)
-        return self._note(ascent, now.arrive(delta, gradient, value), logits, record)
+            value, logits = solver.losses(delta, now.images, now.labels, truth=truth)
+            return self._note(solver, now.arrive(delta, now.gradient, value), logits, record)
+        gradient, logits = solver.gradient(delta, now.images, now.labels, truth=truth, number=step + 1)
+        value = solver.loss(logits, now.labels, solver.ignore_index, truth)
+        return self._note(solver, now.arrive(delta, gradient, value), logits, record)
 
-    def _move(self, ascent: Ascent, now: Climb) -> torch.Tensor:
-        return ascent.move(now.delta, now.images, now.gradient, now.length.view(-1, 1, 1, 1))
+    def _move(self, solver: ProjectedGradient, now: Climb) -> torch.Tensor:
+        return solver.step_along(now.delta, now.images, now.gradient, now.length.view(-1, 1, 1, 1))
 
-    def _note(self, ascent: Ascent, state: Climb, logits: torch.Tensor, record: Record) -> Climb:
-        down = fallen(logits, state.truth, ascent.ignore_index, targeted=self.reaches)
+    def _note(self, solver: ProjectedGradient, state: Climb, logits: torch.Tensor, record: BestSoFar) -> Climb:
+        down = is_adversarial(logits, state.truth, solver.ignore_index, targeted=self.reaches)
         record.note(state.rows, state.delta, state.value, down)
         return state.only(~down) if self.early_stop and bool(down.any()) else state
 
@@ -367,13 +371,13 @@ class L1AutoPGD(AutoPGD):
 
     def _rise(
         self,
-        ascent: Ascent,
+        solver: ProjectedGradient,
         rows: torch.Tensor,
         images: torch.Tensor,
         labels: torch.Tensor,
         truth: torch.Tensor,
         delta: torch.Tensor,
-        record: Record,
+        record: BestSoFar,
     ) -> Climb:
         left, share = self.steps, self.share
         for radius, portion in zip(self.radii[:-1], self.portions, strict=False):
@@ -382,15 +386,15 @@ class L1AutoPGD(AutoPGD):
                 continue
             wide = self._stage(steps, radius, share)
             # What is found outside the ball of eps is no result, and nothing has fallen there.
-            scratch = Record.into(torch.zeros_like(images))
+            scratch = BestSoFar.into(torch.zeros_like(images))
             place = torch.arange(len(rows), device=rows.device)
-            outer = dataclasses.replace(ascent, ball=wide.ball)
+            outer = dataclasses.replace(solver, ball=wide.ball)
             delta = outer.project(delta, images)
             state = super(L1AutoPGD, wide)._rise(outer, place, images, labels, truth, delta, scratch)
             delta, left, share = state.best, left - steps, None
         last = self._stage(left, 1.0, share).model_copy(update={"early_stop": self.early_stop})
-        delta = ascent.project(delta, images)
-        return super(L1AutoPGD, last)._rise(ascent, rows, images, labels, truth, delta, record)
+        delta = solver.project(delta, images)
+        return super(L1AutoPGD, last)._rise(solver, rows, images, labels, truth, delta, record)
 
     def _stage(self, steps: int, radius: float, share: float | None) -> L1AutoPGD:
         return self.model_copy(update={"steps": steps, "eps": self.eps * radius, "early_stop": False, "share": share})
@@ -402,18 +406,18 @@ class L1AutoPGD(AutoPGD):
         fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
         return SparseClimb(**fields, moved=moved, changed=before, longest=state.length)
 
-    def _move(self, ascent: Ascent, now: Climb) -> torch.Tensor:
+    def _move(self, solver: ProjectedGradient, now: Climb) -> torch.Tensor:
         assert isinstance(now, SparseClimb)
-        slope = now.gradient.flatten(1)
+        input_gradient = now.gradient.flatten(1)
         if self.exact_box:
             room = torch.where(now.gradient > 0, 1 - now.images - now.delta, now.images + now.delta)
-            slope = slope.masked_fill(room.flatten(1) <= 0, 0)
-        size = slope.abs()
+            input_gradient = input_gradient.masked_fill(room.flatten(1) <= 0, 0)
+        size = input_gradient.abs()
         last = now.moved.long().clamp(1, size.shape[1]) - 1
         least = size.sort(dim=1, descending=True).values.gather(1, last.unsqueeze(1))
-        signs = slope.sign() * (size >= least)
+        signs = input_gradient.sign() * (size >= least)
         move = now.length.unsqueeze(1) * signs / signs.abs().sum(1, keepdim=True).clamp(min=1)
-        return ascent.project(now.delta + move.view_as(now.delta), now.images)
+        return solver.project(now.delta + move.view_as(now.delta), now.images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,7 +431,7 @@ class SparseClimb(Climb):
     longest: torch.Tensor
     """Step size at the start, pixel units."""
 
-    def judge(self, steps: int, rise: float) -> SparseClimb:
+    def judge(self, steps: int, rho: float) -> SparseClimb:
         """Choose sparsity and step size anew (algorithm 1); neither argument plays a part."""
         changed = _changed(self.best)
         sparser = changed < _FEWER * self.changed

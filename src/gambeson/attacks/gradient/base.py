@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 
 from gambeson.attacks.losses import Loss, LossName
-from gambeson.attacks.solver import Ascent, NotFinite
+from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
 from gambeson.base import Config, Number, UserError, seeded
 from gambeson.base.checks import check_batch
 from gambeson.threat import Ball, Eps, Norm, perturb
@@ -149,7 +149,7 @@ View = Callable[[torch.Tensor], torch.Tensor]
 class Guide:
     """The transfer options of an attack; with all of them off a step follows the gradient to the bit."""
 
-    ascent: Ascent
+    solver: ProjectedGradient
     momentum: float = 0.0
     nesterov: bool = False
     diversity: Diversity | None = None
@@ -168,7 +168,7 @@ class Guide:
         copies = 1 if self.scales is None else self.scales.copies
         return [self.diversity.draw(images, generator) for _ in range(copies)]
 
-    def look(
+    def gradient(
         self,
         delta: torch.Tensor,
         images: torch.Tensor,
@@ -191,12 +191,12 @@ class Guide:
         """
         point = delta
         if self.nesterov:  # kept in the box, where a clip would take the gradient of what lies beyond
-            ahead = delta + self.ascent.scaled(length) * self.momentum * velocity
+            ahead = delta + self.solver.scaled(length) * self.momentum * velocity
             point = torch.minimum(torch.maximum(ahead, -images), 1 - images)
         views = self._views(drawn)
-        gradient, first = self.ascent.look(point, images, labels, view=views[0], number=number)
+        gradient, first = self.solver.gradient(point, images, labels, view=views[0], number=number)
         for view in views[1:]:
-            gradient = gradient + self.ascent.look(point, images, labels, view=view, number=number)[0]
+            gradient = gradient + self.solver.gradient(point, images, labels, view=view, number=number)[0]
         if len(views) > 1:
             gradient = gradient / len(views)
         if self.smoothing is not None:
@@ -215,10 +215,10 @@ class Guide:
 
     def _unit(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient at the size that a look-ahead of one step needs."""
-        if self.ascent.ball.norm == "inf":
+        if self.solver.ball.norm == "inf":
             size = gradient.abs().mean(dim=(1, 2, 3), keepdim=True)
         else:
-            size = self.ascent.ball.length(gradient).view(-1, 1, 1, 1)
+            size = self.solver.ball.length(gradient).view(-1, 1, 1, 1)
         return gradient / size.clamp(min=_TINY)
 
 
@@ -262,7 +262,7 @@ class GradientAttack(Config):
     sparsity: Annotated[Number, Field(gt=0, le=1)] | None = None
     """Norm 1 only: the share of values that a step moves, each equally (SLIDE, Tramer and Boneh 2019, whose code
     takes 0.01 for colour images); None moves value after value as far as the box lets it, the steepest step."""
-    draws: Annotated[int, Field(ge=1)] | None = None
+    eot_samples: Annotated[int, Field(ge=1)] | None = None
     """For a random model: fresh draws over which each gradient is averaged (expectation over transformation, Athalye
     et al. 2018); every step then costs so many times as much, and no image is stopped at early, for falling in a few
     draws is not falling. 1 follows a single draw. None: the model has to repeat itself, and one that does not is
@@ -308,13 +308,13 @@ class GradientAttack(Config):
 
         Raises:
             UserError: images outside [0, 1], or a model and images that do not fit.
-            NotFinite: a gradient is NaN or infinite; its ``found`` holds the images found until then.
+            NonFiniteGradientError: a gradient is NaN or infinite; its ``found`` holds the images found until then.
         """
         images = check_batch(x, y)
         if len(images) == 0:
             return images.clone()
         with opened(model, self.average) as given, seeded(seed, "noise"):
-            victim = drawn(given, images.float(), self.draws)
+            victim = drawn(given, images.float(), self.eot_samples)
             return self.perturb_batch(victim, images, y, seed=seed, ignore_index=ignore_index)
 
     def perturb_batch(
@@ -340,11 +340,11 @@ class GradientAttack(Config):
             ignore_index: label that counts nowhere.
             sizes: (N, 1, 1, 1), the radius of each image's ball as a share of eps, to which its start and its steps
                 shrink too; for attacks of :class:`gambeson.attacks.PGD` without restarts and early stop.
-            place: the number of this process and of how many; see :class:`gambeson.attacks.solver.Ascent`.
+            place: the number of this process and of how many; see :class:`gambeson.attacks.solver.ProjectedGradient`.
 
         Raises:
             UserError: the attack cannot follow ``sizes``.
-            NotFinite: a gradient is NaN or infinite; its ``found`` holds the images found until then.
+            NonFiniteGradientError: a gradient is NaN or infinite; its ``found`` holds the images found until then.
         """
         if sizes is not None and not self._follows_sizes:
             raise UserError(
@@ -352,13 +352,13 @@ class GradientAttack(Config):
                 "early_stop=False; give one eps for all images"
             )
         pixels = images.float()
-        goals = self._labels(victim, pixels, labels, ignore_index)
+        targets = self._labels(victim, pixels, labels, ignore_index)
         best = torch.zeros_like(pixels)
-        patient = self if self.draws is None else self.model_copy(update={"early_stop": False})
-        ascent = replace(self._ascent(victim, ignore_index), sizes=sizes, place=place)
+        patient = self if self.eot_samples is None else self.model_copy(update={"early_stop": False})
+        solver = replace(self._ascent(victim, ignore_index), sizes=sizes, place=place)
         try:
-            patient._search(ascent, pixels, goals, seed, best)
-        except NotFinite as error:
+            patient._search(solver, pixels, targets, seed, best)
+        except NonFiniteGradientError as error:
             error.found = perturb(images, best.to(images.dtype))
             raise
         return perturb(images, best.to(images.dtype)).detach()
@@ -367,12 +367,14 @@ class GradientAttack(Config):
     def _follows_sizes(self) -> bool:
         return False
 
-    def _search(self, ascent: Ascent, x: torch.Tensor, y: torch.Tensor, seed: int, best: torch.Tensor) -> None:
+    def _search(
+        self, solver: ProjectedGradient, x: torch.Tensor, y: torch.Tensor, seed: int, best: torch.Tensor
+    ) -> None:
         """Write the best perturbation of each image into ``best`` (N, C, H, W), which is zero."""
         raise NotImplementedError
 
-    def _ascent(self, victim: Victim, ignore_index: int | None) -> Ascent:
-        return Ascent(
+    def _ascent(self, victim: Victim, ignore_index: int | None) -> ProjectedGradient:
+        return ProjectedGradient(
             victim=victim,
             ball=self.ball,
             loss=Loss(kind=self.loss, targeted=self.reaches),

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from gambeson.attacks.gradient.auto_pgd import Record
+from gambeson.attacks.gradient.auto_pgd import BestSoFar
 from gambeson.attacks.gradient.base import (
     Diversity,
     GradientAttack,
@@ -17,9 +17,9 @@ from gambeson.attacks.gradient.base import (
     Smoothing,
     warn_of_fallback,
 )
-from gambeson.attacks.losses import fallen
+from gambeson.attacks.losses import is_adversarial
 from gambeson.attacks.registry import register
-from gambeson.attacks.solver import Ascent, cosine
+from gambeson.attacks.solver import ProjectedGradient, cosine
 from gambeson.base import Number, generator
 
 Start = Literal["zero", "uniform", "sign"]
@@ -40,7 +40,7 @@ class PGD(GradientAttack):
 
     steps: Annotated[int, Field(ge=1)] = 20
     """Gradient steps a restart."""
-    step: Annotated[Number, Field(gt=0)] | None = None
+    rel_step_size: Annotated[Number, Field(gt=0)] | None = None
     """Length of a step as a share of eps; 4 / steps where it is not given. The customary 2.5 / steps stops one to
     three per cent short of the optimum of a linear model in the Euclidean ball; 4 / steps, a tenth of one."""
     final_step: Annotated[Number, Field(gt=0)] | None = None
@@ -76,7 +76,7 @@ class PGD(GradientAttack):
 
     @property
     def _first(self) -> float:
-        return 4 / self.steps if self.step is None else self.step
+        return 4 / self.steps if self.rel_step_size is None else self.rel_step_size
 
     @property
     def _last(self) -> float:
@@ -84,51 +84,53 @@ class PGD(GradientAttack):
             return self.final_step
         return self._first / 100 if self.norm == "1" else self._first
 
-    def _search(self, ascent: Ascent, x: torch.Tensor, y: torch.Tensor, seed: int, best: torch.Tensor) -> None:
+    def _search(
+        self, solver: ProjectedGradient, x: torch.Tensor, y: torch.Tensor, seed: int, best: torch.Tensor
+    ) -> None:
         guide = Guide(
-            ascent=ascent,
+            solver=solver,
             momentum=self.momentum,
             nesterov=self.nesterov and self.momentum > 0,
             diversity=self.diversity,
             smoothing=self.smoothing,
             scales=self.scales,
         )
-        record = Record.into(best)
+        record = BestSoFar.into(best)
         for restart in range(self.restarts):
-            standing = (~record.fallen).nonzero().flatten()
-            if len(standing) == 0:
+            active = (~record.is_adversarial).nonzero().flatten()
+            if len(active) == 0:
                 break
             draw = generator(seed, "start", restart, device=x.device)
             views = generator(seed, "views", restart, device=x.device)
             # Drawn for the whole batch, so that what one image gets does not depend on the others' fate.
-            delta = ascent.start(x, len(x), self.start, self.start_size, draw)
-            rows, images, labels = standing, x, y
-            if len(standing) < len(x):  # otherwise the batch itself: a copy would be one more in memory
-                delta, images, labels = delta[standing], x[standing], y[standing]
+            delta = solver.start(x, len(x), self.start, self.start_size, draw)
+            rows, images, labels = active, x, y
+            if len(active) < len(x):  # otherwise the batch itself: a copy would be one more in memory
+                delta, images, labels = delta[active], x[active], y[active]
             velocity = torch.zeros_like(delta[:, :1, :1, :1])
             for number, length in enumerate(self.lengths, 1):
                 drawn = [numbers[rows] for numbers in guide.draw(x, views)]
-                direction, velocity, logits = guide.look(delta, images, labels, velocity, length, drawn, number)
+                direction, velocity, logits = guide.gradient(delta, images, labels, velocity, length, drawn, number)
                 if restart == 0 and number == 1:
-                    warn_of_fallback(ascent.loss, logits.shape[1])
+                    warn_of_fallback(solver.loss, logits.shape[1])
                 if self.early_stop:
                     if not guide.sees_images:
-                        _, logits = ascent.values(delta, images, labels)
-                    down = fallen(logits, labels, ascent.ignore_index, targeted=self.reaches)
+                        _, logits = solver.losses(delta, images, labels)
+                    down = is_adversarial(logits, labels, solver.ignore_index, targeted=self.reaches)
                     if bool(down.any()):
-                        best[rows[down]], record.fallen[rows[down]] = delta[down], True
+                        best[rows[down]], record.is_adversarial[rows[down]] = delta[down], True
                         kept = (rows, images, labels, delta, direction, velocity)
                         rows, images, labels, delta, direction, velocity = (t[~down] for t in kept)
                     if len(rows) == 0:
                         break
-                delta = ascent.move(delta, images, direction, length)
+                delta = solver.step_along(delta, images, direction, length)
                 del direction  # not kept through the next forward
             if self.restarts == 1:
                 best[rows] = delta
                 break
             if len(rows):
-                value, logits = ascent.values(delta, images, labels)
-                down = fallen(logits, labels, ascent.ignore_index, targeted=self.reaches)
+                value, logits = solver.losses(delta, images, labels)
+                down = is_adversarial(logits, labels, solver.ignore_index, targeted=self.reaches)
                 record.note(rows, delta, value, down)
 
 
@@ -137,7 +139,7 @@ class FGSM(PGD):
     """Fast gradient sign method (Goodfellow et al. 2015): one step of length eps from the image itself."""
 
     steps: Literal[1] = 1
-    step: Annotated[Number, Field(gt=0)] | None = 1.0
+    rel_step_size: Annotated[Number, Field(gt=0)] | None = 1.0
     start: Start = "zero"
     early_stop: bool = False
 
@@ -157,7 +159,7 @@ class RFGSM(PGD):
     @property
     def _first(self) -> float:
         # What the random start has left of eps.
-        return 1 - self.start_size if self.step is None else self.step
+        return 1 - self.start_size if self.rel_step_size is None else self.rel_step_size
 
 
 @register("i-fgsm", source="Kurakin et al. 2017", cost="steps / steps")
@@ -171,7 +173,7 @@ class IFGSM(PGD):
 
     @property
     def _first(self) -> float:
-        return 1 / self.steps if self.step is None else self.step
+        return 1 / self.steps if self.rel_step_size is None else self.rel_step_size
 
     @property
     def _last(self) -> float:

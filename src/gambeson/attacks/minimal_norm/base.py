@@ -86,7 +86,7 @@ def refuse_odd_head(logits: torch.Tensor, labels: torch.Tensor) -> None:
     check_labels(labels, logits.shape[1])
 
 
-def refuse_not_finite(*values: torch.Tensor, step: int) -> None:
+def refuse_non_finite(*values: torch.Tensor, step: int) -> None:
     """Refuse logits or gradients that are not finite.
 
     Args:

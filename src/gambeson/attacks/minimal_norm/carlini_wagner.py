@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from gambeson.attacks.losses import fallen, margin
-from gambeson.attacks.minimal_norm.base import MinimalNorm, refuse_not_finite, refuse_odd_head
+from gambeson.attacks.losses import is_adversarial, margin
+from gambeson.attacks.minimal_norm.base import MinimalNorm, refuse_non_finite, refuse_odd_head
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import Adam
 from gambeson.base import Number
@@ -64,13 +64,13 @@ class CarliniWagner(MinimalNorm):
         for _ in range(self.searches):
             if len(rows) == 0:
                 break
-            found = self._descend(victim, x, y, rows, c, best, shortest)
+            found = self._optimizer_steps(victim, x, y, rows, c, best, shortest)
             upper[rows] = torch.where(found, c[rows], upper[rows])
             lower[rows] = torch.where(found, lower[rows], c[rows])
             c = torch.where(upper.isfinite(), (lower + upper) / 2, c * 10)
         return best
 
-    def _descend(
+    def _optimizer_steps(
         self,
         victim: Victim,
         x: torch.Tensor,
@@ -97,7 +97,7 @@ class CarliniWagner(MinimalNorm):
                 short = (self.kappa - self._gain(logits, labels)).clamp(min=0)
                 objective = length + c[going] * short
                 gradient = victim.gradient(objective.sum(), point, len(going))
-            refuse_not_finite(gradient.sum(), objective.sum(), step=step + 1)
+            refuse_non_finite(gradient.sum(), objective.sum(), step=step + 1)
             success, moved, length = self._success(logits.detach(), labels), moved.detach(), length.detach()
             better = success & (length < shortest[going])
             best[going[better]], shortest[going[better]] = moved[better], length[better]
@@ -122,4 +122,4 @@ class CarliniWagner(MinimalNorm):
         return -margin(logits, labels) if self.targeted else margin(logits, labels)
 
     def _success(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return fallen(logits, labels, targeted=self.targeted) & (self._gain(logits, labels) >= self.kappa)
+        return is_adversarial(logits, labels, targeted=self.targeted) & (self._gain(logits, labels) >= self.kappa)

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from gambeson.attacks.losses import fallen
-from gambeson.attacks.minimal_norm.base import MinimalNorm, refuse_not_finite, refuse_odd_head
+from gambeson.attacks.losses import is_adversarial
+from gambeson.attacks.minimal_norm.base import MinimalNorm, refuse_non_finite, refuse_odd_head
 from gambeson.attacks.query.base import InfOr2
 from gambeson.attacks.registry import register
 from gambeson.base import Number
@@ -65,8 +65,8 @@ class DeepFool(MinimalNorm):
                 logits = victim(point)
                 if rivals is None:
                     rivals = self._rivals(logits.detach(), labels)
-                refuse_not_finite(logits, step=number)
-                down = fallen(logits, labels)
+                refuse_non_finite(logits, step=number)
+                down = is_adversarial(logits, labels)
                 if bool(down.all()):
                     break
                 step = self._step(victim, point, logits, labels, rivals, number)
@@ -105,7 +105,7 @@ class DeepFool(MinimalNorm):
             else:
                 slope = copied[:, k]
             rise = slope.flatten(1).abs().sum(1) if self.norm == "inf" else slope.flatten(1).norm(dim=1)
-            refuse_not_finite(rise, step=number)
+            refuse_non_finite(rise, step=number)
             distance = torch.where(rise > 0, gaps[:, k].detach().abs() / rise, torch.inf)
             closer = distance < nearest
             nearest = torch.where(closer, distance, nearest)

@@ -11,7 +11,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import nn
 
-from gambeson.attacks.losses import Loss, fallen
+from gambeson.attacks.losses import Loss, is_adversarial
 from gambeson.base import Config, UserError
 from gambeson.base.checks import check_batch, check_labels
 from gambeson.victim import Victim
@@ -137,46 +137,46 @@ class Search:
         self.queries, self.images, self.labels, self.loss = queries, images, labels, loss
         self.best = images.clone()
         self.value = torch.full((len(images),), torch.inf, device=images.device)
-        self.standing = attacked(labels, ignore_index)
-        if len(self.standing) == 0:
+        self.active = attacked(labels, ignore_index)
+        if len(self.active) == 0:
             return
-        self.value[self.standing] = -torch.inf
-        scores = queries(images[self.standing], self.standing)
+        self.value[self.active] = -torch.inf
+        scores = queries(images[self.active], self.active)
         check_labels(labels, scores.shape[1], ignore_index)
-        self._take(images[self.standing], scores)
+        self._take(images[self.active], scores)
 
     @property
     def left(self) -> int:
         """Queries that every standing image has left; they have all been asked about equally often."""
-        if len(self.standing) == 0:
+        if len(self.active) == 0:
             return 0
-        return self.queries.budget - int(self.queries.spent[self.standing].max())
+        return self.queries.budget - int(self.queries.spent[self.active].max())
 
     def ask(self, candidates: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of each candidate (M,) and whether it makes its image fall (M,)."""
         scores = self.queries(candidates, rows)
         labels = self.labels[rows]
-        return self.loss(scores, labels), fallen(scores, labels, targeted=self.loss.targeted)
+        return self.loss(scores, labels), is_adversarial(scores, labels, targeted=self.loss.targeted)
 
     def offer(self, candidates: torch.Tensor) -> None:
         """Ask about one candidate (A, C, H, W) a standing image; keep it where its loss is higher or it falls."""
-        self._take(candidates, self.queries(candidates, self.standing))
+        self._take(candidates, self.queries(candidates, self.active))
 
     def keep(self, candidates: torch.Tensor, value: torch.Tensor, down: torch.Tensor) -> None:
         """Keep candidates of the standing images that have been asked about already."""
         value = value.to(self.value.dtype).masked_fill(down, torch.inf)
-        better = value > self.value[self.standing]
-        rows = self.standing[better]
+        better = value > self.value[self.active]
+        rows = self.active[better]
         self.best[rows], self.value[rows] = candidates[better], value[better]
-        self.standing = self.standing[~down]
+        self.active = self.active[~down]
 
     def leave(self, hopeless: torch.Tensor) -> None:
         """Ask no more about the images (N,) that are hopeless; what was found for them is kept."""
-        self.standing = self.standing[~hopeless[self.standing]]
+        self.active = self.active[~hopeless[self.active]]
 
     def _take(self, candidates: torch.Tensor, scores: torch.Tensor) -> None:
-        labels = self.labels[self.standing]
-        self.keep(candidates, self.loss(scores, labels), fallen(scores, labels, targeted=self.loss.targeted))
+        labels = self.labels[self.active]
+        self.keep(candidates, self.loss(scores, labels), is_adversarial(scores, labels, targeted=self.loss.targeted))
 
 
 class QueryAttack(Config):

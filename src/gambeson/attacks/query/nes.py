@@ -34,7 +34,7 @@ class NES(QueryAttack):
     """Antithetic pairs a step (authors' code: 50 samples)."""
     sigma: Annotated[Number, Field(gt=0)] = 0.001
     """Size of a probe in pixel units (the paper: 0.001)."""
-    step: Annotated[Number, Field(gt=0)] = 0.2
+    rel_step_size: Annotated[Number, Field(gt=0)] = 0.2
     """Length of a step as a share of eps (authors' code: 0.01 at eps 0.05); of Adam, its step size."""
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     """Share of the running mean that is kept (authors' code); for steepest steps."""
@@ -59,45 +59,45 @@ class NES(QueryAttack):
     def _search(self, search: Search, seed: int) -> None:
         x = search.images
         draw = generator(seed, "estimate", device=x.device)
-        delta = torch.zeros_like(x[search.standing])
+        delta = torch.zeros_like(x[search.active])
         mean, adam = torch.zeros_like(delta), Adam.like(delta)
-        while len(search.standing) and search.left >= 3:
-            standing = search.standing
-            images = x[standing]
+        while len(search.active) and search.left >= 3:
+            active = search.active
+            images = x[active]
             gradient = self._estimate(search, perturb(images, delta), draw)
             if self.optimizer == "adam":
-                moved = delta + self.step * self.eps * adam.direction(gradient)
+                moved = delta + self.rel_step_size * self.eps * adam.direction(gradient)
             else:
                 mean = self.momentum * mean + (1 - self.momentum) * gradient
-                moved = delta + self.step * self.eps * self.ball.steepest(mean)
+                moved = delta + self.rel_step_size * self.eps * self.ball.steepest(mean)
             delta = self.ball.project_in_box(moved, -images, 1 - images)
             search.offer(perturb(images, delta))
-            still = torch.isin(standing, search.standing)
+            still = torch.isin(active, search.active)
             delta, mean, adam = delta[still], mean[still], adam.of(still)
 
     def _estimate(self, search: Search, points: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
         """Return the estimated gradient of the loss at points (A, C, H, W); leave a query for the step itself."""
-        standing, total = search.standing, torch.zeros_like(points)
+        active, total = search.active, torch.zeros_like(points)
         pairs = min(self.pairs, (search.left - 1) // 2)
         at_once = max(1, self.batch_size // (2 * len(points)))
         for done in range(0, pairs, at_once):
             count = min(at_once, pairs - done)
-            total += self._probe(search, points, standing, count, draw)
+            total += self._probe(search, points, active, count, draw)
         return total / (2 * self.sigma * pairs)
 
     def _probe(
-        self, search: Search, points: torch.Tensor, standing: torch.Tensor, count: int, draw: torch.Generator
+        self, search: Search, points: torch.Tensor, active: torch.Tensor, count: int, draw: torch.Generator
     ) -> torch.Tensor:
         shape = (count, len(search.images), *points.shape[1:])
         if self.directions == "gaussian":
             u = torch.randn(shape, generator=draw, device=draw.device)
         else:
             u = torch.randint(0, 2, shape, generator=draw, device=draw.device).float() * 2 - 1
-        u = u[:, standing].to(points.dtype)  # drawn for the whole batch: nobody's draws depend on the others' fate
+        u = u[:, active].to(points.dtype)  # drawn for the whole batch: nobody's draws depend on the others' fate
         probes = torch.cat([points + self.sigma * u, points - self.sigma * u])
         if self.clip_probes:
             probes = probes.clamp(0, 1)
-        value, _ = search.ask(probes.flatten(0, 1), standing.repeat(2 * count))
+        value, _ = search.ask(probes.flatten(0, 1), active.repeat(2 * count))
         ahead, behind = value.view(2, count, -1, 1, 1, 1)
         return (u * (ahead - behind).to(u.dtype)).sum(0)
 
@@ -114,7 +114,7 @@ class SPSA(NES):
     """Antithetic pairs a step."""
     sigma: Annotated[Number, Field(gt=0)] = 0.01
     """Size of a probe in pixel units (the paper: 0.01)."""
-    step: Annotated[Number, Field(gt=0)] = 0.3
+    rel_step_size: Annotated[Number, Field(gt=0)] = 0.3
     directions: Literal["gaussian", "sign"] = "sign"
     optimizer: Literal["steepest", "adam"] = "adam"
 

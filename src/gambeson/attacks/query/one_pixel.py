@@ -12,9 +12,9 @@ from gambeson.attacks.registry import register
 from gambeson.base import Number, generator
 
 
-@register("few-pixel", source="Su et al. 2019", cost="at most queries / 0")
-class FewPixel(QueryAttack):
-    """One-pixel and few-pixel attack by differential evolution (Su et al. 2019, section III).
+@register("one-pixel", source="Su et al. 2019", cost="at most queries / 0")
+class OnePixel(QueryAttack):
+    """One-pixel and one-pixel attack by differential evolution (Su et al. 2019, section III).
 
     A candidate is ``pixels`` places with a colour each. Every generation, each candidate gets one child a + F (b - d)
     from three others at random, without crossover, which replaces its parent where its loss is higher. The fitness
@@ -44,20 +44,20 @@ class FewPixel(QueryAttack):
 
     def _search(self, search: Search, seed: int) -> None:
         x = search.images
-        draw = generator(seed, "few-pixel", device=x.device)
+        draw = generator(seed, "one-pixel", device=x.device)
         # Drawn for the whole batch, so that what one image gets does not depend on the others' fate.
-        genes = self._fresh(x, draw)[search.standing]
+        genes = self._fresh(x, draw)[search.active]
         value = genes.new_full(genes.shape[:2], -torch.inf)
         for generation in range(self.generations + 1):
-            if len(search.standing) == 0 or search.left == 0:
+            if len(search.active) == 0 or search.left == 0:
                 break
-            standing, count = search.standing, min(search.left, self.population)
-            children = genes if generation == 0 else self._children(x, genes, standing, draw)
+            active, count = search.active, min(search.left, self.population)
+            children = genes if generation == 0 else self._children(x, genes, active, draw)
             reached = self._judge(search, children[:, :count])
             better = reached > value[:, :count]
             value[:, :count] = torch.where(better, reached, value[:, :count])
             genes[:, :count] = torch.where(better[:, :, None, None], children[:, :count], genes[:, :count])
-            still = torch.isin(standing, search.standing)
+            still = torch.isin(active, search.active)
             genes, value = genes[still], value[still]
 
     def _fresh(self, x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
@@ -68,11 +68,11 @@ class FewPixel(QueryAttack):
         return torch.cat([places, (128 / 255 + 127 / 255 * colours).clamp(0, 1)], -1).to(x.dtype)
 
     def _children(
-        self, x: torch.Tensor, genes: torch.Tensor, standing: torch.Tensor, draw: torch.Generator
+        self, x: torch.Tensor, genes: torch.Tensor, active: torch.Tensor, draw: torch.Generator
     ) -> torch.Tensor:
         size = self.population
-        picks = torch.rand(3, len(x), size, generator=draw, device=draw.device)[:, standing]
-        fresh = torch.rand(len(x), *genes.shape[1:3], 2, generator=draw, device=draw.device)[standing]
+        picks = torch.rand(3, len(x), size, generator=draw, device=draw.device)[:, active]
+        fresh = torch.rand(len(x), *genes.shape[1:3], 2, generator=draw, device=draw.device)[active]
         # Three different numbers below `size`: each is drawn among those left and shifted past the earlier ones.
         first, second, third = ((pick * (size - k)).long().clamp(max=size - k - 1) for k, pick in enumerate(picks))
         second = second + (second >= first)
@@ -87,8 +87,8 @@ class FewPixel(QueryAttack):
 
     def _judge(self, search: Search, genes: torch.Tensor) -> torch.Tensor:
         """Ask about every candidate (A, P, ...); keep each image's best; return the losses (A, P)."""
-        count, standing = genes.shape[1], search.standing
-        owner = standing.repeat_interleave(count)
+        count, active = genes.shape[1], search.active
+        owner = active.repeat_interleave(count)
         flat, values, downs = genes.flatten(0, 1), [], []
         for part in torch.arange(len(flat), device=flat.device).split(self.batch_size):
             value, down = search.ask(_paint(search.images[owner[part]], flat[part]), owner[part])
@@ -97,7 +97,7 @@ class FewPixel(QueryAttack):
         value, down = torch.cat(values).view(-1, count), torch.cat(downs).view(-1, count)
         best = value.masked_fill(down, torch.inf).argmax(1)
         rows = torch.arange(len(genes), device=genes.device)
-        search.keep(_paint(search.images[standing], genes[rows, best]), value[rows, best], down.any(1))
+        search.keep(_paint(search.images[active], genes[rows, best]), value[rows, best], down.any(1))
         return value
 
 

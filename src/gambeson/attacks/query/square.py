@@ -40,11 +40,11 @@ class RandomSearch(QueryAttack):
         x = search.images
         draw = generator(seed, "random-search", device=x.device)
         for _ in range(search.left):
-            if len(search.standing) == 0:
+            if len(search.active) == 0:
                 break
             # Drawn for the whole batch, so that what one image gets does not depend on the others' fate.
             delta = self.ball.signs(x.shape, draw).to(x.dtype)
-            search.offer(perturb(x[search.standing], delta[search.standing]))
+            search.offer(perturb(x[search.active], delta[search.active]))
 
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -59,7 +59,7 @@ class Square(RandomSearch):
     of the scores, targeted their negative cross-entropy, as the authors do; ``margin`` overrules that. The share
     of pixels is halved at the authors' iterations, counted as shares of the budget. Where a window reaches beyond
     a small or oblong image it is as wide as the shorter side. The steps for ``norm="2"`` are Algorithm 3.
-    Cost: at most ``queries`` forwards an image; an eighth of them where ``outlook`` sees no prospect.
+    Cost: at most ``queries`` forwards an image; an eighth of them where ``early_abandon`` sees no prospect.
     """
 
     p_init: Annotated[Number, Field(gt=0, le=1)] = 0.8
@@ -67,16 +67,16 @@ class Square(RandomSearch):
     they use 0.05 (inf) and 0.1 (2)."""
     rescale: bool = True
     """Stretch the schedule, made for 10,000 iterations, to the budget (the paper); False is AutoAttack's way."""
-    outlook: Annotated[Number, Field(gt=0)] | None = None
+    early_abandon: Annotated[Number, Field(gt=0)] | None = None
     """Leave an image alone once the margin is so far from a wrong answer that it would not get there within the
-    budget though every doubling of the queries brought ``outlook`` times what the last one brought (ours: what random
-    search still finds shrinks with each doubling, so that 1 is already patient). Judged after an eighth, a quarter
+    budget though every doubling of the queries brought ``early_abandon`` times what the last one brought (ours: what
+    random search still finds shrinks with each doubling, so that 1 is already patient). Judged after an eighth, a quarter
     and half of the budget. For models that return logits: the margin of saturated probabilities tells nothing. None:
     spend the whole budget, as in the paper."""
 
     @model_validator(mode="after")
     def _check_outlook(self) -> Square:
-        if self.outlook is not None and not (self._margin_by_default if self.margin is None else self.margin):
+        if self.early_abandon is not None and not (self._margin_by_default if self.margin is None else self.margin):
             raise ValueError("outlook reads the margin's distance to a wrong answer; set margin=True, or leave it out")
         return self
 
@@ -97,16 +97,16 @@ class Square(RandomSearch):
         start, step = (_stripes, _place) if self.norm == "inf" else (_bumps, _move)
         if search.left:
             delta = start(search.images, self.ball, draw)
-            search.offer(perturb(search.images, delta)[search.standing])
+            search.offer(perturb(search.images, delta)[search.active])
         earlier = None
         for iteration in range(search.left):
             asked = self.queries - search.left
-            if self.outlook and asked in [self.queries >> halvings for halvings in (4, 3, 2, 1)]:
+            if self.early_abandon and asked in [self.queries >> halvings for halvings in (4, 3, 2, 1)]:
                 if earlier is not None:
-                    reach = self.outlook * math.log2(self.queries / asked)
+                    reach = self.early_abandon * math.log2(self.queries / asked)
                     search.leave(search.value + reach * (search.value - earlier) < 0)
                 earlier = search.value.clone()
-            if len(search.standing) == 0:
+            if len(search.active) == 0:
                 break
             side = self.side(iteration, search.images.shape[1:])
             # Drawn for the whole batch, as above; only what is still standing is computed and asked about.
@@ -114,14 +114,12 @@ class Square(RandomSearch):
                 torch.rand(2, len(search.images), generator=draw, device=draw.device)
                 .mul(size - side + 1)
                 .long()
-                .clamp(max=size - side)[:, search.standing]
+                .clamp(max=size - side)[:, search.active]
                 for size in search.images.shape[2:]
             ]
             signs, chance = _signs_and_chance(search.images, draw)
-            images, best = search.images[search.standing], search.best[search.standing]
-            delta = step(
-                images, best - images, self.ball, corners, side, signs[search.standing], chance[search.standing]
-            )
+            images, best = search.images[search.active], search.best[search.active]
+            delta = step(images, best - images, self.ball, corners, side, signs[search.active], chance[search.active])
             search.offer(perturb(images, delta))
 
 

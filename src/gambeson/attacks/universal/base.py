@@ -13,14 +13,14 @@ from pydantic import Field
 
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.registry import ATTACKS
-from gambeson.attacks.solver import Ascent
+from gambeson.attacks.solver import ProjectedGradient
 from gambeson.attacks.universal.perturbation import Provenance, Status, UniversalPerturbation
 from gambeson.base import Config, UserError, derive, generator, seeded
 from gambeson.data import Split, as_dataset, held_out
 from gambeson.models import fingerprint
 from gambeson.threat import Ball, BoxGradient, Eps, Norm
 from gambeson.victim import Victim, predict, score
-from gambeson.victim.averaged import EOT_SAMPLES, Ensemble, Source, entered
+from gambeson.victim.averaged import EOT_SAMPLES, ModelAverage, Source, entered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workshop:
+class CraftingContext:
     """The models, images and ball of one crafting."""
 
     victims: list[Victim]
@@ -67,18 +67,18 @@ class Workshop:
     def climbed(self) -> Victim:
         """What a loss is climbed on: :attr:`victim`, or several fresh draws of each random model."""
         drawn = [victim for victim in self.victims for _ in range(self._draws(victim))]
-        return self.victim if len(drawn) == len(self.victims) else Ensemble(drawn, "losses")
+        return self.victim if len(drawn) == len(self.victims) else ModelAverage(drawn, "losses")
 
     def _draws(self, victim: Victim) -> int:
-        look = victim.look
-        if look is None or not look.stochastic:
+        traits = victim.traits
+        if traits is None or not traits.stochastic:
             return 1
         # Where each image has a draw of its own, the mean gradient of a batch is over images and draws already.
-        return self.eot_samples or (EOT_SAMPLES if look.shared else 1)
+        return self.eot_samples or (EOT_SAMPLES if traits.shared else 1)
 
     @cached_property
-    def _together(self) -> Ensemble:
-        return Ensemble(self.victims, "losses")
+    def _together(self) -> ModelAverage:
+        return ModelAverage(self.victims, "losses")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -132,22 +132,22 @@ class Workshop:
         ignored = self.train.ignore_index
         return None if ignored is None else labels != ignored
 
-    def goals(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def targets(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the labels to leave, or the targets to reach; the ignore index where the true label is."""
         if self.target is not None:
-            goals = torch.full_like(labels, self.target)
+            targets = torch.full_like(labels, self.target)
         elif not self.predicted_labels:
             return labels
         else:
             with torch.no_grad():
-                each = self.climbed.each(images) if isinstance(self.climbed, Ensemble) else [self.victim(images)]
-                goals = torch.stack(list(each)).mean(0).argmax(1)
+                each = self.climbed.each(images) if isinstance(self.climbed, ModelAverage) else [self.victim(images)]
+                targets = torch.stack(list(each)).mean(0).argmax(1)
         counts = self._counts(labels)
-        return goals if counts is None else labels.where(~counts, goals)
+        return targets if counts is None else labels.where(~counts, targets)
 
-    def ascent(self, loss: Loss) -> Ascent:
+    def solver(self, loss: Loss) -> ProjectedGradient:
         """Return the solver that climbs ``loss``, averaged over the models, from this ball."""
-        return Ascent(
+        return ProjectedGradient(
             victim=self.climbed,
             ball=self.ball,
             loss=loss,
@@ -257,22 +257,22 @@ class UniversalAttack(Config):
         """
         with entered(model) as victims, seeded(seed, "noise"):
             spent = tally(victims)
-            work = self._prepare(victims, data, seed)
-            given = None if start is None else self._scaled(start.to(work.device), work)
-            candidates = list(self._search(work, given))
-            rates = [work.rate(one.delta) if one.rate is None else one.rate for one in candidates]
+            context = self._prepare(victims, data, seed)
+            given = None if start is None else self._scaled(start.to(context.device), context)
+            candidates = list(self._search(context, given))
+            rates = [context.rate(one.delta) if one.rate is None else one.rate for one in candidates]
             best = max(range(len(rates)), key=rates.__getitem__)
             delta = candidates[best].delta.cpu()
             names = [one.start for one in candidates]
             restarts = list(zip(names, rates, strict=True))
-            about = self._about(work, spent(), restarts, self._status(delta, candidates[best]))
-        return UniversalPerturbation(delta, about, self._seen(work))
+            about = self._about(context, spent(), restarts, self._status(delta, candidates[best]))
+        return UniversalPerturbation(delta, about, self._seen(context))
 
-    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
+    def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
         """Make candidates (1, C, H, W) inside the ball; ``start`` is already scaled to it."""
         raise NotImplementedError
 
-    def _prepare(self, victims: list[Victim], data: object, seed: int) -> Workshop:
+    def _prepare(self, victims: list[Victim], data: object, seed: int) -> CraftingContext:
         settings = self.plain()
         train, validation, classes = splits_of(victims[0], data)
         if self.sees_train:
@@ -283,11 +283,11 @@ class UniversalAttack(Config):
                 "choose among the restarts on other images than are crafted on",
             )
         for victim in victims:
-            victim.meet(train.take(slice(0, 8), victim.device)[0])
+            victim.inspect(train.take(slice(0, 8), victim.device)[0])
         target: int | None = settings.get("target")
         if target is not None and target >= classes:
             raise UserError(f"target {target} is not a class: expected 0 to {classes - 1}")
-        return Workshop(
+        return CraftingContext(
             victims=victims,
             train=train.to(victims[0].device),
             validation=validation,
@@ -299,20 +299,20 @@ class UniversalAttack(Config):
             eot_samples=self.eot_samples,
         )
 
-    def _seen(self, work: Workshop) -> torch.Tensor | None:
+    def _seen(self, context: CraftingContext) -> torch.Tensor | None:
         """Hashes of the images that are crafted on; none where no image is looked at."""
-        return work.train.image_hashes if self.sees_train else None
+        return context.train.image_hashes if self.sees_train else None
 
-    def _scaled(self, start: torch.Tensor, work: Workshop) -> torch.Tensor:
-        if start.ndim != 4 or tuple(start.shape[1:]) != tuple(work.train.shape):
+    def _scaled(self, start: torch.Tensor, context: CraftingContext) -> torch.Tensor:
+        if start.ndim != 4 or tuple(start.shape[1:]) != tuple(context.train.shape):
             raise UserError(
-                f"start has shape {tuple(start.shape)}: expected (1, {', '.join(map(str, work.train.shape))})"
+                f"start has shape {tuple(start.shape)}: expected (1, {', '.join(map(str, context.train.shape))})"
             )
         return self.ball.fill(start) if bool(start.any()) else start
 
     def _about(
         self,
-        work: Workshop,
+        context: CraftingContext,
         spent: tuple[int, int],
         restarts: list[tuple[str, float]],
         status: Status,
@@ -323,11 +323,11 @@ class UniversalAttack(Config):
             settings=self.plain(),
             eps=self.eps,
             norm=self.norm,
-            seed=work.seed,
-            model="+".join(fingerprint(victim.model) for victim in work.victims),
-            crafted_on=work.train.fingerprint if self.sees_train else "no images",
-            crafted_split=work.train.name if self.sees_train else "no images",
-            chosen_on=work.validation.name,
+            seed=context.seed,
+            model="+".join(fingerprint(victim.model) for victim in context.victims),
+            crafted_on=context.train.fingerprint if self.sees_train else "no images",
+            crafted_split=context.train.name if self.sees_train else "no images",
+            chosen_on=context.validation.name,
             restarts=restarts,
             status=status,
             forwards=spent[0],

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 
 from gambeson.attacks.registry import register
-from gambeson.attacks.solver import Adam, slope
-from gambeson.attacks.universal.base import Candidate, UniversalAttack, Workshop
+from gambeson.attacks.solver import Adam, input_gradient
+from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
 from gambeson.attacks.universal.layers import activations, layer_names
 from gambeson.base import Number, generator
 from gambeson.threat import perturb
@@ -31,8 +31,8 @@ class DataFree(UniversalAttack):
     substitute data set. No training image is used but with ``prior="data"``, and no label while crafting.
 
     Cost: a forward and a backward of ``batch_size`` images a step (of one where the prior is ``none``), and a forward
-    of validation a check. The paper's rate 0.1 at eps 10 of 255 is ``step`` = 0.01 of eps. Steps, check interval and
-    patience are ours: the paper has 40,000, 400 and 10.
+    of validation a check. The paper's rate 0.1 at eps 10 of 255 is ``rel_step_size`` = 0.01 of eps. Steps, check
+    interval and patience are ours: the paper has 40,000, 400 and 10.
     """
 
     name: ClassVar[str] = "data-free"
@@ -47,7 +47,7 @@ class DataFree(UniversalAttack):
     """Adam steps at most."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Samples of the prior a step."""
-    step: Annotated[Number, Field(gt=0)] = 0.01
+    rel_step_size: Annotated[Number, Field(gt=0)] = 0.01
     """Adam's learning rate as a share of eps."""
     check_every: Annotated[int, Field(ge=1)] = 50
     """Steps between looks at validation."""
@@ -65,15 +65,15 @@ class DataFree(UniversalAttack):
         """Only with ``prior="data"``."""
         return self.prior == "data"
 
-    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
-        delta = work.ball.uniform(work.shape, generator(work.seed, "start", 0, device=work.device))
+    def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
+        delta = context.ball.uniform(context.shape, generator(context.seed, "start", 0, device=context.device))
         if start is not None:
             yield Candidate(start="given", delta=start)
-        yield from self._climb(work, delta if start is None else start)
+        yield from self._climb(context, delta if start is None else start)
 
-    def _climb(self, work: Workshop, delta: torch.Tensor) -> Iterator[Candidate]:
-        layers = [list(self.layers) or layer_names(victim.model, convolutions=True) for victim in work.victims]
-        adam, samples = Adam.like(delta), self._samples(work)
+    def _climb(self, context: CraftingContext, delta: torch.Tensor) -> Iterator[Candidate]:
+        layers = [list(self.layers) or layer_names(victim.model, convolutions=True) for victim in context.victims]
+        adam, samples = Adam.like(delta), self._samples(context)
         best, stale, share = -1.0, 0, 0.0
         for k in range(1, self.steps + 1):
             images = next(samples)
@@ -82,14 +82,14 @@ class DataFree(UniversalAttack):
                 moved = perturb(images, point, "straight-through")
                 values = [
                     self._excitement(activations(victim, moved, names))
-                    for victim, names in zip(work.victims, layers, strict=True)
+                    for victim, names in zip(context.victims, layers, strict=True)
                 ]
-                gradient = slope(work.victim, torch.stack(values).mean(), point, len(images))
-            delta = work.ball.project(delta + self.step * self.eps * adam.direction(gradient))
-            before, share = share, self._saturation(work, delta)
+                gradient = input_gradient(context.victim, torch.stack(values).mean(), point, len(images))
+            delta = context.ball.project(delta + self.rel_step_size * self.eps * adam.direction(gradient))
+            before, share = share, self._saturation(context, delta)
             halve = self.rescale and share > self.saturated and abs(share - before) < self.settled
             if halve or k % self.check_every == 0 or k == self.steps:
-                rate = work.rate(delta)
+                rate = context.rate(delta)
                 stale = 0 if rate > best else stale + 1
                 best = max(best, rate)
                 yield Candidate(start=f"step {k}", delta=delta, rate=rate)
@@ -98,17 +98,17 @@ class DataFree(UniversalAttack):
             if halve:
                 delta, share = delta / 2, 0.0
 
-    def _samples(self, work: Workshop) -> Iterator[torch.Tensor]:
+    def _samples(self, context: CraftingContext) -> Iterator[torch.Tensor]:
         if self.prior == "data":
-            for images, _ in work.stream(self.batch_size, 0):
+            for images, _ in context.stream(self.batch_size, 0):
                 yield images
-        grey = torch.full(work.shape, GREY, device=work.device)
-        draw = generator(work.seed, "prior", device=work.device)
+        grey = torch.full(context.shape, GREY, device=context.device)
+        draw = generator(context.seed, "prior", device=context.device)
         while True:
             if self.prior == "none":
                 yield grey
             else:
-                noise = torch.randn((self.batch_size, *work.shape[1:]), generator=draw, device=work.device)
+                noise = torch.randn((self.batch_size, *context.shape[1:]), generator=draw, device=context.device)
                 yield (grey + SPREAD * noise).clamp(0, 1)
 
     def _excitement(self, answers: list[torch.Tensor]) -> torch.Tensor:
@@ -118,7 +118,7 @@ class DataFree(UniversalAttack):
             parts = [answer.square().sum() / 2 for answer in answers]
         return torch.stack([part.clamp(min=1e-30).log() for part in parts]).sum()
 
-    def _saturation(self, work: Workshop, delta: torch.Tensor) -> float:
+    def _saturation(self, context: CraftingContext, delta: torch.Tensor) -> float:
         if self.norm != "inf":
-            return float(work.ball.length(delta) >= 0.999 * self.eps)
+            return float(context.ball.length(delta) >= 0.999 * self.eps)
         return float((delta.abs() >= 0.999 * self.eps).float().mean())

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from gambeson.attacks.minimal_norm.deepfool import DeepFool
 from gambeson.attacks.registry import register
-from gambeson.attacks.universal.base import Candidate, UniversalAttack, Workshop
+from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
 from gambeson.base import Number, UserError, generator
 from gambeson.data import Split
 from gambeson.threat import perturb
@@ -55,36 +55,36 @@ class DeepFoolUAP(UniversalAttack):
     restarts: Annotated[int, Field(ge=1)] = 1
     """Orders of the images; validation chooses."""
 
-    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
-        if work.train.labels.ndim != 1:
+    def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
+        if context.train.labels.ndim != 1:
             raise UserError("the labels are maps: DeepFool-UAP expects one label an image")
-        few = work.few(self.images)
-        clean = [predict(victim, few) for victim in work.victims]
-        zero = work.start("zero", 0)
+        few = context.few(self.images)
+        clean = [predict(victim, few) for victim in context.victims]
+        zero = context.start("zero", 0)
         for restart in range(self.restarts + (start is not None)):
             warm = start is not None and restart == self.restarts
             v, reached = (start if warm and start is not None else zero), False
             for turn in range(self.passes):
-                order = torch.randperm(len(few), generator=generator(work.seed, "order", restart, turn))
+                order = torch.randperm(len(few), generator=generator(context.seed, "order", restart, turn))
                 for rows in order.split(self.images_a_step):
-                    images, _ = few.take(rows, work.device)
-                    for victim, answers in zip(work.victims, clean, strict=True):
-                        v = self._move(work, victim, v, images, answers[rows].to(work.device))
-                reached = self._fooling(work, few, clean, v) >= self.fooling
+                    images, _ = few.take(rows, context.device)
+                    for victim, answers in zip(context.victims, clean, strict=True):
+                        v = self._move(context, victim, v, images, answers[rows].to(context.device))
+                reached = self._fooling(context, few, clean, v) >= self.fooling
                 if reached:
                     break
             yield Candidate(start="warm" if warm else "zero", delta=v, reached=reached)
 
     def _move(
-        self, work: Workshop, victim: Victim, v: torch.Tensor, images: torch.Tensor, clean: torch.Tensor
+        self, context: CraftingContext, victim: Victim, v: torch.Tensor, images: torch.Tensor, clean: torch.Tensor
     ) -> torch.Tensor:
         """Return Proj(v + mean r) over the images whose prediction is still the clean one."""
         moved = perturb(images, v)
         with torch.no_grad():
-            standing = victim(moved).argmax(1) == clean
-        if not bool(standing.any()):
+            active = victim(moved).argmax(1) == clean
+        if not bool(active.any()):
             return v
-        images, labels = moved[standing], clean[standing]
+        images, labels = moved[active], clean[active]
         # Not clipped, as in the paper: what the clip takes from one image may be what moves another.
         inner = DeepFool(classes=self.classes, overshoot=self.overshoot, steps=self.inner_steps, clip="end")
         found = inner.search(victim, images, labels, torch.arange(len(images), device=images.device))
@@ -92,11 +92,11 @@ class DeepFoolUAP(UniversalAttack):
             down = victim(found).argmax(1) != labels
         if not bool(down.any()):
             return v
-        return work.ball.project(v + (found - images)[down].mean(0, keepdim=True))
+        return context.ball.project(v + (found - images)[down].mean(0, keepdim=True))
 
-    def _fooling(self, work: Workshop, few: Split, clean: list[torch.Tensor], v: torch.Tensor) -> float:
-        changed = [
-            (found := score(predict(victim, few, v), few, before)).changed / max(1, found.answers)
-            for victim, before in zip(work.victims, clean, strict=True)
+    def _fooling(self, context: CraftingContext, few: Split, clean: list[torch.Tensor], v: torch.Tensor) -> float:
+        flipped = [
+            (found := score(predict(victim, few, v), few, before)).flipped / max(1, found.total)
+            for victim, before in zip(context.victims, clean, strict=True)
         ]
-        return sum(changed) / len(changed)
+        return sum(flipped) / len(flipped)

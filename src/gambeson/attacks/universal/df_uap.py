@@ -11,13 +11,13 @@ from pydantic import Field
 
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.registry import register
-from gambeson.attacks.solver import Adam, Ascent, slope
-from gambeson.attacks.universal.base import Candidate, LabelSource, UniversalAttack, Workshop
+from gambeson.attacks.solver import Adam, ProjectedGradient, input_gradient
+from gambeson.attacks.universal.base import Candidate, CraftingContext, LabelSource, UniversalAttack
 from gambeson.base import Number
 from gambeson.threat import BoxGradient
 
 
-class HeldRival(Loss):
+class RivalLogit(Loss):
     """The margin of a target over the best other logit, which is held fixed, no higher than ``-truncate``."""
 
     targeted: bool = True
@@ -28,26 +28,26 @@ class HeldRival(Loss):
         return rival - logits.gather(1, index).squeeze(1)
 
 
-@register("bounded-logit", source="Zhang et al. 2020", cost="restarts x steps x batch_size")
-class BoundedLogit(UniversalAttack):
+@register("df-uap", source="Zhang et al. 2020", cost="restarts x steps x batch_size")
+class DFUAP(UniversalAttack):
     """DF-UAP (Zhang et al., CVPR 2020): Adam on delta against a logit loss that is bounded by ``confidence``.
 
     Untargeted it climbs min(max_{i != y} z_i - z_y, kappa), targeted it descends max(max_{i != t} z_i - z_t, -kappa)
     with the rival logit held fixed. Needs no labels where ``labels`` is ``prediction``, and any images will do:
     ``craft(model, proxy_images)`` takes images of another data set alone.
 
-    The public script runs 2,000 steps of batch 32 with learning rate 0.005 at eps 10/255 and kappa 10; ``step`` is
-    that rate as a share of eps. Steps and batch here are ours, at equal cost to one restart of
+    The public script runs 2,000 steps of batch 32 with learning rate 0.005 at eps 10/255 and kappa 10; ``rel_step_size``
+    is that rate as a share of eps. Steps and batch here are ours, at equal cost to one restart of
     :class:`StochasticPGD`; so is the clip to [0, 1], which ``clip=False`` leaves out while crafting.
     """
 
-    name: ClassVar[str] = "bounded-logit"
+    name: ClassVar[str] = "df-uap"
 
     steps: Annotated[int, Field(ge=1)] = 200
     """Adam steps a restart, one mini-batch each."""
     batch_size: Annotated[int, Field(ge=1)] = 128
     """Images a step."""
-    step: Annotated[Number, Field(gt=0)] = 0.005 * 255 / 10
+    rel_step_size: Annotated[Number, Field(gt=0)] = 0.005 * 255 / 10
     """Adam's learning rate as a share of eps."""
     confidence: Annotated[Number, Field(ge=0)] = 10.0
     """An image whose logit margin is beyond this has no more say (kappa)."""
@@ -70,25 +70,27 @@ class BoundedLogit(UniversalAttack):
         return (
             Loss(kind="margin", truncate=self.confidence)
             if self.target is None
-            else HeldRival(truncate=-self.confidence)
+            else RivalLogit(truncate=-self.confidence)
         )
 
-    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
-        for restart, (kind, delta) in enumerate(work.starts(self.restarts, start)):
-            adam, ascent = Adam.like(delta, self.betas), work.ascent(self.objective)
-            for images, labels in islice(work.stream(self.batch_size, restart), self.steps):
-                goals = work.goals(images, labels)
+    def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
+        for restart, (kind, delta) in enumerate(context.starts(self.restarts, start)):
+            adam, solver = Adam.like(delta, self.betas), context.solver(self.objective)
+            for images, labels in islice(context.stream(self.batch_size, restart), self.steps):
+                targets = context.targets(images, labels)
                 if self.clip:
-                    gradient, _ = ascent.look(delta, images, goals)
+                    gradient, _ = solver.gradient(delta, images, targets)
                 else:
-                    gradient = _unclipped(ascent, delta, images, goals)
+                    gradient = _unclipped(solver, delta, images, targets)
                 move = adam.direction(gradient / len(images))
-                delta = work.ball.project(delta + self.step * self.eps * move)
+                delta = context.ball.project(delta + self.rel_step_size * self.eps * move)
             yield Candidate(start=kind, delta=delta)
 
 
-def _unclipped(ascent: Ascent, delta: torch.Tensor, images: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
+def _unclipped(
+    solver: ProjectedGradient, delta: torch.Tensor, images: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
     with torch.enable_grad():
         point = delta.detach().requires_grad_()
-        _, values = ascent.answer(images + point, goals)
-        return slope(ascent.victim, values.sum(), point, len(images))
+        _, values = solver.forward(images + point, targets)
+        return input_gradient(solver.victim, values.sum(), point, len(images))

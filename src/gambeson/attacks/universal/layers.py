@@ -56,7 +56,7 @@ def activations(victim: Victim, images: torch.Tensor, names: Sequence[str]) -> l
 
         handles.append(modules[name].register_forward_hook(keep))
     try:
-        victim.exact(images)
+        victim.forward_original(images)
     finally:
         for handle in handles:
             handle.remove()

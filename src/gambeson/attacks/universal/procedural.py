@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from gambeson.attacks.registry import register
-from gambeson.attacks.universal.base import Candidate, UniversalAttack, Workshop
+from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
 from gambeson.attacks.universal.bayesian import first_points, latin_hypercube, propose
 from gambeson.base import Number, derive, generator
 
@@ -243,20 +243,20 @@ class ProceduralAttack(UniversalAttack):
         pattern = self.pattern((shape[1], shape[2]), values, seed)
         return self.ball.fill((pattern >= 0.5).float().mul(2).sub(1).expand(1, *shape))
 
-    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
-        few, shape = work.few(self.images), tuple(work.train.shape)
+    def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
+        few, shape = context.few(self.images), tuple(context.train.shape)
         box = torch.tensor(self.bounds((shape[1], shape[2])), dtype=torch.float64)
-        draw = generator(work.seed, self.name)
+        draw = generator(context.seed, self.name)
         tried: list[tuple[float, torch.Tensor, int]] = []
         for k in range(self.patterns):
-            place, seed = self._next(tried, len(box), draw, work.seed, k)
+            place, seed = self._next(tried, len(box), draw, context.seed, k)
             values = (box[:, 0] + place * (box[:, 1] - box[:, 0])).tolist()
-            tried.append((work.rate(self.delta(shape, values, seed).to(work.device), few), place, seed))
+            tried.append((context.rate(self.delta(shape, values, seed).to(context.device), few), place, seed))
         best = sorted(tried, key=lambda entry: -entry[0])[: self.finalists]
         for _, place, seed in best:
             values = (box[:, 0] + place * (box[:, 1] - box[:, 0])).tolist()
             label = " ".join(f"{value:.3g}" for value in values)
-            yield Candidate(start=f"{label} seed {seed}", delta=self.delta(shape, values, seed).to(work.device))
+            yield Candidate(start=f"{label} seed {seed}", delta=self.delta(shape, values, seed).to(context.device))
         if start is not None:
             yield Candidate(start="given", delta=start)
 

@@ -11,8 +11,8 @@ from pydantic import Field
 
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.registry import register
-from gambeson.attacks.solver import Ascent
-from gambeson.attacks.universal.base import Candidate, LabelSource, UniversalAttack, Workshop
+from gambeson.attacks.solver import ProjectedGradient
+from gambeson.attacks.universal.base import Candidate, CraftingContext, LabelSource, UniversalAttack
 from gambeson.base import Number, generator
 from gambeson.threat import BoxGradient
 
@@ -46,9 +46,9 @@ class SGA(UniversalAttack):
     """Images of a small batch."""
     rounds: Annotated[int, Field(ge=1)] = 4
     """How often the inner steps go over the large batch (K of the paper)."""
-    step: Annotated[Number, Field(gt=0)] = 0.1
+    rel_step_size: Annotated[Number, Field(gt=0)] = 0.1
     """Length of an outer step as a share of eps."""
-    inner_step: Annotated[Number, Field(gt=0)] = 0.1
+    rel_inner_step_size: Annotated[Number, Field(gt=0)] = 0.1
     """Length of an inner step as a share of eps."""
     loss: Literal["cross-entropy", "logit"] = "cross-entropy"
     """``cross-entropy``, truncated, as in the script for ImageNet; ``logit`` is the default of the public code:
@@ -73,30 +73,30 @@ class SGA(UniversalAttack):
             return Loss(targeted=True, truncate=self.target_floor)
         return CleanLogit() if self.loss == "logit" else Loss(truncate=self.truncate)
 
-    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
-        for restart, (kind, delta) in enumerate(work.starts(self.restarts, start)):
-            ascent, draw = work.ascent(self.objective), generator(work.seed, "inner", restart)
-            for images, labels in islice(work.stream(self.batch_size, restart), self.steps):
-                goals = work.goals(images, labels)
-                direction = self._aggregate(ascent, delta, images, goals, draw)
-                delta = ascent.move(delta, images, direction, self.step * self.eps)
+    def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
+        for restart, (kind, delta) in enumerate(context.starts(self.restarts, start)):
+            solver, draw = context.solver(self.objective), generator(context.seed, "inner", restart)
+            for images, labels in islice(context.stream(self.batch_size, restart), self.steps):
+                targets = context.targets(images, labels)
+                direction = self._aggregate(solver, delta, images, targets, draw)
+                delta = solver.step_along(delta, images, direction, self.rel_step_size * self.eps)
             yield Candidate(start=kind, delta=delta)
 
     def _aggregate(
         self,
-        ascent: Ascent,
+        solver: ProjectedGradient,
         delta: torch.Tensor,
         images: torch.Tensor,
-        goals: torch.Tensor,
+        targets: torch.Tensor,
         draw: torch.Generator,
     ) -> torch.Tensor:
         """Sum the mean gradients of the small batches, each taken where the inner steps before it have led."""
         total, inner = torch.zeros_like(delta), delta
         for rows in self._small_batches(len(images), draw):
             rows = rows.to(images.device)
-            gradient = ascent.look(inner, images[rows], goals[rows])[0] / len(rows)
+            gradient = solver.gradient(inner, images[rows], targets[rows])[0] / len(rows)
             total += gradient
-            inner = ascent.move(inner, images[rows], gradient, self.inner_step * self.eps)
+            inner = solver.step_along(inner, images[rows], gradient, self.rel_inner_step_size * self.eps)
         return total
 
     def _small_batches(self, images: int, draw: torch.Generator) -> Iterator[torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from gambeson.attacks.registry import register
-from gambeson.attacks.universal.base import Candidate, UniversalAttack, Workshop
+from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
 from gambeson.attacks.universal.layers import activations, layer_names
 from gambeson.base import Number, generator
 from gambeson.victim import Victim
@@ -48,15 +48,15 @@ class SingularVector(UniversalAttack):
     restarts: Annotated[int, Field(ge=1)] = 5
     """Random starts for each layer; the highest ||J v||_q is kept."""
 
-    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
-        images, _ = work.few(self.images).take(slice(None), work.device)
+    def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
+        images, _ = context.few(self.images).take(slice(None), context.device)
         p = self.p or (math.inf if self.norm == "inf" else float(self.norm))
-        for k, victim in enumerate(work.victims):
+        for k, victim in enumerate(context.victims):
             for name in self.layers or layer_names(victim.model, at_most=MAX_LAYERS):
-                draw = generator(work.seed, "singular", k, name, device=work.device)
+                draw = generator(context.seed, "singular", k, name, device=context.device)
                 v = self._strongest(victim, images, name, p, draw, start)
                 for sign in ("+", "-"):
-                    pattern = work.ball.fill(v if sign == "+" else -v) if bool(v.any()) else v
+                    pattern = context.ball.fill(v if sign == "+" else -v) if bool(v.any()) else v
                     yield Candidate(start=f"{name} {sign}", delta=pattern)
 
     def _strongest(

@@ -13,7 +13,7 @@ from pydantic import Field
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import cosine
-from gambeson.attacks.universal.base import Candidate, LabelSource, UniversalAttack, Workshop, tally
+from gambeson.attacks.universal.base import Candidate, CraftingContext, LabelSource, UniversalAttack, tally
 from gambeson.attacks.universal.perturbation import UniversalPerturbation
 from gambeson.base import Number, UserError
 from gambeson.data import Split
@@ -39,7 +39,7 @@ class StochasticPGD(UniversalAttack):
 
     Crafted on ``data.train``; ``data.validation`` chooses among starts; ``data.test`` is never looked at. It costs
     ``screened * screen_steps * screen_batch + restarts * steps * batch_size`` forwards and as many backwards, 25,600
-    by default, and a forward of ``screen_images`` a screened start and of all validation a restart.
+    by default, and a forward of ``probe_start_images`` a screened start and of all validation a restart.
     """
 
     name: ClassVar[str] = "stochastic-pgd"
@@ -48,30 +48,30 @@ class StochasticPGD(UniversalAttack):
     """Gradient steps a restart, one mini-batch each."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Images a step."""
-    step: Annotated[Number, Field(gt=0)] = 0.25
+    rel_step_size: Annotated[Number, Field(gt=0)] = 0.25
     """Length of the first step as a share of eps."""
     final_step: Annotated[Number, Field(gt=0)] = 0.01
     """Length of the last step as a share of eps; the lengths between follow a cosine."""
     truncate: Number | None = -math.log(0.2)
     """Truth less likely than exp(-truncate): the image is fooled and has no more say. None: plain cross-entropy.
     With ``margin``, an image whose margin is beyond it has no more say."""
-    truncate_right: bool = True
+    truncate_correct: bool = True
     """Whether so unlikely a truth has no more say also where the image is still right, as in the paper. False suits
     models of many classes or of a high temperature, which are seldom sure of anything; audits use it."""
     target_floor: Number = 0.05
     """Targeted only: an image whose cross-entropy to the target is below this has no more say."""
     restarts: Annotated[int, Field(ge=1)] = 1
-    """Climbs of ``steps``; without ``screened`` the first starts from zero, the others from random signs."""
-    screened: Annotated[int, Field(ge=0)] = 8
-    """Starts (zero, then random signs) that are climbed for ``screen_steps`` first; the best ``restarts`` of them on
-    validation go on for ``steps``. 0: every restart goes its whole way, as in the papers."""
-    screen_steps: Annotated[int, Field(ge=1)] = 100
+    """Climbs of ``steps``; without ``probe_starts`` the first starts from zero, the others from random signs."""
+    probe_starts: Annotated[int, Field(ge=0)] = 8
+    """Starts (zero, then random signs) that are climbed for ``probe_start_steps`` first; the best ``restarts`` of them
+    on validation go on for ``steps``. 0: every restart goes its whole way, as in the papers."""
+    probe_start_steps: Annotated[int, Field(ge=1)] = 100
     """Steps of that first climb, which follow a cosine of their own."""
-    screen_batch: Annotated[int, Field(ge=1)] = 16
+    probe_start_batch: Annotated[int, Field(ge=1)] = 16
     """Images a step of that first climb."""
     screen_step: Annotated[Number, Field(gt=0)] = 0.5
     """Length of its first step as a share of eps."""
-    screen_images: Annotated[int, Field(ge=1)] = 1000
+    probe_start_images: Annotated[int, Field(ge=1)] = 1000
     """Validation images that rank the screened starts; the last choice is on all of them."""
     target: Annotated[int, Field(ge=0)] | None = None
     """Class that every image should be taken for; None: any wrong class."""
@@ -89,8 +89,8 @@ class StochasticPGD(UniversalAttack):
 
     @property
     def lengths(self) -> list[float]:
-        """Length of each step in pixel units: a cosine from ``step`` to ``final_step``, times eps."""
-        return [self.eps * share for share in cosine(self.steps, self.step, self.final_step)]
+        """Length of each step in pixel units: a cosine from ``rel_step_size`` to ``final_step``, times eps."""
+        return [self.eps * share for share in cosine(self.steps, self.rel_step_size, self.final_step)]
 
     @property
     def objective(self) -> Loss:
@@ -100,38 +100,38 @@ class StochasticPGD(UniversalAttack):
             kind="margin" if self.margin else "cross-entropy",
             targeted=self.target is not None,
             truncate=truncate,
-            truncate_right=self.truncate_right,
+            truncate_correct=self.truncate_correct,
         )
 
-    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
-        starts = list(work.starts(self.screened or self.restarts, start))
-        if self.screened:
-            starts = self._best(work, starts)
+    def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
+        starts = list(context.starts(self.probe_starts or self.restarts, start))
+        if self.probe_starts:
+            starts = self._best(context, starts)
         for restart, (kind, delta) in enumerate(starts):
-            yield Candidate(start=kind, delta=self._climb(work, delta, self.screened + restart))
+            yield Candidate(start=kind, delta=self._climb(context, delta, self.probe_starts + restart))
 
-    def _best(self, work: Workshop, starts: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+    def _best(self, context: CraftingContext, starts: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
         """Climb every start a little, and return the best on validation; one that was given is always kept."""
-        settings = {"steps": self.screen_steps, "batch_size": self.screen_batch, "step": self.screen_step}
+        settings = {"steps": self.probe_start_steps, "batch_size": self.probe_start_batch, "step": self.screen_step}
         brief = self.model_copy(update=settings)
-        drawn, given = starts[: self.screened], starts[self.screened :]
-        climbed = [(kind, brief._climb(work, delta, k)) for k, (kind, delta) in enumerate(drawn)]
-        judge = work.validation.sample(self.screen_images, seed=work.seed)
-        ranked = sorted(climbed, key=lambda entry: -work.rate(entry[1], judge))
+        drawn, given = starts[: self.probe_starts], starts[self.probe_starts :]
+        climbed = [(kind, brief._climb(context, delta, k)) for k, (kind, delta) in enumerate(drawn)]
+        judge = context.validation.sample(self.probe_start_images, seed=context.seed)
+        ranked = sorted(climbed, key=lambda entry: -context.rate(entry[1], judge))
         return [(f"{kind}, screened", delta) for kind, delta in ranked[: self.restarts]] + given
 
-    def _climb(self, work: Workshop, delta: torch.Tensor, restart: int) -> torch.Tensor:
+    def _climb(self, context: CraftingContext, delta: torch.Tensor, restart: int) -> torch.Tensor:
         """Climb with one perturbation (1, C, H, W), or with one a class (K, C, H, W)."""
-        ascent, memory = work.ascent(self.objective), torch.zeros_like(delta)
-        batches = islice(work.stream(self.batch_size, restart), self.steps)
+        solver, memory = context.solver(self.objective), torch.zeros_like(delta)
+        batches = islice(context.stream(self.batch_size, restart), self.steps)
         for (images, labels), length in zip(batches, self.lengths, strict=True):
-            goals = work.goals(images, labels)
+            targets = context.targets(images, labels)
             # One row an image: its own class's perturbation, or its own copy of the shared one.
             rows = labels if len(delta) > 1 else torch.zeros(len(images), dtype=torch.int64, device=labels.device)
             alone = self.normalise == "sample" or len(delta) > 1
-            direction, _ = ascent.look(delta[rows] if alone else delta, images, goals)
+            direction, _ = solver.gradient(delta[rows] if alone else delta, images, targets)
             if self.normalise == "sample":
-                direction = work.ball.steepest(direction)
+                direction = context.ball.steepest(direction)
             if alone:
                 direction = torch.zeros_like(delta).index_add_(0, rows, direction)
             if self.normalise == "sample":
@@ -140,9 +140,9 @@ class StochasticPGD(UniversalAttack):
                 size = direction.abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-30)
                 direction = memory = self.momentum * memory + direction / size
             if self.normalise == "batch" or self.momentum:
-                delta = ascent.move(delta, images, direction, length)
+                delta = solver.step_along(delta, images, direction, length)
             else:  # a mean of steps is one already
-                delta = ascent.project(delta + length * direction, images)
+                delta = solver.project(delta + length * direction, images)
         return delta
 
 
@@ -160,7 +160,7 @@ class ClasswiseStochasticPGD(StochasticPGD):
 
     name: ClassVar[str] = "classwise-stochastic-pgd"
 
-    screened: Literal[0] = 0
+    probe_starts: Literal[0] = 0
     """Not for class-wise perturbations."""
 
     steps: Annotated[int, Field(ge=1)] = 200
@@ -191,30 +191,30 @@ class ClasswiseStochasticPGD(StochasticPGD):
         """
         with entered(model) as victims:
             spent = tally(victims)
-            work = self._prepare(victims, data, seed)
-            if work.train.labels.ndim != 1:
+            context = self._prepare(victims, data, seed)
+            if context.train.labels.ndim != 1:
                 raise UserError("the labels are maps: a class-wise attack expects one label an image")
-            classes = len(work.train.classes)
+            classes = len(context.train.classes)
             kinds, outcomes = [], []
             for restart in range(self.restarts):
                 kinds.append("sign" if restart else "zero")
-                first = work.start(kinds[-1], restart, classes)
-                outcomes.append(self._climb(work, first, restart))
-            table = {k: [work.rate(delta[[k]], part) for delta in outcomes] for k, part in _parts(work, classes)}
+                first = context.start(kinds[-1], restart, classes)
+                outcomes.append(self._climb(context, first, restart))
+            table = {k: [context.rate(delta[[k]], part) for delta in outcomes] for k, part in _parts(context, classes)}
             found = {}
             for k, rates in table.items():
                 best = max(range(len(rates)), key=rates.__getitem__)
                 delta = outcomes[best][[k]].cpu()
                 restarts = list(zip(kinds, rates, strict=True))
                 chosen = Candidate(start=kinds[best], delta=delta)
-                about = self._about(work, spent(), restarts, self._status(delta, chosen), source_class=k)
-                found[k] = UniversalPerturbation(delta, about, self._seen(work))
+                about = self._about(context, spent(), restarts, self._status(delta, chosen), source_class=k)
+                found[k] = UniversalPerturbation(delta, about, self._seen(context))
         return found
 
 
-def _parts(work: Workshop, classes: int) -> Iterator[tuple[int, Split]]:
+def _parts(context: CraftingContext, classes: int) -> Iterator[tuple[int, Split]]:
     for k in range(classes):
-        for split in (work.validation, work.train):
+        for split in (context.validation, context.train):
             own = split.labels == k
             if bool(own.any()):
                 yield k, split.subset(own)

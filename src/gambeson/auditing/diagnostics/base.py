@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gambeson.auditing.context import Evidence
+from gambeson.auditing.context import AuditContext
 from gambeson.auditing.results import Check
 from gambeson.base import Registered, Registry, UserError
 
@@ -34,16 +34,16 @@ class Diagnostic:
     """What a failure means."""
     remedy: str
     """What to do then."""
-    look: Callable[[Evidence], Finding]
+    look: Callable[[AuditContext], Finding]
     gradients: bool = True
     """It needs gradients, and so does not apply to a black box."""
 
-    def check(self, evidence: Evidence) -> Check:
+    def check(self, context: AuditContext) -> Check:
         """Look, and write down what was seen."""
-        if self.gradients and evidence.subject.black_box:
+        if self.gradients and context.subject.black_box:
             found = Finding(None, "a black box has no gradients to look at")
         else:
-            found = self.look(evidence)
+            found = self.look(context)
         return Check(
             name=self.name,
             passed=found.passed,
@@ -55,15 +55,15 @@ class Diagnostic:
         )
 
 
-Look = Callable[[Evidence], Finding]
+ModelTraits = Callable[[AuditContext], Finding]
 """What looks at the evidence: measure, compare, and return a :class:`Finding`."""
 
 
 def _fault(target: object) -> str | None:
-    return None if inspect.isfunction(target) else "expected a function of the Evidence that returns a Finding"
+    return None if inspect.isfunction(target) else "expected a function of the AuditContext that returns a Finding"
 
 
-LOOKS: Registry[Look] = Registry(
+LOOKS: Registry[ModelTraits] = Registry(
     "diagnostic", "gambeson.diagnostics", room="gambeson.auditing.diagnostics", check=_fault, what="function"
 )
 """Every diagnostic: of this library, of installed packages (group ``gambeson.diagnostics``), and of this process."""
@@ -71,7 +71,7 @@ LOOKS: Registry[Look] = Registry(
 
 def register(
     name: str, *, condition: str, explanation: str, remedy: str, gradients: bool = True
-) -> Callable[[Look], Look]:
+) -> Callable[[ModelTraits], ModelTraits]:
     """Make a diagnostic of the function below: ``@register("name", condition=..., explanation=..., remedy=...)``.
 
     Args:
@@ -85,7 +85,7 @@ def register(
     return LOOKS.register(name, title=name, summary=f"Fails where {condition}.", **about)
 
 
-def entries() -> list[Registered[Look] | UserError]:
+def entries() -> list[Registered[ModelTraits] | UserError]:
     """Every diagnostic; an error in place of one whose package cannot be imported."""
     return LOOKS.entries()
 
@@ -104,7 +104,7 @@ def get(name: str) -> Diagnostic:
     return _diagnostic(LOOKS.get(name))
 
 
-def _diagnostic(entry: Registered[Look]) -> Diagnostic:
+def _diagnostic(entry: Registered[ModelTraits]) -> Diagnostic:
     if "title" not in entry.options:
         raise UserError(
             f"the function {entry.target.__name__} of {entry.owner} is no diagnostic: put @gambeson.auditing.register("

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from gambeson.attacks import Square
-from gambeson.auditing.context import Evidence
+from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
-from gambeson.auditing.nearest_class import Towards
-from gambeson.auditing.outcome import AsFarAsFinite, Gain
+from gambeson.auditing.nearest_class import NearestClass
+from gambeson.auditing.outcome import AsFarAsFinite, PairedDifference
 from gambeson.auditing.stages.transfer import FromSurrogate, image_attacks, on_surrogate
 from gambeson.base import derive, generator, seeded
 from gambeson.evaluation.attack_suite import WorstCase
@@ -37,19 +37,19 @@ _REMEDY = "Report the stronger attack's number, and find what stops the gradient
     "al. 2017; Tramèr et al. 2018, section 4: the white-box error less the transferred one fell to -9.7 points).",
     remedy=_REMEDY,
 )
-def _transferred(evidence: Evidence) -> Finding:
-    if evidence.surrogate is None:
+def _transferred(context: AuditContext) -> Finding:
+    if context.surrogate is None:
         return Finding(None, "there is no surrogate")
-    white = evidence.suite.pgd(evidence.eps)
-    numbers, gains = {"white box": evidence.accuracy(white).value}, []
-    for name, attack in image_attacks(evidence.eps, evidence.suite.norm).items():
-        moved = FromSurrogate(evidence.surrogate, attack, evidence.surrogate_temperature, evidence.suite.gradient_draws)
-        gains.append(Gain.of(evidence.outcome(white), evidence.outcome(moved)))
-        numbers[name] = evidence.accuracy(moved).value
+    white = context.suite.pgd(context.eps)
+    numbers, gains = {"white box": context.accuracy(white).value}, []
+    for name, attack in image_attacks(context.eps, context.suite.norm).items():
+        moved = FromSurrogate(context.surrogate, attack, context.surrogate_temperature, context.suite.eot_samples)
+        gains.append(PairedDifference.of(context.outcome(white), context.outcome(moved)))
+        numbers[name] = context.accuracy(moved).value
     rates = ", ".join(f"{name} {100 * value:.1f} %" for name, value in numbers.items() if name != "white box")
     return Finding(
         all(gain.low <= _MORE for gain in gains),
-        f"accuracy at eps {evidence.eps:.4g} under PGD {evidence.accuracy(white)}; crafted on the surrogate: {rates}",
+        f"accuracy at eps {context.eps:.4g} under PGD {context.accuracy(white)}; crafted on the surrogate: {rates}",
         numbers,
     )
 
@@ -61,18 +61,18 @@ def _transferred(evidence: Evidence) -> Finding:
     explanation="The universal attack found less on the model itself than is there.",
     remedy=_REMEDY,
 )
-def _universal(evidence: Evidence) -> Finding:
-    if evidence.surrogate is None:
+def _universal(context: AuditContext) -> Finding:
+    if context.surrogate is None:
         return Finding(None, "there is no surrogate")
-    moved = on_surrogate(evidence, evidence.eps)
+    moved = on_surrogate(context, context.eps)
     if moved is None:
         return Finding(None, "there is no surrogate")
-    deltas = (evidence.crafted_at(evidence.eps).delta, moved.delta)
-    white, other = (outcome_under(evidence.victim, evidence.test, delta) for delta in deltas)
-    gain = Gain.of(white, other)
+    deltas = (context.crafted_at(context.eps).delta, moved.delta)
+    white, other = (outcome_under(context.victim, context.test, delta) for delta in deltas)
+    gain = PairedDifference.of(white, other)
     return Finding(
         gain.low <= _MORE_UNIVERSAL,
-        f"accuracy at eps {evidence.eps:.4g} under the perturbation crafted on the model {white.rate}, under the one "
+        f"accuracy at eps {context.eps:.4g} under the perturbation crafted on the model {white.rate}, under the one "
         f"crafted on the surrogate {other.rate}",
         {"white box": white.rate.value, "transferred": other.rate.value},
     )
@@ -87,14 +87,14 @@ def _universal(evidence: Evidence) -> Finding:
     "with those it knows.",
     remedy=_REMEDY,
 )
-def _queried(evidence: Evidence) -> Finding:
-    norm, queries = evidence.suite.norm, min(_QUERIES, evidence.suite.queries)
-    if norm == "1" or evidence.sample.labels.ndim > 1 or not queries:
+def _queried(context: AuditContext) -> Finding:
+    norm, queries = context.suite.norm, min(_QUERIES, context.suite.queries)
+    if norm == "1" or context.sample.labels.ndim > 1 or not queries:
         return Finding(None, "Square is for one label an image and the norms inf and 2, and needs queries")
-    others = (Square(eps=evidence.eps, norm=norm, queries=queries), _towards(evidence))
-    white, both, broken = (_voted if evidence.subject.random else _settled)(evidence, others)
+    others = (Square(eps=context.eps, norm=norm, queries=queries), _towards(context))
+    white, both, broken = (_voted if context.subject.random else _settled)(context, others)
     left = int(white.right.sum())
-    gain = Gain.of(white, both)
+    gain = PairedDifference.of(white, both)
     return Finding(
         gain.low <= _MORE,
         f"of {left} images that PGD leaves right, among {len(white.right)}, Square breaks {broken[0]} with {queries} "
@@ -103,31 +103,31 @@ def _queried(evidence: Evidence) -> Finding:
     )
 
 
-def _settled(evidence: Evidence, others: Sequence[ImageAttack]) -> tuple[Outcome, Outcome, list[int]]:
+def _settled(context: AuditContext, others: Sequence[ImageAttack]) -> tuple[Outcome, Outcome, list[int]]:
     """Return what PGD leaves right, what the others leave of that, and how many each of them breaks."""
-    white = evidence.outcome(evidence.suite.pgd(evidence.eps))
+    white = context.outcome(context.suite.pgd(context.eps))
     standing = white.right.nonzero().flatten()
     both, broken = white.right.clone(), [0] * len(others)
     if len(standing):
-        victim, ignored = evidence.victim, evidence.sample.ignore_index
-        images, labels = evidence.sample.take(standing, victim.device)
+        victim, ignored = context.victim, context.sample.ignore_index
+        images, labels = context.sample.take(standing, victim.device)
         for k, attack in enumerate(others):
-            moved = attack(victim, images, labels, seed=evidence.seed, ignore_index=ignored)
+            moved = attack(victim, images, labels, seed=context.seed, ignore_index=ignored)
             right = right_answers(vote(victim, moved), labels, ignored)[0].cpu()
             broken[k] = len(standing) - int(right.sum())
             both[standing] = both[standing].minimum(right)
     return white, Outcome(both, white.answers), broken
 
 
-def _voted(evidence: Evidence, others: Sequence[ImageAttack]) -> tuple[Outcome, Outcome, list[int]]:
+def _voted(context: AuditContext, others: Sequence[ImageAttack]) -> tuple[Outcome, Outcome, list[int]]:
     """Do the same on a random model, where survivors that are judged once more fall by chance alone.
 
     The worst candidate of each image is chosen by some votes and scored on others, before the others and after them.
     """
-    victim, sample, seed = evidence.victim, evidence.sample, evidence.seed
+    victim, sample, seed = context.victim, context.sample, context.seed
     worst = WorstCase(victim, sample, seed=seed)
     clean, answers = worst.images.clone(), worst.counts.long().cpu()
-    pgd = AsFarAsFinite(evidence.averaged(evidence.suite.pgd(evidence.eps)))
+    pgd = AsFarAsFinite(context.averaged(context.suite.pgd(context.eps)))
 
     def attack(one: ImageAttack, rows: torch.Tensor, stream: int, source: int) -> None:
         moved = one(victim, clean[rows], worst.labels[rows], seed=stream, ignore_index=sample.ignore_index)
@@ -144,10 +144,10 @@ def _voted(evidence: Evidence, others: Sequence[ImageAttack]) -> tuple[Outcome, 
     return Outcome(white.long(), answers), Outcome(both.long(), answers), broken
 
 
-def _towards(evidence: Evidence) -> Towards:
-    train = evidence.data.train
-    known = evidence.few(min(_KNOWN, _FLOATS // torch.Size(train.shape).numel()), train)
-    return Towards(Ball(eps=evidence.eps, norm=evidence.suite.norm), known)
+def _towards(context: AuditContext) -> NearestClass:
+    train = context.data.train
+    known = context.few(min(_KNOWN, _FLOATS // torch.Size(train.shape).numel()), train)
+    return NearestClass(Ball(eps=context.eps, norm=context.suite.norm), known)
 
 
 class _Noise:
@@ -171,13 +171,13 @@ class _Noise:
     explanation="Chance does more than the attack: it has no gradient to follow, or is led away.",
     remedy=_REMEDY,
 )
-def _noise(evidence: Evidence) -> Finding:
-    white = evidence.suite.pgd(evidence.eps)
+def _noise(context: AuditContext) -> Finding:
+    white = context.suite.pgd(context.eps)
     noise = _Noise(white.ball)
-    gain = Gain.of(evidence.outcome(white), evidence.outcome(noise))
+    gain = PairedDifference.of(context.outcome(white), context.outcome(noise))
     return Finding(
         gain.low <= _MORE,
-        f"accuracy at eps {evidence.eps:.4g} under PGD {evidence.accuracy(white)}, under random signs drawn anew for "
-        f"every image {evidence.accuracy(noise)}",
-        {"pgd": evidence.accuracy(white).value, "noise": evidence.accuracy(noise).value},
+        f"accuracy at eps {context.eps:.4g} under PGD {context.accuracy(white)}, under random signs drawn anew for "
+        f"every image {context.accuracy(noise)}",
+        {"pgd": context.accuracy(white).value, "noise": context.accuracy(noise).value},
     )

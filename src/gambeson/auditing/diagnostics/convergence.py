@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 from gambeson.attacks import PGD, RandomSearch
-from gambeson.auditing.context import Evidence
+from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.diagnostics.gradient_masking import probe
-from gambeson.auditing.outcome import Gain
+from gambeson.auditing.outcome import PairedDifference
 
 _LEFT = 0.05
 _MORE = 3
@@ -22,10 +22,10 @@ _MORE = 3
     "than the model's robustness (Athalye et al. 2018, section 3.1).",
     remedy="Find what stops the gradient; attack by queries or transfer.",
 )
-def _whole_box(evidence: Evidence) -> Finding:
-    norm, values = evidence.suite.norm, math.prod(evidence.test.shape)
+def _whole_box(context: AuditContext) -> Finding:
+    norm, values = context.suite.norm, math.prod(context.test.shape)
     eps = {"inf": 1.0, "2": math.sqrt(values), "1": float(values)}[norm]
-    left = evidence.accuracy(PGD(eps=eps, norm=norm, steps=40))
+    left = context.accuracy(PGD(eps=eps, norm=norm, steps=40))
     return Finding(
         left.low <= _LEFT, f"accuracy under PGD with the whole box allowed: {left}", {"accuracy": left.value}
     )
@@ -38,24 +38,24 @@ def _whole_box(evidence: Evidence) -> Finding:
     "et al. 2018, section 3.1).",
     remedy="Take more and smaller steps; look at the gradients' diagnostics.",
 )
-def _falls(evidence: Evidence) -> Finding:
-    grid = evidence.suite.eps
-    radii = sorted({grid[0], evidence.eps, grid[-1]})
+def _falls(context: AuditContext) -> Finding:
+    grid = context.suite.eps
+    radii = sorted({grid[0], context.eps, grid[-1]})
     if len(radii) == 1:
         return Finding(None, "the suite has one eps alone")
-    attacks = [probe(evidence, eps) for eps in radii]
+    attacks = [probe(context, eps) for eps in radii]
     gains = [
-        Gain.of(evidence.outcome(large), evidence.outcome(small))
+        PairedDifference.of(context.outcome(large), context.outcome(small))
         for k, small in enumerate(attacks)
         for large in attacks[k + 1 :]
     ]
     rates = ", ".join(
-        f"{evidence.accuracy(attack)} at eps {eps:.4g}" for eps, attack in zip(radii, attacks, strict=True)
+        f"{context.accuracy(attack)} at eps {eps:.4g}" for eps, attack in zip(radii, attacks, strict=True)
     )
     return Finding(
         all(gain.low <= 0 for gain in gains),
         f"accuracy under PGD of {attacks[0].steps} steps: {rates}",
-        {f"eps {eps:.4g}": evidence.accuracy(attack).value for eps, attack in zip(radii, attacks, strict=True)},
+        {f"eps {eps:.4g}": context.accuracy(attack).value for eps, attack in zip(radii, attacks, strict=True)},
     )
 
 
@@ -65,19 +65,19 @@ def _falls(evidence: Evidence) -> Finding:
     explanation="The reported accuracy is that of an attack cut short, not of the model (Carlini et al. 2019).",
     remedy="Raise pgd_steps or pgd_restarts of the suite until this number stands still.",
 )
-def _converged(evidence: Evidence) -> Finding:
-    suite = evidence.suite
-    usual = suite.pgd(evidence.eps)
+def _converged(context: AuditContext) -> Finding:
+    suite = context.suite
+    usual = suite.pgd(context.eps)
     longer = usual.model_copy(update={"steps": _MORE * suite.pgd_steps, "restarts": 1})
     oftener = usual.model_copy(update={"restarts": suite.pgd_restarts + 1})
     helps = []
     for attack, setting in ((longer, f"steps of {longer.steps}"), (oftener, f"restarts of {oftener.restarts}")):
-        if Gain.of(evidence.outcome(usual), evidence.outcome(attack)).low > 0:
+        if PairedDifference.of(context.outcome(usual), context.outcome(attack)).low > 0:
             helps.append(setting)
     found = {
-        "reported": evidence.accuracy(usual),
-        f"{longer.steps} steps": evidence.accuracy(longer),
-        f"{oftener.restarts} restarts": evidence.accuracy(oftener),
+        "reported": context.accuracy(usual),
+        f"{longer.steps} steps": context.accuracy(longer),
+        f"{oftener.restarts} restarts": context.accuracy(oftener),
     }
     rates = ", ".join(f"{name} {rate}" for name, rate in found.items())
     advice = f"; {' and '.join(helps)} would lower the reported number" if helps else ""
@@ -95,19 +95,19 @@ def _converged(evidence: Evidence) -> Finding:
     "(Athalye et al. 2018, section 3.1).",
     remedy="Distrust gradient attacks on this model; attack it by queries or transfer.",
 )
-def _beats_chance(evidence: Evidence) -> Finding:
-    norm = evidence.suite.norm
+def _beats_chance(context: AuditContext) -> Finding:
+    norm = context.suite.norm
     if norm == "1":
         return Finding(None, "random search is for the norms inf and 2")
-    if evidence.sample.labels.ndim > 1:
+    if context.sample.labels.ndim > 1:
         return Finding(None, "random search is for one label an image")
-    attack = evidence.suite.pgd(evidence.eps)
+    attack = context.suite.pgd(context.eps)
     queries = 2 * attack.steps * attack.restarts  # a forward and a backward each
-    chance = RandomSearch(eps=evidence.eps, norm=norm, queries=queries)
-    gain = Gain.of(evidence.outcome(attack), evidence.outcome(chance))
+    chance = RandomSearch(eps=context.eps, norm=norm, queries=queries)
+    gain = PairedDifference.of(context.outcome(attack), context.outcome(chance))
     return Finding(
         gain.low <= 0,
-        f"accuracy under PGD {evidence.accuracy(attack)}, under random search of {queries} queries "
-        f"{evidence.accuracy(chance)}",
-        {"pgd": evidence.accuracy(attack).value, "random": evidence.accuracy(chance).value},
+        f"accuracy under PGD {context.accuracy(attack)}, under random search of {queries} queries "
+        f"{context.accuracy(chance)}",
+        {"pgd": context.accuracy(attack).value, "random": context.accuracy(chance).value},
     )

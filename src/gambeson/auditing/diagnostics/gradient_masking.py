@@ -9,9 +9,9 @@ import torch
 from gambeson.analysis import GradientStatistics, gradient_statistics
 from gambeson.analysis.inputs import pull
 from gambeson.attacks import PGD, Loss
-from gambeson.auditing.context import Evidence
+from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
-from gambeson.auditing.outcome import Gain
+from gambeson.auditing.outcome import PairedDifference
 from gambeson.base import UserError, generator
 from gambeson.evaluation import Rate
 from gambeson.evaluation.outcome import at_once
@@ -37,15 +37,15 @@ _SEVERAL = 3
     "or underflown; or it leads away from the right class, and towards no other.",
     remedy="Attack the logits before the part that hides it, or by queries.",
 )
-def _alive(evidence: Evidence) -> Finding:
-    split, loss = evidence.sample, Loss(kind="cross-entropy")
-    scale = evidence.victim.temperature  # of the logits as attacks climb them
-    images, labels = split.take(slice(None), evidence.victim.device)
-    dead = _without(_slopes(evidence, images, labels, lambda z, y: loss(z / scale, y, split.ignore_index))[0])
+def _alive(context: AuditContext) -> Finding:
+    split, loss = context.sample, Loss(kind="cross-entropy")
+    scale = context.victim.temperature  # of the logits as attacks climb them
+    images, labels = split.take(slice(None), context.victim.device)
+    dead = _without(_slopes(context, images, labels, lambda z, y: loss(z / scale, y, split.ignore_index))[0])
     detail = f"{dead} of {len(images)} images have an input gradient of zero, or one that is not finite"
     numbers, blind = {"dead": dead / len(images)}, 0
     if labels.ndim == 1 and split.ignore_index is None and len(split.classes) >= _SEVERAL:
-        blind = _without(_slopes(evidence, images, labels, _of_wrong_classes)[0])
+        blind = _without(_slopes(context, images, labels, _of_wrong_classes)[0])
         detail += f"; on {blind} no wrong class's logit has a gradient"
         numbers["wrong classes dead"] = blind / len(images)
     return Finding(max(dead, blind) <= _DEAD * len(images), detail, numbers)
@@ -72,16 +72,16 @@ def _of_wrong_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     "the same cross-entropy.",
     remedy="Attack the margin or the ratio of logits (loss='margin', loss='dlr'), which no factor changes.",
 )
-def _fed(evidence: Evidence) -> Finding:
-    usual = probe(evidence, evidence.eps)
+def _fed(context: AuditContext) -> Finding:
+    usual = probe(context, context.eps)
     margin = usual.model_copy(update={"loss": "margin"})
-    gain = Gain.of(evidence.outcome(usual), evidence.outcome(margin))
+    gain = PairedDifference.of(context.outcome(usual), context.outcome(margin))
     detail = (
-        f"accuracy under PGD on cross-entropy {evidence.accuracy(usual)}, on the margin of the logits "
-        f"{evidence.accuracy(margin)}"
+        f"accuracy under PGD on cross-entropy {context.accuracy(usual)}, on the margin of the logits "
+        f"{context.accuracy(margin)}"
     )
-    numbers = {"cross-entropy": evidence.accuracy(usual).value, "margin": evidence.accuracy(margin).value}
-    found = _statistics(evidence)
+    numbers = {"cross-entropy": context.accuracy(usual).value, "margin": context.accuracy(margin).value}
+    found = _statistics(context)
     if found is not None:
         detail += (
             f"; {100 * found.saturated:.0f} % of images are certain to the last digit, and on "
@@ -93,9 +93,9 @@ def _fed(evidence: Evidence) -> Finding:
     return Finding(gain.low <= _STARVED, detail, numbers)
 
 
-def _statistics(evidence: Evidence) -> GradientStatistics | None:
+def _statistics(context: AuditContext) -> GradientStatistics | None:
     try:
-        return gradient_statistics(evidence.victim, evidence.sample)
+        return gradient_statistics(context.victim, context.sample)
     except UserError:  # label maps, or gradients that are not finite, which "gradients alive" is for
         return None
 
@@ -109,22 +109,22 @@ def _statistics(evidence: Evidence) -> GradientStatistics | None:
     remedy="Replace the part that breaks the gradient by a smooth one in the backward pass (BPDA), or attack by "
     "queries.",
 )
-def _true(evidence: Evidence) -> Finding:
-    if evidence.subject.random:
+def _true(context: AuditContext) -> Finding:
+    if context.subject.random:
         return Finding(None, "the model is random: the difference of two forwards is noise")
-    victim, split = evidence.victim, evidence.sample
+    victim, split = context.victim, context.sample
     images, labels = split.take(slice(None), victim.device)
-    draw = generator(evidence.seed, "differences", device=images.device)
+    draw = generator(context.seed, "differences", device=images.device)
     # Where attacks begin: a point drawn in the ball has no ties, at which one-sided slopes differ.
-    point = perturb(images, Ball(eps=evidence.eps, norm=evidence.suite.norm).uniform(images.shape, draw))
+    point = perturb(images, Ball(eps=context.eps, norm=context.suite.norm).uniform(images.shape, draw))
     loss = Loss(kind="margin")
-    gradients, before = _slopes(evidence, point, labels, lambda z, y: loss(z, y, split.ignore_index))
+    gradients, before = _slopes(context, point, labels, lambda z, y: loss(z, y, split.ignore_index))
     signs = torch.where(gradients == 0, Ball(eps=1).signs(images.shape, draw), gradients.sign())
     moved = perturb(point, _REACH * signs)
     said = (gradients * (moved - point)).double().flatten(1).sum(1)
     with torch.no_grad():
         parts = zip(moved.split(at_once(split)), labels.split(at_once(split)), strict=True)
-        after = [loss(victim.exact(x), y, split.ignore_index) for x, y in parts]
+        after = [loss(victim.forward_original(x), y, split.ignore_index) for x, y in parts]
     seen = (torch.cat(after) - before).double()
     kept = ((seen >= said / 2) & (seen <= 2 * said)) | ((seen == 0) & (said == 0))
     false = Rate.of(int((~kept).sum()), len(kept))
@@ -136,23 +136,23 @@ def _true(evidence: Evidence) -> Finding:
     )
 
 
-def probe(evidence: Evidence, eps: float) -> PGD:
+def probe(context: AuditContext, eps: float) -> PGD:
     """The short PGD that comparisons at equal steps are made with."""
-    return PGD(eps=eps, norm=evidence.suite.norm, steps=min(_STEPS, evidence.suite.pgd_steps))
+    return PGD(eps=eps, norm=context.suite.norm, steps=min(_STEPS, context.suite.pgd_steps))
 
 
 def _slopes(
-    evidence: Evidence,
+    context: AuditContext,
     images: torch.Tensor,
     labels: torch.Tensor,
     value_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients (N, C, H, W), by the model itself, of a value of logits and labels, and the values (N,)."""
-    victim, parts, size = evidence.victim, [], at_once(evidence.sample)
+    victim, parts, size = context.victim, [], at_once(context.sample)
     for x, y in zip(images.split(size), labels.split(size), strict=True):
         with torch.enable_grad():
             point = x.detach().clone().requires_grad_()
-            value = value_of(victim.exact(point), y)
+            value = value_of(victim.forward_original(point), y)
         parts.append((pull(victim, value.sum(), point, keep=False), value.detach()))
     gradients, values = zip(*parts, strict=True)
     return torch.cat(gradients), torch.cat(values)

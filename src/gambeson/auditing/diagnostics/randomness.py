@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from gambeson.attacks import PGD
-from gambeson.auditing.context import Evidence
+from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
-from gambeson.auditing.outcome import AsFarAsFinite, Gain
+from gambeson.auditing.outcome import AsFarAsFinite, PairedDifference
 from gambeson.auditing.stages.randomness import QUIET, way_to_quiet
 from gambeson.evaluation.outcome import Outcome, outcome
 from gambeson.victim import Victim
@@ -23,24 +23,26 @@ _NOT_RANDOM = Finding(None, "two calls with the same images agree: the model is 
     "one draw decides",
     condition="the model is random and its numbers come from a single pass",
     explanation="One pass over a random model is chance: an image that is right in it may be wrong in the next.",
-    remedy="Let the majority of many passes decide (draws=21), and report the spread between passes.",
+    remedy="Let the majority of many passes decide (votes=21), and report the spread between passes.",
     gradients=False,
 )
-def _one_draw(evidence: Evidence) -> Finding:
-    if not evidence.subject.random:
+def _one_draw(context: AuditContext) -> Finding:
+    if not context.subject.random:
         return Finding(True, "two calls with the same images agree, so one pass decides")
-    draws = evidence.suite.draws
-    if draws == 1:
-        return Finding(False, "the model is random and every image was decided by a single pass", {"draws": 1})
-    found = evidence.draws
+    votes = context.suite.votes
+    if votes == 1:
+        return Finding(False, "the model is random and every image was decided by a single pass", {"votes": 1})
+    found = context.randomness
     each = f"; a single pass gets {100 * found.mean:.1f} % ± {100 * found.spread:.1f} of clean images" if found else ""
     return Finding(
-        True, f"the model is random, and the majority of {draws} passes decides every image{each}", {"draws": draws}
+        True,
+        f"the model is random, and the majority of {votes} passes decides every image{each}",
+        {"votes": votes},
     )
 
 
-def _attack(evidence: Evidence, draws: int | None) -> PGD:
-    return PGD(eps=evidence.eps, norm=evidence.suite.norm, steps=_STEPS, draws=draws)
+def _attack(context: AuditContext, eot_samples: int | None) -> PGD:
+    return PGD(eps=context.eps, norm=context.suite.norm, steps=_STEPS, eot_samples=eot_samples)
 
 
 @register(
@@ -50,13 +52,13 @@ def _attack(evidence: Evidence, draws: int | None) -> PGD:
     "transformation, Athalye et al. 2018, section 4.2): a stronger attack is known, and the numbers are not it.",
     remedy="Raise gradient_draws until more of them change nothing; where one does better, lower them to it.",
 )
-def _more_draws(evidence: Evidence) -> Finding:
-    if not evidence.subject.random:
+def _more_draws(context: AuditContext) -> Finding:
+    if not context.subject.random:
         return _NOT_RANDOM
-    usual = evidence.suite.gradient_draws
+    usual = context.suite.eot_samples
     many = max(2 * usual, 10)
-    one, some, more = (evidence.outcome(_attack(evidence, draws)) for draws in (1, usual, many))
-    gain = max((Gain.of(some, other) for other in (one, more)), key=lambda gain: gain.low)
+    one, some, more = (context.outcome(_attack(context, eot_samples)) for eot_samples in (1, usual, many))
+    gain = max((PairedDifference.of(some, other) for other in (one, more)), key=lambda gain: gain.low)
     return Finding(
         gain.low <= 0,
         f"accuracy under PGD whose gradients are averaged over one draw {one.rate}, over {usual} draws {some.rate}, "
@@ -99,28 +101,28 @@ class _Nothing:
     remedy="Report the number with the noise off beside it; attack with more draws, more steps, and from what was "
     "crafted with the noise off.",
 )
-def _noise_off(evidence: Evidence) -> Finding:
-    if not evidence.subject.random:
+def _noise_off(context: AuditContext) -> Finding:
+    if not context.subject.random:
         return _NOT_RANDOM
-    how = way_to_quiet(evidence)
+    how = way_to_quiet(context)
     if how not in QUIET:
         return Finding(None, f"the noise was {how}")
-    attack = _attack(evidence, None)
-    with Victim(evidence.victim.model) as still, QUIET[how](still):
-        still.temperature = evidence.victim.temperature
+    attack = _attack(context, None)
+    with Victim(context.victim.model) as still, QUIET[how](still):
+        still.temperature = context.victim.temperature
         attacks = AsFarAsFinite(_Nothing()), AsFarAsFinite(attack)
-        clean_off, off = (outcome(still, evidence.sample, one, evidence.seed) for one in attacks)
-    evidence.victim.forwards += still.forwards
-    evidence.victim.backwards += still.backwards
-    clean_on, on = evidence.outcome(_Nothing()), evidence.outcome(attack)
-    moved = evidence.outcome(_NoiseOff(how, attack))
-    helped = Gain.of(on, moved)
+        clean_off, off = (outcome(still, context.sample, one, context.seed) for one in attacks)
+    context.victim.forwards += still.forwards
+    context.victim.backwards += still.backwards
+    clean_on, on = context.outcome(_Nothing()), context.outcome(attack)
+    moved = context.outcome(_NoiseOff(how, attack))
+    helped = PairedDifference.of(on, moved)
     both = (clean_on.right == clean_on.answers) & (clean_off.right == clean_off.answers)
-    if evidence.sample.labels.ndim > 1:
+    if context.sample.labels.ndim > 1:
         both = torch.ones_like(both)
     if not bool(both.any()):
         return Finding(None, f"no image of {len(both)} is right when clean both with the noise on and with it off")
-    carried = Gain.of(_only(on, both), _only(off, both))
+    carried = PairedDifference.of(_only(on, both), _only(off, both))
     return Finding(
         helped.low <= 0 and carried.low <= _FAR,
         f"accuracy under PGD {on.rate} with the noise on, {off.rate} with it off, and {moved.rate} with it on for what "

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 
 from gambeson.attacks import FGSM, IFGSM, RFGSM, GradientAttack, Loss
-from gambeson.auditing.context import Evidence
+from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
-from gambeson.auditing.outcome import AsFarAsFinite, Gain
+from gambeson.auditing.outcome import AsFarAsFinite, PairedDifference
 from gambeson.evaluation import Rate
 from gambeson.evaluation.outcome import at_once
 from gambeson.victim import counting
@@ -25,13 +25,13 @@ _DROP = 0.1
 """Share of its rise that the loss must lose in the step's second half to count as falling."""
 
 
-def _as_trained(look: Callable[[Evidence], Finding]) -> Callable[[Evidence], Finding]:
+def _as_trained(look: Callable[[AuditContext], Finding]) -> Callable[[AuditContext], Finding]:
     """Look at the loss of the logits as they are: single steps on it are what training on single steps defeats."""
 
     @functools.wraps(look)
-    def looked(evidence: Evidence) -> Finding:
-        with evidence.unscaled():
-            return look(evidence)
+    def looked(context: AuditContext) -> Finding:
+        with context.unscaled():
+            return look(context)
 
     return looked
 
@@ -42,14 +42,14 @@ def _as_trained(look: Callable[[Evidence], Finding]) -> Callable[[Evidence], Fin
     explanation="The loss surface misleads the gradient beyond the first step (Athalye et al. 2018, section 3.1).",
     remedy="Distrust gradient attacks on this model; use transfer and query attacks, and the logits' margin.",
 )
-def _multi_step(evidence: Evidence) -> Finding:
-    single, many = _step(evidence, 1), evidence.suite.pgd(evidence.eps)
-    gain = Gain.of(evidence.outcome(many), evidence.outcome(single))
+def _multi_step(context: AuditContext) -> Finding:
+    single, many = _step(context, 1), context.suite.pgd(context.eps)
+    gain = PairedDifference.of(context.outcome(many), context.outcome(single))
     return Finding(
         gain.low <= 0,
-        f"accuracy under FGSM {evidence.accuracy(single)}, under PGD {evidence.accuracy(many)}, both at eps "
-        f"{evidence.eps:.4g}",
-        {"single": evidence.accuracy(single).value, "multi": evidence.accuracy(many).value},
+        f"accuracy under FGSM {context.accuracy(single)}, under PGD {context.accuracy(many)}, both at eps "
+        f"{context.eps:.4g}",
+        {"single": context.accuracy(single).value, "multi": context.accuracy(many).value},
     )
 
 
@@ -62,14 +62,14 @@ def _multi_step(evidence: Evidence) -> Finding:
     remedy="Trust no single-step number; look at PGD with random starts.",
 )
 @_as_trained
-def _random_start(evidence: Evidence) -> Finding:
-    plain, started = _step(evidence, 1), RFGSM(eps=evidence.eps, norm=evidence.suite.norm)
-    gain = Gain.of(evidence.outcome(plain), evidence.outcome(started))
+def _random_start(context: AuditContext) -> Finding:
+    plain, started = _step(context, 1), RFGSM(eps=context.eps, norm=context.suite.norm)
+    gain = PairedDifference.of(context.outcome(plain), context.outcome(started))
     return Finding(
         gain.low <= _GAP,
-        f"accuracy under FGSM {evidence.accuracy(plain)}, under R+FGSM {evidence.accuracy(started)}: the random start "
+        f"accuracy under FGSM {context.accuracy(plain)}, under R+FGSM {context.accuracy(started)}: the random start "
         f"breaks {gain} more",
-        {"plain": evidence.accuracy(plain).value, "started": evidence.accuracy(started).value, "gap": gain.value},
+        {"plain": context.accuracy(plain).value, "started": context.accuracy(started).value, "gap": gain.value},
     )
 
 
@@ -82,13 +82,13 @@ def _random_start(evidence: Evidence) -> Finding:
     remedy="Trust no single-step number; look at PGD with random starts, and at transferred perturbations.",
 )
 @_as_trained
-def _longer_step(evidence: Evidence) -> Finding:
-    half, whole = _step(evidence, 0.5), _step(evidence, 1)
-    gain = Gain.of(evidence.outcome(whole), evidence.outcome(half))
+def _longer_step(context: AuditContext) -> Finding:
+    half, whole = _step(context, 0.5), _step(context, 1)
+    gain = PairedDifference.of(context.outcome(whole), context.outcome(half))
     return Finding(
         gain.low <= _FURTHER,
-        f"accuracy under a step of eps / 2 {evidence.accuracy(half)}, under one of eps {evidence.accuracy(whole)}",
-        {"half": evidence.accuracy(half).value, "whole": evidence.accuracy(whole).value},
+        f"accuracy under a step of eps / 2 {context.accuracy(half)}, under one of eps {context.accuracy(whole)}",
+        {"half": context.accuracy(half).value, "whole": context.accuracy(whole).value},
     )
 
 
@@ -103,19 +103,19 @@ def _longer_step(evidence: Evidence) -> Finding:
     remedy="Trust no single-step number; look at PGD with random starts, and at transferred perturbations.",
 )
 @_as_trained
-def _approximation(evidence: Evidence) -> Finding:
+def _approximation(context: AuditContext) -> Finding:
     """Compare losses and directions of one step and of ten, and how far the loss falls before the step's end."""
     sums = torch.zeros(5, dtype=torch.float64)
     count = 0
-    sample, victim = evidence.sample, evidence.victim
-    attacks: list[GradientAttack] = [_step(evidence, 0.5), _step(evidence, 1), _steps(evidence)]
-    able = [AsFarAsFinite(evidence.averaged(attack)) for attack in attacks]
+    sample, victim = context.sample, context.victim
+    attacks: list[GradientAttack] = [_step(context, 0.5), _step(context, 1), _steps(context)]
+    able = [AsFarAsFinite(context.averaged(attack)) for attack in attacks]
     for images, labels in sample.batches(at_once(sample), device=victim.device):
         points = [images]
         points += [
-            attack(victim, images, labels, seed=evidence.seed, ignore_index=sample.ignore_index) for attack in able
+            attack(victim, images, labels, seed=context.seed, ignore_index=sample.ignore_index) for attack in able
         ]
-        at_image, at_half, at_end, at_many = (_loss(evidence, point, labels) for point in points)
+        at_image, at_half, at_end, at_many = (_loss(context, point, labels) for point in points)
         single, several = ((point - images).flatten(1).double() for point in points[2:])
         cosines = torch.nn.functional.cosine_similarity(single, several, dim=1)
         best = torch.maximum(at_half, at_end)
@@ -136,14 +136,14 @@ def _approximation(evidence: Evidence) -> Finding:
     )
 
 
-def _step(evidence: Evidence, share: float) -> FGSM:
-    return FGSM(eps=share * evidence.eps, norm=evidence.suite.norm)
+def _step(context: AuditContext, share: float) -> FGSM:
+    return FGSM(eps=share * context.eps, norm=context.suite.norm)
 
 
-def _steps(evidence: Evidence) -> IFGSM:
-    return IFGSM(eps=evidence.eps, norm=evidence.suite.norm, step=0.2)
+def _steps(context: AuditContext) -> IFGSM:
+    return IFGSM(eps=context.eps, norm=context.suite.norm, rel_step_size=0.2)
 
 
 @torch.no_grad()
-def _loss(evidence: Evidence, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return Loss()(evidence.victim.exact(images), labels, evidence.sample.ignore_index).double()
+def _loss(context: AuditContext, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return Loss()(context.victim.forward_original(images), labels, context.sample.ignore_index).double()

@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from gambeson.auditing.context import Evidence
+from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.base import generator, seeded
 from gambeson.victim import Victim, predict
@@ -31,13 +31,13 @@ _STATEFUL = Finding(
 )
 
 
-def _asked(evidence: Evidence, images: torch.Tensor) -> torch.Tensor:
+def _asked(context: AuditContext, images: torch.Tensor) -> torch.Tensor:
     """Return logits, a random model's all from the same draw; another draws from wherever the generators stand."""
     with torch.no_grad():
-        if not evidence.subject.random:
-            return evidence.victim.exact(images)
-        with seeded(evidence.seed, "state"):
-            return evidence.victim.exact(images)
+        if not context.subject.random:
+            return context.victim.forward_original(images)
+        with seeded(context.seed, "state"):
+            return context.victim.forward_original(images)
 
 
 def _apart(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -46,24 +46,24 @@ def _apart(first: torch.Tensor, second: torch.Tensor) -> float:
     return float(((first - second).abs().max() / size).nan_to_num(torch.inf, torch.inf))
 
 
-def _repeats(evidence: Evidence, images: torch.Tensor) -> bool:
-    first = _asked(evidence, images)
-    return all(_apart(first, _asked(evidence, images)) <= _NOISE for _ in range(_TIMES))
+def _repeats(context: AuditContext, images: torch.Tensor) -> bool:
+    first = _asked(context, images)
+    return all(_apart(first, _asked(context, images)) <= _NOISE for _ in range(_TIMES))
 
 
-def _remembers(evidence: Evidence, images: torch.Tensor) -> bool:
+def _remembers(context: AuditContext, images: torch.Tensor) -> bool:
     """Whether copies of the model answer alike after the same images, and otherwise after others.
 
     A model that draws from a generator of its own also moves from call to call, but whatever the images were.
     """
-    if evidence.subject.black_box:
+    if context.subject.black_box:
         return False
     answers = []
     try:
         for before in (*[images] * _TIMES, 1 - images):
-            with Victim(copy.deepcopy(evidence.victim.model)) as twin, seeded(evidence.seed, "state"), torch.no_grad():
-                twin.exact(before.clone())
-                answers.append(twin.exact(images.clone()))
+            with Victim(copy.deepcopy(context.victim.model)) as twin, seeded(context.seed, "state"), torch.no_grad():
+                twin.forward_original(before.clone())
+                answers.append(twin.forward_original(images.clone()))
     except Exception:  # what cannot be copied cannot be told
         return False
     first, *again, other = answers
@@ -78,20 +78,20 @@ def _remembers(evidence: Evidence, images: torch.Tensor) -> bool:
     remedy="Put BatchNorm in evaluation mode, with running statistics; let nothing reach across the batch.",
     gradients=False,
 )
-def _batches(evidence: Evidence) -> Finding:
-    images, _ = evidence.few(_PROBES + _OTHERS, evidence.sample).take(slice(None), evidence.victim.device)
+def _batches(context: AuditContext) -> Finding:
+    images, _ = context.few(_PROBES + _OTHERS, context.sample).take(slice(None), context.victim.device)
     probes, others = images[:_PROBES], images[_PROBES:]
-    if evidence.subject.random and not _repeats(evidence, images):
+    if context.subject.random and not _repeats(context, images):
         return _UNREPEATABLE
     beside = torch.cat([probes, others])
     # Flat images, half of them black: statistics of this batch are far from those of the other.
     flat = torch.linspace(-1, 1, len(others), device=images.device).clamp(min=0).view(-1, 1, 1, 1).expand_as(others)
-    reference = _asked(evidence, beside)[: len(probes)]
-    gap = _apart(reference, _asked(evidence, torch.cat([probes, flat]))[: len(probes)])
+    reference = _asked(context, beside)[: len(probes)]
+    gap = _apart(reference, _asked(context, torch.cat([probes, flat]))[: len(probes)])
     alone = None
-    if not evidence.subject.random:  # alone, a random model's noise falls on other values
+    if not context.subject.random:  # alone, a random model's noise falls on other values
         try:
-            alone = _apart(reference, torch.cat([_asked(evidence, probe[None]) for probe in probes]))
+            alone = _apart(reference, torch.cat([_asked(context, probe[None]) for probe in probes]))
         except Exception:  # a program that was exported for one batch size; statistics of a single image
             alone = None
     said = (
@@ -99,7 +99,7 @@ def _batches(evidence: Evidence) -> Finding:
         if alone is None
         else f"asked for one by one they differ by {100 * alone:.2g} %"
     )
-    if evidence.subject.random:
+    if context.subject.random:
         said = "both at one draw"
     worst = max(gap, alone or 0.0)
     return Finding(
@@ -109,11 +109,11 @@ def _batches(evidence: Evidence) -> Finding:
     )
 
 
-def _moves(evidence: Evidence, image: torch.Tensor) -> bool:
+def _moves(context: AuditContext, image: torch.Tensor) -> bool:
     """Whether the largest logit has a gradient at an image."""
     with torch.enable_grad():
         point = image.clone().requires_grad_()
-        return bool(evidence.victim.gradient(evidence.victim.exact(point).amax(), point, 1).any())
+        return bool(context.victim.gradient(context.victim.forward_original(point).amax(), point, 1).any())
 
 
 @register(
@@ -125,30 +125,30 @@ def _moves(evidence: Evidence, image: torch.Tensor) -> bool:
     remedy="Reset the model before each call, or audit the network behind the detector.",
     gradients=False,
 )
-def _memory(evidence: Evidence) -> Finding:
-    victim, subject = evidence.victim, evidence.subject
-    images, _ = evidence.few(_PROBES, evidence.sample).take(slice(None), victim.device)
-    if subject.random and not _repeats(evidence, images):
-        return _STATEFUL if _remembers(evidence, images) else _UNREPEATABLE
+def _memory(context: AuditContext) -> Finding:
+    victim, subject = context.victim, context.subject
+    images, _ = context.few(_PROBES, context.sample).take(slice(None), victim.device)
+    if subject.random and not _repeats(context, images):
+        return _STATEFUL if _remembers(context, images) else _UNREPEATABLE
     # The whole split again where the model is random: with other batches it would not draw the same.
-    count = len(evidence.test) if subject.random else min(evidence.suite.sample, len(evidence.test))
-    rows = evidence.test.sample_indices(count, seed=evidence.seed)
-    again = predict(victim, evidence.test.subset(rows))
-    changed = float((again != evidence.predictions[rows]).float().mean())
-    before = _asked(evidence, images)
-    draw = generator(evidence.seed, "burst")
+    count = len(context.test) if subject.random else min(context.suite.sample, len(context.test))
+    rows = context.test.sample_indices(count, seed=context.seed)
+    again = predict(victim, context.test.subset(rows))
+    changed = float((again != context.predictions[rows]).float().mean())
+    before = _asked(context, images)
+    draw = generator(context.seed, "burst")
     asked, gap, same = images[:1], 0.0, 0
     # Looked at on an image that nobody has asked for yet: what is replayed need not have the gradient it had.
-    moves = not subject.black_box and _moves(evidence, images[:2].mean(0, keepdim=True))
-    alone = _asked(evidence, asked)
+    moves = not subject.black_box and _moves(context, images[:2].mean(0, keepdim=True))
+    alone = _asked(context, asked)
     for number in range(_BURST):
         if number % _REPEATS:
             noise = torch.rand(asked.shape, generator=draw).to(asked) * 2 - 1
-            same += torch.equal(_asked(evidence, (asked + _NEAR * noise).clamp(0, 1)), alone)
+            same += torch.equal(_asked(context, (asked + _NEAR * noise).clamp(0, 1)), alone)
         else:
-            gap = max(gap, _apart(alone, _asked(evidence, asked)))
-    gap = max(gap, _apart(alone, _asked(evidence, asked)))
-    after = _apart(before, _asked(evidence, images))
+            gap = max(gap, _apart(alone, _asked(context, asked)))
+    gap = max(gap, _apart(alone, _asked(context, asked)))
+    after = _apart(before, _asked(context, images))
     # What has a gradient moves with its image; labels, rounded logits and the like need not.
     replayed = moves and same == _BURST - _BURST // _REPEATS
     return Finding(
@@ -167,8 +167,8 @@ def _memory(evidence: Evidence) -> Finding:
     remedy="Copy the images at the head of the model's forward.",
     gradients=False,
 )
-def _input(evidence: Evidence) -> Finding:
-    look = evidence.victim.look
+def _input(context: AuditContext) -> Finding:
+    look = context.victim.traits
     if look is not None and look.writes:
         return Finding(True, "the model writes into the images it is given; every number was taken with copies")
     return Finding(True, "the images come back as they were sent")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gambeson.auditing.context import Evidence
+from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
-from gambeson.auditing.outcome import Gain
+from gambeson.auditing.outcome import PairedDifference
 from gambeson.evaluation.outcome import outcome_under
 
 _MORE = 0.03
@@ -22,20 +22,20 @@ tried was the best of several on validation. Ours."""
     "nobody has seen.",
     gradients=False,
 )
-def _alike(evidence: Evidence) -> Finding:
-    splits = [evidence.test, evidence.data.validation]
-    if evidence.subject.black_box:  # every image costs a query
-        splits = [evidence.sample, evidence.unseen]
-    delta = evidence.uaps[evidence.eps].delta
-    pairs = {"the perturbation": [outcome_under(evidence.victim, split, delta) for split in splits]}
-    if not evidence.subject.black_box:
-        pgd = evidence.suite.pgd(evidence.eps)
-        pairs["PGD"] = [evidence.outcome(pgd, unseen=other) for other in (False, True)]
-    gains = {name: Gain.across(test, other) for name, (test, other) in pairs.items()}
+def _alike(context: AuditContext) -> Finding:
+    splits = [context.test, context.data.validation]
+    if context.subject.black_box:  # every image costs a query
+        splits = [context.sample, context.unseen]
+    delta = context.uaps[context.eps].delta
+    pairs = {"the perturbation": [outcome_under(context.victim, split, delta) for split in splits]}
+    if not context.subject.black_box:
+        pgd = context.suite.pgd(context.eps)
+        pairs["PGD"] = [context.outcome(pgd, unseen=other) for other in (False, True)]
+    gains = {name: PairedDifference.across(test, other) for name, (test, other) in pairs.items()}
     worst = max(gains, key=lambda name: gains[name].low)
     test, other = (found.rate for found in pairs[worst])
     return Finding(
         gains[worst].low <= _MORE,
-        f"under {worst} of eps {evidence.eps:.4g} {test} of the test images stand and {other} of the validation images",
+        f"under {worst} of eps {context.eps:.4g} {test} of the test images stand and {other} of the validation images",
         {"test": test.value, "validation": other.value, "gap": gains[worst].value},
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from gambeson.auditing.context import Evidence
+from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
-from gambeson.auditing.outcome import Gain
-from gambeson.auditing.results import Universal
+from gambeson.auditing.outcome import PairedDifference
+from gambeson.auditing.results import UniversalResult
 from gambeson.auditing.stages.universal import rescored
 from gambeson.evaluation.outcome import outcome_under
 from gambeson.evaluation.universal import patterns_of
@@ -14,11 +14,11 @@ from gambeson.threat import Ball
 _NEAR_CEILING = 0.8
 
 
-def _prior(evidence: Evidence) -> float:
+def _prior(context: AuditContext) -> float:
     """Share of the most frequent class: the accuracy of always naming it."""
-    labels = evidence.test.labels.flatten()
-    if evidence.test.ignore_index is not None:
-        labels = labels[labels != evidence.test.ignore_index]
+    labels = context.test.labels.flatten()
+    if context.test.ignore_index is not None:
+        labels = labels[labels != context.test.ignore_index]
     return float(labels.bincount().max() / max(1, len(labels))) if len(labels) else 0.0
 
 
@@ -29,12 +29,12 @@ def _prior(evidence: Evidence) -> float:
     remedy="Train the model, or check that data, classes and normalisation are its own.",
     gradients=False,
 )
-def _learnt(evidence: Evidence) -> Finding:
-    prior = _prior(evidence)
+def _learnt(context: AuditContext) -> Finding:
+    prior = _prior(context)
     return Finding(
-        evidence.clean.low > prior,
-        f"clean accuracy {evidence.clean} against {100 * prior:.1f} % for always naming the most frequent class",
-        {"accuracy": evidence.clean.value, "prior": prior},
+        context.clean.low > prior,
+        f"clean accuracy {context.clean} against {100 * prior:.1f} % for always naming the most frequent class",
+        {"accuracy": context.clean.value, "prior": prior},
     )
 
 
@@ -46,20 +46,20 @@ def _learnt(evidence: Evidence) -> Finding:
     remedy="Give the attack more steps and restarts; look at the gradients' diagnostics.",
     gradients=False,
 )
-def _beats_controls(evidence: Evidence) -> Finding:
-    ceiling = _NEAR_CEILING * (1 - _prior(evidence))
+def _beats_controls(context: AuditContext) -> Finding:
+    ceiling = _NEAR_CEILING * (1 - _prior(context))
     beaten, equalled = [], []
-    if not any(point.controls for point in evidence.universal):
+    if not any(point.controls for point in context.universal):
         return Finding(None, "no controls were tried")
-    for point in evidence.universal:
+    for point in context.universal:
         if not point.controls:
             continue
         crafted = point.crafted or point.uer
         worst = max((rival.worst for rival in point.controls), key=lambda rate: rate.value)
         mean = max(rival.mean for rival in point.controls)
-        if worst.value > crafted.value and _clearly_worse(evidence, point):
+        if worst.value > crafted.value and _clearly_worse(context, point):
             beaten.append(point.eps)
-        elif worst.low > evidence.clean.complement.high and crafted.low <= mean and crafted.value < ceiling:
+        elif worst.low > context.clean.complement.high and crafted.low <= mean and crafted.value < ceiling:
             equalled.append(point.eps)
     if beaten:
         detail = f"noise does more harm than the crafted perturbation at eps {_listed(beaten)}"
@@ -74,14 +74,14 @@ def _listed(radii: list[float]) -> str:
     return ", ".join(f"{eps:.4g}" for eps in radii)
 
 
-def _clearly_worse(evidence: Evidence, point: Universal) -> bool:
+def _clearly_worse(context: AuditContext, point: UniversalResult) -> bool:
     """Whether a control breaks clearly more of the same images than the perturbation that was crafted."""
-    victim, test = evidence.victim, evidence.test
-    crafted = outcome_under(victim, test, evidence.crafted_at(point.eps).delta)
-    ball = Ball(eps=point.eps, norm=evidence.suite.norm)
+    victim, test = context.victim, context.test
+    crafted = outcome_under(victim, test, context.crafted_at(point.eps).delta)
+    ball = Ball(eps=point.eps, norm=context.suite.norm)
     for rival in point.controls:
-        for pattern in patterns_of(rival.name, ball, test.shape, evidence.seed):
-            if Gain.of(crafted, outcome_under(victim, test, pattern[None])).low > 0:
+        for pattern in patterns_of(rival.name, ball, test.shape, context.seed):
+            if PairedDifference.of(crafted, outcome_under(victim, test, pattern[None])).low > 0:
                 return True
     return False
 
@@ -93,10 +93,10 @@ def _clearly_worse(evidence: Evidence, point: Universal) -> bool:
     remedy="Look at the gradients' diagnostics.",
     gradients=False,
 )
-def _used(evidence: Evidence) -> Finding:
+def _used(context: AuditContext) -> Finding:
     states = {
-        point.eps: point.status if point.crafted is None else evidence.crafted_at(point.eps).about.status
-        for point in evidence.universal
+        point.eps: point.status if point.crafted is None else context.crafted_at(point.eps).about.status
+        for point in context.universal
     }
     idle = ", ".join(f"{eps:.4g} ({status})" for eps, status in states.items() if status != "done")
     return Finding(
@@ -111,8 +111,8 @@ def _used(evidence: Evidence) -> Finding:
     remedy="Give the attack more steps and restarts; look at the gradients' diagnostics.",
     gradients=False,
 )
-def _rises(evidence: Evidence) -> Finding:
-    points = evidence.universal
+def _rises(context: AuditContext) -> Finding:
+    points = context.universal
     if len(points) < 2:
         return Finding(None, "the curve has a single eps")
     falls = [
@@ -137,9 +137,9 @@ def _rises(evidence: Evidence) -> Finding:
     "that is not drawn from torch's generators (which the audit seeds).",
     gradients=False,
 )
-def _agrees(evidence: Evidence) -> Finding:
-    point = evidence.middle
-    again = rescored(evidence, evidence.uaps[point.eps])
+def _agrees(context: AuditContext) -> Finding:
+    point = context.middle
+    again = rescored(context, context.uaps[point.eps])
     return Finding(
         again == point.uer.value,
         f"the stored perturbation at eps {point.eps:.4g} gives a UER of {100 * again:.1f} %, reported was {point.uer}",

@@ -9,8 +9,8 @@ from torch import nn
 
 from gambeson.attacks import GaborNoise, PerlinNoise, UniversalPerturbation
 from gambeson.attacks.universal.procedural import ProceduralAttack
-from gambeson.auditing.checkpoint import Stages
-from gambeson.auditing.context import Evidence
+from gambeson.auditing.checkpoint import Checkpoints
+from gambeson.auditing.context import AuditContext
 from gambeson.auditing.cost import Plan, fit
 from gambeson.auditing.stages.transfer import name_of, on_surrogate
 from gambeson.auditing.suite import Suite
@@ -31,7 +31,7 @@ def queries_file(folder: Path) -> Path:
     return folder / "state" / "queries.json"
 
 
-def recognise(box: BlackBox, data: Dataset, stages: Stages, folder: Path | None, *, random: bool) -> None:
+def recognise(box: BlackBox, data: Dataset, stages: Checkpoints, folder: Path | None, *, random: bool) -> None:
     """Ask about a few fixed images, so that another box behind the same name is noticed.
 
     The answers become the box's fingerprint; those of the first time stand as long as the new ones are alike. A random
@@ -57,8 +57,8 @@ def recognise(box: BlackBox, data: Dataset, stages: Stages, folder: Path | None,
     box.answers = before
 
 
-def meet(
-    victim: Victim, box: BlackBox, suite: Suite, data: Dataset, stages: Stages, folder: Path | None
+def inspect(
+    victim: Victim, box: BlackBox, suite: Suite, data: Dataset, stages: Checkpoints, folder: Path | None
 ) -> tuple[Suite, Dataset, list[str]]:
     """Hold a box to its budget, recognise it, and make the audit as small as the budget has to have it.
 
@@ -74,10 +74,10 @@ def meet(
         The suite and the data to go on with, and what was made smaller, in sentences.
     """
     box.hold(suite.budget, None if folder is None else queries_file(folder))
-    random = victim.meet(data.test.take(slice(0, 8), victim.device)[0], scores=True).stochastic
+    random = victim.inspect(data.test.take(slice(0, 8), victim.device)[0], scores=True).stochastic
     recognise(box, data, stages, folder, random=random)
     room = None if suite.budget is None else suite.budget - box.asked
-    plan = stages.do("plan", Plan, lambda: fit(suite, data, room, suite.draws if random else 1))
+    plan = stages.do("plan", Plan, lambda: fit(suite, data, room, suite.votes if random else 1))
     held = data.validation.sample(plan.suite.pattern_images)
     return plan.suite, Dataset(data.name, data.train, held, data.test, data.classes), list(plan.notes)
 
@@ -102,30 +102,30 @@ def pattern_attacks(suite: Suite, eps: float) -> list[ProceduralAttack]:
     return [kind(**ball, **size) for kind in (PerlinNoise, GaborNoise)]
 
 
-def craft(evidence: Evidence, eps: float, start: tuple[str, torch.Tensor] | None = None) -> UniversalPerturbation:
+def craft(context: AuditContext, eps: float, start: tuple[str, torch.Tensor] | None = None) -> UniversalPerturbation:
     """Return the strongest of several universal attacks without a gradient, as validation sees it.
 
     They are Perlin noise and Gabor noise, searched by queries; stochastic PGD on the surrogate, where there is one;
     and a perturbation of another eps, scaled to this one.
 
     Args:
-        evidence: of the audit.
+        context: of the audit.
         eps: the radius.
         start: what made the perturbation of another eps, and that perturbation (1, C, H, W).
     """
-    victim, suite, validation = evidence.victim, evidence.suite, evidence.data.validation
+    victim, suite, validation = context.victim, context.suite, context.data.validation
     spent = victim.forwards
 
     def judged(delta: torch.Tensor) -> float:
-        return score(predict(victim, validation, delta.to(victim.device), seed=evidence.seed), validation).error
+        return score(predict(victim, validation, delta.to(victim.device), seed=context.seed), validation).error
 
     found: list[tuple[str, UniversalPerturbation, float]] = []
     for attack in pattern_attacks(suite, eps):
-        uap = attack.craft(victim, evidence.data, seed=evidence.seed)
+        uap = attack.craft(victim, context.data, seed=context.seed)
         found.append((uap.about.attack, uap, max(rate for _, rate in uap.about.restarts)))
-    if evidence.surrogate is not None and (borrowed := on_surrogate(evidence, eps)) is not None:
+    if context.surrogate is not None and (borrowed := on_surrogate(context, eps)) is not None:
         mixed = borrowed.about.model_copy(update={"model": f"{borrowed.about.model}+{fingerprint(victim.model)}"})
-        name = f"{mixed.attack} on surrogate ({name_of(evidence.surrogate)})"
+        name = f"{mixed.attack} on surrogate ({name_of(context.surrogate)})"
         lent = UniversalPerturbation(borrowed.delta, mixed, borrowed.image_hashes)
         found.append((name, lent, judged(borrowed.delta)))
     if start is not None and bool(start[1].any()):

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from gambeson.auditing.context import Evidence
+from gambeson.auditing.context import AuditContext
 from gambeson.auditing.results import Corruption
 from gambeson.base import generator, seeded
 from gambeson.evaluation import Rate
@@ -44,19 +44,19 @@ def a_pixel(eps: float, norm: str, shape: tuple[int, ...]) -> float:
     return {"inf": eps, "2": eps / math.sqrt(count), "1": eps / count}[norm]
 
 
-def measure(evidence: Evidence) -> list[Corruption]:
+def measure(context: AuditContext) -> list[Corruption]:
     """Every noise at every size of the suite: multiples of what the middle eps allows a pixel."""
-    unit = a_pixel(evidence.eps, evidence.suite.norm, evidence.test.shape)
-    sizes = sorted({min(1.0, times * unit) for times in evidence.suite.noise_sizes})
+    unit = a_pixel(context.eps, context.suite.norm, context.test.shape)
+    sizes = sorted({min(1.0, times * unit) for times in context.suite.noise_sizes})
     return [
-        Corruption(noise=noise, size=size, error=_error(evidence, noise, size)) for noise in NOISES for size in sizes
+        Corruption(noise=noise, size=size, error=_error(context, noise, size)) for noise in NOISES for size in sizes
     ]
 
 
-def _error(evidence: Evidence, noise: str, size: float) -> Rate:
-    victim, test = evidence.victim, evidence.test
-    draw = generator(evidence.seed, "corruption", noise, f"{size:.6g}", device=victim.device)
-    with seeded(evidence.seed, "corruption"):  # of a random model's passes
+def _error(context: AuditContext, noise: str, size: float) -> Rate:
+    victim, test = context.victim, context.test
+    draw = generator(context.seed, "corruption", noise, f"{size:.6g}", device=victim.device)
+    with seeded(context.seed, "corruption"):  # of a random model's passes
         predictions = [
             vote(victim, noisy(images, noise, size, draw)).cpu()
             for images, _ in test.batches(auto_batch_size(test.shape), device=victim.device)

@@ -65,13 +65,13 @@ def measure(
         return None
     before = (victim.forwards, victim.backwards)
     images, _ = split.take(slice(0, _FEWEST), victim.device)
-    random = victim.look is not None and victim.look.stochastic
+    random = victim.traits is not None and victim.traits.stochastic
     with ExitStack() as stack, torch.no_grad():
         watched = stack.enter_context(Victim(_OneDraw(victim, seed))) if random else victim
-        logits = watched.exact(images)
+        logits = watched.forward_original(images)
         if logits.ndim != 2:
             return None
-        if random and not torch.equal(logits, watched.exact(images)):
+        if random and not torch.equal(logits, watched.forward_original(images)):
             reason = "the model is random in a way that no seed fixes: slopes of other draws do not fit together"
             return Slopes(images=len(split), left_out={"slopes": reason}, cost=Cost())
         parts = _Parts(watched, split, suite, eps, seed, logits.shape[1])
@@ -96,7 +96,7 @@ class _OneDraw(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         with seeded(self._seed, "slopes", "draw"):
-            return self._victim.exact(images)
+            return self._victim.forward_original(images)
 
 
 class _Parts:

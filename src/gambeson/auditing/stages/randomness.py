@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from gambeson.auditing.context import Evidence
-from gambeson.auditing.derandomize import Means
-from gambeson.auditing.results import Draws
+from gambeson.auditing.context import AuditContext
+from gambeson.auditing.derandomize import Derandomize
+from gambeson.auditing.results import RandomnessResult
 from gambeson.base import seeded
 from gambeson.evaluation import Rate
 from gambeson.evaluation.universal import accuracy_rate
@@ -24,22 +24,22 @@ ELSEWHERE = (
 )
 
 
-def measure(evidence: Evidence) -> Draws | None:
-    """Take ``suite.draws`` passes over the clean test images, and one with the noise off; None for other models."""
-    if not evidence.subject.random:
+def measure(context: AuditContext) -> RandomnessResult | None:
+    """Take ``suite.votes`` passes over the clean test images, and one with the noise off; None for other models."""
+    if not context.subject.random:
         return None
     values = []
-    for number in range(evidence.suite.draws):
-        with seeded(evidence.seed, "draw", number), one_pass(evidence.victim):
-            values.append(accuracy_rate(score(predict(evidence.victim, evidence.test), evidence.test)).value)
-    quiet, how = _without_noise(evidence)
-    return Draws(
-        draws=len(values),
+    for number in range(context.suite.votes):
+        with seeded(context.seed, "draw", number), one_pass(context.victim):
+            values.append(accuracy_rate(score(predict(context.victim, context.test), context.test)).value)
+    quiet, how = _without_noise(context)
+    return RandomnessResult(
+        votes=len(values),
         mean=fmean(values),
         spread=stdev(values) if len(values) > 1 else 0.0,
         lowest=min(values),
         highest=max(values),
-        majority=evidence.clean,
+        majority=context.clean,
         noise_off=quiet,
         noise_off_by=how,
     )
@@ -47,36 +47,36 @@ def measure(evidence: Evidence) -> Draws | None:
 
 @contextmanager
 def one_pass(victim: Victim) -> Iterator[None]:
-    """Let one pass decide inside the block, whatever the victim's ``passes``."""
-    before, victim.passes = victim.passes, 1
+    """Let one pass decide inside the block, whatever the victim's ``votes``."""
+    before, victim.votes = victim.votes, 1
     try:
         yield
     finally:
-        victim.passes = before
+        victim.votes = before
 
 
-def _without_noise(evidence: Evidence) -> tuple[Rate | None, str]:
-    how = way_to_quiet(evidence)
+def _without_noise(context: AuditContext) -> tuple[Rate | None, str]:
+    how = way_to_quiet(context)
     if how not in QUIET:
         return None, how
-    with QUIET[how](evidence.victim), one_pass(evidence.victim):
-        found = score(predict(evidence.victim, evidence.test), evidence.test)
+    with QUIET[how](context.victim), one_pass(context.victim):
+        found = score(predict(context.victim, context.test), context.test)
     return accuracy_rate(found), how
 
 
-def way_to_quiet(evidence: Evidence) -> str:
+def way_to_quiet(context: AuditContext) -> str:
     """Return the first of :data:`QUIET` that makes a random model repeat itself, or why none does."""
-    if evidence.subject.black_box:
+    if context.subject.black_box:
         return "not turned off: only queries are possible"
-    images, _ = evidence.sample.take(slice(0, 8), evidence.victim.device)
+    images, _ = context.sample.take(slice(0, 8), context.victim.device)
     reason = ELSEWHERE
     for how, quiet in QUIET.items():
-        if how == SWITCHES and not injections(evidence.victim.model):
+        if how == SWITCHES and not injections(context.victim.model):
             continue
         # What a stranger's model does when its draws are not what it expects cannot be known: any error is an answer.
         try:
-            with torch.no_grad(), quiet(evidence.victim):
-                first, second = evidence.victim.exact(images), evidence.victim.exact(images)
+            with torch.no_grad(), quiet(context.victim):
+                first, second = context.victim.forward_original(images), context.victim.forward_original(images)
         except Exception as error:
             reason = f"not turned off: the model does not run without its noise ({type(error).__name__}: {error})"
             continue
@@ -95,7 +95,7 @@ def _switched(victim: Victim) -> Iterator[None]:
 def _averaged(victim: Victim) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(noise_off(victim.model))  # these draw in threads of their own, where no mode reaches
-        stack.enter_context(Means())
+        stack.enter_context(Derandomize())
         yield
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from gambeson import models
-from gambeson.auditing.checkpoint import Stages
+from gambeson.auditing.checkpoint import Checkpoints
 from gambeson.auditing.results import Surrogate
 from gambeson.auditing.suite import Suite
 from gambeson.base import UserError, seeded
 from gambeson.data import Dataset
 from gambeson.defenses import Standard
-from gambeson.evaluation import accuracy, load_subject
+from gambeson.evaluation import accuracy, load_target
 from gambeson.training import train
 
 FILE = "surrogate.safetensors"
@@ -45,7 +45,7 @@ def choose(suite: Suite, data: Dataset) -> tuple[str, str]:
 
 
 def obtain(
-    suite: Suite, data: Dataset, audited: nn.Module, folder: Path | None, stages: Stages, seed: int
+    suite: Suite, data: Dataset, audited: nn.Module, folder: Path | None, stages: Checkpoints, seed: int
 ) -> tuple[nn.Module | None, Surrogate]:
     """Return the surrogate on the audited model's device, and what there is to say of it.
 
@@ -87,7 +87,7 @@ def obtain(
 
 
 def _named(suite: Suite, data: Dataset, device: torch.device) -> tuple[nn.Module, Surrogate]:
-    found = load_subject(suite.surrogate, data.name, str(device), data)
+    found = load_target(suite.surrogate, data.name, str(device), data)
     if found.black_box:
         raise UserError(f"the surrogate {suite.surrogate} is a black box: name a model that has gradients")
     return found.model, Surrogate(name=suite.surrogate, accuracy=accuracy(found.model, data.test))

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from gambeson.attacks import FGSM, GradientAttack, StochasticPGD, UniversalPerturbation, transfer_attack
-from gambeson.auditing.context import Evidence
-from gambeson.auditing.results import Transferred
+from gambeson.auditing.context import AuditContext
+from gambeson.auditing.results import TransferredResult
 from gambeson.base import derive
 from gambeson.data import Split
 from gambeson.evaluation.outcome import at_once, averaged
@@ -62,49 +62,49 @@ class FromSurrogate:
             return attack(source, x, y, seed=seed, ignore_index=ignore_index)
 
 
-def on_surrogate(evidence: Evidence, eps: float) -> UniversalPerturbation | None:
+def on_surrogate(context: AuditContext, eps: float) -> UniversalPerturbation | None:
     """Craft one perturbation for all images on the surrogate, once an eps; None where there is no surrogate.
 
     The climb is short, for the surrogate is small and what it finds is seldom what the model falls to.
     """
-    if evidence.surrogate is None:
+    if context.surrogate is None:
         return None
-    if eps not in evidence.borrowed:
-        attack = StochasticPGD(eps=eps, norm=evidence.suite.norm, steps=200, screened=0, batch_size=32)
-        with Victim(evidence.surrogate, fast=True) as source:
-            source.temperature = evidence.surrogate_temperature
-            evidence.borrowed[eps] = attack.craft(source, evidence.data, seed=evidence.seed)
-    return evidence.borrowed[eps]
+    if eps not in context.borrowed:
+        attack = StochasticPGD(eps=eps, norm=context.suite.norm, steps=200, probe_starts=0, batch_size=32)
+        with Victim(context.surrogate, fast=True) as source:
+            source.temperature = context.surrogate_temperature
+            context.borrowed[eps] = attack.craft(source, context.data, seed=context.seed)
+    return context.borrowed[eps]
 
 
-def measure(evidence: Evidence) -> list[Transferred]:
+def measure(context: AuditContext) -> list[TransferredResult]:
     """Try on the model what was crafted on the surrogate at the middle eps; nothing where there is no surrogate."""
-    surrogate, shared = evidence.surrogate, on_surrogate(evidence, evidence.eps)
+    surrogate, shared = context.surrogate, on_surrogate(context, context.eps)
     if surrogate is None or shared is None:
         return []
-    eps, norm, test = evidence.eps, evidence.suite.norm, evidence.test
+    eps, norm, test = context.eps, context.suite.norm, context.test
     found = []
 
     def tried(attack: str, split: Split, delta: torch.Tensor | None = None) -> None:
-        before = evidence.spent
-        predictions = predict(evidence.victim, split, None if delta is None else delta.to(evidence.victim.device))
+        before = context.spent
+        predictions = predict(context.victim, split, None if delta is None else delta.to(context.victim.device))
         found.append(
-            Transferred(
+            TransferredResult(
                 source=f"surrogate ({name_of(surrogate)})",
                 attack=attack,
                 universal=delta is not None,
                 eps=eps,
                 norm=norm,
                 error=error_rate(score(predictions, split)),
-                cost=evidence.since(before),
+                cost=context.since(before),
             )
         )
 
     tried("stochastic-pgd", test, shared.delta)
-    few = evidence.few(evidence.suite.transfer_images)
+    few = context.few(context.suite.transfer_images)
     for name, attack in image_attacks(eps, norm).items():
-        moved = FromSurrogate(surrogate, attack, evidence.surrogate_temperature, evidence.suite.gradient_draws)
-        tried(name, perturbed(few, moved, evidence))
+        moved = FromSurrogate(surrogate, attack, context.surrogate_temperature, context.suite.eot_samples)
+        tried(name, perturbed(few, moved, context))
     return found
 
 
@@ -113,12 +113,12 @@ def name_of(surrogate: nn.Module) -> str:
     return str(getattr(getattr(surrogate, "card", None), "name", type(surrogate).__name__))
 
 
-def perturbed(split: Split, attack: Callable[..., torch.Tensor], evidence: Evidence) -> Split:
+def perturbed(split: Split, attack: Callable[..., torch.Tensor], context: AuditContext) -> Split:
     """Return the split with every image perturbed, by the same batches and seeds as diagnostics take."""
     moved = [
         attack(
-            evidence.victim, images, labels, seed=derive(evidence.seed, "batch", k), ignore_index=split.ignore_index
+            context.victim, images, labels, seed=derive(context.seed, "batch", k), ignore_index=split.ignore_index
         ).cpu()
-        for k, (images, labels) in enumerate(split.batches(at_once(split), device=evidence.victim.device))
+        for k, (images, labels) in enumerate(split.batches(at_once(split), device=context.victim.device))
     ]
     return Split(split.name, torch.cat(moved), split.labels, split.classes, split.ignore_index)

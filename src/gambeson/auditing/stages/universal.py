@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from gambeson.attacks import UniversalPerturbation
-from gambeson.auditing.context import Evidence
-from gambeson.auditing.results import Restart, Universal
+from gambeson.auditing.context import AuditContext
+from gambeson.auditing.results import Restart, UniversalResult
 from gambeson.auditing.stages import black_box
 from gambeson.auditing.stages.transfer import name_of, on_surrogate
 from gambeson.base import UserError, load_tensors, save_tensors
@@ -37,119 +37,119 @@ def _errors_file(folder: Path, eps: float) -> Path:
     return folder / "state" / f"errors-{eps:.4g}.safetensors"
 
 
-def craft_point(evidence: Evidence, eps: float, folder: Path | None) -> Universal:
+def craft_point(context: AuditContext, eps: float, folder: Path | None) -> UniversalResult:
     """Craft the perturbation of one eps, beginning from that of the next smaller one; choose; score it on test."""
-    before, suite, victim = evidence.spent, evidence.suite, evidence.victim
-    smaller = max((known for known in evidence.uaps if known < eps), default=None)
-    crafted = _craft(evidence, eps, None if smaller is None else evidence.uaps[smaller])
-    borrowed = _borrowed(evidence, eps)
+    before, suite, victim = context.spent, context.suite, context.victim
+    smaller = max((known for known in context.uaps if known < eps), default=None)
+    crafted = _craft(context, eps, None if smaller is None else context.uaps[smaller])
+    borrowed = _borrowed(context, eps)
     uap, _ = strongest(
-        victim, evidence.data.validation, crafted, seed=evidence.seed, controls=suite.controls, others=borrowed
+        victim, context.data.validation, crafted, seed=context.seed, controls=suite.controls, others=borrowed
     )
-    evidence.uaps[eps] = uap
+    context.uaps[eps] = uap
     own = None
     if uap is not crafted:
-        evidence.crafted[eps] = crafted
-        own = error_rate(score(_predicted(evidence, crafted), evidence.test))
-    predictions = _predicted(evidence, uap)
-    found, errors = score(predictions, evidence.test, evidence.predictions), ImageErrors.of(predictions, evidence.test)
-    evidence.errors[eps] = errors
+        context.crafted[eps] = crafted
+        own = error_rate(score(_predicted(context, crafted), context.test))
+    predictions = _predicted(context, uap)
+    found, errors = score(predictions, context.test, context.predictions), ImageErrors.of(predictions, context.test)
+    context.errors[eps] = errors
     if folder is not None:
         uap.save(folder / file_of(eps))
         if uap is not crafted:
             crafted.save(folder / crafted_file_of(eps))
         save_tensors(_errors_file(folder, eps), {"wrong": errors.wrong, "answers": errors.answers}, {})
-    return Universal(
+    return UniversalResult(
         attack=uap.about.attack,
         eps=eps,
-        norm=evidence.suite.norm,
+        norm=context.suite.norm,
         uer=error_rate(found),
         fooling=change_rate(found),
         crafted=own,
-        controls=control_rates(victim, evidence.test, uap.ball, evidence.seed, suite.controls),
+        controls=control_rates(victim, context.test, uap.ball, context.seed, suite.controls),
         restarts=[Restart(start=kind, validation_uer=rate) for kind, rate in uap.about.restarts],
         file=file_of(eps),
         status=uap.about.status,
-        cost=evidence.since(before),
+        cost=context.since(before),
     )
 
 
-def recall(evidence: Evidence, eps: float, folder: Path) -> None:
+def recall(context: AuditContext, eps: float, folder: Path) -> None:
     """Load what :func:`craft_point` made for this eps when the audit ran before."""
-    evidence.uaps[eps] = UniversalPerturbation.load(folder / file_of(eps))
+    context.uaps[eps] = UniversalPerturbation.load(folder / file_of(eps))
     if (folder / crafted_file_of(eps)).is_file():
-        evidence.crafted[eps] = UniversalPerturbation.load(folder / crafted_file_of(eps))
+        context.crafted[eps] = UniversalPerturbation.load(folder / crafted_file_of(eps))
     kept, _ = load_tensors(_errors_file(folder, eps), "the errors of each image")
-    evidence.errors[eps] = ImageErrors(kept["wrong"], kept["answers"])
+    context.errors[eps] = ImageErrors(kept["wrong"], kept["answers"])
 
 
-def _borrowed(evidence: Evidence, eps: float) -> list[UniversalPerturbation]:
+def _borrowed(context: AuditContext, eps: float) -> list[UniversalPerturbation]:
     """The surrogate's perturbation at the middle eps, which is one more candidate; a black box has it among its own."""
-    if evidence.subject.black_box or eps != evidence.eps:
+    if context.subject.black_box or eps != context.eps:
         return []
-    found = on_surrogate(evidence, eps)
-    if found is None or evidence.surrogate is None:
+    found = on_surrogate(context, eps)
+    if found is None or context.surrogate is None:
         return []
-    name = f"{found.about.attack} on surrogate ({name_of(evidence.surrogate)})"
+    name = f"{found.about.attack} on surrogate ({name_of(context.surrogate)})"
     return [UniversalPerturbation(found.delta, found.about.model_copy(update={"attack": name}), found.image_hashes)]
 
 
-def _craft(evidence: Evidence, eps: float, smaller: UniversalPerturbation | None) -> UniversalPerturbation:
-    if evidence.subject.black_box:
-        return black_box.craft(evidence, eps, None if smaller is None else (smaller.about.attack, smaller.delta))
+def _craft(context: AuditContext, eps: float, smaller: UniversalPerturbation | None) -> UniversalPerturbation:
+    if context.subject.black_box:
+        return black_box.craft(context, eps, None if smaller is None else (smaller.about.attack, smaller.delta))
     start = None if smaller is None else smaller.delta
-    return evidence.suite.universal(eps).craft(evidence.victim, evidence.data, seed=evidence.seed, start=start)
+    return context.suite.universal(eps).craft(context.victim, context.data, seed=context.seed, start=start)
 
 
-def end_curve(evidence: Evidence) -> None:
+def end_curve(context: AuditContext) -> None:
     """Let the curve end with the last eps that a black box's budget had room for."""
-    done, suite = len(evidence.universal), evidence.suite
+    done, suite = len(context.universal), context.suite
     if not done:
         raise UserError("the budget was spent before one perturbation was crafted: give a larger --budget")
     if done < len(suite.eps):
-        evidence.suite = suite.model_copy(update={"eps": suite.eps[:done]})
+        context.suite = suite.model_copy(update={"eps": suite.eps[:done]})
 
 
-def search_eps_uni(evidence: Evidence, runs: int | None = None) -> EpsUni:
+def search_eps_uni(context: AuditContext, runs: int | None = None) -> EpsUni:
     """Search eps_uni by the attack of the curve, beginning from the curve's points; ``runs`` overrules the suite."""
-    suite = evidence.suite
+    suite = context.suite
 
     def craft(eps: float, best: torch.Tensor | None) -> UniversalPerturbation:
-        if evidence.subject.black_box:
-            return black_box.craft(evidence, eps, None if best is None else ("scaled", best))
+        if context.subject.black_box:
+            return black_box.craft(context, eps, None if best is None else ("scaled", best))
         attack = suite.universal(eps, restarts=1)  # the best so far is one more start
-        return attack.craft(evidence.victim, evidence.data, seed=evidence.seed, start=best)
+        return attack.craft(context.victim, context.data, seed=context.seed, start=best)
 
     return search(
-        evidence.victim,
-        evidence.data,
+        context.victim,
+        context.data,
         craft,
         norm=suite.norm,
         delta=suite.eps_uni_delta,
         tolerance=suite.eps_uni_tolerance,
-        seed=evidence.seed,
-        known={point.eps: Found(evidence.uaps[point.eps], evidence.errors[point.eps]) for point in evidence.universal},
+        seed=context.seed,
+        known={point.eps: Found(context.uaps[point.eps], context.errors[point.eps]) for point in context.universal},
         controls=suite.controls,
         runs=suite.eps_uni_runs if runs is None else runs,
-        clean=ImageErrors.of(evidence.predictions, evidence.test),
+        clean=ImageErrors.of(context.predictions, context.test),
     )
 
 
-def search_eps_adv(evidence: Evidence) -> EpsAdv | None:
+def search_eps_adv(context: AuditContext) -> EpsAdv | None:
     """Search eps_adv by PGD with a single start, on the images that diagnostics look at; None for a black box."""
-    suite = evidence.suite
-    if evidence.subject.black_box or not suite.eps_adv:
+    suite = context.suite
+    if context.subject.black_box or not suite.eps_adv:
         return None
-    attack = suite.pgd(evidence.eps).model_copy(update={"restarts": 1})
-    if evidence.subject.random:
-        attack = attack.model_copy(update={"draws": suite.gradient_draws})
+    attack = suite.pgd(context.eps).model_copy(update={"restarts": 1})
+    if context.subject.random:
+        attack = attack.model_copy(update={"eot_samples": suite.eot_samples})
     return eps_adv(
-        evidence.victim,
-        evidence.sample,
+        context.victim,
+        context.sample,
         attack,
         delta=suite.eps_uni_delta,
         tolerance=max(suite.eps_uni_tolerance, _COARSE),
-        seed=evidence.seed,
+        seed=context.seed,
     )
 
 
@@ -157,10 +157,10 @@ _COARSE = 0.05
 """Tolerance of eps_adv, whose interval is wider on the few images of the sample."""
 
 
-def rescored(evidence: Evidence, uap: UniversalPerturbation) -> float:
+def rescored(context: AuditContext, uap: UniversalPerturbation) -> float:
     """Error on test of a stored perturbation, taken once more."""
-    return score(_predicted(evidence, uap), evidence.test).error
+    return score(_predicted(context, uap), context.test).error
 
 
-def _predicted(evidence: Evidence, uap: UniversalPerturbation) -> torch.Tensor:
-    return predict(evidence.victim, evidence.test, uap.delta.to(evidence.victim.device))
+def _predicted(context: AuditContext, uap: UniversalPerturbation) -> torch.Tensor:
+    return predict(context.victim, context.test, uap.delta.to(context.victim.device))

@@ -43,7 +43,7 @@ class _Lost(Exception):
         self.wait, self.answered = wait, answered
 
 
-class HttpScores(BlackBox):
+class HttpModel(BlackBox):
     """A server as a black box; see the module for what is sent and what is expected back.
 
     One object may be used by several threads, and keeps its connections open. Each attempt that the server may have

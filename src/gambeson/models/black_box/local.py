@@ -13,7 +13,7 @@ from gambeson.models.black_box.base import BlackBox
 from gambeson.models.hubs import required
 
 
-class FunctionScores(BlackBox):
+class FunctionModel(BlackBox):
     """A Python function as a black box.
 
     Args:
@@ -40,7 +40,7 @@ class FunctionScores(BlackBox):
             return self.function(images)
 
 
-class OnnxScores(BlackBox):
+class OnnxModel(BlackBox):
     """An ONNX file as a black box, by onnxruntime on the CPU.
 
     The file takes one input (N, C, H, W), float32 in [0, 1]; its first output is read. A file made for a fixed number

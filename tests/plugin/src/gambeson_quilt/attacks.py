@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 import gambeson as gb
-from gambeson.attacks import Candidate, UniversalAttack, Workshop
+from gambeson.attacks import Candidate, CraftingContext, UniversalAttack
 from gambeson.base import Config, Number
 from gambeson.threat import Eps
 
@@ -39,7 +39,7 @@ class Stripes(UniversalAttack):
     widest: int = 3
     """Widest stripe in pixels."""
 
-    def _search(self, work: Workshop, start: torch.Tensor | None) -> Iterable[Candidate]:
+    def _search(self, work: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
         columns = torch.arange(work.shape[-1], device=work.device)
         for width in range(1, self.widest + 1):
             signs = 1 - 2 * (columns // width % 2).float()
