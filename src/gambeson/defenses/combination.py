@@ -28,7 +28,8 @@ class Combination(Defense):
           noise: {gamma: 1e-4, noise_from: 0}
 
     Several members that vote, each of which learns so, are
-    ``{name: ensemble, members: 5, inner: {name: combination, ...}}``. A part of weight zero changes nothing, bit for bit.
+    ``{name: ensemble, members: 5, inner: {name: combination, ...}}``. A part of weight zero changes
+    nothing, bit for bit.
     """
 
     risk: AnyDefense = Standard()

@@ -120,7 +120,7 @@ class NoisyDefense(Defense):
         }
 
     def configure_model(self, model: nn.Module) -> None:
-        """Put the noise into a model of ours; another gets it in :meth:`build_objective`, where the image size is known."""
+        """Put the noise into a model of ours; others get it in :meth:`build_objective`, where image size is known."""
         if isinstance(model, PixelModel):
             equip(model, self.noise())
 
@@ -214,7 +214,7 @@ class RSE(Defense):
         return {"clean": (1.0, Clean())}
 
     def configure_model(self, model: nn.Module) -> None:
-        """Put the noise into a model of ours; another gets it in :meth:`build_objective`, where the image size is known."""
+        """Put the noise into a model of ours; others get it in :meth:`build_objective`, where image size is known."""
         if isinstance(model, PixelModel):
             equip(model, self.noise())
 

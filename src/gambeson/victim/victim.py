@@ -73,8 +73,8 @@ class FastPath(Config):
 class Victim:
     """A model under attack. Use it as a context manager; inside, it is frozen (see :func:`frozen`).
 
-    A fast victim answers with a copy whose BatchNorms are folded into its convolutions (:func:`fold_batchnorms`) and, on
-    a CPU and in the short types, whose images lie channels-last: on a CPU about half the time of the model itself.
+    A fast victim answers with a copy whose BatchNorms are folded into its convolutions (:func:`fold_batchnorms`) and,
+    on a CPU and in the short types, whose images lie channels-last: on a CPU about half the time of the model itself.
     Scores are never taken on the copy: :meth:`forward_original` is the model as it was given.
 
     Its answers have its own precision, float32 where ``fast`` names no other, whatever autocast it is asked under:

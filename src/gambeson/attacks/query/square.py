@@ -70,8 +70,8 @@ class Square(RandomSearch):
     early_abandon: Annotated[Number, Field(gt=0)] | None = None
     """Leave an image alone once the margin is so far from a wrong answer that it would not get there within the
     budget though every doubling of the queries brought ``early_abandon`` times what the last one brought (ours: what
-    random search still finds shrinks with each doubling, so that 1 is already patient). Judged after an eighth, a quarter
-    and half of the budget. For models that return logits: the margin of saturated probabilities tells nothing. None:
+    random search still finds shrinks with each doubling, so that 1 is already patient). Judged after an eighth, a
+    quarter and half of the budget. For models that return logits: the margin of saturated probabilities tells nothing. None:
     spend the whole budget, as in the paper."""
 
     @model_validator(mode="after")

@@ -36,8 +36,8 @@ class DFUAP(UniversalAttack):
     with the rival logit held fixed. Needs no labels where ``labels`` is ``prediction``, and any images will do:
     ``craft(model, proxy_images)`` takes images of another data set alone.
 
-    The public script runs 2,000 steps of batch 32 with learning rate 0.005 at eps 10/255 and kappa 10; ``rel_step_size``
-    is that rate as a share of eps. Steps and batch here are ours, at equal cost to one restart of
+    The public script runs 2,000 steps of batch 32 with learning rate 0.005 at eps 10/255 and kappa 10;
+    ``rel_step_size`` is that rate as a share of eps. Steps and batch here are ours, at equal cost to one restart of
     :class:`StochasticPGD`; so is the clip to [0, 1], which ``clip=False`` leaves out while crafting.
     """
 
