@@ -211,7 +211,7 @@ def _caught(suites: dict[str, Any]) -> list[str]:
 def costs_text() -> str:
     """Return the table of what the suites cost, in gradients of one image."""
     short = StochasticPGD.model_fields
-    screen = short["screen_steps"].default * short["screen_batch"].default
+    screen = short["probe_start_steps"].default * short["probe_start_batch"].default
     rows: dict[str, list[str]] = {name: [] for name in _COSTS}
     for suite in SUITES.values():
         climb, probe_starts = suite.universal_steps * suite.universal_batch, suite.universal_probe_starts * screen

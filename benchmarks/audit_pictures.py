@@ -41,7 +41,7 @@ from gambeson.victim import Victim  # noqa: E402
 from tests.auditing.evidence import evidence_of  # noqa: E402
 
 STORE, PICTURES, RUNS = ROOT / "results" / "audit-pictures.json", ROOT / "docs" / "audit", ROOT / "runs/audit-pictures"
-LIGHT = {"universal_steps": 100, "universal_screened": 2}
+LIGHT = {"universal_steps": 100, "universal_probe_starts": 2}
 
 
 class RandomRipple(nn.Module):

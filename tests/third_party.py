@@ -22,7 +22,7 @@ AUDIT = {
     "eps": "[0.1, 0.3]",
     "universal_steps": 5,
     "universal_batch": 16,
-    "universal_screened": 0,
+    "universal_probe_starts": 0,
     "pgd_steps": 2,
     "test_images": 40,
     "validation_images": 40,

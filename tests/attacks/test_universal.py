@@ -148,7 +148,7 @@ def test_starts_are_screened_by_a_short_climb_and_the_best_goes_on(trained, digi
     uap = attack.craft(trained, digits, seed=1)
     about = uap.about
     assert len(about.restarts) == 2
-    assert all(kind.endswith(", screened") for kind, _ in about.restarts)
+    assert all(kind.endswith(", probed") for kind, _ in about.restarts)
     assert about.backwards == 5 * 10 * 8 + 2 * 20 * 32
     assert about.forwards == about.backwards + (5 + 2) * len(digits.validation)
     with entered(trained) as victims:
@@ -157,7 +157,7 @@ def test_starts_are_screened_by_a_short_climb_and_the_best_goes_on(trained, digi
         rates = [context.rate(brief._climb(context, start, k)) for k, (_, start) in enumerate(context.starts(5, None))]
         kept = [context.rate(delta) for _, delta in attack._best(context, list(context.starts(5, None)))]
     assert kept == sorted(rates, reverse=True)[:2]
-    few = attack.model_copy(update={"screen_images": 20}).craft(trained, digits, seed=1).about
+    few = attack.model_copy(update={"probe_start_images": 20}).craft(trained, digits, seed=1).about
     assert few.forwards == few.backwards + 5 * 20 + 2 * len(digits.validation)
     warm = attack.craft(trained, digits, seed=1, start=uap.delta)
     assert [kind for kind, _ in warm.about.restarts][-1] == "warm"  # what was given is never screened out

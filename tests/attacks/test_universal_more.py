@@ -395,7 +395,7 @@ def test_screening_costs_what_it_says_and_keeps_the_best(trained, digits):
     uap = attack.craft(trained, digits, start=torch.ones(1, 1, 8, 8))
     assert uap.about.backwards == (6 * 3 + 3 * 10) * 64
     assert uap.about.forwards == uap.about.backwards + (6 + 3) * len(digits.validation)
-    assert [kind.endswith(", screened") for kind, _ in uap.about.restarts] == [True, True, False]
+    assert [kind.endswith(", probed") for kind, _ in uap.about.restarts] == [True, True, False]
     assert uap.about.restarts[-1][0] == "warm"
     assert torch.equal(uap.delta, attack.craft(trained, digits, start=torch.ones(1, 1, 8, 8)).delta)
 

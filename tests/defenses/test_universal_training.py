@@ -447,7 +447,8 @@ def test_label_maps_train_and_ignored_pixels_have_no_say():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"beta": -1}, {"pool": 0}, {"warmup": 1.5}, {"step": 0}, {"restart": -1}, {"direction": "both"}]
+    "settings",
+    [{"beta": -1}, {"bank": 0}, {"warmup": 1.5}, {"rel_step_size": 0}, {"restart": -1}, {"direction": "both"}],
 )
 def test_values_out_of_range_are_refused(settings):
     (field,) = settings

@@ -24,7 +24,7 @@ from gambeson.victim.averaged import Source, entered
 @register(
     "stochastic-pgd",
     source="Shafahi et al. 2020; Mummadi et al. 2019",
-    cost="(screened x screen_steps x screen_batch) + (restarts x steps x batch_size)",
+    cost="(probe_starts x probe_start_steps x probe_start_batch) + (restarts x steps x batch_size)",
 )
 class StochasticPGD(UniversalAttack):
     """Stochastic projected gradient descent for universal perturbations.
@@ -35,11 +35,11 @@ class StochasticPGD(UniversalAttack):
 
     Where a climb ends depends on its start far more than on its length or its batch, so many starts are climbed a
     little, on small batches with long steps, and only the best goes on (``benchmarks/universal_budget.py``). The
-    papers' one long climb is ``screened=0, steps=200, batch_size=128, box_gradient="exact"``.
+    papers' one long climb is ``probe_starts=0, steps=200, batch_size=128, box_gradient="exact"``.
 
     Crafted on ``data.train``; ``data.validation`` chooses among starts; ``data.test`` is never looked at. It costs
-    ``screened * screen_steps * screen_batch + restarts * steps * batch_size`` forwards and as many backwards, 25,600
-    by default, and a forward of ``probe_start_images`` a screened start and of all validation a restart.
+    ``probe_starts * probe_start_steps * probe_start_batch + restarts * steps * batch_size`` forwards and as many
+    backwards, 25,600 by default, and a forward of ``probe_start_images`` per start probed and of all validation a restart.
     """
 
     name: ClassVar[str] = "stochastic-pgd"
@@ -69,10 +69,10 @@ class StochasticPGD(UniversalAttack):
     """Steps of that first climb, which follow a cosine of their own."""
     probe_start_batch: Annotated[int, Field(ge=1)] = 16
     """Images a step of that first climb."""
-    screen_step: Annotated[Number, Field(gt=0)] = 0.5
+    probe_rel_step_size: Annotated[Number, Field(gt=0)] = 0.5
     """Length of its first step as a share of eps."""
     probe_start_images: Annotated[int, Field(ge=1)] = 1000
-    """Validation images that rank the screened starts; the last choice is on all of them."""
+    """Validation images that rank the starts probed; the last choice is on all of them."""
     target: Annotated[int, Field(ge=0)] | None = None
     """Class that every image should be taken for; None: any wrong class."""
     box_gradient: BoxGradient = "straight-through"
@@ -112,13 +112,17 @@ class StochasticPGD(UniversalAttack):
 
     def _best(self, context: CraftingContext, starts: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
         """Climb every start a little, and return the best on validation; one that was given is always kept."""
-        settings = {"steps": self.probe_start_steps, "batch_size": self.probe_start_batch, "step": self.screen_step}
+        settings = {
+            "steps": self.probe_start_steps,
+            "batch_size": self.probe_start_batch,
+            "rel_step_size": self.probe_rel_step_size,
+        }
         brief = self.model_copy(update=settings)
         drawn, given = starts[: self.probe_starts], starts[self.probe_starts :]
         climbed = [(kind, brief._climb(context, delta, k)) for k, (kind, delta) in enumerate(drawn)]
         judge = context.validation.sample(self.probe_start_images, seed=context.seed)
         ranked = sorted(climbed, key=lambda entry: -context.rate(entry[1], judge))
-        return [(f"{kind}, screened", delta) for kind, delta in ranked[: self.restarts]] + given
+        return [(f"{kind}, probed", delta) for kind, delta in ranked[: self.restarts]] + given
 
     def _climb(self, context: CraftingContext, delta: torch.Tensor, restart: int) -> torch.Tensor:
         """Climb with one perturbation (1, C, H, W), or with one a class (K, C, H, W)."""
