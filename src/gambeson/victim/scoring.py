@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gambeson.base import UserError, seeded
+from gambeson.base import UserError, full_precision, seeded
 from gambeson.data import Split
 from gambeson.threat import perturb
 from gambeson.victim.victim import Victim
@@ -162,7 +162,8 @@ def _shared(victim: Victim, images: torch.Tensor, votes: int) -> bool:
 
 
 def _answers(victim: Victim, images: torch.Tensor) -> torch.Tensor:
-    return predicted(victim.forward_original(images))
+    with full_precision(images.device):  # a verdict in TF32 would differ from that of a processor
+        return predicted(victim.forward_original(images))
 
 
 def predicted(logits: torch.Tensor) -> torch.Tensor:
