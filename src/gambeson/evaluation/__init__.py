@@ -11,7 +11,7 @@ from gambeson.evaluation.universal import accuracy, control_rates, fooling_rate,
 from gambeson.models.black_box.base import BlackBox, BudgetSpent
 from gambeson.models.black_box.http import HttpModel
 from gambeson.models.black_box.local import FunctionModel, OnnxModel
-from gambeson.models.loading import LoadedModel, load_target
+from gambeson.models.loading import LoadedModel, load_model
 
 __all__ = [
     "AttackRun",
@@ -34,7 +34,7 @@ __all__ = [
     "eps_adv",
     "eps_uni",
     "fooling_rate",
-    "load_target",
+    "load_model",
     "outcome",
     "outcome_under",
     "run_attack",

@@ -27,7 +27,7 @@ from gambeson.data import Name, Split
 from gambeson.evaluation.outcome import ImageAttack, at_once
 from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.universal import error_rate, judged
-from gambeson.models.loading import LoadedModel, load_target
+from gambeson.models.loading import LoadedModel, load_model
 from gambeson.threat import Eps, Norm
 from gambeson.victim import Victim, nothing_counts, predict, score
 
@@ -121,9 +121,9 @@ def run_transfer(run: TransferRun, out: Path) -> TransferResult:
 
 
 def _load(run: TransferRun) -> list[LoadedModel]:
-    first = load_target(run.models[0], run.data, run.device)
+    first = load_model(run.models[0], run.data, run.device)
     name = run.data or first.trained.get("data")
-    others = [load_target(source, name, run.device, first.dataset) for source in run.models[1:]]
+    others = [load_model(source, name, run.device, first.dataset) for source in run.models[1:]]
     if first.dataset.test.labels.ndim != 1:
         raise UserError(f"{name} has one label a pixel: transfer tables take one label an image")
     return [first, *others]
