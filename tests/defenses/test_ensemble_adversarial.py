@@ -205,7 +205,7 @@ def test_the_model_may_stand_in_its_own_pool(digits):
         defense = EnsembleAdversarial(eps=0.1, pool=pool)
         run = Run(model, digits, defense, Recipe(epochs=1, batch_size=64), 0, None)
         before = weight_sum(model)
-        run.go("test")
+        run.fit("test")
         assert weight_sum(model) != before
         assert all(parameter.requires_grad for parameter in model.parameters())
         x, y = digits.train.take(slice(0, 16))

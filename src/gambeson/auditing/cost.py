@@ -26,7 +26,7 @@ _RUNS = 6
 """Perturbations that the search of eps_uni crafts at most, where the suite leaves the number open."""
 
 
-class Plan(Config):
+class BudgetPlan(Config):
     """The suite as a budget has room for it."""
 
     suite: Suite
@@ -61,7 +61,7 @@ def images_asked(suite: Suite, data: Dataset, passes: int) -> int:
     return passes * scored + sample * (suite.queries + 1) + 20
 
 
-def fit(suite: Suite, data: Dataset, room: int | None, passes: int) -> Plan:
+def fit(suite: Suite, data: Dataset, room: int | None, passes: int) -> BudgetPlan:
     """Make an audit as small as it has to be.
 
     Args:
@@ -97,7 +97,7 @@ def fit(suite: Suite, data: Dataset, room: int | None, passes: int) -> Plan:
         notes.append(
             f"The budget of {asked.budget} images made the audit smaller: {'; '.join(_changes(asked, suite))}."
         )
-    return Plan(suite=suite, notes=notes, images=images)
+    return BudgetPlan(suite=suite, notes=notes, images=images)
 
 
 def _smaller(suite: Suite, test: int) -> Iterator[Suite]:

@@ -76,7 +76,7 @@ class UniversalRisk(nn.Module):
     """Mean cross-entropy under kept perturbations: one for all images, or each class's for its images.
 
     Args:
-        pool: one perturbation, or one a class.
+        bank: one perturbation, or one a class.
         update: whether their step has a backward of its own.
         truncate: cap of the cross-entropy in their step.
     """

@@ -1,4 +1,4 @@
-"""Universal consistency (ours): predictions that no perturbation of a kept pool changes, at twice a plain step."""
+"""Universal consistency (ours): predictions that no perturbation of a kept bank changes, at twice a plain step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Direction = Literal["forward", "reverse"]
 
 @register("universal-consistency", source="ours", cost="2 / 2 in one pass")
 class UniversalConsistency(Defense):
-    """Minimise E[CE(f(x), y)] + beta * E[KL(f(x), f(x + delta_k))] over a pool of perturbations that maximise it.
+    """Minimise E[CE(f(x), y)] + beta * E[KL(f(x), f(x + delta_k))] over a bank of perturbations that maximise it.
 
     Every image of a batch carries one of K perturbations, which live as long as the training. Clean and perturbed
     images go through the model in one forward (a BatchNorm sees both together), and one backward gives the weights'
@@ -56,7 +56,7 @@ class UniversalConsistency(Defense):
     """How the clip of the perturbed images is differentiated: see :data:`gambeson.threat.BoxGradient`."""
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Return the objective with its pool at the start."""
+        """Return the objective with its bank at the start."""
         bank = UAPBank(
             context,
             count=self.bank,
@@ -70,10 +70,10 @@ class UniversalConsistency(Defense):
 
 
 class BankConsistency(nn.Module):
-    """Mean divergence between the predictions on clean images and on images under the pool's perturbations.
+    """Mean divergence between the predictions on clean images and on images under the bank's perturbations.
 
     Args:
-        pool: the perturbations.
+        bank: the perturbations.
         settings: how they are used.
     """
 

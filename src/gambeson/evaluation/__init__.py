@@ -10,7 +10,7 @@ from gambeson.evaluation.universal import accuracy, control_rates, fooling_rate,
 from gambeson.models.black_box.base import BlackBox, BudgetSpent
 from gambeson.models.black_box.http import HttpModel
 from gambeson.models.black_box.local import FunctionModel, OnnxModel
-from gambeson.models.loading import LoadedModel, load_target
+from gambeson.models.loading import LoadedModel, load_model
 from gambeson.tasks import Rate
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "eps_adv",
     "eps_uni",
     "fooling_rate",
-    "load_target",
+    "load_model",
     "outcome",
     "outcome_under",
     "run_attack",

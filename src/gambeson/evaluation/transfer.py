@@ -26,7 +26,7 @@ from gambeson.base import (
 from gambeson.data import Name, Split
 from gambeson.evaluation.outcome import ImageAttack, at_once
 from gambeson.evaluation.universal import error_rate, judged
-from gambeson.models.loading import LoadedModel, load_target
+from gambeson.models.loading import LoadedModel, load_model
 from gambeson.tasks import Rate
 from gambeson.threat import Eps, Norm
 from gambeson.victim import Victim, nothing_counts, predict, score
@@ -121,9 +121,9 @@ def run_transfer(run: TransferRun, out: Path) -> TransferResult:
 
 
 def _load(run: TransferRun) -> list[LoadedModel]:
-    first = load_target(run.models[0], run.data, run.device)
+    first = load_model(run.models[0], run.data, run.device)
     name = run.data or first.trained.get("data")
-    others = [load_target(source, name, run.device, first.dataset) for source in run.models[1:]]
+    others = [load_model(source, name, run.device, first.dataset) for source in run.models[1:]]
     first.dataset.test.task.require_classification("a transfer table")
     return [first, *others]
 
