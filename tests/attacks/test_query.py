@@ -284,7 +284,7 @@ def test_ignored_images_are_left_alone_and_not_asked_about():
     x_adv = Square(eps=0.1, queries=20)(queries, x, y, ignore_index=255)
     assert queries.spent.tolist() == [20, 0, 20, 0]
     assert torch.equal(x_adv[[1, 3]], x[[1, 3]])
-    with pytest.raises(UserError, match=r"labels have shape \(4, 3, 3\): this attack takes one label an image"):
+    with pytest.raises(UserError, match=r"labels have shape \(4, 3, 3\): this attack takes one label per image"):
         Square(eps=0.1)(model, x, torch.zeros(4, 3, 3, dtype=torch.long))
 
 

@@ -440,7 +440,7 @@ def test_label_maps_train_and_ignored_pixels_have_no_say():
             found.append(float(defense.build_objective(context).losses(model, batch)["loss"].detach()))
             assert found[-1] > 0
     assert found[:2] == pytest.approx(found[2:])
-    with pytest.raises(UserError, match="the labels are maps: class-wise training expects one label an image"):
+    with pytest.raises(UserError, match="the labels are maps: class-wise training expects one label per image"):
         UniversalAdversarial(eps=0.1, classwise=True).build_objective(context)
     history = gb.train(model, (x.repeat(3, 1, 1, 1), y.repeat(3, 1, 1)), FORMS[3], epochs=2, batch_size=12)
     assert history[-1]["loss"] < history[0]["loss"] + 1

@@ -19,7 +19,7 @@ _NONE = "\N{EN DASH}"
 
 
 def audit_table(results: Sequence[AuditResult]) -> Table:
-    """A column a model: the verdict, accuracy clean and attacked, UER beside its strongest control, and eps_uni."""
+    """A column per model: the verdict, accuracy clean and attacked, UER beside its strongest control, and eps_uni."""
     first = results[0]
     table = Table(
         title=f"{first.material.test} test images of {first.material.name}: per cent [95 % interval]",

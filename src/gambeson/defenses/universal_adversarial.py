@@ -55,10 +55,10 @@ class UniversalAdversarial(Defense):
         """Return the objective with its perturbation at the start.
 
         Raises:
-            UserError: label maps, which have no class an image, with ``classwise``.
+            UserError: label maps, which have no class per image, with ``classwise``.
         """
         if self.classwise and context.train.labels.ndim != 1:
-            raise UserError("the labels are maps: class-wise training expects one label an image; use classwise=False")
+            raise UserError("the labels are maps: class-wise training expects one label per image; use classwise=False")
         bank = UAPBank(
             context,
             count=len(context.train.classes) if self.classwise else 1,
@@ -76,7 +76,7 @@ class UniversalRisk(nn.Module):
     """Mean cross-entropy under kept perturbations: one for all images, or each class's for its images.
 
     Args:
-        pool: one perturbation, or one a class.
+        pool: one perturbation, or one per class.
         update: whether their step has a backward of its own.
         truncate: cap of the cross-entropy in their step.
     """

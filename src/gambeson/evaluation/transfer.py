@@ -125,7 +125,7 @@ def _load(run: TransferRun) -> list[LoadedModel]:
     name = run.data or first.trained.get("data")
     others = [load_target(source, name, run.device, first.dataset) for source in run.models[1:]]
     if first.dataset.test.labels.ndim != 1:
-        raise UserError(f"{name} has one label a pixel: transfer tables take one label an image")
+        raise UserError(f"{name} has one label per pixel: transfer tables take one label per image")
     return [first, *others]
 
 

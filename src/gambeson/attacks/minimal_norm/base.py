@@ -45,7 +45,7 @@ class MinimalNorm(Config):
             ignore_index: label of images that are left alone.
 
         Raises:
-            UserError: images outside [0, 1], one label a pixel, or a gradient that is not finite.
+            UserError: images outside [0, 1], one label per pixel, or a gradient that is not finite.
         """
         if not isinstance(model, Victim):
             with Victim(model) as victim:
@@ -69,7 +69,7 @@ class MinimalNorm(Config):
 
 
 def refuse_odd_head(logits: torch.Tensor, labels: torch.Tensor) -> None:
-    """Refuse a model that does not give one row of scores an image, and labels that it has no score for.
+    """Refuse a model that does not give one row of scores per image, and labels that it has no score for.
 
     Args:
         logits: what the model answered.

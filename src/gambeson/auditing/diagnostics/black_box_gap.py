@@ -23,7 +23,7 @@ _MORE = 0.02
 _MORE_UNIVERSAL = 0.05
 """The same for universal perturbations, of which the best is found by luck as well."""
 _QUERIES = 300
-"""The most queries an image."""
+"""The most queries per image."""
 _KNOWN, _FLOATS = 2000, 2**26
 """Training images that are stepped towards: so many at the most, and so many numbers in them."""
 _REMEDY = "Report the stronger attack's number, and find what stops the gradient; attack by transfer and queries."
@@ -90,7 +90,7 @@ def _universal(context: AuditContext) -> Finding:
 def _queried(context: AuditContext) -> Finding:
     norm, queries = context.suite.norm, min(_QUERIES, context.suite.queries)
     if norm == "1" or context.sample.labels.ndim > 1 or not queries:
-        return Finding(None, "Square is for one label an image and the norms inf and 2, and needs queries")
+        return Finding(None, "Square is for one label per image and the norms inf and 2, and needs queries")
     others = (Square(eps=context.eps, norm=norm, queries=queries), _towards(context))
     white, both, broken = (_voted if context.subject.random else _settled)(context, others)
     left = int(white.right.sum())

@@ -100,7 +100,7 @@ def _beats_chance(context: AuditContext) -> Finding:
     if norm == "1":
         return Finding(None, "random search is for the norms inf and 2")
     if context.sample.labels.ndim > 1:
-        return Finding(None, "random search is for one label an image")
+        return Finding(None, "random search is for one label per image")
     attack = context.suite.pgd(context.eps)
     queries = 2 * attack.steps * attack.restarts  # a forward and a backward each
     chance = RandomSearch(eps=context.eps, norm=norm, queries=queries)

@@ -32,7 +32,7 @@ def choose(suite: Suite, data: Dataset) -> tuple[str, str]:
     if suite.surrogate == "none":
         return "", "No perturbation was transferred, as the suite asks."
     if data.test.labels.ndim != 1:
-        return "", "No perturbation was transferred: a surrogate takes one label an image."
+        return "", "No perturbation was transferred: a surrogate takes one label per image."
     if suite.surrogate != "auto":
         return "", ""
     if max(data.image_size) > LARGEST:
