@@ -1,4 +1,4 @@
-"""Adam for one tensor that is no parameter (Kingma and Ba 2015, algorithm 1), a row an image."""
+"""Adam for one tensor that is no parameter (Kingma and Ba 2015, algorithm 1), a row per image."""
 
 from __future__ import annotations
 

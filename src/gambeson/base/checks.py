@@ -41,7 +41,7 @@ def check_batch(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Check a batch and its labels together; return the images as :func:`check_images` does."""
     if len(images) != len(labels):
         raise UserError(
-            f"{len(images)} images came with {len(labels)} labels: expected one label map or label an image"
+            f"{len(images)} images came with {len(labels)} labels: expected one label map or label per image"
         )
     if images.device != labels.device:
         raise UserError(f"images are on {images.device} and labels on {labels.device}: move them to one device")

@@ -191,7 +191,7 @@ class Split:
         """Take parts of the split one after another, as :meth:`take` gives them.
 
         Args:
-            parts: the indices of each part, at least one a part.
+            parts: the indices of each part, at least one per part.
             device: where they go; by default where the split was sent.
         """
         for part in parts:
@@ -208,7 +208,7 @@ class Split:
         """Walk over the split once, as :meth:`take` gives it.
 
         Args:
-            batch_size: images a batch; the last batch may be smaller.
+            batch_size: images per batch; the last batch may be smaller.
             device: where the batches go; by default where the split was sent.
             generator: shuffles the walk, and is drawn from at the call; None keeps the order.
             drop_last: leave out a smaller last batch.

@@ -56,7 +56,7 @@ class EnsembleAdversarial(Defense):
     """A radius per image: |N(0, eps / 2)| truncated to [0, eps] (Kurakin et al. 2017), the one that the
     whole attack on the image keeps to."""
     precompute: bool = False
-    """Compute the sources' gradients once for all training images, one byte a value and source; for steps without a
+    """Compute the sources' gradients once for all training images, one byte per value and source; for steps without a
     random start in the norm inf, and without augmentation (the paper's remark)."""
 
     def with_source_models(self, load: Callable[[str], nn.Module]) -> Defense:

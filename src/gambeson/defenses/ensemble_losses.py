@@ -23,7 +23,7 @@ def diversity_gain(voters: Sequence[nn.Module], images: torch.Tensor, *, seed: i
 
     1 for copies, 1/M for orthogonal Jacobians, less where members cancel (our notes on Co et al. 2022, section 3);
     1 where every Jacobian is zero. The models are in evaluation mode meanwhile. Exact up to 16 classes, beyond from
-    16 random directions in the space of the logits, the same for all members. Cost: one forward an image and member,
+    16 random directions in the space of the logits, the same for all members. Cost: one forward per image and member,
     and as many backwards as there are directions.
 
     Args:

@@ -155,7 +155,7 @@ def starting(given: int | None, share: tuple[int, int], epochs: int, what: str) 
 
 @register("pni", source="He et al. 2019", cost="s + 2 / s + 2")
 class PNI(NoisyDefense):
-    """Minimise 0.5 CE(clean) + 0.5 CE(PGD-7) over the weights and one size of noise a layer, the noise always on.
+    """Minimise 0.5 CE(clean) + 0.5 CE(PGD-7) over the weights and one size of noise per layer, the noise always on.
 
     Published with eps 0.031, steps of 0.01, the adversarial part from epoch 5 of 160, SGD with Nesterov momentum at
     0.1 (x0.1 at 80 and 120), weight decay 3e-4 on the weights and none on alpha.

@@ -46,10 +46,10 @@ def _error(victim: Victim, split: Split, delta: torch.Tensor | None = None) -> f
 
 
 def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: int) -> dict[str, float]:
-    """Return the universal evasion rate and, for one label an image, the accuracy under PGD, at the defence's eps.
+    """Return the universal evasion rate and, for one label per image, the accuracy under PGD, at the defence's eps.
 
     Both by short attacks, to compare epochs: 50 steps of stochastic PGD from zero, 10 of PGD on 500 images, the
-    same ones in every epoch. A random model is taken as it is, one draw an image.
+    same ones in every epoch. A random model is taken as it is, one draw per image.
     """
     ball = {"eps": getattr(defense, "eps", None), "norm": getattr(defense, "norm", "inf")}
     if not ball["eps"]:

@@ -20,7 +20,7 @@ from gambeson.threat import Norm
 
 @dataclass(frozen=True, kw_only=True)
 class Climb:
-    """One climb an image that still stands; every field has one row an image."""
+    """One climb per image that still stands; every field has one row per image."""
 
     rows: torch.Tensor
     """Which images of the batch these are."""
@@ -123,7 +123,7 @@ class AutoPGD(GradientAttack):
 
     Steps start long and with momentum; at checkpoints that come closer and closer, an image whose loss has
     stopped rising has its step halved and goes on from its best point. For each image the result is a perturbation
-    that succeeds, else the one of highest loss. Costs, an image and restart: ``steps`` + 1 forwards and ``steps``
+    that succeeds, else the one of highest loss. Costs per image and restart: ``steps`` + 1 forwards and ``steps``
     backwards; with ``targets``, as much for each target and one forward more in all; with ``probe_steps`` as well,
     ``probe_steps`` + 1 forwards and ``probe_steps`` backwards for each target, and the full climb for
     ``targets_kept`` of them. An image that is adversarial already costs nothing more.
@@ -134,7 +134,7 @@ class AutoPGD(GradientAttack):
     """
 
     steps: Annotated[int, Field(ge=1)] = 100
-    """Gradient steps a restart; the paper's 100."""
+    """Gradient steps per restart; the paper's 100."""
     rel_step_size: Annotated[Number, Field(gt=0)] | None = None
     """Length of the first steps as a share of eps; 2 where it is not given, as in the paper, and 1 in the norm 1."""
     inertia: Annotated[Number, Field(gt=0, le=1)] = 0.75

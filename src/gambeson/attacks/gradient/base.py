@@ -47,7 +47,7 @@ class Diversity(Config):
         return torch.rand(len(images), 4, generator=generator, device=generator.device)
 
     def view(self, images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-        """Return the changed images, differentiable: two small matrix products an image.
+        """Return the changed images, differentiable: two small matrix products per image.
 
         Args:
             images: (N, C, H, W).
@@ -123,7 +123,7 @@ class Smoothing(Config):
 class Scales(Config):
     """Scale invariance, SI (Lin et al. 2020, section 3.3): the mean gradient over copies scaled by 1, 1/2, 1/4, ...
 
-    Costs one forward and one backward a copy.
+    Costs one forward and one backward per copy.
     """
 
     copies: Annotated[int, Field(ge=1)] = 5
@@ -231,11 +231,11 @@ def _after(view: View | None, diversity: Diversity, drawn: torch.Tensor) -> View
 LabelChoice = Literal["truth", "prediction", "least-likely"]
 """Which label an attack works with: the one that is given; the model's own prediction on the clean image, which does
 not leak the truth into training (Tramer et al. 2018, section 4.1); or the class that the model finds least likely
-there, as a target to reach (Kurakin et al. 2017). The latter two cost one forward an image."""
+there, as a target to reach (Kurakin et al. 2017). The latter two cost one forward per image."""
 
 
 class GradientAttack(Config):
-    """Base of the gradient attacks with one perturbation an image.
+    """Base of the gradient attacks with one perturbation per image.
 
     Call it: ``attack(model, x, y)`` returns images of the shape, dtype and device of ``x``, inside the ball and
     inside [0, 1]. Several restarts keep, for each image, a perturbation that succeeds, else the one with the

@@ -47,7 +47,7 @@ class MinimalNorm(Config):
             task: what the labels mean; images whose label does not count are left alone.
 
         Raises:
-            UserError: images outside [0, 1], one label a pixel, or a gradient that is not finite.
+            UserError: images outside [0, 1], one label per pixel, or a gradient that is not finite.
         """
         if not isinstance(model, Victim):
             with Victim(model) as victim:
@@ -71,7 +71,7 @@ class MinimalNorm(Config):
 
 
 def refuse_odd_head(logits: torch.Tensor, labels: torch.Tensor) -> None:
-    """Refuse a model that does not give one row of scores an image, and labels that it has no score for.
+    """Refuse a model that does not give one row of scores per image, and labels that it has no score for.
 
     Args:
         logits: what the model answered.

@@ -27,7 +27,7 @@ class CarliniWagner(MinimalNorm):
     spare; c is searched for each image by itself, by factors of ten until it succeeds and by halving after. What is
     returned is the smallest success at any step of any c; an image for which there is none comes back as it was,
     and one that the model gets wrong already (by ``kappa``) too. Success is seen on the very images returned.
-    Cost an image: at most 1 + ``searches`` x ``steps`` forwards and ``searches`` x ``steps`` backwards.
+    Cost per image: at most 1 + ``searches`` x ``steps`` forwards and ``searches`` x ``steps`` backwards.
     """
 
     targeted: bool = False

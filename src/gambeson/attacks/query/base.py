@@ -23,7 +23,7 @@ InfOr2 = Annotated[Literal["inf", "2"], BeforeValidator(lambda value: str(value)
 
 
 class Queries:
-    """A function from images to scores, asked at most so often an image, and counted.
+    """A function from images to scores, asked at most so often per image, and counted.
 
     Hand it to a query attack in place of the model to read afterwards what the attack asked. It needs no gradient
     and sees only images (M, C, H, W) in [0, 1]; logits, log-probabilities and probabilities will do.
@@ -75,7 +75,7 @@ class Queries:
 
     def _read(self, answer: Any, asked: torch.Tensor) -> torch.Tensor:
         answer = getattr(answer, "logits", answer)
-        expected = f"expected scores ({len(asked)}, K), one row an image"
+        expected = f"expected scores ({len(asked)}, K), one row per image"
         try:
             scores = torch.as_tensor(answer, device=asked.device).detach()
         except (TypeError, ValueError, RuntimeError):
@@ -180,7 +180,7 @@ class QueryAttack(Config):
     """What query attacks have in common: a budget, labels or targets, and a stop for each image by itself."""
 
     queries: Annotated[int, Field(ge=1)] = 5000
-    """The most queries an image, the one about the clean image included; never exceeded. An image that has fallen
+    """The most queries per image, the one about the clean image included; never exceeded. An image that has fallen
     is not asked about again."""
     targeted: bool = False
     """Read the labels as targets to reach."""
@@ -210,7 +210,7 @@ class QueryAttack(Config):
             (N, C, H, W): for each image what made it fall, else the candidate with the highest loss.
 
         Raises:
-            UserError: images outside [0, 1], one label a pixel, or a function that does not return scores (N, K).
+            UserError: images outside [0, 1], one label per pixel, or a function that does not return scores (N, K).
         """
         images = check_batch(x, y)
         queries = model if isinstance(model, Queries) else Queries(model)

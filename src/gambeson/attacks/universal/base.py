@@ -342,7 +342,7 @@ class UniversalAttack(Config):
 
 LabelSource = Literal["truth", "prediction"]
 """Which labels an untargeted attack leaves: the true ones, or the model's clean predictions (the papers of the
-fooling rate; needs no labels and one more forward an image). With several models, those of their mean logits."""
+fooling rate; needs no labels and one more forward per image). With several models, those of their mean logits."""
 
 
 def tally(victims: list[Victim]) -> Callable[[], tuple[int, int]]:

@@ -32,7 +32,7 @@ class DeepFoolUAP(UniversalAttack):
     ``images_a_step=1`` is the paper's one image at a time. With more, DeepFool runs on all standing images of a step at
     once and v moves by the mean of their r: a deviation of ours for speed.
 
-    Cost: a forward an image and pass, and for a standing image one more and up to ``inner_steps`` times those of a
+    Cost: a forward per image and pass, and for a standing image one more and up to ``inner_steps`` times those of a
     step of :class:`DeepFool`. Clipping of x + v, which the public code leaves out, is ours.
     """
 
@@ -51,7 +51,7 @@ class DeepFoolUAP(UniversalAttack):
     overshoot: Annotated[Number, Field(ge=0)] = 0.02
     """DeepFool goes this share beyond the boundary."""
     inner_steps: Annotated[int, Field(ge=1)] = 10
-    """Linearisations of DeepFool an image; an image that has not fallen after them moves nothing."""
+    """Linearisations of DeepFool per image; an image that has not fallen after them moves nothing."""
     restarts: Annotated[int, Field(ge=1)] = 1
     """Orders of the images; validation chooses."""
 
