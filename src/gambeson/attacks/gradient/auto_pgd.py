@@ -155,7 +155,7 @@ class AutoPGD(GradientAttack):
         if self.targets is not None and self.reaches:
             raise ValueError("with targets the attack chooses what to reach; leave out targeted and least-likely")
         if self.probe_steps is not None and self.targets is None:
-            raise ValueError("probe_steps is for an attack that tries several targets; set targets as well, or leave it out")
+            raise ValueError("probe_steps is for an attack on several targets; set targets as well, or leave it out")
         return self
 
     @property
