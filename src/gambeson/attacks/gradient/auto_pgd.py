@@ -20,7 +20,7 @@ from gambeson.threat import Norm
 
 @dataclass(frozen=True, kw_only=True)
 class Climb:
-    """One climb an image that still stands; every field has one row an image."""
+    """One climb per image that is not adversarial yet; every field has one row per image."""
 
     rows: torch.Tensor
     """Which images of the batch these are."""
@@ -48,9 +48,9 @@ class Climb:
     halved: torch.Tensor
     """Whether the step was halved at the last checkpoint."""
 
-    def only(self, targets_kept: torch.Tensor) -> Climb:
+    def only(self, kept: torch.Tensor) -> Climb:
         """Return the climbs of some images."""
-        return type(self)(**{field.name: getattr(self, field.name)[targets_kept] for field in dataclasses.fields(self)})
+        return type(self)(**{field.name: getattr(self, field.name)[kept] for field in dataclasses.fields(self)})
 
     def arrive(self, delta: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> Climb:
         """Return the climbs after a step to ``delta``."""
@@ -109,12 +109,12 @@ class BestSoFar:
 
     def note(self, rows: torch.Tensor, delta: torch.Tensor, value: torch.Tensor, is_adversarial: torch.Tensor) -> None:
         """Keep what is better than before for the images ``rows``."""
-        old_value, old_fallen = self.value[rows], self.is_adversarial[rows]
-        better = (is_adversarial & ~old_fallen) | ((is_adversarial == old_fallen) & (value > old_value))
+        old_value, was_adversarial = self.value[rows], self.is_adversarial[rows]
+        better = (is_adversarial & ~was_adversarial) | ((is_adversarial == was_adversarial) & (value > old_value))
         chosen = better.view(-1, 1, 1, 1)
         self.delta[rows] = torch.where(chosen, delta, self.delta[rows])
         self.value[rows] = torch.where(better, value, old_value)
-        self.is_adversarial[rows] = is_adversarial | old_fallen
+        self.is_adversarial[rows] = is_adversarial | was_adversarial
 
 
 @register("auto-pgd", source="Croce and Hein 2020", cost="steps + 1 / steps, per restart")
@@ -149,14 +149,14 @@ class AutoPGD(GradientAttack):
     spend the full ``steps`` only on the ``targets_kept`` targets that came nearest, nearest first (ours).
     None: the full steps on every target, as in the paper."""
     targets_kept: Annotated[int, Field(ge=1)] = 3
-    """Targets that are climbed in full after the scouts."""
+    """Targets that are climbed in full after the probes."""
 
     @model_validator(mode="after")
     def _check_targets(self) -> AutoPGD:
         if self.targets is not None and self.reaches:
             raise ValueError("with targets the attack chooses what to reach; leave out targeted and least-likely")
         if self.probe_steps is not None and self.targets is None:
-            raise ValueError("scout is for an attack that tries several targets; set targets as well, or leave it out")
+            raise ValueError("probe_steps is for an attack that tries several targets; set targets as well, or leave it out")
         return self
 
     @property
