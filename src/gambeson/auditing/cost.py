@@ -26,7 +26,7 @@ _RUNS = 6
 """Perturbations that the search of eps_uni crafts at most, where the suite leaves the number open."""
 
 
-class Plan(Config):
+class BudgetPlan(Config):
     """The suite as a budget has room for it."""
 
     suite: Suite
@@ -61,7 +61,7 @@ def images_asked(suite: Suite, data: Dataset, passes: int) -> int:
     return passes * scored + sample * (suite.queries + 1) + 20
 
 
-def fit(suite: Suite, data: Dataset, room: int | None, passes: int) -> Plan:
+def fit(suite: Suite, data: Dataset, room: int | None, passes: int) -> BudgetPlan:
     """Make an audit as small as it has to be.
 
     Args:
@@ -97,7 +97,7 @@ def fit(suite: Suite, data: Dataset, room: int | None, passes: int) -> Plan:
         notes.append(
             f"The budget of {asked.budget} images made the audit smaller: {'; '.join(_changes(asked, suite))}."
         )
-    return Plan(suite=suite, notes=notes, images=images)
+    return BudgetPlan(suite=suite, notes=notes, images=images)
 
 
 def _smaller(suite: Suite, test: int) -> Iterator[Suite]:
@@ -269,7 +269,7 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
     trials = _TRIALS if suite.eps_uni_runs is None else suite.eps_uni_runs
     ranked = suite.patterns_of_controls * min(RANKED, held) + 2 * held  # what stands for an eps is chosen on validation
     scored = test * (1 + suite.patterns_of_controls) + ranked
-    row = min(suite.row_images, test) if data.test.labels.ndim == 1 and suite.norm != "1" else 0
+    row = min(suite.row_images, test) if data.test.task.per_image_label and suite.norm != "1" else 0
     steps = suite.pgd_steps * suite.pgd_restarts
     return (
         Part(

@@ -31,7 +31,7 @@ class UAPBank(nn.Module):
     gradient gives theirs too. A step's length does not depend on the weight of the loss: only its direction does.
 
     Args:
-        scene: what the objective is opened for.
+        context: what the objective is opened for.
         count: number of perturbations K.
         ball: where they stay.
         rel_step_size: length of a step as a share of eps.
@@ -90,7 +90,7 @@ class UAPBank(nn.Module):
                 ball=self.ball,
                 loss=loss,
                 box_gradient=self.box_gradient,
-                ignore_index=batch.ignore_index,
+                task=batch.task,
             )
             gradient, _ = solver.gradient(self.delta if shared else self.delta[rows], batch.images, batch.labels)
         if not shared:
@@ -141,7 +141,7 @@ def mute(moved: torch.Tensor, keep: torch.Tensor) -> None:
     """Take from some images their say in the perturbations' step, and from none its say in the weights'.
 
     Args:
-        moved: (N, C, H, W), what :meth:`Pool.perturb` returned; its backward has not run yet.
+        moved: (N, C, H, W), what :meth:`UAPBank.perturb` returned; its backward has not run yet.
         keep: (N,), whether an image keeps its say.
     """
     if moved.requires_grad:

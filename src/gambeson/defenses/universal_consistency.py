@@ -1,4 +1,4 @@
-"""Universal consistency (ours): predictions that no perturbation of a kept pool changes, at twice a plain step."""
+"""Universal consistency (ours): predictions that no perturbation of a kept bank changes, at twice a plain step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from gambeson.attacks.losses import cross_entropy, image_means
 from gambeson.base import Number, generator
 from gambeson.defenses.objective import Batch, Clean, Defense, Objective, SharedForward, TrainContext
 from gambeson.defenses.registry import register
@@ -25,7 +24,7 @@ Direction = Literal["forward", "reverse"]
 
 @register("universal-consistency", source="ours", cost="2 / 2 in one pass")
 class UniversalConsistency(Defense):
-    """Minimise E[CE(f(x), y)] + beta * E[KL(f(x), f(x + delta_k))] over a pool of perturbations that maximise it.
+    """Minimise E[CE(f(x), y)] + beta * E[KL(f(x), f(x + delta_k))] over a bank of perturbations that maximise it.
 
     Every image of a batch carries one of K perturbations, which live as long as the training. Clean and perturbed
     images go through the model in one forward (a BatchNorm sees both together), and one backward gives the weights'
@@ -57,7 +56,7 @@ class UniversalConsistency(Defense):
     """How the clip of the perturbed images is differentiated: see :data:`gambeson.threat.BoxGradient`."""
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Return the objective with its pool at the start."""
+        """Return the objective with its bank at the start."""
         bank = UAPBank(
             context,
             count=self.bank,
@@ -71,10 +70,10 @@ class UniversalConsistency(Defense):
 
 
 class BankConsistency(nn.Module):
-    """Mean divergence between the predictions on clean images and on images under the pool's perturbations.
+    """Mean divergence between the predictions on clean images and on images under the bank's perturbations.
 
     Args:
-        pool: the perturbations.
+        bank: the perturbations.
         settings: how they are used.
     """
 
@@ -98,13 +97,10 @@ class BankConsistency(nn.Module):
         moved = self.bank.perturb(batch.images, rows)
         clean, perturbed = model(torch.cat([batch.images, moved])).tensor_split(2)
         if self.settings.truncate is not None:
-            fooled = cross_entropy(perturbed.detach(), batch.labels, batch.ignore_index)
-            mute(moved, image_means(fooled, batch.labels, batch.ignore_index) <= self.settings.truncate)
+            mute(moved, batch.losses(perturbed.detach()) <= self.settings.truncate)
         fixed = clean.detach() if self.settings.detach_clean else clean
         apart = divergence(fixed, perturbed, self.settings.direction)
-        if batch.ignore_index is not None:
-            apart = apart * (batch.labels != batch.ignore_index)
-        values = image_means(apart, batch.labels, batch.ignore_index)
+        values = batch.task.per_image(apart, batch.labels)
         self._seen.append((rows, values.detach()))
         return clean, values.mean()
 

@@ -21,7 +21,7 @@ from gambeson.base import (
 )
 from gambeson.data import Name
 from gambeson.evaluation.attack_suite import SuiteResult, run_suite, standard_suite
-from gambeson.models.loading import load_target
+from gambeson.models.loading import load_model
 from gambeson.victim import Victim
 
 FILE = "adversarial.safetensors"
@@ -66,7 +66,7 @@ def run_attack(run: AttackRun, out: Path) -> SuiteResult:
         UserError: the folder holds another run, the model cannot be loaded, or a setting is wrong.
     """
     row = _attacks_of(run)
-    subject = load_target(run.model, run.data, run.device)
+    subject = load_model(run.model, run.data, run.device)
     if open_run(out, run, environment(run.device)):
         return SuiteResult(**read_json(out / "result.json")["result"])
     rows = subject.dataset.test.sample_indices(run.images, seed=run.seed)

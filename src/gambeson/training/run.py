@@ -25,7 +25,7 @@ from gambeson.training.recipe import Recipe
 _WARM_UP, _TIMED = 2, 5
 
 
-class Plan(Config):
+class TrainingCost(Config):
     """The expected cost of a training run."""
 
     steps: int
@@ -50,7 +50,7 @@ class Plan(Config):
         return self.weights + self.activations + self.data
 
 
-def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed: int = 0) -> Plan:
+def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed: int = 0) -> TrainingCost:
     """Measure a few steps of a training on a copy of ``model``, which stays as it is.
 
     Args:
@@ -84,7 +84,7 @@ def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed
                     found.append(time.perf_counter() - began)
     second, steps = statistics.median(times[0]), ours.steps * recipe.epochs
     values = sum(parameter.numel() * parameter.element_size() for parameter in ours.model.parameters())
-    return Plan(
+    return TrainingCost(
         steps=steps,
         seconds_a_step=second,
         seconds=second * steps,
@@ -167,7 +167,7 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
     return model
 
 
-def plan_training(run: TrainRun, dataset: data.Dataset | None = None) -> Plan:
+def plan_training(run: TrainRun, dataset: data.Dataset | None = None) -> TrainingCost:
     """Measure what ``run`` will cost, on a few steps; nothing is written.
 
     Models that a defence names and that would be trained first stand in untrained.

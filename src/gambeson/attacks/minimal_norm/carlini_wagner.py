@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from gambeson.attacks.losses import is_adversarial, margin
+from gambeson.attacks.losses import margin
 from gambeson.attacks.minimal_norm.base import MinimalNorm, refuse_non_finite, refuse_odd_head
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import Adam
 from gambeson.base import Number
+from gambeson.tasks import CLASSIFICATION
 from gambeson.victim import Victim
 
 _EDGE = 0.999999
@@ -122,4 +123,6 @@ class CarliniWagner(MinimalNorm):
         return -margin(logits, labels) if self.targeted else margin(logits, labels)
 
     def _success(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return is_adversarial(logits, labels, targeted=self.targeted) & (self._gain(logits, labels) >= self.kappa)
+        return CLASSIFICATION.is_adversarial(logits, labels, targeted=self.targeted) & (
+            self._gain(logits, labels) >= self.kappa
+        )

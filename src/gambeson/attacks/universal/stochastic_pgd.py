@@ -215,8 +215,7 @@ class ClasswiseStochasticPGD(StochasticPGD):
         with entered(model) as victims:
             spent = tally(victims)
             context = self._prepare(victims, data, seed)
-            if context.train.labels.ndim != 1:
-                raise UserError("the labels are maps: a class-wise attack expects one label an image")
+            context.task.require_classification("a class-wise attack")
             classes = len(context.train.classes)
             kinds, outcomes = [], []
             for restart in range(self.restarts):
