@@ -7,6 +7,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "gambeson"
 FLOORS = [
     {"base"},
+    {"tasks"},
     {"threat", "data"},
     {"models"},
     {"victim"},

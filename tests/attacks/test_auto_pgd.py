@@ -9,6 +9,7 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks.gradient.auto_pgd import AutoPGD, TargetedAutoPGD
 from gambeson.attacks.gradient.pgd import PGD
+from gambeson.tasks import Segmentation
 from gambeson.threat import Ball
 from gambeson.victim import Victim
 from tests.attacks.optima import best_gain
@@ -169,7 +170,7 @@ def test_label_maps_fall_pixel_by_pixel():
     x = torch.tensor([[[[0.55, 0.52]]], [[[0.55, 0.6]]]])
     y = torch.tensor([[[1, 1]], [[1, 255]]])
     for attack in (AutoPGD(eps=0.1, steps=9), TargetedAutoPGD(eps=0.1, steps=9, targets=1)):
-        prediction = PixelNet()(attack(PixelNet(), x, y, ignore_index=255)).argmax(1)
+        prediction = PixelNet()(attack(PixelNet(), x, y, task=Segmentation(ignore_index=255))).argmax(1)
         assert prediction[0].tolist() == [[0, 0]]
         assert prediction[1, 0, 0] == 0
 

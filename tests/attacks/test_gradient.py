@@ -14,6 +14,7 @@ from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
 from gambeson.base import generator
 from gambeson.data import Split
 from gambeson.evaluation import Rate, accuracy_under
+from gambeson.tasks import Segmentation
 from gambeson.threat import Ball
 from gambeson.victim import Victim
 from tests.attacks.optima import best_gain
@@ -291,7 +292,7 @@ def test_label_maps_need_every_labelled_pixel_to_fall():
 
     x = torch.tensor([[[[0.55, 0.9]]], [[[0.55, 0.6]]]])
     y = torch.tensor([[[1, 1]], [[1, 255]]])
-    x_adv = PGD(eps=0.1, steps=5, rel_step_size=1.0)(PixelNet(), x, y, ignore_index=255)
+    x_adv = PGD(eps=0.1, steps=5, rel_step_size=1.0)(PixelNet(), x, y, task=Segmentation(ignore_index=255))
     prediction = PixelNet()(x_adv).argmax(1)
     assert prediction[1, 0, 0] == 0
     assert float(x_adv[1, 0, 0, 1]) == pytest.approx(0.6, abs=0.11)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gambeson import UserError
+from gambeson import UserError, tasks
 from gambeson.attacks import DFUAP, ClasswiseStochasticPGD, DeepFoolUAP, StochasticPGD
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.universal.sga import SGA
@@ -148,12 +148,14 @@ def test_every_loss_is_zero_and_flat_where_the_label_is_ignored():
                     else [(marked, None)]
                 )
                 for goal, truth in calls:
-                    values = loss(logits, goal, IGNORED, truth)
+                    values = loss(logits, goal, tasks.of(labels, IGNORED), truth)
                     (gradient,) = torch.autograd.grad(values.sum(), logits)
                     assert not gradient.movedim(1, -1)[gone].any()
                     if len(shape) == 1:
                         assert not values[gone].any()
                         plain = loss(
-                            logits, targets if loss.targeted else labels, None, None if truth is None else labels
+                            logits,
+                            targets if loss.targeted else labels,
+                            truth=None if truth is None else labels,
                         )
                         torch.testing.assert_close(values[~gone], plain[~gone])

@@ -11,6 +11,7 @@ from gambeson.attacks.query.base import Queries
 from gambeson.attacks.query.nes import NES, SPSA
 from gambeson.attacks.query.one_pixel import OnePixel
 from gambeson.attacks.query.square import RandomSearch, Square
+from gambeson.tasks import Classification
 from gambeson.threat import Ball
 from gambeson.victim import Victim
 from tests.conftest import LinearNet, binary, inner_images
@@ -281,10 +282,10 @@ def test_ignored_images_are_left_alone_and_not_asked_about():
     model = Steep((1, 3, 3))
     x, y = inner_images(4, (1, 3, 3)), torch.tensor([0, 255, 0, 255])
     queries = Queries(model)
-    x_adv = Square(eps=0.1, queries=20)(queries, x, y, ignore_index=255)
+    x_adv = Square(eps=0.1, queries=20)(queries, x, y, task=Classification(ignore_index=255))
     assert queries.spent.tolist() == [20, 0, 20, 0]
     assert torch.equal(x_adv[[1, 3]], x[[1, 3]])
-    with pytest.raises(UserError, match=r"labels have shape \(4, 3, 3\): this attack takes one label an image"):
+    with pytest.raises(UserError, match=r"the labels are label maps .*: this attack expects one label per image"):
         Square(eps=0.1)(model, x, torch.zeros(4, 3, 3, dtype=torch.long))
 
 

@@ -8,7 +8,7 @@ from gambeson.attacks import FGSM, PGD
 from gambeson.auditing.diagnostics import DIAGNOSTICS, convergence, gradient_masking, single_step
 from gambeson.auditing.outcome import PairedDifference
 from gambeson.data import Dataset, Split
-from gambeson.evaluation import Outcome
+from gambeson.tasks import Counts
 from tests.auditing.evidence import held
 from tests.conftest import LinearNet
 
@@ -218,7 +218,7 @@ def test_odd_models_and_norms_are_looked_at_or_left_with_a_reason(norm):
 
 def test_the_clear_difference_of_paired_outcomes():
     def outcome(*right):
-        return Outcome(torch.tensor(right), torch.ones(len(right), dtype=torch.long))
+        return Counts(torch.tensor(right), torch.ones(len(right), dtype=torch.long))
 
     same = PairedDifference.of(outcome(*[1] * 50), outcome(*[1] * 50))
     assert same.value == 0
@@ -232,7 +232,7 @@ def test_the_clear_difference_of_paired_outcomes():
     # As many lost as won are no difference, however many they are.
     assert PairedDifference.of(outcome(*[1, 0] * 50), outcome(*[0, 1] * 50)).value == 0
     # On label maps an image counts once, by its share.
-    shares = Outcome(torch.tensor([5, 10]), torch.tensor([10, 10]))
+    shares = Counts(torch.tensor([5, 10]), torch.tensor([10, 10]))
     assert shares.shares.tolist() == [0.5, 1.0]
     assert (shares.rate.value, shares.rate.n) == (0.75, 2)
 

@@ -8,7 +8,7 @@ from gambeson.auditing import DIAGNOSTICS, Suite
 from gambeson.auditing.outcome import PairedDifference
 from gambeson.auditing.stages.universal import craft_point
 from gambeson.data import Dataset, Split
-from gambeson.evaluation import Outcome
+from gambeson.tasks import Counts
 from gambeson.testbed.obfuscations.context import MemoryWithin, SoftMemory
 from gambeson.victim import Victim
 from tests.auditing.evidence import evidence_of
@@ -72,7 +72,7 @@ def test_label_maps_are_compared_by_pixels():
 
 
 def outcome(right, of):
-    return Outcome((torch.arange(of) < right).long(), torch.ones(of, dtype=torch.long))
+    return Counts((torch.arange(of) < right).long(), torch.ones(of, dtype=torch.long))
 
 
 def test_a_difference_of_two_samples_by_hand():

@@ -20,6 +20,7 @@ from gambeson.defenses.jacobian import Jacobian, JacobianNorm
 from gambeson.defenses.jacobian_ensemble import JacobianEnsemble
 from gambeson.models import Members, ModelCard, PixelModel
 from gambeson.models.factory import ensemble
+from gambeson.tasks import Classification
 from tests.conftest import LinearNet, inner_images
 
 SHAPE = (1, 4, 4)
@@ -435,7 +436,7 @@ def test_loss_gradients_leave_ignored_labels_out():
     model, batch = linear(random_weights(2)), batch_of()
     point = batch.images.clone().requires_grad_()
     logits = torch.stack([voter(point) for voter in model.voters])
-    found = loss_gradients(logits, batch.labels, point, ignore_index=0)
+    found = loss_gradients(logits, batch.labels, point, Classification(ignore_index=0))
     assert torch.equal(found[:, batch.labels == 0], torch.zeros_like(found[:, batch.labels == 0]))
     assert bool((found[:, batch.labels != 0].abs().sum(2) > 0).all())
 

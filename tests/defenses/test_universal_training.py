@@ -16,6 +16,7 @@ from gambeson.base import load_tensors
 from gambeson.defenses import Batch, Standard, TrainContext, uap_bank
 from gambeson.defenses.universal_adversarial import UniversalAdversarial
 from gambeson.defenses.universal_consistency import UniversalConsistency, divergence
+from gambeson.tasks import Segmentation
 from gambeson.threat import Ball, perturb
 from tests.conftest import LinearNet, binary, inner_images
 
@@ -433,13 +434,13 @@ def test_label_maps_train_and_ignored_pixels_have_no_say():
         images[:, :, 0] = filler
         labels = y.clone()
         labels[:, 0] = 255
-        batch = Batch(images=images, labels=labels, seed=0, ignore_index=255, **MID)
+        batch = Batch(images=images, labels=labels, seed=0, task=Segmentation(ignore_index=255), **MID)
         context = TrainContext(model=model, train=split, seed=0, epochs=1, steps=4, batch_size=24)
         for defense in (UniversalConsistency(eps=0.1, bank=2), UniversalAdversarial(eps=0.1, update="one-pass")):
             found.append(float(defense.build_objective(context).losses(model, batch)["loss"].detach()))
             assert found[-1] > 0
     assert found[:2] == pytest.approx(found[2:])
-    with pytest.raises(UserError, match="the labels are maps: class-wise training expects one label an image"):
+    with pytest.raises(UserError, match="label maps .*: class-wise training expects one label per image"):
         UniversalAdversarial(eps=0.1, classwise=True).build_objective(context)
     history = gb.train(model, (x.repeat(3, 1, 1, 1), y.repeat(3, 1, 1)), FORMS[3], epochs=2, batch_size=12)
     assert history[-1]["loss"] < history[0]["loss"] + 1

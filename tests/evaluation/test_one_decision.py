@@ -63,7 +63,7 @@ class Chancy(Bright):
         return torch.where(torch.rand(len(x), 1, device=x.device) < self.p, z, -z)
 
 
-def nothing(victim, x, y, *, seed=0, ignore_index=None):
+def nothing(victim, x, y, *, seed=0, task=None):
     return x
 
 
@@ -152,8 +152,8 @@ RATES = {
         lambda v, s: [found.worst.complement.among(1) for found in control_rates(v, s, Ball(eps=EPS), 0)]
     ),
     "accuracy_under": with_victim(lambda v, s: accuracy_under(v, s, FGSM(eps=EPS), 0)),
-    "outcome": with_victim(lambda v, s: outcome(v, s, nothing, 0).rate),
-    "outcome_under": with_victim(lambda v, s: outcome_under(v, s, uap(s).delta).rate),
+    "outcome": with_victim(lambda v, s: outcome(v, s, nothing, 0).accuracy),
+    "outcome_under": with_victim(lambda v, s: outcome_under(v, s, uap(s).delta).accuracy),
     "suite, clean": with_victim(lambda v, s: run_suite(v, s, {}).result.clean),
     "suite": with_victim(lambda v, s: run_suite(v, s, {"a": nothing, "b": nothing}).result.robust),
     "suite, round": with_victim(lambda v, s: run_suite(v, s, {"a": nothing}).result.rounds[0].accuracy),
@@ -285,7 +285,7 @@ def test_attacks_that_move_images_and_do_no_harm_are_not_counted_by_their_luck()
     split = made(600, right=1.0)
 
     def fidgety(seed_of):
-        def attack(victim, x, y, *, seed=0, ignore_index=None):
+        def attack(victim, x, y, *, seed=0, task=None):
             moved = x.clone()
             moved[:, :, 1:] = torch.rand(moved[:, :, 1:].shape, generator=torch.Generator().manual_seed(seed_of))
             return moved
@@ -311,7 +311,7 @@ class Fragile(Bright):
         return torch.where(torch.rand(len(x), device=x.device)[:, None] < p[:, None], z, -z)
 
 
-def weakening(victim, x, y, *, seed=0, ignore_index=None):
+def weakening(victim, x, y, *, seed=0, task=None):
     moved = x.clone()
     moved[:, :, -1, -1] = 1.0
     return moved
@@ -322,7 +322,7 @@ def test_what_weakens_a_random_model_is_found_and_kept(order):
     split = made(400, right=1.0)
     split.images[:, :, -1, -1] *= 0.5
 
-    def repair(victim, x, y, *, seed=0, ignore_index=None):
+    def repair(victim, x, y, *, seed=0, task=None):
         moved = x.clone()
         moved[:, :, -1, -1] = 0.0
         return moved
@@ -355,7 +355,7 @@ def test_images_that_are_wrong_by_bad_luck_are_attacked_all_the_same():
 def test_the_suite_leaves_ignored_images_alone():
     split, seen = made(ignored=0.5, right=0.6), []
 
-    def harm(victim, x, y, *, seed=0, ignore_index=None):
+    def harm(victim, x, y, *, seed=0, task=None):
         seen.append(y)
         moved = x.clone()
         moved[:, :, 0, 0] = 1 - moved[:, :, 0, 0]

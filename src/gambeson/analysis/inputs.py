@@ -84,8 +84,9 @@ def labelled(data: Any) -> Split:
     split = as_split(data)
     if len(split) == 0:
         raise UserError(f"{split.name} holds no images: give one image at the least")
-    if split.ignore_index is not None or split.take(slice(0, 1))[1].ndim != 1:
-        raise UserError(f"{split.name} has label maps: Jacobians are taken of classifiers, expected labels (N,)")
+    split.task.require_classification("a Jacobian's margin")
+    if not split.task.labels_every_image:
+        raise UserError(f"{split.name} has an ignore index: Jacobians are taken of images that all have a label")
     return split
 
 

@@ -269,7 +269,7 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
     trials = _TRIALS if suite.eps_uni_runs is None else suite.eps_uni_runs
     ranked = suite.patterns_of_controls * min(RANKED, held) + 2 * held  # what stands for an eps is chosen on validation
     scored = test * (1 + suite.patterns_of_controls) + ranked
-    row = min(suite.row_images, test) if data.test.labels.ndim == 1 and suite.norm != "1" else 0
+    row = min(suite.row_images, test) if data.test.task.per_image_label and suite.norm != "1" else 0
     steps = suite.pgd_steps * suite.pgd_restarts
     return (
         Part(

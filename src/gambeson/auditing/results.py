@@ -220,7 +220,7 @@ class UniversalResult(Config):
 
 
 class PerImageResult(Config):
-    """Accuracy under an attack that makes one perturbation an image, or under a row of them."""
+    """Accuracy under an attack that makes one perturbation per image, or under a row of them."""
 
     attack: str
     """Its name, such as ``pgd``; ``standard`` for the row of :func:`gambeson.evaluation.standard_suite`."""

@@ -42,7 +42,7 @@ def zoom(
 
 
 def draw_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Boxes:
-    """Draw a box an image: area uniform, logarithm of the aspect uniform, place uniform among those that fit."""
+    """Draw a box per image: area uniform, logarithm of the aspect uniform, place uniform among those that fit."""
     device = generator.device
     areas, aspects = torch.rand(2, count, TRIES, generator=generator, device=device)
     areas = height * width * (AREA[0] + areas * (AREA[1] - AREA[0]))
@@ -137,7 +137,7 @@ def augment(
     if generator.device.type != x.device.type:
         raise UserError(f"the generator is on {generator.device} and the images on {x.device}: make it on that device")
     if maps is not None and maps.shape != (len(x), *x.shape[2:]):
-        raise UserError(f"maps have shape {tuple(maps.shape)}: expected {(len(x), *x.shape[2:])}, one map an image")
+        raise UserError(f"maps have shape {tuple(maps.shape)}: expected {(len(x), *x.shape[2:])}, one map per image")
     if kind == "none":
         return x if maps is None else (x, maps)
     if kind == "imagenet":
@@ -154,7 +154,7 @@ def augment(
 
 def _move(x: torch.Tensor, shifts: torch.Tensor, flips: torch.Tensor | None, fill: int) -> torch.Tensor:
     padded = F.pad(x, (PAD,) * 4, value=fill)
-    # A strided view of all 9 x 9 crops of each image, (N, C, 9, 9, H, W); indexing copies one crop an image.
+    # A strided view of all 9 x 9 crops of each image, (N, C, 9, 9, H, W); indexing copies one crop per image.
     windows = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)
     crops = windows[torch.arange(len(x), device=x.device), :, shifts[0], shifts[1]]
     if flips is None:

@@ -66,7 +66,7 @@ def as_pair(images: Any, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
     labels = as_labels(labels).to(images.device)
     if len(images) != len(labels):
         raise UserError(
-            f"{len(images)} images came with {len(labels)} labels: expected one label or label map an image"
+            f"{len(images)} images came with {len(labels)} labels: expected one label or label map per image"
         )
     if labels.ndim == 3 and labels.shape[1:] != images.shape[2:]:
         sizes = [f"{of.shape[-2]}x{of.shape[-1]}" for of in (labels, images)]

@@ -202,5 +202,5 @@ def _whole(data: Any, name: str, size: int | None, workers: int | None = None) -
 def _single_class(split: Split) -> bool:
     if isinstance(split, LazySplit) and split.maps:
         return False  # finding out would read the whole split
-    labels = split.labels if split.ignore_index is None else split.labels[split.labels != split.ignore_index]
+    labels = split.labels[split.task.valid(split.labels)]
     return labels.numel() == 0 or bool(labels.min() == labels.max())

@@ -1,4 +1,4 @@
-"""Image folders: one sub-folder a class, with or without train, validation and test above them."""
+"""Image folders: one sub-folder per class, with or without train, validation and test above them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def load_folder(path: Path, size: int | None = None, workers: int | None = None)
     if size < 1:
         raise UserError(f"size = {size}: expected a number of pixels, 1 or more")
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder: expected one with a sub-folder a class, or train, val and test")
+        raise UserError(f"{path} is not a folder: expected one with a sub-folder per class, or train, val and test")
     name = path.resolve().name
     folders = {part: _first(path, names) for part, names in PART_FOLDERS.items()}
     if folders["train"] is None:
@@ -85,7 +85,7 @@ def _scan(path: Path, name: str, classes: tuple[str, ...] | None, size: int, wor
     """List the images of the class folders under ``path``, in the order of their names."""
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
-        raise UserError(f"{path} has no sub-folders: expected one a class, with the images of that class in it")
+        raise UserError(f"{path} has no sub-folders: expected one per class, with the images of that class in it")
     found = tuple(folder.name for folder in folders)
     strangers = sorted(set(found) - set(classes or found))
     if strangers:

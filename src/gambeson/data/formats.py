@@ -67,7 +67,7 @@ def read_cifar(blob: bytes, what: str, label_bytes: int = 1) -> tuple[torch.Tens
     record = label_bytes + 3 * 32 * 32
     if not blob or len(blob) % record:
         raise UserError(
-            f"{what} has {len(blob)} bytes: expected a multiple of {record}, one record an image; fetch it again"
+            f"{what} has {len(blob)} bytes: expected a multiple of {record}, one record per image; fetch it again"
         )
     rows = _tensor(blob).reshape(-1, record)
     return rows[:, label_bytes:].reshape(-1, 3, 32, 32).contiguous(), rows[:, label_bytes - 1].to(torch.int64)
@@ -103,7 +103,7 @@ def read_labels(blob: bytes, what: str) -> torch.Tensor:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{what} is not valid JSON ({error}): fetch it again") from None
     if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise UserError(f"{what} is not a JSON list of integers: expected one label an image")
+        raise UserError(f"{what} is not a JSON list of integers: expected one label per image")
     return torch.tensor(values, dtype=torch.int64)
 
 

@@ -70,7 +70,7 @@ def partition(labels: torch.Tensor, counts: Sequence[int], name: str, seed: int 
         seed: the seed of the partition.
 
     Returns:
-        One sorted LongTensor of item numbers a part; the first part comes first.
+        One sorted LongTensor of item numbers per part; the first part comes first.
     """
     rest = torch.arange(len(labels))
     parts = []

@@ -29,7 +29,7 @@ they were faster than workers, with an eighth less work in all."""
 
 
 def default_workers() -> int:
-    """Return how many workers read for this process: $GAMBESON_WORKERS, else one a core it may use, 8 at the most.
+    """Return how many workers read for this process: $GAMBESON_WORKERS, else one per core it may use, 8 at the most.
 
     Processes of one run on one machine share its cores. None (0: threads of this process read) with less than 4 cores,
     inside a process that may not have children, and on systems where starting one runs the user's script again.

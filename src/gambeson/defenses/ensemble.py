@@ -51,7 +51,7 @@ class PerMember(Objective):
     more than one member's graph (or one a thread) is ever alive.
 
     Args:
-        objectives: one a member, opened for its voter.
+        objectives: one per member, opened for its voter.
         voters: the members.
         seeds: of their runs; the step's is ``derive(seed, "step", number)``, as in the loop. None: the batch's for all.
         threads: members computed at the same time.

@@ -9,8 +9,8 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from gambeson.attacks.losses import cross_entropy
-from gambeson.base import UserError, generator
+from gambeson.base import generator
+from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.victim import Victim
 
 TINY = 1e-12
@@ -23,7 +23,7 @@ def diversity_gain(voters: Sequence[nn.Module], images: torch.Tensor, *, seed: i
 
     1 for copies, 1/M for orthogonal Jacobians, less where members cancel (our notes on Co et al. 2022, section 3);
     1 where every Jacobian is zero. The models are in evaluation mode meanwhile. Exact up to 16 classes, beyond from
-    16 random directions in the space of the logits, the same for all members. Cost: one forward an image and member,
+    16 random directions in the space of the logits, the same for all members. Cost: one forward per image and member,
     and as many backwards as there are directions.
 
     Args:
@@ -60,7 +60,7 @@ def diversity_gain(voters: Sequence[nn.Module], images: torch.Tensor, *, seed: i
 
 
 def loss_gradients(
-    logits: torch.Tensor, labels: torch.Tensor, point: torch.Tensor, ignore_index: int | None = None
+    logits: torch.Tensor, labels: torch.Tensor, point: torch.Tensor, task: Task = CLASSIFICATION
 ) -> torch.Tensor:
     """Return the gradient of every member's cross-entropy at every image, (M, N, C*H*W), with a graph of its own.
 
@@ -68,11 +68,11 @@ def loss_gradients(
         logits: (M, N, K), of ``point``.
         labels: (N,).
         point: (N, C, H, W), with a gradient.
-        ignore_index: the label that counts nowhere.
+        task: what the labels mean.
     """
     return torch.stack(
         [
-            torch.autograd.grad(cross_entropy(z, labels, ignore_index).sum(), point, create_graph=True)[0].flatten(1)
+            torch.autograd.grad(task.cross_entropy(z, labels).sum(), point, create_graph=True)[0].flatten(1)
             for z in logits
         ]
     )
@@ -116,13 +116,3 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     """Return the mean entropy of logits (N, K), in nats."""
     logs = logits.log_softmax(1)
     return -(logs.exp() * logs).sum(1).mean()
-
-
-def check_labels(labels: torch.Tensor, name: str) -> None:
-    """Refuse labels that are maps.
-
-    Raises:
-        UserError: a label a pixel.
-    """
-    if labels.ndim != 1:
-        raise UserError(f"the labels are maps, but {name} compares classifiers: it needs one label an image")

@@ -40,7 +40,7 @@ class Part:
 
     @classmethod
     def of(cls, batch: Batch, share: float) -> Part:
-        """Choose ``share`` of the images, at least one a process."""
+        """Choose ``share`` of the images, at least one per process."""
         (number, processes), here = batch.place, len(batch.images)
         count = max(processes, round(share * here * processes))
         chosen = torch.arange(count) * (here * processes) // count

@@ -171,7 +171,7 @@ class Learn2Perturb(NoisyDefense):
         return {**super().terms(), NOISE: (weight, NoiseReward(self.noise_start))}
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Return the objective, which takes one or two steps a batch.
+        """Return the objective, which takes one or two steps per batch.
 
         Raises:
             UserError: the training is too short for the noise or the adversarial loss to begin.

@@ -9,7 +9,6 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from gambeson.attacks.losses import cross_entropy, image_means
 from gambeson.base import Number, UserError
 from gambeson.defenses.objective import (
     Adversarial,
@@ -44,8 +43,7 @@ class NoisyClean:
         """Return the mean cross-entropy."""
         logits = model(batch.images)
         self._batch, self._answers = batch, logits.detach().argmax(1)
-        losses = cross_entropy(logits, batch.labels, batch.ignore_index)
-        return image_means(losses, batch.labels, batch.ignore_index).mean()
+        return batch.losses(logits).mean()
 
     def answers(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the model's predictions on the batch: the remembered ones, or those of a forward of its own."""
@@ -75,10 +73,7 @@ class NoisyAdversarial:
         return batch_loss(model, perturb(batch.images, self._delta), batch)
 
     def _leave(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        answers = self.clean.answers(model, batch)
-        return (
-            answers if batch.ignore_index is None else answers.where(batch.labels != batch.ignore_index, batch.labels)
-        )
+        return batch.task.targets(self.clean.answers(model, batch), batch.labels)
 
 
 class NoisyDefense(Defense):
@@ -160,7 +155,7 @@ def starting(given: int | None, share: tuple[int, int], epochs: int, what: str) 
 
 @register("pni", source="He et al. 2019", cost="s + 2 / s + 2")
 class PNI(NoisyDefense):
-    """Minimise 0.5 CE(clean) + 0.5 CE(PGD-7) over the weights and one size of noise a layer, the noise always on.
+    """Minimise 0.5 CE(clean) + 0.5 CE(PGD-7) over the weights and one size of noise per layer, the noise always on.
 
     Published with eps 0.031, steps of 0.01, the adversarial part from epoch 5 of 160, SGD with Nesterov momentum at
     0.1 (x0.1 at 80 and 120), weight decay 3e-4 on the weights and none on alpha.

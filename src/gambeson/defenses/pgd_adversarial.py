@@ -27,7 +27,7 @@ class Standard(Defense):
 
 @register("pgd-adversarial", source="Madry et al. 2018", cost="s + 1 / s + 1")
 class PGDAdversarial(Defense):
-    """Minimise E[max over the ball of CE(f(x + delta), y)], one delta an image (Madry et al. 2018, equation 2.1).
+    """Minimise E[max over the ball of CE(f(x + delta), y)], one delta per image (Madry et al. 2018, equation 2.1).
 
     The steps and their length are ours: 4 of eps / 2, the inner attack of Mummadi et al. 2019, so that this is
     Shared Adversarial Training with sharedness 1, sigma 1 and no truncation, bit for bit.

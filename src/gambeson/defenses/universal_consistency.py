@@ -8,7 +8,6 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from gambeson.attacks.losses import cross_entropy, image_means
 from gambeson.base import Number, generator
 from gambeson.defenses.objective import Batch, Clean, Defense, Objective, SharedForward, TrainContext
 from gambeson.defenses.registry import register
@@ -16,8 +15,8 @@ from gambeson.defenses.uap_bank import BankStart, UAPBank, mute
 from gambeson.threat import Ball, BoxGradient, Eps, Norm
 
 Assignment = Literal["even", "random", "strong"]
-"""Which perturbation an image carries: ``even`` gives each the same number of the shuffled batch's images,
-``random`` draws one an image, ``strong`` draws those more often under which the term was larger lately."""
+"""Which perturbation each image carries: ``even`` gives each the same number of the shuffled batch's images,
+``random`` draws one per image, ``strong`` draws those more often under which the term was larger lately."""
 
 Direction = Literal["forward", "reverse"]
 """``forward`` is KL(clean prediction, perturbed prediction), as in TRADES; ``reverse`` swaps the two."""
@@ -98,13 +97,10 @@ class BankConsistency(nn.Module):
         moved = self.bank.perturb(batch.images, rows)
         clean, perturbed = model(torch.cat([batch.images, moved])).tensor_split(2)
         if self.settings.truncate is not None:
-            fooled = cross_entropy(perturbed.detach(), batch.labels, batch.ignore_index)
-            mute(moved, image_means(fooled, batch.labels, batch.ignore_index) <= self.settings.truncate)
+            mute(moved, batch.losses(perturbed.detach()) <= self.settings.truncate)
         fixed = clean.detach() if self.settings.detach_clean else clean
         apart = divergence(fixed, perturbed, self.settings.direction)
-        if batch.ignore_index is not None:
-            apart = apart * (batch.labels != batch.ignore_index)
-        values = image_means(apart, batch.labels, batch.ignore_index)
+        values = batch.task.per_image(apart, batch.labels)
         self._seen.append((rows, values.detach()))
         return clean, values.mean()
 

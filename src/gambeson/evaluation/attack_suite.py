@@ -12,9 +12,10 @@ from gambeson.base import Config, UserError, derive, seeded, task
 from gambeson.base.checks import TOLERANCE
 from gambeson.data import Split
 from gambeson.evaluation.outcome import ImageAttack, at_once
-from gambeson.evaluation.rates import Cost, Rate
+from gambeson.evaluation.rates import Cost
+from gambeson.tasks import Rate
 from gambeson.threat import Norm
-from gambeson.victim import Victim, counting, nothing_counts, predict, right_answers, votes_of, votes_right
+from gambeson.victim import Victim, nothing_counts, predict, votes_of, votes_right
 
 SURE = 0.25
 """Share of right votes up to which an image counts as broken for good while a random model is attacked, and later
@@ -99,15 +100,11 @@ class WorstCase:
     def __init__(self, victim: Victim, split: Split, *, seed: int = 0, batch_size: int = 250) -> None:
         if len(split) == 0:
             raise nothing_counts(split)
-        if split.labels.ndim != 1:
-            raise UserError(
-                f"{split.name} has label maps: the worst case over attacks is for one label per image, expected labels "
-                "(N,)"
-            )
+        split.task.require_classification("the worst case over attacks")
         self.victim, self.split, self.seed = victim, split, seed
         self.batch_size = at_once(split, batch_size)
         self.images, self.labels = split.take(slice(None), victim.device)
-        self.counts = counting(self.labels, split.ignore_index)
+        self.counts = split.task.valid(self.labels)
         if not bool(self.counts.any()):
             raise nothing_counts(split)
         self.votes = votes_of(victim, self.images)
@@ -133,11 +130,10 @@ class WorstCase:
         """Return which images are right (N,), the worst candidate of each being scored on votes of its own."""
         if not self._random:
             return self.counts & (2 * self._support > self.votes)
-        labels, ignore = self.split.labels, self.split.ignore_index
-        now = Split(self.split.name, self.images, labels, self.split.classes, ignore)
+        now = self.split.with_images(self.images)
         with seeded(self.seed, "score"):  # where a single pass decides, predict leaves the seed to its caller
-            right, _ = right_answers(predict(self.victim, now, seed=self.seed), labels.cpu(), ignore)
-        return right.to(self.labels.device) > 0
+            counts = now.task.counts(predict(self.victim, now, seed=self.seed), now.labels.cpu())
+        return counts.right.to(self.labels.device) > 0
 
     def rate(self, right: torch.Tensor) -> Rate:
         """Return the share of ``right`` (N,) among the images that count."""
@@ -145,7 +141,7 @@ class WorstCase:
 
     def _votes(self, images: torch.Tensor, rows: torch.Tensor, source: int | str) -> torch.Tensor:
         with seeded(self.seed, "candidate", source, int(rows[0])):
-            return votes_right(self.victim, images, self.labels[rows])
+            return votes_right(self.victim, images, self.labels[rows], self.split.task)
 
 
 def run_suite(
@@ -185,7 +181,7 @@ def run_suite(
             for j, part in enumerate(rows.split(worst.batch_size) if len(rows) else ()):
                 x, y, stream = clean_images[part], worst.labels[part], derive(seed, name, j)
                 with seeded(stream, "attack"):  # for an attack, or a model, that draws from torch's own generators
-                    moved = attack(victim, x, y, seed=stream, ignore_index=split.ignore_index)
+                    moved = attack(victim, x, y, seed=stream, task=split.task)
                 worst.offer(part, _checked(moved, x, name), k)
             right = worst.right()
             rounds.append(

@@ -345,11 +345,11 @@ def _attacked(
 ) -> PerImageFound:
     """Attack each image at ``eps``; an image that a smaller eps did more harm to keeps that perturbation."""
     smaller = max((known for known in tried if known < eps), default=None)
-    here, ignored = attack.model_copy(update={"eps": eps}), split.ignore_index
+    here = attack.model_copy(update={"eps": eps})
     moves = []
     with seeded(seed, "eps_adv", f"{eps:.9g}"):
         for k, (images, labels) in enumerate(split.batches(at_once(split), device=victim.device)):
-            moved = here(victim, images, labels, seed=derive(seed, "batch", k), ignore_index=ignored)
+            moved = here(victim, images, labels, seed=derive(seed, "batch", k), task=split.task)
             moves.append((moved - images).cpu())
     delta = torch.cat(moves)
     errors = _moved_errors(victim, split, delta)

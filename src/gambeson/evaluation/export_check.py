@@ -12,7 +12,6 @@ from torch import nn
 
 from gambeson.base import Config, UserError, environment, load_tensors, seeded, task, write_json
 from gambeson.data import Split
-from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import ModelCard, PixelModel
 from gambeson.models.black_box.local import OnnxModel
@@ -22,6 +21,7 @@ from gambeson.models.hubs import required
 from gambeson.models.loading import load_model
 from gambeson.models.program import load_program
 from gambeson.models.storage import init_weights
+from gambeson.tasks import Rate
 from gambeson.victim import Victim, auto_batch_size, inspect_model, majority, nothing_counts, predicted, score
 
 _TOLERANCE = 1e-3

@@ -10,7 +10,8 @@ from torch import nn
 
 from gambeson.attacks import CONTROLS, MORE_CONTROLS, UniversalPerturbation, control
 from gambeson.data import Split, as_split
-from gambeson.evaluation.rates import Control, Rate
+from gambeson.evaluation.rates import Control
+from gambeson.tasks import Rate
 from gambeson.threat import Ball
 from gambeson.victim import Score, Victim, predict, score, votes_of
 

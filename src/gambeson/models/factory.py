@@ -72,7 +72,7 @@ def create(
         in_channels: channels of an image.
         classes: number of logits.
         image_size: side, or (H, W), in pixels.
-        mean: what to subtract from the pixels: one number, or one a channel.
+        mean: what to subtract from the pixels: one number, or one per channel.
         std: what to divide them by. Without these two the mean and std of the training split are used, and
             0 and 1 without data; weights of torchvision and whatever is not of this library bring their own,
             which precede the data's.

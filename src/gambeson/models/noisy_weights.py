@@ -25,7 +25,7 @@ class ParametricNoise(Noise):
 
     kind: Literal["pni"] = "pni"
     init: Annotated[Number, Field(ge=0)] = 0.25
-    """Alpha at the start, one trained number a layer (the paper's)."""
+    """Alpha at the start, one trained number per layer (the paper's)."""
     where: Where = "weight"
     """PNI-W is the form that the paper recommends."""
 

@@ -60,7 +60,7 @@ class ModelCard(Config):
         for field, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.in_channels:
                 raise ValueError(
-                    f"{field} has {len(values)} values for {self.in_channels} channels: give one a channel"
+                    f"{field} has {len(values)} values for {self.in_channels} channels: give one per channel"
                 )
         return self
 
@@ -69,8 +69,8 @@ class Normalize(nn.Module):
     """Map pixels (N, C, H, W) in [0, 1] to ``(pixels - mean) / std``, channel by channel.
 
     Args:
-        mean: one value a channel, in pixel space.
-        std: one positive value a channel.
+        mean: one value per channel, in pixel space.
+        std: one positive value per channel.
 
     Raises:
         UserError: from ``forward``, for anything but a float batch with these channels; broadcasting would

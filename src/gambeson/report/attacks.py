@@ -16,7 +16,7 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 
 
 def build(folders: Sequence[Folder], scale: EpsFormat) -> list[Table]:
-    """Build the tables that have anything in them: a column a model, a line an attack."""
+    """Build the tables that have anything in them: a column per model, a line per attack."""
     found = [_per_image(folders, scale), _transferred(folders, scale), _noise(folders), _draws(folders)]
     return [table for table in found if table is not None]
 
@@ -65,7 +65,7 @@ def _transferred(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
     lines = [_clean(folders, "no attack", lambda folder: folder.result.clean.complement)]
     for found in _keys(columns):
         source, attack, universal, eps = found
-        note = f"crafted on {source}; {'one for all images' if universal else 'one an image'}; eps {scale.text(eps)}"
+        note = f"crafted on {source}; {'one for all images' if universal else 'one per image'}; eps {scale.text(eps)}"
         items = [column.get(found) for column in columns]
         cells = [_rate(folder, t.error if t else None) for folder, t in zip(folders, items, strict=True)]
         lines.append(Line(attack, note, cells))

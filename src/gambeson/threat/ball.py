@@ -1,7 +1,7 @@
 """Norm balls: project on them, draw from them, take the steepest step in them.
 
 Every function works on each leading row of a tensor (R, C, H, W) alone, so one ball serves one
-perturbation an image (R = N), one a heap (R = N / s) and one for all (R = 1).
+perturbation per image (R = N), one per heap (R = N / s) and one for all (R = 1).
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def perturb(images: torch.Tensor, delta: torch.Tensor, box_gradient: BoxGradient
 
     Args:
         images: (N, C, H, W) in [0, 1].
-        delta: (R, C, H, W); R = N is one perturbation an image, R = N / s one a heap of s (Mummadi et al. 2019,
+        delta: (R, C, H, W); R = N is one perturbation per image, R = N / s one a heap of s (Mummadi et al. 2019,
             section 4), R = 1 a universal one. The gradient of a heap is summed by the broadcast, at no cost.
         box_gradient: how the clip is differentiated.
 

@@ -64,7 +64,7 @@ def finish(accelerator: Accelerator) -> None:
 
 
 History = list[dict[str, float]]
-"""One entry an epoch: each term of the objective, the learning rate, the accuracy on the validation split."""
+"""One entry per epoch: each term of the objective, the learning rate, the accuracy on the validation split."""
 
 
 def train(

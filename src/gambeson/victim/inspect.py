@@ -77,7 +77,7 @@ def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
         images: (N, C, H, W) in [0, 1]; the first few are looked at.
 
     Raises:
-        UserError: what comes back has not one row an image.
+        UserError: what comes back has not one row per image.
     """
     few = images[:_FEW].detach()
     with seeded(0, "look"):
@@ -86,7 +86,7 @@ def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
         if first.ndim not in (2, 4) or len(first) != len(few):
             raise UserError(
                 f"the model was given {len(few)} images and returned shape {tuple(first.shape)}: expected logits "
-                "(N, K), or (N, K, H, W) for one answer a pixel"
+                "(N, K), or (N, K, H, W) for one answer per pixel"
             )
         writes = not torch.equal(given, few)
         gap, calls = 0.0, 1

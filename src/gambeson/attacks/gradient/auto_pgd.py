@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 
 from gambeson.attacks.gradient.base import GradientAttack, warn_of_fallback
-from gambeson.attacks.losses import LossName, is_adversarial
+from gambeson.attacks.losses import LossName
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import ProjectedGradient
 from gambeson.base import Number, generator
@@ -20,7 +20,7 @@ from gambeson.threat import Norm
 
 @dataclass(frozen=True, kw_only=True)
 class Climb:
-    """One climb an image that still stands; every field has one row an image."""
+    """One climb per image that still stands; every field has one row per image."""
 
     rows: torch.Tensor
     """Which images of the batch these are."""
@@ -123,7 +123,7 @@ class AutoPGD(GradientAttack):
 
     Steps start long and with momentum; at checkpoints that come closer and closer, an image whose loss has
     stopped rising has its step halved and goes on from its best point. For each image the result is a perturbation
-    that succeeds, else the one of highest loss. Costs, an image and restart: ``steps`` + 1 forwards and ``steps``
+    that succeeds, else the one of highest loss. Costs per image and restart: ``steps`` + 1 forwards and ``steps``
     backwards; with ``targets``, as much for each target and one forward more in all; with ``probe_steps`` as well,
     ``probe_steps`` + 1 forwards and ``probe_steps`` backwards for each target, and the full climb for
     ``targets_kept`` of them. An image that is adversarial already costs nothing more.
@@ -134,7 +134,7 @@ class AutoPGD(GradientAttack):
     """
 
     steps: Annotated[int, Field(ge=1)] = 100
-    """Gradient steps a restart; the paper's 100."""
+    """Gradient steps per restart; the paper's 100."""
     rel_step_size: Annotated[Number, Field(gt=0)] | None = None
     """Length of the first steps as a share of eps; 2 where it is not given, as in the paper, and 1 in the norm 1."""
     inertia: Annotated[Number, Field(gt=0, le=1)] = 0.75
@@ -184,10 +184,9 @@ class AutoPGD(GradientAttack):
         with torch.no_grad():
             logits = solver.victim(x)
         # An image that is wrong as it is needs no perturbation.
-        record.is_adversarial.copy_(is_adversarial(logits, y, solver.ignore_index))
+        record.is_adversarial.copy_(solver.task.is_adversarial(logits, y))
         solver = dataclasses.replace(solver, loss=solver.loss.model_copy(update={"targeted": True}))
-        counts = torch.ones_like(y, dtype=torch.bool) if solver.ignore_index is None else y != solver.ignore_index
-        own = y.where(counts, torch.zeros_like(y)).unsqueeze(1)
+        task, own = solver.task, solver.task.indexable(y).unsqueeze(1)
         order = logits.scatter(1, own, -torch.inf).argsort(dim=1, descending=True, stable=True)
         order = order[:, : min(self.targets, logits.shape[1] - 1)]
         for restart in range(self.restarts):
@@ -195,14 +194,14 @@ class AutoPGD(GradientAttack):
             if self.probe_steps is not None:
                 brief = self.model_copy(update={"steps": self.probe_steps})
                 reached = [
-                    brief._climb(solver, x, target.where(counts, y), y, f"{restart}/scout/{rank}", seed, record)
+                    brief._climb(solver, x, task.targets(target, y), y, f"{restart}/scout/{rank}", seed, record)
                     for rank, target in enumerate(order.unbind(1))
                 ]
                 nearest = torch.stack(reached, 1).argsort(dim=1, descending=True, stable=True)
                 chosen = nearest[:, : self.targets_kept].reshape(len(x), -1, *[1] * (order.ndim - 2))
                 tried = order.gather(1, chosen.expand(-1, -1, *order.shape[2:]))
             for rank, target in enumerate(tried.unbind(1)):
-                self._climb(solver, x, target.where(counts, y), y, f"{restart}/{rank}", seed, record)
+                self._climb(solver, x, task.targets(target, y), y, f"{restart}/{rank}", seed, record)
 
     def _climb(
         self,
@@ -259,7 +258,7 @@ class AutoPGD(GradientAttack):
     ) -> Climb:
         gradient, logits = solver.gradient(delta, images, labels, truth=self._measure(truth), number=1)
         warn_of_fallback(solver.loss, logits.shape[1])
-        value = solver.loss(logits, labels, solver.ignore_index, self._measure(truth))
+        value = solver.loss(logits, labels, solver.task, self._measure(truth))
         state = Climb(
             rows=rows,
             images=images,
@@ -293,14 +292,14 @@ class AutoPGD(GradientAttack):
             value, logits = solver.losses(delta, now.images, now.labels, truth=truth)
             return self._note(solver, now.arrive(delta, now.gradient, value), logits, record)
         gradient, logits = solver.gradient(delta, now.images, now.labels, truth=truth, number=step + 1)
-        value = solver.loss(logits, now.labels, solver.ignore_index, truth)
+        value = solver.loss(logits, now.labels, solver.task, truth)
         return self._note(solver, now.arrive(delta, gradient, value), logits, record)
 
     def _move(self, solver: ProjectedGradient, now: Climb) -> torch.Tensor:
         return solver.step_along(now.delta, now.images, now.gradient, now.length.view(-1, 1, 1, 1))
 
     def _note(self, solver: ProjectedGradient, state: Climb, logits: torch.Tensor, record: BestSoFar) -> Climb:
-        down = is_adversarial(logits, state.truth, solver.ignore_index, targeted=self.reaches)
+        down = solver.task.is_adversarial(logits, state.truth, targeted=self.reaches)
         record.note(state.rows, state.delta, state.value, down)
         return state.only(~down) if self.early_stop and bool(down.any()) else state
 

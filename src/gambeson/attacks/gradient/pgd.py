@@ -1,4 +1,4 @@
-"""Gradient attacks with one perturbation an image: FGSM, R+FGSM, I-FGSM and PGD, as settings of one loop."""
+"""Gradient attacks with one perturbation per image: FGSM, R+FGSM, I-FGSM and PGD, as settings of one loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from gambeson.attacks.gradient.base import (
     Smoothing,
     warn_of_fallback,
 )
-from gambeson.attacks.losses import is_adversarial
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import ProjectedGradient, cosine
 from gambeson.base import Number, generator
@@ -29,7 +28,7 @@ Start = Literal["zero", "uniform", "sign"]
 class PGD(GradientAttack):
     """Projected gradient descent (Madry et al. 2018, section 2.1; Kurakin et al. 2017 with ``start="zero"``).
 
-    The length of a step and the number of restarts are not fixed by the paper; they are ours. Costs, an image and
+    The length of a step and the number of restarts are not fixed by the paper; they are ours. Costs per image and
     restart: ``steps`` forwards and backwards, one forward more where several restarts are compared, one more a step
     where an early stop needs to see what ``nesterov`` or ``diversity`` hide, and ``scales.copies`` times as much of
     a step with ``scales``.
@@ -39,7 +38,7 @@ class PGD(GradientAttack):
     """
 
     steps: Annotated[int, Field(ge=1)] = 20
-    """Gradient steps a restart."""
+    """Gradient steps per restart."""
     rel_step_size: Annotated[Number, Field(gt=0)] | None = None
     """Length of a step as a share of eps; 4 / steps where it is not given. The customary 2.5 / steps stops one to
     three per cent short of the optimum of a linear model in the Euclidean ball; 4 / steps, a tenth of one."""
@@ -116,7 +115,7 @@ class PGD(GradientAttack):
                 if self.early_stop:
                     if not guide.sees_images:
                         _, logits = solver.losses(delta, images, labels)
-                    down = is_adversarial(logits, labels, solver.ignore_index, targeted=self.reaches)
+                    down = solver.task.is_adversarial(logits, labels, targeted=self.reaches)
                     if bool(down.any()):
                         best[rows[down]], record.is_adversarial[rows[down]] = delta[down], True
                         kept = (rows, images, labels, delta, direction, velocity)
@@ -130,7 +129,7 @@ class PGD(GradientAttack):
                 break
             if len(rows):
                 value, logits = solver.losses(delta, images, labels)
-                down = is_adversarial(logits, labels, solver.ignore_index, targeted=self.reaches)
+                down = solver.task.is_adversarial(logits, labels, targeted=self.reaches)
                 record.note(rows, delta, value, down)
 
 

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from gambeson.attacks.losses import is_adversarial, margin
+from gambeson.attacks.losses import margin
 from gambeson.attacks.minimal_norm.base import MinimalNorm, refuse_non_finite, refuse_odd_head
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import Adam
 from gambeson.base import Number
+from gambeson.tasks import CLASSIFICATION
 from gambeson.victim import Victim
 
 _EDGE = 0.999999
@@ -26,7 +27,7 @@ class CarliniWagner(MinimalNorm):
     spare; c is searched for each image by itself, by factors of ten until it succeeds and by halving after. What is
     returned is the smallest success at any step of any c; an image for which there is none comes back as it was,
     and one that the model gets wrong already (by ``kappa``) too. Success is seen on the very images returned.
-    Cost an image: at most 1 + ``searches`` x ``steps`` forwards and ``searches`` x ``steps`` backwards.
+    Cost per image: at most 1 + ``searches`` x ``steps`` forwards and ``searches`` x ``steps`` backwards.
     """
 
     targeted: bool = False
@@ -122,4 +123,6 @@ class CarliniWagner(MinimalNorm):
         return -margin(logits, labels) if self.targeted else margin(logits, labels)
 
     def _success(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return is_adversarial(logits, labels, targeted=self.targeted) & (self._gain(logits, labels) >= self.kappa)
+        return CLASSIFICATION.is_adversarial(logits, labels, targeted=self.targeted) & (
+            self._gain(logits, labels) >= self.kappa
+        )

@@ -7,18 +7,18 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from gambeson.attacks.losses import is_adversarial
 from gambeson.attacks.minimal_norm.base import MinimalNorm, refuse_non_finite, refuse_odd_head
 from gambeson.attacks.query.base import InfOr2
 from gambeson.attacks.registry import register
 from gambeson.base import Number
+from gambeson.tasks import CLASSIFICATION
 from gambeson.threat import Ball, Norm
 from gambeson.victim import Victim
 
 _SHORTEST = 1e-6
 """Shortest step in pixel units (ours): on the boundary itself a step of no length would never leave it."""
 _FEW = 4
-"""Up to this many images, one backward through copies is faster than a backward a class."""
+"""Up to this many images, one backward through copies is faster than a backward per class."""
 
 
 @register(
@@ -34,7 +34,7 @@ class DeepFool(MinimalNorm):
     end as in the paper's text, so that a linear model falls in one step. Labels are the truth: pass the model's own
     predictions for the paper's reading. An image that falls is finished; one that never does keeps its last
     perturbation. Untargeted only, as in the paper.
-    Cost an image and step: 1 forward and ``classes`` - 1 backwards, for as long as it stands; where at most four
+    Cost per image and step: 1 forward and ``classes`` - 1 backwards, for as long as it stands; where at most four
     still stand, ``classes`` - 1 forwards more.
     """
 
@@ -66,7 +66,7 @@ class DeepFool(MinimalNorm):
                 if rivals is None:
                     rivals = self._rivals(logits.detach(), labels)
                 refuse_non_finite(logits, step=number)
-                down = is_adversarial(logits, labels)
+                down = CLASSIFICATION.is_adversarial(logits, labels)
                 if bool(down.all()):
                     break
                 step = self._step(victim, point, logits, labels, rivals, number)
@@ -116,7 +116,7 @@ class DeepFool(MinimalNorm):
 
 
 def _copied_slopes(victim: Victim, point: torch.Tensor, labels: torch.Tensor, rivals: torch.Tensor) -> torch.Tensor:
-    """Return the gradients of every rival's lead, (A, k, C, H, W), from one backward through k copies an image."""
+    """Return the gradients of every rival's lead, (A, k, C, H, W), from one backward through k copies per image."""
     count = rivals.shape[1]
     copies = point.detach().repeat_interleave(count, 0).requires_grad_()
     pairs = torch.stack([rivals.flatten(), labels.repeat_interleave(count)], 1)

@@ -11,9 +11,11 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import nn
 
-from gambeson.attacks.losses import Loss, is_adversarial
+from gambeson.attacks.losses import Loss
 from gambeson.base import Config, UserError
-from gambeson.base.checks import check_batch, check_labels
+from gambeson.base.checks import check_batch
+from gambeson.tasks import Task
+from gambeson.tasks import of as task_of
 from gambeson.victim import Victim
 
 InfOr2 = Annotated[Literal["inf", "2"], BeforeValidator(lambda value: str(value).lower().removeprefix("l"))]
@@ -21,7 +23,7 @@ InfOr2 = Annotated[Literal["inf", "2"], BeforeValidator(lambda value: str(value)
 
 
 class Queries:
-    """A function from images to scores, asked at most so often an image, and counted.
+    """A function from images to scores, asked at most so often per image, and counted.
 
     Hand it to a query attack in place of the model to read afterwards what the attack asked. It needs no gradient
     and sees only images (M, C, H, W) in [0, 1]; logits, log-probabilities and probabilities will do.
@@ -73,7 +75,7 @@ class Queries:
 
     def _read(self, answer: Any, asked: torch.Tensor) -> torch.Tensor:
         answer = getattr(answer, "logits", answer)
-        expected = f"expected scores ({len(asked)}, K), one row an image"
+        expected = f"expected scores ({len(asked)}, K), one row per image"
         try:
             scores = torch.as_tensor(answer, device=asked.device).detach()
         except (TypeError, ValueError, RuntimeError):
@@ -101,19 +103,14 @@ class Queries:
         return scores
 
 
-def attacked(labels: torch.Tensor, ignore_index: int | None) -> torch.Tensor:
-    """Return the numbers of the images to attack: those whose one label is not the ignore index.
+def attacked(labels: torch.Tensor, task: Task) -> torch.Tensor:
+    """Return the numbers of the images to attack: those whose label counts.
 
     Raises:
-        UserError: there is not one label an image.
+        UserError: there is not one label per image.
     """
-    if labels.ndim != 1:
-        raise UserError(
-            f"labels have shape {tuple(labels.shape)}: this attack takes one label an image (N,); "
-            "for label maps choose a gradient attack such as PGD"
-        )
-    counts = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
-    return counts.nonzero().flatten()
+    task.require_classification("this attack", "for label maps choose a gradient attack such as PGD")
+    return task.labelled(labels).nonzero().flatten()
 
 
 def working(images: torch.Tensor) -> torch.Tensor:
@@ -131,18 +128,16 @@ class Search:
         standing: (A,) numbers of the images that have not fallen.
     """
 
-    def __init__(
-        self, queries: Queries, images: torch.Tensor, labels: torch.Tensor, loss: Loss, ignore_index: int | None
-    ) -> None:
-        self.queries, self.images, self.labels, self.loss = queries, images, labels, loss
+    def __init__(self, queries: Queries, images: torch.Tensor, labels: torch.Tensor, loss: Loss, task: Task) -> None:
+        self.queries, self.images, self.labels, self.loss, self.task = queries, images, labels, loss, task
         self.best = images.clone()
         self.value = torch.full((len(images),), torch.inf, device=images.device)
-        self.active = attacked(labels, ignore_index)
+        self.active = attacked(labels, task)
         if len(self.active) == 0:
             return
         self.value[self.active] = -torch.inf
         scores = queries(images[self.active], self.active)
-        check_labels(labels, scores.shape[1], ignore_index)
+        task.check_labels(labels, scores.shape[1])
         self._take(images[self.active], scores)
 
     @property
@@ -156,7 +151,7 @@ class Search:
         """Return the loss of each candidate (M,) and whether it makes its image fall (M,)."""
         scores = self.queries(candidates, rows)
         labels = self.labels[rows]
-        return self.loss(scores, labels), is_adversarial(scores, labels, targeted=self.loss.targeted)
+        return self.loss(scores, labels), self.task.is_adversarial(scores, labels, targeted=self.loss.targeted)
 
     def offer(self, candidates: torch.Tensor) -> None:
         """Ask about one candidate (A, C, H, W) a standing image; keep it where its loss is higher or it falls."""
@@ -176,14 +171,16 @@ class Search:
 
     def _take(self, candidates: torch.Tensor, scores: torch.Tensor) -> None:
         labels = self.labels[self.active]
-        self.keep(candidates, self.loss(scores, labels), is_adversarial(scores, labels, targeted=self.loss.targeted))
+        self.keep(
+            candidates, self.loss(scores, labels), self.task.is_adversarial(scores, labels, targeted=self.loss.targeted)
+        )
 
 
 class QueryAttack(Config):
     """What query attacks have in common: a budget, labels or targets, and a stop for each image by itself."""
 
     queries: Annotated[int, Field(ge=1)] = 5000
-    """The most queries an image, the one about the clean image included; never exceeded. An image that has fallen
+    """The most queries per image, the one about the clean image included; never exceeded. An image that has fallen
     is not asked about again."""
     targeted: bool = False
     """Read the labels as targets to reach."""
@@ -198,7 +195,7 @@ class QueryAttack(Config):
         y: torch.Tensor,
         *,
         seed: int = 0,
-        ignore_index: int | None = None,
+        task: Task | None = None,
     ) -> torch.Tensor:
         """Attack a batch; all that is needed of the model is a function from images to scores (N, K).
 
@@ -207,22 +204,23 @@ class QueryAttack(Config):
             x: (N, C, H, W) in [0, 1].
             y: (N,) labels, or targets where ``targeted``.
             seed: of every random draw.
-            ignore_index: label of images that are left alone.
+            task: what the labels mean; images whose label does not count are left alone.
 
         Returns:
             (N, C, H, W): for each image what made it fall, else the candidate with the highest loss.
 
         Raises:
-            UserError: images outside [0, 1], one label a pixel, or a function that does not return scores (N, K).
+            UserError: images outside [0, 1], one label per pixel, or a function that does not return scores (N, K).
         """
         images = check_batch(x, y)
         queries = model if isinstance(model, Queries) else Queries(model)
-        if len(attacked(y, ignore_index)) == 0 or self._null:
+        task = task_of(y) if task is None else task
+        if len(attacked(y, task)) == 0 or self._null:
             return images
         with queries.opened(images, self.queries):
             by_margin = self._margin_by_default if self.margin is None else self.margin
             loss = Loss(kind="margin" if by_margin else "cross-entropy", targeted=self.targeted)
-            search = Search(queries, working(images), y, loss, ignore_index)
+            search = Search(queries, working(images), y, loss, task)
             self._search(search, seed)
         return search.best.to(images.dtype)
 

@@ -23,7 +23,7 @@ class NES(QueryAttack):
     cross-entropy for targets, as in the paper, and the margin untargeted (ours), where the cross-entropy of a
     confident model rounds to zero and shows no difference; ``margin`` overrules that. The authors' code
     also halves the step where the loss stalls; that is left out. The last step of the budget has fewer pairs.
-    Cost: at most ``queries`` forwards an image: one for the image, 2 ``pairs`` + 1 a step.
+    Cost: at most ``queries`` forwards per image: one for the image, 2 ``pairs`` + 1 a step.
     """
 
     eps: Eps
@@ -45,7 +45,7 @@ class NES(QueryAttack):
     clip_probes: bool = True
     """Clip probes to [0, 1], so that only images are ever asked about; the papers do not."""
     batch_size: Annotated[int, Field(ge=1)] = 512
-    """Probes sent to the model at once; at least one an image."""
+    """Probes sent to the model at once; at least one per image."""
 
     @property
     def ball(self) -> Ball:
@@ -107,7 +107,7 @@ class SPSA(NES):
     """Simultaneous perturbation (Uesato et al. 2018, section 3, Algorithm 1): random signs, the margin, and Adam.
 
     As :class:`NES` but for its defaults. The step size is the paper's 0.01 at eps 8/255; ``pairs`` is ours: the
-    paper takes up to 8,192 samples a step, which leaves few steps for a small budget.
+    paper takes up to 8,192 samples per step, which leaves few steps for a small budget.
     """
 
     pairs: Annotated[int, Field(ge=1)] = 64

@@ -24,7 +24,7 @@ class OnePixel(QueryAttack):
     may fall together, so at most ``pixels`` change. Where the paper is silent, ours: an image is finished once its
     class is wrong (or the target), where the paper stops at a probability; a place outside the image is drawn anew;
     a colour is clipped.
-    Cost: at most ``queries`` forwards an image.
+    Cost: at most ``queries`` forwards per image.
     """
 
     pixels: Annotated[int, Field(ge=0)] = 1

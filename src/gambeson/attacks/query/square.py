@@ -19,7 +19,7 @@ class RandomSearch(QueryAttack):
     """The control of query attacks: independent draws on the surface of the ball, the best one kept.
 
     Random signs scaled to norm eps. An attack that learns from its queries has to beat it at the same budget.
-    Cost: at most ``queries`` forwards an image.
+    Cost: at most ``queries`` forwards per image.
     """
 
     eps: Eps
@@ -59,7 +59,7 @@ class Square(RandomSearch):
     of the scores, targeted their negative cross-entropy, as the authors do; ``margin`` overrules that. The share
     of pixels is halved at the authors' iterations, counted as shares of the budget. Where a window reaches beyond
     a small or oblong image it is as wide as the shorter side. The steps for ``norm="2"`` are Algorithm 3.
-    Cost: at most ``queries`` forwards an image; an eighth of them where ``early_abandon`` sees no prospect.
+    Cost: at most ``queries`` forwards per image; an eighth of them where ``early_abandon`` sees no prospect.
     """
 
     p_init: Annotated[Number, Field(gt=0, le=1)] = 0.8
@@ -124,14 +124,14 @@ class Square(RandomSearch):
 
 
 def _signs_and_chance(images: torch.Tensor, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a random sign a channel (N, C, 1, 1), and a number in [0, 1) an image (N,)."""
+    """Return a random sign per channel (N, C, 1, 1), and a number in [0, 1) an image (N,)."""
     shape = (*images.shape[:2], 1, 1)
     signs = torch.randint(0, 2, shape, generator=draw, device=draw.device).to(images.dtype) * 2 - 1
     return signs, torch.rand(len(images), generator=draw, device=draw.device)
 
 
 def _stripes(images: torch.Tensor, ball: Ball, draw: torch.Generator) -> torch.Tensor:
-    """Columns of +-eps, a sign a channel and column (paper, section 3.3)."""
+    """Columns of +-eps, a sign per channel and column (paper, section 3.3)."""
     n, c, _, w = images.shape
     return ball.signs((n, c, 1, w), draw).to(images.dtype).expand_as(images)
 
@@ -145,7 +145,7 @@ def _place(
     signs: torch.Tensor,
     chance: torch.Tensor,
 ) -> torch.Tensor:
-    """Set a window to +-eps, a sign a channel (paper, Algorithm 2), never to what it is already (authors' code)."""
+    """Set a window to +-eps, a sign per channel (paper, Algorithm 2), never to what it is already (authors' code)."""
     (c, h, w), (top, left) = images.shape[1:], (corner[0] for corner in corners)
     rows, columns = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
     inside = ((rows >= top[:, None]) & (rows < top[:, None] + side))[:, None, :, None] & (

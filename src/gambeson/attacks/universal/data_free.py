@@ -30,7 +30,7 @@ class DataFree(UniversalAttack):
     ``check_every`` steps the rate on validation is taken, and the best delta is kept; the papers do the same with a
     substitute data set. No training image is used but with ``prior="data"``, and no label while crafting.
 
-    Cost: a forward and a backward of ``batch_size`` images a step (of one where the prior is ``none``), and a forward
+    Cost: a forward and a backward of ``batch_size`` images per step (of one where the prior is ``none``), and a forward
     of validation a check. The paper's rate 0.1 at eps 10 of 255 is ``rel_step_size`` = 0.01 of eps. Steps, check
     interval and patience are ours: the paper has 40,000, 400 and 10.
     """

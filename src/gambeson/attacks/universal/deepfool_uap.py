@@ -11,7 +11,7 @@ from pydantic import Field
 from gambeson.attacks.minimal_norm.deepfool import DeepFool
 from gambeson.attacks.registry import register
 from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
-from gambeson.base import Number, UserError, generator
+from gambeson.base import Number, generator
 from gambeson.data import Split
 from gambeson.threat import perturb
 from gambeson.victim import Victim, predict, score
@@ -32,7 +32,7 @@ class DeepFoolUAP(UniversalAttack):
     ``images_a_step=1`` is the paper's one image at a time. With more, DeepFool runs on all standing images of a step at
     once and v moves by the mean of their r: a deviation of ours for speed.
 
-    Cost: a forward an image and pass, and for a standing image one more and up to ``inner_steps`` times those of a
+    Cost: a forward per image and pass, and for a standing image one more and up to ``inner_steps`` times those of a
     step of :class:`DeepFool`. Clipping of x + v, which the public code leaves out, is ours.
     """
 
@@ -51,13 +51,12 @@ class DeepFoolUAP(UniversalAttack):
     overshoot: Annotated[Number, Field(ge=0)] = 0.02
     """DeepFool goes this share beyond the boundary."""
     inner_steps: Annotated[int, Field(ge=1)] = 10
-    """Linearisations of DeepFool an image; an image that has not fallen after them moves nothing."""
+    """Linearisations of DeepFool per image; an image that has not fallen after them moves nothing."""
     restarts: Annotated[int, Field(ge=1)] = 1
     """Orders of the images; validation chooses."""
 
     def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
-        if context.train.labels.ndim != 1:
-            raise UserError("the labels are maps: DeepFool-UAP expects one label an image")
+        context.task.require_classification("DeepFool-UAP")
         few = context.few(self.images)
         clean = [predict(victim, few) for victim in context.victims]
         zero = context.start("zero", 0)

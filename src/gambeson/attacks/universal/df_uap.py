@@ -44,7 +44,7 @@ class DFUAP(UniversalAttack):
     name: ClassVar[str] = "df-uap"
 
     steps: Annotated[int, Field(ge=1)] = 200
-    """Adam steps a restart, one mini-batch each."""
+    """Adam steps per restart, one mini-batch each."""
     batch_size: Annotated[int, Field(ge=1)] = 128
     """Images a step."""
     rel_step_size: Annotated[Number, Field(gt=0)] = 0.005 * 255 / 10
@@ -66,7 +66,7 @@ class DFUAP(UniversalAttack):
 
     @property
     def objective(self) -> Loss:
-        """What is climbed, one value an image."""
+        """What is climbed, one value per image."""
         return (
             Loss(kind="margin", truncate=self.confidence)
             if self.target is None

@@ -39,7 +39,7 @@ class SGA(UniversalAttack):
     name: ClassVar[str] = "sga"
 
     steps: Annotated[int, Field(ge=1)] = 100
-    """Outer steps a restart, one large batch each."""
+    """Outer steps per restart, one large batch each."""
     batch_size: Annotated[int, Field(ge=1)] = 250
     """Images of a large batch."""
     inner_batch: Annotated[int, Field(ge=1)] = 10
@@ -68,7 +68,7 @@ class SGA(UniversalAttack):
 
     @property
     def objective(self) -> Loss:
-        """What is climbed, one value an image."""
+        """What is climbed, one value per image."""
         if self.target is not None:
             return Loss(targeted=True, truncate=self.target_floor)
         return CleanLogit() if self.loss == "logit" else Loss(truncate=self.truncate)

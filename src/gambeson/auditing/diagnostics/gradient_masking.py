@@ -41,10 +41,10 @@ def _alive(context: AuditContext) -> Finding:
     split, loss = context.sample, Loss(kind="cross-entropy")
     scale = context.victim.temperature  # of the logits as attacks climb them
     images, labels = split.take(slice(None), context.victim.device)
-    dead = _without(_slopes(context, images, labels, lambda z, y: loss(z / scale, y, split.ignore_index))[0])
+    dead = _without(_slopes(context, images, labels, lambda z, y: loss(z / scale, y, split.task))[0])
     detail = f"{dead} of {len(images)} images have an input gradient of zero, or one that is not finite"
     numbers, blind = {"dead": dead / len(images)}, 0
-    if labels.ndim == 1 and split.ignore_index is None and len(split.classes) >= _SEVERAL:
+    if split.task.labels_every_image and len(split.classes) >= _SEVERAL:
         blind = _without(_slopes(context, images, labels, _of_wrong_classes)[0])
         detail += f"; on {blind} no wrong class's logit has a gradient"
         numbers["wrong classes dead"] = blind / len(images)
@@ -118,13 +118,13 @@ def _true(context: AuditContext) -> Finding:
     # Where attacks begin: a point drawn in the ball has no ties, at which one-sided slopes differ.
     point = perturb(images, Ball(eps=context.eps, norm=context.suite.norm).uniform(images.shape, draw))
     loss = Loss(kind="margin")
-    gradients, before = _slopes(context, point, labels, lambda z, y: loss(z, y, split.ignore_index))
+    gradients, before = _slopes(context, point, labels, lambda z, y: loss(z, y, split.task))
     signs = torch.where(gradients == 0, Ball(eps=1).signs(images.shape, draw), gradients.sign())
     moved = perturb(point, _REACH * signs)
     said = (gradients * (moved - point)).double().flatten(1).sum(1)
     with torch.no_grad():
         parts = zip(moved.split(at_once(split)), labels.split(at_once(split)), strict=True)
-        after = [loss(victim.forward_original(x), y, split.ignore_index) for x, y in parts]
+        after = [loss(victim.forward_original(x), y, split.task) for x, y in parts]
     seen = (torch.cat(after) - before).double()
     kept = ((seen >= said / 2) & (seen <= 2 * said)) | ((seen == 0) & (said == 0))
     false = Rate.of(int((~kept).sum()), len(kept))

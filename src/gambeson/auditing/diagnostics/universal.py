@@ -16,9 +16,7 @@ _NEAR_CEILING = 0.8
 
 def _prior(context: AuditContext) -> float:
     """Share of the most frequent class: the accuracy of always naming it."""
-    labels = context.test.labels.flatten()
-    if context.test.ignore_index is not None:
-        labels = labels[labels != context.test.ignore_index]
+    labels = context.test.labels[context.test.task.valid(context.test.labels)]
     return float(labels.bincount().max() / max(1, len(labels))) if len(labels) else 0.0
 
 

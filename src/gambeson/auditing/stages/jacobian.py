@@ -59,7 +59,7 @@ def measure(
     Returns:
         None for black boxes, for label maps and whatever else is no classifier, and where the suite leaves them out.
     """
-    if suite.slope_backwards == 0 or split.ignore_index is not None or split.labels.ndim != 1:
+    if suite.slope_backwards == 0 or not split.task.labels_every_image:
         return None
     if isinstance(victim.model, BlackBox):
         return None

@@ -14,9 +14,9 @@ from gambeson.evaluation.outcome import ImageAttack, accuracy_under
 
 def left_out(context: AuditContext) -> str:
     """Return why there is no row of attacks; empty where there can be one."""
-    if context.suite.norm != "1" and context.test.labels.ndim == 1:
+    if context.suite.norm != "1" and context.test.task.per_image_label:
         return ""
-    return "No row of attacks was tried on single images: it is for one label an image and the norms inf and 2."
+    return "No row of attacks was tried on single images: it is for one label per image and the norms inf and 2."
 
 
 def measure(context: AuditContext) -> list[PerImageResult]:

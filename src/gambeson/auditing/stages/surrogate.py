@@ -31,7 +31,7 @@ def choose(suite: Suite, data: Dataset) -> tuple[str, str]:
     """Return the architecture to train (empty: none, or what the suite names), and why there is none."""
     if suite.surrogate == "none":
         return "", "No perturbation was transferred, as the suite asks."
-    if data.test.labels.ndim != 1:
+    if not data.test.task.per_image_label:
         return "", "No perturbation was transferred: a surrogate takes one label an image."
     if suite.surrogate != "auto":
         return "", ""

@@ -167,7 +167,7 @@ class BlackBox(nn.Module):
         self._written = number
 
     def _read(self, answer: Any, count: int) -> torch.Tensor:
-        expected = f"expected scores ({count}, K), one row an image"
+        expected = f"expected scores ({count}, K), one row per image"
         answer = getattr(answer, "logits", answer)
         try:
             given = torch.as_tensor(answer).detach().cpu()
