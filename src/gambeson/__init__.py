@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from gambeson.base import UserError
     from gambeson.training import train
 
+    __version__: str
+
 __all__ = [
     "UserError",
     "analysis",
@@ -54,6 +56,8 @@ _DEFINED_IN = {"UserError": "base", "audit": "auditing", "train": "training"}
 if not TYPE_CHECKING:  # a type checker that saw __getattr__ would let every misspelt name pass
 
     def __getattr__(name: str) -> object:
+        if name == "__version__":
+            return globals().setdefault(name, _version())
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
@@ -63,4 +67,13 @@ if not TYPE_CHECKING:  # a type checker that saw __getattr__ would let every mis
         return globals().setdefault(name, value)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return sorted({*globals(), *__all__, "__version__"})
+
+    def _version() -> str:
+        """Return the version that is installed; ``unknown`` for a source tree that is not."""
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("gambeson")
+        except PackageNotFoundError:
+            return "unknown"
