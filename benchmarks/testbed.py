@@ -53,7 +53,7 @@ FIRST = ", first sight"
 looked into afterwards, so that only that state of the code makes these numbers again."""
 THIN = {
     "universal_steps": 100,
-    "universal_screened": 2,
+    "universal_probe_starts": 2,
     "eps_uni_runs": 0,
     "eps_adv": False,
     "test_images": 500,

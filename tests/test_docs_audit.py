@@ -132,7 +132,7 @@ def test_the_costs_are_those_of_the_suites(page):
 def test_the_cost_of_a_universal_perturbation_is_what_is_counted(page, trained, digits, monkeypatch):
     from gambeson.victim import Victim
 
-    small = {"universal_steps": 125, "universal_batch": 8, "universal_screened": 1, "universal_restarts": 1}
+    small = {"universal_steps": 125, "universal_batch": 8, "universal_probe_starts": 1, "universal_restarts": 1}
     suite = Suite(eps=(0.1,), **small)
     monkeypatch.setattr(page, "SUITES", {"small": suite})
     attack = suite.universal(0.1)

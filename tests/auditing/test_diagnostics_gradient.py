@@ -203,7 +203,7 @@ class Noisy(nn.Module):
 @pytest.mark.parametrize("norm", ["inf", "2", "1"])
 def test_odd_models_and_norms_are_looked_at_or_left_with_a_reason(norm):
     eps = {"inf": (0.05, 0.1, 0.3), "2": (0.3, 0.6, 2.0), "1": (1.0, 2.0, 8.0)}[norm]
-    settings = {"norm": norm, "sample": 10, "pgd_steps": 5, "gradient_draws": 2}
+    settings = {"norm": norm, "sample": 10, "pgd_steps": 5, "eot_samples": 2}
     colour = LinearNet(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
     x = torch.rand(60, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     y = colour(x).argmax(1)

@@ -71,7 +71,7 @@ def test_the_row_in_the_norm_2_and_on_a_random_model(few):
     images = torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     split = Split("made", images, LinearNet.forward(model, images).argmax(1), ("a", "b", "c"))
     data = Dataset("made", split, split, split, split.classes)
-    settings = {"norm": "2", "pgd_steps": 3, "row_images": 6, "row_queries": 10, "gradient_draws": 2}
+    settings = {"norm": "2", "pgd_steps": 3, "row_images": 6, "row_queries": 10, "eot_samples": 2}
     with held(model, data, (0.05,), **settings) as evidence:
         _, row = per_image.measure(evidence)
         assert row.settings["auto-pgd"]["eot_samples"] == 2

@@ -50,7 +50,7 @@ def _attack(context: AuditContext, eot_samples: int | None) -> PGD:
     condition="averaging gradients over twice as many draws, or over one alone, clearly breaks more images",
     explanation="The attacks followed the noise of too few draws, or a mean that misleads (expectation over "
     "transformation, Athalye et al. 2018, section 4.2): a stronger attack is known, and the numbers are not it.",
-    remedy="Raise gradient_draws until more of them change nothing; where one does better, lower them to it.",
+    remedy="Raise eot_samples until more of them change nothing; where one does better, lower them to it.",
 )
 def _more_draws(context: AuditContext) -> Finding:
     if not context.subject.random:
