@@ -22,14 +22,14 @@ AUDIT = {
     "eps": "[0.1, 0.3]",
     "universal_steps": 5,
     "universal_batch": 16,
-    "universal_screened": 0,
+    "universal_probe_starts": 0,
     "pgd_steps": 2,
     "test_images": 40,
     "validation_images": 40,
     "sample": 20,
     "queries": 0,
     "eps_uni_runs": 0,
-    "slope_backwards": 0,
+    "jacobian_backwards": 0,
 }
 
 

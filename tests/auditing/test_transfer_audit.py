@@ -103,7 +103,8 @@ def test_a_gradient_turned_round_loses_to_noise(trained, digits, source):
 
 
 def test_an_honest_net_passes(trained, digits, source):
-    uap = SUITE.universal(0.15).model_copy(update={"steps": 60, "restarts": 1, "probe_starts": 0}).craft(trained, digits)
+    brief = {"steps": 60, "restarts": 1, "probe_starts": 0}
+    uap = SUITE.universal(0.15).model_copy(update=brief).craft(trained, digits)
     found = looked(evidence_of(trained, digits, source, uap.delta))
     assert {name: check.passed for name, check in found.items()} == dict.fromkeys(OURS, True)
     numbers = found["white box beats transfer"].numbers

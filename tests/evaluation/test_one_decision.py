@@ -110,9 +110,9 @@ def with_evidence(take):
 SETTINGS = {
     "pgd_steps": 2,
     "sample": 1000,
-    "row_images": 1000,
-    "row_queries": 3,
-    "gradient_draws": 2,
+    "suite_images": 1000,
+    "suite_queries": 3,
+    "eot_samples": 2,
     "noise_sizes": NOISY,
 }
 

@@ -71,8 +71,8 @@ class Square(RandomSearch):
     """Leave an image alone once the margin is so far from a wrong answer that it would not get there within the
     budget though every doubling of the queries brought ``early_abandon`` times what the last one brought (ours: what
     random search still finds shrinks with each doubling, so that 1 is already patient). Judged after an eighth, a
-    quarter and half of the budget. For models that return logits: the margin of saturated probabilities tells nothing. None:
-    spend the whole budget, as in the paper."""
+    quarter and half of the budget. For models that return logits: the margin of saturated probabilities tells
+    nothing. None: spend the whole budget, as in the paper."""
 
     @model_validator(mode="after")
     def _check_outlook(self) -> Square:
