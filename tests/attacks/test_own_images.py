@@ -28,11 +28,11 @@ SUITE = Suite(
     universal_batch=16,
     pgd_steps=2,
     pgd_restarts=1,
-    row_images=0,
+    suite_images=0,
     sample=10,
     queries=0,
     surrogate="none",
-    slope_backwards=0,
+    jacobian_backwards=0,
     eps_uni_runs=0,
 )
 
