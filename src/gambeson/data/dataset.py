@@ -16,6 +16,7 @@ from gambeson.data.lazy import LazySplit
 from gambeson.data.partition import partition
 from gambeson.data.split import Split
 from gambeson.data.torch_dataset import from_items
+from gambeson.tasks import of as task_of
 
 PARTS = ("train", "validation", "test")
 Part = Literal["train", "validation", "test"]
@@ -163,7 +164,7 @@ def from_pair(images: Any, labels: Any, name: str) -> Split:
     images, labels = as_images(images), as_labels(labels)
     if len(images) == 0:
         raise UserError("the pair (images, labels) is empty: expected one image at the least")
-    ignored = find_ignored(labels.unique()) if labels.ndim == 3 else None
+    ignored = None if task_of(labels).per_image_label else find_ignored(labels.unique())
     return Split(name, images, labels, None, ignored)
 
 
