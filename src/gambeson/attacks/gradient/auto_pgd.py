@@ -156,7 +156,9 @@ class AutoPGD(GradientAttack):
         if self.targets is not None and self.reaches:
             raise ValueError("with targets the attack chooses what to reach; leave out targeted and least-likely")
         if self.probe_steps is not None and self.targets is None:
-            raise ValueError("probe_steps is for an attack that tries several targets; set targets as well, or leave it out")
+            raise ValueError(
+                "probe_steps is for an attack that tries several targets; set targets too, or leave it out"
+            )
         return self
 
     @property

@@ -77,7 +77,9 @@ class Square(RandomSearch):
     @model_validator(mode="after")
     def _check_early_abandon(self) -> Square:
         if self.early_abandon is not None and not (self._margin_by_default if self.margin is None else self.margin):
-            raise ValueError("early_abandon reads the margin's distance to a wrong answer; set margin=True, or leave it out")
+            raise ValueError(
+                "early_abandon reads the margin's distance to a wrong answer; set margin=True, or leave it out"
+            )
         return self
 
     def side(self, iteration: int, shape: tuple[int, ...]) -> int:
