@@ -233,7 +233,7 @@ def standard_suite(
     wrong classes, Square, which has no gradient to be misled by. Three choices are ours, and ``faithful`` undoes the
     latter two. FAB is left out: it aims at the same boundaries as targeted Auto-PGD at several times the cost. The
     nine targets are scouted for 20 steps and the nearest three climbed in full. Square leaves an image alone once its
-    margin is too far from a wrong answer for what it still gains (``outlook=3``). On 500 MNIST
+    margin is too far from a wrong answer for what it still gains (``early_abandon=3``). On 500 MNIST
     images and the public robust LeNet5 the row broke every image that a public AutoAttack with FAB broke
     (``results/autoattack.json``).
 

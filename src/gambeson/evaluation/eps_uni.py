@@ -70,7 +70,7 @@ def eps_uni(
     there, the perturbation found is scaled to up to twelve eps around it, which costs forwards alone; a scaled one
     that succeeds at a smaller eps counts.
 
-    A random model is judged by votes (:data:`gambeson.victim.DRAWS`), whether a module or a victim is given.
+    A random model is judged by votes (:data:`gambeson.victim.DEFAULT_VOTES`), whether a module or a victim is given.
 
     Args:
         model: any module from pixels to logits, or a :class:`Victim` already entered.

@@ -33,7 +33,7 @@ def change_rate(found: Score) -> Rate:
 
 @contextmanager
 def judged(model: nn.Module | Victim, split: Split) -> Iterator[Victim]:
-    """Hold a model frozen, for rates: a random one is asked :data:`gambeson.victim.DRAWS` times per image.
+    """Hold a model frozen, for rates: a random one is asked :data:`gambeson.victim.DEFAULT_VOTES` times per image.
 
     A victim that is inside its context is used as it is.
     """
@@ -49,7 +49,7 @@ def accuracy(model: nn.Module, data: object, *, seed: int = 0) -> Rate:
     """Accuracy on clean images.
 
     Here and in every rate of this library, an image is decided by one pass over the model, or by the majority of 21
-    (:data:`gambeson.victim.DRAWS`) where the model is random: what is not right in more than half of them is wrong.
+    (:data:`gambeson.victim.DEFAULT_VOTES`) where the model is random: what is not right in more than half of them is wrong.
 
     Args:
         model: any module from pixels to logits.

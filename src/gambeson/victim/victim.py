@@ -92,7 +92,7 @@ class Victim:
         notes: what the fast path did, or why it is off.
         look: what :meth:`inspect` saw; None before.
         passes: how often the model is asked where it is scored; the majority is its answer. None: once, and a random
-            model :data:`gambeson.victim.DRAWS` times.
+            model :data:`gambeson.victim.DEFAULT_VOTES` times.
         temperature: what the logits that attacks climb are divided by; 1 leaves them as they are. It changes no answer.
     """
 
