@@ -305,7 +305,7 @@ def test_a_former_name_is_found_and_an_english_word_is_not():
         "import Several",
         "x.run_cascade()",
         "'See `Pool.perturb`.'",
-        "get(x, 'Scene')",
+        "f(x, 'Scene')",
     ]
     assert renamed_in("\n".join(lines), code=True) == [
         "line 1: NO_ANSWER is ABSTAIN",
