@@ -29,7 +29,7 @@ AUDIT = {
     "sample": 20,
     "queries": 0,
     "eps_uni_runs": 0,
-    "slope_backwards": 0,
+    "jacobian_backwards": 0,
 }
 
 

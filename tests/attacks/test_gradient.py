@@ -218,7 +218,7 @@ def test_a_shared_gradient_is_the_sum_over_images_of_which_a_clip_takes_its_part
     each = each if box_gradient == "straight-through" else each.masked_fill(held, 0)
     with Victim(model) as victim:
         solver = ProjectedGradient(victim=victim, ball=Ball(eps=0.2), loss=Loss(), box_gradient=box_gradient)
-        gradient, logits = solver.look(delta, x, y)
+        gradient, logits = solver.gradient(delta, x, y)
     torch.testing.assert_close(gradient, each.unflatten(0, (rows, -1)).sum(1))
     torch.testing.assert_close(logits, model(moved.clamp(0, 1)).detach())
 

@@ -190,7 +190,7 @@ def test_square_s_windows_shrink_as_published_and_fit_the_image():
             assert (Ball(eps=0.1, norm=norm).length(x_adv - x) <= 0.1 + 1e-6).all()
 
 
-def test_square_without_a_prospect_stops_after_an_eighth_and_keeps_what_it_found():
+def test_square_with_early_abandon_stops_after_an_eighth_and_keeps_what_it_found():
     model = Steep((1, 6, 7))
     x, y = inner_images(8, (1, 6, 7)), torch.arange(8) // 4  # the first four never fall
     queries = Queries(model)
@@ -201,13 +201,13 @@ def test_square_without_a_prospect_stops_after_an_eighth_and_keeps_what_it_found
     queries = Queries(model)
     Square(eps=0.01, queries=800)(queries, x, y)
     assert queries.spent[:4].tolist() == [800] * 4
-    with pytest.raises(UserError, match="outlook reads the margin's distance"):
+    with pytest.raises(UserError, match="early_abandon reads the margin's distance"):
         Square(eps=0.1, targeted=True, early_abandon=1)
-    with pytest.raises(UserError, match="outlook = 0"):
+    with pytest.raises(UserError, match="early_abandon = 0"):
         Square(eps=0.1, early_abandon=0)
 
 
-def test_square_with_an_outlook_breaks_what_the_whole_budget_breaks(trained, digits):
+def test_square_with_early_abandon_breaks_what_the_whole_budget_breaks(trained, digits):
     class Stairs(torch.nn.Module):
         """The trained net behind pixels rounded to steps: its gradient is zero, its scores tell."""
 

@@ -141,7 +141,7 @@ def test_warm_start_is_one_more_restart_scaled_to_the_ball(trained, digits):
     assert float(warm.delta.abs().max()) <= 0.2
 
 
-def test_starts_are_screened_by_a_short_climb_and_the_best_goes_on(trained, digits):
+def test_starts_are_probed_by_a_short_climb_and_the_best_go_on(trained, digits):
     attack = StochasticPGD(
         eps=0.2, steps=20, batch_size=32, probe_starts=5, probe_start_steps=10, probe_start_batch=8, restarts=2
     )
@@ -162,7 +162,7 @@ def test_starts_are_screened_by_a_short_climb_and_the_best_goes_on(trained, digi
     few = attack.model_copy(update={"probe_start_images": 20}).craft(trained, digits, seed=1).about
     assert few.forwards == few.backwards + 5 * 20 + 2 * len(digits.validation)
     warm = attack.craft(trained, digits, seed=1, start=uap.delta)
-    assert [kind for kind, _ in warm.about.restarts][-1] == "warm"  # what was given is never screened out
+    assert [kind for kind, _ in warm.about.restarts][-1] == "warm"  # what was given is never left out
 
 
 def test_default_costs_a_stated_number_of_gradients_and_is_no_weaker_than_one_long_climb(trained, digits):
@@ -214,10 +214,10 @@ def test_controls_have_norm_eps_zero_mean_board_and_fresh_signs():
         assert float(board.mean()) == pytest.approx(0, abs=1e-7)
         assert board[0, 0, 0, 0] < 0 < board[0, 0, 0, 1]
         assert torch.equal(board[0, 0], board[0, 2])
-        signs = control("random-sign", ball, (3, 4, 6), eot_samples=4, seed=1)
+        signs = control("random-sign", ball, (3, 4, 6), draws=4, seed=1)
         torch.testing.assert_close(ball.length(signs), torch.full((4,), 0.3))
         assert not torch.equal(signs[0], signs[1])
-        assert torch.equal(signs, control("random-sign", ball, (3, 4, 6), eot_samples=4, seed=1))
+        assert torch.equal(signs, control("random-sign", ball, (3, 4, 6), draws=4, seed=1))
     with pytest.raises(UserError, match="unknown control 'chess': did you mean chessboard"):
         control("chess", ball, (1, 2, 2))
 

@@ -388,7 +388,7 @@ def test_eps_zero_is_clean_and_the_ball_holds_and_runs_repeat(attack, trained, d
         assert type(there)(**found.about.settings) == there
 
 
-def test_screening_costs_what_it_says_and_keeps_the_best(trained, digits):
+def test_probing_starts_costs_what_it_says_and_keeps_the_best(trained, digits):
     attack = StochasticPGD(
         eps=0.2, steps=10, restarts=2, batch_size=64, probe_starts=6, probe_start_steps=3, probe_start_batch=64
     )
@@ -426,11 +426,9 @@ def test_sga_steps_along_the_mean_of_all_inner_gradients(norm):
     x[x < 0.25], x[x > 0.75] = 0.0, 1.0
     assert ((x == 0) | (x == 1)).any(0).all()
     y = torch.randint(0, 3, (12,), generator=draw)
-    part, data = Split("few", x, y, ("a", "b", "c")), object.__new__(Dataset)
-    for name, value in zip(
-        ("name", "train", "validation", "test", "classes"), ("f", *[part] * 3, part.classes), strict=True
-    ):
-        object.__setattr__(data, name, value)
+    part = Split("few", x, y, ("a", "b", "c"))
+    other = Split("others", torch.rand(12, 1, 3, 4, generator=draw), y, part.classes)
+    data = Dataset("f", part, other, other, part.classes)
     attack = SGA(
         eps=0.3,
         norm=norm,

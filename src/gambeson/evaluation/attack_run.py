@@ -38,7 +38,7 @@ class AttackRun(Config):
     """Name of a data set; None: the one that the run was trained on."""
     attack: attacks.Name = "pgd"
     """Name of an attack that perturbs image by image, ``FILE.py:CLASS`` of one, which is stored with the hash of the
-    file, or ``standard`` for the row of :func:`standard_suite`."""
+    file, or ``standard`` for the suite of :func:`standard_suite`."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of the attack, such as eps."""
     images: Annotated[int, Field(ge=1)] = 1000

@@ -81,8 +81,8 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Slopes:
-    """Charts and pictures of one model's slopes; empty where the audit has none."""
+class JacobianCharts:
+    """Charts and pictures of one model's Jacobian analysis; empty where the audit has none."""
 
     surface: Chart | None
     singles: list[str]
@@ -111,7 +111,7 @@ class Model:
     examples: list[Example]
     checks: list[Check]
     """Failed ones first, then passed ones, then those that do not apply."""
-    slopes: Slopes
+    jacobian: JacobianCharts
     facts: list[Facts]
     command: str
     """How to run the audit again; empty where its folder holds no settings."""
@@ -144,7 +144,7 @@ class Page:
     controls: list[str]
     curve: Chart
     attacks: list[tables.Table]
-    slopes: list[tables.Table]
+    jacobian: list[tables.Table]
     along: Chart | None
     charts: list[Chart]
     """All of them, in the order of the page."""
@@ -160,7 +160,7 @@ def build(folders: Sequence[Folder], title: str | None) -> Page:
     what = folders[0].label if len(folders) == 1 else formatting.count(len(folders), "model")
     models = [_model(folder, index, scale) for index, folder in enumerate(folders)]
     curve, along = charts.curve(folders, scale), jacobian.along(folders, scale)
-    every = [curve, along, *(chart for model in models for chart in (model.slopes.surface, model.slopes.pairs))]
+    every = [curve, along, *(chart for model in models for chart in (model.jacobian.surface, model.jacobian.pairs))]
     names = [control.name for folder in folders for point in folder.result.universal for control in point.controls]
     return Page(
         title=title or f"Robustness audit: {what} on {first.material.name}",
@@ -177,7 +177,7 @@ def build(folders: Sequence[Folder], title: str | None) -> Page:
         controls=list(dict.fromkeys(names)),
         curve=curve,
         attacks=attacks.build(folders, scale),
-        slopes=jacobian.build(folders, scale),
+        jacobian=jacobian.build(folders, scale),
         along=along,
         charts=[chart for chart in every if chart is not None],
         small=max(first.material.shape[1:]) <= 96,
@@ -198,16 +198,16 @@ def _model(folder: Folder, index: int, scale: EpsFormat) -> Model:
         middle=scale.text(result.middle.eps),
         examples=_examples(folder),
         checks=sorted(result.checks, key=lambda check: (False, True, None).index(check.passed)),
-        slopes=_slopes(folder, index, scale),
+        jacobian=_jacobian(folder, index, scale),
         facts=collect(folder, scale),
         command=reproduce if folder.has_settings else "",
     )
 
 
-def _slopes(folder: Folder, index: int, scale: EpsFormat) -> Slopes:
-    found, direction = folder.result.slopes, folder.direction
+def _jacobian(folder: Folder, index: int, scale: EpsFormat) -> JacobianCharts:
+    found, direction = folder.result.jacobian, folder.direction
     shown = "" if direction is None else images.png(images.signed(direction, float(direction.abs().max())))
-    return Slopes(
+    return JacobianCharts(
         surface=jacobian.surface(folder, index, scale),
         singles=jacobian.singles(folder),
         images=found.surface.images if found and found.surface else 0,

@@ -221,7 +221,7 @@ def networks(data: str) -> Networks:
     material, dataset = material_of(data), load_data(data)
     if material.images is not None:
         train, validation, test = (
-            split.sample(count)
+            split.subset(torch.arange(count))
             for split, count in zip((dataset.train, dataset.validation, dataset.test), material.images, strict=True)
         )
         dataset = Dataset(dataset.name, train, validation, test, dataset.classes)

@@ -60,7 +60,7 @@ def auto_batch_size(shape: Sequence[int], most: int = 500, values: int = 2**22) 
 
 
 def votes_of(victim: Victim, images: torch.Tensor) -> int:
-    """Return how many passes decide an image: ``victim.passes``, or one, and :data:`DEFAULT_VOTES` of a random model.
+    """Return how many passes decide an image: ``victim.votes``, or one, and :data:`DEFAULT_VOTES` of a random model.
 
     Args:
         victim: the model, inside its context.
@@ -122,12 +122,12 @@ def vote(victim: Victim, images: torch.Tensor) -> torch.Tensor:
     if _shared(victim, images, votes):
         return torch.cat([vote(victim, part) for part in images.split(_SHARING)])
     enough = votes // 2 + 1
-    total = torch.stack([_answers(victim, images) for _ in range(enough)])
-    found = total[0].clone()
-    rows = (total != found).transpose(0, 1).flatten(1).any(1)
+    answers = torch.stack([_answers(victim, images) for _ in range(enough)])
+    found = answers[0].clone()
+    rows = (answers != found).transpose(0, 1).flatten(1).any(1)
     if bool(rows.any()):
         more = [_answers(victim, images[rows]) for _ in range(votes - enough)]
-        found[rows] = majority(torch.stack([*total[:, rows], *more]))
+        found[rows] = majority(torch.stack([*answers[:, rows], *more]))
     return found
 
 

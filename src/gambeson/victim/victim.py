@@ -90,8 +90,8 @@ class Victim:
         forwards: images sent forward so far.
         backwards: images whose gradient was taken so far.
         notes: what the fast path did, or why it is off.
-        look: what :meth:`inspect` saw; None before.
-        passes: how often the model is asked where it is scored; the majority is its answer. None: once, and a random
+        traits: what :meth:`inspect` saw; None before.
+        votes: how often the model is asked where it is scored; the majority is its answer. None: once, and a random
             model :data:`gambeson.victim.DEFAULT_VOTES` times.
         temperature: what the logits that attacks climb are divided by; 1 leaves them as they are. It changes no answer.
     """

@@ -1,4 +1,4 @@
-"""What Auto-PGD knows of each image while it climbs, and the best that was found."""
+"""Auto-PGD and its targeted and L1 variants: a step size that follows the progress of each image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gambeson.threat import Norm
 
 @dataclass(frozen=True, kw_only=True)
 class Climb:
-    """One climb per image that still stands; every field has one row per image."""
+    """One climb per image that is not adversarial yet; every field has one row per image."""
 
     rows: torch.Tensor
     """Which images of the batch these are."""
@@ -28,7 +28,7 @@ class Climb:
     labels: torch.Tensor
     """What the loss is taken of: labels, or targets."""
     truth: torch.Tensor
-    """What decides whether an image has fallen; the same as ``labels`` but where an attack tries several targets."""
+    """What decides whether an image is adversarial: ``labels``, unless an attack tries several targets."""
     delta: torch.Tensor
     before: torch.Tensor
     """``delta`` one step ago."""
@@ -48,9 +48,9 @@ class Climb:
     halved: torch.Tensor
     """Whether the step was halved at the last checkpoint."""
 
-    def only(self, targets_kept: torch.Tensor) -> Climb:
+    def only(self, rows: torch.Tensor) -> Climb:
         """Return the climbs of some images."""
-        return type(self)(**{field.name: getattr(self, field.name)[targets_kept] for field in dataclasses.fields(self)})
+        return type(self)(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
 
     def arrive(self, delta: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> Climb:
         """Return the climbs after a step to ``delta``."""
@@ -109,12 +109,12 @@ class BestSoFar:
 
     def note(self, rows: torch.Tensor, delta: torch.Tensor, value: torch.Tensor, is_adversarial: torch.Tensor) -> None:
         """Keep what is better than before for the images ``rows``."""
-        old_value, old_fallen = self.value[rows], self.is_adversarial[rows]
-        better = (is_adversarial & ~old_fallen) | ((is_adversarial == old_fallen) & (value > old_value))
+        old_value, was_adversarial = self.value[rows], self.is_adversarial[rows]
+        better = (is_adversarial & ~was_adversarial) | ((is_adversarial == was_adversarial) & (value > old_value))
         chosen = better.view(-1, 1, 1, 1)
         self.delta[rows] = torch.where(chosen, delta, self.delta[rows])
         self.value[rows] = torch.where(better, value, old_value)
-        self.is_adversarial[rows] = is_adversarial | old_fallen
+        self.is_adversarial[rows] = is_adversarial | was_adversarial
 
 
 @register("auto-pgd", source="Croce and Hein 2020", cost="steps + 1 / steps, per restart")
@@ -142,21 +142,20 @@ class AutoPGD(GradientAttack):
     rho: Annotated[Number, Field(ge=0, le=1)] = 0.75
     """Share of steps that must raise the loss between two checkpoints: the paper's rho."""
     targets: Annotated[int, Field(ge=1)] | None = None
-    """Attack towards this many of the likeliest wrong classes of the clean image, one after the other: an image has
-    fallen once any wrong class is reached. At most the number of classes less one. None: no targets."""
+    """Attack towards this many of the likeliest wrong classes of the clean image, one after the other: an image is
+    adversarial once any wrong class is reached. At most the number of classes less one. None: no targets."""
     probe_steps: Annotated[int, Field(ge=1)] | None = None
-    """With ``targets``: climb towards each of them for this many steps first, with a schedule of that length, and
-    spend the full ``steps`` only on the ``targets_kept`` targets that came nearest, nearest first (ours).
-    None: the full steps on every target, as in the paper."""
+    """With ``targets``: climb towards each of them for this many steps first, then spend the full ``steps`` on the
+    ``targets_kept`` that came nearest (ours). None: the full steps on every target, as in the paper."""
     targets_kept: Annotated[int, Field(ge=1)] = 3
-    """Targets that are climbed in full after the scouts."""
+    """Targets that are climbed in full after the probes."""
 
     @model_validator(mode="after")
     def _check_targets(self) -> AutoPGD:
         if self.targets is not None and self.reaches:
             raise ValueError("with targets the attack chooses what to reach; leave out targeted and least-likely")
         if self.probe_steps is not None and self.targets is None:
-            raise ValueError("scout is for an attack that tries several targets; set targets as well, or leave it out")
+            raise ValueError("probe_steps is for an attack on several targets; set targets as well, or leave it out")
         return self
 
     @property
@@ -169,9 +168,7 @@ class AutoPGD(GradientAttack):
 
     @property
     def _first(self) -> float:
-        if self.rel_step_size is not None:
-            return self.rel_step_size
-        return 1.0 if self.norm == "1" else 2.0
+        return self.rel_step_size if self.rel_step_size is not None else 1.0 if self.norm == "1" else 2.0
 
     def _search(
         self, solver: ProjectedGradient, x: torch.Tensor, y: torch.Tensor, seed: int, best: torch.Tensor
@@ -236,7 +233,7 @@ class AutoPGD(GradientAttack):
         delta: torch.Tensor,
         record: BestSoFar,
     ) -> Climb:
-        """Climb from ``delta`` and return where those are that have not fallen."""
+        """Climb from ``delta`` and return where those are that are not adversarial yet."""
         state, judged = self._begin(solver, rows, images, labels, truth, delta, record), 0
         for step in range(1, self.steps + 1):
             if len(state.rows) == 0:
@@ -384,7 +381,7 @@ class L1AutoPGD(AutoPGD):
             if steps < 1:
                 continue
             wide = self._stage(steps, radius, share)
-            # What is found outside the ball of eps is no result, and nothing has fallen there.
+            # What is found outside the ball of eps is no result, and nothing is adversarial there.
             scratch = BestSoFar.into(torch.zeros_like(images))
             place = torch.arange(len(rows), device=rows.device)
             outer = dataclasses.replace(solver, ball=wide.ball)

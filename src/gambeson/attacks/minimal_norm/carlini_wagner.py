@@ -65,13 +65,13 @@ class CarliniWagner(MinimalNorm):
         for _ in range(self.searches):
             if len(rows) == 0:
                 break
-            found = self._optimizer_steps(victim, x, y, rows, c, best, shortest)
+            found = self._minimise(victim, x, y, rows, c, best, shortest)
             upper[rows] = torch.where(found, c[rows], upper[rows])
             lower[rows] = torch.where(found, lower[rows], c[rows])
             c = torch.where(upper.isfinite(), (lower + upper) / 2, c * 10)
         return best
 
-    def _optimizer_steps(
+    def _minimise(
         self,
         victim: Victim,
         x: torch.Tensor,

@@ -14,7 +14,7 @@ from gambeson.base import Number, generator
 
 @register("one-pixel", source="Su et al. 2019", cost="at most queries / 0")
 class OnePixel(QueryAttack):
-    """One-pixel and one-pixel attack by differential evolution (Su et al. 2019, section III).
+    """One-pixel attack, or one on a few pixels, by differential evolution (Su et al. 2019, section III).
 
     A candidate is ``pixels`` places with a colour each. Every generation, each candidate gets one child a + F (b - d)
     from three others at random, without crossover, which replaces its parent where its loss is higher. The fitness

@@ -75,9 +75,9 @@ class Square(RandomSearch):
     nothing. None: spend the whole budget, as in the paper."""
 
     @model_validator(mode="after")
-    def _check_outlook(self) -> Square:
+    def _check_early_abandon(self) -> Square:
         if self.early_abandon is not None and not (self._margin_by_default if self.margin is None else self.margin):
-            raise ValueError("outlook reads the margin's distance to a wrong answer; set margin=True, or leave it out")
+            raise ValueError("early_abandon reads the margin's distance to a wrong answer: set margin=True, or omit it")
         return self
 
     def side(self, iteration: int, shape: tuple[int, ...]) -> int:
