@@ -1,4 +1,4 @@
-"""The one place where images and labels are judged; every refusal says what came and what to do."""
+"""Validation of images and labels, in one place; every error says what was given and what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from gambeson.base.errors import UserError
 
 TOLERANCE = 1e-6
-"""Pixels this far outside [0, 1] are rounding and are clipped; anything further is refused."""
+"""Pixels this far outside [0, 1] are rounding errors and are clipped; anything further is an error."""
 
 
 def check_images(images: torch.Tensor) -> torch.Tensor:
@@ -38,12 +38,12 @@ def check_images(images: torch.Tensor) -> torch.Tensor:
 
 
 def check_labels(labels: torch.Tensor, classes: int, ignore_index: int | None = None) -> None:
-    """Refuse labels that are not integers in [0, classes), the ignore index apart.
+    """Raise unless every label is an integer in [0, classes) or the ignore index.
 
     Args:
         labels: (N,) for classification or (N, H, W) for pixels.
         classes: the number of classes.
-        ignore_index: a label that counts nowhere, or None.
+        ignore_index: label that is ignored everywhere, or None.
     """
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise UserError(f"labels are {labels.dtype}: expected integers from 0 to {classes - 1}")
