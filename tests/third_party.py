@@ -91,7 +91,7 @@ def main(names: dict[str, str]) -> dict:
     assert Path("attack/result.json").read_bytes() == Path("attack-again/result.json").read_bytes()
 
     # a task, in Python, on labels that name the other class of each kind: it decides what is right
-    trained_model = gb.models.loading.load_target("a", names["data"], "cpu").model
+    trained_model = gb.models.loading.load_model("a", names["data"], "cpu").model
     y = y ^ 1
     paired = gb.data.Split("kinds", x, y, data.classes, task=gb.tasks.create(names["task"]))
     pgd = gb.attacks.PGD(eps=0.5, steps=5)
