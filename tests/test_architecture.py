@@ -277,7 +277,7 @@ RENAMED = {
     "Subject": "ModelInfo",
     "Towards": "NearestClass",
     "load_subject": "load_model",
-    "load_model": "load_model",
+    "load_target": "load_model",
 }
 """Names that this code had of its own where the field or a paper has a word, which is the one to use."""
 
