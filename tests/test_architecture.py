@@ -163,6 +163,44 @@ def test_a_circle_is_found_wherever_it_hides(tmp_path):
     assert circles(late) == [["p.a", "p.b", "p.c"], ["p.f", "p.g"]]
 
 
+LABELS = re.compile(r"(^|[._])(labels?|maps|truths?|targets)(\[.*\])?$")
+DOOR = {
+    "data/conversion.py",
+    "data/split.py",
+    "data/torch_dataset.py",
+}  # where labels of any form come in and are settled
+FILLS = {"data/augment.py"}  # what comes into shifted maps at their edges is the ignore index
+
+
+def test_only_tasks_ask_what_form_labels_have_and_which_count():
+    asked = []
+    for file in SOURCE.rglob("*.py"):
+        name = file.relative_to(SOURCE).as_posix()
+        if not name.startswith("tasks/"):
+            asked += [(name, text) for text in questions_about_labels(ast.parse(file.read_text()))]
+    assert {name for name, _ in asked} == DOOR | FILLS, asked
+
+
+def questions_about_labels(tree: ast.AST) -> list[str]:
+    """Comparisons with an ignore index, and looks at the dimensions of labels."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+            if any(re.search(r"(^|\.)ignore_index$", side) for side in sides):
+                found.append(ast.unparse(node))
+        if isinstance(node, ast.Attribute) and node.attr in {"ndim", "dim"} and LABELS.search(ast.unparse(node.value)):
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_questions_about_labels_are_found_however_they_are_put():
+    asked = "labels.ndim == 1; batch.labels.dim(); y[labels != task.ignore_index]; ignore_index is None; truth.ndim"
+    assert len(questions_about_labels(ast.parse(asked))) == 5
+    fine = "images.ndim; labels == 3; task.valid(labels); f(ignore_index=255); images.ndim == labels.shape"
+    assert questions_about_labels(ast.parse(fine)) == []
+
+
 def test_no_file_spells_out_an_accelerator():
     for file in SOURCE.rglob("*.py"):
         if file.name in {"seeds.py", "environment.py"}:

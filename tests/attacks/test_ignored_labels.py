@@ -1,5 +1,7 @@
 """Ignored labels count nowhere while a universal perturbation is crafted: not in a loss, a mean, a rate or a stop."""
 
+from itertools import islice
+
 import pytest
 import torch
 from torch import nn
@@ -95,6 +97,26 @@ def test_what_an_ignored_image_shows_changes_nothing(name):
     assert found.delta.any()
     assert torch.equal(found.delta, same.delta)
     assert found.about.restarts == same.about.restarts
+
+
+@pytest.mark.parametrize("normalise", ["batch", "sample"])
+def test_starts_probed_together_see_the_batches_that_each_sees_alone(normalise):
+    """Their mini-batches differ in size, for images without a label are left out of them."""
+    model, _, data = images_of(None)
+    attack = StochasticPGD(
+        eps=0.1, norm="2", probe_starts=4, restarts=4, probe_start_steps=5, probe_start_batch=7, normalise=normalise
+    )
+    brief = StochasticPGD(
+        eps=0.1, norm="2", steps=5, batch_size=7, rel_step_size=attack.probe_rel_step_size, normalise=normalise
+    )
+    with entered(model) as victims:
+        context = attack._prepare(victims, data, 0)
+        assert len({len(images) for k in range(4) for images, _ in islice(context.stream(7, k), 5)}) > 1
+        starts = list(context.starts(4, None))
+        found = {float(delta.sum()) for _, delta in attack._best(context, starts)}
+        alone = {float(brief._climb(context, start, [k]).sum()) for k, (_, start) in enumerate(starts)}
+    assert len(alone) == 4
+    assert sorted(found) == pytest.approx(sorted(alone), abs=1e-5)
 
 
 def test_a_mean_of_steps_is_over_images_that_have_a_label():

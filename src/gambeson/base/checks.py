@@ -1,4 +1,4 @@
-"""The one place where images and labels are judged; every refusal says what came and what to do."""
+"""Validation of images and labels, in one place; every error says what was given and what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from gambeson.base.errors import UserError
 
 TOLERANCE = 1e-6
-"""Pixels this far outside [0, 1] are rounding and are clipped; anything further is refused."""
+"""Pixels this far outside [0, 1] are rounding errors and are clipped; anything further is an error."""
 
 
 def check_images(images: torch.Tensor) -> torch.Tensor:

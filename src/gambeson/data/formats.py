@@ -1,4 +1,4 @@
-"""Readers of the plain bytes that data sets come in; nothing is unpacked to disk and no pickle is read."""
+"""Readers of data set files (idx, CIFAR binary, image sheets, tar); nothing is unpacked to disk, no pickle is read."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def read_cifar(blob: bytes, what: str, label_bytes: int = 1) -> tuple[torch.Tens
 
 
 def read_sheet(blob: bytes, what: str) -> torch.Tensor:
-    """Read a picture that holds one square RGB image a row of pixels, as uint8 (N, 3, S, S).
+    """Read a picture with one square RGB image per row of pixels, as uint8 (N, 3, S, S).
 
     Raises:
         UserError: not a lossless RGB picture, or rows whose length is not a square number.
@@ -88,7 +88,7 @@ def read_sheet(blob: bytes, what: str) -> torch.Tensor:
         raise UserError(f"{what} has mode {mode}: expected RGB")
     side = math.isqrt(pixels.shape[1])
     if side * side != pixels.shape[1]:
-        raise UserError(f"{what} has rows of {pixels.shape[1]} pixels: expected a square number, one image a row")
+        raise UserError(f"{what} has rows of {pixels.shape[1]} pixels: expected a square number, one image per row")
     return torch.from_numpy(pixels).reshape(-1, side, side, 3).permute(0, 3, 1, 2).contiguous()
 
 
@@ -108,12 +108,12 @@ def read_labels(blob: bytes, what: str) -> torch.Tensor:
 
 
 def read_members(blob: bytes, names: Iterable[str], what: str) -> dict[str, bytes]:
-    """Return the named members of a tar archive, compressed or not, by reading them where they lie.
+    """Return the named members of a tar archive, compressed or not, without extracting it.
 
-    Nothing is written, so no member's path can lead anywhere; links are refused.
+    Nothing is written, so paths of members cannot escape; links are refused.
 
     Raises:
-        UserError: not a tar archive, cut short, or a member is missing or no plain file.
+        UserError: not a tar archive, cut short, or a member is missing or not a plain file.
     """
     wanted = set(names)
     found: dict[str, bytes] = {}
@@ -132,7 +132,7 @@ def read_members(blob: bytes, names: Iterable[str], what: str) -> dict[str, byte
 
 
 def opening(blob: bytes) -> str:
-    """Say how large a file is, how it starts and, where that tells, what it is instead."""
+    """Describe a file by its size, its first bytes and, if recognised, its type."""
     head = blob[:16]
     looks = blob[:256].lstrip().lower()
     kind = ""

@@ -19,6 +19,7 @@ from gambeson.report.charts import Chart
 from gambeson.report.formatting import EpsFormat
 from gambeson.report.loading import Folder
 from gambeson.report.metadata import Facts, collect
+from gambeson.tasks import of as task_of
 
 
 def render(page: Page) -> str:
@@ -237,7 +238,7 @@ def _patterns(folder: Folder, scale: EpsFormat) -> list[Picture]:
 
 def _examples(folder: Folder) -> list[Example]:
     tensors, classes = folder.examples, folder.result.material.classes
-    maps = tensors["labels"].ndim > 1
+    maps = not task_of(tensors["labels"]).per_image_label
 
     def answer(image: str, prediction: str, k: int, kind: str) -> Answer:
         source = images.png(tensors[image][k])

@@ -149,9 +149,12 @@ class StochasticPGD(UniversalAttack):
         for batches, length in zip(islice(streams, self.steps), self.lengths, strict=True):
             images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
             targets = context.targets(images, labels)
+            # Mini-batches differ in size where images without a label that counts were left out.
+            sizes = [len(part) for part, _ in batches]
+            alone = self.normalise == "sample" or classwise or len(set(sizes)) > 1
             # The row of each image: its own class's perturbation, or that of the restart whose mini-batch it is in.
-            rows = labels if classwise else torch.arange(len(images), device=delta.device) // len(batches[0][0])
-            alone = self.normalise == "sample" or classwise
+            own = [labels.new_full((size,), row) for row, size in enumerate(sizes)] if alone and not classwise else []
+            rows = torch.cat(own) if own else labels
             direction, _ = solver.gradient(delta[rows] if alone else delta, images, targets)
             if self.normalise == "sample":
                 direction = context.ball.steepest(direction)
