@@ -200,7 +200,7 @@ def test_square_without_a_prospect_stops_after_an_eighth_and_keeps_what_it_found
     queries = Queries(model)
     Square(eps=0.01, queries=800)(queries, x, y)
     assert queries.spent[:4].tolist() == [800] * 4
-    with pytest.raises(UserError, match="outlook reads the margin's distance"):
+    with pytest.raises(UserError, match="early_abandon needs the margin loss"):
         Square(eps=0.1, targeted=True, early_abandon=1)
     with pytest.raises(UserError, match="outlook = 0"):
         Square(eps=0.1, early_abandon=0)

@@ -202,7 +202,7 @@ def right_answers(
     """
     if predictions.shape != labels.shape:
         raise UserError(
-            f"the model's predictions have shape {tuple(predictions.shape)}, but the labels have {tuple(labels.shape)}: "
+            f"the model's predictions have shape {tuple(predictions.shape)}, the labels {tuple(labels.shape)}: "
             "expected logits (N, K) for labels (N,), or (N, K, H, W) for labels (N, H, W)"
         )
     valid = counting(labels, ignore_index)
