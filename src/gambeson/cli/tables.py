@@ -1,4 +1,4 @@
-"""Results as a table for the terminal, narrow enough for 80 columns and three models."""
+"""Result tables for the terminal: 80 columns for three models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NONE = "\N{EN DASH}"
 
 
 def audit_table(results: Sequence[AuditResult]) -> Table:
-    """A column per model: the verdict, accuracy clean and attacked, UER beside its strongest control, and eps_uni."""
+    """One column per model: verdict, accuracy clean and under attack, UER with its strongest control, and eps_uni."""
     first = results[0]
     table = Table(
         title=f"{first.material.test} test images of {first.material.name}: per cent [95 % interval]",
@@ -54,7 +54,7 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: by the two largest of hours, minutes and seconds."""
+    """Format seconds by the two largest of hours, minutes and seconds."""
     hours, rest = divmod(round(seconds), 3600)
     minutes, left = divmod(rest, 60)
     if hours:
@@ -63,7 +63,7 @@ def duration(seconds: float) -> str:
 
 
 def plan_table(cost: AuditPlan) -> Table:
-    """A row a part of the audit: how many forwards and gradients, and how long at the most."""
+    """One row per stage of the audit: forwards, gradients and maximum time."""
     table = Table(
         title=f"about {duration(cost.seconds)} at the most, on {cost.device}",
         box=box.SIMPLE_HEAD,
@@ -72,7 +72,7 @@ def plan_table(cost: AuditPlan) -> Table:
     for name in ("", "forwards", "gradients", "at most"):
         table.add_column(name, justify="right" if name else "left")
     for part in cost.parts:
-        if cost.seconds_of(part) == 0:  # what the suite leaves out
+        if cost.seconds_of(part) == 0:  # not in the suite
             continue
         table.add_row(part.name, f"{part.forwards:,}", f"{part.gradients:,}", duration(cost.seconds_of(part)))
     return table
@@ -112,7 +112,7 @@ def _smallest(found: SmallestEps) -> str:
 
 
 def _chosen(choose: Callable[[Sequence[Rate]], Rate], rates: Sequence[Rate]) -> Rate | None:
-    """Return the one of several that is chosen, with the interval of a chosen one; None where there are none."""
+    """Select one of several rates, with a simultaneous interval; None if there are none."""
     return choose(rates) if rates else None
 
 

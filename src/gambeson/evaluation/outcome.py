@@ -1,4 +1,4 @@
-"""What an attack leaves right of each image: the counts that every per-image rate is made of."""
+"""Outcomes of per-image attacks: correct predictions per image, from which accuracies are computed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gambeson.victim.averaged import EOT_SAMPLES
 
 
 class ImageAttack(Protocol):
-    """Anything that perturbs images one by one, as the attacks of :mod:`gambeson.attacks` do."""
+    """A per-image attack, as those of :mod:`gambeson.attacks`."""
 
     def __call__(
         self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
@@ -27,37 +27,37 @@ class ImageAttack(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Right answers of each image under one attack; a label map has many answers per image."""
+    """Correct predictions per image under one attack; a label map has many predictions per image."""
 
     right: torch.Tensor
-    """(N,): answers that are still right."""
+    """(N,): correct predictions."""
     answers: torch.Tensor
-    """(N,): answers that count; 1 where an image has one label, 0 where that is the ignore index."""
+    """(N,): predictions that count; 1 for an image with one label, 0 if that is the ignore index."""
 
     @property
     def rate(self) -> Rate:
-        """Accuracy, with its interval over the images that have an answer which counts."""
+        """Accuracy, with its interval over the images with a prediction that counts."""
         return Rate.of(int(self.right.sum()), int(self.answers.sum()), int((self.answers > 0).sum()))
 
     @property
     def shares(self) -> torch.Tensor:
-        """(M,) float64: the share of its answers that is right, of each image that has any which count."""
+        """(M,) float64: the share of correct predictions, for each image with any that count."""
         counted = self.answers > 0
         return self.right[counted].double() / self.answers[counted]
 
 
 def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_size: int = 250) -> Outcome:
-    """Attack every image; what is right is decided here, on the images that the attack returned.
+    """Attack every image; success is decided here, on the returned images.
 
-    On a random model a gradient attack averages over :data:`EOT_SAMPLES` draws where it does not say otherwise, and
-    the majority of the votes decides (:func:`gambeson.victim.votes_of`).
+    On a random model a gradient attack averages over :data:`EOT_SAMPLES` samples unless it sets a number, and the
+    majority of votes decides (:func:`gambeson.victim.votes_of`).
 
     Args:
         victim: the model, inside its context.
         split: the images.
-        attack: perturbs them one by one.
+        attack: a per-image attack.
         seed: of the attack and of a random model's votes.
-        batch_size: images at a time, at most: fewer where they are large.
+        batch_size: maximum batch size; smaller for large images.
 
     Raises:
         UserError: some logits are not finite, or no label of the split counts.
@@ -76,13 +76,13 @@ def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_
 
 
 def outcome_under(victim: Victim, split: Split, delta: torch.Tensor, *, seed: int = 0) -> Outcome:
-    """Count what one perturbation (1, C, H, W) leaves right of a split, as :func:`gambeson.victim.predict` does."""
+    """Count correct predictions under one perturbation (1, C, H, W); see :func:`gambeson.victim.predict`."""
     predictions = predict(victim, split, delta.to(victim.device), seed=seed)
     return _counted(*right_answers(predictions, split.labels.cpu(), split.ignore_index), split)
 
 
 def accuracy_under(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_size: int = 250) -> Rate:
-    """Accuracy on images that ``attack`` perturbs one by one; see :func:`outcome`."""
+    """Accuracy under a per-image attack; see :func:`outcome`."""
     return outcome(victim, split, attack, seed, batch_size).rate
 
 
@@ -96,13 +96,13 @@ AttackT = TypeVar("AttackT", bound=ImageAttack)
 
 
 def averaged(attack: AttackT, victim: Victim, images: torch.Tensor, samples: int = EOT_SAMPLES) -> AttackT:
-    """Return the attack as it is meant for a model: on a random one its gradients are averaged over several draws.
+    """Return the attack adapted to a model: for a random one, with gradients averaged over several samples.
 
     Args:
-        attack: any; one that is no gradient attack, or says over how many draws it averages, comes back as it is.
+        attack: any attack; others than gradient attacks, and those that set ``eot_samples``, are returned unchanged.
         victim: the model, inside its context.
-        images: (N, C, H, W), to meet the model with where that has not happened yet.
-        samples: the draws.
+        images: (N, C, H, W), to inspect the model with if it has not been inspected.
+        samples: number of samples.
     """
     if (
         isinstance(attack, GradientAttack)
@@ -114,5 +114,5 @@ def averaged(attack: AttackT, victim: Victim, images: torch.Tensor, samples: int
 
 
 def at_once(split: Split, most: int = 250) -> int:
-    """Return how many images of a split to perturb at a time: 250 of 32 pixels, 170 of 64 in colour, 13 of 224."""
+    """Return the batch size for attacks on a split: 250 images of 32 pixels, 170 of 64 in colour, 13 of 224."""
     return auto_batch_size(split.shape, most, 2**21)

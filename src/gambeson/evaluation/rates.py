@@ -1,4 +1,4 @@
-"""Rates with intervals. Counts are the state; a rate is computed once, at the end."""
+"""Rates with confidence intervals, costs, and the records of controls, eps_uni and eps_adv."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Z95 = 1.959963984540054
 class Rate(Config):
     """A share with its 95 % Wilson score interval (Wilson 1927).
 
-    ``n`` counts independent units: the images that have a label which counts. Label maps have many answers per
-    image; their share is taken over all labelled pixels, and the interval over images, which is the cautious choice
-    since the pixels of one image are not independent.
+    ``n`` is the number of independent units: images with a label that counts. For label maps the share is over all
+    labelled pixels, and the interval over images, which is conservative, because the pixels of an image are not
+    independent.
 
-    One interval holds for one number that was fixed before the images were looked at. The highest of k rates that
-    were counted on the same images was not: it is high in part by chance, and its own interval misses the true rate
-    far more often than one time in twenty. :meth:`highest` and :meth:`lowest` choose, and widen the interval so that
-    all k hold at once (Bonferroni: each at 1 - 0.05 / k, whatever the dependence between them), hence also the chosen
-    one. Where all candidates have the same n, it holds for the highest of the true rates too.
+    The interval is valid for a single rate fixed beforehand. The highest of k rates on the same images is high in part
+    by chance, and its own interval misses the true rate far more often than one time in twenty. :meth:`highest` and
+    :meth:`lowest` select one and widen the interval so that all k hold simultaneously (Bonferroni: each at 1 - 0.05 /
+    k, for any dependence), hence also the selected one. If all candidates have the same n, it holds for the highest of
+    the true rates too.
 
-    No such correction is due to the worst case *per image*, such as the accuracy under the worst of several attacks
-    or restarts: what is right there is decided for each image by itself, by a procedure fixed in advance, so that the
-    images remain independent trials and their number right is one binomial count.
+    The worst case *per image*, such as the accuracy under the worst of several attacks or restarts, needs no such
+    correction: it is decided per image by a procedure fixed beforehand, so images remain independent trials and the
+    number of correct ones is one binomial count.
     """
 
     value: float
@@ -40,17 +40,18 @@ class Rate(Config):
     n: int
     """Images behind the share."""
     candidates: int = 1
-    """Rates among which this one was chosen on the same images; the interval holds for all of them at once."""
+    """Number of rates on the same images that this one was selected from; the interval holds for all of them at
+    once."""
 
     @classmethod
     def of(cls, hits: int, total: int, n: int | None = None, *, candidates: int = 1) -> Rate:
         """Build a rate from counts.
 
         Args:
-            hits: answers that count.
-            total: all answers (pixels with the ignore index left out).
-            n: images behind them, those left out that have no label which counts; ``total`` unless labels are maps.
-            candidates: rates among which this one was or will be chosen on the same images.
+            hits: number of hits.
+            total: number of predictions, without ignored pixels.
+            n: number of images with a label that counts; by default ``total``, as for one label per image.
+            candidates: number of rates on the same images that this one is selected from.
         """
         n = total if n is None else n
         if total == 0 or n == 0:
@@ -63,21 +64,21 @@ class Rate(Config):
         scale = 1 / (1 + z**2 / n)
         centre = scale * (p + z**2 / (2 * n))
         half = scale * z * sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-        # At 0 and 1 the formula's end is p itself; rounding must not put the value outside its own interval.
+        # At 0 and 1 the formula's end is p itself; rounding must not put the value outside the interval.
         low, high = min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
         return cls(value=p, low=low, high=high, n=n, candidates=candidates)
 
     def among(self, candidates: int) -> Rate:
-        """The same share with the interval of one that was chosen among so many on the same images."""
+        """The same share with the interval of one selected from ``candidates`` rates on the same images."""
         if self.n == 0 or candidates == self.candidates:
             return self.model_copy(update={"candidates": candidates})
         return self._wilson(self.value, self.n, candidates)
 
     @classmethod
     def highest(cls, rates: Iterable[Rate]) -> Rate:
-        """The highest of rates on the same images, the first where several are; its interval holds for all at once.
+        """The highest of rates on the same images (the first of equal ones); its interval holds for all at once.
 
-        A rate that was itself chosen among several brings its own candidates along.
+        Candidates of rates that were themselves selected add up.
         """
         rates = list(rates)
         return max(rates, key=lambda rate: rate.value).among(sum(rate.candidates for rate in rates))
@@ -90,7 +91,7 @@ class Rate(Config):
 
     @property
     def complement(self) -> Rate:
-        """The share of the other answer, up to rounding: accuracy from error, error from accuracy."""
+        """The complementary share, up to rounding: accuracy from error, error from accuracy."""
         return Rate(value=1 - self.value, low=1 - self.high, high=1 - self.low, n=self.n, candidates=self.candidates)
 
     def __str__(self) -> str:
@@ -98,7 +99,7 @@ class Rate(Config):
 
 
 class Cost(Config):
-    """Work that a number took, counted in images."""
+    """Cost of a number, counted in images."""
 
     forwards: int = 0
     """Images sent forward through the model."""
@@ -110,7 +111,7 @@ class Cost(Config):
 
 
 class Control(Config):
-    """What noise of the same size does: the floor that a crafted perturbation has to beat."""
+    """The effect of a control, which a crafted perturbation has to exceed."""
 
     name: str
     """One of :data:`gambeson.attacks.CONTROLS` and :data:`gambeson.attacks.MORE_CONTROLS`."""
@@ -119,25 +120,25 @@ class Control(Config):
     worst: Rate
     """UER of the worst draw; its interval holds for all draws at once."""
     draws: int
-    """Patterns tried."""
+    """Number of patterns."""
 
 
 class SmallestEps(Config):
-    """The smallest eps at which an attack was found that brings the error to ``delta``.
+    """The smallest eps at which an attack reached the error ``delta``.
 
-    An attack only ever gives an upper bound of the true value.
+    It is an upper bound of the true value.
     """
 
     delta: float
     value: float
-    """The smallest success, in pixel units; the largest eps tried where ``censored``."""
+    """The smallest success, in pixel units; the largest eps tried if ``censored``."""
     low: float | None = None
     """Lower end of the 95 % interval over test images (:func:`gambeson.evaluation.bootstrap.crossing_interval`); None
-    in results that were made without one."""
+    in results without one."""
     high: float | None = None
-    """Upper end; None where the perturbations that were tried do not reach ``delta`` often enough to tell."""
+    """Upper end; None if too few resamples reach ``delta``."""
     censored: bool
-    """No success up to ``value``: the truth is larger than it."""
+    """Whether there is no success up to ``value``."""
     tolerance: float
     """Width of the last bracket."""
     tried: list[tuple[float, float]]
@@ -148,18 +149,18 @@ class SmallestEps(Config):
 
     @property
     def interval(self) -> str:
-        """The interval in words, with a space before it: `` [0.0312, 0.0341]``; empty where there is none."""
+        """The interval as text with a leading space, `` [0.0312, 0.0341]``; empty if there is none."""
         if self.low is None:
             return ""
         return f" [{self.low:.3g}, {'more' if self.high is None else f'{self.high:.3g}'}]"
 
 
 class EpsUni(SmallestEps):
-    """eps_uni(delta) (Mummadi et al. 2019, section 3): the attack is one perturbation for all images."""
+    """eps_uni(delta) (Mummadi et al. 2019, section 3): for universal perturbations."""
 
 
 class EpsAdv(SmallestEps):
-    """eps_adv(delta): the attack makes a perturbation for each image, so that it lies below eps_uni(delta)."""
+    """eps_adv(delta), for per-image perturbations; below eps_uni(delta)."""
 
     images: int
-    """Test images that were attacked."""
+    """Number of test images attacked."""
