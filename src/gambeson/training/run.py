@@ -1,4 +1,4 @@
-"""What a training will cost, measured on a few steps of a copy before it starts."""
+"""A training run by its settings: carried out in its folder, or its cost measured on a few steps beforehand."""
 
 from __future__ import annotations
 
