@@ -1,4 +1,4 @@
-"""What a gradient attack climbs: one number per image, whether it has one label or one per pixel."""
+"""Losses of gradient attacks, one value per image, for labels per image or per pixel."""
 
 from __future__ import annotations
 

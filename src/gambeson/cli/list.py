@@ -1,4 +1,4 @@
-"""``gambeson list``: what there is by name, of this library and of installed packages."""
+"""``gambeson list``: registered names, of this library and of installed packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Kind(StrEnum):
-    """What can be listed."""
+    """Kinds of entries."""
 
     attacks = "attacks"
     defenses = "defenses"
@@ -29,7 +29,7 @@ class Kind(StrEnum):
 
 def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
-    name: Annotated[str | None, typer.Argument(help="One of them, with its settings; FILE.py:NAME too.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show one entry with its settings; also FILE.py:NAME.")] = None,
     as_json: Json = False,
 ) -> None:
     """List attacks, defences, models, data sets, diagnostics or tasks by name, those of installed packages among them.

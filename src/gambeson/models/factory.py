@@ -187,7 +187,7 @@ def ensemble(models: Sequence[PixelModel], average: Average = "probabilities") -
         UserError: no models, ensembles among them, or different cards.
     """
     if not models:
-        raise UserError("an ensemble needs at least one model: give one")
+        raise UserError("an ensemble of no models: give at least one")
     first = models[0].card
     for number, model in enumerate(models):
         if model.card.members != 1:

@@ -175,7 +175,7 @@ class DataInfo:
     epochs: int = 6
     """Of batches of 64."""
     images: tuple[int, int, int] | None = None
-    """The first so many of train, validation and test, for a training in minutes; None: all."""
+    """So many of train, validation and test, drawn evenly over the classes, for a training in minutes; None: all."""
     only: tuple[str, ...] | None = None
     """The honest networks that there are, and no obfuscated models; None: all models."""
 
