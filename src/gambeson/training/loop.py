@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from gambeson.base import UserError
-from gambeson.training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gambeson.base import (
+    UserError,
     average,
     load_tensors,
     repeatable,
@@ -36,32 +31,12 @@ from gambeson.models import PixelModel
 from gambeson.models import save as save_model
 from gambeson.training.batches import Epoch
 from gambeson.training.checkpoint import load_state, save_state
-from gambeson.training.recipe import freeze_statistics, make_optimizer, set_lr
+from gambeson.training.recipe import Recipe, freeze_statistics, make_optimizer, set_lr
 from gambeson.training.validation import is_best, validate, validate_robustly
 from gambeson.victim import Victim
 
-
-def tracking(recipe: Recipe, out: Path | None) -> dict[str, Any]:
-    """Return the tracking arguments of an ``Accelerator``; empty without a tracker.
-
-    Raises:
-        UserError: there is no run folder, or the tracker is not installed.
-    """
-    if recipe.track == "none":
-        return {}
-    if out is None or importlib.util.find_spec(recipe.track) is None:
-        raise UserError(
-            f"track {recipe.track!r} needs a run folder and the package {recipe.track}: give out, and "
-            "pip install gambeson[track]"
-        )
-    return {"log_with": recipe.track, "project_dir": str(out / "track")}
-
-
-def finish(accelerator: Accelerator) -> None:
-    """Close the trackers; the process group stays open for a later run."""
-    for tracker in getattr(accelerator, "trackers", []):
-        tracker.finish()
-
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 History = list[dict[str, float]]
 """One entry per epoch: each term of the objective, the learning rate, the accuracy on the validation split."""
@@ -288,3 +263,25 @@ class Run:
         save_state(self._state, self.model, self.optimizer, self._carried, about)
         if self.recipe.track != "none":
             self.accelerator.log(self.history[-1], step=len(self.history))
+
+
+def tracking(recipe: Recipe, out: Path | None) -> dict[str, Any]:
+    """Return the tracking arguments of an ``Accelerator``; empty without a tracker.
+
+    Raises:
+        UserError: there is no run folder, or the tracker is not installed.
+    """
+    if recipe.track == "none":
+        return {}
+    if out is None or importlib.util.find_spec(recipe.track) is None:
+        raise UserError(
+            f"track {recipe.track!r} needs a run folder and the package {recipe.track}: give out, and "
+            "pip install gambeson[track]"
+        )
+    return {"log_with": recipe.track, "project_dir": str(out / "track")}
+
+
+def finish(accelerator: Accelerator) -> None:
+    """Close the trackers; the process group stays open for a later run."""
+    for tracker in getattr(accelerator, "trackers", []):
+        tracker.finish()
