@@ -41,7 +41,7 @@ from gambeson.victim import Victim  # noqa: E402
 from tests.auditing.evidence import evidence_of  # noqa: E402
 
 STORE, PICTURES, RUNS = ROOT / "results" / "audit-pictures.json", ROOT / "docs" / "audit", ROOT / "runs/audit-pictures"
-LIGHT = {"universal_steps": 100, "universal_screened": 2}
+LIGHT = {"universal_steps": 100, "universal_probe_starts": 2}
 
 
 class RandomRipple(nn.Module):
@@ -117,32 +117,32 @@ _WIDE: dict[str, Any] = {"eps": (0.1, 0.4, 0.5), "sample": 449}
 _STEPS = (_case("single-step training", **_WIDE), _case("pgd-adversarial", **_WIDE))
 _RADII = (_case("guarded"), _STANDARD)
 CASES: dict[str, tuple[Case, Case]] = {
-    "one draw decides": (_case("dropout left on", votes=1), _STANDARD),
-    "EOT gap": (_case("random ripple"), _case("input noise")),
-    "noise-off gap": (_case("random ripple"), _case("input noise")),
-    "train-mode BatchNorm": (_case("BatchNorm stuck in training"), _case("batch-norm")),
-    "remembers queries": (_case("tired of repetitions"), _STANDARD),
-    "gradients alive": (_case("four grey levels"), _STANDARD),
-    "cross-entropy keeps up": (_case("fixed margin"), _STANDARD),
-    "gradients tell the truth": (_case("reversed gradient"), _STANDARD),
+    "deterministic or majority vote": (_case("dropout left on", votes=1), _STANDARD),
+    "no EOT gap": (_case("random ripple"), _case("input noise")),
+    "no noise-off gap": (_case("random ripple"), _case("input noise")),
+    "independent of the batch": (_case("BatchNorm stuck in training"), _case("batch-norm")),
+    "stateless": (_case("tired of repetitions"), _STANDARD),
+    "no vanishing gradients": (_case("four grey levels"), _STANDARD),
+    "margin loss no stronger": (_case("fixed margin"), _STANDARD),
+    "gradient matches finite differences": (_case("reversed gradient"), _STANDARD),
     "multi-step beats single-step": (_case("detector: no gradient"), _STANDARD),
-    "random start gains nothing": _STEPS,
-    "longer step, more errors": _STEPS,
-    "single step approximates": _STEPS,
+    "random start no stronger": _STEPS,
+    "monotone in step size": _STEPS,
+    "single step approximates multi-step": _STEPS,
     "unbounded attack succeeds": (_case("hard label"), _STANDARD),
-    "more eps, more errors": _RADII,
+    "monotone in eps": _RADII,
     "attack has converged": (_case("shattered features"), _STANDARD),
-    "gradient beats chance": (_case("rippled pixels"), _STANDARD),
+    "gradient beats random search": (_case("rippled pixels"), _STANDARD),
     "white box beats transfer": (_case("hard label"), _STANDARD),
     "universal white box beats transfer": (_case("hard label"), _STANDARD),
     "white box beats queries": (_case("fixed margin"), _STANDARD),
     "attack beats noise": (_case("reversed gradient", **_WIDE), _case("standard", **_WIDE)),
-    "better than guessing": (_case("constant answer"), _STANDARD),
+    "better than majority class": (_case("constant answer"), _STANDARD),
     "crafted beats controls": (_case("hard label"), _STANDARD),
-    "budget used": (_case("constant answer"), _STANDARD),
-    "eps curve rises": _RADII,
-    "re-scoring agrees": (_case("random member"), _STANDARD),
-    "unseen images stand as well": (_case("test images remembered within a radius"), _STANDARD),
+    "perturbation budget used": (_case("constant answer"), _STANDARD),
+    "UER monotone in eps": _RADII,
+    "re-scoring reproducible": (_case("random member"), _STANDARD),
+    "no test-set leakage": (_case("test images remembered within a radius"), _STANDARD),
 }
 
 

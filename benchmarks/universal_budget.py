@@ -34,13 +34,13 @@ from gambeson.victim import Victim
 
 EPS, SEEDS, IMAGES, BUDGET = (0.1, 0.2, 0.05), (0, 1, 2), 20_000, 25_600
 NETS = {"standard": gb.defenses.Standard(), "pgd-adversarial": gb.defenses.PGDAdversarial(eps=0.1)}
-PLAIN = {"screened": 0, "restarts": 1, "steps": 200, "batch_size": 128}
+PLAIN = {"probe_starts": 0, "restarts": 1, "steps": 200, "batch_size": 128}
 
 
 def attacks(budget: int, eps: float) -> dict[str, Any]:
     """Every attack at ``budget`` gradients; the papers' scale by their steps or epochs, ours by its two climbs."""
     k = budget // BUDGET
-    ours = {"screen_steps": 100 * k, "steps": 400 * k}
+    ours = {"probe_start_steps": 100 * k, "steps": 400 * k}
     return {
         "ours": StochasticPGD(eps=eps, **ours),
         # As published: one climb from zero, the clip differentiated exactly; schedule and truncation are our default.
@@ -96,7 +96,7 @@ def network(name: str, data: gb.data.Dataset, folder: Path) -> nn.Module:
     if not path.exists():
         with seeded(0, "model"):
             model = gb.models.create("lenet5", data)
-        few = data.train.sample(IMAGES)
+        few = data.train.subset(torch.arange(IMAGES))
         small = gb.data.Dataset(data.name, few, data.validation, data.test, data.classes)
         gb.train(model, small, NETS[name], epochs=3, seed=0)
         gb.models.save(model, path)

@@ -9,6 +9,7 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks.gradient.auto_pgd import AutoPGD, TargetedAutoPGD
 from gambeson.attacks.gradient.pgd import PGD
+from gambeson.tasks import Segmentation
 from gambeson.threat import Ball
 from gambeson.victim import Victim
 from tests.attacks.optima import best_gain
@@ -71,25 +72,25 @@ class Decoy(torch.nn.Module):
         return torch.stack([base, base - 0.1 + 0.01 * a, -0.2 + 0.2 * a, -0.4 + 0.2 * b, -0.58 + 1.5 * b], 1)
 
 
-def test_scouts_find_the_target_that_counts_at_the_cost_that_the_text_says():
+def test_probes_find_the_target_that_counts_at_the_documented_cost():
     x, y = torch.full((3, 1, 1, 2), 0.2), torch.zeros(3, dtype=torch.long)
     settings = {"eps": 0.2, "steps": 12, "loss": "margin"}
     assert left(Decoy(), TargetedAutoPGD(**settings, targets=2), x, y) == 3
     assert left(Decoy(), TargetedAutoPGD(**settings, targets=1, probe_steps=4), x, y) == 3
-    assert left(Decoy(), TargetedAutoPGD(**settings, probe_steps=4, keep=1), x, y) == 0
-    with Victim(Decoy()) as victim:  # nothing falls: 4 scouts of 3 steps and 2 climbs of 12
-        TargetedAutoPGD(**settings | {"eps": 0.01}, probe_steps=3, keep=2)(victim, x, y)
+    assert left(Decoy(), TargetedAutoPGD(**settings, probe_steps=4, targets_kept=1), x, y) == 0
+    with Victim(Decoy()) as victim:  # nothing falls: 4 probes of 3 steps and 2 climbs of 12
+        TargetedAutoPGD(**settings | {"eps": 0.01}, probe_steps=3, targets_kept=2)(victim, x, y)
         assert (victim.forwards, victim.backwards) == (3 * (1 + 4 * 4 + 2 * 13), 3 * (4 * 3 + 2 * 12))
 
 
-def test_scouts_lose_nothing_on_a_trained_net(trained, digits):
+def test_probes_lose_nothing_on_a_trained_net(trained, digits):
     x, y = digits.test.take(slice(0, 80))
     whole = left(trained, TargetedAutoPGD(eps=0.1, steps=15), x, y)
     assert 3 < whole < 77
     assert left(trained, TargetedAutoPGD(eps=0.1, steps=15, probe_steps=5), x, y) <= whole + 1
 
 
-def test_the_full_climb_goes_to_the_target_that_the_scouts_brought_nearest():
+def test_the_full_climb_goes_to_the_targets_that_the_probes_brought_nearest():
     class Watch(TargetedAutoPGD):
         def _climb(self, solver, x, labels, truth, name, seed, record):
             names.append((name, labels.tolist()))
@@ -97,7 +98,7 @@ def test_the_full_climb_goes_to_the_target_that_the_scouts_brought_nearest():
 
     names = []
     x, y = torch.full((2, 1, 1, 2), 0.2), torch.zeros(2, dtype=torch.long)
-    Watch(eps=0.15, steps=5, loss="margin", probe_steps=3, keep=2)(Decoy(), x, y)
+    Watch(eps=0.15, steps=5, loss="margin", probe_steps=3, targets_kept=2)(Decoy(), x, y)
     assert [name for name, _ in names] == ["0/scout/0", "0/scout/1", "0/scout/2", "0/scout/3", "0/0", "0/1"]
     # Margins that can be reached: -0.097 for class 1, -0.13 for 2, -0.33 for 3 and -0.06 for 4.
     assert [labels for _, labels in names[4:]] == [[4, 4], [1, 1]]
@@ -169,7 +170,7 @@ def test_label_maps_fall_pixel_by_pixel():
     x = torch.tensor([[[[0.55, 0.52]]], [[[0.55, 0.6]]]])
     y = torch.tensor([[[1, 1]], [[1, 255]]])
     for attack in (AutoPGD(eps=0.1, steps=9), TargetedAutoPGD(eps=0.1, steps=9, targets=1)):
-        prediction = PixelNet()(attack(PixelNet(), x, y, ignore_index=255)).argmax(1)
+        prediction = PixelNet()(attack(PixelNet(), x, y, task=Segmentation(ignore_index=255))).argmax(1)
         assert prediction[0].tolist() == [[0, 0]]
         assert prediction[1, 0, 0] == 0
 
@@ -185,7 +186,7 @@ def test_too_few_classes_for_the_ratio_fall_back_to_the_margin_and_say_so():
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(UserError, match="with targets the attack chooses what to reach"):
         AutoPGD(eps=0.1, targets=3, targeted=True)
-    with pytest.raises(UserError, match="probe_steps needs several targets"):
+    with pytest.raises(UserError, match="probe_steps is for an attack on several targets"):
         AutoPGD(eps=0.1, probe_steps=5)
     with pytest.raises(UserError, match="inertia = 0"):
         AutoPGD(eps=0.1, inertia=0)

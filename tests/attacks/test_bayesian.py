@@ -67,9 +67,9 @@ def test_likelihood_is_that_of_the_gaussian_and_an_idle_axis_is_found():
 
 def test_expected_improvement_is_the_mean_of_the_gain():
     mean, deviation = torch.tensor([0.2, 1.0, 1.4], dtype=torch.float64), torch.tensor([0.5, 1.0, 0.1]).double()
-    eot_samples = mean + deviation * torch.randn(400_000, 3, generator=generator(0, "gain"), dtype=torch.float64)
+    samples = mean + deviation * torch.randn(400_000, 3, generator=generator(0, "gain"), dtype=torch.float64)
     torch.testing.assert_close(
-        expected_improvement(mean, deviation, 1.0), (eot_samples - 1).clamp(min=0).mean(0), atol=3e-3, rtol=0
+        expected_improvement(mean, deviation, 1.0), (samples - 1).clamp(min=0).mean(0), atol=3e-3, rtol=0
     )
     sure = expected_improvement(torch.tensor([0.5, 1.5]), torch.zeros(2), 1.0)
     assert sure.tolist() == [0.0, 0.5]

@@ -14,6 +14,7 @@ from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
 from gambeson.base import generator
 from gambeson.data import Split
 from gambeson.evaluation import Rate, accuracy_under
+from gambeson.tasks import Segmentation
 from gambeson.threat import Ball
 from gambeson.victim import Victim
 from tests.attacks.optima import best_gain
@@ -217,7 +218,7 @@ def test_a_shared_gradient_is_the_sum_over_images_of_which_a_clip_takes_its_part
     each = each if box_gradient == "straight-through" else each.masked_fill(held, 0)
     with Victim(model) as victim:
         solver = ProjectedGradient(victim=victim, ball=Ball(eps=0.2), loss=Loss(), box_gradient=box_gradient)
-        gradient, logits = solver.look(delta, x, y)
+        gradient, logits = solver.gradient(delta, x, y)
     torch.testing.assert_close(gradient, each.unflatten(0, (rows, -1)).sum(1))
     torch.testing.assert_close(logits, model(moved.clamp(0, 1)).detach())
 
@@ -291,7 +292,7 @@ def test_label_maps_need_every_labelled_pixel_to_fall():
 
     x = torch.tensor([[[[0.55, 0.9]]], [[[0.55, 0.6]]]])
     y = torch.tensor([[[1, 1]], [[1, 255]]])
-    x_adv = PGD(eps=0.1, steps=5, rel_step_size=1.0)(PixelNet(), x, y, ignore_index=255)
+    x_adv = PGD(eps=0.1, steps=5, rel_step_size=1.0)(PixelNet(), x, y, task=Segmentation(ignore_index=255))
     prediction = PixelNet()(x_adv).argmax(1)
     assert prediction[1, 0, 0] == 0
     assert float(x_adv[1, 0, 0, 1]) == pytest.approx(0.6, abs=0.11)

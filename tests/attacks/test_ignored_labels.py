@@ -1,10 +1,12 @@
 """Ignored labels count nowhere while a universal perturbation is crafted: not in a loss, a mean, a rate or a stop."""
 
+from itertools import islice
+
 import pytest
 import torch
 from torch import nn
 
-from gambeson import UserError
+from gambeson import UserError, tasks
 from gambeson.attacks import DFUAP, ClasswiseStochasticPGD, DeepFoolUAP, StochasticPGD
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.universal.sga import SGA
@@ -97,6 +99,26 @@ def test_what_an_ignored_image_shows_changes_nothing(name):
     assert found.about.restarts == same.about.restarts
 
 
+@pytest.mark.parametrize("normalise", ["batch", "sample"])
+def test_starts_probed_together_see_the_batches_that_each_sees_alone(normalise):
+    """Their mini-batches differ in size, for images without a label are left out of them."""
+    model, _, data = images_of(None)
+    attack = StochasticPGD(
+        eps=0.1, norm="2", probe_starts=4, restarts=4, probe_start_steps=5, probe_start_batch=7, normalise=normalise
+    )
+    brief = StochasticPGD(
+        eps=0.1, norm="2", steps=5, batch_size=7, rel_step_size=attack.probe_rel_step_size, normalise=normalise
+    )
+    with entered(model) as victims:
+        context = attack._prepare(victims, data, 0)
+        assert len({len(images) for k in range(4) for images, _ in islice(context.stream(7, k), 5)}) > 1
+        starts = list(context.starts(4, None))
+        found = {float(delta.sum()) for _, delta in attack._best(context, starts)}
+        alone = {float(brief._climb(context, start, [k]).sum()) for k, (_, start) in enumerate(starts)}
+    assert len(alone) == 4
+    assert sorted(found) == pytest.approx(sorted(alone), abs=1e-5)
+
+
 def test_a_mean_of_steps_is_over_images_that_have_a_label():
     model, w, data = images_of(None)
     attack = StochasticPGD(
@@ -148,12 +170,14 @@ def test_every_loss_is_zero_and_flat_where_the_label_is_ignored():
                     else [(marked, None)]
                 )
                 for goal, truth in calls:
-                    values = loss(logits, goal, IGNORED, truth)
+                    values = loss(logits, goal, tasks.of(labels, IGNORED), truth)
                     (gradient,) = torch.autograd.grad(values.sum(), logits)
                     assert not gradient.movedim(1, -1)[gone].any()
                     if len(shape) == 1:
                         assert not values[gone].any()
                         plain = loss(
-                            logits, targets if loss.targeted else labels, None, None if truth is None else labels
+                            logits,
+                            targets if loss.targeted else labels,
+                            truth=None if truth is None else labels,
                         )
                         torch.testing.assert_close(values[~gone], plain[~gone])

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from gambeson.attacks import Loss, cross_entropy, margin
-from gambeson.attacks.losses import dlr, image_means, is_adversarial, target_margin, targeted_dlr
+from gambeson.attacks.losses import dlr, target_margin, targeted_dlr
+from gambeson.tasks import CLASSIFICATION, Segmentation
 
 
 def test_truncation_acts_on_each_answer_and_kills_its_gradient():
@@ -39,8 +40,6 @@ def test_targeted_loss_rises_to_the_target_down_to_its_floor():
 def test_margin_by_hand_and_its_sign():
     logits = torch.tensor([[1.0, 4.0, 2.0], [5.0, 1.0, 0.0]])
     assert margin(logits, torch.tensor([0, 0])).tolist() == [3.0, -4.0]
-    assert is_adversarial(logits, torch.tensor([0, 0])).tolist() == [True, False]
-    assert is_adversarial(logits, torch.tensor([1, 1]), targeted=True).tolist() == [True, False]
 
 
 def test_pixels_average_over_labelled_ones_only():
@@ -49,9 +48,8 @@ def test_pixels_average_over_labelled_ones_only():
     labels = torch.randint(0, 4, (3, 2, 5), generator=draw)
     labels[0, :, 1:] = 255
     labels[2] = 255
-    for loss in (cross_entropy, margin, dlr):
-        answers = loss(logits, labels, 255)
-        means = image_means(answers, labels, 255)
+    for loss, kind in ((cross_entropy, "cross-entropy"), (margin, "margin"), (dlr, "dlr")):
+        means = Loss(kind=kind)(logits, labels, Segmentation(ignore_index=255))
         for n in range(3):
             cells = [(i, j) for i in range(2) for j in range(5) if labels[n, i, j] != 255]
             alone = [loss(logits[n, :, i, j][None], labels[n, i, j][None]) for i, j in cells]
@@ -88,10 +86,10 @@ def test_every_targeted_loss_rises_with_the_target_s_logit_and_falls_with_the_tr
     draw = torch.Generator().manual_seed(1)
     logits, targets = torch.randn(30, 7, generator=draw), torch.arange(30) % 7
     truth = (targets + 3) % 7
-    value = Loss(kind=kind, targeted=True)(logits, targets, None, truth)
+    value = Loss(kind=kind, targeted=True)(logits, targets, CLASSIFICATION, truth)
     for step, classes in ((1e-3, targets), (-1e-3, truth)):
         moved = logits.scatter_add(1, classes[:, None], torch.full((30, 1), step))
-        grown = Loss(kind=kind, targeted=True)(moved, targets, None, truth) - value
+        grown = Loss(kind=kind, targeted=True)(moved, targets, CLASSIFICATION, truth) - value
         assert (grown > 0).float().mean() > 0.85  # the ratio's scale moves a few the other way
 
 
@@ -107,6 +105,6 @@ def test_targeted_ratio_of_label_maps_skips_ignored_pixels():
     logits = torch.randn(2, 5, 2, 2, generator=torch.Generator().manual_seed(2))
     truth = torch.tensor([[[0, 1], [255, 3]], [[255, 255], [255, 255]]])
     targets = torch.where(truth == 255, truth, (truth + 1) % 5)
-    value = Loss(kind="dlr", targeted=True)(logits, targets, 255, truth)
+    value = Loss(kind="dlr", targeted=True)(logits, targets, Segmentation(ignore_index=255), truth)
     cells = [targeted_dlr(logits[:1, :, i, j], targets[:1, i, j], truth[:1, i, j]) for i, j in ((0, 0), (0, 1), (1, 1))]
     assert value.tolist() == [pytest.approx(float(sum(cells)) / 3, abs=1e-6), 0.0]

@@ -44,10 +44,10 @@ class Peak(TorchDispatchMode):
         self.live -= self.sizes.pop(key, 0)
 
 
-def peak(context):
+def peak(work):
     gc.collect()
     with Peak() as mode:
-        context()
+        work()
     return mode.most
 
 
@@ -59,12 +59,12 @@ def net():
 
 
 def bare(net, x, y):
-    def context():
+    def work():
         point = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(net(point), y), point)
         return gradient
 
-    return peak(context)
+    return peak(work)
 
 
 def batch():
@@ -73,11 +73,11 @@ def batch():
 
 
 def test_the_meter_sees_what_is_alive_and_forgets_what_is_not():
-    def context():
+    def work():
         for _ in range(5):
             torch.ones(1000).add(1)  # 4,000 bytes, twice at once
 
-    assert peak(context) == 8000
+    assert peak(work) == 8000
     kept = []
     assert peak(lambda: kept.extend(torch.ones(1000) for _ in range(5))) == 20_000
 

@@ -160,11 +160,11 @@ def test_given_start_is_a_candidate_and_settings_are_checked(trained, digits):
 def test_uniform_control_lies_in_the_ball_and_is_weaker_than_its_surface():
     for norm in ("inf", "2"):
         ball = Ball(eps=0.3, norm=norm)
-        eot_samples = control("uniform", ball, (3, 4, 6), eot_samples=5, seed=1)
-        assert eot_samples.shape == (5, 3, 4, 6)
-        assert (ball.length(eot_samples) <= 0.3 + 1e-6).all()
-        assert torch.equal(eot_samples, control("uniform", ball, (3, 4, 6), eot_samples=5, seed=1))
-        assert not torch.equal(eot_samples[0], eot_samples[1])
+        draws = control("uniform", ball, (3, 4, 6), draws=5, seed=1)
+        assert draws.shape == (5, 3, 4, 6)
+        assert (ball.length(draws) <= 0.3 + 1e-6).all()
+        assert torch.equal(draws, control("uniform", ball, (3, 4, 6), draws=5, seed=1))
+        assert not torch.equal(draws[0], draws[1])
 
 
 def test_patterns_have_not_changed():

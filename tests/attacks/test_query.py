@@ -11,6 +11,7 @@ from gambeson.attacks.query.base import Queries
 from gambeson.attacks.query.nes import NES, SPSA
 from gambeson.attacks.query.one_pixel import OnePixel
 from gambeson.attacks.query.square import RandomSearch, Square
+from gambeson.tasks import Classification
 from gambeson.threat import Ball
 from gambeson.victim import Victim
 from tests.conftest import LinearNet, binary, inner_images
@@ -189,7 +190,7 @@ def test_square_s_windows_shrink_as_published_and_fit_the_image():
             assert (Ball(eps=0.1, norm=norm).length(x_adv - x) <= 0.1 + 1e-6).all()
 
 
-def test_square_without_a_prospect_stops_after_an_eighth_and_keeps_what_it_found():
+def test_square_with_early_abandon_stops_after_an_eighth_and_keeps_what_it_found():
     model = Steep((1, 6, 7))
     x, y = inner_images(8, (1, 6, 7)), torch.arange(8) // 4  # the first four never fall
     queries = Queries(model)
@@ -200,13 +201,13 @@ def test_square_without_a_prospect_stops_after_an_eighth_and_keeps_what_it_found
     queries = Queries(model)
     Square(eps=0.01, queries=800)(queries, x, y)
     assert queries.spent[:4].tolist() == [800] * 4
-    with pytest.raises(UserError, match="early_abandon needs the margin loss"):
+    with pytest.raises(UserError, match="early_abandon reads the margin's distance"):
         Square(eps=0.1, targeted=True, early_abandon=1)
-    with pytest.raises(UserError, match="outlook = 0"):
+    with pytest.raises(UserError, match="early_abandon = 0"):
         Square(eps=0.1, early_abandon=0)
 
 
-def test_square_with_an_outlook_breaks_what_the_whole_budget_breaks(trained, digits):
+def test_square_with_early_abandon_breaks_what_the_whole_budget_breaks(trained, digits):
     class Stairs(torch.nn.Module):
         """The trained net behind pixels rounded to steps: its gradient is zero, its scores tell."""
 
@@ -281,10 +282,10 @@ def test_ignored_images_are_left_alone_and_not_asked_about():
     model = Steep((1, 3, 3))
     x, y = inner_images(4, (1, 3, 3)), torch.tensor([0, 255, 0, 255])
     queries = Queries(model)
-    x_adv = Square(eps=0.1, queries=20)(queries, x, y, ignore_index=255)
+    x_adv = Square(eps=0.1, queries=20)(queries, x, y, task=Classification(ignore_index=255))
     assert queries.spent.tolist() == [20, 0, 20, 0]
     assert torch.equal(x_adv[[1, 3]], x[[1, 3]])
-    with pytest.raises(UserError, match=r"labels have shape \(4, 3, 3\): this attack takes one label per image"):
+    with pytest.raises(UserError, match=r"the labels are label maps .*: this attack expects one label per image"):
         Square(eps=0.1)(model, x, torch.zeros(4, 3, 3, dtype=torch.long))
 
 

@@ -141,26 +141,28 @@ def test_warm_start_is_one_more_restart_scaled_to_the_ball(trained, digits):
     assert float(warm.delta.abs().max()) <= 0.2
 
 
-def test_starts_are_screened_by_a_short_climb_and_the_best_goes_on(trained, digits):
+def test_starts_are_probed_by_a_short_climb_and_the_best_go_on(trained, digits):
     attack = StochasticPGD(
         eps=0.2, steps=20, batch_size=32, probe_starts=5, probe_start_steps=10, probe_start_batch=8, restarts=2
     )
     uap = attack.craft(trained, digits, seed=1)
     about = uap.about
     assert len(about.restarts) == 2
-    assert all(kind.endswith(", screened") for kind, _ in about.restarts)
+    assert all(kind.endswith(", probed") for kind, _ in about.restarts)
     assert about.backwards == 5 * 10 * 8 + 2 * 20 * 32
     assert about.forwards == about.backwards + (5 + 2) * len(digits.validation)
     with entered(trained) as victims:
         context = attack._prepare(victims, digits, 1)
         brief = StochasticPGD(eps=0.2, steps=10, batch_size=8, rel_step_size=0.5, probe_starts=0)
-        rates = [context.rate(brief._climb(context, start, k)) for k, (_, start) in enumerate(context.starts(5, None))]
+        rates = [
+            context.rate(brief._climb(context, start, [k])) for k, (_, start) in enumerate(context.starts(5, None))
+        ]
         kept = [context.rate(delta) for _, delta in attack._best(context, list(context.starts(5, None)))]
     assert kept == sorted(rates, reverse=True)[:2]
-    few = attack.model_copy(update={"screen_images": 20}).craft(trained, digits, seed=1).about
+    few = attack.model_copy(update={"probe_start_images": 20}).craft(trained, digits, seed=1).about
     assert few.forwards == few.backwards + 5 * 20 + 2 * len(digits.validation)
     warm = attack.craft(trained, digits, seed=1, start=uap.delta)
-    assert [kind for kind, _ in warm.about.restarts][-1] == "warm"  # what was given is never screened out
+    assert [kind for kind, _ in warm.about.restarts][-1] == "warm"  # what was given is never left out
 
 
 def test_default_costs_a_stated_number_of_gradients_and_is_no_weaker_than_one_long_climb(trained, digits):
@@ -212,10 +214,10 @@ def test_controls_have_norm_eps_zero_mean_board_and_fresh_signs():
         assert float(board.mean()) == pytest.approx(0, abs=1e-7)
         assert board[0, 0, 0, 0] < 0 < board[0, 0, 0, 1]
         assert torch.equal(board[0, 0], board[0, 2])
-        signs = control("random-sign", ball, (3, 4, 6), eot_samples=4, seed=1)
+        signs = control("random-sign", ball, (3, 4, 6), draws=4, seed=1)
         torch.testing.assert_close(ball.length(signs), torch.full((4,), 0.3))
         assert not torch.equal(signs[0], signs[1])
-        assert torch.equal(signs, control("random-sign", ball, (3, 4, 6), eot_samples=4, seed=1))
+        assert torch.equal(signs, control("random-sign", ball, (3, 4, 6), draws=4, seed=1))
     with pytest.raises(UserError, match="unknown control 'chess': did you mean chessboard"):
         control("chess", ball, (1, 2, 2))
 
@@ -254,7 +256,22 @@ def test_its_climb_is_the_one_solver_over_mini_batches_with_one_row(trained, dig
     with entered(trained) as victims:
         split = digits.train.to(victims[0].device)
         context = CraftingContext(victims=victims, train=split, validation=digits.validation, ball=attack.ball, seed=3)
-        climbed = attack._climb(context, context.start("sign", 1), 1)
+        climbed = attack._climb(context, context.start("sign", 1), [1])
         same = context.solver(attack.objective).run(context.start("sign", 1), context.stream(40, 1), attack.lengths)
     assert torch.equal(climbed, same)
     assert not torch.equal(climbed, context.start("sign", 1))
+
+
+@pytest.mark.parametrize("settings", [{}, {"normalise": "sample"}, {"momentum": 0.9}], ids=str)
+def test_starts_climbed_together_end_where_each_ends_alone(trained, digits, settings):
+    attack = StochasticPGD(eps=0.2, steps=8, batch_size=20, **settings)
+    with Victim(trained) as victim:
+        split = digits.train.to(victim.device)
+        context = CraftingContext(victims=[victim], train=split, validation=digits.validation, ball=attack.ball, seed=3)
+        starts = [delta for _, delta in context.starts(4, None)]
+        alone = [attack._climb(context, delta, [k]) for k, delta in enumerate(starts)]
+        before = victim.backwards
+        together = attack._climb(context, torch.cat(starts), range(4))
+        assert victim.backwards - before == 4 * 8 * 20
+    torch.testing.assert_close(together, torch.cat(alone), atol=2e-4, rtol=0)
+    assert float((together[1:] - together[:1]).abs().amax()) > 0.1  # restarts see other images and end elsewhere

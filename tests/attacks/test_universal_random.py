@@ -55,7 +55,7 @@ def test_restarts_are_chosen_by_the_votes_that_report_them(trained, digits):
     assert attack.craft(model, digits, seed=5).about == uap.about
     with Victim(model) as victim:
         assert attack.craft(victim, digits, seed=5).about == uap.about
-        assert victim.votes == 1  # as it was
+        assert victim.votes is None  # as it was
         victim.votes = 3  # whoever says how many is heard
         few = attack.craft(victim, digits, seed=5)
         expected = score(predict(victim, digits.validation, few.delta, seed=5), digits.validation).error

@@ -49,7 +49,7 @@ def evidence_of(model, digits, source, uap=None, suite=SUITE, **subject):
         predictions=predict(victim, digits.test), surrogate=source,
     )  # fmt: skip
     delta = torch.zeros(1, *digits.test.shape) if uap is None else uap
-    known = suite.universal(found.eps).model_copy(update={"steps": 1, "screened": 0, "restarts": 1})
+    known = suite.universal(found.eps).model_copy(update={"steps": 1, "probe_starts": 0, "restarts": 1})
     found.uaps[found.eps] = UniversalPerturbation(delta, known.craft(source, digits).about)
     return found
 
@@ -103,7 +103,8 @@ def test_a_gradient_turned_round_loses_to_noise(trained, digits, source):
 
 
 def test_an_honest_net_passes(trained, digits, source):
-    uap = SUITE.universal(0.15).model_copy(update={"steps": 60, "restarts": 1, "screened": 0}).craft(trained, digits)
+    brief = {"steps": 60, "restarts": 1, "probe_starts": 0}
+    uap = SUITE.universal(0.15).model_copy(update=brief).craft(trained, digits)
     found = looked(evidence_of(trained, digits, source, uap.delta))
     assert {name: check.passed for name, check in found.items()} == dict.fromkeys(OURS, True)
     numbers = found["white box beats transfer"].numbers
@@ -116,7 +117,7 @@ def test_a_linear_model_passes_against_itself(digits):
     model = LinearNet(torch.zeros(10, *digits.test.shape))
     gb.train(model, digits, gb.defenses.Standard(), epochs=10, lr=0.1, batch_size=64, seed=0)
     twin = LinearNet(3 * model.weight.detach(), 3 * model.bias.detach())
-    uap = SUITE.universal(0.15).model_copy(update={"steps": 60, "restarts": 1, "screened": 0}).craft(model, digits)
+    uap = SUITE.universal(0.15).model_copy(update={"steps": 60, "restarts": 1, "probe_starts": 0}).craft(model, digits)
     found = looked(evidence_of(model, digits, twin, uap.delta))
     assert {name: check.passed for name, check in found.items()} == dict.fromkeys(OURS, True)
 

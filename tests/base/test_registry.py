@@ -174,7 +174,7 @@ def test_attack_takes_a_file_on_the_command_line(mine, trained, digits, tmp_path
 
 def test_a_name_has_one_owner():
     with pytest.raises(
-        UserError, match=r"'pgd' of .*\.Other is registered already, by gambeson\.attacks\.gradient\.PGD"
+        UserError, match=r"'pgd' of .*\.Other is registered already, by gambeson\.attacks\.gradient\.pgd\.PGD"
     ):
 
         @gb.attacks.register("pgd")

@@ -70,7 +70,7 @@ OTHERS = {
     "norm": "2",
     "sharedness": 3,
     "steps": 6,
-    "step": 0.7,
+    "rel_step_size": 0.7,
     "truncate": 1.1,
     "attack_bn": "batch",
     "craft_precision": "bfloat16",
@@ -326,13 +326,20 @@ def test_a_whole_training_in_bfloat16_crafts_what_float32_would(digits, monkeypa
 
 
 PUBLISHED = {
-    "shared-adversarial": {"steps": 4, "step": 0.5, "truncate": -math.log(0.2), "label_smoothing": 0.0},
-    "trades": {"beta": 6.0, "steps": 10, "step": 0.25, "noise": 0.001},
+    "shared-adversarial": {"steps": 4, "rel_step_size": 0.5, "truncate": -math.log(0.2), "label_smoothing": 0.0},
+    "trades": {"beta": 6.0, "steps": 10, "rel_step_size": 0.25, "noise": 0.001},
     "ensemble-adversarial": {"attack": "fgsm", "start_size": 0.5, "label": "prediction", "mixing": "both"},
-    "universal-adversarial": {"step": 1.0, "sigma": 1.0, "classwise": False},
+    "universal-adversarial": {"rel_step_size": 1.0, "sigma": 1.0, "classwise": False},
     "jacobian": {"estimator": "projection", "n_proj": 1, "share": 1.0, "every": 1},
-    "learn2perturb": {"gamma": 1e-4, "init": 0.25, "floor": 0.01, "steps": 7, "step": 0.01 * 255 / 8, "mix": 0.5},
-    "pni": {"init": 0.25, "steps": 7, "step": 0.01 / 0.031, "mix": 0.5},
+    "learn2perturb": {
+        "gamma": 1e-4,
+        "init": 0.25,
+        "floor": 0.01,
+        "steps": 7,
+        "rel_step_size": 0.01 * 255 / 8,
+        "mix": 0.5,
+    },
+    "pni": {"init": 0.25, "steps": 7, "rel_step_size": 0.01 / 0.031, "mix": 0.5},
     "rse": {"first": 0.2, "rest": 0.1},
     "adp": {"members": 3, "alpha": 2.0, "beta": 0.5},
     "gal": {"members": 3, "strength": 0.5},
@@ -342,7 +349,7 @@ OURS = {
     "universal-adversarial": {"truncate": 9.0, "start": "zero", "update": "alternating"},
     "jacobian": {"strength": 0.01, "space": "pixel"},
     "jacobian-ensemble": {"strength": 0.01, "members": 5, "average": "probabilities"},
-    "universal-consistency": {"pool": 8, "beta": 4.0, "warmup": 0.5, "step": 0.25},
+    "universal-consistency": {"bank": 8, "beta": 4.0, "warmup": 0.5, "rel_step_size": 0.25},
 }
 
 

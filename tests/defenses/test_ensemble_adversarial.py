@@ -15,6 +15,7 @@ from gambeson.base import generator
 from gambeson.data import Dataset, Split
 from gambeson.defenses import Batch
 from gambeson.defenses.ensemble_adversarial import EnsembleAdversarial, Transferred
+from gambeson.tasks import Segmentation
 from gambeson.threat import Ball
 from gambeson.training import Recipe, TrainRun, run_training
 from gambeson.training.loop import Run
@@ -110,7 +111,7 @@ def test_ignored_pixels_stay_ignored_whatever_label_is_left():
     y[:, :2] = 255
     for attack in ("fgsm", "r-step-ll"):
         defense = EnsembleAdversarial(eps=0.1, attack=attack, start_size=0.0)
-        moved = crafted(defense, [], Batch(images=x, labels=y, seed=0, ignore_index=255), model)
+        moved = crafted(defense, [], Batch(images=x, labels=y, seed=0, task=Segmentation(ignore_index=255)), model)
         assert torch.equal(moved[:, :, :2], x[:, :, :2])
         assert not torch.equal(moved[:, :, 2:], x[:, :, 2:])
 
@@ -204,7 +205,7 @@ def test_the_model_may_stand_in_its_own_pool(digits):
         defense = EnsembleAdversarial(eps=0.1, pool=pool)
         run = Run(model, digits, defense, Recipe(epochs=1, batch_size=64), 0, None)
         before = weight_sum(model)
-        run.go("test")
+        run.fit("test")
         assert weight_sum(model) != before
         assert all(parameter.requires_grad for parameter in model.parameters())
         x, y = digits.train.take(slice(0, 16))

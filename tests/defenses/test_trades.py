@@ -8,6 +8,7 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.defenses import Batch, Standard, TrainContext
 from gambeson.defenses.trades import Divergence, Trades
+from gambeson.tasks import Segmentation
 from tests.conftest import binary, inner_images
 
 
@@ -104,7 +105,7 @@ def test_pixels_without_a_label_have_no_say():
     net = torch.nn.Conv2d(1, 3, 1)
     x, y = inner_images(2, (1, 4, 4)), torch.zeros(2, 4, 4, dtype=torch.long)
     y[:, :2] = 9
-    term, batch = Divergence(eps=0.1), Batch(images=x, labels=y, seed=0, ignore_index=9)
+    term, batch = Divergence(eps=0.1), Batch(images=x, labels=y, seed=0, task=Segmentation(ignore_index=9))
     delta = term.craft(net, batch)
     assert float(delta[:, :, :2].abs().max()) < 0.01  # the start's noise
     assert float(delta[:, :, 2:].abs().min()) > 0.09

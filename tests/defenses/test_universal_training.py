@@ -16,6 +16,7 @@ from gambeson.base import load_tensors
 from gambeson.defenses import Batch, Standard, TrainContext, uap_bank
 from gambeson.defenses.universal_adversarial import UniversalAdversarial
 from gambeson.defenses.universal_consistency import UniversalConsistency, divergence
+from gambeson.tasks import Segmentation
 from gambeson.threat import Ball, perturb
 from tests.conftest import LinearNet, binary, inner_images
 
@@ -35,7 +36,7 @@ def opened(defense, model, batch, seed=0):
     return defense.build_objective(context)
 
 
-def the_pool(objective):
+def the_bank(objective):
     (found,) = [module for module in objective.modules() if isinstance(module, uap_bank.UAPBank)]
     return found
 
@@ -71,7 +72,7 @@ def test_two_steps_of_eps_reach_the_best_vertex_of_a_linear_net(start, update, l
     objective = opened(UniversalAdversarial(eps=0.1, update=update, start=start), model, batch, seed=label)
     go(objective, model, batch, 2)
     vertex = 0.1 * w.sign() * (1 - 2 * label)
-    torch.testing.assert_close(the_pool(objective).delta, vertex[None])
+    torch.testing.assert_close(the_bank(objective).delta, vertex[None])
 
 
 @pytest.mark.parametrize("update", ["alternating", "one-pass"])
@@ -80,7 +81,7 @@ def test_classwise_on_a_linear_net_is_per_image_training(update):
     batch = batch_of([0, 1, 1, 0, 1])
     objective = opened(UniversalAdversarial(eps=0.1, update=update, classwise=True), model, batch)
     go(objective, model, batch, 1)
-    torch.testing.assert_close(the_pool(objective).delta, torch.stack([0.1 * w.sign(), -0.1 * w.sign()]))
+    torch.testing.assert_close(the_bank(objective).delta, torch.stack([0.1 * w.sign(), -0.1 * w.sign()]))
     loss = objective.losses(model, batch)["loss"]
     worst = batch.images + 0.1 * w.sign() * (1 - 2 * batch.labels).view(-1, 1, 1, 1)
     torch.testing.assert_close(loss, F.cross_entropy(model(worst), batch.labels))
@@ -90,9 +91,9 @@ def test_a_class_that_is_not_in_the_batch_keeps_its_perturbation():
     model = LinearNet(torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)))
     batch = batch_of([0, 2, 2, 0])
     objective = opened(UniversalAdversarial(eps=0.1, classwise=True, start="sign", update="one-pass"), model, batch)
-    before = the_pool(objective).delta
+    before = the_bank(objective).delta
     go(objective, model, batch, 3)
-    moved = (the_pool(objective).delta != before).flatten(1).any(1)
+    moved = (the_bank(objective).delta != before).flatten(1).any(1)
     assert moved.tolist() == [True, False, True]
 
 
@@ -101,13 +102,13 @@ def test_every_member_of_a_pool_climbs_to_its_own_end_of_a_linear_net(direction)
     # The divergence depends on w . delta alone and rises away from zero on both sides, for every image.
     model, w = binary(SHAPE)
     batch = batch_of([0, 1] * 8)
-    defense = UniversalConsistency(eps=0.1, pool=8, direction=direction)
+    defense = UniversalConsistency(eps=0.1, bank=8, direction=direction)
     objective = opened(defense, model, batch)
-    start = the_pool(objective).delta
+    start = the_bank(objective).delta
     side = (start * w).sum((1, 2, 3)).sign()
     assert set(side.tolist()) == {-1.0, 1.0}
     go(objective, model, batch, 8)
-    torch.testing.assert_close(the_pool(objective).delta, 0.1 * side.view(-1, 1, 1, 1) * w.sign())
+    torch.testing.assert_close(the_bank(objective).delta, 0.1 * side.view(-1, 1, 1, 1) * w.sign())
 
 
 def test_a_step_is_the_papers_formula_and_a_pool_of_one_is_one_pass_up_to_the_loss(trained, digits):
@@ -126,24 +127,24 @@ def test_a_step_is_the_papers_formula_and_a_pool_of_one_is_one_pass_up_to_the_lo
     for defense, loss in (
         (UniversalAdversarial(eps=0.1, update="one-pass", start="uniform", rel_step_size=0.25), adversarial),
         (UniversalAdversarial(eps=0.1, update="alternating", start="uniform", rel_step_size=0.25), adversarial),
-        (UniversalConsistency(eps=0.1, pool=1), consistent),
+        (UniversalConsistency(eps=0.1, bank=1), consistent),
     ):
         objective = opened(defense, model, batch)
-        delta = the_pool(objective).delta.clone().requires_grad_()
+        delta = the_bank(objective).delta.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(model(perturb(images, delta))), delta)
         go(objective, model, batch)
         by_hand = ball.project(delta.detach() + 0.25 * 0.1 * gradient.sign())
-        assert torch.equal(the_pool(objective).delta, by_hand)
+        assert torch.equal(the_bank(objective).delta, by_hand)
         assert not torch.equal(by_hand, delta)
 
 
 def test_the_objective_is_the_sum_that_its_docstring_says(trained, digits):
     model = copy.deepcopy(trained).eval()
     images, labels = digits.train.take(slice(0, 30))
-    batch = Batch(images=images, labels=labels, seed=0, rel_step_size=1, steps=4, epochs=1)  # half way up the warm-up
-    objective = opened(UniversalConsistency(eps=0.2, pool=3, beta=4), model, batch)
+    batch = Batch(images=images, labels=labels, seed=0, step=1, steps=4, epochs=1)  # half way up the warm-up
+    objective = opened(UniversalConsistency(eps=0.2, bank=3, beta=4), model, batch)
     found = objective.losses(model, batch)
-    delta = the_pool(objective).delta.repeat(10, 1, 1, 1)
+    delta = the_bank(objective).delta.repeat(10, 1, 1, 1)
     clean, moved = model(images).log_softmax(1), model((images + delta).clamp(0, 1)).log_softmax(1)
     apart = (clean.exp() * (clean - moved)).sum(1).mean()
     assert float(apart.detach()) > 1e-3
@@ -162,8 +163,8 @@ def test_rows_see_their_own_member_and_inform_no_other():
         seen.append(x.detach())
         return model(x)
 
-    objective = opened(UniversalConsistency(eps=0.2, pool=3), model, batch)
-    delta = the_pool(objective).delta
+    objective = opened(UniversalConsistency(eps=0.2, bank=3), model, batch)
+    delta = the_bank(objective).delta
     objective.losses(spy, batch)
     assert len(seen) == 1  # one forward
     assert torch.equal(seen[0][:6], batch.images)
@@ -172,9 +173,9 @@ def test_rows_see_their_own_member_and_inform_no_other():
     other.images[1::3] = 1 - other.images[1::3]
     outcomes = []
     for one in (batch, other):
-        objective = opened(UniversalConsistency(eps=0.2, pool=3, norm="2"), model, batch)
+        objective = opened(UniversalConsistency(eps=0.2, bank=3, norm="2"), model, batch)
         go(objective, model, one)
-        outcomes.append(the_pool(objective).delta)
+        outcomes.append(the_bank(objective).delta)
     same = [torch.equal(outcomes[0][k], outcomes[1][k]) for k in range(3)]
     assert same == [True, False, True]
 
@@ -190,7 +191,7 @@ def test_a_step_costs_what_the_docstring_says(digits, defense):
 
 
 @pytest.mark.parametrize("norm", ["inf", "2"])
-def test_the_weight_of_the_term_does_not_change_the_pool_s_step(trained, digits, norm):
+def test_the_weight_of_the_term_does_not_change_the_bank_s_step(trained, digits, norm):
     model = copy.deepcopy(trained).eval()
     x, y = digits.train.take(slice(0, 32))
     batch = Batch(images=x, labels=y, seed=0, **MID)
@@ -198,7 +199,7 @@ def test_the_weight_of_the_term_does_not_change_the_pool_s_step(trained, digits,
     for beta in (1.0, 64.0):
         objective = opened(UniversalConsistency(eps=0.3, norm=norm, beta=beta), model, batch)
         go(objective, model, batch, 3)
-        found.append(the_pool(objective).delta)
+        found.append(the_bank(objective).delta)
     torch.testing.assert_close(found[0], found[1])
     assert Ball(eps=0.3, norm=norm).length(found[0]).min() > 0.15
 
@@ -215,7 +216,7 @@ def test_truncated_rows_move_the_weights_and_not_the_perturbation():
             net.bias.data[:] = bias
             objective = opened(UniversalAdversarial(eps=0.1, update=update, truncate=truncate), net, batch)
             go(objective, net, batch)
-            outcomes.append(the_pool(objective).delta)
+            outcomes.append(the_bank(objective).delta)
             weights.append(net.weight.grad)
         torch.testing.assert_close(outcomes[0], 0.1 * w.sign()[None])
         torch.testing.assert_close(outcomes[1], -0.1 * w.sign()[None])
@@ -230,9 +231,9 @@ def test_truncated_rows_of_the_consistency_move_the_weights_only(trained, digits
     outcomes = []
     for truncate in (None, 0.0, 1e6):
         objective = opened(UniversalConsistency(eps=0.3, truncate=truncate), model, batch)
-        start = the_pool(objective).delta
+        start = the_bank(objective).delta
         go(objective, model, batch)
-        outcomes.append((the_pool(objective).delta, next(model.parameters()).grad.clone()))
+        outcomes.append((the_bank(objective).delta, next(model.parameters()).grad.clone()))
     assert torch.equal(outcomes[1][0], start)
     assert not torch.equal(outcomes[0][0], start)
     assert torch.equal(outcomes[0][0], outcomes[2][0])
@@ -255,28 +256,27 @@ def test_the_alternating_step_sees_the_new_weights_and_leaves_the_model_alone(di
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     point = torch.zeros(1, *x.shape[1:], requires_grad=True)
     F.cross_entropy(copy.deepcopy(model).eval()(perturb(x, point)), y).backward()
-    assert torch.equal(the_pool(objective).delta, Ball(eps=0.1).project(0.1 * point.grad.sign()))
+    assert torch.equal(the_bank(objective).delta, Ball(eps=0.1).project(0.1 * point.grad.sign()))
 
 
 @given(
     eps=st.sampled_from([0.0, 0.05, 8 / 255, 0.3]),
     norm=st.sampled_from(["inf", "2", "1"]),
-    step=st.sampled_from([0.1, 1.0, 3.0]),
+    size=st.sampled_from([0.1, 1.0, 3.0]),
     ascend=st.sampled_from(["steepest", "normalised"]),
     start=st.sampled_from(["zero", "uniform", "sign"]),
     seed=st.integers(0, 9),
 )
-def test_the_pool_stays_in_its_ball(eps, norm, step, ascend, start, seed):
+def test_the_bank_stays_in_its_ball(eps, norm, size, ascend, start, seed):
     model, _ = binary(SHAPE, seed)
     batch = batch_of([0, 1, 1], seed)
     ball = Ball(eps=eps, norm=norm)
-    adversarial = UniversalAdversarial(
-        eps=eps, norm=norm, step=step, ascend=ascend, start=start, update="one-pass", box_gradient="straight-through"
-    )
-    for defense in (adversarial, UniversalConsistency(eps=eps, norm=norm, step=step, start=start, pool=2, restart=2)):
+    common = {"eps": eps, "norm": norm, "rel_step_size": size, "start": start}
+    adversarial = UniversalAdversarial(**common, ascend=ascend, update="one-pass", box_gradient="straight-through")
+    for defense in (adversarial, UniversalConsistency(**common, bank=2, restart=2)):
         objective = opened(defense, model, batch, seed)
         for _ in range(3):
-            length = ball.length(the_pool(objective).delta)
+            length = ball.length(the_bank(objective).delta)
             assert bool((length <= eps * (1 + (norm != "inf") * 1e-5)).all())
             go(objective, model, batch)
 
@@ -290,16 +290,16 @@ def test_a_normalised_step_is_along_the_gradient_and_as_long():
         batch,
     )
     go(objective, model, batch)
-    torch.testing.assert_close(the_pool(objective).delta, (0.05 * w / w.abs().max())[None])
+    torch.testing.assert_close(the_bank(objective).delta, (0.05 * w / w.abs().max())[None])
 
 
 @pytest.mark.parametrize("assignment", ["even", "random", "strong"])
 def test_several_processes_assign_what_one_would(assignment):
     model, _ = binary(SHAPE)
     whole = batch_of([0, 1] * 12)
-    objective = opened(UniversalConsistency(eps=0.1, pool=5, assignment=assignment), model, whole)
+    objective = opened(UniversalConsistency(eps=0.1, bank=5, assignment=assignment), model, whole)
     term = objective.carried["consistency"]
-    term.pool.strength = torch.tensor([1.0, 2.0, 0.0, 0.1, 5.0])
+    term.bank.strength = torch.tensor([1.0, 2.0, 0.0, 0.1, 5.0])
     parts = [
         dataclasses.replace(whole, images=whole.images[half], labels=whole.labels[half], place=(number, 2))
         for number, half in enumerate((slice(0, 12), slice(12, 24)))
@@ -367,7 +367,7 @@ def test_a_cut_run_goes_on_bit_for_bit(digits, tmp_path, defense):
     class Cut(type(defense)):
         def build_objective(self, context):
             objective, seen = super().build_objective(context), 0
-            perturbed = the_pool(objective).perturb
+            perturbed = the_bank(objective).perturb
 
             def stopping(images, rows):
                 nonlocal seen
@@ -376,7 +376,7 @@ def test_a_cut_run_goes_on_bit_for_bit(digits, tmp_path, defense):
                     raise KeyboardInterrupt
                 return perturbed(images, rows)
 
-            the_pool(objective).perturb = stopping
+            the_bank(objective).perturb = stopping
             return objective
 
     kwargs = {"epochs": 3, "batch_size": 128, "seed": 5}
@@ -390,13 +390,13 @@ def test_a_cut_run_goes_on_bit_for_bit(digits, tmp_path, defense):
     (one, _), (other, _) = (load_tensors(tmp_path / name / "state" / "latest.safetensors") for name in ("whole", "cut"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
-    (kept,) = [value for key, value in one.items() if "objective" in key and key.endswith("uap_bank.delta")]
+    (kept,) = [value for key, value in one.items() if "objective" in key and key.endswith("bank.delta")]
     assert float(kept.abs().max()) == pytest.approx(0.1)
 
 
 def test_strength_is_a_moving_mean_of_what_each_member_gave():
     model, _ = binary(SHAPE)
-    keeper = the_pool(opened(UniversalConsistency(eps=0.1, pool=3), model, batch_of([0, 1])))
+    keeper = the_bank(opened(UniversalConsistency(eps=0.1, bank=3), model, batch_of([0, 1])))
     keeper.note(torch.tensor([0, 0, 2]), torch.tensor([1.0, 3.0, 5.0]))
     assert keeper.strength.tolist() == [2.0, 0.0, 5.0]
     keeper.note(torch.tensor([0, 1]), torch.tensor([4.0, 7.0]))
@@ -407,9 +407,9 @@ def test_the_weakest_member_is_drawn_anew_and_only_that(trained, digits):
     model = copy.deepcopy(trained).eval()
     x, y = digits.train.take(slice(0, 40))
     objective = opened(
-        UniversalConsistency(eps=0.3, pool=4, restart=2), model, Batch(images=x, labels=y, seed=0, **MID)
+        UniversalConsistency(eps=0.3, bank=4, restart=2), model, Batch(images=x, labels=y, seed=0, **MID)
     )
-    keeper, changes = the_pool(objective), []
+    keeper, changes = the_bank(objective), []
     keeper.replace_weakest = lambda seed, own=keeper.replace_weakest: changes.append((keeper.delta, own(seed)))
     for step in range(3, 6):
         go(objective, model, Batch(images=x, labels=y, seed=step, step=step, steps=10, epochs=1))
@@ -434,20 +434,21 @@ def test_label_maps_train_and_ignored_pixels_have_no_say():
         images[:, :, 0] = filler
         labels = y.clone()
         labels[:, 0] = 255
-        batch = Batch(images=images, labels=labels, seed=0, ignore_index=255, **MID)
+        batch = Batch(images=images, labels=labels, seed=0, task=Segmentation(ignore_index=255), **MID)
         context = TrainContext(model=model, train=split, seed=0, epochs=1, steps=4, batch_size=24)
-        for defense in (UniversalConsistency(eps=0.1, pool=2), UniversalAdversarial(eps=0.1, update="one-pass")):
+        for defense in (UniversalConsistency(eps=0.1, bank=2), UniversalAdversarial(eps=0.1, update="one-pass")):
             found.append(float(defense.build_objective(context).losses(model, batch)["loss"].detach()))
             assert found[-1] > 0
     assert found[:2] == pytest.approx(found[2:])
-    with pytest.raises(UserError, match="the labels are maps: class-wise training expects one label per image"):
+    with pytest.raises(UserError, match="label maps .*: class-wise training expects one label per image"):
         UniversalAdversarial(eps=0.1, classwise=True).build_objective(context)
     history = gb.train(model, (x.repeat(3, 1, 1, 1), y.repeat(3, 1, 1)), FORMS[3], epochs=2, batch_size=12)
     assert history[-1]["loss"] < history[0]["loss"] + 1
 
 
 @pytest.mark.parametrize(
-    "settings", [{"beta": -1}, {"pool": 0}, {"warmup": 1.5}, {"step": 0}, {"restart": -1}, {"direction": "both"}]
+    "settings",
+    [{"beta": -1}, {"bank": 0}, {"warmup": 1.5}, {"rel_step_size": 0}, {"restart": -1}, {"direction": "both"}],
 )
 def test_values_out_of_range_are_refused(settings):
     (field,) = settings

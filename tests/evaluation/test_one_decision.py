@@ -63,7 +63,7 @@ class Chancy(Bright):
         return torch.where(torch.rand(len(x), 1, device=x.device) < self.p, z, -z)
 
 
-def nothing(victim, x, y, *, seed=0, ignore_index=None):
+def nothing(victim, x, y, *, seed=0, task=None):
     return x
 
 
@@ -87,7 +87,7 @@ def uap(split, eps=EPS):
 
 
 def dataset(split):
-    train = split if split.labels.ndim > 1 else made(name="made/train")
+    train = split if split.labels.ndim > 1 else made(seed=1, name="made/train")
     return Dataset("made", train, split, split, split.classes)
 
 
@@ -99,10 +99,10 @@ def with_victim(take):
     return path
 
 
-def with_evidence(take):
+def with_context(take):
     def path(model, split):
-        with held(model, dataset(split), (EPS,), **SETTINGS) as evidence:
-            return take(evidence)
+        with held(model, dataset(split), (EPS,), **SETTINGS) as context:
+            return take(context)
 
     return path
 
@@ -110,9 +110,9 @@ def with_evidence(take):
 SETTINGS = {
     "pgd_steps": 2,
     "sample": 1000,
-    "row_images": 1000,
-    "row_queries": 3,
-    "gradient_draws": 2,
+    "suite_images": 1000,
+    "suite_queries": 3,
+    "eot_samples": 2,
     "noise_sizes": NOISY,
 }
 
@@ -126,9 +126,9 @@ def _robust_validation(model, split):
     return validation.validate_robustly(model, data, SimpleNamespace(eps=EPS, norm="inf"), 0)
 
 
-def _surrogate(evidence):
-    evidence.surrogate = Bright()
-    return [found.error.complement for found in audit_transfer.measure(evidence)]
+def _surrogate(context):
+    context.surrogate = Bright()
+    return [found.error.complement for found in audit_transfer.measure(context)]
 
 
 def _box(model, split):
@@ -136,8 +136,8 @@ def _box(model, split):
         with torch.no_grad():
             return model(images)
 
-    with held(FunctionModel(scores), dataset(split), (EPS,), black_box=True, queries=3, sample=1000) as evidence:
-        return [evidence.clean, per_image.measure(evidence)[0].accuracy]
+    with held(FunctionModel(scores), dataset(split), (EPS,), black_box=True, queries=3, sample=1000) as context:
+        return [context.clean, per_image.measure(context)[0].accuracy]
 
 
 def moved_by(model, split):
@@ -152,19 +152,19 @@ RATES = {
         lambda v, s: [found.worst.complement.among(1) for found in control_rates(v, s, Ball(eps=EPS), 0)]
     ),
     "accuracy_under": with_victim(lambda v, s: accuracy_under(v, s, FGSM(eps=EPS), 0)),
-    "outcome": with_victim(lambda v, s: outcome(v, s, nothing, 0).rate),
-    "outcome_under": with_victim(lambda v, s: outcome_under(v, s, uap(s).delta).rate),
+    "outcome": with_victim(lambda v, s: outcome(v, s, nothing, 0).accuracy),
+    "outcome_under": with_victim(lambda v, s: outcome_under(v, s, uap(s).delta).accuracy),
     "suite, clean": with_victim(lambda v, s: run_suite(v, s, {}).result.clean),
     "suite": with_victim(lambda v, s: run_suite(v, s, {"a": nothing, "b": nothing}).result.robust),
     "suite, round": with_victim(lambda v, s: run_suite(v, s, {"a": nothing}).result.rounds[0].accuracy),
     "transfer": lambda m, s: transfer.error_of(m, s, 0).complement,
     "transfer, moved": lambda m, s: transfer.error_of(m, moved_by(m, s), 0).complement,
     "export": _export,
-    "audit, clean": with_evidence(lambda e: e.clean),
-    "audit, per image": with_evidence(lambda e: [found.accuracy for found in per_image.measure(e)]),
-    "audit, sample": with_evidence(lambda e: e.accuracy(nothing)),
-    "audit, noise": with_evidence(lambda e: [found.error.complement for found in corruption.measure(e)]),
-    "audit, transfer": with_evidence(_surrogate),
+    "audit, clean": with_context(lambda e: e.clean),
+    "audit, per image": with_context(lambda e: [found.accuracy for found in per_image.measure(e)]),
+    "audit, sample": with_context(lambda e: e.accuracy(nothing)),
+    "audit, noise": with_context(lambda e: [found.error.complement for found in corruption.measure(e)]),
+    "audit, transfer": with_context(_surrogate),
     "black box": _box,
 }  # fmt: skip
 """Every path that ends in a rate, as the accuracy (or accuracies) that it reports."""
@@ -178,7 +178,7 @@ SHARES = {
 
 
 def _right(found):
-    return found.answers - found.errors, found.answers, found.images
+    return found.total - found.errors, found.total, found.images
 
 
 def rates(found):
@@ -257,10 +257,10 @@ def test_the_number_of_votes_that_was_set_is_the_number_that_decides(votes):
     split = made(600, right=1.0)
     truth = pytest.approx(majority(0.6, votes), abs=0.085)
     torch.manual_seed(0)
-    with held(Chancy(), dataset(split), (EPS,), **SETTINGS, votes=votes) as evidence:
-        found = [evidence.clean, evidence.accuracy(nothing), *(one.accuracy for one in per_image.measure(evidence))]
-        found += [one.error.complement for one in corruption.measure(evidence)]
-        suite = run_suite(evidence.victim, split, {"a": nothing}).result
+    with held(Chancy(), dataset(split), (EPS,), **SETTINGS, votes=votes) as context:
+        found = [context.clean, context.accuracy(nothing), *(one.accuracy for one in per_image.measure(context))]
+        found += [one.error.complement for one in corruption.measure(context)]
+        suite = run_suite(context.victim, split, {"a": nothing}).result
     assert [rate.value for rate in found] == [truth] * len(found)
     assert (suite.votes, suite.robust.value) == (votes, truth)
     assert Suite(votes=votes).votes == votes
@@ -285,7 +285,7 @@ def test_attacks_that_move_images_and_do_no_harm_are_not_counted_by_their_luck()
     split = made(600, right=1.0)
 
     def fidgety(seed_of):
-        def attack(victim, x, y, *, seed=0, ignore_index=None):
+        def attack(victim, x, y, *, seed=0, task=None):
             moved = x.clone()
             moved[:, :, 1:] = torch.rand(moved[:, :, 1:].shape, generator=torch.Generator().manual_seed(seed_of))
             return moved
@@ -311,7 +311,7 @@ class Fragile(Bright):
         return torch.where(torch.rand(len(x), device=x.device)[:, None] < p[:, None], z, -z)
 
 
-def weakening(victim, x, y, *, seed=0, ignore_index=None):
+def weakening(victim, x, y, *, seed=0, task=None):
     moved = x.clone()
     moved[:, :, -1, -1] = 1.0
     return moved
@@ -322,7 +322,7 @@ def test_what_weakens_a_random_model_is_found_and_kept(order):
     split = made(400, right=1.0)
     split.images[:, :, -1, -1] *= 0.5
 
-    def repair(victim, x, y, *, seed=0, ignore_index=None):
+    def repair(victim, x, y, *, seed=0, task=None):
         moved = x.clone()
         moved[:, :, -1, -1] = 0.0
         return moved
@@ -355,7 +355,7 @@ def test_images_that_are_wrong_by_bad_luck_are_attacked_all_the_same():
 def test_the_suite_leaves_ignored_images_alone():
     split, seen = made(ignored=0.5, right=0.6), []
 
-    def harm(victim, x, y, *, seed=0, ignore_index=None):
+    def harm(victim, x, y, *, seed=0, task=None):
         seen.append(y)
         moved = x.clone()
         moved[:, :, 0, 0] = 1 - moved[:, :, 0, 0]
@@ -407,14 +407,14 @@ def test_a_random_model_is_not_accused_because_its_survivors_were_judged_again()
     (check,) = (one for one in DIAGNOSTICS if one.name == "white box beats queries")
     split = made(300, right=1.0)
     torch.manual_seed(0)
-    with held(Chancy(), dataset(split), (EPS,), **SETTINGS, queries=2) as evidence:
-        found = check.check(evidence)
+    with held(Chancy(), dataset(split), (EPS,), **SETTINGS, queries=2) as context:
+        found = check.check(context)
     assert found.passed
     assert found.numbers["left by PGD"] / 300 == pytest.approx(majority(0.6, 21), abs=0.09)
     assert abs(found.numbers["broken by queries"]) <= 0.09 * 300
-    with held(Fragile(), dataset(split), (1.0,), **SETTINGS, queries=30) as evidence:
-        evidence.averaged = lambda attack: nothing  # PGD that does not move, where queries find the weak spot
-        found = check.check(evidence)
+    with held(Fragile(), dataset(split), (1.0,), **SETTINGS, queries=30) as context:
+        context.averaged = lambda attack: nothing  # PGD that does not move, where queries find the weak spot
+        found = check.check(context)
     assert found.passed is False
     assert found.numbers["broken by queries"] > 0.3 * found.numbers["left by PGD"]
 
@@ -431,8 +431,8 @@ def test_gradients_of_random_models_are_averaged_as_the_audit_says():
     model, split = Counted(), made(20)
     for draws in (2, 7):
         asked.clear()
-        with held(model, dataset(split), (EPS,), pgd_steps=1, eot_samples=draws) as evidence:
-            per_image.measure(evidence)
+        with held(model, dataset(split), (EPS,), pgd_steps=1, eot_samples=draws) as context:
+            per_image.measure(context)
         assert sum(asked) == draws * 20
     with Victim(model) as victim:
         asked.clear()

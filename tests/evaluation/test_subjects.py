@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import gambeson as gb
 from gambeson.base import UserError
 from gambeson.models.export import export
-from gambeson.models.loading import load_target
+from gambeson.models.loading import load_model
 
 NET = """
 import gambeson as gb
@@ -58,7 +58,7 @@ def accuracy(subject):
 )
 def test_the_same_net_by_every_name(places, digits, trained, source, label):
     # A file's function has no normalisation before it but the net's own: its weights are those of the inner model.
-    subject = load_target(source.replace("{}", str(places)), "digits", "cpu", digits)
+    subject = load_model(source.replace("{}", str(places)), "digits", "cpu", digits)
     assert subject.label == label
     assert not subject.black_box
     x, _ = digits.test.take(slice(0, 20))
@@ -68,27 +68,27 @@ def test_the_same_net_by_every_name(places, digits, trained, source, label):
 
 
 def test_an_architecture_is_the_same_at_every_call(digits):
-    first, second = (load_target("lenet5", "digits", "cpu", digits) for _ in range(2))
+    first, second = (load_model("lenet5", "digits", "cpu", digits) for _ in range(2))
     assert gb.models.fingerprint(first.model) == gb.models.fingerprint(second.model)
     assert first.label == "lenet5"
     assert not first.model.training
 
 
 def test_body_weights_fit_an_architecture(places, digits):
-    assert accuracy(load_target(f"lenet5@{places}/body.safetensors", "digits", "cpu", digits)) > 0.85
+    assert accuracy(load_model(f"lenet5@{places}/body.safetensors", "digits", "cpu", digits)) > 0.85
 
 
 def test_an_onnx_file(places, trained, digits):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     export(trained, places / "net.onnx", "onnx")
-    subject = load_target(f"{places}/net.onnx", "digits", "cpu", digits)
+    subject = load_model(f"{places}/net.onnx", "digits", "cpu", digits)
     assert subject.black_box
     assert accuracy(subject) > 0.85
 
 
 def test_a_function_of_scores_is_a_black_box(places, digits):
-    subject = load_target(f"function:{places}/nets.py:scores", "digits", "cpu", digits)
+    subject = load_model(f"function:{places}/nets.py:scores", "digits", "cpu", digits)
     assert subject.black_box
     assert subject.label == "scores"
     assert subject.model(torch.rand(3, 1, 8, 8)).shape == (3, 10)
@@ -99,12 +99,12 @@ def test_a_server(trained, digits):
 
     server = Server(trained)
     try:
-        subject = load_target(server.url, "digits", "cpu", digits)
+        subject = load_model(server.url, "digits", "cpu", digits)
         assert subject.black_box
         assert subject.label == server.url.removeprefix("http://")
         assert accuracy(subject) > 0.85
         with pytest.raises(UserError, match="gives scores of 10 classes, but two has 2"):
-            load_target(server.url, "two", "cpu", _two())
+            load_model(server.url, "two", "cpu", _two())
     finally:
         server.server.shutdown()
         server.server.server_close()
@@ -137,23 +137,23 @@ def _two():
 )
 def test_names_that_stand_for_nothing(places, digits, source, words):
     with pytest.raises(UserError, match=words) as told:
-        load_target(source.replace("{}", str(places)), "digits", "cpu", digits)
+        load_model(source.replace("{}", str(places)), "digits", "cpu", digits)
     assert "\n" not in str(told.value)
 
 
 def test_a_model_and_data_that_do_not_fit(places):
     with pytest.raises(UserError, match=r"knows 10 classes, but two has 1 channels and 2 classes"):
-        load_target(f"{places}/own.safetensors", "two", "cpu", _two())
+        load_model(f"{places}/own.safetensors", "two", "cpu", _two())
     with pytest.raises(UserError, match=r"returned \(2, 10\) for two images: expected logits \(2, 2\)"):
-        load_target(f"{places}/net.pt2", "two", "cpu", _two())
+        load_model(f"{places}/net.pt2", "two", "cpu", _two())
     with pytest.raises(UserError, match="does not say what data its model was trained on"):
-        load_target(f"{places}/own.safetensors", None, "cpu")
+        load_model(f"{places}/own.safetensors", None, "cpu")
 
 
 def test_trained_weights_of_other_classes_are_not_judged_with_a_new_last_layer(digits):
     pytest.importorskip("timm")
     with pytest.raises(UserError, match="knows 1000 classes, but .* has 10: choose data that fit .* fine-tune"):
-        load_target("timm:resnet18@DEFAULT", "digits", "cpu", digits)
+        load_model("timm:resnet18@DEFAULT", "digits", "cpu", digits)
 
 
 def test_a_users_model_is_trained_and_its_folder_loaded_again(tmp_path, digits):
@@ -165,7 +165,7 @@ def test_a_users_model_is_trained_and_its_folder_loaded_again(tmp_path, digits):
         recipe=gb.training.Recipe(epochs=1, batch_size=64),
     )
     trained = gb.training.run_training(run, tmp_path / "run", digits)
-    subject = load_target(str(tmp_path / "run"), None, "cpu", digits)
+    subject = load_model(str(tmp_path / "run"), None, "cpu", digits)
     assert gb.models.fingerprint(subject.model) == gb.models.fingerprint(trained)
     assert subject.trained["model"] == f"{tmp_path}/nets.py:lenet"
     tuned = run.model_copy(update={"init": str(tmp_path / "run"), "recipe": run.recipe.model_copy(update={"lr": 1e-9})})
@@ -183,11 +183,11 @@ def test_a_transformers_model_without_its_head_is_not_judged(tmp_path):
     whole = transformers.ViTForImageClassification(config)
     whole.save_pretrained(tmp_path / "vit")
     source = f"transformers:{tmp_path / 'vit'}"
-    assert load_target(source, "two", "cpu", _two()).model(torch.rand(3, 1, 8, 8)).shape == (3, 2)
+    assert load_model(source, "two", "cpu", _two()).model(torch.rand(3, 1, 8, 8)).shape == (3, 2)
     weights = {key: value for key, value in whole.state_dict().items() if not key.startswith("classifier")}
     save_file(weights, tmp_path / "vit" / "model.safetensors", {"format": "pt"})
     with pytest.raises(
         UserError, match=r"has no weights for classifier.bias, classifier.weight, which would be random"
     ):
-        load_target(source, "two", "cpu", _two())
+        load_model(source, "two", "cpu", _two())
     assert gb.models.create(source, _two()).card.classes == 2  # to be fine-tuned it will do

@@ -146,9 +146,9 @@ def test_an_audit_is_read(digits, trained):
 CHEAP = {
     "eps": (0.15,),
     "universal_steps": 20,
-    "universal_screened": 0,
+    "universal_probe_starts": 0,
     "eps_uni_runs": 0,
-    "slope_backwards": 0,
+    "jacobian_backwards": 0,
     "surrogate": "none",
     "test_images": 100,
     "sample": 50,

@@ -191,7 +191,7 @@ def test_an_exception_in_the_loop_leaves_no_worker(folder, monkeypatch):
         steps.append(len(multiprocessing.active_children()))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gb.training.loop.Run, "take", stop)
+    monkeypatch.setattr(gb.training.loop.Run, "train_step", stop)
     with pytest.raises(KeyboardInterrupt) as kept:
         streams.run(data, None)
     assert steps == [2]

@@ -84,8 +84,9 @@ def labelled(data: Any) -> Split:
     split = as_split(data)
     if len(split) == 0:
         raise UserError(f"{split.name} holds no images: give at least one")
-    if split.ignore_index is not None or split.take(slice(0, 1))[1].ndim != 1:
-        raise UserError(f"{split.name} has label maps: Jacobians need a classifier, expected labels (N,)")
+    split.task.require_classification("a Jacobian's margin")
+    if not split.task.labels_every_image:
+        raise UserError(f"{split.name} has an ignore index: Jacobians need images that all have a label")
     return split
 
 

@@ -16,7 +16,7 @@ def _fault(target: Any) -> str | None:
     if not (inspect.isclass(target) and issubclass(target, Config)):
         return "expected a class with settings, a subclass of gambeson.base.Config such as gambeson.attacks.PGD"
     if _kind(target) is None:
-        return "expected __call__(model, x, y, *, seed, ignore_index), or craft(model, data) of UniversalAttack"
+        return "expected __call__(model, x, y, *, seed, task), or craft(model, data) of UniversalAttack"
     return None
 
 

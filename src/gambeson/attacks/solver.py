@@ -10,6 +10,7 @@ import torch
 
 from gambeson.attacks.losses import Loss
 from gambeson.base import UserError
+from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.threat import Ball, BoxGradient, perturb
 from gambeson.victim import Victim
 from gambeson.victim.averaged import AveragedVictim
@@ -88,7 +89,8 @@ class ProjectedGradient:
     """Each image has its own perturbation, which is then projected onto the box too. A shared one is not: a value that
     saturates one image still changes the others."""
     box_gradient: BoxGradient = "exact"
-    ignore_index: int | None = None
+    task: Task = CLASSIFICATION
+    """What the labels mean."""
     exact_box: bool = False
     """Per image only: project onto ball and box jointly (:meth:`gambeson.threat.Ball.project_in_box`) instead of one
     after the other. The same in the norm inf; always on in the norm 1."""
@@ -235,9 +237,9 @@ class ProjectedGradient:
         """Return the logits of perturbed images, and the loss of each (N,)."""
         if not (isinstance(self.victim, AveragedVictim) and self.victim.average == "losses"):
             logits = self.victim(moved)
-            return logits, self.loss(logits, labels, self.ignore_index, truth)
+            return logits, self.loss(logits, labels, self.task, truth)
         each = self.victim.each(moved)
-        values = torch.stack([self.loss(logits, labels, self.ignore_index, truth) for logits in each])
+        values = torch.stack([self.loss(logits, labels, self.task, truth) for logits in each])
         return self.victim.combine(each), values.mean(0)
 
     @property

@@ -20,10 +20,10 @@ from gambeson.auditing.results import (
     Check,
     Corruption,
     DataInfo,
+    JacobianResult,
     ModelInfo,
     PerImageResult,
     RandomnessResult,
-    Slopes,
     TransferredResult,
     UniversalResult,
     Verdict,
@@ -38,7 +38,7 @@ from gambeson.evaluation import BlackBox
 from gambeson.evaluation.rates import EpsAdv, EpsUni
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import count_parameters, fingerprint
-from gambeson.victim import Victim, counting, nothing_counts, predict, score, vote
+from gambeson.victim import Victim, nothing_counts, predict, score, vote
 
 FILE = "examples.safetensors"
 
@@ -49,8 +49,8 @@ def save_examples(folder: Path, victim: Victim, data: Dataset, uap: UniversalPer
     The file holds ``images`` and ``perturbed`` (uint8, K x C x H x W), ``labels``, ``predictions`` and
     ``perturbed_predictions`` (K, or K x H x W). Of label maps they are drawn at random.
     """
-    labels = data.test.labels
-    if labels.ndim == 1:
+    if data.test.task.per_image_label:
+        labels = data.test.labels
         turns = [(labels == label).nonzero().flatten().tolist() for label in range(data.num_classes)]
         order = [rows[turn] for turn in range(count) for rows in turns if turn < len(rows)]
         chosen = torch.tensor(order[:count])
@@ -187,9 +187,9 @@ def _reported(data: Dataset, suite: Suite, seed: int, device: torch.device) -> t
 
 def _labelled(split: Split) -> Split:
     """Leave out images in which no label counts: nothing can be reported on them."""
-    if split.ignore_index is None:
+    if split.task.all_count:
         return split
-    counted = counting(split.labels, split.ignore_index).view(len(split), -1).any(1)
+    counted = split.task.labelled(split.labels)
     if not bool(counted.any()):
         raise nothing_counts(split)
     return split if bool(counted.all()) else split.subset(counted.nonzero().flatten(), split.name)
@@ -242,7 +242,7 @@ class _Auditor:
             advance()
             noise = do("corruption", list[Corruption], lambda: corruption.measure(context), list[Corruption]())
             advance()
-            sloped = stages.do("slopes", Slopes | None, self._slopes)
+            jacobians = stages.do("jacobian", JacobianResult | None, self._jacobian)
             advance()
             checks = []
             for diagnostic in self.diagnostics:
@@ -253,8 +253,10 @@ class _Auditor:
             uap = context.uaps[context.eps]
             do("examples", None, lambda: save_examples(folder, context.victim, context.data, uap), None)
         without = [source.left_out, per_image.left_out(context)]
-        parts: list[UniversalResult | PerImageResult | TransferredResult | Slopes | EpsAdv] = [each] if each else []
-        parts += [*context.universal, *context.per_image, *context.transfer, *([sloped] if sloped else [])]
+        parts: list[UniversalResult | PerImageResult | TransferredResult | JacobianResult | EpsAdv] = (
+            [each] if each else []
+        )
+        parts += [*context.universal, *context.per_image, *context.transfer, *([jacobians] if jacobians else [])]
         result = AuditResult(
             subject=context.subject,
             material=DataInfo.of(context.data),
@@ -270,7 +272,7 @@ class _Auditor:
             surrogate=source,
             corruption=noise,
             randomness=context.randomness,
-            slopes=sloped,
+            jacobian=jacobians,
             checks=checks,
             notes=[*self.notes, *stages.left_out, *boxes.remarks(model), *filter(None, without)],
             verdict=judge(
@@ -293,7 +295,7 @@ class _Auditor:
             model.settle()
         return Audit(result, [context.uaps[eps] for eps in context.suite.eps])
 
-    def _slopes(self) -> Slopes | None:
+    def _jacobian(self) -> JacobianResult | None:
         context = self.context
         deltas = {eps: uap.delta for eps, uap in context.uaps.items()}
         return jacobian.measure(

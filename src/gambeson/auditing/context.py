@@ -18,8 +18,9 @@ from gambeson.auditing.temperature import temperature
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Rate
 from gambeson.evaluation.bootstrap import ImageErrors
-from gambeson.evaluation.outcome import AttackT, ImageAttack, Outcome, averaged, outcome
+from gambeson.evaluation.outcome import AttackT, ImageAttack, averaged, outcome
 from gambeson.evaluation.rates import Cost
+from gambeson.tasks import Counts
 from gambeson.victim import Victim
 
 
@@ -52,7 +53,7 @@ class AuditContext:
     """A model of the same data, to craft on what is tried on this one; None where there is none."""
     borrowed: dict[float, UniversalPerturbation] = field(default_factory=dict)
     """Perturbations crafted on the surrogate by eps."""
-    _outcomes: dict[tuple[str, bool, float], Outcome] = field(default_factory=dict)
+    _outcomes: dict[tuple[str, bool, float], Counts] = field(default_factory=dict)
 
     @property
     def test(self) -> Split:
@@ -97,9 +98,9 @@ class AuditContext:
 
     def accuracy(self, attack: ImageAttack) -> Rate:
         """Accuracy of the sample under an attack; what was asked before is not measured again."""
-        return self.outcome(attack).rate
+        return self.outcome(attack).accuracy
 
-    def outcome(self, attack: ImageAttack, *, unseen: bool = False) -> Outcome:
+    def outcome(self, attack: ImageAttack, *, unseen: bool = False) -> Counts:
         """What an attack leaves right of the sample, or the unseen images, one by one; it is not measured twice.
 
         On a random model a gradient attack that does not say over how many draws it averages takes the suite's number.

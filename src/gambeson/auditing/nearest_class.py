@@ -6,6 +6,7 @@ import torch
 
 from gambeson.attacks import Loss
 from gambeson.data import Split
+from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.threat import Ball, perturb
 from gambeson.victim import Victim
 
@@ -28,7 +29,7 @@ class NearestClass:
 
     @torch.no_grad()
     def __call__(
-        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
+        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, task: Task | None = None
     ) -> torch.Tensor:
         """Return perturbed images.
 
@@ -37,7 +38,7 @@ class NearestClass:
             x: images (N, C, H, W) in [0, 1].
             y: labels (N,).
             seed: nothing is drawn.
-            ignore_index: the label of images whose loss is zero, so that they stay as they are.
+            task: what the labels mean; the loss of an image whose label does not count is zero, so that it stays.
         """
         images, labels = self.known.take(slice(None), x.device)
         distances = torch.cdist(x.flatten(1), images.flatten(1))
@@ -47,7 +48,7 @@ class NearestClass:
         best = torch.full((len(x),), -torch.inf, device=x.device)
         for nearest in order.T:
             moved = perturb(x, self.ball.project(images[nearest] - x))
-            value = loss(model.forward_original(moved), y, ignore_index)
+            value = loss(model.forward_original(moved), y, CLASSIFICATION if task is None else task)
             better = value > best
             kept[better], best = moved[better], torch.maximum(value, best)
         return kept

@@ -8,7 +8,8 @@ from math import sqrt
 import torch
 
 from gambeson.attacks import NonFiniteGradientError
-from gambeson.evaluation.outcome import ImageAttack, Outcome
+from gambeson.evaluation.outcome import ImageAttack
+from gambeson.tasks import Counts, Task
 from gambeson.victim import Victim
 
 CLEAR = 3.0
@@ -26,7 +27,7 @@ class PairedDifference:
     high: float
 
     @classmethod
-    def of(cls, weaker: Outcome, stronger: Outcome) -> PairedDifference:
+    def of(cls, weaker: Counts, stronger: Counts) -> PairedDifference:
         """Compare image by image: above 0 where ``stronger`` breaks more.
 
         The interval is that of paired proportions with half an image added to each of the four outcomes of a pair
@@ -39,7 +40,7 @@ class PairedDifference:
         return cls(float(difference.mean()), mean - half, mean + half)
 
     @classmethod
-    def across(cls, weaker: Outcome, stronger: Outcome) -> PairedDifference:
+    def across(cls, weaker: Counts, stronger: Counts) -> PairedDifference:
         """Compare outcomes of different images, with an answer of each kind added to both (Agresti and Caffo 2000)."""
         (mean, scatter), (other, more) = (_padded(found.shares) for found in (weaker, stronger))
         half = CLEAR * sqrt(scatter + more)
@@ -67,10 +68,10 @@ class AsFarAsFinite:
         self.attack = attack
 
     def __call__(
-        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
+        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, task: Task | None = None
     ) -> torch.Tensor:
         """Return perturbed images."""
         try:
-            return self.attack(model, x, y, seed=seed, ignore_index=ignore_index)
+            return self.attack(model, x, y, seed=seed, task=task)
         except NonFiniteGradientError as error:
             return x if error.found is None else error.found

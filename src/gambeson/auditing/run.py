@@ -15,7 +15,7 @@ from gambeson.auditing.results import AuditResult
 from gambeson.auditing.stages.black_box import queries_file
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.base import Config, UserError, close_run, environment, open_run, read_json, unknown_name
-from gambeson.evaluation import load_target
+from gambeson.evaluation import load_model
 
 
 def _read_suite(value: Any) -> Any:
@@ -31,7 +31,7 @@ class AuditRun(Config):
 
     kind: Literal["audit"] = "audit"
     model: str
-    """What :func:`gambeson.evaluation.load_target` takes: a run folder, a weights file, an architecture, a program, or
+    """What :func:`gambeson.evaluation.load_model` takes: a run folder, a weights file, an architecture, a program, or
     a black box."""
     data: data_room.Name | None = None
     """Name of a data set; None: the one that the run was trained on."""
@@ -60,7 +60,7 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
         result = AuditResult.load(out)
         return Audit(result, [UniversalPerturbation.load(out / point.file) for point in result.universal])
     left = _left(run, out)
-    subject = load_target(run.model, run.data, run.device, dataset, budget=left)
+    subject = load_model(run.model, run.data, run.device, dataset, budget=left)
     if not began:
         if left is not None:  # a budget too small for anything is told before the folder is claimed
             fit(run.suite.on(subject.dataset), subject.dataset, left, 1)
@@ -85,7 +85,7 @@ def plan_audit(run: AuditRun, dataset: data_room.Dataset | None = None) -> Audit
     Raises:
         UserError: the model cannot be loaded or is a black box, or no data is known.
     """
-    subject = load_target(run.model, run.data, run.device, dataset)
+    subject = load_model(run.model, run.data, run.device, dataset)
     return plan(subject.model, subject.dataset, run.suite, run.seed)
 
 

@@ -54,10 +54,10 @@ def calibrating(victim: Victim, split: Split, seed: int) -> float:
             if logits.ndim < 2 or logits.shape[1] < 2:
                 return math.nan
             rows, truth = logits.movedim(1, -1).flatten(0, -2), labels.flatten()
-            known = torch.arange(len(truth)) if split.ignore_index is None else (truth != split.ignore_index).nonzero()
+            known = split.task.valid(labels).flatten().nonzero().flatten()
             # Label maps are thinned out batch by batch: all their pixels would not fit into memory.
             most = min(len(known), max(1, _PIXELS * len(images) // count))
-            few = known.flatten()[torch.linspace(0, len(known) - 1, most, dtype=torch.float64).round().long()]
+            few = known[torch.linspace(0, len(known) - 1, most, dtype=torch.float64).round().long()]
             answers.append(rows[few].double().cpu())
             truths.append(truth[few].cpu())
     z, y = torch.cat(answers), torch.cat(truths)

@@ -37,27 +37,6 @@ def check_images(images: torch.Tensor) -> torch.Tensor:
     raise UserError(f"images must lie in [0, 1], but reach from {low:.4g} to {high:.4g}; {cause}")
 
 
-def check_labels(labels: torch.Tensor, classes: int, ignore_index: int | None = None) -> None:
-    """Raise unless every label is an integer in [0, classes) or the ignore index.
-
-    Args:
-        labels: (N,) for classification or (N, H, W) for pixels.
-        classes: the number of classes.
-        ignore_index: label that is ignored everywhere, or None.
-    """
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise UserError(f"labels are {labels.dtype}: expected integers from 0 to {classes - 1}")
-    valid = labels if ignore_index is None else labels[labels != ignore_index]
-    if valid.numel() == 0:
-        return
-    low, high = (int(bound) for bound in torch.aminmax(valid))
-    if low < 0 or high >= classes:
-        raise UserError(
-            f"labels reach from {low} to {high}, but there are {classes} classes: expected 0 to {classes - 1}"
-            + ("; do they start at 1?" if low == 1 and high == classes else "")
-        )
-
-
 def check_batch(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Check a batch and its labels together; return the images as :func:`check_images` does."""
     if len(images) != len(labels):

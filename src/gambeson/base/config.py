@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
-from typing import Annotated, Any
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -59,6 +59,19 @@ class Config(BaseModel):
             super().__init__(**fields)
         except ValidationError as error:
             raise config_error(error, type(self).__name__, type(self).model_fields) from None
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with other values, which are taken as they are.
+
+        Raises:
+            UnknownSetting: a field is unknown; pydantic's own copy would take it and change nothing.
+        """
+        for field in update or {}:
+            if field not in type(self).model_fields:
+                raise UnknownSetting(
+                    f"{type(self).__name__} has no setting {field!r}: {_nearest(field, type(self).model_fields)}"
+                )
+        return super().model_copy(update=update, deep=deep)
 
     def plain(self) -> dict[str, Any]:
         """Every field as plain data, ready for YAML or JSON."""

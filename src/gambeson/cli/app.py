@@ -6,6 +6,7 @@ No file of this package imports the library, and hence torch, before a command r
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -36,6 +37,21 @@ app.command("report")(report.report)
 app.command("export")(export.export)
 app.add_typer(testbed.app, name="testbed")
 app.add_typer(bench.app, name="bench")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gambeson {gb.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """Attack, harden and honestly judge vision models."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,9 +17,9 @@ def export(
     run: Annotated[str, typer.Argument(help="Folder of a training run, or any model that `gambeson audit` takes.")],
     to: Annotated[str, typer.Option(help="torch-export, onnx or safetensors.")] = "torch-export",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write (RUN with the suffix).")] = None,
-    data: Annotated[str | None, typer.Option(help="Data set for scoring (default: that of the run).")] = None,
-    images: Annotated[int | None, typer.Option(help="Test images to score, a stratified sample (all).")] = None,
-    votes: Annotated[int, typer.Option(help="Votes per image, for a random model.", show_default=True)] = 10,
+    data: Annotated[str | None, typer.Option(help="Data set that scores; else the one of the run.")] = None,
+    images: Annotated[int | None, typer.Option(help="Test images to score at most, a stratified sample (all).")] = None,
+    votes: Annotated[int, typer.Option(help="Passes per image, where the model is random.", show_default=True)] = 10,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -60,8 +60,8 @@ def _words(found: Exported, out: Path) -> str:
     if found.votes > 1:
         ratio = 0.0 if found.spread_ratio is None else found.spread_ratio
         text += (
-            f" (means over {found.votes} draws; two sets of the original's draws differ by {found.by_chance:.3g}; its "
-            f"spread over draws is {ratio:.2f} times the original's)"
+            f" (means over {found.votes} passes; two sets of the original's passes differ by {found.by_chance:.3g}; "
+            f"its spread over passes is {ratio:.2f} times the original's)"
         )
     if found.to == "safetensors":
         text += "\nthe file contains only weights: pixel mean and std, noise and vote are in its metadata"

@@ -24,6 +24,7 @@ class Kind(StrEnum):
     models = "models"
     data = "data"
     diagnostics = "diagnostics"
+    tasks = "tasks"
 
 
 def list_(
@@ -31,7 +32,7 @@ def list_(
     name: Annotated[str | None, typer.Argument(help="Show one entry with its settings; also FILE.py:NAME.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List attacks, defences, models, data sets or diagnostics, including those of installed packages.
+    """List attacks, defences, models, data sets, diagnostics or tasks by name, those of installed packages among them.
 
     Example: `gambeson list attacks`
 
@@ -56,6 +57,8 @@ def _registry(kind: Kind) -> Any:
         from gambeson.models.registry import MODELS as REGISTRY
     elif kind is Kind.data:
         from gambeson.data.registry import SETS as REGISTRY
+    elif kind is Kind.tasks:
+        from gambeson.tasks.registry import TASKS as REGISTRY
     else:
         from gambeson.auditing.diagnostics.base import LOOKS as REGISTRY
     return REGISTRY

@@ -19,7 +19,7 @@ _NONE = "\N{EN DASH}"
 
 
 def audit_table(results: Sequence[AuditResult]) -> Table:
-    """One column per model: verdict, accuracy clean and under attack, UER with its strongest control, and eps_uni."""
+    """One column per model: the verdict, accuracy clean and attacked, UER beside its strongest control, and eps_uni."""
     first = results[0]
     table = Table(
         title=f"{first.material.test} test images of {first.material.name}: per cent [95 % interval]",
@@ -63,7 +63,7 @@ def duration(seconds: float) -> str:
 
 
 def plan_table(cost: AuditPlan) -> Table:
-    """One row per stage of the audit: forwards, gradients and maximum time."""
+    """One row per part of the audit: how many forwards and gradients, and how long at the most."""
     table = Table(
         title=f"about {duration(cost.seconds)} at the most, on {cost.device}",
         box=box.SIMPLE_HEAD,
@@ -84,15 +84,15 @@ def _failed(result: AuditResult) -> str:
 
 
 def _worst(result: AuditResult) -> str:
-    return _cell(_chosen(Rate.lowest, [a.accuracy for a in result.per_image]))
+    return _cell(_lowest([a.accuracy for a in result.per_image]))
 
 
 def _transferred(result: AuditResult) -> str:
-    return _cell(_chosen(Rate.highest, [t.error for t in result.transfer]))
+    return _cell(_highest([t.error for t in result.transfer]))
 
 
 def _noise(result: AuditResult) -> str:
-    return _cell(_chosen(Rate.highest, [c.error for c in result.corruption]))
+    return _cell(_highest([c.error for c in result.corruption]))
 
 
 def _uer(eps: float) -> Cells:
@@ -102,7 +102,7 @@ def _uer(eps: float) -> Cells:
 def _control(eps: float) -> Cells:
     def cell(result: AuditResult) -> str:
         rates = [control.worst for point in result.universal if point.eps == eps for control in point.controls]
-        return _cell(_chosen(Rate.highest, rates))
+        return _cell(_highest(rates))
 
     return cell
 
@@ -111,9 +111,18 @@ def _smallest(found: SmallestEps) -> str:
     return f"{'>' if found.censored else 'at most'} {found.value:.3f}{found.interval}"
 
 
-def _chosen(choose: Callable[[Sequence[Rate]], Rate], rates: Sequence[Rate]) -> Rate | None:
-    """Select one of several rates, with a simultaneous interval; None if there are none."""
-    return choose(rates) if rates else None
+def _lowest(rates: Sequence[Rate]) -> Rate | None:
+    """Return the lowest of several rates, with the interval of a chosen one; None where there are none."""
+    from gambeson.evaluation import Rate
+
+    return Rate.lowest(rates) if rates else None
+
+
+def _highest(rates: Sequence[Rate]) -> Rate | None:
+    """Return the highest of several rates, likewise."""
+    from gambeson.evaluation import Rate
+
+    return Rate.highest(rates) if rates else None
 
 
 def _cell(rate: Rate | None) -> str:

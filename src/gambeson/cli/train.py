@@ -13,7 +13,7 @@ from gambeson.cli.tables import duration
 
 if TYPE_CHECKING:
     from gambeson.data import Dataset
-    from gambeson.training import Plan
+    from gambeson.training import TrainingCost
 
 GREY_EPS, COLOUR_EPS = 0.2, 8 / 255
 
@@ -98,7 +98,7 @@ def train(
     console.print(f"next: gambeson audit {folder}")
 
 
-def _words(cost: Plan, name: str) -> str:
+def _words(cost: TrainingCost, name: str) -> str:
     megabytes = [round(size / 2**20) for size in (cost.memory, cost.weights, cost.activations, cost.data)]
     return (
         f"{name}: {cost.steps} steps of {cost.seconds_a_step:.3g} s are about {duration(cost.seconds)} on "

@@ -37,7 +37,7 @@ def craft(
     """
     from gambeson import attacks
     from gambeson.base import UserError, pick_device, user_code
-    from gambeson.evaluation import load_target
+    from gambeson.evaluation import load_model
     from gambeson.victim import Victim
 
     settings: dict[str, Any] = {"eps": eps}
@@ -48,7 +48,7 @@ def craft(
     if out.exists():
         raise UserError(f"{out} exists: choose another --out, or remove it first")
     with progress(as_json) as console:
-        subject = load_target(model, data, pick_device(device))
+        subject = load_model(model, data, pick_device(device))
         with Victim(subject.model, fast=True) as victim:
             uap = method.craft(victim, subject.dataset, seed=seed)
         uap.save(out)
@@ -78,12 +78,12 @@ def score(
     """
     from gambeson.attacks import UniversalPerturbation
     from gambeson.base import UserError, pick_device
-    from gambeson.evaluation import accuracy, control_rates, fooling_rate, load_target, universal_evasion
+    from gambeson.evaluation import accuracy, control_rates, fooling_rate, load_model, universal_evasion
     from gambeson.evaluation.universal import judged
 
     uap = UniversalPerturbation.load(file)
     with progress(as_json) as console:
-        subject = load_target(model, data, pick_device(device))
+        subject = load_model(model, data, pick_device(device))
         test = subject.dataset.test
         if tuple(uap.delta.shape[1:]) != test.shape:
             raise UserError(

@@ -16,6 +16,7 @@ from gambeson.data.lazy import LazySplit
 from gambeson.data.partition import partition
 from gambeson.data.split import Split
 from gambeson.data.torch_dataset import from_items
+from gambeson.tasks import of as task_of
 
 PARTS = ("train", "validation", "test")
 Part = Literal["train", "validation", "test"]
@@ -162,8 +163,8 @@ def from_pair(images: Any, labels: Any, name: str) -> Split:
     """Build a split from a pair, with numbered classes and the usual ignore index of label maps."""
     images, labels = as_images(images), as_labels(labels)
     if len(images) == 0:
-        raise UserError("the pair (images, labels) is empty: expected at least one image")
-    ignored = find_ignored(labels.unique()) if labels.ndim == 3 else None
+        raise UserError("the pair (images, labels) is empty: expected one image at the least")
+    ignored = None if task_of(labels).per_image_label else find_ignored(labels.unique())
     return Split(name, images, labels, None, ignored)
 
 
@@ -201,6 +202,6 @@ def _whole(data: Any, name: str, size: int | None, workers: int | None = None) -
 
 def _single_class(split: Split) -> bool:
     if isinstance(split, LazySplit) and split.maps:
-        return False  # checking would read the whole split
-    labels = split.labels if split.ignore_index is None else split.labels[split.labels != split.ignore_index]
+        return False  # finding out would read the whole split
+    labels = split.labels[split.task.valid(split.labels)]
     return labels.numel() == 0 or bool(labels.min() == labels.max())

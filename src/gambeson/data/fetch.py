@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 
-import httpx2 as httpx
-
 from gambeson.base.errors import UserError
 from gambeson.data.formats import opening
 
@@ -33,6 +31,8 @@ def download(url: str, md5: str) -> bytes:
     Raises:
         UserError: the server cannot be reached, or sends something else.
     """
+    import httpx2 as httpx
+
     try:
         answer = httpx.get(url, headers={"User-Agent": "gambeson"}, timeout=PATIENCE, follow_redirects=True)
     except httpx.HTTPError as error:

@@ -7,11 +7,11 @@ from functools import cached_property
 
 import torch
 
-from gambeson.base.checks import check_labels
 from gambeson.base.errors import UserError
 from gambeson.data.conversion import as_labels
 from gambeson.data.prefetch import Fetch, check_alike, default_workers, load_items, read_ahead
 from gambeson.data.split import Batch, Indices, Split, delivered, moments
+from gambeson.tasks import of as task_of
 
 SAMPLE = 10_000
 """Maximum number of images for the mean and standard deviation: reading all would cost as much as an epoch."""
@@ -48,16 +48,17 @@ class LazySplit(Split):
         if workers is not None and workers < 0:
             raise UserError(f"workers = {workers}: expected a number of processes, 0 or more")
         count = labels if isinstance(labels, int) else len(labels)
-        self.name, self.classes, self.ignore_index = name, tuple(classes), ignore_index
+        self.name, self.classes = name, tuple(classes)
         self._fetch, self._workers = fetch, workers
         self._items = torch.arange(count)
         self._known = None if isinstance(labels, int) else as_labels(labels)
         self._device = torch.device("cpu")
-        if self._known is not None:
-            check_labels(self._known, len(self.classes), ignore_index)
         if count == 0:
             raise UserError(f"{name} is empty: expected one image at the least")
-        self._first = fetch(0)[0]
+        self._first, label = fetch(0)
+        self.task = task_of(as_labels(label[None]) if self._known is None else self._known, ignore_index)
+        if self._known is not None:
+            self.task.check_labels(self._known, len(self.classes))
 
     @property
     def images(self) -> torch.Tensor:
@@ -109,7 +110,7 @@ class LazySplit(Split):
             images[at : at + len(some)] = some
             labels.append(truths)
             at += len(some)
-        return Split(self.name, images, torch.cat(labels), self.classes, self.ignore_index)
+        return Split(self.name, images, torch.cat(labels), self.classes, task=self.task)
 
     def walk(self, parts: Iterable[Indices], device: torch.device | str | None = None) -> Iterator[Batch]:
         """Take parts of the split in turn, prefetching the next ones while the caller computes.
@@ -143,7 +144,7 @@ class LazySplit(Split):
     def _checked(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
         check_alike(images[:1], self._first[None])
         labels = as_labels(labels)
-        check_labels(labels, len(self.classes), self.ignore_index)
+        self.task.check_labels(labels, len(self.classes))
         return images, labels
 
     def _select(self, indices: Indices) -> None:

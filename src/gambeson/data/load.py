@@ -11,7 +11,6 @@ import torch
 from pydantic import AfterValidator
 
 from gambeson.base import user_code
-from gambeson.base.checks import check_labels
 from gambeson.base.errors import OutOfSpace, UserError, unknown_name
 from gambeson.base.files import load_tensors, save_tensors
 from gambeson.base.registry import Registered
@@ -21,6 +20,7 @@ from gambeson.data.partition import partition
 from gambeson.data.registry import SETS, DatasetSpec
 from gambeson.data.split import Split
 from gambeson.data.torchvision_sets import fetch_torchvision, load_torchvision
+from gambeson.tasks import CLASSIFICATION
 
 Stored = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
@@ -91,7 +91,7 @@ def check_content(recipe: DatasetSpec, tensors: dict[str, torch.Tensor]) -> None
             )
         if tuple(labels.shape) != (count,):
             raise UserError(f"{part}labels have shape {tuple(labels.shape)}: expected {(count,)}")
-        check_labels(labels, recipe.num_classes)
+        CLASSIFICATION.check_labels(labels, recipe.num_classes)
 
 
 def build(recipe: DatasetSpec, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> Dataset:

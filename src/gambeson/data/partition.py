@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gambeson.base.seeds import generator
+from gambeson.tasks import of as task_of
 
 
 def pick(labels: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tensor:
@@ -25,7 +26,7 @@ def pick(labels: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tenso
     """
     labels = labels.cpu()
     order = torch.randperm(len(labels), generator=draw)
-    if labels.ndim == 1:
+    if task_of(labels).per_image_label:
         order = order[labels[order].argsort(stable=True)]
     ticks = torch.arange(len(labels) + 1) * count // max(1, len(labels))
     mask = torch.zeros(len(labels), dtype=torch.bool)

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from gambeson.base.checks import check_labels
 from gambeson.base.errors import UserError
 from gambeson.base.seeds import generator as stream
 from gambeson.data.conversion import as_pair, class_names
 from gambeson.data.partition import stratified
+from gambeson.tasks import Task
+from gambeson.tasks import of as task_of
 
 Pieces = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
@@ -114,10 +115,12 @@ class Split:
         images: (N, C, H, W), uint8 or float in [0, 1]; a tensor or an array. Floats are kept unchanged.
         labels: integers, (N,) or (N, H, W).
         classes: the class names; by default the numbers up to the highest label.
-        ignore_index: label that is ignored everywhere, or None.
+        ignore_index: a label that counts nowhere, or None.
+        task: what the labels mean, with its own ignore index; by default the task that labels of this form belong to.
 
     Raises:
-        UserError: wrong shapes, different lengths, pixels outside [0, 1], or labels without a class.
+        UserError: wrong shapes, lengths that differ, pixels outside [0, 1], labels without a class, or a task as well
+            as an ignore index.
     """
 
     def __init__(
@@ -127,12 +130,15 @@ class Split:
         labels: Any,
         classes: tuple[str, ...] | None = None,
         ignore_index: int | None = None,
+        task: Task | None = None,
     ) -> None:
+        if task is not None and ignore_index is not None:
+            raise UserError(f"{name} was given a task and ignore_index = {ignore_index}: set the task's ignore_index")
         self._images, self._labels = as_pair(images, labels)
         self.name = name
-        self.ignore_index = ignore_index
-        self.classes = class_names(self._labels, ignore_index) if classes is None else tuple(classes)
-        check_labels(self._labels, len(self.classes), ignore_index)
+        self.task = task_of(self._labels, ignore_index) if task is None else task
+        self.classes = class_names(self._labels, self.ignore_index) if classes is None else tuple(classes)
+        self.task.check_labels(self._labels, len(self.classes))
         self._device: torch.device | None = None
 
     @property
@@ -144,6 +150,11 @@ class Split:
     def labels(self) -> torch.Tensor:
         """Labels, int64: (N,) or (N, H, W)."""
         return self._labels
+
+    @property
+    def ignore_index(self) -> int | None:
+        """The label that counts nowhere, or None: the task's."""
+        return self.task.ignore_index
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -269,6 +280,10 @@ class Split:
         own = torch.isin(self.image_hashes, seen.cpu())
         return self.subset(~own) if bool(own.any()) else self
 
+    def with_images(self, images: torch.Tensor) -> Split:
+        """Return a split of other images (N, C, H, W) with these labels, such as the perturbed ones of each image."""
+        return Split(self.name, images, self.labels, self.classes, task=self.task)
+
     def to(self: SplitT, device: torch.device | str) -> SplitT:
         """Return the split with its tensors on ``device`` or, if they do not fit, with its batches sent there.
 
@@ -310,8 +325,8 @@ class Split:
 
     @property
     def _strata(self) -> torch.Tensor | None:
-        """The class of each image (N,), or None for label maps."""
-        return self._labels if self._labels.ndim == 1 else None
+        """The class of each image (N,), or None where labels are maps."""
+        return self._labels if self.task.per_image_label else None
 
     @property
     def _home(self) -> torch.device:

@@ -12,7 +12,6 @@ from pydantic import Field
 from torch import nn
 
 from gambeson.attacks.gradient.pgd import FGSM, PGD, RFGSM, RStepLL, StepLL
-from gambeson.attacks.losses import cross_entropy, image_means
 from gambeson.base import Number, UserError, generator
 from gambeson.defenses.objective import Batch, Clean, Defense, Objective, Term, TrainContext, batch_loss
 from gambeson.defenses.registry import register
@@ -151,8 +150,7 @@ class Transferred:
         moved = torch.cat([moved[:half], batch.images[half:]])
         if self.defense.weight == 1:
             return batch_loss(model, moved, batch)
-        answers = cross_entropy(model(moved), batch.labels, batch.ignore_index)
-        values = image_means(answers, batch.labels, batch.ignore_index)
+        values = batch.losses(model(moved))
         weights = torch.ones_like(values)
         weights[:half] = self.defense.weight
         return (weights * values).sum() / weights.sum()
@@ -175,7 +173,7 @@ class Transferred:
                 batch.images,
                 batch.labels,
                 seed=batch.seed,
-                ignore_index=batch.ignore_index,
+                task=batch.task,
                 sizes=sizes,
                 place=batch.place,
             )
@@ -194,7 +192,7 @@ class Transferred:
         """Return the gradient sign of every training image, 0 where the clip prevents any change."""
         found = []
         for images, labels in context.train.batches(500, device=source.device):
-            moved = self.attack.perturb_batch(source, images, labels, ignore_index=context.train.ignore_index)
+            moved = self.attack.perturb_batch(source, images, labels, task=context.train.task)
             found.append((moved - images).sign().to(torch.int8))
         return torch.cat(found)
 

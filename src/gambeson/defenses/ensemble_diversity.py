@@ -10,14 +10,14 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from gambeson.attacks.losses import cross_entropy
 from gambeson.base import Number, UserError, generator
 from gambeson.defenses.ensemble import EnsembleDefense, members_of, watch
-from gambeson.defenses.ensemble_losses import check_labels, coherence, cosines, entropy, log_det, loss_gradients
+from gambeson.defenses.ensemble_losses import coherence, cosines, entropy, log_det, loss_gradients
 from gambeson.defenses.objective import Batch, Losses, Objective, TrainContext
 from gambeson.defenses.registry import register
 from gambeson.models import PixelModel
 from gambeson.models.members import vote
+from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.threat import Ball, Eps
 from gambeson.victim import frozen
 
@@ -41,7 +41,7 @@ class JointEnsemble(EnsembleDefense):
     def _open(self, context: TrainContext, compare: Compare, *, mean: bool = False, slopes: bool = False) -> Objective:
         members_of(context.model, self.members)
         assert isinstance(context.model, PixelModel)
-        check_labels(context.train.labels, type(self).__name__)
+        context.train.task.require_classification(type(self).__name__)
         return EnsembleObjective(context.model, compare, mean=mean, slopes=slopes, watched=self.watched)
 
 
@@ -67,7 +67,7 @@ class EnsembleObjective(Objective):
         """Evaluate the objective on one batch; values of weight zero are left out."""
         images = batch.images.detach().requires_grad_() if self._slopes else batch.images
         logits = torch.stack([voter(images) for voter in self._voters])
-        every = torch.stack([cross_entropy(z, batch.labels, batch.ignore_index).mean() for z in logits])
+        every = torch.stack([batch.losses(z).mean() for z in logits])
         assert isinstance(model, PixelModel)
         values = self._compare(model, logits, dataclasses.replace(batch, images=images))
         total = every.mean() if self._mean else every.sum()
@@ -140,7 +140,7 @@ class GAL(JointEnsemble):
     def _compare(self, model: PixelModel, logits: torch.Tensor, batch: Batch) -> dict[str, tuple[float, torch.Tensor]]:
         if not self.strength:
             return {}
-        gradients = loss_gradients(logits, batch.labels, batch.images, batch.ignore_index)
+        gradients = loss_gradients(logits, batch.labels, batch.images, batch.task)
         return {"coherence": (self.strength, coherence(cosines(gradients)))}
 
 
@@ -177,7 +177,7 @@ class TRS(JointEnsemble):
     def _compare(self, model: PixelModel, logits: torch.Tensor, batch: Batch) -> dict[str, tuple[float, torch.Tensor]]:
         values: dict[str, tuple[float, torch.Tensor]] = {}
         if self.scale * self.alignment:
-            gradients = loss_gradients(logits, batch.labels, batch.images, batch.ignore_index)
+            gradients = loss_gradients(logits, batch.labels, batch.images, batch.task)
             values["alignment"] = self.scale * self.alignment, cosines(gradients).abs().mean()
         if self.scale * self.smoothness:
             values["smoothness"] = self.scale * self.smoothness, self._slope(model, batch)
@@ -190,7 +190,7 @@ class TRS(JointEnsemble):
         images = batch.images.detach().clone()
         if bool(chosen.any()):
             images[chosen] = self._moved(model, batch, chosen)
-        value = squared_slopes(model, images.requires_grad_(), batch.labels, batch.ignore_index).mean()
+        value = squared_slopes(model, images.requires_grad_(), batch.labels, batch.task).mean()
         return 2 * (value if self.loss_mean == "image" else value / (here * processes) ** 2)
 
     def _moved(self, model: PixelModel, batch: Batch, chosen: torch.Tensor) -> torch.Tensor:
@@ -203,14 +203,14 @@ class TRS(JointEnsemble):
         with frozen(model), torch.autocast(images.device.type, enabled=False):  # crafted in float32
             for _ in range(self.steps):
                 point = (images + delta).clamp(0, 1).requires_grad_()
-                value = squared_slopes(model, point, labels, batch.ignore_index).sum()
+                value = squared_slopes(model, point, labels, batch.task).sum()
                 (gradient,) = torch.autograd.grad(value, point)
                 delta = ball.project(point.detach() - images + eps / 3 * gradient.sign())
         return (images + delta).clamp(0, 1)
 
 
 def squared_slopes(
-    model: PixelModel, point: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None
+    model: PixelModel, point: torch.Tensor, labels: torch.Tensor, task: Task = CLASSIFICATION
 ) -> torch.Tensor:
     """Return ||grad_x CE_m||^2 of every member at every image, (M, N), with a graph.
 
@@ -218,7 +218,7 @@ def squared_slopes(
         model: the ensemble.
         point: (N, C, H, W), with a gradient.
         labels: (N,).
-        ignore_index: the label that is ignored.
+        task: what the labels mean.
     """
     logits = torch.stack([voter(point) for voter in model.voters])
-    return loss_gradients(logits, labels, point, ignore_index).square().sum(2)
+    return loss_gradients(logits, labels, point, task).square().sum(2)

@@ -9,8 +9,8 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from gambeson.attacks.losses import cross_entropy
-from gambeson.base import UserError, generator
+from gambeson.base import generator
+from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.victim import Victim
 
 TINY = 1e-12
@@ -59,7 +59,7 @@ def diversity_gain(voters: Sequence[nn.Module], images: torch.Tensor, *, seed: i
 
 
 def loss_gradients(
-    logits: torch.Tensor, labels: torch.Tensor, point: torch.Tensor, ignore_index: int | None = None
+    logits: torch.Tensor, labels: torch.Tensor, point: torch.Tensor, task: Task = CLASSIFICATION
 ) -> torch.Tensor:
     """Return the gradient of every member's cross-entropy at every image, (M, N, C*H*W), differentiable.
 
@@ -67,11 +67,11 @@ def loss_gradients(
         logits: (M, N, K), of ``point``.
         labels: (N,).
         point: (N, C, H, W), with a gradient.
-        ignore_index: the label that is ignored.
+        task: what the labels mean.
     """
     return torch.stack(
         [
-            torch.autograd.grad(cross_entropy(z, labels, ignore_index).sum(), point, create_graph=True)[0].flatten(1)
+            torch.autograd.grad(task.cross_entropy(z, labels).sum(), point, create_graph=True)[0].flatten(1)
             for z in logits
         ]
     )
@@ -115,13 +115,3 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     """Return the mean entropy of logits (N, K), in nats."""
     logs = logits.log_softmax(1)
     return -(logs.exp() * logs).sum(1).mean()
-
-
-def check_labels(labels: torch.Tensor, name: str) -> None:
-    """Raise if labels are maps.
-
-    Raises:
-        UserError: labels are per pixel.
-    """
-    if labels.ndim != 1:
-        raise UserError(f"the labels are maps, but {name} compares classifiers: it needs one label per image")

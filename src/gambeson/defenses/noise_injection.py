@@ -9,7 +9,6 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from gambeson.attacks.losses import cross_entropy, image_means
 from gambeson.base import Number, UserError
 from gambeson.defenses.objective import (
     Adversarial,
@@ -44,8 +43,7 @@ class NoisyClean:
         """Return the mean cross-entropy."""
         logits = model(batch.images)
         self._batch, self._answers = batch, logits.detach().argmax(1)
-        losses = cross_entropy(logits, batch.labels, batch.ignore_index)
-        return image_means(losses, batch.labels, batch.ignore_index).mean()
+        return batch.losses(logits).mean()
 
     def answers(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the model's predictions on the batch: the stored ones, or those of a new forward."""
@@ -75,10 +73,7 @@ class NoisyAdversarial:
         return batch_loss(model, perturb(batch.images, self._delta), batch)
 
     def _leave(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        answers = self.clean.answers(model, batch)
-        return (
-            answers if batch.ignore_index is None else answers.where(batch.labels != batch.ignore_index, batch.labels)
-        )
+        return batch.task.targets(self.clean.answers(model, batch), batch.labels)
 
 
 class NoisyDefense(Defense):

@@ -10,10 +10,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from gambeson.attacks.losses import Loss, cross_entropy, image_means
+from gambeson.attacks.losses import Loss
 from gambeson.attacks.solver import ProjectedGradient
 from gambeson.base import Config, Number, UserError, generator
 from gambeson.data import Split
+from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.threat import Ball, Eps, Norm, perturb
 from gambeson.victim import BatchNormMode, FastPath, Precision, Victim
 
@@ -27,8 +28,9 @@ class Batch:
     labels: torch.Tensor
     """(N,) or (N, H, W)."""
     seed: int
-    """Seed of the draws of this step."""
-    ignore_index: int | None = None
+    """Names the draws of this step; equal seeds draw equally."""
+    task: Task = CLASSIFICATION
+    """What the labels mean."""
     place: tuple[int, int] = (0, 1)
     """Rank and world size; the batch of the step is cut into consecutive parts."""
     step: int = 0
@@ -49,6 +51,11 @@ class Batch:
         """Finished share of the training, in [0, 1)."""
         return self.step / (self.steps * self.epochs)
 
+    def losses(self, logits: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Return the mean cross-entropy of each image (N,) over its units that count."""
+        values = self.task.cross_entropy(logits, self.labels, label_smoothing=label_smoothing)
+        return self.task.per_image(values, self.labels)
+
     def mine(self, drawn: torch.Tensor) -> torch.Tensor:
         """Return this process's rows of a draw for the batch of all processes.
 
@@ -68,8 +75,7 @@ class Term(Protocol):
 
 def batch_loss(model: nn.Module, images: torch.Tensor, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
     """Mean cross-entropy of ``images`` against the batch's labels."""
-    answers = cross_entropy(model(images), batch.labels, batch.ignore_index, label_smoothing=label_smoothing)
-    return image_means(answers, batch.labels, batch.ignore_index).mean()
+    return batch.losses(model(images), label_smoothing).mean()
 
 
 class Clean(Config):
@@ -132,7 +138,7 @@ class Adversarial(Config):
                 ball=Ball(eps=self.eps, norm=self.norm),
                 loss=Loss(truncate=self.truncate),
                 per_image=self.sharedness == 1,
-                ignore_index=batch.ignore_index,
+                task=batch.task,
                 place=batch.place,
             )
             draw = generator(batch.seed, "craft", device=batch.images.device)
@@ -236,8 +242,7 @@ class SharedForward(Objective):
             if name == source:
                 values[name] = given
             elif isinstance(term, Clean) and logits is not None:
-                answers = cross_entropy(logits, batch.labels, batch.ignore_index, label_smoothing=term.label_smoothing)
-                values[name] = image_means(answers, batch.labels, batch.ignore_index).mean()
+                values[name] = batch.losses(logits, term.label_smoothing).mean()
             else:
                 values[name] = term(model, batch)
         total = torch.stack([weights[name] * value for name, value in values.items()]).sum()

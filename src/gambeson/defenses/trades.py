@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from gambeson.attacks.losses import Loss, image_means
+from gambeson.attacks.losses import Loss
 from gambeson.attacks.solver import ProjectedGradient
 from gambeson.base import Config, Number, generator
 from gambeson.defenses.objective import Batch, Clean, Defense, Objective, SharedForward, Term, TrainContext
@@ -99,6 +99,4 @@ class Trades(Defense):
 def _divergence(clean: torch.Tensor, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """KL of each image, (N,), from clean log-probabilities and logits; averaged over the labelled pixels of each."""
     answers = F.kl_div(logits.log_softmax(1), clean, reduction="none", log_target=True).sum(1)
-    if batch.ignore_index is not None:
-        answers = answers * (batch.labels != batch.ignore_index)
-    return image_means(answers, batch.labels, batch.ignore_index)
+    return batch.task.per_image(answers, batch.labels)

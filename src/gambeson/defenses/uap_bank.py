@@ -90,7 +90,7 @@ class UAPBank(nn.Module):
                 ball=self.ball,
                 loss=loss,
                 box_gradient=self.box_gradient,
-                ignore_index=batch.ignore_index,
+                task=batch.task,
             )
             gradient, _ = solver.gradient(self.delta if shared else self.delta[rows], batch.images, batch.labels)
         if not shared:

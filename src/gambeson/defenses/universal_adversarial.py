@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from gambeson.attacks.losses import Loss, cross_entropy, image_means
-from gambeson.base import Number, UserError
+from gambeson.attacks.losses import Loss
+from gambeson.base import Number
 from gambeson.defenses.objective import Batch, Clean, Defense, Objective, TrainContext
 from gambeson.defenses.registry import register
 from gambeson.defenses.uap_bank import Ascend, BankStart, UAPBank, mute
@@ -57,8 +57,8 @@ class UniversalAdversarial(Defense):
         Raises:
             UserError: label maps, which have no class per image, with ``classwise``.
         """
-        if self.classwise and context.train.labels.ndim != 1:
-            raise UserError("the labels are maps: class-wise training expects one label per image; use classwise=False")
+        if self.classwise:
+            context.train.task.require_classification("class-wise training", "use classwise=False")
         bank = UAPBank(
             context,
             count=len(context.train.classes) if self.classwise else 1,
@@ -92,8 +92,7 @@ class UniversalRisk(nn.Module):
         moved = self.bank.perturb(batch.images, self._rows(batch))
         if self.update == "alternating":
             moved = moved.detach()
-        answers = cross_entropy(model(moved), batch.labels, batch.ignore_index)
-        values = image_means(answers, batch.labels, batch.ignore_index)
+        values = batch.losses(model(moved))
         if self.update == "one-pass" and self.truncate is not None:
             mute(moved, values <= self.truncate)
         return values.mean()

@@ -8,7 +8,6 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from gambeson.attacks.losses import cross_entropy, image_means
 from gambeson.base import Number, generator
 from gambeson.defenses.objective import Batch, Clean, Defense, Objective, SharedForward, TrainContext
 from gambeson.defenses.registry import register
@@ -25,7 +24,7 @@ Direction = Literal["forward", "reverse"]
 
 @register("universal-consistency", source="ours", cost="2 / 2 in one pass")
 class UniversalConsistency(Defense):
-    """Minimise E[CE(f(x), y)] + beta * E[KL(f(x), f(x + delta_k))] over a pool of perturbations that maximise it.
+    """Minimise E[CE(f(x), y)] + beta * E[KL(f(x), f(x + delta_k))] over a bank of perturbations that maximise it.
 
     Every image of a batch is assigned one of K perturbations, which persist for the whole training. Clean and perturbed
     images share one forward (and BatchNorm statistics), and one backward computes the gradients of weights and
@@ -98,13 +97,10 @@ class BankConsistency(nn.Module):
         moved = self.bank.perturb(batch.images, rows)
         clean, perturbed = model(torch.cat([batch.images, moved])).tensor_split(2)
         if self.settings.truncate is not None:
-            fooled = cross_entropy(perturbed.detach(), batch.labels, batch.ignore_index)
-            mute(moved, image_means(fooled, batch.labels, batch.ignore_index) <= self.settings.truncate)
+            mute(moved, batch.losses(perturbed.detach()) <= self.settings.truncate)
         fixed = clean.detach() if self.settings.detach_clean else clean
         apart = divergence(fixed, perturbed, self.settings.direction)
-        if batch.ignore_index is not None:
-            apart = apart * (batch.labels != batch.ignore_index)
-        values = image_means(apart, batch.labels, batch.ignore_index)
+        values = batch.task.per_image(apart, batch.labels)
         self._seen.append((rows, values.detach()))
         return clean, values.mean()
 

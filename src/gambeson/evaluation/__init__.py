@@ -4,14 +4,14 @@ from gambeson.evaluation.attack_run import AttackRun, run_attack
 from gambeson.evaluation.attack_suite import SuiteResult, SuiteRun, run_suite, standard_suite
 from gambeson.evaluation.eps_uni import eps_adv, eps_uni
 from gambeson.evaluation.export_check import Exported, run_export
-from gambeson.evaluation.outcome import Outcome, accuracy_under, outcome, outcome_under
-from gambeson.evaluation.rates import Rate
+from gambeson.evaluation.outcome import accuracy_under, outcome, outcome_under
 from gambeson.evaluation.transfer import TransferResult, TransferRun, run_transfer
 from gambeson.evaluation.universal import accuracy, control_rates, fooling_rate, strongest, universal_evasion
 from gambeson.models.black_box.base import BlackBox, BudgetSpent
 from gambeson.models.black_box.http import HttpModel
 from gambeson.models.black_box.local import FunctionModel, OnnxModel
-from gambeson.models.loading import LoadedModel, load_target
+from gambeson.models.loading import LoadedModel, load_model
+from gambeson.tasks import Rate
 
 __all__ = [
     "AttackRun",
@@ -22,7 +22,6 @@ __all__ = [
     "HttpModel",
     "LoadedModel",
     "OnnxModel",
-    "Outcome",
     "Rate",
     "SuiteResult",
     "SuiteRun",
@@ -34,7 +33,7 @@ __all__ = [
     "eps_adv",
     "eps_uni",
     "fooling_rate",
-    "load_target",
+    "load_model",
     "outcome",
     "outcome_under",
     "run_attack",

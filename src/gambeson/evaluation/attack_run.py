@@ -21,7 +21,7 @@ from gambeson.base import (
 )
 from gambeson.data import Name
 from gambeson.evaluation.attack_suite import SuiteResult, run_suite, standard_suite
-from gambeson.models.loading import load_target
+from gambeson.models.loading import load_model
 from gambeson.victim import Victim
 
 FILE = "adversarial.safetensors"
@@ -37,8 +37,8 @@ class AttackRun(Config):
     data: Name | None = None
     """Name of a data set; None: that of the training run."""
     attack: attacks.Name = "pgd"
-    """Name of a per-image attack, ``FILE.py:CLASS``, which is stored with the hash of the file, or ``standard`` for
-    :func:`standard_suite`."""
+    """Name of an attack that perturbs image by image, ``FILE.py:CLASS`` of one, which is stored with the hash of the
+    file, or ``standard`` for the suite of :func:`standard_suite`."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of the attack, such as eps."""
     images: Annotated[int, Field(ge=1)] = 1000
@@ -66,7 +66,7 @@ def run_attack(run: AttackRun, out: Path) -> SuiteResult:
         UserError: the folder holds another run, the model cannot be loaded, or a setting is wrong.
     """
     row = _attacks_of(run)
-    subject = load_target(run.model, run.data, run.device)
+    subject = load_model(run.model, run.data, run.device)
     if open_run(out, run, environment(run.device)):
         return SuiteResult(**read_json(out / "result.json")["result"])
     rows = subject.dataset.test.sample_indices(run.images, seed=run.seed)

@@ -12,9 +12,10 @@ from gambeson.base import Config, UserError, derive, seeded, task
 from gambeson.base.checks import TOLERANCE
 from gambeson.data import Split
 from gambeson.evaluation.outcome import ImageAttack, at_once
-from gambeson.evaluation.rates import Cost, Rate
+from gambeson.evaluation.rates import Cost
+from gambeson.tasks import Rate
 from gambeson.threat import Norm
-from gambeson.victim import Victim, counting, nothing_counts, predict, right_answers, votes_of, votes_right
+from gambeson.victim import Victim, nothing_counts, predict, votes_of, votes_right
 
 SURE = 0.25
 """Largest share of correct votes at which an image of a random model counts as broken for good, so that later attacks
@@ -97,15 +98,11 @@ class WorstCase:
     def __init__(self, victim: Victim, split: Split, *, seed: int = 0, batch_size: int = 250) -> None:
         if len(split) == 0:
             raise nothing_counts(split)
-        if split.labels.ndim != 1:
-            raise UserError(
-                f"{split.name} has label maps: the worst case over attacks is for one label per image, expected labels "
-                "(N,)"
-            )
+        split.task.require_classification("the worst case over attacks")
         self.victim, self.split, self.seed = victim, split, seed
         self.batch_size = at_once(split, batch_size)
         self.images, self.labels = split.take(slice(None), victim.device)
-        self.counts = counting(self.labels, split.ignore_index)
+        self.counts = split.task.valid(self.labels)
         if not bool(self.counts.any()):
             raise nothing_counts(split)
         self.votes = votes_of(victim, self.images)
@@ -131,11 +128,10 @@ class WorstCase:
         """Return which images are correct (N,), scoring the worst candidate of each on fresh votes."""
         if not self._random:
             return self.counts & (2 * self._support > self.votes)
-        labels, ignore = self.split.labels, self.split.ignore_index
-        now = Split(self.split.name, self.images, labels, self.split.classes, ignore)
-        with seeded(self.seed, "score"):  # with a single vote, predict leaves seeding to the caller
-            right, _ = right_answers(predict(self.victim, now, seed=self.seed), labels.cpu(), ignore)
-        return right.to(self.labels.device) > 0
+        now = self.split.with_images(self.images)
+        with seeded(self.seed, "score"):  # where a single pass decides, predict leaves the seed to its caller
+            counts = now.task.counts(predict(self.victim, now, seed=self.seed), now.labels.cpu())
+        return counts.right.to(self.labels.device) > 0
 
     def rate(self, right: torch.Tensor) -> Rate:
         """Return the share of ``right`` (N,) among the images that count."""
@@ -143,7 +139,7 @@ class WorstCase:
 
     def _votes(self, images: torch.Tensor, rows: torch.Tensor, source: int | str) -> torch.Tensor:
         with seeded(self.seed, "candidate", source, int(rows[0])):
-            return votes_right(self.victim, images, self.labels[rows])
+            return votes_right(self.victim, images, self.labels[rows], self.split.task)
 
 
 def run_suite(
@@ -182,8 +178,8 @@ def run_suite(
             before, rows = (victim.forwards, victim.backwards), worst.standing
             for j, part in enumerate(rows.split(worst.batch_size) if len(rows) else ()):
                 x, y, stream = clean_images[part], worst.labels[part], derive(seed, name, j)
-                with seeded(stream, "attack"):  # for attacks and models that draw from torch's global generators
-                    moved = attack(victim, x, y, seed=stream, ignore_index=split.ignore_index)
+                with seeded(stream, "attack"):  # for an attack, or a model, that draws from torch's own generators
+                    moved = attack(victim, x, y, seed=stream, task=split.task)
                 worst.offer(part, _checked(moved, x, name), k)
             right = worst.right()
             rounds.append(
@@ -230,13 +226,14 @@ def standard_suite(
 ) -> dict[str, ImageAttack]:
     """Return the attacks of the standard suite, to be run by :func:`gambeson.evaluation.run_suite`.
 
-    The members of AutoAttack's standard version (Croce and Hein 2020, section 6) without FAB, after a short PGD for the
-    easy images: Auto-PGD on cross-entropy, targeted Auto-PGD on the ratio of logits over the nine likeliest wrong
-    classes, and Square, which uses no gradient. Three choices are ours, and ``faithful`` undoes the latter two. FAB is
-    left out: it targets the same boundaries as targeted Auto-PGD at several times the cost. The nine targets are probed
-    for 20 steps and the nearest three attacked in full. Square abandons images whose margin is out of reach
-    (``early_abandon=3``). On 500 MNIST images and the public robust LeNet5 the suite broke every image that a public
-    AutoAttack with FAB broke (``results/autoattack.json``).
+    The members of AutoAttack's standard version (Croce and Hein 2020, section 6) without FAB, behind a short PGD that
+    takes what is easy: Auto-PGD on cross-entropy, targeted Auto-PGD on the ratio of logits over the nine likeliest
+    wrong classes, Square, which has no gradient to be misled by. Three choices are ours, and ``faithful`` undoes the
+    latter two. FAB is left out: it aims at the same boundaries as targeted Auto-PGD at several times the cost. The
+    nine targets are scouted for 20 steps and the nearest three climbed in full. Square leaves an image alone once its
+    margin is too far from a wrong answer for what it still gains (``early_abandon=3``). On 500 MNIST
+    images and the public robust LeNet5 the row broke every image that a public AutoAttack with FAB broke
+    (``results/autoattack.json``).
 
     Args:
         eps: radius in pixel units.

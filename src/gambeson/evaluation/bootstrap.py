@@ -27,13 +27,9 @@ class ImageErrors:
 
     @classmethod
     def of(cls, predictions: torch.Tensor, split: Split) -> ImageErrors:
-        """Count errors from predictions (N,) or (N, H, W) on the CPU."""
-        labels = split.labels.cpu()
-        counts = (
-            torch.ones_like(labels, dtype=torch.bool) if split.ignore_index is None else labels != split.ignore_index
-        )
-        wrong = (predictions != labels) & counts
-        return cls(wrong.view(len(labels), -1).sum(1), counts.view(len(labels), -1).sum(1))
+        """Count them, from predictions (N,) or (N, H, W) on the CPU."""
+        counts = split.task.counts(predictions, split.labels.cpu())
+        return cls(counts.total - counts.right, counts.total)
 
     @property
     def error(self) -> float:

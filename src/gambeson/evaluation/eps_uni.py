@@ -69,7 +69,7 @@ def eps_uni(
     there, the perturbation found is scaled to up to twelve eps around it, which costs only forwards; a scaled one that
     succeeds at a smaller eps counts.
 
-    A random model is scored by votes (:data:`gambeson.victim.DEFAULT_VOTES`).
+    A random model is judged by votes (:data:`gambeson.victim.DEFAULT_VOTES`), whether a module or a victim is given.
 
     Args:
         model: any module from pixels to logits, or an entered :class:`Victim`.
@@ -344,11 +344,11 @@ def _attacked(
 ) -> PerImageFound:
     """Attack each image at ``eps``; an image keeps the perturbation of a smaller eps that did more harm."""
     smaller = max((known for known in tried if known < eps), default=None)
-    here, ignored = attack.model_copy(update={"eps": eps}), split.ignore_index
+    here = attack.model_copy(update={"eps": eps})
     moves = []
     with seeded(seed, "eps_adv", f"{eps:.9g}"):
         for k, (images, labels) in enumerate(split.batches(at_once(split), device=victim.device)):
-            moved = here(victim, images, labels, seed=derive(seed, "batch", k), ignore_index=ignored)
+            moved = here(victim, images, labels, seed=derive(seed, "batch", k), task=split.task)
             moves.append((moved - images).cpu())
     delta = torch.cat(moves)
     errors = _moved_errors(victim, split, delta)

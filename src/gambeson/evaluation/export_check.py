@@ -12,16 +12,16 @@ from torch import nn
 
 from gambeson.base import Config, UserError, environment, load_tensors, seeded, task, write_json
 from gambeson.data import Split
-from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import ModelCard, PixelModel
 from gambeson.models.black_box.local import OnnxModel
 from gambeson.models.export import Target, export
 from gambeson.models.factory import build
 from gambeson.models.hubs import required
-from gambeson.models.loading import load_target
+from gambeson.models.loading import load_model
 from gambeson.models.program import load_program
 from gambeson.models.storage import init_weights
+from gambeson.tasks import Rate
 from gambeson.victim import Victim, auto_batch_size, inspect_model, majority, nothing_counts, predicted, score
 
 _TOLERANCE = 1e-3
@@ -70,7 +70,7 @@ def run_export(
     """Export a model to ``out``, load it again, score both, and write the result to ``OUT.json``.
 
     Args:
-        source: see :func:`gambeson.models.loading.load_target`.
+        source: see :func:`gambeson.models.loading.load_model`.
         to: ``torch-export``, ``onnx`` or ``safetensors``; see :func:`gambeson.models.export.export`.
         out: the file.
         data_name: data set for scoring; None: that of the training run.
@@ -87,7 +87,7 @@ def run_export(
         raise UserError(f"votes = {votes}, images = {images}: expected at least 2 votes and 1 image")
     if to == "onnx":
         required("onnxruntime", "scoring an export to ONNX")
-    subject = load_target(source, data_name, "cpu")
+    subject = load_model(source, data_name, "cpu")
     model, test = subject.model, subject.dataset.test
     if not isinstance(model, PixelModel):
         raise UserError(f"{source} is a black box and cannot be exported: name a model with its weights")

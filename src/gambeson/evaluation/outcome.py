@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -10,8 +9,8 @@ import torch
 from gambeson.attacks import GradientAttack
 from gambeson.base import derive, seeded
 from gambeson.data import Split
-from gambeson.evaluation.rates import Rate
-from gambeson.victim import Victim, auto_batch_size, nothing_counts, predict, right_answers, vote
+from gambeson.tasks import Counts, Rate, Task
+from gambeson.victim import Victim, auto_batch_size, nothing_counts, predict, vote
 from gambeson.victim.averaged import EOT_SAMPLES
 
 
@@ -19,35 +18,14 @@ class ImageAttack(Protocol):
     """A per-image attack, as those of :mod:`gambeson.attacks`."""
 
     def __call__(
-        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
+        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, task: Task | None = None
     ) -> torch.Tensor:
         """Return perturbed images in the shape of ``x``."""
         ...
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Correct predictions per image under one attack; a label map has many predictions per image."""
-
-    right: torch.Tensor
-    """(N,): correct predictions."""
-    answers: torch.Tensor
-    """(N,): predictions that count; 1 for an image with one label, 0 if that is the ignore index."""
-
-    @property
-    def rate(self) -> Rate:
-        """Accuracy, with its interval over the images with a prediction that counts."""
-        return Rate.of(int(self.right.sum()), int(self.answers.sum()), int((self.answers > 0).sum()))
-
-    @property
-    def shares(self) -> torch.Tensor:
-        """(M,) float64: the share of correct predictions, for each image with any that count."""
-        counted = self.answers > 0
-        return self.right[counted].double() / self.answers[counted]
-
-
-def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_size: int = 250) -> Outcome:
-    """Attack every image; success is decided here, on the returned images.
+def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_size: int = 250) -> Counts:
+    """Attack every image; what is right is decided here, on the images that the attack returned.
 
     On a random model a gradient attack averages over :data:`EOT_SAMPLES` samples unless it sets a number, and the
     majority of votes decides (:func:`gambeson.victim.votes_of`).
@@ -65,31 +43,31 @@ def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_
     if len(split) == 0:
         raise nothing_counts(split)
     attack = averaged(attack, victim, split.take(slice(0, 8), victim.device)[0])
-    right, answers = [], []
+    right, total = [], []
     with seeded(seed, "score"):
         for k, (images, labels) in enumerate(split.batches(at_once(split, batch_size), device=victim.device)):
-            moved = attack(victim, images, labels, seed=derive(seed, "batch", k), ignore_index=split.ignore_index)
-            found = right_answers(vote(victim, moved), labels, split.ignore_index)
-            right.append(found[0].cpu())
-            answers.append(found[1].cpu())
-    return _counted(torch.cat(right), torch.cat(answers), split)
+            moved = attack(victim, images, labels, seed=derive(seed, "batch", k), task=split.task)
+            found = split.task.counts(vote(victim, moved), labels)
+            right.append(found.right.cpu())
+            total.append(found.total.cpu())
+    return _counted(Counts(torch.cat(right), torch.cat(total)), split)
 
 
-def outcome_under(victim: Victim, split: Split, delta: torch.Tensor, *, seed: int = 0) -> Outcome:
-    """Count correct predictions under one perturbation (1, C, H, W); see :func:`gambeson.victim.predict`."""
+def outcome_under(victim: Victim, split: Split, delta: torch.Tensor, *, seed: int = 0) -> Counts:
+    """Count what one perturbation (1, C, H, W) leaves right of a split, as :func:`gambeson.victim.predict` does."""
     predictions = predict(victim, split, delta.to(victim.device), seed=seed)
-    return _counted(*right_answers(predictions, split.labels.cpu(), split.ignore_index), split)
+    return _counted(split.task.counts(predictions, split.labels.cpu()), split)
 
 
 def accuracy_under(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_size: int = 250) -> Rate:
-    """Accuracy under a per-image attack; see :func:`outcome`."""
-    return outcome(victim, split, attack, seed, batch_size).rate
+    """Accuracy on images that ``attack`` perturbs one by one; see :func:`outcome`."""
+    return outcome(victim, split, attack, seed, batch_size).accuracy
 
 
-def _counted(right: torch.Tensor, answers: torch.Tensor, split: Split) -> Outcome:
-    if not bool(answers.any()):
+def _counted(counts: Counts, split: Split) -> Counts:
+    if counts.images == 0:
         raise nothing_counts(split)
-    return Outcome(right, answers)
+    return counts
 
 
 AttackT = TypeVar("AttackT", bound=ImageAttack)

@@ -25,9 +25,9 @@ from gambeson.base import (
 )
 from gambeson.data import Name, Split
 from gambeson.evaluation.outcome import ImageAttack, at_once
-from gambeson.evaluation.rates import Rate
 from gambeson.evaluation.universal import error_rate, judged
-from gambeson.models.loading import LoadedModel, load_target
+from gambeson.models.loading import LoadedModel, load_model
+from gambeson.tasks import Rate
 from gambeson.threat import Eps, Norm
 from gambeson.victim import Victim, nothing_counts, predict, score
 
@@ -121,11 +121,10 @@ def run_transfer(run: TransferRun, out: Path) -> TransferResult:
 
 
 def _load(run: TransferRun) -> list[LoadedModel]:
-    first = load_target(run.models[0], run.data, run.device)
+    first = load_model(run.models[0], run.data, run.device)
     name = run.data or first.trained.get("data")
-    others = [load_target(source, name, run.device, first.dataset) for source in run.models[1:]]
-    if first.dataset.test.labels.ndim != 1:
-        raise UserError(f"{name} has one label per pixel: transfer tables take one label per image")
+    others = [load_model(source, name, run.device, first.dataset) for source in run.models[1:]]
+    first.dataset.test.task.require_classification("a transfer table")
     return [first, *others]
 
 
@@ -139,12 +138,12 @@ def perturbed(model: nn.Module, split: Split, attack: ImageAttack, seed: int, *p
     """Return the split with every image perturbed on a model; ``path`` names the random stream."""
     with Victim(model, fast=True) as victim:
         parts = [
-            attack(victim, images, labels, seed=derive(seed, *path, k), ignore_index=split.ignore_index)
+            attack(victim, images, labels, seed=derive(seed, *path, k), task=split.task)
             for k, (images, labels) in enumerate(split.batches(at_once(split), device=victim.device))
         ]
     if not parts:
         raise nothing_counts(split)
-    return Split(split.name, torch.cat(parts).cpu(), split.labels.cpu(), split.classes, split.ignore_index)
+    return split.with_images(torch.cat(parts).cpu())
 
 
 def error_of(model: nn.Module, split: Split, seed: int) -> Rate:

@@ -10,7 +10,8 @@ from torch import nn
 
 from gambeson.attacks import CONTROLS, MORE_CONTROLS, UniversalPerturbation, control
 from gambeson.data import Split, as_split
-from gambeson.evaluation.rates import Control, Rate
+from gambeson.evaluation.rates import Control
+from gambeson.tasks import Rate
 from gambeson.threat import Ball
 from gambeson.victim import Score, Victim, predict, score, votes_of
 
@@ -32,7 +33,7 @@ def change_rate(found: Score) -> Rate:
 
 @contextmanager
 def judged(model: nn.Module | Victim, split: Split) -> Iterator[Victim]:
-    """Enter a model as a victim for scoring; a random one gets :data:`gambeson.victim.DEFAULT_VOTES` votes per image.
+    """Hold a model frozen, for rates: a random one is asked :data:`gambeson.victim.DEFAULT_VOTES` times per image.
 
     An entered victim is used as given.
     """
@@ -47,8 +48,9 @@ def judged(model: nn.Module | Victim, split: Split) -> Iterator[Victim]:
 def accuracy(model: nn.Module, data: object, *, seed: int = 0) -> Rate:
     """Accuracy on clean images.
 
-    As in every rate of this library, an image is decided by one pass over the model, or by the majority of 21 votes
-    (:data:`gambeson.victim.DEFAULT_VOTES`) if the model is random: an image is correct if more than half of them are.
+    Here and in every rate of this library, an image is decided by one pass over the model, or by the majority of 21
+    (:data:`gambeson.victim.DEFAULT_VOTES`) where the model is random: what is not right in more than half of
+    them is wrong.
 
     Args:
         model: any module from pixels to logits.

@@ -40,7 +40,7 @@ class LoadedModel:
         return isinstance(self.model, BlackBox)
 
 
-def load_target(
+def load_model(
     source: str,
     data_name: str | None,
     device: str,

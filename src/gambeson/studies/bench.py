@@ -241,7 +241,7 @@ def ideal(steps: int) -> float:
 def bench_training(settings: BenchSettings) -> BenchResult:
     """Time one step of each: the plain loop, ours at sharedness 1 and at the whole batch, and standard training."""
     x, y = settings.batch()
-    attack = {"eps": settings.eps, "steps": settings.steps, "step": 0.25}
+    attack = {"eps": settings.eps, "steps": settings.steps, "rel_step_size": 0.25}
     shared = {**attack, "sigma": 1.0, "truncate": None}
     candidates = {
         PLAIN: _plain_step(settings, x, y),

@@ -84,8 +84,8 @@ def _universal(visit: Visit, book: Notebook) -> None:
     """Universal crafting on a network of random weights: the time does not depend on what it has learnt."""
     data = dataset(visit)
     model, *_ = _network(visit)
-    small = {"screen_steps": 2, "steps": 2} if not visit.low else {}
-    climb = {"screened": 0, "steps": visit.uap_steps, "batch_size": visit.uap_batch, "restarts": 2}
+    small = {"probe_start_steps": 2, "steps": 2} if not visit.low else {}
+    climb = {"probe_starts": 0, "steps": visit.uap_steps, "batch_size": visit.uap_batch, "restarts": 2}
     for name, settings in (("default", small), ("two climbs", climb)):
         attack = StochasticPGD(eps=visit.eps, **settings)
         for kind, fast in _copies(visit).items():

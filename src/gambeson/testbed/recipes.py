@@ -175,7 +175,7 @@ class DataInfo:
     epochs: int = 6
     """Epochs, with batches of 64."""
     images: tuple[int, int, int] | None = None
-    """Number of images of train, validation and test, for training in minutes; None: all."""
+    """Size of train, validation and test, stratified subsets for training in minutes; None: all images."""
     only: tuple[str, ...] | None = None
     """Names of the honest networks, if there are no obfuscated models; None: all models."""
 
@@ -221,7 +221,7 @@ def networks(data: str) -> Networks:
     material, dataset = material_of(data), load_data(data)
     if material.images is not None:
         train, validation, test = (
-            split.sample(count)
+            split.subset(torch.arange(count))
             for split, count in zip((dataset.train, dataset.validation, dataset.test), material.images, strict=True)
         )
         dataset = Dataset(dataset.name, train, validation, test, dataset.classes)

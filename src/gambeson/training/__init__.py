@@ -2,6 +2,6 @@
 
 from gambeson.training.loop import train
 from gambeson.training.recipe import PRESETS, Recipe
-from gambeson.training.run import Plan, TrainRun, plan, plan_training, run_training
+from gambeson.training.run import TrainingCost, TrainRun, plan, plan_training, run_training
 
-__all__ = ["PRESETS", "Plan", "Recipe", "TrainRun", "plan", "plan_training", "run_training", "train"]
+__all__ = ["PRESETS", "Recipe", "TrainRun", "TrainingCost", "plan", "plan_training", "run_training", "train"]

@@ -62,7 +62,7 @@ class Epoch:
             images=images,
             labels=labels,
             seed=seed,
-            ignore_index=self.train.ignore_index,
+            task=self.train.task,
             place=self.place,
             step=step,
             steps=len(self),
@@ -75,7 +75,7 @@ class Epoch:
         moved, kept = [], []
         for part, theirs, seed in zip(images.split(self.share), labels.split(self.share), self.seeds, strict=True):
             draw = generator(derive(seed, "step", step), "augment", self.place[0], device=self.device)
-            if theirs.ndim == 1:
+            if self.train.task.per_image_label:
                 moved.append(augment(part, self.recipe.augment, draw))
                 kept.append(theirs)
             else:

@@ -25,8 +25,8 @@ from gambeson.training.recipe import Recipe
 _WARM_UP, _TIMED = 2, 5
 
 
-class Plan(Config):
-    """The estimated cost of a training run."""
+class TrainingCost(Config):
+    """The expected cost of a training run."""
 
     steps: int
     """Total number of steps."""
@@ -50,8 +50,8 @@ class Plan(Config):
         return self.weights + self.activations + self.data
 
 
-def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed: int = 0) -> Plan:
-    """Measure a few training steps on a copy of ``model``.
+def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed: int = 0) -> TrainingCost:
+    """Measure a few steps of a training on a copy of ``model``, which stays as it is.
 
     Args:
         model: on the device of the training.
@@ -84,7 +84,7 @@ def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed
                     found.append(time.perf_counter() - began)
     second, steps = statistics.median(times[0]), ours.steps * recipe.epochs
     values = sum(parameter.numel() * parameter.element_size() for parameter in ours.model.parameters())
-    return Plan(
+    return TrainingCost(
         steps=steps,
         seconds_a_step=second,
         seconds=second * steps,
@@ -167,8 +167,8 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
     return model
 
 
-def plan_training(run: TrainRun, dataset: data.Dataset | None = None) -> Plan:
-    """Estimate the cost of ``run`` from a few steps; nothing is written.
+def plan_training(run: TrainRun, dataset: data.Dataset | None = None) -> TrainingCost:
+    """Measure what ``run`` will cost, on a few steps; nothing is written.
 
     Source models that would be trained first are used untrained.
     """

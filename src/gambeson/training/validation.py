@@ -13,7 +13,7 @@ from gambeson.base import derive, place, total
 from gambeson.data import Dataset, Split
 from gambeson.defenses import Defense
 from gambeson.training.recipe import Recipe
-from gambeson.victim import Victim, nothing_counts, predict, right_answers, score, vote
+from gambeson.victim import Victim, nothing_counts, predict, score, vote
 
 _IMAGES = 500
 
@@ -62,11 +62,10 @@ def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: i
         delta = universal.delta.to(victim.device)
         found = {"validation_uer": _error(victim, data.validation, delta)}
         images, labels = few.take(slice(None), victim.device)
-        if labels.ndim == 1:
-            ignored = few.ignore_index
-            moved = PGD(**ball, steps=10, eot_samples=1)(victim, images, labels, seed=seed, ignore_index=ignored)
-            right, answers = right_answers(vote(victim, moved), labels, ignored)
-            found["validation_pgd_accuracy"] = int(right.sum()) / max(1, int(answers.sum()))
+        if few.task.per_image_label:
+            moved = PGD(**ball, steps=10, eot_samples=1)(victim, images, labels, seed=seed, task=few.task)
+            counts = few.task.counts(vote(victim, moved), labels)
+            found["validation_pgd_accuracy"] = counts.accuracy.value
     return found
 
 

@@ -72,10 +72,10 @@ class FoldedModel:
         the same values there.
         """
         norms = {conv: model.get_submodule(norm) for conv, norm in self.pairs}
-        fold_batchnorms = {name for pair in self.pairs for name in pair}
+        folded = {name for pair in self.pairs for name in pair}
         values = dict(model.state_dict(keep_vars=True))
         for name, target in self.view.state_dict(keep_vars=True).items():
-            if name.rpartition(".")[0] not in fold_batchnorms:
+            if name.rpartition(".")[0] not in folded:
                 target.data.copy_(values[name])
         for name, norm in norms.items():
             conv, target = model.get_submodule(name), self.view.get_submodule(name)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from gambeson.base import UserError, seeded
+from gambeson.base import UserError, full_precision, seeded
 from gambeson.data import Split
+from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.threat import perturb
 from gambeson.victim.victim import Victim
 
@@ -59,7 +60,7 @@ def auto_batch_size(shape: Sequence[int], most: int = 500, values: int = 2**22) 
 
 
 def votes_of(victim: Victim, images: torch.Tensor) -> int:
-    """Return the votes per image: ``victim.votes`` if set, else 1, or :data:`DEFAULT_VOTES` for a random model.
+    """Return how many passes decide an image: ``victim.votes``, or one, and :data:`DEFAULT_VOTES` of a random model.
 
     Args:
         victim: the model, inside its context.
@@ -121,12 +122,12 @@ def vote(victim: Victim, images: torch.Tensor) -> torch.Tensor:
     if _shared(victim, images, votes):
         return torch.cat([vote(victim, part) for part in images.split(_SHARING)])
     enough = votes // 2 + 1
-    total = torch.stack([_answers(victim, images) for _ in range(enough)])
-    found = total[0].clone()
-    rows = (total != found).transpose(0, 1).flatten(1).any(1)
+    answers = torch.stack([_answers(victim, images) for _ in range(enough)])
+    found = answers[0].clone()
+    rows = (answers != found).transpose(0, 1).flatten(1).any(1)
     if bool(rows.any()):
         more = [_answers(victim, images[rows]) for _ in range(votes - enough)]
-        found[rows] = majority(torch.stack([*total[:, rows], *more]))
+        found[rows] = majority(torch.stack([*answers[:, rows], *more]))
     return found
 
 
@@ -137,8 +138,10 @@ def majority(votes: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def votes_right(victim: Victim, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the number of correct votes per image, (N,): how close a random model is to an error.
+def votes_right(
+    victim: Victim, images: torch.Tensor, labels: torch.Tensor, task: Task = CLASSIFICATION
+) -> torch.Tensor:
+    """Return how many of its votes get each image right, (N,): a measure of how near a random model is to wrong.
 
     For selecting among candidates; the selected one must be scored on fresh votes.
 
@@ -146,6 +149,7 @@ def votes_right(victim: Victim, images: torch.Tensor, labels: torch.Tensor) -> t
         victim: the model, inside its context.
         images: (N, C, H, W).
         labels: (N,).
+        task: what the labels mean.
 
     Raises:
         UserError: some logits are not finite.
@@ -153,8 +157,8 @@ def votes_right(victim: Victim, images: torch.Tensor, labels: torch.Tensor) -> t
     votes = votes_of(victim, images)
     if _shared(victim, images, votes):
         parts = zip(images.split(_SHARING), labels.split(_SHARING), strict=True)
-        return torch.cat([votes_right(victim, *part) for part in parts])
-    return torch.stack([_answers(victim, images) == labels for _ in range(votes)]).sum(0)
+        return torch.cat([votes_right(victim, *part, task) for part in parts])
+    return torch.stack([task.matches(_answers(victim, images), labels) for _ in range(votes)]).sum(0)
 
 
 def _shared(victim: Victim, images: torch.Tensor, votes: int) -> bool:
@@ -162,7 +166,8 @@ def _shared(victim: Victim, images: torch.Tensor, votes: int) -> bool:
 
 
 def _answers(victim: Victim, images: torch.Tensor) -> torch.Tensor:
-    return predicted(victim.forward_original(images))
+    with full_precision(images.device):  # a verdict in TF32 would differ from that of a processor
+        return predicted(victim.forward_original(images))
 
 
 def predicted(logits: torch.Tensor) -> torch.Tensor:
@@ -180,36 +185,6 @@ def predicted(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(1)
 
 
-def counting(labels: torch.Tensor, ignore_index: int | None) -> torch.Tensor:
-    """Return which predictions count, in the shape of the labels: those whose label is not the ignore index."""
-    return torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
-
-
-def right_answers(
-    predictions: torch.Tensor, labels: torch.Tensor, ignore_index: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the number of correct predictions and of predictions that count per image, both (N,).
-
-    An image with one label has one prediction, or none if its label is the ignore index; a label map has one per pixel.
-
-    Args:
-        predictions: (N,) or (N, H, W), as :func:`vote` returns them.
-        labels: the same shape, on the same device.
-        ignore_index: the label that is ignored.
-
-    Raises:
-        UserError: the shapes differ.
-    """
-    if predictions.shape != labels.shape:
-        raise UserError(
-            f"the model's predictions have shape {tuple(predictions.shape)}, the labels {tuple(labels.shape)}: "
-            "expected logits (N, K) for labels (N,), or (N, K, H, W) for labels (N, H, W)"
-        )
-    valid = counting(labels, ignore_index)
-    right = (predictions == labels) & valid
-    return right.view(len(labels), -1).sum(1), valid.view(len(labels), -1).sum(1)
-
-
 def score(predictions: torch.Tensor, split: Split, clean: torch.Tensor | None = None, *, whole: bool = True) -> Score:
     """Count errors and changed predictions, without the ignore index.
 
@@ -223,12 +198,12 @@ def score(predictions: torch.Tensor, split: Split, clean: torch.Tensor | None = 
         UserError: predictions and labels have different shapes, or no label counts.
     """
     labels = split.labels.cpu()
-    right, counted = right_answers(predictions, labels, split.ignore_index)
-    total = int(counted.sum())
+    counts = split.task.counts(predictions, labels)
+    total = int(counts.total.sum())
     if whole and total == 0:
         raise nothing_counts(split)
-    flipped = 0 if clean is None else int(((predictions != clean) & counting(labels, split.ignore_index)).sum())
-    return Score(errors=total - int(right.sum()), flipped=flipped, total=total, images=int((counted > 0).sum()))
+    flipped = 0 if clean is None else int(((predictions != clean) & split.task.valid(labels)).sum())
+    return Score(errors=counts.errors, flipped=flipped, total=total, images=counts.images)
 
 
 def nothing_counts(split: Split) -> UserError:

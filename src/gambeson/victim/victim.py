@@ -89,11 +89,11 @@ class Victim:
     Attributes:
         forwards: images sent forward so far.
         backwards: images whose gradient was taken so far.
-        notes: what the fast path does, or why it is off.
-        traits: the result of :meth:`inspect`; None before.
-        votes: passes per image in scoring, of which the majority is the prediction. None: 1, or
-            :data:`gambeson.victim.DEFAULT_VOTES` for a random model.
-        temperature: divisor of the logits that attacks use; it does not change predictions.
+        notes: what the fast path did, or why it is off.
+        traits: what :meth:`inspect` saw; None before.
+        votes: how often the model is asked where it is scored; the majority is its answer. None: once, and a random
+            model :data:`gambeson.victim.DEFAULT_VOTES` times.
+        temperature: what the logits that attacks climb are divided by; 1 leaves them as they are. It changes no answer.
     """
 
     def __init__(self, model: nn.Module, *, fast: bool | FastPath = False, batch_norm: BatchNormMode = "eval") -> None:

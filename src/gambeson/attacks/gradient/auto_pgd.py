@@ -1,4 +1,4 @@
-"""Auto-PGD for the norms inf, 2 and 1, its targeted form, and l1-APGD."""
+"""Auto-PGD and its targeted and L1 variants: a step size that follows the progress of each image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 
 from gambeson.attacks.gradient.base import GradientAttack, warn_of_fallback
-from gambeson.attacks.losses import LossName, is_adversarial
+from gambeson.attacks.losses import LossName
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import ProjectedGradient
 from gambeson.base import Number, generator
@@ -20,7 +20,7 @@ from gambeson.threat import Norm
 
 @dataclass(frozen=True, kw_only=True)
 class Climb:
-    """State of the active images of a run; every field has one row per image."""
+    """One climb per image that is not adversarial yet; every field has one row per image."""
 
     rows: torch.Tensor
     """Indices of the images in the batch."""
@@ -28,7 +28,7 @@ class Climb:
     labels: torch.Tensor
     """Labels or targets of the loss."""
     truth: torch.Tensor
-    """Labels that decide success; the same as ``labels`` unless an attack tries several targets."""
+    """What decides whether an image is adversarial: ``labels``, unless an attack tries several targets."""
     delta: torch.Tensor
     before: torch.Tensor
     """``delta`` of the previous step."""
@@ -48,9 +48,9 @@ class Climb:
     halved: torch.Tensor
     """Whether the step size was halved at the last checkpoint."""
 
-    def only(self, targets_kept: torch.Tensor) -> Climb:
-        """Return the state of some images."""
-        return type(self)(**{field.name: getattr(self, field.name)[targets_kept] for field in dataclasses.fields(self)})
+    def only(self, rows: torch.Tensor) -> Climb:
+        """Return the climbs of some images."""
+        return type(self)(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
 
     def arrive(self, delta: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> Climb:
         """Return the state after a step to ``delta``."""
@@ -108,13 +108,13 @@ class BestSoFar:
         return cls(delta=delta, value=value, is_adversarial=torch.zeros_like(value, dtype=torch.bool))
 
     def note(self, rows: torch.Tensor, delta: torch.Tensor, value: torch.Tensor, is_adversarial: torch.Tensor) -> None:
-        """Keep the perturbations of the images ``rows`` that are better than before."""
-        old_value, old_fallen = self.value[rows], self.is_adversarial[rows]
-        better = (is_adversarial & ~old_fallen) | ((is_adversarial == old_fallen) & (value > old_value))
+        """Keep what is better than before for the images ``rows``."""
+        old_value, was_adversarial = self.value[rows], self.is_adversarial[rows]
+        better = (is_adversarial & ~was_adversarial) | ((is_adversarial == was_adversarial) & (value > old_value))
         chosen = better.view(-1, 1, 1, 1)
         self.delta[rows] = torch.where(chosen, delta, self.delta[rows])
         self.value[rows] = torch.where(better, value, old_value)
-        self.is_adversarial[rows] = is_adversarial | old_fallen
+        self.is_adversarial[rows] = is_adversarial | was_adversarial
 
 
 @register("auto-pgd", source="Croce and Hein 2020", cost="steps + 1 / steps, per restart")
@@ -142,21 +142,20 @@ class AutoPGD(GradientAttack):
     rho: Annotated[Number, Field(ge=0, le=1)] = 0.75
     """Share of steps between two checkpoints that must increase the loss (the paper's rho)."""
     targets: Annotated[int, Field(ge=1)] | None = None
-    """Number of the likeliest wrong classes of the clean image to target, one after the other; reaching any wrong class
-    is a success. At most the number of classes less one. None: untargeted."""
+    """Attack towards this many of the likeliest wrong classes of the clean image, one after the other: an image is
+    adversarial once any wrong class is reached. At most the number of classes less one. None: no targets."""
     probe_steps: Annotated[int, Field(ge=1)] | None = None
-    """With ``targets``: first take this many steps towards each target, with a schedule of that length, then spend the
-    full ``steps`` only on the ``targets_kept`` nearest targets, nearest first (ours). None: full steps on every target,
-    as in the paper."""
+    """With ``targets``: climb towards each of them for this many steps first, then spend the full ``steps`` on the
+    ``targets_kept`` that came nearest (ours). None: the full steps on every target, as in the paper."""
     targets_kept: Annotated[int, Field(ge=1)] = 3
-    """Targets attacked with full ``steps`` after the probes."""
+    """Targets that are climbed in full after the probes."""
 
     @model_validator(mode="after")
     def _check_targets(self) -> AutoPGD:
         if self.targets is not None and self.reaches:
             raise ValueError("with targets the attack chooses what to reach; leave out targeted and least-likely")
         if self.probe_steps is not None and self.targets is None:
-            raise ValueError("probe_steps needs several targets; set targets as well, or leave it out")
+            raise ValueError("probe_steps is for an attack on several targets; set targets as well, or leave it out")
         return self
 
     @property
@@ -169,9 +168,7 @@ class AutoPGD(GradientAttack):
 
     @property
     def _first(self) -> float:
-        if self.rel_step_size is not None:
-            return self.rel_step_size
-        return 1.0 if self.norm == "1" else 2.0
+        return self.rel_step_size if self.rel_step_size is not None else 1.0 if self.norm == "1" else 2.0
 
     def _search(
         self, solver: ProjectedGradient, x: torch.Tensor, y: torch.Tensor, seed: int, best: torch.Tensor
@@ -183,11 +180,10 @@ class AutoPGD(GradientAttack):
             return
         with torch.no_grad():
             logits = solver.victim(x)
-        # Misclassified images need no perturbation.
-        record.is_adversarial.copy_(is_adversarial(logits, y, solver.ignore_index))
+        # An image that is wrong as it is needs no perturbation.
+        record.is_adversarial.copy_(solver.task.is_adversarial(logits, y))
         solver = dataclasses.replace(solver, loss=solver.loss.model_copy(update={"targeted": True}))
-        counts = torch.ones_like(y, dtype=torch.bool) if solver.ignore_index is None else y != solver.ignore_index
-        own = y.where(counts, torch.zeros_like(y)).unsqueeze(1)
+        task, own = solver.task, solver.task.indexable(y).unsqueeze(1)
         order = logits.scatter(1, own, -torch.inf).argsort(dim=1, descending=True, stable=True)
         order = order[:, : min(self.targets, logits.shape[1] - 1)]
         for restart in range(self.restarts):
@@ -195,14 +191,14 @@ class AutoPGD(GradientAttack):
             if self.probe_steps is not None:
                 brief = self.model_copy(update={"steps": self.probe_steps})
                 reached = [
-                    brief._climb(solver, x, target.where(counts, y), y, f"{restart}/scout/{rank}", seed, record)
+                    brief._climb(solver, x, task.targets(target, y), y, f"{restart}/scout/{rank}", seed, record)
                     for rank, target in enumerate(order.unbind(1))
                 ]
                 nearest = torch.stack(reached, 1).argsort(dim=1, descending=True, stable=True)
                 chosen = nearest[:, : self.targets_kept].reshape(len(x), -1, *[1] * (order.ndim - 2))
                 tried = order.gather(1, chosen.expand(-1, -1, *order.shape[2:]))
             for rank, target in enumerate(tried.unbind(1)):
-                self._climb(solver, x, target.where(counts, y), y, f"{restart}/{rank}", seed, record)
+                self._climb(solver, x, task.targets(target, y), y, f"{restart}/{rank}", seed, record)
 
     def _climb(
         self,
@@ -237,7 +233,7 @@ class AutoPGD(GradientAttack):
         delta: torch.Tensor,
         record: BestSoFar,
     ) -> Climb:
-        """Run from ``delta`` and return the last points of the images that are still active."""
+        """Climb from ``delta`` and return where those are that are not adversarial yet."""
         state, judged = self._begin(solver, rows, images, labels, truth, delta, record), 0
         for step in range(1, self.steps + 1):
             if len(state.rows) == 0:
@@ -259,7 +255,7 @@ class AutoPGD(GradientAttack):
     ) -> Climb:
         gradient, logits = solver.gradient(delta, images, labels, truth=self._measure(truth), number=1)
         warn_of_fallback(solver.loss, logits.shape[1])
-        value = solver.loss(logits, labels, solver.ignore_index, self._measure(truth))
+        value = solver.loss(logits, labels, solver.task, self._measure(truth))
         state = Climb(
             rows=rows,
             images=images,
@@ -293,14 +289,14 @@ class AutoPGD(GradientAttack):
             value, logits = solver.losses(delta, now.images, now.labels, truth=truth)
             return self._note(solver, now.arrive(delta, now.gradient, value), logits, record)
         gradient, logits = solver.gradient(delta, now.images, now.labels, truth=truth, number=step + 1)
-        value = solver.loss(logits, now.labels, solver.ignore_index, truth)
+        value = solver.loss(logits, now.labels, solver.task, truth)
         return self._note(solver, now.arrive(delta, gradient, value), logits, record)
 
     def _move(self, solver: ProjectedGradient, now: Climb) -> torch.Tensor:
         return solver.step_along(now.delta, now.images, now.gradient, now.length.view(-1, 1, 1, 1))
 
     def _note(self, solver: ProjectedGradient, state: Climb, logits: torch.Tensor, record: BestSoFar) -> Climb:
-        down = is_adversarial(logits, state.truth, solver.ignore_index, targeted=self.reaches)
+        down = solver.task.is_adversarial(logits, state.truth, targeted=self.reaches)
         record.note(state.rows, state.delta, state.value, down)
         return state.only(~down) if self.early_stop and bool(down.any()) else state
 
@@ -385,7 +381,7 @@ class L1AutoPGD(AutoPGD):
             if steps < 1:
                 continue
             wide = self._stage(steps, radius, share)
-            # Points outside the eps-ball are not results, and success does not count there.
+            # What is found outside the ball of eps is no result, and nothing is adversarial there.
             scratch = BestSoFar.into(torch.zeros_like(images))
             place = torch.arange(len(rows), device=rows.device)
             outer = dataclasses.replace(solver, ball=wide.ball)

@@ -15,6 +15,8 @@ from gambeson.attacks.losses import Loss, LossName
 from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
 from gambeson.base import Config, Number, UserError, seeded
 from gambeson.base.checks import check_batch
+from gambeson.tasks import Task
+from gambeson.tasks import of as task_of
 from gambeson.threat import Ball, Eps, Norm, perturb
 from gambeson.victim import Victim
 from gambeson.victim.averaged import Average, Source, drawn, opened
@@ -295,7 +297,7 @@ class GradientAttack(Config):
         y: torch.Tensor,
         *,
         seed: int = 0,
-        ignore_index: int | None = None,
+        task: Task | None = None,
     ) -> torch.Tensor:
         """Attack a batch.
 
@@ -304,7 +306,7 @@ class GradientAttack(Config):
             x: (N, C, H, W) in [0, 1].
             y: (N,) or (N, H, W) labels, or targets where ``targeted``.
             seed: of every random draw.
-            ignore_index: label that is ignored.
+            task: what the labels mean; by default the task that labels of this form belong to, where all count.
 
         Raises:
             UserError: images outside [0, 1], or a model and images that do not fit.
@@ -315,7 +317,7 @@ class GradientAttack(Config):
             return images.clone()
         with opened(model, self.average) as given, seeded(seed, "noise"):
             victim = drawn(given, images.float(), self.eot_samples)
-            return self.perturb_batch(victim, images, y, seed=seed, ignore_index=ignore_index)
+            return self.perturb_batch(victim, images, y, seed=seed, task=task)
 
     def perturb_batch(
         self,
@@ -324,7 +326,7 @@ class GradientAttack(Config):
         labels: torch.Tensor,
         *,
         seed: int = 0,
-        ignore_index: int | None = None,
+        task: Task | None = None,
         sizes: torch.Tensor | None = None,
         place: tuple[int, int] = (0, 1),
     ) -> torch.Tensor:
@@ -337,10 +339,10 @@ class GradientAttack(Config):
             images: (N, C, H, W) in [0, 1].
             labels: (N,) or (N, H, W) labels, or targets where ``targeted``.
             seed: of every random draw.
-            ignore_index: label that is ignored.
-            sizes: (N, 1, 1, 1), the radius of each image's ball as a share of eps, which also scales its start and its
-                steps; for :class:`gambeson.attacks.PGD` attacks without restarts and early stopping.
-            place: rank and world size; see :class:`gambeson.attacks.solver.ProjectedGradient`.
+            task: what the labels mean; by default the task that labels of this form belong to, where all count.
+            sizes: (N, 1, 1, 1), the radius of each image's ball as a share of eps, to which its start and its steps
+                shrink too; for attacks of :class:`gambeson.attacks.PGD` without restarts and early stop.
+            place: the number of this process and of how many; see :class:`gambeson.attacks.solver.ProjectedGradient`.
 
         Raises:
             UserError: the attack does not support ``sizes``.
@@ -352,10 +354,11 @@ class GradientAttack(Config):
                 "early_stop=False; give one eps for all images"
             )
         pixels = images.float()
-        targets = self._labels(victim, pixels, labels, ignore_index)
+        task = task_of(labels) if task is None else task
+        targets = self._labels(victim, pixels, labels, task)
         best = torch.zeros_like(pixels)
         patient = self if self.eot_samples is None else self.model_copy(update={"early_stop": False})
-        solver = replace(self._ascent(victim, ignore_index), sizes=sizes, place=place)
+        solver = replace(self._ascent(victim, task), sizes=sizes, place=place)
         try:
             patient._search(solver, pixels, targets, seed, best)
         except NonFiniteGradientError as error:
@@ -373,26 +376,24 @@ class GradientAttack(Config):
         """Write the best perturbation of each image into ``best`` (N, C, H, W), which is zero."""
         raise NotImplementedError
 
-    def _ascent(self, victim: Victim, ignore_index: int | None) -> ProjectedGradient:
+    def _ascent(self, victim: Victim, task: Task) -> ProjectedGradient:
         return ProjectedGradient(
             victim=victim,
             ball=self.ball,
             loss=Loss(kind=self.loss, targeted=self.reaches),
             per_image=True,
-            ignore_index=ignore_index,
+            task=task,
             exact_box=self.exact_box,
             sparsity=self.sparsity,
         )
 
-    def _labels(
-        self, victim: Victim, images: torch.Tensor, labels: torch.Tensor, ignore_index: int | None
-    ) -> torch.Tensor:
+    def _labels(self, victim: Victim, images: torch.Tensor, labels: torch.Tensor, task: Task) -> torch.Tensor:
         if self.label == "truth":
             return labels
         with torch.no_grad():
             logits = victim(images)
         chosen = logits.argmax(1) if self.label == "prediction" else logits.argmin(1)
-        return chosen if ignore_index is None else chosen.where(labels != ignore_index, labels)
+        return task.targets(chosen, labels)
 
 
 def warn_of_fallback(loss: Loss, classes: int) -> None:

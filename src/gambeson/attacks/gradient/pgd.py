@@ -17,7 +17,6 @@ from gambeson.attacks.gradient.base import (
     Smoothing,
     warn_of_fallback,
 )
-from gambeson.attacks.losses import is_adversarial
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import ProjectedGradient, cosine
 from gambeson.base import Number, generator
@@ -115,7 +114,7 @@ class PGD(GradientAttack):
                 if self.early_stop:
                     if not guide.sees_images:
                         _, logits = solver.losses(delta, images, labels)
-                    down = is_adversarial(logits, labels, solver.ignore_index, targeted=self.reaches)
+                    down = solver.task.is_adversarial(logits, labels, targeted=self.reaches)
                     if bool(down.any()):
                         best[rows[down]], record.is_adversarial[rows[down]] = delta[down], True
                         kept = (rows, images, labels, delta, direction, velocity)
@@ -129,7 +128,7 @@ class PGD(GradientAttack):
                 break
             if len(rows):
                 value, logits = solver.losses(delta, images, labels)
-                down = is_adversarial(logits, labels, solver.ignore_index, targeted=self.reaches)
+                down = solver.task.is_adversarial(logits, labels, targeted=self.reaches)
                 record.note(rows, delta, value, down)
 
 

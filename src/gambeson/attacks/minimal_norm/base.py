@@ -9,7 +9,9 @@ from torch import nn
 
 from gambeson.attacks.query.base import attacked, working
 from gambeson.base import Config, UserError
-from gambeson.base.checks import check_batch, check_labels
+from gambeson.base.checks import check_batch
+from gambeson.tasks import CLASSIFICATION, Task
+from gambeson.tasks import of as task_of
 from gambeson.threat import Ball, Eps, Norm, perturb
 from gambeson.victim import Victim
 
@@ -32,7 +34,7 @@ class MinimalNorm(Config):
         y: torch.Tensor,
         *,
         seed: int = 0,
-        ignore_index: int | None = None,
+        task: Task | None = None,
     ) -> torch.Tensor:
         """Attack a batch.
 
@@ -40,17 +42,17 @@ class MinimalNorm(Config):
             model: any module from pixels to logits (N, K), or an entered :class:`Victim`.
             x: (N, C, H, W) in [0, 1].
             y: (N,) labels, or targets where the attack is targeted.
-            seed: not used; the attack is deterministic.
-            ignore_index: label of images that are not attacked.
+            seed: not used; nothing is drawn.
+            task: what the labels mean; images whose label does not count are left alone.
 
         Raises:
             UserError: images outside [0, 1], one label per pixel, or a gradient that is not finite.
         """
         if not isinstance(model, Victim):
             with Victim(model) as victim:
-                return self(victim, x, y, seed=seed, ignore_index=ignore_index)
+                return self(victim, x, y, seed=seed, task=task)
         images = check_batch(x, y)
-        rows = attacked(y, ignore_index)
+        rows = attacked(y, task_of(y) if task is None else task)
         if len(rows) == 0 or self.eps == 0:
             return images
         found = self.search(model, working(images), y, rows)
@@ -82,7 +84,7 @@ def refuse_odd_head(logits: torch.Tensor, labels: torch.Tensor) -> None:
             f"the model returns shape {tuple(logits.shape)}: expected logits (N, K) with K of at least 2; "
             "for label maps choose a gradient attack such as PGD"
         )
-    check_labels(labels, logits.shape[1])
+    CLASSIFICATION.check_labels(labels, logits.shape[1])
 
 
 def refuse_non_finite(*values: torch.Tensor, step: int) -> None:

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from gambeson.attacks.losses import is_adversarial, margin
+from gambeson.attacks.losses import margin
 from gambeson.attacks.minimal_norm.base import MinimalNorm, refuse_non_finite, refuse_odd_head
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import Adam
 from gambeson.base import Number
+from gambeson.tasks import CLASSIFICATION
 from gambeson.victim import Victim
 
 _EDGE = 0.999999
@@ -64,13 +65,13 @@ class CarliniWagner(MinimalNorm):
         for _ in range(self.searches):
             if len(rows) == 0:
                 break
-            found = self._optimizer_steps(victim, x, y, rows, c, best, shortest)
+            found = self._minimise(victim, x, y, rows, c, best, shortest)
             upper[rows] = torch.where(found, c[rows], upper[rows])
             lower[rows] = torch.where(found, lower[rows], c[rows])
             c = torch.where(upper.isfinite(), (lower + upper) / 2, c * 10)
         return best
 
-    def _optimizer_steps(
+    def _minimise(
         self,
         victim: Victim,
         x: torch.Tensor,
@@ -122,4 +123,6 @@ class CarliniWagner(MinimalNorm):
         return -margin(logits, labels) if self.targeted else margin(logits, labels)
 
     def _success(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return is_adversarial(logits, labels, targeted=self.targeted) & (self._gain(logits, labels) >= self.kappa)
+        return CLASSIFICATION.is_adversarial(logits, labels, targeted=self.targeted) & (
+            self._gain(logits, labels) >= self.kappa
+        )

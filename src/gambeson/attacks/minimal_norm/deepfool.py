@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from gambeson.attacks.losses import is_adversarial
 from gambeson.attacks.minimal_norm.base import MinimalNorm, refuse_non_finite, refuse_odd_head
 from gambeson.attacks.query.base import InfOr2
 from gambeson.attacks.registry import register
 from gambeson.base import Number
+from gambeson.tasks import CLASSIFICATION
 from gambeson.threat import Ball, Norm
 from gambeson.victim import Victim
 
@@ -65,7 +65,7 @@ class DeepFool(MinimalNorm):
                 if rivals is None:
                     rivals = self._rivals(logits.detach(), labels)
                 refuse_non_finite(logits, step=number)
-                down = is_adversarial(logits, labels)
+                down = CLASSIFICATION.is_adversarial(logits, labels)
                 if bool(down.all()):
                     break
                 step = self._step(victim, point, logits, labels, rivals, number)

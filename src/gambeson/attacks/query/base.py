@@ -11,9 +11,11 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import nn
 
-from gambeson.attacks.losses import Loss, is_adversarial
+from gambeson.attacks.losses import Loss
 from gambeson.base import Config, UserError
-from gambeson.base.checks import check_batch, check_labels
+from gambeson.base.checks import check_batch
+from gambeson.tasks import Task
+from gambeson.tasks import of as task_of
 from gambeson.victim import Victim
 
 InfOr2 = Annotated[Literal["inf", "2"], BeforeValidator(lambda value: str(value).lower().removeprefix("l"))]
@@ -101,19 +103,14 @@ class Queries:
         return scores
 
 
-def attacked(labels: torch.Tensor, ignore_index: int | None) -> torch.Tensor:
-    """Return the indices of the images to attack: those whose label is not the ignore index.
+def attacked(labels: torch.Tensor, task: Task) -> torch.Tensor:
+    """Return the numbers of the images to attack: those whose label counts.
 
     Raises:
         UserError: labels are not one per image.
     """
-    if labels.ndim != 1:
-        raise UserError(
-            f"labels have shape {tuple(labels.shape)}: this attack takes one label per image (N,); "
-            "for label maps choose a gradient attack such as PGD"
-        )
-    counts = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
-    return counts.nonzero().flatten()
+    task.require_classification("this attack", "for label maps choose a gradient attack such as PGD")
+    return task.labelled(labels).nonzero().flatten()
 
 
 def working(images: torch.Tensor) -> torch.Tensor:
@@ -131,18 +128,16 @@ class Search:
         standing: (A,) indices of the images that are not adversarial yet.
     """
 
-    def __init__(
-        self, queries: Queries, images: torch.Tensor, labels: torch.Tensor, loss: Loss, ignore_index: int | None
-    ) -> None:
-        self.queries, self.images, self.labels, self.loss = queries, images, labels, loss
+    def __init__(self, queries: Queries, images: torch.Tensor, labels: torch.Tensor, loss: Loss, task: Task) -> None:
+        self.queries, self.images, self.labels, self.loss, self.task = queries, images, labels, loss, task
         self.best = images.clone()
         self.value = torch.full((len(images),), torch.inf, device=images.device)
-        self.active = attacked(labels, ignore_index)
+        self.active = attacked(labels, task)
         if len(self.active) == 0:
             return
         self.value[self.active] = -torch.inf
         scores = queries(images[self.active], self.active)
-        check_labels(labels, scores.shape[1], ignore_index)
+        task.check_labels(labels, scores.shape[1])
         self._take(images[self.active], scores)
 
     @property
@@ -156,7 +151,7 @@ class Search:
         """Return the loss of each candidate (M,) and whether it is adversarial (M,)."""
         scores = self.queries(candidates, rows)
         labels = self.labels[rows]
-        return self.loss(scores, labels), is_adversarial(scores, labels, targeted=self.loss.targeted)
+        return self.loss(scores, labels), self.task.is_adversarial(scores, labels, targeted=self.loss.targeted)
 
     def offer(self, candidates: torch.Tensor) -> None:
         """Query one candidate per active image (A, C, H, W); keep it if its loss is higher or it is adversarial."""
@@ -176,7 +171,9 @@ class Search:
 
     def _take(self, candidates: torch.Tensor, scores: torch.Tensor) -> None:
         labels = self.labels[self.active]
-        self.keep(candidates, self.loss(scores, labels), is_adversarial(scores, labels, targeted=self.loss.targeted))
+        self.keep(
+            candidates, self.loss(scores, labels), self.task.is_adversarial(scores, labels, targeted=self.loss.targeted)
+        )
 
 
 class QueryAttack(Config):
@@ -198,7 +195,7 @@ class QueryAttack(Config):
         y: torch.Tensor,
         *,
         seed: int = 0,
-        ignore_index: int | None = None,
+        task: Task | None = None,
     ) -> torch.Tensor:
         """Attack a batch; the model can be any function from images to scores (N, K).
 
@@ -207,7 +204,7 @@ class QueryAttack(Config):
             x: (N, C, H, W) in [0, 1].
             y: (N,) labels, or targets where ``targeted``.
             seed: of every random draw.
-            ignore_index: label of images that are left alone.
+            task: what the labels mean; images whose label does not count are left alone.
 
         Returns:
             (N, C, H, W): an adversarial image each, or else the candidate with the highest loss.
@@ -217,12 +214,13 @@ class QueryAttack(Config):
         """
         images = check_batch(x, y)
         queries = model if isinstance(model, Queries) else Queries(model)
-        if len(attacked(y, ignore_index)) == 0 or self._null:
+        task = task_of(y) if task is None else task
+        if len(attacked(y, task)) == 0 or self._null:
             return images
         with queries.opened(images, self.queries):
             by_margin = self._margin_by_default if self.margin is None else self.margin
             loss = Loss(kind="margin" if by_margin else "cross-entropy", targeted=self.targeted)
-            search = Search(queries, working(images), y, loss, ignore_index)
+            search = Search(queries, working(images), y, loss, task)
             self._search(search, seed)
         return search.best.to(images.dtype)
 

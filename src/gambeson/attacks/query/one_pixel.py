@@ -14,7 +14,7 @@ from gambeson.base import Number, generator
 
 @register("one-pixel", source="Su et al. 2019", cost="at most queries / 0")
 class OnePixel(QueryAttack):
-    """One-pixel attack by differential evolution (Su et al. 2019, section III), also for a few pixels.
+    """One-pixel attack, or one on a few pixels, by differential evolution (Su et al. 2019, section III).
 
     A candidate has ``pixels`` positions with a colour each. In every generation each candidate gets one child a + F (b
     - d) from three random others, without crossover, which replaces its parent if its loss is higher. The fitness for

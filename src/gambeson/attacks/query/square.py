@@ -68,16 +68,16 @@ class Square(RandomSearch):
     rescale: bool = True
     """Stretch the schedule, made for 10,000 iterations, to the budget (the paper); False: as in AutoAttack."""
     early_abandon: Annotated[Number, Field(gt=0)] | None = None
-    """Abandon an image whose margin would not reach a wrong prediction within the budget even if every doubling of the
-    queries gained ``early_abandon`` times what the last one gained (ours: the gain of random search shrinks with each
-    doubling, so 1 is already patient). Checked after an eighth, a quarter and half of the budget. For models that
-    return logits: the margin of saturated probabilities is uninformative. None: spend the whole budget, as in the
-    paper."""
+    """Leave an image alone once the margin is so far from a wrong answer that it would not get there within the
+    budget though every doubling of the queries brought ``early_abandon`` times what the last one brought (ours: what
+    random search still finds shrinks with each doubling, so that 1 is already patient). Judged after an eighth, a
+    quarter and half of the budget. For models that return logits: the margin of saturated probabilities tells
+    nothing. None: spend the whole budget, as in the paper."""
 
     @model_validator(mode="after")
-    def _check_outlook(self) -> Square:
+    def _check_early_abandon(self) -> Square:
         if self.early_abandon is not None and not (self._margin_by_default if self.margin is None else self.margin):
-            raise ValueError("early_abandon needs the margin loss; set margin=True, or leave it out")
+            raise ValueError("early_abandon reads the margin's distance to a wrong answer: set margin=True, or omit it")
         return self
 
     def side(self, iteration: int, shape: tuple[int, ...]) -> int:

@@ -18,6 +18,7 @@ from gambeson.attacks.universal.perturbation import Provenance, Status, Universa
 from gambeson.base import Config, UserError, derive, generator, seeded
 from gambeson.data import Split, as_dataset, held_out
 from gambeson.models import fingerprint
+from gambeson.tasks import Task
 from gambeson.threat import Ball, BoxGradient, Eps, Norm
 from gambeson.victim import Victim, predict, score
 from gambeson.victim.averaged import EOT_SAMPLES, ModelAverage, Source, entered
@@ -81,6 +82,11 @@ class CraftingContext:
         return ModelAverage(self.victims, "losses")
 
     @property
+    def task(self) -> Task:
+        """What the labels mean."""
+        return self.train.task
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """(1, C, H, W) of the perturbation."""
         return (1, *self.train.shape)
@@ -113,9 +119,8 @@ class CraftingContext:
         while True:
             shuffle, none = generator(seed, "epoch", epoch), True
             for images, labels in self.train.batches(size, device=self.device, generator=shuffle, drop_last=True):
-                counts = self._counts(labels)
-                if counts is not None:
-                    rows = counts.flatten(1).any(1) if labels.ndim > 1 else counts
+                if not self.task.all_count:  # without one, no batch has to be looked at
+                    rows = self.task.labelled(labels)
                     images, labels = images[rows], labels[rows]
                 if len(images):
                     none = False
@@ -127,11 +132,6 @@ class CraftingContext:
                 )
             epoch += 1
 
-    def _counts(self, labels: torch.Tensor) -> torch.Tensor | None:
-        """Which labels count; None if all do."""
-        ignored = self.train.ignore_index
-        return None if ignored is None else labels != ignored
-
     def targets(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the labels to leave, or the targets to reach; ignored where the true label is."""
         if self.target is not None:
@@ -142,8 +142,7 @@ class CraftingContext:
             with torch.no_grad():
                 each = self.climbed.each(images) if isinstance(self.climbed, ModelAverage) else [self.victim(images)]
                 targets = torch.stack(list(each)).mean(0).argmax(1)
-        counts = self._counts(labels)
-        return targets if counts is None else labels.where(~counts, targets)
+        return self.task.targets(targets, labels)
 
     def solver(self, loss: Loss) -> ProjectedGradient:
         """Return the solver for ``loss``, averaged over the models, in this ball."""
@@ -152,7 +151,7 @@ class CraftingContext:
             ball=self.ball,
             loss=loss,
             box_gradient=self.box_gradient,
-            ignore_index=self.train.ignore_index,
+            task=self.task,
         )
 
     def rate(self, delta: torch.Tensor, split: Split | None = None) -> float:
@@ -170,15 +169,14 @@ class CraftingContext:
                 rates.append(score(predictions, split).error)
             else:
                 hits = predictions == self.target
-                counts = self._counts(split.labels.cpu())
-                rates.append(float((hits if counts is None else hits[counts]).float().mean()))
+                rates.append(float(hits[split.task.valid(split.labels.cpu())].float().mean()))
         return sum(rates) / len(rates)
 
     def few(self, images: int) -> Split:
-        """Return a random subset of the training images, the same in every call."""
-        train, ignored = self.train, self.train.ignore_index
-        if ignored is not None and train.labels.ndim == 1:
-            train = train.subset(train.labels != ignored, train.name)
+        """Return a random part of the training images, the same for every call."""
+        train, task = self.train, self.task
+        if task.per_image_label and not task.labels_every_image:
+            train = train.subset(task.labelled(train.labels), train.name)
         return train.sample(images, seed=self.seed)
 
 

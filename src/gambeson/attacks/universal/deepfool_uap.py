@@ -11,7 +11,7 @@ from pydantic import Field
 from gambeson.attacks.minimal_norm.deepfool import DeepFool
 from gambeson.attacks.registry import register
 from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
-from gambeson.base import Number, UserError, generator
+from gambeson.base import Number, generator
 from gambeson.data import Split
 from gambeson.threat import perturb
 from gambeson.victim import Victim, predict, score
@@ -56,8 +56,7 @@ class DeepFoolUAP(UniversalAttack):
     """Random orders of the images, among which validation selects."""
 
     def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
-        if context.train.labels.ndim != 1:
-            raise UserError("the labels are maps: DeepFool-UAP expects one label per image")
+        context.task.require_classification("DeepFool-UAP")
         few = context.few(self.images)
         clean = [predict(victim, few) for victim in context.victims]
         zero = context.start("zero", 0)

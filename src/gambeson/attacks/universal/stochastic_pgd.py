@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Annotated, ClassVar, Literal
 
@@ -18,13 +18,17 @@ from gambeson.attacks.universal.perturbation import UniversalPerturbation
 from gambeson.base import Number, UserError
 from gambeson.data import Split
 from gambeson.threat import BoxGradient
+from gambeson.victim import auto_batch_size
 from gambeson.victim.averaged import Source, entered
+
+_VALUES_PER_STEP = 2**21
+"""Input values that the starts which are probed together send forward per step: 128 images of 64 pixels in colour."""
 
 
 @register(
     "stochastic-pgd",
     source="Shafahi et al. 2020; Mummadi et al. 2019",
-    cost="(screened x screen_steps x screen_batch) + (restarts x steps x batch_size)",
+    cost="(probe_starts x probe_start_steps x probe_start_batch) + (restarts x steps x batch_size)",
 )
 class StochasticPGD(UniversalAttack):
     """Stochastic projected gradient descent for universal perturbations.
@@ -35,11 +39,12 @@ class StochasticPGD(UniversalAttack):
 
     Where a climb ends depends on its start far more than on its length or its batch, so many starts are climbed a
     little, on small batches with long steps, and only the best goes on (``benchmarks/universal_budget.py``). The
-    papers' one long climb is ``screened=0, steps=200, batch_size=128, box_gradient="exact"``.
+    papers' one long climb is ``probe_starts=0, steps=200, batch_size=128, box_gradient="exact"``.
 
     Crafted on ``data.train``; ``data.validation`` chooses among starts; ``data.test`` is never looked at. It costs
-    ``screened * screen_steps * screen_batch + restarts * steps * batch_size`` forwards and as many backwards, 25,600
-    by default, and a forward of ``probe_start_images`` a screened start and of all validation a restart.
+    ``probe_starts * probe_start_steps * probe_start_batch + restarts * steps * batch_size`` forwards and as many
+    backwards, 25,600 by default, and a forward of ``probe_start_images`` per start probed and of all validation per
+    restart. Starts are probed together, in one forward and backward per step, as far as memory allows.
     """
 
     name: ClassVar[str] = "stochastic-pgd"
@@ -69,10 +74,10 @@ class StochasticPGD(UniversalAttack):
     """Steps of that first climb, which follow a cosine of their own."""
     probe_start_batch: Annotated[int, Field(ge=1)] = 16
     """Images a step of that first climb."""
-    screen_step: Annotated[Number, Field(gt=0)] = 0.5
+    probe_rel_step_size: Annotated[Number, Field(gt=0)] = 0.5
     """Length of its first step as a share of eps."""
     probe_start_images: Annotated[int, Field(ge=1)] = 1000
-    """Validation images that rank the screened starts; the last choice is on all of them."""
+    """Validation images that rank the starts probed; the last choice is on all of them."""
     target: Annotated[int, Field(ge=0)] | None = None
     """Class that every image should be taken for; None: any wrong class."""
     box_gradient: BoxGradient = "straight-through"
@@ -108,27 +113,48 @@ class StochasticPGD(UniversalAttack):
         if self.probe_starts:
             starts = self._best(context, starts)
         for restart, (kind, delta) in enumerate(starts):
-            yield Candidate(start=kind, delta=self._climb(context, delta, self.probe_starts + restart))
+            yield Candidate(start=kind, delta=self._climb(context, delta, [self.probe_starts + restart]))
 
     def _best(self, context: CraftingContext, starts: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
         """Climb every start a little, and return the best on validation; one that was given is always kept."""
-        settings = {"steps": self.probe_start_steps, "batch_size": self.probe_start_batch, "step": self.screen_step}
+        settings = {
+            "steps": self.probe_start_steps,
+            "batch_size": self.probe_start_batch,
+            "rel_step_size": self.probe_rel_step_size,
+        }
         brief = self.model_copy(update=settings)
         drawn, given = starts[: self.probe_starts], starts[self.probe_starts :]
-        climbed = [(kind, brief._climb(context, delta, k)) for k, (kind, delta) in enumerate(drawn)]
+        kinds, first = [kind for kind, _ in drawn], torch.cat([delta for _, delta in drawn])
+        most = auto_batch_size(context.train.shape, len(first) * self.probe_start_batch, _VALUES_PER_STEP)
+        together = torch.arange(len(first)).split(max(1, most // self.probe_start_batch))
+        ends = torch.cat([brief._climb(context, first[part], part.tolist()) for part in together])
+        climbed = list(zip(kinds, ends.split(1), strict=True))
         judge = context.validation.sample(self.probe_start_images, seed=context.seed)
         ranked = sorted(climbed, key=lambda entry: -context.rate(entry[1], judge))
-        return [(f"{kind}, screened", delta) for kind, delta in ranked[: self.restarts]] + given
+        return [(f"{kind}, probed", delta) for kind, delta in ranked[: self.restarts]] + given
 
-    def _climb(self, context: CraftingContext, delta: torch.Tensor, restart: int) -> torch.Tensor:
-        """Climb with one perturbation (1, C, H, W), or with one per class (K, C, H, W)."""
+    def _climb(
+        self, context: CraftingContext, delta: torch.Tensor, restarts: Sequence[int], *, classwise: bool = False
+    ) -> torch.Tensor:
+        """Climb from several starts at once, each on mini-batches of its own: one forward and backward per step.
+
+        Args:
+            context: the models and images.
+            delta: (R, C, H, W), a start per restart; with ``classwise``, one perturbation per class.
+            restarts: their numbers, which say in what order each sees the images.
+            classwise: every image carries the perturbation of its own class.
+        """
         solver, memory = context.solver(self.objective), torch.zeros_like(delta)
-        batches = islice(context.stream(self.batch_size, restart), self.steps)
-        for (images, labels), length in zip(batches, self.lengths, strict=True):
+        streams = zip(*(context.stream(self.batch_size, restart) for restart in restarts), strict=True)
+        for batches, length in zip(islice(streams, self.steps), self.lengths, strict=True):
+            images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
             targets = context.targets(images, labels)
-            # One row per image: its own class's perturbation, or its own copy of the shared one.
-            rows = labels if len(delta) > 1 else torch.zeros(len(images), dtype=torch.int64, device=labels.device)
-            alone = self.normalise == "sample" or len(delta) > 1
+            # Mini-batches differ in size where images without a label that counts were left out.
+            sizes = [len(part) for part, _ in batches]
+            alone = self.normalise == "sample" or classwise or len(set(sizes)) > 1
+            # The row of each image: its own class's perturbation, or that of the restart whose mini-batch it is in.
+            own = [labels.new_full((size,), row) for row, size in enumerate(sizes)] if alone and not classwise else []
+            rows = torch.cat(own) if own else labels
             direction, _ = solver.gradient(delta[rows] if alone else delta, images, targets)
             if self.normalise == "sample":
                 direction = context.ball.steepest(direction)
@@ -192,14 +218,13 @@ class ClasswiseStochasticPGD(StochasticPGD):
         with entered(model) as victims:
             spent = tally(victims)
             context = self._prepare(victims, data, seed)
-            if context.train.labels.ndim != 1:
-                raise UserError("the labels are maps: a class-wise attack expects one label per image")
+            context.task.require_classification("a class-wise attack")
             classes = len(context.train.classes)
             kinds, outcomes = [], []
             for restart in range(self.restarts):
                 kinds.append("sign" if restart else "zero")
                 first = context.start(kinds[-1], restart, classes)
-                outcomes.append(self._climb(context, first, restart))
+                outcomes.append(self._climb(context, first, [restart], classwise=True))
             table = {k: [context.rate(delta[[k]], part) for delta in outcomes] for k, part in _parts(context, classes)}
             found = {}
             for k, rates in table.items():

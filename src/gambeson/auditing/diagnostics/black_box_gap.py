@@ -14,9 +14,10 @@ from gambeson.auditing.outcome import AsFarAsFinite, PairedDifference
 from gambeson.auditing.stages.transfer import FromSurrogate, image_attacks, on_surrogate
 from gambeson.base import derive, generator, seeded
 from gambeson.evaluation.attack_suite import WorstCase
-from gambeson.evaluation.outcome import ImageAttack, Outcome, at_once, outcome_under
+from gambeson.evaluation.outcome import ImageAttack, at_once, outcome_under
+from gambeson.tasks import Counts, Task
 from gambeson.threat import Ball, perturb
-from gambeson.victim import Victim, right_answers, vote
+from gambeson.victim import Victim, vote
 
 _MORE = 0.02
 """Share of images beyond which a weaker attack counts: honest networks come to a few in a thousand. Ours."""
@@ -72,9 +73,9 @@ def _universal(context: AuditContext) -> Finding:
     gain = PairedDifference.of(white, other)
     return Finding(
         gain.low <= _MORE_UNIVERSAL,
-        f"accuracy at eps {context.eps:.4g} under the perturbation crafted on the model {white.rate}, under the one "
-        f"crafted on the surrogate {other.rate}",
-        {"white box": white.rate.value, "transferred": other.rate.value},
+        f"accuracy at eps {context.eps:.4g} under the perturbation crafted on the model {white.accuracy}, under the "
+        f"one crafted on the surrogate {other.accuracy}",
+        {"white box": white.accuracy.value, "transferred": other.accuracy.value},
     )
 
 
@@ -89,8 +90,8 @@ def _universal(context: AuditContext) -> Finding:
 )
 def _queried(context: AuditContext) -> Finding:
     norm, queries = context.suite.norm, min(_QUERIES, context.suite.queries)
-    if norm == "1" or context.sample.labels.ndim > 1 or not queries:
-        return Finding(None, "Square is for one label per image and the norms inf and 2, and needs queries")
+    if norm == "1" or not context.sample.task.per_image_label or not queries:
+        return Finding(None, "Square is for one label an image and the norms inf and 2, and needs queries")
     others = (Square(eps=context.eps, norm=norm, queries=queries), _towards(context))
     white, both, broken = (_voted if context.subject.random else _settled)(context, others)
     left = int(white.right.sum())
@@ -103,23 +104,23 @@ def _queried(context: AuditContext) -> Finding:
     )
 
 
-def _settled(context: AuditContext, others: Sequence[ImageAttack]) -> tuple[Outcome, Outcome, list[int]]:
+def _settled(context: AuditContext, others: Sequence[ImageAttack]) -> tuple[Counts, Counts, list[int]]:
     """Return what PGD leaves right, what the others leave of that, and how many each of them breaks."""
     white = context.outcome(context.suite.pgd(context.eps))
     standing = white.right.nonzero().flatten()
     both, broken = white.right.clone(), [0] * len(others)
     if len(standing):
-        victim, ignored = context.victim, context.sample.ignore_index
+        victim, task = context.victim, context.sample.task
         images, labels = context.sample.take(standing, victim.device)
         for k, attack in enumerate(others):
-            moved = attack(victim, images, labels, seed=context.seed, ignore_index=ignored)
-            right = right_answers(vote(victim, moved), labels, ignored)[0].cpu()
+            moved = attack(victim, images, labels, seed=context.seed, task=task)
+            right = task.counts(vote(victim, moved), labels).right.cpu()
             broken[k] = len(standing) - int(right.sum())
             both[standing] = both[standing].minimum(right)
-    return white, Outcome(both, white.answers), broken
+    return white, Counts(both, white.total), broken
 
 
-def _voted(context: AuditContext, others: Sequence[ImageAttack]) -> tuple[Outcome, Outcome, list[int]]:
+def _voted(context: AuditContext, others: Sequence[ImageAttack]) -> tuple[Counts, Counts, list[int]]:
     """Do the same on a random model, where survivors that are judged once more fall by chance alone.
 
     The worst candidate of each image is chosen by some votes and scored on others, before the others and after them.
@@ -130,7 +131,7 @@ def _voted(context: AuditContext, others: Sequence[ImageAttack]) -> tuple[Outcom
     pgd = AsFarAsFinite(context.averaged(context.suite.pgd(context.eps)))
 
     def attack(one: ImageAttack, rows: torch.Tensor, stream: int, source: int) -> None:
-        moved = one(victim, clean[rows], worst.labels[rows], seed=stream, ignore_index=sample.ignore_index)
+        moved = one(victim, clean[rows], worst.labels[rows], seed=stream, task=sample.task)
         worst.offer(rows, moved, source)
 
     with seeded(seed, "queried"):
@@ -141,7 +142,7 @@ def _voted(context: AuditContext, others: Sequence[ImageAttack]) -> tuple[Outcom
             attack(one, standing, seed, k)
         both = worst.right().cpu()
     broken = [int((white & ~both & (worst.source.cpu() == k)).sum()) for k in range(1, len(others) + 1)]
-    return Outcome(white.long(), answers), Outcome(both.long(), answers), broken
+    return Counts(white.long(), answers), Counts(both.long(), answers), broken
 
 
 def _towards(context: AuditContext) -> NearestClass:
@@ -160,7 +161,7 @@ class _Noise:
         return f"Noise({self.ball})"
 
     def __call__(
-        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
+        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, task: Task | None = None
     ) -> torch.Tensor:
         return perturb(x, self.ball.signs(x.shape, generator(seed, "noise", device=x.device)))
 

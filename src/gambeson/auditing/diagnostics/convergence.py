@@ -32,7 +32,7 @@ def _whole_box(context: AuditContext) -> Finding:
 
 
 @register(
-    "more eps, more errors",
+    "monotone in eps",
     condition="PGD with a larger eps leaves clearly more images right than with a smaller one",
     explanation="The larger ball holds the smaller one: an attack that does less in it has lost its way (Athalye "
     "et al. 2018, section 3.1).",
@@ -89,7 +89,7 @@ def _converged(context: AuditContext) -> Finding:
 
 
 @register(
-    "gradient beats chance",
+    "gradient beats random search",
     condition="random search breaks clearly more images than PGD at as many passes",
     explanation="Following the gradient is worse than guessing: it does not point where the loss rises "
     "(Athalye et al. 2018, section 3.1).",
@@ -99,8 +99,8 @@ def _beats_chance(context: AuditContext) -> Finding:
     norm = context.suite.norm
     if norm == "1":
         return Finding(None, "random search is for the norms inf and 2")
-    if context.sample.labels.ndim > 1:
-        return Finding(None, "random search is for one label per image")
+    if not context.sample.task.per_image_label:
+        return Finding(None, "random search is for one label an image")
     attack = context.suite.pgd(context.eps)
     queries = 2 * attack.steps * attack.restarts  # a forward and a backward each
     chance = RandomSearch(eps=context.eps, norm=norm, queries=queries)

@@ -11,7 +11,8 @@ from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.outcome import AsFarAsFinite, PairedDifference
 from gambeson.auditing.stages.randomness import QUIET, way_to_quiet
-from gambeson.evaluation.outcome import Outcome, outcome
+from gambeson.evaluation.outcome import outcome
+from gambeson.tasks import Counts, Task
 from gambeson.victim import Victim
 
 _STEPS = 10
@@ -20,7 +21,7 @@ _NOT_RANDOM = Finding(None, "two calls with the same images agree: the model is 
 
 
 @register(
-    "one draw decides",
+    "deterministic or majority vote",
     condition="the model is random and its numbers come from a single pass",
     explanation="One pass over a random model is chance: an image that is right in it may be wrong in the next.",
     remedy="Let the majority of many passes decide (votes=21), and report the spread between passes.",
@@ -46,11 +47,11 @@ def _attack(context: AuditContext, eot_samples: int | None) -> PGD:
 
 
 @register(
-    "EOT gap",
+    "no EOT gap",
     condition="averaging gradients over twice as many draws, or over one alone, clearly breaks more images",
     explanation="The attacks followed the noise of too few draws, or a mean that misleads (expectation over "
     "transformation, Athalye et al. 2018, section 4.2): a stronger attack is known, and the numbers are not it.",
-    remedy="Raise gradient_draws until more of them change nothing; where one does better, lower them to it.",
+    remedy="Raise eot_samples until more of them change nothing; where one does better, lower them to it.",
 )
 def _more_draws(context: AuditContext) -> Finding:
     if not context.subject.random:
@@ -61,9 +62,10 @@ def _more_draws(context: AuditContext) -> Finding:
     gain = max((PairedDifference.of(some, other) for other in (one, more)), key=lambda gain: gain.low)
     return Finding(
         gain.low <= 0,
-        f"accuracy under PGD whose gradients are averaged over one draw {one.rate}, over {usual} draws {some.rate}, "
-        f"over {many} draws {more.rate}; the better of the others breaks {gain} more than the second",
-        {"one": one.rate.value, "usual": some.rate.value, "more": more.rate.value, "gain": gain.value},
+        f"accuracy under PGD whose gradients are averaged over one draw {one.accuracy}, over {usual} draws "
+        f"{some.accuracy}, over {many} draws {more.accuracy}; the better of the others breaks {gain} more "
+        "than the second",
+        {"one": one.accuracy.value, "usual": some.accuracy.value, "more": more.accuracy.value, "gain": gain.value},
     )
 
 
@@ -75,11 +77,11 @@ class _NoiseOff:
     attack: PGD
 
     def __call__(
-        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
+        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, task: Task | None = None
     ) -> torch.Tensor:
         with Victim(model.model) as still, QUIET[self.how](still):  # of its own: a fast copy has switches of its own
             still.temperature = model.temperature
-            moved = self.attack(still, x, y, seed=seed, ignore_index=ignore_index)
+            moved = self.attack(still, x, y, seed=seed, task=task)
         model.forwards, model.backwards = model.forwards + still.forwards, model.backwards + still.backwards
         return moved
 
@@ -87,13 +89,13 @@ class _NoiseOff:
 @dataclass(frozen=True)
 class _Nothing:
     def __call__(
-        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
+        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, task: Task | None = None
     ) -> torch.Tensor:
         return x
 
 
 @register(
-    "noise-off gap",
+    "no noise-off gap",
     condition="perturbations crafted with the noise off break clearly more than those crafted through it, or "
     f"clearly more than {100 * _FAR:g} % of the images that are right either way stand only while the noise is on",
     explanation="The robustness is the randomness's: it misleads the attack, and the model behind it has none "
@@ -117,20 +119,20 @@ def _noise_off(context: AuditContext) -> Finding:
     clean_on, on = context.outcome(_Nothing()), context.outcome(attack)
     moved = context.outcome(_NoiseOff(how, attack))
     helped = PairedDifference.of(on, moved)
-    both = (clean_on.right == clean_on.answers) & (clean_off.right == clean_off.answers)
-    if context.sample.labels.ndim > 1:
+    both = (clean_on.right == clean_on.total) & (clean_off.right == clean_off.total)
+    if not context.sample.task.per_image_label:
         both = torch.ones_like(both)
     if not bool(both.any()):
         return Finding(None, f"no image of {len(both)} is right when clean both with the noise on and with it off")
     carried = PairedDifference.of(_only(on, both), _only(off, both))
     return Finding(
         helped.low <= 0 and carried.low <= _FAR,
-        f"accuracy under PGD {on.rate} with the noise on, {off.rate} with it off, and {moved.rate} with it on for what "
-        f"was crafted with it off ({how}); of images that are right when clean either way, {carried} more fall with "
-        "the noise off",
-        {"on": on.rate.value, "off": off.rate.value, "crafted_off": moved.rate.value, "gap": carried.value},
+        f"accuracy under PGD {on.accuracy} with the noise on, {off.accuracy} with it off, and {moved.accuracy} with "
+        f"it on for what was crafted with it off ({how}); of images that are right when clean either way, {carried} "
+        "more fall with the noise off",
+        {"on": on.accuracy.value, "off": off.accuracy.value, "crafted_off": moved.accuracy.value, "gap": carried.value},
     )
 
 
-def _only(found: Outcome, rows: torch.Tensor) -> Outcome:
-    return Outcome(found.right[rows], found.answers[rows])
+def _only(found: Counts, rows: torch.Tensor) -> Counts:
+    return Counts(found.right[rows], found.total[rows])

@@ -13,7 +13,6 @@ from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.outcome import AsFarAsFinite, PairedDifference
 from gambeson.evaluation import Rate
 from gambeson.evaluation.outcome import at_once
-from gambeson.victim import counting
 
 _GAP = 0.15
 """Share of images beyond which a random start counts: between the 10 points that it gains on an undefended Inception
@@ -54,7 +53,7 @@ def _multi_step(context: AuditContext) -> Finding:
 
 
 @register(
-    "random start gains nothing",
+    "random start no stronger",
     condition=f"R+FGSM breaks clearly more images than FGSM at the same eps, by {100 * _GAP:g} points",
     explanation="The gradient at the image itself misleads, and a random step away from it frees the attack "
     "(Tramèr et al. 2018, section 4.1, table 2): the mark of training on single steps. On a linear loss R+FGSM is "
@@ -74,7 +73,7 @@ def _random_start(context: AuditContext) -> Finding:
 
 
 @register(
-    "longer step, more errors",
+    "monotone in step size",
     condition=f"a gradient step of eps leaves clearly more images right, by {100 * _FURTHER:g} points, than one of "
     "eps / 2 along the same gradient",
     explanation="The loss has a ridge at small eps, along the gradient that training looked at (Tramèr et al. "
@@ -93,7 +92,7 @@ def _longer_step(context: AuditContext) -> Finding:
 
 
 @register(
-    "single step approximates",
+    "single step approximates multi-step",
     condition=f"a single step reaches less than {100 * _NEAR:g} % of the rise of the loss that ten reach, and on "
     f"clearly more than {100 * _FALLING:g} % of images the loss falls in its second half",
     explanation="Single-step and multi-step perturbations have little in common and the loss has a ridge between "
@@ -112,16 +111,14 @@ def _approximation(context: AuditContext) -> Finding:
     able = [AsFarAsFinite(context.averaged(attack)) for attack in attacks]
     for images, labels in sample.batches(at_once(sample), device=victim.device):
         points = [images]
-        points += [
-            attack(victim, images, labels, seed=context.seed, ignore_index=sample.ignore_index) for attack in able
-        ]
+        points += [attack(victim, images, labels, seed=context.seed, task=sample.task) for attack in able]
         at_image, at_half, at_end, at_many = (_loss(context, point, labels) for point in points)
         single, several = ((point - images).flatten(1).double() for point in points[2:])
         cosines = torch.nn.functional.cosine_similarity(single, several, dim=1)
         best = torch.maximum(at_half, at_end)
         falling = (best - at_end > _DROP * (best - at_image).clamp(min=1e-9)) & (best > at_image)
         columns = (at_image, at_end, at_many, cosines, falling.double())
-        rows = counting(labels, sample.ignore_index).view(len(labels), -1).any(1)
+        rows = sample.task.labelled(labels)
         sums += torch.stack([column[rows].sum() for column in columns]).cpu()
         count += int(rows.sum())
     falls = Rate.of(int(sums[4]), count)
@@ -146,4 +143,4 @@ def _steps(context: AuditContext) -> IFGSM:
 
 @torch.no_grad()
 def _loss(context: AuditContext, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return Loss()(context.victim.forward_original(images), labels, context.sample.ignore_index).double()
+    return Loss()(context.victim.forward_original(images), labels, context.sample.task).double()

@@ -13,7 +13,7 @@ tried was the best of several on validation. Ours."""
 
 
 @register(
-    "unseen images stand as well",
+    "no test-set leakage",
     condition="under the same attack clearly more test images than validation images keep their answer, by "
     f"{100 * _MORE:g} points",
     explanation="The model withstands more on the images that it is scored on than on others of the same kind: it "
@@ -33,7 +33,7 @@ def _alike(context: AuditContext) -> Finding:
         pairs["PGD"] = [context.outcome(pgd, unseen=other) for other in (False, True)]
     gains = {name: PairedDifference.across(test, other) for name, (test, other) in pairs.items()}
     worst = max(gains, key=lambda name: gains[name].low)
-    test, other = (found.rate for found in pairs[worst])
+    test, other = (found.accuracy for found in pairs[worst])
     return Finding(
         gains[worst].low <= _MORE,
         f"under {worst} of eps {context.eps:.4g} {test} of the test images stand and {other} of the validation images",

@@ -16,14 +16,12 @@ _NEAR_CEILING = 0.8
 
 def _prior(context: AuditContext) -> float:
     """Share of the most frequent class: the accuracy of always naming it."""
-    labels = context.test.labels.flatten()
-    if context.test.ignore_index is not None:
-        labels = labels[labels != context.test.ignore_index]
+    labels = context.test.labels[context.test.task.valid(context.test.labels)]
     return float(labels.bincount().max() / max(1, len(labels))) if len(labels) else 0.0
 
 
 @register(
-    "better than guessing",
+    "better than majority class",
     condition="the clean accuracy is not clearly above that of always naming the most frequent class",
     explanation="A model that has learnt nothing cannot be called robust.",
     remedy="Train the model, or check that data, classes and normalisation are its own.",
@@ -87,7 +85,7 @@ def _clearly_worse(context: AuditContext, point: UniversalResult) -> bool:
 
 
 @register(
-    "budget used",
+    "perturbation budget used",
     condition="a crafted perturbation stays below 5 % of its eps",
     explanation="The attack hardly moved: it had no gradient to follow.",
     remedy="Look at the gradients' diagnostics.",
@@ -105,7 +103,7 @@ def _used(context: AuditContext) -> Finding:
 
 
 @register(
-    "eps curve rises",
+    "UER monotone in eps",
     condition="the UER at some eps is clearly below that at a smaller one",
     explanation="What harms inside a ball lies inside every larger one: the attack failed at the larger eps.",
     remedy="Give the attack more steps and restarts; look at the gradients' diagnostics.",
@@ -130,7 +128,7 @@ def _rises(context: AuditContext) -> Finding:
 
 
 @register(
-    "re-scoring agrees",
+    "re-scoring reproducible",
     condition="the stored perturbation does not give the reported rate once more",
     explanation="The rate is not a property of model and perturbation alone.",
     remedy="Find what else the answer depends on: a state kept between calls, the make-up of a batch, randomness "

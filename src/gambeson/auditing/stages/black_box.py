@@ -11,7 +11,7 @@ from gambeson.attacks import GaborNoise, PerlinNoise, UniversalPerturbation
 from gambeson.attacks.universal.procedural import ProceduralAttack
 from gambeson.auditing.checkpoint import Checkpoints
 from gambeson.auditing.context import AuditContext
-from gambeson.auditing.cost import Plan, fit
+from gambeson.auditing.cost import BudgetPlan, fit
 from gambeson.auditing.stages.transfer import name_of, on_surrogate
 from gambeson.auditing.suite import Suite
 from gambeson.base import UserError, generator
@@ -77,7 +77,7 @@ def inspect(
     random = victim.inspect(data.test.take(slice(0, 8), victim.device)[0], scores=True).stochastic
     recognise(box, data, stages, folder, random=random)
     room = None if suite.budget is None else suite.budget - box.asked
-    plan = stages.do("plan", Plan, lambda: fit(suite, data, room, suite.votes if random else 1))
+    plan = stages.do("plan", BudgetPlan, lambda: fit(suite, data, room, suite.votes if random else 1))
     held = data.validation.sample(plan.suite.pattern_images)
     return plan.suite, Dataset(data.name, data.train, held, data.test, data.classes), list(plan.notes)
 

@@ -15,7 +15,7 @@ from gambeson.auditing.suite import Suite
 from gambeson.base import UserError, seeded
 from gambeson.data import Dataset
 from gambeson.defenses import Standard
-from gambeson.evaluation import accuracy, load_target
+from gambeson.evaluation import accuracy, load_model
 from gambeson.training import train
 
 FILE = "surrogate.safetensors"
@@ -31,8 +31,8 @@ def choose(suite: Suite, data: Dataset) -> tuple[str, str]:
     """Return the architecture to train (empty: none, or what the suite names), and why there is none."""
     if suite.surrogate == "none":
         return "", "No perturbation was transferred, as the suite asks."
-    if data.test.labels.ndim != 1:
-        return "", "No perturbation was transferred: a surrogate takes one label per image."
+    if not data.test.task.per_image_label:
+        return "", "No perturbation was transferred: a surrogate takes one label an image."
     if suite.surrogate != "auto":
         return "", ""
     if max(data.image_size) > LARGEST:
@@ -87,7 +87,7 @@ def obtain(
 
 
 def _named(suite: Suite, data: Dataset, device: torch.device) -> tuple[nn.Module, Surrogate]:
-    found = load_target(suite.surrogate, data.name, str(device), data)
+    found = load_model(suite.surrogate, data.name, str(device), data)
     if found.black_box:
         raise UserError(f"the surrogate {suite.surrogate} is a black box: name a model that has gradients")
     return found.model, Surrogate(name=suite.surrogate, accuracy=accuracy(found.model, data.test))

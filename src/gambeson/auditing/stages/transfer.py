@@ -14,6 +14,7 @@ from gambeson.base import derive
 from gambeson.data import Split
 from gambeson.evaluation.outcome import at_once, averaged
 from gambeson.evaluation.universal import error_rate
+from gambeson.tasks import Task
 from gambeson.threat import Norm
 from gambeson.victim import Victim, predict, score
 from gambeson.victim.averaged import EOT_SAMPLES
@@ -53,13 +54,13 @@ class FromSurrogate:
         y: torch.Tensor,
         *,
         seed: int = 0,
-        ignore_index: int | None = None,
+        task: Task | None = None,
     ) -> torch.Tensor:
         """Return perturbed images; ``model`` is not looked at."""
         with Victim(self.surrogate, fast=True) as source:
             source.temperature = self.temperature
             attack = averaged(self.attack, source, x, self.samples)
-            return attack(source, x, y, seed=seed, ignore_index=ignore_index)
+            return attack(source, x, y, seed=seed, task=task)
 
 
 def on_surrogate(context: AuditContext, eps: float) -> UniversalPerturbation | None:
@@ -116,9 +117,7 @@ def name_of(surrogate: nn.Module) -> str:
 def perturbed(split: Split, attack: Callable[..., torch.Tensor], context: AuditContext) -> Split:
     """Return the split with every image perturbed, by the same batches and seeds as diagnostics take."""
     moved = [
-        attack(
-            context.victim, images, labels, seed=derive(context.seed, "batch", k), ignore_index=split.ignore_index
-        ).cpu()
+        attack(context.victim, images, labels, seed=derive(context.seed, "batch", k), task=split.task).cpu()
         for k, (images, labels) in enumerate(split.batches(at_once(split), device=context.victim.device))
     ]
-    return Split(split.name, torch.cat(moved), split.labels, split.classes, split.ignore_index)
+    return split.with_images(torch.cat(moved))

@@ -17,14 +17,16 @@ import json
 import math
 import time
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx2 as httpx
 import numpy as np
 import torch
 
 from gambeson.base import UserError
 from gambeson.models.black_box.base import BlackBox
+
+if TYPE_CHECKING:  # imported where a server is asked: who names models or loads one from a file does not wait for it
+    import httpx2 as httpx
 
 _KEYS = ("scores", "logits", "probabilities", "classes")
 _TURNED_AWAY = (408, 425, 429, 503)
@@ -82,6 +84,8 @@ class HttpModel(BlackBox):
         **keywords: Any,
     ) -> None:
         super().__init__(**{"batch": 64} | keywords)
+        import httpx2 as httpx
+
         try:
             self.url = httpx.URL(url)
         except httpx.InvalidURL:
@@ -145,6 +149,8 @@ class HttpModel(BlackBox):
         raise AssertionError("unreachable")
 
     def _attempt(self, body: bytes) -> bytes:
+        import httpx2 as httpx
+
         try:
             with self._client.stream("POST", self.url, content=body) as response:
                 if response.status_code == 200:
@@ -169,7 +175,9 @@ class HttpModel(BlackBox):
         )
 
     def _received(self, response: httpx.Response) -> bytes:
-        """Read a response within the time-out."""
+        """Read an answer, which may not trickle in for longer than the time-out."""
+        import httpx2 as httpx
+
         latest, content = time.monotonic() + self.timeout, bytearray()
         for piece in response.iter_bytes():
             content += piece

@@ -23,7 +23,7 @@ class Shift(Config):
     """How much of eps is used."""
 
     def __call__(
-        self, model: Any, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, ignore_index: int | None = None
+        self, model: Any, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, task: Any = None
     ) -> torch.Tensor:
         """Return the images, all moved into the ball's corners."""
         sides = [(x + sign * self.share * self.eps).clamp(0, 1) for sign in (1, -1)]

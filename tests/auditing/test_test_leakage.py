@@ -8,12 +8,12 @@ from gambeson.auditing import DIAGNOSTICS, Suite
 from gambeson.auditing.outcome import PairedDifference
 from gambeson.auditing.stages.universal import craft_point
 from gambeson.data import Dataset, Split
-from gambeson.evaluation import Outcome
+from gambeson.tasks import Counts
 from gambeson.testbed.obfuscations.context import MemoryWithin, SoftMemory
 from gambeson.victim import Victim
 from tests.auditing.evidence import evidence_of
 
-(UNSEEN,) = (one for one in DIAGNOSTICS if one.name == "unseen images stand as well")
+(UNSEEN,) = (one for one in DIAGNOSTICS if one.name == "no test-set leakage")
 SUITE = Suite(
     eps=(0.1, 0.2), sample=200, universal_steps=40, universal_probe_starts=0, universal_restarts=1, pgd_steps=10
 )
@@ -72,7 +72,7 @@ def test_label_maps_are_compared_by_pixels():
 
 
 def outcome(right, of):
-    return Outcome((torch.arange(of) < right).long(), torch.ones(of, dtype=torch.long))
+    return Counts((torch.arange(of) < right).long(), torch.ones(of, dtype=torch.long))
 
 
 def test_a_difference_of_two_samples_by_hand():

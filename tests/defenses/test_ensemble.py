@@ -20,6 +20,7 @@ from gambeson.defenses.jacobian import Jacobian, JacobianNorm
 from gambeson.defenses.jacobian_ensemble import JacobianEnsemble
 from gambeson.models import Members, ModelCard, PixelModel
 from gambeson.models.factory import ensemble
+from gambeson.tasks import Classification
 from tests.conftest import LinearNet, inner_images
 
 SHAPE = (1, 4, 4)
@@ -295,9 +296,9 @@ def test_copies_are_warned_of():
     model = linear([weight] * 2)
     objective = Ensemble(members=2).build_objective(scene_of(model))
     with pytest.warns(UserWarning, match=r"agree to 1.000 .* equal seeds"):
-        losses = next(objective.optimizer_steps(model, batch_of(rel_step_size=4, steps=5)))[0]
+        losses = next(objective.optimizer_steps(model, batch_of(step=4, steps=5)))[0]
     assert float(losses["diversity_gain"]) == pytest.approx(5)  # the loop divides its sum by the steps
-    assert "diversity_gain" not in next(objective.optimizer_steps(model, batch_of(rel_step_size=3, steps=5)))[0]
+    assert "diversity_gain" not in next(objective.optimizer_steps(model, batch_of(step=3, steps=5)))[0]
 
 
 @pytest.mark.parametrize(
@@ -417,7 +418,7 @@ def test_gal_and_trs_are_their_formulas():
 
 def test_trs_moves_every_second_image_to_where_slopes_are_larger():
     model = linear(random_weights())
-    batch = batch_of(rel_step_size=5, steps=5, epochs=10)
+    batch = batch_of(step=5, steps=5, epochs=10)
     chosen = torch.arange(12) % 2 == 1
     term = TRS(members=3)
     moved = term._moved(model, batch, chosen)
@@ -435,7 +436,7 @@ def test_loss_gradients_leave_ignored_labels_out():
     model, batch = linear(random_weights(2)), batch_of()
     point = batch.images.clone().requires_grad_()
     logits = torch.stack([voter(point) for voter in model.voters])
-    found = loss_gradients(logits, batch.labels, point, ignore_index=0)
+    found = loss_gradients(logits, batch.labels, point, Classification(ignore_index=0))
     assert torch.equal(found[:, batch.labels == 0], torch.zeros_like(found[:, batch.labels == 0]))
     assert bool((found[:, batch.labels != 0].abs().sum(2) > 0).all())
 

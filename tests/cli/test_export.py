@@ -73,7 +73,7 @@ def test_every_target_scores_as_the_original(weights, trained, digits, tmp_path,
 
 def test_a_random_model_is_scored_over_draws(noisy, tmp_path, capsys):
     out = str(tmp_path / "net.pt2")
-    assert run(noisy, "--data", "digits", "--out", out, "--json", "--draws", "6", "--images", "120") == (0, "")
+    assert run(noisy, "--data", "digits", "--out", out, "--json", "--votes", "6", "--images", "120") == (0, "")
     printed = json.loads(capsys.readouterr().out)
     assert printed["votes"] == 6
     assert printed["original"]["n"] == 120
@@ -119,7 +119,7 @@ def test_mistakes(weights, tmp_path):
     for arguments, words in [
         ((weights, "--to", "onix", "--out", "x"), "unknown export target 'onix': did you mean onnx?"),
         (("lenet5", "--data", "digits"), "no file was named for the export of lenet5"),
-        ((weights, "--data", "digits", "--out", f"{tmp_path}/a", "--draws", "1"), "expected 2 draws"),
+        ((weights, "--data", "digits", "--out", f"{tmp_path}/a", "--votes", "1"), "expected 2 votes"),
         ((f"{tmp_path}/none", "--out", f"{tmp_path}/a"), "does not exist"),
     ]:
         code, error = run(*arguments)
