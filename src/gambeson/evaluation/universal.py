@@ -49,7 +49,8 @@ def accuracy(model: nn.Module, data: object, *, seed: int = 0) -> Rate:
     """Accuracy on clean images.
 
     Here and in every rate of this library, an image is decided by one pass over the model, or by the majority of 21
-    (:data:`gambeson.victim.DEFAULT_VOTES`) where the model is random: what is not right in more than half of them is wrong.
+    (:data:`gambeson.victim.DEFAULT_VOTES`) where the model is random: what is not right in more than half of them is
+    wrong.
 
     Args:
         model: any module from pixels to logits.

@@ -1,4 +1,4 @@
-"""What makes examples transfer, each an option of its own: random resizing, a smoothed gradient, scaled copies."""
+"""What gradient attacks share: options that make examples transfer, the best of each image, and their base class."""
 
 from __future__ import annotations
 
@@ -232,6 +232,33 @@ LabelChoice = Literal["truth", "prediction", "least-likely"]
 """Which label an attack works with: the one that is given; the model's own prediction on the clean image, which does
 not leak the truth into training (Tramer et al. 2018, section 4.1); or the class that the model finds least likely
 there, as a target to reach (Kurakin et al. 2017). The latter two cost one forward an image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestSoFar:
+    """The best perturbation of each image of a batch: one that succeeds before one that does not, then by loss."""
+
+    delta: torch.Tensor
+    """(N, C, H, W); written in place."""
+    value: torch.Tensor
+    """(N,)"""
+    is_adversarial: torch.Tensor
+    """(N,)"""
+
+    @classmethod
+    def into(cls, delta: torch.Tensor) -> BestSoFar:
+        """Return an empty record that writes its perturbations into ``delta``."""
+        value = delta.new_full((len(delta),), -torch.inf)
+        return cls(delta=delta, value=value, is_adversarial=torch.zeros_like(value, dtype=torch.bool))
+
+    def note(self, rows: torch.Tensor, delta: torch.Tensor, value: torch.Tensor, is_adversarial: torch.Tensor) -> None:
+        """Keep what is better than before for the images ``rows``."""
+        old_value, was_adversarial = self.value[rows], self.is_adversarial[rows]
+        better = (is_adversarial & ~was_adversarial) | ((is_adversarial == was_adversarial) & (value > old_value))
+        chosen = better.view(-1, 1, 1, 1)
+        self.delta[rows] = torch.where(chosen, delta, self.delta[rows])
+        self.value[rows] = torch.where(better, value, old_value)
+        self.is_adversarial[rows] = is_adversarial | was_adversarial
 
 
 class GradientAttack(Config):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from gambeson.attacks.query.base import InfOr2, QueryAttack, Search
+from gambeson.attacks.query.base import InfOr2, QueryAttack, QueryLoss, Search
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import Adam
 from gambeson.base import Number, generator
@@ -21,7 +21,7 @@ class NES(QueryAttack):
     The gradient of the loss is (1 / 2 sigma n) sum u (F(x + sigma u) - F(x - sigma u)) over n Gaussian directions u,
     in antithetic pairs; a running mean of the estimates is followed as PGD follows the gradient. F is the
     cross-entropy for targets, as in the paper, and the margin untargeted (ours), where the cross-entropy of a
-    confident model rounds to zero and shows no difference; ``margin`` overrules that. The authors' code
+    confident model rounds to zero and shows no difference; ``loss`` overrules that. The authors' code
     also halves the step where the loss stalls; that is left out. The last step of the budget has fewer pairs.
     Cost: at most ``queries`` forwards an image: one for the image, 2 ``pairs`` + 1 a step.
     """
@@ -119,5 +119,5 @@ class SPSA(NES):
     optimizer: Literal["steepest", "adam"] = "adam"
 
     @property
-    def _margin_by_default(self) -> bool:
-        return True
+    def _default_loss(self) -> QueryLoss:
+        return "margin"

@@ -19,11 +19,11 @@ class OnePixel(QueryAttack):
     A candidate is ``pixels`` places with a colour each. Every generation, each candidate gets one child a + F (b - d)
     from three others at random, without crossover, which replaces its parent where its loss is higher. The fitness
     for targets is the cross-entropy, whose order is that of the paper's probability. Untargeted it is the margin
-    (ours): the probability of a confident model rounds to one and tells no two candidates apart; ``margin=False``
-    is the paper's way. All candidates of all images are asked about in the same batches. Two pixels of a candidate
-    may fall together, so at most ``pixels`` change. Where the paper is silent, ours: an image is finished once its
-    class is wrong (or the target), where the paper stops at a probability; a place outside the image is drawn anew;
-    a colour is clipped.
+    (ours): the probability of a confident model rounds to one and tells no two candidates apart;
+    ``loss="cross-entropy"`` is the paper's way. All candidates of all images are asked about in the same batches. Two
+    pixels of a candidate may fall together, so at most ``pixels`` change. Where the paper is silent, ours: an image is
+    finished once its class is wrong (or the target), where the paper stops at a probability; a place outside the image
+    is drawn anew; a colour is clipped.
     Cost: at most ``queries`` forwards an image.
     """
 

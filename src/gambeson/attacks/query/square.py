@@ -56,7 +56,7 @@ class Square(RandomSearch):
     """Square attack (Andriushchenko et al. 2020, section 3): local windows of full strength, kept where they help.
 
     The windows of all images are placed at once; no Python loop runs over images. Untargeted it climbs the margin
-    of the scores, targeted their negative cross-entropy, as the authors do; ``margin`` overrules that. The share
+    of the scores, targeted their negative cross-entropy, as the authors do; ``loss`` overrules that. The share
     of pixels is halved at the authors' iterations, counted as shares of the budget. Where a window reaches beyond
     a small or oblong image it is as wide as the shorter side. The steps for ``norm="2"`` are Algorithm 3.
     Cost: at most ``queries`` forwards an image; an eighth of them where ``early_abandon`` sees no prospect.
@@ -76,9 +76,9 @@ class Square(RandomSearch):
 
     @model_validator(mode="after")
     def _check_early_abandon(self) -> Square:
-        if self.early_abandon is not None and not (self._margin_by_default if self.margin is None else self.margin):
+        if self.early_abandon is not None and (self.loss or self._default_loss) != "margin":
             raise ValueError(
-                "early_abandon reads the margin's distance to a wrong answer; set margin=True, or leave it out"
+                "early_abandon reads the margin's distance to a wrong answer; set loss='margin', or leave it out"
             )
         return self
 

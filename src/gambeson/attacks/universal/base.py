@@ -212,8 +212,6 @@ class UniversalAttack(Config):
     name: ClassVar[str] = "universal"
     """What provenance calls the attack. A class of your own need not set it: the name under which it is registered, or
     ``FILE.py:CLASS``, is taken, by which it is found again."""
-    looks_at_train: ClassVar[bool] = True
-    """Whether it sees training images at all."""
 
     eps: Eps
     """Radius in pixel units."""
