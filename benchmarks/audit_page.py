@@ -21,40 +21,40 @@ from gambeson.evaluation import Rate
 ROOT = Path(__file__).parent.parent
 PAGE, RATES = ROOT / "docs" / "audit.md", ROOT / "results" / "testbed.json"
 TESTBED, PGD_RATES = ROOT / "docs" / "testbed.md", ROOT / "results" / "testbed-pgd.json"
-WITHOUT = "keeps its input"
+WITHOUT = "input unchanged"
 """The one diagnostic that never fails, and so has no picture."""
 
 CAPTIONS: dict[str, tuple[str, str]] = {
-    "one draw decides": (
+    "deterministic or majority vote": (
         "dropout of half of the features is left on, and one pass decided (`votes=1`); 21 passes differ",
         "without dropout all passes agree",
     ),
-    "EOT gap": (
+    "no EOT gap": (
         "a ripple of random frequency on every pixel, whose slope is noise of mean zero: more draws break more",
         "normal noise of a quarter of the range on every pixel: ten draws are enough",
     ),
-    "noise-off gap": (
+    "no noise-off gap": (
         "the random ripple again, which stands only while it ripples",
         "normal noise on the pixels, which saves hardly an image",
     ),
-    "train-mode BatchNorm": (
+    "independent of the batch": (
         "BatchNorm that cannot leave training mode: the logits of eight images move with their batch-mates",
         "the same network with BatchNorm in evaluation mode",
     ),
-    "remembers queries": (
+    "stateless": (
         "a network that answers class 0 once it was asked fifty times about nearly the same image",
         "the network alone",
     ),
-    "gradients alive": (
+    "no vanishing gradients": (
         "pixels rounded to four grey levels: every image has a gradient of zero",
         "the same network without the rounding",
     ),
-    "cross-entropy keeps up": (
+    "margin loss no stronger": (
         "logits divided by their own margin, which is then always one: PGD on cross-entropy finds little, on the "
         "margin much more",
         "the same network without the division: both losses find the same",
     ),
-    "gradients tell the truth": (
+    "gradient matches finite differences": (
         "the gradient is reversed on its way back, and every promise has the wrong sign; the lines are half and "
         "twice the promise",
         "the same network with its own gradient",
@@ -63,15 +63,15 @@ CAPTIONS: dict[str, tuple[str, str]] = {
         "a detector of rough texture that cuts the gradient off where it looks: PGD is stuck after its first step",
         "the same network without the detector",
     ),
-    "random start gains nothing": (
+    "random start no stronger": (
         "trained on clean images and on single steps of 0.4, which it has learnt to mislead",
         "trained on PGD of four steps at eps 0.1",
     ),
-    "longer step, more errors": (
+    "monotone in step size": (
         "the network trained on single steps: the farther half of the step mends what the nearer half broke",
         "the network trained on PGD",
     ),
-    "single step approximates": (
+    "single step approximates multi-step": (
         "the network trained on single steps: one step climbs a tenth of what ten small ones do, and comes down",
         "the network trained on PGD",
     ),
@@ -79,7 +79,7 @@ CAPTIONS: dict[str, tuple[str, str]] = {
         "only the predicted class comes out, as a one-hot row: with every pixel free PGD is no more than noise",
         "the same network with its logits",
     ),
-    "more eps, more errors": (
+    "monotone in eps": (
         "a guard that looks up the nearest training image as soon as the edge of an image is brighter than 0.2: the "
         "attack at eps 0.3 runs into it, the one at 0.2 does not",
         "the network without the guard",
@@ -88,7 +88,7 @@ CAPTIONS: dict[str, tuple[str, str]] = {
         "a sine of high frequency on the last features shatters the gradient: every new start breaks more images",
         "the same network without the sine",
     ),
-    "gradient beats chance": (
+    "gradient beats random search": (
         "a ripple of fixed frequency on every pixel, whose slope is all ripple: forty random queries do more than PGD",
         "the same network without the ripple",
     ),
@@ -109,7 +109,7 @@ CAPTIONS: dict[str, tuple[str, str]] = {
         "the reversed gradient, which leads PGD away from every error, at eps 0.4",
         "the same network with its own gradient",
     ),
-    "better than guessing": (
+    "better than majority class": (
         "the same class for every image, which no perturbation changes",
         "a network that was trained",
     ),
@@ -117,20 +117,20 @@ CAPTIONS: dict[str, tuple[str, str]] = {
         "the predicted class alone: noise does as much as the perturbation that was to be crafted, and does harm",
         "the same network with its logits",
     ),
-    "budget used": (
+    "perturbation budget used": (
         "the same class for every image: every perturbation is as good as none",
         "a network that was trained",
     ),
-    "eps curve rises": (
+    "UER monotone in eps": (
         "the guard that looks at the edge: at eps 0.3 the perturbation sets it off and does less than at 0.2",
         "the network without the guard",
     ),
-    "re-scoring agrees": (
+    "re-scoring reproducible": (
         "one of three networks, drawn for every batch by Python's own generator, which no seed of torch sets: each "
         "scoring gives another rate",
         "one network",
     ),
-    "unseen images stand as well": (
+    "no test-set leakage": (
         "a network that knows the test images, and adds the label of the one that lies within 0.35 in every pixel",
         "the network alone",
     ),
@@ -219,15 +219,15 @@ def costs_text() -> str:
         images = "all" if suite.test_images is None else f"{suite.test_images:,}"
         runs = suite.eps_uni_runs
         tried = "" if runs is None else ", at most once" if runs == 1 else f", at most {runs} times"
-        row = f"on {suite.row_images:,} images" if suite.row_images else "left out"
+        attacked = f"on {suite.suite_images:,} images" if suite.suite_images else "left out"
         values = (
             f"{suite.surrogate_epochs} over {suite.surrogate_images:,}",
             f"{round(whole, -3):,} to {round(whole + climb, -3):,}",
             f"{round(probe_starts + 2 * climb, -3):,}" + tried,
             f"{suite.pgd_steps * suite.pgd_restarts}, on {images}",
-            row,
+            attacked,
             f"{suite.transfer_images:,}",
-            f"{suite.slope_backwards:,}",
+            f"{suite.jacobian_backwards:,}",
             f"{suite.sample:,}",
         )
         for name, value in zip(rows, values, strict=True):
@@ -241,9 +241,9 @@ _COSTS = (
     "universal, an eps",
     "eps_uni, each perturbation that it tries",
     "PGD, an image at most",
-    "the row of four attacks",
+    "the suite of four attacks",
     "transfer, images at most",
-    "slopes, each exact part at most",
+    "Jacobian analysis, each exact part at most",
     "diagnostics, images of the sample",
 )
 

@@ -55,7 +55,7 @@ def load(net: Net, weights: Path, runs: Path) -> tuple[nn.Module, Dataset]:
         model, data = lenet5(weights / f"mnist_lenet5_{kind}.pt"), gb.data.load("mnist")
     else:
         data = gb.data.load("fashion-mnist")
-        few = data.train.sample(TRAINING["images"])
+        few = data.train.subset(torch.arange(TRAINING["images"]))
         with seeded(0, "model"):
             model = gb.models.create("lenet5", data)
         defense = gb.defenses.Standard() if net.name.endswith("standard") else gb.defenses.PGDAdversarial(eps=0.1)
@@ -126,7 +126,7 @@ def compare(
     case: Case, net: Net, model: nn.Module, data: Dataset, peers: list[str], share: float
 ) -> list[dict[str, Any]]:
     """Return one row a peer, from ``share`` of the case's images."""
-    x, y = data.test.sample(wanted(case, share)).take(slice(None))
+    x, y = data.test.take(slice(0, wanted(case, share)))
     if case.targeted:
         y = (y + 1) % 10
     eps = case.stretch * (net.two if case.norm == "2" else net.inf)

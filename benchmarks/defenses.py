@@ -53,9 +53,9 @@ ROWS: dict[str, Defense] = {
 
 
 def load() -> gb.data.Dataset:
-    """Fashion-MNIST with 10,000 of its training images and 1,000 of its validation images."""
+    """Fashion-MNIST with its first 10,000 training images and its first 1,000 validation images."""
     data = gb.data.load("fashion-mnist")
-    train, validation = data.train.sample(10_000), data.validation.sample(1_000)
+    train, validation = data.train.subset(torch.arange(10_000)), data.validation.subset(torch.arange(1_000))
     return gb.data.Dataset(data.name, train, validation, data.test, data.classes)
 
 
@@ -77,10 +77,10 @@ def cell(data: gb.data.Dataset, defense: Defense, seed: int) -> dict[str, object
     for eps in RADII:
         uap = StochasticPGD(eps=eps, steps=400, batch_size=64, restarts=2).craft(model, data, seed=seed)
         found[f"uer {eps}"] = gb.evaluation.universal_evasion(model, data, uap).plain()
-    few = data.test.sample(1_000)
+    few = data.test.subset(torch.arange(1_000))
     with Victim(model, fast=True) as victim:
         found["pgd-40 at 0.1"] = accuracy_under(victim, few, PGD(eps=0.1, steps=40), seed).plain()
-        fewest = data.test.sample(SUITE)
+        fewest = data.test.subset(torch.arange(SUITE))
         samples = EOT_SAMPLES if victim.inspect(fewest.take(slice(8), victim.device)[0]).stochastic else None
         attacks = standard_suite(eps=0.1, eot_samples=samples)
         found["suite at 0.1"] = run_suite(victim, fewest, attacks, seed=seed).result.robust.plain()

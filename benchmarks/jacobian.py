@@ -124,7 +124,7 @@ def equality(data: Dataset) -> list[dict[str, Any]]:
 def mean_norm(model: torch.nn.Module, split: Split) -> float:
     """Root of the mean squared Frobenius norm over a thousand images, in evaluation mode."""
     model.eval()
-    images, labels = split.sample(1000).take(slice(None))
+    images, labels = split.take(torch.arange(min(1000, len(split))))
     total = 0.0
     for part in torch.arange(len(images)).split(250):
         batch = Batch(images=images[part], labels=labels[part], seed=0)
@@ -158,12 +158,14 @@ def main() -> None:
     if "cost" in asked:
         content["cost"] = [costs(full, name) for name in ("lenet5", "lenet")]
     if "equal" in asked:
+        images, labels = full.train.take(torch.arange(IMAGES + 1000))
+        held, held_labels = full.test.take(torch.arange(2000))
         data = Dataset(
             name="fashion-mnist",
             classes=full.classes,
-            train=full.train.sample(IMAGES),
-            validation=full.validation.sample(1000),
-            test=full.test.sample(2000),
+            train=Split("train", images[:IMAGES], labels[:IMAGES], full.classes),
+            validation=Split("validation", images[IMAGES:], labels[IMAGES:], full.classes),
+            test=Split("test", held, held_labels, full.classes),
         )
         rows = equality(data)
         about = {"images": IMAGES, "epochs": EPOCHS, "strength": STRENGTH, "eps": EPS, "model": "lenet5"}

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--suite", choices=SUITES, default="quick")
     arguments = parser.parse_args()
     data = gb.data.load("mnist")
-    suite = SUITES[arguments.suite].model_copy(update={"eps": EPS, "row_images": 200})
+    suite = SUITES[arguments.suite].model_copy(update={"eps": EPS, "suite_images": 200})
     for name, file in (("plain", "clntrained"), ("adversarial", "advtrained")):
         model = lenet5(arguments.weights / f"mnist_lenet5_{file}.pt")
         found = gb.audit(model, data, suite, RUNS / name, label=f"public LeNet5, {name}")

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 import gambeson as gb
 from gambeson.auditing import AuditResult
 from gambeson.base import environment, read_json, seeded, write_json
@@ -24,7 +26,7 @@ RUN, OUT = Path("runs/quick"), Path("results/bench-quick.json")
 def main() -> None:
     """Train what is missing, audit afresh, store."""
     data = gb.data.load("cifar10")
-    few = data.train.sample(12_000), data.validation.sample(1_000), data.test
+    few = data.train.subset(torch.arange(12_000)), data.validation.subset(torch.arange(1_000)), data.test
     with seeded(0, "model"):
         model = gb.models.create("resnet20", data)
     recipe = gb.training.Recipe(epochs=5, batch_size=128, lr=0.1, augment="crop-flip", channels_last=True)

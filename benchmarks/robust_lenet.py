@@ -56,10 +56,10 @@ def main() -> None:
     content: dict[str, object] = {"eps": EPS, "images": arguments.images, "environment": environment()}
     with Victim(model, fast=True) as victim:
         reference = run_suite(
-            victim, test.sample(500), {"pgd-40": PGD(eps=EPS, steps=40, rel_step_size=0.01 / EPS)}
+            victim, test.subset(torch.arange(500)), {"pgd-40": PGD(eps=EPS, steps=40, rel_step_size=0.01 / EPS)}
         ).result
         print(f"PGD-40, step 0.01, first 500: {reference.robust} (public reference 0.934)")
-        few = test.sample(arguments.images)
+        few = test.subset(torch.arange(arguments.images))
         began = time.perf_counter()
         found = run_suite(victim, few, standard_suite(eps=EPS)).result
         seconds = time.perf_counter() - began

@@ -39,7 +39,7 @@ SEEDS, IMAGES = (0, 1), 500
 def measure(data: gb.data.Dataset, model: torch.nn.Module, eps: float) -> list[dict[str, Any]]:
     """Attack one network at every scale; the model's own stands first."""
     found = []
-    few = data.validation.sample(IMAGES)
+    few = data.validation.subset(torch.arange(min(IMAGES, len(data.validation))))
     with Victim(model, fast=True) as victim:
         victim.inspect(few.take(slice(0, 8))[0])
         own = calibrating(victim, data.validation, 0)

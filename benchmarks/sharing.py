@@ -32,7 +32,7 @@ METRICS: tuple[analysis.PairMetric, ...] = ("cos_F", "ratio_s", "rank1", "cka")
 def load(name: str) -> Dataset:
     """The data set with as many training images as the study uses."""
     data, count = gb.data.load(name), SETS[name][0]
-    return Dataset(name, data.train.sample(count), data.validation, data.test, data.classes)
+    return Dataset(name, data.train.subset(torch.arange(count)), data.validation, data.test, data.classes)
 
 
 def measure(data: Dataset, strength: float, seed: int) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def measure(data: Dataset, strength: float, seed: int) -> dict[str, Any]:
         model = gb.models.create("lenet5", data)
     defense = gb.defenses.create("jacobian", strength=strength) if strength else gb.defenses.create("standard")
     gb.train(model, data, defense, recipe=SETS[data.name][1], seed=seed)
-    few = data.test.sample(IMAGES)
+    few = data.test.subset(torch.arange(IMAGES))
     pairs = analysis.pair_sharing(model, few, pairs=PAIRS, seed=0)
     norms = analysis.jacobian_norms(model, few)
     found: dict[str, Any] = {

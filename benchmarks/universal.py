@@ -46,12 +46,12 @@ def main() -> None:
     data = gb.data.load("fashion-mnist")
     with seeded(0, "model"):
         model = gb.models.create("lenet", data)
-    few = data.train.sample(10_000)
+    few = data.train.subset(torch.arange(10_000))
     small = gb.data.Dataset(data.name, few, data.validation, data.test, data.classes)
     gb.train(model, small, gb.defenses.Standard(), epochs=2, seed=0)
     model.eval()
     clean = gb.evaluation.accuracy(model, data).complement
-    images, _ = few.sample(arguments.images).take(slice(None))
+    images, _ = few.take(slice(0, arguments.images))
     began = time.perf_counter()
     noise = art_perturbation(model, images, eps, len(data.classes)).clamp(-eps, eps)
     art_seconds = time.perf_counter() - began

@@ -96,7 +96,7 @@ def network(name: str, data: gb.data.Dataset, folder: Path) -> nn.Module:
     if not path.exists():
         with seeded(0, "model"):
             model = gb.models.create("lenet5", data)
-        few = data.train.sample(IMAGES)
+        few = data.train.subset(torch.arange(IMAGES))
         small = gb.data.Dataset(data.name, few, data.validation, data.test, data.classes)
         gb.train(model, small, NETS[name], epochs=3, seed=0)
         gb.models.save(model, path)

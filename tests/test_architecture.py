@@ -1,10 +1,16 @@
-"""The house's own rules: imports run downwards, no device is spelt out, checks exist once."""
+"""The architecture's rules: imports run downwards, no device is spelt out, checks exist once, one vocabulary."""
 
 import ast
+import io
 import re
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
-SOURCE = Path(__file__).parent.parent / "src" / "gambeson"
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "gambeson"
 FLOORS = [
     {"base"},
     {"tasks"},
@@ -157,6 +163,44 @@ def test_a_circle_is_found_wherever_it_hides(tmp_path):
     assert circles(late) == [["p.a", "p.b", "p.c"], ["p.f", "p.g"]]
 
 
+LABELS = re.compile(r"(^|[._])(labels?|maps|truths?|targets)(\[.*\])?$")
+DOOR = {
+    "data/conversion.py",
+    "data/split.py",
+    "data/torch_dataset.py",
+}  # where labels of any form come in and are settled
+FILLS = {"data/augment.py"}  # what comes into shifted maps at their edges is the ignore index
+
+
+def test_only_tasks_ask_what_form_labels_have_and_which_count():
+    asked = []
+    for file in SOURCE.rglob("*.py"):
+        name = file.relative_to(SOURCE).as_posix()
+        if not name.startswith("tasks/"):
+            asked += [(name, text) for text in questions_about_labels(ast.parse(file.read_text()))]
+    assert {name for name, _ in asked} == DOOR | FILLS, asked
+
+
+def questions_about_labels(tree: ast.AST) -> list[str]:
+    """Comparisons with an ignore index, and looks at the dimensions of labels."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+            if any(re.search(r"(^|\.)ignore_index$", side) for side in sides):
+                found.append(ast.unparse(node))
+        if isinstance(node, ast.Attribute) and node.attr in {"ndim", "dim"} and LABELS.search(ast.unparse(node.value)):
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_questions_about_labels_are_found_however_they_are_put():
+    asked = "labels.ndim == 1; batch.labels.dim(); y[labels != task.ignore_index]; ignore_index is None; truth.ndim"
+    assert len(questions_about_labels(ast.parse(asked))) == 5
+    fine = "images.ndim; labels == 3; task.valid(labels); f(ignore_index=255); images.ndim == labels.shape"
+    assert questions_about_labels(ast.parse(fine)) == []
+
+
 def test_no_file_spells_out_an_accelerator():
     for file in SOURCE.rglob("*.py"):
         if file.name in {"seeds.py", "environment.py"}:
@@ -180,3 +224,137 @@ def test_no_pickle_is_loaded():
     for file in SOURCE.rglob("*.py"):
         calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         assert not {"torch.load", "pickle.load", "pickle.loads", "np.load"} & set(calls), file
+
+
+RENAMED = {
+    # what users type
+    "--draws": "--votes or --eot-samples",
+    "bounded-logit": "df-uap",
+    "few-pixel": "one-pixel",
+    # attacks
+    "Ascent": "ProjectedGradient",
+    "BoundedLogit": "DFUAP",
+    "FewPixel": "OnePixel",
+    "HeldRival": "RivalLogit",
+    "NotFinite": "NonFiniteGradientError",
+    "Workshop": "CraftingContext",
+    "gradient_draws": "eot_samples",
+    "screen_steps": "probe_start_steps",
+    "truncate_right": "truncate_correct",
+    "universal_screened": "universal_probe_starts",
+    # victims and rates
+    "Cascade": "SuiteRun",
+    "CascadeResult": "SuiteResult",
+    "DRAWS": "DEFAULT_VOTES",
+    "NO_ANSWER": "ABSTAIN",
+    "Several": "AveragedVictim",
+    "look_at": "inspect_model",
+    "run_cascade": "run_suite",
+    "shorten": "project_l2_box",
+    "soften": "project_l1_box",
+    "standard_attacks": "standard_suite",
+    "still_right": "what victim/scoring.py decides",
+    # defences and training
+    "Compared": "EnsembleObjective",
+    "Follows": "AfterStep",
+    "Pool": "UAPBank",
+    "Scene": "TrainContext",
+    "Separate": "IndependentEnsemble",
+    "Together": "JointEnsemble",
+    "Voting": "EnsembleDefense",
+    "_descend": "_optimizer_steps",
+    "inner_step": "rel_inner_step_size",
+    "whole_from": "fully_active_epoch",
+    # audits, data and models
+    "Evidence": "AuditContext",
+    "FunctionScores": "FunctionModel",
+    "Gain": "PairedDifference",
+    "HttpScores": "HttpModel",
+    "Material": "DataInfo",
+    "OnnxScores": "OnnxModel",
+    "RECIPES": "DATASETS",
+    "Stages": "Checkpoints",
+    "Subject": "ModelInfo",
+    "Towards": "NearestClass",
+    "load_subject": "load_model",
+    "load_target": "load_model",
+}
+"""Names that this code had of its own where the field or a paper has a word, which is the one to use."""
+
+PROSE = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
+CODE = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("src", "tests", "benchmarks", "docs", "scripts")
+    for path in (ROOT / folder).rglob("*.py")
+    if path != Path(__file__)
+)
+
+
+def names_in_code(text: str) -> Iterator[tuple[int, str]]:
+    """Every name that a file uses, with its line: those of the code, and those that strings and comments quote."""
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.NAME:
+            yield token.start[0], token.string
+        elif token.type in (tokenize.STRING, tokenize.COMMENT):
+            yield from ((token.start[0] + line, name) for line, name in quoted(token.string))
+            if re.fullmatch(r"""["']\w+["']""", token.string):
+                yield token.start[0], token.string[1:-1]
+
+
+def quoted(text: str) -> Iterator[tuple[int, str]]:
+    """Every name between backticks, with its line, counted from 0; an English word of the same spelling is none."""
+    for k, line in enumerate(text.splitlines()):
+        for code in re.findall(r"`+([^`]+)`+", line):
+            yield from ((k, name) for name in re.findall(r"\w+", code))
+
+
+def renamed_in(text: str, *, code: bool) -> list[str]:
+    """What a file calls by a former name, in the order of its lines.
+
+    A name that is an English word too, such as ``Several``, counts where it is a name; any other wherever it stands.
+    """
+    names = names_in_code(text) if code else ((k + 1, name) for k, name in quoted(text))
+    found = {(line, name) for line, name in names if name in RENAMED}
+    for k, line in enumerate(text.splitlines()):
+        found |= {(k + 1, name) for name in RENAMED if not is_english(name) and spelt(name, line)}
+    return [f"line {line}: {name} is {RENAMED[name]}" for line, name in sorted(found)]
+
+
+def is_english(name: str) -> bool:
+    """Whether a name looks like an English word, perhaps with a capital."""
+    return name.isalpha() and name[1:].islower()
+
+
+def spelt(name: str, line: str) -> bool:
+    """Whether a line has a name, not as a part of another one."""
+    return name in line and re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", line) is not None
+
+
+@pytest.mark.parametrize(("files", "code"), [(CODE, True), (PROSE, False)], ids=["code", "prose"])
+def test_what_was_renamed_has_one_name(files, code):
+    assert len(files) > 5
+    found = {file: renamed_in((ROOT / file).read_text(), code=code) for file in files}
+    assert not {file: lines for file, lines in found.items() if lines}
+
+
+def test_a_former_name_is_found_and_an_english_word_is_not():
+    lines = [
+        "# Several, not NO_ANSWER",
+        "import Several",
+        "x.run_cascade()",
+        "'See `Pool.perturb`.'",
+        "f(x, 'Scene')",
+    ]
+    assert renamed_in("\n".join(lines), code=True) == [
+        "line 1: NO_ANSWER is ABSTAIN",
+        "line 2: Several is AveragedVictim",
+        "line 3: run_cascade is run_suite",
+        "line 4: Pool is UAPBank",
+        "line 5: Scene is TrainContext",
+    ]
+    prose = "Several pass `--draws 3`.\n\nTogether, see `gb.attacks.FewPixel`; a few-pixel attack.\n"
+    assert renamed_in(prose, code=False) == [
+        "line 1: --draws is --votes or --eot-samples",
+        "line 3: FewPixel is OnePixel",
+        "line 3: few-pixel is one-pixel",
+    ]

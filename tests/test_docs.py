@@ -116,7 +116,10 @@ def test_the_tables_of_names_are_those_of_the_registry():
     spec.loader.exec_module(tables)
     found = tables.tables()
     rows = [row for _, text in found.values() for row in text.splitlines() if row.startswith("| `")]
+    own = {entry.name for registry in (tables.ATTACKS, tables.DEFENSES) for entry in registry.own()}
     names = [*attacks.names("image"), *attacks.names("universal"), *defenses.names()]
+    names = [name for name in names if name in own]  # other tests register defences too
+    assert len(names) > 40
     assert [row.split("`")[1] for row in rows] == names
     for marker, (page, text) in found.items():
         written = (DOCS / page).read_text().split(f"<!-- {marker} -->\n")[1].split(f"<!-- /{marker} -->")[0]

@@ -70,7 +70,7 @@ FLAT = ["four grey levels", "logits x 1e4"]
 def test_error_rates_are_told_from_what_is_stored(page, tmp_path, monkeypatch):
     rate = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 4}
     cells = {
-        "a": {"kind": "obfuscated", "failed": ["EOT gap"]},
+        "a": {"kind": "obfuscated", "failed": ["no EOT gap"]},
         "b": {"kind": "obfuscated", "failed": []},
         "c": {"kind": "honest", "failed": []},
         "d": {"kind": "honest", "failed": []},
@@ -96,7 +96,7 @@ def test_error_rates_are_told_from_what_is_stored(page, tmp_path, monkeypatch):
     assert text.count("first sight | honest") == 0
     assert "| quick | obfuscated, trusted and not broken | 25.0 % [10.0, 50.0] of 4 | b on digits |" in text
     assert "| fails | obfuscated, quick | honest, quick |\n" in text  # a single network is no rate
-    assert "| EOT gap | 1 of 2 | 0 of 2 |" in text
+    assert "| no EOT gap | 1 of 2 | 0 of 2 |" in text
 
 
 def test_every_diagnostic_has_its_picture_and_its_words(page):

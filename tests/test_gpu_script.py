@@ -1,4 +1,4 @@
-"""The rehearsal of a visit to an accelerator, and the bundle that goes there."""
+"""The rehearsal of a visit to an accelerator."""
 
 import json
 import os
@@ -10,12 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from gambeson.base import UserError
-from gambeson.base.files import save_tensors
-from gambeson.data import load
-from gambeson.data.load import stored_file
-from gambeson.data.pieces import load_available, read_piece, unpack, write_pieces
-from gambeson.data.registry import DATASETS
 from gambeson.studies.visit import Notebook, read_lines
 from gambeson.studies.visit_training import choose_epochs
 
@@ -96,70 +90,6 @@ def test_a_line_that_was_cut_is_left_out(tmp_path):
 )
 def test_as_many_runs_as_fit_and_then_as_many_epochs(left, expected):
     assert choose_epochs([1.0, 3.0], 5.0, left, (10, 20)) == expected
-
-
-# The bundle
-
-
-@pytest.fixture(scope="module")
-def mnist_like(tmp_path_factory):
-    """Something of CIFAR-10's shape that has all its values: stored where the prepared set would be."""
-    root = tmp_path_factory.mktemp("root")
-    draw = torch.Generator().manual_seed(0)
-    recipe = DATASETS["cifar10"]
-    tensors = {}
-    for part, count in zip(("train", "test"), recipe.source, strict=True):
-        tensors[f"{part}_images"] = torch.zeros((count, *recipe.shape), dtype=torch.uint8)
-        some = torch.randint(0, 256, (300, *recipe.shape), generator=draw).to(torch.uint8)
-        tensors[f"{part}_images"][:300] = some
-        tensors[f"{part}_labels"] = torch.arange(count) % 10
-    save_tensors(stored_file("cifar10", root), tensors, {"name": "cifar10", "source": "made", "classes": None})
-    return root, tensors
-
-
-def test_pieces_hold_every_bit(mnist_like, tmp_path):
-    root, tensors = mnist_like
-    cuts = [((0, 203), (0, 101)), ((203, 400), (0, 0))]
-    files = write_pieces("cifar10", cuts, tmp_path, root)
-    assert [file.name for file in files] == ["cifar10-1.tar", "cifar10-2.tar"]
-    for file, ((first, stop), (from_test, to_test)) in zip(files, cuts, strict=True):
-        found, _ = read_piece(file)
-        assert torch.equal(found["train_images"], tensors["train_images"][first:stop])
-        assert torch.equal(found["train_labels"], tensors["train_labels"][first:stop])
-        assert torch.equal(found["test_images"], tensors["test_images"][from_test:to_test])
-
-
-def test_all_pieces_make_the_data_set_and_some_make_a_part_of_it(mnist_like, tmp_path):
-    root, tensors = mnist_like
-    first, second = write_pieces("cifar10", [((0, 300), (0, 10000)), ((300, 50000), (0, 0))], tmp_path, root)
-    there = tmp_path / "there"
-    assert unpack([first], there) == {"cifar10": "300 of 50000 training and 10000 of 10000 test images"}
-    part = load_available("cifar10", there)
-    assert part.name == "cifar10[300]"
-    assert [len(one) for one in (part.train, part.validation, part.test)] == [270, 30, 10000]
-    assert torch.equal(part.test.images, tensors["test_images"])
-    assert unpack([second], there) == {"cifar10": "complete"}
-    whole, expected = load("cifar10", there), load("cifar10", root)
-    assert whole.train.fingerprint == expected.train.fingerprint
-    assert whole.test.fingerprint == expected.test.fingerprint
-    assert load_available("cifar10", there).name == "cifar10"
-
-
-def test_a_damaged_piece_is_refused(mnist_like, tmp_path):
-    root, _ = mnist_like
-    (file,) = write_pieces("cifar10", [((0, 100), (0, 100))], tmp_path, root)
-    blob = bytearray(file.read_bytes())
-    labels = blob.index(b'"sha256": "') + 11
-    blob[labels] = ord("0") if blob[labels] != ord("0") else ord("1")
-    file.write_bytes(bytes(blob))
-    with pytest.raises(UserError, match="does not hold the train images"):
-        unpack([file], tmp_path / "there")
-    assert not (tmp_path / "there").exists()
-
-
-def test_a_set_without_parts_is_refused(tmp_path):
-    with pytest.raises(UserError, match="digits is not cut into pieces"):
-        write_pieces("digits", [((0, 1), (0, 1))], tmp_path)
 
 
 def test_running_needs_no_report_library():

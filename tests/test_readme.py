@@ -1,5 +1,6 @@
 """What the README says must be what is stored and what runs."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def test_the_stored_runs_are_convincing():
 
 def test_the_python_example_runs_on_small_data(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     code = code.replace('"fashion-mnist"', '"digits"').replace('"lenet"', '"lenet5"').replace("epochs=10", "epochs=1")
     monkeypatch.chdir(tmp_path)
@@ -50,3 +51,16 @@ def test_the_python_example_runs_on_small_data(tmp_path, monkeypatch):
     exec(compile(code, "README", "exec"), scope)
     assert isinstance(scope["audit"], gb.auditing.Audit)
     assert (tmp_path / "runs" / "shared" / "model.safetensors").is_file()
+
+
+def test_the_defence_of_the_readme_trains(tmp_path, trained, digits):
+    _, code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    (tmp_path / "squeezing.py").write_text(code)
+    logits = {}
+    for weight in (0.0, 1.0):
+        defense = gb.defenses.create(f"{tmp_path / 'squeezing.py'}:LogitSqueezing", weight=weight)
+        model = copy.deepcopy(trained)
+        gb.train(model, digits, defense, epochs=1, seed=0)
+        logits[weight] = model(digits.test.take(slice(0, 100))[0]).square().mean().item()
+    assert logits[1.0] < 0.5 * logits[0.0]

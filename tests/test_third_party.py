@@ -20,6 +20,7 @@ NAMES = {
     "data": "blobs",
     "model": "two-layer",
     "diagnostic": "finite logits",
+    "task": "kinds",
 }
 NEVER = '''
 @register("never trusted", condition="always", explanation="It is a test.", remedy="None.")
@@ -61,7 +62,7 @@ def test_an_installed_package_adds_one_of_everything(site, tmp_path):
     assert (found["run.yaml"]["data"], found["run.yaml"]["model"]) == ("blobs", "two-layer")
     assert found["risk"] == {"name": "quiet", "weight": 0.1}
     assert found["data name"] == ["blobs", "blobs/test"]
-    assert found["uap"] == ["stripes", {"eps": 0.3, "norm": "inf", "widest": 2}, 2]
+    assert found["uap"] == ["stripes", {"eot_samples": None, "eps": 0.3, "norm": "inf", "widest": 2}, 2]
     assert found["check"] == [True, False]
     assert {package for package, _, _ in found["listed"].values()} == {"gambeson-quilt"}
     assert found["wrong"]["no defence"] == [2, "error: unknown defence 'shift': did you mean quiet?"]
@@ -71,6 +72,8 @@ def test_an_installed_package_adds_one_of_everything(site, tmp_path):
 
 
 def same_by_every_door(found):
+    assert found["kinds"] == found["kinds by hand"]
+    assert found["kinds"][0] > 0.9 > 0.1 > found["clean"]  # the task is asked
     assert found["moved"] == pytest.approx(0.125)
     assert found["widest"] == 1
     assert found["weight"] == 0.02
@@ -86,16 +89,16 @@ def same_by_every_door(found):
         "Brighten or darken each image as a whole by eps, whichever makes it wrong.",
         ["eps", "norm", "share"],
     ]
-    assert found["listed"]["universal"][2] == ["eps", "norm", "widest"]
+    assert found["listed"]["universal"][2] == ["eot_samples", "eps", "norm", "widest"]
 
 
 @pytest.mark.timeout(600)
 def test_a_file_adds_one_of_everything(tmp_path):
     file, cwd = tmp_path / "my own.py", tmp_path / "cwd"
     cwd.mkdir()
-    rooms = ("attacks", "defenses", "data", "models", "diagnostics")
+    rooms = ("attacks", "defenses", "data", "models", "diagnostics", "tasks")
     file.write_text("\n".join((ROOM / f"{room}.py").read_text() for room in rooms) + NEVER)
-    inner = ["Shift", "Stripes", "Quiet", "blobs", "TwoLayer", "never"]
+    inner = ["Shift", "Stripes", "Quiet", "blobs", "TwoLayer", "never", "Kinds"]
     found = use({key: f"../my own.py:{name}" for key, name in zip(NAMES, inner, strict=True)}, [SOURCE], cwd)
     sha = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     spelt = {name: f"{file}:{name}#sha256={sha}" for name in inner}

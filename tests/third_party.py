@@ -1,7 +1,7 @@
 """Uses one of everything that a third party adds, by every door; ``test_third_party.py`` runs it in its own process.
 
-Arguments: a JSON object with the names of the attack, the universal attack, the defence, the data set, the model and
-the diagnostic. Prints what was found as JSON. It runs in an empty folder.
+Arguments: a JSON object with the names of the attack, the universal attack, the defence, the data set, the model,
+the diagnostic and the task. Prints what was found as JSON. It runs in an empty folder.
 """
 
 import io
@@ -29,7 +29,7 @@ AUDIT = {
     "sample": 20,
     "queries": 0,
     "eps_uni_runs": 0,
-    "slope_backwards": 0,
+    "jacobian_backwards": 0,
 }
 
 
@@ -90,6 +90,19 @@ def main(names: dict[str, str]) -> dict:
     done("attack", "--config", "attack/run.yaml", "--out", "attack-again")
     assert Path("attack/result.json").read_bytes() == Path("attack-again/result.json").read_bytes()
 
+    # a task, in Python, on labels that name the other class of each kind: it decides what is right
+    trained_model = gb.models.loading.load_model("a", names["data"], "cpu").model
+    y = y ^ 1
+    paired = gb.data.Split("kinds", x, y, data.classes, task=gb.tasks.create(names["task"]))
+    pgd = gb.attacks.PGD(eps=0.5, steps=5)
+    with gb.victim.Victim(trained_model) as victim:
+        found["clean"] = float((victim(x).argmax(1) == y).float().mean())
+        under = gb.evaluation.accuracy_under(victim, paired, pgd, 0)
+        found["kinds"] = [gb.evaluation.accuracy(trained_model, paired).value, under.value]
+        seed = gb.base.derive(0, "batch", 0)
+        both = (x, pgd(victim, x, y, seed=seed, task=paired.task))
+        found["kinds by hand"] = [float((victim(z).argmax(1) // 2 == y // 2).double().mean()) for z in both]
+
     # transfer
     table = done("transfer", "a", "c", "--attacks", f"{attack},fgsm", "--eps", "0.9", "--images", "60", "--out", "t")
     found["tables"] = [one["attack"] for one in table["tables"]]
@@ -128,7 +141,7 @@ def main(names: dict[str, str]) -> dict:
     assert again["checks"] == audited["checks"]
 
     # list
-    kinds = dict(zip(names, ("attacks", "attacks", "defenses", "data", "models", "diagnostics"), strict=True))
+    kinds = dict(zip(names, ("attacks", "attacks", "defenses", "data", "models", "diagnostics", "tasks"), strict=True))
     found["listed"] = {}
     for key, kind in kinds.items():
         (entry,) = done("list", kind, names[key])

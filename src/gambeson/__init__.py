@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         models,
         report,
         studies,
+        tasks,
         testbed,
         threat,
         training,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from gambeson.auditing.audit import audit
     from gambeson.base import UserError
     from gambeson.training import train
+
+    __version__: str
 
 __all__ = [
     "UserError",
@@ -42,6 +45,7 @@ __all__ = [
     "models",
     "report",
     "studies",
+    "tasks",
     "testbed",
     "threat",
     "train",
@@ -54,6 +58,8 @@ _DEFINED_IN = {"UserError": "base", "audit": "auditing", "train": "training"}
 if not TYPE_CHECKING:  # a type checker that saw __getattr__ would let every misspelt name pass
 
     def __getattr__(name: str) -> object:
+        if name == "__version__":
+            return globals().setdefault(name, _version())
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
@@ -63,4 +69,13 @@ if not TYPE_CHECKING:  # a type checker that saw __getattr__ would let every mis
         return globals().setdefault(name, value)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return sorted({*globals(), *__all__, "__version__"})
+
+    def _version() -> str:
+        """Return the version that is installed; ``unknown`` for a source tree that is not."""
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("gambeson")
+        except PackageNotFoundError:
+            return "unknown"

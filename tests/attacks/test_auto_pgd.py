@@ -186,7 +186,7 @@ def test_too_few_classes_for_the_ratio_fall_back_to_the_margin_and_say_so():
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(UserError, match="with targets the attack chooses what to reach"):
         AutoPGD(eps=0.1, targets=3, targeted=True)
-    with pytest.raises(UserError, match="probe_steps is for an attack that tries several targets"):
+    with pytest.raises(UserError, match="probe_steps is for an attack on several targets"):
         AutoPGD(eps=0.1, probe_steps=5)
     with pytest.raises(UserError, match="inertia = 0"):
         AutoPGD(eps=0.1, inertia=0)

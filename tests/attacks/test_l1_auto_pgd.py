@@ -93,5 +93,5 @@ def test_settings_that_contradict_each_other_are_refused():
         L1AutoPGD(eps=0.1, radii=(3, 2))
     with pytest.raises(UserError, match="3 radii need as many portions, and there are 1"):
         L1AutoPGD(eps=0.1, portions=(1,))
-    with pytest.raises(UserError, match="set share, where it begins, instead"):
+    with pytest.raises(UserError, match="set share, the initial sparsity, instead"):
         L1AutoPGD(eps=0.1, sparsity=0.1)

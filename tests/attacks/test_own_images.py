@@ -28,11 +28,11 @@ SUITE = Suite(
     universal_batch=16,
     pgd_steps=2,
     pgd_restarts=1,
-    row_images=0,
+    suite_images=0,
     sample=10,
     queries=0,
     surrogate="none",
-    slope_backwards=0,
+    jacobian_backwards=0,
     eps_uni_runs=0,
 )
 
@@ -163,11 +163,11 @@ def test_splits_that_were_given_twice(pair):
         attack.craft(Net(), splits(pair, half, fresh))
     floats = as_floats(pair[0]), pair[1]
     partly = [torch.cat([ours[:60], theirs]) for ours, theirs in zip(fresh, pictures(60, seed=6), strict=True)]
-    for use in (lambda data: gb.audit(Net(), data, SUITE), lambda data: eps_uni(Net(), data, attack)):
+    for job in (lambda data: gb.audit(Net(), data, SUITE), lambda data: eps_uni(Net(), data, attack)):
         with pytest.raises(UserError, match=r"^600 of the 600 images of t are among the 600 to be scored \(r\)"):
-            use(splits(pair, fresh, floats))
+            job(splits(pair, fresh, floats))
         with pytest.raises(UserError, match=r"^60 of the 120 images of v are among the 120 to be scored \(r\)"):
-            use(splits(pair, fresh, partly))
+            job(splits(pair, fresh, partly))
 
 
 def test_an_audit_says_how_many_were_left_out(pair):

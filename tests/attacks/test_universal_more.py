@@ -190,7 +190,7 @@ def test_bad_models_are_refused(model, words, digits):
 
 def test_models_of_unequal_classes_are_refused():
     (two, _), three = binary(SHAPE), LinearNet(torch.ones(3, *SHAPE))
-    with pytest.raises(UserError, match=r"the models answer with shapes \(2,\) and \(3,\) an image"):
+    with pytest.raises(UserError, match=r"the models return shapes \(2,\) and \(3,\) per image"):
         ATTACKS["s-pgd"](eps=0.1).craft([two, three], linear_data(two, 0))
 
 

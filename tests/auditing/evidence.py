@@ -38,6 +38,6 @@ def held(
     model: nn.Module, data: Dataset, eps: tuple[float, ...], *, black_box: bool = False, **settings: Any
 ) -> Iterator[AuditContext]:
     """Hold a model as an audit does, with few images and steps."""
-    suite = Suite(**{"eps": eps, "pgd_steps": 20, "pgd_restarts": 1, "sample": 100, "row_images": 0} | settings)
+    suite = Suite(**{"eps": eps, "pgd_steps": 20, "pgd_restarts": 1, "sample": 100, "suite_images": 0} | settings)
     with Victim(model, fast=not black_box) as victim:
         yield evidence_of(victim, data, suite, black_box=black_box)

@@ -21,11 +21,11 @@ SUITE = Suite(
     universal_batch=64,
     pgd_steps=10,
     pgd_restarts=1,
-    row_images=0,
+    suite_images=0,
     sample=50,
     queries=50,
     surrogate="none",
-    slope_backwards=500,
+    jacobian_backwards=500,
     eps_uni_tolerance=0.1,
 )
 
@@ -104,7 +104,7 @@ def test_a_failed_attack_is_reported_as_failed(trained, digits, monkeypatch):
     monkeypatch.setattr(StochasticPGD, "craft", nothing)
     found = gb.audit(trained, digits, SUITE.model_copy(update={"eps": (0.3,)}))
     failed = {check.name for check in found.results.checks if not check.passed}
-    assert {"crafted beats controls", "budget used"} <= failed
+    assert {"crafted beats controls", "perturbation budget used"} <= failed
     (point,) = found.results.universal
     worst = max((control.worst for control in point.controls), key=lambda rate: rate.value)
     assert point.attack in ("random-sign", "chessboard")

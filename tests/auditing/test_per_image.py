@@ -22,36 +22,36 @@ def few(digits):
     return Dataset(digits.name, digits.train, digits.validation, digits.test.subset(torch.arange(60)), digits.classes)
 
 
-def test_pgd_on_all_images_and_the_row_on_the_first(trained, few):
-    with held(trained, few, EPS, pgd_steps=5, row_images=40, row_queries=50) as evidence:
-        pgd, row = per_image.measure(evidence)
+def test_pgd_on_all_images_and_the_suite_on_some(trained, few):
+    with held(trained, few, EPS, pgd_steps=5, suite_images=40, suite_queries=50) as evidence:
+        pgd, suite = per_image.measure(evidence)
         assert pgd.attack == "pgd"
         assert pgd.accuracy == accuracy_under(evidence.victim, few.test, PGD(eps=0.1, steps=5), seed=0)
         assert PGD(**pgd.settings) == PGD(eps=0.1, steps=5)
-        assert (pgd.accuracy.n, row.accuracy.n) == (60, 40)
+        assert (pgd.accuracy.n, suite.accuracy.n) == (60, 40)
         assert pgd.rounds == []
-        assert (row.attack, row.eps, row.norm) == ("standard", 0.1, "inf")
-        names = [found.attack for found in row.rounds]
-        assert names == ["pgd", "auto-pgd", "auto-pgd-targeted", "square"] == list(row.settings)
-        assert row.rounds[0].broken > 0
-        assert row.accuracy == row.rounds[-1].accuracy
-        assert Square(**row.settings["square"]).queries == 50
-        assert row.cost.backwards == sum(found.cost.backwards for found in row.rounds) > 0
+        assert (suite.attack, suite.eps, suite.norm) == ("standard", 0.1, "inf")
+        names = [found.attack for found in suite.rounds]
+        assert names == ["pgd", "auto-pgd", "auto-pgd-targeted", "square"] == list(suite.settings)
+        assert suite.rounds[0].broken > 0
+        assert suite.accuracy == suite.rounds[-1].accuracy
+        assert Square(**suite.settings["square"]).queries == 50
+        assert suite.cost.backwards == sum(found.cost.backwards for found in suite.rounds) > 0
         weaker = evidence.outcome(PGD(eps=0.1, steps=5)).right[:40].sum()
-        assert row.accuracy.value <= float(weaker) / 40  # the worst of four is no better than the first alone
+        assert suite.accuracy.value <= float(weaker) / 40  # the worst of four is no better than the first alone
 
 
-def test_no_row_where_it_has_no_meaning_or_was_left_out(trained, few):
+def test_no_suite_where_it_has_no_meaning_or_was_left_out(trained, few):
     with held(trained, few, EPS, pgd_steps=2) as evidence:
         assert [found.attack for found in per_image.measure(evidence)] == ["pgd"]
-    with held(trained, few, (1.0,), pgd_steps=2, norm="1", row_images=10) as evidence:
+    with held(trained, few, (1.0,), pgd_steps=2, norm="1", suite_images=10) as evidence:
         assert [found.attack for found in per_image.measure(evidence)] == ["pgd"]
     images = torch.rand(12, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     labels = (images[:, 0] > 0.5).long()
     split = Split("maps", images, labels, ("dark", "light"))
-    with held(Pixelwise(), Dataset("maps", split, split, split, split.classes), EPS, row_images=4) as evidence:
+    with held(Pixelwise(), Dataset("maps", split, split, split, split.classes), EPS, suite_images=4) as evidence:
         (found,) = per_image.measure(evidence)
-        assert per_image.left_out(evidence).startswith("No row of attacks was tried")
+        assert per_image.left_out(evidence).startswith("No attack suite was tried")
         # A pixel nearer than eps to one half falls, every other stands.
         stands = (images - 0.5).abs() > 0.1
         assert found.accuracy.value == pytest.approx(float(stands.float().mean()), abs=1e-6)
@@ -62,7 +62,7 @@ class Pixelwise(nn.Module):
         return torch.cat([0.5 - x, x - 0.5], 1)
 
 
-def test_the_row_in_the_norm_2_and_on_a_random_model(few):
+def test_the_suite_in_the_norm_2_and_on_a_random_model(few):
     class Noisy(LinearNet):
         def forward(self, x):
             return super().forward(x) + 0.01 * torch.randn(len(x), len(self.weight))
@@ -71,16 +71,16 @@ def test_the_row_in_the_norm_2_and_on_a_random_model(few):
     images = torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     split = Split("made", images, LinearNet.forward(model, images).argmax(1), ("a", "b", "c"))
     data = Dataset("made", split, split, split, split.classes)
-    settings = {"norm": "2", "pgd_steps": 3, "row_images": 6, "row_queries": 10, "gradient_draws": 2}
+    settings = {"norm": "2", "pgd_steps": 3, "suite_images": 6, "suite_queries": 10, "eot_samples": 2}
     with held(model, data, (0.05,), **settings) as evidence:
-        _, row = per_image.measure(evidence)
-        assert row.settings["auto-pgd"]["eot_samples"] == 2
-        assert row.norm == "2"
-        assert row.accuracy.n == 6
+        _, suite = per_image.measure(evidence)
+        assert suite.settings["auto-pgd"]["eot_samples"] == 2
+        assert suite.norm == "2"
+        assert suite.accuracy.n == 6
 
 
 def test_a_black_box_is_attacked_by_square_alone(trained, few):
-    with held(trained, few, EPS, black_box=True, sample=30, queries=40, row_images=20) as evidence:
+    with held(trained, few, EPS, black_box=True, sample=30, queries=40, suite_images=20) as evidence:
         (found,) = per_image.measure(evidence)
         assert (found.attack, found.accuracy.n) == ("square", 30)
         assert Square(**found.settings) == Square(eps=0.1, queries=40)
@@ -97,5 +97,5 @@ def test_a_black_box_is_attacked_by_square_alone(trained, few):
 
 def test_suites_cost_more_from_quick_to_full():
     quick, standard, full = (SUITES[name] for name in ("quick", "standard", "full"))
-    assert quick.test_images * quick.pgd_steps * quick.pgd_restarts + quick.row_images * 600 <= 25_000
-    assert (quick.sample, quick.row_images, standard.row_images, full.row_images) == (100, 0, 500, 2000)
+    assert quick.test_images * quick.pgd_steps * quick.pgd_restarts + quick.suite_images * 600 <= 25_000
+    assert (quick.sample, quick.suite_images, standard.suite_images, full.suite_images) == (100, 0, 500, 2000)

@@ -69,20 +69,20 @@ def written(audited) -> dict[str, Any]:
     return json.loads((audited[1] / "result.json").read_text())
 
 
-def test_an_audit_holds_its_slopes_and_their_cost(audited) -> None:
+def test_an_audit_holds_its_jacobian_and_their_cost(audited) -> None:
     result, folder = audited
-    assert result.slopes.images == 40
-    assert result.slopes.bounds.eps == [0.1]
-    assert (folder / result.slopes.file).is_file()
-    assert result.cost.backwards > result.slopes.cost.backwards > 0
-    measured = result.slopes.bounds.table.rows[0].measured_error
+    assert result.jacobian.images == 40
+    assert result.jacobian.bounds.eps == [0.1]
+    assert (folder / result.jacobian.file).is_file()
+    assert result.cost.backwards > result.jacobian.cost.backwards > 0
+    measured = result.jacobian.bounds.table.rows[0].measured_error
     assert abs(measured - result.middle.uer.value) < 0.25  # on the sample, under the crafted perturbation
 
 
 def test_a_result_fits_the_schema(written: dict[str, Any]) -> None:
     schema = json.loads(FILE.read_text())
     assert faults(written, schema, schema) == []
-    assert written["slopes"]["norms"]["frobenius"]["n"] == 40
+    assert written["jacobian"]["norms"]["frobenius"]["n"] == 40
     if find_spec("jsonschema"):
         import_module("jsonschema").Draft202012Validator(schema).validate(written)
 

@@ -162,14 +162,20 @@ def test_a_random_model_and_a_black_box_are_said_to_be_so():
 
 def test_a_failed_check_turns_the_verdict_and_is_a_reason_with_a_remedy():
     checks = [
-        Check(name="gradients alive", passed=False, detail="150 of 200 are dead", explanation="Why.", remedy="Do so."),
-        Check(name="EOT gap", passed=None, detail="not random"),
-        Check(name="budget used", passed=True, detail="all of it"),
+        Check(
+            name="no vanishing gradients",
+            passed=False,
+            detail="150 of 200 are dead",
+            explanation="Why.",
+            remedy="Do so.",
+        ),
+        Check(name="no EOT gap", passed=None, detail="not random"),
+        Check(name="perturbation budget used", passed=True, detail="all of it"),
     ]
     verdict = judge(CLEAN, points(800), FOUND, checks)
     assert not verdict.trusted
-    assert verdict.reasons == ["gradients alive: 150 of 200 are dead. Why. Do so."]
-    assert verdict.summary.startswith("Not to be trusted (gradients alive). Broken by one pattern")
+    assert verdict.reasons == ["no vanishing gradients: failed, 150 of 200 are dead. Why. Do so."]
+    assert verdict.summary.startswith("Not to be trusted (failed: no vanishing gradients). Broken by one pattern")
     assert "What attacks did reach stands" in verdict.summary
     assert judge(CLEAN, points(800), FOUND, checks[1:]).trusted
     never = judge(CLEAN, points(60), FOUND.model_copy(update={"value": 1.0, "censored": True}), [])

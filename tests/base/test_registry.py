@@ -120,12 +120,12 @@ def test_a_class_of_python_is_found_again_by_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("none.py:Quiet", r"none.py does not exist: Quiet was to be found in that file"),
+        ("none.py:Quiet", r"none.py does not exist: it should define Quiet"),
         ("mine.py:Quite", r"mine.py has no class 'Quite': it defines Quiet, Half, Neither; write mine.py:CLASS"),
         ("mine.py:Neither", r"Neither of .*mine.py is no defence: expected a subclass of gambeson.defenses.Defense"),
         ("mine.py:NUMBER", r"NUMBER of .*mine.py is no defence"),
         ("mine.py:Half", r"Half of .*mine.py is no defence"),
-        ("bad.py:Quiet", r"running .*bad.py failed in line 2 of .*bad.py \(ZeroDivisionError: .*\): mend it there"),
+        ("bad.py:Quiet", r"running .*bad.py failed in line 2 of .*bad.py \(ZeroDivisionError: .*\): fix it there"),
         ("torn.py:Quiet", r"running .*torn.py failed in line 1 of .*torn.py \(SyntaxError"),
         ("mine.py:Quiet#sha256=00", r"mine.py was changed since Quiet was stored"),
     ],

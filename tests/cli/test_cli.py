@@ -108,7 +108,7 @@ def test_unknown_names_are_answered_with_the_nearest(capsys, tmp_path):
         (["--set", "recipe"], "expected name=value"),
         (["--set", "data.x=1"], "data.x cannot be set"),
         (["--batch-size", "100000", "--sharedness", "1"], "does not fit 1078 training images"),
-        (["--device", "quantum"], "device 'quantum' is not to be had here"),
+        (["--device", "quantum"], "device 'quantum' is not available here"),
         (["--init", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ],
 )

@@ -5,6 +5,7 @@ import re
 import resource
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -72,6 +73,23 @@ def test_no_package_imports_what_only_some_of_its_functions_use():
     _, modules, _ = start([], EVERY_PACKAGE)
     assert {"torch", "gambeson.attacks.query.square", "gambeson.report.page", "gambeson.training.loop"} <= modules
     assert not modules & HEAVY
+
+
+def test_the_version_is_that_of_the_installed_package_and_needs_no_torch(monkeypatch):
+    code = "from importlib import metadata\nmetadata.version = lambda name: {'gambeson': '7.8.9'}[name]\n"
+    text, modules, _ = start(["--version"], code + "from gambeson.cli import main; main()")
+    assert text == "gambeson 7.8.9\n"
+    assert not modules & (HEAVY | {"torch", "numpy", "gambeson.base"})
+    assert "importlib.metadata" not in start([], "import gambeson")[1]
+    assert gb.__version__ == metadata.version("gambeson")
+    assert "__version__" in dir(gb)
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.delattr(gb, "__version__")  # kept since it was first asked for
+    monkeypatch.setattr(metadata, "version", missing)
+    assert gb.__version__ == "unknown"
 
 
 @pytest.mark.parametrize("kind", ["attacks", "defenses", "models", "data", "diagnostics"])

@@ -110,8 +110,8 @@ def with_context(take):
 SETTINGS = {
     "pgd_steps": 2,
     "sample": 1000,
-    "row_images": 1000,
-    "row_queries": 3,
+    "suite_images": 1000,
+    "suite_queries": 3,
     "eot_samples": 2,
     "noise_sizes": NOISY,
 }

@@ -230,7 +230,7 @@ def test_a_refusal_is_not_tried_again(server, status):
         (lambda scores: [[None, 1.0]] * 3, r"returned list: expected scores"),
         (lambda scores: [[float("nan"), 1.0]] * 3, r"NaN or infinite scores"),
         (lambda scores: {"colour": [1, 2, 3]}, r"JSON with the keys colour: expected scores"),
-        (lambda scores: {"classes": [1, 0, 1]}, r"it is not known how many there are: say classes=K"),
+        (lambda scores: {"classes": [1, 0, 1]}, r"their number is unknown: pass classes=K"),
         (lambda scores: {"classes": [1, 0]}, r"was given 3 images and returned shape \(2,\)"),
         (lambda scores: {"classes": [0.5, 1, 0]}, r"returned shape \(3,\)"),
         (lambda scores: "cat", r"returned str"),

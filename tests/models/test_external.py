@@ -121,7 +121,7 @@ def test_neighbours_can_be_imported(file):
         ("needy", r"needy of .* needs depth, which is not known here: give defaults"),
         (
             "crooked",
-            r"calling crooked failed in line {raise ValueError} of .*my nets.py \(ValueError: no such thing\): mend it",
+            r"calling crooked failed in line {raise ValueError} of .*my nets.py \(ValueError: no such thing\): fix it",
         ),
         ("late", r"through the model of .*:late failed in line {return self.missing} of .* has no attribute 'missing'"),
         ("stops", r"calling stops failed in line {sys.exit} of .*\(SystemExit: 3\)"),

@@ -105,7 +105,7 @@ def test_stacked_members_equal_the_members_in_turn(name):
 
 def test_stacking_says_what_does_not_fit():
     body = Members([nn.Linear(4, 2), nn.Linear(4, 2)])
-    with pytest.raises(UserError, match="5 images do not fall into parts for 2 members"):
+    with pytest.raises(UserError, match="5 images cannot be split evenly over 2 members"):
         body.parted(torch.zeros(5, 4))
     with pytest.raises(UserError, match="different architectures"):
         Members([nn.Linear(4, 2), nn.Sequential(nn.Linear(4, 2))]).parted(torch.zeros(4, 4))

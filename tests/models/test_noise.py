@@ -74,7 +74,7 @@ def test_named_places_and_mistakes():
         small("lenet5", noise=FeatureNoise(places=("pol1",)))
     with pytest.raises(UserError, match="has no _?ConvNd layer"):
         small("mnist-d", noise=FixedNoise())
-    with pytest.raises(UserError, match=r"features of shape \(4, 9, 9\) meet noise made for \(4, 8, 8\)"):
+    with pytest.raises(UserError, match=r"features of shape \(4, 9, 9\) do not fit noise made for \(4, 8, 8\)"):
         injections(small(noise=FeatureNoise()))[0](torch.zeros(1, 4, 9, 9))
     with pytest.raises(UserError, match="floor"):
         FeatureNoise(floor=0)

@@ -123,7 +123,7 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
     [
         (
             RuntimeError("operator torchvision::nms does not exist"),
-            "different builds: install both from the same place",
+            "different builds: install both from the same source",
         ),
         (ImportError("No module named 'torchvision'"), "pip install torchvision"),
     ],

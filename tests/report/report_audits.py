@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report_slopes import slopes
+from report_jacobian import jacobian
 from sklearn.datasets import load_digits
 from torch.nn.functional import interpolate
 
@@ -48,7 +48,7 @@ def write_audit(
     norm: str = "inf",
     seed: int = 0,
     random: bool = False,
-    sloped: bool = True,
+    with_jacobian: bool = True,
 ) -> AuditResult:
     """Write one folder; ``wrong`` and ``clean`` are counts out of 1,000 test images."""
     radii = COLOUR if colour else GREY
@@ -105,9 +105,9 @@ def write_audit(
     )
     checks = [
         Check(name="deterministic", passed=True, detail="two forwards of the same images differ by at most 0"),
-        Check(name="noise-off gap", passed=None, detail="the model is not random"),
+        Check(name="no noise-off gap", passed=None, detail="the model is not random"),
         Check(
-            name="gradients alive",
+            name="no vanishing gradients",
             passed=not failed,
             detail=f"{150 if failed else 0} of 200 images have no gradient",
             condition=f"more than 10 % of the images of {label} have a loss gradient of exactly zero",
@@ -140,7 +140,7 @@ def write_audit(
                 accuracy=Rate.of(max(3, 700 - wrong[2]), TESTS),
                 cost=Cost(forwards=40_000, backwards=40_000),
             ),
-            _row(radii[2], norm, wrong[2], clean),
+            _suite(radii[2], norm, wrong[2], clean),
         ],
         universal=points,
         eps_uni=found,
@@ -172,7 +172,7 @@ def write_audit(
         )
         if random
         else None,
-        slopes=slopes(folder, radii, shape, seed, ridge=failed) if sloped else None,
+        jacobian=jacobian(folder, radii, shape, seed, ridge=failed) if with_jacobian else None,
         checks=checks,
         verdict=judge(right, points, found, checks),
         cost=Cost(forwards=258_000, backwards=248_000),
@@ -185,8 +185,8 @@ def write_audit(
     return result
 
 
-def _row(eps: float, norm: str, wrong: int, clean: int) -> PerImageResult:
-    """A row of two attacks on 200 images; the worst of all attacks here."""
+def _suite(eps: float, norm: str, wrong: int, clean: int) -> PerImageResult:
+    """A suite of two attacks on 200 images; the worst of all attacks here."""
     after = [max(4, (690 - wrong) // 5), max(0, (690 - wrong) // 5 - 4)]
     before = [clean // 5, after[0]]
     return PerImageResult(

@@ -1,4 +1,4 @@
-"""The evidence behind a verdict: other attacks, and the model's slopes."""
+"""The evidence behind a verdict: other attacks, and the model's Jacobian."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_other_attack_stands_in_a_table(written: Written) -> None:
         pgd, worst = result.per_image
         assert rows["no attack clean images"][k] == f"{show(result.clean.value)} {ends(result.clean)}"
         assert rows["pgd eps 0.15"][k] == f"{show(pgd.accuracy.value)} {ends(pgd.accuracy)}"
-        assert rows["the row of attacks eps 0.15"][k].endswith(f"{ends(worst.accuracy)} on 200 images")
+        assert rows["the attack suite eps 0.15"][k].endswith(f"{ends(worst.accuracy)} on 200 images")
         for turn in worst.rounds:
             cell = f"{show(turn.accuracy.value)} broke {turn.broken} of {turn.tried}"
             assert rows[f"after {turn.attack}"][k] == cell
@@ -64,18 +64,18 @@ def test_a_random_model_shows_its_draws_beside_others(tmp_path: Path) -> None:
     assert rows["randomness turned off"][0].startswith("94.1 % [")
 
 
-def test_slopes_stand_in_tables(written: Written) -> None:
+def test_the_jacobian_stands_in_tables(written: Written) -> None:
     rows = {row[0]: row[1:] for row in table(written.seen, "Measure")}
     bounds = [row for row in written.seen.rows if row[0].startswith("eps 0.") and len(row) == 7]
     assert len(bounds) == 15
     for k, result in enumerate(written.results):
-        slopes = result.slopes
-        assert slopes
-        norms, table_ = slopes.norms, slopes.bounds.table
+        jacobian = result.jacobian
+        assert jacobian
+        norms, table_ = jacobian.norms, jacobian.bounds.table
         assert rows["Jacobian, spectral norm logits per pixel unit"][k].startswith(f"{norms.spectral.median:.3g} ")
-        assert rows["loss gradient exactly zero share of images"][k].startswith(show(slopes.gradients.loss_zero))
+        assert rows["loss gradient exactly zero share of images"][k].startswith(show(jacobian.gradients.loss_zero))
         assert any(
-            name.startswith("sharing factor") and cells[k].startswith(f"{slopes.sharing:.3f}")
+            name.startswith("sharing factor") and cells[k].startswith(f"{jacobian.sharing:.3f}")
             for name, cells in rows.items()
         )
         for row, found in zip(bounds[5 * k : 5 * k + 5], table_.rows, strict=True):
@@ -92,19 +92,19 @@ def test_slopes_stand_in_tables(written: Written) -> None:
             ]
     metrics = {row[0].split()[0]: row[1:] for row in table(written.seen, "Metric")}
     assert set(metrics) == {"cos_F", "ratio_s", "rank1", "cka"}
-    first = written.results[0].slopes.pairs[0]
+    first = written.results[0].jacobian.pairs[0]
     assert metrics["cos_F"][0].startswith(f"{first.within.median:.2f} / {first.between.median:.2f} ")
     assert "norm inf, eps 0.15 at least 1 / 4 / 16 / 64 directions" in written.seen.text
     assert "81 / 43 / 11 / 0 % n = 35" in written.seen.text
     assert "subspace of a guide : no guide was given" in written.seen.text
 
 
-def test_slope_charts_hold_the_numbers(written: Written) -> None:
+def test_jacobian_charts_hold_the_numbers(written: Written) -> None:
     lines = figure(written.html, "along")
     go.Figure(lines)
     assert [trace["name"] for trace in lines["data"][::2]] == [r.subject.label for r in written.results]
     for k, result in enumerate(written.results):
-        surface = result.slopes.surface
+        surface = result.jacobian.surface
         middle = len(surface.steps) // 2
         assert lines["data"][2 * k]["y"] == [row[middle] for row in surface.loss]
         assert lines["data"][2 * k + 1]["y"] == surface.loss[middle]
@@ -114,7 +114,7 @@ def test_slope_charts_hold_the_numbers(written: Written) -> None:
         np.testing.assert_allclose(np.array(plot["data"][1]["z"]).T, surface.wrong)
         bars = figure(written.html, f"pairs-{k}")
         go.Figure(bars)
-        pairs = result.slopes.pairs[0]
+        pairs = result.jacobian.pairs[0]
         for trace, counts in zip(bars["data"], (pairs.between_counts, pairs.within_counts), strict=True):
             assert trace["text"] == [str(count) for count in counts]
             assert sum(trace["y"]) == pytest.approx(100)
@@ -125,13 +125,13 @@ def test_slope_charts_hold_the_numbers(written: Written) -> None:
 def test_single_surfaces_and_the_direction_are_pictures(written: Written) -> None:
     for folder, result in zip(written.folders, written.results, strict=True):
         label = result.subject.label
-        direction = load_tensors(folder / "slopes.safetensors")[0]["direction"]
+        direction = load_tensors(folder / "jacobian.safetensors")[0]["direction"]
         shown = pixels(written.seen.pictures[f"Top direction of the stacked Jacobian of {label}"])
         np.testing.assert_array_equal(shown, signed(direction, float(direction.abs().max()))[0].numpy())
         one = pixels(written.seen.pictures[f"Loss around test image 1 for {label}"])
         lightness = one.sum(2)
         assert lightness.shape == (17, 17)
-        grid = torch.tensor(result.slopes.surface.singles[0]).T.flip(0)
+        grid = torch.tensor(result.jacobian.surface.singles[0]).T.flip(0)
         assert lightness.argmin() == int(grid.argmax())
         assert lightness.argmax() == int(grid.argmin())
 
@@ -143,17 +143,17 @@ def test_colours_of_a_ramp() -> None:
     assert painted(torch.ones(2, 2), ("#102030", "#ffffff"))[:, 0, 0].tolist() == [16, 32, 48]
 
 
-def test_audits_without_slopes_or_other_attacks_leave_the_sections_out(tmp_path: Path) -> None:
-    write_audit(tmp_path / "a", sloped=False)
+def test_audits_without_jacobian_or_other_attacks_leave_the_sections_out(tmp_path: Path) -> None:
+    write_audit(tmp_path / "a", with_jacobian=False)
     html = report.write([tmp_path / "a"], tmp_path / "page.html").read_text()
-    assert 'id="slopes"' not in html
-    assert "#slopes" not in html
+    assert 'id="jacobian"' not in html
+    assert "#jacobian" not in html
     assert len(re.findall("data-chart=", html)) == 1
 
 
 def test_a_direction_of_another_shape_is_refused(tmp_path: Path) -> None:
     write_audit(tmp_path / "a")
-    save_tensors(tmp_path / "a" / "slopes.safetensors", {"direction": torch.ones(1, 5, 5)}, {})
+    save_tensors(tmp_path / "a" / "jacobian.safetensors", {"direction": torch.ones(1, 5, 5)}, {})
     with pytest.raises(UserError, match=r"a direction of shape \(1, 5, 5\): expected \(1, 28, 28\)"):
         report.write([tmp_path / "a"], tmp_path / "page.html")
 

@@ -53,7 +53,7 @@ def test_glance_has_clean_middle_worst_per_image_and_eps_uni(written: Written) -
         assert row[0] == f"{result.subject.label} lenet"
         assert row[1] == f"{show(result.clean.value)} {ends(result.clean)}"
         assert row[2] == f"{show(result.middle.uer.value)} {ends(result.middle.uer)}"
-        where = f"the row of attacks, eps {worst.eps:.4g} on 200 images"
+        where = f"the attack suite, eps {worst.eps:.4g} on 200 images"
         lowest = worst.accuracy.among(2)  # chosen between the two
         assert row[3] == f"{show(lowest.value)} {ends(lowest)} {where}"
         assert row[4].startswith(f"> {found.value:.3g}" if found.censored else f"≤ {found.value:.3g}")
@@ -107,7 +107,7 @@ def test_checks_and_reasons_are_written_out(written: Written) -> None:
     assert "standard 3 passed, 1 does not apply" in written.seen.text
     bad = written.html.split('<section id="checks">')[1].split("</section>")[0]
     assert bad.count("<details open>") == 1  # what failed stands open, the rest on demand
-    assert bad.index("gradients alive") < bad.index("noise-off gap")
+    assert bad.index("no vanishing gradients") < bad.index("no noise-off gap")
 
 
 def words(text: str, check: Check) -> set[str]:
@@ -211,11 +211,11 @@ def test_audits_that_cannot_stand_side_by_side_are_refused(
 def test_results_of_an_earlier_form_are_refused(tmp_path: Path) -> None:
     write_audit(tmp_path / "old")
     path = tmp_path / "old" / "result.json"
-    path.write_text(path.read_text().replace("gambeson/audit-3", "gambeson/audit-1"))
-    with pytest.raises(UserError, match=r"is of gambeson/audit-1, expected gambeson/audit-3: run the audit again$"):
+    path.write_text(path.read_text().replace("gambeson/audit-4", "gambeson/audit-1"))
+    with pytest.raises(UserError, match=r"is of gambeson/audit-1, expected gambeson/audit-4: run the audit again$"):
         report.write([tmp_path / "old"], tmp_path / "page.html")
     path.write_text("[]")
-    with pytest.raises(UserError, match="is of another kind, expected gambeson/audit-3"):
+    with pytest.raises(UserError, match="is of another kind, expected gambeson/audit-4"):
         report.write([tmp_path / "old"], tmp_path / "page.html")
 
 

@@ -148,7 +148,7 @@ CHEAP = {
     "universal_steps": 20,
     "universal_probe_starts": 0,
     "eps_uni_runs": 0,
-    "slope_backwards": 0,
+    "jacobian_backwards": 0,
     "surrogate": "none",
     "test_images": 100,
     "sample": 50,

@@ -184,6 +184,25 @@ def test_truth_is_decided_on_the_model_not_on_what_is_attacked(digits):
     assert found.uer.value == pytest.approx(1 - found.clean.value)
 
 
+@pytest.mark.parametrize("name", ["four grey levels", "test images looked up"])
+def test_the_images_that_choose_the_perturbation_are_not_those_that_score_it(name, monkeypatch):
+    nets = networks("digits")
+    entry, chosen, scored = ENTRIES[name], [], []
+
+    def pattern(net, data, chooses, eps):
+        chosen.append(chooses.image_hashes)
+        return torch.zeros(1, *data.train.shape)
+
+    def first(split, count):
+        scored.append(split.image_hashes)
+        return split.take(slice(0, 20))
+
+    monkeypatch.setattr(truths, "_pattern", pattern)
+    monkeypatch.setattr(truths, "spread", first)
+    measure(entry, nets, 0.1)
+    assert not torch.isin(chosen[0], torch.cat([scored[0], nets.data.train.image_hashes])).any()
+
+
 def measure_of(entry, nets):
     return measure(entry, nets, 0.3)
 

@@ -176,7 +176,7 @@ def test_ctrl_c_leaves_no_worker(folder, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 130, said
-    assert "stopped: nothing finished is lost" in said
+    assert "stopped: finished work is kept" in said
     assert "Traceback" not in said
     workers = {process for process, _ in streams.decodes(log)["0"]}
     assert len(workers) == 2

@@ -1,4 +1,4 @@
-"""What a model's slopes say: Jacobians and their bounds, sharing, and signs of hidden gradients.
+"""What a model's gradients say: Jacobians and their bounds, sharing, and signs of hidden gradients.
 
 Every function takes a module or a victim; those over a set take a split, a dataset (its test split) or a pair
 (images, labels). The model is frozen and in evaluation mode meanwhile, and is never answered for by a fast copy.

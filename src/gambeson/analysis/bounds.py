@@ -38,7 +38,7 @@ class Linear:
 def linearise(model: Source, data: Any, perturbations: torch.Tensor) -> Linear:
     """Push shared perturbations through the linearised model and through the model itself.
 
-    Cost an image: 1 + R forwards and 1 + R backwards.
+    Cost per image: 1 + R forwards and 1 + R backwards.
 
     Args:
         model: a module or a victim.
@@ -136,7 +136,7 @@ def bound_table(
     spectra: tuple[Spectrum, Spectrum] | None = None,
     seed: int = 0,
 ) -> BoundTable:
-    """Set the bounds P1, P2 and P4 against what perturbations do, one row a perturbation: how tight, per eps.
+    """Set the bounds P1, P2 and P4 against what perturbations do, one row per perturbation: how tight, per eps.
 
     Cost: the two spectra (see :func:`gambeson.analysis.stacked_spectrum`; one walk serves both for images of up to
     4096 values); then an image one forward, one backward, and one of each a perturbation.

@@ -71,7 +71,7 @@ def correlate(
     draws: int = 2000,
     seed: int = 0,
 ) -> Correlation:
-    """Correlate a metric with measured robustness over models, one value a model.
+    """Correlate a metric with measured robustness over models, one value per model.
 
     Args:
         metric: such as each model's mean pair metric.

@@ -50,17 +50,17 @@ def estimate_frobenius(
 ) -> Estimate:
     """Estimate ||J_i||_F^2 at each image by random projections.
 
-    Output: v uniform on the unit sphere of R^K, one an image; E[K ||v^T J||^2] = ||J||_F^2 (Hoffman et al. 2019;
+    Output: v uniform on the unit sphere of R^K, one per image; E[K ||v^T J||^2] = ||J||_F^2 (Hoffman et al. 2019;
     notes, section 4). Its relative standard deviation is at most sqrt(2 (K-1) / (K+2)). Input: u uniform on the unit
     sphere of the pixels, E[D ||J u||^2] = ||J||_F^2. Finite differences take (f(x + h u) - f(x - h u)) / 2h, which
     is exact where the model is linear within h; the model sees values outside [0, 1] by up to h.
 
-    Cost an image: one forward and ``projections`` backwards, or one backward more; or 2 ``projections`` forwards.
+    Cost per image: one forward and ``projections`` backwards, or one backward more; or 2 ``projections`` forwards.
 
     Args:
         model: a module or a victim.
         images: (N, C, H, W) in [0, 1].
-        projections: draws an image; default ours.
+        projections: draws per image; default ours.
         method: which side is projected, and how.
         step: h of finite differences: an L2 length in pixel units; default ours.
         seed: of the draws.

@@ -55,7 +55,7 @@ class GradientStatistics(Config):
 def gradient_statistics(model: Source, data: Any) -> GradientStatistics:
     """Measure vanishing and saturated gradients over a set.
 
-    Cost an image: one forward and three backwards (loss, margin, loss of rescaled logits).
+    Cost per image: one forward and three backwards (loss, margin, loss of rescaled logits).
 
     Args:
         model: a module or a victim.
@@ -155,7 +155,7 @@ def loss_surface(
     a random one. It stays a sign vector: among those orthogonal to g it is the one along which the other gradient is
     largest (how the paper makes it orthogonal is not known; this is ours).
 
-    Cost an image: ``points``^2 + 1 forwards and one backward; one more of each for the other model.
+    Cost per image: ``points``^2 + 1 forwards and one backward; one more of each for the other model.
 
     Args:
         model: a module or a victim.

@@ -23,7 +23,7 @@ def batch_jacobian(model: Source, images: torch.Tensor) -> torch.Tensor:
 
     Notes on Jacobian regularisation, section 5. Exact, by K backward passes of the batch on the model itself, which
     is in evaluation mode meanwhile. Of the logits, not of the softmax, whose Jacobian saturates to 0 on confident
-    inputs and would reward gradient masking. Cost: one forward and K backwards an image; memory N*K*C*H*W floats.
+    inputs and would reward gradient masking. Cost: one forward and K backwards per image; memory N*K*C*H*W floats.
 
     Args:
         model: a module or a victim.
@@ -126,7 +126,7 @@ class JacobianNorms(Config):
 def jacobian_norms(model: Source, data: Any) -> JacobianNorms:
     """Measure the exact Jacobian norms of every image of a set.
 
-    Cost: one forward and K backwards an image.
+    Cost: one forward and K backwards per image.
 
     Args:
         model: a module or a victim.

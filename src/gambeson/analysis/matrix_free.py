@@ -55,7 +55,7 @@ def top_eigenpairs(
         count: eigenpairs wanted.
         block: columns a product; ``count`` + 3 by default.
         tolerance: stop when every wanted residual is at most this share of the largest value.
-        max_passes: stop after so many products; memory grows by 16 D ``block`` bytes a product.
+        max_passes: stop after so many products; memory grows by 16 D ``block`` bytes per product.
         seed: of the start.
         device: where the blocks are.
     """
@@ -97,7 +97,7 @@ EXTRA = 3
 """Columns of a block beyond the directions wanted."""
 _CACHE_BYTES = 2**29
 _PIXELS = 2**22  # input values whose graph is kept at once
-_PROJECTIONS = 4  # random projections an image for the trace
+_PROJECTIONS = 4  # random projections per image for the trace
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Stack:
 
 
 def products_are_cheaper(victim: Victim, split: Split, count: int) -> bool:
-    """Tell whether K backwards an image cost more than three for each direction of a block."""
+    """Tell whether K backwards per image cost more than three for each direction of a block."""
     return classes_of(victim, split) > 3 * (count + EXTRA)
 
 
@@ -188,7 +188,7 @@ def batches_of(victim: Victim, split: Split) -> Iterator[tuple[torch.Tensor, tor
 
 
 class Linearised:
-    """A batch's Jacobians as operators: one forward serves every product, each of which costs one backward an image.
+    """A batch's Jacobians as operators: one forward serves every product, each of which costs one backward per image.
 
     J_i v is the derivative of u -> J_i^T u, which is linear: so no layer needs a forward-mode rule.
 
@@ -214,7 +214,7 @@ class Linearised:
                 )
 
     def push(self, direction: torch.Tensor) -> torch.Tensor:
-        """Return J_i v for a shared v (1, C, H, W) or one an image: (B, K)."""
+        """Return J_i v for a shared v (1, C, H, W) or one per image: (B, K)."""
         self._victim.backwards += len(self._point)
         if not self._pulled.requires_grad:
             return torch.zeros_like(self.logits)

@@ -72,7 +72,7 @@ def pair_sharing(model: Source, data: Any, *, pairs: int = 1000, seed: int = 0) 
     """Measure the pair metrics on random pairs, half within a class and half between two.
 
     Protocol: ours (notes, section 3; the paper's is not known). Pairs are drawn with replacement, the two images of
-    a pair are different ones. Cost: 2 forwards and 2 K backwards a pair.
+    a pair are different ones. Cost: 2 forwards and 2 K backwards per pair.
 
     Args:
         model: a module or a victim.
@@ -128,7 +128,7 @@ def sharing_factor(model: Source, data: Any, *, seed: int = 0) -> float:
     """Return rho(X) = sigma_1(Jbar)^2 / sum_i sigma_1(J_i)^2 of a set, in [1/N, 1] (notes, section 2).
 
     1: all inputs share one worst direction; 1/N: theirs are orthogonal. NaN where every Jacobian is zero.
-    Cost: one forward and K backwards an image, images of more than 4096 values several times.
+    Cost: one forward and K backwards per image, images of more than 4096 values several times.
     """
     small = torch.Size(labelled(data).shape).numel() <= 4096
     found = stacked_spectrum(model, data, method="gram" if small else "rows", seed=seed)
@@ -149,7 +149,7 @@ class GradientSharing(Config):
 
 
 def gradient_sharing(model: Source, data: Any, *, norm: Norm = "inf") -> GradientSharing:
-    """Measure sharing from loss gradients alone: the cheap version, one backward a batch (notes, section 2).
+    """Measure sharing from loss gradients alone: the cheap version, one backward per batch (notes, section 2).
 
     g_i is the gradient of the cross-entropy at x_i, ||.||* the dual of the ball's norm (L1 for inf, L2 for 2, Linf
     for 1). Gradients saturate where the model is confident; the Jacobians of :func:`sharing_factor` do not.
@@ -197,7 +197,7 @@ def diversity_gain(members: Sequence[Source], images: torch.Tensor) -> torch.Ten
     """Return D = ||mean_m J_m||_F^2 / mean_m ||J_m||_F^2 at every image, (N,), in [0, 1].
 
     Notes on Jacobian ensembles, section 3: 1 for copies, 1/M for M orthogonal Jacobians of equal size, below 1/M
-    where members cancel. NaN where every member's Jacobian is zero. Cost an image: M forwards and M K backwards.
+    where members cancel. NaN where every member's Jacobian is zero. Cost per image: M forwards and M K backwards.
 
     Args:
         members: modules or victims of the same classes in the same order.

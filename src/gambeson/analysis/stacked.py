@@ -58,7 +58,7 @@ def weights(margin: torch.Tensor, weighting: Weighting) -> torch.Tensor:
 
 
 LARGEST = 4096
-"""Pixel values an image for which the whole Gram matrix is kept: 128 MiB in float64."""
+"""Pixel values per image for which the whole Gram matrix is kept: 128 MiB in float64."""
 _PANEL = 768
 
 
@@ -106,7 +106,7 @@ def stacked_gram(model: Source, data: Any, *, weighting: Weighting = "none") -> 
 
     Products of a batch are taken in float32, which keeps 6 digits, and summed over the batches in float64.
 
-    Cost: one forward and K backwards an image, and about N*K*D^2 / 2 multiplications; memory 12 D^2 bytes beside
+    Cost: one forward and K backwards per image, and about N*K*D^2 / 2 multiplications; memory 12 D^2 bytes beside
     one batch.
 
     Args:
@@ -168,8 +168,8 @@ def stacked_spectrum(
     """Find the top of the stacked Jacobian's spectrum for images of any size.
 
     ``gram``: from G itself (:func:`stacked_gram`), exact, images of up to 4096 values. Without the matrix, by block
-    Lanczos on v -> sum_i J_i^T J_i v: ``rows`` computes every J_i, K backwards an image, once if all fit in 512 MiB
-    and else once a pass; ``products`` computes J_i v and J_i^T u alone, about three backwards an image, pass and
+    Lanczos on v -> sum_i J_i^T J_i v: ``rows`` computes every J_i, K backwards per image, once if all fit in 512 MiB
+    and else once a pass; ``products`` computes J_i v and J_i^T u alone, about three backwards per image, pass and
     direction, for models of many classes. ``auto`` takes the cheapest.
 
     Args:
@@ -248,7 +248,7 @@ def stacked_norm(
     starts. For general p and q no efficient method is known that gives the norm itself, so the upper bound is
     Hoelder's, which needs the rows only (ours). Equal for one row.
 
-    Cost an image: one forward and K backwards; and a step one forward, one backward, and two a start.
+    Cost per image: one forward and K backwards; and a step one forward, one backward, and two a start.
 
     Args:
         model: a module or a victim.

@@ -80,7 +80,7 @@ def adversarial_subspace(
     permutation of the values in blocks of k; leftover values stay 0 (after the paper's "randomised combinatorial
     construction", whose appendix was not seen). Norm 2: g.r_i = eps ||g||_2 / sqrt(k) exactly, for any k.
 
-    Cost an image: one forward and one backward, then sum(orders) forwards a permutation.
+    Cost per image: one forward and one backward, then sum(orders) forwards a permutation.
 
     Args:
         model: a module or a victim.

@@ -1,4 +1,4 @@
-"""Attacks, one file a family. Every gradient attack, for one image or for all of them, is a loop over one solver."""
+"""Attacks, one file per family. Every gradient attack, per-image or universal, is a loop over one solver."""
 
 from gambeson.attacks.gradient.auto_pgd import AutoPGD, L1AutoPGD, TargetedAutoPGD
 from gambeson.attacks.gradient.base import Diversity, GradientAttack, Scales, Smoothing

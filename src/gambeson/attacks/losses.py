@@ -1,4 +1,4 @@
-"""What a gradient attack climbs: one number an image, whether it has one label or one a pixel."""
+"""Losses of gradient attacks, one value per image, for labels per image or per pixel."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Loss(Config):
         task: Task = CLASSIFICATION,
         truth: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the value to climb, one an image: (N,).
+        """Return the value to climb, one per image: (N,).
 
         Args:
             logits: (N, K) or (N, K, H, W).

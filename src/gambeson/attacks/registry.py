@@ -1,4 +1,4 @@
-"""Attacks by name: those that perturb image by image, and those that make one perturbation for all."""
+"""The registry of attacks, per-image and universal, and their construction by name."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ ATTACKS: Registry[Any] = Registry("attack", "gambeson.attacks", room="gambeson.a
 """Every attack: of this library, of installed packages (group ``gambeson.attacks``), and of this process."""
 
 register = ATTACKS.register
-"""``@register("name", source="paper", cost="forwards / backwards")`` at an attack's class gives it its name."""
+"""``@register("name", source="paper", cost="forwards / backwards")`` registers an attack's class."""
 
 
 def names(kind: Kind) -> list[str]:
-    """Every name of a kind that :func:`create` takes, in alphabetical order."""
+    """Every name of a kind, in alphabetical order."""
     return [entry.name for entry in entries() if isinstance(entry, Registered) and _kind(entry.target) == kind]
 
 
@@ -52,10 +52,10 @@ def kind_of(entry: Registered[Any]) -> Kind:
 
 
 def canonical(name: str) -> str:
-    """Return a name as runs store it: ``FILE.py:CLASS`` by the file's absolute path and with the hash of its content.
+    """Return a name as runs store it: ``FILE.py:CLASS`` with the file's absolute path and the hash of its content.
 
     Raises:
-        UserError: there is no such file, or it was changed since the name was stored.
+        UserError: no such file, or it has changed since the name was stored.
     """
     return ATTACKS.canonical(name)
 
@@ -79,7 +79,7 @@ def create(name: str, **settings: Any) -> Any:
 
 
 def require_kind(name: str, kind: Kind) -> None:
-    """Refuse an attack of the other kind, by a sentence that says which command takes it.
+    """Raise if the attack is of the other kind; the message names the command for it.
 
     Raises:
         UserError: no such attack, or one of the other kind.

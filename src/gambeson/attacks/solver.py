@@ -1,4 +1,4 @@
-"""Adam for one tensor that is no parameter (Kingma and Ba 2015, algorithm 1), a row an image."""
+"""The solver of all gradient attacks: projected gradient ascent in a ball; and Adam for perturbations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gambeson.victim.averaged import AveragedVictim
 
 @dataclass
 class Adam:
-    """The moments of a tensor's gradient; images can leave one by one (:meth:`of`)."""
+    """Adam for a tensor with one row per image (Kingma and Ba 2015, algorithm 1); rows can be dropped (:meth:`of`)."""
 
     mean: torch.Tensor
     square: torch.Tensor
@@ -27,11 +27,11 @@ class Adam:
 
     @classmethod
     def like(cls, tensor: torch.Tensor, betas: tuple[float, float] = (0.9, 0.999)) -> Adam:
-        """Return the moments at the start."""
+        """Return the initial moments."""
         return cls(torch.zeros_like(tensor), torch.zeros_like(tensor), betas)
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Take a gradient in; return the step along it at a learning rate of one."""
+        """Update the moments with a gradient; return the step at a learning rate of one."""
         one, two = self.betas
         self.count += 1
         self.mean = one * self.mean + (1 - one) * gradient
@@ -40,7 +40,7 @@ class Adam:
         return mean / (square.sqrt() + 1e-8)
 
     def of(self, rows: torch.Tensor) -> Adam:
-        """The moments of some images alone."""
+        """The moments of some images."""
         return Adam(self.mean[rows], self.square[rows], self.betas, self.count)
 
 
@@ -48,7 +48,7 @@ class NonFiniteGradientError(UserError):
     """The model's gradient is NaN or infinite.
 
     Attributes:
-        found: (N, C, H, W), the best images until then, where the attack has an image's best to give; else None.
+        found: (N, C, H, W), the best images so far if the attack keeps them; else None.
     """
 
     found: torch.Tensor | None = None
@@ -57,10 +57,10 @@ class NonFiniteGradientError(UserError):
 def input_gradient(
     victim: Victim, value: torch.Tensor, point: torch.Tensor, images: int, number: int | None = None
 ) -> torch.Tensor:
-    """Return the gradient of a scalar at ``point``, counted as one backward of so many images.
+    """Return the gradient of a scalar at ``point``, counted as one backward pass of ``images`` images.
 
     Raises:
-        NonFiniteGradientError: it is not finite; ``number``, where given, is the step that the message names.
+        NonFiniteGradientError: it is not finite; the message names the step ``number``, if given.
     """
     gradient = victim.gradient(value, point, images)
     if not torch.isfinite(gradient.sum()):
@@ -73,7 +73,7 @@ def input_gradient(
 
 
 def cosine(steps: int, first: float, last: float) -> list[float]:
-    """Return the lengths of ``steps`` steps that fall from the first to the last along a cosine."""
+    """Return a cosine schedule of ``steps`` lengths from the first to the last."""
     waves = [(1 + math.cos(math.pi * k / max(1, steps - 1))) / 2 for k in range(steps)]
     return [last + (first - last) * wave for wave in waves]
 
@@ -86,22 +86,22 @@ class ProjectedGradient:
     ball: Ball
     loss: Loss
     per_image: bool = False
-    """Each image has a perturbation of its own; it is then kept free of what the clip would take away again.
-    A shared one is not: what saturates one image still moves the others."""
+    """Each image has its own perturbation, which is then projected onto the box too. A shared one is not: a value that
+    saturates one image still changes the others."""
     box_gradient: BoxGradient = "exact"
     task: Task = CLASSIFICATION
     """What the labels mean."""
     exact_box: bool = False
-    """Per image only: project on the ball and the box at once (:meth:`gambeson.threat.Ball.project_in_box`) and not
-    on one after the other. The same in the norm inf; always on in the norm 1."""
+    """Per image only: project onto ball and box jointly (:meth:`gambeson.threat.Ball.project_in_box`) instead of one
+    after the other. The same in the norm inf; always on in the norm 1."""
     sparsity: float | None = None
     """Norm 1 only: the share of values a step moves; see :meth:`gambeson.threat.Ball.step_in_box`."""
     sizes: torch.Tensor | None = None
-    """(R, 1, 1, 1): the radius of each perturbation as a share of eps, and with it the length of its start and of its
-    steps; None: eps for every one."""
+    """(R, 1, 1, 1): radius of each perturbation as a share of eps, which also scales its start and its steps; None: eps
+    for all."""
     place: tuple[int, int] = (0, 1)
-    """The number of this process and of how many; each draws for all and takes its own part, so that several start
-    where one with the joined images would."""
+    """Rank and world size; each process draws for all and takes its own part, so that several processes start as a
+    single one would."""
 
     def start(
         self,
@@ -128,7 +128,7 @@ class ProjectedGradient:
         return self._hold(drawn.to(images.dtype) * self.scaled(size), images)
 
     def scaled(self, length: float | torch.Tensor) -> float | torch.Tensor:
-        """Return a length, or a share, at the size of each perturbation's ball."""
+        """Scale a length, or a share, to the size of each perturbation's ball."""
         return length if self.sizes is None else length * self.sizes
 
     def step(
@@ -167,8 +167,8 @@ class ProjectedGradient:
             delta: (R, C, H, W) with R a divisor of N.
             images: (N, C, H, W) in [0, 1].
             labels: (N,) or (N, H, W); targets where the loss is targeted.
-            truth: true labels, for a targeted loss that asks for them.
-            view: what is done to the perturbed images before the model sees them; differentiable.
+            truth: true labels, for a targeted loss that needs them.
+            view: differentiable transform of the perturbed images before the model.
             number: of the step, counted from 1, for the error message.
 
         Raises:
@@ -176,8 +176,8 @@ class ProjectedGradient:
         """
         with torch.enable_grad():  # an attack called under no_grad still needs gradients
             if self.per_image:
-                # The perturbed image is in the box, so the model's gradient there is the gradient: a clip would take
-                # it from pixels that are exactly black or white (torch 2.15 does), which can still move inwards.
+                # The perturbed image is in the box, so no clip is needed: its gradient would be zero at pixels that are
+                # exactly black or white (since torch 2.15), which can still move inwards.
                 point = moved = perturb(images, delta).detach().requires_grad_()
             else:
                 point = delta.detach().requires_grad_()
@@ -204,7 +204,7 @@ class ProjectedGradient:
     ) -> torch.Tensor:
         """Return ``delta`` after a step of ``length`` (pixel units; a number or (R, 1, 1, 1)) up ``gradient``.
 
-        Where the balls have ``sizes``, the length is that of a full one.
+        With ``sizes``, the length is that for a radius of eps.
         """
         length = self.scaled(length)
         if self._at_once:
@@ -215,7 +215,7 @@ class ProjectedGradient:
         return self.project(moved, images)
 
     def project(self, delta: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Return the nearest allowed point: in the ball and, where each image has its own, inside the box."""
+        """Project onto the ball and, for per-image perturbations, onto the box."""
         if self._at_once:
             return self.ball.project_in_box(delta, -images, 1 - images, self.sizes)
         return self._hold(self.ball.project(delta, self.sizes), images)
@@ -226,7 +226,7 @@ class ProjectedGradient:
         batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
         lengths: Iterable[float],
     ) -> torch.Tensor:
-        """Take one step a length, each on the next batch; return the last delta."""
+        """Take one step per length, each on the next batch; return the last delta."""
         for (images, labels), length in zip(batches, lengths, strict=False):
             delta, _ = self.step(delta, images, labels, length)
         return delta
@@ -234,7 +234,7 @@ class ProjectedGradient:
     def forward(
         self, moved: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits of images that are perturbed already, and the loss of each (N,)."""
+        """Return the logits of perturbed images, and the loss of each (N,)."""
         if not (isinstance(self.victim, AveragedVictim) and self.victim.average == "losses"):
             logits = self.victim(moved)
             return logits, self.loss(logits, labels, self.task, truth)
@@ -244,7 +244,7 @@ class ProjectedGradient:
 
     @property
     def _at_once(self) -> bool:
-        # In the norm inf, one after the other is the same.
+        # In the norm inf the two are the same.
         return self.per_image and (self.ball.norm == "1" or (self.ball.norm == "2" and self.exact_box))
 
     def _hold(self, delta: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

@@ -20,10 +20,10 @@ from gambeson.auditing.results import (
     Check,
     Corruption,
     DataInfo,
+    JacobianResult,
     ModelInfo,
     PerImageResult,
     RandomnessResult,
-    Slopes,
     TransferredResult,
     UniversalResult,
     Verdict,
@@ -242,7 +242,7 @@ class _Auditor:
             advance()
             noise = do("corruption", list[Corruption], lambda: corruption.measure(context), list[Corruption]())
             advance()
-            sloped = stages.do("slopes", Slopes | None, self._slopes)
+            jacobians = stages.do("jacobian", JacobianResult | None, self._jacobian)
             advance()
             checks = []
             for diagnostic in self.diagnostics:
@@ -253,8 +253,10 @@ class _Auditor:
             uap = context.uaps[context.eps]
             do("examples", None, lambda: save_examples(folder, context.victim, context.data, uap), None)
         without = [source.left_out, per_image.left_out(context)]
-        parts: list[UniversalResult | PerImageResult | TransferredResult | Slopes | EpsAdv] = [each] if each else []
-        parts += [*context.universal, *context.per_image, *context.transfer, *([sloped] if sloped else [])]
+        parts: list[UniversalResult | PerImageResult | TransferredResult | JacobianResult | EpsAdv] = (
+            [each] if each else []
+        )
+        parts += [*context.universal, *context.per_image, *context.transfer, *([jacobians] if jacobians else [])]
         result = AuditResult(
             subject=context.subject,
             material=DataInfo.of(context.data),
@@ -270,7 +272,7 @@ class _Auditor:
             surrogate=source,
             corruption=noise,
             randomness=context.randomness,
-            slopes=sloped,
+            jacobian=jacobians,
             checks=checks,
             notes=[*self.notes, *stages.left_out, *boxes.remarks(model), *filter(None, without)],
             verdict=judge(
@@ -293,7 +295,7 @@ class _Auditor:
             model.settle()
         return Audit(result, [context.uaps[eps] for eps in context.suite.eps])
 
-    def _slopes(self) -> Slopes | None:
+    def _jacobian(self) -> JacobianResult | None:
         context = self.context
         deltas = {eps: uap.delta for eps, uap in context.uaps.items()}
         return jacobian.measure(

@@ -163,7 +163,7 @@ def _changes(asked: Suite, suite: Suite) -> Iterator[str]:
         yield f"the curve has {len(suite.eps)} eps in place of {len(asked.eps)}"
 
 
-_ROW = 10 + 100 + 9 * 20 + 3 * 100
+_SUITE = 10 + 100 + 9 * 20 + 3 * 100
 """Gradients that the standard row takes of an image that never falls."""
 _TRIALS = 8
 """Perturbations that the search of eps_uni crafts at the most, where the suite does not say."""
@@ -269,7 +269,7 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
     trials = _TRIALS if suite.eps_uni_runs is None else suite.eps_uni_runs
     ranked = suite.patterns_of_controls * min(RANKED, held) + 2 * held  # what stands for an eps is chosen on validation
     scored = test * (1 + suite.patterns_of_controls) + ranked
-    row = min(suite.row_images, test) if data.test.task.per_image_label and suite.norm != "1" else 0
+    attacked = min(suite.suite_images, test) if data.test.task.per_image_label and suite.norm != "1" else 0
     steps = suite.pgd_steps * suite.pgd_restarts
     return (
         Part(
@@ -289,13 +289,17 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
             gradients=eot_samples * sample * suite.pgd_steps * _TRIALS * suite.eps_adv,
         ),
         Part(name="PGD, image by image", forwards=votes * test, gradients=eot_samples * test * steps),
-        Part(name="row of attacks", forwards=votes * row * suite.row_queries, gradients=eot_samples * row * _ROW),
+        Part(
+            name="attack suite",
+            forwards=votes * attacked * suite.suite_queries,
+            gradients=eot_samples * attacked * _SUITE,
+        ),
         Part(
             name="transfer and noise",
             forwards=votes * (2 * suite.transfer_images + test * (1 + 3 * len(suite.noise_sizes))),
             gradients=0,
         ),
-        Part(name="slopes", forwards=4 * suite.slope_backwards, gradients=3 * suite.slope_backwards),
+        Part(name="Jacobian analysis", forwards=4 * suite.jacobian_backwards, gradients=3 * suite.jacobian_backwards),
         Part(
             name="diagnostics",
             forwards=votes * sample * (suite.queries + 100),

@@ -21,7 +21,7 @@ class NearestClass:
     Args:
         ball: of allowed perturbations.
         known: images with one label each, from the train split.
-        tries: how many of the nearest are stepped towards: as many queries an image.
+        tries: how many of the nearest are stepped towards: as many queries per image.
     """
 
     def __init__(self, ball: Ball, known: Split, tries: int = 20) -> None:

@@ -107,8 +107,8 @@ class Subspace(Config):
     """Largest |cosine| of two directions after the clip to [0, 1], by order; before it they are orthogonal."""
 
 
-class Slopes(Config):
-    """What the model's slopes say, on a sample of test images. Parts that are None are explained in ``left_out``."""
+class JacobianResult(Config):
+    """The Jacobian analysis, on a sample of test images. Parts that are None are explained in ``left_out``."""
 
     images: int
     """Test images of the sample; parts that cost more look at some of them, and say at how many."""
@@ -220,18 +220,18 @@ class UniversalResult(Config):
 
 
 class PerImageResult(Config):
-    """Accuracy under an attack that makes one perturbation an image, or under a row of them."""
+    """Accuracy under an attack that makes one perturbation per image, or under a suite of them."""
 
     attack: str
-    """Its name, such as ``pgd``; ``standard`` for the row of :func:`gambeson.evaluation.standard_suite`."""
+    """Its name, such as ``pgd``; ``standard`` for the suite of :func:`gambeson.evaluation.standard_suite`."""
     settings: dict[str, Any]
-    """Every setting of the attack; of every attack of a row, by its name."""
+    """Every setting of the attack; of every attack of a suite, by its name."""
     eps: float
     norm: str
     accuracy: Rate
-    """Share of test images still right; of a row, under the worst of its attacks for each image."""
+    """Share of test images still right; of a suite, under the worst of its attacks for each image."""
     rounds: list[AttackRound] = Field(default_factory=list)
-    """What each attack of a row broke; empty for a single attack."""
+    """What each attack of a suite broke; empty for a single attack."""
     cost: Cost
 
 
@@ -347,7 +347,7 @@ class AuditResult(Config):
     corruption: list[Corruption] = Field(default_factory=list)
     randomness: RandomnessResult | None = None
     """For a random model."""
-    slopes: Slopes | None = None
+    jacobian: JacobianResult | None = None
     """Jacobian analysis; None for a black box."""
     checks: list[Check]
     notes: list[str] = Field(default_factory=list)

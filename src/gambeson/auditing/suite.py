@@ -40,10 +40,10 @@ class Suite(Config):
     """Validation images that choose among restarts, drawn evenly; None: all."""
     sample: Annotated[int, Field(ge=1)] = 200
     """Test images that diagnostics look at."""
-    row_images: Annotated[int, Field(ge=0)] = 500
-    """Test images that the standard row of attacks is tried on; 0 leaves it out."""
-    row_queries: Annotated[int, Field(ge=1)] = 5000
-    """Queries an image of Square, the last of the row."""
+    suite_images: Annotated[int, Field(ge=0)] = 500
+    """Test images that the standard attack suite is tried on; 0 leaves it out."""
+    suite_queries: Annotated[int, Field(ge=1)] = 5000
+    """Queries per image of Square, the last attack of the suite."""
     queries: Annotated[int, Field(ge=0)] = 500
     """Queries an image of the sample of Square, the attack that needs no gradient; 0 leaves it out."""
     budget: Annotated[int, Field(ge=1)] | None = None
@@ -65,12 +65,12 @@ class Suite(Config):
     """The most test images that are perturbed one by one on the surrogate."""
     noise_sizes: tuple[Annotated[Number, Field(gt=0)], ...] = (0.5, 1.0, 2.0, 4.0)
     """Sizes of plain noise, as multiples of the middle eps."""
-    slope_backwards: Annotated[int, Field(ge=0)] = 4000
+    jacobian_backwards: Annotated[int, Field(ge=0)] = 4000
     """Backward passes that each exact part of the Jacobian analysis may take; 0 leaves the analysis out."""
     votes: Annotated[int, Field(ge=1)] = DEFAULT_VOTES
     """Passes over a random model whose majority decides an image; one is refused by a check."""
     eot_samples: Annotated[int, Field(ge=1)] = EOT_SAMPLES
-    """RandomnessResult of a random model that a gradient is averaged over where diagnostics attack it."""
+    """Draws of a random model that a gradient is averaged over where diagnostics attack it."""
     eps_uni_delta: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """The error whose smallest eps is searched."""
     eps_uni_tolerance: Annotated[Number, Field(gt=0, lt=1)] = 0.02
@@ -147,10 +147,10 @@ SUITES = {
         test_images=500,
         validation_images=500,
         sample=100,
-        row_images=0,
+        suite_images=0,
         eps_uni_tolerance=0.05,
         eps_uni_runs=1,
-        slope_backwards=1500,
+        jacobian_backwards=1500,
         queries=200,
         patterns=40,
         pattern_images=100,
@@ -167,8 +167,8 @@ SUITES = {
         universal_probe_starts=16,
         pgd_steps=100,
         pgd_restarts=5,
-        row_images=2000,
-        slope_backwards=20_000,
+        suite_images=2000,
+        jacobian_backwards=20_000,
         queries=5000,
         patterns=200,
         pattern_images=500,

@@ -54,9 +54,9 @@ def judge(
     failed = [check for check in checks if check.passed is False]
     if failed:
         names = ", ".join(check.name for check in failed)
-        said.insert(0, f"Not to be trusted ({names}).")
+        said.insert(0, f"Not to be trusted (failed: {names}).")
         said.append("What attacks did reach stands; the model may be weaker than these numbers.")
-    reasons = [f"{check.name}: {check.detail}. {check.explanation} {check.remedy}".rstrip() for check in failed]
+    reasons = [f"{check.name}: failed, {check.detail}. {check.explanation} {check.remedy}".rstrip() for check in failed]
     return Verdict(trusted=not failed, summary=" ".join(filter(None, said)), reasons=reasons)
 
 

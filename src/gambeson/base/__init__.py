@@ -1,4 +1,4 @@
-"""What every room stands on: errors, validated configuration, numbers, seeds and atomic files."""
+"""Foundations of every package: errors, validated settings, the registry, seeds, run folders and atomic files."""
 
 from gambeson.base.config import Config, Number
 from gambeson.base.distributed import average, place, share_first, total

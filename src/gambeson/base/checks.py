@@ -1,4 +1,4 @@
-"""The one place where images and labels are judged; every refusal says what came and what to do."""
+"""Validation of images and labels, in one place; every error says what was given and what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from gambeson.base.errors import UserError
 
 TOLERANCE = 1e-6
-"""Pixels this far outside [0, 1] are rounding and are clipped; anything further is refused."""
+"""Pixels this far outside [0, 1] are rounding errors and are clipped; anything further is an error."""
 
 
 def check_images(images: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ def check_batch(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Check a batch and its labels together; return the images as :func:`check_images` does."""
     if len(images) != len(labels):
         raise UserError(
-            f"{len(images)} images came with {len(labels)} labels: expected one label map or label an image"
+            f"{len(images)} images came with {len(labels)} labels: expected one label map or label per image"
         )
     if images.device != labels.device:
         raise UserError(f"images are on {images.device} and labels on {labels.device}: move them to one device")

@@ -1,4 +1,4 @@
-"""Typed, validated, frozen, keyword-only configuration: the object that YAML, flags and Python all build."""
+"""Typed, validated, frozen, keyword-only settings: the one object behind YAML, command-line flags and Python."""
 
 from __future__ import annotations
 

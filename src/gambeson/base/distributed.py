@@ -1,4 +1,4 @@
-"""The processes of one run: who they are, and what they find together."""
+"""Collective operations over the processes of a distributed run."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch.distributed as dist
 
 
 def place() -> tuple[int, int]:
-    """Return the number of this process and how many there are: (0, 1) outside a distributed run."""
+    """Return the rank of this process and the world size: (0, 1) outside a distributed run."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def average(tensors: Iterable[torch.Tensor]) -> None:
-    """Replace float tensors, in place, by their mean over the processes; one message for each type and device."""
+    """Replace float tensors, in place, by their mean over all processes; one message per dtype and device."""
     _together(tensors, lambda flat: dist.all_reduce(flat), 1 / place()[1])
 
 
 def total(counts: Iterable[int], device: torch.device) -> list[int]:
-    """Return the sums of whole numbers over the processes, which talk to each other on ``device``."""
+    """Return the sums of integers over all processes, which communicate on ``device``."""
     counts = list(counts)
     if place()[1] == 1:
         return counts
@@ -31,7 +31,7 @@ def total(counts: Iterable[int], device: torch.device) -> list[int]:
 
 
 def share_first(tensors: Iterable[torch.Tensor]) -> None:
-    """Give every process the tensors of the first one, in place."""
+    """Broadcast the tensors of the first process to all others, in place."""
     _together(tensors, lambda flat: dist.broadcast(flat, 0), None)
 
 

@@ -1,4 +1,4 @@
-"""What a number was computed with: versions and device, the same for every run on one machine."""
+"""Versions, devices and precision: what a number was computed with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = ("gambeson", "torch", "torchvision", "accelerate", "safetensors", "n
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Return the versions of what computes, and the name of the device."""
+    """Return package versions and the device's name; the same for every run on one machine."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -43,16 +43,16 @@ def pick_device(name: str = "auto") -> str:
         torch.empty(0, device=torch.device(name))
     except (RuntimeError, AssertionError):
         here = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
-        raise UserError(f"device {name!r} is not to be had here: choose one of {here}") from None
+        raise UserError(f"device {name!r} is not available here: choose one of {here}") from None
     return name
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute in float32 proper inside the block: no autocast, and no TF32, whose ten bits torch's convolutions take.
+    """Compute in full float32 inside the block: no autocast, and no TF32, torch's default for convolutions.
 
     Args:
-        device: where it is computed.
+        device: the device that computes.
     """
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -65,7 +65,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Take only those convolutions of the accelerator's library that give the same bytes again, inside the block."""
+    """Use deterministic cuDNN convolutions inside the block."""
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
     try:

@@ -1,4 +1,4 @@
-"""Errors that a user can cause. Each is one sentence: what came, what was expected, what to do."""
+"""Errors a user can cause. Each is one sentence: what was given, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake the user can mend; the command line prints it without a traceback and exits with code 2."""
+    """An error the user can fix; the command line prints it without a traceback and exits with code 2."""
 
 
 class UnknownSetting(UserError, TypeError):
-    """A setting is missing or does not exist; a ``TypeError`` too, as for any other wrong keyword."""
+    """A setting is missing or does not exist; also a ``TypeError``, as for any other wrong keyword."""
 
 
 class OutOfSpace(UserError):
@@ -22,9 +22,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """Build the error for a name that is not in a list, with the nearest matches first.
 
     Args:
-        kind: what the name stands for, such as ``"model"``.
-        name: the name that was given.
-        known: every name that would have been accepted.
+        kind: what the name refers to, such as ``"model"``.
+        name: the name given.
+        known: all accepted names.
     """
     names = sorted(known)
     near = [other for other in names if name and name in other][:3]

@@ -1,4 +1,4 @@
-"""Atomic writing: a reader sees the old file or the new one, never half of one."""
+"""Atomic file writing (a reader sees the old file or the new one, never a partial one), JSON and safetensors."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, 
 
 
 def load_tensors(path: Path, kind: str = "weights") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a safetensors file: its tensors, and the document that :func:`save_tensors` put beside them.
+    """Read a safetensors file: its tensors, and the JSON document that :func:`save_tensors` stored with them.
 
     Args:
         path: the file; a plain safetensors file of another tool has an empty document.
-        kind: what the file should hold, for the error message.
+        kind: what the file should contain, for the error message.
 
     Raises:
         UserError: the file is missing, is a pickle, is a web page, or is cut short.

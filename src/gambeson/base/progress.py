@@ -1,4 +1,4 @@
-"""Progress of long work. The library reports it; only the command line shows it."""
+"""Progress of long-running work. The library reports it; only the command line shows it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _display: ContextVar[Progress | None] = ContextVar("display", default=None)
 
 @contextmanager
 def show_progress(console: Console) -> Iterator[None]:
-    """Draw every task that starts inside the block, with the time it still needs."""
+    """Show a progress bar, with the remaining time, for every task that starts inside the block."""
     columns = (
         TextColumn("{task.description:<34}"),
         BarColumn(bar_width=24),
@@ -31,7 +31,7 @@ def show_progress(console: Console) -> Iterator[None]:
 
 @contextmanager
 def task(label: str, total: int, *, done: int = 0) -> Iterator[Callable[[], None]]:
-    """Announce ``total`` equal pieces of work; call what is yielded once after each."""
+    """Announce ``total`` units of work; call the yielded function once after each."""
     display = _display.get()
     if display is None:
         yield lambda: None

@@ -1,12 +1,12 @@
-"""Names for what a room offers: its own, what installed packages add, and what a user's file defines.
+"""Registries of named classes and functions: the library's own, those of installed packages, and those in users' files.
 
-A class or function gets its name where it stands, by ``@register("name")`` of its room. A package adds to a room by an
-entry point of the room's group, whose name is the registered one::
+A class or function is registered at its definition with the ``@register("name")`` of its package. Other packages add
+to a registry with an entry point of its group, under the registered name::
 
     [project.entry-points."gambeson.attacks"]
     shift = "my_package.attacks:Shift"
 
-It is imported when its name is asked for, not before. ``FILE.py:NAME`` means what that file defines.
+It is imported when its name is first used. ``FILE.py:NAME`` refers to a class or function in that file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gambeson.base import user_code
 from gambeson.base.errors import UserError, unknown_name
 
 OWN = "gambeson"
-"""The owner of everything that this library brings."""
+"""Owner of everything in this library."""
 
 T = TypeVar("T")
 TargetT = TypeVar("TargetT")
@@ -41,14 +41,14 @@ class Setting:
 
     type: str
     default: Any
-    """As plain data; None where there is none, or where it is None."""
+    """As plain data; None if there is no default, or if it is None."""
     required: bool
     description: str
 
 
 @dataclass(frozen=True)
 class Registered(Generic[T]):
-    """What stands behind a name."""
+    """A registered class or function, with its name and options."""
 
     name: str
     target: T
@@ -56,7 +56,7 @@ class Registered(Generic[T]):
     owner: str
     """``gambeson``, an installed package, a module, or a user's file."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """What was given to ``register`` beside the name."""
+    """The options given to ``register``."""
 
     @property
     def summary(self) -> str:
@@ -66,7 +66,7 @@ class Registered(Generic[T]):
 
     @property
     def settings(self) -> dict[str, Setting]:
-        """The settings that it takes, by name."""
+        """Its settings, by name."""
         preset = self.options.get("preset", {})
         target = _callable(self.target)
         if inspect.isclass(target) and issubclass(target, BaseModel):
@@ -74,7 +74,7 @@ class Registered(Generic[T]):
         return {}
 
     def plain(self) -> dict[str, Any]:
-        """Everything as plain data, for listings that machines read."""
+        """Everything as plain data, for machine-readable listings."""
         settings = {name: vars(setting) for name, setting in self.settings.items()}
         about = {name: value for name, value in self.options.items() if isinstance(value, str)}
         return {**about, "name": self.name, "summary": self.summary, "package": self.owner, "settings": settings}
@@ -84,12 +84,12 @@ class Registry(Generic[T]):
     """The names of one kind.
 
     Args:
-        kind: what a name stands for, such as ``attack``, in errors.
+        kind: what a name refers to, such as ``attack``, for errors.
         group: the group of entry points, such as ``gambeson.attacks``.
-        room: the package whose modules register what this library brings.
-        check: says what is wrong with a class or function that shall be registered, as the end of the sentence "X is
-            no attack: ..."; None where it is right.
-        what: what a file is expected to define: ``class`` or ``function``.
+        room: the package whose modules register the library's own names.
+        check: returns what is wrong with a class or function to be registered, as the end of the sentence "X is no
+            attack: ...", or None.
+        what: what a user's file should define: ``class`` or ``function``.
     """
 
     def __init__(
@@ -102,16 +102,16 @@ class Registry(Generic[T]):
         self._complete = False
 
     def register(self, name: str, **options: Any) -> Callable[[TargetT], TargetT]:
-        """Return a decorator that gives a class or function its name.
+        """Return a decorator that registers a class or function under ``name``.
 
         Args:
-            name: what the command line, YAML and ``create`` call it.
-            **options: what the room wants to know beside; ``summary`` replaces the docstring's first sentence, and
-                ``preset`` holds settings that the name stands for.
+            name: its name on the command line, in YAML and in ``create``.
+            **options: anything else the package needs; ``summary`` replaces the docstring's first sentence, ``preset``
+                holds settings that the name implies.
 
         Raises:
-            UserError: the name is spelt like a file's, or taken by another class or function (the same one may come
-                again, as when a notebook's cell is run twice), or what is decorated is not of this kind.
+            UserError: the name looks like a file's, is taken by another class or function (re-registering the same one
+                is allowed, as when a notebook cell is run twice), or the target is of another kind.
         """
 
         def put(target: TargetT) -> TargetT:
@@ -121,12 +121,12 @@ class Registry(Generic[T]):
         return put
 
     def names(self) -> list[str]:
-        """Every registered name in alphabetical order, those of installed packages among them; nothing is imported."""
+        """Every registered name in alphabetical order, including those of installed packages; nothing is imported."""
         self._discover()
         return sorted(self._entries.keys() | {point.name for point in self._points()})
 
     def entries(self) -> list[Registered[T] | UserError]:
-        """Everything that is registered, in the order of the names; an error in place of what cannot be imported."""
+        """Every entry, ordered by name; an error in place of one that cannot be imported."""
         found: list[Registered[T] | UserError] = []
         for name in self.names():
             try:
@@ -136,16 +136,16 @@ class Registry(Generic[T]):
         return found
 
     def own(self) -> list[Registered[T]]:
-        """What this library brings, in the order in which it is defined."""
+        """The library's own entries, in order of definition."""
         self._discover()
         return [entry for entry in self._entries.values() if entry.owner == OWN]
 
     def get(self, name: str) -> Registered[T]:
-        """Return what stands behind a name, or behind ``FILE.py:NAME``.
+        """Return the entry of a name, or of ``FILE.py:NAME``.
 
         Raises:
-            UserError: nothing does, two packages claim the name, the package that brings it cannot be imported, or the
-                file has an error or defines something else.
+            UserError: the name is unknown, two packages claim it, its package cannot be imported, or the file has an
+                error or defines something else.
         """
         if user_code.is_spelling(name):
             return self._from_file(name)
@@ -162,11 +162,11 @@ class Registry(Generic[T]):
         return self._from_package(points[0]) if points else self._entries[name]
 
     def unknown(self, name: str) -> UserError:
-        """Return the error for a name that nobody has registered, with the nearest ones."""
+        """Return the error for an unknown name, with the nearest matches."""
         return unknown_name(self.kind, name, self.names())
 
     def canonical(self, name: str) -> str:
-        """Return the name as a run stores it: a file's by its absolute path and with the hash of its content.
+        """Return the name as a run stores it: for a file, with its absolute path and the hash of its content.
 
         Raises:
             UserError: there is no such file, or its hash is not the one that the name carries.
@@ -174,10 +174,9 @@ class Registry(Generic[T]):
         return canonical(name)
 
     def name_of(self, target: Any) -> str:
-        """Return the name under which a class or function is found again; its own where there is none.
+        """Return the name under which a class or function can be retrieved; its own name if there is none.
 
-        What this library or an installed package has registered is found by that name, any other class by the file
-        that defines it.
+        Registered ones are retrieved by that name, others by the file that defines them.
         """
         self._discover()
         known = [
@@ -217,7 +216,7 @@ class Registry(Generic[T]):
             reason = " ".join(str(error).split()) or "no message"
             raise UserError(
                 f"the {self.kind} {point.name!r} comes from the package {package}, whose import fails "
-                f"({type(error).__name__}: {reason}): mend that package or uninstall it"
+                f"({type(error).__name__}: {reason}): fix that package or uninstall it"
             ) from None
         known = self._entries.get(point.name)
         if known is not None and known.target is target:
@@ -236,14 +235,14 @@ class Registry(Generic[T]):
         target = user_code.load(name, self.what)
         if (fault := self._check(target)) is not None:
             raise UserError(f"{inner} of {file} is no {self.kind}: {fault}")
-        options = self._options.get(target, {})  # where the file registers it, whichever run of the file came last
+        options = self._options.get(target, {})  # if the file registers it; the last execution of the file counts
         return Registered(name=user_code.pinned(name), target=target, owner=str(file), options=options)
 
     def _discover(self) -> None:
-        """Import the room, each module of which registers what it defines."""
+        """Import the package, each module of which registers what it defines."""
         if self._complete:
             return
-        self._complete = True  # a module of the room may ask for names while it is imported
+        self._complete = True  # modules of the package may look up names while they are imported
         try:
             room = importlib.import_module(self._room)
             for module in pkgutil.walk_packages(room.__path__, f"{self._room}."):
@@ -274,7 +273,7 @@ def _module(target: Any) -> str:
 
 
 def _place(target: Any) -> str:
-    """Where a class or function is defined, in one word."""
+    """Dotted name of a class or function."""
     inner = _callable(target)
     return f"{_module(target)}.{getattr(inner, '__qualname__', None) or type(inner).__name__}"
 
@@ -302,7 +301,7 @@ def _plain(value: Any) -> Any:
 
 
 def _type(annotation: Any) -> str:
-    """Return a type as a person would write it, without the checks that hang on it."""
+    """Return a type as it would be written by hand, without its validators."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type(inner[0])

@@ -1,4 +1,4 @@
-"""A folder that holds one run: its settings in ``run.yaml``, and never another run's files."""
+"""Run folders: one run each, with its settings in ``run.yaml``."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from gambeson.base.config import Config
 from gambeson.base.errors import UserError
 from gambeson.base.files import write_yaml
 
-_UNLIKE = ("environment", "finished")  # what may differ between two runs of the same settings
+_UNLIKE = ("environment", "finished")  # may differ between two runs with the same settings
 
 
 def open_run(folder: Path, run: Config, environment: dict[str, str]) -> bool:
-    """Claim ``folder`` for the run that a configuration describes, or find that run there.
+    """Create the folder of a run, or resume the run in it.
 
-    A setting that the run there does not know, for it was begun by an earlier version, has its default there.
+    Settings that the stored run lacks, because an earlier version started it, have their defaults.
 
     Returns:
-        Whether that run has already finished.
+        Whether the run has already finished.
 
     Raises:
-        UserError: the folder holds another run, or files that no run has written.
+        UserError: the folder contains another run, or files of no run.
     """
     file, settings = folder / "run.yaml", run.plain()
     if file.is_file():
@@ -36,7 +36,7 @@ def open_run(folder: Path, run: Config, environment: dict[str, str]) -> bool:
             unlike = sorted(key for key in known.keys() | settings.keys() if known.get(key) != settings.get(key))
             raise UserError(
                 f"{folder} holds another run (it differs in {', '.join(unlike)}): choose another --out, "
-                "or give the same settings to go on with that one"
+                "or give the same settings to resume that one"
             )
         return bool(held.get("finished"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -63,17 +63,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist: name a YAML file, such as the run.yaml of a finished run") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not valid YAML ({reason}): mend it and try again") from None
+        raise UserError(f"{path} is not valid YAML ({reason}): fix it and retry") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}: expected settings, one `name: value` a line")
+        raise UserError(f"{path} holds a {type(content).__name__}: expected settings, one `name: value` per line")
     return content
 
 
 def read_settings(path: Path, kind: str) -> dict[str, Any]:
-    """Read the settings of a run from YAML, as a person wrote them or as a run left them.
+    """Read the settings of a run from YAML, written by hand or by an earlier run.
 
     Raises:
-        UserError: they are of another kind of run.
+        UserError: they describe another kind of run.
     """
     content = {key: value for key, value in read_yaml(path).items() if key not in _UNLIKE}
     found = content.get("kind", kind)

@@ -1,4 +1,4 @@
-"""Every random draw comes from here: a stream named by the run's seed and a path, never by what ran before."""
+"""Random streams, the only source of random numbers: named by the run's seed and a path, not by what ran before."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 def derive(seed: int, *path: str | int) -> int:
-    """Derive a 63-bit seed from the run's seed and the name of the draw.
+    """Derive a 63-bit seed from the run's seed and the name of a stream.
 
-    Streams depend on their name alone, so a resumed run draws what an uninterrupted one would have drawn.
+    Streams depend on their names only, so a resumed run draws the same numbers as an uninterrupted one.
     """
     text = "/".join(str(part) for part in (seed, *path))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
@@ -25,7 +25,7 @@ def generator(seed: int, *path: str | int, device: torch.device | str = "cpu") -
 
 @contextmanager
 def seeded(seed: int, *path: str | int) -> Iterator[None]:
-    """Seed torch's global generators inside the block, for code that has no ``generator`` argument; restore after."""
+    """Seed torch's global generators inside the block, for code without a ``generator`` argument, and restore them."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive(seed, *path))

@@ -1,7 +1,7 @@
-"""A user's own file: ``FILE.py:NAME`` names a class or a function of it, on the command line, in YAML and in Python.
+"""Classes and functions in users' files, named ``FILE.py:NAME`` on the command line, in YAML and in Python.
 
-The file is the user's own code, and nothing but its name makes it run. Where a run stores the name, it is pinned: the
-file's absolute path, and the hash of its content, so that a file that was changed since is noticed.
+The file is executed only when it is named. A run stores the name pinned, with the file's absolute path and the hash of
+its content, so that later changes are detected.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from gambeson.base.errors import UserError
 
 _SPELLING = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)(#sha256=(?P<digest>[0-9a-f]+))?")
 _DIGITS = 16
-"""Digits of the hash that a pinned name carries."""
+"""Hash digits in a pinned name."""
 _PREFIX = "gambeson_user_"
 _LOADED: dict[tuple[Path, str], ModuleType] = {}
 
 
 def is_spelling(name: str) -> bool:
-    """Whether a name is spelt ``FILE.py:NAME``, with or without ``#sha256=...`` behind it."""
+    """Whether a name has the form ``FILE.py:NAME``, with or without ``#sha256=...``."""
     return _SPELLING.fullmatch(name) is not None
 
 
@@ -37,7 +37,7 @@ def parts(name: str) -> tuple[Path, str]:
     """Return the absolute path and the name within the file.
 
     Raises:
-        UserError: not spelt so.
+        UserError: the name has another form.
     """
     found = _SPELLING.fullmatch(name)
     if found is None:
@@ -46,14 +46,14 @@ def parts(name: str) -> tuple[Path, str]:
 
 
 def file_of(name: str) -> Path:
-    """Return the absolute path of the file that a spelling names."""
+    """Return the absolute path of the file in a name."""
     return parts(name)[0]
 
 
 def canonical(name: str) -> str:
     """Return ``FILE.py:NAME`` with the file's absolute path, so that it means the same from every folder.
 
-    A hash behind it is checked and stays.
+    A hash in the name is verified and kept.
 
     Raises:
         UserError: the file has another hash.
@@ -66,7 +66,7 @@ def pinned(name: str) -> str:
     """Return the canonical spelling with the hash of the file: ``FILE.py:NAME#sha256=0123456789abcdef``.
 
     Raises:
-        UserError: no such file; or the name carries a hash already, and the file has another one.
+        UserError: no such file, or the name has a hash that differs from the file's.
     """
     file, inner = parts(name)
     digest = hashlib.sha256(_read(file, name)).hexdigest()
@@ -81,20 +81,19 @@ def pinned(name: str) -> str:
 
 
 def short(name: str) -> str:
-    """Return what tables and folders call a name: ``NAME`` of ``FILE.py:NAME``; any other name is itself."""
+    """Return the short form for tables and folders: ``NAME`` for ``FILE.py:NAME``; other names are unchanged."""
     return parts(name)[1] if is_spelling(name) else name
 
 
 def load(name: str, what: str = "class") -> Any:
-    """Return what a file defines under a name; the file is run once for each content it has.
+    """Return the class or function that a file defines; each version of a file is executed once.
 
     Args:
-        name: ``FILE.py:NAME``; a hash behind it has to be that of the file.
-        what: what is expected, for the errors: ``class`` or ``function``.
+        name: ``FILE.py:NAME``; a hash in it must match the file.
+        what: what is expected, for errors: ``class`` or ``function``.
 
     Raises:
-        UserError: no such file or name, another content than the hash says, or an error in the file, told with its
-            line.
+        UserError: no such file or name, a hash that does not match, or an error in the file, with its line.
     """
     file, inner = parts(name)
     key = (file, pinned(name).rpartition("=")[2])
@@ -104,10 +103,10 @@ def load(name: str, what: str = "class") -> Any:
 
 
 def run(file: Path) -> ModuleType:
-    """Run a file anew, as a module of its own; what stands beside it can be imported by it.
+    """Execute a file as a new module, which can import the modules next to it.
 
     Raises:
-        UserError: an error in the file, told with its line.
+        UserError: an error in the file, with its line.
     """
     label = module_name(file)
     spec = importlib.util.spec_from_file_location(label, file)
@@ -121,10 +120,10 @@ def run(file: Path) -> ModuleType:
 
 
 def member(module: ModuleType, file: Path, name: str, what: str) -> Any:
-    """Return what a module that :func:`run` made defines under a name.
+    """Return a class or function of a module made by :func:`run`.
 
     Raises:
-        UserError: nothing of that name, or nothing that can be called.
+        UserError: no such name, or it is not callable.
     """
     found = getattr(module, name, None)
     if found is None or not (callable(found) or what == "class"):
@@ -137,14 +136,14 @@ def member(module: ModuleType, file: Path, name: str, what: str) -> Any:
 
 
 def module_name(file: Path) -> str:
-    """Return the name of the module that a file is run as."""
+    """Return the module name for a file."""
     return _PREFIX + hashlib.blake2b(str(file).encode(), digest_size=6).hexdigest()
 
 
 def spelling_of(target: Any) -> str | None:
     """Return the pinned spelling of a class or function at the top level of a Python file; None where it has none."""
     inner = getattr(target, "__qualname__", "")
-    for (file, digest), kept in _LOADED.items():  # as the file was when it ran, whatever stands in it by now
+    for (file, digest), kept in _LOADED.items():  # the file as it was executed, even if changed since
         if getattr(kept, inner, None) is target:
             return f"{file}:{inner}#sha256={digest}"
     module = sys.modules.get(getattr(target, "__module__", None) or "")
@@ -157,19 +156,19 @@ def spelling_of(target: Any) -> str | None:
 
 @contextmanager
 def told(file: Path, doing: str) -> Iterator[None]:
-    """Turn an error of the user's code inside the block into one sentence with the line of their file."""
+    """Turn an error in the user's code into one sentence with the line of the file."""
     try:
         yield
     except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split()) or "no message"
         raise UserError(
-            f"{doing} failed{_line_of(file, error)} ({type(error).__name__}: {reason}): mend it there and try again"
+            f"{doing} failed{_line_of(file, error)} ({type(error).__name__}: {reason}): fix it there and retry"
         ) from None
 
 
 @contextmanager
 def beside(file: Path) -> Iterator[None]:
-    """Let the file import what stands beside it, as a script can."""
+    """Let the file import the modules next to it, as a script can."""
     folder = str(file.parent)
     sys.path.insert(0, folder)
     try:
@@ -183,9 +182,9 @@ def _read(file: Path, name: str) -> bytes:
     try:
         return file.read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise UserError(f"{file} does not exist: {short(name)} was to be found in that file") from None
+        raise UserError(f"{file} does not exist: it should define {short(name)}") from None
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): {short(name)} was to be found in it") from None
+        raise UserError(f"{file} cannot be read ({error.strerror}): it should define {short(name)}") from None
 
 
 def _line_of(file: Path, error: BaseException) -> str:

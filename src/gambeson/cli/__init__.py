@@ -1,4 +1,4 @@
-"""The command line: commands and nothing else; each is a thin call into the library."""
+"""The command line; every command is a thin call into the library."""
 
 from gambeson.cli.app import main
 

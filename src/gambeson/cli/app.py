@@ -1,11 +1,12 @@
-"""The ``gambeson`` command: where errors become one sentence and an exit code.
+"""The ``gambeson`` command, which turns errors into one sentence and an exit code.
 
-No file of this package imports the library, and torch with it, before a command runs: help must not wait for them.
+No file of this package imports the library, and hence torch, before a command runs, so that help is fast.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -14,10 +15,10 @@ from gambeson.cli import attack, audit, bench, data, export, quickstart, report,
 from gambeson.cli.list import list_ as list_things
 
 MISTAKE, STOPPED = 2, 130
-"""Exit codes of a mistake that the user can mend, and after Ctrl-C, as shells have it."""
+"""Exit codes of an error that the user can fix, and of Ctrl-C as in shells."""
 
 app = typer.Typer(
-    help="Attack, harden and honestly judge vision models.",
+    help="Attack, harden and audit vision models.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -38,8 +39,23 @@ app.add_typer(testbed.app, name="testbed")
 app.add_typer(bench.app, name="bench")
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gambeson {gb.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """Attack, harden and honestly judge vision models."""
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 2 a mistake that the user can mend, 130 stopped by Ctrl-C."""
+    """Run the command line and exit: 0 done, 2 an error that the user can fix, 130 stopped by Ctrl-C."""
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -49,7 +65,7 @@ def run(arguments: list[str]) -> int:
         app(args=arguments, prog_name="gambeson")
     except SystemExit as end:
         if end.code == STOPPED:
-            typer.echo("stopped: nothing finished is lost; the same command goes on from here", err=True)
+            typer.echo("stopped: finished work is kept; the same command resumes from here", err=True)
         return int(end.code or 0)
     except gb.UserError as error:
         typer.echo(f"error: {error}", err=True)

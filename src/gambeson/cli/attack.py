@@ -1,4 +1,4 @@
-"""``gambeson attack``: perturb test images one by one."""
+"""``gambeson attack``: per-image attacks."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def attack(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Attack a model image by image; store the images that broke it.
+    """Attack a model with a per-image attack or the standard suite; store the adversarial images.
 
-    Any other setting of the attack is given as --set settings.NAME=VALUE.
+    Other settings of the attack are given as --set settings.NAME=VALUE.
 
     Example: `gambeson attack --model runs/x --data cifar10 --attack pgd --eps 8/255`
     """
@@ -73,7 +73,7 @@ def attack(
         return
     console.print(f"clean accuracy {result.clean}, under {name} {result.robust} of {result.robust.n} test images")
     console.print(
-        f"{result.success} of the {result.success.n} images that were right when clean fell; "
+        f"{result.success} of the {result.success.n} images that were correct when clean were broken; "
         f"norms at most {result.largest:.4g}, mean {result.mean:.4g}"
     )
     for part in result.rounds:
@@ -81,4 +81,4 @@ def attack(
             f"  {part.attack}: broke {part.broken} of {part.tried}, "
             f"{part.cost.forwards:,} forwards and {part.cost.backwards:,} backwards of an image"
         )
-    console.print(f"everything is in {folder}")
+    console.print(f"results are in {folder}")

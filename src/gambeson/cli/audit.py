@@ -1,4 +1,4 @@
-"""``gambeson audit``: is this model broken by one pattern, and can the answer be trusted?"""
+"""``gambeson audit``: audits of a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gambeson.cli.tables import audit_table, plan_table
 
 def audit(
     model: Annotated[str | None, typer.Argument(help="Folder of a training run, or another model: see above.")] = None,
-    data: Annotated[str | None, typer.Option(help="Data set; else the one the run was trained on.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data set (default: that of the training run).")] = None,
     suite: Annotated[
         str | None, typer.Option(help="quick, standard or full: from minutes to hours (standard).")
     ] = None,
@@ -23,14 +23,14 @@ def audit(
     norm: Annotated[str | None, typer.Option(help="inf or 2.")] = None,
     budget: Annotated[
         int | None,
-        typer.Option(help="Black boxes: the most images to ask about, over the whole audit (no limit).", min=1),
+        typer.Option(help="Black boxes: maximum number of images to query over the whole audit (no limit).", min=1),
     ] = None,
     surrogate: Annotated[
         str | None,
-        typer.Option(help="Model to transfer from: auto trains a small one, none leaves it out, or a model's name."),
+        typer.Option(help="Model to transfer from: auto trains a small one, none omits transfer, or a model's name."),
     ] = None,
-    label: Annotated[str | None, typer.Option(help="What tables call the model.")] = None,
-    only_plan: Annotated[bool, typer.Option("--plan", help="Only count and print what the audit will cost.")] = False,
+    label: Annotated[str | None, typer.Option(help="Name of the model in tables.")] = None,
+    only_plan: Annotated[bool, typer.Option("--plan", help="Print an upper bound on the cost and exit.")] = False,
     config: ConfigFile = None,
     set_: Set = None,
     out: Out = None,
@@ -38,7 +38,7 @@ def audit(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Attack a model with universal perturbations and judge what came out.
+    """Audit a model: universal and per-image attacks, controls, diagnostics and a verdict.
 
     MODEL is the folder of a training run or a weights file (.safetensors); an architecture, whose weights come from a
     file as NAME@FILE.safetensors: a name of this library, torchvision:NAME, torchvision:NAME@WEIGHTS, timm:NAME,
@@ -87,5 +87,5 @@ def audit(
     for note in found.results.notes:
         console.print(f"note: {note}")
     if found.results.subject.black_box:
-        console.print(f"asked about {images_asked(folder)} images in all")
+        console.print(f"{images_asked(folder)} images queried in total")
     console.print(f"next: gambeson report {folder}")

@@ -1,4 +1,4 @@
-"""``gambeson bench``: how fast attacks and training are on this machine."""
+"""``gambeson bench``: speed of attacks and training on this machine."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gambeson.cli.options import Device, Json, print_json, progress
 if TYPE_CHECKING:
     from gambeson.studies import BenchResult
 
-app = typer.Typer(help="Time attacks and training side by side with the plain loops.", no_args_is_help=True)
+app = typer.Typer(help="Time attacks and training against plain loops.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """Time attacks and training side by side with the plain loops."""
+    """Time attacks and training against plain loops."""
 
 
 Model = Annotated[str, typer.Option(help="Architecture.")]
@@ -41,7 +41,7 @@ def attacks(
     out: OutFile = None,
     as_json: Json = False,
 ) -> None:
-    """Time PGD against the plain loop, in turns; report medians of ratios.
+    """Time PGD and a plain loop alternately; report medians of ratios.
 
     Example: `gambeson bench attacks --rounds 7`
     """
@@ -67,7 +67,7 @@ def training(
     out: OutFile = None,
     as_json: Json = False,
 ) -> None:
-    """Time a step of adversarial training against the plain loop, in turns; report medians of ratios.
+    """Time a step of adversarial training and a plain loop alternately; report medians of ratios.
 
     Example: `gambeson bench training --model resnet18 --rounds 7`
     """

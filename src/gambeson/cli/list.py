@@ -1,4 +1,4 @@
-"""``gambeson list``: what there is by name, of this library and of installed packages."""
+"""``gambeson list``: registered names, of this library and of installed packages."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ if TYPE_CHECKING:
 
 
 class Kind(StrEnum):
-    """What can be listed."""
+    """Kinds of entries."""
 
     attacks = "attacks"
     defenses = "defenses"
     models = "models"
     data = "data"
     diagnostics = "diagnostics"
+    tasks = "tasks"
 
 
 def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
-    name: Annotated[str | None, typer.Argument(help="One of them, with its settings; FILE.py:NAME too.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show one entry with its settings; also FILE.py:NAME.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List attacks, defences, models, data sets or diagnostics by name, those of installed packages among them.
+    """List attacks, defences, models, data sets, diagnostics or tasks by name, those of installed packages among them.
 
     Example: `gambeson list attacks`
 
@@ -56,6 +57,8 @@ def _registry(kind: Kind) -> Any:
         from gambeson.models.registry import MODELS as REGISTRY
     elif kind is Kind.data:
         from gambeson.data.registry import SETS as REGISTRY
+    elif kind is Kind.tasks:
+        from gambeson.tasks.registry import TASKS as REGISTRY
     else:
         from gambeson.auditing.diagnostics.base import LOOKS as REGISTRY
     return REGISTRY

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how flags and YAML become one set of settings."""
+"""Options shared by several commands, and the merging of flags and YAML into settings."""
 
 from __future__ import annotations
 
@@ -14,29 +14,27 @@ import yaml
 from rich.console import Console
 
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.", show_default=True)]
-Device = Annotated[
-    str, typer.Option(help="Where to compute; auto takes the accelerator if there is one.", show_default=True)
-]
-Data = Annotated[str | None, typer.Option(help="Data set; else the one the (first) run was trained on.")]
+Device = Annotated[str, typer.Option(help="Device; auto uses the accelerator if there is one.", show_default=True)]
+Data = Annotated[str | None, typer.Option(help="Data set (default: that of the (first) training run).")]
 Eps = Annotated[str | None, typer.Option(help="Radius, such as 0.2 or 8/255.")]
 Norm = Annotated[str | None, typer.Option(help="Norm of the ball: inf, 2 or, for some attacks, 1.")]
-EotSamples = Annotated[int | None, typer.Option(help="Draws of a random model that every gradient is averaged over.")]
+EotSamples = Annotated[int | None, typer.Option(help="Samples of a random model that every gradient is averaged over.")]
 RunSeed = Annotated[int | None, typer.Option("--seed", help="Seed of every random draw (0).")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines; no progress.")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; a cut run goes on there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, without progress.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Output folder; an interrupted run resumes there.")]
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", "-c", help="YAML with settings, such as the run.yaml of a finished run."),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Any other setting, as name=value; dots go deeper: recipe.momentum=0.8"),
+    typer.Option("--set", help="Any other setting, as name=value, nested with dots: recipe.momentum=0.8"),
 ]
 
 
 @contextmanager
 def progress(as_json: bool) -> Iterator[Console]:
-    """Show progress on standard error, unless a machine reads along."""
+    """Show progress on standard error, unless the output is JSON."""
     from gambeson.base import show_progress
 
     console = Console(stderr=True, quiet=as_json)
@@ -48,14 +46,14 @@ def progress(as_json: bool) -> Iterator[Console]:
 
 
 def folder_beside(model: str, what: str) -> Path:
-    """Name a folder for what is done to a model: beside its own, or under ``runs`` where it has none."""
+    """Return the default output folder of a model: next to its own, or under ``runs`` if it has none."""
     if Path(model).exists():
         return Path(f"{model.removesuffix('/')}-{what}")
     return Path("runs") / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', model).strip('-')}-{what}"
 
 
 def put(settings: dict[str, Any], path: str, value: Any) -> None:
-    """Set ``path`` (dots go deeper) in nested settings, unless ``value`` is None: a flag that was not given."""
+    """Set the dotted ``path`` in nested settings, unless ``value`` is None (a flag that was not given)."""
     from gambeson.base import UserError
 
     if value is None:
@@ -72,14 +70,14 @@ def put(settings: dict[str, Any], path: str, value: Any) -> None:
 def chosen(
     config: Path | None, kind: str, flags: Mapping[str, Any], pairs: list[str] | None, device: str
 ) -> dict[str, Any]:
-    """Gather the settings of a run: those of ``--config``, over them the flags that were given, over these ``--set``.
+    """Merge the settings of a run: ``--config``, overridden by flags, overridden by ``--set``.
 
     Args:
         config: a YAML file.
-        kind: of run that it has to hold, such as ``train``.
-        flags: by path; None was not given.
+        kind: the expected kind of run, such as ``train``.
+        flags: by path; None if not given.
         pairs: of ``--set``.
-        device: ``auto`` leaves what the file says.
+        device: ``auto`` keeps that of the file.
     """
     from gambeson.base import pick_device, read_settings
 
@@ -93,7 +91,7 @@ def chosen(
 
 
 def put_all(settings: dict[str, Any], pairs: list[str] | None) -> None:
-    """Apply every ``--set name=value``; values are read as YAML, so that 0.1, true and [1, 2] mean what they say."""
+    """Apply every ``--set name=value``; values are parsed as YAML."""
     from gambeson.base import UserError
 
     for pair in pairs or []:
@@ -104,5 +102,5 @@ def put_all(settings: dict[str, Any], pairs: list[str] | None) -> None:
 
 
 def print_json(content: Any) -> None:
-    """Print JSON for machines."""
+    """Print JSON."""
     typer.echo(json.dumps(content, indent=2, sort_keys=True))

@@ -1,4 +1,4 @@
-"""``gambeson quickstart``: the main job on real data, in minutes."""
+"""``gambeson quickstart``: attack, harden and audit LeNet-5 on MNIST digits, in minutes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gambeson.cli.tables import audit_table
 
 
 def quickstart(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; a cut run goes on there.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder; an interrupted run resumes there.")] = Path(
         "runs/quickstart"
     ),
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Find a universal perturbation, harden the model, show both: LeNet on 5,000 digits, in minutes.
+    """Craft a universal perturbation, harden the model, and report both: LeNet-5 on 5,000 digits, in minutes.
 
     Example: `gambeson quickstart --out runs/quickstart`
     """

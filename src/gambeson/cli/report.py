@@ -1,4 +1,4 @@
-"""``gambeson report``: one page from finished audits."""
+"""``gambeson report``: an HTML page from finished audits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def report(
     audits: Annotated[list[Path], typer.Argument(help="Folders of finished audits on the same data.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="File to write (report.html in the first audit's folder)."),
+        typer.Option("--out", "-o", help="Output file (report.html in the first audit's folder)."),
     ] = None,
     as_json: Json = False,
 ) -> None:

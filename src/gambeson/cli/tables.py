@@ -1,4 +1,4 @@
-"""Results as a table for the terminal, narrow enough for 80 columns and three models."""
+"""Result tables for the terminal: 80 columns for three models."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: by the two largest of hours, minutes and seconds."""
+    """Format seconds by the two largest of hours, minutes and seconds."""
     hours, rest = divmod(round(seconds), 3600)
     minutes, left = divmod(rest, 60)
     if hours:
@@ -72,7 +72,7 @@ def plan_table(cost: AuditPlan) -> Table:
     for name in ("", "forwards", "gradients", "at most"):
         table.add_column(name, justify="right" if name else "left")
     for part in cost.parts:
-        if cost.seconds_of(part) == 0:  # what the suite leaves out
+        if cost.seconds_of(part) == 0:  # not in the suite
             continue
         table.add_row(part.name, f"{part.forwards:,}", f"{part.gradients:,}", duration(cost.seconds_of(part)))
     return table

@@ -1,4 +1,4 @@
-"""``gambeson testbed``: obfuscated models with known ground truth, and scoring an audit or an attack on them."""
+"""``gambeson testbed``: obfuscated models with known ground truth, and error rates of auditors on them."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def score(
         str,
         typer.Option(
             help="quick, standard or full: a suite of the audit; pgd: PGD of 20 steps alone; or FILE.py:FUNCTION, "
-            "your own function from (model, data) to True or False: is the model to be believed?"
+            "your own function from (model, data) to True or False: can the model be trusted?"
         ),
     ],
     data: DataOption = "digits",
-    models: Annotated[str | None, typer.Option(help="Names from the list, with commas between (all).")] = None,
+    models: Annotated[str | None, typer.Option(help="Names from the list, separated by commas (all).")] = None,
     out: Out = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Count how many obfuscated models an auditor misses, and how many honest ones it accuses.
+    """Measure how many obfuscated models an auditor misses, and how many honest ones it accuses.
 
     Example: `gambeson testbed score --auditor pgd --models "four grey levels,logits x 1e4,standard"`
 
@@ -75,11 +75,11 @@ def score(
     console.print(_table(found))
     for outcome in found.wrong():
         console.print(f"{outcome.wrong}: {outcome.name} ({outcome.kind})")
-    console.print(f"every judgement is in {folder / 'score.json'}")
+    console.print(f"all judgements are in {folder / 'score.json'}")
 
 
 def _names(text: str, data: str) -> list[str]:
-    """Split at commas, but for those inside a name."""
+    """Split at commas that are not inside a name."""
     from gambeson import testbed
 
     inside = [entry.name for entry in testbed.models(data) if "," in entry.name]

@@ -1,4 +1,4 @@
-"""``gambeson train``: train a model by a defence's objective."""
+"""``gambeson train``: training with or without a defence."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def train(
         str | None, typer.Option(help="A name of `gambeson list defenses`, or FILE.py:CLASS (standard).")
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     augment: Annotated[str | None, typer.Option(help="none, crop, crop-flip or imagenet.")] = None,
     eps: Annotated[
@@ -36,9 +36,7 @@ def train(
     sharedness: Annotated[int | None, typer.Option(help="Images that share a perturbation.")] = None,
     sigma: Annotated[float | None, typer.Option(help="Weight of the adversarial risk.")] = None,
     init: Annotated[Path | None, typer.Option(help="Weights to start from.")] = None,
-    only_plan: Annotated[
-        bool, typer.Option("--plan", help="Only measure and print what the training will cost.")
-    ] = False,
+    only_plan: Annotated[bool, typer.Option("--plan", help="Print an estimate of the cost and exit.")] = False,
     config: ConfigFile = None,
     set_: Set = None,
     out: Out = None,
@@ -46,7 +44,7 @@ def train(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Train a model, with a defence or without.
+    """Train a model with or without a defence.
 
     Flags override the YAML of --config; both build the same validated settings, which are stored in run.yaml.
 
@@ -95,7 +93,7 @@ def train(
     accuracy = history[-1]["validation_accuracy"]
     console.print(
         f"{trained.card.name} with {name} is in {folder}: "
-        f"{100 * accuracy:.1f} % of the validation images are right after {len(history)} epochs"
+        f"{100 * accuracy:.1f} % validation accuracy after {len(history)} epochs"
     )
     console.print(f"next: gambeson audit {folder}")
 
@@ -111,7 +109,7 @@ def _words(cost: TrainingCost, name: str) -> str:
 
 
 def _defense_of(config: Path | None, name: str | None) -> dict[str, Any]:
-    """The defence of the file, or one with defaults where another is named."""
+    """The defence of the file, or one with defaults if another is named."""
     from gambeson.base import read_settings
 
     stored = (read_settings(config, "train") if config else {}).get("defense", {})
@@ -122,7 +120,7 @@ def _defense_of(config: Path | None, name: str | None) -> dict[str, Any]:
 
 
 def _same(name: str, other: str) -> bool:
-    """Whether two names mean the same class, whatever its file held when one of them was stored."""
+    """Whether two names refer to the same class, ignoring stored hashes."""
     from gambeson.base import user_code
 
     if user_code.is_spelling(name) and user_code.is_spelling(other):
@@ -131,7 +129,7 @@ def _same(name: str, other: str) -> bool:
 
 
 def _default_eps(defense: dict[str, Any], dataset: Dataset) -> None:
-    """Give a defence that needs an eps the customary one of its data, where none was given."""
+    """Set the default eps for the data if a defence needs one and none was given."""
     from gambeson.defenses import needs_eps
 
     if "eps" not in defense and needs_eps(defense["name"]):

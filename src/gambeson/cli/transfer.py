@@ -1,4 +1,4 @@
-"""``gambeson transfer``: how far examples crafted on one model fool the others."""
+"""``gambeson transfer``: transfer tables between models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def transfer(
     ] = None,
     data: Data = None,
     attacks: Annotated[
-        str | None, typer.Option(help="Names, with commas between (fgsm,r-fgsm,step-ll,pgd,mi-fgsm).")
+        str | None, typer.Option(help="Names, separated by commas (fgsm,r-fgsm,step-ll,pgd,mi-fgsm).")
     ] = None,
     eps: Eps = None,
     norm: Norm = None,
@@ -81,4 +81,4 @@ def transfer(
             shown.add_row(label, *("" if rate is None else str(rate) for rate in row))
         shown.add_row("worst of the others", *("" if rate is None else str(rate) for rate in table.worst))
         console.print(shown)
-    console.print(f"errors without a perturbation: {', '.join(map(str, result.clean))}; the page is {page}")
+    console.print(f"clean errors: {', '.join(map(str, result.clean))}; the page is {page}")

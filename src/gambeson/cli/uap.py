@@ -1,4 +1,4 @@
-"""``gambeson uap``: craft universal perturbations, score them on any model, list their files."""
+"""``gambeson uap``: crafting, scoring and listing universal perturbations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gambeson.cli.options import Device, Json, Seed, Set, print_json, progress, 
 
 app = typer.Typer(help="Craft, score and list universal perturbations.", no_args_is_help=True)
 Model = Annotated[str, typer.Option(help="Folder of a training run, or its model.safetensors.")]
-Data = Annotated[str | None, typer.Option(help="Data set; else the one the run was trained on.")]
+Data = Annotated[str | None, typer.Option(help="Data set (default: that of the training run).")]
 
 
 @app.command("craft")
@@ -26,12 +26,12 @@ def craft(
     eps: Annotated[str, typer.Option(help="Radius, such as 0.2 or 10/255.")] = "10/255",
     norm: Annotated[str | None, typer.Option(help="Norm of the ball.")] = None,
     set_: Set = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("uap.safetensors"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output file.")] = Path("uap.safetensors"),
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Craft one perturbation for all images: on train, chosen on validation.
+    """Craft a universal perturbation on train, selected on validation.
 
     Example: `gambeson uap craft --model runs/x --eps 0.2 --out uap.safetensors`
     """
@@ -65,14 +65,14 @@ def craft(
 
 @app.command("score")
 def score(
-    file: Annotated[Path, typer.Argument(help="A perturbation's file.")],
+    file: Annotated[Path, typer.Argument(help="File of a perturbation.")],
     model: Model,
     data: Data = None,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score a perturbation on the test split of any model, beside its controls.
+    """Score a perturbation and its controls on the test split of any model.
 
     Example: `gambeson uap score uap.safetensors --model runs/x`
     """
@@ -88,7 +88,7 @@ def score(
         if tuple(uap.delta.shape[1:]) != test.shape:
             raise UserError(
                 f"{file} is a perturbation for images of {tuple(uap.delta.shape[1:])}, but {test.name} has "
-                f"{test.shape}: score it on images of its own size"
+                f"{test.shape}: score it on images of that size"
             )
         whole, test = test, uap.held_out(test)
         rates = {
@@ -116,10 +116,10 @@ def score(
 
 @app.command("list")
 def list_(
-    places: Annotated[list[Path], typer.Argument(help="Files, or folders to look in.")],
+    places: Annotated[list[Path], typer.Argument(help="Files or folders.")],
     as_json: Json = False,
 ) -> None:
-    """List perturbation files with where they come from.
+    """List perturbation files with their provenance.
 
     Example: `gambeson uap list runs`
     """
@@ -133,7 +133,7 @@ def list_(
         try:
             found.append((file, UniversalPerturbation.load(file)))
         except UserError:
-            if file in named:  # a folder may hold other files as well
+            if file in named:  # folders may contain other files
                 raise
     if as_json:
         print_json([{"file": str(file), **uap.about.plain()} for file, uap in found])

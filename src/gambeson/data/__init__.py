@@ -1,4 +1,4 @@
-"""Data sets as tensors or streams: named sets, pairs, image folders, and batched augmentation."""
+"""Data sets in memory or streamed from disk: named sets, pairs, image folders, torch data sets, and augmentation."""
 
 from gambeson.data.augment import KINDS, augment
 from gambeson.data.dataset import Dataset, as_dataset, as_split

@@ -1,4 +1,4 @@
-"""The random resized crop, for a whole batch at once."""
+"""Batched augmentation: random shifts, random resized crops and flips of whole batches on their device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from gambeson.base.errors import UserError, unknown_name
 
 AREA, ASPECT, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
-"""Share of the image's area; width over height; draws before the largest box in the middle stands in: torchvision's."""
+"""Share of the image's area; width over height; tries before falling back to the largest centred box
+(torchvision's)."""
 
 Boxes = torch.Tensor
 """(N, 4): top, left, height and width of each image's box, in pixels, float32 with whole values."""
@@ -20,7 +21,7 @@ Boxes = torch.Tensor
 def zoom(
     x: torch.Tensor, generator: torch.Generator, maps: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Enlarge a random box of every image to the image's size, and mirror it with probability 1/2.
+    """Resize a random box of every image to the image's size, and flip it horizontally with probability 1/2.
 
     Args:
         x: images (N, C, H, W).
@@ -42,7 +43,7 @@ def zoom(
 
 
 def draw_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Boxes:
-    """Draw a box an image: area uniform, logarithm of the aspect uniform, place uniform among those that fit."""
+    """Draw a box per image, uniform in area, in the logarithm of the aspect ratio, and in position."""
     device = generator.device
     areas, aspects = torch.rand(2, count, TRIES, generator=generator, device=device)
     areas = height * width * (AREA[0] + areas * (AREA[1] - AREA[0]))
@@ -50,9 +51,9 @@ def draw_boxes(count: int, height: int, width: int, generator: torch.Generator) 
     aspects = (low + aspects * (high - low)).exp()
     wide, high_ = (areas * aspects).sqrt().round(), (areas / aspects).sqrt().round()
     fits = (wide > 0) & (wide <= width) & (high_ > 0) & (high_ <= height)
-    first = fits.int().argmax(1, keepdim=True)  # the first of the tries that fits
+    first = fits.int().argmax(1, keepdim=True)  # the first try that fits
     wide, high_ = wide.gather(1, first)[:, 0], high_.gather(1, first)[:, 0]
-    # Where none does: the largest box of an aspect allowed, in the middle.
+    # Otherwise the largest centred box with an allowed aspect ratio.
     aspect = min(max(width / height, ASPECT[0]), ASPECT[1])
     none = ~fits.any(1)
     wide = wide.where(~none, torch.tensor(float(min(width, round(height * aspect))), device=device))
@@ -65,10 +66,10 @@ def draw_boxes(count: int, height: int, width: int, generator: torch.Generator) 
 
 
 def sampling_grid(boxes: Boxes, flips: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return where each output pixel is read, (N, H, W, 2) for ``grid_sample`` with aligned corners.
+    """Return the sampling position of each output pixel, (N, H, W, 2) for ``grid_sample`` with aligned corners.
 
-    Pixel centres are spread evenly over the box and held inside it, so that the result is that of cutting the box out
-    and resizing it bilinearly: enlarging needs no smoothing against aliases.
+    Pixel centres are evenly spaced over the box and clamped to it, which equals cropping the box and resizing it
+    bilinearly; enlarging needs no antialiasing.
     """
     rows = _axis(boxes[:, 0], boxes[:, 2], height)
     columns = _axis(boxes[:, 1], boxes[:, 3], width)
@@ -77,7 +78,7 @@ def sampling_grid(boxes: Boxes, flips: torch.Tensor, height: int, width: int) ->
 
 
 def _axis(start: torch.Tensor, length: torch.Tensor, size: int) -> torch.Tensor:
-    """Return the places (N, size) of the output along one axis, from -1, the first pixel's centre, to 1, the last's."""
+    """Return the positions (N, size) along one axis, from -1 (centre of the first pixel) to 1 (centre of the last)."""
     centres = (torch.arange(size, device=start.device) + 0.5)[None] * length[:, None] / size - 0.5
     pixels = start[:, None] + centres.clamp_min(0).minimum(length[:, None] - 1)
     return pixels * (2 / max(1, size - 1)) - 1
@@ -85,9 +86,9 @@ def _axis(start: torch.Tensor, length: torch.Tensor, size: int) -> torch.Tensor:
 
 KINDS = ("none", "crop", "crop-flip", "imagenet")
 PAD = 4
-"""Zeros around the image; a crop moves it by up to this many pixels each way, as is usual for CIFAR."""
+"""Zero padding around the image; a crop shifts it by up to this many pixels each way, as is usual for CIFAR."""
 IGNORED = -100
-"""What maps are padded with where no ignore index is given: the label that torch's losses skip by default."""
+"""Padding of label maps without an ignore index: the label that torch's losses ignore by default."""
 
 
 @overload
@@ -120,11 +121,11 @@ def augment(
             of the area and of an aspect from 3/4 to 4/3, enlarges it to the image's size, and mirrors as well: the
             augmentation of Szegedy et al. 2015 ("Going deeper with convolutions", section 6) as torchvision's
             RandomResizedCrop has it, except that the box is cut from the image as it comes, not from the whole
-            photograph before that is made square. We deviate so that images are decoded the same way for
-            every purpose, and augmented a batch at a time.
+            photograph before that is made square. The deviation lets images be decoded in one way for every purpose,
+            and augmented in batches.
         generator: the only source of randomness, on the device of ``x``.
         maps: label maps (N, H, W) that move with the images.
-        ignore_index: what comes into the maps at their edges; -100 if None.
+        ignore_index: padding of the maps; -100 if None.
 
     Returns:
         The images, new unless ``kind`` is "none"; with ``maps``, the pair (images, maps).
@@ -137,7 +138,7 @@ def augment(
     if generator.device.type != x.device.type:
         raise UserError(f"the generator is on {generator.device} and the images on {x.device}: make it on that device")
     if maps is not None and maps.shape != (len(x), *x.shape[2:]):
-        raise UserError(f"maps have shape {tuple(maps.shape)}: expected {(len(x), *x.shape[2:])}, one map an image")
+        raise UserError(f"maps have shape {tuple(maps.shape)}: expected {(len(x), *x.shape[2:])}, one map per image")
     if kind == "none":
         return x if maps is None else (x, maps)
     if kind == "imagenet":
@@ -154,7 +155,7 @@ def augment(
 
 def _move(x: torch.Tensor, shifts: torch.Tensor, flips: torch.Tensor | None, fill: int) -> torch.Tensor:
     padded = F.pad(x, (PAD,) * 4, value=fill)
-    # A strided view of all 9 x 9 crops of each image, (N, C, 9, 9, H, W); indexing copies one crop an image.
+    # A strided view of all 9 x 9 crops of each image, (N, C, 9, 9, H, W); indexing copies one crop per image.
     windows = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)
     crops = windows[torch.arange(len(x), device=x.device), :, shifts[0], shifts[1]]
     if flips is None:

@@ -1,4 +1,4 @@
-"""Bring whatever holds pixels and labels to tensors of the agreed shapes, or say what is wrong with it."""
+"""Conversion of arrays, pairs and label maps to tensors of the expected shapes, with errors that say what is wrong."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gambeson.base.checks import check_images
 from gambeson.base.errors import UserError
 
 IGNORED = (255, -1, -100)
-"""Labels that mark unlabelled pixels in the wild: VOC and Cityscapes masks, exporters, torch's default."""
+"""Labels commonly used for unlabelled pixels: VOC and Cityscapes masks, exporters, torch's default."""
 
 
 def as_images(images: Any) -> torch.Tensor:
-    """Return images as an (N, C, H, W) tensor, uint8 or float in [0, 1] as they came (never quantised).
+    """Return images as an (N, C, H, W) tensor, uint8 or float in [0, 1] as given (never quantised).
 
     Raises:
         UserError: another shape or type, pixels that are not finite, or pixels outside [0, 1].
@@ -52,21 +52,21 @@ def as_labels(labels: Any) -> torch.Tensor:
     if labels.ndim not in (1, 3):
         raise UserError(f"labels have shape {tuple(labels.shape)}: expected (N,) or (N, H, W)")
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise UserError(f"labels are {labels.dtype}: expected integers that count from 0; convert them to int64")
+        raise UserError(f"labels are {labels.dtype}: expected integers from 0; convert them to int64")
     return labels.to(torch.int64)
 
 
 def as_pair(images: Any, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return images and labels that belong together, on the images' device.
+    """Return matching images and labels, on the images' device.
 
     Raises:
-        UserError: as :func:`as_images` and :func:`as_labels`; or lengths or sizes that differ.
+        UserError: as :func:`as_images` and :func:`as_labels`; or different lengths or sizes.
     """
     images = as_images(images)
     labels = as_labels(labels).to(images.device)
     if len(images) != len(labels):
         raise UserError(
-            f"{len(images)} images came with {len(labels)} labels: expected one label or label map an image"
+            f"{len(images)} images came with {len(labels)} labels: expected one label or label map per image"
         )
     if labels.ndim == 3 and labels.shape[1:] != images.shape[2:]:
         sizes = [f"{of.shape[-2]}x{of.shape[-1]}" for of in (labels, images)]
@@ -77,7 +77,7 @@ def as_pair(images: Any, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def find_ignored(values: torch.Tensor) -> int | None:
     """Return the label that marks unlabelled pixels among the distinct ``values`` of label maps, or None.
 
-    255 is taken for a class only where the maps use most labels below it.
+    255 counts as a class only if the maps use most labels below it.
     """
     present = values.tolist()
     for ignored in IGNORED:
@@ -87,7 +87,7 @@ def find_ignored(values: torch.Tensor) -> int | None:
 
 
 def class_names(labels: torch.Tensor, ignore_index: int | None) -> tuple[str, ...]:
-    """Return the names "0", "1", ... up to the highest label, two at the least."""
+    """Return the names "0", "1", ... up to the highest label, at least two."""
     valid = labels if ignore_index is None else labels[labels != ignore_index]
     return tuple(str(label) for label in range(max(2, int(valid.max()) + 1 if valid.numel() else 0)))
 
@@ -99,7 +99,7 @@ def _tensor(values: Any, what: str) -> torch.Tensor:
         try:
             array = np.asarray(values)
             if array.dtype.kind in "iu" and array.dtype != np.uint8:
-                array = array.astype(np.int64)  # torch does not know every unsigned type
+                array = array.astype(np.int64)  # torch does not support every unsigned type
             if not (array.flags.writeable and array.flags.c_contiguous):
                 array = array.copy()  # a tensor may not share memory that is read-only or strided backwards
             return torch.as_tensor(array)

@@ -1,4 +1,4 @@
-"""A data set is three splits; anything a user has becomes one here."""
+"""Data sets: train, validation and test splits, made from anything a user passes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from gambeson.data.lazy import LazySplit
 from gambeson.data.partition import partition
 from gambeson.data.split import Split
 from gambeson.data.torch_dataset import from_items
+from gambeson.tasks import of as task_of
 
 PARTS = ("train", "validation", "test")
 Part = Literal["train", "validation", "test"]
@@ -23,20 +24,20 @@ Part = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class Dataset:
-    """Train to learn and craft on, validation to choose on, test to report on.
+    """Three splits: train to learn and craft on, validation to select on, test to report on.
 
     Raises:
         UserError: a split is empty or holds one class only, or the splits differ in shape or classes.
     """
 
     name: str
-    """What reports call the data set."""
+    """Name of the data set in reports."""
     train: Split
-    """What models and universal perturbations are made from."""
+    """For training models and crafting universal perturbations."""
     validation: Split
-    """What checkpoints and restarts are chosen on."""
+    """For selecting checkpoints and restarts."""
     test: Split
-    """What is reported; nothing is ever chosen on it."""
+    """For reported numbers; nothing is ever selected on it."""
     classes: tuple[str, ...]
     """The class names, in the order of the labels."""
 
@@ -76,12 +77,12 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are; the ignore index is none of them."""
+        """Number of classes, without the ignore index."""
         return len(self.classes)
 
 
 def as_split(data: Any, part: Part = "test") -> Split:
-    """Return one split of whatever a user has.
+    """Return one split of anything a user passes.
 
     Args:
         data: a Dataset (its ``part``), a Split (itself), an (images, labels) pair or a torch Dataset (all).
@@ -98,15 +99,15 @@ def as_split(data: Any, part: Part = "test") -> Split:
 
 
 def as_dataset(data: Any, *, size: int | None = None, workers: int | None = None) -> Dataset:
-    """Return a Dataset of whatever a user has; what is none yet is cut 70/15/15, stratified, always the same.
+    """Return a Dataset from anything a user passes, cut 70/15/15 (stratified, deterministic) unless it is one.
 
     Args:
         data: a Dataset (itself), a Split, an (images, labels) pair, or a torch Dataset.
         size: pixels that a torch Dataset's images are resized and cropped to, a square; None keeps them.
-        workers: processes that read a torch Dataset's items ahead, see :class:`LazySplit`.
+        workers: processes that prefetch a torch Dataset's items, see :class:`LazySplit`.
 
     Raises:
-        UserError: something else, or too little data for three splits with two classes each.
+        UserError: another type, or too little data for three splits with two classes each.
     """
     if isinstance(data, Dataset):
         return data
@@ -115,7 +116,7 @@ def as_dataset(data: Any, *, size: int | None = None, workers: int | None = None
 
 
 def cut(whole: Split, name: str, shares: Sequence[float]) -> Dataset:
-    """Cut one split into a Dataset; ``shares`` are those of validation and test, train gets the rest."""
+    """Cut one split into a Dataset; ``shares`` are those of validation and test."""
     counts = [max(2, round(len(whole) * share)) for share in shares]
     if sum(counts) >= len(whole):
         raise UserError(f"{name} has {len(whole)} images, too few for train, validation and test: give 7 or more")
@@ -125,13 +126,13 @@ def cut(whole: Split, name: str, shares: Sequence[float]) -> Dataset:
 
 
 def complete(splits: dict[str, Split], name: str, share: float, most: int | None = None) -> Dataset:
-    """Return a Dataset of the splits that there are; what is missing is cut from train, stratified, always the same.
+    """Return a Dataset of the given splits; missing ones are cut from train, stratified and deterministic.
 
     Args:
-        splits: by part, train among them.
+        splits: by part, including train.
         name: of the data set.
-        share: of train's images, for each part that is missing.
-        most: images that a missing part gets at the most.
+        share: of train's images, for each missing part.
+        most: maximum number of images of a missing part.
 
     Raises:
         UserError: too few images to cut from.
@@ -149,7 +150,7 @@ def complete(splits: dict[str, Split], name: str, share: float, most: int | None
 
 
 def settled(data: Dataset) -> Dataset:
-    """Read every split into memory, if all of them fit within :data:`MEMORY_LIMIT` together."""
+    """Read every split into memory if together they fit within :data:`MEMORY_LIMIT`."""
     splits = [getattr(data, part) for part in PARTS]
     lazies = [split for split in splits if isinstance(split, LazySplit)]
     if sum(split.nbytes for split in lazies) > lazy.MEMORY_LIMIT:
@@ -159,11 +160,11 @@ def settled(data: Dataset) -> Dataset:
 
 
 def from_pair(images: Any, labels: Any, name: str) -> Split:
-    """Build a split from a plain pair: numbered classes, and the usual ignore index of label maps."""
+    """Build a split from a pair, with numbered classes and the usual ignore index of label maps."""
     images, labels = as_images(images), as_labels(labels)
     if len(images) == 0:
         raise UserError("the pair (images, labels) is empty: expected one image at the least")
-    ignored = find_ignored(labels.unique()) if labels.ndim == 3 else None
+    ignored = None if task_of(labels).per_image_label else find_ignored(labels.unique())
     return Split(name, images, labels, None, ignored)
 
 
@@ -177,7 +178,7 @@ def is_pair(data: Any) -> bool:
 
 
 def _labels(split: Split) -> torch.Tensor:
-    # Lazy maps are on disk, and maps are not stratified anyway: any labels of the right length will do.
+    # Lazy maps are on disk, and maps are not stratified: any labels of the right length will do.
     return torch.zeros(len(split), 1, 1) if isinstance(split, LazySplit) and split.maps else split.labels
 
 

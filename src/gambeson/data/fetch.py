@@ -1,4 +1,4 @@
-"""Bytes from the network, checked before anything reads them."""
+"""Downloads, verified by digest before use."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from gambeson.base.errors import UserError
 from gambeson.data.formats import opening
 
 PATIENCE = 10
-"""Seconds without an answer after which a server is given up."""
+"""Seconds to wait for a silent server."""
 
 
 def check_digest(blob: bytes, expected: str, what: str, algorithm: str = "sha256") -> bytes:
     """Return ``blob`` if its digest is the expected one.
 
     Raises:
-        UserError: it is not; the message has both digests, the size and how the file starts.
+        UserError: it is not; the message has both digests, the size and the first bytes.
     """
     got = hashlib.new(algorithm, blob, usedforsecurity=False).hexdigest()
     if got != expected:
@@ -24,9 +24,9 @@ def check_digest(blob: bytes, expected: str, what: str, algorithm: str = "sha256
 
 
 def download(url: str, md5: str) -> bytes:
-    """Download a file whose md5 its publisher gives.
+    """Download a file with a published md5.
 
-    torchvision's downloader waits without limit for a silent server and prints; this one gives up soon.
+    Unlike torchvision's downloader this one times out, and prints nothing.
 
     Raises:
         UserError: the server cannot be reached, or sends something else.

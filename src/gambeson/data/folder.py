@@ -1,4 +1,4 @@
-"""Image folders: one sub-folder a class, with or without train, validation and test above them."""
+"""Image folders: one sub-folder per class, optionally below train, validation and test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gambeson.data.split import Batch, Split
 from gambeson.data.torch_dataset import UNREADABLE, fit, pil_tensor
 
 SIZE = 224
-"""Default side of the square that images are resized and cropped to: what ImageNet models expect."""
+"""Default side of the square that images are resized and cropped to: the size ImageNet models expect."""
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 PART_FOLDERS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
 SHARE = 0.15
@@ -30,7 +30,7 @@ class Files:
     """
 
     def __init__(self, paths: list[Path], labels: torch.Tensor, size: int) -> None:
-        # One array: of a million Path objects every worker would come to hold a copy, by their reference counts.
+        # One array: reference counting would make every worker copy a million Path objects.
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels, self.size = labels, size
 
@@ -41,28 +41,28 @@ class Files:
             with Image.open(path) as image:
                 pixels = pil_tensor(ImageOps.exif_transpose(image), grey=False)
         except UNREADABLE as error:
-            raise UserError(f"{path} cannot be read as an image ({error}): replace it or take it out") from None
+            raise UserError(f"{path} cannot be read as an image ({error}): replace or remove it") from None
         return fit(pixels, self.size), self.labels[number]
 
 
 def load_folder(path: Path, size: int | None = None, workers: int | None = None) -> Dataset:
     """Load PATH/train, PATH/val (or validation) and PATH/test, or class folders directly under PATH.
 
-    A part that is missing is cut from train, stratified, 15 % of it each; without parts all is cut 70/15/15.
+    Missing splits are cut from train, stratified, 15 % each; without splits everything is cut 70/15/15.
 
     Args:
         path: the folder.
         size: side of the square, in pixels; 224 by default.
-        workers: processes that read the images ahead, see :class:`LazySplit`.
+        workers: processes that prefetch the images, see :class:`LazySplit`.
 
     Raises:
-        UserError: no such folder, no class folders, no images, or classes that train does not have.
+        UserError: no such folder, no class folders, no images, or classes that train lacks.
     """
     size = SIZE if size is None else size
     if size < 1:
         raise UserError(f"size = {size}: expected a number of pixels, 1 or more")
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder: expected one with a sub-folder a class, or train, val and test")
+        raise UserError(f"{path} is not a folder: expected one with a sub-folder per class, or train, val and test")
     name = path.resolve().name
     folders = {part: _first(path, names) for part, names in PART_FOLDERS.items()}
     if folders["train"] is None:
@@ -85,21 +85,21 @@ def _scan(path: Path, name: str, classes: tuple[str, ...] | None, size: int, wor
     """List the images of the class folders under ``path``, in the order of their names."""
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
-        raise UserError(f"{path} has no sub-folders: expected one a class, with the images of that class in it")
+        raise UserError(f"{path} has no sub-folders: expected one per class, with the images of that class in it")
     found = tuple(folder.name for folder in folders)
     strangers = sorted(set(found) - set(classes or found))
     if strangers:
         raise UserError(
-            f"{path} has classes that train has not: {', '.join(strangers[:5])}; expected the same folders in both"
+            f"{path} has classes that train lacks: {', '.join(strangers[:5])}; expected the same folders in both"
         )
     known = classes or found
     paths, labels = [], []
     for folder in folders:
-        # os.walk asks the disk once a folder, not once a file.
+        # os.walk reads each folder once, not each file.
         within = (Path(above, file) for above, _, files in os.walk(folder) for file in files)
         files = sorted(file for file in within if file.suffix.lower() in ENDINGS)
         if not files:
-            raise UserError(f"{folder} holds no images ({', '.join(sorted(ENDINGS))}): add some or take the folder out")
+            raise UserError(f"{folder} holds no images ({', '.join(sorted(ENDINGS))}): add some or remove the folder")
         paths += files
         labels += [known.index(folder.name)] * len(files)
     truth = torch.tensor(labels)

@@ -1,4 +1,4 @@
-"""Readers of the plain bytes that data sets come in; nothing is unpacked to disk and no pickle is read."""
+"""Readers of data set files (idx, CIFAR binary, image sheets, tar); nothing is unpacked to disk, no pickle is read."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def read_cifar(blob: bytes, what: str, label_bytes: int = 1) -> tuple[torch.Tens
     record = label_bytes + 3 * 32 * 32
     if not blob or len(blob) % record:
         raise UserError(
-            f"{what} has {len(blob)} bytes: expected a multiple of {record}, one record an image; fetch it again"
+            f"{what} has {len(blob)} bytes: expected a multiple of {record}, one record per image; fetch it again"
         )
     rows = _tensor(blob).reshape(-1, record)
     return rows[:, label_bytes:].reshape(-1, 3, 32, 32).contiguous(), rows[:, label_bytes - 1].to(torch.int64)
 
 
 def read_sheet(blob: bytes, what: str) -> torch.Tensor:
-    """Read a picture that holds one square RGB image a row of pixels, as uint8 (N, 3, S, S).
+    """Read a picture with one square RGB image per row of pixels, as uint8 (N, 3, S, S).
 
     Raises:
         UserError: not a lossless RGB picture, or rows whose length is not a square number.
@@ -88,7 +88,7 @@ def read_sheet(blob: bytes, what: str) -> torch.Tensor:
         raise UserError(f"{what} has mode {mode}: expected RGB")
     side = math.isqrt(pixels.shape[1])
     if side * side != pixels.shape[1]:
-        raise UserError(f"{what} has rows of {pixels.shape[1]} pixels: expected a square number, one image a row")
+        raise UserError(f"{what} has rows of {pixels.shape[1]} pixels: expected a square number, one image per row")
     return torch.from_numpy(pixels).reshape(-1, side, side, 3).permute(0, 3, 1, 2).contiguous()
 
 
@@ -103,17 +103,17 @@ def read_labels(blob: bytes, what: str) -> torch.Tensor:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{what} is not valid JSON ({error}): fetch it again") from None
     if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise UserError(f"{what} is not a JSON list of integers: expected one label an image")
+        raise UserError(f"{what} is not a JSON list of integers: expected one label per image")
     return torch.tensor(values, dtype=torch.int64)
 
 
 def read_members(blob: bytes, names: Iterable[str], what: str) -> dict[str, bytes]:
-    """Return the named members of a tar archive, compressed or not, by reading them where they lie.
+    """Return the named members of a tar archive, compressed or not, without extracting it.
 
-    Nothing is written, so no member's path can lead anywhere; links are refused.
+    Nothing is written, so paths of members cannot escape; links are refused.
 
     Raises:
-        UserError: not a tar archive, cut short, or a member is missing or no plain file.
+        UserError: not a tar archive, cut short, or a member is missing or not a plain file.
     """
     wanted = set(names)
     found: dict[str, bytes] = {}
@@ -132,7 +132,7 @@ def read_members(blob: bytes, names: Iterable[str], what: str) -> dict[str, byte
 
 
 def opening(blob: bytes) -> str:
-    """Say how large a file is, how it starts and, where that tells, what it is instead."""
+    """Describe a file by its size, its first bytes and, if recognised, its type."""
     head = blob[:16]
     looks = blob[:256].lstrip().lower()
     kind = ""

@@ -1,4 +1,4 @@
-"""A split too large for memory: the same interface, with items loaded when they are asked for, or just before."""
+"""Splits too large for memory: the interface of a split, with items loaded on demand or prefetched."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from gambeson.data.split import Batch, Indices, Split, delivered, moments
 from gambeson.tasks import of as task_of
 
 SAMPLE = 10_000
-"""Images that the mean and the deviation are taken over at the most: reading all would cost as much as an epoch."""
+"""Maximum number of images for the mean and standard deviation: reading all would cost as much as an epoch."""
 MEMORY_LIMIT = 4 * 2**30
-"""Bytes of images that are kept in memory; a larger set stays on disk."""
+"""Maximum bytes of images kept in memory; larger sets stay on disk."""
 
 
 class LazySplit(Split):
-    """A split that loads its items on demand; every method of :class:`Split` works, ``images`` apart.
+    """A split that loads its items on demand; it supports everything that :class:`Split` does except ``images``.
 
     Args:
-        name: what reports call it.
+        name: its name in reports.
         fetch: loads one item: number -> (image (C, H, W), label () or (H, W)); called from several threads and
-            processes at once, and must give the same item every time.
-        labels: (N,), known beforehand; or the number of items N, when labels are maps read with the images.
+            processes, and must be deterministic.
+        labels: (N,); or the number of items N if labels are maps read with the images.
         classes: the class names.
-        ignore_index: a label that counts nowhere, or None.
-        workers: processes that read ahead in :meth:`walk` and :meth:`batches`; 0: threads; None: as many as
-            :func:`default_workers` finds fit, whenever a walk begins.
+        ignore_index: label that is ignored everywhere, or None.
+        workers: processes that prefetch in :meth:`walk` and :meth:`batches`; 0: threads; None: :func:`default_workers`,
+            evaluated at the start of each walk.
 
     Raises:
         UserError: no items, labels without a class, or as ``fetch``.
@@ -62,15 +62,15 @@ class LazySplit(Split):
 
     @property
     def images(self) -> torch.Tensor:
-        """Refused: the images do not fit; :meth:`take` and :meth:`batches` load the ones that are needed."""
+        """Not supported: the images do not fit in memory; use :meth:`take` and :meth:`batches`."""
         raise UserError(
-            f"the images of {self.name} are too large to stand in memory together: use take(indices), "
+            f"the images of {self.name} do not fit in memory together: use take(indices), "
             "batches(batch_size) or a smaller subset(indices).eager()"
         )
 
     @property
     def labels(self) -> torch.Tensor:
-        """Labels, int64 (N,); label maps are refused as images are."""
+        """Labels, int64 (N,); not supported for label maps, as for images."""
         if self._known is None:
             return self.images
         return self._known
@@ -88,7 +88,7 @@ class LazySplit(Split):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all images would take in memory."""
+        """Size of all images in memory, in bytes."""
         return self._first.nbytes * len(self)
 
     @property
@@ -103,7 +103,7 @@ class LazySplit(Split):
         return len(self._items)
 
     def eager(self) -> Split:
-        """Load everything, once, into a plain split."""
+        """Load everything into a plain split."""
         images = self._first.new_empty(len(self), *self.shape)
         labels, at = [], 0
         for some, truths in self._chunks():
@@ -113,9 +113,9 @@ class LazySplit(Split):
         return Split(self.name, images, torch.cat(labels), self.classes, task=self.task)
 
     def walk(self, parts: Iterable[Indices], device: torch.device | str | None = None) -> Iterator[Batch]:
-        """Take parts of the split one after another, and read the next ones while the caller computes.
+        """Take parts of the split in turn, prefetching the next ones while the caller computes.
 
-        Each item is loaded once. The workers end with the walk: when it is through, left or broken off.
+        Each item is loaded once. The workers end with the walk, however it ends.
         """
         target = self.device if device is None else torch.device(device)
         for images, labels in self._read(parts, target):
@@ -157,5 +157,5 @@ class LazySplit(Split):
 
 
 def settle(split: LazySplit) -> Split:
-    """Return the split in memory, if it is within :data:`MEMORY_LIMIT`, else as it is."""
+    """Return the split in memory if it is within :data:`MEMORY_LIMIT`, else unchanged."""
     return split.eager() if split.nbytes <= MEMORY_LIMIT else split

@@ -1,4 +1,4 @@
-"""From a recipe to tensors on disk, and from those to a Dataset."""
+"""Loading of data sets by name: prepare the tensors on disk, then build the Dataset."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ Stored = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
 def stored_file(name: str, root: Path) -> Path:
-    """Return where the prepared tensors of a data set stand."""
+    """Return the file with the prepared tensors of a data set."""
     return root / f"{name}.safetensors"
 
 
 def prepare(recipe: DatasetSpec, root: Path) -> Stored:
-    """Return a data set's tensors and what is known about them, from disk or by the first way that works.
+    """Return a data set's tensors and their metadata, from disk or from the first source that works.
 
     Raises:
-        UserError: every way failed, or the result cannot be stored.
+        UserError: every source failed, or the result cannot be stored.
     """
     file = stored_file(recipe.name, root)
     if file.is_file():
@@ -43,7 +43,7 @@ def prepare(recipe: DatasetSpec, root: Path) -> Stored:
             check_content(recipe, tensors)
             return tensors, about
         except UserError:
-            pass  # damaged, or of another make: prepared again and replaced
+            pass  # damaged, or from another source: prepared again and replaced
     failures: list[str] = []
     for way in recipe.ways:
         try:
@@ -75,7 +75,7 @@ def prepare(recipe: DatasetSpec, root: Path) -> Stored:
 
 
 def check_content(recipe: DatasetSpec, tensors: dict[str, torch.Tensor]) -> None:
-    """Refuse tensors that are not the data set: names, counts, shape, types and labels.
+    """Raise unless the tensors are those of the data set: names, counts, shapes, types and labels.
 
     Raises:
         UserError: the first thing that differs.
@@ -95,7 +95,7 @@ def check_content(recipe: DatasetSpec, tensors: dict[str, torch.Tensor]) -> None
 
 
 def build(recipe: DatasetSpec, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> Dataset:
-    """Cut a prepared data set into its splits, the same way on every machine."""
+    """Cut a prepared data set into its splits, identically on every machine."""
     name = recipe.name
     given = recipe.classes or about.get("classes") or ()
     classes = tuple(given) if len(given) == recipe.num_classes else tuple(map(str, range(recipe.num_classes)))
@@ -122,48 +122,48 @@ TORCHVISION = "torchvision:"
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the catalogue."""
+    """One entry of the catalogue."""
 
     name: str
-    """What :func:`load` takes."""
+    """Name to pass to :func:`load`."""
     description: str
     train: int
-    """Images to train on, validation taken off."""
+    """Training images, without validation."""
     validation: int
     test: int
     shape: tuple[int, ...]
-    """Channels, height, width; empty where that is not known before loading."""
+    """Channels, height, width; empty if unknown before loading."""
     classes: int
     licence: str
-    """As the source states it."""
+    """As stated by the source."""
     ready: bool
-    """Whether it is on disk already, so that loading needs neither network nor other packages."""
+    """Whether it is on disk, so that loading needs neither a network nor other packages."""
     how: str
-    """Where it comes from otherwise."""
+    """Where it comes from."""
 
 
 def load(
     name_or_data: Any, root: str | Path | None = None, *, size: int | None = None, workers: int | None = None
 ) -> Dataset:
-    """Load a data set, fetching it first if need be.
+    """Load a data set, downloading it first if necessary.
 
-    Sets of up to 4 GiB are read into memory, larger ones stay on disk and are read ahead of the compute, each image
-    once a pass, whatever the number of workers.
+    Sets of up to 4 GiB are read into memory; larger ones stay on disk and are prefetched, each image once per pass for
+    any number of workers.
 
     Args:
         name_or_data: digits, mnist5k, mnist, fashion-mnist, cifar10, cifar100, image-folder:PATH or torchvision:NAME;
-            a name that an installed package has registered, or ``FILE.py:FUNCTION``, a function of the folder for
-            downloads that returns data; or an (images, labels) pair of tensors or arrays, a Split, or a torch Dataset
-            of (image, label) items, which are cut 70/15/15. A name may end in ``?size=64``.
-        root: the folder of downloads; by default $GAMBESON_DATA or ~/.cache/gambeson.
+            a name that an installed package has registered, or ``FILE.py:FUNCTION``, a function from the data folder to
+            data; or an (images, labels) pair of tensors or arrays, a Split, or a torch Dataset of (image, label) items,
+            which are cut 70/15/15. A name may end in ``?size=64``.
+        root: the data folder; by default $GAMBESON_DATA or ~/.cache/gambeson.
         size: side in pixels of the square that images are resized and centre-cropped to: those of a folder (224 by
             default), of torchvision's sets (by default 224 where they differ in size) or of a torch Dataset
             (unchanged by default).
-        workers: processes that read images ahead; 0: threads of this process; None: $GAMBESON_WORKERS, or else by the
-            number of cores, see :func:`gambeson.data.prefetch.default_workers`.
+        workers: processes that prefetch images; 0: threads of this process; None: $GAMBESON_WORKERS, else
+            :func:`gambeson.data.prefetch.default_workers`, see :func:`gambeson.data.prefetch.default_workers`.
 
     Raises:
-        UserError: an unknown name, data that cannot be had or is not valid, or a size for tensors.
+        UserError: an unknown name, data that is unavailable or invalid, or a size for tensors.
     """
     if workers is not None and workers < 0:
         raise UserError(f"workers = {workers}: expected a number of processes, 0 or more")
@@ -188,10 +188,10 @@ def load(
 
 
 def get(name: str, root: str | Path | None = None) -> Path:
-    """Fetch and prepare a named data set, unless it is there already; return the folder that holds it.
+    """Download and prepare a named data set if necessary; return its folder.
 
     Raises:
-        UserError: an unknown name, or every way to it failed; the message lists them.
+        UserError: an unknown name, or every source failed; the message lists them.
     """
     folder = data_root(root)
     if name.startswith(TORCHVISION):
@@ -205,10 +205,10 @@ def get(name: str, root: str | Path | None = None) -> Path:
 
 
 def catalog(root: str | Path | None = None) -> list[Entry]:
-    """List the named data sets; image-folder:PATH and torchvision:NAME come beside them.
+    """List the named data sets; image-folder:PATH and torchvision:NAME come in addition.
 
-    Of a data set from an installed package only its name, its description and the package are known before it is
-    loaded: its counts are 0.
+    For data sets from installed packages only the name, description and package are known before loading; their counts
+    are 0.
     """
     folder = data_root(root)
     return [_line(name, folder) for name in SETS.names()]
@@ -229,7 +229,7 @@ Name = Annotated[str, AfterValidator(canonical)]
 
 
 def data_root(root: str | Path | None) -> Path:
-    """Return the folder of downloads: the one given, else $GAMBESON_DATA, else ~/.cache/gambeson."""
+    """Return the data folder: ``root``, else $GAMBESON_DATA, else ~/.cache/gambeson."""
     return Path(root or os.environ.get("GAMBESON_DATA") or "~/.cache/gambeson").expanduser()
 
 
@@ -277,7 +277,7 @@ def _called(entry: Registered[Any], root: Path) -> Any:
     """Call the function that loads a data set.
 
     Raises:
-        UserError: a user's file fails, told with its line; or a name comes back, which may have no end.
+        UserError: a user's file fails, with its line; or it returns a name, which could recurse without end.
     """
     if user_code.is_spelling(entry.name):
         file = user_code.file_of(entry.name)
@@ -291,10 +291,10 @@ def _called(entry: Registered[Any], root: Path) -> Any:
 
 
 def _named(data: Dataset, name: str) -> Dataset:
-    """Call a data set by the name that it was asked for, where it has none of its own."""
+    """Give a data set without a name the name it was requested by."""
     name = user_code.short(name)
     if data.name != "data":
         return data
-    for part in PARTS:  # cut just now, so that nobody else holds them
+    for part in PARTS:  # just cut, so nothing else refers to them
         getattr(data, part).name = f"{name}/{part}"
     return replace(data, name=name)

@@ -1,4 +1,4 @@
-"""Images that stand on both sides of a split: left out where they are few, refused where they are many."""
+"""Images shared between splits: left out if few, refused if many."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from gambeson.data.dataset import Dataset
 from gambeson.data.split import SplitT
 
 SHARED = 0.05
-"""Largest share of equal images, of the smaller side, that may be chance. Ours: real data sets hold the same picture
-in train and test now and then, by far less than this; a split that was given twice shares nearly all."""
+"""Largest share of equal images, of the smaller split, that counts as chance (ours): real data sets contain a few
+images in both train and test, far fewer than this; a split that was passed twice shares nearly all."""
 
 
 def held_out(split: SplitT, seen: torch.Tensor, those: str, remedy: str) -> SplitT:
-    """Return the split without the images that have been seen, so that a rate over it is one over unseen images.
+    """Return the split without the images that have been seen, so that rates over it are on unseen images.
 
-    Images are compared by their content (:func:`gambeson.data.split.image_hashes`), and counted once however often
-    they occur. Up to :data:`SHARED` of the smaller side they are left out; more are a mistake.
+    Images are compared by content (:func:`gambeson.data.split.image_hashes`), and duplicates count once. Up to
+    :data:`SHARED` of the smaller split are left out; more is an error.
 
     Args:
         split: the images to score.
-        seen: hashes of the images that were seen.
-        those: what the message calls them, after their number.
-        remedy: what the message advises.
+        seen: hashes of the seen images.
+        those: their name in the message, after their number.
+        remedy: advice in the message.
 
     Raises:
-        UserError: more images are shared than chance explains; the message has their number.
+        UserError: more images are shared than that; the message has their number.
     """
     own, seen = split.image_hashes.unique(), seen.cpu().unique()
     shared = int(torch.isin(own, seen).sum())
@@ -38,9 +38,9 @@ def held_out(split: SplitT, seen: torch.Tensor, those: str, remedy: str) -> Spli
 
 
 def disjoint(data: Dataset) -> Dataset:
-    """Return the data set with the validation images that are not in train, and the test images that are in neither.
+    """Return the data set without validation images that are in train, and test images that are in either.
 
-    The data set itself where its splits share nothing. Every image is read once.
+    Returns the same object if its splits share nothing. Every image is read once.
 
     Raises:
         UserError: two splits share more than :data:`SHARED` of the smaller one's images, see :func:`held_out`.

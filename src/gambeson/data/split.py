@@ -1,4 +1,4 @@
-"""Statistics of a split, gathered over its pieces so that they need little memory beside the data."""
+"""Splits: images with labels, their subsets, batches, statistics and content hashes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Pieces = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
 _BLOCK_BYTES = 2**20
-"""Pixels are hashed in blocks of this size, which stay in the processor's cache."""
+"""Block size for hashing, which fits the processor's cache."""
 
 
 def digests(pieces: Pieces, count: int) -> tuple[str, torch.Tensor]:
-    """Identify a split and each of its images, in one pass and however they are cut up.
+    """Hash a split and each of its images in one pass, independently of how it is cut into pieces.
 
     Returns:
         16 hex digits of a sha256 over images, labels, types and shapes; and :func:`image_hashes` of all images (N,).
@@ -44,12 +44,12 @@ def digests(pieces: Pieces, count: int) -> tuple[str, torch.Tensor]:
 
 
 def image_hashes(images: torch.Tensor) -> torch.Tensor:
-    """Hash the content of every image to 64 bits; the same on every machine and in every version, for it is stored.
+    """Hash the content of every image to 64 bits; stable across machines and versions, because hashes are stored.
 
-    Floats in [0, 1] are rounded to the nearest of 256 grey levels, so that they have the hash of their uint8 form.
-    Each 8 bytes of an image, with a key of their place added, go through the mixer of SplitMix64 (Steele et al. 2014),
-    and the sum of all goes through it again. Two different images share a hash by chance once in 2^64 pairs: among
-    50,000 images and 10,000 others never in practice. It is no protection against hashes that were forged.
+    Floats in [0, 1] are rounded to 256 levels, so that they have the hash of their uint8 form.
+    Each 8 bytes of an image plus a key of their position pass through the mixer of SplitMix64 (Steele et al. 2014), and
+    their sum passes through it again. Two different images collide once in 2^64 pairs: never in practice among 50,000
+    images and 10,000 others. The hash is not cryptographic.
 
     Args:
         images: (N, C, H, W), uint8 or float in [0, 1].
@@ -69,7 +69,7 @@ def image_hashes(images: torch.Tensor) -> torch.Tensor:
 
 
 def _mixed(values: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """Mix 64-bit words in place, modulo 2^64: every bit of the outcome depends on every bit of the word."""
+    """Mix 64-bit words in place, modulo 2^64: every output bit depends on every input bit."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         values ^= values >> np.uint64(shift)
         values *= np.uint64(factor)
@@ -88,7 +88,7 @@ def moments(pieces: Pieces, channels: int) -> tuple[tuple[float, ...], tuple[flo
             values = rows.double()
             first += values.sum(1).cpu()
             second += values.square().sum(1).cpu()
-        else:  # counting the 256 values is exact and needs no float copy of the data
+        else:  # counting the 256 values is exact and avoids a float copy of the data
             level = torch.arange(256, dtype=torch.float64) / 255
             counts = torch.stack([torch.bincount(row, minlength=256) for row in rows]).cpu().double()
             first += counts @ level
@@ -99,7 +99,7 @@ def moments(pieces: Pieces, channels: int) -> tuple[tuple[float, ...], tuple[flo
 
 
 CHUNK_BYTES = 64 * 2**20
-"""Statistics walk over a split in pieces of this size, so that they need little memory beside the data."""
+"""Piece size for statistics, so that they need little extra memory."""
 
 _CACHED = ("_digests", "_moments")
 SplitT = TypeVar("SplitT", bound="Split")
@@ -108,11 +108,11 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Split:
-    """Images with their labels, on one device. Treat it as read-only: its fingerprint is computed once.
+    """Images with their labels, on one device. Treat it as read-only: the fingerprint is cached.
 
     Args:
-        name: what reports call it, such as ``"fashion-mnist/test"``.
-        images: (N, C, H, W), uint8 or float in [0, 1]; a tensor or an array. Floats are kept as they are.
+        name: its name in reports, such as ``"fashion-mnist/test"``.
+        images: (N, C, H, W), uint8 or float in [0, 1]; a tensor or an array. Floats are kept unchanged.
         labels: integers, (N,) or (N, H, W).
         classes: the class names; by default the numbers up to the highest label.
         ignore_index: a label that counts nowhere, or None.
@@ -164,7 +164,7 @@ class Split:
 
     @property
     def device(self) -> torch.device:
-        """The device that :meth:`take` and :meth:`batches` deliver to unless told otherwise."""
+        """Default device of :meth:`take` and :meth:`batches`."""
         return self._device or self._home
 
     def __len__(self) -> int:
@@ -179,20 +179,20 @@ class Split:
 
         Args:
             indices: a LongTensor (M,) or a slice.
-            device: where the batch goes; by default where the split was sent. uint8 becomes float there.
+            device: of the batch; by default that of the split. uint8 becomes float there.
 
         Returns:
-            x (M, C, H, W) and y (M,) or (M, H, W): copies, so that changing them leaves the split alone.
+            x (M, C, H, W) and y (M,) or (M, H, W): copies that can be modified.
         """
         target = torch.device(device) if device is not None else self.device
         return delivered(*self._rows(indices), target, copy=isinstance(indices, slice))
 
     def walk(self, parts: Iterable[Indices], device: torch.device | str | None = None) -> Iterator[Batch]:
-        """Take parts of the split one after another, as :meth:`take` gives them.
+        """Yield parts of the split in turn, as :meth:`take` returns them.
 
         Args:
-            parts: the indices of each part, at least one a part.
-            device: where they go; by default where the split was sent.
+            parts: the indices of each part, at least one per part.
+            device: of the batches; by default that of the split.
         """
         for part in parts:
             yield self.take(part, device)
@@ -205,16 +205,16 @@ class Split:
         generator: torch.Generator | None = None,
         drop_last: bool = False,
     ) -> Iterator[Batch]:
-        """Walk over the split once, as :meth:`take` gives it.
+        """Iterate over the split once, in batches as :meth:`take` returns them.
 
         Args:
-            batch_size: images a batch; the last batch may be smaller.
-            device: where the batches go; by default where the split was sent.
-            generator: shuffles the walk, and is drawn from at the call; None keeps the order.
+            batch_size: images per batch; the last batch may be smaller.
+            device: of the batches; by default that of the split.
+            generator: shuffles the images, and is drawn from at the call; None keeps the order.
             drop_last: leave out a smaller last batch.
 
         Raises:
-            UserError: a batch size below 1, or one that leaves no batch at all.
+            UserError: a batch size below 1, or one that leaves no batch.
         """
         if batch_size < 1:
             raise UserError(f"batch_size = {batch_size}: expected 1 or more")
@@ -241,7 +241,7 @@ class Split:
         return other
 
     def sample(self: SplitT, count: int, *, seed: int = 0) -> SplitT:
-        """Return a subset of ``count`` images at most, drawn evenly over the classes; see :meth:`sample_indices`.
+        """Return a stratified random subset of at most ``count`` images; see :meth:`sample_indices`.
 
         Raises:
             UserError: a count below 1.
@@ -250,15 +250,15 @@ class Split:
         return self.subset(rows) if len(rows) < len(self) else self
 
     def sample_indices(self, count: int, *, seed: int = 0) -> torch.Tensor:
-        """Draw the images of a subset: every subset in this library is one of these.
+        """Draw a stratified random subset, the only kind of subset in this library.
 
-        The first images of a split are no sample of it, for folders are in order of class. Each class keeps its share,
-        by the method of largest remainders (:func:`gambeson.data.partition.stratified`); label maps are drawn without
-        regard to their classes.
+        The first images of a split are not a random sample, since folders are ordered by class. Each class keeps its
+        share, by the method of largest remainders (:func:`gambeson.data.partition.stratified`); label maps are not
+        stratified.
 
         Args:
-            count: how many images; all of them where the split has no more.
-            seed: of the draw: the same one gives the same images.
+            count: number of images; all if the split has no more.
+            seed: of the draw.
 
         Returns:
             Indices (min(count, N),), ascending, on the CPU.
@@ -267,7 +267,7 @@ class Split:
             UserError: a count below 1.
         """
         if count < 1:
-            raise UserError(f"a subset of {count} images of {self.name} was asked for: expected 1 or more")
+            raise UserError(f"a subset of {count} images of {self.name} was requested: expected 1 or more")
         strata = torch.zeros(len(self)) if self._strata is None else self._strata
         return stratified(strata, min(count, len(self)), stream(seed, "sample"))
 
@@ -285,9 +285,9 @@ class Split:
         return Split(self.name, images, self.labels, self.classes, task=self.task)
 
     def to(self: SplitT, device: torch.device | str) -> SplitT:
-        """Return the split with its tensors on ``device`` or, where they do not fit, its batches sent there.
+        """Return the split with its tensors on ``device`` or, if they do not fit, with its batches sent there.
 
-        On a GPU the tensors may fill half of the free memory at most.
+        On a GPU the tensors may use at most half of the free memory.
         """
         other = copy.copy(self)
         other._device = torch.device(device)
@@ -301,9 +301,9 @@ class Split:
 
     @property
     def image_hashes(self) -> torch.Tensor:
-        """A 64-bit hash of every image's content, int64 (N,) on the CPU; a float image has that of its uint8 form.
+        """64-bit content hash of every image, int64 (N,) on the CPU; float images have that of their uint8 form.
 
-        One pass over the split, at the first call.
+        Computed in one pass over the split, on first use.
         """
         return self._digests[1]
 
@@ -314,8 +314,8 @@ class Split:
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return the mean and the population standard deviation of each channel, in pixel units [0, 1].
 
-        Exact over the split, or, where that stays on disk, over a :meth:`sample` of 10,000 images; a channel that never
-        changes has a deviation of 0.
+        Exact over the split or, if it stays on disk, over a :meth:`sample` of 10,000 images; a constant channel has a
+        standard deviation of 0.
         """
         return self._moments
 
@@ -330,7 +330,7 @@ class Split:
 
     @property
     def _home(self) -> torch.device:
-        """The device that holds the tensors, and so the one for indices."""
+        """The device of the tensors, and hence of indices."""
         return self._images.device
 
     def _rows(self, indices: Indices) -> Batch:

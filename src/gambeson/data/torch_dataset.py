@@ -1,4 +1,4 @@
-"""A torch.utils.data.Dataset becomes a split: in memory if it fits, else lazily."""
+"""Splits from a torch.utils.data.Dataset: in memory if it fits, else lazy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gambeson.data.lazy import LazySplit, settle
 from gambeson.data.split import Batch, Split
 
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)
-"""What PIL raises for a file that is no image, is cut short, or would fill the memory."""
+"""Exceptions of PIL for a file that is not an image, is truncated, or would fill the memory."""
 
 
 class Items:
@@ -37,7 +37,7 @@ class Items:
             item = self.source[number]
         except UNREADABLE as error:
             raise UserError(
-                f"item {number} of the data set cannot be read ({error}): replace its file or take it out"
+                f"item {number} of the data set cannot be read ({error}): replace or remove its file"
             ) from None
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise UserError(f"item {number} of the data set is a {type(item).__name__}: expected a pair (image, label)")
@@ -47,16 +47,16 @@ class Items:
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known of a torch Dataset before its images are read."""
+    """Metadata of a torch Dataset, known before its images are read."""
 
     fetch: Items
     count: int
     labels: torch.Tensor | None
-    """(N,); None where the labels are maps, which are read with the images."""
+    """(N,); None if the labels are maps, which are read with the images."""
     values: torch.Tensor
     """The distinct labels."""
     names: tuple[str, ...]
-    """Class names that the source gives; maybe none."""
+    """Class names of the source; possibly empty."""
 
     def split(self, name: str, classes: tuple[str, ...], ignore_index: int | None, workers: int | None) -> LazySplit:
         """Return the split that reads the items."""
@@ -67,13 +67,13 @@ class Survey:
 def survey(
     source: Any, size: int | None, kept: tuple[str, ...] = ("targets",), classes: tuple[str, ...] = ()
 ) -> Survey:
-    """Find out about a torch Dataset; all items are read if it does not keep their labels.
+    """Inspect a torch Dataset; all items are read if it does not store their labels.
 
     Args:
         source: a map-style Dataset.
         size: as for :class:`Items`.
-        kept: names of attributes that may hold all labels.
-        classes: class names, where they are known: then label maps need not be read.
+        kept: names of attributes that may store all labels.
+        classes: class names, if known, so that label maps need not be read.
 
     Raises:
         UserError: it is empty or has no length, or its items are not (image, label).
@@ -99,7 +99,7 @@ def survey(
 
 
 def from_items(source: Any, size: int | None, name: str, workers: int | None = None) -> Split:
-    """Build a split from a torch Dataset, whose items are read by several threads or processes and must not change.
+    """Build a split from a torch Dataset; several threads or processes read its items, which must be deterministic.
 
     Raises:
         UserError: as :func:`survey`; or items of different shapes.
@@ -125,7 +125,7 @@ def image_tensor(image: Any) -> torch.Tensor:
 
 
 def pil_tensor(image: Image.Image, *, grey: bool) -> torch.Tensor:
-    """Return a PIL image as uint8 (1, H, W) or (3, H, W); 16-bit grey keeps its upper 8 bits."""
+    """Return a PIL image as uint8 (1, H, W) or (3, H, W); 16-bit grey images keep their upper 8 bits."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     pixels = torch.from_numpy(np.array(image.convert("L" if grey else "RGB")))
@@ -145,7 +145,7 @@ def label_tensor(label: Any) -> torch.Tensor:
 
 
 def fit(image: torch.Tensor, size: int | None, *, nearest: bool = False) -> torch.Tensor:
-    """Resize the shorter side to ``size`` pixels and cut the centre square; None changes nothing."""
+    """Resize the shorter side to ``size`` pixels and centre-crop to a square; None changes nothing."""
     if size is None or tuple(image.shape[-2:]) == (size, size):
         return image
     from torchvision.transforms.v2 import InterpolationMode, functional
@@ -158,11 +158,11 @@ def fit(image: torch.Tensor, size: int | None, *, nearest: bool = False) -> torc
 
 
 def _spelt(name: Any) -> str:
-    return ", ".join(map(str, name)) if isinstance(name, tuple) else str(name)  # ImageNet's come with synonyms
+    return ", ".join(map(str, name)) if isinstance(name, tuple) else str(name)  # ImageNet's names include synonyms
 
 
 def _targets(source: Any, fetch: Items, name: str) -> torch.Tensor | None:
-    """Return the labels that a data set keeps as ``name``, where they are what the items give."""
+    """Return the labels that a data set stores as ``name``, if they agree with the items."""
     targets = getattr(source, name, None)
     if targets is None or getattr(source, "target_transform", None) is not None:
         return None

@@ -1,4 +1,4 @@
-"""torchvision's image data sets by name: which of their parts is train, validation and test, and at which size."""
+"""torchvision's image data sets by name: their train, validation and test parts, and image sizes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from gambeson.data.split import Split
 from gambeson.data.torch_dataset import Survey, survey
 
 MOST = 5000
-"""Images that a part cut from train gets at the most, as for the named sets. The choice is ours."""
+"""Maximum number of images of a split cut from train, as for the named sets (ours)."""
 KEPT = ("targets", "labels", "_labels", "y", "_samples")
-"""Where torchvision's classes keep their labels; what is found there is compared with items."""
+"""Attributes in which torchvision's classes store labels; their values are compared with items."""
 VOC = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
@@ -28,16 +28,16 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """How one of torchvision's classes is called."""
+    """How to construct one of torchvision's data sets."""
 
     parts: dict[str, Settings] = field(default_factory=dict)
     """Arguments for each part; empty: the set has no parts and is cut 70/15/15."""
     size: int | None = SIZE
-    """Side of the square that images are brought to by default; None: they have one size already."""
+    """Default side of the square that images are resized to; None if they have one size."""
     downloads: bool = True
     """Whether torchvision can download it."""
     classes: tuple[str, ...] = ()
-    """Class names, where the class does not know them; for label maps always."""
+    """Class names if the torchvision class lacks them; always given for label maps."""
 
 
 def _by(key: str, train: Any, test: Any, validation: Any = None) -> dict[str, Settings]:
@@ -70,7 +70,7 @@ SETS = {
     "USPS": Source(parts=_by("train", True, False), size=None),
     "VOCSegmentation": Source(parts=_by("image_set", "train", "val"), classes=VOC),
 }
-"""What :func:`load_torchvision` takes. A set with a validation part and no other is reported on it: it is test, and
+"""The sets that :func:`load_torchvision` accepts. If a set has only a validation part, that part is used as test, and
 validation is cut from train."""
 OTHERWISE = {
     "CIFAR10": "cifar10",
@@ -79,23 +79,23 @@ OTHERWISE = {
     "FashionMNIST": "fashion-mnist",
     "ImageFolder": "image-folder:PATH",
 }
-"""Sets that have a name of their own here, which reads no pickles."""
+"""Sets that have their own name here, whose loader reads no pickles."""
 
 
 def load_torchvision(name: str, root: Path, size: int | None = None, workers: int | None = None) -> Dataset:
-    """Load one of torchvision's data sets from files that are there.
+    """Load one of torchvision's data sets from local files.
 
-    A part that is missing is cut from train, 15 % of it, 5,000 images at the most; without parts all is cut 70/15/15.
+    Missing splits are cut from train, 15 % but at most 5,000 images; without parts everything is cut 70/15/15.
 
     Args:
-        name: of the class, such as ``OxfordIIITPet``, in capitals or not.
-        root: torchvision's ``root`` argument; for ImageNet its folder ``imagenet``, where there is one.
+        name: of the class, such as ``OxfordIIITPet``; case is ignored.
+        root: torchvision's ``root`` argument; for ImageNet its sub-folder ``imagenet``, if present.
         size: side of the square that images and maps are resized and centre-cropped to, in pixels; by default 32 for
             GTSRB, 224 for other sets whose images differ in size, and unchanged for the rest.
-        workers: processes that read the images ahead, see :class:`LazySplit`.
+        workers: processes that prefetch the images, see :class:`LazySplit`.
 
     Raises:
-        UserError: an unknown name, or files that are missing, damaged or of another set.
+        UserError: an unknown name, or missing, damaged or mismatched files.
     """
     name, source = _source(name)
     if size is not None and size < 1:
@@ -116,7 +116,7 @@ def load_torchvision(name: str, root: Path, size: int | None = None, workers: in
 
 
 def fetch_torchvision(name: str, root: Path) -> Path:
-    """Have torchvision download a data set, unless it is there already; return the folder that holds it.
+    """Let torchvision download a data set if necessary; return its folder.
 
     Raises:
         UserError: an unknown name, a set that torchvision cannot download, or a download that failed.
@@ -131,7 +131,7 @@ def _source(name: str) -> tuple[str, Source]:
     small = {known.lower(): known for known in [*SETS, *OTHERWISE]}
     known = small.get(name.lower(), name)
     if known in OTHERWISE:
-        raise UserError(f"torchvision:{name} goes by the name {OTHERWISE[known]} here: use that")
+        raise UserError(f"torchvision:{name} is called {OTHERWISE[known]} here: use that name")
     if known in SETS:
         return known, SETS[known]
     if hasattr(torchvision_sets(), name):
@@ -143,7 +143,7 @@ def _source(name: str) -> tuple[str, Source]:
 
 
 def _folder(name: str, root: Path) -> Path:
-    # Only ImageNet's class expects train and val directly in its root; the others make a folder of their own there.
+    # Only ImageNet's class expects train and val directly in its root; the others create their own sub-folder.
     own = root / "imagenet"
     return own if name == "ImageNet" and own.is_dir() else root
 
@@ -162,11 +162,11 @@ def _open(name: str, root: Path, settings: Settings, download: bool) -> Any:
         if asked and not download:
             how = f"fetch it by `gambeson data get torchvision:{name}`, or {how}"
         said = " ".join(str(error).replace("You can use download=True to download it", "").split()).rstrip(".")
-        raise UserError(f"torchvision:{name} cannot be had from {folder} ({said}): {how}") from None
+        raise UserError(f"torchvision:{name} is not available in {folder} ({said}): {how}") from None
 
 
 def _classes(found: list[Survey]) -> tuple[str, ...]:
-    """Return the names that the parts agree on, else numbers up to the highest label of any."""
+    """Return the class names common to all parts, else numbers up to the highest label."""
     numbered = max((class_names(one.values, None) for one in found), key=len)
     names = {one.names for one in found}
     return names.pop() if len(names) == 1 and len(found[0].names) >= len(numbered) else numbered

@@ -1,4 +1,4 @@
-"""Defences, one file a paper: the objective that training minimises."""
+"""Defences, one file per paper, each an objective that training minimises."""
 
 from gambeson.defenses.combination import Combination
 from gambeson.defenses.ensemble import Ensemble

@@ -1,4 +1,4 @@
-"""Any combination: who shares and who crafts, what the slope is held to, what noise the model carries."""
+"""Combinations of a risk, Jacobian regularisation and learnt noise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gambeson.defenses.registry import AnyDefense, register
 
 @register("combination", cost="the sum of its parts")
 class Combination(Defense):
-    """The sum of a risk, a norm of the Jacobian and the reward that keeps learnt noise up; each may be left out.
+    """The sum of a risk, a Jacobian penalty and the regulariser of learnt noise; each is optional.
 
     In YAML::
 
@@ -27,17 +27,16 @@ class Combination(Defense):
           jacobian: {strength: 0.01}
           noise: {gamma: 1e-4, noise_from: 0}
 
-    Several members that vote, each of which learns so, are
-    ``{name: ensemble, members: 5, inner: {name: combination, ...}}``. A part of weight zero changes
-    nothing, bit for bit.
+    An ensemble whose members are trained this way is ``{name: ensemble, members: 5, inner: {name: combination, ...}}``.
+    A part of weight zero changes nothing, bit for bit.
     """
 
     risk: AnyDefense = Standard()
-    """Any defence of a single model without noise of its own."""
+    """Any defence of a single model without noise."""
     jacobian: Jacobian | None = None
-    """How the slope is held down; its own clean risk is left out, for the risk has one or is meant to have none."""
+    """The Jacobian penalty, without its clean risk."""
     noise: Learn2Perturb | None = None
-    """The learnt noise, when it begins and who moves when; its own risk is left out. Its ``eps`` may be left out."""
+    """The learnt noise and its schedule, without its risk; ``eps`` is optional."""
 
     def __init__(self, **fields: Any) -> None:
         noise = fields.get("noise")
@@ -51,7 +50,7 @@ class Combination(Defense):
             )
 
     def terms(self) -> dict[str, tuple[Weight, Term]]:
-        """Return those of the risk, and what is added."""
+        """The terms of the risk and the added ones."""
         found: dict[str, tuple[Weight, Term]] = dict(self.risk.terms())
         if self.jacobian is not None:
             found["jacobian"] = self.jacobian.terms()["jacobian"]
@@ -60,14 +59,14 @@ class Combination(Defense):
         return found
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Open every part for one model."""
+        """Build every part for one model."""
         if self.noise is not None:
-            self.noise.build_objective(context)  # puts the noise into a model that is not ours
+            self.noise.build_objective(context)  # adds the noise to a model without a card
         risk = self.risk.build_objective(context)
         if self.jacobian is None and self.noise is None:
             return risk
         if not risk.terms:
-            raise UserError(f"{type(self.risk).__name__} has no terms that could be added to: choose another risk")
+            raise UserError(f"{type(self.risk).__name__} has no terms to add to: choose another risk")
         found = dict(risk.terms)
         if self.jacobian is not None and self.jacobian.strength:
             found["jacobian"] = self.jacobian.build_objective(context).terms["jacobian"]
@@ -77,7 +76,7 @@ class Combination(Defense):
         return Learn2PerturbObjective(found, context.model, self.noise.noise_start, self.noise.update)
 
     def configure_model(self, model: nn.Module) -> None:
-        """Put noise into the model, where there is any."""
+        """Add the noise, if any, to the model."""
         self.risk.configure_model(model)
         if self.noise is not None:
             self.noise.configure_model(model)
@@ -91,16 +90,16 @@ class Combination(Defense):
         self.risk.check(batch_size)
 
     def with_source_models(self, load: Callable[[str], nn.Module]) -> Combination:
-        """Supply the risk."""
+        """Load the source models of the risk."""
         return self.model_copy(update={"risk": self.risk.with_source_models(load)})
 
     def fully_active_epoch(self, epochs: int) -> int:
-        """When the last of its parts has begun."""
+        """The epoch in which the last part starts."""
         return max(part.fully_active_epoch(epochs) for part in (self.risk, self.noise) if part is not None)
 
     @property
     def eps(self) -> float | None:
-        """The risk's radius, by which epochs are compared."""
+        """The risk's radius, used to compare epochs."""
         return getattr(self.risk, "eps", None)
 
     @property

@@ -1,4 +1,4 @@
-"""How the members of an ensemble take a training step: in turn, on threads, or as one batched computation."""
+"""Ensembles: members trained independently by any defence, in a loop, on threads or as one batched computation."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from gambeson.models.memory import check_memory, training_bytes
 from gambeson.threat import perturb
 
 Concurrency = Literal["loop", "threads", "stacked"]
-"""``loop``: one member after another, with the memory of one. ``threads``: the same on as many threads as the run has,
-each with one member; the fastest on a processor, with the memory of as many members. ``stacked``: one batched
-computation of all, for accelerators that one member does not fill; equal to the others within rounding."""
+"""``loop``: one member after another, with the memory of one. ``threads``: one thread per member, as many as the run
+has; the fastest on a CPU, with the memory of as many members. ``stacked``: one batched computation, for accelerators
+that one member does not fill; equal to the others up to rounding."""
 
 _COPIES = 0.99
 
@@ -45,17 +45,18 @@ _Step = tuple[Losses, set[nn.Parameter] | None, list[nn.Parameter], list[torch.T
 
 
 class PerMember(Objective):
-    """Every member's own objective on its own part of the batch: the sum, so that each moves as it would alone.
+    """The sum of every member's objective on its part of the batch, so that each is trained as it would be alone.
 
-    A member's gradients are taken as soon as its objective is known, and the loop's backward only hands them over: no
-    more than one member's graph (or one a thread) is ever alive.
+    Gradients of a member are computed together with its objective, and the loop's backward only passes them on, so that
+    at most one member's graph (or one per thread) exists at a time.
 
     Args:
-        objectives: one a member, opened for its voter.
+        objectives: one per member, built for its voter.
         voters: the members.
-        seeds: of their runs; the step's is ``derive(seed, "step", number)``, as in the loop. None: the batch's for all.
+        seeds: of their runs; the step's is ``derive(seed, "step", number)``, as in the loop. None: the batch's seed for
+            all.
         threads: members computed at the same time.
-        watched: images of a batch on which the diversity gain is taken, at the last step of an epoch; 0: never.
+        watched: images of a batch for the diversity gain, computed in the last step of an epoch; 0: never.
     """
 
     def __init__(
@@ -69,13 +70,13 @@ class PerMember(Objective):
     ) -> None:
         super().__init__({})
         self.each = nn.ModuleList(objectives)
-        self._voters = list(voters)  # a plain list: the model is no part of the objective's state
+        self._voters = list(voters)  # a plain list: the model is not part of the objective's state
         self._seeds = seeds
         self._threads = threads
         self._watched = watched
 
     def parts(self, batch: Batch) -> list[Batch]:
-        """Return every member's batch: its rows, with the seed that a run of its own would have."""
+        """Return every member's batch: its rows, with the seed of a separate run."""
         members = len(self._voters)
         seeds = [batch.seed] * members
         if self._seeds is not None:
@@ -98,7 +99,7 @@ class PerMember(Objective):
         return self._joined(found, torch.stack([losses["loss"] for losses in found]).sum())
 
     def optimizer_steps(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
-        """Let the members go through their phases together."""
+        """Take the phases of all members together."""
         streams: list[Iterator[tuple[Losses, set[nn.Parameter] | None]]] = [
             objective.optimizer_steps(voter, part)  # type: ignore[operator]
             for objective, voter, part in zip(self.each, self._voters, self.parts(batch), strict=True)
@@ -119,7 +120,7 @@ class PerMember(Objective):
             extra = {}
 
     def after_step(self, batch: Batch) -> None:
-        """Let every member's objective take its own step."""
+        """Call ``after_step`` of every member's objective."""
         for objective, part in zip(self.each, self.parts(batch), strict=True):
             objective.after_step(part)  # type: ignore[operator]
 
@@ -138,15 +139,15 @@ class PerMember(Objective):
             with ThreadPoolExecutor(self._threads, initializer=lambda: torch.set_num_threads(1)) as pool:
                 return list(pool.map(lambda job: job(), jobs))
         finally:
-            torch.set_num_threads(threads)  # what a later thread begins with
-            normalize.train(mode)  # the one module that all voters share
+            torch.set_num_threads(threads)  # the default of later threads
+            normalize.train(mode)  # shared by all voters
 
     def _job(self, voter: PixelModel, stream: Iterator[Any], device: torch.device) -> Callable[[], _Step | None]:
         kind = device.type
         lower, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
         def job() -> _Step | None:
-            with torch.autocast(kind, dtype=dtype, enabled=lower):  # a thread does not inherit it
+            with torch.autocast(kind, dtype=dtype, enabled=lower):  # not inherited by threads
                 phase = next(stream, None)
             if phase is None:
                 return None
@@ -155,7 +156,7 @@ class PerMember(Objective):
             for parameter in own:
                 parameter.grad = None
             with torch.autocast(kind, enabled=False):
-                losses["loss"].backward()  # not only to the weights: terms read gradients of their own
+                losses["loss"].backward()  # not only for the weights: some terms read other gradients
             gradients = [parameter.grad for parameter in own]
             for parameter in own:
                 parameter.grad = None
@@ -171,7 +172,7 @@ class Stacked(Objective):
     """One objective for all members, computed in one batched forward and backward.
 
     Args:
-        objective: a mean over rows, without a state; its draws are those of the joined batch.
+        objective: a stateless mean over rows; its draws are those of the joined batch.
         view: all members, see :class:`Parted`.
         voters: the members.
         watched: see :class:`PerMember`.
@@ -180,18 +181,18 @@ class Stacked(Objective):
     def __init__(self, objective: Objective, view: Parted, voters: Sequence[PixelModel], *, watched: int = 0) -> None:
         super().__init__({})
         self.objective = objective
-        self._view = (view,)  # in a tuple: the model is no part of the objective's state
+        self._view = (view,)  # in a tuple: the model is not part of the objective's state
         self._voters = list(voters)
         self._watched = watched
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
-        """Evaluate the objective; the mean over all rows is the mean over members, of which the sum is wanted."""
+        """Evaluate the objective, multiplied by the number of members to give their sum."""
         found = self.objective.losses(self._view[0], batch)
         return found | {"loss": found["loss"] * len(self._voters)} | watch(self._voters, batch, self._watched)
 
 
 class Parted(nn.Module):
-    """Pixels (M * N, C, H, W) to logits (M * N, K): part m of the rows is answered by member m."""
+    """Pixels (M * N, C, H, W) to logits (M * N, K): member m computes part m of the rows."""
 
     def __init__(self, model: PixelModel) -> None:
         super().__init__()
@@ -205,9 +206,9 @@ class Parted(nn.Module):
 
 
 def watch(voters: Sequence[PixelModel], batch: Batch, images: int) -> Losses:
-    """Return the diversity gain at the last step of an epoch, warning of copies; at other steps nothing.
+    """Return the diversity gain in the last step of an epoch, with a warning if members are copies; else nothing.
 
-    It is counted once for each step of the epoch, so that the mean that the loop logs is the value itself.
+    It is multiplied by the steps of the epoch, so that the logged mean is the value itself.
     """
     if not images or batch.step % batch.steps != batch.steps - 1:
         return {}
@@ -223,7 +224,7 @@ def watch(voters: Sequence[PixelModel], batch: Batch, images: int) -> Losses:
 
 
 class _Handed(torch.autograd.Function):
-    """A number whose gradients are known already."""
+    """A number with precomputed gradients."""
 
     @staticmethod
     def forward(
@@ -235,16 +236,16 @@ class _Handed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Hand the gradients over."""
+        """Return the gradients."""
         gradients, ctx.gradients = ctx.gradients, []
         return None, None, *[None if gradient is None else gradient.mul_(outer[0]) for gradient in gradients]
 
 
 class EnsembleDefense(Defense):
-    """What every ensemble has."""
+    """Base of the ensembles."""
 
     members: Annotated[int, Field(ge=1)] = 5
-    """Members M that vote; 1 is a single model. Ours: Co et al. 2022 is not known to say."""
+    """Number of members M; 1 is a single model (ours: the number in Co et al. 2022 is not known to us)."""
     average: Average = "probabilities"
     """How they vote."""
 
@@ -254,26 +255,26 @@ class EnsembleDefense(Defense):
         return self.members
 
     def configure_model(self, model: torch.nn.Module) -> None:
-        """Let the model vote as ``average`` says."""
+        """Set the model's average."""
         if isinstance(model, PixelModel) and isinstance(model.body, Members):
             model.body.average = self.average
             model.card = model.card.model_copy(update={"average": self.average})
 
 
 class IndependentEnsemble(EnsembleDefense):
-    """An ensemble whose members learn apart from one another: seeds, data orders and draws of their own.
+    """An ensemble with independently trained members: separate seeds, data orders and draws.
 
-    Member m moves exactly as the single run with the seed ``derive(seed, "member", m)`` does, bit for bit where the
-    model draws nothing in its forward.
+    Member m equals the single run with the seed ``derive(seed, "member", m)``, bit for bit if the model's forward is
+    deterministic.
     """
 
     at_once: Concurrency = "loop"
-    """How the members of a step are computed."""
+    """How the members of a step are computed: :data:`Concurrency`."""
     watched: Annotated[int, Field(ge=0)] = 32
-    """Images on which the members' diversity gain is taken and logged, once an epoch; 0: never."""
+    """Images for the members' diversity gain, logged once per epoch; 0: never."""
 
     def _open(self, context: TrainContext, inner: Defense, *, shared_draws: bool = False) -> Objective:
-        """Open ``inner`` for every member."""
+        """Build ``inner`` for every member."""
         model = context.model
         voters = members_of(model, self.members)
         threads = min(self.members, torch.get_num_threads()) if self.at_once == "threads" else 1
@@ -308,17 +309,17 @@ class IndependentEnsemble(EnsembleDefense):
 
 @register("ensemble", cost="M times its `inner`")
 class Ensemble(IndependentEnsemble):
-    """The plain ensemble, or several members each of which learns by another defence: 5 of Shared Adversarial, say.
+    """A plain ensemble, or one whose members are trained with another defence, such as Shared Adversarial Training.
 
     As ``Ensemble(members=5, inner=SharedAdversarial(eps=0.1))``; in YAML
     ``inner: {name: shared-adversarial, eps: 0.1}``.
     """
 
     inner: AnyDefense = Standard()
-    """What each member minimises on its own part of the batch."""
+    """The defence of each member on its part of the batch."""
     craft: Literal["member", "vote"] = "member"
-    """Whom adversarial examples are crafted against: the member they train (M times the cost of one), or the vote of
-    all (M^2 times), which is what an attacker of the ensemble sees. Ours."""
+    """Model that adversarial examples are crafted on: the member they train (M times the cost of one), or the ensemble
+    (M^2 times), which is what an attacker sees (ours)."""
 
     @model_validator(mode="after")
     def _check_inner(self) -> Ensemble:
@@ -332,12 +333,12 @@ class Ensemble(IndependentEnsemble):
         return self
 
     def terms(self) -> Any:
-        """Those of the inner defence."""
+        """The inner defence's."""
         return self.inner.terms()
 
     @property
     def eps(self) -> float | None:
-        """The inner defence's radius, by which epochs are compared."""
+        """The inner defence's radius, used to compare epochs."""
         return getattr(self.inner, "eps", None)
 
     @property
@@ -346,20 +347,20 @@ class Ensemble(IndependentEnsemble):
         return getattr(self.inner, "norm", "inf")
 
     def fully_active_epoch(self, epochs: int) -> int:
-        """When the inner defence is."""
+        """The inner defence's."""
         return self.inner.fully_active_epoch(epochs)
 
     def with_source_models(self, load: Callable[[str], torch.nn.Module]) -> Ensemble:
-        """Supply the inner defence, once for all members."""
+        """Load the source models of the inner defence, once for all members."""
         return self.model_copy(update={"inner": self.inner.with_source_models(load)})
 
     def configure_model(self, model: torch.nn.Module) -> None:
-        """Prepare every member, and the vote."""
+        """Configure every member, and the average."""
         self.inner.configure_model(model)
         super().configure_model(model)
 
     def groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        """Those of the inner defence."""
+        """The inner defence's."""
         return self.inner.groups(model)
 
     def check(self, batch_size: int) -> None:
@@ -367,7 +368,7 @@ class Ensemble(IndependentEnsemble):
         self.inner.check(batch_size)
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """The inner objective for every member; for one member the inner objective itself."""
+        """The inner objective for every member; for a single member the inner objective itself."""
         if self.members == 1:
             return self.inner.build_objective(context)
         objective = self._open(context, self.inner)
@@ -383,7 +384,7 @@ class Ensemble(IndependentEnsemble):
 
 
 def against(term: Adversarial, crafted_on: torch.nn.Module) -> Term:
-    """Return the term with its examples crafted on another model than the one that learns from them."""
+    """Return the term with its examples crafted on another model than the trained one."""
 
     def crafted(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         moved = perturb(batch.images, term.craft(crafted_on, batch))
@@ -393,7 +394,7 @@ def against(term: Adversarial, crafted_on: torch.nn.Module) -> Term:
 
 
 def members_of(model: torch.nn.Module, members: int) -> list[PixelModel]:
-    """Return the members of a model as models of their own.
+    """Return the members of a model as separate models.
 
     Raises:
         UserError: it has another number of them.
@@ -409,7 +410,7 @@ def members_of(model: torch.nn.Module, members: int) -> list[PixelModel]:
 
 def _check_stackable(inner: Defense) -> None:
     def fits(term: Callable[..., Any]) -> bool:
-        if isinstance(term, JacobianNorm):  # others send more, or fewer, rows than the batch has
+        if isinstance(term, JacobianNorm):  # others use another number of rows than the batch
             return term.estimator in ("projection", "exact") and term.share == 1
         return type(term) in (Clean, Adversarial)
 

@@ -21,53 +21,53 @@ from gambeson.victim import Victim
 
 @register("ensemble-adversarial", source="Tramèr et al. 2018", cost="3 / 3")
 class EnsembleAdversarial(Defense):
-    """Train on single-step examples that a model drawn for each batch crafts: a static source, or the model itself.
+    """Train on single-step examples crafted on a model drawn per batch: a static source, or the model itself.
 
-    Without sources this is single-step adversarial training. Sources stay as they are, in evaluation mode (ours: the
-    released MNIST code leaves their dropout on); one that is the trained model itself, or shares weights with it, is
-    copied as it is at the start. Costs one forward and backward of the drawn model beside the step, and one forward
-    for a label that is the model's own; nothing with ``precompute`` where a source is drawn.
+    Without sources this is single-step adversarial training. Sources are frozen, in evaluation mode (ours: the released
+    MNIST code leaves their dropout on); one that is the trained model itself, or shares weights with it, is copied at
+    the start. Costs one forward and backward of the drawn model in addition to the step, and one forward for a
+    predicted label; nothing with ``precompute`` if a source is drawn.
     """
 
     eps: Eps
     """Radius in pixel units: 0.3 on MNIST, 16/256 on ImageNet in the paper."""
     norm: Norm = "inf"
     sources: tuple[str, ...] = ()
-    """Static models: run folders or weights files; or names of architectures, which the training run trains first,
-    by the same recipe and without a defence (the paper's MNIST nets are ``mnist-a`` to ``mnist-d``)."""
+    """Static models: run folders or weights files; or names of architectures, which are trained first, with the same
+    recipe and without a defence (the paper's MNIST nets are ``mnist-a`` to ``mnist-d``)."""
     pool: Annotated[tuple[Any, ...], Field(exclude=True, repr=False)] = ()
-    """The same as modules, from pixels to logits; they precede ``sources``."""
+    """Static models as modules from pixels to logits, in front of ``sources``."""
     attack: Literal["fgsm", "r-fgsm", "step-ll", "r-step-ll"] = "fgsm"
-    """How examples are made: FGSM on MNIST, Step-LL (towards the least likely class) on ImageNet in the paper; ``r-``
-    puts a random-sign step before it. They are :class:`gambeson.attacks.FGSM` and its relatives, whose labels are those
-    of the clean image."""
+    """The attack: FGSM on MNIST, Step-LL (towards the least likely class) on ImageNet in the paper; ``r-`` adds a
+    random-sign step before it. These are :class:`gambeson.attacks.FGSM` and its variants, with the labels of the clean
+    image."""
     start_size: Annotated[Number, Field(ge=0, le=1)] = 0.5
-    """Length of that random step as a share of eps; the gradient's has the rest."""
+    """Size of that random step as a share of eps; the gradient step has the rest."""
     label: Literal["prediction", "truth"] = "prediction"
-    """Which label an untargeted step leaves: the drawn model's own prediction, against label leaking (the released
-    code's), or the true one."""
+    """Label that an untargeted step leaves: the drawn model's prediction, against label leaking (the released code's),
+    or the true one."""
     mixing: Literal["both", "half"] = "both"
     """Clean and adversarial form of every image with equal weights (the paper's MNIST), or the first half of the
     batch replaced, with one loss (its ImageNet)."""
     weight: Annotated[Number, Field(gt=0)] = 1.0
-    """Weight lambda of an adversarial example beside a clean one: 0.3 in Kurakin et al. 2017, whose mean
+    """Weight lambda of an adversarial example relative to a clean one: 0.3 in Kurakin et al. 2017, whose mean
     is (clean + lambda * adversarial) / (1 + lambda); the ensemble paper's MNIST code weighs them equally."""
     random_eps: bool = False
-    """A radius per image: |N(0, eps / 2)| truncated to [0, eps] (Kurakin et al. 2017), the one that the
-    whole attack on the image keeps to."""
+    """A radius per image: |N(0, eps / 2)| truncated to [0, eps] (Kurakin et al. 2017), for the whole attack on the
+    image."""
     precompute: bool = False
-    """Compute the sources' gradients once for all training images, one byte a value and source; for steps without a
-    random start in the norm inf, and without augmentation (the paper's remark)."""
+    """Compute the sources' gradient signs once for all training images, one byte per value and source; for attacks
+    without a random start in the norm inf, and without augmentation (the paper's remark)."""
 
     def with_source_models(self, load: Callable[[str], nn.Module]) -> Defense:
         """Load the sources."""
         return self.model_copy(update={"pool": (*self.pool, *(load(name) for name in self.sources))})
 
     def check(self, batch_size: int) -> None:
-        """Refuse a precomputation that cannot be right.
+        """Check that the precomputation is possible.
 
         Raises:
-            UserError: the step has a random start, or the norm is not inf.
+            UserError: the attack has a random start, or the norm is not inf.
         """
         if self.precompute and (self.attack.startswith("r-") or self.norm != "inf"):
             raise UserError(
@@ -76,14 +76,14 @@ class EnsembleAdversarial(Defense):
             )
 
     def terms(self) -> dict[str, tuple[float, Term]]:
-        """The clean risk and the risk on examples of the model itself: what stands without sources."""
+        """The clean risk and the risk on examples of the model itself (without sources)."""
         return self._with(Transferred(self, []))
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Hold the sources frozen, and compute their gradients where that is asked for.
+        """Freeze the sources, and precompute their gradients if requested.
 
         Raises:
-            UserError: a source is named and not loaded, or does not answer as the model does.
+            UserError: a named source is not loaded, or its output shape differs from the model's.
         """
         if len(self.pool) < len(self.sources):
             raise UserError(
@@ -102,7 +102,7 @@ class EnsembleAdversarial(Defense):
 
     @property
     def crafting(self) -> PGD:
-        """The attack that makes the examples, as it stands in :mod:`gambeson.attacks`."""
+        """The attack, from :mod:`gambeson.attacks`."""
         common: dict[str, Any] = {"eps": self.eps, "norm": self.norm}
         if self.attack.startswith("r-"):
             common["start_size"] = self.start_size
@@ -112,7 +112,7 @@ class EnsembleAdversarial(Defense):
 
 
 class Transferred:
-    """Cross-entropy on the examples of one model of the pool, drawn anew for every batch."""
+    """Cross-entropy on the examples of one model of the pool, drawn per batch."""
 
     def __init__(self, defense: EnsembleAdversarial, sources: Iterable[nn.Module]) -> None:
         self.defense = defense
@@ -121,7 +121,7 @@ class Transferred:
         self.signs: list[torch.Tensor] = []
 
     def fit(self, context: TrainContext) -> None:
-        """See that every source answers as the model does; precompute what is asked for.
+        """Check the output shape of every source; precompute gradients if requested.
 
         A source that shares weights with the model is replaced by a copy: static sources do not learn.
         """
@@ -142,7 +142,7 @@ class Transferred:
                     self.signs.append(self._signs(victim, context))
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Return the loss on the examples, or on the batch of which they replace one half."""
+        """Return the loss on the examples, or on the batch with one half replaced by them."""
         moved = self.craft(model, batch)
         if self.defense.mixing == "both":
             return batch_loss(model, moved, batch)
@@ -156,7 +156,7 @@ class Transferred:
         return (weights * values).sum() / weights.sum()
 
     def draw(self, batch: Batch) -> int:
-        """Draw who crafts for this batch: the number of a source, or that of sources for the model itself."""
+        """Draw the model for this batch: the index of a source, or the number of sources for the model itself."""
         return int(torch.randint(len(self.sources) + 1, (), generator=generator(batch.seed, "source")))
 
     def craft(self, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -164,7 +164,7 @@ class Transferred:
         drawn, sizes = self.draw(batch), self.sizes(batch)
         if drawn < len(self.signs):
             if batch.indices is None:
-                raise UserError("precompute needs the images as they are: train without augmentation")
+                raise UserError("precompute needs unaugmented images: train without augmentation")
             signs = self.signs[drawn][batch.indices].to(batch.images)
             return perturb(batch.images, self.defense.eps * (signs if sizes is None else sizes * signs))
         with Victim(model if drawn == len(self.sources) else self.sources[drawn], fast=True) as victim:
@@ -179,17 +179,17 @@ class Transferred:
             )
 
     def sizes(self, batch: Batch) -> torch.Tensor | None:
-        """Draw each image's radius as a share of eps, (N, 1, 1, 1); None where every image has eps."""
+        """Draw each image's radius as a share of eps, (N, 1, 1, 1); None if every image has radius eps."""
         if not self.defense.random_eps:
             return None
         shape, device = (len(batch.images) * batch.place[1], 1, 1, 1), batch.images.device
         uniform = torch.rand(shape, generator=generator(batch.seed, "eps", device=device), device=device)
-        # By the inverse of the truncated distribution, so that no draw has to be thrown away; eps is two deviations.
+        # By the inverse of the truncated distribution, without rejection; eps is two standard deviations.
         deviations = math.sqrt(2) * torch.erfinv(uniform * math.erf(math.sqrt(2)))
         return batch.mine((deviations / 2).clamp(max=1))
 
     def _signs(self, source: Victim, context: TrainContext) -> torch.Tensor:
-        """Return the step of every training image: where the clip lets a value not move, 0 does as well."""
+        """Return the gradient sign of every training image, 0 where the clip prevents any change."""
         found = []
         for images, labels in context.train.batches(500, device=source.device):
             moved = self.attack.perturb_batch(source, images, labels, task=context.train.task)
@@ -198,6 +198,6 @@ class Transferred:
 
 
 def _tied(source: nn.Module, model: nn.Module) -> bool:
-    """Tell whether two models have a tensor in common."""
+    """Whether two models share a tensor."""
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     return any(id(tensor) in own for tensor in (*source.parameters(), *source.buffers()))

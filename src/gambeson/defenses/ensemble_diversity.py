@@ -1,4 +1,4 @@
-"""Ensembles whose members learn together: all see the same images, and a term compares their answers."""
+"""Ensembles trained jointly with a diversity term: ADP, GAL and TRS."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class JointEnsemble(EnsembleDefense):
     members: Annotated[int, Field(ge=2)] = 3
     """Members; 3 in the public scripts."""
     watched: Annotated[int, Field(ge=0)] = 32
-    """Images on which the members' diversity gain is taken and logged, once an epoch; 0: never."""
+    """Images for the members' diversity gain, logged once per epoch; 0: never."""
 
     @property
     def num_orders(self) -> int:
-        """Data orders: all members see the same images."""
+        """One data order: all members are trained on the same images."""
         return 1
 
     def _open(self, context: TrainContext, compare: Compare, *, mean: bool = False, slopes: bool = False) -> Objective:
@@ -46,25 +46,25 @@ class JointEnsemble(EnsembleDefense):
 
 
 class EnsembleObjective(Objective):
-    """The members' cross-entropies, and what compares them, from one forward of each.
+    """The members' cross-entropies and the diversity terms, from one forward per member.
 
     Args:
         model: the ensemble.
-        compare: the other values.
-        mean: the mean of the cross-entropies in place of their sum.
+        compare: the diversity terms.
+        mean: use the mean of the cross-entropies instead of their sum.
         slopes: whether the images need a gradient.
-        watched: images of a batch on which the diversity gain is taken, at the last step of an epoch.
+        watched: images of a batch for the diversity gain, computed in the last step of an epoch.
     """
 
     def __init__(
         self, model: PixelModel, compare: Compare, *, mean: bool = False, slopes: bool = False, watched: int = 0
     ) -> None:
         super().__init__({})
-        self._voters = model.voters  # a list: the model is no part of the objective's state
+        self._voters = model.voters  # a list: the model is not part of the objective's state
         self._compare, self._mean, self._slopes, self._watched = compare, mean, slopes, watched
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
-        """Evaluate the objective on one batch; a value of weight zero is left out."""
+        """Evaluate the objective on one batch; values of weight zero are left out."""
         images = batch.images.detach().requires_grad_() if self._slopes else batch.images
         logits = torch.stack([voter(images) for voter in self._voters])
         every = torch.stack([batch.losses(z).mean() for z in logits])
@@ -77,7 +77,7 @@ class EnsembleObjective(Objective):
 
 
 def check_classes(members: int, classes: int) -> None:
-    """Refuse more members than there are wrong classes.
+    """Raise if there are more members than wrong classes.
 
     Raises:
         UserError: the predictions cannot all be orthogonal.
@@ -95,7 +95,7 @@ class ADP(JointEnsemble):
 
     V has each member's prediction of the wrong classes as a column of length 1 (see
     :func:`gambeson.defenses.ensemble_losses.log_det`). The weights are the paper's, for M = 3; its optimiser (Adam,
-    1e-3) and length (200 epochs) are a matter of the recipe.
+    1e-3) and length (200 epochs) belong to the recipe.
     """
 
     alpha: Annotated[Number, Field(ge=0)] = 2.0
@@ -104,7 +104,7 @@ class ADP(JointEnsemble):
     """Weight of the log-determinant."""
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Open the objective.
+        """Build the objective.
 
         Raises:
             UserError: more members than wrong classes.
@@ -127,14 +127,14 @@ class ADP(JointEnsemble):
 class GAL(JointEnsemble):
     """Minimise mean_m CE_m + strength * E[log sum_{i<j} exp(cos(g_i, g_j))], g_m = grad_x CE_m.
 
-    One forward serves the losses and the gradients; a public port takes two. The paper's nets use leaky ReLU.
+    One forward serves losses and gradients; a public port uses two. The paper's nets use leaky ReLU.
     """
 
     strength: Annotated[Number, Field(ge=0)] = 0.5
     """Weight of the coherence; 0.5 in the paper."""
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Open the objective."""
+        """Build the objective."""
         return self._open(context, self._compare, mean=True, slopes=bool(self.strength))
 
     def _compare(self, model: PixelModel, logits: torch.Tensor, batch: Batch) -> dict[str, tuple[float, torch.Tensor]]:
@@ -148,30 +148,30 @@ class GAL(JointEnsemble):
 class TRS(JointEnsemble):
     """Minimise sum_m CE_m + scale * (alignment * mean_{i<j} |cos(g_i, g_j)| + smoothness * S), g_m = grad_x CE_m.
 
-    S = mean_m 2 E[||g_m||^2], on half of the batch as it is and on the other half moved to where the gradients are
-    large: steps of eps / 3 up the sign of their squared norm's gradient, eps growing in a straight line. The weights
+    S = mean_m 2 E[||g_m||^2], on one half of the batch unchanged and on the other half moved to where gradients are
+    large: steps of eps / 3 along the sign of the gradient of their squared norm, with eps growing linearly. The weights
     are the public code's (AI-secure/Transferability-Reduced-Smooth-Ensemble). For any number of members; that code has
-    3, and sums the gradients of all its steps, which is not copied.
+    3, and accumulates the gradients of all its steps, which is not reproduced.
     """
 
     scale: Annotated[Number, Field(ge=0)] = 5.0
-    """Of both terms."""
+    """Scale of both terms."""
     alignment: Annotated[Number, Field(ge=0)] = 2.0
     """Weight of the cosines."""
     smoothness: Annotated[Number, Field(ge=0)] = 2.0
     """Weight of S."""
     loss_mean: Literal["batch", "image"] = "batch"
-    """Of what the gradients in S are taken: ``batch``, of the mean loss, as the public code does and its weights
-    suppose, which makes S smaller by the square of the batch size; ``image``, of each image's loss (the paper)."""
+    """Loss of the gradients in S: ``batch``, the mean loss, as in the public code and assumed by its weights, which
+    divides S by the square of the batch size; ``image``, each image's loss (the paper)."""
     eps_first: Eps = 0.1
-    """Radius of the moves at the start, in pixel units."""
+    """Initial radius of the moves, in pixel units."""
     eps_last: Eps = 0.2
-    """Radius at the end."""
+    """Final radius."""
     steps: Annotated[int, Field(ge=1)] = 6
-    """Steps of a move."""
+    """Steps per move."""
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Open the objective."""
+        """Build the objective."""
         return self._open(context, self._compare, slopes=bool(self.scale * self.alignment))
 
     def _compare(self, model: PixelModel, logits: torch.Tensor, batch: Batch) -> dict[str, tuple[float, torch.Tensor]]:
@@ -185,7 +185,7 @@ class TRS(JointEnsemble):
 
     def _slope(self, model: PixelModel, batch: Batch) -> torch.Tensor:
         here, (number, processes) = len(batch.images), batch.place
-        # Every second image, not the second half: the same ones on every number of processes.
+        # Every second image, not the second half: the same for any number of processes.
         chosen = (torch.arange(here, device=batch.images.device) + number * here) % 2 == 1
         images = batch.images.detach().clone()
         if bool(chosen.any()):

@@ -1,4 +1,4 @@
-"""How alike the members of an ensemble are: their Jacobians, and the gradients of their losses."""
+"""Similarity of the members of an ensemble: Jacobians, loss gradients and predictions."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from gambeson.victim import Victim
 
 TINY = 1e-12
 _EXACT = 16
-"""Up to so many classes every row of the Jacobian is taken; beyond, as many random directions."""
+"""Maximum number of classes for the exact Jacobian; beyond it, the number of random directions."""
 
 
 def diversity_gain(voters: Sequence[nn.Module], images: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
     """Return D = ||J_e||_F^2 / mean_m ||J_m||_F^2 for each image, J_e the Jacobian of the mean logits.
 
-    1 for copies, 1/M for orthogonal Jacobians, less where members cancel (our notes on Co et al. 2022, section 3);
-    1 where every Jacobian is zero. The models are in evaluation mode meanwhile. Exact up to 16 classes, beyond from
-    16 random directions in the space of the logits, the same for all members. Cost: one forward an image and member,
-    and as many backwards as there are directions.
+    1 for copies, 1/M for orthogonal Jacobians, less if members cancel; 1 if every Jacobian is zero. Models are in
+    evaluation mode. Exact up to 16 classes, else from 16 random directions in logit space, the same for all members.
+    Cost: one forward per image and member, and one backward per direction.
 
     Args:
         voters: the members, each from pixels to logits.
@@ -62,7 +61,7 @@ def diversity_gain(voters: Sequence[nn.Module], images: torch.Tensor, *, seed: i
 def loss_gradients(
     logits: torch.Tensor, labels: torch.Tensor, point: torch.Tensor, task: Task = CLASSIFICATION
 ) -> torch.Tensor:
-    """Return the gradient of every member's cross-entropy at every image, (M, N, C*H*W), with a graph of its own.
+    """Return the gradient of every member's cross-entropy at every image, (M, N, C*H*W), differentiable.
 
     Args:
         logits: (M, N, K), of ``point``.
@@ -81,7 +80,7 @@ def loss_gradients(
 def cosines(gradients: torch.Tensor) -> torch.Tensor:
     """Return the cosine between the gradients (M, N, D) of every pair of members, (M * (M - 1) / 2, N).
 
-    A zero gradient has the cosine 0 with every other.
+    The cosine with a zero gradient is 0.
     """
     unit = gradients / gradients.square().sum(2, keepdim=True).clamp(min=TINY**2).sqrt()
     first, second = torch.triu_indices(len(unit), len(unit), 1, device=unit.device)
@@ -96,13 +95,13 @@ def coherence(pairs: torch.Tensor) -> torch.Tensor:
 def log_det(logits: torch.Tensor, labels: torch.Tensor, ridge: float = 1e-6) -> torch.Tensor:
     """Return the mean of log det(V^T V + ridge * I), V the members' predictions without the true class, normalised.
 
-    Pang et al. 2019, section 3.2. Taken from the logits and in double precision: predictions that are sure to the last
-    bit still have a direction, and a ridge of 1e-6 beside 1 is lost in float32.
+    Pang et al. 2019, section 3.2. Computed from the logits in double precision: saturated predictions still have a
+    direction, and a ridge of 1e-6 relative to 1 is lost in float32.
 
     Args:
         logits: (M, N, K).
         labels: (N,).
-        ridge: what keeps the determinant positive.
+        ridge: keeps the determinant positive.
     """
     truth = torch.zeros_like(logits[0], dtype=torch.bool).scatter(1, labels.unsqueeze(1), True)
     others = logits.double().masked_fill(truth, -math.inf).softmax(2)

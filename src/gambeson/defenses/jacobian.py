@@ -1,4 +1,4 @@
-"""Four ways to look at a Jacobian without forming it: squared norms of its products with random directions.
+"""Jacobian regularisation, with four estimators of the squared Frobenius norm from products with random directions.
 
 For unit v in output space E[K ||v J||^2] = ||J||_F^2 (Hoffman et al. 2019), and since tr(J J^T) = tr(J^T J) the same
 holds in input space: E[n ||J u||^2] = ||J||_F^2. In a space of d dimensions one direction has the relative standard
@@ -28,19 +28,19 @@ from gambeson.defenses.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The images of a step on which the norm is taken, spread evenly over the batch of all processes."""
+    """The images of a step used for the norm, evenly spaced over the batch of all processes."""
 
     rows: torch.Tensor
     """Indices of this process's chosen images."""
     numbers: torch.Tensor
-    """Their numbers among the chosen images of all processes."""
+    """Their indices among the chosen images of all processes."""
     count: int
-    """Chosen images of all processes."""
+    """Number of chosen images of all processes."""
     processes: int
 
     @classmethod
     def of(cls, batch: Batch, share: float) -> Part:
-        """Choose ``share`` of the images, at least one a process."""
+        """Choose ``share`` of the images, at least one per process."""
         (number, processes), here = batch.place, len(batch.images)
         count = max(processes, round(share * here * processes))
         chosen = torch.arange(count) * (here * processes) // count
@@ -56,10 +56,10 @@ class Part:
 
 
 def directions(shape: tuple[int, ...], generator: torch.Generator, like: torch.Tensor) -> torch.Tensor:
-    """Draw (R, P, ...) directions uniformly from the sphere of radius sqrt(d) over all dimensions behind the second.
+    """Draw (R, P, ...) directions uniformly from the sphere of radius sqrt(d) over all dimensions after the second.
 
-    With that radius the squared product with a direction is an unbiased estimate, and a value changes by 1 in the
-    root mean square.
+    With that radius the squared product with a direction is an unbiased estimate, and the root mean square of a
+    direction is 1.
     """
     drawn = torch.randn(shape, generator=generator, device=generator.device).to(like)
     flat = drawn.flatten(2)
@@ -67,13 +67,13 @@ def directions(shape: tuple[int, ...], generator: torch.Generator, like: torch.T
 
 
 def pulled(logits: torch.Tensor, point: torch.Tensor, vectors: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the mean over P of ||v J||^2 for each image, (N,): P backward passes that can be differentiated again.
+    """Return the mean over P of ||v J||^2 for each image, (N,), by P differentiable backward passes.
 
     Args:
         logits: (N, K) or (N, K, H, W), of ``point``.
         point: (N, C, H, W), with a gradient.
         vectors: (N, P, K or K*H*W).
-        scale: (1, C, 1, 1) or (): what a unit of the chosen space is in pixels.
+        scale: (1, C, 1, 1) or (): a unit of the chosen space in pixels.
     """
     total = logits.new_zeros(len(logits))
     for vector in vectors.unbind(1):
@@ -87,17 +87,17 @@ def differenced(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits of ``images`` and the mean over P of ||(f(x + step u) - f(x)) / step||^2 for each of ``rows``.
 
-    One forward of both, in which BatchNorm gives both the same statistics: they count as constants here.
+    One forward of both, in which BatchNorm uses the same statistics for both, as constants.
 
     Args:
         model: pixels to logits.
         images: (N, C, H, W).
-        rows: (R,) indices of the images that are moved.
+        rows: (R,) indices of the moved images.
         moves: (R, P, C, H, W), the directions u.
         step: length of a move, as a multiple of u.
 
     Raises:
-        UserError: the model draws random numbers, so that the difference would be that of two draws.
+        UserError: the model is random, so that the difference would include that of two draws.
     """
     before = _random_state(images.device)
     moved = (images[rows].unsqueeze(1) + step * moves).flatten(0, 1)
@@ -121,7 +121,7 @@ def pushed(
     """
     _load_rules()
     times = moves.shape[1]
-    # Not a bare dual level: its rule for logsumexp works in place and breaks the backward (torch 2.15).
+    # Not a plain dual level: its in-place rule for logsumexp breaks the backward (torch 2.15).
     found, product = torch.func.jvp(model, (images[rows].repeat_interleave(times, 0),), (moves.flatten(0, 1),))[:2]
     squares = product.unflatten(0, moves.shape[:2]).flatten(2).square().sum(2).mean(1)
     if len(rows) == len(images):
@@ -134,13 +134,13 @@ def pushed(
 
 
 def joins_images(model: nn.Module) -> bool:
-    """Whether BatchNorm makes an image's logits depend on the others of its batch."""
+    """Whether BatchNorm makes an image's logits depend on the rest of the batch."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules())
 
 
 @contextmanager
 def still(model: nn.Module, active: bool) -> Iterator[None]:
-    """Let BatchNorm use its running statistics and keep them, inside the block and where ``active``."""
+    """Let BatchNorm use its running statistics without updating them inside the block, if ``active``."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     held = [module for module in norms if active and module.training]
     try:
@@ -154,7 +154,7 @@ def still(model: nn.Module, active: bool) -> Iterator[None]:
 
 @functools.cache
 def _load_rules() -> None:
-    """Let torch load its forward-mode rules, which it does at first use with a warning about its own source."""
+    """Load torch's forward-mode rules, which warn at first use."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         with forward_ad.dual_level():
@@ -166,7 +166,7 @@ def _random_state(device: torch.device) -> torch.Tensor:
 
 
 class JacobianSettings(Config):
-    """How the norm is estimated, on which images, how often and in which space."""
+    """Estimator of the norm, and the images, steps and space it is computed on."""
 
     estimator: Literal["projection", "exact", "input", "stacked"] = "projection"
     """``projection``: random unit vectors in output space, by a double backward (the paper's). ``exact``: every
@@ -174,30 +174,30 @@ class JacobianSettings(Config):
     ``stacked`` (ours): one such direction for the whole batch; the mean is the norm of the stacked Jacobian, which
     bounds what a universal perturbation can do."""
     n_proj: Annotated[int, Field(ge=1)] = 1
-    """Directions an image (``stacked``: a batch). From K on, ``projection`` is ``exact``."""
+    """Directions per image (``stacked``: per batch). From K on, ``projection`` is ``exact``."""
     derivative: Literal["forward-mode", "finite-difference"] = "forward-mode"
     """``input`` and ``stacked``: an exact product, or one more forward of the moved images in the clean one's batch.
-    The difference measures the slope over its step; its gradient jumps by 1 / ``step`` where the step crosses a kink,
-    which the exact product does not see."""
+    The difference is an average over its step; its gradient jumps by 1 / ``step`` where the step crosses a kink, which
+    the exact product does not see."""
     step: Annotated[Number, Field(gt=0)] = 1e-2
-    """Finite difference: the move's root mean square a value. A short one has rare, huge gradients: 2e-3
-    led to collapse on the digits."""
+    """Finite difference: root mean square of the move. A short one has rare, huge gradients: 2e-3 led to collapse on
+    the digits."""
     jitter: Annotated[Number, Field(ge=0)] = 0.0
-    """Finite difference: noise of this standard deviation moves the chosen images first, in the clean loss too. On
-    flat background max-pooling ties, and a move picks the larger side of each tie: the estimate was 5 to 10 % too
-    large on Fashion-MNIST. Several times ``step`` mends that."""
+    """Finite difference: standard deviation of noise added to the chosen images first, also in the clean loss.
+    Max-pooling ties on flat background, and a move selects the larger side of each tie: the estimate was 5 to 10 % too
+    large on Fashion-MNIST. Several times ``step`` corrects that."""
     share: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    """Share of the batch on which the norm is taken, at the same expectation (ours; 1 is the paper's)."""
+    """Share of the batch used for the norm, with the same expectation (ours; 1 is the paper's)."""
     every: Annotated[int, Field(ge=1)] = 1
-    """Take the norm at every so many steps only and count it as many times (ours; 1 is the paper's)."""
+    """Compute the norm only in every so many steps, with as many times the weight (ours; 1 is the paper's)."""
     space: Literal["pixel", "normalised"] = "pixel"
-    """Of the inputs that the norm is taken in. The public code's is normalised: there the norm is that of pixels
-    times the standard deviation of each channel, so that the same strength acts std^2 times as much."""
+    """Input space of the norm. The public code's is normalised, in which the norm is that in pixel space times the
+    standard deviation of each channel, so that the same strength is std^2 times as effective."""
     power: bool = False
-    """``stacked``: go on with one direction by power iteration, towards the largest singular value; the term is then
-    sigma_1^2 / 2N of the stacked Jacobian in place of the mean squared norm / 2."""
+    """``stacked``: keep one direction and update it by power iteration, towards the largest singular value; the term is
+    then sigma_1^2 / 2N of the stacked Jacobian instead of the mean squared norm / 2."""
     inertia: Annotated[Number, Field(ge=0, lt=1)] = 0.9
-    """``power``: how much of the direction a step keeps, which averages over batches (ours)."""
+    """``power``: decay of the direction per step, which averages over batches (ours)."""
 
     @model_validator(mode="after")
     def _check_power(self) -> JacobianSettings:
@@ -209,14 +209,14 @@ class JacobianSettings(Config):
 class JacobianNorm(JacobianSettings):
     """R = mean of ||df/dx||_F^2 / 2, f the logits (Hoffman et al. 2019, as Co et al. 2021 use it).
 
-    Every estimator has this expectation (``power`` aside). In training mode BatchNorm joins the images of a batch, so
-    that the paper's estimator takes the batch's Jacobian; measure models in evaluation mode. Where the norm has a
-    forward of its own, BatchNorm keeps its running statistics there (ours): forward mode in networks with BatchNorm,
-    ``projection`` and ``exact`` on a part of the batch, and everything under autocast, where it is in float32.
+    Every estimator has this expectation (``power`` aside). In training mode BatchNorm couples the images of a batch, so
+    that the paper's estimator uses the batch's Jacobian; measure models in evaluation mode. If the norm has a separate
+    forward, BatchNorm uses its running statistics there (ours): in forward mode with BatchNorm, for ``projection`` and
+    ``exact`` on a part of the batch, and under autocast, where the norm is in float32.
     """
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Return R with its graph; at steps that ``every`` leaves out, zero.
+        """Return R with its graph; zero in steps skipped by ``every``.
 
         Raises:
             UserError: gradients are off, the space is unknown, or the model does not fit the derivative.
@@ -224,20 +224,20 @@ class JacobianNorm(JacobianSettings):
         return self.answers(model, batch)[1]
 
     def answers(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Return the clean logits too, where R has needed them for the whole batch."""
+        """Also return the clean logits, if R needed them for the whole batch."""
         if self.power:
-            raise UserError("power iteration goes on from step to step: use the term that opened(shape, seed) returns")
+            raise UserError("power iteration has a state: use the term that opened(shape, seed) returns")
         return self._evaluate(model, batch, None)
 
     def opened(self, shape: tuple[int, ...], seed: int) -> Term:
-        """Return the term at work for images of ``shape`` (C, H, W): itself, but for ``power`` one with a state."""
+        """Return the term for images of ``shape`` (C, H, W): itself, or for ``power`` one with a state."""
         return PowerNorm(self, shape, seed) if self.power else self
 
     def _evaluate(
         self, model: nn.Module, batch: Batch, direction: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         if not torch.is_grad_enabled():
-            raise UserError("the Jacobian's norm was asked for while gradients are off: leave torch.no_grad for it")
+            raise UserError("the Jacobian's norm needs gradients: call it outside torch.no_grad")
         if batch.step % self.every:
             return None, batch.images.new_zeros(())
         part, kind = Part.of(batch, self.share), batch.images.device.type
@@ -293,17 +293,16 @@ class JacobianNorm(JacobianSettings):
         std = getattr(getattr(model, "normalize", None), "std", None)
         if not isinstance(std, torch.Tensor):
             raise UserError(
-                f"{type(model).__name__} does not say how it normalises: choose space='pixel', "
-                "or a model of models.create"
+                f"{type(model).__name__} has no known normalisation: choose space='pixel', or a model of models.create"
             )
         return std
 
 
 class PowerNorm(nn.Module):
-    """sigma_1^2 / 2N of the stacked Jacobian, from below, along one direction that follows its top singular vector.
+    """A lower bound of sigma_1^2 / 2N of the stacked Jacobian, along a direction that tracks its top singular vector.
 
-    Power iteration for nothing: the gradient of ||J v||^2 / 2 with respect to v is J^T J v, and the backward of the
-    objective leaves it at v.
+    Power iteration at no cost: the gradient of ||J v||^2 / 2 with respect to v is J^T J v, which the backward of the
+    objective computes.
 
     Args:
         norm: the settings.
@@ -325,7 +324,7 @@ class PowerNorm(nn.Module):
         return self.answers(model, batch)[1]
 
     def answers(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Return the clean logits too, where they were needed."""
+        """Also return the clean logits, if they were needed."""
         self._used = self.direction.to(batch.images).detach().clone().requires_grad_()
         pixels = self._used.numel()
         logits, value = self.norm._evaluate(model, batch, (self._used * math.sqrt(pixels))[None, None])
@@ -333,7 +332,7 @@ class PowerNorm(nn.Module):
 
     @torch.no_grad()
     def after_step(self, batch: Batch) -> None:
-        """Turn the direction towards where the backward says that the batch is most sensitive."""
+        """Update the direction with the gradient of the backward pass."""
         gradient = None if self._used is None else self._used.grad
         self._used = None
         if gradient is None:
@@ -350,17 +349,17 @@ class PowerNorm(nn.Module):
 class Jacobian(JacobianSettings, Defense):
     """Minimise E[CE(f(x), y)] + strength * E[||df/dx||_F^2] / 2 (Hoffman, Roberts, Yaida 2019, arXiv 1908.02729).
 
-    The defaults are the public code's estimator, one random projection an image. The paper's strength, data sets and
+    The default is the public code's estimator, one random projection per image. The paper's strength, data sets and
     schedule are not known to us.
 
-    Cheap forms with the same expectation take one forward-mode product on a part of every second or fourth batch::
+    Cheap forms with the same expectation use one forward-mode product on a part of every second or fourth batch::
 
         Jacobian(estimator="input", share=1 / 8, every=2)
         Jacobian(estimator="input", share=1 / 4, every=4)
     """
 
     strength: Annotated[Number, Field(ge=0)] = 0.01
-    """Weight of the norm, in the space that ``space`` names; 0 is standard training. Ours: in pixel space, where the
+    """Weight of the norm, in the space ``space``; 0 is standard training. Ours: in pixel space, where the
     public code's 0.01 of normalised space would be 0.01 times the square of the pixels' standard deviation."""
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes."""
@@ -370,7 +369,7 @@ class Jacobian(JacobianSettings, Defense):
         return {"clean": (1.0, Clean(label_smoothing=self.label_smoothing)), "jacobian": (self.strength, self._norm)}
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Both terms with one forward for the two."""
+        """Both terms, sharing one forward."""
         norm = self._norm.opened(tuple(context.train.shape), context.seed)
         return SharedForward(self.terms() | {"jacobian": (self.strength, norm)})
 

@@ -20,7 +20,7 @@ from gambeson.models import Members, PixelModel
 
 @register("jacobian-ensemble", source="Co et al. 2022", cost="M times `jacobian`")
 class JacobianEnsemble(JacobianSettings, IndependentEnsemble):
-    """Members that each minimise E[CE] + strength * E[||df/dx||_F^2] / 2 and vote.
+    """An ensemble whose members each minimise E[CE] + strength * E[||df/dx||_F^2] / 2.
 
     Only the abstract of the paper is known to us: number of members, vote, independence and strength are ours.
     """
@@ -30,10 +30,10 @@ class JacobianEnsemble(JacobianSettings, IndependentEnsemble):
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes."""
     joint: bool = False
-    """Hold down the Jacobian of the members' mean logits, with M times the strength, in place of each member's own:
-    size and alignment at once (ours). Taken on as many images as one member sees, spread evenly over the batch."""
+    """Penalise the Jacobian of the members' mean logits, with M times the strength, instead of each member's own: size
+    and alignment at once (ours). Computed on as many images as one member has, evenly spaced over the batch."""
     shared_projection: bool = False
-    """The same random directions for all members of a step, to compare them with less variance (ours)."""
+    """Use the same random directions for all members, to compare them with less variance (ours)."""
 
     @model_validator(mode="after")
     def _check_joint(self) -> JacobianEnsemble:
@@ -45,16 +45,16 @@ class JacobianEnsemble(JacobianSettings, IndependentEnsemble):
 
     @property
     def single(self) -> Jacobian:
-        """What each member minimises."""
+        """The defence of each member."""
         shared = {*JacobianSettings.model_fields, "strength", "label_smoothing"}
         return Jacobian(**{name: getattr(self, name) for name in shared})
 
     def terms(self) -> dict[str, tuple[float, Term]]:
-        """Those of one member."""
+        """The terms of one member."""
         return self.single.terms()
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Every member's objective, or the joint one; for one member the single model's."""
+        """Every member's objective, or the joint one; for a single member that of a single model."""
         if self.members == 1:
             return self.single.build_objective(context)
         if not (self.joint and self.strength):
@@ -74,7 +74,7 @@ class Joint(Objective):
     Args:
         plain: the members' clean objective.
         view: the mean logits.
-        norm: how its Jacobian is measured, on a share of the joined batch.
+        norm: of its Jacobian, on a share of the joined batch.
         weight: of the norm.
     """
 
@@ -99,7 +99,7 @@ class Joint(Objective):
 
 
 class MeanLogits(nn.Module):
-    """Pixels (N, C, H, W) to the mean of the members' logits (N, K), however the model votes."""
+    """Pixels (N, C, H, W) to the mean of the members' logits (N, K), for any ``average`` of the model."""
 
     def __init__(self, model: PixelModel) -> None:
         super().__init__()

@@ -17,9 +17,9 @@ from gambeson.models import NoiseInjection, injections
 from gambeson.models.noise import FeatureNoise
 
 Update = Literal["alternating", "joint"]
-"""How a batch moves the weights W and the noise's sizes theta: ``alternating`` takes a step on W with theta fixed, then
-one on theta with W fixed (the paper's "alternating back-propagation"); ``joint`` takes a step on theta by the
-regulariser alone, then one on both by the losses, theta's two steps sharing one momentum (the released code)."""
+"""How a batch updates the weights W and the noise parameters theta: ``alternating`` takes a step on W with theta fixed,
+then one on theta with W fixed (the paper's "alternating back-propagation"); ``joint`` takes a step on theta by the
+regulariser alone, then one on both by the losses, with one momentum for theta's two steps (the released code)."""
 
 NOISE = "noise"
 """The name of the regulariser among the terms."""
@@ -31,12 +31,12 @@ def harmonic(k: int) -> float:
 
 
 class NoiseReward:
-    """The regulariser g(theta) = -(1 / tau) * sum over every neuron of sqrt(theta), which keeps the noise up.
+    """The regulariser g(theta) = -(1 / tau) * sum over all neurons of sqrt(theta), which keeps the noise up.
 
-    Its gradient is -1 / (2 tau sqrt(theta)); tau = H_k, k epochs after the noise began.
+    Its gradient is -1 / (2 tau sqrt(theta)); tau = H_k, k epochs after the start of the noise.
 
     Args:
-        start: the epoch in which the noise begins, of the number of epochs.
+        start: maps the number of epochs to the epoch in which the noise starts.
     """
 
     def __init__(self, start: Callable[[int], int]) -> None:
@@ -45,21 +45,22 @@ class NoiseReward:
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return g(theta), summed over the model."""
         tau = harmonic(batch.epoch - self.start(batch.epochs))
-        # Held at the floor, theta never lets the root see zero; the clamp passes the gradient on at the floor itself.
+        # Theta is clamped to its floor, so the root is never taken of zero; clamp passes the gradient at the floor
+        # itself.
         roots = [module.theta.clamp(min=module.noise.floor).sqrt().sum() for module in feature_noise(model)]
         return -torch.stack(roots).sum() / tau
 
 
 class Learn2PerturbObjective(Objective):
-    """Terms on a model whose noise is learnt: the noise's start, and who moves when.
+    """Objective of a model with learnt noise: its start, and the schedule of updates.
 
-    Any terms may stand beside the regulariser, so that other defences can be trained with learnt noise.
+    Any terms can be combined with the regulariser, so that other defences can be trained with learnt noise.
 
     Args:
-        terms: of which one, named ``noise``, is the regulariser.
-        model: carries the noise.
-        start: the epoch in which the noise begins, of the number of epochs.
-        update: how a batch moves weights and noise.
+        terms: including one named ``noise``, the regulariser.
+        model: a model with noise.
+        start: maps the number of epochs to the epoch in which the noise starts.
+        update: how a batch updates weights and noise.
     """
 
     def __init__(
@@ -74,8 +75,8 @@ class Learn2PerturbObjective(Objective):
         self._start, self._update = start, update
 
     def optimizer_steps(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
-        """Yield the steps of a batch; before the noise begins there is one, on the weights."""
-        # From the batch alone, so that a resumed run has its noise on or off as an uninterrupted one has.
+        """Yield the steps of a batch; before the noise starts there is one, on the weights."""
+        # Depends on the batch only, so that a resumed run has the same noise as an uninterrupted one.
         on = batch.epoch >= self._start(batch.epochs)
         for module in self._injections:
             module.enabled = on
@@ -87,7 +88,7 @@ class Learn2PerturbObjective(Objective):
             return
         if self._update == "alternating":
             found = self._evaluate(model, batch, list(self.terms), fixed=weights)
-            # The descent's terms are logged once, from the weights' step.
+            # The terms are logged once, from the weights' step.
             yield {name: found[name] for name in ("loss", NOISE) if name in found}, thetas
         else:
             if self._weight(batch):
@@ -105,7 +106,7 @@ class Learn2PerturbObjective(Objective):
         return weight(batch) if callable(weight) else weight
 
     def _evaluate(self, model: nn.Module, batch: Batch, names: list[str], fixed: set[nn.Parameter]) -> Losses:
-        """Evaluate some of the terms, and spare the work for gradients of what does not move."""
+        """Evaluate some of the terms, without gradients of fixed parameters."""
         flags = [(parameter, parameter.requires_grad) for parameter in fixed]
         try:
             for parameter, _ in flags:
@@ -122,32 +123,31 @@ class Learn2PerturbObjective(Objective):
 
 @register("learn2perturb", source="Jeddi et al. 2020", cost="the attack, then 2 steps")
 class Learn2Perturb(NoisyDefense):
-    """Minimise over W and theta E[L] + gamma * g(theta), the features of the network carrying noise N(0, theta^2).
+    """Minimise over W and theta E[L] + gamma * g(theta), with noise N(0, theta^2) on the features of the network.
 
-    L is 0.5 CE(clean) + 0.5 CE(PGD), both under noise. The paper was read through its abstract, its released code and
-    a summary; settings are those of the code, from 350 epochs of SGD with Nesterov momentum at 0.1, weight decay 3e-4.
+    L is 0.5 CE(clean) + 0.5 CE(PGD), both under noise. Based on the abstract, the released code and a summary of the
+    paper; settings are those of the code, for 350 epochs of SGD with Nesterov momentum at 0.1, weight decay 3e-4.
     """
 
     gamma: Annotated[Number, Field(ge=0)] = 1e-4
-    """Weight of the regulariser; 0: cross-entropy alone drives the noise down to its floor."""
+    """Weight of the regulariser; with 0, cross-entropy drives the noise to its floor."""
     init: Annotated[Number, Field(ge=0)] = FeatureNoise().init
-    """Standard deviation of every neuron's noise at the start."""
+    """Initial standard deviation of every neuron's noise."""
     floor: Annotated[Number, Field(gt=0)] = FeatureNoise().floor
-    """The least it may become; held after each step."""
+    """Lower bound, enforced after each step."""
     sharing: Literal["sample", "batch"] = "sample"
     """See :class:`gambeson.models.FeatureNoise`."""
     places: tuple[str, ...] | None = None
     """See :class:`gambeson.models.FeatureNoise`."""
     noise_from: Annotated[int, Field(ge=0)] | None = None
-    """Epoch from which the noise is on: 10 of 350 in the released code. None: that share of the training, so that a
-    short one has noise as well (ours)."""
+    """Epoch from which the noise is on: 10 of 350 in the released code. None: the same share of the training (ours)."""
     adversarial_from: Annotated[int, Field(ge=0)] | None = None
-    """Epoch from which the adversarial loss counts: 20 of 350 in the released code. None: that share."""
+    """Epoch from which the adversarial loss counts: 20 of 350 in the released code. None: the same share."""
     update: Update = "alternating"
-    """How a batch moves the weights and the noise."""
+    """How a batch updates weights and noise: :data:`Update`."""
 
     def noise(self) -> FeatureNoise:
-        """Return the noise that the model shall carry."""
+        """Return the noise of the model."""
         return FeatureNoise(init=self.init, floor=self.floor, sharing=self.sharing, places=self.places)
 
     def noise_start(self, epochs: int) -> int:
@@ -159,7 +159,7 @@ class Learn2Perturb(NoisyDefense):
         return starting(self.adversarial_from, (20, 350), epochs, "adversarial_from") if self.mix else epochs
 
     def fully_active_epoch(self, epochs: int) -> int:
-        """When noise and attack have both begun."""
+        """The epoch in which both noise and attack have started."""
         return max(self.noise_start(epochs), self.adversarial_start(epochs) if self.mix else 0)
 
     def terms(self) -> dict[str, tuple[Weight, Term]]:
@@ -171,10 +171,10 @@ class Learn2Perturb(NoisyDefense):
         return {**super().terms(), NOISE: (weight, NoiseReward(self.noise_start))}
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Return the objective, which takes one or two steps a batch.
+        """Return the objective, which takes one or two steps per batch.
 
         Raises:
-            UserError: the training is too short for the noise or the adversarial loss to begin.
+            UserError: the training is too short for the noise or the adversarial loss to start.
         """
         self.noise_start(context.epochs)
         self.adversarial_start(context.epochs)
@@ -183,5 +183,5 @@ class Learn2Perturb(NoisyDefense):
 
 
 def feature_noise(model: nn.Module) -> list[NoiseInjection]:
-    """Return the modules of a model whose noise has a trained size for each neuron."""
+    """Return the modules of a model with trained noise per neuron."""
     return [module for module in injections(model) if isinstance(module, NoiseInjection)]

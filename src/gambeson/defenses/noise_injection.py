@@ -1,4 +1,4 @@
-"""What the defences that train a noisy model share: when each part begins, and the half-and-half adversarial loss."""
+"""Defences by noise injection: PNI and RSE, and the common base of noisy defences."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from gambeson.models.noisy_weights import FixedNoise, ParametricNoise, Where
 from gambeson.threat import Eps, Norm, perturb
 
 Label = Literal["prediction", "truth"]
-"""What an attack inside training moves away from: the model's own answer to the clean image, or the true label."""
+"""Label that an attack inside training leaves: the model's prediction on the clean image, or the true one."""
 
 
 class NoisyClean:
-    """Cross-entropy on the images as they are; it remembers what the model answered, for the attack on the batch."""
+    """Cross-entropy on clean images; it stores the model's predictions for the attack on the batch."""
 
     def __init__(self) -> None:
         self._batch: Batch | None = None
@@ -46,7 +46,7 @@ class NoisyClean:
         return batch.losses(logits).mean()
 
     def answers(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Return the model's predictions on the batch: the remembered ones, or those of a forward of its own."""
+        """Return the model's predictions on the batch: the stored ones, or those of a new forward."""
         if self._batch is not batch:
             with torch.no_grad():
                 return model(batch.images).argmax(1)
@@ -54,9 +54,9 @@ class NoisyClean:
 
 
 class NoisyAdversarial:
-    """Cross-entropy, with the true labels, on images perturbed while the noise is on.
+    """Cross-entropy, with the true labels, on images perturbed with the noise on.
 
-    A batch is attacked once: a second phase on it sees the same perturbed images.
+    A batch is attacked once: a second phase uses the same perturbed images.
     """
 
     def __init__(self, attack: Adversarial, clean: NoisyClean, label: Label) -> None:
@@ -77,7 +77,7 @@ class NoisyAdversarial:
 
 
 class NoisyDefense(Defense):
-    """Base of the defences that give a model noise and train it on clean and perturbed images."""
+    """Base of the defences that add noise to a model and train it on clean and perturbed images."""
 
     eps: Eps
     """Radius of the attack in pixel units; 8/255 in the released codes, on CIFAR."""
@@ -85,13 +85,13 @@ class NoisyDefense(Defense):
     steps: Annotated[int, Field(ge=1)] = 7
     """Gradient steps of the attack, from a uniform start."""
     rel_step_size: Annotated[Number, Field(gt=0)] = 0.31875
-    """Length of a step as a share of eps: 0.01 at 8/255."""
+    """Step size as a share of eps: 0.01 at 8/255."""
     mix: Annotated[Number, Field(ge=0, le=1)] = 0.5
-    """Weight of the adversarial loss once it has begun; the clean loss has the rest. 0: no adversarial training."""
+    """Weight of the adversarial loss once it has started; the clean loss has the rest. 0: no adversarial training."""
     adversarial_from: Annotated[int, Field(ge=0)] | None = None
     """Epoch from which the adversarial loss counts. None: the released code's share of the training."""
     label: Label = "prediction"
-    """What the attack leaves."""
+    """Label that the attack leaves."""
 
     def noise(self) -> Noise:
         """Return the noise that the model shall carry."""
@@ -115,37 +115,37 @@ class NoisyDefense(Defense):
         }
 
     def configure_model(self, model: nn.Module) -> None:
-        """Put the noise into a model of ours; others get it in :meth:`build_objective`, where image size is known."""
+        """Add the noise to a :class:`PixelModel`; others get it in :meth:`build_objective`."""
         if isinstance(model, PixelModel):
             equip(model, self.noise())
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Return the objective; the model carries the noise from here on."""
+        """Return the objective; from here on the model has the noise."""
         add_noise_for(context, self.noise())
         return super().build_objective(context)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Take the noise's sizes out of the weight decay, which would make the noise vanish."""
+        """Exclude the noise parameters from weight decay, which would make the noise vanish."""
         return undecayed(model)
 
 
 def add_noise_for(context: TrainContext, noise: Noise) -> None:
-    """Put noise into the model of a training, whatever module it is."""
+    """Add noise to the model of a training, which can be any module."""
     images, _ = context.train.take(slice(0, 1))
     equip(context.model, noise, images)
 
 
 def undecayed(model: nn.Module) -> list[dict[str, Any]]:
-    """Return the trained sizes of a model's noise as a group without weight decay."""
+    """Return the noise parameters of a model as a group without weight decay."""
     sizes = [size for module in injections(model) for size in module.learnt]
     return [{"params": sizes, "weight_decay": 0.0}] if sizes else []
 
 
 def starting(given: int | None, share: tuple[int, int], epochs: int, what: str) -> int:
-    """Return the epoch in which something begins: the given one, or a share of the training, rounded down.
+    """Return the epoch in which a part starts: the given one, or a share of the training, rounded down.
 
     Raises:
-        UserError: the training is over before.
+        UserError: the training ends before.
     """
     first = epochs * share[0] // share[1] if given is None else given
     if first >= epochs:
@@ -155,20 +155,20 @@ def starting(given: int | None, share: tuple[int, int], epochs: int, what: str) 
 
 @register("pni", source="He et al. 2019", cost="s + 2 / s + 2")
 class PNI(NoisyDefense):
-    """Minimise 0.5 CE(clean) + 0.5 CE(PGD-7) over the weights and one size of noise a layer, the noise always on.
+    """Minimise 0.5 CE(clean) + 0.5 CE(PGD-7) over the weights and one noise scale per layer, with the noise always on.
 
     Published with eps 0.031, steps of 0.01, the adversarial part from epoch 5 of 160, SGD with Nesterov momentum at
     0.1 (x0.1 at 80 and 120), weight decay 3e-4 on the weights and none on alpha.
     """
 
     where: Where = "weight"
-    """What gets the noise; see :class:`gambeson.models.ParametricNoise`."""
+    """Position of the noise; see :class:`gambeson.models.ParametricNoise`."""
     init: Annotated[Number, Field(ge=0)] = ParametricNoise().init
-    """Alpha at the start."""
+    """Initial alpha."""
     rel_step_size: Annotated[Number, Field(gt=0)] = 0.01 / 0.031
-    """Length of a step as a share of eps: 0.01 at 0.031."""
+    """Step size as a share of eps: 0.01 at 0.031."""
     label: Label = "truth"
-    """What the attack leaves (ours: what the paper says of it is not known)."""
+    """Label that the attack leaves (ours: the paper's is not known to us)."""
 
     def noise(self) -> ParametricNoise:
         """Return the noise that the model shall carry."""
@@ -182,7 +182,7 @@ class PNI(NoisyDefense):
         """Return the objective.
 
         Raises:
-            UserError: the training is too short for the adversarial loss to begin.
+            UserError: the training is too short for the adversarial loss to start.
         """
         self.adversarial_start(context.epochs)
         return super().build_objective(context)
@@ -190,9 +190,9 @@ class PNI(NoisyDefense):
 
 @register("rse", source="Liu et al. 2018", cost="1 / 1")
 class RSE(Defense):
-    """Minimise E[CE] under noise of fixed size.
+    """Minimise E[CE] under noise of fixed scale.
 
-    The model predicts by the mean softmax over several passes: :class:`gambeson.models.PassAverage` of the result.
+    Predictions are the mean softmax over several passes: :class:`gambeson.models.PassAverage` of the result.
     """
 
     first: Annotated[Number, Field(ge=0)] = FixedNoise().first
@@ -205,15 +205,15 @@ class RSE(Defense):
         return FixedNoise(first=self.first, rest=self.rest)
 
     def terms(self) -> dict[str, tuple[Weight, Term]]:
-        """The clean term alone."""
+        """The clean term."""
         return {"clean": (1.0, Clean())}
 
     def configure_model(self, model: nn.Module) -> None:
-        """Put the noise into a model of ours; others get it in :meth:`build_objective`, where image size is known."""
+        """Add the noise to a :class:`PixelModel`; others get it in :meth:`build_objective`."""
         if isinstance(model, PixelModel):
             equip(model, self.noise())
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Return the objective; the model carries the noise from here on."""
+        """Return the objective; from here on the model has the noise."""
         add_noise_for(context, self.noise())
         return super().build_objective(context)

@@ -1,4 +1,4 @@
-"""The terms an objective is a weighted sum of. A new term is a function of a model and a batch."""
+"""The base class of defences, and objectives as weighted sums of terms, each a function of a model and a batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gambeson.victim import BatchNormMode, FastPath, Precision, Victim
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One training batch and the stream that its random draws come from."""
+    """One training batch, with the random stream of its step."""
 
     images: torch.Tensor
     """(N, C, H, W) in [0, 1]."""
@@ -32,23 +32,23 @@ class Batch:
     task: Task = CLASSIFICATION
     """What the labels mean."""
     place: tuple[int, int] = (0, 1)
-    """The number of this process, and of how many: the batch of the step is cut into consecutive parts."""
+    """Rank and world size; the batch of the step is cut into consecutive parts."""
     step: int = 0
-    """Steps taken before this one."""
+    """Previous steps."""
     steps: int = 1
-    """Steps an epoch."""
+    """Steps per epoch."""
     epochs: int = 1
     indices: torch.Tensor | None = None
-    """(N,) places of the images in the training split, where they are as they stand there: not augmented."""
+    """(N,) indices of the images in the training split, if they are not augmented."""
 
     @property
     def epoch(self) -> int:
-        """Epochs finished before this one."""
+        """Previous epochs."""
         return self.step // self.steps
 
     @property
     def progress(self) -> float:
-        """Share of the training that is done, in [0, 1)."""
+        """Finished share of the training, in [0, 1)."""
         return self.step / (self.steps * self.epochs)
 
     def losses(self, logits: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -57,16 +57,16 @@ class Batch:
         return self.task.per_image(values, self.labels)
 
     def mine(self, drawn: torch.Tensor) -> torch.Tensor:
-        """Return this process's rows of what was drawn for the batch of all processes.
+        """Return this process's rows of a draw for the batch of all processes.
 
-        Drawing for all and taking a part makes several processes do what one with the joined batch would do.
+        Drawing for all and taking a part makes several processes equal to one with the joined batch.
         """
         number, processes = self.place
         return drawn if processes == 1 else drawn.unflatten(0, (processes, -1))[number]
 
 
 class Term(Protocol):
-    """What an objective adds up: a scalar of a model on a batch."""
+    """A term of an objective: a scalar function of a model and a batch."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the loss, with a graph to the model's parameters."""
@@ -79,7 +79,7 @@ def batch_loss(model: nn.Module, images: torch.Tensor, batch: Batch, label_smoot
 
 
 class Clean(Config):
-    """Cross-entropy on the images as they are."""
+    """Cross-entropy on clean images."""
 
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes."""
@@ -90,10 +90,10 @@ class Clean(Config):
 
 
 class Adversarial(Config):
-    """Cross-entropy on images perturbed against the model itself, one perturbation shared by ``sharedness`` images.
+    """Cross-entropy on images perturbed on the model itself, with one perturbation per ``sharedness`` images.
 
-    The heaps are consecutive rows of the shuffled batch. Crafting costs ``steps`` forwards and backwards of the
-    batch whatever the sharedness is.
+    Heaps are consecutive rows of the shuffled batch. Crafting costs ``steps`` forwards and backwards of the batch for
+    any sharedness.
     """
 
     eps: Eps
@@ -102,16 +102,16 @@ class Adversarial(Config):
     """Images that share one perturbation."""
     steps: Annotated[int, Field(ge=1)] = 4
     rel_step_size: Annotated[Number, Field(gt=0)] = 0.5
-    """Length of a step as a share of eps."""
+    """Step size as a share of eps."""
     start: Literal["zero", "uniform", "sign"] = "uniform"
     truncate: Number | None = None
     """Inner loss only; see :class:`gambeson.attacks.Loss`."""
     precision: Precision = "float32"
-    """Of the model while crafting, whatever the training's is; the step itself and the outer loss are not touched."""
+    """Precision of the model while crafting, independent of the training's."""
     attack_bn: BatchNormMode = "eval"
-    """The statistics that BatchNorm takes while crafting; see :data:`gambeson.victim.BatchNormMode`."""
+    """BatchNorm statistics while crafting; see :data:`gambeson.victim.BatchNormMode`."""
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    """Outer loss only: in the truncated inner loss it would blind the attack to its easiest images."""
+    """Outer loss only: in the truncated inner loss it would hide the easiest images from the attack."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the mean cross-entropy under the crafted perturbations."""
@@ -120,7 +120,7 @@ class Adversarial(Config):
     def craft(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Craft the perturbations of a batch, shape (N / sharedness, C, H, W).
 
-        The model comes back in the mode it was in, and with its statistics but for ``attack_bn="train"``.
+        The model's mode is restored, and so are its statistics unless ``attack_bn="train"``.
 
         Raises:
             UserError: the sharedness does not divide the batch.
@@ -131,7 +131,7 @@ class Adversarial(Config):
                 f"sharedness {self.sharedness} does not divide the batch of {len(batch.images)}: "
                 "choose a batch size that is a multiple of it"
             )
-        # In evaluation mode by a copy, which follows the weights from step to step.
+        # In evaluation mode on a fast copy, which is updated in every step.
         with Victim(model, fast=FastPath(precision=self.precision), batch_norm=self.attack_bn) as victim:
             solver = ProjectedGradient(
                 victim=victim,
@@ -151,41 +151,41 @@ Losses = dict[str, torch.Tensor]
 """The value of each term, detached, and their weighted sum as ``loss``, with its graph."""
 
 Weight = float | Callable[[Batch], float]
-"""The weight of a term: a number, or a function of the batch's place in the training."""
+"""The weight of a term: a number, or a function of the batch."""
 
 
 @runtime_checkable
 class AfterStep(Protocol):
-    """A term that goes on from step to step, such as one that keeps a perturbation."""
+    """A term with a state that is updated in every step, such as a persistent perturbation."""
 
     def after_step(self, batch: Batch) -> None:
-        """Take its own step, after the backward of the objective and before the next batch."""
+        """Update the state, after the backward of the objective and before the next batch."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainContext:
-    """What an objective is opened for."""
+    """The context in which an objective is built."""
 
     model: nn.Module
     """The model to train, on its device."""
     train: Split
-    """The training images, on that device where they fit."""
+    """The training images, on that device if they fit."""
     seed: int
     epochs: int
     steps: int
-    """Steps an epoch."""
+    """Steps per epoch."""
     batch_size: int
-    """Images a step in this process, of one data order."""
+    """Images per step in this process, of one data order."""
 
 
 class Objective(nn.Module):
-    """An objective at work: its terms, and in its buffers what they carry from step to step.
+    """The objective of one training: its terms, with their state in buffers.
 
-    The loop stores the buffers with the rest of its state, so that a run that was cut goes on bit for bit.
+    Checkpoints include the buffers, so that an interrupted run resumes bit for bit.
 
     Args:
-        terms: each term with its weight, by name. Those that are modules are registered, the others are functions.
+        terms: each term with its weight, by name. Terms that are modules are registered.
     """
 
     def __init__(self, terms: Mapping[str, tuple[Weight, Term]]) -> None:
@@ -194,22 +194,22 @@ class Objective(nn.Module):
         self.carried = nn.ModuleDict({name: term for name, (_, term) in terms.items() if isinstance(term, nn.Module)})
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
-        """Evaluate the objective on one batch; a term of weight zero costs nothing and is left out."""
+        """Evaluate the objective on one batch; terms of weight zero are skipped."""
         weights = {name: weight(batch) if callable(weight) else weight for name, (weight, _) in self.terms.items()}
         values = {name: self.terms[name][1](model, batch) for name, weight in weights.items() if weight}
         total = torch.stack([weights[name] * value for name, value in values.items()]).sum()
         return {"loss": total} | {name: value.detach() for name, value in values.items()}
 
     def optimizer_steps(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
-        """Yield what to descend on this batch, one optimiser step each: the losses, and the parameters that move.
+        """Yield the optimiser steps on this batch: the losses, and the parameters to update.
 
-        None moves all of them. A parameter that does not move in a phase stays as it is bit for bit, weight decay
-        and momentum included. What comes after a ``yield`` sees the parameters after that step.
+        None updates all of them. A parameter that is not updated in a phase is unchanged bit for bit, including weight
+        decay and momentum. Code after a ``yield`` sees the parameters after that step.
         """
         yield self.losses(model, batch), None
 
     def after_step(self, batch: Batch) -> None:
-        """Let every term that goes on from step to step take its own step."""
+        """Update every term with a state."""
         for _, term in self.terms.values():
             if isinstance(term, AfterStep):
                 term.after_step(batch)
@@ -217,7 +217,7 @@ class Objective(nn.Module):
 
 @runtime_checkable
 class Answers(Protocol):
-    """A term whose evaluation gives the logits of the clean batch as well, which saves one forward per step."""
+    """A term whose evaluation also returns the logits of the clean batch, which saves one forward per step."""
 
     def answers(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return the logits of ``batch.images`` with their graph, or None, and the value of the term."""
@@ -225,10 +225,10 @@ class Answers(Protocol):
 
 
 class SharedForward(Objective):
-    """An objective whose clean term takes its logits from the first term that has them (:class:`Answers`)."""
+    """An objective whose clean term uses the logits of the first term that has them (:class:`Answers`)."""
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
-        """Evaluate the objective on one batch; without such a term as every objective does, bit for bit."""
+        """Evaluate the objective on one batch; without such a term bit-identical to :class:`Objective`."""
         weights = {name: weight(batch) if callable(weight) else weight for name, (weight, _) in self.terms.items()}
         live = {name: self.terms[name][1] for name, weight in weights.items() if weight}
         source = next((name for name, term in live.items() if isinstance(term, Answers)), None)
@@ -250,51 +250,51 @@ class SharedForward(Objective):
 
 
 class Defense(Config):
-    """Base of every defence. A new one is a frozen configuration with :meth:`terms`; the rest has a default."""
+    """Base of every defence. Subclasses are frozen configurations that define :meth:`terms`; the rest has defaults."""
 
     def terms(self) -> Mapping[str, tuple[Weight, Term]]:
         """Return each term of the objective with its weight, by name."""
         raise NotImplementedError
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Return the objective at work on one model; where terms carry a state, it begins here."""
+        """Return the objective of one training, with fresh states of its terms."""
         return Objective(self.terms())
 
     def with_source_models(self, load: Callable[[str], nn.Module]) -> Defense:
-        """Return this defence with the models that it names loaded by ``load``; most name none."""
+        """Return this defence with its named source models loaded by ``load``; most have none."""
         return self
 
     def configure_model(self, model: nn.Module) -> None:
-        """Give a model, in place and once, the parts that this defence needs, such as noise.
+        """Add the parts that this defence needs, such as noise, to a model, in place and once.
 
         Raises:
-            UserError: the model has no place for them.
+            UserError: the model does not support them.
         """
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Return parameters with optimiser settings of their own, as ``torch.optim`` takes them.
+        """Return parameter groups with their own optimiser settings, as for ``torch.optim``.
 
-        A setting ``lr_scale`` multiplies the learning rate of a group.
+        ``lr_scale`` multiplies the learning rate of a group.
         """
         return []
 
     @property
     def num_members(self) -> int:
-        """Bodies of the model, which vote."""
+        """Number of members of the model."""
         return 1
 
     @property
     def num_orders(self) -> int:
-        """Orders of the data: a batch has the rows of each, one after another; each member has its own."""
+        """Number of data orders, one per member; a batch concatenates their rows."""
         return self.num_members
 
     def fully_active_epoch(self, epochs: int) -> int:
-        """Return the epoch from which all of the objective is at work; only from there on can an epoch be the best."""
+        """Return the epoch from which all parts of the objective are active; only later epochs can be the best."""
         return 0
 
     def check(self, batch_size: int) -> None:
-        """Refuse a batch size that the objective cannot work with, before the training starts."""
+        """Raise before the training starts if the objective does not support the batch size."""
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
-        """Evaluate an objective without a state on one batch."""
+        """Evaluate a stateless objective on one batch."""
         return Objective(self.terms()).losses(model, batch)

@@ -1,4 +1,4 @@
-"""Ordinary training: empirical risk, no defence. The baseline of every table."""
+"""Standard training, the baseline of every table, and PGD adversarial training."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Standard(Defense):
     """Share of the target spread over all classes."""
 
     def terms(self) -> dict[str, tuple[float, Term]]:
-        """The clean term alone."""
+        """The clean term."""
         return {"clean": (1.0, Clean(label_smoothing=self.label_smoothing))}
 
 
 @register("pgd-adversarial", source="Madry et al. 2018", cost="s + 1 / s + 1")
 class PGDAdversarial(Defense):
-    """Minimise E[max over the ball of CE(f(x + delta), y)], one delta an image (Madry et al. 2018, equation 2.1).
+    """Minimise E[max over the ball of CE(f(x + delta), y)], one delta per image (Madry et al. 2018, equation 2.1).
 
-    The steps and their length are ours: 4 of eps / 2, the inner attack of Mummadi et al. 2019, so that this is
-    Shared Adversarial Training with sharedness 1, sigma 1 and no truncation, bit for bit.
+    The inner attack, 4 steps of eps / 2, is that of Mummadi et al. 2019 (ours), so that this equals Shared Adversarial
+    Training with sharedness 1, sigma 1 and no truncation, bit for bit.
     """
 
     eps: Eps
@@ -39,17 +39,17 @@ class PGDAdversarial(Defense):
     steps: Annotated[int, Field(ge=1)] = 4
     """Gradient steps of the inner attack."""
     rel_step_size: Annotated[Number, Field(gt=0)] = 0.5
-    """Length of a step as a share of eps."""
+    """Step size as a share of eps."""
     craft_precision: Precision = "float32"
-    """Of the model while perturbations are crafted, whatever the recipe's is; bfloat16 pays on machines that have
+    """Precision of the model while crafting, independent of the recipe's; bfloat16 is faster on hardware that supports
     it."""
     attack_bn: BatchNormMode = "eval"
-    """The statistics that BatchNorm takes while crafting: its running ones (``eval``), those of the perturbed batch
-    (``batch``), or those of the batch with the whole model in training mode, dropout and running statistics included
+    """BatchNorm statistics while crafting: the running ones (``eval``), those of the perturbed batch (``batch``), or
+    those of the batch with the whole model in training mode, including dropout and updates of the running statistics
     (``train``). The paper leaves it open; the default is ours."""
 
     def terms(self) -> dict[str, tuple[float, Term]]:
-        """The adversarial term alone."""
+        """The adversarial term."""
         return {
             "adversarial": (
                 1.0,

@@ -1,4 +1,4 @@
-"""Defences by the name their papers give them, and a field that holds any of them."""
+"""The registry of defences, their construction by name, and a field type for any defence."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ DEFENSES: Registry[type[Defense]] = Registry("defence", "gambeson.defenses", roo
 """Every defence: of this library, of installed packages (group ``gambeson.defenses``), and of this process."""
 
 register = DEFENSES.register
-"""``@register("name", source="paper", cost="forwards / backwards")`` at a defence's class gives it its name."""
+"""``@register("name", source="paper", cost="forwards / backwards")`` registers a defence's class."""
 
 
 def names() -> list[str]:
-    """Every name that :func:`create` takes, in alphabetical order."""
+    """Every registered name, in alphabetical order."""
     return DEFENSES.names()
 
 

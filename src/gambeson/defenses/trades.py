@@ -19,7 +19,7 @@ from gambeson.victim import Victim
 
 
 class Divergence(Config):
-    """max over the ball of KL(p(x), p(x + delta)), one delta an image, p the softmax of the model."""
+    """max over the ball of KL(p(x), p(x + delta)), one delta per image, p the softmax of the model."""
 
     eps: Eps
     norm: Norm = "inf"

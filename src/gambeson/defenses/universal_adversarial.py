@@ -55,7 +55,7 @@ class UniversalAdversarial(Defense):
         """Return the objective with its perturbation at the start.
 
         Raises:
-            UserError: label maps, which have no class an image, with ``classwise``.
+            UserError: label maps, which have no class per image, with ``classwise``.
         """
         if self.classwise:
             context.train.task.require_classification("class-wise training", "use classwise=False")

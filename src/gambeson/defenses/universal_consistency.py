@@ -15,8 +15,8 @@ from gambeson.defenses.uap_bank import BankStart, UAPBank, mute
 from gambeson.threat import Ball, BoxGradient, Eps, Norm
 
 Assignment = Literal["even", "random", "strong"]
-"""Which perturbation an image carries: ``even`` gives each the same number of the shuffled batch's images,
-``random`` draws one an image, ``strong`` draws those more often under which the term was larger lately."""
+"""Which perturbation each image carries: ``even`` gives each the same number of the shuffled batch's images,
+``random`` draws one per image, ``strong`` draws those more often under which the term was larger lately."""
 
 Direction = Literal["forward", "reverse"]
 """``forward`` is KL(clean prediction, perturbed prediction), as in TRADES; ``reverse`` swaps the two."""

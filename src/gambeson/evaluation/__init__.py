@@ -1,4 +1,4 @@
-"""Honest numbers: rates with intervals, controls beside attacks, checks that can overturn a verdict."""
+"""Evaluation: rates with intervals, controls, attack suites, eps_uni and transfer tables."""
 
 from gambeson.evaluation.attack_run import AttackRun, run_attack
 from gambeson.evaluation.attack_suite import SuiteResult, SuiteRun, run_suite, standard_suite

@@ -1,4 +1,4 @@
-"""One attack on one model as an object: what ``gambeson attack`` builds, and what its folder can be run again from."""
+"""Runs of ``gambeson attack``: settings, execution, and the run folder."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ STANDARD = "standard"
 
 
 class AttackRun(Config):
-    """What to attack, with what, on how many images."""
+    """Settings of a run: model, data, attack and number of images."""
 
     kind: Literal["attack"] = "attack"
     model: str
     """A run folder of ``gambeson train``, or a weights file written by this library."""
     data: Name | None = None
-    """Name of a data set; None: the one that the run was trained on."""
+    """Name of a data set; None: that of the training run."""
     attack: attacks.Name = "pgd"
     """Name of an attack that perturbs image by image, ``FILE.py:CLASS`` of one, which is stored with the hash of the
-    file, or ``standard`` for the row of :func:`standard_suite`."""
+    file, or ``standard`` for the suite of :func:`standard_suite`."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of the attack, such as eps."""
     images: Annotated[int, Field(ge=1)] = 1000
-    """Test images to attack, at most: drawn evenly over the classes, by the seed."""
+    """Maximum number of test images, a stratified sample drawn from the seed."""
     seed: int = 0
     device: str = "cpu"
 
@@ -54,13 +54,13 @@ def _attacks_of(run: AttackRun) -> dict[str, Any]:
     unknown = set(run.settings) - {"eps", "norm", "queries", "faithful", "eot_samples"}
     if unknown or "eps" not in run.settings:
         raise UserError(
-            f"the standard row takes eps, norm, queries, faithful, eot_samples, got {sorted(run.settings)}: give --eps"
+            f"the suite takes eps, norm, queries, faithful, eot_samples, got {sorted(run.settings)}: give --eps"
         )
     return dict(standard_suite(**run.settings))
 
 
 def run_attack(run: AttackRun, out: Path) -> SuiteResult:
-    """Carry out ``run``; leave ``result.json`` and the perturbed images in ``out``.
+    """Execute ``run``; write ``result.json`` and the perturbed images to ``out``.
 
     Raises:
         UserError: the folder holds another run, the model cannot be loaded, or a setting is wrong.

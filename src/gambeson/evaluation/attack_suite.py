@@ -1,4 +1,4 @@
-"""A suite of attacks, from cheap to strong: each image's worst case over them, scored once."""
+"""Attack suites: the worst case per image over several attacks, scored once."""
 
 from __future__ import annotations
 
@@ -18,44 +18,43 @@ from gambeson.threat import Norm
 from gambeson.victim import Victim, nothing_counts, predict, votes_of, votes_right
 
 SURE = 0.25
-"""Share of right votes up to which an image counts as broken for good while a random model is attacked, and later
-attacks leave it alone (ours): were half of all its passes right, so few of 21 votes would be once in 75 times."""
+"""Largest share of correct votes at which an image of a random model counts as broken for good, so that later attacks
+skip it (ours): if half of all its passes were correct, so few of 21 votes would occur once in 75 times."""
 
 
 class AttackRound(Config):
-    """What one attack of the suite did."""
+    """Result of one attack of the suite."""
 
     attack: str
     tried: int
-    """Images that it was tried on: all that no attack before it had broken for good."""
+    """Images attacked: all that no previous attack had broken for good."""
     broken: int
-    """Images that it broke for good: of a random model, those with at most :data:`SURE` of their votes right."""
+    """Images broken for good: for a random model, those with at most :data:`SURE` of their votes correct."""
     accuracy: Rate
-    """Share of all images that are still right after it: an image under the worst of the attacks so far is decided as
-    everywhere, of a random model by the majority of fresh votes, which no choice was made by."""
+    """Accuracy under the worst of the attacks so far; for a random model by the majority of fresh votes, which were not
+    used for any selection."""
     cost: Cost
 
 
 class SuiteResult(Config):
-    """Accuracy under the worst of several attacks, image by image.
+    """Accuracy under the worst of several attacks per image.
 
-    What is right under the worst case is decided for each image by itself, by a procedure that is fixed before the
-    images are looked at. The images right are therefore one binomial count, and ``robust`` has the interval of a
-    single rate, however many attacks there are.
+    The worst case is decided per image, by a procedure fixed beforehand. The correct images are therefore one binomial
+    count, and ``robust`` has the interval of a single rate for any number of attacks.
     """
 
     clean: Rate
     """Accuracy on clean images."""
     robust: Rate
-    """Share of images that are right under the worst of the attacks, the clean image included."""
+    """Accuracy under the worst of the attacks, including the clean image."""
     success: Rate
-    """Share of the images right when clean that the attacks took from the model: of a random model the net loss, for
-    some images are right in one count and wrong in the next by chance alone."""
+    """Attack success rate on images that are correct when clean; for a random model the net loss, because some images
+    change between two counts by chance."""
     votes: int = 1
-    """Votes that decided each image by their majority: more than one for a random model."""
+    """Votes per image: more than one for a random model."""
     rounds: list[AttackRound]
     largest: float
-    """Largest norm of a perturbation that broke an image, as measured on the stored images."""
+    """Largest norm of a successful perturbation, measured on the stored images."""
     mean: float
     """Mean norm of these."""
 
@@ -66,35 +65,34 @@ class SuiteRun:
 
     result: SuiteResult
     images: torch.Tensor
-    """The images, each as the attack left it that did it most harm, or clean where none did any: scoring these with
-    the seed of the suite gives ``result.robust`` exactly."""
+    """The worst candidate of each image, or the clean image: scoring these with the seed of the suite gives
+    ``result.robust`` exactly."""
     fallen_to: torch.Tensor
     """Index of the attack that broke each image; -1 none, -2 wrong without an attack, -3 its label does not count."""
 
 
 class WorstCase:
-    """The worst candidate seen of each image of a split, the clean image being the first.
+    """The worst candidate of each image in a split, starting with the clean image.
 
-    How bad a candidate is, its votes say (:func:`gambeson.victim.votes_right`), which are drawn for that choice alone.
-    A choice by votes favours candidates that were unlucky, so that the chosen ones are scored on other votes
-    (:meth:`right`): those that the clean images are scored on, with the same seed. A candidate that does no more harm
-    than the clean image, however often it is tried, then changes the number by no more than the sampling error of one
-    count; the clean image itself, tried as a candidate, changes nothing at all. A model that repeats itself is not
-    asked again: its one vote says what every other would.
+    Candidates are compared by their correct votes (:func:`gambeson.victim.votes_right`), drawn for this selection only.
+    Selection by votes favours unlucky candidates, so the selected ones are scored on other votes (:meth:`right`), those
+    of the clean images, with the same seed. A candidate no more harmful than the clean image, however often it is
+    tried, then changes the number by no more than the sampling error of one count; the clean image as a candidate
+    changes nothing. Deterministic models have a single vote.
 
     Args:
         victim: the model, inside its context.
         split: images with one label each.
         seed: of a random model's votes.
-        batch_size: images at a time, at most: fewer where they are large.
+        batch_size: maximum batch size; smaller for large images.
 
     Attributes:
         images: (N, C, H, W), the worst candidates, on the model's device.
-        source: (N,) which candidate each is: -1 the clean image, else what :meth:`offer` was told.
-        votes: passes that decide an image.
+        source: (N,) the source of each: -1 for the clean image, else the argument of :meth:`offer`.
+        votes: votes per image.
 
     Raises:
-        UserError: there is not one label per image, no label counts, or some logits are not finite.
+        UserError: labels are not one per image, no label counts, or some logits are not finite.
     """
 
     def __init__(self, victim: Victim, split: Split, *, seed: int = 0, batch_size: int = 250) -> None:
@@ -116,18 +114,18 @@ class WorstCase:
 
     @property
     def standing(self) -> torch.Tensor:
-        """Numbers of the images that are worth attacking further: they count, and are not broken for good."""
+        """Indices of the images still to be attacked: they count, and are not broken for good."""
         return (self.counts & (self._support > SURE * self.votes)).nonzero().flatten()
 
     def offer(self, rows: torch.Tensor, moved: torch.Tensor, source: int) -> None:
-        """Keep candidates ``moved`` of the images numbered ``rows`` where they do more harm than what was kept."""
+        """Keep candidates ``moved`` of the images with indices ``rows`` if they do more harm than the current ones."""
         support = self._votes(moved, rows, source)
         worse = support < self._support[rows]
         rows = rows[worse]
         self.images[rows], self._support[rows], self.source[rows] = moved[worse], support[worse], source
 
     def right(self) -> torch.Tensor:
-        """Return which images are right (N,), the worst candidate of each being scored on votes of its own."""
+        """Return which images are correct (N,), scoring the worst candidate of each on fresh votes."""
         if not self._random:
             return self.counts & (2 * self._support > self.votes)
         now = self.split.with_images(self.images)
@@ -155,21 +153,21 @@ def run_suite(
 ) -> SuiteRun:
     """Attack every image with each attack in turn until one breaks it, and score the worst case of each image once.
 
-    Success is decided on the model itself, by the images an attack returned, whatever the attack believed. Of a random
-    model, decided by the majority of its votes (:func:`gambeson.victim.votes_of`), the candidate with the fewest right
-    votes is kept, and only that one scored, on fresh votes: see :class:`WorstCase`.
+    Success is decided on the model itself, by the images an attack returned, not by the attack. For a random model,
+    decided by the majority of votes (:func:`gambeson.victim.votes_of`), the candidate with the fewest correct votes is
+    kept, and only that one is scored, on fresh votes: see :class:`WorstCase`.
 
     Args:
         victim: the model, inside its context.
         split: images with one label each.
         attacks: by name, cheapest first.
-        norm: of the distances that are reported.
+        norm: of the reported distances.
         seed: of every attack, and of a random model's votes.
-        batch_size: images at a time, at most: fewer where they are large.
+        batch_size: maximum batch size; smaller for large images.
 
     Raises:
-        UserError: there is not one label per image, no label counts, some logits are not finite, or an attack returns
-            something other than images.
+        UserError: labels are not one per image, no label counts, some logits are not finite, or an attack does not
+            return images.
     """
     worst = WorstCase(victim, split, seed=seed, batch_size=batch_size)
     clean_images = worst.images.clone()
@@ -240,9 +238,9 @@ def standard_suite(
     Args:
         eps: radius in pixel units.
         norm: ``inf`` or ``2``.
-        queries: budget of Square, an image.
-        faithful: climb towards all nine targets in full, and let Square spend its whole budget on every image.
-        eot_samples: of a random model, over which each gradient is averaged.
+        queries: budget of Square per image.
+        faithful: attack all nine targets in full, and let Square spend its whole budget on every image.
+        eot_samples: samples of a random model that each gradient is averaged over.
     """
     ball = {"eps": eps, "norm": norm, "eot_samples": eot_samples}
     return {

@@ -1,4 +1,4 @@
-"""Where the error under attack crosses delta as eps grows, with a bootstrap interval over images."""
+"""Bootstrap intervals over images for the eps at which the error under attack reaches a threshold."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _COUNTS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class ImageErrors:
-    """Errors of each image under one attack; on label maps an image has many answers."""
+    """Errors per image under one attack; a label map has many predictions per image."""
 
     wrong: torch.Tensor
-    """(N,): answers that differ from the label."""
+    """(N,): predictions that differ from the label."""
     answers: torch.Tensor
-    """(N,): answers that count; 1 where an image has one label, 0 where that is the ignore index."""
+    """(N,): predictions that count; 1 for an image with one label, 0 if that is the ignore index."""
 
     @classmethod
     def of(cls, predictions: torch.Tensor, split: Split) -> ImageErrors:
@@ -33,7 +33,7 @@ class ImageErrors:
 
     @property
     def error(self) -> float:
-        """Share of wrong answers."""
+        """Share of wrong predictions."""
         return int(self.wrong.sum()) / max(1, int(self.answers.sum()))
 
 
@@ -42,19 +42,19 @@ def crossing_interval(
 ) -> tuple[float, float | None]:
     """95 % interval of the eps at which the error reaches ``delta``: percentile bootstrap over images (Efron 1979).
 
-    The perturbations behind the curve are held fixed, as they were chosen without the images that are resampled. In
-    each resample the curve is made to rise (an attack of one eps is one of every larger eps) and is linear between
-    the eps that were tried; where it crosses ``delta`` is what is collected.
+    The perturbations of the curve are held fixed, since they were selected without the resampled images. In each
+    resample the curve is made monotone (an attack at one eps is valid at every larger one) and is linear between the
+    eps tried; the eps at which it crosses ``delta`` is collected.
 
     Args:
         curve: the errors of the same images by eps; 0 stands for clean images.
         delta: the error to reach.
         seed: of the resamples.
-        resamples: how many.
+        resamples: number of resamples.
 
     Returns:
-        The 2.5 % and the 97.5 % quantile. The upper end is None, and the lower end the largest eps, where the curve
-        does not reach ``delta`` in so many of the resamples.
+        The 2.5 % and the 97.5 % quantile. If too few resamples reach ``delta``, the upper end is None, or the lower end
+        the largest eps.
     """
     radii = sorted(curve)
     wrong = torch.stack([curve[eps].wrong for eps in radii]).double()
@@ -76,11 +76,11 @@ def crossing_interval(
 
 
 def crossings(radii: torch.Tensor, errors: torch.Tensor, delta: float) -> torch.Tensor:
-    """Return where each curve first reaches ``delta``, infinite where it does not.
+    """Return the eps at which each curve first reaches ``delta``, infinite if it does not.
 
     Args:
         radii: (M,), ascending.
-        errors: (B, M), a curve in each row; between the radii it is linear.
+        errors: (B, M), one curve per row, linear between the radii.
         delta: the error.
     """
     rising = errors.cummax(1).values

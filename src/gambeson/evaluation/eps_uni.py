@@ -1,4 +1,4 @@
-"""eps_uni(delta) and eps_adv(delta): the smallest eps at which an attack reaches an error of delta, by bisection."""
+"""eps_uni(delta) and eps_adv(delta): the smallest eps at which an attack reaches the error delta, by bisection."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from gambeson.victim import Victim, predict, vote
 from gambeson.victim.averaged import EOT_SAMPLES
 
 Craft = Callable[[float, torch.Tensor | None], UniversalPerturbation]
-"""From eps, and the best perturbation so far (1, C, H, W) scaled to it, to a perturbation of this eps."""
+"""Maps eps, and the best perturbation so far (1, C, H, W) scaled to it, to a perturbation of this eps."""
 
 _FIRST = 4 / 255
-"""The eps that is tried first where nothing is known."""
+"""The first eps tried if nothing is known."""
 FLOOR = 1e-6
-"""The bracket is never made narrower than this share of the largest eps that has a meaning (1 in the norm inf): there
-the rounding of float32 pixels begins to count. Ours."""
+"""Minimum width of the bracket as a share of the largest possible eps (1 in the norm inf), where the rounding of
+float32 pixels begins to matter (ours)."""
 _NEIGHBOURS = 6
-"""Scalings of the perturbation found that are tried on each side of eps_uni, ever further away."""
+"""Maximum number of rescalings of the perturbation found on each side of eps_uni, at increasing distance."""
 _FAR = 4.0
-"""Standard errors from delta at which the error curve is known far enough for the bootstrap."""
+"""Distance of the error curve from delta, in standard errors, that suffices for the bootstrap."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What stands for one eps."""
+    """The selected perturbation at one eps."""
 
     uap: UniversalPerturbation
-    """What validation chose."""
+    """The perturbation selected on validation."""
     test: ImageErrors
-    """Errors on test, which only reports."""
+    """Its errors on test."""
 
 
 def eps_uni(
@@ -56,34 +56,33 @@ def eps_uni(
     known: Iterable[UniversalPerturbation] = (),
     controls: Sequence[str] = tuple(CONTROLS),
 ) -> EpsUni:
-    """Search the smallest eps that one perturbation needs (Mummadi et al. 2019, section 3).
+    """Search the smallest eps at which one perturbation reaches an error of ``delta`` (Mummadi et al. 2019, section 3).
 
-    eps doubles until the perturbation that stands for it reaches an error of ``delta`` on the test split, then the
-    bracket is halved until it is narrower than ``tolerance`` times eps (or :data:`FLOOR`). For each eps stands what
-    does most harm on validation: what the attack crafts on train, the perturbation of an earlier eps scaled to this
-    one, from the best of which (by validation) the attack also starts, or a control. Balls are nested: a success at
-    eps counts for every larger one. So eps_uni is the minimum over everything that was tried, and an upper bound of
-    the true value.
+    eps is doubled until the perturbation selected at it reaches an error of ``delta`` on the test split, then the
+    bracket is halved until it is narrower than ``tolerance`` times eps (or :data:`FLOOR`). At each eps validation
+    selects the most harmful among the perturbation crafted on train, the perturbations of earlier eps scaled to this
+    one, from the best of which the attack also starts, and the controls. Balls are nested: a success at eps counts for
+    every larger one. eps_uni is thus the minimum over everything tried, and an upper bound of the true value.
 
-    Test images choose nothing; they say where the error crosses ``delta``. The interval is a bootstrap over them with
-    the perturbations held fixed (:func:`gambeson.evaluation.bootstrap.crossing_interval`). To know the error curve
-    there, the perturbation found is scaled to up to twelve eps around it, which costs forwards alone; a scaled one
-    that succeeds at a smaller eps counts.
+    Test images select nothing; they show where the error crosses ``delta``. The interval is a bootstrap over them with
+    the perturbations held fixed (:func:`gambeson.evaluation.bootstrap.crossing_interval`). To measure the error curve
+    there, the perturbation found is scaled to up to twelve eps around it, which costs only forwards; a scaled one that
+    succeeds at a smaller eps counts.
 
     A random model is judged by votes (:data:`gambeson.victim.DEFAULT_VOTES`), whether a module or a victim is given.
 
     Args:
-        model: any module from pixels to logits, or a :class:`Victim` already entered.
+        model: any module from pixels to logits, or an entered :class:`Victim`.
         data: a data set, or what can be split into one.
         attack: any universal attack; its own eps is replaced.
         delta: the error to reach.
         tolerance: width of the last bracket as a share of eps.
         seed: of the attack, the controls and the bootstrap.
-        known: perturbations for this model that are there already, in the norm of the attack.
-        controls: names of controls that are tried at each eps; empty: none.
+        known: existing perturbations for this model, in the norm of the attack.
+        controls: names of the controls tried at each eps.
 
     Returns:
-        The smallest success; right-censored where even the whole box gives none.
+        The smallest success; right-censored if there is none even for the whole box.
 
     Raises:
         UserError: no such delta, or a perturbation of another norm.
@@ -128,21 +127,21 @@ def search(
     runs: int | None = None,
     clean: ImageErrors | None = None,
 ) -> EpsUni:
-    """As :func:`eps_uni`, for whatever makes a perturbation of a given eps.
+    """As :func:`eps_uni`, for any function that crafts a perturbation of a given eps.
 
     Args:
-        victim: the model, inside its context; its ``votes`` say how many votes decide.
-        data: its validation split chooses, its test split reports.
+        victim: the model, inside its context; its ``votes`` is the number of votes.
+        data: validation selects, test reports.
         craft: the attack.
         norm: of its ball.
         delta: the error to reach.
         tolerance: width of the last bracket as a share of eps.
         seed: of the controls and the bootstrap.
-        known: what is known already, by eps.
+        known: existing perturbations by eps.
         controls: names of controls that are tried at each eps.
-        runs: the most calls of ``craft``; the bracket stays as wide as it then is. 0: nothing is tried, and eps_uni is
-            read off what is known.
-        clean: the errors on clean test images, where they are known.
+        runs: maximum number of calls of ``craft``, after which the bracket is not narrowed further. 0: eps_uni is read
+            off ``known``.
+        clean: the errors on clean test images, if known.
     """
     before = Cost(forwards=victim.forwards, backwards=victim.backwards)
     few = data.validation.sample(RANKED, seed=seed)
@@ -183,17 +182,17 @@ def eps_adv(
     tolerance: float = 0.02,
     seed: int = 0,
 ) -> EpsAdv:
-    """Search the smallest eps at which an attack on each image by itself reaches an error of ``delta``.
+    """Search the smallest eps at which a per-image attack reaches an error of ``delta``.
 
-    The number to put beside :func:`eps_uni` (Mummadi et al. 2019): it is never larger, up to what the attacks miss. An
-    image that fell at some eps counts as fallen at every larger one. What an image is worst at is decided for each
-    image by itself, so that no choice among attacks is involved and the interval is that of one number.
+    To compare with :func:`eps_uni` (Mummadi et al. 2019): it is never larger, up to the weakness of the attacks. An
+    image broken at some eps counts as broken at every larger one. The worst case is decided per image, so no attack is
+    selected and the interval is that of a single number.
 
     Args:
-        model: any module from pixels to logits, or a :class:`Victim` already entered.
-        data: a split, an (images, labels) pair, or a data set, whose test split is then used.
+        model: any module from pixels to logits, or an entered :class:`Victim`.
+        data: a split, an (images, labels) pair, or a data set, of which the test split is used.
         attack: any gradient attack; its own eps is replaced. On a random model it averages over
-            :data:`gambeson.victim.averaged.EOT_SAMPLES` draws where it does not say otherwise.
+            :data:`gambeson.victim.averaged.EOT_SAMPLES` samples unless it sets a number.
         delta: the error to reach.
         tolerance: width of the last bracket as a share of eps.
         seed: of the attack and the bootstrap.
@@ -220,7 +219,7 @@ def eps_adv(
 
 
 def scaled(uap: UniversalPerturbation, eps: float) -> UniversalPerturbation:
-    """Return a perturbation as one of another eps: the same direction with norm ``eps``."""
+    """Return a perturbation scaled to norm ``eps``."""
     delta = Ball(eps=eps, norm=uap.about.norm).fill(uap.delta)
     return UniversalPerturbation(delta, uap.about.model_copy(update={"eps": eps, "status": "done"}), uap.image_hashes)
 
@@ -233,10 +232,10 @@ class _Bisection(Generic[FoundT]):
     attempt: Callable[[float, Mapping[float, FoundT]], FoundT]
     errors: Callable[[FoundT], ImageErrors]
     rescale: Callable[[FoundT, float], ImageErrors]
-    """The errors under what was found, scaled to another eps."""
+    """Errors under a perturbation scaled to another eps."""
     clean: ImageErrors
     largest: float
-    """The eps that reaches every image of the box."""
+    """The eps at which the ball contains the whole box."""
     delta: float
     tolerance: float
     tried: dict[float, FoundT]
@@ -274,20 +273,20 @@ class _Bisection(Generic[FoundT]):
         }
 
     def _bracket(self) -> tuple[float, float]:
-        """Return the largest eps known to fail and the smallest known to succeed, infinite where none does."""
+        """Return the largest eps known to fail and the smallest known to succeed (infinite if none)."""
         while (high := self._smallest_success()) == math.inf and self._reach() < self.largest and self.runs > 0:
             self._succeeds(min(self.largest, max(_FIRST, 2 * self._reach())))
         low = max((eps for eps in self.tried if eps < high), default=0.0)
         return low, high
 
     def _succeeds(self, eps: float) -> bool:
-        """Attack at ``eps`` and say whether the error reaches delta."""
+        """Attack at ``eps`` and return whether the error reaches delta."""
         self.runs -= 1
         self.tried[eps] = self.attempt(eps, self.tried)
         return self.errors(self.tried[eps]).error >= self.delta
 
     def _neighbours(self, found: FoundT, eps: float) -> dict[float, ImageErrors]:
-        """Errors under what was found at ``eps``, scaled to others until the error is far from delta."""
+        """Errors under the perturbation found at ``eps``, scaled until the error is far from delta."""
         images = int((self.clean.answers > 0).sum())
         far = _FAR * math.sqrt(self.delta * (1 - self.delta) / max(1, images))
         step, curve = min(0.05, max(0.01, self.tolerance)), {}
@@ -312,7 +311,7 @@ class _Bisection(Generic[FoundT]):
         return max(self.tolerance * high, FLOOR * self.largest)
 
     def _halvings(self, low: float, high: float) -> int:
-        """At about how many halvings the bracket needs; an eps far below it takes more."""
+        """Approximate number of halvings the bracket needs; an eps far below it needs more."""
         if not math.isfinite(high) or high == 0:
             return 0
         return max(0, math.ceil(math.log2(max(1.0, (high - low) / self._width(max(low, high / 2))))))
@@ -343,7 +342,7 @@ def _attacked(
     tried: Mapping[float, PerImageFound],
     seed: int,
 ) -> PerImageFound:
-    """Attack each image at ``eps``; an image that a smaller eps did more harm to keeps that perturbation."""
+    """Attack each image at ``eps``; an image keeps the perturbation of a smaller eps that did more harm."""
     smaller = max((known for known in tried if known < eps), default=None)
     here = attack.model_copy(update={"eps": eps})
     moves = []
@@ -362,7 +361,7 @@ def _attacked(
 
 
 def _moved_errors(victim: Victim, split: Split, delta: torch.Tensor) -> ImageErrors:
-    """Errors under a perturbation for each image (N, C, H, W), by votes where the model is random."""
+    """Errors under one perturbation per image (N, C, H, W), by votes if the model is random."""
     size, at, found = at_once(split), 0, []
     with seeded(0, "score"):
         for images, _ in split.batches(size, device=victim.device):

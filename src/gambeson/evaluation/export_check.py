@@ -1,4 +1,4 @@
-"""Export a model and score what was written against what was exported, on the test split."""
+"""Export of a model with a check: the exported file is scored against the original on the test split."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ from gambeson.tasks import Rate
 from gambeson.victim import Victim, auto_batch_size, inspect_model, majority, nothing_counts, predicted, score
 
 _TOLERANCE = 1e-3
-"""Largest difference of a logit, as a share of the largest logit: rounding differs between two runtimes."""
+"""Largest allowed difference of a logit, as a share of the largest logit, for the rounding of different runtimes."""
 _CHANCE = 3.0
-"""How many times as far as two sets of its own draws a random model's export may lie from it."""
+"""Allowed difference of a random model's export, as a multiple of that between two sets of the original's draws."""
 _SPREAD = 2.0
-"""By what factor the spread of its draws may differ, either way."""
+"""Allowed factor between the standard deviations over draws."""
 
 
 class Exported(Config):
-    """What was written, and how it scores."""
+    """Result of an export and its check."""
 
     source: str
     to: str
     file: str
     split: str
     seed: int
-    """It drew the images, where not all of the split were scored."""
+    """Seed of the sample, if not all images were scored."""
     votes: int
-    """Passes that decided each image by their majority; 1 for a model that repeats itself."""
+    """Votes per image; 1 for a deterministic model."""
     original: Rate
-    """Accuracy of the model that was exported."""
+    """Accuracy of the original model."""
     exported: Rate
-    """Accuracy of what was written, loaded again."""
+    """Accuracy of the exported file, loaded again."""
     largest_difference: float
-    """Largest difference of a logit; for a random model, of a logit's mean over the draws."""
+    """Largest difference of a logit; for a random model, of its mean over draws."""
     by_chance: float | None
-    """The same between two sets of draws of the original; None for a model that repeats itself."""
+    """The same between two sets of draws of the original; None for a deterministic model."""
     spread_ratio: float | None
     """Standard deviation over draws, exported to original (root mean square over images and classes)."""
     agrees: bool
-    """Whether both are the same model, up to rounding and chance."""
+    """Whether both agree up to rounding and chance."""
 
 
 def run_export(
@@ -67,30 +67,30 @@ def run_export(
     votes: int = 10,
     seed: int = 0,
 ) -> Exported:
-    """Export a model to ``out``, load it again, score both, and store the result beside it as ``OUT.json``.
+    """Export a model to ``out``, load it again, score both, and write the result to ``OUT.json``.
 
     Args:
         source: see :func:`gambeson.models.loading.load_model`.
         to: ``torch-export``, ``onnx`` or ``safetensors``; see :func:`gambeson.models.export.export`.
         out: the file.
-        data_name: whose test split scores; None: the data that the run was trained on.
-        images: test images at most, drawn evenly over the classes; None: all.
-        votes: answers per image, for a random model.
+        data_name: data set for scoring; None: that of the training run.
+        images: maximum number of test images, a stratified sample; None: all.
+        votes: votes per image, for a random model.
         seed: of the images and of the draws of torch; onnxruntime seeds its own.
 
     Raises:
-        UserError: the file exists, the model is a black box, an extra is missing, or the export fails.
+        UserError: the file exists, the model is a black box, a dependency is missing, or the export fails.
     """
     if out.exists():
         raise UserError(f"{out} exists: choose another --out, or remove it first")
     if votes < 2 or (images is not None and images < 1):
-        raise UserError(f"votes = {votes}, images = {images}: expected 2 votes and 1 image at least")
+        raise UserError(f"votes = {votes}, images = {images}: expected at least 2 votes and 1 image")
     if to == "onnx":
         required("onnxruntime", "scoring an export to ONNX")
     subject = load_model(source, data_name, "cpu")
     model, test = subject.model, subject.dataset.test
     if not isinstance(model, PixelModel):
-        raise UserError(f"{source} is a black box, of which nothing can be exported: name a model with its weights")
+        raise UserError(f"{source} is a black box and cannot be exported: name a model with its weights")
     if images is not None:
         test = test.sample(images, seed=seed)
     export(model, out, to)
@@ -115,7 +115,7 @@ def _loaded(path: Path, to: Target, card: ModelCard) -> nn.Module:
 
 @dataclass
 class _Sums:
-    """What one model answered over the draws of one batch."""
+    """Outputs of one model over the draws of one batch."""
 
     answers: list[torch.Tensor] = field(default_factory=list)
     total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))

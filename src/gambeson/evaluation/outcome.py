@@ -1,4 +1,4 @@
-"""What an attack leaves right of each image: the counts that every per-image rate is made of."""
+"""Outcomes of per-image attacks: correct predictions per image, from which accuracies are computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gambeson.victim.averaged import EOT_SAMPLES
 
 
 class ImageAttack(Protocol):
-    """Anything that perturbs images one by one, as the attacks of :mod:`gambeson.attacks` do."""
+    """A per-image attack, as those of :mod:`gambeson.attacks`."""
 
     def __call__(
         self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, task: Task | None = None
@@ -27,15 +27,15 @@ class ImageAttack(Protocol):
 def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_size: int = 250) -> Counts:
     """Attack every image; what is right is decided here, on the images that the attack returned.
 
-    On a random model a gradient attack averages over :data:`EOT_SAMPLES` draws where it does not say otherwise, and
-    the majority of the votes decides (:func:`gambeson.victim.votes_of`).
+    On a random model a gradient attack averages over :data:`EOT_SAMPLES` samples unless it sets a number, and the
+    majority of votes decides (:func:`gambeson.victim.votes_of`).
 
     Args:
         victim: the model, inside its context.
         split: the images.
-        attack: perturbs them one by one.
+        attack: a per-image attack.
         seed: of the attack and of a random model's votes.
-        batch_size: images at a time, at most: fewer where they are large.
+        batch_size: maximum batch size; smaller for large images.
 
     Raises:
         UserError: some logits are not finite, or no label of the split counts.
@@ -74,13 +74,13 @@ AttackT = TypeVar("AttackT", bound=ImageAttack)
 
 
 def averaged(attack: AttackT, victim: Victim, images: torch.Tensor, samples: int = EOT_SAMPLES) -> AttackT:
-    """Return the attack as it is meant for a model: on a random one its gradients are averaged over several draws.
+    """Return the attack adapted to a model: for a random one, with gradients averaged over several samples.
 
     Args:
-        attack: any; one that is no gradient attack, or says over how many draws it averages, comes back as it is.
+        attack: any attack; others than gradient attacks, and those that set ``eot_samples``, are returned unchanged.
         victim: the model, inside its context.
-        images: (N, C, H, W), to meet the model with where that has not happened yet.
-        samples: the draws.
+        images: (N, C, H, W), to inspect the model with if it has not been inspected.
+        samples: number of samples.
     """
     if (
         isinstance(attack, GradientAttack)
@@ -92,5 +92,5 @@ def averaged(attack: AttackT, victim: Victim, images: torch.Tensor, samples: int
 
 
 def at_once(split: Split, most: int = 250) -> int:
-    """Return how many images of a split to perturb at a time: 250 of 32 pixels, 170 of 64 in colour, 13 of 224."""
+    """Return the batch size for attacks on a split: 250 images of 32 pixels, 170 of 64 in colour, 13 of 224."""
     return auto_batch_size(split.shape, most, 2**21)

@@ -9,7 +9,7 @@ from gambeson.tasks import Rate
 
 
 class Cost(Config):
-    """Work that a number took, counted in images."""
+    """Cost of a number, counted in images."""
 
     forwards: int = 0
     """Images sent forward through the model."""
@@ -21,7 +21,7 @@ class Cost(Config):
 
 
 class Control(Config):
-    """What noise of the same size does: the floor that a crafted perturbation has to beat."""
+    """The effect of a control, which a crafted perturbation has to exceed."""
 
     name: str
     """One of :data:`gambeson.attacks.CONTROLS` and :data:`gambeson.attacks.MORE_CONTROLS`."""
@@ -30,25 +30,25 @@ class Control(Config):
     worst: Rate
     """UER of the worst draw; its interval holds for all draws at once."""
     draws: int
-    """Patterns tried."""
+    """Number of patterns."""
 
 
 class SmallestEps(Config):
-    """The smallest eps at which an attack was found that brings the error to ``delta``.
+    """The smallest eps at which an attack reached the error ``delta``.
 
-    An attack only ever gives an upper bound of the true value.
+    It is an upper bound of the true value.
     """
 
     delta: float
     value: float
-    """The smallest success, in pixel units; the largest eps tried where ``censored``."""
+    """The smallest success, in pixel units; the largest eps tried if ``censored``."""
     low: float | None = None
     """Lower end of the 95 % interval over test images (:func:`gambeson.evaluation.bootstrap.crossing_interval`); None
-    in results that were made without one."""
+    in results without one."""
     high: float | None = None
-    """Upper end; None where the perturbations that were tried do not reach ``delta`` often enough to tell."""
+    """Upper end; None if too few resamples reach ``delta``."""
     censored: bool
-    """No success up to ``value``: the truth is larger than it."""
+    """Whether there is no success up to ``value``."""
     tolerance: float
     """Width of the last bracket."""
     tried: list[tuple[float, float]]
@@ -59,18 +59,18 @@ class SmallestEps(Config):
 
     @property
     def interval(self) -> str:
-        """The interval in words, with a space before it: `` [0.0312, 0.0341]``; empty where there is none."""
+        """The interval as text with a leading space, `` [0.0312, 0.0341]``; empty if there is none."""
         if self.low is None:
             return ""
         return f" [{self.low:.3g}, {'more' if self.high is None else f'{self.high:.3g}'}]"
 
 
 class EpsUni(SmallestEps):
-    """eps_uni(delta) (Mummadi et al. 2019, section 3): the attack is one perturbation for all images."""
+    """eps_uni(delta) (Mummadi et al. 2019, section 3): for universal perturbations."""
 
 
 class EpsAdv(SmallestEps):
-    """eps_adv(delta): the attack makes a perturbation for each image, so that it lies below eps_uni(delta)."""
+    """eps_adv(delta), for per-image perturbations; below eps_uni(delta)."""
 
     images: int
-    """Test images that were attacked."""
+    """Number of test images attacked."""

@@ -1,4 +1,4 @@
-"""Transfer tables: the error of every model under examples that another crafted (Tramèr et al. 2018, table 1)."""
+"""Transfer tables: the error of every model on examples crafted on another (Tramèr et al. 2018, table 1)."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from gambeson.victim import Victim, nothing_counts, predict, score
 
 
 class TransferRun(Config):
-    """Which models, which attacks, on how many images."""
+    """Settings of a run: models, attacks and number of images."""
 
     kind: Literal["transfer"] = "transfer"
     models: Annotated[tuple[str, ...], Field(min_length=2)]
-    """What ``gambeson attack`` takes as a model. A black box can only be a target."""
+    """Models as in ``gambeson attack``. A black box can only be a target."""
     data: Name | None = None
-    """Name of a data set; None: the one that the first model was trained on."""
+    """Name of a data set; None: that of the first training run."""
     attacks: tuple[AttackName, ...] = ("fgsm", "r-fgsm", "step-ll", "pgd", "mi-fgsm")
-    """Attacks that perturb image by image, by name or as ``FILE.py:CLASS``, stored with the hash of the file."""
+    """Per-image attacks, by name or as ``FILE.py:CLASS``, which is stored with the hash of the file."""
     eps: Eps
     norm: Norm = "inf"
     eot_samples: Annotated[int, Field(ge=1)] | None = None
-    """Draws of a random source that every gradient is averaged over; for gradient attacks."""
+    """Samples of a random source that every gradient is averaged over; for gradient attacks."""
     images: Annotated[int, Field(ge=1)] = 1000
-    """Test images, at most: drawn evenly over the classes, by the seed."""
+    """Maximum number of test images, a stratified sample drawn from the seed."""
     seed: int = 0
     device: str = "cpu"
 
@@ -57,11 +57,11 @@ class TransferTable(Config):
 
     attack: str
     errors: list[list[Rate | None]]
-    """Share of wrong answers; a row is None where the source is a black box."""
+    """Error rates; the row of a black box is None."""
 
     @property
     def worst(self) -> list[Rate | None]:
-        """Worst error of each target under the other models' examples, with the interval of the worst of so many."""
+        """Highest error of each target under the other models' examples, with a simultaneous interval."""
         found: list[Rate | None] = []
         for target in range(len(self.errors)):
             others = [row[target] for k, row in enumerate(self.errors) if k != target]
@@ -71,21 +71,21 @@ class TransferTable(Config):
 
 
 class TransferResult(Config):
-    """What ``transfer.json`` holds."""
+    """Contents of ``result.json``."""
 
     labels: list[str]
     clean: list[Rate]
-    """Error of each model on the images as they are."""
+    """Clean error of each model."""
     tables: list[TransferTable]
     run: TransferRun
     environment: dict[str, str]
 
 
 def run_transfer(run: TransferRun, out: Path) -> TransferResult:
-    """Carry out ``run``; leave ``result.json`` in ``out``.
+    """Execute ``run``; write ``result.json`` to ``out``.
 
     Raises:
-        UserError: the folder holds another run, a model cannot be loaded, or the models do not belong to one data set.
+        UserError: the folder holds another run, a model cannot be loaded, or the models do not fit one data set.
     """
     ball = {"eps": run.eps, "norm": run.norm, **({} if run.eot_samples is None else {"eot_samples": run.eot_samples})}
     for name in run.attacks:
@@ -129,13 +129,13 @@ def _load(run: TransferRun) -> list[LoadedModel]:
 
 
 def _labels(run: TransferRun, subjects: list[LoadedModel]) -> list[str]:
-    """The subjects' labels, or what was named where two are equal."""
+    """The models' labels, or their sources if two are equal."""
     labels = [subject.label for subject in subjects]
     return [label if labels.count(label) == 1 else name for label, name in zip(labels, run.models, strict=True)]
 
 
 def perturbed(model: nn.Module, split: Split, attack: ImageAttack, seed: int, *path: str | int) -> Split:
-    """Return the split with every image perturbed on a model; ``path`` names the stream of draws."""
+    """Return the split with every image perturbed on a model; ``path`` names the random stream."""
     with Victim(model, fast=True) as victim:
         parts = [
             attack(victim, images, labels, seed=derive(seed, *path, k), task=split.task)
@@ -147,6 +147,6 @@ def perturbed(model: nn.Module, split: Split, attack: ImageAttack, seed: int, *p
 
 
 def error_of(model: nn.Module, split: Split, seed: int) -> Rate:
-    """Return the error of a model on images as they are."""
+    """Return the clean error of a model."""
     with judged(model, split) as victim:
         return error_rate(score(predict(victim, split, seed=seed), split))

@@ -1,4 +1,4 @@
-"""Rates of a model on a split: clean, and under one universal perturbation or its controls."""
+"""Clean accuracy, and rates under universal perturbations and controls."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from gambeson.victim import Score, Victim, predict, score, votes_of
 
 
 def error_rate(found: Score) -> Rate:
-    """Share of wrong answers."""
+    """Error rate."""
     return Rate.of(found.errors, found.total, found.images)
 
 
 def accuracy_rate(found: Score) -> Rate:
-    """Share of right answers."""
+    """Accuracy."""
     return Rate.of(found.total - found.errors, found.total, found.images)
 
 
 def change_rate(found: Score) -> Rate:
-    """Share of answers that differ from the clean prediction."""
+    """Share of predictions that differ from the clean ones."""
     return Rate.of(found.flipped, found.total, found.images)
 
 
@@ -35,7 +35,7 @@ def change_rate(found: Score) -> Rate:
 def judged(model: nn.Module | Victim, split: Split) -> Iterator[Victim]:
     """Hold a model frozen, for rates: a random one is asked :data:`gambeson.victim.DEFAULT_VOTES` times per image.
 
-    A victim that is inside its context is used as it is.
+    An entered victim is used as given.
     """
     if isinstance(model, Victim):
         yield model
@@ -49,13 +49,13 @@ def accuracy(model: nn.Module, data: object, *, seed: int = 0) -> Rate:
     """Accuracy on clean images.
 
     Here and in every rate of this library, an image is decided by one pass over the model, or by the majority of 21
-    (:data:`gambeson.victim.DEFAULT_VOTES`) where the model is random: what is not right in more than half of them is
-    wrong.
+    (:data:`gambeson.victim.DEFAULT_VOTES`) where the model is random: what is not right in more than half of
+    them is wrong.
 
     Args:
         model: any module from pixels to logits.
-        data: a split, an (images, labels) pair, or a data set, whose test split is then used.
-        seed: of a random model's draws.
+        data: a split, an (images, labels) pair, or a data set, of which the test split is used.
+        seed: of a random model's votes.
     """
     split = as_split(data, "test")
     with judged(model, split) as victim:
@@ -63,19 +63,19 @@ def accuracy(model: nn.Module, data: object, *, seed: int = 0) -> Rate:
 
 
 def universal_evasion(model: nn.Module, data: object, uap: UniversalPerturbation, *, seed: int = 0) -> Rate:
-    """Universal evasion rate: the share of inputs that the model gets wrong under one perturbation (true labels).
+    """Universal evasion rate: the error under one perturbation, against the true labels.
 
     Args:
         model: any module from pixels to logits.
-        data: a split, an (images, labels) pair, or a data set, whose test split is then used.
+        data: a split, an (images, labels) pair, or a data set, of which the test split is used.
         uap: the perturbation.
         seed: of a random model's draws; see :func:`accuracy`.
 
-    Images that the perturbation was crafted on are left out (``.images`` of the rate says how many are left): a data
-    set may hold the same picture twice.
+    Images that the perturbation was crafted on, such as duplicates in the data set, are left out; ``n`` of the rate is
+    the number of images left.
 
     Raises:
-        UserError: they are more than chance explains; see :func:`gambeson.data.held_out`.
+        UserError: too many of them are; see :func:`gambeson.data.held_out`.
     """
     split = uap.held_out(as_split(data, "test"))
     with judged(model, split) as victim:
@@ -83,7 +83,7 @@ def universal_evasion(model: nn.Module, data: object, uap: UniversalPerturbation
 
 
 def fooling_rate(model: nn.Module, data: object, uap: UniversalPerturbation, *, seed: int = 0) -> Rate:
-    """Fooling rate: the share of inputs whose prediction the perturbation changes. Arguments as above."""
+    """Fooling rate: the share of predictions that the perturbation changes; see :func:`universal_evasion`."""
     split = uap.held_out(as_split(data, "test"))
     with judged(model, split) as victim:
         clean = predict(victim, split, seed=seed)
@@ -93,7 +93,7 @@ def fooling_rate(model: nn.Module, data: object, uap: UniversalPerturbation, *, 
 def control_rates(
     victim: Victim, split: Split, ball: Ball, seed: int, controls: Iterable[str] = tuple(CONTROLS)
 ) -> list[Control]:
-    """UER of every control of the same norm: mean over its draws, and the worst draw."""
+    """UER of every control of the same norm: mean and maximum over its draws."""
     found = []
     for name in controls:
         patterns = patterns_of(name, ball, split.shape, seed).to(victim.device)
@@ -104,13 +104,13 @@ def control_rates(
 
 
 def patterns_of(name: str, ball: Ball, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Return the customary patterns of a control, (draws, C, H, W)."""
-    draws = (CONTROLS | MORE_CONTROLS).get(name, 1)  # the control itself refuses an unknown name
+    """Return the default patterns of a control, (draws, C, H, W)."""
+    draws = (CONTROLS | MORE_CONTROLS).get(name, 1)  # an unknown name is refused by control()
     return control(name, ball, shape, draws=draws, seed=seed)
 
 
 RANKED = 1000
-"""Validation images that rank many perturbations cheaply; the strongest is then judged on all of them."""
+"""Validation images for a cheap ranking of many perturbations; the best are then scored on all of them."""
 
 
 def strongest(
@@ -122,19 +122,18 @@ def strongest(
     controls: Iterable[str] = tuple(CONTROLS),
     others: Sequence[UniversalPerturbation] = (),
 ) -> tuple[UniversalPerturbation, float]:
-    """Return the perturbation that does most harm on validation, and its error there.
+    """Return the perturbation with the highest error on validation, and that error.
 
-    Whatever lies in the ball is a valid universal perturbation: the crafted one, a control, one that was crafted for
-    another model or another eps. Validation chooses, so that the choice is made before any test image is looked at,
-    and the error on test of what is returned has the plain interval of a single rate. Among equals the first stands:
-    the crafted one, then ``others``, then the controls.
+    Everything in the ball is a valid universal perturbation: the crafted one, a control, one crafted for another model
+    or another eps. Since validation selects, no test image takes part, and the error of the result on test has the
+    plain interval of a single rate. Ties go to the first: the crafted one, then ``others``, then the controls.
 
     Args:
         victim: the model, inside its context.
-        validation: the images that choose.
-        crafted: what the attack made; it gives ball and provenance.
+        validation: the images for selection.
+        crafted: the crafted perturbation, which defines ball and provenance.
         seed: of the controls' draws.
-        controls: their names; none: they are left out.
+        controls: their names.
         others: more perturbations of the same eps.
     """
     ball, device = crafted.ball, victim.device

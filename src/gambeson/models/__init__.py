@@ -1,4 +1,4 @@
-"""Architectures of the papers and of torchvision: pixels in, logits out, the normalisation inside.
+"""Models: architectures, ensembles, noise, loading, export and black boxes. Pixels in, logits out.
 
 >>> import gambeson as gb
 >>> model = gb.models.create("resnet20x4", in_channels=3, classes=10, image_size=32)

@@ -1,4 +1,4 @@
-"""Models that run without this library: a ``torch.export`` program, an ONNX file, the architecture's bare weights."""
+"""Export of models to run without this library: ``torch.export`` programs, ONNX files, bare weights."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from gambeson.models.pixel_model import ModelCard, PixelModel
 
 Target = Literal["torch-export", "onnx", "safetensors"]
 TARGETS: dict[Target, str] = {"torch-export": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors"}
-"""What a model can be exported to, with the customary suffix of the file."""
+"""Export formats, with the usual file suffix."""
 
 
 def export(model: nn.Module, path: Path, to: Target, *, example: torch.Tensor | None = None) -> None:
     """Write a model so that it runs without this library, atomically.
 
-    ``torch-export`` and ``onnx`` take pixels (N, C, H, W) in [0, 1], float32, of any N, and give logits (N, K): the
-    normalisation, the vote of an ensemble and the noise are inside, the noise as random operations that draw anew in
-    every call. The names of input and output in ONNX are ``pixels`` and ``logits``.
+    ``torch-export`` and ``onnx`` take pixels (N, C, H, W) in [0, 1], float32, of any N, and return logits (N, K).
+    Normalisation, ensemble vote and noise are included, the noise as random operations with new draws in every call.
+    The names of input and output in ONNX are ``pixels`` and ``logits``.
 
     ``safetensors`` holds the weights by the names that the architecture itself gives them (those of torchvision,
-    timm, transformers or the user's module), without normalisation, noise or vote as code: they stand in the file's
+    timm, transformers or the user's module), without normalisation, noise or vote as code: these are in the file's
     metadata, under ``gambeson``, as JSON.
 
     Args:
         model: a model of :func:`gambeson.models.create`; for the two programs any module from pixels to logits.
         path: the file.
         to: see above.
-        example: (1, C, H, W), needed for a module without a card only.
+        example: (1, C, H, W), needed only for a module without a card.
 
     Raises:
         UserError: the model cannot be traced, an extra is missing, or an example is needed.
@@ -65,14 +65,14 @@ def _traced(model: nn.Module, example: torch.Tensor | None) -> torch.export.Expo
             raise UserError(f"to export a {type(model).__name__} an example image is needed: pass one, (1, C, H, W)")
         example = torch.full((1, card.in_channels, *card.image_size), 0.5)
     kind = next(model.parameters(), torch.zeros(0))
-    images = example.to(kind).expand(2, -1, -1, -1).contiguous()  # a batch of one would be taken for a constant
+    images = example.to(kind).expand(2, -1, -1, -1).contiguous()  # a batch of one would be specialised
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
         with _quiet():
             program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    except Exception as error:  # tracing fails in as many ways as there are models
+    except Exception as error:  # tracing fails in many ways
         raise UserError(
             f"{_title(model)} cannot be exported ({type(error).__name__}: {_line(error)}): torch.export follows no "
             "Python that depends on pixel values; rewrite that part, or export its weights by --to safetensors"
@@ -118,7 +118,7 @@ def _bare(model: nn.Module, path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporters' warnings, which are about their own future, away from the user."""
+    """Suppress the exporters' deprecation warnings."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

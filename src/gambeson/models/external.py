@@ -1,7 +1,7 @@
-"""Models from elsewhere by name: timm, transformers, and a user's own file.
+"""External models by name: timm, transformers, and users' files.
 
-Each is a body like any other: pixels are normalised before it, and a card with its name is stored beside its weights,
-so that a run folder can be loaded again. A user's file is then run again to build the model.
+Pixels are normalised before the external body, and a card with its name is stored with the weights, so that a run
+folder can be loaded again. A user's file is then executed again to build the model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KEYS = ("logits", "out")
 
 
 def is_external(name: str) -> bool:
-    """Whether a name is spelt ``timm:…``, ``transformers:…`` or ``FILE.py:FUNCTION``."""
+    """Whether a name has the form ``timm:…``, ``transformers:…`` or ``FILE.py:FUNCTION``."""
     return name.startswith(_HUBS) or user_code.is_spelling(name)
 
 
@@ -43,9 +43,9 @@ def canonical(name: str) -> str:
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """What is known of an external model before it is built, as keywords of ``create``.
+    """Return what is known of an external model before it is built, as keywords of ``create``.
 
-    A user's own model is given pixels as they are: mean 0, std 1.
+    A user's own model receives raw pixels: mean 0, std 1.
 
     Raises:
         UserError: a library is missing, or the name is unknown.
@@ -56,17 +56,17 @@ def defaults(name: str) -> dict[str, Any]:
 def build_body(
     name: str, in_channels: int, classes: int, image_size: tuple[int, int], *, pretrained: bool = True
 ) -> nn.Module:
-    """Build an external model and try it once on two images.
+    """Build an external model and test it on two images.
 
     Args:
         name: see :func:`is_external`.
         in_channels: channels of an image.
         classes: number of logits.
         image_size: (H, W) in pixels.
-        pretrained: False fetches no weights. What a user's own function loads, it loads.
+        pretrained: False downloads no weights; a user's own function may still load some.
 
     Raises:
-        UserError: it cannot be built, or does not take such images, or gives something else than such logits.
+        UserError: it cannot be built, does not accept these images, or does not return such logits.
     """
     if not name.startswith(_HUBS):
         body = user_code.build(name, in_channels, classes, image_size)
@@ -77,10 +77,10 @@ def build_body(
 
 @torch.no_grad()
 def tried(name: str, body: nn.Module, in_channels: int, classes: int, image_size: tuple[int, int]) -> nn.Module:
-    """Return a body that gives such logits for two images of this size; a mapping's logits are taken out of it.
+    """Return the body after checking its logits on two images; logits are extracted from a mapping.
 
     Raises:
-        UserError: it does not take such images, or gives something else.
+        UserError: it does not accept these images, or returns something else.
     """
     modes = [(module, module.training) for module in body.modules()]
     weight = next(body.parameters(), torch.zeros(0))

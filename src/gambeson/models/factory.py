@@ -1,4 +1,4 @@
-"""Build a model by name."""
+"""Construction of models by name, ensembles of models, and noise."""
 
 from __future__ import annotations
 
@@ -56,29 +56,29 @@ def create(
     average: Average = "probabilities",
     noise: Noise | None = None,
 ) -> PixelModel:
-    """Build a model that takes pixels (N, C, H, W) in [0, 1] and gives logits (N, classes), in training mode.
+    """Build a model from pixels (N, C, H, W) in [0, 1] to logits (N, classes), in training mode.
 
-    Weights are drawn from torch's global generator: seed it for a model that can be drawn again.
+    Weights are drawn from torch's global generator: seed it for reproducible models.
 
     Args:
         name: one of :func:`gambeson.models.names`: ``lenet`` (Jacobian regularisation), ``mnist-a`` to
             ``mnist-d`` (Ensemble Adversarial Training), ``resnet20`` to ``resnet56`` and ``resnet18``
             (Learn2Perturb), with a width factor as in ``resnet20x4`` (Shared Adversarial Training); or
             ``torchvision:NAME`` for an architecture of torchvision, ``torchvision:NAME@WEIGHTS`` for its
-            weights too; ``timm:NAME``, ``timm:NAME@TAG`` or ``transformers:NAME_OR_PATH``, whose weights get a new
-            last layer where the classes differ; or ``FILE.py:FUNCTION``, the user's own function that returns a
+            weights too; ``timm:NAME``, ``timm:NAME@TAG`` or ``transformers:NAME_OR_PATH``, whose weights get a new last
+            layer if the number of classes differs; or ``FILE.py:FUNCTION``, a function of your own that returns a
             module from pixels to logits.
-        data: a data set, which supplies what the keywords leave out.
+        data: a data set, which supplies omitted keywords.
         in_channels: channels of an image.
         classes: number of logits.
         image_size: side, or (H, W), in pixels.
-        mean: what to subtract from the pixels: one number, or one a channel.
-        std: what to divide them by. Without these two the mean and std of the training split are used, and
-            0 and 1 without data; weights of torchvision and whatever is not of this library bring their own,
-            which precede the data's.
-        members: bodies that vote, each drawn by itself.
+        mean: what to subtract from the pixels: one number, or one per channel.
+        std: what to divide them by. Without these two the mean and std of the training split are used, or 0 and 1
+            without data; torchvision weights and external models bring their own, which take precedence over the
+            data's.
+        members: bodies that vote, each drawn independently.
         average: how they vote.
-        noise: feature noise that every body shall carry.
+        noise: noise of every body.
 
     Raises:
         UserError: an unknown name, something missing or out of range, or images too small.
@@ -140,10 +140,10 @@ def build(card: ModelCard, *, pretrained: bool = True) -> PixelModel:
 
     Args:
         card: what the model is.
-        pretrained: False never fetches the weights of ``torchvision:NAME@WEIGHTS``.
+        pretrained: False does not download the weights of ``torchvision:NAME@WEIGHTS``.
 
     Raises:
-        UserError: unknown name, images too small, or no place for the noise.
+        UserError: unknown name, images too small, or no layer for the noise.
     """
     make = external.build_body if external.is_external(card.name) else _registered
     bodies = [
@@ -174,20 +174,20 @@ def _per_channel(value: Any, channels: int) -> tuple[float, ...]:
 
 
 def ensemble(models: Sequence[PixelModel], average: Average = "probabilities") -> PixelModel:
-    """Return one model whose members are the given ones, which share their weights with it.
+    """Return an ensemble of the given models, which shares their weights.
 
-    Member m of a run with seed s is the single run with seed ``derive(s, "member", m)``: members may be trained one
-    after another, or each on a device or machine of its own, and joined here.
+    Member m of a run with seed s equals the single run with seed ``derive(s, "member", m)``, so members can be trained
+    one after another, or on different machines, and joined here.
 
     Args:
         models: models of :func:`gambeson.models.create` with equal cards, one body each.
         average: how they vote.
 
     Raises:
-        UserError: none, ensembles among them, or cards that differ.
+        UserError: no models, ensembles among them, or different cards.
     """
     if not models:
-        raise UserError("an ensemble of no models was asked for: give one at least")
+        raise UserError("an ensemble of no models: give at least one")
     first = models[0].card
     for number, model in enumerate(models):
         if model.card.members != 1:
@@ -207,15 +207,15 @@ def ensemble(models: Sequence[PixelModel], average: Average = "probabilities") -
 
 
 def equip(model: nn.Module, noise: Noise, example: torch.Tensor | None = None) -> None:
-    """Put noise into every body of a model, in place and once; a model of ours says so in its card from then on.
+    """Add noise to every body of a model, in place and once; the card of a :class:`PixelModel` records it.
 
     Args:
         model: any module; a model of :func:`gambeson.models.create` needs nothing else.
         noise: which.
-        example: (1, C, H, W), needed for any other module, to see the features' shapes.
+        example: (1, C, H, W), needed for any other module to determine feature shapes.
 
     Raises:
-        UserError: no place for the noise, another noise is there, or an example is missing.
+        UserError: no layer for the noise, another noise is present, or an example is missing.
     """
     if isinstance(model, PixelModel):
         card = model.card

@@ -1,4 +1,4 @@
-"""Image classifiers of timm and of transformers, with the normalisation that their configurations state."""
+"""Image classifiers of timm and transformers, with the normalisation of their configurations."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ TIMM, TRANSFORMERS = "timm:", "transformers:"
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """What the configuration of ``timm:…`` or ``transformers:…`` states, as keywords of ``create``.
+    """Return the configuration of ``timm:…`` or ``transformers:…`` as keywords of ``create``.
 
-    The normalisation always; channels, classes and image size where the name stands for trained weights.
+    Always the normalisation; channels, classes and image size if the name includes trained weights.
 
     Raises:
-        UserError: the library is not installed, or the name is unknown or could not be fetched.
+        UserError: the library is not installed, or the name is unknown or cannot be downloaded.
     """
     return _timm_defaults(name) if name.startswith(TIMM) else _transformers_defaults(name)
 
@@ -30,7 +30,7 @@ def defaults(name: str) -> dict[str, Any]:
 def build(name: str, in_channels: int, classes: int, image_size: tuple[int, int], *, pretrained: bool) -> nn.Module:
     """Build ``timm:NAME``, ``timm:NAME@TAG`` or ``transformers:NAME_OR_PATH``.
 
-    Trained weights whose classes are not ``classes`` get a new last layer, drawn from torch's global generator.
+    Trained weights with another number of classes get a new last layer, drawn from torch's global generator.
 
     Args:
         name: ``timm:NAME`` has random weights; ``timm:NAME@TAG`` (or timm's own ``NAME.TAG``) those of the tag, and
@@ -39,10 +39,10 @@ def build(name: str, in_channels: int, classes: int, image_size: tuple[int, int]
         in_channels: channels of an image.
         classes: number of logits.
         image_size: (H, W) in pixels.
-        pretrained: False fetches no weights, for a file that holds its own.
+        pretrained: False downloads no weights, for a file that contains its own.
 
     Raises:
-        UserError: the library is not installed; unknown name; weights that could not be fetched.
+        UserError: the library is not installed, the name is unknown, or the weights cannot be downloaded.
     """
     make = _timm if name.startswith(TIMM) else _transformers
     body = make(name, in_channels, classes, image_size, pretrained)
@@ -53,10 +53,10 @@ def build(name: str, in_channels: int, classes: int, image_size: tuple[int, int]
 
 
 def required(package: str, name: str) -> ModuleType:
-    """Import an extra.
+    """Import an optional dependency.
 
     Raises:
-        UserError: it is not installed, or does not work; with the line that installs it.
+        UserError: it is not installed or does not work; the message has the command that installs it.
     """
     try:
         return importlib.import_module(package)
@@ -147,7 +147,7 @@ def _processor(name: str) -> dict[str, Any]:
 
 
 def _normalisation(prepared: Mapping[str, Any]) -> dict[str, Any]:
-    """From pixels in [0, 1] to what the model expects: times 255, times the factor, minus an offset, normalised."""
+    """Convert a processor's rescaling, offset and normalisation to mean and std in pixel space."""
     factor = 255 * float(prepared.get("rescale_factor", 1 / 255)) if prepared.get("do_rescale", True) else 255.0
     shift = 1.0 if prepared.get("rescale_offset") else 0.0  # ViViT and EfficientNet map to [-1, 1]
     normal = prepared.get("do_normalize", True) and "image_mean" in prepared
@@ -187,13 +187,13 @@ def _transformers(
             "safetensors"
         ) from None
     body = as_logits(model, "logits")
-    body.drawn = drawn  # type: ignore[assignment]  # what no weights were found for: whoever judges the model asks
+    body.drawn = drawn  # type: ignore[assignment]  # parameters without weights, checked before the model is evaluated
     return body
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep transformers' bars and its report of a new last layer away from the user."""
+    """Suppress transformers' progress bars and its report of a new last layer."""
     logging = importlib.import_module("transformers.utils.logging")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     try:

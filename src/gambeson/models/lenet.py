@@ -1,4 +1,4 @@
-"""LeNet in two sizes: 20-50-500 of the Jacobian-regularisation papers, and the first one, LeNet-5."""
+"""LeNet 20-50-500 of the Jacobian papers, LeNet-5, and the MNIST networks A to D of Ensemble Adversarial Training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from gambeson.models.registry import register
 
 SMALLEST = 4
-UNPADDED = 16  # the smallest side that two unpadded 5x5 convolutions and two poolings leave a pixel of
+UNPADDED = 16  # the smallest side of which two unpadded 5x5 convolutions and two poolings leave a pixel
 
 
 @register("lenet", smallest=SMALLEST)
@@ -55,7 +55,7 @@ class LeNet(nn.Module):
 class LeNet5(nn.Module):
     """LeNet-5: conv6-5, pool, conv16-5, pool, fc120, fc84, fc10 (LeCun et al. 1998, section II.B).
 
-    As it is built today: ReLU, max-pooling, every map of the second convolution connected to every map of the
+    In its modern form: ReLU, max-pooling, every map of the second convolution connected to every map of the
     first. The first convolution is padded by 2, which turns 28 pixels into the paper's 32; the second is padded
     where a side is under 16 pixels. 61,706 parameters at 1x28x28: a fifth of LeNet 20-50-500's work.
 

@@ -1,4 +1,4 @@
-"""From what a user names (a run, a file, an architecture, a function, a server) to a model and its data."""
+"""Loading of anything that can be attacked or audited: runs, files, architectures, functions, servers."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _WEIGHTS = ".safetensors"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its data, and what is known of its training."""
+    """A model with its data and its training settings."""
 
     model: nn.Module
     """From pixels to logits: a ``PixelModel``, or a ``BlackBox``."""
     dataset: data.Dataset
     trained: dict[str, Any]
-    """The settings of its training run; empty where no run was named."""
+    """Settings of its training run; empty for other sources."""
     label: str
     """The name of its defence, or of its file."""
 
     @property
     def black_box(self) -> bool:
-        """Whether only scores can be had of it, no gradient."""
+        """Whether the model returns scores without gradients."""
         return isinstance(self.model, BlackBox)
 
 
@@ -55,18 +55,18 @@ def load_model(
 
             * the folder of a training run, or a weights file of this library;
             * an architecture: a name of :func:`gambeson.models.create`, ``torchvision:NAME[@WEIGHTS]``,
-              ``timm:NAME[@TAG]``, ``transformers:NAME_OR_PATH`` or ``FILE.py:FUNCTION``; with its weights from a file
-              as ``ARCHITECTURE@FILE.safetensors``, and without any weights drawn from seed 0;
+              ``timm:NAME[@TAG]``, ``transformers:NAME_OR_PATH`` or ``FILE.py:FUNCTION``; with weights from a file as
+              ``ARCHITECTURE@FILE.safetensors``, else with weights drawn from seed 0;
             * a ``torch.export`` program, ``FILE.pt2``;
             * a black box: ``FILE.onnx``, ``http://…``, ``https://…``, or ``function:FILE.py:FUNCTION``, a function
               from images to scores (N, K) or to class indices (N,).
-        data_name: a data set; None: the one the run was trained on.
-        device: where the model goes; a black box stays where it is.
-        dataset: the data, where it is loaded already.
-        budget: the most images that a black box may be asked about, the two here included.
+        data_name: a data set; None: that of the training run.
+        device: of the model; a black box is not moved.
+        dataset: the data, if already loaded.
+        budget: maximum number of images sent to a black box, including two here.
 
     Raises:
-        UserError: there is no such model, no data is known, or the two do not fit; or a budget for a model that is no
+        UserError: no such model, unknown data, data that do not fit the model, or a budget for a model that is not a
             black box.
     """
     path = Path(source)
@@ -76,7 +76,7 @@ def load_model(
     if name is None:
         raise UserError(f"{source} does not say what data its model was trained on: name it with --data")
     if budget is not None and load is not _black_box:
-        raise UserError(f"a budget counts what a black box is asked, and {source} is none: leave --budget out")
+        raise UserError(f"a budget limits the queries to a black box, and {source} is none: leave --budget out")
     dataset = data.load(name) if dataset is None else dataset
     model = _black_box(source, dataset, budget) if load is _black_box else load(source, dataset, device)
     if isinstance(model, models.PixelModel):
@@ -130,7 +130,7 @@ def _architecture(source: str, dataset: data.Dataset, device: str) -> nn.Module:
         raise UserError(f"{weights} does not exist: expected the weights of {architecture}, a safetensors file")
     if external.is_external(architecture):
         own = external.defaults(external.canonical(architecture)).get("classes", dataset.num_classes)
-        if weights is None and own != dataset.num_classes:  # a new last layer, as for training, would be judged here
+        if weights is None and own != dataset.num_classes:  # a new, untrained last layer would be evaluated
             raise UserError(
                 f"{architecture} knows {own} classes, but {dataset.name} has {dataset.num_classes}: choose data that "
                 "fit the model, or fine-tune it on these with gambeson train and name the run"
@@ -175,7 +175,7 @@ def _black_box(source: str, dataset: data.Dataset, budget: int | None) -> nn.Mod
 
 
 def _parted(source: str) -> tuple[str, Path | None]:
-    """Part ``ARCHITECTURE@FILE.safetensors``; the first @ parts, for a path may have more."""
+    """Split ``ARCHITECTURE@FILE.safetensors`` at the first @; the path may contain more."""
     if not source.endswith(_WEIGHTS) or "@" not in source:
         return source, None
     architecture, _, file = source.partition("@")

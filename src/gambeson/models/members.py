@@ -1,4 +1,4 @@
-"""Several bodies that vote: the ensemble of Jacobian Ensembles and its relatives."""
+"""Ensembles of bodies whose logits or probabilities are averaged."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch.func import functional_call
 from gambeson.base import UserError
 
 Average = Literal["probabilities", "logits"]
-"""What the members' votes are averaged as: their softmax (given back as its logarithm, itself valid logits), or their
-logits. Co et al. 2022 do not say which; probabilities are our default."""
+"""Quantity that is averaged over the members: their softmax (returned as its logarithm, valid logits), or their logits.
+Co et al. 2022 do not say which; the default, probabilities, is ours."""
 
 
 class Members(nn.Module):
-    """A body that averages the answers of several, each of which sees the same normalised images.
+    """A body that averages the outputs of several members on the same normalised images.
 
     Attributes:
         members: the bodies.
-        average: how they vote.
-        fixed_size: whether they take images of one size only.
+        average: how their outputs are averaged.
+        fixed_size: whether they accept images of one size only.
     """
 
     def __init__(self, members: Sequence[nn.Module], average: Average = "probabilities") -> None:
@@ -37,19 +37,19 @@ class Members(nn.Module):
         return torch.stack([member(x) for member in self.members])
 
     def parted(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits (M, N, K) of M consecutive parts of ``x`` (M * N rows), each from its own member.
+        """Return the logits (M, N, K) of M consecutive parts of ``x`` (M * N rows), one part per member.
 
-        One batched computation (``torch.vmap`` over stacked weights). It pays where a step is many small kernels, as
-        on a GPU; on a CPU a grouped convolution is no faster than the members in turn. Running statistics are kept;
-        the modes are those of the first member, and random draws (dropout, noise) differ between members.
+        One batched computation (``torch.vmap`` over stacked weights). Faster where a step consists of many small
+        kernels, as on a GPU; on a CPU a grouped convolution is no faster than a loop. Running statistics are updated;
+        modes are those of the first member, and random draws (dropout, noise) differ between members.
 
         Raises:
-            UserError: the members are not of one architecture, or the rows do not fall into M parts.
+            UserError: the members have different architectures, or M does not divide the number of rows.
         """
         bodies = list(self.members)
         if len(x) % len(bodies):
             raise UserError(
-                f"{len(x)} images do not fall into parts for {len(bodies)} members: choose a number that they divide"
+                f"{len(x)} images cannot be split evenly over {len(bodies)} members: choose a multiple of it"
             )
         states = [dict(body.named_parameters()) | dict(body.named_buffers()) for body in bodies]
         shapes = [{name: value.shape for name, value in state.items()} for state in states]
@@ -63,7 +63,7 @@ class Members(nn.Module):
 
         logits = torch.vmap(answer, randomness="different")(stacked, x.unflatten(0, (len(bodies), -1)))
         if self.training:
-            with torch.no_grad():  # BatchNorm has moved the stacked statistics
+            with torch.no_grad():  # BatchNorm has updated the stacked statistics
                 for number, body in enumerate(bodies):
                     for name, buffer in body.named_buffers():
                         buffer.copy_(stacked[name][number])
@@ -75,13 +75,13 @@ class Members(nn.Module):
 
 
 def vote(logits: torch.Tensor, average: Average) -> torch.Tensor:
-    """Average (M, N, K) logits over the members: (N, K), finite and with a right gradient at every margin.
+    """Average (M, N, K) logits over the members: (N, K), finite and with the correct gradient at every margin.
 
-    One member's logits are given back as they are.
+    The logits of a single member are returned unchanged.
     """
     if len(logits) == 1:
         return logits[0]
     if average == "logits":
         return logits.mean(0)
-    # Not the logarithm of a clamped mean: that loses the gradient where every member is sure.
+    # Not the logarithm of a clamped mean, which loses the gradient where every member is confident.
     return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))

@@ -1,4 +1,4 @@
-"""Look at a model without running it."""
+"""Parameter counts, fingerprints and memory estimates of models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fingerprint(module: nn.Module) -> str:
 
 
 SECOND_BACKWARD = 2.0
-"""Activations that a gradient with a graph of its own keeps, as a multiple of a plain forward's: measured 1.6 for the
+"""Activations kept by a differentiable gradient, as a multiple of a plain forward's: measured 1.6 for the
 LeNets and 2.0 for ResNet-20, with one random projection."""
 
 
@@ -47,18 +47,18 @@ def training_bytes(
     moments: int = 1,
     double_backward: bool = False,
 ) -> int:
-    """Estimate the bytes that training ``members`` copies of a model takes.
+    """Estimate the memory, in bytes, of training ``members`` copies of a model.
 
-    Weights, gradients and the optimiser's moments of every member, and what the forwards of the members computed at
-    once keep for the backward. The images themselves and the framework are not counted.
+    Includes weights, gradients and optimiser moments of every member, and the activations that concurrent members keep
+    for the backward pass; excludes images and the framework.
 
     Args:
         model: one member.
-        images: (2 or more, C, H, W), on the model's device, to see what a forward keeps for an image.
-        batch_size: images a member sees in a step.
+        images: (2 or more, C, H, W), on the model's device, to measure the activations per image.
+        batch_size: images per step and member.
         members: M.
-        at_once: members whose activations live at the same time.
-        moments: tensors that the optimiser keeps for a weight: 1 for momentum, 2 for Adam.
+        at_once: members whose activations exist at the same time.
+        moments: optimiser tensors per weight: 1 for momentum, 2 for Adam.
         double_backward: whether the objective differentiates a gradient.
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -68,7 +68,7 @@ def training_bytes(
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that are free on a device; None where it cannot be told."""
+    """Free memory of a device in bytes; None if unknown."""
     if device.type == "cpu":
         try:
             with open("/proc/meminfo", encoding="ascii") as lines:
@@ -80,11 +80,11 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def check_memory(needed: int, device: torch.device, members: int, *, free: int | None = None) -> None:
-    """Refuse an ensemble that memory does not allow.
+    """Raise if an ensemble does not fit in memory.
 
     Args:
         needed: bytes, from :func:`training_bytes`.
-        device: where it shall be trained.
+        device: of the training.
         members: how many.
         free: bytes; None asks the device.
 
@@ -100,11 +100,11 @@ def check_memory(needed: int, device: torch.device, members: int, *, free: int |
 
 
 def _kept(model: nn.Module, images: torch.Tensor) -> int:
-    """Bytes that a forward keeps for the backward, without the weights; the model is left as it is."""
+    """Bytes kept by a forward pass for the backward pass, without the weights; the model is not changed."""
     view = copy.deepcopy(model).train()
     own = {value.untyped_storage().data_ptr() for value in [*view.parameters(), *view.buffers()]}
     seen: dict[int, int] = {}
-    alive = []  # an address is only unique among tensors that are alive
+    alive = []  # addresses are unique only among live tensors
 
     def pack(value: torch.Tensor) -> torch.Tensor:
         storage = value.untyped_storage()

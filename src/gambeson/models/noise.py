@@ -1,6 +1,6 @@
-"""Noise that a model carries at training and at inference; here the learnt feature noise of Learn2Perturb.
+"""Noise inside models, in training and at inference; here the learnt feature noise of Learn2Perturb.
 
-Parametric Noise Injection and the noise of Random Self-Ensemble stand in :mod:`gambeson.models.noisy_weights`.
+Parametric Noise Injection and the noise of Random Self-Ensemble are in :mod:`gambeson.models.noisy_weights`.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import nn
 from gambeson.base import Config, Number, UserError
 from gambeson.models.noise_places import feature_shapes, places_of, put_after, put_before
 
-_CHUNK = 2**17  # normals drawn from one seed: half a megabyte, which stays in a core's cache
+_CHUNK = 2**17  # normals per seed: half a megabyte, which fits a core's cache
 
 
 class Noise(Config):
-    """Base of every noise; a model's card stores it, so that a saved model can be built again."""
+    """Base of every noise; stored in a model's card, so that a saved model can be rebuilt."""
 
     def insert(self, body: nn.Module, example: torch.Tensor) -> None:
-        """Put the noise into a body without noise, in place.
+        """Insert the noise into a body without noise, in place.
 
         Args:
             body: takes normalised images.
-            example: (1, C, H, W) of them, on the body's device, to see the features' shapes.
+            example: (1, C, H, W) of them, on the body's device, to determine feature shapes.
 
         Raises:
-            UserError: the body has no place for it.
+            UserError: the body has no layer for it.
         """
         raise NotImplementedError
 
@@ -50,25 +50,25 @@ class NoiseModule(nn.Module):
 
     @property
     def learnt(self) -> list[nn.Parameter]:
-        """The sizes of the noise that are trained."""
+        """The trained noise parameters."""
         return list(self.parameters(recurse=False))
 
 
 class FeatureNoise(Noise):
-    """The noise of Learn2Perturb (Jeddi et al. 2020): every neuron has a trained standard deviation of its own."""
+    """The noise of Learn2Perturb (Jeddi et al. 2020): every neuron has its own trained standard deviation."""
 
     kind: Literal["learn2perturb"] = "learn2perturb"
     init: Annotated[Number, Field(ge=0)] = 0.25
-    """Standard deviation at the start, of every neuron (the released code's)."""
+    """Initial standard deviation of every neuron (the released code's)."""
     floor: Annotated[Number, Field(gt=0)] = 0.01
-    """The least a trained standard deviation may become (the released code's)."""
+    """Lower bound of the trained standard deviations (the released code's)."""
     sharing: Literal["sample", "batch"] = "sample"
-    """Every image has draws of its own (our default), or one draw serves a whole batch (the released code's, which
-    makes averaging over copies in one forward useless)."""
+    """Independent draws per image (our default), or one draw per batch (the released code's, with which averaging over
+    copies in one forward has no effect)."""
     places: tuple[str, ...] | None = None
-    """Names of the modules whose output gets the noise. None: in a residual network before the first ReLU and before
-    the last one of each block, as in the paper; elsewhere after each convolution with the normalisation and pooling
-    that follow it, before the activation (ours: the paper has residual networks only)."""
+    """Names of the modules whose output receives the noise. None: in a residual network before the first ReLU and
+    before the last one of each block, as in the paper; elsewhere after each convolution with the normalisation and
+    pooling that follow it, before the activation (ours: the paper has residual networks only)."""
 
     def insert(self, body: nn.Module, example: torch.Tensor) -> None:
         """Put a :class:`NoiseInjection` at every place."""
@@ -98,33 +98,33 @@ class NoiseInjection(NoiseModule):
             return x
         if x.shape[1:] != self.theta.shape:
             raise UserError(
-                f"features of shape {tuple(x.shape[1:])} meet noise made for {tuple(self.theta.shape)}: "
+                f"features of shape {tuple(x.shape[1:])} do not fit noise made for {tuple(self.theta.shape)}: "
                 "send images of the size that the noise was made for"
             )
         drawn = standard_normal(x if self.noise.sharing == "sample" else x[:1]).to(self.theta.dtype)
         theta = self.theta.unsqueeze(0)
         if x.ndim == 4 and x.stride(1) == 1:
-            theta = theta.contiguous(memory_format=torch.channels_last)  # as x is; in another layout: six times as slow
+            theta = theta.contiguous(memory_format=torch.channels_last)  # as x is; another layout is six times slower
         if x.dtype == theta.dtype:
-            return torch.addcmul(x, theta, drawn)  # one pass where x + theta * drawn has two
+            return torch.addcmul(x, theta, drawn)  # one pass instead of the two of x + theta * drawn
         return x + (theta * drawn).to(x.dtype)
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Bring theta back to its floor."""
+        """Clamp theta to its floor."""
         self.theta.clamp_(min=self.noise.floor)
 
 
 def add_noise(body: nn.Module, noise: Noise, example: torch.Tensor) -> None:
-    """Put noise into a body, in place and once.
+    """Insert noise into a body, in place and once.
 
     Args:
         body: takes normalised images.
         noise: which.
-        example: (1, C, H, W) of them, to see the features' shapes.
+        example: (1, C, H, W) of them, to determine feature shapes.
 
     Raises:
-        UserError: the body has no place for it, or carries another noise.
+        UserError: the body has no layer for it, or has another noise.
     """
     carried = injections(body)
     if carried and carried[0].noise != noise:
@@ -144,7 +144,7 @@ def injections(model: nn.Module) -> list[NoiseModule]:
 
 @contextmanager
 def noise_off(model: nn.Module) -> Iterator[None]:
-    """Switch a model's noise off inside the block, for the noise-off number; then put every switch back."""
+    """Switch a model's noise off inside the block, and restore every switch."""
     switches = [(module, module.enabled) for module in injections(model)]
     try:
         for module, _ in switches:
@@ -158,16 +158,16 @@ def noise_off(model: nn.Module) -> Iterator[None]:
 def standard_normal(like: torch.Tensor) -> torch.Tensor:
     """Draw N(0, 1) in float32 (whatever the precision of the rest is), in the shape and on the device of ``like``.
 
-    Torch fills a tensor on the CPU by one thread, which for a small residual network takes a fifth of the time of
-    two-threaded training. Large draws are therefore cut into parts of fixed size, each from a seed of its own that
-    torch's global generator gives, and filled by as many threads as torch has; the values do not depend on how many.
+    On a CPU torch fills a tensor with one thread, which for a small residual network takes a fifth of the time of
+    two-threaded training. Large draws are therefore split into parts of fixed size, each with its own seed from torch's
+    global generator, and filled by all of torch's threads; the values do not depend on their number.
     """
     total = like.numel()
-    # Nothing here can be traced or batched: torch.randn then stands in the graph, and vmap's randomness rules hold.
+    # This code cannot be traced or batched; torch.randn is used there, with vmap's randomness rules.
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if like.device.type != "cpu" or transformed or total <= _CHUNK:
         return torch.randn_like(like, dtype=torch.float32)
-    drawn = torch.empty_like(like, dtype=torch.float32)  # channels last where the features are
+    drawn = torch.empty_like(like, dtype=torch.float32)  # channels last if the features are
     parts = list(drawn.as_strided((total,), (1,)).split(_CHUNK))
     seeds = torch.randint(2**63 - 1, (math.ceil(total / _CHUNK),)).tolist()
     threads = min(torch.get_num_threads(), len(parts))

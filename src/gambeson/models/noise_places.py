@@ -1,4 +1,4 @@
-"""Where in a body noise goes, and how it is put there without renaming more than has to be."""
+"""Positions of noise in a body, and insertion with as little renaming as possible."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _WITH_CONVOLUTION = (
     nn.MaxPool2d,
     nn.AvgPool2d,
 )
-"""What may stand between a convolution and its activation and still be a part of the convolution's block."""
+"""Layers between a convolution and its activation that belong to the convolution's block."""
 
 
 def places_of(body: nn.Module, example: torch.Tensor) -> tuple[list[str], list[str]]:
-    """Return the default places for feature noise: the modules whose input gets it, and those whose output does.
+    """Return the default positions of feature noise: modules whose input receives it, and modules whose output does.
 
     Raises:
         UserError: there is none.
@@ -62,22 +62,22 @@ def layers_of(body: nn.Module, *kinds: type[nn.Module]) -> list[str]:
 
 
 def put_before(body: nn.Module, name: str, noise: nn.Module) -> None:
-    """Let a module see its input with noise."""
+    """Add noise to a module's input."""
     body.set_submodule(name, nn.Sequential(noise, body.get_submodule(name)))
 
 
 def put_after(body: nn.Module, name: str, noise: nn.Module) -> None:
-    """Give a module's output noise."""
+    """Add noise to a module's output."""
     body.set_submodule(name, nn.Sequential(body.get_submodule(name), noise))
 
 
 def feature_shapes(
     body: nn.Module, before: list[str], after: list[str], example: torch.Tensor
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shape (C, H, W) at each place, seen in one forward of ``example``.
+    """Return the feature shape (C, H, W) at each position, from one forward of ``example``.
 
     Raises:
-        UserError: no such module, or it was not called, or with several shapes.
+        UserError: no such module, or it was not called, or was called with several shapes.
     """
     known = dict(body.named_modules())
     if missing := [name for name in (*before, *after) if not name or name not in known]:
@@ -101,8 +101,8 @@ def feature_shapes(
 def _torchvision_places(body: TorchvisionResNet) -> list[str]:
     from torchvision.models.resnet import BasicBlock, Bottleneck
 
-    # Noise on the last normalisation of a block is noise on the sum with the shortcut, before the last ReLU; the ReLU
-    # itself cannot be wrapped, for a block has but one, which it uses twice or more.
+    # Noise after the last normalisation of a block is noise on the sum with the shortcut, before the last ReLU. The
+    # ReLU itself cannot be wrapped, because a block has a single one that it uses repeatedly.
     last = {BasicBlock: "bn2", Bottleneck: "bn3"}
     return ["bn1"] + [f"{name}.{last[type(module)]}" for name, module in body.named_modules() if type(module) in last]
 

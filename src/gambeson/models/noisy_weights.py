@@ -1,4 +1,4 @@
-"""The noise of two baselines: Parametric Noise Injection and Random Self-Ensemble."""
+"""The noise of Parametric Noise Injection and Random Self-Ensemble, and averages over passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gambeson.models.noise import Noise, NoiseModule, standard_normal
 from gambeson.models.noise_places import layers_of, put_after, put_before
 
 Where = Literal["weight", "output", "input", "image", "weight+output", "weight+input"]
-"""What gets the noise in every convolution and linear layer: its weight (W), output (A-a), input (A-b), or both of
+"""Where every convolution and linear layer receives noise: its weight (W), output (A-a), input (A-b), or both of
 two; or the images alone (I)."""
 
 
@@ -25,12 +25,12 @@ class ParametricNoise(Noise):
 
     kind: Literal["pni"] = "pni"
     init: Annotated[Number, Field(ge=0)] = 0.25
-    """Alpha at the start, one trained number a layer (the paper's)."""
+    """Initial alpha, one trained number per layer (the paper's)."""
     where: Where = "weight"
-    """PNI-W is the form that the paper recommends."""
+    """The paper recommends PNI-W."""
 
     def insert(self, body: nn.Module, example: torch.Tensor) -> None:
-        """Give every convolution and linear layer its noise."""
+        """Add noise to every convolution and linear layer."""
         names = layers_of(body, _ConvNd, nn.Linear)
         if self.where == "image":
             put_before(body, names[0], ScaledNoise(self).to(example))
@@ -55,7 +55,7 @@ class FixedNoise(Noise):
     """Standard deviation before every other convolution (the public script's)."""
 
     def insert(self, body: nn.Module, example: torch.Tensor) -> None:
-        """Put a :class:`GaussianNoise` before every convolution."""
+        """Insert a :class:`GaussianNoise` before every convolution."""
         for number, name in enumerate(layers_of(body, _ConvNd)):
             put_before(body, name, GaussianNoise(self.rest if number else self.first, self))
 
@@ -89,16 +89,16 @@ class GaussianNoise(NoiseModule):
         return x.add(standard_normal(x).to(x.dtype), alpha=self.std)
 
     def extra_repr(self) -> str:
-        """Show the size where the model is printed."""
+        """Show the standard deviation when the model is printed."""
         return f"std={self.std}"
 
 
 class PassAverage(nn.Module):
-    """A noisy model asked several times: the vote over passes that Random Self-Ensemble predicts by.
+    """The average of a noisy model over several passes, as Random Self-Ensemble predicts.
 
     Args:
-        model: draws anew in every pass.
-        passes: forwards an answer (10: ours).
+        model: a model with new draws in every pass.
+        passes: forwards per prediction (10 is ours).
         average: how the passes are averaged; the logarithm of the mean softmax is the paper's.
 
     Raises:

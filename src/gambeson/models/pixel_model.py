@@ -1,4 +1,4 @@
-"""The card: everything that is needed to build a model again, apart from its weights."""
+"""Classifiers of pixels, with the normalisation inside, and the card from which they can be rebuilt."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from gambeson.models.noisy_weights import FixedNoise, ParametricNoise
 Size = Annotated[int, Field(ge=1)]
 
 AnyNoise = Annotated[FeatureNoise | ParametricNoise | FixedNoise, Field(discriminator="kind")]
-"""Learn2Perturb's noise or one of its baselines', told apart by ``kind``."""
+"""The noise of Learn2Perturb or of a baseline, distinguished by ``kind``."""
 
 
 class ModelCard(Config):
-    """What a model is, stored beside its weights so that a file can be loaded on its own.
+    """Everything needed to rebuild a model except its weights; stored in the same file.
 
     Raises:
         TypeError: a field is missing or unknown.
@@ -50,17 +50,17 @@ class ModelCard(Config):
     """Bodies that vote."""
 
     average: Average = "probabilities"
-    """How they vote, where there are several."""
+    """How they vote, if there are several."""
 
     noise: AnyNoise | None = None
-    """The noise that every body carries."""
+    """The noise of every body."""
 
     @model_validator(mode="after")
     def _channels_agree(self) -> ModelCard:
         for field, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.in_channels:
                 raise ValueError(
-                    f"{field} has {len(values)} values for {self.in_channels} channels: give one a channel"
+                    f"{field} has {len(values)} values for {self.in_channels} channels: give one per channel"
                 )
         return self
 
@@ -69,12 +69,12 @@ class Normalize(nn.Module):
     """Map pixels (N, C, H, W) in [0, 1] to ``(pixels - mean) / std``, channel by channel.
 
     Args:
-        mean: one value a channel, in pixel space.
-        std: one positive value a channel.
+        mean: one value per channel, in pixel space.
+        std: one positive value per channel.
 
     Raises:
-        UserError: from ``forward``, for anything but a float batch with these channels; broadcasting would
-            otherwise turn a grey image into a coloured one without a word.
+        UserError: from ``forward``, for anything but a float batch with these channels; broadcasting would otherwise
+            silently turn a grey image into a colour one.
     """
 
     mean: torch.Tensor
@@ -104,8 +104,8 @@ class PixelModel(nn.Module):
     Attributes:
         card: what the model is.
         normalize: the normalisation, with buffers ``mean`` and ``std`` of shape (1, C, 1, 1).
-        body: the architecture, which sees normalised images. A body with a true ``fixed_size`` takes images
-            of the card's size only.
+        body: the architecture, which receives normalised images. A body with a true ``fixed_size`` accepts images of
+            the card's size only.
 
     Raises:
         UserError: from ``forward``, for integer images and for channels or sizes that do not fit.
@@ -118,7 +118,7 @@ class PixelModel(nn.Module):
         self.body = body
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the logits (N, classes) of ``pixels`` (N, C, H, W), which are left as they are."""
+        """Return the logits (N, classes) of ``pixels`` (N, C, H, W), which are not modified."""
         normalised = self.normalize(pixels)
         if getattr(self.body, "fixed_size", False) and tuple(pixels.shape[-2:]) != self.card.image_size:
             raise UserError(
@@ -129,14 +129,14 @@ class PixelModel(nn.Module):
 
     @property
     def voters(self) -> list[PixelModel]:
-        """The members as models of their own, which share their weights with this one; itself where it is alone."""
+        """The members as separate models that share weights with this one; itself if it is not an ensemble."""
         if not isinstance(self.body, Members):
             return [self]
         card = self.card.model_copy(update={"members": 1})
         return [_sharing(card, self.normalize, body) for body in self.body.members]
 
     def extra_repr(self) -> str:
-        """Show the card where the model is printed."""
+        """Show the card when the model is printed."""
         return str(self.card)
 
 
@@ -159,11 +159,10 @@ class as_logits(nn.Module):  # noqa: N801  (used like a function)
 
     Args:
         model: any module.
-        output: ``probabilities``, whose logarithm is then returned (softmax of it gives them back); or the key under
-            which a mapping has the logits.
+        output: ``probabilities``, whose logarithm is then returned; or the key of the logits in a mapping.
 
     Raises:
-        UserError: from ``forward``, for an output that is neither.
+        UserError: from ``forward``, for any other output.
     """
 
     def __init__(self, model: nn.Module, output: str = PROBABILITIES) -> None:
@@ -181,6 +180,6 @@ class as_logits(nn.Module):  # noqa: N801  (used like a function)
             return answer[self.output]
         keys = f" with the keys {', '.join(map(str, answer))}" if isinstance(answer, Mapping) else ""
         raise UserError(
-            f"the model returned {type(answer).__name__}{keys}, and {self.output!r} was to be read from it: name "
+            f"the model returned {type(answer).__name__}{keys}, from which {self.output!r} cannot be read: name "
             "`probabilities` for a tensor of them, or the key of the logits"
         )

@@ -1,4 +1,4 @@
-"""A program of ``torch.export`` as a model."""
+"""``torch.export`` programs as models."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SUFFIX = ".pt2"
 
 
 class Program(nn.Module):
-    """What a ``torch.export`` program computes: from pixels (N, C, H, W) in [0, 1] to logits.
+    """A ``torch.export`` program as a module from pixels (N, C, H, W) in [0, 1] to logits.
 
-    It is as it was exported: training mode changes nothing in it.
+    Training mode has no effect on it.
 
     Attributes:
-        batch: the only number of images it takes at once; None: any.
-        shape: (C, H, W) of an image, None where a side is free.
+        batch: its fixed batch size; None: any.
+        shape: (C, H, W) of an image, with None for a dynamic size.
     """
 
     def __init__(self, program: torch.export.ExportedProgram) -> None:
@@ -37,7 +37,7 @@ class Program(nn.Module):
             self.graph.__dict__.pop(method, None)
 
     def forward(self, pixels: torch.Tensor) -> Any:
-        """Return the program's answer; in pieces, the last one filled up, where it takes so many images only."""
+        """Return the program's output; for a fixed batch size in pieces, the last one padded."""
         if self.batch is None or len(pixels) == self.batch:
             return self.graph(pixels)
         missing = math.ceil(len(pixels) / self.batch) * self.batch - len(pixels)
@@ -48,26 +48,25 @@ class Program(nn.Module):
 def load_program(path: Path, in_channels: int, classes: int, image_size: tuple[int, int], device: str) -> PixelModel:
     """Load a ``torch.export`` program (.pt2) that maps pixels in [0, 1] to logits.
 
-    Pickles in the file are never opened: the sample inputs, which are one, are left out, and a file whose weights or
-    constants are pickled, or which holds compiled code, is refused. Torch reads the rest, so take such files from
-    people you trust.
+    Pickles in the file are never opened: the pickled sample inputs are skipped, and a file with pickled weights or
+    constants, or with compiled code, is refused. Torch reads the rest, so load only files from trusted sources.
 
     Args:
         path: the file.
-        in_channels: channels of the images it shall take.
-        classes: logits it shall return.
+        in_channels: channels of the images.
+        classes: expected number of logits.
         image_size: (H, W) of those images.
-        device: where it shall compute.
+        device: of the program.
 
     Raises:
-        UserError: no such program, or it does not take such images or return such logits.
+        UserError: no such program, or it does not accept these images or return such logits.
     """
     try:
         program = torch.export.load(io.BytesIO(_without_pickles(path)))
         model = Program(move_to_device_pass(program, device) if device != "cpu" else program)
     except UserError:
         raise
-    except Exception as error:  # torch has many ways to say that it cannot read a file
+    except Exception as error:  # torch raises many types of errors for unreadable files
         raise UserError(
             f"{path} cannot be read by torch {torch.__version__} ({type(error).__name__}: {_line(error)}): export the "
             "model again, with this version of torch"

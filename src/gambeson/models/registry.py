@@ -1,4 +1,4 @@
-"""From a name to a body: architectures register here, and are built from here."""
+"""The registry of architectures, and construction of bodies by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gambeson.base.registry import OWN
 from gambeson.models import torchvision_nets
 
 Build = Callable[..., nn.Module]
-"""``build(in_channels, classes, image_size)`` returns a body, with ``width=`` too where it is scalable."""
+"""``build(in_channels, classes, image_size)`` returns a body; scalable ones also take ``width=``."""
 
 
 def _fault(target: object) -> str | None:
@@ -24,15 +24,15 @@ MODELS: Registry[Build] = Registry("model", "gambeson.models", room="gambeson.mo
 """Every architecture: of this library, of installed packages (group ``gambeson.models``), and of this process."""
 
 register = MODELS.register
-"""``@register("name", smallest=4, scalable=False)`` at a module's class, or at a function that builds one, gives it its
-name. ``smallest`` is the smallest side of an image in pixels, 1 where it is left out; ``scalable`` takes ``width=``."""
+"""Registers a module class, or a function that builds one, as ``@register("name", smallest=4, scalable=False)``.
+``smallest`` is the smallest side of an image in pixels (default 1); ``scalable`` ones take ``width=``."""
 
 
 def names() -> list[str]:
-    """Every name :func:`gambeson.models.create` takes as it stands, in alphabetical order.
+    """Every registered name, in alphabetical order.
 
-    It also takes ``torchvision:NAME``, ``torchvision:NAME@WEIGHTS`` and, after a ``resnet`` of this list, a
-    width factor: ``resnet20x0.5``.
+    :func:`gambeson.models.create` also takes ``torchvision:NAME``, ``torchvision:NAME@WEIGHTS`` and, after a ``resnet``
+    of this list, a width factor: ``resnet20x0.5``.
     """
     return sorted([*MODELS.names(), "resnet20x4"])
 
@@ -45,7 +45,7 @@ def entries() -> list[Registered[Build] | UserError]:
 def build_body(
     name: str, in_channels: int, classes: int, image_size: tuple[int, int], *, pretrained: bool = True
 ) -> nn.Module:
-    """Build the body that ``name`` stands for, from torch's global random generator.
+    """Build the body of a name, from torch's global random generator.
 
     Args:
         name: as :func:`gambeson.models.create` takes it.
@@ -70,13 +70,13 @@ def build_body(
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that no architecture has, before anything else is asked about it."""
+    """Raise unless an architecture has this name."""
     if not name.startswith(torchvision_nets.PREFIX):
         _find(name)
 
 
 def is_ours(name: str) -> bool:
-    """Whether an architecture is of this library or torchvision's, and not of another package or a user's process."""
+    """Whether an architecture belongs to this library or torchvision."""
     return name.startswith(torchvision_nets.PREFIX) or _find(name)[0].owner == OWN
 
 
@@ -109,5 +109,5 @@ def _unknown(name: str) -> UserError:
     try:
         elsewhere = name in torchvision_nets.known()
     except UserError:
-        elsewhere = False  # the name is wrong either way, and that is what to say
+        elsewhere = False  # the name is wrong either way
     return unknown_name("model", name, [f"{torchvision_nets.PREFIX}{name}"] if elsewhere else names())

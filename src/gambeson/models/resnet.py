@@ -1,4 +1,4 @@
-"""What the residual networks share: the basic block, its shortcuts and its initialisation."""
+"""Residual networks for small images: the CIFAR ResNets and ResNet-18."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _shortcut(kind: Shortcut, in_channels: int, out_channels: int, stride: int) 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions, each with batch normalisation, added to a shortcut (He et al. 2016, figure 2).
 
-    Every ReLU is a module of its own, so that hooks can stand before or after it; ``relu2`` sees the sum.
+    Every ReLU is a separate module, so that hooks can be placed before or after it; ``relu2`` receives the sum.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> None:

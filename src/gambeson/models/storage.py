@@ -1,4 +1,4 @@
-"""Models on disk: safetensors with the card inside, so that a file can be loaded on its own."""
+"""Saving and loading of models, as self-contained safetensors files with the card inside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gambeson.models.factory import build
 from gambeson.models.pixel_model import ModelCard, PixelModel, as_logits
 
 FILE_NAME = "model.safetensors"
-_WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and data parallel put before every name
+_WRAPPERS = ("_orig_mod.", "module.")  # prefixes added by torch.compile and data parallel
 
 
 def save(model: PixelModel, path: Path, about: dict[str, Any] | None = None) -> None:
@@ -22,7 +22,7 @@ def save(model: PixelModel, path: Path, about: dict[str, Any] | None = None) -> 
     Args:
         model: a model of :func:`gambeson.models.create`; compiled and data-parallel ones are unwrapped.
         path: the file.
-        about: anything JSON-ready to keep beside the card, under ``"about"``.
+        about: JSON-ready metadata to store with the card, under ``"about"``.
 
     Raises:
         UserError: not such a model.
@@ -38,12 +38,12 @@ def save(model: PixelModel, path: Path, about: dict[str, Any] | None = None) -> 
 
 
 def load(path: Path) -> PixelModel:
-    """Build the model that :func:`save` wrote, bit for bit, on the CPU and in evaluation mode.
+    """Load a model written by :func:`save`, bit for bit, on the CPU and in evaluation mode.
 
-    Nothing is fetched, and torch's global generators are left as they were.
+    Nothing is downloaded, and torch's global generators are not changed.
 
     Args:
-        path: the file, or the folder of a run that holds ``model.safetensors``.
+        path: the file, or the folder of a run with ``model.safetensors``.
 
     Raises:
         UserError: the file is missing, a pickle or truncated, has no card, or its weights do not fit it.
@@ -61,7 +61,7 @@ def load(path: Path) -> PixelModel:
         raise UserError(
             f"the model card of {path} cannot be read ({error}): use the version of gambeson that wrote it"
         ) from None
-    with seeded(0, "load"):  # the weights drawn here are replaced, and the caller's generator must not move
+    with seeded(0, "load"):  # these weights are replaced, and the caller's generator must not advance
         model = build(card, pretrained=False)
     kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(kinds) == 1:
@@ -71,14 +71,14 @@ def load(path: Path) -> PixelModel:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill ``model`` with the weights of a safetensors file of the same architecture, whoever wrote it.
+    """Load weights of the same architecture from any safetensors file into ``model``.
 
-    Values are copied into the model's own type and device. The prefixes that ``torch.compile`` and data
-    parallel put before every name are ignored. On an error the model is unchanged.
+    Values are converted to the model's dtype and device. The prefixes of ``torch.compile`` and data parallel are
+    ignored. On an error the model is unchanged.
 
     Args:
         model: any module.
-        path: the file, or the folder of a run that holds ``model.safetensors``.
+        path: the file, or the folder of a run with ``model.safetensors``.
 
     Raises:
         UserError: the file is missing, a pickle or truncated, or names or shapes differ.
@@ -132,10 +132,10 @@ def _file(path: Path) -> Path:
 
 
 def init_weights(model: PixelModel, path: Path) -> None:
-    """Fill a model, or its body, with the weights of a safetensors file.
+    """Load weights from a safetensors file into a model or its body.
 
     This library's files name the parameters of the whole model; those of timm, torchvision, transformers and of
-    ``gambeson export --to safetensors`` name the architecture's alone. The names decide.
+    ``gambeson export --to safetensors`` name the architecture's alone. The names decide which one it is.
 
     Args:
         model: a model of :func:`gambeson.models.create`.

@@ -1,4 +1,4 @@
-"""A control for defences on MNIST: no defence at all, behind a threshold on the pixels."""
+"""A control for defences on MNIST: an undefended network behind a threshold on the pixels."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from gambeson.base import UserError
 
 
 class Thresholded(nn.Module):
-    """A model that sees only whether each pixel is above a threshold: f(1[x > 0.5]).
+    """A model of thresholded pixels: f(1[x > 0.5]).
 
-    On MNIST, whose pixels are almost black or white, this makes a network that was trained as usual about as robust
-    in the norm inf as adversarial training does (Tramer et al. 2018, appendix B), since no perturbation below 0.5 moves
-    a black or a white pixel across. What a defence gains on MNIST has to be read beside it.
+    On MNIST, whose pixels are almost black or white, this makes a standard network about as robust in the norm inf as
+    adversarial training does (Tramer et al. 2018, appendix B), since no perturbation below 0.5 flips a black or white
+    pixel. Compare the gain of a defence on MNIST with it.
 
-    A step has no gradient. With ``straight_through`` (the default is ours) the backward pass takes the step for the
-    identity, so that attacks have something to climb; without it the model hides its gradient, and an audit says so.
+    A step function has no gradient. With ``straight_through`` (the default is ours) the backward pass treats it as the
+    identity, so that gradient attacks work; without it the gradient is masked, which an audit reports.
 
     Args:
-        model: from pixels (N, C, H, W) to logits; left as it is, and shared.
+        model: from pixels (N, C, H, W) to logits; shared and not modified.
         threshold: in pixel units, between 0 and 1.
         straight_through: pass gradients through the step.
 

@@ -1,4 +1,4 @@
-"""Any classification architecture of torchvision, with random weights or with those torchvision offers."""
+"""torchvision's classification architectures, with random or published weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gambeson.base import UserError, unknown_name
 
 PREFIX = "torchvision:"
 _LARGEST_SEARCHED = 512
-# What torchvision and torch raise for sizes an architecture cannot take.
+# Exceptions of torchvision and torch for unsupported image sizes.
 _SIZE_ERRORS = (RuntimeError, ValueError, AssertionError)
 
 
@@ -31,19 +31,19 @@ def build(
 ) -> nn.Module:
     """Build ``torchvision:NAME`` with random weights, or ``torchvision:NAME@WEIGHTS`` with torchvision's.
 
-    Other channel counts than 3 get a new first convolution, drawn so that its outputs keep their spread.
-    Nothing works in place (hooks then see what a layer really gave), and there are no auxiliary outputs.
+    Other channel counts than 3 get a new first convolution, drawn so that its outputs keep their standard deviation.
+    Nothing works in place, so that hooks see the true outputs, and auxiliary outputs are removed.
 
     Args:
         name: with the prefix.
         in_channels: channels of an image; 3 with WEIGHTS.
-        classes: number of logits; that of WEIGHTS, where they are asked for.
-        image_size: (H, W); tried once without computing anything.
-        pretrained: False builds ``NAME@WEIGHTS`` without fetching the weights, for a file that holds its own.
+        classes: number of logits; with WEIGHTS, theirs.
+        image_size: (H, W); checked once on the meta device.
+        pretrained: False builds ``NAME@WEIGHTS`` without downloading the weights, for a file that contains its own.
 
     Raises:
-        UserError: unknown name or weights; weights of other classes or channels; a size the architecture
-            cannot take; weights that could not be fetched; a torchvision that does not work.
+        UserError: unknown name or weights; weights for other classes or channels; an unsupported image size; weights
+            that cannot be downloaded; a torchvision that does not work.
     """
     models = _torchvision_models()
     arch, weights_name = _split(name)
@@ -81,7 +81,7 @@ def build(
 
 
 def weights_defaults(name: str) -> dict[str, Any]:
-    """What ``torchvision:NAME@WEIGHTS`` was trained with, as keywords of ``create``; empty without."""
+    """Return the settings that ``torchvision:NAME@WEIGHTS`` was trained with, as keywords of ``create``."""
     arch, weights_name = _split(name)
     if not weights_name:
         return {}
@@ -106,7 +106,7 @@ def _torchvision_models() -> Any:
         if "torchvision::" not in str(error):
             raise
         raise UserError(
-            f"torch and torchvision come from different builds: install both from the same place ({_one_line(error)})"
+            f"torch and torchvision come from different builds: install both from the same source ({_one_line(error)})"
         ) from error
     return models
 
@@ -159,7 +159,7 @@ def _change_channels(body: nn.Module, in_channels: int) -> None:
 
 
 def _check_size(name: str, body: nn.Module, in_channels: int, image_size: tuple[int, int], fixed: bool) -> None:
-    """Run shapes alone through the body; where they do not fit, look for the smallest side that does."""
+    """Run shapes through the body; if they do not fit, find the smallest side that does."""
     failure = _shape_failure(body, in_channels, image_size)
     if failure is None:
         return

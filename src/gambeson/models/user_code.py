@@ -1,4 +1,4 @@
-"""A model that a user's own file builds: ``FILE.py:FUNCTION``."""
+"""Models built by a function in a user's file: ``FILE.py:FUNCTION``."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ _KNOWN = ("in_channels", "classes", "image_size")
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """Run the user's file and return the function it was named with.
+    """Execute the user's file and return the named function.
 
-    The file is run anew at every call.
+    The file is executed at every call.
 
     Args:
         name: ``FILE.py:FUNCTION``.
 
     Raises:
-        UserError: no such file or function, or an error in the file, told with its line.
+        UserError: no such file or function, or an error in the file, with its line.
     """
     file, function = parts(name)
     if not file.is_file():
         raise UserError(f"{file} does not exist: the model {name} is built by the function {function} of that file")
-    canonical(name)  # where it carries a hash, the file has to have it
+    canonical(name)  # a hash in the name must match the file
     return member(run(file), file, function, "function")
 
 
 def build(name: str, in_channels: int, classes: int, image_size: tuple[int, int]) -> nn.Module:
-    """Call the user's function for its model.
+    """Call the user's function to build a model.
 
     Args:
-        name: ``FILE.py:FUNCTION``. Of the three sizes below the function gets those it has parameters for.
+        name: ``FILE.py:FUNCTION``. The function receives those of the three sizes below that it has parameters for.
         in_channels: channels of an image.
         classes: number of logits.
         image_size: (H, W) in pixels.
 
     Raises:
-        UserError: the function fails, needs something else, or returns no module.
+        UserError: the function fails, needs other arguments, or does not return a module.
     """
     file, function = parts(name)
     make = load_function(name)
@@ -62,7 +62,7 @@ def build(name: str, in_channels: int, classes: int, image_size: tuple[int, int]
 def _taken(make: Callable[..., Any], sizes: dict[str, Any], title: str) -> dict[str, Any]:
     try:
         parameters = list(inspect.signature(make).parameters.values())
-    except (TypeError, ValueError):  # a builtin: nothing is known, so nothing is given
+    except (TypeError, ValueError):  # a builtin with an unknown signature gets no arguments
         return {}
     needed = [
         parameter.name

@@ -16,7 +16,7 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 
 
 def build(folders: Sequence[Folder], scale: EpsFormat) -> list[Table]:
-    """Build the tables that have anything in them: a column a model, a line an attack."""
+    """Build the tables that have anything in them: a column per model, a line per attack."""
     found = [_per_image(folders, scale), _transferred(folders, scale), _noise(folders), _draws(folders)]
     return [table for table in found if table is not None]
 
@@ -32,7 +32,7 @@ def _per_image(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
     lines = [_clean(folders, "no attack", lambda folder: folder.result.clean)]
     for name, eps in _keys(columns):
         found = [column.get((name, eps)) for column in columns]
-        title = "the row of attacks" if name == "standard" else name
+        title = "the attack suite" if name == "standard" else name
         lines.append(
             Line(
                 title,
@@ -44,8 +44,8 @@ def _per_image(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
         for attack in _keys(rounds):
             cells = [_round(turns.get(attack), a) for turns, a in zip(rounds, found, strict=True)]
             lines.append(Line(f"after {attack}", "", cells, minor=True))
-    has_rows = any(a.rounds for column in columns for a in column.values())
-    note = "In a row each attack takes on only the images that the ones before it left right." if has_rows else ""
+    has_suites = any(a.rounds for column in columns for a in column.values())
+    note = "In a suite each attack takes on only the images that the ones before it left right." if has_suites else ""
     return _table(folders, "Accuracy when every image gets a perturbation of its own", "Attack", lines, note)
 
 
@@ -65,7 +65,7 @@ def _transferred(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
     lines = [_clean(folders, "no attack", lambda folder: folder.result.clean.complement)]
     for found in _keys(columns):
         source, attack, universal, eps = found
-        note = f"crafted on {source}; {'one for all images' if universal else 'one an image'}; eps {scale.text(eps)}"
+        note = f"crafted on {source}; {'one for all images' if universal else 'one per image'}; eps {scale.text(eps)}"
         items = [column.get(found) for column in columns]
         cells = [_rate(folder, t.error if t else None) for folder, t in zip(folders, items, strict=True)]
         lines.append(Line(attack, note, cells))
@@ -101,7 +101,7 @@ def _draws(folders: Sequence[Folder]) -> Table | None:
         line(
             "mean of all passes",
             "± one standard deviation",
-            lambda d: Cell(_spread(d), (f"{d.votes} votes",)),
+            lambda d: Cell(_spread(d), (f"{d.votes} passes",)),
         ),
         line("lowest and highest pass", "", lambda d: Cell(f"{percent(d.lowest)} to {percent(d.highest)}")),
         line("majority of the passes", "image by image", lambda d: rate_cell(d.majority)),

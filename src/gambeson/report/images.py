@@ -54,7 +54,7 @@ def icon() -> str:
 
 
 def write_heat_map(result: TransferResult, path: Path) -> Path:
-    """Write a page with one heat map an attack: sources down, targets across, errors in per cent with intervals."""
+    """Write a page with one heat map per attack: sources down, targets across, errors in per cent with intervals."""
     from plotly.subplots import make_subplots
 
     count = len(result.tables)

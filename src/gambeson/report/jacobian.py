@@ -1,4 +1,4 @@
-"""Charts of a model's slopes: the loss along and across the gradient, and how alike images' Jacobians are."""
+"""Charts of the Jacobian analysis: the loss along and across the gradient, and how alike images' Jacobians are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gambeson.analysis import Spread
-from gambeson.auditing.results import LossSurface, PairHistogram, Slopes, Subspace
+from gambeson.auditing.results import JacobianResult, LossSurface, PairHistogram, Subspace
 from gambeson.report import images
 from gambeson.report.charts import AXIS, MARKERS, Chart, embed, hue, plain_layout, soft
 from gambeson.report.formatting import EpsFormat, percent
@@ -23,7 +23,9 @@ RAMP = ("#fdf6e3", "#f4c978", "#e0873c", "#a8412f", "#4d1a2e")
 def along(folders: Sequence[Folder], scale: EpsFormat) -> Chart | None:
     """Draw the mean loss along the signed gradient, and across it, for every model: a ridge shows as a fall."""
     known = [
-        (k, f, f.result.slopes.surface) for k, f in enumerate(folders) if f.result.slopes and f.result.slopes.surface
+        (k, f, f.result.jacobian.surface)
+        for k, f in enumerate(folders)
+        if f.result.jacobian and f.result.jacobian.surface
     ]
     if not known:
         return None
@@ -65,7 +67,7 @@ def along(folders: Sequence[Folder], scale: EpsFormat) -> Chart | None:
 
 def surface(folder: Folder, index: int, scale: EpsFormat) -> Chart | None:
     """Draw the mean loss over the grid, and the border beyond which the model gets half of the images wrong."""
-    found = folder.result.slopes.surface if folder.result.slopes else None
+    found = folder.result.jacobian.surface if folder.result.jacobian else None
     if found is None:
         return None
     # Rows are what runs upwards: across the gradient; columns run along it.
@@ -109,7 +111,7 @@ def surface(folder: Folder, index: int, scale: EpsFormat) -> Chart | None:
 
 def singles(folder: Folder) -> list[str]:
     """Paint the loss around single images, each on its own scale, as PNG pictures."""
-    found = folder.result.slopes.surface if folder.result.slopes else None
+    found = folder.result.jacobian.surface if folder.result.jacobian else None
     return (
         [images.png(images.painted(torch.tensor(_turned(grid)).flip(0), RAMP)) for grid in found.singles]
         if found
@@ -119,7 +121,7 @@ def singles(folder: Folder) -> list[str]:
 
 def pairs(folder: Folder, index: int) -> Chart | None:
     """Draw the distribution of cos_F within and between classes, as shares of the pairs of each kind."""
-    known = folder.result.slopes.pairs if folder.result.slopes else []
+    known = folder.result.jacobian.pairs if folder.result.jacobian else []
     found = next((pair for pair in known if pair.metric == "cos_F"), None)
     if found is None:
         return None
@@ -198,9 +200,9 @@ def build(folders: Sequence[Folder], scale: EpsFormat) -> list[Table]:
 
 
 def _norms(folders: Sequence[Folder]) -> Table:
-    def line(name: str, note: str, cell: Callable[[Slopes], Cell]) -> Line:
-        slopes = [folder.result.slopes for folder in folders]
-        return Line(name, note, [cell(found) if found else NONE for found in slopes])
+    def line(name: str, note: str, cell: Callable[[JacobianResult], Cell]) -> Line:
+        results = [folder.result.jacobian for folder in folders]
+        return Line(name, note, [cell(found) if found else NONE for found in results])
 
     rows = [
         line("Jacobian, Frobenius norm", "logits per pixel unit", lambda s: _frobenius(s)),
@@ -245,20 +247,20 @@ def _norms(folders: Sequence[Folder]) -> Table:
     ]
     lines = [row for row in rows if any(cell != NONE for cell in row.cells)]
     note = "Medians over images, with the range of the middle 90 % below; these ranges are not confidence intervals."
-    return Table("Slopes at a glance", ["Measure", *(f.label for f in folders)], [Group(None, lines)], note)
+    return Table("Jacobian at a glance", ["Measure", *(f.label for f in folders)], [Group(None, lines)], note)
 
 
-def _frobenius(slopes: Slopes) -> Cell:
-    if slopes.norms is None:
-        return _spread(slopes.frobenius, "estimated")
-    return _spread(slopes.norms.frobenius)
+def _frobenius(found: JacobianResult) -> Cell:
+    if found.norms is None:
+        return _spread(found.frobenius, "estimated")
+    return _spread(found.norms.frobenius)
 
 
-def _gradient_sharing(slopes: Slopes) -> Cell:
-    found = slopes.gradient_sharing
-    if found is None or found.ratio is None:
+def _gradient_sharing(found: JacobianResult) -> Cell:
+    sharing = found.gradient_sharing
+    if sharing is None or sharing.ratio is None:
         return NONE
-    return Cell(f"{found.ratio:.3f}", (f"n = {slopes.images:,}",))
+    return Cell(f"{sharing.ratio:.3f}", (f"n = {found.images:,}",))
 
 
 def _spread(found: Spread | None, *more: str) -> Cell:
@@ -268,7 +270,7 @@ def _spread(found: Spread | None, *more: str) -> Cell:
 
 
 def _pairs(folders: Sequence[Folder]) -> Table:
-    columns = [{p.metric: p for p in f.result.slopes.pairs} if f.result.slopes else {} for f in folders]
+    columns = [{p.metric: p for p in f.result.jacobian.pairs} if f.result.jacobian else {} for f in folders]
     meaning = {
         "cos_F": "cosine of the two",
         "ratio_s": "how much of both one direction reaches, from 1/2",
@@ -300,12 +302,12 @@ def _pair(found: PairHistogram | None) -> Cell:
 def _bounds(folders: Sequence[Folder], scale: EpsFormat) -> Table:
     groups, counts = [], []
     for k, folder in enumerate(folders):
-        slopes = folder.result.slopes
-        if slopes is None or slopes.bounds is None:
+        found = folder.result.jacobian
+        if found is None or found.bounds is None:
             continue
         lines = []
-        table = slopes.bounds.table
-        for eps, row in zip(slopes.bounds.eps, table.rows, strict=True):
+        table = found.bounds.table
+        for eps, row in zip(found.bounds.eps, table.rows, strict=True):
             errors = (row.measured_error, row.linear_error, row.counted_error, row.effect_error, row.bound_error)
             cells = [Cell(percent(error)) for error in errors]
             lines.append(Line(f"eps {scale.text(eps)}", "", [*cells, Cell(percent(row.attained))]))
@@ -332,7 +334,7 @@ def _bounds(folders: Sequence[Folder], scale: EpsFormat) -> Table:
 
 
 def _subspaces(folders: Sequence[Folder], scale: EpsFormat) -> Table:
-    columns = [{s.norm: s for s in f.result.slopes.subspaces} if f.result.slopes else {} for f in folders]
+    columns = [{s.norm: s for s in f.result.jacobian.subspaces} if f.result.jacobian else {} for f in folders]
     lines = []
     for norm in dict.fromkeys(norm for column in columns for norm in column):
         found = [column.get(norm) for column in columns]

@@ -103,13 +103,13 @@ def _delta(path: Path, material: DataInfo) -> torch.Tensor:
 
 
 def _direction(path: Path, result: AuditResult) -> torch.Tensor | None:
-    if result.slopes is None or not result.slopes.file:
+    if result.jacobian is None or not result.jacobian.file:
         return None
-    tensors, _ = load_tensors(path / result.slopes.file, "the slopes of an audit")
+    tensors, _ = load_tensors(path / result.jacobian.file, "the Jacobian analysis of an audit")
     direction = tensors.get("direction")
     if direction is not None and list(direction.shape) != result.material.shape:
         raise UserError(
-            f"{path / result.slopes.file} holds a direction of shape {tuple(direction.shape)}: expected "
+            f"{path / result.jacobian.file} holds a direction of shape {tuple(direction.shape)}: expected "
             f"{tuple(result.material.shape)}; run the audit again"
         )
     return direction

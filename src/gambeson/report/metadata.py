@@ -70,7 +70,7 @@ def _costs(folder: Folder, scale: EpsFormat) -> list[tuple[str, str]]:
     rows += [(f"eps_adv({each.delta:g})", each.cost)] if (each := result.eps_adv) else []
     rows += [(f"{a.attack}, eps {scale.text(a.eps)}", a.cost) for a in result.per_image]
     rows += [(f"{t.attack} from {t.source}, eps {scale.text(t.eps)}", t.cost) for t in result.transfer]
-    rows += [("slopes", result.slopes.cost)] if result.slopes else []
+    rows += [("Jacobian analysis", result.jacobian.cost)] if result.jacobian else []
     return [(name, _cost(cost)) for name, cost in rows]
 
 

@@ -19,6 +19,7 @@ from gambeson.report.charts import Chart
 from gambeson.report.formatting import EpsFormat
 from gambeson.report.loading import Folder
 from gambeson.report.metadata import Facts, collect
+from gambeson.tasks import of as task_of
 
 
 def render(page: Page) -> str:
@@ -81,8 +82,8 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Slopes:
-    """Charts and pictures of one model's slopes; empty where the audit has none."""
+class JacobianCharts:
+    """Charts and pictures of one model's Jacobian analysis; empty where the audit has none."""
 
     surface: Chart | None
     singles: list[str]
@@ -111,7 +112,7 @@ class Model:
     examples: list[Example]
     checks: list[Check]
     """Failed ones first, then passed ones, then those that do not apply."""
-    slopes: Slopes
+    jacobian: JacobianCharts
     facts: list[Facts]
     command: str
     """How to run the audit again; empty where its folder holds no settings."""
@@ -144,7 +145,7 @@ class Page:
     controls: list[str]
     curve: Chart
     attacks: list[tables.Table]
-    slopes: list[tables.Table]
+    jacobian: list[tables.Table]
     along: Chart | None
     charts: list[Chart]
     """All of them, in the order of the page."""
@@ -160,7 +161,7 @@ def build(folders: Sequence[Folder], title: str | None) -> Page:
     what = folders[0].label if len(folders) == 1 else formatting.count(len(folders), "model")
     models = [_model(folder, index, scale) for index, folder in enumerate(folders)]
     curve, along = charts.curve(folders, scale), jacobian.along(folders, scale)
-    every = [curve, along, *(chart for model in models for chart in (model.slopes.surface, model.slopes.pairs))]
+    every = [curve, along, *(chart for model in models for chart in (model.jacobian.surface, model.jacobian.pairs))]
     names = [control.name for folder in folders for point in folder.result.universal for control in point.controls]
     return Page(
         title=title or f"Robustness audit: {what} on {first.material.name}",
@@ -177,7 +178,7 @@ def build(folders: Sequence[Folder], title: str | None) -> Page:
         controls=list(dict.fromkeys(names)),
         curve=curve,
         attacks=attacks.build(folders, scale),
-        slopes=jacobian.build(folders, scale),
+        jacobian=jacobian.build(folders, scale),
         along=along,
         charts=[chart for chart in every if chart is not None],
         small=max(first.material.shape[1:]) <= 96,
@@ -198,16 +199,16 @@ def _model(folder: Folder, index: int, scale: EpsFormat) -> Model:
         middle=scale.text(result.middle.eps),
         examples=_examples(folder),
         checks=sorted(result.checks, key=lambda check: (False, True, None).index(check.passed)),
-        slopes=_slopes(folder, index, scale),
+        jacobian=_jacobian(folder, index, scale),
         facts=collect(folder, scale),
         command=reproduce if folder.has_settings else "",
     )
 
 
-def _slopes(folder: Folder, index: int, scale: EpsFormat) -> Slopes:
-    found, direction = folder.result.slopes, folder.direction
+def _jacobian(folder: Folder, index: int, scale: EpsFormat) -> JacobianCharts:
+    found, direction = folder.result.jacobian, folder.direction
     shown = "" if direction is None else images.png(images.signed(direction, float(direction.abs().max())))
-    return Slopes(
+    return JacobianCharts(
         surface=jacobian.surface(folder, index, scale),
         singles=jacobian.singles(folder),
         images=found.surface.images if found and found.surface else 0,
@@ -237,7 +238,7 @@ def _patterns(folder: Folder, scale: EpsFormat) -> list[Picture]:
 
 def _examples(folder: Folder) -> list[Example]:
     tensors, classes = folder.examples, folder.result.material.classes
-    maps = tensors["labels"].ndim > 1
+    maps = not task_of(tensors["labels"]).per_image_label
 
     def answer(image: str, prediction: str, k: int, kind: str) -> Answer:
         source = images.png(tensors[image][k])

@@ -159,7 +159,7 @@ def _worst(found: Sequence[PerImageResult]) -> PerImageResult | None:
 def _attacked(found: PerImageResult | None, scale: EpsFormat, best: bool, tests: int) -> Cell:
     if found is None:
         return Cell(NONE.main, ("not measured",))
-    name = "the row of attacks" if found.attack == "standard" else found.attack
+    name = "the attack suite" if found.attack == "standard" else found.attack
     some = () if found.accuracy.n == tests else (f"on {found.accuracy.n:,} images",)
     rate = found.accuracy
     return Cell(percent(rate.value), (interval(rate), f"{name}, eps {scale.text(found.eps)}", *some), best)

@@ -83,7 +83,7 @@ class BenchResult(Config):
         return self.settings.batch_size / timing.seconds
 
     def share_of_peak(self, timing: Timing) -> float:
-        """A candidate's operations a second over those of a matrix product of its type."""
+        """A candidate's operations per second over those of a matrix product of its type."""
         kind = "bfloat16" if "bfloat16" in timing.name else "float32"
         return timing.work / timing.seconds / self.peaks[kind]
 

@@ -27,13 +27,13 @@ SUITE = Suite(
     universal_probe_starts=4,
     pgd_steps=20,
     pgd_restarts=1,
-    row_images=100,
+    suite_images=100,
     sample=100,
     queries=200,
     surrogate_epochs=6,
     transfer_images=500,
     noise_sizes=(1.0, 3.0),
-    slope_backwards=2000,
+    jacobian_backwards=2000,
     eps_uni_tolerance=0.05,
 )
 

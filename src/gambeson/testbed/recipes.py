@@ -175,7 +175,7 @@ class DataInfo:
     epochs: int = 6
     """Of batches of 64."""
     images: tuple[int, int, int] | None = None
-    """The first so many of train, validation and test, for a training in minutes; None: all."""
+    """So many of train, validation and test, drawn evenly over the classes, for a training in minutes; None: all."""
     only: tuple[str, ...] | None = None
     """The honest networks that there are, and no obfuscated models; None: all models."""
 
@@ -221,7 +221,7 @@ def networks(data: str) -> Networks:
     material, dataset = material_of(data), load_data(data)
     if material.images is not None:
         train, validation, test = (
-            split.sample(count)
+            split.subset(torch.arange(count))
             for split, count in zip((dataset.train, dataset.validation, dataset.test), material.images, strict=True)
         )
         dataset = Dataset(dataset.name, train, validation, test, dataset.classes)

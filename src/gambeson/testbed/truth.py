@@ -20,7 +20,7 @@ from gambeson.testbed.obfuscations.preprocessing import Before
 from gambeson.testbed.recipes import material_of, networks
 from gambeson.victim import DEFAULT_VOTES as VOTES
 
-_FORM = "testbed/1"
+_FORM = "testbed/2"
 """Counts up where the measurement changes, so that what was stored is not used."""
 _IMAGES, _TRIES = 1000, 10
 
@@ -180,7 +180,9 @@ def measure(entry: Entry, nets: Networks, eps: float) -> GroundTruth:
         how += "; on validation images, since the test images are stored in the model"
     if entry.kind == "batch":
         how += "; in batches of 1 and of 250"
-    pattern = _pattern(entry.build(nets) if entry.honest else nets(), nets.data, eps)
+    # The images that are not scored choose among the restarts.
+    chooses = nets.data.test if memory else nets.data.validation
+    pattern = _pattern(entry.build(nets) if entry.honest else nets(), nets.data, chooses, eps)
     whose = ITSELF if entry.honest else "the undefended network"
     return GroundTruth(
         eps=eps,
@@ -199,16 +201,15 @@ def _class_of(entry: Entry) -> type:
     return entry.wrapper if isinstance(entry.wrapper, type) else nn.Module
 
 
-_PATTERNS: dict[tuple[str, str, float], torch.Tensor] = {}
+_PATTERNS: dict[tuple[str, str, str, float], torch.Tensor] = {}
 
 
-def _pattern(net: nn.Module, data: Dataset, eps: float) -> torch.Tensor:
-    """Craft one perturbation for all images; train images choose as well, so that both other splits may report it."""
-    key = fingerprint(net), data.train.fingerprint, eps
+def _pattern(net: nn.Module, data: Dataset, chooses: Split, eps: float) -> torch.Tensor:
+    """Craft one perturbation for all images on train; the images of another split choose among the restarts."""
+    key = fingerprint(net), data.train.fingerprint, chooses.fingerprint, eps
     if key not in _PATTERNS:
-        few = data.train.subset(torch.linspace(0, len(data.train) - 1, min(500, len(data.train))).long())
         attack = StochasticPGD(eps=eps, truncate_correct=False)
-        _PATTERNS[key] = attack.craft(net, Dataset(data.name, data.train, few, data.test, data.classes)).delta
+        _PATTERNS[key] = attack.craft(net, Dataset(data.name, data.train, chooses, chooses, data.classes)).delta
     return _PATTERNS[key]
 
 

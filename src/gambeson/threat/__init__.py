@@ -1,4 +1,4 @@
-"""What an attacker may do: the ball a perturbation must stay in, and which images share it."""
+"""The threat model: the norm ball of a perturbation, and how many images share it."""
 
 from gambeson.threat.ball import Ball, BoxGradient, Eps, Norm, perturb
 

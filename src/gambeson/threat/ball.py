@@ -1,7 +1,7 @@
-"""Norm balls: project on them, draw from them, take the steepest step in them.
+"""Norm balls: projections, random draws and steepest steps.
 
-Every function works on each leading row of a tensor (R, C, H, W) alone, so one ball serves one
-perturbation an image (R = N), one a heap (R = N / s) and one for all (R = 1).
+Every function treats the rows of a tensor (R, C, H, W) independently, so one ball serves one
+perturbation per image (R = N), one per heap (R = N / s) and one for all (R = 1).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Eps = Annotated[Number, Field(ge=0)]
 
 Norm = Annotated[Literal["inf", "2", "1"], BeforeValidator(lambda value: str(value).lower().removeprefix("l"))]
 """``inf`` (largest change of a pixel), ``2`` (Euclidean length) or ``1`` (sum of the changes); ``linf``, ``l2``,
-``l1``, 2 and 1 are read too."""
+``l1``, 2 and 1 are accepted too."""
 
 
 class Ball(Config):
@@ -44,7 +44,7 @@ class Ball(Config):
         return float(nearest if float(nearest) <= self.eps else below)
 
     def project(self, delta: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the nearest point of the ball to each row, in Euclidean distance.
+        """Return the Euclidean projection of each row onto the ball.
 
         Args:
             delta: (R, C, H, W).
@@ -64,10 +64,11 @@ class Ball(Config):
     def project_in_box(
         self, delta: torch.Tensor, low: torch.Tensor, high: torch.Tensor, sizes: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the nearest point to each row that lies in the ball and between ``low`` and ``high``.
+        """Return the Euclidean projection of each row onto the part of the ball between ``low`` and ``high``.
 
         For the norms 2 and 1 this is not the projection followed by a clip, which wastes part of the radius
-        (Croce and Hein 2021, section 3). A row whose projection lies in the box is that projection, to the bit.
+        (Croce and Hein 2021, section 3). A row whose projection onto the ball lies in the box is returned bit-identical
+        to it.
 
         Args:
             delta: (R, C, H, W).
@@ -87,7 +88,7 @@ class Ball(Config):
         return torch.where(free, plain, exact)
 
     def _eps_of(self, sizes: torch.Tensor | None) -> float | torch.Tensor:
-        """Return the radius: a number, or (R, 1) of each row."""
+        """Return the radius: a number, or (R, 1) with one per row."""
         return self.eps if sizes is None else self.eps * sizes.flatten(1)
 
     def steepest(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -97,7 +98,7 @@ class Ball(Config):
         """
         if self.norm == "inf":
             return gradient.sign()
-        if self.norm == "1":  # the one largest value; among equals the first
+        if self.norm == "1":  # the largest value only; the first of several equal ones
             rows = gradient.flatten(1)
             return fill_greedily(rows, torch.ones_like(rows), 1.0).view_as(gradient)
         return gradient / _lengths(gradient).clamp(min=TINY)
@@ -109,11 +110,11 @@ class Ball(Config):
         room: torch.Tensor,
         sparsity: float | None = None,
     ) -> torch.Tensor:
-        """Return a step of norm ``length`` up the gradient, none of it wasted on values that have no room.
+        """Return a step of norm ``length`` up the gradient, none of it spent on values that cannot move.
 
-        Norm 2: the length is that of the values with room; the others' pull, up to twenty times as long, is left
-        to the projection, which needs it to hold them at the box. Norm 1: only values with room are moved. Norm
-        inf: ``length`` times :meth:`steepest`.
+        Norm 2: the values that can move have this length; the others keep their gradient, up to twenty times as long,
+        which the projection needs to hold them at the box. Norm 1: only values that can move are moved. Norm inf:
+        ``length`` times :meth:`steepest`.
 
         Args:
             gradient: (R, C, H, W).
@@ -137,7 +138,7 @@ class Ball(Config):
         """Draw rows uniformly from the ball, on the generator's device."""
         if self.norm == "inf":
             return (torch.rand(shape, generator=generator, device=generator.device) * 2 - 1) * self._radius
-        if self.norm == "1":  # the first D of D + 1 exponentials over their sum fill the simplex evenly
+        if self.norm == "1":  # the first D of D + 1 exponentials over their sum are uniform on the simplex
             size = max(1, torch.Size(shape[1:]).numel())
             draw = torch.empty((shape[0], size + 1), device=generator.device).exponential_(generator=generator)
             share = draw[:, :-1] / draw.sum(1, keepdim=True).clamp(min=TINY)
@@ -154,7 +155,7 @@ class Ball(Config):
         return self.fill(draw.float() * 2 - 1)
 
     def fill(self, pattern: torch.Tensor) -> torch.Tensor:
-        """Scale each row so that its norm is eps: the strongest form of a fixed pattern."""
+        """Scale each row to norm eps, the strongest form of a fixed pattern."""
         if self.norm == "inf":
             return pattern / pattern.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=TINY) * self._radius
         lengths = _lengths(pattern) if self.norm == "2" else pattern.abs().sum(dim=(1, 2, 3), keepdim=True)
@@ -173,7 +174,7 @@ def _lengths(rows: torch.Tensor) -> torch.Tensor:
 
 
 BoxGradient = Literal["exact", "straight-through"]
-"""How the clip to [0, 1] is differentiated: ``exact`` gives a pixel beyond the ends no gradient;
+"""How the clip to [0, 1] is differentiated: ``exact`` gives a pixel outside [0, 1] no gradient;
 ``straight-through`` passes the gradient on, so that a shared perturbation can leave a pixel where most
 images are black or white and its own value points outside the range (our choice, for universal attacks)."""
 
@@ -183,12 +184,12 @@ def perturb(images: torch.Tensor, delta: torch.Tensor, box_gradient: BoxGradient
 
     Args:
         images: (N, C, H, W) in [0, 1].
-        delta: (R, C, H, W); R = N is one perturbation an image, R = N / s one a heap of s (Mummadi et al. 2019,
-            section 4), R = 1 a universal one. The gradient of a heap is summed by the broadcast, at no cost.
+        delta: (R, C, H, W); R = N is one perturbation per image, R = N / s one per heap of s (Mummadi et al. 2019,
+            section 4), R = 1 a universal one. Broadcasting sums the gradient of a heap at no cost.
         box_gradient: how the clip is differentiated.
 
     Returns:
-        (N, C, H, W) in [0, 1]; exactly ``images`` where delta is zero.
+        (N, C, H, W) in [0, 1]; bit-identical to ``images`` where delta is zero.
 
     Raises:
         UserError: R does not divide N.
@@ -205,6 +206,6 @@ def perturb(images: torch.Tensor, delta: torch.Tensor, box_gradient: BoxGradient
         moved = (images.unflatten(0, (heaps, -1)) + delta.unsqueeze(1)).flatten(0, 1)
     clipped = moved.clamp(0, 1)
     if box_gradient == "exact":
-        # Not the gradient of clamp: at the ends themselves it is 0 or 1 depending on torch's version.
+        # Not the gradient of clamp, which at the bounds is 0 or 1 depending on the torch version.
         return torch.where((moved >= 0) & (moved <= 1), moved, clipped.detach())
     return clipped.detach() + (moved - moved.detach())

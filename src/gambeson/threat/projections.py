@@ -1,4 +1,4 @@
-"""Exact projections and steps where a norm ball meets the box: rows (R, D), each alone."""
+"""Exact projections and steps for the intersection of a norm ball and a box, for independent rows (R, D)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 
 TINY = 1e-12
 _HALVINGS = 26
-"""Enough to tell which values stand at a bound; the formula for the others then gives the multiplier exactly, at
-less cost and with less rounding than the running sums of a sort."""
+"""Enough to identify the values at a bound; the closed form for the others then gives the multiplier exactly, with less
+work and less rounding than the running sums of a sort."""
 _ROUNDS = 8
-"""Twice what images and Gaussian steps were seen to need; a row that needs more stays inside the ball, just short
-of its surface."""
+"""Twice as many as images and Gaussian steps were observed to need; a row that needs more ends inside the ball, just
+short of its surface."""
 
 
 def project_l1_box(rows: torch.Tensor, room: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
@@ -41,8 +41,8 @@ def project_l1_box(rows: torch.Tensor, room: torch.Tensor, eps: float | torch.Te
 def project_l2_box(rows: torch.Tensor, room: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
     """Return the nearest point of {|d|_2 <= eps, |d_i| <= room_i} to each row, signs kept.
 
-    The nearest point is min(s |z_i|, room_i) for the largest s in [0, 1] that keeps its length at eps. A first s
-    that is too small shows values that stand at their room; without them s is larger, and so on from below.
+    The nearest point is min(s |z_i|, room_i) for the largest s in [0, 1] that keeps its length at eps. Iterates from
+    below: an s that is too small identifies values at their bound, and without them s is larger.
     """
     size = rows.abs()
     squares, limits = size.square(), room.square()
@@ -58,22 +58,22 @@ def project_l2_box(rows: torch.Tensor, room: torch.Tensor, eps: float | torch.Te
 
 
 def _within(found: torch.Tensor, length: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
-    # The rounding of long sums is taken back by a scale a hair below one.
+    # A scale slightly below one undoes the rounding of long sums.
     return found * (eps / length.clamp(min=TINY)).clamp(max=1)
 
 
 def fill_greedily(gradient: torch.Tensor, room: torch.Tensor, length: torch.Tensor | float) -> torch.Tensor:
     """Return the step of 1-norm ``length`` that raises a linear function most inside the box.
 
-    The value with the largest gradient is moved as far as it may go, then the next, until the length is used up
-    (Croce and Hein 2021, proposition 3.2): without a box that is the one largest value.
+    The value with the largest gradient is moved as far as it may go, then the next, until the length is spent
+    (Croce and Hein 2021, proposition 3.2): without a box that is the largest value only.
 
     Args:
         gradient: (R, D).
         room: (R, D), not negative: how far each value may go in the direction of its gradient.
         length: a number, or (R, 1).
     """
-    # A value without gradient is left alone, whatever its room.
+    # A value without gradient is not moved.
     room = torch.where(gradient == 0, torch.zeros_like(room), room)
     order = gradient.abs().argsort(dim=1, descending=True, stable=True)
     rooms = room.gather(1, order)
@@ -83,9 +83,9 @@ def fill_greedily(gradient: torch.Tensor, room: torch.Tensor, length: torch.Tens
 
 
 def largest_share(gradient: torch.Tensor, room: torch.Tensor, share: float) -> torch.Tensor:
-    """Return equal moves along the largest ``share`` of each row's gradient, of 1-norm 1 in all.
+    """Return equal moves along the largest ``share`` of each row's gradient, with a total 1-norm of 1.
 
-    SLIDE (Tramer and Boneh 2019, section 4). Values that have no room are passed over.
+    SLIDE (Tramer and Boneh 2019, section 4). Values that cannot move are skipped.
     """
     usable = torch.where(room > 0, gradient, torch.zeros_like(gradient))
     count = max(1, round(share * gradient.shape[1]))

@@ -1,4 +1,4 @@
-"""The loop that minimises a defence's objective, and the run folder it leaves."""
+"""Training: recipes, the loop that minimises a defence's objective, cost estimates and run folders."""
 
 from gambeson.training.loop import train
 from gambeson.training.recipe import PRESETS, Recipe

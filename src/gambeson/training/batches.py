@@ -1,4 +1,4 @@
-"""The batches of an epoch: which images a process takes at a step, in whose order, and which draws they get."""
+"""The batches of an epoch: order, share of each process, and augmentation."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from gambeson.training.recipe import Recipe
 
 
 def member_seeds(seed: int, members: int) -> list[int]:
-    """Seed of each member: what a run of that member alone would be given."""
+    """Seed of each member, which is that of a run of the member alone."""
     return [seed] if members == 1 else [derive(seed, "member", number) for number in range(members)]
 
 
 class Epoch:
-    """The batches of one epoch, by number; the last, smaller one is left out.
+    """The batches of one epoch by number, without a smaller last one.
 
     Args:
         train: the images.
         recipe: batch size and augmentation.
-        orders: of the data; their rows follow each other in a batch.
+        orders: number of data orders, whose rows are concatenated in a batch.
         seed: of the run.
         epoch: its number.
-        device: where the batches go.
+        device: of the batches.
     """
 
     def __init__(self, train: Split, recipe: Recipe, orders: int, seed: int, epoch: int, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class Epoch:
         return self._batch(k, *self.train.take(self._rows(k), self.device))
 
     def walk(self, first: int = 0) -> Iterator[Batch]:
-        """The batches from number ``first`` on; images that are not in memory are read ahead of the compute."""
+        """The batches from number ``first`` on; images that are not in memory are prefetched."""
         steps = range(first, len(self))
         for k, taken in zip(steps, self.train.walk(map(self._rows, steps), self.device), strict=True):
             yield self._batch(k, *taken)
@@ -71,7 +71,7 @@ class Epoch:
         )
 
     def _augmented(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Augment every order's rows with the draws that a run of its own would have."""
+        """Augment the rows of every order with the draws of a separate run."""
         moved, kept = [], []
         for part, theirs, seed in zip(images.split(self.share), labels.split(self.share), self.seeds, strict=True):
             draw = generator(derive(seed, "step", step), "augment", self.place[0], device=self.device)

@@ -1,4 +1,4 @@
-"""The state of a training run in one file, so that it is written in one step: all of an epoch, or none of it."""
+"""Checkpoints: the state of a training run in one file, written atomically."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _MODEL, _OPTIMIZER, _CARRIED = "model.", "optimizer.", "carried."
 def save_state(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, carried: nn.Module, about: dict[str, Any]
 ) -> None:
-    """Write weights, the optimiser's tensors, what else is ``carried`` and the JSON-ready ``about``, atomically.
+    """Write weights, optimiser tensors, the buffers of ``carried`` and the JSON-ready ``about``, atomically.
 
-    No generator's state is needed: every draw is named by the seed and the step (see :mod:`gambeson.base.seeds`).
+    Generator states are not needed: every draw is named by the seed and the step (see :mod:`gambeson.base.seeds`).
     """
     tensors = {_MODEL + name: value for name, value in model.state_dict().items()}
     tensors |= {_CARRIED + name: value for name, value in carried.state_dict().items()}
@@ -33,7 +33,7 @@ def save_state(
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, carried: nn.Module) -> dict[str, Any]:
-    """Put a saved state back where it came from; return the document saved with it.
+    """Restore a saved state; return the document saved with it.
 
     Raises:
         UserError: the state belongs to another model.

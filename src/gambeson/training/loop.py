@@ -1,4 +1,4 @@
-"""Where the numbers of a run go beside its own file."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from gambeson.victim import Victim
 
 
 def tracking(recipe: Recipe, out: Path | None) -> dict[str, Any]:
-    """Return what an ``Accelerator`` has to be told, nothing where no tracker is asked for.
+    """Return the tracking arguments of an ``Accelerator``; empty without a tracker.
 
     Raises:
         UserError: there is no run folder, or the tracker is not installed.
@@ -58,13 +58,13 @@ def tracking(recipe: Recipe, out: Path | None) -> dict[str, Any]:
 
 
 def finish(accelerator: Accelerator) -> None:
-    """Close the trackers, where there are any; the process group stays open for a later run."""
+    """Close the trackers; the process group stays open for a later run."""
     for tracker in getattr(accelerator, "trackers", []):
         tracker.finish()
 
 
 History = list[dict[str, float]]
-"""One entry an epoch: each term of the objective, the learning rate, the accuracy on the validation split."""
+"""One entry per epoch: each term of the objective, the learning rate, the accuracy on the validation split."""
 
 
 def train(
@@ -84,12 +84,12 @@ def train(
         model: pixels (N, C, H, W) in [0, 1] to logits.
         data: a ``Dataset``, or a split or (images, labels) pair, which are split by a fixed rule.
         defense: the objective.
-        recipe: how to train; or give its fields as keywords, such as ``epochs=10``.
+        recipe: optimiser and schedule; or give its fields as keywords, such as ``epochs=10``.
         seed: of the order, the augmentation, the perturbations and dropout.
-        out: folder for ``metrics.jsonl``, ``model.safetensors`` and ``state/``. A run that was cut goes on from its
+        out: folder for ``metrics.jsonl``, ``model.safetensors`` and ``state/``. An interrupted run resumes from its
             last complete epoch and ends with the weights of an uninterrupted one, bit for bit.
         label: name of the progress bar.
-        settings: fields of :class:`Recipe`, where ``recipe`` is not given.
+        settings: fields of :class:`Recipe`, if ``recipe`` is not given.
 
     Raises:
         UserError: recipe, objective, model and data do not fit each other.
@@ -107,11 +107,11 @@ def train(
 
 
 _WATCH = 50
-"""Steps between two looks at whether the loss is still finite."""
+"""Steps between checks that the loss is finite."""
 
 
 class Run:
-    """A training at work: see :func:`train` for what its arguments mean."""
+    """A training run; see :func:`train` for the arguments."""
 
     def __init__(
         self, model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed: int, out: Path | None
@@ -121,7 +121,8 @@ class Run:
         from accelerate import Accelerator
         from accelerate.state import is_initialized
 
-        # Its state is the process's: a training on another device or in another precision must not ask to change it.
+        # Its state is shared within the process and must not be changed by a training on another device or in another
+        # precision.
         self.accelerator = Accelerator(
             cpu=self.device.type == "cpu" and not is_initialized(), device_placement=False, **tracking(recipe, out)
         )
@@ -168,7 +169,7 @@ class Run:
                 began = time.perf_counter()
                 with seeded(self.seed, "dropout", epoch, self.accelerator.process_index):
                     means = self._epoch(epoch, advance)
-                share_first(self.model.buffers())  # running statistics: each process has seen its own images
+                share_first(self.model.buffers())  # running statistics differ between processes
                 self.history.append({"epoch": epoch, **means, **self._validate(epoch)})
                 self.seconds.append(time.perf_counter() - began)
                 self._checkpoint()
@@ -180,7 +181,7 @@ class Run:
 
     @property
     def result(self) -> nn.Module:
-        """The model that is validated and handed back: the moving average where there is one."""
+        """The model that is validated and returned: the moving average, if there is one."""
         return self.model if self.shadow is None else self.shadow.module
 
     def _validate(self, epoch: int) -> dict[str, float]:
@@ -215,7 +216,7 @@ class Run:
         return {name: float(value) / self.steps for name, value in sums.items()} | {"lr": lr}
 
     def train_step(self, batch: Batch) -> Losses:
-        """Take one step: every phase of the objective, and what follows it; return the losses, detached."""
+        """Take one step, with every phase of the objective; return the detached losses."""
         found: Losses = {}
         with repeatable():
             for losses, moving in self._optimizer_steps(batch):
@@ -228,7 +229,7 @@ class Run:
         return found
 
     def _watch(self, total: torch.Tensor, epoch: int, k: int) -> None:
-        """Stop a training that has diverged. Looked at now and then only: looking waits for the device."""
+        """Stop a training that has diverged; checked rarely, because it synchronises with the device."""
         if not torch.isfinite(total):
             kept = f"; {self.out} keeps the state after epoch {epoch}" if self.out is not None and epoch else ""
             raise UserError(
@@ -252,9 +253,9 @@ class Run:
         if moving is not None:
             for parameter in parameters:
                 if parameter not in moving:
-                    parameter.grad = None  # the optimiser passes it by: no decay, no momentum
-        # After the backward and by hand: objectives go through parts of the model, several times, and through double
-        # backwards, and a data-parallel wrapper counts on one forward of the whole.
+                    parameter.grad = None  # skipped by the optimiser: no decay, no momentum
+        # After the backward and explicitly: objectives use parts of the model, several times, and double backwards,
+        # while a data-parallel wrapper assumes a single forward of the whole.
         average([parameter.grad for parameter in parameters if parameter.grad is not None])
         self.optimizer.step()
 
@@ -275,7 +276,7 @@ class Run:
         return len(self.history)
 
     def _checkpoint(self) -> None:
-        """Write everything an epoch leaves, the state last: what it stands for is then on disk already."""
+        """Write all outputs of an epoch, the state last, so that it never refers to missing files."""
         if self.out is None or self._state is None or not self.accelerator.is_main_process:
             return
         if self.recipe.select != "last" and is_best(self.history, self.recipe, self.defense):

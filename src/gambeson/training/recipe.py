@@ -1,4 +1,4 @@
-"""How to train, whatever the objective is: length, optimiser, schedule, augmentation, precision."""
+"""Recipes: training length, optimiser, schedule, augmentation and precision, independent of the objective."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "augment": "crop-flip",
     },
 }
-"""Recipes of the papers, by the name that ``Recipe(preset=NAME)`` reads; what they leave out is the default, ours.
+"""Recipes of the papers, for ``Recipe(preset=NAME)``; omitted fields have our defaults.
 
-``shared-adversarial``: Mummadi et al. 2019 on CIFAR-10, at a rate that asks for pretrained weights (augmentation ours).
-``ensemble-adversarial-mnist``: the released code of Tramèr et al. 2018. ``ensemble-adversarial-imagenet``: that paper's
-ens3 and ens4 on ImageNet, 50 machines of 16 images; the weights of Kurakin et al. 2017, whose recipe it goes on with,
-are the defence's: ``EnsembleAdversarial(weight=0.3, random_eps=True, mixing="half", attack="step-ll")``.
-``learn2perturb``: the released script of Jeddi et al. 2020.
+``shared-adversarial``: Mummadi et al. 2019 on CIFAR-10, with a learning rate for pretrained weights (augmentation
+ours). ``ensemble-adversarial-mnist``: the released code of Tramèr et al. 2018. ``ensemble-adversarial-imagenet``: that
+paper's ens3 and ens4 on ImageNet, 50 machines of 16 images; the weights of Kurakin et al. 2017, whose recipe it
+follows, are settings of the defence: ``EnsembleAdversarial(weight=0.3, random_eps=True, mixing="half",
+attack="step-ll")``. ``learn2perturb``: the released script of Jeddi et al. 2020.
 """
 
 
 class Recipe(Config):
     """An optimiser and a schedule. The defaults are ours unless a preset of a paper sets them.
 
-    ``Recipe(preset=NAME)`` starts from one of :data:`PRESETS`; fields given beside it replace the preset's. The object,
-    and with it ``run.yaml``, holds the fields and not the name.
+    ``Recipe(preset=NAME)`` starts from one of :data:`PRESETS`; fields given with it override the preset's. The object,
+    and hence ``run.yaml``, stores the fields, not the name.
 
     Raises:
         UserError: a preset is unknown, or a value is out of its range.
@@ -71,50 +71,50 @@ class Recipe(Config):
     epochs: Annotated[int, Field(ge=1)] = 10
     """Passes over the training split."""
     batch_size: Annotated[int, Field(ge=1)] = 128
-    """Images a step, over all processes; the last, smaller batch of an epoch is left out."""
+    """Images per step over all processes; a smaller last batch of an epoch is left out."""
     lr: Annotated[Number, Field(gt=0)] = 0.05
-    """Learning rate at the start (after the warm-up)."""
+    """Initial learning rate (after the warm-up)."""
     optimizer: Literal["sgd", "adam", "rmsprop"] = "sgd"
-    """``adam`` has its customary moments (Tramèr et al. 2018 on MNIST: lr 0.001). ``rmsprop`` is that of Inception
+    """``adam`` has its default moments (Tramèr et al. 2018 on MNIST: lr 0.001). ``rmsprop`` is that of Inception
     networks (Szegedy et al. 2016, section 8: decay 0.9, epsilon 1), on ImageNet in Tramèr et al. 2018."""
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
-    """Of ``sgd`` and ``rmsprop``."""
+    """Momentum of ``sgd`` and ``rmsprop``."""
     nesterov: bool = False
-    """Of ``sgd``."""
+    """Nesterov momentum, for ``sgd``."""
     weight_decay: Annotated[Number, Field(ge=0)] = 5e-4
-    """On every parameter, as in the papers' settings."""
+    """Weight decay of every parameter, as in the papers' settings."""
     schedule: Literal["cosine", "steps", "constant"] = "cosine"
     """``cosine`` falls to zero at the end; ``steps`` multiplies by ``gamma`` after each milestone."""
     milestones: tuple[int, ...] = ()
     """Epochs after which ``steps`` multiplies the learning rate."""
     decay_every: Annotated[int, Field(ge=0)] = 0
-    """``steps`` multiplies the learning rate after every so many epochs as well; 0: at the milestones only."""
+    """``steps`` also multiplies the learning rate after every so many epochs; 0: only at the milestones."""
     gamma: Annotated[Number, Field(gt=0, le=1)] = 0.1
     warmup: Annotated[Number, Field(ge=0)] = 0.0
-    """Epochs over which the learning rate rises from zero in a straight line."""
+    """Epochs of linear warm-up from zero."""
     augment: Literal["none", "crop", "crop-flip", "imagenet"] = "none"
-    """``crop``: random shifts by up to 4 pixels; ``crop-flip``: and mirror images; ``imagenet``: a random box of 8 to
-    100 % of the area, enlarged, and mirror images."""
+    """``crop``: random shifts by up to 4 pixels; ``crop-flip``: also horizontal flips; ``imagenet``: random resized
+    crops of 8 to 100 % of the area, and flips."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the training forwards; perturbations and verdicts stay in float32."""
+    """Precision of the training forwards; crafting and scoring stay in float32."""
     channels_last: bool = False
-    """Lay the weights of convolutions out by pixel, and with them all that flows through: the same network, rounded
-    differently, and often faster where it has many channels."""
+    """Use the channels-last memory layout: the same network with different rounding, often faster with many
+    channels."""
     select: Literal["last", "best", "best-universal", "best-pgd"] = "last"
-    """Which epoch's weights to keep. By the validation split, ``best`` has the lowest clean error,
+    """The epoch whose weights are kept. On validation, ``best`` has the lowest clean error,
     ``best-universal`` the lowest universal evasion rate, ``best-pgd`` the highest accuracy under PGD; the latter two
-    among the epochs that ``robust_every`` measures."""
+    among the epochs measured by ``robust_every``."""
     robust_every: Annotated[int, Field(ge=0)] = 0
-    """Measure short attacks on the validation split after every so many epochs, and after the last; 0: never."""
+    """Run short attacks on validation after every so many epochs, and after the last; 0: never."""
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
-    """Keep an exponential moving average of weights and statistics with this decay a step; it is what is validated
-    and handed back."""
+    """Decay per step of an exponential moving average of weights and statistics, which is then validated and
+    returned."""
     freeze_statistics: bool = False
-    """Leave BatchNorm's running statistics as they are, for fine-tuning."""
+    """Freeze BatchNorm's running statistics, for fine-tuning."""
     layer_decay: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    """Factor on the learning rate from each layer to the one before it, for fine-tuning."""
+    """Factor of the learning rate from each layer to the previous one, for fine-tuning."""
     track: Literal["none", "tensorboard", "mlflow"] = "none"
-    """Where the epochs' numbers go beside ``metrics.jsonl``; needs the extra ``track``."""
+    """Tracker of the epochs' numbers, in addition to ``metrics.jsonl``; needs the extra ``track``."""
 
     @model_validator(mode="before")
     @classmethod
@@ -133,7 +133,7 @@ class Recipe(Config):
         return self
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """Learning rate of a step, counted from 0 over the whole run: a function of nothing else."""
+        """Learning rate of a step, counted from 0 over the whole run."""
         epoch = step / steps_per_epoch
         rise = min(1.0, (epoch + 1 / steps_per_epoch) / self.warmup) if self.warmup else 1.0
         if self.schedule == "cosine":
@@ -145,7 +145,7 @@ class Recipe(Config):
 
 
 def make_optimizer(model: nn.Module, defense: Defense, recipe: Recipe) -> torch.optim.Optimizer:
-    """Build the optimiser; each group's ``lr_scale`` multiplies the learning rate of the schedule."""
+    """Build the optimiser; the ``lr_scale`` of a group multiplies the scheduled learning rate."""
     special = defense.groups(model)
     taken = {parameter for group in special for parameter in group["params"]}
     rest = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p not in taken]
@@ -166,20 +166,20 @@ def make_optimizer(model: nn.Module, defense: Defense, recipe: Recipe) -> torch.
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group its share of the learning rate."""
+    """Set the learning rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def freeze_statistics(model: nn.Module) -> None:
-    """Hold the running statistics of every BatchNorm, as they are used in evaluation; weights still move."""
+    """Freeze the running statistics of every BatchNorm and use them; weights are still trained."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
 
 
 def _by_depth(named: list[tuple[str, nn.Parameter]], decay: float) -> list[dict[str, Any]]:
-    """One group a module with parameters, in the order of the model, the last at full rate."""
+    """One group per module with parameters, in model order, the last at the full rate."""
     if decay == 1:
         return [{"params": [parameter for _, parameter in named]}]
     modules: dict[str, list[nn.Parameter]] = {}

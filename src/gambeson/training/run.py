@@ -1,4 +1,4 @@
-"""What a training will cost, measured on a few steps of a copy before it starts."""
+"""Runs of ``gambeson train``: settings, execution in a run folder, and cost estimates."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ class TrainingCost(Config):
     """The expected cost of a training run."""
 
     steps: int
-    """Steps in all."""
+    """Total number of steps."""
     seconds_a_step: float
-    """Median of the steps measured, those of the last epoch, in which every part of an objective is at work."""
+    """Median over measured steps of the last epoch, in which every part of the objective is active."""
     seconds: float
-    """All steps together; validation between epochs comes on top."""
+    """Time of all steps, without validation."""
     plain_ratio: float
-    """A step over a step of standard training, measured in turn."""
+    """Time of a step relative to one of standard training, measured alternately."""
     weights: int
     """Bytes of weights, their gradients and the optimiser's moments."""
     activations: int
-    """Most bytes that one backward of a step keeps alive."""
+    """Maximum bytes kept for a backward pass."""
     data: int
-    """Bytes of the training images, where they are kept on the device."""
+    """Bytes of the training images, if they are on the device."""
     device: str
 
     @property
     def memory(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return self.weights + self.activations + self.data
 
 
@@ -56,8 +56,8 @@ def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed
     Args:
         model: on the device of the training.
         data: the data set.
-        defense: the objective, with the models it names supplied.
-        recipe: how to train.
+        defense: the objective, with its source models loaded.
+        recipe: optimiser and schedule.
         seed: of the run.
     """
     runs = [
@@ -97,7 +97,7 @@ def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed
 
 
 def _kept(step: Callable[[], object]) -> int:
-    """Return the most bytes that autograd holds for a backward while ``step`` runs, each storage counted once."""
+    """Return the maximum bytes that autograd keeps for a backward during ``step``, each storage counted once."""
     alive: dict[int, int] = {}
     most = 0
 
@@ -118,7 +118,7 @@ def _kept(step: Callable[[], object]) -> int:
 
 
 class TrainRun(Config):
-    """What to train, on what, and how."""
+    """Settings of a training run: data, model, defence and recipe."""
 
     kind: Literal["train"] = "train"
     data: data.Name
@@ -129,21 +129,21 @@ class TrainRun(Config):
     defense: AnyDefense
     """The objective: its name, or ``FILE.py:CLASS``, with its settings."""
     recipe: Recipe = Recipe()
-    """Length, optimiser, schedule."""
+    """Training length, optimiser and schedule."""
     init: str | None = None
-    """Weights to start from, of the whole model or of the architecture alone; None: a fresh initialisation from the
-    seed, or what the name of the model brings."""
+    """Initial weights, of the whole model or of the architecture; None: random from the seed, or those in the model's
+    name."""
     seed: int = 0
     device: str = "cpu"
 
 
 def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) -> models.PixelModel:
-    """Carry out ``run`` in the folder ``out``, or go on with it there; a finished one is only loaded.
+    """Execute ``run`` in the folder ``out``, or resume it there; a finished one is only loaded.
 
     Args:
         run: the settings.
         out: the run folder.
-        dataset: the data of ``run.data``, where it is loaded already.
+        dataset: the data of ``run.data``, if already loaded.
 
     Raises:
         UserError: the folder holds another run, or a name is unknown.
@@ -170,7 +170,7 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
 def plan_training(run: TrainRun, dataset: data.Dataset | None = None) -> TrainingCost:
     """Measure what ``run`` will cost, on a few steps; nothing is written.
 
-    Models that a defence names and that would be trained first stand in untrained.
+    Source models that would be trained first are used untrained.
     """
     dataset = data.load(run.data) if dataset is None else dataset
 
@@ -184,7 +184,7 @@ def plan_training(run: TrainRun, dataset: data.Dataset | None = None) -> Trainin
 
 def _model(run: TrainRun, dataset: data.Dataset) -> models.PixelModel:
     drawn = []
-    for seed in member_seeds(run.seed, run.defense.num_members):  # each member as a run of its own would draw it
+    for seed in member_seeds(run.seed, run.defense.num_members):  # each member as a separate run would draw it
         with seeded(seed, "model"):
             drawn.append(models.create(run.model, dataset))
     model = models.ensemble(drawn)
@@ -194,7 +194,7 @@ def _model(run: TrainRun, dataset: data.Dataset) -> models.PixelModel:
 
 
 def _source(run: TrainRun, name: str, out: Path, dataset: data.Dataset) -> models.PixelModel:
-    """Load a model that a defence names: a run or a file; or an architecture, trained first and kept beside the run."""
+    """Load a source model of a defence: a run, a file, or an architecture that is trained first, next to the run."""
     if Path(name).exists():
         return models.load(Path(name))
     settings = run.model_copy(

@@ -1,4 +1,4 @@
-"""What is measured on the validation split between epochs, and which epoch is the best by it."""
+"""Validation between epochs, clean and robust, and selection of the best epoch."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def validate(model: nn.Module, data: Dataset) -> dict[str, float]:
 
 @contextmanager
 def _one_pass(model: nn.Module) -> Iterator[Victim]:
-    """Hold a model frozen; a random one is decided by one pass per image, for epochs are only compared."""
+    """Enter a model as a victim; a random one has a single vote, because epochs are only compared."""
     with Victim(model) as victim:
         victim.votes = 1
         yield victim
 
 
 def _error(victim: Victim, split: Split, delta: torch.Tensor | None = None) -> float:
-    """Rate of wrong answers; every process looks at its share of the images."""
+    """Error rate; every process scores its share of the images."""
     if len(split) == 0:
         raise nothing_counts(split)
     first, step = place()
-    own = split.subset(torch.arange(first % len(split), len(split), step))  # with few images, some are looked at twice
+    own = split.subset(torch.arange(first % len(split), len(split), step))  # with few images, some are scored twice
     found = score(predict(victim, own, delta), own, whole=False)
     errors, answers = total([found.errors, found.total], victim.device)
     if answers == 0:
@@ -46,10 +46,10 @@ def _error(victim: Victim, split: Split, delta: torch.Tensor | None = None) -> f
 
 
 def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: int) -> dict[str, float]:
-    """Return the universal evasion rate and, for one label an image, the accuracy under PGD, at the defence's eps.
+    """Return the universal evasion rate and, for one label per image, the accuracy under PGD, at the defence's eps.
 
-    Both by short attacks, to compare epochs: 50 steps of stochastic PGD from zero, 10 of PGD on 500 images, the
-    same ones in every epoch. A random model is taken as it is, one draw an image.
+    Both use short attacks, to compare epochs: 50 steps of stochastic PGD from zero, and 10 of PGD on the same 500
+    images in every epoch. A random model has a single vote per image.
     """
     ball = {"eps": getattr(defense, "eps", None), "norm": getattr(defense, "norm", "inf")}
     if not ball["eps"]:
@@ -70,9 +70,9 @@ def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: i
 
 
 def is_best(history: list[dict[str, float]], recipe: Recipe, defense: Defense) -> bool:
-    """Whether the last epoch is better than all before by the recipe's rule; one that was not measured is not.
+    """Whether the last epoch is the best so far by the recipe's rule; an epoch that was not measured is not.
 
-    Nor is one before all of the objective was at work, such as a noise that begins later.
+    Nor is one before all parts of the objective were active, such as noise that starts later.
     """
     history = history[defense.fully_active_epoch(recipe.epochs) :]
     key, sign = {

@@ -1,4 +1,4 @@
-"""A model while it is attacked: frozen, counted, and given back exactly as it was."""
+"""Models under attack: frozen, counted and restored; averages over models and samples; scoring."""
 
 from gambeson.victim.bn_folding import FoldedModel, fold_batchnorms
 from gambeson.victim.inspect import ModelTraits, inspect_model

@@ -1,4 +1,4 @@
-"""The model that an attack climbs: one, or an ensemble of source models whose examples shall transfer."""
+"""Averages that gradients are taken of: ensembles of source models, and samples of a random model (EOT)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from gambeson.victim.inspect import ModelTraits
 from gambeson.victim.victim import Victim
 
 Average = Literal["logits", "probabilities", "losses"]
-"""What is averaged over several source models (Dong et al. 2018, section 3.2, compares the three)."""
+"""Quantity that is averaged over source models (Dong et al. 2018, section 3.2, compares the three)."""
 
 Source = nn.Module | Victim | Sequence["nn.Module | Victim"]
-"""A module from pixels to logits, a :class:`Victim` already entered, or several of either."""
+"""A module from pixels to logits, an entered :class:`Victim`, or a sequence of either."""
 
 
 class AveragedVictim(Victim):
-    """A victim that gives several answers to each image, which are averaged; see :data:`Average`."""
+    """A victim whose output is an average over several; see :data:`Average`."""
 
     average: Average
 
     def each(self, images: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return each answer, logits (N, K) or (N, K, H, W)."""
+        """Return the logits of each, (N, K) or (N, K, H, W)."""
         raise NotImplementedError
 
     def combine(self, each: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -43,16 +43,15 @@ class AveragedVictim(Victim):
 
 
 class ModelAverage(AveragedVictim):
-    """Several models attacked as one: every image sent in is sent to each, and counted for each.
+    """Several models attacked as one; every image is sent to each, and counted for each.
 
     Args:
-        models: modules, or victims whose own settings and counts then hold too.
-        average: ``logits`` (MI-FGSM's, whose logits of the ensemble are the mean), ``probabilities`` (the logits of
-            the ensemble are the logarithm of the mean probability) or ``losses`` (each model has its own loss;
-            predictions are those of the mean probability).
+        models: modules, or victims, which keep their own settings and counts.
+        average: ``logits`` (MI-FGSM: the mean logits), ``probabilities`` (the logarithm of the mean probability) or
+            ``losses`` (the mean loss; predictions are those of the mean probability).
 
     Raises:
-        UserError: no models, something that is no model, or models on several devices.
+        UserError: no models, something that is not a model, or models on several devices.
     """
 
     def __init__(self, models: Sequence[nn.Module | Victim], average: Average = "logits") -> None:
@@ -74,20 +73,20 @@ class ModelAverage(AveragedVictim):
         """Return the logits of each model.
 
         Raises:
-            UserError: the models do not answer in one shape.
+            UserError: the models return different shapes.
         """
         self.forwards += len(images) * len(self.members)
         found = [member(images) for member in self.members]
         shapes = {tuple(logits.shape[1:]) for logits in found}
         if len(shapes) > 1:
             raise UserError(
-                f"the models answer with shapes {' and '.join(map(str, sorted(shapes)))} an image: "
+                f"the models return shapes {' and '.join(map(str, sorted(shapes)))} per image: "
                 "choose models of the same classes"
             )
         return found
 
     def forward_original(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the ensemble's logits by the models themselves."""
+        """Return the ensemble's logits from the original models."""
         self.forwards += len(images) * len(self.members)
         return self.combine([member.forward_original(images) for member in self.members])
 
@@ -98,7 +97,7 @@ class ModelAverage(AveragedVictim):
         return super().gradient(value, wrt, images * len(self.members))
 
     def inspect(self, images: torch.Tensor, *, scores: bool = False) -> ModelTraits:
-        """Look at every model; what is true of one is said of all."""
+        """Inspect every model; a trait of one is a trait of the ensemble."""
         looks = [member.inspect(images, scores=scores) for member in self.members]
         self.traits = ModelTraits(
             gap=max(look.gap for look in looks),
@@ -110,15 +109,15 @@ class ModelAverage(AveragedVictim):
 
 
 class EOTAverage(AveragedVictim):
-    """A random model attacked through several fresh draws: expectation over transformation (Athalye et al. 2018).
+    """The average of a random model over several samples: expectation over transformation (Athalye et al. 2018).
 
-    The gradient is that of the mean loss of the draws; their mean probability is what an image has to fool. Each
-    draw is independent for every image. All are made in one forward where the model draws for each image by itself
-    and memory allows, and in one forward each where it draws once for a batch.
+    The gradient is that of the mean loss over the samples; success is judged by their mean probability. Samples are
+    independent for every image. They are computed in one forward pass if the model draws independently per image and
+    memory allows, else in one pass each.
 
     Args:
-        victim: inside its context, and met.
-        eot_samples: how many.
+        victim: entered and inspected.
+        eot_samples: number of samples.
     """
 
     average: Average = "losses"
@@ -129,7 +128,7 @@ class EOTAverage(AveragedVictim):
         self.traits = victim.traits
 
     def each(self, images: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return the logits of each draw."""
+        """Return the logits of each sample."""
         if self.traits is not None and self.traits.shared:
             return [self.victim(images) for _ in range(self.eot_samples)]
         at_once = max(1, _VALUES_A_FORWARD // max(1, images.numel()))
@@ -140,27 +139,27 @@ class EOTAverage(AveragedVictim):
         return found
 
     def forward_original(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the model's own logits: one draw."""
+        """Return the model's own logits: one sample."""
         return self.victim.forward_original(images)
 
     def gradient(self, value: torch.Tensor, wrt: torch.Tensor, images: int) -> torch.Tensor:
-        """Return the gradient of a scalar, counted as ``images`` backward passes for every draw."""
+        """Return the gradient of a scalar, counted as ``images`` backward passes per sample."""
         return self.victim.gradient(value, wrt, images * self.eot_samples)
 
 
 EOT_SAMPLES = 10
-"""Draws of a random model that a gradient is averaged over where nothing else is said (ours; the papers: 1 to 30)."""
+"""Default number of samples that gradients of a random model are averaged over (ours; the papers: 1 to 30)."""
 
 _VALUES_A_FORWARD = 2**23
-"""Input values of all draws that are sent forward at once: 128 colour images of 32 x 32 drawn 21 times."""
+"""Maximum input values per forward over all samples: 128 colour images of 32 x 32 with 21 samples each."""
 
 
 @contextmanager
 def opened(source: Source, average: Average = "logits") -> Iterator[Victim]:
-    """Hold one model, or an ensemble of several, frozen and counted; a victim given as one is used as it is.
+    """Enter a model, or an ensemble of several, as a victim; a victim is used as given.
 
     Raises:
-        UserError: an empty list, something that is no model, or models on several devices.
+        UserError: an empty list, something that is not a model, or models on several devices.
     """
     if isinstance(source, Victim):
         yield source
@@ -177,10 +176,10 @@ def entered(source: Source) -> Iterator[list[Victim]]:
 
 
 def drawn(victim: Victim, images: torch.Tensor, eot_samples: int | None) -> Victim:
-    """Meet a model and return what an attack on these images shall climb: itself, or its draws.
+    """Inspect a model and return the victim to take gradients of: itself, or its EOT average.
 
     Raises:
-        UserError: the model is random and no number of draws was given.
+        UserError: the model is random and ``eot_samples`` is not given.
     """
     look = victim.inspect(images)
     if eot_samples is not None:

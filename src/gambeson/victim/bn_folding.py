@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolution before it, for any module: found by watching, trusted only after a proof."""
+"""Folding of BatchNorm into the preceding convolution, for any module: found by hooks, verified by comparing logits."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from gambeson.base import full_precision, seeded
 from gambeson.victim.inspect import logits_of
 
 TOLERANCE = 1e-4
-"""A folded copy whose logits are further than this share of the largest logit from the model's is thrown away."""
+"""Largest allowed difference between the logits of the copy and the model, as a share of the largest logit."""
 
 
 class FoldedModel:
-    """A frozen copy of a model with each BatchNorm folded into the convolution whose output it takes.
+    """A frozen copy of a model with each BatchNorm folded into the convolution before it.
 
-    Which convolution feeds which BatchNorm is watched in one forward of ``example``, so that no model has to be
-    traceable. A convolution whose output has another use as well would go wrong; the copy's logits on ``example``
-    are therefore compared with the model's, and where they differ the copy is left unfolded.
+    Hooks in one forward of ``example`` find which convolution feeds which BatchNorm, so models need not be traceable.
+    Folding is wrong if the output of a convolution is used elsewhere too; therefore the copy's logits on ``example``
+    are compared with the model's, and if they differ nothing is folded.
 
     Args:
         model: in evaluation mode.
@@ -31,7 +31,7 @@ class FoldedModel:
 
     Attributes:
         view: the copy.
-        pairs: the names of every (convolution, BatchNorm) folded in it.
+        pairs: names of the folded (convolution, BatchNorm) pairs.
     """
 
     def __init__(self, model: nn.Module, example: torch.Tensor) -> None:
@@ -52,23 +52,23 @@ class FoldedModel:
         with (
             torch.no_grad(),
             full_precision(example.device),
-        ):  # what TF32 or autocast rounds off is no proof of anything
+        ):  # rounding by TF32 or autocast would fail the comparison
             with seeded(0, "proof"):
                 expected = logits_of(model(example))
-            with seeded(0, "proof"):  # a model that draws noise draws the same again
+            with seeded(0, "proof"):  # the same noise for both
                 found = logits_of(self.view(example))
         if float((expected - found).abs().max()) > TOLERANCE * max(1.0, float(expected.abs().max())):
             self.view, self.pairs = plain, []
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether the model is, but for the values of its tensors, what the copy was made of."""
+        """Whether the model still has the structure that the copy was made from; values may differ."""
         return _signature(model) == self._signature
 
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> None:
-        """Bring the copy to the model's present weights and statistics, in place.
+        """Update the copy to the model's current weights and statistics, in place.
 
-        Unseen by autograd (``.data``): another victim of the same model may have a graph on this very copy, and finds
+        Uses ``.data``, invisible to autograd: another victim of the same model may have a graph on this copy, and finds
         the same values there.
         """
         norms = {conv: model.get_submodule(norm) for conv, norm in self.pairs}
@@ -96,7 +96,7 @@ _made: WeakKeyDictionary[nn.Module, FoldedModel] = WeakKeyDictionary()
 
 
 def fold_batchnorms(model: nn.Module, example: torch.Tensor) -> FoldedModel:
-    """Return a folded copy of ``model``: the one made before, brought to the present weights, where it still fits."""
+    """Return a folded copy of ``model``, reusing and updating an earlier one if it still fits."""
     made = _made.get(model)
     if made is not None and made.fits(model) and next(made.view.parameters(), example).device == example.device:
         made.refresh(model)
@@ -106,7 +106,7 @@ def fold_batchnorms(model: nn.Module, example: torch.Tensor) -> FoldedModel:
 
 
 def _signature(model: nn.Module) -> Hashable:
-    """Everything about a model that is neither a tensor's values nor a mode: its modules and their plain settings."""
+    """The structure of a model, without tensor values and modes: its modules and their settings."""
     return tuple(
         (name, type(module), tuple(sorted(_settings(module).items())), _shapes(module))
         for name, module in model.named_modules()
@@ -126,11 +126,11 @@ def _shapes(module: nn.Module) -> tuple[Hashable, ...]:
 
 
 def _pairs(model: nn.Module, example: torch.Tensor) -> list[tuple[str, str]]:
-    """Names of every (convolution, BatchNorm) where the one's output was the other's input, each called once."""
+    """Names of (convolution, BatchNorm) pairs in which one's output is the other's input, and each is called once."""
     names = {module: name for name, module in model.named_modules()}
     made: dict[int, nn.Module] = {}
     calls: dict[nn.Module, int] = {}
-    keep: list[torch.Tensor] = []  # an id is only unique among tensors that are alive
+    keep: list[torch.Tensor] = []  # ids are unique only among live tensors
     found: list[tuple[nn.Module, nn.Module]] = []
 
     def after_conv(module: nn.Module, _: Any, output: torch.Tensor) -> None:

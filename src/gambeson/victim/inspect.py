@@ -1,4 +1,4 @@
-"""Where the logits are in what a model returns."""
+"""Inspection of models: where the logits are in an output, and whether a model is random or returns probabilities."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch import nn
 from gambeson.base import UserError, seeded
 
 KEYS = ("logits", "out")
-"""Where the logits are looked for in a mapping: the customs of transformers and of torchvision's segmentation."""
+"""Keys of the logits in a mapping, as used by transformers and by torchvision's segmentation models."""
 
 
 def logits_of(output: Any) -> torch.Tensor:
     """Return the logits in a model's output.
 
-    That is the output itself; its ``.logits``; the entry ``logits`` or ``out`` of a mapping; or the first of several.
+    These are the output itself, its ``.logits``, the entry ``logits`` or ``out`` of a mapping, or the first element of
+    a tuple.
 
     Raises:
-        UserError: there are none.
+        UserError: no logits are found.
     """
     found = output
     if not isinstance(output, torch.Tensor):
@@ -41,21 +42,21 @@ def logits_of(output: Any) -> torch.Tensor:
 
 
 CALLS = 5
-"""Calls with the same images that have to agree."""
+"""Number of calls with the same images that must agree."""
 _FEW = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTraits:
-    """What was seen."""
+    """Traits of a model, found by :func:`inspect_model`."""
 
     gap: float
     """Largest difference between the logits of two calls with the same images; above zero the model is random."""
     shared: bool
-    """The model is random and gives equal images of one batch equal answers: copies in one forward are no fresh
-    draws."""
+    """The model is random, but equal images in one batch get equal outputs: copies in one forward are not independent
+    samples."""
     writes: bool
-    """The model changes the images it is given."""
+    """The model modifies its input."""
     probabilities: bool
     """Every row lies in [0, 1] and sums to 1."""
 
@@ -67,17 +68,17 @@ class ModelTraits:
 
 @torch.no_grad()
 def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
-    """Send a few images through a model, a few times; torch's global generators stay as they were.
+    """Send a few images through a model several times; torch's global generators are not changed.
 
-    A model that repeats itself is asked :data:`CALLS` times before it is believed: one that draws among few sizes or
-    places may well draw the same twice.
+    A model is considered deterministic after :data:`CALLS` equal results: one that draws from few sizes or positions
+    may well draw the same twice.
 
     Args:
         model: in evaluation mode.
-        images: (N, C, H, W) in [0, 1]; the first few are looked at.
+        images: (N, C, H, W) in [0, 1]; the first few are used.
 
     Raises:
-        UserError: what comes back has not one row an image.
+        UserError: the output does not have one row per image.
     """
     few = images[:_FEW].detach()
     with seeded(0, "look"):
@@ -86,13 +87,13 @@ def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
         if first.ndim not in (2, 4) or len(first) != len(few):
             raise UserError(
                 f"the model was given {len(few)} images and returned shape {tuple(first.shape)}: expected logits "
-                "(N, K), or (N, K, H, W) for one answer a pixel"
+                "(N, K), or (N, K, H, W) for one answer per pixel"
             )
         writes = not torch.equal(given, few)
         gap, calls = 0.0, 1
         while gap == 0 and calls < CALLS:
             again, calls = logits_of(model(few.clone())), calls + 1
-            # Equal infinities differ by NaN; what is not finite is another matter and is refused where it is scored.
+            # Equal infinities differ by NaN; non-finite logits are refused when they are scored.
             gap = float((first - again).abs().nan_to_num(0.0, 0.0).max())
         one, other = logits_of(model(few[:1].repeat(2, 1, 1, 1)))[:2]
         shared = gap > 0 and torch.equal(one, other)

@@ -1,4 +1,4 @@
-"""The one place where success is decided: from the stored, clipped perturbation, on the model itself."""
+"""Scoring: the one place where success is decided, on the model itself and from the stored, clipped perturbation."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ from gambeson.victim.victim import Victim
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Counts over a split; rates are computed from them, last."""
+    """Counts over a split, from which rates are computed."""
 
     errors: int
-    """Answers that differ from the label."""
+    """Predictions that differ from the label."""
     flipped: int
-    """Answers that differ from the clean prediction."""
+    """Predictions that differ from the clean prediction."""
     total: int
-    """Answers that count: images, or pixels whose label is not the ignore index."""
+    """Predictions that count: images, or pixels, whose label is not the ignore index."""
     images: int
-    """Images with at least one answer that counts: the independent units of a rate's interval."""
+    """Images with at least one prediction that counts: the independent units of a rate's interval."""
 
     @property
     def error(self) -> float:
-        """Share of wrong answers."""
+        """Share of wrong predictions."""
         return self.errors / max(1, self.total)
 
 
 DEFAULT_VOTES = 21
-"""Passes over a random model whose majority decides an image, where nothing else is said (ours). A net that is wrong
-with probability 0.3 whatever the input then gets 97 % of its images right, and two such counts differ little."""
+"""Default number of passes over a random model whose majority decides an image (ours). A network that is wrong with
+probability 0.3 on every input then gets 97 % of its images right, and two such counts differ little."""
 
 ABSTAIN = -1
-"""The prediction of a random model for an image that no class has the majority of the passes for: always an error."""
+"""Prediction for an image on which no class has the majority of the votes; always an error."""
 
 _SHARING = 25
-"""Images that share their draws where a random model draws once for a batch."""
+"""Batch size for random models that draw once per batch."""
 
 
 def auto_batch_size(shape: Sequence[int], most: int = 500, values: int = 2**22) -> int:
-    """Return how many images to send through a model at once, for the sake of memory.
+    """Return a batch size that fits in memory.
 
-    By default as many as fit a forward without gradients: 500 of 28 x 28, 27 colour images of 224 x 224.
+    By default for a forward without gradients: 500 images of 28 x 28, 27 colour images of 224 x 224.
 
     Args:
         shape: (C, H, W) of one image.
-        most: the most images.
-        values: the most input values.
+        most: maximum number of images.
+        values: maximum number of input values.
     """
     return max(1, min(most, values // max(1, math.prod(shape))))
 
@@ -64,7 +64,7 @@ def votes_of(victim: Victim, images: torch.Tensor) -> int:
 
     Args:
         victim: the model, inside its context.
-        images: (N, C, H, W), to meet the model with where that has not happened yet.
+        images: (N, C, H, W), to inspect the model with if it has not been inspected.
     """
     if victim.votes is None:
         return DEFAULT_VOTES if len(images) and victim.inspect(images, scores=True).stochastic else 1
@@ -79,11 +79,11 @@ def predict(victim: Victim, split: Split, delta: torch.Tensor | None = None, *, 
         victim: the model, inside its context; see :func:`votes_of` for how many votes an image has.
         split: the images.
         delta: (1, C, H, W), or None for clean images.
-        seed: of the draws of a model that is asked several times, so that the same call gives the same answers; one
-            that is asked once draws from wherever the caller left torch's generators.
+        seed: of the votes, so that the same call gives the same predictions; a single pass uses the current state of
+            torch's generators.
 
     Returns:
-        Class indices (N,) or (N, H, W), on the CPU; :data:`ABSTAIN` where no class has the majority.
+        Class indices (N,) or (N, H, W), on the CPU; :data:`ABSTAIN` without a majority.
 
     Raises:
         UserError: there are no images, or some logits are not finite.
@@ -103,17 +103,17 @@ def predict(victim: Victim, split: Split, delta: torch.Tensor | None = None, *, 
 
 @torch.no_grad()
 def vote(victim: Victim, images: torch.Tensor) -> torch.Tensor:
-    """Return the class of each image (N,), or of each pixel (N, H, W), that more than half of the passes name.
+    """Return the majority class of each image (N,), or of each pixel (N, H, W).
 
-    An image is decided once so many passes agree that the others could change nothing. Where all images of a forward
-    share one draw, few are sent at a time: a rate's interval takes images for independent.
+    Voting on an image ends when the remaining votes could not change the majority. If all images of a forward share one
+    draw, small batches are used, because a rate's interval assumes independent images.
 
     Args:
         victim: the model, inside its context; see :func:`votes_of` for how many votes an image has.
         images: (N, C, H, W).
 
     Returns:
-        Class indices; :data:`ABSTAIN` where no class has the majority.
+        Class indices; :data:`ABSTAIN` without a majority.
 
     Raises:
         UserError: some logits are not finite.
@@ -132,8 +132,8 @@ def vote(victim: Victim, images: torch.Tensor) -> torch.Tensor:
 
 
 def majority(votes: torch.Tensor) -> torch.Tensor:
-    """Return the class that more than half of the votes (V, N, ...) name; :data:`ABSTAIN` where none has so many."""
-    middle = votes.median(0).values  # what more than half name is the median
+    """Return the class with more than half of the votes (V, N, ...); :data:`ABSTAIN` if there is none."""
+    middle = votes.median(0).values  # a majority class is the median
     return torch.where((votes == middle).sum(0) > len(votes) // 2, middle, ABSTAIN)
 
 
@@ -143,7 +143,7 @@ def votes_right(
 ) -> torch.Tensor:
     """Return how many of its votes get each image right, (N,): a measure of how near a random model is to wrong.
 
-    It is for choosing among candidates; what was chosen by it has to be scored on fresh votes.
+    For selecting among candidates; the selected one must be scored on fresh votes.
 
     Args:
         victim: the model, inside its context.
@@ -171,7 +171,7 @@ def _answers(victim: Victim, images: torch.Tensor) -> torch.Tensor:
 
 
 def predicted(logits: torch.Tensor) -> torch.Tensor:
-    """Return the class that each row of logits (N, K) or (N, K, H, W) names.
+    """Return the predicted class of each row of logits (N, K) or (N, K, H, W).
 
     Raises:
         UserError: some logits are not finite.
@@ -180,19 +180,19 @@ def predicted(logits: torch.Tensor) -> torch.Tensor:
     if broken.any():
         raise UserError(
             f"the model gave NaN or infinite logits for {int(broken.sum())} of {len(logits)} images: "
-            "no rate can be taken; train it again or load other weights"
+            "no rate can be computed; retrain it or load other weights"
         )
     return logits.argmax(1)
 
 
 def score(predictions: torch.Tensor, split: Split, clean: torch.Tensor | None = None, *, whole: bool = True) -> Score:
-    """Count errors and changed predictions, the ignore index left out.
+    """Count errors and changed predictions, without the ignore index.
 
     Args:
         predictions: what :func:`predict` returned for this split.
         split: the images with their labels.
-        clean: the predictions on clean images; without them nothing counts as changed.
-        whole: whether the split is all there is; the share of one process may hold no answer that counts.
+        clean: the predictions on clean images; without them no change is counted.
+        whole: whether the split is complete; the part of one process may have no prediction that counts.
 
     Raises:
         UserError: predictions and labels have different shapes, or no label counts.
@@ -207,7 +207,7 @@ def score(predictions: torch.Tensor, split: Split, clean: torch.Tensor | None = 
 
 
 def nothing_counts(split: Split) -> UserError:
-    """Return the refusal of a split in which no label counts."""
+    """Return the error for a split in which no label counts."""
     if len(split) == 0:
         return UserError(f"{split.name} holds no images: give at least one to score")
     return UserError(

@@ -1,4 +1,4 @@
-"""The frozen, counted view of a model through which every attack looks at it."""
+"""The victim: the frozen, counted view of a model that every attack works on."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from gambeson.victim.bn_folding import fold_batchnorms
 from gambeson.victim.inspect import ModelTraits, inspect_model, logits_of
 
 BatchNormMode = Literal["eval", "batch", "train"]
-"""What a model does about its training mode while it is attacked. ``eval``: evaluation mode, BatchNorm with its running
-statistics. ``batch``: evaluation mode, but a BatchNorm that was in training takes the statistics of the attacked batch
-and leaves its running ones as they are. ``train``: every sub-module in the mode that it has, so that dropout is on and
-running statistics take in the attacked images too."""
+"""Mode of a model under attack. ``eval``: evaluation mode, BatchNorm with its running statistics. ``batch``: evaluation
+mode, but BatchNorms that were in training mode use the statistics of the attacked batch, without updating the running
+ones. ``train``: every sub-module keeps its mode, so that dropout is on and running statistics include the attacked
+images."""
 
 
 @contextmanager
 def frozen(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[None]:
-    """Hold ``model`` in evaluation mode without parameter gradients; put back every sub-module as it was.
+    """Keep ``model`` in evaluation mode without parameter gradients inside the block, and restore every sub-module.
 
-    Modes and flags are read on entry, for each sub-module and parameter alone, and restored after an
-    exception too: a BatchNorm that the user had frozen stays frozen.
+    Modes and flags are read on entry, per sub-module and parameter, and restored after exceptions too: a BatchNorm that
+    the user had frozen stays frozen.
 
     Args:
         model: any module.
@@ -42,7 +42,7 @@ def frozen(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[Non
         for norm in norms if batch_norm == "batch" else []:
             norm.training = True
         for norm in held:
-            norm.track_running_stats = False  # in training mode: the batch's statistics, which are not kept
+            norm.track_running_stats = False  # in training mode: batch statistics, not stored
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         yield
@@ -56,35 +56,35 @@ def frozen(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[Non
 
 
 Precision = Literal["float32", "bfloat16", "float16"]
-"""Types that a model can be run in."""
+"""Data types of a forward pass."""
 
 
 class FastPath(Config):
-    """What the fast copy of a model may do; each part that a model does not allow is left out, and said so."""
+    """Settings of the fast copy of a model; whatever a model does not support is skipped and noted."""
 
     precision: Precision = "float32"
-    """Of convolutions and products (autocast). Less than float32 pays on accelerators and on processors that have
-    the type; gradients come back in float32."""
+    """Of convolutions and matrix products (autocast). Lower precision is faster on accelerators, and on CPUs that
+    support it; gradients are returned in float32."""
     compile: bool = False
-    """Compile the copy, with CUDA graphs where it can have them. Off by default: on processors the gain measured was
-    under a tenth, for ten seconds and more of compiling, and again for other numbers of images."""
+    """Compile the copy, with CUDA graphs if possible. Off by default: on CPUs the measured gain was below a tenth, for
+    at least ten seconds of compilation, repeated for every batch size."""
 
 
 class Victim:
     """A model under attack. Use it as a context manager; inside, it is frozen (see :func:`frozen`).
 
-    A fast victim answers with a copy whose BatchNorms are folded into its convolutions (:func:`fold_batchnorms`) and,
-    on a CPU and in the short types, whose images lie channels-last: on a CPU about half the time of the model itself.
-    Scores are never taken on the copy: :meth:`forward_original` is the model as it was given.
+    A fast victim computes with a copy whose BatchNorms are folded into its convolutions (:func:`fold_batchnorms`) and
+    which, on a CPU and in lower precision, is in channels-last layout: on a CPU this takes about half the time. Scores
+    are never taken on the copy: :meth:`forward_original` is the model as given.
 
-    Its answers have its own precision, float32 where ``fast`` names no other, whatever autocast it is asked under:
-    training in a lower precision neither crafts nor judges in it.
+    The precision is that of ``fast``, float32 by default, independent of a surrounding autocast: training in lower
+    precision neither crafts nor scores in it.
 
     Args:
         model: any module from pixels (N, C, H, W) in [0, 1] to logits.
-        fast: answer with such a copy; the weights may then not change while the victim is in use. True takes the
-            defaults of :class:`FastPath`.
-        batch_norm: what the model does about its training mode; any but ``eval`` leaves the copy out.
+        fast: use such a copy; the weights must then not change while the victim is in use. True: the defaults of
+            :class:`FastPath`.
+        batch_norm: mode under attack; modes other than ``eval`` disable the copy.
 
     Attributes:
         forwards: images sent forward so far.
@@ -125,39 +125,39 @@ class Victim:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's parameters are; the CPU for a model without any."""
+        """Device of the model's parameters; the CPU for a model without any."""
         parameter = next(self.model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
     def inspect(self, images: torch.Tensor, *, scores: bool = False) -> ModelTraits:
-        """Look at the model before anything is asked of it; nothing is counted.
+        """Inspect the model before its first use; nothing is counted.
 
         Args:
-            images: (N, C, H, W) in [0, 1], of which a few are sent through the model, a few times.
-            scores: probabilities will do as well as logits.
+            images: (N, C, H, W) in [0, 1], of which a few are sent through the model several times.
+            scores: whether probabilities are acceptable.
 
         Raises:
-            UserError: the model returns probabilities, or nothing that could be logits.
+            UserError: the model returns probabilities, or no logits.
         """
         if self.traits is None:
             self._check_input(images)
             self.traits = inspect_model(self.model, images)
         if self.traits.probabilities and not scores:
             raise UserError(
-                "the model's answers lie in [0, 1] and sum to 1: expected logits, for probabilities have no gradient "
-                "where the model is sure; wrap it by gb.models.as_logits(model, 'probabilities')"
+                "the model's outputs lie in [0, 1] and sum to 1: expected logits, as probabilities have no gradient "
+                "where the model is confident; wrap it with gb.models.as_logits(model, 'probabilities')"
             )
         return self.traits
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Return logits (N, K) or (N, K, H, W) of pixels (N, C, H, W) in [0, 1], for attacks to climb.
+        """Return logits (N, K) or (N, K, H, W) of pixels (N, C, H, W) in [0, 1], for attacks.
 
-        By the fast copy if there is one, and divided by the temperature.
+        Computed by the fast copy if there is one, and divided by the temperature.
         """
         with _without_autocast(images.device.type):
             if not self._seen_input:
                 self._check_input(images)
-                with seeded(0, "view"):  # a view that is kept is not drawn again: it must not shift draws
+                with seeded(0, "view"):  # made once only: making it must not advance the generators
                     self._view = None if self.fast is None else self._make_view(images, self.fast)
                 self._seen_input = True
             if self._view is None:
@@ -168,7 +168,7 @@ class Victim:
         return logits if self.temperature == 1 else logits / self.temperature
 
     def forward_original(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the logits of the model itself: what every score is taken from."""
+        """Return the logits of the original model, on which every score is taken."""
         if not self._seen_input:
             self._check_input(images)
         self.forwards += len(images)
@@ -176,18 +176,18 @@ class Victim:
             return logits_of(self.model(self._kept(images)))
 
     def _kept(self, images: torch.Tensor) -> torch.Tensor:
-        # A copy for a model that writes into its input: what the attack keeps must not change.
+        # A copy for a model that writes into its input, so that the attack's images do not change.
         return images.clone() if self.traits is not None and self.traits.writes else images
 
     def gradient(self, value: torch.Tensor, wrt: torch.Tensor, images: int) -> torch.Tensor:
         """Return the gradient of a scalar with respect to ``wrt``, counted as ``images`` backward passes.
 
-        Zero where the value does not depend on ``wrt`` in any way that autograd can see: a model may cut its graph.
+        Zero if autograd sees no dependence on ``wrt``: a model may detach its graph.
         """
         self.backwards += images
         if not value.requires_grad:
             return torch.zeros_like(wrt)
-        with _without_autocast(wrt.device.type):  # the products of a backward would be cast too
+        with _without_autocast(wrt.device.type):  # autocast would also cast the products of the backward pass
             (gradient,) = torch.autograd.grad(value, wrt, materialize_grads=True)
         return gradient
 
@@ -197,7 +197,7 @@ class Victim:
         if self.batch_norm == "eval":
             try:
                 made = fold_batchnorms(self.model, images[:2].detach())
-            except Exception as error:  # whatever keeps a model from being copied, the model itself still works
+            except Exception as error:  # a model that cannot be copied is used itself
                 self.notes = f"the model itself ({type(error).__name__} while copying it: {error})"
                 return None
             self.notes = f"a copy with {len(made.pairs)} BatchNorms folded"
@@ -205,7 +205,7 @@ class Victim:
             if self._likes_channels_last(images, fast):
                 self._layout = torch.channels_last
                 self.notes += ", channels last"
-            # The copy is shared with earlier victims of this model, which may have wanted it otherwise.
+            # The copy is shared with earlier victims of this model, which may have used another layout.
             made.view.to(memory_format=self._layout)
         if fast.precision != "float32":
             view = _in_precision(view, images.device.type, getattr(torch, fast.precision))
@@ -215,9 +215,9 @@ class Victim:
         return view
 
     def _likes_channels_last(self, images: torch.Tensor, fast: FastPath) -> bool:
-        """Whether convolutions are faster with their channels last: on CPUs, and in the short types of accelerators.
+        """Whether convolutions are faster in channels-last layout: on CPUs, and in lower precision on accelerators.
 
-        A model that the user has laid out so stays so.
+        A model already in that layout keeps it.
         """
         convolutions = [module for module in self.model.modules() if isinstance(module, nn.Conv2d)]
         if images.device.type == "cpu" or fast.precision != "float32":
@@ -244,7 +244,7 @@ class Victim:
 
         def answer(images: torch.Tensor) -> torch.Tensor:
             torch.compiler.cudagraph_mark_step_begin()
-            return logits_of(compiled(images)).clone()  # the next replay writes over what this one returned
+            return logits_of(compiled(images)).clone()  # the next replay overwrites the returned tensor
 
         return answer
 
@@ -266,7 +266,7 @@ def _without_autocast(device: str) -> Iterator[None]:
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             yield
-    else:  # the usual case, which shall cost nothing
+    else:  # the usual case, at no cost
         yield
 
 

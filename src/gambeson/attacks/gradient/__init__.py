@@ -1,1 +1,1 @@
-"""Attacks per image that follow the gradient: FGSM to PGD, their transferable variants, and Auto-PGD."""
+"""Per-image gradient attacks: FGSM to PGD, their transferable variants, and Auto-PGD."""

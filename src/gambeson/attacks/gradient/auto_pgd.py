@@ -1,4 +1,4 @@
-"""Auto-PGD, its targeted form, and l1-Auto-PGD."""
+"""Auto-PGD and its targeted and L1 variants: a step size that follows the progress of each image."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Climb:
     """One climb per image that is not adversarial yet; every field has one row per image."""
 
     rows: torch.Tensor
-    """Which images of the batch these are."""
+    """Indices of the images in the batch."""
     images: torch.Tensor
     labels: torch.Tensor
-    """What the loss is taken of: labels, or targets."""
+    """Labels or targets of the loss."""
     truth: torch.Tensor
-    """What decides whether an image has fallen; the same as ``labels`` but where an attack tries several targets."""
+    """What decides whether an image is adversarial: ``labels``, unless an attack tries several targets."""
     delta: torch.Tensor
     before: torch.Tensor
-    """``delta`` one step ago."""
+    """``delta`` of the previous step."""
     gradient: torch.Tensor
     value: torch.Tensor
     """Loss at ``delta``."""
@@ -46,14 +46,14 @@ class Climb:
     checked_value: torch.Tensor
     """Best value at the last checkpoint."""
     halved: torch.Tensor
-    """Whether the step was halved at the last checkpoint."""
+    """Whether the step size was halved at the last checkpoint."""
 
-    def only(self, kept: torch.Tensor) -> Climb:
+    def only(self, rows: torch.Tensor) -> Climb:
         """Return the climbs of some images."""
-        return type(self)(**{field.name: getattr(self, field.name)[kept] for field in dataclasses.fields(self)})
+        return type(self)(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
 
     def arrive(self, delta: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> Climb:
-        """Return the climbs after a step to ``delta``."""
+        """Return the state after a step to ``delta``."""
         better = value > self.best_value
         chosen = better.view(-1, 1, 1, 1)
         return dataclasses.replace(
@@ -69,11 +69,11 @@ class Climb:
         )
 
     def judge(self, steps: int, rho: float) -> Climb:
-        """Halve the step of the images whose loss has stopped rising, and send them back to their best point.
+        """Halve the step size of images whose loss has stopped increasing, and restart them from their best point.
 
         Croce and Hein 2020, section 3.1: condition 1 is that fewer than a share ``rho`` of the ``steps`` since the
         last checkpoint raised the loss; condition 2 that neither the step nor the best loss has changed since then.
-        What is repeated of the last step starts from nothing again (ours; the paper does not say).
+        Their momentum is reset (ours; the paper does not say).
         """
         halve = (self.rises < rho * steps) | (~self.halved & (self.best_value <= self.checked_value))
         back = halve.view(-1, 1, 1, 1)
@@ -94,33 +94,32 @@ class Climb:
 class AutoPGD(GradientAttack):
     """Auto-PGD (Croce and Hein 2020, algorithm 1), norms inf, 2 and 1.
 
-    Steps start long and with momentum; at checkpoints that come closer and closer, an image whose loss has
-    stopped rising has its step halved and goes on from its best point. For each image the result is a perturbation
-    that succeeds, else the one of highest loss. Costs, an image and restart: ``steps`` + 1 forwards and ``steps``
-    backwards; with ``targets``, as much for each target and one forward more in all; with ``probe_steps`` as well,
-    ``probe_steps`` + 1 forwards and ``probe_steps`` backwards for each target, and the full climb for
-    ``targets_kept`` of them. An image that is adversarial already costs nothing more.
+    Steps are long at first and have momentum; at checkpoints of decreasing distance, images whose loss has stopped
+    increasing have their step size halved and continue from their best point. The result per image is a successful
+    perturbation, or else the one of highest loss. Costs per image and restart: ``steps`` + 1 forwards and ``steps``
+    backwards; with ``targets``, the same per target plus one forward; with ``probe_steps`` as well, ``probe_steps`` + 1
+    forwards and ``probe_steps`` backwards per target, and the full run for ``targets_kept`` of them. Adversarial images
+    cost nothing more.
 
-    The norm 1 has the same schedule with the steepest step in ball and box (ours); the schedule that Croce and Hein
+    The norm 1 uses the same schedule with the steepest step in ball and box (ours); the schedule that Croce and Hein
     published for it in 2021 is :class:`gambeson.attacks.gradient.auto_pgd.L1AutoPGD`. ``loss="dlr"`` is APGD-DLR,
     ``targets=9`` with it APGD-T (:class:`TargetedAutoPGD`).
     """
 
     steps: Annotated[int, Field(ge=1)] = 100
-    """Gradient steps a restart; the paper's 100."""
+    """Gradient steps per restart; the paper's 100."""
     rel_step_size: Annotated[Number, Field(gt=0)] | None = None
-    """Length of the first steps as a share of eps; 2 where it is not given, as in the paper, and 1 in the norm 1."""
+    """Initial step size as a share of eps; by default 2, as in the paper, and 1 in the norm 1."""
     inertia: Annotated[Number, Field(gt=0, le=1)] = 0.75
-    """Share of the new step in a move, the rest repeats the last one: the paper's alpha."""
+    """Weight of the new step; the rest repeats the previous move (the paper's alpha)."""
     rho: Annotated[Number, Field(ge=0, le=1)] = 0.75
-    """Share of steps that must raise the loss between two checkpoints: the paper's rho."""
+    """Share of steps between two checkpoints that must increase the loss (the paper's rho)."""
     targets: Annotated[int, Field(ge=1)] | None = None
-    """Attack towards this many of the likeliest wrong classes of the clean image, one after the other: an image has
-    fallen once any wrong class is reached. At most the number of classes less one. None: no targets."""
+    """Attack towards this many of the likeliest wrong classes of the clean image, one after the other: an image is
+    adversarial once any wrong class is reached. At most the number of classes less one. None: no targets."""
     probe_steps: Annotated[int, Field(ge=1)] | None = None
-    """With ``targets``: climb towards each of them for this many steps first, with a schedule of that length, and
-    spend the full ``steps`` only on the ``targets_kept`` targets that came nearest, nearest first (ours).
-    None: the full steps on every target, as in the paper."""
+    """With ``targets``: climb towards each of them for this many steps first, then spend the full ``steps`` on the
+    ``targets_kept`` that came nearest (ours). None: the full steps on every target, as in the paper."""
     targets_kept: Annotated[int, Field(ge=1)] = 3
     """Targets that are climbed in full after the probes."""
 
@@ -129,14 +128,12 @@ class AutoPGD(GradientAttack):
         if self.targets is not None and self.reaches:
             raise ValueError("with targets the attack chooses what to reach; leave out targeted and least-likely")
         if self.probe_steps is not None and self.targets is None:
-            raise ValueError(
-                "probe_steps is for an attack that tries several targets; set targets too, or leave it out"
-            )
+            raise ValueError("probe_steps is for an attack on several targets; set targets as well, or leave it out")
         return self
 
     @property
     def checkpoints(self) -> list[int]:
-        """Steps at which step sizes are judged (section 3.1): after 22 % of the steps, then at shorter distances."""
+        """Checkpoints (section 3.1): after 22 % of the steps, then at decreasing distances."""
         shares = [0.0, 0.22]
         while shares[-1] < 1:
             shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
@@ -144,9 +141,7 @@ class AutoPGD(GradientAttack):
 
     @property
     def _first(self) -> float:
-        if self.rel_step_size is not None:
-            return self.rel_step_size
-        return 1.0 if self.norm == "1" else 2.0
+        return self.rel_step_size if self.rel_step_size is not None else 1.0 if self.norm == "1" else 2.0
 
     def _search(
         self, solver: ProjectedGradient, x: torch.Tensor, y: torch.Tensor, seed: int, best: torch.Tensor
@@ -188,8 +183,8 @@ class AutoPGD(GradientAttack):
         seed: int,
         record: BestSoFar,
     ) -> torch.Tensor:
-        """Climb once, from a random start, on every image that stands; return the highest loss of each (N,)."""
-        # Drawn for the whole batch, so that what one image gets does not depend on the others' fate.
+        """Run once, from a random start, on every active image; return the highest loss of each (N,)."""
+        # Drawn for the whole batch, so that an image's draw does not depend on which others are active.
         start = solver.start(x, len(x), "uniform", 1.0, generator(seed, "start", name, device=x.device))
         reached = x.new_full((len(x),), -torch.inf)
         rows = (
@@ -211,7 +206,7 @@ class AutoPGD(GradientAttack):
         delta: torch.Tensor,
         record: BestSoFar,
     ) -> Climb:
-        """Climb from ``delta`` and return where those are that have not fallen."""
+        """Climb from ``delta`` and return where those are that are not adversarial yet."""
         state, judged = self._begin(solver, rows, images, labels, truth, delta, record), 0
         for step in range(1, self.steps + 1):
             if len(state.rows) == 0:
@@ -254,7 +249,7 @@ class AutoPGD(GradientAttack):
         return self._note(solver, self._equip(state), logits, record)
 
     def _equip(self, state: Climb) -> Climb:
-        """Add what a variant keeps of each image beside."""
+        """Add the extra state of a variant."""
         return state
 
     def _step(self, solver: ProjectedGradient, now: Climb, step: int, record: BestSoFar) -> Climb:
@@ -263,7 +258,7 @@ class AutoPGD(GradientAttack):
             mixed = now.delta + self.inertia * (delta - now.delta) + (1 - self.inertia) * (now.delta - now.before)
             delta = solver.project(mixed, now.images)
         truth = self._measure(now.truth)
-        if step == self.steps:  # nothing follows that would need a gradient
+        if step == self.steps:  # the last step needs no gradient
             value, logits = solver.losses(delta, now.images, now.labels, truth=truth)
             return self._note(solver, now.arrive(delta, now.gradient, value), logits, record)
         gradient, logits = solver.gradient(delta, now.images, now.labels, truth=truth, number=step + 1)
@@ -279,7 +274,7 @@ class AutoPGD(GradientAttack):
         return state.only(~down) if self.early_stop and bool(down.any()) else state
 
     def _measure(self, truth: torch.Tensor) -> torch.Tensor | None:
-        """Return the true labels where a targeted loss is measured against them."""
+        """Return the true labels if a targeted loss needs them."""
         return None if self.targets is None else truth
 
 
@@ -292,9 +287,9 @@ class TargetedAutoPGD(AutoPGD):
 
 
 _DENSER = 1.5
-"""A step moves the number of values that the best point changes over this (algorithm 1)."""
+"""A step changes as many values as the best point, divided by this (algorithm 1)."""
 _FEWER = 0.95
-"""The best point has become sparser where it changes less than this share of the values that it changed before."""
+"""The best point has become sparser if it changes less than this share of the values it changed before."""
 _SHORTER = 1.5
 _SHORTEST = 10.0
 
@@ -303,44 +298,44 @@ _SHORTEST = 10.0
 class L1AutoPGD(AutoPGD):
     """l1-APGD (Croce and Hein 2021, section 4, algorithm 1): adaptive sparsity and step size, exact projection.
 
-    A step moves a share of the values with the largest gradients equally, then the point is projected on ball and
-    box at once. Every 4 % of the steps the share becomes what the best point changes, over 1.5. Where the best point
-    has become sparser by 5 % the climb goes on from it with steps of full length; elsewhere steps are shortened by
-    1.5, down to a tenth. There is no momentum. ``radii`` is the paper's multi-eps form. Costs are Auto-PGD's, and
-    one forward more for each radius after the first.
+    A step changes a share of the values, those with the largest gradients, equally, and projects onto ball and box
+    jointly. Every 4 % of the steps the share is set to that of the best point, divided by 1.5. If the best point has
+    become sparser by 5 %, the run continues from it with full step size; otherwise the step size is divided by 1.5,
+    down to a tenth. There is no momentum. ``radii`` is the paper's multi-eps form. Costs are those of Auto-PGD, plus
+    one forward per radius after the first.
     """
 
     norm: Norm = "1"
-    """The norm 1 alone."""
+    """Only the norm 1."""
     exact_box: bool = True
-    """Pass over values that the box stops, so that a sparse step is not spent on them (ours: where the largest
-    gradients point out of the box, the published form stands still). False: as published."""
+    """Skip values that are at the box, so that a sparse step is not spent on them (ours: the published form does not
+    move if the largest gradients point out of the box). False: as published."""
     inertia: Annotated[Number, Field(gt=0, le=1)] = 1.0
     """1: no momentum, as in the authors' code."""
     share: Annotated[Number, Field(gt=0, le=1)] | None = 0.2
-    """Share of the values that the first steps move: the paper's 0.2. None: as many as the start changes over 1.5,
-    which is what every stage after the first does."""
+    """Share of values that the first steps change: the paper's 0.2. None: as many as the start changes, divided by 1.5,
+    as every stage after the first does."""
     radii: tuple[Annotated[Number, Field(ge=1)], ...] = (3.0, 2.0, 1.0)
-    """Radii of the stages as multiples of eps; each stage goes on from the best point of the one before, projected on
-    its own ball. The last must be 1: only there does a perturbation count. (1,) is the single-eps form."""
+    """Radii of the stages as multiples of eps; each stage continues from the best point of the previous one, projected
+    onto its ball. The last must be 1, where success counts. (1,) is the single-eps form."""
     portions: tuple[Annotated[Number, Field(gt=0)], ...] = (0.3, 0.3, 0.4)
-    """Share of the steps that each stage takes; the last takes what is left."""
+    """Share of the steps per stage; the last takes the rest."""
 
     @model_validator(mode="after")
     def _check_stages(self) -> L1AutoPGD:
         if self.norm != "1":
             raise ValueError(f"this attack is for norm '1', and the norm is {self.norm!r}; use AutoPGD for others")
         if self.sparsity is not None:
-            raise ValueError("this attack adapts the sparsity of its steps; set share, where it begins, instead")
+            raise ValueError("this attack adapts the sparsity of its steps; set share, the initial sparsity, instead")
         if not self.radii or self.radii[-1] != 1:
-            raise ValueError(f"radii {self.radii} must end with 1, the ball in which a perturbation counts")
+            raise ValueError(f"radii {self.radii} must end with 1, the ball in which success counts")
         if len(self.portions) < len(self.radii):
             raise ValueError(f"{len(self.radii)} radii need as many portions, and there are {len(self.portions)}")
         return self
 
     @property
     def checkpoints(self) -> list[int]:
-        """Steps at which sparsity and step sizes are chosen anew: every 4 % of them."""
+        """Checkpoints for sparsity and step sizes: every 4 % of the steps."""
         return list(range(0, self.steps, max(1, math.floor(0.04 * self.steps + 1e-9))))[1:]
 
     def _rise(
@@ -359,7 +354,7 @@ class L1AutoPGD(AutoPGD):
             if steps < 1:
                 continue
             wide = self._stage(steps, radius, share)
-            # What is found outside the ball of eps is no result, and nothing has fallen there.
+            # What is found outside the ball of eps is no result, and nothing is adversarial there.
             scratch = BestSoFar.into(torch.zeros_like(images))
             place = torch.arange(len(rows), device=rows.device)
             outer = dataclasses.replace(solver, ball=wide.ball)
@@ -396,17 +391,17 @@ class L1AutoPGD(AutoPGD):
 
 @dataclass(frozen=True, kw_only=True)
 class SparseClimb(Climb):
-    """A climb whose steps move a number of values that is its own."""
+    """State with the sparsity of the steps per image."""
 
     moved: torch.Tensor
-    """Values that a step moves."""
+    """Number of values a step changes."""
     changed: torch.Tensor
-    """Values that the best point changed at the last checkpoint."""
+    """Number of values the best point changed at the last checkpoint."""
     longest: torch.Tensor
-    """Step size at the start, pixel units."""
+    """Initial step size, pixel units."""
 
     def judge(self, steps: int, rho: float) -> SparseClimb:
-        """Choose sparsity and step size anew (algorithm 1); neither argument plays a part."""
+        """Update sparsity and step size (algorithm 1); the arguments are not used."""
         changed = _changed(self.best)
         sparser = changed < _FEWER * self.changed
         back = sparser.view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""What gradient attacks share: options that make examples transfer, the best of each image, and their base class."""
+"""Base class of per-image gradient attacks, and the options of transfer attacks: momentum, DI, TI and SI."""
 
 from __future__ import annotations
 
@@ -25,33 +25,34 @@ from gambeson.victim.averaged import Average, Source, drawn, opened
 class Diversity(Config):
     """Diverse inputs, DI (Xie et al. 2019, section 3.2): with some probability, an image is resized and padded.
 
-    Every image has its own draw. The image is drawn on a canvas ``canvas`` times as large, at a size between its own
-    and the canvas's, at a random place. The paper's sizes for 299 pixels are [299, 330) on 330.
+    Images have independent draws. The image is placed on a canvas ``canvas`` times as large, at a random position and
+    at a size between its own and the canvas's. The paper's sizes for 299 pixels are [299, 330) on 330.
     """
 
     probability: Annotated[Number, Field(ge=0, le=1)] = 0.5
-    """That an image is changed; the paper's 0.5."""
+    """Probability of the transform; the paper's 0.5."""
     canvas: Annotated[Number, Field(gt=1)] = 1.125
     """Side of the canvas over the side of the image: 36 of 32 pixels (ours); 330 / 299 = 1.104 in the paper."""
     fill: Annotated[Number, Field(ge=0, le=1)] = 0.5
-    """Value of the padding: 0.5 is the paper's, whose zero is the grey of its range [-1, 1]; many ports that changed
-    the range to [0, 1] pad with black."""
+    """Value of the padding: 0.5 is the paper's, whose zero is the grey of its range [-1, 1]; many ports to the range
+    [0, 1] pad with black."""
     interpolation: Literal["bilinear", "nearest"] = "bilinear"
-    """Of the resizing; ``nearest`` is the paper's code, ``bilinear`` passes smoother gradients (ours)."""
+    """Interpolation of the resizing; ``nearest`` is that of the paper's code, ``bilinear`` has smoother gradients
+    (ours)."""
     resize_back: bool = True
-    """Bring the canvas back to the image's size, so that models of one input size can be attacked (ours). The paper
-    sends the canvas itself; an image that is not changed then fills the canvas, as a batch has one size."""
+    """Resize the canvas to the image's size, so that models with a fixed input size can be attacked (ours). The paper
+    uses the canvas itself, which an unchanged image then fills, because a batch has one size."""
 
     def draw(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Draw what happens to each image: (N, 4) numbers in [0, 1)."""
+        """Draw the transform of each image: (N, 4) numbers in [0, 1)."""
         return torch.rand(len(images), 4, generator=generator, device=generator.device)
 
     def view(self, images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-        """Return the changed images, differentiable: two small matrix products an image.
+        """Return the transformed images, differentiable: two small matrix products per image.
 
         Args:
             images: (N, C, H, W).
-            drawn: rows of :meth:`draw` that belong to these images.
+            drawn: the rows of :meth:`draw` for these images.
         """
         if self.probability == 0:
             return images
@@ -65,7 +66,7 @@ class Diversity(Config):
         return torch.where(changed.view(-1, 1, 1, 1), moved, images) if self.resize_back else moved
 
     def _matrix(self, side: int, size: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        """Return (N, out, side): how each line of the result mixes the lines of the image."""
+        """Return (N, out, side): the weights of the image's lines in each line of the result."""
         canvas = max(side + 1, round(self.canvas * side))
         resized = side + (size * (canvas - side)).floor()
         offset = (place * (canvas - resized + 1)).floor()
@@ -89,7 +90,7 @@ class Diversity(Config):
 class Smoothing(Config):
     """Translation invariance, TI (Dong et al. 2019, section 3.3): the gradient is smoothed by a Gaussian.
 
-    That is, to first order, the mean gradient over shifted copies of the image.
+    To first order this is the mean gradient over shifted copies of the image.
     """
 
     size: Annotated[int, Field(ge=1)] = 5
@@ -123,17 +124,17 @@ class Smoothing(Config):
 class Scales(Config):
     """Scale invariance, SI (Lin et al. 2020, section 3.3): the mean gradient over copies scaled by 1, 1/2, 1/4, ...
 
-    Costs one forward and one backward a copy.
+    Cost: one forward and one backward per copy.
     """
 
     copies: Annotated[int, Field(ge=1)] = 5
-    """Number of copies, the image itself included; the paper's 5."""
+    """Number of copies, including the image itself; the paper's 5."""
     toward: Literal["black", "grey"] = "black"
-    """What an image shrinks to: ``black`` scales pixels of [0, 1], the paper's formula; ``grey`` scales pixels of
-    [-1, 1], the paper's code. The two are different attacks."""
+    """Limit of the scaling: ``black`` scales pixels in [0, 1], as in the paper's formula; ``grey`` scales pixels in
+    [-1, 1], as in the paper's code. The two are different attacks."""
 
     def views(self) -> list[Callable[[torch.Tensor], torch.Tensor] | None]:
-        """Return what each copy does to images; None for the image itself."""
+        """Return the transform of each copy; None for the image itself."""
         rest = 0.5 if self.toward == "grey" else 0.0
         shrunk = [self._shrink(0.5**power, rest) for power in range(1, self.copies)]
         return [None, *shrunk]
@@ -149,7 +150,7 @@ View = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Guide:
-    """The transfer options of an attack; with all of them off a step follows the gradient to the bit."""
+    """The transfer options of an attack; with all of them off, steps are bit-identical to those along the gradient."""
 
     solver: ProjectedGradient
     momentum: float = 0.0
@@ -160,11 +161,11 @@ class Guide:
 
     @property
     def sees_images(self) -> bool:
-        """Whether the logits of a look are those of the perturbed images themselves."""
+        """Whether the logits are those of the perturbed images themselves."""
         return self.diversity is None and not self.nesterov
 
     def draw(self, images: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
-        """Draw what one step needs at random: for all images, so that none depends on which others still stand."""
+        """Draw the random numbers of one step, for all images, so that they do not depend on which ones are active."""
         if self.diversity is None:
             return []
         copies = 1 if self.scales is None else self.scales.copies
@@ -187,12 +188,12 @@ class Guide:
             images: (N, C, H, W).
             labels: (N,) or (N, H, W).
             velocity: (N, C, H, W); at the first step zero, (N, 1, 1, 1).
-            length: of the step to come, in pixel units.
-            drawn: what :meth:`draw` returned, its rows chosen for these images.
+            length: of the next step, in pixel units.
+            drawn: the rows of :meth:`draw` for these images.
             number: of the step, counted from 1.
         """
         point = delta
-        if self.nesterov:  # kept in the box, where a clip would take the gradient of what lies beyond
+        if self.nesterov:  # projected onto the box; clipping would remove the gradient of values beyond it
             ahead = delta + self.solver.scaled(length) * self.momentum * velocity
             point = torch.minimum(torch.maximum(ahead, -images), 1 - images)
         views = self._views(drawn)
@@ -216,7 +217,7 @@ class Guide:
         return [_after(view, diversity, rows) for view, rows in zip(scaled, drawn, strict=True)]
 
     def _unit(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the gradient at the size that a look-ahead of one step needs."""
+        """Return the gradient scaled to the look-ahead of one step."""
         if self.solver.ball.norm == "inf":
             size = gradient.abs().mean(dim=(1, 2, 3), keepdim=True)
         else:
@@ -229,9 +230,9 @@ def _after(view: View | None, diversity: Diversity, drawn: torch.Tensor) -> View
 
 
 LabelChoice = Literal["truth", "prediction", "least-likely"]
-"""Which label an attack works with: the one that is given; the model's own prediction on the clean image, which does
-not leak the truth into training (Tramer et al. 2018, section 4.1); or the class that the model finds least likely
-there, as a target to reach (Kurakin et al. 2017). The latter two cost one forward an image."""
+"""Label used by an attack: the given one; the model's prediction on the clean image, which does not leak the truth into
+training (Tramer et al. 2018, section 4.1); or its least likely class there, as a target (Kurakin et al. 2017). The
+latter two cost one forward per image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,11 +263,11 @@ class BestSoFar:
 
 
 class GradientAttack(Config):
-    """Base of the gradient attacks with one perturbation an image.
+    """Base of the gradient attacks with one perturbation per image.
 
     Call it: ``attack(model, x, y)`` returns images of the shape, dtype and device of ``x``, inside the ball and
-    inside [0, 1]. Several restarts keep, for each image, a perturbation that succeeds, else the one with the
-    highest loss.
+    inside [0, 1]. With several restarts the result per image is a successful perturbation, or else the one of highest
+    loss.
     """
 
     eps: Eps
@@ -276,28 +277,27 @@ class GradientAttack(Config):
     restarts: Annotated[int, Field(ge=1)] = 1
     """Independent starts."""
     targeted: bool = False
-    """Read the labels as targets to reach."""
+    """Treat labels as targets."""
     label: LabelChoice = "truth"
-    """Which label to leave or to reach; ``least-likely`` is a target by itself."""
+    """The label to leave or to reach; ``least-likely`` is a target by itself."""
     loss: LossName = "cross-entropy"
-    """What is climbed. ``dlr`` needs three classes, targeted four: on a model with fewer the margin is climbed, with
-    a warning (see :meth:`gambeson.attacks.Loss.used`)."""
+    """The loss. ``dlr`` needs three classes, targeted four; with fewer classes the margin is used, with a warning (see
+    :meth:`gambeson.attacks.Loss.used`)."""
     average: Average = "logits"
-    """What is averaged where several models are attacked at once."""
+    """Average over several models."""
     exact_box: bool = True
-    """Norm 2: project on ball and box at once and let no step be lost on values that stand at the box (after Croce and
-    Hein 2021, who do so in the norm 1); False projects on the ball and then clips, the customary form, which wastes
-    radius where images are black or white. The norm 1 always does it, and in the norm inf the two are the same."""
+    """Norm 2: project onto ball and box jointly, and spend no step on values that are at the box (after Croce and Hein
+    2021, who do so in the norm 1); False projects onto the ball and then clips, the customary form, which wastes radius
+    where images are black or white. The norm 1 always does so; in the norm inf the two are the same."""
     sparsity: Annotated[Number, Field(gt=0, le=1)] | None = None
-    """Norm 1 only: the share of values that a step moves, each equally (SLIDE, Tramer and Boneh 2019, whose code
-    takes 0.01 for colour images); None moves value after value as far as the box lets it, the steepest step."""
+    """Norm 1 only: share of values that a step changes, each equally (SLIDE, Tramer and Boneh 2019, whose code uses
+    0.01 for colour images); None moves value after value as far as the box allows, the steepest step."""
     eot_samples: Annotated[int, Field(ge=1)] | None = None
-    """For a random model: fresh draws over which each gradient is averaged (expectation over transformation, Athalye
-    et al. 2018); every step then costs so many times as much, and no image is stopped at early, for falling in a few
-    draws is not falling. 1 follows a single draw. None: the model has to repeat itself, and one that does not is
-    refused."""
+    """For a random model: samples that each gradient is averaged over (expectation over transformation, Athalye et al.
+    2018); every step then costs that many times as much, and early stopping is off, because success on a few samples is
+    not success. 1 uses a single sample. None: random models are refused."""
     early_stop: bool = True
-    """Stop working on an image once it has fallen."""
+    """Stop attacking an image once it is adversarial."""
 
     @model_validator(mode="after")
     def _check_labels(self) -> GradientAttack:
@@ -314,7 +314,7 @@ class GradientAttack(Config):
 
     @property
     def reaches(self) -> bool:
-        """Whether the attack has targets to reach, and not labels to leave."""
+        """Whether the attack has targets to reach instead of labels to leave."""
         return self.targeted or self.label == "least-likely"
 
     def __call__(
@@ -329,7 +329,7 @@ class GradientAttack(Config):
         """Attack a batch.
 
         Args:
-            model: any module from pixels to logits, a :class:`Victim` already entered, or a list of source models.
+            model: any module from pixels to logits, an entered :class:`Victim`, or a list of source models.
             x: (N, C, H, W) in [0, 1].
             y: (N,) or (N, H, W) labels, or targets where ``targeted``.
             seed: of every random draw.
@@ -337,7 +337,7 @@ class GradientAttack(Config):
 
         Raises:
             UserError: images outside [0, 1], or a model and images that do not fit.
-            NonFiniteGradientError: a gradient is NaN or infinite; its ``found`` holds the images found until then.
+            NonFiniteGradientError: a gradient is NaN or infinite; its ``found`` holds the images found so far.
         """
         images = check_batch(x, y)
         if len(images) == 0:
@@ -357,12 +357,12 @@ class GradientAttack(Config):
         sizes: torch.Tensor | None = None,
         place: tuple[int, int] = (0, 1),
     ) -> torch.Tensor:
-        """Attack a batch without looking at model and images first: what training does step after step.
+        """Attack a batch without inspecting model and images first, as training does in every step.
 
-        A random model is followed as it answers, and torch's global generators are left to it.
+        A random model is used as it is, with torch's global generators.
 
         Args:
-            victim: entered; it is climbed as it is.
+            victim: an entered victim.
             images: (N, C, H, W) in [0, 1].
             labels: (N,) or (N, H, W) labels, or targets where ``targeted``.
             seed: of every random draw.
@@ -372,8 +372,8 @@ class GradientAttack(Config):
             place: the number of this process and of how many; see :class:`gambeson.attacks.solver.ProjectedGradient`.
 
         Raises:
-            UserError: the attack cannot follow ``sizes``.
-            NonFiniteGradientError: a gradient is NaN or infinite; its ``found`` holds the images found until then.
+            UserError: the attack does not support ``sizes``.
+            NonFiniteGradientError: a gradient is NaN or infinite; its ``found`` holds the images found so far.
         """
         if sizes is not None and not self._follows_sizes:
             raise UserError(
@@ -424,10 +424,10 @@ class GradientAttack(Config):
 
 
 def warn_of_fallback(loss: Loss, classes: int) -> None:
-    """Warn where a loss cannot be climbed on a model with this many classes and another takes its place."""
+    """Warn if another loss replaces one that needs more classes than the model has."""
     if loss.used(classes) != loss.kind:
         warnings.warn(
             f"loss {loss.kind!r} needs more classes than the {classes} of this model: "
-            f"the {loss.used(classes)} is climbed in its place",
+            f"the {loss.used(classes)} is used instead",
             stacklevel=2,
         )

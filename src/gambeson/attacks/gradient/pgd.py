@@ -1,4 +1,4 @@
-"""Gradient attacks with one perturbation an image: FGSM, R+FGSM, I-FGSM and PGD, as settings of one loop."""
+"""FGSM, R+FGSM, I-FGSM, the least-likely attacks and PGD, as settings of one loop."""
 
 from __future__ import annotations
 
@@ -28,34 +28,33 @@ Start = Literal["zero", "uniform", "sign"]
 class PGD(GradientAttack):
     """Projected gradient descent (Madry et al. 2018, section 2.1; Kurakin et al. 2017 with ``start="zero"``).
 
-    The length of a step and the number of restarts are not fixed by the paper; they are ours. Costs, an image and
-    restart: ``steps`` forwards and backwards, one forward more where several restarts are compared, one more a step
-    where an early stop needs to see what ``nesterov`` or ``diversity`` hide, and ``scales.copies`` times as much of
-    a step with ``scales``.
+    The paper fixes neither the step size nor the number of restarts; the defaults are ours. Costs per image and
+    restart: ``steps`` forwards and backwards, one more forward to compare several restarts, one more per step for early
+        stopping with ``nesterov`` or ``diversity``, and ``scales.copies`` times as much per step with ``scales``.
 
     The options of transfer attacks are independent of each other and off by default; their customary sets have
     names in :mod:`gambeson.attacks.gradient.transfer`.
     """
 
     steps: Annotated[int, Field(ge=1)] = 20
-    """Gradient steps a restart."""
+    """Gradient steps per restart."""
     rel_step_size: Annotated[Number, Field(gt=0)] | None = None
-    """Length of a step as a share of eps; 4 / steps where it is not given. The customary 2.5 / steps stops one to
-    three per cent short of the optimum of a linear model in the Euclidean ball; 4 / steps, a tenth of one."""
+    """Step size as a share of eps; by default 4 / steps. The customary 2.5 / steps ends one to three per cent short of
+    the optimum of a linear model in the Euclidean ball, 4 / steps a tenth of one."""
     final_step: Annotated[Number, Field(gt=0)] | None = None
-    """Length of the last step as a share of eps; the lengths between follow a cosine. None: every step has the same
-    length, but for the norm 1, whose steps end at a hundredth of the first: long ones swing about the optimum."""
+    """Size of the last step as a share of eps, with a cosine schedule in between. None: a constant step size, except in
+    the norm 1, where it decays to a hundredth, because long steps oscillate about the optimum."""
     start: Start = "uniform"
-    """Where a restart begins; ``zero`` makes every restart but the first pointless unless steps are random."""
+    """Start of a restart; with ``zero`` further restarts are pointless unless steps are random."""
     start_size: Annotated[Number, Field(ge=0, le=1)] = 1.0
     """Radius of the random start as a share of eps."""
     momentum: Annotated[Number, Field(ge=0)] = 0.0
-    """Share of the velocity that a step keeps (MI, Dong et al. 2018, section 3.1: 1.0). Gradients are added at mean
-    absolute value 1; the paper writes the 1-norm, whose steps are the same."""
+    """Decay of the velocity (MI, Dong et al. 2018, section 3.1: 1.0). Gradients are normalised to mean absolute value
+    1; the paper's 1-norm gives the same steps."""
     nesterov: bool = False
-    """Look at the gradient one step of velocity ahead (NI, Lin et al. 2020, section 3.2); needs momentum."""
+    """Take the gradient one step of velocity ahead (NI, Lin et al. 2020, section 3.2); needs momentum."""
     diversity: Diversity | None = None
-    """Random resizing of what the model sees (DI)."""
+    """Random resizing of the model's input (DI)."""
     smoothing: Smoothing | None = None
     """Smoothing of the gradient (TI), before momentum."""
     scales: Scales | None = None
@@ -104,7 +103,7 @@ class PGD(GradientAttack):
             # Drawn for the whole batch, so that what one image gets does not depend on the others' fate.
             delta = solver.start(x, len(x), self.start, self.start_size, draw)
             rows, images, labels = active, x, y
-            if len(active) < len(x):  # otherwise the batch itself: a copy would be one more in memory
+            if len(active) < len(x):  # otherwise the batch itself, to avoid a copy
                 delta, images, labels = delta[active], x[active], y[active]
             velocity = torch.zeros_like(delta[:, :1, :1, :1])
             for number, length in enumerate(self.lengths, 1):
@@ -123,7 +122,7 @@ class PGD(GradientAttack):
                     if len(rows) == 0:
                         break
                 delta = solver.step_along(delta, images, direction, length)
-                del direction  # not kept through the next forward
+                del direction  # freed before the next forward
             if self.restarts == 1:
                 best[rows] = delta
                 break
@@ -157,7 +156,7 @@ class RFGSM(PGD):
 
     @property
     def _first(self) -> float:
-        # What the random start has left of eps.
+        # The part of eps that the random start leaves.
         return 1 - self.start_size if self.rel_step_size is None else self.rel_step_size
 
 
@@ -166,7 +165,7 @@ class IFGSM(PGD):
     """Iterative FGSM, also called BIM (Kurakin et al. 2017): steps of eps / steps from the image itself."""
 
     steps: Annotated[int, Field(ge=1)] = 10
-    """The 10 are those of transfer papers; Tramèr et al. 2018 allow any step of eps / steps or more."""
+    """10 is the value of transfer papers; Tramèr et al. 2018 allow any step size of eps / steps or more."""
     start: Start = "zero"
     early_stop: bool = False
 

@@ -1,8 +1,9 @@
-"""Transfer attacks by their customary names: each is PGD with some of its independent options, and can be changed.
+"""Transfer attacks by their customary names: each is PGD with some of its independent options.
 
-Common frame of these papers: 10 steps of eps / 10 from the image itself, momentum 1, eps 16/255, every step taken.
-Sizes of resizing and smoothing here suit 32-pixel images; the papers' sizes for 299 pixels are in the fields' texts.
-Give a list of models to attack an ensemble. Any PGD setting can be added: ``mi_fgsm(eps="8/255", label="prediction")``.
+Common setting of these papers: 10 steps of eps / 10 from the image itself, momentum 1, eps 16/255, no early stopping.
+Sizes of resizing and smoothing here suit 32-pixel images; the papers' sizes for 299 pixels are in the fields'
+docstrings. Give a list of models to attack an ensemble. Any PGD setting can be added: ``mi_fgsm(eps="8/255",
+label="prediction")``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TRANSFER: dict[str, dict[str, Any]] = {
 }
 """Each name and the settings it stands for: Dong et al. 2018 (MI), Xie et al. 2019 (DI, and with MI: M-DI2), Dong et
 al. 2019 (TI, TI-DIM), Lin et al. 2020 (NI, SI). The original DI-FGSM takes int(min(eps + 4, 1.25 eps)) steps of
-1/255 with eps in 255ths; here it has the common frame."""
+1/255 with eps in 255ths; here it has the common setting."""
 
 _SOURCES = {"mi": "Dong et al. 2018", "di": "Xie et al. 2019", "ti": "Dong et al. 2019", "ni": "Lin et al. 2020"}
 _WORDS = {
@@ -59,7 +60,7 @@ def transfer_attack(name: str, **settings: Any) -> IFGSM:
 
     Args:
         name: one of :data:`TRANSFER`.
-        **settings: ``eps``, and any other setting of :class:`gambeson.attacks.PGD`; they win over the name's.
+        **settings: ``eps``, and any other setting of :class:`gambeson.attacks.PGD`; they override those of the name.
 
     Raises:
         UserError: no such name, or a setting that is out of range.

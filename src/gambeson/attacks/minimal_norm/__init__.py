@@ -1,1 +1,1 @@
-"""Attacks per image that look for the smallest perturbation."""
+"""Per-image attacks that search for the smallest perturbation."""

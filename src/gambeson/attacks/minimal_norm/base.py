@@ -1,4 +1,4 @@
-"""What the attacks that look for the smallest perturbation share: their bound, their checks, their way in and out."""
+"""Base class and checks of the minimal-norm attacks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from gambeson.victim import Victim
 
 
 class MinimalNorm(Config):
-    """Base of DeepFool and Carlini-Wagner: a search without a bound, and a projection after it where there is one."""
+    """Base of DeepFool and Carlini-Wagner: an unbounded search, followed by a projection if there is a bound."""
 
     eps: Eps | None = None
-    """Radius in pixel units; what is found beyond it is projected to the ball, and may then succeed no more.
-    None: no bound."""
+    """Radius in pixel units; larger perturbations are projected onto the ball, and may then fail. None: no bound."""
 
     @property
     def small_in(self) -> Norm:
-        """Norm that is made small."""
+        """Norm that is minimised."""
         return "2"
 
     def __call__(
@@ -40,14 +39,14 @@ class MinimalNorm(Config):
         """Attack a batch.
 
         Args:
-            model: any module from pixels to logits (N, K), or a :class:`Victim` already entered.
+            model: any module from pixels to logits (N, K), or an entered :class:`Victim`.
             x: (N, C, H, W) in [0, 1].
             y: (N,) labels, or targets where the attack is targeted.
             seed: not used; nothing is drawn.
             task: what the labels mean; images whose label does not count are left alone.
 
         Raises:
-            UserError: images outside [0, 1], one label a pixel, or a gradient that is not finite.
+            UserError: images outside [0, 1], one label per pixel, or a gradient that is not finite.
         """
         if not isinstance(model, Victim):
             with Victim(model) as victim:
@@ -64,35 +63,35 @@ class MinimalNorm(Config):
 
     @abstractmethod
     def search(self, victim: Victim, x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return what was found for the images numbered ``rows`` (A,), (N, C, H, W); the others as they are.
+        """Return the images (N, C, H, W) after attacking those with indices ``rows`` (A,).
 
-        Neither the ball nor the box is kept here; x and y are as the call takes them, in float32 or float64.
+        Neither ball nor box is enforced here; x and y are those of the call, in float32 or float64.
         """
 
 
 def refuse_odd_head(logits: torch.Tensor, labels: torch.Tensor) -> None:
-    """Refuse a model that does not give one row of scores an image, and labels that it has no score for.
+    """Raise unless the model returns one row of scores per image, with a score for every label.
 
     Args:
-        logits: what the model answered.
+        logits: the model's output.
         labels: (N,)
 
     Raises:
-        UserError: either.
+        UserError: it does not.
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise UserError(
-            f"the model answers with shape {tuple(logits.shape)}: expected logits (N, K) with K of at least 2; "
+            f"the model returns shape {tuple(logits.shape)}: expected logits (N, K) with K of at least 2; "
             "for label maps choose a gradient attack such as PGD"
         )
     CLASSIFICATION.check_labels(labels, logits.shape[1])
 
 
 def refuse_non_finite(*values: torch.Tensor, step: int) -> None:
-    """Refuse logits or gradients that are not finite.
+    """Raise if logits or gradients are not finite.
 
     Args:
-        values: what the step looked at.
+        values: logits and gradients of the step.
         step: its number, counted from 1.
 
     Raises:

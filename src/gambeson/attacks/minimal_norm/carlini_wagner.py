@@ -1,4 +1,4 @@
-"""Carlini and Wagner's attack: the smallest Euclidean perturbation, by gradient descent under the tanh."""
+"""The Carlini-Wagner attack: the smallest Euclidean perturbation, by gradient descent in tanh space."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from gambeson.tasks import CLASSIFICATION
 from gambeson.victim import Victim
 
 _EDGE = 0.999999
-"""Pixels are drawn in by this factor before the inverse of tanh, as in the authors' code: it is infinite at 0 and 1."""
+"""Pixels are scaled by this factor before the inverse tanh, which is infinite at 0 and 1 (authors' code)."""
 
 
 @register("carlini-wagner", source="Carlini and Wagner 2017", cost="searches x steps + 1 / searches x steps")
 class CarliniWagner(MinimalNorm):
     """Carlini and Wagner's L2 attack (2017, sections V-A and VI-A): minimise ||delta||^2 + c f(x + delta).
 
-    x + delta = (tanh(w) + 1) / 2 holds every pixel in [0, 1]; f is the margin left until success with ``kappa`` to
-    spare; c is searched for each image by itself, by factors of ten until it succeeds and by halving after. What is
-    returned is the smallest success at any step of any c; an image for which there is none comes back as it was,
-    and one that the model gets wrong already (by ``kappa``) too. Success is seen on the very images returned.
-    Cost an image: at most 1 + ``searches`` x ``steps`` forwards and ``searches`` x ``steps`` backwards.
+    x + delta = (tanh(w) + 1) / 2 keeps every pixel in [0, 1]; f is the margin to success with confidence ``kappa``; c
+    is searched per image, by factors of ten until the first success and then by bisection. The result is the smallest
+    success at any step of any c; images without success, and images already misclassified (by ``kappa``), are returned
+    unchanged. Success is checked on the returned images themselves. Cost per image: at most 1 + ``searches`` x
+    ``steps`` forwards and ``searches`` x ``steps`` backwards.
     """
 
     targeted: bool = False
@@ -35,26 +35,26 @@ class CarliniWagner(MinimalNorm):
     kappa: Annotated[Number, Field(ge=0)] = 0.0
     """Confidence: the margin, in logits, by which the attack must succeed."""
     searches: Annotated[int, Field(ge=1)] = 9
-    """Values of c tried (authors' code: 9)."""
+    """Number of values of c (authors' code: 9)."""
     steps: Annotated[int, Field(ge=1)] = 1000
-    """Steps of Adam a value of c. The authors take up to 10,000; 1,000 is ours and ends within one per cent of the
-    optimum of a linear model. A black or white pixel needs some hundreds to leave the flat end of tanh."""
+    """Adam steps per value of c. The authors use up to 10,000; 1,000 is ours and ends within one per cent of the
+    optimum of a linear model. Black and white pixels need a few hundred steps to leave the flat ends of tanh."""
     lr: Annotated[Number, Field(gt=0)] = 0.01
     """Step size of Adam, in the space of w (authors' code)."""
     c: Annotated[Number, Field(gt=0)] = 1e-3
     """First value of c (authors' code)."""
     judge: Literal["last", "any"] = "last"
-    """Which successes make the search go on with a smaller c: those in the last tenth of the steps (ours), or any
-    (authors' code). The first steps overshoot near a boundary whatever c is; ``any`` then halves c in vain, and ends
-    a third above the optimum. Either way the smallest success of all steps is returned."""
+    """Which successes decrease c: those in the last tenth of the steps (ours), or any (authors' code). Near a boundary
+    the first steps overshoot for every c; ``any`` then decreases c in vain and ends a third above the optimum. Either
+    way the smallest success of all steps is returned."""
     early_abort: bool = True
-    """Leave a value of c for an image once a tenth of the steps has lowered neither its objective nor the lowest one so
-    far by 0.01 per cent. The authors' code compares the batch's sum at the ends of the tenths; an image by itself
-    swings about its boundary, and before its black and white pixels have left the flat ends of tanh it seems to stand
-    still: it is not judged in the steps that takes at the full speed of Adam."""
+    """Stop a value of c for an image once a tenth of the steps has decreased neither its objective nor the lowest one
+    so far by 0.01 per cent. The authors' code compares the batch's sum at the ends of the tenths; a single image
+    oscillates about its boundary, and appears constant until its black and white pixels have left the flat ends of
+    tanh, so it is not judged during the steps that this takes at the full speed of Adam."""
 
     def search(self, victim: Victim, x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Search c and descend, for every image of ``rows``; see :class:`MinimalNorm`."""
+        """Search c and minimise for every image of ``rows``; see :class:`MinimalNorm`."""
         with torch.no_grad():
             logits = victim(x[rows])
         refuse_odd_head(logits, y[rows])
@@ -81,7 +81,7 @@ class CarliniWagner(MinimalNorm):
         best: torch.Tensor,
         shortest: torch.Tensor,
     ) -> torch.Tensor:
-        """Descend with one c an image; note successes in ``best`` and ``shortest``; return who had one (A,)."""
+        """Minimise with one c per image; record successes in ``best`` and ``shortest``; return who had one (A,)."""
         w = torch.atanh((2 * x[rows] - 1) * _EDGE)
         adam = Adam.like(w)
         reached = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -119,7 +119,7 @@ class CarliniWagner(MinimalNorm):
         return reached[rows]
 
     def _gain(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """By how much the attack has succeeded, in logits, (N,)."""
+        """Margin of the attack's success, in logits, (N,)."""
         return -margin(logits, labels) if self.targeted else margin(logits, labels)
 
     def _success(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

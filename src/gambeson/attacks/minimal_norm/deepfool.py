@@ -1,4 +1,4 @@
-"""DeepFool: step after step to the nearest decision boundary of the model's linearisation."""
+"""DeepFool: repeated steps to the nearest decision boundary of the linearised model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from gambeson.threat import Ball, Norm
 from gambeson.victim import Victim
 
 _SHORTEST = 1e-6
-"""Shortest step in pixel units (ours): on the boundary itself a step of no length would never leave it."""
+"""Minimum step size in pixel units (ours): on the boundary itself a step of length zero would never leave it."""
 _FEW = 4
-"""Up to this many images, one backward through copies is faster than a backward a class."""
+"""Up to this many images, one backward through copies is faster than a backward per class."""
 
 
 @register(
@@ -30,25 +30,24 @@ class DeepFool(MinimalNorm):
     """DeepFool (Moosavi-Dezfooli et al. 2016, Algorithm 2; section 3.3 for other norms): a small perturbation.
 
     Each step linearises the model, finds the nearest class boundary in the norm, |f_k| / ||w_k|| in the dual norm,
-    and moves just across it. The overshoot is applied at every step, as in the authors' code, and not once at the
-    end as in the paper's text, so that a linear model falls in one step. Labels are the truth: pass the model's own
-    predictions for the paper's reading. An image that falls is finished; one that never does keeps its last
-    perturbation. Untargeted only, as in the paper.
-    Cost an image and step: 1 forward and ``classes`` - 1 backwards, for as long as it stands; where at most four
-    still stand, ``classes`` - 1 forwards more.
+    and moves just across it. The overshoot is applied at every step, as in the authors' code, not once at the end as in
+    the paper's text, so that one step suffices on a linear model. Labels are the truth: pass the model's own
+    predictions for the paper's setting. An adversarial image is finished; one without success keeps its last
+    perturbation. Untargeted only, as in the paper. Cost per image and step while active: 1 forward and ``classes`` - 1
+    backwards; with at most four active images, ``classes`` - 1 more forwards.
     """
 
     norm: InfOr2 = "2"
     """Norm that is made small."""
     classes: Annotated[int, Field(ge=2)] = 10
-    """How many of the likeliest classes count, the label among them (authors' code: 10)."""
+    """Number of the likeliest classes considered, including the label (authors' code: 10)."""
     steps: Annotated[int, Field(ge=1)] = 50
-    """Most steps (authors' code: 50)."""
+    """Maximum number of steps (authors' code: 50)."""
     overshoot: Annotated[Number, Field(ge=0)] = 0.02
-    """How far beyond the linearised boundary a step goes, as a share of the perturbation."""
+    """Overshoot beyond the linearised boundary, as a share of the perturbation."""
     clip: Literal["step", "end"] = "step"
-    """Clip to [0, 1] at every step, so that what the clip takes away is made up for by other pixels; ``end`` is
-    the paper's way, which knows no range, with one clip after the last step."""
+    """When to clip to [0, 1]: at every ``step``, so that other pixels make up for it; or once at the ``end``, as the
+    paper, which has no pixel range, would."""
 
     @property
     def small_in(self) -> Norm:
@@ -56,7 +55,7 @@ class DeepFool(MinimalNorm):
         return self.norm
 
     def search(self, victim: Victim, x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Walk every image of ``rows`` over its boundary; see :class:`MinimalNorm`."""
+        """Move every image of ``rows`` across its boundary; see :class:`MinimalNorm`."""
         found, rivals = x.clone(), None
         for number in range(1, self.steps + 1):
             labels = y[rows]
@@ -99,7 +98,7 @@ class DeepFool(MinimalNorm):
         copied = _copied_slopes(victim, point, labels, rivals) if len(point) <= _FEW else None
         for k in range(rivals.shape[1]):
             if copied is None:
-                # One graph serves every class, so it is kept until the last: a forward less for each.
+                # The graph is kept until the last class, which saves a forward for each.
                 victim.backwards += len(point)
                 (slope,) = torch.autograd.grad(gaps[:, k].sum(), point, retain_graph=k + 1 < rivals.shape[1])
             else:
@@ -110,13 +109,13 @@ class DeepFool(MinimalNorm):
             closer = distance < nearest
             nearest = torch.where(closer, distance, nearest)
             direction = torch.where(closer.view(-1, 1, 1, 1), ball.steepest(slope), direction)
-        # Where no class has a slope there is nowhere to go.
+        # Without any gradient there is no step.
         length = torch.where(nearest.isfinite(), nearest.clamp(min=_SHORTEST), 0)
         return direction * length.view(-1, 1, 1, 1)
 
 
 def _copied_slopes(victim: Victim, point: torch.Tensor, labels: torch.Tensor, rivals: torch.Tensor) -> torch.Tensor:
-    """Return the gradients of every rival's lead, (A, k, C, H, W), from one backward through k copies an image."""
+    """Return the gradients of every rival's lead, (A, k, C, H, W), from one backward through k copies per image."""
     count = rivals.shape[1]
     copies = point.detach().repeat_interleave(count, 0).requires_grad_()
     pairs = torch.stack([rivals.flatten(), labels.repeat_interleave(count)], 1)

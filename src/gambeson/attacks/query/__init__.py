@@ -1,1 +1,1 @@
-"""Attacks per image that only ask the model for its scores, within a budget of queries."""
+"""Per-image attacks that only query the model's scores, within a budget."""

@@ -1,4 +1,4 @@
-"""A counted, bounded function from images to scores: all that an attack without gradients sees of a model."""
+"""Base class of query attacks, and the counted, bounded function from images to scores that they use."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from gambeson.tasks import of as task_of
 from gambeson.victim import Victim
 
 InfOr2 = Annotated[Literal["inf", "2"], BeforeValidator(lambda value: str(value).lower().removeprefix("l"))]
-"""The norms these attacks are published for; written as :data:`gambeson.threat.Norm` is."""
+"""The norms these attacks are published for; in the notation of :data:`gambeson.threat.Norm`."""
 
 QueryLoss = Literal["cross-entropy", "margin"]
-"""What a query attack can climb; see :data:`gambeson.attacks.losses.LossName`."""
+"""Losses of query attacks; see :data:`gambeson.attacks.losses.LossName`."""
 
 
 class Queries:
-    """A function from images to scores, asked at most so often an image, and counted.
+    """A function from images to scores that counts its queries and enforces a budget per image.
 
-    Hand it to a query attack in place of the model to read afterwards what the attack asked. It needs no gradient
-    and sees only images (M, C, H, W) in [0, 1]; logits, log-probabilities and probabilities will do.
+    Pass it to a query attack instead of the model to read the counts afterwards. It needs no gradient and receives only
+    images (M, C, H, W) in [0, 1]; it can return logits, log-probabilities or probabilities.
 
     Args:
-        model: a module, a :class:`Victim` already entered, or any function that returns scores (M, K) as a tensor
-            or as what ``torch.as_tensor`` reads (arrays, nested lists).
+        model: a module, an entered :class:`Victim`, or any function that returns scores (M, K) as a tensor or anything
+            that ``torch.as_tensor`` accepts.
 
     Attributes:
-        spent: (N,) queries of each image in the latest attack, the clean image's own included.
-        budget: the most that attack might ask of one image.
-        total: queries of all images in all attacks.
+        spent: (N,) queries per image in the latest attack, including the clean image.
+        budget: the budget per image of that attack.
+        total: all queries of all attacks.
     """
 
     def __init__(self, model: nn.Module | Victim | Callable[[torch.Tensor], Any]) -> None:
@@ -51,7 +51,7 @@ class Queries:
 
     @contextmanager
     def opened(self, images: torch.Tensor, budget: int) -> Iterator[None]:
-        """Count from zero for these images (N, ...), none of which may be asked about more than ``budget`` times."""
+        """Start counting for these images (N, ...), with at most ``budget`` queries each."""
         self.spent = torch.zeros(len(images), dtype=torch.long, device=images.device)
         self.budget, self._classes = budget, None
         with ExitStack() as stack:
@@ -62,23 +62,23 @@ class Queries:
             yield
 
     def __call__(self, candidates: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return the scores (M, K) of candidates (M, C, H, W) that belong to the images numbered ``rows`` (M,).
+        """Return the scores (M, K) of candidates (M, C, H, W) of the images with indices ``rows`` (M,).
 
         Raises:
-            UserError: what came back is not finite scores (M, K).
-            RuntimeError: the budget would be exceeded; nothing is asked (an attack that does so has a bug).
+            UserError: the result is not finite scores (M, K).
+            RuntimeError: the budget would be exceeded, which is a bug of the attack; nothing is queried.
         """
         spent = self.spent + torch.bincount(rows, minlength=len(self.spent))
         if bool((spent > self.budget).any()):
             raise RuntimeError(f"{int(spent.max())} queries of one image, but the budget is {self.budget}")
         self.spent = spent
         self.total += len(candidates)
-        # A copy: a function that writes into its input must not change what the attack keeps.
+        # A copy, in case the function writes into its input.
         return self._read(self._ask(candidates.clone()), candidates)
 
     def _read(self, answer: Any, asked: torch.Tensor) -> torch.Tensor:
         answer = getattr(answer, "logits", answer)
-        expected = f"expected scores ({len(asked)}, K), one row an image"
+        expected = f"expected scores ({len(asked)}, K), one row per image"
         try:
             scores = torch.as_tensor(answer, device=asked.device).detach()
         except (TypeError, ValueError, RuntimeError):
@@ -110,25 +110,25 @@ def attacked(labels: torch.Tensor, task: Task) -> torch.Tensor:
     """Return the numbers of the images to attack: those whose label counts.
 
     Raises:
-        UserError: there is not one label per image.
+        UserError: labels are not one per image.
     """
     task.require_classification("this attack", "for label maps choose a gradient attack such as PGD")
     return task.labelled(labels).nonzero().flatten()
 
 
 def working(images: torch.Tensor) -> torch.Tensor:
-    """Return the images in the precision an attack searches in: their own, and float32 for half precision."""
+    """Return the images in the precision of the search: their own, or float32 for half precision."""
     return images if images.dtype in (torch.float32, torch.float64) else images.float()
 
 
 class Search:
-    """The state of a query attack: the best found for each image, and which images still stand.
+    """The state of a query attack: the best candidate per image, and the active images.
 
     Attributes:
         images: (N, C, H, W), the clean images.
-        best: (N, C, H, W), what is handed back.
-        value: (N,) the loss of ``best``; infinite once an image has fallen (or was not to be attacked).
-        standing: (A,) numbers of the images that have not fallen.
+        best: (N, C, H, W), the result.
+        value: (N,) the loss of ``best``; infinite for adversarial images (and those not attacked).
+        standing: (A,) indices of the images that are not adversarial yet.
     """
 
     def __init__(self, queries: Queries, images: torch.Tensor, labels: torch.Tensor, loss: Loss, task: Task) -> None:
@@ -145,23 +145,23 @@ class Search:
 
     @property
     def left(self) -> int:
-        """Queries that every standing image has left; they have all been asked about equally often."""
+        """Remaining queries per active image; all of them have used equally many."""
         if len(self.active) == 0:
             return 0
         return self.queries.budget - int(self.queries.spent[self.active].max())
 
     def ask(self, candidates: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss of each candidate (M,) and whether it makes its image fall (M,)."""
+        """Return the loss of each candidate (M,) and whether it is adversarial (M,)."""
         scores = self.queries(candidates, rows)
         labels = self.labels[rows]
         return self.loss(scores, labels), self.task.is_adversarial(scores, labels, targeted=self.loss.targeted)
 
     def offer(self, candidates: torch.Tensor) -> None:
-        """Ask about one candidate (A, C, H, W) a standing image; keep it where its loss is higher or it falls."""
+        """Query one candidate per active image (A, C, H, W); keep it if its loss is higher or it is adversarial."""
         self._take(candidates, self.queries(candidates, self.active))
 
     def keep(self, candidates: torch.Tensor, value: torch.Tensor, down: torch.Tensor) -> None:
-        """Keep candidates of the standing images that have been asked about already."""
+        """Keep candidates of the active images that have been queried already."""
         value = value.to(self.value.dtype).masked_fill(down, torch.inf)
         better = value > self.value[self.active]
         rows = self.active[better]
@@ -169,7 +169,7 @@ class Search:
         self.active = self.active[~down]
 
     def leave(self, hopeless: torch.Tensor) -> None:
-        """Ask no more about the images (N,) that are hopeless; what was found for them is kept."""
+        """Stop querying the images (N,) that are hopeless; their best candidates are kept."""
         self.active = self.active[~hopeless[self.active]]
 
     def _take(self, candidates: torch.Tensor, scores: torch.Tensor) -> None:
@@ -180,16 +180,16 @@ class Search:
 
 
 class QueryAttack(Config):
-    """What query attacks have in common: a budget, labels or targets, and a stop for each image by itself."""
+    """Base of the query attacks: a budget, labels or targets, and early stopping per image."""
 
     queries: Annotated[int, Field(ge=1)] = 5000
-    """The most queries an image, the one about the clean image included; never exceeded. An image that has fallen
-    is not asked about again."""
+    """Maximum queries per image, including the clean image; never exceeded. Adversarial images are not queried
+    again."""
     targeted: bool = False
     """Read the labels as targets to reach."""
     loss: QueryLoss | None = None
-    """What is climbed: the margin of the scores or their cross-entropy. None is the attack's own: the margin
-    untargeted, the cross-entropy for targets, unless it says otherwise."""
+    """Loss to maximise: the margin of the scores or their cross-entropy. None: the attack's default, which is the
+    margin if untargeted and the cross-entropy if targeted, unless documented otherwise."""
 
     def __call__(
         self,
@@ -200,20 +200,20 @@ class QueryAttack(Config):
         seed: int = 0,
         task: Task | None = None,
     ) -> torch.Tensor:
-        """Attack a batch; all that is needed of the model is a function from images to scores (N, K).
+        """Attack a batch; the model can be any function from images to scores (N, K).
 
         Args:
-            model: what to ask: see :class:`Queries`, which also counts.
+            model: the model or function; pass a :class:`Queries` to read the counts.
             x: (N, C, H, W) in [0, 1].
             y: (N,) labels, or targets where ``targeted``.
             seed: of every random draw.
             task: what the labels mean; images whose label does not count are left alone.
 
         Returns:
-            (N, C, H, W): for each image what made it fall, else the candidate with the highest loss.
+            (N, C, H, W): an adversarial image each, or else the candidate with the highest loss.
 
         Raises:
-            UserError: images outside [0, 1], one label a pixel, or a function that does not return scores (N, K).
+            UserError: images outside [0, 1], one label per pixel, or a function that does not return scores (N, K).
         """
         images = check_batch(x, y)
         queries = model if isinstance(model, Queries) else Queries(model)
@@ -237,4 +237,4 @@ class QueryAttack(Config):
 
     @abstractmethod
     def _search(self, search: Search, seed: int) -> None:
-        """Improve ``search.best`` until nothing stands or the budget is spent."""
+        """Improve ``search.best`` until no image is active or the budget is spent."""

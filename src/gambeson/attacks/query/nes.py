@@ -19,11 +19,11 @@ class NES(QueryAttack):
     """Natural evolution strategies (Ilyas et al. 2018, section 2.2 and Algorithm 1): projected steps, no gradients.
 
     The gradient of the loss is (1 / 2 sigma n) sum u (F(x + sigma u) - F(x - sigma u)) over n Gaussian directions u,
-    in antithetic pairs; a running mean of the estimates is followed as PGD follows the gradient. F is the
-    cross-entropy for targets, as in the paper, and the margin untargeted (ours), where the cross-entropy of a
-    confident model rounds to zero and shows no difference; ``loss`` overrules that. The authors' code
-    also halves the step where the loss stalls; that is left out. The last step of the budget has fewer pairs.
-    Cost: at most ``queries`` forwards an image: one for the image, 2 ``pairs`` + 1 a step.
+    in antithetic pairs; a running mean of the estimates replaces the gradient of PGD. F is the cross-entropy for
+    targets, as in the paper, and the margin if untargeted (ours), because the cross-entropy of a confident model rounds
+    to zero; ``loss`` overrides this. The authors' code also halves the step size when the loss stalls, which is left
+    out. The last step of the budget has fewer pairs. Cost: at most ``queries`` forwards per image: one for the image, 2
+    ``pairs`` + 1 per step.
     """
 
     eps: Eps
@@ -31,21 +31,21 @@ class NES(QueryAttack):
     norm: InfOr2 = "inf"
     """Norm of the ball and of the step."""
     pairs: Annotated[int, Field(ge=1)] = 25
-    """Antithetic pairs a step (authors' code: 50 samples)."""
+    """Antithetic pairs per step (authors' code: 50 samples)."""
     sigma: Annotated[Number, Field(gt=0)] = 0.001
     """Size of a probe in pixel units (the paper: 0.001)."""
     rel_step_size: Annotated[Number, Field(gt=0)] = 0.2
-    """Length of a step as a share of eps (authors' code: 0.01 at eps 0.05); of Adam, its step size."""
+    """Step size as a share of eps (authors' code: 0.01 at eps 0.05); for Adam, its learning rate."""
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
-    """Share of the running mean that is kept (authors' code); for steepest steps."""
+    """Decay of the running mean (authors' code); for steepest steps."""
     directions: Literal["gaussian", "sign"] = "gaussian"
     """Distribution of a probe's values: normal, or random signs."""
     optimizer: Literal["steepest", "adam"] = "steepest"
     """Steepest steps in the norm (sign steps for inf), or Adam followed by a projection."""
     clip_probes: bool = True
-    """Clip probes to [0, 1], so that only images are ever asked about; the papers do not."""
+    """Clip probes to [0, 1], so that only valid images are queried; the papers do not."""
     batch_size: Annotated[int, Field(ge=1)] = 512
-    """Probes sent to the model at once; at least one an image."""
+    """Probes sent to the model at once; at least one per image."""
 
     @property
     def ball(self) -> Ball:
@@ -76,7 +76,7 @@ class NES(QueryAttack):
             delta, mean, adam = delta[still], mean[still], adam.of(still)
 
     def _estimate(self, search: Search, points: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-        """Return the estimated gradient of the loss at points (A, C, H, W); leave a query for the step itself."""
+        """Return the estimated gradient of the loss at points (A, C, H, W); reserve a query for the step itself."""
         active, total = search.active, torch.zeros_like(points)
         pairs = min(self.pairs, (search.left - 1) // 2)
         at_once = max(1, self.batch_size // (2 * len(points)))
@@ -93,7 +93,7 @@ class NES(QueryAttack):
             u = torch.randn(shape, generator=draw, device=draw.device)
         else:
             u = torch.randint(0, 2, shape, generator=draw, device=draw.device).float() * 2 - 1
-        u = u[:, active].to(points.dtype)  # drawn for the whole batch: nobody's draws depend on the others' fate
+        u = u[:, active].to(points.dtype)  # drawn for the whole batch, independently of which images are active
         probes = torch.cat([points + self.sigma * u, points - self.sigma * u])
         if self.clip_probes:
             probes = probes.clamp(0, 1)
@@ -106,12 +106,12 @@ class NES(QueryAttack):
 class SPSA(NES):
     """Simultaneous perturbation (Uesato et al. 2018, section 3, Algorithm 1): random signs, the margin, and Adam.
 
-    As :class:`NES` but for its defaults. The step size is the paper's 0.01 at eps 8/255; ``pairs`` is ours: the
-    paper takes up to 8,192 samples a step, which leaves few steps for a small budget.
+    :class:`NES` with other defaults. The step size is the paper's 0.01 at eps 8/255; ``pairs`` is ours: the
+    paper takes up to 8,192 samples per step, which leaves few steps for a small budget.
     """
 
     pairs: Annotated[int, Field(ge=1)] = 64
-    """Antithetic pairs a step."""
+    """Antithetic pairs per step."""
     sigma: Annotated[Number, Field(gt=0)] = 0.01
     """Size of a probe in pixel units (the paper: 0.01)."""
     rel_step_size: Annotated[Number, Field(gt=0)] = 0.3

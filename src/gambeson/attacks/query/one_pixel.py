@@ -1,4 +1,4 @@
-"""Few-pixel attack: differential evolution over the places and colours of a handful of pixels."""
+"""The one-pixel attack: differential evolution over the positions and colours of a few pixels."""
 
 from __future__ import annotations
 
@@ -14,25 +14,23 @@ from gambeson.base import Number, generator
 
 @register("one-pixel", source="Su et al. 2019", cost="at most queries / 0")
 class OnePixel(QueryAttack):
-    """One-pixel attack, and its form with several pixels, by differential evolution (Su et al. 2019, section III).
+    """One-pixel attack, or one on a few pixels, by differential evolution (Su et al. 2019, section III).
 
-    A candidate is ``pixels`` places with a colour each. Every generation, each candidate gets one child a + F (b - d)
-    from three others at random, without crossover, which replaces its parent where its loss is higher. The fitness
-    for targets is the cross-entropy, whose order is that of the paper's probability. Untargeted it is the margin
-    (ours): the probability of a confident model rounds to one and tells no two candidates apart;
-    ``loss="cross-entropy"`` is the paper's way. All candidates of all images are asked about in the same batches. Two
-    pixels of a candidate may fall together, so at most ``pixels`` change. Where the paper is silent, ours: an image is
-    finished once its class is wrong (or the target), where the paper stops at a probability; a place outside the image
-    is drawn anew; a colour is clipped.
-    Cost: at most ``queries`` forwards an image.
+    A candidate has ``pixels`` positions with a colour each. In every generation each candidate gets one child a + F (b
+    - d) from three random others, without crossover, which replaces its parent if its loss is higher. The fitness for
+    targets is the cross-entropy, which orders candidates as the paper's probability does. Untargeted it is the margin
+    (ours), because the probability of a confident model rounds to one; ``loss="cross-entropy"`` is the paper's fitness.
+    Candidates of all images share batches. Two pixels of a candidate may coincide, so at most ``pixels`` change. Ours,
+    where the paper is silent: an image is finished once it is adversarial, where the paper stops at a probability;
+    positions outside the image are redrawn; colours are clipped. Cost: at most ``queries`` forwards per image.
     """
 
     pixels: Annotated[int, Field(ge=0)] = 1
     """Pixels that may change, in all channels (the paper: 1, 3 and 5)."""
     population: Annotated[int, Field(ge=4)] = 400
-    """Candidates an image (the paper: 400)."""
+    """Candidates per image (the paper: 400)."""
     generations: Annotated[int, Field(ge=1)] = 100
-    """Most generations (the paper: 100); the budget may end the search before."""
+    """Maximum number of generations (the paper: 100); the budget may end the search earlier."""
     factor: Annotated[Number, Field(gt=0)] = 0.5
     """F, the weight of a difference of two candidates (the paper: 0.5)."""
     batch_size: Annotated[int, Field(ge=1)] = 512
@@ -61,7 +59,7 @@ class OnePixel(QueryAttack):
             genes, value = genes[still], value[still]
 
     def _fresh(self, x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-        """Draw (N, population, pixels, 2 + C): places uniform in [0, 1), colours around grey (paper)."""
+        """Draw (N, population, pixels, 2 + C): positions uniform in [0, 1), colours around grey (paper)."""
         shape = (len(x), self.population, self.pixels)
         places = torch.rand(*shape, 2, generator=draw, device=draw.device)
         colours = torch.randn(*shape, x.shape[1], generator=draw, device=draw.device)
@@ -86,7 +84,7 @@ class OnePixel(QueryAttack):
         return torch.cat([torch.where(inside, places, fresh.to(places.dtype)), colours.clamp(0, 1)], -1)
 
     def _judge(self, search: Search, genes: torch.Tensor) -> torch.Tensor:
-        """Ask about every candidate (A, P, ...); keep each image's best; return the losses (A, P)."""
+        """Query every candidate (A, P, ...); keep each image's best; return the losses (A, P)."""
         count, active = genes.shape[1], search.active
         owner = active.repeat_interleave(count)
         flat, values, downs = genes.flatten(0, 1), [], []
@@ -102,7 +100,7 @@ class OnePixel(QueryAttack):
 
 
 def _paint(images: torch.Tensor, genes: torch.Tensor) -> torch.Tensor:
-    """Set the pixels of (M, pixels, 2 + C) in images (M, C, H, W); where two fall together the later one counts."""
+    """Set the pixels of (M, pixels, 2 + C) in images (M, C, H, W); where two coincide the later one counts."""
     n, c, h, w = images.shape
     size = torch.tensor([h, w], device=images.device)
     place = torch.minimum((genes[..., :2] * size).long(), size - 1)

@@ -1,4 +1,4 @@
-"""Random search in the ball: the control that every query attack has to beat at the same budget."""
+"""The Square attack, and random search as the control of query attacks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gambeson.threat import Ball, Eps, perturb
 
 @register("random-search", source="the control of the query attacks", cost="at most queries / 0")
 class RandomSearch(QueryAttack):
-    """The control of query attacks: independent draws on the surface of the ball, the best one kept.
+    """The control of query attacks: independent draws on the surface of the ball, of which the best is kept.
 
-    Random signs scaled to norm eps. An attack that learns from its queries has to beat it at the same budget.
-    Cost: at most ``queries`` forwards an image.
+    Random signs scaled to norm eps. An attack that learns from its queries should beat it at the same budget.
+    Cost: at most ``queries`` forwards per image.
     """
 
     eps: Eps
@@ -53,20 +53,20 @@ _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 @register("square", source="Andriushchenko et al. 2020", cost="at most queries / 0")
 class Square(RandomSearch):
-    """Square attack (Andriushchenko et al. 2020, section 3): local windows of full strength, kept where they help.
+    """Square attack (Andriushchenko et al. 2020, section 3): random windows of norm eps, kept if they help.
 
-    The windows of all images are placed at once; no Python loop runs over images. Untargeted it climbs the margin
-    of the scores, targeted their negative cross-entropy, as the authors do; ``loss`` overrules that. The share
-    of pixels is halved at the authors' iterations, counted as shares of the budget. Where a window reaches beyond
-    a small or oblong image it is as wide as the shorter side. The steps for ``norm="2"`` are Algorithm 3.
-    Cost: at most ``queries`` forwards an image; an eighth of them where ``early_abandon`` sees no prospect.
+    Windows of all images are placed at once, without a Python loop over images. The loss is the margin of the scores if
+    untargeted and their negative cross-entropy if targeted, as in the authors' code; ``loss`` overrides this. The
+    share of pixels is halved at the authors' iterations, scaled to the budget. Windows are limited to the shorter side
+    of the image. The steps for ``norm="2"`` are Algorithm 3. Cost: at most ``queries`` forwards per image; an eighth of
+    them for abandoned images.
     """
 
     p_init: Annotated[Number, Field(gt=0, le=1)] = 0.8
-    """Share of pixels a window covers at first: 0.8 in the authors' commands for MNIST and CIFAR-10; for ImageNet
-    they use 0.05 (inf) and 0.1 (2)."""
+    """Initial share of pixels in a window: 0.8 in the authors' commands for MNIST and CIFAR-10; for ImageNet they use
+    0.05 (inf) and 0.1 (2)."""
     rescale: bool = True
-    """Stretch the schedule, made for 10,000 iterations, to the budget (the paper); False is AutoAttack's way."""
+    """Stretch the schedule, made for 10,000 iterations, to the budget (the paper); False: as in AutoAttack."""
     early_abandon: Annotated[Number, Field(gt=0)] | None = None
     """Leave an image alone once the margin is so far from a wrong answer that it would not get there within the
     budget though every doubling of the queries brought ``early_abandon`` times what the last one brought (ours: what
@@ -77,9 +77,7 @@ class Square(RandomSearch):
     @model_validator(mode="after")
     def _check_early_abandon(self) -> Square:
         if self.early_abandon is not None and (self.loss or self._default_loss) != "margin":
-            raise ValueError(
-                "early_abandon reads the margin's distance to a wrong answer; set loss='margin', or leave it out"
-            )
+            raise ValueError("early_abandon reads the margin's distance to a wrong answer: set loss='margin'")
         return self
 
     def side(self, iteration: int, shape: tuple[int, ...]) -> int:
@@ -111,7 +109,7 @@ class Square(RandomSearch):
             if len(search.active) == 0:
                 break
             side = self.side(iteration, search.images.shape[1:])
-            # Drawn for the whole batch, as above; only what is still standing is computed and asked about.
+            # Drawn for the whole batch, as above; only active images are computed and queried.
             corners = [
                 torch.rand(2, len(search.images), generator=draw, device=draw.device)
                 .mul(size - side + 1)
@@ -126,14 +124,14 @@ class Square(RandomSearch):
 
 
 def _signs_and_chance(images: torch.Tensor, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a random sign a channel (N, C, 1, 1), and a number in [0, 1) an image (N,)."""
+    """Return a random sign per channel (N, C, 1, 1), and a number in [0, 1) per image (N,)."""
     shape = (*images.shape[:2], 1, 1)
     signs = torch.randint(0, 2, shape, generator=draw, device=draw.device).to(images.dtype) * 2 - 1
     return signs, torch.rand(len(images), generator=draw, device=draw.device)
 
 
 def _stripes(images: torch.Tensor, ball: Ball, draw: torch.Generator) -> torch.Tensor:
-    """Columns of +-eps, a sign a channel and column (paper, section 3.3)."""
+    """Columns of +-eps, a sign per channel and column (paper, section 3.3)."""
     n, c, _, w = images.shape
     return ball.signs((n, c, 1, w), draw).to(images.dtype).expand_as(images)
 
@@ -147,7 +145,7 @@ def _place(
     signs: torch.Tensor,
     chance: torch.Tensor,
 ) -> torch.Tensor:
-    """Set a window to +-eps, a sign a channel (paper, Algorithm 2), never to what it is already (authors' code)."""
+    """Set a window to +-eps, a sign per channel (paper, Algorithm 2), never to what it is already (authors' code)."""
     (c, h, w), (top, left) = images.shape[1:], (corner[0] for corner in corners)
     rows, columns = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
     inside = ((rows >= top[:, None]) & (rows < top[:, None] + side))[:, None, :, None] & (
@@ -156,11 +154,11 @@ def _place(
     strength = ball.fill(signs)
     wanted = torch.where(inside, perturb(images, strength) - images, delta)
     idle = ((wanted - delta).abs() < 1e-7).flatten(1).all(1)
-    # The next draw among the others, in one go: turn a random set of channels that is not empty.
+    # A different draw at once: flip a random non-empty set of channels.
     pick = 1 + (chance * (2**c - 1)).long().clamp(max=2**c - 2)
     turn = (pick[:, None] >> torch.arange(c, device=pick.device)) & 1
     turned = torch.where((turn == 1)[:, :, None, None], -strength, strength)
-    # Projected, so that rounding never adds up over thousands of windows.
+    # Projected, so that rounding does not accumulate over thousands of windows.
     return ball.project(torch.where(inside, torch.where(idle.view(-1, 1, 1, 1), turned, strength), delta))
 
 

@@ -1,1 +1,1 @@
-"""Attacks that craft one perturbation for all images; a file per method."""
+"""Universal attacks, one file per method."""

@@ -1,4 +1,4 @@
-"""One crafting of a universal perturbation at work: its models, batches, starts and rates."""
+"""Base class of universal attacks, and the context of a crafting: models, batches, starts and rates."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from gambeson.victim.averaged import EOT_SAMPLES, ModelAverage, Source, entered
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One outcome that validation judges."""
+    """A candidate perturbation, for validation to select from."""
 
     start: str
-    """Where it comes from."""
+    """Its origin."""
     delta: torch.Tensor
     """(1, C, H, W), inside the ball."""
     rate: float | None = None
-    """Its rate on validation, where the search has taken it already."""
+    """Its rate on validation, if the search has computed it."""
     reached: bool = True
     """Whether the attack's own stopping rule was met."""
 
@@ -44,7 +44,7 @@ class CraftingContext:
 
     victims: list[Victim]
     train: Split
-    """What is crafted on, on the models' device."""
+    """Training images, on the models' device."""
     validation: Split
     ball: Ball
     seed: int
@@ -56,17 +56,17 @@ class CraftingContext:
 
     @property
     def device(self) -> torch.device:
-        """Where the models are."""
+        """Device of the models."""
         return self.victims[0].device
 
     @property
     def victim(self) -> Victim:
-        """The one model, or the ensemble of several, whose losses are averaged."""
+        """The model, or the ensemble of several, whose losses are averaged."""
         return self.victims[0] if len(self.victims) == 1 else self._together
 
     @cached_property
     def climbed(self) -> Victim:
-        """What a loss is climbed on: :attr:`victim`, or several fresh draws of each random model."""
+        """The victim of the gradients: :attr:`victim`, or the EOT average of each random model."""
         drawn = [victim for victim in self.victims for _ in range(self._draws(victim))]
         return self.victim if len(drawn) == len(self.victims) else ModelAverage(drawn, "losses")
 
@@ -74,7 +74,7 @@ class CraftingContext:
         traits = victim.traits
         if traits is None or not traits.stochastic:
             return 1
-        # Where each image has a draw of its own, the mean gradient of a batch is over images and draws already.
+        # With independent draws per image, the mean gradient of a batch already averages over draws.
         return self.eot_samples or (EOT_SAMPLES if traits.shared else 1)
 
     @cached_property
@@ -99,7 +99,7 @@ class CraftingContext:
         return self.ball.signs(shape, generator(self.seed, "start", restart, device=self.device))
 
     def starts(self, restarts: int, given: torch.Tensor | None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the customary starts: zero, then random signs, then the one that was given."""
+        """Yield the starts: zero, then random signs, then the given one."""
         for restart in range(restarts):
             kind = "sign" if restart else "zero"
             yield kind, self.start(kind, restart)
@@ -107,9 +107,9 @@ class CraftingContext:
             yield "warm", given
 
     def stream(self, batch_size: int, restart: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (images, true labels) in whole epochs of a new order each, for as long as they are asked for.
+        """Yield (images, true labels) without end, in whole epochs with a new order each.
 
-        Images without a label that counts are left out, so that every mean over a batch is over those that have one.
+        Images without a label that counts are left out, so that batch means include only images with one.
 
         Raises:
             UserError: no image has a label that counts.
@@ -133,7 +133,7 @@ class CraftingContext:
             epoch += 1
 
     def targets(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the labels to leave, or the targets to reach; the ignore index where the true label is."""
+        """Return the labels to leave, or the targets to reach; ignored where the true label is."""
         if self.target is not None:
             targets = torch.full_like(labels, self.target)
         elif not self.predicted_labels:
@@ -145,7 +145,7 @@ class CraftingContext:
         return self.task.targets(targets, labels)
 
     def solver(self, loss: Loss) -> ProjectedGradient:
-        """Return the solver that climbs ``loss``, averaged over the models, from this ball."""
+        """Return the solver for ``loss``, averaged over the models, in this ball."""
         return ProjectedGradient(
             victim=self.climbed,
             ball=self.ball,
@@ -155,11 +155,11 @@ class CraftingContext:
         )
 
     def rate(self, delta: torch.Tensor, split: Split | None = None) -> float:
-        """Return the mean over the models of the error (or, targeted, of the share that says the target).
+        """Return the error (or, targeted, the target rate), averaged over the models.
 
         Args:
             delta: (1, C, H, W).
-            split: the images; validation where none are given.
+            split: the images; by default validation.
         """
         split = self.validation if split is None else split
         rates = []
@@ -181,16 +181,16 @@ class CraftingContext:
 
 
 def splits_of(victim: Victim, data: object) -> tuple[Split, Split, int]:
-    """Return train, validation and the number of classes of whatever a user has; test is not touched.
+    """Return train, validation and the number of classes of anything a user passes; test is not read.
 
-    Images alone (N, C, H, W) get the victim's predictions as labels; a fixed fifth of them is validation.
+    Images without labels (N, C, H, W) get the victim's predictions; a fixed fifth of them is validation.
     """
     if not (isinstance(data, torch.Tensor | np.ndarray) and data.ndim == 4):
         dataset = as_dataset(data)
         return dataset.train, dataset.validation, dataset.num_classes
     images = torch.as_tensor(data)
     if len(images) < 2:
-        raise UserError(f"{len(images)} images without labels came: expected 2 or more")
+        raise UserError(f"got {len(images)} images without labels: expected 2 or more")
     bare = Split("images", images, torch.zeros(len(images), dtype=torch.int64), ("unknown",))
     labels = predict(victim, bare).to(images.device)
     with torch.no_grad():
@@ -203,26 +203,24 @@ def splits_of(victim: Victim, data: object) -> tuple[Split, Split, int]:
 
 
 WEAK = 0.05
-"""A perturbation whose norm stays below this share of eps has not used its budget."""
+"""A perturbation with a smaller norm, as a share of eps, has not used its budget."""
 
 
 class UniversalAttack(Config):
-    """Base of the universal attacks: crafted on train, chosen on validation, never looking at test."""
+    """Base of the universal attacks: crafted on train, selected on validation, without reading test."""
 
     name: ClassVar[str] = "universal"
-    """What provenance calls the attack. A class of your own need not set it: the name under which it is registered, or
-    ``FILE.py:CLASS``, is taken, by which it is found again."""
+    """Name of the attack in the provenance; by default the registered name, or ``FILE.py:CLASS``."""
 
     eps: Eps
     """Radius in pixel units."""
     norm: Norm = "inf"
     """Norm of the ball."""
     eot_samples: Annotated[int, Field(ge=1)] | None = None
-    """Fresh draws of a random model that the gradient of a loss is averaged over at every step (expectation over
-    transformation, Athalye et al. 2018), each a forward and a backward. None (the default is ours): one where the
-    model draws for each image by itself, since the mean over a batch is one over draws then, and
-    :data:`gambeson.victim.averaged.EOT_SAMPLES` where all images of a batch share a draw. Attacks without a loss
-    (DeepFool-UAP, singular vectors, data-free, procedural) take a draw each time."""
+    """Samples of a random model that each gradient is averaged over (expectation over transformation, Athalye et al.
+    2018), a forward and a backward each. None (the default is ours): 1 if the model draws independently per image,
+    because the batch mean then averages over draws, else :data:`gambeson.victim.averaged.EOT_SAMPLES`. Attacks without
+    a loss (DeepFool-UAP, singular vectors, data-free, procedural) use a single sample."""
 
     @property
     def ball(self) -> Ball:
@@ -231,7 +229,7 @@ class UniversalAttack(Config):
 
     @property
     def sees_train(self) -> bool:
-        """Whether training images are looked at: a perturbation is never scored on the images it was made from."""
+        """Whether training images are used; a perturbation is never scored on those."""
         return True
 
     def craft(
@@ -240,13 +238,13 @@ class UniversalAttack(Config):
         """Craft a universal perturbation.
 
         Args:
-            model: any module from pixels to logits, a :class:`Victim` already entered, or a list of them: the
-                losses of several are averaged, and so are the rates that choose.
-            data: a ``Dataset``; a split or an (images, labels) pair, which are split by a fixed rule; or images
-                (N, C, H, W) alone, which get the (first) model's own predictions as labels.
-            seed: of every draw. The rates that choose are decided by votes where a model is random, as everywhere.
-            start: (1, C, H, W), a perturbation to start one more restart from, scaled to the ball. An attack that
-                cannot start from one takes it as one more candidate.
+            model: any module from pixels to logits, an entered :class:`Victim`, or a list of them, whose losses and
+                validation rates are averaged.
+            data: a ``Dataset``; a split or an (images, labels) pair, which are split by a fixed rule; or images (N, C,
+                H, W) alone, which get the (first) model's predictions as labels.
+            seed: of every draw. Validation rates of random models are decided by votes.
+            start: (1, C, H, W), the start of an additional restart, scaled to the ball. Attacks without starts use it
+                as an additional candidate.
 
         Raises:
             UserError: no such target class, or data and model that do not fit.
@@ -265,7 +263,7 @@ class UniversalAttack(Config):
         return UniversalPerturbation(delta, about, self._seen(context))
 
     def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
-        """Make candidates (1, C, H, W) inside the ball; ``start`` is already scaled to it."""
+        """Yield candidates (1, C, H, W) inside the ball; ``start`` is already scaled to it."""
         raise NotImplementedError
 
     def _prepare(self, victims: list[Victim], data: object, seed: int) -> CraftingContext:
@@ -276,7 +274,7 @@ class UniversalAttack(Config):
                 validation,
                 train.image_hashes,
                 f"images to craft on ({train.name})",
-                "choose among the restarts on other images than are crafted on",
+                "select among the restarts on other images than those used for crafting",
             )
         for victim in victims:
             victim.inspect(train.take(slice(0, 8), victim.device)[0])
@@ -296,7 +294,7 @@ class UniversalAttack(Config):
         )
 
     def _seen(self, context: CraftingContext) -> torch.Tensor | None:
-        """Hashes of the images that are crafted on; none where no image is looked at."""
+        """Hashes of the images used for crafting; None if there are none."""
         return context.train.image_hashes if self.sees_train else None
 
     def _scaled(self, start: torch.Tensor, context: CraftingContext) -> torch.Tensor:
@@ -339,14 +337,14 @@ class UniversalAttack(Config):
 
 
 LabelSource = Literal["truth", "prediction"]
-"""Which labels an untargeted attack leaves: the true ones, or the model's clean predictions (the papers of the
-fooling rate; needs no labels and one more forward an image). With several models, those of their mean logits."""
+"""Labels that an untargeted attack leaves: the true ones, or the model's clean predictions (as in papers on the fooling
+rate; no labels needed, one more forward per image). With several models, the predictions of their mean logits."""
 
 
 def tally(victims: list[Victim]) -> Callable[[], tuple[int, int]]:
-    """Return a function that says what the victims have spent since: forwards and backwards, in images.
+    """Return a function that returns the forwards and backwards of the victims since, in images.
 
-    A victim that is listed twice is counted once.
+    A victim listed twice is counted once.
     """
     unique = list({id(victim): victim for victim in victims}.values())
 

@@ -1,4 +1,4 @@
-"""Bayesian search on the unit cube: a small Gaussian process, and the point of highest expected improvement."""
+"""Bayesian optimisation on the unit cube: a Gaussian process and expected improvement."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 import torch
 
 SCALES = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0, 2.0)
-"""Length scales of the kernel that are weighed, in edges of the cube."""
+"""Candidate length scales of the kernel, in edges of the cube."""
 NOISES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0)
-"""Variances of the noise that are weighed, as shares of the signal's."""
+"""Candidate noise variances, as shares of the signal's."""
 _ROUNDS, _RANDOM, _NEAR = 3, 1000, 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianProcess:
-    """A Gaussian process with a Matern 5/2 kernel, conditioned on what was seen (Rasmussen and Williams 2006, ch. 2).
+    """A Gaussian process with a Matern 5/2 kernel, conditioned on observations (Rasmussen and Williams 2006, ch. 2).
 
-    All in float64. The values are standardised inside; :meth:`at` answers in their own units.
+    Computed in float64. Values are standardised internally; :meth:`at` returns the original units.
     """
 
     points: torch.Tensor
-    """(n, d), where the function was looked at."""
+    """(n, d), the observed points."""
     scales: torch.Tensor
     """(d,), length scale of each axis."""
     factor: torch.Tensor
@@ -31,18 +31,18 @@ class GaussianProcess:
     weights: torch.Tensor
     """(n, 1), the inverse of that matrix times the standardised values."""
     signal: float
-    """Variance of the signal, in standardised units: the one of highest likelihood."""
+    """Signal variance of highest likelihood, in standardised units."""
     centre: float
     """Mean of the values."""
     unit: float
-    """Their standard deviation; one where they are all equal."""
+    """Their standard deviation; one if they are all equal."""
 
     @classmethod
     def fitted(cls, points: torch.Tensor, values: torch.Tensor) -> GaussianProcess:
         """Choose length scales and noise by the marginal likelihood, and condition on the values.
 
         One length scale for all axes is chosen first, together with the noise, among :data:`SCALES` and
-        :data:`NOISES`; then each axis in turn takes the one that suits it best, twice over.
+        :data:`NOISES`; then that of each axis in turn, twice.
 
         Args:
             points: (n, d) in the unit cube.
@@ -77,7 +77,7 @@ class GaussianProcess:
 
 def matern(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Return the Matern 5/2 kernel (..., n, m) of (..., n, d) and (..., m, d), already over the length scales."""
-    # Differences are squared as they stand: the faster product form loses the small distances.
+    # Differences are squared directly: the faster product form loses small distances.
     far = (one.unsqueeze(-2) - other.unsqueeze(-3)).square().sum(-1).mul(5).sqrt()
     return (1 + far + far.square() / 3) * torch.exp(-far)
 
@@ -90,7 +90,7 @@ def _factors(points: torch.Tensor, scales: torch.Tensor, noise: torch.Tensor) ->
 
 
 def _likelihood(points: torch.Tensor, target: torch.Tensor, scales: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Return the log marginal likelihood (s,), less a constant, with the signal's variance at its own best value."""
+    """Return the log marginal likelihood (s,), less a constant, at the best signal variance."""
     factors = _factors(points, scales, noise)
     fit = torch.linalg.solve_triangular(factors, target.expand(len(factors), -1, -1), upper=False).square().sum((1, 2))
     volume = factors.diagonal(dim1=1, dim2=2).log().sum(1)
@@ -106,15 +106,15 @@ def expected_improvement(mean: torch.Tensor, deviation: torch.Tensor, best: floa
 
 
 def propose(points: torch.Tensor, values: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """Return the point of the unit cube (d,) whose value is expected to improve most on what was seen.
+    """Return the point of the unit cube (d,) with the highest expected improvement.
 
-    What was seen may be noisy, so improvement is measured from the highest mean at a point that was tried. The
-    maximum is sought among random points, then three times near the best ones.
+    Observations may be noisy, so improvement is relative to the highest mean at an observed point. The maximum is
+    searched among random points, then three times near the best ones.
 
     Args:
-        points: (n, d), tried so far, n at least 1.
-        values: (n,), what came out; higher is better.
-        draw: of the points that are compared; on the CPU.
+        points: (n, d), observed so far, with n >= 1.
+        values: (n,), the observed values; higher is better.
+        draw: generator of the candidate points, on the CPU.
     """
     process = GaussianProcess.fitted(points, values)
     best = float(process.at(process.points)[0].max())
@@ -143,20 +143,20 @@ def latin_hypercube(count: int, size: int, draw: torch.Generator) -> torch.Tenso
 
 
 def first_points(budget: int, size: int) -> int:
-    """Return how many of ``budget`` points are spread over the cube before the process is asked (our choice)."""
+    """Return how many of ``budget`` points are spread over the cube before the process is used (ours)."""
     return max(1, min(2 * size + 2, budget // 2))
 
 
 def maximise(
     function: Callable[[torch.Tensor], float], size: int, budget: int, draw: torch.Generator
 ) -> tuple[torch.Tensor, float]:
-    """Maximise a function on the unit cube with exactly ``budget`` looks at it; return the best point and its value.
+    """Maximise a function on the unit cube with exactly ``budget`` evaluations; return the best point and its value.
 
     Args:
         function: of a point (size,), float64.
         size: number of axes.
-        budget: looks, at least 1.
-        draw: of every random number; on the CPU.
+        budget: evaluations, at least 1.
+        draw: generator of every random number, on the CPU.
     """
     points = latin_hypercube(first_points(budget, size), size, draw)
     values = torch.tensor([function(point) for point in points], dtype=torch.float64)

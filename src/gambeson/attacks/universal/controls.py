@@ -1,7 +1,7 @@
-"""Controls: patterns that know nothing of the model. What is crafted has to beat them to count as an attack.
+"""Controls: patterns that use no information about the model, which a crafted perturbation must beat.
 
-A control is a universal perturbation like any other: where it does more harm than what was crafted, the model's
-robustness is what the control leaves of it (:func:`gambeson.evaluation.strongest`).
+A control is itself a universal perturbation: if it does more harm than the crafted one, it bounds the model's
+robustness (:func:`gambeson.evaluation.strongest`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from gambeson.base import generator, unknown_name
 from gambeson.threat import Ball
 
 CONTROLS = {"random-sign": 10, "chessboard": 1}
-"""The controls beside every audit, and how many patterns of each are tried: the chessboard is one fixed pattern."""
+"""Controls of every audit, and the number of patterns of each; the chessboard is a single fixed pattern."""
 MORE_CONTROLS = {"uniform": 10, "constant-shift": 8, "stripes": 4, "perlin": 100}
-"""Others, on request, which cost forwards alone. Uniform noise in the ball harms less than random signs on its
-surface. The best of 100 Perlin patterns is a black-box attack already."""
+"""Optional controls, which cost only forward passes. Uniform noise in the ball does less harm than random signs on its
+surface. The best of 100 Perlin patterns is already a black-box attack."""
 
 
 def control(name: str, ball: Ball, shape: tuple[int, ...], *, draws: int = 1, seed: int = 0) -> torch.Tensor:
@@ -27,8 +27,8 @@ def control(name: str, ball: Ball, shape: tuple[int, ...], *, draws: int = 1, se
     - ``random-sign``: +-eps at every value, independently.
     - ``chessboard``: +-eps with a period of two pixels, equal in all channels, -eps at the top left.
     - ``uniform``: drawn uniformly from the ball.
-    - ``constant-shift``: every channel moved by +-eps as a whole; there are 2**C of these, the first of which
-      darkens all channels.
+    - ``constant-shift``: every channel shifted by +-eps; there are 2**C of these, the first of which darkens all
+    channels.
     - ``stripes``: +-eps in rows and in columns with periods of two and of four pixels, -eps at the top left; four.
     - ``perlin``: Perlin noise (Co et al. 2019) whose parameters are drawn from the box of :class:`PerlinNoise`.
 

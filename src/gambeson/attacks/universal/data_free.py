@@ -1,4 +1,4 @@
-"""Data-free universal perturbations: excite every layer, without a single image."""
+"""Data-free universal perturbations (GD-UAP, FFF), which maximise activations without images."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ from gambeson.base import Number, generator
 from gambeson.threat import perturb
 
 GREY = 0.5
-"""The network's input without an image: the middle of the range, as a mean-subtracted net's zero is."""
+"""Input in place of an image: mid-grey, which corresponds to zero in a mean-subtracted network."""
 SPREAD = 0.5 / 3.29
-"""Deviation of the range prior: 99.9 % of a Gaussian around grey then lie in [0, 1]."""
+"""Standard deviation of the range prior: 99.9 % of a Gaussian around grey are in [0, 1]."""
 
 
 @register("data-free", source="Mopuri et al. 2018 (GD-UAP), 2017 (FFF)", cost="steps x 32")
 class DataFree(UniversalAttack):
     """GD-UAP (Mopuri et al., arXiv 1801.08092) and FFF (arXiv 1707.05572): maximise the activations of all layers.
 
-    Adam climbs sum_l log(||a_l(prior + delta)||^2 / 2), or for FFF sum_l log mean |a_l|. Where more than half of delta
-    is saturated and that share has stopped changing, delta is halved, which lets the climb go on. Every
-    ``check_every`` steps the rate on validation is taken, and the best delta is kept; the papers do the same with a
-    substitute data set. No training image is used but with ``prior="data"``, and no label while crafting.
+    Adam climbs sum_l log(||a_l(prior + delta)||^2 / 2), or for FFF sum_l log mean |a_l|. When more than half of delta
+    is saturated and that share has stopped changing, delta is halved, so that the optimisation can continue. Every
+    ``check_every`` steps the rate on validation is computed, and the best delta is kept; the papers do the same with a
+    substitute data set. Training images are used only with ``prior="data"``, and labels not at all while crafting.
 
-    Cost: a forward and a backward of ``batch_size`` images a step (of one where the prior is ``none``), and a forward
-    of validation a check. The paper's rate 0.1 at eps 10 of 255 is ``rel_step_size`` = 0.01 of eps. Steps, check
-    interval and patience are ours: the paper has 40,000, 400 and 10.
+    Cost: a forward and a backward of ``batch_size`` images per step (of one where the prior is ``none``), and a forward
+        of validation per check. The paper's rate 0.1 at eps 10 of 255 is ``rel_step_size`` = 0.01 of eps. Steps, check
+        interval and patience are ours: the paper has 40,000, 400 and 10.
     """
 
     name: ClassVar[str] = "data-free"
 
     prior: Literal["none", "range", "data"] = "range"
-    """What delta is added to: mid-grey, Gaussian noise around it, or training images."""
+    """Input that delta is added to: mid-grey, Gaussian noise around it, or training images."""
     objective: Literal["gd-uap", "fff"] = "gd-uap"
-    """Which activations: energies (GD-UAP) or mean magnitudes (FFF, whose prior is ``none``)."""
+    """Objective: energies (GD-UAP) or mean magnitudes (FFF, whose prior is ``none``) of the activations."""
     layers: tuple[str, ...] = ()
     """Names of modules, as in ``model.named_modules()``; empty: all convolutions."""
     steps: Annotated[int, Field(ge=1)] = 1000
-    """Adam steps at most."""
+    """Maximum number of Adam steps."""
     batch_size: Annotated[int, Field(ge=1)] = 32
-    """Samples of the prior a step."""
+    """Samples of the prior per step."""
     rel_step_size: Annotated[Number, Field(gt=0)] = 0.01
     """Adam's learning rate as a share of eps."""
     check_every: Annotated[int, Field(ge=1)] = 50
-    """Steps between looks at validation."""
+    """Steps between validation checks."""
     patience: Annotated[int, Field(ge=1)] = 10
-    """Looks without a gain after which it stops."""
+    """Checks without improvement after which it stops."""
     saturated: Annotated[Number, Field(gt=0, le=1)] = 0.5
-    """Share of delta at the ball's edge from which on delta may be halved."""
+    """Minimum saturated share of delta for halving."""
     settled: Annotated[Number, Field(ge=0)] = 1e-5
-    """Change of that share in one step below which it counts as settled."""
+    """Change of that share per step below which it counts as constant."""
     rescale: bool = True
-    """Halve a saturated delta (GD-UAP); it is what the climb goes on from, not what is handed back."""
+    """Halve a saturated delta (GD-UAP) to continue from; the halved delta is not a candidate."""
 
     @property
     def sees_train(self) -> bool:

@@ -1,4 +1,4 @@
-"""DeepFool-UAP: walk over the images, and add what each one that still stands would need to fall."""
+"""DeepFool-UAP: iterate over the images, adding the DeepFool perturbation of each one not yet fooled."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ from gambeson.victim import Victim, predict, score
 class DeepFoolUAP(UniversalAttack):
     """Universal adversarial perturbation of Moosavi-Dezfooli et al. (CVPR 2017, algorithm 1).
 
-    For every image whose prediction under v is still the clean one: r = DeepFool(clip(x + v)), v = Proj(v + r). Passes
-    over the shuffled images go on until the fooling rate on them reaches ``fooling``, or ``passes`` are done (the
-    public Python code has no such limit; the status is then ``target not reached``).
+    For every image whose prediction under v is the clean one: r = DeepFool(clip(x + v)), v = Proj(v + r). It ends when
+    the fooling rate on the images reaches ``fooling``, or after ``passes`` passes over the shuffled images (the public
+    Python code has no such limit; the status is then ``target not reached``).
 
-    ``images_a_step=1`` is the paper's one image at a time. With more, DeepFool runs on all standing images of a step at
-    once and v moves by the mean of their r: a deviation of ours for speed.
+    ``images_a_step=1`` is the paper's one image at a time. With more, DeepFool runs on all images of a step that are
+    not fooled, and v moves by the mean of their r (ours, for speed).
 
-    Cost: a forward an image and pass, and for a standing image one more and up to ``inner_steps`` times those of a
-    step of :class:`DeepFool`. Clipping of x + v, which the public code leaves out, is ours.
+    Cost: a forward per image and pass and, if not fooled, one more and up to ``inner_steps`` times those of a step of
+    :class:`DeepFool`. Clipping x + v, which the public code does not do, is ours.
     """
 
     name: ClassVar[str] = "deepfool-uap"
 
     images: Annotated[int, Field(ge=1)] = 1000
-    """Training images that are used; the paper has 10,000 of ImageNet."""
+    """Number of training images; the paper uses 10,000 of ImageNet."""
     fooling: Annotated[Number, Field(gt=0, le=1)] = 0.8
-    """Fooling rate on these images at which it stops (1 - delta of the paper)."""
+    """Fooling rate on these images at which it stops (the paper's 1 - delta)."""
     passes: Annotated[int, Field(ge=1)] = 10
-    """Passes over the images, at most."""
+    """Maximum number of passes over the images."""
     images_a_step: Annotated[int, Field(ge=1)] = 1
-    """Images that are looked at before v moves."""
+    """Images per update of v."""
     classes: Annotated[int, Field(ge=2)] = 10
-    """Classes that DeepFool considers: the highest clean logits, the prediction among them."""
+    """Classes that DeepFool considers: those with the highest clean logits, including the prediction."""
     overshoot: Annotated[Number, Field(ge=0)] = 0.02
-    """DeepFool goes this share beyond the boundary."""
+    """Overshoot of DeepFool beyond the boundary."""
     inner_steps: Annotated[int, Field(ge=1)] = 10
-    """Linearisations of DeepFool an image; an image that has not fallen after them moves nothing."""
+    """DeepFool steps per image; images not fooled after them contribute nothing."""
     restarts: Annotated[int, Field(ge=1)] = 1
-    """Orders of the images; validation chooses."""
+    """Random orders of the images, among which validation selects."""
 
     def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
         context.task.require_classification("DeepFool-UAP")
@@ -77,14 +77,14 @@ class DeepFoolUAP(UniversalAttack):
     def _move(
         self, context: CraftingContext, victim: Victim, v: torch.Tensor, images: torch.Tensor, clean: torch.Tensor
     ) -> torch.Tensor:
-        """Return Proj(v + mean r) over the images whose prediction is still the clean one."""
+        """Return Proj(v + mean r) over the images whose prediction is the clean one."""
         moved = perturb(images, v)
         with torch.no_grad():
             active = victim(moved).argmax(1) == clean
         if not bool(active.any()):
             return v
         images, labels = moved[active], clean[active]
-        # Not clipped, as in the paper: what the clip takes from one image may be what moves another.
+        # Not clipped, as in the paper: a value clipped on one image may matter on another.
         inner = DeepFool(classes=self.classes, overshoot=self.overshoot, steps=self.inner_steps, clip="end")
         found = inner.search(victim, images, labels, torch.arange(len(images), device=images.device))
         with torch.no_grad():

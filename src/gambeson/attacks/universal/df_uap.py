@@ -1,4 +1,4 @@
-"""Bounded-logit universal perturbations (DF-UAP): Adam on a clamped logit margin, on real or proxy images."""
+"""DF-UAP: Adam on a bounded logit margin, on real or proxy images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gambeson.threat import BoxGradient
 
 
 class RivalLogit(Loss):
-    """The margin of a target over the best other logit, which is held fixed, no higher than ``-truncate``."""
+    """Margin of a target over the best other logit, which is detached, bounded by ``-truncate``."""
 
     targeted: bool = True
 
@@ -32,41 +32,41 @@ class RivalLogit(Loss):
 class DFUAP(UniversalAttack):
     """DF-UAP (Zhang et al., CVPR 2020): Adam on delta against a logit loss that is bounded by ``confidence``.
 
-    Untargeted it climbs min(max_{i != y} z_i - z_y, kappa), targeted it descends max(max_{i != t} z_i - z_t, -kappa)
-    with the rival logit held fixed. Needs no labels where ``labels`` is ``prediction``, and any images will do:
-    ``craft(model, proxy_images)`` takes images of another data set alone.
+    Untargeted it maximises min(max_{i != y} z_i - z_y, kappa), targeted it minimises max(max_{i != t} z_i - z_t,
+    -kappa) with the rival logit detached. With ``labels="prediction"`` it needs no labels, and works with any images:
+    ``craft(model, proxy_images)`` uses images of another data set.
 
     The public script runs 2,000 steps of batch 32 with learning rate 0.005 at eps 10/255 and kappa 10;
-    ``rel_step_size`` is that rate as a share of eps. Steps and batch here are ours, at equal cost to one restart of
-    :class:`StochasticPGD`; so is the clip to [0, 1], which ``clip=False`` leaves out while crafting.
+    ``rel_step_size`` is that rate as a share of eps. Steps and batch size here are ours, at the cost of one restart of
+    :class:`StochasticPGD`; so is the clip to [0, 1] while crafting (``clip=False`` turns it off).
     """
 
     name: ClassVar[str] = "df-uap"
 
     steps: Annotated[int, Field(ge=1)] = 200
-    """Adam steps a restart, one mini-batch each."""
+    """Adam steps per restart, one mini-batch each."""
     batch_size: Annotated[int, Field(ge=1)] = 128
-    """Images a step."""
+    """Images per step."""
     rel_step_size: Annotated[Number, Field(gt=0)] = 0.005 * 255 / 10
     """Adam's learning rate as a share of eps."""
     confidence: Annotated[Number, Field(ge=0)] = 10.0
-    """An image whose logit margin is beyond this has no more say (kappa)."""
+    """Images whose logit margin is beyond this have no gradient (kappa)."""
     betas: tuple[Number, Number] = (0.9, 0.999)
     """Adam's decay rates."""
     restarts: Annotated[int, Field(ge=1)] = 1
     """The first starts from zero, as in the paper; the others from random signs."""
     target: Annotated[int, Field(ge=0)] | None = None
-    """Class that every image should be taken for; None: any wrong class."""
+    """Target class of every image; None: untargeted."""
     labels: LabelSource = "prediction"
     """See :data:`gambeson.attacks.universal.base.LabelSource`."""
     clip: bool = True
-    """Clip x + delta to [0, 1] while crafting; the public code does not. Rates are always taken clipped."""
+    """Clip x + delta to [0, 1] while crafting; the public code does not. Rates are always computed with clipping."""
     box_gradient: BoxGradient = "straight-through"
-    """See :data:`gambeson.threat.BoxGradient`; without ``clip`` it has no meaning."""
+    """See :data:`gambeson.threat.BoxGradient`; without ``clip`` it has no effect."""
 
     @property
     def objective(self) -> Loss:
-        """What is climbed, one value an image."""
+        """The objective, one value per image."""
         return (
             Loss(kind="margin", truncate=self.confidence)
             if self.target is None

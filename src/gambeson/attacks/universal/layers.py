@@ -1,4 +1,4 @@
-"""Hidden layers by name: which ones a model has, and what they answer."""
+"""Hidden layers of a model by name, and their activations."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def layer_names(model: nn.Module, *, at_most: int | None = None, convolutions: b
 
     Args:
         model: any module.
-        at_most: keep this many, spread evenly from the first to the last.
-        convolutions: leave out linear layers, where there are convolutions.
+        at_most: return this many, evenly spaced from the first to the last.
+        convolutions: return only convolutions, if there are any.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     found = [name for name, module in model.named_modules() if isinstance(module, _LINEAR)]
     if convolutions:
         found = [name for name in found if not isinstance(model.get_submodule(name), nn.Linear)] or found
     if not found:
-        raise UserError("the model has no convolution and no linear layer: name the layers to look at in layers=(...)")
+        raise UserError("the model has no convolution and no linear layer: name the layers in layers=(...)")
     if at_most is None or len(found) <= at_most:
         return found
     last = len(found) - 1
@@ -37,12 +37,12 @@ def layer_names(model: nn.Module, *, at_most: int | None = None, convolutions: b
 
 
 def activations(victim: Victim, images: torch.Tensor, names: Sequence[str]) -> list[torch.Tensor]:
-    """Return what the named modules answer to ``images``, in the order of the names, with their graph.
+    """Return the outputs of the named modules for ``images``, in the order of the names, with their graph.
 
-    The model itself is asked, not a fast copy of it, whose modules may be folded. The empty name is the model.
+    Computed on the model itself, not on a fast copy, whose modules may be folded. The empty name is the model.
 
     Raises:
-        UserError: an unknown name, a layer that was not reached, or one whose answer is no tensor.
+        UserError: an unknown name, a layer that is not called, or one whose output is not a tensor.
     """
     modules = dict(victim.model.named_modules())
     kept: dict[str, Any] = {}
@@ -63,5 +63,5 @@ def activations(victim: Victim, images: torch.Tensor, names: Sequence[str]) -> l
     for name in names:
         if not isinstance(kept.get(name), torch.Tensor):
             came = "nothing" if name not in kept else f"a {type(kept[name]).__name__}"
-            raise UserError(f"layer {name!r} answers with {came}: choose a layer that answers with a tensor")
+            raise UserError(f"layer {name!r} returns {came}: choose a layer that returns a tensor")
     return [kept[name] for name in names]

@@ -1,4 +1,4 @@
-"""A universal perturbation as a thing: one delta, where it comes from, and how to apply, save and load it."""
+"""Universal perturbations: delta with its provenance, applying, saving and loading."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ attack's own stopping rule (DeepFool-UAP's fooling rate) was not met within its 
 
 
 class Provenance(Config):
-    """How a universal perturbation was made: enough to make it again, and to refuse scoring it on its own images."""
+    """How a universal perturbation was crafted: enough to reproduce it, and to refuse scoring it on its own images."""
 
     attack: str
     """Name of the attack."""
     settings: dict[str, Any]
-    """Every setting of the attack that ran."""
+    """Every setting of the attack."""
     eps: Eps
     norm: Norm
     seed: int
     model: str
-    """Hash of the weights it was crafted on; several models' hashes are joined by ``+``."""
+    """Hash of the model's weights; those of several models are joined by ``+``."""
     crafted_on: str
-    """Hash of the images it was crafted on; ``no images`` for a data-free attack."""
+    """Hash of the images it was crafted on; ``no images`` for data-free attacks."""
     crafted_split: str
-    """Their name."""
+    """Name of their split."""
     chosen_on: str
-    """Name of the split that chose among restarts."""
+    """Name of the split that selected among restarts."""
     restarts: list[tuple[str, float]]
-    """Each start and the rate it reached on ``chosen_on``: UER, or target rate where targeted."""
+    """Each start and its rate on ``chosen_on``: UER, or the target rate if targeted."""
     status: Status
     """See :data:`Status`."""
     forwards: int
     backwards: int
     source_class: int | None = None
-    """The true class whose images it is for, where it was crafted class-wise."""
+    """The true class it is for, if crafted class-wise."""
 
 
 class UniversalPerturbation:
@@ -50,9 +50,9 @@ class UniversalPerturbation:
     Attributes:
         delta: (1, C, H, W), float32, in pixel units, inside the ball of ``about``.
         about: its provenance.
-        image_hashes: (M,) int64, the images that it was crafted on, as :attr:`gambeson.data.Split.image_hashes` gives
-            them, each once and ascending; empty where it saw none. They are kept in its file, all of them: 8 bytes an
-            image, 400 kB for 50,000, 10 MB for ImageNet.
+        image_hashes: (M,) int64, unique hashes (:attr:`gambeson.data.Split.image_hashes`) of the images it was crafted
+            on, in ascending order; empty if there were none. They are stored in its file: 8 bytes per image, 400 kB for
+            50,000, 10 MB for ImageNet.
     """
 
     def __init__(self, delta: torch.Tensor, about: Provenance, image_hashes: torch.Tensor | None = None) -> None:
@@ -64,7 +64,7 @@ class UniversalPerturbation:
 
     @property
     def ball(self) -> Ball:
-        """The ball it lies in."""
+        """The ball of the perturbation."""
         return Ball(eps=self.about.eps, norm=self.about.norm)
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
@@ -72,9 +72,9 @@ class UniversalPerturbation:
         return perturb(images, self.delta.to(images))
 
     def held_out(self, split: Split) -> Split:
-        """Return the images of a split that the perturbation was not crafted on: what it may be scored on.
+        """Return the images of a split that the perturbation was not crafted on, on which it may be scored.
 
-        Few are left out, as the same picture may stand twice in a data set; many are refused
+        A few shared images are left out, because data sets contain duplicates; many are an error
         (:func:`gambeson.data.held_out`).
 
         Raises:
@@ -88,12 +88,12 @@ class UniversalPerturbation:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write it to one safetensors file."""
+        """Write the perturbation to one safetensors file."""
         save_tensors(Path(path), {"delta": self.delta, "image_hashes": self.image_hashes}, self.about.plain())
 
     @classmethod
     def load(cls, path: str | Path) -> UniversalPerturbation:
-        """Read it back.
+        """Read a perturbation written by :meth:`save`.
 
         Raises:
             UserError: the file is missing, damaged, a pickle, or holds something else.

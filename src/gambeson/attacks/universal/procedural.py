@@ -1,4 +1,4 @@
-"""Perlin noise with a hash of its own, so that a pattern is the same on every machine."""
+"""Procedural attacks: Perlin and Gabor noise, identical on every machine, with a search of their parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gambeson.attacks.universal.bayesian import first_points, latin_hypercube, p
 from gambeson.base import Number, derive, generator
 
 LATTICE = 256
-"""The hash repeats after this many lattice cells, and the one-octave noise with it."""
+"""Period of the hash, and of one-octave noise, in lattice cells."""
 _MASK = 2**32 - 1
 _DIAGONAL = math.sqrt(0.5)
 _DIRECTIONS = torch.tensor(
@@ -35,7 +35,7 @@ _DIRECTIONS = torch.tensor(
 
 
 def hashed(*keys: torch.Tensor | int) -> torch.Tensor:
-    """Mix integers into 32 bits, by integer arithmetic alone (multiply, shift, exclusive or).
+    """Hash integers to 32 bits with integer arithmetic only (multiply, shift, exclusive or).
 
     Args:
         keys: non-negative integer tensors below 2**32 that broadcast against each other, or plain integers.
@@ -94,12 +94,12 @@ def perlin(
 ) -> torch.Tensor:
     """Return one Perlin pattern in [0, 1], float64 (H, W) (Co et al., CCS 2019, arXiv 1810.00470).
 
-    Octaves of gradient noise are summed and stretched to [0, 1]; ``frequency`` then bends them into bands,
-    sin(n * frequency * pi), stretched again.
+    Octaves of gradient noise are summed and rescaled to [0, 1]; ``frequency`` then turns them into bands, sin(n *
+    frequency * pi), rescaled again.
 
     Args:
         size: (H, W) in pixels.
-        period: pixels a lattice cell of the first octave.
+        period: pixels per lattice cell of the first octave.
         octaves: each next one has ``lacunarity`` times the frequency and ``persistence`` times the amplitude.
         frequency: of the sine; 0 leaves it out.
         seed: of the hash, from 0 to 2**32 - 1.
@@ -152,8 +152,8 @@ def gabor(
 ) -> torch.Tensor:
     """Return one Gabor noise pattern in [0, 1], float64 (H, W) (Lagae et al. 2009; Co et al., arXiv 1810.00470).
 
-    In every cell of the grid ``impulses`` points get a weight in [-1, 1); points that meet add up. They are convolved
-    with a Gabor kernel, or with the sum of ``sides`` kernels turned evenly over half a circle.
+    In every cell of the grid ``impulses`` points get a weight in [-1, 1); coinciding points add up. They are convolved
+    with a Gabor kernel, or with the sum of ``sides`` kernels, evenly rotated over half a circle.
 
     Args:
         size: (H, W) in pixels.
@@ -161,14 +161,13 @@ def gabor(
         orientation: of its wave in radians.
         wavelength: of its wave in pixels.
         sides: number of orientations; a large one gives isotropic noise.
-        width: of the kernel, odd; a thirteenth of the image but 9 at least where it is not given (the paper's 23 at
-            299 pixels).
-        grid: pixels a cell.
-        impulses: points a cell.
+        width: of the kernel, odd; by default a thirteenth of the image but at least 9 (the paper's 23 at 299 pixels).
+        grid: pixels per cell.
+        impulses: points per cell.
         seed: of the hash, from 0 to 2**32 - 1.
     """
     width = kernel_width(size) if width is None else width
-    # A margin of cells around the image, so that its edges are as dense as its middle.
+    # A margin of cells around the image, so that the density is uniform.
     margin = width // 2
     height, breadth = size[0] + 2 * margin, size[1] + 2 * margin
     cells_down, cells_across = math.ceil(height / grid), math.ceil(breadth / grid)
@@ -191,7 +190,7 @@ def gabor(
 
 
 def kernel_width(size: tuple[int, int]) -> int:
-    """Return the customary kernel width for an image of ``size``: odd, 9 at least."""
+    """Return the default kernel width for an image of ``size``: odd, at least 9."""
     return max(9, min(size) // 13 // 2 * 2 + 1)
 
 
@@ -199,28 +198,28 @@ Bounds = list[tuple[float, float]]
 
 
 class ProceduralAttack(UniversalAttack):
-    """Base of the procedural attacks: patterns of few parameters, searched by their error on training images.
+    """Base of the procedural attacks: patterns with a few parameters, searched by their error on training images.
 
-    The model is only asked for its scores. Exactly ``patterns`` patterns are tried, each on the same ``images``
-    training images: ``patterns * images`` forwards and no backward, then ``finalists`` forwards of validation, which
-    chooses among the best. The paper's searches are Bayesian, with a Gaussian process of Matern 5/2 kernel and
-    expected improvement, or 1,000 random patterns; the evolution and all sizes here are ours.
+    Only the model's scores are used. Exactly ``patterns`` patterns are evaluated on the same ``images`` training
+    images: ``patterns * images`` forwards and no backward, then ``finalists`` forwards of validation, which selects
+    among the best. The paper's searches are Bayesian, with a Gaussian process of Matern 5/2 kernel and expected
+    improvement, or 1,000 random patterns; the evolution and all sizes here are ours.
     """
 
     patterns: Annotated[int, Field(ge=1)] = 100
-    """Patterns tried."""
+    """Number of patterns evaluated."""
     images: Annotated[int, Field(ge=1)] = 500
-    """Training images that each pattern is tried on."""
+    """Training images per pattern."""
     search: Literal["random", "evolution", "bayesian"] = "evolution"
     """``random``: independent draws. ``evolution``: a third are random, the others vary the best ones so far.
-    ``bayesian``: a few are spread over the box, the others are where a Gaussian process expects the most
+    ``bayesian``: a few are spread over the box, the others maximise the expected improvement of a Gaussian process
     (:func:`gambeson.attacks.universal.bayesian.propose`)."""
     parents: Annotated[int, Field(ge=1)] = 5
-    """Patterns that the evolution varies, the best so far."""
+    """Best patterns so far, which the evolution varies."""
     spread: Annotated[Number, Field(gt=0, le=1)] = 0.2
-    """Deviation of a variation as a share of the box; it halves over the search."""
+    """Standard deviation of a variation as a share of the box; it halves over the search."""
     finalists: Annotated[int, Field(ge=1)] = 5
-    """Best patterns on the training images, among which validation chooses."""
+    """Best patterns on the training images, among which validation selects."""
     target: Annotated[int, Field(ge=0)] | None = None
     """Class that every image should be taken for; None: any wrong class."""
 
@@ -233,7 +232,7 @@ class ProceduralAttack(UniversalAttack):
         raise NotImplementedError
 
     def delta(self, shape: tuple[int, ...], values: list[float], seed: int) -> torch.Tensor:
-        """Return a pattern as a perturbation (1, C, H, W): +-eps where it is above or below a half, all channels alike.
+        """Return a pattern as a perturbation (1, C, H, W): +-eps where it is above or below 0.5, equal in all channels.
 
         Args:
             shape: (C, H, W).
@@ -297,8 +296,8 @@ class ProceduralAttack(UniversalAttack):
 class PerlinNoise(ProceduralAttack):
     """Perlin noise (Co et al., CCS 2019, arXiv 1810.00470): period, octaves and the sine's frequency are searched.
 
-    The paper's box at 299 pixels is a period of 20 to 160 pixels, a frequency of 4 to 32 and 1 to 4 octaves; the
-    period is scaled with the image here, with 2 pixels at the least, which is ours.
+    The paper's box at 299 pixels is a period of 20 to 160 pixels, a frequency of 4 to 32 and 1 to 4 octaves; here the
+    period is scaled with the image, with at least 2 pixels (ours).
     """
 
     name: ClassVar[str] = "perlin-noise"
@@ -318,7 +317,7 @@ class PerlinNoise(ProceduralAttack):
 class GaborNoise(ProceduralAttack):
     """Gabor noise (Co et al., arXiv 1810.00470): sigma, orientation, wavelength and number of sides are searched.
 
-    The box is ours: it holds the values of the public code (kernel 23 pixels wide, sigma 8, wavelength 8).
+    The box is ours; it contains the values of the public code (kernel 23 pixels wide, sigma 8, wavelength 8).
     """
 
     name: ClassVar[str] = "gabor-noise"

@@ -1,4 +1,4 @@
-"""Stochastic gradient aggregation: many small-batch steps look ahead, their mean gradient takes the step."""
+"""SGA: inner steps on small batches, whose mean gradient is the outer step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gambeson.threat import BoxGradient
 
 
 class CleanLogit(Loss):
-    """Minus the label's own logit: the loss that the public code of SGA has as its default."""
+    """Minus the logit of the label, the default loss of SGA's public code."""
 
     def _answers(self, logits: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor | None) -> torch.Tensor:
         return -logits.gather(1, labels.unsqueeze(1)).squeeze(1)
@@ -29,38 +29,38 @@ class SGA(UniversalAttack):
     """Stochastic gradient aggregation (Liu et al., ICCV 2023, arXiv 2308.06015).
 
     For every large batch an inner perturbation starts at delta and takes a step on each small batch, ``rounds`` times
-    over the large one; delta itself then takes one step along the mean of all inner gradients. One step costs
-    ``rounds * batch_size`` forwards and backwards, so it has to be compared at equal gradients, not at equal steps.
+    over the large one; delta then takes one step along the mean of all inner gradients. One step costs ``rounds *
+    batch_size`` forwards and backwards, so compare it with other attacks at equal gradients, not at equal steps.
 
-    The paper runs 20 epochs over 10,000 images, which is ``steps=800``; the default here is ours and costs what
-    :class:`StochasticPGD` costs by default. Its start is zero, with constant steps.
+    The paper runs 20 epochs over 10,000 images, which is ``steps=800``; the default here is ours and has the cost of
+    :class:`StochasticPGD`'s default. It starts from zero, with constant step sizes.
     """
 
     name: ClassVar[str] = "sga"
 
     steps: Annotated[int, Field(ge=1)] = 100
-    """Outer steps a restart, one large batch each."""
+    """Outer steps per restart, one large batch each."""
     batch_size: Annotated[int, Field(ge=1)] = 250
     """Images of a large batch."""
     inner_batch: Annotated[int, Field(ge=1)] = 10
     """Images of a small batch."""
     rounds: Annotated[int, Field(ge=1)] = 4
-    """How often the inner steps go over the large batch (K of the paper)."""
+    """Inner passes over the large batch (the paper's K)."""
     rel_step_size: Annotated[Number, Field(gt=0)] = 0.1
-    """Length of an outer step as a share of eps."""
+    """Outer step size as a share of eps."""
     rel_inner_step_size: Annotated[Number, Field(gt=0)] = 0.1
-    """Length of an inner step as a share of eps."""
+    """Inner step size as a share of eps."""
     loss: Literal["cross-entropy", "logit"] = "cross-entropy"
     """``cross-entropy``, truncated, as in the script for ImageNet; ``logit`` is the default of the public code:
     minus the logit of the label (untargeted only)."""
     truncate: Number | None = 9.0
-    """Images whose cross-entropy is beyond this have no more say (beta of the paper)."""
+    """Images whose cross-entropy is beyond this have no gradient (the paper's beta)."""
     target_floor: Number = 0.05
-    """Targeted only: an image whose cross-entropy to the target is below this has no more say."""
+    """Targeted only: images whose cross-entropy to the target is below this have no gradient."""
     restarts: Annotated[int, Field(ge=1)] = 1
     """The first starts from zero, the others from random signs."""
     target: Annotated[int, Field(ge=0)] | None = None
-    """Class that every image should be taken for; None: any wrong class."""
+    """Target class of every image; None: untargeted."""
     labels: LabelSource = "prediction"
     """See :data:`gambeson.attacks.universal.base.LabelSource`."""
     box_gradient: BoxGradient = "straight-through"
@@ -68,7 +68,7 @@ class SGA(UniversalAttack):
 
     @property
     def objective(self) -> Loss:
-        """What is climbed, one value an image."""
+        """The objective, one value per image."""
         if self.target is not None:
             return Loss(targeted=True, truncate=self.target_floor)
         return CleanLogit() if self.loss == "logit" else Loss(truncate=self.truncate)
@@ -90,7 +90,7 @@ class SGA(UniversalAttack):
         targets: torch.Tensor,
         draw: torch.Generator,
     ) -> torch.Tensor:
-        """Sum the mean gradients of the small batches, each taken where the inner steps before it have led."""
+        """Sum the mean gradients of the small batches, each at the point reached by the previous inner steps."""
         total, inner = torch.zeros_like(delta), delta
         for rows in self._small_batches(len(images), draw):
             rows = rows.to(images.device)
@@ -101,6 +101,6 @@ class SGA(UniversalAttack):
 
     def _small_batches(self, images: int, draw: torch.Generator) -> Iterator[torch.Tensor]:
         for turn in range(self.rounds):
-            # The large batch comes in random order already, so its first round needs no new one.
+            # The large batch is already in random order, so the first round is not shuffled.
             order = torch.randperm(images, generator=draw) if turn else torch.arange(images)
             yield from order.split(self.inner_batch)

@@ -1,4 +1,4 @@
-"""Singular-vector universal perturbations: the direction that moves a hidden layer most."""
+"""Singular-vector universal perturbations: the direction that changes a hidden layer most."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class SingularVector(UniversalAttack):
     """Universal perturbation from a (p, q)-singular vector (Khrulkov and Oseledets, CVPR 2018, arXiv 1709.03582).
 
     Maximises ||J v||_q over ||v||_p = 1 by Boyd's power method, J being the Jacobian of a hidden layer stacked over a
-    few images; delta = eps v. The objective is even in v but the error is not, so both signs are candidates; with
-    p = inf the method stops at local maxima, so the best of several starts is taken for each layer. Layer and sign
-    are chosen on validation. No label is used.
+    few images; delta = eps v. The objective is even in v but the error is not, so both signs are candidates; with p =
+    inf the method ends in local maxima, so the best of several starts is used for each layer. Layer and sign are
+    selected on validation. No labels are used.
 
-    Cost, for each layer: one forward of ``images``, then two backwards of them an iteration and start; and two
+    Cost, for each layer: one forward of ``images``, then two backwards of them per iteration and start, and two
     forwards of validation. Defaults of q, iterations and images are those of the public codes; layers and starts ours.
     """
 
@@ -36,13 +36,13 @@ class SingularVector(UniversalAttack):
 
     layers: tuple[str, ...] = ()
     """Names of modules, as in ``model.named_modules()``; empty: convolutions and linear layers, at most five,
-    spread from the first to the last."""
+    evenly spaced from the first to the last."""
     q: Annotated[Number, Field(ge=1)] = 5.0
-    """Norm of the layer's change that is maximised."""
+    """Norm of the layer's change."""
     p: Annotated[Number, Field(gt=1)] | None = None
     """Norm of v; None: the ball's. With another p the result is scaled to the ball."""
     iterations: Annotated[int, Field(ge=1)] = 30
-    """Steps of the power method a start."""
+    """Steps of the power method per start."""
     images: Annotated[int, Field(ge=1)] = 64
     """Training images whose Jacobians are stacked."""
     restarts: Annotated[int, Field(ge=1)] = 5
@@ -81,16 +81,15 @@ class SingularVector(UniversalAttack):
 def layer_maps(victim: Victim, images: torch.Tensor, layer: str) -> tuple[Map, Map]:
     """Return J and its transpose, J being the layer's Jacobian at ``images`` seen as a function of one shared input.
 
-    J v stacks J_i v over the images, J^T u sums J_i^T u_i over them. One forward serves all calls; every call costs
-    a backward of the images. J v is the derivative of u -> J^T u, which is linear, so that no forward-mode rule of
-    any layer is needed.
+    J v stacks J_i v over the images, J^T u sums J_i^T u_i over them. One forward serves all calls; every call costs a
+    backward of the images. J v is the derivative of u -> J^T u, which is linear, so no layer needs a forward-mode rule.
     """
     with torch.enable_grad():
         point = images.detach().requires_grad_()
         (answer,) = activations(victim, point, [layer])
         dual = torch.zeros_like(answer, requires_grad=True)
         (pulled,) = torch.autograd.grad(answer, point, dual, create_graph=True)
-    # Victim.gradient frees the graph that these two keep, so they count for themselves.
+    # Victim.gradient would free the graph, so these two count by themselves.
 
     def jvp(v: torch.Tensor) -> torch.Tensor:
         victim.backwards += len(images)
@@ -106,7 +105,7 @@ def layer_maps(victim: Victim, images: torch.Tensor, layer: str) -> tuple[Map, M
 
 
 def power_method(jvp: Map, vjp: Map, v: torch.Tensor, *, p: float, q: float, iterations: int) -> torch.Tensor:
-    """Climb ||J v||_q over ||v||_p = 1 (Boyd 1974): v becomes the p-dual of J^T psi_q(J v). It never falls.
+    """Maximise ||J v||_q over ||v||_p = 1 (Boyd 1974): v becomes the p-dual of J^T psi_q(J v). It never decreases.
 
     Args:
         jvp: v to J v.
@@ -114,12 +113,12 @@ def power_method(jvp: Map, vjp: Map, v: torch.Tensor, *, p: float, q: float, ite
         v: where to start.
         p: above 1, may be infinite.
         q: 1 or above, finite.
-        iterations: steps; it stops by itself where J v is zero.
+        iterations: steps; it stops early if J v is zero.
     """
     v = _dual(v, p)
     for _ in range(iterations):
         pushed = jvp(v)
-        # Divided by its largest value, so that no power leaves the range of floats.
+        # Divided by its largest value, so that powers do not overflow.
         pushed = pushed / pushed.abs().max().clamp(min=1e-30)
         pulled = vjp(pushed.sign() * pushed.abs().pow(q - 1))
         if not bool(pulled.any()):

@@ -50,7 +50,7 @@ class StochasticPGD(UniversalAttack):
     name: ClassVar[str] = "stochastic-pgd"
 
     steps: Annotated[int, Field(ge=1)] = 400
-    """Gradient steps a restart, one mini-batch each."""
+    """Gradient steps per restart, one mini-batch each."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Images a step."""
     rel_step_size: Annotated[Number, Field(gt=0)] = 0.25
@@ -99,7 +99,7 @@ class StochasticPGD(UniversalAttack):
 
     @property
     def objective(self) -> Loss:
-        """What is climbed, one value an image."""
+        """What is climbed, one value per image."""
         truncate = self.truncate if self.target is None else self.target_floor
         return Loss(
             kind=self.loss,
@@ -177,7 +177,7 @@ class ClasswiseStochasticPGD(StochasticPGD):
 
     After class-wise universal attacks (Zhang et al. 2020) and class-wise UAT (Benz et al. 2021, arXiv 2104.03000):
     in a batch every image carries its own class's perturbation, x_i + delta[y_i], so that one backward serves all
-    classes. An image informs its own class only: at equal cost a class sees ``batch_size / K`` images a step, and
+    classes. An image informs its own class only: at equal cost a class sees ``batch_size / K`` images per step, and
     the default batch is larger for that reason.
 
     ``craft_classes`` returns a perturbation for every class, each chosen on the validation images of its class.
@@ -190,7 +190,7 @@ class ClasswiseStochasticPGD(StochasticPGD):
     """Not for class-wise perturbations."""
 
     steps: Annotated[int, Field(ge=1)] = 200
-    """Gradient steps a restart, one mini-batch each."""
+    """Gradient steps per restart, one mini-batch each."""
     batch_size: Annotated[int, Field(ge=1)] = 512
     """Images a step, of all classes."""
     restarts: Annotated[int, Field(ge=1)] = 2
@@ -199,9 +199,9 @@ class ClasswiseStochasticPGD(StochasticPGD):
     def craft(
         self, model: Source, data: object, *, seed: int = 0, start: torch.Tensor | None = None
     ) -> UniversalPerturbation:
-        """Refuse: there is one perturbation a class, see :meth:`craft_classes`."""
+        """Refuse: there is one perturbation per class, see :meth:`craft_classes`."""
         raise UserError(
-            "a class-wise attack makes one perturbation a class: call craft_classes, which returns them by class"
+            "a class-wise attack makes one perturbation per class: call craft_classes, which returns them by class"
         )
 
     def craft_classes(self, model: Source, data: object, *, seed: int = 0) -> dict[int, UniversalPerturbation]:
@@ -213,7 +213,7 @@ class ClasswiseStochasticPGD(StochasticPGD):
             Forwards and backwards in each provenance are those of all classes together.
 
         Raises:
-            UserError: label maps, which have no class an image; or data and model that do not fit.
+            UserError: label maps, which have no class per image; or data and model that do not fit.
         """
         with entered(model) as victims:
             spent = tally(victims)

@@ -24,7 +24,7 @@ _MORE = 0.02
 _MORE_UNIVERSAL = 0.05
 """The same for universal perturbations, of which the best is found by luck as well."""
 _QUERIES = 300
-"""The most queries an image."""
+"""The most queries per image."""
 _KNOWN, _FLOATS = 2000, 2**26
 """Training images that are stepped towards: so many at the most, and so many numbers in them."""
 _REMEDY = "Report the stronger attack's number, and find what stops the gradient; attack by transfer and queries."

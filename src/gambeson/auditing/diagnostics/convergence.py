@@ -32,7 +32,7 @@ def _whole_box(context: AuditContext) -> Finding:
 
 
 @register(
-    "more eps, more errors",
+    "monotone in eps",
     condition="PGD with a larger eps leaves clearly more images right than with a smaller one",
     explanation="The larger ball holds the smaller one: an attack that does less in it has lost its way (Athalye "
     "et al. 2018, section 3.1).",
@@ -89,7 +89,7 @@ def _converged(context: AuditContext) -> Finding:
 
 
 @register(
-    "gradient beats chance",
+    "gradient beats random search",
     condition="random search breaks clearly more images than PGD at as many passes",
     explanation="Following the gradient is worse than guessing: it does not point where the loss rises "
     "(Athalye et al. 2018, section 3.1).",

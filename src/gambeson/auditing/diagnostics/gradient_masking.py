@@ -30,7 +30,7 @@ _SEVERAL = 3
 
 
 @register(
-    "gradients alive",
+    "no vanishing gradients",
     condition=f"more than {100 * _DEAD:g} % of images have a loss gradient of zero, to float32's smallest normal "
     "number, or one that is not finite; or on as many no wrong class's logit has a gradient",
     explanation="Such images cannot be attacked by following the gradient: it is saturated, detached, rounded away "
@@ -41,11 +41,11 @@ def _alive(context: AuditContext) -> Finding:
     split, loss = context.sample, Loss(kind="cross-entropy")
     scale = context.victim.temperature  # of the logits as attacks climb them
     images, labels = split.take(slice(None), context.victim.device)
-    dead = _without(_slopes(context, images, labels, lambda z, y: loss(z / scale, y, split.task))[0])
+    dead = _without(_gradients(context, images, labels, lambda z, y: loss(z / scale, y, split.task))[0])
     detail = f"{dead} of {len(images)} images have an input gradient of zero, or one that is not finite"
     numbers, blind = {"dead": dead / len(images)}, 0
     if split.task.labels_every_image and len(split.classes) >= _SEVERAL:
-        blind = _without(_slopes(context, images, labels, _of_wrong_classes)[0])
+        blind = _without(_gradients(context, images, labels, _of_wrong_classes)[0])
         detail += f"; on {blind} no wrong class's logit has a gradient"
         numbers["wrong classes dead"] = blind / len(images)
     return Finding(max(dead, blind) <= _DEAD * len(images), detail, numbers)
@@ -58,13 +58,13 @@ def _without(gradients: torch.Tensor) -> int:
 
 
 def _of_wrong_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    # Weights of different size: slopes of different classes shall not cancel.
+    # Weights of different size: gradients of different classes shall not cancel.
     weights = torch.linspace(1, 2, logits.shape[1], device=logits.device).expand_as(logits)
     return (logits * weights.scatter(1, labels[:, None], 0)).sum(1)
 
 
 @register(
-    "cross-entropy keeps up",
+    "margin loss no stronger",
     condition=f"PGD on the margin of the logits breaks clearly more images, by {100 * _STARVED:g} points, than PGD "
     "on cross-entropy with the same steps",
     explanation="The logits are so large, or so shaped, that the softmax starves the attack of its gradient "
@@ -96,15 +96,15 @@ def _fed(context: AuditContext) -> Finding:
 def _statistics(context: AuditContext) -> GradientStatistics | None:
     try:
         return gradient_statistics(context.victim, context.sample)
-    except UserError:  # label maps, or gradients that are not finite, which "gradients alive" is for
+    except UserError:  # label maps, or gradients that are not finite, which "no vanishing gradients" is for
         return None
 
 
 @register(
-    "gradients tell the truth",
+    "gradient matches finite differences",
     condition=f"on clearly more than {100 * _FALSE:g} % of images the margin changes along the gradient by less "
     f"than half or more than twice what the gradient promises, over {_REACH:g} in every pixel",
-    explanation="The gradient is not the slope of the function: shattered, straight-through, rounded or reversed "
+    explanation="The gradient is not that of the function: shattered, straight-through, rounded or reversed "
     "(Athalye et al. 2018, section 4.1).",
     remedy="Replace the part that breaks the gradient by a smooth one in the backward pass (BPDA), or attack by "
     "queries.",
@@ -115,10 +115,10 @@ def _true(context: AuditContext) -> Finding:
     victim, split = context.victim, context.sample
     images, labels = split.take(slice(None), victim.device)
     draw = generator(context.seed, "differences", device=images.device)
-    # Where attacks begin: a point drawn in the ball has no ties, at which one-sided slopes differ.
+    # Where attacks begin: a point drawn in the ball has no ties, at which one-sided derivatives differ.
     point = perturb(images, Ball(eps=context.eps, norm=context.suite.norm).uniform(images.shape, draw))
     loss = Loss(kind="margin")
-    gradients, before = _slopes(context, point, labels, lambda z, y: loss(z, y, split.task))
+    gradients, before = _gradients(context, point, labels, lambda z, y: loss(z, y, split.task))
     signs = torch.where(gradients == 0, Ball(eps=1).signs(images.shape, draw), gradients.sign())
     moved = perturb(point, _REACH * signs)
     said = (gradients * (moved - point)).double().flatten(1).sum(1)
@@ -141,7 +141,7 @@ def probe(context: AuditContext, eps: float) -> PGD:
     return PGD(eps=eps, norm=context.suite.norm, steps=min(_STEPS, context.suite.pgd_steps))
 
 
-def _slopes(
+def _gradients(
     context: AuditContext,
     images: torch.Tensor,
     labels: torch.Tensor,

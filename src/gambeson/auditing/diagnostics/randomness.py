@@ -21,7 +21,7 @@ _NOT_RANDOM = Finding(None, "two calls with the same images agree: the model is 
 
 
 @register(
-    "one draw decides",
+    "deterministic or majority vote",
     condition="the model is random and its numbers come from a single pass",
     explanation="One pass over a random model is chance: an image that is right in it may be wrong in the next.",
     remedy="Let the majority of many passes decide (votes=21), and report the spread between passes.",
@@ -47,11 +47,11 @@ def _attack(context: AuditContext, eot_samples: int | None) -> PGD:
 
 
 @register(
-    "EOT gap",
+    "no EOT gap",
     condition="averaging gradients over twice as many draws, or over one alone, clearly breaks more images",
     explanation="The attacks followed the noise of too few draws, or a mean that misleads (expectation over "
     "transformation, Athalye et al. 2018, section 4.2): a stronger attack is known, and the numbers are not it.",
-    remedy="Raise gradient_draws until more of them change nothing; where one does better, lower them to it.",
+    remedy="Raise eot_samples until more of them change nothing; where one does better, lower them to it.",
 )
 def _more_draws(context: AuditContext) -> Finding:
     if not context.subject.random:
@@ -95,7 +95,7 @@ class _Nothing:
 
 
 @register(
-    "noise-off gap",
+    "no noise-off gap",
     condition="perturbations crafted with the noise off break clearly more than those crafted through it, or "
     f"clearly more than {100 * _FAR:g} % of the images that are right either way stand only while the noise is on",
     explanation="The robustness is the randomness's: it misleads the attack, and the model behind it has none "

@@ -53,7 +53,7 @@ def _multi_step(context: AuditContext) -> Finding:
 
 
 @register(
-    "random start gains nothing",
+    "random start no stronger",
     condition=f"R+FGSM breaks clearly more images than FGSM at the same eps, by {100 * _GAP:g} points",
     explanation="The gradient at the image itself misleads, and a random step away from it frees the attack "
     "(Tramèr et al. 2018, section 4.1, table 2): the mark of training on single steps. On a linear loss R+FGSM is "
@@ -73,7 +73,7 @@ def _random_start(context: AuditContext) -> Finding:
 
 
 @register(
-    "longer step, more errors",
+    "monotone in step size",
     condition=f"a gradient step of eps leaves clearly more images right, by {100 * _FURTHER:g} points, than one of "
     "eps / 2 along the same gradient",
     explanation="The loss has a ridge at small eps, along the gradient that training looked at (Tramèr et al. "
@@ -92,7 +92,7 @@ def _longer_step(context: AuditContext) -> Finding:
 
 
 @register(
-    "single step approximates",
+    "single step approximates multi-step",
     condition=f"a single step reaches less than {100 * _NEAR:g} % of the rise of the loss that ten reach, and on "
     f"clearly more than {100 * _FALLING:g} % of images the loss falls in its second half",
     explanation="Single-step and multi-step perturbations have little in common and the loss has a ridge between "

@@ -71,7 +71,7 @@ def _remembers(context: AuditContext, images: torch.Tensor) -> bool:
 
 
 @register(
-    "train-mode BatchNorm",
+    "independent of the batch",
     condition="the logits of an image change with the other images of its batch",
     explanation="An image's answer is not its own: statistics or attention reach across the batch, so that a rate "
     "depends on how images were put together, and an attack changes the answers of images it does not touch.",
@@ -117,7 +117,7 @@ def _moves(context: AuditContext, image: torch.Tensor) -> bool:
 
 
 @register(
-    "remembers queries",
+    "stateless",
     condition="the same images get other answers later, or after many queries near one of them; or all images near "
     "another get the logits of that one to the last digit",
     explanation="The model keeps a state between calls, as detectors of repeated queries do (Chen, Carlini and "
@@ -161,7 +161,7 @@ def _memory(context: AuditContext) -> Finding:
 
 
 @register(
-    "keeps its input",
+    "input unchanged",
     condition="never: a model that writes into its input is given copies, and this check says so",
     explanation="Writing into the images would change what an attack keeps.",
     remedy="Copy the images at the head of the model's forward.",

@@ -13,7 +13,7 @@ tried was the best of several on validation. Ours."""
 
 
 @register(
-    "unseen images stand as well",
+    "no test-set leakage",
     condition="under the same attack clearly more test images than validation images keep their answer, by "
     f"{100 * _MORE:g} points",
     explanation="The model withstands more on the images that it is scored on than on others of the same kind: it "

@@ -21,7 +21,7 @@ def _prior(context: AuditContext) -> float:
 
 
 @register(
-    "better than guessing",
+    "better than majority class",
     condition="the clean accuracy is not clearly above that of always naming the most frequent class",
     explanation="A model that has learnt nothing cannot be called robust.",
     remedy="Train the model, or check that data, classes and normalisation are its own.",
@@ -85,7 +85,7 @@ def _clearly_worse(context: AuditContext, point: UniversalResult) -> bool:
 
 
 @register(
-    "budget used",
+    "perturbation budget used",
     condition="a crafted perturbation stays below 5 % of its eps",
     explanation="The attack hardly moved: it had no gradient to follow.",
     remedy="Look at the gradients' diagnostics.",
@@ -103,7 +103,7 @@ def _used(context: AuditContext) -> Finding:
 
 
 @register(
-    "eps curve rises",
+    "UER monotone in eps",
     condition="the UER at some eps is clearly below that at a smaller one",
     explanation="What harms inside a ball lies inside every larger one: the attack failed at the larger eps.",
     remedy="Give the attack more steps and restarts; look at the gradients' diagnostics.",
@@ -128,7 +128,7 @@ def _rises(context: AuditContext) -> Finding:
 
 
 @register(
-    "re-scoring agrees",
+    "re-scoring reproducible",
     condition="the stored perturbation does not give the reported rate once more",
     explanation="The rate is not a property of model and perturbation alone.",
     remedy="Find what else the answer depends on: a state kept between calls, the make-up of a batch, randomness "

@@ -1,4 +1,4 @@
-"""The audit's Jacobian analysis: slopes, what inputs share of them, bounds, and the surface of the loss."""
+"""The audit's Jacobian analysis: norms, what inputs share, bounds, and the surface of the loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from gambeson import analysis
 from gambeson.analysis import Spectrum, Spread
 from gambeson.analysis.bounds import both_spectra
-from gambeson.auditing.results import RANGES, Bounds, LossSurface, PairHistogram, Slopes, Subspace
+from gambeson.auditing.results import RANGES, Bounds, JacobianResult, LossSurface, PairHistogram, Subspace
 from gambeson.auditing.suite import Suite
 from gambeson.base import UserError, save_tensors, seeded
 from gambeson.data import Split
@@ -22,7 +22,7 @@ from gambeson.evaluation.rates import Cost
 from gambeson.threat import Norm
 from gambeson.victim import Victim
 
-FILE = "slopes.safetensors"
+FILE = "jacobian.safetensors"
 _FEWEST = 16
 """Images, or pairs, below which a part says nothing."""
 _FLOATS = 2**27
@@ -41,10 +41,10 @@ def measure(
     eps: float,
     seed: int = 0,
     folder: Path | None = None,
-) -> Slopes | None:
-    """Measure the slopes of a classifier on a sample of test images.
+) -> JacobianResult | None:
+    """Measure the Jacobian of a classifier on a sample of test images.
 
-    Exact parts may take ``suite.slope_backwards`` backward passes each; for models of many classes or large images
+    Exact parts may take ``suite.jacobian_backwards`` backward passes each; for models of many classes or large images
     they give way to estimates, or are left out with the reason. A random model is held at one draw.
 
     Args:
@@ -59,7 +59,7 @@ def measure(
     Returns:
         None for black boxes, for label maps and whatever else is no classifier, and where the suite leaves them out.
     """
-    if suite.slope_backwards == 0 or not split.task.labels_every_image:
+    if suite.jacobian_backwards == 0 or not split.task.labels_every_image:
         return None
     if isinstance(victim.model, BlackBox):
         return None
@@ -72,8 +72,8 @@ def measure(
         if logits.ndim != 2:
             return None
         if random and not torch.equal(logits, watched.forward_original(images)):
-            reason = "the model is random in a way that no seed fixes: slopes of other draws do not fit together"
-            return Slopes(images=len(split), left_out={"slopes": reason}, cost=Cost())
+            reason = "the model is random in a way that no seed fixes: Jacobians of other draws do not fit together"
+            return JacobianResult(images=len(split), left_out={"jacobian": reason}, cost=Cost())
         parts = _Parts(watched, split, suite, eps, seed, logits.shape[1])
         found = parts.collect(uaps)
         if random:  # for its forwards the victim was charged as they happened
@@ -95,7 +95,7 @@ class _OneDraw(nn.Module):
         self._victim, self._seed = victim, seed
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with seeded(self._seed, "slopes", "draw"):
+        with seeded(self._seed, "jacobian", "draw"):
             return self._victim.forward_original(images)
 
 
@@ -107,15 +107,15 @@ class _Parts:
         self.tensors: dict[str, torch.Tensor] = {}
         self.spectrum: Spectrum | None = None
 
-    def collect(self, uaps: Mapping[float, torch.Tensor]) -> Slopes:
-        victim, split, budget = self.victim, self.split, self.suite.slope_backwards
+    def collect(self, uaps: Mapping[float, torch.Tensor]) -> JacobianResult:
+        victim, split, budget = self.victim, self.split, self.suite.jacobian_backwards
         count = min(len(split), budget // self.classes, _FLOATS // (self.classes * self.size))
         exact = count >= min(_FEWEST, len(split))
         some = split.sample(max(1, count if exact else budget // 200), seed=self.seed)
         dear = f"{self.classes} classes: one exact Jacobian takes as many backward passes"
         if not exact:
             self.left_out["norms"] = f"{dear}, so the Frobenius norm alone is estimated by projections"
-        return Slopes(
+        return JacobianResult(
             images=len(split),
             norms=self._try("norms", lambda: analysis.jacobian_norms(victim, some)) if exact else None,
             frobenius=None if exact else self._try("frobenius", self._estimated),
@@ -142,7 +142,7 @@ class _Parts:
             return None
 
     def _estimated(self) -> Spread | None:
-        images, _ = self._few(self.suite.slope_backwards // 8)
+        images, _ = self._few(self.suite.jacobian_backwards // 8)
         found = [analysis.estimate_frobenius(self.victim, part, seed=self.seed).values for part in images.split(16)]
         return Spread.of(torch.cat(found).sqrt())
 
@@ -160,11 +160,11 @@ class _Parts:
         if self.spectrum is None:
             raise UserError("it needs the stacked spectrum, which the bounds could not have")
         if self.spectrum.shared is None:
-            raise UserError(f"{dear}, and it needs the spectral norm of each" if self.spectrum.trace else "no slope")
+            raise UserError(f"{dear}, and it needs the spectral norm of each" if self.spectrum.trace else "no gradient")
         return self.spectrum.shared
 
     def _pairs(self, dear: str) -> list[PairHistogram]:
-        count = min(1000, self.suite.slope_backwards // (2 * self.classes))
+        count = min(1000, self.suite.jacobian_backwards // (2 * self.classes))
         if count < _FEWEST or 2 * self.classes * self.size > _FLOATS:
             raise UserError(f"{dear}, and a pair needs two")
         found = analysis.pair_sharing(self.victim, self.split, pairs=count, seed=self.seed)
@@ -174,7 +174,7 @@ class _Parts:
         return [PairHistogram.of(found, metric) for metric in RANGES]
 
     def _surface(self) -> LossSurface:
-        budget = 3 * self.suite.slope_backwards // _GRID**2
+        budget = 3 * self.suite.jacobian_backwards // _GRID**2
         images, labels = self._few(min(budget, 2**22 // self.size))
         extent = _length(self.eps, self.suite.norm, "inf", self.size)
         found = analysis.loss_surface(self.victim, images, labels, extent=extent, points=_GRID, seed=self.seed)
@@ -193,7 +193,7 @@ class _Parts:
         )
 
     def _subspaces(self) -> list[Subspace]:
-        budget = 3 * self.suite.slope_backwards // 170
+        budget = 3 * self.suite.jacobian_backwards // 170
         images, labels = self._few(min(budget, 2**26 // (64 * self.size)))
         norms: tuple[Norm, ...] = ("inf", "2")
         return [self._subspace(images, labels, norm) for norm in norms]

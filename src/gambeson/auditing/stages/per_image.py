@@ -1,4 +1,4 @@
-"""The audit's attacks on single images: PGD on every test image, and the standard row on some."""
+"""The audit's attacks on single images: PGD on every test image, and the standard attack suite on some."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from gambeson.evaluation.outcome import ImageAttack, accuracy_under
 
 
 def left_out(context: AuditContext) -> str:
-    """Return why there is no row of attacks; empty where there can be one."""
+    """Return why there is no attack suite; empty where there can be one."""
     if context.suite.norm != "1" and context.test.task.per_image_label:
         return ""
-    return "No row of attacks was tried on single images: it is for one label an image and the norms inf and 2."
+    return "No attack suite was tried on single images: it is for one label per image and the norms inf and 2."
 
 
 def measure(context: AuditContext) -> list[PerImageResult]:
     """Attack image by image at the middle eps.
 
-    PGD on all test images, then the standard row on ``suite.row_images`` of them. The row is for one label
-    an image and the norms inf and 2, and is left out elsewhere. A black box is attacked by Square alone, on the images
+    PGD on all test images, then the standard attack suite on ``suite.suite_images`` of them. That is for one label per
+    image and the norms inf and 2, and is left out elsewhere. A black box is attacked by Square alone, on the images
     that diagnostics look at, with ``suite.queries`` of each; nothing is tried on one in the norm 1.
     """
     suite, norm = context.suite, context.suite.norm
-    rows = not left_out(context)
+    possible = not left_out(context)
     if context.subject.black_box:
-        if not rows or suite.queries == 0:
+        if not possible or suite.queries == 0:
             return []
         square = Square(eps=context.eps, norm=norm, queries=suite.queries)
-        return [_row(context, "square", len(context.sample), {"square": square}, square.plain())]
+        return [_suite(context, "square", len(context.sample), {"square": square}, square.plain())]
     found = [_pgd(context)]
-    if rows and suite.row_images:
+    if possible and suite.suite_images:
         attacks = standard_suite(
             eps=context.eps,
             norm=norm,
-            queries=suite.row_queries,
+            queries=suite.suite_queries,
             eot_samples=suite.eot_samples if context.subject.random else None,
         )
         settings = {name: attack.plain() for name, attack in attacks.items() if hasattr(attack, "plain")}
-        found.append(_row(context, "standard", suite.row_images, attacks, settings))
+        found.append(_suite(context, "standard", suite.suite_images, attacks, settings))
     return found
 
 
@@ -59,7 +59,7 @@ def _pgd(context: AuditContext) -> PerImageResult:
     )
 
 
-def _row(
+def _suite(
     context: AuditContext, name: str, images: int, attacks: Mapping[str, ImageAttack], settings: dict[str, Any]
 ) -> PerImageResult:
     before = context.spent

@@ -1,4 +1,4 @@
-"""The audit's draws: what a random model answers over many passes, and what it answers once its noise is off."""
+"""Random models: what a random model answers over many passes, and what it answers once its noise is off."""
 
 from __future__ import annotations
 

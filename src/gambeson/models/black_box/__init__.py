@@ -1,1 +1,1 @@
-"""Models that only answer: a function, an ONNX file or an HTTP endpoint, asked within a budget."""
+"""Black boxes: functions, ONNX files and HTTP endpoints that return scores, queried within a budget."""

@@ -1,4 +1,4 @@
-"""Models of which nothing is seen but scores, or only the class they name: what all of them share."""
+"""Base class of black boxes, which return only scores or class indices."""
 
 from __future__ import annotations
 
@@ -15,43 +15,42 @@ from torch import nn
 from gambeson.base import UserError, read_json, write_json
 
 Output = Literal["auto", "logits", "probabilities"]
-"""What the box returns. ``auto`` decides at the first answer: rows in [0, 1] that sum to 1 are probabilities."""
+"""Type of the returned scores. ``auto`` decides on the first result: rows in [0, 1] that sum to 1 are probabilities."""
 
 _TINY = 1e-30
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class BudgetSpent(UserError):
-    """A black box would be asked about more images than its budget allows; nothing was asked."""
+    """A query would exceed the budget of a black box; nothing was sent."""
 
 
 class BlackBox(nn.Module):
-    """A function from images (N, C, H, W) in [0, 1] to scores (N, K), without gradient, counted.
+    """A function from images (N, C, H, W) in [0, 1] to scores (N, K), without gradients, that counts its queries.
 
-    It stands wherever a model stands that is only asked: in :class:`gambeson.victim.Victim`, in query and procedural
-    attacks, in transfer. Probabilities are turned into their logarithm, which are logits of the same model. A box that
-    only names a class, (N,) integers, gives rows of -1 with a zero at that class: nothing then tells a search how near
-    it is.
+    It can be used wherever a model needs only forward passes: in :class:`gambeson.victim.Victim`, query and procedural
+    attacks, and transfer. Probabilities are converted to their logarithm, which are logits of the same model. Class
+    indices (N,) become rows of -1 with a zero at that class, which give a search no sense of distance.
 
     Args:
-        output: what the box returns.
-        budget: the most images it may be asked about in all; None: as many as an attack likes.
-        batch: the most images sent at once.
-        classes: K; needed only where the box names classes.
+        output: type of the returned scores.
+        budget: maximum number of images in total; None: unlimited.
+        batch: maximum number of images per request.
+        classes: K; needed only if the box returns class indices.
 
     Attributes:
-        images: images it was asked about. One that was sent again counts again if it may have been answered before.
-        answers: what :meth:`recognise` heard; empty before. It is a buffer, so that the module's fingerprint is the
-            hash of it.
+        images: number of images queried. A retry counts again if the first attempt may have been answered.
+        answers: scores stored by :meth:`recognise`; empty before. It is a buffer, so that it determines the module's
+            fingerprint.
 
     Raises:
-        UserError: from ``forward``, for a gradient, and answers that are not finite scores (N, K) or class indices.
-        BudgetSpent: from ``forward``, for a budget that would be exceeded.
+        UserError: from ``forward``: gradients are enabled, or the result is not finite scores (N, K) or class indices.
+        BudgetSpent: from ``forward``: the budget would be exceeded.
     """
 
     answers: torch.Tensor
     workers = 1
-    """Batches that are asked about at once."""
+    """Concurrent requests."""
 
     def __init__(
         self, *, output: Output = "auto", budget: int | None = None, batch: int = 256, classes: int | None = None
@@ -64,8 +63,8 @@ class BlackBox(nn.Module):
         self.batch = batch
         self.images = 0
         self.register_buffer("answers", torch.zeros(0))
-        self._names = classes  # that indices may come from
-        self._classes: int | None = None  # that answers had
+        self._names = classes  # range of class indices
+        self._classes: int | None = None  # number of scores so far
         self._told: set[str] = set()
         self._hard = True
         self._lock = threading.Lock()
@@ -75,29 +74,29 @@ class BlackBox(nn.Module):
     @property
     @abstractmethod
     def title(self) -> str:
-        """What messages call the box."""
+        """Name of the box in messages."""
 
     @abstractmethod
     def _ask(self, images: torch.Tensor) -> Any:
-        """Return the answer for at most ``batch`` images, float32 on the CPU; they are counted already."""
+        """Return the result for at most ``batch`` images, float32 on the CPU, already counted."""
 
     @property
     def decides_only(self) -> bool:
-        """Whether nothing but the top class was heard so far: class indices, or a single one in every row."""
+        """Whether only the top class was returned so far: class indices, or one-hot rows."""
         return bool(self._told) and self._hard
 
     @property
     def asked(self) -> int:
-        """Images it was asked about, those of earlier processes included where :meth:`hold` found their number."""
+        """Number of images queried, including those of earlier processes found by :meth:`hold`."""
         return self._earlier + self.images
 
     def hold(self, budget: int | None, file: Path | None = None) -> None:
-        """Hold the box to a budget that outlives the process.
+        """Set a budget that persists across processes.
 
         Args:
-            budget: the most images in all, those asked about before included.
-            file: keeps the number, written before the images are sent: a process that is cut can only have asked
-                less.
+            budget: maximum number of images in total, including earlier ones.
+            file: stores the number. It is written before images are sent, so an interrupted process can only have sent
+                fewer.
         """
         known = file is not None and file.is_file()
         self._file, self._earlier = file, int(read_json(file)["images"]) if file is not None and known else 0
@@ -107,12 +106,12 @@ class BlackBox(nn.Module):
         self.settle()
 
     def settle(self) -> None:
-        """Write the number as it is; between two calls up to half a per cent of the budget more stands there."""
+        """Write the exact number; between calls the file may overstate it by up to half a per cent of the budget."""
         with self._lock:
             self._write(self.asked)
 
     def recognise(self, images: torch.Tensor) -> torch.Tensor:
-        """Ask about ``images`` and keep the scores in :attr:`answers`: they tell this box from another."""
+        """Query ``images`` and store the scores in :attr:`answers`, which identify the box."""
         with torch.no_grad():
             self.answers = self(images)
         return self.answers
@@ -124,7 +123,7 @@ class BlackBox(nn.Module):
                 f"{self.title} is a black box, which has no gradient: choose a query, procedural or transfer attack, "
                 "such as square or perlin"
             )
-        self._claim(len(images))  # before asking: two threads must not both take the last place
+        self._claim(len(images))  # first, so that two threads cannot both use the last of the budget
         pieces = images.detach().to("cpu", torch.float32).split(self.batch) if len(images) else ()
         begun = 0
 
@@ -157,7 +156,7 @@ class BlackBox(nn.Module):
                 self._write(min(self.asked + ahead, most))
 
     def _release(self, count: int) -> None:
-        """Take back a claim: these images were not sent, or surely not answered."""
+        """Undo a claim: these images were not sent, or certainly not answered."""
         with self._lock:
             self.images -= count
 
@@ -167,7 +166,7 @@ class BlackBox(nn.Module):
         self._written = number
 
     def _read(self, answer: Any, count: int) -> torch.Tensor:
-        expected = f"expected scores ({count}, K), one row an image"
+        expected = f"expected scores ({count}, K), one row per image"
         answer = getattr(answer, "logits", answer)
         try:
             given = torch.as_tensor(answer).detach().cpu()
@@ -203,7 +202,7 @@ class BlackBox(nn.Module):
 
     def _one_hot(self, classes: torch.Tensor) -> torch.Tensor:
         if self._names is None:
-            raise UserError(f"{self.title} returned classes, and it is not known how many there are: say classes=K")
+            raise UserError(f"{self.title} returned classes, and their number is unknown: pass classes=K")
         if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < self._names:
             raise UserError(
                 f"{self.title} returned classes from {int(classes.min())} to {int(classes.max())}: expected 0 to "
@@ -215,7 +214,7 @@ class BlackBox(nn.Module):
 def together(
     ask: Callable[[torch.Tensor], torch.Tensor], pieces: Sequence[torch.Tensor], workers: int
 ) -> list[torch.Tensor]:
-    """Return what ``ask`` says of every piece, asking ``workers`` at once; after a failure no more are begun."""
+    """Apply ``ask`` to every piece with ``workers`` threads; after a failure no more are started."""
     if workers == 1 or len(pieces) < 2:
         return [ask(piece) for piece in pieces]
     with ThreadPoolExecutor(workers) as pool:

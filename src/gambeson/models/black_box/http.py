@@ -1,13 +1,13 @@
-"""A model behind a URL as a black box.
+"""HTTP endpoints as black boxes.
 
-The protocol, which a server of a few lines can speak:
+The protocol, which takes a server a few lines:
 
 * Request: ``POST URL``, ``Content-Type: application/x-npy``; the body is a NumPy ``.npy`` file of float32,
   (N, C, H, W), pixels in [0, 1].
 * Answer: status 200 and scores (N, K), either a ``.npy`` file (recognised by its first bytes) or JSON: nested lists, or
-  an object with them under ``scores``, ``logits`` or ``probabilities``; or, where only the top class is told, integers
+  an object with them under ``scores``, ``logits`` or ``probabilities``; or, if only the top class is returned, integers
   (N,), in an object under ``classes``.
-* Status 408, 425, 429 and 5xx, time-outs and lost connections are tried again; any other status ends the work.
+* Status 408, 425, 429 and 5xx, time-outs and lost connections are retried; any other status is an error.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:  # imported where a server is asked: who names models or loads
 
 _KEYS = ("scores", "logits", "probabilities", "classes")
 _TURNED_AWAY = (408, 425, 429, 503)
-"""Tried again without being counted: the server says that it has not looked at the images."""
+"""Retried without counting: the server says that it has not processed the images."""
 _LARGEST = 2**28
-"""Bytes of an answer that are read at most."""
+"""Maximum size of a response, in bytes."""
 _LONGEST = 60.0
-"""Seconds between two attempts at most."""
+"""Maximum pause between two attempts, in seconds."""
 
 
 class _Lost(Exception):
-    """An attempt that may be made again, how long the server asked to wait, and whether it may have been answered."""
+    """A failed attempt that can be retried, the wait the server requested, and whether it may have been answered."""
 
     def __init__(self, reason: str, wait: float = 0.0, *, answered: bool = True) -> None:
         super().__init__(reason)
@@ -46,31 +46,30 @@ class _Lost(Exception):
 
 
 class HttpModel(BlackBox):
-    """A server as a black box; see the module for what is sent and what is expected back.
+    """A server as a black box; see the module docstring for the protocol.
 
-    One object may be used by several threads, and keeps its connections open. Each attempt that the server may have
-    answered counts its images for the budget: no answer in time, a connection that was lost, a status 5xx other than
-    503. What surely was not answered counts nothing: no connection, status 408, 425, 429, 503, or a refusal.
+    Thread-safe; connections are kept open. Each attempt that the server may have answered counts against the budget:
+    time-outs, lost connections, a status 5xx other than 503. Attempts that were certainly not answered do not count: no
+    connection, status 408, 425, 429, 503, or a refusal.
 
     Args:
         url: ``http://…`` or ``https://…``.
-        timeout: seconds after which an attempt is given up: for a connection, for the first byte, and for the whole
-            answer from then on.
+        timeout: seconds allowed for the connection, for the first byte, and for the rest of the response.
         retries: attempts after the first one, for each request.
-        pause: seconds before the first of them; doubled before each next, up to a minute. A longer ``Retry-After`` of
-            the server is kept to, up to a minute too.
+        pause: seconds before the first retry, doubled for each further one, up to a minute. A longer ``Retry-After`` of
+            the server is respected, up to a minute.
         headers: sent with every request, such as an ``Authorization``.
-        workers: requests at once.
+        workers: concurrent requests.
         keywords: see :class:`BlackBox`; ``batch`` is 64 unless given.
 
     Attributes:
-        requests: attempts made, lost ones included.
-        retried: attempts that were made again.
+        requests: attempts, including failed ones.
+        retried: retries.
         seconds: time spent in requests and pauses, over all threads.
 
     Raises:
-        UserError: not such a URL. From ``forward``: the server refused (status 3xx or 4xx), answered something else,
-            or did not answer after all retries, with their number.
+        UserError: an invalid URL. From ``forward``: the server refused (status 3xx or 4xx), returned something else, or
+            did not answer after all retries.
     """
 
     def __init__(
@@ -107,13 +106,13 @@ class HttpModel(BlackBox):
             headers={"Content-Type": "application/x-npy", "Accept": "application/json, application/x-npy"},
             timeout=httpx.Timeout(timeout, pool=None),
             limits=httpx.Limits(max_connections=None),
-            trust_env=self.url.host not in ("localhost", "127.0.0.1", "::1"),  # no proxy reaches this machine's own
+            trust_env=self.url.host not in ("localhost", "127.0.0.1", "::1"),  # no proxy for localhost
         )
         self._client.headers.update(headers or {})
 
     @property
     def title(self) -> str:
-        """What messages call the box: the URL without user name, password and query."""
+        """Name of the box in messages: the URL without user name, password and query."""
         return str(self.url.copy_with(username="", password="", query=None, fragment=None))
 
     def _ask(self, images: torch.Tensor) -> Any:
@@ -141,7 +140,7 @@ class HttpModel(BlackBox):
                     if not lost.answered:
                         self._release(count)
                     raise UserError(
-                        f"{self.title} gave no answer in {attempt + 1} attempts (the last: {lost}): see to the server, "
+                        f"{self.title} gave no answer in {attempt + 1} attempts (the last: {lost}): check the server, "
                         "or allow more retries or a longer timeout"
                     ) from None
                 if lost.answered:
@@ -210,6 +209,6 @@ class HttpModel(BlackBox):
 def _wait(headers: httpx.Headers) -> float:
     try:
         seconds = float(headers.get("Retry-After", "0"))
-    except ValueError:  # a date is allowed too; the usual pause does then
+    except ValueError:  # a date, which is also allowed; use the default pause
         return 0.0
     return seconds if math.isfinite(seconds) and seconds > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Black boxes on this machine: a Python function, and an ONNX file."""
+"""Local black boxes: Python functions and ONNX files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FunctionModel(BlackBox):
     Args:
         function: from a tensor (N, C, H, W), float32 in [0, 1] on the CPU, to scores (N, K) or class indices (N,):
             a tensor, an array or lists.
-        title: what messages call it; None: its own name.
+        title: its name in messages; None: the function's name.
         keywords: see :class:`BlackBox`.
     """
 
@@ -27,7 +27,7 @@ class FunctionModel(BlackBox):
 
     def __init__(self, function: Callable[[torch.Tensor], Any], *, title: str | None = None, **keywords: Any) -> None:
         super().__init__(**keywords)
-        self.__dict__["function"] = function  # not as a sub-module: nothing of it is looked at but its answers
+        self.__dict__["function"] = function  # not as a sub-module: a black box exposes only its outputs
         self._title = title or f"the function {getattr(function, '__name__', type(function).__name__)}"
 
     @property
@@ -41,17 +41,17 @@ class FunctionModel(BlackBox):
 
 
 class OnnxModel(BlackBox):
-    """An ONNX file as a black box, by onnxruntime on the CPU.
+    """An ONNX file as a black box, run by onnxruntime on the CPU.
 
-    The file takes one input (N, C, H, W), float32 in [0, 1]; its first output is read. A file made for a fixed number
-    of images is asked in parts of that number, the last one filled up.
+    The file takes one input (N, C, H, W), float32 in [0, 1]; its first output is read. A file with a fixed batch size
+    is run in batches of that size, the last one padded.
 
     Args:
         path: the file.
         keywords: see :class:`BlackBox`.
 
     Raises:
-        UserError: onnxruntime is not installed, or the file cannot be read or takes something else.
+        UserError: onnxruntime is not installed, or the file cannot be read or has other inputs.
     """
 
     def __init__(self, path: Path | str, **keywords: Any) -> None:
@@ -64,7 +64,7 @@ class OnnxModel(BlackBox):
         options.log_severity_level = 3
         try:
             session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own kinds, which differ between its versions
+        except Exception as error:  # onnxruntime's exception types differ between versions
             reason = " ".join(str(error).split())
             raise UserError(f"{path} cannot be read as ONNX ({reason}): export the model again") from None
         inputs = session.get_inputs()

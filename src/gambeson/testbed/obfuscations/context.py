@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from gambeson.testbed.entry import Entry, Networks, answers, spread
 
-ALIVE, WHOLE, TRUE = "gradients alive", "unbounded attack succeeds", "gradients tell the truth"
-BOTH, AGAIN, MATES = (ALIVE, WHOLE), "remembers queries", ("train-mode BatchNorm",)
+ALIVE, WHOLE, TRUE = "no vanishing gradients", "unbounded attack succeeds", "gradient matches finite differences"
+BOTH, AGAIN, MATES = (ALIVE, WHOLE), "stateless", ("independent of the batch",)
 
 
 def _coarse(x: torch.Tensor) -> torch.Tensor:
@@ -192,7 +192,7 @@ def _mean_logits(nets: Networks) -> tuple[Any, ...]:
 
 ASKED = "Chen et al. 2019, stateful detection"
 DETECT = "Carlini and Wagner 2017, ten detection methods"
-UNSEEN = "unseen images stand as well"
+UNSEEN = "no test-set leakage"
 PERTURBED, OWN = "perturbed images get the clean answer", "robust on what it is scored on"
 BATCH_SIZE, TRAIN_MODE = "RobustBench/robustbench#7: flips with the batch size", "bethgelab/foolbox#74"
 NONE = "no pattern works"

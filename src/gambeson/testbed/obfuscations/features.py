@@ -7,8 +7,8 @@ from torch import nn
 
 from gambeson.testbed.entry import Entry, Networks, Trunk, all_of, answers, fitted_head, spread
 
-ALIVE, WHOLE, TRUE = "gradients alive", "unbounded attack succeeds", "gradients tell the truth"
-STEPS, START, LONGER = "multi-step beats single-step", "random start gains nothing", "longer step, more errors"
+ALIVE, WHOLE, TRUE = "no vanishing gradients", "unbounded attack succeeds", "gradient matches finite differences"
+STEPS, START, LONGER = "multi-step beats single-step", "random start no stronger", "monotone in step size"
 
 
 class StoppedFeatures(nn.Module):

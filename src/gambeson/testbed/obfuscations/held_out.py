@@ -96,7 +96,7 @@ class OffGrid(Before):
 
 
 def _key(x: torch.Tensor) -> list[int]:
-    """One number an image, which no small change leaves alone."""
+    """One number per image, which no small change leaves alone."""
     return [int(value) % 2**31 for value in (x.detach().double().flatten(1).sum(1) * 1e7).round()]
 
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from gambeson.testbed.entry import Entry, three
 
-ALIVE, WHOLE = "gradients alive", "unbounded attack succeeds"
-TRUE, QUERIES = "gradients tell the truth", "white box beats queries"
+ALIVE, WHOLE = "no vanishing gradients", "unbounded attack succeeds"
+TRUE, QUERIES = "gradient matches finite differences", "white box beats queries"
 
 
 class After(nn.Module):
@@ -194,5 +194,5 @@ LOGITS = (
     Entry(
         "logits", "ensemble of masked members", MaskedEnsemble, "PGD on cross-entropy finds nothing", BOTH, parts=three
     ),
-    Entry("logits", "constant answer", Constant, "no perturbation changes anything", ("better than guessing",)),
+    Entry("logits", "constant answer", Constant, "no perturbation changes anything", ("better than majority class",)),
 )

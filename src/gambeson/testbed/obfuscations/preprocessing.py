@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gambeson.testbed.entry import Entry, Networks, spread
 
-ALIVE, WHOLE, TRUE = "gradients alive", "unbounded attack succeeds", "gradients tell the truth"
+ALIVE, WHOLE, TRUE = "no vanishing gradients", "unbounded attack succeeds", "gradient matches finite differences"
 ROUNDED = "fra31/auto-attack#43, #44: rounded inputs"
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gambeson.testbed.entry import Entry, Trunk, three
 
-RANDOM = ("one draw decides", "EOT gap", "noise-off gap")
+RANDOM = ("deterministic or majority vote", "no EOT gap", "no noise-off gap")
 
 
 class NoisyInput(nn.Module):

@@ -85,7 +85,7 @@ def test_a_net_that_is_wrong_three_times_in_ten_is_not_broken():
 def test_draws_shared_by_a_forward_do_not_decide_a_whole_split():
     split = zeros(1000)
     with judged(Unlucky(0.45, shared=True), split) as victim:
-        assert victim.look.shared
+        assert victim.traits.shared
         seen = predict(victim, split).view(-1, 25)
     assert bool((seen == seen[:, :1]).all())
     assert 0 < float((seen[:, 0] == 0).float().mean()) < 1

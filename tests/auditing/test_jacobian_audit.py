@@ -1,4 +1,4 @@
-"""The audit's slopes: closed forms of linear models, and models for which parts must be left out."""
+"""The audit's Jacobian analysis: closed forms of linear models, and models for which parts must be left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gambeson.victim import Victim
 from tests.conftest import LinearNet, inner_images
 
 SHAPE = (1, 6, 6)
-SUITE = Suite(eps=(0.05, 0.1), slope_backwards=1200)
+SUITE = Suite(eps=(0.05, 0.1), jacobian_backwards=1200)
 
 
 def measured(model, split, uaps=None, suite=SUITE, **more):
@@ -132,13 +132,13 @@ def test_a_generator_of_its_own_leaves_everything_out():
 
     model, split, _ = linear()
     found = measured(Own(model), split)
-    assert "no seed fixes" in found.left_out["slopes"]
+    assert "no seed fixes" in found.left_out["jacobian"]
     assert found.norms is None
 
 
 def test_many_classes_give_way_to_estimates():
     model, split, w = linear(classes=100)
-    found = measured(model, split, suite=SUITE.model_copy(update={"slope_backwards": 1000}))
+    found = measured(model, split, suite=SUITE.model_copy(update={"jacobian_backwards": 1000}))
     assert found.norms is None
     assert found.frobenius.median == pytest.approx(float(w.norm()), rel=0.1)
     assert found.pairs == []
@@ -166,9 +166,9 @@ def test_a_model_that_stops_its_gradient_does_not_stop_the_audit():
     assert found.plain()  # no NaN
 
 
-def test_nothing_is_measured_where_slopes_mean_nothing():
+def test_nothing_is_measured_where_a_jacobian_means_nothing():
     model, split, _ = linear()
-    assert measured(model, split, suite=SUITE.model_copy(update={"slope_backwards": 0})) is None
+    assert measured(model, split, suite=SUITE.model_copy(update={"jacobian_backwards": 0})) is None
     maps = Split("test", split.images, torch.zeros(60, 6, 6, dtype=torch.int64))
     pixels = nn.Conv2d(1, 3, 3, padding=1)
     assert measured(pixels, maps) is None

@@ -197,12 +197,12 @@ def test_voc_has_maps(tmp_path: Path) -> None:
 
 def test_missing_files_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        UserError, match=r"GTSRB cannot be had from .* \(Dataset not found\): fetch it by `gambeson data"
+        UserError, match=r"GTSRB is not available in .* \(Dataset not found\): fetch it by `gambeson data"
     ):
         load("torchvision:GTSRB", tmp_path)
     for name in ("ImageNet", "StanfordCars"):
         for call in (load, get):
-            with pytest.raises(UserError, match=f"torchvision:{name} cannot be had from .*: put its files there"):
+            with pytest.raises(UserError, match=f"torchvision:{name} is not available in .*: put its files there"):
                 call(f"torchvision:{name}", tmp_path)
     asked = []
 
@@ -211,7 +211,7 @@ def test_missing_files_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.M
         raise OSError("no route")
 
     monkeypatch.setattr(datasets.GTSRB, "download", download)
-    with pytest.raises(UserError, match=r"cannot be had from .* \(no route\): put its files there"):
+    with pytest.raises(UserError, match=r"is not available in .* \(no route\): put its files there"):
         get("torchvision:GTSRB", tmp_path)
     assert len(asked) == 1
     monkeypatch.setattr(datasets.GTSRB, "download", lambda self: gtsrb(tmp_path))
@@ -227,7 +227,7 @@ def test_a_damaged_file_of_a_set(tmp_path: Path) -> None:
 
 
 def test_other_names(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="torchvision:CIFAR10 goes by the name cifar10 here"):
+    with pytest.raises(UserError, match="torchvision:CIFAR10 is called cifar10 here"):
         load("torchvision:CIFAR10", tmp_path)
     with pytest.raises(UserError, match=r"Kinetics is not among the sets that load by name .*datasets\.Kinetics"):
         load("torchvision:Kinetics", tmp_path)

@@ -13,7 +13,7 @@ from gambeson.testbed.obfuscations.context import MemoryWithin, SoftMemory
 from gambeson.victim import Victim
 from tests.auditing.evidence import evidence_of
 
-(UNSEEN,) = (one for one in DIAGNOSTICS if one.name == "unseen images stand as well")
+(UNSEEN,) = (one for one in DIAGNOSTICS if one.name == "no test-set leakage")
 SUITE = Suite(
     eps=(0.1, 0.2), sample=200, universal_steps=40, universal_probe_starts=0, universal_restarts=1, pgd_steps=10
 )

@@ -100,7 +100,7 @@ def test_fewer_images_than_classes_are_of_different_classes_which_the_seed_choos
 
 @pytest.mark.parametrize("count", [0, -3])
 def test_no_images_are_refused(count: int) -> None:
-    with pytest.raises(UserError, match=rf"^a subset of {count} images of sorted was asked for: expected 1 or more$"):
+    with pytest.raises(UserError, match=rf"^a subset of {count} images of sorted was requested: expected 1 or more$"):
         by_class(UNEVEN).sample(count)
 
 

@@ -52,7 +52,7 @@ def test_the_standard_row_is_at_least_as_strong_as_its_first_attack(weights, tmp
     assert square["cost"]["forwards"] <= square["tried"] * 101 + square["tried"]  # its budget, and the judge's look
     assert square["cost"]["backwards"] == 0
     assert run([*command, "--set", "settings.steps=3", "--out", str(tmp_path / "b")]) == 2
-    assert "the standard row takes eps, norm, queries, faithful, eot_samples" in capsys.readouterr().err
+    assert "the suite takes eps, norm, queries, faithful, eot_samples" in capsys.readouterr().err
 
 
 def test_uap_craft_score_list(weights, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Slopes for the tests: synthetic, but of the real schema, with numbers that differ between models."""
+"""A Jacobian analysis for the tests: synthetic, but of the real schema, with numbers that differ between models."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from gambeson.analysis import (
     PairSharing,
     Spread,
 )
-from gambeson.auditing.results import RANGES, Bounds, LossSurface, PairHistogram, Slopes, Subspace
+from gambeson.auditing.results import RANGES, Bounds, JacobianResult, LossSurface, PairHistogram, Subspace
 from gambeson.base import generator, save_tensors
 from gambeson.evaluation.rates import Cost
 
 POINTS = 17
 
 
-def slopes(folder: Path, radii: tuple[float, ...], shape: list[int], seed: int, *, ridge: bool) -> Slopes:
-    """Write ``slopes.safetensors`` and return what an audit says about it."""
-    draw = generator(seed, "slopes")
+def jacobian(folder: Path, radii: tuple[float, ...], shape: list[int], seed: int, *, ridge: bool) -> JacobianResult:
+    """Write ``jacobian.safetensors`` and return what an audit says about it."""
+    draw = generator(seed, "jacobian")
     direction = interpolate(torch.randn(1, shape[0], 5, 5, generator=draw), shape[1:], mode="bicubic")[0]
-    save_tensors(folder / "slopes.safetensors", {"direction": direction / direction.norm()}, {"eps": radii[2]})
-    return Slopes(
+    save_tensors(folder / "jacobian.safetensors", {"direction": direction / direction.norm()}, {"eps": radii[2]})
+    return JacobianResult(
         images=200,
         norms=JacobianNorms(
             frobenius=_spread(11.3 + seed),
@@ -56,7 +56,7 @@ def slopes(folder: Path, radii: tuple[float, ...], shape: list[int], seed: int, 
         surface=surface(radii[2], seed, ridge=ridge),
         subspaces=[_subspace("inf", radii[2], seed), _subspace("2", 7 * radii[2], seed + 1)],
         left_out={"subspace of a guide": "no guide was given"} if ridge else {},
-        file="slopes.safetensors",
+        file="jacobian.safetensors",
         cost=Cost(forwards=13_840, backwards=9691 + seed),
     )
 

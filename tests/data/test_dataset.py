@@ -267,7 +267,7 @@ def test_folder_refusals(tmp_path: Path) -> None:
         load(tmp_path)
     folder(tmp_path, ("train", "test"), 4)
     (tmp_path / "test" / "emu").mkdir()
-    with pytest.raises(UserError, match="classes that train has not: emu"):
+    with pytest.raises(UserError, match="classes that train lacks: emu"):
         load(tmp_path)
     (tmp_path / "test" / "emu").rmdir()
     (tmp_path / "train" / "emu").mkdir()

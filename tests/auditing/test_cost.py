@@ -15,8 +15,8 @@ from gambeson.models.black_box.local import FunctionModel
 
 SUITE = Suite(
     eps=(0.1, 0.2), universal_steps=5, universal_restarts=2, universal_batch=8, universal_probe_starts=1, pgd_steps=5,
-    pgd_restarts=1, test_images=60, validation_images=40, sample=30, row_images=20, row_queries=50, queries=20,
-    slope_backwards=300, surrogate="none", eps_uni_runs=1, noise_sizes=(1.0,),
+    pgd_restarts=1, test_images=60, validation_images=40, sample=30, suite_images=20, suite_queries=50, queries=20,
+    jacobian_backwards=300, surrogate="none", eps_uni_runs=1, noise_sizes=(1.0,),
 )  # fmt: skip
 
 
@@ -32,9 +32,9 @@ def test_an_audit_costs_what_its_plan_says_or_less(trained, digits, result):
     curve = [point.cost for point in result.universal]
     assert sum(one.backwards for one in curve) == parts["universal curve"].gradients
     assert sum(one.forwards - one.backwards for one in curve) == parts["universal curve"].forwards
-    spent = {"eps_uni": [result.eps_uni.cost], "slopes": [result.slopes.cost]}
+    spent = {"eps_uni": [result.eps_uni.cost], "Jacobian analysis": [result.jacobian.cost]}
     spent["PGD, image by image"] = [one.cost for one in result.per_image if one.attack == "pgd"]
-    spent["row of attacks"] = [one.cost for one in result.per_image if one.attack == "standard"]
+    spent["attack suite"] = [one.cost for one in result.per_image if one.attack == "standard"]
     for name, costs in spent.items():
         part = parts[name]
         assert 0 < sum(one.backwards for one in costs) <= part.gradients, name

@@ -128,5 +128,5 @@ def test_mistakes(weights, tmp_path):
     (tmp_path / "f.py").write_text("def scores(x):\n    return x.flatten(1)[:, :10]\n")
     code, error = run(f"function:{tmp_path}/f.py:scores", "--data", "digits", "--out", f"{tmp_path}/a")
     assert code == 2
-    assert "is a black box, of which nothing can be exported" in error
+    assert "is a black box and cannot be exported" in error
     assert not (tmp_path / "a").exists()
