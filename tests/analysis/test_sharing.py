@@ -192,7 +192,7 @@ def test_the_universal_direction_of_a_mean_of_linear_members():
     assert found.directions[0][1] < 0.9
 
 
-def test_averaging_never_raises_the_universal_slope(trained, digits):
+def test_averaging_never_raises_the_universal_gradient(trained, digits):
     few = digits.test.subset(torch.arange(20))
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     found = universal_alignment([trained, net], few)

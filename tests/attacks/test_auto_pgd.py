@@ -116,7 +116,7 @@ def test_a_model_that_blows_up_its_logits_stops_cross_entropy_and_not_the_ratio(
     )
 
 
-def test_costs_are_what_the_text_says_and_fallen_images_cost_nothing():
+def test_costs_are_what_the_text_says_and_adversarial_images_cost_nothing():
     model, _ = binary((1, 3, 3))
     x = inner_images(8, (1, 3, 3))
     with torch.no_grad():

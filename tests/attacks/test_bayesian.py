@@ -106,7 +106,7 @@ def test_a_function_that_is_flat_or_seen_twice_at_one_point_is_no_trouble():
     assert ((place >= 0) & (place <= 1)).all()
 
 
-def test_needs_far_fewer_looks_than_random_search_on_a_smooth_function():
+def test_needs_far_fewer_evaluations_than_random_search_on_a_smooth_function():
     weights = torch.tensor([30.0, 8.0, 2.0], dtype=torch.float64)
     wins, close = 0, 0
     for seed in range(10):

@@ -165,7 +165,7 @@ def test_random_start_of_rfgsm_costs_what_the_paper_s_formula_says():
     x, y = inner_images(2000, (3, 6, 6)), torch.zeros(2000, dtype=torch.long)
     for share in (0.0, 0.5, 1.0):
         x_adv = RFGSM(eps=0.1, start_size=share)(model, x, y, seed=3)
-        mean = float(gain(model, x, x_adv, y).mean() / (0.1 * w.abs().sum()))
+        mean = float((gain(model, x, x_adv, y).mean() / (0.1 * w.abs().sum())).detach())
         assert abs(mean - (1 - share)) < 0.02  # ensemble-adversarial-training oracle: (1 - alpha / eps) of FGSM's
 
 

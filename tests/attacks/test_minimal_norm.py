@@ -199,7 +199,7 @@ def test_images_stay_in_the_box_repeat_and_do_not_depend_on_their_batch(count, c
         torch.testing.assert_close(attack(model, x.flip(0), y.flip(0)).flip(0), x_adv, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_without_slope_is_left_alone_and_a_broken_one_refused():
+def test_a_model_without_gradient_is_left_alone_and_a_broken_one_refused():
     class Flat(torch.nn.Module):
         def forward(self, x):
             return x.flatten(1)[:, :3] * 0 + torch.tensor([1.0, 0.0, 0.0])

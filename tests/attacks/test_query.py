@@ -76,7 +76,7 @@ def test_few_pixel_s_budget_is_never_exceeded_in_the_last_generation_either(budg
 
 
 @pytest.mark.parametrize("attack", [*BALLS, OnePixel])
-def test_an_image_that_has_fallen_is_not_asked_about_again(attack):
+def test_an_image_that_is_adversarial_is_not_asked_about_again(attack):
     model, _ = binary((1, 4, 5))
     x = inner_images(12, (1, 4, 5))
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_nes_needs_one_pair_only_in_one_dimension():
     x, y = inner_images(4, (1, 1, 2)), torch.zeros(4, dtype=torch.long)
     with torch.no_grad():
         model.bias[0] += 100
-    x_adv = NES(eps=0.1, pairs=1, rel_step_size=1.0, momentum=0.0, queries=60, margin=True)(model, x, y)
+    x_adv = NES(eps=0.1, pairs=1, rel_step_size=1.0, momentum=0.0, queries=60, loss="margin")(model, x, y)
     assert gain(model, x, x_adv, y).min() > 0
     assert (x_adv - x).abs().max() <= 0.1 + 1e-6
 
@@ -143,7 +143,7 @@ def test_few_pixel_changes_at_most_so_many_pixels_and_finds_the_best_one(pixels)
     shape = (3, 4, 5)
     model = Steep(shape)
     x, y = inner_images(5, shape), torch.zeros(5, dtype=torch.long)
-    x_adv = OnePixel(pixels=pixels, population=40, queries=2000, margin=True)(model, x, y)
+    x_adv = OnePixel(pixels=pixels, population=40, queries=2000, loss="margin")(model, x, y)
     changed = ((x_adv != x).any(1)).flatten(1).sum(1)
     assert (changed <= pixels).all()
     assert (changed >= 1).all()
@@ -153,7 +153,7 @@ def test_few_pixel_changes_at_most_so_many_pixels_and_finds_the_best_one(pixels)
     best = each.sort(1, descending=True).values[:, :pixels].sum(1)
     share = gain(model, x, x_adv, y) / best
     assert (share <= 1 + 1e-4).all()
-    drawn = OnePixel(pixels=pixels, population=1999, queries=2000, margin=True)(model, x, y)
+    drawn = OnePixel(pixels=pixels, population=1999, queries=2000, loss="margin")(model, x, y)
     by_chance = float((gain(model, x, drawn, y) / best).mean())  # as many candidates, none of them a child
     assert float(share.mean()) > (0.95 if pixels == 1 else max(0.6, by_chance))
     assert torch.equal(OnePixel(pixels=0)(model, x, y), x)

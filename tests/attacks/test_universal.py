@@ -251,7 +251,7 @@ def test_linear_net_with_many_classes_meets_brute_force():
 
 
 @pytest.mark.parametrize("norm", ["inf", "2", "1"])
-def test_its_climb_is_the_one_solver_over_mini_batches_with_one_row(trained, digits, norm):
+def test_its_climb_is_the_one_solver_over_mini_batches_with_one_delta(trained, digits, norm):
     attack = StochasticPGD(eps=0.2, norm=norm, steps=6, batch_size=40)
     with entered(trained) as victims:
         split = digits.train.to(victims[0].device)

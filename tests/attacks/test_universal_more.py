@@ -48,7 +48,7 @@ ATTACKS = {
     "s-pgd": lambda **kw: StochasticPGD(steps=40, restarts=1, batch_size=20, truncate=None, **kw),
     "sample": lambda **kw: StochasticPGD(steps=60, restarts=1, batch_size=20, truncate=None, normalise="sample", **kw),
     "momentum": lambda **kw: StochasticPGD(steps=40, restarts=1, batch_size=20, truncate=None, momentum=0.9, **kw),
-    "margin": lambda **kw: StochasticPGD(steps=40, restarts=1, batch_size=20, truncate=99, margin=True, **kw),
+    "margin": lambda **kw: StochasticPGD(steps=40, restarts=1, batch_size=20, truncate=99, loss="margin", **kw),
     "sga": lambda **kw: SGA(steps=40, batch_size=20, rounds=2, **kw),
     "sga-logit": lambda **kw: SGA(steps=40, batch_size=20, rounds=2, loss="logit", **kw),
     "df-uap": lambda **kw: DFUAP(steps=80, batch_size=20, rel_step_size=0.1, confidence=99, **kw),

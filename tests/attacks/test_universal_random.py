@@ -79,7 +79,7 @@ def test_class_wise_choice_is_by_votes_too(trained, digits):
 @pytest.mark.parametrize(
     "attack",
     [
-        StochasticPGD(eps=0.1, margin=True, truncate=None, probe_starts=0, steps=1),
+        StochasticPGD(eps=0.1, loss="margin", truncate=None, probe_starts=0, steps=1),
         SGA(eps=0.1, steps=1, rounds=1, inner_batch=250, loss="logit"),
         DFUAP(eps=0.1, steps=1, confidence=1e6),
     ],

@@ -8,7 +8,7 @@ import yaml
 import gambeson as gb
 from gambeson.cli.app import run
 from tests.cli.test_cli import says
-from tests.evaluation.test_black_box import Server
+from tests.models.test_black_box import Server
 
 SMALL = [
     *("--data", "digits", "--suite", "quick", "--eps", "0.1,0.2,0.3", "--surrogate", "none"),

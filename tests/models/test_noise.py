@@ -269,7 +269,7 @@ def test_equipping_is_in_place_once_and_told_by_the_card():
     assert not torch.equal(net(images()), net(images()))
 
 
-def test_a_frozen_normalisation_stays_frozen_while_places_are_looked_for():
+def test_a_frozen_normalisation_stays_frozen_while_places_are_searched():
     body = small().body.train()
     body.bn1.eval()
     add_noise(body, FeatureNoise(), images(1))

@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 from pydantic import Field, model_validator
 
-from gambeson.attacks.gradient.base import GradientAttack, warn_of_fallback
+from gambeson.attacks.gradient.base import BestSoFar, GradientAttack, warn_of_fallback
 from gambeson.attacks.losses import LossName
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import ProjectedGradient
@@ -88,33 +88,6 @@ class Climb:
             checked_value=self.best_value,
             halved=halve,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BestSoFar:
-    """The best perturbation of each image in a batch: successful ones first, then by loss."""
-
-    delta: torch.Tensor
-    """(N, C, H, W); written in place."""
-    value: torch.Tensor
-    """(N,)"""
-    is_adversarial: torch.Tensor
-    """(N,)"""
-
-    @classmethod
-    def into(cls, delta: torch.Tensor) -> BestSoFar:
-        """Return an empty record that writes its perturbations into ``delta``."""
-        value = delta.new_full((len(delta),), -torch.inf)
-        return cls(delta=delta, value=value, is_adversarial=torch.zeros_like(value, dtype=torch.bool))
-
-    def note(self, rows: torch.Tensor, delta: torch.Tensor, value: torch.Tensor, is_adversarial: torch.Tensor) -> None:
-        """Keep what is better than before for the images ``rows``."""
-        old_value, was_adversarial = self.value[rows], self.is_adversarial[rows]
-        better = (is_adversarial & ~was_adversarial) | ((is_adversarial == was_adversarial) & (value > old_value))
-        chosen = better.view(-1, 1, 1, 1)
-        self.delta[rows] = torch.where(chosen, delta, self.delta[rows])
-        self.value[rows] = torch.where(better, value, old_value)
-        self.is_adversarial[rows] = is_adversarial | was_adversarial
 
 
 @register("auto-pgd", source="Croce and Hein 2020", cost="steps + 1 / steps, per restart")

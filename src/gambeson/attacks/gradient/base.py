@@ -235,6 +235,33 @@ training (Tramer et al. 2018, section 4.1); or its least likely class there, as 
 latter two cost one forward per image."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BestSoFar:
+    """The best perturbation of each image of a batch: one that succeeds before one that does not, then by loss."""
+
+    delta: torch.Tensor
+    """(N, C, H, W); written in place."""
+    value: torch.Tensor
+    """(N,)"""
+    is_adversarial: torch.Tensor
+    """(N,)"""
+
+    @classmethod
+    def into(cls, delta: torch.Tensor) -> BestSoFar:
+        """Return an empty record that writes its perturbations into ``delta``."""
+        value = delta.new_full((len(delta),), -torch.inf)
+        return cls(delta=delta, value=value, is_adversarial=torch.zeros_like(value, dtype=torch.bool))
+
+    def note(self, rows: torch.Tensor, delta: torch.Tensor, value: torch.Tensor, is_adversarial: torch.Tensor) -> None:
+        """Keep what is better than before for the images ``rows``."""
+        old_value, was_adversarial = self.value[rows], self.is_adversarial[rows]
+        better = (is_adversarial & ~was_adversarial) | ((is_adversarial == was_adversarial) & (value > old_value))
+        chosen = better.view(-1, 1, 1, 1)
+        self.delta[rows] = torch.where(chosen, delta, self.delta[rows])
+        self.value[rows] = torch.where(better, value, old_value)
+        self.is_adversarial[rows] = is_adversarial | was_adversarial
+
+
 class GradientAttack(Config):
     """Base of the gradient attacks with one perturbation per image.
 

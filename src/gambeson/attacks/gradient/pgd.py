@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from gambeson.attacks.gradient.auto_pgd import BestSoFar
 from gambeson.attacks.gradient.base import (
+    BestSoFar,
     Diversity,
     GradientAttack,
     Guide,

@@ -21,6 +21,9 @@ from gambeson.victim import Victim
 InfOr2 = Annotated[Literal["inf", "2"], BeforeValidator(lambda value: str(value).lower().removeprefix("l"))]
 """The norms these attacks are published for; in the notation of :data:`gambeson.threat.Norm`."""
 
+QueryLoss = Literal["cross-entropy", "margin"]
+"""Losses of query attacks; see :data:`gambeson.attacks.losses.LossName`."""
+
 
 class Queries:
     """A function from images to scores that counts its queries and enforces a budget per image.
@@ -184,8 +187,8 @@ class QueryAttack(Config):
     again."""
     targeted: bool = False
     """Read the labels as targets to reach."""
-    margin: bool | None = None
-    """Maximise the margin of the scores (True) or their cross-entropy (False). None: the attack's default, which is the
+    loss: QueryLoss | None = None
+    """Loss to maximise: the margin of the scores or their cross-entropy. None: the attack's default, which is the
     margin if untargeted and the cross-entropy if targeted, unless documented otherwise."""
 
     def __call__(
@@ -218,8 +221,7 @@ class QueryAttack(Config):
         if len(attacked(y, task)) == 0 or self._null:
             return images
         with queries.opened(images, self.queries):
-            by_margin = self._margin_by_default if self.margin is None else self.margin
-            loss = Loss(kind="margin" if by_margin else "cross-entropy", targeted=self.targeted)
+            loss = Loss(kind=self.loss or self._default_loss, targeted=self.targeted)
             search = Search(queries, working(images), y, loss, task)
             self._search(search, seed)
         return search.best.to(images.dtype)
@@ -230,8 +232,8 @@ class QueryAttack(Config):
         """Whether no perturbation is allowed at all."""
 
     @property
-    def _margin_by_default(self) -> bool:
-        return not self.targeted
+    def _default_loss(self) -> QueryLoss:
+        return "cross-entropy" if self.targeted else "margin"
 
     @abstractmethod
     def _search(self, search: Search, seed: int) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from gambeson.attacks.query.base import InfOr2, QueryAttack, Search
+from gambeson.attacks.query.base import InfOr2, QueryAttack, QueryLoss, Search
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import Adam
 from gambeson.base import Number, generator
@@ -21,7 +21,7 @@ class NES(QueryAttack):
     The gradient of the loss is (1 / 2 sigma n) sum u (F(x + sigma u) - F(x - sigma u)) over n Gaussian directions u,
     in antithetic pairs; a running mean of the estimates replaces the gradient of PGD. F is the cross-entropy for
     targets, as in the paper, and the margin if untargeted (ours), because the cross-entropy of a confident model rounds
-    to zero; ``margin`` overrides this. The authors' code also halves the step size when the loss stalls, which is left
+    to zero; ``loss`` overrides this. The authors' code also halves the step size when the loss stalls, which is left
     out. The last step of the budget has fewer pairs. Cost: at most ``queries`` forwards per image: one for the image, 2
     ``pairs`` + 1 per step.
     """
@@ -119,5 +119,5 @@ class SPSA(NES):
     optimizer: Literal["steepest", "adam"] = "adam"
 
     @property
-    def _margin_by_default(self) -> bool:
-        return True
+    def _default_loss(self) -> QueryLoss:
+        return "margin"

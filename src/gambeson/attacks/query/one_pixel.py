@@ -19,7 +19,7 @@ class OnePixel(QueryAttack):
     A candidate has ``pixels`` positions with a colour each. In every generation each candidate gets one child a + F (b
     - d) from three random others, without crossover, which replaces its parent if its loss is higher. The fitness for
     targets is the cross-entropy, which orders candidates as the paper's probability does. Untargeted it is the margin
-    (ours), because the probability of a confident model rounds to one; ``margin=False`` is the paper's fitness.
+    (ours), because the probability of a confident model rounds to one; ``loss="cross-entropy"`` is the paper's fitness.
     Candidates of all images share batches. Two pixels of a candidate may coincide, so at most ``pixels`` change. Ours,
     where the paper is silent: an image is finished once it is adversarial, where the paper stops at a probability;
     positions outside the image are redrawn; colours are clipped. Cost: at most ``queries`` forwards per image.

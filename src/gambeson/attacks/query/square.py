@@ -56,7 +56,7 @@ class Square(RandomSearch):
     """Square attack (Andriushchenko et al. 2020, section 3): random windows of norm eps, kept if they help.
 
     Windows of all images are placed at once, without a Python loop over images. The loss is the margin of the scores if
-    untargeted and their negative cross-entropy if targeted, as in the authors' code; ``margin`` overrides this. The
+    untargeted and their negative cross-entropy if targeted, as in the authors' code; ``loss`` overrides this. The
     share of pixels is halved at the authors' iterations, scaled to the budget. Windows are limited to the shorter side
     of the image. The steps for ``norm="2"`` are Algorithm 3. Cost: at most ``queries`` forwards per image; an eighth of
     them for abandoned images.
@@ -76,8 +76,8 @@ class Square(RandomSearch):
 
     @model_validator(mode="after")
     def _check_early_abandon(self) -> Square:
-        if self.early_abandon is not None and not (self._margin_by_default if self.margin is None else self.margin):
-            raise ValueError("early_abandon reads the margin's distance to a wrong answer: set margin=True, or omit it")
+        if self.early_abandon is not None and (self.loss or self._default_loss) != "margin":
+            raise ValueError("early_abandon reads the margin's distance to a wrong answer: set loss='margin'")
         return self
 
     def side(self, iteration: int, shape: tuple[int, ...]) -> int:

@@ -211,8 +211,6 @@ class UniversalAttack(Config):
 
     name: ClassVar[str] = "universal"
     """Name of the attack in the provenance; by default the registered name, or ``FILE.py:CLASS``."""
-    looks_at_train: ClassVar[bool] = True
-    """Whether it uses training images."""
 
     eps: Eps
     """Radius in pixel units."""

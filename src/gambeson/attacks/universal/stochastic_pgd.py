@@ -59,7 +59,7 @@ class StochasticPGD(UniversalAttack):
     """Length of the last step as a share of eps; the lengths between follow a cosine."""
     truncate: Number | None = -math.log(0.2)
     """Truth less likely than exp(-truncate): the image is fooled and has no more say. None: plain cross-entropy.
-    With ``margin``, an image whose margin is beyond it has no more say."""
+    With ``loss="margin"``, an image whose margin is beyond it has no more say."""
     truncate_correct: bool = True
     """Whether so unlikely a truth has no more say also where the image is still right, as in the paper. False suits
     models of many classes or of a high temperature, which are seldom sure of anything; audits use it."""
@@ -82,8 +82,8 @@ class StochasticPGD(UniversalAttack):
     """Class that every image should be taken for; None: any wrong class."""
     box_gradient: BoxGradient = "straight-through"
     """See :data:`gambeson.threat.BoxGradient`; ``exact`` is the papers'."""
-    margin: bool = False
-    """Climb the margin of the logits (Carlini and Wagner) instead of cross-entropy."""
+    loss: Literal["cross-entropy", "margin"] = "cross-entropy"
+    """What is climbed: cross-entropy, or the margin of the logits (Carlini and Wagner)."""
     momentum: Annotated[Number, Field(ge=0)] = 0.0
     """Decay of the gradients summed over the steps, each divided by its mean absolute value (Dong et al. 2018)."""
     normalise: Literal["batch", "sample"] = "batch"
@@ -102,7 +102,7 @@ class StochasticPGD(UniversalAttack):
         """What is climbed, one value per image."""
         truncate = self.truncate if self.target is None else self.target_floor
         return Loss(
-            kind="margin" if self.margin else "cross-entropy",
+            kind=self.loss,
             targeted=self.target is not None,
             truncate=truncate,
             truncate_correct=self.truncate_correct,

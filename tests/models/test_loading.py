@@ -31,9 +31,9 @@ def broken(images):
 
 
 @pytest.fixture(scope="module")
-def places(trained, tmp_path_factory):
+def folder(trained, tmp_path_factory):
     """A folder with the trained net in every form."""
-    folder = tmp_path_factory.mktemp("subjects")
+    folder = tmp_path_factory.mktemp("models")
     gb.models.save(trained, folder / "own.safetensors")
     save_file(trained.body.state_dict(), folder / "body.safetensors")
     export(trained, folder / "net.pt2", "torch-export")
@@ -41,10 +41,10 @@ def places(trained, tmp_path_factory):
     return folder
 
 
-def accuracy(subject):
+def accuracy(loaded):
     with torch.no_grad():
-        x, y = subject.dataset.test.take(slice(0, 200))
-        return float((subject.model(x).argmax(1) == y).float().mean())
+        x, y = loaded.dataset.test.take(slice(0, 200))
+        return float((loaded.model(x).argmax(1) == y).float().mean())
 
 
 @pytest.mark.parametrize(
@@ -56,15 +56,15 @@ def accuracy(subject):
         ("{}/nets.py:lenet@{}/own.safetensors", "own"),
     ],
 )
-def test_the_same_net_by_every_name(places, digits, trained, source, label):
+def test_the_same_net_by_every_name(folder, digits, trained, source, label):
     # A file's function has no normalisation before it but the net's own: its weights are those of the inner model.
-    subject = load_model(source.replace("{}", str(places)), "digits", "cpu", digits)
-    assert subject.label == label
-    assert not subject.black_box
+    loaded = load_model(source.replace("{}", str(folder)), "digits", "cpu", digits)
+    assert loaded.label == label
+    assert not loaded.black_box
     x, _ = digits.test.take(slice(0, 20))
     with torch.no_grad():
-        assert torch.allclose(subject.model(x), trained(x), atol=1e-5)
-    assert accuracy(subject) > 0.85
+        assert torch.allclose(loaded.model(x), trained(x), atol=1e-5)
+    assert accuracy(loaded) > 0.85
 
 
 def test_an_architecture_is_the_same_at_every_call(digits):
@@ -74,35 +74,35 @@ def test_an_architecture_is_the_same_at_every_call(digits):
     assert not first.model.training
 
 
-def test_body_weights_fit_an_architecture(places, digits):
-    assert accuracy(load_model(f"lenet5@{places}/body.safetensors", "digits", "cpu", digits)) > 0.85
+def test_body_weights_fit_an_architecture(folder, digits):
+    assert accuracy(load_model(f"lenet5@{folder}/body.safetensors", "digits", "cpu", digits)) > 0.85
 
 
-def test_an_onnx_file(places, trained, digits):
+def test_an_onnx_file(folder, trained, digits):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    export(trained, places / "net.onnx", "onnx")
-    subject = load_model(f"{places}/net.onnx", "digits", "cpu", digits)
-    assert subject.black_box
-    assert accuracy(subject) > 0.85
+    export(trained, folder / "net.onnx", "onnx")
+    loaded = load_model(f"{folder}/net.onnx", "digits", "cpu", digits)
+    assert loaded.black_box
+    assert accuracy(loaded) > 0.85
 
 
-def test_a_function_of_scores_is_a_black_box(places, digits):
-    subject = load_model(f"function:{places}/nets.py:scores", "digits", "cpu", digits)
-    assert subject.black_box
-    assert subject.label == "scores"
-    assert subject.model(torch.rand(3, 1, 8, 8)).shape == (3, 10)
+def test_a_function_of_scores_is_a_black_box(folder, digits):
+    loaded = load_model(f"function:{folder}/nets.py:scores", "digits", "cpu", digits)
+    assert loaded.black_box
+    assert loaded.label == "scores"
+    assert loaded.model(torch.rand(3, 1, 8, 8)).shape == (3, 10)
 
 
 def test_a_server(trained, digits):
-    from tests.evaluation.test_black_box import Server
+    from tests.models.test_black_box import Server
 
     server = Server(trained)
     try:
-        subject = load_model(server.url, "digits", "cpu", digits)
-        assert subject.black_box
-        assert subject.label == server.url.removeprefix("http://")
-        assert accuracy(subject) > 0.85
+        loaded = load_model(server.url, "digits", "cpu", digits)
+        assert loaded.black_box
+        assert loaded.label == server.url.removeprefix("http://")
+        assert accuracy(loaded) > 0.85
         with pytest.raises(UserError, match="gives scores of 10 classes, but two has 2"):
             load_model(server.url, "two", "cpu", _two())
     finally:
@@ -135,19 +135,19 @@ def _two():
         ("http://127.0.0.1:notaport/", "is no address"),
     ],
 )
-def test_names_that_stand_for_nothing(places, digits, source, words):
+def test_names_that_stand_for_nothing(folder, digits, source, words):
     with pytest.raises(UserError, match=words) as told:
-        load_model(source.replace("{}", str(places)), "digits", "cpu", digits)
+        load_model(source.replace("{}", str(folder)), "digits", "cpu", digits)
     assert "\n" not in str(told.value)
 
 
-def test_a_model_and_data_that_do_not_fit(places):
+def test_a_model_and_data_that_do_not_fit(folder):
     with pytest.raises(UserError, match=r"knows 10 classes, but two has 1 channels and 2 classes"):
-        load_model(f"{places}/own.safetensors", "two", "cpu", _two())
+        load_model(f"{folder}/own.safetensors", "two", "cpu", _two())
     with pytest.raises(UserError, match=r"returned \(2, 10\) for two images: expected logits \(2, 2\)"):
-        load_model(f"{places}/net.pt2", "two", "cpu", _two())
+        load_model(f"{folder}/net.pt2", "two", "cpu", _two())
     with pytest.raises(UserError, match="does not say what data its model was trained on"):
-        load_model(f"{places}/own.safetensors", None, "cpu")
+        load_model(f"{folder}/own.safetensors", None, "cpu")
 
 
 def test_trained_weights_of_other_classes_are_not_judged_with_a_new_last_layer(digits):
@@ -165,9 +165,9 @@ def test_a_users_model_is_trained_and_its_folder_loaded_again(tmp_path, digits):
         recipe=gb.training.Recipe(epochs=1, batch_size=64),
     )
     trained = gb.training.run_training(run, tmp_path / "run", digits)
-    subject = load_model(str(tmp_path / "run"), None, "cpu", digits)
-    assert gb.models.fingerprint(subject.model) == gb.models.fingerprint(trained)
-    assert subject.trained["model"] == f"{tmp_path}/nets.py:lenet"
+    loaded = load_model(str(tmp_path / "run"), None, "cpu", digits)
+    assert gb.models.fingerprint(loaded.model) == gb.models.fingerprint(trained)
+    assert loaded.trained["model"] == f"{tmp_path}/nets.py:lenet"
     tuned = run.model_copy(update={"init": str(tmp_path / "run"), "recipe": run.recipe.model_copy(update={"lr": 1e-9})})
     near = gb.training.run_training(tuned, tmp_path / "tuned", digits)
     for mine, theirs in zip(near.parameters(), trained.parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""What a first look at a model sees, and what follows from it."""
+"""What the inspection of a model sees, and what follows from it."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ class Noisy(nn.Module):
         return torch.stack([value, -value], 1)
 
 
-def test_look_tells_random_from_repeatable_models():
+def test_inspection_tells_random_from_repeatable_models():
     x = torch.rand(4, 1, 2, 3)
     assert not inspect_model(net(), x).stochastic
     own, shared = (inspect_model(Noisy(torch.ones(6), 0.1, shared), x) for shared in (False, True))

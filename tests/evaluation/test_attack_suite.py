@@ -16,14 +16,14 @@ class Nothing:
 
 
 @pytest.fixture(scope="module")
-def row(trained, digits):
+def suite(trained, digits):
     attacks = {"nothing": Nothing(), "fgsm": FGSM(eps=0.1), "pgd": PGD(eps=0.1, restarts=2), "r-fgsm": RFGSM(eps=0.1)}
     with Victim(trained, fast=True) as victim:
         return run_suite(victim, digits.test, attacks, batch_size=100)
 
 
-def test_the_row_keeps_the_worst_case_of_every_image(row, trained, digits):
-    result = row.result
+def test_the_suite_keeps_the_worst_case_of_every_image(suite, trained, digits):
+    result = suite.result
     assert result.clean == gb.evaluation.accuracy(trained, digits)
     assert [found.attack for found in result.rounds] == ["nothing", "fgsm", "pgd", "r-fgsm"]
     assert result.rounds[0].broken == 0
@@ -35,31 +35,31 @@ def test_the_row_keeps_the_worst_case_of_every_image(row, trained, digits):
     assert result.success.n == result.rounds[0].tried
 
 
-def test_stored_images_score_the_reported_number_in_any_batch_size(row, trained, digits):
+def test_stored_images_score_the_reported_number_in_any_batch_size(suite, trained, digits):
     for size in (7, 100, 449):
         with torch.no_grad():
             right = sum(
                 int((trained(x).argmax(1) == y).sum())
-                for x, y in zip(row.images.split(size), digits.test.labels.split(size), strict=True)
+                for x, y in zip(suite.images.split(size), digits.test.labels.split(size), strict=True)
             )
-        assert Rate.of(right, len(digits.test)) == row.result.robust
+        assert Rate.of(right, len(digits.test)) == suite.result.robust
     x, _ = digits.test.take(slice(None))
-    moved = (row.images - x).abs().amax((1, 2, 3))
+    moved = (suite.images - x).abs().amax((1, 2, 3))
     assert float(moved.max()) <= 0.1 + 1e-6
-    assert torch.equal(moved > 0, row.fallen_to >= 0)
-    assert row.result.largest == pytest.approx(float(moved.max()))
+    assert torch.equal(moved > 0, suite.fallen_to >= 0)
+    assert suite.result.largest == pytest.approx(float(moved.max()))
 
 
-def test_an_attack_alone_is_never_stronger_than_the_row(row, trained, digits):
+def test_an_attack_alone_is_never_stronger_than_the_suite(suite, trained, digits):
     with Victim(trained, fast=True) as victim:
         alone = run_suite(victim, digits.test, {"fgsm": FGSM(eps=0.1)}, batch_size=100)
         nothing = run_suite(victim, digits.test, {"nothing": Nothing()})
-    assert row.result.robust.value < alone.result.robust.value < nothing.result.robust.value
+    assert suite.result.robust.value < alone.result.robust.value < nothing.result.robust.value
     assert nothing.result.robust == nothing.result.clean
     assert (nothing.result.largest, nothing.result.mean) == (0.0, 0.0)
 
 
-def test_a_random_model_is_decided_by_many_draws():
+def test_a_random_model_is_decided_by_many_votes():
     """One draw would break an image of margin 1 under noise of size 2 in three of ten attempts, whatever the attack."""
 
     class Noisy(nn.Module):
