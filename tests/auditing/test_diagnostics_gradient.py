@@ -238,7 +238,7 @@ def test_the_clear_difference_of_paired_outcomes():
     # On label maps an image counts once, by its share.
     shares = Counts(torch.tensor([5, 10]), torch.tensor([10, 10]))
     assert shares.shares.tolist() == [0.5, 1.0]
-    assert (shares.rate.value, shares.rate.n) == (0.75, 2)
+    assert (shares.accuracy.value, shares.accuracy.n) == (0.75, 2)
 
 
 def test_what_was_asked_before_is_not_measured_again(trained, digits):

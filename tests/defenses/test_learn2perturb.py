@@ -18,6 +18,7 @@ from gambeson.models import injections
 from gambeson.models.factory import equip
 from gambeson.models.noise import FeatureNoise, NoiseInjection, noise_off
 from gambeson.models.noisy_weights import FixedNoise, ParametricNoise
+from gambeson.tasks import Segmentation
 from tests.conftest import binary, inner_images
 
 
@@ -333,3 +334,16 @@ def test_mistakes_are_named(digits):
         gb.train(model, digits, Learn2Perturb(eps=0.1))
     with pytest.raises(UserError, match=r"update.*'em'"):
         Learn2Perturb(eps=0.1, update="em")
+
+
+def test_predictions_that_an_attack_leaves_keep_the_ignored_pixels():
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(1, 3, 1)
+    x = torch.rand(4, 1, 4, 4) * 0.8 + 0.1
+    labels = torch.zeros(4, 4, 4, dtype=torch.long)
+    labels[:, :2] = 255
+    attack = Adversarial(eps=0.05, steps=1, start="zero")
+    term = NoisyAdversarial(attack, NoisyClean(), "prediction")
+    term(model, Batch(images=x, labels=labels, seed=0, task=Segmentation(ignore_index=255)))
+    assert not term._delta[:, :, :2].any()
+    assert bool((term._delta[:, :, 2:] != 0).all())
