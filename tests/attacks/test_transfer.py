@@ -174,7 +174,7 @@ def test_bad_ensembles_are_refused():
         ([], "the list of models is empty"),
         ([model, "resnet"], "a model is a str: expected a torch.nn.Module"),
         (5, "a model is a int: expected a torch.nn.Module, or a list of them"),
-        ([model, three], r"answer with shapes \(2,\) and \(3,\) an image: choose models of the same classes"),
+        ([model, three], r"return shapes \(2,\) and \(3,\) per image: choose models of the same classes"),
     ):
         with pytest.raises(UserError, match=words):
             FGSM(eps=0.1)(models, x, y)
