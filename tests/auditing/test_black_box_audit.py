@@ -161,7 +161,7 @@ def test_a_budget_is_never_exceeded(trained, digits, tmp_path, budget, waste):
 def test_a_budget_too_small_for_anything(trained, digits):
     with pytest.raises(UserError, match="the smallest audit asks about"):
         gb.audit(FunctionModel(trained), digits, SUITE.model_copy(update={"budget": 300}))
-    with pytest.raises(UserError, match="a budget counts what a black box is asked, and this model is none"):
+    with pytest.raises(UserError, match="a budget limits the queries to a black box, and this model is none"):
         gb.audit(trained, digits, SUITE.model_copy(update={"budget": 300}))
 
 

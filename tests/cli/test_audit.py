@@ -116,7 +116,7 @@ def test_a_budget_for_a_model_with_gradients_is_refused(tmp_path, capsys, traine
         "--out",
         str(tmp_path / "a"),
     ]
-    says(capsys, command, "a budget counts what a black box is asked", "leave --budget out")
+    says(capsys, command, "a budget limits the queries to a black box", "leave --budget out")
     assert not (tmp_path / "a").exists()
 
 

@@ -1,4 +1,4 @@
-"""Steps towards images of other classes: an attack that no gradient leads, and none can lead astray."""
+"""Steps towards images of other classes: an attack without gradients."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from gambeson.victim import Victim
 
 
 class NearestClass:
-    """Move each image as far as the ball allows towards the nearest images of other classes, one after the other.
+    """Move each image as far as the ball allows towards each of the nearest images of other classes.
 
-    What is kept is the move with the largest loss. A model that compares images with what it knows (nearest
-    neighbours, prototypes, projections on the data) changes its answer along such lines, and seldom along its
-    gradient. The attack is ours.
+    The move with the largest loss is kept. Models that compare images with stored ones (nearest neighbours, prototypes,
+    projections onto the data) change their prediction along such lines, and rarely along their gradient. The attack is
+    ours.
 
     Args:
         ball: of allowed perturbations.
         known: images with one label each, from the train split.
-        tries: how many of the nearest are stepped towards: as many queries per image.
+        tries: number of nearest images, and of queries per image.
     """
 
     def __init__(self, ball: Ball, known: Split, tries: int = 20) -> None:

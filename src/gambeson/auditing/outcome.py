@@ -1,4 +1,4 @@
-"""Two attacks compared on the same images, and an attack that goes as far as its gradients are finite."""
+"""Paired comparison of two attacks on the same images, and attacks on models with non-finite gradients."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gambeson.tasks import Counts, Task
 from gambeson.victim import Victim
 
 CLEAR = 3.0
-"""Standard errors that make a difference clear: chance alone passes them once in 740, so that the many comparisons of
-one audit seldom cry wolf. Ours."""
+"""Standard errors of a clear difference (ours): chance exceeds them once in 740, so that the many comparisons of an
+audit rarely raise a false alarm."""
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How much more of the same images one attack breaks than another, in shares of answers."""
+    """Difference of the shares of images broken by two attacks on the same images."""
 
     value: float
     low: float
@@ -28,7 +28,7 @@ class PairedDifference:
 
     @classmethod
     def of(cls, weaker: Counts, stronger: Counts) -> PairedDifference:
-        """Compare image by image: above 0 where ``stronger`` breaks more.
+        """Compare per image; positive if ``stronger`` breaks more.
 
         The interval is that of paired proportions with half an image added to each of the four outcomes of a pair
         (Agresti and Min 2005), for shares as well: it is not empty where all pairs agree.
@@ -58,10 +58,10 @@ def _padded(shares: torch.Tensor) -> tuple[float, float]:
 
 
 class AsFarAsFinite:
-    """An attack whose images, where a gradient is not finite, are what it had found until then.
+    """An attack that returns its best images so far if a gradient is not finite.
 
     Args:
-        attack: any attack on single images.
+        attack: a per-image attack.
     """
 
     def __init__(self, attack: ImageAttack) -> None:

@@ -1,4 +1,4 @@
-"""What an audit's Jacobian analysis found, as data: part of ``result.json``."""
+"""The results of an audit, as stored in ``result.json``."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ from gambeson.evaluation.attack_suite import AttackRound
 from gambeson.evaluation.rates import Control, Cost, EpsAdv, EpsUni
 
 RANGES: dict[PairMetric, tuple[float, float]] = {"cos_F": (-1, 1), "ratio_s": (0.5, 1), "rank1": (0, 1), "cka": (0, 1)}
-"""What values each pair metric can have; the bounds of its histogram, so that models can be compared."""
+"""Range of each pair metric, and of its histogram, so that models can be compared."""
 _BINS = 40
 
 
 class Bounds(Config):
-    """What the linearised model allows one perturbation to do, against what the crafted ones did."""
+    """Bounds for the linearised model, with the measured effects of the crafted perturbations."""
 
     eps: list[float]
-    """One for every row of the table."""
+    """One per row of the table."""
     table: BoundTable
 
 
 class PairHistogram(Config):
-    """How alike the Jacobians of two images are, for pairs within a class and between two."""
+    """Histogram of a pair metric of Jacobians, for pairs within a class and between two."""
 
     metric: PairMetric
     """``cos_F`` is the primary one; see :func:`gambeson.analysis.pair_metrics`."""
     within: Spread | None
     between: Spread | None
     edges: list[float]
-    """Bounds of the bins, over the metric's own range."""
+    """Edges of the bins, over the metric's range."""
     within_counts: list[int]
-    """Pairs of one class in every bin."""
+    """Pairs within a class per bin."""
     between_counts: list[int]
-    """Pairs of two classes in every bin."""
+    """Pairs between two classes per bin."""
 
     @classmethod
     def of(cls, found: PairSharing, metric: PairMetric) -> PairHistogram:
-        """Count one metric's values in bins; pairs with a Jacobian of zero have none."""
+        """Count one metric's values in bins, without pairs with a zero Jacobian."""
         low, high = RANGES[metric]
         value = found.values[metric].double()
 
         def counts(same: bool) -> list[int]:
             chosen = value[(found.same_class == same) & value.isfinite()]
-            return [int(n) for n in torch.histc(chosen.clamp(low, high), _BINS, low, high)]  # rounding may step outside
+            return [int(n) for n in torch.histc(chosen.clamp(low, high), _BINS, low, high)]  # against rounding
 
         return cls(
             metric=metric,
@@ -80,54 +80,55 @@ class LossSurface(Config):
     loss: list[list[float]]
     """Mean over the images, [e1][e2]."""
     wrong: list[list[float]]
-    """Share of images that the model gets wrong, [e1][e2]."""
+    """Error rate, [e1][e2]."""
     singles: list[list[list[float]]]
-    """The same loss for the first of them alone, [image][e1][e2]."""
+    """The loss of the first images, [image][e1][e2]."""
     ridge: Spread
-    """How much of the loss's rise along g at its highest is lost again at the far end; 0 where it only rises."""
+    """Decrease of the loss along g from its maximum to the far end; 0 if it only increases."""
 
 
 class Subspace(Config):
-    """How many orthogonal directions break the model at an image (GAAS; Tramer et al. 2017, and 2018 section 4.2)."""
+    """Number of orthogonal adversarial directions at an image (GAAS; Tramer et al. 2017, and 2018 section 4.2)."""
 
     norm: str
     eps: float
-    """Length of every direction; in the norm that the audit does not use, that of its usual grid at the same place."""
+    """Length of every direction; for the norm that the audit does not use, the corresponding value of its default
+    grid."""
     orders: list[int]
-    """The k directions that were tried at once."""
+    """The values of k."""
     shares: list[float]
-    """Share of the eligible images of which at least k directions break the model, for every order."""
+    """Share of eligible images with at least k adversarial directions, for every k."""
     eligible: int
-    """Images that the model has right and that have a gradient."""
+    """Correctly classified images with a non-zero gradient."""
     dead: int
-    """Images that it has right but whose gradient is zero."""
+    """Correctly classified images with zero gradient."""
     dimension: Spread | None
-    """Largest number of breaking directions of an image; None where no image is eligible."""
+    """Largest number of adversarial directions of an image; None if no image is eligible."""
     cosine: list[float]
-    """Largest |cosine| of two directions after the clip to [0, 1], by order; before it they are orthogonal."""
+    """Largest |cosine| of two directions after the clip to [0, 1], by k; before clipping they are orthogonal."""
 
 
 class JacobianResult(Config):
     """The Jacobian analysis, on a sample of test images. Parts that are None are explained in ``left_out``."""
 
     images: int
-    """Test images of the sample; parts that cost more look at some of them, and say at how many."""
+    """Test images of the sample; more expensive parts use fewer, and record how many."""
     fixed_draw: bool = False
-    """The model is random, and every forward here began from one seed."""
+    """Whether the model is random; every forward then used one seed."""
     norms: JacobianNorms | None = None
-    """Exact Frobenius and spectral norms of single images' Jacobians."""
+    """Exact Frobenius and spectral norms per image."""
     frobenius: Spread | None = None
-    """Estimated Frobenius norms, where exact ones cost too much."""
+    """Estimated Frobenius norms, if exact ones are too expensive."""
     gradients: GradientStatistics | None = None
     gradient_sharing: GradientSharing | None = None
     sharing: float | None = None
-    """The sharing factor: 1 where all images share one worst direction, 1/n where theirs are orthogonal."""
+    """The sharing factor: 1 if all images share one worst direction, 1/n if theirs are orthogonal."""
     bounds: Bounds | None = None
     pairs: list[PairHistogram] = Field(default_factory=list)
     surface: LossSurface | None = None
     subspaces: list[Subspace] = Field(default_factory=list)
     left_out: dict[str, str] = Field(default_factory=dict)
-    """Parts that were not measured, with the reason."""
+    """Parts not measured, with reasons."""
     file: str = ""
     """File with the tensors: ``direction``, the best shared L2 direction of the linearised model, (C, H, W);
     ``surface`` and ``wrong``, each image's, (N, S, S); ``pairs`` with their metrics."""
@@ -138,43 +139,43 @@ SCHEMA: Final = "gambeson/audit-4"
 
 
 class ModelInfo(Config):
-    """The model that was audited."""
+    """The audited model."""
 
     label: str
-    """What to call it in tables, such as ``shared-adversarial``."""
+    """Its name in tables, such as ``shared-adversarial``."""
     name: str
     """Its architecture, such as ``lenet``."""
     parameters: int
-    """Number of trainable values; 0 for a black box."""
+    """Number of parameters; 0 for a black box."""
     fingerprint: str
-    """Hash of its weights; of its answers for a black box."""
+    """Hash of its weights; for a black box, of its outputs."""
     black_box: bool = False
-    """Only scores could be had of it, no gradient."""
+    """Whether it returns scores without gradients."""
     random: bool = False
-    """Two calls with the same images differ."""
+    """Whether two calls with the same images differ."""
     defense: dict[str, Any] | None = None
-    """The defence it was trained with, with every setting; None when that is not known."""
+    """The defence it was trained with, with every setting; None if unknown."""
     epochs: int | None = None
-    """Epochs it was trained for; None when that is not known."""
+    """Epochs of its training; None if unknown."""
 
 
 class DataInfo(Config):
-    """The data behind an audit: which split did what."""
+    """The data of an audit, and the use of each split."""
 
     name: str
     classes: list[str]
     shape: list[int]
     """C, H, W of an image."""
     train: int
-    """Images the perturbations were crafted on."""
+    """Number of images for crafting."""
     validation: int
-    """Images that chose among restarts."""
+    """Number of images for selection."""
     test: int
-    """Images the numbers are reported on."""
+    """Number of images for the reported numbers."""
 
     @classmethod
     def of(cls, data: Dataset) -> DataInfo:
-        """Say what a data set's splits did, where its test split holds the images that are reported on."""
+        """Describe a data set whose test split is reported on."""
         return cls(
             name=data.name,
             classes=list(data.classes),
@@ -186,7 +187,7 @@ class DataInfo(Config):
 
 
 class Restart(Config):
-    """One start of a universal attack and how the validation split judged its outcome."""
+    """One start of a universal attack, with its rate on validation."""
 
     start: str
     validation_uer: float
@@ -195,8 +196,8 @@ class Restart(Config):
 class UniversalResult(Config):
     """The universal perturbation of one eps, its rates on the test split, and the controls at the same eps.
 
-    It is the one that does most harm on validation: what was crafted or, where that does less, a control or what was
-    crafted on the surrogate. Its rates have the plain intervals of a choice that no test image took part in.
+    It is the one that does most harm on validation: the crafted one, a control, or the one crafted on the surrogate.
+    Since no test image took part in the selection, its rates have plain intervals.
     """
 
     attack: str = "stochastic-pgd"
@@ -204,23 +205,23 @@ class UniversalResult(Config):
     eps: float
     norm: str
     uer: Rate
-    """Universal evasion rate: share of test inputs that the model gets wrong."""
+    """Universal evasion rate: the error on test images."""
     fooling: Rate
-    """Share of test inputs whose prediction changes."""
+    """Fooling rate: the share of predictions that change."""
     crafted: Rate | None = None
-    """UER of what was crafted on the model itself, where another perturbation took its place; None elsewhere."""
+    """UER of the perturbation crafted on the model itself, if another one was selected; else None."""
     controls: list[Control]
     restarts: list[Restart]
     file: str
     """The perturbation's file, relative to the result."""
     status: Literal["done", "weak", "zero", "target not reached"]
-    """``weak``: the perturbation stayed below 5 % of eps; ``zero``: it is no perturbation at all; ``target not
+    """``weak``: the perturbation stayed below 5 % of eps; ``zero``: it is zero; ``target not
     reached``: the attack's own stopping rule was not met."""
     cost: Cost
 
 
 class PerImageResult(Config):
-    """Accuracy under an attack that makes one perturbation per image, or under a suite of them."""
+    """Accuracy under a per-image attack or an attack suite."""
 
     attack: str
     """Its name, such as ``pgd``; ``standard`` for the suite of :func:`gambeson.evaluation.standard_suite`."""
@@ -229,37 +230,37 @@ class PerImageResult(Config):
     eps: float
     norm: str
     accuracy: Rate
-    """Share of test images still right; of a suite, under the worst of its attacks for each image."""
+    """Accuracy; of a suite, under the worst of its attacks per image."""
     rounds: list[AttackRound] = Field(default_factory=list)
-    """What each attack of a suite broke; empty for a single attack."""
+    """Results of the attacks of a suite; empty for a single attack."""
     cost: Cost
 
 
 class Surrogate(Config):
-    """The model that transferred perturbations were crafted on."""
+    """The surrogate for transfer."""
 
     name: str
-    """Its architecture, or what the suite named; empty where there was none."""
+    """Its architecture, or the name in the suite; empty without one."""
     accuracy: Rate | None = None
-    """On the clean test images: a poor surrogate says little."""
+    """Its accuracy on clean test images; a poor surrogate tells little."""
     images: int = 0
-    """Training images it was trained on here; 0 where it came trained."""
+    """Number of training images; 0 if it was already trained."""
     epochs: int = 0
     file: str = ""
-    """Its weights, relative to the result; empty where it came trained."""
+    """File of its weights, relative to the result; empty if it was already trained."""
     left_out: str = ""
-    """Why there was none."""
+    """Why there is none."""
 
 
 class TransferredResult(Config):
-    """Error under perturbations that were crafted on another model."""
+    """Error under perturbations crafted on another model."""
 
     source: str
-    """What they were crafted on, such as ``surrogate (lenet5)``."""
+    """Source model, such as ``surrogate (lenet5)``."""
     attack: str
     """Name of the attack."""
     universal: bool
-    """One perturbation for all images; else one for each."""
+    """Whether it is a universal perturbation, or one per image."""
     eps: float
     norm: str
     error: Rate
@@ -267,7 +268,7 @@ class TransferredResult(Config):
 
 
 class Corruption(Config):
-    """Error under plain noise, drawn anew for every image: what chance does, without an adversary."""
+    """Error under corruption noise, drawn per image."""
 
     noise: str
     """``gaussian``, ``uniform`` or ``salt-and-pepper``."""
@@ -277,26 +278,26 @@ class Corruption(Config):
 
 
 class RandomnessResult(Config):
-    """A random model's accuracy over many draws."""
+    """Accuracy of a random model over several passes."""
 
     votes: int
-    """Passes over the same test images."""
+    """Number of passes over the test images."""
     mean: float
-    """Mean accuracy of a pass."""
+    """Mean accuracy over the passes."""
     spread: float
     """Standard deviation of the accuracy between passes."""
     lowest: float
     highest: float
     majority: Rate
-    """Accuracy of the majority of the passes, image by image."""
+    """Accuracy of the majority vote."""
     noise_off: Rate | None
-    """Accuracy with the randomness turned off; None where that cannot be done from outside."""
+    """Accuracy with the randomness turned off; None if that is impossible from outside."""
     noise_off_by: str
     """How it was turned off, or why it was not."""
 
 
 class Check(Config):
-    """One condition under which the numbers could not be trusted."""
+    """Result of one diagnostic."""
 
     name: str
     passed: bool | None
@@ -308,23 +309,23 @@ class Check(Config):
     explanation: str = ""
     """What a failure means."""
     remedy: str = ""
-    """What to do then."""
+    """What to do about it."""
     numbers: dict[str, float] = Field(default_factory=dict)
     """What was measured, by name."""
 
 
 class Verdict(Config):
-    """The answer in plain words, and every reason it may not be trusted."""
+    """The conclusion in words, and the reasons not to trust it."""
 
     trusted: bool
     summary: str
     """One or two sentences with the number that supports them and its interval."""
     reasons: list[str]
-    """Why the numbers are not to be trusted; empty when they are."""
+    """Why the numbers are not to be trusted; empty if they are."""
 
 
 class AuditResult(Config):
-    """Everything that ``result.json`` holds. Same seed, same machine, same bytes."""
+    """The contents of ``result.json``. Same seed, same machine, same bytes."""
 
     schema_: Literal["gambeson/audit-4"] = SCHEMA
     subject: ModelInfo
@@ -335,13 +336,13 @@ class AuditResult(Config):
     clean: Rate
     """Accuracy on clean test images."""
     temperature: float = 1.0
-    """What the logits that attacks climbed were divided by (see :mod:`gambeson.auditing.temperature`)."""
+    """Divisor of the logits in attacks (see :mod:`gambeson.auditing.temperature`)."""
     per_image: list[PerImageResult]
     universal: list[UniversalResult]
     """In order of eps."""
     eps_uni: EpsUni
     eps_adv: EpsAdv | None = None
-    """The same for attacks on each image by itself, on the sample; None for a black box or where it was left out."""
+    """The same for per-image attacks, on the sample; None for a black box or if omitted."""
     transfer: list[TransferredResult] = Field(default_factory=list)
     surrogate: Surrogate | None = None
     corruption: list[Corruption] = Field(default_factory=list)
@@ -351,7 +352,7 @@ class AuditResult(Config):
     """Jacobian analysis; None for a black box."""
     checks: list[Check]
     notes: list[str] = Field(default_factory=list)
-    """What was left out or made smaller, and why; what a black box does not show. Whole sentences."""
+    """What was omitted or reduced, and why; limits of a black box. Whole sentences."""
     verdict: Verdict
     cost: Cost
     environment: dict[str, str]
@@ -359,7 +360,7 @@ class AuditResult(Config):
 
     @property
     def middle(self) -> UniversalResult:
-        """The perturbation at the middle eps, the one that pictures and headlines use."""
+        """The perturbation at the middle eps."""
         return self.universal[len(self.universal) // 2]
 
     def save(self, folder: Path) -> None:
@@ -371,7 +372,7 @@ class AuditResult(Config):
         """Read ``result.json`` from the folder of a finished audit.
 
         Raises:
-            UserError: there is none, or it is of another kind or of an earlier form.
+            UserError: the file is missing, or of another kind or version.
         """
         content = read_json(folder / "result.json")
         form = content.get("schema_", "another kind") if isinstance(content, dict) else "another kind"

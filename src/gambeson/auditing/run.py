@@ -1,4 +1,4 @@
-"""An audit as one object: what YAML, flags and Python all build, and what its folder can be run again from."""
+"""Runs of ``gambeson audit``: settings, execution in a folder, and cost estimates."""
 
 from __future__ import annotations
 
@@ -27,42 +27,42 @@ def _read_suite(value: Any) -> Any:
 
 
 class AuditRun(Config):
-    """What to audit, on what, and how thoroughly."""
+    """Settings of an audit: model, data and suite."""
 
     kind: Literal["audit"] = "audit"
     model: str
     """What :func:`gambeson.evaluation.load_model` takes: a run folder, a weights file, an architecture, a program, or
     a black box."""
     data: data_room.Name | None = None
-    """Name of a data set; None: the one that the run was trained on."""
+    """Name of a data set; None: that of the training run."""
     suite: Annotated[Suite, BeforeValidator(_read_suite)] = SUITES["standard"]
     """The suite's name or its settings."""
     label: str | None = None
-    """What tables call the model; None: the name of its defence, or of its file."""
+    """Name of the model in tables; None: that of its defence, or of its file."""
     seed: int = 0
     device: str = "cpu"
 
 
 def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None) -> Audit:
-    """Carry out ``run`` in the folder ``out``, or go on with it there; a finished one is only loaded.
+    """Execute ``run`` in the folder ``out``, or resume it there; a finished one is only loaded.
 
     Args:
         run: the settings.
         out: the folder of the audit.
-        dataset: the data, where it is loaded already.
+        dataset: the data, if already loaded.
 
     Raises:
-        UserError: the folder holds another run, the model cannot be loaded, no data is known, or a black box's budget
-            was spent before.
+        UserError: the folder contains another run, the model cannot be loaded, the data is unknown, or a black box's
+            budget is spent.
     """
-    began = (out / "run.yaml").is_file()  # then the folder is looked at first: a finished audit asks nobody
+    began = (out / "run.yaml").is_file()  # check the folder first: a finished audit needs no queries
     if began and open_run(out, run, environment(run.device)):
         result = AuditResult.load(out)
         return Audit(result, [UniversalPerturbation.load(out / point.file) for point in result.universal])
     left = _left(run, out)
     subject = load_model(run.model, run.data, run.device, dataset, budget=left)
     if not began:
-        if left is not None:  # a budget too small for anything is told before the folder is claimed
+        if left is not None:  # report a budget that is too small before creating the folder
             fit(run.suite.on(subject.dataset), subject.dataset, left, 1)
         open_run(out, run, environment(run.device))
     found = audit(
@@ -80,17 +80,17 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
 
 
 def plan_audit(run: AuditRun, dataset: data_room.Dataset | None = None) -> AuditPlan:
-    """Count and measure what ``run`` will cost, on a few images; nothing is written.
+    """Estimate the maximum cost of ``run`` from a few images; nothing is written.
 
     Raises:
-        UserError: the model cannot be loaded or is a black box, or no data is known.
+        UserError: the model cannot be loaded or is a black box, or the data is unknown.
     """
     subject = load_model(run.model, run.data, run.device, dataset)
     return plan(subject.model, subject.dataset, run.suite, run.seed)
 
 
 def images_asked(out: Path) -> int:
-    """Return how many images the black box of this folder was asked about so far; 0 where there is none."""
+    """Return the number of images the black box of this folder was queried with; 0 without one."""
     file = queries_file(out)
     return int(read_json(file)["images"]) if file.is_file() else 0
 

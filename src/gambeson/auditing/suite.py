@@ -22,24 +22,24 @@ class Suite(Config):
     """Settings of an audit. The papers fix none of these numbers; all defaults are ours."""
 
     eps: tuple[Eps, ...] = ()
-    """Radii of the curve, ascending; empty: a grid that suits the data (grey or colour). The middle one is what
-    pictures, per-image attacks and the verdict use."""
+    """Radii of the curve, ascending; empty: a default grid for grey or colour images. Pictures, per-image attacks and
+    the verdict use the middle one."""
     norm: Norm = "inf"
     universal_steps: Annotated[int, Field(ge=1)] = 400
-    """Gradient steps a restart of stochastic PGD."""
+    """Gradient steps of stochastic PGD per restart."""
     universal_restarts: Annotated[int, Field(ge=1)] = 4
     universal_batch: Annotated[int, Field(ge=1)] = 64
     universal_probe_starts: Annotated[int, Field(ge=0)] = 8
-    """Short climbs from random starts, the best of which stochastic PGD begins from."""
+    """Number of random starts that stochastic PGD probes."""
     pgd_steps: Annotated[int, Field(ge=1)] = 40
-    """Gradient steps a restart of PGD."""
+    """Gradient steps of PGD per restart."""
     pgd_restarts: Annotated[int, Field(ge=1)] = 2
     test_images: Annotated[int, Field(ge=1)] | None = None
-    """Test images that are reported on, drawn evenly; None: all."""
+    """Test images that are reported on, a stratified sample; None: all."""
     validation_images: Annotated[int, Field(ge=1)] | None = None
-    """Validation images that choose among restarts, drawn evenly; None: all."""
+    """Validation images for selection, a stratified sample; None: all."""
     sample: Annotated[int, Field(ge=1)] = 200
-    """Test images that diagnostics look at."""
+    """Test images for the diagnostics."""
     suite_images: Annotated[int, Field(ge=0)] = 500
     """Test images that the standard attack suite is tried on; 0 leaves it out."""
     suite_queries: Annotated[int, Field(ge=1)] = 5000
@@ -47,38 +47,38 @@ class Suite(Config):
     queries: Annotated[int, Field(ge=0)] = 500
     """Queries an image of the sample of Square, the attack that needs no gradient; 0 leaves it out."""
     budget: Annotated[int, Field(ge=1)] | None = None
-    """The most images that a black box may be asked about over the whole audit; None: as many as the suite takes. What
-    does not fit is made smaller or left out, and the result says so."""
+    """Maximum number of images sent to a black box over the whole audit; None: no limit. What does not fit is reduced
+    or omitted, and the result says so."""
     patterns: Annotated[int, Field(ge=1)] = 100
-    """Black boxes: noise patterns of each kind (Perlin, Gabor) that are tried at each eps."""
+    """Black boxes: noise patterns of each kind (Perlin, Gabor) per eps."""
     pattern_images: Annotated[int, Field(ge=1)] = 200
-    """Black boxes: training images that each pattern is tried on, and validation images that choose."""
+    """Black boxes: training images per pattern, and validation images for selection."""
     surrogate: str = "auto"
     """The model that transferred perturbations are crafted on: ``auto`` trains a small net on the train split, where
     images are 64 pixels wide at most; ``none`` leaves transfer out; or a run folder, a weights file, an architecture
     with weights, as the model of an audit is named."""
     surrogate_epochs: Annotated[int, Field(ge=1)] = 10
-    """Passes over the images that the surrogate is trained on; more where they are few."""
+    """Epochs of the surrogate's training; more if there are few images."""
     surrogate_images: Annotated[int, Field(ge=1)] = 20_000
-    """The most training images that the surrogate sees."""
+    """Maximum number of training images of the surrogate."""
     transfer_images: Annotated[int, Field(ge=1)] = 1000
-    """The most test images that are perturbed one by one on the surrogate."""
+    """Maximum number of test images for per-image transfer attacks."""
     noise_sizes: tuple[Annotated[Number, Field(gt=0)], ...] = (0.5, 1.0, 2.0, 4.0)
-    """Sizes of plain noise, as multiples of the middle eps."""
+    """Sizes of corruption noise, as multiples of the middle eps."""
     jacobian_backwards: Annotated[int, Field(ge=0)] = 4000
     """Backward passes that each exact part of the Jacobian analysis may take; 0 leaves the analysis out."""
     votes: Annotated[int, Field(ge=1)] = DEFAULT_VOTES
-    """Passes over a random model whose majority decides an image; one is refused by a check."""
+    """Votes per image of a random model; with one, a diagnostic fails."""
     eot_samples: Annotated[int, Field(ge=1)] = EOT_SAMPLES
     """Draws of a random model that a gradient is averaged over where diagnostics attack it."""
     eps_uni_delta: Annotated[Number, Field(gt=0, lt=1)] = 0.5
-    """The error whose smallest eps is searched."""
+    """The error of eps_uni."""
     eps_uni_tolerance: Annotated[Number, Field(gt=0, lt=1)] = 0.02
     """Width of the last bracket as a share of eps."""
     eps_uni_runs: Annotated[int, Field(ge=0)] | None = None
-    """The most perturbations crafted in that search; 0: it is read off the curve; None: as many as it takes."""
+    """Maximum number of perturbations crafted in that search; 0: read off the curve; None: no limit."""
     eps_adv: bool = True
-    """Search the smallest eps for attacks on each image as well, on the sample (not for black boxes)."""
+    """Whether to search eps_adv on the sample (not for black boxes)."""
     controls: tuple[str, ...] = tuple(CONTROLS)
     """Patterns that know nothing of the model, tried at each eps: see :func:`gambeson.attacks.control`. One that does
     more harm on validation than what was crafted takes its place."""
@@ -93,12 +93,12 @@ class Suite(Config):
 
     @property
     def patterns_of_controls(self) -> int:
-        """How many patterns the controls are."""
+        """Number of patterns of the controls."""
         return sum((CONTROLS | MORE_CONTROLS)[name] for name in self.controls)
 
     diagnostics: tuple[Annotated[str, AfterValidator(canonical)], ...] = ()
-    """Further diagnostics, looked at after this library's: names that installed packages have registered, or
-    ``FILE.py:FUNCTION``. Their cost is in no plan."""
+    """Additional diagnostics: registered names of installed packages, or ``FILE.py:FUNCTION``. Their cost is not part
+    of estimates."""
 
     @field_validator("eps")
     @classmethod
@@ -108,7 +108,7 @@ class Suite(Config):
         return eps
 
     def on(self, data: Dataset) -> Suite:
-        """The same suite with a grid of eps for this data, where none was given."""
+        """The suite with a default grid of eps for this data, if none was given."""
         if self.eps:
             return self
         if self.norm == "1":
@@ -178,4 +178,4 @@ SUITES = {
         eps_uni_tolerance=0.01,
     ),
 }
-"""The suites by name, from minutes to hours."""
+"""The built-in suites, from minutes to hours."""

@@ -1,1 +1,1 @@
-"""The stages of an audit, a file each: what is measured, in order, before the diagnostics are asked."""
+"""The stages of an audit, one file each, which run before the diagnostics."""

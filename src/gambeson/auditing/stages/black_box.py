@@ -1,4 +1,4 @@
-"""Auditing what only answers: a universal attack without gradients, and the box recognised when it is met again."""
+"""Black boxes in audits: budget, recognition on resuming, and universal attacks without gradients."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from gambeson.threat import Ball
 from gambeson.victim import Victim, predict, score
 
 _ALIKE = 1e-3
-"""Scores that differ by less than this share of their range are the same: a server may round, or batch otherwise."""
+"""Scores that differ by less than this share of their range are equal, because servers round and batch differently."""
 _FINALISTS = 3
 
 
 def queries_file(folder: Path) -> Path:
-    """Return the file that keeps how many images a black box was asked about."""
+    """Return the file with the number of images a black box was queried with."""
     return folder / "state" / "queries.json"
 
 
 def recognise(box: BlackBox, data: Dataset, stages: Checkpoints, folder: Path | None, *, random: bool) -> None:
-    """Ask about a few fixed images, so that another box behind the same name is noticed.
+    """Query a few fixed images, so that another box under the same name is detected.
 
-    The answers become the box's fingerprint; those of the first time stand as long as the new ones are alike. A random
-    box has no answers of its own: nothing is asked then, and only its name tells it from another.
+    The scores become the box's fingerprint; the first ones are kept as long as new ones agree. A random box is not
+    queried, and is identified by its name only.
 
     Raises:
-        UserError: the folder holds the audit of a box that answers otherwise.
+        UserError: the folder contains the audit of a box with other scores.
     """
     if random:
         return
@@ -60,18 +60,18 @@ def recognise(box: BlackBox, data: Dataset, stages: Checkpoints, folder: Path | 
 def inspect(
     victim: Victim, box: BlackBox, suite: Suite, data: Dataset, stages: Checkpoints, folder: Path | None
 ) -> tuple[Suite, Dataset, list[str]]:
-    """Hold a box to its budget, recognise it, and make the audit as small as the budget has to have it.
+    """Set the budget of a box, recognise it, and reduce the audit to fit the budget.
 
     Args:
         victim: the box, inside its context.
         box: the same.
-        suite: what was asked for.
+        suite: the requested suite.
         data: the data; of its validation split as much is kept as one choice among perturbations looks at.
         stages: of the audit.
         folder: of the audit.
 
     Returns:
-        The suite and the data to go on with, and what was made smaller, in sentences.
+        The reduced suite and data, and the reductions as sentences.
     """
     box.hold(suite.budget, None if folder is None else queries_file(folder))
     random = victim.inspect(data.test.take(slice(0, 8), victim.device)[0], scores=True).stochastic
@@ -83,7 +83,7 @@ def inspect(
 
 
 def remarks(model: nn.Module) -> list[str]:
-    """What a black box does not show, in sentences; nothing for a model that has gradients."""
+    """Limits of the audit of a black box, as sentences; empty for a model with gradients."""
     if not isinstance(model, BlackBox):
         return []
     words = ["A black box: attacks that need gradients were left out, so that true robustness may be lower."]
@@ -103,15 +103,15 @@ def pattern_attacks(suite: Suite, eps: float) -> list[ProceduralAttack]:
 
 
 def craft(context: AuditContext, eps: float, start: tuple[str, torch.Tensor] | None = None) -> UniversalPerturbation:
-    """Return the strongest of several universal attacks without a gradient, as validation sees it.
+    """Return the strongest of several universal attacks without gradients, selected on validation.
 
-    They are Perlin noise and Gabor noise, searched by queries; stochastic PGD on the surrogate, where there is one;
-    and a perturbation of another eps, scaled to this one.
+    They are Perlin and Gabor noise, searched by queries; stochastic PGD on the surrogate, if there is one; and a
+    perturbation of another eps, scaled to this one.
 
     Args:
         context: of the audit.
         eps: the radius.
-        start: what made the perturbation of another eps, and that perturbation (1, C, H, W).
+        start: the attack of the perturbation of another eps, and that perturbation (1, C, H, W).
     """
     victim, suite, validation = context.victim, context.suite, context.data.validation
     spent = victim.forwards

@@ -1,4 +1,4 @@
-"""The audit's plain noise: what chance does to the model, without an adversary."""
+"""The corruption stage: errors under Gaussian, uniform, and salt-and-pepper noise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOISES = ("gaussian", "uniform", "salt-and-pepper")
 
 
 def noisy(images: torch.Tensor, noise: str, size: float, draw: torch.Generator) -> torch.Tensor:
-    """Return images (N, C, H, W) with noise of their own each, clipped to [0, 1].
+    """Return images (N, C, H, W) with independent noise, clipped to [0, 1].
 
     Args:
         images: in [0, 1].
@@ -39,13 +39,13 @@ def noisy(images: torch.Tensor, noise: str, size: float, draw: torch.Generator) 
 
 
 def a_pixel(eps: float, norm: str, shape: tuple[int, ...]) -> float:
-    """Return what a radius allows each value of an image (C, H, W) if it is spread evenly."""
+    """Return the change per value of an image (C, H, W) if a radius is spread evenly."""
     count = math.prod(shape)
     return {"inf": eps, "2": eps / math.sqrt(count), "1": eps / count}[norm]
 
 
 def measure(context: AuditContext) -> list[Corruption]:
-    """Every noise at every size of the suite: multiples of what the middle eps allows a pixel."""
+    """Measure every noise at every size of the suite, in multiples of the middle eps per pixel."""
     unit = a_pixel(context.eps, context.suite.norm, context.test.shape)
     sizes = sorted({min(1.0, times * unit) for times in context.suite.noise_sizes})
     return [
@@ -56,7 +56,7 @@ def measure(context: AuditContext) -> list[Corruption]:
 def _error(context: AuditContext, noise: str, size: float) -> Rate:
     victim, test = context.victim, context.test
     draw = generator(context.seed, "corruption", noise, f"{size:.6g}", device=victim.device)
-    with seeded(context.seed, "corruption"):  # of a random model's passes
+    with seeded(context.seed, "corruption"):  # for the votes of a random model
         predictions = [
             vote(victim, noisy(images, noise, size, draw)).cpu()
             for images, _ in test.batches(auto_batch_size(test.shape), device=victim.device)

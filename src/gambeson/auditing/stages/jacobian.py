@@ -1,4 +1,4 @@
-"""The audit's Jacobian analysis: norms, what inputs share, bounds, and the surface of the loss."""
+"""The Jacobian stage: norms, sharing metrics, bounds, loss surfaces and adversarial subspaces."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from gambeson.victim import Victim
 
 FILE = "jacobian.safetensors"
 _FEWEST = 16
-"""Images, or pairs, below which a part says nothing."""
+"""Minimum number of images, or pairs, of a part."""
 _FLOATS = 2**27
-"""Numbers held at once: 512 MiB."""
+"""Maximum number of values in memory: 512 MiB."""
 _GRID = 17
-"""Points a side of the loss surface."""
+"""Points per side of the loss surface."""
 PartT = TypeVar("PartT")
 
 
@@ -44,20 +44,20 @@ def measure(
 ) -> JacobianResult | None:
     """Measure the Jacobian of a classifier on a sample of test images.
 
-    Exact parts may take ``suite.jacobian_backwards`` backward passes each; for models of many classes or large images
-    they give way to estimates, or are left out with the reason. A random model is held at one draw.
+    Exact parts may take ``suite.jacobian_backwards`` backward passes each; for models with many classes or large images
+    they are replaced by estimates, or omitted with a reason. A random model is fixed at one draw.
 
     Args:
-        victim: the model, met before.
+        victim: the model, inspected.
         split: the sample.
-        uaps: crafted perturbations by eps, which the bounds are set against.
+        uaps: crafted perturbations by eps, to compare with the bounds.
         suite: the audit's settings.
-        eps: length of the surface's sides and of the subspaces' directions.
+        eps: extent of the surfaces and length of the subspaces' directions.
         seed: of pairs, projections and directions.
-        folder: where :data:`FILE` is written; None writes none.
+        folder: for :data:`FILE`; None: not written.
 
     Returns:
-        None for black boxes, for label maps and whatever else is no classifier, and where the suite leaves them out.
+        None for black boxes, for models that are not classifiers, and if the suite omits it.
     """
     if suite.jacobian_backwards == 0 or not split.task.labels_every_image:
         return None
@@ -76,7 +76,7 @@ def measure(
             return JacobianResult(images=len(split), left_out={"jacobian": reason}, cost=Cost())
         parts = _Parts(watched, split, suite, eps, seed, logits.shape[1])
         found = parts.collect(uaps)
-        if random:  # for its forwards the victim was charged as they happened
+        if random:  # its forwards have been counted already
             victim.backwards += watched.backwards
     cost = Cost(forwards=victim.forwards - before[0], backwards=victim.backwards - before[1])
     file = ""
@@ -87,7 +87,7 @@ def measure(
 
 
 class _OneDraw(nn.Module):
-    """A random model whose forwards all begin from one seed, so that equal batches are compared at one draw."""
+    """A random model with a fixed seed in every forward, so that equal batches have equal draws."""
 
     def __init__(self, victim: Victim, seed: int) -> None:
         super().__init__()
@@ -133,8 +133,7 @@ class _Parts:
         )
 
     def _try(self, name: str, work: Callable[[], PartT]) -> PartT | None:
-        # Whatever one part cannot do with a model (a layer without a second derivative, one logit, NaN), the others
-        # and the audit go on.
+        # A failure of one part (a layer without a second derivative, one logit, NaN) must not stop the others.
         try:
             return work()
         except (UserError, RuntimeError) as error:
@@ -220,7 +219,7 @@ class _Parts:
 
 
 def _length(eps: float, norm: Norm, wanted: Norm, size: int) -> float:
-    """The eps of another norm that stands at the same place of a suite's usual grid."""
+    """The eps of another norm at the same position of the default grid."""
     if norm == "1":
         raise UserError("the norm 1 has no usual grid whose lengths could be carried over")
     if norm == wanted:

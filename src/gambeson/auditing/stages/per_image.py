@@ -1,4 +1,4 @@
-"""The audit's attacks on single images: PGD on every test image, and the standard attack suite on some."""
+"""The per-image stage: PGD on every test image, and the standard attack suite on some."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from gambeson.evaluation.outcome import ImageAttack, accuracy_under
 
 
 def left_out(context: AuditContext) -> str:
-    """Return why there is no attack suite; empty where there can be one."""
+    """Return why there is no attack suite; empty if there is one."""
     if context.suite.norm != "1" and context.test.task.per_image_label:
         return ""
     return "No attack suite was tried on single images: it is for one label per image and the norms inf and 2."
 
 
 def measure(context: AuditContext) -> list[PerImageResult]:
-    """Attack image by image at the middle eps.
+    """Run the per-image attacks at the middle eps.
 
-    PGD on all test images, then the standard attack suite on ``suite.suite_images`` of them. That is for one label per
-    image and the norms inf and 2, and is left out elsewhere. A black box is attacked by Square alone, on the images
-    that diagnostics look at, with ``suite.queries`` of each; nothing is tried on one in the norm 1.
+    PGD on all test images, then the standard attack suite on ``suite.suite_images`` of them. The suite needs one label
+    per image and the norms inf or 2. A black box is attacked only by Square, on the sample of the diagnostics, with
+    ``suite.queries`` per image, and not at all in the norm 1.
     """
     suite, norm = context.suite, context.suite.norm
     possible = not left_out(context)

@@ -1,4 +1,4 @@
-"""Random models: what a random model answers over many passes, and what it answers once its noise is off."""
+"""The randomness stage: accuracy of a random model over several passes, and with the noise off."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def measure(context: AuditContext) -> RandomnessResult | None:
 
 @contextmanager
 def one_pass(victim: Victim) -> Iterator[None]:
-    """Let one pass decide inside the block, whatever the victim's ``votes``."""
+    """Use a single vote inside the block."""
     before, victim.votes = victim.votes, 1
     try:
         yield
@@ -65,7 +65,7 @@ def _without_noise(context: AuditContext) -> tuple[Rate | None, str]:
 
 
 def way_to_quiet(context: AuditContext) -> str:
-    """Return the first of :data:`QUIET` that makes a random model repeat itself, or why none does."""
+    """Return the first of :data:`QUIET` that makes a random model deterministic, or why none does."""
     if context.subject.black_box:
         return "not turned off: only queries are possible"
     images, _ = context.sample.take(slice(0, 8), context.victim.device)
@@ -73,7 +73,7 @@ def way_to_quiet(context: AuditContext) -> str:
     for how, quiet in QUIET.items():
         if how == SWITCHES and not injections(context.victim.model):
             continue
-        # What a stranger's model does when its draws are not what it expects cannot be known: any error is an answer.
+        # Foreign models may fail in any way if their draws are replaced.
         try:
             with torch.no_grad(), quiet(context.victim):
                 first, second = context.victim.forward_original(images), context.victim.forward_original(images)
@@ -94,7 +94,7 @@ def _switched(victim: Victim) -> Iterator[None]:
 @contextmanager
 def _averaged(victim: Victim) -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(noise_off(victim.model))  # these draw in threads of their own, where no mode reaches
+        stack.enter_context(noise_off(victim.model))  # these draw in separate threads, which the mode does not reach
         stack.enter_context(Derandomize())
         yield
 
@@ -104,4 +104,4 @@ QUIET: dict[str, Callable[[Victim], Any]] = {
     SWITCHES: _switched,
     "every random draw of torch replaced by its mean (dropout by all of its input)": _averaged,
 }
-"""Ways to turn a model's randomness off from outside, as contexts for a victim, the gentlest first."""
+"""Ways to turn a model's randomness off from outside, as contexts of a victim, least invasive first."""

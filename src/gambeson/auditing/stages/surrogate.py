@@ -1,4 +1,4 @@
-"""The audit's surrogate: a net of its own for the same data, on which perturbations are crafted that then transfer."""
+"""The surrogate stage: a network for the same data, on which transfer attacks are crafted."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from gambeson.training import train
 
 FILE = "surrogate.safetensors"
 LARGEST = 64
-"""Side in pixels above which no surrogate is trained: the nets that suit larger images take hours."""
+"""Largest side in pixels for which a surrogate is trained: networks for larger images take hours."""
 _MANY = 150_000
-"""Images seen in training, from which on a residual net of colour images learns more than LeNet-5 in the same time."""
+"""Training images from which a residual network on colour images learns more than LeNet-5 in the same time."""
 _FEWEST_STEPS = 400
 _BATCH = 64
 
 
 def choose(suite: Suite, data: Dataset) -> tuple[str, str]:
-    """Return the architecture to train (empty: none, or what the suite names), and why there is none."""
+    """Return the architecture to train (empty: none, or the one named by the suite), and why there is none."""
     if suite.surrogate == "none":
         return "", "No perturbation was transferred, as the suite asks."
     if not data.test.task.per_image_label:
@@ -47,20 +47,20 @@ def choose(suite: Suite, data: Dataset) -> tuple[str, str]:
 def obtain(
     suite: Suite, data: Dataset, audited: nn.Module, folder: Path | None, stages: Checkpoints, seed: int
 ) -> tuple[nn.Module | None, Surrogate]:
-    """Return the surrogate on the audited model's device, and what there is to say of it.
+    """Return the surrogate on the audited model's device, and its description.
 
-    It is trained once on the train split, with the data's labels, and kept in the folder.
+    It is trained once on the train split, with the data's labels, and stored in the folder.
 
     Args:
-        suite: names or sizes it.
-        data: what to train it on.
-        audited: the model under audit, which must not be its own surrogate.
+        suite: defines the surrogate.
+        data: for training.
+        audited: the audited model, which cannot be its own surrogate.
         folder: of the audit.
         stages: of the audit.
         seed: of its weights and its training.
 
     Raises:
-        UserError: the suite names a model that cannot be had, or the audited model itself.
+        UserError: the suite names a model that is unavailable, or the audited model itself.
     """
     name, reason = choose(suite, data)
     if reason:

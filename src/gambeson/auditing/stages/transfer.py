@@ -1,4 +1,4 @@
-"""The audit's transferred perturbations: crafted on a surrogate, tried on the model."""
+"""The transfer stage: perturbations crafted on the surrogate, scored on the model."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from gambeson.victim.averaged import EOT_SAMPLES
 
 
 def image_attacks(eps: float, norm: Norm) -> dict[str, GradientAttack]:
-    """Return the attacks that perturb images one by one on the surrogate: one step, and many with what transfers.
+    """Return the per-image attacks on the surrogate: a single-step one, and an iterative one that transfers well.
 
-    MI-FGSM with DI has the common frame of transfer papers: 10 steps of eps / 10 from the image itself, momentum 1,
+    MI-FGSM with DI has the common setting of transfer papers: 10 steps of eps / 10 from the image itself, momentum 1,
     random resizing (:mod:`gambeson.attacks.gradient.transfer`).
     """
     return {"fgsm": FGSM(eps=eps, norm=norm), "mi-di-fgsm": transfer_attack("mi-di-fgsm", eps=eps, norm=norm)}
 
 
 class FromSurrogate:
-    """An attack that crafts on a surrogate whatever model it is given, to be used where attacks are compared.
+    """An attack that always crafts on a surrogate, for comparisons of attacks.
 
     Args:
-        surrogate: what to craft on.
-        attack: how.
-        temperature: what the surrogate's logits are divided by, see :mod:`gambeson.auditing.temperature`.
-        samples: draws that gradients are averaged over where the surrogate is random.
+        surrogate: the model to craft on.
+        attack: the attack.
+        temperature: divisor of the surrogate's logits, see :mod:`gambeson.auditing.temperature`.
+        samples: samples that gradients are averaged over if the surrogate is random.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class FromSurrogate:
         seed: int = 0,
         task: Task | None = None,
     ) -> torch.Tensor:
-        """Return perturbed images; ``model`` is not looked at."""
+        """Return perturbed images; ``model`` is not used."""
         with Victim(self.surrogate, fast=True) as source:
             source.temperature = self.temperature
             attack = averaged(self.attack, source, x, self.samples)
@@ -64,9 +64,9 @@ class FromSurrogate:
 
 
 def on_surrogate(context: AuditContext, eps: float) -> UniversalPerturbation | None:
-    """Craft one perturbation for all images on the surrogate, once an eps; None where there is no surrogate.
+    """Craft a universal perturbation on the surrogate, once per eps; None without a surrogate.
 
-    The climb is short, for the surrogate is small and what it finds is seldom what the model falls to.
+    The attack is short, because the surrogate is small and its perturbation rarely the strongest.
     """
     if context.surrogate is None:
         return None
@@ -79,7 +79,7 @@ def on_surrogate(context: AuditContext, eps: float) -> UniversalPerturbation | N
 
 
 def measure(context: AuditContext) -> list[TransferredResult]:
-    """Try on the model what was crafted on the surrogate at the middle eps; nothing where there is no surrogate."""
+    """Score perturbations crafted on the surrogate at the middle eps; empty without a surrogate."""
     surrogate, shared = context.surrogate, on_surrogate(context, context.eps)
     if surrogate is None or shared is None:
         return []
@@ -110,12 +110,12 @@ def measure(context: AuditContext) -> list[TransferredResult]:
 
 
 def name_of(surrogate: nn.Module) -> str:
-    """What to call a surrogate: its architecture."""
+    """Name of a surrogate: its architecture."""
     return str(getattr(getattr(surrogate, "card", None), "name", type(surrogate).__name__))
 
 
 def perturbed(split: Split, attack: Callable[..., torch.Tensor], context: AuditContext) -> Split:
-    """Return the split with every image perturbed, by the same batches and seeds as diagnostics take."""
+    """Return the split with every image perturbed, with the batches and seeds of the diagnostics."""
     moved = [
         attack(context.victim, images, labels, seed=derive(context.seed, "batch", k), task=split.task).cpu()
         for k, (images, labels) in enumerate(split.batches(at_once(split), device=context.victim.device))

@@ -1,7 +1,7 @@
-"""The audit's universal perturbations: one at every eps of the curve, and the smallest eps that is enough.
+"""The universal stage: one perturbation at every eps of the curve, and eps_uni.
 
-For each eps stands the perturbation that does most harm on validation: the crafted one, a control, or at the middle
-eps the one of the surrogate. Validation chooses, test reports: the interval of its rate is that of one number.
+At each eps validation selects the most harmful perturbation: the crafted one, a control, or at the middle eps that of
+the surrogate. Test only reports, so its rate has the interval of a single number.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from gambeson.victim import predict, score
 
 
 def file_of(eps: float) -> str:
-    """Name of the file that the perturbation of this eps is kept in."""
+    """File name of the perturbation of this eps."""
     return f"uap-{eps:.4g}.safetensors"
 
 
 def crafted_file_of(eps: float) -> str:
-    """Name of the file of the crafted perturbation of this eps, where another one took its place."""
+    """File name of the crafted perturbation of this eps, if another one was selected."""
     return f"crafted-{eps:.4g}.safetensors"
 
 
