@@ -48,7 +48,7 @@ def test_an_endpoint_is_audited_within_its_budget_through_failures(server, tmp_p
     before = server.seen
     assert run(command) == 0  # finished: nobody is asked
     told = capsys.readouterr().err
-    assert f"asked about {asked} images in all" in " ".join(told.split())
+    assert f"{asked} images queried in total" in " ".join(told.split())
     assert "attacks that need gradients were left out" in " ".join(told.split())
     assert server.seen == before
     assert run(["report", str(tmp_path / "a")]) == 0
@@ -116,7 +116,7 @@ def test_a_budget_for_a_model_with_gradients_is_refused(tmp_path, capsys, traine
         "--out",
         str(tmp_path / "a"),
     ]
-    says(capsys, command, "a budget counts what a black box is asked", "leave --budget out")
+    says(capsys, command, "a budget limits the queries to a black box", "leave --budget out")
     assert not (tmp_path / "a").exists()
 
 
