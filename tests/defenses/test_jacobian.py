@@ -374,7 +374,7 @@ def test_mistakes_are_named():
     model, batch = linear(), batch_of(images())
     with torch.no_grad(), pytest.raises(UserError, match="while gradients are off: leave torch.no_grad"):
         JacobianNorm()(model, batch)
-    with pytest.raises(UserError, match="LinearNet does not say how it normalises: choose space='pixel'"):
+    with pytest.raises(UserError, match="LinearNet has no known normalisation: choose space='pixel'"):
         JacobianNorm(space="normalised")(model, batch)
     with pytest.raises(UserError, match="power iteration needs estimator='stacked' and n_proj=1"):
         Jacobian(power=True)

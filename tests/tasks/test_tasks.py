@@ -65,6 +65,11 @@ def test_counts_and_the_headline_rate_of_segmentation():
     assert counts.accuracy.n == 2  # and its interval over images that have a labelled one
 
 
+def test_a_prediction_of_the_ignored_class_is_never_right():
+    counts = Classification(ignore_index=1).counts(PREDICTIONS, LABELS % 9)
+    assert (counts.right.tolist(), counts.total.tolist()) == ([1, 1, 0, 0], [1, 1, 1, 0])
+
+
 def test_predictions_of_another_shape_are_refused():
     with pytest.raises(UserError, match=r"answers with shape \(4,\), but the labels have \(3, 2, 2\)"):
         PIXELS.counts(PREDICTIONS, MAPS)

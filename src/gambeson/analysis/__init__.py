@@ -1,7 +1,7 @@
-"""What a model's gradients say: Jacobians and their bounds, sharing, and signs of hidden gradients.
+"""Jacobian analysis: Jacobians and bounds, sharing metrics, gradient masking, loss surfaces and subspaces.
 
 Every function takes a module or a victim; those over a set take a split, a dataset (its test split) or a pair
-(images, labels). The model is frozen and in evaluation mode meanwhile, and is never answered for by a fast copy.
+(images, labels). The model is frozen, in evaluation mode, and used itself, not as a fast copy.
 """
 
 from gambeson.analysis.bounds import BoundRow, BoundTable, Linear, bound_table, linearise, strongest_signs

@@ -1,4 +1,4 @@
-"""What a model would do if it were linear around each image."""
+"""The linearised model, and the bounds on universal perturbations that hold for it."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from gambeson.victim import Victim, predicted
 
 @dataclass(frozen=True)
 class Linear:
-    """The first-order change of every image's logits under R shared perturbations, beside the truth."""
+    """First-order changes of every image's logits under R shared perturbations, with the errors of both models."""
 
     logits: torch.Tensor
     """(N, K), clean."""
     margin: torch.Tensor
-    """(N,): f_y minus the largest other logit; not positive where the model is wrong already."""
+    """(N,): f_y minus the largest other logit; not positive for misclassified images."""
     change: torch.Tensor
     """(R, N, K): J_i delta_r."""
     errors: list[int]
-    """(R): images that the linearised model f(x_i) + J_i delta_r gets wrong."""
+    """(R): images misclassified by the linearised model f(x_i) + J_i delta_r."""
     measured_errors: list[int]
-    """(R): images that the model itself gets wrong at clip(x_i + delta_r)."""
+    """(R): images misclassified by the model itself at clip(x_i + delta_r)."""
     rest: torch.Tensor
     """(R, N): ||f(x_i + delta_r) - f(x_i) - J_i delta_r||_2 at the clipped image, the linearisation error."""
 
 
 def linearise(model: Source, data: Any, perturbations: torch.Tensor) -> Linear:
-    """Push shared perturbations through the linearised model and through the model itself.
+    """Apply shared perturbations to the linearised model and to the model itself.
 
     Cost per image: 1 + R forwards and 1 + R backwards.
 
@@ -70,11 +70,11 @@ def linearise(model: Source, data: Any, perturbations: torch.Tensor) -> Linear:
 
 
 class BoundRow(Config):
-    """One perturbation delta against the bounds P1, P2 and P4 of the notes on Jacobian regularisation, section 2.
+    """One perturbation delta with the bounds P1, P2 and P4 (Co et al. 2021).
 
     Effects are E(delta) = sum_i ||J_i delta||_2^2 over all N images, in squared logits; errors are shares of all N,
-    images already wrong included. The bounds hold for the linearised model and delta as it stands; the measured
-    error is the model's own at clip(x + delta).
+    including images misclassified when clean. The bounds hold for the linearised model and unclipped delta; the
+    measured error is that of the model at clip(x + delta).
     """
 
     length_inf: float
@@ -90,7 +90,7 @@ class BoundRow(Config):
     box_mean: float
     """P2: ||delta||_inf^2 tr G, the mean effect of random signs of this size."""
     box_bound: float
-    """P2: ||delta||_inf^2 D sigma_1^2, above the effect of everything of this size in the norm inf."""
+    """P2: ||delta||_inf^2 D sigma_1^2, an upper bound for this norm."""
     box_frobenius_bound: float
     """P2: ||delta||_inf^2 D tr G."""
     linear_error: float
@@ -98,29 +98,29 @@ class BoundRow(Config):
     counted_error: float
     """P4: images with ||J_i delta||_2 >= m_i / sqrt(2); at least ``linear_error``."""
     effect_error: float
-    """P4: 2/N sum_i ||J_i delta||^2 / m_i^2, and the images already wrong; at least ``counted_error``, at most 1."""
+    """P4: 2/N sum_i ||J_i delta||^2 / m_i^2, plus misclassified images; at least ``counted_error``, at most 1."""
     bound_error: float
-    """P4: 2/N sigma_1(diag(1/m) Jbar)^2 ||delta||_2^2, and the images already wrong; at most 1."""
+    """P4: 2/N sigma_1(diag(1/m) Jbar)^2 ||delta||_2^2, plus misclassified images; at most 1."""
     measured_error: float
     """UER: error of the model itself."""
 
     @property
     def attained(self) -> float:
-        """E(delta) over its bound P1, in [0, 1]: 1 where delta is the best universal L2 perturbation."""
+        """E(delta) over its bound P1, in [0, 1]: 1 for the best universal L2 perturbation."""
         return self.effect / self.spectral_bound if self.spectral_bound > 0 else 0.0
 
 
 class BoundTable(Config):
-    """Bounds against measured errors for several perturbations of one model, in the order given."""
+    """Bounds and measured errors for several perturbations of one model, in the order given."""
 
     rows: tuple[BoundRow, ...]
     images: int
     errors: int
-    """Images already wrong: counted as errors, and left out of the margin-weighted stack."""
+    """Images misclassified when clean: counted as errors, and left out of the margin-weighted stack."""
     sigma: float
     """sigma_1 of the stack."""
     weighted_sigma: float
-    """sigma_1 of the margin-weighted stack, the quantity that P4 and claim J3 rest on."""
+    """sigma_1 of the margin-weighted stack, used by P4."""
     trace: float
     """tr G; an estimate with error ``trace_error``."""
     trace_error: float
@@ -136,10 +136,10 @@ def bound_table(
     spectra: tuple[Spectrum, Spectrum] | None = None,
     seed: int = 0,
 ) -> BoundTable:
-    """Set the bounds P1, P2 and P4 against what perturbations do, one row per perturbation: how tight, per eps.
+    """Compare the bounds P1, P2 and P4 with the effects of perturbations, one row per perturbation.
 
-    Cost: the two spectra (see :func:`gambeson.analysis.stacked_spectrum`; one walk serves both for images of up to
-    4096 values); then an image one forward, one backward, and one of each a perturbation.
+    Cost: the two spectra (see :func:`gambeson.analysis.stacked_spectrum`; one pass serves both for images of up to 4096
+        values); then one forward and one backward per image, and one of each per image and perturbation.
 
     Args:
         model: a module or a victim.
@@ -198,7 +198,7 @@ def bound_table(
 
 
 def both_spectra(victim: Victim, split: Split, seed: int = 0, *, tolerance: float = 1e-4) -> tuple[Spectrum, Spectrum]:
-    """Return the plain and the margin-weighted spectrum, from one walk where G fits; else to a tolerance."""
+    """Return the plain and the margin-weighted spectrum, from one pass if G fits; else to a tolerance."""
     if torch.Size(split.shape).numel() <= LARGEST:
         plain, weighted = stacked_grams(victim, split, ("none", "margin"))
         return plain.top(1, seed), weighted.top(1, seed)
@@ -209,10 +209,10 @@ def both_spectra(victim: Victim, split: Split, seed: int = 0, *, tolerance: floa
 
 
 def strongest_signs(gram: StackedGram, *, starts: int = 10, steps: int = 200, seed: int = 0) -> torch.Tensor:
-    """Climb z^T G z over sign vectors: the maximiser of P2, the best universal Linf perturbation to first order.
+    """Maximise z^T G z over sign vectors: the best universal Linf perturbation to first order (P2).
 
     z <- sign(G z), the (inf, 2) power method of Khrulkov and Oseledets (CVPR 2018, arXiv 1709.03582) on logits: it
-    never falls, and stops at local maxima, so the best of several starts is taken. One start is the sign of the top
+    never decreases, and ends in local maxima, so the best of several starts is used. One start is the sign of the top
     direction, the others are random (ours).
 
     Returns:

@@ -1,4 +1,4 @@
-"""Does a metric go with measured robustness over many models? Correlations with intervals over the models."""
+"""Correlations of a metric with robustness over models, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class Interval(Config):
 
 
 class Correlation(Config):
-    """How a metric goes with measured robustness; claim J4 of the notes on Jacobian regularisation."""
+    """Correlations of a metric with measured robustness."""
 
     pearson: Interval
-    """Of the values."""
+    """Correlation of the values."""
     spearman: Interval
-    """Of the ranks, ties sharing their mean rank."""
+    """Rank correlation, with mean ranks for ties."""
     partial: Interval | None
-    """Of the ranks, the control's ranks taken out of both: what is left when, say, the norm explains what it can.
-    None without a control, or where the control leaves nothing to correlate."""
+    """Partial rank correlation given the control. None without a control, or if the control explains one side
+    completely."""
     models: int
     draws: int
-    """Bootstrap draws that could be used: those in which nothing is constant."""
+    """Valid bootstrap draws: those in which nothing is constant."""
 
 
 def pearson(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -76,13 +76,13 @@ def correlate(
     Args:
         metric: such as each model's mean pair metric.
         robustness: such as each model's UER at one eps.
-        control: what may move both, such as the log of the mean ||J||_F: lambda shrinks the norm and the alignment
-            together (notes, section 1).
+        control: a confounder, such as the log of the mean ||J||_F, which the regularisation strength changes together
+            with the alignment.
         draws: bootstrap draws over models; default ours.
         seed: of the bootstrap.
 
     Raises:
-        UserError: fewer than 4 models, lengths that differ, values that are not finite, or a side that is constant.
+        UserError: fewer than 4 models, different lengths, values that are not finite, or a constant side.
     """
     columns = [metric, robustness] + ([] if control is None else [control])
     if len({len(column) for column in columns}) > 1 or len(metric) < 4:
@@ -94,7 +94,7 @@ def correlate(
     if not bool(table.isfinite().all()):
         raise UserError("some values are NaN or infinite: leave those models out")
     if bool((table[:2].amin(1) == table[:2].amax(1)).any()):
-        raise UserError("the metric or the robustness is the same for every model: nothing can correlate")
+        raise UserError("the metric or the robustness is the same for every model: there is no correlation")
     picks = torch.randint(table.shape[1], (draws, table.shape[1]), generator=generator(seed, "bootstrap"))
     again = table[:, picks]  # (columns, draws, models)
     usable = ((again.amin(2) < again.amax(2))[:2]).all(0)

@@ -1,4 +1,4 @@
-"""Random projections: the Frobenius norm for a few backwards or forwards, with its standard error."""
+"""Estimates of the Frobenius norm of Jacobians by random projections, with standard errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gambeson.victim import Victim
 
 Projection = Literal["output", "input", "finite-differences"]
 """``output``: v^T J, one backward each (Hoffman et al. 2019). ``input``: J u, one backward each and one more.
-``finite-differences``: J u from two forwards each, for models that only answer."""
+``finite-differences``: J u from two forwards each, for models without gradients."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Estimate:
 
     @property
     def error(self) -> float:
-        """Standard error of ``mean`` over the projections, the images being given; NaN with one projection."""
+        """Standard error of ``mean`` over the projections, for fixed images; NaN with one projection."""
         return float(self.errors.double().square().sum().sqrt() / len(self.errors))
 
 
@@ -50,10 +50,10 @@ def estimate_frobenius(
 ) -> Estimate:
     """Estimate ||J_i||_F^2 at each image by random projections.
 
-    Output: v uniform on the unit sphere of R^K, one per image; E[K ||v^T J||^2] = ||J||_F^2 (Hoffman et al. 2019;
-    notes, section 4). Its relative standard deviation is at most sqrt(2 (K-1) / (K+2)). Input: u uniform on the unit
-    sphere of the pixels, E[D ||J u||^2] = ||J||_F^2. Finite differences take (f(x + h u) - f(x - h u)) / 2h, which
-    is exact where the model is linear within h; the model sees values outside [0, 1] by up to h.
+    Output: v uniform on the unit sphere of R^K, one per image; E[K ||v^T J||^2] = ||J||_F^2 (Hoffman et al. 2019). Its
+        relative standard deviation is at most sqrt(2 (K-1) / (K+2)). Input: u uniform on the unit sphere of the pixels,
+        E[D ||J u||^2] = ||J||_F^2. Finite differences take (f(x + h u) - f(x - h u)) / 2h, which is exact where the
+        model is linear within h; the model gets values outside [0, 1] by up to h.
 
     Cost per image: one forward and ``projections`` backwards, or one backward more; or 2 ``projections`` forwards.
 
@@ -61,12 +61,12 @@ def estimate_frobenius(
         model: a module or a victim.
         images: (N, C, H, W) in [0, 1].
         projections: draws per image; default ours.
-        method: which side is projected, and how.
+        method: projected side, and method.
         step: h of finite differences: an L2 length in pixel units; default ours.
         seed: of the draws.
 
     Raises:
-        UserError: images out of range, no projections, or a model that is no classifier.
+        UserError: images out of range, no projections, or a model that is not a classifier.
     """
     if projections < 1:
         raise UserError(f"projections = {projections}: expected 1 or more")

@@ -1,4 +1,4 @@
-"""Gradients that vanish or saturate: numbers that tell a flat model from one that hides its slope."""
+"""Signs of gradient masking: vanishing and saturated gradients, and loss surfaces."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from gambeson.victim import Victim, predicted
 
 
 class GradientStatistics(Config):
-    """What the gradients with respect to the pixels look like over a set.
+    """Statistics of the gradients with respect to the pixels over a set.
 
-    A model whose loss gradient is zero while its margin's is not saturates (logits too large for the softmax); one
-    whose margin gradient is zero as well is cut, rounded or dead.
+    A zero loss gradient with a non-zero margin gradient indicates saturation (logits too large for the softmax); a zero
+    margin gradient a detached, rounded or dead model.
     """
 
     images: int
     loss_norm: Spread
-    """||grad_x CE||_2 of every image; its mean is the flatness of Tramer et al. 2018, section 4: a small norm
-    explains a small rise of the loss, a large one does not."""
+    """||grad_x CE||_2 of every image; its mean is the flatness of Tramer et al. 2018, section 4."""
     margin_norm: Spread
     """||grad_x (f_y - max of the others)||_2, in logits per pixel unit."""
     loss_zero: float
@@ -34,21 +33,21 @@ class GradientStatistics(Config):
     margin_zero: float
     """Share of images whose margin gradient is exactly zero in every value."""
     zero_values: float
-    """Share of single values of the margin gradient that are exactly zero; dead corners of the image count too."""
+    """Share of single values of the margin gradient that are exactly zero; including dead corners of the image."""
     saturated: float
-    """Share of images whose probability of the predicted class is 1 in float32 to the last digit."""
+    """Share of images whose predicted probability is exactly 1 in float32."""
     logit_range: Spread
     """Largest minus smallest logit of every image."""
     rescaled_norm: Spread
-    """||grad_x CE(f / s_i)||_2, s_i the standard deviation of the image's logits, held fixed: what the loss gradient
-    would be at ordinary logits. Multiplying the logits by a constant does not change it."""
+    """||grad_x CE(f / s_i)||_2, s_i the detached standard deviation of the image's logits: the loss gradient at
+    ordinary logits, invariant to their scale."""
     rescaled_ratio: float | None
-    """Mean of ``rescaled_norm`` over that of ``loss_norm``: far above 1 where logits are scaled up until the softmax
-    saturates. None where every loss gradient is zero."""
+    """Mean of ``rescaled_norm`` over that of ``loss_norm``: far above 1 if large logits saturate the softmax. None if
+    every loss gradient is zero."""
 
     @property
     def masked_by_scale(self) -> float:
-        """Share of images, at the least, whose loss gradient is zero though their margin's is not."""
+        """Lower bound of the share of images with zero loss gradient but non-zero margin gradient."""
         return max(0.0, self.loss_zero - self.margin_zero)
 
 
@@ -62,7 +61,7 @@ def gradient_statistics(model: Source, data: Any) -> GradientStatistics:
         data: a split, a dataset (its test split) or a pair (images, labels).
 
     Raises:
-        UserError: no classifier, or logits that are not finite.
+        UserError: the model is not a classifier, or its logits are not finite.
     """
     split = labelled(data)
     parts = []
@@ -70,7 +69,7 @@ def gradient_statistics(model: Source, data: Any) -> GradientStatistics:
         for images, labels in batches_of(victim, split):
             point, logits = answer(victim, images)
             if not bool(logits.isfinite().all()):
-                raise UserError("the model gave NaN or infinite logits: its gradients mean nothing; load other weights")
+                raise UserError("the model gave NaN or infinite logits: no gradient is meaningful; load other weights")
             with torch.enable_grad():
                 loss = _cross_entropy(logits, labels.clone())
                 margin = margins(logits, labels).sum()
@@ -125,13 +124,13 @@ class Surface:
     gradient: torch.Tensor
     """(N, C, H, W): g, the sign of the model's own loss gradient."""
     orthogonal: torch.Tensor
-    """(N, C, H, W): g_perp, of signs too (a zero or two apart), <g, g_perp> = 0 for every image."""
+    """(N, C, H, W): g_perp, also signs (except for a zero or two), with <g, g_perp> = 0 for every image."""
 
     @property
     def ridge(self) -> torch.Tensor:
-        """(N,): how much of the loss's rise along g at its highest is lost at the far end: 0 where it only rises.
+        """(N,): decrease of the loss along g from its maximum to the far end; 0 if it only increases.
 
-        A ridge at small e1 is what single-step adversarial training leaves behind (Tramer et al. 2018, Figure 1).
+        A ridge at small e1 is typical of single-step adversarial training (Tramer et al. 2018, Figure 1).
         """
         middle = len(self.steps) // 2
         along = self.loss[:, middle:, middle]
@@ -151,9 +150,9 @@ def loss_surface(
 ) -> Surface:
     """Compute the loss on x + e1 g + e2 g_perp (Tramer et al. 2018, section 4.1 and Figure 1).
 
-    g is the signed loss gradient of the model, g_perp the signed gradient of another model made orthogonal to g, or
-    a random one. It stays a sign vector: among those orthogonal to g it is the one along which the other gradient is
-    largest (how the paper makes it orthogonal is not known; this is ours).
+    g is the signed loss gradient of the model, g_perp the signed gradient of another model, or a random vector, made
+    orthogonal to g. It is the sign vector orthogonal to g along which the other gradient is largest (ours: the paper's
+    orthogonalisation is not known to us).
 
     Cost per image: ``points``^2 + 1 forwards and one backward; one more of each for the other model.
 
@@ -162,10 +161,10 @@ def loss_surface(
         images: (N, C, H, W) in [0, 1].
         labels: (N,).
         extent: the largest |e1| and |e2|, in pixel units; default ours.
-        points: grid points a side, odd, so that the image itself is one; default ours.
-        other: the model whose gradient gives g_perp; None draws it at random.
-        clip: clip to [0, 1]. The paper's surface is not clipped, which keeps it smooth but lets the model see values
-            that no image has.
+        points: grid points per side, odd, so that the image itself is one; default ours.
+        other: the model whose gradient defines g_perp; None: random.
+        clip: clip to [0, 1]. The paper's surface is not clipped, which keeps it smooth but uses values outside the
+            pixel range.
         seed: of the random direction.
 
     Raises:
@@ -201,7 +200,7 @@ def loss_surface(
 
 
 def loss_gradient(victim: Victim, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradient of each image's cross-entropy, (N, C, H, W), and its margin (N,). One backward each."""
+    """Return the gradient of each image's cross-entropy, (N, C, H, W), and its margin (N,); one backward each."""
     point, logits = answer(victim, images)
     margin = margins(logits.detach(), labels)
     with torch.enable_grad():
@@ -212,9 +211,8 @@ def loss_gradient(victim: Victim, images: torch.Tensor, labels: torch.Tensor) ->
 def orthogonal_signs(g: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
     """Return signs s with <g, s> = 0 that maximise <guide, s>, for each row.
 
-    s starts as the guide's signs. Where they agree with g more often than not, those with the smallest guide are
-    flipped until the two balance (or the other way round). If the number of values with g != 0 is odd, one value of
-    s is zero.
+    s starts as the guide's signs. If they agree with g more often than not, those with the smallest guide are flipped
+    until the two balance, or vice versa. If the number of values with g != 0 is odd, one value of s is zero.
 
     Args:
         g: (N, C, H, W) with values -1, 0 and 1.

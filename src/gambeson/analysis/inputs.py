@@ -1,4 +1,4 @@
-"""How analysis looks at a model: frozen, counted, and differentiated without asking how it was built."""
+"""Inputs of the analysis: models as victims, labelled splits, and gradients."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gambeson.data import Split, as_split
 from gambeson.victim import Victim
 
 Source = nn.Module | Victim
-"""A module from pixels to logits, or a :class:`Victim` already entered, whose counts then grow."""
+"""A module from pixels to logits, or an entered :class:`Victim`, whose counts are updated."""
 
 
 @contextmanager
 def opened(source: Source) -> Iterator[Victim]:
-    """Hold a model frozen and counted; a victim is used as it is. Inference mode is off inside.
+    """Enter a model as a victim; a victim is used as given. Inference mode is off inside the block.
 
     Raises:
         UserError: neither a module nor a victim.
@@ -35,12 +35,12 @@ def opened(source: Source) -> Iterator[Victim]:
 
 
 def answer(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the images as a leaf of a graph, and the model's own logits (N, K) at them.
+    """Return the images as a leaf of a graph, and the model's logits (N, K).
 
     Works under ``torch.no_grad`` and in inference mode as well.
 
     Raises:
-        UserError: the model does not answer with one row of logits an image.
+        UserError: the model does not return one row of logits per image.
     """
     with torch.enable_grad():
         point = images.detach().clone().requires_grad_()
@@ -56,13 +56,13 @@ def answer(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 def pull(
     victim: Victim, value: torch.Tensor, point: torch.Tensor, cotangent: torch.Tensor | None = None, *, keep: bool
 ) -> torch.Tensor:
-    """Return the cotangent pulled back to ``point``, counted as one backward of every image.
+    """Return the vector-Jacobian product at ``point``, counted as one backward of every image.
 
-    Zero where nothing of ``value`` depends on ``point``: a model that stops its gradient is a finding, not a crash.
-    Victim.gradient frees the graph, which serves several backwards here; so this counts for itself.
+    Zero if ``value`` does not depend on ``point``, as for a model that stops its gradient. Victim.gradient frees the
+    graph, which is needed for several backwards here, so this counts by itself.
 
     Args:
-        victim: who is charged.
+        victim: the victim whose counts are updated.
         value: a scalar, or a tensor with a cotangent of its shape.
         point: the leaf.
         cotangent: None for a scalar.
@@ -76,22 +76,22 @@ def pull(
 
 
 def labelled(data: Any) -> Split:
-    """Return the split of images with one label each that ``data`` is; of a Dataset, the test split.
+    """Return ``data`` as a split of images with one label each; of a Dataset, the test split.
 
     Raises:
         UserError: no data, or label maps.
     """
     split = as_split(data)
     if len(split) == 0:
-        raise UserError(f"{split.name} holds no images: give one image at the least")
+        raise UserError(f"{split.name} holds no images: give at least one")
     split.task.require_classification("a Jacobian's margin")
     if not split.task.labels_every_image:
-        raise UserError(f"{split.name} has an ignore index: Jacobians are taken of images that all have a label")
+        raise UserError(f"{split.name} has an ignore index: Jacobians need images that all have a label")
     return split
 
 
 def margins(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return f_y - max of the others (N,), not positive where the model is wrong.
+    """Return f_y minus the largest other logit (N,), not positive for misclassified images.
 
     Raises:
         UserError: a label without a logit, or a single logit.

@@ -15,29 +15,29 @@ from gambeson.data import Split
 from gambeson.victim import Victim
 
 _ROWS_BYTES = 2**26
-"""Jacobians held at once while walking: 2,200 rows of 3 x 32 x 32; a batch has 256 images at most."""
+"""Maximum size of the Jacobians of a batch: 2,200 rows of 3 x 32 x 32; a batch has at most 256 images."""
 
 
 def batch_jacobian(model: Source, images: torch.Tensor) -> torch.Tensor:
     """Return the Jacobian of the logits at every image, (N, K, C*H*W), in logits per pixel unit.
 
-    Notes on Jacobian regularisation, section 5. Exact, by K backward passes of the batch on the model itself, which
-    is in evaluation mode meanwhile. Of the logits, not of the softmax, whose Jacobian saturates to 0 on confident
-    inputs and would reward gradient masking. Cost: one forward and K backwards per image; memory N*K*C*H*W floats.
+    Exact, by K backward passes of the batch on the model itself, in evaluation mode. The Jacobian is that of the
+    logits; that of the softmax vanishes on confident inputs and would reward gradient masking. Cost: one forward and K
+    backwards per image; memory N*K*C*H*W floats.
 
     Args:
         model: a module or a victim.
         images: (N, C, H, W) in [0, 1].
 
     Raises:
-        UserError: images out of range, or a model that is no classifier.
+        UserError: images out of range, or a model that is not a classifier.
     """
     with opened(model) as victim:
         return rows_at(victim, check_images(images))[0]
 
 
 def rows_at(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the Jacobians (N, K, C*H*W) and the logits (N, K) of images that were checked before."""
+    """Return the Jacobians (N, K, C*H*W) and the logits (N, K) of checked images."""
     point, logits = answer(victim, images)
     classes = logits.shape[1]
     found = torch.empty(len(images), classes, point[0].numel(), dtype=point.dtype, device=point.device)
@@ -62,7 +62,7 @@ def spectral(jacobian: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """The Jacobians of a batch, with what else one forward gave."""
+    """The Jacobians of a batch, and its margins."""
 
     jacobian: torch.Tensor
     """(B, K, D)."""
@@ -71,13 +71,13 @@ class Rows:
 
 
 def classes_of(victim: Victim, split: Split) -> int:
-    """Return the number of logits, by one forward of one image."""
+    """Return the number of logits, from one forward of one image."""
     images, _ = split.take(slice(0, 1), victim.device)
     return answer(victim, images)[1].shape[1]
 
 
 def walk(victim: Victim, split: Split, *, needs_margin: bool = True) -> Iterator[Rows]:
-    """Walk over a split in batches whose Jacobians fit in little memory."""
+    """Iterate over a split in batches whose Jacobians need little memory."""
     width = torch.Size(split.shape).numel()
     size = max(1, min(256, _ROWS_BYTES // (4 * width * classes_of(victim, split))))
     for images, labels in split.batches(size, device=victim.device):
@@ -86,7 +86,7 @@ def walk(victim: Victim, split: Split, *, needs_margin: bool = True) -> Iterator
 
 
 class Spread(Config):
-    """A number that every image has, over the images of a set."""
+    """Summary of a per-image quantity over a set."""
 
     mean: float
     low: float
@@ -95,11 +95,11 @@ class Spread(Config):
     high: float
     """95 % quantile."""
     n: int
-    """Images behind it."""
+    """Number of images."""
 
     @classmethod
     def of(cls, values: torch.Tensor) -> Spread | None:
-        """Sum up values (N,); None where there are none."""
+        """Summarise values (N,); None if there are none."""
         if len(values) == 0:
             return None
         values = values.double().cpu()
@@ -108,19 +108,19 @@ class Spread(Config):
 
 
 class JacobianNorms(Config):
-    """Norms of the Jacobians of a set, as section 5 of the notes reports them."""
+    """Norms of the Jacobians of a set."""
 
     frobenius: Spread
     """||J_i||_F."""
     spectral: Spread
     """||J_i||_2, the largest singular value."""
     reach: Spread | None
-    """m_i / (sqrt(2) ||J_i||_2) of the images that the model has right: no L2 perturbation shorter than it can flip
-    the linearised model at this image (P4). None when none is right."""
+    """m_i / (sqrt(2) ||J_i||_2) of correctly classified images: no shorter L2 perturbation can flip the linearised
+    model at this image (P4). None if there are none."""
     regulariser: float
     """Half the mean of ||J_i||_F^2: the term R of Jacobian regularisation in pixel space."""
     errors: int
-    """Images already wrong, left out of ``reach``."""
+    """Misclassified images, left out of ``reach``."""
 
 
 def jacobian_norms(model: Source, data: Any) -> JacobianNorms:

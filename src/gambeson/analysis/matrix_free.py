@@ -1,4 +1,4 @@
-"""The top eigenpairs of a large symmetric matrix that is only ever multiplied with."""
+"""Matrix-free eigenpairs of the stacked Jacobian's Gram matrix, by block Lanczos."""
 
 from __future__ import annotations
 
@@ -42,19 +42,18 @@ def top_eigenpairs(
 ) -> Eigenpairs:
     """Find the largest eigenvalues of a positive semidefinite matrix by block Lanczos.
 
-    Every product is kept, and each new block is made orthogonal to all before, so that no eigenvalue appears twice
-    and the values never fall: power iteration's successor, which needs a root of its steps (Golub and Van Loan,
-    section 10.3.6; the randomised block start and its accuracy: Musco and Musco 2015). A product with a block costs
-    one pass over a data set's Jacobians, so passes are what counts: at equal accuracy this takes 6 to 9 of them where
-    SciPy's ``lobpcg`` takes 10 to 26 and ``eigsh``, which multiplies single vectors, 21 to 32 (LeNet, MNIST digits,
-    1 to 5 pairs); and blocks stay on the device.
+    Every product is kept, and each new block is made orthogonal to all before, so that no eigenvalue appears twice and
+    the values never decrease; it needs about the square root of the steps of power iteration (Golub and Van Loan,
+    section 10.3.6; randomised block start: Musco and Musco 2015). A product with a block costs one pass over a data
+    set's Jacobians: at equal accuracy this takes 6 to 9 passes where SciPy's ``lobpcg`` takes 10 to 26 and ``eigsh``,
+    which multiplies single vectors, 21 to 32 (LeNet, MNIST digits, 1 to 5 pairs); and blocks stay on the device.
 
     Args:
         apply: (D, b) float64 to (D, b): the matrix times a block.
         size: D.
-        count: eigenpairs wanted.
-        block: columns a product; ``count`` + 3 by default.
-        tolerance: stop when every wanted residual is at most this share of the largest value.
+        count: number of eigenpairs.
+        block: columns per product; by default ``count`` + 3.
+        tolerance: stop when every residual is at most this share of the largest value.
         max_passes: stop after so many products; memory grows by 16 D ``block`` bytes per product.
         seed: of the start.
         device: where the blocks are.
@@ -82,8 +81,8 @@ def top_eigenpairs(
 def _orthogonal(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """Return an orthonormal block that is orthogonal to the basis.
 
-    Done three times: where the matrix has no more rank the first remainder is rounding, and only what is left after
-    it has been normalised is a direction at all.
+    Repeated three times: if the rank of the matrix is exhausted, the first remainder is rounding noise, which must be
+    normalised and orthogonalised again.
     """
     for _ in range(3):
         block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
@@ -91,35 +90,35 @@ def _orthogonal(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
 
 
 Weigh = Callable[[torch.Tensor], torch.Tensor]
-"""Margins (B,) to what each image's rows are multiplied with, (B,); 0 leaves an image out."""
+"""Maps margins (B,) to the weights of each image's rows, (B,); 0 excludes an image."""
 
 EXTRA = 3
-"""Columns of a block beyond the directions wanted."""
+"""Columns of a block in addition to the requested directions."""
 _CACHE_BYTES = 2**29
-_PIXELS = 2**22  # input values whose graph is kept at once
+_PIXELS = 2**22  # input values with a graph at a time
 _PROJECTIONS = 4  # random projections per image for the trace
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A stacked Jacobian as an operator, and what one walk over it told."""
+    """A stacked Jacobian as an operator, with statistics from one pass."""
 
     apply: Apply
     """v -> sum_i J_i^T J_i v, on blocks (D, b)."""
     trace: float
     trace_error: float
     single: float | None
-    """sum_i ||J_i||_2^2; None where it is not known."""
+    """sum_i ||J_i||_2^2; None if unknown."""
     left_out: int
 
 
 def products_are_cheaper(victim: Victim, split: Split, count: int) -> bool:
-    """Tell whether K backwards per image cost more than three for each direction of a block."""
+    """Whether K backwards per image cost more than three per direction of a block."""
     return classes_of(victim, split) > 3 * (count + EXTRA)
 
 
 def build(victim: Victim, split: Split, weigh: Weigh, method: Literal["rows", "products"], seed: int) -> Stack:
-    """Walk over the set once and return its stack."""
+    """Return the stack of a set, from one pass over it."""
     return _from_rows(victim, split, weigh) if method == "rows" else _from_products(victim, split, weigh, seed)
 
 
@@ -182,7 +181,7 @@ def _from_products(victim: Victim, split: Split, weigh: Weigh, seed: int) -> Sta
 
 
 def batches_of(victim: Victim, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Walk over a split in batches whose graph fits in little memory."""
+    """Iterate over a split in batches whose graph needs little memory."""
     size = max(1, min(256, _PIXELS // torch.Size(split.shape).numel()))
     return split.batches(size, device=victim.device)
 
@@ -190,10 +189,10 @@ def batches_of(victim: Victim, split: Split) -> Iterator[tuple[torch.Tensor, tor
 class Linearised:
     """A batch's Jacobians as operators: one forward serves every product, each of which costs one backward per image.
 
-    J_i v is the derivative of u -> J_i^T u, which is linear: so no layer needs a forward-mode rule.
+    J_i v is the derivative of u -> J_i^T u, which is linear, so no layer needs a forward-mode rule.
 
     Args:
-        victim: who is charged.
+        victim: the victim whose counts are updated.
         images: (B, C, H, W).
 
     Attributes:

@@ -1,4 +1,4 @@
-"""How strongly inputs share their worst directions: in pairs, and over a whole set."""
+"""Sharing metrics: how strongly inputs, or ensemble members, share their worst directions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gambeson.threat import Norm
 from gambeson.victim import Victim
 
 PairMetric = Literal["cos_F", "ratio_s", "rank1", "cka"]
-"""The four candidates of the notes on Jacobian regularisation, section 3; the primary one is ``cos_F``."""
+"""The four pair metrics; the paper's is ``cos_F``."""
 
 _BYTES = 2**26
 
@@ -29,8 +29,8 @@ def pair_metrics(first: torch.Tensor, second: torch.Tensor) -> dict[PairMetric, 
 
     cos_F = <J_1, J_2>_F / (||J_1||_F ||J_2||_F), in [-1, 1]; ratio_s = sigma_1([J_1; J_2])^2 / (sigma_1(J_1)^2 +
     sigma_1(J_2)^2), in [1/2, 1]; rank1 = sigma_1([J_1; J_2])^2 / ||[J_1; J_2]||_F^2, in (0, 1]; cka =
-    ||J_1 J_2^T||_F^2 / (||J_1 J_1^T||_F ||J_2 J_2^T||_F), in [0, 1] (notes, section 3, from which only cos_F's words
-    are the paper's). All come from K x K products. NaN where a Jacobian is zero.
+    ||J_1 J_2^T||_F^2 / (||J_1 J_1^T||_F ||J_2 J_2^T||_F), in [0, 1]. Only cos_F is from the paper (Co et al.
+    2021). All are computed from K x K products. NaN if a Jacobian is zero.
     """
     own, other, cross = (
         (a @ b.transpose(1, 2)).double() for a, b in ((first, first), (second, second), (first, second))
@@ -51,17 +51,17 @@ def pair_metrics(first: torch.Tensor, second: torch.Tensor) -> dict[PairMetric, 
 
 @dataclass(frozen=True)
 class PairSharing:
-    """Pair metrics of random pairs, half of one class, half of two."""
+    """Pair metrics of random pairs, half within a class and half between two."""
 
     pairs: torch.Tensor
     """(P, 2): indices into the set."""
     same_class: torch.Tensor
     """(P,) bool."""
     values: dict[PairMetric, torch.Tensor]
-    """Each (P,); NaN where a Jacobian is zero."""
+    """Each (P,); NaN if a Jacobian is zero."""
 
     def spread(self, metric: PairMetric = "cos_F", same_class: bool | None = None) -> Spread | None:
-        """Sum up one metric over all pairs, or those within (True) or between classes; None without any."""
+        """Summarise one metric over all pairs, or those within (True) or between (False) classes; None without any."""
         chosen = self.values[metric].isfinite()
         if same_class is not None:
             chosen = chosen & (self.same_class == same_class)
@@ -71,14 +71,14 @@ class PairSharing:
 def pair_sharing(model: Source, data: Any, *, pairs: int = 1000, seed: int = 0) -> PairSharing:
     """Measure the pair metrics on random pairs, half within a class and half between two.
 
-    Protocol: ours (notes, section 3; the paper's is not known). Pairs are drawn with replacement, the two images of
-    a pair are different ones. Cost: 2 forwards and 2 K backwards per pair.
+    The protocol is ours (the paper's is not known to us). Pairs are drawn with replacement; the two images of a pair
+    differ. Cost: 2 forwards and 2 K backwards per pair.
 
     Args:
         model: a module or a victim.
         data: a split, a dataset (its test split) or a pair (images, labels).
-        pairs: how many.
-        seed: of the draw, which depends on it and the labels alone: models compared on one set see equal pairs.
+        pairs: number of pairs.
+        seed: of the draw, which depends only on it and the labels, so that models on one set get the same pairs.
 
     Raises:
         UserError: fewer than 2 pairs, or no class with two images, or one class only.
@@ -100,7 +100,7 @@ def pair_sharing(model: Source, data: Any, *, pairs: int = 1000, seed: int = 0) 
 def draw_pairs(labels: torch.Tensor, pairs: int, seed: int) -> torch.Tensor:
     """Draw index pairs (P, 2): the first half of equal labels, the rest of different ones.
 
-    The first image is drawn evenly among those that have a partner, then the partner evenly among its partners.
+    The first image is drawn uniformly among those with a partner, then the partner uniformly among its partners.
     """
     if pairs < 2:
         raise UserError(f"pairs = {pairs}: expected 2 or more, half within a class and half between two")
@@ -109,12 +109,12 @@ def draw_pairs(labels: torch.Tensor, pairs: int, seed: int) -> torch.Tensor:
         raise UserError("pairs within and between classes need two classes, one of them with two images: give more")
     draw = generator(seed, "pairs")
     order = labels.argsort(stable=True)
-    place = order.argsort()  # where each image stands among the images sorted by class
+    place = order.argsort()  # rank of each image in the order of classes
     start = counts.cumsum(0) - counts
     paired = (counts[labels] > 1).nonzero().flatten()
     within, between = pairs // 2, pairs - pairs // 2
     a = paired[torch.randint(len(paired), (within,), generator=draw)]
-    # One of the count - 1 others of the class, without the image itself.
+    # One of the other count - 1 images of the class.
     skip = 1 + (torch.rand(within, generator=draw) * (counts[labels[a]] - 1)).long()
     b = order[start[labels[a]] + (place[a] - start[labels[a]] + skip) % counts[labels[a]]]
     c = torch.randint(len(labels), (between,), generator=draw)
@@ -125,9 +125,9 @@ def draw_pairs(labels: torch.Tensor, pairs: int, seed: int) -> torch.Tensor:
 
 
 def sharing_factor(model: Source, data: Any, *, seed: int = 0) -> float:
-    """Return rho(X) = sigma_1(Jbar)^2 / sum_i sigma_1(J_i)^2 of a set, in [1/N, 1] (notes, section 2).
+    """Return rho(X) = sigma_1(Jbar)^2 / sum_i sigma_1(J_i)^2 of a set, in [1/N, 1].
 
-    1: all inputs share one worst direction; 1/N: theirs are orthogonal. NaN where every Jacobian is zero.
+    1: all inputs share one worst direction; 1/N: theirs are orthogonal. NaN if every Jacobian is zero.
     Cost: one forward and K backwards per image, images of more than 4096 values several times.
     """
     small = torch.Size(labelled(data).shape).numel() <= 4096
@@ -136,20 +136,20 @@ def sharing_factor(model: Source, data: Any, *, seed: int = 0) -> float:
 
 
 class GradientSharing(Config):
-    """The first-order gain of a universal perturbation over the per-image attack's, per unit of eps."""
+    """First-order gains of universal and per-image perturbations, per unit of eps."""
 
     ratio: float | None
     """||sum_i g_i||* / sum_i ||g_i||*, in [0, 1]: 1 is one gradient direction for all images. None without any
     gradient."""
     universal: float
-    """||sum_i g_i||* / N: rise of the mean loss per unit of eps under the best shared perturbation."""
+    """||sum_i g_i||* / N: increase of the mean loss per unit of eps under the best shared perturbation."""
     per_image: float
-    """sum_i ||g_i||* / N: the same with a perturbation for each image."""
+    """sum_i ||g_i||* / N: the same with one perturbation per image."""
     norm: Norm
 
 
 def gradient_sharing(model: Source, data: Any, *, norm: Norm = "inf") -> GradientSharing:
-    """Measure sharing from loss gradients alone: the cheap version, one backward per batch (notes, section 2).
+    """Measure sharing from loss gradients: the cheap version, one backward per batch.
 
     g_i is the gradient of the cross-entropy at x_i, ||.||* the dual of the ball's norm (L1 for inf, L2 for 2, Linf
     for 1). Gradients saturate where the model is confident; the Jacobians of :func:`sharing_factor` do not.
@@ -181,7 +181,7 @@ def gradient_sharing(model: Source, data: Any, *, norm: Norm = "inf") -> Gradien
 
 
 class MeanLogits(nn.Module):
-    """Several victims as one model whose logits are the mean of theirs; each is charged for its own passes."""
+    """Several victims as one model with their mean logits; each counts its own passes."""
 
     def __init__(self, members: Sequence[Victim]) -> None:
         super().__init__()
@@ -196,15 +196,15 @@ class MeanLogits(nn.Module):
 def diversity_gain(members: Sequence[Source], images: torch.Tensor) -> torch.Tensor:
     """Return D = ||mean_m J_m||_F^2 / mean_m ||J_m||_F^2 at every image, (N,), in [0, 1].
 
-    Notes on Jacobian ensembles, section 3: 1 for copies, 1/M for M orthogonal Jacobians of equal size, below 1/M
-    where members cancel. NaN where every member's Jacobian is zero. Cost per image: M forwards and M K backwards.
+    1 for copies, 1/M for M orthogonal Jacobians of equal size, below 1/M if members cancel. NaN if every member's
+    Jacobian is zero. Cost per image: M forwards and M K backwards.
 
     Args:
         members: modules or victims of the same classes in the same order.
         images: (N, C, H, W) in [0, 1].
 
     Raises:
-        UserError: no members, or answers of different shapes.
+        UserError: no members, or outputs of different shapes.
     """
     if len(members) == 0:
         raise UserError("the list of members is empty: give one model or more")
@@ -213,8 +213,7 @@ def diversity_gain(members: Sequence[Source], images: torch.Tensor) -> torch.Ten
         jacobian = batch_jacobian(member, images)
         if mean is not None and mean.shape != jacobian.shape:
             raise UserError(
-                f"members answer with {mean.shape[1]} and {jacobian.shape[1]} logits: "
-                "choose members of the same classes"
+                f"members return {mean.shape[1]} and {jacobian.shape[1]} logits: choose members of the same classes"
             )
         size += frobenius(jacobian).double().square() / len(members)
         mean = jacobian / len(members) if mean is None else mean.add_(jacobian, alpha=1 / len(members))
@@ -223,23 +222,23 @@ def diversity_gain(members: Sequence[Source], images: torch.Tensor) -> torch.Ten
 
 
 class UniversalAlignment(Config):
-    """Whether members share the universal direction: sigma_1 of the mean's stack against the members' own."""
+    """Alignment of the members' universal directions: sigma_1 of the mean's stack relative to the members'."""
 
     joint: float
     """sigma_1(mean_m Jbar_m), the stack of the mean logits."""
     members: tuple[float, ...]
     """sigma_1(Jbar_m)."""
     ratio: float | None
-    """``joint`` over the mean of ``members``, in [0, 1]; 1: one perturbation is best against all. None where every
-    member is flat."""
+    """``joint`` over the mean of ``members``, in [0, 1]; 1: one perturbation is best against all. None if every
+    Jacobian is zero."""
     directions: tuple[tuple[float, ...], ...]
-    """|cosine| between the top directions of each two members."""
+    """|cosine| between the top directions of each pair of members."""
 
 
 def universal_alignment(members: Sequence[Source], data: Any, *, seed: int = 0) -> UniversalAlignment:
-    """Measure the cross-member alignment of the universal direction (notes on Jacobian ensembles, section 3).
+    """Measure the alignment of the members' universal directions.
 
-    Cost: twice that of a stacked spectrum for each member: alone, and within the mean.
+    Cost: two stacked spectra per member: its own, and within the mean.
 
     Args:
         members: modules or victims of the same classes in the same order.
@@ -254,7 +253,7 @@ def universal_alignment(members: Sequence[Source], data: Any, *, seed: int = 0) 
         with Victim(MeanLogits(victims)) as mean:
             joint = stacked_spectrum(mean, data, seed=seed)
         for victim in victims:
-            victim.backwards += mean.backwards  # forwards are charged as they happen
+            victim.backwards += mean.backwards  # forwards are counted as they happen
     sigmas = tuple(float(spectrum.values[0].clamp(min=0)) ** 0.5 for spectrum in found)
     top = torch.stack([spectrum.directions[0].flatten() for spectrum in found])
     own = float(joint.values[0].clamp(min=0)) ** 0.5

@@ -1,4 +1,4 @@
-"""The top of a stacked Jacobian's spectrum, however it was found."""
+"""The stacked Jacobian of a set: its Gram matrix, top spectrum and norms from p to q."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gambeson.data import Split
 from gambeson.victim import Victim
 
 Weighting = Literal["none", "margin"]
-"""``margin``: the rows of J_i are divided by the margin m_i, and images already wrong are left out (P4)."""
+"""``margin``: the rows of J_i are divided by the margin m_i, and misclassified images are left out (P4)."""
 
 
 @dataclass(frozen=True)
@@ -28,43 +28,43 @@ class Spectrum:
     residuals: torch.Tensor
     """(k,): an eigenvalue of G lies at most this far from each value."""
     directions: torch.Tensor
-    """(k, C, H, W), unit L2 length. The first is the best universal L2 perturbation of the linearised model, up to
-    its sign, which the linearised effect does not see."""
+    """(k, C, H, W), unit L2 length. The first is the best universal L2 perturbation of the linearised model, up to its
+    sign."""
     trace: float
-    """tr G = sum_i ||J_i||_F^2, the images' rows weighted as ``weighting`` says."""
+    """tr G = sum_i ||J_i||_F^2, weighted by ``weighting``."""
     trace_error: float
-    """Standard error of the trace; 0 where it is exact."""
+    """Standard error of the trace; 0 if it is exact."""
     shared: float | None
     """The sharing factor rho = sigma_1^2 / sum_i ||J_i||_2^2 in [1/N, 1]: 1 is one worst direction for all images,
-    1/N is N orthogonal ones. None where single spectral norms were not computed."""
+    1/N is N orthogonal ones. None if single spectral norms were not computed."""
     images: int
-    """Images of the set."""
+    """Number of images."""
     left_out: int
-    """Images already wrong, which a margin-weighted stack leaves out."""
+    """Misclassified images, which a margin-weighted stack leaves out."""
     weighting: Weighting
     method: Literal["gram", "rows", "products"]
 
     @property
     def ceiling(self) -> float:
-        """The largest value plus its residual: what bounds are computed from, so that an early stop is covered."""
+        """The largest value plus its residual, from which bounds are computed."""
         return float(self.values[0] + self.residuals[0]) if len(self.values) else 0.0
 
 
 def weights(margin: torch.Tensor, weighting: Weighting) -> torch.Tensor:
-    """Return what the rows of each image's Jacobian are multiplied with, (B,); 0 leaves an image out."""
+    """Return the weights of each image's rows, (B,); 0 excludes an image."""
     if weighting == "none":
         return torch.ones_like(margin)
     return torch.where(margin > 0, 1 / margin, torch.zeros_like(margin))
 
 
 LARGEST = 4096
-"""Pixel values per image for which the whole Gram matrix is kept: 128 MiB in float64."""
+"""Maximum values per image for the full Gram matrix: 128 MiB in float64."""
 _PANEL = 768
 
 
 @dataclass(frozen=True)
 class StackedGram:
-    """G itself, with the norms of the single Jacobians that went into it."""
+    """G, with the norms of the single Jacobians."""
 
     matrix: torch.Tensor
     """(D, D) float64, D = C*H*W."""
@@ -102,12 +102,12 @@ class StackedGram:
 
 
 def stacked_gram(model: Source, data: Any, *, weighting: Weighting = "none") -> StackedGram:
-    """Compute G = sum_i J_i^T J_i over a set in one pass (notes on Jacobian regularisation, section 2).
+    """Compute G = sum_i J_i^T J_i over a set in one pass.
 
-    Products of a batch are taken in float32, which keeps 6 digits, and summed over the batches in float64.
+    Products of a batch are computed in float32, with 6 digits, and summed over batches in float64.
 
-    Cost: one forward and K backwards per image, and about N*K*D^2 / 2 multiplications; memory 12 D^2 bytes beside
-    one batch.
+    Cost: one forward and K backwards per image, and about N*K*D^2 / 2 multiplications; memory 12 D^2 bytes plus one
+        batch.
 
     Args:
         model: a module or a victim.
@@ -115,14 +115,14 @@ def stacked_gram(model: Source, data: Any, *, weighting: Weighting = "none") -> 
         weighting: ``margin`` for the stack of P4.
 
     Raises:
-        UserError: images of more than 4096 values; or no image left to weigh.
+        UserError: images of more than 4096 values, or no image with a weight.
     """
     with opened(model) as victim:
         return stacked_grams(victim, labelled(data), (weighting,))[0]
 
 
 def stacked_grams(victim: Victim, split: Split, weightings: tuple[Weighting, ...]) -> list[StackedGram]:
-    """Compute several Gram matrices from one walk over the Jacobians, as :func:`stacked_gram` does one."""
+    """Compute several Gram matrices in one pass; see :func:`stacked_gram`."""
     size = torch.Size(split.shape).numel()
     if size > LARGEST:
         raise UserError(
@@ -133,7 +133,7 @@ def stacked_grams(victim: Victim, split: Split, weightings: tuple[Weighting, ...
     norms: list[list[torch.Tensor]] = [[] for _ in weightings]
     for rows in walk(victim, split):
         plain = torch.stack([frobenius(rows.jacobian), spectral(rows.jacobian)], 1)
-        # Plain stacks first: the weighted one then divides the same rows in place, and needs no copy of them.
+        # Plain stacks first, so that the weighted one can divide the rows in place.
         for k in sorted(range(len(weightings)), key=lambda k: weightings[k] == "margin"):
             weight = weights(rows.margin, weightings[k])
             norms[k].append((plain * weight[:, None])[weight > 0])
@@ -150,7 +150,7 @@ def stacked_grams(victim: Victim, split: Split, weightings: tuple[Weighting, ...
 
 
 def _add_product(total: torch.Tensor, rows: torch.Tensor) -> None:
-    # The upper triangle only, panel by panel: torch has no product that knows its result is symmetric.
+    # The upper triangle only, panel by panel: torch has no symmetric product.
     for at in range(0, len(total), _PANEL):
         total[at : at + _PANEL, at:] += rows[:, at : at + _PANEL].T @ rows[:, at:]
 
@@ -167,19 +167,19 @@ def stacked_spectrum(
 ) -> Spectrum:
     """Find the top of the stacked Jacobian's spectrum for images of any size.
 
-    ``gram``: from G itself (:func:`stacked_gram`), exact, images of up to 4096 values. Without the matrix, by block
-    Lanczos on v -> sum_i J_i^T J_i v: ``rows`` computes every J_i, K backwards per image, once if all fit in 512 MiB
-    and else once a pass; ``products`` computes J_i v and J_i^T u alone, about three backwards per image, pass and
-    direction, for models of many classes. ``auto`` takes the cheapest.
+    ``gram``: from G itself (:func:`stacked_gram`), exact, images of up to 4096 values. Matrix-free, by block Lanczos on
+    v -> sum_i J_i^T J_i v: ``rows`` computes every J_i, K backwards per image, once if all fit in 512 MiB, else once
+    per pass; ``products`` computes only J_i v and J_i^T u, about three backwards per image, pass and direction, for
+    models with many classes. ``auto`` selects the cheapest.
 
     Args:
         model: a module or a victim.
         data: a split, a dataset (its test split) or a pair (images, labels).
-        count: directions wanted.
+        count: number of directions.
         weighting: ``margin`` for the stack of P4.
         method: see above.
-        tolerance: without the matrix: stop when ||G v - value v|| is this share of the largest value. The value is
-            then off by the square of that share, over its relative gap to the next. Default ours.
+        tolerance: matrix-free: stop when ||G v - value v|| is this share of the largest value. The relative error of
+            the value is then the square of that share over the relative gap to the next value. Default ours.
         seed: of the start, and of the random projections that ``products`` estimates the trace with.
 
     Raises:
@@ -222,7 +222,7 @@ def stacked_spectrum(
 
 @dataclass(frozen=True)
 class StackedNorm:
-    """The stacked Jacobian's norm ||Jbar||_{p->q} = max ||Jbar v||_q over ||v||_p = 1, from both sides."""
+    """Lower and upper bound of ||Jbar||_{p->q} = max ||Jbar v||_q over ||v||_p = 1."""
 
     attained: float
     """||Jbar v||_q of the direction found: a lower bound."""
@@ -241,14 +241,14 @@ class StackedNorm:
 def stacked_norm(
     model: Source, data: Any, *, p: float = math.inf, q: float = 2.0, starts: int = 3, steps: int = 20, seed: int = 0
 ) -> StackedNorm:
-    """Bound ||Jbar||_{p->q} (notes on Jacobian regularisation, P3 and section 6).
+    """Bound ||Jbar||_{p->q} from below and above (P3).
 
     From below by Boyd's power method v <- psi_{p'}(Jbar^T psi_q(Jbar v)), psi_r(z) = sign(z) |z|^(r-1), which never
-    falls but may stop at a local maximum (Khrulkov and Oseledets, CVPR 2018, arXiv 1709.03582); the best of several
-    starts. For general p and q no efficient method is known that gives the norm itself, so the upper bound is
-    Hoelder's, which needs the rows only (ours). Equal for one row.
+    decreases but may end in a local maximum (Khrulkov and Oseledets, CVPR 2018, arXiv 1709.03582); the best of several
+    starts is used. No efficient method is known for the norm itself for general p and q, so the upper bound is
+    Hoelder's, which needs only the rows (ours). Both are equal for one row.
 
-    Cost per image: one forward and K backwards; and a step one forward, one backward, and two a start.
+    Cost per image: one forward and K backwards; and per step one forward, one backward, and two per start.
 
     Args:
         model: a module or a victim.
@@ -300,7 +300,7 @@ def _round(victim: Victim, split: Split, v: torch.Tensor, q: float) -> tuple[tor
 
 
 def _dual(u: torch.Tensor, p: float) -> torch.Tensor:
-    """Return the v of each row with ||v||_p = 1 that maximises <u, v>; ones where u is zero, for p infinite."""
+    """Return the v of each row with ||v||_p = 1 that maximises <u, v>; for infinite p, ones where u is zero."""
     if math.isinf(p):
         return torch.where(u >= 0, 1.0, -1.0).to(u.dtype)
     u = u / u.flatten(1).abs().amax(1).clamp(min=1e-300).view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""GAAS: how many orthogonal directions break the model at an image (Tramèr et al. 2017 and 2018, section 4.2)."""
+"""GAAS: number of orthogonal adversarial directions at an image (Tramèr et al. 2017 and 2018, section 4.2)."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ ORDERS = (1, 4, 16, 64)
 
 @dataclass(frozen=True)
 class Subspace:
-    """Per image, how many of k orthogonal directions of full length break the model."""
+    """Number of adversarial directions among k orthogonal ones of length eps, per image."""
 
     orders: tuple[int, ...]
-    """The k that were tried: those of the request that fit the image."""
+    """The values of k tried: the requested ones that fit the image."""
     counts: torch.Tensor
-    """(orders, N): directions that break it, the best permutation's."""
+    """(orders, N): number of adversarial directions, for the best permutation."""
     eligible: torch.Tensor
-    """(N,) bool: right when clean, and with a gradient that is not zero. Others have no dimension."""
+    """(N,) bool: correctly classified and with a non-zero gradient; others have no dimension."""
     dead: int
-    """Images that are right but whose gradient is exactly zero: give ``guide``, or read nothing into them."""
+    """Correctly classified images with zero gradient, for which ``guide`` is needed."""
     cosine: torch.Tensor
-    """(orders,): largest |cosine| of two directions after the clip to [0, 1]; before it they are orthogonal."""
+    """(orders,): largest |cosine| of two directions after clipping to [0, 1]; before it they are orthogonal."""
     length: torch.Tensor
-    """(orders,): mean length after the clip, as a share of eps."""
+    """(orders,): mean length after clipping, as a share of eps."""
 
     @property
     def dimension(self) -> torch.Tensor:
@@ -52,12 +52,12 @@ def hadamard(order: int) -> torch.Tensor:
         UserError: another order.
     """
     four = torch.ones(4, 4)
-    four[torch.arange(4), 3 - torch.arange(4)] = -1  # one minus a row and a column
+    four[torch.arange(4), 3 - torch.arange(4)] = -1  # one minus sign per row and column
     matrix = torch.ones(1, 1)
     while len(matrix) < order:
         matrix = torch.kron(matrix, four)
     if len(matrix) != order:
-        raise UserError(f"there is no regular Hadamard matrix of order {order} here: choose 1, 4, 16, 64 or 256")
+        raise UserError(f"no regular Hadamard matrix of order {order}: choose 1, 4, 16, 64 or 256")
     return matrix
 
 
@@ -75,12 +75,12 @@ def adversarial_subspace(
 ) -> Subspace:
     """Count orthogonal adversarial directions around each image: a lower bound of the adversarial cone's dimension.
 
-    For each k, k orthogonal directions r_i of length eps that are equally aligned with the gradient g. Norm inf:
-    g.r_i is about eps ||g||_1 / sqrt(k), the most that is possible, by a regular Hadamard matrix over a random
-    permutation of the values in blocks of k; leftover values stay 0 (after the paper's "randomised combinatorial
-    construction", whose appendix was not seen). Norm 2: g.r_i = eps ||g||_2 / sqrt(k) exactly, for any k.
+    For each k, k orthogonal directions r_i of length eps equally aligned with the gradient g, are tested. Norm inf:
+    g.r_i is about eps ||g||_1 / sqrt(k), the maximum, by a regular Hadamard matrix over a random permutation of the
+    values in blocks of k; leftover values are 0 (after the paper's "randomised combinatorial construction", whose
+    appendix is not known to us). Norm 2: g.r_i = eps ||g||_2 / sqrt(k) exactly, for any k.
 
-    Cost per image: one forward and one backward, then sum(orders) forwards a permutation.
+    Cost per image: one forward and one backward, then sum(orders) forwards per permutation.
 
     Args:
         model: a module or a victim.
@@ -90,8 +90,8 @@ def adversarial_subspace(
         norm: inf or 2.
         orders: the k to try; for inf powers of 4. Those above the number of values are left out. Default ours (the
             paper has k up to 100).
-        permutations: random permutations (bases, for the norm 2) a k, the best of which counts; default ours.
-        guide: (N, C, H, W), used in place of g: where a model hides its gradient, a multi-step perturbation.
+        permutations: random permutations (bases, for the norm 2) per k, of which the best counts; default ours.
+        guide: (N, C, H, W), used instead of g, such as a multi-step perturbation for a model that masks its gradient.
         seed: of the permutations.
 
     Raises:
@@ -131,7 +131,7 @@ def directions(g: torch.Tensor, ball: Ball, k: int, draw: torch.Generator) -> It
     size = g[0].numel()
     if ball.norm == "inf":
         matrix = hadamard(k).to(g)
-        # Values without gradient take random signs: the directions keep their length and stay orthogonal.
+        # Values without gradient get random signs, so that the directions keep their length and stay orthogonal.
         coin = torch.randint(0, 2, g.shape, generator=draw, device=g.device).to(g.dtype) * 2 - 1
         signs = ball.fill(torch.where(g == 0, coin, g.sign())).flatten(1)
         order = torch.randperm(size, generator=draw, device=g.device)[: size // k * k]
@@ -140,8 +140,8 @@ def directions(g: torch.Tensor, ball: Ball, k: int, draw: torch.Generator) -> It
             pattern[order] = row.repeat(size // k)
             yield (signs * pattern).view_as(g)
         return
-    # A random orthonormal frame whose rows all have the cosine 1 / sqrt(k) with its mean direction; a reflection of
-    # each image's own then turns that mean into g, and the frame with it.
+    # A random orthonormal frame whose rows all have the cosine 1 / sqrt(k) with its mean direction; a reflection per
+    # image then maps that mean to g.
     basis = torch.linalg.qr(torch.randn(size, k, generator=draw, device=g.device, dtype=torch.float64)).Q.T
     mean = torch.full((k,), k**-0.5, dtype=torch.float64, device=g.device) @ basis
     unit = g.flatten(1).double()

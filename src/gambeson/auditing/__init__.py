@@ -1,4 +1,4 @@
-"""The audit: is this model broken by one pattern, and can the answer be trusted?"""
+"""The audit: stages that measure, diagnostics that check, and a verdict."""
 
 from gambeson.auditing.audit import Audit, audit
 from gambeson.auditing.context import AuditContext

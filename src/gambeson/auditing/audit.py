@@ -1,4 +1,4 @@
-"""A few test images, clean and perturbed, with what the model made of them: for pictures, and to look again."""
+"""The audit: runs all stages and diagnostics, and stores results, perturbations and examples."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ FILE = "examples.safetensors"
 
 
 def save_examples(folder: Path, victim: Victim, data: Dataset, uap: UniversalPerturbation, count: int = 10) -> None:
-    """Write the first test images of every class in turn, up to ``count``, whatever the model makes of them.
+    """Write the first test images of every class in turn, up to ``count``, independent of the model's predictions.
 
     The file holds ``images`` and ``perturbed`` (uint8, K x C x H x W), ``labels``, ``predictions`` and
-    ``perturbed_predictions`` (K, or K x H x W). Of label maps they are drawn at random.
+    ``perturbed_predictions`` (K, or K x H x W). Images with label maps are drawn at random.
     """
     if data.test.task.per_image_label:
         labels = data.test.labels
@@ -58,7 +58,7 @@ def save_examples(folder: Path, victim: Victim, data: Dataset, uap: UniversalPer
         chosen = data.test.sample_indices(count)
     images, truths = data.test.take(chosen, victim.device)
     moved = uap.apply(images)
-    with seeded(0, "examples"):  # of a random model's votes
+    with seeded(0, "examples"):  # for the votes of a random model
         before, after = vote(victim, images), vote(victim, moved)
     tensors = {
         "images": pixel_bytes(images),
@@ -72,7 +72,7 @@ def save_examples(folder: Path, victim: Victim, data: Dataset, uap: UniversalPer
 
 @dataclass(frozen=True)
 class Audit:
-    """What :func:`audit` returns."""
+    """Result of :func:`audit`."""
 
     results: AuditResult
     """Every number, with its interval, settings and cost."""
@@ -96,23 +96,23 @@ def audit(
     defense: dict[str, Any] | None = None,
     epochs: int | None = None,
 ) -> Audit:
-    """Find out whether one pattern breaks a model, and whether the answer can be trusted.
+    """Measure whether one perturbation breaks a model, and check whether the result can be trusted.
 
-    Universal perturbations are crafted on train, chosen on validation and reported on test, at every eps of the
-    suite's curve and with controls beside them; eps_uni is searched; images are attacked one by one, with
-    perturbations of a surrogate and with plain noise; the diagnostics of :mod:`gambeson.auditing.diagnostics` look
-    for reasons not to believe any of it.
+    Universal perturbations are crafted on train, selected on validation and reported on test, at every eps of the
+    suite's curve, together with controls; eps_uni is searched; per-image attacks, transfer from a surrogate and
+    corruption noise follow; the diagnostics of :mod:`gambeson.auditing.diagnostics` look for signs that the numbers
+    cannot be trusted.
 
     Args:
-        model: any module from pixels (N, C, H, W) in [0, 1] to logits; it comes back as it was.
+        model: any module from pixels (N, C, H, W) in [0, 1] to logits; its state is restored.
         data: a ``Dataset``, or a split or (images, labels) pair, which are split by a fixed rule.
         suite: ``quick``, ``standard``, ``full``, or a :class:`Suite`.
-        out: folder for ``result.json``, the perturbations and ``examples.safetensors``; an audit that was cut goes
-            on there after its last complete stage.
+        out: folder for ``result.json``, the perturbations and ``examples.safetensors``; an interrupted audit resumes
+            there after its last finished stage.
         seed: of every draw.
-        label: what tables call the model.
-        defense: the settings it was trained with, where they are known.
-        epochs: how long it was trained, where that is known.
+        label: name of the model in tables.
+        defense: the settings of its training, if known.
+        epochs: of its training, if known.
 
     Raises:
         UserError: unknown suite, or a model and data that do not fit each other.
@@ -128,7 +128,7 @@ def audit(
     black_box = isinstance(model, BlackBox)
     stages, notes = Checkpoints(folder, seed), list[str]()
     if suite.budget is not None and not black_box:
-        raise UserError("a budget counts what a black box is asked, and this model is none: leave suite.budget out")
+        raise UserError("a budget limits the queries to a black box, and this model is none: leave suite.budget out")
     with Victim(model, fast=not black_box) as victim:
         if isinstance(model, BlackBox):
             suite, dataset, notes = boxes.inspect(victim, model, suite, dataset, stages, folder)
@@ -137,7 +137,7 @@ def audit(
         victim.votes = suite.votes if look.stochastic else 1
         if not black_box:
             victim.temperature = temperature.temperature(victim, reported.validation, seed)
-        if black_box:  # what was paid for is kept
+        if black_box:  # queries spent are recorded
             predictions = torch.tensor(stages.do("clean", list[int], lambda: predict(victim, reported.test).tolist()))
         else:
             predictions = predict(victim, reported.test)
@@ -163,7 +163,7 @@ def audit(
 
 
 def _diagnostics(suite: Suite) -> list[Diagnostic]:
-    """Return the diagnostics of this library and those that the suite names."""
+    """Return the built-in diagnostics and those named by the suite."""
     every = [*DIAGNOSTICS, *(get(name) for name in suite.diagnostics)]
     names = [diagnostic.name for diagnostic in every]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -172,13 +172,13 @@ def _diagnostics(suite: Suite) -> list[Diagnostic]:
 
 
 def _reported(data: Dataset, suite: Suite, seed: int, device: torch.device) -> tuple[Dataset, list[str]]:
-    """The data with as many validation and test images as the suite judges by, and which were left out."""
+    """The data with the suite's number of validation and test images, and notes on excluded ones."""
     validation = _few(_labelled(data.validation), suite.validation_images, seed)
     test = _few(_labelled(data.test), suite.test_images, seed)
     found = disjoint(Dataset(data.name, data.train, validation, test, data.classes))
     parts = (("validation", validation, found.validation, "train"), ("test", test, found.test, "train or validation"))
     notes = [
-        f"{len(before) - len(after)} of {len(before)} {part} images were left out: the same pictures are in {where}."
+        f"{len(before) - len(after)} of {len(before)} {part} images were left out: they also occur in {where}."
         for part, before, after, where in parts
         if len(after) < len(before)
     ]
@@ -186,7 +186,7 @@ def _reported(data: Dataset, suite: Suite, seed: int, device: torch.device) -> t
 
 
 def _labelled(split: Split) -> Split:
-    """Leave out images in which no label counts: nothing can be reported on them."""
+    """Leave out images without a label that counts."""
     if split.task.all_count:
         return split
     counted = split.task.labelled(split.labels)
@@ -200,7 +200,7 @@ def _few(split: Split, images: int | None, seed: int) -> Split:
 
 
 class _Auditor:
-    """Goes through the stages, each of which is kept in the folder when it is done."""
+    """Runs the stages, storing each in the folder when it is finished."""
 
     def __init__(
         self,
@@ -309,12 +309,12 @@ class _Auditor:
         )
 
     def _recall(self, eps: float) -> None:
-        """Load the perturbation of a stage that was kept."""
+        """Load the perturbation of a stored stage."""
         context = self.context
         if eps in context.uaps:
             return
         if self.folder is None:
-            raise AssertionError("a stage can only be kept in a folder")
+            raise AssertionError("a stage can only be stored in a folder")
         universal.recall(context, eps, self.folder)
         if fingerprint(context.victim.model) not in context.uaps[eps].about.model.split("+"):
             raise UserError(f"{self.folder} holds the audit of another model: choose another --out")

@@ -1,4 +1,4 @@
-"""The stages of a long evaluation, each kept on disk when it is done, so that a cut run goes on after it."""
+"""Checkpoints of stages: finished ones are stored on disk, so that an interrupted audit resumes after them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ResultT = TypeVar("ResultT")
 
 
 class Checkpoints:
-    """Results by name; with a folder they survive the process.
+    """Results by name; with a folder they are persistent.
 
-    Inside a stage, torch's global generators are those of the seed and the stage's name alone: a random model draws
-    the same whatever was kept and whatever ran before.
+    Inside a stage, torch's global generators depend only on the seed and the stage's name, so that a random model draws
+    the same numbers in a resumed run.
     """
 
     def __init__(self, folder: Path | None, seed: int = 0) -> None:
@@ -27,15 +27,15 @@ class Checkpoints:
         self._done = self._read("state/stages.json")
         self._seconds = self._read("timing.json")
         self.left_out: list[str] = []
-        """Stages that a black box's budget had no room for, in sentences."""
+        """Stages that did not fit a black box's budget, as sentences."""
 
     def do(self, name: str, kind: Any, work: Callable[[], ResultT]) -> ResultT:
-        """Return the kept result of this stage, or do the work and keep what it returns.
+        """Return the stored result of this stage, or compute and store it.
 
         Args:
             name: of the stage.
-            kind: the type of the result, built of configurations: how it is written and read.
-            work: what to do where nothing is kept.
+            kind: type of the result, for writing and reading.
+            work: computes the result.
         """
         form: TypeAdapter[ResultT] = TypeAdapter(kind)
         if name in self._done:
@@ -51,7 +51,7 @@ class Checkpoints:
         return result
 
     def afford(self, name: str, kind: Any, work: Callable[[], ResultT], instead: ResultT) -> ResultT:
-        """Do a stage, or return ``instead`` where a black box's budget has no room for it (any more)."""
+        """Run a stage, or return ``instead`` if it does not fit a black box's budget."""
         try:
             return self.do(name, kind, work)
         except BudgetSpent as spent:

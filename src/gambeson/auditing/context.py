@@ -1,4 +1,4 @@
-"""What an audit has measured so far, and the few things that every further measurement needs."""
+"""The context of an audit: everything measured so far, and what further measurements need."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from gambeson.victim import Victim
 
 @dataclass
 class AuditContext:
-    """One audit under way. Checkpoints add to it, in order; diagnostics read it and may ask the victim for more."""
+    """The state of a running audit, which stages add to and diagnostics read."""
 
     victim: Victim
-    """The model, inside its context, and met."""
+    """The model, entered and inspected."""
     data: Dataset
-    """Its test split holds the images that are reported on."""
+    """The data, whose test split is reported on."""
     suite: Suite
     seed: int
     subject: ModelInfo
     clean: Rate
     """Accuracy on clean test images."""
     predictions: torch.Tensor
-    """What the model says of the clean test images, (N,) or (N, H, W)."""
+    """Predictions on the clean test images, (N,) or (N, H, W)."""
     uaps: dict[float, UniversalPerturbation] = field(default_factory=dict)
-    """The perturbations by eps, each what does most harm on validation."""
+    """The selected perturbations by eps."""
     crafted: dict[float, UniversalPerturbation] = field(default_factory=dict)
-    """The crafted perturbation of an eps where another one took its place."""
+    """The crafted perturbation of an eps at which another one was selected."""
     errors: dict[float, ImageErrors] = field(default_factory=dict)
-    """Errors of each test image under the perturbations, by eps."""
+    """Errors per test image under the perturbations, by eps."""
     universal: list[UniversalResult] = field(default_factory=list)
     per_image: list[PerImageResult] = field(default_factory=list)
     transfer: list[TransferredResult] = field(default_factory=list)
     randomness: RandomnessResult | None = None
     surrogate: nn.Module | None = None
-    """A model of the same data, to craft on what is tried on this one; None where there is none."""
+    """The surrogate, for transfer; None if there is none."""
     borrowed: dict[float, UniversalPerturbation] = field(default_factory=dict)
     """Perturbations crafted on the surrogate by eps."""
     _outcomes: dict[tuple[str, bool, float], Counts] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class AuditContext:
 
     @property
     def eps(self) -> float:
-        """The middle eps: what per-image attacks, pictures and the verdict use."""
+        """The middle eps, used by per-image attacks, pictures and the verdict."""
         return self.suite.eps[len(self.suite.eps) // 2]
 
     @property
@@ -71,39 +71,39 @@ class AuditContext:
         return self.universal[len(self.universal) // 2]
 
     def crafted_at(self, eps: float) -> UniversalPerturbation:
-        """What the attack on the model itself crafted, whether or not another perturbation does more harm."""
+        """The perturbation crafted on the model itself, even if another one was selected."""
         return self.crafted.get(eps, self.uaps[eps])
 
     @cached_property
     def sample(self) -> Split:
-        """The test images that diagnostics look at, as many as the suite lets them."""
+        """The sample of test images for diagnostics."""
         return self.few(self.suite.sample)
 
     @cached_property
     def unseen(self) -> Split:
-        """As many validation images."""
+        """A validation sample of the same size."""
         return self.few(self.suite.sample, self.data.validation)
 
     @cached_property
     def surrogate_temperature(self) -> float:
-        """What the surrogate's logits are divided by where attacks climb them; 1 where there is none."""
+        """Divisor of the surrogate's logits in attacks; 1 without a surrogate."""
         if self.surrogate is None:
             return 1.0
         with Victim(self.surrogate) as source:
             return temperature(source, self.data.validation, self.seed)
 
     def few(self, count: int, split: Split | None = None) -> Split:
-        """Return so many images of test, or of another split, drawn evenly over the classes by the audit's seed."""
+        """Return a stratified sample of test, or of another split, drawn from the audit's seed."""
         return (self.test if split is None else split).sample(count, seed=self.seed)
 
     def accuracy(self, attack: ImageAttack) -> Rate:
-        """Accuracy of the sample under an attack; what was asked before is not measured again."""
+        """Accuracy of the sample under an attack, cached."""
         return self.outcome(attack).accuracy
 
     def outcome(self, attack: ImageAttack, *, unseen: bool = False) -> Counts:
-        """What an attack leaves right of the sample, or the unseen images, one by one; it is not measured twice.
+        """Outcome of a per-image attack on the sample, or on the validation sample, cached.
 
-        On a random model a gradient attack that does not say over how many draws it averages takes the suite's number.
+        On a random model, gradient attacks without ``eot_samples`` use the suite's.
         """
         attack = self.averaged(attack)
         key = (repr(attack), unseen, self.victim.temperature)
@@ -113,13 +113,13 @@ class AuditContext:
         return self._outcomes[key]
 
     def averaged(self, attack: AttackT) -> AttackT:
-        """Return an attack whose gradients are averaged over the suite's number of draws where the model is random."""
+        """Return an attack with the suite's ``eot_samples`` if the model is random."""
         images, _ = self.test.take(slice(0, 8), self.victim.device)
         return averaged(attack, self.victim, images, self.suite.eot_samples)
 
     @contextmanager
     def unscaled(self) -> Iterator[None]:
-        """Let attacks climb the logits as they are, as those did that a net was trained against."""
+        """Let attacks use the original logits inside the block, as in training."""
         kept, self.victim.temperature = self.victim.temperature, 1.0
         try:
             yield
@@ -132,6 +132,6 @@ class AuditContext:
         return Cost(forwards=self.victim.forwards, backwards=self.victim.backwards)
 
     def since(self, before: Cost) -> Cost:
-        """What was spent since :attr:`spent` was ``before``."""
+        """Cost since :attr:`spent` was ``before``."""
         now = self.spent
         return Cost(forwards=now.forwards - before.forwards, backwards=now.backwards - before.backwards)

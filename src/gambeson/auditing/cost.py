@@ -1,4 +1,4 @@
-"""What an audit asks a black box, in images, and how it is made smaller until a budget has room for it."""
+"""Costs of an audit: estimates, and fitting the audit of a black box to a query budget."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from gambeson.evaluation.universal import RANKED
 from gambeson.victim import Victim
 
 TEST_IMAGES = 2000
-"""Test images that a black box is asked about where the suite leaves the number open."""
+"""Default number of test images for a black box."""
 _RESERVE = 0.1
-"""Share of a budget that is kept for requests that are lost and sent again."""
+"""Share of a budget reserved for retries."""
 _RUNS = 6
-"""Perturbations that the search of eps_uni crafts at most, where the suite leaves the number open."""
+"""Default maximum of perturbations crafted in the search of eps_uni."""
 
 
 class BudgetPlan(Config):
-    """The suite as a budget has room for it."""
+    """A suite that fits a budget."""
 
     suite: Suite
     notes: list[str]
-    """What was made smaller, in sentences."""
+    """What was reduced, as sentences."""
     images: int
-    """The most images that will be asked about, lost requests aside."""
+    """Upper bound of the images queried, without retries."""
 
 
 def images_asked(suite: Suite, data: Dataset, passes: int) -> int:
-    """Return an upper bound of the images that the audit of a black box asks about, from the first stage on.
+    """Return an upper bound of the images queried by the audit of a black box.
 
     Args:
         suite: its settings.
         data: the data.
-        passes: how often a random box is asked about an image that is scored.
+        passes: queries per scored image of a random black box.
     """
     test = min(suite.test_images or len(data.test), len(data.test))
     few, held = min(suite.pattern_images, len(data.train)), min(suite.pattern_images, len(data.validation))
@@ -62,12 +62,12 @@ def images_asked(suite: Suite, data: Dataset, passes: int) -> int:
 
 
 def fit(suite: Suite, data: Dataset, room: int | None, passes: int) -> BudgetPlan:
-    """Make an audit as small as it has to be.
+    """Reduce an audit until it fits a budget.
 
     Args:
-        suite: what was asked for, with its grid of eps.
+        suite: the requested suite, with its grid of eps.
         data: the data.
-        room: images that may still be asked about; None: no limit.
+        room: remaining budget in images; None: unlimited.
         passes: see :func:`images_asked`.
 
     Raises:
@@ -101,7 +101,7 @@ def fit(suite: Suite, data: Dataset, room: int | None, passes: int) -> BudgetPla
 
 
 def _smaller(suite: Suite, test: int) -> Iterator[Suite]:
-    """Yield ever smaller suites: first what only costs precision, then what can be left out."""
+    """Yield decreasing suites: first reductions of precision, then omissions of stages."""
     yield suite
 
     def at_most(**limits: int) -> Callable[[], Suite]:
@@ -164,29 +164,29 @@ def _changes(asked: Suite, suite: Suite) -> Iterator[str]:
 
 
 _SUITE = 10 + 100 + 9 * 20 + 3 * 100
-"""Gradients that the standard row takes of an image that never falls."""
+"""Gradients of the standard suite per image that is never broken."""
 _TRIALS = 8
-"""Perturbations that the search of eps_uni crafts at the most, where the suite does not say."""
+"""Default maximum of perturbations crafted in the search of eps_uni."""
 _ATTACKS = 20
-"""Short attacks that diagnostics make on their sample, of as many steps as PGD or fewer."""
+"""Short attacks of the diagnostics on their sample, with at most the steps of PGD."""
 _BATCH, _TIMED = 32, 3
 
 
 class Part(Config):
-    """What one part of an audit asks of the model at the most: images sent forward, and images' gradients."""
+    """Upper bounds for one stage of an audit: images forward, and image gradients."""
 
     name: str
     forwards: int
-    """Beside those that gradients begin with."""
+    """In addition to those of gradients."""
     gradients: int
 
 
 class AuditPlan(Config):
-    """The expected cost of an audit. A perturbed image that has fallen costs no more, so that weak nets take less."""
+    """The maximum cost of an audit. Adversarial images cost nothing more, so weak networks take less."""
 
     parts: tuple[Part, ...]
     seconds_a_forward: float
-    """Of one image in a batch of 32: the median of three batches."""
+    """Seconds per image in a batch of 32, the median of three batches."""
     seconds_a_gradient: float
     """A forward and a backward of one image."""
     surrogate: str

@@ -1,4 +1,4 @@
-"""Torch without its randomness: what it draws is the mean of its distribution."""
+"""Derandomisation of models: every random draw of torch is replaced by the mean of its distribution."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Derandomize(TorchDispatchMode):
-    """Inside, what torch draws at random is the mean of its distribution; gradients flow as ever.
+    """Inside the block random draws of torch are the means of their distributions; gradients are not affected.
 
-    So dropout keeps all of its input, Gaussian noise is zero, and a random size or place is the middle one. A draw
-    without a mean that means something (a permutation, a draw from classes) is the first or the likeliest.
+    Dropout keeps all of its input, Gaussian noise is zero, and a random size or position is the middle one. Draws
+    without a meaningful mean (permutations, class indices) are the first or the likeliest.
     """
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Answer for a random operator, and pass on every other."""
+        """Replace random operators, and pass on all others."""
         name = func.overloadpacket.__name__
         answer = _ANSWERS.get(name)
         if answer is not None and func.namespace == "aten":
@@ -28,7 +28,7 @@ class Derandomize(TorchDispatchMode):
 
 
 def _argument(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """Return an operator's argument, given by place or by name, or its default."""
+    """Return an operator's positional or keyword argument, or its default."""
     for place, argument in enumerate(func._schema.arguments):
         if argument.name == name:
             value = args[place] if place < len(args) else kwargs.get(name, argument.default_value)
@@ -58,7 +58,7 @@ def _filled(mean: Callable[[Callable[..., Any]], Any]) -> Callable[..., Any]:
 
 
 def _of_tensors(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a new tensor among an operator's arguments; its generator is not one."""
+    """The tensor settings among an operator's arguments, without the generator."""
     settings = ("dtype", "layout", "device", "pin_memory", "memory_format")
     return {key: kwargs[key] for key in settings if key in kwargs}
 
@@ -105,4 +105,4 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
     "poisson": _filled(lambda of: of("self")),
     "native_dropout": _kept_whole,
 }
-"""What stands for each random operator of torch, by its name."""
+"""Replacement of each random operator of torch, by name."""

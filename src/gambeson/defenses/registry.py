@@ -55,10 +55,10 @@ def needs_eps(name: str) -> bool:
 
 
 def name_of(defense: Defense) -> str:
-    """The name by which :func:`create` finds a defence's class again.
+    """The name by which :func:`create` finds a defence's class.
 
-    A user's own class at the top level of a Python file is found by ``FILE.py:CLASS``, with the hash of the file; one
-    that stands nowhere, as in a notebook, has its class's name alone, which ``create`` does not find.
+    A class at the top level of a user's file is ``FILE.py:CLASS``, with the hash of the file; one without a file, as in
+    a notebook, has only its class name, which ``create`` does not find.
     """
     return DEFENSES.name_of(type(defense))
 
@@ -74,4 +74,4 @@ def _write(value: Defense) -> dict[str, Any]:
 
 
 AnyDefense = Annotated[SerializeAsAny[Defense], BeforeValidator(_read), PlainSerializer(_write)]
-"""A defence, or its name, or a mapping of its name and settings, as YAML has it."""
+"""A defence, its name, or a mapping with its name and settings as in YAML."""

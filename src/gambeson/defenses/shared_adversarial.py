@@ -18,8 +18,8 @@ from gambeson.victim import BatchNormMode, Precision
 class SharedAdversarial(Defense):
     """Minimise sigma * E[max over xi of the mean CE of a heap of s images under one xi] + (1 - sigma) * E[CE].
 
-    The inner maximum is taken by 4 steps of eps / 2 on the cross-entropy truncated at -log 0.2 (both from the
-    paper). The random start and evaluation statistics while crafting are ours: the paper leaves them open.
+    The inner attack takes 4 steps of eps / 2 on the cross-entropy truncated at -log 0.2 (both from the paper). The
+    random start and evaluation statistics while crafting are ours: the paper leaves them open.
     """
 
     eps: Eps
@@ -32,13 +32,13 @@ class SharedAdversarial(Defense):
     steps: Annotated[int, Field(ge=1)] = 4
     """Gradient steps of the inner attack."""
     rel_step_size: Annotated[Number, Field(gt=0)] = 0.5
-    """Length of a step as a share of eps."""
+    """Step size as a share of eps."""
     craft_precision: Precision = "float32"
-    """Of the model while perturbations are crafted, whatever the recipe's is; bfloat16 pays on machines that have
+    """Precision of the model while crafting, independent of the recipe's; bfloat16 is faster on hardware that supports
     it."""
     attack_bn: BatchNormMode = "eval"
-    """The statistics that BatchNorm takes while crafting: its running ones (``eval``), those of the perturbed batch
-    (``batch``), or those of the batch with the whole model in training mode, dropout and running statistics included
+    """BatchNorm statistics while crafting: the running ones (``eval``), those of the perturbed batch (``batch``), or
+    those of the batch with the whole model in training mode, including dropout and updates of the running statistics
     (``train``). The paper leaves it open; the default is ours."""
     truncate: Number | None = -math.log(0.2)
     """Cap kappa of the inner cross-entropy, per image; None: no cap."""
@@ -62,7 +62,7 @@ class SharedAdversarial(Defense):
         return {"adversarial": (self.sigma, heaps), "clean": (1 - self.sigma, clean)}
 
     def check(self, batch_size: int) -> None:
-        """Refuse a batch that does not fall into heaps.
+        """Raise if the batch cannot be split into heaps.
 
         Raises:
             UserError: the sharedness does not divide the batch.

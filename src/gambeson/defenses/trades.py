@@ -1,4 +1,4 @@
-"""TRADES: a trade-off between accuracy and a smooth answer (Zhang et al., ICML 2019, arXiv 1901.08573)."""
+"""TRADES (Zhang et al., ICML 2019, arXiv 1901.08573)."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Divergence(Config):
     norm: Norm = "inf"
     steps: Annotated[int, Field(ge=1)] = 10
     rel_step_size: Annotated[Number, Field(gt=0)] = 0.25
-    """Length of a step as a share of eps."""
+    """Step size as a share of eps."""
     noise: Annotated[Number, Field(gt=0)] = 0.001
-    """Standard deviation of the start, in pixel units: at zero the divergence has no gradient."""
+    """Standard deviation of the random start, in pixel units; at zero the divergence has no gradient."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the mean divergence; the weights' gradient goes through both predictions, as in the public code."""
         return self.answers(model, batch)[1]
 
     def answers(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the clean logits too."""
+        """Also return the clean logits."""
         moved = perturb(batch.images, self.craft(model, batch))
         logits = model(batch.images)
         return logits, _divergence(logits.log_softmax(1), model(moved), batch).mean()
@@ -77,11 +77,11 @@ class Trades(Defense):
     steps: Annotated[int, Field(ge=1)] = 10
     """Gradient steps of the inner attack."""
     rel_step_size: Annotated[Number, Field(gt=0)] = 0.25
-    """Length of a step as a share of eps."""
+    """Step size as a share of eps."""
     noise: Annotated[Number, Field(gt=0)] = 0.001
     """Standard deviation of the inner attack's start, in pixel units."""
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    """Of the clean loss: share of the target spread over all classes."""
+    """Clean loss: share of the target spread over all classes."""
 
     def terms(self) -> dict[str, tuple[float, Term]]:
         """The clean term and the divergence."""
@@ -92,11 +92,11 @@ class Trades(Defense):
         return {"clean": (1.0, clean), "divergence": (self.beta, divergence)}
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Both terms with one clean forward for the two."""
+        """Both terms, sharing one clean forward."""
         return SharedForward(self.terms())
 
 
 def _divergence(clean: torch.Tensor, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """KL of each image, (N,), from clean log-probabilities and logits; its mean over the labelled answers of each."""
+    """KL of each image, (N,), from clean log-probabilities and logits; averaged over the labelled pixels of each."""
     answers = F.kl_div(logits.log_softmax(1), clean, reduction="none", log_target=True).sum(1)
     return batch.task.per_image(answers, batch.labels)

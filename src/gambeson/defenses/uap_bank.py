@@ -1,4 +1,4 @@
-"""Perturbations that outlive a batch: what training against universal perturbations climbs, a step a batch."""
+"""A bank of perturbations that persist across batches, for training against universal perturbations."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from gambeson.threat import Ball, BoxGradient, perturb
 from gambeson.victim import Victim
 
 BankStart = Literal["zero", "uniform", "sign"]
-"""Where a kept perturbation begins: zero, uniform in the ball, or random signs on its surface."""
+"""Initial perturbation: zero, uniform in the ball, or random signs on its surface."""
 
 Ascend = Literal["steepest", "normalised"]
-"""How a kept perturbation steps: ``steepest`` in its norm (the gradient's sign in the norm inf), or along the
+"""Step direction: ``steepest`` in the norm (the gradient's sign in the norm inf), or along the
 ``normalised`` gradient, scaled to a step of the same norm. The two differ in the norm inf only."""
 
-_MEMORY = 0.9  # of a member's strength, a step
+_MEMORY = 0.9  # decay of the strength per step
 
 
 class UAPBank(nn.Module):
-    """K perturbations inside a ball, kept in a buffer, each climbed by the rows of a batch that carry it.
+    """K perturbations inside a ball, stored in a buffer, each updated by the rows of a batch assigned to it.
 
-    The perturbations enter the graph of the training loss as one leaf, so that the backward that gives the weights'
-    gradient gives theirs too. A step's length does not depend on the weight of the loss: only its direction does.
+    The perturbations enter the graph of the training loss as one leaf, so that one backward computes the gradients of
+    the weights and of the perturbations. The step size does not depend on the weight of the loss.
 
     Args:
-        context: what the objective is opened for.
+        context: of the objective.
         count: number of perturbations K.
-        ball: where they stay.
-        rel_step_size: length of a step as a share of eps.
-        start: where they begin.
-        ascend: how they step.
+        ball: the ball of the perturbations.
+        rel_step_size: step size as a share of eps.
+        start: initial perturbations.
+        ascend: step direction.
         box_gradient: how the clip of the images to [0, 1] is differentiated.
 
     Attributes:
         delta: (K, C, H, W), in pixel units.
-        strength: (K,), what a row under each gave lately; zero until it is known.
+        strength: (K,), running mean of the value of a row under each; zero until known.
     """
 
     delta: torch.Tensor
@@ -71,17 +71,17 @@ class UAPBank(nn.Module):
 
         Args:
             images: (N, C, H, W) in [0, 1].
-            rows: (N,), the number of the perturbation that each image carries.
+            rows: (N,), the index of each image's perturbation.
         """
         if self._leaf is None:
             self._leaf = self.delta.detach().requires_grad_()
-        # Indexing adds up each perturbation's gradient in a fixed order on every device; index_select does not.
+        # Indexing sums each perturbation's gradient in a fixed order on every device; index_select does not.
         return perturb(images, self._leaf if len(self._leaf) == 1 else self._leaf[rows], self.box_gradient)
 
     def climb(self, model: nn.Module, batch: Batch, rows: torch.Tensor, loss: Loss) -> None:
-        """Take one step up ``loss`` on a batch, by a forward and a backward of its own.
+        """Take one step up ``loss`` on a batch, with a separate forward and backward.
 
-        The model is in evaluation mode meanwhile and has no parameter gradients.
+        The model is in evaluation mode, without parameter gradients.
         """
         shared = len(self.delta) == 1
         with Victim(model) as victim:
@@ -98,14 +98,14 @@ class UAPBank(nn.Module):
         self._move(gradient)
 
     def after_step(self) -> None:
-        """Take one step up what the last backward, or several of this batch, gave; without one, none."""
+        """Take one step along the gradient of the last backward, or of several of this batch; without one, none."""
         leaf, self._leaf = self._leaf, None
         if leaf is not None and leaf.grad is not None:
             self._move(leaf.grad)
 
     @torch.no_grad()
     def note(self, rows: torch.Tensor, values: torch.Tensor) -> None:
-        """Remember, over all processes, the mean of ``values`` (N,) for each perturbation, in ``strength``."""
+        """Update ``strength`` with the mean of ``values`` (N,) for each perturbation, over all processes."""
         sums, counts = torch.zeros_like(self.strength), torch.zeros_like(self.strength)
         sums.index_put_((rows,), values.detach().float(), accumulate=True)
         counts.index_put_((rows,), torch.ones_like(values, dtype=torch.float32), accumulate=True)
@@ -116,7 +116,7 @@ class UAPBank(nn.Module):
 
     @torch.no_grad()
     def replace_weakest(self, seed: int) -> None:
-        """Draw the perturbation of least strength anew, uniformly; what it gives is unknown again."""
+        """Redraw the perturbation of least strength uniformly; its strength is then unknown."""
         weakest = torch.nn.functional.one_hot(self.strength.argmin(), len(self.delta)).bool()
         fresh = self._drawn((1, *self.delta.shape[1:]), "uniform", generator(seed, "pool")).to(self.delta)
         self.delta = torch.where(weakest.view(-1, 1, 1, 1), fresh, self.delta)
@@ -138,11 +138,11 @@ class UAPBank(nn.Module):
 
 
 def mute(moved: torch.Tensor, keep: torch.Tensor) -> None:
-    """Take from some images their say in the perturbations' step, and from none its say in the weights'.
+    """Exclude some images from the perturbations' step, but not from the weights'.
 
     Args:
-        moved: (N, C, H, W), what :meth:`UAPBank.perturb` returned; its backward has not run yet.
-        keep: (N,), whether an image keeps its say.
+        moved: (N, C, H, W), the result of :meth:`UAPBank.perturb`, before its backward.
+        keep: (N,), whether an image is included.
     """
     if moved.requires_grad:
         moved.register_hook(lambda gradient: gradient * keep.view(-1, 1, 1, 1).to(gradient))

@@ -22,37 +22,37 @@ Update = Literal["alternating", "one-pass"]
 class UniversalAdversarial(Defense):
     """Minimise over the weights, and maximise over one perturbation for all images, E[CE(f(x + delta), y)].
 
-    The perturbation lives as long as the training and takes one step of length eps a batch (from the paper).
-    ``alternating``: after the step of the weights, by a forward and a backward of its own on the same batch, with
-    the model in evaluation mode (our choice). ``one-pass``, the paper's low-cost form: the backward that gives the
-    weights' gradient gives the perturbation's too. A step costs two forwards and two backwards, or one and one.
+    The perturbation persists for the whole training and takes one step of size eps per batch (from the paper).
+    ``alternating``: after the step of the weights, with a separate forward and backward on the same batch, with the
+    model in evaluation mode (ours). ``one-pass``, the paper's low-cost form: one backward computes both gradients. A
+    step costs two forwards and two backwards, or one and one.
 
-    Which truncation and which start the paper trains with is not known to us: those defaults are ours.
+    The paper's truncation and start are not known to us: those defaults are ours.
     """
 
     eps: Eps
     """Radius in pixel units."""
     norm: Norm = "inf"
     update: Update = "alternating"
-    """Whether the perturbation's step has a backward of its own."""
+    """Whether the perturbation's step has a separate backward."""
     classwise: bool = False
-    """One perturbation for every class, carried by its images (Benz et al. 2021, arXiv 2104.03000)."""
+    """One perturbation per class, for its images (Benz et al. 2021, arXiv 2104.03000)."""
     rel_step_size: Annotated[Number, Field(gt=0)] = 1.0
-    """Length of the perturbation's step as a share of eps."""
+    """Step size of the perturbation as a share of eps."""
     ascend: Ascend = "steepest"
     """Direction of that step: see :data:`gambeson.defenses.uap_bank.Ascend`."""
     truncate: Number | None = 9.0
-    """An image whose cross-entropy is above this (the paper's beta) has no say in the perturbation's step, and its
-    full say in the weights'. Label maps: per pixel where the update alternates, by the image's mean in one pass."""
+    """Images whose cross-entropy is above this (the paper's beta) are excluded from the perturbation's step, but not
+    from the weights'. Label maps: per pixel if the update alternates, by the image's mean in one pass."""
     start: BankStart = "zero"
     box_gradient: BoxGradient = "exact"
-    """``straight-through`` lets a pixel leave a value at which it clips most images (ours, not the paper's)."""
+    """``straight-through`` lets a value leave a point at which most images are clipped (ours, not the paper's)."""
     sigma: Annotated[Number, Field(ge=0, le=1)] = 1.0
-    """Weight of the perturbed images; the rest is the clean ones', as in shared adversarial training. The paper's
-    form has no clean term."""
+    """Weight of the perturbed images; clean images have the rest, as in shared adversarial training. The paper's form
+    has no clean term."""
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Return the objective with its perturbation at the start.
+        """Return the objective with its initial perturbation.
 
         Raises:
             UserError: label maps, which have no class per image, with ``classwise``.
@@ -73,18 +73,18 @@ class UniversalAdversarial(Defense):
 
 
 class UniversalRisk(nn.Module):
-    """Mean cross-entropy under kept perturbations: one for all images, or each class's for its images.
+    """Mean cross-entropy under persistent perturbations: one for all images, or one per class.
 
     Args:
-        bank: one perturbation, or one a class.
-        update: whether their step has a backward of its own.
+        bank: one perturbation, or one per class.
+        update: whether their step has a separate backward.
         truncate: cap of the cross-entropy in their step.
     """
 
     def __init__(self, bank: UAPBank, *, update: Update, truncate: float | None) -> None:
         super().__init__()
         self.bank, self.update, self.truncate = bank, update, truncate
-        self._last: tuple[nn.Module] | None = None  # in a tuple: the model is no part of this module
+        self._last: tuple[nn.Module] | None = None  # in a tuple: the model is not part of this module
 
     def forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the loss on a batch, with a graph to the parameters and the perturbations."""
@@ -98,7 +98,7 @@ class UniversalRisk(nn.Module):
         return values.mean()
 
     def after_step(self, batch: Batch) -> None:
-        """Let the perturbations take their step on the batch that the weights have just taken theirs on."""
+        """Update the perturbations on the batch on which the weights were just updated."""
         last, self._last = self._last, None
         if last is None:
             return

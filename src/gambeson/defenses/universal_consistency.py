@@ -1,4 +1,4 @@
-"""Universal consistency (ours): predictions that no perturbation of a kept bank changes, at twice a plain step."""
+"""Universal consistency (ours): predictions that a bank of perturbations does not change."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gambeson.defenses.uap_bank import BankStart, UAPBank, mute
 from gambeson.threat import Ball, BoxGradient, Eps, Norm
 
 Assignment = Literal["even", "random", "strong"]
-"""Which perturbation each image carries: ``even`` gives each the same number of the shuffled batch's images,
-``random`` draws one per image, ``strong`` draws those more often under which the term was larger lately."""
+"""Assignment of perturbations to images: ``even`` gives each the same number of images of the shuffled batch,
+``random`` draws one per image, ``strong`` draws those with a recently larger term more often."""
 
 Direction = Literal["forward", "reverse"]
 """``forward`` is KL(clean prediction, perturbed prediction), as in TRADES; ``reverse`` swaps the two."""
@@ -26,9 +26,9 @@ Direction = Literal["forward", "reverse"]
 class UniversalConsistency(Defense):
     """Minimise E[CE(f(x), y)] + beta * E[KL(f(x), f(x + delta_k))] over a bank of perturbations that maximise it.
 
-    Every image of a batch carries one of K perturbations, which live as long as the training. Clean and perturbed
-    images go through the model in one forward (a BatchNorm sees both together), and one backward gives the weights'
-    gradient and the perturbations', so that a step costs what two plain ones cost, whatever K is.
+    Every image of a batch is assigned one of K perturbations, which persist for the whole training. Clean and perturbed
+    images share one forward (and BatchNorm statistics), and one backward computes the gradients of weights and
+    perturbations, so a step costs two plain ones for any K.
     """
 
     eps: Eps
@@ -39,24 +39,24 @@ class UniversalConsistency(Defense):
     beta: Annotated[Number, Field(ge=0)] = 4.0
     """Weight of the consistency; 0 is standard training."""
     warmup: Annotated[Number, Field(ge=0, le=1)] = 0.5
-    """Share of the training over which the weight rises from zero in a straight line."""
+    """Share of the training over which the weight rises linearly from zero."""
     rel_step_size: Annotated[Number, Field(gt=0)] = 0.25
-    """Length of a perturbation's step as a share of eps."""
+    """Step size of a perturbation as a share of eps."""
     assignment: Assignment = "even"
     direction: Direction = "forward"
     detach_clean: bool = False
-    """Hold the clean prediction fixed in the consistency: only the perturbed one is then drawn to the other."""
+    """Detach the clean prediction in the consistency term."""
     truncate: Number | None = None
-    """An image whose cross-entropy under its perturbation is above this has no say in the perturbation's step, and
-    its full say in the weights'."""
+    """Images whose cross-entropy under their perturbation is above this are excluded from the perturbation's step, but
+    not from the weights'."""
     restart: Annotated[int, Field(ge=0)] = 0
-    """Draw the weakest perturbation anew every so many steps; 0: never."""
+    """Redraw the weakest perturbation every so many steps; 0: never."""
     start: BankStart = "uniform"
     box_gradient: BoxGradient = "exact"
     """How the clip of the perturbed images is differentiated: see :data:`gambeson.threat.BoxGradient`."""
 
     def build_objective(self, context: TrainContext) -> Objective:
-        """Return the objective with its bank at the start."""
+        """Return the objective with its initial bank."""
         bank = UAPBank(
             context,
             count=self.bank,
@@ -74,7 +74,7 @@ class BankConsistency(nn.Module):
 
     Args:
         bank: the perturbations.
-        settings: how they are used.
+        settings: of the defence.
     """
 
     def __init__(self, bank: UAPBank, settings: UniversalConsistency) -> None:
@@ -83,7 +83,7 @@ class BankConsistency(nn.Module):
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def strain(self, batch: Batch) -> float:
-        """The weight at this place of the training."""
+        """The weight at this point of the training."""
         warmup = self.settings.warmup
         return self.settings.beta * (min(1.0, batch.progress / warmup) if warmup else 1.0)
 
@@ -92,7 +92,7 @@ class BankConsistency(nn.Module):
         return self.answers(model, batch)[1]
 
     def answers(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the clean logits of the one forward as well, for the clean term."""
+        """Also return the clean logits, for the clean term."""
         rows = self.rows(batch)
         moved = self.bank.perturb(batch.images, rows)
         clean, perturbed = model(torch.cat([batch.images, moved])).tensor_split(2)
@@ -105,7 +105,7 @@ class BankConsistency(nn.Module):
         return clean, values.mean()
 
     def rows(self, batch: Batch) -> torch.Tensor:
-        """Return the number of the perturbation that each image of a batch carries, (N,)."""
+        """Return the index of each image's perturbation, (N,)."""
         count, device = len(self.bank.delta), batch.images.device
         number, processes = batch.place
         own = len(batch.images)
@@ -113,14 +113,14 @@ class BankConsistency(nn.Module):
             return torch.arange(number * own, number * own + own, device=device) % count
         odds = torch.ones(count, device=device)
         if self.settings.assignment == "strong":
-            # What is not known yet counts as the strongest.
+            # Unknown strengths count as the highest.
             known = self.bank.strength.to(device)
             odds = torch.where(known > 0, known, known.max().clamp(min=1e-6))
         draw = generator(batch.seed, "pool", device=device)
         return batch.mine(torch.multinomial(odds, processes * own, replacement=True, generator=draw))
 
     def after_step(self, batch: Batch) -> None:
-        """Let the perturbations take their step, note what each gave, and draw the weakest anew where it is time."""
+        """Update the perturbations and their strengths, and redraw the weakest one when due."""
         seen, self._seen = self._seen, []
         self.bank.after_step()
         if seen:
@@ -130,7 +130,7 @@ class BankConsistency(nn.Module):
 
 
 def divergence(clean: torch.Tensor, perturbed: torch.Tensor, direction: Direction = "forward") -> torch.Tensor:
-    """Kullback-Leibler divergence between two predictions, one value an answer.
+    """Kullback-Leibler divergence between two predictions, one value per prediction.
 
     Args:
         clean: logits (N, K) or (N, K, H, W).

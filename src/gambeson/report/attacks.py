@@ -1,4 +1,4 @@
-"""Tables of what other attacks do: image by image, from other models, by plain noise, and over a model's draws."""
+"""Tables of per-image attacks, transfer, corruption noise, and the spread of random models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 
 
 def build(folders: Sequence[Folder], scale: EpsFormat) -> list[Table]:
-    """Build the tables that have anything in them: a column per model, a line per attack."""
+    """Build the non-empty tables: one column per model, one row per attack."""
     found = [_per_image(folders, scale), _transferred(folders, scale), _noise(folders), _draws(folders)]
     return [table for table in found if table is not None]
 
@@ -125,5 +125,5 @@ def _rate(folder: Folder, rate: Rate | None) -> Cell:
 
 
 def _keys(columns: Sequence[Mapping[KeyT, object]]) -> list[KeyT]:
-    """Every key of any column, in the order of their first appearance."""
+    """The keys of all columns, in order of first appearance."""
     return list(dict.fromkeys(key for column in columns for key in column))

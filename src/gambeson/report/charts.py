@@ -1,4 +1,4 @@
-"""Charts as plotly figures in plain data, with the text that stands in for each: here the curve of UER against eps."""
+"""The chart of UER against eps, and common parts of charts as plotly figures with alternative text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gambeson.report.formatting import EpsFormat, percent
 from gambeson.report.loading import Folder
 
 HUES = ("#0072b2", "#c4500a", "#007a5a", "#a8487f", "#8a6d00", "#3a3a3a")
-"""Told apart with all common kinds of colour blindness, and each at least 4.5 : 1 against white."""
+"""Distinguishable with all common kinds of colour blindness, with a contrast of at least 4.5 : 1 on white."""
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross")
 _DASHES = {"random-sign": "dash", "chessboard": "dot"}
 _INK, _FAINT = "#1c2430", "#e3e7ec"
@@ -25,7 +25,7 @@ AXIS: dict[str, Any] = {
     "fixedrange": True,
     "automargin": True,
 }
-"""What all axes share."""
+"""Common settings of axes."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Chart:
     """A chart of the page."""
 
     name: str
-    """Its element's."""
+    """Id of its element."""
     figure: str
     """JSON that is safe inside a script element."""
     alternative: str
-    """The same in words."""
+    """Alternative text."""
 
 
 def hue(index: int) -> str:
@@ -54,13 +54,13 @@ def figure(folders: Sequence[Folder], scale: EpsFormat) -> dict[str, Any]:
 
 
 def embed(figure: dict[str, Any]) -> str:
-    """Write the figure as JSON that is safe inside a script element: no tag can begin in it."""
+    """Write the figure as JSON that is safe inside a script element."""
     text = json.dumps(figure, sort_keys=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def plain_layout(height: int) -> dict[str, Any]:
-    """Return the layout that all charts begin from."""
+    """Return the base layout of all charts."""
     return {
         "autosize": True,
         "height": height,
@@ -87,7 +87,7 @@ def curve(folders: Sequence[Folder], scale: EpsFormat) -> Chart:
 
 
 def alternative(folders: Sequence[Folder], scale: EpsFormat) -> str:
-    """Say in words what the chart shows."""
+    """Return the alternative text of the chart."""
     parts = []
     for folder in folders:
         last, clean = folder.result.universal[-1], folder.result.clean.complement
@@ -96,13 +96,13 @@ def alternative(folders: Sequence[Folder], scale: EpsFormat) -> str:
 
 
 def _points(folder: Folder) -> tuple[list[float], list[Rate]]:
-    """Every eps and its rate; the curve begins at eps 0, where the error is the clean one."""
+    """Every eps and its rate, starting with the clean error at eps 0."""
     points = folder.result.universal
     return [0.0, *(p.eps for p in points)], [folder.result.clean.complement, *(p.uer for p in points)]
 
 
 def _trace(folder: Folder, index: int, role: str, **more: Any) -> dict[str, Any]:
-    # Plotly reads names as simple HTML, so a label has to be escaped for it too.
+    # Plotly renders names as simple HTML, so labels must be escaped.
     name = escape(folder.label)
     return {
         "type": "scatter",
@@ -221,6 +221,6 @@ def _both(eps: float, scale: EpsFormat) -> str:
 
 
 def soft(colour: str, alpha: float = 0.16) -> str:
-    """Return the colour, see-through."""
+    """Return the colour with transparency."""
     red, green, blue = (int(colour[k : k + 2], 16) for k in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha})"

@@ -1,4 +1,4 @@
-"""How numbers are written, and the sentences of the page that are built from them."""
+"""Formatting of numbers, and the sentences of the page built from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def interval(rate: Rate) -> str:
 
 @dataclass(frozen=True)
 class EpsFormat:
-    """How eps is written: as k/255 for colour images, as a decimal number otherwise."""
+    """Format of eps: k/255 for colour images, a decimal number otherwise."""
 
     norm: str
     colour: bool
@@ -36,12 +36,12 @@ class EpsFormat:
         return f"{eps:.4g}"
 
     def decimal(self, eps: float) -> str:
-        """Write eps as a decimal where :meth:`text` does not; empty otherwise."""
+        """Write eps as a decimal if :meth:`text` does not; else empty."""
         return "" if self.text(eps) == f"{eps:.4g}" else f"{eps:.4g}"
 
     @property
     def meaning(self) -> str:
-        """What eps measures."""
+        """Meaning of eps."""
         return "largest change of a pixel" if self.norm == "inf" else "Euclidean length of the pattern"
 
 
@@ -51,7 +51,7 @@ def count(number: int, noun: str) -> str:
 
 
 def bound(found: SmallestEps) -> tuple[str, ...]:
-    """Write the smallest eps, its interval where there is one, and what else is known about it."""
+    """Write the smallest eps, its interval if there is one, and a note."""
     ends = () if found.low is None else (found.interval.strip(),)
     if found.censored:
         return f"> {found.value:.3g}", *ends, "no success up to there"
@@ -95,7 +95,7 @@ def _plain(value: Any) -> str:
 
 
 def setting(folders: Sequence[Folder]) -> str:
-    """Say what was done, to someone who has never heard of universal perturbations."""
+    """Describe the experiment for readers who do not know universal perturbations."""
     material = folders[0].result.material
     what = "this model" if len(folders) == 1 else f"each of {len(folders)} models"
     return (
@@ -106,7 +106,7 @@ def setting(folders: Sequence[Folder]) -> str:
 
 
 def answer(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> str:
-    """Say what came out: the verdict of one model, or the weakest and the strongest of several."""
+    """Describe the result: the verdict of one model, or the weakest and the strongest of several."""
     if len(folders) == 1:
         return folders[0].result.verdict.summary
     if eps is None:

@@ -1,4 +1,4 @@
-"""Tensors as PNG pictures inside the page."""
+"""Images: tensors as PNG pictures inside the page, and heat maps of transfer tables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def png(pixels: torch.Tensor) -> str:
 
 
 def reach(delta: torch.Tensor, eps: float, norm: str) -> float:
-    """Return the change that is drawn as white: eps, or the largest one present where eps is a length."""
+    """Return the change drawn as white: eps, or the largest change if eps is a Euclidean length."""
     return eps if norm == "inf" else float(delta.abs().max())
 
 
@@ -48,13 +48,13 @@ def painted(values: torch.Tensor, ramp: Sequence[str]) -> torch.Tensor:
 
 
 def icon() -> str:
-    """Return the page's icon, a small chessboard, so that a browser need not ask for one."""
+    """Return the page's icon, a small chessboard."""
     rows, columns = torch.arange(16).view(-1, 1) // 4, torch.arange(16) // 4
     return png(((rows + columns) % 2 * 150 + 70).to(torch.uint8)[None])
 
 
 def write_heat_map(result: TransferResult, path: Path) -> Path:
-    """Write a page with one heat map per attack: sources down, targets across, errors in per cent with intervals."""
+    """Write a page with one heat map per attack: sources are rows, targets columns, errors in per cent."""
     from plotly.subplots import make_subplots
 
     count = len(result.tables)

@@ -17,11 +17,11 @@ from gambeson.report.loading import Folder
 from gambeson.report.tables import NONE, Cell, Group, Line, Table
 
 RAMP = ("#fdf6e3", "#f4c978", "#e0873c", "#a8412f", "#4d1a2e")
-"""From low to high; its lightness falls evenly, so that it reads in grey as well."""
+"""From low to high, with evenly decreasing lightness, so that it is readable in grey."""
 
 
 def along(folders: Sequence[Folder], scale: EpsFormat) -> Chart | None:
-    """Draw the mean loss along the signed gradient, and across it, for every model: a ridge shows as a fall."""
+    """Draw the mean loss along the signed gradient and across it, for every model; a ridge is a decrease."""
     known = [
         (k, f, f.result.jacobian.surface)
         for k, f in enumerate(folders)
@@ -66,11 +66,11 @@ def along(folders: Sequence[Folder], scale: EpsFormat) -> Chart | None:
 
 
 def surface(folder: Folder, index: int, scale: EpsFormat) -> Chart | None:
-    """Draw the mean loss over the grid, and the border beyond which the model gets half of the images wrong."""
+    """Draw the mean loss over the grid, and the contour of an error of 50 %."""
     found = folder.result.jacobian.surface if folder.result.jacobian else None
     if found is None:
         return None
-    # Rows are what runs upwards: across the gradient; columns run along it.
+    # Rows are across the gradient, columns along it.
     loss, wrong = _turned(found.loss), _turned(found.wrong)
     text = [
         [f"loss {z:.3g}<br>wrong {100 * w:.0f} %" for z, w in zip(a, b, strict=True)]
@@ -110,7 +110,7 @@ def surface(folder: Folder, index: int, scale: EpsFormat) -> Chart | None:
 
 
 def singles(folder: Folder) -> list[str]:
-    """Paint the loss around single images, each on its own scale, as PNG pictures."""
+    """Draw the loss around single images, each on its own scale, as PNG pictures."""
     found = folder.result.jacobian.surface if folder.result.jacobian else None
     return (
         [images.png(images.painted(torch.tensor(_turned(grid)).flip(0), RAMP)) for grid in found.singles]
@@ -194,7 +194,7 @@ def _turned(grid: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def build(folders: Sequence[Folder], scale: EpsFormat) -> list[Table]:
-    """Build the tables that have anything in them."""
+    """Build the non-empty tables."""
     found = [_norms(folders), _pairs(folders), _bounds(folders, scale), _subspaces(folders, scale)]
     return [table for table in found if any(group.lines for group in table.groups)]
 

@@ -1,4 +1,4 @@
-"""Reading the folders of finished audits, and refusing those that cannot stand side by side."""
+"""Loading of finished audits, and checks that they can be compared."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ _EXAMPLES = ("images", "perturbed", "labels", "predictions", "perturbed_predicti
 
 @dataclass(frozen=True)
 class Folder:
-    """One finished audit as it lies on disk."""
+    """One finished audit on disk."""
 
     path: Path
     label: str
-    """What the page calls the model: the audit's label, with the folder's name where two labels are equal."""
+    """Name of the model in the page: the audit's label, with the folder's name if two labels are equal."""
     result: AuditResult
     deltas: tuple[torch.Tensor, ...]
     """The perturbations (C, H, W), in the order of ``result.universal``."""
     direction: torch.Tensor | None
-    """The best shared L2 direction of the linearised model (C, H, W), where the audit has one."""
+    """The best shared L2 direction of the linearised model (C, H, W), if the audit has one."""
     examples: dict[str, torch.Tensor]
-    """As :mod:`gambeson.auditing.audit` describes them."""
+    """See :func:`gambeson.auditing.audit.save_examples`."""
     seconds: dict[str, float]
     """Seconds by stage; empty when nothing was timed."""
     has_settings: bool
-    """Whether ``run.yaml`` is there, from which the command line can run the audit again."""
+    """Whether the folder has a ``run.yaml``, from which the audit can be reproduced."""
 
     @property
     def trusted(self) -> bool:
-        """Whether the verdict found no reason to doubt the numbers."""
+        """Whether the verdict is trusted."""
         return self.result.verdict.trusted
 
     def at(self, eps: float | None) -> UniversalResult:
-        """The perturbation at ``eps``, or at the audit's own middle eps where that is None."""
+        """The perturbation at ``eps``, or at the audit's middle eps if None."""
         return next((point for point in self.result.universal if point.eps == eps), self.result.middle)
 
 
@@ -49,7 +49,7 @@ def read_folders(paths: Sequence[Path]) -> list[Folder]:
     """Read every folder.
 
     Raises:
-        UserError: there is none, one is not finished, or they were not measured in the same way.
+        UserError: there are none, one is not finished, or they cannot be compared.
     """
     if not paths:
         raise UserError(

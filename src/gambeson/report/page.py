@@ -1,4 +1,4 @@
-"""From the page's data to one HTML text: the template, with its style and the chart's library inside it."""
+"""The page: its data, and rendering to one HTML text with style and chart library inside."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _text(name: str) -> str:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with the words that stand under it and in its place."""
+    """A picture with its caption and alternative text."""
 
     source: str
     alt: str
@@ -64,7 +64,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said about one picture; ``name`` is empty where the answer is a map of labels."""
+    """A model's prediction for one picture; ``name`` is empty for label maps."""
 
     source: str
     alt: str
@@ -88,7 +88,7 @@ class JacobianCharts:
     surface: Chart | None
     singles: list[str]
     images: int
-    """Behind the mean surface."""
+    """Number of images of the mean surface."""
     pairs: Chart | None
     direction: str
     """The best shared direction, as a picture."""
@@ -115,10 +115,10 @@ class Model:
     jacobian: JacobianCharts
     facts: list[Facts]
     command: str
-    """How to run the audit again; empty where its folder holds no settings."""
+    """Command that reproduces the audit; empty without settings."""
 
     def tally(self) -> str:
-        """Say how many checks came out how."""
+        """Summarise the checks: passed, failed, not applicable."""
         passed, failed, rest = (sum(check.passed is state for check in self.checks) for state in (True, False, None))
         parts = [f"{passed} passed"]
         parts += [f"{failed} failed"] if failed else []
@@ -137,7 +137,7 @@ class Page:
     models: list[Model]
     scale: EpsFormat
     delta: str
-    """The error that eps_uni is searched for, as a share in per cent."""
+    """The error of eps_uni, in per cent."""
     tests: int
     glance_head: list[str]
     glance: list[tables.Line]
@@ -148,13 +148,13 @@ class Page:
     jacobian: list[tables.Table]
     along: Chart | None
     charts: list[Chart]
-    """All of them, in the order of the page."""
+    """In the order of the page."""
     small: bool
-    """Whether images have so few pixels that they are enlarged."""
+    """Whether images are small and enlarged."""
 
 
 def build(folders: Sequence[Folder], title: str | None) -> Page:
-    """Lay out the audits."""
+    """Build the page's data from the audits."""
     first = folders[0].result
     scale = EpsFormat(first.universal[0].norm, len(first.material.shape) == 3 and first.material.shape[0] == 3)
     eps = tables.common_eps(folders)

@@ -1,4 +1,4 @@
-"""Matrices of runs: train, audit, compare."""
+"""Studies: fixed matrices of runs, benchmarks, and measurements on accelerators."""
 
 from gambeson.studies.bench import BenchResult, BenchSettings, bench_attacks, bench_training
 from gambeson.studies.quickstart import quickstart

@@ -1,4 +1,4 @@
-"""Times taken side by side: every candidate once a round, in turn, and the median of its ratios to a baseline."""
+"""Benchmarks: candidates run alternately in rounds; the result is the median ratio to a baseline."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from gambeson.victim import FastPath, Victim
 
 
 class BenchSettings(Config):
-    """What is timed: an attack, or a step of training with one inside, on random images and a fresh network."""
+    """Settings: an attack, or a training step with one inside, on random images and a fresh network."""
 
     model: str = "resnet20"
     channels: Annotated[int, Field(ge=1)] = 3
     image_size: Annotated[int, Field(ge=8)] = 32
     batch_size: Annotated[int, Field(ge=1)] = 128
     steps: Annotated[int, Field(ge=1)] = 10
-    """Of PGD."""
+    """PGD steps."""
     eps: float = 8 / 255
     rounds: Annotated[int, Field(ge=3)] = 7
-    """Timed rounds; in each, every candidate runs once, in turn."""
+    """Timed rounds, in each of which every candidate runs once."""
     bfloat16: bool = False
-    """Time ours in bfloat16 as well."""
+    """Also time ours in bfloat16."""
     device: str = "cpu"
     seed: int = 0
 
     def network(self) -> nn.Module:
-        """The network, always with the same weights, in evaluation mode."""
+        """The network, with fixed weights, in evaluation mode."""
         with seeded(self.seed, "bench"):
             model = models.create(self.model, in_channels=self.channels, classes=10, image_size=self.image_size)
         return model.eval().to(self.device)
@@ -53,13 +53,13 @@ class BenchSettings(Config):
 
 
 class Timing(Config):
-    """One candidate's time over the rounds."""
+    """Timing of one candidate."""
 
     name: str
     seconds: float
     """Median."""
     ratio: float
-    """Median over the rounds of its time divided by the baseline's in the same round."""
+    """Median over the rounds of its time relative to the baseline's in the same round."""
     ratio_low: float
     ratio_high: float
     """Smallest and largest ratio of a round."""
@@ -68,18 +68,18 @@ class Timing(Config):
 
 
 class BenchResult(Config):
-    """What a benchmark leaves."""
+    """Result of a benchmark."""
 
     settings: BenchSettings
     timings: list[Timing]
     peaks: dict[str, float]
-    """Operations a second of a large matrix product here, by type: what :attr:`Timing.work` a second can reach."""
+    """Operations per second of a large matrix product, by dtype: an upper bound of :attr:`Timing.work` per second."""
     ideal: float | None = None
-    """What counting forwards and backwards promises: the baseline's time over ours; None where both do the same."""
+    """Expected speed-up from counting forwards and backwards; None if both do the same work."""
     environment: dict[str, str]
 
     def images_a_second(self, timing: Timing) -> float:
-        """Images of a candidate, each attacked or trained on once."""
+        """Images per second of a candidate, each attacked or trained on once."""
         return self.settings.batch_size / timing.seconds
 
     def share_of_peak(self, timing: Timing) -> float:
@@ -89,7 +89,7 @@ class BenchResult(Config):
 
 
 def matmul_peaks(settings: BenchSettings) -> dict[str, float]:
-    """Measure operations a second of a large matrix product: the best of a few, in each type that is timed."""
+    """Measure operations per second of a large matrix product, the best of a few, in each dtype."""
     size = 1024 if settings.device == "cpu" else 8192
     found = {}
     for kind in ("float32", "bfloat16") if settings.bfloat16 else ("float32",):
@@ -105,7 +105,7 @@ def matmul_peaks(settings: BenchSettings) -> dict[str, float]:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts by torch's own formulas; its counter by module cannot watch ``torch.autograd.grad``."""
+    """Counts operations with torch's formulas; torch's module counter does not support ``torch.autograd.grad``."""
 
     def __init__(self) -> None:
         from torch.utils.flop_counter import flop_registry  # imports triton
@@ -128,7 +128,7 @@ def _wait() -> None:
 def side_by_side(
     candidates: Mapping[str, Callable[[], object]], baseline: str, rounds: int, title: str
 ) -> list[Timing]:
-    """Run every candidate once a round, after one round that warms up, and compare it with the baseline."""
+    """Run every candidate once per round, after a warm-up round, and compare it with the baseline."""
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     work: dict[str, float] = {}
     with task(title, rounds + 1) as advance:
@@ -165,9 +165,9 @@ BARE, BACKWARD = "bare loop", "bare loop with loss.backward()"
 
 
 def bare_pgd(settings: BenchSettings, *, whole: bool = False) -> Attack:
-    """The plain loop: forward, gradient with respect to the images alone, sign, project, clip.
+    """A plain PGD loop: forward, gradient with respect to the images only, sign, project, clip.
 
-    ``whole`` takes the gradient by ``loss.backward()``, as public reference code does: that of the weights as well.
+    ``whole`` uses ``loss.backward()`` as public reference code does, which also computes the gradients of the weights.
     """
 
     def attack(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -190,7 +190,7 @@ def bare_pgd(settings: BenchSettings, *, whole: bool = False) -> Attack:
 
 
 def ours(settings: BenchSettings) -> PGD:
-    """Our PGD at the same steps, every step taken: no image stops early."""
+    """Our PGD with the same steps, without early stopping."""
     return PGD(eps=settings.eps, steps=settings.steps, rel_step_size=0.25, early_stop=False)
 
 
@@ -228,9 +228,9 @@ PLAIN = "plain loop"
 
 
 def ideal(steps: int) -> float:
-    """What counting promises: the time of a plain step over ours.
+    """Expected speed-up: the time of a plain step relative to ours.
 
-    A forward, a gradient of the images and one of the weights cost the same; nothing else costs anything.
+    Assumes that a forward, a gradient of the images and one of the weights cost the same, and everything else nothing.
 
     Args:
         steps: of PGD.
@@ -291,7 +291,7 @@ def _plain_step(settings: BenchSettings, x: torch.Tensor, y: torch.Tensor) -> Ca
 
 def _our_step(settings: BenchSettings, defense: Defense, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
     model, optimizer = _model(settings)
-    model.to(memory_format=torch.channels_last)  # as a recipe with channels_last has it
+    model.to(memory_format=torch.channels_last)  # as in a recipe with channels_last
     batch = Batch(images=x, labels=y, seed=settings.seed)
 
     def step() -> None:

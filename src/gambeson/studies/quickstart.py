@@ -1,4 +1,4 @@
-"""The main job in minutes: break a model with one pattern, harden it in two ways, measure all three alike."""
+"""The quickstart: break a model with one perturbation, harden it in two ways, audit all three."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ SUITE = Suite(
 def quickstart(out: Path, seed: int = 0, device: str = "cpu") -> list[Audit]:
     """Train LeNet-5 on 3,500 digits, harden the trained net in two ways, and audit all three on 1,000 other digits.
 
-    Hardening starts from the standard net: this small net often fails to start to learn when it meets
-    perturbations of this size from its first step on.
+    Hardening starts from the standard network: this small network often fails to learn with perturbations of this size
+    from the first step on.
 
     Args:
-        out: folder; every model gets a run folder and an audit folder in it. What is finished there is not repeated.
+        out: folder with a run folder and an audit folder per model; finished ones are not repeated.
         seed: of everything.
-        device: where to compute.
+        device: of the computations.
 
     Returns:
         The audits, in the order of :data:`DEFENSES`.

@@ -1,7 +1,7 @@
-"""A visit to an accelerator: what is worth measuring in the few minutes that one is at hand, in order, kept as it goes.
+"""Measurements on an accelerator within a few minutes, in order of importance, stored as they are made.
 
-Each part appends what it found to one file of JSON lines as soon as it is known, so that nothing is lost when the
-minutes end. A part that fails leaves its error there, and the next one runs.
+Each part appends its results to one file of JSON lines immediately, so that nothing is lost when time is up. A part
+that fails stores its error, and the next one runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GIB = 2**30
 
 
 class Visit(Config):
-    """What is measured, and how large; the defaults are for an accelerator."""
+    """Settings of a visit; the defaults are for an accelerator."""
 
     data: str = "cifar10"
     """Of what there is of it, see :func:`gambeson.data.pieces.load_available`."""
@@ -38,21 +38,21 @@ class Visit(Config):
     batch_size: int = 512
     lr: float = 0.2
     epochs: tuple[int, int] = (10, 20)
-    """The fewest and the most epochs of a training; as many as let every defence have its turn."""
+    """Minimum and maximum epochs of a training, chosen so that every defence fits."""
     craft_steps: int = 7
     """Of the inner attack of PGD adversarial training."""
     uap_steps: int = 200
     uap_batch: int = 256
     """Steps and images of one climb of the audits' universal attack; two climbs, from zero and from random signs."""
     pgd_images: int = 2000
-    """Test images that the audits attack one by one."""
+    """Test images for per-image attacks."""
     pgd_steps: int = 20
     bench_batches: tuple[int, ...] = (512, 128)
     rounds: int = 5
     matrix: int = 8192
     """Side of the matrices whose product is timed."""
     copied: int = 2**31
-    """Bytes of the tensor whose copy is timed."""
+    """Bytes of the copied tensor."""
     low: bool = True
     """Whether bfloat16 is used: in training, crafting and the benchmarks; verdicts are always in float32."""
     device: str
@@ -67,7 +67,7 @@ class Visit(Config):
 
 
 def tiny(device: str) -> Visit:
-    """The same on 8 x 8 digits, in seconds: a rehearsal, whose numbers say nothing."""
+    """A rehearsal on 8 x 8 digits, in seconds; its numbers are meaningless."""
     return Visit(
         data="digits",
         model="lenet5",
@@ -96,7 +96,7 @@ class Notebook:
 
     Args:
         path: the file; lines are appended.
-        seconds: from now until everything has to be over.
+        seconds: time limit from now.
     """
 
     def __init__(self, path: Path, seconds: float) -> None:
@@ -109,7 +109,7 @@ class Notebook:
         return self.end - time.monotonic()
 
     def note(self, kind: str, **values: Any) -> None:
-        """Append one line, on disk before this returns, and print it in short."""
+        """Append one line, flushed to disk, and print a short form."""
         line = json.dumps({"kind": kind, **values}, sort_keys=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -122,12 +122,12 @@ class Notebook:
         return read_lines(self.path)
 
     def attempt(self, name: str, job: Callable[[], object], needs: float = 0.0) -> bool:
-        """Run a job if its seconds are left; note its error, or that there was no time. Return whether it ran through.
+        """Run a job if there is time; record its error, or that it was skipped. Return whether it finished.
 
         Args:
-            name: what the notes call it.
-            job: it writes its own notes.
-            needs: seconds that it is expected to take.
+            name: its name in the notes.
+            job: writes its own notes.
+            needs: expected duration in seconds.
         """
         if self.left < needs or self.left <= 0:
             self.note("skipped", name=name, needs=round(needs, 1), left=round(self.left, 1))
@@ -135,7 +135,7 @@ class Notebook:
         began = time.monotonic()
         try:
             job()
-        except Exception as error:  # whatever one part runs into, the others still tell something
+        except Exception as error:  # the failure of one part must not stop the others
             text = traceback.format_exc(limit=-6)
             self.note("error", name=name, error=f"{type(error).__name__}: {error}"[:500], trace=text[-2500:])
             return False
@@ -146,7 +146,7 @@ class Notebook:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines; a last line that was cut is left out, a missing file is empty."""
+    """Read a file of JSON lines; an incomplete last line is ignored, a missing file is empty."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -155,7 +155,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def dataset(visit: Visit) -> Dataset:
-    """The data, whole or as much as there is."""
+    """The data, complete or as far as available."""
     recipe = DATASETS.get(visit.data)
     return load_available(visit.data) if recipe is not None and recipe.source[1] else load(visit.data)
 
@@ -167,13 +167,13 @@ def wait() -> None:
 
 
 def free() -> None:
-    """Give the allocator's unused memory back."""
+    """Release the allocator's unused memory."""
     if torch.accelerator.is_available():
         torch.accelerator.memory.empty_cache()
 
 
 def seconds_of(job: Callable[[], object], times: int, warm: int = 2) -> float:
-    """Seconds of one call, the mean over ``times`` after ``warm`` calls, the device waited for at both ends."""
+    """Seconds of one call, the mean over ``times`` after ``warm`` calls, synchronised at both ends."""
     for _ in range(warm):
         job()
     wait()
@@ -185,7 +185,7 @@ def seconds_of(job: Callable[[], object], times: int, warm: int = 2) -> float:
 
 
 class Peak:
-    """Most bytes that tensors had on the accelerator inside a block; 0 on a CPU."""
+    """Peak memory of tensors on the accelerator inside a block; 0 on a CPU."""
 
     bytes = 0
 
@@ -202,7 +202,7 @@ class Peak:
 
     @property
     def gib(self) -> float:
-        """In GiB, to three places."""
+        """Peak in GiB, to three decimals."""
         return round(self.bytes / GIB, 3)
 
 
@@ -218,7 +218,7 @@ def matmul_precision(name: str) -> Iterator[None]:
 
 
 def measure_machine(visit: Visit, book: Notebook) -> None:
-    """Note what the machine is, the rates of its matrix product by type, and the bandwidth of a copy."""
+    """Record the machine, the rates of its matrix product by dtype, and the bandwidth of a copy."""
     device, size = torch.device(visit.device), visit.matrix
     book.note(
         "environment",
@@ -245,6 +245,6 @@ def measure_machine(visit: Visit, book: Notebook) -> None:
 
 
 def peaks_of(book: Notebook) -> dict[str, float]:
-    """The rates that :func:`measure_machine` noted last; empty where it has not run."""
+    """The last rates recorded by :func:`measure_machine`; empty if it has not run."""
     found = [line["matmul_flops"] for line in book.lines() if line["kind"] == "peak"]
     return found[-1] if found else {}

@@ -1,4 +1,4 @@
-"""The benchmarks of a visit: attacks, steps of training, universal crafting, and where the time of a step goes."""
+"""The benchmarks of a visit: attacks, training steps, universal crafting, and profiles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gambeson.victim import FastPath, Victim
 
 
 def run_benchmarks(visit: Visit, book: Notebook) -> None:
-    """Time attacks, steps of training and universal crafting; note each as it is known."""
+    """Time attacks, training steps and universal crafting, recording each immediately."""
     accelerated = torch.device(visit.device).type != "cpu"
     for batch_size in visit.bench_batches:
         settings = BenchSettings(
@@ -81,7 +81,7 @@ def _network(visit: Visit) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 
 def _universal(visit: Visit, book: Notebook) -> None:
-    """Universal crafting on a network of random weights: the time does not depend on what it has learnt."""
+    """Time universal crafting on a network with random weights, which does not affect the time."""
     data = dataset(visit)
     model, *_ = _network(visit)
     small = {"probe_start_steps": 2, "steps": 2} if not visit.low else {}
@@ -115,7 +115,7 @@ def _copies(visit: Visit) -> dict[str, FastPath | None]:
 
 
 def _profiles(visit: Visit, book: Notebook) -> None:
-    """Where the time of an attack of ten steps goes, and that of a step of PGD adversarial training."""
+    """Profile an attack of ten steps, and a step of PGD adversarial training."""
     model, x, y = _network(visit)
     attack = PGD(eps=visit.eps, steps=10, early_stop=False)
     for kind, fast in _copies(visit).items():
@@ -130,7 +130,7 @@ def _profiles(visit: Visit, book: Notebook) -> None:
 
 
 def _profile(name: str, job: Callable[[], object], book: Notebook) -> None:
-    """Note the kernels of a job and their time, beside the time that passes, and how often the host waits."""
+    """Record the kernels of a job and their time, the wall time, and how often the host waits."""
     from torch.profiler import ProfilerActivity, profile
 
     plain = seconds_of(job, 3, 2)
@@ -166,7 +166,7 @@ def _trying() -> Iterator[None]:
 
 
 def _by_trial(visit: Visit, book: Notebook) -> None:
-    """What it brings to let the library try its convolutions and keep the fastest."""
+    """Measure the effect of benchmarking convolution algorithms."""
     _timed_copies(visit, book, "default")
     with _trying():
         _timed_copies(visit, book, "by trial")

@@ -1,4 +1,4 @@
-"""The command of a visit to an accelerator: which part to run, and the table of what it found."""
+"""Command line of a visit: runs its parts, and prints a table of the results."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
-    """Print one line for each number that a reader asks for first."""
+    """Print one line for each of the main numbers."""
     for line in lines:
         kind = line["kind"]
         if kind == "peak":

@@ -1,4 +1,4 @@
-"""The trainings of a visit: one defence after another, each audited at once, as many as the time left allows."""
+"""The trainings of a visit: one defence after another, each audited immediately, as far as time allows."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from gambeson.training.loop import Run
 from gambeson.victim import FastPath, Victim
 
 SLACK = 1.15
-"""Trainings and audits are expected to take so much longer than measured."""
+"""Safety factor on the measured time of trainings and audits."""
 FIRST_AUDIT = 18.0
-"""Seconds that an audit on an accelerator is expected to take before one has been timed."""
+"""Expected duration of the first audit on an accelerator, in seconds."""
 
 
 def defenses(visit: Visit) -> dict[str, Defense]:
-    """The defences, the most informative first."""
+    """The defences, in order of importance."""
     attack: dict[str, Any] = {"eps": visit.eps, "craft_precision": visit.precision}
     return {
         "standard": Standard(),
@@ -44,7 +44,7 @@ def defenses(visit: Visit) -> dict[str, Defense]:
 
 
 def recipe(visit: Visit, epochs: int) -> Recipe:
-    """How all of them are trained: stochastic gradient descent with a cosine, in the low precision."""
+    """The common recipe: SGD with a cosine schedule, in low precision."""
     return Recipe(
         epochs=epochs,
         batch_size=visit.batch_size,
@@ -58,14 +58,13 @@ def recipe(visit: Visit, epochs: int) -> Recipe:
 
 
 def run_trainings(visit: Visit, book: Notebook, done: list[dict[str, Any]], only: list[str]) -> None:
-    """Train and audit one defence after another until the time is over; note each number as it is known.
+    """Train and audit one defence after another until time is up, recording each number immediately.
 
     Args:
         visit: the settings.
-        book: where notes go, and the clock.
-        done: notes of earlier visits: a defence that was trained then, on as much data with the same seed, is passed
-            over.
-        only: names of defences in the order wanted; empty: all.
+        book: the notebook.
+        done: notes of earlier visits: trainings with the same data size and seed are skipped.
+        only: names of defences in order; empty: all.
     """
     data = dataset(visit)
     chosen = {name: one for name, one in defenses(visit).items() if not only or name in only}
@@ -107,13 +106,13 @@ def run_trainings(visit: Visit, book: Notebook, done: list[dict[str, Any]], only
 
 
 def choose_epochs(seconds: list[float], audit: float, left: float, limits: tuple[int, int]) -> int:
-    """The number of epochs, the same for all, at which the most runs fit the time left; then the most of them.
+    """Return the largest number of epochs at which the maximum number of runs fits the remaining time.
 
     Args:
-        seconds: of an epoch of each run, in the order that they are made.
+        seconds: per epoch of each run, in order.
         audit: seconds of an audit, one after every run.
         left: seconds left.
-        limits: fewest and most epochs.
+        limits: minimum and maximum epochs.
     """
     fewest, most = limits
     for count in range(len(seconds), 0, -1):
@@ -130,7 +129,7 @@ def _create(visit: Visit, data: Dataset, seed: int) -> PixelModel:
 
 
 def _step(visit: Visit, data: Dataset, name: str, defense: Defense, book: Notebook) -> float:
-    """Measure a step of training by this defence; return the seconds of an epoch."""
+    """Measure a training step of this defence; return the seconds per epoch."""
     how = recipe(visit, visit.epochs[1])
     run = Run(_create(visit, data, visit.seed), data, defense, how, visit.seed, None)
     batches = Epoch(run.train, how, defense.num_orders, visit.seed, how.epochs - 1, run.device)
@@ -183,7 +182,7 @@ def _train(
 
 
 def _audit(visit: Visit, data: Dataset, name: str, seed: int, epochs: int, model: PixelModel, book: Notebook) -> None:
-    """Clean accuracy, accuracy under PGD, and for each eps the UER with its controls; verdicts in float32."""
+    """Clean accuracy, accuracy under PGD, and UER and controls for each eps, scored in float32."""
     about = {"defense": name, "seed": seed, "epochs": epochs, "data": data.name, "model": visit.model}
     test = data.test.to(visit.device)
     fast = FastPath(precision=visit.precision)

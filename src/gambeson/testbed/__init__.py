@@ -1,7 +1,7 @@
-"""A testbed for robustness evaluations: obfuscated models whose ground truth is known, and honest ones beside them.
+"""A testbed for robustness evaluations: obfuscated and honest models with known ground truth.
 
-Anyone can score an audit, a detector or an attack suite on it: how many of the obfuscated models does it believe, and
-how many of the honest ones does it accuse?
+It measures the error rates of an audit, a detector or an attack suite: the share of obfuscated models it misses, and of
+honest ones it accuses.
 
 >>> import gambeson as gb
 >>> score = gb.testbed.score(lambda model, data: True, models=["four grey levels", "standard"])

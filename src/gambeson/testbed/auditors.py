@@ -1,4 +1,4 @@
-"""Auditors to compare one's own with: this library's audit, and PGD of 20 steps, which trusts what it finds."""
+"""Built-in auditors: the suites of the audit, and PGD of 20 steps, which trusts every model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from gambeson.testbed.recipes import DATA
 
 
 def pgd(model: nn.Module, data: Dataset) -> Judgement:
-    """PGD of 20 steps on cross-entropy: the accuracy under it is believed, and no model is distrusted."""
+    """PGD of 20 steps on cross-entropy; every model is trusted."""
     eps = DATA[data.name].radius
     with judged(model, data.test) as victim:
         return Judgement(accuracy=accuracy_under(victim, data.test, PGD(eps=eps, steps=20), 0))
 
 
 def audit(model: nn.Module, data: Dataset, *, suite: str) -> Judgement:
-    """:func:`gambeson.audit` with one of its suites: its verdict, and the worst that its attacks reached."""
+    """:func:`gambeson.audit` with one of its suites: its verdict, and the worst numbers of its attacks."""
     return judgement_of(run_audit(model, data, suite).results)
 
 
@@ -40,10 +40,10 @@ AUDITORS: dict[str, Callable[[nn.Module, Dataset], Judgement]] = {
 
 
 def auditor_named(name: str) -> tuple[str, Callable[..., Any]]:
-    """Look an auditor up: a built-in one, or the user's own ``FILE.py:FUNCTION``.
+    """Return an auditor by name: a built-in one, or ``FILE.py:FUNCTION``.
 
     Raises:
-        UserError: there is none of that name, or the file does not have it.
+        UserError: no auditor of that name, or no such function in the file.
     """
     if name in AUDITORS:
         return name, AUDITORS[name]

@@ -1,4 +1,4 @@
-"""What an entry of the testbed is, and the parts that several obfuscated models share."""
+"""Entries of the testbed, their families, and the parts that obfuscated models share."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from gambeson.base import seeded
 from gambeson.data import Dataset, Split
 
 KINDS = {
-    "preprocessing": "the image is changed, without a useful slope, before the network sees it",
-    "logits": "the logits are changed so that a loss saturates or has no slope",
-    "features": "hidden features saturate, shatter or are cut off, by construction or by training",
-    "false gradient": "the values are the network's, the gradient is not",
-    "randomness": "one pass decides nothing, and one gradient points nowhere",
-    "state": "the answer depends on what was asked before",
-    "detection": "perturbed images are recognised and treated differently",
+    "preprocessing": "the image is transformed without a useful gradient before the network",
+    "logits": "the logits are transformed so that the loss saturates or has no gradient",
+    "features": "hidden features saturate, shatter or are detached, by construction or by training",
+    "false gradient": "the outputs are the network's, the gradient is not",
+    "randomness": "outputs are random, so that a single pass or gradient is not meaningful",
+    "state": "the output depends on earlier queries",
+    "detection": "perturbed images are detected and treated differently",
     "memorization": "the test images themselves are stored in the model",
-    "batch": "the answer depends on what else stands in the batch",
-    "honest": "nothing is hidden",
+    "batch": "the output depends on the rest of the batch",
+    "honest": "not obfuscated",
 }
-"""The families, and what the models of each have in common."""
+"""The families of models, with descriptions."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,22 @@ class Networks:
     get: Callable[[str], nn.Module]
 
     def __call__(self, name: str = "standard") -> nn.Module:
-        """Return a copy of a trained network, in evaluation mode: what is done to it harms no other model."""
+        """Return a copy of a trained network, in evaluation mode."""
         return copy.deepcopy(self.get(name)).eval()
 
 
 def plain(nets: Networks) -> tuple[Any, ...]:
-    """Return what most are made of: one network trained as usual."""
+    """Return the standard network, which most models are made of."""
     return (nets(),)
 
 
 def three(nets: Networks) -> tuple[Any, ...]:
-    """Return three networks that differ in their seed."""
+    """Return three networks with different seeds."""
     return ([nets(name) for name in ("standard", "standard 1", "standard 2")],)
 
 
 def all_of(nets: Networks) -> tuple[Any, ...]:
-    """Return the networks with their data, for what is fitted to the data."""
+    """Return the networks with their data, for models fitted to the data."""
     return (nets,)
 
 
@@ -68,23 +68,23 @@ class Entry:
     """Its family, one of :data:`KINDS`."""
     name: str
     wrapper: Callable[..., nn.Module]
-    """What it is: a module, whose docstring says what it does, around the network."""
+    """The module around the network; its docstring says what it does."""
     effect: str
-    """What a naive evaluation sees, in a few words."""
+    """What a naive evaluation observes, in a few words."""
     ought: tuple[str, ...] = ()
-    """Diagnostics of the audit of which one at least ought to fail; empty: its attacks ought to break the model."""
+    """Diagnostics of which at least one should fail; empty: the audit's attacks should break the model."""
     source: str = ""
-    """The defence that it imitates, and what took it apart: paper and section, or a public report."""
+    """The defence it imitates and the work that broke it: paper and section, or a public report."""
     settings: tuple[Any, ...] = ()
     """Further arguments of the wrapper."""
     parts: Callable[[Networks], tuple[Any, ...]] = plain
-    """From the trained networks to what the wrapper is made of."""
+    """Maps the trained networks to the arguments of the wrapper."""
     held_out: bool = False
-    """Whether it was written when the audit's diagnostics stood, to measure what they miss at first sight."""
+    """Whether it was written after the audit's diagnostics, to measure what they miss at first sight."""
 
     @property
     def honest(self) -> bool:
-        """Whether nothing is hidden: an audit must trust it."""
+        """Whether it is honest, so that an audit must trust it."""
         return self.kind == "honest"
 
     @property
@@ -97,17 +97,17 @@ class Entry:
 
     @property
     def file_name(self) -> str:
-        """Its name, as a file can have it."""
+        """Its name as a file name."""
         return re.sub(r"[^a-z0-9.-]+", "-", self.name.lower()).strip("-")
 
     def build(self, nets: Networks) -> nn.Module:
-        """Build the model, in evaluation mode; always the same, and every time its own copy."""
+        """Build the model, in evaluation mode; deterministic, with a new copy every time."""
         with seeded(0, "testbed", self.name):
             return self.wrapper(*self.parts(nets), *self.settings).eval()
 
     @property
     def signature(self) -> str:
-        """A hash of the code and settings of what is built, regardless of docstrings, annotations and formatting."""
+        """A hash of its code and settings, ignoring docstrings, annotations and formatting."""
         tree = ast.parse(textwrap.dedent(inspect.getsource(self.wrapper)))
         text = ast.unparse(_Bare().visit(tree)) + str(self.settings)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -145,7 +145,7 @@ class Trunk(nn.Module):
 
 
 def spread(split: Split, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return images and labels at even distances: a split may be in order of class."""
+    """Return evenly spaced images and labels, since a split may be ordered by class."""
     rows = torch.linspace(0, len(split) - 1, min(count, len(split))).long()
     return split.take(rows, torch.device("cpu"))
 
@@ -157,7 +157,7 @@ def answers(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def fitted_head(features: nn.Module, data: Dataset, scale: float = 10.0) -> nn.Linear:
-    """Fit a last layer by ridge regression on one-hot targets, for features that were changed after training."""
+    """Fit a last layer by ridge regression on one-hot targets, for features modified after training."""
     images, labels = spread(data.train, 3000)
     h = answers(features, images).double()
     ones = torch.cat([h, torch.ones(len(h), 1).double()], 1)

@@ -1,4 +1,4 @@
-"""What an auditor may say about a model."""
+"""Judgements: the result of an auditor on a model."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 class NotAJudgement(UserError):
-    """What an auditor returned cannot be read as a judgement."""
+    """The return value of an auditor is not a judgement."""
 
 
 class Judgement(Config):
-    """What an auditor says about a model; any object with some of these attributes will do, and a plain bool."""
+    """The judgement of an auditor; any object with some of these attributes, or a bool, is accepted too."""
 
     trusted: bool = True
-    """Whether it believes what it sees. False: the model hides something, or its numbers may be wrong."""
+    """Whether it trusts the model. False: the model may be obfuscated, or its numbers wrong."""
     robust: bool | None = None
-    """Whether it takes the model for robust; None: the numbers say, and without numbers a trusted model counts as
+    """Whether it considers the model robust; None: decided by the numbers; without numbers a trusted model counts as
     robust."""
     accuracy: Rate | None = None
-    """Accuracy on test images that it attacked one by one."""
+    """Accuracy under its per-image attacks."""
     uer: Rate | None = None
     """Universal evasion rate: the error under one perturbation for all test images."""
     reasons: list[str] = Field(default_factory=list)
@@ -34,20 +34,20 @@ class Judgement(Config):
 
     @property
     def numbers(self) -> bool:
-        """Whether it attacked the model."""
+        """Whether it has numbers from attacks."""
         return self.accuracy is not None or self.uer is not None
 
 
 def broken(found: Judgement, base: Judgement) -> dict[str, bool]:
-    """Tell whether an auditor's attacks brought a model to what the same attacks find on the undefended network.
+    """Return whether an auditor's attacks are as successful on a model as on the undefended network.
 
     Args:
-        found: what it says about the model.
-        base: what it says about the undefended network.
+        found: the judgement of the model.
+        base: the judgement of the undefended network.
 
     Returns:
-        ``universal`` and ``per image``, where both have that number: whether it lies within the interval of the
-        network's, or is worse.
+        ``universal`` and ``per image``, if both have that number: whether it is within the interval of the network's,
+        or worse.
     """
     brought = {}
     if found.uer is not None and base.uer is not None:
@@ -60,7 +60,7 @@ def broken(found: Judgement, base: Judgement) -> dict[str, bool]:
 def judgement_of(result: AuditResult) -> Judgement:
     """Return an audit's judgement: its verdict, and the worst numbers at the middle eps.
 
-    Perturbations that were crafted on another model count too: the audit's verdict names them.
+    Perturbations crafted on another model count too.
     """
     eps = result.middle.eps
     transferred = [one for one in result.transfer if one.eps == eps]
@@ -80,15 +80,15 @@ def _value(rate: Rate) -> float:
 
 
 def as_judgement(said: Any, about: str) -> Judgement:
-    """Read what an auditor returned.
+    """Convert the return value of an auditor.
 
     Args:
         said: a bool (of Python, numpy or torch), a :class:`Judgement`, an audit of :func:`gambeson.audit`, or an object
-            with ``trusted`` or ``robust``, and perhaps ``accuracy``, ``uer`` and ``reasons``.
+            with ``trusted`` or ``robust``, and optionally ``accuracy``, ``uer`` and ``reasons``.
         about: the model, for the error.
 
     Raises:
-        NotAJudgement: it is something else.
+        NotAJudgement: it is of another type.
     """
     if isinstance(said, Judgement):
         return said

@@ -1,4 +1,4 @@
-"""What the testbed offers: its entries by data set, and a ready model with its data and its ground truth."""
+"""The models of the testbed by data set, and loading of a model with its data and ground truth."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from gambeson.testbed.truth import GroundTruth, ground_truth
 
 @dataclass(frozen=True, kw_only=True)
 class TestbedModel:
-    """What :func:`load` returns."""
+    """A model of the testbed, returned by :func:`load`."""
 
     __test__ = False  # not for pytest
 
     entry: Entry
     model: nn.Module
-    """Images (N, C, H, W) in [0, 1] to logits, in evaluation mode; its own copy, also of what it remembers."""
+    """Images (N, C, H, W) in [0, 1] to logits, in evaluation mode; a new copy, including its state."""
     data: Dataset
     truth: GroundTruth
     undefended: GroundTruth
-    """The same of the undefended network, which most obfuscated models are made of."""
+    """Ground truth of the undefended network, which most obfuscated models are made of."""
 
 
 def models(data: str = "digits") -> list[Entry]:
     """List the models of the testbed on a data set: obfuscated ones by family, then the honest ones.
 
     Args:
-        data: ``digits`` and ``mnist5k`` have all of them, ``fashion-mnist`` and ``cifar10`` honest ones only.
+        data: ``digits`` and ``mnist5k`` have all models, ``fashion-mnist`` and ``cifar10`` only honest ones.
 
     Raises:
         UserError: the testbed has no such data.
@@ -43,10 +43,10 @@ def models(data: str = "digits") -> list[Entry]:
 
 
 def entry_of(name: str, data: str) -> Entry:
-    """Look an entry up by its name.
+    """Return an entry by name.
 
     Raises:
-        UserError: there is none on this data.
+        UserError: no such entry on this data.
     """
     known = {entry.name: entry for entry in models(data)}
     if name not in known:
@@ -57,15 +57,15 @@ def entry_of(name: str, data: str) -> Entry:
 def load(name: str, data: str = "digits") -> TestbedModel:
     """Load a model with its data and its ground truth.
 
-    What it is made of is trained when it is first asked for, in seconds on the digits, from a fixed seed, and kept in
-    ``testbed/`` of the folder of downloads ($GAMBESON_DATA, else ~/.cache/gambeson), as is the ground truth.
+    Networks are trained on first use, in seconds on the digits, from fixed seeds, and cached in ``testbed/`` of the
+    data folder ($GAMBESON_DATA, else ~/.cache/gambeson), as is the ground truth.
 
     Args:
         name: of an entry of :func:`models`.
         data: ``digits``, ``mnist5k``, ``fashion-mnist`` or ``cifar10``.
 
     Raises:
-        UserError: there is no such model or data.
+        UserError: no such model or data.
     """
     entry, nets = entry_of(name, data), networks(data)
     return TestbedModel(

@@ -1,4 +1,4 @@
-"""The networks underneath the obfuscated models, and the honest ones: how they are trained and where they are kept."""
+"""The networks of the testbed: training recipes, data, and cached weights."""
 
 from __future__ import annotations
 
@@ -66,21 +66,21 @@ def _with_batch_norm(data: Dataset, defense: Defense) -> nn.Module:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network comes about."""
+    """Training recipe of a network."""
 
     about: str
     """What it is, in one sentence."""
 
     defense: Callable[[float], Defense]
-    """From the eps that suits the data to the defence it is trained with."""
+    """Maps the eps of the data to the defence it is trained with."""
     build: Callable[[Dataset, Defense], nn.Module] = _lenet5
     epochs: float = 1.0
-    """As a share of the epochs that the caller trains for."""
+    """Epochs, relative to those of the caller."""
     seed: int = 0
     source: str = ""
-    """The paper of its training."""
+    """The paper of the training method."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Of training, where they differ from the others'."""
+    """Settings of the training that differ from the default."""
 
 
 class SingleStep(PGDAdversarial):
@@ -138,7 +138,7 @@ DATASETS = {
     ),
     "ensemble of 3": Recipe("The mean probability of three networks.", lambda eps: create("ensemble", members=3)),
     "linear": Recipe("Softmax regression.", _plain, lambda data, defense: Linear(data)),
-    # What only obfuscated models are made of.
+    # Used only inside obfuscated models.
     "untrained": Recipe("LeNet-5 as it was drawn.", _plain, epochs=0),
     "batch-norm": Recipe("LeNet-5 with BatchNorm.", _plain, _with_batch_norm),
     "k-winners": Recipe(
@@ -152,7 +152,7 @@ _UNDERNEATH = ("untrained", "batch-norm", "k-winners", "single-step")
 
 
 def _itself(net: nn.Module) -> nn.Module:
-    """The network as it was trained."""
+    """The network itself."""
     return net
 
 
@@ -161,23 +161,23 @@ def _honest(name: str, recipe: Recipe) -> Entry:
 
 
 HONEST = tuple(_honest(name, recipe) for name, recipe in DATASETS.items() if name not in _UNDERNEATH)
-"""Networks that an audit must trust."""
+"""The honest networks, which an audit must trust."""
 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """How the networks of a data set are trained."""
+    """Settings of a data set."""
 
     eps: float
-    """What the adversarial ones are trained against (l-infinity, pixels in [0, 1])."""
+    """Radius of adversarial training (l-infinity, pixels in [0, 1])."""
     radius: float
-    """Of the ball in which ground truth is measured: the middle one of the audit's suites."""
+    """Radius of the ground truth: the middle one of the audit's suites."""
     epochs: int = 6
-    """Of batches of 64."""
+    """Epochs, with batches of 64."""
     images: tuple[int, int, int] | None = None
-    """So many of train, validation and test, drawn evenly over the classes, for a training in minutes; None: all."""
+    """Size of train, validation and test, stratified subsets for training in minutes; None: all images."""
     only: tuple[str, ...] | None = None
-    """The honest networks that there are, and no obfuscated models; None: all models."""
+    """Names of the honest networks, if there are no obfuscated models; None: all models."""
 
 
 DATA = {
@@ -202,10 +202,10 @@ DATA = {
 
 
 def material_of(data: str) -> DataInfo:
-    """Look a data set of the testbed up.
+    """Return the settings of a data set of the testbed.
 
     Raises:
-        UserError: the testbed has no such data.
+        UserError: the testbed does not have this data.
     """
     if data not in DATA:
         raise unknown_name("data of the testbed", data, DATA)
@@ -214,9 +214,9 @@ def material_of(data: str) -> DataInfo:
 
 @cache
 def networks(data: str) -> Networks:
-    """Return the networks on a data set of :data:`DATA`, each trained when it is first asked for.
+    """Return the networks on a data set of :data:`DATA`, each trained on first use.
 
-    Their weights lie in ``testbed/`` of the folder of downloads ($GAMBESON_DATA, else ~/.cache/gambeson).
+    Their weights are cached in ``testbed/`` of the data folder ($GAMBESON_DATA, else ~/.cache/gambeson).
     """
     material, dataset = material_of(data), load_data(data)
     if material.images is not None:
@@ -231,19 +231,19 @@ def networks(data: str) -> Networks:
 def networks_on(
     data: Dataset, folder: Path | None = None, *, eps: float = 0.2, epochs: int = 6, lr: float = 0.05
 ) -> Networks:
-    """Return networks of :data:`DATASETS` on any data, each trained when it is first asked for.
+    """Return networks of :data:`DATASETS` on any data, each trained on first use.
 
     Args:
-        data: what they are trained on.
-        folder: where their weights are kept; None: in memory only. Weights of another recipe, of other data or of
-            another version of torch are not used, and replaced.
-        eps: what the adversarial ones are trained against.
+        data: the training data.
+        folder: cache of their weights; None: in memory only. Weights of another recipe, other data or another version
+            of torch are replaced.
+        eps: radius of adversarial training.
         epochs: of training; batches of 64.
         lr: learning rate.
     """
 
     @cache
-    @torch.enable_grad()  # it may be asked for inside no_grad
+    @torch.enable_grad()  # it may be called inside no_grad
     def get(name: str) -> nn.Module:
         recipe = DATASETS[name]
         defense = recipe.defense(eps)

@@ -1,4 +1,4 @@
-"""Scoring an audit, a detector or an attack suite on the testbed: what it misses, and whom it accuses."""
+"""Error rates of an audit, a detector or an attack suite on the testbed."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from gambeson.testbed.recipes import networks
 from gambeson.testbed.truth import python_seeded
 
 Auditor = Callable[[nn.Module, Dataset], object]
-"""From a model and its data to a bool (is the model to be believed?), or to what :class:`Judgement` describes."""
+"""Maps a model and its data to a bool (can the model be trusted?) or to a :class:`Judgement`."""
 BASE = "standard"
-"""The undefended network, whose numbers tell whether an auditor's own attacks broke a model."""
+"""The undefended network, whose numbers decide whether an auditor's attacks broke a model."""
 
 
 class Outcome(Config):
-    """What an auditor said about one model, and whether that was wrong."""
+    """The judgement of an auditor on one model, and whether it was wrong."""
 
     name: str
     kind: str
     honest: bool
     judgement: Judgement
     broken: dict[str, bool] = Field(default_factory=dict)
-    """Where the auditor gave numbers: whether they are those of the undefended network, within its interval, or worse.
-    ``per image`` for its accuracy, ``universal`` for its universal evasion rate."""
+    """If the auditor returned numbers: whether they are within the interval of the undefended network, or worse; ``per
+    image`` for its accuracy, ``universal`` for its universal evasion rate."""
     wrong: Literal["", "missed", "accused"] = ""
-    """``missed``: obfuscated, and believed to be robust; ``accused``: honest, and not trusted."""
+    """``missed``: obfuscated, but considered robust; ``accused``: honest, but not trusted."""
     seconds: float
 
 
 class TestbedRun(Config):
-    """What a folder of scores belongs to; models may be added later."""
+    """Settings of a folder of scores; models can be added later."""
 
     __test__: ClassVar[bool] = False
 
@@ -58,7 +58,7 @@ class TestbedRun(Config):
 
 
 class TestbedScore(Config):
-    """How often an auditor errs, with 95 % Wilson intervals over models."""
+    """Error rates of an auditor, with 95 % Wilson intervals over models."""
 
     __test__: ClassVar[bool] = False  # not for pytest
 
@@ -66,16 +66,16 @@ class TestbedScore(Config):
     data: str
     seed: int
     missed: Rate
-    """Share of the obfuscated models that it believed to be robust; n = 0 where none was asked for."""
+    """Share of obfuscated models considered robust; n = 0 if there are none."""
     accused: Rate
-    """Share of the honest models that it did not trust."""
+    """Share of honest models not trusted."""
     by_kind: dict[str, Rate]
     """The same by family: ``missed``, and ``accused`` for ``honest``."""
     outcomes: list[Outcome]
     environment: dict[str, str]
 
     def wrong(self) -> list[Outcome]:
-        """The models that it was wrong about."""
+        """The models with a wrong judgement."""
         return [outcome for outcome in self.outcomes if outcome.wrong]
 
 
@@ -87,25 +87,25 @@ def score(
     seed: int = 0,
     out: str | Path | None = None,
 ) -> TestbedScore:
-    """Run an auditor on the models of the testbed, and count what it misses and whom it accuses.
+    """Run an auditor on the models of the testbed, and measure its error rates.
 
-    An obfuscated model is missed where the auditor trusts it and does not break it. An auditor that returns a bool
-    breaks nothing: False distrusts. One that returns numbers (see :class:`Judgement`) breaks a model where they are
-    those that it finds on the undefended network, within the interval, or worse; it is then run on that network too. An
-    honest model is accused where it is not trusted, however robust it is.
+    An obfuscated model is missed if the auditor trusts it and does not break it. An auditor that returns a bool can
+    only distrust a model. One that returns numbers (see :class:`Judgement`) breaks a model if they are within the
+    interval of those on the undefended network, or worse; it is then run on that network too. An honest model is
+    accused if it is not trusted, however robust it is.
 
     Args:
         auditor: ``auditor(model, data)``, or the name of a built-in one: ``pgd``, ``quick``, ``standard``, ``full``; or
             ``FILE.py:FUNCTION``. Torch's and Python's global generators are seeded before each call. A ``UserError``
-            that it raises counts as distrust, any other error is passed on.
+            counts as distrust, any other error is raised.
         data: a data set of the testbed.
         models: names of entries; None: all on this data.
-        seed: of the auditor's draws; the models are always the same.
-        out: folder for ``score.json`` and one file per model; a run that was cut goes on there. A model is audited
-            again where its code, or the code of the auditor, has changed.
+        seed: of the auditor; the models are deterministic.
+        out: folder for ``score.json`` and one file per model; an interrupted run resumes there. A model is scored again
+            if its code, or that of the auditor, has changed.
 
     Raises:
-        UserError: unknown auditor, data or model; what the auditor returns cannot be read; or the folder holds the
+        UserError: unknown auditor, data or model; an invalid return value of the auditor; or the folder contains the
             scores of another auditor.
     """
     name, auditor = auditor_named(auditor) if isinstance(auditor, str) else (_title(auditor), auditor)
@@ -155,7 +155,7 @@ def _title(auditor: Auditor) -> str:
 
 
 class _Work:
-    """Judges entry after entry; what was judged before with the same code is read."""
+    """Judges the entries, reusing stored judgements of the same code."""
 
     def __init__(self, auditor: Auditor, data: str, seed: int, folder: Path | None) -> None:
         self.auditor, self.data, self.seed, self.folder = auditor, data, seed, folder
@@ -201,7 +201,7 @@ class _Work:
                 judgement = as_judgement(self.auditor(model, self.nets.data), entry.name)
         except NotAJudgement:
             raise
-        except UserError as error:  # a refusal is a way of not trusting
+        except UserError as error:  # a refusal counts as distrust
             judgement = Judgement(trusted=False, reasons=[f"refused: {error}"])
         seconds = time.perf_counter() - began
         if file is not None:
@@ -210,7 +210,7 @@ class _Work:
 
 
 def _code_of(auditor: Auditor) -> str:
-    """Hash the auditor's own code, where it can be read; what it calls is not followed."""
+    """Hash the auditor's own code, if available, without the functions it calls."""
     try:
         text = inspect.getsource(auditor if inspect.isroutine(auditor) else type(auditor))
     except (OSError, TypeError):

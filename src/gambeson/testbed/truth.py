@@ -1,4 +1,4 @@
-"""How robust a model of the testbed is at most: by the way around its obfuscation, decided on the model itself."""
+"""Ground truth: upper bounds on the robustness of a model, by attacks around its obfuscation."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from gambeson.testbed.recipes import material_of, networks
 from gambeson.victim import DEFAULT_VOTES as VOTES
 
 _FORM = "testbed/2"
-"""Counts up where the measurement changes, so that what was stored is not used."""
+"""Version of the measurement; stored results of another version are not used."""
 _IMAGES, _TRIES = 1000, 10
 
 
 class GroundTruth(Config):
-    """What is known about a model, by a way around its obfuscation that an attacker who reads its code has.
+    """Bounds on the robustness of a model, by an attacker who knows its code.
 
-    Both rates are decided on the model itself, never on what the perturbations were crafted on, so that they are true
-    bounds: the model is no more robust than they say.
+    Both rates are measured on the model itself, not on what the perturbations were crafted on, so that they are valid
+    bounds.
     """
 
     eps: float
@@ -37,16 +37,16 @@ class GroundTruth(Config):
     clean: Rate
     """Accuracy on clean images."""
     accuracy: Rate
-    """Robust accuracy is at most this: the share of images that none of the perturbations, one per image, breaks."""
+    """Upper bound of the robust accuracy: the share of images not broken by any of the per-image perturbations."""
     uer: Rate
-    """The universal evasion rate is at least this."""
+    """Lower bound of the universal evasion rate."""
     how: str
-    """How this is known."""
+    """How it was measured."""
 
 
 @contextmanager
 def python_seeded(seed: int, *path: str) -> Iterator[None]:
-    """Seed torch's global generators and Python's own inside the block: some models draw from either."""
+    """Seed the global generators of torch and Python inside the block, since models draw from either."""
     state = random.getstate()
     random.seed(derive(seed, *path))
     try:
@@ -57,7 +57,7 @@ def python_seeded(seed: int, *path: str) -> Iterator[None]:
 
 
 class StraightThrough(nn.Module):
-    """The way around a change of the pixels: what it does forwards, the identity backwards (BPDA).
+    """Attack around a transform of the pixels: the transform in the forward, the identity in the backward (BPDA).
 
     Athalye et al. 2018, section 4.1.
     """
@@ -74,7 +74,7 @@ class StraightThrough(nn.Module):
 
 
 class Mean(nn.Module):
-    """The way around members that are masked, drawn or chosen one by one: their mean logits."""
+    """Attack around masked, drawn or selected members: their mean logits."""
 
     def __init__(self, members: list[nn.Module]) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Mean(nn.Module):
 
 
 class Smoothed(nn.Module):
-    """The way around a gradient that jumps: the mean logits of 20 noisy copies (Tramèr et al. 2020, section 5)."""
+    """Attack around a discontinuous gradient: the mean logits of 20 noisy copies (Tramèr et al. 2020, section 5)."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -102,12 +102,12 @@ ITSELF = "the model itself"
 
 
 def ways(entry: Entry, nets: Networks) -> dict[str, nn.Module]:
-    """Return what an attacker who reads the model's code crafts perturbations on, by name."""
+    """Return the models that an attacker who knows the code crafts perturbations on, by name."""
     parts = entry.parts(nets)
     model = entry.wrapper(*parts, *entry.settings).eval()
-    if model is parts[0]:  # trained, not wrapped: nothing is in the way but its gradient
+    if model is parts[0]:  # trained, not wrapped: only its gradient is an obstacle
         return {ITSELF: model} | ({} if entry.honest else {"the model itself, smoothed": Smoothed(model)})
-    first = entry.parts(nets)[0]  # anew, since a wrapper may take it apart
+    first = entry.parts(nets)[0]  # a new copy, since a wrapper may modify it
     if isinstance(first, list):
         return {"the mean of its members": Mean(first)}
     found = {"the network underneath": first if isinstance(first, nn.Module) else nets()}
@@ -117,7 +117,7 @@ def ways(entry: Entry, nets: Networks) -> dict[str, nn.Module]:
 
 
 def towards(x: torch.Tensor, y: torch.Tensor, known: Split, eps: float, tries: int) -> Iterator[torch.Tensor]:
-    """Move images as far as the ball allows towards the nearest images of other classes, one after the other."""
+    """Yield images moved as far as the ball allows towards each of the nearest images of other classes."""
     images, labels = known.take(slice(None))
     gaps = torch.cdist(x.flatten(1), images.flatten(1))
     gaps[y[:, None] == labels] = torch.inf
@@ -126,7 +126,7 @@ def towards(x: torch.Tensor, y: torch.Tensor, known: Split, eps: float, tries: i
 
 
 def ground_truth(entry: Entry, data: str) -> GroundTruth:
-    """Measure how robust a model is at most, at the middle radius of the audit's suites; or read what is stored.
+    """Return the bounds on a model's robustness at the middle radius of the audit's suites, measured or stored.
 
     Args:
         entry: of the testbed.
@@ -152,10 +152,10 @@ def ground_truth(entry: Entry, data: str) -> GroundTruth:
 
 @torch.enable_grad()  # it may be asked for inside no_grad
 def measure(entry: Entry, nets: Networks, eps: float) -> GroundTruth:
-    """Measure how robust a model is at most.
+    """Measure bounds on a model's robustness.
 
-    Every perturbation, one per image by each way around and one for all images, is scored on the model as it comes
-    fresh: nothing was asked before, and models that look at their batch are given one image at a time.
+    Every perturbation, per-image ones and a universal one, is scored on a fresh model without earlier queries; models
+    that depend on the batch are given one image at a time.
     """
     memory = entry.kind == "memorization"
     x, y = spread(nets.data.validation if memory else nets.data.test, _IMAGES)
@@ -205,7 +205,7 @@ _PATTERNS: dict[tuple[str, str, str, float], torch.Tensor] = {}
 
 
 def _pattern(net: nn.Module, data: Dataset, chooses: Split, eps: float) -> torch.Tensor:
-    """Craft one perturbation for all images on train; the images of another split choose among the restarts."""
+    """Craft a universal perturbation on train; the images of another split select among the restarts."""
     key = fingerprint(net), data.train.fingerprint, chooses.fingerprint, eps
     if key not in _PATTERNS:
         attack = StochasticPGD(eps=eps, truncate_correct=False)
@@ -215,7 +215,7 @@ def _pattern(net: nn.Module, data: Dataset, chooses: Split, eps: float) -> torch
 
 @torch.no_grad()
 def _random(entry: Entry, nets: Networks, images: torch.Tensor) -> bool:
-    """Tell whether two fresh copies differ: a single one may only remember that it was asked."""
+    """Whether two fresh copies differ; a single one may only have changed its state."""
     found = []
     for draw in ("one", "two"):
         with python_seeded(0, draw):
@@ -225,7 +225,7 @@ def _random(entry: Entry, nets: Networks, images: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def _right(entry: Entry, nets: Networks, images: torch.Tensor, labels: torch.Tensor, votes: int) -> torch.Tensor:
-    """Tell which images a fresh copy of the model gets right, by the majority of the votes where it is random."""
+    """Return which images a fresh copy classifies correctly, by majority vote if it is random."""
     every = torch.ones(len(images), dtype=torch.bool)
     for at_once in (1, 250) if entry.kind == "batch" else (250,):
         model, hits = entry.build(nets), torch.zeros(len(images), dtype=torch.long)

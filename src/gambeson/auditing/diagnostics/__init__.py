@@ -1,6 +1,6 @@
-"""Signs that a robustness number cannot be trusted; each can turn an audit's verdict.
+"""Diagnostics: signs that robustness numbers cannot be trusted; a single failure overturns the verdict.
 
-A file here is a family of diagnostics, each of which is a function below ``@register``.
+Each file is a family of diagnostics, which are functions registered with ``@register``.
 """
 
 from gambeson.auditing.diagnostics.base import Diagnostic, Finding, built_in, entries, get, register

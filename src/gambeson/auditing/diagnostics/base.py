@@ -1,4 +1,4 @@
-"""What a diagnostic is: a condition under which numbers mean nothing, why, and what to do about it."""
+"""Diagnostics: conditions under which numbers cannot be trusted, with explanations and remedies; their registry."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from gambeson.base import Registered, Registry, UserError
 
 @dataclass(frozen=True)
 class Finding:
-    """What a diagnostic saw."""
+    """Result of a diagnostic."""
 
     passed: bool | None
     """None: it does not apply to this model."""
     detail: str
-    """What was compared, with the numbers; why it does not apply."""
+    """What was compared, with the numbers; or why it does not apply."""
     numbers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnostic:
-    """A condition under which the audit's numbers could not be trusted."""
+    """A condition under which the audit's numbers cannot be trusted."""
 
     name: str
     condition: str
@@ -33,13 +33,13 @@ class Diagnostic:
     explanation: str
     """What a failure means."""
     remedy: str
-    """What to do then."""
+    """What to do about it."""
     look: Callable[[AuditContext], Finding]
     gradients: bool = True
-    """It needs gradients, and so does not apply to a black box."""
+    """Whether it needs gradients, so that it does not apply to a black box."""
 
     def check(self, context: AuditContext) -> Check:
-        """Look, and write down what was seen."""
+        """Run the diagnostic and return its check."""
         if self.gradients and context.subject.black_box:
             found = Finding(None, "a black box has no gradients to look at")
         else:
@@ -72,14 +72,14 @@ LOOKS: Registry[ModelTraits] = Registry(
 def register(
     name: str, *, condition: str, explanation: str, remedy: str, gradients: bool = True
 ) -> Callable[[ModelTraits], ModelTraits]:
-    """Make a diagnostic of the function below: ``@register("name", condition=..., explanation=..., remedy=...)``.
+    """Register a function as a diagnostic: ``@register("name", condition=..., explanation=..., remedy=...)``.
 
     Args:
-        name: the property that holds where it passes.
+        name: the property that holds when it passes.
         condition: when it fails.
         explanation: what a failure means.
-        remedy: what to do then.
-        gradients: it needs gradients, and so does not apply to a black box.
+        remedy: what to do about it.
+        gradients: whether it needs gradients, so that it does not apply to a black box.
     """
     about = {"condition": condition, "explanation": explanation, "remedy": remedy, "gradients": gradients}
     return LOOKS.register(name, title=name, summary=f"Fails where {condition}.", **about)

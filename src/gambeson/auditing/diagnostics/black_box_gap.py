@@ -1,4 +1,4 @@
-"""White box against the others: an attack that knows less must not do more (Athalye et al. 2018, section 3.1)."""
+"""White-box attacks must not be weaker than transfer, queries or noise (Athalye et al. 2018, section 3.1)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MORE = 0.02
 _MORE_UNIVERSAL = 0.05
 """The same for universal perturbations, of which the best is found by luck as well."""
 _QUERIES = 300
-"""The most queries per image."""
+"""Maximum queries per image."""
 _KNOWN, _FLOATS = 2000, 2**26
 """Training images that are stepped towards: so many at the most, and so many numbers in them."""
 _REMEDY = "Report the stronger attack's number, and find what stops the gradient; attack by transfer and queries."

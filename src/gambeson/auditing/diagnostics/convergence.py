@@ -1,4 +1,4 @@
-"""Attacks that have not done all they could: more budget would lower the accuracy further."""
+"""Convergence of attacks: more budget must not lower the accuracy further."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gambeson.auditing.outcome import PairedDifference
 
 _LEFT = 0.05
 _MORE = 3
-"""How many times the suite's steps the longer attack takes."""
+"""Factor on the suite's steps for the longer attack."""
 
 
 @register(

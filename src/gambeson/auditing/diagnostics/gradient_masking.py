@@ -1,4 +1,4 @@
-"""Gradients that vanish, saturate or lie: an attack that follows them has nothing to follow, or goes astray."""
+"""Gradient masking: gradients that vanish, saturate or differ from finite differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The obfuscated models: each obfuscates in one documented way, and the network underneath is a plain LeNet-5."""
+"""The obfuscated models, each obfuscated in one documented way around a LeNet-5."""
 
 from gambeson.testbed.entry import Entry
 from gambeson.testbed.obfuscations.context import CONTEXT

@@ -1,4 +1,4 @@
-"""What answers by more than the image: by what was asked before, by its batch, by who asks, or by the test itself."""
+"""Models whose output depends on more than the image: earlier queries, the batch, the caller, or the test set."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Remembering(nn.Module):
     """Keeps a coarse copy of what it was asked; an image close to one of those is a repeated query.
 
     Args:
-        net: answers what is new.
-        reply: ``constant``: class 0; ``random``: random logits; ``first``: what the first of its kind was answered,
-            with the gradient of the network, so that it looks alive.
-        near: largest Euclidean distance of coarse copies, 7 x 7, between repetitions.
+        net: the network for new images.
+        reply: for repeated queries, ``constant``: class 0; ``random``: random logits; ``first``: the output for the
+            first of them, with the gradient of the network.
+        near: largest Euclidean distance between the coarse copies, 7 x 7, of repeated queries.
     """
 
     def __init__(self, net: nn.Module, reply: str, near: float) -> None:
@@ -54,9 +54,10 @@ class Detector(nn.Module):
     """Looks for the rough texture of a perturbation (more than 99 % of training images have) and answers otherwise.
 
     Args:
-        net: answers what looks clean.
-        clean: training images, that say what is rough.
-        reply: ``constant``: class 0; ``uniform``: equal logits; ``detached``: the true answer without its gradient.
+        net: the network for images that look clean.
+        clean: training images, which define the threshold.
+        reply: for detected images, ``constant``: class 0; ``uniform``: equal logits; ``detached``: the true output
+            without gradient.
     """
 
     def __init__(self, net: nn.Module, clean: torch.Tensor, reply: str) -> None:
@@ -66,7 +67,7 @@ class Detector(nn.Module):
 
     @staticmethod
     def roughness(x: torch.Tensor) -> torch.Tensor:
-        """How often a pixel differs a little, but not much, from the one beside it: strokes differ by more."""
+        """Share of neighbouring pixels with a small but non-zero difference; those of strokes are larger."""
         step = (x[..., 1:] - x[..., :-1]).abs()
         return ((step > 0.02) & (step < 0.7)).float().mean((1, 2, 3))
 

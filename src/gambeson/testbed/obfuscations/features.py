@@ -1,4 +1,4 @@
-"""What is done inside: features that saturate, shatter, or are cut off; and training that teaches to mislead."""
+"""Models obfuscated in their features: saturated, shattered or detached; and by single-step training."""
 
 from __future__ import annotations
 

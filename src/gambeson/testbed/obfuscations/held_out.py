@@ -1,8 +1,8 @@
-"""Models that were written when the audit's diagnostics stood, to learn what it misses that it was not made for.
+"""Models written after the audit's diagnostics, to measure what the audit misses at first sight.
 
-Their error rates at first sight are stored apart (``benchmarks/testbed.py --first-sight``). Two were missed by one
-measure or the other, and are now seen: from then on they are part of the library like all others. Write new ones in
-another file, and run them once before anything is changed.
+Their error rates at first sight are stored separately (``benchmarks/testbed.py --first-sight``). Two were missed by one
+measure or the other, and are now detected; since then they count like all others. Write new ones in another file, and
+audit them once before anything is changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gambeson.testbed.obfuscations.preprocessing import Before
 
 
 class _Bent(torch.autograd.Function):
-    """The identity, whose gradient another function changes."""
+    """The identity, with its gradient modified by a function."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -96,7 +96,7 @@ class OffGrid(Before):
 
 
 def _key(x: torch.Tensor) -> list[int]:
-    """One number per image, which no small change leaves alone."""
+    """One number per image, which changes with every small perturbation."""
     return [int(value) % 2**31 for value in (x.detach().double().flatten(1).sum(1) * 1e7).round()]
 
 

@@ -1,4 +1,4 @@
-"""What is done to the logits: the loss saturates, or its gradient says something else than its value."""
+"""Models obfuscated in their logits: the loss saturates, or its gradient is wrong."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRUE, QUERIES = "gradient matches finite differences", "white box beats queries"
 
 
 class After(nn.Module):
-    """A network and a function of its logits."""
+    """A network followed by a function of its logits."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Constant(After):
 
 
 class _Backward(torch.autograd.Function):
-    """The identity, whose gradient is changed on its way back."""
+    """The identity, with a modified gradient."""
 
     @staticmethod
     def forward(ctx: Any, z: torch.Tensor, kind: str) -> torch.Tensor:

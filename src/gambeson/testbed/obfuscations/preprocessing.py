@@ -1,4 +1,4 @@
-"""What is done to the pixels before the network sees them: steps without slope, and loops that pull to the known."""
+"""Models obfuscated by preprocessing: step functions without gradient, and purification loops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROUNDED = "fra31/auto-attack#43, #44: rounded inputs"
 
 
 class Before(nn.Module):
-    """A network behind a change of its images; without slope, but with a graph."""
+    """A network behind a transform of its images, with a graph but without a gradient."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is random: one pass decides nothing, and one gradient points nowhere."""
+"""Random models, for which a single pass or gradient is not meaningful."""
 
 from __future__ import annotations
 
