@@ -372,7 +372,7 @@ def test_it_is_taken_in_float32_under_autocast(way):
 
 def test_mistakes_are_named():
     model, batch = linear(), batch_of(images())
-    with torch.no_grad(), pytest.raises(UserError, match="while gradients are off: leave torch.no_grad"):
+    with torch.no_grad(), pytest.raises(UserError, match="needs gradients: call it outside torch.no_grad"):
         JacobianNorm()(model, batch)
     with pytest.raises(UserError, match="LinearNet has no known normalisation: choose space='pixel'"):
         JacobianNorm(space="normalised")(model, batch)
