@@ -378,7 +378,7 @@ def test_mistakes_are_named():
         JacobianNorm(space="normalised")(model, batch)
     with pytest.raises(UserError, match="power iteration needs estimator='stacked' and n_proj=1"):
         Jacobian(power=True)
-    with pytest.raises(UserError, match="goes on from step to step"):
+    with pytest.raises(UserError, match="power iteration has a state"):
         JacobianNorm(estimator="stacked", power=True)(model, batch)
     with pytest.raises(UserError, match="share = 0"):
         Jacobian(share=0)
