@@ -167,7 +167,7 @@ def test_ctrl_c_exits_with_130_and_the_same_command_goes_on(made, tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
-    assert "the same command goes on from here" in error
+    assert "the same command resumes from here" in error
     assert "Traceback" not in error
     assert not yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["finished"]
     done = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
