@@ -48,7 +48,7 @@ def test_an_endpoint_is_audited_within_its_budget_through_failures(server, tmp_p
     before = server.seen
     assert run(command) == 0  # finished: nobody is asked
     told = capsys.readouterr().err
-    assert f"asked about {asked} images in all" in " ".join(told.split())
+    assert f"{asked} images queried in total" in " ".join(told.split())
     assert "attacks that need gradients were left out" in " ".join(told.split())
     assert server.seen == before
     assert run(["report", str(tmp_path / "a")]) == 0
