@@ -1,5 +1,6 @@
 """What is missed, who is accused, and what a folder keeps."""
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -193,3 +194,55 @@ def test_mistakes_on_the_command_line(arguments, message, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     assert run(["testbed", "score", *arguments]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+class Says:
+    """An auditor with a setting."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __call__(self, model, data):
+        return self.answer
+
+
+def says(answer, model, data):
+    return answer
+
+
+def test_stored_judgements_are_of_the_same_auditor_and_its_settings(tmp_path):
+    names = ["four grey levels", "standard"]
+    makers = {
+        "partial": lambda answer: functools.partial(says, answer),
+        "object": Says,
+        "closure": lambda answer: lambda model, data: answer,
+    }
+    for kind, make in makers.items():
+        yes, no = (gb.testbed.score(make(answer), "digits", names, out=tmp_path / kind) for answer in (True, False))
+        assert (yes.missed.value, yes.accused.value) == (1, 0), kind
+        assert (no.missed.value, no.accused.value) == (0, 1), kind
+
+
+def test_an_auditor_that_attacks_nothing_breaks_nothing():
+    def clean(model, data):
+        return gb.testbed.Judgement(accuracy=gb.evaluation.accuracy(model, data.test))
+
+    assert gb.testbed.score(clean, "digits", ["four grey levels", "standard"]).missed.value == 1
+
+
+def test_rates_that_are_none_are_refused_and_data_are_not_spoilt():
+    rate = gb.tasks.Rate.of(5, 10)
+    for bad in ({"n": 0}, {"value": 3.0, "high": 4.0}, {"low": 0.9}):
+        with pytest.raises(gb.UserError, match="expected a share of one image or more"):
+            gb.testbed.score(
+                lambda model, data, bad=bad: gb.testbed.Judgement(accuracy=rate.model_copy(update=bad)),
+                "digits",
+                ["standard"],
+            )
+
+    def vandal(model, data):
+        data.test.images.zero_()
+        return True
+
+    gb.testbed.score(vandal, "digits", ["standard"])
+    assert bool(gb.testbed.load("standard").data.test.images.any())

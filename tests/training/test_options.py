@@ -184,3 +184,8 @@ def test_no_epoch_is_the_best_before_all_of_the_objective_is_at_work(digits, tmp
     weights, _ = gb.base.load_tensors(tmp_path / "state" / "best.safetensors")
     latest, _ = gb.base.load_tensors(tmp_path / "state" / "latest.safetensors")
     assert all(torch.equal(value, latest[f"model.{name}"]) for name, value in weights.items())
+
+
+def test_a_defence_given_by_name_is_refused(digits):
+    with pytest.raises(UserError, match=r"defense is a str: expected a defence, such as gb.defenses.Standard\(\)"):
+        gb.train(gb.models.create("lenet", digits), digits, "standard", epochs=1)

@@ -15,6 +15,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
@@ -62,7 +63,8 @@ class Registered(Generic[T]):
     def summary(self) -> str:
         """The first sentence of its docstring, on one line."""
         text = self.options.get("summary") or inspect.getdoc(_callable(self.target)) or ""
-        return " ".join(text.split("\n\n")[0].split())
+        first = " ".join(text.split("\n\n")[0].split())
+        return re.sub(r"(?::\w+:)?`+([^`]+)`+", r"\1", first)  # without the markup of docstrings
 
     @property
     def settings(self) -> dict[str, Setting]:

@@ -91,7 +91,7 @@ def _table(kind: Kind, entries: list[Registered[Any] | UserError]) -> Table:
 
 def _details(about: dict[str, Any]) -> Table:
     table = Table(
-        title=f"{about['name']} ({about['package']}): {about['summary']}",
+        title=escape(f"{about['name']} ({about['package']}): {about['summary']}"),
         title_justify="left",
         box=None,
         pad_edge=False,

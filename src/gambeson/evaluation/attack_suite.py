@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from gambeson.attacks import PGD, AutoPGD, Square, TargetedAutoPGD
-from gambeson.base import Config, UserError, derive, seeded, task
-from gambeson.base.checks import TOLERANCE
+from gambeson.base import Config, derive, seeded, task
 from gambeson.data import Split
-from gambeson.evaluation.outcome import ImageAttack, at_once
+from gambeson.evaluation.outcome import ImageAttack, at_once, checked
 from gambeson.evaluation.rates import Cost
 from gambeson.tasks import Rate
 from gambeson.threat import Norm
@@ -180,7 +179,7 @@ def run_suite(
                 x, y, stream = clean_images[part], worst.labels[part], derive(seed, name, j)
                 with seeded(stream, "attack"):  # for an attack, or a model, that draws from torch's own generators
                     moved = attack(victim, x, y, seed=stream, task=split.task)
-                worst.offer(part, _checked(moved, x, name), k)
+                worst.offer(part, checked(moved, x, attack, name), k)
             right = worst.right()
             rounds.append(
                 AttackRound(
@@ -206,19 +205,6 @@ def run_suite(
         mean=float(distances.mean()) if len(distances) else 0.0,
     )
     return SuiteRun(result=result, images=worst.images.cpu(), fallen_to=fallen_to.cpu())
-
-
-def _checked(moved: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
-    if moved.shape != x.shape:
-        raise UserError(
-            f"attack {name!r} returned shape {tuple(moved.shape)}: expected that of its images, {tuple(x.shape)}"
-        )
-    low, high = (float(bound) for bound in torch.aminmax(moved))
-    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
-        raise UserError(
-            f"attack {name!r} returned pixels from {low:.4g} to {high:.4g}: expected finite ones in [0, 1]; clip them"
-        )
-    return moved
 
 
 def standard_suite(

@@ -14,12 +14,11 @@ from gambeson.attacks import CONTROLS, GradientAttack, UniversalAttack, Universa
 from gambeson.base import UserError, derive, seeded, task
 from gambeson.data import Dataset, Split, as_dataset, as_split, disjoint
 from gambeson.evaluation.bootstrap import ImageErrors, crossing_interval
-from gambeson.evaluation.outcome import at_once
+from gambeson.evaluation.outcome import at_once, averaged, checked
 from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni
 from gambeson.evaluation.universal import RANKED, judged, strongest
 from gambeson.threat import Ball, Norm, perturb
-from gambeson.victim import Victim, predict, vote
-from gambeson.victim.averaged import EOT_SAMPLES
+from gambeson.victim import Victim, nothing_counts, predict, vote
 
 Craft = Callable[[float, torch.Tensor | None], UniversalPerturbation]
 """Maps eps, and the best perturbation so far (1, C, H, W) scaled to it, to a perturbation of this eps."""
@@ -198,10 +197,13 @@ def eps_adv(
         seed: of the attack and the bootstrap.
     """
     split = as_split(data, "test")
+    if not isinstance(attack, GradientAttack):
+        raise UserError(f"eps_adv takes a gradient attack such as gb.attacks.PGD, got {type(attack).__name__}")
+    if not bool(split.task.valid(split.labels).any()):
+        raise nothing_counts(split)
     with judged(model, split) as victim:
         before = Cost(forwards=victim.forwards, backwards=victim.backwards)
-        if attack.eot_samples is None and victim.traits is not None and victim.traits.stochastic:
-            attack = attack.model_copy(update={"eot_samples": EOT_SAMPLES})
+        attack = averaged(attack, victim, split.take(slice(0, 8), victim.device)[0])
         work = _Bisection(
             attempt=lambda eps, tried: _attacked(victim, split, attack, eps, tried, seed),
             errors=lambda found: found[1],
@@ -349,6 +351,7 @@ def _attacked(
     with seeded(seed, "eps_adv", f"{eps:.9g}"):
         for k, (images, labels) in enumerate(split.batches(at_once(split), device=victim.device)):
             moved = here(victim, images, labels, seed=derive(seed, "batch", k), task=split.task)
+            moved = checked(moved, images, here)
             moves.append((moved - images).cpu())
     delta = torch.cat(moves)
     errors = _moved_errors(victim, split, delta)

@@ -7,7 +7,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from gambeson.attacks import GradientAttack
-from gambeson.base import derive, seeded
+from gambeson.base import UserError, derive, seeded
+from gambeson.base.checks import TOLERANCE
 from gambeson.data import Split
 from gambeson.tasks import Counts, Rate, Task
 from gambeson.victim import Victim, auto_batch_size, nothing_counts, predict, vote
@@ -47,6 +48,7 @@ def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_
     with seeded(seed, "score"):
         for k, (images, labels) in enumerate(split.batches(at_once(split, batch_size), device=victim.device)):
             moved = attack(victim, images, labels, seed=derive(seed, "batch", k), task=split.task)
+            moved = checked(moved, images, attack)
             found = split.task.counts(vote(victim, moved), labels)
             right.append(found.right.cpu())
             total.append(found.total.cpu())
@@ -62,6 +64,46 @@ def outcome_under(victim: Victim, split: Split, delta: torch.Tensor, *, seed: in
 def accuracy_under(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_size: int = 250) -> Rate:
     """Accuracy on images that ``attack`` perturbs one by one; see :func:`outcome`."""
     return outcome(victim, split, attack, seed, batch_size).accuracy
+
+
+_ROUNDING = 1e-3
+"""Share of eps by which a norm may exceed it: sums over many pixels are rounded."""
+
+
+def checked(moved: torch.Tensor, images: torch.Tensor, attack: object, name: str = "") -> torch.Tensor:
+    """Return what an attack returned, once it is known to be a perturbation of its images that the attack may make.
+
+    Args:
+        moved: what it returned for ``images``.
+        images: (N, C, H, W) in [0, 1].
+        attack: if it has an ``eps`` and a ``norm``, no image may lie outside that ball.
+        name: of the attack, for the error; by default that of its class.
+
+    Raises:
+        UserError: no tensor, another shape or type, pixels that are not finite or outside [0, 1], or outside the ball.
+    """
+    name = name or type(attack).__name__
+    if not isinstance(moved, torch.Tensor):
+        raise UserError(f"attack {name!r} returned a {type(moved).__name__}: expected a tensor of perturbed images")
+    if moved.shape != images.shape or moved.dtype != images.dtype:
+        raise UserError(
+            f"attack {name!r} returned {moved.dtype} of shape {tuple(moved.shape)}: expected those of its images, "
+            f"{images.dtype} of shape {tuple(images.shape)}"
+        )
+    low, high = (float(bound) for bound in torch.aminmax(moved))
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
+        raise UserError(
+            f"attack {name!r} returned pixels from {low:.4g} to {high:.4g}: expected finite ones in [0, 1]; clip them"
+        )
+    eps, norm = getattr(attack, "eps", None), getattr(attack, "norm", None)
+    if isinstance(eps, float) and norm in ("inf", "2", "1"):
+        largest = float((moved - images).double().flatten(1).norm(p=float(norm), dim=1).max())
+        if largest > eps * (1 + _ROUNDING) + TOLERANCE:
+            raise UserError(
+                f"attack {name!r} of eps = {eps:.4g} moved an image by {largest:.4g} in the norm {norm}: expected "
+                "every image inside its ball; project the perturbation"
+            )
+    return moved
 
 
 def _counted(counts: Counts, split: Split) -> Counts:

@@ -24,7 +24,7 @@ from gambeson.base import (
     write_json,
 )
 from gambeson.data import Name, Split
-from gambeson.evaluation.outcome import ImageAttack, at_once
+from gambeson.evaluation.outcome import ImageAttack, at_once, checked
 from gambeson.evaluation.universal import error_rate, judged
 from gambeson.models.loading import LoadedModel, load_model
 from gambeson.tasks import Rate
@@ -138,7 +138,7 @@ def perturbed(model: nn.Module, split: Split, attack: ImageAttack, seed: int, *p
     """Return the split with every image perturbed on a model; ``path`` names the random stream."""
     with Victim(model, fast=True) as victim:
         parts = [
-            attack(victim, images, labels, seed=derive(seed, *path, k), task=split.task)
+            checked(attack(victim, images, labels, seed=derive(seed, *path, k), task=split.task), images, attack)
             for k, (images, labels) in enumerate(split.batches(at_once(split), device=victim.device))
         ]
     if not parts:

@@ -47,13 +47,13 @@ def broken(found: Judgement, base: Judgement) -> dict[str, bool]:
 
     Returns:
         ``universal`` and ``per image``, if both have that number: whether it is within the interval of the network's,
-        or worse.
+        or worse. An accuracy that its attacks leave above one half on the undefended network breaks nothing.
     """
     brought = {}
     if found.uer is not None and base.uer is not None:
         brought["universal"] = found.uer.high >= base.uer.low
     if found.accuracy is not None and base.accuracy is not None:
-        brought["per image"] = found.accuracy.low <= base.accuracy.high
+        brought["per image"] = base.accuracy.low <= 0.5 and found.accuracy.low <= base.accuracy.high
     return brought
 
 
@@ -91,7 +91,7 @@ def as_judgement(said: Any, about: str) -> Judgement:
         NotAJudgement: it is of another type.
     """
     if isinstance(said, Judgement):
-        return said
+        return _sound(said, about)
     plain = said.item() if callable(getattr(said, "item", None)) and getattr(said, "ndim", 0) == 0 else said
     if isinstance(plain, bool):
         return Judgement(trusted=plain)
@@ -104,6 +104,16 @@ def as_judgement(said: Any, about: str) -> Judgement:
             "believed?), or an object with .trusted or .robust, such as gambeson.testbed.Judgement"
         )
     try:
-        return Judgement(**fields)
+        return _sound(Judgement(**fields), about)
     except UserError as error:
         raise NotAJudgement(f"the auditor's judgement of {about!r} cannot be read ({error})") from None
+
+
+def _sound(said: Judgement, about: str) -> Judgement:
+    for name, rate in (("accuracy", said.accuracy), ("uer", said.uer)):
+        if rate is not None and not (rate.n > 0 and 0 <= rate.low <= rate.value <= rate.high <= 1):
+            raise NotAJudgement(
+                f"the auditor's {name} of {about!r} is {rate.value} in [{rate.low}, {rate.high}] of {rate.n} images: "
+                "expected a share of one image or more, inside its interval"
+            )
+    return said

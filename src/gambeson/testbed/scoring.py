@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import inspect
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -190,7 +192,7 @@ class _Work:
         model = entry.build(self.nets)
         made_of = {"entry": entry.signature, "weights": fingerprint(model), "auditor": self.code}
         file = None if self.folder is None else self.folder / "models" / f"{entry.file_name}.json"
-        if file is not None and file.is_file():
+        if file is not None and file.is_file() and self.code is not None:
             with suppress(UserError):  # damaged: judged again
                 kept = read_json(file)
                 if kept.get("made_of") == made_of:
@@ -198,7 +200,7 @@ class _Work:
         began = time.perf_counter()
         try:
             with python_seeded(self.seed, "auditor", entry.name), torch.enable_grad():
-                judgement = as_judgement(self.auditor(model, self.nets.data), entry.name)
+                judgement = as_judgement(self.auditor(model, copy.deepcopy(self.nets.data)), entry.name)
         except NotAJudgement:
             raise
         except UserError as error:  # a refusal counts as distrust
@@ -209,10 +211,26 @@ class _Work:
         return judgement, seconds
 
 
-def _code_of(auditor: Auditor) -> str:
-    """Hash the auditor's own code, if available, without the functions it calls."""
+def _code_of(auditor: Any) -> str | None:
+    """Hash the auditor's own code and settings, without the functions it calls.
+
+    None if they cannot be established: judgements of such an auditor are never reused.
+    """
+    if isinstance(auditor, functools.partial):
+        parts = [_code_of(auditor.func), repr(auditor.args), repr(sorted(auditor.keywords.items()))]
+    elif inspect.isfunction(auditor):
+        cells = [cell.cell_contents for cell in auditor.__closure__ or ()]
+        code = auditor.__code__
+        parts = [_source(auditor), code.co_code.hex(), repr(code.co_consts), repr(auditor.__defaults__), repr(cells)]
+    else:
+        parts = [_source(type(auditor)), repr(sorted(vars(auditor).items())) if hasattr(auditor, "__dict__") else ""]
+    if any(part is None or " at 0x" in part for part in parts):  # an address says nothing about what is there
+        return None
+    return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()[:12]
+
+
+def _source(owner: Any) -> str | None:
     try:
-        text = inspect.getsource(auditor if inspect.isroutine(auditor) else type(auditor))
+        return inspect.getsource(owner)
     except (OSError, TypeError):
-        text = ""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return None

@@ -192,8 +192,13 @@ def perturb(images: torch.Tensor, delta: torch.Tensor, box_gradient: BoxGradient
         (N, C, H, W) in [0, 1]; bit-identical to ``images`` where delta is zero.
 
     Raises:
-        UserError: R does not divide N.
+        UserError: R does not divide N, or the perturbation is of another size than the images.
     """
+    if delta.shape[1:] != images.shape[1:]:
+        raise UserError(
+            f"the perturbation is of shape {tuple(delta.shape)} and the images of {tuple(images.shape)}: "
+            "channels, height and width must agree"
+        )
     heaps = len(delta)
     if heaps == 0 or len(images) % heaps:
         raise UserError(

@@ -69,6 +69,11 @@ def train(
     Raises:
         UserError: recipe, objective, model and data do not fit each other.
     """
+    if not isinstance(defense, Defense):
+        raise UserError(
+            f"defense is a {type(defense).__name__}: expected a defence, such as gb.defenses.Standard() or "
+            "gb.defenses.create('standard')"
+        )
     if recipe is not None and settings:
         raise TypeError(f"give a recipe or its fields, not both (got {', '.join(settings)})")
     return Run(

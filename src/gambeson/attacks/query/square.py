@@ -152,7 +152,7 @@ def _place(
         (columns >= left[:, None]) & (columns < left[:, None] + side)
     )[:, None, None, :]
     strength = ball.fill(signs)
-    wanted = torch.where(inside, perturb(images, strength) - images, delta)
+    wanted = torch.where(inside, perturb(images, strength.expand_as(images)) - images, delta)
     idle = ((wanted - delta).abs() < 1e-7).flatten(1).all(1)
     # A different draw at once: flip a random non-empty set of channels.
     pick = 1 + (chance * (2**c - 1)).long().clamp(max=2**c - 2)

@@ -54,7 +54,7 @@ BENDS = {"chequered": _chequered, "noisy": _noisy, "shifted": _shifted, "sparse"
 
 
 class BentGradient(Before):
-    """A network whose gradient is not its own: one of :data:`BENDS` was done to it."""
+    """A network whose gradient is not its own: masked by a chequerboard, drowned in noise, shifted or thinned out."""
 
     bend: Callable[[torch.Tensor], torch.Tensor]
 

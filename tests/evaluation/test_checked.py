@@ -1,0 +1,113 @@
+"""What an attack returns is looked at once, for every rate: its shape, type, range and ball."""
+
+import pytest
+import torch
+
+import gambeson as gb
+from gambeson import UserError
+from gambeson.attacks import PGD
+from gambeson.data import Split
+from gambeson.evaluation import accuracy_under, eps_adv
+from gambeson.evaluation.attack_suite import run_suite
+from gambeson.evaluation.outcome import checked
+from gambeson.evaluation.transfer import perturbed
+from gambeson.threat import perturb
+from gambeson.victim import Victim
+from tests.conftest import LinearNet
+
+CLASSES = ("a", "b")
+
+
+def split(count=30, shape=(1, 4, 4)):
+    draw = torch.Generator().manual_seed(4)
+    images = torch.rand(count, *shape, generator=draw)
+    return Split("r", images, (images.flatten(1).mean(1) > 0.5).long(), CLASSES)
+
+
+def net():
+    weight = torch.stack([-torch.ones(16), torch.ones(16)])
+    return LinearNet(weight.view(2, 1, 4, 4), torch.tensor([8.0, -8.0]))
+
+
+class Returns(PGD):
+    """PGD whose result is bent."""
+
+    kind: str = "nothing"
+
+    def __call__(self, model, x, y, *, seed=0, task=None):
+        moved = super().__call__(model, x, y, seed=seed, task=task)
+        bent = {
+            "nothing": moved,
+            "box": moved * 5 - 2,
+            "ball": 1 - x,
+            "shape": moved[:, :, :2],
+            "count": moved[:1],
+            "type": moved.double(),
+            "nan": torch.full_like(moved, torch.nan),
+            "none": None,
+        }
+        return bent[self.kind]
+
+
+PATHS = {
+    "suite": lambda attack: run_suite_of(attack),
+    "accuracy": lambda attack: accuracy_of(attack),
+    "eps_adv": lambda attack: eps_adv(net(), split(), attack),
+    "transfer": lambda attack: perturbed(net(), split(), attack, 0),
+}
+
+
+def run_suite_of(attack):
+    with Victim(net()) as victim:
+        return run_suite(victim, split(), {"bent": attack})
+
+
+def accuracy_of(attack):
+    with Victim(net()) as victim:
+        return accuracy_under(victim, split(), attack, 0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("box", "returned pixels from"),
+        ("ball", "moved an image by"),
+        ("shape", "expected those of its images"),
+        ("count", "expected those of its images"),
+        ("type", "torch.float64"),
+        ("nan", "returned pixels from nan"),
+        ("none", "returned a NoneType"),
+    ],
+)
+def test_what_no_attack_may_return_is_refused_by_every_path(path, kind, message):
+    PATHS[path](Returns(eps=0.02, steps=2))
+    with pytest.raises(UserError, match=message):
+        PATHS[path](Returns(eps=0.02, steps=2, kind=kind))
+
+
+@pytest.mark.parametrize("norm", ["inf", "2", "1"])
+def test_the_surface_of_the_ball_is_inside_it(norm):
+    attack = PGD(eps=0.3, norm=norm, steps=1)
+    x = torch.full((5, 3, 32, 32), 0.5)
+    delta = attack.ball.signs(x.shape, torch.Generator().manual_seed(0))
+    assert checked(perturb(x, delta), x, attack) is not None
+    with pytest.raises(UserError, match="moved an image by"):
+        checked(perturb(x, 1.01 * delta), x, attack)
+
+
+def test_a_perturbation_of_another_size_is_not_broadcast():
+    images, delta = torch.rand(4, 3, 8, 8), torch.zeros(1, 1, 8, 8)
+    with pytest.raises(UserError, match="channels, height and width must agree"):
+        perturb(images, delta)
+    with pytest.raises(UserError, match="channels, height and width must agree"):
+        perturb(images, torch.zeros(1, 3, 5, 5))
+
+
+def test_eps_adv_counts_labels_that_count_and_takes_gradient_attacks():
+    part = split()
+    ignored = Split("i", part.images, torch.full_like(part.labels, 255), CLASSES, ignore_index=255)
+    with pytest.raises(UserError, match="no label that counts"):
+        eps_adv(net(), ignored, PGD(eps=0.1))
+    with pytest.raises(UserError, match="eps_adv takes a gradient attack such as"):
+        eps_adv(net(), part, gb.attacks.Square(eps=0.1))
