@@ -111,3 +111,13 @@ def test_eps_adv_counts_labels_that_count_and_takes_gradient_attacks():
         eps_adv(net(), ignored, PGD(eps=0.1))
     with pytest.raises(UserError, match="eps_adv takes a gradient attack such as"):
         eps_adv(net(), part, gb.attacks.Square(eps=0.1))
+
+
+@pytest.mark.parametrize("norm", ["inf", "2", "1"])
+def test_a_universal_perturbation_lies_in_its_ball(norm):
+    uap = gb.attacks.StochasticPGD(eps=0.1, norm=norm, steps=2, probe_starts=0).craft(net(), split(60))
+    surface = uap.delta * (0.1 / float(uap.delta.norm(p=float(norm))))
+    gb.attacks.UniversalPerturbation(surface, uap.about)
+    for bad in (1.01 * surface, torch.full_like(surface, torch.nan)):
+        with pytest.raises(UserError, match="expected a finite one inside the ball"):
+            gb.attacks.UniversalPerturbation(bad, uap.about)

@@ -93,7 +93,8 @@ def write_audit(
             forwards=25_600,
             backwards=25_600,
         )
-        UniversalPerturbation(deltas[-1], about).save(folder / points[-1].file)
+        inside = deltas[-1] if norm == "inf" else deltas[-1] / deltas[-1].norm(p=float(norm)) * eps
+        UniversalPerturbation(inside, about).save(folder / points[-1].file)
     found = EpsUni(
         delta=0.5,
         value=1.0 if censored else 0.1207 + seed / 100,

@@ -58,6 +58,12 @@ class UniversalPerturbation:
     def __init__(self, delta: torch.Tensor, about: Provenance, image_hashes: torch.Tensor | None = None) -> None:
         if delta.ndim != 4 or len(delta) != 1:
             raise UserError(f"a universal perturbation has shape (1, C, H, W), got {tuple(delta.shape)}")
+        size = float(delta.detach().double().norm(p=float(about.norm)))
+        if not size <= about.eps * (1 + 1e-3) + 1e-6:  # sums over many pixels are rounded
+            raise UserError(
+                f"a universal perturbation of norm {size:.4g} ({about.norm}) came for eps = {about.eps:.4g}: expected "
+                "a finite one inside the ball; project it"
+            )
         self.delta = delta.detach()
         self.image_hashes = torch.empty(0, dtype=torch.int64) if image_hashes is None else image_hashes.unique()
         self.about = about
