@@ -18,8 +18,7 @@ from gambeson.base.checks import check_batch
 from gambeson.tasks import Task
 from gambeson.tasks import of as task_of
 from gambeson.threat import Ball, Eps, Norm, perturb
-from gambeson.victim import Victim
-from gambeson.victim.averaged import Average, Source, drawn, opened
+from gambeson.victim import Average, Source, Victim, as_victim
 
 
 class Diversity(Config):
@@ -342,8 +341,10 @@ class GradientAttack(Config):
         images = check_batch(x, y)
         if len(images) == 0:
             return images.clone()
-        with opened(model, self.average) as given, seeded(seed, "noise"):
-            victim = drawn(given, images.float(), self.eot_samples)
+        with (
+            as_victim(model, images.float(), fast=True, average=self.average, eot_samples=self.eot_samples) as victim,
+            seeded(seed, "noise"),
+        ):
             return self.perturb_batch(victim, images, y, seed=seed, task=task)
 
     def perturb_batch(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-from torch import nn
 
 from gambeson.attacks.query.base import attacked, working
 from gambeson.base import Config, UserError
@@ -13,7 +12,7 @@ from gambeson.base.checks import check_batch
 from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.tasks import of as task_of
 from gambeson.threat import Ball, Eps, Norm, perturb
-from gambeson.victim import Victim
+from gambeson.victim import Source, Victim, as_victim
 
 
 class MinimalNorm(Config):
@@ -29,7 +28,7 @@ class MinimalNorm(Config):
 
     def __call__(
         self,
-        model: nn.Module | Victim,
+        model: Source,
         x: torch.Tensor,
         y: torch.Tensor,
         *,
@@ -39,7 +38,8 @@ class MinimalNorm(Config):
         """Attack a batch.
 
         Args:
-            model: any module from pixels to logits (N, K), or an entered :class:`Victim`.
+            model: any module from pixels to logits (N, K), an entered :class:`Victim`, or a list of models, whose mean
+                logits are attacked.
             x: (N, C, H, W) in [0, 1].
             y: (N,) labels, or targets where the attack is targeted.
             seed: not used; nothing is drawn.
@@ -48,14 +48,12 @@ class MinimalNorm(Config):
         Raises:
             UserError: images outside [0, 1], one label per pixel, or a gradient that is not finite.
         """
-        if not isinstance(model, Victim):
-            with Victim(model) as victim:
-                return self(victim, x, y, seed=seed, task=task)
         images = check_batch(x, y)
         rows = attacked(y, task_of(y) if task is None else task)
         if len(rows) == 0 or self.eps == 0:
             return images
-        found = self.search(model, working(images), y, rows)
+        with as_victim(model) as victim:
+            found = self.search(victim, working(images), y, rows)
         if self.eps is None:
             return found.clamp(0, 1).to(images.dtype)
         delta = Ball(eps=self.eps, norm=self.small_in).project(found - working(images))

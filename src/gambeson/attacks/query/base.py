@@ -16,7 +16,7 @@ from gambeson.base import Config, UserError
 from gambeson.base.checks import check_batch
 from gambeson.tasks import Task
 from gambeson.tasks import of as task_of
-from gambeson.victim import Victim
+from gambeson.victim import Victim, as_victim
 
 InfOr2 = Annotated[Literal["inf", "2"], BeforeValidator(lambda value: str(value).lower().removeprefix("l"))]
 """The norms these attacks are published for; in the notation of :data:`gambeson.threat.Norm`."""
@@ -50,14 +50,14 @@ class Queries:
         self._classes: int | None = None
 
     @contextmanager
-    def opened(self, images: torch.Tensor, budget: int) -> Iterator[None]:
+    def counting(self, images: torch.Tensor, budget: int) -> Iterator[None]:
         """Start counting for these images (N, ...), with at most ``budget`` queries each."""
         self.spent = torch.zeros(len(images), dtype=torch.long, device=images.device)
         self.budget, self._classes = budget, None
         with ExitStack() as stack:
             self._ask = self.model
             if isinstance(self.model, nn.Module):
-                self._ask = stack.enter_context(Victim(self.model))
+                self._ask = stack.enter_context(as_victim(self.model))
             stack.enter_context(torch.no_grad())
             yield
 
@@ -220,7 +220,7 @@ class QueryAttack(Config):
         task = task_of(y) if task is None else task
         if len(attacked(y, task)) == 0 or self._null:
             return images
-        with queries.opened(images, self.queries):
+        with queries.counting(images, self.queries):
             loss = Loss(kind=self.loss or self._default_loss, targeted=self.targeted)
             search = Search(queries, working(images), y, loss, task)
             self._search(search, seed)
