@@ -94,7 +94,7 @@ class Victim:
         votes: how often the model is asked where it is scored; the majority is its answer. None: once, and a random
             model :data:`gambeson.victim.DEFAULT_VOTES` times.
         members: the models of a :class:`gambeson.victim.ModelAverage`; none of a single model.
-        temperature: what the logits that attacks climb are divided by; 1 leaves them as they are. It changes no answer.
+        temperature: what the logits that attacks see are divided by; 1 leaves them as they are. It changes no answer.
     """
 
     members: Sequence[Victim] = ()
