@@ -11,7 +11,7 @@ from gambeson.analysis.inputs import Source, answer, labelled, margins, opened, 
 from gambeson.analysis.jacobian import Spread
 from gambeson.analysis.matrix_free import batches_of
 from gambeson.base import Config, UserError, generator
-from gambeson.base.checks import check_batch
+from gambeson.tasks import CLASSIFICATION, as_pair
 from gambeson.threat import Ball, perturb
 from gambeson.victim import Victim, predicted
 
@@ -175,7 +175,7 @@ def loss_surface(
     reach = Ball(eps=extent).eps
     if reach == 0:
         raise UserError(f"extent = {extent}: expected a length above 0 in pixel units, such as 8/255")
-    images = check_batch(images, labels)
+    images, labels, _ = as_pair(images, labels, CLASSIFICATION, floats=True)
     with opened(model) as victim:
         g = loss_gradient(victim, images, labels)[0].sign()
         if other is None:

@@ -10,7 +10,7 @@ import torch
 
 from gambeson.analysis.inputs import Source, answer, labelled, margins, opened, pull
 from gambeson.base import Config
-from gambeson.base.checks import check_images
+from gambeson.base.checks import as_images
 from gambeson.data import Split
 from gambeson.victim import Victim
 
@@ -33,7 +33,7 @@ def batch_jacobian(model: Source, images: torch.Tensor) -> torch.Tensor:
         UserError: images out of range, or a model that is not a classifier.
     """
     with opened(model) as victim:
-        return rows_at(victim, check_images(images))[0]
+        return rows_at(victim, as_images(images, floats=True))[0]
 
 
 def rows_at(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

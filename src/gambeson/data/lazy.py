@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 
 from gambeson.base.errors import UserError
-from gambeson.data.conversion import as_labels
 from gambeson.data.prefetch import Fetch, check_alike, default_workers, load_items, read_ahead
 from gambeson.data.split import Batch, Indices, Split, delivered, moments
+from gambeson.tasks import as_labels
 from gambeson.tasks import of as task_of
 
 SAMPLE = 10_000

@@ -9,9 +9,7 @@ from torch import nn
 
 from gambeson.attacks.query.base import attacked, working
 from gambeson.base import Config, UserError
-from gambeson.base.checks import check_batch
-from gambeson.tasks import CLASSIFICATION, Task
-from gambeson.tasks import of as task_of
+from gambeson.tasks import CLASSIFICATION, Task, as_pair
 from gambeson.threat import Ball, Eps, Norm, perturb
 from gambeson.victim import Victim
 
@@ -51,11 +49,11 @@ class MinimalNorm(Config):
         if not isinstance(model, Victim):
             with Victim(model) as victim:
                 return self(victim, x, y, seed=seed, task=task)
-        images = check_batch(x, y)
-        rows = attacked(y, task_of(y) if task is None else task)
+        images, labels, task = as_pair(x, y, task, floats=True)
+        rows = attacked(labels, task)
         if len(rows) == 0 or self.eps == 0:
             return images
-        found = self.search(model, working(images), y, rows)
+        found = self.search(model, working(images), labels, rows)
         if self.eps is None:
             return found.clamp(0, 1).to(images.dtype)
         delta = Ball(eps=self.eps, norm=self.small_in).project(found - working(images))
