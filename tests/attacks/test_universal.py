@@ -14,7 +14,6 @@ from gambeson.attacks.universal.base import CraftingContext
 from gambeson.data import Dataset, Split
 from gambeson.threat import Ball
 from gambeson.victim import Victim
-from gambeson.victim.averaged import entered
 from tests.conftest import LinearNet, binary, inner_images
 
 
@@ -151,8 +150,7 @@ def test_starts_are_probed_by_a_short_climb_and_the_best_go_on(trained, digits):
     assert all(kind.endswith(", probed") for kind, _ in about.restarts)
     assert about.backwards == 5 * 10 * 8 + 2 * 20 * 32
     assert about.forwards == about.backwards + (5 + 2) * len(digits.validation)
-    with entered(trained) as victims:
-        context = attack._prepare(victims, digits, 1)
+    with attack._crafting(trained, digits, 1) as context:
         brief = StochasticPGD(eps=0.2, steps=10, batch_size=8, rel_step_size=0.5, probe_starts=0)
         rates = [
             context.rate(brief._climb(context, start, [k])) for k, (_, start) in enumerate(context.starts(5, None))
@@ -253,9 +251,9 @@ def test_linear_net_with_many_classes_meets_brute_force():
 @pytest.mark.parametrize("norm", ["inf", "2", "1"])
 def test_its_climb_is_the_one_solver_over_mini_batches_with_one_delta(trained, digits, norm):
     attack = StochasticPGD(eps=0.2, norm=norm, steps=6, batch_size=40)
-    with entered(trained) as victims:
-        split = digits.train.to(victims[0].device)
-        context = CraftingContext(victims=victims, train=split, validation=digits.validation, ball=attack.ball, seed=3)
+    with Victim(trained, fast=True) as victim:
+        split = digits.train.to(victim.device)
+        context = CraftingContext(victims=[victim], train=split, validation=digits.validation, ball=attack.ball, seed=3)
         climbed = attack._climb(context, context.start("sign", 1), [1])
         same = context.solver(attack.objective).run(context.start("sign", 1), context.stream(40, 1), attack.lengths)
     assert torch.equal(climbed, same)

@@ -20,7 +20,7 @@ from gambeson.auditing.stages import transfer as audit_transfer
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import FunctionModel, Rate, export_check, run_suite, transfer
 from gambeson.evaluation.outcome import accuracy_under, outcome, outcome_under
-from gambeson.evaluation.universal import control_rates, judged
+from gambeson.evaluation.universal import control_rates
 from gambeson.threat import Ball
 from gambeson.training import validation
 from gambeson.victim import DEFAULT_VOTES, Victim, predict, score
@@ -394,12 +394,6 @@ def test_label_maps_count_pixels_and_the_images_that_have_some():
     expected = Rate.of(4 + 4 * 12, 8 + 4 * 16, 5)
     for path in ("accuracy", "outcome", "outcome_under", "accuracy_under", "audit, clean", "audit, sample", "export"):
         assert RATES[path](Pixelwise(), split) == expected, path
-
-
-def test_judged_votes_as_every_victim_does():
-    split = made(60, right=1.0)
-    with judged(Chancy(), split) as one, Victim(Chancy()) as other:
-        assert torch.equal(predict(one, split, seed=4), predict(other, split, seed=4))
 
 
 def test_a_random_model_is_not_accused_because_its_survivors_were_judged_again():

@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from gambeson.base import UserError
 from gambeson.data import Split, as_split
 from gambeson.victim import Victim
-
-Source = nn.Module | Victim
-"""A module from pixels to logits, or an entered :class:`Victim`, whose counts are updated."""
-
-
-@contextmanager
-def opened(source: Source) -> Iterator[Victim]:
-    """Enter a model as a victim; a victim is used as given. Inference mode is off inside the block.
-
-    Raises:
-        UserError: neither a module nor a victim.
-    """
-    if isinstance(source, Victim):
-        with torch.inference_mode(False):
-            yield source
-        return
-    if not isinstance(source, nn.Module):
-        raise UserError(f"the model is a {type(source).__name__}: expected a torch.nn.Module from pixels to logits")
-    with torch.inference_mode(False), Victim(source) as victim:
-        yield victim
 
 
 def answer(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

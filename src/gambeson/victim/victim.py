@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
@@ -93,8 +93,11 @@ class Victim:
         traits: what :meth:`inspect` saw; None before.
         votes: how often the model is asked where it is scored; the majority is its answer. None: once, and a random
             model :data:`gambeson.victim.DEFAULT_VOTES` times.
+        members: the models of a :class:`gambeson.victim.ModelAverage`; none of a single model.
         temperature: what the logits that attacks climb are divided by; 1 leaves them as they are. It changes no answer.
     """
+
+    members: Sequence[Victim] = ()
 
     def __init__(self, model: nn.Module, *, fast: bool | FastPath = False, batch_norm: BatchNormMode = "eval") -> None:
         self.model = model

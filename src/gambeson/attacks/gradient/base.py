@@ -17,8 +17,7 @@ from gambeson.base import Config, Number, UserError, seeded
 from gambeson.tasks import Task, as_pair
 from gambeson.tasks import of as task_of
 from gambeson.threat import Ball, Eps, Norm, perturb
-from gambeson.victim import Victim
-from gambeson.victim.averaged import Average, Source, drawn, opened
+from gambeson.victim import Average, Source, Victim, as_victim
 
 
 class Diversity(Config):
@@ -341,8 +340,10 @@ class GradientAttack(Config):
         images, labels, task = as_pair(x, y, task, floats=True)
         if len(images) == 0:
             return images.clone()
-        with opened(model, self.average) as given, seeded(seed, "noise"):
-            victim = drawn(given, images.float(), self.eot_samples)
+        with (
+            as_victim(model, images.float(), fast=True, average=self.average, eot_samples=self.eot_samples) as victim,
+            seeded(seed, "noise"),
+        ):
             return self.perturb_batch(victim, images, labels, seed=seed, task=task)
 
     def perturb_batch(

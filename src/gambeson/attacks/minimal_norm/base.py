@@ -5,13 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-from torch import nn
 
 from gambeson.attacks.query.base import attacked, working
 from gambeson.base import Config, UserError
 from gambeson.tasks import CLASSIFICATION, Task, as_pair
 from gambeson.threat import Ball, Eps, Norm, perturb
-from gambeson.victim import Victim
+from gambeson.victim import Source, Victim, as_victim
 
 
 class MinimalNorm(Config):
@@ -27,7 +26,7 @@ class MinimalNorm(Config):
 
     def __call__(
         self,
-        model: nn.Module | Victim,
+        model: Source,
         x: torch.Tensor,
         y: torch.Tensor,
         *,
@@ -37,7 +36,8 @@ class MinimalNorm(Config):
         """Attack a batch.
 
         Args:
-            model: any module from pixels to logits (N, K), or an entered :class:`Victim`.
+            model: any module from pixels to logits (N, K), an entered :class:`Victim`, or a list of models, whose mean
+                logits are attacked.
             x: (N, C, H, W) in [0, 1].
             y: (N,) labels, or targets where the attack is targeted.
             seed: not used; nothing is drawn.
@@ -46,14 +46,12 @@ class MinimalNorm(Config):
         Raises:
             UserError: images outside [0, 1], one label per pixel, or a gradient that is not finite.
         """
-        if not isinstance(model, Victim):
-            with Victim(model) as victim:
-                return self(victim, x, y, seed=seed, task=task)
         images, labels, task = as_pair(x, y, task, floats=True)
         rows = attacked(labels, task)
         if len(rows) == 0 or self.eps == 0:
             return images
-        found = self.search(model, working(images), labels, rows)
+        with as_victim(model) as victim:
+            found = self.search(victim, working(images), labels, rows)
         if self.eps is None:
             return found.clamp(0, 1).to(images.dtype)
         delta = Ball(eps=self.eps, norm=self.small_in).project(found - working(images))

@@ -14,7 +14,7 @@ from torch import nn
 from gambeson.attacks.losses import Loss
 from gambeson.base import Config, UserError
 from gambeson.tasks import Task, as_pair
-from gambeson.victim import Victim
+from gambeson.victim import Victim, as_victim
 
 InfOr2 = Annotated[Literal["inf", "2"], BeforeValidator(lambda value: str(value).lower().removeprefix("l"))]
 """The norms these attacks are published for; in the notation of :data:`gambeson.threat.Norm`."""
@@ -48,14 +48,14 @@ class Queries:
         self._classes: int | None = None
 
     @contextmanager
-    def opened(self, images: torch.Tensor, budget: int) -> Iterator[None]:
+    def counting(self, images: torch.Tensor, budget: int) -> Iterator[None]:
         """Start counting for these images (N, ...), with at most ``budget`` queries each."""
         self.spent = torch.zeros(len(images), dtype=torch.long, device=images.device)
         self.budget, self._classes = budget, None
         with ExitStack() as stack:
             self._ask = self.model
             if isinstance(self.model, nn.Module):
-                self._ask = stack.enter_context(Victim(self.model))
+                self._ask = stack.enter_context(as_victim(self.model))
             stack.enter_context(torch.no_grad())
             yield
 
@@ -217,7 +217,7 @@ class QueryAttack(Config):
         queries = model if isinstance(model, Queries) else Queries(model)
         if len(attacked(labels, task)) == 0 or self._null:
             return images
-        with queries.opened(images, self.queries):
+        with queries.counting(images, self.queries):
             loss = Loss(kind=self.loss or self._default_loss, targeted=self.targeted)
             search = Search(queries, working(images), labels, loss, task)
             self._search(search, seed)

@@ -13,13 +13,12 @@ from pydantic import Field
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import cosine
-from gambeson.attacks.universal.base import Candidate, CraftingContext, LabelSource, UniversalAttack, tally
+from gambeson.attacks.universal.base import Candidate, CraftingContext, LabelSource, UniversalAttack
 from gambeson.attacks.universal.perturbation import UniversalPerturbation
 from gambeson.base import Number, UserError
 from gambeson.data import Split
 from gambeson.threat import BoxGradient
-from gambeson.victim import auto_batch_size
-from gambeson.victim.averaged import Source, entered
+from gambeson.victim import Source, auto_batch_size
 
 _VALUES_PER_STEP = 2**21
 """Input values that the starts which are probed together send forward per step: 128 images of 64 pixels in colour."""
@@ -215,9 +214,7 @@ class ClasswiseStochasticPGD(StochasticPGD):
         Raises:
             UserError: label maps, which have no class per image; or data and model that do not fit.
         """
-        with entered(model) as victims:
-            spent = tally(victims)
-            context = self._prepare(victims, data, seed)
+        with self._crafting(model, data, seed) as context:
             context.task.require_classification("a class-wise attack")
             classes = len(context.train.classes)
             kinds, outcomes = [], []
@@ -232,7 +229,7 @@ class ClasswiseStochasticPGD(StochasticPGD):
                 delta = outcomes[best][[k]].cpu()
                 restarts = list(zip(kinds, rates, strict=True))
                 chosen = Candidate(start=kinds[best], delta=delta)
-                about = self._about(context, spent(), restarts, self._status(delta, chosen), source_class=k)
+                about = self._about(context, restarts, self._status(delta, chosen), source_class=k)
                 found[k] = UniversalPerturbation(delta, about, self._seen(context))
         return found
 
