@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gambeson.analysis.inputs import answer, labelled, margins, pull
+from gambeson.analysis.inputs import answer, classifier, margins, pull
 from gambeson.analysis.jacobian import Spread
 from gambeson.analysis.matrix_free import batches_of
 from gambeson.base import Config, UserError, generator
@@ -63,9 +63,8 @@ def gradient_statistics(model: Source, data: Any) -> GradientStatistics:
     Raises:
         UserError: the model is not a classifier, or its logits are not finite.
     """
-    split = labelled(data)
     parts = []
-    with as_victim(model) as victim:
+    with classifier(model, data) as (victim, split):
         for images, labels in batches_of(victim, split):
             point, logits = answer(victim, images)
             if not bool(logits.isfinite().all()):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gambeson.analysis.inputs import answer, labelled, margins, pull
+from gambeson.analysis.inputs import answer, classifier, margins, pull
 from gambeson.base import Config
 from gambeson.base.checks import as_images
 from gambeson.data import Split
@@ -132,8 +132,7 @@ def jacobian_norms(model: Source, data: Any) -> JacobianNorms:
         model: a module or a victim.
         data: a split, a dataset (its test split) or a pair (images, labels).
     """
-    split = labelled(data)
-    with as_victim(model) as victim:
+    with classifier(model, data) as (victim, split):
         parts = [(frobenius(r.jacobian), spectral(r.jacobian), r.margin) for r in walk(victim, split)]
     size, top, margin = (torch.cat(column) for column in zip(*parts, strict=True))
     right = (margin > 0) & (top > 0)

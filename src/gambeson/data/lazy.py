@@ -102,6 +102,10 @@ class LazySplit(Split):
     def __len__(self) -> int:
         return len(self._items)
 
+    def check_classes(self, count: int) -> None:
+        """As that of :class:`Split`."""
+        self.task.check_labels(torch.tensor(len(self.classes) - 1) if self._known is None else self._known, count)
+
     def eager(self) -> Split:
         """Load everything into a plain split."""
         images = self._first.new_empty(len(self), *self.shape)

@@ -234,6 +234,14 @@ class Split:
         order = torch.randperm(len(self), generator=generator, device=generator.device).to(self._home)
         return self.walk([order[at : min(at + batch_size, stop)] for at in starts], device)
 
+    def check_classes(self, count: int) -> None:
+        """Refuse a model of ``count`` classes if a label is beyond them.
+
+        Raises:
+            UserError: such a label; of label maps that are not in memory, as many class names.
+        """
+        self.task.check_labels(self._labels, count)
+
     def subset(self: SplitT, indices: Indices, name: str | None = None) -> SplitT:
         """Return the split of the images at ``indices``, in that order, with the same classes."""
         other = copy.copy(self)

@@ -341,7 +341,9 @@ class GradientAttack(Config):
         if len(images) == 0:
             return images.clone()
         with (
-            as_victim(model, images.float(), fast=True, average=self.average, eot_samples=self.eot_samples) as victim,
+            as_victim(
+                model, images.float(), labels, task, fast=True, average=self.average, eot_samples=self.eot_samples
+            ) as victim,
             seeded(seed, "noise"),
         ):
             return self.perturb_batch(victim, images, labels, seed=seed, task=task)

@@ -8,7 +8,7 @@ import torch
 
 from gambeson.attacks.query.base import attacked, working
 from gambeson.base import Config, UserError
-from gambeson.tasks import CLASSIFICATION, Task, as_pair
+from gambeson.tasks import Task, as_pair
 from gambeson.threat import Ball, Eps, Norm, perturb
 from gambeson.victim import Source, Victim, as_victim
 
@@ -51,6 +51,7 @@ class MinimalNorm(Config):
         if len(rows) == 0 or self.eps == 0:
             return images
         with as_victim(model) as victim:
+            task.check_logits(victim.inspect(working(images)).shape, labels)
             found = self.search(victim, working(images), labels, rows)
         if self.eps is None:
             return found.clamp(0, 1).to(images.dtype)
@@ -63,24 +64,6 @@ class MinimalNorm(Config):
 
         Neither ball nor box is enforced here; x and y are those of the call, in float32 or float64.
         """
-
-
-def refuse_odd_head(logits: torch.Tensor, labels: torch.Tensor) -> None:
-    """Raise unless the model returns one row of scores per image, with a score for every label.
-
-    Args:
-        logits: the model's output.
-        labels: (N,)
-
-    Raises:
-        UserError: it does not.
-    """
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise UserError(
-            f"the model returns shape {tuple(logits.shape)}: expected logits (N, K) with K of at least 2; "
-            "for label maps choose a gradient attack such as PGD"
-        )
-    CLASSIFICATION.check_labels(labels, logits.shape[1])
 
 
 def refuse_non_finite(*values: torch.Tensor, step: int) -> None:
