@@ -105,7 +105,9 @@ class WorstCase:
         if not bool(self.counts.any()):
             raise nothing_counts(split)
         self.votes = votes_of(victim, self.images)
-        self._random = victim.inspect(self.images, scores=True).stochastic
+        traits = victim.inspect(self.images, scores=True)
+        self._random = traits.stochastic
+        split.check_classes(traits.shape[1])
         self._support = torch.zeros_like(self.labels)
         self.source = torch.full_like(self.labels, -1)
         for rows in torch.arange(len(self.labels), device=self.labels.device).split(self.batch_size):
