@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from gambeson.base import Config, UserError, seeded
-from gambeson.victim.bn_folding import fold_batchnorms
+from gambeson.victim.bn_folding import FoldedModel, fold_batchnorms, signature
+from gambeson.victim.graphs import Job, has_graphs
 from gambeson.victim.inspect import ModelTraits, inspect_model, logits_of
 
 BatchNormMode = Literal["eval", "batch", "train"]
@@ -68,6 +70,10 @@ class FastPath(Config):
     compile: bool = False
     """Compile the copy, with CUDA graphs if possible. Off by default: on CPUs the measured gain was below a tenth, for
     at least ten seconds of compilation, repeated for every batch size."""
+    graphs: bool = True
+    """On a CUDA device, replay the gradient of a batch shape as a CUDA graph from its third call on: the same kernels
+    without their launches, which bound small batches. Not for random models, and not with ``compile``, which has its
+    own."""
 
 
 class Victim:
@@ -113,6 +119,7 @@ class Victim:
         self._seen_input = False
         self._view: Callable[[torch.Tensor], Any] | None = None
         self._layout = torch.contiguous_format
+        self._copy: FoldedModel | None = None  # whose gradients are replayed as CUDA graphs
 
     def __enter__(self) -> Victim:
         self._guard = frozen(self.model, self.batch_norm)
@@ -122,7 +129,7 @@ class Victim:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._view = self.traits = None
+        self._view = self._copy = self.traits = None
         self._seen_input = False
         self._guard.__exit__(kind, error, trace)
 
@@ -144,7 +151,7 @@ class Victim:
         """
         if self.traits is None or self.traits.size != images.shape[2:]:
             self._check_input(images)
-            self.traits = inspect_model(self.model, images)
+            self.traits = _traits(self.model, images)
         if (self.traits.probabilities or self.traits.sigmoids) and not scores:
             what, name = ("and sum to 1", "probabilities") if self.traits.probabilities else ("by a sigmoid", "sigmoid")
             raise UserError(
@@ -195,6 +202,29 @@ class Victim:
             (gradient,) = torch.autograd.grad(value, wrt, materialize_grads=True)
         return gradient
 
+    def repeated(self, what: Hashable, job: Job, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return ``job(*tensors)``, from a CUDA graph if the fast path has one (:attr:`FastPath.graphs`).
+
+        Args:
+            what: what the job computes with this victim; equal for equal functions.
+            job: a function of tensors alone, to tensors, that sends them through this victim.
+            tensors: its inputs.
+        """
+        copy = self._copy
+        if copy is None:
+            return job(*tensors)
+        before = self.forwards, self.backwards
+        state = (self.fast, self._layout, self.temperature, self.traits is not None and self.traits.writes)
+        graph = copy.graphs.find(
+            (what, state), job, tensors, lambda: (self.forwards, self.backwards), lambda: signature(copy.view)
+        )
+        self.forwards, self.backwards = before
+        if graph is None:
+            return job(*tensors)
+        self.forwards += graph.counts[0]
+        self.backwards += graph.counts[1]
+        return graph(tensors)
+
     def _make_view(self, images: torch.Tensor, fast: FastPath) -> Callable[[torch.Tensor], Any] | None:
         view: Callable[[torch.Tensor], Any] = self.model
         self.notes = "the model itself"
@@ -211,6 +241,9 @@ class Victim:
                 self.notes += ", channels last"
             # The copy is shared with earlier victims of this model, which may have used another layout.
             made.view.to(memory_format=self._layout)
+            if fast.graphs and not fast.compile and has_graphs(images.device):
+                made.keep_graphs()
+                self._copy = made
         if fast.precision != "float32":
             view = _in_precision(view, images.device.type, getattr(torch, fast.precision))
             self.notes += f", {fast.precision}"
@@ -219,12 +252,12 @@ class Victim:
         return view
 
     def _likes_channels_last(self, images: torch.Tensor, fast: FastPath) -> bool:
-        """Whether convolutions are faster in channels-last layout: on CPUs, and in lower precision on accelerators.
+        """Whether convolutions are faster in channels-last layout: on CPUs, and on accelerators below full precision.
 
-        A model already in that layout keeps it.
+        TF32 is below it. A model already in that layout keeps it.
         """
         convolutions = [module for module in self.model.modules() if isinstance(module, nn.Conv2d)]
-        if images.device.type == "cpu" or fast.precision != "float32":
+        if images.device.type == "cpu" or fast.precision != "float32" or torch.backends.cudnn.allow_tf32:
             return bool(convolutions)
         return any(
             conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous()
@@ -263,6 +296,23 @@ class Victim:
                 f"the images have {images.shape[1]} channels, but the model takes {first.in_channels}: "
                 "choose data and model that fit each other"
             )
+
+
+_inspected: WeakKeyDictionary[nn.Module, tuple[Hashable, ModelTraits]] = WeakKeyDictionary()
+
+
+def _traits(model: nn.Module, images: torch.Tensor) -> ModelTraits:
+    """Inspect a model, unless it is unchanged since it was last inspected: in settings, modes, weights and images."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_inference() for tensor in tensors):  # these have no version
+        return inspect_model(model, images)
+    versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    modes = tuple(module.training for module in model.modules())
+    state = (signature(model), modes, versions, images.shape[1:], images.dtype, torch.is_autocast_enabled("cuda"))
+    known = _inspected.get(model)
+    if known is None or known[0] != state:
+        _inspected[model] = known = state, inspect_model(model, images)
+    return known[1]
 
 
 @contextmanager
