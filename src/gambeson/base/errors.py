@@ -18,6 +18,10 @@ class OutOfSpace(UserError):
     """A file could not be written; nothing half-written was left behind."""
 
 
+class DataWarning(UserWarning):
+    """Something about data that the user should know and that does not stop the work."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """Build the error for a name that is not in a list, with the nearest matches first.
 
