@@ -7,7 +7,7 @@ import io
 import json
 import math
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +219,3 @@ def _tar(members: dict[str, bytes]) -> bytes:
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
     return out.getvalue()
-
-
-def pieces_in(folder: Path) -> Iterator[Path]:
-    """The pieces in a folder, in order."""
-    yield from sorted(folder.glob("*.tar"))
