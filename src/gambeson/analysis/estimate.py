@@ -11,7 +11,7 @@ import torch
 from gambeson.analysis.inputs import answer, pull
 from gambeson.analysis.matrix_free import Linearised
 from gambeson.base import UserError, generator
-from gambeson.base.checks import check_images
+from gambeson.base.checks import as_images
 from gambeson.victim import Source, Victim, as_victim
 
 Projection = Literal["output", "input", "finite-differences"]
@@ -70,7 +70,7 @@ def estimate_frobenius(
     """
     if projections < 1:
         raise UserError(f"projections = {projections}: expected 1 or more")
-    images = check_images(images)
+    images = as_images(images, floats=True)
     with as_victim(model) as victim:
         draw = generator(seed, "projections", method, device=images.device)
         if method == "output":

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from gambeson.analysis.inputs import answer, labelled, pull
+from gambeson.analysis.inputs import answer, classifier, labelled, pull
 from gambeson.analysis.jacobian import Spread, batch_jacobian, classes_of, frobenius, rows_at
 from gambeson.analysis.matrix_free import batches_of
 from gambeson.analysis.stacked import stacked_spectrum
@@ -82,10 +82,9 @@ def pair_sharing(model: Source, data: Any, *, pairs: int = 1000, seed: int = 0) 
     Raises:
         UserError: fewer than 2 pairs, or no class with two images, or one class only.
     """
-    split = labelled(data)
-    index = draw_pairs(split.labels.cpu(), pairs, seed)
     parts: list[dict[PairMetric, torch.Tensor]] = []
-    with as_victim(model) as victim:
+    with classifier(model, data) as (victim, split):
+        index = draw_pairs(split.labels.cpu(), pairs, seed)
         width = 4 * torch.Size(split.shape).numel() * classes_of(victim, split)
         for some in index.split(max(1, min(128, _BYTES // (2 * width)))):
             images, _ = split.take(some.T.flatten(), victim.device)
@@ -158,10 +157,9 @@ def gradient_sharing(model: Source, data: Any, *, norm: Norm = "inf") -> Gradien
         data: a split, a dataset (its test split) or a pair (images, labels).
         norm: of the perturbation.
     """
-    split = labelled(data)
     order = {"inf": 1.0, "2": 2.0, "1": torch.inf}[norm]
     single = 0.0
-    with as_victim(model) as victim:
+    with classifier(model, data) as (victim, split):
         total = torch.zeros(split.shape, dtype=torch.float64, device=victim.device)
         for images, labels in batches_of(victim, split):
             point, logits = answer(victim, images)

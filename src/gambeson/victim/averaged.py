@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gambeson.base import UserError
+from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.victim.inspect import ModelTraits
 from gambeson.victim.victim import FastPath, Victim
 
@@ -103,10 +104,13 @@ class ModelAverage(AveragedVictim):
         """Inspect every model; a trait of one is a trait of the ensemble."""
         looks = [member.inspect(images, scores=scores) for member in self.members]
         self.traits = ModelTraits(
+            shape=looks[0].shape,
+            size=looks[0].size,
             gap=max(look.gap for look in looks),
             shared=any(look.shared for look in looks),
             writes=any(look.writes for look in looks),
             probabilities=any(look.probabilities for look in looks),
+            sigmoids=any(look.sigmoids for look in looks),
         )
         return self.traits
 
@@ -161,6 +165,8 @@ _VALUES_A_FORWARD = 2**23
 def as_victim(
     source: Source,
     images: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    task: Task = CLASSIFICATION,
     *,
     fast: bool | FastPath = False,
     average: Average = "logits",
@@ -171,13 +177,15 @@ def as_victim(
     Args:
         source: a module; a list of them, held as one :class:`ModelAverage`; or an entered victim, used as given.
         images: (N, C, H, W), for gradients of a model that may be random: it is inspected with them.
+        labels: of these images, if they shall fit the logits.
+        task: what the labels mean.
         fast: see :class:`Victim`; for modules.
         average: over several models.
         eot_samples: samples that gradients of a random model are averaged over.
 
     Raises:
         UserError: an empty list, something that is not a model, or models on several devices; with ``images``, a random
-            model without ``eot_samples``.
+            model without ``eot_samples``, or a model that does not fit the labels.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -190,6 +198,8 @@ def as_victim(
             victim = stack.enter_context(ModelAverage(models, average, fast=fast))
         if images is not None:
             traits = victim.inspect(images)
+            if labels is not None:
+                task.check_logits(traits.shape, labels)
             if eot_samples is None and traits.stochastic:
                 raise UserError(
                     f"the model is random (the logits of two calls with the same images differ by up to "

@@ -109,7 +109,7 @@ class Victim:
         votes: how often the model is asked where it is scored; the majority is its answer. None: once, and a random
             model :data:`gambeson.victim.DEFAULT_VOTES` times.
         members: the models of a :class:`gambeson.victim.ModelAverage`; none of a single model.
-        temperature: what the logits that attacks climb are divided by; 1 leaves them as they are. It changes no answer.
+        temperature: what the logits that attacks see are divided by; 1 leaves them as they are. It changes no answer.
     """
 
     members: Sequence[Victim] = ()
@@ -158,16 +158,17 @@ class Victim:
             scores: whether probabilities are acceptable.
 
         Raises:
-            UserError: the model returns probabilities, or no logits.
+            UserError: the model returns probabilities, one score for two classes, or no logits.
         """
-        if self.traits is None:
+        if self.traits is None or self.traits.size != images.shape[2:]:
             self._check_input(images)
             with self._as_called(images):
                 self.traits = inspect_model(self.model, images.to(self.dtype))
-        if self.traits.probabilities and not scores:
+        if (self.traits.probabilities or self.traits.sigmoids) and not scores:
+            what, name = ("and sum to 1", "probabilities") if self.traits.probabilities else ("by a sigmoid", "sigmoid")
             raise UserError(
-                "the model's outputs lie in [0, 1] and sum to 1: expected logits, as probabilities have no gradient "
-                "where the model is confident; wrap it with gb.models.as_logits(model, 'probabilities')"
+                f"the model's outputs lie in [0, 1] {what}: expected logits, as probabilities have no gradient "
+                f"where the model is confident; wrap it with gb.models.as_logits(model, {name!r})"
             )
         return self.traits
 

@@ -14,8 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from gambeson.attacks.losses import Loss, LossName
 from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
 from gambeson.base import Config, Number, UserError, seeded
-from gambeson.base.checks import check_batch
-from gambeson.tasks import Task
+from gambeson.tasks import Task, as_pair
 from gambeson.tasks import of as task_of
 from gambeson.threat import Ball, Eps, Norm, perturb
 from gambeson.victim import Average, Source, Victim, as_victim
@@ -338,14 +337,16 @@ class GradientAttack(Config):
             UserError: images outside [0, 1], or a model and images that do not fit.
             NonFiniteGradientError: a gradient is NaN or infinite; its ``found`` holds the images found so far.
         """
-        images = check_batch(x, y)
+        images, labels, task = as_pair(x, y, task, floats=True)
         if len(images) == 0:
             return images.clone()
         with (
-            as_victim(model, images.float(), fast=True, average=self.average, eot_samples=self.eot_samples) as victim,
+            as_victim(
+                model, images.float(), labels, task, fast=True, average=self.average, eot_samples=self.eot_samples
+            ) as victim,
             seeded(seed, "noise"),
         ):
-            return self.perturb_batch(victim, images, y, seed=seed, task=task)
+            return self.perturb_batch(victim, images, labels, seed=seed, task=task)
 
     def perturb_batch(
         self,
