@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import time
@@ -22,6 +21,7 @@ from gambeson.models.storage import init_weights
 from gambeson.training.batches import Epoch, member_seeds
 from gambeson.training.loop import Run, train
 from gambeson.training.recipe import Recipe
+from gambeson.victim import copied
 
 _WARM_UP, _TIMED = 2, 5
 
@@ -62,7 +62,7 @@ def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed
         seed: of the run.
     """
     runs = [
-        Run(copy.deepcopy(model), data, one, recipe.model_copy(update={"track": "none"}), seed, None)
+        Run(copied(model), data, one, recipe.model_copy(update={"track": "none"}), seed, None)
         for one in (defense, Standard())
     ]
     ours = runs[0]

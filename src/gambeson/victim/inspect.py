@@ -9,8 +9,32 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from gambeson.base import UserError, seeded
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the type that a model computes in: that of most of its floating-point weights, else of its buffers.
+
+    Raises:
+        UserError: not a module, or a lazy one whose weights do not exist yet.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model is a {type(model).__name__}: expected a torch.nn.Module from pixels to logits")
+    for tensors in (model.parameters(), model.buffers()):
+        sizes: dict[torch.dtype, int] = {}
+        for tensor in tensors:
+            if is_lazy(tensor):
+                raise UserError(
+                    "the model has lazy layers whose weights do not exist yet: send it a batch once, model(images)"
+                )
+            if tensor.is_floating_point():
+                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+        if sizes:
+            return max(sizes, key=sizes.__getitem__)
+    return torch.float32
+
 
 KEYS = ("logits", "out")
 """Keys of the logits in a mapping, as used by transformers and by torchvision's segmentation models."""
