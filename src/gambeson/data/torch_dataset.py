@@ -36,9 +36,8 @@ class Items:
         try:
             item = self.source[number]
         except DAMAGED as error:
-            raise UserError(
-                f"item {number} of the data set cannot be read ({error}): replace or remove its file"
-            ) from None
+            reason = f"item {number} of the data set cannot be read ({error}): replace or remove its file"
+            raise UserError(reason) from None
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise UserError(f"item {number} of the data set is a {type(item).__name__}: expected a pair (image, label)")
         image = self._image(item[0], f"item {number}")
@@ -141,11 +140,9 @@ def _targets(source: Any, fetch: Items, name: str) -> torch.Tensor | None:
         labels = as_labels(targets)
     except (TypeError, ValueError, LookupError):
         return None
-    return (
-        labels
-        if labels.shape == (len(source),) and all(torch.equal(fetch(at)[1], labels[at]) for at in (0, len(source) - 1))
-        else None
-    )
+    if labels.shape != (len(source),) or any(not torch.equal(fetch(at)[1], labels[at]) for at in (0, len(source) - 1)):
+        return None
+    return labels
 
 
 def _read_labels(fetch: Items, count: int) -> tuple[torch.Tensor | None, torch.Tensor]:
