@@ -194,7 +194,9 @@ def get(name: str, root: str | Path | None = None) -> Path:
     Raises:
         UserError: an unknown name, or every source failed; the message lists them.
     """
-    folder = data_root(root)
+    folder, (name, _) = data_root(root), _parsed(name)
+    if name.startswith(FOLDER):
+        return Path(name.removeprefix(FOLDER)).expanduser()
     if name.startswith(TORCHVISION):
         return fetch_torchvision(name.removeprefix(TORCHVISION), folder)
     entry = _entry(name)
@@ -222,8 +224,9 @@ def canonical(name: str) -> str:
         UserError: there is no such file, or it was changed since the name was stored.
     """
     bare, options = _parsed(name)
-    given = ImageOptions(**options).model_dump(include=set(options)).items()
-    return SETS.canonical(bare) + ("?" if options else "") + ",".join(f"{key}={value}" for key, value in given)
+    ImageOptions(**options)  # refuses wrong values
+    given = [f"{key}={options[key]}" for key in ImageOptions.model_fields if key in options]
+    return SETS.canonical(bare) + ("?" if given else "") + ",".join(given)
 
 
 Name = Annotated[str, AfterValidator(canonical)]
@@ -257,6 +260,8 @@ def _parsed(name: str) -> tuple[str, dict[str, Any]]:
 def _entry(name: str) -> Registered[Any]:
     if user_code.is_spelling(name) or name in SETS.names():
         return SETS.get(name)
+    if Path(name).is_dir():
+        raise UserError(f"{name} is a folder, not the name of a data set: write {FOLDER}{name}")
     raise unknown_name("data set", name, [*SETS.names(), f"{FOLDER}PATH", f"{TORCHVISION}NAME"])
 
 

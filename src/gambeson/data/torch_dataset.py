@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from gambeson.base.checks import as_tensor
-from gambeson.base.errors import UserError
+from gambeson.base.errors import DataWarning, UserError
 from gambeson.data.lazy import LazySplit, settle
 from gambeson.data.pictures import DAMAGED, Decoder, fit
 from gambeson.data.split import Batch, Split
@@ -97,6 +98,11 @@ def survey(source: Any, decode: Decoder, kept: tuple[str, ...] = ("targets",), c
         raise UserError("the torch Dataset is empty: expected one image at the least")
     fetch = Items(source, decode)
     _, first = fetch(0)
+    if decode.size is not None:
+        height, width = Items(source, replace(decode, size=None))(0)[0].shape[-2:]
+        if height < decode.size[0] or width < decode.size[1]:
+            wanted = "x".join(map(str, decode.size))
+            warnings.warn(f"the first image is {height}x{width}: enlarged to {wanted}", DataWarning, stacklevel=2)
     labels = next((found for name in kept if (found := _targets(source, fetch, name)) is not None), None)
     if labels is not None:
         values = labels.unique()
