@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gambeson.base import seeded
 
@@ -107,7 +108,9 @@ class Graphs:
             tally: its counts.
             settings: of the modules.
         """
-        if self.refused is not None or torch.cuda.is_current_stream_capturing() or torch.is_inference_mode_enabled():
+        if self.refused is not None or torch.is_inference_mode_enabled() or torch.cuda.is_current_stream_capturing():
+            return None
+        if _get_current_dispatch_mode() is not None:  # it sees, and perhaps counts, every operation
             return None
         stream = _stream()
         key = (what, _ambient(), stream, *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))

@@ -304,7 +304,14 @@ def _traits(model: nn.Module, images: torch.Tensor) -> ModelTraits:
         return inspect_model(model, images)
     versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
     modes = tuple(module.training for module in model.modules())
-    state = (signature(model), modes, versions, images.shape[1:], images.dtype, torch.is_autocast_enabled("cuda"))
+    state = (
+        signature(model),
+        modes,
+        versions,
+        images.shape[1:],
+        images.dtype,
+        torch.is_autocast_enabled(images.device.type),
+    )
     known = _inspected.get(model)
     if known is None or known[0] != state:
         _inspected[model] = known = state, inspect_model(model, images)
