@@ -60,7 +60,7 @@ class Visit(Config):
     """Runs of each defence; every defence has its first before any has a second."""
     seed: int = 0
     judged: str = "pgd-adversarial"
-    """Defence whose first model is audited with ``suite`` too, to time the audit, if ``judging`` seconds are left."""
+    """Defence whose first model is also given the audit ``suite``, timed, if ``judging`` seconds are left."""
     suite: str = "standard"
     judging: float = 150.0
 
@@ -91,9 +91,9 @@ def tiny(device: str) -> Visit:
         copied=2**16,
         low=False,
         seeds=1,
-        judged="shared-adversarial 8",
+        judged="",
         suite="quick",
-        judging=10.0,
+        judging=0.0,
         device=device,
     )
 

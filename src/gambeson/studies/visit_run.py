@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--done", type=Path, nargs="*", default=[], help="lines of earlier visits, not done again")
-    parser.add_argument("--only", default="", help="training: defences, by commas, in the order wanted")
+    parser.add_argument("--only", default="", help="training: defences or NAME@SEED, by commas")
     parser.add_argument("--epochs", type=int, help="training: epochs of every run, not chosen by the time left")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal in seconds")
     given = parser.parse_args(arguments)

@@ -75,22 +75,24 @@ def run_trainings(visit: Visit, book: Notebook, done: list[dict[str, Any]], only
         visit: the settings.
         book: the notebook.
         done: notes of earlier visits: trainings with the same data size and seed are skipped.
-        only: names of defences in order; empty: all.
+        only: names of defences in order, ``NAME@SEED`` for a run with this seed alone; empty: all.
     """
-    data = dataset(visit)
-    chosen = {name: one for name, one in defenses(visit).items() if not only or name in only}
-    chosen = {name: chosen[name] for name in only or chosen}
+    data, known = dataset(visit), defenses(visit)
+    entries = [entry.partition("@") for entry in only or known]
+    chosen = {name: known[name] for name, _, _ in entries}
     finished = {
         (line["defense"], line["seed"], line["data"], line["model"])
         for line in done + book.lines()
         if line["kind"] == "audited"
     }
+    rounds = range(visit.seed, visit.seed + visit.seeds)
     jobs = [
-        (name, visit.seed + seed)
-        for seed in range(visit.seeds)
-        for name in chosen
-        if (name, visit.seed + seed, data.name, visit.model) not in finished
+        (name, int(fixed or seed))
+        for seed in rounds
+        for name, _, fixed in entries
+        if not fixed or seed == visit.seed  # a fixed seed is run in the first round
     ]
+    jobs = [job for job in dict.fromkeys(jobs) if (*job, data.name, visit.model) not in finished]
     epoch: dict[str, float] = {}
     for name, defense in chosen.items():
         book.attempt(f"step of {name}", lambda n=name, d=defense: epoch.update({n: _step(visit, data, n, d, book)}))  # type: ignore[misc]
