@@ -33,28 +33,6 @@ def answer(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return point, logits
 
 
-def pull(
-    victim: Victim, value: torch.Tensor, point: torch.Tensor, cotangent: torch.Tensor | None = None, *, keep: bool
-) -> torch.Tensor:
-    """Return the vector-Jacobian product at ``point``, counted as one backward of every image.
-
-    Zero if ``value`` does not depend on ``point``, as for a model that stops its gradient. Victim.gradient frees the
-    graph, which is needed for several backwards here, so this counts by itself.
-
-    Args:
-        victim: the victim whose counts are updated.
-        value: a scalar, or a tensor with a cotangent of its shape.
-        point: the leaf.
-        cotangent: None for a scalar.
-        keep: keep the graph for another backward.
-    """
-    victim.backwards += len(point)
-    if not value.requires_grad:
-        return torch.zeros_like(point)
-    (gradient,) = torch.autograd.grad(value, point, cotangent, retain_graph=keep, materialize_grads=True)
-    return gradient.detach()
-
-
 @contextmanager
 def classifier(model: Source, data: Any) -> Iterator[tuple[Victim, Split]]:
     """Hold a classifier as a victim, with ``data`` as a split of images with one label each; of a Dataset, its test.

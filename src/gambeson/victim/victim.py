@@ -12,7 +12,7 @@ from torch import nn
 
 from gambeson.base import Config, UserError, seeded
 from gambeson.victim.bn_folding import fold_batchnorms
-from gambeson.victim.inspect import ModelTraits, inspect_model, logits_of
+from gambeson.victim.inspect import ModelTraits, NoGradientError, explained, inspect_model, logits_of
 
 BatchNormMode = Literal["eval", "batch", "train"]
 """Mode of a model under attack. ``eval``: evaluation mode, BatchNorm with its running statistics. ``batch``: evaluation
@@ -94,6 +94,8 @@ class Victim:
         votes: how often the model is asked where it is scored; the majority is its answer. None: once, and a random
             model :data:`gambeson.victim.DEFAULT_VOTES` times.
         members: the models of a :class:`gambeson.victim.ModelAverage`; none of a single model.
+        allow_no_graph: the gradient of a model without a graph is zero, as audits want it, which report that; otherwise
+            it is refused.
         temperature: what the logits that attacks see are divided by; 1 leaves them as they are. It changes no answer.
     """
 
@@ -108,6 +110,7 @@ class Victim:
         self.notes = "the model itself"
         self.traits: ModelTraits | None = None
         self.votes: int | None = None
+        self.allow_no_graph = False
         self.temperature = 1.0
         self._guard = frozen(model, batch_norm)
         self._seen_input = False
@@ -168,7 +171,7 @@ class Victim:
                 logits = self.forward_original(images)
             else:
                 self.forwards += len(images)
-                logits = logits_of(self._view(self._kept(images.contiguous(memory_format=self._layout))))
+                logits = self._logits(self._view, images.contiguous(memory_format=self._layout))
         return logits if self.temperature == 1 else logits / self.temperature
 
     def forward_original(self, images: torch.Tensor) -> torch.Tensor:
@@ -177,40 +180,69 @@ class Victim:
             self._check_input(images)
         self.forwards += len(images)
         with _without_autocast(images.device.type):
-            return logits_of(self.model(self._kept(images)))
+            return self._logits(self.model, images)
+
+    def _logits(self, model: Callable[[torch.Tensor], Any], images: torch.Tensor) -> torch.Tensor:
+        with explained(images):
+            logits = logits_of(model(self._kept(images)), len(images))
+        followed = torch.is_grad_enabled() and images.requires_grad
+        if followed and not logits.requires_grad and not self.allow_no_graph:
+            raise NoGradientError
+        return logits
 
     def _kept(self, images: torch.Tensor) -> torch.Tensor:
         # A copy for a model that writes into its input, so that the attack's images do not change.
         return images.clone() if self.traits is not None and self.traits.writes else images
 
-    def gradient(self, value: torch.Tensor, wrt: torch.Tensor, images: int) -> torch.Tensor:
+    def count_backward(self, images: int) -> None:
+        """Count a backward pass of so many images."""
+        self.backwards += images
+
+    def gradient(
+        self,
+        value: torch.Tensor,
+        wrt: torch.Tensor,
+        images: int,
+        cotangent: torch.Tensor | None = None,
+        *,
+        keep: bool = False,
+    ) -> torch.Tensor:
         """Return the gradient of a scalar with respect to ``wrt``, counted as ``images`` backward passes.
 
-        Zero if autograd sees no dependence on ``wrt``: a model may detach its graph.
+        Args:
+            value: a scalar, or a tensor with a cotangent of its shape.
+            wrt: a leaf.
+            images: their number.
+            cotangent: None for a scalar.
+            keep: keep the graph for another backward.
+
+        Raises:
+            NoGradientError: ``value`` does not depend on ``wrt``, which :attr:`allow_no_graph` takes for zero.
         """
-        self.backwards += images
-        if not value.requires_grad:
-            return torch.zeros_like(wrt)
-        with _without_autocast(wrt.device.type):  # autocast would also cast the products of the backward pass
-            (gradient,) = torch.autograd.grad(value, wrt, materialize_grads=True)
-        return gradient
+        self.count_backward(images)
+        gradient = None
+        if value.requires_grad:
+            with _without_autocast(wrt.device.type):  # autocast would also cast the products of the backward pass
+                (gradient,) = torch.autograd.grad(value, wrt, cotangent, retain_graph=keep, allow_unused=True)
+        if gradient is None and not self.allow_no_graph:
+            raise NoGradientError
+        return torch.zeros_like(wrt) if gradient is None else gradient
 
     def _make_view(self, images: torch.Tensor, fast: FastPath) -> Callable[[torch.Tensor], Any] | None:
         view: Callable[[torch.Tensor], Any] = self.model
         self.notes = "the model itself"
         if self.batch_norm == "eval":
             try:
-                made = fold_batchnorms(self.model, images[:2].detach())
+                wanted = torch.channels_last if self._likes_channels_last(images, fast) else torch.contiguous_format
+                made = fold_batchnorms(self.model, images[:2].detach(), wanted)
             except Exception as error:  # a model that cannot be copied is used itself
                 self.notes = f"the model itself ({type(error).__name__} while copying it: {error})"
                 return None
             self.notes = f"a copy with {len(made.pairs)} BatchNorms folded"
             view = made.view
-            if self._likes_channels_last(images, fast):
-                self._layout = torch.channels_last
-                self.notes += ", channels last"
-            # The copy is shared with earlier victims of this model, which may have used another layout.
-            made.view.to(memory_format=self._layout)
+            self._layout = made.layout
+            if wanted == torch.channels_last:
+                self.notes += ", channels last" if made.layout == wanted else ", which cannot be channels last"
         if fast.precision != "float32":
             view = _in_precision(view, images.device.type, getattr(torch, fast.precision))
             self.notes += f", {fast.precision}"
@@ -256,12 +288,6 @@ class Victim:
         if any(True for _ in self.model.parameters()) and self.device != images.device:
             raise UserError(
                 f"the model is on {self.device} and the images on {images.device}: move one of them to the other"
-            )
-        first = next((module for module in self.model.modules() if isinstance(module, nn.Conv2d)), None)
-        if first is not None and first.in_channels != images.shape[1]:
-            raise UserError(
-                f"the images have {images.shape[1]} channels, but the model takes {first.in_channels}: "
-                "choose data and model that fit each other"
             )
 
 
