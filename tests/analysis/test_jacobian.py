@@ -140,7 +140,7 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(UserError, match="labels reach from 9"):
         stacked_gram(model, (x, torch.full((4,), 9)))
     with pytest.raises(UserError, match="its Gram matrix 4107"):
-        stacked_gram(model, (torch.rand(2, 3, 37, 37), torch.tensor([0, 1])))
+        stacked_gram(LinearNet(torch.rand(2, 3, 37, 37)), (torch.rand(2, 3, 37, 37), torch.tensor([0, 1])))
     with pytest.raises(UserError, match="count = 0"):
         stacked_spectrum(model, (x, torch.tensor([0, 1, 0, 1])), count=0)
     with pytest.raises(UserError, match="projections = 0"):
