@@ -39,6 +39,9 @@ def as_tensor(values: Any, what: str) -> torch.Tensor:
             raise
         raise UserError(f"{what} cannot become one tensor ({error}): expected numbers of one shape") from None
     values = values.detach().as_subclass(torch.Tensor)
+    if values.is_inference():  # autograd keeps none of these
+        with torch.inference_mode(False):
+            values = values.clone()
     tiny = values.is_floating_point() and values.element_size() == 1  # torch computes nothing in these types
     if values.layout != torch.strided or values.is_quantized or values.is_nested or values.is_meta or tiny:
         raise UserError(
