@@ -97,7 +97,7 @@ def _without_classes(values: torch.Tensor, axis: int) -> torch.Tensor:
     if values.shape[axis] == 1:
         return values.squeeze(axis)
     one = values == 1
-    if bool((one | (values == 0)).all()) and bool((one.sum(axis) == 1).all()):
+    if values.shape[axis] and bool((one | (values == 0)).all()) and bool((one.sum(axis) == 1).all()):
         return values.argmax(axis)
     raise UserError(
         f"labels have shape {tuple(values.shape)} and are not one-hot: expected one class index per image (N,) or "
@@ -127,6 +127,8 @@ def find_ignored(values: torch.Tensor) -> int | None:
     return None
 
 
+MOST_CLASSES = 10**6
+"""Labels above are identifiers, not class indices."""
 MASK = [0, 255]
 """The values of a binary mask in an image file."""
 
@@ -147,9 +149,16 @@ def class_names(values: torch.Tensor, ignore_index: int | None) -> tuple[str, ..
     """Return the names "0", "1", ... up to the highest of the distinct labels, at least two.
 
     Warns if labels seem to start at 1.
+
+    Raises:
+        UserError: labels that are no class indices.
     """
     present = [value for value in values.tolist() if value != ignore_index]
     highest = max(present, default=0)
+    if highest >= MOST_CLASSES:
+        raise UserError(
+            f"labels reach {highest}: expected class indices from 0; renumber them, as labels.unique(return_inverse=True)"
+        )
     if len(present) > 1 and present == list(range(1, highest + 1)):
         warnings.warn(
             f"labels run from 1 to {highest}: they are read as classes 1 to {highest}, and class 0 has no image; if "
