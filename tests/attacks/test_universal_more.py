@@ -113,9 +113,9 @@ def test_mean_of_signs_differs_from_sign_of_the_mean_on_two_samples():
         context = CraftingContext(victims=[victim], train=part, validation=part, ball=Ball(eps=0.2), seed=0)
         zero = context.start("zero", 0)
         one = {
-            kind: StochasticPGD(
-                eps=0.2, steps=1, batch_size=2, rel_step_size=0.5, truncate=None, normalise=kind
-            )._climb(context, zero, [0])
+            kind: StochasticPGD(eps=0.2, steps=1, batch_size=2, rel_step_size=0.5, truncate=None, normalise=kind)._run(
+                context, zero, [0]
+            )
             for kind in ("batch", "sample")
         }
     assert not one["sample"].any()  # the two signs are opposite and cancel

@@ -75,7 +75,7 @@ def run_attack(run: AttackRun, out: Path) -> SuiteResult:
         norm = getattr(next(iter(row.values())), "norm", "2")
         found = run_suite(victim, split, row, norm=norm, seed=run.seed)
         notes = victim.notes
-    tensors = {"images": found.images, "labels": split.labels, "fallen_to": found.fallen_to, "indices": rows}
+    tensors = {"images": found.images, "labels": split.labels, "broken_by": found.broken_by, "indices": rows}
     settings = {name: attack.plain() for name, attack in row.items()}
     save_tensors(out / FILE, tensors, {"attacks": settings})
     content = {

@@ -126,7 +126,7 @@ class Search:
         images: (N, C, H, W), the clean images.
         best: (N, C, H, W), the result.
         value: (N,) the loss of ``best``; infinite for adversarial images (and those not attacked).
-        standing: (A,) indices of the images that are not adversarial yet.
+        active: (A,) indices of the images that are not adversarial yet.
     """
 
     def __init__(self, queries: Queries, images: torch.Tensor, labels: torch.Tensor, loss: Loss, task: Task) -> None:

@@ -67,7 +67,7 @@ class CraftingContext:
         return self.victims[0] if len(self.victims) == 1 else self._together
 
     @cached_property
-    def climbed(self) -> Victim:
+    def averaged(self) -> Victim:
         """The victim of the gradients: :attr:`victim`, or the EOT average of each random model."""
         drawn = [victim for victim in self.victims for _ in range(self._draws(victim))]
         return self.victim if len(drawn) == len(self.victims) else ModelAverage(drawn, "losses")
@@ -142,14 +142,14 @@ class CraftingContext:
             return labels
         else:
             with torch.no_grad():
-                each = self.climbed.each(images) if isinstance(self.climbed, ModelAverage) else [self.victim(images)]
+                each = self.averaged.each(images) if isinstance(self.averaged, ModelAverage) else [self.victim(images)]
                 targets = torch.stack(list(each)).mean(0).argmax(1)
         return self.task.targets(targets, labels)
 
     def solver(self, loss: Loss) -> ProjectedGradient:
         """Return the solver for ``loss``, averaged over the models, in this ball."""
         return ProjectedGradient(
-            victim=self.climbed,
+            victim=self.averaged,
             ball=self.ball,
             loss=loss,
             box_gradient=self.box_gradient,
