@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -44,9 +46,9 @@ def net(maps: bool = False) -> nn.Module:
 
 
 CHEAP: dict[str, Any] = {
-    "steps": 2, "queries": 9, "searches": 1, "restarts": 1, "patterns": 2, "images": 8, "finalists": 1, "probe_starts": 0,
-    "passes": 1, "inner_steps": 2, "iterations": 2, "batch_size": 8, "pairs": 2, "population": 4, "generations": 1,
-    "rounds": 1, "search": "random", "targets": None, "probe_steps": None,
+    "steps": 2, "queries": 9, "searches": 1, "restarts": 1, "patterns": 2, "images": 8, "finalists": 1, "passes": 1,
+    "probe_starts": 0, "inner_steps": 2, "iterations": 2, "batch_size": 8, "pairs": 2, "population": 4,
+    "generations": 1, "rounds": 1, "search": "random", "targets": None, "probe_steps": None,
 }  # fmt: skip
 
 
@@ -84,15 +86,22 @@ SUITE = Suite(
     sample=4, queries=0, surrogate="none", jacobian_backwards=0, eps_uni_runs=0,
 )  # fmt: skip
 
-attack_functions = {
-    name: (lambda model, x, y, name=name: cheap(name)(model, x, y)) for name in gb.attacks.names("image")
-} | {
+Function = Callable[[nn.Module, Any, Any], Any]
+
+
+def attack(name: str) -> Function:
+    return lambda model, x, y: cheap(name)(model, x, y)
+
+
+def craft(name: str) -> Function:
+    return lambda model, x, y: cheap(name).craft(model, (x, y))
+
+
+attack_functions: dict[str, Function] = {name: attack(name) for name in gb.attacks.names("image")} | {
     "subspace": lambda model, x, y: gb.analysis.adversarial_subspace(model, x, y, eps=0.1, permutations=1),
     "loss surface": lambda model, x, y: gb.analysis.loss_surface(model, x, y, points=3),
 }
-data_functions = {
-    name: pair(lambda model, data, name=name: cheap(name).craft(model, data)) for name in gb.attacks.names("universal")
-} | {
+data_functions: dict[str, Function] = {name: craft(name) for name in gb.attacks.names("universal")} | {
     "accuracy": pair(gb.evaluation.accuracy),
     "universal evasion": pair(lambda model, data: gb.evaluation.universal_evasion(model, data, uap())),
     "fooling rate": pair(lambda model, data: gb.evaluation.fooling_rate(model, data, uap())),
@@ -114,12 +123,12 @@ data_functions = {
     "bound table": pair(lambda model, data: gb.analysis.bound_table(model, data, [uap().delta])),
     "linearise": pair(lambda model, data: gb.analysis.linearise(model, data, uap().delta)),
 }
-bare_functions = {
+bare_functions: dict[str, Function] = {
     "load": pair(lambda _, data: gb.data.load(data).train),
     "split": lambda _, x, y: gb.data.Split("x", x, y),
     "as_split": pair(lambda _, data: gb.data.as_split(data)),
 }
-image_functions = {
+image_functions: dict[str, Function] = {
     "apply": lambda _, x, __: uap().apply(x),
     "jacobian": lambda model, x, _: gb.analysis.batch_jacobian(model, x),
     "frobenius": lambda model, x, _: gb.analysis.estimate_frobenius(model, x, projections=2),
@@ -162,8 +171,8 @@ def strided(values: torch.Tensor) -> torch.Tensor:
 
 
 SAME_LABELS: dict[str, Callable[[torch.Tensor], Any]] = {
-    **{str(kind): (lambda y, kind=kind: y.to(kind)) for kind in (torch.uint8, torch.int8, torch.int16, torch.int32)},
-    **{str(kind): (lambda y, kind=kind: y.to(kind)) for kind in (torch.float16, torch.float32, torch.float64)},
+    **{str(kind): methodcaller("to", kind) for kind in (torch.uint8, torch.int8, torch.int16, torch.int32)},
+    **{str(kind): methodcaller("to", kind) for kind in (torch.float16, torch.float32, torch.float64)},
     "uint16": lambda y: y.numpy().astype(np.uint16),
     "torch uint32": lambda y: y.to(torch.uint32),
     "big-endian": big_endian,
@@ -191,7 +200,7 @@ SAME_IMAGES: dict[str, Callable[[torch.Tensor], Any]] = {
     "backwards": lambda x: x.numpy()[::-1].copy()[::-1],
     "big-endian": big_endian,
     "read-only": lambda x: np.broadcast_to(x.numpy(), x.shape),
-    "with a graph": lambda x: (x.requires_grad_() * 1.0),
+    "with a graph": lambda x: x.requires_grad_() * 1.0,
     "out by rounding": lambda x: x.where(x < x.max(), x.max()),
 }
 WRONG_LABELS: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -251,8 +260,7 @@ WRONG_IMAGES: dict[str, Callable[[torch.Tensor], Any]] = {
 
 def told(call: Callable[[], Any]) -> str:
     """The sentence that a call is refused with; anything but a refusal is a failure."""
-    with warnings.catch_warnings(), pytest.raises(UserError) as found:
-        warnings.simplefilter("ignore")
+    with pytest.raises(UserError) as found:
         call()
     sentence = str(found.value)
     assert "\n" not in sentence
@@ -311,6 +319,15 @@ def test_images_that_are_none_are_refused(name):
             told(lambda form=form: EVERY[name](net(), WRONG_IMAGES[form](IMAGES.clone()), LABELS))
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", [*attack_functions, *image_functions])
+def test_images_of_every_float_type_are_served(name, kind):
+    found = EVERY[name](net(), IMAGES.to(kind), LABELS)
+    if name in gb.attacks.names("image"):
+        assert (found.dtype, found.shape) == (kind, IMAGES.shape)
+        assert 0 <= float(found.min()) <= float(found.max()) <= 1
+
+
 SMALL = st.integers(0, 4)
 ARRAYS = arrays.arrays(
     st.one_of(
@@ -341,7 +358,5 @@ def test_any_labels_of_images_are_read_or_refused(labels, name):
     count = len(labels) if labels.ndim else 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
+        with contextlib.suppress(UserError):
             EVERY[name](net(), IMAGES[:count], labels)
-        except UserError as error:
-            assert "\n" not in str(error)

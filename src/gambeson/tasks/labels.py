@@ -9,6 +9,7 @@ import torch
 
 from gambeson.base import UserError
 from gambeson.base.checks import as_images, as_tensor
+from gambeson.base.errors import DataWarning
 from gambeson.tasks.task import IGNORED, Segmentation, Task, create, of
 
 
@@ -140,6 +141,7 @@ def is_mask(values: torch.Tensor) -> bool:
     warnings.warn(
         "the label maps hold 0 and 255 only: 255 is read as class 1, a foreground; if it marks pixels without a label, "
         "give gb.data.Split(..., ignore_index=255)",
+        DataWarning,
         stacklevel=2,
     )
     return True
@@ -157,12 +159,13 @@ def class_names(values: torch.Tensor, ignore_index: int | None) -> tuple[str, ..
     highest = max(present, default=0)
     if highest >= MOST_CLASSES:
         raise UserError(
-            f"labels reach {highest}: expected class indices from 0; renumber them, as labels.unique(return_inverse=True)"
+            f"labels reach {highest}: expected class indices from 0; renumber them, labels.unique(return_inverse=True)[1]"
         )
     if len(present) > 1 and present == list(range(1, highest + 1)):
         warnings.warn(
             f"labels run from 1 to {highest}: they are read as classes 1 to {highest}, and class 0 has no image; if "
             "they start at 1, pass labels - 1",
+            DataWarning,
             stacklevel=2,
         )
     return tuple(str(label) for label in range(max(2, highest + 1)))
