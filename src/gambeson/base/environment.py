@@ -78,7 +78,7 @@ def default_dtype(kind: torch.dtype = torch.float32) -> Iterator[None]:
 
 @contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Choose kernels with second derivatives inside the block: fused attention and cuDNN's recurrent layers have none."""
+    """Choose kernels with second derivatives inside the block: fused attention and cuDNN's recurrent nets have none."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     enabled = torch.backends.cudnn.enabled and not recurrent
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=enabled):

@@ -44,8 +44,8 @@ def frozen(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[Non
         if batch_norm != "train":
             with suppress(NotImplementedError):  # an exported program has one mode
                 model.eval()
-            for module, _ in recurrent:  # cuDNN has their gradient in training mode only, which is dropout alone
-                module.training, module.dropout = True, 0.0
+            for layer, _ in recurrent:  # cuDNN has their gradient in training mode only, which is dropout alone
+                layer.training, layer.dropout = True, 0.0
         for norm in norms if batch_norm == "batch" else []:
             norm.training = True
         for norm in held:
@@ -56,8 +56,8 @@ def frozen(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[Non
     finally:
         for norm in held:
             norm.track_running_stats = True
-        for module, dropout in recurrent:
-            module.dropout = dropout
+        for layer, dropout in recurrent:
+            layer.dropout = dropout
         for module, mode in modes:
             module.training = mode
         for parameter, flag in flags:
@@ -337,7 +337,7 @@ def _traits(model: nn.Module, images: torch.Tensor) -> ModelTraits:
         return inspect_model(model, images)
     versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
     modes = tuple(module.training for module in model.modules())
-    state = (signature(model), modes, versions, images.shape[1:], images.dtype, torch.is_autocast_enabled("cuda"))
+    state = (signature(model), modes, versions, images.shape[1:], images.dtype)
     known = _inspected.get(model)
     if known is None or known[0] != state:
         _inspected[model] = known = state, inspect_model(model, images)
