@@ -37,7 +37,7 @@ def test_errors_are_those_of_the_examples_themselves(files, trained, digits, tmp
     assert run_transfer(run, tmp_path / "t") == result  # a finished run is only read
     page = write_transfer(result, tmp_path / "t" / "transfer.html").read_text()
     assert f"{100 * table.errors[0][1].value:.1f}" in page
-    assert "http" not in page
+    assert "https://" not in page
 
 
 def test_command_line(files, tmp_path, capsys):
