@@ -130,14 +130,14 @@ def test_what_cannot_be_measured_is_refused():
     model, _ = linear()
     x = inner_images(4, SHAPE)
     with pytest.raises(UserError, match="is a str: expected a torch.nn.Module"):
-        batch_jacobian("model", x)
+        batch_jacobian("lenet", x)
     with pytest.raises(UserError, match="divide by 255"):
         batch_jacobian(model, x * 255)
     with pytest.raises(UserError, match=r"expected logits \(N, K\)"):
         batch_jacobian(nn.Identity(), x)
     with pytest.raises(UserError, match="label maps"):
         stacked_gram(model, (x, torch.zeros(4, 3, 4, dtype=torch.long)))
-    with pytest.raises(UserError, match="labels reach from 9"):
+    with pytest.raises(UserError, match="labels reach from . to 9, but there are"):
         stacked_gram(model, (x, torch.full((4,), 9)))
     with pytest.raises(UserError, match="its Gram matrix 4107"):
         stacked_gram(LinearNet(torch.rand(2, 3, 37, 37)), (torch.rand(2, 3, 37, 37), torch.tensor([0, 1])))

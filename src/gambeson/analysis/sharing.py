@@ -14,6 +14,7 @@ from gambeson.analysis.jacobian import Spread, batch_jacobian, classes_of, frobe
 from gambeson.analysis.matrix_free import batches_of
 from gambeson.analysis.stacked import stacked_spectrum
 from gambeson.base import Config, UserError, generator
+from gambeson.base.checks import as_images
 from gambeson.threat import Norm
 from gambeson.victim import Source, Victim, as_victim
 
@@ -190,6 +191,7 @@ def diversity_gain(members: Sequence[nn.Module | Victim], images: torch.Tensor) 
     Raises:
         UserError: no members, or outputs of different shapes.
     """
+    images = as_images(images, floats=True)
     mean, size = None, torch.zeros(len(images), device=images.device, dtype=torch.float64)
     with as_victim(members) as average:
         for member in average.members:
