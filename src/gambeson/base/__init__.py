@@ -3,7 +3,7 @@
 from gambeson.base.config import Config, Number
 from gambeson.base.distributed import average, place, share_first, total
 from gambeson.base.environment import environment, full_precision, pick_device, repeatable
-from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, unknown_name
+from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, one_line, unknown_name
 from gambeson.base.files import (
     load_tensors,
     pixel_bytes,
@@ -34,6 +34,7 @@ __all__ = [
     "full_precision",
     "generator",
     "load_tensors",
+    "one_line",
     "open_run",
     "pick_device",
     "pixel_bytes",

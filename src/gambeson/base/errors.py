@@ -31,3 +31,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     near = near or difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}."
     return UserError(f"unknown {kind} {name!r}: {hint}")
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without its full stop, to quote it in another one."""
+    return " ".join(str(error).split("\n")[0].split()).rstrip(".") or type(error).__name__

@@ -16,7 +16,7 @@ from gambeson.models.black_box.base import BlackBox
 from gambeson.models.black_box.http import HttpModel
 from gambeson.models.black_box.local import FunctionModel, OnnxModel
 from gambeson.models.program import SUFFIX, load_program
-from gambeson.models.storage import init_weights
+from gambeson.models.storage import load_weights
 
 FUNCTION = "function:"
 _WEIGHTS = ".safetensors"
@@ -138,7 +138,7 @@ def _architecture(source: str, dataset: data.Dataset, device: str) -> nn.Module:
     with seeded(0, "model"):
         model = models.create(architecture, dataset)
     if weights is not None:
-        init_weights(model, weights)
+        load_weights(model, weights)
     elif drawn := getattr(model.body, "drawn", None):
         raise UserError(
             f"{architecture} has no weights for {', '.join(drawn[:3])}, which would be random: choose a model that is "
