@@ -12,8 +12,7 @@ from gambeson.attacks.losses import Loss
 from gambeson.base import UserError
 from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.threat import Ball, BoxGradient, perturb
-from gambeson.victim import Victim
-from gambeson.victim.averaged import AveragedVictim
+from gambeson.victim import AveragedVictim, Victim
 
 
 @dataclass

@@ -58,7 +58,7 @@ def _registry(kind: Kind) -> Any:
     elif kind is Kind.data:
         from gambeson.data.registry import SETS as REGISTRY
     elif kind is Kind.tasks:
-        from gambeson.tasks.registry import TASKS as REGISTRY
+        from gambeson.tasks.task import TASKS as REGISTRY
     else:
         from gambeson.auditing.diagnostics.base import LOOKS as REGISTRY
     return REGISTRY

@@ -38,7 +38,6 @@ def craft(
     from gambeson import attacks
     from gambeson.base import UserError, pick_device, user_code
     from gambeson.evaluation import load_model
-    from gambeson.victim import Victim
 
     settings: dict[str, Any] = {"eps": eps}
     put(settings, "norm", norm)
@@ -49,8 +48,7 @@ def craft(
         raise UserError(f"{out} exists: choose another --out, or remove it first")
     with progress(as_json) as console:
         subject = load_model(model, data, pick_device(device))
-        with Victim(subject.model, fast=True) as victim:
-            uap = method.craft(victim, subject.dataset, seed=seed)
+        uap = method.craft(subject.model, subject.dataset, seed=seed)
         uap.save(out)
     if as_json:
         print_json({"file": str(out), **uap.about.plain()})
@@ -79,7 +77,7 @@ def score(
     from gambeson.attacks import UniversalPerturbation
     from gambeson.base import UserError, pick_device
     from gambeson.evaluation import accuracy, control_rates, fooling_rate, load_model, universal_evasion
-    from gambeson.evaluation.universal import judged
+    from gambeson.victim import as_victim
 
     uap = UniversalPerturbation.load(file)
     with progress(as_json) as console:
@@ -96,7 +94,7 @@ def score(
             "UER": universal_evasion(subject.model, test, uap),
             "fooling rate": fooling_rate(subject.model, test, uap),
         }
-        with judged(subject.model, test) as victim:
+        with as_victim(subject.model) as victim:
             controls = control_rates(victim, test, uap.ball, seed)
     if as_json:
         found = {name: rate.plain() for name, rate in rates.items()}

@@ -11,12 +11,11 @@ import torch
 
 from gambeson.base.errors import UserError, unknown_name
 from gambeson.data import lazy
-from gambeson.data.conversion import as_images, as_labels, find_ignored
 from gambeson.data.lazy import LazySplit
 from gambeson.data.partition import partition
 from gambeson.data.split import Split
 from gambeson.data.torch_dataset import from_items
-from gambeson.tasks import of as task_of
+from gambeson.tasks.labels import as_pair, distinct, find_ignored
 
 PARTS = ("train", "validation", "test")
 Part = Literal["train", "validation", "test"]
@@ -161,10 +160,10 @@ def settled(data: Dataset) -> Dataset:
 
 def from_pair(images: Any, labels: Any, name: str) -> Split:
     """Build a split from a pair, with numbered classes and the usual ignore index of label maps."""
-    images, labels = as_images(images), as_labels(labels)
+    images, labels, task = as_pair(images, labels)
     if len(images) == 0:
         raise UserError("the pair (images, labels) is empty: expected one image at the least")
-    ignored = None if task_of(labels).per_image_label else find_ignored(labels.unique())
+    ignored = None if task.per_image_label else find_ignored(distinct(labels))
     return Split(name, images, labels, None, ignored)
 
 

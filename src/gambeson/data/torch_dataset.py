@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from gambeson.base.checks import as_tensor
 from gambeson.base.errors import UserError
-from gambeson.data.conversion import class_names, find_ignored
 from gambeson.data.lazy import LazySplit, settle
 from gambeson.data.split import Batch, Split
+from gambeson.tasks.labels import as_labels, class_names, find_ignored, is_mask
 
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)
 """Exceptions of PIL for a file that is not an image, is truncated, or would fill the memory."""
@@ -26,10 +27,11 @@ class Items:
     Args:
         source: a map-style Dataset; its items are (PIL image, array or tensor, label or label map).
         size: images and maps are resized (shorter side) and centre-cropped to this square; None keeps them.
+        masks: whether label maps are masks of 0 and 255, which are read as 0 and 1.
     """
 
-    def __init__(self, source: Any, size: int | None) -> None:
-        self.source, self.size = source, size
+    def __init__(self, source: Any, size: int | None, masks: bool = False) -> None:
+        self.source, self.size, self.masks = source, size, masks
 
     def __call__(self, number: int) -> Batch:
         """Load one item."""
@@ -41,8 +43,10 @@ class Items:
             ) from None
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise UserError(f"item {number} of the data set is a {type(item).__name__}: expected a pair (image, label)")
-        image, label = image_tensor(item[0]), label_tensor(item[1])
-        return fit(image, self.size), fit(label, self.size, nearest=True) if label.ndim == 2 else label
+        image, label = image_tensor(item[0]), as_labels(as_tensor(item[1], "an item's labels")[None])[0]
+        if label.ndim:
+            label = fit(label.clamp(max=1) if self.masks else label, self.size, nearest=True)
+        return fit(image, self.size), label
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ def from_items(source: Any, size: int | None, name: str, workers: int | None = N
         UserError: as :func:`survey`; or items of different shapes.
     """
     found = survey(source, size)
+    if found.labels is None and is_mask(found.values):
+        found = replace(found, fetch=Items(source, size, masks=True), values=torch.arange(2))
     ignored = find_ignored(found.values) if found.labels is None else None
     classes = class_names(found.values, ignored)
     if len(found.names) >= len(classes):
@@ -132,18 +138,6 @@ def pil_tensor(image: Image.Image, *, grey: bool) -> torch.Tensor:
     return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()
 
 
-def label_tensor(label: Any) -> torch.Tensor:
-    """Return one label as an int64 () or a label map as an int64 (H, W)."""
-    value = torch.as_tensor(np.array(label)) if not isinstance(label, torch.Tensor) else label
-    if value.ndim == 3 and value.shape[0] == 1:
-        value = value[0]
-    if value.ndim not in (0, 2) or value.is_floating_point() or value.dtype == torch.bool:
-        raise UserError(
-            f"an item's label is {value.dtype} of shape {tuple(value.shape)}: expected an integer or a map (H, W)"
-        )
-    return value.to(torch.int64)
-
-
 def fit(image: torch.Tensor, size: int | None, *, nearest: bool = False) -> torch.Tensor:
     """Resize the shorter side to ``size`` pixels and centre-crop to a square; None changes nothing."""
     if size is None or tuple(image.shape[-2:]) == (size, size):
@@ -169,19 +163,22 @@ def _targets(source: Any, fetch: Items, name: str) -> torch.Tensor | None:
     try:
         if isinstance(targets[0], tuple):  # (file, label)
             targets = [label for _, label in targets]
-        labels = torch.as_tensor(np.asarray(targets))
+        labels = as_labels(targets)
     except (TypeError, ValueError, LookupError):
         return None
-    if labels.shape != (len(source),) or labels.is_floating_point() or labels.dtype == torch.bool:
-        return None
-    labels = labels.to(torch.int64)
-    return labels if all(torch.equal(fetch(at)[1], labels[at]) for at in (0, len(source) - 1)) else None
+    return (
+        labels
+        if labels.shape == (len(source),) and all(torch.equal(fetch(at)[1], labels[at]) for at in (0, len(source) - 1))
+        else None
+    )
 
 
 def _read_labels(fetch: Items, count: int) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Read every item once for its label; return the labels, or None for maps, and their distinct values."""
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         found = list(pool.map(lambda number: _brief(fetch(number)[1]), range(count)))
+    if len({entry.ndim for entry in found}) > 1:
+        raise UserError("some items have one label and others a label map: expected one form in all")
     values = torch.cat([entry.flatten() for entry in found]).unique()
     return (None if found[0].ndim else torch.stack(found)), values
 

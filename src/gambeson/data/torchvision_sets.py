@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from gambeson.base.errors import UserError, unknown_name
-from gambeson.data.conversion import class_names
 from gambeson.data.dataset import Dataset, complete, cut, settled
 from gambeson.data.folder import SHARE, SIZE
 from gambeson.data.sources import torchvision_sets
 from gambeson.data.split import Split
 from gambeson.data.torch_dataset import Survey, survey
+from gambeson.tasks.labels import class_names
 
 MOST = 5000
 """Maximum number of images of a split cut from train, as for the named sets (ours)."""

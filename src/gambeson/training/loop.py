@@ -118,6 +118,12 @@ class Run:
         self.share = recipe.batch_size // processes
         defense.check(self.share)
         defense.configure_model(model)
+        images, labels = self.train.take(slice(0, 8), self.device)
+        with Victim(model) as victim:
+            shape = victim.inspect(images).shape
+        self.train.task.check_logits(shape, labels)
+        for split in (self.train, data.validation):
+            split.check_classes(shape[1])
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)
         self.steps = len(self.train) // recipe.batch_size

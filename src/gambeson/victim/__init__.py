@@ -1,5 +1,6 @@
 """Models under attack: frozen, counted and restored; averages over models and samples; scoring."""
 
+from gambeson.victim.averaged import EOT_SAMPLES, Average, AveragedVictim, ModelAverage, Source, as_victim
 from gambeson.victim.bn_folding import FoldedModel, fold_batchnorms
 from gambeson.victim.inspect import ModelTraits, inspect_model
 from gambeson.victim.scoring import (
@@ -21,13 +22,19 @@ from gambeson.victim.victim import BatchNormMode, FastPath, Precision, Victim, f
 __all__ = [
     "ABSTAIN",
     "DEFAULT_VOTES",
+    "EOT_SAMPLES",
+    "Average",
+    "AveragedVictim",
     "BatchNormMode",
     "FastPath",
     "FoldedModel",
+    "ModelAverage",
     "ModelTraits",
     "Precision",
     "Score",
+    "Source",
     "Victim",
+    "as_victim",
     "auto_batch_size",
     "fold_batchnorms",
     "frozen",

@@ -1,7 +1,8 @@
-"""Inspection of models: where the logits are in an output, and whether a model is random or returns probabilities."""
+"""Inspection of models: where the logits are in an output, their shape, and whether they are logits at all."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,19 @@ def logits_of(output: Any) -> torch.Tensor:
     return found
 
 
+_SAME_VALUES = re.compile("View|Squeeze|Unsqueeze|Clone|Alias|Permute|Transpose|Reshape|ToCopy|Slice|Select|Cat|Stack")
+"""Operations whose results are values of their inputs, as autograd calls them."""
+
+
+def ends_with_sigmoid(model: nn.Module, images: torch.Tensor) -> bool:
+    """Tell whether the last thing a model computes is a sigmoid, by its graph."""
+    with torch.enable_grad():
+        node = logits_of(model(images.detach().clone().requires_grad_())).grad_fn
+    while node is not None and _SAME_VALUES.match(node.name()):
+        node = node.next_functions[0][0]
+    return node is not None and node.name().startswith("SigmoidBackward")
+
+
 CALLS = 5
 """Number of calls with the same images that must agree."""
 _FEW = 8
@@ -50,6 +64,10 @@ _FEW = 8
 class ModelTraits:
     """Traits of a model, found by :func:`inspect_model`."""
 
+    shape: tuple[int, ...]
+    """Of the logits, (N, K) or (N, K, H, W), for the few images that were looked at."""
+    size: tuple[int, ...]
+    """Height and width of these images."""
     gap: float
     """Largest difference between the logits of two calls with the same images; above zero the model is random."""
     shared: bool
@@ -59,6 +77,8 @@ class ModelTraits:
     """The model modifies its input."""
     probabilities: bool
     """Every row lies in [0, 1] and sums to 1."""
+    sigmoids: bool
+    """The outputs are sigmoids, one per class."""
 
     @property
     def stochastic(self) -> bool:
@@ -78,12 +98,18 @@ def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
         images: (N, C, H, W) in [0, 1]; the first few are used.
 
     Raises:
-        UserError: the output does not have one row per image.
+        UserError: the output does not have one row per image, or one score only.
     """
     few = images[:_FEW].detach()
     with seeded(0, "look"):
         given = few.clone()
         first = logits_of(model(given))
+        if len(first) == len(few) and (first.ndim == 1 or first.shape[1] == 1 or first.shape[1:] == few.shape[2:]):
+            raise UserError(
+                f"the model was given {len(few)} images and returned shape {tuple(first.shape)}, one score for two "
+                "classes: expected logits (N, K) or (N, K, H, W) with K of at least 2; wrap it with "
+                "gb.models.as_logits(model, 'one-logit'), or with 'sigmoid' where the score is a probability"
+            )
         if first.ndim not in (2, 4) or len(first) != len(few):
             raise UserError(
                 f"the model was given {len(few)} images and returned shape {tuple(first.shape)}: expected logits "
@@ -97,6 +123,17 @@ def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
             gap = float((first - again).abs().nan_to_num(0.0, 0.0).max())
         one, other = logits_of(model(few[:1].repeat(2, 1, 1, 1)))[:2]
         shared = gap > 0 and torch.equal(one, other)
-    total = first.sum(1)
-    probabilities = bool((first >= 0).all() and (first <= 1).all() and ((total - 1).abs() < 1e-3).all())
-    return ModelTraits(gap=gap, shared=shared, writes=writes, probabilities=probabilities)
+        inside = bool((first >= 0).all() and (first <= 1).all())
+        probabilities = inside and bool(((first.sum(1) - 1).abs() < 1e-3).all())
+        # A black box has no parameters, and no graph to look at.
+        trainable = inside and not probabilities and any(True for _ in model.parameters())
+        sigmoids = trainable and ends_with_sigmoid(model, few)
+    return ModelTraits(
+        shape=tuple(first.shape),
+        size=tuple(few.shape[2:]),
+        gap=gap,
+        shared=shared,
+        writes=writes,
+        probabilities=probabilities,
+        sigmoids=sigmoids,
+    )

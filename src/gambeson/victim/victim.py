@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
@@ -93,8 +93,11 @@ class Victim:
         traits: what :meth:`inspect` saw; None before.
         votes: how often the model is asked where it is scored; the majority is its answer. None: once, and a random
             model :data:`gambeson.victim.DEFAULT_VOTES` times.
-        temperature: what the logits that attacks climb are divided by; 1 leaves them as they are. It changes no answer.
+        members: the models of a :class:`gambeson.victim.ModelAverage`; none of a single model.
+        temperature: what the logits that attacks see are divided by; 1 leaves them as they are. It changes no answer.
     """
+
+    members: Sequence[Victim] = ()
 
     def __init__(self, model: nn.Module, *, fast: bool | FastPath = False, batch_norm: BatchNormMode = "eval") -> None:
         self.model = model
@@ -137,15 +140,16 @@ class Victim:
             scores: whether probabilities are acceptable.
 
         Raises:
-            UserError: the model returns probabilities, or no logits.
+            UserError: the model returns probabilities, one score for two classes, or no logits.
         """
-        if self.traits is None:
+        if self.traits is None or self.traits.size != images.shape[2:]:
             self._check_input(images)
             self.traits = inspect_model(self.model, images)
-        if self.traits.probabilities and not scores:
+        if (self.traits.probabilities or self.traits.sigmoids) and not scores:
+            what, name = ("and sum to 1", "probabilities") if self.traits.probabilities else ("by a sigmoid", "sigmoid")
             raise UserError(
-                "the model's outputs lie in [0, 1] and sum to 1: expected logits, as probabilities have no gradient "
-                "where the model is confident; wrap it with gb.models.as_logits(model, 'probabilities')"
+                f"the model's outputs lie in [0, 1] {what}: expected logits, as probabilities have no gradient "
+                f"where the model is confident; wrap it with gb.models.as_logits(model, {name!r})"
             )
         return self.traits
 

@@ -14,12 +14,10 @@ from pydantic import Field, field_validator, model_validator
 from gambeson.attacks.losses import Loss, LossName
 from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
 from gambeson.base import Config, Number, UserError, seeded
-from gambeson.base.checks import check_batch
-from gambeson.tasks import Task
+from gambeson.tasks import Task, as_pair
 from gambeson.tasks import of as task_of
 from gambeson.threat import Ball, Eps, Norm, perturb
-from gambeson.victim import Victim
-from gambeson.victim.averaged import Average, Source, drawn, opened
+from gambeson.victim import Average, Source, Victim, as_victim
 
 
 class Diversity(Config):
@@ -339,12 +337,16 @@ class GradientAttack(Config):
             UserError: images outside [0, 1], or a model and images that do not fit.
             NonFiniteGradientError: a gradient is NaN or infinite; its ``found`` holds the images found so far.
         """
-        images = check_batch(x, y)
+        images, labels, task = as_pair(x, y, task, floats=True)
         if len(images) == 0:
             return images.clone()
-        with opened(model, self.average) as given, seeded(seed, "noise"):
-            victim = drawn(given, images.float(), self.eot_samples)
-            return self.perturb_batch(victim, images, y, seed=seed, task=task)
+        with (
+            as_victim(
+                model, images.float(), labels, task, fast=True, average=self.average, eot_samples=self.eot_samples
+            ) as victim,
+            seeded(seed, "noise"),
+        ):
+            return self.perturb_batch(victim, images, labels, seed=seed, task=task)
 
     def perturb_batch(
         self,
