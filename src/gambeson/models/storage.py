@@ -141,6 +141,10 @@ def load_weights(model: nn.Module, path: Path | Weights, key: str | None = None)
             f"{weights.path}: {_listed('left out, as the model has no such part:', list(others))}", stacklevel=2
         )
     part.load_state_dict(own | values)
+    if isinstance(model, PixelModel) and part is model:  # the card tells the normalisation that came with the weights
+        read = {key: tuple(getattr(model.normalize, key).flatten().tolist()) for key in ("mean", "std")}
+        if any(abs(a - b) > 1e-6 for key in read for a, b in zip(read[key], getattr(model.card, key), strict=True)):
+            model.card = model.card.model_copy(update=read)
 
 
 def read_weights(path: Path) -> Weights:
