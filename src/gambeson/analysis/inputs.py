@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gambeson.base import UserError
+from gambeson.base import UserError, autograd_limits, twice_differentiable
 from gambeson.data import Split, as_split
 from gambeson.tasks import CLASSIFICATION
 from gambeson.victim import Source, Victim, as_victim
@@ -22,9 +22,9 @@ def answer(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     Raises:
         UserError: the model does not return one row of logits per image.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), twice_differentiable(victim.model):
         point = images.detach().clone().requires_grad_()
-        logits = victim.forward_original(point)
+        logits = victim.forward_original(point).to(images.dtype)
     if logits.ndim != 2 or len(logits) != len(images):
         raise UserError(
             f"the model answers with shape {tuple(logits.shape)} for {len(images)} images: Jacobians are taken of "
@@ -51,7 +51,8 @@ def pull(
     victim.backwards += len(point)
     if not value.requires_grad:
         return torch.zeros_like(point)
-    (gradient,) = torch.autograd.grad(value, point, cotangent, retain_graph=keep, materialize_grads=True)
+    with autograd_limits():
+        (gradient,) = torch.autograd.grad(value, point, cotangent, retain_graph=keep, materialize_grads=True)
     return gradient.detach()
 
 

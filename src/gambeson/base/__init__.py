@@ -2,8 +2,15 @@
 
 from gambeson.base.config import Config, Number
 from gambeson.base.distributed import average, place, share_first, total
-from gambeson.base.environment import environment, full_precision, pick_device, repeatable
-from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, one_line, unknown_name
+from gambeson.base.environment import (
+    default_dtype,
+    environment,
+    full_precision,
+    pick_device,
+    repeatable,
+    twice_differentiable,
+)
+from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, autograd_limits, one_line, unknown_name
 from gambeson.base.files import (
     load_tensors,
     pixel_bytes,
@@ -27,8 +34,10 @@ __all__ = [
     "Registry",
     "UnknownSetting",
     "UserError",
+    "autograd_limits",
     "average",
     "close_run",
+    "default_dtype",
     "derive",
     "environment",
     "full_precision",
@@ -48,6 +57,7 @@ __all__ = [
     "show_progress",
     "task",
     "total",
+    "twice_differentiable",
     "unknown_name",
     "write_bytes",
     "write_json",

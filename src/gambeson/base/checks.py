@@ -76,7 +76,7 @@ def as_images(images: Any, *, floats: bool = False) -> torch.Tensor:
         raise UserError(f"images are {images.dtype}: expected floats in [0, 1]; pass {how}")
     if images.numel() == 0:
         return images
-    low, high = (float(bound) for bound in torch.aminmax(images))
+    low, high = torch.stack(torch.aminmax(images)).tolist()
     if not (low > -float("inf") and high < float("inf")):
         bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten()
         raise UserError(f"{len(bad)} images hold NaN or infinite pixels, the first at index {int(bad[0])}: remove them")

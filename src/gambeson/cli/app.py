@@ -6,6 +6,8 @@ No file of this package imports the library, and hence torch, before a command r
 from __future__ import annotations
 
 import sys
+import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -61,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command line; return its exit code."""
+    warnings.formatwarning = _plain_warning
     try:
         app(args=arguments, prog_name="gambeson")
     except SystemExit as end:
@@ -71,3 +74,12 @@ def run(arguments: list[str]) -> int:
         typer.echo(f"error: {error}", err=True)
         return MISTAKE
     return 0
+
+
+def _plain_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Format the library's own warnings as sentences, without the line of code."""
+    if Path(filename).is_relative_to(Path(gb.__file__).parent):
+        return f"warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"

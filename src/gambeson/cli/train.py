@@ -52,6 +52,7 @@ def train(
     """
     from gambeson.base import UserError, user_code
     from gambeson.data import load
+    from gambeson.models.loading import input_shape
     from gambeson.training import TrainRun, plan_training, run_training
 
     flags: dict[str, Any] = {
@@ -74,7 +75,7 @@ def train(
         missing = " and ".join(f"--{name}" for name in ("data", "model") if name not in settings)
         raise UserError(f"{missing} must be given: name one, for example --data fashion-mnist --model lenet")
     with progress(as_json) as console:
-        dataset = load(settings["data"])
+        dataset = load(settings["data"], input_shape=input_shape(settings["model"]))
         _default_eps(settings["defense"], dataset)
         run = TrainRun(**settings)
         name = user_code.short(settings["defense"]["name"])

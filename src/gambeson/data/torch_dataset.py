@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from gambeson.base.checks import as_tensor
 from gambeson.base.errors import UserError
 from gambeson.data.lazy import LazySplit, settle
+from gambeson.data.pictures import DAMAGED, Decoder, fit
 from gambeson.data.split import Batch, Split
 from gambeson.tasks.labels import as_labels, class_names, find_ignored, is_mask
-
-UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)
-"""Exceptions of PIL for a file that is not an image, is truncated, or would fill the memory."""
 
 
 class Items:
@@ -26,27 +24,39 @@ class Items:
 
     Args:
         source: a map-style Dataset; its items are (PIL image, array or tensor, label or label map).
-        size: images and maps are resized (shorter side) and centre-cropped to this square; None keeps them.
+        decode: turns PIL images into tensors; images and maps get its size.
         masks: whether label maps are masks of 0 and 255, which are read as 0 and 1.
     """
 
-    def __init__(self, source: Any, size: int | None, masks: bool = False) -> None:
-        self.source, self.size, self.masks = source, size, masks
+    def __init__(self, source: Any, decode: Decoder, masks: bool = False) -> None:
+        self.source, self.decode, self.masks = source, decode, masks
 
     def __call__(self, number: int) -> Batch:
         """Load one item."""
         try:
             item = self.source[number]
-        except UNREADABLE as error:
+        except DAMAGED as error:
             raise UserError(
                 f"item {number} of the data set cannot be read ({error}): replace or remove its file"
             ) from None
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise UserError(f"item {number} of the data set is a {type(item).__name__}: expected a pair (image, label)")
-        image, label = image_tensor(item[0]), as_labels(as_tensor(item[1], "an item's labels")[None])[0]
+        image = self._image(item[0], f"item {number}")
+        label = as_labels(as_tensor(item[1], "an item's labels")[None])[0]
         if label.ndim:
-            label = fit(label.clamp(max=1) if self.masks else label, self.size, nearest=True)
-        return fit(image, self.size), label
+            label = fit(label.clamp(max=1) if self.masks else label, self.decode.size, nearest=True)
+        return fit(image, self.decode.size), label
+
+    def _image(self, image: Any, what: str) -> torch.Tensor:
+        """Return one image as (C, H, W), uint8 or float."""
+        if isinstance(image, Image.Image):
+            return self.decode(image, what)
+        if isinstance(image, np.ndarray):
+            image = torch.from_numpy(image.copy())
+        if not isinstance(image, torch.Tensor) or image.ndim not in (2, 3):
+            shape = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+            raise UserError(f"an item's image is {shape}: expected a PIL image or a tensor (C, H, W)")
+        return image if image.ndim == 3 else image[None]
 
 
 @dataclass(frozen=True)
@@ -68,14 +78,12 @@ class Survey:
         return LazySplit(name, self.fetch, labels, classes, ignore_index, workers)
 
 
-def survey(
-    source: Any, size: int | None, kept: tuple[str, ...] = ("targets",), classes: tuple[str, ...] = ()
-) -> Survey:
+def survey(source: Any, decode: Decoder, kept: tuple[str, ...] = ("targets",), classes: tuple[str, ...] = ()) -> Survey:
     """Inspect a torch Dataset; all items are read if it does not store their labels.
 
     Args:
         source: a map-style Dataset.
-        size: as for :class:`Items`.
+        decode: as for :class:`Items`.
         kept: names of attributes that may store all labels.
         classes: class names, if known, so that label maps need not be read.
 
@@ -88,7 +96,7 @@ def survey(
         raise UserError("the torch Dataset has no length: expected a map-style data set, not a stream") from None
     if count == 0:
         raise UserError("the torch Dataset is empty: expected one image at the least")
-    fetch = Items(source, size)
+    fetch = Items(source, decode)
     _, first = fetch(0)
     labels = next((found for name in kept if (found := _targets(source, fetch, name)) is not None), None)
     if labels is not None:
@@ -102,53 +110,20 @@ def survey(
     return Survey(fetch, count, labels, values, tuple(names))
 
 
-def from_items(source: Any, size: int | None, name: str, workers: int | None = None) -> Split:
+def from_items(source: Any, decode: Decoder, name: str, workers: int | None = None) -> Split:
     """Build a split from a torch Dataset; several threads or processes read its items, which must be deterministic.
 
     Raises:
         UserError: as :func:`survey`; or items of different shapes.
     """
-    found = survey(source, size)
+    found = survey(source, decode)
     if found.labels is None and is_mask(found.values):
-        found = replace(found, fetch=Items(source, size, masks=True), values=torch.arange(2))
+        found = replace(found, fetch=Items(source, decode, masks=True), values=torch.arange(2))
     ignored = find_ignored(found.values) if found.labels is None else None
     classes = class_names(found.values, ignored)
     if len(found.names) >= len(classes):
         classes = found.names
     return settle(found.split(name, classes, ignored, workers))
-
-
-def image_tensor(image: Any) -> torch.Tensor:
-    """Return one image as (C, H, W), uint8 or float: grey PIL images get one channel, all others three."""
-    if isinstance(image, Image.Image):
-        return pil_tensor(image, grey=image.mode in ("1", "L") or image.mode.startswith("I"))
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(image.copy())
-    if not isinstance(image, torch.Tensor) or image.ndim not in (2, 3):
-        what = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
-        raise UserError(f"an item's image is {what}: expected a PIL image or a tensor (C, H, W)")
-    return image if image.ndim == 3 else image[None]
-
-
-def pil_tensor(image: Image.Image, *, grey: bool) -> torch.Tensor:
-    """Return a PIL image as uint8 (1, H, W) or (3, H, W); 16-bit grey images keep their upper 8 bits."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    pixels = torch.from_numpy(np.array(image.convert("L" if grey else "RGB")))
-    return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()
-
-
-def fit(image: torch.Tensor, size: int | None, *, nearest: bool = False) -> torch.Tensor:
-    """Resize the shorter side to ``size`` pixels and centre-crop to a square; None changes nothing."""
-    if size is None or tuple(image.shape[-2:]) == (size, size):
-        return image
-    from torchvision.transforms.v2 import InterpolationMode, functional
-
-    how = InterpolationMode.NEAREST_EXACT if nearest else InterpolationMode.BILINEAR
-    planes = image[None] if nearest else image
-    planes = functional.resize(planes, [size], interpolation=how, antialias=not nearest)
-    planes = functional.center_crop(planes, [size, size])
-    return planes[0] if nearest else planes
 
 
 def _spelt(name: Any) -> str:

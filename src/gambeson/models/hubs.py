@@ -195,8 +195,8 @@ def _timm(name: str, in_channels: int, classes: int, image_size: tuple[int, int]
         ) from None
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         raise UserError(
-            f"{name} cannot be built for {in_channels} channels of {image_size[0]}x{image_size[1]} ({one_line(error)}): "
-            "choose another architecture or other images"
+            f"{name} cannot be built for {in_channels} channels of {image_size[0]}x{image_size[1]} ({one_line(error)}):"
+            " choose another architecture or other images"
         ) from None
     return body
 

@@ -16,8 +16,8 @@ from gambeson.models import external, hubs, registry, torchvision_nets
 from gambeson.models.black_box.base import BlackBox
 from gambeson.models.black_box.http import HttpModel, HttpSettings
 from gambeson.models.black_box.local import FunctionModel, OnnxModel
-from gambeson.models.program import SUFFIX, load_onnx, load_program
-from gambeson.models.storage import ENDINGS, read_weights
+from gambeson.models.program import SUFFIX, load_onnx, load_program, read_program
+from gambeson.models.storage import ENDINGS, read_card, read_weights
 
 FUNCTION = "function:"
 _SERVER = ("http://", "https://")
@@ -90,7 +90,7 @@ def load_model(
         raise UserError(f"{source} is no server: leave the settings of HTTP out")
     if gradients is not None and load is _black_box:
         raise no_gradient(gradients, source)
-    dataset = data.load(name) if dataset is None else dataset
+    dataset = data.load(name, input_shape=input_shape(source)) if dataset is None else dataset
     if load is _black_box:
         model = _black_box(source, dataset, budget, http)
     elif load is _onnx:
@@ -115,6 +115,28 @@ def no_gradient(what: str, model: str) -> UserError:
         f"{what} needs gradients, and {model} is a black box, which has none: choose a query, procedural or transfer "
         "attack, such as square or perlin"
     )
+
+
+def input_shape(source: str) -> data.Shape:
+    """Return the channels, height and width that a model takes, None where it takes any or does not say.
+
+    Args:
+        source: as in :func:`load_model`; image folders are read for this shape.
+
+    Raises:
+        UserError: the file is damaged, or the architecture's name is wrong.
+    """
+    load, known = _loader(source), dict[str, Any]()
+    if load is _stored:
+        known = read_card(Path(source)).plain()
+    elif load is _architecture:
+        name = external.canonical(_parted(source)[0])
+        tables = external.defaults if external.is_external(name) else torchvision_nets.weights_defaults
+        known = tables(name) if external.is_external(name) or name.startswith(torchvision_nets.PREFIX) else {}
+    elif load is _program or load is _onnx:
+        return read_program(Path(source)).shape if load is _program else OnnxModel(source).input.image
+    height, width = known.get("image_size") or (None, None)
+    return known.get("in_channels"), height, width
 
 
 def _loader(source: str) -> Any:

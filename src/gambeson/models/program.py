@@ -17,6 +17,7 @@ from torch import nn
 from torch.export.passes import move_to_device_pass
 
 from gambeson.base import UserError, generator, one_line
+from gambeson.data import Shape
 from gambeson.models.black_box.local import OnnxModel
 from gambeson.models.external import tried
 from gambeson.models.hubs import required
@@ -33,25 +34,49 @@ class Program(nn.Module):
     Attributes:
         graph: the graph.
         batch: its fixed batch size, in which it is run, the last one padded; None: any.
+        shape: (C, H, W) of an image, with None for a dynamic size.
         take: what pixels pass through first.
     """
 
     def __init__(
-        self, graph: nn.Module, batch: int | None, take: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self,
+        graph: nn.Module,
+        batch: int | None,
+        shape: Shape,
+        take: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.graph, self.batch, self.take = graph, batch, take
+        self.graph, self.batch, self.shape, self.take = graph, batch, shape, take or nn.Identity()
 
     def forward(self, pixels: torch.Tensor) -> Any:
         """Return the graph's output; for a fixed batch size in pieces."""
         if self.batch is None or len(pixels) == self.batch:
-            return self._run(pixels)
+            return self.graph(self.take(pixels))
         missing = math.ceil(len(pixels) / self.batch) * self.batch - len(pixels)
         padded = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
-        return torch.cat([self._run(piece) for piece in padded.split(self.batch)])[: len(pixels)]
+        return torch.cat([self.graph(self.take(piece)) for piece in padded.split(self.batch)])[: len(pixels)]
 
-    def _run(self, pixels: torch.Tensor) -> Any:
-        return self.graph(pixels if self.take is None else self.take(pixels))
+
+def read_program(path: Path, device: str = "cpu") -> Program:
+    """Read a program, see :func:`load_program`, whatever images it takes.
+
+    Raises:
+        UserError: no such program.
+    """
+    try:
+        program = torch.export.load(io.BytesIO(_without_pickles(path)))
+        batch, shape = _input_of(program)
+        graph = (move_to_device_pass(program, device) if device != "cpu" else program).module()
+    except UserError:
+        raise
+    except Exception as error:  # torch raises many types of errors for unreadable files
+        raise UserError(
+            f"{path} cannot be read by torch {torch.__version__} ({type(error).__name__}: {one_line(error)}): export "
+            "the model again, with this version of torch"
+        ) from None
+    for method in ("train", "eval"):  # torch.export makes these two raise
+        graph.__dict__.pop(method, None)
+    return Program(graph, batch, shape)
 
 
 def load_program(path: Path, in_channels: int, classes: int, image_size: tuple[int, int], device: str) -> PixelModel:
@@ -70,26 +95,14 @@ def load_program(path: Path, in_channels: int, classes: int, image_size: tuple[i
     Raises:
         UserError: no such program, or it does not accept these images or return such logits.
     """
-    try:
-        program = torch.export.load(io.BytesIO(_without_pickles(path)))
-        batch, shape = _input_of(program)
-        graph = (move_to_device_pass(program, device) if device != "cpu" else program).module()
-    except UserError:
-        raise
-    except Exception as error:  # torch raises many types of errors for unreadable files
-        raise UserError(
-            f"{path} cannot be read by torch {torch.__version__} ({type(error).__name__}: {one_line(error)}): export the "
-            "model again, with this version of torch"
-        ) from None
+    program = read_program(path, device)
     wanted = (in_channels, *image_size)
-    if any(known not in (None, size) for known, size in zip(shape, wanted, strict=True)):
-        sides = "x".join("any" if side is None else str(side) for side in shape)
+    if any(known not in (None, size) for known, size in zip(program.shape, wanted, strict=True)):
+        sides = "x".join("any" if side is None else str(side) for side in program.shape)
         raise UserError(
             f"{path} takes images of {sides}, but the data have {'x'.join(map(str, wanted))}: choose data that fit it"
         )
-    for method in ("train", "eval"):  # torch.export makes these two raise
-        graph.__dict__.pop(method, None)
-    return _model(path, Program(graph, batch), in_channels, classes, image_size)
+    return _model(path, program, in_channels, classes, image_size)
 
 
 def load_onnx(path: Path, in_channels: int, classes: int, image_size: tuple[int, int], device: str) -> PixelModel:
@@ -124,7 +137,9 @@ def load_onnx(path: Path, in_channels: int, classes: int, image_size: tuple[int,
     with torch.no_grad():
         right = runtime(images)
     half, certain = entry.dtype == torch.float16, runtime.output == "probabilities"
-    program: nn.Module = Program(graph, entry.batch, (lambda pixels: entry(pixels).float()) if half else entry)
+    program: nn.Module = Program(
+        graph, entry.batch, entry.image, (lambda pixels: entry(pixels).float()) if half else entry
+    )
     model = _model(path, as_logits(program) if certain else program, in_channels, classes, image_size)
     logits = model(images.requires_grad_())
     if not logits.requires_grad or not bool(torch.autograd.grad(logits.sum(), images, retain_graph=True)[0].any()):
@@ -199,7 +214,7 @@ def _model(path: Path, program: nn.Module, in_channels: int, classes: int, image
     return PixelModel(card, tried(str(path), program, in_channels, classes, image_size)).eval()
 
 
-def _input_of(program: torch.export.ExportedProgram) -> tuple[int | None, tuple[int | None, ...]]:
+def _input_of(program: torch.export.ExportedProgram) -> tuple[int | None, Shape]:
     names = program.graph_signature.user_inputs
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     values = [nodes[str(name)].meta["val"] for name in names if str(name) in nodes]
@@ -209,7 +224,7 @@ def _input_of(program: torch.export.ExportedProgram) -> tuple[int | None, tuple[
             "takes the images alone"
         )
     sides = [side if isinstance(side, int) else None for side in values[0].shape]
-    return sides[0], tuple(sides[1:])
+    return sides[0], (sides[1], sides[2], sides[3])
 
 
 def _without_pickles(path: Path) -> bytes:

@@ -76,18 +76,7 @@ def load(path: Path) -> PixelModel:
         UserError: the file is missing or truncated, has no card, or its weights do not fit it.
     """
     weights = read_weights(path)
-    path, tensors = weights.path, weights.groups.get("", {})
-    if "card" not in weights.document:
-        raise UserError(
-            f"{path} holds weights but no model card: name its architecture too, as in torchvision:resnet18@{path} or "
-            f"FILE.py:FUNCTION@{path}, or in Python fill a model of yours with models.load_weights"
-        )
-    try:
-        card = ModelCard(**weights.document["card"])
-    except (TypeError, UserError) as error:
-        raise UserError(
-            f"the model card of {path} cannot be read ({error}): use the version of gambeson that wrote it"
-        ) from None
+    path, tensors, card = weights.path, weights.groups.get("", {}), _card(weights)
     with seeded(0, "load"):  # these weights are replaced, and the caller's generator must not advance
         model = build(card, pretrained=False)
     kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
@@ -97,6 +86,30 @@ def load(path: Path) -> PixelModel:
         raise UserError(f"the weights of {path} do not fit its own card ({card.name}): {faults}; copy the file again")
     model.load_state_dict(tensors)
     return model.eval()
+
+
+def read_card(path: Path) -> ModelCard:
+    """Read the card of a model written by :func:`save`.
+
+    Raises:
+        UserError: as :func:`load`.
+    """
+    return _card(read_weights(path))
+
+
+def _card(weights: Weights) -> ModelCard:
+    path = weights.path
+    if "card" not in weights.document:
+        raise UserError(
+            f"{path} holds weights but no model card: name its architecture too, as in torchvision:resnet18@{path} or "
+            f"FILE.py:FUNCTION@{path}, or in Python fill a model of yours with models.load_weights"
+        )
+    try:
+        return ModelCard(**weights.document["card"])
+    except (TypeError, UserError) as error:
+        raise UserError(
+            f"the model card of {path} cannot be read ({error}): use the version of gambeson that wrote it"
+        ) from None
 
 
 def load_weights(model: nn.Module, path: Path | Weights, key: str | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import time
@@ -17,10 +16,12 @@ from gambeson import data, models
 from gambeson.base import Config, close_run, derive, environment, open_run, seeded, user_code
 from gambeson.data import Dataset
 from gambeson.defenses import AnyDefense, Defense, Standard, name_of
+from gambeson.models.loading import input_shape
 from gambeson.models.storage import load_weights
 from gambeson.training.batches import Epoch, member_seeds
 from gambeson.training.loop import Run, train
 from gambeson.training.recipe import Recipe
+from gambeson.victim import copied
 
 _WARM_UP, _TIMED = 2, 5
 
@@ -61,7 +62,7 @@ def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed
         seed: of the run.
     """
     runs = [
-        Run(copy.deepcopy(model), data, one, recipe.model_copy(update={"track": "none"}), seed, None)
+        Run(copied(model), data, one, recipe.model_copy(update={"track": "none"}), seed, None)
         for one in (defense, Standard())
     ]
     ours = runs[0]
@@ -148,7 +149,7 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
     Raises:
         UserError: the folder holds another run, or a name is unknown.
     """
-    dataset = data.load(run.data) if dataset is None else dataset
+    dataset = data.load(run.data, input_shape=input_shape(run.model)) if dataset is None else dataset
     model = _model(run, dataset)
     run.defense.check(run.recipe.batch_size)
     if open_run(out, run, environment(run.device)):
@@ -172,7 +173,7 @@ def plan_training(run: TrainRun, dataset: data.Dataset | None = None) -> Trainin
 
     Source models that would be trained first are used untrained.
     """
-    dataset = data.load(run.data) if dataset is None else dataset
+    dataset = data.load(run.data, input_shape=input_shape(run.model)) if dataset is None else dataset
 
     def stand_in(name: str) -> models.PixelModel:
         return models.load(Path(name)) if Path(name).exists() else models.create(name, dataset)

@@ -17,7 +17,7 @@ from gambeson.victim.scoring import (
     votes_of,
     votes_right,
 )
-from gambeson.victim.victim import BatchNormMode, FastPath, Precision, Victim, frozen
+from gambeson.victim.victim import BatchNormMode, FastPath, Precision, Victim, copied, frozen
 
 __all__ = [
     "ABSTAIN",
@@ -36,6 +36,7 @@ __all__ = [
     "Victim",
     "as_victim",
     "auto_batch_size",
+    "copied",
     "fold_batchnorms",
     "frozen",
     "inspect_model",

@@ -9,8 +9,32 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from gambeson.base import UserError, seeded
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the type that a model computes in: that of most of its floating-point weights, else of its buffers.
+
+    Raises:
+        UserError: not a module, or a lazy one whose weights do not exist yet.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model is a {type(model).__name__}: expected a torch.nn.Module from pixels to logits")
+    for tensors in (model.parameters(), model.buffers()):
+        sizes: dict[torch.dtype, int] = {}
+        for tensor in tensors:
+            if is_lazy(tensor):
+                raise UserError(
+                    "the model has lazy layers whose weights do not exist yet: send it a batch once, model(images)"
+                )
+            if tensor.is_floating_point():
+                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+        if sizes:
+            return max(sizes, key=sizes.__getitem__)
+    return torch.float32
+
 
 KEYS = ("logits", "out")
 """Keys of the logits in a mapping, as used by transformers and by torchvision's segmentation models."""
@@ -115,18 +139,21 @@ def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
                 f"the model was given {len(few)} images and returned shape {tuple(first.shape)}: expected logits "
                 "(N, K), or (N, K, H, W) for one answer per pixel"
             )
-        writes = not torch.equal(given, few)
-        gap, calls = 0.0, 1
-        while gap == 0 and calls < CALLS:
-            again, calls = logits_of(model(few.clone())), calls + 1
-            # Equal infinities differ by NaN; non-finite logits are refused when they are scored.
-            gap = float((first - again).abs().nan_to_num(0.0, 0.0).max())
-        one, other = logits_of(model(few[:1].repeat(2, 1, 1, 1)))[:2]
-        shared = gap > 0 and torch.equal(one, other)
-        inside = bool((first >= 0).all() and (first <= 1).all())
-        probabilities = inside and bool(((first.sum(1) - 1).abs() < 1e-3).all())
+        # One wait for all: a random model is told by its first differing call, as if there had been no more.
+        again = [logits_of(model(few.clone())) for _ in range(1, CALLS)]
+        # Equal infinities differ by NaN; non-finite logits are refused when they are scored.
+        gaps = [(first - other).abs().nan_to_num(0.0, 0.0).max() for other in again]
+        inside = ((first >= 0) & (first <= 1)).all()
+        sums = ((first.sum(1) - 1).abs() < 1e-3).all()
+        found = torch.stack([*gaps, (given != few).any(), inside, inside & sums]).tolist()
+        gap = next((gap for gap in found[: CALLS - 1] if gap > 0), 0.0)
+        shared = False
+        if gap > 0:
+            one, other = logits_of(model(few[:1].repeat(2, 1, 1, 1)))[:2]
+            shared = torch.equal(one, other)
+        writes, within, probabilities = (value > 0 for value in found[-3:])
         # A black box has no parameters, and no graph to look at.
-        trainable = inside and not probabilities and any(True for _ in model.parameters())
+        trainable = within and not probabilities and any(True for _ in model.parameters())
         sigmoids = trainable and ends_with_sigmoid(model, few)
     return ModelTraits(
         shape=tuple(first.shape),

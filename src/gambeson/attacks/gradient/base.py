@@ -178,6 +178,7 @@ class Guide:
         length: float,
         drawn: list[torch.Tensor],
         number: int | None = None,
+        sums: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the direction, the new velocity, and the logits of the first forward.
 
@@ -189,15 +190,19 @@ class Guide:
             length: of the next step, in pixel units.
             drawn: the rows of :meth:`draw` for these images.
             number: of the step, counted from 1.
+            sums: see :meth:`ProjectedGradient.gradient`; one per step.
         """
         point = delta
         if self.nesterov:  # projected onto the box; clipping would remove the gradient of values beyond it
             ahead = delta + self.solver.scaled(length) * self.momentum * velocity
             point = torch.minimum(torch.maximum(ahead, -images), 1 - images)
         views = self._views(drawn)
-        gradient, first = self.solver.gradient(point, images, labels, view=views[0], number=number)
+        several: list[torch.Tensor] | None = None if sums is None else []
+        gradient, first = self.solver.gradient(point, images, labels, view=views[0], number=number, sums=several)
         for view in views[1:]:
-            gradient = gradient + self.solver.gradient(point, images, labels, view=view, number=number)[0]
+            gradient = gradient + self.solver.gradient(point, images, labels, view=view, number=number, sums=several)[0]
+        if sums is not None and several:
+            sums.append(torch.stack(several).sum())
         if len(views) > 1:
             gradient = gradient / len(views)
         if self.smoothing is not None:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.registry import register
-from gambeson.attacks.solver import cosine
+from gambeson.attacks.solver import cosine, require_finite
 from gambeson.attacks.universal.base import Candidate, CraftingContext, LabelSource, UniversalAttack
 from gambeson.attacks.universal.perturbation import UniversalPerturbation
 from gambeson.base import Number, UserError
@@ -144,6 +144,7 @@ class StochasticPGD(UniversalAttack):
             classwise: every image carries the perturbation of its own class.
         """
         solver, memory = context.solver(self.objective), torch.zeros_like(delta)
+        sums: list[torch.Tensor] = []
         streams = zip(*(context.stream(self.batch_size, restart) for restart in restarts), strict=True)
         for batches, length in zip(islice(streams, self.steps), self.lengths, strict=True):
             images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -154,7 +155,7 @@ class StochasticPGD(UniversalAttack):
             # The row of each image: its own class's perturbation, or that of the restart whose mini-batch it is in.
             own = [labels.new_full((size,), row) for row, size in enumerate(sizes)] if alone and not classwise else []
             rows = torch.cat(own) if own else labels
-            direction, _ = solver.gradient(delta[rows] if alone else delta, images, targets)
+            direction, _ = solver.gradient(delta[rows] if alone else delta, images, targets, sums=sums)
             if self.normalise == "sample":
                 direction = context.ball.steepest(direction)
             if alone:
@@ -168,6 +169,7 @@ class StochasticPGD(UniversalAttack):
                 delta = solver.step_along(delta, images, direction, length)
             else:  # a mean of steps is one already
                 delta = solver.project(delta + length * direction, images)
+        require_finite(sums)
         return delta
 
 

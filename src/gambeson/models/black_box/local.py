@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gambeson.base import UserError, one_line, pixel_bytes
+from gambeson.data import Shape
 from gambeson.models.black_box.base import BlackBox
 from gambeson.models.hubs import required
 
@@ -67,6 +68,12 @@ class OnnxInput:
     def batch(self) -> int | None:
         """The fixed batch size; None: any."""
         return self.shape[0]
+
+    @property
+    def image(self) -> Shape:
+        """(C, H, W) of an image, with None for any; channels are last where only that size can be their number."""
+        _, first, second, last = self.shape
+        return (last, first, second) if last in (1, 3, 4) and first not in (None, 1, 3, 4) else (first, second, last)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Return images (N, C, H, W), float in [0, 1], as the file takes them.
