@@ -13,7 +13,7 @@ from torch import nn
 from gambeson import data, models
 from gambeson.base import UserError, read_settings, seeded, user_code
 from gambeson.models import external, hubs, registry, torchvision_nets
-from gambeson.models.black_box.base import BlackBox
+from gambeson.models.black_box.base import BlackBox, no_gradient
 from gambeson.models.black_box.http import HttpModel, HttpSettings
 from gambeson.models.black_box.local import FunctionModel, OnnxModel
 from gambeson.models.program import SUFFIX, load_onnx, load_program, read_program
@@ -107,14 +107,6 @@ def load_model(
     defense = trained.get("defense", {})
     label = user_code.short((defense if isinstance(defense, str) else defense.get("name")) or _label(source))
     return LoadedModel(model=model, dataset=dataset, trained=trained, label=label)
-
-
-def no_gradient(what: str, model: str) -> UserError:
-    """Build the error for an attack that needs gradients, and a black box."""
-    return UserError(
-        f"{what} needs gradients, and {model} is a black box, which has none: choose a query, procedural or transfer "
-        "attack, such as square or perlin"
-    )
 
 
 def input_shape(source: str) -> data.Shape:
