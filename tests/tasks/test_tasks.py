@@ -204,7 +204,7 @@ def test_a_split_takes_a_task_by_name_and_refuses_one_that_does_not_fit_its_labe
         (maps, "segmentations", "did you mean segmentation"),
     ):
         with pytest.raises(UserError, match=words):
-            Split("a", images, labels, task=task)  # type: ignore[arg-type]
+            Split("a", images, labels, task=task)
     with pytest.raises(UserError, match="expected label maps"):
         PGD(eps=0.1)(torch.nn.Conv2d(1, 2, 1), images, maps[:, 0, 0], task=Segmentation())
 
