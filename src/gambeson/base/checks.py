@@ -43,7 +43,11 @@ def as_tensor(values: Any, what: str) -> torch.Tensor:
         raise UserError(
             f"{what} are a sparse, quantized, nested, float8 or meta tensor: expected a dense one of ordinary numbers"
         )
-    return values.detach().as_subclass(torch.Tensor).contiguous()  # sums would depend on the layout, by rounding
+    values = values.detach().as_subclass(torch.Tensor).contiguous()  # sums would depend on the layout, by rounding
+    if values.is_inference():  # autograd keeps none of these
+        with torch.inference_mode(False):
+            values = values.clone()
+    return values
 
 
 def as_images(images: Any, *, floats: bool = False) -> torch.Tensor:

@@ -72,6 +72,7 @@ class ModelAverage(AveragedVictim):
             raise UserError(f"the models are on {' and '.join(places)}: move them to one device")
         super().__init__(nn.ModuleList(member.model for member in self.members))
         self.average = average
+        self.allow_no_graph = all(member.allow_no_graph for member in self.members)
 
     def each(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Return the logits of each model.
@@ -94,11 +95,11 @@ class ModelAverage(AveragedVictim):
         self.forwards += len(images) * len(self.members)
         return self.combine([member.forward_original(images) for member in self.members])
 
-    def gradient(self, value: torch.Tensor, wrt: torch.Tensor, images: int) -> torch.Tensor:
-        """Return the gradient of a scalar, counted as ``images`` backward passes of every model."""
+    def count_backward(self, images: int) -> None:
+        """Count a backward pass of so many images through every model."""
         for member in self.members:
-            member.backwards += images
-        return super().gradient(value, wrt, images * len(self.members))
+            member.count_backward(images)
+        super().count_backward(images * len(self.members))
 
     def inspect(self, images: torch.Tensor, *, scores: bool = False) -> ModelTraits:
         """Inspect every model; a trait of one is a trait of the ensemble."""
@@ -132,7 +133,7 @@ class EOTAverage(AveragedVictim):
     def __init__(self, victim: Victim, eot_samples: int) -> None:
         super().__init__(victim.model)
         self.victim, self.eot_samples = victim, eot_samples
-        self.traits = victim.traits
+        self.traits, self.allow_no_graph = victim.traits, victim.allow_no_graph
 
     def each(self, images: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return the logits of each sample."""
@@ -149,9 +150,9 @@ class EOTAverage(AveragedVictim):
         """Return the model's own logits: one sample."""
         return self.victim.forward_original(images)
 
-    def gradient(self, value: torch.Tensor, wrt: torch.Tensor, images: int) -> torch.Tensor:
-        """Return the gradient of a scalar, counted as ``images`` backward passes per sample."""
-        return self.victim.gradient(value, wrt, images * self.eot_samples)
+    def count_backward(self, images: int) -> None:
+        """Count a backward pass of so many images, per sample."""
+        self.victim.count_backward(images * self.eot_samples)
 
 
 EOT_SAMPLES = 10
