@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -235,6 +236,28 @@ def test_links(tmp_path: Path) -> None:
     (root / "a" / "up").symlink_to(root)
     with pytest.raises(UserError, match="up is a link to a folder that it is in"):
         load(f"image-folder:{root}?nested=flat")
+
+
+def test_folders_and_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, real, opened = tree(tmp_path, ["a", "b"]), os.scandir, Image.open
+
+    def scan(folder: Any) -> Any:
+        if Path(folder).name == "b":
+            raise PermissionError(13, "Permission denied")
+        return real(folder)
+
+    def image(path: Any, *rest: Any) -> Any:
+        if Path(path).name == "3.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scan)
+        with pytest.raises(UserError, match=r"/b cannot be read \(Permission denied\)"):
+            load(root)
+    monkeypatch.setattr(Image, "open", image)
+    with pytest.raises(UserError, match=r"3\.png cannot be read as an image .*Permission denied"):
+        load(root)
 
 
 def test_one_image_or_none(tmp_path: Path) -> None:
