@@ -55,6 +55,7 @@ def along(folders: Sequence[Folder], scale: EpsFormat) -> Chart | None:
     steep = min(losses) > 0 and max(losses) > _STEEP * min(losses)
     title = "mean cross-entropy" + (" (logarithmic)" if steep else "")
     layout["yaxis"] |= {"title": {"text": title, "standoff": 8}, "type": "log" if steep else "linear"}
+    layout["yaxis"] |= {"exponentformat": "power"}
     layout["legend"] = LEGEND
     alt = f"Loss along the signed gradient: {'; '.join(words)}."
     return Chart("along", embed({"data": traces, "layout": layout}), alt)
