@@ -166,6 +166,7 @@ def audit(
     if suite.budget is not None and not black_box:
         raise UserError("a budget limits the queries to a black box, and this model is none: leave suite.budget out")
     with Victim(model, fast=not black_box) as victim:
+        victim.allow_no_graph = True  # "no vanishing gradients" reports it
         if isinstance(model, BlackBox):
             suite, dataset, notes = boxes.inspect(victim, model, suite, dataset, stages, folder)
         reported, twice = _reported(dataset, suite, seed, victim.device)
