@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,11 @@ def open_run(folder: Path, run: Config, environment: dict[str, str]) -> bool:
                 f"{folder} holds another run (it differs in {', '.join(unlike)}): choose another --out, "
                 "or give the same settings to resume that one"
             )
-        return bool(held.get("finished"))
+        finished, begun = bool(held.get("finished")), held.get("environment", environment)
+        if not finished and (other := sorted(key for key in environment if begun.get(key) != environment[key])):
+            changes = ", ".join(f"{key} {environment[key]} after {begun.get(key)}" for key in other)
+            warnings.warn(f"{folder} resumes with {changes}: its numbers may differ in the last digits", stacklevel=2)
+        return finished
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty and holds no run of this kind: choose another --out")
     write_yaml(file, {**settings, "environment": environment, "finished": False})
