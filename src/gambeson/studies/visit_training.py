@@ -25,7 +25,7 @@ from gambeson.evaluation import accuracy, accuracy_under, universal_evasion
 from gambeson.evaluation.universal import control_rates
 from gambeson.models import PixelModel
 from gambeson.studies.bench import _Operations
-from gambeson.studies.visit import Notebook, Peak, Visit, dataset, free, peaks_of, seconds_of
+from gambeson.studies.visit import Notebook, Peak, Visit, dataset, free, pace, seconds_of
 from gambeson.threat import Ball
 from gambeson.training import Recipe, train
 from gambeson.training.batches import Epoch
@@ -161,16 +161,13 @@ def _step(visit: Visit, data: Dataset, name: str, defense: Defense, book: Notebo
         with _Operations() as counted:
             one()
         seconds = seconds_of(one, 6 if visit.low else 1, 2 if visit.low else 0)
-    rate = counted.total / seconds
     book.note(
         "step",
         defense=name,
         batch_size=visit.batch_size,
         seconds=seconds,
         images_a_second=visit.batch_size / seconds,
-        tflop=counted.total / 1e12,
-        flops=rate,
-        share_of_peak={kind: round(rate / reached, 4) for kind, reached in peaks_of(book).items()},
+        **pace(book, counted.total, seconds),
         peak_gib=peak.gib,
         seconds_per_epoch=seconds * run.steps,
     )
