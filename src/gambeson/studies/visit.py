@@ -60,9 +60,10 @@ class Visit(Config):
     """Runs of each defence; every defence has its first before any has a second."""
     seed: int = 0
     judged: str = "pgd-adversarial"
-    """Defence whose first model is also given the audit ``suite``, timed, if ``judging`` seconds are left."""
+    """Defence whose first model is also given the audit ``suite``, timed, at the end, for which ``judging`` seconds are
+    kept."""
     suite: str = "standard"
-    judging: float = 150.0
+    judging: float = 190.0
 
     @property
     def precision(self) -> str:

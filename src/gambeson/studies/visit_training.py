@@ -10,7 +10,7 @@ import torch
 from gambeson import models
 from gambeson.attacks import PGD, StochasticPGD
 from gambeson.auditing import audit
-from gambeson.base import seeded
+from gambeson.base import full_precision, seeded
 from gambeson.data import Dataset
 from gambeson.defenses import (
     Defense,
@@ -101,8 +101,10 @@ def run_trainings(visit: Visit, book: Notebook, done: list[dict[str, Any]], only
     auditing = FIRST_AUDIT if visit.low else 0.0
     epochs = choose_epochs([epoch[name] for name, _ in first], auditing, book.left, visit.epochs)
     book.note("plan", epochs=epochs, seconds_per_epoch=epoch, jobs=[list(job) for job in jobs], images=len(data.train))
+    kept: list[PixelModel] = []
     for name, seed in jobs:
-        fits = int((book.left - auditing) / (SLACK * epoch[name]))
+        reserved = visit.judging if kept else 0.0
+        fits = int((book.left - reserved - auditing) / (SLACK * epoch[name]))
         mine = min(epochs, fits)
         if mine < min(visit.epochs[0], epochs):
             book.note("skipped", name=name, seed=seed, left=round(book.left, 1))
@@ -112,14 +114,16 @@ def run_trainings(visit: Visit, book: Notebook, done: list[dict[str, Any]], only
         def job(name: str = name, seed: int = seed, mine: int = mine, began: dict[str, float] = began) -> None:
             model = _train(visit, data, name, chosen[name], seed, mine, book)
             began["audit"] = time.monotonic()
-            _audit(visit, data, name, seed, mine, model, book)
+            with full_precision(torch.device(visit.device)):
+                _audit(visit, data, name, seed, mine, model, book)
             began["end"] = time.monotonic()
-            judged = any(line["kind"] == "audit" for line in book.lines())
-            if name == visit.judged and not judged and book.left > visit.judging:
-                _judge(visit, data, name, model, book)
+            if name == visit.judged and not kept:
+                kept.append(model)
 
         if book.attempt(f"{name}, seed {seed}", job):
             auditing = max(1.0, SLACK * (began["end"] - began["audit"]))
+    for model in kept:
+        book.attempt(f"audit {visit.suite}", lambda model=model: _judge(visit, data, model, book), visit.judging / 2)  # type: ignore[misc]
 
 
 def choose_epochs(seconds: list[float], audit: float, left: float, limits: tuple[int, int]) -> int:
@@ -195,18 +199,18 @@ def _train(
     return model.eval()
 
 
-def _judge(visit: Visit, data: Dataset, name: str, model: PixelModel, book: Notebook) -> None:
-    """Time an audit of a trained model, and record its verdict."""
+def _judge(visit: Visit, data: Dataset, model: PixelModel, book: Notebook) -> None:
+    """Time an audit of a trained model, and record its verdict; what is done in time is in its folder."""
     began = time.monotonic()
     with Peak() as peak:
-        found = audit(model, data, visit.suite, seed=visit.seed, label=name)
+        found = audit(model, data, visit.suite, book.path.parent / "audit", seed=visit.seed, label=visit.judged)
     seconds = time.monotonic() - began
     verdict = found.verdict.plain()
-    book.note("audit", suite=visit.suite, defense=name, seconds=seconds, peak_gib=peak.gib, verdict=verdict)
+    book.note("audit", suite=visit.suite, defense=visit.judged, seconds=seconds, peak_gib=peak.gib, verdict=verdict)
 
 
 def _audit(visit: Visit, data: Dataset, name: str, seed: int, epochs: int, model: PixelModel, book: Notebook) -> None:
-    """Clean accuracy, accuracy under PGD, and UER and controls for each eps, scored in float32."""
+    """Clean accuracy, accuracy under PGD, and UER and controls for each eps, scored in full float32."""
     about = {"defense": name, "seed": seed, "epochs": epochs, "data": data.name, "model": visit.model}
     test = data.test.to(visit.device)
     fast = FastPath(precision=visit.precision)
