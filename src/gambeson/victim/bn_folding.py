@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from gambeson.base import full_precision, generator, seeded
 from gambeson.victim.graphs import Graphs
@@ -92,25 +92,31 @@ class FoldedModel:
         Uses ``.data``, invisible to autograd: another victim of the same model may have a graph on this copy, and finds
         the same values there.
         """
-        norms = {conv: model.get_submodule(norm) for conv, norm in self.pairs}
         folded = {name for pair in self.pairs for name in pair}
         values = dict(model.state_dict(keep_vars=True))
         for name, target in self.view.state_dict(keep_vars=True).items():
             if name.rpartition(".")[0] not in folded:
                 target.data.copy_(values[name])
-        for name, norm in norms.items():
-            conv, target = model.get_submodule(name), self.view.get_submodule(name)
-            assert isinstance(conv, nn.Conv2d)
-            assert isinstance(norm, nn.BatchNorm2d)
-            assert isinstance(target, nn.Conv2d)
-            assert target.bias is not None
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            weight, bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )
-            target.weight.data.copy_(weight)
-            target.bias.data.copy_(bias)
+        if not self.pairs:
+            return
+        # As torch.nn.utils.fusion computes it, to the bit, with one kernel for the vectors of all layers.
+        convs: list[Any] = [model.get_submodule(conv) for conv, _ in self.pairs]
+        norms: list[Any] = [model.get_submodule(norm) for _, norm in self.pairs]
+        targets: list[Any] = [self.view.get_submodule(conv) for conv, _ in self.pairs]
+        scales = torch._foreach_add([norm.running_var for norm in norms], [norm.eps for norm in norms])
+        torch._foreach_rsqrt_(scales)
+        biases = torch._foreach_neg([norm.running_mean for norm in norms])
+        for bias, conv in zip(biases, convs, strict=True):
+            if conv.bias is not None:
+                bias.add_(conv.bias)
+        torch._foreach_mul_(biases, scales)
+        affine = [k for k, norm in enumerate(norms) if norm.affine]
+        for products in (scales, biases):
+            torch._foreach_mul_([products[k] for k in affine], [norms[k].weight for k in affine])
+        torch._foreach_add_([biases[k] for k in affine], [norms[k].bias for k in affine])
+        for conv, scale, target in zip(convs, scales, targets, strict=True):
+            torch.mul(conv.weight, scale.view(-1, 1, 1, 1), out=target.weight.data)
+        torch._foreach_copy_([target.bias.data for target in targets], biases)
 
 
 _made: WeakKeyDictionary[nn.Module, FoldedModel] = WeakKeyDictionary()
