@@ -109,6 +109,15 @@ def test_no_attack_without_a_graph(forward):
             attempt()
         assert torch.is_grad_enabled()
     assert gb.evaluation.accuracy(model, (x, y)).value == 1  # a score needs no graph
+    with Victim(model) as victim:
+        victim.allow_no_graph = True  # as audits do
+        assert torch.equal(PGD(eps=0.1, steps=2, start="zero")(victim, x, y), x)
+
+
+@pytest.mark.parametrize("forward", [without_grad, by_votes])
+def test_no_attack_on_an_average_of_which_one_has_no_graph(forward):
+    with pytest.raises(UserError, match="autograd can see"):
+        PGD(eps=0.1, steps=2)([Net(), changed(forward)], *batch())
 
 
 def test_inference_mode_and_no_grad_change_no_attack():
@@ -131,6 +140,8 @@ def test_inference_mode_and_no_grad_change_no_attack():
         assert torch.equal(attacked(model), outside)
     with Victim(model, fast=True) as victim, torch.inference_mode():
         assert torch.equal(PGD(eps=0.2, steps=4)(victim, x, y), outside)
+    with torch.inference_mode(), Victim(model, fast=True) as victim:
+        assert torch.equal(PGD(eps=0.2, steps=4).perturb_batch(victim, x, y), outside)
 
 
 def test_weights_made_in_inference_mode_are_scored_and_not_attacked():
