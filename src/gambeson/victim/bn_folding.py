@@ -47,6 +47,8 @@ class FoldedModel:
         self._places: tuple[int, ...] = ()
         self.pairs = _pairs(model, example)
         self._signature = signature(model)
+        kept = (value for module in model.modules() for value in vars(module).values())
+        self._kept = [value for value in kept if isinstance(value, torch.Tensor)]  # no other may get the id of one
         plain = copy.deepcopy(model).requires_grad_(False)
         self.view = plain if not self.pairs else copy.deepcopy(plain)
         self.layout = torch.contiguous_format
@@ -93,10 +95,10 @@ class FoldedModel:
         the same values there.
         """
         folded = {name for pair in self.pairs for name in pair}
-        values = dict(model.state_dict(keep_vars=True))
-        for name, target in self.view.state_dict(keep_vars=True).items():
+        values = dict(_tensors(model))
+        for name, tensor in _tensors(self.view):
             if name.rpartition(".")[0] not in folded:
-                target.data.copy_(values[name])
+                tensor.data.copy_(values[name])
         if not self.pairs:
             return
         # As torch.nn.utils.fusion computes it, to the bit, with one kernel for the vectors of all layers.
@@ -185,18 +187,38 @@ def _agree(
         return float((slope - gradient).norm()) <= max(GRADIENT_TOLERANCE, rounding) * float(gradient.norm())
 
 
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name, also those that are not saved."""
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
 def signature(model: nn.Module) -> Hashable:
-    """The structure of a model, without tensor values and modes: its modules and their settings."""
+    """The structure of a model, without values of parameters and buffers and modes: its modules and their settings."""
     return tuple((name, type(module), _settings(module), _shapes(module)) for name, module in model.named_modules())
 
 
-_PLAIN = (bool, int, float, str, tuple, type(None))
+_PLAIN = (bool, int, float, str, type(None))
+_HOOKS = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
+_OTHERWISE = set(vars(nn.Module())) - _HOOKS
 
 
 def _settings(module: nn.Module) -> tuple[Hashable, ...]:
-    own = vars(module)
-    plain = ((key, value) for key, value in own.items() if isinstance(value, _PLAIN) and key != "training")
-    return (*plain, *(tuple(map(id, own[key].values())) for key in ("_forward_hooks", "_forward_pre_hooks")))
+    return tuple((key, _state(value)) for key, value in vars(module).items() if key not in _OTHERWISE)
+
+
+def _state(value: object) -> Hashable:
+    """What tells a change of a module's attribute: its value if it is plain, else which object it is."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, torch.Tensor):
+        return id(value), 0 if value.is_inference() else value._version
+    if isinstance(value, nn.Module):  # in a list, which does not register it
+        return id(value), tuple(_state(tensor) for _, tensor in _tensors(value))
+    if isinstance(value, list | tuple | set):
+        return type(value), tuple(map(_state, value))
+    if isinstance(value, dict):
+        return type(value), tuple((id(key), _state(one)) for key, one in value.items())
+    return id(value)
 
 
 def _shapes(module: nn.Module) -> tuple[Hashable, ...]:
@@ -230,7 +252,7 @@ def _pairs(model: nn.Module, example: torch.Tensor) -> list[tuple[str, str]]:
             hooks.append(module.register_forward_pre_hook(before_norm).remove)
     try:
         with torch.no_grad():
-            model(example)
+            model(example.clone())  # which it may write into
     finally:
         for remove in hooks:
             remove()
