@@ -122,12 +122,6 @@ class Run:
         self.share = recipe.batch_size // processes
         defense.check(self.share)
         defense.configure_model(model)
-        images, labels = self.train.take(slice(0, 8), self.device)
-        with Victim(model) as victim:
-            shape = victim.inspect(images).shape
-        self.train.task.check_logits(shape, labels)
-        for split in (self.train, data.validation):
-            split.check_classes(shape[1])
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)
         self.steps = len(self.train) // recipe.batch_size
@@ -300,9 +294,18 @@ def _trainable(model: nn.Module, data: Dataset) -> tuple[torch.device, torch.dty
         raise UserError(
             f"the {type(model).__name__} has no weights that require a gradient: train the module it was made from"
         )
+    images, _ = data.train.take(slice(0, 2), victim.device)
     with victim:
-        if victim.inspect(data.train.take(slice(0, 2), victim.device)[0]).writes:
-            raise UserError("the model changes its input in place: let it work on a copy, such as images.clone()")
+        traits = victim.inspect(images)
+    if traits.writes:
+        raise UserError("the model changes its input in place: let it work on a copy, such as images.clone()")
+    if not traits.bare:
+        raise UserError(
+            "the model returns something that holds its logits: train gb.models.as_logits(model, KEY), with the KEY of "
+            "the logits in it"
+        )
+    for split in (data.train, data.validation):
+        split.check_logits(traits.shape)
     try:
         model.train()
     except NotImplementedError:
