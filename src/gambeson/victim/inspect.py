@@ -112,8 +112,8 @@ def logits_of(output: Any, images: int | None = None) -> torch.Tensor:
         keys = f" with the keys {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
         raise UserError(
             f"the model returned {type(output).__name__}{keys}: expected a tensor of real logits, an object with "
-            "`.logits`, a mapping with `logits` or `out`, or a tuple that starts with them; wrap the model so that it returns "
-            "the logits alone, for example by gb.models.as_logits(model, 'KEY')"
+            "`.logits`, a mapping with `logits` or `out`, or a tuple that starts with them; wrap the model so that "
+            "it returns the logits alone, for example by gb.models.as_logits(model, 'KEY')"
         )
     return found[None] if images == 1 and found.ndim in (1, 3) else found
 
