@@ -164,6 +164,7 @@ class as_logits(nn.Module):  # noqa: N801  (used like a function)
             of two classes, (N,), (N, 1), (N, H, W) or (N, 1, H, W), beside which the first gets 0, so that its sigmoid
             is their softmax (a sigmoid of one class is read likewise); or the key of the logits in a mapping. What a
             softmax or a sigmoid has rounded to 0 or 1 has no gradient any more: leave the last layer out where you can.
+            Of an object the key is an attribute, of a tuple a number, as in ``"0"``.
 
     Raises:
         UserError: from ``forward``, for any other output.
@@ -180,8 +181,12 @@ class as_logits(nn.Module):  # noqa: N801  (used like a function)
         if self.output in (PROBABILITIES, SIGMOID, ONE_LOGIT):
             if isinstance(answer, torch.Tensor):
                 return self._logits(answer, images)
-        elif isinstance(answer, Mapping) and isinstance(answer.get(self.output), torch.Tensor):
-            return answer[self.output]
+        elif not isinstance(answer, torch.Tensor):
+            inside = dict(enumerate(answer)) if isinstance(answer, tuple | list) else answer
+            key = int(self.output) if self.output.isdecimal() and inside is not answer else self.output
+            found = inside.get(key) if isinstance(inside, Mapping) else getattr(answer, self.output, None)
+            if isinstance(found, torch.Tensor):
+                return found
         keys = f" with the keys {', '.join(map(str, answer))}" if isinstance(answer, Mapping) else ""
         raise UserError(
             f"the model returned {type(answer).__name__}{keys}, from which {self.output!r} cannot be read: name "
