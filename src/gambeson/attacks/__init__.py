@@ -11,7 +11,7 @@ from gambeson.attacks.query.base import Queries, QueryAttack
 from gambeson.attacks.query.nes import NES, SPSA
 from gambeson.attacks.query.one_pixel import OnePixel
 from gambeson.attacks.query.square import RandomSearch, Square
-from gambeson.attacks.registry import Name, canonical, create, names, register, require_kind
+from gambeson.attacks.registry import Name, canonical, create, entry, names, register, require_kind
 from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
 from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
 from gambeson.attacks.universal.controls import CONTROLS, MORE_CONTROLS, control
@@ -78,6 +78,7 @@ __all__ = [
     "create",
     "cross_entropy",
     "dlr",
+    "entry",
     "margin",
     "mi_fgsm",
     "names",

@@ -10,13 +10,21 @@ from pydantic import AfterValidator
 from gambeson.base import Config, Registered, Registry, UserError
 
 Kind = Literal["image", "universal"]
+_FORMS = {"image": "__call__(model, x, y, *, seed, task)", "universal": "craft(model, data, *, seed)"}
 
 
 def _fault(target: Any) -> str | None:
     if not (inspect.isclass(target) and issubclass(target, Config)):
         return "expected a class with settings, a subclass of gambeson.base.Config such as gambeson.attacks.PGD"
-    if _kind(target) is None:
-        return "expected __call__(model, x, y, *, seed, task), or craft(model, data) of UniversalAttack"
+    kind = _kind(target)
+    if kind is None:
+        return f"expected {_FORMS['image']}, or {_FORMS['universal']} of UniversalAttack"
+    given, named = ((None,) * 4, ("seed", "task")) if kind == "image" else ((None,) * 3, ("seed",))
+    call: Any = getattr(target, "__call__" if kind == "image" else "craft")
+    try:
+        inspect.signature(call).bind(*given, **dict.fromkeys(named))
+    except TypeError as error:
+        return f"expected {_FORMS[kind]}, and it has {inspect.signature(call)} ({error})"
     return None
 
 
@@ -44,6 +52,15 @@ def names(kind: Kind) -> list[str]:
 def entries() -> list[Registered[Any] | UserError]:
     """Every attack; an error in place of one whose package cannot be imported."""
     return ATTACKS.entries()
+
+
+def entry(name: str) -> Registered[Any]:
+    """Return what is registered under a name, or defined by ``FILE.py:CLASS``.
+
+    Raises:
+        UserError: no such attack.
+    """
+    return ATTACKS.get(name)
 
 
 def kind_of(entry: Registered[Any]) -> Kind:
@@ -74,8 +91,8 @@ def create(name: str, **settings: Any) -> Any:
     Raises:
         UserError: no such attack, or a setting that is unknown or out of range.
     """
-    entry = ATTACKS.get(name)
-    return entry.target(**(dict(entry.options.get("preset", {})) | settings))
+    found = entry(name)
+    return found.target(**(dict(found.options.get("preset", {})) | settings))
 
 
 def require_kind(name: str, kind: Kind) -> None:

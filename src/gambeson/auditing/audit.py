@@ -123,7 +123,8 @@ def audit(
         suite = SUITES[suite]
     dataset = as_dataset(data)
     suite = suite.on(dataset)
-    diagnostics = _diagnostics(suite)
+    diagnostics = diagnostics_of(suite)
+    surrogate.check(suite, dataset, model)
     folder = None if out is None else Path(out)
     black_box = isinstance(model, BlackBox)
     stages, notes = Checkpoints(folder, seed), list[str]()
@@ -162,7 +163,7 @@ def audit(
         return _Auditor(context, folder, stages, [*notes, *twice], diagnostics).run()
 
 
-def _diagnostics(suite: Suite) -> list[Diagnostic]:
+def diagnostics_of(suite: Suite) -> list[Diagnostic]:
     """Return the built-in diagnostics and those named by the suite."""
     every = [*DIAGNOSTICS, *(get(name) for name in suite.diagnostics)]
     names = [diagnostic.name for diagnostic in every]

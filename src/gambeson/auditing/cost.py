@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from gambeson.auditing.stages import surrogate
 from gambeson.auditing.stages.corruption import NOISES
-from gambeson.auditing.stages.surrogate import choose
 from gambeson.auditing.suite import Suite
 from gambeson.base import Config, UserError, seeded
 from gambeson.data import Dataset
@@ -218,6 +218,7 @@ def plan(model: nn.Module, data: Dataset, suite: Suite, seed: int = 0) -> AuditP
     if isinstance(model, BlackBox):
         raise UserError("the model is a black box, whose cost is what it is asked: bound that by --budget instead")
     suite = suite.on(data)
+    surrogate.check(suite, data, model)
     few = data.train.sample(_BATCH, seed=seed)
     with Victim(model, fast=True) as victim, seeded(seed, "plan"):
         images, _ = few.take(slice(None), victim.device)
@@ -237,7 +238,7 @@ def plan(model: nn.Module, data: Dataset, suite: Suite, seed: int = 0) -> AuditP
         parts=_parts(suite, data, random),
         seconds_a_forward=times[0],
         seconds_a_gradient=times[1],
-        surrogate=choose(suite, data)[0] or ("" if suite.surrogate in ("auto", "none") else suite.surrogate),
+        surrogate=surrogate.choose(suite, data)[0] or ("" if suite.surrogate in ("auto", "none") else suite.surrogate),
         device=device,
     )
 

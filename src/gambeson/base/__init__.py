@@ -3,12 +3,13 @@
 from gambeson.base.config import Config, Number
 from gambeson.base.distributed import average, place, share_first, total
 from gambeson.base.environment import environment, full_precision, pick_device, repeatable
-from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, unknown_name
+from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, count, unknown_name
 from gambeson.base.files import (
     load_tensors,
     pixel_bytes,
     read_json,
     save_tensors,
+    writable,
     write_bytes,
     write_json,
     write_text,
@@ -16,7 +17,7 @@ from gambeson.base.files import (
 )
 from gambeson.base.progress import show_progress, task
 from gambeson.base.registry import Registered, Registry
-from gambeson.base.run_folder import close_run, open_run, read_settings
+from gambeson.base.run_folder import check_run, close_run, open_run, read_settings
 from gambeson.base.seeds import derive, generator, seeded
 
 __all__ = [
@@ -28,7 +29,9 @@ __all__ = [
     "UnknownSetting",
     "UserError",
     "average",
+    "check_run",
     "close_run",
+    "count",
     "derive",
     "environment",
     "full_precision",
@@ -48,6 +51,7 @@ __all__ = [
     "task",
     "total",
     "unknown_name",
+    "writable",
     "write_bytes",
     "write_json",
     "write_text",

@@ -91,6 +91,15 @@ def load_model(
     return LoadedModel(model=model, dataset=dataset, trained=trained, label=label)
 
 
+def check_source(source: str) -> None:
+    """Refuse a model that no source in :func:`load_model` provides, without loading it.
+
+    Raises:
+        UserError: there is none.
+    """
+    _loader(source)
+
+
 def _loader(source: str) -> Any:
     if source.startswith(("http://", "https://", FUNCTION)) or source.lower().endswith(".onnx"):
         return _black_box

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import nn
 
 from gambeson.attacks.losses import Loss
@@ -16,9 +16,10 @@ from gambeson.base import Config, UserError
 from gambeson.base.checks import check_batch
 from gambeson.tasks import Task
 from gambeson.tasks import of as task_of
+from gambeson.threat.ball import NORM_RULES
 from gambeson.victim import Victim
 
-InfOr2 = Annotated[Literal["inf", "2"], BeforeValidator(lambda value: str(value).lower().removeprefix("l"))]
+InfOr2 = Annotated[Literal["inf", "2"], *NORM_RULES]
 """The norms these attacks are published for; in the notation of :data:`gambeson.threat.Norm`."""
 
 QueryLoss = Literal["cross-entropy", "margin"]
