@@ -24,8 +24,7 @@ from gambeson.base import environment, read_json, seeded, write_json
 from gambeson.defenses import Defense, create
 from gambeson.evaluation import accuracy_under, run_suite, standard_suite
 from gambeson.training import Recipe, plan
-from gambeson.victim import Victim
-from gambeson.victim.averaged import EOT_SAMPLES
+from gambeson.victim import EOT_SAMPLES, Victim
 
 EPS, RADII = 0.2, (0.1, 0.2, 0.3)
 SUITE = 250  # images that the standard row attacks

@@ -164,11 +164,7 @@ def test_a_circle_is_found_wherever_it_hides(tmp_path):
 
 
 LABELS = re.compile(r"(^|[._])(labels?|maps|truths?|targets)(\[.*\])?$")
-DOOR = {
-    "data/conversion.py",
-    "data/split.py",
-    "data/torch_dataset.py",
-}  # where labels of any form come in and are settled
+DOOR = {"data/torch_dataset.py"}  # where items of any form come in, one by one
 FILLS = {"data/augment.py"}  # what comes into shifted maps at their edges is the ignore index
 
 

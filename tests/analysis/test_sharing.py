@@ -173,7 +173,7 @@ def test_diversity_of_copies_of_orthogonal_members_and_of_cancelling_ones():
     with pytest.raises(UserError, match="5 and 4 logits: choose members of the same classes"):
         diversity_gain([model, relu_net(classes=4)], x)
     for measure in (lambda: diversity_gain([], x), lambda: universal_alignment([], (x, torch.zeros(4).long()))):
-        with pytest.raises(UserError, match="list of members is empty"):
+        with pytest.raises(UserError, match="list of models is empty"):
             measure()
 
 

@@ -92,9 +92,9 @@ def test_probes_lose_nothing_on_a_trained_net(trained, digits):
 
 def test_the_full_climb_goes_to_the_targets_that_the_probes_brought_nearest():
     class Watch(TargetedAutoPGD):
-        def _climb(self, solver, x, labels, truth, name, seed, record):
+        def _run(self, solver, x, labels, truth, name, seed, record):
             names.append((name, labels.tolist()))
-            return super()._climb(solver, x, labels, truth, name, seed, record)
+            return super()._run(solver, x, labels, truth, name, seed, record)
 
     names = []
     x, y = torch.full((2, 1, 1, 2), 0.2), torch.zeros(2, dtype=torch.long)

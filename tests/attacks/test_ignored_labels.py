@@ -11,7 +11,6 @@ from gambeson.attacks import DFUAP, ClasswiseStochasticPGD, DeepFoolUAP, Stochas
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.universal.sga import SGA
 from gambeson.data import Dataset, Split
-from gambeson.victim.averaged import entered
 from tests.conftest import binary, inner_images
 
 IGNORED = 255
@@ -109,12 +108,11 @@ def test_starts_probed_together_see_the_batches_that_each_sees_alone(normalise):
     brief = StochasticPGD(
         eps=0.1, norm="2", steps=5, batch_size=7, rel_step_size=attack.probe_rel_step_size, normalise=normalise
     )
-    with entered(model) as victims:
-        context = attack._prepare(victims, data, 0)
+    with attack._crafting(model, data, 0) as context:
         assert len({len(images) for k in range(4) for images, _ in islice(context.stream(7, k), 5)}) > 1
         starts = list(context.starts(4, None))
         found = {float(delta.sum()) for _, delta in attack._best(context, starts)}
-        alone = {float(brief._climb(context, start, [k]).sum()) for k, (_, start) in enumerate(starts)}
+        alone = {float(brief._run(context, start, [k]).sum()) for k, (_, start) in enumerate(starts)}
     assert len(alone) == 4
     assert sorted(found) == pytest.approx(sorted(alone), abs=1e-5)
 
@@ -139,8 +137,7 @@ def test_a_mean_of_steps_is_over_images_that_have_a_label():
 def test_rates_that_choose_are_of_answers_that_count():
     model, w, data = images_of(None)
     attack = StochasticPGD(eps=0.3, target=1, probe_starts=0, steps=1)
-    with entered(model) as victims:
-        context = attack._prepare(victims, data, 0)
+    with attack._crafting(model, data, 0) as context:
         assert context.rate(torch.zeros(1, 1, 2, 3)) == 0  # the ignored images are of the target class already
         assert context.rate(0.3 * w.sign()[None]) == context.rate(0.3 * w.sign()[None], data.test) == 1
         fool = DeepFoolUAP(eps=0.3)

@@ -93,7 +93,7 @@ def test_an_image_that_is_adversarial_is_not_asked_about_again(attack):
     assert (queries.spent[down] < 400).all()
     assert (queries.spent[~down] >= 398).all()
     first = int(queries.spent[4:][down[4:]].min())
-    with pytest.raises(RuntimeError, match="but the budget is 0"), queries.opened(x, 0):
+    with pytest.raises(RuntimeError, match="but the budget is 0"), queries.counting(x, 0):
         queries(x, torch.arange(12))
     assert first > 1
 

@@ -14,7 +14,6 @@ from gambeson.attacks.universal.base import CraftingContext
 from gambeson.data import Dataset, Split
 from gambeson.threat import Ball
 from gambeson.victim import Victim
-from gambeson.victim.averaged import entered
 from tests.conftest import LinearNet, binary, inner_images
 
 
@@ -151,12 +150,9 @@ def test_starts_are_probed_by_a_short_climb_and_the_best_go_on(trained, digits):
     assert all(kind.endswith(", probed") for kind, _ in about.restarts)
     assert about.backwards == 5 * 10 * 8 + 2 * 20 * 32
     assert about.forwards == about.backwards + (5 + 2) * len(digits.validation)
-    with entered(trained) as victims:
-        context = attack._prepare(victims, digits, 1)
+    with attack._crafting(trained, digits, 1) as context:
         brief = StochasticPGD(eps=0.2, steps=10, batch_size=8, rel_step_size=0.5, probe_starts=0)
-        rates = [
-            context.rate(brief._climb(context, start, [k])) for k, (_, start) in enumerate(context.starts(5, None))
-        ]
+        rates = [context.rate(brief._run(context, start, [k])) for k, (_, start) in enumerate(context.starts(5, None))]
         kept = [context.rate(delta) for _, delta in attack._best(context, list(context.starts(5, None)))]
     assert kept == sorted(rates, reverse=True)[:2]
     few = attack.model_copy(update={"probe_start_images": 20}).craft(trained, digits, seed=1).about
@@ -165,7 +161,7 @@ def test_starts_are_probed_by_a_short_climb_and_the_best_go_on(trained, digits):
     assert [kind for kind, _ in warm.about.restarts][-1] == "warm"  # what was given is never left out
 
 
-def test_default_costs_a_stated_number_of_gradients_and_is_no_weaker_than_one_long_climb(trained, digits):
+def test_default_costs_a_stated_number_of_gradients_and_is_no_weaker_than_one_long_run(trained, digits):
     rates = []
     for attack in (
         StochasticPGD(eps=0.15),
@@ -253,13 +249,13 @@ def test_linear_net_with_many_classes_meets_brute_force():
 @pytest.mark.parametrize("norm", ["inf", "2", "1"])
 def test_its_climb_is_the_one_solver_over_mini_batches_with_one_delta(trained, digits, norm):
     attack = StochasticPGD(eps=0.2, norm=norm, steps=6, batch_size=40)
-    with entered(trained) as victims:
-        split = digits.train.to(victims[0].device)
-        context = CraftingContext(victims=victims, train=split, validation=digits.validation, ball=attack.ball, seed=3)
-        climbed = attack._climb(context, context.start("sign", 1), [1])
+    with Victim(trained, fast=True) as victim:
+        split = digits.train.to(victim.device)
+        context = CraftingContext(victims=[victim], train=split, validation=digits.validation, ball=attack.ball, seed=3)
+        crafted = attack._run(context, context.start("sign", 1), [1])
         same = context.solver(attack.objective).run(context.start("sign", 1), context.stream(40, 1), attack.lengths)
-    assert torch.equal(climbed, same)
-    assert not torch.equal(climbed, context.start("sign", 1))
+    assert torch.equal(crafted, same)
+    assert not torch.equal(crafted, context.start("sign", 1))
 
 
 @pytest.mark.parametrize("settings", [{}, {"normalise": "sample"}, {"momentum": 0.9}], ids=str)
@@ -269,9 +265,9 @@ def test_starts_climbed_together_end_where_each_ends_alone(trained, digits, sett
         split = digits.train.to(victim.device)
         context = CraftingContext(victims=[victim], train=split, validation=digits.validation, ball=attack.ball, seed=3)
         starts = [delta for _, delta in context.starts(4, None)]
-        alone = [attack._climb(context, delta, [k]) for k, delta in enumerate(starts)]
+        alone = [attack._run(context, delta, [k]) for k, delta in enumerate(starts)]
         before = victim.backwards
-        together = attack._climb(context, torch.cat(starts), range(4))
+        together = attack._run(context, torch.cat(starts), range(4))
         assert victim.backwards - before == 4 * 8 * 20
     torch.testing.assert_close(together, torch.cat(alone), atol=2e-4, rtol=0)
     assert float((together[1:] - together[:1]).abs().amax()) > 0.1  # restarts see other images and end elsewhere

@@ -23,7 +23,6 @@ from gambeson.attacks.universal.stochastic_pgd import ClasswiseStochasticPGD
 from gambeson.data import Dataset, Split
 from gambeson.threat import Ball
 from gambeson.victim import Victim
-from gambeson.victim.averaged import entered
 from tests.conftest import LinearNet, binary, inner_images
 
 SHAPE = (2, 3, 4)
@@ -110,13 +109,13 @@ def test_mean_of_signs_differs_from_sign_of_the_mean_on_two_samples():
     with torch.no_grad():
         model.bias += torch.tensor([0.0, 1.0])  # the image of class 1 is surer, so that of class 0 has more to lose
     part = Split("two", x, y, ("a", "b"))
-    with entered(model) as victims:
-        context = CraftingContext(victims=victims, train=part, validation=part, ball=Ball(eps=0.2), seed=0)
+    with Victim(model, fast=True) as victim:
+        context = CraftingContext(victims=[victim], train=part, validation=part, ball=Ball(eps=0.2), seed=0)
         zero = context.start("zero", 0)
         one = {
-            kind: StochasticPGD(
-                eps=0.2, steps=1, batch_size=2, rel_step_size=0.5, truncate=None, normalise=kind
-            )._climb(context, zero, [0])
+            kind: StochasticPGD(eps=0.2, steps=1, batch_size=2, rel_step_size=0.5, truncate=None, normalise=kind)._run(
+                context, zero, [0]
+            )
             for kind in ("batch", "sample")
         }
     assert not one["sample"].any()  # the two signs are opposite and cancel
@@ -439,8 +438,7 @@ def test_sga_steps_along_the_mean_of_all_inner_gradients(norm):
         labels="truth",
         truncate=None,
     )
-    with entered(net) as victims:
-        context = attack._prepare(victims, data, 0)
+    with attack._crafting(net, data, 0) as context:
         solver = context.solver(attack.objective)
         found = attack._aggregate(solver, torch.zeros(1, 1, 3, 4), x, y, torch.Generator())
         delta = next(iter(attack.model_copy(update={"steps": 1, "batch_size": 12})._search(context, None))).delta

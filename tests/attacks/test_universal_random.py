@@ -9,8 +9,7 @@ from gambeson.attacks import DFUAP, StochasticPGD
 from gambeson.attacks.universal.sga import SGA
 from gambeson.attacks.universal.stochastic_pgd import ClasswiseStochasticPGD
 from gambeson.base import seeded
-from gambeson.victim import Victim, predict, score
-from gambeson.victim.averaged import EOT_SAMPLES, entered
+from gambeson.victim import EOT_SAMPLES, Victim, predict, score
 from tests.attacks.test_universal import linear_data
 from tests.conftest import binary
 
@@ -111,7 +110,7 @@ def test_a_batch_of_own_draws_is_a_mean_over_draws_already(linear):
 
 def test_predicted_labels_of_a_random_model_are_those_of_its_mean_logits(linear):
     plain, _, data = linear
-    with entered(Noisy(plain, 0.5, shared=True)) as victims, seeded(0):
-        context = StochasticPGD(eps=0.1, labels="prediction", eot_samples=2000)._prepare(victims, data, 0)
+    attack = StochasticPGD(eps=0.1, labels="prediction", eot_samples=2000)
+    with attack._crafting(Noisy(plain, 0.5, shared=True), data, 0) as context, seeded(0):
         images, labels = data.train.take(slice(None))
         assert float((context.targets(images, labels) == labels).float().mean()) > 0.95

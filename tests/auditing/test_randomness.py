@@ -15,9 +15,9 @@ from gambeson.auditing.stages import randomness
 from gambeson.auditing.stages.randomness import ELSEWHERE, SWITCHES
 from gambeson.data import Split
 from gambeson.evaluation import accuracy_under
-from gambeson.evaluation.universal import control_rates, judged
+from gambeson.evaluation.universal import control_rates
 from gambeson.threat import Ball
-from gambeson.victim import ABSTAIN, DEFAULT_VOTES, Victim, predict, score, vote
+from gambeson.victim import ABSTAIN, DEFAULT_VOTES, Victim, as_victim, predict, score, vote, votes_of
 from tests.auditing.evidence import evidence_of
 
 
@@ -84,9 +84,9 @@ def test_a_net_that_is_wrong_three_times_in_ten_is_not_broken():
 
 def test_draws_shared_by_a_forward_do_not_decide_a_whole_split():
     split = zeros(1000)
-    with judged(Unlucky(0.45, shared=True), split) as victim:
-        assert victim.traits.shared
+    with as_victim(Unlucky(0.45, shared=True)) as victim:
         seen = predict(victim, split).view(-1, 25)
+        assert victim.traits.shared
     assert bool((seen == seen[:, :1]).all())
     assert 0 < float((seen[:, 0] == 0).float().mean()) < 1
 
@@ -95,8 +95,8 @@ def test_every_rate_of_a_repeatable_model_is_what_one_pass_says(trained, digits)
     images, _ = digits.test.take(slice(None))
     with torch.no_grad():
         once = trained.eval()(images).argmax(1)
-    with judged(trained, digits.test) as victim:
-        assert victim.votes == 1
+    with as_victim(trained) as victim:
+        assert votes_of(victim, images) == 1
         assert torch.equal(predict(victim, digits.test), once)
         assert torch.equal(vote(victim, images), once)
         assert victim.forwards == 2 * len(images)
@@ -114,8 +114,8 @@ def test_rates_of_a_random_model_agree_and_can_be_taken_again(trained, digits):
 
     model, ball, few = Noisy(), Ball(eps=0.1, norm="inf"), digits.test.subset(torch.arange(150))
     clean = gb.evaluation.accuracy(model, few)
-    with judged(model, few) as victim:
-        assert victim.votes == DEFAULT_VOTES
+    with as_victim(model) as victim:
+        assert votes_of(victim, few.take(slice(0, 8))[0]) == DEFAULT_VOTES
         assert 1 - score(predict(victim, few), few).error == pytest.approx(clean.value)
         assert control_rates(victim, few, ball, 0) == control_rates(victim, few, ball, 0)
         under = accuracy_under(victim, few, FGSM(eps=0.1), 0)

@@ -137,7 +137,7 @@ def test_unknown_names_and_useless_sizes(tmp_path: Path) -> None:
         data.load("fashionmnist", tmp_path)
     with pytest.raises(UserError, match=r"unknown data set 'zzz': choose one of cifar10, .*image-folder:PATH"):
         data.get("zzz", tmp_path)
-    with pytest.raises(UserError, match="size = 32 came with digits, whose images are 8x8"):
+    with pytest.raises(UserError, match="size came with digits, whose images are 8x8 in grey"):
         data.load("digits", tmp_path, size=32)
 
 

@@ -46,7 +46,7 @@ def test_stored_images_score_the_reported_number_in_any_batch_size(suite, traine
     x, _ = digits.test.take(slice(None))
     moved = (suite.images - x).abs().amax((1, 2, 3))
     assert float(moved.max()) <= 0.1 + 1e-6
-    assert torch.equal(moved > 0, suite.fallen_to >= 0)
+    assert torch.equal(moved > 0, suite.broken_by >= 0)
     assert suite.result.largest == pytest.approx(float(moved.max()))
 
 

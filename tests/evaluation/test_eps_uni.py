@@ -238,6 +238,7 @@ def test_a_random_model_is_decided_by_votes_and_the_same_again(digits, trained):
     clean = gb.evaluation.accuracy(model, few).complement.value
     with Victim(model) as victim:
         victim.votes = 1
+        torch.manual_seed(0)
         once = score(predict(victim, few.test), few.test).error
     assert clean < 0.15 < once  # one pass would call it broken sooner
     assert 0 < first.value < 1

@@ -1,6 +1,7 @@
 """What only an accelerator can show: the CPU's numbers, its own bytes again, memory, streams and layouts."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -238,7 +239,7 @@ def test_memory_does_not_grow_over_fifty_steps(data, defense):
     net.train()
     used = []
     for k in range(50):
-        run.take(batches[k % len(batches)])
+        run.train_step(batches[k % len(batches)])
         if k in (9, 49):
             torch.cuda.synchronize()
             used.append(torch.cuda.memory_allocated())
@@ -365,18 +366,119 @@ def test_a_finished_run_can_be_read_on_the_cpu(data, tmp_path):
         assert torch.allclose(trained.eval()(x.to(GPU)).cpu(), loaded(x), atol=1e-3, rtol=1e-3)
 
 
-def test_few_waits_for_the_device_in_a_training_step(data):
-    """A standard step waits for nothing but the copy of its indices; counted by torch's own warnings."""
+def waits_in(job):
+    """How often the host waits for the device in a job, by torch's own warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            job()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(one.message) for one in caught)
+
+
+def test_a_standard_training_step_does_not_wait_for_the_device(data):
     with seeded(0, "model"):
         net = gb.models.create("resnet20", data).to(GPU)
     how = gb.training.Recipe(epochs=9, batch_size=128, precision="bfloat16", channels_last=True)
     run = Run(net, data, gb.defenses.Standard(), how, 0, None)
     batch = Epoch(run.train, how, 1, 0, 0, run.device)[0]
     net.train()
-    run.take(batch)
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run.take(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+    run.train_step(batch)
+    assert waits_in(lambda: run.train_step(batch)) == 0
+
+
+def test_a_step_of_adversarial_training_waits_for_the_device_once(data):
+    """To read whether every gradient of the inner attack was finite."""
+    with seeded(0, "model"):
+        net = gb.models.create("resnet20", data).to(GPU)
+    how = gb.training.Recipe(epochs=9, batch_size=128, precision="bfloat16", channels_last=True)
+    run = Run(net, data, gb.defenses.PGDAdversarial(eps=EPS, steps=7), how, 0, None)
+    batch = Epoch(run.train, how, 1, 0, 0, run.device)[0]
+    net.train()
+    run.train_step(batch)
+    assert waits_in(lambda: run.train_step(batch)) <= 1
+
+
+def test_more_steps_of_an_attack_wait_no_more_often(pair, data):
+    x, y = (t.to(GPU) for t in batch_of(data, 64))
+    found = []
+    with Victim(pair[1], fast=True) as victim:
+        for steps in (12, 12, 24):
+            found.append(waits_in(lambda steps=steps: pgd(steps=steps)(victim, x, y)))
+    assert 0 < found[1] == found[2] < 12
+
+
+def eager(monkeypatch):
+    monkeypatch.setattr(gb.victim.victim, "has_graphs", lambda device: False)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("early_stop", [False, True], ids=["all steps", "early stop"])
+def test_a_graph_gives_the_bytes_of_the_calls_it_replaces(pair, data, monkeypatch, precision, early_stop):
+    x, y = (t.to(GPU) for t in batch_of(data, 64))
+    found = []
+    for graphs in (True, False):
+        if not graphs:
+            eager(monkeypatch)
+        with Victim(pair[1], fast=FastPath(precision=precision)) as victim:
+            found.append(pgd(steps=10, start="uniform", eps=2 / 255, early_stop=early_stop)(victim, x, y, seed=1))
+            found.append(victim.backwards)
+            if graphs:
+                assert victim._copy.graphs.refused is None
+                assert len(victim._copy.graphs) >= 1
+    assert found[1] == found[3]
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_universal_perturbation_by_graphs_has_the_same_bytes(pair, data, monkeypatch):
+    attack = gb.attacks.StochasticPGD(eps=EPS, probe_starts=2, probe_start_steps=5, steps=10)
+    one = attack.craft(pair[1], data, seed=4)
+    eager(monkeypatch)
+    other = attack.craft(pair[1], data, seed=4)
+    assert torch.equal(one.delta, other.delta)
+    assert (one.about.forwards, one.about.backwards) == (other.about.forwards, other.about.backwards)
+
+
+def test_a_training_by_graphs_has_the_same_bytes(data, monkeypatch):
+    one = trained_weights(data, 1, precision="bfloat16", channels_last=True)
+    eager(monkeypatch)
+    assert torch.equal(one, trained_weights(data, 1, precision="bfloat16", channels_last=True))
+
+
+class Habit(torch.nn.Module):
+    """A net that does in its forward what a graph cannot repeat."""
+
+    def __init__(self, net, habit):
+        super().__init__()
+        self.net, self.habit = net, habit
+
+    def forward(self, images):
+        if self.habit == "waits" and float(images.max()) > 2:
+            return self.net(images) * 0
+        if self.habit == "draws":
+            return self.net(images + 0.01 * torch.randn_like(images))
+        if self.habit == "counts":
+            self.calls = getattr(self, "calls", 0) + 1
+        if self.habit == "synchronises":
+            torch.cuda.synchronize()
+        return self.net(images)
+
+
+@pytest.mark.parametrize("habit", ["waits", "draws", "counts", "synchronises"])
+@pytest.mark.filterwarnings("ignore:gradients are computed without")
+def test_what_a_graph_cannot_repeat_is_computed_as_before(pair, data, monkeypatch, habit):
+    net = Habit(pair[1], habit)
+    x, y = (t.to(GPU) for t in batch_of(data, 64))
+    attack = pgd(steps=8, eot_samples=1 if habit == "draws" else None)
+    with Victim(net, fast=True) as victim:
+        found = attack(victim, x, y, seed=2)
+        assert victim._copy.graphs.refused is not None
+        assert len(victim._copy.graphs) == 0
+    eager(monkeypatch)
+    with Victim(net, fast=True) as victim:
+        assert torch.equal(attack(victim, x, y, seed=2), found)
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    assert torch.rand(8, device=GPU).isfinite().all()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import gambeson as gb
 from gambeson.base import UserError
 from gambeson.models.export import export
-from gambeson.models.loading import load_model
+from gambeson.models.loading import input_shape, load_model
 
 NET = """
 import gambeson as gb
@@ -191,3 +192,32 @@ def test_a_transformers_model_without_its_head_is_not_judged(tmp_path):
     ):
         load_model(source, "two", "cpu", _two())
     assert gb.models.create(source, _two()).card.classes == 2  # to be fine-tuned it will do
+
+
+def test_image_folders_are_read_for_the_model(tmp_path, recwarn):
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (40, 30), (number, 9, 200)).save(tmp_path / "set" / name / f"{number}.png")
+    gb.models.save(
+        gb.models.create("lenet", in_channels=1, classes=2, image_size=(20, 24)), tmp_path / "grey.safetensors"
+    )
+    assert input_shape(str(tmp_path / "grey.safetensors")) == (1, 20, 24)
+    assert input_shape("lenet") == (None, None, None)
+    assert input_shape("torchvision:resnet18") == (None, None, None)
+    assert input_shape("torchvision:resnet18@IMAGENET1K_V1") == (3, 224, 224)
+    found = load_model(str(tmp_path / "grey.safetensors"), f"image-folder:{tmp_path / 'set'}", "cpu")
+    assert found.dataset.test.shape == (1, 20, 24)
+    assert any("are read as grey, which the model takes" in str(one.message) for one in recwarn)
+    with pytest.raises(UserError, match="takes 1 channels .* has 3 channels"):
+        load_model(str(tmp_path / "grey.safetensors"), f"image-folder:{tmp_path / 'set'}?mode=rgb", "cpu")
+
+
+@pytest.mark.parametrize("ending", ["pt2", "onnx"])
+def test_files_of_models_say_what_they_take(folder, trained, tmp_path, ending):
+    if ending == "onnx":
+        pytest.importorskip("onnxruntime")
+        export(trained, tmp_path / "net.onnx", "onnx")
+    place = folder if ending == "pt2" else tmp_path
+    card = trained.card
+    assert input_shape(str(place / f"net.{ending}")) == (card.in_channels, *card.image_size)

@@ -8,7 +8,6 @@ from gambeson.analysis.bounds import BoundRow, BoundTable, Linear, bound_table, 
 from gambeson.analysis.correlation import Correlation, Interval, correlate, partial, pearson, spearman
 from gambeson.analysis.estimate import Estimate, estimate_frobenius
 from gambeson.analysis.gradient_masking import GradientStatistics, Surface, gradient_statistics, loss_surface
-from gambeson.analysis.inputs import Source
 from gambeson.analysis.jacobian import JacobianNorms, Spread, batch_jacobian, frobenius, jacobian_norms, spectral
 from gambeson.analysis.sharing import (
     GradientSharing,
@@ -32,6 +31,7 @@ from gambeson.analysis.stacked import (
     stacked_spectrum,
 )
 from gambeson.analysis.subspace import Subspace, adversarial_subspace, hadamard
+from gambeson.victim import Source
 
 __all__ = [
     "BoundRow",

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from gambeson.analysis.inputs import Source, labelled, margins, opened
+from gambeson.analysis.inputs import classifier, labelled, margins
 from gambeson.analysis.matrix_free import Linearised, batches_of
 from gambeson.analysis.stacked import LARGEST, Spectrum, StackedGram, stacked_grams, stacked_spectrum
 from gambeson.base import Config, UserError, generator
 from gambeson.data import Split
 from gambeson.threat import perturb
-from gambeson.victim import Victim, predicted
+from gambeson.victim import Source, Victim, predicted
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,8 @@ def linearise(model: Source, data: Any, perturbations: torch.Tensor) -> Linear:
         data: a split, a dataset (its test split) or a pair (images, labels).
         perturbations: (R, C, H, W), in pixel units.
     """
-    split = labelled(data)
     parts: list[tuple[torch.Tensor, ...]] = []
-    with opened(model) as victim:
+    with classifier(model, data) as (victim, split):
         deltas = perturbations.to(victim.device)
         for images, labels in batches_of(victim, split):
             line = Linearised(victim, images)
@@ -156,7 +155,7 @@ def bound_table(
     if not deltas or any(tuple(delta.shape[1:]) != split.shape for delta in deltas):
         shapes = ", ".join(str(tuple(delta.shape)) for delta in perturbations) or "none"
         raise UserError(f"perturbations have shapes {shapes}: expected one or more of (1, {str(split.shape)[1:]}")
-    with opened(model) as victim:
+    with classifier(model, data) as (victim, split):
         plain, weighted = spectra or both_spectra(victim, split, seed)
         line = linearise(victim, split, torch.cat(deltas))
         measured = line.measured_errors

@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 
-from gambeson.analysis.inputs import Source, answer, opened, pull
+from gambeson.analysis.inputs import answer, pull
 from gambeson.analysis.matrix_free import Linearised
 from gambeson.base import UserError, generator
-from gambeson.base.checks import check_images
-from gambeson.victim import Victim
+from gambeson.base.checks import as_images
+from gambeson.victim import Source, Victim, as_victim
 
 Projection = Literal["output", "input", "finite-differences"]
 """``output``: v^T J, one backward each (Hoffman et al. 2019). ``input``: J u, one backward each and one more.
@@ -70,8 +70,8 @@ def estimate_frobenius(
     """
     if projections < 1:
         raise UserError(f"projections = {projections}: expected 1 or more")
-    images = check_images(images)
-    with opened(model) as victim:
+    images = as_images(images, floats=True)
+    with as_victim(model) as victim:
         draw = generator(seed, "projections", method, device=images.device)
         if method == "output":
             squares = _from_outputs(victim, images, projections, draw)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from gambeson.analysis.inputs import Source, answer, labelled, margins, opened, pull
+from gambeson.analysis.inputs import answer, classifier, margins, pull
 from gambeson.analysis.jacobian import Spread
 from gambeson.analysis.matrix_free import batches_of
 from gambeson.base import Config, UserError, generator
-from gambeson.base.checks import check_batch
+from gambeson.tasks import CLASSIFICATION, as_pair
 from gambeson.threat import Ball, perturb
-from gambeson.victim import Victim, predicted
+from gambeson.victim import Source, Victim, as_victim, predicted
 
 
 class GradientStatistics(Config):
@@ -63,9 +63,8 @@ def gradient_statistics(model: Source, data: Any) -> GradientStatistics:
     Raises:
         UserError: the model is not a classifier, or its logits are not finite.
     """
-    split = labelled(data)
     parts = []
-    with opened(model) as victim:
+    with classifier(model, data) as (victim, split):
         for images, labels in batches_of(victim, split):
             point, logits = answer(victim, images)
             if not bool(logits.isfinite().all()):
@@ -175,14 +174,14 @@ def loss_surface(
     reach = Ball(eps=extent).eps
     if reach == 0:
         raise UserError(f"extent = {extent}: expected a length above 0 in pixel units, such as 8/255")
-    images = check_batch(images, labels)
-    with opened(model) as victim:
+    images, labels, _ = as_pair(images, labels, CLASSIFICATION, floats=True)
+    with as_victim(model) as victim:
         g = loss_gradient(victim, images, labels)[0].sign()
         if other is None:
             draw = generator(seed, "surface", device=images.device)
             guide = torch.randn(images.shape, generator=draw, device=images.device, dtype=images.dtype)
         else:
-            with opened(other) as source:
+            with as_victim(other) as source:
                 guide = loss_gradient(source, images, labels)[0]
         side = orthogonal_signs(g, guide)
         steps = torch.linspace(-1, 1, points, dtype=torch.float64) * reach

@@ -7,31 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
-from gambeson.base import UserError
+from gambeson.base import UserError, autograd_limits, twice_differentiable
 from gambeson.data import Split, as_split
-from gambeson.victim import Victim
-
-Source = nn.Module | Victim
-"""A module from pixels to logits, or an entered :class:`Victim`, whose counts are updated."""
-
-
-@contextmanager
-def opened(source: Source) -> Iterator[Victim]:
-    """Enter a model as a victim; a victim is used as given. Inference mode is off inside the block.
-
-    Raises:
-        UserError: neither a module nor a victim.
-    """
-    if isinstance(source, Victim):
-        with torch.inference_mode(False):
-            yield source
-        return
-    if not isinstance(source, nn.Module):
-        raise UserError(f"the model is a {type(source).__name__}: expected a torch.nn.Module from pixels to logits")
-    with torch.inference_mode(False), Victim(source) as victim:
-        yield victim
+from gambeson.tasks import CLASSIFICATION
+from gambeson.victim import Source, Victim, as_victim
 
 
 def answer(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,9 +22,9 @@ def answer(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     Raises:
         UserError: the model does not return one row of logits per image.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), twice_differentiable(victim.model):
         point = images.detach().clone().requires_grad_()
-        logits = victim.forward_original(point)
+        logits = victim.forward_original(point).to(images.dtype)
     if logits.ndim != 2 or len(logits) != len(images):
         raise UserError(
             f"the model answers with shape {tuple(logits.shape)} for {len(images)} images: Jacobians are taken of "
@@ -71,8 +51,25 @@ def pull(
     victim.backwards += len(point)
     if not value.requires_grad:
         return torch.zeros_like(point)
-    (gradient,) = torch.autograd.grad(value, point, cotangent, retain_graph=keep, materialize_grads=True)
+    with autograd_limits():
+        (gradient,) = torch.autograd.grad(value, point, cotangent, retain_graph=keep, materialize_grads=True)
     return gradient.detach()
+
+
+@contextmanager
+def classifier(model: Source, data: Any) -> Iterator[tuple[Victim, Split]]:
+    """Hold a classifier as a victim, with ``data`` as a split of images with one label each; of a Dataset, its test.
+
+    Raises:
+        UserError: no data, label maps, or a model that does not return logits of these classes.
+    """
+    split = labelled(data)
+    with as_victim(model) as victim:
+        images, labels = split.take(slice(0, 8), victim.device)
+        shape = victim.inspect(images).shape
+        split.task.check_logits(shape, labels)
+        split.check_classes(shape[1])
+        yield victim, split
 
 
 def labelled(data: Any) -> Split:
@@ -98,7 +95,6 @@ def margins(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     if logits.shape[1] < 2:
         raise UserError("the model has one logit: a margin needs two classes or more")
-    if int(labels.max()) >= logits.shape[1]:
-        raise UserError(f"labels reach {int(labels.max())}, but the model has {logits.shape[1]} logits: match the two")
+    CLASSIFICATION.check_labels(labels, logits.shape[1])
     own = logits.gather(1, labels[:, None])
     return (own - logits.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True)).flatten()

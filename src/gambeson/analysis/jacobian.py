@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from gambeson.analysis.inputs import Source, answer, labelled, margins, opened, pull
+from gambeson.analysis.inputs import answer, classifier, margins, pull
 from gambeson.base import Config
-from gambeson.base.checks import check_images
+from gambeson.base.checks import as_images
 from gambeson.data import Split
-from gambeson.victim import Victim
+from gambeson.victim import Source, Victim, as_victim
 
 _ROWS_BYTES = 2**26
 """Maximum size of the Jacobians of a batch: 2,200 rows of 3 x 32 x 32; a batch has at most 256 images."""
@@ -32,8 +32,8 @@ def batch_jacobian(model: Source, images: torch.Tensor) -> torch.Tensor:
     Raises:
         UserError: images out of range, or a model that is not a classifier.
     """
-    with opened(model) as victim:
-        return rows_at(victim, check_images(images))[0]
+    with as_victim(model) as victim:
+        return rows_at(victim, as_images(images, floats=True))[0]
 
 
 def rows_at(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,8 +132,7 @@ def jacobian_norms(model: Source, data: Any) -> JacobianNorms:
         model: a module or a victim.
         data: a split, a dataset (its test split) or a pair (images, labels).
     """
-    split = labelled(data)
-    with opened(model) as victim:
+    with classifier(model, data) as (victim, split):
         parts = [(frobenius(r.jacobian), spectral(r.jacobian), r.margin) for r in walk(victim, split)]
     size, top, margin = (torch.cat(column) for column in zip(*parts, strict=True))
     right = (margin > 0) & (top > 0)

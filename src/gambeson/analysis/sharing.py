@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from gambeson.analysis.inputs import Source, answer, labelled, opened, pull
+from gambeson.analysis.inputs import answer, classifier, labelled, pull
 from gambeson.analysis.jacobian import Spread, batch_jacobian, classes_of, frobenius, rows_at
 from gambeson.analysis.matrix_free import batches_of
 from gambeson.analysis.stacked import stacked_spectrum
 from gambeson.base import Config, UserError, generator
 from gambeson.threat import Norm
-from gambeson.victim import Victim
+from gambeson.victim import Source, Victim, as_victim
 
 PairMetric = Literal["cos_F", "ratio_s", "rank1", "cka"]
 """The four pair metrics; the paper's is ``cos_F``."""
@@ -83,10 +82,9 @@ def pair_sharing(model: Source, data: Any, *, pairs: int = 1000, seed: int = 0) 
     Raises:
         UserError: fewer than 2 pairs, or no class with two images, or one class only.
     """
-    split = labelled(data)
-    index = draw_pairs(split.labels.cpu(), pairs, seed)
     parts: list[dict[PairMetric, torch.Tensor]] = []
-    with opened(model) as victim:
+    with classifier(model, data) as (victim, split):
+        index = draw_pairs(split.labels.cpu(), pairs, seed)
         width = 4 * torch.Size(split.shape).numel() * classes_of(victim, split)
         for some in index.split(max(1, min(128, _BYTES // (2 * width)))):
             images, _ = split.take(some.T.flatten(), victim.device)
@@ -159,10 +157,9 @@ def gradient_sharing(model: Source, data: Any, *, norm: Norm = "inf") -> Gradien
         data: a split, a dataset (its test split) or a pair (images, labels).
         norm: of the perturbation.
     """
-    split = labelled(data)
     order = {"inf": 1.0, "2": 2.0, "1": torch.inf}[norm]
     single = 0.0
-    with opened(model) as victim:
+    with classifier(model, data) as (victim, split):
         total = torch.zeros(split.shape, dtype=torch.float64, device=victim.device)
         for images, labels in batches_of(victim, split):
             point, logits = answer(victim, images)
@@ -180,20 +177,7 @@ def gradient_sharing(model: Source, data: Any, *, norm: Norm = "inf") -> Gradien
     )
 
 
-class MeanLogits(nn.Module):
-    """Several victims as one model with their mean logits; each counts its own passes."""
-
-    def __init__(self, members: Sequence[Victim]) -> None:
-        super().__init__()
-        self.models = nn.ModuleList(member.model for member in members)
-        self._members = tuple(members)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the mean logits (N, K) of pixels (N, C, H, W)."""
-        return torch.stack([member.forward_original(images) for member in self._members]).mean(0)
-
-
-def diversity_gain(members: Sequence[Source], images: torch.Tensor) -> torch.Tensor:
+def diversity_gain(members: Sequence[nn.Module | Victim], images: torch.Tensor) -> torch.Tensor:
     """Return D = ||mean_m J_m||_F^2 / mean_m ||J_m||_F^2 at every image, (N,), in [0, 1].
 
     1 for copies, 1/M for M orthogonal Jacobians of equal size, below 1/M if members cancel. NaN if every member's
@@ -206,17 +190,16 @@ def diversity_gain(members: Sequence[Source], images: torch.Tensor) -> torch.Ten
     Raises:
         UserError: no members, or outputs of different shapes.
     """
-    if len(members) == 0:
-        raise UserError("the list of members is empty: give one model or more")
     mean, size = None, torch.zeros(len(images), device=images.device, dtype=torch.float64)
-    for member in members:
-        jacobian = batch_jacobian(member, images)
-        if mean is not None and mean.shape != jacobian.shape:
-            raise UserError(
-                f"members return {mean.shape[1]} and {jacobian.shape[1]} logits: choose members of the same classes"
-            )
-        size += frobenius(jacobian).double().square() / len(members)
-        mean = jacobian / len(members) if mean is None else mean.add_(jacobian, alpha=1 / len(members))
+    with as_victim(members) as average:
+        for member in average.members:
+            jacobian = batch_jacobian(member, images)
+            if mean is not None and mean.shape != jacobian.shape:
+                raise UserError(
+                    f"members return {mean.shape[1]} and {jacobian.shape[1]} logits: choose members of the same classes"
+                )
+            size += frobenius(jacobian).double().square() / len(members)
+            mean = jacobian / len(members) if mean is None else mean.add_(jacobian, alpha=1 / len(members))
     assert mean is not None
     return frobenius(mean).double().square() / size
 
@@ -235,7 +218,7 @@ class UniversalAlignment(Config):
     """|cosine| between the top directions of each pair of members."""
 
 
-def universal_alignment(members: Sequence[Source], data: Any, *, seed: int = 0) -> UniversalAlignment:
+def universal_alignment(members: Sequence[nn.Module | Victim], data: Any, *, seed: int = 0) -> UniversalAlignment:
     """Measure the alignment of the members' universal directions.
 
     Cost: two stacked spectra per member: its own, and within the mean.
@@ -248,11 +231,10 @@ def universal_alignment(members: Sequence[Source], data: Any, *, seed: int = 0) 
     Raises:
         UserError: no members.
     """
-    with _all_opened(members) as victims:
-        found = [stacked_spectrum(victim, data, seed=seed) for victim in victims]
-        with Victim(MeanLogits(victims)) as mean:
-            joint = stacked_spectrum(mean, data, seed=seed)
-        for victim in victims:
+    with as_victim(members) as mean:
+        found = [stacked_spectrum(victim, data, seed=seed) for victim in mean.members]
+        joint = stacked_spectrum(mean, data, seed=seed)
+        for victim in mean.members:
             victim.backwards += mean.backwards  # forwards are counted as they happen
     sigmas = tuple(float(spectrum.values[0].clamp(min=0)) ** 0.5 for spectrum in found)
     top = torch.stack([spectrum.directions[0].flatten() for spectrum in found])
@@ -263,11 +245,3 @@ def universal_alignment(members: Sequence[Source], data: Any, *, seed: int = 0) 
         ratio=own / (sum(sigmas) / len(sigmas)) if any(sigmas) else None,
         directions=tuple(tuple(row) for row in (top @ top.T).abs().tolist()),
     )
-
-
-@contextmanager
-def _all_opened(members: Sequence[Source]) -> Iterator[list[Victim]]:
-    if len(members) == 0:
-        raise UserError("the list of members is empty: give one model or more")
-    with ExitStack() as stack:
-        yield [stack.enter_context(opened(member)) for member in members]

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import torch
 
-from gambeson.analysis.inputs import Source, labelled, opened
+from gambeson.analysis.inputs import classifier
 from gambeson.analysis.jacobian import frobenius, spectral, walk
 from gambeson.analysis.matrix_free import EXTRA, Linearised, batches_of, build, products_are_cheaper, top_eigenpairs
 from gambeson.base import UserError, generator
 from gambeson.data import Split
-from gambeson.victim import Victim
+from gambeson.victim import Source, Victim
 
 Weighting = Literal["none", "margin"]
 """``margin``: the rows of J_i are divided by the margin m_i, and misclassified images are left out (P4)."""
@@ -117,8 +117,8 @@ def stacked_gram(model: Source, data: Any, *, weighting: Weighting = "none") -> 
     Raises:
         UserError: images of more than 4096 values, or no image with a weight.
     """
-    with opened(model) as victim:
-        return stacked_grams(victim, labelled(data), (weighting,))[0]
+    with classifier(model, data) as (victim, split):
+        return stacked_grams(victim, split, (weighting,))[0]
 
 
 def stacked_grams(victim: Victim, split: Split, weightings: tuple[Weighting, ...]) -> list[StackedGram]:
@@ -187,10 +187,9 @@ def stacked_spectrum(
     """
     if count < 1:
         raise UserError(f"count = {count}: expected 1 direction or more")
-    split = labelled(data)
-    if method == "auto" and torch.Size(split.shape).numel() <= LARGEST:
-        method = "gram"
-    with opened(model) as victim:
+    with classifier(model, data) as (victim, split):
+        if method == "auto" and torch.Size(split.shape).numel() <= LARGEST:
+            method = "gram"
         if method == "gram":
             return stacked_grams(victim, split, (weighting,))[0].top(count, seed)
         if method == "auto":
@@ -264,9 +263,8 @@ def stacked_norm(
     """
     if not p > 1 or not 1 <= q < math.inf:
         raise UserError(f"p = {p}, q = {q}: expected p above 1 (infinite allowed) and a finite q of 1 or above")
-    split = labelled(data)
     dual = 1.0 if math.isinf(p) else p / (p - 1)
-    with opened(model) as victim:
+    with classifier(model, data) as (victim, split):
         draw = generator(seed, "power", device=victim.device)
         v = torch.randn(max(1, starts), *split.shape, generator=draw, device=victim.device)
         v = _dual(v.double(), p)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from gambeson.analysis.gradient_masking import loss_gradient
-from gambeson.analysis.inputs import Source, opened
 from gambeson.base import UserError, generator
-from gambeson.base.checks import check_batch
+from gambeson.tasks import CLASSIFICATION, as_pair
 from gambeson.threat import Ball, Norm, perturb
-from gambeson.victim import predicted
+from gambeson.victim import Source, as_victim, predicted
 
 ORDERS = (1, 4, 16, 64)
 
@@ -100,11 +99,11 @@ def adversarial_subspace(
     ball = Ball(eps=eps, norm=norm)
     if ball.norm == "1":
         raise UserError("norm = '1': the adversarial subspace is defined for the norms inf and 2")
-    images = check_batch(images, labels)
+    images, labels, _ = as_pair(images, labels, CLASSIFICATION, floats=True)
     fitting = tuple(k for k in orders if 1 <= k <= images[0].numel())
     if not fitting:
         raise UserError(f"orders = {orders}: expected one between 1 and {images[0].numel()}, an image's values")
-    with opened(model) as victim, torch.no_grad():
+    with as_victim(model) as victim, torch.no_grad():
         g, margin = loss_gradient(victim, images, labels)
         if guide is not None:
             g = guide.to(g)

@@ -23,7 +23,7 @@ from gambeson.attacks.universal.procedural import GaborNoise, PerlinNoise
 from gambeson.attacks.universal.sga import SGA
 from gambeson.attacks.universal.singular_vector import SingularVector
 from gambeson.attacks.universal.stochastic_pgd import ClasswiseStochasticPGD, StochasticPGD
-from gambeson.victim.averaged import Average, ModelAverage, Source
+from gambeson.victim import Average, ModelAverage, Source
 
 __all__ = [
     "CONTROLS",

@@ -11,7 +11,7 @@ from gambeson.base import Config, Number
 from gambeson.tasks import CLASSIFICATION, Task
 
 LossName = Literal["cross-entropy", "margin", "dlr"]
-"""What an attack can climb: :func:`cross_entropy`, :func:`margin` or :func:`dlr`."""
+"""What an attack can maximise: :func:`cross_entropy`, :func:`margin` or :func:`dlr`."""
 
 _TINY = 1e-12
 
@@ -72,7 +72,7 @@ class Loss(Config):
     """An attack's objective: what each answer contributes, and from where on it contributes nothing."""
 
     kind: LossName = "cross-entropy"
-    """What is climbed."""
+    """What is maximised."""
     targeted: bool = False
     """Labels are targets to reach; otherwise they are truths to leave."""
     truncate: Number | None = None
@@ -84,10 +84,10 @@ class Loss(Config):
     temperature, the truth is unlikely long before another class is likelier."""
 
     def used(self, classes: int) -> LossName:
-        """What is really climbed on a model with this many classes.
+        """What is really maximised on a model with this many classes.
 
         The ratio needs a third logit, targeted a fourth: with fewer classes it has no meaning, and the margin, its
-        numerator, is climbed in its place.
+        numerator, is maximised in its place.
         """
         if self.kind == "dlr" and classes < (4 if self.targeted else 3):
             return "margin"
@@ -100,7 +100,7 @@ class Loss(Config):
         task: Task = CLASSIFICATION,
         truth: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the value to climb, one per image: (N,).
+        """Return the value to maximise, one per image: (N,).
 
         Args:
             logits: (N, K) or (N, K, H, W).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,7 @@ from gambeson.attacks.losses import Loss
 from gambeson.base import UserError
 from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.threat import Ball, BoxGradient, perturb
-from gambeson.victim import Victim
-from gambeson.victim.averaged import AveragedVictim
+from gambeson.victim import AveragedVictim, Victim
 
 
 @dataclass
@@ -54,22 +53,36 @@ class NonFiniteGradientError(UserError):
     found: torch.Tensor | None = None
 
 
-def input_gradient(
-    victim: Victim, value: torch.Tensor, point: torch.Tensor, images: int, number: int | None = None
-) -> torch.Tensor:
+def input_gradient(victim: Victim, value: torch.Tensor, point: torch.Tensor, images: int) -> torch.Tensor:
     """Return the gradient of a scalar at ``point``, counted as one backward pass of ``images`` images.
 
     Raises:
-        NonFiniteGradientError: it is not finite; the message names the step ``number``, if given.
+        NonFiniteGradientError: it is not finite.
     """
     gradient = victim.gradient(value, point, images)
-    if not torch.isfinite(gradient.sum()):
-        where = "" if number is None else f" at step {number}"
+    require_finite([gradient.sum()])
+    return gradient
+
+
+def require_finite(sums: Sequence[torch.Tensor], first: int | None = None) -> None:
+    """Refuse gradients that are NaN or infinite, waiting for the device once.
+
+    Args:
+        sums: the sum of each step's gradient, scalars.
+        first: number of the first of these steps, for the message.
+
+    Raises:
+        NonFiniteGradientError: some are.
+    """
+    if not sums:
+        return
+    finite = torch.stack(list(sums)).isfinite().tolist()
+    if not all(finite):
+        where = "" if first is None else f" at step {first + finite.index(False)}"
         raise NonFiniteGradientError(
             f"the model's gradient is NaN or infinite{where}: no attack can follow it; "
             "check the model's weights and outputs"
         )
-    return gradient
 
 
 def cosine(steps: int, first: float, last: float) -> list[float]:
@@ -132,7 +145,12 @@ class ProjectedGradient:
         return length if self.sizes is None else length * self.sizes
 
     def step(
-        self, delta: torch.Tensor, images: torch.Tensor, labels: torch.Tensor, length: float
+        self,
+        delta: torch.Tensor,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        length: float,
+        sums: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take one step of ``length`` (pixel units) up the loss.
 
@@ -141,6 +159,7 @@ class ProjectedGradient:
             images: (N, C, H, W) in [0, 1].
             labels: (N,) or (N, H, W); targets where the loss is targeted.
             length: norm of the step, in pixel units.
+            sums: see :meth:`gradient`.
 
         Returns:
             The new delta, inside the ball, and the logits before the step.
@@ -148,7 +167,7 @@ class ProjectedGradient:
         Raises:
             NonFiniteGradientError: the gradient is not finite.
         """
-        gradient, logits = self.gradient(delta, images, labels)
+        gradient, logits = self.gradient(delta, images, labels, sums=sums)
         return self.step_along(delta, images, gradient, length), logits
 
     def gradient(
@@ -160,6 +179,7 @@ class ProjectedGradient:
         truth: torch.Tensor | None = None,
         view: Callable[[torch.Tensor], torch.Tensor] | None = None,
         number: int | None = None,
+        sums: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gradient of the loss with respect to ``delta``, and the logits: one forward, one backward.
 
@@ -170,10 +190,32 @@ class ProjectedGradient:
             truth: true labels, for a targeted loss that needs them.
             view: differentiable transform of the perturbed images before the model.
             number: of the step, counted from 1, for the error message.
+            sums: the gradient's sum is appended, for :func:`require_finite` after the last step; None checks now, which
+                waits for the device.
 
         Raises:
             NonFiniteGradientError: the gradient is not finite.
         """
+        if view is None and truth is None:
+            made = (self.loss, self.task, self.per_image, self.box_gradient)
+            gradient, logits, total = self.victim.repeated(made, self._gradient, delta, images, labels)
+        else:
+            gradient, logits, total = self._gradient(delta, images, labels, truth, view)
+        if sums is None:
+            require_finite([total], number)
+        else:
+            sums.append(total)
+        return gradient, logits
+
+    def _gradient(
+        self,
+        delta: torch.Tensor,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        truth: torch.Tensor | None = None,
+        view: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return gradient, logits and the gradient's sum, without waiting for the device."""
         with torch.enable_grad():  # an attack called under no_grad still needs gradients
             if self.per_image:
                 # The perturbed image is in the box, so no clip is needed: its gradient would be zero at pixels that are
@@ -183,8 +225,8 @@ class ProjectedGradient:
                 point = delta.detach().requires_grad_()
                 moved = perturb(images, point, self.box_gradient)
             logits, values = self.forward(moved if view is None else view(moved), labels, truth)
-            gradient = input_gradient(self.victim, values.sum(), point, len(images), number)
-        return gradient, logits.detach()
+            gradient = self.victim.gradient(values.sum(), point, len(images))
+        return gradient, logits.detach(), gradient.sum()
 
     def losses(
         self,
@@ -227,8 +269,10 @@ class ProjectedGradient:
         lengths: Iterable[float],
     ) -> torch.Tensor:
         """Take one step per length, each on the next batch; return the last delta."""
+        sums: list[torch.Tensor] = []
         for (images, labels), length in zip(batches, lengths, strict=False):
-            delta, _ = self.step(delta, images, labels, length)
+            delta, _ = self.step(delta, images, labels, length, sums)
+        require_finite(sums)
         return delta
 
     def forward(

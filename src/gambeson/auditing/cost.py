@@ -260,13 +260,13 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
     sample, votes = min(suite.sample, len(data.test)), suite.votes if random else 1
     eot_samples = suite.eot_samples if random else 1
     attack = suite.universal(suite.eps[0])
-    climb, screen = (
+    run, screen = (
         attack.steps * attack.batch_size,
         attack.probe_starts * attack.probe_start_steps * attack.probe_start_batch,
     )
     probe_starts = attack.probe_starts * min(attack.probe_start_images, held)
     points, restarts = len(suite.eps), min(attack.restarts, attack.probe_starts or attack.restarts)
-    climbs = points * restarts + points - 1  # from the second eps on the eps before is one start more
+    runs = points * restarts + points - 1  # from the second eps on the eps before is one start more
     trials = _TRIALS if suite.eps_uni_runs is None else suite.eps_uni_runs
     ranked = suite.patterns_of_controls * min(RANKED, held) + 2 * held  # what stands for an eps is chosen on validation
     scored = test * (1 + suite.patterns_of_controls) + ranked
@@ -275,14 +275,14 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
     return (
         Part(
             name="universal curve",
-            forwards=votes * (points * (probe_starts + scored) + climbs * held),
-            gradients=points * screen + climbs * climb,
+            forwards=votes * (points * (probe_starts + scored) + runs * held),
+            gradients=points * screen + runs * run,
         ),
         Part(
             name="eps_uni",
             forwards=votes
             * (trials * (probe_starts + 3 * held + test + ranked + trials * min(RANKED, held)) + 12 * test),
-            gradients=trials * (screen + 2 * climb),
+            gradients=trials * (screen + 2 * run),
         ),
         Part(
             name="eps_adv",

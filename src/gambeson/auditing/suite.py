@@ -11,8 +11,7 @@ from gambeson.base import Config, Number, unknown_name
 from gambeson.base.registry import canonical
 from gambeson.data import Dataset
 from gambeson.threat import Eps, Norm, eps_in_norm
-from gambeson.victim import DEFAULT_VOTES
-from gambeson.victim.averaged import EOT_SAMPLES
+from gambeson.victim import DEFAULT_VOTES, EOT_SAMPLES
 
 _GREY = (0.05, 0.1, 0.15, 0.2, 0.3)
 _COLOUR = (4 / 255, 8 / 255, 12 / 255, 16 / 255, 26 / 255)

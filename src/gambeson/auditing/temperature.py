@@ -2,7 +2,7 @@
 
 Much larger logits saturate the softmax, and gradients vanish or see one class alone; in much smaller ones all wrong
 classes weigh alike, and an image that is fooled weighs as much as one that is not. Predictions do not depend on the
-scale at all. So attacks climb logits whose probabilities are honest ones: divided by the temperature that calibrates
+scale at all. So attacks use logits whose probabilities are honest ones: divided by the temperature that calibrates
 them (Guo et al. 2017, section 4.2), where that is far from 1. Scores are taken of the logits as they are.
 """
 

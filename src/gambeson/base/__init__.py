@@ -2,8 +2,15 @@
 
 from gambeson.base.config import Config, Number
 from gambeson.base.distributed import average, place, share_first, total
-from gambeson.base.environment import environment, full_precision, pick_device, repeatable
-from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, count, unknown_name
+from gambeson.base.environment import (
+    default_dtype,
+    environment,
+    full_precision,
+    pick_device,
+    repeatable,
+    twice_differentiable,
+)
+from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, autograd_limits, count, unknown_name
 from gambeson.base.files import (
     load_tensors,
     pixel_bytes,
@@ -28,10 +35,12 @@ __all__ = [
     "Registry",
     "UnknownSetting",
     "UserError",
+    "autograd_limits",
     "average",
     "check_run",
     "close_run",
     "count",
+    "default_dtype",
     "derive",
     "environment",
     "full_precision",
@@ -50,6 +59,7 @@ __all__ = [
     "show_progress",
     "task",
     "total",
+    "twice_differentiable",
     "unknown_name",
     "writable",
     "write_bytes",

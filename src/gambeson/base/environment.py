@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gambeson.base.errors import UserError
 
@@ -61,6 +63,26 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
+
+
+@contextmanager
+def default_dtype(kind: torch.dtype = torch.float32) -> Iterator[None]:
+    """Create tensors as ``kind`` inside the block: no draw or constant then depends on the caller's default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(kind)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Choose kernels with second derivatives inside the block: fused attention and cuDNN's recurrent nets have none."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    enabled = torch.backends.cudnn.enabled and not recurrent
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=enabled):
+        yield
 
 
 @contextmanager

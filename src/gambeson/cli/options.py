@@ -42,7 +42,7 @@ def registry(kind: str) -> Any:
     elif kind == Kind.data:
         from gambeson.data.registry import SETS as REGISTRY
     elif kind == Kind.tasks:
-        from gambeson.tasks.registry import TASKS as REGISTRY
+        from gambeson.tasks.task import TASKS as REGISTRY
     else:
         from gambeson.auditing.diagnostics.base import LOOKS as REGISTRY
     return REGISTRY

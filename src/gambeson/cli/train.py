@@ -66,6 +66,7 @@ def train(
     from gambeson.data import load
     from gambeson.defenses import needs_eps
     from gambeson.defenses.registry import DEFENSES
+    from gambeson.models.loading import input_shape
     from gambeson.threat import default_eps
     from gambeson.training import Recipe, TrainRun, plan_training, run_training
 
@@ -107,7 +108,7 @@ def train(
             "/", "-"
         )
         writable(folder)
-        dataset = load(run.data)
+        dataset = load(run.data, input_shape=input_shape(run.model))
         if lacking:
             settings["defense"]["eps"] = default_eps(dataset.train.shape, settings["defense"].get("norm", "inf"))
             run = TrainRun(**settings)

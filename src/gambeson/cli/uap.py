@@ -42,7 +42,6 @@ def craft(
     from gambeson.base import UserError, pick_device, user_code, writable
     from gambeson.evaluation import load_model
     from gambeson.threat import default_eps
-    from gambeson.victim import Victim
 
     attacks.require_kind(attack, "universal")
     settings: dict[str, Any] = {}
@@ -62,8 +61,8 @@ def craft(
         subject = load_model(source, data, pick_device(device))
         if lacks_eps:
             method = attacks.create(attack, eps=default_eps(subject.dataset.test.shape, method.norm), **given)
-        with Victim(subject.model, fast=True) as victim, user_code.blamed(method, f"the attack {attack!r}"):
-            uap = method.craft(victim, subject.dataset, seed=seed)
+        with user_code.blamed(method, f"the attack {attack!r}"):
+            uap = method.craft(subject.model, subject.dataset, seed=seed)
         if not isinstance(uap, attacks.UniversalPerturbation):
             raise UserError(f"the attack {attack!r} returned a {type(uap).__name__}: expected a UniversalPerturbation")
         uap.save(out)
@@ -95,7 +94,7 @@ def score(
     from gambeson.attacks import UniversalPerturbation
     from gambeson.base import UserError, pick_device
     from gambeson.evaluation import accuracy, control_rates, fooling_rate, load_model, universal_evasion
-    from gambeson.evaluation.universal import judged
+    from gambeson.victim import as_victim
 
     uap = UniversalPerturbation.load(file)
     source = needed(one_model(model, model_), f"uap score {file}")
@@ -113,7 +112,7 @@ def score(
             "UER": universal_evasion(subject.model, test, uap),
             "fooling rate": fooling_rate(subject.model, test, uap),
         }
-        with judged(subject.model, test) as victim:
+        with as_victim(subject.model) as victim:
             controls = control_rates(victim, test, uap.ball, seed)
     if as_json:
         found = {name: rate.plain() for name, rate in rates.items()}

@@ -5,6 +5,7 @@ from gambeson.data.dataset import Dataset, as_dataset, as_split
 from gambeson.data.lazy import LazySplit
 from gambeson.data.load import Entry, Name, canonical, catalog, get, load
 from gambeson.data.overlap import disjoint, held_out
+from gambeson.data.pictures import ImageOptions, Shape
 from gambeson.data.registry import register
 from gambeson.data.split import Split
 
@@ -12,8 +13,10 @@ __all__ = [
     "KINDS",
     "Dataset",
     "Entry",
+    "ImageOptions",
     "LazySplit",
     "Name",
+    "Shape",
     "Split",
     "as_dataset",
     "as_split",

@@ -11,12 +11,12 @@ import torch
 
 from gambeson.base.errors import UserError, unknown_name
 from gambeson.data import lazy
-from gambeson.data.conversion import as_images, as_labels, find_ignored
 from gambeson.data.lazy import LazySplit
 from gambeson.data.partition import partition
+from gambeson.data.pictures import Decoder
 from gambeson.data.split import Split
 from gambeson.data.torch_dataset import from_items
-from gambeson.tasks import of as task_of
+from gambeson.tasks.labels import as_pair, distinct, find_ignored
 
 PARTS = ("train", "validation", "test")
 Part = Literal["train", "validation", "test"]
@@ -95,15 +95,15 @@ def as_split(data: Any, part: Part = "test") -> Split:
         raise unknown_name("part", part, PARTS)
     if isinstance(data, Dataset):
         return getattr(data, part)
-    return _whole(data, "data", None)
+    return _whole(data, "data")
 
 
-def as_dataset(data: Any, *, size: int | None = None, workers: int | None = None) -> Dataset:
+def as_dataset(data: Any, decode: Decoder | None = None, workers: int | None = None) -> Dataset:
     """Return a Dataset from anything a user passes, cut 70/15/15 (stratified, deterministic) unless it is one.
 
     Args:
         data: a Dataset (itself), a Split, an (images, labels) pair, or a torch Dataset.
-        size: pixels that a torch Dataset's images are resized and cropped to, a square; None keeps them.
+        decode: how a torch Dataset's images are read; None: in their own size and mode.
         workers: processes that prefetch a torch Dataset's items, see :class:`LazySplit`.
 
     Raises:
@@ -111,7 +111,7 @@ def as_dataset(data: Any, *, size: int | None = None, workers: int | None = None
     """
     if isinstance(data, Dataset):
         return data
-    whole = _whole(data, "data", size, workers)
+    whole = _whole(data, "data", decode, workers)
     return cut(whole, whole.name, (0.15, 0.15))
 
 
@@ -161,10 +161,10 @@ def settled(data: Dataset) -> Dataset:
 
 def from_pair(images: Any, labels: Any, name: str) -> Split:
     """Build a split from a pair, with numbered classes and the usual ignore index of label maps."""
-    images, labels = as_images(images), as_labels(labels)
+    images, labels, task = as_pair(images, labels)
     if len(images) == 0:
         raise UserError("the pair (images, labels) is empty: expected one image at the least")
-    ignored = None if task_of(labels).per_image_label else find_ignored(labels.unique())
+    ignored = None if task.per_image_label else find_ignored(distinct(labels))
     return Split(name, images, labels, None, ignored)
 
 
@@ -182,17 +182,15 @@ def _labels(split: Split) -> torch.Tensor:
     return torch.zeros(len(split), 1, 1) if isinstance(split, LazySplit) and split.maps else split.labels
 
 
-def _whole(data: Any, name: str, size: int | None, workers: int | None = None) -> Split:
-    if size is not None and (isinstance(data, Split) or is_pair(data)):
-        raise UserError(
-            f"size = {size} came with tensors: it resizes image folders and torch Datasets only; resize them first"
-        )
+def _whole(data: Any, name: str, decode: Decoder | None = None, workers: int | None = None) -> Split:
+    if decode is not None and (isinstance(data, Split) or is_pair(data)):
+        raise UserError("size and mode are for image folders and torch Datasets: leave them out with tensors")
     if isinstance(data, Split):
         return data
     if is_pair(data):
         return from_pair(data[0], data[1], name)
     if isinstance(data, torch.utils.data.Dataset):
-        return from_items(data, size, name, workers)
+        return from_items(data, decode or Decoder(), name, workers)
     raise UserError(
         f"data is a {type(data).__name__}: expected a Dataset, a Split, a pair (images, labels) of "
         "tensors or arrays, "

@@ -1,106 +1,368 @@
-"""Image folders: one sub-folder per class, optionally below train, validation and test."""
+"""Image folders: one sub-folder per class, optionally below folders for train, validation and test."""
 
 from __future__ import annotations
 
 import os
+import re
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from gambeson.base.errors import UserError
+from gambeson.base.errors import DataWarning, UserError
 from gambeson.data.dataset import Dataset, complete, cut, settled
 from gambeson.data.lazy import LazySplit
+from gambeson.data.pictures import UNREADABLE, Decoder, Header, ImageOptions, Shape, levels, read_header
 from gambeson.data.split import Batch, Split
-from gambeson.data.torch_dataset import UNREADABLE, fit, pil_tensor
 
-SIZE = 224
-"""Default side of the square that images are resized and cropped to: the size ImageNet models expect."""
-ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-PART_FOLDERS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
+SIZE, LARGEST = 224, 512
+"""Default side of the square for images of several sizes (what ImageNet models expect); the largest side, in pixels,
+up to which images that all have one size keep it (ours)."""
+ENDINGS = {
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".tif", ".tiff", ".webp", ".avif", ".avifs", ".jp2", ".tga", ".heic", ".heif"),
+}
+"""Endings of pictures. What PIL cannot read is refused rather than left out."""
+JUNK = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "__pycache__", "$recycle.bin", "lost+found"}
+"""What systems and tools leave behind, besides names that begin with a dot."""
+WORDS = {
+    "train": {"train", "training", "trainval"},
+    "validation": {"val", "valid", "validation", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+"""Names of splits, in any case: those that Hugging Face's data sets recognise, and ``trainval``."""
+NEUTRAL = {"set", "data", "dataset", "split", "images", "image", "imgs", "img", "folder"}
 SHARE = 0.15
+LOOKED = 20_000
+"""Pictures of which the headers are read, evenly spread, before the first is decoded (ours)."""
 
 
 class Files:
-    """Loads images as uint8 RGB (3, size, size) with their labels.
+    """Loads images as uint8 (C, H, W) with their labels.
 
     Raises:
-        UserError: a file is not an image, or is damaged; the message names it.
+        UserError: a file is not an image, is damaged, or does not fit the decoder; the message names it.
     """
 
-    def __init__(self, paths: list[Path], labels: torch.Tensor, size: int) -> None:
+    def __init__(self, paths: Sequence[Path], labels: torch.Tensor, decode: Decoder) -> None:
         # One array: reference counting would make every worker copy a million Path objects.
         self.paths = np.array([os.fsencode(path) for path in paths])
-        self.labels, self.size = labels, size
+        self.labels, self.decode = labels, decode
 
     def __call__(self, number: int) -> Batch:
-        """Load one image, turned upright, resized (shorter side) and centre-cropped."""
+        """Load one image."""
         path = os.fsdecode(bytes(self.paths[number]))
-        try:
-            with Image.open(path) as image:
-                pixels = pil_tensor(ImageOps.exif_transpose(image), grey=False)
-        except UNREADABLE as error:
-            raise UserError(f"{path} cannot be read as an image ({error}): replace or remove it") from None
-        return fit(pixels, self.size), self.labels[number]
+        with _opened(path) as picture:
+            return self.decode(picture, path), self.labels[number]
 
 
-def load_folder(path: Path, size: int | None = None, workers: int | None = None) -> Dataset:
-    """Load PATH/train, PATH/val (or validation) and PATH/test, or class folders directly under PATH.
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """Open a picture; whatever PIL raises while it is used becomes a sentence that names the file."""
+    try:
+        with Image.open(path) as picture:
+            yield picture
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        raise UserError(f"{path} cannot be read as an image ({error}): replace or remove it") from None
 
-    Missing splits are cut from train, stratified, 15 % each; without splits everything is cut 70/15/15.
+
+def load_folder(
+    path: Path,
+    options: ImageOptions | None = None,
+    workers: int | None = None,
+    input_shape: Shape = (None, None, None),
+) -> Dataset:
+    """Load class folders directly under a folder, or under its folders for train, validation and test.
+
+    Missing splits are cut from train, stratified, 15 % each; without splits everything is cut 70/15/15. What a user
+    should know about the folder is warned of: pictures that two splits share, an order of classes that surprises,
+    enlarged images, and files that were left out. ``docs/data.md`` has every rule.
 
     Args:
         path: the folder.
-        size: side of the square, in pixels; 224 by default.
+        options: how pictures and folder names are read.
         workers: processes that prefetch the images, see :class:`LazySplit`.
+        input_shape: the shape that the model takes, the default for the options' size and mode.
 
     Raises:
-        UserError: no such folder, no class folders, no images, or classes that train lacks.
+        UserError: no such folder, no class folders, no images, folders inside class folders, classes that train lacks,
+            or pictures that no rule covers.
     """
-    size = SIZE if size is None else size
-    if size < 1:
-        raise UserError(f"size = {size}: expected a number of pixels, 1 or more")
+    options = options or ImageOptions()
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder: expected one with a sub-folder per class, or train, val and test")
-    name = path.resolve().name
-    folders = {part: _first(path, names) for part, names in PART_FOLDERS.items()}
-    if folders["train"] is None:
-        if any(folders.values()):
-            raise UserError(f"{path} has a test or validation folder but no train folder: add train, or flatten it")
-        return settled(cut(_scan(path, name, None, size, workers), name, (SHARE, SHARE)))
-    train = _scan(folders["train"], f"{name}/train", None, size, workers)
-    splits: dict[str, Split] = {"train": train}
-    for part, folder in folders.items():
-        if folder is not None and part != "train":
-            splits[part] = _scan(folder, f"{name}/{part}", train.classes, size, workers)
-    return settled(complete(splits, name, SHARE))
+        packed = "unpack it and name the folder" if path.is_file() else "expected one with a sub-folder per class"
+        raise UserError(f"{path} is not a folder: {packed}")
+    name, path = path.resolve().name, _within(path)
+    folders = _split_folders(path) or {"": path}
+    found = {part: _Classes(folder, options.nested == "flat") for part, folder in folders.items()}
+    first = next(iter(found.values()))
+    classes = _ordered(name, list(first.files), options.order)
+    for part, one in found.items():
+        _compare_classes(one, classes, f"{name}/{part}")
+    decode = _decoder([path for one in found.values() for path in one.paths(classes)], options, input_shape, name)
+    splits: dict[str, Split] = {}
+    for part, one in found.items():
+        truth = torch.tensor([k for k, known in enumerate(classes) for _ in one.files.get(known, ())])
+        title = f"{name}/{part}" if part else name
+        splits[part] = LazySplit(title, Files(one.paths(classes), truth, decode), truth, classes, workers=workers)
+    whole = splits.get("")
+    data = settled(complete(splits, name, SHARE) if whole is None else cut(whole, name, (SHARE, SHARE)))
+    _tell_shared(data)
+    return data
 
 
-def _first(path: Path, names: tuple[str, ...]) -> Path | None:
-    return next((path / name for name in names if (path / name).is_dir()), None)
+@dataclass
+class _Classes:
+    """The files of each class folder under ``folder``, by the class's name."""
+
+    folder: Path
+    flat: bool
+    files: dict[str, list[Path]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        folder = _within(self.folder)
+        folders, loose, left = _listing(folder)
+        if not folders:
+            held = f"holds {loose[0].name} itself" if loose else f"holds {left[0].name}" if left else "is empty"
+            raise UserError(
+                f"{self.folder} has no sub-folders and {held}: expected a sub-folder per class, with its images in it"
+            )
+        left += loose
+        for one in folders:
+            name = unicodedata.normalize("NFC", one.name)  # macOS spells accents in another way
+            twin = next((known for known in self.files if known.casefold() == name.casefold()), None)
+            if twin is not None:
+                raise UserError(
+                    f"{folder} holds {twin} and {one.name}, which differ in case only: merge or rename them"
+                )
+            self.files[name] = sorted(_class_files(one, self.flat, left))
+            if not self.files[name]:
+                raise UserError(f"{one} holds no images: add some or remove the folder")
+        if left:
+            kinds = Counter(file.suffix.lower() or file.name for file in left).most_common(5)
+            _tell(f"left out of {self.folder}: {', '.join(f'{count} {kind}' for kind, count in kinds)}")
+
+    def paths(self, classes: Sequence[str]) -> list[Path]:
+        """Every file, class by class."""
+        return [path for name in classes for path in self.files.get(name, ())]
 
 
-def _scan(path: Path, name: str, classes: tuple[str, ...] | None, size: int, workers: int | None) -> LazySplit:
-    """List the images of the class folders under ``path``, in the order of their names."""
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not folders:
-        raise UserError(f"{path} has no sub-folders: expected one per class, with the images of that class in it")
-    found = tuple(folder.name for folder in folders)
-    strangers = sorted(set(found) - set(classes or found))
-    if strangers:
+def _listing(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """Return the folders, the pictures and the other files directly under a folder, without junk."""
+    found: tuple[list[Path], list[Path], list[Path]] = ([], [], [])
+    try:
+        with os.scandir(folder) as entries:  # reads the folder once, not each file
+            known = sorted((entry.name, entry.is_dir(), entry.is_symlink()) for entry in entries)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}): change its permissions or remove it") from None
+    for name, is_folder, is_link in known:
+        if name[0] == "." or name.lower().partition(":")[0] in JUNK:
+            continue
+        path = folder / name
+        if is_folder and is_link and folder.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"{path} is a link to a folder that it is in: remove it")
+        found[0 if is_folder else 1 if path.suffix.lower() in ENDINGS else 2].append(path)
+    return found
+
+
+def _holds_pictures(folder: Path) -> bool:
+    folders, pictures, _ = _listing(folder)
+    return bool(pictures) or any(map(_holds_pictures, folders))
+
+
+def _within(folder: Path) -> Path:
+    """Step into a folder that holds nothing but one folder of folders, as archives often unpack."""
+    folders, pictures, _ = _listing(folder)
+    if len(folders) != 1 or pictures or not _listing(folders[0])[0]:
+        return folder
+    return _within(folders[0]) if _part_of(folders[0].name)[0] in (None, _part_of(folder.name)[0]) else folder
+
+
+def _class_files(folder: Path, flat: bool, left: list[Path]) -> list[Path]:
+    """Return the pictures of a class folder, and add its other files to ``left``."""
+    folders, pictures, others = _listing(folder)
+    inner = [one for one in folders if _holds_pictures(one)]
+    if inner and not flat and (pictures or len(inner) > 1):
         raise UserError(
-            f"{path} has classes that train lacks: {', '.join(strangers[:5])}; expected the same folders in both"
+            f"the class folder {folder} holds folders of pictures ({_some(one.name for one in inner)}): if those are "
+            f"the classes, name {folder}; if everything below is of the class {folder.name}, add ?nested=flat"
         )
-    known = classes or found
-    paths, labels = [], []
-    for folder in folders:
-        # os.walk reads each folder once, not each file.
-        within = (Path(above, file) for above, _, files in os.walk(folder) for file in files)
-        files = sorted(file for file in within if file.suffix.lower() in ENDINGS)
-        if not files:
-            raise UserError(f"{folder} holds no images ({', '.join(sorted(ENDINGS))}): add some or remove the folder")
-        paths += files
-        labels += [known.index(folder.name)] * len(files)
-    truth = torch.tensor(labels)
-    return LazySplit(name, Files(paths, truth, size), truth, known, workers=workers)
+    left += others
+    return [*pictures, *(file for one in inner for file in _class_files(one, flat, left))]
+
+
+def _part_of(name: str) -> tuple[str | None, bool]:
+    """Return the split that a folder's name means, if any, and whether it says nothing else."""
+    words = re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower())
+    words = [re.sub("(set|data|images?|imgs?|split)$", "", word) or word for word in words]
+    parts = {part for word in words for part, known in WORDS.items() if word in known}
+    parts = {"train"} if parts == {"train", "validation"} else parts
+    plain = all(word in NEUTRAL.union(*WORDS.values()) for word in words)
+    return (parts.pop(), plain) if len(parts) == 1 else (None, False)
+
+
+def _split_folders(path: Path) -> dict[str, Path]:
+    """Return the folders of the splits under ``path``, train first; none if its folders are classes.
+
+    A folder is one of a split if its name says so and it holds folders. A name that says more, such as ``seg_train``,
+    counts if it is beside that of another split, or if nothing else is there.
+    """
+    folders, _, _ = _listing(path)
+    named = {one: _part_of(one.name) for one in folders if _part_of(one.name)[0]}
+    holders = [one for one in named if _listing(one)[0]]
+    several = len({part for part, _ in named.values()}) > 1
+    if not holders:
+        plain = [one for one, (_, only) in named.items() if only]
+        if len({named[one][0] for one in plain}) > 1 or ((plain or several) and len(named) == len(folders)):
+            raise UserError(
+                f"{path} holds {_some(one.name for one in named)}, which are names of splits, without class folders in "
+                "them: expected a sub-folder per class in each"
+            )
+        return {}
+    if not any(named[one][1] for one in holders) and not several and len(named) < len(folders):
+        return {}
+    found: dict[str, Path] = {}
+    for part in WORDS:
+        those = [one for one in holders if named[one][0] == part]
+        those = [one for one in those if named[one][1]] or those
+        if len(those) > 1:
+            raise UserError(
+                f"{path} holds {_some(one.name for one in those)}, which all mean {part}: rename or remove one"
+            )
+        found.update((part, one) for one in those)
+    if "train" not in found:
+        only = next(iter(found.values()))
+        raise UserError(
+            f"{path} has {_some(one.name for one in found.values())} but no train folder: add train, or name {only} to "
+            "have it cut into three"
+        )
+    if left := [one for one in folders if one not in found.values() and _holds_pictures(one)]:
+        _tell(
+            f"{_some(one.name for one in left)} of {path} are left out: beside folders of splits, only those are read"
+        )
+    return found
+
+
+def _ordered(name: str, classes: list[str], order: str | None) -> tuple[str, ...]:
+    """Order the classes; unless the order was chosen, warn where a class's number could be taken for another."""
+    integers = all(re.fullmatch(r"[+-]?\d+", one) for one in classes)
+
+    def numbers(text: str) -> tuple[object, ...]:
+        if integers:
+            return int(text), text
+        parts = re.findall(r"\d+|\D+", text)
+        return *(("0", int(part)) if part.isdecimal() else (part, 0) for part in parts), text
+
+    by_text, by_number = sorted(classes), sorted(classes, key=numbers)
+    if order is None and (
+        by_text != by_number or (integers and [int(one) for one in by_text] != list(range(len(classes))))
+    ):
+        pairs = _some((f"{k} is folder {one}" for k, one in enumerate(by_text)), 12)
+        _tell(
+            f"the classes of {name} are in the order of text, as in torchvision: {pairs}; if your model takes the "
+            "numbers in their names, choose ?order=number, else ?order=text"
+        )
+    return tuple(by_number if order == "number" else by_text)
+
+
+def _compare_classes(one: _Classes, classes: tuple[str, ...], name: str) -> None:
+    """Refuse classes that train lacks; say which ones are missing."""
+    strangers = sorted(set(one.files) - set(classes))
+    if strangers:
+        near = [known for known in classes if known.casefold() in {stranger.casefold() for stranger in strangers}]
+        hint = f"; train has {_some(near)}" if near else ""
+        raise UserError(
+            f"{one.folder} has classes that train lacks: {_some(strangers)}{hint}; expected the same folders in both"
+        )
+    if missing := [known for known in classes if known not in one.files]:
+        _tell(f"{name} has no images of {_some(missing)}: its rates are over the other classes")
+
+
+def _decoder(paths: list[Path], options: ImageOptions, input_shape: Shape, name: str) -> Decoder:
+    """Look at the headers, choose size, mode and white, and say what a user would want to know."""
+
+    def look(path: Path) -> Header:
+        with _opened(path) as picture:
+            return read_header(picture)
+
+    seen = paths[:: -(-len(paths) // LOOKED)]
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        heads = list(pool.map(look, seen))
+    of = f"of the {len(seen)} pictures of {name}{' looked at' if len(seen) < len(paths) else ''}"
+    channels, *sides = input_shape
+    sizes = {(head.height, head.width) for head in heads}
+    common = next(iter(sizes))
+    if options.size is not None:
+        size = (options.size, options.size)
+    elif sides[0] and sides[1]:
+        size = (sides[0], sides[1])
+    else:
+        size = common if len(sizes) == 1 and max(common) <= LARGEST else (SIZE, SIZE)
+    grey = options.mode == "grey" if options.mode else channels == 1
+    greys = sum(head.grey for head in heads)
+    if smaller := sum(head.height < size[0] or head.width < size[1] for head in heads):
+        _tell(f"{smaller} {of} are smaller than {size[0]}x{size[1]} and are enlarged: ?size= chooses another size")
+    if options.mode is None and grey and greys < len(heads):
+        _tell(f"{len(heads) - greys} {of} have colours and are read as grey, which the model takes: ?mode=grey says so")
+    if options.mode is None and channels is None and greys == len(heads):
+        _tell(f"all pictures of {name} are grey and get three equal channels, as in torchvision: ?mode=grey gives one")
+    if animated := sum(head.frames > 1 for head in heads):
+        _tell(f"{animated} {of} have several frames or pages: the first one counts")
+    white = _white([(path, head.depth) for path, head in zip(seen, heads, strict=True) if head.depth], options.white)
+    return Decoder(size, grey, white, options.alpha)
+
+
+def _white(deep: list[tuple[Path, str]], white: float | None) -> float | None:
+    """Return the value of white for pictures of more than 8 bits.
+
+    16-bit files hold 10, 12 or 14 bits as often, which no header says: unless one picture uses the highest bit, the
+    user must say which value is white.
+    """
+    kinds = sorted({kind for _, kind in deep})
+    if len(kinds) > 1:
+        raise UserError(f"{deep[0][0].parent} holds {' and '.join(kinds)} pictures: expected one kind; convert some")
+    if kinds != ["16-bit"] or white is not None:
+        return white
+    highest = 0.0
+    for path, _ in deep:
+        with _opened(path) as picture:
+            values = levels(picture, str(path))
+        colours = values[..., :-1] if values.ndim == 3 and values.shape[2] in (2, 4) else values  # without alpha
+        highest = max(highest, float(colours.max()))
+        if highest > 32767:
+            return 65535.0
+    raise UserError(
+        f"{deep[0][0]} is a 16-bit picture, and no value of its folder is above {highest:.0f}, as with fewer bits: "
+        f"say which value is white by ?white={2 ** max(1, int(highest).bit_length()) - 1}, or ?white=65535"
+    )
+
+
+def _tell_shared(data: Dataset) -> None:
+    """Warn of pictures that are in train and in another split; splits on disk are compared when they are audited."""
+    if any(isinstance(split, LazySplit) for split in (data.train, data.validation, data.test)):
+        return
+    for split in (data.validation, data.test):
+        if shared := int(torch.isin(split.image_hashes, data.train.image_hashes).sum()):
+            _tell(
+                f"{shared} of the {len(split)} images of {split.name} are in {data.train.name} too (equal pixels): "
+                "rates on them measure memory, so remove them from one of the two"
+            )
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _tell(text: str) -> None:
+    warnings.warn(text, DataWarning, stacklevel=2)

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 
 from gambeson.base.errors import UserError
-from gambeson.data.conversion import as_labels
 from gambeson.data.prefetch import Fetch, check_alike, default_workers, load_items, read_ahead
 from gambeson.data.split import Batch, Indices, Split, delivered, moments
+from gambeson.tasks import as_labels
 from gambeson.tasks import of as task_of
 
 SAMPLE = 10_000
@@ -101,6 +101,10 @@ class LazySplit(Split):
 
     def __len__(self) -> int:
         return len(self._items)
+
+    def check_classes(self, count: int) -> None:
+        """As that of :class:`Split`."""
+        self.task.check_labels(torch.tensor(len(self.classes) - 1) if self._known is None else self._known, count)
 
     def eager(self) -> Split:
         """Load everything into a plain split."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from gambeson.base.registry import Registered
 from gambeson.data.dataset import PARTS, Dataset, as_dataset
 from gambeson.data.folder import load_folder
 from gambeson.data.partition import partition
+from gambeson.data.pictures import ImageOptions, Shape
 from gambeson.data.registry import SETS, DatasetSpec
 from gambeson.data.split import Split
 from gambeson.data.torchvision_sets import fetch_torchvision, load_torchvision
@@ -143,7 +145,12 @@ class Entry:
 
 
 def load(
-    name_or_data: Any, root: str | Path | None = None, *, size: int | None = None, workers: int | None = None
+    name_or_data: Any,
+    root: str | Path | None = None,
+    *,
+    workers: int | None = None,
+    input_shape: Shape = (None, None, None),
+    **options: Any,
 ) -> Dataset:
     """Load a data set, downloading it first if necessary.
 
@@ -154,35 +161,41 @@ def load(
         name_or_data: digits, mnist5k, mnist, fashion-mnist, cifar10, cifar100, image-folder:PATH or torchvision:NAME;
             a name that an installed package has registered, or ``FILE.py:FUNCTION``, a function from the data folder to
             data; or an (images, labels) pair of tensors or arrays, a Split, or a torch Dataset of (image, label) items,
-            which are cut 70/15/15. A name may end in ``?size=64``.
+            which are cut 70/15/15. A name may end in options, such as ``?size=64,mode=grey``.
         root: the data folder; by default $GAMBESON_DATA or ~/.cache/gambeson.
-        size: side in pixels of the square that images are resized and centre-cropped to: those of a folder (224 by
-            default), of torchvision's sets (by default 224 where they differ in size) or of a torch Dataset
-            (unchanged by default).
         workers: processes that prefetch images; 0: threads of this process; None: $GAMBESON_WORKERS, else
-            :func:`gambeson.data.prefetch.default_workers`, see :func:`gambeson.data.prefetch.default_workers`.
+            :func:`gambeson.data.lazy.default_workers`.
+        input_shape: channels, height and width that a model takes, None where it takes any: the default mode and size
+            of image folders, and the default size of torchvision's sets whose images differ in size.
+        **options: how pictures are read, for data that are not tensors already: :class:`ImageOptions`, such as
+            ``size=64``. Those in the name come first.
 
     Raises:
-        UserError: an unknown name, data that is unavailable or invalid, or a size for tensors.
+        UserError: an unknown name or option, data that is unavailable or invalid, or options for tensors.
     """
     if workers is not None and workers < 0:
         raise UserError(f"workers = {workers}: expected a number of processes, 0 or more")
+    options = {key: value for key, value in options.items() if value is not None}
     if isinstance(name_or_data, Path):
-        return load_folder(name_or_data, size, workers)
+        return load_folder(name_or_data, ImageOptions(**options), workers, input_shape)
     if not isinstance(name_or_data, str):
-        return as_dataset(name_or_data, size=size, workers=workers)
-    name, size = _sized(name_or_data, size)
+        return as_dataset(name_or_data, ImageOptions(**options).decoder() if options else None, workers)
+    name, given = _parsed(name_or_data)
+    options |= given
     if name.startswith(FOLDER):
-        return load_folder(Path(name.removeprefix(FOLDER)).expanduser(), size, workers)
+        path = Path(name.removeprefix(FOLDER)).expanduser()
+        return load_folder(path, ImageOptions(**options), workers, input_shape)
     if name.startswith(TORCHVISION):
-        return load_torchvision(name.removeprefix(TORCHVISION), data_root(root), size, workers)
+        found = name.removeprefix(TORCHVISION)
+        return load_torchvision(found, data_root(root), ImageOptions(**options), workers, input_shape)
     entry = _entry(name)
     if "recipe" not in entry.options:
-        return _named(load(_called(entry, data_root(root)), size=size, workers=workers), name)
+        return _named(load(_called(entry, data_root(root)), workers=workers, **options), name)
     recipe: DatasetSpec = entry.options["recipe"]
-    if size is not None:
+    if options:
         raise UserError(
-            f"size = {size} came with {recipe.name}, whose images are {recipe.shape[1]}x{recipe.shape[2]}: leave it out"
+            f"{' and '.join(options)} came with {recipe.name}, whose images are {recipe.shape[1]}x{recipe.shape[2]} in "
+            f"{'grey' if recipe.shape[0] == 1 else 'colour'}: leave it out"
         )
     return build(recipe, *prepare(recipe, data_root(root)))
 
@@ -220,8 +233,9 @@ def canonical(name: str) -> str:
     Raises:
         UserError: there is no such file, or it was changed since the name was stored.
     """
-    bare, size = _sized(name, None)
-    return SETS.canonical(bare) + ("" if size is None else f"?size={size}")
+    bare, options = _parsed(name)
+    given = ImageOptions(**options).model_dump(include=set(options)).items()
+    return SETS.canonical(bare) + ("?" if options else "") + ",".join(f"{key}={value}" for key, value in given)
 
 
 Name = Annotated[str, AfterValidator(canonical)]
@@ -233,14 +247,23 @@ def data_root(root: str | Path | None) -> Path:
     return Path(root or os.environ.get("GAMBESON_DATA") or "~/.cache/gambeson").expanduser()
 
 
-def _sized(name: str, size: int | None) -> tuple[str, int | None]:
-    """Split ``name?size=64`` into the name and the size."""
-    bare, sign, number = name.rpartition("?size=")
-    if not sign:
-        return name, size
-    if not number.isdecimal():
-        raise UserError(f"{name} ends in size={number}: expected a number of pixels, for example {bare}?size=64")
-    return bare, int(number)
+def _parsed(name: str) -> tuple[str, dict[str, Any]]:
+    """Split ``name?size=64,mode=grey`` into the name and the options.
+
+    Raises:
+        UserError: an unknown option, one without a value, or one given twice.
+    """
+    found = re.fullmatch(r"(.*?)\?(\w+=.*)", name, re.DOTALL)
+    if found is None:
+        return name, {}
+    options: dict[str, Any] = {}
+    for part in re.split("[,&]", found[2]):
+        key, sign, value = part.partition("=")
+        if not sign or key not in ImageOptions.model_fields or key in options:
+            fault = "is given twice" if key in options else "is unknown" if sign else "has no value"
+            raise UserError(f"{key} in {name} {fault}: the options are {', '.join(ImageOptions.model_fields)}")
+        options[key] = value
+    return found[1], options
 
 
 def _entry(name: str) -> Registered[Any]:

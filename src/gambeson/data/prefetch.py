@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from gambeson.base.checks import as_images
 from gambeson.base.errors import UserError
-from gambeson.data.conversion import as_images
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Fetch = Callable[[int], Pair]

@@ -13,10 +13,9 @@ import torch
 
 from gambeson.base.errors import UserError
 from gambeson.base.seeds import generator as stream
-from gambeson.data.conversion import as_pair, class_names
 from gambeson.data.partition import stratified
 from gambeson.tasks import Task
-from gambeson.tasks import of as task_of
+from gambeson.tasks.labels import as_pair, class_names, distinct, is_mask
 
 Pieces = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
@@ -113,10 +112,12 @@ class Split:
     Args:
         name: its name in reports, such as ``"fashion-mnist/test"``.
         images: (N, C, H, W), uint8 or float in [0, 1]; a tensor or an array. Floats are kept unchanged.
-        labels: integers, (N,) or (N, H, W).
-        classes: the class names; by default the numbers up to the highest label.
+        labels: class indices, (N,) or (N, H, W), in any form that :func:`gambeson.tasks.as_labels` takes.
+        classes: the class names; by default the numbers up to the highest label. Without them, label maps of 0 and 255
+            alone are read as masks: 255 is class 1.
         ignore_index: a label that counts nowhere, or None.
-        task: what the labels mean, with its own ignore index; by default the task that labels of this form belong to.
+        task: what the labels mean, with its own ignore index, by object or name; by default the task that labels of
+            this form belong to.
 
     Raises:
         UserError: wrong shapes, lengths that differ, pixels outside [0, 1], labels without a class, or a task as well
@@ -130,14 +131,16 @@ class Split:
         labels: Any,
         classes: tuple[str, ...] | None = None,
         ignore_index: int | None = None,
-        task: Task | None = None,
+        task: Task | str | None = None,
     ) -> None:
-        if task is not None and ignore_index is not None:
-            raise UserError(f"{name} was given a task and ignore_index = {ignore_index}: set the task's ignore_index")
-        self._images, self._labels = as_pair(images, labels)
+        self._images, self._labels, self.task = as_pair(images, labels, task, ignore_index)
         self.name = name
-        self.task = task_of(self._labels, ignore_index) if task is None else task
-        self.classes = class_names(self._labels, self.ignore_index) if classes is None else tuple(classes)
+        if classes is None:
+            values = distinct(self._labels)
+            if self.task.all_count and not self.task.per_image_label and is_mask(values):
+                self._labels, values = self._labels.clamp(max=1), torch.arange(2)
+            classes = class_names(values, self.ignore_index)
+        self.classes = tuple(classes)
         self.task.check_labels(self._labels, len(self.classes))
         self._device: torch.device | None = None
 
@@ -230,6 +233,14 @@ class Split:
             return self.walk([slice(at, min(at + batch_size, stop)) for at in starts], device)
         order = torch.randperm(len(self), generator=generator, device=generator.device).to(self._home)
         return self.walk([order[at : min(at + batch_size, stop)] for at in starts], device)
+
+    def check_classes(self, count: int) -> None:
+        """Refuse a model of ``count`` classes if a label is beyond them.
+
+        Raises:
+            UserError: such a label; of label maps that are not in memory, as many class names.
+        """
+        self.task.check_labels(self._labels, count)
 
     def subset(self: SplitT, indices: Indices, name: str | None = None) -> SplitT:
         """Return the split of the images at ``indices``, in that order, with the same classes."""

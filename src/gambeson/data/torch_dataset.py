@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from gambeson.base.checks import as_tensor
 from gambeson.base.errors import UserError
-from gambeson.data.conversion import class_names, find_ignored
 from gambeson.data.lazy import LazySplit, settle
+from gambeson.data.pictures import DAMAGED, Decoder, fit
 from gambeson.data.split import Batch, Split
-
-UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)
-"""Exceptions of PIL for a file that is not an image, is truncated, or would fill the memory."""
+from gambeson.tasks.labels import as_labels, class_names, find_ignored, is_mask
 
 
 class Items:
@@ -25,24 +24,39 @@ class Items:
 
     Args:
         source: a map-style Dataset; its items are (PIL image, array or tensor, label or label map).
-        size: images and maps are resized (shorter side) and centre-cropped to this square; None keeps them.
+        decode: turns PIL images into tensors; images and maps get its size.
+        masks: whether label maps are masks of 0 and 255, which are read as 0 and 1.
     """
 
-    def __init__(self, source: Any, size: int | None) -> None:
-        self.source, self.size = source, size
+    def __init__(self, source: Any, decode: Decoder, masks: bool = False) -> None:
+        self.source, self.decode, self.masks = source, decode, masks
 
     def __call__(self, number: int) -> Batch:
         """Load one item."""
         try:
             item = self.source[number]
-        except UNREADABLE as error:
+        except DAMAGED as error:
             raise UserError(
                 f"item {number} of the data set cannot be read ({error}): replace or remove its file"
             ) from None
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise UserError(f"item {number} of the data set is a {type(item).__name__}: expected a pair (image, label)")
-        image, label = image_tensor(item[0]), label_tensor(item[1])
-        return fit(image, self.size), fit(label, self.size, nearest=True) if label.ndim == 2 else label
+        image = self._image(item[0], f"item {number}")
+        label = as_labels(as_tensor(item[1], "an item's labels")[None])[0]
+        if label.ndim:
+            label = fit(label.clamp(max=1) if self.masks else label, self.decode.size, nearest=True)
+        return fit(image, self.decode.size), label
+
+    def _image(self, image: Any, what: str) -> torch.Tensor:
+        """Return one image as (C, H, W), uint8 or float."""
+        if isinstance(image, Image.Image):
+            return self.decode(image, what)
+        if isinstance(image, np.ndarray):
+            image = torch.from_numpy(image.copy())
+        if not isinstance(image, torch.Tensor) or image.ndim not in (2, 3):
+            shape = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+            raise UserError(f"an item's image is {shape}: expected a PIL image or a tensor (C, H, W)")
+        return image if image.ndim == 3 else image[None]
 
 
 @dataclass(frozen=True)
@@ -64,14 +78,12 @@ class Survey:
         return LazySplit(name, self.fetch, labels, classes, ignore_index, workers)
 
 
-def survey(
-    source: Any, size: int | None, kept: tuple[str, ...] = ("targets",), classes: tuple[str, ...] = ()
-) -> Survey:
+def survey(source: Any, decode: Decoder, kept: tuple[str, ...] = ("targets",), classes: tuple[str, ...] = ()) -> Survey:
     """Inspect a torch Dataset; all items are read if it does not store their labels.
 
     Args:
         source: a map-style Dataset.
-        size: as for :class:`Items`.
+        decode: as for :class:`Items`.
         kept: names of attributes that may store all labels.
         classes: class names, if known, so that label maps need not be read.
 
@@ -84,7 +96,7 @@ def survey(
         raise UserError("the torch Dataset has no length: expected a map-style data set, not a stream") from None
     if count == 0:
         raise UserError("the torch Dataset is empty: expected one image at the least")
-    fetch = Items(source, size)
+    fetch = Items(source, decode)
     _, first = fetch(0)
     labels = next((found for name in kept if (found := _targets(source, fetch, name)) is not None), None)
     if labels is not None:
@@ -98,63 +110,20 @@ def survey(
     return Survey(fetch, count, labels, values, tuple(names))
 
 
-def from_items(source: Any, size: int | None, name: str, workers: int | None = None) -> Split:
+def from_items(source: Any, decode: Decoder, name: str, workers: int | None = None) -> Split:
     """Build a split from a torch Dataset; several threads or processes read its items, which must be deterministic.
 
     Raises:
         UserError: as :func:`survey`; or items of different shapes.
     """
-    found = survey(source, size)
+    found = survey(source, decode)
+    if found.labels is None and is_mask(found.values):
+        found = replace(found, fetch=Items(source, decode, masks=True), values=torch.arange(2))
     ignored = find_ignored(found.values) if found.labels is None else None
     classes = class_names(found.values, ignored)
     if len(found.names) >= len(classes):
         classes = found.names
     return settle(found.split(name, classes, ignored, workers))
-
-
-def image_tensor(image: Any) -> torch.Tensor:
-    """Return one image as (C, H, W), uint8 or float: grey PIL images get one channel, all others three."""
-    if isinstance(image, Image.Image):
-        return pil_tensor(image, grey=image.mode in ("1", "L") or image.mode.startswith("I"))
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(image.copy())
-    if not isinstance(image, torch.Tensor) or image.ndim not in (2, 3):
-        what = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
-        raise UserError(f"an item's image is {what}: expected a PIL image or a tensor (C, H, W)")
-    return image if image.ndim == 3 else image[None]
-
-
-def pil_tensor(image: Image.Image, *, grey: bool) -> torch.Tensor:
-    """Return a PIL image as uint8 (1, H, W) or (3, H, W); 16-bit grey images keep their upper 8 bits."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    pixels = torch.from_numpy(np.array(image.convert("L" if grey else "RGB")))
-    return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()
-
-
-def label_tensor(label: Any) -> torch.Tensor:
-    """Return one label as an int64 () or a label map as an int64 (H, W)."""
-    value = torch.as_tensor(np.array(label)) if not isinstance(label, torch.Tensor) else label
-    if value.ndim == 3 and value.shape[0] == 1:
-        value = value[0]
-    if value.ndim not in (0, 2) or value.is_floating_point() or value.dtype == torch.bool:
-        raise UserError(
-            f"an item's label is {value.dtype} of shape {tuple(value.shape)}: expected an integer or a map (H, W)"
-        )
-    return value.to(torch.int64)
-
-
-def fit(image: torch.Tensor, size: int | None, *, nearest: bool = False) -> torch.Tensor:
-    """Resize the shorter side to ``size`` pixels and centre-crop to a square; None changes nothing."""
-    if size is None or tuple(image.shape[-2:]) == (size, size):
-        return image
-    from torchvision.transforms.v2 import InterpolationMode, functional
-
-    how = InterpolationMode.NEAREST_EXACT if nearest else InterpolationMode.BILINEAR
-    planes = image[None] if nearest else image
-    planes = functional.resize(planes, [size], interpolation=how, antialias=not nearest)
-    planes = functional.center_crop(planes, [size, size])
-    return planes[0] if nearest else planes
 
 
 def _spelt(name: Any) -> str:
@@ -169,19 +138,22 @@ def _targets(source: Any, fetch: Items, name: str) -> torch.Tensor | None:
     try:
         if isinstance(targets[0], tuple):  # (file, label)
             targets = [label for _, label in targets]
-        labels = torch.as_tensor(np.asarray(targets))
+        labels = as_labels(targets)
     except (TypeError, ValueError, LookupError):
         return None
-    if labels.shape != (len(source),) or labels.is_floating_point() or labels.dtype == torch.bool:
-        return None
-    labels = labels.to(torch.int64)
-    return labels if all(torch.equal(fetch(at)[1], labels[at]) for at in (0, len(source) - 1)) else None
+    return (
+        labels
+        if labels.shape == (len(source),) and all(torch.equal(fetch(at)[1], labels[at]) for at in (0, len(source) - 1))
+        else None
+    )
 
 
 def _read_labels(fetch: Items, count: int) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Read every item once for its label; return the labels, or None for maps, and their distinct values."""
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         found = list(pool.map(lambda number: _brief(fetch(number)[1]), range(count)))
+    if len({entry.ndim for entry in found}) > 1:
+        raise UserError("some items have one label and others a label map: expected one form in all")
     values = torch.cat([entry.flatten() for entry in found]).unique()
     return (None if found[0].ndim else torch.stack(found)), values
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from gambeson.base.errors import UserError, unknown_name
-from gambeson.data.conversion import class_names
 from gambeson.data.dataset import Dataset, complete, cut, settled
 from gambeson.data.folder import SHARE, SIZE
+from gambeson.data.pictures import ImageOptions, Shape
 from gambeson.data.sources import torchvision_sets
 from gambeson.data.split import Split
 from gambeson.data.torch_dataset import Survey, survey
+from gambeson.tasks.labels import class_names
 
 MOST = 5000
 """Maximum number of images of a split cut from train, as for the named sets (ours)."""
@@ -82,7 +83,9 @@ OTHERWISE = {
 """Sets that have their own name here, whose loader reads no pickles."""
 
 
-def load_torchvision(name: str, root: Path, size: int | None = None, workers: int | None = None) -> Dataset:
+def load_torchvision(
+    name: str, root: Path, options: ImageOptions, workers: int | None = None, input_shape: Shape = (None, None, None)
+) -> Dataset:
     """Load one of torchvision's data sets from local files.
 
     Missing splits are cut from train, 15 % but at most 5,000 images; without parts everything is cut 70/15/15.
@@ -90,20 +93,23 @@ def load_torchvision(name: str, root: Path, size: int | None = None, workers: in
     Args:
         name: of the class, such as ``OxfordIIITPet``; case is ignored.
         root: torchvision's ``root`` argument; for ImageNet its sub-folder ``imagenet``, if present.
-        size: side of the square that images and maps are resized and centre-cropped to, in pixels; by default 32 for
-            GTSRB, 224 for other sets whose images differ in size, and unchanged for the rest.
+        options: how images are read. Their size is by default 32 for GTSRB, that of the model or else 224 for other
+            sets whose images differ in size, and unchanged for the rest.
         workers: processes that prefetch the images, see :class:`LazySplit`.
+        input_shape: the shape that the model takes.
 
     Raises:
         UserError: an unknown name, or missing, damaged or mismatched files.
     """
     name, source = _source(name)
-    if size is not None and size < 1:
-        raise UserError(f"size = {size}: expected a number of pixels, 1 or more")
-    side = source.size if size is None else size
+    size = None if source.size is None else (source.size, source.size)
+    if source.size == SIZE and input_shape[1] and input_shape[2]:
+        size = (input_shape[1], input_shape[2])
+    decode = options.decoder(size)
     parts = source.parts or {"whole": {}}
     found = {
-        part: survey(_open(name, root, settings, False), side, KEPT, source.classes) for part, settings in parts.items()
+        part: survey(_open(name, root, settings, False), decode, KEPT, source.classes)
+        for part, settings in parts.items()
     }
     classes = source.classes or _classes(list(found.values()))
     ignored = 255 if next(iter(found.values())).labels is None else None

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.autograd import forward_ad
 
-from gambeson.base import Config, Number, UserError, average, generator
+from gambeson.base import Config, Number, UserError, average, generator, twice_differentiable
 from gambeson.defenses.objective import Batch, Clean, Defense, Objective, SharedForward, Term, TrainContext
 from gambeson.defenses.registry import register
 
@@ -247,7 +247,7 @@ class JacobianNorm(JacobianSettings):
         images, rows = self._jittered(batch, part), part.rows
         if alone:
             images, rows = images[rows], torch.arange(len(rows), device=rows.device)
-        with torch.autocast(kind, enabled=False), still(model, alone):
+        with torch.autocast(kind, enabled=False), still(model, alone), twice_differentiable(model):
             if outward:
                 logits, squares = self._pull(model, images, batch, part)
             else:

@@ -78,7 +78,7 @@ class UAPBank(nn.Module):
         # Indexing sums each perturbation's gradient in a fixed order on every device; index_select does not.
         return perturb(images, self._leaf if len(self._leaf) == 1 else self._leaf[rows], self.box_gradient)
 
-    def climb(self, model: nn.Module, batch: Batch, rows: torch.Tensor, loss: Loss) -> None:
+    def maximise(self, model: nn.Module, batch: Batch, rows: torch.Tensor, loss: Loss) -> None:
         """Take one step up ``loss`` on a batch, with a separate forward and backward.
 
         The model is in evaluation mode, without parameter gradients.

@@ -103,7 +103,7 @@ class UniversalRisk(nn.Module):
         if last is None:
             return
         if self.update == "alternating":
-            self.bank.climb(last[0], batch, self._rows(batch), Loss(truncate=self.truncate))
+            self.bank.maximise(last[0], batch, self._rows(batch), Loss(truncate=self.truncate))
         self.bank.after_step()
 
     def _rows(self, batch: Batch) -> torch.Tensor:

@@ -26,7 +26,7 @@ from gambeson.data import Name
 from gambeson.evaluation.attack_suite import SuiteResult, run_suite, standard_suite
 from gambeson.models.loading import load_model
 from gambeson.threat import default_eps
-from gambeson.victim import Victim
+from gambeson.victim import as_victim
 
 FILE = "adversarial.safetensors"
 STANDARD = "standard"
@@ -96,11 +96,11 @@ def run_attack(run: AttackRun, out: Path) -> SuiteResult:
         return SuiteResult(**read_json(out / "result.json")["result"])
     rows = subject.dataset.test.sample_indices(run.images, seed=run.seed)
     split = subject.dataset.test.subset(rows)
-    with Victim(subject.model, fast=True) as victim:
+    with as_victim(subject.model, fast=True) as victim:
         norm = getattr(next(iter(row.values())), "norm", "2")
         found = run_suite(victim, split, row, norm=norm, seed=run.seed)
         notes = victim.notes
-    tensors = {"images": found.images, "labels": split.labels, "fallen_to": found.fallen_to, "indices": rows}
+    tensors = {"images": found.images, "labels": split.labels, "broken_by": found.broken_by, "indices": rows}
     settings = {name: attack.plain() for name, attack in row.items()}
     save_tensors(out / FILE, tensors, {"attacks": settings})
     content = {

@@ -66,7 +66,7 @@ class SuiteRun:
     images: torch.Tensor
     """The worst candidate of each image, or the clean image: scoring these with the seed of the suite gives
     ``result.robust`` exactly."""
-    fallen_to: torch.Tensor
+    broken_by: torch.Tensor
     """Index of the attack that broke each image; -1 none, -2 wrong without an attack, -3 its label does not count."""
 
 
@@ -105,14 +105,16 @@ class WorstCase:
         if not bool(self.counts.any()):
             raise nothing_counts(split)
         self.votes = votes_of(victim, self.images)
-        self._random = victim.inspect(self.images, scores=True).stochastic
+        traits = victim.inspect(self.images, scores=True)
+        self._random = traits.stochastic
+        split.check_classes(traits.shape[1])
         self._support = torch.zeros_like(self.labels)
         self.source = torch.full_like(self.labels, -1)
         for rows in torch.arange(len(self.labels), device=self.labels.device).split(self.batch_size):
             self._support[rows] = self._votes(self.images[rows], rows, "clean")
 
     @property
-    def standing(self) -> torch.Tensor:
+    def survivors(self) -> torch.Tensor:
         """Indices of the images still to be attacked: they count, and are not broken for good."""
         return (self.counts & (self._support > SURE * self.votes)).nonzero().flatten()
 
@@ -174,7 +176,7 @@ def run_suite(
     rounds = []
     with task("  attack suite", len(attacks)) as advance:
         for k, (name, attack) in enumerate(attacks.items()):
-            before, rows = (victim.forwards, victim.backwards), worst.standing
+            before, rows = (victim.forwards, victim.backwards), worst.survivors
             for j, part in enumerate(rows.split(worst.batch_size) if len(rows) else ()):
                 x, y, stream = clean_images[part], worst.labels[part], derive(seed, name, j)
                 with seeded(stream, "attack"):  # for an attack, or a model, that draws from torch's own generators
@@ -185,14 +187,14 @@ def run_suite(
                 AttackRound(
                     attack=name,
                     tried=len(rows),
-                    broken=len(rows) - len(worst.standing),
+                    broken=len(rows) - len(worst.survivors),
                     accuracy=worst.rate(right),
                     cost=Cost(forwards=victim.forwards - before[0], backwards=victim.backwards - before[1]),
                 )
             )
             advance()
     broken = clean & ~right & (worst.source >= 0)
-    fallen_to = torch.where(broken, worst.source, torch.where(right, -1, -2)).masked_fill(~worst.counts, -3)
+    broken_by = torch.where(broken, worst.source, torch.where(right, -1, -2)).masked_fill(~worst.counts, -3)
     distances = (worst.images - clean_images).flatten(1).norm(p=float(norm), dim=1)[broken]
     before_all, left = int(clean.sum()), int(right.sum())
     result = SuiteResult(
@@ -204,7 +206,7 @@ def run_suite(
         largest=float(distances.max()) if len(distances) else 0.0,
         mean=float(distances.mean()) if len(distances) else 0.0,
     )
-    return SuiteRun(result=result, images=worst.images.cpu(), fallen_to=fallen_to.cpu())
+    return SuiteRun(result=result, images=worst.images.cpu(), broken_by=broken_by.cpu())
 
 
 def standard_suite(
@@ -216,7 +218,7 @@ def standard_suite(
     takes what is easy: Auto-PGD on cross-entropy, targeted Auto-PGD on the ratio of logits over the nine likeliest
     wrong classes, Square, which has no gradient to be misled by. Three choices are ours, and ``faithful`` undoes the
     latter two. FAB is left out: it aims at the same boundaries as targeted Auto-PGD at several times the cost. The
-    nine targets are scouted for 20 steps and the nearest three climbed in full. Square leaves an image alone once its
+    nine targets are probed for 20 steps and the nearest three attacked in full. Square leaves an image alone once its
     margin is too far from a wrong answer for what it still gains (``early_abandon=3``). On 500 MNIST
     images and the public robust LeNet5 the row broke every image that a public AutoAttack with FAB broke
     (``results/autoattack.json``).

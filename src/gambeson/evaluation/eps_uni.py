@@ -16,9 +16,9 @@ from gambeson.data import Dataset, Split, as_dataset, as_split, disjoint
 from gambeson.evaluation.bootstrap import ImageErrors, crossing_interval
 from gambeson.evaluation.outcome import at_once, averaged, checked
 from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni
-from gambeson.evaluation.universal import RANKED, judged, strongest
+from gambeson.evaluation.universal import RANKED, strongest
 from gambeson.threat import Ball, Norm, perturb
-from gambeson.victim import Victim, nothing_counts, predict, vote
+from gambeson.victim import Victim, as_victim, nothing_counts, predict, vote
 
 Craft = Callable[[float, torch.Tensor | None], UniversalPerturbation]
 """Maps eps, and the best perturbation so far (1, C, H, W) scaled to it, to a perturbation of this eps."""
@@ -87,7 +87,7 @@ def eps_uni(
         UserError: no such delta, or a perturbation of another norm.
     """
     dataset = disjoint(as_dataset(data))
-    with judged(model, dataset.test) as victim:
+    with as_victim(model) as victim:
 
         def craft(eps: float, start: torch.Tensor | None) -> UniversalPerturbation:
             return attack.model_copy(update={"eps": eps}).craft(victim, dataset, seed=seed, start=start)
@@ -201,7 +201,7 @@ def eps_adv(
         raise UserError(f"eps_adv takes a gradient attack such as gb.attacks.PGD, got {type(attack).__name__}")
     if not bool(split.task.valid(split.labels).any()):
         raise nothing_counts(split)
-    with judged(model, split) as victim:
+    with as_victim(model) as victim:
         before = Cost(forwards=victim.forwards, backwards=victim.backwards)
         attack = averaged(attack, victim, split.take(slice(0, 8), victim.device)[0])
         work = _Bisection(

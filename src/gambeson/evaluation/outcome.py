@@ -11,8 +11,7 @@ from gambeson.base import UserError, derive, seeded, user_code
 from gambeson.base.checks import TOLERANCE
 from gambeson.data import Split
 from gambeson.tasks import Counts, Rate, Task
-from gambeson.victim import Victim, auto_batch_size, nothing_counts, predict, vote
-from gambeson.victim.averaged import EOT_SAMPLES
+from gambeson.victim import EOT_SAMPLES, Victim, auto_batch_size, nothing_counts, predict, vote
 
 
 class ImageAttack(Protocol):

@@ -27,11 +27,11 @@ from gambeson.base import (
 )
 from gambeson.data import Name, Split
 from gambeson.evaluation.outcome import ImageAttack, at_once, attacked
-from gambeson.evaluation.universal import error_rate, judged
+from gambeson.evaluation.universal import error_rate
 from gambeson.models.loading import LoadedModel, load_model
 from gambeson.tasks import Rate
 from gambeson.threat import Eps, Norm, default_eps
-from gambeson.victim import Victim, nothing_counts, predict, score
+from gambeson.victim import as_victim, nothing_counts, predict, score
 
 
 class TransferRun(Config):
@@ -151,7 +151,7 @@ def _labels(run: TransferRun, subjects: list[LoadedModel]) -> list[str]:
 
 def perturbed(model: nn.Module, split: Split, attack: ImageAttack, seed: int, *path: str | int) -> Split:
     """Return the split with every image perturbed on a model; ``path`` names the random stream."""
-    with Victim(model, fast=True) as victim:
+    with as_victim(model, fast=True) as victim:
         parts = [
             attacked(attack, victim, images, labels, seed=derive(seed, *path, k), task=split.task)
             for k, (images, labels) in enumerate(split.batches(at_once(split), device=victim.device))
@@ -163,5 +163,5 @@ def perturbed(model: nn.Module, split: Split, attack: ImageAttack, seed: int, *p
 
 def error_of(model: nn.Module, split: Split, seed: int) -> Rate:
     """Return the clean error of a model."""
-    with judged(model, split) as victim:
+    with as_victim(model) as victim:
         return error_rate(score(predict(victim, split, seed=seed), split))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from gambeson.data import Split, as_split
 from gambeson.evaluation.rates import Control
 from gambeson.tasks import Rate
 from gambeson.threat import Ball
-from gambeson.victim import Score, Victim, predict, score, votes_of
+from gambeson.victim import Score, Victim, as_victim, predict, score
 
 
 def error_rate(found: Score) -> Rate:
@@ -31,20 +30,6 @@ def change_rate(found: Score) -> Rate:
     return Rate.of(found.flipped, found.total, found.images)
 
 
-@contextmanager
-def judged(model: nn.Module | Victim, split: Split) -> Iterator[Victim]:
-    """Hold a model frozen, for rates: a random one is asked :data:`gambeson.victim.DEFAULT_VOTES` times per image.
-
-    An entered victim is used as given.
-    """
-    if isinstance(model, Victim):
-        yield model
-        return
-    with Victim(model) as victim:
-        victim.votes = votes_of(victim, split.take(slice(0, 8), victim.device)[0])
-        yield victim
-
-
 def accuracy(model: nn.Module, data: object, *, seed: int = 0) -> Rate:
     """Accuracy on clean images.
 
@@ -58,7 +43,7 @@ def accuracy(model: nn.Module, data: object, *, seed: int = 0) -> Rate:
         seed: of a random model's votes.
     """
     split = as_split(data, "test")
-    with judged(model, split) as victim:
+    with as_victim(model) as victim:
         return accuracy_rate(score(predict(victim, split, seed=seed), split))
 
 
@@ -78,14 +63,14 @@ def universal_evasion(model: nn.Module, data: object, uap: UniversalPerturbation
         UserError: too many of them are; see :func:`gambeson.data.held_out`.
     """
     split = uap.held_out(as_split(data, "test"))
-    with judged(model, split) as victim:
+    with as_victim(model) as victim:
         return error_rate(score(predict(victim, split, uap.delta.to(victim.device), seed=seed), split))
 
 
 def fooling_rate(model: nn.Module, data: object, uap: UniversalPerturbation, *, seed: int = 0) -> Rate:
     """Fooling rate: the share of predictions that the perturbation changes; see :func:`universal_evasion`."""
     split = uap.held_out(as_split(data, "test"))
-    with judged(model, split) as victim:
+    with as_victim(model) as victim:
         clean = predict(victim, split, seed=seed)
         return change_rate(score(predict(victim, split, uap.delta.to(victim.device), seed=seed), split, clean))
 

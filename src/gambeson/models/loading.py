@@ -15,8 +15,8 @@ from gambeson.models import external, registry, torchvision_nets, user_code
 from gambeson.models.black_box.base import BlackBox
 from gambeson.models.black_box.http import HttpModel
 from gambeson.models.black_box.local import FunctionModel, OnnxModel
-from gambeson.models.program import SUFFIX, load_program
-from gambeson.models.storage import init_weights
+from gambeson.models.program import SUFFIX, load_program, read_program
+from gambeson.models.storage import init_weights, read_card
 
 FUNCTION = "function:"
 _WEIGHTS = ".safetensors"
@@ -77,7 +77,7 @@ def load_model(
         raise UserError(f"{source} does not say what data its model was trained on: name it with --data")
     if budget is not None and load is not _black_box:
         raise UserError(f"a budget limits the queries to a black box, and {source} is none: leave --budget out")
-    dataset = data.load(name) if dataset is None else dataset
+    dataset = data.load(name, input_shape=input_shape(source)) if dataset is None else dataset
     model = _black_box(source, dataset, budget) if load is _black_box else load(source, dataset, device)
     if isinstance(model, models.PixelModel):
         card = model.card
@@ -98,6 +98,29 @@ def check_source(source: str) -> None:
         UserError: there is none.
     """
     _loader(source)
+
+
+def input_shape(source: str) -> data.Shape:
+    """Return the channels, height and width that a model takes, None where it takes any or does not say.
+
+    Args:
+        source: as in :func:`load_model`; image folders are read for this shape.
+
+    Raises:
+        UserError: the file is damaged, or the architecture's name is wrong.
+    """
+    load, known = _loader(source), dict[str, Any]()
+    if load is _stored:
+        known = read_card(Path(source)).plain()
+    elif load is _architecture:
+        name = external.canonical(_parted(source)[0])
+        tables = external.defaults if external.is_external(name) else torchvision_nets.weights_defaults
+        known = tables(name) if external.is_external(name) or name.startswith(torchvision_nets.PREFIX) else {}
+    elif load is _program or source.lower().endswith(".onnx"):
+        channels, height, width = read_program(Path(source)).shape if load is _program else OnnxModel(source).shape[1:]
+        return channels, height, width
+    height, width = known.get("image_size") or (None, None)
+    return known.get("in_channels"), height, width
 
 
 def _loader(source: str) -> Any:

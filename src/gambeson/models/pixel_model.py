@@ -150,7 +150,7 @@ def _by(height: int, width: int) -> str:
     return f"{height}x{width}"
 
 
-PROBABILITIES = "probabilities"
+PROBABILITIES, SIGMOID, ONE_LOGIT = "probabilities", "sigmoid", "one-logit"
 _TINY = 1e-30
 
 
@@ -159,7 +159,11 @@ class as_logits(nn.Module):  # noqa: N801  (used like a function)
 
     Args:
         model: any module.
-        output: ``probabilities``, whose logarithm is then returned; or the key of the logits in a mapping.
+        output: what the model returns: ``probabilities`` of the classes, whose logarithm is then returned; ``sigmoid``,
+            a probability of its own for each class, whose inverse is returned; ``one-logit``, the logit of the second
+            of two classes, (N,), (N, 1), (N, H, W) or (N, 1, H, W), beside which the first gets 0, so that its sigmoid
+            is their softmax (a sigmoid of one class is read likewise); or the key of the logits in a mapping. What a
+            softmax or a sigmoid has rounded to 0 or 1 has no gradient any more: leave the last layer out where you can.
 
     Raises:
         UserError: from ``forward``, for any other output.
@@ -173,13 +177,26 @@ class as_logits(nn.Module):  # noqa: N801  (used like a function)
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits (N, K) or (N, K, H, W) of images (N, C, H, W)."""
         answer: Any = self.model(images)
-        if self.output == PROBABILITIES:
+        if self.output in (PROBABILITIES, SIGMOID, ONE_LOGIT):
             if isinstance(answer, torch.Tensor):
-                return answer.clamp(min=_TINY).log()
+                return self._logits(answer, images)
         elif isinstance(answer, Mapping) and isinstance(answer.get(self.output), torch.Tensor):
             return answer[self.output]
         keys = f" with the keys {', '.join(map(str, answer))}" if isinstance(answer, Mapping) else ""
         raise UserError(
             f"the model returned {type(answer).__name__}{keys}, from which {self.output!r} cannot be read: name "
-            "`probabilities` for a tensor of them, or the key of the logits"
+            "`probabilities`, `sigmoid` or `one-logit` for a tensor of them, or the key of the logits"
         )
+
+    def _logits(self, answer: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        if self.output == PROBABILITIES:
+            return answer.clamp(min=_TINY).log()
+        if self.output == SIGMOID:
+            answer = answer.clamp(min=_TINY).log() - (1 - answer).clamp(min=_TINY).log()
+        if answer.ndim == 1 or answer.shape[1:] == images.shape[2:]:
+            answer = answer.unsqueeze(1)
+        if answer.shape[1] == 1:
+            return torch.cat([torch.zeros_like(answer), answer], 1)
+        if self.output == ONE_LOGIT:
+            raise UserError(f"the model returned shape {tuple(answer.shape)}: expected one logit per image or pixel")
+        return answer

@@ -45,6 +45,24 @@ class Program(nn.Module):
         return torch.cat([self.graph(piece) for piece in padded.split(self.batch)])[: len(pixels)]
 
 
+def read_program(path: Path, device: str = "cpu") -> Program:
+    """Read a program, see :func:`load_program`, whatever images it takes.
+
+    Raises:
+        UserError: no such program.
+    """
+    try:
+        program = torch.export.load(io.BytesIO(_without_pickles(path)))
+        return Program(move_to_device_pass(program, device) if device != "cpu" else program)
+    except UserError:
+        raise
+    except Exception as error:  # torch raises many types of errors for unreadable files
+        raise UserError(
+            f"{path} cannot be read by torch {torch.__version__} ({type(error).__name__}: {_line(error)}): export the "
+            "model again, with this version of torch"
+        ) from None
+
+
 def load_program(path: Path, in_channels: int, classes: int, image_size: tuple[int, int], device: str) -> PixelModel:
     """Load a ``torch.export`` program (.pt2) that maps pixels in [0, 1] to logits.
 
@@ -61,16 +79,7 @@ def load_program(path: Path, in_channels: int, classes: int, image_size: tuple[i
     Raises:
         UserError: no such program, or it does not accept these images or return such logits.
     """
-    try:
-        program = torch.export.load(io.BytesIO(_without_pickles(path)))
-        model = Program(move_to_device_pass(program, device) if device != "cpu" else program)
-    except UserError:
-        raise
-    except Exception as error:  # torch raises many types of errors for unreadable files
-        raise UserError(
-            f"{path} cannot be read by torch {torch.__version__} ({type(error).__name__}: {_line(error)}): export the "
-            "model again, with this version of torch"
-        ) from None
+    model = read_program(path, device)
     wanted = (in_channels, *image_size)
     if any(known not in (None, size) for known, size in zip(model.shape, wanted, strict=True)):
         sides = "x".join("any" if side is None else str(side) for side in model.shape)

@@ -50,17 +50,7 @@ def load(path: Path) -> PixelModel:
     """
     path = _file(path)
     tensors, document = load_tensors(path)
-    if "card" not in document:
-        raise UserError(
-            f"{path} holds weights but no model card: build the architecture by name with models.create "
-            "and fill it with models.load_weights"
-        )
-    try:
-        card = ModelCard(**document["card"])
-    except (TypeError, UserError) as error:
-        raise UserError(
-            f"the model card of {path} cannot be read ({error}): use the version of gambeson that wrote it"
-        ) from None
+    card = _card(document, path)
     with seeded(0, "load"):  # these weights are replaced, and the caller's generator must not advance
         model = build(card, pretrained=False)
     kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
@@ -68,6 +58,30 @@ def load(path: Path) -> PixelModel:
         model.to(kinds.pop())
     _fill(model, tensors, f"the weights of {path} do not fit its own card ({card.name})", "copy the file again")
     return model.eval()
+
+
+def read_card(path: Path) -> ModelCard:
+    """Read the card of a model written by :func:`save`.
+
+    Raises:
+        UserError: as :func:`load`.
+    """
+    path = _file(path)
+    return _card(load_tensors(path)[1], path)
+
+
+def _card(document: dict[str, Any], path: Path) -> ModelCard:
+    if "card" not in document:
+        raise UserError(
+            f"{path} holds weights but no model card: build the architecture by name with models.create "
+            "and fill it with models.load_weights"
+        )
+    try:
+        return ModelCard(**document["card"])
+    except (TypeError, UserError) as error:
+        raise UserError(
+            f"the model card of {path} cannot be read ({error}): use the version of gambeson that wrote it"
+        ) from None
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -43,7 +43,7 @@ class Visit(Config):
     """Of the inner attack of PGD adversarial training."""
     uap_steps: int = 200
     uap_batch: int = 256
-    """Steps and images of one climb of the audits' universal attack; two climbs, from zero and from random signs."""
+    """Steps and images per restart of the audits' universal attack; two restarts, from zero and from random signs."""
     pgd_images: int = 2000
     """Test images for per-image attacks."""
     pgd_steps: int = 20

@@ -85,8 +85,8 @@ def _universal(visit: Visit, book: Notebook) -> None:
     data = dataset(visit)
     model, *_ = _network(visit)
     small = {"probe_start_steps": 2, "steps": 2} if not visit.low else {}
-    climb = {"probe_starts": 0, "steps": visit.uap_steps, "batch_size": visit.uap_batch, "restarts": 2}
-    for name, settings in (("default", small), ("two climbs", climb)):
+    restarts = {"probe_starts": 0, "steps": visit.uap_steps, "batch_size": visit.uap_batch, "restarts": 2}
+    for name, settings in (("default", small), ("two restarts", restarts)):
         attack = StochasticPGD(eps=visit.eps, **settings)
         for kind, fast in _copies(visit).items():
             if name == "default" and kind == "float32":

@@ -1,14 +1,22 @@
 """What labels mean: which answers count, what each costs, when it is right, and what rate is reported.
 
 ``classification`` has one label per image, ``segmentation`` one per pixel. A split knows its task, and every other
-room asks it.
+room asks it. Images and labels of every usual form come in by :func:`as_pair`.
 """
 
-from gambeson.tasks.base import Counts, Task
-from gambeson.tasks.classification import CLASSIFICATION, Classification
+from gambeson.tasks.labels import as_labels, as_pair
 from gambeson.tasks.rate import Rate
-from gambeson.tasks.registry import create, names, of, register
-from gambeson.tasks.segmentation import Segmentation
+from gambeson.tasks.task import (
+    CLASSIFICATION,
+    Classification,
+    Counts,
+    Segmentation,
+    Task,
+    create,
+    names,
+    of,
+    register,
+)
 
 __all__ = [
     "CLASSIFICATION",
@@ -17,6 +25,8 @@ __all__ = [
     "Rate",
     "Segmentation",
     "Task",
+    "as_labels",
+    "as_pair",
     "create",
     "names",
     "of",

@@ -14,16 +14,16 @@ from gambeson.auditing import audit as run_audit
 from gambeson.base import UserError, unknown_name
 from gambeson.data import Dataset
 from gambeson.evaluation import accuracy_under
-from gambeson.evaluation.universal import judged
 from gambeson.models.user_code import canonical, file_of, is_spelling, load_function
 from gambeson.testbed.judgement import Judgement, judgement_of
 from gambeson.testbed.recipes import DATA
+from gambeson.victim import as_victim
 
 
 def pgd(model: nn.Module, data: Dataset) -> Judgement:
     """PGD of 20 steps on cross-entropy; every model is trusted."""
     eps = DATA[data.name].radius
-    with judged(model, data.test) as victim:
+    with as_victim(model) as victim:
         return Judgement(accuracy=accuracy_under(victim, data.test, PGD(eps=eps, steps=20), 0))
 
 

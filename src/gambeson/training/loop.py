@@ -6,6 +6,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gambeson.base import (
     UserError,
+    autograd_limits,
     average,
+    default_dtype,
     load_tensors,
     repeatable,
     save_tensors,
@@ -33,7 +36,7 @@ from gambeson.training.batches import Epoch
 from gambeson.training.checkpoint import load_state, save_state
 from gambeson.training.recipe import Recipe, freeze_statistics, make_optimizer, set_lr
 from gambeson.training.validation import is_best, validate, validate_robustly
-from gambeson.victim import Victim
+from gambeson.victim import Victim, copied
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,14 +79,15 @@ def train(
         )
     if recipe is not None and settings:
         raise TypeError(f"give a recipe or its fields, not both (got {', '.join(settings)})")
-    return Run(
-        model,
-        as_dataset(data),
-        defense,
-        recipe or Recipe(**settings),
-        seed,
-        None if out is None else Path(out),
-    ).fit(label)
+    with default_dtype(), torch.inference_mode(False), torch.enable_grad():
+        return Run(
+            model,
+            as_dataset(data),
+            defense,
+            recipe or Recipe(**settings),
+            seed,
+            None if out is None else Path(out),
+        ).fit(label)
 
 
 _WATCH = 50
@@ -97,7 +101,7 @@ class Run:
         self, model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed: int, out: Path | None
     ) -> None:
         self.model, self.defense, self.recipe, self.seed, self.out = model, defense, recipe, seed, out
-        self.device = Victim(model).device
+        self.device, self.dtype = _trainable(model, data)
         from accelerate import Accelerator
         from accelerate.state import is_initialized
 
@@ -118,6 +122,12 @@ class Run:
         self.share = recipe.batch_size // processes
         defense.check(self.share)
         defense.configure_model(model)
+        images, labels = self.train.take(slice(0, 8), self.device)
+        with Victim(model) as victim:
+            shape = victim.inspect(images).shape
+        self.train.task.check_logits(shape, labels)
+        for split in (self.train, data.validation):
+            split.check_classes(shape[1])
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)
         self.steps = len(self.train) // recipe.batch_size
@@ -135,7 +145,7 @@ class Run:
         self.shadow = (
             None
             if recipe.ema is None
-            else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+            else AveragedModel(copied(model), multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
         )
         self.history: History = []
         self.seconds: list[float] = []
@@ -198,11 +208,15 @@ class Run:
     def train_step(self, batch: Batch) -> Losses:
         """Take one step, with every phase of the objective; return the detached losses."""
         found: Losses = {}
-        with repeatable():
+        images = batch.images.to(self.dtype)
+        batch, version = replace(batch, images=images), images._version
+        with repeatable(), autograd_limits():
             for losses, moving in self._optimizer_steps(batch):
                 self._step(losses["loss"], moving)
                 for name, value in losses.items():
                     found[name] = found[name] + value.detach() if name in found else value.detach()
+        if images._version != version:
+            raise UserError("the model changes its input in place: let it work on a copy, such as images.clone()")
         self.objective.after_step(batch)
         if self.shadow is not None:
             self.shadow.update_parameters(self.model)
@@ -268,6 +282,32 @@ class Run:
         save_state(self._state, self.model, self.optimizer, self._carried, about)
         if self.recipe.track != "none":
             self.accelerator.log(self.history[-1], step=len(self.history))
+
+
+def _trainable(model: nn.Module, data: Dataset) -> tuple[torch.device, torch.dtype]:
+    """Return where, and in which type, a model computes.
+
+    Raises:
+        UserError: it cannot be trained as it is.
+    """
+    victim = Victim(model)
+    if victim.dtype in (torch.float16, torch.bfloat16):
+        raise UserError(
+            f"the model's weights are {victim.dtype}, in which small steps are lost: train model.float(), for speed "
+            "with precision='bfloat16'"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            f"the {type(model).__name__} has no weights that require a gradient: train the module it was made from"
+        )
+    with victim:
+        if victim.inspect(data.train.take(slice(0, 2), victim.device)[0]).writes:
+            raise UserError("the model changes its input in place: let it work on a copy, such as images.clone()")
+    try:
+        model.train()
+    except NotImplementedError:
+        raise UserError("the model is an exported program, which cannot be trained: train the module itself") from None
+    return victim.device, victim.dtype
 
 
 def tracking(recipe: Recipe, out: Path | None) -> dict[str, Any]:

@@ -162,6 +162,7 @@ def make_optimizer(model: nn.Module, defense: Defense, recipe: Recipe) -> torch.
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
         weight_decay=recipe.weight_decay,
+        fused=all(parameter.is_cuda for parameter in model.parameters()) or None,
     )
 
 

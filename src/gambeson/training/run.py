@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import time
@@ -17,10 +16,12 @@ from gambeson import data, models
 from gambeson.base import Config, check_run, close_run, derive, environment, open_run, seeded, user_code
 from gambeson.data import Dataset
 from gambeson.defenses import AnyDefense, Defense, Standard, name_of
+from gambeson.models.loading import input_shape
 from gambeson.models.storage import FILE_NAME, init_weights
 from gambeson.training.batches import Epoch, member_seeds
 from gambeson.training.loop import Run, train
 from gambeson.training.recipe import Recipe
+from gambeson.victim import copied
 
 _WARM_UP, _TIMED = 2, 5
 
@@ -61,7 +62,7 @@ def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed
         seed: of the run.
     """
     runs = [
-        Run(copy.deepcopy(model), data, one, recipe.model_copy(update={"track": "none"}), seed, None)
+        Run(copied(model), data, one, recipe.model_copy(update={"track": "none"}), seed, None)
         for one in (defense, Standard())
     ]
     ours = runs[0]
@@ -149,7 +150,7 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
         UserError: the folder holds another run, or a name is unknown.
     """
     begun = check_run(out, run) is not None
-    dataset = data.load(run.data) if dataset is None else dataset
+    dataset = data.load(run.data, input_shape=input_shape(run.model)) if dataset is None else dataset
     if not begun:
         _built(run, dataset)
     model = _model(run, dataset)
@@ -184,7 +185,7 @@ def plan_training(run: TrainRun, dataset: data.Dataset | None = None, out: Path 
     """
     if out is not None:
         check_run(out, run)
-    dataset = data.load(run.data) if dataset is None else dataset
+    dataset = data.load(run.data, input_shape=input_shape(run.model)) if dataset is None else dataset
     return plan(*_built(run, dataset), run.recipe, run.seed)
 
 
@@ -202,7 +203,7 @@ def _built(run: TrainRun, dataset: data.Dataset) -> tuple[nn.Module, data.Datase
     run.defense.check(run.recipe.batch_size)
     with seeded(run.seed, "plan"):
         defense = run.defense.with_source_models(stand_in)
-        Run(copy.deepcopy(model), dataset, defense, run.recipe.model_copy(update={"track": "none"}), run.seed, None)
+        Run(copied(model), dataset, defense, run.recipe.model_copy(update={"track": "none"}), run.seed, None)
     return model, dataset, defense
 
 

@@ -1,5 +1,6 @@
 """Models under attack: frozen, counted and restored; averages over models and samples; scoring."""
 
+from gambeson.victim.averaged import EOT_SAMPLES, Average, AveragedVictim, ModelAverage, Source, as_victim
 from gambeson.victim.bn_folding import FoldedModel, fold_batchnorms
 from gambeson.victim.inspect import ModelTraits, inspect_model
 from gambeson.victim.scoring import (
@@ -16,19 +17,26 @@ from gambeson.victim.scoring import (
     votes_of,
     votes_right,
 )
-from gambeson.victim.victim import BatchNormMode, FastPath, Precision, Victim, frozen
+from gambeson.victim.victim import BatchNormMode, FastPath, Precision, Victim, copied, frozen
 
 __all__ = [
     "ABSTAIN",
     "DEFAULT_VOTES",
+    "EOT_SAMPLES",
+    "Average",
+    "AveragedVictim",
     "BatchNormMode",
     "FastPath",
     "FoldedModel",
+    "ModelAverage",
     "ModelTraits",
     "Precision",
     "Score",
+    "Source",
     "Victim",
+    "as_victim",
     "auto_batch_size",
+    "copied",
     "fold_batchnorms",
     "frozen",
     "inspect_model",

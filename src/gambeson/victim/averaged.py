@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
 from torch import nn
 
 from gambeson.base import UserError
+from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.victim.inspect import ModelTraits
-from gambeson.victim.victim import Victim
+from gambeson.victim.victim import FastPath, Victim
 
 Average = Literal["logits", "probabilities", "losses"]
 """Quantity that is averaged over source models (Dong et al. 2018, section 3.2, compares the three)."""
@@ -49,12 +50,15 @@ class ModelAverage(AveragedVictim):
         models: modules, or victims, which keep their own settings and counts.
         average: ``logits`` (MI-FGSM: the mean logits), ``probabilities`` (the logarithm of the mean probability) or
             ``losses`` (the mean loss; predictions are those of the mean probability).
+        fast: see :class:`Victim`; for modules.
 
     Raises:
         UserError: no models, something that is not a model, or models on several devices.
     """
 
-    def __init__(self, models: Sequence[nn.Module | Victim], average: Average = "logits") -> None:
+    def __init__(
+        self, models: Sequence[nn.Module | Victim], average: Average = "logits", *, fast: bool | FastPath = True
+    ) -> None:
         if not isinstance(models, list | tuple):
             raise UserError(f"a model is a {type(models).__name__}: expected a torch.nn.Module, or a list of them")
         if not models:
@@ -62,7 +66,7 @@ class ModelAverage(AveragedVictim):
         for model in models:
             if not isinstance(model, nn.Module | Victim):
                 raise UserError(f"a model is a {type(model).__name__}: expected a torch.nn.Module")
-        self.members = [model if isinstance(model, Victim) else Victim(model, fast=True) for model in models]
+        self.members = [model if isinstance(model, Victim) else Victim(model, fast=fast) for model in models]
         places = sorted({str(member.device) for member in self.members})
         if len(places) > 1:
             raise UserError(f"the models are on {' and '.join(places)}: move them to one device")
@@ -100,10 +104,13 @@ class ModelAverage(AveragedVictim):
         """Inspect every model; a trait of one is a trait of the ensemble."""
         looks = [member.inspect(images, scores=scores) for member in self.members]
         self.traits = ModelTraits(
+            shape=looks[0].shape,
+            size=looks[0].size,
             gap=max(look.gap for look in looks),
             shared=any(look.shared for look in looks),
             writes=any(look.writes for look in looks),
             probabilities=any(look.probabilities for look in looks),
+            sigmoids=any(look.sigmoids for look in looks),
         )
         return self.traits
 
@@ -155,39 +162,50 @@ _VALUES_A_FORWARD = 2**23
 
 
 @contextmanager
-def opened(source: Source, average: Average = "logits") -> Iterator[Victim]:
-    """Enter a model, or an ensemble of several, as a victim; a victim is used as given.
+def as_victim(
+    source: Source,
+    images: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    task: Task = CLASSIFICATION,
+    *,
+    fast: bool | FastPath = False,
+    average: Average = "logits",
+    eot_samples: int | None = None,
+) -> Iterator[Victim]:
+    """Hold anything that is attacked, analysed or scored as a frozen, counted victim; inference mode is off inside.
+
+    Args:
+        source: a module; a list of them, held as one :class:`ModelAverage`; or an entered victim, used as given.
+        images: (N, C, H, W), for gradients of a model that may be random: it is inspected with them.
+        labels: of these images, if they shall fit the logits.
+        task: what the labels mean.
+        fast: see :class:`Victim`; for modules.
+        average: over several models.
+        eot_samples: samples that gradients of a random model are averaged over.
 
     Raises:
-        UserError: an empty list, something that is not a model, or models on several devices.
+        UserError: an empty list, something that is not a model, or models on several devices; with ``images``, a random
+            model without ``eot_samples``, or a model that does not fit the labels.
     """
-    if isinstance(source, Victim):
-        yield source
-        return
-    with Victim(source, fast=True) if isinstance(source, nn.Module) else ModelAverage(source, average) as victim:
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        if isinstance(source, Victim):
+            victim = source
+        elif isinstance(source, nn.Module) and not isinstance(source, nn.ModuleList):
+            victim = stack.enter_context(Victim(source, fast=fast))
+        else:
+            models = list(source) if isinstance(source, nn.ModuleList) else source
+            victim = stack.enter_context(ModelAverage(models, average, fast=fast))
+        if images is not None:
+            traits = victim.inspect(images)
+            if labels is not None:
+                task.check_logits(traits.shape, labels)
+            if eot_samples is None and traits.stochastic:
+                raise UserError(
+                    f"the model is random (the logits of two calls with the same images differ by up to "
+                    f"{traits.gap:.3g}): one draw tells an attack little; set eot_samples=20 to average its gradient "
+                    "over 20 draws, or turn the randomness off"
+                )
+            if eot_samples is not None and eot_samples > 1:
+                victim = EOTAverage(victim, eot_samples)
         yield victim
-
-
-@contextmanager
-def entered(source: Source) -> Iterator[list[Victim]]:
-    """Do as :func:`opened`, and return the victim of each model."""
-    with opened(source) as victim:
-        yield victim.members if isinstance(victim, ModelAverage) and victim is not source else [victim]
-
-
-def drawn(victim: Victim, images: torch.Tensor, eot_samples: int | None) -> Victim:
-    """Inspect a model and return the victim to take gradients of: itself, or its EOT average.
-
-    Raises:
-        UserError: the model is random and ``eot_samples`` is not given.
-    """
-    look = victim.inspect(images)
-    if eot_samples is not None:
-        return EOTAverage(victim, eot_samples) if eot_samples > 1 else victim
-    if look.stochastic:
-        raise UserError(
-            f"the model is random (the logits of two calls with the same images differ by up to {look.gap:.3g}): one "
-            "draw tells an attack little; set eot_samples=20 to average its gradient over 20 draws, or turn the "
-            "randomness off"
-        )
-    return victim

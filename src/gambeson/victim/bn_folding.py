@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from gambeson.base import full_precision, seeded
+from gambeson.victim.graphs import Graphs
 from gambeson.victim.inspect import logits_of
 
 TOLERANCE = 1e-4
@@ -32,11 +33,14 @@ class FoldedModel:
     Attributes:
         view: the copy.
         pairs: names of the folded (convolution, BatchNorm) pairs.
+        graphs: CUDA graphs that compute with the copy.
     """
 
     def __init__(self, model: nn.Module, example: torch.Tensor) -> None:
+        self.graphs = Graphs()
+        self._places: tuple[int, ...] = ()
         self.pairs = _pairs(model, example)
-        self._signature = _signature(model)
+        self._signature = signature(model)
         plain = copy.deepcopy(model).requires_grad_(False)
         self.view = plain
         if not self.pairs:
@@ -62,7 +66,14 @@ class FoldedModel:
 
     def fits(self, model: nn.Module) -> bool:
         """Whether the model still has the structure that the copy was made from; values may differ."""
-        return _signature(model) == self._signature
+        return signature(model) == self._signature
+
+    def keep_graphs(self) -> None:
+        """Drop graphs that were captured with other tensors than the copy now has."""
+        places = tuple(tensor.data_ptr() for tensor in self.view.state_dict().values())
+        if places != self._places:
+            self.graphs.clear()
+        self._places = places
 
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> None:
@@ -105,24 +116,23 @@ def fold_batchnorms(model: nn.Module, example: torch.Tensor) -> FoldedModel:
     return _made[model]
 
 
-def _signature(model: nn.Module) -> Hashable:
+def signature(model: nn.Module) -> Hashable:
     """The structure of a model, without tensor values and modes: its modules and their settings."""
-    return tuple(
-        (name, type(module), tuple(sorted(_settings(module).items())), _shapes(module))
-        for name, module in model.named_modules()
-    )
+    return tuple((name, type(module), _settings(module), _shapes(module)) for name, module in model.named_modules())
 
 
-def _settings(module: nn.Module) -> dict[str, str]:
-    plain = (bool, int, float, str, tuple, type(None))
-    hooks = {"_forward_hooks", "_forward_pre_hooks"}
-    found = {key: repr(value) for key, value in vars(module).items() if isinstance(value, plain) and key != "training"}
-    return found | {key: str(sorted(map(id, vars(module)[key].values()))) for key in hooks}
+_PLAIN = (bool, int, float, str, tuple, type(None))
+
+
+def _settings(module: nn.Module) -> tuple[Hashable, ...]:
+    own = vars(module)
+    plain = ((key, value) for key, value in own.items() if isinstance(value, _PLAIN) and key != "training")
+    return (*plain, *(tuple(map(id, own[key].values())) for key in ("_forward_hooks", "_forward_pre_hooks")))
 
 
 def _shapes(module: nn.Module) -> tuple[Hashable, ...]:
-    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return tuple((name, tuple(value.shape), value.dtype, value.device) for name, value in tensors)
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    return tuple((name, value.shape, value.dtype, value.device) for name, value in tensors if value is not None)
 
 
 def _pairs(model: nn.Module, example: torch.Tensor) -> list[tuple[str, str]]:

@@ -1,15 +1,40 @@
-"""Inspection of models: where the logits are in an output, and whether a model is random or returns probabilities."""
+"""Inspection of models: where the logits are in an output, their shape, and whether they are logits at all."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from gambeson.base import UserError, seeded
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the type that a model computes in: that of most of its floating-point weights, else of its buffers.
+
+    Raises:
+        UserError: not a module, or a lazy one whose weights do not exist yet.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model is a {type(model).__name__}: expected a torch.nn.Module from pixels to logits")
+    for tensors in (model.parameters(), model.buffers()):
+        sizes: dict[torch.dtype, int] = {}
+        for tensor in tensors:
+            if is_lazy(tensor):
+                raise UserError(
+                    "the model has lazy layers whose weights do not exist yet: send it a batch once, model(images)"
+                )
+            if tensor.is_floating_point():
+                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+        if sizes:
+            return max(sizes, key=sizes.__getitem__)
+    return torch.float32
+
 
 KEYS = ("logits", "out")
 """Keys of the logits in a mapping, as used by transformers and by torchvision's segmentation models."""
@@ -41,6 +66,19 @@ def logits_of(output: Any) -> torch.Tensor:
     return found
 
 
+_SAME_VALUES = re.compile("View|Squeeze|Unsqueeze|Clone|Alias|Permute|Transpose|Reshape|ToCopy|Slice|Select|Cat|Stack")
+"""Operations whose results are values of their inputs, as autograd calls them."""
+
+
+def ends_with_sigmoid(model: nn.Module, images: torch.Tensor) -> bool:
+    """Tell whether the last thing a model computes is a sigmoid, by its graph."""
+    with torch.enable_grad():
+        node = logits_of(model(images.detach().clone().requires_grad_())).grad_fn
+    while node is not None and _SAME_VALUES.match(node.name()):
+        node = node.next_functions[0][0]
+    return node is not None and node.name().startswith("SigmoidBackward")
+
+
 CALLS = 5
 """Number of calls with the same images that must agree."""
 _FEW = 8
@@ -50,6 +88,10 @@ _FEW = 8
 class ModelTraits:
     """Traits of a model, found by :func:`inspect_model`."""
 
+    shape: tuple[int, ...]
+    """Of the logits, (N, K) or (N, K, H, W), for the few images that were looked at."""
+    size: tuple[int, ...]
+    """Height and width of these images."""
     gap: float
     """Largest difference between the logits of two calls with the same images; above zero the model is random."""
     shared: bool
@@ -59,6 +101,8 @@ class ModelTraits:
     """The model modifies its input."""
     probabilities: bool
     """Every row lies in [0, 1] and sums to 1."""
+    sigmoids: bool
+    """The outputs are sigmoids, one per class."""
 
     @property
     def stochastic(self) -> bool:
@@ -78,25 +122,45 @@ def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
         images: (N, C, H, W) in [0, 1]; the first few are used.
 
     Raises:
-        UserError: the output does not have one row per image.
+        UserError: the output does not have one row per image, or one score only.
     """
     few = images[:_FEW].detach()
     with seeded(0, "look"):
         given = few.clone()
         first = logits_of(model(given))
+        if len(first) == len(few) and (first.ndim == 1 or first.shape[1] == 1 or first.shape[1:] == few.shape[2:]):
+            raise UserError(
+                f"the model was given {len(few)} images and returned shape {tuple(first.shape)}, one score for two "
+                "classes: expected logits (N, K) or (N, K, H, W) with K of at least 2; wrap it with "
+                "gb.models.as_logits(model, 'one-logit'), or with 'sigmoid' where the score is a probability"
+            )
         if first.ndim not in (2, 4) or len(first) != len(few):
             raise UserError(
                 f"the model was given {len(few)} images and returned shape {tuple(first.shape)}: expected logits "
                 "(N, K), or (N, K, H, W) for one answer per pixel"
             )
-        writes = not torch.equal(given, few)
-        gap, calls = 0.0, 1
-        while gap == 0 and calls < CALLS:
-            again, calls = logits_of(model(few.clone())), calls + 1
-            # Equal infinities differ by NaN; non-finite logits are refused when they are scored.
-            gap = float((first - again).abs().nan_to_num(0.0, 0.0).max())
-        one, other = logits_of(model(few[:1].repeat(2, 1, 1, 1)))[:2]
-        shared = gap > 0 and torch.equal(one, other)
-    total = first.sum(1)
-    probabilities = bool((first >= 0).all() and (first <= 1).all() and ((total - 1).abs() < 1e-3).all())
-    return ModelTraits(gap=gap, shared=shared, writes=writes, probabilities=probabilities)
+        # One wait for all: a random model is told by its first differing call, as if there had been no more.
+        again = [logits_of(model(few.clone())) for _ in range(1, CALLS)]
+        # Equal infinities differ by NaN; non-finite logits are refused when they are scored.
+        gaps = [(first - other).abs().nan_to_num(0.0, 0.0).max() for other in again]
+        inside = ((first >= 0) & (first <= 1)).all()
+        sums = ((first.sum(1) - 1).abs() < 1e-3).all()
+        found = torch.stack([*gaps, (given != few).any(), inside, inside & sums]).tolist()
+        gap = next((gap for gap in found[: CALLS - 1] if gap > 0), 0.0)
+        shared = False
+        if gap > 0:
+            one, other = logits_of(model(few[:1].repeat(2, 1, 1, 1)))[:2]
+            shared = torch.equal(one, other)
+        writes, within, probabilities = (value > 0 for value in found[-3:])
+        # A black box has no parameters, and no graph to look at.
+        trainable = within and not probabilities and any(True for _ in model.parameters())
+        sigmoids = trainable and ends_with_sigmoid(model, few)
+    return ModelTraits(
+        shape=tuple(first.shape),
+        size=tuple(few.shape[2:]),
+        gap=gap,
+        shared=shared,
+        writes=writes,
+        probabilities=probabilities,
+        sigmoids=sigmoids,
+    )

@@ -86,12 +86,20 @@ def predict(victim: Victim, split: Split, delta: torch.Tensor | None = None, *, 
         Class indices (N,) or (N, H, W), on the CPU; :data:`ABSTAIN` without a majority.
 
     Raises:
-        UserError: there are no images, or some logits are not finite.
+        UserError: there are no images, a perturbation of another shape, labels without a logit, or some logits are not
+            finite.
     """
     if len(split) == 0:
         raise nothing_counts(split)
     device = delta.device if delta is not None else victim.device
+    if delta is not None and delta.shape[1:] != split.shape:
+        raise UserError(
+            f"a perturbation of shape {tuple(delta.shape)} came with images of {split.shape}: expected one for images "
+            "of this shape"
+        )
     votes = victim.votes or votes_of(victim, split.take(slice(0, 8), device)[0])
+    if victim.traits is not None:
+        split.check_classes(victim.traits.shape[1])
     with seeded(seed, "score") if votes > 1 else nullcontext():
         return torch.cat(
             [
@@ -158,7 +166,7 @@ def votes_right(
     if _shared(victim, images, votes):
         parts = zip(images.split(_SHARING), labels.split(_SHARING), strict=True)
         return torch.cat([votes_right(victim, *part, task) for part in parts])
-    return torch.stack([task.matches(_answers(victim, images), labels) for _ in range(votes)]).sum(0)
+    return torch.stack([task.counts(_answers(victim, images), labels).right for _ in range(votes)]).sum(0)
 
 
 def _shared(victim: Victim, images: torch.Tensor, votes: int) -> bool:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from gambeson.base import Config, UserError, seeded
-from gambeson.victim.bn_folding import fold_batchnorms
-from gambeson.victim.inspect import ModelTraits, inspect_model, logits_of
+from gambeson.base import Config, UserError, autograd_limits, default_dtype, seeded
+from gambeson.victim.bn_folding import FoldedModel, fold_batchnorms, signature
+from gambeson.victim.graphs import Job, has_graphs
+from gambeson.victim.inspect import ModelTraits, dtype_of, inspect_model, logits_of
 
 BatchNormMode = Literal["eval", "batch", "train"]
 """Mode of a model under attack. ``eval``: evaluation mode, BatchNorm with its running statistics. ``batch``: evaluation
@@ -32,13 +35,17 @@ def frozen(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[Non
         model: any module.
         batch_norm: see :data:`BatchNormMode`.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     norms = [module for module, mode in modes if mode and isinstance(module, nn.modules.batchnorm._BatchNorm)]
     held = [norm for norm in norms if norm.track_running_stats] if batch_norm == "batch" else []
+    recurrent = [(module, module.dropout) for module, _ in modes if isinstance(module, nn.RNNBase)]
     try:
         if batch_norm != "train":
-            model.eval()
+            with suppress(NotImplementedError):  # an exported program has one mode
+                model.eval()
+            for layer, _ in recurrent:  # cuDNN has their gradient in training mode only, which is dropout alone
+                layer.training, layer.dropout = True, 0.0
         for norm in norms if batch_norm == "batch" else []:
             norm.training = True
         for norm in held:
@@ -49,10 +56,19 @@ def frozen(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[Non
     finally:
         for norm in held:
             norm.track_running_stats = True
+        for layer, dropout in recurrent:
+            layer.dropout = dropout
         for module, mode in modes:
             module.training = mode
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy, also of a model that keeps a computed tensor, such as the weight of ``weight_norm``."""
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    with torch.no_grad():  # a program's parameters would be copied as results of an operation
+        return copy.deepcopy(model, {id(value): value.detach().clone() for value in kept if not value.is_leaf})
 
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -68,6 +84,10 @@ class FastPath(Config):
     compile: bool = False
     """Compile the copy, with CUDA graphs if possible. Off by default: on CPUs the measured gain was below a tenth, for
     at least ten seconds of compilation, repeated for every batch size."""
+    graphs: bool = True
+    """On a CUDA device, replay the gradient of a batch shape as a CUDA graph from its third call on: the same kernels
+    without their launches, which bound small batches. Not for random models, and not with ``compile``, which has its
+    own."""
 
 
 class Victim:
@@ -78,7 +98,8 @@ class Victim:
     are never taken on the copy: :meth:`forward_original` is the model as given.
 
     The precision is that of ``fast``, float32 by default, independent of a surrounding autocast: training in lower
-    precision neither crafts nor scores in it.
+    precision neither crafts nor scores in it. Images are cast to the type of the model's weights, and its logits, for
+    attacks, back to that of the images.
 
     Args:
         model: any module from pixels (N, C, H, W) in [0, 1] to logits.
@@ -93,11 +114,15 @@ class Victim:
         traits: what :meth:`inspect` saw; None before.
         votes: how often the model is asked where it is scored; the majority is its answer. None: once, and a random
             model :data:`gambeson.victim.DEFAULT_VOTES` times.
-        temperature: what the logits that attacks climb are divided by; 1 leaves them as they are. It changes no answer.
+        members: the models of a :class:`gambeson.victim.ModelAverage`; none of a single model.
+        temperature: what the logits that attacks see are divided by; 1 leaves them as they are. It changes no answer.
     """
+
+    members: Sequence[Victim] = ()
 
     def __init__(self, model: nn.Module, *, fast: bool | FastPath = False, batch_norm: BatchNormMode = "eval") -> None:
         self.model = model
+        self.dtype = dtype_of(model)
         self.batch_norm = batch_norm
         self.fast = FastPath() if fast is True else fast or None
         self.forwards = 0
@@ -106,22 +131,25 @@ class Victim:
         self.traits: ModelTraits | None = None
         self.votes: int | None = None
         self.temperature = 1.0
-        self._guard = frozen(model, batch_norm)
+        self._default = torch.get_default_dtype()
+        self._guard = ExitStack()
         self._seen_input = False
         self._view: Callable[[torch.Tensor], Any] | None = None
         self._layout = torch.contiguous_format
+        self._copy: FoldedModel | None = None  # whose gradients are replayed as CUDA graphs
 
     def __enter__(self) -> Victim:
-        self._guard = frozen(self.model, self.batch_norm)
-        self._guard.__enter__()
+        self._default = torch.get_default_dtype()
+        self._guard.enter_context(default_dtype())
+        self._guard.enter_context(frozen(self.model, self.batch_norm))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._view = self.traits = None
+        self._view = self._copy = self.traits = None
         self._seen_input = False
-        self._guard.__exit__(kind, error, trace)
+        self._guard.close()
 
     @property
     def device(self) -> torch.device:
@@ -137,15 +165,17 @@ class Victim:
             scores: whether probabilities are acceptable.
 
         Raises:
-            UserError: the model returns probabilities, or no logits.
+            UserError: the model returns probabilities, one score for two classes, or no logits.
         """
-        if self.traits is None:
+        if self.traits is None or self.traits.size != images.shape[2:]:
             self._check_input(images)
-            self.traits = inspect_model(self.model, images)
-        if self.traits.probabilities and not scores:
+            with self._as_called(images):
+                self.traits = _traits(self.model, images.to(self.dtype))
+        if (self.traits.probabilities or self.traits.sigmoids) and not scores:
+            what, name = ("and sum to 1", "probabilities") if self.traits.probabilities else ("by a sigmoid", "sigmoid")
             raise UserError(
-                "the model's outputs lie in [0, 1] and sum to 1: expected logits, as probabilities have no gradient "
-                "where the model is confident; wrap it with gb.models.as_logits(model, 'probabilities')"
+                f"the model's outputs lie in [0, 1] {what}: expected logits, as probabilities have no gradient "
+                f"where the model is confident; wrap it with gb.models.as_logits(model, {name!r})"
             )
         return self.traits
 
@@ -154,7 +184,7 @@ class Victim:
 
         Computed by the fast copy if there is one, and divided by the temperature.
         """
-        with _without_autocast(images.device.type):
+        with self._as_called(images):
             if not self._seen_input:
                 self._check_input(images)
                 with seeded(0, "view"):  # made once only: making it must not advance the generators
@@ -164,20 +194,30 @@ class Victim:
                 logits = self.forward_original(images)
             else:
                 self.forwards += len(images)
-                logits = logits_of(self._view(self._kept(images.contiguous(memory_format=self._layout))))
+                logits = logits_of(self._view(self._sent(images.contiguous(memory_format=self._layout))))
+            logits = logits.to(images.dtype)
         return logits if self.temperature == 1 else logits / self.temperature
 
     def forward_original(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the logits of the original model, on which every score is taken."""
+        """Return the logits of the original model, in float32 or better, on which every score is taken."""
         if not self._seen_input:
             self._check_input(images)
         self.forwards += len(images)
-        with _without_autocast(images.device.type):
-            return logits_of(self.model(self._kept(images)))
+        with self._as_called(images):
+            logits = logits_of(self.model(self._sent(images)))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _kept(self, images: torch.Tensor) -> torch.Tensor:
+    def _sent(self, images: torch.Tensor) -> torch.Tensor:
         # A copy for a model that writes into its input, so that the attack's images do not change.
-        return images.clone() if self.traits is not None and self.traits.writes else images
+        return images.to(self.dtype, copy=self.traits is not None and self.traits.writes)
+
+    @contextmanager
+    def _as_called(self, images: torch.Tensor) -> Iterator[None]:
+        """What the model computes under: no autocast, and the caller's default type."""
+        device = images.device.type
+        autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with default_dtype(self._default), autocast:
+            yield
 
     def gradient(self, value: torch.Tensor, wrt: torch.Tensor, images: int) -> torch.Tensor:
         """Return the gradient of a scalar with respect to ``wrt``, counted as ``images`` backward passes.
@@ -187,16 +227,39 @@ class Victim:
         self.backwards += images
         if not value.requires_grad:
             return torch.zeros_like(wrt)
-        with _without_autocast(wrt.device.type):  # autocast would also cast the products of the backward pass
+        with self._as_called(wrt), autograd_limits():  # autocast would also cast the products of the backward pass
             (gradient,) = torch.autograd.grad(value, wrt, materialize_grads=True)
         return gradient
+
+    def repeated(self, what: Hashable, job: Job, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return ``job(*tensors)``, from a CUDA graph if the fast path has one (:attr:`FastPath.graphs`).
+
+        Args:
+            what: what the job computes with this victim; equal for equal functions.
+            job: a function of tensors alone, to tensors, that sends them through this victim.
+            tensors: its inputs.
+        """
+        copy = self._copy
+        if copy is None:
+            return job(*tensors)
+        before = self.forwards, self.backwards
+        state = (self.fast, self._layout, self.temperature, self.traits is not None and self.traits.writes)
+        graph = copy.graphs.find(
+            (what, state), job, tensors, lambda: (self.forwards, self.backwards), lambda: signature(copy.view)
+        )
+        self.forwards, self.backwards = before
+        if graph is None:
+            return job(*tensors)
+        self.forwards += graph.counts[0]
+        self.backwards += graph.counts[1]
+        return graph(tensors)
 
     def _make_view(self, images: torch.Tensor, fast: FastPath) -> Callable[[torch.Tensor], Any] | None:
         view: Callable[[torch.Tensor], Any] = self.model
         self.notes = "the model itself"
         if self.batch_norm == "eval":
             try:
-                made = fold_batchnorms(self.model, images[:2].detach())
+                made = fold_batchnorms(self.model, images[:2].detach().to(self.dtype))
             except Exception as error:  # a model that cannot be copied is used itself
                 self.notes = f"the model itself ({type(error).__name__} while copying it: {error})"
                 return None
@@ -207,6 +270,9 @@ class Victim:
                 self.notes += ", channels last"
             # The copy is shared with earlier victims of this model, which may have used another layout.
             made.view.to(memory_format=self._layout)
+            if fast.graphs and not fast.compile and has_graphs(images.device):
+                made.keep_graphs()
+                self._copy = made
         if fast.precision != "float32":
             view = _in_precision(view, images.device.type, getattr(torch, fast.precision))
             self.notes += f", {fast.precision}"
@@ -215,12 +281,12 @@ class Victim:
         return view
 
     def _likes_channels_last(self, images: torch.Tensor, fast: FastPath) -> bool:
-        """Whether convolutions are faster in channels-last layout: on CPUs, and in lower precision on accelerators.
+        """Whether convolutions are faster in channels-last layout: on CPUs, and on accelerators below full precision.
 
-        A model already in that layout keeps it.
+        TF32 is below it. A model already in that layout keeps it.
         """
         convolutions = [module for module in self.model.modules() if isinstance(module, nn.Conv2d)]
-        if images.device.type == "cpu" or fast.precision != "float32":
+        if images.device.type == "cpu" or fast.precision != "float32" or torch.backends.cudnn.allow_tf32:
             return bool(convolutions)
         return any(
             conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous()
@@ -232,7 +298,7 @@ class Victim:
         compiled = torch.compile(view, mode=mode)
         try:
             with torch.enable_grad():
-                point = images[:2].detach().requires_grad_()
+                point = images[:2].detach().to(self.dtype).requires_grad_()
                 torch.autograd.grad(logits_of(compiled(point)).sum(), point)
         except Exception as error:
             self.notes += f", not compiled ({type(error).__name__})"
@@ -261,13 +327,21 @@ class Victim:
             )
 
 
-@contextmanager
-def _without_autocast(device: str) -> Iterator[None]:
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            yield
-    else:  # the usual case, at no cost
-        yield
+_inspected: WeakKeyDictionary[nn.Module, tuple[Hashable, ModelTraits]] = WeakKeyDictionary()
+
+
+def _traits(model: nn.Module, images: torch.Tensor) -> ModelTraits:
+    """Inspect a model, unless it is unchanged since it was last inspected: in settings, modes, weights and images."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_inference() for tensor in tensors):  # these have no version
+        return inspect_model(model, images)
+    versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    modes = tuple(module.training for module in model.modules())
+    state = (signature(model), modes, versions, images.shape[1:], images.dtype)
+    known = _inspected.get(model)
+    if known is None or known[0] != state:
+        _inspected[model] = known = state, inspect_model(model, images)
+    return known[1]
 
 
 def _in_precision(

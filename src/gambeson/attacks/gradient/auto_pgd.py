@@ -19,8 +19,8 @@ from gambeson.threat import Norm
 
 
 @dataclass(frozen=True, kw_only=True)
-class Climb:
-    """One climb per image that is not adversarial yet; every field has one row per image."""
+class State:
+    """The state of one run, for the images that are not adversarial yet; every field has one row per image."""
 
     rows: torch.Tensor
     """Indices of the images in the batch."""
@@ -48,11 +48,11 @@ class Climb:
     halved: torch.Tensor
     """Whether the step size was halved at the last checkpoint."""
 
-    def only(self, rows: torch.Tensor) -> Climb:
-        """Return the climbs of some images."""
+    def only(self, rows: torch.Tensor) -> State:
+        """Return the state of some images."""
         return type(self)(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
 
-    def arrive(self, delta: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> Climb:
+    def after_step(self, delta: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> State:
         """Return the state after a step to ``delta``."""
         better = value > self.best_value
         chosen = better.view(-1, 1, 1, 1)
@@ -68,7 +68,7 @@ class Climb:
             rises=self.rises + (value > self.value),
         )
 
-    def judge(self, steps: int, rho: float) -> Climb:
+    def at_checkpoint(self, steps: int, rho: float) -> State:
         """Halve the step size of images whose loss has stopped increasing, and restart them from their best point.
 
         Croce and Hein 2020, section 3.1: condition 1 is that fewer than a share ``rho`` of the ``steps`` since the
@@ -118,10 +118,10 @@ class AutoPGD(GradientAttack):
     """Attack towards this many of the likeliest wrong classes of the clean image, one after the other: an image is
     adversarial once any wrong class is reached. At most the number of classes less one. None: no targets."""
     probe_steps: Annotated[int, Field(ge=1)] | None = None
-    """With ``targets``: climb towards each of them for this many steps first, then spend the full ``steps`` on the
+    """With ``targets``: run towards each of them for this many steps first, then spend the full ``steps`` on the
     ``targets_kept`` that came nearest (ours). None: the full steps on every target, as in the paper."""
     targets_kept: Annotated[int, Field(ge=1)] = 3
-    """Targets that are climbed in full after the probes."""
+    """Targets with the full steps after the probes."""
 
     @model_validator(mode="after")
     def _check_targets(self) -> AutoPGD:
@@ -149,7 +149,7 @@ class AutoPGD(GradientAttack):
         record = BestSoFar.into(best)
         if self.targets is None:
             for restart in range(self.restarts):
-                self._climb(solver, x, y, y, f"{restart}", seed, record)
+                self._run(solver, x, y, y, f"{restart}", seed, record)
             return
         with torch.no_grad():
             logits = solver.victim(x)
@@ -164,16 +164,16 @@ class AutoPGD(GradientAttack):
             if self.probe_steps is not None:
                 brief = self.model_copy(update={"steps": self.probe_steps})
                 reached = [
-                    brief._climb(solver, x, task.targets(target, y), y, f"{restart}/scout/{rank}", seed, record)
+                    brief._run(solver, x, task.targets(target, y), y, f"{restart}/scout/{rank}", seed, record)
                     for rank, target in enumerate(order.unbind(1))
                 ]
                 nearest = torch.stack(reached, 1).argsort(dim=1, descending=True, stable=True)
                 chosen = nearest[:, : self.targets_kept].reshape(len(x), -1, *[1] * (order.ndim - 2))
                 tried = order.gather(1, chosen.expand(-1, -1, *order.shape[2:]))
             for rank, target in enumerate(tried.unbind(1)):
-                self._climb(solver, x, task.targets(target, y), y, f"{restart}/{rank}", seed, record)
+                self._run(solver, x, task.targets(target, y), y, f"{restart}/{rank}", seed, record)
 
-    def _climb(
+    def _run(
         self,
         solver: ProjectedGradient,
         x: torch.Tensor,
@@ -192,11 +192,11 @@ class AutoPGD(GradientAttack):
         )
         if len(rows) == 0:
             return reached
-        state = self._rise(solver, rows, x[rows], labels[rows], truth[rows], start[rows], record)
+        state = self._ascend(solver, rows, x[rows], labels[rows], truth[rows], start[rows], record)
         reached[state.rows] = state.best_value
         return reached
 
-    def _rise(
+    def _ascend(
         self,
         solver: ProjectedGradient,
         rows: torch.Tensor,
@@ -205,14 +205,14 @@ class AutoPGD(GradientAttack):
         truth: torch.Tensor,
         delta: torch.Tensor,
         record: BestSoFar,
-    ) -> Climb:
-        """Climb from ``delta`` and return where those are that are not adversarial yet."""
-        state, judged = self._begin(solver, rows, images, labels, truth, delta, record), 0
+    ) -> State:
+        """Ascend from ``delta`` and return the state of the images that are not adversarial yet."""
+        state, last = self._begin(solver, rows, images, labels, truth, delta, record), 0
         for step in range(1, self.steps + 1):
             if len(state.rows) == 0:
                 break
             if step > 1 and step - 1 in self.checkpoints:
-                state, judged = state.judge(step - 1 - judged, self.rho), step - 1
+                state, last = state.at_checkpoint(step - 1 - last, self.rho), step - 1
             state = self._step(solver, state, step, record)
         return state
 
@@ -225,11 +225,11 @@ class AutoPGD(GradientAttack):
         truth: torch.Tensor,
         delta: torch.Tensor,
         record: BestSoFar,
-    ) -> Climb:
+    ) -> State:
         gradient, logits = solver.gradient(delta, images, labels, truth=self._measure(truth), number=1)
         warn_of_fallback(solver.loss, logits.shape[1])
         value = solver.loss(logits, labels, solver.task, self._measure(truth))
-        state = Climb(
+        state = State(
             rows=rows,
             images=images,
             labels=labels,
@@ -246,13 +246,13 @@ class AutoPGD(GradientAttack):
             checked_value=value,
             halved=torch.zeros_like(value, dtype=torch.bool),
         )
-        return self._note(solver, self._equip(state), logits, record)
+        return self._note(solver, self._extended(state), logits, record)
 
-    def _equip(self, state: Climb) -> Climb:
+    def _extended(self, state: State) -> State:
         """Add the extra state of a variant."""
         return state
 
-    def _step(self, solver: ProjectedGradient, now: Climb, step: int, record: BestSoFar) -> Climb:
+    def _step(self, solver: ProjectedGradient, now: State, step: int, record: BestSoFar) -> State:
         delta = self._move(solver, now)
         if step > 1 and self.inertia < 1:
             mixed = now.delta + self.inertia * (delta - now.delta) + (1 - self.inertia) * (now.delta - now.before)
@@ -260,15 +260,15 @@ class AutoPGD(GradientAttack):
         truth = self._measure(now.truth)
         if step == self.steps:  # the last step needs no gradient
             value, logits = solver.losses(delta, now.images, now.labels, truth=truth)
-            return self._note(solver, now.arrive(delta, now.gradient, value), logits, record)
+            return self._note(solver, now.after_step(delta, now.gradient, value), logits, record)
         gradient, logits = solver.gradient(delta, now.images, now.labels, truth=truth, number=step + 1)
         value = solver.loss(logits, now.labels, solver.task, truth)
-        return self._note(solver, now.arrive(delta, gradient, value), logits, record)
+        return self._note(solver, now.after_step(delta, gradient, value), logits, record)
 
-    def _move(self, solver: ProjectedGradient, now: Climb) -> torch.Tensor:
+    def _move(self, solver: ProjectedGradient, now: State) -> torch.Tensor:
         return solver.step_along(now.delta, now.images, now.gradient, now.length.view(-1, 1, 1, 1))
 
-    def _note(self, solver: ProjectedGradient, state: Climb, logits: torch.Tensor, record: BestSoFar) -> Climb:
+    def _note(self, solver: ProjectedGradient, state: State, logits: torch.Tensor, record: BestSoFar) -> State:
         down = solver.task.is_adversarial(logits, state.truth, targeted=self.reaches)
         record.note(state.rows, state.delta, state.value, down)
         return state.only(~down) if self.early_stop and bool(down.any()) else state
@@ -338,7 +338,7 @@ class L1AutoPGD(AutoPGD):
         """Checkpoints for sparsity and step sizes: every 4 % of the steps."""
         return list(range(0, self.steps, max(1, math.floor(0.04 * self.steps + 1e-9))))[1:]
 
-    def _rise(
+    def _ascend(
         self,
         solver: ProjectedGradient,
         rows: torch.Tensor,
@@ -347,7 +347,7 @@ class L1AutoPGD(AutoPGD):
         truth: torch.Tensor,
         delta: torch.Tensor,
         record: BestSoFar,
-    ) -> Climb:
+    ) -> State:
         left, share = self.steps, self.share
         for radius, portion in zip(self.radii[:-1], self.portions, strict=False):
             steps = min(round(portion * self.steps), left - 1)
@@ -359,24 +359,24 @@ class L1AutoPGD(AutoPGD):
             place = torch.arange(len(rows), device=rows.device)
             outer = dataclasses.replace(solver, ball=wide.ball)
             delta = outer.project(delta, images)
-            state = super(L1AutoPGD, wide)._rise(outer, place, images, labels, truth, delta, scratch)
+            state = super(L1AutoPGD, wide)._ascend(outer, place, images, labels, truth, delta, scratch)
             delta, left, share = state.best, left - steps, None
         last = self._stage(left, 1.0, share).model_copy(update={"early_stop": self.early_stop})
         delta = solver.project(delta, images)
-        return super(L1AutoPGD, last)._rise(solver, rows, images, labels, truth, delta, record)
+        return super(L1AutoPGD, last)._ascend(solver, rows, images, labels, truth, delta, record)
 
     def _stage(self, steps: int, radius: float, share: float | None) -> L1AutoPGD:
         return self.model_copy(update={"steps": steps, "eps": self.eps * radius, "early_stop": False, "share": share})
 
-    def _equip(self, state: Climb) -> Climb:
+    def _extended(self, state: State) -> State:
         changed, size = _changed(state.delta), state.delta[0].numel()
         moved = changed / _DENSER if self.share is None else torch.full_like(changed, self.share * size)
         before = changed if self.share is None else torch.full_like(changed, size)
         fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-        return SparseClimb(**fields, moved=moved, changed=before, longest=state.length)
+        return SparseState(**fields, moved=moved, changed=before, longest=state.length)
 
-    def _move(self, solver: ProjectedGradient, now: Climb) -> torch.Tensor:
-        assert isinstance(now, SparseClimb)
+    def _move(self, solver: ProjectedGradient, now: State) -> torch.Tensor:
+        assert isinstance(now, SparseState)
         input_gradient = now.gradient.flatten(1)
         if self.exact_box:
             room = torch.where(now.gradient > 0, 1 - now.images - now.delta, now.images + now.delta)
@@ -390,7 +390,7 @@ class L1AutoPGD(AutoPGD):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseClimb(Climb):
+class SparseState(State):
     """State with the sparsity of the steps per image."""
 
     moved: torch.Tensor
@@ -400,7 +400,7 @@ class SparseClimb(Climb):
     longest: torch.Tensor
     """Initial step size, pixel units."""
 
-    def judge(self, steps: int, rho: float) -> SparseClimb:
+    def at_checkpoint(self, steps: int, rho: float) -> SparseState:
         """Update sparsity and step size (algorithm 1); the arguments are not used."""
         changed = _changed(self.best)
         sparser = changed < _FEWER * self.changed

@@ -14,12 +14,10 @@ from pydantic import Field, field_validator, model_validator
 from gambeson.attacks.losses import Loss, LossName
 from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
 from gambeson.base import Config, Number, UserError, seeded
-from gambeson.base.checks import check_batch
-from gambeson.tasks import Task
+from gambeson.tasks import Task, as_pair
 from gambeson.tasks import of as task_of
 from gambeson.threat import Ball, Eps, Norm, perturb
-from gambeson.victim import Victim
-from gambeson.victim.averaged import Average, Source, drawn, opened
+from gambeson.victim import Average, Source, Victim, as_victim
 
 
 class Diversity(Config):
@@ -180,6 +178,7 @@ class Guide:
         length: float,
         drawn: list[torch.Tensor],
         number: int | None = None,
+        sums: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the direction, the new velocity, and the logits of the first forward.
 
@@ -191,15 +190,19 @@ class Guide:
             length: of the next step, in pixel units.
             drawn: the rows of :meth:`draw` for these images.
             number: of the step, counted from 1.
+            sums: see :meth:`ProjectedGradient.gradient`; one per step.
         """
         point = delta
         if self.nesterov:  # projected onto the box; clipping would remove the gradient of values beyond it
             ahead = delta + self.solver.scaled(length) * self.momentum * velocity
             point = torch.minimum(torch.maximum(ahead, -images), 1 - images)
         views = self._views(drawn)
-        gradient, first = self.solver.gradient(point, images, labels, view=views[0], number=number)
+        several: list[torch.Tensor] | None = None if sums is None else []
+        gradient, first = self.solver.gradient(point, images, labels, view=views[0], number=number, sums=several)
         for view in views[1:]:
-            gradient = gradient + self.solver.gradient(point, images, labels, view=view, number=number)[0]
+            gradient = gradient + self.solver.gradient(point, images, labels, view=view, number=number, sums=several)[0]
+        if sums is not None and several:
+            sums.append(torch.stack(several).sum())
         if len(views) > 1:
             gradient = gradient / len(views)
         if self.smoothing is not None:
@@ -339,12 +342,16 @@ class GradientAttack(Config):
             UserError: images outside [0, 1], or a model and images that do not fit.
             NonFiniteGradientError: a gradient is NaN or infinite; its ``found`` holds the images found so far.
         """
-        images = check_batch(x, y)
+        images, labels, task = as_pair(x, y, task, floats=True)
         if len(images) == 0:
             return images.clone()
-        with opened(model, self.average) as given, seeded(seed, "noise"):
-            victim = drawn(given, images.float(), self.eot_samples)
-            return self.perturb_batch(victim, images, y, seed=seed, task=task)
+        with (
+            as_victim(
+                model, images.float(), labels, task, fast=True, average=self.average, eot_samples=self.eot_samples
+            ) as victim,
+            seeded(seed, "noise"),
+        ):
+            return self.perturb_batch(victim, images, labels, seed=seed, task=task)
 
     def perturb_batch(
         self,

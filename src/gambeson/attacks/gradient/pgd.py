@@ -18,7 +18,7 @@ from gambeson.attacks.gradient.base import (
     warn_of_fallback,
 )
 from gambeson.attacks.registry import register
-from gambeson.attacks.solver import ProjectedGradient, cosine
+from gambeson.attacks.solver import ProjectedGradient, cosine, require_finite
 from gambeson.base import Number, generator
 
 Start = Literal["zero", "uniform", "sign"]
@@ -95,7 +95,8 @@ class PGD(GradientAttack):
         )
         record = BestSoFar.into(best)
         for restart in range(self.restarts):
-            active = (~record.is_adversarial).nonzero().flatten()
+            everyone = torch.arange(len(x), device=x.device)
+            active = everyone[~record.is_adversarial] if restart else everyone
             if len(active) == 0:
                 break
             draw = generator(seed, "start", restart, device=x.device)
@@ -106,9 +107,13 @@ class PGD(GradientAttack):
             if len(active) < len(x):  # otherwise the batch itself, to avoid a copy
                 delta, images, labels = delta[active], x[active], y[active]
             velocity = torch.zeros_like(delta[:, :1, :1, :1])
+            # Early stopping reads from the device in every step anyway, and must not take NaN for a success.
+            sums: list[torch.Tensor] | None = None if self.early_stop else []
             for number, length in enumerate(self.lengths, 1):
                 drawn = [numbers[rows] for numbers in guide.draw(x, views)]
-                direction, velocity, logits = guide.gradient(delta, images, labels, velocity, length, drawn, number)
+                direction, velocity, logits = guide.gradient(
+                    delta, images, labels, velocity, length, drawn, number, sums
+                )
                 if restart == 0 and number == 1:
                     warn_of_fallback(solver.loss, logits.shape[1])
                 if self.early_stop:
@@ -123,6 +128,7 @@ class PGD(GradientAttack):
                         break
                 delta = solver.step_along(delta, images, direction, length)
                 del direction  # freed before the next forward
+            require_finite(sums or [], first=1)
             if self.restarts == 1:
                 best[rows] = delta
                 break

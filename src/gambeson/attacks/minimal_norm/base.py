@@ -5,15 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-from torch import nn
 
 from gambeson.attacks.query.base import attacked, working
 from gambeson.base import Config, UserError
-from gambeson.base.checks import check_batch
-from gambeson.tasks import CLASSIFICATION, Task
-from gambeson.tasks import of as task_of
+from gambeson.tasks import Task, as_pair
 from gambeson.threat import Ball, Eps, Norm, perturb
-from gambeson.victim import Victim
+from gambeson.victim import Source, Victim, as_victim
 
 
 class MinimalNorm(Config):
@@ -29,7 +26,7 @@ class MinimalNorm(Config):
 
     def __call__(
         self,
-        model: nn.Module | Victim,
+        model: Source,
         x: torch.Tensor,
         y: torch.Tensor,
         *,
@@ -39,7 +36,8 @@ class MinimalNorm(Config):
         """Attack a batch.
 
         Args:
-            model: any module from pixels to logits (N, K), or an entered :class:`Victim`.
+            model: any module from pixels to logits (N, K), an entered :class:`Victim`, or a list of models, whose mean
+                logits are attacked.
             x: (N, C, H, W) in [0, 1].
             y: (N,) labels, or targets where the attack is targeted.
             seed: not used; nothing is drawn.
@@ -48,14 +46,13 @@ class MinimalNorm(Config):
         Raises:
             UserError: images outside [0, 1], one label per pixel, or a gradient that is not finite.
         """
-        if not isinstance(model, Victim):
-            with Victim(model) as victim:
-                return self(victim, x, y, seed=seed, task=task)
-        images = check_batch(x, y)
-        rows = attacked(y, task_of(y) if task is None else task)
+        images, labels, task = as_pair(x, y, task, floats=True)
+        rows = attacked(labels, task)
         if len(rows) == 0 or self.eps == 0:
             return images
-        found = self.search(model, working(images), y, rows)
+        with as_victim(model) as victim:
+            task.check_logits(victim.inspect(working(images)).shape, labels)
+            found = self.search(victim, working(images), labels, rows)
         if self.eps is None:
             return found.clamp(0, 1).to(images.dtype)
         delta = Ball(eps=self.eps, norm=self.small_in).project(found - working(images))
@@ -67,24 +64,6 @@ class MinimalNorm(Config):
 
         Neither ball nor box is enforced here; x and y are those of the call, in float32 or float64.
         """
-
-
-def refuse_odd_head(logits: torch.Tensor, labels: torch.Tensor) -> None:
-    """Raise unless the model returns one row of scores per image, with a score for every label.
-
-    Args:
-        logits: the model's output.
-        labels: (N,)
-
-    Raises:
-        UserError: it does not.
-    """
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise UserError(
-            f"the model returns shape {tuple(logits.shape)}: expected logits (N, K) with K of at least 2; "
-            "for label maps choose a gradient attack such as PGD"
-        )
-    CLASSIFICATION.check_labels(labels, logits.shape[1])
 
 
 def refuse_non_finite(*values: torch.Tensor, step: int) -> None:

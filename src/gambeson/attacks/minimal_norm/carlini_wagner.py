@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from gambeson.attacks.losses import margin
-from gambeson.attacks.minimal_norm.base import MinimalNorm, refuse_non_finite, refuse_odd_head
+from gambeson.attacks.minimal_norm.base import MinimalNorm, refuse_non_finite
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import Adam
 from gambeson.base import Number
@@ -57,7 +57,6 @@ class CarliniWagner(MinimalNorm):
         """Search c and minimise for every image of ``rows``; see :class:`MinimalNorm`."""
         with torch.no_grad():
             logits = victim(x[rows])
-        refuse_odd_head(logits, y[rows])
         best, shortest = x.clone(), x.new_full((len(x),), torch.inf)
         rows = rows[~self._success(logits, y[rows])]
         lower, upper = torch.zeros_like(shortest), torch.full_like(shortest, torch.inf)

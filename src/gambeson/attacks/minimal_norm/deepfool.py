@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from gambeson.attacks.minimal_norm.base import MinimalNorm, refuse_non_finite, refuse_odd_head
+from gambeson.attacks.minimal_norm.base import MinimalNorm, refuse_non_finite
 from gambeson.attacks.query.base import InfOr2
 from gambeson.attacks.registry import register
 from gambeson.base import Number
@@ -78,7 +78,6 @@ class DeepFool(MinimalNorm):
 
     def _rivals(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the likeliest classes but the label at the image itself, (A, classes - 1)."""
-        refuse_odd_head(logits, labels)
         count = min(self.classes, logits.shape[1]) - 1
         return logits.scatter(1, labels.unsqueeze(1), -torch.inf).topk(count).indices
 

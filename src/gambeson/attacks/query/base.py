@@ -13,11 +13,9 @@ from torch import nn
 
 from gambeson.attacks.losses import Loss
 from gambeson.base import Config, UserError
-from gambeson.base.checks import check_batch
-from gambeson.tasks import Task
-from gambeson.tasks import of as task_of
+from gambeson.tasks import Task, as_pair
 from gambeson.threat.ball import NORM_RULES
-from gambeson.victim import Victim
+from gambeson.victim import Victim, as_victim
 
 InfOr2 = Annotated[Literal["inf", "2"], *NORM_RULES]
 """The norms these attacks are published for; in the notation of :data:`gambeson.threat.Norm`."""
@@ -51,14 +49,14 @@ class Queries:
         self._classes: int | None = None
 
     @contextmanager
-    def opened(self, images: torch.Tensor, budget: int) -> Iterator[None]:
+    def counting(self, images: torch.Tensor, budget: int) -> Iterator[None]:
         """Start counting for these images (N, ...), with at most ``budget`` queries each."""
         self.spent = torch.zeros(len(images), dtype=torch.long, device=images.device)
         self.budget, self._classes = budget, None
         with ExitStack() as stack:
             self._ask = self.model
             if isinstance(self.model, nn.Module):
-                self._ask = stack.enter_context(Victim(self.model))
+                self._ask = stack.enter_context(as_victim(self.model))
             stack.enter_context(torch.no_grad())
             yield
 
@@ -129,7 +127,7 @@ class Search:
         images: (N, C, H, W), the clean images.
         best: (N, C, H, W), the result.
         value: (N,) the loss of ``best``; infinite for adversarial images (and those not attacked).
-        standing: (A,) indices of the images that are not adversarial yet.
+        active: (A,) indices of the images that are not adversarial yet.
     """
 
     def __init__(self, queries: Queries, images: torch.Tensor, labels: torch.Tensor, loss: Loss, task: Task) -> None:
@@ -216,14 +214,13 @@ class QueryAttack(Config):
         Raises:
             UserError: images outside [0, 1], one label per pixel, or a function that does not return scores (N, K).
         """
-        images = check_batch(x, y)
+        images, labels, task = as_pair(x, y, task, floats=True)
         queries = model if isinstance(model, Queries) else Queries(model)
-        task = task_of(y) if task is None else task
-        if len(attacked(y, task)) == 0 or self._null:
+        if len(attacked(labels, task)) == 0 or self._null:
             return images
-        with queries.opened(images, self.queries):
+        with queries.counting(images, self.queries):
             loss = Loss(kind=self.loss or self._default_loss, targeted=self.targeted)
-            search = Search(queries, working(images), y, loss, task)
+            search = Search(queries, working(images), labels, loss, task)
             self._search(search, seed)
         return search.best.to(images.dtype)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal
@@ -20,8 +21,7 @@ from gambeson.data import Split, as_dataset, held_out
 from gambeson.models import fingerprint
 from gambeson.tasks import Task
 from gambeson.threat import Ball, BoxGradient, Eps, Norm
-from gambeson.victim import Victim, predict, score
-from gambeson.victim.averaged import EOT_SAMPLES, ModelAverage, Source, entered
+from gambeson.victim import EOT_SAMPLES, ModelAverage, Source, Victim, as_victim, predict, score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,8 @@ class CraftingContext:
     box_gradient: BoxGradient = "exact"
     eot_samples: int | None = None
     """See :attr:`gambeson.attacks.UniversalAttack.eot_samples`."""
+    before: tuple[int, int] = (0, 0)
+    """Forwards and backwards of the models before the crafting, in images."""
 
     @property
     def device(self) -> torch.device:
@@ -65,7 +67,7 @@ class CraftingContext:
         return self.victims[0] if len(self.victims) == 1 else self._together
 
     @cached_property
-    def climbed(self) -> Victim:
+    def averaged(self) -> Victim:
         """The victim of the gradients: :attr:`victim`, or the EOT average of each random model."""
         drawn = [victim for victim in self.victims for _ in range(self._draws(victim))]
         return self.victim if len(drawn) == len(self.victims) else ModelAverage(drawn, "losses")
@@ -140,14 +142,14 @@ class CraftingContext:
             return labels
         else:
             with torch.no_grad():
-                each = self.climbed.each(images) if isinstance(self.climbed, ModelAverage) else [self.victim(images)]
+                each = self.averaged.each(images) if isinstance(self.averaged, ModelAverage) else [self.victim(images)]
                 targets = torch.stack(list(each)).mean(0).argmax(1)
         return self.task.targets(targets, labels)
 
     def solver(self, loss: Loss) -> ProjectedGradient:
         """Return the solver for ``loss``, averaged over the models, in this ball."""
         return ProjectedGradient(
-            victim=self.climbed,
+            victim=self.averaged,
             ball=self.ball,
             loss=loss,
             box_gradient=self.box_gradient,
@@ -249,9 +251,7 @@ class UniversalAttack(Config):
         Raises:
             UserError: no such target class, or data and model that do not fit.
         """
-        with entered(model) as victims, seeded(seed, "noise"):
-            spent = tally(victims)
-            context = self._prepare(victims, data, seed)
+        with self._crafting(model, data, seed) as context, seeded(seed, "noise"):
             given = None if start is None else self._scaled(start.to(context.device), context)
             candidates = list(self._search(context, given))
             rates = [context.rate(one.delta) if one.rate is None else one.rate for one in candidates]
@@ -259,14 +259,20 @@ class UniversalAttack(Config):
             delta = candidates[best].delta.cpu()
             names = [one.start for one in candidates]
             restarts = list(zip(names, rates, strict=True))
-            about = self._about(context, spent(), restarts, self._status(delta, candidates[best]))
+            about = self._about(context, restarts, self._status(delta, candidates[best]))
         return UniversalPerturbation(delta, about, self._seen(context))
 
     def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
         """Yield candidates (1, C, H, W) inside the ball; ``start`` is already scaled to it."""
         raise NotImplementedError
 
+    @contextmanager
+    def _crafting(self, model: Source, data: object, seed: int) -> Iterator[CraftingContext]:
+        with as_victim(model, fast=True) as victim:
+            yield self._prepare([victim] if victim is model else list(victim.members) or [victim], data, seed)
+
     def _prepare(self, victims: list[Victim], data: object, seed: int) -> CraftingContext:
+        before = passes(victims)
         settings = self.plain()
         train, validation, classes = splits_of(victims[0], data)
         if self.sees_train:
@@ -277,7 +283,11 @@ class UniversalAttack(Config):
                 "select among the restarts on other images than those used for crafting",
             )
         for victim in victims:
-            victim.inspect(train.take(slice(0, 8), victim.device)[0])
+            images, labels = train.take(slice(0, 8), victim.device)
+            shape = victim.inspect(images).shape
+            train.task.check_logits(shape, labels)
+            for split in (train, validation):
+                split.check_classes(shape[1])
         target: int | None = settings.get("target")
         if target is not None and target >= classes:
             raise UserError(f"target {target} is not a class: expected 0 to {classes - 1}")
@@ -291,6 +301,7 @@ class UniversalAttack(Config):
             predicted_labels=settings.get("labels") == "prediction",
             box_gradient=settings.get("box_gradient", "exact"),
             eot_samples=self.eot_samples,
+            before=before,
         )
 
     def _seen(self, context: CraftingContext) -> torch.Tensor | None:
@@ -307,11 +318,11 @@ class UniversalAttack(Config):
     def _about(
         self,
         context: CraftingContext,
-        spent: tuple[int, int],
         restarts: list[tuple[str, float]],
         status: Status,
         source_class: int | None = None,
     ) -> Provenance:
+        forwards, backwards = (now - old for now, old in zip(passes(context.victims), context.before, strict=True))
         return Provenance(
             attack=vars(type(self)).get("name") or ATTACKS.name_of(type(self)),
             settings=self.plain(),
@@ -324,8 +335,8 @@ class UniversalAttack(Config):
             chosen_on=context.validation.name,
             restarts=restarts,
             status=status,
-            forwards=spent[0],
-            backwards=spent[1],
+            forwards=forwards,
+            backwards=backwards,
             source_class=source_class,
         )
 
@@ -341,15 +352,7 @@ LabelSource = Literal["truth", "prediction"]
 rate; no labels needed, one more forward per image). With several models, the predictions of their mean logits."""
 
 
-def tally(victims: list[Victim]) -> Callable[[], tuple[int, int]]:
-    """Return a function that returns the forwards and backwards of the victims since, in images.
-
-    A victim listed twice is counted once.
-    """
-    unique = list({id(victim): victim for victim in victims}.values())
-
-    def now() -> tuple[int, int]:
-        return sum(victim.forwards for victim in unique), sum(victim.backwards for victim in unique)
-
-    before = now()
-    return lambda: (now()[0] - before[0], now()[1] - before[1])
+def passes(victims: list[Victim]) -> tuple[int, int]:
+    """Return the forwards and backwards of the victims so far, in images; a victim listed twice counts once."""
+    unique = {id(victim): victim for victim in victims}.values()
+    return sum(victim.forwards for victim in unique), sum(victim.backwards for victim in unique)

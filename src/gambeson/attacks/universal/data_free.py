@@ -25,10 +25,11 @@ SPREAD = 0.5 / 3.29
 class DataFree(UniversalAttack):
     """GD-UAP (Mopuri et al., arXiv 1801.08092) and FFF (arXiv 1707.05572): maximise the activations of all layers.
 
-    Adam climbs sum_l log(||a_l(prior + delta)||^2 / 2), or for FFF sum_l log mean |a_l|. When more than half of delta
-    is saturated and that share has stopped changing, delta is halved, so that the optimisation can continue. Every
-    ``check_every`` steps the rate on validation is computed, and the best delta is kept; the papers do the same with a
-    substitute data set. Training images are used only with ``prior="data"``, and labels not at all while crafting.
+    Adam maximises sum_l log(||a_l(prior + delta)||^2 / 2), or for FFF sum_l log mean |a_l|. When more than half of
+    delta is saturated and that share has stopped changing, delta is halved, so that the optimisation can continue.
+    Every ``check_every`` steps the rate on validation is computed, and the best delta is kept; the papers do the same
+    with a substitute data set. Training images are used only with ``prior="data"``, and labels not at all while
+    crafting.
 
     Cost: a forward and a backward of ``batch_size`` images per step (of one where the prior is ``none``), and a forward
         of validation per check. The paper's rate 0.1 at eps 10 of 255 is ``rel_step_size`` = 0.01 of eps. Steps, check
@@ -69,9 +70,9 @@ class DataFree(UniversalAttack):
         delta = context.ball.uniform(context.shape, generator(context.seed, "start", 0, device=context.device))
         if start is not None:
             yield Candidate(start="given", delta=start)
-        yield from self._climb(context, delta if start is None else start)
+        yield from self._run(context, delta if start is None else start)
 
-    def _climb(self, context: CraftingContext, delta: torch.Tensor) -> Iterator[Candidate]:
+    def _run(self, context: CraftingContext, delta: torch.Tensor) -> Iterator[Candidate]:
         layers = [list(self.layers) or layer_names(victim.model, convolutions=True) for victim in context.victims]
         adam, samples = Adam.like(delta), self._samples(context)
         best, stale, share = -1.0, 0, 0.0

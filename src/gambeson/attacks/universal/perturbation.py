@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from gambeson.base import Config, UserError, load_tensors, save_tensors
+from gambeson.base.checks import as_images
 from gambeson.data import Split, held_out
 from gambeson.threat import Ball, Eps, Norm, perturb
 
@@ -74,7 +75,17 @@ class UniversalPerturbation:
         return Ball(eps=self.about.eps, norm=self.about.norm)
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
-        """Return clip(images + delta, 0, 1) for images (N, C, H, W) in [0, 1]."""
+        """Return clip(images + delta, 0, 1) for images (N, C, H, W) in [0, 1].
+
+        Raises:
+            UserError: images of another shape, or outside [0, 1].
+        """
+        images = as_images(images, floats=True)
+        if images.shape[1:] != self.delta.shape[1:]:
+            raise UserError(
+                f"images of shape {tuple(images.shape)} came to a perturbation of {tuple(self.delta.shape)}: expected "
+                "images of its shape"
+            )
         return perturb(images, self.delta.to(images))
 
     def held_out(self, split: Split) -> Split:

@@ -12,7 +12,7 @@ from pydantic import Field
 from gambeson.attacks.registry import register
 from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
 from gambeson.attacks.universal.layers import activations, layer_names
-from gambeson.base import Number, generator
+from gambeson.base import Number, autograd_limits, generator, twice_differentiable
 from gambeson.victim import Victim
 
 Map = Callable[[torch.Tensor], torch.Tensor]
@@ -84,7 +84,7 @@ def layer_maps(victim: Victim, images: torch.Tensor, layer: str) -> tuple[Map, M
     J v stacks J_i v over the images, J^T u sums J_i^T u_i over them. One forward serves all calls; every call costs a
     backward of the images. J v is the derivative of u -> J^T u, which is linear, so no layer needs a forward-mode rule.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), twice_differentiable(victim.model), autograd_limits():
         point = images.detach().requires_grad_()
         (answer,) = activations(victim, point, [layer])
         dual = torch.zeros_like(answer, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Stochastic PGD: one perturbation for all images, or one for each class, climbed over a stream of mini-batches."""
+"""Stochastic PGD: one perturbation for all images, or one for each class, over a stream of mini-batches."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from pydantic import Field
 
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.registry import register
-from gambeson.attacks.solver import cosine
-from gambeson.attacks.universal.base import Candidate, CraftingContext, LabelSource, UniversalAttack, tally
+from gambeson.attacks.solver import cosine, require_finite
+from gambeson.attacks.universal.base import Candidate, CraftingContext, LabelSource, UniversalAttack
 from gambeson.attacks.universal.perturbation import UniversalPerturbation
 from gambeson.base import Number, UserError
 from gambeson.data import Split
 from gambeson.threat import BoxGradient
-from gambeson.victim import auto_batch_size
-from gambeson.victim.averaged import Source, entered
+from gambeson.victim import Source, auto_batch_size
 
 _VALUES_PER_STEP = 2**21
 """Input values that the starts which are probed together send forward per step: 128 images of 64 pixels in colour."""
@@ -37,9 +36,9 @@ class StochasticPGD(UniversalAttack):
     al., arXiv 1811.11304; the attack of Mummadi et al. 2019). Neither paper's schedule or number of restarts is
     known: all defaults here are ours, but for the truncation kappa = -log 0.2 of Mummadi et al.
 
-    Where a climb ends depends on its start far more than on its length or its batch, so many starts are climbed a
+    Where a run ends depends on its start far more than on its length or its batch, so many starts are run a
     little, on small batches with long steps, and only the best goes on (``benchmarks/universal_budget.py``). The
-    papers' one long climb is ``probe_starts=0, steps=200, batch_size=128, box_gradient="exact"``.
+    papers' one long run is ``probe_starts=0, steps=200, batch_size=128, box_gradient="exact"``.
 
     Crafted on ``data.train``; ``data.validation`` chooses among starts; ``data.test`` is never looked at. It costs
     ``probe_starts * probe_start_steps * probe_start_batch + restarts * steps * batch_size`` forwards and as many
@@ -66,14 +65,14 @@ class StochasticPGD(UniversalAttack):
     target_floor: Number = 0.05
     """Targeted only: an image whose cross-entropy to the target is below this has no more say."""
     restarts: Annotated[int, Field(ge=1)] = 1
-    """Climbs of ``steps``; without ``probe_starts`` the first starts from zero, the others from random signs."""
+    """Runs of ``steps``; without ``probe_starts`` the first starts from zero, the others from random signs."""
     probe_starts: Annotated[int, Field(ge=0)] = 8
-    """Starts (zero, then random signs) that are climbed for ``probe_start_steps`` first; the best ``restarts`` of them
+    """Starts (zero, then random signs) that are run for ``probe_start_steps`` first; the best ``restarts`` of them
     on validation go on for ``steps``. 0: every restart goes its whole way, as in the papers."""
     probe_start_steps: Annotated[int, Field(ge=1)] = 100
-    """Steps of that first climb, which follow a cosine of their own."""
+    """Steps of that first run, which follow a cosine of their own."""
     probe_start_batch: Annotated[int, Field(ge=1)] = 16
-    """Images a step of that first climb."""
+    """Images per step of that first run."""
     probe_rel_step_size: Annotated[Number, Field(gt=0)] = 0.5
     """Length of its first step as a share of eps."""
     probe_start_images: Annotated[int, Field(ge=1)] = 1000
@@ -83,7 +82,7 @@ class StochasticPGD(UniversalAttack):
     box_gradient: BoxGradient = "straight-through"
     """See :data:`gambeson.threat.BoxGradient`; ``exact`` is the papers'."""
     loss: Literal["cross-entropy", "margin"] = "cross-entropy"
-    """What is climbed: cross-entropy, or the margin of the logits (Carlini and Wagner)."""
+    """What is maximised: cross-entropy, or the margin of the logits (Carlini and Wagner)."""
     momentum: Annotated[Number, Field(ge=0)] = 0.0
     """Decay of the gradients summed over the steps, each divided by its mean absolute value (Dong et al. 2018)."""
     normalise: Literal["batch", "sample"] = "batch"
@@ -99,7 +98,7 @@ class StochasticPGD(UniversalAttack):
 
     @property
     def objective(self) -> Loss:
-        """What is climbed, one value per image."""
+        """What is maximised, one value per image."""
         truncate = self.truncate if self.target is None else self.target_floor
         return Loss(
             kind=self.loss,
@@ -113,10 +112,10 @@ class StochasticPGD(UniversalAttack):
         if self.probe_starts:
             starts = self._best(context, starts)
         for restart, (kind, delta) in enumerate(starts):
-            yield Candidate(start=kind, delta=self._climb(context, delta, [self.probe_starts + restart]))
+            yield Candidate(start=kind, delta=self._run(context, delta, [self.probe_starts + restart]))
 
     def _best(self, context: CraftingContext, starts: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
-        """Climb every start a little, and return the best on validation; one that was given is always kept."""
+        """Run every start for a few steps, and return the best on validation; one that was given is always kept."""
         settings = {
             "steps": self.probe_start_steps,
             "batch_size": self.probe_start_batch,
@@ -127,16 +126,16 @@ class StochasticPGD(UniversalAttack):
         kinds, first = [kind for kind, _ in drawn], torch.cat([delta for _, delta in drawn])
         most = auto_batch_size(context.train.shape, len(first) * self.probe_start_batch, _VALUES_PER_STEP)
         together = torch.arange(len(first)).split(max(1, most // self.probe_start_batch))
-        ends = torch.cat([brief._climb(context, first[part], part.tolist()) for part in together])
-        climbed = list(zip(kinds, ends.split(1), strict=True))
+        ends = torch.cat([brief._run(context, first[part], part.tolist()) for part in together])
+        probed = list(zip(kinds, ends.split(1), strict=True))
         judge = context.validation.sample(self.probe_start_images, seed=context.seed)
-        ranked = sorted(climbed, key=lambda entry: -context.rate(entry[1], judge))
+        ranked = sorted(probed, key=lambda entry: -context.rate(entry[1], judge))
         return [(f"{kind}, probed", delta) for kind, delta in ranked[: self.restarts]] + given
 
-    def _climb(
+    def _run(
         self, context: CraftingContext, delta: torch.Tensor, restarts: Sequence[int], *, classwise: bool = False
     ) -> torch.Tensor:
-        """Climb from several starts at once, each on mini-batches of its own: one forward and backward per step.
+        """Run several starts at once, each on mini-batches of its own: one forward and backward per step.
 
         Args:
             context: the models and images.
@@ -145,6 +144,7 @@ class StochasticPGD(UniversalAttack):
             classwise: every image carries the perturbation of its own class.
         """
         solver, memory = context.solver(self.objective), torch.zeros_like(delta)
+        sums: list[torch.Tensor] = []
         streams = zip(*(context.stream(self.batch_size, restart) for restart in restarts), strict=True)
         for batches, length in zip(islice(streams, self.steps), self.lengths, strict=True):
             images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -155,7 +155,7 @@ class StochasticPGD(UniversalAttack):
             # The row of each image: its own class's perturbation, or that of the restart whose mini-batch it is in.
             own = [labels.new_full((size,), row) for row, size in enumerate(sizes)] if alone and not classwise else []
             rows = torch.cat(own) if own else labels
-            direction, _ = solver.gradient(delta[rows] if alone else delta, images, targets)
+            direction, _ = solver.gradient(delta[rows] if alone else delta, images, targets, sums=sums)
             if self.normalise == "sample":
                 direction = context.ball.steepest(direction)
             if alone:
@@ -169,11 +169,12 @@ class StochasticPGD(UniversalAttack):
                 delta = solver.step_along(delta, images, direction, length)
             else:  # a mean of steps is one already
                 delta = solver.project(delta + length * direction, images)
+        require_finite(sums)
         return delta
 
 
 class ClasswiseStochasticPGD(StochasticPGD):
-    """Stochastic PGD with one perturbation for every true class, all of them climbed at once.
+    """Stochastic PGD with one perturbation for every true class, all of them crafted at once.
 
     After class-wise universal attacks (Zhang et al. 2020) and class-wise UAT (Benz et al. 2021, arXiv 2104.03000):
     in a batch every image carries its own class's perturbation, x_i + delta[y_i], so that one backward serves all
@@ -215,16 +216,14 @@ class ClasswiseStochasticPGD(StochasticPGD):
         Raises:
             UserError: label maps, which have no class per image; or data and model that do not fit.
         """
-        with entered(model) as victims:
-            spent = tally(victims)
-            context = self._prepare(victims, data, seed)
+        with self._crafting(model, data, seed) as context:
             context.task.require_classification("a class-wise attack")
             classes = len(context.train.classes)
             kinds, outcomes = [], []
             for restart in range(self.restarts):
                 kinds.append("sign" if restart else "zero")
                 first = context.start(kinds[-1], restart, classes)
-                outcomes.append(self._climb(context, first, [restart], classwise=True))
+                outcomes.append(self._run(context, first, [restart], classwise=True))
             table = {k: [context.rate(delta[[k]], part) for delta in outcomes] for k, part in _parts(context, classes)}
             found = {}
             for k, rates in table.items():
@@ -232,7 +231,7 @@ class ClasswiseStochasticPGD(StochasticPGD):
                 delta = outcomes[best][[k]].cpu()
                 restarts = list(zip(kinds, rates, strict=True))
                 chosen = Candidate(start=kinds[best], delta=delta)
-                about = self._about(context, spent(), restarts, self._status(delta, chosen), source_class=k)
+                about = self._about(context, restarts, self._status(delta, chosen), source_class=k)
                 found[k] = UniversalPerturbation(delta, about, self._seen(context))
         return found
 

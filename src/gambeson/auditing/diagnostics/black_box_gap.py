@@ -107,16 +107,16 @@ def _queried(context: AuditContext) -> Finding:
 def _settled(context: AuditContext, others: Sequence[ImageAttack]) -> tuple[Counts, Counts, list[int]]:
     """Return what PGD leaves right, what the others leave of that, and how many each of them breaks."""
     white = context.outcome(context.suite.pgd(context.eps))
-    standing = white.right.nonzero().flatten()
+    survivors = white.right.nonzero().flatten()
     both, broken = white.right.clone(), [0] * len(others)
-    if len(standing):
+    if len(survivors):
         victim, task = context.victim, context.sample.task
-        images, labels = context.sample.take(standing, victim.device)
+        images, labels = context.sample.take(survivors, victim.device)
         for k, attack in enumerate(others):
             moved = attack(victim, images, labels, seed=context.seed, task=task)
             right = task.counts(vote(victim, moved), labels).right.cpu()
-            broken[k] = len(standing) - int(right.sum())
-            both[standing] = both[standing].minimum(right)
+            broken[k] = len(survivors) - int(right.sum())
+            both[survivors] = both[survivors].minimum(right)
     return white, Counts(both, white.total), broken
 
 
@@ -137,9 +137,9 @@ def _voted(context: AuditContext, others: Sequence[ImageAttack]) -> tuple[Counts
     with seeded(seed, "queried"):
         for k, rows in enumerate(torch.arange(len(sample), device=victim.device).split(at_once(sample))):
             attack(pgd, rows, derive(seed, "batch", k), 0)
-        white, standing = worst.right().cpu(), worst.standing
-        for k, one in enumerate(others if len(standing) else (), 1):
-            attack(one, standing, seed, k)
+        white, survivors = worst.right().cpu(), worst.survivors
+        for k, one in enumerate(others if len(survivors) else (), 1):
+            attack(one, survivors, seed, k)
         both = worst.right().cpu()
     broken = [int((white & ~both & (worst.source.cpu() == k)).sum()) for k in range(1, len(others) + 1)]
     return Counts(white.long(), answers), Counts(both.long(), answers), broken

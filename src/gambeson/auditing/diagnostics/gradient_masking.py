@@ -39,7 +39,7 @@ _SEVERAL = 3
 )
 def _alive(context: AuditContext) -> Finding:
     split, loss = context.sample, Loss(kind="cross-entropy")
-    scale = context.victim.temperature  # of the logits as attacks climb them
+    scale = context.victim.temperature  # of the logits that attacks see
     images, labels = split.take(slice(None), context.victim.device)
     dead = _without(_gradients(context, images, labels, lambda z, y: loss(z / scale, y, split.task))[0])
     detail = f"{dead} of {len(images)} images have an input gradient of zero, or one that is not finite"
@@ -68,7 +68,7 @@ def _of_wrong_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     condition=f"PGD on the margin of the logits breaks clearly more images, by {100 * _STARVED:g} points, than PGD "
     "on cross-entropy with the same steps",
     explanation="The logits are so large, or so shaped, that the softmax starves the attack of its gradient "
-    "(Carlini and Wagner 2017, section 5; Croce and Hein 2020, section 4); the universal perturbations climbed "
+    "(Carlini and Wagner 2017, section 5; Croce and Hein 2020, section 4); the universal perturbations crafted "
     "the same cross-entropy.",
     remedy="Attack the margin or the ratio of logits (loss='margin', loss='dlr'), which no factor changes.",
 )

@@ -16,8 +16,7 @@ from gambeson.evaluation.outcome import at_once, averaged
 from gambeson.evaluation.universal import error_rate
 from gambeson.tasks import Task
 from gambeson.threat import Norm
-from gambeson.victim import Victim, predict, score
-from gambeson.victim.averaged import EOT_SAMPLES
+from gambeson.victim import EOT_SAMPLES, Victim, predict, score
 
 
 def image_attacks(eps: float, norm: Norm) -> dict[str, GradientAttack]:

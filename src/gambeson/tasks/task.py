@@ -1,19 +1,23 @@
-"""What a task is, and the counts that its rates are made of."""
+"""What a task is, the two of this library, and every task by name."""
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from gambeson.base import Config, UserError
+from gambeson.base import Config, Registry, UserError
 from gambeson.tasks.rate import Rate
 
 _NEVER = -100
 """What torch is told to ignore where a task ignores nothing: a label that never occurs."""
+IGNORED = (255, -1, -100)
+"""Labels commonly used for unlabelled pixels: VOC and Cityscapes masks, exporters, torch's default."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,9 @@ class Task(Config):
     A *unit* is what has one label and gets one answer: an image in classification, a pixel in segmentation. The other
     rooms ask the task, and never how many dimensions labels have or whether a label is the ignore index.
 
-    A task of your own is a subclass with ``@register("name")``. It says what the units of an image are
-    (:meth:`units`), and may replace :meth:`matches`, :meth:`cross_entropy` or anything else here.
+    A task of your own is a subclass with ``@register("name")``. It sets :attr:`label_dims` and :attr:`label_form`, says
+    what the units of an image are (:meth:`units`), and may replace :meth:`matches`, :meth:`cross_entropy` or anything
+    else here.
     """
 
     label_dims: ClassVar[int]
@@ -120,10 +125,42 @@ class Task(Config):
             return
         low, high = (int(bound) for bound in torch.aminmax(counting))
         if low < 0 or high >= classes:
+            mark = next((mark for mark in IGNORED if mark in (low, high)), None) if self.all_count else None
+            hint = "renumber them from 0, or choose a model and class names of these labels"
+            if low == 1 and high == classes:
+                hint = "do they start at 1? Then pass labels - 1"
+            elif mark is not None:
+                hint = (
+                    f"if {mark} marks what has no label, give task=gb.tasks.{type(self).__name__}(ignore_index={mark})"
+                )
+                hint += f"; if it marks a foreground, pass labels == {mark}"
             raise UserError(
-                f"labels reach from {low} to {high}, but there are {classes} classes: expected 0 to {classes - 1}"
-                + ("; do they start at 1?" if low == 1 and high == classes else "")
+                f"labels reach from {low} to {high}, but there are {classes} classes: expected 0 to {classes - 1}; "
+                f"{hint}"
             )
+
+    def check_logits(self, shape: Sequence[int], labels: torch.Tensor) -> None:
+        """Refuse logits without a row of scores for every unit, or without a score for every label.
+
+        Args:
+            shape: of the logits, (N, K) or (N, K, H, W).
+            labels: (N,) or (N, H, W).
+
+        Raises:
+            UserError: such logits.
+        """
+        if tuple(shape[2:]) != tuple(labels.shape[1:]):
+            hint = "take labels and a model of one task"
+            if len(shape) == labels.ndim + 1:
+                hint = "let the model end with F.interpolate(logits, images.shape[-2:], mode='bilinear')"
+            elif tuple(shape[2:]) == (1, 1):
+                hint = "let the model end with logits.flatten(1)"
+            raise UserError(
+                f"the model answers with shape {tuple(shape[1:])} per image, but the labels have shape "
+                f"{tuple(labels.shape)}: expected logits (N, K) for labels (N,), or (N, K, H, W) for labels "
+                f"(N, H, W); {hint}"
+            )
+        self.check_labels(labels, shape[1])
 
     def cross_entropy(
         self, logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0
@@ -203,3 +240,107 @@ class Task(Config):
                 f"the labels are {self.label_form}: {what} expects one label per image (N,)"
                 + (f"; {hint}" if hint else "")
             )
+
+
+def _fault(target: Any) -> str | None:
+    if not (inspect.isclass(target) and issubclass(target, Task)):
+        return "expected a subclass of gambeson.tasks.Task"
+    missing = [name for name in ("label_dims", "label_form") if not hasattr(target, name)]
+    missing += sorted(target.__abstractmethods__)
+    return f"it does not define {' and '.join(missing)}" if missing else None
+
+
+TASKS: Registry[type[Task]] = Registry("task", "gambeson.tasks", room="gambeson.tasks", check=_fault)
+"""Every task: of this library, of installed packages (group ``gambeson.tasks``), and of this process."""
+
+register = TASKS.register
+"""``@register("name")`` at a task's class gives it its name."""
+
+
+def names() -> list[str]:
+    """Every name that :func:`create` takes, in alphabetical order."""
+    return TASKS.names()
+
+
+def create(name: str, **settings: Any) -> Task:
+    """Build a task by name, for example ``create("segmentation", ignore_index=255)``.
+
+    Args:
+        name: a registered name, or ``FILE.py:CLASS``.
+        **settings: of the task.
+
+    Raises:
+        UserError: no such task, or a setting that is unknown or out of range.
+    """
+    return TASKS.get(name).target(**settings)
+
+
+def of(labels: torch.Tensor, ignore_index: int | None = None) -> Task:
+    """Return the task that labels of this form belong to: (N,) classification, (N, H, W) segmentation.
+
+    A task of a package or of your own is never guessed: give it to the split (``Split(..., task=...)``).
+
+    Args:
+        labels: of a batch, or of a whole data set.
+        ignore_index: the label that counts nowhere, or None.
+
+    Raises:
+        UserError: no task has labels of this form.
+    """
+    for entry in TASKS.own():
+        if labels.ndim == entry.target.label_dims:
+            return entry.target(ignore_index=ignore_index)
+    raise UserError(
+        f"labels have shape {tuple(labels.shape)}: expected (N,), one label per image, or (N, H, W), one per pixel"
+    )
+
+
+@register("classification")
+class Classification(Task):
+    """One label per image: logits (N, K), labels (N,); an image is right or wrong."""
+
+    label_dims: ClassVar[int] = 1
+    label_form: ClassVar[str] = "one label per image (N,)"
+    per_image_label: ClassVar[bool] = True
+
+    def units(self, values: torch.Tensor) -> torch.Tensor:
+        """Return (N,) as (N, 1): the image is the unit.
+
+        Raises:
+            UserError: there is not one value per image.
+        """
+        if values.ndim != 1:
+            self._refuse(values)
+        return values.unsqueeze(1)
+
+    def per_image(self, values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the values themselves, (N,), zero where the label does not count."""
+        if values.ndim != 1:
+            self._refuse(values)
+        return values if self.ignore_index is None else values.where(self.valid(labels), 0)
+
+
+@register("segmentation")
+class Segmentation(Task):
+    """One label per pixel: logits (N, K, H, W), labels (N, H, W); each labelled pixel is right or wrong.
+
+    Losses are averaged over the labelled pixels of an image, the headline metric is the pixel accuracy, and an attack
+    has succeeded on an image once no labelled pixel is right.
+    """
+
+    label_dims: ClassVar[int] = 3
+    label_form: ClassVar[str] = "label maps (N, H, W)"
+
+    def units(self, values: torch.Tensor) -> torch.Tensor:
+        """Return (N, H, W) as (N, H * W): the pixels are the units.
+
+        Raises:
+            UserError: there is not one value per pixel.
+        """
+        if values.ndim != 3:
+            self._refuse(values)
+        return values.flatten(1)
+
+
+CLASSIFICATION = Classification()
+"""Classification in which every label counts: what is meant where no task is given."""
