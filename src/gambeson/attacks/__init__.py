@@ -11,7 +11,17 @@ from gambeson.attacks.query.base import Queries, QueryAttack
 from gambeson.attacks.query.nes import NES, SPSA
 from gambeson.attacks.query.one_pixel import OnePixel
 from gambeson.attacks.query.square import RandomSearch, Square
-from gambeson.attacks.registry import Name, canonical, create, entry, names, register, require_kind
+from gambeson.attacks.registry import (
+    Name,
+    canonical,
+    check_attack,
+    create,
+    entry,
+    name_of,
+    names,
+    register,
+    require_kind,
+)
 from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
 from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
 from gambeson.attacks.universal.controls import CONTROLS, MORE_CONTROLS, control
@@ -74,6 +84,7 @@ __all__ = [
     "UniversalAttack",
     "UniversalPerturbation",
     "canonical",
+    "check_attack",
     "control",
     "create",
     "cross_entropy",
@@ -81,6 +92,7 @@ __all__ = [
     "entry",
     "margin",
     "mi_fgsm",
+    "name_of",
     "names",
     "ni_fgsm",
     "register",

@@ -12,6 +12,7 @@ from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.audit import FILE, Audit, audit, diagnostics_of
 from gambeson.auditing.cost import AuditPlan, fit, plan
 from gambeson.auditing.results import AuditResult
+from gambeson.auditing.stages import own
 from gambeson.auditing.stages.black_box import queries_file
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.base import Config, UserError, check_run, close_run, environment, open_run, read_json, unknown_name
@@ -65,7 +66,7 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
     left = _left(run, out)
     subject = load_model(run.model, run.data, run.device, dataset, budget=left)
     if began is None and left is not None:  # report a budget that is too small before creating the folder
-        fit(run.suite.on(subject.dataset), subject.dataset, left, 1)
+        fit(run.suite.on(subject.dataset), subject.dataset, left, 1, keep_eps=bool(run.suite.eps))
     open_run(out, run, environment(run.device))
     found = audit(
         subject.model,
@@ -84,6 +85,7 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
 def check_audit(run: AuditRun, out: Path) -> bool | None:
     """Refuse what can be refused before a model or data are loaded; see :func:`gambeson.base.check_run`."""
     diagnostics_of(run.suite)
+    own.of(run.suite)
     if run.suite.surrogate not in ("auto", "none"):
         check_source(run.suite.surrogate)
     check_source(run.model)

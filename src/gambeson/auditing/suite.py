@@ -99,6 +99,10 @@ class Suite(Config):
     """Additional diagnostics: registered names of installed packages, or ``FILE.py:FUNCTION``. Their cost is not part
     of estimates."""
 
+    attacks: tuple[Annotated[str, AfterValidator(canonical)], ...] = ()
+    """Additional attacks at the middle eps, by name or as ``FILE.py:CLASS``: per image, on all test images, or
+    universal. Not for black boxes. Their cost is not part of estimates."""
+
     @field_validator("eps")
     @classmethod
     def _ascending(cls, eps: tuple[float, ...]) -> tuple[float, ...]:

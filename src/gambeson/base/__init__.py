@@ -1,5 +1,6 @@
 """Foundations of every package: errors, validated settings, the registry, seeds, run folders and atomic files."""
 
+from gambeson.base import notebook
 from gambeson.base.config import Config, Number
 from gambeson.base.distributed import average, place, share_first, total
 from gambeson.base.environment import (
@@ -46,6 +47,7 @@ __all__ = [
     "full_precision",
     "generator",
     "load_tensors",
+    "notebook",
     "open_run",
     "pick_device",
     "pixel_bytes",

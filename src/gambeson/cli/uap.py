@@ -92,21 +92,17 @@ def score(
     Example: `gambeson uap score uap.safetensors runs/x`
     """
     from gambeson.attacks import UniversalPerturbation
-    from gambeson.base import UserError, pick_device
+    from gambeson.base import pick_device
     from gambeson.evaluation import accuracy, control_rates, fooling_rate, load_model, universal_evasion
+    from gambeson.evaluation.universal import scorable
     from gambeson.victim import as_victim
 
     uap = UniversalPerturbation.load(file)
     source = needed(one_model(model, model_), f"uap score {file}")
     with progress(as_json) as console:
         subject = load_model(source, data, pick_device(device))
-        test = subject.dataset.test
-        if tuple(uap.delta.shape[1:]) != test.shape:
-            raise UserError(
-                f"{file} is a perturbation for images of {tuple(uap.delta.shape[1:])}, but {test.name} has "
-                f"{test.shape}: score it on images of that size"
-            )
-        whole, test = test, uap.held_out(test)
+        whole = subject.dataset.test
+        test = scorable(whole, uap)
         rates = {
             "clean error": accuracy(subject.model, test).complement,
             "UER": universal_evasion(subject.model, test, uap),

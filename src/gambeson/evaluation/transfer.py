@@ -18,6 +18,7 @@ from gambeson.base import (
     close_run,
     derive,
     environment,
+    notebook,
     open_run,
     read_json,
     task,
@@ -82,6 +83,23 @@ class TransferResult(Config):
     tables: list[TransferTable]
     run: TransferRun
     environment: dict[str, str]
+
+    def plot(self) -> Any:
+        """Return a ``plotly`` figure with a heat map of the errors in per cent for each attack."""
+        title = f"Error under transferred examples, eps {self.run.eps:.4g} ({self.run.norm})"
+        return notebook.heat_maps({table.attack: table.errors for table in self.tables}, self.labels, title)
+
+    def to_frame(self) -> Any:
+        """Return a ``pandas.DataFrame`` with one row per attack, source and target."""
+        return notebook.frame(
+            [
+                {"attack": table.attack, "source": source, "target": target, **rate.plain()}
+                for table in self.tables
+                for source, rates in zip(self.labels, table.errors, strict=True)
+                for target, rate in zip(self.labels, rates, strict=True)
+                if rate is not None
+            ]
+        )
 
 
 def run_transfer(run: TransferRun, out: Path) -> TransferResult:
