@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gambeson.studies.visit import Notebook, read_lines
-from gambeson.studies.visit_training import choose_epochs
+from gambeson.studies.visit import Notebook, read_lines, tiny
+from gambeson.studies.visit_training import choose_epochs, run_trainings
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,9 +52,20 @@ def test_every_number_of_an_audit_is_there(rehearsal):
 
 def test_a_later_visit_goes_on_where_this_one_stopped(rehearsal, tmp_path):
     out, _ = rehearsal
-    only = "standard,shared-adversarial 8,shared-adversarial 1"
+    only = "standard@3,standard,shared-adversarial 8,shared-adversarial 1"
     lines = rehearse(tmp_path, "--done", str(out / "visit.jsonl"), "--only", only, parts="training")
-    assert [line["defense"] for line in lines if line["kind"] == "audited"] == ["shared-adversarial 1"]
+    audited = [(line["defense"], line["seed"]) for line in lines if line["kind"] == "audited"]
+    assert audited == [("standard", 3), ("shared-adversarial 1", 0)]
+
+
+@pytest.mark.full
+def test_a_model_is_audited_once(tmp_path):
+    book = Notebook(tmp_path / "lines.jsonl", 600)
+    visit = tiny("cpu").model_copy(update={"judged": "standard", "seeds": 2})
+    run_trainings(visit, book, [], ["standard"])
+    (audit,) = [line for line in book.lines() if line["kind"] == "audit"]
+    assert audit["seconds"] > 0
+    assert audit["verdict"]["reasons"]
 
 
 def test_a_part_that_fails_leaves_its_error_and_the_next_runs(tmp_path):

@@ -198,6 +198,7 @@ def test_stacked_norms_hold_from_both_sides(seed, p, q):
 def test_the_norm_of_a_single_row_is_attained():
     weight = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
     pair = inner_images(1, SHAPE), torch.zeros(1, dtype=torch.long)
+    weight = torch.cat([weight, 0 * weight])
     norm = stacked_norm(LinearNet(weight), pair)
     close([norm.attained, norm.bound], [weight.abs().sum()] * 2)
     with pytest.raises(UserError, match="q = inf: expected p above 1"):

@@ -133,10 +133,13 @@ def test_a_gradient_that_is_not_finite_stops_with_its_step_and_what_was_found():
             return torch.stack([value, -value], 1) * (float("nan") if self.calls == 3 else 1.0)
 
     x, y = inner_images(4, (1, 2, 2)), torch.tensor([0, 0, 1, 1])  # the last two are wrong as they are
-    with pytest.raises(
-        NonFiniteGradientError, match="gradient is NaN or infinite at step 3: no attack can follow it"
-    ) as caught:
-        PGD(eps=0.1, steps=5)(Brittle(), x, y)
+    with (
+        Victim(Brittle()) as victim,
+        pytest.raises(
+            NonFiniteGradientError, match="gradient is NaN or infinite at step 3: no attack can follow it"
+        ) as caught,
+    ):
+        PGD(eps=0.1, steps=5)(victim, x, y)
     assert caught.value.found.shape == x.shape
     assert isinstance(caught.value, UserError)
 

@@ -202,7 +202,7 @@ def test_images_stay_in_the_box_repeat_and_do_not_depend_on_their_batch(count, c
 def test_a_model_without_gradient_is_left_alone_and_a_broken_one_refused():
     class Flat(torch.nn.Module):
         def forward(self, x):
-            return x.flatten(1)[:, :3] * 0 + torch.tensor([1.0, 0.0, 0.0])
+            return x.flatten(1)[:, :3] * 0 + torch.tensor([2.0, 0.0, 0.0])
 
     class Broken(torch.nn.Module):
         def forward(self, x):

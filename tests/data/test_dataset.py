@@ -176,8 +176,8 @@ def test_torch_data_set_refusals() -> None:
         load(torch.utils.data.TensorDataset(torch.zeros(9, 1, 2, 2)))
     with pytest.raises(UserError, match="torch Dataset is empty"):
         load(torch.utils.data.Subset(Pictures(False), []))
-    with pytest.raises(UserError, match=r"an item.s label is torch\.float32"):
-        load(torch.utils.data.TensorDataset(torch.zeros(9, 1, 2, 2), torch.zeros(9)))
+    with pytest.raises(UserError, match=r"labels are torch\.float32, and not all are whole"):
+        load(torch.utils.data.TensorDataset(torch.zeros(9, 1, 2, 2), torch.full((9,), 0.5)))
     with pytest.raises(UserError, match="divide by 255"):
         load(torch.utils.data.TensorDataset(torch.full((9, 1, 2, 2), 255.0), torch.arange(9)))
 

@@ -93,7 +93,8 @@ def test_more_steps_wait_no_more_often(monkeypatch):
             pgd(steps=steps)(net, x, y)
         found.append(waits.count)
     radius = 2  # of the ball, on the host, once per attack
-    assert found[0] == found[1] == 2 + radius  # the images are checked, and the gradients
+    checks = 4  # the images, the labels twice, and the gradients
+    assert found[0] == found[1] == checks + radius
 
 
 def test_an_inner_attack_waits_once(monkeypatch):

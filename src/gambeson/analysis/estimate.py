@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from gambeson.analysis.inputs import answer, pull
+from gambeson.analysis.inputs import answer
 from gambeson.analysis.matrix_free import Linearised
 from gambeson.base import UserError, generator
 from gambeson.base.checks import as_images
@@ -87,7 +87,7 @@ def _from_outputs(victim: Victim, images: torch.Tensor, count: int, draw: torch.
     point, logits = answer(victim, images)
     squares = []
     for k in range(count):
-        row = pull(victim, logits, point, _unit(logits, draw), keep=k + 1 < count)
+        row = victim.gradient(logits, point, len(point), _unit(logits, draw), keep=k + 1 < count)
         squares.append(logits.shape[1] * row.flatten(1).square().sum(1))
     return torch.stack(squares)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gambeson.analysis.inputs import answer, classifier, margins, pull
+from gambeson.analysis.inputs import answer, classifier, margins
 from gambeson.analysis.jacobian import Spread
 from gambeson.analysis.matrix_free import batches_of
 from gambeson.base import Config, UserError, generator
@@ -75,7 +75,8 @@ def gradient_statistics(model: Source, data: Any) -> GradientStatistics:
                 scale = logits.detach().std(1, keepdim=True)
                 rescaled = _cross_entropy(logits / scale.where(scale > 0, 1), labels.clone())
             rows = [
-                pull(victim, value, point, keep=k < 2).flatten(1) for k, value in enumerate((loss, margin, rescaled))
+                victim.gradient(value, point, len(point), keep=k < 2).flatten(1)
+                for k, value in enumerate((loss, margin, rescaled))
             ]
             top, low = logits.detach().amax(1), logits.detach().amin(1)
             sure = logits.detach().softmax(1).amax(1) == 1
@@ -204,7 +205,7 @@ def loss_gradient(victim: Victim, images: torch.Tensor, labels: torch.Tensor) ->
     margin = margins(logits.detach(), labels)
     with torch.enable_grad():
         value = torch.nn.functional.cross_entropy(logits, labels.clone(), reduction="sum")
-    return pull(victim, value, point, keep=False), margin
+    return victim.gradient(value, point, len(point)), margin
 
 
 def orthogonal_signs(g: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gambeson.base import UserError, autograd_limits, twice_differentiable
+from gambeson.base import UserError, twice_differentiable
 from gambeson.data import Split, as_split
 from gambeson.tasks import CLASSIFICATION
 from gambeson.victim import Source, Victim, as_victim
@@ -31,29 +31,6 @@ def answer(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Te
             "classifiers, expected logits (N, K)"
         )
     return point, logits
-
-
-def pull(
-    victim: Victim, value: torch.Tensor, point: torch.Tensor, cotangent: torch.Tensor | None = None, *, keep: bool
-) -> torch.Tensor:
-    """Return the vector-Jacobian product at ``point``, counted as one backward of every image.
-
-    Zero if ``value`` does not depend on ``point``, as for a model that stops its gradient. Victim.gradient frees the
-    graph, which is needed for several backwards here, so this counts by itself.
-
-    Args:
-        victim: the victim whose counts are updated.
-        value: a scalar, or a tensor with a cotangent of its shape.
-        point: the leaf.
-        cotangent: None for a scalar.
-        keep: keep the graph for another backward.
-    """
-    victim.backwards += len(point)
-    if not value.requires_grad:
-        return torch.zeros_like(point)
-    with autograd_limits():
-        (gradient,) = torch.autograd.grad(value, point, cotangent, retain_graph=keep, materialize_grads=True)
-    return gradient.detach()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gambeson.analysis.inputs import answer, classifier, margins, pull
+from gambeson.analysis.inputs import answer, classifier, margins
 from gambeson.base import Config
 from gambeson.base.checks import as_images
 from gambeson.data import Split
@@ -44,7 +44,7 @@ def rows_at(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.T
     for k in range(classes):
         with torch.enable_grad():
             value = logits[:, k].sum()
-        found[:, k] = pull(victim, value, point, keep=k + 1 < classes).flatten(1)
+        found[:, k] = victim.gradient(value, point, len(point), keep=k + 1 < classes).flatten(1)
     return found, logits.detach()
 
 

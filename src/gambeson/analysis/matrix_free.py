@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from gambeson.analysis.inputs import answer, margins, pull
+from gambeson.analysis.inputs import answer, margins
 from gambeson.analysis.jacobian import Rows, classes_of, frobenius, spectral, walk
 from gambeson.base import generator
 from gambeson.data import Split
@@ -161,7 +161,7 @@ def _from_products(victim: Victim, split: Split, weigh: Weigh, seed: int) -> Sta
         for k in range(_PROJECTIONS):
             v = torch.randn(logits.shape, generator=draw, device=logits.device, dtype=logits.dtype)
             v = v / v.norm(dim=1, keepdim=True)
-            row = pull(victim, logits, point, v, keep=k + 1 < _PROJECTIONS).flatten(1).double()
+            row = victim.gradient(logits, point, len(point), v, keep=k + 1 < _PROJECTIONS).flatten(1).double()
             squares.append(logits.shape[1] * row.square().sum(1) * weight**2)
         drawn = torch.stack(squares)
         trace += float(drawn.mean(0).sum())
@@ -207,14 +207,14 @@ class Linearised:
             self._dual = torch.zeros_like(self._answer, requires_grad=True)
             self._pulled = torch.zeros_like(self._point)
             if self._answer.requires_grad:
-                victim.backwards += len(images)
+                victim.count_backward(len(images))
                 (self._pulled,) = torch.autograd.grad(
                     self._answer, self._point, self._dual, create_graph=True, materialize_grads=True
                 )
 
     def push(self, direction: torch.Tensor) -> torch.Tensor:
         """Return J_i v for a shared v (1, C, H, W) or one per image: (B, K)."""
-        self._victim.backwards += len(self._point)
+        self._victim.count_backward(len(self._point))
         if not self._pulled.requires_grad:
             return torch.zeros_like(self.logits)
         (pushed,) = torch.autograd.grad(
@@ -224,4 +224,4 @@ class Linearised:
 
     def pull(self, cotangent: torch.Tensor) -> torch.Tensor:
         """Return J_i^T u_i, (B, C, H, W), for u (B, K)."""
-        return pull(self._victim, self._answer, self._point, cotangent, keep=True)
+        return self._victim.gradient(self._answer, self._point, len(self._point), cotangent, keep=True)

@@ -9,11 +9,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from gambeson.analysis.inputs import answer, classifier, labelled, pull
+from gambeson.analysis.inputs import answer, classifier, labelled
 from gambeson.analysis.jacobian import Spread, batch_jacobian, classes_of, frobenius, rows_at
 from gambeson.analysis.matrix_free import batches_of
 from gambeson.analysis.stacked import stacked_spectrum
 from gambeson.base import Config, UserError, generator
+from gambeson.base.checks import as_images
 from gambeson.threat import Norm
 from gambeson.victim import Source, Victim, as_victim
 
@@ -165,7 +166,7 @@ def gradient_sharing(model: Source, data: Any, *, norm: Norm = "inf") -> Gradien
             point, logits = answer(victim, images)
             with torch.enable_grad():
                 value = torch.nn.functional.cross_entropy(logits, labels.clone(), reduction="sum")
-            gradient = pull(victim, value, point, keep=False).double()
+            gradient = victim.gradient(value, point, len(point)).double()
             total += gradient.sum(0)
             single += float(gradient.flatten(1).norm(p=order, dim=1).sum())
     shared = float(total.flatten().norm(p=order))
@@ -190,6 +191,7 @@ def diversity_gain(members: Sequence[nn.Module | Victim], images: torch.Tensor) 
     Raises:
         UserError: no members, or outputs of different shapes.
     """
+    images = as_images(images, floats=True)
     mean, size = None, torch.zeros(len(images), device=images.device, dtype=torch.float64)
     with as_victim(members) as average:
         for member in average.members:
@@ -234,8 +236,6 @@ def universal_alignment(members: Sequence[nn.Module | Victim], data: Any, *, see
     with as_victim(members) as mean:
         found = [stacked_spectrum(victim, data, seed=seed) for victim in mean.members]
         joint = stacked_spectrum(mean, data, seed=seed)
-        for victim in mean.members:
-            victim.backwards += mean.backwards  # forwards are counted as they happen
     sigmas = tuple(float(spectrum.values[0].clamp(min=0)) ** 0.5 for spectrum in found)
     top = torch.stack([spectrum.directions[0].flatten() for spectrum in found])
     own = float(joint.values[0].clamp(min=0)) ** 0.5

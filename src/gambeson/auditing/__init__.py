@@ -8,6 +8,7 @@ from gambeson.auditing.display import plot_audits
 from gambeson.auditing.results import AuditResult, Check, Verdict
 from gambeson.auditing.run import AuditRun, plan_audit, run_audit
 from gambeson.auditing.suite import SUITES, Suite
+from gambeson.auditing.verdict import Lead, Outcome, lead_of
 
 __all__ = [
     "DIAGNOSTICS",
@@ -20,9 +21,12 @@ __all__ = [
     "Check",
     "Diagnostic",
     "Finding",
+    "Lead",
+    "Outcome",
     "Suite",
     "Verdict",
     "audit",
+    "lead_of",
     "plan_audit",
     "plot_audits",
     "register",

@@ -11,7 +11,15 @@ from gambeson.base.environment import (
     repeatable,
     twice_differentiable,
 )
-from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, autograd_limits, count, unknown_name
+from gambeson.base.errors import (
+    OutOfSpace,
+    UnknownSetting,
+    UserError,
+    autograd_limits,
+    count,
+    one_line,
+    unknown_name,
+)
 from gambeson.base.files import (
     load_tensors,
     pixel_bytes,
@@ -48,6 +56,7 @@ __all__ = [
     "generator",
     "load_tensors",
     "notebook",
+    "one_line",
     "open_run",
     "pick_device",
     "pixel_bytes",

@@ -14,7 +14,7 @@ TOLERANCE = 1e-6
 
 
 def as_tensor(values: Any, what: str) -> torch.Tensor:
-    """Return a tensor, an array, a list or whatever numpy can read as one dense tensor of numbers, without its graph.
+    """Return a tensor, an array, a list or whatever numpy can read as one contiguous tensor of numbers, without graph.
 
     Args:
         values: the numbers; integers other than uint8 become int64, because torch lacks some of their types.
@@ -38,12 +38,15 @@ def as_tensor(values: Any, what: str) -> torch.Tensor:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{what} cannot become one tensor ({error}): expected numbers of one shape") from None
-    values = values.detach().as_subclass(torch.Tensor)
     tiny = values.is_floating_point() and values.element_size() == 1  # torch computes nothing in these types
     if values.layout != torch.strided or values.is_quantized or values.is_nested or values.is_meta or tiny:
         raise UserError(
             f"{what} are a sparse, quantized, nested, float8 or meta tensor: expected a dense one of ordinary numbers"
         )
+    values = values.detach().as_subclass(torch.Tensor).contiguous()  # sums would depend on the layout, by rounding
+    if values.is_inference():  # autograd keeps none of these
+        with torch.inference_mode(False):
+            values = values.clone()
     return values
 
 

@@ -53,6 +53,11 @@ def count(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without its full stop, to quote it in another one."""
+    return " ".join(str(error).split("\n")[0].split()).rstrip(".") or type(error).__name__
+
+
 _NO_SECOND = (
     "has an operation without the derivatives that this needs ({error}): for the defence jacobian choose "
     "estimator='input' with derivative='finite-difference', or another implementation of that operation"

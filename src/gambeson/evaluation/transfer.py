@@ -84,9 +84,16 @@ class TransferResult(Config):
     run: TransferRun
     environment: dict[str, str]
 
+    @property
+    def eps(self) -> float:
+        """The radius of the examples."""
+        if self.run.eps is None:
+            raise AssertionError("a finished run has an eps")
+        return self.run.eps
+
     def plot(self) -> Any:
         """Return a ``plotly`` figure with a heat map of the errors in per cent for each attack."""
-        title = f"Error under transferred examples, eps {self.run.eps:.4g} ({self.run.norm})"
+        title = f"Error under transferred examples, eps {self.eps:.4g} ({self.run.norm})"
         return notebook.heat_maps({table.attack: table.errors for table in self.tables}, self.labels, title)
 
     def to_frame(self) -> Any:

@@ -59,6 +59,10 @@ class Visit(Config):
     seeds: int = 3
     """Runs of each defence; every defence has its first before any has a second."""
     seed: int = 0
+    judged: str = "pgd-adversarial"
+    """Defence whose first model is also given the audit ``suite``, timed, if ``judging`` seconds are left."""
+    suite: str = "standard"
+    judging: float = 150.0
 
     @property
     def precision(self) -> str:
@@ -87,6 +91,9 @@ def tiny(device: str) -> Visit:
         copied=2**16,
         low=False,
         seeds=1,
+        judged="",
+        suite="quick",
+        judging=0.0,
         device=device,
     )
 

@@ -42,10 +42,12 @@ def run_benchmarks(visit: Visit, book: Notebook) -> None:
         )
         if batch_size == visit.bench_batches[0]:
             book.attempt("profiles", lambda: _profiles(visit, book), 8)
-            if accelerated:
-                book.attempt("compiled copy", lambda: _compiled(visit, book), 40)
-                book.attempt("convolutions chosen by trial", lambda: _by_trial(visit, book), 8)
-    book.attempt("universal crafting", lambda: _universal(visit, book), 15)
+        if accelerated:
+            book.attempt(f"copies, {batch_size} images", partial(_timed_copies, visit, book, "default", batch_size), 5)
+    book.attempt("universal crafting", lambda: _universal(visit, book), 5)
+    if accelerated:
+        book.attempt("compiled copy", lambda: _compiled(visit, book), 40)
+        book.attempt("convolutions chosen by trial", lambda: _by_trial(visit, book), 8)
 
 
 def _side_by_side(
@@ -89,8 +91,8 @@ def _universal(visit: Visit, book: Notebook) -> None:
     for name, settings in (("default", small), ("two restarts", restarts)):
         attack = StochasticPGD(eps=visit.eps, **settings)
         for kind, fast in _copies(visit).items():
-            if name == "default" and kind == "float32":
-                continue  # the long one, and the least informative of the three
+            if (name, kind) == ("default", "model itself") or (name != "default" and "without" in kind):
+                continue  # the slowest, and no more than the others say
             found: dict[str, Any] = {}
 
             def craft(
@@ -109,9 +111,11 @@ def _universal(visit: Visit, book: Notebook) -> None:
 
 
 def _copies(visit: Visit) -> dict[str, FastPath | None]:
-    return {"model itself": None, "float32": FastPath()} | (
-        {"bfloat16": FastPath(precision="bfloat16")} if visit.low else {}
-    )
+    found: dict[str, FastPath | None] = {"model itself": None, "float32": FastPath()}
+    if visit.low:
+        found["bfloat16"] = FastPath(precision="bfloat16")
+        found["bfloat16 without graphs"] = FastPath(precision="bfloat16", graphs=False)
+    return found
 
 
 def _profiles(visit: Visit, book: Notebook) -> None:
@@ -167,17 +171,20 @@ def _trying() -> Iterator[None]:
 
 def _by_trial(visit: Visit, book: Notebook) -> None:
     """Measure the effect of benchmarking convolution algorithms."""
-    _timed_copies(visit, book, "default")
     with _trying():
-        _timed_copies(visit, book, "by trial")
+        _timed_copies(visit, book, "by trial", visit.batch_size)
 
 
 def _compiled(visit: Visit, book: Notebook) -> None:
-    _timed_copies(visit, book, "compiled", {"bfloat16, compiled": FastPath(precision="bfloat16", compile=True)})
+    compiled: dict[str, FastPath | None] = {"bfloat16, compiled": FastPath(precision="bfloat16", compile=True)}
+    _timed_copies(visit, book, "compiled", visit.batch_size, compiled)
 
 
-def _timed_copies(visit: Visit, book: Notebook, name: str, copies: dict[str, FastPath | None] | None = None) -> None:
+def _timed_copies(
+    visit: Visit, book: Notebook, name: str, batch_size: int, copies: dict[str, FastPath | None] | None = None
+) -> None:
     model, x, y = _network(visit)
+    x, y = x[:batch_size], y[:batch_size]
     attack = PGD(eps=visit.eps, steps=10, early_stop=False)
     for kind, fast in (_copies(visit) if copies is None else copies).items():
         with Victim(model, fast=fast or False) as victim, Peak() as peak:
@@ -186,6 +193,7 @@ def _timed_copies(visit: Visit, book: Notebook, name: str, copies: dict[str, Fas
         book.note(
             "attack",
             setting=name,
+            batch_size=len(x),
             copy=kind,
             notes=notes,
             seconds=seconds,

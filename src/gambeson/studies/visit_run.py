@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--done", type=Path, nargs="*", default=[], help="lines of earlier visits, not done again")
-    parser.add_argument("--only", default="", help="training: defences, by commas, in the order wanted")
+    parser.add_argument("--only", default="", help="training: defences or NAME@SEED, by commas")
     parser.add_argument("--epochs", type=int, help="training: epochs of every run, not chosen by the time left")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal in seconds")
     given = parser.parse_args(arguments)
@@ -60,7 +60,10 @@ def print_table(lines: list[dict[str, Any]]) -> None:
         elif kind == "universal":
             print(f"universal {line['name']}, {line['copy']}: {line['seconds']:.1f} s, {line['peak_gib']} GiB")
         elif kind == "attack":
-            print(f"PGD-10, {line['setting']}, {line['copy']}: {line['images_a_second']:.0f} images/s")
+            print(
+                f"PGD-10, {line['setting']}, {line['batch_size']} images, {line['copy']}: "
+                f"{line['images_a_second']:.0f} images/s ({line['notes']})"
+            )
         elif kind == "profile":
             print(
                 f"{line['name']}: {1e3 * line['seconds']:.0f} ms, of which kernels "
@@ -75,6 +78,8 @@ def print_table(lines: list[dict[str, Any]]) -> None:
         elif kind == "audited":
             values = "  ".join(f"{name} {100 * value:.1f}" for name, value in line["found"].items())
             print(f"{line['defense']:24s} seed {line['seed']} {line['epochs']:3d} epochs: {values}")
+        elif kind == "audit":
+            print(f"audit {line['suite']} of {line['defense']}: {line['seconds']:.0f} s")
         elif kind in ("error", "skipped"):
             print(f"{kind}: {line['name']} {line.get('error', '')}"[:200])
 

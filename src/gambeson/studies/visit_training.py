@@ -9,9 +9,18 @@ import torch
 
 from gambeson import models
 from gambeson.attacks import PGD, StochasticPGD
+from gambeson.auditing import audit
 from gambeson.base import seeded
 from gambeson.data import Dataset
-from gambeson.defenses import Defense, Jacobian, PGDAdversarial, SharedAdversarial, Standard, UniversalConsistency
+from gambeson.defenses import (
+    Defense,
+    Jacobian,
+    Learn2Perturb,
+    PGDAdversarial,
+    SharedAdversarial,
+    Standard,
+    UniversalConsistency,
+)
 from gambeson.evaluation import accuracy, accuracy_under, universal_evasion
 from gambeson.evaluation.universal import control_rates
 from gambeson.models import PixelModel
@@ -40,6 +49,8 @@ def defenses(visit: Visit) -> dict[str, Defense]:
         "jacobian": Jacobian(strength=0.01),
         "shared-adversarial 8": SharedAdversarial(sharedness=8, **attack),
         "shared-adversarial 1": SharedAdversarial(sharedness=1, **attack),
+        "jacobian 0.001": Jacobian(strength=0.001),
+        "learn2perturb": Learn2Perturb(eps=visit.eps, steps=visit.craft_steps),
     }
 
 
@@ -64,32 +75,34 @@ def run_trainings(visit: Visit, book: Notebook, done: list[dict[str, Any]], only
         visit: the settings.
         book: the notebook.
         done: notes of earlier visits: trainings with the same data size and seed are skipped.
-        only: names of defences in order; empty: all.
+        only: names of defences in order, ``NAME@SEED`` for a run with this seed alone; empty: all.
     """
-    data = dataset(visit)
-    chosen = {name: one for name, one in defenses(visit).items() if not only or name in only}
-    chosen = {name: chosen[name] for name in only or chosen}
+    data, known = dataset(visit), defenses(visit)
+    entries = [entry.partition("@") for entry in only or known]
+    chosen = {name: known[name] for name, _, _ in entries}
     finished = {
         (line["defense"], line["seed"], line["data"], line["model"])
         for line in done + book.lines()
         if line["kind"] == "audited"
     }
+    rounds = range(visit.seed, visit.seed + visit.seeds)
     jobs = [
-        (name, visit.seed + seed)
-        for seed in range(visit.seeds)
-        for name in chosen
-        if (name, visit.seed + seed, data.name, visit.model) not in finished
+        (name, int(fixed or seed))
+        for seed in rounds
+        for name, _, fixed in entries
+        if not fixed or seed == visit.seed  # a fixed seed is run in the first round
     ]
+    jobs = [job for job in dict.fromkeys(jobs) if (*job, data.name, visit.model) not in finished]
     epoch: dict[str, float] = {}
     for name, defense in chosen.items():
         book.attempt(f"step of {name}", lambda n=name, d=defense: epoch.update({n: _step(visit, data, n, d, book)}))  # type: ignore[misc]
     jobs = [job for job in jobs if job[0] in epoch]
     first = [job for job in jobs if job[1] == visit.seed] or jobs
-    audit = FIRST_AUDIT if visit.low else 0.0
-    epochs = choose_epochs([epoch[name] for name, _ in first], audit, book.left, visit.epochs)
+    auditing = FIRST_AUDIT if visit.low else 0.0
+    epochs = choose_epochs([epoch[name] for name, _ in first], auditing, book.left, visit.epochs)
     book.note("plan", epochs=epochs, seconds_per_epoch=epoch, jobs=[list(job) for job in jobs], images=len(data.train))
     for name, seed in jobs:
-        fits = int((book.left - audit) / (SLACK * epoch[name]))
+        fits = int((book.left - auditing) / (SLACK * epoch[name]))
         mine = min(epochs, fits)
         if mine < min(visit.epochs[0], epochs):
             book.note("skipped", name=name, seed=seed, left=round(book.left, 1))
@@ -100,9 +113,13 @@ def run_trainings(visit: Visit, book: Notebook, done: list[dict[str, Any]], only
             model = _train(visit, data, name, chosen[name], seed, mine, book)
             began["audit"] = time.monotonic()
             _audit(visit, data, name, seed, mine, model, book)
+            began["end"] = time.monotonic()
+            judged = any(line["kind"] == "audit" for line in book.lines())
+            if name == visit.judged and not judged and book.left > visit.judging:
+                _judge(visit, data, name, model, book)
 
         if book.attempt(f"{name}, seed {seed}", job):
-            audit = max(1.0, SLACK * (time.monotonic() - began["audit"]))
+            auditing = max(1.0, SLACK * (began["end"] - began["audit"]))
 
 
 def choose_epochs(seconds: list[float], audit: float, left: float, limits: tuple[int, int]) -> int:
@@ -179,6 +196,16 @@ def _train(
     )
     free()
     return model.eval()
+
+
+def _judge(visit: Visit, data: Dataset, name: str, model: PixelModel, book: Notebook) -> None:
+    """Time an audit of a trained model, and record its verdict."""
+    began = time.monotonic()
+    with Peak() as peak:
+        found = audit(model, data, visit.suite, seed=visit.seed, label=name)
+    seconds = time.monotonic() - began
+    verdict = found.verdict.plain()
+    book.note("audit", suite=visit.suite, defense=name, seconds=seconds, peak_gib=peak.gib, verdict=verdict)
 
 
 def _audit(visit: Visit, data: Dataset, name: str, seed: int, epochs: int, model: PixelModel, book: Notebook) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from gambeson.base import UserError
 from gambeson.base.checks import as_images, as_tensor
+from gambeson.base.errors import DataWarning
 from gambeson.tasks.task import IGNORED, Segmentation, Task, create, of
 
 
@@ -97,7 +98,7 @@ def _without_classes(values: torch.Tensor, axis: int) -> torch.Tensor:
     if values.shape[axis] == 1:
         return values.squeeze(axis)
     one = values == 1
-    if bool((one | (values == 0)).all()) and bool((one.sum(axis) == 1).all()):
+    if values.shape[axis] and bool((one | (values == 0)).all()) and bool((one.sum(axis) == 1).all()):
         return values.argmax(axis)
     raise UserError(
         f"labels have shape {tuple(values.shape)} and are not one-hot: expected one class index per image (N,) or "
@@ -127,6 +128,8 @@ def find_ignored(values: torch.Tensor) -> int | None:
     return None
 
 
+MOST_CLASSES = 10**6
+"""Labels above are identifiers, not class indices."""
 MASK = [0, 255]
 """The values of a binary mask in an image file."""
 
@@ -138,6 +141,7 @@ def is_mask(values: torch.Tensor) -> bool:
     warnings.warn(
         "the label maps hold 0 and 255 only: 255 is read as class 1, a foreground; if it marks pixels without a label, "
         "give gb.data.Split(..., ignore_index=255)",
+        DataWarning,
         stacklevel=2,
     )
     return True
@@ -147,13 +151,21 @@ def class_names(values: torch.Tensor, ignore_index: int | None) -> tuple[str, ..
     """Return the names "0", "1", ... up to the highest of the distinct labels, at least two.
 
     Warns if labels seem to start at 1.
+
+    Raises:
+        UserError: labels that are no class indices.
     """
     present = [value for value in values.tolist() if value != ignore_index]
     highest = max(present, default=0)
+    if highest >= MOST_CLASSES:
+        raise UserError(
+            f"labels reach {highest}: expected classes from 0; renumber them, labels.unique(return_inverse=True)[1]"
+        )
     if len(present) > 1 and present == list(range(1, highest + 1)):
         warnings.warn(
             f"labels run from 1 to {highest}: they are read as classes 1 to {highest}, and class 0 has no image; if "
             "they start at 1, pass labels - 1",
+            DataWarning,
             stacklevel=2,
         )
     return tuple(str(label) for label in range(max(2, highest + 1)))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gambeson.base import UserError
+from gambeson.models.black_box.base import BlackBox, no_gradient
 from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.victim.inspect import ModelTraits
 from gambeson.victim.victim import FastPath, Victim
@@ -72,6 +73,7 @@ class ModelAverage(AveragedVictim):
             raise UserError(f"the models are on {' and '.join(places)}: move them to one device")
         super().__init__(nn.ModuleList(member.model for member in self.members))
         self.average = average
+        self.allow_no_graph = all(member.allow_no_graph for member in self.members)
 
     def each(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Return the logits of each model.
@@ -94,11 +96,11 @@ class ModelAverage(AveragedVictim):
         self.forwards += len(images) * len(self.members)
         return self.combine([member.forward_original(images) for member in self.members])
 
-    def gradient(self, value: torch.Tensor, wrt: torch.Tensor, images: int) -> torch.Tensor:
-        """Return the gradient of a scalar, counted as ``images`` backward passes of every model."""
+    def count_backward(self, images: int) -> None:
+        """Count a backward pass of so many images through every model."""
         for member in self.members:
-            member.backwards += images
-        return super().gradient(value, wrt, images * len(self.members))
+            member.count_backward(images)
+        super().count_backward(images * len(self.members))
 
     def inspect(self, images: torch.Tensor, *, scores: bool = False) -> ModelTraits:
         """Inspect every model; a trait of one is a trait of the ensemble."""
@@ -132,7 +134,7 @@ class EOTAverage(AveragedVictim):
     def __init__(self, victim: Victim, eot_samples: int) -> None:
         super().__init__(victim.model)
         self.victim, self.eot_samples = victim, eot_samples
-        self.traits = victim.traits
+        self.traits, self.allow_no_graph = victim.traits, victim.allow_no_graph
 
     def each(self, images: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return the logits of each sample."""
@@ -149,9 +151,9 @@ class EOTAverage(AveragedVictim):
         """Return the model's own logits: one sample."""
         return self.victim.forward_original(images)
 
-    def gradient(self, value: torch.Tensor, wrt: torch.Tensor, images: int) -> torch.Tensor:
-        """Return the gradient of a scalar, counted as ``images`` backward passes per sample."""
-        return self.victim.gradient(value, wrt, images * self.eot_samples)
+    def count_backward(self, images: int) -> None:
+        """Count a backward pass of so many images, per sample."""
+        self.victim.count_backward(images * self.eot_samples)
 
 
 EOT_SAMPLES = 10
@@ -171,6 +173,7 @@ def as_victim(
     fast: bool | FastPath = False,
     average: Average = "logits",
     eot_samples: int | None = None,
+    gradients: str | None = None,
 ) -> Iterator[Victim]:
     """Hold anything that is attacked, analysed or scored as a frozen, counted victim; inference mode is off inside.
 
@@ -182,6 +185,7 @@ def as_victim(
         fast: see :class:`Victim`; for modules.
         average: over several models.
         eot_samples: samples that gradients of a random model are averaged over.
+        gradients: what needs gradients; a black box is then refused before it is asked.
 
     Raises:
         UserError: an empty list, something that is not a model, or models on several devices; with ``images``, a random
@@ -196,6 +200,10 @@ def as_victim(
         else:
             models = list(source) if isinstance(source, nn.ModuleList) else source
             victim = stack.enter_context(ModelAverage(models, average, fast=fast))
+        if gradients is not None:
+            for box in (member.model for member in (victim.members if isinstance(victim, ModelAverage) else [victim])):
+                if isinstance(box, BlackBox):
+                    raise no_gradient(gradients, box.title)
         if images is not None:
             traits = victim.inspect(images)
             if labels is not None:

@@ -11,20 +11,22 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
-from gambeson.base import full_precision, seeded
+from gambeson.base import full_precision, generator, seeded
 from gambeson.victim.graphs import Graphs
 from gambeson.victim.inspect import logits_of
 
 TOLERANCE = 1e-4
 """Largest allowed difference between the logits of the copy and the model, as a share of the largest logit."""
+GRADIENT_TOLERANCE = 1e-2
+"""Largest allowed norm of the difference of their gradients, as a share of the gradient's: a kink may flip."""
 
 
 class FoldedModel:
     """A frozen copy of a model with each BatchNorm folded into the convolution before it.
 
     Hooks in one forward of ``example`` find which convolution feeds which BatchNorm, so models need not be traceable.
-    Folding is wrong if the output of a convolution is used elsewhere too; therefore the copy's logits on ``example``
-    are compared with the model's, and if they differ nothing is folded.
+    Folding is wrong if the output of a convolution is used elsewhere too; therefore the copy's logits and gradient are
+    compared with the model's, and if they differ nothing is folded. A memory layout is proved in the same way.
 
     Args:
         model: in evaluation mode.
@@ -33,7 +35,11 @@ class FoldedModel:
     Attributes:
         view: the copy.
         pairs: names of the folded (convolution, BatchNorm) pairs.
+        layout: its memory layout, and that of the images it takes.
         graphs: CUDA graphs that compute with the copy.
+
+    Raises:
+        ValueError: no copy gives the model's results.
     """
 
     def __init__(self, model: nn.Module, example: torch.Tensor) -> None:
@@ -42,10 +48,9 @@ class FoldedModel:
         self.pairs = _pairs(model, example)
         self._signature = signature(model)
         plain = copy.deepcopy(model).requires_grad_(False)
-        self.view = plain
-        if not self.pairs:
-            return
-        self.view = copy.deepcopy(plain)
+        self.view = plain if not self.pairs else copy.deepcopy(plain)
+        self.layout = torch.contiguous_format
+        self._proved = {self.layout: True}
         for conv_name, norm_name in self.pairs:
             conv, norm = self.view.get_submodule(conv_name), self.view.get_submodule(norm_name)
             assert isinstance(conv, nn.Conv2d)
@@ -53,16 +58,21 @@ class FoldedModel:
             self.view.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
             self.view.set_submodule(norm_name, nn.Identity())
         self.view.requires_grad_(False)
-        with (
-            torch.no_grad(),
-            full_precision(example.device),
-        ):  # rounding by TF32 or autocast would fail the comparison
-            with seeded(0, "proof"):
-                expected = logits_of(model(example))
-            with seeded(0, "proof"):  # the same noise for both
-                found = logits_of(self.view(example))
-        if float((expected - found).abs().max()) > TOLERANCE * max(1.0, float(expected.abs().max())):
+        if self.pairs and not _agree(model, self.view, example):
             self.view, self.pairs = plain, []
+        if not self.pairs and not _agree(model, plain, example):
+            raise ValueError("the copy gives other results")
+
+    def lay_out(self, model: nn.Module, example: torch.Tensor, layout: torch.memory_format) -> None:
+        """Bring the copy into a memory layout if it gives the model's results there."""
+        if layout not in self._proved:
+            self.view.to(memory_format=layout)
+            try:
+                self._proved[layout] = _agree(model, self.view, example, layout)
+            except RuntimeError:  # such as .view of what is no longer contiguous
+                self._proved[layout] = False
+        self.layout = layout if self._proved[layout] else torch.contiguous_format
+        self.view.to(memory_format=self.layout)
 
     def fits(self, model: nn.Module) -> bool:
         """Whether the model still has the structure that the copy was made from; values may differ."""
@@ -106,14 +116,67 @@ class FoldedModel:
 _made: WeakKeyDictionary[nn.Module, FoldedModel] = WeakKeyDictionary()
 
 
-def fold_batchnorms(model: nn.Module, example: torch.Tensor) -> FoldedModel:
-    """Return a folded copy of ``model``, reusing and updating an earlier one if it still fits."""
+def fold_batchnorms(
+    model: nn.Module, example: torch.Tensor, layout: torch.memory_format = torch.contiguous_format
+) -> FoldedModel:
+    """Return a folded copy of ``model``, reusing and updating an earlier one if it still fits.
+
+    Args:
+        model: in evaluation mode.
+        example: (N, C, H, W) images.
+        layout: memory layout of the copy if it works there, else contiguous.
+
+    Raises:
+        ValueError: no copy gives the model's results.
+    """
     made = _made.get(model)
     if made is not None and made.fits(model) and next(made.view.parameters(), example).device == example.device:
         made.refresh(model)
-        return made
-    _made[model] = FoldedModel(model, example)
-    return _made[model]
+    else:
+        made = _made[model] = FoldedModel(model, example)
+    made.lay_out(model, example, layout)
+    return made
+
+
+def _agree(
+    model: nn.Module,
+    view: nn.Module,
+    example: torch.Tensor,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> bool:
+    """Whether a copy has the model's logits and input gradient, up to rounding, on images of a memory layout.
+
+    The gradient is compared at random images, where no rounding decides which side of a kink they are on. Where the
+    model draws random numbers, whose order the layout may change, its results have to exist only.
+    """
+
+    def results(net: nn.Module, images: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with seeded(seed, "proof"):  # the same noise for both
+            logits = logits_of(net(images.clone()), len(images))
+        if not logits.requires_grad:
+            return logits.detach(), None
+        weights = torch.linspace(1, 2, logits[0].numel(), device=logits.device).view(logits.shape[1:]).to(logits.dtype)
+        (gradient,) = torch.autograd.grad(logits, images, weights.expand_as(logits).contiguous(), allow_unused=True)
+        return logits.detach(), gradient
+
+    def near(ours: torch.Tensor, theirs: torch.Tensor, most: float) -> bool:
+        return ours.shape == theirs.shape and float((ours - theirs).abs().max()) <= most
+
+    draw = generator(0, "proof")
+    noise = torch.rand(example.shape, generator=draw).to(example)
+    rounding = 8 * torch.finfo(example.dtype).eps  # matters in half precision
+    with torch.enable_grad(), full_precision(example.device):  # TF32 or autocast would fail the comparison
+        for images in (example, (example + noise) / 2):
+            plain, laid = images.clone().requires_grad_(), images.clone(memory_format=layout).requires_grad_()
+            logits, gradient = results(model, plain, 0)
+            found, slope = results(view, laid, 0)
+            if layout != torch.contiguous_format and not torch.equal(logits, results(model, plain, 1)[0]):
+                return bool(found.isfinite().all()) and (slope is None) == (gradient is None)
+            if not near(found, logits, max(TOLERANCE, rounding) * max(1.0, float(logits.abs().max()))):
+                return False
+        if slope is None or gradient is None:
+            return slope is gradient
+        return float((slope - gradient).norm()) <= max(GRADIENT_TOLERANCE, rounding) * float(gradient.norm())
 
 
 def signature(model: nn.Module) -> Hashable:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gambeson.base import seeded
 
@@ -49,7 +52,8 @@ class Graph:
         settings: Callable[[], Hashable],
     ) -> None:
         self.inputs = [tensor.clone() for tensor in tensors]
-        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        self._lock = threading.Lock()
+        here, side = torch.cuda.current_stream(), _side(torch.cuda.current_device())
         side.wait_stream(here)
         with seeded(0, "graph"):
             with torch.cuda.stream(side):
@@ -68,10 +72,11 @@ class Graph:
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Compute the job on other tensors of the same shapes."""
-        for static, tensor in zip(self.inputs, tensors, strict=True):
-            static.copy_(tensor)
-        self.graph.replay()
-        return tuple(output.clone() for output in self.outputs)  # overwritten by the next replay
+        with self._lock:
+            for static, tensor in zip(self.inputs, tensors, strict=True):
+                static.copy_(tensor)
+            self.graph.replay()
+            return tuple(output.clone() for output in self.outputs)  # overwritten by the next replay
 
 
 class Graphs:
@@ -107,7 +112,9 @@ class Graphs:
             tally: its counts.
             settings: of the modules.
         """
-        if self.refused is not None or torch.cuda.is_current_stream_capturing() or torch.is_inference_mode_enabled():
+        if self.refused is not None or torch.is_inference_mode_enabled() or torch.cuda.is_current_stream_capturing():
+            return None
+        if _get_current_dispatch_mode() is not None:  # it sees, and perhaps counts, every operation
             return None
         stream = _stream()
         key = (what, _ambient(), stream, *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
@@ -139,6 +146,12 @@ class Graphs:
 def has_graphs(device: torch.device) -> bool:
     """Whether computations on this device can be captured."""
     return device.type == "cuda" and torch.version.cuda is not None
+
+
+@cache
+def _side(device: int) -> torch.cuda.Stream:
+    """The stream of all captures on a device: each stream keeps a workspace of its own."""
+    return torch.cuda.Stream(device)
 
 
 def _stream() -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +41,62 @@ KEYS = ("logits", "out")
 """Keys of the logits in a mapping, as used by transformers and by torchvision's segmentation models."""
 
 
-def logits_of(output: Any) -> torch.Tensor:
+class NoGradientError(UserError):
+    """The model's logits have no gradient with respect to its images."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's logits do not depend on its images as far as autograd can see, so an attack would do nothing: "
+            "its forward runs under torch.no_grad or torch.inference_mode, or detaches (.detach(), .data, argmax, "
+            "numpy); remove that, or choose a query attack such as square"
+        )
+
+
+_MISFIT = re.compile(
+    r"to have (\d+) channels, but got (\d+) channels|shapes cannot be multiplied|is invalid for input of size|"
+    r"running_mean should contain|must match the size of tensor|Kernel size can't be greater|utput size is too small"
+)
+"""What torch says of images of another size or number of channels than a layer takes, or of another batch size."""
+
+
+@contextmanager
+def explained(images: torch.Tensor) -> Iterator[None]:
+    """Name the likely cause of a model's failure on ``images`` (N, C, H, W) inside the block.
+
+    Raises:
+        UserError: the images do not fit the model, or its weights have no graph, by torch's message.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "Inference tensors cannot be saved" in str(error):
+            raise UserError(
+                "the model's weights were made in torch.inference_mode, which keeps no graph: create or load the model "
+                "outside of it"
+            ) from error
+        found = _MISFIT.search(str(error))
+        if found is None:
+            raise
+        if found[2] == str(images.shape[1]):
+            raise UserError(
+                f"the images have {images.shape[1]} channels, but the model takes {found[1]}: choose data and model "
+                "that fit each other"
+            ) from error
+        raise UserError(
+            f"the model failed on {len(images)} images of shape {tuple(images.shape[1:])} "
+            f"({' '.join(str(error).split())}): choose data and model that fit each other"
+        ) from error
+
+
+def logits_of(output: Any, images: int | None = None) -> torch.Tensor:
     """Return the logits in a model's output.
 
     These are the output itself, its ``.logits``, the entry ``logits`` or ``out`` of a mapping, or the first element of
     a tuple.
+
+    Args:
+        output: of the model.
+        images: their number; a model that squeezes its output drops the first dimension where it is 1.
 
     Raises:
         UserError: no logits are found.
@@ -63,7 +115,7 @@ def logits_of(output: Any) -> torch.Tensor:
             "a mapping with `logits` or `out`, or a tuple that starts with them; wrap the model so that it returns "
             "the logits alone, for example by gb.models.as_logits(model, 'KEY')"
         )
-    return found
+    return found[None] if images == 1 and found.ndim in (1, 3) else found
 
 
 _SAME_VALUES = re.compile("View|Squeeze|Unsqueeze|Clone|Alias|Permute|Transpose|Reshape|ToCopy|Slice|Select|Cat|Stack")
@@ -125,9 +177,9 @@ def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
         UserError: the output does not have one row per image, or one score only.
     """
     few = images[:_FEW].detach()
-    with seeded(0, "look"):
+    with seeded(0, "look"), explained(few):
         given = few.clone()
-        first = logits_of(model(given))
+        first = logits_of(model(given), len(few))
         if len(first) == len(few) and (first.ndim == 1 or first.shape[1] == 1 or first.shape[1:] == few.shape[2:]):
             raise UserError(
                 f"the model was given {len(few)} images and returned shape {tuple(first.shape)}, one score for two "
@@ -140,7 +192,7 @@ def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
                 "(N, K), or (N, K, H, W) for one answer per pixel"
             )
         # One wait for all: a random model is told by its first differing call, as if there had been no more.
-        again = [logits_of(model(few.clone())) for _ in range(1, CALLS)]
+        again = [logits_of(model(few.clone()), len(few)) for _ in range(1, CALLS)]
         # Equal infinities differ by NaN; non-finite logits are refused when they are scored.
         gaps = [(first - other).abs().nan_to_num(0.0, 0.0).max() for other in again]
         inside = ((first >= 0) & (first <= 1)).all()

@@ -15,7 +15,7 @@ from torch import nn
 from gambeson.base import Config, UserError, autograd_limits, default_dtype, seeded
 from gambeson.victim.bn_folding import FoldedModel, fold_batchnorms, signature
 from gambeson.victim.graphs import Job, has_graphs
-from gambeson.victim.inspect import ModelTraits, dtype_of, inspect_model, logits_of
+from gambeson.victim.inspect import ModelTraits, NoGradientError, dtype_of, explained, inspect_model, logits_of
 
 BatchNormMode = Literal["eval", "batch", "train"]
 """Mode of a model under attack. ``eval``: evaluation mode, BatchNorm with its running statistics. ``batch``: evaluation
@@ -36,7 +36,7 @@ def frozen(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[Non
         batch_norm: see :data:`BatchNormMode`.
     """
     modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters() if not parameter.is_inference()]
     norms = [module for module, mode in modes if mode and isinstance(module, nn.modules.batchnorm._BatchNorm)]
     held = [norm for norm in norms if norm.track_running_stats] if batch_norm == "batch" else []
     recurrent = [(module, module.dropout) for module, _ in modes if isinstance(module, nn.RNNBase)]
@@ -115,6 +115,8 @@ class Victim:
         votes: how often the model is asked where it is scored; the majority is its answer. None: once, and a random
             model :data:`gambeson.victim.DEFAULT_VOTES` times.
         members: the models of a :class:`gambeson.victim.ModelAverage`; none of a single model.
+        allow_no_graph: the gradient of a model without a graph is zero, as audits want it, which report that; otherwise
+            it is refused.
         temperature: what the logits that attacks see are divided by; 1 leaves them as they are. It changes no answer.
     """
 
@@ -130,16 +132,19 @@ class Victim:
         self.notes = "the model itself"
         self.traits: ModelTraits | None = None
         self.votes: int | None = None
+        self.allow_no_graph = False
         self.temperature = 1.0
         self._default = torch.get_default_dtype()
         self._guard = ExitStack()
         self._seen_input = False
+        self._writes: bool | None = None  # whether the model writes into its input; None before its first call
         self._view: Callable[[torch.Tensor], Any] | None = None
         self._layout = torch.contiguous_format
         self._copy: FoldedModel | None = None  # whose gradients are replayed as CUDA graphs
 
     def __enter__(self) -> Victim:
         self._default = torch.get_default_dtype()
+        self._guard.enter_context(torch.inference_mode(False))
         self._guard.enter_context(default_dtype())
         self._guard.enter_context(frozen(self.model, self.batch_norm))
         return self
@@ -194,7 +199,7 @@ class Victim:
                 logits = self.forward_original(images)
             else:
                 self.forwards += len(images)
-                logits = logits_of(self._view(self._sent(images.contiguous(memory_format=self._layout))))
+                logits = self._logits(self._view, images.contiguous(memory_format=self._layout))
             logits = logits.to(images.dtype)
         return logits if self.temperature == 1 else logits / self.temperature
 
@@ -204,12 +209,21 @@ class Victim:
             self._check_input(images)
         self.forwards += len(images)
         with self._as_called(images):
-            logits = logits_of(self.model(self._sent(images)))
+            logits = self._logits(self.model, images)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _sent(self, images: torch.Tensor) -> torch.Tensor:
-        # A copy for a model that writes into its input, so that the attack's images do not change.
-        return images.to(self.dtype, copy=self.traits is not None and self.traits.writes)
+    def _logits(self, model: Callable[[torch.Tensor], Any], images: torch.Tensor) -> torch.Tensor:
+        # A copy for a model that writes into its input: the attack's images shall not change, nor a leaf be written to.
+        writes = self._writes is not False or (self.traits is not None and self.traits.writes)
+        sent = images.to(self.dtype, copy=writes)
+        with explained(images):
+            logits = logits_of(model(sent), len(images))
+        if self._writes is None:
+            self._writes = sent._version > 0
+        followed = torch.is_grad_enabled() and images.requires_grad
+        if followed and not logits.requires_grad and not self.allow_no_graph:
+            raise NoGradientError
+        return logits
 
     @contextmanager
     def _as_called(self, images: torch.Tensor) -> Iterator[None]:
@@ -219,17 +233,39 @@ class Victim:
         with default_dtype(self._default), autocast:
             yield
 
-    def gradient(self, value: torch.Tensor, wrt: torch.Tensor, images: int) -> torch.Tensor:
+    def count_backward(self, images: int) -> None:
+        """Count a backward pass of so many images."""
+        self.backwards += images
+
+    def gradient(
+        self,
+        value: torch.Tensor,
+        wrt: torch.Tensor,
+        images: int,
+        cotangent: torch.Tensor | None = None,
+        *,
+        keep: bool = False,
+    ) -> torch.Tensor:
         """Return the gradient of a scalar with respect to ``wrt``, counted as ``images`` backward passes.
 
-        Zero if autograd sees no dependence on ``wrt``: a model may detach its graph.
+        Args:
+            value: a scalar, or a tensor with a cotangent of its shape.
+            wrt: a leaf.
+            images: their number.
+            cotangent: None for a scalar.
+            keep: keep the graph for another backward.
+
+        Raises:
+            NoGradientError: ``value`` does not depend on ``wrt``, which :attr:`allow_no_graph` takes for zero.
         """
-        self.backwards += images
-        if not value.requires_grad:
-            return torch.zeros_like(wrt)
-        with self._as_called(wrt), autograd_limits():  # autocast would also cast the products of the backward pass
-            (gradient,) = torch.autograd.grad(value, wrt, materialize_grads=True)
-        return gradient
+        self.count_backward(images)
+        gradient = None
+        if value.requires_grad:
+            with self._as_called(wrt), autograd_limits():  # autocast would also cast the products of the backward pass
+                (gradient,) = torch.autograd.grad(value, wrt, cotangent, retain_graph=keep, allow_unused=True)
+        if gradient is None and not self.allow_no_graph:
+            raise NoGradientError
+        return torch.zeros_like(wrt) if gradient is None else gradient
 
     def repeated(self, what: Hashable, job: Job, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return ``job(*tensors)``, from a CUDA graph if the fast path has one (:attr:`FastPath.graphs`).
@@ -243,7 +279,13 @@ class Victim:
         if copy is None:
             return job(*tensors)
         before = self.forwards, self.backwards
-        state = (self.fast, self._layout, self.temperature, self.traits is not None and self.traits.writes)
+        state = (
+            self.fast,
+            self._layout,
+            self.temperature,
+            self._writes,
+            self.traits is not None and self.traits.writes,
+        )
         graph = copy.graphs.find(
             (what, state), job, tensors, lambda: (self.forwards, self.backwards), lambda: signature(copy.view)
         )
@@ -259,17 +301,16 @@ class Victim:
         self.notes = "the model itself"
         if self.batch_norm == "eval":
             try:
-                made = fold_batchnorms(self.model, images[:2].detach().to(self.dtype))
+                wanted = torch.channels_last if self._likes_channels_last(images, fast) else torch.contiguous_format
+                made = fold_batchnorms(self.model, images[:2].detach().to(self.dtype), wanted)
             except Exception as error:  # a model that cannot be copied is used itself
                 self.notes = f"the model itself ({type(error).__name__} while copying it: {error})"
                 return None
             self.notes = f"a copy with {len(made.pairs)} BatchNorms folded"
             view = made.view
-            if self._likes_channels_last(images, fast):
-                self._layout = torch.channels_last
-                self.notes += ", channels last"
-            # The copy is shared with earlier victims of this model, which may have used another layout.
-            made.view.to(memory_format=self._layout)
+            self._layout = made.layout
+            if wanted == torch.channels_last:
+                self.notes += ", channels last" if made.layout == wanted else ", which cannot be channels last"
             if fast.graphs and not fast.compile and has_graphs(images.device):
                 made.keep_graphs()
                 self._copy = made
@@ -318,12 +359,6 @@ class Victim:
         if any(True for _ in self.model.parameters()) and self.device != images.device:
             raise UserError(
                 f"the model is on {self.device} and the images on {images.device}: move one of them to the other"
-            )
-        first = next((module for module in self.model.modules() if isinstance(module, nn.Conv2d)), None)
-        if first is not None and first.in_channels != images.shape[1]:
-            raise UserError(
-                f"the images have {images.shape[1]} channels, but the model takes {first.in_channels}: "
-                "choose data and model that fit each other"
             )
 
 

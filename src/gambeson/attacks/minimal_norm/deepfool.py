@@ -98,8 +98,7 @@ class DeepFool(MinimalNorm):
         for k in range(rivals.shape[1]):
             if copied is None:
                 # The graph is kept until the last class, which saves a forward for each.
-                victim.backwards += len(point)
-                (slope,) = torch.autograd.grad(gaps[:, k].sum(), point, retain_graph=k + 1 < rivals.shape[1])
+                slope = victim.gradient(gaps[:, k].sum(), point, len(point), keep=k + 1 < rivals.shape[1])
             else:
                 slope = copied[:, k]
             rise = slope.flatten(1).abs().sum(1) if self.norm == "inf" else slope.flatten(1).norm(dim=1)

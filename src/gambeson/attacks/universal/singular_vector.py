@@ -89,17 +89,12 @@ def layer_maps(victim: Victim, images: torch.Tensor, layer: str) -> tuple[Map, M
         (answer,) = activations(victim, point, [layer])
         dual = torch.zeros_like(answer, requires_grad=True)
         (pulled,) = torch.autograd.grad(answer, point, dual, create_graph=True)
-    # Victim.gradient would free the graph, so these two count by themselves.
 
     def jvp(v: torch.Tensor) -> torch.Tensor:
-        victim.backwards += len(images)
-        (pushed,) = torch.autograd.grad(pulled, dual, v.expand_as(images), retain_graph=True)
-        return pushed
+        return victim.gradient(pulled, dual, len(images), v.expand_as(images), keep=True)
 
     def vjp(u: torch.Tensor) -> torch.Tensor:
-        victim.backwards += len(images)
-        (rows,) = torch.autograd.grad(answer, point, u, retain_graph=True)
-        return rows.sum(0, keepdim=True)
+        return victim.gradient(answer, point, len(images), u, keep=True).sum(0, keepdim=True)
 
     return jvp, vjp
 

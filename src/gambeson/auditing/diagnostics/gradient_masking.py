@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 
 from gambeson.analysis import GradientStatistics, gradient_statistics
-from gambeson.analysis.inputs import pull
 from gambeson.attacks import PGD, Loss
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
@@ -153,6 +152,6 @@ def _gradients(
         with torch.enable_grad():
             point = x.detach().clone().requires_grad_()
             value = value_of(victim.forward_original(point), y)
-        parts.append((pull(victim, value.sum(), point, keep=False), value.detach()))
+        parts.append((victim.gradient(value.sum(), point, len(point)), value.detach()))
     gradients, values = zip(*parts, strict=True)
     return torch.cat(gradients), torch.cat(values)

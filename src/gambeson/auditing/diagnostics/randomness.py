@@ -80,7 +80,7 @@ class _NoiseOff:
         self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, task: Task | None = None
     ) -> torch.Tensor:
         with Victim(model.model) as still, QUIET[self.how](still):  # of its own: a fast copy has switches of its own
-            still.temperature = model.temperature
+            still.temperature, still.allow_no_graph = model.temperature, model.allow_no_graph
             moved = self.attack(still, x, y, seed=seed, task=task)
         model.forwards, model.backwards = model.forwards + still.forwards, model.backwards + still.backwards
         return moved
@@ -111,7 +111,7 @@ def _noise_off(context: AuditContext) -> Finding:
         return Finding(None, f"the noise was {how}")
     attack = _attack(context, None)
     with Victim(context.victim.model) as still, QUIET[how](still):
-        still.temperature = context.victim.temperature
+        still.temperature, still.allow_no_graph = context.victim.temperature, context.victim.allow_no_graph
         attacks = AsFarAsFinite(_Nothing()), AsFarAsFinite(attack)
         clean_off, off = (outcome(still, context.sample, one, context.seed) for one in attacks)
     context.victim.forwards += still.forwards

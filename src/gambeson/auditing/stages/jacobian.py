@@ -68,6 +68,7 @@ def measure(
     random = victim.traits is not None and victim.traits.stochastic
     with ExitStack() as stack, torch.no_grad():
         watched = stack.enter_context(Victim(_OneDraw(victim, seed))) if random else victim
+        watched.allow_no_graph = victim.allow_no_graph
         logits = watched.forward_original(images)
         if logits.ndim != 2:
             return None
