@@ -1,13 +1,17 @@
 """Both tasks by hand: which units count, what they cost, when they are right, and when an attack has succeeded."""
 
 import math
+import warnings
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
 from gambeson import tasks
+from gambeson.attacks import PGD
 from gambeson.base import UserError
-from gambeson.data import Split
+from gambeson.data import Split, as_split
 from gambeson.tasks import CLASSIFICATION, Classification, Counts, Segmentation, Task
 
 IMAGES = Classification(ignore_index=9)
@@ -185,6 +189,104 @@ def test_a_task_of_one_s_own_decides_what_is_right():
     assert split.task.is_adversarial(logits, split.labels).tolist() == [False, False, True, False]
     with pytest.raises(UserError, match="set the task's ignore_index"):
         Split("kinds", torch.zeros(4, 1, 2, 2), torch.tensor([0, 1, 2, 3]), ignore_index=3, task=Coarse())
+
+
+def test_a_split_takes_a_task_by_name_and_refuses_one_that_does_not_fit_its_labels():
+    images = torch.zeros(3, 1, 2, 2)
+    maps = torch.tensor([[[0, 1], [1, 0]]] * 3)
+    assert Split("a", images, maps, task="segmentation").task == Segmentation()
+    assert Split("a", images, maps[:, 0, 0], task="classification").task == CLASSIFICATION
+    for labels, task, words in (
+        (maps[:, 0, 0], Segmentation(), r"labels have shape \(3,\): expected label maps"),
+        (maps, CLASSIFICATION, r"labels have shape \(3, 2, 2\): expected one label per image"),
+        (maps, Segmentation, "task is .*expected a task such as"),
+        (maps, 3, "task is 3"),
+        (maps, "segmentations", "did you mean segmentation"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Split("a", images, labels, task=task)
+    with pytest.raises(UserError, match="expected label maps"):
+        PGD(eps=0.1)(torch.nn.Conv2d(1, 2, 1), images, maps[:, 0, 0], task=Segmentation())
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("label_dims: ClassVar[int] = 2\n    label_form: ClassVar[str] = 'x'", "does not define units"),
+        ("def units(self, values): return values", "does not define label_dims and label_form"),
+    ],
+)
+def test_an_unfinished_task_is_refused_by_name(tmp_path, body, words):
+    file = tmp_path / "mine.py"
+    file.write_text(f"from typing import ClassVar\nimport gambeson as gb\nclass Mine(gb.tasks.Task):\n    {body}\n")
+    with pytest.raises(UserError, match=words):
+        tasks.create(f"{file}:Mine")
+
+
+def test_a_task_of_one_s_own_gets_its_labels_as_they_are():
+    class AnyOf(Classification):
+        """AnyOf classes per image: an answer is right where it is one of them."""
+
+        label_dims: ClassVar[int] = 2
+        label_form: ClassVar[str] = "one row of classes per image (N, K)"
+
+    images, rows = torch.zeros(3, 1, 2, 2), torch.tensor([[1, 0], [0, 1], [0, 1]])  # not read as one-hot
+    assert Split("a", images, rows, task=AnyOf()).labels.tolist() == rows.tolist()
+    with pytest.raises(UserError, match="expected one row of classes"):
+        Split("a", images, rows[:, 0], task=AnyOf())
+
+
+def masks(foreground: int) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.rand(12, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    return images, ((images[:, 0] > 0.5) * foreground).to(torch.uint8)
+
+
+class Stored(torch.utils.data.Dataset):
+    """Images with masks as files hold them."""
+
+    def __init__(self, images: torch.Tensor, maps: torch.Tensor) -> None:
+        self.pairs = images, maps
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, k: int) -> tuple[torch.Tensor, np.ndarray]:
+        return self.pairs[0][k], self.pairs[1][k].numpy()
+
+
+@pytest.mark.parametrize("form", [lambda *pair: pair, Stored])
+def test_masks_of_0_and_255_are_two_classes_and_said_so(form):
+    images, maps = masks(255)
+    with pytest.warns(UserWarning, match="255 is read as class 1, a foreground"):
+        split = as_split(form(images, maps))
+    assert (split.classes, split.ignore_index) == (("0", "1"), None)
+    assert torch.equal(split.take(slice(None))[1], (images[:, 0] > 0.5).long())
+    maps[0, 0] = 1  # with a third value 255 marks what has no label
+    split = as_split(form(images, maps))
+    assert (split.classes, split.ignore_index) == (("0", "1"), 255)
+    assert torch.equal(split.take(slice(None))[1], maps.long())
+
+
+def test_a_mark_of_unlabelled_pixels_is_never_read_as_a_class_where_an_attack_is_given_it():
+    images, maps = masks(255)
+    model = torch.nn.Conv2d(1, 2, 1)
+    with pytest.raises(UserError, match=r"if 255 marks what has no label, give task=.*ignore_index=255.*labels == 255"):
+        PGD(eps=0.1)(model, images, maps)
+    assert Split("a", images, maps, ignore_index=255).ignore_index == 255
+    found = PGD(eps=0.1)(model, images, maps, task=Segmentation(ignore_index=255))
+    assert not torch.equal(found, images)
+
+
+def test_labels_that_start_at_1_are_said_so_and_gaps_are_not():
+    images = torch.zeros(6, 1, 2, 2)
+    with pytest.warns(UserWarning, match="labels run from 1 to 3: .*pass labels - 1"):
+        assert Split("a", images, torch.tensor([1, 2, 3, 1, 2, 3])).classes == ("0", "1", "2", "3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(Split("a", images, torch.tensor([7, 2, 2, 7, 2, 2])).classes) == 8
+        assert len(Split("a", images, torch.tensor([1, 1, 1, 1, 1, 1])).classes) == 2
+    with pytest.raises(UserError, match="labels reach 20240131: expected class indices"):
+        Split("a", images, torch.tensor([7, 20240131, 2, 7, 2, 2]))
 
 
 def test_counts_of_nothing_have_no_rate():

@@ -113,6 +113,114 @@ def test_probabilities_are_refused_with_the_way_out():
         gb.models.as_logits(Keyed(net()), "answers")(x)
 
 
+class Ending(nn.Module):
+    """A network whose output is reshaped or mapped at its end."""
+
+    def __init__(self, model, end):
+        super().__init__()
+        self.model, self.end = model, end
+
+    def forward(self, x):
+        return self.end(self.model(x))
+
+
+def difference(z):
+    return z[:, 1:] - z[:, :1]
+
+
+@pytest.mark.parametrize(
+    ("maps", "end", "name"),
+    [
+        (False, difference, "one-logit"),
+        (False, lambda z: difference(z).flatten(), "one-logit"),
+        (True, difference, "one-logit"),
+        (True, lambda z: difference(z).squeeze(1), "one-logit"),
+        (False, lambda z: difference(z).sigmoid(), "sigmoid"),
+        (False, lambda z: difference(z).sigmoid().squeeze(1), "sigmoid"),
+        (True, lambda z: difference(z).sigmoid().squeeze(1), "sigmoid"),
+        (False, lambda z: z.softmax(1), "probabilities"),
+        (True, lambda z: z.softmax(1), "probabilities"),
+        (False, lambda z: z.log_softmax(1), None),  # is its own logits
+    ],
+)
+def test_a_binary_net_of_any_output_is_attacked_as_its_two_logits_are(maps, end, name):
+    torch.manual_seed(0)
+    two = nn.Conv2d(1, 2, 3, padding=1) if maps else net(64, 2)
+    x = inner_images(4, (1, 8, 8))
+    y = (x[:, 0] > 0.5).long() if maps else torch.tensor([0, 1, 1, 0])
+    attacks = [FGSM(eps=0.1), PGD(eps=0.1, steps=3, loss="margin")]
+    model = Ending(two, end)
+    for attack in attacks:
+        expected = attack(two, x, y)
+        assert not torch.equal(expected, x)
+        if name is None:
+            torch.testing.assert_close(attack(model, x, y), expected)
+            continue
+        with pytest.raises(UserError, match=f"as_logits.*'{name}'"):
+            attack(model, x, y)
+        torch.testing.assert_close(attack(gb.models.as_logits(model, name), x, y), expected)
+    assert torch.equal(gb.models.as_logits(model, name)(x).argmax(1) if name else model(x).argmax(1), two(x).argmax(1))
+
+
+def test_sigmoids_of_several_classes_are_told_from_small_logits():
+    model = net()
+    with torch.no_grad():
+        model[1].weight.mul_(0.1).abs_()
+        model[1].bias.fill_(0.1)
+    x, y = inner_images(4, (1, 2, 3)), torch.tensor([0, 1, 2, 0])
+    assert 0 < float(model(x).min()) < float(model(x).max()) < 1
+    expected = FGSM(eps=0.1, loss="margin")(model, x, y)  # small logits are logits
+    squashed = nn.Sequential(*model, nn.Sigmoid(), nn.Unflatten(1, (3, 1)), nn.Flatten())
+    with pytest.raises(UserError, match="by a sigmoid: .*as_logits"):
+        FGSM(eps=0.1)(squashed, x, y)
+    assert gb.evaluation.accuracy(squashed, (x, y)) == gb.evaluation.accuracy(model, (x, y))
+    moved = FGSM(eps=0.1, loss="margin")(gb.models.as_logits(squashed, "sigmoid"), x, y)
+    torch.testing.assert_close(moved, expected)
+    with pytest.raises(UserError, match=r"shape \(4, 3\): expected one logit per image"):
+        gb.models.as_logits(model, "one-logit")(x)
+
+
+def test_logits_that_do_not_fit_the_labels_are_refused_with_the_way_out():
+    x, y = inner_images(4, (1, 8, 8)), torch.tensor([0, 1, 1, 0])
+    maps = (x[:, 0] > 0.5).long()
+    half = nn.Conv2d(1, 2, 2, stride=2)
+    with pytest.raises(UserError, match=r"shape \(2, 4, 4\) per image.*interpolate"):
+        PGD(eps=0.1)(half, x, maps)
+    with pytest.raises(UserError, match=r"flatten\(1\)"):
+        PGD(eps=0.1)(nn.Sequential(half, nn.AdaptiveAvgPool2d(1)), x, y)
+    with pytest.raises(UserError, match="a model of one task"):
+        PGD(eps=0.1)(net(64, 2), x, maps)
+    large = nn.Upsample(scale_factor=2)
+    with Victim(nn.Conv2d(1, 2, 1)) as victim:  # looked at again where the size of the images is another
+        for images in (x, large(x)):
+            assert PGD(eps=0.1)(victim, images, (images[:, 0] > 0.5).long()).shape == images.shape
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (lambda z: z[:, :1], "one-logit"),
+        (lambda z: z.softmax(1), "probabilities"),
+        (lambda z: z[:, :2], "labels reach from 0 to 2, but there are 2 classes"),
+    ],
+)
+def test_training_refuses_what_it_would_train_in_vain(end, words):
+    data = (torch.rand(40, 1, 2, 3), torch.arange(40) % 3)
+    with pytest.raises(UserError, match=words):
+        gb.train(Ending(net(), end), data, gb.defenses.Standard(), epochs=1, batch_size=4)
+
+
+def test_a_perturbation_is_not_broadcast_to_images_of_another_shape():
+    data = (torch.rand(40, 1, 4, 4), torch.arange(40) % 3)
+    found = StochasticPGD(eps=0.1, steps=2, restarts=1, probe_starts=0).craft(net(16), data)
+    colour = torch.rand(5, 3, 4, 4)
+    for images, words in ((colour, "expected images of its shape"), (torch.zeros(2, 1, 4, 4).byte(), "uint8")):
+        with pytest.raises(UserError, match=words):
+            found.apply(images)
+    with pytest.raises(UserError, match="a perturbation of shape"):
+        gb.evaluation.universal_evasion(net(48), (colour, torch.arange(5) % 3), found)
+
+
 class Keyed(nn.Module):
     def __init__(self, model):
         super().__init__()

@@ -159,7 +159,7 @@ def class_names(values: torch.Tensor, ignore_index: int | None) -> tuple[str, ..
     highest = max(present, default=0)
     if highest >= MOST_CLASSES:
         raise UserError(
-            f"labels reach {highest}: expected classes from 0; renumber them, labels.unique(return_inverse=True)[1]"
+            f"labels reach {highest}: expected class indices; renumber them, labels.unique(return_inverse=True)[1]"
         )
     if len(present) > 1 and present == list(range(1, highest + 1)):
         warnings.warn(

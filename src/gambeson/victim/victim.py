@@ -279,13 +279,8 @@ class Victim:
         if copy is None:
             return job(*tensors)
         before = self.forwards, self.backwards
-        state = (
-            self.fast,
-            self._layout,
-            self.temperature,
-            self._writes,
-            self.traits is not None and self.traits.writes,
-        )
+        writes = self._writes, self.traits is not None and self.traits.writes
+        state = (self.fast, self._layout, self.temperature, writes)
         graph = copy.graphs.find(
             (what, state), job, tensors, lambda: (self.forwards, self.backwards), lambda: signature(copy.view)
         )
