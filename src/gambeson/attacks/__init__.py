@@ -14,12 +14,12 @@ from gambeson.attacks.query.square import RandomSearch, Square
 from gambeson.attacks.registry import (
     Name,
     canonical,
-    check_attack,
     create,
     entry,
     name_of,
     names,
     register,
+    require_attack,
     require_kind,
 )
 from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
@@ -84,7 +84,6 @@ __all__ = [
     "UniversalAttack",
     "UniversalPerturbation",
     "canonical",
-    "check_attack",
     "control",
     "create",
     "cross_entropy",
@@ -96,6 +95,7 @@ __all__ = [
     "names",
     "ni_fgsm",
     "register",
+    "require_attack",
     "require_kind",
     "si_ni_fgsm",
     "targeted_dlr",

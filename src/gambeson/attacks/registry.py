@@ -84,7 +84,7 @@ def canonical(name: str) -> str:
     return ATTACKS.canonical(name)
 
 
-def check_attack(attack: object) -> Kind:
+def require_attack(attack: object) -> Kind:
     """Return what an attack makes, once it can be called as one.
 
     Args:

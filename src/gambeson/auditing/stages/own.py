@@ -31,7 +31,7 @@ def of(suite: Suite, given: Sequence[Any] = ()) -> dict[str, Own]:
     eps = suite.eps[len(suite.eps) // 2] if suite.eps else 0.0
     found: dict[str, Own] = {}
     for attack in [*(_built(name, eps, suite.norm) for name in suite.attacks), *given]:
-        kind = attacks.check_attack(attack)
+        kind = attacks.require_attack(attack)
         name = attack.__name__ if inspect.isroutine(attack) else user_code.short(attacks.name_of(attack))
         settings = attack.plain() if hasattr(attack, "plain") else {}
         key = f"attack {name} {settings}"
