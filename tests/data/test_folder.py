@@ -279,8 +279,8 @@ def test_options_in_a_name(tmp_path: Path) -> None:
         ("siz=6", "siz in .* is unknown: the options are size, mode, order, nested, white, alpha"),
         ("size=6,size=7", "size in .* is given twice"),
         ("size=6,grey", "grey in .* has no value"),
-        ("size=6?mode=grey", "Input should be a valid integer"),
-        ("mode=gray", "mode = 'gray': Input should be 'rgb' or 'grey'"),
+        ("size=6?mode=grey", "expected a valid integer"),
+        ("mode=gray", "mode = 'gray': expected 'rgb' or 'grey'"),
         ("white=0", "white = '0'"),
     ]:
         for call in (load, canonical):
