@@ -177,7 +177,7 @@ def test_label_maps_count_pixels_and_have_no_answers(tmp_path: Path) -> None:
     file = tmp_path / "a" / "examples.safetensors"
     tensors, _ = load_tensors(file)
     maps = torch.zeros(10, 28, 28, dtype=torch.long)
-    save_tensors(file, tensors | {key: maps for key in ("labels", "predictions", "perturbed_predictions")}, {})
+    save_tensors(file, tensors | dict.fromkeys(("labels", "predictions", "perturbed_predictions"), maps), {})
     html = report.write([tmp_path / "a"], tmp_path / "page.html").read_text()
     assert "<b>68 of 100</b> pixels; without it, on <b>1</b>" in html
     images = html.split('<section id="images">')[1].split("</section>")[0]
