@@ -33,13 +33,15 @@ class Checkpoints:
     def do(self, name: str, kind: Any, work: Callable[[], ResultT]) -> ResultT:
         """Return the stored result of this stage, or compute and store it.
 
+        A result whose ``file`` is missing from the folder is computed again.
+
         Args:
             name: of the stage.
             kind: type of the result, for writing and reading.
             work: computes the result.
         """
         form: TypeAdapter[ResultT] = TypeAdapter(kind)
-        if name in self._done:
+        if name in self._done and self._whole(self._done[name]):
             return form.validate_python(self._done[name])
         began = time.perf_counter()
         with seeded(self._seed, "stage", name):
@@ -59,6 +61,10 @@ class Checkpoints:
         except BudgetSpent as spent:
             self.left_out.append(f"{name} was left out: {spent}.")
             return instead
+
+    def _whole(self, stored: Any) -> bool:
+        file = stored.get("file") if isinstance(stored, dict) else None
+        return self._folder is None or not file or (self._folder / file).is_file()
 
     def _read(self, name: str) -> dict[str, Any]:
         if self._folder is None or not (self._folder / name).is_file():
