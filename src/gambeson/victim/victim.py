@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gambeson.base import Config, UserError, autograd_limits, default_dtype, seeded
 from gambeson.victim.bn_folding import FoldedModel, fold_batchnorms, signature
@@ -355,7 +356,8 @@ _inspected: WeakKeyDictionary[nn.Module, tuple[Hashable, ModelTraits]] = WeakKey
 def _traits(model: nn.Module, images: torch.Tensor) -> ModelTraits:
     """Inspect a model, unless it is unchanged since it was last inspected: in settings, modes, weights and images."""
     tensors = [*model.parameters(), *model.buffers()]
-    if any(tensor.is_inference() for tensor in tensors):  # these have no version
+    unseen = any(tensor.is_inference() for tensor in tensors)  # these have no version
+    if unseen or _get_current_dispatch_mode() is not None:  # a mode may turn the randomness off
         return inspect_model(model, images)
     versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
     modes = tuple(module.training for module in model.modules())
