@@ -139,7 +139,7 @@ def test_weights_that_are_none_are_refused(made, capsys, tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "model.pt")
     data = ["--data", "digits", "--out", str(tmp_path / "x")]
     says(capsys, ["audit", str(tmp_path / "cut.safetensors"), *data], "is not a complete safetensors file")
-    says(capsys, ["audit", str(tmp_path / "model.pt"), *data], "is a pickle", "never loaded")
+    says(capsys, ["audit", str(tmp_path / "model.pt"), *data], "no model card: name its architecture too, as in")
     (tmp_path / "whole.safetensors").write_bytes(whole)
     says(capsys, ["audit", str(tmp_path / "whole.safetensors")], "does not say what data")
     says(capsys, ["audit", str(tmp_path / "whole.safetensors"), "--data", "mnist5k"], "8", "28")

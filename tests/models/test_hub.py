@@ -128,7 +128,7 @@ class Hub:
                 else:
                     self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
-            do_GET = do_HEAD
+            do_GET = do_HEAD  # noqa: N815
 
             def send(self, status, content, more=None):
                 self.send_response(status)

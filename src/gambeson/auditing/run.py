@@ -16,6 +16,7 @@ from gambeson.auditing.stages.black_box import queries_file
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.base import Config, UserError, close_run, environment, open_run, read_json, unknown_name
 from gambeson.evaluation import load_model
+from gambeson.models.black_box.http import StoredHttp
 
 
 def _read_suite(value: Any) -> Any:
@@ -33,6 +34,8 @@ class AuditRun(Config):
     model: str
     """What :func:`gambeson.evaluation.load_model` takes: a run folder, a weights file, an architecture, a program, or
     a black box."""
+    http: StoredHttp = None
+    """How a server is asked."""
     data: data_room.Name | None = None
     """Name of a data set; None: that of the training run."""
     suite: Annotated[Suite, BeforeValidator(_read_suite)] = SUITES["standard"]
@@ -60,7 +63,7 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
         result = AuditResult.load(out)
         return Audit(result, [UniversalPerturbation.load(out / point.file) for point in result.universal])
     left = _left(run, out)
-    subject = load_model(run.model, run.data, run.device, dataset, budget=left)
+    subject = load_model(run.model, run.data, run.device, dataset, budget=left, http=run.http)
     if not began:
         if left is not None:  # report a budget that is too small before creating the folder
             fit(run.suite.on(subject.dataset), subject.dataset, left, 1)

@@ -13,6 +13,8 @@ from gambeson.base.errors import UserError
 from gambeson.base.files import write_yaml
 
 _UNLIKE = ("environment", "finished")  # may differ between two runs with the same settings
+_PASSING = {"http": None}
+"""Settings that change no result: a run may be resumed with others."""
 
 
 def open_run(folder: Path, run: Config, environment: dict[str, str]) -> bool:
@@ -32,7 +34,7 @@ def open_run(folder: Path, run: Config, environment: dict[str, str]) -> bool:
         known = {key: value for key, value in held.items() if key not in _UNLIKE}
         with suppress(UserError):
             known = type(run)(**known).plain()
-        if known != settings:
+        if known | _PASSING != settings | _PASSING:
             unlike = sorted(key for key in known.keys() | settings.keys() if known.get(key) != settings.get(key))
             raise UserError(
                 f"{folder} holds another run (it differs in {', '.join(unlike)}): choose another --out, "

@@ -21,9 +21,12 @@ from gambeson.base import (
 )
 from gambeson.data import Name
 from gambeson.evaluation.attack_suite import SuiteResult, run_suite, standard_suite
+from gambeson.models.black_box.http import StoredHttp
 from gambeson.models.loading import load_model
 from gambeson.victim import as_victim
 
+_SCORING = 4
+"""Queries per image at most beside the attack's: clean and final answers, and the inspection of the model."""
 FILE = "adversarial.safetensors"
 STANDARD = "standard"
 
@@ -33,7 +36,11 @@ class AttackRun(Config):
 
     kind: Literal["attack"] = "attack"
     model: str
-    """A run folder of ``gambeson train``, or a weights file written by this library."""
+    """What :func:`gambeson.evaluation.load_model` takes."""
+    budget: Annotated[int, Field(ge=1)] | None = None
+    """Maximum number of images sent to a black box."""
+    http: StoredHttp = None
+    """How a server is asked."""
     data: Name | None = None
     """Name of a data set; None: that of the training run."""
     attack: attacks.Name = "pgd"
@@ -59,6 +66,20 @@ def _attacks_of(run: AttackRun) -> dict[str, Any]:
     return dict(standard_suite(**run.settings))
 
 
+def _check_budget(budget: int | None, row: dict[str, Any], images: int) -> None:
+    """Refuse a budget that the attacks may exceed, before they ask."""
+    for name, attack in row.items():
+        queries = getattr(attack, "queries", None)
+        if budget is None or queries is None or images * (queries + _SCORING) <= budget:
+            continue
+        each = budget // images - _SCORING
+        raise UserError(
+            f"{name} may ask {queries} queries for each of {images} images, {images * (queries + _SCORING)} with their "
+            f"scoring, and the budget is {budget}: attack {budget // (queries + _SCORING)} images or fewer"
+            + (f", or give queries = {each} or fewer" if each > 0 else ", or a larger budget")
+        )
+
+
 def run_attack(run: AttackRun, out: Path) -> SuiteResult:
     """Execute ``run``; write ``result.json`` and the perturbed images to ``out``.
 
@@ -66,7 +87,9 @@ def run_attack(run: AttackRun, out: Path) -> SuiteResult:
         UserError: the folder holds another run, the model cannot be loaded, or a setting is wrong.
     """
     row = _attacks_of(run)
-    subject = load_model(run.model, run.data, run.device)
+    needing = next((name for name, attack in row.items() if getattr(attack, "gradients", False)), None)
+    subject = load_model(run.model, run.data, run.device, budget=run.budget, http=run.http, gradients=needing)
+    _check_budget(run.budget, row, min(run.images, len(subject.dataset.test)))
     if open_run(out, run, environment(run.device)):
         return SuiteResult(**read_json(out / "result.json")["result"])
     rows = subject.dataset.test.sample_indices(run.images, seed=run.seed)
