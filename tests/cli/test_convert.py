@@ -103,3 +103,71 @@ def test_weights_that_say_nothing_of_normalisation_are_taken_aloud(digits, tmp_p
     with torch.no_grad():
         assert torch.equal(loaded.model(x), other(x))
     assert loaded.model.card.mean == pytest.approx((0.1,))
+
+
+@pytest.fixture
+def server(net):
+    from tests.models.test_black_box import Server
+
+    made = Server(net[1])
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def test_a_universal_attack_with_gradients_sends_a_server_nothing(server, tmp_path, capsys):
+    base = [server.url, "--data", "digits", "--eps", "0.2", "--out", f"{tmp_path}/u.safetensors"]
+    assert run(["uap", "craft", *base, "--attack", "sga"]) == 2
+    assert "sga needs gradients, and http" in capsys.readouterr().err
+    assert (
+        run(["attack", server.url, "--data", "digits", "--eps", "0.2", "--attack", "pgd", "--out", f"{tmp_path}/a"])
+        == 2
+    )
+    assert "pgd needs gradients, and http" in capsys.readouterr().err
+    assert server.seen == 0
+    done = run(
+        [
+            "uap",
+            "craft",
+            *base,
+            "--attack",
+            "perlin",
+            "--set",
+            "patterns=4",
+            "--set",
+            "images=20",
+            "--budget",
+            "5",
+        ]
+    )
+    assert done == 2
+    assert "may be asked about 5 images" in capsys.readouterr().err
+    assert sum(count for count, _ in server.sizes) <= 5
+
+
+def test_a_server_is_asked_as_the_options_say(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TOKEN", "abc")
+    command = ["attack", server.url, "--data", "digits", "--eps", "0.2", "--attack", "square", "--out", f"{tmp_path}/a"]
+    command += ["--images", "6", "--set", "queries=5", "--http", "token_env=TOKEN", "--http", "headers.X-Key=${TOKEN}"]
+    assert run([*command, "--budget", "30"]) == 2
+    assert (
+        "square may ask 5 queries for each of 6 images, 92 with their scoring, and the budget is 30"
+        in capsys.readouterr().err
+    )
+    assert sum(count for count, _ in server.sizes) == 2  # the trial of the model
+    assert run([*command, "--budget", "92", "--http", "workers=1", "--http", "batch=3"]) == 0, capsys.readouterr().err
+    sent = [{key.lower(): value for key, value in one.items()} for one in server.headers]
+    assert all(one["authorization"] == "Bearer abc" and one["x-key"] == "abc" for one in sent)
+    assert server.most == 1
+    assert max(count for count, _ in server.sizes[1:]) == 3
+    stored = (tmp_path / "a" / "run.yaml").read_text()
+    assert "token_env: TOKEN" in stored
+    assert "abc" not in stored
+    assert run([*command, "--budget", "92", "--http", "timeout=5"]) == 0  # the same run: it is loaded
+    assert run(["attack", server.url, "--data", "digits", "--eps", "0.2", "--http", "headers.X-Api-Key=abc"]) == 2
+    assert "X-Api-Key would be stored with the run" in capsys.readouterr().err
+    assert (
+        run(["attack", "lenet5", "--data", "digits", "--eps", "0.2", "--http", "timeout=5", "--out", f"{tmp_path}/b"])
+        == 2
+    )
+    assert "lenet5 is no server: leave the settings of HTTP out" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,22 +12,25 @@ from gambeson import attacks
 from gambeson.base import (
     Config,
     UserError,
+    check_run,
     close_run,
     environment,
     open_run,
     read_json,
     save_tensors,
     user_code,
+    writable,
     write_json,
 )
 from gambeson.data import Name
 from gambeson.evaluation.attack_suite import SuiteResult, run_suite, standard_suite
 from gambeson.models.black_box.http import StoredHttp
 from gambeson.models.loading import load_model
+from gambeson.threat import default_eps
 from gambeson.victim import as_victim
 
-_SCORING = 4
-"""Queries per image at most beside the attack's: clean and final answers, and the inspection of the model."""
+_SCORED, _INSPECTED = 2, 50
+"""Queries beside an attack's: per image for its clean and its final answer, and for inspections of the model."""
 FILE = "adversarial.safetensors"
 STANDARD = "standard"
 
@@ -53,16 +57,33 @@ class AttackRun(Config):
     seed: int = 0
     device: str = "cpu"
 
+    @property
+    def lacks_eps(self) -> bool:
+        """Whether the attack cannot be built without an eps, and none was given."""
+        return "eps" not in self.settings and (self.attack == STANDARD or attacks.entry(self.attack).needs("eps"))
+
+    def with_eps(self, eps: float) -> AttackRun:
+        """The run with an eps."""
+        return self.model_copy(update={"settings": {"eps": eps, **self.settings}})
+
+
+_SUITE = ("eps", "norm", "queries", "faithful", "eot_samples")
+
+
+def settings_of(attack: str | None) -> Iterable[str]:
+    """Return the names of the settings of an attack, by default of a run's default one, or of the standard suite."""
+    if attack == STANDARD:
+        return _SUITE
+    return attacks.entry(attack or AttackRun.model_fields["attack"].default).settings
+
 
 def _attacks_of(run: AttackRun) -> dict[str, Any]:
     if run.attack != STANDARD:
         attacks.require_kind(run.attack, "image")
         return {user_code.short(run.attack): attacks.create(run.attack, **run.settings)}
-    unknown = set(run.settings) - {"eps", "norm", "queries", "faithful", "eot_samples"}
-    if unknown or "eps" not in run.settings:
-        raise UserError(
-            f"the suite takes eps, norm, queries, faithful, eot_samples, got {sorted(run.settings)}: give --eps"
-        )
+    if unknown := sorted(set(run.settings) - set(_SUITE)):
+        reason = f"the suite takes {', '.join(_SUITE)}, got {', '.join(unknown)}"
+        raise UserError(reason, ("settings", unknown[0]), reason)
     return dict(standard_suite(**run.settings))
 
 
@@ -70,13 +91,13 @@ def _check_budget(budget: int | None, row: dict[str, Any], images: int) -> None:
     """Refuse a budget that the attacks may exceed, before they ask."""
     for name, attack in row.items():
         queries = getattr(attack, "queries", None)
-        if budget is None or queries is None or images * (queries + _SCORING) <= budget:
+        if budget is None or queries is None or (most := images * (queries + _SCORED) + _INSPECTED) <= budget:
             continue
-        each = budget // images - _SCORING
+        few = max(0, budget - _INSPECTED)
         raise UserError(
-            f"{name} may ask {queries} queries for each of {images} images, {images * (queries + _SCORING)} with their "
-            f"scoring, and the budget is {budget}: attack {budget // (queries + _SCORING)} images or fewer"
-            + (f", or give queries = {each} or fewer" if each > 0 else ", or a larger budget")
+            f"{name} may ask {queries} queries for each of {images} images, {most} with their scoring, and the budget "
+            f"is {budget}: with it attack {few // (queries + _SCORED)} images at most, or give "
+            f"queries = {max(0, few // images - _SCORED)} at most"
         )
 
 
@@ -86,11 +107,15 @@ def run_attack(run: AttackRun, out: Path) -> SuiteResult:
     Raises:
         UserError: the folder holds another run, the model cannot be loaded, or a setting is wrong.
     """
-    row = _attacks_of(run)
+    row = _attacks_of(run.with_eps(0.0) if run.lacks_eps else run)  # what is wrong is said before anything is loaded
+    writable(out) if run.lacks_eps else check_run(out, run)
     needing = next((name for name, attack in row.items() if getattr(attack, "gradients", False)), None)
     subject = load_model(run.model, run.data, run.device, budget=run.budget, http=run.http, gradients=needing)
+    if run.lacks_eps:
+        run = run.with_eps(default_eps(subject.dataset.test.shape, run.settings.get("norm", "inf")))
+    row = _attacks_of(run)
     _check_budget(run.budget, row, min(run.images, len(subject.dataset.test)))
-    if open_run(out, run, environment(run.device)):
+    if open_run(out, run, environment(run.device)) and (out / "result.json").is_file():
         return SuiteResult(**read_json(out / "result.json")["result"])
     rows = subject.dataset.test.sample_indices(run.images, seed=run.seed)
     split = subject.dataset.test.subset(rows)

@@ -115,6 +115,15 @@ def asking(source: str, budget: int | None, http: HttpSettings | None) -> dict[s
     return {"budget": budget if asked else None, "http": http if source.startswith(_SERVER) else None}
 
 
+def check_source(source: str) -> None:
+    """Refuse a model that no source in :func:`load_model` provides, without loading it.
+
+    Raises:
+        UserError: there is none.
+    """
+    _loader(source)
+
+
 def input_shape(source: str) -> data.Shape:
     """Return the channels, height and width that a model takes, None where it takes any or does not say.
 
