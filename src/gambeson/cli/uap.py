@@ -60,7 +60,7 @@ def craft(
     writable(out.parent)
     source = needed(one_model(model, model_), "uap craft")
     with progress(as_json) as console:
-        asked = {
+        asked: dict[str, Any] = {
             "budget": budget,
             "http": http_settings(http),
             "gradients": attack if getattr(method, "gradients", False) else None,
