@@ -16,6 +16,7 @@ from gambeson.threat import Ball
 from gambeson.training.batches import Epoch
 from gambeson.training.loop import Run
 from gambeson.victim import FastPath, Victim, predict
+from gambeson.victim.bn_folding import _made
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 
@@ -133,6 +134,7 @@ def test_a_step_of_adversarial_training_waits_for_the_device_once(data):
     net.train()
     run.train_step(batch)
     assert waits_in(lambda: run.train_step(batch)) <= 1
+    assert len(_made[net].graphs) == 1
 
 
 def test_more_steps_of_an_attack_wait_no_more_often(pair, data):
