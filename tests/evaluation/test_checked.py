@@ -121,3 +121,19 @@ def test_a_universal_perturbation_lies_in_its_ball(norm):
     for bad in (1.01 * surface, torch.full_like(surface, torch.nan)):
         with pytest.raises(UserError, match="expected a finite one inside the ball"):
             gb.attacks.UniversalPerturbation(bad, uap.about)
+
+
+def test_universal_attacks_that_yield_something_else_are_refused():
+    def found(*made):
+        class Odd(gb.attacks.StochasticPGD):
+            def _search(self, context, start):
+                yield from made
+
+        return Odd(eps=0.1)
+
+    candidate = gb.attacks.universal.base.Candidate
+    flat = candidate(start="zero", delta=torch.zeros(1, 4, 4))
+    cases = {(): "yielded nothing", (torch.zeros(1, 1, 4, 4),): "a Tensor", (flat,): r"\(1, 4, 4\)"}
+    for made, said in cases.items():
+        with pytest.raises(UserError, match=said):
+            found(*made).craft(net(), split())
