@@ -8,7 +8,17 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """An error the user can fix; the command line prints it without a traceback and exits with code 2."""
+    """An error the user can fix; the command line prints it without a traceback and exits with code 2.
+
+    Args:
+        message: one sentence.
+        path: the setting at fault, from the outermost object to the innermost field; empty if it is none.
+        reason: what is wrong with it, without its name; for callers that know another name of the setting.
+    """
+
+    def __init__(self, message: str, path: tuple[str, ...] = (), reason: str = "") -> None:
+        super().__init__(message)
+        self.path, self.reason = path, reason or message
 
 
 class UnknownSetting(UserError, TypeError):
@@ -36,6 +46,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     near = near or difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}."
     return UserError(f"unknown {kind} {name!r}: {hint}")
+
+
+def count(number: int, what: str) -> str:
+    """Return a number with its noun, such as ``1 epoch`` or ``2 epochs``."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def one_line(error: BaseException) -> str:

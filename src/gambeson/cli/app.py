@@ -9,33 +9,34 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import gambeson as gb
-from gambeson.cli import attack, audit, bench, data, export, quickstart, report, testbed, train, transfer, uap
+from gambeson.cli import attack, audit, bench, data, export, options, report, testbed, train, uap
 from gambeson.cli.list import list_ as list_things
 
 MISTAKE, STOPPED = 2, 130
 """Exit codes of an error that the user can fix, and of Ctrl-C as in shells."""
 
+_ClickError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
 app = typer.Typer(
     help="Attack, harden and audit vision models.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("quickstart")(quickstart.quickstart)
+app.command("quickstart")(report.quickstart)
 app.command("list")(list_things)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("audit")(audit.audit)
 app.command("attack")(attack.attack)
 app.add_typer(uap.app, name="uap")
-app.command("transfer")(transfer.transfer)
+app.command("transfer")(attack.transfer)
 app.command("report")(report.report)
 app.command("export")(export.export)
 app.add_typer(testbed.app, name="testbed")
@@ -94,17 +95,45 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command line; return its exit code."""
+    options.forget()
     warnings.formatwarning = _plain_warning
     try:
-        app(args=_threads_first(arguments), prog_name="gambeson")
+        code = app(args=_threads_first(arguments), prog_name="gambeson", standalone_mode=False) or 0
     except SystemExit as end:
-        if end.code == STOPPED:
-            typer.echo("stopped: finished work is kept; the same command resumes from here", err=True)
-        return int(end.code or 0)
+        code = int(end.code or 0)
     except gb.UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        return MISTAKE
-    return 0
+        return _refuse(options.sentence(error))
+    except _ClickError as error:  # of the command line itself
+        return _refuse(_click_sentence(error, arguments))
+    except OSError as error:  # what no part of the library has foreseen, such as a folder in place of a file
+        if error.filename is None:
+            raise
+        return _refuse(f"{error.filename}: {error.strerror}; name another file or folder, or make it accessible")
+    if code == STOPPED:
+        typer.echo("stopped: finished work is kept; the same command resumes from here", err=True)
+    return code
+
+
+def _refuse(sentence: str) -> int:
+    typer.echo(f"error: {sentence}", err=True)
+    return MISTAKE
+
+
+def _click_sentence(error: Any, arguments: list[str]) -> str:
+    """Return a mistake in the options as one sentence, led by the option as it was typed."""
+    text = " ".join(error.format_message().split())
+    if not text:  # a group of commands without one: its help was printed
+        return "name a command"
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    if parameter is not None and not text.startswith("Missing"):
+        name, reason = parameter.name.upper(), " ".join(error.message.split()).removeprefix("Value error, ")
+        for k, typed in enumerate(arguments):
+            if typed.partition("=")[0] in parameter.opts:
+                name = typed if "=" in typed else " ".join(arguments[k : k + 2])
+        text = f"{name}: {reason.replace('Input should be ', 'expected ')}"
+    else:
+        text = f"{text[0].lower()}{text[1:]}"
+    return f"{text.rstrip('.')}; `{context.command_path if context else 'gambeson'} --help` lists what there is"
 
 
 def _plain_warning(

@@ -299,13 +299,17 @@ def _trainable(model: nn.Module, data: Dataset) -> tuple[torch.device, torch.dty
             f"the {type(model).__name__} has no weights that require a gradient: train the module it was made from"
         )
     with victim:
-        images, labels = data.train.take(slice(0, 8), victim.device)
+        images, _ = data.train.take(slice(0, 2), victim.device)
         traits = victim.inspect(images)
     if traits.writes:
         raise UserError("the model changes its input in place: let it work on a copy, such as images.clone()")
-    data.train.task.check_logits(traits.shape, labels)
+    if not traits.bare:
+        raise UserError(
+            "the model returns something that holds its logits: train gb.models.as_logits(model, KEY), with the KEY of "
+            "the logits in it"
+        )
     for split in (data.train, data.validation):
-        split.check_classes(traits.shape[1])
+        split.check_logits(traits.shape)
     try:
         model.train()
     except NotImplementedError:
