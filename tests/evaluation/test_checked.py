@@ -123,6 +123,36 @@ def test_a_universal_perturbation_lies_in_its_ball(norm):
             gb.attacks.UniversalPerturbation(bad, uap.about)
 
 
+def unaware(model, x, y):
+    return x
+
+
+class Overwriting(PGD):
+    def __call__(self, model, x, y, *, seed=0, task=None):
+        return x.copy_(super().__call__(model, x, y, seed=seed, task=task))
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "eps_adv"])
+@pytest.mark.parametrize(
+    ("attack", "said"),
+    [
+        (unaware, "seed"),
+        (3, "no attack"),
+        (PGD, "is a class"),
+        (gb.attacks.StochasticPGD(eps=0.1), "for all images"),
+    ],
+)
+def test_what_cannot_be_called_as_an_attack_is_refused(path, attack, said):
+    with pytest.raises(UserError, match=said):
+        PATHS[path](attack)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_attack_may_not_change_the_images_it_is_given(path):
+    with pytest.raises(UserError, match=r"x\.clone\(\)"):
+        PATHS[path](Overwriting(eps=0.1))
+
+
 def test_universal_attacks_that_yield_something_else_are_refused():
     def found(*made):
         class Odd(gb.attacks.StochasticPGD):
