@@ -1,6 +1,14 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# PyTorch in the build for this machine, which is far smaller where there is no GPU: uv knows where it is. TORCH_INDEX=URL
+# names an index instead (such as the one that PyTorch's "Get Started" page shows for CPU). Where uv cannot reach its own,
+# pip takes the build that its index has.
+install = $(if $(TORCH_INDEX),\
+  $(PIP) --index-url $(TORCH_INDEX) torch torchvision && $(PIP) -e ".[$(1)]",\
+  $(PIP) uv && $(BIN)/python -m uv pip install --quiet --python $(BIN)/python --torch-backend auto -e ".[$(1)]" || $(PIP) -e ".[$(1)]")
 
 .PHONY: quickstart test test-full lint picture bundle clean
 
@@ -30,11 +38,11 @@ bundle: $(VENV)/.quickstart        ## all that a machine without network needs, 
 
 # A stamp a set of extras: made again only when pyproject.toml changes.
 $(VENV)/.quickstart: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[quickstart]"
+	$(call install,quickstart)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(call install,dev)
 	@touch $@
 
 $(BIN)/python:

@@ -27,7 +27,7 @@ from gambeson.training import Recipe, plan
 from gambeson.victim import EOT_SAMPLES, Victim
 
 EPS, RADII = 0.2, (0.1, 0.2, 0.3)
-SUITE = 250  # images that the standard row attacks
+SUITE = 250  # images of the attack suite
 RECIPE = Recipe(epochs=4, batch_size=64, lr=0.05)
 NOISE = {"places": ("relu1",), "noise_from": 0}
 ROWS: dict[str, Defense] = {

@@ -16,7 +16,7 @@ def defense_table():
     """The table of docs/defenses.md, from what ``benchmarks/defenses.py`` stored."""
     content = json.loads((ROOT / "results" / "defenses.json").read_text())
     columns = {"clean": "clean", "uer 0.1": "UER 0.1", "uer 0.2": "UER 0.2", "uer 0.3": "UER 0.3"}
-    columns |= {"pgd-40 at 0.1": "PGD-40 at 0.1", "suite at 0.1": "row at 0.1"}
+    columns |= {"pgd-40 at 0.1": "PGD-40 at 0.1", "suite at 0.1": "attack suite at 0.1"}
     lines = [f"| defence | seeds | time of a step | {' | '.join(columns.values())} |", "|---|" + "---|" * 8]
     for name, cells in content["cells"].items():
         cost, values = content.get("cost", {}).get(name), []

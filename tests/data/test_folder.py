@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import unicodedata
@@ -16,7 +17,7 @@ from PIL import Image
 
 from gambeson.base.errors import DataWarning, UserError
 from gambeson.cli.app import run
-from gambeson.data import Dataset, LazySplit, canonical, lazy, load
+from gambeson.data import Dataset, LazySplit, canonical, get, lazy, load
 
 DRAW = np.random.default_rng(0)
 
@@ -262,6 +263,12 @@ def test_options_in_a_name(tmp_path: Path) -> None:
         for call in (load, canonical):
             with pytest.raises(UserError, match=told):
                 call(f"image-folder:{root}?{wrong}")
+    with pytest.raises(
+        UserError, match=f"is a folder, not the name of a data set: write image-folder:{re.escape(str(root))}"
+    ):
+        load(str(root))
+    assert get(f"image-folder:{root}?size=6") == root
+    assert canonical(f"image-folder:{root}?white=4095") == f"image-folder:{root}?white=4095"
     with pytest.raises(UserError, match="mode came with digits, whose images are 8x8 in grey"):
         load("digits?mode=rgb")
     with pytest.raises(UserError, match="order is for class folders"):

@@ -78,7 +78,7 @@ def test_sheet_has_one_image_a_row_with_interleaved_channels() -> None:
     Image.fromarray(images.reshape(6, 16, 3)).save(buffer, "PNG")
     read = formats.read_sheet(buffer.getvalue(), "sheet")
     assert np.array_equal(read.numpy(), images.transpose(0, 3, 1, 2))
-    with pytest.raises(UserError, match="not a whole PNG"):
+    with pytest.raises(UserError, match="expected a whole PNG"):
         formats.read_sheet(buffer.getvalue()[:40], "sheet")
     odd = io.BytesIO()
     Image.fromarray(images.reshape(12, 8, 3)).save(odd, "PNG")

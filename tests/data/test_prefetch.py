@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gambeson.base.errors import UserError
-from gambeson.data import LazySplit, lazy, load, prefetch
+from gambeson.data import LazySplit, lazy, load
 
 
 class Numbers:
@@ -152,14 +152,14 @@ def test_the_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for cores, processes, expected in [(1, 1, 0), (2, 1, 0), (4, 1, 4), (6, 2, 0), (16, 2, 8), (64, 1, 8), (64, 8, 8)]:
         monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: set(range(cores)), raising=False)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert prefetch.default_workers() == expected
+        assert lazy.default_workers() == expected
     monkeypatch.setattr("sys.platform", "darwin")
-    assert prefetch.default_workers() == 0
+    assert lazy.default_workers() == 0
     monkeypatch.setenv("GAMBESON_WORKERS", "3")
-    assert prefetch.default_workers() == 3
+    assert lazy.default_workers() == 3
     monkeypatch.setenv("GAMBESON_WORKERS", "many")
     with pytest.raises(UserError, match="GAMBESON_WORKERS is 'many': expected a number of processes"):
-        prefetch.default_workers()
+        lazy.default_workers()
     for call in (lambda: load(tmp_path, workers=-1), lambda: split(tmp_path / "log", -1)):
         with pytest.raises(UserError, match="workers = -1: expected a number of processes, 0 or more"):
             call()

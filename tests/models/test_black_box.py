@@ -393,7 +393,7 @@ def test_no_server_and_no_address(server):
     for url in ("http://", "ftp://a/b", "http://a:b/", "http://a:0/", "http://a:65536/", "a"):
         with pytest.raises(UserError, match="is no address of a server"):
             HttpModel(url)
-    with pytest.raises(UserError, match="expected none below 0"):
+    with pytest.raises(UserError, match=r"HttpSettings.retries = -1: .*greater than or equal to 0"):
         HttpModel("http://a/", retries=-1)
 
 
@@ -528,3 +528,56 @@ def test_onnx_gives_the_scores_of_its_model(tmp_path, batch):
             assert torch.allclose(asked(images), net(images), atol=1e-5)
     with pytest.raises(UserError, match="takes images of 1x4x4, got 3x4x4: choose data"):
         asked(inner_images(2, (3, 4, 4)))
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        gb.attacks.PGD(eps=0.1),
+        gb.attacks.DeepFool(eps=0.1),
+        gb.attacks.StochasticPGD(eps=0.1),
+        gb.attacks.SGA(eps=0.1),
+        gb.attacks.DataFree(eps=0.1),
+        gb.attacks.SingularVector(eps=0.1),
+    ],
+    ids=lambda attack: type(attack).__name__,
+)
+def test_an_attack_that_needs_gradients_asks_a_server_nothing(server, attack):
+    images, labels = inner_images(6, SHAPE), torch.arange(6) % 2
+    for target in (box(server), [server.net, box(server)]):
+        with pytest.raises(UserError, match=rf"{type(attack).__name__} needs gradients, and http.* is a black box"):
+            attack.craft(target, (images, labels)) if hasattr(attack, "craft") else attack(target, images, labels)
+    assert server.seen == 0
+    gb.attacks.PerlinNoise(eps=0.1, patterns=3, images=4, finalists=1).craft(box(server), (images, labels))
+    assert server.seen > 0
+
+
+def test_a_token_comes_from_the_environment_and_is_stored_nowhere(server, monkeypatch):
+    from gambeson.models.black_box.http import HttpSettings, StoredHttp
+
+    monkeypatch.setenv("MY_TOKEN", "abc\n")
+    asked = box(server, token_env="MY_TOKEN", headers={"X-Api-Key": "v1-${MY_TOKEN}", "X-Plain": "yes"})
+    asked(inner_images(2, SHAPE))
+    sent = {key.lower(): value for key, value in server.headers[0].items()}
+    assert (sent["authorization"], sent["x-api-key"], sent["x-plain"]) == ("Bearer abc", "v1-abc", "yes")
+    assert "abc" not in str(asked.settings.plain())
+    monkeypatch.delenv("MY_TOKEN")
+    with pytest.raises(UserError, match="environment variable MY_TOKEN is not set"):
+        box(server, token_env="MY_TOKEN")
+    for name, value in (("X-Bad", "a\nb"), ("X Bad", "a"), ("X-Bad", "é")):
+        with pytest.raises(UserError, match="has characters that HTTP does not allow"):
+            box(server, headers={name: value})
+
+    class Stored(gb.base.Config):
+        http: StoredHttp = None
+
+    assert Stored(http={"headers": {"X-Plain": "yes", "Authorization": "Bearer ${T}"}}).http is not None
+    for name in ("Authorization", "x-api-key", "Cookie"):
+        with pytest.raises(UserError, match=rf"the header {name} would be stored with the run: write {name}="):
+            Stored(http=HttpSettings(headers={name: "abc"}))
+
+
+def test_a_server_that_wants_a_token_says_so_with_the_setting(server):
+    server.always = 401
+    with pytest.raises(UserError, match=r"status 401.*\(a token: token_env or headers\)"):
+        box(server)(inner_images(1, SHAPE))

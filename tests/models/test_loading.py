@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from PIL import Image
@@ -79,13 +81,39 @@ def test_body_weights_fit_an_architecture(folder, digits):
     assert accuracy(load_model(f"lenet5@{folder}/body.safetensors", "digits", "cpu", digits)) > 0.85
 
 
-def test_an_onnx_file(folder, trained, digits):
+def test_an_onnx_file(folder, trained, digits, monkeypatch):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     export(trained, folder / "net.onnx", "onnx")
-    loaded = load_model(f"{folder}/net.onnx", "digits", "cpu", digits)
+    loaded = load_model(f"{folder}/net.onnx", "digits", "cpu", digits, budget=1000)
     assert loaded.black_box
     assert accuracy(loaded) > 0.85
+    monkeypatch.setitem(sys.modules, "onnx2torch", None)
+    with pytest.warns(
+        UserWarning, match=r"taken as a black box, without gradients: .*needs onnx2torch.*gambeson\[onnx"
+    ):
+        assert load_model(f"{folder}/net.onnx", "digits", "cpu", digits).black_box
+    with pytest.raises(UserError, match=r"the gradient of .*net.onnx needs onnx2torch"):
+        load_model(f"{folder}/net.onnx", "digits", "cpu", digits, gradients="pgd")
+
+
+def test_an_onnx_file_has_the_gradients_of_its_model(folder, trained, digits):
+    for package in ("onnx", "onnxscript", "onnxruntime", "onnx2torch"):
+        pytest.importorskip(package)
+    export(trained, folder / "white.onnx", "onnx")
+    loaded = load_model(f"{folder}/white.onnx", "digits", "cpu", digits)
+    assert not loaded.black_box
+    x, y = digits.test.take(slice(0, 30))
+    slopes = []
+    for model in (loaded.model, trained):
+        pixels = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(pixels), y), pixels)
+        slopes.append(slope)
+    torch.testing.assert_close(slopes[0], slopes[1], atol=1e-5, rtol=1e-3)
+    attack = gb.attacks.PGD(eps=0.1, steps=5)
+    with torch.no_grad():
+        found = [trained(attack(model, x, y, seed=0)).argmax(1) for model in (loaded.model, trained)]
+    assert float((found[0] == found[1]).float().mean()) > 0.9
 
 
 def test_a_function_of_scores_is_a_black_box(folder, digits):
@@ -125,7 +153,7 @@ def _two():
         ("lenett", r"lenett does not exist, and as the name .* unknown model 'lenett': did you mean"),
         ("{}/none.pt2", "none.pt2 does not exist: name a program"),
         ("{}/none.onnx", "onnx"),
-        ("lenet5@{}/none.safetensors", "none.safetensors does not exist: expected the weights of lenet5"),
+        ("lenet5@{}/none.safetensors", "none.safetensors does not exist: expected a file of weights"),
         ("lenet@{}/own.safetensors", "do not fit this lenet"),
         ("{}/nets.py:nothing", "has no function 'nothing'"),
         ("{}/nets.py", "names a file but no function"),
@@ -145,7 +173,7 @@ def test_names_that_stand_for_nothing(folder, digits, source, words):
 def test_a_model_and_data_that_do_not_fit(folder):
     with pytest.raises(UserError, match=r"knows 10 classes, but two has 1 channels and 2 classes"):
         load_model(f"{folder}/own.safetensors", "two", "cpu", _two())
-    with pytest.raises(UserError, match=r"returned \(2, 10\) for two images: expected logits \(2, 2\)"):
+    with pytest.raises(UserError, match=r"returned shape \(2, 10\) for images .* have 2 classes, so \(2, 2\)"):
         load_model(f"{folder}/net.pt2", "two", "cpu", _two())
     with pytest.raises(UserError, match="does not say what data its model was trained on"):
         load_model(f"{folder}/own.safetensors", None, "cpu")

@@ -29,6 +29,7 @@ from gambeson.base import generator, pixel_bytes, save_tensors, write_json, writ
 from gambeson.evaluation import Rate
 from gambeson.evaluation.attack_suite import AttackRound
 from gambeson.evaluation.rates import Control, Cost, EpsUni
+from gambeson.evaluation.transfer import TransferResult, TransferRun, TransferTable
 
 GREY = (0.05, 0.1, 0.15, 0.2, 0.3)
 COLOUR = (4 / 255, 8 / 255, 12 / 255, 16 / 255, 26 / 255)
@@ -252,3 +253,20 @@ def _write_examples(folder: Path, delta: torch.Tensor, shape: list[int], wrong: 
         "perturbed_predictions": after,
     }
     save_tensors(folder / "examples.safetensors", tensors, {"eps": 0.15, "norm": "inf"})
+
+
+def transferred() -> TransferResult:
+    """A transfer result of three models, the last of which is a black box."""
+    run = TransferRun(models=("runs/a", "runs/b", "http://c"), data="digits", eps=8 / 255, attacks=("fgsm", "pgd"))
+
+    def table(attack: str, more: int) -> TransferTable:
+        rows = [[Rate.of(100 * source + 37 * target + more, TESTS) for target in range(3)] for source in (1, 6)]
+        return TransferTable(attack=attack, errors=[*rows, [None, None, None]])
+
+    return TransferResult(
+        labels=["plain", "hard", "box"],
+        clean=[Rate.of(21, TESTS), Rate.of(33, TESTS), Rate.of(47, TESTS)],
+        tables=[table("fgsm", 5), table("pgd", 111)],
+        run=run,
+        environment={"python": "3.11.9"},
+    )

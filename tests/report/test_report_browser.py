@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from report_audits import three, write_audit
+from report_audits import three, transferred, write_audit
 from report_reader import Written
 
 from gambeson import report
@@ -88,10 +88,12 @@ def test_page_never_scrolls_sideways(browser: Browser, tmp_path: Path, width: in
     assert title["x"] + title["width"] <= chart["x"] + chart["width"]
     assert not overlaps(page, "#chart .xtitle", "#chart .xaxislayer-above")
     if width == 360:
-        box = page.locator(".scroll").nth(1)
-        box.evaluate("(node) => { node.scrollLeft = 200; }")
-        name = box.locator("tbody th[scope=row]").first
-        assert name.evaluate("(node) => node.getBoundingClientRect().left") >= 0  # it stays in view
+        for cell in page.locator("td").all():  # no cell lies outside the screen, and each says what it is
+            box = cell.bounding_box()
+            assert box
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= width
+            assert cell.evaluate("(node) => getComputedStyle(node, '::before').content") not in ("none", '""')
     page.context.close()
 
 
@@ -101,6 +103,7 @@ def test_a_hostile_label_does_nothing(browser: Browser, tmp_path: Path) -> None:
     page, complaints, _ = visit(browser, report.write([tmp_path / "a"], tmp_path / "page.html"), 1280)
     assert complaints == []
     assert page.locator("h2").first.text_content() == label
+    assert page.locator(".badge").all_text_contents() == ["✗ broken", "✓ measurement checked"]
     assert page.locator("#chart .legendtext").text_content() == label
     page.context.close()
 
@@ -118,4 +121,29 @@ def test_paper_shows_everything(browser: Browser, written: Written) -> None:
     for table in page.locator("table").all():
         assert table.evaluate("(node) => node.getBoundingClientRect().right") <= 688
     assert complaints == []
+    page.context.close()
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_mathematics_is_folded_and_drawn_at_full_width_when_opened(
+    browser: Browser, written: Written, width: int
+) -> None:
+    page, _, _ = visit(browser, written.path, width)
+    chart, drawer = page.locator("#along .main-svg").first, page.locator("#jacobian > details")
+    assert not chart.is_visible()
+    drawer.evaluate("(node) => { node.open = true; }")
+    page.wait_for_timeout(400)
+    drawn, room = chart.bounding_box(), page.locator("#along").bounding_box()
+    assert drawn
+    assert room
+    assert drawn["width"] == pytest.approx(room["width"], abs=2)
+    page.context.close()
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_transfer_page_never_scrolls_sideways(browser: Browser, tmp_path: Path, width: int) -> None:
+    page = browser.new_context(offline=True, viewport={"width": width, "height": 800}).new_page()
+    page.goto(report.write_transfer(transferred(), tmp_path / "transfer.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("td.own").count() == 2 * 2
     page.context.close()

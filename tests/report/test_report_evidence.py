@@ -16,7 +16,7 @@ from test_report_safety import pixels
 
 from gambeson import UserError, report
 from gambeson.base import load_tensors, save_tensors
-from gambeson.report.images import painted, signed
+from gambeson.report.pictures import painted, signed
 
 HEADS = ("Attack", "Noise", "Accuracy", "Measure", "Metric", "Pattern", "Directions")
 
@@ -149,6 +149,14 @@ def test_audits_without_jacobian_or_other_attacks_leave_the_sections_out(tmp_pat
     assert 'id="jacobian"' not in html
     assert "#jacobian" not in html
     assert len(re.findall("data-chart=", html)) == 1
+
+
+def test_the_axis_of_the_loss_shows_every_slope(tmp_path: Path) -> None:
+    html = report.write([write_audit(tmp_path / "a") and tmp_path / "a"], tmp_path / "page.html").read_text()
+    plot = figure(html, "along")
+    losses = [loss for trace in plot["data"] for loss in trace["y"]]
+    wanted = "log" if max(losses) > 20 * min(losses) else "linear"
+    assert plot["layout"]["yaxis"]["type"] == wanted
 
 
 def test_a_direction_of_another_shape_is_refused(tmp_path: Path) -> None:

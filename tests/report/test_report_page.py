@@ -57,19 +57,77 @@ def test_glance_has_clean_middle_worst_per_image_and_eps_uni(written: Written) -
         lowest = worst.accuracy.among(2)  # chosen between the two
         assert row[3] == f"{show(lowest.value)} {ends(lowest)} {where}"
         assert row[4].startswith(f"> {found.value:.3g}" if found.censored else f"≤ {found.value:.3g}")
-        assert row[5] == ("✓ numbers trusted" if result.verdict.trusted else "✗ not to be trusted")
+
+
+def hundred(value: float) -> str:
+    return f"{100 * value:.0f}"
 
 
 def test_headline_names_the_weakest_and_the_strongest(written: Written) -> None:
-    weakest, strongest = written.results[0].middle.uer.among(3), written.results[1].middle.uer
-    trusted = sum(result.verdict.trusted for result in written.results)
-    strongest = strongest.among(trusted)
-    assert f"“standard” is broken most by one pattern: at eps 0.15 it gets {weakest} of" in written.seen.text
-    best = "“shared-adversarial” withstands best among those whose "
-    best += f"numbers can be trusted, with {strongest} wrong"
-    assert best in written.seen.text
+    weakest, strongest = written.results[0].middle.uer, written.results[1].middle.uer
+    clean = hundred(written.results[0].clean.complement.value)
+    text = f"At eps 0.15 one pattern makes “standard” wrong on {hundred(weakest.value)} of 100 test images; "
+    assert f"{text}without it, on {clean}." in written.seen.text
+    best = "“shared-adversarial” stands best of those whose measurement is trusted: the pattern made for it makes it "
+    assert f"{best}wrong on {hundred(strongest.value)}." in written.seen.text
     for result in written.results:
         assert result.verdict.summary in written.seen.text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "clean", "failed", "words"),
+    [
+        (683, 987, False, ["✗ broken", "✓ measurement checked", "wrong on 68 of 100 images; without it, on 1."]),
+        (683, 987, True, ["✗ broken", "! not trusted", "wrong on at least 68 of 100 images"]),
+        (117, 979, False, ["✓ withstands", "✓ measurement checked", "wrong on 12 of 100 images; without it, on 2."]),
+        (117, 979, True, ["? undecided", "! not trusted", "wrong on at least 12 of 100 images"]),
+        (505, 987, False, ["≈ on the edge", "✓ measurement checked"]),
+        (900, 400, False, ["✗ wrong without a pattern", "on 90 of 100 images; without it, on 60."]),
+    ],
+)
+def test_the_answer_is_one_sentence_two_badges_and_100_squares(
+    tmp_path: Path, wrong: int, clean: int, failed: bool, words: list[str]
+) -> None:
+    write_audit(tmp_path / "a", wrong=(100, 110, wrong, 905, 910), clean=clean, failed=failed)
+    html = report.write([tmp_path / "a"], tmp_path / "page.html").read_text()
+    card = html.split("<article")[1].split("</article>")[0]
+    said = Reader(card).text
+    for word in words:
+        assert word in said.replace(" , ", ", ").replace(" .", ".").replace(" ;", ";"), said
+    assert said.count("trusted") + said.count("measurement checked") >= 1
+    assert card.count("<rect") == 100
+    anyway = round((1000 - clean) / 10)
+    assert [card.count('class="clean"'), card.count('class="flipped"')] == [anyway, round(wrong / 10) - anyway]
+
+
+def test_next_steps_are_commands_for_this_model(tmp_path: Path) -> None:
+    write_audit(tmp_path / "a")
+    page = report.write([tmp_path / "a"], tmp_path / "page.html")
+    train = "gambeson train --data digits --model lenet --defense shared-adversarial --eps 0.15 --init runs/model"
+    assert f"<code>{train} --out runs/hardened\ngambeson audit runs/hardened --eps 0.15</code>" in page.read_text()
+    write_audit(tmp_path / "b", wrong=(21, 30, 45, 81, 403), failed=True)
+    doubted = report.write([tmp_path / "b"], tmp_path / "page.html").read_text()
+    assert "<code>gambeson attack --model runs/model --data digits --attack square --eps 0.15" in doubted
+    (tmp_path / "a" / "run.yaml").unlink()
+    python = report.write([tmp_path / "a"], tmp_path / "page.html").read_text()
+    assert "gb.train(model, data, gb.defenses.create(&#34;shared-adversarial&#34;, eps=0.15)" in python
+
+
+def test_a_low_curve_fills_its_axis(tmp_path: Path) -> None:
+    for wrong, top in (((3, 4, 5, 6, 7), 5), ((121, 150, 160, 170, 178), 50), ((121, 397, 683, 811, 903), 100)):
+        write_audit(tmp_path / f"{top}", wrong=wrong, clean=999 if top == 5 else 980)
+        axis = figure(report.write([tmp_path / f"{top}"], tmp_path / "page.html").read_text())["layout"]["yaxis"]
+        assert axis["range"] == [0, pytest.approx(1.02 * top)]
+        assert axis["tickvals"][-1] == top
+
+
+def test_what_the_audit_left_out_is_said(tmp_path: Path) -> None:
+    result = write_audit(tmp_path / "a")
+    result.model_copy(update={"notes": ["A black box: attacks that need gradients were left out."]}).save(
+        tmp_path / "a"
+    )
+    text = Reader(report.write([tmp_path / "a"], tmp_path / "page.html").read_text()).text
+    assert "Limits of this audit 1 A black box: attacks that need gradients were left out." in text
 
 
 def test_an_untrusted_model_is_never_called_best(tmp_path: Path) -> None:
@@ -77,8 +135,8 @@ def test_an_untrusted_model_is_never_called_best(tmp_path: Path) -> None:
     write_audit(folders[0], label="weak")
     write_audit(folders[1], label="fake", wrong=(1, 2, 3, 4, 5), clean=999, failed=True)
     html = report.write(folders, tmp_path / "page.html").read_text()
-    assert "“fake” withstands" not in html
-    assert "It is the only one whose numbers can be trusted." in Reader(html).text
+    assert "“fake” stands best" not in html
+    assert "It is the only one whose measurement is trusted." in Reader(html).text
     best = [row for row in re.findall(r"<tr.*?</tr>", html, re.S) if 'class="best"' in row]
     assert best
     assert not any("fake" in row or "0.1 %" in row for row in best)
@@ -89,15 +147,15 @@ def test_overlapping_intervals_are_said_to_be_a_tie(tmp_path: Path) -> None:
     write_audit(folders[0], label="a")
     write_audit(folders[1], label="b", wrong=(120, 396, 680, 810, 902))
     html = report.write(folders, tmp_path / "page.html").read_text()
-    assert "The two intervals overlap" in html
-    assert html.count('<td class="best">') == 2 * 9  # of the glance and of the curve
+    assert "Their 95 % intervals overlap" in html.replace("\N{NO-BREAK SPACE}", " ")
+    assert html.count('class="best">') == 2 * 9  # of the glance and of the curve
 
 
 def test_checks_and_reasons_are_written_out(written: Written) -> None:
     failed = written.results[2]
     assert failed.verdict.reasons
     for reason in failed.verdict.reasons:
-        assert f"Why not: {reason}" in written.seen.text
+        assert f"Why the measurement is not trusted: {reason}" in written.seen.text
     states = {True: "✓ passed", False: "✗ failed", None: "– does not apply"}
     for result in written.results:
         for check in result.checks:

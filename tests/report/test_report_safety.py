@@ -16,7 +16,7 @@ from report_reader import Reader, Written
 
 from gambeson import report
 from gambeson.base import load_tensors
-from gambeson.report.images import reach, signed
+from gambeson.report.pictures import reach, signed
 
 HOSTILE = "<script>alert(1)</script>&<img src=x onerror=alert(2)>"
 

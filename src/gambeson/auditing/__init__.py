@@ -7,6 +7,7 @@ from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, Finding, regi
 from gambeson.auditing.results import AuditResult, Check, Verdict
 from gambeson.auditing.run import AuditRun, plan_audit, run_audit
 from gambeson.auditing.suite import SUITES, Suite
+from gambeson.auditing.verdict import Lead, Outcome, lead_of
 
 __all__ = [
     "DIAGNOSTICS",
@@ -19,9 +20,12 @@ __all__ = [
     "Check",
     "Diagnostic",
     "Finding",
+    "Lead",
+    "Outcome",
     "Suite",
     "Verdict",
     "audit",
+    "lead_of",
     "plan_audit",
     "register",
     "run_audit",

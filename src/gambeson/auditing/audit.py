@@ -35,6 +35,7 @@ from gambeson.auditing.verdict import judge
 from gambeson.base import UserError, environment, pixel_bytes, save_tensors, seeded, task, unknown_name
 from gambeson.data import Dataset, Split, as_dataset, disjoint
 from gambeson.evaluation import BlackBox
+from gambeson.evaluation.bootstrap import ImageErrors
 from gambeson.evaluation.rates import EpsAdv, EpsUni
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import count_parameters, fingerprint
@@ -43,31 +44,66 @@ from gambeson.victim import Victim, nothing_counts, predict, score, vote
 FILE = "examples.safetensors"
 
 
-def save_examples(folder: Path, victim: Victim, data: Dataset, uap: UniversalPerturbation, count: int = 10) -> None:
-    """Write the first test images of every class in turn, up to ``count``, independent of the model's predictions.
+def save_examples(
+    folder: Path,
+    victim: Victim,
+    test: Split,
+    uap: UniversalPerturbation,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    count: int = 10,
+) -> None:
+    """Write ``count`` test images, clean and perturbed, in which right and wrong stand in their true proportion.
 
     The file holds ``images`` and ``perturbed`` (uint8, K x C x H x W), ``labels``, ``predictions`` and
     ``perturbed_predictions`` (K, or K x H x W). Images with label maps are drawn at random.
+
+    Args:
+        folder: of the file.
+        victim: the model, inside its context.
+        test: the split that is reported on.
+        uap: the perturbation.
+        before: (N,) bool, whether each image is wrong when clean.
+        after: (N,) bool, whether it is wrong under the perturbation.
+        count: number of images.
     """
-    if data.test.task.per_image_label:
-        labels = data.test.labels
-        turns = [(labels == label).nonzero().flatten().tolist() for label in range(data.num_classes)]
-        order = [rows[turn] for turn in range(count) for rows in turns if turn < len(rows)]
-        chosen = torch.tensor(order[:count])
+    if test.task.per_image_label:
+        chosen = in_proportion(test.labels.cpu(), 2 * before.long() + (~after).long(), count)
     else:
-        chosen = data.test.sample_indices(count)
-    images, truths = data.test.take(chosen, victim.device)
+        chosen = test.sample_indices(count)
+    images, truths = test.take(chosen, victim.device)
     moved = uap.apply(images)
     with seeded(0, "examples"):  # for the votes of a random model
-        before, after = vote(victim, images), vote(victim, moved)
+        clean, perturbed = vote(victim, images), vote(victim, moved)
     tensors = {
         "images": pixel_bytes(images),
         "perturbed": pixel_bytes(moved),
         "labels": truths,
-        "predictions": before,
-        "perturbed_predictions": after,
+        "predictions": clean,
+        "perturbed_predictions": perturbed,
     }
     save_tensors(folder / FILE, tensors, {"eps": uap.about.eps, "norm": uap.about.norm})
+
+
+def in_proportion(labels: torch.Tensor, groups: torch.Tensor, count: int) -> torch.Tensor:
+    """Return up to ``count`` indices, from each group its share (largest remainders), group after group.
+
+    Inside a group the first images of every class come in turn, so that nothing else about an image has a say.
+
+    Args:
+        labels: (N,), classes.
+        groups: (N,), the group of each image, counted from 0.
+        count: number of indices.
+    """
+    sizes, count = groups.bincount(), min(count, len(labels))
+    quota = sizes.double() * count / len(labels)
+    shares = quota.long()
+    shares[(quota - shares).argsort(descending=True, stable=True)[: count - int(shares.sum())]] += 1
+    ordered = labels.argsort(stable=True)
+    turn = torch.empty_like(ordered)
+    turn[ordered] = torch.arange(len(labels)) - (labels.bincount().cumsum(0) - labels.bincount())[labels[ordered]]
+    order = (turn * (int(labels.max()) + 1) + labels).argsort()
+    return torch.cat([order[groups[order] == group][:share] for group, share in enumerate(shares.tolist())])
 
 
 @dataclass(frozen=True)
@@ -254,7 +290,9 @@ class _Auditor:
                 advance()
         if folder is not None:
             uap = context.uaps[context.eps]
-            do("examples", None, lambda: save_examples(folder, context.victim, context.data, uap), None)
+            before = ImageErrors.of(context.predictions, context.test).wrong > 0
+            after = context.errors[context.eps].wrong > 0
+            do("examples", None, lambda: save_examples(folder, context.victim, context.test, uap, before, after), None)
         without = [source.left_out, per_image.left_out(context)]
         parts: list[UniversalResult | PerImageResult | TransferredResult | JacobianResult | EpsAdv] = (
             [each] if each else []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from gambeson.auditing.results import (
+    AuditResult,
     Check,
     ModelInfo,
     PerImageResult,
@@ -78,28 +80,59 @@ def _worst(point: UniversalResult, transfer: Sequence[TransferredResult]) -> Rat
     return Rate.highest(_tried(point, transfer).values())
 
 
-def _one_pattern(clean: Rate, point: UniversalResult, delta: float, transfer: Sequence[TransferredResult]) -> str:
-    """Lead with the pattern that validation chose, and say that a model stands only where it withstood every one.
+Outcome = Literal["broken", "withstands", "on the edge", "wrong without a pattern"]
+"""What one pattern does to a model. ``broken`` and ``withstands``: the whole 95 % interval of the error lies at or
+above delta (0.5), or below it; ``on the edge``: it holds delta; ``wrong without a pattern``: the clean error is that
+high."""
+
+
+class Lead(NamedTuple):
+    """The pattern that a verdict leads with, at the middle eps."""
+
+    outcome: Outcome
+    pattern: str
+    """``it``, or what to call a pattern that was not crafted on the model itself."""
+    rate: Rate
+    """The error under it."""
+
+
+def lead_of(result: AuditResult) -> Lead:
+    """Return what one pattern does to an audited model at the middle eps, whether or not that can be trusted."""
+    return _lead(result.clean, result.middle, result.eps_uni.delta, result.transfer)
+
+
+def _lead(clean: Rate, point: UniversalResult, delta: float, transfer: Sequence[TransferredResult]) -> Lead:
+    """Take the pattern that validation chose; a model stands only where it withstood every one.
 
     Patterns that were not chosen are compared on test images, so that their intervals are simultaneous ones. Where one
     of those alone shows that the model is broken, it takes the lead.
     """
-    tried = _tried(point, transfer)
-    worst, share = _worst(point, transfer), f"{100 * delta:g} %"
+    tried, worst = _tried(point, transfer), _worst(point, transfer)
     name, rate = next(iter(tried.items()))
     if worst.low >= delta > rate.low:
         name, rate = max(tried, key=lambda one: tried[one].value), worst
+    outcome: Outcome = "on the edge"
     if clean.complement.low >= delta:
-        lead = f"At an error of {share} before any pattern is added; under one"
+        outcome = "wrong without a pattern"
     elif rate.low >= delta:
-        lead = "Broken by one pattern"
+        outcome = "broken"
     elif worst.high < delta:
-        lead = f"Not brought to an error of {share} by one pattern"
-    else:
-        lead = f"On the edge of an error of {share} under one pattern"
+        outcome = "withstands"
+    return Lead(outcome, name, rate)
+
+
+def _one_pattern(clean: Rate, point: UniversalResult, delta: float, transfer: Sequence[TransferredResult]) -> str:
+    outcome, name, rate = _lead(clean, point, delta, transfer)
+    share = f"{100 * delta:g} %"
+    lead = {
+        "wrong without a pattern": f"At an error of {share} before any pattern is added; under one",
+        "broken": "Broken by one pattern",
+        "withstands": f"Not brought to an error of {share} by one pattern",
+        "on the edge": f"On the edge of an error of {share} under one pattern",
+    }[outcome]
     against = f"{clean.complement} when clean"
     if name != _CRAFTED:
-        against = f"{tried[_CRAFTED]} under the one crafted on the model itself, {against}"
+        against = f"{_tried(point, transfer)[_CRAFTED]} under the one crafted on the model itself, {against}"
     rivals = [control for control in point.controls if f"the {control.name}" != name]
     if rivals:
         rival = max(rivals, key=lambda control: control.worst.value)

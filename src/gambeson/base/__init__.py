@@ -10,7 +10,7 @@ from gambeson.base.environment import (
     repeatable,
     twice_differentiable,
 )
-from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, autograd_limits, unknown_name
+from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, autograd_limits, one_line, unknown_name
 from gambeson.base.files import (
     load_tensors,
     pixel_bytes,
@@ -43,6 +43,7 @@ __all__ = [
     "full_precision",
     "generator",
     "load_tensors",
+    "one_line",
     "open_run",
     "pick_device",
     "pixel_bytes",

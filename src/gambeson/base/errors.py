@@ -38,6 +38,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {name!r}: {hint}")
 
 
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without its full stop, to quote it in another one."""
+    return " ".join(str(error).split("\n")[0].split()).rstrip(".") or type(error).__name__
+
+
 _NO_SECOND = (
     "has an operation without the derivatives that this needs ({error}): for the defence jacobian choose "
     "estimator='input' with derivative='finite-difference', or another implementation of that operation"

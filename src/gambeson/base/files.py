@@ -104,8 +104,8 @@ def load_tensors(path: Path, kind: str = "weights") -> tuple[dict[str, torch.Ten
     # A safetensors file starts with the length of its JSON, any eight bytes, and then the brace.
     if head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
         raise UserError(
-            f"{path} is a pickle, which can run code when it is opened and is never loaded here: convert it once, "
-            "where you trust it, with safetensors.torch.save_file(torch.load(path, weights_only=True), new_path)"
+            f"{path} is a pickle, which can run code when it is opened and is never loaded here: convert it once by "
+            f"`gambeson convert {path} --to {path.with_suffix('.safetensors')}`, which reads its tensors alone"
         )
     if head.lstrip()[:1] == b"<":
         raise UserError(f"{path} starts with {head!r}: a web page, not {kind}; download the file itself")

@@ -21,15 +21,23 @@ def quickstart(
 ) -> None:
     """Craft a universal perturbation, harden the model, and report both: LeNet-5 on 5,000 digits, in minutes.
 
+    The page in the output folder shows the first picture within seconds, and the full report at the end.
+
     Example: `gambeson quickstart --out runs/quickstart`
     """
     from gambeson import report, studies
     from gambeson.base import pick_device
 
+    page, title = out / "report.html", "Gambeson quickstart: one pattern against three models"
     with progress(as_json) as console:
-        audits = studies.quickstart(out, seed, pick_device(device))
+
+        def show(first: studies.FirstLook) -> None:
+            report.write_first(first.examples, first.uap, (first.under, first.clean), first.classes, page, title=title)
+            console.print(f"open {page}: what one pattern does to the first model; it turns into the full report")
+
+        audits = studies.quickstart(out, seed, pick_device(device), started=show)
         folders = [out / f"{found.results.subject.label}-audit" for found in audits]
-        page = report.write(folders, out / "report.html", title="Gambeson quickstart: one pattern against three models")
+        report.write(folders, page, title=title)
     results = [found.results for found in audits]
     if as_json:
         print_json({"report": str(page), "audits": [result.plain() for result in results]})

@@ -50,7 +50,7 @@ def transfer(
     """
     from gambeson.base import UserError
     from gambeson.evaluation import TransferRun, run_transfer
-    from gambeson.report.images import write_heat_map
+    from gambeson.report import write_transfer
 
     flags: dict[str, Any] = {
         "models": models or None,
@@ -71,7 +71,7 @@ def transfer(
     folder = out or Path("runs") / "transfer"
     with progress(as_json) as console:
         result = run_transfer(run, folder)
-        page = write_heat_map(result, folder / "transfer.html")
+        page = write_transfer(result, folder / "transfer.html")
     if as_json:
         print_json(result.plain())
         return

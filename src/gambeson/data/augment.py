@@ -92,18 +92,12 @@ IGNORED = -100
 
 
 @overload
-def augment(x: torch.Tensor, kind: str, generator: torch.Generator) -> torch.Tensor: ...
-@overload
 def augment(
-    x: torch.Tensor, kind: str, generator: torch.Generator, maps: None, ignore_index: int | None = None
+    x: torch.Tensor, kind: str, generator: torch.Generator, maps: None = None, ignore_index: int | None = None
 ) -> torch.Tensor: ...
 @overload
 def augment(
-    x: torch.Tensor,
-    kind: str,
-    generator: torch.Generator,
-    maps: torch.Tensor,
-    ignore_index: int | None = None,
+    x: torch.Tensor, kind: str, generator: torch.Generator, maps: torch.Tensor, ignore_index: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def augment(
     x: torch.Tensor,

@@ -14,12 +14,15 @@ from gambeson.data import lazy
 from gambeson.data.lazy import LazySplit
 from gambeson.data.partition import partition
 from gambeson.data.pictures import Decoder
-from gambeson.data.split import Split
+from gambeson.data.split import Split, SplitT
 from gambeson.data.torch_dataset import from_items
 from gambeson.tasks.labels import as_pair, distinct, find_ignored
 
 PARTS = ("train", "validation", "test")
 Part = Literal["train", "validation", "test"]
+SHARED = 0.05
+"""Largest share of equal images, of the smaller split, that counts as chance (ours): real data sets contain a few
+images in both train and test, far fewer than this; a split that was passed twice shares nearly all."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,8 @@ class Dataset:
                 )
             if split.classes != self.classes:
                 raise UserError(
-                    f"{split.name} has {len(split.classes)} classes, but {self.name} has "
-                    f"{len(self.classes)}: "
-                    "give every split the same class names in the same order"
+                    f"{split.name} has {len(split.classes)} classes, but {self.name} has {len(self.classes)}: give "
+                    "every split the same class names in the same order"
                 )
             if split.shape != self.train.shape:
                 raise UserError(
@@ -60,8 +62,7 @@ class Dataset:
                 )
             if _single_class(split):
                 raise UserError(
-                    f"{split.name}, the {part} split of {self.name}, has {len(split)} images of one class "
-                    "only: "
+                    f"{split.name}, the {part} split of {self.name}, has {len(split)} images of one class only: "
                     "expected two classes or more; give more images, or build the three splits yourself"
                 )
 
@@ -129,7 +130,7 @@ def complete(splits: dict[str, Split], name: str, share: float, most: int | None
     """Return a Dataset of the given splits; missing ones are cut from train, stratified and deterministic.
 
     Args:
-        splits: by part, including train.
+        splits: by part, including train; or everything under the name "", which is cut into all three.
         name: of the data set.
         share: of train's images, for each missing part.
         most: maximum number of images of a missing part.
@@ -137,6 +138,8 @@ def complete(splits: dict[str, Split], name: str, share: float, most: int | None
     Raises:
         UserError: too few images to cut from.
     """
+    if "" in splits:
+        return cut(splits[""], name, (share, share))
     train = splits["train"]
     missing = [part for part in PARTS if part not in splits]
     count = max(2, round(len(train) * share))
@@ -157,6 +160,48 @@ def settled(data: Dataset) -> Dataset:
         return data
     train, validation, test = (split.eager() if isinstance(split, LazySplit) else split for split in splits)
     return Dataset(data.name, train, validation, test, data.classes)
+
+
+def held_out(split: SplitT, seen: torch.Tensor, those: str, remedy: str) -> SplitT:
+    """Return the split without the images that have been seen, so that rates over it are on unseen images.
+
+    Images are compared by content (:func:`gambeson.data.split.image_hashes`), and duplicates count once. Up to
+    :data:`SHARED` of the smaller split are left out; more is an error.
+
+    Args:
+        split: the images to score.
+        seen: hashes of the seen images.
+        those: their name in the message, after their number.
+        remedy: advice in the message.
+
+    Raises:
+        UserError: more images are shared than that; the message has their number.
+    """
+    own, seen = split.image_hashes.unique(), seen.cpu().unique()
+    shared = int(torch.isin(own, seen).sum())
+    if shared > SHARED * min(len(own), len(seen)):
+        raise UserError(
+            f"{shared} of the {len(seen)} {those} are among the {len(own)} to be scored ({split.name}): {remedy}"
+        )
+    return split.without(seen) if shared else split
+
+
+def disjoint(data: Dataset) -> Dataset:
+    """Return the data set without validation images that are in train, and test images that are in either.
+
+    Returns the same object if its splits share nothing. Every image is read once.
+
+    Raises:
+        UserError: two splits share more than :data:`SHARED` of the smaller one's images, see :func:`held_out`.
+    """
+    remedy = "give three splits that share no image, or one that is cut into three"
+    train = data.train.image_hashes
+    validation = held_out(data.validation, train, f"images of {data.train.name}", remedy)
+    test = held_out(data.test, train, f"images of {data.train.name}", remedy)
+    test = held_out(test, data.validation.image_hashes, f"images of {data.validation.name}", remedy)
+    if validation is data.validation and test is data.test:
+        return data
+    return Dataset(data.name, data.train, validation, test, data.classes)
 
 
 def from_pair(images: Any, labels: Any, name: str) -> Split:
@@ -192,8 +237,7 @@ def _whole(data: Any, name: str, decode: Decoder | None = None, workers: int | N
     if isinstance(data, torch.utils.data.Dataset):
         return from_items(data, decode or Decoder(), name, workers)
     raise UserError(
-        f"data is a {type(data).__name__}: expected a Dataset, a Split, a pair (images, labels) of "
-        "tensors or arrays, "
+        f"data is a {type(data).__name__}: expected a Dataset, a Split, a pair (images, labels) of tensors or arrays, "
         "or a torch.utils.data.Dataset; named sets come from gambeson.data.load"
     )
 

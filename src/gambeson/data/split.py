@@ -223,8 +223,7 @@ class Split:
             raise UserError(f"batch_size = {batch_size}: expected 1 or more")
         if drop_last and batch_size > len(self):
             raise UserError(
-                f"batch_size = {batch_size} with drop_last leaves no batch of the {len(self)} images of "
-                f"{self.name}: "
+                f"batch_size = {batch_size} with drop_last leaves no batch of the {len(self)} images of {self.name}: "
                 f"expected {len(self)} or less"
             )
         stop = len(self) - len(self) % batch_size if drop_last else len(self)

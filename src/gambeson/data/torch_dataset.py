@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from gambeson.base.checks import as_tensor
-from gambeson.base.errors import UserError
+from gambeson.base.errors import DataWarning, UserError
 from gambeson.data.lazy import LazySplit, settle
 from gambeson.data.pictures import DAMAGED, Decoder, fit
 from gambeson.data.split import Batch, Split
@@ -36,9 +37,8 @@ class Items:
         try:
             item = self.source[number]
         except DAMAGED as error:
-            raise UserError(
-                f"item {number} of the data set cannot be read ({error}): replace or remove its file"
-            ) from None
+            reason = f"item {number} of the data set cannot be read ({error}): replace or remove its file"
+            raise UserError(reason) from None
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise UserError(f"item {number} of the data set is a {type(item).__name__}: expected a pair (image, label)")
         image = self._image(item[0], f"item {number}")
@@ -98,6 +98,11 @@ def survey(source: Any, decode: Decoder, kept: tuple[str, ...] = ("targets",), c
         raise UserError("the torch Dataset is empty: expected one image at the least")
     fetch = Items(source, decode)
     _, first = fetch(0)
+    if decode.size is not None:
+        height, width = Items(source, replace(decode, size=None))(0)[0].shape[-2:]
+        if height < decode.size[0] or width < decode.size[1]:
+            wanted = "x".join(map(str, decode.size))
+            warnings.warn(f"the first image is {height}x{width}: enlarged to {wanted}", DataWarning, stacklevel=2)
     labels = next((found for name in kept if (found := _targets(source, fetch, name)) is not None), None)
     if labels is not None:
         values = labels.unique()
@@ -141,11 +146,9 @@ def _targets(source: Any, fetch: Items, name: str) -> torch.Tensor | None:
         labels = as_labels(targets)
     except (TypeError, ValueError, LookupError):
         return None
-    return (
-        labels
-        if labels.shape == (len(source),) and all(torch.equal(fetch(at)[1], labels[at]) for at in (0, len(source) - 1))
-        else None
-    )
+    if labels.shape != (len(source),) or any(not torch.equal(fetch(at)[1], labels[at]) for at in (0, len(source) - 1)):
+        return None
+    return labels
 
 
 def _read_labels(fetch: Items, count: int) -> tuple[torch.Tensor | None, torch.Tensor]:

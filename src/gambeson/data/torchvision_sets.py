@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gambeson.base.errors import UserError, unknown_name
-from gambeson.data.dataset import Dataset, complete, cut, settled
+from gambeson.data.dataset import Dataset, complete, settled
 from gambeson.data.folder import SHARE, SIZE
 from gambeson.data.pictures import ImageOptions, Shape
 from gambeson.data.sources import torchvision_sets
@@ -106,18 +106,15 @@ def load_torchvision(
     if source.size == SIZE and input_shape[1] and input_shape[2]:
         size = (input_shape[1], input_shape[2])
     decode = options.decoder(size)
-    parts = source.parts or {"whole": {}}
     found = {
         part: survey(_open(name, root, settings, False), decode, KEPT, source.classes)
-        for part, settings in parts.items()
+        for part, settings in (source.parts or {"": {}}).items()
     }
     classes = source.classes or _classes(list(found.values()))
     ignored = 255 if next(iter(found.values())).labels is None else None
     splits: dict[str, Split] = {
         part: one.split(f"{name}/{part}", classes, ignored, workers) for part, one in found.items()
     }
-    if not source.parts:
-        return settled(cut(splits["whole"], name, (SHARE, SHARE)))
     return settled(complete(splits, name, SHARE, MOST))
 
 

@@ -20,7 +20,7 @@ from gambeson.models.factory import build
 from gambeson.models.hubs import required
 from gambeson.models.loading import load_model
 from gambeson.models.program import load_program
-from gambeson.models.storage import init_weights
+from gambeson.models.storage import load_weights
 from gambeson.tasks import Rate
 from gambeson.victim import Victim, auto_batch_size, inspect_model, majority, nothing_counts, predicted, score
 
@@ -109,7 +109,7 @@ def _loaded(path: Path, to: Target, card: ModelCard) -> nn.Module:
     _, about = load_tensors(path)
     with seeded(0, "load"):
         model = build(ModelCard(**about["exported"]), pretrained=False)
-    init_weights(model, path)
+    load_weights(model, path)
     return model.eval()
 
 

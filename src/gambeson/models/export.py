@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gambeson.base import UserError, save_tensors, write_bytes
+from gambeson.base import UserError, one_line, save_tensors, write_bytes
 from gambeson.models.hubs import required
 from gambeson.models.pixel_model import ModelCard, PixelModel
 
@@ -74,7 +74,7 @@ def _traced(model: nn.Module, example: torch.Tensor | None) -> torch.export.Expo
             program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except Exception as error:  # tracing fails in many ways
         raise UserError(
-            f"{_title(model)} cannot be exported ({type(error).__name__}: {_line(error)}): torch.export follows no "
+            f"{_title(model)} cannot be exported ({type(error).__name__}: {one_line(error)}): torch.export follows no "
             "Python that depends on pixel values; rewrite that part, or export its weights by --to safetensors"
         ) from None
     finally:
@@ -104,7 +104,7 @@ def _onnx(program: torch.export.ExportedProgram, path: Path) -> None:
             )
         except Exception as error:
             raise UserError(
-                f"ONNX cannot express this model ({type(error).__name__}: {_line(error)}): use torch-export instead"
+                f"ONNX cannot express this model ({type(error).__name__}: {one_line(error)}): use torch-export instead"
             ) from None
         write_bytes(path, scratch.read_bytes())
 
@@ -134,7 +134,3 @@ def _quiet() -> Iterator[None]:
 
 def _title(model: nn.Module) -> str:
     return model.card.name if isinstance(model, PixelModel) else type(model).__name__
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split("\n")[0].split()).rstrip(".") or "no message"

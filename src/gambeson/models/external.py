@@ -1,4 +1,4 @@
-"""External models by name: timm, transformers, and users' files.
+"""External models by name: timm, transformers, the Hugging Face hub, and functions in users' files.
 
 Pixels are normalised before the external body, and a card with its name is stored with the weights, so that a run
 folder can be loaded again. A user's file is then executed again to build the model.
@@ -6,40 +6,38 @@ folder can be loaded again. A user's file is then executed again to build the mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from gambeson.base import UserError, seeded
-from gambeson.models import hubs, user_code
+from gambeson.base import UserError, one_line, seeded, user_code
+from gambeson.base.user_code import beside, file_of, is_spelling, member, parts, run, told
+from gambeson.models import hubs
 from gambeson.models.pixel_model import as_logits
 
-_HUBS = (hubs.TIMM, hubs.TRANSFORMERS)
+_KNOWN = ("in_channels", "classes", "image_size")
 _KEYS = ("logits", "out")
 
 
 def is_external(name: str) -> bool:
-    """Whether a name has the form ``timm:…``, ``transformers:…`` or ``FILE.py:FUNCTION``."""
-    return name.startswith(_HUBS) or user_code.is_spelling(name)
+    """Whether a name has the form ``timm:…``, ``transformers:…``, ``hf://…`` or ``FILE.py:FUNCTION``."""
+    return name.startswith(hubs.PREFIXES) or is_spelling(name)
 
 
 def canonical(name: str) -> str:
-    """Return the name as cards store it: a user's file and a folder of transformers by their absolute paths.
+    """Return the name as cards store it: files and folders by their absolute paths.
 
     Raises:
         UserError: a Python file without the name of a function.
     """
-    if user_code.is_spelling(name):
+    if is_spelling(name):
         return user_code.canonical(name)
     if name.endswith(".py"):
         raise UserError(f"{name} names a file but no function of it: write {name}:FUNCTION")
-    if name.startswith(hubs.TRANSFORMERS):
-        place = Path(name.removeprefix(hubs.TRANSFORMERS)).expanduser()
-        return f"{hubs.TRANSFORMERS}{place.absolute()}" if place.is_dir() else name
-    return name
+    return hubs.canonical(name)
 
 
 def defaults(name: str) -> dict[str, Any]:
@@ -50,7 +48,7 @@ def defaults(name: str) -> dict[str, Any]:
     Raises:
         UserError: a library is missing, or the name is unknown.
     """
-    return hubs.defaults(name) if name.startswith(_HUBS) else {"mean": 0.0, "std": 1.0}
+    return hubs.defaults(name) if name.startswith(hubs.PREFIXES) else {"mean": 0.0, "std": 1.0}
 
 
 def build_body(
@@ -68,10 +66,10 @@ def build_body(
     Raises:
         UserError: it cannot be built, does not accept these images, or does not return such logits.
     """
-    if not name.startswith(_HUBS):
-        body = user_code.build(name, in_channels, classes, image_size)
-    else:
+    if name.startswith(hubs.PREFIXES):
         body = hubs.build(name, in_channels, classes, image_size, pretrained=pretrained)
+    else:
+        body = _call(name, in_channels, classes, image_size)
     return tried(name, body, in_channels, classes, image_size)
 
 
@@ -109,11 +107,76 @@ def tried(name: str, body: nn.Module, in_channels: int, classes: int, image_size
 
 
 def _answer(name: str, body: nn.Module, images: torch.Tensor, given: str) -> Any:
-    if user_code.is_spelling(name):
-        with user_code.told(user_code.file_of(name), f"sending {given} through the model of {name}"):
+    if is_spelling(name):
+        with told(file_of(name), f"sending {given} through the model of {name}"):
             return body(images)
     try:
         return body(images)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{name} cannot take {given} ({reason}): choose other images or another model") from None
+    except Exception as error:  # others' code raises what it likes
+        raise UserError(
+            f"{name} cannot take {given} ({one_line(error)}): choose other images or another model"
+        ) from None
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """Execute the user's file and return the named function.
+
+    The file is executed at every call.
+
+    Args:
+        name: ``FILE.py:FUNCTION``.
+
+    Raises:
+        UserError: no such file or function, or an error in the file, with its line.
+    """
+    file, function = parts(name)
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: the model {name} is built by the function {function} of that file")
+    user_code.canonical(name)  # a hash in the name must match the file
+    return member(run(file), file, function, "function")
+
+
+def _call(name: str, in_channels: int, classes: int, image_size: tuple[int, int]) -> nn.Module:
+    """Call the user's function to build a model.
+
+    Args:
+        name: ``FILE.py:FUNCTION``. The function receives those of the three sizes below that it has parameters for.
+        in_channels: channels of an image.
+        classes: number of logits.
+        image_size: (H, W) in pixels.
+
+    Raises:
+        UserError: the function fails, needs other arguments, or does not return a module.
+    """
+    file, function = parts(name)
+    make = load_function(name)
+    sizes = dict(zip(_KNOWN, (in_channels, classes, image_size), strict=True))
+    with told(file, f"calling {function}"), beside(file):
+        model = make(**_taken(make, sizes, f"{function} of {file}"))
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"{function} of {file} returned a {type(model).__name__}: expected a torch.nn.Module from images "
+            "(N, C, H, W) in [0, 1] to logits (N, K)"
+        )
+    return model
+
+
+def _taken(make: Callable[..., Any], sizes: dict[str, Any], title: str) -> dict[str, Any]:
+    try:
+        parameters = list(inspect.signature(make).parameters.values())
+    except (TypeError, ValueError):  # a builtin with an unknown signature gets no arguments
+        return {}
+    needed = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and (parameter.name not in sizes or parameter.kind is parameter.POSITIONAL_ONLY)
+    ]
+    if needed:
+        raise UserError(
+            f"{title} needs {', '.join(needed)}, which is not known here: give defaults; only {', '.join(_KNOWN)} "
+            "are passed, as keywords"
+        )
+    names = {parameter.name for parameter in parameters}
+    return {key: value for key, value in sizes.items() if key in names}

@@ -1,55 +1,115 @@
-"""Image classifiers of timm and transformers, with the normalisation of their configurations."""
+"""Image classifiers of timm, transformers and the Hugging Face hub, with the normalisation of their configurations.
+
+``hf://OWNER/NAME``, ``hf://OWNER/NAME@REVISION`` and a folder with ``config.json`` and ``model.safetensors`` hold the
+format of timm or of transformers, which the configuration tells.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from gambeson.base import UserError, unknown_name
+from gambeson.base import UserError, one_line, read_json, unknown_name
 from gambeson.models.pixel_model import as_logits
 
-TIMM, TRANSFORMERS = "timm:", "transformers:"
+TIMM, TRANSFORMERS, HUB = "timm:", "transformers:", "hf://"
+PREFIXES = (TIMM, TRANSFORMERS, HUB)
+_FOLDER = "local-dir:"
+"""timm's prefix of a folder."""
+_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors*"]
+"""What is fetched of a repository: no pickle, no code."""
+
+
+def is_folder(place: str) -> bool:
+    """Whether this is a folder in the hub's layout."""
+    return (Path(place).expanduser() / "config.json").is_file()
+
+
+def canonical(name: str) -> str:
+    """Return a name with the absolute path where it names a folder; such a folder alone becomes ``hf://FOLDER``."""
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+    place = Path(name.removeprefix(prefix)).expanduser()
+    if (prefix in PREFIXES[1:] and place.is_dir()) or (not prefix and is_folder(name)):
+        return f"{prefix or HUB}{place.absolute()}"
+    return name
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """Return the configuration of ``timm:…`` or ``transformers:…`` as keywords of ``create``.
+    """Return the configuration of ``timm:…``, ``transformers:…`` or ``hf://…`` as keywords of ``create``.
 
     Always the normalisation; channels, classes and image size if the name includes trained weights.
 
     Raises:
         UserError: the library is not installed, or the name is unknown or cannot be downloaded.
     """
+    name = _resolved(name)
     return _timm_defaults(name) if name.startswith(TIMM) else _transformers_defaults(name)
 
 
 def build(name: str, in_channels: int, classes: int, image_size: tuple[int, int], *, pretrained: bool) -> nn.Module:
-    """Build ``timm:NAME``, ``timm:NAME@TAG`` or ``transformers:NAME_OR_PATH``.
+    """Build ``timm:NAME``, ``timm:NAME@TAG``, ``transformers:NAME_OR_PATH`` or ``hf://NAME_OR_PATH``.
 
     Trained weights with another number of classes get a new last layer, drawn from torch's global generator.
 
     Args:
         name: ``timm:NAME`` has random weights; ``timm:NAME@TAG`` (or timm's own ``NAME.TAG``) those of the tag, and
-            ``@DEFAULT`` those of timm's first tag. ``transformers:`` takes a model of the hub or a folder, and its
-            weights (safetensors alone).
+            ``@DEFAULT`` those of timm's first tag. ``transformers:`` and ``hf://`` take a model of the hub or a folder,
+            and its weights (safetensors alone).
         in_channels: channels of an image.
         classes: number of logits.
         image_size: (H, W) in pixels.
-        pretrained: False downloads no weights, for a file that contains its own.
+        pretrained: False loads no weights, for a file that contains its own.
 
     Raises:
         UserError: the library is not installed, the name is unknown, or the weights cannot be downloaded.
     """
+    name = _resolved(name)
     make = _timm if name.startswith(TIMM) else _transformers
     body = make(name, in_channels, classes, image_size, pretrained)
     for module in body.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
     return body.train()
+
+
+def _resolved(name: str) -> str:
+    """Return ``hf://…`` as the folder of one of the two libraries; other names are unchanged."""
+    if not name.startswith(HUB):
+        return name
+    place = Path(name.removeprefix(HUB))
+    folder = place if place.is_dir() else _fetched(name)
+    config = read_json(folder / "config.json")
+    if "architecture" in config:
+        return f"{TIMM}{_FOLDER}{folder}"
+    if "model_type" in config:
+        return f"{TRANSFORMERS}{folder}"
+    raise UserError(
+        f"{folder}/config.json has neither an `architecture`, as timm writes, nor a `model_type`, as transformers "
+        "writes: name a model of one of the two, or build it by a function of your own (FILE.py:FUNCTION)"
+    )
+
+
+@cache
+def _fetched(name: str) -> Path:
+    hub = required("huggingface_hub", name)
+    place, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        folder = Path(hub.snapshot_download(place, revision=revision or None, allow_patterns=_FILES))
+    except Exception as error:  # of many types: no network, no such name, no permission
+        raise UserError(
+            f"{name} could not be fetched ({type(error).__name__}: {one_line(error)}): check the name and the network, "
+            "or name a folder with its config.json and model.safetensors"
+        ) from None
+    if not is_folder(str(folder)):
+        raise UserError(f"{name} has no config.json: name a model of timm or transformers")
+    return folder
 
 
 def required(package: str, name: str) -> ModuleType:
@@ -61,9 +121,20 @@ def required(package: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        reason = "is not installed" if error.name == package else f"cannot be imported ({_line(error)})"
-        extra = "onnx" if package.startswith("onnx") else package
+        reason = "is not installed" if error.name == package else f"cannot be imported ({one_line(error)})"
+        extra = "timm" if package == "huggingface_hub" else "onnx" if package.startswith("onnx") else package
         raise UserError(f"{name} needs {package}, which {reason}: pip install 'gambeson[{extra}]'") from None
+
+
+def _timm_folder(name: str) -> tuple[Any, dict[str, Any]]:
+    """Return timm and the configuration of ``timm:local-dir:FOLDER``, which is empty for other names."""
+    timm, place = required("timm", name), name.removeprefix(TIMM)
+    if not place.startswith(_FOLDER):
+        return timm, {}
+    config = read_json(Path(place.removeprefix(_FOLDER)) / "config.json")
+    if not timm.is_model(config["architecture"]):
+        raise unknown_name("timm model", config["architecture"], timm.list_models())
+    return timm, config.get("pretrained_cfg", config) | {"num_classes": config.get("num_classes", 1000)}
 
 
 def _timm_name(name: str) -> tuple[Any, str, str]:
@@ -83,6 +154,18 @@ def _timm_name(name: str) -> tuple[Any, str, str]:
 
 
 def _timm_defaults(name: str) -> dict[str, Any]:
+    _, own = _timm_folder(name)
+    if own:
+        if missing := [key for key in ("mean", "std", "input_size") if key not in own]:
+            raise UserError(f"the config.json of {name} has no {' and no '.join(missing)}, so its input is not known")
+        channels, height, width = own["input_size"]
+        return {
+            "mean": tuple(own["mean"]),
+            "std": tuple(own["std"]),
+            "in_channels": channels,
+            "classes": own["num_classes"],
+            "image_size": (height, width),
+        }
     timm, arch, tag = _timm_name(name)
     config = timm.get_pretrained_cfg(f"{arch}.{tag}" if tag else arch)
     found: dict[str, Any] = {"mean": tuple(config.mean), "std": tuple(config.std)} if config is not None else {}
@@ -93,22 +176,27 @@ def _timm_defaults(name: str) -> dict[str, Any]:
 
 
 def _timm(name: str, in_channels: int, classes: int, image_size: tuple[int, int], pretrained: bool) -> nn.Module:
-    timm, arch, tag = _timm_name(name)
-    config = timm.get_pretrained_cfg(f"{arch}.{tag}" if tag else arch)
-    settings: dict[str, Any] = {"img_size": image_size} if getattr(config, "fixed_input_size", False) else {}
-    full = f"{arch}.{tag}" if tag else arch
+    timm, own = _timm_folder(name)
+    if own:
+        full, trained, fixed = name.removeprefix(TIMM), True, own.get("fixed_input_size", False)
+    else:
+        _, arch, tag = _timm_name(name)
+        full, trained = f"{arch}.{tag}" if tag else arch, bool(tag)
+        fixed = getattr(timm.get_pretrained_cfg(full), "fixed_input_size", False)
+    settings: dict[str, Any] = {"img_size": image_size} if fixed else {}
     try:
         body: nn.Module = timm.create_model(
-            full, pretrained=bool(tag) and pretrained, num_classes=classes, in_chans=in_channels, **settings
+            full, pretrained=trained and pretrained, num_classes=classes, in_chans=in_channels, **settings
         )
     except OSError as error:
         raise UserError(
-            f"the weights of {name} could not be fetched ({_line(error)}): check the network, or write {TIMM}{arch}"
+            f"the weights of {name} could not be fetched ({one_line(error)}): check the network, or write "
+            f"{TIMM}{full.partition('.')[0]}"
         ) from None
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         raise UserError(
-            f"{name} cannot be built for {in_channels} channels of {image_size[0]}x{image_size[1]} ({_line(error)}): "
-            "choose another architecture or other images"
+            f"{name} cannot be built for {in_channels} channels of {image_size[0]}x{image_size[1]} ({one_line(error)}):"
+            " choose another architecture or other images"
         ) from None
     return body
 
@@ -119,7 +207,7 @@ def _config(name: str) -> Any:
         return transformers.AutoConfig.from_pretrained(name.removeprefix(TRANSFORMERS), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{name} could not be read ({_line(error)}): name a folder with config.json, or a model of the hub that "
+            f"{name} could not be read ({one_line(error)}): name a folder with config.json, or a model of the hub that "
             "can be reached"
         ) from None
 
@@ -140,7 +228,7 @@ def _processor(name: str) -> dict[str, Any]:
         settings, _ = processing.ImageProcessingMixin.get_image_processor_dict(name.removeprefix(TRANSFORMERS))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{name} has no preprocessor_config.json ({_line(error)}), so its normalisation is not known: add the "
+            f"{name} has no preprocessor_config.json ({one_line(error)}), so its normalisation is not known: add the "
             "file, or wrap the model by a function of your own (FILE.py:FUNCTION) that normalises"
         ) from None
     return dict(settings)
@@ -183,7 +271,7 @@ def _transformers(
             model = auto.from_config(config)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{name} could not be loaded as an image classifier ({_line(error)}): name one whose weights are "
+            f"{name} could not be loaded as an image classifier ({one_line(error)}): name one whose weights are "
             "safetensors"
         ) from None
     body = as_logits(model, "logits")
@@ -216,7 +304,3 @@ def _side(size: Any) -> tuple[int, int] | None:
     if isinstance(size, list | tuple) and len(size) == 2:
         return int(size[0]), int(size[1])
     return None
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split("\n")[0].split()).rstrip(".") or type(error).__name__

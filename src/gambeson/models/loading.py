@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,16 @@ import torch
 from torch import nn
 
 from gambeson import data, models
-from gambeson.base import UserError, read_settings, seeded
-from gambeson.models import external, registry, torchvision_nets, user_code
-from gambeson.models.black_box.base import BlackBox
-from gambeson.models.black_box.http import HttpModel
+from gambeson.base import UserError, read_settings, seeded, user_code
+from gambeson.models import external, hubs, registry, torchvision_nets
+from gambeson.models.black_box.base import BlackBox, no_gradient
+from gambeson.models.black_box.http import HttpModel, HttpSettings
 from gambeson.models.black_box.local import FunctionModel, OnnxModel
-from gambeson.models.program import SUFFIX, load_program, read_program
-from gambeson.models.storage import init_weights, read_card
+from gambeson.models.program import SUFFIX, load_onnx, load_program, read_program
+from gambeson.models.storage import ENDINGS, read_card, read_weights
 
 FUNCTION = "function:"
-_WEIGHTS = ".safetensors"
+_SERVER = ("http://", "https://")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ def load_model(
     dataset: data.Dataset | None = None,
     *,
     budget: int | None = None,
+    http: HttpSettings | None = None,
+    gradients: str | None = None,
 ) -> LoadedModel:
     """Load a model and its data.
 
@@ -56,14 +59,19 @@ def load_model(
             * the folder of a training run, or a weights file of this library;
             * an architecture: a name of :func:`gambeson.models.create`, ``torchvision:NAME[@WEIGHTS]``,
               ``timm:NAME[@TAG]``, ``transformers:NAME_OR_PATH`` or ``FILE.py:FUNCTION``; with weights from a file as
-              ``ARCHITECTURE@FILE.safetensors``, else with weights drawn from seed 0;
-            * a ``torch.export`` program, ``FILE.pt2``;
-            * a black box: ``FILE.onnx``, ``http://…``, ``https://…``, or ``function:FILE.py:FUNCTION``, a function
-              from images to scores (N, K) or to class indices (N,).
+              ``ARCHITECTURE@FILE``, where FILE is safetensors or a state dict of ``torch.save`` (see
+              :func:`gambeson.models.load_weights`), else with weights drawn from seed 0;
+            * a model of the Hugging Face hub, ``hf://OWNER/NAME[@REVISION]``, or a folder in its layout;
+            * a ``torch.export`` program, ``FILE.pt2``, or ``FILE.onnx``, which is a black box if it cannot be turned
+              into a differentiable model, or if there is a budget;
+            * a black box: ``http://…``, ``https://…``, or ``function:FILE.py:FUNCTION``, a function from images to
+              scores (N, K) or to class indices (N,).
         data_name: a data set; None: that of the training run.
         device: of the model; a black box is not moved.
         dataset: the data, if already loaded.
         budget: maximum number of images sent to a black box, including two here.
+        http: how a server is asked; None: the defaults.
+        gradients: what needs the model's gradients, such as an attack; a black box is then refused before it is asked.
 
     Raises:
         UserError: no such model, unknown data, data that do not fit the model, or a budget for a model that is not a
@@ -75,10 +83,20 @@ def load_model(
     load = _loader(source)
     if name is None:
         raise UserError(f"{source} does not say what data its model was trained on: name it with --data")
-    if budget is not None and load is not _black_box:
+    asked = load in (_black_box, _onnx)
+    if budget is not None and not asked:
         raise UserError(f"a budget limits the queries to a black box, and {source} is none: leave --budget out")
+    if http is not None and not source.startswith(_SERVER):
+        raise UserError(f"{source} is no server: leave the settings of HTTP out")
+    if gradients is not None and load is _black_box:
+        raise no_gradient(gradients, source)
     dataset = data.load(name, input_shape=input_shape(source)) if dataset is None else dataset
-    model = _black_box(source, dataset, budget) if load is _black_box else load(source, dataset, device)
+    if load is _black_box:
+        model = _black_box(source, dataset, budget, http)
+    elif load is _onnx:
+        model = _onnx(source, dataset, device, budget, gradients)
+    else:
+        model = load(source, dataset, device)
     if isinstance(model, models.PixelModel):
         card = model.card
         if card.classes != dataset.num_classes or card.in_channels != dataset.in_channels:
@@ -107,27 +125,25 @@ def input_shape(source: str) -> data.Shape:
         name = external.canonical(_parted(source)[0])
         tables = external.defaults if external.is_external(name) else torchvision_nets.weights_defaults
         known = tables(name) if external.is_external(name) or name.startswith(torchvision_nets.PREFIX) else {}
-    elif load is _program or source.lower().endswith(".onnx"):
-        channels, height, width = read_program(Path(source)).shape if load is _program else OnnxModel(source).shape[1:]
-        return channels, height, width
+    elif load is _program or load is _onnx:
+        return read_program(Path(source)).shape if load is _program else OnnxModel(source).input.image
     height, width = known.get("image_size") or (None, None)
     return known.get("in_channels"), height, width
 
 
 def _loader(source: str) -> Any:
-    if source.startswith(("http://", "https://", FUNCTION)) or source.lower().endswith(".onnx"):
+    if source.startswith((*_SERVER, FUNCTION)):
         return _black_box
-    if Path(source).exists() and Path(source).suffix != ".py":
+    if source.lower().endswith(".onnx"):
+        return _onnx
+    architecture, weights = _parted(source)
+    if weights is None and Path(source).exists() and Path(source).suffix != ".py" and not hubs.is_folder(source):
         return _program if source.endswith(SUFFIX) else _stored
     if source.endswith(SUFFIX):
         raise UserError(f"{source} does not exist: name a program that torch.export.save has written")
-    architecture, _ = _parted(source)
     if external.is_external(external.canonical(architecture)) or architecture.startswith(torchvision_nets.PREFIX):
         return _architecture
-    if "/" in source or source.endswith(_WEIGHTS):
-        if architecture != source:
-            registry.check_name(architecture)
-            return _architecture
+    if weights is None and ("/" in source or source.endswith(ENDINGS)):
         raise UserError(
             f"{source} does not exist: name the folder of a finished `gambeson train`, a model.safetensors file, or "
             "what else `gambeson audit --help` lists"
@@ -135,6 +151,8 @@ def _loader(source: str) -> Any:
     try:
         registry.check_name(architecture)
     except UserError as error:
+        if weights is not None:
+            raise
         raise UserError(f"{source} does not exist, and as the name of an architecture it is wrong: {error}") from None
     return _architecture
 
@@ -148,20 +166,30 @@ def _program(source: str, dataset: data.Dataset, device: str) -> nn.Module:
 
 
 def _architecture(source: str, dataset: data.Dataset, device: str) -> nn.Module:
-    architecture, weights = _parted(source)
-    if weights is not None and not weights.is_file():
-        raise UserError(f"{weights} does not exist: expected the weights of {architecture}, a safetensors file")
-    if external.is_external(architecture):
+    architecture, file = _parted(source)
+    weights = None if file is None else read_weights(file)
+    if external.is_external(external.canonical(architecture)):
         own = external.defaults(external.canonical(architecture)).get("classes", dataset.num_classes)
         if weights is None and own != dataset.num_classes:  # a new, untrained last layer would be evaluated
             raise UserError(
                 f"{architecture} knows {own} classes, but {dataset.name} has {dataset.num_classes}: choose data that "
                 "fit the model, or fine-tune it on these with gambeson train and name the run"
             )
+    own_code = user_code.is_spelling(architecture)  # which normalises, if anything does
+    card = {} if weights is None or own_code else weights.document.get("exported", {})
     with seeded(0, "model"):
-        model = models.create(architecture, dataset)
+        model = models.create(architecture, dataset, mean=card.get("mean"), std=card.get("std"))
     if weights is not None:
-        init_weights(model, weights)
+        models.load_weights(model, weights)
+        if not (
+            card or _normalised(architecture) or any("normalize.mean" in group for group in weights.groups.values())
+        ):
+            mean, std = (", ".join(f"{value:.3g}" for value in side) for side in (model.card.mean, model.card.std))
+            warnings.warn(
+                f"{file} does not say how its pixels were normalised: those of {dataset.name} are (mean {mean}, std "
+                f"{std}); if it was trained otherwise, name FILE.py:FUNCTION@{file} with a function that normalises",
+                stacklevel=2,
+            )
     elif drawn := getattr(model.body, "drawn", None):
         raise UserError(
             f"{architecture} has no weights for {', '.join(drawn[:3])}, which would be random: choose a model that is "
@@ -170,12 +198,34 @@ def _architecture(source: str, dataset: data.Dataset, device: str) -> nn.Module:
     return model.eval().to(torch.device(device))
 
 
-def _black_box(source: str, dataset: data.Dataset, budget: int | None) -> nn.Module:
+def _normalised(architecture: str) -> bool:
+    """Whether an architecture brings a normalisation of its own."""
+    trained = architecture.startswith(torchvision_nets.PREFIX) and "@" in architecture
+    return trained or external.is_external(external.canonical(architecture))
+
+
+def _onnx(source: str, dataset: data.Dataset, device: str, budget: int | None, gradients: str | None) -> nn.Module:
+    if budget is None:
+        try:
+            return load_onnx(Path(source), dataset.in_channels, dataset.num_classes, dataset.image_size, device)
+        except UserError as error:
+            if gradients is not None:
+                raise
+            reason = error
+        model = _black_box(source, dataset, None, None)  # first: it tells what is wrong with the file or the data
+        warnings.warn(f"{source} is taken as a black box, without gradients: {reason}", stacklevel=2)
+        return model
+    if gradients is not None:
+        raise no_gradient(gradients, f"{source} with a budget")
+    return _black_box(source, dataset, budget, None)
+
+
+def _black_box(source: str, dataset: data.Dataset, budget: int | None, http: HttpSettings | None) -> nn.Module:
     box: BlackBox
     settings: dict[str, Any] = {"budget": budget, "classes": dataset.num_classes}
     if source.startswith(FUNCTION):
         spelling = source.removeprefix(FUNCTION)
-        file, call = user_code.file_of(spelling), user_code.load_function(spelling)
+        file, call = user_code.file_of(spelling), external.load_function(spelling)
 
         def ask(images: torch.Tensor) -> Any:
             with user_code.told(file, f"asking {spelling} about {len(images)} images"):
@@ -185,7 +235,7 @@ def _black_box(source: str, dataset: data.Dataset, budget: int | None) -> nn.Mod
     elif source.lower().endswith(".onnx"):
         box = OnnxModel(source, **settings)
     else:
-        box = HttpModel(source, **settings)
+        box = HttpModel(source, **settings, **({} if http is None else http.plain()))
     images = torch.full((2, dataset.in_channels, *dataset.image_size), 0.5)
     with torch.no_grad():
         found = box(images)
@@ -198,19 +248,19 @@ def _black_box(source: str, dataset: data.Dataset, budget: int | None) -> nn.Mod
 
 
 def _parted(source: str) -> tuple[str, Path | None]:
-    """Split ``ARCHITECTURE@FILE.safetensors`` at the first @; the path may contain more."""
-    if not source.endswith(_WEIGHTS) or "@" not in source:
-        return source, None
-    architecture, _, file = source.partition("@")
-    return architecture, Path(file)
+    """Split ``ARCHITECTURE@FILE`` at the first @ before what exists or looks like a file of weights."""
+    cuts = [k for k, letter in enumerate(source) if letter == "@"]
+    found = [(source[:k], Path(source[k + 1 :]).expanduser()) for k in cuts]
+    likely = [pair for pair in found if pair[1].name.lower().endswith(ENDINGS) or "/" in str(pair[1])]
+    return next((pair for pair in likely if pair[1].exists()), likely[0] if likely else (source, None))
 
 
 def _label(source: str) -> str:
+    if source.startswith(_SERVER):
+        return source.partition("://")[2].partition("?")[0].rpartition("@")[2]
     architecture, weights = _parted(source)
     if weights is not None:
         return weights.stem
-    if source.startswith(("http://", "https://")):
-        return source.partition("://")[2].partition("?")[0].rpartition("@")[2]
     if user_code.is_spelling(architecture.removeprefix(FUNCTION)):
         return architecture.rpartition(":")[2]
     return Path(source).stem if Path(source).exists() else source

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gambeson.base import UserError, unknown_name
+from gambeson.base import UserError, one_line, unknown_name
 
 PREFIX = "torchvision:"
 _LARGEST_SEARCHED = 512
@@ -64,7 +64,7 @@ def build(
         ) from error
     except _SIZE_ERRORS as error:
         raise UserError(
-            f"{name} cannot be built for {image_size[0]}x{image_size[1]} images ({_one_line(error)}): "
+            f"{name} cannot be built for {image_size[0]}x{image_size[1]} images ({one_line(error)}): "
             "choose another image_size, such as 224"
         ) from error
     if hasattr(body, "aux_logits"):
@@ -106,7 +106,7 @@ def _torchvision_models() -> Any:
         if "torchvision::" not in str(error):
             raise
         raise UserError(
-            f"torch and torchvision come from different builds: install both from the same source ({_one_line(error)})"
+            f"torch and torchvision come from different builds: install both from the same source ({one_line(error)})"
         ) from error
     return models
 
@@ -165,10 +165,10 @@ def _check_size(name: str, body: nn.Module, in_channels: int, image_size: tuple[
         return
     given = f"{image_size[0]}x{image_size[1]}"
     if fixed:
-        raise UserError(f"{name} cannot take {given} images ({_one_line(failure)}): choose another image_size")
+        raise UserError(f"{name} cannot take {given} images ({one_line(failure)}): choose another image_size")
     smallest = _first_true(lambda side: _shape_failure(body, in_channels, (side, side)) is None, _LARGEST_SEARCHED)
     if smallest is None or min(image_size) >= smallest:
-        raise UserError(f"{name} cannot take {given} images ({_one_line(failure)}): choose another image_size")
+        raise UserError(f"{name} cannot take {given} images ({one_line(failure)}): choose another image_size")
     raise UserError(f"{name} cannot take {given} images: the smallest it takes are {smallest}x{smallest}")
 
 
@@ -195,7 +195,3 @@ def _first_true(holds: Callable[[int], bool], high: int) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n")[0].split()).rstrip(".") or type(error).__name__

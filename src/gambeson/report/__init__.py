@@ -1,15 +1,20 @@
-"""One self-contained HTML page from the folders of finished audits: it works offline."""
+"""Self-contained HTML pages from finished runs: they work offline."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from gambeson.base import write_text
+from gambeson.attacks import UniversalPerturbation
+from gambeson.base import load_tensors, write_text
+from gambeson.evaluation import Rate
+from gambeson.evaluation.transfer import TransferResult
+from gambeson.report import page, pictures, summary, transfer
+from gambeson.report.formatting import EpsFormat
 from gambeson.report.loading import read_folders
-from gambeson.report.page import build, render
 
-__all__ = ["write"]
+__all__ = ["write", "write_first", "write_transfer"]
 
 
 def write(audits: Sequence[str | Path], out: str | Path, *, title: str | None = None) -> Path:
@@ -29,7 +34,60 @@ def write(audits: Sequence[str | Path], out: str | Path, *, title: str | None = 
         UserError: no folder is given, a folder holds no finished audit, or the audits cannot be compared (other data,
             other norm).
     """
-    page = build(read_folders([Path(folder) for folder in audits]), title)
-    path = Path(out)
-    write_text(path, render(page))
-    return path
+    found = page.build(read_folders([Path(folder) for folder in audits]), title)
+    return _written(out, page.render("audit", found))
+
+
+def write_transfer(result: TransferResult, out: str | Path) -> Path:
+    """Write one HTML page about a transfer table, and return its path."""
+    return _written(out, page.render("transfer", transfer.build(result), plotly=False))
+
+
+@dataclass(frozen=True)
+class _First:
+    title: str
+    summary: summary.Summary
+    pattern: pictures.Pattern
+    examples: list[pictures.Example]
+    first: pictures.Example | None
+    shown: str
+    small: bool
+
+
+def write_first(
+    examples: str | Path,
+    uap: UniversalPerturbation,
+    rates: tuple[Rate, Rate],
+    classes: Sequence[str],
+    out: str | Path,
+    *,
+    title: str,
+) -> Path:
+    """Write a page about one perturbation that is not audited yet; opened in a browser, it reloads itself.
+
+    Args:
+        examples: the file of :func:`gambeson.auditing.audit.save_examples`.
+        uap: the perturbation.
+        rates: the error on test images under it, and without it.
+        classes: their names.
+        out: the output file, replaced atomically.
+        title: the page's heading.
+    """
+    tensors, _ = load_tensors(Path(examples), "test images")
+    scale, eps = EpsFormat(uap.about.norm, uap.delta.shape[1] == 3), uap.about.eps
+    shown = pictures.examples(tensors, classes)
+    first = _First(
+        title=title,
+        summary=summary.first(*rates, eps, scale),
+        pattern=pictures.pattern(uap.delta[0], eps, scale, "the model", f"UER {rates[0]}"),
+        examples=shown,
+        first=pictures.first_flipped(shown),
+        shown=pictures.proportion(shown, *rates),
+        small=max(uap.delta.shape[2:]) <= 96,
+    )
+    return _written(out, page.render("first", first, plotly=False))
+
+
+def _written(out: str | Path, html: str) -> Path:
+    write_text(Path(out), html)
+    return Path(out)

@@ -16,6 +16,8 @@ HUES = ("#0072b2", "#c4500a", "#007a5a", "#a8487f", "#8a6d00", "#3a3a3a")
 """Distinguishable with all common kinds of colour blindness, with a contrast of at least 4.5 : 1 on white."""
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross")
 _DASHES = {"random-sign": "dash", "chessboard": "dot"}
+_TOPS = (5, 10, 20, 50, 100)
+"""Ends of the axis of rates, in per cent: the first that holds them all, so that small slopes are seen."""
 _INK, _FAINT = "#1c2430", "#e3e7ec"
 AXIS: dict[str, Any] = {
     "gridcolor": _FAINT,
@@ -188,6 +190,8 @@ def _layout(folders: Sequence[Folder], scale: EpsFormat) -> dict[str, Any]:
     texts = [scale.text(eps) for eps in grid]
     # Short labels, so that they fit side by side on a phone.
     short = all(text.endswith("/255") for text in texts)
+    highest = max(rate.high for folder in folders for rate in _points(folder)[1])
+    top = next(top for top in _TOPS if 100 * highest <= top or top == _TOPS[-1])
     title = f"eps: {scale.meaning}<br>(pixels run from 0 to 1)"
     if short:
         title = f"eps, in 1/255 of the range of pixels:<br>{scale.meaning}"
@@ -210,8 +214,8 @@ def _layout(folders: Sequence[Folder], scale: EpsFormat) -> dict[str, Any]:
         "yaxis": {
             **AXIS,
             "title": {"text": "UER: test images it gets wrong (%)", "standoff": 8, "font": {"size": 13}},
-            "range": [0, 102],
-            "tickvals": [0, 20, 40, 60, 80, 100],
+            "range": [0, 1.02 * top],
+            "tickvals": [top * k / 5 for k in range(6)],
         },
     }
 

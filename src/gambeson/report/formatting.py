@@ -1,19 +1,28 @@
-"""Formatting of numbers, and the sentences of the page built from them."""
+"""Formatting of numbers, and the settings, cost and versions of an audit as lists of names and values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gambeson.evaluation import Rate
-from gambeson.evaluation.rates import SmallestEps
+from gambeson.evaluation.rates import Cost, SmallestEps
 from gambeson.report.loading import Folder
 
 
 def percent(value: float) -> str:
     """Write a share with one decimal: ``12.3 %``."""
     return f"{100 * value:.1f} %"
+
+
+def of_hundred(value: float) -> str:
+    """Write a share as a number out of 100: ``56``; neither 0 nor 100 unless it is exact."""
+    if 0 < value < 0.005:
+        return "fewer than 1"
+    if 0.995 <= value < 1:
+        return "more than 99"
+    return f"{100 * value:.0f}"
 
 
 def interval(rate: Rate) -> str:
@@ -94,42 +103,69 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def setting(folders: Sequence[Folder]) -> str:
-    """Describe the experiment for readers who do not know universal perturbations."""
-    material = folders[0].result.material
-    what = "this model" if len(folders) == 1 else f"each of {len(folders)} models"
-    return (
-        f"For {what}, one fixed, faint pattern was made and added to all "
-        f"{count(material.test, 'test image')} of {material.name}, none of which had been used to "
-        "make it. How many does the model then get wrong?"
-    )
+@dataclass(frozen=True)
+class Facts:
+    """A titled list of names and values."""
+
+    title: str
+    rows: list[tuple[str, str]]
 
 
-def answer(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> str:
-    """Describe the result: the verdict of one model, or the weakest and the strongest of several."""
-    if len(folders) == 1:
-        return folders[0].result.verdict.summary
-    if eps is None:
-        return "The audits share no eps, so their rates cannot be compared: compare eps_uni in the table."
-    weakest = max(folders, key=lambda folder: folder.at(eps).uer.value)
-    worst = Rate.highest(folder.at(eps).uer for folder in folders)
-    clean = weakest.result.clean.complement
-    doubt = "" if weakest.trusted else " (its numbers are not to be trusted)"
-    first = (
-        f"The model {_quote(weakest.label)}{doubt} is broken most by one pattern: at eps {scale.text(eps)} "
-        f"it gets {worst} of the test images wrong, against {clean} when clean."
-    )
-    trusted = [folder for folder in folders if folder.trusted]
-    if not trusted:
-        return f"{first} No model can be called robust, because none of the verdicts can be trusted."
-    strongest = min(trusted, key=lambda folder: folder.at(eps).uer.value)
-    least = Rate.lowest(folder.at(eps).uer for folder in trusted)
-    among = "" if len(trusted) == len(folders) else " among those whose numbers can be trusted"
-    if strongest is weakest:
-        return f"{first} It is the only one whose numbers can be trusted."
-    tie = " The two intervals overlap, so their order is not certain." if least.high >= worst.low else ""
-    return f"{first} {_quote(strongest.label)} withstands best{among}, with {least} wrong.{tie}"
+def collect(folder: Folder, scale: EpsFormat) -> list[Facts]:
+    """List model, defence, data, settings, perturbations, search, cost and versions of one audit."""
+    result = folder.result
+    subject, material, found = result.subject, result.material, result.eps_uni
+    model = [("architecture", subject.name), ("trainable values", f"{subject.parameters:,}")]
+    model += [] if subject.epochs is None else [("epochs", str(subject.epochs))]
+    model += [("hash of the weights", subject.fingerprint)]
+    splits = [
+        ("data set", material.name),
+        ("classes", ", ".join(material.classes)),
+        ("image (channels, height, width)", " x ".join(str(side) for side in material.shape)),
+        ("crafted on (training split)", count(material.train, "image")),
+        ("chosen on (validation split)", count(material.validation, "image")),
+        ("reported on (test split)", count(material.test, "image")),
+    ]
+    points = []
+    for point in result.universal:
+        starts = ", ".join(f"{start.start} {percent(start.validation_uer)}" for start in point.restarts)
+        text = f"fooling rate {point.fooling}; restarts on the validation split: {starts or 'none'}"
+        points.append((f"eps {scale.text(point.eps)}", text))
+    tried = ", ".join(f"{eps:.4g}: {percent(uer)}" for eps, uer in found.tried)
+    search = [("judged on", f"{found.split} split"), ("eps tried, with UER", tried or "none")]
+    search += [("95 % interval, by bootstrap over test images", found.interval.strip())] if found.interval else []
+    if (each := result.eps_adv) is not None:
+        size = f"{bound(each)[0]}{each.interval}, on {count(each.images, 'image')}"
+        search += [(f"eps_adv({each.delta:g}), image by image", size)]
+    cost = [("all of it", _cost(result.cost)), *_costs(folder, scale)]
+    if folder.seconds:
+        cost += [("time", duration(sum(folder.seconds.values())))]
+        cost += [(f"time of {stage}", duration(spent)) for stage, spent in folder.seconds.items()]
+    defence = flat(subject.defense) if subject.defense else [("defence", "not known")]
+    per_image = [Facts(f"Attack on each image: {a.attack}", flat(a.settings)) for a in result.per_image]
+    return [
+        Facts("Model", model),
+        Facts("Defence", defence),
+        Facts("Data", splits),
+        Facts("Suite", [("seed", str(result.seed)), *flat(result.settings)]),
+        *per_image,
+        Facts("Universal perturbations", points),
+        Facts(f"Search of eps_uni({found.delta:g})", search),
+        Facts("Cost, in images sent forward and backward", cost),
+        Facts("Versions", flat(result.environment)),
+    ]
 
 
-def _quote(label: str) -> str:
-    return f"\N{LEFT DOUBLE QUOTATION MARK}{label}\N{RIGHT DOUBLE QUOTATION MARK}"
+def _costs(folder: Folder, scale: EpsFormat) -> list[tuple[str, str]]:
+    result = folder.result
+    rows = [(f"universal, eps {scale.text(point.eps)}", point.cost) for point in result.universal]
+    rows += [(f"eps_uni({result.eps_uni.delta:g})", result.eps_uni.cost)]
+    rows += [(f"eps_adv({each.delta:g})", each.cost)] if (each := result.eps_adv) else []
+    rows += [(f"{a.attack}, eps {scale.text(a.eps)}", a.cost) for a in result.per_image]
+    rows += [(f"{t.attack} from {t.source}, eps {scale.text(t.eps)}", t.cost) for t in result.transfer]
+    rows += [("Jacobian analysis", result.jacobian.cost)] if result.jacobian else []
+    return [(name, _cost(cost)) for name, cost in rows]
+
+
+def _cost(cost: Cost) -> str:
+    return f"{cost.forwards:,} forward, {cost.backwards:,} backward"

@@ -10,7 +10,7 @@ import torch
 
 from gambeson.analysis import Spread
 from gambeson.auditing.results import JacobianResult, LossSurface, PairHistogram, Subspace
-from gambeson.report import images
+from gambeson.report import pictures
 from gambeson.report.charts import AXIS, MARKERS, Chart, embed, hue, plain_layout, soft
 from gambeson.report.formatting import EpsFormat, percent
 from gambeson.report.loading import Folder
@@ -18,6 +18,10 @@ from gambeson.report.tables import NONE, Cell, Group, Line, Table
 
 RAMP = ("#fdf6e3", "#f4c978", "#e0873c", "#a8412f", "#4d1a2e")
 """From low to high, with evenly decreasing lightness, so that it is readable in grey."""
+
+
+_STEEP = 20
+"""Ratio of the highest to the lowest loss from which their axis is logarithmic."""
 
 
 def along(folders: Sequence[Folder], scale: EpsFormat) -> Chart | None:
@@ -29,7 +33,8 @@ def along(folders: Sequence[Folder], scale: EpsFormat) -> Chart | None:
     ]
     if not known:
         return None
-    traces, words = [], []
+    traces: list[dict[str, Any]] = []
+    words = []
     for k, folder, surface in known:
         middle = len(surface.steps) // 2
         gradient = [row[middle] for row in surface.loss]
@@ -58,7 +63,11 @@ def along(folders: Sequence[Folder], scale: EpsFormat) -> Chart | None:
         words.append(f"{folder.label} from {gradient[middle]:.3g} at the image to {gradient[-1]:.3g} at the far end")
     layout = plain_layout(420)
     layout["xaxis"] |= _steps(known[0][2], scale, "step along the gradient's sign")
-    layout["yaxis"] |= {"title": {"text": "mean cross-entropy", "standoff": 8}, "rangemode": "tozero"}
+    losses = [loss for trace in traces for loss in trace["y"]]
+    # On a linear axis the steepest model would press all others flat.
+    steep = min(losses) > 0 and max(losses) > _STEEP * min(losses)
+    title = "mean cross-entropy" + (" (logarithmic)" if steep else "")
+    layout["yaxis"] |= {"title": {"text": title, "standoff": 8}, "type": "log" if steep else "linear"}
     layout["legend"] = {"orientation": "h", "y": -0.3, "yanchor": "top", "x": 0, "xanchor": "left"}
     return Chart(
         "along", embed({"data": traces, "layout": layout}), f"Loss along the signed gradient: {'; '.join(words)}."
@@ -113,7 +122,7 @@ def singles(folder: Folder) -> list[str]:
     """Draw the loss around single images, each on its own scale, as PNG pictures."""
     found = folder.result.jacobian.surface if folder.result.jacobian else None
     return (
-        [images.png(images.painted(torch.tensor(_turned(grid)).flip(0), RAMP)) for grid in found.singles]
+        [pictures.png(pictures.painted(torch.tensor(_turned(grid)).flip(0), RAMP)) for grid in found.singles]
         if found
         else []
     )

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gambeson.auditing import AuditResult
 from gambeson.auditing.results import DataInfo, UniversalResult
-from gambeson.base import UserError, load_tensors, read_json
+from gambeson.base import UserError, load_tensors, read_json, read_settings
+from gambeson.tasks import of as task_of
 
 _EXAMPLES = ("images", "perturbed", "labels", "predictions", "perturbed_predictions")
 
@@ -32,8 +34,13 @@ class Folder:
     """See :func:`gambeson.auditing.audit.save_examples`."""
     seconds: dict[str, float]
     """Seconds by stage; empty when nothing was timed."""
-    has_settings: bool
-    """Whether the folder has a ``run.yaml``, from which the audit can be reproduced."""
+    settings: dict[str, Any]
+    """The contents of ``run.yaml``, from which the audit can be reproduced; empty if it was started from Python."""
+
+    @property
+    def unit(self) -> str:
+        """What a rate counts: ``image``, or ``pixel`` where labels are maps."""
+        return "image" if task_of(self.examples["labels"]).per_image_label else "pixel"
 
     @property
     def trusted(self) -> bool:
@@ -89,7 +96,7 @@ def _read(path: Path, result: AuditResult, times: Counter[str]) -> Folder:
         direction=_direction(path, result),
         examples=_examples(path / "examples.safetensors"),
         seconds=dict(read_json(timing)) if timing.is_file() else {},
-        has_settings=(path / "run.yaml").is_file(),
+        settings=read_settings(path / "run.yaml", "audit") if (path / "run.yaml").is_file() else {},
     )
 
 

@@ -1,84 +1,60 @@
-"""The page: its data, and rendering to one HTML text with style and chart library inside."""
+"""The pages: their data, and rendering to one HTML text with style and chart library inside."""
 
 from __future__ import annotations
 
 import re
-from functools import cache
-from importlib.resources import files
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 from gambeson.auditing import Check
-from gambeson.report import attacks, charts, formatting, images, jacobian, tables
+from gambeson.report import charts, formatting, jacobian, pictures, summary, tables
 from gambeson.report.charts import Chart
-from gambeson.report.formatting import EpsFormat
+from gambeson.report.formatting import EpsFormat, Facts
 from gambeson.report.loading import Folder
-from gambeson.report.metadata import Facts, collect
-from gambeson.tasks import of as task_of
+from gambeson.report.pictures import Example, Pattern
+from gambeson.report.summary import Summary
 
 
-def render(page: Page) -> str:
-    """Write the page. What comes from files is escaped; style, library and chart data are not."""
+def render(template: str, page: Any, *, plotly: bool = True) -> str:
+    """Write a page. What comes from files is escaped; style, library and chart data are not."""
     from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
 
-    return _template().render(page=page, style=Markup(_text("style.css")), plotly=Markup(get_plotlyjs()))
+    library = ""
+    if plotly:
+        from plotly.offline import get_plotlyjs
+
+        library = Markup(get_plotlyjs())
+    found = _environment().get_template(f"{template}.html.j2")
+    return found.render(page=page, icon=pictures.icon(), style=Markup(_text("style.css")), plotly=library)
 
 
 @cache
-def _template() -> Template:
+def _environment() -> Environment:
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     environment = Environment(
         loader=FunctionLoader(_text), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["tight"] = _tight
-    return environment.get_template("template.html.j2")
+    return environment
 
 
 def _tight(text: str) -> str:
     """Keep a number and its unit, and the two ends of an interval, on one line."""
     text = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", text)
+    text = re.sub(r"(?<=\d) of 100\b", "\N{NO-BREAK SPACE}of\N{NO-BREAK SPACE}100", text)
     return re.sub(r"(\[[\d.]+), ([\d.]+\])", "\\1,\N{NO-BREAK SPACE}\\2", text)
 
 
 def _text(name: str) -> str:
     return (files("gambeson.report") / name).read_text(encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture with its caption and alternative text."""
-
-    source: str
-    alt: str
-    title: str
-    scale: str
-    rate: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A model's prediction for one picture; ``name`` is empty for label maps."""
-
-    source: str
-    alt: str
-    name: str
-    right: bool
-
-
-@dataclass(frozen=True)
-class Example:
-    """A test image, clean and perturbed."""
-
-    truth: str
-    clean: Answer
-    perturbed: Answer
 
 
 @dataclass(frozen=True)
@@ -104,12 +80,18 @@ class Model:
     architecture: str
     hue: str
     trusted: bool
-    summary: str
+    summary: Summary
+    verdict: str
+    """The verdict in full."""
     reasons: list[str]
-    patterns: list[Picture]
-    middle: str
-    """The eps of the examples."""
+    patterns: list[Pattern]
+    middle: Pattern
+    """The pattern of the examples."""
     examples: list[Example]
+    first: Example | None
+    """The one that stands first: flipped by the pattern, if one of them is."""
+    shown: str
+    """What the examples are, and how many of all images are like them."""
     checks: list[Check]
     """Failed ones first, then passed ones, then those that do not apply."""
     jacobian: JacobianCharts
@@ -128,27 +110,23 @@ class Model:
 
 @dataclass(frozen=True)
 class Page:
-    """The whole page."""
+    """The page about one audit or more."""
 
     title: str
-    icon: str
-    setting: str
     answer: str
+    """Compares several models; empty for one."""
     models: list[Model]
     scale: EpsFormat
     delta: str
     """The error of eps_uni, in per cent."""
     tests: int
-    glance_head: list[str]
-    glance: list[tables.Line]
+    glance: tables.Table
     curves: tables.Table
     controls: list[str]
     curve: Chart
     attacks: list[tables.Table]
     jacobian: list[tables.Table]
     along: Chart | None
-    charts: list[Chart]
-    """In the order of the page."""
     small: bool
     """Whether images are small and enlarged."""
 
@@ -159,55 +137,56 @@ def build(folders: Sequence[Folder], title: str | None) -> Page:
     scale = EpsFormat(first.universal[0].norm, len(first.material.shape) == 3 and first.material.shape[0] == 3)
     eps = tables.common_eps(folders)
     what = folders[0].label if len(folders) == 1 else formatting.count(len(folders), "model")
-    models = [_model(folder, index, scale) for index, folder in enumerate(folders)]
-    curve, along = charts.curve(folders, scale), jacobian.along(folders, scale)
-    every = [curve, along, *(chart for model in models for chart in (model.jacobian.surface, model.jacobian.pairs))]
     names = [control.name for folder in folders for point in folder.result.universal for control in point.controls]
     return Page(
         title=title or f"Robustness audit: {what} on {first.material.name}",
-        icon=images.icon(),
-        setting=formatting.setting(folders),
-        answer=formatting.answer(folders, eps, scale),
-        models=models,
+        answer="" if len(folders) == 1 else summary.answer(folders, eps, scale),
+        models=[_model(folder, index, scale) for index, folder in enumerate(folders)],
         scale=scale,
         delta=f"{100 * first.eps_uni.delta:g}",
         tests=first.material.test,
-        glance_head=tables.glance_head(folders, eps, scale),
         glance=tables.glance(folders, eps, scale),
         curves=tables.curves(folders, scale),
         controls=list(dict.fromkeys(names)),
-        curve=curve,
-        attacks=attacks.build(folders, scale),
+        curve=charts.curve(folders, scale),
+        attacks=tables.attacks(folders, scale),
         jacobian=jacobian.build(folders, scale),
-        along=along,
-        charts=[chart for chart in every if chart is not None],
+        along=jacobian.along(folders, scale),
         small=max(first.material.shape[1:]) <= 96,
     )
 
 
 def _model(folder: Folder, index: int, scale: EpsFormat) -> Model:
-    result = folder.result
+    result, tensors = folder.result, folder.examples
+    drawn = [
+        pictures.pattern(delta, point.eps, scale, folder.label, f"UER {point.uer}", point.status)
+        for point, delta in zip(result.universal, folder.deltas, strict=True)
+    ]
+    examples = pictures.examples(tensors, result.material.classes)
     reproduce = f"gambeson audit --config {shlex.quote(folder.path.resolve().name + '/run.yaml')} --out NEW"
     return Model(
         label=folder.label,
         architecture=result.subject.name,
         hue=charts.hue(index),
         trusted=folder.trusted,
-        summary=result.verdict.summary,
+        summary=summary.summary(folder, scale),
+        verdict=result.verdict.summary,
         reasons=result.verdict.reasons,
-        patterns=_patterns(folder, scale),
-        middle=scale.text(result.middle.eps),
-        examples=_examples(folder),
+        patterns=drawn,
+        middle=drawn[len(drawn) // 2],
+        examples=examples,
+        first=pictures.first_flipped(examples),
+        shown=pictures.proportion(examples, result.middle.uer, result.clean.complement),
         checks=sorted(result.checks, key=lambda check: (False, True, None).index(check.passed)),
         jacobian=_jacobian(folder, index, scale),
-        facts=collect(folder, scale),
-        command=reproduce if folder.has_settings else "",
+        facts=formatting.collect(folder, scale),
+        command=reproduce if folder.settings else "",
     )
 
 
 def _jacobian(folder: Folder, index: int, scale: EpsFormat) -> JacobianCharts:
     found, direction = folder.result.jacobian, folder.direction
-    shown = "" if direction is None else images.png(images.signed(direction, float(direction.abs().max())))
+    shown = "" if direction is None else pictures.png(pictures.signed(direction, float(direction.abs().max())))
     return JacobianCharts(
         surface=jacobian.surface(folder, index, scale),
         singles=jacobian.singles(folder),
@@ -217,41 +196,3 @@ def _jacobian(folder: Folder, index: int, scale: EpsFormat) -> JacobianCharts:
         left_out=found.left_out if found else {},
         fixed_draw=found.fixed_draw if found else False,
     )
-
-
-def _patterns(folder: Folder, scale: EpsFormat) -> list[Picture]:
-    found = []
-    for point, delta in zip(folder.result.universal, folder.deltas, strict=True):
-        white = images.reach(delta, point.eps, point.norm)
-        size = scale.text(white) if point.norm == "inf" else f"{white:.3g}"
-        found.append(
-            Picture(
-                source=images.png(images.signed(delta, white)),
-                alt=f"Universal perturbation for {folder.label} at eps {scale.text(point.eps)}",
-                title=f"eps {scale.text(point.eps)}" + ("" if point.status == "done" else f" ({point.status})"),
-                scale=f"{'each channel: ' if scale.colour else ''}black -{size}, grey 0, white +{size}",
-                rate=f"UER {point.uer}",
-            )
-        )
-    return found
-
-
-def _examples(folder: Folder) -> list[Example]:
-    tensors, classes = folder.examples, folder.result.material.classes
-    maps = not task_of(tensors["labels"]).per_image_label
-
-    def answer(image: str, prediction: str, k: int, kind: str) -> Answer:
-        source = images.png(tensors[image][k])
-        if maps:
-            return Answer(source, f"Test image {k + 1}, {kind}", "", False)
-        said, truth = int(tensors[prediction][k]), int(tensors["labels"][k])
-        return Answer(source, f"Test image of class {classes[truth]}, {kind}", classes[said], said == truth)
-
-    return [
-        Example(
-            truth="" if maps else classes[int(tensors["labels"][k])],
-            clean=answer("images", "predictions", k, "clean"),
-            perturbed=answer("perturbed", "perturbed_predictions", k, "perturbed"),
-        )
-        for k in range(len(tensors["images"]))
-    ]

@@ -1,15 +1,19 @@
-"""What tables are made of, and the two main ones: the models at a glance, and every rate at every eps."""
+"""Tables: the models at a glance, every rate at every eps, and other attacks, noise and random models."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from gambeson.auditing.results import PerImageResult
+from gambeson.auditing.results import Corruption, PerImageResult, RandomnessResult, TransferredResult
 from gambeson.evaluation import Rate
+from gambeson.evaluation.attack_suite import AttackRound
 from gambeson.evaluation.rates import Control
 from gambeson.report.formatting import EpsFormat, bound, interval, percent
 from gambeson.report.loading import Folder
+
+KeyT = TypeVar("KeyT", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,10 @@ class Cell:
     main: str
     below: tuple[str, ...] = ()
     best: bool = False
+    shade: str = ""
+    """Colour behind it; none by default."""
+    own: bool = False
+    """Whether it is framed."""
 
 
 NONE = Cell("\N{EN DASH}")
@@ -67,19 +75,11 @@ def common_eps(folders: Sequence[Folder]) -> float | None:
     return sorted(shared)[len(shared) // 2] if shared else None
 
 
-def glance_head(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> list[str]:
-    """Return the headings of :func:`glance`, between the model and its verdict."""
-    deltas = {folder.result.eps_uni.delta for folder in folders}
-    uer = "UER at its middle eps" if eps is None else f"UER at eps {scale.text(eps)}"
-    found = f"eps_uni({deltas.pop():g})" if len(deltas) == 1 else "eps_uni"
-    return ["Clean accuracy", uer, "Accuracy, attacked image by image", found]
-
-
-def glance(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> list[Line]:
-    """Build one line for each model."""
+def glance(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> Table:
+    """Build one line for each model, whose verdict is not part of it."""
     clean = _leaders(folders, [folder.result.clean for folder in folders], highest=True)
     uer = _leaders(folders, [folder.at(eps).uer if eps is not None else None for folder in folders])
-    worst = [_worst(folder.result.per_image) for folder in folders]
+    worst = [worst_attack(folder.result.per_image) for folder in folders]
     alike = len({(a.attack, a.eps, a.accuracy.n) if a else None for a in worst}) == 1
     held = _leaders(folders, [a.accuracy if a and alike else None for a in worst], highest=True)
     sizes = [(folder.result.eps_uni.censored, folder.result.eps_uni.value) for folder in folders]
@@ -103,7 +103,10 @@ def glance(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> li
             Cell(main, tuple(notes), best),
         ]
         lines.append(Line(folder.label, result.subject.name, cells))
-    return lines
+    uer_head = "UER at its middle eps" if eps is None else f"UER at eps {scale.text(eps)}"
+    smallest = f"eps_uni({folders[0].result.eps_uni.delta:g})" if alike_delta else "eps_uni"
+    head = ["Model", "Clean accuracy", uer_head, "Accuracy, attacked image by image", smallest]
+    return Table("At a glance", head, [Group(None, lines)])
 
 
 def grid(folders: Sequence[Folder]) -> list[float]:
@@ -148,8 +151,8 @@ def _control(control: Control) -> Cell:
     return Cell(percent(control.mean), (f"worst {percent(control.worst.value)}", interval(control.worst)))
 
 
-def _worst(found: Sequence[PerImageResult]) -> PerImageResult | None:
-    """Return the attack that leaves least right, with the interval of the lowest of so many."""
+def worst_attack(found: Sequence[PerImageResult]) -> PerImageResult | None:
+    """Return the per-image attack that leaves least right, with the interval of the lowest of so many."""
     if not found:
         return None
     lowest = Rate.lowest(one.accuracy for one in found)
@@ -175,3 +178,117 @@ def _leaders(folders: Sequence[Folder], rates: Sequence[Rate | None], *, highest
         rate is not None and folder.trusted and rate.low <= top.high and rate.high >= top.low
         for rate, folder in zip(rates, folders, strict=True)
     ]
+
+
+def attacks(folders: Sequence[Folder], scale: EpsFormat) -> list[Table]:
+    """Build the non-empty tables of other attacks: one column per model, one row per attack."""
+    found = [_per_image(folders, scale), _transferred(folders, scale), _noise(folders), _draws(folders)]
+    return [table for table in found if table is not None]
+
+
+def _table(folders: Sequence[Folder], caption: str, name: str, lines: list[Line], note: str = "") -> Table:
+    return Table(caption, [name, *(folder.label for folder in folders)], [Group(None, lines)], note)
+
+
+def _per_image(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
+    columns = [{(a.attack, a.eps): a for a in folder.result.per_image} for folder in folders]
+    if not any(columns):
+        return None
+    lines = [_clean(folders, "no attack", lambda folder: folder.result.clean)]
+    for name, eps in _keys(columns):
+        found = [column.get((name, eps)) for column in columns]
+        title = "the attack suite" if name == "standard" else name
+        lines.append(
+            Line(
+                title,
+                f"eps {scale.text(eps)}",
+                [_rate(f, a.accuracy if a else None) for f, a in zip(folders, found, strict=True)],
+            )
+        )
+        rounds = [{turn.attack: turn for turn in (a.rounds if a else [])} for a in found]
+        for attack in _keys(rounds):
+            cells = [_round(turns.get(attack), a) for turns, a in zip(rounds, found, strict=True)]
+            lines.append(Line(f"after {attack}", "", cells, minor=True))
+    has_suites = any(a.rounds for column in columns for a in column.values())
+    note = "In a suite each attack takes on only the images that the ones before it left right." if has_suites else ""
+    return _table(folders, "Accuracy when every image gets a perturbation of its own", "Attack", lines, note)
+
+
+def _round(turn: AttackRound | None, of: PerImageResult | None) -> Cell:
+    if turn is None or of is None:
+        return NONE
+    return Cell(percent(turn.accuracy.value), (f"broke {turn.broken:,} of {turn.tried:,}",))
+
+
+def _transferred(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
+    def key(t: TransferredResult) -> tuple[str, str, bool, float]:
+        return (t.source, t.attack, t.universal, t.eps)
+
+    columns = [{key(t): t for t in folder.result.transfer} for folder in folders]
+    if not any(columns):
+        return None
+    lines = [_clean(folders, "no attack", lambda folder: folder.result.clean.complement)]
+    for found in _keys(columns):
+        source, attack, universal, eps = found
+        note = f"crafted on {source}; {'one for all images' if universal else 'one per image'}; eps {scale.text(eps)}"
+        items = [column.get(found) for column in columns]
+        cells = [_rate(folder, t.error if t else None) for folder, t in zip(folders, items, strict=True)]
+        lines.append(Line(attack, note, cells))
+    return _table(folders, "Error under perturbations that were crafted on another model", "Attack", lines)
+
+
+def _noise(folders: Sequence[Folder]) -> Table | None:
+    def key(noise: Corruption) -> tuple[str, float]:
+        return (noise.noise, noise.size)
+
+    columns = [{key(noise): noise for noise in folder.result.corruption} for folder in folders]
+    if not any(columns):
+        return None
+    meaning = {"gaussian": "standard deviation", "uniform": "half-width", "salt-and-pepper": "share of pixels"}
+    lines = [_clean(folders, "no noise", lambda folder: folder.result.clean.complement)]
+    for found in _keys(columns):
+        note = f"{meaning.get(found[0], 'size')} {found[1]:.3g}"
+        items = [column.get(found) for column in columns]
+        cells = [_rate(folder, c.error if c else None) for folder, c in zip(folders, items, strict=True)]
+        lines.append(Line(found[0].replace("-", " "), note, cells))
+    return _table(folders, "Error under plain noise, drawn anew for every image: no adversary", "Noise", lines)
+
+
+def _draws(folders: Sequence[Folder]) -> Table | None:
+    found = [folder.result.randomness for folder in folders]
+    if not any(found):
+        return None
+
+    def line(name: str, note: str, cell: Callable[[RandomnessResult], Cell]) -> Line:
+        return Line(name, note, [cell(one) if one else Cell("not random") for one in found])
+
+    lines = [
+        line(
+            "mean of all passes",
+            "± one standard deviation",
+            lambda d: Cell(_spread(d), (f"{d.votes} passes",)),
+        ),
+        line("lowest and highest pass", "", lambda d: Cell(f"{percent(d.lowest)} to {percent(d.highest)}")),
+        line("majority of the passes", "image by image", lambda d: rate_cell(d.majority)),
+        line("randomness turned off", "", lambda d: rate_cell(d.noise_off) if d.noise_off else NONE),
+    ]
+    ways = [f"{folder.label}: {d.noise_off_by}" for folder, d in zip(folders, found, strict=True) if d]
+    note = f"How it was turned off: {'; '.join(ways)}."
+    return _table(folders, "Clean accuracy of random models, over passes of the same images", "Accuracy", lines, note)
+
+
+def _spread(found: RandomnessResult) -> str:
+    return f"{percent(found.mean)} ± {100 * found.spread:.1f}"
+
+
+def _clean(folders: Sequence[Folder], name: str, rate: Callable[[Folder], Rate]) -> Line:
+    return Line(name, "clean images", [rate_cell(rate(folder)) for folder in folders])
+
+
+def _rate(folder: Folder, rate: Rate | None) -> Cell:
+    return NONE if rate is None else rate_cell(rate, tests=folder.result.material.test)
+
+
+def _keys(columns: Sequence[Mapping[KeyT, object]]) -> list[KeyT]:
+    """The keys of all columns, in order of first appearance."""
+    return list(dict.fromkeys(key for column in columns for key in column))

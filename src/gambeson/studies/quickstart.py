@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
-from gambeson import data
+import torch
+
+from gambeson import data, models
+from gambeson.attacks import StochasticPGD, UniversalPerturbation
 from gambeson.auditing import Audit, AuditRun, Suite, run_audit
+from gambeson.auditing.audit import FILE, save_examples
+from gambeson.auditing.stages import surrogate
+from gambeson.base import task
 from gambeson.defenses import Defense, PGDAdversarial, SharedAdversarial, Standard
+from gambeson.evaluation import Rate
+from gambeson.evaluation.universal import error_rate
 from gambeson.training import Recipe, TrainRun, run_training
+from gambeson.victim import Victim, predict, score
 
 DATA, MODEL, EPS = "mnist5k", "lenet5", 0.2
 
@@ -36,34 +52,115 @@ SUITE = Suite(
     jacobian_backwards=2000,
     eps_uni_tolerance=0.05,
 )
+LOOK = StochasticPGD(eps=0.25, steps=100, probe_starts=4)
+"""The attack of the first look, shorter than the audits'."""
 
 
-def quickstart(out: Path, seed: int = 0, device: str = "cpu") -> list[Audit]:
+class FirstLook(NamedTuple):
+    """What one perturbation does to the first model, long before that is audited."""
+
+    examples: Path
+    """The file of :func:`gambeson.auditing.audit.save_examples`."""
+    uap: UniversalPerturbation
+    under: Rate
+    """Error under it."""
+    clean: Rate
+    """Error on clean images."""
+    classes: tuple[str, ...]
+
+
+def quickstart(
+    out: Path, seed: int = 0, device: str = "cpu", *, started: Callable[[FirstLook], None] | None = None
+) -> list[Audit]:
     """Train LeNet-5 on 3,500 digits, harden the trained net in two ways, and audit all three on 1,000 other digits.
 
     Hardening starts from the standard network: this small network often fails to learn with perturbations of this size
-    from the first step on.
+    from the first step on. The audits share one surrogate. On a processor the parts run beside each other, each on one
+    thread, so that the numbers do not depend on the number of cores.
 
     Args:
-        out: folder with a run folder and an audit folder per model; finished ones are not repeated.
+        out: folder with a run folder and an audit folder per model; what is finished is not repeated.
         seed: of everything.
         device: of the computations.
+        started: called with the first look, unless all audits are finished already.
 
     Returns:
         The audits, in the order of :data:`DEFENSES`.
     """
-    dataset = data.load(DATA)
-    for name, defense in DEFENSES.items():
-        fresh = name == BASELINE
-        run = TrainRun(
-            data=DATA,
-            model=MODEL,
-            defense=defense,
-            recipe=TRAIN if fresh else HARDEN,
-            init=None if fresh else str(out / BASELINE),
-            seed=seed,
-            device=device,
-        )
-        run_training(run, out / name, dataset)
-    plans = [AuditRun(model=str(out / name), data=DATA, suite=SUITE, seed=seed, device=device) for name in DEFENSES]
-    return [run_audit(plan, Path(f"{plan.model}-audit"), dataset) for plan in plans]
+    processes = min(len(DEFENSES), os.cpu_count() or 1) if device == "cpu" else 1
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_begin, initargs=(device,))
+    with pool, task("quickstart", 2 * len(DEFENSES) + 1) as advance:
+
+        def begin(work: Callable[..., None], name: str = BASELINE) -> Future[None]:
+            future = pool.submit(work, out, name, seed, device)
+            future.add_done_callback(lambda _: advance())
+            return future
+
+        begin(_train).result()
+        shared = begin(_surrogate)
+        if started is not None and not all((out / f"{name}-audit" / "result.json").is_file() for name in DEFENSES):
+            started(pool.submit(_look, out, seed, device).result())
+        shared.result()
+        audits = [begin(_audit)]
+        for name, training in [(name, begin(_train, name)) for name in DEFENSES if name != BASELINE]:
+            training.result()
+            audits.append(begin(_audit, name))
+        for audit in audits:
+            audit.result()
+    return [run_audit(_plan(out, name, seed, device), out / f"{name}-audit") for name in DEFENSES]
+
+
+def _begin(device: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends the processes without a traceback each
+    if device == "cpu":
+        torch.set_num_threads(1)
+
+
+@cache
+def _data() -> data.Dataset:
+    return data.load(DATA)
+
+
+def _train(out: Path, name: str, seed: int, device: str) -> None:
+    fresh = name == BASELINE
+    run = TrainRun(
+        data=DATA,
+        model=MODEL,
+        defense=DEFENSES[name],
+        recipe=TRAIN if fresh else HARDEN,
+        init=None if fresh else str(out / BASELINE),
+        seed=seed,
+        device=device,
+    )
+    run_training(run, out / name, _data())
+
+
+def _look(out: Path, seed: int, device: str) -> FirstLook:
+    with Victim(models.load(out / BASELINE).to(torch.device(device))) as victim:
+        uap = LOOK.craft(victim, _data(), seed=seed)
+        test = uap.held_out(_data().test)
+        clean, under = (predict(victim, test, delta) for delta in (None, uap.delta.to(victim.device)))
+        save_examples(out / BASELINE, victim, test, uap, clean != test.labels, under != test.labels)
+    rates = [error_rate(score(found, test)) for found in (under, clean)]
+    return FirstLook(out / BASELINE / FILE, uap, rates[0], rates[1], test.classes)
+
+
+def _surrogate(out: Path, name: str, seed: int, device: str) -> None:
+    """Train the surrogate that all audits share."""
+    file = _surrogate_file(out)
+    if not file.is_file():
+        model, _ = surrogate.train_surrogate(MODEL, SUITE, _data(), torch.device(device), seed)
+        models.save(model, file)
+
+
+def _surrogate_file(out: Path) -> Path:
+    return out / "surrogate.safetensors"
+
+
+def _plan(out: Path, name: str, seed: int, device: str) -> AuditRun:
+    suite = SUITE.model_copy(update={"surrogate": str(_surrogate_file(out))})
+    return AuditRun(model=str(out / name), data=DATA, suite=suite, seed=seed, device=device)
+
+
+def _audit(out: Path, name: str, seed: int, device: str) -> None:
+    run_audit(_plan(out, name, seed, device), out / f"{name}-audit", _data())

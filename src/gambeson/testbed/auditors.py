@@ -12,9 +12,10 @@ from gambeson.attacks import PGD
 from gambeson.auditing import SUITES
 from gambeson.auditing import audit as run_audit
 from gambeson.base import UserError, unknown_name
+from gambeson.base.user_code import canonical, file_of, is_spelling
 from gambeson.data import Dataset
 from gambeson.evaluation import accuracy_under
-from gambeson.models.user_code import canonical, file_of, is_spelling, load_function
+from gambeson.models.external import load_function
 from gambeson.testbed.judgement import Judgement, judgement_of
 from gambeson.testbed.recipes import DATA
 from gambeson.victim import as_victim

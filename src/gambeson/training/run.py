@@ -17,7 +17,7 @@ from gambeson.base import Config, close_run, derive, environment, open_run, seed
 from gambeson.data import Dataset
 from gambeson.defenses import AnyDefense, Defense, Standard, name_of
 from gambeson.models.loading import input_shape
-from gambeson.models.storage import init_weights
+from gambeson.models.storage import load_weights
 from gambeson.training.batches import Epoch, member_seeds
 from gambeson.training.loop import Run, train
 from gambeson.training.recipe import Recipe
@@ -190,7 +190,7 @@ def _model(run: TrainRun, dataset: data.Dataset) -> models.PixelModel:
             drawn.append(models.create(run.model, dataset))
     model = models.ensemble(drawn)
     if run.init is not None:
-        init_weights(model, Path(run.init))
+        load_weights(model, Path(run.init))
     return model
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gambeson.base import UserError
+from gambeson.models.black_box.base import BlackBox, no_gradient
 from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.victim.inspect import ModelTraits
 from gambeson.victim.victim import FastPath, Victim
@@ -173,6 +174,7 @@ def as_victim(
     fast: bool | FastPath = False,
     average: Average = "logits",
     eot_samples: int | None = None,
+    gradients: str | None = None,
 ) -> Iterator[Victim]:
     """Hold anything that is attacked, analysed or scored as a frozen, counted victim; inference mode is off inside.
 
@@ -184,6 +186,7 @@ def as_victim(
         fast: see :class:`Victim`; for modules.
         average: over several models.
         eot_samples: samples that gradients of a random model are averaged over.
+        gradients: what needs gradients; a black box is then refused before it is asked.
 
     Raises:
         UserError: an empty list, something that is not a model, or models on several devices; with ``images``, a random
@@ -198,6 +201,10 @@ def as_victim(
         else:
             models = list(source) if isinstance(source, nn.ModuleList) else source
             victim = stack.enter_context(ModelAverage(models, average, fast=fast))
+        if gradients is not None:
+            for box in (member.model for member in (victim.members if isinstance(victim, ModelAverage) else [victim])):
+                if isinstance(box, BlackBox):
+                    raise no_gradient(gradients, box.title)
         if images is not None:
             traits = victim.inspect(images)
             if labels is not None:

@@ -137,6 +137,7 @@ class Victim:
         self._default = torch.get_default_dtype()
         self._guard = ExitStack()
         self._seen_input = False
+        self._writes: bool | None = None  # whether the model writes into its input; None before its first call
         self._view: Callable[[torch.Tensor], Any] | None = None
         self._layout = torch.contiguous_format
         self._copy: FoldedModel | None = None  # whose gradients are replayed as CUDA graphs
@@ -212,16 +213,17 @@ class Victim:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _logits(self, model: Callable[[torch.Tensor], Any], images: torch.Tensor) -> torch.Tensor:
+        # A copy for a model that writes into its input: the attack's images shall not change, nor a leaf be written to.
+        writes = self._writes is not False or (self.traits is not None and self.traits.writes)
+        sent = images.to(self.dtype, copy=writes)
         with explained(images):
-            logits = logits_of(model(self._sent(images)), len(images))
+            logits = logits_of(model(sent), len(images))
+        if self._writes is None:
+            self._writes = sent._version > 0
         followed = torch.is_grad_enabled() and images.requires_grad
         if followed and not logits.requires_grad and not self.allow_no_graph:
             raise NoGradientError
         return logits
-
-    def _sent(self, images: torch.Tensor) -> torch.Tensor:
-        # A copy for a model that writes into its input, so that the attack's images do not change.
-        return images.to(self.dtype, copy=self.traits is not None and self.traits.writes)
 
     @contextmanager
     def _as_called(self, images: torch.Tensor) -> Iterator[None]:
@@ -277,7 +279,8 @@ class Victim:
         if copy is None:
             return job(*tensors)
         before = self.forwards, self.backwards
-        state = (self.fast, self._layout, self.temperature, self.traits is not None and self.traits.writes)
+        writes = self._writes, self.traits is not None and self.traits.writes
+        state = (self.fast, self._layout, self.temperature, writes)
         graph = copy.graphs.find(
             (what, state), job, tensors, lambda: (self.forwards, self.backwards), lambda: signature(copy.view)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -273,6 +273,8 @@ class GradientAttack(Config):
     loss.
     """
 
+    gradients: ClassVar[bool] = True
+
     eps: Eps
     """Radius in pixel units."""
     norm: Norm = "inf"
@@ -347,7 +349,14 @@ class GradientAttack(Config):
             return images.clone()
         with (
             as_victim(
-                model, images.float(), labels, task, fast=True, average=self.average, eot_samples=self.eot_samples
+                model,
+                images.float(),
+                labels,
+                task,
+                fast=True,
+                average=self.average,
+                eot_samples=self.eot_samples,
+                gradients=type(self).__name__,
             ) as victim,
             seeded(seed, "noise"),
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 
@@ -15,6 +16,8 @@ from gambeson.victim import Source, Victim, as_victim
 
 class MinimalNorm(Config):
     """Base of DeepFool and Carlini-Wagner: an unbounded search, followed by a projection if there is a bound."""
+
+    gradients: ClassVar[bool] = True
 
     eps: Eps | None = None
     """Radius in pixel units; larger perturbations are projected onto the ball, and may then fail. None: no bound."""
@@ -50,7 +53,7 @@ class MinimalNorm(Config):
         rows = attacked(labels, task)
         if len(rows) == 0 or self.eps == 0:
             return images
-        with as_victim(model) as victim:
+        with as_victim(model, gradients=type(self).__name__) as victim:
             task.check_logits(victim.inspect(working(images)).shape, labels)
             found = self.search(victim, working(images), labels, rows)
         if self.eps is None:

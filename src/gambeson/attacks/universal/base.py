@@ -211,6 +211,8 @@ WEAK = 0.05
 class UniversalAttack(Config):
     """Base of the universal attacks: crafted on train, selected on validation, without reading test."""
 
+    gradients: ClassVar[bool] = True
+    """Whether the model's gradients are needed; a black box is then refused before it is asked."""
     name: ClassVar[str] = "universal"
     """Name of the attack in the provenance; by default the registered name, or ``FILE.py:CLASS``."""
 
@@ -268,7 +270,7 @@ class UniversalAttack(Config):
 
     @contextmanager
     def _crafting(self, model: Source, data: object, seed: int) -> Iterator[CraftingContext]:
-        with as_victim(model, fast=True) as victim:
+        with as_victim(model, fast=True, gradients=type(self).__name__ if self.gradients else None) as victim:
             yield self._prepare([victim] if victim is model else list(victim.members) or [victim], data, seed)
 
     def _prepare(self, victims: list[Victim], data: object, seed: int) -> CraftingContext:

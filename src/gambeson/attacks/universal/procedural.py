@@ -206,6 +206,8 @@ class ProceduralAttack(UniversalAttack):
     improvement, or 1,000 random patterns; the evolution and all sizes here are ours.
     """
 
+    gradients: ClassVar[bool] = False
+
     patterns: Annotated[int, Field(ge=1)] = 100
     """Number of patterns evaluated."""
     images: Annotated[int, Field(ge=1)] = 500

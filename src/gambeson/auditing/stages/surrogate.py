@@ -69,7 +69,7 @@ def obtain(
     made: list[nn.Module] = []
 
     def work() -> Surrogate:
-        model, about = _trained(name, suite, data, device, seed) if name else _named(suite, data, device)
+        model, about = train_surrogate(name, suite, data, device, seed) if name else _named(suite, data, device)
         made.append(model)
         if folder is None or not isinstance(model, models.PixelModel) or not name:
             return about
@@ -93,7 +93,10 @@ def _named(suite: Suite, data: Dataset, device: torch.device) -> tuple[nn.Module
     return found.model, Surrogate(name=suite.surrogate, accuracy=accuracy(found.model, data.test))
 
 
-def _trained(name: str, suite: Suite, data: Dataset, device: torch.device, seed: int) -> tuple[nn.Module, Surrogate]:
+def train_surrogate(
+    name: str, suite: Suite, data: Dataset, device: torch.device, seed: int
+) -> tuple[models.PixelModel, Surrogate]:
+    """Train a surrogate of architecture ``name`` as the audits of this suite, data and seed do."""
     part, count = data.train, min(suite.surrogate_images, len(data.train))
     part = part.sample(count, seed=seed)
     held = data.validation.sample(_BATCH, seed=seed)

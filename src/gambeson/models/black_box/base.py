@@ -25,6 +25,14 @@ class BudgetSpent(UserError):
     """A query would exceed the budget of a black box; nothing was sent."""
 
 
+def no_gradient(what: str, title: str) -> UserError:
+    """Build the error for something that needs gradients of a black box."""
+    return UserError(
+        f"{what} needs gradients, and {title} is a black box, which has no gradient: choose a query, procedural or "
+        "transfer attack, such as square or perlin"
+    )
+
+
 class BlackBox(nn.Module):
     """A function from images (N, C, H, W) in [0, 1] to scores (N, K), without gradients, that counts its queries.
 
@@ -119,10 +127,7 @@ class BlackBox(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits (N, K), float32, on the device of the images."""
         if torch.is_grad_enabled() and images.requires_grad:
-            raise UserError(
-                f"{self.title} is a black box, which has no gradient: choose a query, procedural or transfer attack, "
-                "such as square or perlin"
-            )
+            raise no_gradient("this", self.title)
         self._claim(len(images))  # first, so that two threads cannot both use the last of the budget
         pieces = images.detach().to("cpu", torch.float32).split(self.batch) if len(images) else ()
         begun = 0

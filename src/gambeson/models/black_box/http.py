@@ -15,15 +15,18 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import re
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import AfterValidator, Field
 
-from gambeson.base import UserError
-from gambeson.models.black_box.base import BlackBox
+from gambeson.base import Config, Number, UserError, one_line
+from gambeson.models.black_box.base import BlackBox, Output
 
 if TYPE_CHECKING:  # imported where a server is asked: who names models or loads one from a file does not wait for it
     import httpx2 as httpx
@@ -45,6 +48,65 @@ class _Lost(Exception):
         self.wait, self.answered = wait, answered
 
 
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+_SECRET = re.compile(r"auth|cookie|key|secret|token", re.IGNORECASE)
+
+
+class HttpSettings(Config):
+    """How a server is asked. Nothing of this changes an answer, so a run may be resumed with other values."""
+
+    timeout: Annotated[Number, Field(gt=0)] = 30.0
+    """Seconds allowed for the connection, for the first byte, and for the rest of the response."""
+    retries: Annotated[int, Field(ge=0)] = 4
+    """Attempts after the first one, for each request."""
+    pause: Annotated[Number, Field(ge=0)] = 0.5
+    """Seconds before the first retry, doubled for each further one, up to a minute. A longer ``Retry-After`` of the
+    server is respected, up to a minute."""
+    workers: Annotated[int, Field(ge=1)] = 4
+    """Concurrent requests."""
+    batch: Annotated[int, Field(ge=1)] = 64
+    """Maximum number of images per request."""
+    token_env: str | None = None
+    """Name of the environment variable whose value is sent as ``Authorization: Bearer VALUE``."""
+    headers: dict[str, str] = Field(default_factory=dict)
+    """Sent with every request; ``${NAME}`` in a value is replaced by that environment variable."""
+
+    def sent(self) -> dict[str, str]:
+        """Return the headers with the environment's values.
+
+        Raises:
+            UserError: a variable is not set, or a header has characters that HTTP does not allow.
+        """
+        token = {} if self.token_env is None else {"Authorization": f"Bearer ${{{self.token_env}}}"}
+        found = {}
+        for name, value in (self.headers | token).items():
+            found[name] = _VARIABLE.sub(_environment, value)
+            if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) or not re.fullmatch(r"[ -~]*", found[name]):
+                raise UserError(f"the header {name!r} has characters that HTTP does not allow: expected plain ASCII")
+        return found
+
+
+def _environment(found: re.Match[str]) -> str:
+    value = os.environ.get(found[1], "").strip()
+    if not value:
+        raise UserError(f"the environment variable {found[1]} is not set: set it to what the server expects, and retry")
+    return value
+
+
+def _no_secrets(http: HttpSettings | None) -> HttpSettings | None:
+    for name, value in ({} if http is None else http.headers).items():
+        if _SECRET.search(name) and not _VARIABLE.search(value):
+            raise ValueError(
+                f"the header {name} would be stored with the run: write {name}=${{NAME}} and set the environment "
+                "variable NAME, or give token_env"
+            )
+    return http
+
+
+StoredHttp = Annotated[HttpSettings | None, AfterValidator(_no_secrets)]
+"""How a server is asked, in the settings of a run; secrets stay in the environment."""
+
+
 class HttpModel(BlackBox):
     """A server as a black box; see the module docstring for the protocol.
 
@@ -54,13 +116,10 @@ class HttpModel(BlackBox):
 
     Args:
         url: ``http://…`` or ``https://…``.
-        timeout: seconds allowed for the connection, for the first byte, and for the rest of the response.
-        retries: attempts after the first one, for each request.
-        pause: seconds before the first retry, doubled for each further one, up to a minute. A longer ``Retry-After`` of
-            the server is respected, up to a minute.
-        headers: sent with every request, such as an ``Authorization``.
-        workers: concurrent requests.
-        keywords: see :class:`BlackBox`; ``batch`` is 64 unless given.
+        output: see :class:`BlackBox`.
+        budget: see :class:`BlackBox`.
+        classes: see :class:`BlackBox`.
+        settings: fields of :class:`HttpSettings`.
 
     Attributes:
         requests: attempts, including failed ones.
@@ -68,24 +127,23 @@ class HttpModel(BlackBox):
         seconds: time spent in requests and pauses, over all threads.
 
     Raises:
-        UserError: an invalid URL. From ``forward``: the server refused (status 3xx or 4xx), returned something else, or
-            did not answer after all retries.
+        UserError: an invalid URL or setting. From ``forward``: the server refused (status 3xx or 4xx), returned
+            something else, or did not answer after all retries.
     """
 
     def __init__(
         self,
         url: str,
         *,
-        timeout: float = 30.0,
-        retries: int = 4,
-        pause: float = 0.5,
-        headers: dict[str, str] | None = None,
-        workers: int = 4,
-        **keywords: Any,
+        output: Output = "auto",
+        budget: int | None = None,
+        classes: int | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(**{"batch": 64} | keywords)
         import httpx2 as httpx
 
+        self.settings = HttpSettings(**settings)
+        super().__init__(output=output, budget=budget, classes=classes, batch=self.settings.batch)
         try:
             self.url = httpx.URL(url)
         except httpx.InvalidURL:
@@ -93,22 +151,17 @@ class HttpModel(BlackBox):
         port = 80 if self.url.port is None else self.url.port
         if self.url.scheme not in ("http", "https") or not self.url.host or not 0 < port < 2**16:
             raise UserError(f"{url!r} is no address of a server: write http://HOST:PORT/PATH")
-        if not (timeout > 0 and retries >= 0 and pause >= 0 and workers >= 1):
-            raise UserError(
-                f"timeout = {timeout}, retries = {retries}, pause = {pause}, workers = {workers}: expected none below "
-                "0, and one worker at least"
-            )
-        self.workers, self.timeout, self.retries, self.pause = workers, timeout, retries, pause
+        self.workers = self.settings.workers
         self.requests = 0
         self.retried = 0
         self.seconds = 0.0
         self._client = httpx.Client(
             headers={"Content-Type": "application/x-npy", "Accept": "application/json, application/x-npy"},
-            timeout=httpx.Timeout(timeout, pool=None),
+            timeout=httpx.Timeout(self.settings.timeout, pool=None),
             limits=httpx.Limits(max_connections=None),
             trust_env=self.url.host not in ("localhost", "127.0.0.1", "::1"),  # no proxy for localhost
         )
-        self._client.headers.update(headers or {})
+        self._client.headers.update(self.settings.sent())
 
     @property
     def title(self) -> str:
@@ -126,7 +179,7 @@ class HttpModel(BlackBox):
                 self.seconds += time.monotonic() - began
 
     def _insist(self, body: bytes, count: int) -> bytes:
-        for attempt in range(self.retries + 1):
+        for attempt in range(self.settings.retries + 1):
             with self._lock:
                 self.requests += 1
                 self.retried += attempt > 0
@@ -136,7 +189,7 @@ class HttpModel(BlackBox):
                 self._release(count)  # refused
                 raise
             except _Lost as lost:
-                if attempt == self.retries:
+                if attempt == self.settings.retries:
                     if not lost.answered:
                         self._release(count)
                     raise UserError(
@@ -145,7 +198,7 @@ class HttpModel(BlackBox):
                     ) from None
                 if lost.answered:
                     self._claim(count)
-                time.sleep(min(_LONGEST, max(self.pause * 2**attempt, lost.wait)))
+                time.sleep(min(_LONGEST, max(self.settings.pause * 2**attempt, lost.wait)))
         raise AssertionError("unreachable")
 
     def _attempt(self, body: bytes) -> bytes:
@@ -162,15 +215,16 @@ class HttpModel(BlackBox):
             raise _Lost(str(error), answered=False) from None
         except httpx.TimeoutException as error:
             answered = not isinstance(error, httpx.ConnectTimeout)
-            raise _Lost(f"no answer within {self.timeout:g} s", answered=answered) from None
+            raise _Lost(f"no answer within {self.settings.timeout:g} s", answered=answered) from None
         except httpx.RequestError as error:
             raise _Lost(str(error) or type(error).__name__) from None
         status, words = response.status_code, " ".join(told.decode(errors="replace").split())
         words = f"status {status}, {words!r}" if words else f"status {status}"
         if status >= 500 or status in _TURNED_AWAY:
             raise _Lost(words, _wait(response.headers), answered=status not in _TURNED_AWAY)
+        hint = " (a token: token_env or headers)" if status in (401, 403) else ""
         raise UserError(
-            f"{self.title} refused the images with {words}: see what it expects; POST of a .npy file, float32 "
+            f"{self.title} refused the images with {words}: see what it expects{hint}; POST of a .npy file, float32 "
             "(N, C, H, W), was sent"
         )
 
@@ -178,7 +232,7 @@ class HttpModel(BlackBox):
         """Read an answer, which may not trickle in for longer than the time-out."""
         import httpx2 as httpx
 
-        latest, content = time.monotonic() + self.timeout, bytearray()
+        latest, content = time.monotonic() + self.settings.timeout, bytearray()
         for piece in response.iter_bytes():
             content += piece
             if time.monotonic() > latest:
@@ -196,8 +250,9 @@ class HttpModel(BlackBox):
                 return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
             found = json.loads(content)
         except (ValueError, UnicodeDecodeError, EOFError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.title} answered what is neither JSON nor .npy ({reason}): {expected}") from None
+            raise UserError(
+                f"{self.title} answered what is neither JSON nor .npy ({one_line(error)}): {expected}"
+            ) from None
         if isinstance(found, dict):
             key = next((key for key in _KEYS if key in found), None)
             if key is None:

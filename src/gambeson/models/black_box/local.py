@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gambeson.base import UserError
+from gambeson.base import UserError, one_line, pixel_bytes
+from gambeson.data import Shape
 from gambeson.models.black_box.base import BlackBox
 from gambeson.models.hubs import required
 
@@ -40,15 +42,72 @@ class FunctionModel(BlackBox):
             return self.function(images)
 
 
+_KINDS = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(uint8)": torch.uint8,
+}
+
+
+@dataclass(frozen=True)
+class OnnxInput:
+    """How images become the input of an ONNX file.
+
+    Its sizes and type decide: (N, C, H, W), or channels last where the sizes fit that alone; float32, float64 or
+    float16 in [0, 1], or uint8, which gets the pixels rounded to 0..255; and, for a file of a fixed batch size, batches
+    of that size, the last one padded.
+    """
+
+    path: Path
+    shape: tuple[int | None, ...]
+    """Four sizes, with None for any."""
+    dtype: torch.dtype
+
+    @property
+    def batch(self) -> int | None:
+        """The fixed batch size; None: any."""
+        return self.shape[0]
+
+    @property
+    def image(self) -> Shape:
+        """(C, H, W) of an image, with None for any; channels are last where only that size can be their number."""
+        _, first, second, last = self.shape
+        return (last, first, second) if last in (1, 3, 4) and first not in (None, 1, 3, 4) else (first, second, last)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Return images (N, C, H, W), float in [0, 1], as the file takes them.
+
+        Raises:
+            UserError: the file takes images of another size.
+        """
+        if not self._fits(images.shape[1:]):
+            if not self._fits((*images.shape[2:], images.shape[1])):
+                sides = "x".join("any" if side is None else str(side) for side in self.shape[1:])
+                raise UserError(
+                    f"{self.path} takes images of {sides}, got {'x'.join(map(str, images.shape[1:]))}: choose data "
+                    "that fit it"
+                )
+            images = images.permute(0, 2, 3, 1)
+        if self.batch is not None and len(images) < self.batch:
+            images = torch.cat([images, images[-1:].expand(self.batch - len(images), -1, -1, -1)])
+        images = pixel_bytes(images) if self.dtype == torch.uint8 else images.to(self.dtype)
+        return images.contiguous()
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        return all(known in (None, side) for known, side in zip(self.shape[1:], shape, strict=True))
+
+
 class OnnxModel(BlackBox):
     """An ONNX file as a black box, run by onnxruntime on the CPU.
 
-    The file takes one input (N, C, H, W), float32 in [0, 1]; its first output is read. A file with a fixed batch size
-    is run in batches of that size, the last one padded.
-
     Args:
-        path: the file.
+        path: the file, which takes one input; see :class:`OnnxInput`. Of several outputs the first that may hold
+            ``classes`` scores per image is read, by its sizes; else the first.
         keywords: see :class:`BlackBox`.
+
+    Attributes:
+        input: how images become its input.
 
     Raises:
         UserError: onnxruntime is not installed, or the file cannot be read or has other inputs.
@@ -65,20 +124,23 @@ class OnnxModel(BlackBox):
         try:
             session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exception types differ between versions
-            reason = " ".join(str(error).split())
-            raise UserError(f"{path} cannot be read as ONNX ({reason}): export the model again") from None
-        inputs = session.get_inputs()
-        if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
+            raise UserError(f"{path} cannot be read as ONNX ({one_line(error)}): export the model again") from None
+        inputs, outputs = session.get_inputs(), session.get_outputs()
+        if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type not in _KINDS:
             kinds = ", ".join(f"{entry.name} {entry.type} {entry.shape}" for entry in inputs)
             raise UserError(
-                f"{path} takes {kinds or 'nothing'}: expected one input of floats (N, C, H, W) in [0, 1]; export a "
-                "model of images"
+                f"{path} takes {kinds or 'nothing'}: expected one input of images, four sizes of {', '.join(_KINDS)}; "
+                "export a model of images"
             )
-        self.shape = tuple(side if isinstance(side, int) else None for side in inputs[0].shape)
-        if self.shape[0] is not None:
-            keywords["batch"] = self.shape[0]
+        shape = tuple(side if isinstance(side, int) else None for side in inputs[0].shape)
+        self.input = OnnxInput(self.path, shape, _KINDS[inputs[0].type])
+        if self.input.batch is not None:
+            keywords["batch"] = self.input.batch
         super().__init__(**keywords)
-        self._session, self._input, self._output = session, inputs[0].name, session.get_outputs()[0].name
+        classes = keywords.get("classes")
+        fits = (k for k, out in enumerate(outputs) if len(out.shape) in (2, 4) and out.shape[1] == classes)
+        self.output_index = next(fits, 0)
+        self._session, self._input, self._output = session, inputs[0].name, outputs[self.output_index].name
 
     @property
     def title(self) -> str:
@@ -86,18 +148,9 @@ class OnnxModel(BlackBox):
         return str(self.path)
 
     def _ask(self, images: torch.Tensor) -> Any:
-        count, fixed = len(images), self.shape[0]
-        for side, known in zip(images.shape[1:], self.shape[1:], strict=True):
-            if known not in (None, side):
-                raise UserError(
-                    f"{self.path} takes images of {'x'.join(map(str, self.shape[1:]))}, got "
-                    f"{'x'.join(map(str, images.shape[1:]))}: choose data that fit it"
-                )
-        if fixed is not None and count < fixed:
-            images = torch.cat([images, images[-1:].expand(fixed - count, -1, -1, -1)])
+        given = self.input(images).numpy()
         try:
-            (found,) = self._session.run([self._output], {self._input: images.contiguous().numpy()})
+            (found,) = self._session.run([self._output], {self._input: given})
         except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.path} cannot take {count} images of the data ({reason})") from None
-        return found[:count]
+            raise UserError(f"{self.path} cannot take {len(images)} images of the data ({one_line(error)})") from None
+        return found[: len(images)]
