@@ -151,7 +151,7 @@ def test_mistakes_are_named(trained, digits):
         gb.audit(trained, digits, "fast")
     with pytest.raises(UserError, match="eps must be ascending without repeats"):
         Suite(eps=(0.2, 0.1))
-    with pytest.raises(UserError, match="no customary grid of eps for the norm 1"):
+    with pytest.raises(UserError, match="no customary eps for the norm 1"):
         Suite(norm="1").on(digits)
     with pytest.raises(UserError, match="divides by zero"):
         Suite(eps=("8/0",))

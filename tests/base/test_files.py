@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gambeson import UserError
 from gambeson.base import (
     Config,
+    check_run,
     close_run,
     derive,
     load_tensors,
@@ -116,10 +117,14 @@ class LaterRun(Run):
 def test_a_folder_belongs_to_one_run(tmp_path):
     run = Run()
     assert not open_run(tmp_path / "run", run, {"torch": "2"})
-    assert not open_run(tmp_path / "run", run, {"torch": "3"})  # the same run on another machine goes on
+    with pytest.warns(UserWarning, match="torch 3 after 2"):  # the same run on another machine goes on
+        assert not open_run(tmp_path / "run", run, {"torch": "3"})
     close_run(tmp_path / "run")
     assert open_run(tmp_path / "run", run, {})
     assert read_settings(tmp_path / "run" / "run.yaml", "train") == run.plain()
+    (tmp_path / "run" / "state").mkdir()  # an empty folder is nothing to lose
+    assert check_run(tmp_path / "run", Run(seed=1)) is None
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
     with pytest.raises(UserError, match=r"holds another run \(it differs in seed\): choose another --out"):
         open_run(tmp_path / "run", Run(seed=1), {})
     assert open_run(tmp_path / "run", LaterRun(), {})

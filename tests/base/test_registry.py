@@ -90,14 +90,20 @@ def test_a_changed_file_is_noticed_and_can_be_taken_on_purpose(mine):
 
 
 def test_naming_the_stored_defence_again_keeps_its_settings(mine, tmp_path):
-    from gambeson.cli.train import _defense_of
+    from gambeson.base import read_settings
+    from gambeson.cli.options import put
+
+    def named(name):
+        settings = read_settings(tmp_path / "run.yaml", "train")
+        put(settings, "defense.name", name)
+        return settings["defense"]
 
     stored = TrainRun(data="digits", model="lenet5", defense={"name": f"{mine}:Quiet", "weight": 0.5}).plain()
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(stored))
     mine.write_text(MINE + "# changed")
-    assert _defense_of(tmp_path / "run.yaml", None) == stored["defense"]
-    assert _defense_of(tmp_path / "run.yaml", f"{mine}:Quiet") == {"name": f"{mine}:Quiet", "weight": 0.5}
-    assert _defense_of(tmp_path / "run.yaml", "standard") == {"name": "standard"}
+    assert named(None) == stored["defense"]
+    assert named(f"{mine}:Quiet") == {"name": f"{mine}:Quiet", "weight": 0.5}
+    assert named("standard") == {"name": "standard"}
 
 
 def test_what_an_object_was_made_from_is_stored_even_when_the_file_changes_meanwhile(mine):

@@ -16,8 +16,8 @@ def weights(trained, tmp_path_factory):
 
 
 def test_attack_stores_images_that_score_its_number_and_runs_again(weights, trained, tmp_path, capsys):
-    command = ["attack", "--model", weights, "--data", "digits", "--eps", "0.1", "--images", "120"]
-    assert run([*command, "--set", "settings.steps=10", "--out", str(tmp_path / "a"), "--json"]) == 0
+    command = ["attack", weights, "--data", "digits", "--eps", "0.1", "--images", "120"]
+    assert run([*command, "--set", "steps=10", "--out", str(tmp_path / "a"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     tensors, _ = load_tensors(tmp_path / "a" / "adversarial.safetensors")
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_uap_craft_score_list(weights, tmp_path, capsys):
         (["uap", "score", str(file), "--model", weights, "--data", "mnist5k"], "28"),
         (["uap", "score", weights, "--model", weights, "--data", "digits"], "expected a universal perturbation"),
         (["uap", "craft", "--model", weights, "--attack", "spgd"], "unknown attack 'spgd': did you mean"),
-        (["attack", "--model", weights, "--data", "digits"], "needs eps"),
+        (["attack", weights, "--model", "another"], "two models were given"),
         (["attack"], "no model was given"),
     ]:
         assert run(arguments) == 2

@@ -105,7 +105,7 @@ def test_unknown_names_are_answered_with_the_nearest(capsys, tmp_path):
         (["--sharedness", "48"], "sharedness 48 does not divide the batch size 64"),
         (["--sigma", "2"], "sigma"),
         (["--set", "recipe.momentun=0.5"], "did you mean momentum?"),
-        (["--set", "recipe"], "expected name=value"),
+        (["--set", "recipe"], "expected NAME=VALUE"),
         (["--set", "data.x=1"], "data.x cannot be set"),
         (["--batch-size", "100000", "--sharedness", "1"], "does not fit 1078 training images"),
         (["--device", "quantum"], "device 'quantum' is not available here"),
@@ -118,7 +118,7 @@ def test_bad_settings_are_one_sentence(capsys, tmp_path, flags, words):
 
 def test_missing_and_unknown_options(capsys, tmp_path):
     says(capsys, ["train", "--data", "digits"], "--model must be given")
-    says(capsys, ["train", "--colour", "red"], "No such option")
+    says(capsys, ["train", "--colour", "red"], "no such option: --colour")
     says(capsys, ["audit"], "no model was given")
     says(capsys, ["audit", str(tmp_path / "none")], "does not exist")
     says(capsys, ["report", str(tmp_path)], "result.json does not exist")
@@ -139,7 +139,7 @@ def test_weights_that_are_none_are_refused(made, capsys, tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "model.pt")
     data = ["--data", "digits", "--out", str(tmp_path / "x")]
     says(capsys, ["audit", str(tmp_path / "cut.safetensors"), *data], "is not a complete safetensors file")
-    says(capsys, ["audit", str(tmp_path / "model.pt"), *data], "is a pickle", "never loaded")
+    says(capsys, ["audit", str(tmp_path / "model.pt"), *data], "holds weights but no model card")
     (tmp_path / "whole.safetensors").write_bytes(whole)
     says(capsys, ["audit", str(tmp_path / "whole.safetensors")], "does not say what data")
     says(capsys, ["audit", str(tmp_path / "whole.safetensors"), "--data", "mnist5k"], "8", "28")

@@ -11,7 +11,17 @@ from gambeson.attacks.query.base import Queries, QueryAttack
 from gambeson.attacks.query.nes import NES, SPSA
 from gambeson.attacks.query.one_pixel import OnePixel
 from gambeson.attacks.query.square import RandomSearch, Square
-from gambeson.attacks.registry import Name, canonical, create, names, register, require_kind
+from gambeson.attacks.registry import (
+    Name,
+    canonical,
+    create,
+    entry,
+    name_of,
+    names,
+    register,
+    require_attack,
+    require_kind,
+)
 from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
 from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
 from gambeson.attacks.universal.controls import CONTROLS, MORE_CONTROLS, control
@@ -78,11 +88,14 @@ __all__ = [
     "create",
     "cross_entropy",
     "dlr",
+    "entry",
     "margin",
     "mi_fgsm",
+    "name_of",
     "names",
     "ni_fgsm",
     "register",
+    "require_attack",
     "require_kind",
     "si_ni_fgsm",
     "targeted_dlr",

@@ -4,6 +4,7 @@ from gambeson.auditing.audit import Audit, audit
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.cost import AuditPlan
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, Finding, register
+from gambeson.auditing.display import plot_audits
 from gambeson.auditing.results import AuditResult, Check, Verdict
 from gambeson.auditing.run import AuditRun, plan_audit, run_audit
 from gambeson.auditing.suite import SUITES, Suite
@@ -27,6 +28,7 @@ __all__ = [
     "audit",
     "lead_of",
     "plan_audit",
+    "plot_audits",
     "register",
     "run_audit",
 ]

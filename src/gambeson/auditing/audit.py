@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from gambeson.auditing.results import (
     Verdict,
 )
 from gambeson.auditing.stages import black_box as boxes
-from gambeson.auditing.stages import corruption, jacobian, per_image, randomness, surrogate, transfer, universal
+from gambeson.auditing.stages import corruption, jacobian, own, per_image, randomness, surrogate, transfer, universal
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.auditing.verdict import judge
 from gambeson.base import UserError, environment, pixel_bytes, save_tensors, seeded, task, unknown_name
@@ -106,7 +108,7 @@ def in_proportion(labels: torch.Tensor, groups: torch.Tensor, count: int) -> tor
     return torch.cat([order[groups[order] == group][:share] for group, share in enumerate(shares.tolist())])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit:
     """Result of :func:`audit`."""
 
@@ -120,6 +122,20 @@ class Audit:
         """``.trusted``, ``.summary`` and ``.reasons``."""
         return self.results.verdict
 
+    def __repr__(self) -> str:
+        return f"{self.results!r}\n{self.verdict.summary}"
+
+    def _repr_html_(self) -> str:
+        return f"{self.results._repr_html_()}<p>{escape(self.verdict.summary)}</p>"
+
+    def plot(self) -> Any:
+        """Return a ``plotly`` figure; see :meth:`AuditResult.plot`."""
+        return self.results.plot()
+
+    def to_frame(self) -> Any:
+        """Return a ``pandas.DataFrame``; see :meth:`AuditResult.to_frame`."""
+        return self.results.to_frame()
+
 
 def audit(
     model: nn.Module,
@@ -127,6 +143,7 @@ def audit(
     suite: str | Suite = "standard",
     out: str | Path | None = None,
     *,
+    attacks: Sequence[Any] = (),
     seed: int = 0,
     label: str = "model",
     defense: dict[str, Any] | None = None,
@@ -145,30 +162,36 @@ def audit(
         suite: ``quick``, ``standard``, ``full``, or a :class:`Suite`.
         out: folder for ``result.json``, the perturbations and ``examples.safetensors``; an interrupted audit resumes
             there after its last finished stage.
+        attacks: your own, run in addition to the suite's: objects such as ``PGD(eps=0.1)``, of any class with
+            ``__call__(model, x, y, *, seed, task)`` or of a :class:`UniversalAttack`, or functions. The verdict counts
+            those at the middle eps.
         seed: of every draw.
         label: name of the model in tables.
         defense: the settings of its training, if known.
         epochs: of its training, if known.
 
     Raises:
-        UserError: unknown suite, or a model and data that do not fit each other.
+        UserError: unknown suite, something that is no attack, or a model and data that do not fit each other.
     """
     if isinstance(suite, str):
         if suite not in SUITES:
             raise unknown_name("suite", suite, SUITES)
         suite = SUITES[suite]
     dataset = as_dataset(data)
-    suite = suite.on(dataset)
-    diagnostics = _diagnostics(suite)
+    keep_eps, suite = bool(suite.eps), suite.on(dataset)
+    diagnostics, mine = diagnostics_of(suite), own.of(suite, attacks)
+    surrogate.check(suite, dataset, model)
     folder = None if out is None else Path(out)
     black_box = isinstance(model, BlackBox)
+    if black_box and mine:
+        raise UserError("attacks of your own are for models with gradients, and this is a black box: leave them out")
     stages, notes = Checkpoints(folder, seed), list[str]()
     if suite.budget is not None and not black_box:
         raise UserError("a budget limits the queries to a black box, and this model is none: leave suite.budget out")
     with Victim(model, fast=not black_box) as victim:
         victim.allow_no_graph = True  # "no vanishing gradients" reports it
         if isinstance(model, BlackBox):
-            suite, dataset, notes = boxes.inspect(victim, model, suite, dataset, stages, folder)
+            suite, dataset, notes = boxes.inspect(victim, model, suite, dataset, stages, folder, keep_eps=keep_eps)
         reported, twice = _reported(dataset, suite, seed, victim.device)
         look = victim.inspect(reported.test.take(slice(0, 8), victim.device)[0], scores=black_box)
         for part in (reported.train, reported.validation, reported.test):
@@ -198,10 +221,10 @@ def audit(
             clean=accuracy_rate(score(predictions, reported.test)),
             predictions=predictions,
         )
-        return _Auditor(context, folder, stages, [*notes, *twice], diagnostics).run()
+        return _Auditor(context, folder, stages, [*notes, *twice], diagnostics, mine).run()
 
 
-def _diagnostics(suite: Suite) -> list[Diagnostic]:
+def diagnostics_of(suite: Suite) -> list[Diagnostic]:
     """Return the built-in diagnostics and those named by the suite."""
     every = [*DIAGNOSTICS, *(get(name) for name in suite.diagnostics)]
     names = [diagnostic.name for diagnostic in every]
@@ -248,13 +271,15 @@ class _Auditor:
         stages: Checkpoints,
         notes: list[str],
         diagnostics: list[Diagnostic],
+        mine: dict[str, own.Own],
     ) -> None:
         self.context, self.folder, self.stages, self.notes = context, folder, stages, notes
-        self.diagnostics = diagnostics
+        self.diagnostics, self.mine = diagnostics, mine
 
     def run(self) -> Audit:
         context, stages, do, folder = self.context, self.stages, self.stages.afford, self.folder
-        with task(f"audit {context.subject.label}", len(context.suite.eps) + 7 + len(self.diagnostics)) as advance:
+        parts = len(context.suite.eps) + 7 + len(self.mine) + len(self.diagnostics)
+        with task(f"audit {context.subject.label}", parts) as advance:
             model = context.victim.model
             context.surrogate, source = surrogate.obtain(
                 context.suite, context.data, model, folder, stages, context.seed
@@ -279,6 +304,13 @@ class _Auditor:
             advance()
             context.transfer = do("transfer", list[TransferredResult], lambda: transfer.measure(context), [])
             advance()
+            for name, run in self.mine.items():
+                added = stages.do(name, PerImageResult | TransferredResult, partial(run, context))
+                if isinstance(added, PerImageResult):
+                    context.per_image.append(added)
+                else:
+                    context.transfer.append(added)
+                advance()
             noise = do("corruption", list[Corruption], lambda: corruption.measure(context), list[Corruption]())
             advance()
             jacobians = stages.do("jacobian", JacobianResult | None, self._jacobian)
@@ -294,10 +326,10 @@ class _Auditor:
             after = context.errors[context.eps].wrong > 0
             do("examples", None, lambda: save_examples(folder, context.victim, context.test, uap, before, after), None)
         without = [source.left_out, per_image.left_out(context)]
-        parts: list[UniversalResult | PerImageResult | TransferredResult | JacobianResult | EpsAdv] = (
+        costs: list[UniversalResult | PerImageResult | TransferredResult | JacobianResult | EpsAdv] = (
             [each] if each else []
         )
-        parts += [*context.universal, *context.per_image, *context.transfer, *([jacobians] if jacobians else [])]
+        costs += [*context.universal, *context.per_image, *context.transfer, *([jacobians] if jacobians else [])]
         result = AuditResult(
             subject=context.subject,
             material=DataInfo.of(context.data),
@@ -327,7 +359,7 @@ class _Auditor:
                 randomness=context.randomness,
                 each=each,
             ),
-            cost=sum((part.cost for part in parts), found.cost),
+            cost=sum((part.cost for part in costs), found.cost),
             environment=environment(context.victim.device),
         )
         if self.folder is not None:

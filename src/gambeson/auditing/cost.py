@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from gambeson.auditing.stages import surrogate
 from gambeson.auditing.stages.corruption import NOISES
-from gambeson.auditing.stages.surrogate import choose
 from gambeson.auditing.suite import Suite
 from gambeson.base import Config, UserError, seeded
 from gambeson.data import Dataset
@@ -61,7 +61,7 @@ def images_asked(suite: Suite, data: Dataset, passes: int) -> int:
     return passes * scored + sample * (suite.queries + 1) + 20
 
 
-def fit(suite: Suite, data: Dataset, room: int | None, passes: int) -> BudgetPlan:
+def fit(suite: Suite, data: Dataset, room: int | None, passes: int, *, keep_eps: bool = False) -> BudgetPlan:
     """Reduce an audit until it fits a budget.
 
     Args:
@@ -69,6 +69,7 @@ def fit(suite: Suite, data: Dataset, room: int | None, passes: int) -> BudgetPla
         data: the data.
         room: remaining budget in images; None: unlimited.
         passes: see :func:`images_asked`.
+        keep_eps: whether every eps stays, because the user named them.
 
     Raises:
         UserError: even the smallest audit does not fit.
@@ -83,15 +84,15 @@ def fit(suite: Suite, data: Dataset, room: int | None, passes: int) -> BudgetPla
     if suite.eps_uni_runs is None:
         suite = suite.model_copy(update={"eps_uni_runs": _RUNS})
     asked = suite
-    for suite in _smaller(asked, min(asked.test_images or len(data.test), len(data.test))):
+    for suite in _smaller(asked, min(asked.test_images or len(data.test), len(data.test)), keep_eps):
         images = images_asked(suite, data, passes)
         if room is None or images <= (1 - _RESERVE) * room:
             break
     else:
         least = int(images / (1 - _RESERVE)) + 1
         raise UserError(
-            f"a budget with room for {room} images is too small: the smallest audit asks about {least}; give a larger "
-            "--budget"
+            f"a budget with room for {room} images is too small: the smallest audit of {len(suite.eps)} eps asks about "
+            f"{least}; give a larger --budget{' or fewer --eps' if keep_eps and len(suite.eps) > 1 else ''}"
         )
     if suite != asked:
         notes.append(
@@ -100,7 +101,7 @@ def fit(suite: Suite, data: Dataset, room: int | None, passes: int) -> BudgetPla
     return BudgetPlan(suite=suite, notes=notes, images=images)
 
 
-def _smaller(suite: Suite, test: int) -> Iterator[Suite]:
+def _smaller(suite: Suite, test: int, keep_eps: bool) -> Iterator[Suite]:
     """Yield decreasing suites: first reductions of precision, then omissions of stages."""
     yield suite
 
@@ -126,7 +127,7 @@ def _smaller(suite: Suite, test: int) -> Iterator[Suite]:
         at_most(queries=0),
         at_most(test_images=100, sample=50, transfer_images=100),
         lambda: suite.model_copy(update={"noise_sizes": suite.noise_sizes[:1]}),
-        lambda: suite.model_copy(update={"eps": suite.eps[len(suite.eps) // 2 :][:1]}),
+        lambda: suite if keep_eps else suite.model_copy(update={"eps": suite.eps[len(suite.eps) // 2 :][:1]}),
         at_most(patterns=10, pattern_images=30, test_images=50, sample=20),
         lambda: suite.model_copy(update={"noise_sizes": ()}),
     ]
@@ -218,6 +219,7 @@ def plan(model: nn.Module, data: Dataset, suite: Suite, seed: int = 0) -> AuditP
     if isinstance(model, BlackBox):
         raise UserError("the model is a black box, whose cost is what it is asked: bound that by --budget instead")
     suite = suite.on(data)
+    surrogate.check(suite, data, model)
     few = data.train.sample(_BATCH, seed=seed)
     with Victim(model, fast=True) as victim, seeded(seed, "plan"):
         images, _ = few.take(slice(None), victim.device)
@@ -237,7 +239,7 @@ def plan(model: nn.Module, data: Dataset, suite: Suite, seed: int = 0) -> AuditP
         parts=_parts(suite, data, random),
         seconds_a_forward=times[0],
         seconds_a_gradient=times[1],
-        surrogate=choose(suite, data)[0] or ("" if suite.surrogate in ("auto", "none") else suite.surrogate),
+        surrogate=surrogate.choose(suite, data)[0] or ("" if suite.surrogate in ("auto", "none") else suite.surrogate),
         device=device,
     )
 

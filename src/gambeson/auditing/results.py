@@ -17,7 +17,8 @@ from gambeson.analysis import (
     PairSharing,
     Spread,
 )
-from gambeson.base import Config, UserError, read_json, write_json
+from gambeson.auditing import display
+from gambeson.base import Config, UserError, notebook, read_json, read_settings, write_json
 from gambeson.data import Dataset
 from gambeson.evaluation import Rate
 from gambeson.evaluation.attack_suite import AttackRound
@@ -363,6 +364,22 @@ class AuditResult(Config):
         """The perturbation at the middle eps."""
         return self.universal[len(self.universal) // 2]
 
+    def __repr__(self) -> str:
+        return notebook.text_table(*display.main_lines(self))
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        return notebook.html_table(*display.main_lines(self))
+
+    def plot(self) -> Any:
+        """Return a ``plotly`` figure of the UER against eps, with the worst control and 95 % intervals."""
+        return display.plot_audits([self])
+
+    def to_frame(self) -> Any:
+        """Return a ``pandas.DataFrame`` with one row per rate: what was measured, attack, eps, norm and interval."""
+        return notebook.frame(display.rates(self))
+
     def save(self, folder: Path) -> None:
         """Write ``result.json``."""
         write_json(folder / "result.json", self.plain())
@@ -374,6 +391,12 @@ class AuditResult(Config):
         Raises:
             UserError: the file is missing, or of another kind or version.
         """
+        if not (folder / "result.json").is_file() and (folder / "run.yaml").is_file():
+            read_settings(folder / "run.yaml", "audit")
+            raise UserError(
+                f"the audit in {folder} has no result yet: `gambeson audit --config {folder}/run.yaml --out {folder}` "
+                "finishes it from where it stopped"
+            )
         content = read_json(folder / "result.json")
         form = content.get("schema_", "another kind") if isinstance(content, dict) else "another kind"
         if form != SCHEMA:

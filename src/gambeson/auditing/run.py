@@ -9,21 +9,26 @@ from pydantic import BeforeValidator
 
 from gambeson import data as data_room
 from gambeson.attacks import UniversalPerturbation
-from gambeson.auditing.audit import Audit, audit
+from gambeson.auditing.audit import FILE, Audit, audit, diagnostics_of
 from gambeson.auditing.cost import AuditPlan, fit, plan
 from gambeson.auditing.results import AuditResult
+from gambeson.auditing.stages import own
 from gambeson.auditing.stages.black_box import queries_file
 from gambeson.auditing.suite import SUITES, Suite
-from gambeson.base import Config, UserError, close_run, environment, open_run, read_json, unknown_name
+from gambeson.base import Config, UserError, check_run, close_run, environment, open_run, read_json, unknown_name
 from gambeson.evaluation import load_model
+from gambeson.models.loading import check_source
 
 
 def _read_suite(value: Any) -> Any:
-    if isinstance(value, str):
-        if value not in SUITES:
-            raise unknown_name("suite", value, SUITES)
-        return SUITES[value]
-    return value
+    if not isinstance(value, str | dict) or (isinstance(value, dict) and "name" not in value):
+        return value
+    given = {"name": value} if isinstance(value, str) else dict(value)
+    name = given.pop("name")
+    if name not in SUITES:
+        error = unknown_name("suite", str(name), SUITES)
+        raise UserError(str(error), ("name",), str(error))
+    return Suite(**(SUITES[name].plain() | given))
 
 
 class AuditRun(Config):
@@ -36,7 +41,7 @@ class AuditRun(Config):
     data: data_room.Name | None = None
     """Name of a data set; None: that of the training run."""
     suite: Annotated[Suite, BeforeValidator(_read_suite)] = SUITES["standard"]
-    """The suite's name or its settings."""
+    """The suite's name or its settings, or both, such as ``{name: quick, sample: 50}``."""
     label: str | None = None
     """Name of the model in tables; None: that of its defence, or of its file."""
     seed: int = 0
@@ -55,16 +60,14 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
         UserError: the folder contains another run, the model cannot be loaded, the data is unknown, or a black box's
             budget is spent.
     """
-    began = (out / "run.yaml").is_file()  # check the folder first: a finished audit needs no queries
-    if began and open_run(out, run, environment(run.device)):
-        result = AuditResult.load(out)
-        return Audit(result, [UniversalPerturbation.load(out / point.file) for point in result.universal])
+    began = check_audit(run, out)  # before anything is loaded: a finished audit needs no queries
+    if began and (done := _finished(out)):
+        return done
     left = _left(run, out)
     subject = load_model(run.model, run.data, run.device, dataset, budget=left)
-    if not began:
-        if left is not None:  # report a budget that is too small before creating the folder
-            fit(run.suite.on(subject.dataset), subject.dataset, left, 1)
-        open_run(out, run, environment(run.device))
+    if began is None and left is not None:  # report a budget that is too small before creating the folder
+        fit(run.suite.on(subject.dataset), subject.dataset, left, 1, keep_eps=bool(run.suite.eps))
+    open_run(out, run, environment(run.device))
     found = audit(
         subject.model,
         subject.dataset,
@@ -79,12 +82,40 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
     return found
 
 
-def plan_audit(run: AuditRun, dataset: data_room.Dataset | None = None) -> AuditPlan:
+def check_audit(run: AuditRun, out: Path) -> bool | None:
+    """Refuse what can be refused before a model or data are loaded; see :func:`gambeson.base.check_run`."""
+    diagnostics_of(run.suite)
+    own.of(run.suite)
+    if run.suite.surrogate not in ("auto", "none"):
+        check_source(run.suite.surrogate)
+    check_source(run.model)
+    return check_run(out, run)
+
+
+def _finished(out: Path) -> Audit | None:
+    """Return the audit of a folder, unless one of its files was deleted."""
+    if not (out / "result.json").is_file():
+        return None
+    result = AuditResult.load(out)
+    files = [FILE, *(point.file for point in result.universal), result.jacobian.file if result.jacobian else ""]
+    if not all((out / file).exists() for file in files):
+        return None
+    return Audit(result, [UniversalPerturbation.load(out / point.file) for point in result.universal])
+
+
+def plan_audit(run: AuditRun, out: Path | None = None, dataset: data_room.Dataset | None = None) -> AuditPlan:
     """Estimate the maximum cost of ``run`` from a few images; nothing is written.
 
+    Args:
+        run: the settings.
+        out: the folder that it would be run in, which is checked too.
+        dataset: the data, if already loaded.
+
     Raises:
-        UserError: the model cannot be loaded or is a black box, or the data is unknown.
+        UserError: as :func:`run_audit`, or the model is a black box.
     """
+    if out is not None:
+        check_audit(run, out)
     subject = load_model(run.model, run.data, run.device, dataset)
     return plan(subject.model, subject.dataset, run.suite, run.seed)
 

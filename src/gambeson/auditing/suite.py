@@ -7,10 +7,10 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, field_validator
 
 from gambeson.attacks import CONTROLS, MORE_CONTROLS, PGD, StochasticPGD
-from gambeson.base import Config, Number, UserError, unknown_name
+from gambeson.base import Config, Number, unknown_name
 from gambeson.base.registry import canonical
 from gambeson.data import Dataset
-from gambeson.threat import Eps, Norm
+from gambeson.threat import Eps, Norm, eps_in_norm
 from gambeson.victim import DEFAULT_VOTES, EOT_SAMPLES
 
 _GREY = (0.05, 0.1, 0.15, 0.2, 0.3)
@@ -99,6 +99,10 @@ class Suite(Config):
     """Additional diagnostics: registered names of installed packages, or ``FILE.py:FUNCTION``. Their cost is not part
     of estimates."""
 
+    attacks: tuple[Annotated[str, AfterValidator(canonical)], ...] = ()
+    """Additional attacks at the middle eps, by name or as ``FILE.py:CLASS``: per image, on all test images, or
+    universal. Not for black boxes. Their cost is not part of estimates."""
+
     @field_validator("eps")
     @classmethod
     def _ascending(cls, eps: tuple[float, ...]) -> tuple[float, ...]:
@@ -110,12 +114,8 @@ class Suite(Config):
         """The suite with a default grid of eps for this data, if none was given."""
         if self.eps:
             return self
-        if self.norm == "1":
-            raise UserError("there is no customary grid of eps for the norm 1: give one, for example --eps 5,10,20")
-        grid = _GREY if data.in_channels == 1 else _COLOUR
-        if self.norm == "2":  # the same share of the box's diagonal as the grid takes of its side, quartered
-            side = (data.in_channels * data.image_size[0] * data.image_size[1]) ** 0.5
-            grid = tuple(round(eps * side / 4, 3) for eps in grid)
+        side = _GREY if data.in_channels == 1 else _COLOUR
+        grid = tuple(eps_in_norm(eps, data.test.shape, self.norm) for eps in side)
         return self.model_copy(update={"eps": grid})
 
     def universal(self, eps: float, *, restarts: int | None = None) -> StochasticPGD:

@@ -1,5 +1,6 @@
 """Foundations of every package: errors, validated settings, the registry, seeds, run folders and atomic files."""
 
+from gambeson.base import notebook
 from gambeson.base.config import Config, Number
 from gambeson.base.distributed import average, place, share_first, total
 from gambeson.base.environment import (
@@ -10,12 +11,21 @@ from gambeson.base.environment import (
     repeatable,
     twice_differentiable,
 )
-from gambeson.base.errors import OutOfSpace, UnknownSetting, UserError, autograd_limits, one_line, unknown_name
+from gambeson.base.errors import (
+    OutOfSpace,
+    UnknownSetting,
+    UserError,
+    autograd_limits,
+    count,
+    one_line,
+    unknown_name,
+)
 from gambeson.base.files import (
     load_tensors,
     pixel_bytes,
     read_json,
     save_tensors,
+    writable,
     write_bytes,
     write_json,
     write_text,
@@ -23,7 +33,7 @@ from gambeson.base.files import (
 )
 from gambeson.base.progress import show_progress, task
 from gambeson.base.registry import Registered, Registry
-from gambeson.base.run_folder import close_run, open_run, read_settings
+from gambeson.base.run_folder import check_run, close_run, open_run, read_settings
 from gambeson.base.seeds import derive, generator, seeded
 
 __all__ = [
@@ -36,13 +46,16 @@ __all__ = [
     "UserError",
     "autograd_limits",
     "average",
+    "check_run",
     "close_run",
+    "count",
     "default_dtype",
     "derive",
     "environment",
     "full_precision",
     "generator",
     "load_tensors",
+    "notebook",
     "one_line",
     "open_run",
     "pick_device",
@@ -59,6 +72,7 @@ __all__ = [
     "total",
     "twice_differentiable",
     "unknown_name",
+    "writable",
     "write_bytes",
     "write_json",
     "write_text",

@@ -69,7 +69,7 @@ class Config(BaseModel):
         for field in update or {}:
             if field not in type(self).model_fields:
                 raise UnknownSetting(
-                    f"{type(self).__name__} has no setting {field!r}: {_nearest(field, type(self).model_fields)}"
+                    f"{type(self).__name__} has no setting {field!r}: {nearest(field, type(self).model_fields)}"
                 )
         return super().model_copy(update=update, deep=deep)
 
@@ -81,7 +81,8 @@ class Config(BaseModel):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.plain().items())})"
 
 
-def _nearest(field: str, known: Iterable[str]) -> str:
+def nearest(field: str, known: Iterable[str]) -> str:
+    """Return the end of an error about an unknown name: the nearest known one, or all."""
     names = sorted(known)
     near = difflib.get_close_matches(field, names, n=1)
     return f"did you mean {near[0]}?" if near else f"choose among {', '.join(names)}"
@@ -91,12 +92,18 @@ def config_error(error: ValidationError, owner: str, known: Iterable[str]) -> Us
     """Turn pydantic's report into one sentence: its first problem, with the field and the value given."""
     # A misspelt setting explains a missing one, so it is named first.
     problem = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
-    field = ".".join(str(part) for part in problem["loc"]) or owner
+    path = tuple(str(part) for part in problem["loc"])
+    inner = problem.get("ctx", {}).get("error")
+    if isinstance(inner, UserError) and inner.path:  # of a nested object, or of the setting beside this one
+        path = path[:-1] + inner.path[1:] if inner.path[0] == ".." else path + inner.path
+        return type(inner)(str(inner), path, inner.reason)
+    field = ".".join(path) or owner
     if problem["type"] == "missing":
-        return UnknownSetting(f"{owner} needs {field}: give it, for example {field}=...")
+        return UnknownSetting(f"{owner} needs {field}: give it, for example {field}=...", path, f"it needs {field}")
     if problem["type"] == "extra_forbidden":
-        return UnknownSetting(f"{owner} has no setting {field!r}: {_nearest(field, known)}")
-    reason = problem["msg"].removeprefix("Value error, ")
-    if problem["loc"] and not isinstance(problem["input"], dict):
-        return UserError(f"{owner}.{field} = {problem['input']!r}: {reason}")
-    return UserError(f"{owner}: {reason}")
+        reason = f"no setting {field!r}: {nearest(field, known)}"
+        return UnknownSetting(f"{owner} has {reason}", path, f"there is {reason}")
+    reason = problem["msg"].removeprefix("Value error, ").replace("Input should be ", "expected ", 1)
+    if path and not isinstance(problem["input"], dict):
+        return UserError(f"{owner}.{field} = {problem['input']!r}: {reason}", path, reason)
+    return UserError(f"{owner}: {reason}", path, reason)

@@ -8,7 +8,17 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """An error the user can fix; the command line prints it without a traceback and exits with code 2."""
+    """An error the user can fix; the command line prints it without a traceback and exits with code 2.
+
+    Args:
+        message: one sentence.
+        path: the setting at fault, from the outermost object to the innermost field; empty if it is none.
+        reason: what is wrong with it, without its name; for callers that know another name of the setting.
+    """
+
+    def __init__(self, message: str, path: tuple[str, ...] = (), reason: str = "") -> None:
+        super().__init__(message)
+        self.path, self.reason = path, reason or message
 
 
 class UnknownSetting(UserError, TypeError):
@@ -38,6 +48,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {name!r}: {hint}")
 
 
+def count(number: int, what: str) -> str:
+    """Return a number with its noun, such as ``1 epoch`` or ``2 epochs``."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def one_line(error: BaseException) -> str:
     """Return the first line of an error's message, without its full stop, to quote it in another one."""
     return " ".join(str(error).split("\n")[0].split()).rstrip(".") or type(error).__name__
@@ -57,9 +72,10 @@ _LIMITS = {
     "forward AD": _NO_SECOND,
     "forward mode AD": _NO_SECOND,
     "differentiate twice": _NO_SECOND,
-    "A different number of tensors was saved": _NO_SECOND,
+    "torch.utils.checkpoint: ": "checkpoints, and recomputes something else than its forward was: turn that off",
     "in the TorchScript interpreter": _NO_SECOND,
     "nference tensor": "was built inside torch.inference_mode: build it, or clone its weights, outside",
+    "supported on ScriptModules": "is a TorchScript program, which takes no hooks: give the module it was made of",
     "in-place operation": "changes its input in place ({error}): let it work on a copy, such as images.clone()",
 }
 

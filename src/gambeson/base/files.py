@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -14,6 +15,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from gambeson.base.errors import OutOfSpace, UserError
+
+_ELSEWHERE = "choose another --out, or make its folder writable,"
+_SPACE = "free some space or choose another --out"
+_REMEDIES = {errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EFBIG: _SPACE}
+
+
+def writable(folder: Path) -> None:
+    """Check that files can be written below a folder, which need not exist yet; nothing is left there.
+
+    Raises:
+        UserError: they cannot.
+    """
+    here = folder.absolute()
+    try:
+        while not here.exists():
+            here = here.parent
+        tempfile.TemporaryFile(dir=here).close()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): {_ELSEWHERE} and retry") from None
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -36,7 +56,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         raise OutOfSpace(
             f"could not write {path} ({error.strerror}): nothing half-written was left; "
-            "free some space or choose another --out and run the same command again"
+            f"{_REMEDIES.get(error.errno or 0, _ELSEWHERE)} and run the same command again"
         ) from error
     finally:
         if scratch is not None:
@@ -58,6 +78,9 @@ def write_yaml(path: Path, content: Any) -> None:
     write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
+_AGAIN = "copy it again, or delete it and run the command that made it, which makes what is missing"
+
+
 def read_json(path: Path) -> Any:
     """Read JSON.
 
@@ -69,7 +92,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: name a folder that a finished run has written") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): run the command that made it again") from None
+        raise UserError(f"{path} is not valid JSON ({error}): {_AGAIN}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): name another file") from None
 
 
 _KEY = "gambeson"  # one key only: safetensors does not keep the order of several
@@ -99,8 +124,11 @@ def load_tensors(path: Path, kind: str = "weights") -> tuple[dict[str, torch.Ten
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist: expected a safetensors file with {kind}")
-    with path.open("rb") as file:
-        head = file.read(16)
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): name another file") from None
     # A safetensors file starts with the length of its JSON, any eight bytes, and then the brace.
     if head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
         raise UserError(
@@ -116,8 +144,7 @@ def load_tensors(path: Path, kind: str = "weights") -> tuple[dict[str, torch.Ten
     except SafetensorError as error:
         size = path.stat().st_size
         raise UserError(
-            f"{path} ({size} bytes) is not a complete safetensors file ({error}): it is truncated or damaged; "
-            "copy it again or run the command that made it"
+            f"{path} ({size} bytes) is not a complete safetensors file ({error}): it is truncated or damaged; {_AGAIN}"
         ) from None
     return tensors, json.loads(about)
 

@@ -1,41 +1,95 @@
-"""Progress of long-running work. The library reports it; only the command line shows it."""
+"""Progress of long-running work: bars in terminals and notebooks, else a line now and then. The library reports it."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from importlib.util import find_spec
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-_display: ContextVar[Progress | None] = ContextVar("display", default=None)
+_EVERY = 10.0
+"""Seconds between two lines."""
+
+
+class _Display(Protocol):
+    def start(self, label: str, total: int, done: int) -> Callable[[], None]: ...
+
+
+_display: ContextVar[_Display | None] = ContextVar("display", default=None)
+
+
+class _Bars:
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+
+    def start(self, label: str, total: int, done: int) -> Callable[[], None]:
+        name = self.bars.add_task(label, total=total, completed=done)
+        self.bars.refresh()
+        return lambda: self.bars.advance(name)
+
+
+class _Lines:
+    """One line per task when it ends, and one every few seconds meanwhile."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.said = console, time.monotonic()
+
+    def start(self, label: str, total: int, done: int) -> Callable[[], None]:
+        began, before = time.monotonic(), done
+
+        def advance() -> None:
+            nonlocal done
+            done, now = done + 1, time.monotonic()
+            if done < total and now - self.said < _EVERY:
+                return
+            self.said = now
+            left = (now - began) / (done - before) * (total - done)
+            rest = f"about {left:.0f} s left" if done < total else f"{now - began:.0f} s"
+            self.console.print(f"{label.strip()}: {done} of {total}, {rest}", highlight=False, soft_wrap=True)
+
+        return advance
 
 
 @contextmanager
 def show_progress(console: Console) -> Iterator[None]:
-    """Show a progress bar, with the remaining time, for every task that starts inside the block."""
+    """Show the progress of every task that starts inside the block, with the remaining time.
+
+    Bars in a terminal and in a notebook (with ipywidgets); plain lines elsewhere, as in a log file.
+    """
+    bars = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
     columns = (
         TextColumn("{task.description:<34}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=console, transient=False) as display:
-        token = _display.set(display)
+    progress = Progress(*columns, console=console, transient=False) if bars else None
+    with progress or nullcontext():
+        token = _display.set(_Bars(progress) if progress else _Lines(console))
         try:
             yield
         finally:
             _display.reset(token)
 
 
+def _in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
 @contextmanager
 def task(label: str, total: int, *, done: int = 0) -> Iterator[Callable[[], None]]:
-    """Announce ``total`` units of work; call the yielded function once after each."""
-    display = _display.get()
-    if display is None:
-        yield lambda: None
-        return
-    name = display.add_task(label, total=total, completed=done)
-    yield lambda: display.advance(name)
-    display.refresh()
+    """Announce ``total`` units of work; call the yielded function once after each.
+
+    Nothing is shown outside :func:`show_progress`, but in notebooks.
+    """
+    with show_progress(Console()) if _display.get() is None and _in_notebook() else nullcontext():
+        display = _display.get()
+        yield (lambda: None) if display is None else display.start(label, total, done)

@@ -75,6 +75,11 @@ class Registered(Generic[T]):
             return {name: _of_field(one, preset.get(name)) for name, one in target.model_fields.items()}
         return {}
 
+    def needs(self, setting: str) -> bool:
+        """Whether it has this setting and cannot be built without it."""
+        found = self.settings.get(setting)
+        return found is not None and found.required and setting not in self.options.get("preset", {})
+
     def plain(self) -> dict[str, Any]:
         """Everything as plain data, for machine-readable listings."""
         settings = {name: vars(setting) for name, setting in self.settings.items()}

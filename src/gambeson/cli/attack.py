@@ -1,57 +1,45 @@
-"""``gambeson attack``: per-image attacks."""
+"""``gambeson attack`` and ``gambeson transfer``: per-image attacks on one model, and between several."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
-from gambeson.cli.options import (
-    ConfigFile,
-    Data,
-    Device,
-    EotSamples,
-    Eps,
-    Json,
-    Norm,
-    Out,
-    RunSeed,
-    Set,
-    chosen,
-    folder_beside,
-    print_json,
-    progress,
-)
+from gambeson.cli import options
+from gambeson.cli.options import chosen, needed, one_model, print_json, progress
 
 
 def attack(
-    model: Annotated[str | None, typer.Option(help="Folder of a training run, or its model.safetensors.")] = None,
-    data: Data = None,
-    attack: Annotated[
-        str | None, typer.Option(help="standard, a name of `gambeson list attacks`, or FILE.py:CLASS (pgd).")
-    ] = None,
-    eps: Eps = None,
-    norm: Norm = None,
-    eot_samples: EotSamples = None,
-    images: Annotated[int | None, typer.Option(help="Test images to attack, a stratified sample (1000).")] = None,
-    config: ConfigFile = None,
-    set_: Set = None,
-    out: Out = None,
-    seed: RunSeed = None,
-    device: Device = "auto",
-    as_json: Json = False,
+    model: options.Model = None,
+    model_: options.ModelOption = None,
+    data: options.Data = None,
+    attack: options.Attack = None,
+    eps: options.Eps = None,
+    norm: options.Norm = None,
+    eot_samples: options.EotSamples = None,
+    images: options.Images = None,
+    config: options.ConfigFile = None,
+    set_: options.Set = None,
+    out: options.Out = None,
+    seed: options.RunSeed = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
-    """Attack a model with a per-image attack or the standard suite; store the adversarial images.
+    """Attack a model with a per-image attack, or the suite `standard`; store the adversarial images.
 
-    Other settings of the attack are given as --set settings.NAME=VALUE.
+    Other settings of the attack are given as --set NAME=VALUE.
 
-    Example: `gambeson attack --model runs/x --data cifar10 --attack pgd --eps 8/255`
+    Example: `gambeson attack runs/x --attack pgd --eps 8/255 --set steps=100`
     """
-    from gambeson.base import UserError, user_code
+    from gambeson.base import user_code
     from gambeson.evaluation import AttackRun, run_attack
+    from gambeson.evaluation.attack_run import settings_of
 
     flags: dict[str, Any] = {
-        "model": model,
+        "model": one_model(model, model_),
         "data": data,
         "attack": attack,
         "images": images,
@@ -60,12 +48,11 @@ def attack(
         "settings.norm": norm,
         "settings.eot_samples": eot_samples,
     }
-    settings = chosen(config, "attack", flags, set_, device)
-    if "model" not in settings:
-        raise UserError("no model was given: name the folder of a training run, for example --model runs/x")
+    settings = chosen(AttackRun, config, flags, set_, device, lambda now: {"settings": settings_of(now.get("attack"))})
+    needed(settings.get("model"), "attack")
     run = AttackRun(**settings)
     name = user_code.short(run.attack)
-    folder = out or folder_beside(run.model, name)
+    folder = out or options.folder_beside(run.model, name)
     with progress(as_json) as console:
         result = run_attack(run, folder)
     if as_json:
@@ -82,3 +69,61 @@ def attack(
             f"{part.cost.forwards:,} forwards and {part.cost.backwards:,} backwards of an image"
         )
     console.print(f"results are in {folder}")
+
+
+def transfer(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="MODEL...", help="Two models or more, as in `gambeson audit`.")
+    ] = None,
+    data: options.Data = None,
+    attacks: Annotated[
+        str | None,
+        typer.Option(help="Names, separated by commas.", show_default="fgsm,r-fgsm,step-ll,pgd,mi-fgsm"),
+    ] = None,
+    eps: options.Eps = None,
+    norm: options.Norm = None,
+    eot_samples: options.EotSamples = None,
+    images: options.Images = None,
+    config: options.ConfigFile = None,
+    set_: options.Set = None,
+    out: options.Out = None,
+    seed: options.RunSeed = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Craft examples on every model and score them on every other; the diagonal is the white box.
+
+    Example: `gambeson transfer runs/x runs/y runs/z --eps 0.1 --out runs/transfer`
+    """
+    from gambeson.base import UserError
+    from gambeson.evaluation import TransferRun, run_transfer
+    from gambeson.report import write_transfer
+
+    flags: dict[str, Any] = {
+        "models": models or None,
+        "data": data,
+        "attacks": None if attacks is None else [name.strip() for name in attacks.split(",")],
+        "eps": eps,
+        "norm": norm,
+        "eot_samples": eot_samples,
+        "images": images,
+        "seed": seed,
+    }
+    settings = chosen(TransferRun, config, flags, set_, device, lambda _: {})
+    if len(settings.get("models", ())) < 2:
+        raise UserError("transfer needs two models or more: for example gambeson transfer runs/x runs/y --eps 0.1")
+    run = TransferRun(**settings)
+    folder = out or Path("runs") / "transfer"
+    with progress(as_json) as console:
+        result = run_transfer(run, folder)
+        page = write_transfer(result, folder / "transfer.html")
+    if as_json:
+        print_json(result.plain())
+        return
+    for table in result.tables:
+        shown = Table(f"{table.attack}: from", *result.labels, box=None)
+        for label, row in zip(result.labels, table.errors, strict=True):
+            shown.add_row(label, *("" if rate is None else str(rate) for rate in row))
+        shown.add_row("worst of the others", *("" if rate is None else str(rate) for rate in table.worst))
+        console.print(shown)
+    console.print(f"clean errors: {', '.join(map(str, result.clean))}; the page is {page}")

@@ -7,30 +7,38 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gambeson.cli.options import Json, Seed, print_json, progress
+from gambeson.cli import options
+from gambeson.cli.options import needed, one_model, print_json, progress
 
 if TYPE_CHECKING:
     from gambeson.evaluation import Exported
 
 
 def export(
-    run: Annotated[str, typer.Argument(help="Folder of a training run, or any model that `gambeson audit` takes.")],
+    model: options.Model = None,
+    model_: options.ModelOption = None,
     to: Annotated[str, typer.Option(help="torch-export, onnx or safetensors.")] = "torch-export",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write (RUN with the suffix).")] = None,
-    data: Annotated[str | None, typer.Option(help="Data set that scores; else the one of the run.")] = None,
-    images: Annotated[int | None, typer.Option(help="Test images to score at most, a stratified sample (all).")] = None,
-    votes: Annotated[int, typer.Option(help="Passes per image, where the model is random.", show_default=True)] = 10,
-    seed: Seed = 0,
-    as_json: Json = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="File to write.", show_default="named after the model"),
+    ] = None,
+    data: options.Data = None,
+    images: Annotated[
+        int | None, typer.Option(help="Test images to score at most, a stratified sample.", show_default="all")
+    ] = None,
+    votes: Annotated[int, typer.Option(help="Passes per image, where the model is random.")] = 10,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
 ) -> None:
     """Export a model, including noise and vote, to run without gambeson, and score it against the original.
 
     Example: `gambeson export runs/x --to onnx --out x.onnx`
     """
-    from gambeson.base import UserError, unknown_name
+    from gambeson.base import UserError, unknown_name, writable
     from gambeson.evaluation.export_check import run_export
     from gambeson.models.export import TARGETS
 
+    run = needed(one_model(model, model_), "export")
     if to not in TARGETS:
         raise unknown_name("export target", to, TARGETS)
     if out is None:
@@ -39,6 +47,7 @@ def export(
                 f"no file was named for the export of {run}: name one, for example --out model{TARGETS[to]}"
             )
         out = Path(f"{run.removesuffix('/')}{TARGETS[to]}")
+    writable(out.parent)
     with progress(as_json) as console:
         found = run_export(run, to, out, data_name=data, images=images, votes=votes, seed=seed)
     if as_json:

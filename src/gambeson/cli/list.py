@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,21 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gambeson.cli.options import Json, print_json
+from gambeson.cli.options import Json, Kind, print_json, registry
 
 if TYPE_CHECKING:
     from gambeson.base import Registered, UserError
-
-
-class Kind(StrEnum):
-    """Kinds of entries."""
-
-    attacks = "attacks"
-    defenses = "defenses"
-    models = "models"
-    data = "data"
-    diagnostics = "diagnostics"
-    tasks = "tasks"
 
 
 def list_(
@@ -38,30 +26,14 @@ def list_(
 
     Example: `gambeson list defenses shared-adversarial`
     """
-    registry = _registry(kind)
-    entries = registry.entries() if name is None else [registry.get(name)]
+    known = registry(kind)
+    entries = known.entries() if name is None else [known.get(name)]
     if as_json:
         print_json([_plain(kind, entry) for entry in entries])
     elif name is None:
         Console().print(_table(kind, entries))
     else:
         Console().print(_details(_plain(kind, entries[0])))
-
-
-def _registry(kind: Kind) -> Any:
-    if kind is Kind.attacks:
-        from gambeson.attacks.registry import ATTACKS as REGISTRY
-    elif kind is Kind.defenses:
-        from gambeson.defenses.registry import DEFENSES as REGISTRY
-    elif kind is Kind.models:
-        from gambeson.models.registry import MODELS as REGISTRY
-    elif kind is Kind.data:
-        from gambeson.data.registry import SETS as REGISTRY
-    elif kind is Kind.tasks:
-        from gambeson.tasks.task import TASKS as REGISTRY
-    else:
-        from gambeson.auditing.diagnostics.base import LOOKS as REGISTRY
-    return REGISTRY
 
 
 def _plain(kind: Kind, entry: Registered[Any] | UserError) -> dict[str, Any]:

@@ -1,35 +1,141 @@
-"""Options shared by several commands, and the merging of flags and YAML into settings."""
+"""Options shared by several commands, the merging of flags and YAML into settings, and errors as a user typed them."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 
-Seed = Annotated[int, typer.Option(help="Seed of every random draw.", show_default=True)]
-Device = Annotated[str, typer.Option(help="Device; auto uses the accelerator if there is one.", show_default=True)]
-Data = Annotated[str | None, typer.Option(help="Data set (default: that of the (first) training run).")]
-Eps = Annotated[str | None, typer.Option(help="Radius, such as 0.2 or 8/255.")]
-Norm = Annotated[str | None, typer.Option(help="Norm of the ball: inf, 2 or, for some attacks, 1.")]
-EotSamples = Annotated[int | None, typer.Option(help="Samples of a random model that every gradient is averaged over.")]
-RunSeed = Annotated[int | None, typer.Option("--seed", help="Seed of every random draw (0).")]
+if TYPE_CHECKING:
+    from gambeson.base import Config, UserError
+
+    Groups = Mapping[str, Iterable[str]]
+
+
+class Kind(StrEnum):
+    """Kinds of entries."""
+
+    attacks = "attacks"
+    defenses = "defenses"
+    models = "models"
+    data = "data"
+    diagnostics = "diagnostics"
+    tasks = "tasks"
+
+
+def registry(kind: str) -> Any:
+    """Return the registry of a kind of entries."""
+    if kind == Kind.attacks:
+        from gambeson.attacks.registry import ATTACKS as REGISTRY
+    elif kind == Kind.defenses:
+        from gambeson.defenses.registry import DEFENSES as REGISTRY
+    elif kind == Kind.models:
+        from gambeson.models.registry import MODELS as REGISTRY
+    elif kind == Kind.data:
+        from gambeson.data.registry import SETS as REGISTRY
+    elif kind == Kind.tasks:
+        from gambeson.tasks.task import TASKS as REGISTRY
+    else:
+        from gambeson.auditing.diagnostics.base import LOOKS as REGISTRY
+    return REGISTRY
+
+
+def complete(kind: str) -> Callable[[str], list[str]]:
+    """Return the shell completion of the names of a registry; see ``gambeson list``."""
+
+    def names(incomplete: str) -> list[str]:
+        return [name for name in registry(kind).names() if name.startswith(incomplete)]
+
+    return names
+
+
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="Run folder, weights, architecture, program or black box: see `audit -h`."),
+]
+ModelOption = Annotated[str | None, typer.Option("--model", help="The same as MODEL.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Data set; see `gambeson list data`.",
+        show_default="that of the (first) training run",
+        autocompletion=complete("data"),
+    ),
+]
+EPS = "8/255; 0.2 for grey images"
+Eps = Annotated[str | None, typer.Option(help="Radius, such as 0.2 or 8/255.", show_default=EPS)]
+Norm = Annotated[str | None, typer.Option(help="Norm of the ball: inf, 2 or, for some attacks, 1.", show_default="inf")]
+EotSamples = Annotated[
+    int | None,
+    typer.Option(help="Samples of a random model that every gradient is averaged over.", show_default="20"),
+]
+Images = Annotated[
+    int | None, typer.Option(help="Test images at most, a stratified sample.", show_default="1000", metavar="N")
+]
+Attack = Annotated[
+    str | None,
+    typer.Option(
+        help="A name of `gambeson list attacks`, or FILE.py:CLASS.",
+        show_default="pgd",
+        autocompletion=complete("attacks"),
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
+RunSeed = Annotated[int | None, typer.Option("--seed", help="Seed of every random draw.", show_default="0")]
+Device = Annotated[str, typer.Option(help="Device; auto uses the accelerator if there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, without progress.")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Output folder; an interrupted run resumes there.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", help="Output folder; an interrupted run resumes there.", show_default="named after the model"
+    ),
+]
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", "-c", help="YAML with settings, such as the run.yaml of a finished run."),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Any other setting, as name=value, nested with dots: recipe.momentum=0.8"),
+    typer.Option("--set", help="Any other setting, as NAME=VALUE: momentum=0.8, or in full recipe.momentum=0.8"),
 ]
+
+_NAMED = ("defense", "suite")
+"""Groups of settings that may be given as their name alone, as in YAML."""
+_typed: ContextVar[dict[tuple[str, ...], str] | None] = ContextVar("typed", default=None)
+"""How the user gave each setting of this command, by its path."""
+
+
+def sentence(error: UserError) -> str:
+    """Return the sentence of an error, led by the option at fault as it was typed."""
+    path = tuple(part for part in error.path if not part.isdecimal())
+    typed = _typed.get() or {}
+    for length in range(len(path), 0, -1):
+        part = path[:length]
+        for known in sorted(typed, key=len):
+            if known[-length:] == part or known[:length] == part:
+                return f"{typed[known]}: {error.reason}"
+    return str(error) if path else error.reason
+
+
+def _remember(path: str, typed: str) -> None:
+    known = _typed.get()
+    if known is None:
+        known = {}
+        _typed.set(known)
+    known[tuple(path.split("."))] = typed
+
+
+def forget() -> None:
+    """Forget what was typed, at the start of a command."""
+    _typed.set(None)
 
 
 @contextmanager
@@ -45,6 +151,32 @@ def progress(as_json: bool) -> Iterator[Console]:
         yield console
 
 
+def one_model(argument: str | None, option: str | None) -> str | None:
+    """Return the model of a command, which is an argument or ``--model``.
+
+    Raises:
+        UserError: two were given.
+    """
+    from gambeson.base import UserError
+
+    if argument and option and argument != option:
+        raise UserError(f"two models were given, {argument} and --model {option}: name one")
+    return argument or option
+
+
+def needed(model: str | None, command: str) -> str:
+    """Return the model of a command.
+
+    Raises:
+        UserError: none was given.
+    """
+    from gambeson.base import UserError
+
+    if model is None:
+        raise UserError(f"no model was given: name one, for example `gambeson {command} runs/x`, a training run")
+    return model
+
+
 def folder_beside(model: str, what: str) -> Path:
     """Return the default output folder of a model: next to its own, or under ``runs`` if it has none."""
     if Path(model).exists():
@@ -52,53 +184,109 @@ def folder_beside(model: str, what: str) -> Path:
     return Path("runs") / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', model).strip('-')}-{what}"
 
 
-def put(settings: dict[str, Any], path: str, value: Any) -> None:
-    """Set the dotted ``path`` in nested settings, unless ``value`` is None (a flag that was not given)."""
+def put(settings: dict[str, Any], path: str, value: Any, typed: str | None = None) -> None:
+    """Set the dotted ``path`` in nested settings, unless ``value`` is None (a flag that was not given).
+
+    Args:
+        settings: changed in place.
+        path: such as ``recipe.momentum``.
+        value: the value.
+        typed: how the user gave it; by default as the option called as the last part of the path.
+    """
     from gambeson.base import UserError
 
+    option = f"--{path.removesuffix('.name').rpartition('.')[2].replace('_', '-')}"
     if value is None:
+        _remember(path, option)
         return
+    _remember(path, typed or f"{option} {','.join(map(str, value)) if isinstance(value, list) else value}")
     *parents, last = path.split(".")
     for parent in parents:
         below = settings.setdefault(parent, {})
+        if isinstance(below, str) and parent in _NAMED:
+            below = {"name": below}
         if not isinstance(below, dict):
             raise UserError(f"{path} cannot be set: {parent} is {below!r}, not a group of settings")
+        if last == "name" and not _same(below.get("name"), value):
+            below = {}  # the other settings are those of another
+        settings[parent] = below
         settings = below
     settings[last] = value
 
 
+def _same(name: object, other: object) -> bool:
+    """Whether two names refer to the same thing, ignoring stored hashes."""
+    from gambeson.base import user_code
+
+    if all(isinstance(one, str) and user_code.is_spelling(one) for one in (name, other)):
+        return user_code.parts(str(name)) == user_code.parts(str(other))
+    return name == other
+
+
 def chosen(
-    config: Path | None, kind: str, flags: Mapping[str, Any], pairs: list[str] | None, device: str
+    run: type[Config],
+    config: Path | None,
+    flags: Mapping[str, Any],
+    pairs: list[str] | None,
+    device: str,
+    groups: Callable[[dict[str, Any]], Groups],
 ) -> dict[str, Any]:
     """Merge the settings of a run: ``--config``, overridden by flags, overridden by ``--set``.
 
     Args:
+        run: the class of the run's settings.
         config: a YAML file.
-        kind: the expected kind of run, such as ``train``.
         flags: by path; None if not given.
         pairs: of ``--set``.
         device: ``auto`` keeps that of the file.
+        groups: from the settings so far to the groups of settings in them, each with its names.
     """
     from gambeson.base import pick_device, read_settings
 
-    settings = read_settings(config, kind) if config else {}
+    settings: dict[str, Any] = {}
+    if config is not None:
+        settings = read_settings(config, run.model_fields["kind"].default)
+        for name in settings:
+            _remember(name, f"{config}: {name}")
     for path, value in flags.items():
         put(settings, path, value)
-    put_all(settings, pairs)
+    put_all(settings, pairs, run.model_fields, groups)
     if device != "auto" or "device" not in settings:
         settings["device"] = pick_device(device)
     return settings
 
 
-def put_all(settings: dict[str, Any], pairs: list[str] | None) -> None:
-    """Apply every ``--set name=value``; values are parsed as YAML."""
+def put_all(
+    settings: dict[str, Any], pairs: list[str] | None, own: Iterable[str], groups: Callable[[dict[str, Any]], Groups]
+) -> None:
+    """Apply every ``--set name=value``; values are parsed as YAML.
+
+    A name without dots may be that of a setting in any group; see :func:`chosen`.
+    """
+    import yaml
+
     from gambeson.base import UserError
+    from gambeson.base.config import nearest
 
     for pair in pairs or []:
-        name, sign, value = pair.partition("=")
-        if not sign:
-            raise UserError(f"--set {pair}: expected name=value, for example --set recipe.momentum=0.8")
-        put(settings, name, yaml.safe_load(value))
+        name, sign, text = pair.partition("=")
+        if not sign or not all(part.strip() == part != "" for part in name.split(".")):
+            raise UserError(f"--set {pair}: expected NAME=VALUE, for example --set momentum=0.8")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {pair}: {text!r} is not YAML, quote it or close its brackets") from None
+        path = name
+        if "." not in name and name not in own:
+            inside = groups(settings)
+            homes = [group for group, names in inside.items() if name in names]
+            if not homes:
+                known = {*own, *(one for names in inside.values() for one in names)}
+                raise UserError(f"--set {pair}: there is no setting {name!r}: {nearest(name, known)}")
+            if len(homes) > 1:
+                raise UserError(f"--set {pair}: say which, {' or '.join(f'{home}.{name}' for home in homes)}")
+            path = f"{homes[0]}.{name}"
+        put(settings, path, value, typed=f"--set {pair}")
 
 
 def print_json(content: Any) -> None:

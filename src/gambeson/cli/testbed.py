@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,18 +29,20 @@ def list_(data: DataOption = "digits", as_json: Json = False) -> None:
 
     Example: `gambeson testbed list --data mnist5k`
     """
-    from gambeson import testbed
+    stored = json.loads((files("gambeson") / "testbed" / "models.json").read_text())
+    if data not in stored["data"]:
+        from gambeson.base import unknown_name
 
-    entries = testbed.models(data)
+        raise unknown_name("data of the testbed", data, stored["data"])
+    entries = [entry for entry in stored["models"] if entry["name"] in stored["data"][data]]
     if as_json:
-        keys = ("name", "kind", "honest", "how", "source", "held_out")
-        print_json([{key: getattr(entry, key) for key in keys} for entry in entries])
+        print_json(entries)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("name", "kind", "how it deceives", "source"):
         table.add_column(column, overflow="fold")
     for entry in entries:
-        table.add_row(entry.name, entry.kind, entry.how, entry.source)
+        table.add_row(entry["name"], entry["kind"], entry["how"], entry["source"])
     Console().print(table)
 
 

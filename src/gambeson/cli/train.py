@@ -8,41 +8,53 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gambeson.cli.options import ConfigFile, Device, Json, Norm, Out, RunSeed, Set, chosen, print_json, progress
+from gambeson.cli import options
+from gambeson.cli.options import chosen, print_json, progress, put
 from gambeson.cli.tables import duration
 
 if TYPE_CHECKING:
-    from gambeson.data import Dataset
     from gambeson.training import TrainingCost
-
-GREY_EPS, COLOUR_EPS = 0.2, 8 / 255
 
 
 def train(
-    data: Annotated[str | None, typer.Option(help="Data set; see `gambeson data list`.")] = None,
-    model: Annotated[str | None, typer.Option(help="Architecture, such as lenet or resnet20.")] = None,
-    defense: Annotated[
-        str | None, typer.Option(help="A name of `gambeson list defenses`, or FILE.py:CLASS (standard).")
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    augment: Annotated[str | None, typer.Option(help="none, crop, crop-flip or imagenet.")] = None,
-    eps: Annotated[
+    data: Annotated[
         str | None,
-        typer.Option(help="Radius, such as 0.2 or 8/255 (those are the defaults for grey and colour)."),
+        typer.Option(help="Data set; see `gambeson list data`.", autocompletion=options.complete("data")),
     ] = None,
-    norm: Norm = None,
-    sharedness: Annotated[int | None, typer.Option(help="Images that share a perturbation.")] = None,
-    sigma: Annotated[float | None, typer.Option(help="Weight of the adversarial risk.")] = None,
-    init: Annotated[Path | None, typer.Option(help="Weights to start from.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Architecture, such as lenet; see `gambeson list models`.", autocompletion=options.complete("models")
+        ),
+    ] = None,
+    defense: Annotated[
+        str | None,
+        typer.Option(
+            help="A name of `gambeson list defenses`, or FILE.py:CLASS.",
+            show_default="standard",
+            autocompletion=options.complete("defenses"),
+        ),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training split.", show_default="10")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.", show_default="128")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default="0.05")] = None,
+    augment: Annotated[str | None, typer.Option(help="none, crop, crop-flip or imagenet.", show_default="none")] = None,
+    eps: options.Eps = None,
+    norm: options.Norm = None,
+    sharedness: Annotated[
+        int | None, typer.Option(help="Images that share a perturbation.", show_default="by the defence")
+    ] = None,
+    sigma: Annotated[
+        float | None, typer.Option(help="Weight of the adversarial risk.", show_default="by the defence")
+    ] = None,
+    init: Annotated[Path | None, typer.Option(help="Weights to start from.", show_default="random")] = None,
     only_plan: Annotated[bool, typer.Option("--plan", help="Print an estimate of the cost and exit.")] = False,
-    config: ConfigFile = None,
-    set_: Set = None,
-    out: Out = None,
-    seed: RunSeed = None,
-    device: Device = "auto",
-    as_json: Json = False,
+    config: options.ConfigFile = None,
+    set_: options.Set = None,
+    out: options.Out = None,
+    seed: options.RunSeed = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Train a model with or without a defence.
 
@@ -50,10 +62,13 @@ def train(
 
     Example: `gambeson train --data fashion-mnist --model lenet --defense shared-adversarial --epochs 2 --out runs/x`
     """
-    from gambeson.base import UserError, user_code
+    from gambeson.base import UserError, count, user_code, writable
     from gambeson.data import load
+    from gambeson.defenses import needs_eps
+    from gambeson.defenses.registry import DEFENSES
     from gambeson.models.loading import input_shape
-    from gambeson.training import TrainRun, plan_training, run_training
+    from gambeson.threat import default_eps
+    from gambeson.training import Recipe, TrainRun, plan_training, run_training
 
     flags: dict[str, Any] = {
         "data": data,
@@ -64,28 +79,43 @@ def train(
         "recipe.batch_size": batch_size,
         "recipe.lr": lr,
         "recipe.augment": augment,
-        "defense": _defense_of(config, defense),
+        "defense.name": defense,
         "defense.eps": eps,
         "defense.norm": norm,
         "defense.sharedness": sharedness,
         "defense.sigma": sigma,
     }
-    settings = chosen(config, "train", flags, set_, device)
-    if "data" not in settings or "model" not in settings:
-        missing = " and ".join(f"--{name}" for name in ("data", "model") if name not in settings)
+
+    settings = chosen(
+        TrainRun,
+        config,
+        flags,
+        set_,
+        device,
+        lambda now: {"recipe": {*Recipe.model_fields, "preset"}, "defense": DEFENSES.get(_name(now)).settings},
+    )
+    missing = " and ".join(f"--{name}" for name in ("data", "model") if name not in settings)
+    if missing:
         raise UserError(f"{missing} must be given: name one, for example --data fashion-mnist --model lenet")
+    put(settings, "defense.name", defense or _name(settings))
     with progress(as_json) as console:
-        dataset = load(settings["data"], input_shape=input_shape(settings["model"]))
-        _default_eps(settings["defense"], dataset)
+        lacking = "eps" not in settings["defense"] and needs_eps(settings["defense"]["name"])
+        if lacking:  # the default depends on the data, and what is wrong is said before they are loaded
+            settings["defense"]["eps"] = 0.0
         run = TrainRun(**settings)
         name = user_code.short(settings["defense"]["name"])
-        if only_plan:
-            cost = plan_training(run, dataset)
-            print_json(cost.plain() | {"memory": cost.memory}) if as_json else console.print(_words(cost, name))
-            return
         folder = out or Path("runs") / f"{user_code.short(run.data)}-{run.model}-{name}".replace(":", "-").replace(
             "/", "-"
         )
+        writable(folder)
+        dataset = load(run.data, input_shape=input_shape(run.model))
+        if lacking:
+            settings["defense"]["eps"] = default_eps(dataset.train.shape, settings["defense"].get("norm", "inf"))
+            run = TrainRun(**settings)
+        if only_plan:
+            cost = plan_training(run, dataset, folder)
+            print_json(cost.plain() | {"memory": cost.memory}) if as_json else console.print(_words(cost, name))
+            return
         trained = run_training(run, folder, dataset)
         history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if as_json:
@@ -94,9 +124,15 @@ def train(
     accuracy = history[-1]["validation_accuracy"]
     console.print(
         f"{trained.card.name} with {name} is in {folder}: "
-        f"{100 * accuracy:.1f} % validation accuracy after {len(history)} epochs"
+        f"{100 * accuracy:.1f} % validation accuracy after {count(len(history), 'epoch')}"
     )
     console.print(f"next: gambeson audit {folder}")
+
+
+def _name(settings: dict[str, Any]) -> str:
+    """Return the name of the defence in the settings so far."""
+    found = settings.get("defense", "standard")
+    return str(found.get("name", "standard")) if isinstance(found, dict) else str(found)
 
 
 def _words(cost: TrainingCost, name: str) -> str:
@@ -107,31 +143,3 @@ def _words(cost: TrainingCost, name: str) -> str:
         f"{megabytes[0]} MiB "
         f"(weights and moments {megabytes[1]}, activations {megabytes[2]}, images {megabytes[3]})"
     )
-
-
-def _defense_of(config: Path | None, name: str | None) -> dict[str, Any]:
-    """The defence of the file, or one with defaults if another is named."""
-    from gambeson.base import read_settings
-
-    stored = (read_settings(config, "train") if config else {}).get("defense", {})
-    stored = {"name": stored} if isinstance(stored, str) else dict(stored)
-    if name is None:
-        return {"name": "standard", **stored}
-    return {**stored, "name": name} if _same(name, stored.get("name", "standard")) else {"name": name}
-
-
-def _same(name: str, other: str) -> bool:
-    """Whether two names refer to the same class, ignoring stored hashes."""
-    from gambeson.base import user_code
-
-    if user_code.is_spelling(name) and user_code.is_spelling(other):
-        return user_code.parts(name) == user_code.parts(other)
-    return name == other
-
-
-def _default_eps(defense: dict[str, Any], dataset: Dataset) -> None:
-    """Set the default eps for the data if a defence needs one and none was given."""
-    from gambeson.defenses import needs_eps
-
-    if "eps" not in defense and needs_eps(defense["name"]):
-        defense["eps"] = GREY_EPS if dataset.in_channels == 1 else COLOUR_EPS

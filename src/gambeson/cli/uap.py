@@ -9,46 +9,62 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gambeson.cli.options import Device, Json, Seed, Set, print_json, progress, put, put_all
+from gambeson.cli import options
+from gambeson.cli.options import needed, one_model, print_json, progress, put, put_all
 
 app = typer.Typer(help="Craft, score and list universal perturbations.", no_args_is_help=True)
-Model = Annotated[str, typer.Option(help="Folder of a training run, or its model.safetensors.")]
-Data = Annotated[str | None, typer.Option(help="Data set (default: that of the training run).")]
 
 
 @app.command("craft")
 def craft(
-    model: Model,
-    data: Data = None,
+    model: options.Model = None,
+    model_: options.ModelOption = None,
+    data: options.Data = None,
     attack: Annotated[
-        str, typer.Option(help="A name of `gambeson list attacks`, or FILE.py:CLASS.")
+        str,
+        typer.Option(
+            help="A name of `gambeson list attacks`, or FILE.py:CLASS.", autocompletion=options.complete("attacks")
+        ),
     ] = "stochastic-pgd",
-    eps: Annotated[str, typer.Option(help="Radius, such as 0.2 or 10/255.")] = "10/255",
-    norm: Annotated[str | None, typer.Option(help="Norm of the ball.")] = None,
-    set_: Set = None,
+    eps: options.Eps = None,
+    norm: options.Norm = None,
+    set_: options.Set = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Output file.")] = Path("uap.safetensors"),
-    seed: Seed = 0,
-    device: Device = "auto",
-    as_json: Json = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Craft a universal perturbation on train, selected on validation.
 
-    Example: `gambeson uap craft --model runs/x --eps 0.2 --out uap.safetensors`
+    Example: `gambeson uap craft runs/x --eps 0.2 --set restarts=8 --out uap.safetensors`
     """
     from gambeson import attacks
-    from gambeson.base import UserError, pick_device, user_code
+    from gambeson.base import UserError, pick_device, user_code, writable
     from gambeson.evaluation import load_model
+    from gambeson.threat import default_eps
 
-    settings: dict[str, Any] = {"eps": eps}
-    put(settings, "norm", norm)
-    put_all(settings, set_)
     attacks.require_kind(attack, "universal")
-    method = attacks.create(attack, **settings)
+    settings: dict[str, Any] = {}
+    put(settings, "settings.eps", eps)
+    put(settings, "settings.norm", norm)
+    put_all(settings, set_, (), lambda _: {"settings": attacks.entry(attack).settings})
+    given = dict(settings.pop("settings", {}))
+    if settings:
+        raise UserError(f"there is no group of settings {next(iter(settings))!r}: write --set NAME=VALUE")
+    lacks_eps = "eps" not in given and attacks.entry(attack).needs("eps")
+    method = attacks.create(attack, **({"eps": 0.0} if lacks_eps else {}), **given)
     if out.exists():
         raise UserError(f"{out} exists: choose another --out, or remove it first")
+    writable(out.parent)
+    source = needed(one_model(model, model_), "uap craft")
     with progress(as_json) as console:
-        subject = load_model(model, data, pick_device(device))
-        uap = method.craft(subject.model, subject.dataset, seed=seed)
+        subject = load_model(source, data, pick_device(device))
+        if lacks_eps:
+            method = attacks.create(attack, eps=default_eps(subject.dataset.test.shape, method.norm), **given)
+        with user_code.blamed(method, f"the attack {attack!r}"):
+            uap = method.craft(subject.model, subject.dataset, seed=seed)
+        if not isinstance(uap, attacks.UniversalPerturbation):
+            raise UserError(f"the attack {attack!r} returned a {type(uap).__name__}: expected a UniversalPerturbation")
         uap.save(out)
     if as_json:
         print_json({"file": str(out), **uap.about.plain()})
@@ -58,37 +74,35 @@ def craft(
         f"{out}: {user_code.short(attack)} at eps {uap.about.eps:.4g} ({uap.about.status}); "
         f"{100 * best:.1f} % on validation"
     )
-    console.print(f"next: gambeson uap score {out} --model {model}")
+    console.print(f"next: gambeson uap score {out} {source}")
 
 
 @app.command("score")
 def score(
     file: Annotated[Path, typer.Argument(help="File of a perturbation.")],
-    model: Model,
-    data: Data = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    as_json: Json = False,
+    model: options.Model = None,
+    model_: options.ModelOption = None,
+    data: options.Data = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Score a perturbation and its controls on the test split of any model.
 
-    Example: `gambeson uap score uap.safetensors --model runs/x`
+    Example: `gambeson uap score uap.safetensors runs/x`
     """
     from gambeson.attacks import UniversalPerturbation
-    from gambeson.base import UserError, pick_device
+    from gambeson.base import pick_device
     from gambeson.evaluation import accuracy, control_rates, fooling_rate, load_model, universal_evasion
+    from gambeson.evaluation.universal import scorable
     from gambeson.victim import as_victim
 
     uap = UniversalPerturbation.load(file)
+    source = needed(one_model(model, model_), f"uap score {file}")
     with progress(as_json) as console:
-        subject = load_model(model, data, pick_device(device))
-        test = subject.dataset.test
-        if tuple(uap.delta.shape[1:]) != test.shape:
-            raise UserError(
-                f"{file} is a perturbation for images of {tuple(uap.delta.shape[1:])}, but {test.name} has "
-                f"{test.shape}: score it on images of that size"
-            )
-        whole, test = test, uap.held_out(test)
+        subject = load_model(source, data, pick_device(device))
+        whole = subject.dataset.test
+        test = scorable(whole, uap)
         rates = {
             "clean error": accuracy(subject.model, test).complement,
             "UER": universal_evasion(subject.model, test, uap),
@@ -115,7 +129,7 @@ def score(
 @app.command("list")
 def list_(
     places: Annotated[list[Path], typer.Argument(help="Files or folders.")],
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """List perturbation files with their provenance.
 

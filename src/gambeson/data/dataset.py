@@ -25,7 +25,7 @@ SHARED = 0.05
 images in both train and test, far fewer than this; a split that was passed twice shares nearly all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
     """Three splits: train to learn and craft on, validation to select on, test to report on.
 
@@ -65,6 +65,12 @@ class Dataset:
                     f"{split.name}, the {part} split of {self.name}, has {len(split)} images of one class only: "
                     "expected two classes or more; give more images, or build the three splits yourself"
                 )
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{part} {len(getattr(self, part)):,}" for part in PARTS)
+        some = ", ".join([*self.classes[:5], *(["..."] if self.num_classes > 5 else [])])
+        shape = "x".join(map(str, self.train.shape))
+        return f"Dataset({self.name}: {counts} images of {shape}, {self.num_classes} classes: {some})"
 
     @property
     def in_channels(self) -> int:

@@ -163,9 +163,9 @@ class TRS(JointEnsemble):
     loss_mean: Literal["batch", "image"] = "batch"
     """Loss of the gradients in S: ``batch``, the mean loss, as in the public code and assumed by its weights, which
     divides S by the square of the batch size; ``image``, each image's loss (the paper)."""
-    eps_first: Eps = 0.1
+    eps_first: Annotated[Eps, Field(le=1)] = 0.1
     """Initial radius of the moves, in pixel units."""
-    eps_last: Eps = 0.2
+    eps_last: Annotated[Eps, Field(le=1)] = 0.2
     """Final radius."""
     steps: Annotated[int, Field(ge=1)] = 6
     """Steps per move."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,17 +12,20 @@ from gambeson import attacks
 from gambeson.base import (
     Config,
     UserError,
+    check_run,
     close_run,
     environment,
     open_run,
     read_json,
     save_tensors,
     user_code,
+    writable,
     write_json,
 )
 from gambeson.data import Name
 from gambeson.evaluation.attack_suite import SuiteResult, run_suite, standard_suite
 from gambeson.models.loading import load_model
+from gambeson.threat import default_eps
 from gambeson.victim import as_victim
 
 FILE = "adversarial.safetensors"
@@ -46,16 +50,33 @@ class AttackRun(Config):
     seed: int = 0
     device: str = "cpu"
 
+    @property
+    def lacks_eps(self) -> bool:
+        """Whether the attack cannot be built without an eps, and none was given."""
+        return "eps" not in self.settings and (self.attack == STANDARD or attacks.entry(self.attack).needs("eps"))
+
+    def with_eps(self, eps: float) -> AttackRun:
+        """The run with an eps."""
+        return self.model_copy(update={"settings": {"eps": eps, **self.settings}})
+
+
+_SUITE = ("eps", "norm", "queries", "faithful", "eot_samples")
+
+
+def settings_of(attack: str | None) -> Iterable[str]:
+    """Return the names of the settings of an attack, by default of a run's default one, or of the standard suite."""
+    if attack == STANDARD:
+        return _SUITE
+    return attacks.entry(attack or AttackRun.model_fields["attack"].default).settings
+
 
 def _attacks_of(run: AttackRun) -> dict[str, Any]:
     if run.attack != STANDARD:
         attacks.require_kind(run.attack, "image")
         return {user_code.short(run.attack): attacks.create(run.attack, **run.settings)}
-    unknown = set(run.settings) - {"eps", "norm", "queries", "faithful", "eot_samples"}
-    if unknown or "eps" not in run.settings:
-        raise UserError(
-            f"the suite takes eps, norm, queries, faithful, eot_samples, got {sorted(run.settings)}: give --eps"
-        )
+    if unknown := sorted(set(run.settings) - set(_SUITE)):
+        reason = f"the suite takes {', '.join(_SUITE)}, got {', '.join(unknown)}"
+        raise UserError(reason, ("settings", unknown[0]), reason)
     return dict(standard_suite(**run.settings))
 
 
@@ -65,9 +86,13 @@ def run_attack(run: AttackRun, out: Path) -> SuiteResult:
     Raises:
         UserError: the folder holds another run, the model cannot be loaded, or a setting is wrong.
     """
-    row = _attacks_of(run)
+    _attacks_of(run.with_eps(0.0) if run.lacks_eps else run)  # what is wrong is said before data and model are loaded
+    writable(out) if run.lacks_eps else check_run(out, run)
     subject = load_model(run.model, run.data, run.device)
-    if open_run(out, run, environment(run.device)):
+    if run.lacks_eps:
+        run = run.with_eps(default_eps(subject.dataset.test.shape, run.settings.get("norm", "inf")))
+    row = _attacks_of(run)
+    if open_run(out, run, environment(run.device)) and (out / "result.json").is_file():
         return SuiteResult(**read_json(out / "result.json")["result"])
     rows = subject.dataset.test.sample_indices(run.images, seed=run.seed)
     split = subject.dataset.test.subset(rows)

@@ -10,7 +10,7 @@ import torch
 from gambeson.attacks import PGD, AutoPGD, Square, TargetedAutoPGD
 from gambeson.base import Config, derive, seeded, task
 from gambeson.data import Split
-from gambeson.evaluation.outcome import ImageAttack, at_once, checked
+from gambeson.evaluation.outcome import ImageAttack, at_once, attacked
 from gambeson.evaluation.rates import Cost
 from gambeson.tasks import Rate
 from gambeson.threat import Norm
@@ -180,8 +180,8 @@ def run_suite(
             for j, part in enumerate(rows.split(worst.batch_size) if len(rows) else ()):
                 x, y, stream = clean_images[part], worst.labels[part], derive(seed, name, j)
                 with seeded(stream, "attack"):  # for an attack, or a model, that draws from torch's own generators
-                    moved = attack(victim, x, y, seed=stream, task=split.task)
-                worst.offer(part, checked(moved, x, attack, name), k)
+                    moved = attacked(attack, victim, x, y, seed=stream, task=split.task, name=name)
+                worst.offer(part, moved, k)
             right = worst.right()
             rounds.append(
                 AttackRound(

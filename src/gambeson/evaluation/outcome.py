@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from gambeson.attacks import GradientAttack
-from gambeson.base import UserError, derive, seeded
+from gambeson.base import UserError, derive, seeded, user_code
 from gambeson.base.checks import TOLERANCE
 from gambeson.data import Split
 from gambeson.tasks import Counts, Rate, Task
@@ -46,8 +46,7 @@ def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_
     right, total = [], []
     with seeded(seed, "score"):
         for k, (images, labels) in enumerate(split.batches(at_once(split, batch_size), device=victim.device)):
-            moved = attack(victim, images, labels, seed=derive(seed, "batch", k), task=split.task)
-            moved = checked(moved, images, attack)
+            moved = attacked(attack, victim, images, labels, seed=derive(seed, "batch", k), task=split.task)
             found = split.task.counts(vote(victim, moved), labels)
             right.append(found.right.cpu())
             total.append(found.total.cpu())
@@ -63,6 +62,26 @@ def outcome_under(victim: Victim, split: Split, delta: torch.Tensor, *, seed: in
 def accuracy_under(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_size: int = 250) -> Rate:
     """Accuracy on images that ``attack`` perturbs one by one; see :func:`outcome`."""
     return outcome(victim, split, attack, seed, batch_size).accuracy
+
+
+def attacked(
+    attack: ImageAttack,
+    victim: Victim,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    seed: int,
+    task: Task,
+    name: str = "",
+) -> torch.Tensor:
+    """Run an attack on a batch and return what :func:`checked` accepts.
+
+    Raises:
+        UserError: as :func:`checked`; or the attack is in a user's file and raises, with the line.
+    """
+    with user_code.blamed(attack, f"the attack {name or type(attack).__name__!r}"):
+        moved = attack(victim, images, labels, seed=seed, task=task)
+    return checked(moved, images, attack, name)
 
 
 _ROUNDING = 1e-3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -14,21 +14,24 @@ from gambeson.attacks import Name as AttackName
 from gambeson.base import (
     Config,
     UserError,
+    check_run,
     close_run,
     derive,
     environment,
+    notebook,
     open_run,
     read_json,
     task,
     user_code,
+    writable,
     write_json,
 )
 from gambeson.data import Name, Split
-from gambeson.evaluation.outcome import ImageAttack, at_once, checked
+from gambeson.evaluation.outcome import ImageAttack, at_once, attacked
 from gambeson.evaluation.universal import error_rate
 from gambeson.models.loading import LoadedModel, load_model
 from gambeson.tasks import Rate
-from gambeson.threat import Eps, Norm
+from gambeson.threat import Eps, Norm, default_eps
 from gambeson.victim import as_victim, nothing_counts, predict, score
 
 
@@ -42,7 +45,8 @@ class TransferRun(Config):
     """Name of a data set; None: that of the first training run."""
     attacks: tuple[AttackName, ...] = ("fgsm", "r-fgsm", "step-ll", "pgd", "mi-fgsm")
     """Per-image attacks, by name or as ``FILE.py:CLASS``, which is stored with the hash of the file."""
-    eps: Eps
+    eps: Eps | None = None
+    """Radius in pixel units; None: :func:`gambeson.threat.default_eps`."""
     norm: Norm = "inf"
     eot_samples: Annotated[int, Field(ge=1)] | None = None
     """Samples of a random source that every gradient is averaged over; for gradient attacks."""
@@ -80,6 +84,30 @@ class TransferResult(Config):
     run: TransferRun
     environment: dict[str, str]
 
+    @property
+    def eps(self) -> float:
+        """The radius of the examples."""
+        if self.run.eps is None:
+            raise AssertionError("a finished run has an eps")
+        return self.run.eps
+
+    def plot(self) -> Any:
+        """Return a ``plotly`` figure with a heat map of the errors in per cent for each attack."""
+        title = f"Error under transferred examples, eps {self.eps:.4g} ({self.run.norm})"
+        return notebook.heat_maps({table.attack: table.errors for table in self.tables}, self.labels, title)
+
+    def to_frame(self) -> Any:
+        """Return a ``pandas.DataFrame`` with one row per attack, source and target."""
+        return notebook.frame(
+            [
+                {"attack": table.attack, "source": source, "target": target, **rate.plain()}
+                for table in self.tables
+                for source, rates in zip(self.labels, table.errors, strict=True)
+                for target, rate in zip(self.labels, rates, strict=True)
+                if rate is not None
+            ]
+        )
+
 
 def run_transfer(run: TransferRun, out: Path) -> TransferResult:
     """Execute ``run``; write ``result.json`` to ``out``.
@@ -87,14 +115,13 @@ def run_transfer(run: TransferRun, out: Path) -> TransferResult:
     Raises:
         UserError: the folder holds another run, a model cannot be loaded, or the models do not fit one data set.
     """
-    ball = {"eps": run.eps, "norm": run.norm, **({} if run.eot_samples is None else {"eot_samples": run.eot_samples})}
-    for name in run.attacks:
-        attacks.require_kind(name, "image")
-    rows = {user_code.short(name): attacks.create(name, **ball) for name in run.attacks}
-    if len(rows) < len(run.attacks):
-        raise UserError(f"two of the attacks are called the same ({', '.join(rows)}): give each of them once")
+    _attacks_of(run, 0.0)  # what is wrong is said before data and models are loaded
+    writable(out) if run.eps is None else check_run(out, run)
     subjects = _load(run)
-    if open_run(out, run, environment(run.device)):
+    if run.eps is None:
+        run = run.model_copy(update={"eps": default_eps(subjects[0].dataset.test.shape, run.norm)})
+    rows = _attacks_of(run)
+    if open_run(out, run, environment(run.device)) and (out / "result.json").is_file():
         return TransferResult(**read_json(out / "result.json"))
     split = subjects[0].dataset.test.sample(run.images, seed=run.seed)
     clean, tables = [], []
@@ -120,6 +147,19 @@ def run_transfer(run: TransferRun, out: Path) -> TransferResult:
     return result
 
 
+def _attacks_of(run: TransferRun, eps: float | None = None) -> dict[str, ImageAttack]:
+    """Return the attacks by name; ``eps`` stands in for that of the run if it has none."""
+    ball: dict[str, Any] = {"eps": eps if run.eps is None else run.eps, "norm": run.norm}
+    if run.eot_samples is not None:
+        ball["eot_samples"] = run.eot_samples
+    for name in run.attacks:
+        attacks.require_kind(name, "image")
+    rows = {user_code.short(name): attacks.create(name, **ball) for name in run.attacks}
+    if len(rows) < len(run.attacks):
+        raise UserError(f"two of the attacks are called the same ({', '.join(rows)}): give each of them once")
+    return rows
+
+
 def _load(run: TransferRun) -> list[LoadedModel]:
     first = load_model(run.models[0], run.data, run.device)
     name = run.data or first.trained.get("data")
@@ -138,7 +178,7 @@ def perturbed(model: nn.Module, split: Split, attack: ImageAttack, seed: int, *p
     """Return the split with every image perturbed on a model; ``path`` names the random stream."""
     with as_victim(model, fast=True) as victim:
         parts = [
-            checked(attack(victim, images, labels, seed=derive(seed, *path, k), task=split.task), images, attack)
+            attacked(attack, victim, images, labels, seed=derive(seed, *path, k), task=split.task)
             for k, (images, labels) in enumerate(split.batches(at_once(split), device=victim.device))
         ]
     if not parts:

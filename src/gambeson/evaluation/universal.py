@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gambeson.attacks import CONTROLS, MORE_CONTROLS, UniversalPerturbation, control
+from gambeson.base import UserError
 from gambeson.data import Split, as_split
 from gambeson.evaluation.rates import Control
 from gambeson.tasks import Rate
@@ -60,19 +61,39 @@ def universal_evasion(model: nn.Module, data: object, uap: UniversalPerturbation
     the number of images left.
 
     Raises:
-        UserError: too many of them are; see :func:`gambeson.data.held_out`.
+        UserError: too many of them are (:func:`gambeson.data.held_out`), or ``uap`` is something else.
     """
-    split = uap.held_out(as_split(data, "test"))
+    split = scorable(data, uap)
     with as_victim(model) as victim:
         return error_rate(score(predict(victim, split, uap.delta.to(victim.device), seed=seed), split))
 
 
 def fooling_rate(model: nn.Module, data: object, uap: UniversalPerturbation, *, seed: int = 0) -> Rate:
     """Fooling rate: the share of predictions that the perturbation changes; see :func:`universal_evasion`."""
-    split = uap.held_out(as_split(data, "test"))
+    split = scorable(data, uap)
     with as_victim(model) as victim:
         clean = predict(victim, split, seed=seed)
         return change_rate(score(predict(victim, split, uap.delta.to(victim.device), seed=seed), split, clean))
+
+
+def scorable(data: object, uap: UniversalPerturbation) -> Split:
+    """Return the images that a perturbation may be scored on.
+
+    Raises:
+        UserError: it is something else, or for images of another size, or crafted on too many of these.
+    """
+    if not isinstance(uap, UniversalPerturbation):
+        raise UserError(
+            f"the perturbation is a {type(uap).__name__}: expected a UniversalPerturbation, which knows its images, "
+            "from craft or load; score images of your own making with gambeson.evaluation.accuracy"
+        )
+    split = as_split(data, "test")
+    if tuple(uap.delta.shape[1:]) != split.shape:
+        raise UserError(
+            f"the perturbation is for images of {tuple(uap.delta.shape[1:])}, but {split.name} has {split.shape}: "
+            "score it on images of that size"
+        )
+    return uap.held_out(split)
 
 
 def control_rates(

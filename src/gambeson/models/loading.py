@@ -109,6 +109,15 @@ def load_model(
     return LoadedModel(model=model, dataset=dataset, trained=trained, label=label)
 
 
+def check_source(source: str) -> None:
+    """Refuse a model that no source in :func:`load_model` provides, without loading it.
+
+    Raises:
+        UserError: there is none.
+    """
+    _loader(source)
+
+
 def input_shape(source: str) -> data.Shape:
     """Return the channels, height and width that a model takes, None where it takes any or does not say.
 

@@ -205,3 +205,30 @@ class as_logits(nn.Module):  # noqa: N801  (used like a function)
         if self.output == ONE_LOGIT:
             raise UserError(f"the model returned shape {tuple(answer.shape)}: expected one logit per image or pixel")
         return answer
+
+
+class fixed_batch(nn.Module):  # noqa: N801  (used like a function)
+    """Wrap a model that takes a fixed number of images, or a multiple of a number, so that it takes any.
+
+    A last, smaller part is padded with copies of the last image, whose logits are dropped.
+
+    Args:
+        model: from (N, C, H, W) to logits, one row per image, each independent of the others.
+        size: the number of images it takes.
+        multiple: it takes any multiple of ``size`` at once, such as an even number; otherwise exactly ``size``.
+    """
+
+    def __init__(self, model: nn.Module, size: int, *, multiple: bool = False) -> None:
+        super().__init__()
+        if size < 1:
+            raise UserError(f"size = {size}: expected the number of images that the model takes")
+        self.model, self.size, self.multiple = model, size, multiple
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the logits (N, ...) of images (N, C, H, W)."""
+        padding = images[-1:].expand(-len(images) % self.size, -1, -1, -1)
+        padded = torch.cat([images, padding]) if len(padding) else images
+        parts = [padded] if self.multiple else padded.split(self.size)
+        answers = [self.model(part) for part in parts]
+        squeezed = [answer[None] if answer.ndim in (1, 3) else answer for answer in answers]  # a part of one image
+        return torch.cat(squeezed)[: len(images)]

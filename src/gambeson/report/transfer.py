@@ -41,7 +41,7 @@ def build(result: TransferResult) -> Page:
     """Build the page's data."""
     run, labels = result.run, result.labels
     # A result does not store whether images have colours; whole 255ths as large as 0.2 are rather decimals.
-    scale = EpsFormat(run.norm, colour=run.eps < 0.2)
+    scale = EpsFormat(run.norm, colour=result.eps < 0.2)
     cases = [
         _Case(rate, source, target, table.attack)
         for table in result.tables
@@ -54,7 +54,7 @@ def build(result: TransferResult) -> Page:
     return Page(
         title=f"Transfer between {count(len(labels), 'model')}" + (f" on {run.data}" if run.data else ""),
         setting=f"{count(tested, 'test image')} were perturbed by {count(len(result.tables), 'attack')} (eps "
-        f"{scale.text(run.eps)}) on one model each, and shown to the others. How many do those get wrong?",
+        f"{scale.text(result.eps)}) on one model each, and shown to the others. How many do those get wrong?",
         answer=_answer(result, worst, len(cases)),
         squares=[] if worst is None else squares(worst.error, result.clean[worst.target]),
         strength=scale.meaning,
@@ -105,7 +105,7 @@ def _steps(result: TransferResult, worst: _Case, scale: EpsFormat) -> list[Step]
     run = result.run
     source, target = (shlex.quote(run.models[k]) for k in (worst.source, worst.target))
     data = f" --data {shlex.quote(run.data)}" if run.data else ""
-    audit = f"gambeson audit {target}{data} --surrogate {source} --eps {scale.text(run.eps)}"
+    audit = f"gambeson audit {target}{data} --surrogate {source} --eps {scale.text(result.eps)}"
     return [
         Step("Audit the model that is broken most, with the model that breaks it as the surrogate:", audit),
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +12,7 @@ from gambeson.base import unknown_name
 from gambeson.data import Dataset
 from gambeson.testbed.entry import Entry
 from gambeson.testbed.obfuscations import OBFUSCATED
-from gambeson.testbed.recipes import HONEST, material_of, networks
+from gambeson.testbed.recipes import DATA, HONEST, material_of, networks
 from gambeson.testbed.truth import GroundTruth, ground_truth
 
 
@@ -40,6 +42,19 @@ def models(data: str = "digits") -> list[Entry]:
     """
     only = material_of(data).only
     return [*OBFUSCATED, *HONEST] if only is None else [entry for entry in HONEST if entry.name in only]
+
+
+LISTING = ("name", "kind", "honest", "how", "source", "held_out")
+"""What a listing says of an entry."""
+
+
+def listing() -> dict[str, Any]:
+    """Return all models, and their names by data set, as stored in ``models.json`` for listings in no time.
+
+    ``python -m gambeson.testbed.library > src/gambeson/testbed/models.json`` stores it; a test fails while it is stale.
+    """
+    every = [{key: getattr(entry, key) for key in LISTING} for entry in (*OBFUSCATED, *HONEST)]
+    return {"models": every, "data": {data: [entry.name for entry in models(data)] for data in DATA}}
 
 
 def entry_of(name: str, data: str) -> Entry:
@@ -75,3 +90,7 @@ def load(name: str, data: str = "digits") -> TestbedModel:
         truth=ground_truth(entry, data),
         undefended=ground_truth(entry_of("standard", data), data),
     )
+
+
+if __name__ == "__main__":
+    print(json.dumps(listing(), indent=1, sort_keys=True))

@@ -6,11 +6,13 @@ perturbation per image (R = N), one per heap (R = N / s) and one for all (R = 1)
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from gambeson.base import Config, Number, UserError
 from gambeson.threat.projections import TINY, fill_greedily, largest_share, project_l1_box, project_l2_box
@@ -18,9 +20,55 @@ from gambeson.threat.projections import TINY, fill_greedily, largest_share, proj
 Eps = Annotated[Number, Field(ge=0)]
 """A radius in pixel units (images are in [0, 1]); text such as ``8/255`` is accepted."""
 
-Norm = Annotated[Literal["inf", "2", "1"], BeforeValidator(lambda value: str(value).lower().removeprefix("l"))]
+
+def _spelling(value: Any) -> str:
+    return str(value).lower().removeprefix("l")
+
+
+def _check_unit(norm: str, info: ValidationInfo) -> str:
+    """Refuse an eps of the same object, a number or several, that exceeds the pixels' range."""
+    eps = info.data.get("eps")
+    largest = max(eps, default=0) if isinstance(eps, tuple) else eps or 0
+    if norm == "inf" and largest > 1:
+        reason = f"{largest:g} is too large, because pixels are in [0, 1]; did you mean {largest:g}/255?"
+        raise UserError(f"eps = {reason}", ("..", "eps"), reason)
+    return norm
+
+
+NORM_RULES = (BeforeValidator(_spelling), AfterValidator(_check_unit))
+"""Validators of a norm, for a field that stands after that of its eps."""
+
+Norm = Annotated[Literal["inf", "2", "1"], *NORM_RULES]
 """``inf`` (largest change of a pixel), ``2`` (Euclidean length) or ``1`` (sum of the changes); ``linf``, ``l2``,
 ``l1``, 2 and 1 are accepted too."""
+
+
+def default_eps(shape: Sequence[int], norm: str = "inf") -> float:
+    """Return the radius that every command takes where none is given: 0.2 for grey images, 8/255 for others.
+
+    Args:
+        shape: (C, H, W) of an image.
+        norm: ``inf``, or ``2``; see :func:`eps_in_norm`.
+
+    Raises:
+        UserError: another norm, for which none is customary.
+    """
+    return eps_in_norm(0.2 if shape[0] == 1 else 8 / 255, shape, norm)
+
+
+def eps_in_norm(eps: float, shape: Sequence[int], norm: str) -> float:
+    """Return the radius of norm 2 that is the same share of the box's diagonal as ``eps`` of its side, quartered.
+
+    The rule is ours. ``eps`` itself is returned for norm inf.
+
+    Raises:
+        UserError: another norm.
+    """
+    if norm == "inf":
+        return eps
+    if norm != "2":
+        raise UserError(f"there is no customary eps for the norm {norm}: give one, for example --eps 10")
+    return round(eps * math.prod(shape) ** 0.5 / 4, 3)
 
 
 class Ball(Config):
@@ -29,12 +77,6 @@ class Ball(Config):
     eps: Eps
     """Radius in pixel units."""
     norm: Norm = "inf"
-
-    @model_validator(mode="after")
-    def _check_unit(self) -> Ball:
-        if self.norm == "inf" and self.eps > 1:
-            raise ValueError(f"eps = {self.eps:g}, but pixels are in [0, 1]; did you mean {self.eps:g}/255?")
-        return self
 
     @cached_property
     def _radius(self) -> float:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from gambeson import data, models
-from gambeson.base import Config, close_run, derive, environment, open_run, seeded, user_code
+from gambeson.base import Config, check_run, close_run, derive, environment, open_run, seeded, user_code
 from gambeson.data import Dataset
 from gambeson.defenses import AnyDefense, Defense, Standard, name_of
 from gambeson.models.loading import input_shape
-from gambeson.models.storage import load_weights
+from gambeson.models.storage import FILE_NAME, load_weights
 from gambeson.training.batches import Epoch, member_seeds
 from gambeson.training.loop import Run, train
 from gambeson.training.recipe import Recipe
@@ -149,10 +149,12 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
     Raises:
         UserError: the folder holds another run, or a name is unknown.
     """
+    begun = check_run(out, run) is not None
     dataset = data.load(run.data, input_shape=input_shape(run.model)) if dataset is None else dataset
+    if not begun:
+        _built(run, dataset)
     model = _model(run, dataset)
-    run.defense.check(run.recipe.batch_size)
-    if open_run(out, run, environment(run.device)):
+    if open_run(out, run, environment(run.device)) and (out / FILE_NAME).is_file():
         return models.load(out).to(torch.device(run.device))
     model = model.to(torch.device(run.device))
     train(
@@ -168,26 +170,47 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
     return model
 
 
-def plan_training(run: TrainRun, dataset: data.Dataset | None = None) -> TrainingCost:
+def plan_training(run: TrainRun, dataset: data.Dataset | None = None, out: Path | None = None) -> TrainingCost:
     """Measure what ``run`` will cost, on a few steps; nothing is written.
 
     Source models that would be trained first are used untrained.
+
+    Args:
+        run: the settings.
+        dataset: the data of ``run.data``, if already loaded.
+        out: the folder that it would be run in, which is checked too.
+
+    Raises:
+        UserError: as :func:`run_training`.
     """
+    if out is not None:
+        check_run(out, run)
     dataset = data.load(run.data, input_shape=input_shape(run.model)) if dataset is None else dataset
+    return plan(*_built(run, dataset), run.recipe, run.seed)
+
+
+def _built(run: TrainRun, dataset: data.Dataset) -> tuple[nn.Module, data.Dataset, Defense]:
+    """Return what a run would train, with untrained source models.
+
+    Raises:
+        UserError: the parts do not fit.
+    """
 
     def stand_in(name: str) -> models.PixelModel:
         return models.load(Path(name)) if Path(name).exists() else models.create(name, dataset)
 
     model = _model(run, dataset).to(torch.device(run.device))
     run.defense.check(run.recipe.batch_size)
-    return plan(model, dataset, run.defense.with_source_models(stand_in), run.recipe, run.seed)
+    with seeded(run.seed, "plan"):
+        defense = run.defense.with_source_models(stand_in)
+        Run(copied(model), dataset, defense, run.recipe.model_copy(update={"track": "none"}), run.seed, None)
+    return model, dataset, defense
 
 
 def _model(run: TrainRun, dataset: data.Dataset) -> models.PixelModel:
     drawn = []
     for seed in member_seeds(run.seed, run.defense.num_members):  # each member as a separate run would draw it
-        with seeded(seed, "model"):
-            drawn.append(models.create(run.model, dataset))
+        drawn.append(models.create(run.model, dataset, seed=seed))
     model = models.ensemble(drawn)
     if run.init is not None:
         load_weights(model, Path(run.init))

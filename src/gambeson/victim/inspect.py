@@ -54,7 +54,8 @@ class NoGradientError(UserError):
 
 _MISFIT = re.compile(
     r"to have (\d+) channels, but got (\d+) channels|shapes cannot be multiplied|is invalid for input of size|"
-    r"running_mean should contain|must match the size of tensor|Kernel size can't be greater|utput size is too small"
+    r"running_mean should contain|must match the size of tensor|Kernel size can't be greater|utput size is too small|"
+    r"Guard failed|split_with_sizes expects|must be divisible by"
 )
 """What torch says of images of another size or number of channels than a layer takes, or of another batch size."""
 
@@ -68,7 +69,7 @@ def explained(images: torch.Tensor) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         if "Inference tensors cannot be saved" in str(error):
             raise UserError(
                 "the model's weights were made in torch.inference_mode, which keeps no graph: create or load the model "
@@ -84,7 +85,8 @@ def explained(images: torch.Tensor) -> Iterator[None]:
             ) from error
         raise UserError(
             f"the model failed on {len(images)} images of shape {tuple(images.shape[1:])} "
-            f"({' '.join(str(error).split())}): choose data and model that fit each other"
+            f"({' '.join(str(error).split())}): choose data and model that fit each other; wrap a model that takes a "
+            "fixed or an even number of images with gb.models.fixed_batch(model, NUMBER)"
         ) from error
 
 

@@ -8,15 +8,16 @@ from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import nn
 
 from gambeson.attacks.losses import Loss
 from gambeson.base import Config, UserError
 from gambeson.tasks import Task, as_pair
+from gambeson.threat.ball import NORM_RULES
 from gambeson.victim import Victim, as_victim
 
-InfOr2 = Annotated[Literal["inf", "2"], BeforeValidator(lambda value: str(value).lower().removeprefix("l"))]
+InfOr2 = Annotated[Literal["inf", "2"], *NORM_RULES]
 """The norms these attacks are published for; in the notation of :data:`gambeson.threat.Norm`."""
 
 QueryLoss = Literal["cross-entropy", "margin"]

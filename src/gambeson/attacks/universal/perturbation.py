@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from gambeson.base import Config, UserError, load_tensors, save_tensors
+from gambeson.base import Config, UserError, load_tensors, notebook, save_tensors
 from gambeson.base.checks import as_images
 from gambeson.data import Split, held_out
 from gambeson.threat import Ball, Eps, Norm, perturb
@@ -68,6 +68,17 @@ class UniversalPerturbation:
         self.delta = delta.detach()
         self.image_hashes = torch.empty(0, dtype=torch.int64) if image_hashes is None else image_hashes.unique()
         self.about = about
+
+    def __repr__(self) -> str:
+        about, shape = self.about, "x".join(map(str, self.delta.shape[1:]))
+        return (
+            f"UniversalPerturbation({about.attack}, eps {about.eps:.4g}, norm {about.norm}, {shape}, {about.status}, "
+            f"crafted on {about.crafted_split})"
+        )
+
+    def plot(self) -> Any:
+        """Return a ``plotly`` figure of the pattern, stretched to the full range of colours."""
+        return notebook.picture(self.delta[0].cpu(), f"{self.about.attack}, eps {self.about.eps:.4g}")
 
     @property
     def ball(self) -> Ball:

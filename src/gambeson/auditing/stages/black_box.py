@@ -58,7 +58,14 @@ def recognise(box: BlackBox, data: Dataset, stages: Checkpoints, folder: Path | 
 
 
 def inspect(
-    victim: Victim, box: BlackBox, suite: Suite, data: Dataset, stages: Checkpoints, folder: Path | None
+    victim: Victim,
+    box: BlackBox,
+    suite: Suite,
+    data: Dataset,
+    stages: Checkpoints,
+    folder: Path | None,
+    *,
+    keep_eps: bool = False,
 ) -> tuple[Suite, Dataset, list[str]]:
     """Set the budget of a box, recognise it, and reduce the audit to fit the budget.
 
@@ -69,6 +76,7 @@ def inspect(
         data: the data; of its validation split as much is kept as one choice among perturbations looks at.
         stages: of the audit.
         folder: of the audit.
+        keep_eps: see :func:`gambeson.auditing.cost.fit`.
 
     Returns:
         The reduced suite and data, and the reductions as sentences.
@@ -76,8 +84,8 @@ def inspect(
     box.hold(suite.budget, None if folder is None else queries_file(folder))
     random = victim.inspect(data.test.take(slice(0, 8), victim.device)[0], scores=True).stochastic
     recognise(box, data, stages, folder, random=random)
-    room = None if suite.budget is None else suite.budget - box.asked
-    plan = stages.do("plan", BudgetPlan, lambda: fit(suite, data, room, suite.votes if random else 1))
+    room, votes = None if suite.budget is None else suite.budget - box.asked, suite.votes if random else 1
+    plan = stages.do("plan", BudgetPlan, lambda: fit(suite, data, room, votes, keep_eps=keep_eps))
     held = data.validation.sample(plan.suite.pattern_images)
     return plan.suite, Dataset(data.name, data.train, held, data.test, data.classes), list(plan.notes)
 

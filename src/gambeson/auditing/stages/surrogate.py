@@ -81,16 +81,35 @@ def obtain(
         made.append(models.load(folder / FILE).to(device))
     elif not made:
         made.append(_named(suite, data, device)[0])
-    if models.fingerprint(made[0]) == models.fingerprint(audited):
-        raise UserError(f"the surrogate {suite.surrogate} is the audited model itself: name another one, or none")
+    _refuse_itself(made[0], audited, suite)
     return made[0].eval(), about
 
 
-def _named(suite: Suite, data: Dataset, device: torch.device) -> tuple[nn.Module, Surrogate]:
+def check(suite: Suite, data: Dataset, audited: nn.Module) -> None:
+    """Refuse a surrogate that the suite names and that cannot be one, before any work.
+
+    Raises:
+        UserError: as :func:`obtain`.
+    """
+    if not choose(suite, data)[1] and suite.surrogate != "auto":
+        _refuse_itself(_load(suite, data, torch.device("cpu")), audited, suite)
+
+
+def _refuse_itself(model: nn.Module, audited: nn.Module, suite: Suite) -> None:
+    if models.fingerprint(model) == models.fingerprint(audited):
+        raise UserError(f"the surrogate {suite.surrogate} is the audited model itself: name another one, or none")
+
+
+def _load(suite: Suite, data: Dataset, device: torch.device) -> nn.Module:
     found = load_model(suite.surrogate, data.name, str(device), data)
     if found.black_box:
         raise UserError(f"the surrogate {suite.surrogate} is a black box: name a model that has gradients")
-    return found.model, Surrogate(name=suite.surrogate, accuracy=accuracy(found.model, data.test))
+    return found.model
+
+
+def _named(suite: Suite, data: Dataset, device: torch.device) -> tuple[nn.Module, Surrogate]:
+    model = _load(suite, data, device)
+    return model, Surrogate(name=suite.surrogate, accuracy=accuracy(model, data.test))
 
 
 def train_surrogate(

@@ -1,0 +1,62 @@
+"""Results of audits in notebooks: their main lines, their rates as rows, and a figure that compares several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gambeson.base import notebook
+from gambeson.evaluation import Rate
+
+
+def main_lines(result: Any) -> tuple[str, dict[str, str]]:
+    """Return a title and the main numbers of an ``AuditResult`` by name."""
+    failed = [check.name for check in result.checks if check.passed is False]
+    trust = "trusted" if result.verdict.trusted else "not trusted: failed " + ", ".join(failed[:3])
+    point, each, found = result.middle, [one.accuracy for one in result.per_image], result.eps_uni
+    lines = {
+        "numbers": trust + (f" and {len(failed) - 3} more" if len(failed) > 3 else ""),
+        "accuracy, clean": str(result.clean),
+        "accuracy, per image": str(Rate.lowest(each)) if each else "not measured",
+        f"UER, eps {point.eps:.3g}": str(point.uer),
+        "  worst control": str(Rate.highest([one.worst for one in point.controls])) if point.controls else "none",
+        f"eps_uni({found.delta:g})": f"{'>' if found.censored else 'at most'} {found.value:.3g}",
+        "UER by eps": ", ".join(f"{one.eps:.3g}: {100 * one.uer.value:.0f} %" for one in result.universal),
+    }
+    return f"Audit of {result.subject.label} on {result.material.test:,} test images of {result.material.name}", lines
+
+
+def rates(result: Any) -> list[dict[str, Any]]:
+    """Return every rate of an ``AuditResult`` with what it is of."""
+
+    def row(what: str, rate: Rate, **about: Any) -> dict[str, Any]:
+        return {"what": what, **about, **rate.plain()}
+
+    def of(found: Any) -> dict[str, Any]:
+        return {"attack": found.attack, "eps": found.eps, "norm": found.norm}
+
+    rows = [row("clean accuracy", result.clean)]
+    rows += [row("accuracy per image", one.accuracy, **of(one)) for one in result.per_image]
+    for point in result.universal:
+        rows += [row("UER", point.uer, **of(point)), row("fooling rate", point.fooling, **of(point))]
+        rows += [row("UER of control", one.worst, **{**of(point), "attack": one.name}) for one in point.controls]
+    rows += [row("transfer error", one.error, **of(one), source=one.source) for one in result.transfer]
+    return rows + [row("error under noise", one.error, attack=one.noise, eps=one.size) for one in result.corruption]
+
+
+def plot_audits(results: Sequence[Any]) -> Any:
+    """Return a ``plotly`` figure that compares audits: the UER of each against eps, and the worst control.
+
+    Args:
+        results: ``Audit`` or ``AuditResult`` of models on the same data.
+    """
+    results = [getattr(result, "results", result) for result in results]
+    lines: dict[str, tuple[list[float], list[Rate]]] = {}
+    for result in results:
+        eps = [point.eps for point in result.universal]
+        lines[result.subject.label] = eps, [point.uer for point in result.universal]
+        if all(point.controls for point in result.universal):
+            worst = [Rate.highest([one.worst for one in point.controls]) for point in result.universal]
+            lines[f"{result.subject.label}, worst control"] = eps, worst
+    title = f"Universal evasion rate, {results[0].material.name}"
+    return notebook.curves(lines, title, f"eps ({results[0].middle.norm})", "test images misclassified (%)")

@@ -1,0 +1,82 @@
+"""Additional attacks of an audit: named by the suite, or given as objects."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gambeson import attacks
+from gambeson.attacks import UniversalPerturbation
+from gambeson.auditing.context import AuditContext
+from gambeson.auditing.results import PerImageResult, TransferredResult
+from gambeson.auditing.suite import Suite
+from gambeson.base import UserError, user_code
+from gambeson.evaluation.outcome import accuracy_under, outcome_under
+
+Own = Callable[[AuditContext], PerImageResult | TransferredResult]
+"""A stage that runs one attack."""
+
+
+def of(suite: Suite, given: Sequence[Any] = ()) -> dict[str, Own]:
+    """Return a stage for each attack, by the attack's name and settings.
+
+    Args:
+        suite: whose ``attacks`` are built at its middle eps and its norm.
+        given: attacks with their own eps, or functions.
+
+    Raises:
+        UserError: one is no attack, or two are the same.
+    """
+    eps = suite.eps[len(suite.eps) // 2] if suite.eps else 0.0
+    found: dict[str, Own] = {}
+    for attack in [*(_built(name, eps, suite.norm) for name in suite.attacks), *given]:
+        kind = attacks.require_attack(attack)
+        name = attack.__name__ if inspect.isroutine(attack) else user_code.short(attacks.name_of(attack))
+        settings = attack.plain() if hasattr(attack, "plain") else {}
+        key = f"attack {name} {settings}"
+        if key in found:
+            raise UserError(f"the attack {name} was given twice with the same settings: give it once")
+        found[key] = _image(attack, name, settings) if kind == "image" else _universal(attack, name)
+    return found
+
+
+def _built(name: str, eps: float, norm: str) -> Any:
+    settings = attacks.entry(name).settings
+    return attacks.create(name, **{key: value for key, value in (("eps", eps), ("norm", norm)) if key in settings})
+
+
+def _image(attack: Any, name: str, settings: dict[str, Any]) -> Own:
+    def run(context: AuditContext) -> PerImageResult:
+        before = context.spent
+        return PerImageResult(
+            attack=name,
+            settings=settings,
+            eps=getattr(attack, "eps", context.eps),
+            norm=getattr(attack, "norm", context.suite.norm),
+            accuracy=accuracy_under(context.victim, context.test, context.averaged(attack), context.seed),
+            cost=context.since(before),
+        )
+
+    return run
+
+
+def _universal(attack: Any, name: str) -> Own:
+    def run(context: AuditContext) -> TransferredResult:
+        before = context.spent
+        with user_code.blamed(attack, f"the attack {name!r}"):
+            uap = attack.craft(context.victim, context.data, seed=context.seed)
+        if not isinstance(uap, UniversalPerturbation):
+            raise UserError(f"the attack {name!r} returned a {type(uap).__name__}: expected a UniversalPerturbation")
+        left = uap.held_out(context.test)
+        return TransferredResult(
+            source=name,
+            attack=name,
+            universal=True,
+            eps=uap.about.eps,
+            norm=uap.about.norm,
+            error=outcome_under(context.victim, left, uap.delta, seed=context.seed).accuracy.complement,
+            cost=context.since(before),
+        )
+
+    return run

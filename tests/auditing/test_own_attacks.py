@@ -1,0 +1,126 @@
+"""Attacks of the user's own in an audit, and what results show in a notebook."""
+
+import sys
+
+import pytest
+import torch
+
+import gambeson as gb
+from gambeson import UserError
+from gambeson.auditing import SUITES, plot_audits
+from gambeson.auditing.audit import audit
+
+SMALL = SUITES["quick"].model_copy(
+    update={
+        "eps": (0.05, 0.1, 0.2),
+        "universal_steps": 20,
+        "test_images": 120,
+        "sample": 40,
+        "jacobian_backwards": 0,
+        "surrogate": "none",
+        "eps_uni_runs": 0,
+        "eps_adv": False,
+        "queries": 0,
+    }
+)
+WEAK = """
+import torch
+from gambeson.base import Config
+from gambeson.threat import Eps
+
+class Corner(Config):
+    eps: Eps
+
+    def __call__(self, model, x, y, *, seed=0, task=None):
+        raise RuntimeError("no corner")
+"""
+
+
+class Invert(gb.base.Config):
+    """Moves every pixel by eps towards its opposite."""
+
+    eps: float = 0.1
+
+    def __call__(self, model, x, y, *, seed=0, task=None):
+        return (x + self.eps * torch.where(x < 0.5, 1.0, -1.0)).clamp(0, 1)
+
+
+def towards_grey(model, x, y, *, seed=0, task=None):
+    return x + (0.5 - x).clamp(-0.1, 0.1)
+
+
+@pytest.fixture(scope="module")
+def found(trained, digits):
+    mine = [Invert(), towards_grey, gb.attacks.StochasticPGD(eps=0.1, steps=200, restarts=2)]
+    return audit(trained, digits, SMALL, attacks=mine)
+
+
+def test_own_attacks_are_scored_as_the_suites_are(found, trained, digits):
+    results = {one.attack: one for one in found.results.per_image}
+    assert list(results) == ["pgd", "Invert", "towards_grey"]
+    test = digits.test.sample(120, seed=0)
+    x, y = test.take(slice(None))
+    for name, attack in (("Invert", Invert()), ("towards_grey", towards_grey)):
+        with torch.no_grad():
+            right = float((trained(attack(None, x, y)).argmax(1) == y).float().mean())
+        assert results[name].accuracy.value == pytest.approx(right, abs=1e-6)
+        assert results[name].eps == 0.1
+    (moved,) = found.results.transfer
+    assert (moved.source, moved.universal, moved.eps) == ("stochastic-pgd", True, 0.1)
+    assert moved.error.value > found.results.clean.complement.value + 0.05
+    assert "stochastic-pgd" in found.verdict.summary or moved.error.value < found.results.middle.uer.high
+
+
+@pytest.mark.parametrize(
+    ("attacks", "words"),
+    [
+        ([Invert], "Invert is a class: give an attack made from it"),
+        ([3], "3 is no attack"),
+        ([lambda model, x: x], "expected a function of"),
+        ([Invert(), Invert()], "given twice"),
+    ],
+)
+def test_what_is_no_attack_is_refused_before_a_forward(digits, attacks, words):
+    class Never(torch.nn.Module):
+        def forward(self, x):
+            raise AssertionError("asked")
+
+    with pytest.raises(UserError, match=words):
+        audit(Never(), digits, SMALL, attacks=attacks)
+
+
+def test_an_attack_of_a_file_is_blamed_with_its_line(trained, digits, tmp_path):
+    (tmp_path / "mine.py").write_text(WEAK)
+    suite = SMALL.model_copy(update={"attacks": (f"{tmp_path}/mine.py:Corner",)})
+    with pytest.raises(UserError, match=r"Corner.* failed in line 10 of .*mine.py \(RuntimeError: no corner\)"):
+        audit(trained, digits, suite)
+
+
+def test_a_notebook_shows_ten_lines_and_figures(found, monkeypatch):
+    text, results = repr(found), found.results
+    assert len(text.splitlines()) <= 10
+    assert str(results.clean) in text
+    assert str(results.middle.uer) in text
+    assert found.verdict.summary in text
+    assert str(results) == repr(results)
+    assert "<script" not in found._repr_html_()
+    assert str(results.middle.uer) in found._repr_html_()
+    assert list(found.plot().data[0].y) == [100 * point.uer.value for point in results.universal]
+    both = plot_audits([found, results])
+    assert [line.name for line in both.data][:2] == ["model", "model, worst control"]
+    frame = found.to_frame()
+    row = frame[(frame["what"] == "UER") & (frame["eps"] == 0.1)].iloc[0]
+    assert row["value"] == results.middle.uer.value
+    uap = found.perturbations[1]
+    assert "stochastic-pgd, eps 0.1, norm inf, 1x8x8" in repr(uap)
+    grey = uap.plot().data[0].z
+    assert (grey.min(), grey.max()) == (0, 1)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UserError, match="pip install pandas"):
+        found.to_frame()
+
+
+def test_a_data_set_shows_its_splits_and_some_classes(digits):
+    assert repr(digits) == (
+        "Dataset(digits: train 1,078, validation 270, test 449 images of 1x8x8, 10 classes: 0, 1, 2, 3, 4, ...)"
+    )
