@@ -11,7 +11,26 @@ from hypothesis import strategies as st
 import gambeson as gb
 from gambeson.cli.app import run
 
-ODD = ["", " ", "0", "-1", "nan", "1e999", "26", "8/0", "none", "no/where", ".", "/", "[1", "{", "a:b", "x.py:Y", "ü\n", "'"]
+ODD = [
+    "",
+    " ",
+    "0",
+    "-1",
+    "nan",
+    "1e999",
+    "26",
+    "8/0",
+    "none",
+    "no/where",
+    ".",
+    "/",
+    "[1",
+    "{",
+    "a:b",
+    "x.py:Y",
+    "ü\n",
+    "'",
+]
 NAMES = ["pgd", "stochastic-pgd", "standard", "shared-adversarial", "quick", "digits", "lenet5", "inf", "2", "auto"]
 PAIRS = ["steps={", "steps=two", "recipe.momentum=[1", "recipe=3", "defense=3", "defense=[a]", "suite=1", "settings=x",
          "suite.eps=[[1]]", "a..b=1", "=1", "eps=2020-13-45", "recipe.epochs=!!python/object:os.x", "models=3",
@@ -74,7 +93,7 @@ def commands(draw):
 @given(arguments=commands())
 def test_any_options_end_in_one_sentence(nowhere, capsys, arguments):
     outcome(capsys, arguments)
-    assert not [path for path in nowhere.rglob("run.yaml")], arguments
+    assert not list(nowhere.rglob("run.yaml")), arguments
 
 
 @pytest.mark.parametrize(
