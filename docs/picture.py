@@ -12,14 +12,14 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 
 def main() -> None:
-    """Photograph the curve and the strip of test images."""
+    """Photograph the answer about each model and the curve."""
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
         page = browser.new_page(viewport={"width": 1140, "height": 900}, device_scale_factor=1.5)
         page.goto(REPORT.as_uri())
         page.wait_for_selector("#chart svg")
-        for name in ("curve", "images"):
-            page.locator(f"#{name}").screenshot(path=HERE / f"quickstart-{name}.png")
+        for name, part in (("answer", ".cards"), ("curve", "#curve")):
+            page.locator(part).screenshot(path=HERE / f"quickstart-{name}.png")
         browser.close()
 
 

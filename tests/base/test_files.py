@@ -117,7 +117,8 @@ class LaterRun(Run):
 def test_a_folder_belongs_to_one_run(tmp_path):
     run = Run()
     assert not open_run(tmp_path / "run", run, {"torch": "2"})
-    assert not open_run(tmp_path / "run", run, {"torch": "3"})  # the same run on another machine goes on
+    with pytest.warns(UserWarning, match="torch 3 after 2"):  # the same run on another machine goes on
+        assert not open_run(tmp_path / "run", run, {"torch": "3"})
     close_run(tmp_path / "run")
     assert open_run(tmp_path / "run", run, {})
     assert read_settings(tmp_path / "run" / "run.yaml", "train") == run.plain()

@@ -128,3 +128,27 @@ def test_help_names_what_can_be_chosen(capsys, command, names):
         assert run([*command, "--help"]) == 0
         text = re.sub(r"[\s│]+", "", capsys.readouterr().out)  # without the table's lines and wrapping
         assert names.replace(" ", "") in text
+
+
+THREADS = "import gambeson.cli.app as app, sys; app.run(sys.argv[1:]); import torch; print(torch.get_num_threads())"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "load", "given", "expected"),
+    [
+        (["list", "models", "--threads", "1"], 0, None, "1"),
+        (["--threads=1", "list", "models"], 0, "2", "1"),
+        (["list", "models"], 900, None, "1"),  # a busy machine
+        (["list", "models"], 900, "2", "2"),  # the user knows better
+        (["list", "models"], 0, None, None),
+    ],
+)
+def test_threads_are_those_of_idle_cores_unless_given(arguments, load, given, expected):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": given} if given else {}
+    code = f"import os; os.getloadavg = lambda: ({load}, 0, 0)\n{THREADS}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.split()[-1] == (expected or str(cores))

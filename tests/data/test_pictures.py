@@ -248,6 +248,28 @@ def test_damaged_and_huge_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         load(root)
 
 
+@pytest.mark.parametrize("ending", [".avif", ".tif", ".png", ".jpg", ".gif", ".webp", ".jp2", ".tga"])
+def test_whatever_pil_raises_names_the_file(tmp_path: Path, ending: str) -> None:
+    root = folder(tmp_path, saver(LEVELS.numpy()), ".png")
+    for number in range(5, 10):
+        saver(LEVELS.numpy())(root / "a" / f"{number}.png")
+        saver(LEVELS.numpy())(root / "b" / f"{number}.png")
+    saver(LEVELS.numpy())(root / "b" / f"x{ending}")
+    whole, draw = (root / "b" / f"x{ending}").read_bytes(), np.random.default_rng(1)
+    told = []
+    for _ in range(40):
+        blob = bytearray(whole)
+        for at in draw.integers(0, len(blob), 6):
+            blob[at] = draw.integers(256)
+        (root / "b" / f"x{ending}").write_bytes(bytes(blob))
+        try:
+            load(root, size=8, alpha="drop", white=2.0**32)
+        except UserError as error:  # any other type fails the test
+            told.append(str(error))
+    assert told
+    assert all(f"x{ending}" in text for text in told)
+
+
 class Items(torch.utils.data.Dataset[Any]):
     """A torch Dataset of one picture, repeated."""
 

@@ -74,6 +74,167 @@ def pgd(**more):
     return gb.attacks.PGD(**(settings | more))
 
 
+def waits_in(job):
+    """How often the host waits for the device in a job, by torch's own warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            job()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(one.message) for one in caught)
+
+
+def eager(monkeypatch):
+    monkeypatch.setattr(gb.victim.victim, "has_graphs", lambda device: False)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("early_stop", [False, True], ids=["all steps", "early stop"])
+def test_a_graph_gives_the_bytes_of_the_calls_it_replaces(pair, data, monkeypatch, precision, early_stop):
+    x, y = (t.to(GPU) for t in batch_of(data, 64))
+    found = []
+    for graphs in (True, False):
+        if not graphs:
+            eager(monkeypatch)
+        with Victim(pair[1], fast=FastPath(precision=precision)) as victim:
+            found.append(pgd(steps=10, start="uniform", eps=2 / 255, early_stop=early_stop)(victim, x, y, seed=1))
+            found.append(victim.backwards)
+            if graphs:
+                assert victim._copy.graphs.refused is None
+                assert len(victim._copy.graphs) >= 1
+    assert found[1] == found[3]
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_universal_perturbation_by_graphs_has_the_same_bytes(pair, data, monkeypatch):
+    attack = gb.attacks.StochasticPGD(eps=EPS, probe_starts=2, probe_start_steps=5, steps=10)
+    one = attack.craft(pair[1], data, seed=4)
+    eager(monkeypatch)
+    other = attack.craft(pair[1], data, seed=4)
+    assert torch.equal(one.delta, other.delta)
+    assert (one.about.forwards, one.about.backwards) == (other.about.forwards, other.about.backwards)
+
+
+def test_a_training_by_graphs_has_the_same_bytes(data, monkeypatch):
+    one = trained_weights(data, 1, precision="bfloat16", channels_last=True)
+    eager(monkeypatch)
+    assert torch.equal(one, trained_weights(data, 1, precision="bfloat16", channels_last=True))
+
+
+def test_a_step_of_adversarial_training_waits_for_the_device_once(data):
+    """To read whether every gradient of the inner attack was finite."""
+    with seeded(0, "model"):
+        net = gb.models.create("resnet20", data).to(GPU)
+    how = gb.training.Recipe(epochs=9, batch_size=128, precision="bfloat16", channels_last=True)
+    run = Run(net, data, gb.defenses.PGDAdversarial(eps=EPS, steps=7), how, 0, None)
+    batch = Epoch(run.train, how, 1, 0, 0, run.device)[0]
+    net.train()
+    run.train_step(batch)
+    assert waits_in(lambda: run.train_step(batch)) <= 1
+
+
+def test_more_steps_of_an_attack_wait_no_more_often(pair, data):
+    x, y = (t.to(GPU) for t in batch_of(data, 64))
+    found = []
+    with Victim(pair[1], fast=True) as victim:
+        for steps in (12, 12, 24):
+            found.append(waits_in(lambda steps=steps: pgd(steps=steps)(victim, x, y)))
+    assert 0 < found[1] == found[2] < 12
+
+
+def test_a_standard_training_step_does_not_wait_for_the_device(data):
+    with seeded(0, "model"):
+        net = gb.models.create("resnet20", data).to(GPU)
+    how = gb.training.Recipe(epochs=9, batch_size=128, precision="bfloat16", channels_last=True)
+    run = Run(net, data, gb.defenses.Standard(), how, 0, None)
+    batch = Epoch(run.train, how, 1, 0, 0, run.device)[0]
+    net.train()
+    run.train_step(batch)
+    assert waits_in(lambda: run.train_step(batch)) == 0
+
+
+@pytest.mark.parametrize(("norm", "median", "most"), [("inf", 0.1, 0.3), ("2", 5e-3, 0.1)])
+def test_one_step_is_the_cpus(pair, data, norm, median, most):
+    """Rounding decides the side of a ReLU's kink in a few images, and the sign of a gradient near zero."""
+    x, y = batch_of(data)
+    attack = pgd(norm=norm, eps=EPS if norm == "inf" else 0.5, steps=1, rel_step_size=1.0)
+    here, there = attack(pair[0], x, y) - x, attack(pair[1], x.to(GPU), y.to(GPU)).cpu() - x
+    far = (there - here).flatten(1).norm(dim=1) / here.flatten(1).norm(dim=1)
+    assert here.flatten(1).norm(dim=1).min() > 0
+    assert far.median() < median
+    assert far.max() < most
+
+
+def trained_weights(data, seed, **recipe):
+    with seeded(seed, "model"):
+        net = gb.models.create("resnet20", data).to(GPU)
+    defense = gb.defenses.SharedAdversarial(eps=EPS, sharedness=8, steps=2)
+    settings = {"epochs": 1, "batch_size": 128, "augment": "crop-flip"} | recipe
+    gb.train(net, data, defense, seed=seed, **settings)
+    return torch.cat([value.flatten().float() for value in net.state_dict().values()])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_same_seed_same_bytes_of_a_training(data, precision):
+    one, two = (trained_weights(data, 1, precision=precision, channels_last=True) for _ in range(2))
+    assert one.isfinite().all()
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_the_fast_copys_logits_and_gradients_are_the_models(pair, data, precision):
+    x, y = (t.to(GPU) for t in batch_of(data, 64))
+    found = []
+    for fast in (False, FastPath(precision=precision)):
+        with Victim(pair[1], fast=fast) as victim:
+            point = x.clone().requires_grad_()
+            logits = victim(point)
+            assert logits.dtype == torch.float32
+            (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y), point)
+            found.append((logits.detach(), gradient))
+            notes = victim.notes
+    assert "folded" in notes
+    bounds = {"float32": (1e-3, 1e-3), "bfloat16": (0.05, 0.3), "float16": (0.01, 0.1)}[precision]
+    for (one, other), bound in zip(zip(*found, strict=True), bounds, strict=True):
+        assert (one - other).norm() / one.norm() < bound
+
+
+@pytest.mark.parametrize("outer", ["tf32", "autocast"])
+def test_a_copy_is_folded_where_the_users_precision_is_low(pair, data, outer):
+    """The proof of a folded copy is taken in float32 proper, whatever convolutions or autocast round off outside."""
+    x, _ = (t.to(GPU) for t in batch_of(data, 64))
+    torch.backends.cudnn.allow_tf32 = outer == "tf32"
+    with torch.autocast(GPU, torch.bfloat16, enabled=outer == "autocast"), Victim(pair[1], fast=True) as victim:
+        victim(x)
+        assert victim.notes.startswith("a copy with 19 BatchNorms folded")
+    assert torch.backends.cudnn.allow_tf32 == (outer == "tf32")
+
+
+def test_the_fast_copy_follows_the_weights(pair, data):
+    x, _ = (t.to(GPU) for t in batch_of(data, 64))
+    with Victim(pair[1], fast=True) as victim:
+        victim(x)
+    with torch.no_grad():
+        for parameter in pair[1].parameters():
+            parameter.mul_(1.1)
+    with Victim(pair[1], fast=True) as victim:
+        assert torch.allclose(victim(x), pair[1](x), atol=2e-3, rtol=1e-3)
+
+
+def test_two_streams_at_once_do_not_mix(pair, data):
+    parts = [(x.to(GPU), y.to(GPU)) for x, y in (data.test.take(slice(0, 64)), data.test.take(slice(64, 128)))]
+    expected = [pgd()(pair[1], x, y) for x, y in parts]
+    streams, found = [torch.cuda.Stream(), torch.cuda.Stream()], []
+    for stream, (x, y) in zip(streams, parts, strict=True):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            found.append(pgd()(pair[1], x, y))
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_it_learns_what_the_cpu_would(model, data):
     assert gb.evaluation.accuracy(copy.deepcopy(model).to(GPU), data).value > 0.8
 
@@ -88,16 +249,6 @@ def test_logits_are_the_cpus(pair, data):
 def test_rates_are_the_cpus(pair, data):
     with Victim(pair[0]) as here, Victim(pair[1]) as there:
         assert (predict(here, data.test) == predict(there, data.test.to(GPU))).float().mean() >= 0.995
-
-
-@pytest.mark.parametrize("norm", ["inf", "2"])
-def test_one_step_is_the_cpus(pair, data, norm):
-    """The sign of a gradient near zero may differ, and so may a few pixels; the rest is equal."""
-    x, y = batch_of(data)
-    attack = pgd(norm=norm, eps=EPS if norm == "inf" else 0.5, steps=1, rel_step_size=1.0)
-    here, there = attack(pair[0], x, y), attack(pair[1], x.to(GPU), y.to(GPU)).cpu()
-    assert not torch.equal(here, x)
-    assert ((here - there).abs() > 1e-4).float().mean() < 0.005
 
 
 def test_pgd_does_as_much_harm(pair, data):
@@ -191,22 +342,6 @@ def test_same_seed_same_bytes_of_a_universal_perturbation(pair, data):
     assert torch.equal(one, two)
 
 
-def trained_weights(data, seed, **recipe):
-    with seeded(seed, "model"):
-        net = gb.models.create("resnet20", data).to(GPU)
-    defense = gb.defenses.SharedAdversarial(eps=EPS, sharedness=8, steps=2)
-    settings = {"epochs": 1, "batch_size": 128, "augment": "crop-flip"} | recipe
-    gb.train(net, data, defense, seed=seed, **settings)
-    return torch.cat([value.flatten().float() for value in net.state_dict().values()])
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_same_seed_same_bytes_of_a_training(data, precision):
-    one, two = (trained_weights(data, 1, precision=precision, channels_last=True) for _ in range(2))
-    assert one.isfinite().all()
-    assert torch.equal(one, two)
-
-
 def test_modes_and_flags_come_back(pair, data):
     net = pair[1].train()
     norm = next(m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
@@ -268,18 +403,6 @@ def test_an_attack_on_a_side_stream_is_the_same(pair, data):
     assert torch.equal(found, expected)
 
 
-def test_two_streams_at_once_do_not_mix(pair, data):
-    parts = [(x.to(GPU), y.to(GPU)) for x, y in (data.test.take(slice(0, 64)), data.test.take(slice(64, 128)))]
-    expected = [pgd()(pair[1], x, y) for x, y in parts]
-    streams, found = [torch.cuda.Stream(), torch.cuda.Stream()], []
-    for stream, (x, y) in zip(streams, parts, strict=True):
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            found.append(pgd()(pair[1], x, y))
-    torch.cuda.synchronize()
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
 def test_the_users_autocast_does_not_break_an_attack(pair, data):
     x, y = (t.to(GPU) for t in batch_of(data, 128))
     with torch.autocast(GPU, torch.bfloat16):
@@ -290,46 +413,6 @@ def test_the_users_autocast_does_not_break_an_attack(pair, data):
     with torch.no_grad():
         clean, under, usual = (F.cross_entropy(pair[1](z), y).item() for z in (x, moved, plain))
     assert under - clean > 0.9 * (usual - clean) > 0.05
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_the_fast_copys_logits_and_gradients_are_the_models(pair, data, precision):
-    x, y = (t.to(GPU) for t in batch_of(data, 64))
-    found = []
-    for fast in (False, FastPath(precision=precision)):
-        with Victim(pair[1], fast=fast) as victim:
-            point = x.clone().requires_grad_()
-            logits = victim(point)
-            assert logits.dtype == torch.float32
-            (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y), point)
-            found.append((logits.detach(), gradient))
-            notes = victim.notes
-    assert "folded" in notes
-    bounds = {"float32": (1e-3, 1e-3), "bfloat16": (0.05, 0.3), "float16": (0.01, 0.1)}[precision]
-    for (one, other), bound in zip(zip(*found, strict=True), bounds, strict=True):
-        assert (one - other).norm() / one.norm() < bound
-
-
-@pytest.mark.parametrize("outer", ["tf32", "autocast"])
-def test_a_copy_is_folded_where_the_users_precision_is_low(pair, data, outer):
-    """The proof of a folded copy is taken in float32 proper, whatever convolutions or autocast round off outside."""
-    x, _ = (t.to(GPU) for t in batch_of(data, 64))
-    torch.backends.cudnn.allow_tf32 = outer == "tf32"
-    with torch.autocast(GPU, torch.bfloat16, enabled=outer == "autocast"), Victim(pair[1], fast=True) as victim:
-        victim(x)
-        assert victim.notes.startswith("a copy with 19 BatchNorms folded")
-    assert torch.backends.cudnn.allow_tf32 == (outer == "tf32")
-
-
-def test_the_fast_copy_follows_the_weights(pair, data):
-    x, _ = (t.to(GPU) for t in batch_of(data, 64))
-    with Victim(pair[1], fast=True) as victim:
-        victim(x)
-    with torch.no_grad():
-        for parameter in pair[1].parameters():
-            parameter.mul_(1.1)
-    with Victim(pair[1], fast=True) as victim:
-        assert torch.allclose(victim(x), pair[1](x), atol=2e-3, rtol=1e-3)
 
 
 def test_channels_last_changes_rounding_only(pair, data):
@@ -366,85 +449,17 @@ def test_a_finished_run_can_be_read_on_the_cpu(data, tmp_path):
         assert torch.allclose(trained.eval()(x.to(GPU)).cpu(), loaded(x), atol=1e-3, rtol=1e-3)
 
 
-def waits_in(job):
-    """How often the host waits for the device in a job, by torch's own warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            job()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing CUDA operation" in str(one.message) for one in caught)
-
-
-def test_a_standard_training_step_does_not_wait_for_the_device(data):
-    with seeded(0, "model"):
-        net = gb.models.create("resnet20", data).to(GPU)
-    how = gb.training.Recipe(epochs=9, batch_size=128, precision="bfloat16", channels_last=True)
-    run = Run(net, data, gb.defenses.Standard(), how, 0, None)
-    batch = Epoch(run.train, how, 1, 0, 0, run.device)[0]
-    net.train()
-    run.train_step(batch)
-    assert waits_in(lambda: run.train_step(batch)) == 0
-
-
-def test_a_step_of_adversarial_training_waits_for_the_device_once(data):
-    """To read whether every gradient of the inner attack was finite."""
-    with seeded(0, "model"):
-        net = gb.models.create("resnet20", data).to(GPU)
-    how = gb.training.Recipe(epochs=9, batch_size=128, precision="bfloat16", channels_last=True)
-    run = Run(net, data, gb.defenses.PGDAdversarial(eps=EPS, steps=7), how, 0, None)
-    batch = Epoch(run.train, how, 1, 0, 0, run.device)[0]
-    net.train()
-    run.train_step(batch)
-    assert waits_in(lambda: run.train_step(batch)) <= 1
-
-
-def test_more_steps_of_an_attack_wait_no_more_often(pair, data):
+def test_a_compiled_copy_differs_by_rounding_and_has_graphs(pair, data):
     x, y = (t.to(GPU) for t in batch_of(data, 64))
     found = []
-    with Victim(pair[1], fast=True) as victim:
-        for steps in (12, 12, 24):
-            found.append(waits_in(lambda steps=steps: pgd(steps=steps)(victim, x, y)))
-    assert 0 < found[1] == found[2] < 12
-
-
-def eager(monkeypatch):
-    monkeypatch.setattr(gb.victim.victim, "has_graphs", lambda device: False)
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("early_stop", [False, True], ids=["all steps", "early stop"])
-def test_a_graph_gives_the_bytes_of_the_calls_it_replaces(pair, data, monkeypatch, precision, early_stop):
-    x, y = (t.to(GPU) for t in batch_of(data, 64))
-    found = []
-    for graphs in (True, False):
-        if not graphs:
-            eager(monkeypatch)
-        with Victim(pair[1], fast=FastPath(precision=precision)) as victim:
-            found.append(pgd(steps=10, start="uniform", eps=2 / 255, early_stop=early_stop)(victim, x, y, seed=1))
-            found.append(victim.backwards)
-            if graphs:
-                assert victim._copy.graphs.refused is None
-                assert len(victim._copy.graphs) >= 1
-    assert found[1] == found[3]
-    assert torch.equal(found[0], found[2])
-
-
-def test_a_universal_perturbation_by_graphs_has_the_same_bytes(pair, data, monkeypatch):
-    attack = gb.attacks.StochasticPGD(eps=EPS, probe_starts=2, probe_start_steps=5, steps=10)
-    one = attack.craft(pair[1], data, seed=4)
-    eager(monkeypatch)
-    other = attack.craft(pair[1], data, seed=4)
-    assert torch.equal(one.delta, other.delta)
-    assert (one.about.forwards, one.about.backwards) == (other.about.forwards, other.about.backwards)
-
-
-def test_a_training_by_graphs_has_the_same_bytes(data, monkeypatch):
-    one = trained_weights(data, 1, precision="bfloat16", channels_last=True)
-    eager(monkeypatch)
-    assert torch.equal(one, trained_weights(data, 1, precision="bfloat16", channels_last=True))
+    for compile in (False, True):
+        with Victim(pair[1], fast=FastPath(compile=compile)) as victim:
+            found.append(pgd(steps=1, rel_step_size=1.0)(victim, x, y) - x)
+            pgd()(victim, x, y)
+            assert ("compiled" in victim.notes, "not compiled" in victim.notes) == (compile, False)
+            assert victim._copy.graphs.refused is None
+            assert len(victim._copy.graphs) == 1 + compile
+    assert ((found[0] - found[1]).abs() > 1e-4).float().mean() < 0.005
 
 
 class Habit(torch.nn.Module):

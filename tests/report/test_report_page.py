@@ -104,7 +104,10 @@ def test_next_steps_are_commands_for_this_model(tmp_path: Path) -> None:
     write_audit(tmp_path / "a")
     page = report.write([tmp_path / "a"], tmp_path / "page.html")
     train = "gambeson train --data digits --model lenet --defense shared-adversarial --eps 0.15 --init runs/model"
-    assert f"<code>{train} --out runs/hardened\ngambeson audit runs/hardened --eps 0.15</code>" in page.read_text()
+    assert (
+        f"<code>{train} --out runs/model-hardened\ngambeson audit runs/model-hardened --eps 0.15</code>"
+        in page.read_text()
+    )
     write_audit(tmp_path / "b", wrong=(21, 30, 45, 81, 403), failed=True)
     doubted = report.write([tmp_path / "b"], tmp_path / "page.html").read_text()
     assert "<code>gambeson attack --model runs/model --data digits --attack square --eps 0.15" in doubted

@@ -224,16 +224,16 @@ def test_an_unfinished_task_is_refused_by_name(tmp_path, body, words):
 
 
 def test_a_task_of_one_s_own_gets_its_labels_as_they_are():
-    class AnyOf(Classification):
-        """AnyOf classes per image: an answer is right where it is one of them."""
+    class MultiLabel(Classification):
+        """Several classes per image: an answer is right where it is one of them."""
 
         label_dims: ClassVar[int] = 2
         label_form: ClassVar[str] = "one row of classes per image (N, K)"
 
     images, rows = torch.zeros(3, 1, 2, 2), torch.tensor([[1, 0], [0, 1], [0, 1]])  # not read as one-hot
-    assert Split("a", images, rows, task=AnyOf()).labels.tolist() == rows.tolist()
+    assert Split("a", images, rows, task=MultiLabel()).labels.tolist() == rows.tolist()
     with pytest.raises(UserError, match="expected one row of classes"):
-        Split("a", images, rows[:, 0], task=AnyOf())
+        Split("a", images, rows[:, 0], task=MultiLabel())
 
 
 def masks(foreground: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ from torch import nn
 
 import gambeson as gb
 from gambeson.victim import FastPath, Victim, fold_batchnorms
+from gambeson.victim.bn_folding import FoldedModel
 
 
 def settled(name, channels=3, size=16):
@@ -138,7 +139,9 @@ def test_lower_precision_is_said_and_stays_near():
 def test_compiled_or_not_the_answer_is_the_same_and_the_notes_say_which(monkeypatch):
     model, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)), torch.rand(2, 1, 4, 4)
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda view, mode: real(view, backend="aot_eager"))  # in a second, not thirty
+    monkeypatch.setattr(
+        torch, "compile", lambda view, **how: real(view, backend="aot_eager", **how)
+    )  # in a second, not thirty
     with Victim(model, fast=FastPath(compile=True)) as victim:
         torch.testing.assert_close(victim(x), model(x))
         assert victim.notes.endswith(", compiled")
@@ -162,3 +165,28 @@ def test_a_copy_is_folded_under_autocast_too():
     with torch.autocast("cpu", torch.bfloat16), Victim(model, fast=True) as victim:
         victim(x)
         assert victim.notes.startswith("a copy with 19 BatchNorms folded")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_refreshed_copy_has_the_bits_of_a_new_one(dtype):
+    """With and without a convolution's bias, a BatchNorm's weights and groups, in either layout."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 1, groups=2), nn.BatchNorm2d(8, affine=False, eps=1e-3), nn.ReLU(),
+        nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 4 * 4, 5),
+    ).to(dtype).train()  # fmt: skip
+    x = torch.rand(6, 3, 8, 8, dtype=dtype)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model.to(memory_format=layout).eval()
+        made = fold_batchnorms(model, x, layout)
+        assert len(made.pairs) == 3
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            model.train()(x)
+            model.eval()
+        made.refresh(model)
+        new = FoldedModel(model, x)
+        new.lay_out(model, x, layout)
+        for name, value in new.view.state_dict().items():
+            assert torch.equal(made.view.state_dict()[name], value), name

@@ -1,5 +1,7 @@
 """What the inspection of a model sees, and what follows from it."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -219,6 +221,77 @@ def test_a_perturbation_is_not_broadcast_to_images_of_another_shape():
             found.apply(images)
     with pytest.raises(UserError, match="a perturbation of shape"):
         gb.evaluation.universal_evasion(net(48), (colour, torch.arange(5) % 3), found)
+
+
+class Holder:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+OUTPUTS = {
+    "mapping": lambda z: {"out": z, "aux": -z},
+    "object": Holder,
+    "tuple": lambda z: (z, -z),
+    "list": lambda z: [z],
+    "double": lambda z: z.double(),
+    "unknown key": lambda z: {"scores": z},
+    "nothing": lambda z: None,
+    "array": lambda z: z.detach().numpy(),
+    "number": lambda z: z.sum().item(),
+    "one value": lambda z: z.mean(),
+    "classes": lambda z: z.argmax(1),
+    "whole numbers": lambda z: (z * 10).long(),
+    "complex": lambda z: z + 0j,
+    "NaN": lambda z: z * torch.nan,
+    "transposed": lambda z: z.T,
+    "one row": lambda z: z[:1],
+    "no class": lambda z: z[:, :0],
+    "five axes": lambda z: z[:, :, None, None, None],
+    "text": lambda z: "cat",
+}
+ENTRIES = {
+    "pgd": lambda m, x, y: PGD(eps=0.1, steps=2)(m, x, y),
+    "deepfool": lambda m, x, y: gb.attacks.DeepFool(eps=0.1)(m, x, y),
+    "square": lambda m, x, y: gb.attacks.Square(eps=0.1, queries=9)(m, x, y),
+    "universal": lambda m, x, y: StochasticPGD(eps=0.1, steps=2, probe_starts=0).craft(m, (x, y)).delta,
+    "accuracy": lambda m, x, y: gb.evaluation.accuracy(m, (x, y)),
+    "norms": lambda m, x, y: gb.analysis.jacobian_norms(m, (x, y)),
+    "jacobian": lambda m, x, y: gb.analysis.batch_jacobian(m, x),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_an_output_of_any_kind_is_read_or_refused(entry):
+    x, y = torch.rand(40, 1, 2, 3, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+    expected = ENTRIES[entry](net(), x, y)
+    for kind, end in OUTPUTS.items():
+        model = Ending(net(), end)
+        if kind in ("mapping", "object", "tuple", "list"):
+            found = ENTRIES[entry](model, x, y)
+            same = torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
+            assert same, kind
+        elif kind != "double" and (entry, kind) != ("square", "whole numbers"):
+            with pytest.raises(UserError):
+                ENTRIES[entry](model, x, y)
+        else:
+            with contextlib.suppress(UserError):
+                ENTRIES[entry](model, x, y)
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_training_takes_logits_alone_and_says_how_to_get_them(kind):
+    data = (torch.rand(40, 1, 2, 3), torch.arange(40) % 3)
+    settings = {"epochs": 1, "batch_size": 4}
+    for name in ("standard", "trades", "jacobian"):
+        defense = gb.defenses.create(name, **({"eps": 0.1} if name == "trades" else {}))
+        if kind == "double":
+            gb.train(Ending(net(), OUTPUTS[kind]), data, defense, **settings)
+            continue
+        with pytest.raises(UserError, match="as_logits" if kind in ("mapping", "object", "tuple", "list") else None):
+            gb.train(Ending(net(), OUTPUTS[kind]), data, defense, **settings)
+    for found, key in (("mapping", "out"), ("object", "logits"), ("tuple", "0"), ("unknown key", "scores")):
+        if found == kind:
+            assert gb.train(gb.models.as_logits(Ending(net(), OUTPUTS[kind]), key), data, defense, **settings)
 
 
 class Keyed(nn.Module):

@@ -67,8 +67,6 @@ def gradient_statistics(model: Source, data: Any) -> GradientStatistics:
     with classifier(model, data) as (victim, split):
         for images, labels in batches_of(victim, split):
             point, logits = answer(victim, images)
-            if not bool(logits.isfinite().all()):
-                raise UserError("the model gave NaN or infinite logits: no gradient is meaningful; load other weights")
             with torch.enable_grad():
                 loss = _cross_entropy(logits, labels.clone())
                 margin = margins(logits, labels).sum()

@@ -20,16 +20,18 @@ def answer(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     Works under ``torch.no_grad`` and in inference mode as well.
 
     Raises:
-        UserError: the model does not return one row of logits per image.
+        UserError: the model does not return one row of finite logits per image.
     """
     with torch.enable_grad(), twice_differentiable(victim.model):
         point = images.detach().clone().requires_grad_()
         logits = victim.forward_original(point).to(images.dtype)
-    if logits.ndim != 2 or len(logits) != len(images):
+    if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] == 0:
         raise UserError(
             f"the model answers with shape {tuple(logits.shape)} for {len(images)} images: Jacobians are taken of "
             "classifiers, expected logits (N, K)"
         )
+    if not bool(logits.isfinite().all()):
+        raise UserError("the model gave NaN or infinite logits: no gradient is meaningful; load other weights")
     return point, logits
 
 
@@ -42,10 +44,7 @@ def classifier(model: Source, data: Any) -> Iterator[tuple[Victim, Split]]:
     """
     split = labelled(data)
     with as_victim(model) as victim:
-        images, labels = split.take(slice(0, 8), victim.device)
-        shape = victim.inspect(images).shape
-        split.task.check_logits(shape, labels)
-        split.check_classes(shape[1])
+        split.check_logits(victim.inspect(split.take(slice(0, 8), victim.device)[0]).shape)
         yield victim, split
 
 

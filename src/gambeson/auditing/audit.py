@@ -195,7 +195,7 @@ def audit(
         reported, twice = _reported(dataset, suite, seed, victim.device)
         look = victim.inspect(reported.test.take(slice(0, 8), victim.device)[0], scores=black_box)
         for part in (reported.train, reported.validation, reported.test):
-            part.check_classes(look.shape[1])
+            part.check_logits(look.shape)
         victim.votes = suite.votes if look.stochastic else 1
         if not black_box:
             victim.temperature = temperature.temperature(victim, reported.validation, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from gambeson.base import read_json, seeded, write_json
+from gambeson.base import read_json, seeded, write_json, write_text
 from gambeson.evaluation import BudgetSpent
 
 ResultT = TypeVar("ResultT")
@@ -49,7 +50,8 @@ class Checkpoints:
         self._seconds[name] = time.perf_counter() - began
         if self._folder is not None:
             write_json(self._folder / "timing.json", self._seconds)
-            write_json(self._folder / "state" / "stages.json", self._done)
+            # Written after every stage, for the audit alone: without indents, C code writes it ten times as fast.
+            write_text(self._folder / "state" / "stages.json", json.dumps(self._done, allow_nan=False))
         return result
 
     def afford(self, name: str, kind: Any, work: Callable[[], ResultT], instead: ResultT) -> ResultT:

@@ -72,9 +72,10 @@ _LIMITS = {
     "forward AD": _NO_SECOND,
     "forward mode AD": _NO_SECOND,
     "differentiate twice": _NO_SECOND,
-    "A different number of tensors was saved": _NO_SECOND,
+    "torch.utils.checkpoint: ": "checkpoints, and recomputes something else than its forward was: turn that off",
     "in the TorchScript interpreter": _NO_SECOND,
     "nference tensor": "was built inside torch.inference_mode: build it, or clone its weights, outside",
+    "supported on ScriptModules": "is a TorchScript program, which takes no hooks: give the module it was made of",
     "in-place operation": "changes its input in place ({error}): let it work on a copy, such as images.clone()",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ def open_run(folder: Path, run: Config, environment: dict[str, str]) -> bool:
     finished = check_run(folder, run)
     if finished is None:
         write_yaml(folder / "run.yaml", {**run.plain(), "environment": environment, "finished": False})
+    elif not finished:
+        begun = read_yaml(folder / "run.yaml").get("environment", environment)
+        if other := sorted(key for key in environment if begun.get(key) != environment[key]):
+            changes = ", ".join(f"{key} {environment[key]} after {begun.get(key)}" for key in other)
+            warnings.warn(f"{folder} resumes with {changes}: its numbers may differ in the last digits", stacklevel=2)
     return bool(finished)
 
 

@@ -5,6 +5,7 @@ No file of this package imports the library, and hence torch, before a command r
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -53,8 +54,38 @@ def common(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
     ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processor threads, on which rounding depends (those of idle cores)."),
+    ] = None,
 ) -> None:
     """Attack, harden and honestly judge vision models."""
+    _set_threads(threads)
+
+
+def _set_threads(given: int | None) -> None:
+    """Set the threads of torch before it is imported: one for each idle core, unless given or OMP_NUM_THREADS is set.
+
+    Threads that wait for each other spin, which on a busy machine takes many times as long as a single thread does.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # then sleep
+    if given is None and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        idle = (os.cpu_count() or 1) - round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else cores
+        given = max(1, min(cores, idle))
+    if given is not None:
+        os.environ["OMP_NUM_THREADS"] = str(given)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(given)
+
+
+def _threads_first(arguments: list[str]) -> list[str]:
+    """Move --threads, which belongs to every command, to where the command line expects it."""
+    for k, word in enumerate(arguments):
+        if word.partition("=")[0] == "--threads":
+            end = k + (1 if "=" in word else 2)
+            return arguments[k:end] + arguments[:k] + arguments[end:]
+    return arguments
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,7 +98,7 @@ def run(arguments: list[str]) -> int:
     options.forget()
     warnings.formatwarning = _plain_warning
     try:
-        code = app(args=arguments, prog_name="gambeson", standalone_mode=False) or 0
+        code = app(args=_threads_first(arguments), prog_name="gambeson", standalone_mode=False) or 0
     except SystemExit as end:
         code = int(end.code or 0)
     except gb.UserError as error:

@@ -19,7 +19,7 @@ from PIL import Image
 from gambeson.base.errors import DataWarning, UserError
 from gambeson.data.dataset import Dataset, complete, settled
 from gambeson.data.lazy import LazySplit
-from gambeson.data.pictures import UNREADABLE, Decoder, Header, ImageOptions, Shape, levels, read_header
+from gambeson.data.pictures import Decoder, Header, ImageOptions, Shape, levels, read_header
 from gambeson.data.split import Batch, Split
 
 SIZE, LARGEST = 224, 512
@@ -71,7 +71,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
             yield picture
     except UserError:
         raise
-    except UNREADABLE as error:
+    except Exception as error:  # PIL's decoders raise errors of many types for damaged files
         raise UserError(f"{path} cannot be read as an image ({error}): replace or remove it") from None
 
 

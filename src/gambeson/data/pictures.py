@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -19,8 +17,6 @@ Shape = tuple[int | None, int | None, int | None]
 """Channels, height and width that a model takes; None where it takes any."""
 DAMAGED = (OSError, SyntaxError, Image.DecompressionBombError)
 """Exceptions of PIL for a file that is not an image, is truncated, or would fill the memory."""
-UNREADABLE = (*DAMAGED, ValueError, EOFError, struct.error, zlib.error)
-"""The same, with those of its decoders for contents that make no sense."""
 
 
 class ImageOptions(Config):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -240,6 +240,15 @@ class Split:
             UserError: such a label; of label maps that are not in memory, as many class names.
         """
         self.task.check_labels(self._labels, count)
+
+    def check_logits(self, shape: Sequence[int]) -> None:
+        """Refuse a model whose logits (N, K) or (N, K, H, W) do not fit the labels.
+
+        Raises:
+            UserError: it answers per image where labels are maps, in another size, or with too few classes.
+        """
+        self.check_classes(shape[1])
+        self.task.check_logits(shape, self.take(slice(0, 1))[1])
 
     def subset(self: SplitT, indices: Indices, name: str | None = None) -> SplitT:
         """Return the split of the images at ``indices``, in that order, with the same classes."""

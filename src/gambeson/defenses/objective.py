@@ -17,6 +17,7 @@ from gambeson.data import Split
 from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.threat import Ball, Eps, Norm, perturb
 from gambeson.victim import BatchNormMode, FastPath, Precision, Victim
+from gambeson.victim.inspect import logits_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class Batch:
 
     def losses(self, logits: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """Return the mean cross-entropy of each image (N,) over its units that count."""
+        logits = logits_of(logits)  # of some models a tuple in training mode only
         values = self.task.cross_entropy(logits, self.labels, label_smoothing=label_smoothing)
         return self.task.per_image(values, self.labels)
 

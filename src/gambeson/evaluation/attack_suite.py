@@ -107,7 +107,7 @@ class WorstCase:
         self.votes = votes_of(victim, self.images)
         traits = victim.inspect(self.images, scores=True)
         self._random = traits.stochastic
-        split.check_classes(traits.shape[1])
+        split.check_logits(traits.shape)
         self._support = torch.zeros_like(self.labels)
         self.source = torch.full_like(self.labels, -1)
         for rows in torch.arange(len(self.labels), device=self.labels.device).split(self.batch_size):

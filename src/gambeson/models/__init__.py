@@ -11,7 +11,7 @@ from gambeson.models.members import Members
 from gambeson.models.memory import count_parameters, fingerprint
 from gambeson.models.noise import FeatureNoise, Noise, NoiseInjection, NoiseModule, add_noise, injections, noise_off
 from gambeson.models.noisy_weights import FixedNoise, ParametricNoise, PassAverage
-from gambeson.models.pixel_model import ModelCard, Normalize, PixelModel, as_logits
+from gambeson.models.pixel_model import ModelCard, Normalize, PixelModel, as_logits, fixed_batch
 from gambeson.models.registry import names, register
 from gambeson.models.storage import load, load_weights, save
 from gambeson.models.thresholded import Thresholded
@@ -36,6 +36,7 @@ __all__ = [
     "ensemble",
     "equip",
     "fingerprint",
+    "fixed_batch",
     "injections",
     "load",
     "load_weights",

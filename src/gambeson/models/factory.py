@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from gambeson.base import UserError
+from gambeson.base import UserError, seeded
 from gambeson.models import external, torchvision_nets
 from gambeson.models.members import Average, Members
 from gambeson.models.noise import Noise, add_noise, injections
@@ -55,10 +56,9 @@ def create(
     members: int = 1,
     average: Average = "probabilities",
     noise: Noise | None = None,
+    seed: int | None = None,
 ) -> PixelModel:
     """Build a model from pixels (N, C, H, W) in [0, 1] to logits (N, classes), in training mode.
-
-    Weights are drawn from torch's global generator: seed it for reproducible models.
 
     Args:
         name: one of :func:`gambeson.models.names`: ``lenet`` (Jacobian regularisation), ``mnist-a`` to
@@ -79,6 +79,8 @@ def create(
         members: bodies that vote, each drawn independently.
         average: how they vote.
         noise: noise of every body.
+        seed: of the weights, which are then those that ``gambeson train`` with this seed starts from; None draws them
+            from torch's global generator.
 
     Raises:
         UserError: an unknown name, something missing or out of range, or images too small.
@@ -132,7 +134,8 @@ def create(
         average=average,
         noise=noise,
     )
-    return build(card)
+    with nullcontext() if seed is None else seeded(seed, "model"):
+        return build(card)
 
 
 def build(card: ModelCard, *, pretrained: bool = True) -> PixelModel:

@@ -84,7 +84,7 @@ def _resolved(name: str) -> str:
     if not name.startswith(HUB):
         return name
     place = Path(name.removeprefix(HUB))
-    folder = place if place.is_dir() else _fetched(name)
+    folder = place if is_folder(str(place)) else _fetched(name)
     config = read_json(folder / "config.json")
     if "architecture" in config:
         return f"{TIMM}{_FOLDER}{folder}"
@@ -100,6 +100,8 @@ def _resolved(name: str) -> str:
 def _fetched(name: str) -> Path:
     hub = required("huggingface_hub", name)
     place, _, revision = name.removeprefix(HUB).partition("@")
+    if Path(place).is_dir():
+        raise UserError(f"{place or name} has no config.json: name a folder or a model of timm or transformers")
     try:
         folder = Path(hub.snapshot_download(place, revision=revision or None, allow_patterns=_FILES))
     except Exception as error:  # of many types: no network, no such name, no permission
@@ -108,7 +110,7 @@ def _fetched(name: str) -> Path:
             "or name a folder with its config.json and model.safetensors"
         ) from None
     if not is_folder(str(folder)):
-        raise UserError(f"{name} has no config.json: name a model of timm or transformers")
+        raise UserError(f"{name} has no config.json: name a folder or a model of timm or transformers")
     return folder
 
 

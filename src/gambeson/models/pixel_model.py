@@ -164,6 +164,7 @@ class as_logits(nn.Module):  # noqa: N801  (used like a function)
             of two classes, (N,), (N, 1), (N, H, W) or (N, 1, H, W), beside which the first gets 0, so that its sigmoid
             is their softmax (a sigmoid of one class is read likewise); or the key of the logits in a mapping. What a
             softmax or a sigmoid has rounded to 0 or 1 has no gradient any more: leave the last layer out where you can.
+            Of an object the key is an attribute, of a tuple a number, as in ``"0"``.
 
     Raises:
         UserError: from ``forward``, for any other output.
@@ -180,8 +181,12 @@ class as_logits(nn.Module):  # noqa: N801  (used like a function)
         if self.output in (PROBABILITIES, SIGMOID, ONE_LOGIT):
             if isinstance(answer, torch.Tensor):
                 return self._logits(answer, images)
-        elif isinstance(answer, Mapping) and isinstance(answer.get(self.output), torch.Tensor):
-            return answer[self.output]
+        elif not isinstance(answer, torch.Tensor):
+            inside = dict(enumerate(answer)) if isinstance(answer, tuple | list) else answer
+            key = int(self.output) if self.output.isdecimal() and inside is not answer else self.output
+            found = inside.get(key) if isinstance(inside, Mapping) else getattr(answer, self.output, None)
+            if isinstance(found, torch.Tensor):
+                return found
         keys = f" with the keys {', '.join(map(str, answer))}" if isinstance(answer, Mapping) else ""
         raise UserError(
             f"the model returned {type(answer).__name__}{keys}, from which {self.output!r} cannot be read: name "
@@ -200,3 +205,30 @@ class as_logits(nn.Module):  # noqa: N801  (used like a function)
         if self.output == ONE_LOGIT:
             raise UserError(f"the model returned shape {tuple(answer.shape)}: expected one logit per image or pixel")
         return answer
+
+
+class fixed_batch(nn.Module):  # noqa: N801  (used like a function)
+    """Wrap a model that takes a fixed number of images, or a multiple of a number, so that it takes any.
+
+    A last, smaller part is padded with copies of the last image, whose logits are dropped.
+
+    Args:
+        model: from (N, C, H, W) to logits, one row per image, each independent of the others.
+        size: the number of images it takes.
+        multiple: it takes any multiple of ``size`` at once, such as an even number; otherwise exactly ``size``.
+    """
+
+    def __init__(self, model: nn.Module, size: int, *, multiple: bool = False) -> None:
+        super().__init__()
+        if size < 1:
+            raise UserError(f"size = {size}: expected the number of images that the model takes")
+        self.model, self.size, self.multiple = model, size, multiple
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the logits (N, ...) of images (N, C, H, W)."""
+        padding = images[-1:].expand(-len(images) % self.size, -1, -1, -1)
+        padded = torch.cat([images, padding]) if len(padding) else images
+        parts = [padded] if self.multiple else padded.split(self.size)
+        answers = [self.model(part) for part in parts]
+        squeezed = [answer[None] if answer.ndim in (1, 3) else answer for answer in answers]  # a part of one image
+        return torch.cat(squeezed)[: len(images)]

@@ -28,6 +28,8 @@ AXIS: dict[str, Any] = {
     "automargin": True,
 }
 """Common settings of axes."""
+LEGEND: dict[str, Any] = {"orientation": "h", "y": -0.3, "yanchor": "top", "x": 0, "xanchor": "left"}
+"""Common place of legends, below the chart."""
 
 
 @dataclass(frozen=True)
@@ -103,86 +105,47 @@ def _points(folder: Folder) -> tuple[list[float], list[Rate]]:
     return [0.0, *(p.eps for p in points)], [folder.result.clean.complement, *(p.uer for p in points)]
 
 
-def _trace(folder: Folder, index: int, role: str, **more: Any) -> dict[str, Any]:
-    # Plotly renders names as simple HTML, so labels must be escaped.
-    name = escape(folder.label)
-    return {
-        "type": "scatter",
-        "legendgroup": str(index),
-        "name": name,
-        "meta": role,
-        "showlegend": False,
-        **more,
-    }
+def _trace(folder: Folder, index: int, role: str, x: list[float], y: list[float], **more: Any) -> dict[str, Any]:
+    name = escape(folder.label)  # plotly renders names as simple HTML
+    found = {"type": "scatter", "legendgroup": str(index), "name": name, "meta": role, "showlegend": False}
+    return found | {"mode": "lines", "x": x, "y": y, "hovertemplate": "%{text}<extra></extra>"} | more
 
 
 def _band(folder: Folder, index: int) -> dict[str, Any]:
     eps, rates = _points(folder)
     edge = [100 * rate.high for rate in rates] + [100 * rate.low for rate in reversed(rates)]
-    return _trace(
-        folder,
-        index,
-        "band",
-        x=eps + eps[::-1],
-        y=edge,
-        fill="toself",
-        fillcolor=soft(hue(index)),
-        line={"width": 0},
-        mode="lines",
-        hoverinfo="skip",
-    )
+    look = {"fill": "toself", "fillcolor": soft(hue(index)), "line": {"width": 0}, "hoverinfo": "skip"}
+    return _trace(folder, index, "band", eps + eps[::-1], edge, **look)
 
 
 def _line(folder: Folder, index: int, scale: EpsFormat) -> dict[str, Any]:
     eps, rates = _points(folder)
-    name = escape(folder.label)
-    return _trace(
-        folder,
-        index,
-        "line",
-        x=eps,
-        y=[100 * rate.value for rate in rates],
-        text=[
-            f"{name}<br>eps {_both(x, scale)}<br>UER {rate}<br>n = {rate.n:,}"
-            for x, rate in zip(eps, rates, strict=True)
-        ],
-        hovertemplate="%{text}<extra></extra>",
-        mode="lines+markers",
-        line={"color": hue(index), "width": 2.5},
-        marker={"symbol": MARKERS[index % len(MARKERS)], "size": 9},
-        showlegend=True,
-    )
+    text = [_hover(folder, eps, f"UER {rate}", rate, scale) for eps, rate in zip(eps, rates, strict=True)]
+    look = {"line": {"color": hue(index), "width": 2.5}, "mode": "lines+markers", "showlegend": True}
+    look |= {"marker": {"symbol": MARKERS[index % len(MARKERS)], "size": 9}}
+    return _trace(folder, index, "line", eps, [100 * rate.value for rate in rates], text=text, **look)
 
 
 def _controls(folder: Folder, index: int, scale: EpsFormat) -> list[dict[str, Any]]:
     points, clean = folder.result.universal, folder.result.clean.complement
     traces = []
     for name in [control.name for control in points[0].controls]:
-        x, y, text = (
-            [0.0],
-            [100 * clean.value],
-            [f"{escape(folder.label)}<br>clean error {clean}<br>n = {clean.n:,}"],
-        )
-        for point in points:
-            for control in (c for c in point.controls if c.name == name):
-                x.append(point.eps)
-                y.append(100 * control.mean)
-                mean = "" if control.draws == 1 else f"mean of {control.draws} draws {percent(control.mean)}<br>worst "
-                text.append(
-                    f"{escape(folder.label)}: {escape(name)}<br>eps {_both(point.eps, scale)}<br>"
-                    f"{mean}{control.worst}<br>n = {control.worst.n:,}"
-                )
+        found = [(point.eps, control) for point in points for control in point.controls if control.name == name]
+        text = [_hover(folder, 0.0, f"clean error {clean}", clean, scale)]
+        for eps, control in found:
+            mean = "" if control.draws == 1 else f"mean of {control.draws} draws {percent(control.mean)}<br>worst "
+            text.append(_hover(folder, eps, f"{escape(name)}: {mean}{control.worst}", control.worst, scale))
         line = {"color": hue(index), "width": 1.4, "dash": _DASHES.get(name, "dashdot")}
-        more = {
-            "x": x,
-            "y": y,
-            "text": text,
-            "hovertemplate": "%{text}<extra></extra>",
-            "mode": "lines",
-            "line": line,
-        }
-        traces.append(_trace(folder, index, "control", **more))
+        heights = [100 * clean.value, *(100 * control.mean for _, control in found)]
+        traces.append(
+            _trace(folder, index, "control", [0.0, *(eps for eps, _ in found)], heights, text=text, line=line)
+        )
     return traces
+
+
+def _hover(folder: Folder, eps: float, said: str, rate: Rate, scale: EpsFormat) -> str:
+    both = f"{scale.text(eps)} ({scale.decimal(eps)})" if scale.decimal(eps) else scale.text(eps)
+    return f"{escape(folder.label)}<br>eps {both}<br>{said}<br>n = {rate.n:,}"
 
 
 def _layout(folders: Sequence[Folder], scale: EpsFormat) -> dict[str, Any]:
@@ -197,13 +160,7 @@ def _layout(folders: Sequence[Folder], scale: EpsFormat) -> dict[str, Any]:
         title = f"eps, in 1/255 of the range of pixels:<br>{scale.meaning}"
     return {
         **plain_layout(480),
-        "legend": {
-            "orientation": "h",
-            "y": -0.3,
-            "yanchor": "top",
-            "x": 0,
-            "xanchor": "left",
-        },
+        "legend": LEGEND,
         "xaxis": {
             **AXIS,
             "title": {"text": title, "standoff": 10, "font": {"size": 13}},
@@ -218,10 +175,6 @@ def _layout(folders: Sequence[Folder], scale: EpsFormat) -> dict[str, Any]:
             "tickvals": [top * k / 5 for k in range(6)],
         },
     }
-
-
-def _both(eps: float, scale: EpsFormat) -> str:
-    return f"{scale.text(eps)} ({scale.decimal(eps)})" if scale.decimal(eps) else scale.text(eps)
 
 
 def soft(colour: str, alpha: float = 0.16) -> str:

@@ -11,7 +11,7 @@ import torch
 from gambeson.analysis import Spread
 from gambeson.auditing.results import JacobianResult, LossSurface, PairHistogram, Subspace
 from gambeson.report import pictures
-from gambeson.report.charts import AXIS, MARKERS, Chart, embed, hue, plain_layout, soft
+from gambeson.report.charts import AXIS, LEGEND, MARKERS, Chart, embed, hue, plain_layout, soft
 from gambeson.report.formatting import EpsFormat, percent
 from gambeson.report.loading import Folder
 from gambeson.report.tables import NONE, Cell, Group, Line, Table
@@ -36,29 +36,16 @@ def along(folders: Sequence[Folder], scale: EpsFormat) -> Chart | None:
     traces: list[dict[str, Any]] = []
     words = []
     for k, folder, surface in known:
-        middle = len(surface.steps) // 2
+        middle, name = len(surface.steps) // 2, escape(folder.label)
         gradient = [row[middle] for row in surface.loss]
-        lines = {"along": gradient, "across": surface.loss[middle]}
-        for way, y in lines.items():
+        for way, y in {"along": gradient, "across": surface.loss[middle]}.items():
+            solid = way == "along"
             traces.append(
-                {
-                    "type": "scatter",
-                    "name": escape(folder.label),
-                    "legendgroup": str(k),
-                    "meta": way,
-                    "showlegend": way == "along",
-                    "x": surface.steps,
-                    "y": y,
-                    "mode": "lines+markers" if way == "along" else "lines",
-                    "line": {
-                        "color": hue(k),
-                        "width": 2.5 if way == "along" else 1.4,
-                        "dash": "solid" if way == "along" else "dot",
-                    },
-                    "marker": {"symbol": MARKERS[k % len(MARKERS)], "size": 7},
-                    "hovertemplate": f"{escape(folder.label)}, {way}<br>step %{{x:.4g}}<br>"
-                    "loss %{y:.4g}<extra></extra>",
-                }
+                {"type": "scatter", "name": name, "legendgroup": str(k), "meta": way, "showlegend": solid}
+                | {"x": surface.steps, "y": y, "mode": "lines+markers" if solid else "lines"}
+                | {"line": {"color": hue(k), "width": 2.5 if solid else 1.4, "dash": "solid" if solid else "dot"}}
+                | {"marker": {"symbol": MARKERS[k % len(MARKERS)], "size": 7}}
+                | {"hovertemplate": f"{name}, {way}<br>step %{{x:.4g}}<br>loss %{{y:.4g}}<extra></extra>"}
             )
         words.append(f"{folder.label} from {gradient[middle]:.3g} at the image to {gradient[-1]:.3g} at the far end")
     layout = plain_layout(420)
@@ -68,10 +55,10 @@ def along(folders: Sequence[Folder], scale: EpsFormat) -> Chart | None:
     steep = min(losses) > 0 and max(losses) > _STEEP * min(losses)
     title = "mean cross-entropy" + (" (logarithmic)" if steep else "")
     layout["yaxis"] |= {"title": {"text": title, "standoff": 8}, "type": "log" if steep else "linear"}
-    layout["legend"] = {"orientation": "h", "y": -0.3, "yanchor": "top", "x": 0, "xanchor": "left"}
-    return Chart(
-        "along", embed({"data": traces, "layout": layout}), f"Loss along the signed gradient: {'; '.join(words)}."
-    )
+    layout["yaxis"] |= {"exponentformat": "power"}
+    layout["legend"] = LEGEND
+    alt = f"Loss along the signed gradient: {'; '.join(words)}."
+    return Chart("along", embed({"data": traces, "layout": layout}), alt)
 
 
 def surface(folder: Folder, index: int, scale: EpsFormat) -> Chart | None:
@@ -86,28 +73,14 @@ def surface(folder: Folder, index: int, scale: EpsFormat) -> Chart | None:
         for a, b in zip(loss, wrong, strict=True)
     ]
     colours = [[k / (len(RAMP) - 1), colour] for k, colour in enumerate(RAMP)]
+    place = {"x": found.steps, "y": found.steps}
+    bar = {"thickness": 12, "len": 0.9, "title": {"text": "loss", "side": "top"}, "outlinewidth": 0}
+    half = {"coloring": "none", "start": 0.5, "end": 0.5, "size": 1}
     traces = [
-        {
-            "type": "heatmap",
-            "x": found.steps,
-            "y": found.steps,
-            "z": loss,
-            "text": text,
-            "hovertemplate": "%{text}<extra></extra>",
-            "colorscale": colours,
-            "zsmooth": "best",
-            "colorbar": {"thickness": 12, "len": 0.9, "title": {"text": "loss", "side": "top"}, "outlinewidth": 0},
-        },
-        {
-            "type": "contour",
-            "x": found.steps,
-            "y": found.steps,
-            "z": wrong,
-            "showscale": False,
-            "hoverinfo": "skip",
-            "contours": {"coloring": "none", "start": 0.5, "end": 0.5, "size": 1},
-            "line": {"color": "#0072b2", "width": 2, "dash": "dash"},
-        },
+        {"type": "heatmap", "z": loss, "text": text, "hovertemplate": "%{text}<extra></extra>", **place}
+        | {"colorscale": colours, "zsmooth": "best", "colorbar": bar},
+        {"type": "contour", "z": wrong, "showscale": False, "hoverinfo": "skip", "contours": half, **place}
+        | {"line": {"color": "#0072b2", "width": 2, "dash": "dash"}},
     ]
     layout = plain_layout(340)
     layout["xaxis"] |= _steps(found, scale, "along the gradient's sign")
@@ -142,41 +115,23 @@ def pairs(folder: Folder, index: int) -> Chart | None:
         ("one class", found.within_counts, {"color": soft(colour, 0.45), "line": {"color": colour, "width": 1}}),
     ]
     traces = [
-        {
-            "type": "bar",
-            "name": name,
-            "x": centres,
-            "y": [100 * count / max(1, sum(counts)) for count in counts],
-            "text": [str(count) for count in counts],
-            "textposition": "none",
-            "width": width,
-            "marker": marker,
-            "hovertemplate": f"{name}<br>cos_F about %{{x:.3g}}<br>%{{y:.1f}} % of pairs (%{{text}})<extra></extra>",
-        }
+        {"type": "bar", "name": name, "x": centres, "width": width, "marker": marker, "textposition": "none"}
+        | {"y": [100 * count / max(1, sum(counts)) for count in counts], "text": [str(count) for count in counts]}
+        | {"hovertemplate": f"{name}<br>cos_F about %{{x:.3g}}<br>%{{y:.1f}} % of pairs (%{{text}})<extra></extra>"}
         for name, counts, marker in kinds
     ]
     layout = plain_layout(300)
     layout |= {"barmode": "overlay", "bargap": 0}
     layout["xaxis"] |= {"title": {"text": "cos_F of two images' Jacobians", "standoff": 8}, "range": _shown(found)}
     layout["yaxis"] |= {"title": {"text": "share of pairs (%)", "standoff": 8}, "rangemode": "tozero"}
-    layout["legend"] = {
-        "orientation": "h",
-        "y": 1.02,
-        "yanchor": "bottom",
-        "x": 0,
-        "xanchor": "left",
-        "title": {"text": "pairs of ", "font": {"size": 13}},
-    }
+    layout["legend"] = LEGEND | {"y": 1.02, "yanchor": "bottom", "title": {"text": "pairs of ", "font": {"size": 13}}}
     ends = [
         f"{spread.median:.3g} for pairs of {name}"
         for name, spread in (("one class", found.within), ("two classes", found.between))
         if spread
     ]
-    return Chart(
-        f"pairs-{index}",
-        embed({"data": traces, "layout": layout}),
-        f"Histogram of cos_F for {folder.label}: median {', '.join(ends)}.",
-    )
+    alt = f"Histogram of cos_F for {folder.label}: median {', '.join(ends)}."
+    return Chart(f"pairs-{index}", embed({"data": traces, "layout": layout}), alt)
 
 
 def _shown(found: PairHistogram) -> list[float]:
@@ -213,50 +168,46 @@ def _norms(folders: Sequence[Folder]) -> Table:
         results = [folder.result.jacobian for folder in folders]
         return Line(name, note, [cell(found) if found else NONE for found in results])
 
+    def norm(field: str) -> Callable[[JacobianResult], Cell]:
+        return lambda s: _spread(getattr(s.norms, field) if s.norms else None)
+
+    def share(field: str) -> Callable[[JacobianResult], Cell]:
+        def cell(found: JacobianResult) -> Cell:
+            if (known := found.gradients) is None:
+                return NONE
+            return Cell(percent(getattr(known, field)), (f"n = {known.images:,}",))
+
+        return cell
+
+    one_direction = "1: one worst direction for all; 1/n: none in common"
     rows = [
-        line("Jacobian, Frobenius norm", "logits per pixel unit", lambda s: _frobenius(s)),
-        line(
-            "Jacobian, spectral norm", "logits per pixel unit", lambda s: _spread(s.norms.spectral if s.norms else None)
-        ),
-        line(
-            "reach",
-            "no shorter pattern (L2) flips the linearised model",
-            lambda s: _spread(s.norms.reach if s.norms else None),
-        ),
-        line(
-            "loss gradient, L2 length",
-            "rise of the loss per pixel unit",
-            lambda s: _spread(s.gradients.loss_norm if s.gradients else None),
-        ),
-        line(
-            "loss gradient exactly zero",
-            "share of images",
-            lambda s: Cell(percent(s.gradients.loss_zero), (f"n = {s.gradients.images:,}",)) if s.gradients else NONE,
-        ),
-        line(
-            "probability saturated at 1",
-            "share of images",
-            lambda s: Cell(percent(s.gradients.saturated), (f"n = {s.gradients.images:,}",)) if s.gradients else NONE,
-        ),
-        line(
-            "sharing factor",
-            "1: one worst direction for all; 1/n: none in common",
-            lambda s: (
-                NONE
-                if s.sharing is None or not s.bounds
-                else Cell(f"{s.sharing:.3f}", (f"n = {s.bounds.table.images:,}",))
-            ),
-        ),
+        line("Jacobian, Frobenius norm", "logits per pixel unit", _frobenius),
+        line("Jacobian, spectral norm", "logits per pixel unit", norm("spectral")),
+        line("reach", "no shorter pattern (L2) flips the linearised model", norm("reach")),
+        line("loss gradient, L2 length", "rise of the loss per pixel unit", _loss_norm),
+        line("loss gradient exactly zero", "share of images", share("loss_zero")),
+        line("probability saturated at 1", "share of images", share("saturated")),
+        line("sharing factor", one_direction, _sharing),
         line("gradient sharing", "1: one gradient for all images", _gradient_sharing),
-        line(
-            "ridge",
-            "how much of the loss's rise is lost at the far end",
-            lambda s: _spread(s.surface.ridge if s.surface else None),
-        ),
+        line("ridge", "how much of the loss's rise is lost at the far end", _ridge),
     ]
     lines = [row for row in rows if any(cell != NONE for cell in row.cells)]
     note = "Medians over images, with the range of the middle 90 % below; these ranges are not confidence intervals."
     return Table("Jacobian at a glance", ["Measure", *(f.label for f in folders)], [Group(None, lines)], note)
+
+
+def _loss_norm(found: JacobianResult) -> Cell:
+    return _spread(found.gradients.loss_norm if found.gradients else None)
+
+
+def _ridge(found: JacobianResult) -> Cell:
+    return _spread(found.surface.ridge if found.surface else None)
+
+
+def _sharing(found: JacobianResult) -> Cell:
+    if found.sharing is None or not found.bounds:
+        return NONE
+    return Cell(f"{found.sharing:.3f}", (f"n = {found.bounds.table.images:,}",))
 
 
 def _frobenius(found: JacobianResult) -> Cell:

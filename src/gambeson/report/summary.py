@@ -192,7 +192,10 @@ def _audit(folder: Folder, eps: str, text: str) -> Step:
         return Step(text, 'gb.audit(model, data, suite="full", out="runs/full-audit")', python=True)
     budget = result.settings.get("budget")
     more = "" if budget is None else f" --budget {4 * budget}"
-    return Step(text, f"gambeson audit {_source(folder, '')} --suite full --eps {eps}{more} --out runs/full-audit")
+    return Step(
+        text,
+        f"gambeson audit {_source(folder, '')} --suite full --eps {eps}{more} --out {_beside(folder, 'full-audit')}",
+    )
 
 
 def _train(folder: Folder, defense: str, eps: str, text: str) -> Step | None:
@@ -219,7 +222,14 @@ def _train(folder: Folder, defense: str, eps: str, text: str) -> Step | None:
     parts = ["--data", _data(folder), "--model", architecture, "--defense", defense]
     command = f"gambeson train {shlex.join(parts)}{with_eps}"
     command += f" --init {shlex.quote(weights)}" if weights else ""
-    return Step(text, f"{command} --out runs/hardened\ngambeson audit runs/hardened --eps {eps}")
+    out = _beside(folder, "trained" if defense == "standard" else "hardened")
+    return Step(text, f"{command} --out {out}\ngambeson audit {out} --eps {eps}")
+
+
+def _beside(folder: Folder, what: str) -> str:
+    """A folder for what is made of the model: beside its own, or under ``runs``."""
+    model = str(folder.settings["model"])
+    return f"runs/{what}" if set(model) & set(":@") else shlex.quote(f"{model.rstrip('/')}-{what}")
 
 
 def _source(folder: Folder, flag: str = "--model ") -> str:

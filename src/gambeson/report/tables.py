@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from gambeson.auditing.results import Corruption, PerImageResult, RandomnessResult, TransferredResult
+from gambeson.auditing.results import PerImageResult, RandomnessResult, TransferredResult
 from gambeson.evaluation import Rate
 from gambeson.evaluation.attack_suite import AttackRound
 from gambeson.evaluation.rates import Control
@@ -198,13 +198,8 @@ def _per_image(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
     for name, eps in _keys(columns):
         found = [column.get((name, eps)) for column in columns]
         title = "the attack suite" if name == "standard" else name
-        lines.append(
-            Line(
-                title,
-                f"eps {scale.text(eps)}",
-                [_rate(f, a.accuracy if a else None) for f, a in zip(folders, found, strict=True)],
-            )
-        )
+        cells = [_rate(f, a.accuracy if a else None) for f, a in zip(folders, found, strict=True)]
+        lines.append(Line(title, f"eps {scale.text(eps)}", cells))
         rounds = [{turn.attack: turn for turn in (a.rounds if a else [])} for a in found]
         for attack in _keys(rounds):
             cells = [_round(turns.get(attack), a) for turns, a in zip(rounds, found, strict=True)]
@@ -221,37 +216,35 @@ def _round(turn: AttackRound | None, of: PerImageResult | None) -> Cell:
 
 
 def _transferred(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
-    def key(t: TransferredResult) -> tuple[str, str, bool, float]:
-        return (t.source, t.attack, t.universal, t.eps)
+    def note(t: TransferredResult) -> str:
+        number = "one for all images" if t.universal else "one per image"
+        return f"crafted on {t.source}; {number}; eps {scale.text(t.eps)}"
 
-    columns = [{key(t): t for t in folder.result.transfer} for folder in folders]
-    if not any(columns):
-        return None
-    lines = [_clean(folders, "no attack", lambda folder: folder.result.clean.complement)]
-    for found in _keys(columns):
-        source, attack, universal, eps = found
-        note = f"crafted on {source}; {'one for all images' if universal else 'one per image'}; eps {scale.text(eps)}"
-        items = [column.get(found) for column in columns]
-        cells = [_rate(folder, t.error if t else None) for folder, t in zip(folders, items, strict=True)]
-        lines.append(Line(attack, note, cells))
-    return _table(folders, "Error under perturbations that were crafted on another model", "Attack", lines)
+    columns = [{(t.attack, note(t)): t.error for t in folder.result.transfer} for folder in folders]
+    caption = "Error under perturbations that were crafted on another model"
+    return _errors(folders, caption, "Attack", columns)
 
 
 def _noise(folders: Sequence[Folder]) -> Table | None:
-    def key(noise: Corruption) -> tuple[str, float]:
-        return (noise.noise, noise.size)
+    meaning = {"gaussian": "standard deviation", "uniform": "half-width", "salt-and-pepper": "share of pixels"}
+    columns = [
+        {(c.noise.replace("-", " "), f"{meaning.get(c.noise, 'size')} {c.size:.3g}"): c.error for c in found}
+        for found in (folder.result.corruption for folder in folders)
+    ]
+    return _errors(folders, "Error under plain noise, drawn anew for every image: no adversary", "Noise", columns)
 
-    columns = [{key(noise): noise for noise in folder.result.corruption} for folder in folders]
+
+def _errors(
+    folders: Sequence[Folder], caption: str, head: str, columns: Sequence[Mapping[tuple[str, str], Rate]]
+) -> Table | None:
+    """A line for each name and note, below the error on clean images."""
     if not any(columns):
         return None
-    meaning = {"gaussian": "standard deviation", "uniform": "half-width", "salt-and-pepper": "share of pixels"}
-    lines = [_clean(folders, "no noise", lambda folder: folder.result.clean.complement)]
-    for found in _keys(columns):
-        note = f"{meaning.get(found[0], 'size')} {found[1]:.3g}"
-        items = [column.get(found) for column in columns]
-        cells = [_rate(folder, c.error if c else None) for folder, c in zip(folders, items, strict=True)]
-        lines.append(Line(found[0].replace("-", " "), note, cells))
-    return _table(folders, "Error under plain noise, drawn anew for every image: no adversary", "Noise", lines)
+    lines = [_clean(folders, f"no {head.lower()}", lambda folder: folder.result.clean.complement)]
+    for key in _keys(columns):
+        cells = [_rate(folder, column.get(key)) for folder, column in zip(folders, columns, strict=True)]
+        lines.append(Line(*key, cells))
+    return _table(folders, caption, head, lines)
 
 
 def _draws(folders: Sequence[Folder]) -> Table | None:
@@ -263,11 +256,7 @@ def _draws(folders: Sequence[Folder]) -> Table | None:
         return Line(name, note, [cell(one) if one else Cell("not random") for one in found])
 
     lines = [
-        line(
-            "mean of all passes",
-            "± one standard deviation",
-            lambda d: Cell(_spread(d), (f"{d.votes} passes",)),
-        ),
+        line("mean of all passes", "± one standard deviation", lambda d: Cell(_spread(d), (f"{d.votes} passes",))),
         line("lowest and highest pass", "", lambda d: Cell(f"{percent(d.lowest)} to {percent(d.highest)}")),
         line("majority of the passes", "image by image", lambda d: rate_cell(d.majority)),
         line("randomness turned off", "", lambda d: rate_cell(d.noise_off) if d.noise_off else NONE),

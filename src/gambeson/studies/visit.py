@@ -60,9 +60,10 @@ class Visit(Config):
     """Runs of each defence; every defence has its first before any has a second."""
     seed: int = 0
     judged: str = "pgd-adversarial"
-    """Defence whose first model is also given the audit ``suite``, timed, if ``judging`` seconds are left."""
+    """Defence whose first model is also given the audit ``suite``, timed, at the end, for which ``judging`` seconds are
+    kept."""
     suite: str = "standard"
-    judging: float = 150.0
+    judging: float = 190.0
 
     @property
     def precision(self) -> str:
@@ -255,3 +256,10 @@ def peaks_of(book: Notebook) -> dict[str, float]:
     """The last rates recorded by :func:`measure_machine`; empty if it has not run."""
     found = [line["matmul_flops"] for line in book.lines() if line["kind"] == "peak"]
     return found[-1] if found else {}
+
+
+def pace(book: Notebook, work: float, seconds: float) -> dict[str, Any]:
+    """What a note says of counted operations: their number in 10^12, per second, and as a share of each peak."""
+    rate = work / seconds
+    shares = {kind: round(rate / reached, 4) for kind, reached in peaks_of(book).items()}
+    return {"tflop": work / 1e12, "flops": rate, "share_of_peak": shares}

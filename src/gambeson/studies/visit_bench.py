@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from gambeson import models
 from gambeson.attacks import PGD, StochasticPGD
 from gambeson.base import seeded
-from gambeson.studies.bench import BenchResult, BenchSettings, bench_attacks, bench_training
-from gambeson.studies.visit import Notebook, Peak, Visit, dataset, peaks_of, seconds_of, wait
+from gambeson.studies.bench import BenchResult, BenchSettings, _Operations, bench_attacks, bench_training
+from gambeson.studies.visit import Notebook, Peak, Visit, dataset, pace, seconds_of, wait
 from gambeson.studies.visit_training import defenses, recipe
 from gambeson.training.batches import Epoch
 from gambeson.training.loop import Run
@@ -22,7 +22,7 @@ from gambeson.victim import FastPath, Victim
 
 
 def run_benchmarks(visit: Visit, book: Notebook) -> None:
-    """Time attacks, training steps and universal crafting, recording each immediately."""
+    """Time attacks, training steps and universal crafting, recording each immediately; the first batch size first."""
     accelerated = torch.device(visit.device).type != "cpu"
     for batch_size in visit.bench_batches:
         settings = BenchSettings(
@@ -34,20 +34,16 @@ def run_benchmarks(visit: Visit, book: Notebook) -> None:
             **({} if accelerated else {"channels": 1, "image_size": 8, "steps": 1}),
         )
         trained = settings.model_copy(update={"steps": visit.craft_steps})
-        book.attempt(
-            f"attacks, {batch_size} images", partial(_side_by_side, "attacks", bench_attacks, settings, book), 8
-        )
-        book.attempt(
-            f"training, {batch_size} images", partial(_side_by_side, "training", bench_training, trained, book), 8
-        )
+        size = f"{batch_size} images"
+        book.attempt(f"attacks, {size}", partial(_side_by_side, "attacks", bench_attacks, settings, book), 8)
+        book.attempt(f"copies, {size}", partial(_timed_copies, visit, book, batch_size, _copies(visit)), 5)
+        book.attempt(f"training, {size}", partial(_side_by_side, "training", bench_training, trained, book), 8)
         if batch_size == visit.bench_batches[0]:
+            book.attempt("universal crafting", lambda: _universal(visit, book), 5)
+            if accelerated:
+                compiled = {"bfloat16, compiled": FastPath(precision="bfloat16", compile=True)}
+                book.attempt("compiled copy", partial(_timed_copies, visit, book, batch_size, compiled), 25)
             book.attempt("profiles", lambda: _profiles(visit, book), 8)
-        if accelerated:
-            book.attempt(f"copies, {batch_size} images", partial(_timed_copies, visit, book, "default", batch_size), 5)
-    book.attempt("universal crafting", lambda: _universal(visit, book), 5)
-    if accelerated:
-        book.attempt("compiled copy", lambda: _compiled(visit, book), 40)
-        book.attempt("convolutions chosen by trial", lambda: _by_trial(visit, book), 8)
 
 
 def _side_by_side(
@@ -55,9 +51,7 @@ def _side_by_side(
 ) -> None:
     with Peak() as peak:
         result = bench(settings)
-    rates = peaks_of(book)
     for timing in result.timings:
-        rate = timing.work / timing.seconds
         book.note(
             "bench",
             bench=name,
@@ -68,8 +62,7 @@ def _side_by_side(
             seconds=timing.seconds,
             images_a_second=result.images_a_second(timing),
             ratio=[timing.ratio, timing.ratio_low, timing.ratio_high],
-            flops=rate,
-            share_of_peak={kind: round(rate / reached, 4) for kind, reached in rates.items()},
+            **pace(book, timing.work, timing.seconds),
             peak_gib_of_all=peak.gib,
         )
 
@@ -85,7 +78,8 @@ def _network(visit: Visit) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 def _universal(visit: Visit, book: Notebook) -> None:
     """Time universal crafting on a network with random weights, which does not affect the time."""
     data = dataset(visit)
-    model, *_ = _network(visit)
+    model, x, y = _network(visit)
+    forward, backward = _work(model, x, y)
     small = {"probe_start_steps": 2, "steps": 2} if not visit.low else {}
     restarts = {"probe_starts": 0, "steps": visit.uap_steps, "batch_size": visit.uap_batch, "restarts": 2}
     for name, settings in (("default", small), ("two restarts", restarts)):
@@ -104,9 +98,15 @@ def _universal(visit: Visit, book: Notebook) -> None:
 
             with Peak() as peak:
                 seconds = seconds_of(craft, 1, 0)
-            rate = found["backwards"] / seconds
             book.note(
-                "universal", name=name, copy=kind, seconds=seconds, gradients_a_second=rate, peak_gib=peak.gib, **found
+                "universal",
+                name=name,
+                copy=kind,
+                seconds=seconds,
+                gradients_a_second=found["backwards"] / seconds,
+                peak_gib=peak.gib,
+                **found,
+                **pace(book, found["forwards"] * forward + found["backwards"] * backward, seconds),
             )
 
 
@@ -159,44 +159,39 @@ def _profile(name: str, job: Callable[[], object], book: Notebook) -> None:
     )
 
 
-@contextlib.contextmanager
-def _trying() -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
-def _by_trial(visit: Visit, book: Notebook) -> None:
-    """Measure the effect of benchmarking convolution algorithms."""
-    with _trying():
-        _timed_copies(visit, book, "by trial", visit.batch_size)
-
-
-def _compiled(visit: Visit, book: Notebook) -> None:
-    compiled: dict[str, FastPath | None] = {"bfloat16, compiled": FastPath(precision="bfloat16", compile=True)}
-    _timed_copies(visit, book, "compiled", visit.batch_size, compiled)
-
-
-def _timed_copies(
-    visit: Visit, book: Notebook, name: str, batch_size: int, copies: dict[str, FastPath | None] | None = None
-) -> None:
+def _timed_copies(visit: Visit, book: Notebook, batch_size: int, copies: Mapping[str, FastPath | None]) -> None:
+    """Time PGD-10; the first call is apart, because it folds, compiles and captures."""
     model, x, y = _network(visit)
     x, y = x[:batch_size], y[:batch_size]
+    forward, backward = _work(model, x, y)
     attack = PGD(eps=visit.eps, steps=10, early_stop=False)
-    for kind, fast in (_copies(visit) if copies is None else copies).items():
+    for kind, fast in copies.items():
         with Victim(model, fast=fast or False) as victim, Peak() as peak:
-            seconds = seconds_of(lambda victim=victim: attack(victim, x, y), 3, 2)  # type: ignore[misc]
+            job = partial(attack, victim, x, y)
+            first = seconds_of(job, 1, 0)
+            before = victim.forwards, victim.backwards
+            seconds = seconds_of(job, 4, 1)
+            work = (victim.forwards - before[0]) / 5 * forward + (victim.backwards - before[1]) / 5 * backward
             notes = victim.notes
         book.note(
             "attack",
-            setting=name,
             batch_size=len(x),
             copy=kind,
             notes=notes,
+            first_seconds=first,
             seconds=seconds,
             images_a_second=len(x) / seconds,
             peak_gib=peak.gib,
+            **pace(book, work, seconds),
         )
+
+
+def _work(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+    """Operations of a forward of one image, and of the backward to it, counted."""
+    with Victim(model) as victim, torch.enable_grad():
+        point = x.clone().requires_grad_()
+        with _Operations() as forward:
+            loss = F.cross_entropy(victim(point), y)
+        with _Operations() as backward:
+            victim.gradient(loss, point, len(x))
+    return forward.total / len(x), backward.total / len(x)

@@ -52,17 +52,19 @@ def print_table(lines: list[dict[str, Any]]) -> None:
             rates = ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in line["matmul_flops"].items())
             print(f"matrix product, TFLOP/s: {rates}; copy {line['copy_bytes'] / 1e12:.2f} TB/s")
         elif kind == "bench":
-            best = " ".join(f"{100 * share:.0f}% of {name}" for name, share in line["share_of_peak"].items())
             print(
                 f"{line['bench']:9s} {line['batch_size']:4d} {line['name'][:38]:38s} {1e3 * line['seconds']:8.1f} ms "
-                f"{line['images_a_second']:8.0f} images/s  {line['ratio'][0]:.2f}  {best}"
+                f"{line['images_a_second']:8.0f} images/s  {line['ratio'][0]:.2f}  {_shares(line)}"
             )
         elif kind == "universal":
-            print(f"universal {line['name']}, {line['copy']}: {line['seconds']:.1f} s, {line['peak_gib']} GiB")
+            print(
+                f"universal {line['name']}, {line['copy']}: {line['seconds']:.2f} s for {line['backwards']} gradients, "
+                f"{line['peak_gib']} GiB  {_shares(line)}"
+            )
         elif kind == "attack":
             print(
-                f"PGD-10, {line['setting']}, {line['batch_size']} images, {line['copy']}: "
-                f"{line['images_a_second']:.0f} images/s ({line['notes']})"
+                f"PGD-10, {line['batch_size']} images, {line['copy']}: {1e3 * line['seconds']:.1f} ms, first "
+                f"{line['first_seconds']:.1f} s, {line['peak_gib']} GiB  {_shares(line)} ({line['notes']})"
             )
         elif kind == "profile":
             print(
@@ -70,10 +72,9 @@ def print_table(lines: list[dict[str, Any]]) -> None:
                 f"{1e3 * line['kernel_seconds']:.0f} ms in {line['kernels']}; waits {line['waits']}"
             )
         elif kind == "step":
-            best = " ".join(f"{100 * share:.0f}% of {name}" for name, share in line["share_of_peak"].items())
             print(
                 f"step {line['defense']:24s} {1e3 * line['seconds']:7.1f} ms {line['images_a_second']:8.0f} images/s "
-                f"epoch {line['seconds_per_epoch']:.1f} s, {line['peak_gib']} GiB  {best}"
+                f"epoch {line['seconds_per_epoch']:.1f} s, {line['peak_gib']} GiB  {_shares(line)}"
             )
         elif kind == "audited":
             values = "  ".join(f"{name} {100 * value:.1f}" for name, value in line["found"].items())
@@ -82,6 +83,10 @@ def print_table(lines: list[dict[str, Any]]) -> None:
             print(f"audit {line['suite']} of {line['defense']}: {line['seconds']:.0f} s")
         elif kind in ("error", "skipped"):
             print(f"{kind}: {line['name']} {line.get('error', '')}"[:200])
+
+
+def _shares(line: dict[str, Any]) -> str:
+    return " ".join(f"{100 * share:.0f}% of {name}" for name, share in line["share_of_peak"].items())
 
 
 if __name__ == "__main__":

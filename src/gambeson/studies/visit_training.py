@@ -10,7 +10,7 @@ import torch
 from gambeson import models
 from gambeson.attacks import PGD, StochasticPGD
 from gambeson.auditing import audit
-from gambeson.base import seeded
+from gambeson.base import full_precision, seeded
 from gambeson.data import Dataset
 from gambeson.defenses import (
     Defense,
@@ -25,7 +25,7 @@ from gambeson.evaluation import accuracy, accuracy_under, universal_evasion
 from gambeson.evaluation.universal import control_rates
 from gambeson.models import PixelModel
 from gambeson.studies.bench import _Operations
-from gambeson.studies.visit import Notebook, Peak, Visit, dataset, free, peaks_of, seconds_of
+from gambeson.studies.visit import Notebook, Peak, Visit, dataset, free, pace, seconds_of
 from gambeson.threat import Ball
 from gambeson.training import Recipe, train
 from gambeson.training.batches import Epoch
@@ -101,8 +101,10 @@ def run_trainings(visit: Visit, book: Notebook, done: list[dict[str, Any]], only
     auditing = FIRST_AUDIT if visit.low else 0.0
     epochs = choose_epochs([epoch[name] for name, _ in first], auditing, book.left, visit.epochs)
     book.note("plan", epochs=epochs, seconds_per_epoch=epoch, jobs=[list(job) for job in jobs], images=len(data.train))
+    kept: list[PixelModel] = []
     for name, seed in jobs:
-        fits = int((book.left - auditing) / (SLACK * epoch[name]))
+        reserved = visit.judging if kept else 0.0
+        fits = int((book.left - reserved - auditing) / (SLACK * epoch[name]))
         mine = min(epochs, fits)
         if mine < min(visit.epochs[0], epochs):
             book.note("skipped", name=name, seed=seed, left=round(book.left, 1))
@@ -112,14 +114,16 @@ def run_trainings(visit: Visit, book: Notebook, done: list[dict[str, Any]], only
         def job(name: str = name, seed: int = seed, mine: int = mine, began: dict[str, float] = began) -> None:
             model = _train(visit, data, name, chosen[name], seed, mine, book)
             began["audit"] = time.monotonic()
-            _audit(visit, data, name, seed, mine, model, book)
+            with full_precision(torch.device(visit.device)):
+                _audit(visit, data, name, seed, mine, model, book)
             began["end"] = time.monotonic()
-            judged = any(line["kind"] == "audit" for line in book.lines())
-            if name == visit.judged and not judged and book.left > visit.judging:
-                _judge(visit, data, name, model, book)
+            if name == visit.judged and not kept:
+                kept.append(model)
 
         if book.attempt(f"{name}, seed {seed}", job):
             auditing = max(1.0, SLACK * (began["end"] - began["audit"]))
+    for model in kept:
+        book.attempt(f"audit {visit.suite}", lambda model=model: _judge(visit, data, model, book), visit.judging / 2)  # type: ignore[misc]
 
 
 def choose_epochs(seconds: list[float], audit: float, left: float, limits: tuple[int, int]) -> int:
@@ -161,16 +165,13 @@ def _step(visit: Visit, data: Dataset, name: str, defense: Defense, book: Notebo
         with _Operations() as counted:
             one()
         seconds = seconds_of(one, 6 if visit.low else 1, 2 if visit.low else 0)
-    rate = counted.total / seconds
     book.note(
         "step",
         defense=name,
         batch_size=visit.batch_size,
         seconds=seconds,
         images_a_second=visit.batch_size / seconds,
-        tflop=counted.total / 1e12,
-        flops=rate,
-        share_of_peak={kind: round(rate / reached, 4) for kind, reached in peaks_of(book).items()},
+        **pace(book, counted.total, seconds),
         peak_gib=peak.gib,
         seconds_per_epoch=seconds * run.steps,
     )
@@ -198,18 +199,18 @@ def _train(
     return model.eval()
 
 
-def _judge(visit: Visit, data: Dataset, name: str, model: PixelModel, book: Notebook) -> None:
-    """Time an audit of a trained model, and record its verdict."""
+def _judge(visit: Visit, data: Dataset, model: PixelModel, book: Notebook) -> None:
+    """Time an audit of a trained model, and record its verdict; what is done in time is in its folder."""
     began = time.monotonic()
     with Peak() as peak:
-        found = audit(model, data, visit.suite, seed=visit.seed, label=name)
+        found = audit(model, data, visit.suite, book.path.parent / "audit", seed=visit.seed, label=visit.judged)
     seconds = time.monotonic() - began
     verdict = found.verdict.plain()
-    book.note("audit", suite=visit.suite, defense=name, seconds=seconds, peak_gib=peak.gib, verdict=verdict)
+    book.note("audit", suite=visit.suite, defense=visit.judged, seconds=seconds, peak_gib=peak.gib, verdict=verdict)
 
 
 def _audit(visit: Visit, data: Dataset, name: str, seed: int, epochs: int, model: PixelModel, book: Notebook) -> None:
-    """Clean accuracy, accuracy under PGD, and UER and controls for each eps, scored in float32."""
+    """Clean accuracy, accuracy under PGD, and UER and controls for each eps, scored in full float32."""
     about = {"defense": name, "seed": seed, "epochs": epochs, "data": data.name, "model": visit.model}
     test = data.test.to(visit.device)
     fast = FastPath(precision=visit.precision)

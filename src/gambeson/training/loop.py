@@ -35,7 +35,7 @@ from gambeson.models import save as save_model
 from gambeson.training.batches import Epoch
 from gambeson.training.checkpoint import load_state, save_state
 from gambeson.training.recipe import Recipe, freeze_statistics, make_optimizer, set_lr
-from gambeson.training.validation import is_best, validate, validate_robustly
+from gambeson.training.validation import is_best, validate, validate_robustly, warn_at_chance
 from gambeson.victim import Victim, copied
 
 if TYPE_CHECKING:
@@ -121,26 +121,15 @@ class Run:
             )
         self.share = recipe.batch_size // processes
         defense.check(self.share)
-        defense.configure_model(model)
-        images, labels = self.train.take(slice(0, 8), self.device)
-        with Victim(model) as victim:
-            shape = victim.inspect(images).shape
-        self.train.task.check_logits(shape, labels)
-        for split in (self.train, data.validation):
-            split.check_classes(shape[1])
-        if recipe.channels_last:
-            model.to(memory_format=torch.channels_last)
         self.steps = len(self.train) // recipe.batch_size
-        self.objective = defense.build_objective(
-            TrainContext(
-                model=model,
-                train=self.train,
-                seed=seed,
-                epochs=recipe.epochs,
-                steps=self.steps,
-                batch_size=self.share,
-            )
-        ).to(self.device)
+        context = TrainContext(
+            model=model, train=self.train, seed=seed, epochs=recipe.epochs, steps=self.steps, batch_size=self.share
+        )
+        with autograd_limits():
+            defense.configure_model(model)
+            if recipe.channels_last:
+                model.to(memory_format=torch.channels_last)
+            self.objective = defense.build_objective(context).to(self.device)
         self.optimizer = make_optimizer(model, defense, recipe)
         self.shadow = (
             None
@@ -163,6 +152,7 @@ class Run:
                 self.history.append({"epoch": epoch, **means, **self._validate(epoch)})
                 self.seconds.append(time.perf_counter() - began)
                 self._checkpoint()
+        warn_at_chance(self.history[-1]["validation_accuracy"], self.data.validation)
         self.model.load_state_dict(self._chosen())
         if self.out is not None and isinstance(self.model, PixelModel) and self.accelerator.is_main_process:
             save_model(self.model, self.out / "model.safetensors", {"epochs": self.recipe.epochs})
@@ -219,8 +209,16 @@ class Run:
             raise UserError("the model changes its input in place: let it work on a copy, such as images.clone()")
         self.objective.after_step(batch)
         if self.shadow is not None:
-            self.shadow.update_parameters(self.model)
+            self._average(self.shadow)
         return found
+
+    @torch.no_grad()
+    def _average(self, shadow: AveragedModel) -> None:
+        shadow.update_parameters(self.model)
+        # Only running statistics have a mean: that of the unit vectors of spectral_norm is shorter than they are.
+        for (name, value), mean in zip(self.model.named_buffers(), shadow.module.buffers(), strict=True):
+            if not name.endswith(("running_mean", "running_var")):
+                mean.copy_(value)
 
     def _watch(self, total: torch.Tensor, epoch: int, k: int) -> None:
         """Stop a training that has diverged; checked rarely, because it synchronises with the device."""
@@ -301,8 +299,17 @@ def _trainable(model: nn.Module, data: Dataset) -> tuple[torch.device, torch.dty
             f"the {type(model).__name__} has no weights that require a gradient: train the module it was made from"
         )
     with victim:
-        if victim.inspect(data.train.take(slice(0, 2), victim.device)[0]).writes:
-            raise UserError("the model changes its input in place: let it work on a copy, such as images.clone()")
+        images, _ = data.train.take(slice(0, 2), victim.device)
+        traits = victim.inspect(images)
+    if traits.writes:
+        raise UserError("the model changes its input in place: let it work on a copy, such as images.clone()")
+    if not traits.bare:
+        raise UserError(
+            "the model returns something that holds its logits: train gb.models.as_logits(model, KEY), with the KEY of "
+            "the logits in it"
+        )
+    for split in (data.train, data.validation):
+        split.check_logits(traits.shape)
     try:
         model.train()
     except NotImplementedError:

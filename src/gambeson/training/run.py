@@ -210,8 +210,7 @@ def _built(run: TrainRun, dataset: data.Dataset) -> tuple[nn.Module, data.Datase
 def _model(run: TrainRun, dataset: data.Dataset) -> models.PixelModel:
     drawn = []
     for seed in member_seeds(run.seed, run.defense.num_members):  # each member as a separate run would draw it
-        with seeded(seed, "model"):
-            drawn.append(models.create(run.model, dataset))
+        drawn.append(models.create(run.model, dataset, seed=seed))
     model = models.ensemble(drawn)
     if run.init is not None:
         load_weights(model, Path(run.init))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +24,20 @@ def validate(model: nn.Module, data: Dataset) -> dict[str, float]:
     """Return the clean accuracy."""
     with _one_pass(model) as victim:
         return {"validation_accuracy": 1 - _error(victim, data.validation)}
+
+
+def warn_at_chance(accuracy: float, split: Split) -> None:
+    """Warn if a model is right no more often than one that always says the most frequent class, within two errors."""
+    if not split.task.per_image_label:
+        return
+    counted = split.labels[split.task.valid(split.labels)]
+    chance = float(counted.bincount().max()) / len(counted)
+    if accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / len(counted)):
+        warnings.warn(
+            f"the model has not learnt: it gets {100 * accuracy:.1f} % of {split.name} right, and the most frequent "
+            f"class alone is {100 * chance:.1f} %; train longer, change the learning rate, or check the labels",
+            stacklevel=2,
+        )
 
 
 @contextmanager

@@ -112,6 +112,7 @@ class ModelAverage(AveragedVictim):
             shared=any(look.shared for look in looks),
             writes=any(look.writes for look in looks),
             probabilities=any(look.probabilities for look in looks),
+            bare=all(look.bare for look in looks),
             sigmoids=any(look.sigmoids for look in looks),
         )
         return self.traits

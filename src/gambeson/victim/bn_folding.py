@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from gambeson.base import full_precision, generator, seeded
 from gambeson.victim.graphs import Graphs
@@ -47,6 +47,8 @@ class FoldedModel:
         self._places: tuple[int, ...] = ()
         self.pairs = _pairs(model, example)
         self._signature = signature(model)
+        kept = (value for module in model.modules() for value in vars(module).values())
+        self._kept = [value for value in kept if isinstance(value, torch.Tensor)]  # no other may get the id of one
         plain = copy.deepcopy(model).requires_grad_(False)
         self.view = plain if not self.pairs else copy.deepcopy(plain)
         self.layout = torch.contiguous_format
@@ -92,25 +94,31 @@ class FoldedModel:
         Uses ``.data``, invisible to autograd: another victim of the same model may have a graph on this copy, and finds
         the same values there.
         """
-        norms = {conv: model.get_submodule(norm) for conv, norm in self.pairs}
         folded = {name for pair in self.pairs for name in pair}
-        values = dict(model.state_dict(keep_vars=True))
-        for name, target in self.view.state_dict(keep_vars=True).items():
+        values = dict(_tensors(model))
+        for name, tensor in _tensors(self.view):
             if name.rpartition(".")[0] not in folded:
-                target.data.copy_(values[name])
-        for name, norm in norms.items():
-            conv, target = model.get_submodule(name), self.view.get_submodule(name)
-            assert isinstance(conv, nn.Conv2d)
-            assert isinstance(norm, nn.BatchNorm2d)
-            assert isinstance(target, nn.Conv2d)
-            assert target.bias is not None
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            weight, bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )
-            target.weight.data.copy_(weight)
-            target.bias.data.copy_(bias)
+                tensor.data.copy_(values[name])
+        if not self.pairs:
+            return
+        # As torch.nn.utils.fusion computes it, to the bit, with one kernel for the vectors of all layers.
+        convs: list[Any] = [model.get_submodule(conv) for conv, _ in self.pairs]
+        norms: list[Any] = [model.get_submodule(norm) for _, norm in self.pairs]
+        targets: list[Any] = [self.view.get_submodule(conv) for conv, _ in self.pairs]
+        scales = torch._foreach_add([norm.running_var for norm in norms], [norm.eps for norm in norms])
+        torch._foreach_rsqrt_(scales)
+        biases = torch._foreach_neg([norm.running_mean for norm in norms])
+        for bias, conv in zip(biases, convs, strict=True):
+            if conv.bias is not None:
+                bias.add_(conv.bias)
+        torch._foreach_mul_(biases, scales)
+        affine = [k for k, norm in enumerate(norms) if norm.affine]
+        for products in (scales, biases):
+            torch._foreach_mul_([products[k] for k in affine], [norms[k].weight for k in affine])
+        torch._foreach_add_([biases[k] for k in affine], [norms[k].bias for k in affine])
+        for conv, scale, target in zip(convs, scales, targets, strict=True):
+            torch.mul(conv.weight, scale.view(-1, 1, 1, 1), out=target.weight.data)
+        torch._foreach_copy_([target.bias.data for target in targets], biases)
 
 
 _made: WeakKeyDictionary[nn.Module, FoldedModel] = WeakKeyDictionary()
@@ -179,18 +187,38 @@ def _agree(
         return float((slope - gradient).norm()) <= max(GRADIENT_TOLERANCE, rounding) * float(gradient.norm())
 
 
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name, also those that are not saved."""
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
 def signature(model: nn.Module) -> Hashable:
-    """The structure of a model, without tensor values and modes: its modules and their settings."""
+    """The structure of a model, without values of parameters and buffers and modes: its modules and their settings."""
     return tuple((name, type(module), _settings(module), _shapes(module)) for name, module in model.named_modules())
 
 
-_PLAIN = (bool, int, float, str, tuple, type(None))
+_PLAIN = (bool, int, float, str, type(None))
+_HOOKS = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
+_OTHERWISE = set(vars(nn.Module())) - _HOOKS
 
 
 def _settings(module: nn.Module) -> tuple[Hashable, ...]:
-    own = vars(module)
-    plain = ((key, value) for key, value in own.items() if isinstance(value, _PLAIN) and key != "training")
-    return (*plain, *(tuple(map(id, own[key].values())) for key in ("_forward_hooks", "_forward_pre_hooks")))
+    return tuple((key, _state(value)) for key, value in vars(module).items() if key not in _OTHERWISE)
+
+
+def _state(value: object) -> Hashable:
+    """What tells a change of a module's attribute: its value if it is plain, else which object it is."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, torch.Tensor):
+        return id(value), 0 if value.is_inference() else value._version
+    if isinstance(value, nn.Module):  # in a list, which does not register it
+        return id(value), tuple(_state(tensor) for _, tensor in _tensors(value))
+    if isinstance(value, list | tuple | set):
+        return type(value), tuple(map(_state, value))
+    if isinstance(value, dict):
+        return type(value), tuple((id(key), _state(one)) for key, one in value.items())
+    return id(value)
 
 
 def _shapes(module: nn.Module) -> tuple[Hashable, ...]:
@@ -224,7 +252,7 @@ def _pairs(model: nn.Module, example: torch.Tensor) -> list[tuple[str, str]]:
             hooks.append(module.register_forward_pre_hook(before_norm).remove)
     try:
         with torch.no_grad():
-            model(example)
+            model(example.clone())  # which it may write into
     finally:
         for remove in hooks:
             remove()

@@ -54,7 +54,8 @@ class NoGradientError(UserError):
 
 _MISFIT = re.compile(
     r"to have (\d+) channels, but got (\d+) channels|shapes cannot be multiplied|is invalid for input of size|"
-    r"running_mean should contain|must match the size of tensor|Kernel size can't be greater|utput size is too small"
+    r"running_mean should contain|must match the size of tensor|Kernel size can't be greater|utput size is too small|"
+    r"Guard failed|split_with_sizes expects|must be divisible by"
 )
 """What torch says of images of another size or number of channels than a layer takes, or of another batch size."""
 
@@ -68,7 +69,7 @@ def explained(images: torch.Tensor) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         if "Inference tensors cannot be saved" in str(error):
             raise UserError(
                 "the model's weights were made in torch.inference_mode, which keeps no graph: create or load the model "
@@ -84,7 +85,8 @@ def explained(images: torch.Tensor) -> Iterator[None]:
             ) from error
         raise UserError(
             f"the model failed on {len(images)} images of shape {tuple(images.shape[1:])} "
-            f"({' '.join(str(error).split())}): choose data and model that fit each other"
+            f"({' '.join(str(error).split())}): choose data and model that fit each other; wrap a model that takes a "
+            "fixed or an even number of images with gb.models.fixed_batch(model, NUMBER)"
         ) from error
 
 
@@ -108,12 +110,12 @@ def logits_of(output: Any, images: int | None = None) -> torch.Tensor:
             found = next((output[key] for key in KEYS if key in output), None)
         elif found is None and isinstance(output, Sequence) and len(output):
             found = output[0]
-    if not isinstance(found, torch.Tensor):
+    if not isinstance(found, torch.Tensor) or found.is_complex():
         keys = f" with the keys {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
         raise UserError(
-            f"the model returned {type(output).__name__}{keys}: expected a tensor of logits, an object with `.logits`, "
-            "a mapping with `logits` or `out`, or a tuple that starts with them; wrap the model so that it returns "
-            "the logits alone, for example by gb.models.as_logits(model, 'KEY')"
+            f"the model returned {type(output).__name__}{keys}: expected a tensor of real logits, an object with "
+            "`.logits`, a mapping with `logits` or `out`, or a tuple that starts with them; wrap the model so that "
+            "it returns the logits alone, for example by gb.models.as_logits(model, 'KEY')"
         )
     return found[None] if images == 1 and found.ndim in (1, 3) else found
 
@@ -155,6 +157,8 @@ class ModelTraits:
     """Every row lies in [0, 1] and sums to 1."""
     sigmoids: bool
     """The outputs are sigmoids, one per class."""
+    bare: bool
+    """The output is the tensor of logits, and not something that holds it."""
 
     @property
     def stochastic(self) -> bool:
@@ -179,17 +183,23 @@ def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
     few = images[:_FEW].detach()
     with seeded(0, "look"), explained(few):
         given = few.clone()
-        first = logits_of(model(given), len(few))
-        if len(first) == len(few) and (first.ndim == 1 or first.shape[1] == 1 or first.shape[1:] == few.shape[2:]):
+        answer = model(given)
+        first, rest = logits_of(answer, len(few)), tuple(few.shape[2:])
+        if not first.is_floating_point():
+            raise UserError(
+                f"the model returned {first.dtype} of shape {tuple(first.shape)}: expected logits, which are floats; "
+                "let it return the score of every class"
+            )
+        if tuple(first.shape) in ((len(few),), (len(few), 1), (len(few), *rest), (len(few), 1, *rest)):
             raise UserError(
                 f"the model was given {len(few)} images and returned shape {tuple(first.shape)}, one score for two "
                 "classes: expected logits (N, K) or (N, K, H, W) with K of at least 2; wrap it with "
                 "gb.models.as_logits(model, 'one-logit'), or with 'sigmoid' where the score is a probability"
             )
-        if first.ndim not in (2, 4) or len(first) != len(few):
+        if first.ndim not in (2, 4) or len(first) != len(few) or first.shape[1] < 2:
             raise UserError(
                 f"the model was given {len(few)} images and returned shape {tuple(first.shape)}: expected logits "
-                "(N, K), or (N, K, H, W) for one answer per pixel"
+                "(N, K), or (N, K, H, W) for one answer per pixel, with K of at least 2"
             )
         # One wait for all: a random model is told by its first differing call, as if there had been no more.
         again = [logits_of(model(few.clone()), len(few)) for _ in range(1, CALLS)]
@@ -209,7 +219,8 @@ def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
         sigmoids = trainable and ends_with_sigmoid(model, few)
     return ModelTraits(
         shape=tuple(first.shape),
-        size=tuple(few.shape[2:]),
+        size=rest,
+        bare=isinstance(answer, torch.Tensor),
         gap=gap,
         shared=shared,
         writes=writes,

@@ -82,12 +82,11 @@ class FastPath(Config):
     """Of convolutions and matrix products (autocast). Lower precision is faster on accelerators, and on CPUs that
     support it; gradients are returned in float32."""
     compile: bool = False
-    """Compile the copy, with CUDA graphs if possible. Off by default: on CPUs the measured gain was below a tenth, for
-    at least ten seconds of compilation, repeated for every batch size."""
+    """Compile the copy, which fuses biases and activations: for jobs long enough to repay ten or twenty seconds of
+    compilation, repeated for every batch size. On CPUs the measured gain was below a tenth."""
     graphs: bool = True
     """On a CUDA device, replay the gradient of a batch shape as a CUDA graph from its third call on: the same kernels
-    without their launches, which bound small batches. Not for random models, and not with ``compile``, which has its
-    own."""
+    without their launches, which bound small batches. Not for random models."""
 
 
 class Victim:
@@ -306,7 +305,7 @@ class Victim:
             self._layout = made.layout
             if wanted == torch.channels_last:
                 self.notes += ", channels last" if made.layout == wanted else ", which cannot be channels last"
-            if fast.graphs and not fast.compile and has_graphs(images.device):
+            if fast.graphs and has_graphs(images.device):
                 made.keep_graphs()
                 self._copy = made
         if fast.precision != "float32":
@@ -330,25 +329,18 @@ class Victim:
         )
 
     def _compiled(self, view: Callable[[torch.Tensor], Any], images: torch.Tensor) -> Callable[[torch.Tensor], Any]:
-        mode = "default" if images.device.type == "cpu" else "reduce-overhead"
-        compiled = torch.compile(view, mode=mode)
+        compiled: Callable[[torch.Tensor], Any] = torch.compile(
+            view, dynamic=False
+        )  # kernels of fixed shapes are faster
         try:
             with torch.enable_grad():
-                point = images[:2].detach().to(self.dtype).requires_grad_()
+                point = images.detach().to(self.dtype).contiguous(memory_format=self._layout).requires_grad_()
                 torch.autograd.grad(logits_of(compiled(point)).sum(), point)
         except Exception as error:
             self.notes += f", not compiled ({type(error).__name__})"
             return view
         self.notes += ", compiled"
-        if mode == "default":
-            return compiled
-        self.notes += " with CUDA graphs"
-
-        def answer(images: torch.Tensor) -> torch.Tensor:
-            torch.compiler.cudagraph_mark_step_begin()
-            return logits_of(compiled(images)).clone()  # the next replay overwrites the returned tensor
-
-        return answer
+        return compiled
 
     def _check_input(self, images: torch.Tensor) -> None:
         if any(True for _ in self.model.parameters()) and self.device != images.device:

@@ -84,7 +84,7 @@ class Queries:
             raise UserError(
                 f"the queried function returned {type(answer).__name__}: {expected}; return the scores alone"
             ) from None
-        if scores.ndim != 2 or len(scores) != len(asked) or scores.shape[1] < 2:
+        if scores.ndim != 2 or len(scores) != len(asked) or scores.shape[1] < 2 or scores.is_complex():
             raise UserError(
                 f"the queried function was given {len(asked)} images and returned shape {tuple(scores.shape)}: "
                 f"{expected} and K of at least 2; return the score of every class"

@@ -285,11 +285,9 @@ class UniversalAttack(Config):
                 "select among the restarts on other images than those used for crafting",
             )
         for victim in victims:
-            images, labels = train.take(slice(0, 8), victim.device)
-            shape = victim.inspect(images).shape
-            train.task.check_logits(shape, labels)
+            traits = victim.inspect(train.take(slice(0, 8), victim.device)[0])
             for split in (train, validation):
-                split.check_classes(shape[1])
+                split.check_logits(traits.shape)
         target: int | None = settings.get("target")
         if target is not None and target >= classes:
             raise UserError(f"target {target} is not a class: expected 0 to {classes - 1}")

@@ -1,0 +1,26 @@
+"""A few minutes on a GPU may end at any time: every test is bounded, and its result is written at once."""
+
+import signal
+
+import pytest
+
+BOUND = 40
+"""Seconds of a test."""
+
+
+@pytest.fixture(autouse=True)
+def bounded():
+    def stop(*_):
+        raise TimeoutError(f"not done in {BOUND} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(BOUND)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or report.failed:
+        name, why = report.nodeid.rpartition("::")[2], f"\n{report.longreprtext}" if report.failed else ""
+        print(f"\n{report.outcome} {name}, {report.duration:.1f} s{why}", flush=True)
