@@ -64,7 +64,9 @@ def outcome(capsys, arguments):
         errors = [line for line in said if line.startswith("error: ")]
         assert len(errors) == 1, (arguments, said)
         assert "Traceback" not in "".join(said)
-        assert not any(word in errors[0] for word in ("Input should", "Value error", "TrainRun", "AuditRun"))
+        assert not any(
+            word in errors[0] for word in ("Input should", "Value error", "TrainRun", "AuditRun", "Settings")
+        )
     return code, " ".join(said)
 
 
@@ -115,6 +117,7 @@ def test_any_options_end_in_one_sentence(nowhere, capsys, arguments):
         ("transfer a b --images=few", "error: --images=few: expected a valid integer"),
         ("transfer a b --norm 7", "error: --norm 7: expected 'inf', '2' or '1'"),
         ("audit x --budget few", "error: --budget few: expected a valid integer"),
+        ("bench attacks --rounds 0", "error: --rounds 0: expected greater than or equal to 3"),
         ("list atacks", "'atacks' is not one of 'attacks'"),
     ],
 )
