@@ -153,3 +153,44 @@ def test_costs_in_the_table_are_what_is_counted(trained, digits):
         with Victim(trained) as victim:
             attacks.create(name, eps=0.01)(victim, x, y)
         assert (victim.forwards, victim.backwards) == (10 * forwards, 10 * backwards), name
+
+
+def test_the_server_of_the_page_answers_the_client():
+    import http.server
+    import threading
+
+    import torch
+
+    from gambeson.models.black_box.http import HttpModel
+
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "black-box.md").read_text(), re.DOTALL)
+    begun = []
+
+    class Once(http.server.ThreadingHTTPServer):
+        def serve_forever(self, *_):
+            threading.Thread(target=super().serve_forever, args=(0.02,), daemon=True).start()
+            begun.append(self)
+
+    scope = {"model": lambda images: images.flatten(1)[:, :4] * 3}
+    code = code.replace("ThreadingHTTPServer((", "Once((").replace("8000", "0")
+    exec(code, scope | {"Once": Once})
+    images = torch.rand(70, 1, 5, 5)
+    try:
+        found = HttpModel(f"http://127.0.0.1:{begun[0].server_port}")(images)
+    finally:
+        begun[0].shutdown()
+        begun[0].server_close()
+    assert torch.equal(found, scope["model"](images))
+
+
+def test_the_settings_of_http_are_those_of_the_page():
+    from gambeson.models.black_box.http import HttpSettings
+
+    rows = [
+        f"| `{name}` | {field.get_default(call_default_factory=True)} | "
+        f"{' '.join((field.description or '').split()).replace('``', '`')} |"
+        for name, field in HttpSettings.model_fields.items()
+    ]
+    text = (DOCS / "black-box.md").read_text()
+    written = text.split("<!-- http settings -->\n")[1].split("<!-- /http settings -->")[0].splitlines()[2:]
+    assert written == rows

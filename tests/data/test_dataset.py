@@ -277,7 +277,7 @@ def test_folder_refusals(tmp_path: Path) -> None:
     (tmp_path / "train" / "emu" / "x.png").write_bytes(b"<html>")
     with pytest.raises(UserError, match=r"x\.png cannot be read as an image"):
         load(tmp_path)
-    with pytest.raises(UserError, match="ImageOptions.size = 0: Input should be greater"):
+    with pytest.raises(UserError, match="ImageOptions.size = 0: expected greater"):
         load(tmp_path, size=0)
     only = folder(tmp_path / "only", ("test",), 3)
     with pytest.raises(UserError, match="no train folder"):

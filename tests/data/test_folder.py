@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -237,6 +238,28 @@ def test_links(tmp_path: Path) -> None:
         load(f"image-folder:{root}?nested=flat")
 
 
+def test_folders_and_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, real, opened = tree(tmp_path, ["a", "b"]), os.scandir, Image.open
+
+    def scan(folder: Any) -> Any:
+        if Path(folder).name == "b":
+            raise PermissionError(13, "Permission denied")
+        return real(folder)
+
+    def image(path: Any, *rest: Any) -> Any:
+        if Path(path).name == "3.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scan)
+        with pytest.raises(UserError, match=r"/b cannot be read \(Permission denied\)"):
+            load(root)
+    monkeypatch.setattr(Image, "open", image)
+    with pytest.raises(UserError, match=r"3\.png cannot be read as an image .*Permission denied"):
+        load(root)
+
+
 def test_one_image_or_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has 2 images, too few"):
         load(tree(tmp_path, ["a", "b"], 1))
@@ -256,8 +279,8 @@ def test_options_in_a_name(tmp_path: Path) -> None:
         ("siz=6", "siz in .* is unknown: the options are size, mode, order, nested, white, alpha"),
         ("size=6,size=7", "size in .* is given twice"),
         ("size=6,grey", "grey in .* has no value"),
-        ("size=6?mode=grey", "Input should be a valid integer"),
-        ("mode=gray", "mode = 'gray': Input should be 'rgb' or 'grey'"),
+        ("size=6?mode=grey", "expected a valid integer"),
+        ("mode=gray", "mode = 'gray': expected 'rgb' or 'grey'"),
         ("white=0", "white = '0'"),
     ]:
         for call in (load, canonical):

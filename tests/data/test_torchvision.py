@@ -233,8 +233,8 @@ def test_other_names(tmp_path: Path) -> None:
         load("torchvision:Kinetics", tmp_path)
     with pytest.raises(UserError, match="unknown torchvision data set 'Food10': did you mean Food101"):
         load("torchvision:Food10", tmp_path)
-    with pytest.raises(UserError, match=r"size = 'big': Input should be a valid integer"):
+    with pytest.raises(UserError, match=r"size = 'big': expected a valid integer"):
         load("torchvision:GTSRB?size=big", tmp_path)
-    with pytest.raises(UserError, match="size = '0': Input should be greater than"):
+    with pytest.raises(UserError, match="size = '0': expected greater than"):
         load("torchvision:GTSRB?size=0", tmp_path)
     assert all(hasattr(datasets, name) for name in [*SETS, *OTHERWISE])

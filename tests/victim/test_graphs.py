@@ -38,7 +38,7 @@ class Waits(TorchDispatchMode):
 class Replayed:
     """Stands for a captured graph: computes on inputs of its own, and counts nothing."""
 
-    made = 0
+    made = calls = 0
 
     def __init__(self, job, tensors, pool, tally, settings):
         type(self).made += 1
@@ -48,6 +48,7 @@ class Replayed:
         self.counts = tuple(after - earlier for after, earlier in zip(tally(), before, strict=True))
 
     def __call__(self, tensors):
+        type(self).calls += 1
         for static, tensor in zip(self.inputs, tensors, strict=True):
             static.copy_(tensor)
         victim = self.job.__self__.victim
@@ -59,7 +60,7 @@ class Replayed:
 
 @pytest.fixture
 def replayed(monkeypatch):
-    Replayed.made = 0
+    Replayed.made = Replayed.calls = 0
     monkeypatch.setattr(graphs, "Graph", Replayed)
     monkeypatch.setattr(graphs, "_stream", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -136,6 +137,7 @@ def test_a_training_captures_once_and_follows_the_weights(replayed, monkeypatch)
                 for parameter in net.parameters():
                     parameter.mul_(0.9 if seed % 2 else -1.1)
     assert replayed.made == 1
+    assert replayed.calls == 4 * 4 - graphs.EAGER
     assert all(torch.equal(one, other) for one, other in zip(found[:4], found[4:], strict=True))
     assert not torch.equal(found[0], found[1])
 

@@ -10,6 +10,7 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import FGSM, PGD, DeepFool, StochasticPGD
+from gambeson.auditing.derandomize import Derandomize
 from gambeson.victim import Victim, as_victim
 
 
@@ -380,6 +381,15 @@ def test_programs_are_attacked_as_the_module_they_were_made_of(kind):
     torch.testing.assert_close(attacked(model), attacked(Net()), rtol=0, atol=1e-4)
     assert gb.evaluation.accuracy(model, (x, y)).value == 1
     torch.testing.assert_close(gb.analysis.batch_jacobian(model, x), gb.analysis.batch_jacobian(Net(), x))
+
+
+def test_what_is_known_of_a_random_model_does_not_hold_where_its_noise_is_off():
+    model, (x, _) = changed(lambda net, x: plainly(net, x) + torch.randn(len(x), 4)), batch()
+    for _ in range(2):
+        with Victim(model) as victim:
+            assert victim.inspect(x).stochastic
+        with Derandomize(), Victim(model) as victim:
+            assert not victim.inspect(x).stochastic
 
 
 def test_a_list_of_modules_is_held_as_their_average():

@@ -198,9 +198,9 @@ class ProjectedGradient:
         """
         if view is None and truth is None:
             made = (self.loss, self.task, self.per_image, self.box_gradient)
-            gradient, logits, total = self.victim.repeated(made, self._gradient, delta, images, labels)
+            gradient, logits, total = self.victim.repeated(made, self._gradient, images, delta, labels)
         else:
-            gradient, logits, total = self._gradient(delta, images, labels, truth, view)
+            gradient, logits, total = self._gradient(images, delta, labels, truth, view)
         if sums is None:
             require_finite([total], number)
         else:
@@ -209,8 +209,8 @@ class ProjectedGradient:
 
     def _gradient(
         self,
-        delta: torch.Tensor,
         images: torch.Tensor,
+        delta: torch.Tensor,
         labels: torch.Tensor,
         truth: torch.Tensor | None = None,
         view: Callable[[torch.Tensor], torch.Tensor] | None = None,

@@ -17,6 +17,7 @@ from gambeson.auditing.stages.black_box import queries_file
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.base import Config, UserError, check_run, close_run, environment, open_run, read_json, unknown_name
 from gambeson.evaluation import load_model
+from gambeson.models.black_box.http import StoredHttp
 from gambeson.models.loading import check_source
 
 
@@ -38,6 +39,8 @@ class AuditRun(Config):
     model: str
     """What :func:`gambeson.evaluation.load_model` takes: a run folder, a weights file, an architecture, a program, or
     a black box."""
+    http: StoredHttp = None
+    """How a server is asked."""
     data: data_room.Name | None = None
     """Name of a data set; None: that of the training run."""
     suite: Annotated[Suite, BeforeValidator(_read_suite)] = SUITES["standard"]
@@ -64,7 +67,7 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
     if began and (done := _finished(out)):
         return done
     left = _left(run, out)
-    subject = load_model(run.model, run.data, run.device, dataset, budget=left)
+    subject = load_model(run.model, run.data, run.device, dataset, budget=left, http=run.http)
     if began is None and left is not None:  # report a budget that is too small before creating the folder
         fit(run.suite.on(subject.dataset), subject.dataset, left, 1, keep_eps=bool(run.suite.eps))
     surrogate.check(run.suite, subject.dataset, subject.model)

@@ -14,6 +14,8 @@ from gambeson.base.errors import UserError
 from gambeson.base.files import writable, write_yaml
 
 _UNLIKE = ("environment", "finished")  # may differ between two runs with the same settings
+_PASSING = {"http": None}
+"""Settings that change no result: a run may be resumed with others."""
 
 
 def check_run(folder: Path, run: Config) -> bool | None:
@@ -35,7 +37,7 @@ def check_run(folder: Path, run: Config) -> bool | None:
         known = {key: value for key, value in held.items() if key not in _UNLIKE}
         with suppress(UserError):
             known = type(run)(**known).plain()
-        if known == settings:
+        if known | _PASSING == settings | _PASSING:
             return bool(held.get("finished"))
         if [path for path in folder.rglob("*") if path.is_file()] == [file]:
             return None

@@ -39,6 +39,7 @@ app.add_typer(uap.app, name="uap")
 app.command("transfer")(attack.transfer)
 app.command("report")(report.report)
 app.command("export")(export.export)
+app.command("convert")(export.convert)
 app.add_typer(testbed.app, name="testbed")
 app.add_typer(bench.app, name="bench")
 

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from gambeson.cli import options
-from gambeson.cli.options import chosen, needed, one_model, print_json, progress
+from gambeson.cli.options import chosen, needed, one_model, pairs, print_json, progress
 
 
 def attack(
@@ -21,6 +21,8 @@ def attack(
     norm: options.Norm = None,
     eot_samples: options.EotSamples = None,
     images: options.Images = None,
+    budget: options.Budget = None,
+    http: options.Http = None,
     config: options.ConfigFile = None,
     set_: options.Set = None,
     out: options.Out = None,
@@ -43,12 +45,20 @@ def attack(
         "data": data,
         "attack": attack,
         "images": images,
+        "budget": budget,
         "seed": seed,
         "settings.eps": eps,
         "settings.norm": norm,
         "settings.eot_samples": eot_samples,
     }
-    settings = chosen(AttackRun, config, flags, set_, device, lambda now: {"settings": settings_of(now.get("attack"))})
+    settings = chosen(
+        AttackRun,
+        config,
+        flags,
+        pairs(set_, http),
+        device,
+        lambda now: {"settings": settings_of(now.get("attack"))},
+    )
     needed(settings.get("model"), "attack")
     run = AttackRun(**settings)
     name = user_code.short(run.attack)
@@ -84,6 +94,8 @@ def transfer(
     norm: options.Norm = None,
     eot_samples: options.EotSamples = None,
     images: options.Images = None,
+    budget: options.Budget = None,
+    http: options.Http = None,
     config: options.ConfigFile = None,
     set_: options.Set = None,
     out: options.Out = None,
@@ -107,9 +119,10 @@ def transfer(
         "norm": norm,
         "eot_samples": eot_samples,
         "images": images,
+        "budget": budget,
         "seed": seed,
     }
-    settings = chosen(TransferRun, config, flags, set_, device, lambda _: {})
+    settings = chosen(TransferRun, config, flags, pairs(set_, http), device, lambda _: {})
     if len(settings.get("models", ())) < 2:
         raise UserError("transfer needs two models or more: for example gambeson transfer runs/x runs/y --eps 0.1")
     run = TransferRun(**settings)

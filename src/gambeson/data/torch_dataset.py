@@ -15,7 +15,7 @@ from PIL import Image
 from gambeson.base.checks import as_tensor
 from gambeson.base.errors import DataWarning, UserError
 from gambeson.data.lazy import LazySplit, settle
-from gambeson.data.pictures import DAMAGED, Decoder, fit
+from gambeson.data.pictures import Decoder, fit
 from gambeson.data.split import Batch, Split
 from gambeson.tasks.labels import as_labels, class_names, find_ignored, is_mask
 
@@ -36,7 +36,7 @@ class Items:
         """Load one item."""
         try:
             item = self.source[number]
-        except DAMAGED as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             reason = f"item {number} of the data set cannot be read ({error}): replace or remove its file"
             raise UserError(reason) from None
         if not isinstance(item, tuple | list) or len(item) != 2:

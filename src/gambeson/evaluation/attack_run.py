@@ -24,10 +24,13 @@ from gambeson.base import (
 )
 from gambeson.data import Name
 from gambeson.evaluation.attack_suite import SuiteResult, run_suite, standard_suite
+from gambeson.models.black_box.http import StoredHttp
 from gambeson.models.loading import load_model
 from gambeson.threat import default_eps
 from gambeson.victim import as_victim
 
+_SCORED, _INSPECTED = 2, 50
+"""Queries beside an attack's: per image for its clean and its final answer, and for inspections of the model."""
 FILE = "adversarial.safetensors"
 STANDARD = "standard"
 
@@ -37,7 +40,11 @@ class AttackRun(Config):
 
     kind: Literal["attack"] = "attack"
     model: str
-    """A run folder of ``gambeson train``, or a weights file written by this library."""
+    """What :func:`gambeson.evaluation.load_model` takes."""
+    budget: Annotated[int, Field(ge=1)] | None = None
+    """Maximum number of images sent to a black box."""
+    http: StoredHttp = None
+    """How a server is asked."""
     data: Name | None = None
     """Name of a data set; None: that of the training run."""
     attack: attacks.Name = "pgd"
@@ -80,18 +87,34 @@ def _attacks_of(run: AttackRun) -> dict[str, Any]:
     return dict(standard_suite(**run.settings))
 
 
+def _check_budget(budget: int | None, row: dict[str, Any], images: int) -> None:
+    """Refuse a budget that the attacks may exceed, before they ask."""
+    for name, attack in row.items():
+        queries = getattr(attack, "queries", None)
+        if budget is None or queries is None or (most := images * (queries + _SCORED) + _INSPECTED) <= budget:
+            continue
+        few = max(0, budget - _INSPECTED)
+        raise UserError(
+            f"{name} may ask {queries} queries for each of {images} images, {most} with their scoring, and the budget "
+            f"is {budget}: with it attack {few // (queries + _SCORED)} images at most, or give "
+            f"queries = {max(0, few // images - _SCORED)} at most"
+        )
+
+
 def run_attack(run: AttackRun, out: Path) -> SuiteResult:
     """Execute ``run``; write ``result.json`` and the perturbed images to ``out``.
 
     Raises:
         UserError: the folder holds another run, the model cannot be loaded, or a setting is wrong.
     """
-    _attacks_of(run.with_eps(0.0) if run.lacks_eps else run)  # what is wrong is said before data and model are loaded
+    row = _attacks_of(run.with_eps(0.0) if run.lacks_eps else run)  # what is wrong is said before anything is loaded
     writable(out) if run.lacks_eps else check_run(out, run)
-    subject = load_model(run.model, run.data, run.device)
+    needing = next((name for name, attack in row.items() if getattr(attack, "gradients", False)), None)
+    subject = load_model(run.model, run.data, run.device, budget=run.budget, http=run.http, gradients=needing)
     if run.lacks_eps:
         run = run.with_eps(default_eps(subject.dataset.test.shape, run.settings.get("norm", "inf")))
     row = _attacks_of(run)
+    _check_budget(run.budget, row, min(run.images, len(subject.dataset.test)))
     if open_run(out, run, environment(run.device)) and (out / "result.json").is_file():
         return SuiteResult(**read_json(out / "result.json")["result"])
     rows = subject.dataset.test.sample_indices(run.images, seed=run.seed)

@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from gambeson.attacks import GradientAttack
+from gambeson.attacks.registry import require_attack
 from gambeson.base import UserError, derive, seeded, user_code
 from gambeson.base.checks import TOLERANCE
 from gambeson.data import Split
@@ -77,10 +78,18 @@ def attacked(
     """Run an attack on a batch and return what :func:`checked` accepts.
 
     Raises:
-        UserError: as :func:`checked`; or the attack is in a user's file and raises, with the line.
+        UserError: as :func:`checked`; or it is no attack, it changes the images it is given, or it is in a user's file
+            and raises, with the line.
     """
+    if require_attack(attack) != "image":
+        raise UserError(f"{type(attack).__name__} makes one perturbation for all images: craft it, and score that")
+    before = images._version
     with user_code.blamed(attack, f"the attack {name or type(attack).__name__!r}"):
         moved = attack(victim, images, labels, seed=seed, task=task)
+    if images._version != before:
+        raise UserError(
+            f"attack {name or type(attack).__name__!r} changes the images it is given: let it work on x.clone()"
+        )
     return checked(moved, images, attack, name)
 
 

@@ -29,7 +29,8 @@ from gambeson.base import (
 from gambeson.data import Name, Split
 from gambeson.evaluation.outcome import ImageAttack, at_once, attacked
 from gambeson.evaluation.universal import error_rate
-from gambeson.models.loading import LoadedModel, load_model
+from gambeson.models.black_box.http import StoredHttp
+from gambeson.models.loading import LoadedModel, asking, load_model
 from gambeson.tasks import Rate
 from gambeson.threat import Eps, Norm, default_eps
 from gambeson.victim import as_victim, nothing_counts, predict, score
@@ -41,6 +42,10 @@ class TransferRun(Config):
     kind: Literal["transfer"] = "transfer"
     models: Annotated[tuple[str, ...], Field(min_length=2)]
     """Models as in ``gambeson attack``. A black box can only be a target."""
+    budget: Annotated[int, Field(ge=1)] | None = None
+    """Maximum number of images sent to each black box."""
+    http: StoredHttp = None
+    """How servers are asked."""
     data: Name | None = None
     """Name of a data set; None: that of the first training run."""
     attacks: tuple[AttackName, ...] = ("fgsm", "r-fgsm", "step-ll", "pgd", "mi-fgsm")
@@ -161,9 +166,15 @@ def _attacks_of(run: TransferRun, eps: float | None = None) -> dict[str, ImageAt
 
 
 def _load(run: TransferRun) -> list[LoadedModel]:
-    first = load_model(run.models[0], run.data, run.device)
+    asked = [asking(source, run.budget, run.http) for source in run.models]
+    if run.budget is not None and not any(settings["budget"] for settings in asked):
+        raise UserError("a budget limits the queries to black boxes, and none of the models is one: leave --budget out")
+    first = load_model(run.models[0], run.data, run.device, **asked[0])
     name = run.data or first.trained.get("data")
-    others = [load_model(source, name, run.device, first.dataset) for source in run.models[1:]]
+    others = [
+        load_model(source, name, run.device, first.dataset, **settings)
+        for source, settings in zip(run.models[1:], asked[1:], strict=True)
+    ]
     first.dataset.test.task.require_classification("a transfer table")
     return [first, *others]
 

@@ -109,6 +109,12 @@ def load_model(
     return LoadedModel(model=model, dataset=dataset, trained=trained, label=label)
 
 
+def asking(source: str, budget: int | None, http: HttpSettings | None) -> dict[str, Any]:
+    """Return those of the keywords of :func:`load_model` that a model among several has a use for."""
+    asked = _loader(source) in (_black_box, _onnx)
+    return {"budget": budget if asked else None, "http": http if source.startswith(_SERVER) else None}
+
+
 def check_source(source: str) -> None:
     """Refuse a model that no source in :func:`load_model` provides, without loading it.
 

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gambeson.base import Config, UserError, autograd_limits, default_dtype, seeded
 from gambeson.victim.bn_folding import FoldedModel, fold_batchnorms, signature
@@ -189,11 +190,7 @@ class Victim:
         Computed by the fast copy if there is one, and divided by the temperature.
         """
         with self._as_called(images):
-            if not self._seen_input:
-                self._check_input(images)
-                with seeded(0, "view"):  # made once only: making it must not advance the generators
-                    self._view = None if self.fast is None else self._make_view(images, self.fast)
-                self._seen_input = True
+            self._prepare(images)
             if self._view is None:
                 logits = self.forward_original(images)
             else:
@@ -201,6 +198,14 @@ class Victim:
                 logits = self._logits(self._view, images.contiguous(memory_format=self._layout))
             logits = logits.to(images.dtype)
         return logits if self.temperature == 1 else logits / self.temperature
+
+    def _prepare(self, images: torch.Tensor) -> None:
+        """Make the fast copy, once."""
+        if not self._seen_input:
+            self._check_input(images)
+            with seeded(0, "view"):  # must not advance the generators
+                self._view = None if self.fast is None else self._make_view(images, self.fast)
+            self._seen_input = True
 
     def forward_original(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits of the original model, in float32 or better, on which every score is taken."""
@@ -266,15 +271,21 @@ class Victim:
             raise NoGradientError
         return torch.zeros_like(wrt) if gradient is None else gradient
 
-    def repeated(self, what: Hashable, job: Job, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return ``job(*tensors)``, from a CUDA graph if the fast path has one (:attr:`FastPath.graphs`).
+    def repeated(
+        self, what: Hashable, job: Job, images: torch.Tensor, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Return ``job(images, *tensors)``, from a CUDA graph if the fast path has one (:attr:`FastPath.graphs`).
 
         Args:
             what: what the job computes with this victim; equal for equal functions.
             job: a function of tensors alone, to tensors, that sends them through this victim.
-            tensors: its inputs.
+            images: (N, C, H, W) in [0, 1].
+            tensors: its other inputs.
         """
-        copy = self._copy
+        if self.fast is not None:
+            with self._as_called(images):
+                self._prepare(images)
+        tensors, copy = (images, *tensors), self._copy
         if copy is None:
             return job(*tensors)
         before = self.forwards, self.backwards
@@ -355,7 +366,8 @@ _inspected: WeakKeyDictionary[nn.Module, tuple[Hashable, ModelTraits]] = WeakKey
 def _traits(model: nn.Module, images: torch.Tensor) -> ModelTraits:
     """Inspect a model, unless it is unchanged since it was last inspected: in settings, modes, weights and images."""
     tensors = [*model.parameters(), *model.buffers()]
-    if any(tensor.is_inference() for tensor in tensors):  # these have no version
+    unseen = any(tensor.is_inference() for tensor in tensors)  # these have no version
+    if unseen or _get_current_dispatch_mode() is not None:  # a mode may turn the randomness off
         return inspect_model(model, images)
     versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
     modes = tuple(module.training for module in model.modules())

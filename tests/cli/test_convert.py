@@ -1,0 +1,173 @@
+"""Other people's checkpoints on the command line: named with an architecture, and converted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gambeson as gb
+from gambeson.base import read_json
+from gambeson.cli.app import run
+from gambeson.models.loading import load_model
+
+NET = """
+from torch import nn
+
+def bare():
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+"""
+
+
+@pytest.fixture(scope="module")
+def net(digits, tmp_path_factory):
+    """A plain net trained without this library, its file, and its weights."""
+    folder = tmp_path_factory.mktemp("net")
+    (folder / "nets.py").write_text(NET)
+    scope = {}
+    exec(NET, scope)
+    torch.manual_seed(0)
+    model = scope["bare"]()
+    x, y = digits.train.take(slice(None))
+    step = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        step.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        step.step()
+    return folder, model.eval()
+
+
+@pytest.mark.parametrize("ending", ["pth", "pt", "ckpt", "bin", "th", "pth.tar", "safetensors"])
+def test_an_architecture_with_a_file_of_every_ending(net, digits, ending, tmp_path):
+    folder, model = net
+    file = tmp_path / f"at@work.{ending}"  # an @ of its own
+    if ending == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file(model.state_dict(), file)
+    else:
+        torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, file)
+    loaded = load_model(f"{folder}/nets.py:bare@{file}", "digits", "cpu", digits)
+    x, _ = digits.test.take(slice(0, 50))
+    with torch.no_grad():
+        assert torch.equal(loaded.model(x), model(x))
+
+
+def test_an_audit_of_a_nested_checkpoint_measures_that_net(net, digits, tmp_path, capsys):
+    folder, model = net
+    torch.save({"model": {f"_orig_mod.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "w.pth")
+    source = f"{folder}/nets.py:bare@{tmp_path}/w.pth"
+    done = run(
+        ["attack", "--model", source, "--data", "digits", "--attack", "fgsm", "--eps", "0.1", "--out", f"{tmp_path}/o"]
+    )
+    assert done == 0, capsys.readouterr().err
+    assert read_json(tmp_path / "o" / "result.json")["result"]["clean"]["value"] == pytest.approx(
+        gb.evaluation.accuracy(model, digits.test).value
+    )
+
+
+def test_converting_a_checkpoint_and_using_it(net, digits, tmp_path, capsys):
+    folder, model = net
+    torch.save(
+        {"model": model.state_dict(), "ema": {k: v * 0 for k, v in model.state_dict().items()}}, tmp_path / "w.pth"
+    )
+    new = tmp_path / "w.safetensors"
+    assert run(["convert", f"{tmp_path}/w.pth", "--to", str(new)]) == 2
+    assert (
+        "holds several state dicts, model (4 tensors), ema (4 tensors): choose one with --key"
+        in capsys.readouterr().err
+    )
+    assert run(["convert", f"{tmp_path}/w.pth", "--to", str(new), "--key", "model"]) == 0
+    assert "4 tensors of 'model'" in capsys.readouterr().out
+    loaded = load_model(f"{folder}/nets.py:bare@{new}", "digits", "cpu", digits)
+    x, _ = digits.test.take(slice(0, 50))
+    with torch.no_grad():
+        assert torch.equal(loaded.model(x), model(x))
+    torch.save(model, tmp_path / "whole.pth")
+    assert run(["convert", f"{tmp_path}/whole.pth", "--to", f"{tmp_path}/x.safetensors"]) == 2
+    assert "save the state_dict() of what it holds by torch.save" in capsys.readouterr().err
+
+
+def test_weights_that_say_nothing_of_normalisation_are_taken_aloud(digits, tmp_path):
+    model = gb.models.create("lenet5", digits).eval()
+    torch.save(model.body.state_dict(), tmp_path / "w.pth")
+    with pytest.warns(
+        UserWarning, match=r"does not say how its pixels were normalised: those of digits are \(mean 0.3"
+    ):
+        loaded = load_model(f"lenet5@{tmp_path}/w.pth", "digits", "cpu", digits)
+    x, _ = digits.test.take(slice(0, 5))
+    with torch.no_grad():
+        assert torch.equal(loaded.model(x), model(x))
+    other = gb.models.create("lenet5", digits, mean=0.1, std=2.0).eval()
+    gb.models.save(other, tmp_path / "own.safetensors")
+    loaded = load_model(f"lenet5@{tmp_path}/own.safetensors", "digits", "cpu", digits)  # its file does
+    with torch.no_grad():
+        assert torch.equal(loaded.model(x), other(x))
+    assert loaded.model.card.mean == pytest.approx((0.1,))
+
+
+@pytest.fixture
+def server(net):
+    from tests.models.test_black_box import Server
+
+    made = Server(net[1])
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def test_a_universal_attack_with_gradients_sends_a_server_nothing(server, tmp_path, capsys):
+    base = [server.url, "--data", "digits", "--eps", "0.2", "--out", f"{tmp_path}/u.safetensors"]
+    assert run(["uap", "craft", *base, "--attack", "sga"]) == 2
+    assert "sga needs gradients, and http" in capsys.readouterr().err
+    assert (
+        run(["attack", server.url, "--data", "digits", "--eps", "0.2", "--attack", "pgd", "--out", f"{tmp_path}/a"])
+        == 2
+    )
+    assert "pgd needs gradients, and http" in capsys.readouterr().err
+    assert server.seen == 0
+    done = run(
+        [
+            "uap",
+            "craft",
+            *base,
+            "--attack",
+            "perlin",
+            "--set",
+            "patterns=4",
+            "--set",
+            "images=20",
+            "--budget",
+            "5",
+        ]
+    )
+    assert done == 2
+    assert "may be asked about 5 images" in capsys.readouterr().err
+    assert sum(count for count, _ in server.sizes) <= 5
+
+
+def test_a_server_is_asked_as_the_options_say(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TOKEN", "abc")
+    command = ["attack", server.url, "--data", "digits", "--eps", "0.2", "--attack", "square", "--out", f"{tmp_path}/a"]
+    command += ["--images", "6", "--set", "queries=5", "--http", "token_env=TOKEN", "--http", "headers.X-Key=${TOKEN}"]
+    assert run([*command, "--budget", "30"]) == 2
+    assert (
+        "square may ask 5 queries for each of 6 images, 92 with their scoring, and the budget is 30"
+        in capsys.readouterr().err
+    )
+    assert sum(count for count, _ in server.sizes) == 2  # the trial of the model
+    assert run([*command, "--budget", "92", "--http", "workers=1", "--http", "batch=3"]) == 0, capsys.readouterr().err
+    sent = [{key.lower(): value for key, value in one.items()} for one in server.headers]
+    assert all(one["authorization"] == "Bearer abc" and one["x-key"] == "abc" for one in sent)
+    assert server.most == 1
+    assert max(count for count, _ in server.sizes[1:]) == 3
+    stored = (tmp_path / "a" / "run.yaml").read_text()
+    assert "token_env: TOKEN" in stored
+    assert "abc" not in stored
+    assert run([*command, "--budget", "92", "--http", "timeout=5"]) == 0  # the same run: it is loaded
+    assert run(["attack", server.url, "--data", "digits", "--eps", "0.2", "--http", "headers.X-Api-Key=abc"]) == 2
+    assert "X-Api-Key would be stored with the run" in capsys.readouterr().err
+    assert (
+        run(["attack", "lenet5", "--data", "digits", "--eps", "0.2", "--http", "timeout=5", "--out", f"{tmp_path}/b"])
+        == 2
+    )
+    assert "lenet5 is no server: leave the settings of HTTP out" in capsys.readouterr().err
