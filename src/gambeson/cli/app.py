@@ -103,7 +103,7 @@ def run(arguments: list[str]) -> int:
     except SystemExit as end:
         code = int(end.code or 0)
     except gb.UserError as error:
-        return _refuse(options.sentence(error))
+        return _refuse(options.sentence(error, arguments))
     except _ClickError as error:  # of the command line itself
         return _refuse(_click_sentence(error, arguments))
     except OSError as error:  # what no part of the library has foreseen, such as a folder in place of a file

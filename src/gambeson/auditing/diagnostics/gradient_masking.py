@@ -77,7 +77,7 @@ def _fed(context: AuditContext) -> Finding:
     gain = PairedDifference.of(context.outcome(usual), context.outcome(margin))
     detail = (
         f"accuracy under PGD on cross-entropy {context.accuracy(usual)}, on the margin of the logits "
-        f"{context.accuracy(margin)}"
+        f"{context.accuracy(margin)}: the latter breaks {gain.beyond(_STARVED)}"
     )
     numbers = {"cross-entropy": context.accuracy(usual).value, "margin": context.accuracy(margin).value}
     found = _statistics(context)
