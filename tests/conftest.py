@@ -78,7 +78,9 @@ def no_leaks():
     assert torch.get_num_threads() == count
     changed = {key for key in os.environ.keys() | environment.keys() if os.environ.get(key) != environment.get(key)}
     assert not {
-        key for key in changed if not key.startswith(("PYTEST", "ACCELERATE", "KMP", "OMP", "GOMP", "TORCHINDUCTOR"))
+        key
+        for key in changed
+        if not key.startswith(("PYTEST", "ACCELERATE", "KMP", "OMP", "GOMP", "TORCHINDUCTOR", "TRITON"))
     }
     left = {thread for thread in threading.enumerate() if thread not in threads and not thread.daemon}
     assert not left

@@ -493,6 +493,7 @@ def test_what_a_graph_cannot_repeat_is_computed_as_before(pair, data, monkeypatc
         found = attack(victim, x, y, seed=2)
         assert victim._copy.graphs.refused is not None
         assert len(victim._copy.graphs) == 0
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     eager(monkeypatch)
     with Victim(net, fast=True) as victim:
         assert torch.equal(attack(victim, x, y, seed=2), found)

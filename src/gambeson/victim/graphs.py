@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -66,7 +66,8 @@ class Graph:
             self.graph = torch.cuda.CUDAGraph()
             counted = tally()
             # Another thread, such as a prefetching one, may use the device during the capture.
-            with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            capture = torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local")
+            with _undone_on_error(here, pool), capture:
                 self.outputs = job(*self.inputs)
         self.counts = tuple(after - earlier for after, earlier in zip(tally(), counted, strict=True))
 
@@ -152,6 +153,20 @@ def has_graphs(device: torch.device) -> bool:
 def _side(device: int) -> torch.cuda.Stream:
     """The stream of all captures on a device: each stream keeps a workspace of its own."""
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _undone_on_error(here: torch.cuda.Stream, pool: Any) -> Iterator[None]:
+    """Undo what torch leaves behind when a capture fails: its stream, its pool and the generator in capture mode."""
+    try:
+        yield
+    except Exception:
+        torch.cuda.set_stream(here)
+        with suppress(RuntimeError):  # the pool has been closed where the capture could be ended
+            torch._C._cuda_endAllocateToPool(here.device_index, pool)
+        generator = torch.cuda.default_generators[here.device_index]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
 
 
 def _stream() -> int:
