@@ -94,7 +94,7 @@ def test_more_steps_wait_no_more_often(monkeypatch):
             pgd(steps=steps)(net, x, y)
         found.append(waits.count)
     radius = 2  # of the ball, on the host, once per attack
-    checks = 4  # the images, the labels twice, and the gradients
+    checks = 5  # the images, the model (because a mode of torch is on), the labels twice, and the gradients
     assert found[0] == found[1] == checks + radius
 
 

@@ -289,7 +289,8 @@ class Victim:
         if copy is None:
             return job(*tensors)
         before = self.forwards, self.backwards
-        writes = self._writes, self.traits is not None and self.traits.writes
+        # Not yet known is as False: a graph's inputs are its own, and another victim has tried the same copy.
+        writes = bool(self._writes) or (self.traits is not None and self.traits.writes)
         state = (self.fast, self._layout, self.temperature, writes)
         graph = copy.graphs.find(
             (what, state), job, tensors, lambda: (self.forwards, self.backwards), lambda: signature(copy.view)
