@@ -64,3 +64,31 @@ def test_the_defence_of_the_readme_trains(tmp_path, trained, digits):
         gb.train(model, digits, defense, epochs=1, seed=0)
         logits[weight] = model(digits.test.take(slice(0, 100))[0]).square().mean().item()
     assert logits[1.0] < 0.5 * logits[0.0]
+
+
+def test_the_attack_and_the_diagnostic_of_contributing_run_in_an_audit(tmp_path, trained, digits):
+    attack, _, _, diagnostic = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    (tmp_path / "mine.py").write_text(attack + diagnostic)
+    small = gb.auditing.SUITES["quick"].model_copy(
+        update={
+            "eps": (0.1,),
+            "attacks": (f"{tmp_path}/mine.py:OneStep",),
+            "diagnostics": (f"{tmp_path}/mine.py:bright",),
+            "universal_steps": 5,
+            "test_images": 100,
+            "sample": 40,
+            "surrogate": "none",
+            "eps_uni_runs": 0,
+            "eps_adv": False,
+            "queries": 0,
+            "jacobian_backwards": 0,
+        }
+    )
+    found = gb.audit(trained, digits, small).results
+    pgd, step = found.per_image
+    assert step.attack == "OneStep"
+    assert pgd.accuracy.value <= step.accuracy.value < found.clean.value - 0.1
+    check = found.checks[-1]
+    assert check.name == "bright images no easier"
+    assert f"{100 * check.numbers['bright']:.1f} % on the brighter half" in check.detail
+    assert 0.5 < check.numbers["dark"] <= 1

@@ -156,5 +156,5 @@ def test_mistakes_are_named(trained, digits):
     with pytest.raises(UserError, match="divides by zero"):
         Suite(eps=("8/0",))
     colour = gb.models.create("lenet5", in_channels=3, classes=10, image_size=8)
-    with pytest.raises(UserError, match="1 channels?.*3|3 channels?.*1"):
+    with pytest.raises(UserError, match=r"\(8, 1, 8, 8\): this model expects \(N, 3, H, W\)"):
         gb.audit(colour, digits, SUITE)

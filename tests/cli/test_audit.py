@@ -91,7 +91,7 @@ def test_a_function_that_names_classes(tmp_path, capsys, trained):
     [
         (["--budget", "0"], "budget"),
         (["--budget", "many"], "valid integer"),
-        (["--budget", "100"], "the smallest audit asks about"),
+        (["--budget", "100"], "the smallest audit of"),
         (["--suite", "fast"], "unknown suite 'fast'"),
         (["--surrogate", "no/where.safetensors"], "no/where.safetensors does not exist"),
         (["--norm", "3"], "norm"),

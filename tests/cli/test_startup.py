@@ -1,5 +1,6 @@
 """What a start costs: help and ``import gambeson`` wait for no heavy library."""
 
+import io
 import os
 import re
 import resource
@@ -8,11 +9,14 @@ import sys
 from importlib import metadata
 
 import pytest
+import typer
 
 import gambeson as gb
-from gambeson.auditing import SUITES
-from gambeson.cli.app import run
+from gambeson.auditing import SUITES, Suite
+from gambeson.cli.app import app, run
+from gambeson.evaluation import AttackRun, TransferRun
 from gambeson.models.export import TARGETS
+from gambeson.training import Recipe
 
 HEAVY = {
     "torchvision",
@@ -134,21 +138,67 @@ THREADS = "import gambeson.cli.app as app, sys; app.run(sys.argv[1:]); import to
 
 
 @pytest.mark.parametrize(
-    ("arguments", "load", "given", "expected"),
+    ("arguments", "given", "expected"),
     [
-        (["list", "models", "--threads", "1"], 0, None, "1"),
-        (["--threads=1", "list", "models"], 0, "2", "1"),
-        (["list", "models"], 900, None, "1"),  # a busy machine
-        (["list", "models"], 900, "2", "2"),  # the user knows better
-        (["list", "models"], 0, None, None),
+        (["list", "models", "--threads", "1"], None, "1"),
+        (["--threads=1", "list", "models"], "2", "1"),
+        (["list", "models"], "2", "2"),
+        (["list", "models"], None, None),
     ],
 )
-def test_threads_are_those_of_idle_cores_unless_given(arguments, load, given, expected):
+def test_threads_depend_on_the_machine_and_the_user_not_on_the_load(arguments, given, expected):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
     environment |= {"OMP_NUM_THREADS": given} if given else {}
-    code = f"import os; os.getloadavg = lambda: ({load}, 0, 0)\n{THREADS}"
+    code = f"import os; os.getloadavg = lambda: (900, 0, 0)\n{THREADS}; print(os.environ['OMP_WAIT_POLICY'])"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, env=environment
     )
-    assert done.stdout.split()[-1] == (expected or str(cores))
+    assert done.stdout.split()[-2:] == [expected or str(cores), "PASSIVE"]
+
+
+def test_the_testbed_is_listed_without_importing_it():
+    text, modules, seconds = start(["testbed", "list"])
+    assert "four grey levels" in text
+    assert not modules & (HEAVY | {"torch", "numpy", "gambeson.testbed"})
+    assert seconds < 1.5
+
+
+def test_names_are_completed_by_the_shell(monkeypatch):
+    monkeypatch.setenv("_GAMBESON_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "gambeson attack --attack auto-")
+    monkeypatch.setenv("COMP_CWORD", "3")
+    text, _, _ = start([])
+    assert {"auto-pgd", "auto-pgd-targeted"} <= set(text.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "run", "paths"),
+    [
+        ("attack", AttackRun, {"attack": "attack", "images": "images", "seed": "seed"}),
+        ("transfer", TransferRun, {"images": "images", "norm": "norm", "seed": "seed"}),
+        ("train", Recipe, {"epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "augment": "augment"}),
+        ("audit", Suite, {"surrogate": "surrogate", "norm": "norm"}),
+    ],
+)
+def test_the_defaults_that_help_shows_are_those_of_the_settings(command, run, paths):
+    shown = {one.name: one.show_default for one in typer.main.get_command(app).commands[command].params}
+    for option, setting in paths.items():
+        assert shown[option] == str(run.model_fields[setting].default), option
+
+
+def test_without_a_terminal_progress_is_lines(monkeypatch):
+    from rich.console import Console
+
+    from gambeson.base import progress
+
+    text, clock = io.StringIO(), iter(range(0, 100, 6))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    with progress.show_progress(Console(file=text, width=40)), progress.task("train a net", 5) as advance:
+        for _ in range(5):
+            advance()
+    assert text.getvalue().splitlines() == [
+        "train a net: 1 of 5, about 24 s left",
+        "train a net: 3 of 5, about 12 s left",
+        "train a net: 5 of 5, 30 s",
+    ]

@@ -121,3 +121,49 @@ def test_a_universal_perturbation_lies_in_its_ball(norm):
     for bad in (1.01 * surface, torch.full_like(surface, torch.nan)):
         with pytest.raises(UserError, match="expected a finite one inside the ball"):
             gb.attacks.UniversalPerturbation(bad, uap.about)
+
+
+def unaware(model, x, y):
+    return x
+
+
+class Overwriting(PGD):
+    def __call__(self, model, x, y, *, seed=0, task=None):
+        return x.copy_(super().__call__(model, x, y, seed=seed, task=task))
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "eps_adv"])
+@pytest.mark.parametrize(
+    ("attack", "said"),
+    [
+        (unaware, "seed"),
+        (3, "no attack"),
+        (PGD, "is a class"),
+        (gb.attacks.StochasticPGD(eps=0.1), "for all images"),
+    ],
+)
+def test_what_cannot_be_called_as_an_attack_is_refused(path, attack, said):
+    with pytest.raises(UserError, match=said):
+        PATHS[path](attack)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_attack_may_not_change_the_images_it_is_given(path):
+    with pytest.raises(UserError, match=r"x\.clone\(\)"):
+        PATHS[path](Overwriting(eps=0.1))
+
+
+def test_universal_attacks_that_yield_something_else_are_refused():
+    def found(*made):
+        class Odd(gb.attacks.StochasticPGD):
+            def _search(self, context, start):
+                yield from made
+
+        return Odd(eps=0.1)
+
+    candidate = gb.attacks.universal.base.Candidate
+    flat = candidate(start="zero", delta=torch.zeros(1, 4, 4))
+    cases = {(): "yielded nothing", (torch.zeros(1, 1, 4, 4),): "a Tensor", (flat,): r"\(1, 4, 4\)"}
+    for made, said in cases.items():
+        with pytest.raises(UserError, match=said):
+            found(*made).craft(net(), split())

@@ -418,7 +418,7 @@ def test_gradients_of_random_models_are_averaged_as_the_audit_says():
 
     class Counted(Chancy):
         def forward(self, x):
-            if x.requires_grad:
+            if x.requires_grad and len(x) > 2:  # with two images a fast victim is compared with the model
                 asked.append(len(x))
             return super().forward(x)
 

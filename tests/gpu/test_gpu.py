@@ -500,3 +500,28 @@ def test_what_a_graph_cannot_repeat_is_computed_as_before(pair, data, monkeypatc
     torch.cuda.empty_cache()
     torch.cuda.synchronize()
     assert torch.rand(8, device=GPU).isfinite().all()
+
+
+def test_recurrent_and_attending_models_are_attacked_audited_and_regularised(data):
+    """cuDNN has a gradient of recurrent layers in training mode only, and no second one; nor has fused attention."""
+
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = torch.nn.LSTM(3 * SIDE, 24, num_layers=2, dropout=0.3, batch_first=True)
+            self.attend, self.out = torch.nn.MultiheadAttention(24, 3, batch_first=True), torch.nn.Linear(24, 10)
+
+        def forward(self, x):
+            rows = self.rnn(x.transpose(1, 2).flatten(2))[0]
+            return self.out(self.attend(rows, rows, rows, need_weights=False)[0].mean(1))
+
+    with seeded(0, "model"):
+        net = Odd().to(GPU)
+    history = gb.train(
+        net, data, gb.defenses.Jacobian(strength=1e-3), epochs=2, batch_size=64, optimizer="adam", lr=0.01
+    )
+    assert history[-1]["loss"] < history[0]["loss"]
+    x, y = data.test.take(slice(0, 64), GPU)
+    moved = gb.attacks.PGD(eps=EPS, steps=5)(net, x, y)
+    there = gb.attacks.PGD(eps=EPS, steps=5)(copy.deepcopy(net).cpu(), x.cpu(), y.cpu())
+    assert float((moved.cpu() == there).float().mean()) > 0.9

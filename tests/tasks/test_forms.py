@@ -105,6 +105,11 @@ data_functions: dict[str, Function] = {name: craft(name) for name in gb.attacks.
     "accuracy": pair(gb.evaluation.accuracy),
     "universal evasion": pair(lambda model, data: gb.evaluation.universal_evasion(model, data, uap())),
     "fooling rate": pair(lambda model, data: gb.evaluation.fooling_rate(model, data, uap())),
+    "accuracy under": pair(lambda model, data: gb.evaluation.accuracy_under(model, data, cheap("pgd"), 0)),
+    "suite": pair(lambda model, data: gb.evaluation.run_suite(model, data, {"pgd": cheap("pgd")}).images),
+    "under": pair(lambda model, data: gb.evaluation.outcome_under(model, data, uap().delta)),
+    "controls": pair(lambda model, data: gb.evaluation.control_rates(model, data, uap().ball, 0)),
+    "strongest": pair(lambda model, data: gb.evaluation.strongest(model, data, uap())[1]),
     "eps_adv": pair(lambda model, data: gb.evaluation.eps_adv(model, data, cheap("pgd"), tolerance=0.5)),
     "eps_uni": pair(
         lambda model, data: gb.evaluation.eps_uni(model, data, cheap("stochastic-pgd"), tolerance=0.5, controls=())

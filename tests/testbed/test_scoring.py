@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from gambeson.cli.app import run
 from gambeson.evaluation import Rate
 from gambeson.testbed import Judgement, broken
 from gambeson.testbed.judgement import as_judgement
+from gambeson.testbed.library import listing
 
 FEW = ["four grey levels", "logits x 1e4", "repeated queries: constant", "standard", "linear"]
 
@@ -168,6 +170,9 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text("def judge(model, data):\n    return True\n")
     assert run(["testbed", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
+    stored = (Path(gb.__file__).parent / "testbed" / "models.json").read_text()
+    assert json.loads(stored) == listing(), "models.json is stale: see gambeson.testbed.library.listing"
+    assert [entry["name"] for entry in listed] == [entry.name for entry in gb.testbed.models("digits")]
     assert listed[0].keys() == {"name", "kind", "honest", "how", "source", "held_out"}
     assert run(["testbed", "list", "--data", "cifar10"]) == 0
     assert "pgd-adversarial" in capsys.readouterr().out

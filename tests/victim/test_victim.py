@@ -109,3 +109,29 @@ def test_broken_logits_stop_the_scoring():
         pytest.raises(UserError, match="NaN or infinite logits for 4 of 4 images"),
     ):
         predict(victim, split)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_answer_as_in_evaluation_mode_and_come_back(kind):
+    """They are held in training mode, in which cuDNN has a gradient, without their dropout."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.drop = kind(4, 5, num_layers=3, dropout=0.5, batch_first=True), nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.drop(self.rnn(x.flatten(1, 2))[0][:, -1])
+
+    x = torch.rand(6, 1, 4, 4)
+    for training in (True, False):
+        net = Recurrent().train(training)
+        with torch.no_grad():
+            expected = net.eval()(x)
+        net.train(training)
+        with Victim(net) as victim:
+            assert torch.allclose(victim(x), expected, atol=1e-6)
+            assert net.rnn.training
+            assert not net.drop.training
+        assert net.rnn.training == training
+        assert net.rnn.dropout == 0.5

@@ -47,6 +47,10 @@ class PairedDifference:
         value = float(weaker.shares.mean()) - float(stronger.shares.mean())
         return cls(value, mean - other - half, mean - other + half)
 
+    def beyond(self, limit: float = 0.0) -> str:
+        """Say whether the difference is clearly more than a limit, with both numbers, as the end of a sentence."""
+        return f"{self} more, {'' if self.low > limit else 'not '}clearly above {100 * limit:g} %"
+
     def __str__(self) -> str:
         return f"{100 * self.value:+.1f} % [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 

@@ -12,7 +12,7 @@ from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.audit import FILE, Audit, audit, diagnostics_of
 from gambeson.auditing.cost import AuditPlan, fit, plan
 from gambeson.auditing.results import AuditResult
-from gambeson.auditing.stages import own
+from gambeson.auditing.stages import own, surrogate
 from gambeson.auditing.stages.black_box import queries_file
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.base import Config, UserError, check_run, close_run, environment, open_run, read_json, unknown_name
@@ -70,6 +70,7 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
     subject = load_model(run.model, run.data, run.device, dataset, budget=left, http=run.http)
     if began is None and left is not None:  # report a budget that is too small before creating the folder
         fit(run.suite.on(subject.dataset), subject.dataset, left, 1, keep_eps=bool(run.suite.eps))
+    surrogate.check(run.suite, subject.dataset, subject.model)
     open_run(out, run, environment(run.device))
     found = audit(
         subject.model,

@@ -57,7 +57,7 @@ def common(
     ] = False,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Processor threads, on which rounding depends (those of idle cores)."),
+        typer.Option(min=1, help="Processor threads, on which rounding depends (one per core)."),
     ] = None,
 ) -> None:
     """Attack, harden and honestly judge vision models."""
@@ -65,15 +65,11 @@ def common(
 
 
 def _set_threads(given: int | None) -> None:
-    """Set the threads of torch before it is imported: one for each idle core, unless given or OMP_NUM_THREADS is set.
+    """Set the threads of torch before it is imported; how many may depend on the machine only, since rounding does.
 
-    Threads that wait for each other spin, which on a busy machine takes many times as long as a single thread does.
+    Threads that wait for each other sleep: by default they spin, which on a busy machine takes twenty times as long.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # then sleep
-    if given is None and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        idle = (os.cpu_count() or 1) - round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else cores
-        given = max(1, min(cores, idle))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if given is not None:
         os.environ["OMP_NUM_THREADS"] = str(given)
         if "torch" in sys.modules:
@@ -103,7 +99,7 @@ def run(arguments: list[str]) -> int:
     except SystemExit as end:
         code = int(end.code or 0)
     except gb.UserError as error:
-        return _refuse(options.sentence(error))
+        return _refuse(options.sentence(error, arguments))
     except _ClickError as error:  # of the command line itself
         return _refuse(_click_sentence(error, arguments))
     except OSError as error:  # what no part of the library has foreseen, such as a folder in place of a file

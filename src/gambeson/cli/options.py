@@ -124,7 +124,7 @@ _typed: ContextVar[dict[tuple[str, ...], str] | None] = ContextVar("typed", defa
 """How the user gave each setting of this command, by its path."""
 
 
-def sentence(error: UserError) -> str:
+def sentence(error: UserError, arguments: list[str]) -> str:
     """Return the sentence of an error, led by the option at fault as it was typed."""
     path = tuple(part for part in error.path if not part.isdecimal())
     typed = _typed.get() or {}
@@ -133,6 +133,9 @@ def sentence(error: UserError) -> str:
         for known in sorted(typed, key=len):
             if known[-length:] == part or known[:length] == part:
                 return f"{typed[known]}: {error.reason}"
+    option = f"--{path[-1].replace('_', '-')}" if path else ""
+    if option in arguments:  # of a command without a run's settings
+        return f"{' '.join(arguments[arguments.index(option) :][:2])}: {error.reason}"
     return str(error) if path else error.reason
 
 

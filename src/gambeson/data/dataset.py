@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from gambeson.base.errors import UserError, unknown_name
@@ -221,11 +220,7 @@ def from_pair(images: Any, labels: Any, name: str) -> Split:
 
 def is_pair(data: Any) -> bool:
     """Tell whether ``data`` is (images, labels)."""
-    return (
-        isinstance(data, tuple | list)
-        and len(data) == 2
-        and all(isinstance(part, torch.Tensor | np.ndarray | list | tuple) for part in data)
-    )
+    return isinstance(data, tuple | list) and len(data) == 2
 
 
 def _labels(split: Split) -> torch.Tensor:

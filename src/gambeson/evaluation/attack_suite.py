@@ -12,6 +12,7 @@ from gambeson.base import Config, derive, seeded, task
 from gambeson.data import Split
 from gambeson.evaluation.outcome import ImageAttack, at_once, attacked
 from gambeson.evaluation.rates import Cost
+from gambeson.evaluation.universal import scored
 from gambeson.tasks import Rate
 from gambeson.threat import Norm
 from gambeson.victim import Victim, nothing_counts, predict, votes_of, votes_right
@@ -143,6 +144,7 @@ class WorstCase:
             return votes_right(self.victim, images, self.labels[rows], self.split.task)
 
 
+@scored
 def run_suite(
     victim: Victim,
     split: Split,

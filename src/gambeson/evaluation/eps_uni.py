@@ -14,7 +14,7 @@ from gambeson.attacks import CONTROLS, GradientAttack, UniversalAttack, Universa
 from gambeson.base import UserError, derive, seeded, task
 from gambeson.data import Dataset, Split, as_dataset, as_split, disjoint
 from gambeson.evaluation.bootstrap import ImageErrors, crossing_interval
-from gambeson.evaluation.outcome import at_once, averaged, checked
+from gambeson.evaluation.outcome import at_once, attacked, averaged
 from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni
 from gambeson.evaluation.universal import RANKED, strongest
 from gambeson.threat import Ball, Norm, perturb
@@ -350,8 +350,7 @@ def _attacked(
     moves = []
     with seeded(seed, "eps_adv", f"{eps:.9g}"):
         for k, (images, labels) in enumerate(split.batches(at_once(split), device=victim.device)):
-            moved = here(victim, images, labels, seed=derive(seed, "batch", k), task=split.task)
-            moved = checked(moved, images, here)
+            moved = attacked(here, victim, images, labels, seed=derive(seed, "batch", k), task=split.task)
             moves.append((moved - images).cpu())
     delta = torch.cat(moves)
     errors = _moved_errors(victim, split, delta)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Protocol, TypeVar
 
 import torch
+from torch import nn
 
 from gambeson.attacks import GradientAttack
+from gambeson.attacks.registry import require_attack
 from gambeson.base import UserError, derive, seeded, user_code
 from gambeson.base.checks import TOLERANCE
 from gambeson.data import Split
+from gambeson.evaluation.universal import scored
 from gambeson.tasks import Counts, Rate, Task
 from gambeson.victim import EOT_SAMPLES, Victim, auto_batch_size, nothing_counts, predict, vote
 
@@ -24,6 +27,7 @@ class ImageAttack(Protocol):
         ...
 
 
+@scored
 def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_size: int = 250) -> Counts:
     """Attack every image; what is right is decided here, on the images that the attack returned.
 
@@ -53,13 +57,16 @@ def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_
     return _counted(Counts(torch.cat(right), torch.cat(total)), split)
 
 
+@scored
 def outcome_under(victim: Victim, split: Split, delta: torch.Tensor, *, seed: int = 0) -> Counts:
     """Count what one perturbation (1, C, H, W) leaves right of a split, as :func:`gambeson.victim.predict` does."""
     predictions = predict(victim, split, delta.to(victim.device), seed=seed)
     return _counted(split.task.counts(predictions, split.labels.cpu()), split)
 
 
-def accuracy_under(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_size: int = 250) -> Rate:
+def accuracy_under(
+    victim: nn.Module | Victim, split: object, attack: ImageAttack, seed: int, batch_size: int = 250
+) -> Rate:
     """Accuracy on images that ``attack`` perturbs one by one; see :func:`outcome`."""
     return outcome(victim, split, attack, seed, batch_size).accuracy
 
@@ -77,10 +84,18 @@ def attacked(
     """Run an attack on a batch and return what :func:`checked` accepts.
 
     Raises:
-        UserError: as :func:`checked`; or the attack is in a user's file and raises, with the line.
+        UserError: as :func:`checked`; or it is no attack, it changes the images it is given, or it is in a user's file
+            and raises, with the line.
     """
+    if require_attack(attack) != "image":
+        raise UserError(f"{type(attack).__name__} makes one perturbation for all images: craft it, and score that")
+    before = images._version
     with user_code.blamed(attack, f"the attack {name or type(attack).__name__!r}"):
         moved = attack(victim, images, labels, seed=seed, task=task)
+    if images._version != before:
+        raise UserError(
+            f"attack {name or type(attack).__name__!r} changes the images it is given: let it work on x.clone()"
+        )
     return checked(moved, images, attack, name)
 
 

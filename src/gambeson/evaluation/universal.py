@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +16,20 @@ from gambeson.evaluation.rates import Control
 from gambeson.tasks import Rate
 from gambeson.threat import Ball
 from gambeson.victim import Score, Victim, as_victim, predict, score
+
+P = ParamSpec("P")
+ResultT = TypeVar("ResultT")
+
+
+def scored(function: Callable[Concatenate[Victim, Split, P], ResultT]) -> Callable[Concatenate[Any, Any, P], ResultT]:
+    """Let a function of a victim and a split take any model, and any data, of which a data set's test split is used."""
+
+    @functools.wraps(function)
+    def call(model: Any, data: Any, /, *args: P.args, **keywords: P.kwargs) -> ResultT:
+        with as_victim(model) as victim:
+            return function(victim, as_split(data, "test"), *args, **keywords)
+
+    return call
 
 
 def error_rate(found: Score) -> Rate:
@@ -96,6 +112,7 @@ def scorable(data: object, uap: UniversalPerturbation) -> Split:
     return uap.held_out(split)
 
 
+@scored
 def control_rates(
     victim: Victim, split: Split, ball: Ball, seed: int, controls: Iterable[str] = tuple(CONTROLS)
 ) -> list[Control]:
@@ -119,6 +136,7 @@ RANKED = 1000
 """Validation images for a cheap ranking of many perturbations; the best are then scored on all of them."""
 
 
+@scored
 def strongest(
     victim: Victim,
     validation: Split,

@@ -255,7 +255,9 @@ class UniversalAttack(Config):
         """
         with self._crafting(model, data, seed) as context, seeded(seed, "noise"):
             given = None if start is None else self._scaled(start.to(context.device), context)
-            candidates = list(self._search(context, given))
+            candidates = [self._checked(one, context) for one in self._search(context, given)]
+            if not candidates:
+                raise UserError(f"{type(self).__name__} found no perturbation: its _search yielded nothing")
             rates = [context.rate(one.delta) if one.rate is None else one.rate for one in candidates]
             best = max(range(len(rates)), key=rates.__getitem__)
             delta = candidates[best].delta.cpu()
@@ -263,6 +265,12 @@ class UniversalAttack(Config):
             restarts = list(zip(names, rates, strict=True))
             about = self._about(context, restarts, self._status(delta, candidates[best]))
         return UniversalPerturbation(delta, about, self._seen(context))
+
+    def _checked(self, found: Candidate, context: CraftingContext) -> Candidate:
+        made = f"a delta of {tuple(found.delta.shape)}" if isinstance(found, Candidate) else f"a {type(found).__name__}"
+        if not isinstance(found, Candidate) or tuple(found.delta.shape) != context.shape:
+            raise UserError(f"{type(self).__name__} yields {made}: expected Candidates with a delta of {context.shape}")
+        return found
 
     def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
         """Yield candidates (1, C, H, W) inside the ball; ``start`` is already scaled to it."""

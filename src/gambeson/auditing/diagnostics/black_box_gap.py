@@ -50,7 +50,8 @@ def _transferred(context: AuditContext) -> Finding:
     rates = ", ".join(f"{name} {100 * value:.1f} %" for name, value in numbers.items() if name != "white box")
     return Finding(
         all(gain.low <= _MORE for gain in gains),
-        f"accuracy at eps {context.eps:.4g} under PGD {context.accuracy(white)}; crafted on the surrogate: {rates}",
+        f"accuracy at eps {context.eps:.4g} under PGD {context.accuracy(white)}; crafted on the surrogate: "
+        f"{rates}; the strongest of these breaks {max(gains, key=lambda gain: gain.low).beyond(_MORE)}",
         numbers,
     )
 
@@ -74,7 +75,7 @@ def _universal(context: AuditContext) -> Finding:
     return Finding(
         gain.low <= _MORE_UNIVERSAL,
         f"accuracy at eps {context.eps:.4g} under the perturbation crafted on the model {white.accuracy}, under the "
-        f"one crafted on the surrogate {other.accuracy}",
+        f"one crafted on the surrogate {other.accuracy}: the latter breaks {gain.beyond(_MORE_UNIVERSAL)}",
         {"white box": white.accuracy.value, "transferred": other.accuracy.value},
     )
 
@@ -99,7 +100,8 @@ def _queried(context: AuditContext) -> Finding:
     return Finding(
         gain.low <= _MORE,
         f"of {left} images that PGD leaves right, among {len(white.right)}, Square breaks {broken[0]} with {queries} "
-        f"queries each, and steps towards training images of other classes break {broken[1]}",
+        f"queries each, and steps towards training images of other classes break {broken[1]}: together "
+        f"{gain.beyond(_MORE)}",
         {"left by PGD": left, "broken by queries": left - int(both.right.sum())},
     )
 
@@ -179,6 +181,6 @@ def _noise(context: AuditContext) -> Finding:
     return Finding(
         gain.low <= _MORE,
         f"accuracy at eps {context.eps:.4g} under PGD {context.accuracy(white)}, under random signs drawn anew for "
-        f"every image {context.accuracy(noise)}",
+        f"every image {context.accuracy(noise)}: the signs break {gain.beyond(_MORE)}",
         {"pgd": context.accuracy(white).value, "noise": context.accuracy(noise).value},
     )

@@ -54,7 +54,8 @@ def _falls(context: AuditContext) -> Finding:
     )
     return Finding(
         all(gain.low <= 0 for gain in gains),
-        f"accuracy under PGD of {attacks[0].steps} steps: {rates}",
+        f"accuracy under PGD of {attacks[0].steps} steps: {rates}; a smaller eps breaks "
+        f"{max(gains, key=lambda gain: gain.low).beyond()}",
         {f"eps {eps:.4g}": context.accuracy(attack).value for eps, attack in zip(radii, attacks, strict=True)},
     )
 
@@ -70,9 +71,10 @@ def _converged(context: AuditContext) -> Finding:
     usual = suite.pgd(context.eps)
     longer = usual.model_copy(update={"steps": _MORE * suite.pgd_steps, "restarts": 1})
     oftener = usual.model_copy(update={"restarts": suite.pgd_restarts + 1})
-    helps = []
+    helps, gains = [], []
     for attack, setting in ((longer, f"steps of {longer.steps}"), (oftener, f"restarts of {oftener.restarts}")):
-        if PairedDifference.of(context.outcome(usual), context.outcome(attack)).low > 0:
+        gains.append(PairedDifference.of(context.outcome(usual), context.outcome(attack)))
+        if gains[-1].low > 0:
             helps.append(setting)
     found = {
         "reported": context.accuracy(usual),
@@ -83,7 +85,8 @@ def _converged(context: AuditContext) -> Finding:
     advice = f"; {' and '.join(helps)} would lower the reported number" if helps else ""
     return Finding(
         not helps,
-        f"accuracy under PGD of {usual.steps} steps and {usual.restarts} restarts and of more: {rates}{advice}",
+        f"accuracy under PGD of {usual.steps} steps and {usual.restarts} restarts and of more: {rates}; "
+        f"more break {max(gains, key=lambda gain: gain.low).beyond()}{advice}",
         {name: rate.value for name, rate in found.items()},
     )
 
@@ -108,6 +111,6 @@ def _beats_chance(context: AuditContext) -> Finding:
     return Finding(
         gain.low <= 0,
         f"accuracy under PGD {context.accuracy(attack)}, under random search of {queries} queries "
-        f"{context.accuracy(chance)}",
+        f"{context.accuracy(chance)}: the latter breaks {gain.beyond()}",
         {"pgd": context.accuracy(attack).value, "random": context.accuracy(chance).value},
     )

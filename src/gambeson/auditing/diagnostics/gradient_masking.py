@@ -67,8 +67,8 @@ def _of_wrong_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     condition=f"PGD on the margin of the logits breaks clearly more images, by {100 * _STARVED:g} points, than PGD "
     "on cross-entropy with the same steps",
     explanation="The logits are so large, or so shaped, that the softmax starves the attack of its gradient "
-    "(Carlini and Wagner 2017, section 5; Croce and Hein 2020, section 4); the universal perturbations crafted "
-    "the same cross-entropy.",
+    "(Carlini and Wagner 2017, section 5; Croce and Hein 2020, section 4); the universal perturbations were "
+    "crafted on the same cross-entropy.",
     remedy="Attack the margin or the ratio of logits (loss='margin', loss='dlr'), which no factor changes.",
 )
 def _fed(context: AuditContext) -> Finding:
@@ -77,7 +77,7 @@ def _fed(context: AuditContext) -> Finding:
     gain = PairedDifference.of(context.outcome(usual), context.outcome(margin))
     detail = (
         f"accuracy under PGD on cross-entropy {context.accuracy(usual)}, on the margin of the logits "
-        f"{context.accuracy(margin)}"
+        f"{context.accuracy(margin)}: the latter breaks {gain.beyond(_STARVED)}"
     )
     numbers = {"cross-entropy": context.accuracy(usual).value, "margin": context.accuracy(margin).value}
     found = _statistics(context)

@@ -63,8 +63,8 @@ def _more_draws(context: AuditContext) -> Finding:
     return Finding(
         gain.low <= 0,
         f"accuracy under PGD whose gradients are averaged over one draw {one.accuracy}, over {usual} draws "
-        f"{some.accuracy}, over {many} draws {more.accuracy}; the better of the others breaks {gain} more "
-        "than the second",
+        f"{some.accuracy}, over {many} draws {more.accuracy}; the better of the others breaks "
+        f"{gain.beyond()}",
         {"one": one.accuracy.value, "usual": some.accuracy.value, "more": more.accuracy.value, "gain": gain.value},
     )
 
@@ -128,8 +128,8 @@ def _noise_off(context: AuditContext) -> Finding:
     return Finding(
         helped.low <= 0 and carried.low <= _FAR,
         f"accuracy under PGD {on.accuracy} with the noise on, {off.accuracy} with it off, and {moved.accuracy} with "
-        f"it on for what was crafted with it off ({how}); of images that are right when clean either way, {carried} "
-        "more fall with the noise off",
+        f"it on for what was crafted with it off ({how}); of images that are right when clean either way, "
+        f"{carried.beyond(_FAR)} fall with the noise off, and the crafted ones break {helped.beyond()}",
         {"on": on.accuracy.value, "off": off.accuracy.value, "crafted_off": moved.accuracy.value, "gap": carried.value},
     )
 

@@ -47,7 +47,7 @@ def _multi_step(context: AuditContext) -> Finding:
     return Finding(
         gain.low <= 0,
         f"accuracy under FGSM {context.accuracy(single)}, under PGD {context.accuracy(many)}, both at eps "
-        f"{context.eps:.4g}",
+        f"{context.eps:.4g}: the single step breaks {gain.beyond()}",
         {"single": context.accuracy(single).value, "multi": context.accuracy(many).value},
     )
 
@@ -67,7 +67,7 @@ def _random_start(context: AuditContext) -> Finding:
     return Finding(
         gain.low <= _GAP,
         f"accuracy under FGSM {context.accuracy(plain)}, under R+FGSM {context.accuracy(started)}: the random start "
-        f"breaks {gain} more",
+        f"breaks {gain.beyond(_GAP)}",
         {"plain": context.accuracy(plain).value, "started": context.accuracy(started).value, "gap": gain.value},
     )
 
@@ -86,7 +86,8 @@ def _longer_step(context: AuditContext) -> Finding:
     gain = PairedDifference.of(context.outcome(whole), context.outcome(half))
     return Finding(
         gain.low <= _FURTHER,
-        f"accuracy under a step of eps / 2 {context.accuracy(half)}, under one of eps {context.accuracy(whole)}",
+        f"accuracy under a step of eps / 2 {context.accuracy(half)}, under one of eps {context.accuracy(whole)}: "
+        f"the shorter breaks {gain.beyond(_FURTHER)}",
         {"half": context.accuracy(half).value, "whole": context.accuracy(whole).value},
     )
 

@@ -36,6 +36,7 @@ def _alike(context: AuditContext) -> Finding:
     test, other = (found.accuracy for found in pairs[worst])
     return Finding(
         gains[worst].low <= _MORE,
-        f"under {worst} of eps {context.eps:.4g} {test} of the test images stand and {other} of the validation images",
+        f"under {worst} of eps {context.eps:.4g} {test} of the test images stand and {other} of the "
+        f"validation images, of which it breaks {gains[worst].beyond(_MORE)}",
         {"test": test.value, "validation": other.value, "gap": gains[worst].value},
     )

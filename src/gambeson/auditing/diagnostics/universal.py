@@ -120,9 +120,10 @@ def _rises(context: AuditContext) -> Finding:
         if other.uer.high < one.uer.low
     ]
     drop = max(one.uer.value - other.uer.value for k, one in enumerate(points) for other in points[k + 1 :])
+    largest = f"the UER falls by {100 * max(0.0, drop):.1f} % at most, not clearly: no interval lies below a former one"
     return Finding(
         not falls,
-        f"the UER falls {falls[0]}" if falls else "the UER nowhere falls clearly as eps grows",
+        f"the UER falls {falls[0]}" if falls else largest,
         {"largest_fall": max(0.0, drop)},
     )
 
