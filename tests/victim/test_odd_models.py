@@ -374,6 +374,7 @@ class Plain(Net):
         return self.out(F.max_pool2d(F.relu(self.norm(self.conv(x))), 2).flatten(1))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # deprecated, and still in use
 @pytest.mark.parametrize("kind", PROGRAMS)
 def test_programs_are_attacked_as_the_module_they_were_made_of(kind):
     x, y = batch()
