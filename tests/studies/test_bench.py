@@ -2,7 +2,7 @@
 
 import pytest
 
-from gambeson.studies import BenchSettings, bench_attacks, bench_training
+from gambeson.studies import BenchSettings, bench_attacks, bench_training, bench_universal
 
 SMALL = BenchSettings(model="lenet5", channels=1, image_size=28, batch_size=4, steps=2, rounds=3)
 
@@ -18,7 +18,7 @@ def test_work_of_the_bare_loop_is_what_the_formula_says():
     forward = forward_operations(SMALL.batch_size)
     assert found["bare loop"].work == pytest.approx(SMALL.steps * 2 * forward, rel=0.01)  # a gradient costs a forward
     assert found["bare loop with loss.backward()"].work == pytest.approx(SMALL.steps * 3 * forward, rel=0.01)
-    first_look = 8 * forward  # a few images, whatever the batch
+    first_look = 16 * forward  # a few images, whatever the batch, and the proof of the fast copy
     assert found["bare loop"].work <= found["gambeson"].work <= found["bare loop"].work + first_look
 
 
@@ -29,3 +29,13 @@ def test_training_says_what_counting_promises():
     plain = result.timings[0]
     assert result.images_a_second(plain) == SMALL.batch_size / plain.seconds
     assert 0 < result.share_of_peak(plain) < 1
+
+
+def test_a_universal_perturbation_is_timed_at_equal_steps():
+    few, more = (bench_universal(SMALL.model_copy(update={"steps": steps, "batch_size": 16})) for steps in (2, 6))
+    forward = forward_operations(16)
+    for result, steps in ((few, 2), (more, 6)):
+        bare, ours = result.timings
+        assert (bare.name, ours.name) == ("bare loop", "gambeson")
+        assert bare.work == pytest.approx(steps * 2 * forward, rel=0.01)
+    assert more.timings[1].work - few.timings[1].work == pytest.approx(4 * 2 * forward, rel=0.01)

@@ -1,4 +1,4 @@
-"""``gambeson bench``: speed of attacks and training on this machine."""
+"""``gambeson bench``: speed of attacks, universal perturbations and training on this machine."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from gambeson.cli.options import Device, Json, print_json, progress
 if TYPE_CHECKING:
     from gambeson.studies import BenchResult
 
-app = typer.Typer(help="Time attacks and training against plain loops.", no_args_is_help=True)
+app = typer.Typer(help="Time attacks, universal perturbations and training against plain loops.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """Time attacks and training against plain loops."""
+    """Time attacks, universal perturbations and training against plain loops."""
 
 
 Model = Annotated[str, typer.Option(help="Architecture.")]
 BatchSize = Annotated[int, typer.Option(help="Images.")]
-Steps = Annotated[int, typer.Option(help="PGD steps.")]
+Steps = Annotated[int, typer.Option(help="Steps of an attack.")]
 Rounds = Annotated[int, typer.Option(help="Timed rounds.")]
 Bfloat16 = Annotated[bool, typer.Option("--bfloat16", help="Time ours in bfloat16 as well.")]
 OutFile = Annotated[Path | None, typer.Option("--out", "-o", help="JSON file to write.")]
@@ -53,6 +53,32 @@ def attacks(
     )
     with progress(as_json):
         result = bench_attacks(settings)
+    _show(result, out, as_json, "the bare loop")
+
+
+@app.command("universal")
+def universal(
+    model: Model = "resnet20",
+    batch_size: BatchSize = 128,
+    steps: Steps = 10,
+    rounds: Rounds = 7,
+    bfloat16: Bfloat16 = False,
+    device: Device = "auto",
+    out: OutFile = None,
+    as_json: Json = False,
+) -> None:
+    """Time steps of a universal perturbation and a plain loop alternately; report medians of ratios.
+
+    Example: `gambeson bench universal --model resnet18 --batch-size 256 --steps 50`
+    """
+    from gambeson.base import pick_device
+    from gambeson.studies import BenchSettings, bench_universal
+
+    settings = BenchSettings(
+        model=model, batch_size=batch_size, steps=steps, rounds=rounds, bfloat16=bfloat16, device=pick_device(device)
+    )
+    with progress(as_json):
+        result = bench_universal(settings)
     _show(result, out, as_json, "the bare loop")
 
 

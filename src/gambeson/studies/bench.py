@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gambeson import models
-from gambeson.attacks import PGD
+from gambeson.attacks import PGD, StochasticPGD
 from gambeson.base import Config, environment, generator, seeded, task
+from gambeson.data import Dataset, Split
 from gambeson.defenses import Batch, Defense, PGDAdversarial, SharedAdversarial, Standard
 from gambeson.victim import FastPath, Victim
 
@@ -221,9 +222,48 @@ def bench_attacks(settings: BenchSettings, peers: Mapping[str, Attack] | None = 
     )
 
 
-def _in_bfloat16(attack: PGD, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _in_bfloat16(attack: Callable[..., object], model: nn.Module, *tensors: torch.Tensor) -> object:
     with Victim(model, fast=FastPath(precision="bfloat16")) as victim:
-        return attack(victim, x, y)
+        return attack(victim, *tensors)
+
+
+def bare_universal(settings: BenchSettings) -> Attack:
+    """A plain loop of projected gradient steps on one perturbation for all images, which returns the last."""
+
+    def attack(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        delta = torch.zeros_like(x[:1])
+        for _ in range(settings.steps):
+            delta = delta.detach().requires_grad_()
+            loss = F.cross_entropy(model((x + delta).clamp(0, 1)), y)
+            (gradient,) = torch.autograd.grad(loss, delta)
+            moved = delta.detach() + settings.eps / 4 * gradient.sign()
+            delta = moved.clamp(-settings.eps, settings.eps)
+        return delta
+
+    return attack
+
+
+def bench_universal(settings: BenchSettings) -> BenchResult:
+    """Time a universal perturbation at equal steps: the bare loop, and stochastic PGD, which also scores its result."""
+    model, (x, y) = settings.network(), settings.batch()
+    names = tuple("0123456789")
+    train, others = (Split("random images", images, y, classes=names) for images in (x, 1 - x))
+    data = Dataset("random images", train, others, others, classes=names)
+    attack = StochasticPGD(
+        eps=settings.eps, steps=settings.steps, batch_size=settings.batch_size, probe_starts=0, rel_step_size=0.25
+    )
+    runs: dict[str, Callable[[], object]] = {
+        BARE: partial(bare_universal(settings), model, x, y),
+        "gambeson": partial(attack.craft, model, data),
+    }
+    if settings.bfloat16:
+        runs["gambeson, bfloat16"] = partial(_in_bfloat16, lambda victim: attack.craft(victim, data), model)
+    return BenchResult(
+        settings=settings,
+        timings=side_by_side(runs, BARE, settings.rounds, "bench universal"),
+        peaks=matmul_peaks(settings),
+        environment=environment(torch.device(settings.device)),
+    )
 
 
 PLAIN = "plain loop"
