@@ -1,6 +1,8 @@
 """Graphs of gradients, and waits for the device: what can be shown without one; the rest is in tests/gpu."""
 
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,3 +213,40 @@ def test_a_model_is_inspected_again_when_it_has_changed(monkeypatch):
     net[0].weight = nn.Parameter(net[0].weight.detach().clone())
     assert inspected()
     assert not inspected()
+
+
+class Drawing:
+    """Stands for a CUDA generator, which a broken capture leaves in capture mode."""
+
+    def __init__(self, capturing=False):
+        self.capturing = capturing
+
+    def clone_state(self):
+        return Drawing()
+
+    def graphsafe_set_state(self, other):
+        self.capturing = other.capturing
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_failed_capture_is_undone(monkeypatch, ended, fails):
+    here, generator, pools, streams = SimpleNamespace(device_index=0), Drawing(), {(0, (0, 7))}, ["side"]
+
+    def close(*pool):
+        if pool not in pools:
+            raise RuntimeError("not allocating to this pool")
+        pools.remove(pool)
+
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", close, raising=False)
+    with pytest.raises(ValueError, match="broken") if fails else nullcontext(), graphs._undone_on_error(here, (0, 7)):
+        generator.capturing = fails
+        if ended:
+            pools.clear()
+        if fails:
+            raise ValueError("broken")
+    assert not generator.capturing
+    assert bool(pools) == (not fails and not ended)
+    assert streams == (["side", here] if fails else ["side"])

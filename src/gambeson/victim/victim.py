@@ -94,7 +94,7 @@ class Victim:
     """A model under attack. Use it as a context manager; inside, it is frozen (see :func:`frozen`).
 
     A fast victim computes with a copy whose BatchNorms are folded into its convolutions (:func:`fold_batchnorms`) and
-    which, on a CPU and in lower precision, is in channels-last layout: on a CPU this takes about half the time. Scores
+    which, on a CPU and below full precision, is in channels-last layout: on a CPU this takes half the time. Scores
     are never taken on the copy: :meth:`forward_original` is the model as given.
 
     The precision is that of ``fast``, float32 by default, independent of a surrounding autocast: training in lower
