@@ -31,7 +31,7 @@ from audit_page import file_of  # noqa: E402
 from audit_panels import draw  # noqa: E402
 
 from gambeson.auditing import DIAGNOSTICS, SUITES, AuditContext, temperature  # noqa: E402
-from gambeson.auditing.checkpoint import Checkpoints  # noqa: E402
+from gambeson.auditing.context import Checkpoints  # noqa: E402
 from gambeson.auditing.stages import surrogate as surrogates  # noqa: E402
 from gambeson.auditing.stages import universal as universals  # noqa: E402
 from gambeson.base import read_json, seeded, write_json  # noqa: E402

@@ -11,8 +11,20 @@ from torch import nn
 
 from gambeson import UserError
 from gambeson.attacks.gradient.base import Diversity, Scales, Smoothing
-from gambeson.attacks.gradient.pgd import FGSM, IFGSM, PGD, IterLL, RStepLL, StepLL
-from gambeson.attacks.gradient.transfer import TRANSFER, mi_fgsm, ni_fgsm, si_ni_fgsm, ti_dim, transfer_attack
+from gambeson.attacks.gradient.pgd import (
+    FGSM,
+    IFGSM,
+    PGD,
+    TRANSFER,
+    IterLL,
+    RStepLL,
+    StepLL,
+    mi_fgsm,
+    ni_fgsm,
+    si_ni_fgsm,
+    ti_dim,
+    transfer_attack,
+)
 from gambeson.threat import Ball
 from gambeson.victim import ModelAverage, Victim
 from tests.conftest import LinearNet, binary, inner_images, shaded_images

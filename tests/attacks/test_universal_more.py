@@ -13,10 +13,9 @@ from gambeson import UserError
 from gambeson.attacks import StochasticPGD, UniversalPerturbation, control
 from gambeson.attacks.solver import Adam
 from gambeson.attacks.universal.base import CraftingContext, UniversalAttack
-from gambeson.attacks.universal.data_free import DataFree
+from gambeson.attacks.universal.data_free import DataFree, activations, layer_names
 from gambeson.attacks.universal.deepfool_uap import DeepFoolUAP
 from gambeson.attacks.universal.df_uap import DFUAP
-from gambeson.attacks.universal.layers import activations, layer_names
 from gambeson.attacks.universal.sga import SGA
 from gambeson.attacks.universal.singular_vector import SingularVector, layer_maps, power_method
 from gambeson.attacks.universal.stochastic_pgd import ClasswiseStochasticPGD

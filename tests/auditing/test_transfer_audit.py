@@ -8,8 +8,7 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import FGSM, UniversalPerturbation
 from gambeson.auditing import DIAGNOSTICS, Suite
-from gambeson.auditing.checkpoint import Checkpoints
-from gambeson.auditing.context import AuditContext
+from gambeson.auditing.context import AuditContext, Checkpoints
 from gambeson.auditing.nearest_class import NearestClass
 from gambeson.auditing.results import ModelInfo
 from gambeson.auditing.stages import surrogate

@@ -13,7 +13,7 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.base import load_tensors
-from gambeson.defenses import Batch, Standard, TrainContext, uap_bank
+from gambeson.defenses import Batch, Standard, TrainContext, universal_consistency
 from gambeson.defenses.universal_adversarial import UniversalAdversarial
 from gambeson.defenses.universal_consistency import UniversalConsistency, divergence
 from gambeson.tasks import Segmentation
@@ -37,7 +37,7 @@ def opened(defense, model, batch, seed=0):
 
 
 def the_bank(objective):
-    (found,) = [module for module in objective.modules() if isinstance(module, uap_bank.UAPBank)]
+    (found,) = [module for module in objective.modules() if isinstance(module, universal_consistency.UAPBank)]
     return found
 
 
@@ -321,7 +321,9 @@ def test_the_step_is_averaged_over_the_processes(trained, digits, monkeypatch, d
 
     def run(batch):
         handed = []
-        monkeypatch.setattr(uap_bank, "average", lambda tensors: handed.append([tensor.clone() for tensor in tensors]))
+        monkeypatch.setattr(
+            universal_consistency, "average", lambda tensors: handed.append([tensor.clone() for tensor in tensors])
+        )
         objective = opened(defense, model, whole)
         go(objective, model, batch)
         return handed
@@ -416,7 +418,7 @@ def test_the_weakest_member_is_drawn_anew_and_only_that(trained, digits):
     assert len(changes) == 2  # after the steps 3 and 5, the fourth and the sixth
     keeper.strength = torch.tensor([0.3, 0.1, 0.2, 0.4])
     before = keeper.delta
-    uap_bank.UAPBank.replace_weakest(keeper, 9)
+    universal_consistency.UAPBank.replace_weakest(keeper, 9)
     assert (keeper.delta != before).flatten(1).any(1).tolist() == [False, True, False, False]
     assert keeper.strength.tolist() == pytest.approx([0.3, 0, 0.2, 0.4])
 

@@ -10,8 +10,8 @@ from gambeson.attacks import PGD, StochasticPGD, UniversalPerturbation, control
 from gambeson.attacks.universal.perturbation import Provenance
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Rate, eps_adv, eps_uni, strongest
-from gambeson.evaluation.bootstrap import ImageErrors, crossing_interval
 from gambeson.evaluation.eps_uni import Found, scaled, search
+from gambeson.evaluation.rates import ImageErrors, crossing_interval
 from gambeson.evaluation.universal import error_rate
 from gambeson.threat import Ball
 from gambeson.victim import Victim, predict, score

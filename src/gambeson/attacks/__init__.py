@@ -2,8 +2,21 @@
 
 from gambeson.attacks.gradient.auto_pgd import AutoPGD, L1AutoPGD, TargetedAutoPGD
 from gambeson.attacks.gradient.base import Diversity, GradientAttack, Scales, Smoothing
-from gambeson.attacks.gradient.pgd import FGSM, IFGSM, PGD, RFGSM, IterLL, RStepLL, StepLL
-from gambeson.attacks.gradient.transfer import TRANSFER, mi_fgsm, ni_fgsm, si_ni_fgsm, ti_dim, transfer_attack
+from gambeson.attacks.gradient.pgd import (
+    FGSM,
+    IFGSM,
+    PGD,
+    RFGSM,
+    TRANSFER,
+    IterLL,
+    RStepLL,
+    StepLL,
+    mi_fgsm,
+    ni_fgsm,
+    si_ni_fgsm,
+    ti_dim,
+    transfer_attack,
+)
 from gambeson.attacks.losses import Loss, LossName, cross_entropy, dlr, margin, targeted_dlr
 from gambeson.attacks.minimal_norm.carlini_wagner import CarliniWagner
 from gambeson.attacks.minimal_norm.deepfool import DeepFool

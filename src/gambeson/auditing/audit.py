@@ -14,8 +14,7 @@ from torch import nn
 
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing import temperature
-from gambeson.auditing.checkpoint import Checkpoints
-from gambeson.auditing.context import AuditContext
+from gambeson.auditing.context import AuditContext, Checkpoints
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, get
 from gambeson.auditing.results import (
     AuditResult,
@@ -37,8 +36,7 @@ from gambeson.auditing.verdict import judge
 from gambeson.base import UserError, environment, pixel_bytes, save_tensors, seeded, task, unknown_name
 from gambeson.data import Dataset, Split, as_dataset, disjoint
 from gambeson.evaluation import BlackBox
-from gambeson.evaluation.bootstrap import ImageErrors
-from gambeson.evaluation.rates import EpsAdv, EpsUni
+from gambeson.evaluation.rates import EpsAdv, EpsUni, ImageErrors
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import count_parameters, fingerprint
 from gambeson.victim import Victim, nothing_counts, predict, score, vote

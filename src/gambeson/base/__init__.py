@@ -2,13 +2,16 @@
 
 from gambeson.base import notebook
 from gambeson.base.config import Config, Number
-from gambeson.base.distributed import average, place, share_first, total
 from gambeson.base.environment import (
+    average,
     default_dtype,
     environment,
     full_precision,
     pick_device,
+    place,
     repeatable,
+    share_first,
+    total,
     twice_differentiable,
 )
 from gambeson.base.errors import (
@@ -21,9 +24,13 @@ from gambeson.base.errors import (
     unknown_name,
 )
 from gambeson.base.files import (
+    check_run,
+    close_run,
     load_tensors,
+    open_run,
     pixel_bytes,
     read_json,
+    read_settings,
     save_tensors,
     writable,
     write_bytes,
@@ -33,7 +40,6 @@ from gambeson.base.files import (
 )
 from gambeson.base.progress import show_progress, task
 from gambeson.base.registry import Registered, Registry
-from gambeson.base.run_folder import check_run, close_run, open_run, read_settings
 from gambeson.base.seeds import derive, generator, seeded
 
 __all__ = [

@@ -12,7 +12,7 @@ from gambeson.attacks.losses import Loss
 from gambeson.base import Number
 from gambeson.defenses.objective import Batch, Clean, Defense, Objective, TrainContext
 from gambeson.defenses.registry import register
-from gambeson.defenses.uap_bank import Ascend, BankStart, UAPBank, mute
+from gambeson.defenses.universal_consistency import Ascend, BankStart, UAPBank, mute
 from gambeson.threat import Ball, BoxGradient, Eps, Norm
 
 Update = Literal["alternating", "one-pass"]
@@ -40,7 +40,7 @@ class UniversalAdversarial(Defense):
     rel_step_size: Annotated[Number, Field(gt=0)] = 1.0
     """Step size of the perturbation as a share of eps."""
     ascend: Ascend = "steepest"
-    """Direction of that step: see :data:`gambeson.defenses.uap_bank.Ascend`."""
+    """Direction of that step: see :data:`gambeson.defenses.universal_consistency.Ascend`."""
     truncate: Number | None = 9.0
     """Images whose cross-entropy is above this (the paper's beta) are excluded from the perturbation's step, but not
     from the weights'. Label maps: per pixel if the update alternates, by the image's mean in one pass."""

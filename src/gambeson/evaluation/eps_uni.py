@@ -13,9 +13,8 @@ from torch import nn
 from gambeson.attacks import CONTROLS, GradientAttack, UniversalAttack, UniversalPerturbation
 from gambeson.base import UserError, derive, seeded, task
 from gambeson.data import Dataset, Split, as_dataset, as_split, disjoint
-from gambeson.evaluation.bootstrap import ImageErrors, crossing_interval
 from gambeson.evaluation.outcome import at_once, attacked, averaged
-from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni
+from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni, ImageErrors, crossing_interval
 from gambeson.evaluation.universal import RANKED, strongest
 from gambeson.threat import Ball, Norm, perturb
 from gambeson.victim import Victim, as_victim, nothing_counts, predict, vote
@@ -64,7 +63,7 @@ def eps_uni(
     every larger one. eps_uni is thus the minimum over everything tried, and an upper bound of the true value.
 
     Test images select nothing; they show where the error crosses ``delta``. The interval is a bootstrap over them with
-    the perturbations held fixed (:func:`gambeson.evaluation.bootstrap.crossing_interval`). To measure the error curve
+    the perturbations held fixed (:func:`gambeson.evaluation.rates.crossing_interval`). To measure the error curve
     there, the perturbation found is scaled to up to twelve eps around it, which costs only forwards; a scaled one that
     succeeds at a smaller eps counts.
 

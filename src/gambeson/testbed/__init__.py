@@ -9,9 +9,8 @@ honest ones it accuses.
 (1.0, 0.0)
 """
 
-from gambeson.testbed.auditors import AUDITORS
 from gambeson.testbed.entry import KINDS, Entry
-from gambeson.testbed.judgement import Judgement, broken
+from gambeson.testbed.judgement import AUDITORS, Judgement, broken
 from gambeson.testbed.library import TestbedModel, load, models
 from gambeson.testbed.recipes import DATA, networks, networks_on
 from gambeson.testbed.scoring import Outcome, TestbedScore, score

@@ -20,9 +20,8 @@ from gambeson.base import Config, UserError, environment, open_run, read_json, t
 from gambeson.data import Dataset
 from gambeson.evaluation import Rate
 from gambeson.models import fingerprint
-from gambeson.testbed.auditors import auditor_named
 from gambeson.testbed.entry import KINDS, Entry
-from gambeson.testbed.judgement import Judgement, NotAJudgement, as_judgement, broken
+from gambeson.testbed.judgement import Judgement, NotAJudgement, as_judgement, auditor_named, broken
 from gambeson.testbed.library import entry_of, models
 from gambeson.testbed.recipes import networks
 from gambeson.testbed.truth import python_seeded

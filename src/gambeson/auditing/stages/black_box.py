@@ -9,8 +9,7 @@ from torch import nn
 
 from gambeson.attacks import GaborNoise, PerlinNoise, UniversalPerturbation
 from gambeson.attacks.universal.procedural import ProceduralAttack
-from gambeson.auditing.checkpoint import Checkpoints
-from gambeson.auditing.context import AuditContext
+from gambeson.auditing.context import AuditContext, Checkpoints
 from gambeson.auditing.cost import BudgetPlan, fit
 from gambeson.auditing.stages.transfer import name_of, on_surrogate
 from gambeson.auditing.suite import Suite

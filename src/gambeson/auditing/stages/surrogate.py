@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gambeson import models
-from gambeson.auditing.checkpoint import Checkpoints
+from gambeson.auditing.context import Checkpoints
 from gambeson.auditing.results import Surrogate
 from gambeson.auditing.suite import Suite
 from gambeson.base import UserError, seeded

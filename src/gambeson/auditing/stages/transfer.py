@@ -23,7 +23,7 @@ def image_attacks(eps: float, norm: Norm) -> dict[str, GradientAttack]:
     """Return the per-image attacks on the surrogate: a single-step one, and an iterative one that transfers well.
 
     MI-FGSM with DI has the common setting of transfer papers: 10 steps of eps / 10 from the image itself, momentum 1,
-    random resizing (:mod:`gambeson.attacks.gradient.transfer`).
+    random resizing (:mod:`gambeson.attacks.gradient.pgd`).
     """
     return {"fgsm": FGSM(eps=eps, norm=norm), "mi-di-fgsm": transfer_attack("mi-di-fgsm", eps=eps, norm=norm)}
 

@@ -16,9 +16,8 @@ from gambeson.auditing.results import Restart, UniversalResult
 from gambeson.auditing.stages import black_box
 from gambeson.auditing.stages.transfer import name_of, on_surrogate
 from gambeson.base import UserError, load_tensors, save_tensors
-from gambeson.evaluation.bootstrap import ImageErrors
 from gambeson.evaluation.eps_uni import Found, eps_adv, search
-from gambeson.evaluation.rates import EpsAdv, EpsUni
+from gambeson.evaluation.rates import EpsAdv, EpsUni, ImageErrors
 from gambeson.evaluation.universal import change_rate, control_rates, error_rate, strongest
 from gambeson.victim import predict, score
 
