@@ -81,7 +81,7 @@ def same_by_every_door(found):
     assert {"clean", "size"} <= set(found["losses"])
     assert found["attack"][1] == pytest.approx(0.9)
     code, error = found["wrong"]["no setting"]
-    assert (code, error) == (2, "error: Shift has no setting 'shares': did you mean share?")
+    assert (code, error) == (2, "error: --set settings.shares=1: there is no setting 'shares': did you mean share?")
     code, error = found["wrong"]["other kind"]
     assert code == 2
     assert "makes one perturbation for all images: craft it with `gambeson uap craft`" in error

@@ -16,6 +16,9 @@ from gambeson.models import load, save
 from gambeson.models.export import export
 from gambeson.victim import Victim, copied
 
+# People have what torch calls deprecated: torch.jit, and the first weight norm.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+
 SHAPE, CLASSES = (2, 6, 6), 4
 EPS = 0.12
 

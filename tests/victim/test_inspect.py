@@ -219,7 +219,7 @@ def test_a_perturbation_is_not_broadcast_to_images_of_another_shape():
     for images, words in ((colour, "expected images of its shape"), (torch.zeros(2, 1, 4, 4).byte(), "uint8")):
         with pytest.raises(UserError, match=words):
             found.apply(images)
-    with pytest.raises(UserError, match="a perturbation of shape"):
+    with pytest.raises(UserError, match="the perturbation is for images of"):
         gb.evaluation.universal_evasion(net(48), (colour, torch.arange(5) % 3), found)
 
 

@@ -176,6 +176,7 @@ class Victim:
             self._check_input(images)
             with self._as_called(images):
                 self.traits = _traits(self.model, images.to(self.dtype))
+            self._writes = bool(self._writes) or self.traits.writes
         if (self.traits.probabilities or self.traits.sigmoids) and not scores:
             what, name = ("and sum to 1", "probabilities") if self.traits.probabilities else ("by a sigmoid", "sigmoid")
             raise UserError(
@@ -218,8 +219,7 @@ class Victim:
 
     def _logits(self, model: Callable[[torch.Tensor], Any], images: torch.Tensor) -> torch.Tensor:
         # A copy for a model that writes into its input: the attack's images shall not change, nor a leaf be written to.
-        writes = self._writes is not False or (self.traits is not None and self.traits.writes)
-        sent = images.to(self.dtype, copy=writes)
+        sent = images.to(self.dtype, copy=self._writes is not False)
         with explained(images):
             logits = logits_of(model(sent), len(images))
         if self._writes is None:
@@ -290,8 +290,7 @@ class Victim:
             return job(*tensors)
         before = self.forwards, self.backwards
         # Not yet known is as False: a graph's inputs are its own, and another victim has tried the same copy.
-        writes = bool(self._writes) or (self.traits is not None and self.traits.writes)
-        state = (self.fast, self._layout, self.temperature, writes)
+        state = (self.fast, self._layout, self.temperature, bool(self._writes))
         graph = copy.graphs.find(
             (what, state), job, tensors, lambda: (self.forwards, self.backwards), lambda: signature(copy.view)
         )
