@@ -104,18 +104,18 @@ def main() -> None:
         for name, cells in content["cells"].items()
         if {**old, "rows": old.get("rows", {}).get(name)} == {**settings, "rows": settings["rows"].get(name)}
     }
-    content = {"settings": settings, "cells": kept, "environment": environment()}
+    content = {"settings": settings, "cells": kept, "cost": content.get("cost", {})}
     for seed in range(arguments.seeds):
         for name in arguments.rows:
             if str(seed) in kept.get(name, {}):
                 continue
             began = time.process_time()
             found = cell(data, ROWS[name], seed)
-            found["cpu seconds"] = time.process_time() - began
+            found |= {"cpu seconds": time.process_time() - began, "environment": environment()}
             kept.setdefault(name, {})[str(seed)] = found
             write_json(arguments.out, content)
             print(f"{name}, seed {seed}: {line([found])}", flush=True)
-    if set(content.get("cost", {})) != set(kept):
+    if set(content["cost"]) != set(kept):
         content["cost"] = {name: plan_of(data, ROWS[name]) for name in kept}
         write_json(arguments.out, content)
     print(f"{'':34} time of a step  clean  {'  '.join(f'UER {eps}' for eps in RADII)}  PGD-40 at 0.1  suite at 0.1")
