@@ -91,7 +91,7 @@ def test_weights_that_say_nothing_of_normalisation_are_taken_aloud(digits, tmp_p
     model = gb.models.create("lenet5", digits).eval()
     torch.save(model.body.state_dict(), tmp_path / "w.pth")
     with pytest.warns(
-        UserWarning, match=r"does not say how its pixels were normalised: those of digits are \(mean 0.3"
+        UserWarning, match=r"does not say how its pixels were normalised: the statistics of digits are used \(mean 0.3"
     ):
         loaded = load_model(f"lenet5@{tmp_path}/w.pth", "digits", "cpu", digits)
     x, _ = digits.test.take(slice(0, 5))

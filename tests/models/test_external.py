@@ -89,7 +89,7 @@ def test_it_is_saved_and_loaded_by_running_the_function_again(file, tmp_path, mo
     assert models.fingerprint(again) == models.fingerprint(model)
     assert type(again.body).__name__ == "Net"
     file.unlink()
-    with pytest.raises(UserError, match=r"my nets.py does not exist: the model .* is built by the function net"):
+    with pytest.raises(UserError, match=r"my nets.py does not exist: .* names the function net"):
         models.load(tmp_path / "m.safetensors")
 
 

@@ -293,3 +293,13 @@ def test_counts_of_nothing_have_no_rate():
     nothing = torch.zeros(2, dtype=torch.long)
     assert Counts(nothing, nothing).accuracy.n == 0
     assert isinstance(PIXELS, Task)
+
+
+def test_bytes_of_fewer_bits_are_said_to_be_nearly_black():
+    bits = torch.randint(0, 2, (6, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with pytest.warns(UserWarning, match=r"no pixel of a is above 1 of 255.*images.float\(\) / 1"):
+        Split("a", bits, torch.arange(6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Split("a", bits * 255, torch.arange(6))
+        Split("a", bits * 0, torch.arange(6))

@@ -334,3 +334,14 @@ def test_wrong_shapes_are_named():
 class Flat(nn.Module):
     def forward(self, x):
         return x.mean(0).flatten()
+
+
+def test_a_wrong_word_for_the_outputs_is_told_from_their_values():
+    x = torch.rand(10, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    logit = nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
+    nn.init.constant_(logit[1].weight, 0.5)
+    for word in ("sigmoid", "probabilities"):
+        with pytest.raises(UserError, match=rf"outputs reach from .* to .*: expected {word} in \[0, 1\]"):
+            gb.models.as_logits(logit, word)(x)
+    with pytest.warns(UserWarning, match="name `sigmoid`, not `one-logit`"):
+        gb.models.as_logits(nn.Sequential(logit, nn.Sigmoid()), "one-logit")(x)

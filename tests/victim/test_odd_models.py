@@ -1,6 +1,7 @@
 """Models that people have: what the fast path cannot do it drops, and an attack that would do nothing is refused."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -400,3 +401,39 @@ def test_a_list_of_modules_is_held_as_their_average():
             torch.testing.assert_close(victim(x), Net()(x))
             assert len(victim.members) == 2
         assert float((Net()(PGD(eps=0.2, steps=4)(several, x, y)).argmax(1) == y).float().mean()) < 0.7
+
+
+def quantised(net, x):
+    return plainly(net, (x * 255).round() / 255)
+
+
+@pytest.mark.parametrize("attack", [FGSM(eps=0.2), PGD(eps=0.2, steps=4), PGD(eps=0.2, steps=4, early_stop=False)])
+def test_a_gradient_that_is_zero_is_said(attack):
+    x, y = batch()
+    with pytest.warns(UserWarning, match="gradient was exactly zero"):
+        attack(changed(quantised), x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack(Net(), x, y)
+
+
+def test_complaints_of_models_about_their_images_are_one_sentence():
+    def even(net, x):
+        assert len(x) % 2 == 0, "even only"
+        return plainly(net, x)
+
+    def sized(net, x):
+        raise ValueError("Input image size (6*6) does not match the model's")
+
+    for forward, words in ((even, "even only.*fixed_batch"), (sized, "does not match the model's")):
+        with pytest.raises(UserError, match=words):
+            gb.evaluation.accuracy(changed(forward), (torch.rand(3, 2, 6, 6), torch.tensor([0, 1, 2])))
+
+
+def test_mixed_types_of_weights_are_one_sentence():
+    def mixed(net, x):
+        net.out.double()
+        return net.out(net.features(x).flatten(1))
+
+    with pytest.raises(UserError, match=r"mixes types .*model.float\(\)"):
+        attacked(changed(mixed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,10 @@ class Adam:
         return Adam(self.mean[rows], self.square[rows], self.betas, self.count)
 
 
+class GradientWarning(UserWarning):
+    """A gradient that no attack can follow."""
+
+
 class NonFiniteGradientError(UserError):
     """The model's gradient is NaN or infinite.
 
@@ -65,7 +70,7 @@ def input_gradient(victim: Victim, value: torch.Tensor, point: torch.Tensor, ima
 
 
 def require_finite(sums: Sequence[torch.Tensor], first: int | None = None) -> None:
-    """Refuse gradients that are NaN or infinite, waiting for the device once.
+    """Refuse gradients that are NaN or infinite, and warn of gradients that are all zero, waiting for the device once.
 
     Args:
         sums: the sum of each step's gradient, scalars.
@@ -76,7 +81,15 @@ def require_finite(sums: Sequence[torch.Tensor], first: int | None = None) -> No
     """
     if not sums:
         return
-    finite = torch.stack(list(sums)).isfinite().tolist()
+    values = torch.stack(list(sums)).tolist()
+    if not any(values):
+        warnings.warn(
+            "the model's gradient was exactly zero, so that the attack could not follow it: what it left right is no "
+            "sign of robustness; look for rounding, thresholds and saturated outputs, and see gambeson audit",
+            GradientWarning,
+            stacklevel=2,
+        )
+    finite = [math.isfinite(value) for value in values]
     if not all(finite):
         where = "" if first is None else f" at step {first + finite.index(False)}"
         raise NonFiniteGradientError(

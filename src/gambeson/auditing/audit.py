@@ -33,7 +33,7 @@ from gambeson.auditing.stages import black_box as boxes
 from gambeson.auditing.stages import corruption, jacobian, own, per_image, randomness, surrogate, transfer, universal
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.auditing.verdict import judge
-from gambeson.base import UserError, environment, pixel_bytes, save_tensors, seeded, task, unknown_name
+from gambeson.base import UserError, environment, pixel_bytes, save_tensors, say, seeded, task, unknown_name
 from gambeson.data import Dataset, Split, as_dataset, disjoint
 from gambeson.evaluation import BlackBox
 from gambeson.evaluation.rates import EpsAdv, EpsUni, ImageErrors
@@ -190,6 +190,8 @@ def audit(
         victim.allow_no_graph = True  # "no vanishing gradients" reports it
         if isinstance(model, BlackBox):
             suite, dataset, notes = boxes.inspect(victim, model, suite, dataset, stages, folder, keep_eps=keep_eps)
+            for note in notes:  # what a budget leaves out is said before it is spent
+                say(f"note: {note}")
         reported, twice = _reported(dataset, suite, seed, victim.device)
         look = victim.inspect(reported.test.take(slice(0, 8), victim.device)[0], scores=black_box)
         for part in (reported.train, reported.validation, reported.test):

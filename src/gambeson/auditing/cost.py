@@ -159,7 +159,8 @@ def _changes(asked: Suite, suite: Suite) -> Iterator[str]:
         else:
             yield f"{now} {words}" + ("" if before is None else f" in place of {before}")
     if suite.noise_sizes != asked.noise_sizes:
-        yield f"{len(suite.noise_sizes)} sizes of plain noise in place of {len(asked.noise_sizes)}"
+        one = len(suite.noise_sizes) == 1
+        yield f"{len(suite.noise_sizes)} size{'' if one else 's'} of plain noise in place of {len(asked.noise_sizes)}"
     if suite.eps != asked.eps:
         yield f"the curve has {len(suite.eps)} eps in place of {len(asked.eps)}"
 

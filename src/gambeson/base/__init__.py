@@ -38,7 +38,7 @@ from gambeson.base.files import (
     write_text,
     write_yaml,
 )
-from gambeson.base.progress import show_progress, task
+from gambeson.base.progress import say, show_progress, task
 from gambeson.base.registry import Registered, Registry
 from gambeson.base.seeds import derive, generator, seeded
 
@@ -71,6 +71,7 @@ __all__ = [
     "read_settings",
     "repeatable",
     "save_tensors",
+    "say",
     "seeded",
     "share_first",
     "show_progress",

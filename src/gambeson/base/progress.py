@@ -18,6 +18,8 @@ _EVERY = 10.0
 
 
 class _Display(Protocol):
+    console: Console
+
     def start(self, label: str, total: int, done: int) -> Callable[[], None]: ...
 
 
@@ -26,7 +28,7 @@ _display: ContextVar[_Display | None] = ContextVar("display", default=None)
 
 class _Bars:
     def __init__(self, bars: Progress) -> None:
-        self.bars = bars
+        self.bars, self.console = bars, bars.console
 
     def start(self, label: str, total: int, done: int) -> Callable[[], None]:
         name = self.bars.add_task(label, total=total, completed=done)
@@ -76,6 +78,13 @@ def show_progress(console: Console) -> Iterator[None]:
             yield
         finally:
             _display.reset(token)
+
+
+def say(text: str) -> None:
+    """Print a line that must be read before the work goes on, where progress is shown."""
+    display = _display.get()
+    if display is not None:
+        display.console.print(text, highlight=False, soft_wrap=True)
 
 
 def _in_notebook() -> bool:

@@ -125,6 +125,8 @@ def transfer(
     settings = chosen(TransferRun, config, flags, pairs(set_, http), device, lambda _: {})
     if len(settings.get("models", ())) < 2:
         raise UserError("transfer needs two models or more: for example gambeson transfer runs/x runs/y --eps 0.1")
+    if twice := next((one for one in settings["models"] if settings["models"].count(one) > 1), None):
+        raise UserError(f"{twice} is given twice, and would be attacked by itself: name each model once")
     run = TransferRun(**settings)
     folder = out or Path("runs") / "transfer"
     with progress(as_json) as console:

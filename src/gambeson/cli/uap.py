@@ -81,7 +81,7 @@ def craft(
         f"{out}: {user_code.short(attack)} at eps {uap.about.eps:.4g} ({uap.about.status}); "
         f"{100 * best:.1f} % on validation"
     )
-    console.print(f"next: gambeson uap score {out} {source}")
+    console.print(f"next: gambeson uap score {out} {source}{f' --data {data}' if data else ''}")
 
 
 @app.command("score")
@@ -133,6 +133,12 @@ def score(
         console.print(f"{name:14} {rate}")
     for control in controls:
         console.print(f"{control.name:14} {control.worst} (worst of {control.draws}), mean {100 * control.mean:.1f} %")
+    worst = max(controls, key=lambda one: one.worst.value)
+    if worst.worst.value >= rates["UER"].value > 0:
+        console.print(
+            f"{worst.name} does no less harm, so this perturbation shows no weakness of its own: try other attacks, "
+            "or gambeson audit, which brings the logits to a usual scale first"
+        )
 
 
 @app.command("list")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from gambeson.base.errors import UserError
+from gambeson.base.errors import DataWarning, UserError
 from gambeson.base.seeds import generator as stream
 from gambeson.data.partition import stratified
 from gambeson.tasks import Task
@@ -101,6 +102,9 @@ CHUNK_BYTES = 64 * 2**20
 """Piece size for statistics, so that they need little extra memory."""
 
 _CACHED = ("_digests", "_moments")
+_DARK = 16
+"""Images whose brightest byte is below this are taken for pixels of fewer bits."""
+
 SplitT = TypeVar("SplitT", bound="Split")
 Indices = Any  # a LongTensor, a slice, or anything torch can turn into a LongTensor
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -134,6 +138,13 @@ class Split:
         task: Task | str | None = None,
     ) -> None:
         self._images, self._labels, self.task = as_pair(images, labels, task, ignore_index)
+        if self._images.dtype == torch.uint8 and 0 < (highest := int(self._images.max() if len(labels) else 0)) < _DARK:
+            warnings.warn(
+                f"no pixel of {name} is above {highest} of 255, so that all is nearly black: "
+                f"pass images.float() / {highest} if {highest} is white",
+                DataWarning,
+                stacklevel=2,
+            )
         self.name = name
         if classes is None:
             values = distinct(self._labels)

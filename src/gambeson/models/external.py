@@ -131,7 +131,7 @@ def load_function(name: str) -> Callable[..., Any]:
     """
     file, function = parts(name)
     if not file.is_file():
-        raise UserError(f"{file} does not exist: the model {name} is built by the function {function} of that file")
+        raise UserError(f"{file} does not exist: {name} names the function {function} of that file")
     user_code.canonical(name)  # a hash in the name must match the file
     return member(run(file), file, function, "function")
 

@@ -201,8 +201,9 @@ def _architecture(source: str, dataset: data.Dataset, device: str) -> nn.Module:
         ):
             mean, std = (", ".join(f"{value:.3g}" for value in side) for side in (model.card.mean, model.card.std))
             warnings.warn(
-                f"{file} does not say how its pixels were normalised: those of {dataset.name} are (mean {mean}, std "
-                f"{std}); if it was trained otherwise, name FILE.py:FUNCTION@{file} with a function that normalises",
+                f"{file} does not say how its pixels were normalised: the statistics of {dataset.name} are used (mean "
+                f"{mean}, std {std}); if it was trained otherwise, name FILE.py:FUNCTION@{file}, which "
+                "normalises",
                 stacklevel=2,
             )
     elif drawn := getattr(model.body, "drawn", None):

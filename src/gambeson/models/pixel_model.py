@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any
+from weakref import WeakSet
 
 import torch
 from pydantic import Field, model_validator
@@ -154,6 +156,9 @@ PROBABILITIES, SIGMOID, ONE_LOGIT = "probabilities", "sigmoid", "one-logit"
 _TINY = 1e-30
 
 
+_checked: WeakSet[nn.Module] = WeakSet()
+
+
 class as_logits(nn.Module):  # noqa: N801  (used like a function)
     """Wrap a model so that it returns logits.
 
@@ -193,7 +198,25 @@ class as_logits(nn.Module):  # noqa: N801  (used like a function)
             "`probabilities`, `sigmoid` or `one-logit` for a tensor of them, or the key of the logits"
         )
 
+    def _check(self, answer: torch.Tensor) -> None:
+        """Check, at the first call, that the values can be what they are said to be."""
+        low, high = (float(bound) for bound in torch.aminmax(answer.detach()))
+        inside = low >= 0 and high <= 1
+        if self.output != ONE_LOGIT and not inside:
+            raise UserError(
+                f"the model's outputs reach from {low:.3g} to {high:.3g}: expected {self.output} in [0, 1]; leave "
+                "as_logits out for logits, or name `one-logit` for a single one"
+            )
+        if self.output == ONE_LOGIT and inside and low < high and len(answer) >= 8:
+            warnings.warn(
+                "all outputs of the model lie in [0, 1]: if they are probabilities, name `sigmoid`, not `one-logit`",
+                stacklevel=4,
+            )
+        _checked.add(self)
+
     def _logits(self, answer: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        if self not in _checked and answer.numel() and bool(answer.isfinite().all()):
+            self._check(answer)
         if self.output == PROBABILITIES:
             return answer.clamp(min=_TINY).log()
         if self.output == SIGMOID:

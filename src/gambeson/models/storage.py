@@ -233,7 +233,11 @@ def _nested(content: Any, place: str = "") -> Iterator[tuple[str, State]]:
     if not isinstance(content, Mapping):
         return
     entries = {name: value for name, value in content.items() if isinstance(name, str)}
-    if tensors := {name: value.detach() for name, value in entries.items() if isinstance(value, torch.Tensor)}:
+    if tensors := {
+        name: value.detach().to_dense() if value.is_sparse else value.detach()
+        for name, value in entries.items()
+        if isinstance(value, torch.Tensor)
+    }:
         yield place, tensors
     for name, value in entries.items():
         yield from _nested(value, f"{place}.{name}" if place else name)

@@ -58,6 +58,8 @@ _MISFIT = re.compile(
     r"Guard failed|split_with_sizes expects|must be divisible by"
 )
 """What torch says of images of another size or number of channels than a layer takes, or of another batch size."""
+_TYPES = re.compile(r"type .* and .* type .* should be the same|have the same dtype|expected scalar type")
+"""What torch says of weights and values of different types."""
 
 
 @contextmanager
@@ -69,13 +71,21 @@ def explained(images: torch.Tensor) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         if "Inference tensors cannot be saved" in str(error):
             raise UserError(
                 "the model's weights were made in torch.inference_mode, which keeps no graph: create or load the model "
                 "outside of it"
             ) from error
+        if _TYPES.search(str(error)):
+            raise UserError(
+                f"the model mixes types ({' '.join(str(error).split())}): convert it as a whole, as by model.float()"
+            ) from error
         found = _MISFIT.search(str(error))
+        if found is None and type(error) is not RuntimeError:  # how models complain of images themselves
+            found = re.match("()()", "")
         if found is None:
             raise
         if found[2] == str(images.shape[1]):

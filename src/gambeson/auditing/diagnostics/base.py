@@ -82,7 +82,8 @@ def register(
         gradients: whether it needs gradients, so that it does not apply to a black box.
     """
     about = {"condition": condition, "explanation": explanation, "remedy": remedy, "gradients": gradients}
-    return LOOKS.register(name, title=name, summary=f"Fails where {condition}.", **about)
+    summary = f"Never fails: {condition[7:]}." if condition.startswith("never: ") else f"Fails where {condition}."
+    return LOOKS.register(name, title=name, summary=summary, **about)
 
 
 def entries() -> list[Registered[ModelTraits] | UserError]:
