@@ -11,7 +11,10 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import FGSM, PGD, DeepFool, StochasticPGD
+from gambeson.attacks.losses import Loss
+from gambeson.attacks.solver import ProjectedGradient
 from gambeson.auditing.derandomize import Derandomize
+from gambeson.threat import Ball
 from gambeson.victim import Victim, as_victim
 
 
@@ -415,6 +418,9 @@ def test_a_gradient_that_is_zero_is_said(attack):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attack(Net(), x, y)
+        with Victim(Net()) as victim:  # zero where the truncated loss is at its limit
+            solver = ProjectedGradient(victim=victim, ball=Ball(eps=0.2), loss=Loss(truncate=1e-6))
+            assert not solver.run(torch.zeros(1, 2, 6, 6), [(x, y)] * 2, [0.1] * 2).any()
 
 
 def test_complaints_of_models_about_their_images_are_one_sentence():

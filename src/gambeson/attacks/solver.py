@@ -69,12 +69,13 @@ def input_gradient(victim: Victim, value: torch.Tensor, point: torch.Tensor, ima
     return gradient
 
 
-def require_finite(sums: Sequence[torch.Tensor], first: int | None = None) -> None:
+def require_finite(sums: Sequence[torch.Tensor], first: int | None = None, *, may_vanish: bool = False) -> None:
     """Refuse gradients that are NaN or infinite, and warn of gradients that are all zero, waiting for the device once.
 
     Args:
         sums: the sum of each step's gradient, scalars.
         first: number of the first of these steps, for the message.
+        may_vanish: do not warn of gradients that are all zero, as those of a truncated loss may well be.
 
     Raises:
         NonFiniteGradientError: some are.
@@ -82,7 +83,7 @@ def require_finite(sums: Sequence[torch.Tensor], first: int | None = None) -> No
     if not sums:
         return
     values = torch.stack(list(sums)).tolist()
-    if not any(values):
+    if not any(values) and not may_vanish:
         warnings.warn(
             "the model's gradient was exactly zero, so that the attack could not follow it: what it left right is no "
             "sign of robustness; look for rounding, thresholds and saturated outputs, and see gambeson audit",
@@ -215,7 +216,7 @@ class ProjectedGradient:
         else:
             gradient, logits, total = self._gradient(images, delta, labels, truth, view)
         if sums is None:
-            require_finite([total], number)
+            require_finite([total], number, may_vanish=self.loss.truncate is not None)
         else:
             sums.append(total)
         return gradient, logits
@@ -285,7 +286,7 @@ class ProjectedGradient:
         sums: list[torch.Tensor] = []
         for (images, labels), length in zip(batches, lengths, strict=False):
             delta, _ = self.step(delta, images, labels, length, sums)
-        require_finite(sums)
+        require_finite(sums, may_vanish=self.loss.truncate is not None)
         return delta
 
     def forward(
