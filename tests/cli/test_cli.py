@@ -160,7 +160,8 @@ def start(arguments, **kwargs):
 
 def test_ctrl_c_exits_with_130_and_the_same_command_goes_on(made, tmp_path):
     flags = ["--defense", "shared-adversarial", "--sharedness", "16", "--epochs", "40", "--out", str(tmp_path / "run")]
-    process = start([*TRAIN, *flags])
+    # Where the tests run in the background, SIGINT is ignored, and would be in the process, too.
+    process = start([*TRAIN, *flags], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "state" / "latest.safetensors").is_file() and time.monotonic() < deadline:
         time.sleep(0.02)
