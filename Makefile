@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # names an index instead (such as the one that PyTorch's "Get Started" page shows for CPU). Where uv cannot reach its own,
 # pip takes the build that its index has.
 install = $(if $(TORCH_INDEX),\
-  $(PIP) --index-url $(TORCH_INDEX) torch torchvision && $(PIP) -e ".[$(1)]",\
+  PIP_INDEX_URL=$(TORCH_INDEX) $(PIP) torch torchvision && $(PIP) -e ".[$(1)]",\
   $(PIP) uv && $(BIN)/python -m uv pip install --quiet --python $(BIN)/python --torch-backend auto -e ".[$(1)]" || $(PIP) -e ".[$(1)]")
 
 .PHONY: quickstart test test-full lint picture bundle clean

@@ -225,7 +225,7 @@ def test_an_unfinished_task_is_refused_by_name(tmp_path, body, words):
 
 def test_a_task_of_one_s_own_gets_its_labels_as_they_are():
     class MultiLabel(Classification):
-        """Several classes per image: an answer is right where it is one of them."""
+        """More than one class per image: an answer is right where it is one of them."""
 
         label_dims: ClassVar[int] = 2
         label_form: ClassVar[str] = "one row of classes per image (N, K)"

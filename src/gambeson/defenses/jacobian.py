@@ -226,10 +226,10 @@ class JacobianNorm(JacobianSettings):
     def answers(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Also return the clean logits, if R needed them for the whole batch."""
         if self.power:
-            raise UserError("power iteration has a state: use the term that opened(shape, seed) returns")
+            raise UserError("power iteration has a state: use the term that with_state(shape, seed) returns")
         return self._evaluate(model, batch, None)
 
-    def opened(self, shape: tuple[int, ...], seed: int) -> Term:
+    def with_state(self, shape: tuple[int, ...], seed: int) -> Term:
         """Return the term for images of ``shape`` (C, H, W): itself, or for ``power`` one with a state."""
         return PowerNorm(self, shape, seed) if self.power else self
 
@@ -370,7 +370,7 @@ class Jacobian(JacobianSettings, Defense):
 
     def build_objective(self, context: TrainContext) -> Objective:
         """Both terms, sharing one forward."""
-        norm = self._norm.opened(tuple(context.train.shape), context.seed)
+        norm = self._norm.with_state(tuple(context.train.shape), context.seed)
         return SharedForward(self.terms() | {"jacobian": (self.strength, norm)})
 
     @property

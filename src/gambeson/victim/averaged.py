@@ -108,12 +108,12 @@ class ModelAverage(AveragedVictim):
         self.traits = ModelTraits(
             shape=looks[0].shape,
             size=looks[0].size,
-            gap=max(look.gap for look in looks),
-            shared=any(look.shared for look in looks),
-            writes=any(look.writes for look in looks),
-            probabilities=any(look.probabilities for look in looks),
-            bare=all(look.bare for look in looks),
-            sigmoids=any(look.sigmoids for look in looks),
+            gap=max(one.gap for one in traits),
+            shared=any(one.shared for one in traits),
+            writes=any(one.writes for one in traits),
+            probabilities=any(one.probabilities for one in traits),
+            bare=all(one.bare for one in traits),
+            sigmoids=any(one.sigmoids for one in traits),
         )
         return self.traits
 
