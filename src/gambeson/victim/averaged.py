@@ -104,10 +104,10 @@ class ModelAverage(AveragedVictim):
 
     def inspect(self, images: torch.Tensor, *, scores: bool = False) -> ModelTraits:
         """Inspect every model; a trait of one is a trait of the ensemble."""
-        looks = [member.inspect(images, scores=scores) for member in self.members]
+        traits = [member.inspect(images, scores=scores) for member in self.members]
         self.traits = ModelTraits(
-            shape=looks[0].shape,
-            size=looks[0].size,
+            shape=traits[0].shape,
+            size=traits[0].size,
             gap=max(one.gap for one in traits),
             shared=any(one.shared for one in traits),
             writes=any(one.writes for one in traits),
