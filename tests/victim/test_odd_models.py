@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import gambeson as gb
 from gambeson import UserError
-from gambeson.attacks import FGSM, PGD, DeepFool, StochasticPGD
+from gambeson.attacks import FGSM, PGD, AutoPGD, DeepFool, StochasticPGD
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.solver import ProjectedGradient
 from gambeson.auditing.derandomize import Derandomize
@@ -406,11 +407,20 @@ def test_a_list_of_modules_is_held_as_their_average():
         assert float((Net()(PGD(eps=0.2, steps=4)(several, x, y)).argmax(1) == y).float().mean()) < 0.7
 
 
+ZERO: list[Any] = [
+    FGSM(eps=0.2),
+    PGD(eps=0.2, steps=4),
+    PGD(eps=0.2, steps=4, early_stop=False),
+    AutoPGD(eps=0.2, steps=4),
+]
+ZERO += [DeepFool(steps=3)]
+
+
 def quantised(net, x):
     return plainly(net, (x * 255).round() / 255)
 
 
-@pytest.mark.parametrize("attack", [FGSM(eps=0.2), PGD(eps=0.2, steps=4), PGD(eps=0.2, steps=4, early_stop=False)])
+@pytest.mark.parametrize("attack", ZERO)
 def test_a_gradient_that_is_zero_is_said(attack):
     x, y = batch()
     with pytest.warns(UserWarning, match="gradient was exactly zero"):

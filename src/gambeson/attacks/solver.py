@@ -69,6 +69,16 @@ def input_gradient(victim: Victim, value: torch.Tensor, point: torch.Tensor, ima
     return gradient
 
 
+def warn_of_zero_gradient() -> None:
+    """Warn that a gradient is exactly zero, which no attack can follow."""
+    warnings.warn(
+        "the model's gradient was exactly zero, so that the attack could not follow it: what it left right is no sign "
+        "of robustness; look for rounding, thresholds and saturated outputs, and see gambeson audit",
+        GradientWarning,
+        stacklevel=3,
+    )
+
+
 def require_finite(sums: Sequence[torch.Tensor], first: int | None = None, *, may_vanish: bool = False) -> None:
     """Refuse gradients that are NaN or infinite, and warn of gradients that are all zero, waiting for the device once.
 
@@ -84,12 +94,7 @@ def require_finite(sums: Sequence[torch.Tensor], first: int | None = None, *, ma
         return
     values = torch.stack(list(sums)).tolist()
     if not any(values) and not may_vanish:
-        warnings.warn(
-            "the model's gradient was exactly zero, so that the attack could not follow it: what it left right is no "
-            "sign of robustness; look for rounding, thresholds and saturated outputs, and see gambeson audit",
-            GradientWarning,
-            stacklevel=2,
-        )
+        warn_of_zero_gradient()
     finite = [math.isfinite(value) for value in values]
     if not all(finite):
         where = "" if first is None else f" at step {first + finite.index(False)}"

@@ -10,6 +10,7 @@ from pydantic import Field
 from gambeson.attacks.minimal_norm.base import MinimalNorm, refuse_non_finite
 from gambeson.attacks.query.base import InfOr2
 from gambeson.attacks.registry import register
+from gambeson.attacks.solver import warn_of_zero_gradient
 from gambeson.base import Number
 from gambeson.tasks import CLASSIFICATION
 from gambeson.threat import Ball, Norm
@@ -107,6 +108,8 @@ class DeepFool(MinimalNorm):
             closer = distance < nearest
             nearest = torch.where(closer, distance, nearest)
             direction = torch.where(closer.view(-1, 1, 1, 1), ball.steepest(slope), direction)
+        if not bool(nearest.isfinite().any()):
+            warn_of_zero_gradient()
         # Without any gradient there is no step.
         length = torch.where(nearest.isfinite(), nearest.clamp(min=_SHORTEST), 0)
         return direction * length.view(-1, 1, 1, 1)
