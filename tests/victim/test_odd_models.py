@@ -413,7 +413,7 @@ ZERO: list[Any] = [
     PGD(eps=0.2, steps=4, early_stop=False),
     AutoPGD(eps=0.2, steps=4),
 ]
-ZERO += [DeepFool(steps=3)]
+ZERO += [AutoPGD(eps=0.2, steps=4), DeepFool(steps=3)]
 
 
 def quantised(net, x):
