@@ -17,7 +17,7 @@ from gambeson.attacks.gradient.pgd import (
     ti_dim,
     transfer_attack,
 )
-from gambeson.attacks.losses import Loss, LossName, cross_entropy, dlr, margin, targeted_dlr
+from gambeson.attacks.losses import Loss, LossName, cosine, cross_entropy, dlr, js, margin, targeted_dlr
 from gambeson.attacks.minimal_norm.carlini_wagner import CarliniWagner
 from gambeson.attacks.minimal_norm.deepfool import DeepFool
 from gambeson.attacks.query.base import Queries, QueryAttack
@@ -98,10 +98,12 @@ __all__ = [
     "UniversalPerturbation",
     "canonical",
     "control",
+    "cosine",
     "create",
     "cross_entropy",
     "dlr",
     "entry",
+    "js",
     "margin",
     "mi_fgsm",
     "name_of",

@@ -215,13 +215,13 @@ class ProjectedGradient:
         Raises:
             NonFiniteGradientError: the gradient is not finite.
         """
-        if view is None and truth is None:
+        if view is None and truth is None and self.loss.kind != "segpgd":  # whose weights change with every step
             made = (self.loss, self.task, self.per_image, self.box_gradient)
             gradient, logits, total = self.victim.repeated(made, self._gradient, images, delta, labels)
         else:
             gradient, logits, total = self._gradient(images, delta, labels, truth, view)
         if sums is None:
-            require_finite([total], number, may_vanish=self.loss.truncate is not None)
+            require_finite([total], number, may_vanish=self.loss.may_vanish)
         else:
             sums.append(total)
         return gradient, logits
@@ -291,7 +291,7 @@ class ProjectedGradient:
         sums: list[torch.Tensor] = []
         for (images, labels), length in zip(batches, lengths, strict=False):
             delta, _ = self.step(delta, images, labels, length, sums)
-        require_finite(sums, may_vanish=self.loss.truncate is not None)
+        require_finite(sums, may_vanish=self.loss.may_vanish)
         return delta
 
     def forward(

@@ -41,12 +41,16 @@ class Counts:
 
     @property
     def accuracy(self) -> Rate:
-        """The share of right units, with its 95 % Wilson interval over images.
+        """The share of right units, with its 95 % interval over images (:meth:`Rate.bootstrap`).
 
-        Of label maps this is the pixel accuracy; its interval is over images, which is the cautious choice since the
-        pixels of one image are not independent.
+        Of label maps this is the pixel accuracy.
         """
-        return Rate.of(int(self.right.sum()), int(self.total.sum()), self.images)
+        return Rate.bootstrap(self.right, self.total)
+
+    @property
+    def error_rate(self) -> Rate:
+        """The share of wrong units; see :attr:`accuracy`."""
+        return Rate.bootstrap(self.total - self.right, self.total)
 
     @property
     def shares(self) -> torch.Tensor:

@@ -169,7 +169,7 @@ class StochasticPGD(UniversalAttack):
                 delta = solver.step_along(delta, images, direction, length)
             else:  # a mean of steps is one already
                 delta = solver.project(delta + length * direction, images)
-        require_finite(sums, may_vanish=solver.loss.truncate is not None)
+        require_finite(sums, may_vanish=solver.loss.may_vanish)
         return delta
 
 
