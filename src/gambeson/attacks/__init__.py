@@ -17,7 +17,8 @@ from gambeson.attacks.gradient.pgd import (
     ti_dim,
     transfer_attack,
 )
-from gambeson.attacks.losses import Loss, LossName, cross_entropy, dlr, margin, targeted_dlr
+from gambeson.attacks.gradient.segmentation import SEA, CosPGD, SegPGD
+from gambeson.attacks.losses import Loss, LossName, cosine, cross_entropy, dlr, js, margin, targeted_dlr
 from gambeson.attacks.minimal_norm.carlini_wagner import CarliniWagner
 from gambeson.attacks.minimal_norm.deepfool import DeepFool
 from gambeson.attacks.query.base import Queries, QueryAttack
@@ -59,6 +60,7 @@ __all__ = [
     "NES",
     "PGD",
     "RFGSM",
+    "SEA",
     "SGA",
     "SPSA",
     "TRANSFER",
@@ -67,6 +69,7 @@ __all__ = [
     "Candidate",
     "CarliniWagner",
     "ClasswiseStochasticPGD",
+    "CosPGD",
     "CraftingContext",
     "DataFree",
     "DeepFool",
@@ -89,6 +92,7 @@ __all__ = [
     "RStepLL",
     "RandomSearch",
     "Scales",
+    "SegPGD",
     "SingularVector",
     "Smoothing",
     "Source",
@@ -101,10 +105,12 @@ __all__ = [
     "UniversalPerturbation",
     "canonical",
     "control",
+    "cosine",
     "create",
     "cross_entropy",
     "dlr",
     "entry",
+    "js",
     "margin",
     "mi_fgsm",
     "name_of",

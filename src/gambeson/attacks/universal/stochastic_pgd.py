@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 
-from gambeson.attacks.losses import Loss
+from gambeson.attacks.losses import MASKED, Loss, LossName
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import cosine, require_finite
 from gambeson.attacks.universal.base import Candidate, UniversalAttack
@@ -90,8 +90,9 @@ class StochasticPGD(UniversalAttack):
     """Height and width of a tile that the perturbation repeats, from the top left (Metzen et al. 2017); None: none."""
     box_gradient: BoxGradient = "straight-through"
     """See :data:`gambeson.threat.BoxGradient`; ``exact`` is the papers'."""
-    loss: Literal["cross-entropy", "margin"] = "cross-entropy"
-    """What is maximised: cross-entropy, or the margin of the logits (Carlini and Wagner)."""
+    loss: LossName = "cross-entropy"
+    """What is maximised (:data:`gambeson.attacks.LossName`). Those that weigh pixels by whether they are right, and
+    ``js``, which is bounded, are not truncated as well."""
     momentum: Annotated[Number, Field(ge=0)] = 0.0
     """Decay of the gradients summed over the steps, each divided by its mean absolute value (Dong et al. 2018)."""
     normalise: Literal["batch", "sample"] = "batch"
@@ -119,7 +120,8 @@ class StochasticPGD(UniversalAttack):
         """What is maximised, one value per image."""
         if self.target is not None:
             return Loss(kind=self.loss, targeted=True, tau=self.tau)
-        return Loss(kind=self.loss, truncate=self.truncate, truncate_correct=self.truncate_correct)
+        truncate = None if self.loss in (*MASKED, "js") else self.truncate
+        return Loss(kind=self.loss, truncate=truncate, truncate_correct=self.truncate_correct)
 
     def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
         starts = [(kind, self._tiled(one)) for kind, one in context.starts(self.probe_starts or self.restarts, start)]
@@ -167,7 +169,7 @@ class StochasticPGD(UniversalAttack):
         solver, memory = context.solver(self.objective), torch.zeros_like(delta)
         sums: list[torch.Tensor] = []
         streams = zip(*(context.batches(self.batch_size, restart) for restart in restarts), strict=True)
-        for batches, length in zip(islice(streams, self.steps), self.lengths, strict=True):
+        for step, (batches, length) in enumerate(zip(islice(streams, self.steps), self.lengths, strict=True), 1):
             images, labels, places = (torch.cat(parts) for parts in zip(*batches, strict=True))
             targets, weights = context.aims(images, labels, places)
             # Mini-batches differ in size where images without a label that counts were left out.
@@ -176,7 +178,8 @@ class StochasticPGD(UniversalAttack):
             # The row of each image: its own class's perturbation, or that of the restart whose mini-batch it is in.
             own = [labels.new_full((size,), row) for row, size in enumerate(sizes)] if alone and not classwise else []
             rows = torch.cat(own) if own else labels
-            direction, _ = solver.gradient(delta[rows] if alone else delta, images, targets, weights=weights, sums=sums)
+            guide, moving = solver.at(step, self.steps), delta[rows] if alone else delta
+            direction, _ = guide.gradient(moving, images, targets, weights=weights, sums=sums)
             direction = direction if self.tile is None else mean_over_tiles(direction, self.tile)
             if self.normalise == "sample":
                 direction = context.ball.steepest(direction)
