@@ -135,7 +135,9 @@ def test_two_gets_at_once(tmp_path: Path) -> None:
 def test_unknown_names_and_useless_sizes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown data set 'fashionmnist': did you mean fashion-mnist"):
         data.load("fashionmnist", tmp_path)
-    with pytest.raises(UserError, match=r"unknown data set 'zzz': choose one of cifar10, .*image-folder:PATH"):
+    with pytest.raises(
+        UserError, match=r"unknown data set 'zzz': choose one of .*cifar10, .*image-folder:PATH, mask-folder:PATH"
+    ):
         data.get("zzz", tmp_path)
     with pytest.raises(UserError, match="size came with digits, whose images are 8x8 in grey"):
         data.load("digits", tmp_path, size=32)

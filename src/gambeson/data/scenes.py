@@ -25,8 +25,10 @@ IGNORED = 255
 """The label of the pixels on both sides of an item's outline."""
 ITEMS = (2, 4)
 """Fewest and most items of a scene."""
-SCALES, ANGLE, CENTRES = (0.45, 0.7), math.pi / 9, (0.2, 0.8)
-"""Side of an item in parts of the scene's; largest rotation either way, in radians; range of the centre of an item."""
+SCALES, ANGLE, SHIFT = (0.45, 0.7), math.pi / 12, 0.15
+"""Side of an item in parts of the scene's; largest rotation either way, in radians; largest distance of an item's
+centre from that of its quarter of the scene, each way. No two items are in one quarter, so that they hide parts of each
+other and seldom all."""
 INK = 0.1
 """Value from which a source's pixel belongs to the item."""
 WAVES, SHADES, GRAIN = 3, 9, 0.06
@@ -96,7 +98,8 @@ def compose(items: Split, numbers: torch.Tensor, size: int, draw: torch.Generato
     chosen = numbers[: BLOCK * most]
     counts = torch.randint(ITEMS[0], most + 1, (BLOCK,), generator=draw)
     sides, angles = uniform(most, low=SCALES[0], high=SCALES[1]), uniform(most, low=-ANGLE, high=ANGLE)
-    centres, mirrored = uniform(most, 2, low=CENTRES[0], high=CENTRES[1]), uniform(most) < 0.5
+    quarters, mirrored = uniform(most).argsort(1), uniform(most) < 0.5
+    centres = 0.25 + 0.5 * torch.stack([quarters % 2, quarters // 2], -1) + uniform(most, 2, low=-SHIFT, high=SHIFT)
     tints = uniform(most, 3, low=0.2)
     canvas = grounds(size, uniform(2, 3), uniform(WAVES, 3), uniform(3, SHADES, SHADES))
     canvas += GRAIN * (torch.rand(canvas.shape, generator=draw, dtype=torch.float64) - 0.5)
@@ -160,16 +163,18 @@ def _placed(
 ) -> torch.Tensor:
     """Return the value and the cover of every item in its place, (N, M, 2, size, size)."""
     value = items.images[chosen].double() / 255
-    solid = (value >= INK).double()
-    solid = -F.max_pool2d(-F.max_pool2d(solid, 3, 1, 1), 3, 1, 1)  # closes the dark spots in an item
+    ink = value >= INK
+    solid = torch.ones_like(ink)
+    for axis in (2, 3):  # what has ink on all four sides is dark cloth, not ground
+        solid &= (ink.cumsum(axis) > 0) & (ink.flip(axis).cumsum(axis).flip(axis) > 0)
     cos, sin = angles.cos() / sides, angles.sin() / sides
-    axis = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1
-    x, y = (axis - (2 * centres[..., None] - 1)).unbind(2)
+    line = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1
+    x, y = (line - (2 * centres[..., None] - 1)).unbind(2)
     x, y = x[:, :, None, :], y[:, :, :, None]
     cos, sin = cos[..., None, None], sin[..., None, None]
     across = torch.where(mirrored, -1.0, 1.0)[..., None, None] * (cos * x - sin * y)
     grid = torch.stack([across, sin * x + cos * y], -1).flatten(0, 1)
-    planes = F.grid_sample(torch.cat([value, solid], 1), grid, padding_mode="zeros", align_corners=False)
+    planes = F.grid_sample(torch.cat([value, solid.double()], 1), grid, padding_mode="zeros", align_corners=False)
     return planes.view(*sides.shape, 2, size, size)
 
 
