@@ -2,6 +2,7 @@
 
 from gambeson.evaluation.attack_run import AttackRun, run_attack
 from gambeson.evaluation.attack_suite import SuiteResult, SuiteRun, run_suite, standard_suite
+from gambeson.evaluation.binarization import BinarizationResult, BinarizationTest, binarization_test
 from gambeson.evaluation.eps_uni import eps_adv, eps_uni
 from gambeson.evaluation.export_check import Exported, run_export
 from gambeson.evaluation.outcome import accuracy_under, outcome, outcome_under
@@ -16,6 +17,8 @@ from gambeson.tasks import Rate
 
 __all__ = [
     "AttackRun",
+    "BinarizationResult",
+    "BinarizationTest",
     "BlackBox",
     "BudgetSpent",
     "Exported",
@@ -30,6 +33,7 @@ __all__ = [
     "TransferRun",
     "accuracy",
     "accuracy_under",
+    "binarization_test",
     "control_rates",
     "edge_correlation",
     "eps_adv",
