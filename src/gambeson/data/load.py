@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator
 
-from gambeson.base import user_code
+from gambeson.base import Config, user_code
 from gambeson.base.errors import OutOfSpace, UserError, unknown_name
 from gambeson.base.files import load_tensors, save_tensors
 from gambeson.base.registry import Registered
@@ -22,7 +22,6 @@ from gambeson.data.pictures import ImageOptions, Shape
 from gambeson.data.registry import SETS, DatasetSpec
 from gambeson.data.split import Split
 from gambeson.data.torchvision_sets import fetch_torchvision, load_torchvision
-from gambeson.tasks import CLASSIFICATION
 
 Stored = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
@@ -84,9 +83,10 @@ def check_content(recipe: DatasetSpec, tensors: dict[str, torch.Tensor]) -> None
             raise UserError(
                 f"{part}images are {images.dtype} of {tuple(images.shape)}: expected uint8 of {(count, *recipe.shape)}"
             )
-        if tuple(labels.shape) != (count,):
-            raise UserError(f"{part}labels have shape {tuple(labels.shape)}: expected {(count,)}")
-        CLASSIFICATION.check_labels(labels, recipe.num_classes)
+        expected = (count,) if recipe.task.per_image_label else (count, *recipe.shape[1:])
+        if tuple(labels.shape) != expected:
+            raise UserError(f"{part}labels have shape {tuple(labels.shape)}: expected {expected}")
+        recipe.task.check_labels(labels, recipe.num_classes)
 
 
 def build(recipe: DatasetSpec, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> Dataset:
@@ -99,8 +99,10 @@ def build(recipe: DatasetSpec, tensors: dict[str, torch.Tensor], about: dict[str
         train, validation = partition(whole.labels, [recipe.validation], name)
         test = Split(f"{name}/test", tensors["test_images"], tensors["test_labels"], classes)
     else:
-        whole = Split(name, tensors["images"], tensors["labels"], classes)
-        train, validation, chosen = partition(whole.labels, [recipe.validation, recipe.test], name)
+        whole = Split(name, tensors["images"], tensors["labels"], classes, task=recipe.task)
+        counts = [recipe.validation, recipe.test]
+        rows = torch.arange(len(whole)).split([recipe.train, *counts])
+        train, validation, chosen = rows if recipe.ordered else partition(whole.labels, counts, name)
         test = whole.subset(chosen, f"{name}/test")
     rest = (whole.subset(train, f"{name}/train"), whole.subset(validation, f"{name}/validation"))
     return Dataset(name, *rest, test, classes)
@@ -177,6 +179,8 @@ def load(
         found = name.removeprefix(TORCHVISION)
         return load_torchvision(found, data_root(root), ImageOptions(**options), workers, input_shape)
     entry = _entry(name)
+    if "settings" in entry.options:
+        return entry.target(data_root(root), entry.options["settings"](**options))
     if "recipe" not in entry.options:
         return _named(load(_called(entry, data_root(root)), workers=workers, **options), name)
     recipe: DatasetSpec = entry.options["recipe"]
@@ -194,7 +198,7 @@ def get(name: str, root: str | Path | None = None) -> Path:
     Raises:
         UserError: an unknown name, or every source failed; the message lists them.
     """
-    folder, (name, _) = data_root(root), _parsed(name)
+    folder, (name, given) = data_root(root), _parsed(name)
     if name.startswith(FOLDER):
         return Path(name.removeprefix(FOLDER)).expanduser()
     if name.startswith(TORCHVISION):
@@ -202,6 +206,8 @@ def get(name: str, root: str | Path | None = None) -> Path:
     entry = _entry(name)
     if "recipe" in entry.options:
         prepare(entry.options["recipe"], folder)
+    elif "settings" in entry.options:
+        entry.target(folder, entry.options["settings"](**given))
     else:
         load(_called(entry, folder))
     return folder
@@ -224,8 +230,9 @@ def canonical(name: str) -> str:
         UserError: there is no such file, or it was changed since the name was stored.
     """
     bare, options = _parsed(name)
-    ImageOptions(**options)  # refuses wrong values
-    given = [f"{key}={options[key]}" for key in ImageOptions.model_fields if key in options]
+    kind = _settings(bare)
+    kind(**options)  # refuses wrong values
+    given = [f"{key}={options[key]}" for key in kind.model_fields if key in options]
     return SETS.canonical(bare) + ("?" if given else "") + ",".join(given)
 
 
@@ -248,13 +255,21 @@ def _parsed(name: str) -> tuple[str, dict[str, Any]]:
     if found is None:
         return name, {}
     options: dict[str, Any] = {}
+    known = _settings(found[1]).model_fields
     for part in re.split("[,&]", found[2]):
         key, sign, value = part.partition("=")
-        if not sign or key not in ImageOptions.model_fields or key in options:
+        if not sign or key not in known or key in options:
             fault = "is given twice" if key in options else "is unknown" if sign else "has no value"
-            raise UserError(f"{key} in {name} {fault}: the options are {', '.join(ImageOptions.model_fields)}")
+            raise UserError(f"{key} in {name} {fault}: the options are {', '.join(known)}")
         options[key] = value
     return found[1], options
+
+
+def _settings(name: str) -> type[Config]:
+    """Return the class of the options that a name takes."""
+    if user_code.is_spelling(name) or name not in SETS.names():
+        return ImageOptions
+    return SETS.get(name).options.get("settings", ImageOptions)
 
 
 def _entry(name: str) -> Registered[Any]:
@@ -270,6 +285,9 @@ def _line(name: str, folder: Path) -> Entry:
         entry = SETS.get(name)
     except UserError as error:
         return Entry(name, str(error), ready=False)
+    if "source" in entry.options:
+        ready = stored_file(entry.options["source"], folder).is_file()
+        return Entry(name, entry.summary, ready, **entry.options["about"])
     if "recipe" not in entry.options:
         return Entry(name, entry.summary, ready=True, how=f"loaded by {entry.owner}")
     recipe: DatasetSpec = entry.options["recipe"]

@@ -5,6 +5,7 @@ from gambeson.evaluation.attack_suite import SuiteResult, SuiteRun, run_suite, s
 from gambeson.evaluation.eps_uni import eps_adv, eps_uni
 from gambeson.evaluation.export_check import Exported, run_export
 from gambeson.evaluation.outcome import accuracy_under, outcome, outcome_under
+from gambeson.evaluation.perceptibility import edge_correlation, visibility
 from gambeson.evaluation.transfer import TransferResult, TransferRun, run_transfer
 from gambeson.evaluation.universal import accuracy, control_rates, fooling_rate, strongest, universal_evasion
 from gambeson.models.black_box.base import BlackBox, BudgetSpent
@@ -30,6 +31,7 @@ __all__ = [
     "accuracy",
     "accuracy_under",
     "control_rates",
+    "edge_correlation",
     "eps_adv",
     "eps_uni",
     "fooling_rate",
@@ -43,4 +45,5 @@ __all__ = [
     "standard_suite",
     "strongest",
     "universal_evasion",
+    "visibility",
 ]

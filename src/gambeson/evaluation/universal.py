@@ -34,17 +34,17 @@ def scored(function: Callable[Concatenate[Victim, Split, P], ResultT]) -> Callab
 
 def error_rate(found: Score) -> Rate:
     """Error rate."""
-    return Rate.of(found.errors, found.total, found.images)
+    return found.counts.error_rate
 
 
 def accuracy_rate(found: Score) -> Rate:
     """Accuracy."""
-    return Rate.of(found.total - found.errors, found.total, found.images)
+    return found.counts.accuracy
 
 
 def change_rate(found: Score) -> Rate:
     """Share of predictions that differ from the clean ones."""
-    return Rate.of(found.flipped, found.total, found.images)
+    return found.change_rate
 
 
 def accuracy(model: nn.Module, data: object, *, seed: int = 0) -> Rate:

@@ -11,7 +11,7 @@ import torch
 
 from gambeson.base import UserError, full_precision, seeded
 from gambeson.data import Split
-from gambeson.tasks import CLASSIFICATION, Task
+from gambeson.tasks import CLASSIFICATION, Counts, Rate, Task
 from gambeson.threat import perturb
 from gambeson.victim.victim import Victim
 
@@ -20,19 +20,35 @@ from gambeson.victim.victim import Victim
 class Score:
     """Counts over a split, from which rates are computed."""
 
-    errors: int
-    """Predictions that differ from the label."""
-    flipped: int
-    """Predictions that differ from the clean prediction."""
-    total: int
-    """Predictions that count: images, or pixels, whose label is not the ignore index."""
-    images: int
-    """Images with at least one prediction that counts: the independent units of a rate's interval."""
+    counts: Counts
+    """Right predictions of each image, and those that count: whose label is not the ignore index."""
+    changed: torch.Tensor
+    """(N,): predictions of each image that count and differ from the clean prediction."""
+
+    @property
+    def errors(self) -> int:
+        """Predictions that differ from the label."""
+        return self.counts.errors
+
+    @property
+    def flipped(self) -> int:
+        """Predictions that differ from the clean prediction."""
+        return int(self.changed.sum())
+
+    @property
+    def total(self) -> int:
+        """Predictions that count."""
+        return int(self.counts.total.sum())
 
     @property
     def error(self) -> float:
         """Share of wrong predictions."""
         return self.errors / max(1, self.total)
+
+    @property
+    def change_rate(self) -> Rate:
+        """Share of predictions that differ from the clean ones, with its interval over images."""
+        return Rate.bootstrap(self.changed, self.counts.total)
 
 
 DEFAULT_VOTES = 21
@@ -207,11 +223,12 @@ def score(predictions: torch.Tensor, split: Split, clean: torch.Tensor | None = 
     """
     labels = split.labels.cpu()
     counts = split.task.counts(predictions, labels)
-    total = int(counts.total.sum())
-    if whole and total == 0:
+    if whole and counts.images == 0:
         raise nothing_counts(split)
-    flipped = 0 if clean is None else int(((predictions != clean) & split.task.valid(labels)).sum())
-    return Score(errors=counts.errors, flipped=flipped, total=total, images=counts.images)
+    changed = torch.zeros_like(counts.total)
+    if clean is not None:
+        changed = split.task.units((predictions != clean) & split.task.valid(labels)).sum(1)
+    return Score(counts=counts, changed=changed)
 
 
 def nothing_counts(split: Split) -> UserError:

@@ -145,7 +145,8 @@ class Victim:
 
     def __enter__(self) -> Victim:
         self._default = torch.get_default_dtype()
-        self._guard.enter_context(torch.inference_mode(False))
+        if torch.is_inference_mode_enabled():  # else its exit would only put the gradient mode of now back
+            self._guard.enter_context(torch.inference_mode(False))
         self._guard.enter_context(default_dtype())
         self._guard.enter_context(frozen(self.model, self.batch_norm))
         return self

@@ -152,6 +152,6 @@ def _gradients(
         with torch.enable_grad():
             point = x.detach().clone().requires_grad_()
             value = value_of(victim.forward_original(point), y)
-        parts.append((victim.gradient(value.sum(), point, len(point)), value.detach()))
+            parts.append((victim.gradient(value.sum(), point, len(point)), value.detach()))
     gradients, values = zip(*parts, strict=True)
     return torch.cat(gradients), torch.cat(values)
