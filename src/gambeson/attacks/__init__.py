@@ -17,6 +17,7 @@ from gambeson.attacks.gradient.pgd import (
     ti_dim,
     transfer_attack,
 )
+from gambeson.attacks.gradient.segmentation import SEA, CosPGD, SegPGD
 from gambeson.attacks.losses import Loss, LossName, cosine, cross_entropy, dlr, js, margin, targeted_dlr
 from gambeson.attacks.minimal_norm.carlini_wagner import CarliniWagner
 from gambeson.attacks.minimal_norm.deepfool import DeepFool
@@ -57,6 +58,7 @@ __all__ = [
     "NES",
     "PGD",
     "RFGSM",
+    "SEA",
     "SGA",
     "SPSA",
     "TRANSFER",
@@ -65,6 +67,7 @@ __all__ = [
     "Candidate",
     "CarliniWagner",
     "ClasswiseStochasticPGD",
+    "CosPGD",
     "CraftingContext",
     "DataFree",
     "DeepFool",
@@ -87,6 +90,7 @@ __all__ = [
     "RStepLL",
     "RandomSearch",
     "Scales",
+    "SegPGD",
     "SingularVector",
     "Smoothing",
     "Source",

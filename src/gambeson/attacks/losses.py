@@ -28,6 +28,8 @@ other weights w on the labels, so that the gradient with respect to the logits i
 
 Where labels are targets, right and wrong change places, and the cosine c becomes 1 - c."""
 
+MASKED = ("segpgd", "cospgd", "mce", "mce-bal")
+"""The losses that are the smaller the more answers are wrong: they guide steps and rank nothing."""
 _TINY = 1e-12
 
 
@@ -135,7 +137,7 @@ class Loss(Config):
     @property
     def may_vanish(self) -> bool:
         """Whether the gradient may be zero although the model has one: where every answer is wrong, or truncated."""
-        return self.truncate is not None or self.kind in ("segpgd", "cospgd", "mce", "mce-bal", "js")
+        return self.truncate is not None or self.kind in (*MASKED, "js")
 
     def used(self, classes: int) -> LossName:
         """What is really maximised on a model with this many classes.
@@ -192,7 +194,7 @@ class Loss(Config):
 
     def _weights(self, logits: torch.Tensor, labels: torch.Tensor, task: Task) -> torch.Tensor | None:
         """Return the constant weight of every answer, in the shape of ``labels``; None where all are 1."""
-        if self.kind not in ("segpgd", "cospgd", "mce", "mce-bal"):
+        if self.kind not in MASKED:
             return None
         index = task.indexable(labels)
         if self.kind == "cospgd":

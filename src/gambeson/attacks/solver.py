@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -259,6 +259,21 @@ class ProjectedGradient:
         with torch.no_grad():
             logits, values = self.forward(perturb(images, delta), labels, truth)
         return values, logits
+
+    def at(self, step: int, steps: int) -> ProjectedGradient:
+        """Return the solver for a step, counted from 1, of a loss that changes with it (:meth:`Loss.at`)."""
+        loss = self.loss.at(step, steps)
+        return self if loss is self.loss else replace(self, loss=loss)
+
+    def harm(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the number of labels per image on which the attack has succeeded, (N,).
+
+        A share below one, which grows with the cross-entropy (or, of targets, falls), makes ranks of equal numbers.
+        """
+        targeted = self.loss.targeted
+        hits = self.task.units(self.task.succeeded(logits, labels, targeted=targeted)).sum(1)
+        value = Loss(targeted=targeted)(logits, labels, self.task)
+        return hits + (1 / (1 - value) if targeted else value / (1 + value))
 
     def step_along(
         self, delta: torch.Tensor, images: torch.Tensor, gradient: torch.Tensor, length: float | torch.Tensor
