@@ -316,9 +316,20 @@ def test_on_label_maps_each_pixel_that_can_be_reached_is_turned_and_no_other():
         Square(eps=0.1)(lambda images: images.flatten(1)[:, :2], x, labels, task=task)
 
 
+def test_on_label_maps_the_effort_goes_to_pixels_that_are_still_right():
+    def scores(images):  # the first pixel is wrong and could be so ten times more, at the cost of the second
+        bright = images[:, 0, 0, 0]
+        margins = torch.stack([10 * (bright - 0.3), 0.45 - bright, -torch.ones_like(bright)], 1)[:, None]
+        return torch.stack([torch.zeros_like(margins), margins], 1)
+
+    x, labels = torch.full((1, 1, 1, 3), 0.5), torch.zeros(1, 1, 3, dtype=torch.long)
+    assert scores(x).argmax(1).tolist() == [[[1, 0, 0]]]
+    assert scores(Square(eps=0.1, queries=50)(scores, x, labels)).argmax(1).tolist() == [[[1, 1, 0]]]
+
+
 def test_a_map_of_one_pixel_is_a_classification():
-    x, y = inner_images(5, (3, 1, 1)), torch.zeros(5, dtype=torch.long)
-    net = torch.nn.Conv2d(3, 4, 1)
+    x, net = inner_images(5, (3, 1, 1)), torch.nn.Conv2d(3, 4, 1)
+    y = net(x).flatten(1).argmax(1)
     for attack in (Square(eps=0.05, queries=30), NES(eps=0.05, queries=30, pairs=2)):
         alone = attack(lambda images: net(images).flatten(1), x, y)
         assert torch.equal(attack(net, x, y[:, None, None]), alone)
