@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
@@ -13,6 +12,7 @@ from torch import nn
 
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.solver import ProjectedGradient
+from gambeson.attacks.universal.target import TAU, LabelSource
 from gambeson.base import Config, Number, UserError, generator
 from gambeson.data import Split
 from gambeson.tasks import CLASSIFICATION, Task
@@ -114,9 +114,9 @@ class Adversarial(Config):
     start: Literal["zero", "uniform", "sign"] = "uniform"
     truncate: Number | None = None
     """Untargeted inner loss only; see :class:`gambeson.attacks.Loss`."""
-    target: Literal["prediction", "truth"] | None = None
+    target: LabelSource | None = None
     """Towards the prediction on that image, or its label or label map; None: away from the truth."""
-    tau: Annotated[Number, Field(gt=0, le=1)] | None = 0.75
+    tau: Annotated[Number, Field(gt=0, le=1)] | None = TAU
     """Targeted inner loss only: no gradient where the target is likelier than this; None: no such limit."""
     precision: Precision = "float32"
     """Precision of the model while crafting, independent of the training's."""
@@ -139,9 +139,7 @@ class Adversarial(Config):
         """
         self.check(len(batch.images))
         heaps = len(batch.images) // self.sharedness
-        loss = Loss(truncate=self.truncate)
-        if self.target is not None:
-            loss = Loss(targeted=True, truncate=None if self.tau is None else -math.log(self.tau))
+        loss = Loss(truncate=self.truncate) if self.target is None else Loss(targeted=True, tau=self.tau)
         # In evaluation mode on a fast copy, which is updated in every step.
         with Victim(model, fast=FastPath(precision=self.precision), batch_norm=self.attack_bn) as victim:
             solver = ProjectedGradient(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
+from gambeson.attacks.universal.target import TAU, LabelSource
 from gambeson.base import Number
 from gambeson.defenses.objective import Adversarial, Clean, Defense, Term
 from gambeson.defenses.registry import register
@@ -43,10 +44,10 @@ class SharedAdversarial(Defense):
     (``train``). The paper leaves it open; the default is ours."""
     truncate: Number | None = -math.log(0.2)
     """Cap kappa of the untargeted inner cross-entropy, per image or pixel; None: no cap."""
-    target: Literal["prediction", "truth"] | None = None
+    target: LabelSource | None = None
     """Inner attack towards the prediction on the first image of another heap, or towards its label or label map (ours,
     after Metzen et al. 2017); None: away from the truth."""
-    tau: Annotated[Number, Field(gt=0, le=1)] | None = 0.75
+    tau: Annotated[Number, Field(gt=0, le=1)] | None = TAU
     """Targeted inner attack: images or pixels whose target is likelier than this have no gradient."""
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes, in both outer losses; the paper's amount is not known."""
