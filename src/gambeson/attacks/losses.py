@@ -28,6 +28,8 @@ other weights w on the labels, so that the gradient with respect to the logits i
 
 Where labels are targets, right and wrong change places, and the cosine c becomes 1 - c."""
 
+MASKED = ("segpgd", "cospgd", "mce", "mce-bal")
+"""The losses that are the smaller the more answers are wrong: they guide steps and rank nothing."""
 _TINY = 1e-12
 
 
@@ -117,6 +119,8 @@ class Loss(Config):
     truncate_correct: bool = True
     """Whether it holds for answers that are still right, too, as in the paper. Of many classes, or with a high
     temperature, the truth is unlikely long before another class is likelier."""
+    tau: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Targeted only: answers whose target has a probability above this have no gradient (Metzen et al. 2017)."""
     wrong_weight: Annotated[Number, Field(ge=0, le=0.5)] = 0.0
     """``segpgd`` only: the weight lambda of answers that are wrong; right ones have 1 - lambda."""
     class_pixels: tuple[Annotated[Number, Field(ge=0)], ...] | None = None
@@ -135,7 +139,7 @@ class Loss(Config):
     @property
     def may_vanish(self) -> bool:
         """Whether the gradient may be zero although the model has one: where every answer is wrong, or truncated."""
-        return self.truncate is not None or self.kind in ("segpgd", "cospgd", "mce", "mce-bal", "js")
+        return self.truncate is not None or self.tau is not None or self.kind in (*MASKED, "js")
 
     def used(self, classes: int) -> LossName:
         """What is really maximised on a model with this many classes.
@@ -153,6 +157,7 @@ class Loss(Config):
         labels: torch.Tensor,
         task: Task = CLASSIFICATION,
         truth: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the value to maximise, one per image: (N,).
 
@@ -161,18 +166,24 @@ class Loss(Config):
             labels: (N,) or (N, H, W); targets where ``targeted``.
             task: what the labels mean; units that do not count contribute nothing.
             truth: true labels, where a targeted margin or ratio shall measure the target against them.
+            weights: of every answer, in the shape of ``labels``; None: all 1.
         """
         if truth is not None:  # a target does not count where the truth does not
             labels, truth = task.targets(labels, truth), task.indexable(truth)
         index = task.indexable(labels)
         answers = self._answers(logits, index, truth)
-        if (weights := self._weights(logits.detach(), labels, task)) is not None:
-            answers = weights * answers
+        if (own := self._weights(logits.detach(), labels, task)) is not None:
+            answers = own * answers
         if self.targeted:
             answers = -(answers if self.truncate is None else answers.clamp(min=self.truncate))
         elif self.truncate is not None:
             cut = answers.clamp(max=self.truncate)
             answers = cut if self.truncate_correct else torch.where(task.matches(logits.argmax(1), index), answers, cut)
+        if self.targeted and self.tau is not None:
+            reached = cross_entropy(logits.detach(), index) < -math.log(self.tau)
+            answers = torch.where(reached, answers.detach(), answers)
+        if weights is not None:
+            answers = weights * answers
         return task.per_image(answers, labels)
 
     def _answers(self, logits: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor | None) -> torch.Tensor:
@@ -192,7 +203,7 @@ class Loss(Config):
 
     def _weights(self, logits: torch.Tensor, labels: torch.Tensor, task: Task) -> torch.Tensor | None:
         """Return the constant weight of every answer, in the shape of ``labels``; None where all are 1."""
-        if self.kind not in ("segpgd", "cospgd", "mce", "mce-bal"):
+        if self.kind not in MASKED:
             return None
         index = task.indexable(labels)
         if self.kind == "cospgd":

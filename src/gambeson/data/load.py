@@ -22,7 +22,6 @@ from gambeson.data.pictures import ImageOptions, Shape
 from gambeson.data.registry import SETS, DatasetSpec
 from gambeson.data.split import Split
 from gambeson.data.torchvision_sets import fetch_torchvision, load_torchvision
-from gambeson.tasks import CLASSIFICATION
 
 Stored = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
@@ -84,9 +83,10 @@ def check_content(recipe: DatasetSpec, tensors: dict[str, torch.Tensor]) -> None
             raise UserError(
                 f"{part}images are {images.dtype} of {tuple(images.shape)}: expected uint8 of {(count, *recipe.shape)}"
             )
-        if tuple(labels.shape) != (count,):
-            raise UserError(f"{part}labels have shape {tuple(labels.shape)}: expected {(count,)}")
-        CLASSIFICATION.check_labels(labels, recipe.num_classes)
+        expected = (count,) if recipe.task.per_image_label else (count, *recipe.shape[1:])
+        if tuple(labels.shape) != expected:
+            raise UserError(f"{part}labels have shape {tuple(labels.shape)}: expected {expected}")
+        recipe.task.check_labels(labels, recipe.num_classes)
 
 
 def build(recipe: DatasetSpec, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> Dataset:
@@ -99,8 +99,10 @@ def build(recipe: DatasetSpec, tensors: dict[str, torch.Tensor], about: dict[str
         train, validation = partition(whole.labels, [recipe.validation], name)
         test = Split(f"{name}/test", tensors["test_images"], tensors["test_labels"], classes)
     else:
-        whole = Split(name, tensors["images"], tensors["labels"], classes)
-        train, validation, chosen = partition(whole.labels, [recipe.validation, recipe.test], name)
+        whole = Split(name, tensors["images"], tensors["labels"], classes, task=recipe.task)
+        counts = [recipe.validation, recipe.test]
+        rows = torch.arange(len(whole)).split([recipe.train, *counts])
+        train, validation, chosen = rows if recipe.ordered else partition(whole.labels, counts, name)
         test = whole.subset(chosen, f"{name}/test")
     rest = (whole.subset(train, f"{name}/train"), whole.subset(validation, f"{name}/validation"))
     return Dataset(name, *rest, test, classes)

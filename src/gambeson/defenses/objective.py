@@ -58,6 +58,10 @@ class Batch:
         values = self.task.cross_entropy(logits, self.labels, label_smoothing=label_smoothing)
         return self.task.per_image(values, self.labels)
 
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the mean over images of each image's mean over its units that count, of one value per unit."""
+        return self.task.per_image(values, self.labels).mean()
+
     def mine(self, drawn: torch.Tensor) -> torch.Tensor:
         """Return this process's rows of a draw for the batch of all processes.
 

@@ -210,12 +210,8 @@ class Task(Config):
         right = self.matches(predictions, labels) & valid
         return Counts(self.units(right).sum(1), self.units(valid).sum(1))
 
-    def is_adversarial(self, logits: torch.Tensor, labels: torch.Tensor, *, targeted: bool = False) -> torch.Tensor:
-        """Return whether an attack has succeeded on each image, (N,).
-
-        Every unit that counts must differ from its label (or, where ``targeted``, agree with its target): for one
-        label per image that is misclassification. An image without a unit that counts has nothing left to attack, so
-        that it counts as a success.
+    def succeeded(self, logits: torch.Tensor, labels: torch.Tensor, *, targeted: bool = False) -> torch.Tensor:
+        """Return the units that count on which an attack has succeeded, in the shape of ``labels``.
 
         Args:
             logits: (N, K) or (N, K, H, W).
@@ -224,6 +220,16 @@ class Task(Config):
         """
         hit = self.matches(logits.argmax(1), labels)
         hit = hit if targeted else ~hit
+        return hit if self.ignore_index is None else hit & self.valid(labels)
+
+    def is_adversarial(self, logits: torch.Tensor, labels: torch.Tensor, *, targeted: bool = False) -> torch.Tensor:
+        """Return whether an attack has succeeded on each image, (N,).
+
+        Every unit that counts must differ from its label (or, where ``targeted``, agree with its target): for one
+        label per image that is misclassification. An image without a unit that counts has nothing left to attack, so
+        that it counts as a success. Arguments as in :meth:`succeeded`.
+        """
+        hit = self.succeeded(logits, labels, targeted=targeted)
         return self.units(hit if self.ignore_index is None else hit | ~self.valid(labels)).all(1)
 
     def _refuse(self, values: torch.Tensor) -> None:
