@@ -286,6 +286,7 @@ def test_missing_extras_say_what_to_install(tmp_path: Path, monkeypatch: pytest.
 def test_catalog_agrees_with_the_recipes(tmp_path: Path) -> None:
     entries = data.catalog(tmp_path)
     assert [entry.name for entry in entries] == [
+        "brain",
         "cifar10",
         "cifar100",
         "digit-scenes",

@@ -37,7 +37,8 @@ from gambeson.attacks.registry import (
     require_kind,
 )
 from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
-from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
+from gambeson.attacks.universal.base import Candidate, UniversalAttack
+from gambeson.attacks.universal.context import CraftingContext
 from gambeson.attacks.universal.controls import CONTROLS, MORE_CONTROLS, control
 from gambeson.attacks.universal.data_free import DataFree
 from gambeson.attacks.universal.deepfool_uap import DeepFoolUAP
@@ -47,6 +48,7 @@ from gambeson.attacks.universal.procedural import GaborNoise, PerlinNoise
 from gambeson.attacks.universal.sga import SGA
 from gambeson.attacks.universal.singular_vector import SingularVector
 from gambeson.attacks.universal.stochastic_pgd import ClasswiseStochasticPGD, StochasticPGD
+from gambeson.attacks.universal.target import Target
 from gambeson.victim import Average, ModelAverage, Source
 
 __all__ = [
@@ -97,6 +99,7 @@ __all__ = [
     "Square",
     "StepLL",
     "StochasticPGD",
+    "Target",
     "TargetedAutoPGD",
     "UniversalAttack",
     "UniversalPerturbation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Annotated, Literal
 
 import torch
@@ -119,6 +120,8 @@ class Loss(Config):
     truncate_correct: bool = True
     """Whether it holds for answers that are still right, too, as in the paper. Of many classes, or with a high
     temperature, the truth is unlikely long before another class is likelier."""
+    tau: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Targeted only: answers whose target has a probability above this have no gradient (Metzen et al. 2017)."""
     wrong_weight: Annotated[Number, Field(ge=0, le=0.5)] = 0.0
     """``segpgd`` only: the weight lambda of answers that are wrong; right ones have 1 - lambda."""
     class_pixels: tuple[Annotated[Number, Field(ge=0)], ...] | None = None
@@ -137,7 +140,7 @@ class Loss(Config):
     @property
     def may_vanish(self) -> bool:
         """Whether the gradient may be zero although the model has one: where every answer is wrong, or truncated."""
-        return self.truncate is not None or self.kind in (*MASKED, "js")
+        return self.truncate is not None or self.tau is not None or self.kind in (*MASKED, "js")
 
     def used(self, classes: int) -> LossName:
         """What is really maximised on a model with this many classes.
@@ -155,6 +158,7 @@ class Loss(Config):
         labels: torch.Tensor,
         task: Task = CLASSIFICATION,
         truth: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the value to maximise, one per image: (N,).
 
@@ -163,18 +167,24 @@ class Loss(Config):
             labels: (N,) or (N, H, W); targets where ``targeted``.
             task: what the labels mean; units that do not count contribute nothing.
             truth: true labels, where a targeted margin or ratio shall measure the target against them.
+            weights: of every answer, in the shape of ``labels``; None: all 1.
         """
         if truth is not None:  # a target does not count where the truth does not
             labels, truth = task.targets(labels, truth), task.indexable(truth)
         index = task.indexable(labels)
         answers = self._answers(logits, index, truth)
-        if (weights := self._weights(logits.detach(), labels, task)) is not None:
-            answers = weights * answers
+        if (own := self._weights(logits.detach(), labels, task)) is not None:
+            answers = own * answers
         if self.targeted:
             answers = -(answers if self.truncate is None else answers.clamp(min=self.truncate))
         elif self.truncate is not None:
             cut = answers.clamp(max=self.truncate)
             answers = cut if self.truncate_correct else torch.where(task.matches(logits.argmax(1), index), answers, cut)
+        if self.targeted and self.tau is not None:
+            reached = cross_entropy(logits.detach(), index) < -math.log(self.tau)
+            answers = torch.where(reached, answers.detach(), answers)
+        if weights is not None:
+            answers = weights * answers
         return task.per_image(answers, labels)
 
     def _answers(self, logits: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor | None) -> torch.Tensor:
@@ -220,3 +230,13 @@ class Loss(Config):
         table = logits.new_zeros(len(logits), classes).scatter_add_(1, units, counts)
         mean = counts.sum(1, keepdim=True) / (table > 0).sum(1, keepdim=True).clamp(min=1)
         return (table.clamp(min=1) / mean.clamp(min=1)).gather(1, units).view_as(index)
+
+
+def warn_of_fallback(loss: Loss, classes: int) -> None:
+    """Warn if another loss replaces one that needs more classes than the model has."""
+    if loss.used(classes) != loss.kind:
+        warnings.warn(
+            f"loss {loss.kind!r} needs more classes than the {classes} of this model: "
+            f"the {loss.used(classes)} is used instead",
+            stacklevel=2,
+        )

@@ -196,6 +196,7 @@ class ProjectedGradient:
         labels: torch.Tensor,
         *,
         truth: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
         view: Callable[[torch.Tensor], torch.Tensor] | None = None,
         number: int | None = None,
         sums: list[torch.Tensor] | None = None,
@@ -207,6 +208,7 @@ class ProjectedGradient:
             images: (N, C, H, W) in [0, 1].
             labels: (N,) or (N, H, W); targets where the loss is targeted.
             truth: true labels, for a targeted loss that needs them.
+            weights: of every label in the loss, in their shape; None: all 1.
             view: differentiable transform of the perturbed images before the model.
             number: of the step, counted from 1, for the error message.
             sums: the gradient's sum is appended, for :func:`require_finite` after the last step; None checks now, which
@@ -217,9 +219,10 @@ class ProjectedGradient:
         """
         if view is None and truth is None and self.loss.kind != "segpgd":  # whose weights change with every step
             made = (self.loss, self.task, self.per_image, self.box_gradient)
-            gradient, logits, total = self.victim.repeated(made, self._gradient, images, delta, labels)
+            more = () if weights is None else (weights,)
+            gradient, logits, total = self.victim.repeated(made, self._gradient, images, delta, labels, *more)
         else:
-            gradient, logits, total = self._gradient(images, delta, labels, truth, view)
+            gradient, logits, total = self._gradient(images, delta, labels, weights, truth, view)
         if sums is None:
             require_finite([total], number, may_vanish=self.loss.may_vanish)
         else:
@@ -231,6 +234,7 @@ class ProjectedGradient:
         images: torch.Tensor,
         delta: torch.Tensor,
         labels: torch.Tensor,
+        weights: torch.Tensor | None = None,
         truth: torch.Tensor | None = None,
         view: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -243,7 +247,7 @@ class ProjectedGradient:
             else:
                 point = delta.detach().requires_grad_()
                 moved = perturb(images, point, self.box_gradient)
-            logits, values = self.forward(moved if view is None else view(moved), labels, truth)
+            logits, values = self.forward(moved if view is None else view(moved), labels, truth, weights)
             gradient = self.victim.gradient(values.sum(), point, len(images))
         return gradient, logits.detach(), gradient.sum()
 
@@ -310,14 +314,18 @@ class ProjectedGradient:
         return delta
 
     def forward(
-        self, moved: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor | None = None
+        self,
+        moved: torch.Tensor,
+        labels: torch.Tensor,
+        truth: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits of perturbed images, and the loss of each (N,)."""
         if not (isinstance(self.victim, AveragedVictim) and self.victim.average == "losses"):
             logits = self.victim(moved)
-            return logits, self.loss(logits, labels, self.task, truth)
+            return logits, self.loss(logits, labels, self.task, truth, weights)
         each = self.victim.each(moved)
-        values = torch.stack([self.loss(logits, labels, self.task, truth) for logits in each])
+        values = torch.stack([self.loss(logits, labels, self.task, truth, weights) for logits in each])
         return self.victim.combine(each), values.mean(0)
 
     @property

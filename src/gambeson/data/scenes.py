@@ -25,14 +25,14 @@ IGNORED = 255
 """The label of the pixels on both sides of an item's outline."""
 ITEMS = (2, 4)
 """Fewest and most items of a scene."""
-SCALES, ANGLE, CENTRES = (0.4, 0.65), math.pi / 9, (0.2, 0.8)
+SCALES, ANGLE, CENTRES = (0.45, 0.7), math.pi / 9, (0.2, 0.8)
 """Side of an item in parts of the scene's; largest rotation either way, in radians; range of the centre of an item."""
 INK = 0.1
 """Value from which a source's pixel belongs to the item."""
 WAVES, SHADES, GRAIN = 3, 9, 0.06
 """Of a ground: the plane waves, the knots per side of its smooth noise, and the width of its noise per pixel."""
-BLOCK = 100
-"""Scenes that are drawn together, from one generator."""
+BLOCK = 25
+"""Scenes that are drawn together, from one generator; more would leave the processor's cache."""
 
 
 class SceneOptions(Config):
@@ -97,7 +97,7 @@ def compose(items: Split, numbers: torch.Tensor, size: int, draw: torch.Generato
     counts = torch.randint(ITEMS[0], most + 1, (BLOCK,), generator=draw)
     sides, angles = uniform(most, low=SCALES[0], high=SCALES[1]), uniform(most, low=-ANGLE, high=ANGLE)
     centres, mirrored = uniform(most, 2, low=CENTRES[0], high=CENTRES[1]), uniform(most) < 0.5
-    tints = uniform(most, 3)
+    tints = uniform(most, 3, low=0.2)
     canvas = grounds(size, uniform(2, 3), uniform(WAVES, 3), uniform(3, SHADES, SHADES))
     canvas += GRAIN * (torch.rand(canvas.shape, generator=draw, dtype=torch.float64) - 0.5)
     drawn = _placed(items, chosen, size, sides, angles, centres, mirrored)
@@ -141,10 +141,12 @@ def grounds(size: int, colours: torch.Tensor, waves: torch.Tensor, shades: torch
 
 def outline(owner: torch.Tensor, width: int) -> torch.Tensor:
     """Return the pixels (N, H, W) that have a pixel of another owner at most ``width`` rows and columns away."""
-    planes = owner[:, None].float()
-    most = F.max_pool2d(planes, 2 * width + 1, stride=1, padding=width)
-    least = -F.max_pool2d(-planes, 2 * width + 1, stride=1, padding=width)
-    return (most != least)[:, 0]
+    most = least = owner
+    for axis, side in ((1, owner.shape[1]), (2, owner.shape[2])):
+        near = [(torch.arange(side) + step).clamp(0, side - 1) for step in range(-width, width + 1)]
+        most = torch.stack([most.index_select(axis, one) for one in near]).amax(0)
+        least = torch.stack([least.index_select(axis, one) for one in near]).amin(0)
+    return most != least
 
 
 def _placed(
@@ -160,13 +162,13 @@ def _placed(
     value = items.images[chosen].double() / 255
     solid = (value >= INK).double()
     solid = -F.max_pool2d(-F.max_pool2d(solid, 3, 1, 1), 3, 1, 1)  # closes the dark spots in an item
-    scale = 1 / sides
-    cos, sin = angles.cos() * scale, angles.sin() * scale
-    flip = torch.where(mirrored, -1.0, 1.0).double()
-    across, down = 2 * centres[..., 0] - 1, 2 * centres[..., 1] - 1
-    rows = [flip * cos, -flip * sin, flip * (sin * down - cos * across), sin, cos, -sin * across - cos * down]
-    turn = torch.stack(rows, -1).view(-1, 2, 3)
-    grid = F.affine_grid(turn, [len(turn), 2, size, size], align_corners=False)
+    cos, sin = angles.cos() / sides, angles.sin() / sides
+    axis = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1
+    x, y = (axis - (2 * centres[..., None] - 1)).unbind(2)
+    x, y = x[:, :, None, :], y[:, :, :, None]
+    cos, sin = cos[..., None, None], sin[..., None, None]
+    across = torch.where(mirrored, -1.0, 1.0)[..., None, None] * (cos * x - sin * y)
+    grid = torch.stack([across, sin * x + cos * y], -1).flatten(0, 1)
     planes = F.grid_sample(torch.cat([value, solid], 1), grid, padding_mode="zeros", align_corners=False)
     return planes.view(*sides.shape, 2, size, size)
 

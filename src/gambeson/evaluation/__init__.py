@@ -2,6 +2,7 @@
 
 from gambeson.evaluation.attack_run import AttackRun, run_attack
 from gambeson.evaluation.attack_suite import SuiteResult, SuiteRun, run_suite, standard_suite
+from gambeson.evaluation.binarization import BinarizationResult, BinarizationTest, binarization_test
 from gambeson.evaluation.eps_uni import eps_adv, eps_uni
 from gambeson.evaluation.export_check import Exported, run_export
 from gambeson.evaluation.outcome import accuracy_under, outcome, outcome_under
@@ -24,6 +25,8 @@ from gambeson.tasks import Confusion, Difference, Rate
 
 __all__ = [
     "AttackRun",
+    "BinarizationResult",
+    "BinarizationTest",
     "BlackBox",
     "BudgetSpent",
     "Confusion",
@@ -40,6 +43,7 @@ __all__ = [
     "TransferRun",
     "accuracy",
     "accuracy_under",
+    "binarization_test",
     "confusion",
     "control_rates",
     "edge_correlation",
