@@ -12,7 +12,7 @@ from torch import nn
 from gambeson.attacks import CONTROLS, MORE_CONTROLS, UniversalPerturbation, control
 from gambeson.base import UserError
 from gambeson.data import Split, as_split
-from gambeson.evaluation.rates import Control
+from gambeson.evaluation.rates import Control, ImageErrors, LostIou, Measured
 from gambeson.tasks import Confusion, Rate
 from gambeson.threat import Ball
 from gambeson.victim import Score, Victim, as_victim, nothing_counts, predict, predict_batches, score
@@ -167,6 +167,20 @@ def patterns_of(name: str, ball: Ball, shape: tuple[int, ...], seed: int) -> tor
     return control(name, ball, shape, draws=draws, seed=seed)
 
 
+Measure = Callable[[Victim, Split, torch.Tensor | None], Measured]
+"""Measures what a perturbation (1, C, H, W) does to a split, or what is found on clean images (None)."""
+
+
+def errors_under(victim: Victim, split: Split, delta: torch.Tensor | None = None) -> ImageErrors:
+    """Measure the error."""
+    return ImageErrors.of(predict(victim, split, delta), split)
+
+
+def lost_iou(victim: Victim, split: Split, delta: torch.Tensor | None = None) -> LostIou:
+    """Measure one minus the mean IoU."""
+    return LostIou(confusion_of(victim, split, delta))
+
+
 RANKED = 1000
 """Validation images for a cheap ranking of many perturbations; the best are then scored on all of them."""
 
@@ -180,6 +194,7 @@ def strongest(
     seed: int = 0,
     controls: Iterable[str] = tuple(CONTROLS),
     others: Sequence[UniversalPerturbation] = (),
+    measure: Measure = errors_under,
 ) -> tuple[UniversalPerturbation, float]:
     """Return the perturbation with the highest error on validation, and that error.
 
@@ -194,11 +209,12 @@ def strongest(
         seed: of the controls' draws.
         controls: their names.
         others: more perturbations of the same eps.
+        measure: what is to be high; the error.
     """
     ball, device = crafted.ball, victim.device
 
     def error(delta: torch.Tensor, split: Split) -> float:
-        return score(predict(victim, split, delta.to(device)), split).error
+        return measure(victim, split, delta.to(device)).error
 
     few = validation.sample(RANKED, seed=seed)
     patterns = [(name, one[None]) for name in controls for one in patterns_of(name, ball, validation.shape, seed)]
