@@ -23,14 +23,13 @@ _STEPS = {"inf": 0.01 / (8 / 255), "2": 0.1 / (64 / 255)}
 
 @register("cospgd", source="Agnihotri et al. 2024", cost="steps + 1 / steps, per restart")
 class CosPGD(PGD):
-    """CosPGD (Agnihotri et al. 2024, section 3): PGD whose cross-entropy per pixel is weighted by the cosine of softmax
-    and label.
+    """CosPGD (Agnihotri et al. 2024, section 3): PGD on cross-entropy, weighted by the cosine of softmax and label.
 
-    The weight is held constant in the gradient, as in the authors' code; the paper writes it inside. Steps and start
-    are theirs: 0.01 at eps 8/255 in the norm inf, scaled with eps (ours); in the norm 2, 0.1 at 64/255; from a uniform
-    draw in the ball. The number of steps is ours; their tables start at 3. The result per image is the point with the
-    most wrong pixels (ours; ``keep="last"`` is their code's). Costs ``steps`` + 1 forwards and ``steps`` backwards per
-    image and restart.
+    The weight of a pixel is held constant in the gradient, as in the authors' code; the paper writes it inside. Steps
+    and start are theirs: 0.01 at eps 8/255 in the norm inf, scaled with eps (ours); in the norm 2, 0.1 at 64/255; from
+    a uniform draw in the ball. The number of steps is ours; their tables start at 3. The result per image is the point
+    with the most wrong pixels (ours; ``keep="last"`` is their code's). Costs ``steps`` + 1 forwards and ``steps``
+    backwards per image and restart.
 
     Croce et al. 2024 (section B.1) tuned both attacks to steps of 0.003 at 4/255 and 0.005 at 8/255:
     ``rel_step_size=0.19`` and ``0.16``.
