@@ -276,7 +276,7 @@ def _hash(shape: Sequence[int], content: bytes) -> str:
 
 def _setting(value: Any) -> Any:
     """A class by its index stays an integer, as settings have always stored it."""
-    if value is None or isinstance(value, int):
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     target = Target.of(value)
     return target.index if target.kind == "class" and target.value.isdigit() else target
