@@ -17,8 +17,10 @@ from gambeson.base.files import load_tensors, save_tensors
 from gambeson.base.registry import Registered
 from gambeson.data.dataset import PARTS, Dataset, as_dataset
 from gambeson.data.folder import load_folder
+from gambeson.data.mask_folders import MaskOptions, load_mask_folder
 from gambeson.data.partition import partition
 from gambeson.data.pictures import ImageOptions, Shape
+from gambeson.data.published import LAYOUTS
 from gambeson.data.registry import SETS, DatasetSpec
 from gambeson.data.split import Split
 from gambeson.data.torchvision_sets import fetch_torchvision, load_torchvision
@@ -108,7 +110,8 @@ def build(recipe: DatasetSpec, tensors: dict[str, torch.Tensor], about: dict[str
     return Dataset(name, *rest, test, classes)
 
 
-FOLDER = "image-folder:"
+FOLDERS: dict[str, Any] = {"image-folder": load_folder, "mask-folder": load_mask_folder, **LAYOUTS}
+"""Loaders of folders, ``NAME:PATH``."""
 TORCHVISION = "torchvision:"
 
 
@@ -148,10 +151,11 @@ def load(
     any number of workers.
 
     Args:
-        name_or_data: digits, mnist5k, mnist, fashion-mnist, cifar10, cifar100, image-folder:PATH or torchvision:NAME;
-            a name that an installed package has registered, or ``FILE.py:FUNCTION``, a function from the data folder to
-            data; or an (images, labels) pair of tensors or arrays, a Split, or a torch Dataset of (image, label) items,
-            which are cut 70/15/15. A name may end in options, such as ``?size=64,mode=grey``.
+        name_or_data: a name of :func:`catalog`, such as fashion-mnist or fashion-scenes; image-folder:PATH,
+            mask-folder:PATH, cityscapes:PATH, voc:PATH, ade20k:PATH or torchvision:NAME; a name that an installed
+            package has registered, or ``FILE.py:FUNCTION``, a function from the data folder to data; or an (images,
+            labels) pair of tensors or arrays, a Split, or a torch Dataset of (image, label) items, which are cut
+            70/15/15. A name may end in options, such as ``?size=64,mode=grey``.
         root: the data folder; by default $GAMBESON_DATA or ~/.cache/gambeson.
         workers: processes that prefetch images; 0: threads of this process; None: $GAMBESON_WORKERS, else
             :func:`gambeson.data.lazy.default_workers`.
@@ -172,9 +176,9 @@ def load(
         return as_dataset(name_or_data, ImageOptions(**options).decoder() if options else None, workers)
     name, given = _parsed(name_or_data)
     options |= given
-    if name.startswith(FOLDER):
-        path = Path(name.removeprefix(FOLDER)).expanduser()
-        return load_folder(path, ImageOptions(**options), workers, input_shape)
+    kind, _, path = name.partition(":")
+    if kind in FOLDERS:
+        return FOLDERS[kind](Path(path).expanduser(), _settings(name)(**options), workers, input_shape)
     if name.startswith(TORCHVISION):
         found = name.removeprefix(TORCHVISION)
         return load_torchvision(found, data_root(root), ImageOptions(**options), workers, input_shape)
@@ -199,8 +203,9 @@ def get(name: str, root: str | Path | None = None) -> Path:
         UserError: an unknown name, or every source failed; the message lists them.
     """
     folder, (name, given) = data_root(root), _parsed(name)
-    if name.startswith(FOLDER):
-        return Path(name.removeprefix(FOLDER)).expanduser()
+    kind, _, path = name.partition(":")
+    if kind in FOLDERS:
+        return Path(path).expanduser()
     if name.startswith(TORCHVISION):
         return fetch_torchvision(name.removeprefix(TORCHVISION), folder)
     entry = _entry(name)
@@ -214,7 +219,7 @@ def get(name: str, root: str | Path | None = None) -> Path:
 
 
 def catalog(root: str | Path | None = None) -> list[Entry]:
-    """List the named data sets; image-folder:PATH and torchvision:NAME come in addition.
+    """List the named data sets; those of :func:`load` with a path and torchvision:NAME come in addition.
 
     For data sets from installed packages only the name, description and package are known before loading; their counts
     are 0.
@@ -267,6 +272,8 @@ def _parsed(name: str) -> tuple[str, dict[str, Any]]:
 
 def _settings(name: str) -> type[Config]:
     """Return the class of the options that a name takes."""
+    if name.startswith("mask-folder:"):
+        return MaskOptions
     if user_code.is_spelling(name) or name not in SETS.names():
         return ImageOptions
     return SETS.get(name).options.get("settings", ImageOptions)
@@ -276,8 +283,11 @@ def _entry(name: str) -> Registered[Any]:
     if user_code.is_spelling(name) or name in SETS.names():
         return SETS.get(name)
     if Path(name).is_dir():
-        raise UserError(f"{name} is a folder, not the name of a data set: write {FOLDER}{name}")
-    raise unknown_name("data set", name, [*SETS.names(), f"{FOLDER}PATH", f"{TORCHVISION}NAME"])
+        raise UserError(
+            f"{name} is a folder, not the name of a data set: write image-folder:{name}, or mask-folder:{name} if it "
+            "has folders of images and of masks"
+        )
+    raise unknown_name("data set", name, [*SETS.names(), *(f"{kind}:PATH" for kind in FOLDERS), f"{TORCHVISION}NAME"])
 
 
 def _line(name: str, folder: Path) -> Entry:

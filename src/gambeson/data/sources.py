@@ -193,7 +193,7 @@ def brain_content(read: Callable[[str], bytes]) -> Content:
         for part, length in zip(order, BLOCKS, strict=True):
             part += range(at, at + length)
             at += length + GAP
-    rows = torch.tensor(sum(order, []))
+    rows = torch.tensor([number for part in order for number in part])
     return Content({"images": signal[rows, None].contiguous(), "labels": labels[rows].to(torch.uint8)})
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -87,19 +88,36 @@ def votes_of(victim: Victim, images: torch.Tensor) -> int:
     return victim.votes
 
 
-@torch.no_grad()
 def predict(victim: Victim, split: Split, delta: torch.Tensor | None = None, *, seed: int = 0) -> torch.Tensor:
-    """Predict every image of a split, clean or under one universal perturbation.
+    """Predict every image of a split, clean or under one universal perturbation; see :func:`predict_batches`.
+
+    Returns:
+        Class indices (N,) or (N, H, W), on the CPU; :data:`ABSTAIN` without a majority.
+    """
+    return torch.cat(predict_batches(victim, split, lambda predictions, _: predictions.cpu(), delta, seed=seed))
+
+
+ReducedT = TypeVar("ReducedT")
+
+
+@torch.no_grad()
+def predict_batches(
+    victim: Victim,
+    split: Split,
+    reduce: Callable[[torch.Tensor, torch.Tensor], ReducedT],
+    delta: torch.Tensor | None = None,
+    *,
+    seed: int = 0,
+) -> list[ReducedT]:
+    """Predict every image of a split, and keep of each batch what ``reduce`` makes of it: label maps may be large.
 
     Args:
         victim: the model, inside its context; see :func:`votes_of` for how many votes an image has.
         split: the images.
+        reduce: maps predictions and labels, (B,) or (B, H, W), to what is kept.
         delta: (1, C, H, W), or None for clean images.
         seed: of the votes, so that the same call gives the same predictions; a single pass uses the current state of
             torch's generators.
-
-    Returns:
-        Class indices (N,) or (N, H, W), on the CPU; :data:`ABSTAIN` without a majority.
 
     Raises:
         UserError: there are no images, a perturbation of another shape, labels without a logit, or some logits are not
@@ -117,12 +135,10 @@ def predict(victim: Victim, split: Split, delta: torch.Tensor | None = None, *, 
     if victim.traits is not None:
         split.check_classes(victim.traits.shape[1])
     with seeded(seed, "score") if votes > 1 else nullcontext():
-        return torch.cat(
-            [
-                vote(victim, images if delta is None else perturb(images, delta)).cpu()
-                for images, _ in split.batches(auto_batch_size(split.shape), device=device)
-            ]
-        )
+        return [
+            reduce(vote(victim, images if delta is None else perturb(images, delta)), labels)
+            for images, labels in split.batches(auto_batch_size(split.shape), device=device)
+        ]
 
 
 @torch.no_grad()
