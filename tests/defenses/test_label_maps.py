@@ -1,5 +1,6 @@
 """Every defence on label maps: ignored pixels have no say, and a map of one pixel is classification."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from torch import nn
 
 import gambeson as gb
+from gambeson import UserError
 from gambeson.data import Dataset, Split
+from gambeson.defenses import Adversarial, Batch
 from gambeson.models import ModelCard, PixelModel
 from gambeson.tasks import Segmentation
 
@@ -19,7 +22,11 @@ CASES: dict[str, list[dict]] = {
     "standard": [{}, {"label_smoothing": 0.1}],
     "pgd-adversarial": [EPS, {**EPS, "attack_bn": "batch"}],
     "trades": [EPS],
-    "shared-adversarial": [{**EPS, "sharedness": s} for s in (1, 2, 4)],
+    "shared-adversarial": [
+        *({**EPS, "sharedness": s} for s in (1, 2, 8)),
+        {**EPS, "sharedness": 2, "target": "truth"},
+        {**EPS, "sharedness": 4, "target": "prediction"},
+    ],
     "universal-adversarial": [EPS, {**EPS, "update": "one-pass", "truncate": 1.5}],
     "universal-consistency": [
         {**EPS, "bank": 2, "warmup": 0, "restart": 2},
@@ -126,3 +133,84 @@ def test_a_map_of_one_pixel_is_classification(name, number):
         torch.testing.assert_close(maps[0][key], value, rtol=1e-5, atol=1e-7, msg=key)
     for one, other in zip(maps[1], rows[1], strict=True):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-7)
+
+
+class Linear(nn.Module):
+    """Two classes per pixel: the logit of class 1 is w times the pixel's only value, less an offset."""
+
+    def __init__(self, weight, offset=0.5):
+        super().__init__()
+        self.weight, self.offset = nn.Parameter(weight), offset  # (H, W)
+
+    def forward(self, x):
+        slope = self.weight * (x[:, 0] - self.offset)
+        return torch.stack([-slope / 2, slope / 2], 1)
+
+
+def linear_batch(count=8):
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 5, generator=draw)
+    images = 0.4 + 0.2 * torch.rand(count, 1, 4, 5, generator=draw)
+    labels = torch.randint(2, (count, 4, 5), generator=draw)
+    labels[:, 0] = IGNORED
+    labels[0, 1, 1] = labels[4, 2, 2] = IGNORED
+    return Linear(weight), Batch(images=images, labels=labels, seed=0, task=Segmentation(ignore_index=IGNORED))
+
+
+@pytest.mark.parametrize("sharedness", [1, 2, 4])
+@pytest.mark.parametrize("target", ["truth", "prediction"])
+def test_a_targeted_heap_moves_every_pixel_towards_the_map_of_the_heap_next_to_it(sharedness, target):
+    model, batch = linear_batch()
+    heaps = len(batch.images) // sharedness
+    delta = Adversarial(eps=0.1, sharedness=sharedness, target=target, tau=None).craft(model, batch)
+    assert delta.shape == (heaps, 1, 4, 5)
+    maps = batch.labels
+    if target == "prediction":
+        maps = model(batch.images).argmax(1).where(maps != IGNORED, IGNORED)
+    for heap in range(heaps):
+        goal = maps[(heap ^ 1) * sharedness]
+        own = batch.labels[heap * sharedness : (heap + 1) * sharedness]
+        counts = (own != IGNORED).any(0) & (goal != IGNORED)
+        best = 0.1 * model.weight.detach().sign() * (2 * goal - 1)
+        torch.testing.assert_close(delta[heap, 0][counts], best[counts])
+        assert bool((delta[heap, 0][~counts].abs() < 0.1).all())  # as drawn
+
+
+def test_a_third_heap_has_the_second_as_its_target_and_a_single_one_has_none():
+    model, batch = linear_batch(6)
+    delta = Adversarial(eps=0.1, sharedness=2, target="truth", tau=None).craft(model, batch)
+    counts = (batch.labels[2] != IGNORED) & (batch.labels[4:] != IGNORED).any(0)
+    best = 0.1 * model.weight.detach().sign() * (2 * batch.labels[2] - 1)
+    torch.testing.assert_close(delta[2, 0][counts], best[counts])
+    with pytest.raises(UserError, match="a batch of 6 is one heap of 6, .* choose a batch size of 12 or more"):
+        gb.defenses.SharedAdversarial(eps=0.1, sharedness=6, target="truth").check(6)
+
+
+def test_pixels_that_are_the_target_with_confidence_tau_have_no_gradient():
+    sure = Linear(torch.full((4, 5), 40.0))
+    images = torch.full((2, 1, 4, 5), 0.8)  # class 1, almost surely
+    labels = torch.ones(2, 4, 5).long()
+    labels[0, :2] = 0
+    batch = Batch(images=images, labels=labels, seed=0, task=Segmentation())
+    inner = {"eps": 0.1, "sharedness": 1, "target": "truth", "start": "zero"}
+    delta = Adversarial(**inner, tau=0.75).craft(sure, batch)
+    assert not delta[0].any()  # its target is the second image's map, which is all class 1
+    torch.testing.assert_close(delta[1, 0, :2], torch.full((2, 5), -0.1))  # towards class 0
+    assert not delta[1, 0, 2:].any()
+    assert Adversarial(**inner, tau=None).craft(sure, batch)[0].any()
+
+
+@pytest.mark.parametrize("sharedness", [1, 2, 4, 8])
+def test_the_truncation_acts_per_pixel(sharedness):
+    """A pixel that is already fooled has no gradient, however the others of its image stand."""
+    weight = torch.full((4, 5), 30.0)
+    weight[:, 3:] = 0.5
+    labels = torch.zeros(8, 4, 5).long()
+    labels[:, 0] = IGNORED
+    images = torch.full((8, 1, 4, 5), 0.6)
+    batch = Batch(images=images, labels=labels, seed=0, task=Segmentation(ignore_index=IGNORED))
+    inner = {"eps": 0.05, "sharedness": sharedness, "start": "zero"}
+    delta = Adversarial(**inner, truncate=-math.log(0.2)).craft(Linear(weight), batch)
+    assert not delta[..., :3].any()  # p of the truth is 1 / (1 + e^3) < 0.2
+    torch.testing.assert_close(delta[:, 0, 1:, 3:], torch.full((8 // sharedness, 3, 2), 0.05))
+    assert Adversarial(**inner).craft(Linear(weight), batch)[:, 0, 1:, :3].all()

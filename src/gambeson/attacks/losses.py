@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Annotated, Literal
 
 import torch
@@ -229,3 +230,13 @@ class Loss(Config):
         table = logits.new_zeros(len(logits), classes).scatter_add_(1, units, counts)
         mean = counts.sum(1, keepdim=True) / (table > 0).sum(1, keepdim=True).clamp(min=1)
         return (table.clamp(min=1) / mean.clamp(min=1)).gather(1, units).view_as(index)
+
+
+def warn_of_fallback(loss: Loss, classes: int) -> None:
+    """Warn if another loss replaces one that needs more classes than the model has."""
+    if loss.used(classes) != loss.kind:
+        warnings.warn(
+            f"loss {loss.kind!r} needs more classes than the {classes} of this model: "
+            f"the {loss.used(classes)} is used instead",
+            stacklevel=2,
+        )

@@ -2,22 +2,36 @@
 
 from gambeson.evaluation.attack_run import AttackRun, run_attack
 from gambeson.evaluation.attack_suite import SuiteResult, SuiteRun, run_suite, standard_suite
+from gambeson.evaluation.binarization import BinarizationResult, BinarizationTest, binarization_test
 from gambeson.evaluation.eps_uni import eps_adv, eps_uni
 from gambeson.evaluation.export_check import Exported, run_export
 from gambeson.evaluation.outcome import accuracy_under, outcome, outcome_under
 from gambeson.evaluation.perceptibility import edge_correlation, visibility
+from gambeson.evaluation.targeted import TargetMeasure, TargetSuccess, target_success
 from gambeson.evaluation.transfer import TransferResult, TransferRun, run_transfer
-from gambeson.evaluation.universal import accuracy, control_rates, fooling_rate, strongest, universal_evasion
+from gambeson.evaluation.universal import (
+    accuracy,
+    confusion,
+    control_rates,
+    fooling_rate,
+    mean_iou,
+    strongest,
+    universal_evasion,
+)
 from gambeson.models.black_box.base import BlackBox, BudgetSpent
 from gambeson.models.black_box.http import HttpModel
 from gambeson.models.black_box.local import FunctionModel, OnnxModel
 from gambeson.models.loading import LoadedModel, load_model
-from gambeson.tasks import Rate
+from gambeson.tasks import Confusion, Difference, Rate
 
 __all__ = [
     "AttackRun",
+    "BinarizationResult",
+    "BinarizationTest",
     "BlackBox",
     "BudgetSpent",
+    "Confusion",
+    "Difference",
     "Exported",
     "FunctionModel",
     "HttpModel",
@@ -26,16 +40,21 @@ __all__ = [
     "Rate",
     "SuiteResult",
     "SuiteRun",
+    "TargetMeasure",
+    "TargetSuccess",
     "TransferResult",
     "TransferRun",
     "accuracy",
     "accuracy_under",
+    "binarization_test",
+    "confusion",
     "control_rates",
     "edge_correlation",
     "eps_adv",
     "eps_uni",
     "fooling_rate",
     "load_model",
+    "mean_iou",
     "outcome",
     "outcome_under",
     "run_attack",
@@ -44,6 +63,7 @@ __all__ = [
     "run_transfer",
     "standard_suite",
     "strongest",
+    "target_success",
     "universal_evasion",
     "visibility",
 ]

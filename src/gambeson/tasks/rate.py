@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import sqrt
 from statistics import NormalDist
 
@@ -122,9 +122,7 @@ class Rate(Config):
         z = Z95 if candidates == 1 else NormalDist().inv_cdf(1 - 0.025 / candidates)
         m: float = n
         if effective is not None:
-            from scipy.special import stdtrit
-
-            z, m = float(stdtrit(n - 1, 1 - 0.025 / candidates)), effective
+            z, m = _student(n, candidates), effective
         scale = 1 / (1 + z**2 / m)
         centre = scale * (p + z**2 / (2 * m))
         half = scale * z * sqrt(p * (1 - p) / m + z**2 / (4 * m**2))
@@ -160,6 +158,67 @@ class Rate(Config):
 
     def __str__(self) -> str:
         return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+class Difference(Config):
+    """A paired difference of two shares on the same images, with its 95 % interval over images."""
+
+    value: float
+    """The first share minus the second, in [-1, 1]."""
+    low: float
+    """Lower end of the 95 % interval."""
+    high: float
+    """Upper end of the 95 % interval."""
+    n: int
+    """Images with a label that counts."""
+
+    @classmethod
+    def of(
+        cls,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        share: Callable[[torch.Tensor], torch.Tensor],
+        n: int,
+        *,
+        seed: int = 0,
+    ) -> Difference:
+        """Subtract what is computed from the sums over images, with images resampled in pairs.
+
+        The interval is the value and Student's quantile for n - 1 degrees of freedom times the bootstrap's standard
+        error. Where no image differs the value is exactly 0, and the interval is that of n images of which none changes
+        (:meth:`Rate.of`); for a single image it is everything.
+
+        Args:
+            first: (N, F) integers per image.
+            second: (N, F), of the same images.
+            share: maps sums (B, F) float64 to shares (B,).
+            n: images with a label that counts.
+            seed: of the resamples.
+        """
+        if n < 2:
+            return cls(value=_between(first, second, share), low=-1, high=1, n=n)
+        value = _between(first, second, share)
+        if torch.equal(first, second):
+            most = Rate.of(0, n).high
+            return cls(value=value, low=-most, high=most, n=n)
+        sums = resampled(torch.cat([first, second], 1), seed)
+        draws = torch.cat([torch.sub(*(share(part) for part in both.chunk(2, 1))) for both in sums])
+        half = _student(n, 1) * float(draws.std()) * sqrt(n / (n - 1))
+        return cls(value=value, low=max(-1.0, value - half), high=min(1.0, value + half), n=n)
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:+.1f} % [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
+
+def _between(first: torch.Tensor, second: torch.Tensor, share: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    return float(share(first.sum(0)[None].double()) - share(second.sum(0)[None].double()))
+
+
+def _student(n: int, candidates: int) -> float:
+    """Quantile of Student's distribution for n images and a 95 % interval that holds for all candidates."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(n - 1, 1 - 0.025 / candidates))
 
 
 def resampled(

@@ -74,6 +74,8 @@ class Task(Config):
     """Dimensions of the labels of a batch."""
     label_form: ClassVar[str]
     """The form of the labels in words, for messages."""
+    unit: ClassVar[str] = "unit"
+    """What a unit is, as a noun."""
     per_image_label: ClassVar[bool] = False
     """Whether an image has one label and one answer, so that it is the image that is right or wrong."""
 
@@ -201,14 +203,37 @@ class Task(Config):
         Raises:
             UserError: the shapes differ.
         """
-        if predictions.shape != labels.shape:
-            raise UserError(
-                f"the model answers with shape {tuple(predictions.shape)}, but the labels have "
-                f"{tuple(labels.shape)}: expected logits (N, K) for labels (N,), or (N, K, H, W) for labels (N, H, W)"
-            )
+        _same_form(predictions, labels)
         valid = self.valid(labels)
         right = self.matches(predictions, labels) & valid
         return Counts(self.units(right).sum(1), self.units(valid).sum(1))
+
+    def confusion(self, predictions: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
+        """Count, for each image and class, the units that are right, those with this label, and those predicted so.
+
+        Args:
+            predictions: class indices in the shape of ``labels``, on the same device; one outside ``classes``, such as
+                that of a vote without a majority, is wrong and predicts no class.
+            labels: (N,) or (N, H, W).
+            classes: number of classes, K.
+
+        Returns:
+            (N, 3, K) int64: see :class:`gambeson.tasks.Confusion`.
+
+        Raises:
+            UserError: the shapes differ, or a label is beyond the classes.
+        """
+        self.check_labels(labels, classes)
+        _same_form(predictions, labels)
+        valid = self.valid(labels)
+        known = valid & (predictions >= 0) & (predictions < classes)
+        right = self.matches(predictions, labels) & valid
+        found = []
+        for values, kept in ((labels, right), (labels, valid), (predictions, known)):
+            kept = self.units(kept)
+            places = self.units(values) + torch.arange(len(labels), device=labels.device)[:, None] * classes
+            found.append(torch.bincount(places[kept], minlength=len(labels) * classes).view(len(labels), classes))
+        return torch.stack(found, 1)
 
     def succeeded(self, logits: torch.Tensor, labels: torch.Tensor, *, targeted: bool = False) -> torch.Tensor:
         """Return the units that count on which an attack has succeeded, in the shape of ``labels``.
@@ -250,6 +275,14 @@ class Task(Config):
                 f"the labels are {self.label_form}: {what} expects one label per image (N,)"
                 + (f"; {hint}" if hint else "")
             )
+
+
+def _same_form(predictions: torch.Tensor, labels: torch.Tensor) -> None:
+    if predictions.shape != labels.shape:
+        raise UserError(
+            f"the model answers with shape {tuple(predictions.shape)}, but the labels have {tuple(labels.shape)}: "
+            "expected logits (N, K) for labels (N,), or (N, K, H, W) for labels (N, H, W)"
+        )
 
 
 def _fault(target: Any) -> str | None:
@@ -311,6 +344,7 @@ class Classification(Task):
 
     label_dims: ClassVar[int] = 1
     label_form: ClassVar[str] = "one label per image (N,)"
+    unit: ClassVar[str] = "image"
     per_image_label: ClassVar[bool] = True
 
     def units(self, values: torch.Tensor) -> torch.Tensor:
@@ -340,6 +374,7 @@ class Segmentation(Task):
 
     label_dims: ClassVar[int] = 3
     label_form: ClassVar[str] = "label maps (N, H, W)"
+    unit: ClassVar[str] = "pixel"
 
     def units(self, values: torch.Tensor) -> torch.Tensor:
         """Return (N, H, W) as (N, H * W): the pixels are the units.

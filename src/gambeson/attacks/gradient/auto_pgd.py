@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, model_validator
 
-from gambeson.attacks.gradient.base import BestSoFar, GradientAttack, warn_of_fallback
-from gambeson.attacks.losses import MASKED, Loss, LossName
+from gambeson.attacks.gradient.base import BestSoFar, GradientAttack
+from gambeson.attacks.losses import MASKED, Loss, LossName, warn_of_fallback
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import ProjectedGradient
 from gambeson.base import Number, generator

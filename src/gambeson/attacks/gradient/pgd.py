@@ -17,12 +17,12 @@ from gambeson.attacks.gradient.base import (
     LabelChoice,
     Scales,
     Smoothing,
-    warn_of_fallback,
 )
-from gambeson.attacks.losses import MASKED
+from gambeson.attacks.losses import MASKED, warn_of_fallback
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import ProjectedGradient, cosine, require_finite
 from gambeson.base import Number, generator, unknown_name
+from gambeson.tasks import Task
 
 Start = Literal["zero", "uniform", "sign"]
 
@@ -32,9 +32,9 @@ class PGD(GradientAttack):
     """Projected gradient descent (Madry et al. 2018, section 2.1; Kurakin et al. 2017 with ``start="zero"``).
 
     The paper fixes neither the step size nor the number of restarts; the defaults are ours. Costs per image and
-        restart: ``steps`` forwards and backwards, one more forward to compare several restarts or with ``keep="best"``, one
-    more per step for early stopping or ``keep="best"`` with ``nesterov`` or ``diversity``, and ``scales.copies`` times
-    as much per step with ``scales``.
+    restart: ``steps`` forwards and backwards, one more forward to compare several restarts or with ``keep="best"``,
+    one more per step for early stopping or ``keep="best"`` with ``nesterov`` or ``diversity``, and ``scales.copies``
+    times as much per step with ``scales``.
 
     The options of transfer attacks are independent of each other and off by default; their customary sets have
     names in :mod:`gambeson.attacks.gradient.pgd`.
@@ -61,7 +61,7 @@ class PGD(GradientAttack):
     nesterov: bool = False
     """Take the gradient one step of velocity ahead (NI, Lin et al. 2020, section 3.2); needs momentum."""
     diversity: Diversity | None = None
-    """Random resizing of the model's input (DI)."""
+    """Random resizing of the model's input (DI). Not for label maps, whose pixels would not move along."""
     smoothing: Smoothing | None = None
     """Smoothing of the gradient (TI), before momentum."""
     scales: Scales | None = None
@@ -74,6 +74,12 @@ class PGD(GradientAttack):
         if first == last or self.steps == 1:
             return [first * self.eps] * self.steps
         return [self.eps * share for share in cosine(self.steps, first, last)]
+
+    def _check_task(self, task: Task) -> None:
+        if self.diversity is not None:
+            task.require_classification(
+                "diversity, which moves the pixels of the images and not their labels,", "leave it out"
+            )
 
     @property
     def _follows_sizes(self) -> bool:

@@ -93,7 +93,12 @@ class Queries:
                 f"the queried function returned {type(answer).__name__}: {expected}; return the scores alone"
             ) from None
         shape = tuple(scores.shape)
-        if (shape[:1], shape[2:]) != ((len(asked),), self._map) or len(shape) < 2 or shape[1] < 2 or scores.is_complex():
+        if (
+            (shape[:1], shape[2:]) != ((len(asked),), self._map)
+            or len(shape) < 2
+            or shape[1] < 2
+            or scores.is_complex()
+        ):
             raise UserError(
                 f"the queried function was given {len(asked)} images and returned shape {shape}: "
                 f"{expected} and K of at least 2; return the score of every class"
@@ -157,7 +162,9 @@ class Search:
         """Return the loss of each candidate (M,) and whether it is adversarial (M,)."""
         scores = self.queries(candidates, rows)
         labels = self.labels[rows]
-        return self.loss(scores, labels, self.task), self.task.is_adversarial(scores, labels, targeted=self.loss.targeted)
+        return self.loss(scores, labels, self.task), self.task.is_adversarial(
+            scores, labels, targeted=self.loss.targeted
+        )
 
     def offer(self, candidates: torch.Tensor) -> None:
         """Query one candidate per active image (A, C, H, W); keep it if its loss is higher or it is adversarial."""
@@ -222,9 +229,11 @@ class QueryAttack(Config):
             (N, C, H, W): an adversarial image each, or else the candidate with the highest loss.
 
         Raises:
-            UserError: images outside [0, 1], or a function that does not return scores (N, K), of label maps (N, K, H, W).
+            UserError: images outside [0, 1], a function that does not return scores (N, K), of label maps (N, K, H, W),
+                or a setting that is not for label maps.
         """
         images, labels, task = as_pair(x, y, task, floats=True)
+        self._check_task(task)
         queries = model if isinstance(model, Queries) else Queries(model)
         if len(attacked(labels, task)) == 0 or self._null:
             return images
@@ -240,6 +249,9 @@ class QueryAttack(Config):
     @abstractmethod
     def _null(self) -> bool:
         """Whether no perturbation is allowed at all."""
+
+    def _check_task(self, task: Task) -> None:
+        """Refuse a task that a setting does not suit, before the first query."""
 
     @property
     def _default_loss(self) -> QueryLoss:

@@ -164,13 +164,12 @@ class UniversalAttack(Config):
         """Refuse a class to hide that no image shows, and say how many training images have no target."""
         assert context.target is not None
         for split in (context.train, context.validation):
-            _, hidden = context.reach(split)
+            targets, hidden = context.reach(split)
+            name, seen = split.classes[context.target.index], "predicted" if context.predicted_labels else "labelled"
             if hidden is None or not bool(hidden.any()):
-                seen = "is predicted as" if context.predicted_labels else "has the label"
-                name = split.classes[context.target.index]
-                raise UserError(
-                    f"no pixel of {split.name} {seen} {name!r}: there is nothing to hide; name another class"
-                )
+                raise UserError(f"no pixel of {split.name} is {seen} {name!r}: name another class to hide")
+            if not bool((targets >= 0).any()):
+                raise UserError(f"every pixel of {split.name} is {seen} {name!r}: name another class to hide")
         if context.left_out:
             warnings.warn(
                 f"{context.left_out} of the {len(context.train)} training images show nothing but the class to hide: "
