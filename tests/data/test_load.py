@@ -402,7 +402,7 @@ def test_slices_of_the_brain_are_apart_and_upright(tmp_path: Path, monkeypatch: 
     labels = brain.train.labels[0]
     assert [int(labels[228 - y, 100]) for y in (185, 130, 110, 60, 10)] == [2, 1, 1, 3, 0]
     assert brain.classes == ("outside", "fluid", "grey matter", "white matter")
-    assert brain.train.task == gb.tasks.Segmentation()
+    assert brain.train.task == gb.tasks.Segmentation(ignore_index=255)
 
 
 @pytest.mark.full

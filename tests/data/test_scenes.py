@@ -50,6 +50,7 @@ def test_the_same_seed_gives_the_same_scenes_and_fewer_are_the_first_of_more(sou
         split: Split = getattr(data, part)
         assert split.fingerprint == getattr(again, part).fingerprint != getattr(other, part).fingerprint
         assert len(split.image_hashes.unique()) == len(split) == SMALL[part]
+    assert not torch.equal(data.train.labels > 0, other.train.labels > 0)  # all items have one outline
     fewer = build(tmp_path, train=10)
     assert torch.equal(fewer.train.images, data.train.images[:10])
     assert torch.equal(fewer.train.labels, data.train.labels[:10])
