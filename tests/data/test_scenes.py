@@ -118,8 +118,8 @@ def test_the_border_is_every_pixel_near_another_owner(width: int) -> None:
 def test_no_two_labels_meet_without_a_border_between_them(source: str, tmp_path: Path, size: int, width: int) -> None:
     labels = build(tmp_path, size=size, train=20).train.labels.float()[:, None]
     counts = labels != IGNORED
-    most = torch.nn.functional.max_pool2d(labels.where(counts, -1), width + 1, stride=1)
-    least = -torch.nn.functional.max_pool2d(-labels.where(counts, 999), width + 1, stride=1)
+    most = torch.nn.functional.max_pool2d(labels.where(counts, -1), 2 * width + 1, stride=1)
+    least = -torch.nn.functional.max_pool2d(-labels.where(counts, 999), 2 * width + 1, stride=1)
     assert bool(((most == least) | (most < 0)).all())
     more = torch.nn.functional.max_pool2d(labels.where(counts, -1), 2 * width + 2, stride=1)
     less = -torch.nn.functional.max_pool2d(-labels.where(counts, 999), 2 * width + 2, stride=1)
