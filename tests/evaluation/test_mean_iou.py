@@ -7,7 +7,7 @@ from torch import nn
 import gambeson as gb
 from gambeson.attacks import StochasticPGD, UniversalPerturbation
 from gambeson.base import UserError
-from gambeson.data import Dataset, Split
+from gambeson.data import Dataset, LazySplit, Split
 from gambeson.evaluation.eps_uni import search
 from gambeson.evaluation.rates import ImageErrors
 from gambeson.evaluation.universal import errors_under, lost_iou
@@ -168,3 +168,16 @@ def test_the_interval_of_eps_uni_of_maps_covers_where_images_are_alike_within():
         hits += found.low <= 0.2 * f <= found.high
         assert found.high - found.low < 0.08  # 3.9 standard errors of a share of 60 images are 0.05
     assert hits >= 21
+
+
+def test_label_maps_that_are_read_with_their_images_have_the_same_rates():
+    """Data that does not fit in memory is counted batch by batch."""
+    test = DATA.test
+    lazy = LazySplit(
+        test.name, lambda k: (test.images[k], test.labels[k].to(torch.uint8)), len(test), test.classes, 255, workers=0
+    )
+    uap = brighter(0.15)
+    for rate in (gb.evaluation.universal_evasion, gb.evaluation.fooling_rate, gb.evaluation.mean_iou):
+        assert rate(Pixelwise(), lazy, uap) == rate(Pixelwise(), test, uap)
+    assert gb.evaluation.accuracy(Pixelwise(), lazy) == gb.evaluation.accuracy(Pixelwise(), test)
+    assert gb.evaluation.fooling_rate(Pixelwise(), test, uap).value > 0.1
