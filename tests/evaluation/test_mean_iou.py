@@ -1,12 +1,16 @@
 """Mean IoU of models on label maps, clean and under a universal perturbation."""
 
+import json
+
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import gambeson as gb
 from gambeson.attacks import StochasticPGD, UniversalPerturbation
 from gambeson.base import UserError
+from gambeson.cli.app import run
 from gambeson.data import Dataset, LazySplit, Split
 from gambeson.evaluation.eps_uni import search
 from gambeson.evaluation.rates import ImageErrors
@@ -181,3 +185,36 @@ def test_label_maps_that_are_read_with_their_images_have_the_same_rates():
         assert rate(Pixelwise(), lazy, uap) == rate(Pixelwise(), test, uap)
     assert gb.evaluation.accuracy(Pixelwise(), lazy) == gb.evaluation.accuracy(Pixelwise(), test)
     assert gb.evaluation.fooling_rate(Pixelwise(), test, uap).value > 0.1
+
+
+def test_uap_score_prints_the_error_and_the_mean_iou_of_label_maps(tmp_path, capsys):
+    draw = torch.Generator().manual_seed(7)
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+    for k in range(40):
+        pixels = (torch.rand(8, 8, generator=draw) * 255).to(torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / "data" / "images" / f"{k}.png")
+        Image.fromarray((pixels > 127).astype("uint8")).save(tmp_path / "data" / "masks" / f"{k}.png")
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "class Pixelwise(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return torch.cat([0.5 - x, x - 0.5], 1)\n"
+    )
+    file, data = str(tmp_path / "uap.safetensors"), f"mask-folder:{tmp_path / 'data'}?mode=grey"
+    common = [f"{tmp_path / 'net.py'}:Pixelwise", "--data", data]
+    craft = ["uap", "craft", *common, "--eps", "0.2", "--set", "steps=10", "--set", "restarts=1", "--out", file]
+    assert run(craft) == 0
+    capsys.readouterr()
+    assert run(["uap", "score", file, *common, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["clean error"]["value"], found["clean mean IoU"]["value"]) == (0, 1)
+    assert found["UER"]["value"] == pytest.approx(found["fooling rate"]["value"])
+    assert found["UER"]["value"] > 0.1
+    assert found["mean IoU"]["value"] < 0.9
+    assert found["mean IoU lost"]["value"] == pytest.approx(1 - found["mean IoU"]["value"])
+    assert found["mean IoU lost"]["low"] > 0.05
+    assert run(["uap", "score", file, *common]) == 0
+    printed = "".join(capsys.readouterr())
+    assert f"rates are of labelled pixels, their intervals over {found['UER']['n']} images" in printed
+    assert f"mean IoU lost  +{100 * found['mean IoU lost']['value']:.1f} % [" in printed
