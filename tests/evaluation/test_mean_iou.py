@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 import gambeson as gb
-from gambeson.attacks import StochasticPGD, UniversalPerturbation
+from gambeson.attacks import StochasticPGD, Target, UniversalPerturbation
 from gambeson.base import UserError
 from gambeson.cli.app import run
 from gambeson.data import Dataset, LazySplit, Split
@@ -218,3 +218,19 @@ def test_uap_score_prints_the_error_and_the_mean_iou_of_label_maps(tmp_path, cap
     printed = "".join(capsys.readouterr())
     assert f"rates are of labelled pixels, their intervals over {found['UER']['n']} images" in printed
     assert f"mean IoU lost  +{100 * found['mean IoU lost']['value']:.1f} % [" in printed
+
+
+def test_eps_uni_of_an_attack_with_a_target_is_that_of_its_success():
+    data = Dataset("scenes", scenes(20, 4), scenes(20, 5), scenes(100, 6), ("dark", "bright"))
+    settings = {"delta": 0.8, "tolerance": 0.05, "controls": ()}
+    margins = (0.5 - data.test.images[:, :, :, :4]).flatten().sort().values
+    exact = float(margins[int(0.6 * len(margins))])  # half of all pixels are bright; 0.6 of the others have to follow
+    bright = StochasticPGD(eps=0.1, steps=4, probe_starts=0, target=1)
+    found = gb.evaluation.eps_uni(Pixelwise(), data, bright, **settings)
+    assert found.value == pytest.approx(exact, rel=0.06)
+    assert found.measure == "target class:1"
+    # All images have one map, which is reached without an attack.
+    static = bright.model_copy(update={"target": Target.parse("static:0"), "labels": "prediction"})
+    assert gb.evaluation.eps_uni(Pixelwise(), data, static, **settings).value == 0
+    error = gb.evaluation.eps_uni(Pixelwise(), data, bright, **settings | {"delta": 0.3}, measure="error")
+    assert (error.measure, error.value) == ("error", pytest.approx(exact, rel=0.06))
