@@ -77,12 +77,17 @@ def test_data_without_a_label_is_refused():
         gb.evaluation.mean_iou(Pixelwise(), nothing)
 
 
-def test_a_frame_has_the_classes_and_their_means():
+def test_notebooks_show_the_classes_and_their_means():
     pytest.importorskip("pandas")
-    found = gb.evaluation.confusion(Pixelwise(), DATA).to_frame()
-    names = ["IoU of dark", "IoU of bright", "mean IoU", "mean accuracy", "pixel accuracy"]
+    confusion = gb.evaluation.confusion(Pixelwise(), DATA)
+    found = confusion.to_frame()
+    names = ["pixel accuracy", "mean accuracy", "mean IoU", "IoU of dark", "IoU of bright"]
     assert found["metric"].tolist() == names
-    assert found["value"][2] == pytest.approx(found["value"][:2].mean())
+    assert found["value"][2] == pytest.approx(found["value"][3:].mean())
+    (bars,) = confusion.plot().data
+    assert (list(bars.x), list(bars.y)) == (["dark", "bright"], pytest.approx((100 * found["value"][3:]).tolist()))
+    assert f"mean IoU        {confusion.mean_iou}" in repr(confusion)
+    assert str(confusion.iou["dark"]) in confusion._repr_html_()
 
 
 def scenes(count, seed, spread=1.0):
