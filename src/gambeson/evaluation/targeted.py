@@ -229,6 +229,14 @@ class TargetMeasure:
         self.name = f"target {self.target}"
         self._goals: dict[int, tuple[Split, Goal]] = {}
 
+    @classmethod
+    def of(cls, victim: Victim, validation: Split, target: object, labels: str, *, seed: int = 0) -> TargetMeasure:
+        """As the constructor, also for a validation image by its index: its map is found as an attack finds it."""
+        found = Target.of(target).within(  # type: ignore[arg-type]
+            validation, (lambda split: predict(victim, split, seed=seed)) if labels == "prediction" else None
+        )
+        return cls(found, labels)
+
     def __call__(self, victim: Victim, split: Split, delta: torch.Tensor | None) -> TargetHits:
         """Count what reaches the target."""
         if id(split) not in self._goals:
