@@ -195,7 +195,7 @@ def test_label_maps_train_with_an_ignore_index():
     assert 1 - last["validation_uer"] < last["validation_accuracy"]
     assert last["validation_uap_mean_iou"] < last["validation_mean_iou"]
     assert "validation_uer" not in history[0]
-    with pytest.warns(UserWarning, match="has not learnt: its mean IoU on .*, and one class alone has up to 50.0 %"):
+    with pytest.warns(UserWarning, match="has not learnt: its mean IoU on .*, and a single class has up to 50.0 %"):
         gb.train(nn.Conv2d(1, 2, 1), data, Standard(), epochs=1, batch_size=10, lr=1e-9)
 
 

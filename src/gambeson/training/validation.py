@@ -42,10 +42,7 @@ def warn_at_chance(last: dict[str, float], split: Split) -> None:
     """
     if "validation_mean_iou" in last:
         found, most = last["validation_mean_iou"], 1 / len(split.classes)
-        how = (
-            f"its mean IoU on {split.name} is {100 * found:.1f} %, and one class for all pixels has {100 * most:.1f} %"
-        )
-        how += " at most"
+        how = f"its mean IoU on {split.name} is {100 * found:.1f} %, and a single class has up to {100 * most:.1f} %"
         learnt = found > most
     else:
         counted, found = split.labels[split.task.valid(split.labels)], last["validation_accuracy"]
