@@ -337,7 +337,7 @@ class AuditResult(Config):
     clean: Rate
     """Accuracy on clean test images."""
     temperature: float = 1.0
-    """Divisor of the logits in attacks (see :mod:`gambeson.auditing.temperature`)."""
+    """Divisor of the logits in attacks (see :mod:`gambeson.victim.temperature`)."""
     per_image: list[PerImageResult]
     universal: list[UniversalResult]
     """In order of eps."""

@@ -17,7 +17,7 @@ from gambeson.evaluation.outcome import at_once, attacked, averaged
 from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni, ImageErrors, crossing_interval
 from gambeson.evaluation.universal import RANKED, strongest
 from gambeson.threat import Ball, Norm, perturb
-from gambeson.victim import Victim, as_victim, nothing_counts, predict, vote
+from gambeson.victim import Victim, as_victim, nothing_counts, predict, rescaled, vote
 
 Craft = Callable[[float, torch.Tensor | None], UniversalPerturbation]
 """Maps eps, and the best perturbation so far (1, C, H, W) scaled to it, to a perturbation of this eps."""
@@ -86,7 +86,8 @@ def eps_uni(
         UserError: no such delta, or a perturbation of another norm.
     """
     dataset = disjoint(as_dataset(data))
-    with as_victim(model) as victim:
+    to = getattr(attack, "temperature", 1.0)
+    with as_victim(model) as victim, rescaled([victim], to, dataset.validation, seed):
 
         def craft(eps: float, start: torch.Tensor | None) -> UniversalPerturbation:
             return attack.model_copy(update={"eps": eps}).craft(victim, dataset, seed=seed, start=start)

@@ -17,6 +17,7 @@ from gambeson.victim.scoring import (
     votes_of,
     votes_right,
 )
+from gambeson.victim.temperature import Temperature, calibrating, rescaled
 from gambeson.victim.victim import BatchNormMode, FastPath, Precision, Victim, copied, frozen
 
 __all__ = [
@@ -33,9 +34,11 @@ __all__ = [
     "Precision",
     "Score",
     "Source",
+    "Temperature",
     "Victim",
     "as_victim",
     "auto_batch_size",
+    "calibrating",
     "copied",
     "fold_batchnorms",
     "frozen",
@@ -44,6 +47,7 @@ __all__ = [
     "nothing_counts",
     "predict",
     "predicted",
+    "rescaled",
     "score",
     "vote",
     "votes_of",

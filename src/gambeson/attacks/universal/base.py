@@ -21,7 +21,7 @@ from gambeson.data import Split, as_dataset, held_out
 from gambeson.models import fingerprint
 from gambeson.tasks import Task
 from gambeson.threat import Ball, BoxGradient, Eps, Norm
-from gambeson.victim import EOT_SAMPLES, ModelAverage, Source, Victim, as_victim, predict, score
+from gambeson.victim import EOT_SAMPLES, ModelAverage, Source, Victim, as_victim, predict, rescaled, score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +279,10 @@ class UniversalAttack(Config):
     @contextmanager
     def _crafting(self, model: Source, data: object, seed: int) -> Iterator[CraftingContext]:
         with as_victim(model, fast=True, gradients=type(self).__name__ if self.gradients else None) as victim:
-            yield self._prepare([victim] if victim is model else list(victim.members) or [victim], data, seed)
+            context = self._prepare([victim] if victim is model else list(victim.members) or [victim], data, seed)
+            to = getattr(self, "temperature", None)  # None: no loss of the logits
+            with rescaled([] if to is None else context.victims, to or 1.0, context.validation, seed):
+                yield context
 
     def _prepare(self, victims: list[Victim], data: object, seed: int) -> CraftingContext:
         before = passes(victims)
@@ -345,6 +348,7 @@ class UniversalAttack(Config):
             status=status,
             forwards=forwards,
             backwards=backwards,
+            temperature=tuple(victim.temperature or 1.0 for victim in context.victims),
             source_class=source_class,
         )
 

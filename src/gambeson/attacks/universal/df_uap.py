@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from typing import Annotated, ClassVar
 
@@ -11,10 +12,11 @@ from pydantic import Field
 
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.registry import register
-from gambeson.attacks.solver import Adam, ProjectedGradient, input_gradient
+from gambeson.attacks.solver import Adam, ProjectedGradient, require_finite
 from gambeson.attacks.universal.base import Candidate, CraftingContext, LabelSource, UniversalAttack
 from gambeson.base import Number
 from gambeson.threat import BoxGradient
+from gambeson.victim import Temperature
 
 
 class RivalLogit(Loss):
@@ -59,6 +61,8 @@ class DFUAP(UniversalAttack):
     """Target class of every image; None: untargeted."""
     labels: LabelSource = "prediction"
     """See :data:`gambeson.attacks.universal.base.LabelSource`."""
+    temperature: Temperature = "auto"
+    """See :data:`gambeson.victim.Temperature`."""
     clip: bool = True
     """Clip x + delta to [0, 1] while crafting; the public code does not. Rates are always computed with clipping."""
     box_gradient: BoxGradient = "straight-through"
@@ -92,5 +96,7 @@ def _unclipped(
 ) -> torch.Tensor:
     with torch.enable_grad():
         point = delta.detach().requires_grad_()
-        _, values = solver.forward(images + point, targets)
-        return input_gradient(solver.victim, values.sum(), point, len(images))
+        logits, values = solver.forward(images + point, targets)
+        gradient = solver.victim.gradient(values.sum(), point, len(images))
+    require_finite([gradient.sum()], done=partial(solver.done, logits.detach(), targets))
+    return gradient

@@ -15,6 +15,7 @@ from gambeson.attacks.solver import ProjectedGradient
 from gambeson.attacks.universal.base import Candidate, CraftingContext, LabelSource, UniversalAttack
 from gambeson.base import Number, generator
 from gambeson.threat import BoxGradient
+from gambeson.victim import Temperature
 
 
 class CleanLogit(Loss):
@@ -63,6 +64,8 @@ class SGA(UniversalAttack):
     """Target class of every image; None: untargeted."""
     labels: LabelSource = "prediction"
     """See :data:`gambeson.attacks.universal.base.LabelSource`."""
+    temperature: Temperature = "auto"
+    """See :data:`gambeson.victim.Temperature`."""
     box_gradient: BoxGradient = "straight-through"
     """See :data:`gambeson.threat.BoxGradient`; ``exact`` is the paper's."""
 

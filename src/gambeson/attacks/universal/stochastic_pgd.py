@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Annotated, ClassVar, Literal
 
@@ -18,7 +19,7 @@ from gambeson.attacks.universal.perturbation import UniversalPerturbation
 from gambeson.base import Number, UserError
 from gambeson.data import Split
 from gambeson.threat import BoxGradient
-from gambeson.victim import Source, auto_batch_size
+from gambeson.victim import Source, Temperature, auto_batch_size
 
 _VALUES_PER_STEP = 2**21
 """Input values that the starts which are probed together send forward per step: 128 images of 64 pixels in colour."""
@@ -38,12 +39,13 @@ class StochasticPGD(UniversalAttack):
 
     Where a run ends depends on its start far more than on its length or its batch, so many starts are run a
     little, on small batches with long steps, and only the best goes on (``benchmarks/universal_budget.py``). The
-    papers' one long run is ``probe_starts=0, steps=200, batch_size=128, box_gradient="exact"``.
+    papers' one long run is ``probe_starts=0, steps=200, batch_size=128, box_gradient="exact", temperature=1``.
 
     Crafted on ``data.train``; ``data.validation`` chooses among starts; ``data.test`` is never looked at. It costs
     ``probe_starts * probe_start_steps * probe_start_batch + restarts * steps * batch_size`` forwards and as many
-    backwards, 25,600 by default, and a forward of ``probe_start_images`` per start probed and of all validation per
-    restart. Starts are probed together, in one forward and backward per step, as far as memory allows.
+    backwards, 25,600 by default, and a forward of ``probe_start_images`` per start probed, of all validation per
+    restart, and of 200 images for the temperature. Starts are probed together, in one forward and backward per step, as
+    far as memory allows.
     """
 
     name: ClassVar[str] = "stochastic-pgd"
@@ -90,6 +92,8 @@ class StochasticPGD(UniversalAttack):
     (Perolat et al., arXiv 1809.07802), so that no image has more say than another."""
     labels: LabelSource = "truth"
     """See :data:`gambeson.attacks.universal.base.LabelSource`."""
+    temperature: Temperature = "auto"
+    """See :data:`gambeson.victim.Temperature`."""
 
     @property
     def lengths(self) -> list[float]:
@@ -155,7 +159,7 @@ class StochasticPGD(UniversalAttack):
             # The row of each image: its own class's perturbation, or that of the restart whose mini-batch it is in.
             own = [labels.new_full((size,), row) for row, size in enumerate(sizes)] if alone and not classwise else []
             rows = torch.cat(own) if own else labels
-            direction, _ = solver.gradient(delta[rows] if alone else delta, images, targets, sums=sums)
+            direction, logits = solver.gradient(delta[rows] if alone else delta, images, targets, sums=sums)
             if self.normalise == "sample":
                 direction = context.ball.steepest(direction)
             if alone:
@@ -169,7 +173,7 @@ class StochasticPGD(UniversalAttack):
                 delta = solver.step_along(delta, images, direction, length)
             else:  # a mean of steps is one already
                 delta = solver.project(delta + length * direction, images)
-        require_finite(sums, may_vanish=solver.loss.truncate is not None)
+        require_finite(sums, done=partial(solver.done, logits, targets))
         return delta
 
 
