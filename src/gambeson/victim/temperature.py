@@ -31,7 +31,8 @@ _LARGEST = 1e30
 
 Temperature = Literal["auto"] | Annotated[Number, Field(gt=0)]
 """What an attack divides the logits by. ``auto`` (ours): by :func:`temperature`, whose cost is a forward of
-:data:`IMAGES` validation images; an entered X"""
+:data:`IMAGES` validation images; an entered :class:`gambeson.victim.Victim` that has one keeps it. 1: the logits as
+they are, as in the papers."""
 
 
 @contextmanager
