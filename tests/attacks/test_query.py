@@ -11,7 +11,7 @@ from gambeson.attacks.query.base import Queries
 from gambeson.attacks.query.nes import NES, SPSA
 from gambeson.attacks.query.one_pixel import OnePixel
 from gambeson.attacks.query.square import RandomSearch, Square
-from gambeson.tasks import Classification
+from gambeson.tasks import Classification, Segmentation
 from gambeson.threat import Ball
 from gambeson.victim import Victim
 from tests.conftest import LinearNet, binary, inner_images
@@ -285,8 +285,55 @@ def test_ignored_images_are_left_alone_and_not_asked_about():
     x_adv = Square(eps=0.1, queries=20)(queries, x, y, task=Classification(ignore_index=255))
     assert queries.spent.tolist() == [20, 0, 20, 0]
     assert torch.equal(x_adv[[1, 3]], x[[1, 3]])
-    with pytest.raises(UserError, match=r"the labels are label maps .*: this attack expects one label per image"):
-        Square(eps=0.1)(model, x, torch.zeros(4, 3, 3, dtype=torch.long))
+
+
+class Brightness(torch.nn.Module):
+    """Label maps: the second class where a pixel is brighter than a threshold of its own."""
+
+    def __init__(self, thresholds):
+        super().__init__()
+        self.thresholds = thresholds
+
+    def forward(self, x):
+        return torch.stack([self.thresholds.expand(len(x), -1, -1), x[:, 0]], 1)
+
+
+def test_on_label_maps_each_pixel_that_can_be_reached_is_turned_and_no_other():
+    draw = torch.Generator().manual_seed(7)
+    x, labels = inner_images(3, (1, 4, 4)), torch.zeros(3, 4, 4, dtype=torch.long)
+    gaps = torch.rand(4, 4, generator=draw) * 0.2
+    gaps[0, 0], labels[:, 0, 0] = 0.01, 255  # within reach, and nobody asks for it
+    model, task = Brightness(0.5 + gaps), Segmentation(ignore_index=255)
+    reached = x[:, 0] + 0.1 > model.thresholds  # the closed form: a pixel turns where its gap is below eps
+    reached[:, 0, 0] = False
+    assert 0.1 < reached.float().mean() < 0.9
+    moved = Square(eps=0.1, queries=600)(model, x, labels, seed=1, task=task)
+    right = task.counts(model(moved).argmax(1), labels).right
+    assert right.tolist() == (15 - reached.flatten(1).sum(1)).tolist()
+    tried = RandomSearch(eps=0.1, queries=600)(model, x, labels, seed=1, task=task)
+    assert (task.counts(model(tried).argmax(1), labels).right >= right).all()
+    with pytest.raises(UserError, match=r"returned shape \(3, 2\): expected scores \(3, K, 4, 4\), one map per image"):
+        Square(eps=0.1)(lambda images: images.flatten(1)[:, :2], x, labels, task=task)
+
+
+def test_on_label_maps_the_effort_goes_to_pixels_that_are_still_right():
+    def scores(images):  # the first pixel is wrong and could be so ten times more, at the cost of the second
+        bright = images[:, 0, 0, 0]
+        margins = torch.stack([10 * (bright - 0.3), 0.45 - bright, -torch.ones_like(bright)], 1)[:, None]
+        return torch.stack([torch.zeros_like(margins), margins], 1)
+
+    x, labels = torch.full((1, 1, 1, 3), 0.5), torch.zeros(1, 1, 3, dtype=torch.long)
+    assert scores(x).argmax(1).tolist() == [[[1, 0, 0]]]
+    assert scores(Square(eps=0.1, queries=50)(scores, x, labels)).argmax(1).tolist() == [[[1, 1, 0]]]
+
+
+def test_a_map_of_one_pixel_is_a_classification():
+    x, net = inner_images(5, (3, 1, 1)), torch.nn.Conv2d(3, 4, 1)
+    y = net(x).flatten(1).argmax(1)
+    for attack in (Square(eps=0.05, queries=30), NES(eps=0.05, queries=30, pairs=2)):
+        alone = attack(lambda images: net(images).flatten(1), x, y)
+        assert torch.equal(attack(net, x, y[:, None, None]), alone)
+        assert not torch.equal(alone, x)
 
 
 def test_a_function_that_writes_into_its_input_changes_nothing():

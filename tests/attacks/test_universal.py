@@ -10,7 +10,7 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import StochasticPGD, UniversalPerturbation, control
-from gambeson.attacks.universal.base import CraftingContext
+from gambeson.attacks.universal.context import CraftingContext
 from gambeson.data import Dataset, Split
 from gambeson.threat import Ball
 from gambeson.victim import Victim
@@ -67,7 +67,7 @@ def test_targeted_optimum_of_a_linear_model_and_bad_targets():
     model, w = binary((1, 3, 5))
     data = linear_data(model, (1, 3, 5))
     uap = StochasticPGD(
-        eps=0.2, steps=40, target=1, probe_starts=2, probe_start_steps=10, target_floor=0.0, temperature=1
+        eps=0.2, steps=40, target=1, probe_starts=2, probe_start_steps=10, tau=1.0, temperature=1
     ).craft(model, data)
     torch.testing.assert_close(uap.delta[0], 0.2 * w.sign())
     with pytest.raises(UserError, match="target 2 is not a class: expected 0 to 1"):

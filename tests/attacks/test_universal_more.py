@@ -12,7 +12,8 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import StochasticPGD, UniversalPerturbation, control
 from gambeson.attacks.solver import Adam
-from gambeson.attacks.universal.base import CraftingContext, UniversalAttack
+from gambeson.attacks.universal.base import UniversalAttack
+from gambeson.attacks.universal.context import CraftingContext
 from gambeson.attacks.universal.data_free import DataFree, activations, layer_names
 from gambeson.attacks.universal.deepfool_uap import DeepFoolUAP
 from gambeson.attacks.universal.df_uap import DFUAP

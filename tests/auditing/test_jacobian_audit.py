@@ -113,6 +113,7 @@ def test_a_random_model_is_held_at_one_draw_and_charged():
     torch.rand(1)
     assert first == measured(Noisy(model), split)
     assert first.fixed_draw
+    assert torch.is_grad_enabled()  # later checks need gradients
     assert not measured(model, split).fixed_draw
     assert first.norms.frobenius.low == pytest.approx(first.norms.frobenius.high, rel=1e-5)  # one draw for all
     assert float(w.norm()) < first.norms.frobenius.low < 1.3 * float(w.norm())

@@ -59,7 +59,19 @@ def test_help_lists_every_command_without_torch():
 
 
 @pytest.mark.parametrize(
-    "command", ["audit", "transfer", "export", "data get", "bench training", "train", "attack", "uap craft", "list"]
+    "command",
+    [
+        "audit",
+        "transfer",
+        "export",
+        "data get",
+        "bench training",
+        "bench audit",
+        "train",
+        "attack",
+        "uap craft",
+        "list",
+    ],
 )
 def test_help_of_a_command_needs_no_torch(command):
     _, modules, seconds = start([*command.split(), "--help"])

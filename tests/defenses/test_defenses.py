@@ -76,6 +76,8 @@ OTHERS = {
     "craft_precision": "bfloat16",
     "label_smoothing": 0.2,
     "noise": 0.02,
+    "target": "truth",
+    "tau": 0.6,
 }
 
 
@@ -113,7 +115,7 @@ def test_a_heap_as_large_as_the_batch_is_one_perturbation_for_all():
     delta = Adversarial(eps=0.1, sharedness=12).craft(model, batch)
     assert delta.shape == (1, 1, 4, 4)
     assert float(delta.abs().max()) == pytest.approx(0.1)
-    with pytest.raises(UserError, match="sharedness 5 does not divide the batch of 12"):
+    with pytest.raises(UserError, match="sharedness 5 does not divide the batch size 12"):
         Adversarial(eps=0.1, sharedness=5).craft(model, batch)
     with pytest.raises(UserError, match="sharedness 64 does not divide the batch size 100: choose .* such as 128"):
         SharedAdversarial(eps=0.1).check(100)

@@ -11,6 +11,7 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.defenses import Batch, Clean, Standard, TrainContext
 from gambeson.defenses.jacobian import Jacobian, JacobianNorm
+from gambeson.tasks import Segmentation
 from tests.conftest import LinearNet, inner_images
 
 WAYS = {
@@ -335,16 +336,27 @@ def test_batch_norm_in_training_mode_works_and_the_difference_holds_its_statisti
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
-def test_pixel_tasks_are_regularised_over_all_answers():
+@pytest.mark.parametrize("way", ["exact", "projection", "input", "difference", "forward mode", "stacked"])
+@pytest.mark.parametrize("side", [3, 6])
+def test_the_norm_of_a_map_is_the_mean_over_its_labelled_pixels(way, side):
     torch.manual_seed(0)
-    net = nn.Conv2d(1, 3, 1).double()
-    x = images(4, (1, 3, 3))
-    target = float(net.weight.detach().square().sum() * 9 / 2)
-    exact = JacobianNorm(estimator="exact")(net, batch_of(x))
-    assert float(exact.detach()) == pytest.approx(target)
-    for way in ("projection", "difference"):
-        found = JacobianNorm(**{**WAYS[way], "n_proj": 20})(net, batch_of(x))
-        assert float(found.detach()) == pytest.approx(target, rel=0.2)
+    net = nn.Conv2d(1, 3, 3, padding=1, padding_mode="circular").double()  # every pixel has the same Jacobian
+    x = images(4, (1, side, side))
+    labels = torch.zeros(4, side, side, dtype=torch.long)
+    labels[:, :, 0] = 9
+    batch = Batch(images=x, labels=labels, seed=0, task=Segmentation(ignore_index=9))
+    target = float(net.weight.detach().square().sum() / 2)
+    many = {} if way == "exact" else {"n_proj": 60 if way != "stacked" else 240}
+    found = JacobianNorm(**{**WAYS.get(way, {"estimator": way}), **many})(net, batch)
+    assert float(found.detach()) == pytest.approx(target, rel=1e-9 if way == "exact" else 0.15)
+    labels[0] = 9  # an image without labels has no norm, as it has no loss
+    assert float(JacobianNorm(estimator="exact")(net, batch).detach()) == pytest.approx(target * 3 / 4)
+
+
+def test_the_exact_norm_of_a_large_map_is_refused():
+    batch = Batch(images=torch.rand(1, 1, 40, 40), labels=torch.zeros(1, 40, 40).long(), seed=0, task=Segmentation())
+    with pytest.raises(UserError, match="a double backward for each of 4800 outputs .*: choose estimator='projection'"):
+        JacobianNorm(estimator="exact")(nn.Conv2d(1, 3, 1), batch)
 
 
 def test_dropout_is_told_from_a_jacobian():

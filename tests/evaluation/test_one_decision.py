@@ -147,7 +147,7 @@ def moved_by(model, split):
 RATES = {
     "accuracy": lambda m, s: gb.evaluation.accuracy(m, s),
     "universal_evasion": lambda m, s: gb.evaluation.universal_evasion(m, s, uap(s)).complement,
-    "predict and score": with_victim(lambda v, s: Rate.of(*_right(score(predict(v, s), s)))),
+    "predict and score": with_victim(lambda v, s: score(predict(v, s), s).counts.accuracy),
     "controls": with_victim(
         lambda v, s: [found.worst.complement.among(1) for found in control_rates(v, s, Ball(eps=EPS), 0)]
     ),
@@ -175,10 +175,6 @@ SHARES = {
     "validation, PGD": lambda m, s: _robust_validation(m, s)["validation_pgd_accuracy"],
 }
 """Paths that end in a plain share; they take a random model as it is, one pass an image."""
-
-
-def _right(found):
-    return found.total - found.errors, found.total, found.images
 
 
 def rates(found):
@@ -391,7 +387,8 @@ def test_label_maps_count_pixels_and_the_images_that_have_some():
     labels[0] = 255
     labels[1, 2:] = 255
     split = Split("maps", images, labels, ("dark", "bright"), ignore_index=255)
-    expected = Rate.of(4 + 4 * 12, 8 + 4 * 16, 5)
+    expected = Rate.bootstrap(torch.tensor([0, 4, 12, 12, 12, 12]), torch.tensor([0, 8, 16, 16, 16, 16]))
+    assert (expected.value, expected.n) == (52 / 72, 5)
     for path in ("accuracy", "outcome", "outcome_under", "accuracy_under", "audit, clean", "audit, sample", "export"):
         assert RATES[path](Pixelwise(), split) == expected, path
 

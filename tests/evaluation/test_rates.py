@@ -31,13 +31,6 @@ def test_intervals_hold_their_value_and_mirror(n, data):
     assert rate.complement.value == pytest.approx(other.value)
 
 
-def test_pixels_of_one_image_do_not_count_as_independent():
-    wide, narrow = Rate.of(300, 1000, n=10), Rate.of(300, 1000)
-    assert wide.value == narrow.value
-    assert wide.high - wide.low > 5 * (narrow.high - narrow.low)
-    assert Rate.of(0, 0) == Rate(value=0, low=0, high=1, n=0)
-
-
 def _covered(rates, truth):
     return sum(rate.low <= p <= rate.high for rate, p in zip(rates, truth, strict=True)) / len(rates)
 
@@ -84,8 +77,7 @@ def test_choices_among_the_chosen_add_up():
     assert again == Rate.of(60, 100, candidates=4)
     assert Rate.lowest([Rate.of(5, 10), first.complement]).candidates == 4
     assert Rate.highest([Rate.of(60, 100)]) == Rate.of(60, 100)
+    assert Rate.of(0, 0) == Rate(value=0, low=0, high=1, n=0)
     assert Rate.of(0, 0, candidates=2) == Rate.of(0, 0).among(2)
-    maps = Rate.of(300, 1000, n=10)
-    assert maps.among(3) == Rate.of(300, 1000, n=10, candidates=3)
     # Bonferroni at k = 5: the 99 % interval, whose quantile tables give as 2.5758.
     assert Rate.of(0, 100, candidates=5).high == pytest.approx(2.5758**2 / (100 + 2.5758**2), rel=1e-4)

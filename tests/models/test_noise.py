@@ -57,6 +57,13 @@ def test_noise_stands_before_the_first_relu_and_each_block_s_last():
         ("lenet5", 28, ["pool1", "pool2"]),
         ("mnist-a", 28, ["conv1", "conv2"]),
         ("torchvision:resnet18", 32, ["bn1", *(f"layer{i}.{j}.bn2" for i in range(1, 5) for j in range(2))]),
+        (
+            "unet-small",
+            16,
+            [f"down.{k}.{j}" for k in range(5) for j in (1, 4)]
+            + [f"halve.{k}" for k in range(4)]
+            + [f"up.{k}.{j}" for k in range(4) for j in (1, 4)],
+        ),
     ],
 )
 def test_default_places_elsewhere(name, size, places):

@@ -1,8 +1,12 @@
 """Benchmarks count the work that they time, and time every candidate."""
 
 import pytest
+import torch
 
-from gambeson.studies import BenchSettings, bench_attacks, bench_training, bench_universal
+import gambeson as gb
+from gambeson import UserError
+from gambeson.auditing import SUITES, AuditRun
+from gambeson.studies import BenchSettings, bench_attacks, bench_audit, bench_training, bench_universal
 
 SMALL = BenchSettings(model="lenet5", channels=1, image_size=28, batch_size=4, steps=2, rounds=3)
 
@@ -39,3 +43,25 @@ def test_a_universal_perturbation_is_timed_at_equal_steps():
         assert (bare.name, ours.name) == ("bare loop", "gambeson")
         assert bare.work == pytest.approx(steps * 2 * forward, rel=0.01)
     assert more.timings[1].work - few.timings[1].work == pytest.approx(4 * 2 * forward, rel=0.01)
+
+
+def test_an_audit_is_timed_beside_its_own_count_of_forwards_and_backwards(tmp_path):
+    data = gb.data.load("digits")
+    torch.manual_seed(0)
+    gb.models.save(gb.models.create("lenet5", data), tmp_path / "net.safetensors")
+    small = SUITES["quick"].model_copy(
+        update={"eps": (0.1,), "test_images": 40, "sample": 20, "pgd_steps": 2, "universal_steps": 5, "queries": 5,
+                "universal_probe_starts": 0, "eps_uni_runs": 0, "jacobian_backwards": 0, "surrogate": "none"}
+    )  # fmt: skip
+    run = AuditRun(model=str(tmp_path / "net.safetensors"), data="digits", suite=small)
+    found = bench_audit(run, batch_size=16, rounds=3)
+    assert found.forwards > found.backwards > 5 * 32  # what the universal attack alone takes
+    assert 0 < found.least < found.seconds
+    assert found.seconds >= sum(found.stages.values()) > 0
+    assert {"per-image", "uap-0.1.safetensors"} <= set(found.stages)
+
+
+def test_a_black_box_has_no_limit_to_compare_an_audit_with(tmp_path):
+    (tmp_path / "box.py").write_text("def answer(images):\n    return images.flatten(1)[:, :10]\n")
+    with pytest.raises(UserError, match="bench audit needs gradients"):
+        bench_audit(AuditRun(model=f"function:{tmp_path}/box.py:answer", data="digits", suite="quick"))

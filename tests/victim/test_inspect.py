@@ -185,11 +185,11 @@ def test_sigmoids_of_several_classes_are_told_from_small_logits():
 def test_logits_that_do_not_fit_the_labels_are_refused_with_the_way_out():
     x, y = inner_images(4, (1, 8, 8)), torch.tensor([0, 1, 1, 0])
     maps = (x[:, 0] > 0.5).long()
-    half = nn.Conv2d(1, 2, 2, stride=2)
-    with pytest.raises(UserError, match=r"shape \(2, 4, 4\) per image.*interpolate"):
-        PGD(eps=0.1)(half, x, maps)
+    unpadded = nn.Conv2d(1, 2, 2)
+    with pytest.raises(UserError, match=r"shape \(2, 7, 7\) per image.*interpolate"):
+        PGD(eps=0.1)(unpadded, x, maps)
     with pytest.raises(UserError, match=r"flatten\(1\)"):
-        PGD(eps=0.1)(nn.Sequential(half, nn.AdaptiveAvgPool2d(1)), x, y)
+        PGD(eps=0.1)(nn.Sequential(unpadded, nn.AdaptiveAvgPool2d(1)), x, y)
     with pytest.raises(UserError, match="a model of one task"):
         PGD(eps=0.1)(net(64, 2), x, maps)
     large = nn.Upsample(scale_factor=2)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -482,3 +483,14 @@ def test_mixed_types_of_weights_are_one_sentence():
 
     with pytest.raises(UserError, match=r"mixes types .*model.float\(\)"):
         attacked(changed(mixed))
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.inference_mode])
+def test_victims_that_overlap_with_other_contexts_leave_the_gradient_mode_alone(mode):
+    with mode(), ExitStack() as outer:
+        before = torch.is_grad_enabled()
+        with torch.no_grad():
+            outer.enter_context(Victim(nn.Flatten()))
+        outer.close()
+        assert torch.is_grad_enabled() == before
+    assert torch.is_grad_enabled()

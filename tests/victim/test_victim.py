@@ -93,8 +93,9 @@ def test_pixels_are_scored_without_the_ignored_ones():
         predictions = predict(victim, split)
         moved = predict(victim, split, torch.tensor([1.0, -1.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2))
     found = score(predictions, split)
-    assert (found.errors, found.total, found.images) == (2, 5, 2)
-    assert score(moved, split, predictions).flipped == 5
+    assert (found.errors, found.total, found.counts.images) == (2, 5, 2)
+    assert score(moved, split, predictions).changed.tolist() == [3, 2]
+    assert score(moved, split, predictions).change_rate.value == 1
     assert score(moved, split, predictions).errors == 4
 
 

@@ -17,7 +17,8 @@ from gambeson.attacks.gradient.pgd import (
     ti_dim,
     transfer_attack,
 )
-from gambeson.attacks.losses import Loss, LossName, cross_entropy, dlr, margin, targeted_dlr
+from gambeson.attacks.gradient.segmentation import SEA, CosPGD, SegPGD
+from gambeson.attacks.losses import Loss, LossName, cosine, cross_entropy, dlr, js, margin, targeted_dlr
 from gambeson.attacks.minimal_norm.carlini_wagner import CarliniWagner
 from gambeson.attacks.minimal_norm.deepfool import DeepFool
 from gambeson.attacks.query.base import Queries, QueryAttack
@@ -36,7 +37,8 @@ from gambeson.attacks.registry import (
     require_kind,
 )
 from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
-from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
+from gambeson.attacks.universal.base import Candidate, UniversalAttack
+from gambeson.attacks.universal.context import CraftingContext
 from gambeson.attacks.universal.controls import CONTROLS, MORE_CONTROLS, control
 from gambeson.attacks.universal.data_free import DataFree
 from gambeson.attacks.universal.deepfool_uap import DeepFoolUAP
@@ -46,6 +48,7 @@ from gambeson.attacks.universal.procedural import GaborNoise, PerlinNoise
 from gambeson.attacks.universal.sga import SGA
 from gambeson.attacks.universal.singular_vector import SingularVector
 from gambeson.attacks.universal.stochastic_pgd import ClasswiseStochasticPGD, StochasticPGD
+from gambeson.attacks.universal.target import Target
 from gambeson.victim import Average, ModelAverage, Source
 
 __all__ = [
@@ -57,6 +60,7 @@ __all__ = [
     "NES",
     "PGD",
     "RFGSM",
+    "SEA",
     "SGA",
     "SPSA",
     "TRANSFER",
@@ -65,6 +69,7 @@ __all__ = [
     "Candidate",
     "CarliniWagner",
     "ClasswiseStochasticPGD",
+    "CosPGD",
     "CraftingContext",
     "DataFree",
     "DeepFool",
@@ -87,21 +92,25 @@ __all__ = [
     "RStepLL",
     "RandomSearch",
     "Scales",
+    "SegPGD",
     "SingularVector",
     "Smoothing",
     "Source",
     "Square",
     "StepLL",
     "StochasticPGD",
+    "Target",
     "TargetedAutoPGD",
     "UniversalAttack",
     "UniversalPerturbation",
     "canonical",
     "control",
+    "cosine",
     "create",
     "cross_entropy",
     "dlr",
     "entry",
+    "js",
     "margin",
     "mi_fgsm",
     "name_of",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -201,6 +201,7 @@ class ProjectedGradient:
         labels: torch.Tensor,
         *,
         truth: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
         view: Callable[[torch.Tensor], torch.Tensor] | None = None,
         number: int | None = None,
         sums: list[torch.Tensor] | None = None,
@@ -212,6 +213,7 @@ class ProjectedGradient:
             images: (N, C, H, W) in [0, 1].
             labels: (N,) or (N, H, W); targets where the loss is targeted.
             truth: true labels, for a targeted loss that needs them.
+            weights: of every label in the loss, in their shape; None: all 1.
             view: differentiable transform of the perturbed images before the model.
             number: of the step, counted from 1, for the error message.
             sums: the gradient's sum is appended, for :func:`require_finite` after the last step; None checks now, which
@@ -220,11 +222,12 @@ class ProjectedGradient:
         Raises:
             NonFiniteGradientError: the gradient is not finite.
         """
-        if view is None and truth is None:
+        if view is None and truth is None and self.loss.kind != "segpgd":  # whose weights change with every step
             made = (self.loss, self.task, self.per_image, self.box_gradient)
-            gradient, logits, total = self.victim.repeated(made, self._gradient, images, delta, labels)
+            more = () if weights is None else (weights,)
+            gradient, logits, total = self.victim.repeated(made, self._gradient, images, delta, labels, *more)
         else:
-            gradient, logits, total = self._gradient(images, delta, labels, truth, view)
+            gradient, logits, total = self._gradient(images, delta, labels, weights, truth, view)
         if sums is None:
             require_finite([total], number, done=partial(self.done, logits, labels))
         else:
@@ -236,6 +239,7 @@ class ProjectedGradient:
         images: torch.Tensor,
         delta: torch.Tensor,
         labels: torch.Tensor,
+        weights: torch.Tensor | None = None,
         truth: torch.Tensor | None = None,
         view: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -248,7 +252,7 @@ class ProjectedGradient:
             else:
                 point = delta.detach().requires_grad_()
                 moved = perturb(images, point, self.box_gradient)
-            logits, values = self.forward(moved if view is None else view(moved), labels, truth)
+            logits, values = self.forward(moved if view is None else view(moved), labels, truth, weights)
             gradient = self.victim.gradient(values.sum(), point, len(images))
         return gradient, logits.detach(), gradient.sum()
 
@@ -264,6 +268,21 @@ class ProjectedGradient:
         with torch.no_grad():
             logits, values = self.forward(perturb(images, delta), labels, truth)
         return values, logits
+
+    def at(self, step: int, steps: int) -> ProjectedGradient:
+        """Return the solver for a step, counted from 1, of a loss that changes with it (:meth:`Loss.at`)."""
+        loss = self.loss.at(step, steps)
+        return self if loss is self.loss else replace(self, loss=loss)
+
+    def harm(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the number of labels per image on which the attack has succeeded, (N,).
+
+        A share below one, which grows with the cross-entropy (or, of targets, falls), makes ranks of equal numbers.
+        """
+        targeted = self.loss.targeted
+        hits = self.task.units(self.task.succeeded(logits, labels, targeted=targeted)).sum(1)
+        value = Loss(targeted=targeted)(logits, labels, self.task)
+        return hits + (1 / (1 - value) if targeted else value / (1 + value))
 
     def step_along(
         self, delta: torch.Tensor, images: torch.Tensor, gradient: torch.Tensor, length: float | torch.Tensor
@@ -302,19 +321,24 @@ class ProjectedGradient:
         return delta
 
     def done(self, logits: torch.Tensor, labels: torch.Tensor) -> bool:
-        """Whether every answer has reached the goal of a truncated loss, whose gradient is zero there."""
-        reached = self.task.is_adversarial(logits, labels, targeted=self.loss.targeted)
-        return self.loss.truncate is not None and bool(reached.all())
+        """Whether a gradient of zero is the loss's own: every answer is at its goal, or ``js`` at its start."""
+        if not self.loss.may_vanish or self.loss.kind == "js":
+            return self.loss.may_vanish
+        return bool(self.task.is_adversarial(logits, labels, targeted=self.loss.targeted).all())
 
     def forward(
-        self, moved: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor | None = None
+        self,
+        moved: torch.Tensor,
+        labels: torch.Tensor,
+        truth: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits of perturbed images, and the loss of each (N,)."""
         if not (isinstance(self.victim, AveragedVictim) and self.victim.average == "losses"):
             logits = self.victim(moved)
-            return logits, self.loss(logits, labels, self.task, truth)
+            return logits, self.loss(logits, labels, self.task, truth, weights)
         each = self.victim.each(moved)
-        values = torch.stack([self.loss(logits, labels, self.task, truth) for logits in each])
+        values = torch.stack([self.loss(logits, labels, self.task, truth, weights) for logits in each])
         return self.victim.combine(each), values.mean(0)
 
     @property

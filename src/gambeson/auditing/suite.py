@@ -103,6 +103,10 @@ class Suite(Config):
     """Additional attacks at the middle eps, by name or as ``FILE.py:CLASS``: per image, on all test images, or
     universal. Not for black boxes. Their cost is not part of estimates."""
 
+    map_share: Annotated[Number, Field(gt=0, le=1)] = 0.4
+    """What part of every number of images above, of a batch too, and of starts to probe is used where labels are maps:
+    the thousands of pixels of a map tell more than one label, so that fewer images give as narrow an interval."""
+
     @field_validator("eps")
     @classmethod
     def _ascending(cls, eps: tuple[float, ...]) -> tuple[float, ...]:
@@ -111,12 +115,17 @@ class Suite(Config):
         return eps
 
     def on(self, data: Dataset) -> Suite:
-        """The suite with a default grid of eps for this data, if none was given."""
-        if self.eps:
-            return self
-        side = _GREY if data.in_channels == 1 else _COLOUR
-        grid = tuple(eps_in_norm(eps, data.test.shape, self.norm) for eps in side)
-        return self.model_copy(update={"eps": grid})
+        """The suite with a default grid of eps for this data, if none was given, and :attr:`map_share` applied."""
+        update: dict[str, object] = {}
+        if not self.eps:
+            side = _GREY if data.in_channels == 1 else _COLOUR
+            update["eps"] = tuple(eps_in_norm(eps, data.test.shape, self.norm) for eps in side)
+        if not data.test.task.per_image_label and self.map_share < 1:
+            asked = {name: getattr(self, name) for name in _OF_IMAGES}
+            update |= {name: max(1, round(self.map_share * number)) for name, number in asked.items() if number}
+            starts = round(self.map_share * self.universal_probe_starts)
+            update |= {"universal_probe_starts": starts if starts > 1 else 0, "map_share": 1.0}  # one is no choice
+        return self.model_copy(update=update)
 
     def universal(self, eps: float, *, restarts: int | None = None) -> StochasticPGD:
         """The universal attack at one eps."""
@@ -135,6 +144,16 @@ class Suite(Config):
         return PGD(eps=eps, norm=self.norm, steps=self.pgd_steps, restarts=self.pgd_restarts)
 
 
+_OF_IMAGES = (
+    "test_images",
+    "validation_images",
+    "sample",
+    "suite_images",
+    "pattern_images",
+    "surrogate_images",
+    "transfer_images",
+    "universal_batch",
+)
 SUITES = {
     "quick": Suite(
         universal_steps=100,

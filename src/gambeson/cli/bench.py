@@ -1,4 +1,4 @@
-"""``gambeson bench``: speed of attacks, universal perturbations and training on this machine."""
+"""``gambeson bench``: speed of attacks, universal perturbations, training and audits on this machine."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gambeson.cli.options import Device, Json, print_json, progress
+from gambeson.cli import options
+from gambeson.cli.options import Device, Json, needed, one_model, print_json, progress
 
 if TYPE_CHECKING:
     from gambeson.studies import BenchResult
 
-app = typer.Typer(help="Time attacks, universal perturbations and training against plain loops.", no_args_is_help=True)
+app = typer.Typer(
+    help="Time attacks, universal perturbations, training and audits against plain loops.", no_args_is_help=True
+)
 
 
 @app.callback()
 def _group() -> None:
-    """Time attacks, universal perturbations and training against plain loops."""
+    """Time attacks, universal perturbations, training and audits against plain loops."""
 
 
 Model = Annotated[str, typer.Option(help="Architecture.")]
@@ -106,6 +109,47 @@ def training(
     with progress(as_json):
         result = bench_training(settings)
     _show(result, out, as_json, "the plain loop")
+
+
+@app.command("audit")
+def audit(
+    model: options.Model = None,
+    model_: options.ModelOption = None,
+    data: options.Data = None,
+    suite: Annotated[str, typer.Option(help="quick, standard or full.")] = "quick",
+    batch_size: BatchSize = 128,
+    rounds: Rounds = 7,
+    seed: options.Seed = 0,
+    device: Device = "auto",
+    out: OutFile = None,
+    as_json: Json = False,
+) -> None:
+    """Time an audit and its stages, beside a plain loop of as many forwards and backwards.
+
+    Example: `gambeson bench audit runs/x --suite quick`
+    """
+    from gambeson.auditing import AuditRun
+    from gambeson.base import pick_device, write_json
+    from gambeson.studies import bench_audit
+
+    source = needed(one_model(model, model_), "bench audit")
+    run = AuditRun(model=source, data=data, suite={"name": suite}, seed=seed, device=pick_device(device))
+    with progress(as_json):
+        found = bench_audit(run, batch_size=batch_size, rounds=rounds)
+    if out is not None:
+        write_json(out, found.plain())
+    if as_json:
+        print_json(found.plain())
+        return
+    table = Table("stage", "seconds", "share", box=None)
+    for name, seconds in found.stages.items():
+        table.add_row(name, f"{seconds:.2f}", f"{100 * seconds / found.seconds:.0f} %")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{found.seconds:.1f} s for {found.forwards} forwards and {found.backwards} backwards, which take "
+        f"{found.least:.1f} s in a plain loop: {found.seconds / found.least:.2f} times that"
+    )
 
 
 def _show(result: BenchResult, out: Path | None, as_json: bool, base: str) -> None:

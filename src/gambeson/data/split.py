@@ -137,7 +137,7 @@ class Split:
         ignore_index: int | None = None,
         task: Task | str | None = None,
     ) -> None:
-        self._images, self._labels, self.task = as_pair(images, labels, task, ignore_index)
+        self._images, self._labels, self.task = as_pair(images, labels, task, ignore_index, stored=True)
         if self._images.dtype == torch.uint8 and 0 < (highest := int(self._images.max() if len(labels) else 0)) < _DARK:
             warnings.warn(
                 f"no pixel of {name} is above {highest} of 255, so that all is nearly black: "
@@ -162,8 +162,8 @@ class Split:
 
     @property
     def labels(self) -> torch.Tensor:
-        """Labels, int64: (N,) or (N, H, W)."""
-        return self._labels
+        """Labels, int64: (N,) or (N, H, W); a copy of maps that are stored as bytes."""
+        return self._labels.to(torch.int64)
 
     @property
     def ignore_index(self) -> int | None:
@@ -354,6 +354,11 @@ class Split:
         return moments(self._chunks(), self.shape[0])
 
     @property
+    def single_class(self) -> bool:
+        """Whether fewer than two classes are among the labels that count; False where finding out takes a pass."""
+        return one_class(self.task, self._labels)
+
+    @property
     def _strata(self) -> torch.Tensor | None:
         """The class of each image (N,), or None where labels are maps."""
         return self._labels if self.task.per_image_label else None
@@ -365,7 +370,7 @@ class Split:
 
     def _rows(self, indices: Indices) -> Batch:
         index = self._index(indices)
-        return self._images[index], self._labels[index]
+        return self._images[index], self._labels[index].to(torch.int64)
 
     def _index(self, indices: Indices) -> Any:
         if isinstance(indices, slice):
@@ -374,7 +379,8 @@ class Split:
         return index.nonzero().flatten() if index.dtype == torch.bool else index.to(torch.int64)
 
     def _select(self, indices: Indices) -> None:
-        self._images, self._labels = self._rows(indices)
+        index = self._index(indices)
+        self._images, self._labels = self._images[index], self._labels[index]
 
     def _move(self, device: torch.device) -> None:
         if device.type == "cuda" and self._images.device.type != "cuda":
@@ -389,6 +395,12 @@ class Split:
 
     def _chunks(self) -> Iterator[Batch]:
         return map(self._rows, self._slices())
+
+
+def one_class(task: Task, labels: torch.Tensor) -> bool:
+    """Return whether fewer than two classes are among the labels that count."""
+    counting = labels[task.valid(labels)]
+    return counting.numel() == 0 or bool(counting.min() == counting.max())
 
 
 def delivered(images: torch.Tensor, labels: torch.Tensor, device: torch.device, *, copy: bool = False) -> Batch:

@@ -213,7 +213,8 @@ def watch(voters: Sequence[PixelModel], batch: Batch, images: int) -> Losses:
     if not images or batch.step % batch.steps != batch.steps - 1:
         return {}
     with torch.autocast(batch.images.device.type, enabled=False), seeded(batch.seed, "diversity"):
-        gain = diversity_gain(voters, batch.images[:images], seed=batch.seed).mean()
+        valid = batch.task.valid(batch.labels[:images])
+        gain = diversity_gain(voters, batch.images[:images], valid=valid, seed=batch.seed).mean()
     average([gain])
     if float(gain) > _COPIES:
         warnings.warn(

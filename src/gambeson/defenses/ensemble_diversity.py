@@ -22,7 +22,7 @@ from gambeson.threat import Ball, Eps
 from gambeson.victim import frozen
 
 Compare = Callable[[PixelModel, torch.Tensor, Batch], dict[str, tuple[float, torch.Tensor]]]
-"""Weighted values by name, from the model, the members' logits (M, N, K) and the batch."""
+"""Weighted values by name, from the model, the members' logits, (M, N, K) or (M, N, K, H, W), and the batch."""
 
 
 class JointEnsemble(EnsembleDefense):
@@ -41,7 +41,6 @@ class JointEnsemble(EnsembleDefense):
     def _open(self, context: TrainContext, compare: Compare, *, mean: bool = False, slopes: bool = False) -> Objective:
         members_of(context.model, self.members)
         assert isinstance(context.model, PixelModel)
-        context.train.task.require_classification(type(self).__name__)
         return EnsembleObjective(context.model, compare, mean=mean, slopes=slopes, watched=self.watched)
 
 
@@ -117,9 +116,10 @@ class ADP(JointEnsemble):
         with torch.autocast(logits.device.type, enabled=False):
             exact = logits.float()
             if self.alpha:
-                values["entropy"] = -self.alpha, entropy(vote(exact, "probabilities"))
+                values["entropy"] = -self.alpha, batch.mean(entropy(vote(exact, "probabilities")))
             if self.beta:
-                values["log_det"] = -self.beta, log_det(exact, batch.labels)
+                apart = log_det(exact, batch.task.indexable(batch.labels))
+                values["log_det"] = -self.beta, batch.mean(apart).to(exact.dtype)
         return values
 
 
@@ -217,7 +217,7 @@ def squared_slopes(
     Args:
         model: the ensemble.
         point: (N, C, H, W), with a gradient.
-        labels: (N,).
+        labels: (N,) or (N, H, W).
         task: what the labels mean.
     """
     logits = torch.stack([voter(point) for voter in model.voters])

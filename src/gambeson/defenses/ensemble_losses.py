@@ -18,7 +18,9 @@ _EXACT = 16
 """Maximum number of classes for the exact Jacobian; beyond it, the number of random directions."""
 
 
-def diversity_gain(voters: Sequence[nn.Module], images: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
+def diversity_gain(
+    voters: Sequence[nn.Module], images: torch.Tensor, *, valid: torch.Tensor | None = None, seed: int = 0
+) -> torch.Tensor:
     """Return D = ||J_e||_F^2 / mean_m ||J_m||_F^2 for each image, J_e the Jacobian of the mean logits.
 
     1 for copies, 1/M for orthogonal Jacobians, less if members cancel; 1 if every Jacobian is zero. Models are in
@@ -28,6 +30,7 @@ def diversity_gain(voters: Sequence[nn.Module], images: torch.Tensor, *, seed: i
     Args:
         voters: the members, each from pixels to logits.
         images: (N, C, H, W) in [0, 1].
+        valid: which units count, (N,) or (N, H, W); None: all.
         seed: of the directions.
 
     Returns:
@@ -37,7 +40,10 @@ def diversity_gain(voters: Sequence[nn.Module], images: torch.Tensor, *, seed: i
         for voter in voters:
             stack.enter_context(Victim(voter))
         points = [images.detach().clone().requires_grad_() for _ in voters]
-        answers = [voter(point).flatten(1) for voter, point in zip(voters, points, strict=True)]
+        logits = [voter(point) for voter, point in zip(voters, points, strict=True)]
+        if valid is not None:
+            logits = [one * valid.unsqueeze(1) for one in logits]
+        answers = [one.flatten(1) for one in logits]
         count, outputs = answers[0].shape
         if outputs <= _EXACT:
             directions = torch.eye(outputs, device=images.device).unsqueeze(1).expand(-1, count, -1)
@@ -61,17 +67,21 @@ def diversity_gain(voters: Sequence[nn.Module], images: torch.Tensor, *, seed: i
 def loss_gradients(
     logits: torch.Tensor, labels: torch.Tensor, point: torch.Tensor, task: Task = CLASSIFICATION
 ) -> torch.Tensor:
-    """Return the gradient of every member's cross-entropy at every image, (M, N, C*H*W), differentiable.
+    """Return the gradient of every member's loss of every image, (M, N, C*H*W), differentiable.
+
+    The loss of an image is its mean cross-entropy over the units that count.
 
     Args:
-        logits: (M, N, K), of ``point``.
-        labels: (N,).
+        logits: (M, N, K) or (M, N, K, H, W), of ``point``.
+        labels: (N,) or (N, H, W).
         point: (N, C, H, W), with a gradient.
         task: what the labels mean.
     """
     return torch.stack(
         [
-            torch.autograd.grad(task.cross_entropy(z, labels).sum(), point, create_graph=True)[0].flatten(1)
+            torch.autograd.grad(task.per_image(task.cross_entropy(z, labels), labels).sum(), point, create_graph=True)[
+                0
+            ].flatten(1)
             for z in logits
         ]
     )
@@ -93,25 +103,28 @@ def coherence(pairs: torch.Tensor) -> torch.Tensor:
 
 
 def log_det(logits: torch.Tensor, labels: torch.Tensor, ridge: float = 1e-6) -> torch.Tensor:
-    """Return the mean of log det(V^T V + ridge * I), V the members' predictions without the true class, normalised.
+    """Return log det(V^T V + ridge * I), V the members' predictions without the true class, normalised.
 
     Pang et al. 2019, section 3.2. Computed from the logits in double precision: saturated predictions still have a
     direction, and a ridge of 1e-6 relative to 1 is lost in float32.
 
     Args:
-        logits: (M, N, K).
-        labels: (N,).
+        logits: (M, N, K) or (M, N, K, H, W).
+        labels: (N,) or (N, H, W), each of them a class.
         ridge: keeps the determinant positive.
+
+    Returns:
+        In the shape of ``labels``, float64.
     """
     truth = torch.zeros_like(logits[0], dtype=torch.bool).scatter(1, labels.unsqueeze(1), True)
     others = logits.double().masked_fill(truth, -math.inf).softmax(2)
     unit = others / others.norm(dim=2, keepdim=True)
-    rows = unit.transpose(0, 1)  # (N, M, K)
-    gram = rows @ rows.transpose(1, 2) + ridge * torch.eye(len(logits), dtype=rows.dtype, device=rows.device)
-    return gram.logdet().mean().to(logits.dtype)
+    rows = unit.movedim((0, 2), (-2, -1))  # (N, ..., M, K)
+    gram = rows @ rows.transpose(-2, -1) + ridge * torch.eye(len(logits), dtype=rows.dtype, device=rows.device)
+    return gram.logdet()
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Return the mean entropy of logits (N, K), in nats."""
+    """Return the entropy of every prediction in nats, (N,) or (N, H, W), of logits (N, K) or (N, K, H, W)."""
     logs = logits.log_softmax(1)
-    return -(logs.exp() * logs).sum(1).mean()
+    return -(logs.exp() * logs).sum(1)

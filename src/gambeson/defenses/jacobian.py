@@ -3,6 +3,10 @@
 For unit v in output space E[K ||v J||^2] = ||J||_F^2 (Hoffman et al. 2019), and since tr(J J^T) = tr(J^T J) the same
 holds in input space: E[n ||J u||^2] = ||J||_F^2. In a space of d dimensions one direction has the relative standard
 deviation sqrt(2 / (d + 2) * (d * sum l^2 / (sum l)^2 - 1)), l the eigenvalues of J J^T.
+
+Of label maps, ||J||^2 is the mean over the labelled pixels p of ||d f_p / dx||_F^2, f_p the logits of one pixel: on the
+scale of classification, for images of any size, as the loss is. A direction is one of the whole map, at the cost of one
+of classification, and its relative deviation is smaller, since the Jacobian of a map has far more eigenvalues.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ from torch.autograd import forward_ad
 from gambeson.base import Config, Number, UserError, average, generator, twice_differentiable
 from gambeson.defenses.objective import Batch, Clean, Defense, Objective, SharedForward, Term, TrainContext
 from gambeson.defenses.registry import register
+
+MOST_OUTPUTS = 4096
+"""Outputs per image up to which the exact norm is computed, by as many products whose graphs are all kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +79,7 @@ def pulled(logits: torch.Tensor, point: torch.Tensor, vectors: torch.Tensor, sca
     Args:
         logits: (N, K) or (N, K, H, W), of ``point``.
         point: (N, C, H, W), with a gradient.
-        vectors: (N, P, K or K*H*W).
+        vectors: (N, P, K or K*H*W), already weighted if units do not count alike.
         scale: (1, C, 1, 1) or (): a unit of the chosen space in pixels.
     """
     total = logits.new_zeros(len(logits))
@@ -87,7 +94,8 @@ def differenced(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits of ``images`` and the mean over P of ||(f(x + step u) - f(x)) / step||^2 for each of ``rows``.
 
-    One forward of both, in which BatchNorm uses the same statistics for both, as constants.
+    The norm is that over the classes: (R,), or (R, H, W) of label maps. One forward of both, in which BatchNorm uses
+    the same statistics for both, as constants.
 
     Args:
         model: pixels to logits.
@@ -109,7 +117,7 @@ def differenced(
         )
     logits, others = answers[: len(images)], answers[len(images) :]
     change = (others.unflatten(0, moves.shape[:2]) - logits[rows].unsqueeze(1)) / step
-    return logits, change.flatten(2).square().sum(2).mean(1)
+    return logits, change.square().sum(2).mean(1)
 
 
 def pushed(
@@ -123,7 +131,7 @@ def pushed(
     times = moves.shape[1]
     # Not a plain dual level: its in-place rule for logsumexp breaks the backward (torch 2.15).
     found, product = torch.func.jvp(model, (images[rows].repeat_interleave(times, 0),), (moves.flatten(0, 1),))[:2]
-    squares = product.unflatten(0, moves.shape[:2]).flatten(2).square().sum(2).mean(1)
+    squares = product.unflatten(0, moves.shape[:2]).square().sum(2).mean(1)
     if len(rows) == len(images):
         return found[::times], squares
     rest = torch.ones(len(images), dtype=torch.bool, device=rows.device)
@@ -131,6 +139,13 @@ def pushed(
     others = rest.nonzero().flatten()
     order = torch.cat([rows, others]).argsort()
     return torch.cat([found[::times], model(images[others])])[order], squares
+
+
+def _shares(batch: Batch, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return the weight of each unit in the mean of its image, in the shape of the labels: 0 if it does not count."""
+    valid = batch.task.valid(batch.labels[rows])
+    count = batch.task.units(valid).sum(1).clamp(min=1)
+    return valid.to(like) / count.view(-1, *[1] * (valid.ndim - 1))
 
 
 def joins_images(model: nn.Module) -> bool:
@@ -209,6 +224,9 @@ class JacobianSettings(Config):
 class JacobianNorm(JacobianSettings):
     """R = mean of ||df/dx||_F^2 / 2, f the logits (Hoffman et al. 2019, as Co et al. 2021 use it).
 
+    Of label maps f is the logits of a pixel, and the mean is over the labelled pixels of each image, then over images
+    (ours): a strength suits images of any size, and pixels without a label have no part in the norm.
+
     Every estimator has this expectation (``power`` aside). In training mode BatchNorm couples the images of a batch, so
     that the paper's estimator uses the batch's Jacobian; measure models in evaluation mode. If the norm has a separate
     forward, BatchNorm uses its running statistics there (ours): in forward mode with BatchNorm, for ``projection`` and
@@ -254,6 +272,7 @@ class JacobianNorm(JacobianSettings):
                 moves = self._moves(model, batch, part, direction)
                 push = pushed if forward else partial(differenced, step=self.step)
                 logits, squares = push(model, images, rows, moves)
+                squares = batch.task.per_image(squares, batch.labels[part.rows])
             return None if alone else logits, part.mean(squares) * (self.every / 2)
 
     def _pull(
@@ -263,11 +282,18 @@ class JacobianNorm(JacobianSettings):
         logits = model(point)
         outputs = logits[0].numel()
         if self.estimator == "exact" or self.n_proj >= outputs:
+            if outputs > MOST_OUTPUTS:
+                raise UserError(
+                    f"estimator='exact' needs a double backward for each of {outputs} outputs per image, and more than "
+                    f"{MOST_OUTPUTS} do not fit in memory: choose estimator='projection' or 'input'"
+                )
             every = torch.eye(outputs, dtype=logits.dtype, device=logits.device) * math.sqrt(outputs)
             vectors = every.expand(len(logits), -1, -1)
         else:
             draw = generator(batch.seed, "jacobian", device=logits.device)
             vectors = directions((part.count, self.n_proj, outputs), draw, logits)[part.numbers]
+        weights = _shares(batch, part.rows, logits).sqrt()
+        vectors = vectors * weights.unsqueeze(1).expand(logits.shape).flatten(1).unsqueeze(1)
         return logits, pulled(logits, point, vectors, self._scale(model))
 
     def _moves(self, model: nn.Module, batch: Batch, part: Part, direction: torch.Tensor | None) -> torch.Tensor:

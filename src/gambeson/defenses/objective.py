@@ -12,6 +12,7 @@ from torch import nn
 
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.solver import ProjectedGradient
+from gambeson.attacks.universal.target import TAU, LabelSource
 from gambeson.base import Config, Number, UserError, generator
 from gambeson.data import Split
 from gambeson.tasks import CLASSIFICATION, Task
@@ -58,6 +59,10 @@ class Batch:
         values = self.task.cross_entropy(logits, self.labels, label_smoothing=label_smoothing)
         return self.task.per_image(values, self.labels)
 
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the mean over images of each image's mean over its units that count, of one value per unit."""
+        return self.task.per_image(values, self.labels).mean()
+
     def mine(self, drawn: torch.Tensor) -> torch.Tensor:
         """Return this process's rows of a draw for the batch of all processes.
 
@@ -95,7 +100,8 @@ class Adversarial(Config):
     """Cross-entropy on images perturbed on the model itself, with one perturbation per ``sharedness`` images.
 
     Heaps are consecutive rows of the shuffled batch. Crafting costs ``steps`` forwards and backwards of the batch for
-    any sharedness.
+    any sharedness. A targeted attack moves every heap towards one image of another: heaps 1 and 2, 3 and 4 and so on
+    towards each other's first image. Pixels without a label, in either image, have no part in it.
     """
 
     eps: Eps
@@ -107,7 +113,11 @@ class Adversarial(Config):
     """Step size as a share of eps."""
     start: Literal["zero", "uniform", "sign"] = "uniform"
     truncate: Number | None = None
-    """Inner loss only; see :class:`gambeson.attacks.Loss`."""
+    """Untargeted inner loss only; see :class:`gambeson.attacks.Loss`."""
+    target: LabelSource | None = None
+    """Towards the prediction on that image, or its label or label map; None: away from the truth."""
+    tau: Annotated[Number, Field(gt=0, le=1)] | None = TAU
+    """Targeted inner loss only: no gradient where the target is likelier than this; None: no such limit."""
     precision: Precision = "float32"
     """Precision of the model while crafting, independent of the training's."""
     attack_bn: BatchNormMode = "eval"
@@ -125,28 +135,55 @@ class Adversarial(Config):
         The model's mode is restored, and so are its statistics unless ``attack_bn="train"``.
 
         Raises:
-            UserError: the sharedness does not divide the batch.
+            UserError: the batch does not consist of heaps, two or more where they are targets of each other.
         """
-        heaps, rest = divmod(len(batch.images), self.sharedness)
-        if rest:
-            raise UserError(
-                f"sharedness {self.sharedness} does not divide the batch of {len(batch.images)}: "
-                "choose a batch size that is a multiple of it"
-            )
+        self.check(len(batch.images))
+        heaps = len(batch.images) // self.sharedness
+        loss = Loss(truncate=self.truncate) if self.target is None else Loss(targeted=True, tau=self.tau)
         # In evaluation mode on a fast copy, which is updated in every step.
         with Victim(model, fast=FastPath(precision=self.precision), batch_norm=self.attack_bn) as victim:
             solver = ProjectedGradient(
                 victim=victim,
                 ball=Ball(eps=self.eps, norm=self.norm),
-                loss=Loss(truncate=self.truncate),
+                loss=loss,
                 per_image=self.sharedness == 1,
                 task=batch.task,
                 place=batch.place,
             )
             draw = generator(batch.seed, "craft", device=batch.images.device)
             delta = solver.start(batch.images, heaps, self.start, 1.0, draw)
-            again = [(batch.images, batch.labels)] * self.steps
+            again = [(batch.images, self._labels(victim, batch, heaps))] * self.steps
             return solver.run(delta, again, [self.rel_step_size * self.eps] * self.steps)
+
+    def check(self, batch_size: int) -> None:
+        """Raise if a batch cannot be split into heaps.
+
+        Raises:
+            UserError: the sharedness does not divide it, or leaves one heap without another as its target.
+        """
+        if batch_size % self.sharedness:
+            raise UserError(
+                f"sharedness {self.sharedness} does not divide the batch size {batch_size}: "
+                f"choose a batch size that is a multiple of it, such as {self.sharedness * 2}"
+            )
+        if self.target is not None and batch_size == self.sharedness:
+            raise UserError(
+                f"a batch of {batch_size} is one heap of {self.sharedness}, and a targeted attack needs another as its "
+                f"target: choose a batch size of {self.sharedness * 2} or more"
+            )
+
+    def _labels(self, victim: Victim, batch: Batch, heaps: int) -> torch.Tensor:
+        """Return the labels to leave, or the targets to reach, in the shape of the batch's."""
+        if self.target is None:
+            return batch.labels
+        number = torch.arange(heaps, device=batch.images.device)
+        other = number ^ 1
+        first = self.sharedness * other.where(other < heaps, number - 1)
+        chosen = batch.labels[first]
+        if self.target == "prediction":
+            with torch.no_grad():
+                chosen = batch.task.targets(victim(batch.images[first]).argmax(1), chosen)
+        return batch.task.targets(chosen.repeat_interleave(self.sharedness, 0), batch.labels)
 
 
 Losses = dict[str, torch.Tensor]

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from gambeson.base import Number, UserError
+from gambeson.attacks.universal.target import TAU, LabelSource
+from gambeson.base import Number
 from gambeson.defenses.objective import Adversarial, Clean, Defense, Term
 from gambeson.defenses.registry import register
 from gambeson.threat import Eps, Norm
@@ -19,7 +20,8 @@ class SharedAdversarial(Defense):
     """Minimise sigma * E[max over xi of the mean CE of a heap of s images under one xi] + (1 - sigma) * E[CE].
 
     The inner attack takes 4 steps of eps / 2 on the cross-entropy truncated at -log 0.2 (both from the paper). The
-    random start and evaluation statistics while crafting are ours: the paper leaves them open.
+    random start and evaluation statistics while crafting are ours: the paper leaves them open. Of label maps a heap
+    consists of whole images, with s of 1 to 8 (ours), and the truncation acts per pixel, before any mean.
     """
 
     eps: Eps
@@ -41,13 +43,23 @@ class SharedAdversarial(Defense):
     those of the batch with the whole model in training mode, including dropout and updates of the running statistics
     (``train``). The paper leaves it open; the default is ours."""
     truncate: Number | None = -math.log(0.2)
-    """Cap kappa of the inner cross-entropy, per image; None: no cap."""
+    """Cap kappa of the untargeted inner cross-entropy, per image or pixel; None: no cap."""
+    target: LabelSource | None = None
+    """Inner attack towards the prediction on the first image of another heap, or towards its label or label map (ours,
+    after Metzen et al. 2017); None: away from the truth."""
+    tau: Annotated[Number, Field(gt=0, le=1)] | None = TAU
+    """Targeted inner attack: images or pixels whose target is likelier than this have no gradient."""
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes, in both outer losses; the paper's amount is not known."""
 
     def terms(self) -> dict[str, tuple[float, Term]]:
         """The heap risk and the clean risk."""
-        heaps = Adversarial(
+        clean = Clean(label_smoothing=self.label_smoothing)
+        return {"adversarial": (self.sigma, self._heaps), "clean": (1 - self.sigma, clean)}
+
+    @property
+    def _heaps(self) -> Adversarial:
+        return Adversarial(
             eps=self.eps,
             norm=self.norm,
             sharedness=self.sharedness,
@@ -56,19 +68,16 @@ class SharedAdversarial(Defense):
             precision=self.craft_precision,
             attack_bn=self.attack_bn,
             truncate=self.truncate,
+            target=self.target,
+            tau=self.tau,
             label_smoothing=self.label_smoothing,
         )
-        clean = Clean(label_smoothing=self.label_smoothing)
-        return {"adversarial": (self.sigma, heaps), "clean": (1 - self.sigma, clean)}
 
     def check(self, batch_size: int) -> None:
         """Raise if the batch cannot be split into heaps.
 
         Raises:
-            UserError: the sharedness does not divide the batch.
+            UserError: the sharedness does not divide it, or leaves one heap without another as its target.
         """
-        if self.sigma and batch_size % self.sharedness:
-            raise UserError(
-                f"sharedness {self.sharedness} does not divide the batch size {batch_size}: "
-                f"choose a batch size that is a multiple of it, such as {self.sharedness * 2}"
-            )
+        if self.sigma:
+            self._heaps.check(batch_size)

@@ -2,21 +2,35 @@
 
 from gambeson.evaluation.attack_run import AttackRun, run_attack
 from gambeson.evaluation.attack_suite import SuiteResult, SuiteRun, run_suite, standard_suite
+from gambeson.evaluation.binarization import BinarizationResult, BinarizationTest, binarization_test
 from gambeson.evaluation.eps_uni import eps_adv, eps_uni
 from gambeson.evaluation.export_check import Exported, run_export
 from gambeson.evaluation.outcome import accuracy_under, outcome, outcome_under
+from gambeson.evaluation.perceptibility import edge_correlation, visibility
 from gambeson.evaluation.transfer import TransferResult, TransferRun, run_transfer
-from gambeson.evaluation.universal import accuracy, control_rates, fooling_rate, strongest, universal_evasion
+from gambeson.evaluation.universal import (
+    accuracy,
+    confusion,
+    control_rates,
+    fooling_rate,
+    mean_iou,
+    strongest,
+    universal_evasion,
+)
 from gambeson.models.black_box.base import BlackBox, BudgetSpent
 from gambeson.models.black_box.http import HttpModel
 from gambeson.models.black_box.local import FunctionModel, OnnxModel
 from gambeson.models.loading import LoadedModel, load_model
-from gambeson.tasks import Rate
+from gambeson.tasks import Confusion, Difference, Rate
 
 __all__ = [
     "AttackRun",
+    "BinarizationResult",
+    "BinarizationTest",
     "BlackBox",
     "BudgetSpent",
+    "Confusion",
+    "Difference",
     "Exported",
     "FunctionModel",
     "HttpModel",
@@ -29,11 +43,15 @@ __all__ = [
     "TransferRun",
     "accuracy",
     "accuracy_under",
+    "binarization_test",
+    "confusion",
     "control_rates",
+    "edge_correlation",
     "eps_adv",
     "eps_uni",
     "fooling_rate",
     "load_model",
+    "mean_iou",
     "outcome",
     "outcome_under",
     "run_attack",
@@ -43,4 +61,5 @@ __all__ = [
     "standard_suite",
     "strongest",
     "universal_evasion",
+    "visibility",
 ]

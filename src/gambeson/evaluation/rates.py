@@ -9,9 +9,10 @@ from typing import Literal
 
 import torch
 
-from gambeson.base import Config, generator
+from gambeson.base import Config
 from gambeson.data import Split
 from gambeson.tasks import Rate
+from gambeson.tasks.rate import RESAMPLES, resampled
 
 
 class Cost(Config):
@@ -82,11 +83,6 @@ class EpsAdv(SmallestEps):
     """Number of test images attacked."""
 
 
-RESAMPLES = 1000
-"""Bootstrap samples of the test images (ours)."""
-_COUNTS_AT_ONCE = 2**22
-
-
 @dataclass(frozen=True)
 class ImageErrors:
     """Errors per image under one attack; a label map has many predictions per image."""
@@ -128,18 +124,12 @@ def crossing_interval(
         the largest eps.
     """
     radii = sorted(curve)
-    wrong = torch.stack([curve[eps].wrong for eps in radii]).double()
-    answers = curve[radii[0]].answers.double()
-    images, draw, found = len(answers), generator(seed, "bootstrap"), []
-    size = max(1, _COUNTS_AT_ONCE // max(1, images))
-    for begin in range(0, resamples, size):
-        rows = min(size, resamples - begin)
-        picks = torch.randint(images, (rows, images), generator=draw)
-        counts = torch.zeros(rows, images, dtype=torch.float64).scatter_add_(
-            1, picks, torch.ones(rows, images).double()
-        )
-        errors = (counts @ wrong.T) / (counts @ answers).clamp(min=1)[:, None]
-        found.append(crossings(torch.tensor(radii, dtype=torch.float64), errors, delta))
+    rows = torch.stack([*(curve[eps].wrong for eps in radii), curve[radii[0]].answers], 1)
+    steps = torch.tensor(radii, dtype=torch.float64)
+    found = [
+        crossings(steps, sums[:, :-1] / sums[:, -1:].clamp(min=1), delta)
+        for sums in resampled(rows, seed, resamples, ordered=True)
+    ]
     ordered = torch.cat(found).sort().values
     tail = int(0.025 * resamples)
     low, high = float(ordered[tail]), float(ordered[resamples - 1 - tail])

@@ -13,9 +13,9 @@ from gambeson.attacks import CONTROLS, MORE_CONTROLS, UniversalPerturbation, con
 from gambeson.base import UserError
 from gambeson.data import Split, as_split
 from gambeson.evaluation.rates import Control
-from gambeson.tasks import Rate
+from gambeson.tasks import Confusion, Rate
 from gambeson.threat import Ball
-from gambeson.victim import Score, Victim, as_victim, predict, score
+from gambeson.victim import Score, Victim, as_victim, nothing_counts, predict, predict_batches, score
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
@@ -34,17 +34,17 @@ def scored(function: Callable[Concatenate[Victim, Split, P], ResultT]) -> Callab
 
 def error_rate(found: Score) -> Rate:
     """Error rate."""
-    return Rate.of(found.errors, found.total, found.images)
+    return found.counts.error_rate
 
 
 def accuracy_rate(found: Score) -> Rate:
     """Accuracy."""
-    return Rate.of(found.total - found.errors, found.total, found.images)
+    return found.counts.accuracy
 
 
 def change_rate(found: Score) -> Rate:
     """Share of predictions that differ from the clean ones."""
-    return Rate.of(found.flipped, found.total, found.images)
+    return found.change_rate
 
 
 def accuracy(model: nn.Module, data: object, *, seed: int = 0) -> Rate:
@@ -62,6 +62,41 @@ def accuracy(model: nn.Module, data: object, *, seed: int = 0) -> Rate:
     split = as_split(data, "test")
     with as_victim(model) as victim:
         return accuracy_rate(score(predict(victim, split, seed=seed), split))
+
+
+def confusion(model: nn.Module, data: object, uap: UniversalPerturbation | None = None, *, seed: int = 0) -> Confusion:
+    """Confusion counts of each image, from which pixel accuracy, the IoU of each class and their mean are computed.
+
+    Args:
+        model: any module from pixels to logits.
+        data: a split, an (images, labels) pair, or a data set, of which the test split is used.
+        uap: a perturbation of all images, or None for clean ones. Images that it was crafted on are left out, as in
+            :func:`universal_evasion`.
+        seed: of a random model's draws; see :func:`accuracy`.
+
+    Raises:
+        UserError: no label counts, or as :func:`universal_evasion`.
+    """
+    split = as_split(data, "test") if uap is None else scorable(data, uap)
+    with as_victim(model) as victim:
+        return confusion_of(victim, split, None if uap is None else uap.delta.to(victim.device), seed=seed)
+
+
+def confusion_of(victim: Victim, split: Split, delta: torch.Tensor | None = None, *, seed: int = 0) -> Confusion:
+    """As :func:`confusion`, of a victim inside its context and a perturbation (1, C, H, W)."""
+
+    def count(predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return split.task.confusion(predictions, labels, len(split.classes)).cpu()
+
+    found = Confusion(torch.cat(predict_batches(victim, split, count, delta, seed=seed)), split.classes)
+    if not bool(found.counts.any()):
+        raise nothing_counts(split)
+    return found
+
+
+def mean_iou(model: nn.Module, data: object, uap: UniversalPerturbation | None = None, *, seed: int = 0) -> Rate:
+    """Mean IoU over the classes that occur among the labels, from one confusion matrix; see :func:`confusion`."""
+    return confusion(model, data, uap, seed=seed).mean_iou
 
 
 def universal_evasion(model: nn.Module, data: object, uap: UniversalPerturbation, *, seed: int = 0) -> Rate:

@@ -11,7 +11,8 @@ from gambeson.models.members import Members
 from gambeson.models.memory import count_parameters, fingerprint
 from gambeson.models.noise import FeatureNoise, Noise, NoiseInjection, NoiseModule, add_noise, injections, noise_off
 from gambeson.models.noisy_weights import FixedNoise, ParametricNoise, PassAverage
-from gambeson.models.pixel_model import ModelCard, Normalize, PixelModel, as_logits, fixed_batch
+from gambeson.models.outputs import as_logits, at_image_size, fixed_batch
+from gambeson.models.pixel_model import ModelCard, Normalize, PixelModel
 from gambeson.models.registry import names, register
 from gambeson.models.storage import load, load_weights, save
 from gambeson.models.thresholded import Thresholded
@@ -31,6 +32,7 @@ __all__ = [
     "Thresholded",
     "add_noise",
     "as_logits",
+    "at_image_size",
     "count_parameters",
     "create",
     "ensemble",

@@ -16,6 +16,7 @@ from torch import nn
 
 from gambeson.base import UserError, one_line, save_tensors, write_bytes
 from gambeson.models.hubs import required
+from gambeson.models.outputs import as_logits
 from gambeson.models.pixel_model import ModelCard, PixelModel
 
 Target = Literal["torch-export", "onnx", "safetensors"]
@@ -26,7 +27,8 @@ TARGETS: dict[Target, str] = {"torch-export": ".pt2", "onnx": ".onnx", "safetens
 def export(model: nn.Module, path: Path, to: Target, *, example: torch.Tensor | None = None) -> None:
     """Write a model so that it runs without this library, atomically.
 
-    ``torch-export`` and ``onnx`` take pixels (N, C, H, W) in [0, 1], float32, of any N, and return logits (N, K).
+    ``torch-export`` and ``onnx`` take pixels (N, C, H, W) in [0, 1], float32, of any N, and return logits (N, K), or
+    (N, K, H, W) of a segmentation model, at the size of the image.
     Normalisation, ensemble vote and noise are included, the noise as random operations with new draws in every call.
     The names of input and output in ONNX are ``pixels`` and ``logits``.
 
@@ -113,7 +115,8 @@ def _bare(model: nn.Module, path: Path) -> None:
     if not isinstance(model, PixelModel):
         raise UserError(f"a {type(model).__name__} has no card: save its state_dict by safetensors.torch.save_file")
     about: dict[str, Any] = {"exported": model.card.plain(), "torch": str(torch.__version__)}
-    save_tensors(path, model.body.state_dict(), about)
+    body = model.body.model if isinstance(model.body, as_logits) else model.body
+    save_tensors(path, body.state_dict(), about)
 
 
 @contextmanager

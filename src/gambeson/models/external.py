@@ -16,10 +16,9 @@ from torch import nn
 from gambeson.base import UserError, one_line, seeded, user_code
 from gambeson.base.user_code import beside, file_of, is_spelling, member, parts, run, told
 from gambeson.models import hubs
-from gambeson.models.pixel_model import as_logits
+from gambeson.models.outputs import KEYS, as_logits, at_image_size
 
 _KNOWN = ("in_channels", "classes", "image_size")
-_KEYS = ("logits", "out")
 
 
 def is_external(name: str) -> bool:
@@ -91,13 +90,16 @@ def tried(name: str, body: nn.Module, in_channels: int, classes: int, image_size
     finally:
         for module, mode in modes:
             module.training = mode
-    if isinstance(answer, Mapping) and (key := next((key for key in _KEYS if key in answer), None)):
-        body, answer = as_logits(body, key), answer[key]
-    elif not isinstance(answer, torch.Tensor):
+    key = next((key for key in KEYS if key in answer), None) if isinstance(answer, Mapping) else None
+    if key is None and not isinstance(answer, torch.Tensor):
+        keys = f" with the keys {', '.join(map(str, answer))}" if isinstance(answer, Mapping) else ""
         raise UserError(
-            f"{name} returned {type(answer).__name__} for {given}: expected a tensor of logits (N, {classes}), or a "
-            "mapping with `logits` or `out`"
+            f"{name} returned {type(answer).__name__}{keys} for {given}: expected a tensor of logits (N, {classes}), "
+            "or a mapping with `logits` or `out`"
         )
+    answer = answer if key is None else answer[key]
+    if key is not None or at_image_size(answer, images) is not answer:
+        body = as_logits(body, key or KEYS[0])
     if answer.ndim not in (2, 4) or tuple(answer.shape[:2]) != (2, classes):
         raise UserError(
             f"{name} returned shape {tuple(answer.shape)} for {given}: the data have {classes} classes, so (2, "

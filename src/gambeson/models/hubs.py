@@ -1,4 +1,4 @@
-"""Image classifiers of timm, transformers and the Hugging Face hub, with the normalisation of their configurations.
+"""Models of timm, transformers, segmentation_models_pytorch and the Hugging Face hub, with their normalisation.
 
 ``hf://OWNER/NAME``, ``hf://OWNER/NAME@REVISION`` and a folder with ``config.json`` and ``model.safetensors`` hold the
 format of timm or of transformers, which the configuration tells.
@@ -14,13 +14,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from gambeson.base import UserError, one_line, read_json, unknown_name
-from gambeson.models.pixel_model import as_logits
+from gambeson.models.outputs import as_logits, at_image_size
 
-TIMM, TRANSFORMERS, HUB = "timm:", "transformers:", "hf://"
-PREFIXES = (TIMM, TRANSFORMERS, HUB)
+TIMM, TRANSFORMERS, HUB, SMP = "timm:", "transformers:", "hf://", "smp:"
+PREFIXES = (TIMM, TRANSFORMERS, HUB, SMP)
 _FOLDER = "local-dir:"
 """timm's prefix of a folder."""
 _FILES = ["config.json", "preprocessor_config.json", "model*.safetensors*"]
@@ -36,13 +37,13 @@ def canonical(name: str) -> str:
     """Return a name with the absolute path where it names a folder; such a folder alone becomes ``hf://FOLDER``."""
     prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
     place = Path(name.removeprefix(prefix)).expanduser()
-    if (prefix in PREFIXES[1:] and place.is_dir()) or (not prefix and is_folder(name)):
+    if (prefix in (TRANSFORMERS, HUB) and place.is_dir()) or (not prefix and is_folder(name)):
         return f"{prefix or HUB}{place.absolute()}"
     return name
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """Return the configuration of ``timm:…``, ``transformers:…`` or ``hf://…`` as keywords of ``create``.
+    """Return the configuration of ``timm:…``, ``transformers:…``, ``hf://…`` or ``smp:…`` as keywords of ``create``.
 
     Always the normalisation; channels, classes and image size if the name includes trained weights.
 
@@ -50,18 +51,21 @@ def defaults(name: str) -> dict[str, Any]:
         UserError: the library is not installed, or the name is unknown or cannot be downloaded.
     """
     name = _resolved(name)
+    if name.startswith(SMP):
+        return _smp_defaults(name)
     return _timm_defaults(name) if name.startswith(TIMM) else _transformers_defaults(name)
 
 
 def build(name: str, in_channels: int, classes: int, image_size: tuple[int, int], *, pretrained: bool) -> nn.Module:
-    """Build ``timm:NAME``, ``timm:NAME@TAG``, ``transformers:NAME_OR_PATH`` or ``hf://NAME_OR_PATH``.
+    """Build ``timm:NAME[@TAG]``, ``transformers:NAME_OR_PATH``, ``hf://NAME_OR_PATH`` or ``smp:ARCH/ENCODER[@TAG]``.
 
     Trained weights with another number of classes get a new last layer, drawn from torch's global generator.
 
     Args:
         name: ``timm:NAME`` has random weights; ``timm:NAME@TAG`` (or timm's own ``NAME.TAG``) those of the tag, and
             ``@DEFAULT`` those of timm's first tag. ``transformers:`` and ``hf://`` take a model of the hub or a folder,
-            and its weights (safetensors alone).
+            and its weights (safetensors alone). ``smp:`` has random weights, and with ``@TAG`` an encoder that is
+            trained, as in ``smp:Unet/resnet18@imagenet``.
         in_channels: channels of an image.
         classes: number of logits.
         image_size: (H, W) in pixels.
@@ -71,7 +75,7 @@ def build(name: str, in_channels: int, classes: int, image_size: tuple[int, int]
         UserError: the library is not installed, the name is unknown, or the weights cannot be downloaded.
     """
     name = _resolved(name)
-    make = _timm if name.startswith(TIMM) else _transformers
+    make = _smp if name.startswith(SMP) else _timm if name.startswith(TIMM) else _transformers
     body = make(name, in_channels, classes, image_size, pretrained)
     for module in body.modules():
         if getattr(module, "inplace", False):
@@ -124,7 +128,8 @@ def required(package: str, name: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         reason = "is not installed" if error.name == package else f"cannot be imported ({one_line(error)})"
-        extra = "timm" if package == "huggingface_hub" else "onnx" if package.startswith("onnx") else package
+        extra = {"huggingface_hub": "timm", "segmentation_models_pytorch": "smp"}.get(package, package)
+        extra = "onnx" if package.startswith("onnx") else extra
         raise UserError(f"{name} needs {package}, which {reason}: pip install 'gambeson[{extra}]'") from None
 
 
@@ -203,6 +208,56 @@ def _timm(name: str, in_channels: int, classes: int, image_size: tuple[int, int]
     return body
 
 
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def _smp_parts(name: str) -> tuple[Any, str, str, str]:
+    smp = required("segmentation_models_pytorch", name)
+    arch, _, rest = name.removeprefix(SMP).partition("/")
+    encoder, _, tag = rest.partition("@")
+    known = smp.MODEL_ARCHITECTURES_MAPPING
+    if arch.lower() not in known:
+        raise unknown_name(
+            "architecture of segmentation_models_pytorch", arch, [cls.__name__ for cls in known.values()]
+        )
+    if not encoder:
+        raise UserError(f"{name} names no encoder: write one after a slash, as in {SMP}{arch}/resnet18")
+    if not encoder.startswith("tu-") and encoder not in smp.encoders.get_encoder_names():  # tu- are those of timm
+        raise unknown_name("encoder of segmentation_models_pytorch", encoder, smp.encoders.get_encoder_names())
+    return smp, arch.lower(), encoder, tag
+
+
+def _smp_defaults(name: str) -> dict[str, Any]:
+    """What trained encoders expect, which is that of ImageNet almost without exception."""
+    smp, _, encoder, tag = _smp_parts(name)
+    if not tag:
+        return _IMAGENET
+    with _fetching(name):
+        told = smp.encoders.get_preprocessing_params(encoder, tag)
+    scale = max(told["input_range"] or (0, 1))
+    return {key: tuple(value / scale for value in told[key]) for key in ("mean", "std")}
+
+
+def _smp(name: str, in_channels: int, classes: int, image_size: tuple[int, int], pretrained: bool) -> nn.Module:
+    smp, arch, encoder, tag = _smp_parts(name)
+    with _fetching(name):
+        body: nn.Module = smp.create_model(
+            arch, encoder, encoder_weights=tag if tag and pretrained else None, in_channels=in_channels, classes=classes
+        )
+    return body
+
+
+@contextmanager
+def _fetching(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of many types: no network, no such weights, an encoder that fits no such decoder
+        raise UserError(
+            f"{name} cannot be built ({type(error).__name__}: {one_line(error)}): check the network, or choose another "
+            "architecture, encoder or weights"
+        ) from None
+
+
 def _config(name: str) -> Any:
     transformers = required("transformers", name)
     try:
@@ -257,7 +312,9 @@ def _transformers(
     known = getattr(config, "num_channels", 3)
     if in_channels != known:
         raise UserError(f"{name} takes {known} channels, not {in_channels}: choose data and model that fit each other")
-    auto = importlib.import_module("transformers").AutoModelForImageClassification
+    built = " ".join(config.architectures or ())
+    task = next((task for task in ("SemanticSegmentation", "UniversalSegmentation") if task in built), None)
+    auto = getattr(importlib.import_module("transformers"), f"AutoModelFor{task or 'ImageClassification'}")
     drawn: list[str] = []
     other = {} if classes == config.num_labels else {"num_labels": classes, "ignore_mismatched_sizes": True}
     try:
@@ -273,12 +330,37 @@ def _transformers(
             model = auto.from_config(config)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{name} could not be loaded as an image classifier ({one_line(error)}): name one whose weights are "
-            "safetensors"
+            f"{name} could not be loaded as a model for {task or 'image classification'} ({one_line(error)}): name one "
+            "whose weights are safetensors"
         ) from None
-    body = as_logits(model, "logits")
+    body = SemanticMasks(model) if task == "UniversalSegmentation" else as_logits(model, "logits")
     body.drawn = drawn  # type: ignore[assignment]  # parameters without weights, checked before the model is evaluated
     return body
+
+
+class SemanticMasks(nn.Module):
+    """The semantic answer of a model that predicts masks, such as Mask2Former (Cheng et al. 2022, arXiv 2112.01527).
+
+    Each query has class probabilities p, without those of "no object", and a mask m, the sigmoid of its logits
+    upsampled to the image as in :func:`gambeson.models.at_image_size`. The score of class c at a pixel is the sum of
+    p_c m over the queries (Cheng et al. 2021, arXiv 2107.06278, section 3.4); its logarithm is returned as the logit,
+    whose softmax are the scores divided by their sum.
+
+    Args:
+        model: of transformers, for universal segmentation.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return logits (N, K, H, W) of images (N, C, H, W)."""
+        answer = self.model(images)
+        classes = answer.class_queries_logits.softmax(-1)[..., :-1]
+        masks = at_image_size(answer.masks_queries_logits, images).sigmoid()
+        scores = torch.einsum("nqk,nqhw->nkhw", classes, masks)
+        return scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
 
 
 @contextmanager

@@ -75,7 +75,9 @@ class Members(nn.Module):
 
 
 def vote(logits: torch.Tensor, average: Average) -> torch.Tensor:
-    """Average (M, N, K) logits over the members: (N, K), finite and with the correct gradient at every margin.
+    """Average (M, N, K, ...) logits over the members, pixel by pixel of label maps: (N, K, ...).
+
+    Finite, and with the correct gradient at every margin.
 
     The logits of a single member are returned unchanged.
     """
@@ -84,4 +86,4 @@ def vote(logits: torch.Tensor, average: Average) -> torch.Tensor:
     if average == "logits":
         return logits.mean(0)
     # Not the logarithm of a clamped mean, which loses the gradient where every member is confident.
-    return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
+    return logits.log_softmax(2).logsumexp(0) - math.log(len(logits))

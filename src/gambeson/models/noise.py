@@ -68,7 +68,8 @@ class FeatureNoise(Noise):
     places: tuple[str, ...] | None = None
     """Names of the modules whose output receives the noise. None: in a residual network before the first ReLU and
     before the last one of each block, as in the paper; elsewhere after each convolution with the normalisation and
-    pooling that follow it, before the activation (ours: the paper has residual networks only)."""
+    pooling that follow it, before the activation, but for one that gives the logits of label maps (ours: the paper
+    has residual networks only)."""
 
     def insert(self, body: nn.Module, example: torch.Tensor) -> None:
         """Put a :class:`NoiseInjection` at every place."""

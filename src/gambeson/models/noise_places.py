@@ -110,7 +110,7 @@ def _torchvision_places(body: TorchvisionResNet) -> list[str]:
 def _after_convolutions(body: nn.Module, example: torch.Tensor) -> list[str]:
     order: list[str] = []
     with _watched(body, lambda name, *_: order.append(name)):
-        _look(body, example)
+        answer = _look(body, example)
     order = [name for name in order if not any(True for _ in body.get_submodule(name).children())]
     places, block = [], ""
     for name in [*order, ""]:
@@ -121,6 +121,8 @@ def _after_convolutions(body: nn.Module, example: torch.Tensor) -> list[str]:
         if block:
             places.append(block)
         block = name if isinstance(module, _ConvNd) else ""
+    if isinstance(answer, torch.Tensor) and answer.ndim == 4:
+        places = places[:-1]  # the last convolution gives the logits
     return list(dict.fromkeys(places))
 
 
@@ -140,10 +142,10 @@ def _watched(body: nn.Module, saw: Callable[[str, Any, Any], None]) -> Iterator[
 
 
 @torch.no_grad()
-def _look(body: nn.Module, example: torch.Tensor) -> None:
+def _look(body: nn.Module, example: torch.Tensor) -> Any:
     modes = [(module, module.training) for module in body.modules()]
     try:
-        body.eval()(example)
+        return body.eval()(example)
     finally:
         for module, mode in modes:
             module.training = mode

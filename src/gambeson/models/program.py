@@ -21,7 +21,8 @@ from gambeson.data import Shape
 from gambeson.models.black_box.local import OnnxModel
 from gambeson.models.external import tried
 from gambeson.models.hubs import required
-from gambeson.models.pixel_model import ModelCard, PixelModel, as_logits
+from gambeson.models.outputs import as_logits
+from gambeson.models.pixel_model import ModelCard, PixelModel
 
 SUFFIX = ".pt2"
 

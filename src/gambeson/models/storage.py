@@ -19,7 +19,8 @@ from torch import nn
 
 from gambeson.base import UserError, load_tensors, one_line, save_tensors, seeded
 from gambeson.models.factory import build
-from gambeson.models.pixel_model import ModelCard, PixelModel, as_logits
+from gambeson.models.outputs import as_logits
+from gambeson.models.pixel_model import ModelCard, PixelModel
 
 FILE_NAME = "model.safetensors"
 ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".th", ".tar")
@@ -134,8 +135,7 @@ def load_weights(model: nn.Module, path: Path | Weights, key: str | None = None)
     parts = [model, *([body] if isinstance(body, nn.Module) else [])]
     parts += [part.model for part in parts if isinstance(part, as_logits)]
     for part in parts:
-        own = part.state_dict()
-        fits = [(place, *fit) for place, tensors in groups.items() for fit in _fits(own, tensors)]
+        fits = [(place, *fit) for place, tensors in groups.items() for fit in _fits(part, tensors)]
         if fits:
             break
     else:
@@ -153,7 +153,7 @@ def load_weights(model: nn.Module, path: Path | Weights, key: str | None = None)
         warnings.warn(
             f"{weights.path}: {_listed('left out, as the model has no such part:', list(others))}", stacklevel=2
         )
-    part.load_state_dict(own | values)
+    part.load_state_dict(part.state_dict() | values)
     if isinstance(model, PixelModel) and part is model:  # the card tells the normalisation that came with the weights
         read = {key: tuple(getattr(model.normalize, key).flatten().tolist()) for key in ("mean", "std")}
         if any(abs(a - b) > 1e-6 for key in read for a, b in zip(read[key], getattr(model.card, key), strict=True)):
@@ -256,8 +256,9 @@ def _cuts(own: State, tensors: State) -> list[str]:
     return [cut for cut, _ in found.most_common()]
 
 
-def _fits(own: State, tensors: State) -> Iterator[tuple[str, State, State]]:
+def _fits(part: nn.Module, tensors: State) -> Iterator[tuple[str, State, State]]:
     """Yield every prefix under which the file has all of the model, with the values and what else the file holds."""
+    own, unused = part.state_dict(), tuple(getattr(part, "auxiliary", ()))
     for base in dict.fromkeys(("", _common(own))):  # a file may hold the names inside the model's own wrapper
         core = {name.removeprefix(base): value for name, value in own.items()}
         for cut in _cuts(core, tensors):
@@ -265,6 +266,8 @@ def _fits(own: State, tensors: State) -> Iterator[tuple[str, State, State]]:
             if others and not set(cut.split(".")[:-1]) <= _WRAPPERS:
                 continue
             inside = {name[len(cut) :]: value for name, value in tensors.items() if name.startswith(cut)}
+            spare = [name for name in inside if name.startswith(unused)]
+            others |= {cut + name: inside.pop(name) for name in spare}
             if not _faults(core, inside, cut):
                 yield cut, {base + name: value for name, value in inside.items()}, others
 

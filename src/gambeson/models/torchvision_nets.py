@@ -1,4 +1,4 @@
-"""torchvision's classification architectures, with random or published weights."""
+"""torchvision's architectures for classification and segmentation, with random or published weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gambeson.base import UserError, one_line, unknown_name
+from gambeson.models.outputs import as_logits
 
 PREFIX = "torchvision:"
 _LARGEST_SEARCHED = 512
@@ -17,13 +18,13 @@ _SIZE_ERRORS = (RuntimeError, ValueError, AssertionError)
 
 
 def known() -> list[str]:
-    """Names of torchvision's classification architectures, without the prefix.
+    """Names of torchvision's architectures for classification and segmentation, without the prefix.
 
     Raises:
         UserError: torchvision is missing or does not fit the installed torch.
     """
     models = _torchvision_models()
-    return list(models.list_models(module=models))
+    return [*models.list_models(module=models), *_segmentation(models)]
 
 
 def build(
@@ -32,7 +33,9 @@ def build(
     """Build ``torchvision:NAME`` with random weights, or ``torchvision:NAME@WEIGHTS`` with torchvision's.
 
     Other channel counts than 3 get a new first convolution, drawn so that its outputs keep their standard deviation.
-    Nothing works in place, so that hooks see the true outputs, and auxiliary outputs are removed.
+    Nothing works in place, so that hooks see the true outputs. Auxiliary heads are removed, as no defence here trains
+    on them; of a file that holds their weights these are left out. Segmentation models return the logits of every
+    pixel, which they upsample themselves.
 
     Args:
         name: with the prefix.
@@ -69,15 +72,17 @@ def build(
         ) from error
     if hasattr(body, "aux_logits"):
         body.aux_logits = False  # type: ignore[assignment]
-        if hasattr(body, "AuxLogits"):
-            body.AuxLogits = None  # type: ignore[assignment]
+    for head in ("AuxLogits", "aux_classifier"):
+        if hasattr(body, head):
+            setattr(body, head, None)
+    body.auxiliary = ("AuxLogits.", "aux_classifier.", "aux1.", "aux2.")  # type: ignore[assignment]
     if in_channels != 3:
         _change_channels(body, in_channels)
     for module in body.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
     _check_size(name, body, in_channels, image_size, fixed="image_size" in settings or "input_size" in settings)
-    return body
+    return as_logits(body, "out") if arch in _segmentation(models) else body
 
 
 def weights_defaults(name: str) -> dict[str, Any]:
@@ -87,7 +92,7 @@ def weights_defaults(name: str) -> dict[str, Any]:
         return {}
     weights = _weights(_torchvision_models(), arch, weights_name)
     preset = weights.transforms()
-    side = int(preset.crop_size[0])
+    side = int(getattr(preset, "crop_size", preset.resize_size)[0])  # segmentation models are not given a crop
     return {
         "in_channels": 3,
         "classes": len(weights.meta["categories"]),
@@ -109,6 +114,10 @@ def _torchvision_models() -> Any:
             f"torch and torchvision come from different builds: install both from the same source ({one_line(error)})"
         ) from error
     return models
+
+
+def _segmentation(models: Any) -> list[str]:
+    return list(models.list_models(module=models.segmentation))
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -137,7 +146,7 @@ def _settings(name: str, arch: str, image_size: tuple[int, int], fetching: bool)
     if arch in ("googlenet", "inception_v3") and not fetching:
         # torchvision's weights for these two expect another normalisation, done inside the network.
         return {"aux_logits": False, "init_weights": True, "transform_input": "@" in name}
-    return {}
+    return {"weights_backbone": None} if arch in _segmentation(_torchvision_models()) else {}
 
 
 def _change_channels(body: nn.Module, in_channels: int) -> None:

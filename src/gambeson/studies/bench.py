@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -16,10 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gambeson import models
 from gambeson.attacks import PGD, StochasticPGD
-from gambeson.base import Config, environment, generator, seeded, task
+from gambeson.auditing import AuditRun, run_audit
+from gambeson.base import Config, environment, generator, read_json, seeded, task
 from gambeson.data import Dataset, Split
 from gambeson.defenses import Batch, Defense, PGDAdversarial, SharedAdversarial, Standard
+from gambeson.models.loading import load_model
 from gambeson.victim import FastPath, Victim
+from gambeson.victim.inspect import logits_of
 
 
 class BenchSettings(Config):
@@ -343,3 +348,75 @@ def _our_step(settings: BenchSettings, defense: Defense, x: torch.Tensor, y: tor
         optimizer.step()
 
     return step
+
+
+class AuditTiming(Config):
+    """An audit's time against what its forwards and backwards cost alone."""
+
+    run: AuditRun
+    seconds: float
+    """Of the whole audit."""
+    stages: dict[str, float]
+    """Seconds of each stage."""
+    forwards: int
+    """Images sent forward by the model under audit."""
+    backwards: int
+    """Images whose gradient was taken."""
+    least: float
+    """Seconds of as many forwards and backwards of the plain model, in batches: the limit of any audit that asks as
+    much."""
+    environment: dict[str, str]
+
+
+def bench_audit(run: AuditRun, *, batch_size: int = 128, rounds: int = 7) -> AuditTiming:
+    """Time an audit, and what it asks of the model by a plain loop beside it.
+
+    Args:
+        run: the audit; its files go to a temporary folder.
+        batch_size: images per forward of the plain loop.
+        rounds: of the plain loop, half before the audit and half after it; medians count.
+    """
+    subject = load_model(run.model, run.data, run.device, gradients="bench audit")
+    model, data = subject.model.eval(), subject.dataset
+    x, y = data.train.take(slice(0, batch_size), run.device)
+    loss = data.train.task.cross_entropy
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(x)
+
+    def backward() -> None:
+        point = x.clone().requires_grad_()
+        torch.autograd.grad(loss(logits_of(model(point), len(x)), y).sum(), point)
+
+    taken: dict[str, list[float]] = {"forward": [], "backward": []}
+
+    def laps(count: int) -> None:
+        for _ in range(count):
+            for name, job in (("forward", forward), ("backward", backward)):
+                _wait()
+                began = time.perf_counter()
+                job()
+                _wait()
+                taken[name].append(time.perf_counter() - began)
+
+    for job in (forward, backward):  # warm up
+        job()
+    laps(rounds - rounds // 2)
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        found = run_audit(run, Path(folder) / "audit").results
+        seconds = time.perf_counter() - began
+        stages = dict(read_json(Path(folder) / "audit" / "timing.json"))
+    laps(rounds // 2)
+    one, both = (statistics.median(taken[name]) / len(x) for name in ("forward", "backward"))
+    forwards, backwards = found.cost.forwards, found.cost.backwards
+    return AuditTiming(
+        run=run,
+        seconds=seconds,
+        stages=dict(sorted(stages.items(), key=lambda stage: -stage[1])),
+        forwards=forwards,
+        backwards=backwards,
+        least=max(0, forwards - backwards) * one + backwards * both,
+        environment=environment(torch.device(run.device)),
+    )

@@ -4,8 +4,9 @@
 room asks it. Images and labels of every usual form come in by :func:`as_pair`.
 """
 
+from gambeson.tasks.confusion import Confusion
 from gambeson.tasks.labels import as_labels, as_pair
-from gambeson.tasks.rate import Rate
+from gambeson.tasks.rate import Difference, Rate
 from gambeson.tasks.task import (
     CLASSIFICATION,
     Classification,
@@ -21,7 +22,9 @@ from gambeson.tasks.task import (
 __all__ = [
     "CLASSIFICATION",
     "Classification",
+    "Confusion",
     "Counts",
+    "Difference",
     "Rate",
     "Segmentation",
     "Task",

@@ -20,6 +20,7 @@ def as_pair(
     ignore_index: int | None = None,
     *,
     floats: bool = False,
+    stored: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, Task]:
     """Return images with their labels, on the images' device, and the task of the labels.
 
@@ -29,6 +30,7 @@ def as_pair(
         task: what the labels mean, by object or by name; by default the task that labels of this form belong to.
         ignore_index: the label that counts nowhere; only where no task is given.
         floats: refuse images of bytes.
+        stored: keep label maps that come as bytes, an eighth of the memory.
 
     Returns:
         Images, uint8 or float; labels, int64 and (N,) or (N, H, W), or as the task has them; the task.
@@ -44,11 +46,16 @@ def as_pair(
     if not isinstance(task, Task | None):
         raise UserError(f"task is {task!r}: expected a task such as gb.tasks.Segmentation(), its name, or None")
     height, width = images.shape[2:]
-    labels = as_labels(labels, task, (len(images), height, width)).to(images.device)
-    return images, labels, of(labels, ignore_index) if task is None else task
+    labels = as_labels(labels, task, (len(images), height, width), stored=stored).to(images.device)
+    task = of(labels, ignore_index) if task is None else task
+    if task.per_image_label or not 0 <= (task.ignore_index or 0) < 256:
+        labels = labels.to(torch.int64)
+    return images, labels, task
 
 
-def as_labels(labels: Any, task: Task | None = None, fit: tuple[int, int, int] | None = None) -> torch.Tensor:
+def as_labels(
+    labels: Any, task: Task | None = None, fit: tuple[int, int, int] | None = None, *, stored: bool = False
+) -> torch.Tensor:
     """Return labels as class indices, int64: (N,), (N, H, W), or the form of the task.
 
     Taken are tensors, arrays and lists of integers of every type, booleans, and floats that are whole numbers; in these
@@ -59,6 +66,7 @@ def as_labels(labels: Any, task: Task | None = None, fit: tuple[int, int, int] |
         labels: of a batch, or of a whole data set.
         task: what they mean, if known; labels that have its number of dimensions are not looked at further.
         fit: N, H and W of their images, if known.
+        stored: keep bytes as they are.
 
     Raises:
         UserError: labels of another form, or labels that do not fit the task or the images.
@@ -76,7 +84,7 @@ def as_labels(labels: Any, task: Task | None = None, fit: tuple[int, int, int] |
             f"labels are {values.dtype}, and not all are whole numbers: expected class indices; of probabilities or "
             "scores per class (N, K), pass labels.argmax(1)"
         )
-    values = values.to(torch.int64)
+    values = values if stored and values.dtype == torch.uint8 else values.to(torch.int64)
     if task is None or values.ndim != task.label_dims:
         # Channels are last where only so the map has the size of its image.
         last = values.ndim == 4 and fit is not None and shape[1:3] == fit[1:] != shape[2:]

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from math import sqrt
 from statistics import NormalDist
 
-from gambeson.base import Config
+import numpy as np
+import torch
+
+from gambeson.base import Config, UserError, generator
 
 Z95 = 1.959963984540054
 """The 97.5 % quantile of the normal distribution, for 95 % intervals."""
+RESAMPLES = 1000
+"""Bootstrap samples of the images (ours)."""
+_COUNTS_AT_ONCE = 2**22
 
 
 class Rate(Config):
     """A share with its 95 % Wilson score interval (Wilson 1927).
 
-    ``n`` counts independent units: the images that have a label which counts. Label maps have many answers per
-    image; their share is taken over all labelled pixels, and the interval over images, which is the cautious choice
-    since the pixels of one image are not independent.
+    ``n`` counts independent units: the images that have a label which counts. Label maps have many answers per image,
+    and those of one image are not independent: the share is taken over all labelled pixels, its standard error by
+    bootstrap over images (:meth:`bootstrap`), and the interval is Wilson's for the *effective* number of independent
+    answers, which is what the standard error amounts to (Korn and Graubard 1998).
 
     One interval holds for one number that was fixed before the images were looked at. The highest of k rates that
     were counted on the same images was not: it is high in part by chance, and its own interval misses the true rate
@@ -40,37 +47,94 @@ class Rate(Config):
     """Images behind the share."""
     candidates: int = 1
     """Rates among which this one was chosen on the same images; the interval holds for all of them at once."""
+    effective: float | None = None
+    """Independent answers that would give the same standard error; None where it is ``n``, one answer per image."""
 
     @classmethod
-    def of(cls, hits: int, total: int, n: int | None = None, *, candidates: int = 1) -> Rate:
-        """Build a rate from counts.
+    def of(cls, hits: int, total: int, *, candidates: int = 1) -> Rate:
+        """Build a rate from counts of independent answers, one per image; see :meth:`bootstrap` for several.
 
         Args:
             hits: answers that count.
-            total: all answers (pixels with the ignore index left out).
-            n: images behind them, those left out that have no label which counts; ``total`` unless labels are maps.
+            total: all answers.
             candidates: rates among which this one was or will be chosen on the same images.
         """
-        n = total if n is None else n
-        if total == 0 or n == 0:
+        if total == 0:
             return cls(value=0.0, low=0.0, high=1.0, n=0, candidates=candidates)
-        return cls._wilson(hits / total, n, candidates)
+        return cls._wilson(hits / total, total, candidates)
 
     @classmethod
-    def _wilson(cls, p: float, n: int, candidates: int) -> Rate:
+    def bootstrap(cls, hits: torch.Tensor, totals: torch.Tensor, *, seed: int = 0) -> Rate:
+        """Build a rate from counts per image: the share of all answers, with an interval over images.
+
+        Images are resampled with all their answers (:data:`RESAMPLES` times) and the standard deviation of the share
+        is corrected for the number of images; see :meth:`from_error`. Where no image has more than one answer, the
+        answers are independent and the rate is that of :meth:`of`. The order of the images does not matter.
+
+        Args:
+            hits: (N,) integers, the answers of each image that count.
+            totals: (N,) integers, all answers of each image; an image with none is left out.
+            seed: of the resamples.
+
+        Raises:
+            UserError: they are not counts of the same images.
+        """
+        if hits.ndim != 1 or hits.shape != totals.shape or hits.is_floating_point() or totals.is_floating_point():
+            raise UserError(
+                f"hits are {hits.dtype} {tuple(hits.shape)} and totals {totals.dtype} {tuple(totals.shape)}: expected "
+                "integers (N,) of both, one per image"
+            )
+        rows = torch.stack([hits, totals], 1).to("cpu", torch.int64)
+        if bool((rows[:, 0] < 0).any()) or bool((rows[:, 0] > rows[:, 1]).any()):
+            raise UserError("an image has more hits than answers, or fewer than none: expected 0 <= hits <= totals")
+        rows = rows[rows[:, 1] > 0]
+        hit, total = (int(column) for column in rows.sum(0))
+        if total == len(rows):
+            return cls.of(hit, total)
+        if 2 * hit > total:  # so that accuracy and error, which have one standard error, have the same samples
+            rows[:, 0] = rows[:, 1] - rows[:, 0]
+        shares = torch.cat([sums[:, 0] / sums[:, 1] for sums in resampled(rows, seed)])
+        return cls.from_error(hit / total, shares, len(rows), total)
+
+    @classmethod
+    def from_error(cls, value: float, draws: torch.Tensor, n: int, answers: int) -> Rate:
+        """Build a rate from its bootstrap samples over images.
+
+        The interval is Wilson's, with Student's quantile for n - 1 degrees of freedom, at the effective number of
+        answers value (1 - value) / error², at most ``answers``. It stays in [0, 1], is right in the tails that a choice
+        among candidates needs, where a thousand samples have no quantiles, and covers better than the percentiles of
+        the samples where images are few. A share of 0 or 1, whose samples are all alike, counts as one answer per
+        image, and so does the share of one image, whose spread is unknown.
+
+        Args:
+            value: the share.
+            draws: (B,) float64, the share in each sample.
+            n: images behind it.
+            answers: all answers.
+        """
+        if n < 2 or not 0 < value < 1:
+            return cls._wilson(value, n, 1)
+        variance = float(draws.var()) * n / (n - 1)
+        return cls._wilson(value, n, 1, min(float(answers), value * (1 - value) / max(variance, 1e-300)))
+
+    @classmethod
+    def _wilson(cls, p: float, n: int, candidates: int, effective: float | None = None) -> Rate:
         z = Z95 if candidates == 1 else NormalDist().inv_cdf(1 - 0.025 / candidates)
-        scale = 1 / (1 + z**2 / n)
-        centre = scale * (p + z**2 / (2 * n))
-        half = scale * z * sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        m: float = n
+        if effective is not None:
+            z, m = _student(n, candidates), effective
+        scale = 1 / (1 + z**2 / m)
+        centre = scale * (p + z**2 / (2 * m))
+        half = scale * z * sqrt(p * (1 - p) / m + z**2 / (4 * m**2))
         # At 0 and 1 the formula's end is p itself; rounding must not put the value outside its own interval.
         low, high = min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
-        return cls(value=p, low=low, high=high, n=n, candidates=candidates)
+        return cls(value=p, low=low, high=high, n=n, candidates=candidates, effective=effective)
 
     def among(self, candidates: int) -> Rate:
         """The same share with the interval of one that was chosen among so many on the same images."""
         if self.n == 0 or candidates == self.candidates:
             return self.model_copy(update={"candidates": candidates})
-        return self._wilson(self.value, self.n, candidates)
+        return self._wilson(self.value, self.n, candidates, self.effective)
 
     @classmethod
     def highest(cls, rates: Iterable[Rate]) -> Rate:
@@ -90,7 +154,94 @@ class Rate(Config):
     @property
     def complement(self) -> Rate:
         """The share of the other answer, up to rounding: accuracy from error, error from accuracy."""
-        return Rate(value=1 - self.value, low=1 - self.high, high=1 - self.low, n=self.n, candidates=self.candidates)
+        return self.model_copy(update={"value": 1 - self.value, "low": 1 - self.high, "high": 1 - self.low})
 
     def __str__(self) -> str:
         return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+class Difference(Config):
+    """A paired difference of two shares on the same images, with its 95 % interval over images."""
+
+    value: float
+    """The first share minus the second, in [-1, 1]."""
+    low: float
+    """Lower end of the 95 % interval."""
+    high: float
+    """Upper end of the 95 % interval."""
+    n: int
+    """Images with a label that counts."""
+
+    @classmethod
+    def of(
+        cls,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        share: Callable[[torch.Tensor], torch.Tensor],
+        n: int,
+        *,
+        seed: int = 0,
+    ) -> Difference:
+        """Subtract what is computed from the sums over images, with images resampled in pairs.
+
+        The interval is the value and Student's quantile for n - 1 degrees of freedom times the bootstrap's standard
+        error. Where no image differs the value is exactly 0, and the interval is that of n images of which none changes
+        (:meth:`Rate.of`); for a single image it is everything.
+
+        Args:
+            first: (N, F) integers per image.
+            second: (N, F), of the same images.
+            share: maps sums (B, F) float64 to shares (B,).
+            n: images with a label that counts.
+            seed: of the resamples.
+        """
+        if n < 2:
+            return cls(value=_between(first, second, share), low=-1, high=1, n=n)
+        value = _between(first, second, share)
+        if torch.equal(first, second):
+            most = Rate.of(0, n).high
+            return cls(value=value, low=-most, high=most, n=n)
+        sums = resampled(torch.cat([first, second], 1), seed)
+        draws = torch.cat([torch.sub(*(share(part) for part in both.chunk(2, 1))) for both in sums])
+        half = _student(n, 1) * float(draws.std()) * sqrt(n / (n - 1))
+        return cls(value=value, low=max(-1.0, value - half), high=min(1.0, value + half), n=n)
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:+.1f} % [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
+
+def _between(first: torch.Tensor, second: torch.Tensor, share: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    return float(share(first.sum(0)[None].double()) - share(second.sum(0)[None].double()))
+
+
+def _student(n: int, candidates: int) -> float:
+    """Quantile of Student's distribution for n images and a 95 % interval that holds for all candidates."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(n - 1, 1 - 0.025 / candidates))
+
+
+def resampled(
+    rows: torch.Tensor, seed: int, resamples: int = RESAMPLES, *, ordered: bool = False
+) -> Iterator[torch.Tensor]:
+    """Sum the rows of resampled images: the bootstrap over images (Efron 1979), a few samples at a time.
+
+    Args:
+        rows: (N, F) integers per image.
+        seed: of the samples.
+        resamples: number of samples.
+        ordered: take the images as they stand; by default they are sorted by their rows first, so that the same images
+            in another order give the same samples.
+
+    Yields:
+        (B, F) float64, exact below 2^53.
+    """
+    images, draw = len(rows), generator(seed, "bootstrap")
+    if not ordered:
+        rows = rows[torch.from_numpy(np.lexsort(rows.T.numpy()[::-1]))]
+    values = rows.double()
+    size = max(1, _COUNTS_AT_ONCE // max(1, images))
+    for begin in range(0, resamples, size):
+        picks = torch.randint(images, (min(size, resamples - begin), images), generator=draw)
+        counts = torch.zeros(picks.shape, dtype=torch.float64).scatter_add_(1, picks, torch.ones(picks.shape).double())
+        yield counts @ values

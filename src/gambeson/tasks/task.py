@@ -41,12 +41,16 @@ class Counts:
 
     @property
     def accuracy(self) -> Rate:
-        """The share of right units, with its 95 % Wilson interval over images.
+        """The share of right units, with its 95 % interval over images (:meth:`Rate.bootstrap`).
 
-        Of label maps this is the pixel accuracy; its interval is over images, which is the cautious choice since the
-        pixels of one image are not independent.
+        Of label maps this is the pixel accuracy.
         """
-        return Rate.of(int(self.right.sum()), int(self.total.sum()), self.images)
+        return Rate.bootstrap(self.right, self.total)
+
+    @property
+    def error_rate(self) -> Rate:
+        """The share of wrong units; see :attr:`accuracy`."""
+        return Rate.bootstrap(self.total - self.right, self.total)
 
     @property
     def shares(self) -> torch.Tensor:
@@ -197,21 +201,40 @@ class Task(Config):
         Raises:
             UserError: the shapes differ.
         """
-        if predictions.shape != labels.shape:
-            raise UserError(
-                f"the model answers with shape {tuple(predictions.shape)}, but the labels have "
-                f"{tuple(labels.shape)}: expected logits (N, K) for labels (N,), or (N, K, H, W) for labels (N, H, W)"
-            )
+        _same_form(predictions, labels)
         valid = self.valid(labels)
         right = self.matches(predictions, labels) & valid
         return Counts(self.units(right).sum(1), self.units(valid).sum(1))
 
-    def is_adversarial(self, logits: torch.Tensor, labels: torch.Tensor, *, targeted: bool = False) -> torch.Tensor:
-        """Return whether an attack has succeeded on each image, (N,).
+    def confusion(self, predictions: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
+        """Count, for each image and class, the units that are right, those with this label, and those predicted so.
 
-        Every unit that counts must differ from its label (or, where ``targeted``, agree with its target): for one
-        label per image that is misclassification. An image without a unit that counts has nothing left to attack, so
-        that it counts as a success.
+        Args:
+            predictions: class indices in the shape of ``labels``, on the same device; one outside ``classes``, such as
+                that of a vote without a majority, is wrong and predicts no class.
+            labels: (N,) or (N, H, W).
+            classes: number of classes, K.
+
+        Returns:
+            (N, 3, K) int64: see :class:`gambeson.tasks.Confusion`.
+
+        Raises:
+            UserError: the shapes differ, or a label is beyond the classes.
+        """
+        self.check_labels(labels, classes)
+        _same_form(predictions, labels)
+        valid = self.valid(labels)
+        known = valid & (predictions >= 0) & (predictions < classes)
+        right = self.matches(predictions, labels) & valid
+        found = []
+        for values, kept in ((labels, right), (labels, valid), (predictions, known)):
+            kept = self.units(kept)
+            places = self.units(values) + torch.arange(len(labels), device=labels.device)[:, None] * classes
+            found.append(torch.bincount(places[kept], minlength=len(labels) * classes).view(len(labels), classes))
+        return torch.stack(found, 1)
+
+    def succeeded(self, logits: torch.Tensor, labels: torch.Tensor, *, targeted: bool = False) -> torch.Tensor:
+        """Return the units that count on which an attack has succeeded, in the shape of ``labels``.
 
         Args:
             logits: (N, K) or (N, K, H, W).
@@ -220,6 +243,16 @@ class Task(Config):
         """
         hit = self.matches(logits.argmax(1), labels)
         hit = hit if targeted else ~hit
+        return hit if self.ignore_index is None else hit & self.valid(labels)
+
+    def is_adversarial(self, logits: torch.Tensor, labels: torch.Tensor, *, targeted: bool = False) -> torch.Tensor:
+        """Return whether an attack has succeeded on each image, (N,).
+
+        Every unit that counts must differ from its label (or, where ``targeted``, agree with its target): for one
+        label per image that is misclassification. An image without a unit that counts has nothing left to attack, so
+        that it counts as a success. Arguments as in :meth:`succeeded`.
+        """
+        hit = self.succeeded(logits, labels, targeted=targeted)
         return self.units(hit if self.ignore_index is None else hit | ~self.valid(labels)).all(1)
 
     def _refuse(self, values: torch.Tensor) -> None:
@@ -240,6 +273,14 @@ class Task(Config):
                 f"the labels are {self.label_form}: {what} expects one label per image (N,)"
                 + (f"; {hint}" if hint else "")
             )
+
+
+def _same_form(predictions: torch.Tensor, labels: torch.Tensor) -> None:
+    if predictions.shape != labels.shape:
+        raise UserError(
+            f"the model answers with shape {tuple(predictions.shape)}, but the labels have {tuple(labels.shape)}: "
+            "expected logits (N, K) for labels (N,), or (N, K, H, W) for labels (N, H, W)"
+        )
 
 
 def _fault(target: Any) -> str | None:

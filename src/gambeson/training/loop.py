@@ -305,8 +305,8 @@ def _trainable(model: nn.Module, data: Dataset) -> tuple[torch.device, torch.dty
         raise UserError("the model changes its input in place: let it work on a copy, such as images.clone()")
     if not traits.bare:
         raise UserError(
-            "the model returns something that holds its logits: train gb.models.as_logits(model, KEY), with the KEY of "
-            "the logits in it"
+            "the model returns something that holds its logits, or logits of a coarser grid than its images: train "
+            "gb.models.as_logits(model, KEY), with the KEY of the logits in it, or 'logits' for a tensor"
         )
     for split in (data.train, data.validation):
         split.check_logits(traits.shape)

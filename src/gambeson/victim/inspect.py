@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gambeson.base import UserError, seeded
+from gambeson.models.outputs import KEYS, at_image_size
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
@@ -35,10 +36,6 @@ def dtype_of(model: nn.Module) -> torch.dtype:
         if sizes:
             return max(sizes, key=sizes.__getitem__)
     return torch.float32
-
-
-KEYS = ("logits", "out")
-"""Keys of the logits in a mapping, as used by transformers and by torchvision's segmentation models."""
 
 
 class NoGradientError(UserError):
@@ -130,8 +127,10 @@ def logits_of(output: Any, images: int | None = None) -> torch.Tensor:
     return found[None] if images == 1 and found.ndim in (1, 3) else found
 
 
-_SAME_VALUES = re.compile("View|Squeeze|Unsqueeze|Clone|Alias|Permute|Transpose|Reshape|ToCopy|Slice|Select|Cat|Stack")
-"""Operations whose results are values of their inputs, as autograd calls them."""
+_SAME_VALUES = re.compile(
+    "View|Squeeze|Unsqueeze|Clone|Alias|Permute|Transpose|Reshape|ToCopy|Slice|Select|Cat|Stack|Upsample"
+)
+"""Operations whose results are values of their inputs, or lie between them, as autograd calls them."""
 
 
 def ends_with_sigmoid(model: nn.Module, images: torch.Tensor) -> bool:
@@ -168,7 +167,7 @@ class ModelTraits:
     sigmoids: bool
     """The outputs are sigmoids, one per class."""
     bare: bool
-    """The output is the tensor of logits, and not something that holds it."""
+    """The output is the tensor of logits itself, and not something that holds it, or logits of a coarser grid."""
 
     @property
     def stochastic(self) -> bool:
@@ -194,7 +193,8 @@ def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
     with seeded(0, "look"), explained(few):
         given = few.clone()
         answer = model(given)
-        first, rest = logits_of(answer, len(few)), tuple(few.shape[2:])
+        raw, rest = logits_of(answer, len(few)), tuple(few.shape[2:])
+        first = at_image_size(raw, few)
         if not first.is_floating_point():
             raise UserError(
                 f"the model returned {first.dtype} of shape {tuple(first.shape)}: expected logits, which are floats; "
@@ -214,7 +214,7 @@ def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
         # One wait for all: a random model is told by its first differing call, as if there had been no more.
         again = [logits_of(model(few.clone()), len(few)) for _ in range(1, CALLS)]
         # Equal infinities differ by NaN; non-finite logits are refused when they are scored.
-        gaps = [(first - other).abs().nan_to_num(0.0, 0.0).max() for other in again]
+        gaps = [(raw - other).abs().nan_to_num(0.0, 0.0).max() for other in again]
         inside = ((first >= 0) & (first <= 1)).all()
         sums = ((first.sum(1) - 1).abs() < 1e-3).all()
         found = torch.stack([*gaps, (given != few).any(), inside, inside & sums]).tolist()
@@ -230,7 +230,7 @@ def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
     return ModelTraits(
         shape=tuple(first.shape),
         size=rest,
-        bare=isinstance(answer, torch.Tensor),
+        bare=isinstance(answer, torch.Tensor) and first is raw,
         gap=gap,
         shared=shared,
         writes=writes,

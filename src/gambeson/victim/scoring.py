@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from gambeson.base import UserError, full_precision, seeded
 from gambeson.data import Split
-from gambeson.tasks import CLASSIFICATION, Task
+from gambeson.tasks import CLASSIFICATION, Counts, Rate, Task
 from gambeson.threat import perturb
 from gambeson.victim.victim import Victim
 
@@ -20,19 +21,35 @@ from gambeson.victim.victim import Victim
 class Score:
     """Counts over a split, from which rates are computed."""
 
-    errors: int
-    """Predictions that differ from the label."""
-    flipped: int
-    """Predictions that differ from the clean prediction."""
-    total: int
-    """Predictions that count: images, or pixels, whose label is not the ignore index."""
-    images: int
-    """Images with at least one prediction that counts: the independent units of a rate's interval."""
+    counts: Counts
+    """Right predictions of each image, and those that count: whose label is not the ignore index."""
+    changed: torch.Tensor
+    """(N,): predictions of each image that count and differ from the clean prediction."""
+
+    @property
+    def errors(self) -> int:
+        """Predictions that differ from the label."""
+        return self.counts.errors
+
+    @property
+    def flipped(self) -> int:
+        """Predictions that differ from the clean prediction."""
+        return int(self.changed.sum())
+
+    @property
+    def total(self) -> int:
+        """Predictions that count."""
+        return int(self.counts.total.sum())
 
     @property
     def error(self) -> float:
         """Share of wrong predictions."""
         return self.errors / max(1, self.total)
+
+    @property
+    def change_rate(self) -> Rate:
+        """Share of predictions that differ from the clean ones, with its interval over images."""
+        return Rate.bootstrap(self.changed, self.counts.total)
 
 
 DEFAULT_VOTES = 21
@@ -71,19 +88,36 @@ def votes_of(victim: Victim, images: torch.Tensor) -> int:
     return victim.votes
 
 
-@torch.no_grad()
 def predict(victim: Victim, split: Split, delta: torch.Tensor | None = None, *, seed: int = 0) -> torch.Tensor:
-    """Predict every image of a split, clean or under one universal perturbation.
+    """Predict every image of a split, clean or under one universal perturbation; see :func:`predict_batches`.
+
+    Returns:
+        Class indices (N,) or (N, H, W), on the CPU; :data:`ABSTAIN` without a majority.
+    """
+    return torch.cat(predict_batches(victim, split, lambda predictions, _: predictions.cpu(), delta, seed=seed))
+
+
+ReducedT = TypeVar("ReducedT")
+
+
+@torch.no_grad()
+def predict_batches(
+    victim: Victim,
+    split: Split,
+    reduce: Callable[[torch.Tensor, torch.Tensor], ReducedT],
+    delta: torch.Tensor | None = None,
+    *,
+    seed: int = 0,
+) -> list[ReducedT]:
+    """Predict every image of a split, and keep of each batch what ``reduce`` makes of it: label maps may be large.
 
     Args:
         victim: the model, inside its context; see :func:`votes_of` for how many votes an image has.
         split: the images.
+        reduce: maps predictions and labels, (B,) or (B, H, W), to what is kept.
         delta: (1, C, H, W), or None for clean images.
         seed: of the votes, so that the same call gives the same predictions; a single pass uses the current state of
             torch's generators.
-
-    Returns:
-        Class indices (N,) or (N, H, W), on the CPU; :data:`ABSTAIN` without a majority.
 
     Raises:
         UserError: there are no images, a perturbation of another shape, labels without a logit, or some logits are not
@@ -101,12 +135,10 @@ def predict(victim: Victim, split: Split, delta: torch.Tensor | None = None, *, 
     if victim.traits is not None:
         split.check_classes(victim.traits.shape[1])
     with seeded(seed, "score") if votes > 1 else nullcontext():
-        return torch.cat(
-            [
-                vote(victim, images if delta is None else perturb(images, delta)).cpu()
-                for images, _ in split.batches(auto_batch_size(split.shape), device=device)
-            ]
-        )
+        return [
+            reduce(vote(victim, images if delta is None else perturb(images, delta)), labels)
+            for images, labels in split.batches(auto_batch_size(split.shape), device=device)
+        ]
 
 
 @torch.no_grad()
@@ -207,11 +239,12 @@ def score(predictions: torch.Tensor, split: Split, clean: torch.Tensor | None = 
     """
     labels = split.labels.cpu()
     counts = split.task.counts(predictions, labels)
-    total = int(counts.total.sum())
-    if whole and total == 0:
+    if whole and counts.images == 0:
         raise nothing_counts(split)
-    flipped = 0 if clean is None else int(((predictions != clean) & split.task.valid(labels)).sum())
-    return Score(errors=counts.errors, flipped=flipped, total=total, images=counts.images)
+    changed = torch.zeros_like(counts.total)
+    if clean is not None:
+        changed = split.task.units((predictions != clean) & split.task.valid(labels)).sum(1)
+    return Score(counts=counts, changed=changed)
 
 
 def nothing_counts(split: Split) -> UserError:

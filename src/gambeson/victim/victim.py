@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gambeson.base import Config, UserError, autograd_limits, default_dtype, seeded
+from gambeson.models.outputs import at_image_size
 from gambeson.victim.bn_folding import FoldedModel, fold_batchnorms, signature
 from gambeson.victim.graphs import Job, has_graphs
 from gambeson.victim.inspect import ModelTraits, NoGradientError, dtype_of, explained, inspect_model, logits_of
@@ -145,7 +146,8 @@ class Victim:
 
     def __enter__(self) -> Victim:
         self._default = torch.get_default_dtype()
-        self._guard.enter_context(torch.inference_mode(False))
+        if torch.is_inference_mode_enabled():  # else its exit would only put the gradient mode of now back
+            self._guard.enter_context(torch.inference_mode(False))
         self._guard.enter_context(default_dtype())
         self._guard.enter_context(frozen(self.model, self.batch_norm))
         return self
@@ -225,7 +227,7 @@ class Victim:
         # A copy for a model that writes into its input: the attack's images shall not change, nor a leaf be written to.
         sent = images.to(self.dtype, copy=self._writes is not False)
         with explained(images):
-            logits = logits_of(model(sent), len(images))
+            logits = at_image_size(logits_of(model(sent), len(images)), images)
         if self._writes is None:
             self._writes = sent._version > 0
         followed = torch.is_grad_enabled() and images.requires_grad

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
 
-from gambeson.attacks.gradient.base import BestSoFar, GradientAttack, warn_of_fallback
-from gambeson.attacks.losses import LossName
+from gambeson.attacks.gradient.base import BestSoFar, GradientAttack
+from gambeson.attacks.losses import MASKED, Loss, LossName, warn_of_fallback
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import ProjectedGradient
 from gambeson.base import Number, generator
@@ -122,6 +122,22 @@ class AutoPGD(GradientAttack):
     ``targets_kept`` that came nearest (ours). None: the full steps on every target, as in the paper."""
     targets_kept: Annotated[int, Field(ge=1)] = 3
     """Targets with the full steps after the probes."""
+    radii: tuple[Annotated[Number, Field(ge=1)], ...] = (1.0,)
+    """Radii of the stages of a run as multiples of eps (multi-eps, Croce and Hein 2021, section 4.3); each stage
+    continues from the best point of the previous one, projected onto its ball. The last must be 1, where success
+    counts."""
+    portions: tuple[Annotated[Number, Field(gt=0)], ...] = (1.0,)
+    """Share of the steps per stage; the last takes the rest."""
+    start_size: Annotated[Number, Field(ge=0)] = 1.0
+    """Radius of the random start as a share of eps."""
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> AutoPGD:
+        if not self.radii or self.radii[-1] != 1:
+            raise ValueError(f"radii {self.radii} must end with 1, the ball in which success counts")
+        if len(self.portions) < len(self.radii):
+            raise ValueError(f"{len(self.radii)} radii need as many portions, and there are {len(self.portions)}")
+        return self
 
     @model_validator(mode="after")
     def _check_targets(self) -> AutoPGD:
@@ -185,7 +201,7 @@ class AutoPGD(GradientAttack):
     ) -> torch.Tensor:
         """Run once, from a random start, on every active image; return the highest loss of each (N,)."""
         # Drawn for the whole batch, so that an image's draw does not depend on which others are active.
-        start = solver.start(x, len(x), "uniform", 1.0, generator(seed, "start", name, device=x.device))
+        start = solver.start(x, len(x), "uniform", self.start_size, generator(seed, "start", name, device=x.device))
         reached = x.new_full((len(x),), -torch.inf)
         rows = (
             (~record.is_adversarial).nonzero().flatten() if self.early_stop else torch.arange(len(x), device=x.device)
@@ -206,7 +222,42 @@ class AutoPGD(GradientAttack):
         delta: torch.Tensor,
         record: BestSoFar,
     ) -> State:
-        """Ascend from ``delta`` and return the state of the images that are not adversarial yet."""
+        """Ascend from ``delta``, stage by stage; return the state of the images that are not adversarial yet."""
+        left = self.steps
+        for radius, portion in zip(self.radii[:-1], self.portions, strict=False):
+            steps = min(round(portion * self.steps), left - 1)
+            if steps < 1:
+                continue
+            wide = self._stage(left < self.steps, steps=steps, eps=self.eps * radius, early_stop=False)
+            # What is found outside the ball of eps is no result, and nothing is adversarial there.
+            scratch = BestSoFar.into(torch.zeros_like(images))
+            place = torch.arange(len(rows), device=rows.device)
+            outer = dataclasses.replace(solver, ball=wide.ball)
+            delta = outer.project(delta, images)
+            state = wide._climb(outer, place, images, labels, truth, delta, scratch)
+            delta, left = wide._handed_on(state, scratch), left - steps
+        last = self
+        if left < self.steps or self.start_size > 1:
+            last, delta = self._stage(True, steps=left), solver.project(delta, images)
+        return last._climb(solver, rows, images, labels, truth, delta, record)
+
+    def _stage(self, later: bool, **settings: Any) -> AutoPGD:
+        return self.model_copy(update=settings)
+
+    def _handed_on(self, state: State, record: BestSoFar) -> torch.Tensor:
+        """Return where the next stage starts."""
+        return state.best
+
+    def _climb(
+        self,
+        solver: ProjectedGradient,
+        rows: torch.Tensor,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        truth: torch.Tensor,
+        delta: torch.Tensor,
+        record: BestSoFar,
+    ) -> State:
         state, last = self._begin(solver, rows, images, labels, truth, delta, record), 0
         for step in range(1, self.steps + 1):
             if len(state.rows) == 0:
@@ -228,7 +279,7 @@ class AutoPGD(GradientAttack):
     ) -> State:
         gradient, logits = solver.gradient(delta, images, labels, truth=self._measure(truth), number=1)
         warn_of_fallback(solver.loss, logits.shape[1])
-        value = solver.loss(logits, labels, solver.task, self._measure(truth))
+        value = self._judge(solver)(logits, labels, solver.task, self._measure(truth))
         state = State(
             rows=rows,
             images=images,
@@ -259,10 +310,12 @@ class AutoPGD(GradientAttack):
             delta = solver.project(mixed, now.images)
         truth = self._measure(now.truth)
         if step == self.steps:  # the last step needs no gradient
-            value, logits = solver.losses(delta, now.images, now.labels, truth=truth)
+            judge = dataclasses.replace(solver, loss=self._judge(solver))
+            value, logits = judge.losses(delta, now.images, now.labels, truth=truth)
             return self._note(solver, now.after_step(delta, now.gradient, value), logits, record)
-        gradient, logits = solver.gradient(delta, now.images, now.labels, truth=truth, number=step + 1)
-        value = solver.loss(logits, now.labels, solver.task, truth)
+        guide = solver.at(step + 1, self.steps)
+        gradient, logits = guide.gradient(delta, now.images, now.labels, truth=truth, number=step + 1)
+        value = self._judge(solver)(logits, now.labels, solver.task, truth)
         return self._note(solver, now.after_step(delta, gradient, value), logits, record)
 
     def _move(self, solver: ProjectedGradient, now: State) -> torch.Tensor:
@@ -270,8 +323,13 @@ class AutoPGD(GradientAttack):
 
     def _note(self, solver: ProjectedGradient, state: State, logits: torch.Tensor, record: BestSoFar) -> State:
         down = solver.task.is_adversarial(logits, state.truth, targeted=self.reaches)
-        record.note(state.rows, state.delta, state.value, down)
+        judged = self._judge(solver) is solver.loss
+        record.note(state.rows, state.delta, state.value if judged else solver.harm(logits, state.labels), down)
         return state.only(~down) if self.early_stop and bool(down.any()) else state
+
+    def _judge(self, solver: ProjectedGradient) -> Loss:
+        """Return the loss that decides on step sizes and restarts: the cross-entropy for one that ranks nothing."""
+        return Loss(targeted=solver.loss.targeted) if solver.loss.kind in MASKED else solver.loss
 
     def _measure(self, truth: torch.Tensor) -> torch.Tensor | None:
         """Return the true labels if a targeted loss needs them."""
@@ -316,21 +374,14 @@ class L1AutoPGD(AutoPGD):
     """Share of values that the first steps change: the paper's 0.2. None: as many as the start changes, divided by 1.5,
     as every stage after the first does."""
     radii: tuple[Annotated[Number, Field(ge=1)], ...] = (3.0, 2.0, 1.0)
-    """Radii of the stages as multiples of eps; each stage continues from the best point of the previous one, projected
-    onto its ball. The last must be 1, where success counts. (1,) is the single-eps form."""
     portions: tuple[Annotated[Number, Field(gt=0)], ...] = (0.3, 0.3, 0.4)
-    """Share of the steps per stage; the last takes the rest."""
 
     @model_validator(mode="after")
-    def _check_stages(self) -> L1AutoPGD:
+    def _check_norm(self) -> L1AutoPGD:
         if self.norm != "1":
             raise ValueError(f"this attack is for norm '1', and the norm is {self.norm!r}; use AutoPGD for others")
         if self.sparsity is not None:
             raise ValueError("this attack adapts the sparsity of its steps; set share, the initial sparsity, instead")
-        if not self.radii or self.radii[-1] != 1:
-            raise ValueError(f"radii {self.radii} must end with 1, the ball in which success counts")
-        if len(self.portions) < len(self.radii):
-            raise ValueError(f"{len(self.radii)} radii need as many portions, and there are {len(self.portions)}")
         return self
 
     @property
@@ -338,35 +389,8 @@ class L1AutoPGD(AutoPGD):
         """Checkpoints for sparsity and step sizes: every 4 % of the steps."""
         return list(range(0, self.steps, max(1, math.floor(0.04 * self.steps + 1e-9))))[1:]
 
-    def _ascend(
-        self,
-        solver: ProjectedGradient,
-        rows: torch.Tensor,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        truth: torch.Tensor,
-        delta: torch.Tensor,
-        record: BestSoFar,
-    ) -> State:
-        left, share = self.steps, self.share
-        for radius, portion in zip(self.radii[:-1], self.portions, strict=False):
-            steps = min(round(portion * self.steps), left - 1)
-            if steps < 1:
-                continue
-            wide = self._stage(steps, radius, share)
-            # What is found outside the ball of eps is no result, and nothing is adversarial there.
-            scratch = BestSoFar.into(torch.zeros_like(images))
-            place = torch.arange(len(rows), device=rows.device)
-            outer = dataclasses.replace(solver, ball=wide.ball)
-            delta = outer.project(delta, images)
-            state = super(L1AutoPGD, wide)._ascend(outer, place, images, labels, truth, delta, scratch)
-            delta, left, share = state.best, left - steps, None
-        last = self._stage(left, 1.0, share).model_copy(update={"early_stop": self.early_stop})
-        delta = solver.project(delta, images)
-        return super(L1AutoPGD, last)._ascend(solver, rows, images, labels, truth, delta, record)
-
-    def _stage(self, steps: int, radius: float, share: float | None) -> L1AutoPGD:
-        return self.model_copy(update={"steps": steps, "eps": self.eps * radius, "early_stop": False, "share": share})
+    def _stage(self, later: bool, **settings: Any) -> AutoPGD:
+        return super()._stage(later, **settings, **({"share": None} if later else {}))
 
     def _extended(self, state: State) -> State:
         changed, size = _changed(state.delta), state.delta[0].numel()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
@@ -345,6 +344,7 @@ class GradientAttack(Config):
             NonFiniteGradientError: a gradient is NaN or infinite; its ``found`` holds the images found so far.
         """
         images, labels, task = as_pair(x, y, task, floats=True)
+        self._check_task(task)
         if len(images) == 0:
             return images.clone()
         with (
@@ -409,6 +409,9 @@ class GradientAttack(Config):
             raise
         return perturb(images, best.to(images.dtype)).detach()
 
+    def _check_task(self, task: Task) -> None:
+        """Refuse a task that a setting does not suit, before anything is computed."""
+
     @property
     def _follows_sizes(self) -> bool:
         return False
@@ -437,13 +440,3 @@ class GradientAttack(Config):
             logits = victim(images)
         chosen = logits.argmax(1) if self.label == "prediction" else logits.argmin(1)
         return task.targets(chosen, labels)
-
-
-def warn_of_fallback(loss: Loss, classes: int) -> None:
-    """Warn if another loss replaces one that needs more classes than the model has."""
-    if loss.used(classes) != loss.kind:
-        warnings.warn(
-            f"loss {loss.kind!r} needs more classes than the {classes} of this model: "
-            f"the {loss.used(classes)} is used instead",
-            stacklevel=2,
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,11 +17,12 @@ from gambeson.attacks.gradient.base import (
     LabelChoice,
     Scales,
     Smoothing,
-    warn_of_fallback,
 )
+from gambeson.attacks.losses import MASKED, warn_of_fallback
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import ProjectedGradient, cosine, require_finite
 from gambeson.base import Number, generator, unknown_name
+from gambeson.tasks import Task
 
 Start = Literal["zero", "uniform", "sign"]
 
@@ -30,8 +32,9 @@ class PGD(GradientAttack):
     """Projected gradient descent (Madry et al. 2018, section 2.1; Kurakin et al. 2017 with ``start="zero"``).
 
     The paper fixes neither the step size nor the number of restarts; the defaults are ours. Costs per image and
-    restart: ``steps`` forwards and backwards, one more forward to compare several restarts, one more per step for early
-        stopping with ``nesterov`` or ``diversity``, and ``scales.copies`` times as much per step with ``scales``.
+    restart: ``steps`` forwards and backwards, one more forward to compare several restarts or with ``keep="best"``,
+    one more per step for early stopping or ``keep="best"`` with ``nesterov`` or ``diversity``, and ``scales.copies``
+    times as much per step with ``scales``.
 
     The options of transfer attacks are independent of each other and off by default; their customary sets have
     names in :mod:`gambeson.attacks.gradient.pgd`.
@@ -49,13 +52,16 @@ class PGD(GradientAttack):
     """Start of a restart; with ``zero`` further restarts are pointless unless steps are random."""
     start_size: Annotated[Number, Field(ge=0, le=1)] = 1.0
     """Radius of the random start as a share of eps."""
+    keep: Literal["last", "best"] = "last"
+    """Which point of a run is its result: the last, or the one with the most wrong labels. An image with one label that
+    is wrong is finished in any case."""
     momentum: Annotated[Number, Field(ge=0)] = 0.0
     """Decay of the velocity (MI, Dong et al. 2018, section 3.1: 1.0). Gradients are normalised to mean absolute value
     1; the paper's 1-norm gives the same steps."""
     nesterov: bool = False
     """Take the gradient one step of velocity ahead (NI, Lin et al. 2020, section 3.2); needs momentum."""
     diversity: Diversity | None = None
-    """Random resizing of the model's input (DI)."""
+    """Random resizing of the model's input (DI). Not for label maps, whose pixels would not move along."""
     smoothing: Smoothing | None = None
     """Smoothing of the gradient (TI), before momentum."""
     scales: Scales | None = None
@@ -68,6 +74,12 @@ class PGD(GradientAttack):
         if first == last or self.steps == 1:
             return [first * self.eps] * self.steps
         return [self.eps * share for share in cosine(self.steps, first, last)]
+
+    def _check_task(self, task: Task) -> None:
+        if self.diversity is not None:
+            task.require_classification(
+                "diversity, which moves the pixels of the images and not their labels,", "leave it out"
+            )
 
     @property
     def _follows_sizes(self) -> bool:
@@ -111,17 +123,21 @@ class PGD(GradientAttack):
             # Early stopping reads from the device in every step anyway, and must not take NaN for a success.
             sums: list[torch.Tensor] | None = None if self.early_stop else []
             for number, length in enumerate(self.lengths, 1):
+                if self.loss == "segpgd":
+                    guide = replace(guide, solver=solver.at(number, self.steps))
                 drawn = [numbers[rows] for numbers in guide.draw(x, views)]
                 direction, velocity, logits = guide.gradient(
                     delta, images, labels, velocity, length, drawn, number, sums
                 )
                 if restart == 0 and number == 1:
                     warn_of_fallback(solver.loss, logits.shape[1])
-                if self.early_stop:
+                if self.early_stop or self.keep == "best":
                     if not guide.sees_images:
                         _, logits = solver.losses(delta, images, labels)
                     down = solver.task.is_adversarial(logits, labels, targeted=self.reaches)
-                    if bool(down.any()):
+                    if self.keep == "best":
+                        record.note(rows, delta, solver.harm(logits, labels), down)
+                    if self.early_stop and bool(down.any()):
                         best[rows[down]], record.is_adversarial[rows[down]] = delta[down], True
                         kept = (rows, images, labels, delta, direction, velocity)
                         rows, images, labels, delta, direction, velocity = (t[~down] for t in kept)
@@ -130,11 +146,13 @@ class PGD(GradientAttack):
                 delta = solver.step_along(delta, images, direction, length)
                 del direction  # freed before the next forward
             require_finite(sums or [], first=1)
-            if self.restarts == 1:
+            if self.restarts == 1 and self.keep == "last":
                 best[rows] = delta
                 break
             if len(rows):
                 value, logits = solver.losses(delta, images, labels)
+                if self.keep == "best" or self.loss in MASKED:
+                    value = solver.harm(logits, labels)
                 down = solver.task.is_adversarial(logits, labels, targeted=self.reaches)
                 record.note(rows, delta, value, down)
 

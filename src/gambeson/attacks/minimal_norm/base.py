@@ -50,6 +50,7 @@ class MinimalNorm(Config):
             UserError: images outside [0, 1], one label per pixel, or a gradient that is not finite.
         """
         images, labels, task = as_pair(x, y, task, floats=True)
+        task.require_classification("this attack", "for label maps choose a gradient attack such as PGD")
         rows = attacked(labels, task)
         if len(rows) == 0 or self.eps == 0:
             return images

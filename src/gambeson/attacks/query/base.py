@@ -31,8 +31,8 @@ class Queries:
     images (M, C, H, W) in [0, 1]; it can return logits, log-probabilities or probabilities.
 
     Args:
-        model: a module, an entered :class:`Victim`, or any function that returns scores (M, K) as a tensor or anything
-            that ``torch.as_tensor`` accepts.
+        model: a module, an entered :class:`Victim`, or any function that returns scores (M, K), of label maps
+            (M, K, H, W), as a tensor or anything that ``torch.as_tensor`` accepts.
 
     Attributes:
         spent: (N,) queries per image in the latest attack, including the clean image.
@@ -47,12 +47,19 @@ class Queries:
         self.total = 0
         self._ask: Callable[[torch.Tensor], Any] = model
         self._classes: int | None = None
+        self._map: tuple[int, ...] = ()
 
     @contextmanager
-    def counting(self, images: torch.Tensor, budget: int) -> Iterator[None]:
-        """Start counting for these images (N, ...), with at most ``budget`` queries each."""
+    def counting(self, images: torch.Tensor, budget: int, per_image: tuple[int, ...] = ()) -> Iterator[None]:
+        """Start counting for these images (N, ...), with at most ``budget`` queries each.
+
+        Args:
+            images: of the attack.
+            budget: per image.
+            per_image: the shape of one image's labels: (), or (H, W) of label maps.
+        """
         self.spent = torch.zeros(len(images), dtype=torch.long, device=images.device)
-        self.budget, self._classes = budget, None
+        self.budget, self._classes, self._map = budget, None, per_image
         with ExitStack() as stack:
             self._ask = self.model
             if isinstance(self.model, nn.Module):
@@ -61,10 +68,10 @@ class Queries:
             yield
 
     def __call__(self, candidates: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return the scores (M, K) of candidates (M, C, H, W) of the images with indices ``rows`` (M,).
+        """Return the scores of candidates (M, C, H, W) of the images with indices ``rows`` (M,).
 
         Raises:
-            UserError: the result is not finite scores (M, K).
+            UserError: the result is not finite scores (M, K), or (M, K, H, W) of label maps.
             RuntimeError: the budget would be exceeded, which is a bug of the attack; nothing is queried.
         """
         spent = self.spent + torch.bincount(rows, minlength=len(self.spent))
@@ -77,16 +84,23 @@ class Queries:
 
     def _read(self, answer: Any, asked: torch.Tensor) -> torch.Tensor:
         answer = getattr(answer, "logits", answer)
-        expected = f"expected scores ({len(asked)}, K), one row per image"
+        form = "".join(f", {side}" for side in self._map)
+        expected = f"expected scores ({len(asked)}, K{form}), one {'map' if form else 'row'} per image"
         try:
             scores = torch.as_tensor(answer, device=asked.device).detach()
         except (TypeError, ValueError, RuntimeError):
             raise UserError(
                 f"the queried function returned {type(answer).__name__}: {expected}; return the scores alone"
             ) from None
-        if scores.ndim != 2 or len(scores) != len(asked) or scores.shape[1] < 2 or scores.is_complex():
+        shape = tuple(scores.shape)
+        if (
+            (shape[:1], shape[2:]) != ((len(asked),), self._map)
+            or len(shape) < 2
+            or shape[1] < 2
+            or scores.is_complex()
+        ):
             raise UserError(
-                f"the queried function was given {len(asked)} images and returned shape {tuple(scores.shape)}: "
+                f"the queried function was given {len(asked)} images and returned shape {shape}: "
                 f"{expected} and K of at least 2; return the score of every class"
             )
         if self._classes not in (None, scores.shape[1]):
@@ -96,7 +110,7 @@ class Queries:
             )
         self._classes = scores.shape[1]
         scores = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
-        broken = int((~scores.isfinite().all(1)).sum())
+        broken = int((~scores.flatten(1).isfinite().all(1)).sum())
         if broken:
             raise UserError(
                 f"the queried function gave NaN or infinite scores for {broken} of {len(asked)} images at query "
@@ -106,12 +120,7 @@ class Queries:
 
 
 def attacked(labels: torch.Tensor, task: Task) -> torch.Tensor:
-    """Return the numbers of the images to attack: those whose label counts.
-
-    Raises:
-        UserError: labels are not one per image.
-    """
-    task.require_classification("this attack", "for label maps choose a gradient attack such as PGD")
+    """Return the numbers of the images to attack: those with a label that counts."""
     return task.labelled(labels).nonzero().flatten()
 
 
@@ -153,7 +162,9 @@ class Search:
         """Return the loss of each candidate (M,) and whether it is adversarial (M,)."""
         scores = self.queries(candidates, rows)
         labels = self.labels[rows]
-        return self.loss(scores, labels), self.task.is_adversarial(scores, labels, targeted=self.loss.targeted)
+        return self.loss(scores, labels, self.task), self.task.is_adversarial(
+            scores, labels, targeted=self.loss.targeted
+        )
 
     def offer(self, candidates: torch.Tensor) -> None:
         """Query one candidate per active image (A, C, H, W); keep it if its loss is higher or it is adversarial."""
@@ -174,12 +185,18 @@ class Search:
     def _take(self, candidates: torch.Tensor, scores: torch.Tensor) -> None:
         labels = self.labels[self.active]
         self.keep(
-            candidates, self.loss(scores, labels), self.task.is_adversarial(scores, labels, targeted=self.loss.targeted)
+            candidates,
+            self.loss(scores, labels, self.task),
+            self.task.is_adversarial(scores, labels, targeted=self.loss.targeted),
         )
 
 
 class QueryAttack(Config):
-    """Base of the query attacks: a budget, labels or targets, and early stopping per image."""
+    """Base of the query attacks: a budget, labels or targets, and early stopping per image.
+
+    The papers are about one label per image. On label maps (ours) the margin is the mean over the labelled pixels, and
+    untargeted ends for a pixel once it is wrong, so that the effort goes to those that are still right.
+    """
 
     queries: Annotated[int, Field(ge=1)] = 5000
     """Maximum queries per image, including the clean image; never exceeded. Adversarial images are not queried
@@ -204,7 +221,7 @@ class QueryAttack(Config):
         Args:
             model: the model or function; pass a :class:`Queries` to read the counts.
             x: (N, C, H, W) in [0, 1].
-            y: (N,) labels, or targets where ``targeted``.
+            y: (N,) or (N, H, W) labels, or targets where ``targeted``.
             seed: of every random draw.
             task: what the labels mean; images whose label does not count are left alone.
 
@@ -212,14 +229,18 @@ class QueryAttack(Config):
             (N, C, H, W): an adversarial image each, or else the candidate with the highest loss.
 
         Raises:
-            UserError: images outside [0, 1], one label per pixel, or a function that does not return scores (N, K).
+            UserError: images outside [0, 1], a function that does not return scores (N, K), of label maps (N, K, H, W),
+                or a setting that is not for label maps.
         """
         images, labels, task = as_pair(x, y, task, floats=True)
+        self._check_task(task)
         queries = model if isinstance(model, Queries) else Queries(model)
         if len(attacked(labels, task)) == 0 or self._null:
             return images
-        with queries.counting(images, self.queries):
-            loss = Loss(kind=self.loss or self._default_loss, targeted=self.targeted)
+        with queries.counting(images, self.queries, tuple(labels.shape[1:])):
+            kind = self.loss or self._default_loss
+            ends = kind == "margin" and not (self.targeted or task.per_image_label)
+            loss = Loss(kind=kind, targeted=self.targeted, truncate=0.0 if ends else None)
             search = Search(queries, working(images), labels, loss, task)
             self._search(search, seed)
         return search.best.to(images.dtype)
@@ -228,6 +249,9 @@ class QueryAttack(Config):
     @abstractmethod
     def _null(self) -> bool:
         """Whether no perturbation is allowed at all."""
+
+    def _check_task(self, task: Task) -> None:
+        """Refuse a task that a setting does not suit, before the first query."""
 
     @property
     def _default_loss(self) -> QueryLoss:

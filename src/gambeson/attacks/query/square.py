@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from gambeson.attacks.query.base import InfOr2, QueryAttack, Search
 from gambeson.attacks.registry import register
 from gambeson.base import Number, generator
+from gambeson.tasks import Task
 from gambeson.threat import Ball, Eps, perturb
 
 
@@ -72,13 +73,17 @@ class Square(RandomSearch):
     budget though every doubling of the queries brought ``early_abandon`` times what the last one brought (ours: what
     random search still finds shrinks with each doubling, so that 1 is already patient). Judged after an eighth, a
     quarter and half of the budget. For models that return logits: the margin of saturated probabilities tells
-    nothing. None: spend the whole budget, as in the paper."""
+    nothing. For one label per image. None: spend the whole budget, as in the paper."""
 
     @model_validator(mode="after")
     def _check_early_abandon(self) -> Square:
         if self.early_abandon is not None and (self.loss or self._default_loss) != "margin":
             raise ValueError("early_abandon reads the margin's distance to a wrong answer: set loss='margin'")
         return self
+
+    def _check_task(self, task: Task) -> None:
+        if self.early_abandon is not None:
+            task.require_classification("early_abandon", "leave it out")
 
     def side(self, iteration: int, shape: tuple[int, ...]) -> int:
         """Return the side of the window at an iteration, in pixels of an image (C, H, W)."""

@@ -11,7 +11,8 @@ from torch import nn
 
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import Adam, input_gradient
-from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
+from gambeson.attacks.universal.base import Candidate, UniversalAttack
+from gambeson.attacks.universal.context import CraftingContext
 from gambeson.base import Number, UserError, generator, unknown_name
 from gambeson.threat import perturb
 from gambeson.victim import Victim

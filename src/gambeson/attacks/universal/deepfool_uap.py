@@ -10,7 +10,8 @@ from pydantic import Field
 
 from gambeson.attacks.minimal_norm.deepfool import DeepFool
 from gambeson.attacks.registry import register
-from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
+from gambeson.attacks.universal.base import Candidate, UniversalAttack
+from gambeson.attacks.universal.context import CraftingContext
 from gambeson.base import Number, generator
 from gambeson.data import Split
 from gambeson.threat import perturb

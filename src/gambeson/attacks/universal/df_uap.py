@@ -13,7 +13,9 @@ from pydantic import Field
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import Adam, ProjectedGradient, require_finite
-from gambeson.attacks.universal.base import Candidate, CraftingContext, LabelSource, UniversalAttack
+from gambeson.attacks.universal.base import Candidate, UniversalAttack
+from gambeson.attacks.universal.context import CraftingContext
+from gambeson.attacks.universal.target import OMEGA, LabelSource, TargetSetting
 from gambeson.base import Number
 from gambeson.threat import BoxGradient
 from gambeson.victim import Temperature
@@ -57,10 +59,12 @@ class DFUAP(UniversalAttack):
     """Adam's decay rates."""
     restarts: Annotated[int, Field(ge=1)] = 1
     """The first starts from zero, as in the paper; the others from random signs."""
-    target: Annotated[int, Field(ge=0)] | None = None
-    """Target class of every image; None: untargeted."""
+    target: TargetSetting = None
+    """See :class:`gambeson.attacks.Target`, such as a class for every image; None: untargeted."""
+    omega: Annotated[Number, Field(ge=0, le=1)] = OMEGA
+    """Where a class is to be hidden: weight of its pixels; all others have 1 - omega (Metzen et al. 2017)."""
     labels: LabelSource = "prediction"
-    """See :data:`gambeson.attacks.universal.base.LabelSource`."""
+    """See :data:`gambeson.attacks.universal.target.LabelSource`."""
     temperature: Temperature = "auto"
     """See :data:`gambeson.victim.Temperature`."""
     clip: bool = True
@@ -80,23 +84,27 @@ class DFUAP(UniversalAttack):
     def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
         for restart, (kind, delta) in enumerate(context.starts(self.restarts, start)):
             adam, solver = Adam.like(delta, self.betas), context.solver(self.objective)
-            for images, labels in islice(context.stream(self.batch_size, restart), self.steps):
-                targets = context.targets(images, labels)
+            for images, labels, rows in islice(context.batches(self.batch_size, restart), self.steps):
+                targets, weights = context.aims(images, labels, rows)
                 if self.clip:
-                    gradient, _ = solver.gradient(delta, images, targets)
+                    gradient, _ = solver.gradient(delta, images, targets, weights=weights)
                 else:
-                    gradient = _unclipped(solver, delta, images, targets)
+                    gradient = _unclipped(solver, delta, images, targets, weights)
                 move = adam.direction(gradient / len(images))
                 delta = context.ball.project(delta + self.rel_step_size * self.eps * move)
             yield Candidate(start=kind, delta=delta)
 
 
 def _unclipped(
-    solver: ProjectedGradient, delta: torch.Tensor, images: torch.Tensor, targets: torch.Tensor
+    solver: ProjectedGradient,
+    delta: torch.Tensor,
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor | None,
 ) -> torch.Tensor:
     with torch.enable_grad():
         point = delta.detach().requires_grad_()
-        logits, values = solver.forward(images + point, targets)
+        logits, values = solver.forward(images + point, targets, weights=weights)
         gradient = solver.victim.gradient(values.sum(), point, len(images))
     require_finite([gradient.sum()], done=partial(solver.done, logits.detach(), targets))
     return gradient

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from gambeson.attacks.universal.target import Target
 from gambeson.base import Config, UserError, load_tensors, notebook, save_tensors
 from gambeson.base.checks import as_images
 from gambeson.data import Split, held_out
@@ -45,6 +46,10 @@ class Provenance(Config):
     """What each model's logits were divided by while crafting; see :data:`gambeson.victim.Temperature`."""
     source_class: int | None = None
     """The true class it is for, if crafted class-wise."""
+    target_hash: str | None = None
+    """Hash of the static target map, which is stored with the perturbation."""
+    left_out: int = 0
+    """Training images that were left out because they are wholly of the class to hide."""
 
 
 class UniversalPerturbation:
@@ -56,9 +61,16 @@ class UniversalPerturbation:
         image_hashes: (M,) int64, unique hashes (:attr:`gambeson.data.Split.image_hashes`) of the images it was crafted
             on, in ascending order; empty if there were none. They are stored in its file: 8 bytes per image, 400 kB for
             50,000, 10 MB for ImageNet.
+        target_map: (H, W), the label map of a static target, -1 where it has none; None for any other target.
     """
 
-    def __init__(self, delta: torch.Tensor, about: Provenance, image_hashes: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        delta: torch.Tensor,
+        about: Provenance,
+        image_hashes: torch.Tensor | None = None,
+        target_map: torch.Tensor | None = None,
+    ) -> None:
         if delta.ndim != 4 or len(delta) != 1:
             raise UserError(f"a universal perturbation has shape (1, C, H, W), got {tuple(delta.shape)}")
         size = float(delta.detach().double().norm(p=float(about.norm)))
@@ -69,7 +81,7 @@ class UniversalPerturbation:
             )
         self.delta = delta.detach()
         self.image_hashes = torch.empty(0, dtype=torch.int64) if image_hashes is None else image_hashes.unique()
-        self.about = about
+        self.about, self.target_map = about, target_map
 
     def __repr__(self) -> str:
         about, shape = self.about, "x".join(map(str, self.delta.shape[1:]))
@@ -81,6 +93,14 @@ class UniversalPerturbation:
     def plot(self) -> Any:
         """Return a ``plotly`` figure of the pattern, stretched to the full range of colours."""
         return notebook.picture(self.delta[0].cpu(), f"{self.about.attack}, eps {self.about.eps:.4g}")
+
+    @property
+    def target(self) -> Target | None:
+        """The target it was crafted for, with the map of a static one; None if untargeted."""
+        told = self.about.settings.get("target")
+        if told is None or self.target_map is None:
+            return None if told is None else Target.of(told)
+        return Target.of(self.target_map)
 
     @property
     def ball(self) -> Ball:
@@ -119,7 +139,10 @@ class UniversalPerturbation:
 
     def save(self, path: str | Path) -> None:
         """Write the perturbation to one safetensors file."""
-        save_tensors(Path(path), {"delta": self.delta, "image_hashes": self.image_hashes}, self.about.plain())
+        tensors = {"delta": self.delta, "image_hashes": self.image_hashes}
+        if self.target_map is not None:
+            tensors["target_map"] = self.target_map
+        save_tensors(Path(path), tensors, self.about.plain())
 
     @classmethod
     def load(cls, path: str | Path) -> UniversalPerturbation:
@@ -129,9 +152,9 @@ class UniversalPerturbation:
             UserError: the file is missing, damaged, a pickle, or holds something else.
         """
         tensors, about = load_tensors(Path(path), "a universal perturbation")
-        if set(tensors) != {"delta", "image_hashes"} or "crafted_on" not in about:
+        if set(tensors) - {"target_map"} != {"delta", "image_hashes"} or "crafted_on" not in about:
             raise UserError(
                 f"{path} holds {sorted(tensors)}: expected a universal perturbation saved by gambeson, "
                 "which are delta and image_hashes"
             )
-        return cls(tensors["delta"], Provenance(**about), tensors["image_hashes"])
+        return cls(tensors["delta"], Provenance(**about), tensors["image_hashes"], tensors.get("target_map"))

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from gambeson.attacks.registry import register
-from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
+from gambeson.attacks.universal.base import Candidate, UniversalAttack
 from gambeson.attacks.universal.bayesian import first_points, latin_hypercube, propose
+from gambeson.attacks.universal.context import CraftingContext
 from gambeson.base import Number, derive, generator
 
 LATTICE = 256

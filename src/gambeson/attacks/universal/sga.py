@@ -12,7 +12,9 @@ from pydantic import Field
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import ProjectedGradient
-from gambeson.attacks.universal.base import Candidate, CraftingContext, LabelSource, UniversalAttack
+from gambeson.attacks.universal.base import Candidate, UniversalAttack
+from gambeson.attacks.universal.context import CraftingContext
+from gambeson.attacks.universal.target import OMEGA, TAU, LabelSource, TargetSetting
 from gambeson.base import Number, generator
 from gambeson.threat import BoxGradient
 from gambeson.victim import Temperature
@@ -56,14 +58,16 @@ class SGA(UniversalAttack):
     minus the logit of the label (untargeted only)."""
     truncate: Number | None = 9.0
     """Images whose cross-entropy is beyond this have no gradient (the paper's beta)."""
-    target_floor: Number = 0.05
-    """Targeted only: images whose cross-entropy to the target is below this have no gradient."""
+    tau: Annotated[Number, Field(gt=0, le=1)] = TAU
+    """Targeted only: images, or pixels, whose target has a probability above this have no gradient."""
     restarts: Annotated[int, Field(ge=1)] = 1
     """The first starts from zero, the others from random signs."""
-    target: Annotated[int, Field(ge=0)] | None = None
-    """Target class of every image; None: untargeted."""
+    target: TargetSetting = None
+    """See :class:`gambeson.attacks.Target`, such as a class for every image; None: untargeted."""
+    omega: Annotated[Number, Field(ge=0, le=1)] = OMEGA
+    """Where a class is to be hidden: weight of its pixels; all others have 1 - omega (Metzen et al. 2017)."""
     labels: LabelSource = "prediction"
-    """See :data:`gambeson.attacks.universal.base.LabelSource`."""
+    """See :data:`gambeson.attacks.universal.target.LabelSource`."""
     temperature: Temperature = "auto"
     """See :data:`gambeson.victim.Temperature`."""
     box_gradient: BoxGradient = "straight-through"
@@ -73,15 +77,15 @@ class SGA(UniversalAttack):
     def objective(self) -> Loss:
         """The objective, one value per image."""
         if self.target is not None:
-            return Loss(targeted=True, truncate=self.target_floor)
+            return Loss(targeted=True, tau=self.tau)
         return CleanLogit() if self.loss == "logit" else Loss(truncate=self.truncate)
 
     def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
         for restart, (kind, delta) in enumerate(context.starts(self.restarts, start)):
             solver, draw = context.solver(self.objective), generator(context.seed, "inner", restart)
-            for images, labels in islice(context.stream(self.batch_size, restart), self.steps):
-                targets = context.targets(images, labels)
-                direction = self._aggregate(solver, delta, images, targets, draw)
+            for images, labels, rows in islice(context.batches(self.batch_size, restart), self.steps):
+                targets, weights = context.aims(images, labels, rows)
+                direction = self._aggregate(solver, delta, images, targets, draw, weights)
                 delta = solver.step_along(delta, images, direction, self.rel_step_size * self.eps)
             yield Candidate(start=kind, delta=delta)
 
@@ -92,12 +96,14 @@ class SGA(UniversalAttack):
         images: torch.Tensor,
         targets: torch.Tensor,
         draw: torch.Generator,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sum the mean gradients of the small batches, each at the point reached by the previous inner steps."""
         total, inner = torch.zeros_like(delta), delta
         for rows in self._small_batches(len(images), draw):
             rows = rows.to(images.device)
-            gradient = solver.gradient(inner, images[rows], targets[rows])[0] / len(rows)
+            own = None if weights is None else weights[rows]
+            gradient = solver.gradient(inner, images[rows], targets[rows], weights=own)[0] / len(rows)
             total += gradient
             inner = solver.step_along(inner, images[rows], gradient, self.rel_inner_step_size * self.eps)
         return total

@@ -10,7 +10,8 @@ import torch
 from pydantic import Field
 
 from gambeson.attacks.registry import register
-from gambeson.attacks.universal.base import Candidate, CraftingContext, UniversalAttack
+from gambeson.attacks.universal.base import Candidate, UniversalAttack
+from gambeson.attacks.universal.context import CraftingContext
 from gambeson.attacks.universal.data_free import activations, layer_names
 from gambeson.base import Number, autograd_limits, generator, twice_differentiable
 from gambeson.victim import Victim

@@ -6,16 +6,19 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+import torch.nn.functional as F
+from pydantic import Field, model_validator
 
-from gambeson.attacks.losses import Loss
+from gambeson.attacks.losses import MASKED, Loss, LossName
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import cosine, require_finite
-from gambeson.attacks.universal.base import Candidate, CraftingContext, LabelSource, UniversalAttack
+from gambeson.attacks.universal.base import Candidate, UniversalAttack
+from gambeson.attacks.universal.context import CraftingContext
 from gambeson.attacks.universal.perturbation import UniversalPerturbation
+from gambeson.attacks.universal.target import OMEGA, TAU, LabelSource, Target, TargetSetting
 from gambeson.base import Number, UserError
 from gambeson.data import Split
 from gambeson.threat import BoxGradient
@@ -64,8 +67,9 @@ class StochasticPGD(UniversalAttack):
     truncate_correct: bool = True
     """Whether so unlikely a truth has no more say also where the image is still right, as in the paper. False suits
     models of many classes or of a high temperature, which are seldom sure of anything; audits use it."""
-    target_floor: Number = 0.05
-    """Targeted only: an image whose cross-entropy to the target is below this has no more say."""
+    tau: Annotated[Number, Field(gt=0, le=1)] = TAU
+    """Targeted only: an image, or a pixel, whose target has a probability above this has no more say (Metzen et al.
+    2017)."""
     restarts: Annotated[int, Field(ge=1)] = 1
     """Runs of ``steps``; without ``probe_starts`` the first starts from zero, the others from random signs."""
     probe_starts: Annotated[int, Field(ge=0)] = 8
@@ -79,21 +83,36 @@ class StochasticPGD(UniversalAttack):
     """Length of its first step as a share of eps."""
     probe_start_images: Annotated[int, Field(ge=1)] = 1000
     """Validation images that rank the starts probed; the last choice is on all of them."""
-    target: Annotated[int, Field(ge=0)] | None = None
-    """Class that every image should be taken for; None: any wrong class."""
+    target: TargetSetting = None
+    """What should be predicted, such as a class for every image (:class:`gambeson.attacks.Target`); None: anything
+    wrong."""
+    omega: Annotated[Number, Field(ge=0, le=1)] = OMEGA
+    """Where a class is to be hidden: weight of its pixels; all others have 1 - omega (Metzen et al. 2017)."""
+    tile: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    """Height and width of a tile that the perturbation repeats, from the top left (Metzen et al. 2017); None: none."""
     box_gradient: BoxGradient = "straight-through"
     """See :data:`gambeson.threat.BoxGradient`; ``exact`` is the papers'."""
-    loss: Literal["cross-entropy", "margin"] = "cross-entropy"
-    """What is maximised: cross-entropy, or the margin of the logits (Carlini and Wagner)."""
+    loss: LossName = "cross-entropy"
+    """What is maximised (:data:`gambeson.attacks.LossName`). Those that weigh pixels by whether they are right, and
+    ``js``, which is bounded, are not truncated as well."""
     momentum: Annotated[Number, Field(ge=0)] = 0.0
     """Decay of the gradients summed over the steps, each divided by its mean absolute value (Dong et al. 2018)."""
     normalise: Literal["batch", "sample"] = "batch"
     """``batch``: the steepest step of the mean gradient. ``sample``: the mean of every image's own steepest step
     (Perolat et al., arXiv 1809.07802), so that no image has more say than another."""
     labels: LabelSource = "truth"
-    """See :data:`gambeson.attacks.universal.base.LabelSource`."""
+    """See :data:`gambeson.attacks.universal.target.LabelSource`; a target other than a class has ``prediction`` as its
+    default, as in Metzen et al. 2017."""
     temperature: Temperature = "auto"
     """See :data:`gambeson.victim.Temperature`."""
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.tile is not None and self.norm == "1":
+            raise ValueError("a step in norm 1 moves single pixels, no tiles; choose norm inf or 2")
+        if isinstance(self.target, Target) and self.target.kind != "class" and "labels" not in self.model_fields_set:
+            self.__dict__["labels"] = "prediction"
+        return self
 
     @property
     def lengths(self) -> list[float]:
@@ -103,20 +122,24 @@ class StochasticPGD(UniversalAttack):
     @property
     def objective(self) -> Loss:
         """What is maximised, one value per image."""
-        truncate = self.truncate if self.target is None else self.target_floor
-        return Loss(
-            kind=self.loss,
-            targeted=self.target is not None,
-            truncate=truncate,
-            truncate_correct=self.truncate_correct,
-        )
+        if self.target is not None:
+            return Loss(kind=self.loss, targeted=True, tau=self.tau)
+        truncate = None if self.loss in (*MASKED, "js") else self.truncate
+        return Loss(kind=self.loss, truncate=truncate, truncate_correct=self.truncate_correct)
 
     def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
-        starts = list(context.starts(self.probe_starts or self.restarts, start))
+        starts = [(kind, self._tiled(one)) for kind, one in context.starts(self.probe_starts or self.restarts, start)]
         if self.probe_starts:
             starts = self._best(context, starts)
         for restart, (kind, delta) in enumerate(starts):
             yield Candidate(start=kind, delta=self._run(context, delta, [self.probe_starts + restart]))
+
+    def _tiled(self, start: torch.Tensor) -> torch.Tensor:
+        """Repeat the tile at the top left of a start."""
+        if self.tile is None:
+            return start
+        height, width = self.tile
+        return self.ball.project(repeat_tile(start[..., :height, :width], start.shape[2:]))
 
     def _best(self, context: CraftingContext, starts: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
         """Run every start for a few steps, and return the best on validation; one that was given is always kept."""
@@ -149,17 +172,19 @@ class StochasticPGD(UniversalAttack):
         """
         solver, memory = context.solver(self.objective), torch.zeros_like(delta)
         sums: list[torch.Tensor] = []
-        streams = zip(*(context.stream(self.batch_size, restart) for restart in restarts), strict=True)
-        for batches, length in zip(islice(streams, self.steps), self.lengths, strict=True):
-            images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-            targets = context.targets(images, labels)
+        streams = zip(*(context.batches(self.batch_size, restart) for restart in restarts), strict=True)
+        for step, (batches, length) in enumerate(zip(islice(streams, self.steps), self.lengths, strict=True), 1):
+            images, labels, places = (torch.cat(parts) for parts in zip(*batches, strict=True))
+            targets, weights = context.aims(images, labels, places)
             # Mini-batches differ in size where images without a label that counts were left out.
-            sizes = [len(part) for part, _ in batches]
+            sizes = [len(part) for part, _, _ in batches]
             alone = self.normalise == "sample" or classwise or len(set(sizes)) > 1
             # The row of each image: its own class's perturbation, or that of the restart whose mini-batch it is in.
             own = [labels.new_full((size,), row) for row, size in enumerate(sizes)] if alone and not classwise else []
             rows = torch.cat(own) if own else labels
-            direction, logits = solver.gradient(delta[rows] if alone else delta, images, targets, sums=sums)
+            guide, moving = solver.at(step, self.steps), delta[rows] if alone else delta
+            direction, logits = guide.gradient(moving, images, targets, weights=weights, sums=sums)
+            direction = direction if self.tile is None else mean_over_tiles(direction, self.tile)
             if self.normalise == "sample":
                 direction = context.ball.steepest(direction)
             if alone:
@@ -226,7 +251,7 @@ class ClasswiseStochasticPGD(StochasticPGD):
             kinds, outcomes = [], []
             for restart in range(self.restarts):
                 kinds.append("sign" if restart else "zero")
-                first = context.start(kinds[-1], restart, classes)
+                first = self._tiled(context.start(kinds[-1], restart, classes))
                 outcomes.append(self._run(context, first, [restart], classwise=True))
             table = {k: [context.rate(delta[[k]], part) for delta in outcomes] for k, part in _parts(context, classes)}
             found = {}
@@ -238,6 +263,32 @@ class ClasswiseStochasticPGD(StochasticPGD):
                 about = self._about(context, restarts, self._status(delta, chosen), source_class=k)
                 found[k] = UniversalPerturbation(delta, about, self._seen(context))
         return found
+
+
+def repeat_tile(tile: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Repeat tiles (R, C, h, w) from the top left over ``size``, height and width; the last copies may be cut."""
+    copies = [-(-side // own) for side, own in zip(size, tile.shape[2:], strict=True)]
+    return tile.repeat(1, 1, *copies)[..., : size[0], : size[1]]
+
+
+def mean_over_tiles(gradient: torch.Tensor, tile: Sequence[int]) -> torch.Tensor:
+    """Return the gradient of a repeated tile: at every pixel the mean over the copies of its place in the tile.
+
+    The gradient of the tile itself is the sum over its copies. The mean is the projection onto perturbations that
+    repeat a tile, so that its direction is the steepest one among them also where the last copies are cut.
+
+    Args:
+        gradient: (R, C, H, W).
+        tile: height and width.
+    """
+    size = gradient.shape[2:]
+    spare = [-side % own for side, own in zip(size, tile, strict=True)]
+
+    def summed(values: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(values, (0, spare[1], 0, spare[0]))
+        return padded.unflatten(3, (-1, tile[1])).unflatten(2, (-1, tile[0])).sum((2, 4))
+
+    return repeat_tile(summed(gradient) / summed(torch.ones_like(gradient[:1, :1])), size)
 
 
 def _parts(context: CraftingContext, classes: int) -> Iterator[tuple[int, Split]]:

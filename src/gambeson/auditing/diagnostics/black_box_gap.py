@@ -43,7 +43,7 @@ def _transferred(context: AuditContext) -> Finding:
         return Finding(None, "there is no surrogate")
     white = context.suite.pgd(context.eps)
     numbers, gains = {"white box": context.accuracy(white).value}, []
-    for name, attack in image_attacks(context.eps, context.suite.norm).items():
+    for name, attack in image_attacks(context.eps, context.suite.norm, context.test.task).items():
         moved = FromSurrogate(context.surrogate, attack, context.surrogate_temperature, context.suite.eot_samples)
         gains.append(PairedDifference.of(context.outcome(white), context.outcome(moved)))
         numbers[name] = context.accuracy(moved).value
@@ -83,7 +83,7 @@ def _universal(context: AuditContext) -> Finding:
 @register(
     "white box beats queries",
     condition=f"Square, or steps towards training images of other classes, break clearly more than {100 * _MORE:g} "
-    "% of images among those that PGD leaves right",
+    "% of images among those that PGD leaves right; of label maps, Square breaks so many of their pixels",
     explanation="An attack that sees scores alone finds what the gradient does not lead to (Athalye et al. 2018, "
     "section 3.1; Andriushchenko et al. 2020, section 5); steps towards other images find what compares images "
     "with those it knows.",
@@ -91,9 +91,12 @@ def _universal(context: AuditContext) -> Finding:
 )
 def _queried(context: AuditContext) -> Finding:
     norm, queries = context.suite.norm, min(_QUERIES, context.suite.queries)
-    if norm == "1" or not context.sample.task.per_image_label or not queries:
-        return Finding(None, "Square is for one label an image and the norms inf and 2, and needs queries")
-    others = (Square(eps=context.eps, norm=norm, queries=queries), _towards(context))
+    if norm == "1" or not queries:
+        return Finding(None, "Square is for the norms inf and 2, and needs queries")
+    square = Square(eps=context.eps, norm=norm, queries=queries)
+    if not context.sample.task.per_image_label:
+        return _queried_maps(context, square)
+    others = (square, _towards(context))
     white, both, broken = (_voted if context.subject.random else _settled)(context, others)
     left = int(white.right.sum())
     gain = PairedDifference.of(white, both)
@@ -103,6 +106,23 @@ def _queried(context: AuditContext) -> Finding:
         f"queries each, and steps towards training images of other classes break {broken[1]}: together "
         f"{gain.beyond(_MORE)}",
         {"left by PGD": left, "broken by queries": left - int(both.right.sum())},
+    )
+
+
+def _queried_maps(context: AuditContext, square: Square) -> Finding:
+    """Compare Square with PGD on label maps, which no class of another image could be stepped towards.
+
+    The worse of the two per image is the model's, where it is not random: chance would choose then.
+    """
+    white, other = context.outcome(context.suite.pgd(context.eps)), context.outcome(square)
+    if not context.subject.random:
+        other = Counts(white.right.minimum(other.right), other.total)
+    gain = PairedDifference.of(white, other)
+    return Finding(
+        gain.low <= _MORE,
+        f"of the pixels {white.accuracy} stand under PGD, and {other.accuracy} where Square with {square.queries} "
+        f"queries per image does more: it breaks {gain.beyond(_MORE)}",
+        {"left by PGD": white.accuracy.value, "left by queries": other.accuracy.value},
     )
 
 

@@ -102,8 +102,6 @@ def _beats_chance(context: AuditContext) -> Finding:
     norm = context.suite.norm
     if norm == "1":
         return Finding(None, "random search is for the norms inf and 2")
-    if not context.sample.task.per_image_label:
-        return Finding(None, "random search is for one label an image")
     attack = context.suite.pgd(context.eps)
     queries = 2 * attack.steps * attack.restarts  # a forward and a backward each
     chance = RandomSearch(eps=context.eps, norm=norm, queries=queries)

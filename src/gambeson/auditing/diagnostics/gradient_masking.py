@@ -14,6 +14,7 @@ from gambeson.auditing.outcome import PairedDifference
 from gambeson.base import UserError, generator
 from gambeson.evaluation import Rate
 from gambeson.evaluation.outcome import at_once
+from gambeson.tasks import Task
 from gambeson.threat import Ball, perturb
 
 _DEAD = 0.1
@@ -43,8 +44,8 @@ def _alive(context: AuditContext) -> Finding:
     dead = _without(_gradients(context, images, labels, lambda z, y: loss(z / scale, y, split.task))[0])
     detail = f"{dead} of {len(images)} images have an input gradient of zero, or one that is not finite"
     numbers, blind = {"dead": dead / len(images)}, 0
-    if split.task.labels_every_image and len(split.classes) >= _SEVERAL:
-        blind = _without(_gradients(context, images, labels, _of_wrong_classes)[0])
+    if (split.task.labels_every_image or not split.task.per_image_label) and len(split.classes) >= _SEVERAL:
+        blind = _without(_gradients(context, images, labels, lambda z, y: _of_wrong_classes(z, y, split.task))[0])
         detail += f"; on {blind} no wrong class's logit has a gradient"
         numbers["wrong classes dead"] = blind / len(images)
     return Finding(max(dead, blind) <= _DEAD * len(images), detail, numbers)
@@ -56,10 +57,11 @@ def _without(gradients: torch.Tensor) -> int:
     return int((~((largest >= _LEAST) & largest.isfinite())).sum())
 
 
-def _of_wrong_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _of_wrong_classes(logits: torch.Tensor, labels: torch.Tensor, task: Task) -> torch.Tensor:
     # Weights of different size: gradients of different classes shall not cancel.
-    weights = torch.linspace(1, 2, logits.shape[1], device=logits.device).expand_as(logits)
-    return (logits * weights.scatter(1, labels[:, None], 0)).sum(1)
+    weights = torch.linspace(1, 2, logits.shape[1], device=logits.device)
+    weights = weights.view(-1, *[1] * (logits.ndim - 2)).expand_as(logits)
+    return task.per_image((logits * weights.scatter(1, task.indexable(labels)[:, None], 0)).sum(1), labels)
 
 
 @register(
@@ -152,6 +154,6 @@ def _gradients(
         with torch.enable_grad():
             point = x.detach().clone().requires_grad_()
             value = value_of(victim.forward_original(point), y)
-        parts.append((victim.gradient(value.sum(), point, len(point)), value.detach()))
+            parts.append((victim.gradient(value.sum(), point, len(point)), value.detach()))
     gradients, values = zip(*parts, strict=True)
     return torch.cat(gradients), torch.cat(values)

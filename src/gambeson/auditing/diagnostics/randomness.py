@@ -97,7 +97,8 @@ class _Nothing:
 @register(
     "no noise-off gap",
     condition="perturbations crafted with the noise off break clearly more than those crafted through it, or "
-    f"clearly more than {100 * _FAR:g} % of the images that are right either way stand only while the noise is on",
+    f"clearly more than {100 * _FAR:g} % of the images that are right either way stand only while the noise is on; of "
+    "label maps, so many pixels, less those that the noise alone makes wrong",
     explanation="The robustness is the randomness's: it misleads the attack, and the model behind it has none "
     "(Athalye et al. 2018, section 4.2).",
     remedy="Report the number with the noise off beside it; attack with more draws, more steps, and from what was "
@@ -119,16 +120,18 @@ def _noise_off(context: AuditContext) -> Finding:
     clean_on, on = context.outcome(_Nothing()), context.outcome(attack)
     moved = context.outcome(_NoiseOff(how, attack))
     helped = PairedDifference.of(on, moved)
-    both = (clean_on.right == clean_on.total) & (clean_off.right == clean_off.total)
-    if not context.sample.task.per_image_label:
-        both = torch.ones_like(both)
-    if not bool(both.any()):
-        return Finding(None, f"no image of {len(both)} is right when clean both with the noise on and with it off")
-    carried = PairedDifference.of(_only(on, both), _only(off, both))
+    if context.sample.task.per_image_label:
+        both = (clean_on.right == clean_on.total) & (clean_off.right == clean_off.total)
+        if not bool(both.any()):
+            return Finding(None, f"no image of {len(both)} is right when clean both with the noise on and with it off")
+        carried, of = PairedDifference.of(_only(on, both), _only(off, both)), "of images that are right when clean"
+    else:
+        lost = (Counts(one.right - clean.right, one.total) for one, clean in ((on, clean_on), (off, clean_off)))
+        carried, of = PairedDifference.of(*lost), "of pixels, beyond those that are wrong when clean"
     return Finding(
         helped.low <= 0 and carried.low <= _FAR,
         f"accuracy under PGD {on.accuracy} with the noise on, {off.accuracy} with it off, and {moved.accuracy} with "
-        f"it on for what was crafted with it off ({how}); of images that are right when clean either way, "
+        f"it on for what was crafted with it off ({how}); {of} either way, "
         f"{carried.beyond(_FAR)} fall with the noise off, and the crafted ones break {helped.beyond()}",
         {"on": on.accuracy.value, "off": off.accuracy.value, "crafted_off": moved.accuracy.value, "gap": carried.value},
     )

@@ -66,7 +66,7 @@ def measure(
     before = (victim.forwards, victim.backwards)
     images, _ = split.take(slice(0, _FEWEST), victim.device)
     random = victim.traits is not None and victim.traits.stochastic
-    with ExitStack() as stack, torch.no_grad():
+    with torch.no_grad(), ExitStack() as stack:
         watched = stack.enter_context(Victim(_OneDraw(victim, seed))) if random else victim
         watched.allow_no_graph = victim.allow_no_graph
         logits = watched.forward_original(images)

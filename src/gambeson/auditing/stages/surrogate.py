@@ -16,6 +16,8 @@ from gambeson.base import UserError, seeded
 from gambeson.data import Dataset
 from gambeson.defenses import Standard
 from gambeson.evaluation import accuracy, load_model
+from gambeson.models.unet import SMALLEST
+from gambeson.tasks import Segmentation
 from gambeson.training import train
 
 FILE = "surrogate.safetensors"
@@ -24,21 +26,28 @@ LARGEST = 64
 _MANY = 150_000
 """Training images from which a residual network on colour images learns more than LeNet-5 in the same time."""
 _FEWEST_STEPS = 400
-_BATCH = 64
+_BATCH, _MAP_BATCH = 64, 16
+_MAPS = "unet-small"
+"""The architecture for label maps, whose every image has thousands of labels: batches are smaller."""
 
 
 def choose(suite: Suite, data: Dataset) -> tuple[str, str]:
     """Return the architecture to train (empty: none, or the one named by the suite), and why there is none."""
     if suite.surrogate == "none":
         return "", "No perturbation was transferred, as the suite asks."
-    if not data.test.task.per_image_label:
-        return "", "No perturbation was transferred: a surrogate takes one label an image."
     if suite.surrogate != "auto":
         return "", ""
     if max(data.image_size) > LARGEST:
         return "", (
             f"No perturbation was transferred: images are {max(data.image_size)} pixels wide, and a surrogate is only "
             f"trained up to {LARGEST}; name a model of the same data with --surrogate."
+        )
+    if not data.test.task.per_image_label:
+        if isinstance(data.test.task, Segmentation) and min(data.image_size) >= SMALLEST:
+            return _MAPS, ""
+        return (
+            "",
+            f"No perturbation was transferred: there is no small net for {data.test.task.label_form} of this size.",
         )
     seen = suite.surrogate_epochs * min(suite.surrogate_images, len(data.train))
     return ("resnet20" if data.in_channels > 1 and seen >= _MANY else "lenet5"), ""
@@ -119,7 +128,7 @@ def train_surrogate(
     part, count = data.train, min(suite.surrogate_images, len(data.train))
     part = part.sample(count, seed=seed)
     held = data.validation.sample(_BATCH, seed=seed)
-    batch = min(_BATCH, count, max(16, count // 16))
+    batch = min(_MAP_BATCH if name == _MAPS else _BATCH, count, max(16, count // 16))
     epochs = max(suite.surrogate_epochs, math.ceil(_FEWEST_STEPS / (count // batch)))
     with seeded(seed, "surrogate"):
         model = models.create(name, data).to(device)

@@ -19,13 +19,15 @@ from gambeson.threat import Norm
 from gambeson.victim import EOT_SAMPLES, Victim, predict, score
 
 
-def image_attacks(eps: float, norm: Norm) -> dict[str, GradientAttack]:
+def image_attacks(eps: float, norm: Norm, task: Task) -> dict[str, GradientAttack]:
     """Return the per-image attacks on the surrogate: a single-step one, and an iterative one that transfers well.
 
     MI-FGSM with DI has the common setting of transfer papers: 10 steps of eps / 10 from the image itself, momentum 1,
-    random resizing (:mod:`gambeson.attacks.gradient.pgd`).
+    random resizing (:mod:`gambeson.attacks.gradient.pgd`). Label maps would have to be resized with their images, so
+    that DI is for one label per image.
     """
-    return {"fgsm": FGSM(eps=eps, norm=norm), "mi-di-fgsm": transfer_attack("mi-di-fgsm", eps=eps, norm=norm)}
+    name = "mi-di-fgsm" if task.per_image_label else "mi-fgsm"
+    return {"fgsm": FGSM(eps=eps, norm=norm), name: transfer_attack(name, eps=eps, norm=norm)}
 
 
 class FromSurrogate:
@@ -102,7 +104,7 @@ def measure(context: AuditContext) -> list[TransferredResult]:
 
     tried("stochastic-pgd", test, shared.delta)
     few = context.few(context.suite.transfer_images)
-    for name, attack in image_attacks(eps, norm).items():
+    for name, attack in image_attacks(eps, norm, test.task).items():
         moved = FromSurrogate(surrogate, attack, context.surrogate_temperature, context.suite.eot_samples)
         tried(name, perturbed(few, moved, context))
     return found
