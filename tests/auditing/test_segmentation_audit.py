@@ -1,4 +1,4 @@
-"""Audits of segmentation models: rates of pixels, mean IoU, every diagnostic, and obfuscated nets that are not trusted."""
+"""Audits of segmentation models: rates of pixels, mean IoU, diagnostics, and obfuscated nets that are not trusted."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_rates_are_of_pixels_and_stand_for_the_stored_perturbations(honest, net,
     assert errors[-1] > result.clean.complement.value + 0.1
     assert "% [" in found.verdict.summary
     assert "of the pixels of test images" in found.verdict.summary
-    assert f"The mean IoU is {result.middle.iou.mean} under it, {result.iou.mean} when clean." in found.verdict.summary
+    assert f"The mean IoU is {result.middle.iou.mean} under the pattern, {result.iou.mean} when clean." in found.verdict.summary
 
 
 def test_the_result_fits_the_schema_and_comes_back(honest) -> None:

@@ -23,6 +23,8 @@ from gambeson.data import Dataset, Split
 from gambeson.evaluation import Rate
 from gambeson.evaluation.attack_suite import AttackRound
 from gambeson.evaluation.rates import Control, Cost, EpsAdv, EpsUni
+from gambeson.evaluation.segmentation_suite import MapResult
+from gambeson.evaluation.targeted import TargetSuccess
 from gambeson.tasks import Confusion
 
 RANGES: dict[PairMetric, tuple[float, float]] = {"cos_F": (-1, 1), "ratio_s": (0.5, 1), "rank1": (0, 1), "cka": (0, 1)}
@@ -257,6 +259,22 @@ class PerImageResult(Config):
     """Accuracy; of a suite, under the worst of its attacks per image."""
     rounds: list[AttackRound] = Field(default_factory=list)
     """Results of the attacks of a suite; empty for a single attack."""
+    maps: MapResult | None = None
+    """Of a suite on label maps: the mean IoU under its attacks."""
+    cost: Cost
+
+
+class TargetedResult(Config):
+    """One perturbation for all label maps that aims at a target, crafted at the middle eps."""
+
+    target: str
+    """As :class:`gambeson.attacks.Target` has it: ``static:IMAGE`` of validation, or ``hide:CLASS``."""
+    eps: float
+    norm: str
+    reached: TargetSuccess
+    """What of its target it reaches on test, beside clean images and controls."""
+    file: str
+    """The perturbation's file, relative to the result."""
     cost: Cost
 
 
@@ -362,13 +380,15 @@ class AuditResult(Config):
     iou: IoU | None = None
     """On clean test images; None where labels are no maps."""
     temperature: float = 1.0
-    """Divisor of the logits in attacks (see :mod:`gambeson.auditing.temperature`)."""
+    """Divisor of the logits in attacks (see :mod:`gambeson.victim.temperature`)."""
     per_image: list[PerImageResult]
     universal: list[UniversalResult]
     """In order of eps."""
     eps_uni: EpsUni
     eps_adv: EpsAdv | None = None
     """The same for per-image attacks, on the sample; None for a black box or if omitted."""
+    targeted: list[TargetedResult] = Field(default_factory=list)
+    """Of label maps: a scene that all images are to be taken for, and a class that is to be hidden."""
     transfer: list[TransferredResult] = Field(default_factory=list)
     surrogate: Surrogate | None = None
     corruption: list[Corruption] = Field(default_factory=list)

@@ -12,12 +12,14 @@ from gambeson.auditing.results import (
     ModelInfo,
     PerImageResult,
     RandomnessResult,
+    TargetedResult,
     TransferredResult,
     UniversalResult,
     Verdict,
 )
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import EpsAdv, EpsUni, SmallestEps
+from gambeson.evaluation.targeted import SHUFFLED
 
 
 def judge(
@@ -31,6 +33,7 @@ def judge(
     subject: ModelInfo | None = None,
     randomness: RandomnessResult | None = None,
     each: EpsAdv | None = None,
+    targeted: Sequence[TargetedResult] = (),
     unit: str = "image",
     iou: IoU | None = None,
 ) -> Verdict:
@@ -46,6 +49,7 @@ def judge(
         transfer: error under what was crafted on other models.
         subject: the model.
         randomness: what a random model answers over many passes.
+        targeted: what perturbations with a target reach.
         unit: what rates are shares of: images, or pixels of label maps. Then BROKEN means that half of all pixels are
             wrong (delta, ours); how classes fare that have few of them, the mean IoU tells.
         iou: of label maps, on clean test images.
@@ -53,8 +57,9 @@ def judge(
     point = points[len(points) // 2]
     said = [
         _one_pattern(clean, point, found.delta, transfer, unit),
-        "" if iou is None or point.iou is None else f"The mean IoU is {point.iou.mean} under it, {iou.mean} when clean.",
+        _mean_iou(point, iou),
         _image_by_image(point, per_image, transfer, unit),
+        *map(_aimed, targeted),
         _random(subject, randomness),
         _eps_uni(found, each),
     ]
@@ -168,6 +173,25 @@ def _image_by_image(
     accuracy = Rate.lowest(rate for rate, _ in found)
     units = "" if unit == "image" else f" of {unit}s"
     return f"Attacked image by image, {accuracy}{units} stay right under the worst attack ({attack})."
+
+
+def _mean_iou(point: UniversalResult, iou: IoU | None) -> str:
+    if iou is None or point.iou is None:
+        return ""
+    return f"The mean IoU is {point.iou.mean} under the pattern, {iou.mean} when clean."
+
+
+def _aimed(found: TargetedResult) -> str:
+    reached = found.reached
+    chance = next((one for one in reached.controls if one.name == SHUFFLED), None)
+    if reached.hidden is None or reached.kept is None:
+        beside = "" if chance is None else f", and {chance.success} by chance, of other scenes"
+        return (
+            f"Aimed at one scene ({found.target}), one pattern makes {reached.success} of pixels show it, against "
+            f"{reached.clean} when clean{beside}."
+        )
+    name = found.target.partition(":")[2]
+    return f"Made to hide {name}, one pattern hides {reached.hidden} of its pixels and keeps {reached.kept} of others."
 
 
 def _random(subject: ModelInfo | None, randomness: RandomnessResult | None) -> str:

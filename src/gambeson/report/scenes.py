@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from gambeson.auditing.results import IoU
+from gambeson.auditing.results import IoU, TargetedResult
+from gambeson.evaluation import Rate
+from gambeson.evaluation.targeted import SHUFFLED, Reached
 from gambeson.report.formatting import EpsFormat, of_hundred, percent
 from gambeson.report.loading import Folder
-from gambeson.report.pictures import Pattern, png
+from gambeson.report.pictures import Pattern, pattern, png
 from gambeson.report.tables import NONE, Cell, Group, Line, Table, rate_cell
 
 PALETTE = (
@@ -21,13 +23,15 @@ PALETTE = (
     *("#999933", "#661100", "#44aa99", "#aa4499", "#117733", "#ddcc77", "#6699cc", "#cc6677", "#5d3a1a", "#88ccee"),
 )
 """Colours of classes, in order of their index: those of Okabe and Ito, and of Tol, which people with any of the common
-kinds of colour blindness can tell apart as far as so many can be. Class 0, the ground, is grey. More classes begin anew,
-each time darker."""
+kinds of colour blindness can tell apart as far as so many can be. Class 0, the ground, is grey. More classes begin
+anew, each time darker."""
 UNLABELLED = "#ffffff"
 """Colour of pixels without a label that counts, or without a majority of votes."""
 _WIDEST = 256
 """Pixels of a side beyond which pictures leave out rows and columns."""
 _NAMED = 4
+_AIMED = 4
+"""Images that a pattern with a target is shown on."""
 _DARKER = 0.6
 
 
@@ -110,19 +114,77 @@ def build(folder: Folder, patterns: list[Pattern], scale: EpsFormat) -> list[Sce
     for point in result.universal:
         text = f"eps {scale.text(point.eps)}: wrong on {of_hundred(point.uer.value)} of 100 pixels"
         said.append(text + (f", mean IoU {percent(point.iou.mean.value)}" if point.iou else ""))
-    scenes = _scenes(tensors, tensors["curve"], tensors["curve_predictions"], result.material.classes)
-    height, width = result.material.shape[1:]
-    return [
+    classes, (height, width) = result.material.classes, result.material.shape[1:]
+    found = [
         Scenes(
             title="",
             patterns=patterns,
             said=said,
             middle=len(patterns) // 2,
-            scenes=scenes,
+            scenes=_scenes(tensors, tensors["curve"], tensors["curve_predictions"], classes),
             side=(width, height),
             note=_note(tensors, folder, scale),
         )
     ]
+    for one, delta in zip(result.targeted, folder.aimed, strict=True):
+        kind = one.target.partition(":")[0]
+        if kind not in tensors:
+            continue
+        moved, predictions = (tensors[f"{kind}_{what}"][None] for what in ("images", "predictions"))
+        found.append(
+            Scenes(
+                title=_aim(one),
+                patterns=[pattern(delta, one.eps, scale, folder.label, "")],
+                said=[_reached(one, scale)],
+                middle=0,
+                scenes=_scenes(tensors, moved, predictions, classes, tensors[kind])[:_AIMED],
+                side=(width, height),
+                note="",
+            )
+        )
+    return found
+
+
+def _aim(found: TargetedResult) -> str:
+    kind, _, name = found.target.partition(":")
+    return f"A pattern that hides the class {name}" if kind == "hide" else "A pattern that shows one chosen scene"
+
+
+def _reached(found: TargetedResult, scale: EpsFormat) -> str:
+    reached = found.reached
+    said = f"eps {scale.text(found.eps)}: "
+    if reached.hidden is None or reached.kept is None:
+        said += f"{of_hundred(reached.success.value)} of 100 pixels are taken for the target, {_clean(reached.clean)}"
+        chance = next((one for one in reached.controls if one.name == SHUFFLED), None)
+        return said + ("." if chance is None else f" and {of_hundred(chance.success.value)} for other scenes' maps.")
+    hidden, kept = of_hundred(reached.hidden.value), of_hundred(reached.kept.value)
+    return f"{said}{hidden} of 100 of its pixels are hidden, and {kept} of 100 others are kept."
+
+
+def _clean(rate: Rate) -> str:
+    return f"{of_hundred(rate.value)} without the pattern"
+
+
+def aims(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
+    """Build a table of the targets, with what is reached by the pattern, by controls and by chance."""
+    groups = []
+    for k, folder in enumerate(folders):
+        lines = []
+        for one in folder.result.targeted:
+            rows: list[tuple[str, Reached | None]] = [("crafted", one.reached)]
+            rows += [(control.name.replace("-", " "), control) for control in one.reached.controls]
+            note = f"{one.target}, eps {scale.text(one.eps)}"
+            lines.append(Line("clean images", note, [rate_cell(one.reached.clean), NONE, NONE], minor=True))
+            for name, found in rows:
+                if found is not None:
+                    cells = [found.success, found.hidden, found.kept]
+                    own = [NONE if rate is None else rate_cell(rate) for rate in cells]
+                    lines.append(Line(name, note, own, minor=name != "crafted"))
+        if lines:
+            groups.append(Group(k, lines))
+    head = ["Pattern", "Pixels that show the target", "Hidden of the class", "Kept of all others"]
+    note = "The shuffled target map is the same pattern held against the target maps of other images: chance."
+    return Table("Patterns that aim at a target", head, groups, note) if groups else None
 
 
 def _scenes(
@@ -224,7 +286,7 @@ def _colour_of(value: int) -> str:
 
 
 def ious(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
-    """Build, for each model, the mean IoU and that of every class, on clean images and over all eps; None for images."""
+    """Build, for each model, the mean IoU and that of every class, clean and over all eps; None without label maps."""
     if folders[0].unit == "image":
         return None
     radii = sorted({point.eps for folder in folders for point in folder.result.universal})

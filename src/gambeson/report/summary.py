@@ -95,12 +95,13 @@ def summary(folder: Folder, scale: EpsFormat) -> Summary:
         )
     if result.iou is not None and point.iou is not None:
         facts.append(
-            f"Averaged over classes, the overlap of prediction and truth (mean IoU) is {of_hundred(point.iou.mean.value)} "
-            f"of 100 with the pattern and {of_hundred(result.iou.mean.value)} without it."
+            "Averaged over classes, the overlap of prediction and truth (mean IoU) is "
+            f"{of_hundred(point.iou.mean.value)} of 100 with it and {of_hundred(result.iou.mean.value)} without."
         )
     if (each := worst_attack(result.per_image)) is not None:
         broken = of_hundred(each.accuracy.complement.value)
-        facts.append(f"Attacked with a pattern of its own for every image, it is wrong on {broken} of 100{'' if folder.unit == 'image' else ' pixels'}.")
+        units = "" if folder.unit == "image" else f" {folder.unit}s"
+        facts.append(f"Attacked with a pattern of its own for every image, it is wrong on {broken} of 100{units}.")
     trusted = folder.trusted
     outcome = _UNDECIDED if lead.outcome == "withstands" and not trusted else _OUTCOMES[lead.outcome]
     measured = Badge("measurement checked", "checked", "✓") if trusted else Badge("not trusted", "doubted", "!")

@@ -204,6 +204,9 @@ def _per_image(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
         for attack in _keys(rounds):
             cells = [_round(turns.get(attack), a) for turns, a in zip(rounds, found, strict=True)]
             lines.append(Line(f"after {attack}", "", cells, minor=True))
+        if any(a and a.maps for a in found):
+            cells = [NONE if a is None or a.maps is None else rate_cell(a.maps.mean_iou) for a in found]
+            lines.append(Line("mean IoU", "at its own worst case", cells, minor=True))
     has_suites = any(a.rounds for column in columns for a in column.values())
     note = "In a suite each attack takes on only the images that the ones before it left right." if has_suites else ""
     return _table(folders, "Accuracy when every image gets a perturbation of its own", "Attack", lines, note)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from gambeson.attacks import PGD, StochasticPGD
+from gambeson.attacks.solver import GradientWarning
 from gambeson.base import derive, place, total
 from gambeson.data import Dataset, Split
 from gambeson.defenses import Defense
@@ -98,9 +99,10 @@ def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: i
     ball = {"eps": getattr(defense, "eps", None), "norm": getattr(defense, "norm", "inf")}
     if not ball["eps"]:
         return {}
-    universal = StochasticPGD(**ball, steps=50, batch_size=128, probe_starts=0).craft(
-        model, data, seed=derive(seed, "validation")
-    )
+    attack = StochasticPGD(**ball, steps=50, batch_size=128, probe_starts=0, temperature=1.0)
+    with warnings.catch_warnings():  # after the first epochs no answer may be as sure as the truncation
+        warnings.simplefilter("ignore", GradientWarning)
+        universal = attack.craft(model, data, seed=derive(seed, "validation"))
     few = data.validation.sample(_IMAGES, seed=seed)
     with _one_pass(model) as victim:
         delta = universal.delta.to(victim.device)
