@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from gambeson.attacks import UniversalPerturbation
-from gambeson.auditing import temperature
 from gambeson.auditing.context import AuditContext, Checkpoints
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, get
 from gambeson.auditing.results import (
@@ -52,6 +51,7 @@ from gambeson.evaluation.targeted import Goal
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import count_parameters, fingerprint
 from gambeson.victim import Victim, nothing_counts, predict, score, vote
+from gambeson.victim.temperature import temperature
 
 FILE = "examples.safetensors"
 _MAPS_SHOWN = 6
@@ -233,8 +233,7 @@ def audit(
         for part in (reported.train, reported.validation, reported.test):
             part.check_logits(look.shape)
         victim.votes = suite.votes if look.stochastic else 1
-        if not black_box:
-            victim.temperature = temperature.temperature(victim, reported.validation, seed)
+        victim.temperature = 1.0 if black_box else temperature(victim, reported.validation, seed)
         if black_box:  # queries spent are recorded
             predictions = torch.tensor(stages.do("clean", list[int], lambda: predict(victim, reported.test).tolist()))
         else:
@@ -376,7 +375,7 @@ class _Auditor:
             settings=context.suite.plain(),
             clean=context.clean,
             iou=(iou := IoU.of(context.predictions, context.test)),
-            temperature=context.victim.temperature,
+            temperature=context.victim.temperature or 1.0,
             per_image=context.per_image,
             universal=context.universal,
             eps_uni=found,

@@ -19,7 +19,6 @@ from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.outcome import AsFarAsFinite
 from gambeson.auditing.results import ModelInfo, PerImageResult, RandomnessResult, TransferredResult, UniversalResult
 from gambeson.auditing.suite import Suite
-from gambeson.auditing.temperature import temperature
 from gambeson.base import read_json, seeded, write_json, write_text
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import BudgetSpent, Rate
@@ -27,6 +26,7 @@ from gambeson.evaluation.outcome import AttackT, ImageAttack, averaged, outcome
 from gambeson.evaluation.rates import Cost, ImageErrors
 from gambeson.tasks import Counts
 from gambeson.victim import Victim
+from gambeson.victim.temperature import temperature
 
 ResultT = TypeVar("ResultT")
 
@@ -118,7 +118,7 @@ class AuditContext:
     """Perturbations crafted on the surrogate by eps."""
     targeted: dict[str, UniversalPerturbation] = field(default_factory=dict)
     """Perturbations with a target, by its kind; of label maps."""
-    _outcomes: dict[tuple[str, bool, float], Counts] = field(default_factory=dict)
+    _outcomes: dict[tuple[str, bool, float | None], Counts] = field(default_factory=dict)
 
     @property
     def test(self) -> Split:

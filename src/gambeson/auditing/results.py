@@ -380,7 +380,7 @@ class AuditResult(Config):
     iou: IoU | None = None
     """On clean test images; None where labels are no maps."""
     temperature: float = 1.0
-    """Divisor of the logits in attacks (see :mod:`gambeson.auditing.temperature`)."""
+    """Divisor of the logits in attacks (see :mod:`gambeson.victim.temperature`)."""
     per_image: list[PerImageResult]
     universal: list[UniversalResult]
     """In order of eps."""

@@ -15,7 +15,7 @@ from gambeson.data import Split, as_split
 from gambeson.evaluation.rates import Control, ImageErrors, LostIou, Measured
 from gambeson.tasks import Confusion, Rate
 from gambeson.threat import Ball
-from gambeson.victim import Score, Victim, as_victim, nothing_counts, predict, predict_batches, score
+from gambeson.victim import Score, Victim, as_victim, nothing_counts, predict_batches, score_batches
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
@@ -61,7 +61,7 @@ def accuracy(model: nn.Module, data: object, *, seed: int = 0) -> Rate:
     """
     split = as_split(data, "test")
     with as_victim(model) as victim:
-        return accuracy_rate(score(predict(victim, split, seed=seed), split))
+        return accuracy_rate(score_batches(victim, split, seed=seed))
 
 
 def confusion(model: nn.Module, data: object, uap: UniversalPerturbation | None = None, *, seed: int = 0) -> Confusion:
@@ -116,15 +116,15 @@ def universal_evasion(model: nn.Module, data: object, uap: UniversalPerturbation
     """
     split = scorable(data, uap)
     with as_victim(model) as victim:
-        return error_rate(score(predict(victim, split, uap.delta.to(victim.device), seed=seed), split))
+        return error_rate(score_batches(victim, split, uap.delta.to(victim.device), seed=seed))
 
 
 def fooling_rate(model: nn.Module, data: object, uap: UniversalPerturbation, *, seed: int = 0) -> Rate:
     """Fooling rate: the share of predictions that the perturbation changes; see :func:`universal_evasion`."""
     split = scorable(data, uap)
     with as_victim(model) as victim:
-        clean = predict(victim, split, seed=seed)
-        return change_rate(score(predict(victim, split, uap.delta.to(victim.device), seed=seed), split, clean))
+        clean = torch.cat(predict_batches(victim, split, lambda found, _: found.int().cpu(), seed=seed))
+        return change_rate(score_batches(victim, split, uap.delta.to(victim.device), seed=seed, clean=clean))
 
 
 def scorable(data: object, uap: UniversalPerturbation) -> Split:
@@ -155,7 +155,7 @@ def control_rates(
     found = []
     for name in controls:
         patterns = patterns_of(name, ball, split.shape, seed).to(victim.device)
-        rates = [error_rate(score(predict(victim, split, pattern[None]), split)) for pattern in patterns]
+        rates = [error_rate(score_batches(victim, split, pattern[None])) for pattern in patterns]
         mean = sum(rate.value for rate in rates) / len(rates)
         found.append(Control(name=name, mean=mean, worst=Rate.highest(rates), draws=len(rates)))
     return found
@@ -173,7 +173,8 @@ Measure = Callable[[Victim, Split, torch.Tensor | None], Measured]
 
 def errors_under(victim: Victim, split: Split, delta: torch.Tensor | None = None) -> ImageErrors:
     """Measure the error."""
-    return ImageErrors.of(predict(victim, split, delta), split)
+    counts = score_batches(victim, split, delta).counts
+    return ImageErrors(counts.total - counts.right, counts.total)
 
 
 def lost_iou(victim: Victim, split: Split, delta: torch.Tensor | None = None) -> LostIou:

@@ -9,14 +9,13 @@ from typing import Any, Literal
 
 import torch
 
-from gambeson.base import UserError
-from gambeson.base.notebook import frame
+from gambeson.base import UserError, notebook
 from gambeson.tasks.rate import Difference, Rate, resampled
 
 Metric = Literal["accuracy", "mean_iou", "mean_accuracy"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Confusion:
     """Diagonal and margins of the confusion matrix of each image: all that accuracy and IoU depend on.
 
@@ -83,15 +82,33 @@ class Confusion:
         """Return the metric for each row of counts summed over images, (B, 3 K) float64."""
         return _METRICS[metric](*sums.unflatten(1, (3, len(self.classes))).unbind(1))
 
+    def rates(self) -> dict[str, Rate]:
+        """Return every rate by its name."""
+        means = {"pixel accuracy": self.accuracy, "mean accuracy": self.mean_accuracy, "mean IoU": self.mean_iou}
+        return means | {f"IoU of {name}": rate for name, rate in self.iou.items()}
+
     def to_frame(self) -> Any:
-        """Return a ``pandas.DataFrame`` with one row per class that occurs, and the metrics of all.
+        """Return a ``pandas.DataFrame`` with one row per rate.
 
         Raises:
             UserError: pandas is not installed.
         """
-        rates = {f"IoU of {name}": rate for name, rate in self.iou.items()}
-        rates |= {"mean IoU": self.mean_iou, "mean accuracy": self.mean_accuracy, "pixel accuracy": self.accuracy}
-        return frame([{"metric": name, **rate.plain()} for name, rate in rates.items()])
+        return notebook.frame([{"metric": name, **rate.plain()} for name, rate in self.rates().items()])
+
+    def plot(self) -> Any:
+        """Return a ``plotly`` figure with the IoU of each class and its interval."""
+        lines = {"IoU": (list(self.iou), list(self.iou.values()))}
+        return notebook.curves(lines, f"Mean IoU {self.mean_iou}", "class", "IoU (%)").update_traces(mode="markers")
+
+    def __repr__(self) -> str:
+        return notebook.text_table(*self._lines)
+
+    def _repr_html_(self) -> str:
+        return notebook.html_table(*self._lines)
+
+    @property
+    def _lines(self) -> tuple[str, dict[str, str]]:
+        return f"{len(self.counts):,} images", {name: str(rate) for name, rate in self.rates().items()}
 
     @property
     def _present(self) -> list[int]:

@@ -14,10 +14,12 @@ from gambeson.victim.scoring import (
     predict_batches,
     predicted,
     score,
+    score_batches,
     vote,
     votes_of,
     votes_right,
 )
+from gambeson.victim.temperature import Temperature, calibrating, rescaled
 from gambeson.victim.victim import BatchNormMode, FastPath, Precision, Victim, copied, frozen
 
 __all__ = [
@@ -34,9 +36,11 @@ __all__ = [
     "Precision",
     "Score",
     "Source",
+    "Temperature",
     "Victim",
     "as_victim",
     "auto_batch_size",
+    "calibrating",
     "copied",
     "fold_batchnorms",
     "frozen",
@@ -46,7 +50,9 @@ __all__ = [
     "predict",
     "predict_batches",
     "predicted",
+    "rescaled",
     "score",
+    "score_batches",
     "vote",
     "votes_of",
     "votes_right",

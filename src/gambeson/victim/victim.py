@@ -119,6 +119,7 @@ class Victim:
         allow_no_graph: the gradient of a model without a graph is zero, as audits want it, which report that; otherwise
             it is refused.
         temperature: what the logits that attacks see are divided by; 1 leaves them as they are. It changes no answer.
+            None: 1, unless an attack chooses (:data:`gambeson.victim.Temperature`).
     """
 
     members: Sequence[Victim] = ()
@@ -134,7 +135,7 @@ class Victim:
         self.traits: ModelTraits | None = None
         self.votes: int | None = None
         self.allow_no_graph = False
-        self.temperature = 1.0
+        self.temperature: float | None = None
         self._default = torch.get_default_dtype()
         self._guard = ExitStack()
         self._seen_input = False
@@ -200,7 +201,10 @@ class Victim:
                 self.forwards += len(images)
                 logits = self._logits(self._view, images.contiguous(memory_format=self._layout))
             logits = logits.to(images.dtype)
-        return logits if self.temperature == 1 else logits / self.temperature
+        return self._scaled(logits)
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.temperature is None or self.temperature == 1 else logits / self.temperature
 
     def _prepare(self, images: torch.Tensor) -> None:
         """Make the fast copy, once."""
