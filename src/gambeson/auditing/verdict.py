@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from gambeson.auditing.results import (
+    Attacked,
     AuditResult,
     Check,
     ModelInfo,
@@ -14,6 +15,7 @@ from gambeson.auditing.results import (
     TransferredResult,
     UniversalResult,
     Verdict,
+    worst_attack,
 )
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import EpsAdv, EpsUni, SmallestEps
@@ -30,6 +32,7 @@ def judge(
     subject: ModelInfo | None = None,
     randomness: RandomnessResult | None = None,
     each: EpsAdv | None = None,
+    left_out: str = "",
 ) -> Verdict:
     """State what one pattern does to the model at the middle eps, and whether that can be trusted.
 
@@ -43,11 +46,13 @@ def judge(
         transfer: error under what was crafted on other models.
         subject: the model.
         randomness: what a random model answers over many passes.
+        left_out: what a budget left out, as a sentence.
     """
     point = points[len(points) // 2]
     said = [
+        left_out,
         _one_pattern(clean, point, found.delta, transfer),
-        _image_by_image(point, per_image, transfer),
+        _image_by_image(worst_attack(point, per_image, transfer)),
         _random(subject, randomness),
         _eps_uni(found, each),
     ]
@@ -142,21 +147,10 @@ def _one_pattern(clean: Rate, point: UniversalResult, delta: float, transfer: Se
     return f"{lead} at eps {point.eps:.3g}: {subject} {rate} of test images, against {against}."
 
 
-def _image_by_image(
-    point: UniversalResult, per_image: Sequence[PerImageResult], transfer: Sequence[TransferredResult]
-) -> str:
-    at = (point.eps, point.norm)
-    found = [(one.accuracy, one.attack) for one in per_image if (one.eps, one.norm) == at]
-    found += [
-        (one.error.complement, f"{one.attack} on {one.source}")
-        for one in transfer
-        if not one.universal and (one.eps, one.norm) == at
-    ]
-    if not found:
+def _image_by_image(worst: Attacked | None) -> str:
+    if worst is None:
         return ""
-    attack = min(found, key=lambda entry: entry[0].value)[1]
-    accuracy = Rate.lowest(rate for rate, _ in found)
-    return f"Attacked image by image, {accuracy} stay right under the worst attack ({attack})."
+    return f"Attacked image by image, {worst.accuracy} stay right under the worst attack ({worst.attack})."
 
 
 def _random(subject: ModelInfo | None, randomness: RandomnessResult | None) -> str:

@@ -108,7 +108,7 @@ def train(
             "/", "-"
         )
         writable(folder)
-        dataset = load(run.data, input_shape=input_shape(run.model))
+        dataset = load(run.data, input_shape=input_shape(run.model, run.data))
         if lacking:
             settings["defense"]["eps"] = default_eps(dataset.train.shape, settings["defense"].get("norm", "inf"))
             run = TrainRun(**settings)
