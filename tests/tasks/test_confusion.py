@@ -141,6 +141,9 @@ def test_paired_differences_cover_and_are_narrower_than_unpaired_ones():
     assert 0.9 <= sum(drop.low <= truth <= drop.high for drop in drops) / 150 <= 0.99
     wide = [one.mean_iou.high - one.mean_iou.low + other.mean_iou.high - other.mean_iou.low for one, other in pairs]
     assert sum(drop.high - drop.low for drop in drops) < 0.5 * sum(wide)
+    order = torch.randperm(40, generator=draw)
+    one, other = (Confusion(found.counts[order], found.classes) for found in pairs[0])
+    assert one.drop(other) == drops[0]
     assert drops[0].value == pytest.approx(-pairs[0][1].drop(pairs[0][0]).value)
 
 
