@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -19,10 +20,13 @@ from gambeson.analysis import (
 )
 from gambeson.auditing import display
 from gambeson.base import Config, UserError, notebook, read_json, read_settings, write_json
+from gambeson.base.files import read_yaml
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Rate
 from gambeson.evaluation.attack_suite import AttackRound
 from gambeson.evaluation.rates import Control, Cost, EpsAdv, EpsUni
+from gambeson.evaluation.segmentation_suite import MapResult
+from gambeson.evaluation.targeted import TargetSuccess
 from gambeson.tasks import Confusion
 
 RANGES: dict[PairMetric, tuple[float, float]] = {"cos_F": (-1, 1), "ratio_s": (0.5, 1), "rank1": (0, 1), "cka": (0, 1)}
@@ -257,6 +261,22 @@ class PerImageResult(Config):
     """Accuracy; of a suite, under the worst of its attacks per image."""
     rounds: list[AttackRound] = Field(default_factory=list)
     """Results of the attacks of a suite; empty for a single attack."""
+    maps: MapResult | None = None
+    """Of a suite on label maps: the mean IoU under its attacks."""
+    cost: Cost
+
+
+class TargetedResult(Config):
+    """One perturbation for all label maps that aims at a target, crafted at the middle eps."""
+
+    target: str
+    """As :class:`gambeson.attacks.Target` has it: ``static:IMAGE`` of validation, or ``hide:CLASS``."""
+    eps: float
+    norm: str
+    reached: TargetSuccess
+    """What of its target it reaches on test, beside clean images and controls."""
+    file: str
+    """The perturbation's file, relative to the result."""
     cost: Cost
 
 
@@ -348,6 +368,32 @@ class Verdict(Config):
     """Why the numbers are not to be trusted; empty if they are."""
 
 
+class Attacked(NamedTuple):
+    """The worst of all attacks on single images at the middle eps."""
+
+    accuracy: Rate
+    """What stays right; its interval holds for all that were tried at once."""
+    attack: str
+    eps: float
+
+
+def worst_attack(
+    point: UniversalResult, per_image: Sequence[PerImageResult], transfer: Sequence[TransferredResult]
+) -> Attacked | None:
+    """Return the attack on single images that leaves least right at the eps of ``point``; None if there was none."""
+    at = (point.eps, point.norm)
+    found = [(one.accuracy, one.attack) for one in per_image if (one.eps, one.norm) == at]
+    found += [
+        (one.error.complement, f"{one.attack} on {one.source}")
+        for one in transfer
+        if not one.universal and (one.eps, one.norm) == at
+    ]
+    if not found:
+        return None
+    attack = min(found, key=lambda entry: entry[0].value)[1]
+    return Attacked(Rate.lowest(rate for rate, _ in found), attack, point.eps)
+
+
 class AuditResult(Config):
     """The contents of ``result.json``. Same seed, same machine, same bytes."""
 
@@ -362,13 +408,15 @@ class AuditResult(Config):
     iou: IoU | None = None
     """On clean test images; None where labels are no maps."""
     temperature: float = 1.0
-    """Divisor of the logits in attacks (see :mod:`gambeson.auditing.temperature`)."""
+    """Divisor of the logits in attacks (see :mod:`gambeson.victim.temperature`)."""
     per_image: list[PerImageResult]
     universal: list[UniversalResult]
     """In order of eps."""
     eps_uni: EpsUni
     eps_adv: EpsAdv | None = None
     """The same for per-image attacks, on the sample; None for a black box or if omitted."""
+    targeted: list[TargetedResult] = Field(default_factory=list)
+    """Of label maps: a scene that all images are to be taken for, and a class that is to be hidden."""
     transfer: list[TransferredResult] = Field(default_factory=list)
     surrogate: Surrogate | None = None
     corruption: list[Corruption] = Field(default_factory=list)
@@ -393,6 +441,11 @@ class AuditResult(Config):
         return notebook.text_table(*display.main_lines(self))
 
     __str__ = __repr__
+
+    @property
+    def worst_attack(self) -> Attacked | None:
+        """The worst attack on single images, at the middle eps."""
+        return worst_attack(self.middle, self.per_image, self.transfer)
 
     def _repr_html_(self) -> str:
         return notebook.html_table(*display.main_lines(self))
@@ -424,6 +477,11 @@ class AuditResult(Config):
             )
         content = read_json(folder / "result.json")
         form = content.get("schema_", "another kind") if isinstance(content, dict) else "another kind"
+        if form != SCHEMA and (folder / "run.yaml").is_file():
+            kind = read_yaml(folder / "run.yaml").get("kind", "audit")
+            if kind != "audit":
+                where = f"`gambeson audit {folder}` makes one of it" if kind == "train" else "its numbers are in there"
+                raise UserError(f"{folder} holds a run of kind {kind!r}: expected the folder of an audit; {where}")
         if form != SCHEMA:
             raise UserError(f"{folder / 'result.json'} is of {form}, expected {SCHEMA}: run the audit again")
         return cls(**content)

@@ -18,7 +18,7 @@ from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni, ImageErrors, Measure
 from gambeson.evaluation.targeted import TargetMeasure
 from gambeson.evaluation.universal import RANKED, Measure, errors_under, lost_iou, strongest
 from gambeson.threat import Ball, Norm, perturb
-from gambeson.victim import Victim, as_victim, nothing_counts, vote
+from gambeson.victim import Victim, as_victim, nothing_counts, rescaled, vote
 
 Craft = Callable[[float, torch.Tensor | None], UniversalPerturbation]
 """Maps eps, and the best perturbation so far (1, C, H, W) scaled to it, to a perturbation of this eps."""
@@ -92,7 +92,8 @@ def eps_uni(
     """
     whole = as_dataset(data)
     dataset, target = disjoint(whole), getattr(attack, "target", None)
-    with as_victim(model) as victim:
+    to = getattr(attack, "temperature", 1.0)
+    with as_victim(model) as victim, rescaled([victim], to, dataset.validation, seed):
         measured = measure_of("error" if measure is None else measure)
         if measure is None and target is not None:
             measured = TargetMeasure.of(victim, whole.validation, target, getattr(attack, "labels", "truth"), seed=seed)

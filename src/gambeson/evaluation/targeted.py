@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gambeson.attacks import Target, UniversalPerturbation
+from gambeson.attacks.universal.target import from_predictions
 from gambeson.base import Config, UserError, generator
 from gambeson.data import Split
 from gambeson.evaluation.universal import patterns_of, scorable
@@ -186,7 +187,7 @@ def target_success(
     split, target = scorable(data, uap), uap.target
     if target is None:
         raise UserError("the perturbation has no target: score it by universal_evasion, or craft it with a target")
-    predicted, names = uap.about.settings.get("labels") == "prediction", list(controls)
+    predicted, names = from_predictions(uap.about.settings), list(controls)
     with as_victim(model) as victim:
         goal = Goal.of(victim, split, target, predicted=predicted, seed=seed)
         reached = predict(victim, split, uap.delta.to(victim.device), seed=seed)

@@ -36,7 +36,7 @@ class FromSurrogate:
     Args:
         surrogate: the model to craft on.
         attack: the attack.
-        temperature: divisor of the surrogate's logits, see :mod:`gambeson.auditing.temperature`.
+        temperature: divisor of the surrogate's logits, see :mod:`gambeson.victim.temperature`.
         samples: samples that gradients are averaged over if the surrogate is random.
     """
 
