@@ -162,7 +162,7 @@ def search(
 
     def attempt(eps: float, tried: Mapping[float, Found]) -> Found:
         earlier = [scaled(found.uap, eps) for found in tried.values() if bool(found.uap.delta.any())]
-        best = max(earlier, key=lambda uap: errors_under(victim, few, uap.delta).error, default=None)
+        best = max(earlier, key=lambda uap: measured(few, uap.delta).error, default=None)
         uap = craft(eps, None if best is None else best.delta)
         others = [] if best is None else [best]
         chosen, _ = strongest(
