@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from gambeson.base.errors import UserError
 from gambeson.base.seeds import generator
+from gambeson.cli.app import run
 from gambeson.data import Dataset, canonical, catalog, load, scenes
 from gambeson.data.registry import DATASETS, DatasetSpec
 from gambeson.data.scenes import IGNORED, SceneOptions, compose, outline
@@ -199,3 +201,13 @@ def test_fashion_scenes_for_real() -> None:
     data = load("fashion-scenes?train=50,validation=25,test=25")
     assert data.classes[:2] == ("ground", "T-shirt/top")
     assert data.train.labels.unique().tolist() == [*range(11), IGNORED]
+
+
+def test_show_says_what_labels_are(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gambeson.data.load", lambda *_: build(tmp_path, train=4, validation=4, test=4))
+    assert run(["data", "show", "fashion-scenes"]) == 0
+    assert "label maps (N, H, W), where 255 counts nowhere\nclass 0: ground\n" in capsys.readouterr().out
+    assert run(["data", "show", "fashion-scenes", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ignored"] == IGNORED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import gambeson as gb
 from gambeson import models
 from gambeson.attacks import PGD
 from gambeson.base import UserError
+from gambeson.models.black_box.local import FunctionModel
 from gambeson.models.export import export
 from gambeson.models.outputs import at_image_size
 from gambeson.models.program import load_program
@@ -286,6 +288,41 @@ def test_torchvision_s_own_network_and_its_file_with_an_auxiliary_head(tmp_path)
     assert set(gb.base.load_tensors(tmp_path / "bare.safetensors")[0]) == names
 
 
+class Counted(nn.Module):
+    """Counts the images that are sent forward, and whose gradient is taken, in it and in all copies of it."""
+
+    forwards: ClassVar[int] = 0
+    backwards: ClassVar[int] = 0
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        Counted.forwards += len(x)
+        logits = self.conv(x)
+        if logits.requires_grad:
+            logits.register_hook(self.count)
+        return logits
+
+    def count(self, gradient):
+        Counted.backwards += len(gradient)
+
+
+@pytest.mark.parametrize("target", [None, "class:1", "static:0", "hide:2"])
+def test_a_step_of_a_universal_attack_costs_one_forward_and_backward_per_image(target):
+    torch.manual_seed(0)
+    model, images = Counted(), torch.rand(40, 3, 8, 8)
+    labels = torch.arange(40 * 64).view(40, 8, 8) // 3 % 3
+    costs = []
+    for steps in (1, 3, 3 + 4):  # the first call also looks at the model, and copies it
+        attack = gb.attacks.StochasticPGD(eps=0.1, probe_starts=0, steps=steps, batch_size=5, target=target)
+        Counted.forwards = Counted.backwards = 0
+        about = attack.craft(model, (images, labels)).about
+        costs.append((Counted.forwards, Counted.backwards, about.forwards, about.backwards))
+    assert [more - less for less, more in zip(*costs[1:], strict=True)] == [20, 20, 20, 20]
+
+
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 
@@ -357,6 +394,19 @@ def test_architectures_and_encoders_of_segmentation_models_pytorch(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             models.create(name, in_channels=3, classes=4, image_size=64)
+
+
+def test_a_black_box_answers_per_pixel():
+    model, x = (
+        models.create("unet-smallx0.5", in_channels=3, classes=4, image_size=16, seed=0).eval(),
+        torch.rand(3, 3, 16, 16),
+    )
+    with torch.no_grad():
+        box = FunctionModel(lambda images: model(images).softmax(1).numpy(), title="maps")
+        torch.testing.assert_close(box(x).softmax(1), model(x).softmax(1))
+        box = FunctionModel(lambda images: model(images)[:, :, 0], title="rows")
+        with pytest.raises(UserError, match=r"3 images and returned shape \(3, 4, 16\): expected scores"):
+            box(x)
 
 
 def test_a_missing_package_is_named_with_its_extra():

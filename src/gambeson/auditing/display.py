@@ -13,13 +13,15 @@ def main_lines(result: Any) -> tuple[str, dict[str, str]]:
     """Return a title and the main numbers of an ``AuditResult`` by name."""
     failed = [check.name for check in result.checks if check.passed is False]
     trust = "trusted" if result.verdict.trusted else "not trusted: failed " + ", ".join(failed[:3])
-    point, each, found = result.middle, [one.accuracy for one in result.per_image], result.eps_uni
+    point, found = result.middle, result.eps_uni
+    each = result.worst_attack
+    control = max((one.worst for one in point.controls), key=lambda rate: rate.value, default=None)
     lines = {
         "numbers": trust + (f" and {len(failed) - 3} more" if len(failed) > 3 else ""),
         "accuracy, clean": str(result.clean),
-        "accuracy, per image": str(Rate.lowest(each)) if each else "not measured",
+        "accuracy, per image": "not measured" if each is None else str(each.accuracy),
         f"UER, eps {point.eps:.3g}": str(point.uer),
-        "  worst control": str(Rate.highest([one.worst for one in point.controls])) if point.controls else "none",
+        "  worst control": "none" if control is None else str(control),
         f"eps_uni({found.delta:g})": f"{'>' if found.censored else 'at most'} {found.value:.3g}",
         "UER by eps": ", ".join(f"{one.eps:.3g}: {100 * one.uer.value:.0f} %" for one in result.universal),
     }
@@ -62,7 +64,7 @@ def plot_audits(results: Sequence[Any]) -> Any:
         eps = [point.eps for point in result.universal]
         lines[result.subject.label] = eps, [point.uer for point in result.universal]
         if all(point.controls for point in result.universal):
-            worst = [Rate.highest([one.worst for one in point.controls]) for point in result.universal]
+            worst = [max((one.worst for one in p.controls), key=lambda rate: rate.value) for p in result.universal]
             lines[f"{result.subject.label}, worst control"] = eps, worst
     title = f"Universal evasion rate, {results[0].material.name}"
     unit = results[0].material.unit

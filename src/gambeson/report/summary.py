@@ -10,7 +10,6 @@ from gambeson.auditing import lead_of
 from gambeson.evaluation import Rate
 from gambeson.report.formatting import EpsFormat, count, of_hundred
 from gambeson.report.loading import Folder
-from gambeson.report.tables import worst_attack
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def summary(folder: Folder, scale: EpsFormat) -> Summary:
             "Averaged over classes, the overlap of prediction and truth (mean IoU) is "
             f"{of_hundred(point.iou.mean.value)} of 100 with it and {of_hundred(result.iou.mean.value)} without."
         )
-    if (each := worst_attack(result.per_image)) is not None:
+    if (each := result.worst_attack) is not None:
         broken = of_hundred(each.accuracy.complement.value)
         units = "" if folder.unit == "image" else f" {folder.unit}s"
         facts.append(f"Attacked with a pattern of its own for every image, it is wrong on {broken} of 100{units}.")
@@ -179,7 +178,7 @@ def _steps(folder: Folder, scale: EpsFormat) -> list[Step]:
     elif not failed:
         aim = "decide it" if outcome == "on the edge" else "try harder to break it"
         steps.append(_audit(folder, eps, f"To {aim}, attack longer and on more images:"))
-    each = worst_attack(result.per_image)
+    each = result.worst_attack
     if outcome == "withstands" and each is not None and each.accuracy.high < 1 - result.eps_uni.delta:
         text = "A pattern of its own for every image does break it. Train against that:"
         steps.append(_train(folder, "pgd-adversarial", eps, text))
