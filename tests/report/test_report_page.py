@@ -13,6 +13,7 @@ from report_reader import Reader, Written
 
 from gambeson import UserError, report
 from gambeson.auditing import Check
+from gambeson.auditing.display import worst_of
 from gambeson.auditing.verdict import judge
 from gambeson.evaluation import Rate
 
@@ -302,7 +303,7 @@ def test_one_rate_has_one_interval_in_table_verdict_and_notebook(tmp_path: Path)
     moved = next(one for one in result.transfer if not one.universal)
     for per_image in ([], result.per_image):
         changed = result.model_copy(update={"per_image": per_image})
-        worst = changed.worst_attack
+        worst = worst_of(changed)
         assert worst is not None
         among = len(per_image) + 1
         expected = min([moved.error.complement, *(one.accuracy for one in per_image)], key=lambda rate: rate.value)

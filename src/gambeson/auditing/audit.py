@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -21,6 +21,7 @@ from gambeson.auditing.results import (
     Check,
     Corruption,
     DataInfo,
+    IoU,
     JacobianResult,
     ModelInfo,
     PerImageResult,
@@ -30,19 +31,31 @@ from gambeson.auditing.results import (
     Verdict,
 )
 from gambeson.auditing.stages import black_box as boxes
-from gambeson.auditing.stages import corruption, jacobian, own, per_image, randomness, surrogate, transfer, universal
+from gambeson.auditing.stages import (
+    corruption,
+    jacobian,
+    own,
+    per_image,
+    randomness,
+    surrogate,
+    targeted,
+    transfer,
+    universal,
+)
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.auditing.verdict import judge
 from gambeson.base import UserError, environment, pixel_bytes, save_tensors, say, seeded, task, unknown_name
 from gambeson.data import Dataset, Split, as_dataset, disjoint
 from gambeson.evaluation import BlackBox
 from gambeson.evaluation.rates import EpsAdv, EpsUni, ImageErrors
+from gambeson.evaluation.targeted import Goal
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import count_parameters, fingerprint
 from gambeson.victim import Victim, nothing_counts, predict, score, vote
 from gambeson.victim.temperature import temperature
 
 FILE = "examples.safetensors"
+_MAPS_SHOWN = 6
 
 
 def save_examples(
@@ -53,25 +66,35 @@ def save_examples(
     before: torch.Tensor,
     after: torch.Tensor,
     count: int = 10,
+    curve: Sequence[UniversalPerturbation] = (),
+    targeted: Mapping[str, UniversalPerturbation] | None = None,
 ) -> None:
     """Write ``count`` test images, clean and perturbed, in which right and wrong stand in their true proportion.
 
     The file holds ``images`` and ``perturbed`` (uint8, K x C x H x W), ``labels``, ``predictions`` and
-    ``perturbed_predictions`` (K, or K x H x W). Images with label maps are drawn at random.
+    ``perturbed_predictions`` (K, or K x H x W). Of images with label maps there are six at the most, whose errors
+    under the perturbation are spread evenly over those of all, and the file holds them under every perturbation of the
+    curve as well: ``curve`` (E x K x C x H x W) and ``curve_predictions`` (E x K x H x W), by eps. A label that does
+    not count is -1 there. For each kind of target, ``KIND`` and ``KIND_predictions`` (K x H x W) and ``KIND_images``
+    (K x C x H x W) are added.
 
     Args:
         folder: of the file.
         victim: the model, inside its context.
         test: the split that is reported on.
         uap: the perturbation.
-        before: (N,) bool, whether each image is wrong when clean.
-        after: (N,) bool, whether it is wrong under the perturbation.
+        before: (N,), what share of each image is wrong when clean.
+        after: (N,), what share of it is wrong under the perturbation.
         count: number of images.
+        curve: of label maps, the perturbations by eps.
+        targeted: of label maps, perturbations with a target, by its kind.
     """
     if test.task.per_image_label:
-        chosen = in_proportion(test.labels.cpu(), 2 * before.long() + (~after).long(), count)
+        chosen = in_proportion(test.labels.cpu(), 2 * (before > 0).long() + (after <= 0).long(), count)
     else:
-        chosen = test.sample_indices(count)
+        parts = min(count, _MAPS_SHOWN, len(test))
+        middles = (torch.arange(parts) + 0.5) * len(test) / parts
+        chosen = after.argsort(stable=True)[middles.long()]
     images, truths = test.take(chosen, victim.device)
     moved = uap.apply(images)
     with seeded(0, "examples"):  # for the votes of a random model
@@ -83,6 +106,19 @@ def save_examples(
         "predictions": clean,
         "perturbed_predictions": perturbed,
     }
+    if not test.task.per_image_label:
+        tensors["labels"] = truths.where(test.task.valid(truths), -1)
+        everywhere = [one.apply(images) for one in curve]
+        with seeded(0, "examples"):
+            tensors["curve_predictions"] = torch.stack([vote(victim, under) for under in everywhere])
+        tensors["curve"] = torch.stack([pixel_bytes(under) for under in everywhere])
+        for kind, one in (targeted or {}).items():
+            under = one.apply(images)
+            tensors[f"{kind}_images"] = pixel_bytes(under)
+            with seeded(0, "examples"):
+                tensors[f"{kind}_predictions"] = vote(victim, under)
+                if one.target is not None:
+                    tensors[kind] = Goal.of(victim, test.subset(chosen), one.target).targets
     save_tensors(folder / FILE, tensors, {"eps": uap.about.eps, "norm": uap.about.norm})
 
 
@@ -303,6 +339,7 @@ class _Auditor:
             advance()
             context.per_image = do("per-image", list[PerImageResult], lambda: per_image.measure(context), [])
             advance()
+            aimed = targeted.measure(context, stages, self.folder)
             context.transfer = do("transfer", list[TransferredResult], lambda: transfer.measure(context), [])
             advance()
             for name, run in self.mine.items():
@@ -323,25 +360,29 @@ class _Auditor:
                 advance()
         if folder is not None:
             uap = context.uaps[context.eps]
-            before = ImageErrors.of(context.predictions, context.test).wrong > 0
-            after = context.errors[context.eps].wrong > 0
-            do("examples", None, lambda: save_examples(folder, context.victim, context.test, uap, before, after), None)
+            clean = ImageErrors.of(context.predictions, context.test)
+            before, after = (one.wrong / one.answers.clamp(min=1) for one in (clean, context.errors[context.eps]))
+            shown = partial(save_examples, folder, context.victim, context.test, uap, before, after)
+            curve = [context.uaps[eps] for eps in context.suite.eps]
+            do("examples", None, lambda: shown(curve=curve, targeted=context.targeted), None)
         without = [source.left_out, per_image.left_out(context)]
-        costs: list[UniversalResult | PerImageResult | TransferredResult | JacobianResult | EpsAdv] = (
-            [each] if each else []
-        )
-        costs += [*context.universal, *context.per_image, *context.transfer, *([jacobians] if jacobians else [])]
+        if context.suite.jacobian_backwards and not context.subject.black_box and not context.test.task.per_image_label:
+            without.append(jacobian.left_out(context.test))
+        costs: list[Any] = [*context.universal, *context.per_image, *aimed, *context.transfer]
+        costs += [part for part in (each, jacobians) if part is not None]
         result = AuditResult(
             subject=context.subject,
             material=DataInfo.of(context.data),
             seed=context.seed,
             settings=context.suite.plain(),
             clean=context.clean,
+            iou=(iou := IoU.of(context.predictions, context.test)),
             temperature=context.victim.temperature or 1.0,
             per_image=context.per_image,
             universal=context.universal,
             eps_uni=found,
             eps_adv=each,
+            targeted=aimed,
             transfer=context.transfer,
             surrogate=source,
             corruption=noise,
@@ -365,6 +406,9 @@ class _Auditor:
                 randomness=context.randomness,
                 each=each,
                 left_out=boxes.left_out([*self.omitted, *stages.left_out], context.suite.budget),
+                targeted=aimed,
+                unit=context.test.task.unit,
+                iou=iou,
             ),
             cost=sum((part.cost for part in costs), found.cost),
             environment=environment(context.victim.device),

@@ -116,6 +116,8 @@ class AuditContext:
     """The surrogate, for transfer; None if there is none."""
     borrowed: dict[float, UniversalPerturbation] = field(default_factory=dict)
     """Perturbations crafted on the surrogate by eps."""
+    targeted: dict[str, UniversalPerturbation] = field(default_factory=dict)
+    """Perturbations with a target, by its kind; of label maps."""
     _outcomes: dict[tuple[str, bool, float | None], Counts] = field(default_factory=dict)
 
     @property

@@ -198,6 +198,8 @@ def _changes(asked: Suite, suite: Suite) -> Iterator[str]:
 
 _SUITE = 10 + 100 + 9 * 20 + 3 * 100
 """Gradients of the standard suite per image that is never broken."""
+_MAP_SUITE = 3 * 300
+"""The same of label maps."""
 _TRIALS = 8
 """Default maximum of perturbations crafted in the search of eps_uni."""
 _ATTACKS = 20
@@ -303,8 +305,12 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
     trials = _TRIALS if suite.eps_uni_runs is None else suite.eps_uni_runs
     ranked = suite.patterns_of_controls * min(RANKED, held) + 2 * held  # what stands for an eps is chosen on validation
     scored = test * (1 + suite.patterns_of_controls) + ranked
-    attacked = min(suite.suite_images, test) if data.test.task.per_image_label and suite.norm != "1" else 0
-    steps = suite.pgd_steps * suite.pgd_restarts
+    attacked = min(suite.suite_images, test) if suite.norm != "1" else 0
+    of_maps = not data.test.task.per_image_label
+    steps = suite.pgd_steps * suite.pgd_restarts * (3 if of_maps else 1)
+    gradients, queries = (_MAP_SUITE, 1000) if of_maps else (_SUITE, suite.suite_queries)
+    aims = 2 * suite.targeted * of_maps
+    aimed = aims * test * (3 + suite.patterns_of_controls)
     return (
         Part(
             name="universal curve",
@@ -325,9 +331,10 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
         Part(name="PGD, image by image", forwards=votes * test, gradients=eot_samples * test * steps),
         Part(
             name="attack suite",
-            forwards=votes * attacked * suite.suite_queries,
-            gradients=eot_samples * attacked * _SUITE,
+            forwards=votes * attacked * queries,
+            gradients=eot_samples * attacked * gradients,
         ),
+        Part(name="targets", forwards=votes * (aimed + aims * held), gradients=aims * (screen + run)),
         Part(
             name="transfer and noise",
             forwards=votes * (2 * suite.transfer_images + test * (1 + 3 * len(suite.noise_sizes))),

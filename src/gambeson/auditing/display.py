@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from gambeson.base import notebook
 from gambeson.evaluation import Rate
+
+
+class Attacked(NamedTuple):
+    """The worst of all attacks on single images at the middle eps."""
+
+    accuracy: Rate
+    """What stays right; its interval holds for all that were tried at once."""
+    attack: str
+    eps: float
+
+
+def worst_attack(point: Any, per_image: Sequence[Any], transfer: Sequence[Any]) -> Attacked | None:
+    """Return the attack on single images that leaves least right at the eps of ``point``; None if there was none."""
+    at = (point.eps, point.norm)
+    found = [(one.accuracy, one.attack) for one in per_image if (one.eps, one.norm) == at]
+    found += [
+        (one.error.complement, f"{one.attack} on {one.source}")
+        for one in transfer
+        if not one.universal and (one.eps, one.norm) == at
+    ]
+    if not found:
+        return None
+    attack = min(found, key=lambda entry: entry[0].value)[1]
+    return Attacked(Rate.lowest(rate for rate, _ in found), attack, point.eps)
+
+
+def worst_of(result: Any) -> Attacked | None:
+    """Return the worst attack on single images of an ``AuditResult``, at its middle eps."""
+    return worst_attack(result.middle, result.per_image, result.transfer)
 
 
 def main_lines(result: Any) -> tuple[str, dict[str, str]]:
@@ -14,7 +43,7 @@ def main_lines(result: Any) -> tuple[str, dict[str, str]]:
     failed = [check.name for check in result.checks if check.passed is False]
     trust = "trusted" if result.verdict.trusted else "not trusted: failed " + ", ".join(failed[:3])
     point, found = result.middle, result.eps_uni
-    each = result.worst_attack
+    each = worst_of(result)
     control = max((one.worst for one in point.controls), key=lambda rate: rate.value, default=None)
     lines = {
         "numbers": trust + (f" and {len(failed) - 3} more" if len(failed) > 3 else ""),
@@ -25,6 +54,9 @@ def main_lines(result: Any) -> tuple[str, dict[str, str]]:
         f"eps_uni({found.delta:g})": f"{'>' if found.censored else 'at most'} {found.value:.3g}",
         "UER by eps": ", ".join(f"{one.eps:.3g}: {100 * one.uer.value:.0f} %" for one in result.universal),
     }
+    if result.iou is not None and point.iou is not None:
+        lines["mean IoU, clean"] = str(result.iou.mean)
+        lines[f"mean IoU, eps {point.eps:.3g}"] = str(point.iou.mean)
     return f"Audit of {result.subject.label} on {result.material.test:,} test images of {result.material.name}", lines
 
 
@@ -38,6 +70,9 @@ def rates(result: Any) -> list[dict[str, Any]]:
         return {"attack": found.attack, "eps": found.eps, "norm": found.norm}
 
     rows = [row("clean accuracy", result.clean)]
+    if result.iou is not None:
+        rows += [row("mean IoU", result.iou.mean)]
+        rows += [row("mean IoU", point.iou.mean, **of(point)) for point in result.universal if point.iou is not None]
     rows += [row("accuracy per image", one.accuracy, **of(one)) for one in result.per_image]
     for point in result.universal:
         rows += [row("UER", point.uer, **of(point)), row("fooling rate", point.fooling, **of(point))]
@@ -61,4 +96,6 @@ def plot_audits(results: Sequence[Any]) -> Any:
             worst = [max((one.worst for one in p.controls), key=lambda rate: rate.value) for p in result.universal]
             lines[f"{result.subject.label}, worst control"] = eps, worst
     title = f"Universal evasion rate, {results[0].material.name}"
-    return notebook.curves(lines, title, f"eps ({results[0].middle.norm})", "test images misclassified (%)")
+    unit = results[0].material.unit
+    units = "test images" if unit == "image" else f"{unit}s of test images"
+    return notebook.curves(lines, title, f"eps ({results[0].middle.norm})", f"{units} misclassified (%)")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import Field
@@ -20,11 +19,13 @@ from gambeson.analysis import (
 )
 from gambeson.auditing import display
 from gambeson.base import Config, UserError, notebook, read_json, read_settings, write_json
-from gambeson.base.files import read_yaml
-from gambeson.data import Dataset
+from gambeson.data import Dataset, Split
 from gambeson.evaluation import Rate
 from gambeson.evaluation.attack_suite import AttackRound
 from gambeson.evaluation.rates import Control, Cost, EpsAdv, EpsUni
+from gambeson.evaluation.segmentation_suite import MapResult
+from gambeson.evaluation.targeted import TargetSuccess
+from gambeson.tasks import Confusion
 
 RANGES: dict[PairMetric, tuple[float, float]] = {"cos_F": (-1, 1), "ratio_s": (0.5, 1), "rank1": (0, 1), "cka": (0, 1)}
 """Range of each pair metric, and of its histogram, so that models can be compared."""
@@ -175,6 +176,8 @@ class DataInfo(Config):
     """Number of images for selection."""
     test: int
     """Number of images for the reported numbers."""
+    unit: str = "image"
+    """What has a label and is right or wrong, which rates are shares of: ``image``, or ``pixel`` of label maps."""
 
     @classmethod
     def of(cls, data: Dataset) -> DataInfo:
@@ -186,7 +189,25 @@ class DataInfo(Config):
             train=len(data.train),
             validation=len(data.validation),
             test=len(data.test),
+            unit=data.test.task.unit,
         )
+
+
+class IoU(Config):
+    """Intersection over union on label maps, from one confusion matrix of all test images."""
+
+    mean: Rate
+    """The mean over the classes that occur among the labels."""
+    classes: dict[str, Rate]
+    """Of each of these classes, by its name."""
+
+    @classmethod
+    def of(cls, predictions: torch.Tensor, split: Split) -> IoU | None:
+        """Measure it, from predictions (N, H, W) on the CPU; None where labels are no maps."""
+        if split.task.per_image_label:
+            return None
+        found = Confusion(split.task.confusion(predictions, split.labels.cpu(), len(split.classes)), split.classes)
+        return cls(mean=found.mean_iou, classes=found.iou)
 
 
 class Restart(Config):
@@ -211,6 +232,8 @@ class UniversalResult(Config):
     """Universal evasion rate: the error on test images."""
     fooling: Rate
     """Fooling rate: the share of predictions that change."""
+    iou: IoU | None = None
+    """Under the perturbation; None where labels are no maps."""
     crafted: Rate | None = None
     """UER of the perturbation crafted on the model itself, if another one was selected; else None."""
     controls: list[Control]
@@ -236,6 +259,22 @@ class PerImageResult(Config):
     """Accuracy; of a suite, under the worst of its attacks per image."""
     rounds: list[AttackRound] = Field(default_factory=list)
     """Results of the attacks of a suite; empty for a single attack."""
+    maps: MapResult | None = None
+    """Of a suite on label maps: the mean IoU under its attacks."""
+    cost: Cost
+
+
+class TargetedResult(Config):
+    """One perturbation for all label maps that aims at a target, crafted at the middle eps."""
+
+    target: str
+    """As :class:`gambeson.attacks.Target` has it: ``static:IMAGE`` of validation, or ``hide:CLASS``."""
+    eps: float
+    norm: str
+    reached: TargetSuccess
+    """What of its target it reaches on test, beside clean images and controls."""
+    file: str
+    """The perturbation's file, relative to the result."""
     cost: Cost
 
 
@@ -327,32 +366,6 @@ class Verdict(Config):
     """Why the numbers are not to be trusted; empty if they are."""
 
 
-class Attacked(NamedTuple):
-    """The worst of all attacks on single images at the middle eps."""
-
-    accuracy: Rate
-    """What stays right; its interval holds for all that were tried at once."""
-    attack: str
-    eps: float
-
-
-def worst_attack(
-    point: UniversalResult, per_image: Sequence[PerImageResult], transfer: Sequence[TransferredResult]
-) -> Attacked | None:
-    """Return the attack on single images that leaves least right at the eps of ``point``; None if there was none."""
-    at = (point.eps, point.norm)
-    found = [(one.accuracy, one.attack) for one in per_image if (one.eps, one.norm) == at]
-    found += [
-        (one.error.complement, f"{one.attack} on {one.source}")
-        for one in transfer
-        if not one.universal and (one.eps, one.norm) == at
-    ]
-    if not found:
-        return None
-    attack = min(found, key=lambda entry: entry[0].value)[1]
-    return Attacked(Rate.lowest(rate for rate, _ in found), attack, point.eps)
-
-
 class AuditResult(Config):
     """The contents of ``result.json``. Same seed, same machine, same bytes."""
 
@@ -364,6 +377,8 @@ class AuditResult(Config):
     """Every setting of the suite."""
     clean: Rate
     """Accuracy on clean test images."""
+    iou: IoU | None = None
+    """On clean test images; None where labels are no maps."""
     temperature: float = 1.0
     """Divisor of the logits in attacks (see :mod:`gambeson.victim.temperature`)."""
     per_image: list[PerImageResult]
@@ -372,6 +387,8 @@ class AuditResult(Config):
     eps_uni: EpsUni
     eps_adv: EpsAdv | None = None
     """The same for per-image attacks, on the sample; None for a black box or if omitted."""
+    targeted: list[TargetedResult] = Field(default_factory=list)
+    """Of label maps: a scene that all images are to be taken for, and a class that is to be hidden."""
     transfer: list[TransferredResult] = Field(default_factory=list)
     surrogate: Surrogate | None = None
     corruption: list[Corruption] = Field(default_factory=list)
@@ -397,11 +414,6 @@ class AuditResult(Config):
 
     __str__ = __repr__
 
-    @property
-    def worst_attack(self) -> Attacked | None:
-        """The worst attack on single images, at the middle eps."""
-        return worst_attack(self.middle, self.per_image, self.transfer)
-
     def _repr_html_(self) -> str:
         return notebook.html_table(*display.main_lines(self))
 
@@ -424,19 +436,15 @@ class AuditResult(Config):
         Raises:
             UserError: the file is missing, or of another kind or version.
         """
-        if not (folder / "result.json").is_file() and (folder / "run.yaml").is_file():
-            read_settings(folder / "run.yaml", "audit")
-            raise UserError(
-                f"the audit in {folder} has no result yet: `gambeson audit --config {folder}/run.yaml --out {folder}` "
-                "finishes it from where it stopped"
-            )
+        if (folder / "run.yaml").is_file():
+            read_settings(folder / "run.yaml", "audit")  # a run of another kind is refused
+            if not (folder / "result.json").is_file():
+                raise UserError(
+                    f"the audit in {folder} has no result yet: `gambeson audit --config {folder}/run.yaml --out {folder}` "
+                    "finishes it from where it stopped"
+                )
         content = read_json(folder / "result.json")
         form = content.get("schema_", "another kind") if isinstance(content, dict) else "another kind"
-        if form != SCHEMA and (folder / "run.yaml").is_file():
-            kind = read_yaml(folder / "run.yaml").get("kind", "audit")
-            if kind != "audit":
-                where = f"`gambeson audit {folder}` makes one of it" if kind == "train" else "its numbers are in there"
-                raise UserError(f"{folder} holds a run of kind {kind!r}: expected the folder of an audit; {where}")
         if form != SCHEMA:
             raise UserError(f"{folder / 'result.json'} is of {form}, expected {SCHEMA}: run the audit again")
         return cls(**content)

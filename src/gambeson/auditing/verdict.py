@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from gambeson.auditing.display import Attacked, worst_attack
 from gambeson.auditing.results import (
-    Attacked,
     AuditResult,
     Check,
+    IoU,
     ModelInfo,
     PerImageResult,
     RandomnessResult,
+    TargetedResult,
     TransferredResult,
     UniversalResult,
     Verdict,
-    worst_attack,
 )
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import EpsAdv, EpsUni, SmallestEps
+from gambeson.evaluation.targeted import SHUFFLED
 
 
 def judge(
@@ -33,6 +35,9 @@ def judge(
     randomness: RandomnessResult | None = None,
     each: EpsAdv | None = None,
     left_out: str = "",
+    targeted: Sequence[TargetedResult] = (),
+    unit: str = "image",
+    iou: IoU | None = None,
 ) -> Verdict:
     """State what one pattern does to the model at the middle eps, and whether that can be trusted.
 
@@ -46,13 +51,19 @@ def judge(
         transfer: error under what was crafted on other models.
         subject: the model.
         randomness: what a random model answers over many passes.
+        targeted: what perturbations with a target reach.
+        unit: what rates are shares of: images, or pixels of label maps. Then BROKEN means that half of all pixels are
+            wrong (delta, ours); how classes fare that have few of them, the mean IoU tells.
+        iou: of label maps, on clean test images.
         left_out: what a budget left out, as a sentence.
     """
     point = points[len(points) // 2]
     said = [
         left_out,
-        _one_pattern(clean, point, found.delta, transfer),
-        _image_by_image(worst_attack(point, per_image, transfer)),
+        _one_pattern(clean, point, found.delta, transfer, unit),
+        _mean_iou(point, iou),
+        _image_by_image(worst_attack(point, per_image, transfer), unit),
+        *map(_aimed, targeted),
         _random(subject, randomness),
         _eps_uni(found, each),
     ]
@@ -126,7 +137,9 @@ def _lead(clean: Rate, point: UniversalResult, delta: float, transfer: Sequence[
     return Lead(outcome, name, rate)
 
 
-def _one_pattern(clean: Rate, point: UniversalResult, delta: float, transfer: Sequence[TransferredResult]) -> str:
+def _one_pattern(
+    clean: Rate, point: UniversalResult, delta: float, transfer: Sequence[TransferredResult], unit: str
+) -> str:
     outcome, name, rate = _lead(clean, point, delta, transfer)
     share = f"{100 * delta:g} %"
     lead = {
@@ -144,13 +157,34 @@ def _one_pattern(clean: Rate, point: UniversalResult, delta: float, transfer: Se
         kind = "strongest control" if len(rivals) == len(point.controls) else "strongest other control"
         against += f" and {rival.worst} under the {kind} ({rival.name})"
     subject = "it misclassifies" if name == _CRAFTED else f"{name} misclassifies"
-    return f"{lead} at eps {point.eps:.3g}: {subject} {rate} of test images, against {against}."
+    units = "test images" if unit == "image" else f"the {unit}s of test images"
+    return f"{lead} at eps {point.eps:.3g}: {subject} {rate} of {units}, against {against}."
 
 
-def _image_by_image(worst: Attacked | None) -> str:
+def _image_by_image(worst: Attacked | None, unit: str) -> str:
     if worst is None:
         return ""
-    return f"Attacked image by image, {worst.accuracy} stay right under the worst attack ({worst.attack})."
+    units = "" if unit == "image" else f" of {unit}s"
+    return f"Attacked image by image, {worst.accuracy}{units} stay right under the worst attack ({worst.attack})."
+
+
+def _mean_iou(point: UniversalResult, iou: IoU | None) -> str:
+    if iou is None or point.iou is None:
+        return ""
+    return f"The mean IoU is {point.iou.mean} under the pattern, {iou.mean} when clean."
+
+
+def _aimed(found: TargetedResult) -> str:
+    reached = found.reached
+    chance = next((one for one in reached.controls if one.name == SHUFFLED), None)
+    if reached.hidden is None or reached.kept is None:
+        beside = "" if chance is None else f", and {chance.success} by chance, of other scenes"
+        return (
+            f"Aimed at one scene ({found.target}), one pattern makes {reached.success} of pixels show it, against "
+            f"{reached.clean} when clean{beside}."
+        )
+    name = found.target.partition(":")[2]
+    return f"Made to hide {name}, one pattern hides {reached.hidden} of its pixels and keeps {reached.kept} of others."
 
 
 def _random(subject: ModelInfo | None, randomness: RandomnessResult | None) -> str:

@@ -68,14 +68,26 @@ def attack(
     if as_json:
         print_json(result.plain())
         return
-    console.print(f"clean accuracy {result.clean}, under {name} {result.robust} of {result.robust.n} test images")
+    unit = "" if result.maps is None else "pixel "
+    console.print(f"clean {unit}accuracy {result.clean}, under {name} {result.robust} of {result.robust.n} test images")
+    if (maps := result.maps) is not None:
+        console.print(
+            f"clean mean IoU {maps.clean_mean_iou}, under {name} {maps.mean_iou}, and under no choice of these attacks "
+            f"below {100 * maps.mean_iou_bound:.1f} %; mean over images of their pixel accuracy {maps.image_accuracy}"
+        )
+    of = f"{result.success.n} images that were" if result.maps is None else "pixels that were"
     console.print(
-        f"{result.success} of the {result.success.n} images that were correct when clean were broken; "
+        f"{result.success} of the {of} correct when clean were broken; "
         f"norms at most {result.largest:.4g}, mean {result.mean:.4g}"
     )
-    for part in result.rounds:
+    alone = (
+        []
+        if maps is None
+        else [f"alone pixel accuracy {one.accuracy}, mean IoU {one.mean_iou}" for one in maps.attacks]
+    )
+    for k, part in enumerate(result.rounds):
         console.print(
-            f"  {part.attack}: broke {part.broken} of {part.tried}, "
+            f"  {part.attack}: {alone[k] if alone else f'broke {part.broken} of {part.tried}'}, "
             f"{part.cost.forwards:,} forwards and {part.cost.backwards:,} backwards of an image"
         )
     console.print(f"results are in {folder}")

@@ -42,14 +42,15 @@ def list_(root: Root = None, as_json: Json = False) -> None:
         table.add_row(entry.name, *counts, shape, ready, escape(about))  # "gambeson[digits]" is no markup
     Console().print(table)
     typer.echo(
-        "also image-folder:PATH, with a sub-folder per class, and torchvision:NAME; options follow the name: "
+        "also image-folder:PATH, with a sub-folder per class, mask-folder:PATH, with folders of images and of masks, "
+        "cityscapes:PATH, voc:PATH, ade20k:PATH and torchvision:NAME; options follow the name: "
         "'image-folder:PATH?size=64,mode=grey'"
     )
 
 
 @app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(help="A name of `gambeson data list`, image-folder:PATH or torchvision:NAME.")],
+    name: Annotated[str, typer.Argument(help="A name, as `gambeson data list` has them.")],
     root: Root = None,
     as_json: Json = False,
 ) -> None:

@@ -121,10 +121,11 @@ def train(
     if as_json:
         print_json({"out": str(folder), "metrics": history})
         return
-    accuracy = history[-1]["validation_accuracy"]
+    last = history[-1]
+    iou = f", {100 * last['validation_mean_iou']:.1f} % mean IoU" if "validation_mean_iou" in last else ""
     console.print(
         f"{trained.card.name} with {name} is in {folder}: "
-        f"{100 * accuracy:.1f} % validation accuracy after {count(len(history), 'epoch')}"
+        f"{100 * last['validation_accuracy']:.1f} % validation accuracy{iou} after {count(len(history), 'epoch')}"
     )
     console.print(f"next: gambeson audit {folder}")
 

@@ -359,6 +359,11 @@ class Split:
         return one_class(self.task, self._labels)
 
     @property
+    def unlabelled(self) -> int:
+        """Number of images without a label that counts; 0 where finding out takes a pass."""
+        return len(self) - int(self.task.labelled(self._labels).sum())
+
+    @property
     def _strata(self) -> torch.Tensor | None:
         """The class of each image (N,), or None where labels are maps."""
         return self._labels if self.task.per_image_label else None

@@ -22,8 +22,9 @@ from gambeson.base import (
     writable,
     write_json,
 )
-from gambeson.data import Name
+from gambeson.data import Dataset, Name
 from gambeson.evaluation.attack_suite import SuiteResult, run_suite, standard_suite
+from gambeson.evaluation.segmentation_suite import class_pixels
 from gambeson.models.black_box.http import StoredHttp
 from gambeson.models.loading import load_model
 from gambeson.threat import default_eps
@@ -77,14 +78,23 @@ def settings_of(attack: str | None) -> Iterable[str]:
     return attacks.entry(attack or AttackRun.model_fields["attack"].default).settings
 
 
-def _attacks_of(run: AttackRun) -> dict[str, Any]:
+def _attacks_of(run: AttackRun, data: Dataset | None = None) -> dict[str, Any]:
+    """Return the attacks by name; of label maps the runs of SEA one by one, since the mean IoU chooses among them."""
+    maps = data is not None and not data.test.task.per_image_label
     if run.attack != STANDARD:
         attacks.require_kind(run.attack, "image")
-        return {user_code.short(run.attack): attacks.create(run.attack, **run.settings)}
+        attack = attacks.create(run.attack, **run.settings)
+        if not (maps and isinstance(attack, attacks.SEA)):
+            return {user_code.short(run.attack): attack}
+        return attack.each(attack.class_pixels or class_pixels(data.train, seed=run.seed))
     if unknown := sorted(set(run.settings) - set(_SUITE)):
         reason = f"the suite takes {', '.join(_SUITE)}, got {', '.join(unknown)}"
         raise UserError(reason, ("settings", unknown[0]), reason)
-    return dict(standard_suite(**run.settings))
+    if not maps:
+        return dict(standard_suite(**run.settings))
+    return dict(
+        standard_suite(**run.settings, task=data.test.task, class_pixels=class_pixels(data.train, seed=run.seed))
+    )
 
 
 def _check_budget(budget: int | None, row: dict[str, Any], images: int) -> None:
@@ -113,7 +123,7 @@ def run_attack(run: AttackRun, out: Path) -> SuiteResult:
     subject = load_model(run.model, run.data, run.device, budget=run.budget, http=run.http, gradients=needing)
     if run.lacks_eps:
         run = run.with_eps(default_eps(subject.dataset.test.shape, run.settings.get("norm", "inf")))
-    row = _attacks_of(run)
+    row = _attacks_of(run, subject.dataset)
     _check_budget(run.budget, row, min(run.images, len(subject.dataset.test)))
     if open_run(out, run, environment(run.device)) and (out / "result.json").is_file():
         return SuiteResult(**read_json(out / "result.json")["result"])
@@ -124,6 +134,8 @@ def run_attack(run: AttackRun, out: Path) -> SuiteResult:
         found = run_suite(victim, split, row, norm=norm, seed=run.seed)
         notes = victim.notes
     tensors = {"images": found.images, "labels": split.labels, "broken_by": found.broken_by, "indices": rows}
+    if found.iou_images is not None and found.iou_broken_by is not None:
+        tensors |= {"iou_images": found.iou_images, "iou_broken_by": found.iou_broken_by}
     settings = {name: attack.plain() for name, attack in row.items()}
     save_tensors(out / FILE, tensors, {"attacks": settings})
     content = {

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from gambeson.attacks import PGD, AutoPGD, Square, TargetedAutoPGD
+from gambeson.attacks import PGD, SEA, AutoPGD, Square, TargetedAutoPGD
 from gambeson.base import Config, derive, seeded, task
 from gambeson.data import Split
 from gambeson.evaluation.outcome import ImageAttack, at_once, attacked
 from gambeson.evaluation.rates import Cost
+from gambeson.evaluation.segmentation_suite import MapResult, WorstMaps
 from gambeson.evaluation.universal import scored
-from gambeson.tasks import Rate
+from gambeson.tasks import CLASSIFICATION, Counts, Rate, Task
 from gambeson.threat import Norm
 from gambeson.victim import Victim, nothing_counts, predict, votes_of, votes_right
 
@@ -37,10 +38,11 @@ class AttackRound(Config):
 
 
 class SuiteResult(Config):
-    """Accuracy under the worst of several attacks per image.
+    """Accuracy under the worst of several attacks per image; of label maps the pixel accuracy.
 
     The worst case is decided per image, by a procedure fixed beforehand. The correct images are therefore one binomial
-    count, and ``robust`` has the interval of a single rate for any number of attacks.
+    count, and ``robust`` has the interval of a single rate for any number of attacks. Of label maps, the interval is by
+    bootstrap over images.
     """
 
     clean: Rate
@@ -48,8 +50,8 @@ class SuiteResult(Config):
     robust: Rate
     """Accuracy under the worst of the attacks, including the clean image."""
     success: Rate
-    """Attack success rate on images that are correct when clean; for a random model the net loss, because some images
-    change between two counts by chance."""
+    """Attack success rate on images, of label maps pixels, that are correct when clean; for a random model the net loss
+    (of label maps per image), because some change between two counts by chance."""
     votes: int = 1
     """Votes per image: more than one for a random model."""
     rounds: list[AttackRound]
@@ -57,6 +59,8 @@ class SuiteResult(Config):
     """Largest norm of a successful perturbation, measured on the stored images."""
     mean: float
     """Mean norm of these."""
+    maps: MapResult | None = None
+    """Of label maps: their mean IoU under the attacks, and each attack by itself."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,12 @@ class SuiteRun:
     """The worst candidate of each image, or the clean image: scoring these with the seed of the suite gives
     ``result.robust`` exactly."""
     broken_by: torch.Tensor
-    """Index of the attack that broke each image; -1 none, -2 wrong without an attack, -3 its label does not count."""
+    """Index of the attack that broke each image; -1 none, -2 wrong without an attack, -3 its label does not count. Of
+    label maps: of the attack under which the fewest pixels are right; -1 if no attack lowers their number."""
+    iou_images: torch.Tensor | None = None
+    """Label maps only: the candidates that a greedy choice takes for a low mean IoU over all images."""
+    iou_broken_by: torch.Tensor | None = None
+    """Index of the attack that made each of these; -1 for a clean image."""
 
 
 class WorstCase:
@@ -109,6 +118,7 @@ class WorstCase:
         traits = victim.inspect(self.images, scores=True)
         self._random = traits.stochastic
         split.check_logits(traits.shape)
+        self._clean = self.images.clone()
         self._support = torch.zeros_like(self.labels)
         self.source = torch.full_like(self.labels, -1)
         for rows in torch.arange(len(self.labels), device=self.labels.device).split(self.batch_size):
@@ -118,6 +128,14 @@ class WorstCase:
     def survivors(self) -> torch.Tensor:
         """Indices of the images still to be attacked: they count, and are not broken for good."""
         return (self.counts & (self._support > SURE * self.votes)).nonzero().flatten()
+
+    def begin(self) -> torch.Tensor:
+        """Begin another attack, and return the images to try it on."""
+        return self.survivors
+
+    def take(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return clean images with their labels."""
+        return self._clean[rows], self.labels[rows]
 
     def offer(self, rows: torch.Tensor, moved: torch.Tensor, source: int) -> None:
         """Keep candidates ``moved`` of the images with indices ``rows`` if they do more harm than the current ones."""
@@ -135,9 +153,9 @@ class WorstCase:
             counts = now.task.counts(predict(self.victim, now, seed=self.seed), now.labels.cpu())
         return counts.right.to(self.labels.device) > 0
 
-    def rate(self, right: torch.Tensor) -> Rate:
-        """Return the share of ``right`` (N,) among the images that count."""
-        return Rate.of(int(right.sum()), int(self.counts.sum()))
+    def scored(self) -> Counts:
+        """Return :meth:`right` as counts."""
+        return Counts(self.right().long(), self.counts.long())
 
     def _votes(self, images: torch.Tensor, rows: torch.Tensor, source: int | str) -> torch.Tensor:
         with seeded(self.seed, "candidate", source, int(rows[0])):
@@ -156,63 +174,105 @@ def run_suite(
 ) -> SuiteRun:
     """Attack every image with each attack in turn until one breaks it, and score the worst case of each image once.
 
+    Label maps are attacked until no labelled pixel is right; their worst cases are those of :class:`MapResult`.
+
     Success is decided on the model itself, by the images an attack returned, not by the attack. For a random model,
     decided by the majority of votes (:func:`gambeson.victim.votes_of`), the candidate with the fewest correct votes is
     kept, and only that one is scored, on fresh votes: see :class:`WorstCase`.
 
     Args:
         victim: the model, inside its context.
-        split: images with one label each.
+        split: the images.
         attacks: by name, cheapest first.
         norm: of the reported distances.
         seed: of every attack, and of a random model's votes.
         batch_size: maximum batch size; smaller for large images.
 
     Raises:
-        UserError: labels are not one per image, no label counts, some logits are not finite, or an attack does not
-            return images.
+        UserError: no label counts, some logits are not finite, or an attack does not return images.
     """
-    worst = WorstCase(victim, split, seed=seed, batch_size=batch_size)
-    clean_images = worst.images.clone()
-    clean = right = worst.right()
+    of_maps = not split.task.per_image_label
+    worst = (WorstMaps if of_maps else WorstCase)(victim, split, seed=seed, batch_size=batch_size)
+    clean = right = worst.scored()
     rounds = []
     with task("  attack suite", len(attacks)) as advance:
         for k, (name, attack) in enumerate(attacks.items()):
-            before, rows = (victim.forwards, victim.backwards), worst.survivors
+            before, rows = (victim.forwards, victim.backwards), worst.begin()
             for j, part in enumerate(rows.split(worst.batch_size) if len(rows) else ()):
-                x, y, stream = clean_images[part], worst.labels[part], derive(seed, name, j)
+                (x, y), stream = worst.take(part), derive(seed, name, j)
                 with seeded(stream, "attack"):  # for an attack, or a model, that draws from torch's own generators
                     moved = attacked(attack, victim, x, y, seed=stream, task=split.task, name=name)
                 worst.offer(part, moved, k)
-            right = worst.right()
+            right = worst.scored()
             rounds.append(
                 AttackRound(
                     attack=name,
                     tried=len(rows),
                     broken=len(rows) - len(worst.survivors),
-                    accuracy=worst.rate(right),
+                    accuracy=right.accuracy,
                     cost=Cost(forwards=victim.forwards - before[0], backwards=victim.backwards - before[1]),
                 )
             )
             advance()
-    broken = clean & ~right & (worst.source >= 0)
-    broken_by = torch.where(broken, worst.source, torch.where(right, -1, -2)).masked_fill(~worst.counts, -3)
-    distances = (worst.images - clean_images).flatten(1).norm(p=float(norm), dim=1)[broken]
-    before_all, left = int(clean.sum()), int(right.sum())
-    result = SuiteResult(
-        clean=worst.rate(clean),
-        robust=worst.rate(right),
-        success=Rate.of(max(0, before_all - left), before_all),
+    settled = rounds, clean, norm
+    return _of_maps(worst, *settled) if isinstance(worst, WorstMaps) else _of_images(worst, right, *settled)
+
+
+def _of_images(worst: WorstCase, right: Counts, rounds: list[AttackRound], clean: Counts, norm: str) -> SuiteRun:
+    was, now = clean.right > 0, right.right > 0
+    broken = was & ~now & (worst.source >= 0)
+    broken_by = torch.where(broken, worst.source, torch.where(now, -1, -2)).masked_fill(~worst.counts, -3)
+    before, left = int(clean.right.sum()), int(right.right.sum())
+    success = Rate.of(max(0, before - left), before)
+    result = _result(rounds, clean, right, success, worst, worst.images - worst.take(slice(None))[0], broken, norm)
+    return SuiteRun(result=result, images=worst.images.cpu(), broken_by=broken_by.cpu())
+
+
+def _of_maps(worst: WorstMaps, rounds: list[AttackRound], clean: Counts, norm: str) -> SuiteRun:
+    found = worst.finish(turn.attack for turn in rounds)
+    moved = found.images - worst.split.take(slice(None), "cpu")[0]
+    success = Rate.bootstrap((clean.right - found.right.right).clamp(min=0), clean.right)
+    result = _result(rounds, clean, found.right, success, worst, moved, found.source >= 0, norm)
+    return SuiteRun(
+        result=result.model_copy(update={"maps": found.result}),
+        images=found.images,
+        broken_by=found.source.masked_fill(clean.total == 0, -3),
+        iou_images=found.iou_images,
+        iou_broken_by=found.iou_source,
+    )
+
+
+def _result(
+    rounds: list[AttackRound],
+    clean: Counts,
+    right: Counts,
+    success: Rate,
+    worst: WorstCase | WorstMaps,
+    moved: torch.Tensor,
+    broken: torch.Tensor,
+    norm: str,
+) -> SuiteResult:
+    distances = moved.flatten(1).norm(p=float(norm), dim=1)[broken]
+    return SuiteResult(
+        clean=clean.accuracy,
+        robust=right.accuracy,
+        success=success,
         votes=worst.votes,
         rounds=rounds,
         largest=float(distances.max()) if len(distances) else 0.0,
         mean=float(distances.mean()) if len(distances) else 0.0,
     )
-    return SuiteRun(result=result, images=worst.images.cpu(), broken_by=broken_by.cpu())
 
 
 def standard_suite(
-    *, eps: float | str, norm: Norm = "inf", queries: int = 5000, faithful: bool = False, eot_samples: int | None = None
+    *,
+    eps: float | str,
+    norm: Norm = "inf",
+    queries: int | None = None,
+    faithful: bool = False,
+    eot_samples: int | None = None,
+    task: Task = CLASSIFICATION,
+    class_pixels: Sequence[float] | None = None,
 ) -> dict[str, ImageAttack]:
     """Return the attacks of the standard suite, to be run by :func:`gambeson.evaluation.run_suite`.
 
@@ -225,17 +285,29 @@ def standard_suite(
     images and the public robust LeNet5 the row broke every image that a public AutoAttack with FAB broke
     (``results/autoattack.json``).
 
+    Of label maps: the three runs of SEA (Croce et al. 2024), one per loss, so that the worst case of the mean IoU can be
+    chosen among them, and Square (ours), which SEA lacks and ``faithful`` leaves out: without it, a masked gradient
+    would pass for robustness.
+
     Args:
         eps: radius in pixel units.
         norm: ``inf`` or ``2``.
-        queries: budget of Square per image.
-        faithful: attack all nine targets in full, and let Square spend its whole budget on every image.
+        queries: budget of Square per image; by default 5000, of label maps 1000 (ours).
+        faithful: attack all nine targets in full, and let Square spend its whole budget on every image; of label maps,
+            SEA alone.
         eot_samples: samples of a random model that each gradient is averaged over.
+        task: what the labels mean.
+        class_pixels: of label maps, the training pixels of each class
+            (:func:`gambeson.evaluation.segmentation_suite.class_pixels`); None: those of the image itself.
     """
     ball = {"eps": eps, "norm": norm, "eot_samples": eot_samples}
+    if not task.per_image_label:
+        sea: dict[str, ImageAttack] = dict(SEA(**ball).each(class_pixels))
+        return sea if faithful else sea | {"square": Square(eps=eps, norm=norm, queries=queries or 1000)}
+    square = Square(eps=eps, norm=norm, queries=queries or 5000, early_abandon=None if faithful else 3)
     return {
         "pgd": PGD(steps=10, **ball),
         "auto-pgd": AutoPGD(steps=100, **ball),
         "auto-pgd-targeted": TargetedAutoPGD(steps=100, probe_steps=None if faithful else 20, **ball),
-        "square": Square(eps=eps, norm=norm, queries=queries, early_abandon=None if faithful else 3),
+        "square": square,
     }

@@ -13,7 +13,6 @@ import torch
 from gambeson.auditing import AuditResult
 from gambeson.auditing.results import DataInfo, UniversalResult
 from gambeson.base import UserError, load_tensors, read_json, read_settings
-from gambeson.tasks import of as task_of
 
 _EXAMPLES = ("images", "perturbed", "labels", "predictions", "perturbed_predictions")
 
@@ -28,6 +27,8 @@ class Folder:
     result: AuditResult
     deltas: tuple[torch.Tensor, ...]
     """The perturbations (C, H, W), in the order of ``result.universal``."""
+    aimed: tuple[torch.Tensor, ...]
+    """The perturbations with a target (C, H, W), in the order of ``result.targeted``."""
     direction: torch.Tensor | None
     """The best shared L2 direction of the linearised model (C, H, W), if the audit has one."""
     examples: dict[str, torch.Tensor]
@@ -40,7 +41,12 @@ class Folder:
     @property
     def unit(self) -> str:
         """What a rate counts: ``image``, or ``pixel`` where labels are maps."""
-        return "image" if task_of(self.examples["labels"]).per_image_label else "pixel"
+        return self.result.material.unit
+
+    @property
+    def units(self) -> str:
+        """What rates are shares of: ``test images``, or ``pixels of test images``."""
+        return "test images" if self.unit == "image" else f"{self.unit}s of test images"
 
     @property
     def trusted(self) -> bool:
@@ -93,6 +99,7 @@ def _read(path: Path, result: AuditResult, times: Counter[str]) -> Folder:
         label=label if times[label] == 1 else f"{label} ({path.name})",
         result=result,
         deltas=tuple(_delta(path / point.file, result.material) for point in result.universal),
+        aimed=tuple(_delta(path / found.file, result.material) for found in result.targeted),
         direction=_direction(path, result),
         examples=_examples(path / "examples.safetensors"),
         seconds=dict(read_json(timing)) if timing.is_file() else {},

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gambeson.auditing import lead_of
+from gambeson.auditing.display import worst_of
 from gambeson.evaluation import Rate
 from gambeson.report.formatting import EpsFormat, count, of_hundred
 from gambeson.report.loading import Folder
@@ -92,9 +93,15 @@ def summary(folder: Folder, scale: EpsFormat) -> Summary:
         facts.append(
             f"Patterns of the same strength that know nothing of it: {of_hundred(worst.value)} of 100 at the most."
         )
-    if (each := result.worst_attack) is not None:
+    if result.iou is not None and point.iou is not None:
+        facts.append(
+            "Averaged over classes, the overlap of prediction and truth (mean IoU) is "
+            f"{of_hundred(point.iou.mean.value)} of 100 with it and {of_hundred(result.iou.mean.value)} without."
+        )
+    if (each := worst_of(result)) is not None:
         broken = of_hundred(each.accuracy.complement.value)
-        facts.append(f"Attacked with a pattern of its own for every image, it is wrong on {broken} of 100.")
+        units = "" if folder.unit == "image" else f" {folder.unit}s"
+        facts.append(f"Attacked with a pattern of its own for every image, it is wrong on {broken} of 100{units}.")
     trusted = folder.trusted
     outcome = _UNDECIDED if lead.outcome == "withstands" and not trusted else _OUTCOMES[lead.outcome]
     measured = Badge("measurement checked", "checked", "✓") if trusted else Badge("not trusted", "doubted", "!")
@@ -172,7 +179,7 @@ def _steps(folder: Folder, scale: EpsFormat) -> list[Step]:
     elif not failed:
         aim = "decide it" if outcome == "on the edge" else "try harder to break it"
         steps.append(_audit(folder, eps, f"To {aim}, attack longer and on more images:"))
-    each = result.worst_attack
+    each = worst_of(result)
     if outcome == "withstands" and each is not None and each.accuracy.high < 1 - result.eps_uni.delta:
         text = "A pattern of its own for every image does break it. Train against that:"
         steps.append(_train(folder, "pgd-adversarial", eps, text))

@@ -9,14 +9,13 @@ from typing import Any, Literal
 
 import torch
 
-from gambeson.base import UserError
-from gambeson.base.notebook import frame
+from gambeson.base import UserError, notebook
 from gambeson.tasks.rate import Difference, Rate, resampled
 
 Metric = Literal["accuracy", "mean_iou", "mean_accuracy"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Confusion:
     """Diagonal and margins of the confusion matrix of each image: all that accuracy and IoU depend on.
 
@@ -73,21 +72,43 @@ class Confusion:
             raise UserError("the two count other images, labels or classes: expected those of one split in one order")
         labelled = self.counts[:, 1].any(1)
         first, second = (one.counts[labelled].flatten(1) for one in (self, other))
-        return Difference.of(first, second, partial(_of_sums, metric, len(self.classes)), len(first))
+        return Difference.of(first, second, partial(self.of_sums, metric), len(first))
 
     def value(self, metric: Metric) -> float:
         """The metric without its interval; 0 without a label that counts."""
-        return float(_of_sums(metric, len(self.classes), self.counts.sum(0).flatten()[None].double()))
+        return float(self.of_sums(metric, self.counts.sum(0).flatten()[None].double()))
+
+    def of_sums(self, metric: Metric, sums: torch.Tensor) -> torch.Tensor:
+        """Return the metric for each row of counts summed over images, (B, 3 K) float64."""
+        return _METRICS[metric](*sums.unflatten(1, (3, len(self.classes))).unbind(1))
+
+    def rates(self) -> dict[str, Rate]:
+        """Return every rate by its name."""
+        means = {"pixel accuracy": self.accuracy, "mean accuracy": self.mean_accuracy, "mean IoU": self.mean_iou}
+        return means | {f"IoU of {name}": rate for name, rate in self.iou.items()}
 
     def to_frame(self) -> Any:
-        """Return a ``pandas.DataFrame`` with one row per class that occurs, and the metrics of all.
+        """Return a ``pandas.DataFrame`` with one row per rate.
 
         Raises:
             UserError: pandas is not installed.
         """
-        rates = {f"IoU of {name}": rate for name, rate in self.iou.items()}
-        rates |= {"mean IoU": self.mean_iou, "mean accuracy": self.mean_accuracy, "pixel accuracy": self.accuracy}
-        return frame([{"metric": name, **rate.plain()} for name, rate in rates.items()])
+        return notebook.frame([{"metric": name, **rate.plain()} for name, rate in self.rates().items()])
+
+    def plot(self) -> Any:
+        """Return a ``plotly`` figure with the IoU of each class and its interval."""
+        lines = {"IoU": (list(self.iou), list(self.iou.values()))}
+        return notebook.curves(lines, f"Mean IoU {self.mean_iou}", "class", "IoU (%)").update_traces(mode="markers")
+
+    def __repr__(self) -> str:
+        return notebook.text_table(*self._lines)
+
+    def _repr_html_(self) -> str:
+        return notebook.html_table(*self._lines)
+
+    @property
+    def _lines(self) -> tuple[str, dict[str, str]]:
+        return f"{len(self.counts):,} images", {name: str(rate) for name, rate in self.rates().items()}
 
     @property
     def _present(self) -> list[int]:
@@ -98,7 +119,7 @@ class Confusion:
         rows = self.counts[units > 0].flatten(1)
         if len(rows) == 0:
             return Rate.of(0, 0)
-        draws = torch.cat([_of_sums(metric, len(self.classes), sums) for sums in resampled(rows, 0)])
+        draws = torch.cat([self.of_sums(metric, sums) for sums in resampled(rows, 0)])
         return Rate.from_error(self.value(metric), draws, len(rows), int(units.sum()))
 
 
@@ -120,8 +141,3 @@ _METRICS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.T
     "mean_iou": _mean_iou,
     "mean_accuracy": _mean_accuracy,
 }
-
-
-def _of_sums(metric: str, classes: int, sums: torch.Tensor) -> torch.Tensor:
-    """The metric of each row of summed counts, (B, 3 * K) float64."""
-    return _METRICS[metric](*sums.unflatten(1, (3, classes)).unbind(1))

@@ -101,9 +101,9 @@ class Recipe(Config):
     """Use the channels-last memory layout: the same network with different rounding, often faster with many
     channels."""
     select: Literal["last", "best", "best-universal", "best-pgd"] = "last"
-    """The epoch whose weights are kept. On validation, ``best`` has the lowest clean error,
-    ``best-universal`` the lowest universal evasion rate, ``best-pgd`` the highest accuracy under PGD; the latter two
-    among the epochs measured by ``robust_every``."""
+    """The epoch whose weights are kept. On validation, ``best`` has the lowest clean error (of label maps the highest
+    mean IoU), ``best-universal`` the lowest universal evasion rate, ``best-pgd`` the highest accuracy under PGD; the
+    latter two among the epochs measured by ``robust_every``."""
     robust_every: Annotated[int, Field(ge=0)] = 0
     """Run short attacks on validation after every so many epochs, and after the last; 0: never."""
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -61,8 +62,8 @@ class SEA(AutoPGD):
     A run per loss takes 300 steps in stages of 90, 90 and 120 at radii of 2, 1.5 and 1 eps; each stage starts at the
     projected result of the one before, the first at a random point of its ball. Gradients are those of the loss;
     steps are judged by the plain cross-entropy. The result per image is the point with the most wrong pixels, over
-    all losses, which is the worst case for the pixel accuracy; for that of the mIoU, give each loss to a suite as an
-    attack of its own: see :func:`gambeson.evaluation.standard_suite`. Norm inf in the paper; others are ours. Costs per
+    all losses, which is the worst case for the pixel accuracy; for that of the mean IoU, a suite chooses among the runs
+    of each loss (:meth:`each`, :func:`gambeson.evaluation.run_suite`). Norm inf in the paper; others are ours. Costs per
     image, loss and restart ``steps`` backwards and a forward more per stage: 303 and 300. Images without a right pixel
     cost nothing more.
     """
@@ -80,6 +81,17 @@ class SEA(AutoPGD):
     start_size: Annotated[Number, Field(ge=0)] = 2.0
     targets: None = None
     """Not for this attack."""
+
+    def each(self, class_pixels: Sequence[float] | None = None) -> dict[str, SEA]:
+        """Return an attack per loss, by the name ``sea-LOSS``, among whose results a suite can choose.
+
+        Args:
+            class_pixels: of all of them, in place of those of this attack.
+        """
+        pixels = self.class_pixels if class_pixels is None else tuple(class_pixels)
+        return {
+            f"sea-{loss}": self.model_copy(update={"losses": (loss,), "class_pixels": pixels}) for loss in self.losses
+        }
 
     def _search(
         self, solver: ProjectedGradient, x: torch.Tensor, y: torch.Tensor, seed: int, best: torch.Tensor

@@ -14,7 +14,7 @@ from pydantic import Field
 from gambeson.attacks.registry import ATTACKS
 from gambeson.attacks.universal.context import CraftingContext, passes, splits_of
 from gambeson.attacks.universal.perturbation import Provenance, Status, UniversalPerturbation
-from gambeson.attacks.universal.target import OMEGA, Target
+from gambeson.attacks.universal.target import OMEGA, Target, from_predictions
 from gambeson.base import Config, UserError, seeded
 from gambeson.base.errors import DataWarning
 from gambeson.data import held_out
@@ -140,7 +140,7 @@ class UniversalAttack(Config):
                 f"tile = {tile[0]}x{tile[1]} is larger than the images of {train.shape[1]}x{train.shape[2]} pixels: "
                 "expected no larger tile"
             )
-        target, predicted = getattr(self, "target", None), settings.get("labels") == "prediction"
+        target, predicted = getattr(self, "target", None), from_predictions(settings)
         context = CraftingContext(
             victims=victims,
             train=train.to(victims[0].device),

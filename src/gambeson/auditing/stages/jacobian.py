@@ -32,6 +32,16 @@ _GRID = 17
 PartT = TypeVar("PartT")
 
 
+def left_out(split: Split) -> str:
+    """Return why labels of this form have no Jacobian analysis; empty if they have one."""
+    if split.task.labels_every_image:
+        return ""
+    return (
+        "No Jacobian analysis was made: it is for one label per image, all of which count; of label maps a Jacobian "
+        "has a row for every pixel and class."
+    )
+
+
 def measure(
     victim: Victim,
     split: Split,
@@ -59,7 +69,7 @@ def measure(
     Returns:
         None for black boxes, for models that are not classifiers, and if the suite omits it.
     """
-    if suite.jacobian_backwards == 0 or not split.task.labels_every_image:
+    if suite.jacobian_backwards == 0 or left_out(split):
         return None
     if isinstance(victim.model, BlackBox):
         return None
