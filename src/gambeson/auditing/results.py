@@ -440,8 +440,8 @@ class AuditResult(Config):
             read_settings(folder / "run.yaml", "audit")  # a run of another kind is refused
             if not (folder / "result.json").is_file():
                 raise UserError(
-                    f"the audit in {folder} has no result yet: `gambeson audit --config {folder}/run.yaml --out {folder}` "
-                    "finishes it from where it stopped"
+                    f"the audit in {folder} has no result yet: `gambeson audit --config {folder}/run.yaml --out "
+                    f"{folder}` finishes it from where it stopped"
                 )
         content = read_json(folder / "result.json")
         form = content.get("schema_", "another kind") if isinstance(content, dict) else "another kind"

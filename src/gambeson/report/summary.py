@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gambeson.auditing import lead_of
 from gambeson.auditing.display import worst_of
@@ -104,6 +105,13 @@ def summary(folder: Folder, scale: EpsFormat) -> Summary:
         facts.append(f"Attacked with a pattern of its own for every image, it is wrong on {broken} of 100{units}.")
     trusted = folder.trusted
     outcome = _UNDECIDED if lead.outcome == "withstands" and not trusted else _OUTCOMES[lead.outcome]
+    if outcome.word == "withstands":
+        outcome = replace(outcome, word=f"withstands eps {scale.text(point.eps)}")
+        tried = 1 + sum(one.draws for one in point.controls) + sum(one.universal and one.eps == point.eps for one in result.transfer)
+        facts.append(
+            f"It withstood {count(tried, 'pattern')} of this strength: the one made for it, those that know nothing of "
+            "it, and those made for other models. Stronger ones, and longer searches, may do more."
+        )
     measured = Badge("measurement checked", "checked", "✓") if trusted else Badge("not trusted", "doubted", "!")
     return Summary(
         badges=[outcome, measured],
@@ -198,6 +206,8 @@ def _audit(folder: Folder, eps: str, text: str) -> Step:
         return Step(text, 'gb.audit(model, data, suite="full", out="runs/full-audit")', python=True)
     budget = result.settings.get("budget")
     more = "" if budget is None else f" --budget {4 * budget}"
+    if own := result.settings.get("attacks"):
+        more += f" --set {shlex.quote(f'suite.attacks={json.dumps(list(own))}')}"
     return Step(
         text,
         f"gambeson audit {_source(folder, '')} --suite full --eps {eps}{more} --out {_beside(folder, 'full-audit')}",
