@@ -214,7 +214,8 @@ def list_(
         print_json([{"file": str(file), **uap.about.plain()} for file, uap in found])
         return
     table = Table("file", "attack", "target", "eps", "norm", "crafted on", "seed", "status", box=None)
-    table.columns[0].overflow = "fold"
+    for column in table.columns:
+        column.overflow = "fold"
     for file, uap in found:
         about = uap.about
         table.add_row(
