@@ -79,13 +79,16 @@ def warn_of_zero_gradient() -> None:
     )
 
 
-def require_finite(sums: Sequence[torch.Tensor], first: int | None = None, *, may_vanish: bool = False) -> None:
+def require_finite(
+    sums: Sequence[torch.Tensor], first: int | None = None, *, may_vanish: bool | Callable[[], bool] = False
+) -> None:
     """Refuse gradients that are NaN or infinite, and warn of gradients that are all zero, waiting for the device once.
 
     Args:
         sums: the sum of each step's gradient, scalars.
         first: number of the first of these steps, for the message.
-        may_vanish: do not warn of gradients that are all zero, as those of a truncated loss may well be.
+        may_vanish: do not warn of gradients that are all zero, as those of a truncated loss may well be; a function is
+            asked only about those.
 
     Raises:
         NonFiniteGradientError: some are.
@@ -93,7 +96,7 @@ def require_finite(sums: Sequence[torch.Tensor], first: int | None = None, *, ma
     if not sums:
         return
     values = torch.stack(list(sums)).tolist()
-    if not any(values) and not may_vanish:
+    if not any(values) and not (may_vanish() if callable(may_vanish) else may_vanish):
         warn_of_zero_gradient()
     finite = [math.isfinite(value) for value in values]
     if not all(finite):
@@ -224,7 +227,7 @@ class ProjectedGradient:
         else:
             gradient, logits, total = self._gradient(images, delta, labels, weights, truth, view)
         if sums is None:
-            require_finite([total], number, may_vanish=self.loss.may_vanish)
+            require_finite([total], number, may_vanish=lambda: self._may_vanish(logits, labels))
         else:
             sums.append(total)
         return gradient, logits
@@ -263,6 +266,13 @@ class ProjectedGradient:
         with torch.no_grad():
             logits, values = self.forward(perturb(images, delta), labels, truth)
         return values, logits
+
+    def _may_vanish(self, logits: torch.Tensor, labels: torch.Tensor) -> bool:
+        """Return whether a gradient of zero says nothing of the model: truncated, or no answer left to turn."""
+        if not self.loss.may_vanish or self.loss.truncate is not None:
+            return self.loss.may_vanish
+        done = self.task.succeeded(logits, labels, targeted=self.loss.targeted)
+        return bool((done | ~self.task.valid(labels)).all())
 
     def at(self, step: int, steps: int) -> ProjectedGradient:
         """Return the solver for a step, counted from 1, of a loss that changes with it (:meth:`Loss.at`)."""
