@@ -1,7 +1,10 @@
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import gambeson as gb
 from gambeson.base import load_tensors
@@ -79,3 +82,71 @@ def test_uap_craft_score_list(weights, tmp_path, capsys):
         error = capsys.readouterr().err
         assert words in error
         assert "Traceback" not in error
+
+
+NET = """
+import torch
+
+class Colours(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.colours = torch.nn.Parameter(torch.tensor([[0.35, 0.35, 0.35], [0.65, 0.35, 0.35], [0.35, 0.35, 0.65]]))
+
+    def forward(self, x):
+        return -32 * (x[:, None] - self.colours[None, :, :, None, None]).square().sum(2)
+"""
+
+
+def test_uap_of_label_maps_with_a_target(tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    for place in ("images", "masks"):
+        (tmp_path / "scenes" / place).mkdir(parents=True)
+    for n in range(60):
+        mask = np.zeros((12, 12), np.uint8)
+        for k in (1, 2):
+            i, j = draw.integers(0, 7, 2)
+            mask[i : i + 6, j : j + 6] = k
+        colour = np.array([[90, 90, 90], [165, 90, 90], [90, 90, 165]])[mask] + draw.normal(0, 8, (12, 12, 3))
+        Image.fromarray(colour.clip(0, 255).astype(np.uint8)).save(tmp_path / f"scenes/images/{n}.png")
+        Image.fromarray(mask).save(tmp_path / f"scenes/masks/{n}.png")
+    Image.fromarray(mask[::-1].copy()).save(tmp_path / "goal.png")
+    (tmp_path / "scenes" / "palette.txt").write_text("ground\nbox\nbin\n")
+    (tmp_path / "net.py").write_text(NET)
+    about = ["--model", f"{tmp_path / 'net.py'}:Colours", "--data", f"mask-folder:{tmp_path / 'scenes'}"]
+    small = ["--eps", "0.25", "--set", "steps=40", "--set", "probe_starts=0", "--set", "batch_size=8"]
+    for name, target, more in [
+        ("hidden", "hide:bin", ["--set", "omega=0.8", "--set", "tau=0.7"]),
+        ("static", "static:2", ["--set", "labels=truth"]),
+        ("mask", f"static:{tmp_path / 'goal.png'}", ["--set", "tile=[12, 6]"]),
+    ]:
+        file = str(tmp_path / f"{name}.safetensors")
+        assert run(["uap", "craft", *about, *small, "--target", target, *more, "--out", file]) == 0
+        assert "reach the target" in " ".join(capsys.readouterr().err.split())
+        assert run(["uap", "score", file, *about, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["target"]
+        assert [one["name"] for one in found["controls"]] == ["random-sign", "chessboard", "shuffled target map"]
+        if name == "hidden":
+            assert found["hidden"]["low"] > max(one["hidden"]["high"] for one in found["controls"][:2])
+            assert found["kept"]["value"] > 0.8
+        elif name == "static":
+            assert found["success"]["low"] > max(
+                found["clean"]["high"], *(one["success"]["high"] for one in found["controls"])
+            )
+    assert run(["uap", "score", str(tmp_path / "hidden.safetensors"), *about]) == 0
+    said = capsys.readouterr().err
+    assert all(word in said for word in ("target         hide:bin", "hidden ", "others kept ", "shuffled target map: "))
+    assert run(["uap", "list", str(tmp_path), "--json"]) == 0
+    kept = {Path(entry["file"]).stem: entry["settings"] for entry in json.loads(capsys.readouterr().out)}
+    assert (kept["hidden"]["target"], kept["hidden"]["omega"], kept["mask"]["tile"]) == ("hide:bin", 0.8, [12, 6])
+    assert run(["uap", "list", str(tmp_path)]) == 0
+    assert "static:2" in capsys.readouterr().out
+    for target, more, words in [
+        ("hide:road", [], "unknown class 'road'"),
+        ("static:99", [], "static:99: scenes/validation has 9 images"),
+        (f"static:{tmp_path / 'none.png'}", [], "cannot be read as a PNG of class indices"),
+        ("hide:bin", ["--attack", "perlin"], "target"),
+        ("hide:bin", ["--set", "tile=[30, 30]"], "tile = 30x30 is larger than the images of 12x12 pixels"),
+    ]:
+        wanted = [*small[:2], "--target", target, *more, "--out", str(tmp_path / "bad.safetensors")]
+        assert run(["uap", "craft", *about, *wanted]) == 2
+        assert words in capsys.readouterr().err

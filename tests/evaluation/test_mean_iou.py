@@ -5,10 +5,14 @@ import torch
 from torch import nn
 
 import gambeson as gb
-from gambeson.attacks import StochasticPGD
+from gambeson.attacks import StochasticPGD, UniversalPerturbation
 from gambeson.base import UserError
-from gambeson.data import Dataset, Split
+from gambeson.data import Dataset, LazySplit, Split
+from gambeson.evaluation.eps_uni import search
+from gambeson.evaluation.rates import ImageErrors
+from gambeson.evaluation.universal import errors_under, lost_iou
 from gambeson.tasks import Rate
+from gambeson.victim import Victim, predict
 
 
 class Pixelwise(nn.Module):
@@ -75,3 +79,105 @@ def test_a_frame_has_the_classes_and_their_means():
     names = ["IoU of dark", "IoU of bright", "mean IoU", "mean accuracy", "pixel accuracy"]
     assert found["metric"].tolist() == names
     assert found["value"][2] == pytest.approx(found["value"][:2].mean())
+
+
+def scenes(count, seed, spread=1.0):
+    """Label maps of which half of the pixels is class 0, each at its own distance below 1/2, uniform on [0, 0.2].
+
+    ``spread``: share of that distance which the pixels of an image have in common.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    own = 0.2 * torch.rand(count, 1, 8, 4, generator=draw)
+    common = 0.2 * torch.rand(count, 1, 1, 1, generator=draw)
+    chosen = torch.rand(count, 1, 1, 1, generator=draw) < spread
+    dark = 0.5 - torch.where(chosen, common, own)
+    bright = 0.7 + 0.1 * torch.rand(count, 1, 8, 4, generator=draw)
+    labels = torch.cat([torch.zeros(count, 8, 4), torch.ones(count, 8, 4)], 2).long()
+    return Split(f"scenes/{seed}", torch.cat([dark, bright], 3), labels, ("dark", "bright"))
+
+
+ABOUT = StochasticPGD(eps=0.1, steps=1).craft(Pixelwise(), DATA).about
+
+
+def brighter(eps, start=None):
+    """The best perturbation: only dark pixels can fall, and all fall in one direction."""
+    return UniversalPerturbation(torch.full((1, 1, 8, 8), eps), ABOUT.model_copy(update={"eps": eps}))
+
+
+def searched(test, delta, measure, tolerance=0.01, **settings):
+    few = scenes(20, 1)
+    data = Dataset("scenes", few, few, test, few.classes)
+    with Victim(Pixelwise()) as victim:
+        return search(
+            victim,
+            data,
+            brighter,
+            norm="inf",
+            delta=delta,
+            tolerance=tolerance,
+            controls=(),
+            measure=measure,
+            **settings,
+        )
+
+
+def test_eps_uni_of_the_mean_iou_is_where_its_formula_says():
+    """With a share f of the dark pixels taken for bright ones, IoU is 1 - f and 1 / (1 + f)."""
+    test = scenes(100, 2)
+    margins = (0.5 - test.images[:, :, :, :4]).flatten().sort().values
+    found = searched(test, 0.5, lost_iou)
+    f = (5**0.5 - 1) / 2  # 1 - f + 1 / (1 + f) = 1
+    assert found.value == pytest.approx(float(margins[int(f * len(margins))]), rel=0.02)
+    assert found.measure == "mean-iou"
+    assert found.low < found.value < found.high
+    # Of all pixels half are bright, so that the error reaches 0.3 with f = 0.6.
+    error = searched(test, 0.3, errors_under)
+    assert error.value == pytest.approx(float(margins[int(0.6 * len(margins))]), rel=0.02)
+    assert error.measure == "error"
+
+
+def test_eps_uni_of_a_target_is_where_it_succeeds():
+    def bright(victim, split, delta=None):
+        """Pixels taken for bright ones, among those that are dark."""
+        hits = (predict(victim, split, delta) == 1) & (split.labels == 0)
+        return ImageErrors(hits.flatten(1).sum(1), (split.labels == 0).flatten(1).sum(1))
+
+    test = scenes(100, 3)
+    margins = (0.5 - test.images[:, :, :, :4]).flatten().sort().values
+    found = searched(test, 0.8, bright)
+    assert found.value == pytest.approx(float(margins[int(0.8 * len(margins)) - 1]), rel=0.02)
+    assert found.measure == "bright"
+    with pytest.raises(UserError, match="measure 'miou'"):
+        gb.evaluation.eps_uni(Pixelwise(), DATA, StochasticPGD(eps=0.1), measure="miou")
+
+
+def test_the_public_search_measures_what_it_is_asked():
+    attack = StochasticPGD(eps=0.1, steps=3, probe_starts=0)
+    for measure, function in (("error", errors_under), ("mean-iou", lost_iou)):
+        found = gb.evaluation.eps_uni(Pixelwise(), DATA, attack, delta=0.5, tolerance=0.2, controls=(), measure=measure)
+        assert (found.measure, found.censored) == (measure, False)
+        with Victim(Pixelwise()) as victim:
+            assert function(victim, DATA.test, torch.full((1, 1, 8, 8), 0.0)).error < 0.5
+        assert min(error for eps, error in found.tried if eps == found.value) >= 0.5
+
+
+def test_the_interval_of_eps_uni_of_maps_covers_where_images_are_alike_within():
+    f, hits = (5**0.5 - 1) / 2, 0
+    for k in range(25):
+        found = searched(scenes(60, 10 + k), 0.5, lost_iou, tolerance=0.2, seed=k)
+        hits += found.low <= 0.2 * f <= found.high
+        assert found.high - found.low < 0.08  # 3.9 standard errors of a share of 60 images are 0.05
+    assert hits >= 21
+
+
+def test_label_maps_that_are_read_with_their_images_have_the_same_rates():
+    """Data that does not fit in memory is counted batch by batch."""
+    test = DATA.test
+    lazy = LazySplit(
+        test.name, lambda k: (test.images[k], test.labels[k].to(torch.uint8)), len(test), test.classes, 255, workers=0
+    )
+    uap = brighter(0.15)
+    for rate in (gb.evaluation.universal_evasion, gb.evaluation.fooling_rate, gb.evaluation.mean_iou):
+        assert rate(Pixelwise(), lazy, uap) == rate(Pixelwise(), test, uap)
+    assert gb.evaluation.accuracy(Pixelwise(), lazy) == gb.evaluation.accuracy(Pixelwise(), test)
+    assert gb.evaluation.fooling_rate(Pixelwise(), test, uap).value > 0.1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -281,3 +284,95 @@ def test_torchvision_s_own_network_and_its_file_with_an_auxiliary_head(tmp_path)
     export(model, tmp_path / "bare.safetensors", "safetensors")
     names = {key for key in own.state_dict() if not key.startswith("aux_classifier")}
     assert set(gb.base.load_tensors(tmp_path / "bare.safetensors")[0]) == names
+
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+
+
+def hub_folder(folder, model):
+    model.save_pretrained(folder)
+    prepared = {"image_mean": MEAN, "image_std": STD, "image_processor_type": "SegformerImageProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(prepared))
+    return models.create(f"transformers:{folder}", image_size=64).eval()
+
+
+def test_segformer_of_transformers_is_upsampled(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2]}
+    own = transformers.SegformerForSemanticSegmentation(
+        transformers.SegformerConfig(num_labels=5, decoder_hidden_size=8, **sizes)
+    ).eval()
+    model, x = hub_folder(tmp_path / "segformer", own), torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        grid = own((x - torch.tensor(MEAN).view(-1, 1, 1)) / torch.tensor(STD).view(-1, 1, 1)).logits
+        assert grid.shape == (2, 5, 16, 16)
+        torch.testing.assert_close(model(x), F.interpolate(grid, (64, 64), mode="bilinear", align_corners=False))
+    models.save(model, tmp_path / "m.safetensors")
+    with torch.no_grad():
+        assert torch.equal(models.load(tmp_path / "m.safetensors").eval()(x), model(x))
+
+
+def test_mask2former_of_transformers_answers_per_pixel(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    stages = [f"stage{k}" for k in (1, 2, 3, 4)]
+    swin = transformers.SwinConfig(
+        image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2, out_features=stages
+    )
+    widths = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim"), 32)
+    layers = {"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2}
+    config = transformers.Mask2FormerConfig(backbone_config=swin, num_queries=6, num_labels=5, **widths, **layers)
+    own = transformers.Mask2FormerForUniversalSegmentation(config).eval()
+    model, x = hub_folder(tmp_path / "mask2former", own), torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        answer = own((x - torch.tensor(MEAN).view(-1, 1, 1)) / torch.tensor(STD).view(-1, 1, 1))
+        masks = F.interpolate(answer.masks_queries_logits, (64, 64), mode="bilinear", align_corners=False).sigmoid()
+        scores = sum(
+            p[:, :-1, None, None] * mask[:, None]
+            for p, mask in zip(answer.class_queries_logits.softmax(-1).unbind(1), masks.unbind(1), strict=True)
+        )
+        torch.testing.assert_close(model(x).exp(), scores)
+        torch.testing.assert_close(model(x).softmax(1), scores / scores.sum(1, keepdim=True))
+    pixels = x.clone().requires_grad_()
+    assert torch.autograd.grad(model(pixels)[:, 0].sum(), pixels)[0].abs().sum() > 0
+
+
+def test_architectures_and_encoders_of_segmentation_models_pytorch(tmp_path):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    model = models.create("smp:Unet/resnet18", in_channels=3, classes=4, image_size=64, seed=0).eval()
+    own = smp.create_model("unet", "resnet18", encoder_weights=None, in_channels=3, classes=4).eval()
+    own.load_state_dict(model.body.state_dict())
+    x = torch.rand(2, 3, 64, 64)
+    mean, std = (torch.tensor(getattr(model.card, key)).view(-1, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), own((x - mean) / std))
+    models.save(model, tmp_path / "m.safetensors")
+    with torch.no_grad():
+        assert torch.equal(models.load(tmp_path / "m.safetensors").eval()(x), model(x))
+    for name, words in (
+        ("smp:Unot/resnet18", "'Unot': did you mean Unet"),
+        ("smp:Unet", "names no encoder"),
+        ("smp:Unet/resnet999", "encoder of segmentation_models_pytorch 'resnet999'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            models.create(name, in_channels=3, classes=4, image_size=64)
+
+
+def test_a_missing_package_is_named_with_its_extra():
+    if find_spec("segmentation_models_pytorch") is not None:
+        pytest.skip("it is installed")
+    with pytest.raises(UserError, match=r"segmentation_models_pytorch, which is not installed: pip.*gambeson\[smp\]"):
+        models.create("smp:Unet/resnet18", in_channels=3, classes=4, image_size=64)
+
+
+def test_an_onnx_file_answers_per_pixel(tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    from gambeson.models.black_box.local import OnnxModel
+
+    model = models.create("unet-smallx0.5", in_channels=3, classes=4, image_size=(20, 33), seed=0).eval()
+    export(model, tmp_path / "m.onnx", "onnx")
+    x = torch.rand(3, 3, 20, 33)
+    with torch.no_grad():
+        torch.testing.assert_close(OnnxModel(tmp_path / "m.onnx", classes=4)(x), model(x), rtol=1e-3, atol=1e-4)

@@ -21,6 +21,7 @@ from gambeson.auditing.results import (
     Check,
     Corruption,
     DataInfo,
+    IoU,
     JacobianResult,
     ModelInfo,
     PerImageResult,
@@ -42,6 +43,7 @@ from gambeson.models import count_parameters, fingerprint
 from gambeson.victim import Victim, nothing_counts, predict, score, vote
 
 FILE = "examples.safetensors"
+_MAPS_SHOWN = 6
 
 
 def save_examples(
@@ -52,25 +54,32 @@ def save_examples(
     before: torch.Tensor,
     after: torch.Tensor,
     count: int = 10,
+    curve: Sequence[UniversalPerturbation] = (),
 ) -> None:
     """Write ``count`` test images, clean and perturbed, in which right and wrong stand in their true proportion.
 
     The file holds ``images`` and ``perturbed`` (uint8, K x C x H x W), ``labels``, ``predictions`` and
-    ``perturbed_predictions`` (K, or K x H x W). Images with label maps are drawn at random.
+    ``perturbed_predictions`` (K, or K x H x W). Of images with label maps there are six at the most, whose errors
+    under the perturbation are spread evenly over those of all, and the file holds them under every perturbation of the
+    curve as well: ``curve`` (E x K x C x H x W) and ``curve_predictions`` (E x K x H x W), by eps. A label that does not
+    count is -1 there.
 
     Args:
         folder: of the file.
         victim: the model, inside its context.
         test: the split that is reported on.
         uap: the perturbation.
-        before: (N,) bool, whether each image is wrong when clean.
-        after: (N,) bool, whether it is wrong under the perturbation.
+        before: (N,), what share of each image is wrong when clean.
+        after: (N,), what share of it is wrong under the perturbation.
         count: number of images.
+        curve: of label maps, the perturbations by eps.
     """
     if test.task.per_image_label:
-        chosen = in_proportion(test.labels.cpu(), 2 * before.long() + (~after).long(), count)
+        chosen = in_proportion(test.labels.cpu(), 2 * (before > 0).long() + (after <= 0).long(), count)
     else:
-        chosen = test.sample_indices(count)
+        parts = min(count, _MAPS_SHOWN, len(test))
+        middles = (torch.arange(parts) + 0.5) * len(test) / parts
+        chosen = after.argsort(stable=True)[middles.long()]
     images, truths = test.take(chosen, victim.device)
     moved = uap.apply(images)
     with seeded(0, "examples"):  # for the votes of a random model
@@ -82,6 +91,12 @@ def save_examples(
         "predictions": clean,
         "perturbed_predictions": perturbed,
     }
+    if not test.task.per_image_label:
+        tensors["labels"] = truths.where(test.task.valid(truths), -1)
+        everywhere = [one.apply(images) for one in curve]
+        with seeded(0, "examples"):
+            tensors["curve_predictions"] = torch.stack([vote(victim, under) for under in everywhere])
+        tensors["curve"] = torch.stack([pixel_bytes(under) for under in everywhere])
     save_tensors(folder / FILE, tensors, {"eps": uap.about.eps, "norm": uap.about.norm})
 
 
@@ -322,9 +337,11 @@ class _Auditor:
                 advance()
         if folder is not None:
             uap = context.uaps[context.eps]
-            before = ImageErrors.of(context.predictions, context.test).wrong > 0
-            after = context.errors[context.eps].wrong > 0
-            do("examples", None, lambda: save_examples(folder, context.victim, context.test, uap, before, after), None)
+            clean = ImageErrors.of(context.predictions, context.test)
+            before, after = (one.wrong / one.answers.clamp(min=1) for one in (clean, context.errors[context.eps]))
+            shown = partial(save_examples, folder, context.victim, context.test, uap, before, after)
+            curve = [context.uaps[eps] for eps in context.suite.eps]
+            do("examples", None, lambda: shown(curve=curve), None)
         without = [source.left_out, per_image.left_out(context)]
         costs: list[UniversalResult | PerImageResult | TransferredResult | JacobianResult | EpsAdv] = (
             [each] if each else []
@@ -336,6 +353,7 @@ class _Auditor:
             seed=context.seed,
             settings=context.suite.plain(),
             clean=context.clean,
+            iou=(iou := IoU.of(context.predictions, context.test)),
             temperature=context.victim.temperature,
             per_image=context.per_image,
             universal=context.universal,
@@ -358,6 +376,8 @@ class _Auditor:
                 subject=context.subject,
                 randomness=context.randomness,
                 each=each,
+                unit=context.test.task.unit,
+                iou=iou,
             ),
             cost=sum((part.cost for part in costs), found.cost),
             environment=environment(context.victim.device),

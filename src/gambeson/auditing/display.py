@@ -23,6 +23,9 @@ def main_lines(result: Any) -> tuple[str, dict[str, str]]:
         f"eps_uni({found.delta:g})": f"{'>' if found.censored else 'at most'} {found.value:.3g}",
         "UER by eps": ", ".join(f"{one.eps:.3g}: {100 * one.uer.value:.0f} %" for one in result.universal),
     }
+    if result.iou is not None and point.iou is not None:
+        lines["mean IoU, clean"] = str(result.iou.mean)
+        lines[f"mean IoU, eps {point.eps:.3g}"] = str(point.iou.mean)
     return f"Audit of {result.subject.label} on {result.material.test:,} test images of {result.material.name}", lines
 
 
@@ -36,6 +39,9 @@ def rates(result: Any) -> list[dict[str, Any]]:
         return {"attack": found.attack, "eps": found.eps, "norm": found.norm}
 
     rows = [row("clean accuracy", result.clean)]
+    if result.iou is not None:
+        rows += [row("mean IoU", result.iou.mean)]
+        rows += [row("mean IoU", point.iou.mean, **of(point)) for point in result.universal if point.iou is not None]
     rows += [row("accuracy per image", one.accuracy, **of(one)) for one in result.per_image]
     for point in result.universal:
         rows += [row("UER", point.uer, **of(point)), row("fooling rate", point.fooling, **of(point))]
@@ -59,4 +65,6 @@ def plot_audits(results: Sequence[Any]) -> Any:
             worst = [Rate.highest([one.worst for one in point.controls]) for point in result.universal]
             lines[f"{result.subject.label}, worst control"] = eps, worst
     title = f"Universal evasion rate, {results[0].material.name}"
-    return notebook.curves(lines, title, f"eps ({results[0].middle.norm})", "test images misclassified (%)")
+    unit = results[0].material.unit
+    units = "test images" if unit == "image" else f"{unit}s of test images"
+    return notebook.curves(lines, title, f"eps ({results[0].middle.norm})", f"{units} misclassified (%)")

@@ -19,10 +19,11 @@ from gambeson.analysis import (
 )
 from gambeson.auditing import display
 from gambeson.base import Config, UserError, notebook, read_json, read_settings, write_json
-from gambeson.data import Dataset
+from gambeson.data import Dataset, Split
 from gambeson.evaluation import Rate
 from gambeson.evaluation.attack_suite import AttackRound
 from gambeson.evaluation.rates import Control, Cost, EpsAdv, EpsUni
+from gambeson.tasks import Confusion
 
 RANGES: dict[PairMetric, tuple[float, float]] = {"cos_F": (-1, 1), "ratio_s": (0.5, 1), "rank1": (0, 1), "cka": (0, 1)}
 """Range of each pair metric, and of its histogram, so that models can be compared."""
@@ -173,6 +174,8 @@ class DataInfo(Config):
     """Number of images for selection."""
     test: int
     """Number of images for the reported numbers."""
+    unit: str = "image"
+    """What has a label and is right or wrong, which rates are shares of: ``image``, or ``pixel`` of label maps."""
 
     @classmethod
     def of(cls, data: Dataset) -> DataInfo:
@@ -184,7 +187,25 @@ class DataInfo(Config):
             train=len(data.train),
             validation=len(data.validation),
             test=len(data.test),
+            unit=data.test.task.unit,
         )
+
+
+class IoU(Config):
+    """Intersection over union on label maps, from one confusion matrix of all test images."""
+
+    mean: Rate
+    """The mean over the classes that occur among the labels."""
+    classes: dict[str, Rate]
+    """Of each of these classes, by its name."""
+
+    @classmethod
+    def of(cls, predictions: torch.Tensor, split: Split) -> IoU | None:
+        """Measure it, from predictions (N, H, W) on the CPU; None where labels are no maps."""
+        if split.task.per_image_label:
+            return None
+        found = Confusion(split.task.confusion(predictions, split.labels.cpu(), len(split.classes)), split.classes)
+        return cls(mean=found.mean_iou, classes=found.iou)
 
 
 class Restart(Config):
@@ -209,6 +230,8 @@ class UniversalResult(Config):
     """Universal evasion rate: the error on test images."""
     fooling: Rate
     """Fooling rate: the share of predictions that change."""
+    iou: IoU | None = None
+    """Under the perturbation; None where labels are no maps."""
     crafted: Rate | None = None
     """UER of the perturbation crafted on the model itself, if another one was selected; else None."""
     controls: list[Control]
@@ -336,6 +359,8 @@ class AuditResult(Config):
     """Every setting of the suite."""
     clean: Rate
     """Accuracy on clean test images."""
+    iou: IoU | None = None
+    """On clean test images; None where labels are no maps."""
     temperature: float = 1.0
     """Divisor of the logits in attacks (see :mod:`gambeson.auditing.temperature`)."""
     per_image: list[PerImageResult]

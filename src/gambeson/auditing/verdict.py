@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from gambeson.auditing.results import (
     AuditResult,
     Check,
+    IoU,
     ModelInfo,
     PerImageResult,
     RandomnessResult,
@@ -30,6 +31,8 @@ def judge(
     subject: ModelInfo | None = None,
     randomness: RandomnessResult | None = None,
     each: EpsAdv | None = None,
+    unit: str = "image",
+    iou: IoU | None = None,
 ) -> Verdict:
     """State what one pattern does to the model at the middle eps, and whether that can be trusted.
 
@@ -43,11 +46,15 @@ def judge(
         transfer: error under what was crafted on other models.
         subject: the model.
         randomness: what a random model answers over many passes.
+        unit: what rates are shares of: images, or pixels of label maps. Then BROKEN means that half of all pixels are
+            wrong (delta, ours); how classes fare that have few of them, the mean IoU tells.
+        iou: of label maps, on clean test images.
     """
     point = points[len(points) // 2]
     said = [
-        _one_pattern(clean, point, found.delta, transfer),
-        _image_by_image(point, per_image, transfer),
+        _one_pattern(clean, point, found.delta, transfer, unit),
+        "" if iou is None or point.iou is None else f"The mean IoU is {point.iou.mean} under it, {iou.mean} when clean.",
+        _image_by_image(point, per_image, transfer, unit),
         _random(subject, randomness),
         _eps_uni(found, each),
     ]
@@ -121,7 +128,9 @@ def _lead(clean: Rate, point: UniversalResult, delta: float, transfer: Sequence[
     return Lead(outcome, name, rate)
 
 
-def _one_pattern(clean: Rate, point: UniversalResult, delta: float, transfer: Sequence[TransferredResult]) -> str:
+def _one_pattern(
+    clean: Rate, point: UniversalResult, delta: float, transfer: Sequence[TransferredResult], unit: str
+) -> str:
     outcome, name, rate = _lead(clean, point, delta, transfer)
     share = f"{100 * delta:g} %"
     lead = {
@@ -139,11 +148,12 @@ def _one_pattern(clean: Rate, point: UniversalResult, delta: float, transfer: Se
         kind = "strongest control" if len(rivals) == len(point.controls) else "strongest other control"
         against += f" and {rival.worst} under the {kind} ({rival.name})"
     subject = "it misclassifies" if name == _CRAFTED else f"{name} misclassifies"
-    return f"{lead} at eps {point.eps:.3g}: {subject} {rate} of test images, against {against}."
+    units = "test images" if unit == "image" else f"the {unit}s of test images"
+    return f"{lead} at eps {point.eps:.3g}: {subject} {rate} of {units}, against {against}."
 
 
 def _image_by_image(
-    point: UniversalResult, per_image: Sequence[PerImageResult], transfer: Sequence[TransferredResult]
+    point: UniversalResult, per_image: Sequence[PerImageResult], transfer: Sequence[TransferredResult], unit: str
 ) -> str:
     at = (point.eps, point.norm)
     found = [(one.accuracy, one.attack) for one in per_image if (one.eps, one.norm) == at]
@@ -156,7 +166,8 @@ def _image_by_image(
         return ""
     attack = min(found, key=lambda entry: entry[0].value)[1]
     accuracy = Rate.lowest(rate for rate, _ in found)
-    return f"Attacked image by image, {accuracy} stay right under the worst attack ({attack})."
+    units = "" if unit == "image" else f" of {unit}s"
+    return f"Attacked image by image, {accuracy}{units} stay right under the worst attack ({attack})."
 
 
 def _random(subject: ModelInfo | None, randomness: RandomnessResult | None) -> str:

@@ -22,7 +22,8 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
     """One column per model: the verdict, accuracy clean and attacked, UER beside its strongest control, and eps_uni."""
     first = results[0]
     table = Table(
-        title=f"{first.material.test} test images of {first.material.name}: per cent [95 % interval]",
+        title=f"{first.material.test} test images of {first.material.name}: "
+        f"per cent{'' if first.material.unit == 'image' else f' of {first.material.unit}s'} [95 % interval]",
         box=box.SIMPLE_HEAD,
         min_width=60,
         caption="per image, transfer, noise: the worst, its interval widened; UER: error under one pattern for all",
@@ -39,12 +40,16 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
     table.add_section()
     row("accuracy, clean", lambda result: _cell(result.clean))
     row("  per image", _worst)
+    if any(result.iou is not None for result in results):
+        row("mean IoU, clean", lambda result: _NONE if result.iou is None else _cell(result.iou.mean))
     row("error, transfer", _transferred)
     row("error, noise", _noise)
     table.add_section()
     for eps in sorted({point.eps for result in results for point in result.universal}):
         row(f"UER, eps {eps:.3g}", _uer(eps), "bold")
         row("  worst control", _control(eps), "dim")
+        if any(point.iou is not None for result in results for point in result.universal):
+            row("  mean IoU", _iou(eps))
     deltas = {result.eps_uni.delta for result in results}
     delta = f"({deltas.pop():g})" if len(deltas) == 1 else ""
     row(f"eps_uni{delta}", lambda result: _smallest(result.eps_uni))
@@ -97,6 +102,10 @@ def _noise(result: AuditResult) -> str:
 
 def _uer(eps: float) -> Cells:
     return lambda result: _cell(next((point.uer for point in result.universal if point.eps == eps), None))
+
+
+def _iou(eps: float) -> Cells:
+    return lambda result: _cell(next((p.iou.mean for p in result.universal if p.eps == eps and p.iou), None))
 
 
 def _control(eps: float) -> Cells:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.table import Table
 
 from gambeson.cli import options
 from gambeson.cli.options import http_settings, needed, one_model, print_json, progress, put, put_all
+
+if TYPE_CHECKING:
+    from gambeson.evaluation import TargetSuccess
 
 app = typer.Typer(help="Craft, score and list universal perturbations.", no_args_is_help=True)
 
@@ -30,6 +33,13 @@ def craft(
     ] = "stochastic-pgd",
     eps: options.Eps = None,
     norm: options.Norm = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="What to make the model predict: a class, or of label maps static:IMAGE (an index of validation, or a "
+            "PNG of class indices) or hide:CLASS (a name or an index). Nothing: anything wrong."
+        ),
+    ] = None,
     set_: options.Set = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Output file.")] = Path("uap.safetensors"),
     seed: options.Seed = 0,
@@ -38,7 +48,8 @@ def craft(
 ) -> None:
     """Craft a universal perturbation on train, selected on validation.
 
-    Example: `gambeson uap craft runs/x --eps 0.2 --set restarts=8 --out uap.safetensors`
+    Example: `gambeson uap craft runs/x --eps 0.2 --set restarts=8 --out uap.safetensors`, or of label maps
+    `gambeson uap craft runs/x --target hide:bag --set omega=0.9 --set tile="[32, 32]"`
     """
     from gambeson import attacks
     from gambeson.base import UserError, pick_device, user_code, writable
@@ -49,6 +60,7 @@ def craft(
     settings: dict[str, Any] = {}
     put(settings, "settings.eps", eps)
     put(settings, "settings.norm", norm)
+    put(settings, "settings.target", target)
     put_all(settings, set_, (), lambda _: {"settings": attacks.entry(attack).settings})
     given = dict(settings.pop("settings", {}))
     if settings:
@@ -79,7 +91,7 @@ def craft(
     best = max(rate for _, rate in uap.about.restarts)
     console.print(
         f"{out}: {user_code.short(attack)} at eps {uap.about.eps:.4g} ({uap.about.status}); "
-        f"{100 * best:.1f} % on validation"
+        f"{100 * best:.1f} % on validation{'' if uap.target is None else ' reach the target'}"
     )
     console.print(f"next: gambeson uap score {out} {source}{f' --data {data}' if data else ''}")
 
@@ -100,11 +112,10 @@ def score(
 
     Example: `gambeson uap score uap.safetensors runs/x`
     """
-    from gambeson.attacks import UniversalPerturbation
+    from gambeson.attacks import CONTROLS, UniversalPerturbation
     from gambeson.base import pick_device
-    from gambeson.evaluation import accuracy, control_rates, fooling_rate, load_model, universal_evasion
+    from gambeson.evaluation import accuracy, control_rates, fooling_rate, load_model, target_success, universal_evasion
     from gambeson.evaluation.universal import scorable
-    from gambeson.victim import as_victim
 
     uap = UniversalPerturbation.load(file)
     source = needed(one_model(model, model_), f"uap score {file}")
@@ -117,12 +128,15 @@ def score(
             "UER": universal_evasion(subject.model, test, uap),
             "fooling rate": fooling_rate(subject.model, test, uap),
         }
-        with as_victim(subject.model) as victim:
-            controls = control_rates(victim, test, uap.ball, seed)
+        reached, controls = None, []
+        if uap.target is not None:
+            reached = target_success(subject.model, test, uap, seed=seed, controls=CONTROLS)
+        else:
+            controls = control_rates(subject.model, test, uap.ball, seed)
     if as_json:
-        found = {name: rate.plain() for name, rate in rates.items()}
-        own = len(whole) - len(test)
-        print_json({"file": str(file), "left_out": own, **found, "controls": [one.plain() for one in controls]})
+        found: dict[str, Any] = {name: rate.plain() for name, rate in rates.items()}
+        found |= {"controls": [one.plain() for one in controls]} if reached is None else {"target": reached.plain()}
+        print_json({"file": str(file), "left_out": len(whole) - len(test), **found})
         return
     if len(test) < len(whole):
         console.print(
@@ -133,12 +147,30 @@ def score(
         console.print(f"{name:14} {rate}")
     for control in controls:
         console.print(f"{control.name:14} {control.worst} (worst of {control.draws}), mean {100 * control.mean:.1f} %")
+    if reached is not None:
+        _print_target(console, str(uap.about.settings["target"]), reached)
+        return
     worst = max(controls, key=lambda one: one.worst.value)
     if worst.worst.value >= rates["UER"].value > 0:
         console.print(
             f"{worst.name} does no less harm, so this perturbation shows no weakness of its own: try other attacks, "
             "or gambeson audit, which brings the logits to a usual scale first"
         )
+
+
+def _print_target(console: Console, target: str, reached: TargetSuccess) -> None:
+    console.print(f"{'target':14} {target}")
+    console.print(f"{'target reached':14} {reached.success}; clean images: {reached.clean}")
+    if reached.hidden is not None:
+        console.print(f"{'hidden':14} {reached.hidden}")
+        console.print(f"{'others kept':14} {reached.kept}")
+    for one in reached.controls:
+        parts = {"": one.success, ", hidden ": one.hidden, ", kept ": one.kept}
+        text = "".join(f"{name}{rate}" for name, rate in parts.items() if rate is not None)
+        console.print(f"{one.name}: {text} (best of {one.draws})")
+    best = max(reached.controls, key=lambda one: one.score, default=None)
+    if best is not None and best.score >= reached.score:
+        console.print(f"{best.name} reaches as much, so this perturbation shows no weakness of its own")
 
 
 @app.command("list")
@@ -165,12 +197,13 @@ def list_(
     if as_json:
         print_json([{"file": str(file), **uap.about.plain()} for file, uap in found])
         return
-    table = Table("file", "attack", "eps", "norm", "crafted on", "seed", "status", box=None)
+    table = Table("file", "attack", "target", "eps", "norm", "crafted on", "seed", "status", box=None)
     for file, uap in found:
         about = uap.about
         table.add_row(
             str(file),
             user_code.short(about.attack),
+            "-" if about.settings.get("target") is None else str(about.settings["target"]),
             f"{about.eps:.4g}",
             about.norm,
             about.crafted_split,

@@ -7,6 +7,7 @@ from gambeson.evaluation.eps_uni import eps_adv, eps_uni
 from gambeson.evaluation.export_check import Exported, run_export
 from gambeson.evaluation.outcome import accuracy_under, outcome, outcome_under
 from gambeson.evaluation.perceptibility import edge_correlation, visibility
+from gambeson.evaluation.targeted import TargetMeasure, TargetSuccess, target_success
 from gambeson.evaluation.transfer import TransferResult, TransferRun, run_transfer
 from gambeson.evaluation.universal import (
     accuracy,
@@ -39,6 +40,8 @@ __all__ = [
     "Rate",
     "SuiteResult",
     "SuiteRun",
+    "TargetMeasure",
+    "TargetSuccess",
     "TransferResult",
     "TransferRun",
     "accuracy",
@@ -60,6 +63,7 @@ __all__ = [
     "run_transfer",
     "standard_suite",
     "strongest",
+    "target_success",
     "universal_evasion",
     "visibility",
 ]

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from gambeson.attacks import CONTROLS, GradientAttack, UniversalAttack, UniversalPerturbation
-from gambeson.base import UserError, derive, seeded, task
+from gambeson.base import UserError, derive, seeded, task, unknown_name
 from gambeson.data import Dataset, Split, as_dataset, as_split, disjoint
 from gambeson.evaluation.outcome import at_once, attacked, averaged
-from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni, ImageErrors, crossing_interval
-from gambeson.evaluation.universal import RANKED, strongest
+from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni, ImageErrors, Measured, crossing_interval
+from gambeson.evaluation.universal import RANKED, Measure, errors_under, lost_iou, strongest
 from gambeson.threat import Ball, Norm, perturb
-from gambeson.victim import Victim, as_victim, nothing_counts, predict, vote
+from gambeson.victim import Victim, as_victim, nothing_counts, vote
 
 Craft = Callable[[float, torch.Tensor | None], UniversalPerturbation]
 """Maps eps, and the best perturbation so far (1, C, H, W) scaled to it, to a perturbation of this eps."""
@@ -39,8 +39,8 @@ class Found:
 
     uap: UniversalPerturbation
     """The perturbation selected on validation."""
-    test: ImageErrors
-    """Its errors on test."""
+    test: Measured
+    """What it does to test."""
 
 
 def eps_uni(
@@ -53,6 +53,7 @@ def eps_uni(
     seed: int = 0,
     known: Iterable[UniversalPerturbation] = (),
     controls: Sequence[str] = tuple(CONTROLS),
+    measure: Literal["error", "mean-iou"] | Measure = "error",
 ) -> EpsUni:
     """Search the smallest eps at which one perturbation reaches an error of ``delta`` (Mummadi et al. 2019, section 3).
 
@@ -78,6 +79,9 @@ def eps_uni(
         seed: of the attack, the controls and the bootstrap.
         known: existing perturbations for this model, in the norm of the attack.
         controls: names of the controls tried at each eps.
+        measure: what has to reach ``delta``: the error; ``mean-iou``, one minus the mean IoU, of label maps; or a
+            function such as the success of a target, whose :class:`gambeson.evaluation.rates.ImageErrors` then count
+            hits. An attack on a target needs one, since the error measures something else.
 
     Returns:
         The smallest success; right-censored if there is none even for the whole box.
@@ -85,7 +89,7 @@ def eps_uni(
     Raises:
         UserError: no such delta, or a perturbation of another norm.
     """
-    dataset = disjoint(as_dataset(data))
+    dataset, measured = disjoint(as_dataset(data)), measure_of(measure)
     with as_victim(model) as victim:
 
         def craft(eps: float, start: torch.Tensor | None) -> UniversalPerturbation:
@@ -96,7 +100,7 @@ def eps_uni(
         for uap in known:
             if uap.about.norm != attack.norm:
                 raise UserError(f"a known perturbation is of norm {uap.about.norm}: expected {attack.norm}")
-            found[uap.about.eps] = Found(uap, _errors(victim, dataset.test, uap.delta))
+            found[uap.about.eps] = Found(uap, measured(victim, dataset.test, uap.delta.to(victim.device)))
         result = search(
             victim,
             dataset,
@@ -107,6 +111,7 @@ def eps_uni(
             seed=seed,
             known=found,
             controls=controls,
+            measure=measured,
         )
         return result.model_copy(update={"cost": _since(victim, before)})
 
@@ -123,7 +128,8 @@ def search(
     known: Mapping[float, Found] | None = None,
     controls: Sequence[str] = tuple(CONTROLS),
     runs: int | None = None,
-    clean: ImageErrors | None = None,
+    clean: Measured | None = None,
+    measure: Measure = errors_under,
 ) -> EpsUni:
     """As :func:`eps_uni`, for any function that crafts a perturbation of a given eps.
 
@@ -139,27 +145,33 @@ def search(
         controls: names of controls that are tried at each eps.
         runs: maximum number of calls of ``craft``, after which the bracket is not narrowed further. 0: eps_uni is read
             off ``known``.
-        clean: the errors on clean test images, if known.
+        clean: what is measured on clean test images, if known.
+        measure: what has to reach ``delta``; the error.
     """
     before = Cost(forwards=victim.forwards, backwards=victim.backwards)
     few = data.validation.sample(RANKED, seed=seed)
 
+    def measured(split: Split, delta: torch.Tensor) -> Measured:
+        return measure(victim, split, delta.to(victim.device))
+
     def attempt(eps: float, tried: Mapping[float, Found]) -> Found:
         earlier = [scaled(found.uap, eps) for found in tried.values() if bool(found.uap.delta.any())]
-        best = max(earlier, key=lambda uap: _errors(victim, few, uap.delta).error, default=None)
+        best = max(earlier, key=lambda uap: measured(few, uap.delta).error, default=None)
         uap = craft(eps, None if best is None else best.delta)
         others = [] if best is None else [best]
-        chosen, _ = strongest(victim, data.validation, uap, seed=seed, controls=controls, others=others)
-        return Found(chosen, _errors(victim, data.test, chosen.delta))
+        chosen, _ = strongest(
+            victim, data.validation, uap, seed=seed, controls=controls, others=others, measure=measure
+        )
+        return Found(chosen, measured(data.test, chosen.delta))
 
-    def rescale(found: Found, eps: float) -> ImageErrors:
-        return _errors(victim, data.test, scaled(found.uap, eps).delta)
+    def rescale(found: Found, eps: float) -> Measured:
+        return measured(data.test, scaled(found.uap, eps).delta)
 
     work = _Bisection(
         attempt=attempt,
         errors=lambda found: found.test,
         rescale=rescale,
-        clean=_errors(victim, data.test) if clean is None else clean,
+        clean=measure(victim, data.test, None) if clean is None else clean,
         largest=_largest(norm, data.test),
         delta=delta,
         tolerance=tolerance,
@@ -168,7 +180,7 @@ def search(
         seed=seed,
         title=f"  eps_uni({delta:g})",
     )
-    return EpsUni(**work.run(), cost=_since(victim, before))
+    return EpsUni(**work.run(), measure=_name(measure), cost=_since(victim, before))
 
 
 def eps_adv(
@@ -207,7 +219,7 @@ def eps_adv(
             attempt=lambda eps, tried: _attacked(victim, split, attack, eps, tried, seed),
             errors=lambda found: found[1],
             rescale=lambda found, eps: _moved_errors(victim, split, found[0] * (eps / found[2])),
-            clean=_errors(victim, split),
+            clean=errors_under(victim, split),
             largest=_largest(attack.norm, split),
             delta=delta,
             tolerance=tolerance,
@@ -231,10 +243,10 @@ FoundT = TypeVar("FoundT")
 @dataclass(kw_only=True)
 class _Bisection(Generic[FoundT]):
     attempt: Callable[[float, Mapping[float, FoundT]], FoundT]
-    errors: Callable[[FoundT], ImageErrors]
-    rescale: Callable[[FoundT, float], ImageErrors]
+    errors: Callable[[FoundT], Measured]
+    rescale: Callable[[FoundT, float], Measured]
     """Errors under a perturbation scaled to another eps."""
-    clean: ImageErrors
+    clean: Measured
     largest: float
     """The eps at which the ball contains the whole box."""
     delta: float
@@ -286,10 +298,9 @@ class _Bisection(Generic[FoundT]):
         self.tried[eps] = self.attempt(eps, self.tried)
         return self.errors(self.tried[eps]).error >= self.delta
 
-    def _neighbours(self, found: FoundT, eps: float) -> dict[float, ImageErrors]:
+    def _neighbours(self, found: FoundT, eps: float) -> dict[float, Measured]:
         """Errors under the perturbation found at ``eps``, scaled until the error is far from delta."""
-        images = int((self.clean.answers > 0).sum())
-        far = _FAR * math.sqrt(self.delta * (1 - self.delta) / max(1, images))
+        far = _FAR * math.sqrt(self.delta * (1 - self.delta) / max(1, self.clean.images))
         step, curve = min(0.05, max(0.01, self.tolerance)), {}
         for side in (-1, 1):
             for k in range(_NEIGHBOURS):
@@ -327,8 +338,26 @@ def _since(victim: Victim, before: Cost) -> Cost:
     return Cost(forwards=victim.forwards - before.forwards, backwards=victim.backwards - before.backwards)
 
 
-def _errors(victim: Victim, split: Split, delta: torch.Tensor | None = None) -> ImageErrors:
-    return ImageErrors.of(predict(victim, split, None if delta is None else delta.to(victim.device)), split)
+MEASURES: dict[str, Measure] = {"error": errors_under, "mean-iou": lost_iou}
+"""Measures of :func:`eps_uni` by name."""
+
+
+def measure_of(measure: str | Measure) -> Measure:
+    """Return a measure by name, or what is one.
+
+    Raises:
+        UserError: no measure has this name.
+    """
+    if not isinstance(measure, str):
+        return measure
+    if measure not in MEASURES:
+        raise unknown_name("measure", measure, MEASURES)
+    return MEASURES[measure]
+
+
+def _name(measure: Measure) -> str:
+    names = {known: name for name, known in MEASURES.items()}
+    return names.get(measure) or str(getattr(measure, "name", getattr(measure, "__name__", type(measure).__name__)))
 
 
 PerImageFound = tuple[torch.Tensor, ImageErrors, float]

@@ -14,7 +14,7 @@ from gambeson.base.checks import TOLERANCE
 from gambeson.data import Split
 from gambeson.evaluation.universal import scored
 from gambeson.tasks import Counts, Rate, Task
-from gambeson.victim import EOT_SAMPLES, Victim, auto_batch_size, nothing_counts, predict, vote
+from gambeson.victim import EOT_SAMPLES, Victim, auto_batch_size, nothing_counts, score_batches, vote
 
 
 class ImageAttack(Protocol):
@@ -60,8 +60,7 @@ def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_
 @scored
 def outcome_under(victim: Victim, split: Split, delta: torch.Tensor, *, seed: int = 0) -> Counts:
     """Count what one perturbation (1, C, H, W) leaves right of a split, as :func:`gambeson.victim.predict` does."""
-    predictions = predict(victim, split, delta.to(victim.device), seed=seed)
-    return _counted(split.task.counts(predictions, split.labels.cpu()), split)
+    return score_batches(victim, split, delta.to(victim.device), seed=seed).counts
 
 
 def accuracy_under(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 from gambeson.base import Config
 from gambeson.data import Split
-from gambeson.tasks import Rate
+from gambeson.tasks import Confusion, Rate
 from gambeson.tasks.rate import RESAMPLES, resampled
 
 
@@ -47,6 +47,8 @@ class SmallestEps(Config):
     """
 
     delta: float
+    measure: str = "error"
+    """What reaches ``delta``: see :func:`gambeson.evaluation.eps_uni`."""
     value: float
     """The smallest success, in pixel units; the largest eps tried if ``censored``."""
     low: float | None = None
@@ -83,9 +85,35 @@ class EpsAdv(SmallestEps):
     """Number of test images attacked."""
 
 
+class Measured(Protocol):
+    """Counts of each image under one attack, and a share that is computed from their sum and grows with eps."""
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """(N, F) int64: the counts."""
+        ...
+
+    def of_sums(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return the share for each row of sums over images, (B, F) float64."""
+        ...
+
+    @property
+    def error(self) -> float:
+        """The share for these images."""
+        ...
+
+    @property
+    def images(self) -> int:
+        """Images with anything that counts."""
+        ...
+
+
 @dataclass(frozen=True)
 class ImageErrors:
-    """Errors per image under one attack; a label map has many predictions per image."""
+    """Errors per image under one attack; a label map has many predictions per image.
+
+    Of a target, the predictions that reach it among those that have one.
+    """
 
     wrong: torch.Tensor
     """(N,): predictions that differ from the label."""
@@ -103,9 +131,49 @@ class ImageErrors:
         """Share of wrong predictions."""
         return int(self.wrong.sum()) / max(1, int(self.answers.sum()))
 
+    @property
+    def images(self) -> int:
+        """Images with a prediction that counts."""
+        return int((self.answers > 0).sum())
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """(N, 2): the counts."""
+        return torch.stack([self.wrong, self.answers], 1)
+
+    def of_sums(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return the share of wrong predictions for each row of sums, (B, 2)."""
+        return sums[:, 0] / sums[:, 1].clamp(min=1)
+
+
+@dataclass(frozen=True)
+class LostIou:
+    """One minus the mean IoU under one attack."""
+
+    confusion: Confusion
+
+    @property
+    def error(self) -> float:
+        """One minus the mean IoU."""
+        return 1 - self.confusion.value("mean_iou")
+
+    @property
+    def images(self) -> int:
+        """Images with a label that counts."""
+        return int(self.confusion.counts[:, 1].any(1).sum())
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """(N, 3 K): the confusion counts."""
+        return self.confusion.counts.flatten(1)
+
+    def of_sums(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return one minus the mean IoU for each row of sums, (B, 3 K)."""
+        return 1 - self.confusion.of_sums("mean_iou", sums)
+
 
 def crossing_interval(
-    curve: Mapping[float, ImageErrors], delta: float, *, seed: int = 0, resamples: int = RESAMPLES
+    curve: Mapping[float, Measured], delta: float, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float | None]:
     """95 % interval of the eps at which the error reaches ``delta``: percentile bootstrap over images (Efron 1979).
 
@@ -114,7 +182,7 @@ def crossing_interval(
     eps tried; the eps at which it crosses ``delta`` is collected.
 
     Args:
-        curve: the errors of the same images by eps; 0 stands for clean images.
+        curve: the counts of the same images by eps; 0 stands for clean images.
         delta: the error to reach.
         seed: of the resamples.
         resamples: number of resamples.
@@ -124,12 +192,11 @@ def crossing_interval(
         the largest eps.
     """
     radii = sorted(curve)
-    rows = torch.stack([*(curve[eps].wrong for eps in radii), curve[radii[0]].answers], 1)
     steps = torch.tensor(radii, dtype=torch.float64)
-    found = [
-        crossings(steps, sums[:, :-1] / sums[:, -1:].clamp(min=1), delta)
-        for sums in resampled(rows, seed, resamples, ordered=True)
-    ]
+    found = []
+    for sums in resampled(torch.cat([curve[eps].rows for eps in radii], 1), seed, resamples, ordered=True):
+        parts = zip(radii, sums.chunk(len(radii), 1), strict=True)
+        found.append(crossings(steps, torch.stack([curve[eps].of_sums(part) for eps, part in parts], 1), delta))
     ordered = torch.cat(found).sort().values
     tail = int(0.025 * resamples)
     low, high = float(ordered[tail]), float(ordered[resamples - 1 - tail])

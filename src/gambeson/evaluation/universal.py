@@ -12,10 +12,10 @@ from torch import nn
 from gambeson.attacks import CONTROLS, MORE_CONTROLS, UniversalPerturbation, control
 from gambeson.base import UserError
 from gambeson.data import Split, as_split
-from gambeson.evaluation.rates import Control
+from gambeson.evaluation.rates import Control, ImageErrors, LostIou, Measured
 from gambeson.tasks import Confusion, Rate
 from gambeson.threat import Ball
-from gambeson.victim import Score, Victim, as_victim, nothing_counts, predict, predict_batches, score
+from gambeson.victim import Score, Victim, as_victim, nothing_counts, predict_batches, score_batches
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
@@ -61,7 +61,7 @@ def accuracy(model: nn.Module, data: object, *, seed: int = 0) -> Rate:
     """
     split = as_split(data, "test")
     with as_victim(model) as victim:
-        return accuracy_rate(score(predict(victim, split, seed=seed), split))
+        return accuracy_rate(score_batches(victim, split, seed=seed))
 
 
 def confusion(model: nn.Module, data: object, uap: UniversalPerturbation | None = None, *, seed: int = 0) -> Confusion:
@@ -116,15 +116,15 @@ def universal_evasion(model: nn.Module, data: object, uap: UniversalPerturbation
     """
     split = scorable(data, uap)
     with as_victim(model) as victim:
-        return error_rate(score(predict(victim, split, uap.delta.to(victim.device), seed=seed), split))
+        return error_rate(score_batches(victim, split, uap.delta.to(victim.device), seed=seed))
 
 
 def fooling_rate(model: nn.Module, data: object, uap: UniversalPerturbation, *, seed: int = 0) -> Rate:
     """Fooling rate: the share of predictions that the perturbation changes; see :func:`universal_evasion`."""
     split = scorable(data, uap)
     with as_victim(model) as victim:
-        clean = predict(victim, split, seed=seed)
-        return change_rate(score(predict(victim, split, uap.delta.to(victim.device), seed=seed), split, clean))
+        clean = torch.cat(predict_batches(victim, split, lambda found, _: found.int().cpu(), seed=seed))
+        return change_rate(score_batches(victim, split, uap.delta.to(victim.device), seed=seed, clean=clean))
 
 
 def scorable(data: object, uap: UniversalPerturbation) -> Split:
@@ -155,7 +155,7 @@ def control_rates(
     found = []
     for name in controls:
         patterns = patterns_of(name, ball, split.shape, seed).to(victim.device)
-        rates = [error_rate(score(predict(victim, split, pattern[None]), split)) for pattern in patterns]
+        rates = [error_rate(score_batches(victim, split, pattern[None])) for pattern in patterns]
         mean = sum(rate.value for rate in rates) / len(rates)
         found.append(Control(name=name, mean=mean, worst=Rate.highest(rates), draws=len(rates)))
     return found
@@ -165,6 +165,21 @@ def patterns_of(name: str, ball: Ball, shape: tuple[int, ...], seed: int) -> tor
     """Return the default patterns of a control, (draws, C, H, W)."""
     draws = (CONTROLS | MORE_CONTROLS).get(name, 1)  # an unknown name is refused by control()
     return control(name, ball, shape, draws=draws, seed=seed)
+
+
+Measure = Callable[[Victim, Split, torch.Tensor | None], Measured]
+"""Measures what a perturbation (1, C, H, W) does to a split, or what is found on clean images (None)."""
+
+
+def errors_under(victim: Victim, split: Split, delta: torch.Tensor | None = None) -> ImageErrors:
+    """Measure the error."""
+    counts = score_batches(victim, split, delta).counts
+    return ImageErrors(counts.total - counts.right, counts.total)
+
+
+def lost_iou(victim: Victim, split: Split, delta: torch.Tensor | None = None) -> LostIou:
+    """Measure one minus the mean IoU."""
+    return LostIou(confusion_of(victim, split, delta))
 
 
 RANKED = 1000
@@ -180,6 +195,7 @@ def strongest(
     seed: int = 0,
     controls: Iterable[str] = tuple(CONTROLS),
     others: Sequence[UniversalPerturbation] = (),
+    measure: Measure = errors_under,
 ) -> tuple[UniversalPerturbation, float]:
     """Return the perturbation with the highest error on validation, and that error.
 
@@ -194,11 +210,12 @@ def strongest(
         seed: of the controls' draws.
         controls: their names.
         others: more perturbations of the same eps.
+        measure: what is to be high; the error.
     """
     ball, device = crafted.ball, victim.device
 
     def error(delta: torch.Tensor, split: Split) -> float:
-        return score(predict(victim, split, delta.to(device)), split).error
+        return measure(victim, split, delta.to(device)).error
 
     few = validation.sample(RANKED, seed=seed)
     patterns = [(name, one[None]) for name in controls for one in patterns_of(name, ball, validation.shape, seed)]

@@ -333,12 +333,12 @@ def _transformers(
             f"{name} could not be loaded as a model for {task or 'image classification'} ({one_line(error)}): name one "
             "whose weights are safetensors"
         ) from None
-    body = SemanticMasks(model) if task == "UniversalSegmentation" else as_logits(model, "logits")
+    body = SemanticMasks(model, "masks") if task == "UniversalSegmentation" else as_logits(model, "logits")
     body.drawn = drawn  # type: ignore[assignment]  # parameters without weights, checked before the model is evaluated
     return body
 
 
-class SemanticMasks(nn.Module):
+class SemanticMasks(as_logits):
     """The semantic answer of a model that predicts masks, such as Mask2Former (Cheng et al. 2022, arXiv 2112.01527).
 
     Each query has class probabilities p, without those of "no object", and a mask m, the sigmoid of its logits
@@ -346,13 +346,8 @@ class SemanticMasks(nn.Module):
     p_c m over the queries (Cheng et al. 2021, arXiv 2107.06278, section 3.4); its logarithm is returned as the logit,
     whose softmax are the scores divided by their sum.
 
-    Args:
-        model: of transformers, for universal segmentation.
+    Wraps a model of transformers for universal segmentation.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits (N, K, H, W) of images (N, C, H, W)."""

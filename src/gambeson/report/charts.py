@@ -170,7 +170,7 @@ def _layout(folders: Sequence[Folder], scale: EpsFormat) -> dict[str, Any]:
         },
         "yaxis": {
             **AXIS,
-            "title": {"text": "UER: test images it gets wrong (%)", "standoff": 8, "font": {"size": 13}},
+            "title": {"text": f"UER: {folders[0].units} it gets wrong (%)", "standoff": 8, "font": {"size": 13}},
             "range": [0, 1.02 * top],
             "tickvals": [top * k / 5 for k in range(6)],
         },

@@ -13,7 +13,6 @@ import torch
 from gambeson.auditing import AuditResult
 from gambeson.auditing.results import DataInfo, UniversalResult
 from gambeson.base import UserError, load_tensors, read_json, read_settings
-from gambeson.tasks import of as task_of
 
 _EXAMPLES = ("images", "perturbed", "labels", "predictions", "perturbed_predictions")
 
@@ -40,7 +39,12 @@ class Folder:
     @property
     def unit(self) -> str:
         """What a rate counts: ``image``, or ``pixel`` where labels are maps."""
-        return "image" if task_of(self.examples["labels"]).per_image_label else "pixel"
+        return self.result.material.unit
+
+    @property
+    def units(self) -> str:
+        """What rates are shares of: ``test images``, or ``pixels of test images``."""
+        return "test images" if self.unit == "image" else f"{self.unit}s of test images"
 
     @property
     def trusted(self) -> bool:

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 from gambeson.auditing import Check
-from gambeson.report import charts, formatting, jacobian, pictures, summary, tables
+from gambeson.report import charts, formatting, jacobian, pictures, scenes, summary, tables
 from gambeson.report.charts import Chart
 from gambeson.report.formatting import EpsFormat, Facts
 from gambeson.report.loading import Folder
 from gambeson.report.pictures import Example, Pattern
+from gambeson.report.scenes import Scenes, Swatch
 from gambeson.report.summary import Summary
 
 
@@ -92,6 +93,8 @@ class Model:
     """The one that stands first: flipped by the pattern, if one of them is."""
     shown: str
     """What the examples are, and how many of all images are like them."""
+    scenes: list[Scenes]
+    """Of label maps, in place of the examples."""
     checks: list[Check]
     """Failed ones first, then passed ones, then those that do not apply."""
     jacobian: JacobianCharts
@@ -129,6 +132,14 @@ class Page:
     along: Chart | None
     small: bool
     """Whether images are small and enlarged."""
+    unit: str
+    """What is right or wrong: an image, or a pixel."""
+    units: str
+    """What rates are shares of."""
+    legend: list[Swatch]
+    """The colours of classes in label maps."""
+    iou: tables.Table | None
+    """Of label maps: the IoU of every class."""
 
 
 def build(folders: Sequence[Folder], title: str | None) -> Page:
@@ -153,6 +164,10 @@ def build(folders: Sequence[Folder], title: str | None) -> Page:
         jacobian=jacobian.build(folders, scale),
         along=jacobian.along(folders, scale),
         small=max(first.material.shape[1:]) <= 96,
+        unit=folders[0].unit,
+        units=folders[0].units,
+        legend=scenes.legend(folders),
+        iou=scenes.ious(folders, scale),
     )
 
 
@@ -177,6 +192,7 @@ def _model(folder: Folder, index: int, scale: EpsFormat) -> Model:
         examples=examples,
         first=pictures.first_flipped(examples),
         shown=pictures.proportion(examples, result.middle.uer, result.clean.complement),
+        scenes=scenes.build(folder, drawn, scale),
         checks=sorted(result.checks, key=lambda check: (False, True, None).index(check.passed)),
         jacobian=_jacobian(folder, index, scale),
         facts=formatting.collect(folder, scale),

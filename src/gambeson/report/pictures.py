@@ -29,7 +29,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's prediction for one picture; ``name`` is empty for label maps."""
+    """A model's prediction for one picture."""
 
     source: str
     alt: str
@@ -60,20 +60,22 @@ def pattern(delta: torch.Tensor, eps: float, scale: EpsFormat, label: str, rate:
 
 
 def examples(tensors: Mapping[str, torch.Tensor], classes: Sequence[str]) -> list[Example]:
-    """Draw test images with the model's answers, from what :func:`gambeson.auditing.audit.save_examples` stores."""
-    maps = not task_of(tensors["labels"]).per_image_label
+    """Draw test images with the model's answers, from what :func:`gambeson.auditing.audit.save_examples` stores.
+
+    Label maps are drawn by :mod:`gambeson.report.scenes`.
+    """
+    if not task_of(tensors["labels"]).per_image_label:
+        return []
 
     def answer(image: str, prediction: str, k: int, kind: str) -> Answer:
         source = png(tensors[image][k])
-        if maps:
-            return Answer(source, f"Test image {k + 1}, {kind}", "", False)
         said, truth = int(tensors[prediction][k]), int(tensors["labels"][k])
         name = classes[said] if said >= 0 else "no majority"
         return Answer(source, f"Test image of class {classes[truth]}, {kind}", name, said == truth)
 
     return [
         Example(
-            truth="" if maps else classes[int(tensors["labels"][k])],
+            truth=classes[int(tensors["labels"][k])],
             clean=answer("images", "predictions", k, "clean"),
             perturbed=answer("perturbed", "perturbed_predictions", k, "perturbed"),
         )
@@ -87,8 +89,8 @@ def first_flipped(shown: Sequence[Example]) -> Example | None:
 
 
 def proportion(shown: Sequence[Example], wrong: Rate, clean: Rate) -> str:
-    """Say how many of the examples the model gets wrong, beside how many of all test images; empty for label maps."""
-    if not shown or not shown[0].truth:
+    """Say how many of the examples the model gets wrong, beside how many of all test images; empty without examples."""
+    if not shown:
         return ""
     under = sum(not example.perturbed.right for example in shown)
     before = sum(not example.clean.right for example in shown)

@@ -93,9 +93,14 @@ def summary(folder: Folder, scale: EpsFormat) -> Summary:
         facts.append(
             f"Patterns of the same strength that know nothing of it: {of_hundred(worst.value)} of 100 at the most."
         )
+    if result.iou is not None and point.iou is not None:
+        facts.append(
+            f"Averaged over classes, the overlap of prediction and truth (mean IoU) is {of_hundred(point.iou.mean.value)} "
+            f"of 100 with the pattern and {of_hundred(result.iou.mean.value)} without it."
+        )
     if (each := worst_attack(result.per_image)) is not None:
         broken = of_hundred(each.accuracy.complement.value)
-        facts.append(f"Attacked with a pattern of its own for every image, it is wrong on {broken} of 100.")
+        facts.append(f"Attacked with a pattern of its own for every image, it is wrong on {broken} of 100{'' if folder.unit == 'image' else ' pixels'}.")
     trusted = folder.trusted
     outcome = _UNDECIDED if lead.outcome == "withstands" and not trusted else _OUTCOMES[lead.outcome]
     measured = Badge("measurement checked", "checked", "✓") if trusted else Badge("not trusted", "doubted", "!")

@@ -73,11 +73,15 @@ class Confusion:
             raise UserError("the two count other images, labels or classes: expected those of one split in one order")
         labelled = self.counts[:, 1].any(1)
         first, second = (one.counts[labelled].flatten(1) for one in (self, other))
-        return Difference.of(first, second, partial(_of_sums, metric, len(self.classes)), len(first))
+        return Difference.of(first, second, partial(self.of_sums, metric), len(first))
 
     def value(self, metric: Metric) -> float:
         """The metric without its interval; 0 without a label that counts."""
-        return float(_of_sums(metric, len(self.classes), self.counts.sum(0).flatten()[None].double()))
+        return float(self.of_sums(metric, self.counts.sum(0).flatten()[None].double()))
+
+    def of_sums(self, metric: Metric, sums: torch.Tensor) -> torch.Tensor:
+        """Return the metric for each row of counts summed over images, (B, 3 K) float64."""
+        return _METRICS[metric](*sums.unflatten(1, (3, len(self.classes))).unbind(1))
 
     def to_frame(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per class that occurs, and the metrics of all.
@@ -98,7 +102,7 @@ class Confusion:
         rows = self.counts[units > 0].flatten(1)
         if len(rows) == 0:
             return Rate.of(0, 0)
-        draws = torch.cat([_of_sums(metric, len(self.classes), sums) for sums in resampled(rows, 0)])
+        draws = torch.cat([self.of_sums(metric, sums) for sums in resampled(rows, 0)])
         return Rate.from_error(self.value(metric), draws, len(rows), int(units.sum()))
 
 
@@ -120,8 +124,3 @@ _METRICS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.T
     "mean_iou": _mean_iou,
     "mean_accuracy": _mean_accuracy,
 }
-
-
-def _of_sums(metric: str, classes: int, sums: torch.Tensor) -> torch.Tensor:
-    """The metric of each row of summed counts, (B, 3 * K) float64."""
-    return _METRICS[metric](*sums.unflatten(1, (3, classes)).unbind(1))

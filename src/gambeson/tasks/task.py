@@ -74,6 +74,8 @@ class Task(Config):
     """Dimensions of the labels of a batch."""
     label_form: ClassVar[str]
     """The form of the labels in words, for messages."""
+    unit: ClassVar[str] = "unit"
+    """What a unit is, as a noun."""
     per_image_label: ClassVar[bool] = False
     """Whether an image has one label and one answer, so that it is the image that is right or wrong."""
 
@@ -342,6 +344,7 @@ class Classification(Task):
 
     label_dims: ClassVar[int] = 1
     label_form: ClassVar[str] = "one label per image (N,)"
+    unit: ClassVar[str] = "image"
     per_image_label: ClassVar[bool] = True
 
     def units(self, values: torch.Tensor) -> torch.Tensor:
@@ -371,6 +374,7 @@ class Segmentation(Task):
 
     label_dims: ClassVar[int] = 3
     label_form: ClassVar[str] = "label maps (N, H, W)"
+    unit: ClassVar[str] = "pixel"
 
     def units(self, values: torch.Tensor) -> torch.Tensor:
         """Return (N, H, W) as (N, H * W): the pixels are the units.

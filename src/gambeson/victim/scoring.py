@@ -237,13 +237,50 @@ def score(predictions: torch.Tensor, split: Split, clean: torch.Tensor | None = 
     Raises:
         UserError: predictions and labels have different shapes, or no label counts.
     """
-    labels = split.labels.cpu()
-    counts = split.task.counts(predictions, labels)
-    if whole and counts.images == 0:
+    found = _score(split.task, predictions, split.labels.cpu(), clean)
+    if whole and found.counts.images == 0:
         raise nothing_counts(split)
+    return found
+
+
+def score_batches(
+    victim: Victim,
+    split: Split,
+    delta: torch.Tensor | None = None,
+    *,
+    seed: int = 0,
+    clean: torch.Tensor | None = None,
+) -> Score:
+    """Predict and count, one batch at a time; label maps need not fit in memory.
+
+    Args:
+        victim: the model, inside its context.
+        split: the images with their labels.
+        delta: (1, C, H, W), or None for clean images.
+        seed: of a random model's votes.
+        clean: the predictions on clean images; without them no change is counted.
+
+    Raises:
+        UserError: no label counts, or as :func:`predict_batches`.
+    """
+    known = None if clean is None else iter(clean.split(auto_batch_size(split.shape)))
+
+    def count(predictions: torch.Tensor, labels: torch.Tensor) -> Score:
+        return _score(split.task, predictions, labels, None if known is None else next(known).to(predictions))
+
+    parts = predict_batches(victim, split, count, delta, seed=seed)
+    right, total = (torch.cat([getattr(part.counts, name).cpu() for part in parts]) for name in ("right", "total"))
+    found = Score(counts=Counts(right, total), changed=torch.cat([part.changed.cpu() for part in parts]))
+    if found.counts.images == 0:
+        raise nothing_counts(split)
+    return found
+
+
+def _score(task: Task, predictions: torch.Tensor, labels: torch.Tensor, clean: torch.Tensor | None) -> Score:
+    counts = task.counts(predictions, labels)
     changed = torch.zeros_like(counts.total)
     if clean is not None:
-        changed = split.task.units((predictions != clean) & split.task.valid(labels)).sum(1)
+        changed = task.units((predictions != clean) & task.valid(labels)).sum(1)
     return Score(counts=counts, changed=changed)
 
 

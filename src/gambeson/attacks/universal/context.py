@@ -11,7 +11,7 @@ import torch
 
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.solver import ProjectedGradient
-from gambeson.attacks.universal.target import OMEGA, Target, rate_of, weights
+from gambeson.attacks.universal.target import OMEGA, Target, weights
 from gambeson.base import UserError, derive, generator
 from gambeson.data import Split, as_dataset
 from gambeson.tasks import Task
@@ -223,7 +223,7 @@ class CraftingContext:
         )
 
     def rate(self, delta: torch.Tensor, split: Split | None = None) -> float:
-        """Return the error (or, targeted, the rate of :func:`rate_of`), averaged over the models.
+        """Return the error (or, targeted, the rate of :meth:`Target.rate`), averaged over the models.
 
         Args:
             delta: (1, C, H, W).
@@ -236,7 +236,7 @@ class CraftingContext:
             if self.target is None:
                 rates.append(score(predictions, split).error)
             else:
-                rates.append(rate_of(predictions, *self.reach(split)))
+                rates.append(self.target.rate(predictions, *self.reach(split)))
         return sum(rates) / len(rates)
 
     def few(self, images: int) -> Split:

@@ -12,7 +12,7 @@ import torch
 
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.context import AuditContext
-from gambeson.auditing.results import Restart, UniversalResult
+from gambeson.auditing.results import IoU, Restart, UniversalResult
 from gambeson.auditing.stages import black_box
 from gambeson.auditing.stages.transfer import name_of, on_surrogate
 from gambeson.base import UserError, load_tensors, save_tensors
@@ -64,6 +64,7 @@ def craft_point(context: AuditContext, eps: float, folder: Path | None) -> Unive
         norm=context.suite.norm,
         uer=error_rate(found),
         fooling=change_rate(found),
+        iou=IoU.of(predictions, context.test),
         crafted=own,
         controls=control_rates(victim, context.test, uap.ball, context.seed, suite.controls),
         restarts=[Restart(start=kind, validation_uer=rate) for kind, rate in uap.about.restarts],

@@ -1,0 +1,235 @@
+"""Audits of segmentation models: rates of pixels, mean IoU, every diagnostic, and obfuscated nets that are not trusted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import gambeson as gb
+from gambeson.auditing import AuditResult, Suite
+from gambeson.auditing.audit import FILE
+from gambeson.auditing.outcome import SLIGHT, PairedDifference
+from gambeson.auditing.stages.transfer import image_attacks
+from gambeson.base import load_tensors
+from gambeson.tasks import CLASSIFICATION, Counts
+from gambeson.testbed.obfuscations import logits, preprocessing
+from tests import scenes
+from tests.auditing.test_schema import FILE as SCHEMA
+from tests.auditing.test_schema import faults
+
+SUITE = Suite(
+    eps=(0.03, 0.06, 0.12),
+    universal_steps=30,
+    universal_restarts=1,
+    universal_probe_starts=0,
+    universal_batch=20,
+    map_share=1,
+    pgd_steps=10,
+    pgd_restarts=1,
+    sample=25,
+    suite_images=0,
+    queries=30,
+    jacobian_backwards=0,
+    noise_sizes=(1.0,),
+    votes=5,
+    eot_samples=3,
+    surrogate="none",
+    eps_uni_runs=0,
+    eps_adv=False,
+)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return scenes.dataset()
+
+
+@pytest.fixture(scope="module")
+def net(data):
+    return scenes.net(data)
+
+
+@pytest.fixture(scope="module")
+def honest(net, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("audit")
+    return gb.audit(net, data, SUITE, folder), folder
+
+
+def test_an_honest_net_is_trusted_and_each_check_applies_or_says_why_not(honest) -> None:
+    found, _ = honest
+    assert found.verdict.trusted, found.verdict.reasons
+    idle = {check.name: check.detail for check in found.results.checks if check.passed is None}
+    assert set(idle) == {
+        "no EOT gap",
+        "no noise-off gap",
+        "white box beats transfer",
+        "universal white box beats transfer",
+    }
+    assert len(found.results.checks) > 20
+    assert all(len(check.detail) > 10 for check in found.results.checks)
+
+
+def test_rates_are_of_pixels_and_stand_for_the_stored_perturbations(honest, net, data) -> None:
+    found, _ = honest
+    result = found.results
+    images, labels = data.test.take(slice(None), "cpu")
+    valid = labels != scenes.IGNORED
+    assert result.material.unit == "pixel"
+    for uap, point in zip([None, *found.perturbations], [None, *result.universal], strict=True):
+        moved = images if uap is None else (images + uap.delta).clamp(0, 1)
+        with torch.no_grad():
+            seen = net(moved).argmax(1)
+        error = float((seen != labels)[valid].double().mean())
+        rate, iou = (result.clean.complement, result.iou) if point is None else (point.uer, point.iou)
+        assert rate.value == pytest.approx(error, abs=1e-12)
+        assert rate.n == len(images)
+        expected = {}
+        for k, name in enumerate(scenes.CLASSES):
+            own, said = (labels == k) & valid, (seen == k) & valid
+            expected[name] = float((own & said).sum() / (own | said).sum())
+        assert {name: one.value for name, one in iou.classes.items()} == pytest.approx(expected, abs=1e-6)
+        assert iou.mean.value == pytest.approx(sum(expected.values()) / len(expected), abs=1e-6)
+    errors = [point.uer.value for point in result.universal]
+    assert errors == sorted(errors)
+    assert errors[-1] > result.clean.complement.value + 0.1
+    assert "% [" in found.verdict.summary
+    assert "of the pixels of test images" in found.verdict.summary
+    assert f"The mean IoU is {result.middle.iou.mean} under it, {result.iou.mean} when clean." in found.verdict.summary
+
+
+def test_the_result_fits_the_schema_and_comes_back(honest) -> None:
+    found, folder = honest
+    schema = json.loads(SCHEMA.read_text())
+    written = json.loads((folder / "result.json").read_text())
+    assert faults(written, schema, schema) == []
+    written["universal"][0]["iou"]["classes"]["red"] = 0.5
+    assert faults(written, schema, schema) == ["result.universal[0].iou.classes.red is 0.5, expected object"]
+    assert AuditResult.load(folder) == found.results
+    assert {"mean IoU"} <= set(found.results.to_frame()["what"])
+
+
+def test_examples_are_spread_over_all_images_and_shown_at_every_eps(honest, net, data) -> None:
+    found, folder = honest
+    tensors, _ = load_tensors(folder / FILE, "examples")
+    labels, valid = tensors["labels"], tensors["labels"] >= 0
+    assert labels.shape == (6, 16, 16)
+    assert not valid[:, 0].any()  # the ignored row
+    assert valid[:, 1:].all()
+    wrong = (tensors["perturbed_predictions"] != labels) & valid
+    shares = wrong.flatten(1).sum(1) / valid.flatten(1).sum(1)
+    assert shares.tolist() == sorted(shares.tolist())  # from easy to hard
+    assert abs(float(shares.mean()) - found.results.middle.uer.value) < 0.02
+    assert shares[-1] > shares[0]
+    assert tensors["curve"].shape == (3, 6, 3, 16, 16)
+    assert torch.equal(tensors["curve"][1], tensors["perturbed"])
+    assert torch.equal(tensors["curve_predictions"][1], tensors["perturbed_predictions"])
+    with torch.no_grad():
+        moved = found.perturbations[2].apply(tensors["images"].float() / 255)
+        assert torch.equal(tensors["curve_predictions"][2], net(moved).argmax(1))
+
+
+class Noisy(nn.Module):
+    """Noise on the pixels, which hides what the net behind it would not withstand."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x + 0.15 * torch.randn_like(x))
+
+
+OBFUSCATED = {
+    "sixteen grey levels": lambda net: preprocessing.Quantised(net, 16),
+    "JPEG-like rounding": preprocessing.JpegLike,
+    "rounded log-probabilities": logits.Rounded,
+    "reversed gradient": lambda net: logits.FalseGradient(net, "reversed"),
+    "logits x 1e4": lambda net: logits.Scaled(net, 1e4),
+    "random noise": Noisy,
+}
+MORE = {
+    "detached input": preprocessing.Detached,
+    "wrong straight-through": preprocessing.WrongStraightThrough,
+    "rippled pixels": preprocessing.Rippled,
+    "squashing loop on pixels": preprocessing.Squashed,
+    "random gradient": lambda net: logits.FalseGradient(net, "random"),
+    "final ReLU": logits.FinalReLU,
+    "float16 with a guard": logits.HalfPrecision,
+    "fixed margin": logits.FixedMargin,
+    "hard label": logits.HardLabel,
+    "constant answer": logits.Constant,
+}
+
+
+def check_caught(model: nn.Module, data, base) -> None:
+    """It is distrusted, or the attacks find on it what they find on the net itself: its obfuscation hid nothing."""
+    found = gb.audit(model, data, SUITE)
+    failed = [check.name for check in found.results.checks if check.passed is False]
+    assert found.verdict.trusted == (not failed)
+    if failed:
+        assert found.verdict.summary.startswith("Not to be trusted")
+        return
+    for now, then in ((found.results.middle.uer, base.middle.uer), (_attacked(found.results), _attacked(base))):
+        assert now.value > then.value - SLIGHT, (now, then)
+
+
+def _attacked(result: AuditResult):
+    return result.per_image[0].accuracy.complement
+
+
+@pytest.mark.parametrize("name", OBFUSCATED)
+def test_an_obfuscated_net_is_distrusted_or_broken_as_the_net_itself(name, net, data, honest) -> None:
+    check_caught(OBFUSCATED[name](net), data, honest[0].results)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", MORE)
+def test_more_obfuscated_nets_are_distrusted_or_broken(name, net, data, honest) -> None:
+    check_caught(MORE[name](net), data, honest[0].results)
+
+
+@pytest.mark.parametrize("name", ["sixteen grey levels", "reversed gradient"])
+def test_what_hides_the_gradient_is_distrusted(name, net, data) -> None:
+    assert not gb.audit(OBFUSCATED[name](net), data, SUITE.model_copy(update={"eps": (0.06,)})).verdict.trusted
+
+
+def test_a_surrogate_for_maps_is_a_u_net_and_its_images_keep_their_size(net, data) -> None:
+    suite = SUITE.model_copy(
+        update={"eps": (0.06,), "surrogate": "auto", "surrogate_epochs": 1, "surrogate_images": 32, "queries": 0}
+    )
+    found = gb.audit(net, data, suite).results
+    assert found.surrogate.name == "unet-small"
+    assert [one.attack for one in found.transfer] == ["stochastic-pgd", "fgsm", "mi-fgsm"]
+    checks = {check.name: check.passed for check in found.checks}
+    assert checks["white box beats transfer"]
+    assert checks["universal white box beats transfer"]
+    assert [*image_attacks(0.1, "inf", CLASSIFICATION)] == ["fgsm", "mi-di-fgsm"]
+
+
+def test_fewer_maps_are_asked_than_images(data, digits) -> None:
+    quick = gb.auditing.SUITES["quick"]
+    assert quick.on(digits).test_images == quick.test_images == 500
+    on_maps = quick.on(data)
+    assert (on_maps.test_images, on_maps.sample, on_maps.suite_images) == (200, 40, 0)
+    assert on_maps.universal_probe_starts == 0
+    assert on_maps.on(data) == on_maps  # applied once
+    assert gb.auditing.SUITES["standard"].on(data).test_images is None
+
+
+def test_differences_of_maps_are_paired_over_images_and_slight_ones_are_none() -> None:
+    def counts(*right: int) -> Counts:
+        return Counts(torch.tensor(right), torch.full((len(right),), 1000))
+
+    few, many = counts(*range(700, 740)), counts(*range(600, 640))
+    found = PairedDifference.of(few, many)
+    assert found.value == pytest.approx(0.1)
+    assert 0.05 < found.low < 0.1 < found.high < 0.15  # 40 whole images would leave it open: 0.1 - 3 / 42
+    assert PairedDifference.of(counts(*[700] * 40), counts(*[685] * 40)).low < 0  # 1.5 points, every time
+    same = PairedDifference.of(few, few)
+    assert (same.low, same.high) == (-SLIGHT, SLIGHT)
+    across = PairedDifference.across(few, many)
+    assert across.value == pytest.approx(0.1)
+    assert 0 < across.low < found.low

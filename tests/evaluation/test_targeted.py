@@ -1,0 +1,139 @@
+"""Success of targets on label maps: against loops, against chance, and beside its controls."""
+
+import pytest
+import torch
+
+import gambeson as gb
+from gambeson import UserError
+from gambeson.attacks import CONTROLS, StochasticPGD, UniversalPerturbation
+from gambeson.evaluation import TargetMeasure, target_success
+from gambeson.evaluation.targeted import SHUFFLED
+from tests.attacks.test_targets import IGNORED, dataset, four_classes
+
+FAST = {"eps": 0.3, "steps": 40, "batch_size": 10, "probe_starts": 0}
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    model, x, y = four_classes(150, (6, 6))
+    y[:, 0, :3] = IGNORED
+    y[::10] = IGNORED
+    return model, dataset(x, y, tuple("abcd"))
+
+
+def crafted(scenes, target, **settings):
+    return StochasticPGD(target=target, **FAST | settings).craft(*scenes)
+
+
+@pytest.mark.parametrize("target", ["static:3", "hide:c", "hide:2", 1])
+def test_a_perturbation_that_does_nothing_reaches_the_target_as_often_as_chance(scenes, target):
+    model, data = scenes
+    uap = crafted(scenes, target, steps=1)
+    nothing = UniversalPerturbation(torch.zeros_like(uap.delta), uap.about, target_map=uap.target_map)
+    found = target_success(model, data, nothing, controls=CONTROLS)
+    assert found.success == found.clean
+    labels = data.test.labels[data.test.task.labelled(data.test.labels)]
+    shares = labels[labels != IGNORED].bincount(minlength=4) / (labels != IGNORED).sum()
+    if isinstance(target, int):
+        assert found.success.value == pytest.approx(float(shares[1]))
+    elif target == "static:3":
+        assert found.success.value == pytest.approx(0.25, abs=0.05)
+    else:
+        assert (found.hidden.value, found.kept.value, found.score) == (0, 1, 0.5)
+        assert found.success.value == pytest.approx(1 - float(shares[2]))
+    shuffled = [one for one in found.controls if one.name == SHUFFLED]
+    if isinstance(target, int):
+        assert not shuffled
+    else:  # the maps of two images agree as often as draws of their classes
+        assert shuffled[0].success.low < 0.3 < shuffled[0].success.high + 0.1
+        assert shuffled[0].draws == shuffled[0].success.candidates == 10
+
+
+def test_rates_are_those_of_a_loop_over_pixels(scenes):
+    model, data = scenes
+    uap = crafted(scenes, "hide:c", omega=0.6, steps=8, eps=0.2)
+    found = target_success(model, data, uap)
+    x, y = data.test.take(slice(None))
+    before, after = model(x).argmax(1), model((x + uap.delta).clamp(0, 1)).argmax(1)
+    targets, hidden = uap.target.model_copy(update={"value": "2"}).reach(before, y != IGNORED)
+    reached, total, gone, there, same, others = 0, 0, 0, 0, 0, 0
+    for n in range(len(x)):
+        for i in range(6):
+            for j in range(6):
+                if y[n, i, j] == IGNORED:
+                    continue
+                total += 1
+                reached += int(after[n, i, j] == targets[n, i, j])
+                there += int(hidden[n, i, j])
+                gone += int(hidden[n, i, j] and after[n, i, j] != 2)
+                others += int(not hidden[n, i, j])
+                same += int(not hidden[n, i, j] and after[n, i, j] == before[n, i, j])
+    assert 0 < gone < there
+    assert found.success.value == reached / total
+    assert found.hidden.value == gone / there
+    assert found.kept.value == same / others
+    assert found.score == pytest.approx((gone / there + same / others) / 2)
+    assert found.success.n == 45  # images with a label
+    with gb.victim.Victim(model) as victim:
+        hits = TargetMeasure("hide:c")(victim, data.test, uap.delta)
+    assert hits.error == pytest.approx(found.score)
+    assert hits.images == 45
+
+
+@pytest.mark.parametrize(("target", "omega"), [("static:3", 0.5), ("hide:c", 0.75), (1, 0.5)])
+def test_a_crafted_perturbation_beats_every_control(scenes, target, omega):
+    model, data = scenes
+    uap = crafted(scenes, target, omega=omega)
+    found = target_success(model, data, uap, controls=CONTROLS)
+    names = [one.name for one in found.controls]
+    assert names == [*CONTROLS, SHUFFLED][: 3 if isinstance(target, str) else 2]
+    assert found.score > max(one.score for one in found.controls) + 0.2
+    assert found.success.low > found.clean.high or target == "hide:c"
+    if target == "static:3":
+        assert found.success.low > max(one.success.high for one in found.controls)
+    assert found.score == pytest.approx(max(rate for _, rate in uap.about.restarts), abs=0.1)
+
+
+def test_validation_selects_by_what_is_reported(scenes):
+    model, data = scenes
+    uap = crafted(scenes, "hide:c", omega=0.75, restarts=3, steps=5)
+    again = target_success(model, data.validation, uap)
+    assert again.score == pytest.approx(max(rate for _, rate in uap.about.restarts))
+    static = crafted(scenes, "static:3", restarts=3, steps=5)
+    assert target_success(model, data.validation, static).success.value == pytest.approx(
+        max(rate for _, rate in static.about.restarts)
+    )
+
+
+def test_the_share_of_the_truth_is_hidden_where_the_truth_was_asked_for(scenes):
+    model, data = scenes
+    wrong = torch.nn.Sequential(model, torch.nn.Identity())
+    uap = crafted((wrong, data), "hide:c", labels="truth", steps=3)
+    other = dataset(data.test.images.repeat(3, 1, 1, 1), data.test.labels.roll(1, 1).repeat(3, 1, 1), tuple("abcd"))
+    found = target_success(wrong, other.test, uap)
+    x, y = other.test.take(slice(None))
+    after = model((x + uap.delta).clamp(0, 1)).argmax(1)
+    assert found.hidden.value == pytest.approx(float((after[y == 2] != 2).float().mean()))
+
+
+def test_targets_of_classification_count_images(trained, digits):
+    uap = StochasticPGD(eps=0.3, steps=20, probe_starts=0, target=3).craft(trained, digits)
+    found = target_success(trained, digits, uap, controls=CONTROLS)
+    x, _ = digits.test.take(slice(None))
+    hits = trained((x + uap.delta).clamp(0, 1)).argmax(1) == 3
+    assert found.success == gb.evaluation.Rate.of(int(hits.sum()), len(x))
+    assert found.clean.value == pytest.approx(float((trained(x).argmax(1) == 3).float().mean()))
+    assert found.hidden is found.kept is None
+    assert found.success.low > max(one.success.high for one in found.controls)
+
+
+def test_what_cannot_be_scored_is_refused(scenes):
+    model, data = scenes
+    with pytest.raises(UserError, match="has no target: score it by universal_evasion"):
+        target_success(model, data, crafted(scenes, None, steps=1))
+    hide = crafted(scenes, "hide:c", steps=1)
+    other = dataset(data.test.images.repeat(3, 1, 1, 1), data.test.labels.repeat(3, 1, 1), tuple("abef"))
+    with pytest.raises(UserError, match="unknown class 'c'"):
+        target_success(model, other, hide)
+    with gb.victim.Victim(model) as victim, pytest.raises(UserError, match="target static:3 is an image of validation"):
+        TargetMeasure("static:3")(victim, data.test, None)
