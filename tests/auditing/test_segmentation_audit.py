@@ -24,7 +24,7 @@ from tests.auditing.test_schema import FILE as SCHEMA
 from tests.auditing.test_schema import faults
 
 SUITE = Suite(
-    eps=(0.03, 0.06, 0.12),
+    eps=(0.04, 0.1, 0.2),
     universal_steps=30,
     universal_restarts=1,
     universal_probe_starts=0,
@@ -176,9 +176,10 @@ def test_targets_are_reached_beyond_chance(honest, net, data) -> None:
     assert static.target.startswith("static:")
     assert hide.target.partition(":")[2] in scenes.CLASSES[1:]
     chance = next(one for one in static.reached.controls if one.name == "shuffled target map")
-    assert static.reached.success.low > max(static.reached.clean.value, chance.success.value)
+    assert static.reached.success.low > static.reached.clean.value
+    assert static.reached.success.value > chance.success.value
     noise = next(one for one in hide.reached.controls if one.name == "random-sign")
-    assert hide.reached.hidden.value > noise.hidden.value + 0.1
+    assert hide.reached.hidden.value > noise.hidden.value + 0.3
     for one in (static, hide):
         uap = UniversalPerturbation.load(folder / one.file)
         assert target_success(net, data, uap).success.value == pytest.approx(one.reached.success.value)
@@ -197,7 +198,7 @@ def test_per_image_attacks_are_those_of_label_maps(honest) -> None:
     assert all(rate.high < honest[0].results.clean.low for rate in attacks.values())
 
 
-FEW = SUITE.model_copy(update={"eps": (0.06,), "targeted": False})
+FEW = SUITE.model_copy(update={"eps": (0.1,), "targeted": False})
 
 
 SURE = {
@@ -241,6 +242,7 @@ def test_a_surrogate_for_maps_is_a_u_net_and_its_images_keep_their_size(net, dat
     monkeypatch.setattr(surrogate, "_FEWEST_STEPS", 40)
     suite = FEW.model_copy(update={"surrogate": "auto", "surrogate_epochs": 1, "surrogate_images": 64, "queries": 0})
     found = gb.audit(net, data, suite).results
+    assert found.surrogate is not None
     assert found.surrogate.name == "unet-small"
     assert [one.attack for one in found.transfer] == ["stochastic-pgd", "fgsm", "mi-fgsm"]
     checks = {check.name: check.passed for check in found.checks}
