@@ -14,6 +14,7 @@ from torch import nn
 
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.context import AuditContext, Checkpoints
+from gambeson.auditing.cost import omitted
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, get
 from gambeson.auditing.results import (
     AuditResult,
@@ -219,7 +220,7 @@ def audit(
     black_box = isinstance(model, BlackBox)
     if black_box and mine:
         raise UserError("attacks of your own are for models with gradients, and this is a black box: leave them out")
-    stages, notes = Checkpoints(folder, seed), list[str]()
+    stages, notes, asked = Checkpoints(folder, seed), list[str](), suite
     if suite.budget is not None and not black_box:
         raise UserError("a budget limits the queries to a black box, and this model is none: leave suite.budget out")
     with Victim(model, fast=not black_box) as victim:
@@ -256,7 +257,7 @@ def audit(
             clean=accuracy_rate(score(predictions, reported.test)),
             predictions=predictions,
         )
-        return _Auditor(context, folder, stages, [*notes, *twice], diagnostics, mine).run()
+        return _Auditor(context, folder, stages, [*notes, *twice], diagnostics, mine, omitted(asked, suite)).run()
 
 
 def diagnostics_of(suite: Suite) -> list[Diagnostic]:
@@ -307,9 +308,10 @@ class _Auditor:
         notes: list[str],
         diagnostics: list[Diagnostic],
         mine: dict[str, own.Own],
+        left_out: list[str],
     ) -> None:
         self.context, self.folder, self.stages, self.notes = context, folder, stages, notes
-        self.diagnostics, self.mine = diagnostics, mine
+        self.diagnostics, self.mine, self.omitted = diagnostics, mine, left_out
 
     def run(self) -> Audit:
         context, stages, do, folder = self.context, self.stages, self.stages.afford, self.folder
@@ -387,7 +389,12 @@ class _Auditor:
             randomness=context.randomness,
             jacobian=jacobians,
             checks=checks,
-            notes=[*self.notes, *stages.left_out, *boxes.remarks(model), *filter(None, without)],
+            notes=[
+                *self.notes,
+                *(f"{name} was left out: {why}." for name, why in stages.left_out.items()),
+                *boxes.remarks(model),
+                *filter(None, without),
+            ],
             verdict=judge(
                 context.clean,
                 context.universal,
@@ -398,6 +405,7 @@ class _Auditor:
                 subject=context.subject,
                 randomness=context.randomness,
                 each=each,
+                left_out=boxes.left_out([*self.omitted, *stages.left_out], context.suite.budget),
                 targeted=aimed,
                 unit=context.test.task.unit,
                 iou=iou,

@@ -42,8 +42,8 @@ class Checkpoints:
         self._folder, self._seed = folder, seed
         self._done = self._read("state/stages.json")
         self._seconds = self._read("timing.json")
-        self.left_out: list[str] = []
-        """Stages that did not fit a black box's budget, as sentences."""
+        self.left_out: dict[str, str] = {}
+        """Stages that did not fit a black box's budget, with the reason."""
 
     def do(self, name: str, kind: Any, work: Callable[[], ResultT]) -> ResultT:
         """Return the stored result of this stage, or compute and store it.
@@ -74,7 +74,7 @@ class Checkpoints:
         try:
             return self.do(name, kind, work)
         except BudgetSpent as spent:
-            self.left_out.append(f"{name} was left out: {spent}.")
+            self.left_out[name] = str(spent)
             return instead
 
     def _whole(self, stored: Any) -> bool:

@@ -436,12 +436,13 @@ class AuditResult(Config):
         Raises:
             UserError: the file is missing, or of another kind or version.
         """
-        if not (folder / "result.json").is_file() and (folder / "run.yaml").is_file():
-            read_settings(folder / "run.yaml", "audit")
-            raise UserError(
-                f"the audit in {folder} has no result yet: `gambeson audit --config {folder}/run.yaml --out {folder}` "
-                "finishes it from where it stopped"
-            )
+        if (folder / "run.yaml").is_file():
+            read_settings(folder / "run.yaml", "audit")  # a run of another kind is refused
+            if not (folder / "result.json").is_file():
+                raise UserError(
+                    f"the audit in {folder} has no result yet: `gambeson audit --config {folder}/run.yaml --out "
+                    f"{folder}` finishes it from where it stopped"
+                )
         content = read_json(folder / "result.json")
         form = content.get("schema_", "another kind") if isinstance(content, dict) else "another kind"
         if form != SCHEMA:

@@ -122,7 +122,7 @@ def train(
             "/", "-"
         )
         writable(folder)
-        dataset = load(run.data, input_shape=input_shape(run.model))
+        dataset = load(run.data, input_shape=input_shape(run.model, run.data))
         if lacking:
             settings["defense"]["eps"] = default_eps(dataset.train.shape, settings["defense"].get("norm", "inf"))
         if not dataset.train.task.per_image_label:

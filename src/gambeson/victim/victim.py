@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gambeson.base import Config, UserError, autograd_limits, default_dtype, seeded
 from gambeson.models.outputs import at_image_size
-from gambeson.victim.bn_folding import FoldedModel, fold_batchnorms, signature
+from gambeson.victim.bn_folding import FoldedModel, checksum, fold_batchnorms, signature
 from gambeson.victim.graphs import Job, has_graphs
 from gambeson.victim.inspect import ModelTraits, NoGradientError, dtype_of, explained, inspect_model, logits_of
 
@@ -377,7 +377,7 @@ def _traits(model: nn.Module, images: torch.Tensor) -> ModelTraits:
         return inspect_model(model, images)
     versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
     modes = tuple(module.training for module in model.modules())
-    state = (signature(model), modes, versions, images.shape[1:], images.dtype)
+    state = (signature(model), modes, versions, checksum(tensors), images.shape[1:], images.dtype)
     known = _inspected.get(model)
     if known is None or known[0] != state:
         _inspected[model] = known = state, inspect_model(model, images)
