@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from gambeson.base.errors import DataWarning, UserError
-from gambeson.data import Dataset, LazySplit, canonical, get, lazy, load
+from gambeson.data import Dataset, LazySplit, canonical, get, lazy, load, published
 
 DRAW = np.random.default_rng(0)
 IGNORED = 255
@@ -328,6 +328,10 @@ def test_cityscapes(tmp_path: Path) -> None:
     x, y = data.test.take(slice(0, 6))
     expected = torch.tensor([0, 1, 2, 18, IGNORED, IGNORED])[(x[:, 0] * 25.5).round().long()]
     assert torch.equal(y, expected)
+    grey(np.arange(34, dtype=np.uint8).reshape(2, 17), tmp_path / "all.png")
+    read = published.cityscapes(tmp_path)[1](tmp_path / "all.png")
+    evaluated = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]  # ids of train ids 0 to 18
+    assert read.flatten().tolist() == [evaluated.index(k) if k in evaluated else IGNORED for k in range(34)]
 
 
 def test_voc(tmp_path: Path) -> None:

@@ -309,6 +309,7 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
     of_maps = not data.test.task.per_image_label
     steps = suite.pgd_steps * suite.pgd_restarts * (3 if of_maps else 1)
     gradients, queries = (_MAP_SUITE, 1000) if of_maps else (_SUITE, suite.suite_queries)
+    jacobians = 0 if of_maps else suite.jacobian_backwards
     aims = 2 * suite.targeted * of_maps
     aimed = aims * test * (3 + suite.patterns_of_controls)
     return (
@@ -340,7 +341,7 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
             forwards=votes * (2 * suite.transfer_images + test * (1 + 3 * len(suite.noise_sizes))),
             gradients=0,
         ),
-        Part(name="Jacobian analysis", forwards=4 * suite.jacobian_backwards, gradients=3 * suite.jacobian_backwards),
+        Part(name="Jacobian analysis", forwards=4 * jacobians, gradients=3 * jacobians),
         Part(
             name="diagnostics",
             forwards=votes * sample * (suite.queries + 100),

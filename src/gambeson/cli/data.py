@@ -63,11 +63,15 @@ def show(
 
     data = load(name, root)
     counts = {part: len(getattr(data, part)) for part in PARTS}
+    task = data.train.task
     if as_json:
-        print_json({"name": data.name, **counts, "shape": data.train.shape, "classes": data.classes})
+        known = {"shape": data.train.shape, "classes": data.classes, "labels": task.label_form}
+        print_json({"name": data.name, **counts, **known, "ignored": task.ignore_index})
         return
     typer.echo(f"{data.name}: {', '.join(f'{part} {count:,}' for part, count in counts.items())} images")
     typer.echo(f"shape {'x'.join(map(str, data.train.shape))} (channels, height, width)")
+    if not task.per_image_label:
+        typer.echo(task.label_form + ("" if task.all_count else f", where {task.ignore_index} counts nowhere"))
     typer.echo("\n".join(f"class {k}: {known}" for k, known in enumerate(data.classes)))
 
 

@@ -162,7 +162,7 @@ class Goal:
 
 
 def target_success(
-    model: nn.Module,
+    model: nn.Module | Victim,
     data: object,
     uap: UniversalPerturbation,
     *,

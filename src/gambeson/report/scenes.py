@@ -56,8 +56,8 @@ class Frame:
 
     image: Picture
     prediction: Picture
-    wrong: str
-    """Pixels that are wrong, of 100."""
+    count: str
+    """Pixels that are wrong, or that are taken for their target, of 100."""
 
 
 @dataclass(frozen=True)
@@ -171,15 +171,14 @@ def aims(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
     for k, folder in enumerate(folders):
         lines = []
         for one in folder.result.targeted:
-            rows: list[tuple[str, Reached | None]] = [("crafted", one.reached)]
-            rows += [(control.name.replace("-", " "), control) for control in one.reached.controls]
-            note = f"{one.target}, eps {scale.text(one.eps)}"
-            lines.append(Line("clean images", note, [rate_cell(one.reached.clean), NONE, NONE], minor=True))
-            for name, found in rows:
-                if found is not None:
-                    cells = [found.success, found.hidden, found.kept]
-                    own = [NONE if rate is None else rate_cell(rate) for rate in cells]
-                    lines.append(Line(name, note, own, minor=name != "crafted"))
+            kind, _, name = one.target.partition(":")
+            title = f"to hide {name}" if kind == "hide" else f"to show scene {name}"
+            lines.append(Line(title, f"crafted, eps {scale.text(one.eps)}", _cells(one.reached)))
+            lines.append(Line("clean images", "", [rate_cell(one.reached.clean), NONE, NONE], minor=True))
+            lines += [
+                Line(control.name.replace("-", " "), "", _cells(control), minor=True)
+                for control in one.reached.controls
+            ]
         if lines:
             groups.append(Group(k, lines))
     head = ["Pattern", "Pixels that show the target", "Hidden of the class", "Kept of all others"]
@@ -206,7 +205,7 @@ def _scenes(
             Frame(
                 image=Picture(_shown(moved[e, k]), f"Test image {k + 1} with the pattern"),
                 prediction=mask(predictions[e, k], f"Prediction for image {k + 1} with the pattern"),
-                wrong=_wrong(predictions[e, k], label, len(classes)),
+                count=_of_pixels(predictions[e, k], label, len(classes), None if targets is None else targets[k]),
             )
             for e in range(len(moved))
         ]
@@ -216,7 +215,7 @@ def _scenes(
                 image=Picture(_shown(tensors["images"][k]), f"Test image {k + 1}"),
                 truth=mask(label, f"Truth of image {k + 1}"),
                 prediction=mask(clean, f"Prediction for image {k + 1} without a pattern"),
-                wrong=_wrong(clean, label, len(classes)),
+                wrong=_of_pixels(clean, label, len(classes)),
                 target=None if targets is None else mask(targets[k], f"Target for image {k + 1}"),
                 frames=frames,
             )
@@ -233,8 +232,11 @@ def _share(predictions: torch.Tensor, labels: torch.Tensor, classes: int) -> flo
     return int(((predictions != labels) & valid).sum()) / max(1, int(valid.sum()))
 
 
-def _wrong(prediction: torch.Tensor, label: torch.Tensor, classes: int) -> str:
-    return of_hundred(_share(prediction, label, classes))
+def _of_pixels(prediction: torch.Tensor, label: torch.Tensor, classes: int, target: torch.Tensor | None = None) -> str:
+    """Say how many pixels of 100 are wrong, or with a target, are taken for it."""
+    if target is None:
+        return of_hundred(_share(prediction, label, classes))
+    return of_hundred(1 - _share(prediction, target, classes))
 
 
 def _note(tensors: Mapping[str, torch.Tensor], folder: Folder, scale: EpsFormat) -> str:
@@ -285,6 +287,10 @@ def _colour_of(value: int) -> str:
     return UNLABELLED if value < 0 else colour(value)
 
 
+def _cells(found: Reached) -> list[Cell]:
+    return [NONE if rate is None else rate_cell(rate) for rate in (found.success, found.hidden, found.kept)]
+
+
 def ious(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
     """Build, for each model, the mean IoU and that of every class, clean and over all eps; None without label maps."""
     if folders[0].unit == "image":
@@ -297,7 +303,8 @@ def ious(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
         lines = [Line("mean IoU", "over the classes below", [_mean(found) for found in row])]
         lines += [
             Line(name, "", [_class(found, name) for found in row], minor=True)
-            for name in (folder.result.iou.classes if folder.result.iou else {})
+            for name in folder.result.material.classes
+            if folder.result.iou and name in folder.result.iou.classes
         ]
         groups.append(Group(k, lines))
     head = ["Class", "clean", *(f"eps {scale.text(eps)}" for eps in radii)]

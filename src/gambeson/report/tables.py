@@ -103,10 +103,15 @@ def glance(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> Ta
             _attacked(worst[k], scale, held[k], result.material.test),
             Cell(main, tuple(notes), best),
         ]
+        if point.iou is not None and result.iou is not None:
+            mean, clean_mean = point.iou.mean, result.iou.mean
+            cells.insert(2, Cell(percent(mean.value), (interval(mean), f"clean {percent(clean_mean.value)}")))
         lines.append(Line(folder.label, result.subject.name, cells))
     uer_head = "UER at its middle eps" if eps is None else f"UER at eps {scale.text(eps)}"
     smallest = f"eps_uni({folders[0].result.eps_uni.delta:g})" if alike_delta else "eps_uni"
     head = ["Model", "Clean accuracy", uer_head, "Accuracy, attacked image by image", smallest]
+    if folders[0].result.iou is not None:
+        head.insert(3, "Mean IoU there")
     return Table("At a glance", head, [Group(None, lines)])
 
 

@@ -40,11 +40,11 @@ def _random_maps(visit: Visit) -> Dataset:
     labels[:, :: max(2, side // 4)] = IGNORED
     names = tuple(str(number) for number in range(CLASSES))
     parts = [slice(k, None, 3) for k in range(3)]
-    splits = [
+    train, validation, test = (
         Split(name, images[part], labels[part], names, IGNORED)
         for name, part in zip(("train", "validation", "test"), parts, strict=True)
-    ]
-    return Dataset("maps", *splits, names)
+    )
+    return Dataset("maps", train, validation, test, names)
 
 
 def _time(visit: Visit, book: Notebook, model: models.PixelModel, data: Dataset, kind: str) -> None:
