@@ -107,7 +107,11 @@ def summary(folder: Folder, scale: EpsFormat) -> Summary:
     outcome = _UNDECIDED if lead.outcome == "withstands" and not trusted else _OUTCOMES[lead.outcome]
     if outcome.word == "withstands":
         outcome = replace(outcome, word=f"withstands eps {scale.text(point.eps)}")
-        tried = 1 + sum(one.draws for one in point.controls) + sum(one.universal and one.eps == point.eps for one in result.transfer)
+        tried = (
+            1
+            + sum(one.draws for one in point.controls)
+            + sum(one.universal and one.eps == point.eps for one in result.transfer)
+        )
         facts.append(
             f"It withstood {count(tried, 'pattern')} of this strength: the one made for it, those that know nothing of "
             "it, and those made for other models. Stronger ones, and longer searches, may do more."
