@@ -4,7 +4,7 @@ Scenes of Fashion-MNIST garments at 64 x 64 pixels, a small U-Net, equal epochs,
 seeds. A cell is one network: its clean pixel accuracy and mean IoU on test; at each eps the universal perturbation
 without a target (pixel error and mean IoU), towards the label map of each of three validation images, and one that
 hides a class, each beside its controls; the eps needed for the same success; and of the weakest successful
-perturbation how visible it is, and how much of its target scene it shows (:func:`gambeson.evaluation.edge_correlation`).
+perturbation how visible it is, and how much of its target scene it shows.
 Everything is crafted on train, chosen on validation and reported on test. A cell is stored as its parts are done, and
 the same command goes on from there; ``--part K/N`` shares the cells among processes; ``--show`` prints the table.
 """
@@ -18,15 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
 
 import gambeson as gb
 from gambeson.attacks import CONTROLS, StochasticPGD, UniversalPerturbation
 from gambeson.base import environment, generator, read_json, write_json
 from gambeson.defenses import Defense, create
 from gambeson.evaluation import accuracy, edge_correlation, mean_iou, target_success, universal_evasion, visibility
-from gambeson.training import Recipe
+from gambeson.report.scenes import colour
+from gambeson.training.recipe import PRESETS, Recipe
+from gambeson.victim import as_victim, predict
 
-FOLDER, RESULTS = Path("runs/segmentation"), Path("results/segmentation.json")
+FOLDER, RESULTS, PICTURE = Path("runs/segmentation"), Path("results/segmentation.json"), Path("docs/segmentation.png")
 DATA, MODEL = "fashion-scenes", "unet-small"
 EPS = tuple(k / 255 for k in (2, 4, 8, 16, 32, 64))
 SHOWN = 16 / 255
@@ -36,7 +40,7 @@ LEVEL = 0.8
 """The success that the eps of different networks are compared at: share of pixels that take the target's class."""
 OTHERS = 100
 """Maps of other scenes that a perturbation is held against."""
-RECIPE = Recipe(epochs=40, batch_size=32, optimizer="adam", lr=0.004, weight_decay=0.0, warmup=1.0, augment="crop-flip")
+RECIPE = Recipe(**PRESETS["segmentation"])
 DEFENSES: dict[str, Defense] = {
     "standard": create("standard"),
     "shared, s = 8, eps 8/255": create("shared-adversarial", eps="8/255", sharedness=8),
@@ -55,9 +59,14 @@ def cells(seeds: int) -> list[tuple[str, int]]:
     return [(name, seed) for seed in range(seeds) for name in DEFENSES]
 
 
+def place(name: str, seed: int) -> Path:
+    """Return the folder of a cell."""
+    return FOLDER / f"{name.replace('/', ' of ')}, seed {seed}"
+
+
 def cell(name: str, seed: int, data: gb.data.Dataset, device: str, epochs: int | None) -> None:
     """Train one network and measure it, part by part."""
-    folder = FOLDER / f"{name.replace('/', ' of ')}, seed {seed}"
+    folder = place(name, seed)
     file, weights = folder / "cell.json", folder / "model.safetensors"
     found: dict[str, Any] = read_json(file) if file.is_file() else {"defense": name, "seed": seed}
     recipe = RECIPE if epochs is None else RECIPE.model_copy(update={"epochs": epochs})
@@ -85,7 +94,9 @@ def cell(name: str, seed: int, data: gb.data.Dataset, device: str, epochs: int |
         files = {eps: folder / f"{str(target).replace(':', ' ')} {eps:.4g}.safetensors" for eps in EPS}
         for eps in EPS:
             if f"{eps:.4g}" not in curve or not files[eps].is_file():
-                uap = StochasticPGD(eps=eps, target=target).craft(model, data, seed=seed)
+                # One map for every network: the true one of a validation image, not each network's prediction of it.
+                settings = {"labels": "truth"} if (target or "").startswith("static") else {}
+                uap = StochasticPGD(eps=eps, target=target, **settings).craft(model, data, seed=seed)
                 uap.save(files[eps])
                 curve[f"{eps:.4g}"] = scored(model, data, uap)
                 keep(str(target), curve)
@@ -121,6 +132,40 @@ def shown(data: gb.data.Dataset, curve: dict[str, Any], files: dict[float, Path]
         "visibility": visibility(uap, data).plain(),
         "edges": found.plain() | {"excess": found.excess, "p": found.p},
     }
+
+
+def draw(rows: list[dict[str, Any]], data: gb.data.Dataset, target: str = TARGETS[0]) -> None:
+    """Draw one scene per network of seed 0, under its weakest successful perturbation towards one target.
+
+    Columns: image, truth, clean prediction, target, perturbation at full range, perturbed image, prediction.
+    """
+    tiles = []
+    for row in rows:
+        if row["seed"] or "shown" not in row.get(target, {}):
+            continue
+        folder = place(row["defense"], 0)
+        eps = row[target]["shown"]["eps"]
+        uap = UniversalPerturbation.load(folder / f"{target.replace(':', ' ')} {eps:.4g}.safetensors")
+        scene = data.test.subset([7])
+        images, labels = scene.take(slice(None))
+        with as_victim(gb.models.load(folder / "model.safetensors")) as victim:
+            clean, moved = predict(victim, scene), predict(victim, scene, uap.delta)
+        if uap.target is None or uap.target.map is None:
+            raise AssertionError("a static target has a map")
+        pattern = (uap.delta[0] / eps + 1) / 2
+        maps = [painted(one) for one in (labels[0], clean[0], uap.target.map, moved[0])]
+        tiles += [images[0], maps[0], maps[1], maps[2], pattern, uap.apply(images)[0], maps[3]]
+    if tiles:
+        grid = make_grid([tile.cpu() for tile in tiles], nrow=7, padding=2, pad_value=1)
+        to_pil_image(grid.repeat_interleave(2, 1).repeat_interleave(2, 2)).save(PICTURE, optimize=True)
+
+
+def painted(values: torch.Tensor) -> torch.Tensor:
+    """Return a label map (H, W) as a picture (3, H, W); what has no label is white."""
+    table = torch.ones(257, 3)
+    for k in range(int(values[values < 255].max()) + 1):
+        table[k] = torch.tensor([int(colour(k)[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+    return table[values.cpu().where(values.cpu() >= 0, 256)].permute(2, 0, 1)
 
 
 def needed(curve: dict[str, Any], level: float = LEVEL) -> float:
@@ -163,7 +208,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--part", default="1/1", help="K/N: every N-th cell from the K-th")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
-    parser.add_argument("--show", action="store_true", help="only join and print what is stored")
+    parser.add_argument("--show", action="store_true", help="only join, draw and print what is stored")
     given = parser.parse_args()
     first, step = map(int, given.part.split("/"))
     end = time.monotonic() + 60 * given.minutes
@@ -176,6 +221,7 @@ def main() -> None:
     if given.show:
         settings = {"data": DATA, "model": MODEL, "level": LEVEL, "attack": StochasticPGD(eps=SHOWN).plain()}
         write_json(RESULTS, {"settings": settings, "cells": rows})
+        draw(rows, load())
     print("\n".join(summary(rows)))
 
 

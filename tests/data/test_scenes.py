@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from gambeson.base.errors import UserError
 from gambeson.base.seeds import generator
 from gambeson.cli.app import run
-from gambeson.data import Dataset, canonical, catalog, load, scenes
+from gambeson.data import Dataset, canonical, catalog, get, load, scenes
 from gambeson.data.registry import DATASETS, DatasetSpec
 from gambeson.data.scenes import IGNORED, SceneOptions, compose, outline
 from gambeson.data.sources import Content, Way
@@ -178,12 +179,18 @@ def test_maps_are_stored_as_bytes_and_delivered_as_class_indices(source: str, tm
     assert train.subset([1, 2]).labels.dtype == torch.int64
 
 
-def test_names_and_options(tmp_path: Path) -> None:
+def test_names_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Path]] = []
     assert canonical("fashion-scenes?seed=1,size=128") == "fashion-scenes?size=128,seed=1"
     with pytest.raises(UserError, match="mode in fashion-scenes.* is unknown: the options are size, seed, train"):
         load("fashion-scenes?mode=grey")
     with pytest.raises(UserError, match="size = '16': expected"):
         load("digit-scenes?size=16")
+    monkeypatch.setattr(
+        sys.modules["gambeson.data.load"], "prepare", lambda recipe, root: asked.append((recipe.name, root))
+    )
+    assert get("digit-scenes?seed=3", tmp_path) == tmp_path
+    assert asked == [("mnist5k", tmp_path)]  # nothing is composed
     with pytest.raises(UserError, match="train"):
         load("digit-scenes", tmp_path, train=1)
     lines = {entry.name: entry for entry in catalog(tmp_path)}

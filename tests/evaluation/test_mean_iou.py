@@ -12,7 +12,8 @@ from gambeson.attacks import StochasticPGD, Target, UniversalPerturbation
 from gambeson.base import UserError
 from gambeson.cli.app import run
 from gambeson.data import Dataset, LazySplit, Split
-from gambeson.evaluation.eps_uni import search
+from gambeson.evaluation import strongest
+from gambeson.evaluation.eps_uni import Found, scaled, search
 from gambeson.evaluation.rates import ImageErrors
 from gambeson.evaluation.universal import errors_under, lost_iou
 from gambeson.tasks import Rate
@@ -239,3 +240,22 @@ def test_eps_uni_of_an_attack_with_a_target_is_that_of_its_success():
     assert gb.evaluation.eps_uni(Pixelwise(), data, static, **settings).value == 0
     error = gb.evaluation.eps_uni(Pixelwise(), data, bright, **settings | {"delta": 0.3}, measure="error")
     assert (error.measure, error.value) == ("error", pytest.approx(exact, rel=0.06))
+
+
+def test_validation_chooses_by_what_is_measured():
+    """The crafted perturbation does more harm, and the known one, scaled, more of what is asked for."""
+
+    def dark(victim, split, delta=None):
+        hits = (predict(victim, split, delta) == 0) & (split.labels == 1)
+        return ImageErrors(hits.flatten(1).sum(1), (split.labels == 1).flatten(1).sum(1))
+
+    test, darker = scenes(60, 8), UniversalPerturbation(-brighter(0.1).delta, ABOUT)
+    with Victim(Pixelwise()) as victim:
+        known = {uap.about.eps: Found(uap, dark(victim, test, uap.delta)) for uap in (brighter(0.05), darker)}
+        others = [scaled(darker, 0.25)]
+        for measure, chosen in ((errors_under, 1), (dark, -1)):
+            found, _ = strongest(victim, test, brighter(0.25), others=others, controls=(), measure=measure)
+            assert bool((found.delta.sign() == chosen).all())
+    margins = (test.images[:, :, :, 4:] - 0.5).flatten().sort().values
+    found = searched(test, 0.5, dark, known=known)
+    assert found.value == pytest.approx(float(margins[len(margins) // 2 - 1]), rel=0.02)

@@ -294,3 +294,14 @@ def test_a_grey_folder_has_one_channel_for_a_model_of_ones_own_that_takes_one(tm
             torch.save(torch.nn.Sequential(torch.nn.Conv2d(channels, 4, 3)).state_dict(), tmp_path / "w2.pt")
             assert input_shape(source, pictures)[0] == channels
     assert input_shape(f"{nets}:grey", "digits") == (None, None, None)  # not built twice where nothing depends on it
+
+
+def test_an_architecture_with_weights_is_loaded_in_python_as_on_the_command_line(tmp_path, digits):
+    model = gb.models.create("lenet5", digits)
+    torch.save(model.body.state_dict(), tmp_path / "w.pt")
+    source = f"lenet5@{tmp_path}/w.pt"
+    loaded = gb.evaluation.load_model(source, dataset=digits).model
+    x = digits.test.take(slice(0, 4))[0]
+    assert torch.equal(loaded(x), model.eval()(x))
+    with pytest.raises(UserError, match=r"names an architecture with weights.*gb\.evaluation\.load_model\("):
+        gb.models.load(source)

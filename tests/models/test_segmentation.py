@@ -15,6 +15,7 @@ import gambeson as gb
 from gambeson import models
 from gambeson.attacks import PGD
 from gambeson.base import UserError
+from gambeson.defenses import Standard
 from gambeson.models.black_box.local import FunctionModel
 from gambeson.models.export import export
 from gambeson.models.outputs import at_image_size
@@ -286,6 +287,45 @@ def test_torchvision_s_own_network_and_its_file_with_an_auxiliary_head(tmp_path)
     export(model, tmp_path / "bare.safetensors", "safetensors")
     names = {key for key in own.state_dict() if not key.startswith("aux_classifier")}
     assert set(gb.base.load_tensors(tmp_path / "bare.safetensors")[0]) == names
+
+
+def blobs(count):
+    """Images of 16x16 whose left or right half is bright, and label maps that say where: 1 if left, 2 if right."""
+    draw = torch.Generator().manual_seed(0)
+    sides = torch.randint(0, 2, (count,), generator=draw)
+    bright = (torch.arange(16).expand(count, 16, 16) // 8) == sides.view(-1, 1, 1)
+    images = torch.rand(count, 3, 16, 16, generator=draw) * 0.4 + 0.5 * bright.unsqueeze(1)
+    return images, bright * (1 + sides.view(-1, 1, 1))
+
+
+def test_a_cut_training_resumes_and_its_folder_is_loaded(tmp_path):
+    class Stop(Standard):
+        def terms(self):
+            weight, term = super().terms()["clean"]
+
+            def stopping(model, batch):
+                if batch.epoch == 2:
+                    raise KeyboardInterrupt
+                return term(model, batch)
+
+            return {"clean": (weight, stopping)}
+
+    data, option = blobs(120), {"channels_last": True, "precision": "bfloat16"}
+
+    def train(defense, out):
+        model = models.create("unet-smallx0.5", in_channels=3, classes=3, image_size=16, seed=0)
+        gb.train(model, data, defense, epochs=10, batch_size=12, lr=0.05, seed=4, out=tmp_path / out, **option)
+        return model
+
+    whole = train(Standard(), "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(Stop(), "cut")
+    resumed = train(Standard(), "cut")
+    assert models.fingerprint(resumed) == models.fingerprint(whole)
+    loaded = models.load(tmp_path / "cut")
+    assert models.fingerprint(loaded) == models.fingerprint(whole)
+    untrained = models.create("unet-smallx0.5", in_channels=3, classes=3, image_size=16, seed=0)
+    assert gb.evaluation.accuracy(loaded, blobs(40)).value > 0.8 > 0.6 > gb.evaluation.accuracy(untrained, data).value
 
 
 class Counted(nn.Module):

@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from gambeson.base import notebook
 from gambeson.evaluation import Rate
+
+
+class Attacked(NamedTuple):
+    """The worst of all attacks on single images at the middle eps."""
+
+    accuracy: Rate
+    """What stays right; its interval holds for all that were tried at once."""
+    attack: str
+    eps: float
+
+
+def worst_attack(point: Any, per_image: Sequence[Any], transfer: Sequence[Any]) -> Attacked | None:
+    """Return the attack on single images that leaves least right at the eps of ``point``; None if there was none."""
+    at = (point.eps, point.norm)
+    found = [(one.accuracy, one.attack) for one in per_image if (one.eps, one.norm) == at]
+    found += [
+        (one.error.complement, f"{one.attack} on {one.source}")
+        for one in transfer
+        if not one.universal and (one.eps, one.norm) == at
+    ]
+    if not found:
+        return None
+    attack = min(found, key=lambda entry: entry[0].value)[1]
+    return Attacked(Rate.lowest(rate for rate, _ in found), attack, point.eps)
+
+
+def worst_of(result: Any) -> Attacked | None:
+    """Return the worst attack on single images of an ``AuditResult``, at its middle eps."""
+    return worst_attack(result.middle, result.per_image, result.transfer)
 
 
 def main_lines(result: Any) -> tuple[str, dict[str, str]]:
@@ -14,7 +43,7 @@ def main_lines(result: Any) -> tuple[str, dict[str, str]]:
     failed = [check.name for check in result.checks if check.passed is False]
     trust = "trusted" if result.verdict.trusted else "not trusted: failed " + ", ".join(failed[:3])
     point, found = result.middle, result.eps_uni
-    each = result.worst_attack
+    each = worst_of(result)
     control = max((one.worst for one in point.controls), key=lambda rate: rate.value, default=None)
     lines = {
         "numbers": trust + (f" and {len(failed) - 3} more" if len(failed) > 3 else ""),

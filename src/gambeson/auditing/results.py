@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import Field
@@ -12,7 +11,6 @@ from pydantic import Field
 from gambeson.auditing import display
 from gambeson.auditing.jacobian_results import JacobianResult
 from gambeson.base import Config, UserError, notebook, read_json, read_settings, write_json
-from gambeson.base.files import read_yaml
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Rate
 from gambeson.evaluation.attack_suite import AttackRound
@@ -248,32 +246,6 @@ class Verdict(Config):
     """Why the numbers are not to be trusted; empty if they are."""
 
 
-class Attacked(NamedTuple):
-    """The worst of all attacks on single images at the middle eps."""
-
-    accuracy: Rate
-    """What stays right; its interval holds for all that were tried at once."""
-    attack: str
-    eps: float
-
-
-def worst_attack(
-    point: UniversalResult, per_image: Sequence[PerImageResult], transfer: Sequence[TransferredResult]
-) -> Attacked | None:
-    """Return the attack on single images that leaves least right at the eps of ``point``; None if there was none."""
-    at = (point.eps, point.norm)
-    found = [(one.accuracy, one.attack) for one in per_image if (one.eps, one.norm) == at]
-    found += [
-        (one.error.complement, f"{one.attack} on {one.source}")
-        for one in transfer
-        if not one.universal and (one.eps, one.norm) == at
-    ]
-    if not found:
-        return None
-    attack = min(found, key=lambda entry: entry[0].value)[1]
-    return Attacked(Rate.lowest(rate for rate, _ in found), attack, point.eps)
-
-
 class AuditResult(Config):
     """The contents of ``result.json``. Same seed, same machine, same bytes."""
 
@@ -322,11 +294,6 @@ class AuditResult(Config):
 
     __str__ = __repr__
 
-    @property
-    def worst_attack(self) -> Attacked | None:
-        """The worst attack on single images, at the middle eps."""
-        return worst_attack(self.middle, self.per_image, self.transfer)
-
     def _repr_html_(self) -> str:
         return notebook.html_table(*display.main_lines(self))
 
@@ -349,19 +316,15 @@ class AuditResult(Config):
         Raises:
             UserError: the file is missing, or of another kind or version.
         """
-        if not (folder / "result.json").is_file() and (folder / "run.yaml").is_file():
-            read_settings(folder / "run.yaml", "audit")
-            raise UserError(
-                f"the audit in {folder} has no result yet: `gambeson audit --config {folder}/run.yaml --out {folder}` "
-                "finishes it from where it stopped"
-            )
+        if (folder / "run.yaml").is_file():
+            read_settings(folder / "run.yaml", "audit")  # a run of another kind is refused
+            if not (folder / "result.json").is_file():
+                raise UserError(
+                    f"the audit in {folder} has no result yet: `gambeson audit --config {folder}/run.yaml --out "
+                    f"{folder}` finishes it from where it stopped"
+                )
         content = read_json(folder / "result.json")
         form = content.get("schema_", "another kind") if isinstance(content, dict) else "another kind"
-        if form != SCHEMA and (folder / "run.yaml").is_file():
-            kind = read_yaml(folder / "run.yaml").get("kind", "audit")
-            if kind != "audit":
-                where = f"`gambeson audit {folder}` makes one of it" if kind == "train" else "its numbers are in there"
-                raise UserError(f"{folder} holds a run of kind {kind!r}: expected the folder of an audit; {where}")
         if form != SCHEMA:
             raise UserError(f"{folder / 'result.json'} is of {form}, expected {SCHEMA}: run the audit again")
         return cls(**content)

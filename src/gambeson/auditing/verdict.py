@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from gambeson.auditing.display import Attacked, worst_attack
 from gambeson.auditing.results import (
-    Attacked,
     AuditResult,
     Check,
     IoU,
@@ -17,7 +17,6 @@ from gambeson.auditing.results import (
     TransferredResult,
     UniversalResult,
     Verdict,
-    worst_attack,
 )
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import EpsAdv, EpsUni, SmallestEps
@@ -35,10 +34,10 @@ def judge(
     subject: ModelInfo | None = None,
     randomness: RandomnessResult | None = None,
     each: EpsAdv | None = None,
+    left_out: str = "",
     targeted: Sequence[TargetedResult] = (),
     unit: str = "image",
     iou: IoU | None = None,
-    left_out: str = "",
 ) -> Verdict:
     """State what one pattern does to the model at the middle eps, and whether that can be trusted.
 

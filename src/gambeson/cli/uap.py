@@ -91,8 +91,11 @@ def craft(
     best = max(rate for _, rate in uap.about.restarts)
     console.print(
         f"{out}: {user_code.short(attack)} at eps {uap.about.eps:.4g} ({uap.about.status}); "
-        f"{100 * best:.1f} % on validation{'' if uap.target is None else ' reach the target'}"
+        f"{'UER' if uap.target is None else 'target reached by'} {100 * best:.1f} % on validation"
     )
+    if any(scale != 1 for scale in uap.about.temperature):
+        scales = ", ".join(f"{scale:.3g}" for scale in uap.about.temperature)
+        console.print(f"logits were divided by {scales} while crafting; --set temperature=1 leaves them as they are")
     console.print(f"next: gambeson uap score {out} {source}{f' --data {data}' if data else ''}")
 
 
@@ -167,8 +170,7 @@ def score(
     worst = max(controls, key=lambda one: one.worst.value)
     if worst.worst.value >= evasion.value > 0:
         console.print(
-            f"{worst.name} does no less harm, so this perturbation shows no weakness of its own: try other attacks, "
-            "or gambeson audit, which brings the logits to a usual scale first"
+            f"{worst.name} does no less harm, so this perturbation shows no weakness of its own: try other attacks"
         )
 
 
@@ -212,6 +214,8 @@ def list_(
         print_json([{"file": str(file), **uap.about.plain()} for file, uap in found])
         return
     table = Table("file", "attack", "target", "eps", "norm", "crafted on", "seed", "status", box=None)
+    for column in table.columns:
+        column.overflow = "fold"
     for file, uap in found:
         about = uap.about
         table.add_row(

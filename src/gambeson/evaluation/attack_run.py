@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,7 @@ from gambeson.evaluation.attack_suite import SuiteResult, run_suite, standard_su
 from gambeson.evaluation.segmentation_suite import class_pixels
 from gambeson.models.black_box.http import StoredHttp
 from gambeson.models.loading import load_model
+from gambeson.tasks import CLASSIFICATION
 from gambeson.threat import default_eps
 from gambeson.victim import as_victim
 
@@ -80,21 +82,19 @@ def settings_of(attack: str | None) -> Iterable[str]:
 
 def _attacks_of(run: AttackRun, data: Dataset | None = None) -> dict[str, Any]:
     """Return the attacks by name; of label maps the runs of SEA one by one, since the mean IoU chooses among them."""
-    maps = data is not None and not data.test.task.per_image_label
+    task = CLASSIFICATION if data is None else data.test.task
     if run.attack != STANDARD:
         attacks.require_kind(run.attack, "image")
         attack = attacks.create(run.attack, **run.settings)
-        if not (maps and isinstance(attack, attacks.SEA)):
+        if data is None or task.per_image_label or not isinstance(attack, attacks.SEA):
             return {user_code.short(run.attack): attack}
-        return attack.each(attack.class_pixels or class_pixels(data.train, seed=run.seed))
+        return dict(attack.each(attack.class_pixels or class_pixels(data.train, seed=run.seed)))
     if unknown := sorted(set(run.settings) - set(_SUITE)):
         reason = f"the suite takes {', '.join(_SUITE)}, got {', '.join(unknown)}"
         raise UserError(reason, ("settings", unknown[0]), reason)
-    if not maps:
+    if data is None or task.per_image_label:
         return dict(standard_suite(**run.settings))
-    return dict(
-        standard_suite(**run.settings, task=data.test.task, class_pixels=class_pixels(data.train, seed=run.seed))
-    )
+    return dict(standard_suite(**run.settings, task=task, class_pixels=class_pixels(data.train, seed=run.seed)))
 
 
 def _check_budget(budget: int | None, row: dict[str, Any], images: int) -> None:
@@ -133,6 +133,12 @@ def run_attack(run: AttackRun, out: Path) -> SuiteResult:
         norm = getattr(next(iter(row.values())), "norm", "2")
         found = run_suite(victim, split, row, norm=norm, seed=run.seed)
         notes = victim.notes
+    if found.result.success.n == 0:
+        warnings.warn(
+            f"none of the {len(split)} images was right before the attack, so that it broke nothing: check that data, "
+            "classes and normalisation are those of the model",
+            stacklevel=2,
+        )
     tensors = {"images": found.images, "labels": split.labels, "broken_by": found.broken_by, "indices": rows}
     if found.iou_images is not None and found.iou_broken_by is not None:
         tensors |= {"iou_images": found.iou_images, "iou_broken_by": found.iou_broken_by}

@@ -44,9 +44,9 @@ class LoadedModel:
 
 def load_model(
     source: str,
-    data_name: str | None,
-    device: str,
-    dataset: data.Dataset | None = None,
+    data_name: str | None = None,
+    device: str = "cpu",
+    dataset: Any = None,
     *,
     budget: int | None = None,
     http: HttpSettings | None = None,
@@ -69,7 +69,7 @@ def load_model(
               scores (N, K) or to class indices (N,).
         data_name: a data set; None: that of the training run.
         device: of the model; a black box is not moved.
-        dataset: the data, if already loaded.
+        dataset: the data, if already loaded: a data set, a split, or an (images, labels) pair.
         budget: maximum number of images sent to a black box, including two here.
         http: how a server is asked; None: the defaults.
         gradients: what needs the model's gradients, such as an attack; a black box is then refused before it is asked.
@@ -80,7 +80,8 @@ def load_model(
     """
     path = Path(source)
     trained = read_settings(path / "run.yaml", "train") if (path / "run.yaml").is_file() else {}
-    name = data_name or trained.get("data")
+    dataset = None if dataset is None else data.as_dataset(dataset)
+    name = data_name or trained.get("data") or (None if dataset is None else dataset.name)
     load = _loader(source)
     if name is None:
         raise UserError(f"{source} does not say what data its model was trained on: name it with --data")

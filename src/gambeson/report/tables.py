@@ -6,7 +6,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from gambeson.auditing.results import Attacked, PerImageResult, RandomnessResult, TransferredResult
+from gambeson.auditing.display import Attacked, worst_of
+from gambeson.auditing.results import PerImageResult, RandomnessResult, TransferredResult
 from gambeson.evaluation import Rate
 from gambeson.evaluation.attack_suite import AttackRound
 from gambeson.evaluation.rates import Control
@@ -79,7 +80,7 @@ def glance(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> Ta
     """Build one line for each model, whose verdict is not part of it."""
     clean = _leaders(folders, [folder.result.clean for folder in folders], highest=True)
     uer = _leaders(folders, [folder.at(eps).uer if eps is not None else None for folder in folders])
-    worst = [folder.result.worst_attack for folder in folders]
+    worst = [worst_of(folder.result) for folder in folders]
     alike = len({(a.attack, a.eps, a.accuracy.n) if a else None for a in worst}) == 1
     held = _leaders(folders, [a.accuracy if a and alike else None for a in worst], highest=True)
     sizes = [(folder.result.eps_uni.censored, folder.result.eps_uni.value) for folder in folders]

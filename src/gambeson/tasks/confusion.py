@@ -56,9 +56,10 @@ class Confusion:
 
         ``n`` counts images with the class in their labels or predictions.
         """
-        right, truth, predicted = self.counts.unbind(1)
-        union = truth + predicted - right
-        return {self.classes[k]: Rate.bootstrap(right[:, k], union[:, k]) for k in self._present}
+        present = self.counts[:, 1].sum(0).nonzero().flatten()
+        right, truth, predicted = self.counts[:, :, present].unbind(1)
+        rates = Rate.bootstraps(right, truth + predicted - right)
+        return {self.classes[k]: rate for k, rate in zip(present.tolist(), rates, strict=True)}
 
     def drop(self, other: Confusion, metric: Metric = "mean_iou") -> Difference:
         """How much lower a metric is in ``other``, of the same images: clean minus perturbed.
@@ -109,10 +110,6 @@ class Confusion:
     @property
     def _lines(self) -> tuple[str, dict[str, str]]:
         return f"{len(self.counts):,} images", {name: str(rate) for name, rate in self.rates().items()}
-
-    @property
-    def _present(self) -> list[int]:
-        return self.counts[:, 1].sum(0).nonzero().flatten().tolist()
 
     def _rate(self, metric: Metric) -> Rate:
         units = self.counts[:, 1].sum(1)

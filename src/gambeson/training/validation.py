@@ -99,13 +99,13 @@ def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: i
     ball = {"eps": getattr(defense, "eps", None), "norm": getattr(defense, "norm", "inf")}
     if not ball["eps"]:
         return {}
-    attack = StochasticPGD(**ball, steps=50, batch_size=128, probe_starts=0, temperature=1.0)
+    universal = StochasticPGD(**ball, steps=50, batch_size=128, probe_starts=0, temperature=1.0)
     with warnings.catch_warnings():  # after the first epochs no answer may be as sure as the truncation
         warnings.simplefilter("ignore", GradientWarning)
-        universal = attack.craft(model, data, seed=derive(seed, "validation"))
+        uap = universal.craft(model, data, seed=derive(seed, "validation"))
     few = data.validation.sample(_IMAGES, seed=seed)
     with _one_pass(model) as victim:
-        delta = universal.delta.to(victim.device)
+        delta = uap.delta.to(victim.device)
         uer, iou = _scores(victim, data.validation, delta)
         found = {"validation_uer": uer} | ({} if iou is None else {"validation_uap_mean_iou": iou})
         attack, right, counted = PGD(**ball, steps=10, eot_samples=1), 0, 0

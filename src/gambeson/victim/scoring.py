@@ -92,6 +92,12 @@ def votes_of(victim: Victim, images: torch.Tensor) -> int:
 def predict(victim: Victim, data: object, delta: torch.Tensor | None = None, *, seed: int = 0) -> torch.Tensor:
     """Predict every image of a split, clean or under one universal perturbation; see :func:`predict_batches`.
 
+    Args:
+        victim: the model, inside its context; see :func:`votes_of` for how many votes an image has.
+        data: a split, an (images, labels) pair, or a data set, of which the test split is used.
+        delta: (1, C, H, W), or None for clean images.
+        seed: of the votes.
+
     Returns:
         Class indices (N,) or (N, H, W), on the CPU; :data:`ABSTAIN` without a majority.
     """

@@ -88,6 +88,7 @@ def calibrating(victim: Victim, split: Split, seed: int) -> float:
             logits = victim.forward_original(images)
             if logits.ndim < 2 or logits.shape[1] < 2:
                 return math.nan
+            split.check_classes(logits.shape[1])
             rows, truth = logits.movedim(1, -1).flatten(0, -2), labels.flatten()
             known = split.task.valid(labels).flatten().nonzero().flatten()
             # Label maps are thinned out batch by batch: all their pixels would not fit into memory.
