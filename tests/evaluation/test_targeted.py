@@ -7,7 +7,7 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import CONTROLS, StochasticPGD, UniversalPerturbation
 from gambeson.evaluation import TargetMeasure, target_success
-from gambeson.evaluation.targeted import SHUFFLED
+from gambeson.evaluation.targeted import SHUFFLED, Goal
 from tests.attacks.test_targets import IGNORED, dataset, four_classes
 
 FAST = {"eps": 0.3, "steps": 40, "batch_size": 10, "probe_starts": 0}
@@ -125,6 +125,24 @@ def test_targets_of_classification_count_images(trained, digits):
     assert found.clean.value == pytest.approx(float((trained(x).argmax(1) == 3).float().mean()))
     assert found.hidden is found.kept is None
     assert found.success.low > max(one.success.high for one in found.controls)
+
+
+@pytest.mark.parametrize("target", ["static:3", "hide:c"])
+def test_shuffled_maps_are_those_of_other_images_and_leave_ignored_pixels_out(scenes, target):
+    model, data = scenes
+    uap, ignored = crafted(scenes, target, steps=1), data.test.labels == IGNORED
+    with gb.victim.Victim(model) as victim:
+        goal = Goal.of(victim, data.test, uap.target)
+        others = goal.shuffled(10, 0)
+    assert len(others) == 10
+    for other in others:
+        assert bool((other.targets[ignored] == -1).all())
+        assert not torch.equal(other.targets, goal.targets)
+        if target == "hide:c":
+            rows = [k for k in range(50) if not bool(ignored[k].all())]
+            assert not any(torch.equal(other.targets[k], goal.targets[k]) for k in rows)
+            both = ~ignored[0] & (other.targets[0] >= 0)
+            assert any(torch.equal(other.targets[0][both], goal.targets[k][both]) for k in range(1, 50))
 
 
 def test_what_cannot_be_scored_is_refused(scenes):

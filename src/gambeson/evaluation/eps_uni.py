@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gambeson.attacks import CONTROLS, GradientAttack, UniversalAttack, UniversalPerturbation
+from gambeson.attacks.universal.target import from_predictions
 from gambeson.base import UserError, derive, seeded, task, unknown_name
 from gambeson.data import Dataset, Split, as_dataset, as_split, disjoint
 from gambeson.evaluation.outcome import at_once, attacked, averaged
@@ -96,7 +97,8 @@ def eps_uni(
     with as_victim(model) as victim, rescaled([victim], to, dataset.validation, seed):
         measured = measure_of("error" if measure is None else measure)
         if measure is None and target is not None:
-            measured = TargetMeasure.of(victim, whole.validation, target, getattr(attack, "labels", "truth"), seed=seed)
+            labels = "prediction" if from_predictions(attack.plain()) else "truth"
+            measured = TargetMeasure.of(victim, whole.validation, target, labels, seed=seed)
 
         def craft(eps: float, start: torch.Tensor | None) -> UniversalPerturbation:
             return attack.model_copy(update={"eps": eps}).craft(victim, dataset, seed=seed, start=start)
