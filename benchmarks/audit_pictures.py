@@ -30,7 +30,7 @@ from audit_measures import MEASURES  # noqa: E402
 from audit_page import file_of  # noqa: E402
 from audit_panels import draw  # noqa: E402
 
-from gambeson.auditing import DIAGNOSTICS, SUITES, AuditContext, temperature  # noqa: E402
+from gambeson.auditing import DIAGNOSTICS, SUITES, AuditContext  # noqa: E402
 from gambeson.auditing.context import Checkpoints  # noqa: E402
 from gambeson.auditing.stages import surrogate as surrogates  # noqa: E402
 from gambeson.auditing.stages import universal as universals  # noqa: E402
@@ -38,6 +38,7 @@ from gambeson.base import read_json, seeded, write_json  # noqa: E402
 from gambeson.testbed import models, networks  # noqa: E402
 from gambeson.testbed.entry import Networks, spread  # noqa: E402
 from gambeson.victim import Victim  # noqa: E402
+from gambeson.victim.temperature import temperature  # noqa: E402
 from tests.auditing.evidence import evidence_of  # noqa: E402
 
 STORE, PICTURES, RUNS = ROOT / "results" / "audit-pictures.json", ROOT / "docs" / "audit", ROOT / "runs/audit-pictures"
@@ -167,7 +168,7 @@ def held(case: Case, *, surrogate: bool, universal: bool) -> Iterator[AuditConte
     with Victim(model, fast=True) as victim:
         with seeded(0, "picture"):  # a random model's first pass
             evidence = evidence_of(victim, dataset, suite)
-            victim.temperature = temperature.temperature(victim, dataset.validation, 0)
+            victim.temperature = temperature(victim, dataset.validation, 0)
         if surrogate:
             folder = RUNS / f"surrogate-{data}"
             folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 Plain and PGD-trained LeNet-5 on digits, MNIST, Fashion-MNIST and CIFAR-10 (the networks of the testbed),
 whose logits are divided by the temperature that calibrates them, and by multiples of it. Stochastic PGD (crafted on
 train, two seeds) and PGD of 20 steps at one eps each; all rates are of validation images, for they choose the setting
-of :mod:`gambeson.auditing.temperature`.
+of :mod:`gambeson.victim.temperature`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 
 import gambeson as gb
 from gambeson.attacks import PGD, StochasticPGD
-from gambeson.auditing.temperature import USUAL, calibrating
 from gambeson.base import environment, write_json
 from gambeson.evaluation import accuracy_under
 from gambeson.testbed import networks
 from gambeson.victim import Victim
+from gambeson.victim.temperature import USUAL, calibrating
 
 MULTIPLES = (32, 8, 2, 1, 0.5, 0.125, 0.03125)
 CASES = (

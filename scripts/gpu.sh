@@ -3,8 +3,9 @@
 #
 # In this order, each part inside its time and each number on disk as soon as it is known: the machine's peak, the GPU
 # tests, benchmarks, then trainings with their audits, the most informative first, until the time is over.
-# PARTS names some of them, GAMBESON_DATA the folder with the data, PYTHON the interpreter. Options go to the last two
-# parts: --done FILE passes over the trainings of an earlier visit, --tiny rehearses on any machine in seconds.
+# PARTS names some of them, or "segmentation", networks on label maps of 512 pixels; GAMBESON_DATA is the folder with the
+# data, PYTHON the interpreter. Options go to the last two parts: --done FILE passes over the trainings of an earlier
+# visit, --tiny rehearses on any machine in seconds.
 set -u
 minutes=$1 out=$2
 shift 2
@@ -31,6 +32,7 @@ for part in $PARTS; do
   case $part in
   machine) visit machine 25 "$@" ;;
   bench) visit bench 45 "$@" ;;
+  segmentation) visit segmentation 45 "$@" ;;
   training) visit training 97 "$@" ;;
   tests)
     timeout -k 5 $(((end - $(date +%s)) * 45 / 100)) "$PYTHON" -m pytest -m gpu "$here/tests/gpu" --rootdir "$here" \
@@ -38,7 +40,7 @@ for part in $PARTS; do
       echo "tests ended with code $?"
     tail -n 25 "$out/tests.txt"
     ;;
-  *) echo "no part $part: expected machine, tests, bench or training" >&2 && exit 2 ;;
+  *) echo "no part $part: expected machine, tests, bench, segmentation or training" >&2 && exit 2 ;;
   esac
 done
 tail -c 1500 "$out/errors.txt" 2>/dev/null

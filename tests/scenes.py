@@ -32,10 +32,12 @@ def scenes(count: int, seed: int, side: int = 16) -> tuple[torch.Tensor, torch.T
 
 def dataset(train: int = 150, held: int = 40) -> Dataset:
     """The scenes as a data set; no two splits share a draw."""
-    task, splits = Segmentation(ignore_index=IGNORED), []
-    for seed, (name, count) in enumerate([("train", train), ("validation", held), ("test", held)]):
-        splits.append(Split(f"scenes/{name}", *scenes(count, seed), CLASSES, task=task))
-    return Dataset("scenes", *splits, CLASSES)
+
+    def split(name: str, count: int, seed: int) -> Split:
+        return Split(f"scenes/{name}", *scenes(count, seed), CLASSES, task=Segmentation(ignore_index=IGNORED))
+
+    parts = split("train", train, 0), split("validation", held, 1), split("test", held, 2)
+    return Dataset("scenes", *parts, CLASSES)
 
 
 def net(data: Dataset) -> nn.Sequential:

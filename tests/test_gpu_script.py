@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gambeson.studies.visit import Notebook, read_lines, tiny
+from gambeson.studies.visit import Notebook, measure_machine, read_lines, tiny
+from gambeson.studies.visit_segmentation import run_segmentation
 from gambeson.studies.visit_training import choose_epochs, run_trainings
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +57,22 @@ def test_a_later_visit_goes_on_where_this_one_stopped(rehearsal, tmp_path):
     lines = rehearse(tmp_path, "--done", str(out / "visit.jsonl"), "--only", only, parts="training")
     audited = [(line["defense"], line["seed"]) for line in lines if line["kind"] == "audited"]
     assert audited == [("standard", 3), ("shared-adversarial 1", 0)]
+
+
+def test_segmentation_networks_are_timed_in_one_precision_on_a_cpu(tmp_path):
+    book = Notebook(tmp_path / "lines.jsonl", 600)
+    measure_machine(tiny("cpu"), book)
+    run_segmentation(tiny("cpu"), book)
+    assert not [line for line in book.lines() if line["kind"] in ("error", "skipped")]
+    lines = [line for line in book.lines() if line["kind"] == "segmentation"]
+    # 2 images a batch, 2 steps; a universal attack chooses on 2 validation images, here among one candidate.
+    assert [(line["name"], line["forwards"], line["backwards"]) for line in lines] == [
+        ("forward", 2, 0),
+        ("PGD step", 4, 4),
+        ("universal step", 6, 4),
+    ]
+    assert all(line["images_a_second"] > 0 and line["share_of_peak"]["float32"] > 0 for line in lines)
+    assert torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.full

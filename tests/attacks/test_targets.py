@@ -9,12 +9,13 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from gambeson import UserError
+from gambeson import UserError, attacks
 from gambeson.attacks import DFUAP, SGA, StochasticPGD, Target, UniversalPerturbation
 from gambeson.attacks.universal.stochastic_pgd import mean_over_tiles, repeat_tile
 from gambeson.attacks.universal.target import NOTHING
 from gambeson.base.errors import DataWarning
 from gambeson.data import Dataset, Split
+from gambeson.evaluation import target_success
 from gambeson.victim import Victim
 
 IGNORED = 255
@@ -55,7 +56,7 @@ def grey(count, size, channels=3, seed=0):
 def four_classes(count=60, size=(5, 4)):
     """Four colours, pixel by pixel, which the net tells apart."""
     colours = torch.tensor([[0.3, 0.3, 0.3], [0.7, 0.3, 0.3], [0.3, 0.7, 0.3], [0.3, 0.3, 0.7]])
-    model = PixelNet(2 * 8 * colours, -8 * colours.square().sum(1))
+    model = PixelNet(2 * 8 * (colours - colours.mean(0)), -8 * colours.square().sum(1))
     y = torch.randint(0, 4, (count, *size), generator=torch.Generator().manual_seed(1))
     x = colours[y].movedim(-1, 1) + 0.1 * (grey(count, size) - 0.5)
     assert torch.equal(model(x).argmax(1), y)
@@ -68,7 +69,7 @@ def linear_data(count=60, size=(4, 5)):
     return model, w, dataset(x, model(x).argmax(1), ("a", "b"))
 
 
-FAST = {"steps": 30, "batch_size": 10, "probe_starts": 0, "tau": 1.0}
+FAST = {"steps": 30, "batch_size": 10, "probe_starts": 0, "tau": 1.0, "temperature": 1}
 """Without truncation the plain loss has the closed form as its optimum."""
 
 
@@ -106,7 +107,9 @@ def test_norm_2_never_reaches_more_pixels_of_one_image_than_its_cheapest_ones():
     cost = (-(model(x[:1]).detach().diff(dim=1)[0, 0] * (2 * goal.clamp(0, 1) - 1)) / w.norm()).clamp(min=0)[:, :-1]
     best = int((cost.flatten().sort().values.square().cumsum(0) < eps**2).sum())
     assert 3 < best < 33
-    attack = StochasticPGD(eps=eps, norm="2", target=goal.where(goal >= 0, 0), steps=150, probe_starts=0, tau=0.52)
+    attack = StochasticPGD(
+        eps=eps, norm="2", target=goal.where(goal >= 0, 0), steps=150, probe_starts=0, tau=0.52, temperature=1
+    )
     reached = attack.craft(model, dataset(x, labels, ("a", "b"))).about.restarts[0][1] * 36
     assert 0.5 * best < reached <= best + 1e-6
 
@@ -140,7 +143,9 @@ def test_weights_flip_the_step_where_two_images_disagree_at_the_omega_of_the_for
     assert one > 0 > two
     flip = -two / (one - two)
     for omega, sign in ((flip + 0.01, 1), (flip - 0.01, -1)):
-        attack = StochasticPGD(eps=0.01, target="hide:o", omega=omega, steps=1, batch_size=2, probe_starts=0, tau=1)
+        attack = StochasticPGD(
+            eps=0.01, target="hide:o", omega=omega, steps=1, batch_size=2, probe_starts=0, tau=1, temperature=1
+        )
         delta = attack.craft(model, data).delta
         assert float(delta[0, 0, 0, 0].sign()) == sign
 
@@ -151,7 +156,7 @@ def test_what_is_reached_with_confidence_has_no_say(make, target):
     model, _, data = linear_data()
     goal = torch.ones(4, 5).long() if target == "static" else target
     settings = {"probe_starts": 0} if make is StochasticPGD else {"inner_batch": 5}
-    attack = make(eps=0.1, target=goal, steps=3, batch_size=10, labels="truth", **settings)
+    attack = make(eps=0.1, target=goal, steps=3, batch_size=10, labels="truth", temperature=1, **settings)
     with torch.no_grad():
         model.bias += torch.tensor([-9.0, 9.0])  # everything is class 1, with a probability above 0.75
     uap = attack.craft(model, data)
@@ -167,7 +172,7 @@ def test_tau_is_a_probability_for_every_loss(loss):
     level = torch.tensor([0.7, 0.8]).logit() / 8
     x = level.view(1, 1, 1, 2) + torch.arange(3).view(3, 1, 1, 1) / 255
     y = torch.zeros(3, 1, 2).long()
-    attack = StochasticPGD(eps=0.01, target=1, steps=1, batch_size=3, probe_starts=0, loss=loss)
+    attack = StochasticPGD(eps=0.01, target=1, steps=1, batch_size=3, probe_starts=0, loss=loss, temperature=1)
     delta = attack.craft(model, dataset(x, y, ("a", "b"))).delta.flatten()
     assert delta[0] > 0
     assert delta[1] == 0
@@ -284,7 +289,9 @@ def test_every_image_keeps_its_own_targets_in_every_batch_and_predictions_are_ma
     hide = int(y[3, 0, 0])
     y[::6, 0] = IGNORED
     data = dataset(x, y, tuple("abcd"))
-    attack = StochasticPGD(eps=0.1, target=f"hide:{hide}", omega=0.8, steps=9, batch_size=7, probe_starts=0)
+    attack = StochasticPGD(
+        eps=0.1, target=f"hide:{hide}", omega=0.8, steps=9, batch_size=7, probe_starts=0, temperature=1
+    )
     with pytest.warns(DataWarning, match="1 of the 20 training images show nothing but the class to hide"):
         uap = attack.craft(model, data)
     assert uap.about.left_out == 1
@@ -405,6 +412,42 @@ def test_what_does_not_fit_data_or_model_is_refused():
     for target in ("hide:0", "static:1", torch.zeros(1, 1).long()):
         with pytest.raises(UserError, match="maps/1 has one label per image, and this needs label maps"):
             StochasticPGD(eps=0.1, target=target).craft(nn.Sequential(model, nn.Flatten()), flat)
+
+
+def test_every_registered_attack_works_on_label_maps_or_refuses_at_once():
+    """Untargeted attacks raise the error of pixels, or say what they lack; none fails otherwise."""
+    _, x, y = four_classes(60, (8, 8))
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    few = {"steps": 8, "batch_size": 10, "patterns": 6, "images": 12, "passes": 1, "probe_starts": 0, "restarts": 1}
+    with torch.no_grad():  # the colours' distances, computed by a convolution
+        model, _, _ = four_classes(1)
+        net[0].weight.copy_(torch.eye(3).repeat(3, 1)[:8, :, None, None])
+        net[0].bias.zero_()
+        net[2].weight.zero_()
+        net[2].weight[:, :3].copy_(model.weight[:, :, None, None])
+        net[2].bias.copy_(model.bias)
+    data, refused = dataset(x, y, tuple("abcd")), []
+    assert net(x).argmax(1).eq(y).all()
+    for name in attacks.names("universal"):
+        known = attacks.entry(name).settings
+        attack = attacks.create(name, eps=0.3, **{key: few[key] for key in few if key in known})
+        try:
+            uap = attack.craft(net, data)
+        except UserError as error:
+            refused.append((name, str(error)))
+            continue
+        assert uap.delta.shape == (1, 3, 8, 8)
+        assert max(rate for _, rate in uap.about.restarts) > 0.2, name
+        if "target" in known:
+            for target in ("hide:b", "static:2", 3):
+                settings = {"target": target} | {key: few[key] for key in few if key in known}
+                settings |= {"omega": 0.75} if "omega" in known else {}
+                aimed = attacks.create(name, eps=0.3, **settings).craft(net, data)
+                found = target_success(net, data.validation, aimed)
+                assert found.score == pytest.approx(max(rate for _, rate in aimed.about.restarts))
+                assert found.score > (0.52 if target == "hide:b" else 0.27) or not attack.gradients, (name, target)
+    assert [name for name, _ in refused] == ["deepfool-uap"]
+    assert "expects one label per image (N,)" in refused[0][1]
 
 
 def test_several_models_have_one_target_from_their_mean():

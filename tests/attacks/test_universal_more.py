@@ -47,8 +47,8 @@ ATTACKS = {
     "s-pgd": lambda **kw: StochasticPGD(steps=40, restarts=1, batch_size=20, truncate=None, **kw),
     "sample": lambda **kw: StochasticPGD(steps=60, restarts=1, batch_size=20, truncate=None, normalise="sample", **kw),
     "momentum": lambda **kw: StochasticPGD(steps=40, restarts=1, batch_size=20, truncate=None, momentum=0.9, **kw),
-    "margin": lambda **kw: StochasticPGD(steps=40, restarts=1, batch_size=20, truncate=99, loss="margin", **kw),
-    "sga": lambda **kw: SGA(steps=40, batch_size=20, rounds=2, **kw),
+    "margin": lambda **kw: StochasticPGD(steps=40, batch_size=20, truncate=99, loss="margin", temperature=1, **kw),
+    "sga": lambda **kw: SGA(steps=40, batch_size=20, rounds=2, temperature=1, **kw),
     "sga-logit": lambda **kw: SGA(steps=40, batch_size=20, rounds=2, loss="logit", **kw),
     "df-uap": lambda **kw: DFUAP(steps=80, batch_size=20, rel_step_size=0.1, confidence=99, **kw),
     "deepfool": lambda **kw: DeepFoolUAP(images=60, fooling=1.0, passes=20, **kw),
@@ -393,7 +393,7 @@ def test_probing_starts_costs_what_it_says_and_keeps_the_best(trained, digits):
     )
     uap = attack.craft(trained, digits, start=torch.ones(1, 1, 8, 8))
     assert uap.about.backwards == (6 * 3 + 3 * 10) * 64
-    assert uap.about.forwards == uap.about.backwards + (6 + 3) * len(digits.validation)
+    assert uap.about.forwards == uap.about.backwards + (6 + 3) * len(digits.validation) + 200
     assert [kind.endswith(", probed") for kind, _ in uap.about.restarts] == [True, True, False]
     assert uap.about.restarts[-1][0] == "warm"
     assert torch.equal(uap.delta, attack.craft(trained, digits, start=torch.ones(1, 1, 8, 8)).delta)
@@ -437,6 +437,7 @@ def test_sga_steps_along_the_mean_of_all_inner_gradients(norm):
         rel_inner_step_size=0.4,
         labels="truth",
         truncate=None,
+        temperature=1,
     )
     with attack._crafting(net, data, 0) as context:
         solver = context.solver(attack.objective)

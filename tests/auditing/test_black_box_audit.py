@@ -9,7 +9,7 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing import Suite
-from gambeson.auditing.cost import TEST_IMAGES, fit, images_asked
+from gambeson.auditing.cost import TEST_IMAGES, fit, images_asked, omitted
 from gambeson.auditing.results import AuditResult, Surrogate
 from gambeson.auditing.stages import black_box, surrogate
 from gambeson.evaluation import FunctionModel
@@ -100,6 +100,7 @@ def test_what_is_crafted_on_a_surrogate_is_tried_beside_noise(tmp_path, monkeypa
 def test_a_smaller_budget_makes_a_smaller_audit(digits, passes):
     asked = gb.auditing.SUITES["standard"].on(digits)
     before = fit(asked, digits, None, passes)
+    assert omitted(asked, before.suite) == []
     assert before.suite.test_images is None
     assert before.notes == []
     for room in (5_000_000, 500_000, 200_000, 100_000, 50_000, 20_000, 10_000):
@@ -107,8 +108,10 @@ def test_a_smaller_budget_makes_a_smaller_audit(digits, passes):
         plan = fit(asked.model_copy(update={"budget": room}), digits, room, passes)
         assert plan.images == images_asked(plan.suite, digits, passes) <= 0.9 * room
         assert plan.images <= before.images
+        assert plan.images > 0.85 * room or not plan.notes  # what is left goes to the universal search
         assert (plan.images < images_asked(asked, digits, passes)) == bool(plan.notes)
         before = plan
+    assert omitted(asked, plan.suite) == ["4 of the 5 eps", "the search of eps_uni", "Square"]
     assert "Square was left out" in plan.notes[0]
     assert "eps_uni was read off the curve" in plan.notes[0]
     with pytest.raises(
@@ -154,6 +157,9 @@ def test_a_budget_is_never_exceeded(trained, digits, tmp_path, budget, waste):
     assert smaller == (images_asked(SUITE, digits, 1) > 0.9 * budget - 40)
     left_out = [note for note in result.notes if "was left out: " in note]
     assert bool(left_out) == bool(waste)
+    first = result.verdict.summary.split(". ")[0]
+    assert first.startswith(f"The budget of {budget} images left out ") == bool(left_out or budget < 30_000)
+    assert all(note.split(" was left out")[0] in first for note in left_out)
     assert all(f"may be asked about {budget} images" in note for note in left_out)
     assert len(result.universal) == len(result.settings["eps"]) >= 1
     if waste:

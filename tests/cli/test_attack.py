@@ -144,15 +144,14 @@ def test_attacks_on_label_maps_report_pixel_accuracy_and_mean_iou_of_stored_imag
 
 def test_uap_of_label_maps_with_a_target(tmp_path, capsys):
     about = scenes(tmp_path)
-    small = ["--eps", "0.25", "--set", "steps=40", "--set", "probe_starts=0", "--set", "batch_size=8"]
+    small = ["--eps", "0.25", "--set", "steps=20", "--set", "probe_starts=0", "--set", "batch_size=8"]
     for name, target, more in [
-        ("hidden", "hide:bin", ["--set", "omega=0.8", "--set", "tau=0.7"]),
-        ("static", "static:2", ["--set", "labels=truth"]),
-        ("mask", f"static:{tmp_path / 'goal.png'}", ["--set", "tile=[12, 6]"]),
+        ("hidden", "hide:bin", ["--set", "omega=0.8", "--set", "tau=0.7", "--set", "tile=[12, 12]"]),
+        ("static", f"static:{tmp_path / 'goal.png'}", ["--set", "labels=truth"]),
     ]:
         file = str(tmp_path / f"{name}.safetensors")
         assert run(["uap", "craft", *about, *small, "--target", target, *more, "--out", file]) == 0
-        assert "reach the target" in " ".join(capsys.readouterr().err.split())
+        assert "target reached by" in " ".join(capsys.readouterr().err.split())
         assert run(["uap", "score", file, *about, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)["target"]
         assert [one["name"] for one in found["controls"]] == ["random-sign", "chessboard", "shuffled target map"]
@@ -168,14 +167,14 @@ def test_uap_of_label_maps_with_a_target(tmp_path, capsys):
     assert all(word in said for word in ("target         hide:bin", "hidden ", "others kept ", "shuffled target map: "))
     assert run(["uap", "list", str(tmp_path), "--json"]) == 0
     kept = {Path(entry["file"]).stem: entry["settings"] for entry in json.loads(capsys.readouterr().out)}
-    assert (kept["hidden"]["target"], kept["hidden"]["omega"], kept["mask"]["tile"]) == ("hide:bin", 0.8, [12, 6])
+    assert (kept["hidden"]["target"], kept["hidden"]["omega"], kept["hidden"]["tile"]) == ("hide:bin", 0.8, [12, 12])
     assert run(["uap", "list", str(tmp_path)]) == 0
-    assert "static:2" in capsys.readouterr().out
+    assert "hide:bin" in capsys.readouterr().out
     for target, more, words in [
         ("hide:road", [], "unknown class 'road'"),
         ("static:99", [], "static:99: scenes/validation has 9 images"),
         (f"static:{tmp_path / 'none.png'}", [], "cannot be read as a PNG of class indices"),
-        ("hide:bin", ["--attack", "perlin"], "target"),
+        ("hide:bin", ["--attack", "deepfool-uap"], "target"),
         ("hide:bin", ["--set", "tile=[30, 30]"], "tile = 30x30 is larger than the images of 12x12 pixels"),
     ]:
         wanted = [*small[:2], "--target", target, *more, "--out", str(tmp_path / "bad.safetensors")]

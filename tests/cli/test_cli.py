@@ -194,3 +194,43 @@ def test_every_command_has_help_with_an_example(capsys, command):
     assert run([*command, "--help"]) == 0
     text = capsys.readouterr().out
     assert "Example" in text or command in ([], ["data"])
+
+
+def test_a_setting_of_http_is_said_as_it_was_typed(capsys):
+    for typed in (["--http", "timeut=1"], ["--http", "retries"]):
+        error = says(
+            capsys,
+            ["attack", "http://127.0.0.1:9/x", "--data", "digits", "--attack", "square", *typed],
+            " ".join(typed),
+        )
+        assert "--set" not in error.replace("--set momentum=0.8", "")
+
+
+def test_the_report_of_a_training_says_how_to_get_an_audit(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("kind: train\nmodel: lenet5\n")
+    says(capsys, ["report", str(tmp_path)], "of kind 'train'", f"`gambeson audit {tmp_path}` makes one of it")
+    (tmp_path / "run.yaml").write_text("kind: attack\nmodel: lenet5\n")
+    (tmp_path / "result.json").write_text("{}")
+    says(capsys, ["report", str(tmp_path)], "of kind 'attack'")
+
+
+def test_settings_of_an_attack_are_listed_without_markup(capsys):
+    for name in ("pgd", "stochastic-pgd"):
+        assert run(["list", "attacks", name]) == 0
+        listed = capsys.readouterr().out
+        assert ":meth:" not in listed
+        assert ":data:" not in listed
+        assert "`" not in listed
+
+
+def test_what_a_crafted_perturbation_reached_is_named(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    gb.models.save(trained, tmp_path / "net.safetensors")
+    out = tmp_path / ("a" * 40) / "uap.safetensors"
+    craft = ["uap", "craft", str(tmp_path / "net.safetensors"), "--data", "digits", "--eps", "0.2"]
+    assert run([*craft, "--set", "steps=5", "--set", "probe_starts=0", "--out", str(out)]) == 0
+    assert "UER " in "".join(capsys.readouterr())
+    assert run(["uap", "list", str(tmp_path)]) == 0
+    listed = capsys.readouterr().out
+    assert "…" not in listed
+    assert listed.count("a") >= 40

@@ -6,6 +6,7 @@ import gzip
 import io
 import struct
 import tarfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,3 +121,24 @@ def test_tar_links_are_refused() -> None:
         archive.addfile(link)
     with pytest.raises(UserError, match="lacks the plain file"):
         formats.read_members(buffer.getvalue(), ["a/x.bin"], "tar")
+
+
+def nifti(volume: np.ndarray[Any, Any], kind: int = 2) -> bytes:
+    """A NIfTI-1 file of a volume (X, Y, Z), as its authors define it."""
+    header = bytearray(352)
+    struct.pack_into("<i", header, 0, 348)
+    struct.pack_into("<8h", header, 40, 3, *volume.shape, 1, 1, 1, 1)
+    struct.pack_into("<h", header, 70, kind)
+    struct.pack_into("<f", header, 108, 352.0)
+    header[344:348] = b"n+1\0"
+    return gzip.compress(bytes(header) + volume.tobytes("F"))
+
+
+def test_volumes_have_their_axes_in_order() -> None:
+    volume = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    read = formats.read_nifti(nifti(volume), "v")
+    assert read.tolist() == volume.transpose(2, 1, 0).tolist()
+    short = gzip.compress(gzip.decompress(nifti(volume))[:-1])
+    for blob in (b"x", gzip.compress(b"x" * 400), nifti(volume, kind=4), short):
+        with pytest.raises(UserError, match="^v "):
+            formats.read_nifti(blob, "v")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import shutil
 import socket
 import struct
@@ -15,10 +16,13 @@ from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import gambeson as gb
 import gambeson.data as data
 from gambeson.base.errors import OutOfSpace, UserError
 from gambeson.base.files import load_tensors
@@ -135,7 +139,9 @@ def test_two_gets_at_once(tmp_path: Path) -> None:
 def test_unknown_names_and_useless_sizes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown data set 'fashionmnist': did you mean fashion-mnist"):
         data.load("fashionmnist", tmp_path)
-    with pytest.raises(UserError, match=r"unknown data set 'zzz': choose one of cifar10, .*image-folder:PATH"):
+    with pytest.raises(
+        UserError, match=r"unknown data set 'zzz': choose one of .*cifar10, .*image-folder:PATH, mask-folder:PATH"
+    ):
         data.get("zzz", tmp_path)
     with pytest.raises(UserError, match="size came with digits, whose images are 8x8 in grey"):
         data.load("digits", tmp_path, size=32)
@@ -357,3 +363,51 @@ def test_cifar10_for_real(tmp_path: Path) -> None:
     mean, std = whole.mean_std()
     assert mean == pytest.approx((0.49140, 0.48216, 0.44653), abs=1e-5)
     assert std == pytest.approx((0.24703, 0.24349, 0.26159), abs=1e-5)
+
+
+def brain_volumes() -> dict[str, np.ndarray[Any, Any]]:
+    """A brain in the middle, whose signal is the number of the slice; grey in front, white behind, fluid between."""
+    signal = np.zeros((197, 233, 189), dtype=np.uint8)
+    signal[40:150, 50:190] = np.arange(189)
+    signal[45, 180] = 255
+    grey, white = np.zeros_like(signal), np.zeros_like(signal)
+    grey[:, 150:], white[:, :100], grey[:, 100:120] = 200, 130, 100
+    return {"t1": signal, "gm": grey, "wm": white}
+
+
+def test_slices_of_the_brain_are_apart_and_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {}
+    for kind, volume in brain_volumes().items():
+        header = bytearray(352)
+        struct.pack_into("<4h", header, 40, 3, *volume.shape)
+        struct.pack_into("<h", header, 70, 2)
+        struct.pack_into("<f", header, 108, 352.0)
+        header[344:348] = b"n+1\0"
+        name = f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz"
+        files[name] = gzip.compress(bytes(header) + volume.tobytes("F"), 1)
+    with pytest.raises(UserError, match="with sha256 .*: expected"):
+        sources.brain_content(files.__getitem__)
+    sums = {kind: hashlib.sha256(blob).hexdigest() for kind, blob in zip(sources.BRAIN, files.values(), strict=True)}
+    monkeypatch.setattr(sources, "BRAIN", sums)
+    recipe = replace(DATASETS["brain"], ways=(Way("here", lambda _: sources.brain_content(files.__getitem__)),))
+    brain = build(recipe, *prepare(recipe, tmp_path))
+    splits = (brain.train, brain.validation, brain.test)
+    assert [len(split) for split in splits] == [54, 18, 24]
+    numbers = [set(split.images[:, 0, 100, 100].tolist()) for split in splits]
+    assert [len(found) for found in numbers] == [54, 18, 24]
+    for k, own in enumerate(numbers):
+        others = set().union(*numbers[:k], *numbers[k + 1 :])
+        assert min(abs(one - other) for one in own for other in others) == 4
+    assert brain.train.images[0, 0, 228 - 180, 45 - 2] == 255  # the front is up
+    labels = brain.train.labels[0]
+    assert [int(labels[228 - y, 100]) for y in (185, 130, 110, 60, 10)] == [2, 1, 1, 3, 0]
+    assert brain.classes == ("outside", "fluid", "grey matter", "white matter")
+    assert brain.train.task == gb.tasks.Segmentation(ignore_index=255)
+
+
+@pytest.mark.full
+def test_the_brain_for_real(tmp_path: Path) -> None:
+    tensors = real("brain", tmp_path, "the installed", "pip")
+    share = tensors["labels"].flatten().bincount().double() / tensors["labels"].numel()
+    assert share.tolist() == pytest.approx([0.654, 0.027, 0.199, 0.120], abs=0.01)
+    assert data.load("brain", tmp_path).train.shape == (1, 224, 192)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import gambeson as gb
-from gambeson.auditing import temperature
 from gambeson.base import UserError
 from gambeson.data import Dataset, LazySplit, Split
 from gambeson.defenses import SharedAdversarial
@@ -22,7 +21,7 @@ from gambeson.evaluation.attack_run import AttackRun, run_attack
 from gambeson.evaluation.export_check import run_export
 from gambeson.evaluation.transfer import TransferRun, run_transfer
 from gambeson.training.validation import validate_robustly
-from gambeson.victim import Victim
+from gambeson.victim import Victim, temperature
 from tests.auditing.evidence import held
 
 UNEVEN = (31, 2, 17, 5, 50, 11, 8)

@@ -1,14 +1,19 @@
 """Mean IoU of models on label maps, clean and under a universal perturbation."""
 
+import json
+
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import gambeson as gb
-from gambeson.attacks import StochasticPGD, UniversalPerturbation
+from gambeson.attacks import StochasticPGD, Target, UniversalPerturbation
 from gambeson.base import UserError
+from gambeson.cli.app import run
 from gambeson.data import Dataset, LazySplit, Split
-from gambeson.evaluation.eps_uni import search
+from gambeson.evaluation import strongest
+from gambeson.evaluation.eps_uni import Found, scaled, search
 from gambeson.evaluation.rates import ImageErrors
 from gambeson.evaluation.universal import errors_under, lost_iou
 from gambeson.tasks import Rate
@@ -73,12 +78,17 @@ def test_data_without_a_label_is_refused():
         gb.evaluation.mean_iou(Pixelwise(), nothing)
 
 
-def test_a_frame_has_the_classes_and_their_means():
+def test_notebooks_show_the_classes_and_their_means():
     pytest.importorskip("pandas")
-    found = gb.evaluation.confusion(Pixelwise(), DATA).to_frame()
-    names = ["IoU of dark", "IoU of bright", "mean IoU", "mean accuracy", "pixel accuracy"]
+    confusion = gb.evaluation.confusion(Pixelwise(), DATA)
+    found = confusion.to_frame()
+    names = ["pixel accuracy", "mean accuracy", "mean IoU", "IoU of dark", "IoU of bright"]
     assert found["metric"].tolist() == names
-    assert found["value"][2] == pytest.approx(found["value"][:2].mean())
+    assert found["value"][2] == pytest.approx(found["value"][3:].mean())
+    (bars,) = confusion.plot().data
+    assert (list(bars.x), list(bars.y)) == (["dark", "bright"], pytest.approx((100 * found["value"][3:]).tolist()))
+    assert f"mean IoU        {confusion.mean_iou}" in repr(confusion)
+    assert str(confusion.iou["dark"]) in confusion._repr_html_()
 
 
 def scenes(count, seed, spread=1.0):
@@ -181,3 +191,71 @@ def test_label_maps_that_are_read_with_their_images_have_the_same_rates():
         assert rate(Pixelwise(), lazy, uap) == rate(Pixelwise(), test, uap)
     assert gb.evaluation.accuracy(Pixelwise(), lazy) == gb.evaluation.accuracy(Pixelwise(), test)
     assert gb.evaluation.fooling_rate(Pixelwise(), test, uap).value > 0.1
+
+
+def test_uap_score_prints_the_error_and_the_mean_iou_of_label_maps(tmp_path, capsys):
+    draw = torch.Generator().manual_seed(7)
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+    for k in range(40):
+        pixels = (torch.rand(8, 8, generator=draw) * 255).to(torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / "data" / "images" / f"{k}.png")
+        Image.fromarray((pixels > 127).astype("uint8")).save(tmp_path / "data" / "masks" / f"{k}.png")
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "class Pixelwise(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return torch.cat([0.5 - x, x - 0.5], 1)\n"
+    )
+    file, data = str(tmp_path / "uap.safetensors"), f"mask-folder:{tmp_path / 'data'}?mode=grey"
+    common = [f"{tmp_path / 'net.py'}:Pixelwise", "--data", data]
+    craft = ["uap", "craft", *common, "--eps", "0.2", "--set", "steps=10", "--set", "restarts=1", "--out", file]
+    assert run(craft) == 0
+    capsys.readouterr()
+    assert run(["uap", "score", file, *common, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["clean error"]["value"], found["clean mean IoU"]["value"]) == (0, 1)
+    assert found["UER"]["value"] == pytest.approx(found["fooling rate"]["value"])
+    assert found["UER"]["value"] > 0.1
+    assert found["mean IoU"]["value"] < 0.9
+    assert found["mean IoU lost"]["value"] == pytest.approx(1 - found["mean IoU"]["value"])
+    assert found["mean IoU lost"]["low"] > 0.05
+    assert run(["uap", "score", file, *common]) == 0
+    printed = "".join(capsys.readouterr())
+    assert f"rates are of labelled pixels, their intervals over {found['UER']['n']} images" in printed
+    assert f"mean IoU lost  +{100 * found['mean IoU lost']['value']:.1f} % [" in printed
+
+
+def test_eps_uni_of_an_attack_with_a_target_is_that_of_its_success():
+    data = Dataset("scenes", scenes(20, 4), scenes(20, 5), scenes(100, 6), ("dark", "bright"))
+    settings = {"delta": 0.8, "tolerance": 0.05, "controls": ()}
+    margins = (0.5 - data.test.images[:, :, :, :4]).flatten().sort().values
+    exact = float(margins[int(0.6 * len(margins))])  # half of all pixels are bright; 0.6 of the others have to follow
+    bright = StochasticPGD(eps=0.1, steps=4, probe_starts=0, target=1)
+    found = gb.evaluation.eps_uni(Pixelwise(), data, bright, **settings)
+    assert found.value == pytest.approx(exact, rel=0.06)
+    assert found.measure == "target class:1"
+    # All images have one map, which is reached without an attack.
+    static = bright.model_copy(update={"target": Target.parse("static:0"), "labels": "prediction"})
+    assert gb.evaluation.eps_uni(Pixelwise(), data, static, **settings).value == 0
+    error = gb.evaluation.eps_uni(Pixelwise(), data, bright, **settings | {"delta": 0.3}, measure="error")
+    assert (error.measure, error.value) == ("error", pytest.approx(exact, rel=0.06))
+
+
+def test_validation_chooses_by_what_is_measured():
+    """The crafted perturbation does more harm, and the known one, scaled, more of what is asked for."""
+
+    def dark(victim, split, delta=None):
+        hits = (predict(victim, split, delta) == 0) & (split.labels == 1)
+        return ImageErrors(hits.flatten(1).sum(1), (split.labels == 1).flatten(1).sum(1))
+
+    test, darker = scenes(60, 8), UniversalPerturbation(-brighter(0.1).delta, ABOUT)
+    with Victim(Pixelwise()) as victim:
+        known = {uap.about.eps: Found(uap, dark(victim, test, uap.delta)) for uap in (brighter(0.05), darker)}
+        others = [scaled(darker, 0.25)]
+        for measure, chosen in ((errors_under, 1), (dark, -1)):
+            found, _ = strongest(victim, test, brighter(0.25), others=others, controls=(), measure=measure)
+            assert bool((found.delta.sign() == chosen).all())
+    margins = (test.images[:, :, :, 4:] - 0.5).flatten().sort().values
+    found = searched(test, 0.5, dark, known=known)
+    assert found.value == pytest.approx(float(margins[len(margins) // 2 - 1]), rel=0.02)

@@ -230,10 +230,10 @@ def test_image_folders_are_read_for_the_model(tmp_path, recwarn):
     gb.models.save(
         gb.models.create("lenet", in_channels=1, classes=2, image_size=(20, 24)), tmp_path / "grey.safetensors"
     )
-    assert input_shape(str(tmp_path / "grey.safetensors")) == (1, 20, 24)
-    assert input_shape("lenet") == (None, None, None)
-    assert input_shape("torchvision:resnet18") == (None, None, None)
-    assert input_shape("torchvision:resnet18@IMAGENET1K_V1") == (3, 224, 224)
+    assert input_shape(str(tmp_path / "grey.safetensors"), "digits") == (1, 20, 24)
+    assert input_shape("lenet", "digits") == (None, None, None)
+    assert input_shape("torchvision:resnet18", "digits") == (None, None, None)
+    assert input_shape("torchvision:resnet18@IMAGENET1K_V1", "digits") == (3, 224, 224)
     found = load_model(str(tmp_path / "grey.safetensors"), f"image-folder:{tmp_path / 'set'}", "cpu")
     assert found.dataset.test.shape == (1, 20, 24)
     assert any("are read as grey, which the model takes" in str(one.message) for one in recwarn)
@@ -248,4 +248,60 @@ def test_files_of_models_say_what_they_take(folder, trained, tmp_path, ending):
         export(trained, tmp_path / "net.onnx", "onnx")
     place = folder if ending == "pt2" else tmp_path
     card = trained.card
-    assert input_shape(str(place / f"net.{ending}")) == (card.in_channels, *card.image_size)
+    assert input_shape(str(place / f"net.{ending}"), "digits") == (card.in_channels, *card.image_size)
+
+
+NETS_OF_PICTURES = """
+import torch
+from torch import nn
+
+def net(channels, classes):
+    return nn.Sequential(nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, classes))
+
+def grey(classes):
+    return net(1, classes)
+
+def colour(classes):
+    return net(3, classes)
+
+def any_of_them(classes, in_channels=1):
+    return net(in_channels, classes)
+
+class Luminance(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net(1, 2)
+
+    def forward(self, x):
+        return self.net(x.mean(1, keepdim=True) if x.shape[1] == 3 else x)
+"""
+
+
+def test_a_grey_folder_has_one_channel_for_a_model_of_ones_own_that_takes_one(tmp_path, recwarn):
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("L", (10, 10), number * 9).save(tmp_path / "set" / name / f"{number}.png")
+    (tmp_path / "nets.py").write_text(NETS_OF_PICTURES)
+    pictures, nets = f"image-folder:{tmp_path / 'set'}", tmp_path / "nets.py"
+    for name, channels in (("grey", 1), ("colour", 3), ("any_of_them", 3), ("Luminance", 3)):
+        loaded = load_model(f"{nets}:{name}", pictures, "cpu")
+        assert loaded.dataset.in_channels == channels, name
+    for channels in (1, 3):  # weights without a card
+        body = gb.models.create("lenet5", in_channels=channels, classes=2, image_size=(10, 10)).body
+        torch.save(body.state_dict(), tmp_path / "w.pt")
+        for source in (f"lenet5@{tmp_path}/w.pt", f"{nets}:any_of_them@{tmp_path}/w2.pt"):
+            torch.save(torch.nn.Sequential(torch.nn.Conv2d(channels, 4, 3)).state_dict(), tmp_path / "w2.pt")
+            assert input_shape(source, pictures)[0] == channels
+    assert input_shape(f"{nets}:grey", "digits") == (None, None, None)  # not built twice where nothing depends on it
+
+
+def test_an_architecture_with_weights_is_loaded_in_python_as_on_the_command_line(tmp_path, digits):
+    model = gb.models.create("lenet5", digits)
+    torch.save(model.body.state_dict(), tmp_path / "w.pt")
+    source = f"lenet5@{tmp_path}/w.pt"
+    loaded = gb.evaluation.load_model(source, dataset=digits).model
+    x = digits.test.take(slice(0, 4))[0]
+    assert torch.equal(loaded(x), model.eval()(x))
+    with pytest.raises(UserError, match=r"names an architecture with weights.*gb\.evaluation\.load_model\("):
+        gb.models.load(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import gambeson as gb
 from gambeson import models
 from gambeson.attacks import PGD
 from gambeson.base import UserError
+from gambeson.defenses import Standard
+from gambeson.models.black_box.local import FunctionModel
 from gambeson.models.export import export
 from gambeson.models.outputs import at_image_size
 from gambeson.models.program import load_program
@@ -286,6 +289,80 @@ def test_torchvision_s_own_network_and_its_file_with_an_auxiliary_head(tmp_path)
     assert set(gb.base.load_tensors(tmp_path / "bare.safetensors")[0]) == names
 
 
+def blobs(count):
+    """Images of 16x16 whose left or right half is bright, and label maps that say where: 1 if left, 2 if right."""
+    draw = torch.Generator().manual_seed(0)
+    sides = torch.randint(0, 2, (count,), generator=draw)
+    bright = (torch.arange(16).expand(count, 16, 16) // 8) == sides.view(-1, 1, 1)
+    images = torch.rand(count, 3, 16, 16, generator=draw) * 0.4 + 0.5 * bright.unsqueeze(1)
+    return images, bright * (1 + sides.view(-1, 1, 1))
+
+
+def test_a_cut_training_resumes_and_its_folder_is_loaded(tmp_path):
+    class Stop(Standard):
+        def terms(self):
+            weight, term = super().terms()["clean"]
+
+            def stopping(model, batch):
+                if batch.epoch == 2:
+                    raise KeyboardInterrupt
+                return term(model, batch)
+
+            return {"clean": (weight, stopping)}
+
+    data, option = blobs(120), {"channels_last": True, "precision": "bfloat16"}
+
+    def train(defense, out):
+        model = models.create("unet-smallx0.5", in_channels=3, classes=3, image_size=16, seed=0)
+        gb.train(model, data, defense, epochs=10, batch_size=12, lr=0.05, seed=4, out=tmp_path / out, **option)
+        return model
+
+    whole = train(Standard(), "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(Stop(), "cut")
+    resumed = train(Standard(), "cut")
+    assert models.fingerprint(resumed) == models.fingerprint(whole)
+    loaded = models.load(tmp_path / "cut")
+    assert models.fingerprint(loaded) == models.fingerprint(whole)
+    untrained = models.create("unet-smallx0.5", in_channels=3, classes=3, image_size=16, seed=0)
+    assert gb.evaluation.accuracy(loaded, blobs(40)).value > 0.8 > 0.6 > gb.evaluation.accuracy(untrained, data).value
+
+
+class Counted(nn.Module):
+    """Counts the images that are sent forward, and whose gradient is taken, in it and in all copies of it."""
+
+    forwards: ClassVar[int] = 0
+    backwards: ClassVar[int] = 0
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        Counted.forwards += len(x)
+        logits = self.conv(x)
+        if logits.requires_grad:
+            logits.register_hook(self.count)
+        return logits
+
+    def count(self, gradient):
+        Counted.backwards += len(gradient)
+
+
+@pytest.mark.parametrize("target", [None, "class:1", "static:0", "hide:2"])
+def test_a_step_of_a_universal_attack_costs_one_forward_and_backward_per_image(target):
+    torch.manual_seed(0)
+    model, images = Counted(), torch.rand(40, 3, 8, 8)
+    labels = torch.arange(40 * 64).view(40, 8, 8) // 3 % 3
+    costs = []
+    for steps in (1, 3, 3 + 4):  # the first call also looks at the model, and copies it
+        attack = gb.attacks.StochasticPGD(eps=0.1, probe_starts=0, steps=steps, batch_size=5, target=target)
+        Counted.forwards = Counted.backwards = 0
+        about = attack.craft(model, (images, labels)).about
+        costs.append((Counted.forwards, Counted.backwards, about.forwards, about.backwards))
+    assert [more - less for less, more in zip(*costs[1:], strict=True)] == [20, 20, 20, 20]
+
+
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 
@@ -357,6 +434,19 @@ def test_architectures_and_encoders_of_segmentation_models_pytorch(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             models.create(name, in_channels=3, classes=4, image_size=64)
+
+
+def test_a_black_box_answers_per_pixel():
+    model, x = (
+        models.create("unet-smallx0.5", in_channels=3, classes=4, image_size=16, seed=0).eval(),
+        torch.rand(3, 3, 16, 16),
+    )
+    with torch.no_grad():
+        box = FunctionModel(lambda images: model(images).softmax(1).numpy(), title="maps")
+        torch.testing.assert_close(box(x).softmax(1), model(x).softmax(1))
+        box = FunctionModel(lambda images: model(images)[:, :, 0], title="rows")
+        with pytest.raises(UserError, match=r"3 images and returned shape \(3, 4, 16\): expected scores"):
+            box(x)
 
 
 def test_a_missing_package_is_named_with_its_extra():

@@ -13,6 +13,8 @@ from report_reader import Reader, Written
 
 from gambeson import UserError, report
 from gambeson.auditing import Check
+from gambeson.auditing.display import worst_of
+from gambeson.auditing.verdict import judge
 from gambeson.evaluation import Rate
 
 
@@ -54,7 +56,7 @@ def test_glance_has_clean_middle_worst_per_image_and_eps_uni(written: Written) -
         assert row[1] == f"{show(result.clean.value)} {ends(result.clean)}"
         assert row[2] == f"{show(result.middle.uer.value)} {ends(result.middle.uer)}"
         where = f"the attack suite, eps {worst.eps:.4g} on 200 images"
-        lowest = worst.accuracy.among(2)  # chosen between the two
+        lowest = worst.accuracy.among(3)  # chosen between the two and what was transferred
         assert row[3] == f"{show(lowest.value)} {ends(lowest)} {where}"
         assert row[4].startswith(f"> {found.value:.3g}" if found.censored else f"≤ {found.value:.3g}")
 
@@ -79,7 +81,12 @@ def test_headline_names_the_weakest_and_the_strongest(written: Written) -> None:
     [
         (683, 987, False, ["✗ broken", "✓ measurement checked", "wrong on 68 of 100 images; without it, on 1."]),
         (683, 987, True, ["✗ broken", "! not trusted", "wrong on at least 68 of 100 images"]),
-        (117, 979, False, ["✓ withstands", "✓ measurement checked", "wrong on 12 of 100 images; without it, on 2."]),
+        (
+            117,
+            979,
+            False,
+            ["✓ withstands eps 0.15", "✓ measurement checked", "wrong on 12 of 100 images; without it, on 2."],
+        ),
         (117, 979, True, ["? undecided", "! not trusted", "wrong on at least 12 of 100 images"]),
         (505, 987, False, ["≈ on the edge", "✓ measurement checked"]),
         (900, 400, False, ["✗ wrong without a pattern", "on 90 of 100 images; without it, on 60."]),
@@ -293,3 +300,40 @@ def test_missing_files_and_empty_lists_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cut" / "uap-0.15.safetensors").unlink()
     with pytest.raises(UserError, match=r"uap-0\.15\.safetensors does not exist"):
         report.write([tmp_path / "cut"], tmp_path / "page.html")
+
+
+def test_one_rate_has_one_interval_in_table_verdict_and_notebook(tmp_path: Path) -> None:
+    """A black box without Square: what is known of single images comes from the surrogate alone."""
+    result = write_audit(tmp_path / "box")
+    moved = next(one for one in result.transfer if not one.universal)
+    for per_image in ([], result.per_image):
+        changed = result.model_copy(update={"per_image": per_image})
+        worst = worst_of(changed)
+        assert worst is not None
+        among = len(per_image) + 1
+        expected = min([moved.error.complement, *(one.accuracy for one in per_image)], key=lambda rate: rate.value)
+        assert worst.accuracy.value == expected.value
+        assert worst.accuracy.candidates == among
+        said = judge(
+            changed.clean, changed.universal, changed.eps_uni, [], per_image=per_image, transfer=changed.transfer
+        ).summary
+        assert f"{worst.accuracy} stay right" in said
+        rival = max((control.worst for control in changed.middle.controls), key=lambda rate: rate.value)
+        assert f"{rival} under the strongest control" in said
+        assert str(worst.accuracy) in repr(changed)
+        assert str(rival) in repr(changed)
+        changed.model_copy(update={"verdict": changed.verdict}).save(tmp_path / "box")
+        cells = Reader(report.write([tmp_path / "box"], tmp_path / "page.html").read_text()).rows
+        assert any(f"{show(worst.accuracy.value)} {ends(worst.accuracy)}" in cell for row in cells for cell in row)
+        assert not any("not measured" in cell for row in cells for cell in row)
+
+
+def test_a_single_eps_is_a_point_and_no_line_to_zero(tmp_path: Path) -> None:
+    result = write_audit(tmp_path / "one")
+    single = result.model_copy(update={"universal": [result.middle]})
+    single.save(tmp_path / "one")
+    drawn = figure(report.write([tmp_path / "one"], tmp_path / "page.html").read_text())
+    assert {trace["mode"] for trace in drawn["data"]} == {"markers"}
+    (line,) = [trace for trace in drawn["data"] if trace["meta"] == "line"]
+    assert line["y"][1] + line["error_y"]["array"][1] == pytest.approx(100 * result.middle.uer.high)
+    assert line["y"][1] - line["error_y"]["arrayminus"][1] == pytest.approx(100 * result.middle.uer.low)

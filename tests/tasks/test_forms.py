@@ -23,6 +23,7 @@ from gambeson import UserError
 from gambeson.attacks.registry import ATTACKS
 from gambeson.auditing import Suite
 from gambeson.base import Config
+from gambeson.base.errors import DataWarning
 from gambeson.tasks import Classification, Segmentation, as_pair
 
 COUNT, CLASSES, SHAPE = 24, 3, (3, 8, 8)
@@ -365,3 +366,16 @@ def test_any_labels_of_images_are_read_or_refused(labels, name):
         warnings.simplefilter("ignore")
         with contextlib.suppress(UserError):
             EVERY[name](net(), IMAGES[:count], labels)
+
+
+def test_classes_of_0_and_255_are_two_and_levels_of_grey_are_said():
+    images = torch.rand(40, 1, 4, 4)
+    with pytest.warns(DataWarning, match="labels are 0 and 255 only: 255 is read as class 1"):
+        split = gb.data.Split("s", images, torch.arange(40) % 2 * 255)
+    assert split.classes == ("0", "1")
+    assert split.labels.tolist() == [0, 1] * 20
+    with pytest.warns(DataWarning, match=r"multiples of 85: they make 256 classes, of which 4 have images.*// 85"):
+        gb.data.Split("s", images, torch.arange(40) % 4 * 85)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gb.data.Split("s", images, torch.arange(40) % 4 * 3)

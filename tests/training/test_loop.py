@@ -16,6 +16,7 @@ from gambeson import UserError
 from gambeson.base import generator, load_tensors
 from gambeson.defenses import PGDAdversarial, Standard
 from gambeson.training import Recipe
+from gambeson.training.validation import is_best
 
 
 def fresh(digits, seed=0, name="lenet5"):
@@ -178,6 +179,65 @@ def test_label_maps_train_with_an_ignore_index():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
     defense = gb.defenses.SharedAdversarial(eps=0.02, sharedness=2, sigma=0.5)
-    history = gb.train(model, data, defense, epochs=30, batch_size=10, lr=0.5, augment="crop-flip")
-    assert history[-1]["validation_accuracy"] > 0.9
+    recipe = Recipe(epochs=30, batch_size=10, lr=0.5, augment="crop-flip", robust_every=30)
+    history = gb.train(model, data, defense, recipe=recipe)
+    last = history[-1]
+    assert last["validation_accuracy"] > 0.9
     assert data.test.ignore_index == 255
+    few = data.validation
+    assert last["validation_accuracy"] == pytest.approx(gb.evaluation.accuracy(model, few).value)
+    assert last["validation_mean_iou"] == pytest.approx(gb.evaluation.mean_iou(model, few).value)
+    assert last["validation_mean_iou"] < last["validation_accuracy"]
+    under = gb.attacks.PGD(eps=0.02, steps=10)(model, *few.take(slice(None)), task=few.task)
+    right = (model(under).argmax(1) == few.labels)[few.labels != 255].float().mean()
+    assert last["validation_pgd_accuracy"] == pytest.approx(float(right), abs=0.02)
+    assert last["validation_pgd_accuracy"] < last["validation_accuracy"]
+    assert 1 - last["validation_uer"] < last["validation_accuracy"]
+    assert last["validation_uap_mean_iou"] < last["validation_mean_iou"]
+    assert "validation_uer" not in history[0]
+    with pytest.warns(UserWarning, match="has not learnt: its mean IoU on .*, and a single class has up to 50.0 %"):
+        gb.train(nn.Conv2d(1, 2, 1), data, Standard(), epochs=1, batch_size=10, lr=1e-9)
+
+
+def test_the_best_epoch_on_label_maps_is_that_of_the_highest_mean_iou():
+    def chosen(*epochs):
+        names = ("validation_accuracy", "validation_mean_iou")
+        history = [dict(zip(names, epoch, strict=True)) for epoch in epochs]
+        return is_best(history, Recipe(select="best"), Standard())
+
+    assert chosen((0.9, 0.3), (0.8, 0.5))
+    assert not chosen((0.8, 0.5), (0.9, 0.3))
+
+
+def test_a_cut_run_on_label_maps_resumes_bit_for_bit(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.rand(40, 3, 16, 16, generator=draw)
+    y = x.argmax(1)
+    y[:, 0] = 255
+    data = gb.data.as_dataset((x, y))
+    defense = gb.defenses.SharedAdversarial(eps=0.02, sharedness=2, target="prediction")
+
+    class Cut(gb.defenses.SharedAdversarial):
+        def terms(self):
+            weight, term = super().terms()["adversarial"]
+
+            def stopping(model, batch):
+                if batch.epoch == 1:
+                    raise KeyboardInterrupt
+                return term(model, batch)
+
+            return {**super().terms(), "adversarial": (weight, stopping)}
+
+    def run(defense, out):
+        model = gb.models.create("unet-small", data, seed=1)
+        recipe = Recipe(epochs=3, batch_size=8, augment="crop-flip")
+        return model, gb.train(model, data, defense, recipe=recipe, seed=2, out=tmp_path / out)
+
+    whole, history = run(defense, "whole")
+    assert history[-1]["clean"] < history[0]["clean"]
+    with pytest.raises(KeyboardInterrupt):
+        run(Cut(**defense.plain()), "cut")
+    resumed, again = run(defense, "cut")
+    assert again == history
+    assert gb.models.fingerprint(resumed) == gb.models.fingerprint(whole)
+    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "cut/metrics.jsonl").read_text()

@@ -11,7 +11,7 @@ import torch
 
 import gambeson as gb
 from gambeson.base import load_tensors
-from tests.training.two_processes import RANDOM
+from tests.training.two_processes import MAPS, RANDOM
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
@@ -38,6 +38,19 @@ def test_two_processes_end_with_the_weights_of_one(weights, name):
     if name not in ("standard", "ensemble"):
         plain = gb.models.load(weights[0] / "standard.safetensors")
         assert gb.models.fingerprint(plain) != gb.models.fingerprint(alone)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_two_processes_train_label_maps_as_one_does(weights, name):
+    """With heaps that do not cross processes, and means per image whatever its number of labelled pixels."""
+    (alone, one), (both, other) = (load_tensors(folder / f"maps-{name}.safetensors") for folder in weights)
+    for key, value in alone.items():
+        torch.testing.assert_close(value, both[key], rtol=1e-3, atol=1e-5)
+    for key in ("validation_accuracy", "validation_mean_iou"):  # each process looked at half
+        assert one["last"][key] == pytest.approx(other["last"][key], abs=0.005)
+    if name != "standard":
+        plain, _ = load_tensors(weights[0] / "maps-standard.safetensors")
+        assert any(not torch.allclose(value, plain[key], rtol=1e-3) for key, value in alone.items())
 
 
 @pytest.mark.full

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 import gambeson as gb
-from gambeson.base import place
-from gambeson.data import Dataset
+from gambeson.base import place, save_tensors
+from gambeson.data import Dataset, Split
 
 RANDOM = {"learn2perturb", "pni", "rse"}
 """Their models draw noise in the forward, each process its own, as dropout does."""
@@ -20,6 +20,24 @@ MORE = {
     "trs": {"members": 2},
     "combination": {"risk": {"name": "pgd-adversarial", "eps": 0.1}, "jacobian": {"strength": 0.01}},
 }
+MAPS: dict[str, dict] = {
+    "standard": {},
+    "shared-adversarial": {"eps": 0.1, "sharedness": 4, "target": "prediction", "tau": None},
+    "universal-consistency": {"eps": 0.1, "warmup": 0},
+    "jacobian": {"strength": 0.1, "share": 0.5},
+}
+"""What is trained on label maps as well."""
+
+
+def maps(data):
+    """Digits with their ink as a label map; the first row has no label."""
+
+    def split(one):
+        labels = (one.images[:, 0] > 100).long()
+        labels[:, 0] = 255
+        return Split(one.name, one.images, labels, ("paper", "ink"), ignore_index=255)
+
+    return Dataset("maps", split(data.train), split(data.validation), split(data.test), ("paper", "ink"))
 
 
 def defenses():
@@ -39,6 +57,13 @@ def main(out: Path) -> None:
         history = gb.train(model, few, defense, epochs=1, batch_size=64, lr=0.05, seed=1)
         if place()[0] == 0:
             gb.models.save(model, out / f"{name}.safetensors", {"accuracy": history[-1]["validation_accuracy"]})
+    few = maps(few)
+    for name, settings in MAPS.items():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(8, 2, 1))
+        history = gb.train(net, few, gb.defenses.create(name, **settings), epochs=2, batch_size=32, lr=0.05, seed=1)
+        if place()[0] == 0:
+            save_tensors(out / f"maps-{name}.safetensors", net.state_dict(), {"last": history[-1]})
 
 
 if __name__ == "__main__":

@@ -190,3 +190,44 @@ def test_a_refreshed_copy_has_the_bits_of_a_new_one(dtype):
         new.lay_out(model, x, layout)
         for name, value in new.view.state_dict().items():
             assert torch.equal(made.view.state_dict()[name], value), name
+
+
+class Scaled(nn.Module):
+    """A tensor that is a plain attribute, which no state dict holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(1, 4, 3), torch.tensor([1.0, 1.0, 1.0, 1.0])
+
+    def forward(self, x):
+        return (self.conv(x).amax((2, 3)) * self.scale) @ torch.eye(4)[:, :3]
+
+
+@pytest.mark.parametrize("name", ["scale", "conv.weight"])
+def test_a_change_through_data_is_seen_by_the_next_victim(name):
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.rand(4, 1, 6, 6)
+    for _ in range(2):  # the second time the copy is there already
+        with Victim(model, fast=True) as victim:
+            assert torch.allclose(victim(x), model(x))
+            kind = victim.inspect(x).gap
+        owner, _, last = name.rpartition(".")
+        tensor = getattr(model.get_submodule(owner), last)
+        version = tensor._version
+        tensor.data.mul_(-2)
+        assert tensor._version == version
+    assert kind == 0
+
+
+def test_noise_that_is_turned_on_through_data_makes_a_model_random():
+    class Noisy(Scaled):
+        def forward(self, x):
+            return super().forward(x) + self.scale[0] * torch.randn(len(x), 3)
+
+    model, x = Noisy(), torch.rand(4, 1, 6, 6)
+    model.scale = nn.Parameter(torch.zeros(4))
+    with Victim(model) as victim:
+        assert not victim.inspect(x).stochastic
+    model.scale.data.fill_(1)
+    with Victim(model) as victim:
+        assert victim.inspect(x).stochastic

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ from torch import nn
 
 import gambeson as gb
 from gambeson import UserError
-from gambeson.attacks import FGSM, PGD, AutoPGD, DeepFool, StochasticPGD
+from gambeson.attacks import DFUAP, FGSM, PGD, SGA, AutoPGD, CarliniWagner, DeepFool, StochasticPGD
 from gambeson.attacks.losses import Loss
-from gambeson.attacks.solver import ProjectedGradient
+from gambeson.attacks.solver import GradientWarning, ProjectedGradient
 from gambeson.auditing.derandomize import Derandomize
 from gambeson.threat import Ball
 from gambeson.victim import Victim, as_victim
@@ -414,7 +415,7 @@ ZERO: list[Any] = [
     PGD(eps=0.2, steps=4, early_stop=False),
     AutoPGD(eps=0.2, steps=4),
 ]
-ZERO += [AutoPGD(eps=0.2, steps=4), DeepFool(steps=3)]
+ZERO += [AutoPGD(eps=0.2, steps=4), DeepFool(steps=3), CarliniWagner(steps=2, searches=1)]
 
 
 def quantised(net, x):
@@ -429,9 +430,37 @@ def test_a_gradient_that_is_zero_is_said(attack):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attack(Net(), x, y)
-        with Victim(Net()) as victim:  # zero where the truncated loss is at its limit
-            solver = ProjectedGradient(victim=victim, ball=Ball(eps=0.2), loss=Loss(truncate=1e-6))
-            assert not solver.run(torch.zeros(1, 2, 6, 6), [(x, y)] * 2, [0.1] * 2).any()
+        wrong = (plainly(Net(), x).argmax(1) + 1) % 4
+        assert not run(truncated(1e-6), x, wrong).any()  # as it should be: all of them are fooled
+
+
+def truncated(limit, **options):
+    return Loss(truncate=limit, **options)
+
+
+def run(loss, x, y):
+    with Victim(Net()) as victim:
+        solver = ProjectedGradient(victim=victim, ball=Ball(eps=0.2), loss=loss)
+        return solver.run(torch.zeros(1, 2, 6, 6), [(x, y)] * 2, [0.1] * 2)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_a_truncated_loss_without_a_gradient_is_said_while_an_answer_is_left(targeted):
+    x, _ = batch()
+    right = plainly(Net(), x).argmax(1)
+    loss = truncated(99.0, targeted=True) if targeted else truncated(1e-6)
+    labels = (right + 1) % 4 if targeted else right.where(torch.arange(len(right)) == 0, (right + 1) % 4)
+    with pytest.warns(GradientWarning, match="exactly zero"):
+        assert not run(loss, x, labels).any()
+
+
+@pytest.mark.parametrize("attack", [StochasticPGD, SGA, partial(DFUAP, clip=False), DFUAP])
+def test_a_universal_attack_says_that_its_gradient_is_zero(attack):
+    x = torch.rand(40, 2, 6, 6)
+    data = x, plainly(Net(), x).argmax(1)
+    settings = {"probe_starts": 0} if attack is StochasticPGD else {}
+    with pytest.warns(GradientWarning, match="exactly zero"):
+        attack(eps=0.1, steps=2, **settings).craft(changed(quantised), data)
 
 
 def test_complaints_of_models_about_their_images_are_one_sentence():

@@ -4,7 +4,7 @@ from torch import nn
 
 from gambeson import UserError
 from gambeson.data import Split
-from gambeson.victim import Victim, predict, score
+from gambeson.victim import Victim, predict, score, vote
 
 
 def mixed():
@@ -136,3 +136,15 @@ def test_recurrent_layers_answer_as_in_evaluation_mode_and_come_back(kind):
             assert not net.drop.training
         assert net.rnn.training == training
         assert net.rnn.dropout == 0.5
+
+
+def test_predict_and_vote_take_arrays(trained, digits):
+    with Victim(trained) as victim:
+        expected = predict(victim, digits.test)
+        images, labels = digits.test.images, digits.test.labels
+        for data in (digits, (images.numpy(), labels.numpy()), (images.float() / 255, labels.tolist())):
+            assert torch.equal(predict(victim, data), expected)
+        for batch in (images[:20], images[:20].numpy(), (images[:20] / 255).numpy()):
+            assert torch.equal(vote(victim, batch), expected[:20])
+        with pytest.raises(UserError, match=r"images must lie in \[0, 1\]|expected"):
+            predict(victim, images[:3].numpy())

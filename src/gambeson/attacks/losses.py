@@ -173,6 +173,7 @@ class Loss(Config):
             labels, truth = task.targets(labels, truth), task.indexable(truth)
         index = task.indexable(labels)
         answers = self._answers(logits, index, truth)
+        plain = answers.detach() if self.kind == "cross-entropy" else None
         if (own := self._weights(logits.detach(), labels, task)) is not None:
             answers = own * answers
         if self.targeted:
@@ -181,7 +182,8 @@ class Loss(Config):
             cut = answers.clamp(max=self.truncate)
             answers = cut if self.truncate_correct else torch.where(task.matches(logits.argmax(1), index), answers, cut)
         if self.targeted and self.tau is not None:
-            reached = cross_entropy(logits.detach(), index) < -math.log(self.tau)
+            plain = cross_entropy(logits.detach(), index) if plain is None else plain
+            reached = plain < -math.log(self.tau)
             answers = torch.where(reached, answers.detach(), answers)
         if weights is not None:
             answers = weights * answers

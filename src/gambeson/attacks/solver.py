@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -73,22 +74,23 @@ def warn_of_zero_gradient() -> None:
     """Warn that a gradient is exactly zero, which no attack can follow."""
     warnings.warn(
         "the model's gradient was exactly zero, so that the attack could not follow it: what it left right is no sign "
-        "of robustness; look for rounding, thresholds and saturated outputs, and see gambeson audit",
+        "of robustness; look for rounding, thresholds, saturated outputs and a loss truncated below that of every "
+        "answer, and see gambeson audit",
         GradientWarning,
         stacklevel=3,
     )
 
 
 def require_finite(
-    sums: Sequence[torch.Tensor], first: int | None = None, *, may_vanish: bool | Callable[[], bool] = False
+    sums: Sequence[torch.Tensor], first: int | None = None, *, done: Callable[[], bool] = lambda: False
 ) -> None:
     """Refuse gradients that are NaN or infinite, and warn of gradients that are all zero, waiting for the device once.
 
     Args:
         sums: the sum of each step's gradient, scalars.
         first: number of the first of these steps, for the message.
-        may_vanish: do not warn of gradients that are all zero, as those of a truncated loss may well be; a function is
-            asked only about those.
+        done: asked where they are all zero: whether that is as it should be, as that of a truncated loss is where
+            every answer has reached its goal.
 
     Raises:
         NonFiniteGradientError: some are.
@@ -96,7 +98,7 @@ def require_finite(
     if not sums:
         return
     values = torch.stack(list(sums)).tolist()
-    if not any(values) and not (may_vanish() if callable(may_vanish) else may_vanish):
+    if not any(values) and not done():
         warn_of_zero_gradient()
     finite = [math.isfinite(value) for value in values]
     if not all(finite):
@@ -227,7 +229,7 @@ class ProjectedGradient:
         else:
             gradient, logits, total = self._gradient(images, delta, labels, weights, truth, view)
         if sums is None:
-            require_finite([total], number, may_vanish=lambda: self._may_vanish(logits, labels))
+            require_finite([total], number, done=partial(self.done, logits, labels))
         else:
             sums.append(total)
         return gradient, logits
@@ -266,13 +268,6 @@ class ProjectedGradient:
         with torch.no_grad():
             logits, values = self.forward(perturb(images, delta), labels, truth)
         return values, logits
-
-    def _may_vanish(self, logits: torch.Tensor, labels: torch.Tensor) -> bool:
-        """Return whether a gradient of zero says nothing of the model: truncated, or no answer left to turn."""
-        if not self.loss.may_vanish or self.loss.truncate is not None:
-            return self.loss.may_vanish
-        done = self.task.succeeded(logits, labels, targeted=self.loss.targeted)
-        return bool((done | ~self.task.valid(labels)).all())
 
     def at(self, step: int, steps: int) -> ProjectedGradient:
         """Return the solver for a step, counted from 1, of a loss that changes with it (:meth:`Loss.at`)."""
@@ -318,10 +313,18 @@ class ProjectedGradient:
     ) -> torch.Tensor:
         """Take one step per length, each on the next batch; return the last delta."""
         sums: list[torch.Tensor] = []
+        done: Callable[[], bool] = lambda: False  # noqa: E731
         for (images, labels), length in zip(batches, lengths, strict=False):
-            delta, _ = self.step(delta, images, labels, length, sums)
-        require_finite(sums, may_vanish=self.loss.may_vanish)
+            delta, logits = self.step(delta, images, labels, length, sums)
+            done = partial(self.done, logits, labels)
+        require_finite(sums, done=done)
         return delta
+
+    def done(self, logits: torch.Tensor, labels: torch.Tensor) -> bool:
+        """Whether a gradient of zero is the loss's own: every answer is at its goal, or ``js`` at its start."""
+        if not self.loss.may_vanish or self.loss.kind == "js":
+            return self.loss.may_vanish
+        return bool(self.task.is_adversarial(logits, labels, targeted=self.loss.targeted).all())
 
     def forward(
         self,

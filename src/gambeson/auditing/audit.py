@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from gambeson.attacks import UniversalPerturbation
-from gambeson.auditing import temperature
 from gambeson.auditing.context import AuditContext, Checkpoints
+from gambeson.auditing.cost import omitted
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, get
+from gambeson.auditing.jacobian_results import JacobianResult
 from gambeson.auditing.results import (
     AuditResult,
     Check,
     Corruption,
     DataInfo,
     IoU,
-    JacobianResult,
     ModelInfo,
     PerImageResult,
     RandomnessResult,
@@ -31,16 +31,28 @@ from gambeson.auditing.results import (
     Verdict,
 )
 from gambeson.auditing.stages import black_box as boxes
-from gambeson.auditing.stages import corruption, jacobian, own, per_image, randomness, surrogate, transfer, universal
+from gambeson.auditing.stages import (
+    corruption,
+    jacobian,
+    own,
+    per_image,
+    randomness,
+    surrogate,
+    targeted,
+    transfer,
+    universal,
+)
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.auditing.verdict import judge
 from gambeson.base import UserError, environment, pixel_bytes, save_tensors, say, seeded, task, unknown_name
 from gambeson.data import Dataset, Split, as_dataset, disjoint
 from gambeson.evaluation import BlackBox
 from gambeson.evaluation.rates import EpsAdv, EpsUni, ImageErrors
+from gambeson.evaluation.targeted import Goal
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import count_parameters, fingerprint
 from gambeson.victim import Victim, nothing_counts, predict, score, vote
+from gambeson.victim.temperature import temperature
 
 FILE = "examples.safetensors"
 _MAPS_SHOWN = 6
@@ -55,14 +67,16 @@ def save_examples(
     after: torch.Tensor,
     count: int = 10,
     curve: Sequence[UniversalPerturbation] = (),
+    targeted: Mapping[str, UniversalPerturbation] | None = None,
 ) -> None:
     """Write ``count`` test images, clean and perturbed, in which right and wrong stand in their true proportion.
 
     The file holds ``images`` and ``perturbed`` (uint8, K x C x H x W), ``labels``, ``predictions`` and
     ``perturbed_predictions`` (K, or K x H x W). Of images with label maps there are six at the most, whose errors
     under the perturbation are spread evenly over those of all, and the file holds them under every perturbation of the
-    curve as well: ``curve`` (E x K x C x H x W) and ``curve_predictions`` (E x K x H x W), by eps. A label that does not
-    count is -1 there.
+    curve as well: ``curve`` (E x K x C x H x W) and ``curve_predictions`` (E x K x H x W), by eps. A label that does
+    not count is -1 there. For each kind of target, ``KIND`` and ``KIND_predictions`` (K x H x W) and ``KIND_images``
+    (K x C x H x W) are added.
 
     Args:
         folder: of the file.
@@ -73,6 +87,7 @@ def save_examples(
         after: (N,), what share of it is wrong under the perturbation.
         count: number of images.
         curve: of label maps, the perturbations by eps.
+        targeted: of label maps, perturbations with a target, by its kind.
     """
     if test.task.per_image_label:
         chosen = in_proportion(test.labels.cpu(), 2 * (before > 0).long() + (after <= 0).long(), count)
@@ -97,6 +112,13 @@ def save_examples(
         with seeded(0, "examples"):
             tensors["curve_predictions"] = torch.stack([vote(victim, under) for under in everywhere])
         tensors["curve"] = torch.stack([pixel_bytes(under) for under in everywhere])
+        for kind, one in (targeted or {}).items():
+            under = one.apply(images)
+            tensors[f"{kind}_images"] = pixel_bytes(under)
+            with seeded(0, "examples"):
+                tensors[f"{kind}_predictions"] = vote(victim, under)
+                if one.target is not None:
+                    tensors[kind] = Goal.of(victim, test.subset(chosen), one.target).targets
     save_tensors(folder / FILE, tensors, {"eps": uap.about.eps, "norm": uap.about.norm})
 
 
@@ -198,7 +220,7 @@ def audit(
     black_box = isinstance(model, BlackBox)
     if black_box and mine:
         raise UserError("attacks of your own are for models with gradients, and this is a black box: leave them out")
-    stages, notes = Checkpoints(folder, seed), list[str]()
+    stages, notes, asked = Checkpoints(folder, seed), list[str](), suite
     if suite.budget is not None and not black_box:
         raise UserError("a budget limits the queries to a black box, and this model is none: leave suite.budget out")
     with Victim(model, fast=not black_box) as victim:
@@ -212,8 +234,7 @@ def audit(
         for part in (reported.train, reported.validation, reported.test):
             part.check_logits(look.shape)
         victim.votes = suite.votes if look.stochastic else 1
-        if not black_box:
-            victim.temperature = temperature.temperature(victim, reported.validation, seed)
+        victim.temperature = 1.0 if black_box else temperature(victim, reported.validation, seed)
         if black_box:  # queries spent are recorded
             predictions = torch.tensor(stages.do("clean", list[int], lambda: predict(victim, reported.test).tolist()))
         else:
@@ -236,7 +257,7 @@ def audit(
             clean=accuracy_rate(score(predictions, reported.test)),
             predictions=predictions,
         )
-        return _Auditor(context, folder, stages, [*notes, *twice], diagnostics, mine).run()
+        return _Auditor(context, folder, stages, [*notes, *twice], diagnostics, mine, omitted(asked, suite)).run()
 
 
 def diagnostics_of(suite: Suite) -> list[Diagnostic]:
@@ -287,9 +308,10 @@ class _Auditor:
         notes: list[str],
         diagnostics: list[Diagnostic],
         mine: dict[str, own.Own],
+        left_out: list[str],
     ) -> None:
         self.context, self.folder, self.stages, self.notes = context, folder, stages, notes
-        self.diagnostics, self.mine = diagnostics, mine
+        self.diagnostics, self.mine, self.omitted = diagnostics, mine, left_out
 
     def run(self) -> Audit:
         context, stages, do, folder = self.context, self.stages, self.stages.afford, self.folder
@@ -317,6 +339,7 @@ class _Auditor:
             advance()
             context.per_image = do("per-image", list[PerImageResult], lambda: per_image.measure(context), [])
             advance()
+            aimed = targeted.measure(context, stages, self.folder)
             context.transfer = do("transfer", list[TransferredResult], lambda: transfer.measure(context), [])
             advance()
             for name, run in self.mine.items():
@@ -341,12 +364,12 @@ class _Auditor:
             before, after = (one.wrong / one.answers.clamp(min=1) for one in (clean, context.errors[context.eps]))
             shown = partial(save_examples, folder, context.victim, context.test, uap, before, after)
             curve = [context.uaps[eps] for eps in context.suite.eps]
-            do("examples", None, lambda: shown(curve=curve), None)
+            do("examples", None, lambda: shown(curve=curve, targeted=context.targeted), None)
         without = [source.left_out, per_image.left_out(context)]
-        costs: list[UniversalResult | PerImageResult | TransferredResult | JacobianResult | EpsAdv] = (
-            [each] if each else []
-        )
-        costs += [*context.universal, *context.per_image, *context.transfer, *([jacobians] if jacobians else [])]
+        if context.suite.jacobian_backwards and not context.subject.black_box and not context.test.task.per_image_label:
+            without.append(jacobian.left_out(context.test))
+        costs: list[Any] = [*context.universal, *context.per_image, *aimed, *context.transfer]
+        costs += [part for part in (each, jacobians) if part is not None]
         result = AuditResult(
             subject=context.subject,
             material=DataInfo.of(context.data),
@@ -354,18 +377,24 @@ class _Auditor:
             settings=context.suite.plain(),
             clean=context.clean,
             iou=(iou := IoU.of(context.predictions, context.test)),
-            temperature=context.victim.temperature,
+            temperature=context.victim.temperature or 1.0,
             per_image=context.per_image,
             universal=context.universal,
             eps_uni=found,
             eps_adv=each,
+            targeted=aimed,
             transfer=context.transfer,
             surrogate=source,
             corruption=noise,
             randomness=context.randomness,
             jacobian=jacobians,
             checks=checks,
-            notes=[*self.notes, *stages.left_out, *boxes.remarks(model), *filter(None, without)],
+            notes=[
+                *self.notes,
+                *(f"{name} was left out: {why}." for name, why in stages.left_out.items()),
+                *boxes.remarks(model),
+                *filter(None, without),
+            ],
             verdict=judge(
                 context.clean,
                 context.universal,
@@ -376,6 +405,8 @@ class _Auditor:
                 subject=context.subject,
                 randomness=context.randomness,
                 each=each,
+                left_out=boxes.left_out([*self.omitted, *stages.left_out], context.suite.budget),
+                targeted=aimed,
                 unit=context.test.task.unit,
                 iou=iou,
             ),

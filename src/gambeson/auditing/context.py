@@ -19,7 +19,6 @@ from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.outcome import AsFarAsFinite
 from gambeson.auditing.results import ModelInfo, PerImageResult, RandomnessResult, TransferredResult, UniversalResult
 from gambeson.auditing.suite import Suite
-from gambeson.auditing.temperature import temperature
 from gambeson.base import read_json, seeded, write_json, write_text
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import BudgetSpent, Rate
@@ -27,6 +26,7 @@ from gambeson.evaluation.outcome import AttackT, ImageAttack, averaged, outcome
 from gambeson.evaluation.rates import Cost, ImageErrors
 from gambeson.tasks import Counts
 from gambeson.victim import Victim
+from gambeson.victim.temperature import temperature
 
 ResultT = TypeVar("ResultT")
 
@@ -42,8 +42,8 @@ class Checkpoints:
         self._folder, self._seed = folder, seed
         self._done = self._read("state/stages.json")
         self._seconds = self._read("timing.json")
-        self.left_out: list[str] = []
-        """Stages that did not fit a black box's budget, as sentences."""
+        self.left_out: dict[str, str] = {}
+        """Stages that did not fit a black box's budget, with the reason."""
 
     def do(self, name: str, kind: Any, work: Callable[[], ResultT]) -> ResultT:
         """Return the stored result of this stage, or compute and store it.
@@ -74,7 +74,7 @@ class Checkpoints:
         try:
             return self.do(name, kind, work)
         except BudgetSpent as spent:
-            self.left_out.append(f"{name} was left out: {spent}.")
+            self.left_out[name] = str(spent)
             return instead
 
     def _whole(self, stored: Any) -> bool:
@@ -116,7 +116,9 @@ class AuditContext:
     """The surrogate, for transfer; None if there is none."""
     borrowed: dict[float, UniversalPerturbation] = field(default_factory=dict)
     """Perturbations crafted on the surrogate by eps."""
-    _outcomes: dict[tuple[str, bool, float], Counts] = field(default_factory=dict)
+    targeted: dict[str, UniversalPerturbation] = field(default_factory=dict)
+    """Perturbations with a target, by its kind; of label maps."""
+    _outcomes: dict[tuple[str, bool, float | None], Counts] = field(default_factory=dict)
 
     @property
     def test(self) -> Split:

@@ -62,7 +62,7 @@ def images_asked(suite: Suite, data: Dataset, passes: int) -> int:
 
 
 def fit(suite: Suite, data: Dataset, room: int | None, passes: int, *, keep_eps: bool = False) -> BudgetPlan:
-    """Reduce an audit until it fits a budget.
+    """Reduce an audit until it fits a budget, and give what is left of it to the search of universal perturbations.
 
     Args:
         suite: the requested suite, with its grid of eps.
@@ -94,6 +94,9 @@ def fit(suite: Suite, data: Dataset, room: int | None, passes: int, *, keep_eps:
             f"a budget with room for {room} images is too small: the smallest audit of {len(suite.eps)} eps asks about "
             f"{least}; give a larger --budget{' or fewer --eps' if keep_eps and len(suite.eps) > 1 else ''}"
         )
+    if suite != asked and room is not None:
+        suite = _larger(suite, asked, data, passes, (1 - _RESERVE) * room)
+        images = images_asked(suite, data, passes)
     if suite != asked:
         notes.append(
             f"The budget of {asked.budget} images made the audit smaller: {'; '.join(_changes(asked, suite))}."
@@ -136,6 +139,34 @@ def _smaller(suite: Suite, test: int, keep_eps: bool) -> Iterator[Suite]:
         yield suite
 
 
+def _larger(suite: Suite, asked: Suite, data: Dataset, passes: int, room: float) -> Suite:
+    """Raise the numbers of a suite that fits towards those asked for, one after the other, as far as there is room."""
+    for name in ("patterns", "pattern_images", "test_images", "sample", "queries", "transfer_images"):
+        numbers = [getattr(one, name) for one in (suite, asked)]
+        low, most = (len(data.test) if number is None else number for number in numbers)
+        high = most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if images_asked(suite.model_copy(update={name: middle}), data, passes) <= room:
+                low = middle
+            else:
+                high = middle - 1
+        suite = suite.model_copy(update={name: numbers[1] if low == most else low})
+    return suite
+
+
+def omitted(asked: Suite, suite: Suite) -> list[str]:
+    """Return what a smaller suite leaves out as a whole, as parts of a sentence."""
+    runs = asked.eps_uni_runs is None or asked.eps_uni_runs > 0
+    eps = len(asked.eps) - len(suite.eps)
+    return [
+        *([f"{eps} of the {len(asked.eps)} eps"] if eps else []),
+        *(["the search of eps_uni"] if runs and suite.eps_uni_runs == 0 else []),
+        *(["Square"] if asked.queries and not suite.queries else []),
+        *(["plain noise"] if asked.noise_sizes and not suite.noise_sizes else []),
+    ]
+
+
 _WORDS = {
     "test_images": "test images",
     "patterns": "noise patterns of each kind",
@@ -167,6 +198,8 @@ def _changes(asked: Suite, suite: Suite) -> Iterator[str]:
 
 _SUITE = 10 + 100 + 9 * 20 + 3 * 100
 """Gradients of the standard suite per image that is never broken."""
+_MAP_SUITE = 3 * 300
+"""The same of label maps."""
 _TRIALS = 8
 """Default maximum of perturbations crafted in the search of eps_uni."""
 _ATTACKS = 20
@@ -272,8 +305,13 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
     trials = _TRIALS if suite.eps_uni_runs is None else suite.eps_uni_runs
     ranked = suite.patterns_of_controls * min(RANKED, held) + 2 * held  # what stands for an eps is chosen on validation
     scored = test * (1 + suite.patterns_of_controls) + ranked
-    attacked = min(suite.suite_images, test) if data.test.task.per_image_label and suite.norm != "1" else 0
-    steps = suite.pgd_steps * suite.pgd_restarts
+    attacked = min(suite.suite_images, test) if suite.norm != "1" else 0
+    of_maps = not data.test.task.per_image_label
+    steps = suite.pgd_steps * suite.pgd_restarts * (3 if of_maps else 1)
+    gradients, queries = (_MAP_SUITE, 1000) if of_maps else (_SUITE, suite.suite_queries)
+    jacobians = 0 if of_maps else suite.jacobian_backwards
+    aims = 2 * suite.targeted * of_maps
+    aimed = aims * test * (3 + suite.patterns_of_controls)
     return (
         Part(
             name="universal curve",
@@ -294,15 +332,16 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
         Part(name="PGD, image by image", forwards=votes * test, gradients=eot_samples * test * steps),
         Part(
             name="attack suite",
-            forwards=votes * attacked * suite.suite_queries,
-            gradients=eot_samples * attacked * _SUITE,
+            forwards=votes * attacked * queries,
+            gradients=eot_samples * attacked * gradients,
         ),
+        Part(name="targets", forwards=votes * (aimed + aims * held), gradients=aims * (screen + run)),
         Part(
             name="transfer and noise",
             forwards=votes * (2 * suite.transfer_images + test * (1 + 3 * len(suite.noise_sizes))),
             gradients=0,
         ),
-        Part(name="Jacobian analysis", forwards=4 * suite.jacobian_backwards, gradients=3 * suite.jacobian_backwards),
+        Part(name="Jacobian analysis", forwards=4 * jacobians, gradients=3 * jacobians),
         Part(
             name="diagnostics",
             forwards=votes * sample * (suite.queries + 100),

@@ -3,23 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from gambeson.base import notebook
 from gambeson.evaluation import Rate
+
+
+class Attacked(NamedTuple):
+    """The worst of all attacks on single images at the middle eps."""
+
+    accuracy: Rate
+    """What stays right; its interval holds for all that were tried at once."""
+    attack: str
+    eps: float
+
+
+def worst_attack(point: Any, per_image: Sequence[Any], transfer: Sequence[Any]) -> Attacked | None:
+    """Return the attack on single images that leaves least right at the eps of ``point``; None if there was none."""
+    at = (point.eps, point.norm)
+    found = [(one.accuracy, one.attack) for one in per_image if (one.eps, one.norm) == at]
+    found += [
+        (one.error.complement, f"{one.attack} on {one.source}")
+        for one in transfer
+        if not one.universal and (one.eps, one.norm) == at
+    ]
+    if not found:
+        return None
+    attack = min(found, key=lambda entry: entry[0].value)[1]
+    return Attacked(Rate.lowest(rate for rate, _ in found), attack, point.eps)
+
+
+def worst_of(result: Any) -> Attacked | None:
+    """Return the worst attack on single images of an ``AuditResult``, at its middle eps."""
+    return worst_attack(result.middle, result.per_image, result.transfer)
 
 
 def main_lines(result: Any) -> tuple[str, dict[str, str]]:
     """Return a title and the main numbers of an ``AuditResult`` by name."""
     failed = [check.name for check in result.checks if check.passed is False]
     trust = "trusted" if result.verdict.trusted else "not trusted: failed " + ", ".join(failed[:3])
-    point, each, found = result.middle, [one.accuracy for one in result.per_image], result.eps_uni
+    point, found = result.middle, result.eps_uni
+    each = worst_of(result)
+    control = max((one.worst for one in point.controls), key=lambda rate: rate.value, default=None)
     lines = {
         "numbers": trust + (f" and {len(failed) - 3} more" if len(failed) > 3 else ""),
         "accuracy, clean": str(result.clean),
-        "accuracy, per image": str(Rate.lowest(each)) if each else "not measured",
+        "accuracy, per image": "not measured" if each is None else str(each.accuracy),
         f"UER, eps {point.eps:.3g}": str(point.uer),
-        "  worst control": str(Rate.highest([one.worst for one in point.controls])) if point.controls else "none",
+        "  worst control": "none" if control is None else str(control),
         f"eps_uni({found.delta:g})": f"{'>' if found.censored else 'at most'} {found.value:.3g}",
         "UER by eps": ", ".join(f"{one.eps:.3g}: {100 * one.uer.value:.0f} %" for one in result.universal),
     }
@@ -62,7 +93,7 @@ def plot_audits(results: Sequence[Any]) -> Any:
         eps = [point.eps for point in result.universal]
         lines[result.subject.label] = eps, [point.uer for point in result.universal]
         if all(point.controls for point in result.universal):
-            worst = [Rate.highest([one.worst for one in point.controls]) for point in result.universal]
+            worst = [max((one.worst for one in p.controls), key=lambda rate: rate.value) for p in result.universal]
             lines[f"{result.subject.label}, worst control"] = eps, worst
     title = f"Universal evasion rate, {results[0].material.name}"
     unit = results[0].material.unit

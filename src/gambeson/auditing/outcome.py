@@ -55,7 +55,8 @@ class PairedDifference:
         """Compare outcomes of different images, with an answer of each kind added to both (Agresti and Caffo 2000)."""
         ends = (0.0, 1.0)
         if _are_maps(weaker):
-            ends = tuple(float(end) for end in torch.cat([weaker.shares, stronger.shares]).aminmax())
+            least, most = torch.cat([weaker.shares, stronger.shares]).aminmax()
+            ends = float(least), float(most)
         (mean, scatter), (other, more) = (_padded(found.shares, ends) for found in (weaker, stronger))
         half = CLEAR * sqrt(scatter + more) + (SLIGHT if _are_maps(weaker) else 0)
         value = float(weaker.shares.mean()) - float(stronger.shares.mean())
@@ -73,7 +74,7 @@ def _are_maps(counts: Counts) -> bool:
     return int(counts.total.max()) > 1
 
 
-def _padded(shares: torch.Tensor, ends: tuple[float, ...]) -> tuple[float, float]:
+def _padded(shares: torch.Tensor, ends: tuple[float, float]) -> tuple[float, float]:
     """Return the mean of the shares with one at either end added, and its squared standard error."""
     padded = torch.cat([shares, shares.new_tensor(ends)])
     return float(padded.mean()), float(padded.var(correction=0)) / len(padded)

@@ -66,6 +66,8 @@ class Suite(Config):
     """Sizes of corruption noise, as multiples of the middle eps."""
     jacobian_backwards: Annotated[int, Field(ge=0)] = 4000
     """Backward passes that each exact part of the Jacobian analysis may take; 0 leaves the analysis out."""
+    targeted: bool = True
+    """Whether perturbations with a target are crafted at the middle eps, where labels are maps."""
     votes: Annotated[int, Field(ge=1)] = DEFAULT_VOTES
     """Votes per image of a random model; with one, a diagnostic fails."""
     eot_samples: Annotated[int, Field(ge=1)] = EOT_SAMPLES

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from gambeson.auditing.display import Attacked, worst_attack
 from gambeson.auditing.results import (
     AuditResult,
     Check,
@@ -12,12 +13,14 @@ from gambeson.auditing.results import (
     ModelInfo,
     PerImageResult,
     RandomnessResult,
+    TargetedResult,
     TransferredResult,
     UniversalResult,
     Verdict,
 )
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import EpsAdv, EpsUni, SmallestEps
+from gambeson.evaluation.targeted import SHUFFLED
 
 
 def judge(
@@ -31,6 +34,8 @@ def judge(
     subject: ModelInfo | None = None,
     randomness: RandomnessResult | None = None,
     each: EpsAdv | None = None,
+    left_out: str = "",
+    targeted: Sequence[TargetedResult] = (),
     unit: str = "image",
     iou: IoU | None = None,
 ) -> Verdict:
@@ -46,15 +51,19 @@ def judge(
         transfer: error under what was crafted on other models.
         subject: the model.
         randomness: what a random model answers over many passes.
+        targeted: what perturbations with a target reach.
         unit: what rates are shares of: images, or pixels of label maps. Then BROKEN means that half of all pixels are
             wrong (delta, ours); how classes fare that have few of them, the mean IoU tells.
         iou: of label maps, on clean test images.
+        left_out: what a budget left out, as a sentence.
     """
     point = points[len(points) // 2]
     said = [
+        left_out,
         _one_pattern(clean, point, found.delta, transfer, unit),
-        "" if iou is None or point.iou is None else f"The mean IoU is {point.iou.mean} under it, {iou.mean} when clean.",
-        _image_by_image(point, per_image, transfer, unit),
+        _mean_iou(point, iou),
+        _image_by_image(worst_attack(point, per_image, transfer), unit),
+        *map(_aimed, targeted),
         _random(subject, randomness),
         _eps_uni(found, each),
     ]
@@ -152,22 +161,30 @@ def _one_pattern(
     return f"{lead} at eps {point.eps:.3g}: {subject} {rate} of {units}, against {against}."
 
 
-def _image_by_image(
-    point: UniversalResult, per_image: Sequence[PerImageResult], transfer: Sequence[TransferredResult], unit: str
-) -> str:
-    at = (point.eps, point.norm)
-    found = [(one.accuracy, one.attack) for one in per_image if (one.eps, one.norm) == at]
-    found += [
-        (one.error.complement, f"{one.attack} on {one.source}")
-        for one in transfer
-        if not one.universal and (one.eps, one.norm) == at
-    ]
-    if not found:
+def _image_by_image(worst: Attacked | None, unit: str) -> str:
+    if worst is None:
         return ""
-    attack = min(found, key=lambda entry: entry[0].value)[1]
-    accuracy = Rate.lowest(rate for rate, _ in found)
     units = "" if unit == "image" else f" of {unit}s"
-    return f"Attacked image by image, {accuracy}{units} stay right under the worst attack ({attack})."
+    return f"Attacked image by image, {worst.accuracy}{units} stay right under the worst attack ({worst.attack})."
+
+
+def _mean_iou(point: UniversalResult, iou: IoU | None) -> str:
+    if iou is None or point.iou is None:
+        return ""
+    return f"The mean IoU is {point.iou.mean} under the pattern, {iou.mean} when clean."
+
+
+def _aimed(found: TargetedResult) -> str:
+    reached = found.reached
+    chance = next((one for one in reached.controls if one.name == SHUFFLED), None)
+    if reached.hidden is None or reached.kept is None:
+        beside = "" if chance is None else f", and {chance.success} by chance, of other scenes"
+        return (
+            f"Aimed at one scene ({found.target}), one pattern makes {reached.success} of pixels show it, against "
+            f"{reached.clean} when clean{beside}."
+        )
+    name = found.target.partition(":")[2]
+    return f"Made to hide {name}, one pattern hides {reached.hidden} of its pixels and keeps {reached.kept} of others."
 
 
 def _random(subject: ModelInfo | None, randomness: RandomnessResult | None) -> str:

@@ -250,5 +250,8 @@ def read_settings(path: Path, kind: str) -> dict[str, Any]:
     content = {key: value for key, value in read_yaml(path).items() if key not in _UNLIKE}
     found = content.get("kind", kind)
     if found != kind:
-        raise UserError(f"{path} describes a run of kind {found!r}: expected {kind!r}; use `gambeson {found}` for it")
+        use = f"`gambeson audit {path.parent}` makes one of it" if (found, kind) == ("train", "audit") else ""
+        raise UserError(
+            f"{path} describes a run of kind {found!r}: expected {kind!r}; {use or f'use `gambeson {found}` for it'}"
+        )
     return content

@@ -38,7 +38,7 @@ def frame(rows: Sequence[Mapping[str, Any]]) -> Any:
     return pandas.DataFrame(list(rows))
 
 
-def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[Any]]], title: str, x: str, y: str) -> Any:
+def curves(lines: Mapping[str, tuple[Sequence[float | str], Sequence[Any]]], title: str, x: str, y: str) -> Any:
     """Return a ``plotly`` figure of rates with their intervals.
 
     Args:

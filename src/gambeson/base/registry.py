@@ -64,7 +64,7 @@ class Registered(Generic[T]):
         """The first sentence of its docstring, on one line."""
         text = self.options.get("summary") or inspect.getdoc(_callable(self.target)) or ""
         first = " ".join(text.split("\n\n")[0].split())
-        return re.sub(r"(?::\w+:)?`+([^`]+)`+", r"\1", first)  # without the markup of docstrings
+        return _without_markup(first)
 
     @property
     def settings(self) -> dict[str, Setting]:
@@ -285,6 +285,11 @@ def _place(target: Any) -> str:
     return f"{_module(target)}.{getattr(inner, '__qualname__', None) or type(inner).__name__}"
 
 
+def _without_markup(text: str) -> str:
+    """Return the words of a docstring without roles and quotes of reStructuredText."""
+    return re.sub(r"(?::\w+:)?`+~?([^`]+)`+", r"\1", text)
+
+
 def _an(kind: str) -> str:
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
@@ -295,7 +300,7 @@ def _of_field(one: FieldInfo, preset: Any) -> Setting:
         type=_type(one.annotation),
         default=_plain(default if preset is None else preset),
         required=one.is_required(),
-        description=" ".join((one.description or "").split()),
+        description=_without_markup(" ".join((one.description or "").split())),
     )
 
 

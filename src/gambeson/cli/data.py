@@ -42,14 +42,15 @@ def list_(root: Root = None, as_json: Json = False) -> None:
         table.add_row(entry.name, *counts, shape, ready, escape(about))  # "gambeson[digits]" is no markup
     Console().print(table)
     typer.echo(
-        "also image-folder:PATH, with a sub-folder per class, and torchvision:NAME; options follow the name: "
+        "also image-folder:PATH, with a sub-folder per class, mask-folder:PATH, with folders of images and of masks, "
+        "cityscapes:PATH, voc:PATH, ade20k:PATH and torchvision:NAME; options follow the name: "
         "'image-folder:PATH?size=64,mode=grey'"
     )
 
 
 @app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(help="A name of `gambeson data list`, image-folder:PATH or torchvision:NAME.")],
+    name: Annotated[str, typer.Argument(help="A name, as `gambeson data list` has them.")],
     root: Root = None,
     as_json: Json = False,
 ) -> None:
@@ -62,11 +63,15 @@ def show(
 
     data = load(name, root)
     counts = {part: len(getattr(data, part)) for part in PARTS}
+    task = data.train.task
     if as_json:
-        print_json({"name": data.name, **counts, "shape": data.train.shape, "classes": data.classes})
+        known = {"shape": data.train.shape, "classes": data.classes, "labels": task.label_form}
+        print_json({"name": data.name, **counts, **known, "ignored": task.ignore_index})
         return
     typer.echo(f"{data.name}: {', '.join(f'{part} {count:,}' for part, count in counts.items())} images")
     typer.echo(f"shape {'x'.join(map(str, data.train.shape))} (channels, height, width)")
+    if not task.per_image_label:
+        typer.echo(task.label_form + ("" if task.all_count else f", where {task.ignore_index} counts nowhere"))
     typer.echo("\n".join(f"class {k}: {known}" for k, known in enumerate(data.classes)))
 
 

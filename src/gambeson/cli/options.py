@@ -285,13 +285,14 @@ def put_all(
     from gambeson.base.config import nearest
 
     for pair in pairs or []:
+        typed = f"--http {pair.removeprefix('http.')}" if pair.startswith("http.") else f"--set {pair}"
         name, sign, text = pair.partition("=")
         if not sign or not all(part.strip() == part != "" for part in name.split(".")):
-            raise UserError(f"--set {pair}: expected NAME=VALUE, for example --set momentum=0.8")
+            raise UserError(f"{typed}: expected NAME=VALUE, for example --set momentum=0.8")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise UserError(f"--set {pair}: {text!r} is not YAML, quote it or close its brackets") from None
+            raise UserError(f"{typed}: {text!r} is not YAML, quote it or close its brackets") from None
         path = name
         if "." not in name and name not in own:
             inside = groups(settings)
@@ -302,7 +303,7 @@ def put_all(
             if len(homes) > 1:
                 raise UserError(f"--set {pair}: say which, {' or '.join(f'{home}.{name}' for home in homes)}")
             path = f"{homes[0]}.{name}"
-        put(settings, path, value, typed=f"--set {pair}")
+        put(settings, path, value, typed=typed)
 
 
 def pairs(set_: list[str] | None, http: list[str] | None) -> list[str]:

@@ -15,6 +15,9 @@ from gambeson.cli.tables import duration
 if TYPE_CHECKING:
     from gambeson.training import TrainingCost
 
+HEAP = 4
+"""Default sharedness of a defence on label maps, of which a batch has fewer than of images."""
+
 
 def train(
     data: Annotated[
@@ -35,14 +38,24 @@ def train(
             autocompletion=options.complete("defenses"),
         ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training split.", show_default="10")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per step.", show_default="128")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default="0.05")] = None,
-    augment: Annotated[str | None, typer.Option(help="none, crop, crop-flip or imagenet.", show_default="none")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training split.", show_default="10, of label maps 30")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per step.", show_default="128, of label maps 32")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate.", show_default="0.05, of label maps 0.004 with Adam")
+    ] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(help="none, crop, crop-flip or imagenet.", show_default="none, of label maps crop-flip"),
+    ] = None,
     eps: options.Eps = None,
     norm: options.Norm = None,
     sharedness: Annotated[
-        int | None, typer.Option(help="Images that share a perturbation.", show_default="by the defence")
+        int | None,
+        typer.Option(help="Images that share a perturbation.", show_default="by the defence, of label maps 4"),
     ] = None,
     sigma: Annotated[
         float | None, typer.Option(help="Weight of the adversarial risk.", show_default="by the defence")
@@ -58,7 +71,8 @@ def train(
 ) -> None:
     """Train a model with or without a defence.
 
-    Flags override the YAML of --config; both build the same validated settings, which are stored in run.yaml.
+    Flags override the YAML of --config; both build the same validated settings, which are stored in run.yaml. For label
+    maps, settings that neither gives are those of the preset segmentation.
 
     Example: `gambeson train --data fashion-mnist --model lenet --defense shared-adversarial --epochs 2 --out runs/x`
     """
@@ -108,10 +122,14 @@ def train(
             "/", "-"
         )
         writable(folder)
-        dataset = load(run.data, input_shape=input_shape(run.model))
+        dataset = load(run.data, input_shape=input_shape(run.model, run.data))
         if lacking:
             settings["defense"]["eps"] = default_eps(dataset.train.shape, settings["defense"].get("norm", "inf"))
-            run = TrainRun(**settings)
+        if not dataset.train.task.per_image_label:
+            settings["recipe"] = {"preset": "segmentation", **settings.get("recipe", {})}
+            if "sharedness" in type(run.defense).model_fields:
+                settings["defense"].setdefault("sharedness", HEAP)
+        run = TrainRun(**settings)
         if only_plan:
             cost = plan_training(run, dataset, folder)
             print_json(cost.plain() | {"memory": cost.memory}) if as_json else console.print(_words(cost, name))
@@ -121,10 +139,11 @@ def train(
     if as_json:
         print_json({"out": str(folder), "metrics": history})
         return
-    accuracy = history[-1]["validation_accuracy"]
+    last = history[-1]
+    iou = f", {100 * last['validation_mean_iou']:.1f} % mean IoU" if "validation_mean_iou" in last else ""
     console.print(
         f"{trained.card.name} with {name} is in {folder}: "
-        f"{100 * accuracy:.1f} % validation accuracy after {count(len(history), 'epoch')}"
+        f"{100 * last['validation_accuracy']:.1f} % validation accuracy{iou} after {count(len(history), 'epoch')}"
     )
     console.print(f"next: gambeson audit {folder}")
 

@@ -13,7 +13,7 @@ from gambeson.cli import options
 from gambeson.cli.options import http_settings, needed, one_model, print_json, progress, put, put_all
 
 if TYPE_CHECKING:
-    from gambeson.evaluation import TargetSuccess
+    from gambeson.evaluation import Difference, Rate, TargetSuccess
 
 app = typer.Typer(help="Craft, score and list universal perturbations.", no_args_is_help=True)
 
@@ -91,8 +91,11 @@ def craft(
     best = max(rate for _, rate in uap.about.restarts)
     console.print(
         f"{out}: {user_code.short(attack)} at eps {uap.about.eps:.4g} ({uap.about.status}); "
-        f"{100 * best:.1f} % on validation{'' if uap.target is None else ' reach the target'}"
+        f"{'UER' if uap.target is None else 'target reached by'} {100 * best:.1f} % on validation"
     )
+    if any(scale != 1 for scale in uap.about.temperature):
+        scales = ", ".join(f"{scale:.3g}" for scale in uap.about.temperature)
+        console.print(f"logits were divided by {scales} while crafting; --set temperature=1 leaves them as they are")
     console.print(f"next: gambeson uap score {out} {source}{f' --data {data}' if data else ''}")
 
 
@@ -114,7 +117,15 @@ def score(
     """
     from gambeson.attacks import CONTROLS, UniversalPerturbation
     from gambeson.base import pick_device
-    from gambeson.evaluation import accuracy, control_rates, fooling_rate, load_model, target_success, universal_evasion
+    from gambeson.evaluation import (
+        accuracy,
+        confusion,
+        control_rates,
+        fooling_rate,
+        load_model,
+        target_success,
+        universal_evasion,
+    )
     from gambeson.evaluation.universal import scorable
 
     uap = UniversalPerturbation.load(file)
@@ -123,11 +134,15 @@ def score(
         subject = load_model(source, data, pick_device(device), budget=budget, http=http_settings(http))
         whole = subject.dataset.test
         test = scorable(whole, uap)
-        rates = {
-            "clean error": accuracy(subject.model, test).complement,
-            "UER": universal_evasion(subject.model, test, uap),
-            "fooling rate": fooling_rate(subject.model, test, uap),
-        }
+        maps: dict[str, Rate | Difference] = {}
+        if test.task.per_image_label:
+            right, evasion = accuracy(subject.model, test), universal_evasion(subject.model, test, uap)
+        else:
+            before, after = confusion(subject.model, test), confusion(subject.model, test, uap)
+            right, evasion = before.accuracy, after.accuracy.complement
+            maps = {"clean mean IoU": before.mean_iou, "mean IoU": after.mean_iou, "mean IoU lost": before.drop(after)}
+        fooling = fooling_rate(subject.model, test, uap)
+        rates = {"clean error": right.complement, "UER": evasion, "fooling rate": fooling, **maps}
         reached, controls = None, []
         if uap.target is not None:
             reached = target_success(subject.model, test, uap, seed=seed, controls=CONTROLS)
@@ -143,6 +158,8 @@ def score(
             f"{len(whole) - len(test)} of the {len(whole)} images of {whole.name} were left out: the perturbation was "
             "crafted on the same pictures"
         )
+    if maps:
+        console.print(f"rates are of labelled pixels, their intervals over {evasion.n} images")
     for name, rate in rates.items():
         console.print(f"{name:14} {rate}")
     for control in controls:
@@ -151,10 +168,9 @@ def score(
         _print_target(console, str(uap.about.settings["target"]), reached)
         return
     worst = max(controls, key=lambda one: one.worst.value)
-    if worst.worst.value >= rates["UER"].value > 0:
+    if worst.worst.value >= evasion.value > 0:
         console.print(
-            f"{worst.name} does no less harm, so this perturbation shows no weakness of its own: try other attacks, "
-            "or gambeson audit, which brings the logits to a usual scale first"
+            f"{worst.name} does no less harm, so this perturbation shows no weakness of its own: try other attacks"
         )
 
 
@@ -198,6 +214,8 @@ def list_(
         print_json([{"file": str(file), **uap.about.plain()} for file, uap in found])
         return
     table = Table("file", "attack", "target", "eps", "norm", "crafted on", "seed", "status", box=None)
+    for column in table.columns:
+        column.overflow = "fold"
     for file, uap in found:
         about = uap.about
         table.add_row(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from gambeson.base.errors import UserError, unknown_name
+from gambeson.base.errors import DataWarning, UserError, unknown_name
 from gambeson.data import lazy
 from gambeson.data.lazy import LazySplit
 from gambeson.data.partition import partition
@@ -63,6 +64,13 @@ class Dataset:
                 raise UserError(
                     f"{split.name}, the {part} split of {self.name}, has {len(split)} images of one class only: "
                     "expected two classes or more; give more images, or build the three splits yourself"
+                )
+            if unlabelled := split.unlabelled:
+                warnings.warn(
+                    f"{unlabelled} of the {len(split)} images of {split.name} have no label that counts (all are "
+                    f"{split.ignore_index}): they are in no rate, so remove them",
+                    DataWarning,
+                    stacklevel=3,
                 )
 
     def __repr__(self) -> str:

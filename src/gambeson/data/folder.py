@@ -40,6 +40,12 @@ WORDS = {
 """Names of splits, in any case: those that Hugging Face's data sets recognise, and ``trainval``."""
 NEUTRAL = {"set", "data", "dataset", "split", "images", "image", "imgs", "img", "folder"}
 SHARE = 0.15
+IMAGES = {"images", "image", "imgs", "img", "jpegimages", "leftimg8bit"}
+MASKS = {
+    *("masks", "mask", "labels", "label", "annotations", "annotation", "segmentation", "segmentations"),
+    *("segmentationclass", "gtfine", "gt", "ground_truth", "groundtruth"),
+}
+"""Names, in any case, of the two folders of a data set of images with masks."""
 LOOKED = 20_000
 """Pictures of which the headers are read, evenly spread, before the first is decoded (ours)."""
 
@@ -104,6 +110,7 @@ def load_folder(
     name, path = path.resolve().name, within(path)
     folders = _split_folders(path) or {"": path}
     found = {part: _class_folders(folder, options.nested == "flat") for part, folder in folders.items()}
+    _refuse_masks(path, found)
     classes = _ordered(name, list(next(iter(found.values()))), options.order)
     for part, folder in folders.items():
         _compare_classes(folder, list(found[part]), classes)
@@ -256,6 +263,17 @@ def _ordered(name: str, classes: list[str], order: str | None) -> tuple[str, ...
             "numbers in their names, choose ?order=number, else ?order=text"
         )
     return tuple(by_number if order == "number" else by_text)
+
+
+def _refuse_masks(path: Path, found: dict[str, dict[str, list[Path]]]) -> None:
+    """Refuse two folders that are not classes but images and their masks."""
+    for classes in found.values():
+        names = {one.lower() for one in classes}
+        if len(names) == 2 and names & IMAGES and names & MASKS:
+            raise UserError(
+                f"{path} holds {some(classes)}, which are names of images and their masks, not of classes: write "
+                f"mask-folder:{path}, or rename them"
+            )
 
 
 def _compare_classes(folder: Path, found: list[str], classes: tuple[str, ...]) -> None:

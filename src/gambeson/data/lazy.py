@@ -263,6 +263,11 @@ class LazySplit(Split):
         return self._known is not None and one_class(self.task, self._known)
 
     @property
+    def unlabelled(self) -> int:
+        """As that of :class:`Split`; 0 for label maps, which are not in memory."""
+        return 0 if self._known is None else len(self) - int(self.task.labelled(self._known).sum())
+
+    @property
     def _strata(self) -> torch.Tensor | None:
         return self._known
 

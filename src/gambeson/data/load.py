@@ -21,7 +21,7 @@ from gambeson.data.mask_folders import MaskOptions, load_mask_folder
 from gambeson.data.partition import partition
 from gambeson.data.pictures import ImageOptions, Shape
 from gambeson.data.published import LAYOUTS
-from gambeson.data.registry import SETS, DatasetSpec
+from gambeson.data.registry import DATASETS, SETS, DatasetSpec
 from gambeson.data.split import Split
 from gambeson.data.torchvision_sets import fetch_torchvision, load_torchvision
 
@@ -202,19 +202,18 @@ def get(name: str, root: str | Path | None = None) -> Path:
     Raises:
         UserError: an unknown name, or every source failed; the message lists them.
     """
-    folder, (name, given) = data_root(root), _parsed(name)
-    kind, _, path = name.partition(":")
+    folder, (bare, _) = data_root(root), _parsed(name)
+    kind, _, path = bare.partition(":")
     if kind in FOLDERS:
         return Path(path).expanduser()
-    if name.startswith(TORCHVISION):
-        return fetch_torchvision(name.removeprefix(TORCHVISION), folder)
-    entry = _entry(name)
-    if "recipe" in entry.options:
-        prepare(entry.options["recipe"], folder)
-    elif "settings" in entry.options:
-        entry.target(folder, entry.options["settings"](**given))
+    if bare.startswith(TORCHVISION):
+        return fetch_torchvision(bare.removeprefix(TORCHVISION), folder)
+    options = _entry(bare).options
+    recipe = options.get("recipe") or DATASETS.get(options.get("source", ""))
+    if recipe is None:
+        load(name, folder)
     else:
-        load(_called(entry, folder))
+        prepare(recipe, folder)
     return folder
 
 

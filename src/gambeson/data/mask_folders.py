@@ -18,7 +18,18 @@ from pydantic import Field
 
 from gambeson.base.errors import UserError
 from gambeson.data.dataset import PARTS, Dataset, complete, settled
-from gambeson.data.folder import SHARE, decoder_for, listing, opened, part_of, some, tell_shared, within
+from gambeson.data.folder import (
+    IMAGES,
+    MASKS,
+    SHARE,
+    decoder_for,
+    listing,
+    opened,
+    part_of,
+    some,
+    tell_shared,
+    within,
+)
 from gambeson.data.lazy import LazySplit
 from gambeson.data.pictures import Decoder, ImageOptions, Shape, fit, read_header
 from gambeson.data.split import Batch, Split
@@ -26,12 +37,6 @@ from gambeson.tasks.labels import MASK, class_names, find_ignored
 
 IGNORED = 255
 """The label of every unlabelled pixel, whatever its value in the files; classes are 0 to 254."""
-IMAGES = {"images", "image", "imgs", "img", "jpegimages", "leftimg8bit"}
-MASKS = {
-    *("masks", "mask", "labels", "label", "annotations", "annotation", "segmentation", "segmentations"),
-    *("segmentationclass", "gtfine", "gt", "ground_truth", "groundtruth"),
-}
-"""Names of the folders, in any case."""
 SUFFIX = re.compile(
     r"[-_. ](masks?|labels?|labelids|seg|segmentation|gt|gtfine|annotation|image|img|leftimg8bit)$", re.I
 )

@@ -152,7 +152,7 @@ _SPECS = (
         validation=18,
         test=24,
         ordered=True,
-        task=Segmentation(),
+        task=Segmentation(ignore_index=255),
         classes=("outside", "fluid", "grey matter", "white matter"),
         num_classes=4,
         licence="BSD-3-Clause (nilearn); of the template nilearn says: unknown",

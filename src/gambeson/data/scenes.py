@@ -25,8 +25,10 @@ IGNORED = 255
 """The label of the pixels on both sides of an item's outline."""
 ITEMS = (2, 4)
 """Fewest and most items of a scene."""
-SCALES, ANGLE, CENTRES = (0.45, 0.7), math.pi / 9, (0.2, 0.8)
-"""Side of an item in parts of the scene's; largest rotation either way, in radians; range of the centre of an item."""
+SCALES, ANGLE, SHIFT = (0.45, 0.7), math.pi / 12, 0.15
+"""Side of an item in parts of the scene's; largest rotation either way, in radians; largest distance of an item's
+centre from that of its quarter of the scene, each way. No two items are in one quarter, so that they hide parts of each
+other and seldom all."""
 INK = 0.1
 """Value from which a source's pixel belongs to the item."""
 WAVES, SHADES, GRAIN = 3, 9, 0.06
@@ -50,8 +52,16 @@ class SceneOptions(Config):
     """Scenes in test."""
 
 
-def scenes(name: str, source: str, root: Path, options: SceneOptions) -> Dataset:
-    """Compose the three splits from those of the source: no item of one is in another."""
+def scenes(name: str, source: str, root: Path, options: SceneOptions, *, clothes: bool) -> Dataset:
+    """Compose the three splits from those of the source: no item of one is in another.
+
+    Args:
+        name: of the scenes.
+        source: the named set of the items, grey on black.
+        root: the data folder.
+        options: what is composed.
+        clothes: whether items have dark parts that belong to them, and are the same in the mirror, unlike digits.
+    """
     recipe = DATASETS[source]
     items = build(recipe, *prepare(recipe, root))
     classes = ("ground", *items.classes)
@@ -61,7 +71,7 @@ def scenes(name: str, source: str, root: Path, options: SceneOptions) -> Dataset
         count = getattr(options, part)
         order = _order(len(split), count * ITEMS[1], generator(options.seed, name, part))
         blocks = [
-            compose(split, order[at * ITEMS[1] :], options.size, generator(options.seed, name, part, at))
+            compose(split, order[at * ITEMS[1] :], options.size, generator(options.seed, name, part, at), clothes)
             for at in range(0, count, BLOCK)
         ]
         images, maps = (torch.cat(some)[:count] for some in zip(*blocks, strict=True))
@@ -74,7 +84,9 @@ def _order(items: int, count: int, draw: torch.Generator) -> torch.Tensor:
     return torch.cat([torch.randperm(items, generator=draw) for _ in range(-(-(count + BLOCK * ITEMS[1]) // items))])
 
 
-def compose(items: Split, numbers: torch.Tensor, size: int, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def compose(
+    items: Split, numbers: torch.Tensor, size: int, draw: torch.Generator, clothes: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compose :data:`BLOCK` scenes, painting the items one over the other.
 
     Everything is computed in float64, so that rounding to bytes gives the same scenes on every machine.
@@ -84,6 +96,7 @@ def compose(items: Split, numbers: torch.Tensor, size: int, draw: torch.Generato
         numbers: of the items, 4 per scene; a scene of fewer leaves the last ones out.
         size: height and width of the scenes.
         draw: a CPU generator.
+        clothes: as for :func:`scenes`.
 
     Returns:
         Images (:data:`BLOCK`, 3, size, size) and label maps (:data:`BLOCK`, size, size), both uint8.
@@ -96,11 +109,13 @@ def compose(items: Split, numbers: torch.Tensor, size: int, draw: torch.Generato
     chosen = numbers[: BLOCK * most]
     counts = torch.randint(ITEMS[0], most + 1, (BLOCK,), generator=draw)
     sides, angles = uniform(most, low=SCALES[0], high=SCALES[1]), uniform(most, low=-ANGLE, high=ANGLE)
-    centres, mirrored = uniform(most, 2, low=CENTRES[0], high=CENTRES[1]), uniform(most) < 0.5
+    quarters, mirrored = uniform(most).argsort(1), (uniform(most) < 0.5) & clothes
+    centres = 0.25 + 0.5 * torch.stack([quarters % 2, quarters // 2], -1) + uniform(most, 2, low=-SHIFT, high=SHIFT)
     tints = uniform(most, 3, low=0.2)
     canvas = grounds(size, uniform(2, 3), uniform(WAVES, 3), uniform(3, SHADES, SHADES))
     canvas += GRAIN * (torch.rand(canvas.shape, generator=draw, dtype=torch.float64) - 0.5)
-    drawn = _placed(items, chosen, size, sides, angles, centres, mirrored)
+    planes = _planes(items.images[chosen].double() / 255, solid=clothes)
+    drawn = _placed(planes, size, sides, angles, centres, mirrored)
     owner = torch.zeros(BLOCK, size, size, dtype=torch.uint8)
     maps = torch.zeros(BLOCK, size, size, dtype=torch.uint8)
     classes = (items.labels[chosen] + 1).to(torch.uint8).view(BLOCK, most)
@@ -149,28 +164,32 @@ def outline(owner: torch.Tensor, width: int) -> torch.Tensor:
     return most != least
 
 
+def _planes(value: torch.Tensor, solid: bool) -> torch.Tensor:
+    """Return the value and the cover, (N, 2, h, w), of items (N, 1, h, w) on black."""
+    ink = value >= INK
+    if solid:  # what has ink on all four sides is dark cloth, not ground
+        ways = [(ink.cumsum(axis) > 0, ink.flip(axis).cumsum(axis).flip(axis) > 0) for axis in (2, 3)]
+        ink = ways[0][0] & ways[0][1] & ways[1][0] & ways[1][1]
+    return torch.cat([value, ink.double()], 1)
+
+
 def _placed(
-    items: Split,
-    chosen: torch.Tensor,
+    planes: torch.Tensor,
     size: int,
     sides: torch.Tensor,
     angles: torch.Tensor,
     centres: torch.Tensor,
     mirrored: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the value and the cover of every item in its place, (N, M, 2, size, size)."""
-    value = items.images[chosen].double() / 255
-    solid = (value >= INK).double()
-    solid = -F.max_pool2d(-F.max_pool2d(solid, 3, 1, 1), 3, 1, 1)  # closes the dark spots in an item
+    """Return the planes of every item in its place, (N, M, 2, size, size)."""
     cos, sin = angles.cos() / sides, angles.sin() / sides
-    axis = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1
-    x, y = (axis - (2 * centres[..., None] - 1)).unbind(2)
+    line = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1
+    x, y = (line - (2 * centres[..., None] - 1)).unbind(2)
     x, y = x[:, :, None, :], y[:, :, :, None]
     cos, sin = cos[..., None, None], sin[..., None, None]
     across = torch.where(mirrored, -1.0, 1.0)[..., None, None] * (cos * x - sin * y)
     grid = torch.stack([across, sin * x + cos * y], -1).flatten(0, 1)
-    planes = F.grid_sample(torch.cat([value, solid], 1), grid, padding_mode="zeros", align_corners=False)
-    return planes.view(*sides.shape, 2, size, size)
+    return F.grid_sample(planes, grid, padding_mode="zeros", align_corners=False).view(*sides.shape, 2, size, size)
 
 
 def _about(source: str, what: str) -> dict[str, Any]:
@@ -190,10 +209,10 @@ def _about(source: str, what: str) -> dict[str, Any]:
 @register("fashion-scenes", **_about("fashion-mnist", "garments of Fashion-MNIST"))
 def fashion_scenes(root: Path, options: SceneOptions) -> Dataset:
     """Compose scenes of garments."""
-    return scenes("fashion-scenes", "fashion-mnist", root, options)
+    return scenes("fashion-scenes", "fashion-mnist", root, options, clothes=True)
 
 
 @register("digit-scenes", **_about("mnist5k", "digits of mnist5k"))
 def digit_scenes(root: Path, options: SceneOptions) -> Dataset:
     """Compose scenes of digits, for which nothing is downloaded."""
-    return scenes("digit-scenes", "mnist5k", root, options)
+    return scenes("digit-scenes", "mnist5k", root, options, clothes=False)

@@ -117,7 +117,7 @@ class Split:
         name: its name in reports, such as ``"fashion-mnist/test"``.
         images: (N, C, H, W), uint8 or float in [0, 1]; a tensor or an array. Floats are kept unchanged.
         labels: class indices, (N,) or (N, H, W), in any form that :func:`gambeson.tasks.as_labels` takes.
-        classes: the class names; by default the numbers up to the highest label. Without them, label maps of 0 and 255
+        classes: the class names; by default the numbers up to the highest label. Without them, labels of 0 and 255
             alone are read as masks: 255 is class 1.
         ignore_index: a label that counts nowhere, or None.
         task: what the labels mean, with its own ignore index, by object or name; by default the task that labels of
@@ -148,7 +148,7 @@ class Split:
         self.name = name
         if classes is None:
             values = distinct(self._labels)
-            if self.task.all_count and not self.task.per_image_label and is_mask(values):
+            if self.task.all_count and is_mask(values):
                 self._labels, values = self._labels.clamp(max=1), torch.arange(2)
             classes = class_names(values, self.ignore_index)
         self.classes = tuple(classes)
@@ -357,6 +357,11 @@ class Split:
     def single_class(self) -> bool:
         """Whether fewer than two classes are among the labels that count; False where finding out takes a pass."""
         return one_class(self.task, self._labels)
+
+    @property
+    def unlabelled(self) -> int:
+        """Number of images without a label that counts; 0 where finding out takes a pass."""
+        return len(self) - int(self.task.labelled(self._labels).sum())
 
     @property
     def _strata(self) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -132,6 +133,12 @@ def run_attack(run: AttackRun, out: Path) -> SuiteResult:
         norm = getattr(next(iter(row.values())), "norm", "2")
         found = run_suite(victim, split, row, norm=norm, seed=run.seed)
         notes = victim.notes
+    if found.result.success.n == 0:
+        warnings.warn(
+            f"none of the {len(split)} images was right before the attack, so that it broke nothing: check that data, "
+            "classes and normalisation are those of the model",
+            stacklevel=2,
+        )
     tensors = {"images": found.images, "labels": split.labels, "broken_by": found.broken_by, "indices": rows}
     if found.iou_images is not None and found.iou_broken_by is not None:
         tensors |= {"iou_images": found.iou_images, "iou_broken_by": found.iou_broken_by}

@@ -15,9 +15,10 @@ from gambeson.base import UserError, derive, seeded, task, unknown_name
 from gambeson.data import Dataset, Split, as_dataset, as_split, disjoint
 from gambeson.evaluation.outcome import at_once, attacked, averaged
 from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni, ImageErrors, Measured, crossing_interval
+from gambeson.evaluation.targeted import TargetMeasure
 from gambeson.evaluation.universal import RANKED, Measure, errors_under, lost_iou, strongest
 from gambeson.threat import Ball, Norm, perturb
-from gambeson.victim import Victim, as_victim, nothing_counts, vote
+from gambeson.victim import Victim, as_victim, nothing_counts, rescaled, vote
 
 Craft = Callable[[float, torch.Tensor | None], UniversalPerturbation]
 """Maps eps, and the best perturbation so far (1, C, H, W) scaled to it, to a perturbation of this eps."""
@@ -53,7 +54,7 @@ def eps_uni(
     seed: int = 0,
     known: Iterable[UniversalPerturbation] = (),
     controls: Sequence[str] = tuple(CONTROLS),
-    measure: Literal["error", "mean-iou"] | Measure = "error",
+    measure: Literal["error", "mean-iou"] | Measure | None = None,
 ) -> EpsUni:
     """Search the smallest eps at which one perturbation reaches an error of ``delta`` (Mummadi et al. 2019, section 3).
 
@@ -79,9 +80,9 @@ def eps_uni(
         seed: of the attack, the controls and the bootstrap.
         known: existing perturbations for this model, in the norm of the attack.
         controls: names of the controls tried at each eps.
-        measure: what has to reach ``delta``: the error; ``mean-iou``, one minus the mean IoU, of label maps; or a
-            function such as the success of a target, whose :class:`gambeson.evaluation.rates.ImageErrors` then count
-            hits. An attack on a target needs one, since the error measures something else.
+        measure: what has to reach ``delta``: ``error``; ``mean-iou``, one minus the mean IoU, of label maps; or a
+            function, such as :class:`gambeson.evaluation.TargetMeasure`. By default the error, or what a target of the
+            attack reaches.
 
     Returns:
         The smallest success; right-censored if there is none even for the whole box.
@@ -89,8 +90,13 @@ def eps_uni(
     Raises:
         UserError: no such delta, or a perturbation of another norm.
     """
-    dataset, measured = disjoint(as_dataset(data)), measure_of(measure)
-    with as_victim(model) as victim:
+    whole = as_dataset(data)
+    dataset, target = disjoint(whole), getattr(attack, "target", None)
+    to = getattr(attack, "temperature", 1.0)
+    with as_victim(model) as victim, rescaled([victim], to, dataset.validation, seed):
+        measured = measure_of("error" if measure is None else measure)
+        if measure is None and target is not None:
+            measured = TargetMeasure.of(victim, whole.validation, target, getattr(attack, "labels", "truth"), seed=seed)
 
         def craft(eps: float, start: torch.Tensor | None) -> UniversalPerturbation:
             return attack.model_copy(update={"eps": eps}).craft(victim, dataset, seed=seed, start=start)

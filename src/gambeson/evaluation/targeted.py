@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gambeson.attacks import Target, UniversalPerturbation
+from gambeson.attacks.universal.target import from_predictions
 from gambeson.base import Config, UserError, generator
 from gambeson.data import Split
 from gambeson.evaluation.universal import patterns_of, scorable
@@ -161,7 +162,7 @@ class Goal:
 
 
 def target_success(
-    model: nn.Module,
+    model: nn.Module | Victim,
     data: object,
     uap: UniversalPerturbation,
     *,
@@ -186,7 +187,7 @@ def target_success(
     split, target = scorable(data, uap), uap.target
     if target is None:
         raise UserError("the perturbation has no target: score it by universal_evasion, or craft it with a target")
-    predicted, names = uap.about.settings.get("labels") == "prediction", list(controls)
+    predicted, names = from_predictions(uap.about.settings), list(controls)
     with as_victim(model) as victim:
         goal = Goal.of(victim, split, target, predicted=predicted, seed=seed)
         reached = predict(victim, split, uap.delta.to(victim.device), seed=seed)
@@ -228,6 +229,14 @@ class TargetMeasure:
         self.target, self.predicted = Target.of(target), labels == "prediction"  # type: ignore[arg-type]
         self.name = f"target {self.target}"
         self._goals: dict[int, tuple[Split, Goal]] = {}
+
+    @classmethod
+    def of(cls, victim: Victim, validation: Split, target: object, labels: str, *, seed: int = 0) -> TargetMeasure:
+        """As the constructor, also for a validation image by its index: its map is found as an attack finds it."""
+        found = Target.of(target).within(  # type: ignore[arg-type]
+            validation, (lambda split: predict(victim, split, seed=seed)) if labels == "prediction" else None
+        )
+        return cls(found, labels)
 
     def __call__(self, victim: Victim, split: Split, delta: torch.Tensor | None) -> TargetHits:
         """Count what reaches the target."""

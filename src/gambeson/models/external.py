@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def build_body(
     if name.startswith(hubs.PREFIXES):
         body = hubs.build(name, in_channels, classes, image_size, pretrained=pretrained)
     else:
-        body = _call(name, in_channels, classes, image_size)
+        body = called(name, in_channels, classes, image_size)
     return tried(name, body, in_channels, classes, image_size)
 
 
@@ -120,6 +121,35 @@ def _answer(name: str, body: nn.Module, images: torch.Tensor, given: str) -> Any
         ) from None
 
 
+@torch.no_grad()
+def channels(name: str) -> int | None:
+    """Return whether a user's model takes one or three channels; None: either, or its function makes it for any.
+
+    The model is sent an image of each, and takes those with which it comes further.
+
+    Args:
+        name: ``FILE.py:FUNCTION``.
+
+    Raises:
+        UserError: as :func:`build_body`.
+    """
+    if "in_channels" in _taken(load_function(name), dict.fromkeys(_KNOWN), name):
+        return None
+    body, steps = called(name, 3, 2, (32, 32)).eval(), {1: 0, 3: 0}
+    weight = next(body.parameters(), torch.zeros(0))
+    for count in steps:
+
+        def reached(*_: Any, count: int = count) -> None:
+            steps[count] += 1
+
+        hooks = [module.register_forward_hook(reached) for module in body.modules()]
+        with seeded(0, "try"), suppress(Exception):  # images of this size may not fit
+            body(torch.full((2, count, 32, 32), 0.5, dtype=weight.dtype, device=weight.device))
+        for hook in hooks:
+            hook.remove()
+    return None if steps[1] == steps[3] else max(steps, key=lambda count: steps[count])
+
+
 def load_function(name: str) -> Callable[..., Any]:
     """Execute the user's file and return the named function.
 
@@ -138,7 +168,7 @@ def load_function(name: str) -> Callable[..., Any]:
     return member(run(file), file, function, "function")
 
 
-def _call(name: str, in_channels: int, classes: int, image_size: tuple[int, int]) -> nn.Module:
+def called(name: str, in_channels: int, classes: int, image_size: tuple[int, int]) -> nn.Module:
     """Call the user's function to build a model.
 
     Args:

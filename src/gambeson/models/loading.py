@@ -12,6 +12,7 @@ from torch import nn
 
 from gambeson import data, models
 from gambeson.base import UserError, read_settings, seeded, user_code
+from gambeson.data.load import FOLDERS
 from gambeson.models import external, hubs, registry, torchvision_nets
 from gambeson.models.black_box.base import BlackBox, no_gradient
 from gambeson.models.black_box.http import HttpModel, HttpSettings
@@ -43,9 +44,9 @@ class LoadedModel:
 
 def load_model(
     source: str,
-    data_name: str | None,
-    device: str,
-    dataset: data.Dataset | None = None,
+    data_name: str | None = None,
+    device: str = "cpu",
+    dataset: Any = None,
     *,
     budget: int | None = None,
     http: HttpSettings | None = None,
@@ -68,7 +69,7 @@ def load_model(
               scores (N, K) or to class indices (N,).
         data_name: a data set; None: that of the training run.
         device: of the model; a black box is not moved.
-        dataset: the data, if already loaded.
+        dataset: the data, if already loaded: a data set, a split, or an (images, labels) pair.
         budget: maximum number of images sent to a black box, including two here.
         http: how a server is asked; None: the defaults.
         gradients: what needs the model's gradients, such as an attack; a black box is then refused before it is asked.
@@ -79,7 +80,8 @@ def load_model(
     """
     path = Path(source)
     trained = read_settings(path / "run.yaml", "train") if (path / "run.yaml").is_file() else {}
-    name = data_name or trained.get("data")
+    dataset = None if dataset is None else data.as_dataset(dataset)
+    name = data_name or trained.get("data") or (None if dataset is None else dataset.name)
     load = _loader(source)
     if name is None:
         raise UserError(f"{source} does not say what data its model was trained on: name it with --data")
@@ -90,7 +92,7 @@ def load_model(
         raise UserError(f"{source} is no server: leave the settings of HTTP out")
     if gradients is not None and load is _black_box:
         raise no_gradient(gradients, source)
-    dataset = data.load(name, input_shape=input_shape(source)) if dataset is None else dataset
+    dataset = data.load(name, input_shape=input_shape(source, name)) if dataset is None else dataset
     if load is _black_box:
         model = _black_box(source, dataset, budget, http)
     elif load is _onnx:
@@ -124,11 +126,12 @@ def check_source(source: str) -> None:
     _loader(source)
 
 
-def input_shape(source: str) -> data.Shape:
+def input_shape(source: str, data_name: str) -> data.Shape:
     """Return the channels, height and width that a model takes, None where it takes any or does not say.
 
     Args:
         source: as in :func:`load_model`; image folders are read for this shape.
+        data_name: name of the data; a model of a user's file is built and tried for image folders alone.
 
     Raises:
         UserError: the file is damaged, or the architecture's name is wrong.
@@ -137,13 +140,31 @@ def input_shape(source: str) -> data.Shape:
     if load is _stored:
         known = read_card(Path(source)).plain()
     elif load is _architecture:
-        name = external.canonical(_parted(source)[0])
+        name, weights = external.canonical(_parted(source)[0]), _parted(source)[1]
         tables = external.defaults if external.is_external(name) else torchvision_nets.weights_defaults
         known = tables(name) if external.is_external(name) or name.startswith(torchvision_nets.PREFIX) else {}
+        if user_code.is_spelling(name) and data_name.partition(":")[0] in FOLDERS:
+            known = {"in_channels": external.channels(name)}
+        if weights is not None and known.get("in_channels") is None:
+            known = {**known, "in_channels": _channels_of(weights, name)}
     elif load is _program or load is _onnx:
         return read_program(Path(source)).shape if load is _program else OnnxModel(source).input.image
     height, width = known.get("image_size") or (None, None)
     return known.get("in_channels"), height, width
+
+
+def _channels_of(weights: Path, architecture: str) -> int | None:
+    """Return the channels that the first convolution of an architecture has in a file of weights, if it is there."""
+    found = read_weights(weights)
+    if "card" in found.document:
+        return read_card(weights).in_channels
+    sizes: dict[str, Any] = {"in_channels": 3, "classes": 2, "image_size": (32, 32)}
+    own = user_code.is_spelling(architecture)
+    body = external.called(architecture, **sizes) if own else models.create(architecture, **sizes).body
+    first = next((name for name, module in body.named_modules() if isinstance(module, nn.Conv2d)), None)
+    tensors = max(found.groups.values(), key=len)
+    kernel = next((tensors[key] for key in tensors if f".{key}".endswith(f".{first}.weight")), None)
+    return None if kernel is None else kernel.shape[1]
 
 
 def _loader(source: str) -> Any:

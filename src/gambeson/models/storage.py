@@ -76,6 +76,11 @@ def load(path: Path) -> PixelModel:
     Raises:
         UserError: the file is missing or truncated, has no card, or its weights do not fit it.
     """
+    if "@" in str(path) and not Path(path).exists():
+        raise UserError(
+            f"{path} names an architecture with weights, which are built for data: "
+            f"gb.evaluation.load_model({str(path)!r}, 'DATA').model, or load_model(..., dataset=data)"
+        )
     weights = read_weights(path)
     path, tensors, card = weights.path, weights.groups.get("", {}), _card(weights)
     with seeded(0, "load"):  # these weights are replaced, and the caller's generator must not advance

@@ -53,7 +53,7 @@ def figure(folders: Sequence[Folder], scale: EpsFormat) -> dict[str, Any]:
     """Build data and layout: for every model a band, its controls, and its line on top."""
     traces: list[dict[str, Any]] = []
     for index, folder in enumerate(folders):
-        traces += [_band(folder, index), *_controls(folder, index, scale), _line(folder, index, scale)]
+        traces += [*_band(folder, index), *_controls(folder, index, scale), _line(folder, index, scale)]
     return {"data": traces, "layout": _layout(folders, scale)}
 
 
@@ -111,17 +111,23 @@ def _trace(folder: Folder, index: int, role: str, x: list[float], y: list[float]
     return found | {"mode": "lines", "x": x, "y": y, "hovertemplate": "%{text}<extra></extra>"} | more
 
 
-def _band(folder: Folder, index: int) -> dict[str, Any]:
+def _band(folder: Folder, index: int) -> list[dict[str, Any]]:
     eps, rates = _points(folder)
+    if len(rates) == 2:
+        return []
     edge = [100 * rate.high for rate in rates] + [100 * rate.low for rate in reversed(rates)]
     look = {"fill": "toself", "fillcolor": soft(hue(index)), "line": {"width": 0}, "hoverinfo": "skip"}
-    return _trace(folder, index, "band", eps + eps[::-1], edge, **look)
+    return [_trace(folder, index, "band", eps + eps[::-1], edge, **look)]
 
 
 def _line(folder: Folder, index: int, scale: EpsFormat) -> dict[str, Any]:
     eps, rates = _points(folder)
     text = [_hover(folder, eps, f"UER {rate}", rate, scale) for eps, rate in zip(eps, rates, strict=True)]
     look = {"line": {"color": hue(index), "width": 2.5}, "mode": "lines+markers", "showlegend": True}
+    if len(rates) == 2:  # nothing is known between a single eps and 0
+        look["mode"] = "markers"
+        arms = {way: [100 * abs(getattr(rate, way) - rate.value) for rate in rates] for way in ("high", "low")}
+        look["error_y"] = {"type": "data", "symmetric": False, "array": arms["high"], "arrayminus": arms["low"]}
     look |= {"marker": {"symbol": MARKERS[index % len(MARKERS)], "size": 9}}
     return _trace(folder, index, "line", eps, [100 * rate.value for rate in rates], text=text, **look)
 
@@ -136,9 +142,10 @@ def _controls(folder: Folder, index: int, scale: EpsFormat) -> list[dict[str, An
             mean = "" if control.draws == 1 else f"mean of {control.draws} draws {percent(control.mean)}<br>worst "
             text.append(_hover(folder, eps, f"{escape(name)}: {mean}{control.worst}", control.worst, scale))
         line = {"color": hue(index), "width": 1.4, "dash": _DASHES.get(name, "dashdot")}
+        mode = {"mode": "markers", "marker": {"symbol": "line-ew-open", "size": 9}} if len(points) == 1 else {}
         heights = [100 * clean.value, *(100 * control.mean for _, control in found)]
         traces.append(
-            _trace(folder, index, "control", [0.0, *(eps for eps, _ in found)], heights, text=text, line=line)
+            _trace(folder, index, "control", [0.0, *(eps for eps, _ in found)], heights, text=text, line=line, **mode)
         )
     return traces
 

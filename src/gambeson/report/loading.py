@@ -27,6 +27,8 @@ class Folder:
     result: AuditResult
     deltas: tuple[torch.Tensor, ...]
     """The perturbations (C, H, W), in the order of ``result.universal``."""
+    aimed: tuple[torch.Tensor, ...]
+    """The perturbations with a target (C, H, W), in the order of ``result.targeted``."""
     direction: torch.Tensor | None
     """The best shared L2 direction of the linearised model (C, H, W), if the audit has one."""
     examples: dict[str, torch.Tensor]
@@ -97,6 +99,7 @@ def _read(path: Path, result: AuditResult, times: Counter[str]) -> Folder:
         label=label if times[label] == 1 else f"{label} ({path.name})",
         result=result,
         deltas=tuple(_delta(path / point.file, result.material) for point in result.universal),
+        aimed=tuple(_delta(path / found.file, result.material) for found in result.targeted),
         direction=_direction(path, result),
         examples=_examples(path / "examples.safetensors"),
         seconds=dict(read_json(timing)) if timing.is_file() else {},

@@ -160,7 +160,7 @@ def build(folders: Sequence[Folder], title: str | None) -> Page:
         curves=tables.curves(folders, scale),
         controls=list(dict.fromkeys(names)),
         curve=charts.curve(folders, scale),
-        attacks=tables.attacks(folders, scale),
+        attacks=[*tables.attacks(folders, scale), *filter(None, [scenes.aims(folders, scale)])],
         jacobian=jacobian.build(folders, scale),
         along=jacobian.along(folders, scale),
         small=max(first.material.shape[1:]) <= 96,

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from gambeson.auditing.results import IoU
+from gambeson.auditing.results import IoU, TargetedResult
+from gambeson.evaluation import Rate
+from gambeson.evaluation.targeted import SHUFFLED, Reached
 from gambeson.report.formatting import EpsFormat, of_hundred, percent
 from gambeson.report.loading import Folder
-from gambeson.report.pictures import Pattern, png
+from gambeson.report.pictures import Pattern, pattern, png
 from gambeson.report.tables import NONE, Cell, Group, Line, Table, rate_cell
 
 PALETTE = (
@@ -21,13 +23,15 @@ PALETTE = (
     *("#999933", "#661100", "#44aa99", "#aa4499", "#117733", "#ddcc77", "#6699cc", "#cc6677", "#5d3a1a", "#88ccee"),
 )
 """Colours of classes, in order of their index: those of Okabe and Ito, and of Tol, which people with any of the common
-kinds of colour blindness can tell apart as far as so many can be. Class 0, the ground, is grey. More classes begin anew,
-each time darker."""
+kinds of colour blindness can tell apart as far as so many can be. Class 0, the ground, is grey. More classes begin
+anew, each time darker."""
 UNLABELLED = "#ffffff"
 """Colour of pixels without a label that counts, or without a majority of votes."""
 _WIDEST = 256
 """Pixels of a side beyond which pictures leave out rows and columns."""
 _NAMED = 4
+_AIMED = 4
+"""Images that a pattern with a target is shown on."""
 _DARKER = 0.6
 
 
@@ -52,12 +56,12 @@ class Frame:
 
     image: Picture
     prediction: Picture
-    wrong: str
-    """Pixels that are wrong, of 100."""
+    count: str
+    """Pixels that are wrong, or that are taken for their target, of 100."""
 
 
 @dataclass(frozen=True)
-class Scene:
+class ShownScene:
     """A test image with its truth, and what the model sees in it without a pattern and under each."""
 
     image: Picture
@@ -78,7 +82,7 @@ class Scenes:
     """What each pattern does to all test images."""
     middle: int
     """The pattern that is shown first."""
-    scenes: list[Scene]
+    scenes: list[ShownScene]
     side: tuple[int, int]
     """Width and height of a picture of a pattern."""
     note: str
@@ -110,19 +114,76 @@ def build(folder: Folder, patterns: list[Pattern], scale: EpsFormat) -> list[Sce
     for point in result.universal:
         text = f"eps {scale.text(point.eps)}: wrong on {of_hundred(point.uer.value)} of 100 pixels"
         said.append(text + (f", mean IoU {percent(point.iou.mean.value)}" if point.iou else ""))
-    scenes = _scenes(tensors, tensors["curve"], tensors["curve_predictions"], result.material.classes)
-    height, width = result.material.shape[1:]
-    return [
+    classes, (height, width) = result.material.classes, result.material.shape[1:]
+    found = [
         Scenes(
             title="",
             patterns=patterns,
             said=said,
             middle=len(patterns) // 2,
-            scenes=scenes,
+            scenes=_scenes(tensors, tensors["curve"], tensors["curve_predictions"], classes),
             side=(width, height),
             note=_note(tensors, folder, scale),
         )
     ]
+    for one, delta in zip(result.targeted, folder.aimed, strict=True):
+        kind = one.target.partition(":")[0]
+        if kind not in tensors:
+            continue
+        moved, predictions = (tensors[f"{kind}_{what}"][None] for what in ("images", "predictions"))
+        found.append(
+            Scenes(
+                title=_aim(one),
+                patterns=[pattern(delta, one.eps, scale, folder.label, "")],
+                said=[_reached(one, scale)],
+                middle=0,
+                scenes=_scenes(tensors, moved, predictions, classes, tensors[kind])[:_AIMED],
+                side=(width, height),
+                note="",
+            )
+        )
+    return found
+
+
+def _aim(found: TargetedResult) -> str:
+    kind, _, name = found.target.partition(":")
+    return f"A pattern that hides the class {name}" if kind == "hide" else "A pattern that shows one chosen scene"
+
+
+def _reached(found: TargetedResult, scale: EpsFormat) -> str:
+    reached = found.reached
+    said = f"eps {scale.text(found.eps)}: "
+    if reached.hidden is None or reached.kept is None:
+        said += f"{of_hundred(reached.success.value)} of 100 pixels are taken for the target, {_clean(reached.clean)}"
+        chance = next((one for one in reached.controls if one.name == SHUFFLED), None)
+        return said + ("." if chance is None else f" and {of_hundred(chance.success.value)} for other scenes' maps.")
+    hidden, kept = of_hundred(reached.hidden.value), of_hundred(reached.kept.value)
+    return f"{said}{hidden} of 100 of its pixels are hidden, and {kept} of 100 others are kept."
+
+
+def _clean(rate: Rate) -> str:
+    return f"{of_hundred(rate.value)} without the pattern"
+
+
+def aims(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
+    """Build a table of the targets, with what is reached by the pattern, by controls and by chance."""
+    groups = []
+    for k, folder in enumerate(folders):
+        lines = []
+        for one in folder.result.targeted:
+            kind, _, name = one.target.partition(":")
+            title = f"to hide {name}" if kind == "hide" else f"to show scene {name}"
+            lines.append(Line(title, f"crafted, eps {scale.text(one.eps)}", _cells(one.reached)))
+            lines.append(Line("clean images", "", [rate_cell(one.reached.clean), NONE, NONE], minor=True))
+            lines += [
+                Line(control.name.replace("-", " "), "", _cells(control), minor=True)
+                for control in one.reached.controls
+            ]
+        if lines:
+            groups.append(Group(k, lines))
+    head = ["Pattern", "Pixels that show the target", "Hidden of the class", "Kept of all others"]
+    note = "The shuffled target map is the same pattern held against the target maps of other images: chance."
+    return Table("Patterns that aim at a target", head, groups, note) if groups else None
 
 
 def _scenes(
@@ -131,7 +192,7 @@ def _scenes(
     predictions: torch.Tensor,
     classes: Sequence[str],
     targets: torch.Tensor | None = None,
-) -> list[Scene]:
+) -> list[ShownScene]:
     """Draw every scene under every pattern: ``moved`` (E, K, C, H, W), ``predictions`` (E, K, H, W)."""
     labels = tensors["labels"].long()
 
@@ -144,17 +205,17 @@ def _scenes(
             Frame(
                 image=Picture(_shown(moved[e, k]), f"Test image {k + 1} with the pattern"),
                 prediction=mask(predictions[e, k], f"Prediction for image {k + 1} with the pattern"),
-                wrong=_wrong(predictions[e, k], label, len(classes)),
+                count=_of_pixels(predictions[e, k], label, len(classes), None if targets is None else targets[k]),
             )
             for e in range(len(moved))
         ]
         clean = tensors["predictions"][k]
         found.append(
-            Scene(
+            ShownScene(
                 image=Picture(_shown(tensors["images"][k]), f"Test image {k + 1}"),
                 truth=mask(label, f"Truth of image {k + 1}"),
                 prediction=mask(clean, f"Prediction for image {k + 1} without a pattern"),
-                wrong=_wrong(clean, label, len(classes)),
+                wrong=_of_pixels(clean, label, len(classes)),
                 target=None if targets is None else mask(targets[k], f"Target for image {k + 1}"),
                 frames=frames,
             )
@@ -171,8 +232,11 @@ def _share(predictions: torch.Tensor, labels: torch.Tensor, classes: int) -> flo
     return int(((predictions != labels) & valid).sum()) / max(1, int(valid.sum()))
 
 
-def _wrong(prediction: torch.Tensor, label: torch.Tensor, classes: int) -> str:
-    return of_hundred(_share(prediction, label, classes))
+def _of_pixels(prediction: torch.Tensor, label: torch.Tensor, classes: int, target: torch.Tensor | None = None) -> str:
+    """Say how many pixels of 100 are wrong, or with a target, are taken for it."""
+    if target is None:
+        return of_hundred(_share(prediction, label, classes))
+    return of_hundred(1 - _share(prediction, target, classes))
 
 
 def _note(tensors: Mapping[str, torch.Tensor], folder: Folder, scale: EpsFormat) -> str:
@@ -223,8 +287,12 @@ def _colour_of(value: int) -> str:
     return UNLABELLED if value < 0 else colour(value)
 
 
+def _cells(found: Reached) -> list[Cell]:
+    return [NONE if rate is None else rate_cell(rate) for rate in (found.success, found.hidden, found.kept)]
+
+
 def ious(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
-    """Build, for each model, the mean IoU and that of every class, on clean images and over all eps; None for images."""
+    """Build, for each model, the mean IoU and that of every class, clean and over all eps; None without label maps."""
     if folders[0].unit == "image":
         return None
     radii = sorted({point.eps for folder in folders for point in folder.result.universal})
@@ -235,7 +303,8 @@ def ious(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
         lines = [Line("mean IoU", "over the classes below", [_mean(found) for found in row])]
         lines += [
             Line(name, "", [_class(found, name) for found in row], minor=True)
-            for name in (folder.result.iou.classes if folder.result.iou else {})
+            for name in folder.result.material.classes
+            if folder.result.iou and name in folder.result.iou.classes
         ]
         groups.append(Group(k, lines))
     head = ["Class", "clean", *(f"eps {scale.text(eps)}" for eps in radii)]

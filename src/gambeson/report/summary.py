@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gambeson.auditing import lead_of
+from gambeson.auditing.display import worst_of
 from gambeson.evaluation import Rate
 from gambeson.report.formatting import EpsFormat, count, of_hundred
 from gambeson.report.loading import Folder
-from gambeson.report.tables import worst_attack
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,26 @@ def summary(folder: Folder, scale: EpsFormat) -> Summary:
         )
     if result.iou is not None and point.iou is not None:
         facts.append(
-            f"Averaged over classes, the overlap of prediction and truth (mean IoU) is {of_hundred(point.iou.mean.value)} "
-            f"of 100 with the pattern and {of_hundred(result.iou.mean.value)} without it."
+            "Averaged over classes, the overlap of prediction and truth (mean IoU) is "
+            f"{of_hundred(point.iou.mean.value)} of 100 with it and {of_hundred(result.iou.mean.value)} without."
         )
-    if (each := worst_attack(result.per_image)) is not None:
+    if (each := worst_of(result)) is not None:
         broken = of_hundred(each.accuracy.complement.value)
-        facts.append(f"Attacked with a pattern of its own for every image, it is wrong on {broken} of 100{'' if folder.unit == 'image' else ' pixels'}.")
+        units = "" if folder.unit == "image" else f" {folder.unit}s"
+        facts.append(f"Attacked with a pattern of its own for every image, it is wrong on {broken} of 100{units}.")
     trusted = folder.trusted
     outcome = _UNDECIDED if lead.outcome == "withstands" and not trusted else _OUTCOMES[lead.outcome]
+    if outcome.word == "withstands":
+        outcome = replace(outcome, word=f"withstands eps {scale.text(point.eps)}")
+        tried = (
+            1
+            + sum(one.draws for one in point.controls)
+            + sum(one.universal and one.eps == point.eps for one in result.transfer)
+        )
+        facts.append(
+            f"It withstood {count(tried, 'pattern')} of this strength: the one made for it, those that know nothing of "
+            "it, and those made for other models. Stronger ones, and longer searches, may do more."
+        )
     measured = Badge("measurement checked", "checked", "✓") if trusted else Badge("not trusted", "doubted", "!")
     return Summary(
         badges=[outcome, measured],
@@ -178,7 +191,7 @@ def _steps(folder: Folder, scale: EpsFormat) -> list[Step]:
     elif not failed:
         aim = "decide it" if outcome == "on the edge" else "try harder to break it"
         steps.append(_audit(folder, eps, f"To {aim}, attack longer and on more images:"))
-    each = worst_attack(result.per_image)
+    each = worst_of(result)
     if outcome == "withstands" and each is not None and each.accuracy.high < 1 - result.eps_uni.delta:
         text = "A pattern of its own for every image does break it. Train against that:"
         steps.append(_train(folder, "pgd-adversarial", eps, text))
@@ -197,6 +210,8 @@ def _audit(folder: Folder, eps: str, text: str) -> Step:
         return Step(text, 'gb.audit(model, data, suite="full", out="runs/full-audit")', python=True)
     budget = result.settings.get("budget")
     more = "" if budget is None else f" --budget {4 * budget}"
+    if own := result.settings.get("attacks"):
+        more += f" --set {shlex.quote(f'suite.attacks={json.dumps(list(own))}')}"
     return Step(
         text,
         f"gambeson audit {_source(folder, '')} --suite full --eps {eps}{more} --out {_beside(folder, 'full-audit')}",

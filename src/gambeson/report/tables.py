@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from gambeson.auditing.display import Attacked, worst_of
 from gambeson.auditing.results import PerImageResult, RandomnessResult, TransferredResult
 from gambeson.evaluation import Rate
 from gambeson.evaluation.attack_suite import AttackRound
@@ -79,7 +80,7 @@ def glance(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> Ta
     """Build one line for each model, whose verdict is not part of it."""
     clean = _leaders(folders, [folder.result.clean for folder in folders], highest=True)
     uer = _leaders(folders, [folder.at(eps).uer if eps is not None else None for folder in folders])
-    worst = [worst_attack(folder.result.per_image) for folder in folders]
+    worst = [worst_of(folder.result) for folder in folders]
     alike = len({(a.attack, a.eps, a.accuracy.n) if a else None for a in worst}) == 1
     held = _leaders(folders, [a.accuracy if a and alike else None for a in worst], highest=True)
     sizes = [(folder.result.eps_uni.censored, folder.result.eps_uni.value) for folder in folders]
@@ -102,10 +103,15 @@ def glance(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> Ta
             _attacked(worst[k], scale, held[k], result.material.test),
             Cell(main, tuple(notes), best),
         ]
+        if point.iou is not None and result.iou is not None:
+            mean, clean_mean = point.iou.mean, result.iou.mean
+            cells.insert(2, Cell(percent(mean.value), (interval(mean), f"clean {percent(clean_mean.value)}")))
         lines.append(Line(folder.label, result.subject.name, cells))
     uer_head = "UER at its middle eps" if eps is None else f"UER at eps {scale.text(eps)}"
     smallest = f"eps_uni({folders[0].result.eps_uni.delta:g})" if alike_delta else "eps_uni"
     head = ["Model", "Clean accuracy", uer_head, "Accuracy, attacked image by image", smallest]
+    if folders[0].result.iou is not None:
+        head.insert(3, "Mean IoU there")
     return Table("At a glance", head, [Group(None, lines)])
 
 
@@ -151,15 +157,7 @@ def _control(control: Control) -> Cell:
     return Cell(percent(control.mean), (f"worst {percent(control.worst.value)}", interval(control.worst)))
 
 
-def worst_attack(found: Sequence[PerImageResult]) -> PerImageResult | None:
-    """Return the per-image attack that leaves least right, with the interval of the lowest of so many."""
-    if not found:
-        return None
-    lowest = Rate.lowest(one.accuracy for one in found)
-    return min(found, key=lambda one: one.accuracy.value).model_copy(update={"accuracy": lowest})
-
-
-def _attacked(found: PerImageResult | None, scale: EpsFormat, best: bool, tests: int) -> Cell:
+def _attacked(found: Attacked | None, scale: EpsFormat, best: bool, tests: int) -> Cell:
     if found is None:
         return Cell(NONE.main, ("not measured",))
     name = "the attack suite" if found.attack == "standard" else found.attack
@@ -204,6 +202,9 @@ def _per_image(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
         for attack in _keys(rounds):
             cells = [_round(turns.get(attack), a) for turns, a in zip(rounds, found, strict=True)]
             lines.append(Line(f"after {attack}", "", cells, minor=True))
+        if any(a and a.maps for a in found):
+            cells = [NONE if a is None or a.maps is None else rate_cell(a.maps.mean_iou) for a in found]
+            lines.append(Line("mean IoU", "at its own worst case", cells, minor=True))
     has_suites = any(a.rounds for column in columns for a in column.values())
     note = "In a suite each attack takes on only the images that the ones before it left right." if has_suites else ""
     return _table(folders, "Accuracy when every image gets a perturbation of its own", "Attack", lines, note)

@@ -48,6 +48,11 @@ class Visit(Config):
     """Test images for per-image attacks."""
     pgd_steps: int = 20
     bench_batches: tuple[int, ...] = (512, 128)
+    segmented: tuple[str, ...] = ("torchvision:deeplabv3_resnet50", "torchvision:fcn_resnet50")
+    """Networks of the segmentation benchmark."""
+    segmented_side: int = 512
+    segmented_batch: int = 8
+    segmented_steps: int = 10
     rounds: int = 5
     matrix: int = 8192
     """Side of the matrices whose product is timed."""
@@ -87,6 +92,10 @@ def tiny(device: str) -> Visit:
         pgd_images=32,
         pgd_steps=2,
         bench_batches=(4,),
+        segmented=("unet-smallx0.5",),
+        segmented_side=16,
+        segmented_batch=2,
+        segmented_steps=2,
         rounds=3,
         matrix=64,
         copied=2**16,

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from gambeson import models
@@ -16,6 +15,7 @@ from gambeson.base import seeded
 from gambeson.studies.bench import BenchResult, BenchSettings, _Operations, bench_attacks, bench_training
 from gambeson.studies.visit import Notebook, Peak, Visit, dataset, pace, seconds_of, wait
 from gambeson.studies.visit_training import defenses, recipe
+from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.training.batches import Epoch
 from gambeson.training.loop import Run
 from gambeson.victim import FastPath, Victim
@@ -79,7 +79,7 @@ def _universal(visit: Visit, book: Notebook) -> None:
     """Time universal crafting on a network with random weights, which does not affect the time."""
     data = dataset(visit)
     model, x, y = _network(visit)
-    forward, backward = _work(model, x, y)
+    forward, backward = count_operations(model, x, y)
     small = {"probe_start_steps": 2, "steps": 2} if not visit.low else {}
     restarts = {"probe_starts": 0, "steps": visit.uap_steps, "batch_size": visit.uap_batch, "restarts": 2}
     for name, settings in (("default", small), ("two restarts", restarts)):
@@ -163,7 +163,7 @@ def _timed_copies(visit: Visit, book: Notebook, batch_size: int, copies: Mapping
     """Time PGD-10; the first call is apart, because it folds, compiles and captures."""
     model, x, y = _network(visit)
     x, y = x[:batch_size], y[:batch_size]
-    forward, backward = _work(model, x, y)
+    forward, backward = count_operations(model, x, y)
     attack = PGD(eps=visit.eps, steps=10, early_stop=False)
     for kind, fast in copies.items():
         with Victim(model, fast=fast or False) as victim, Peak() as peak:
@@ -186,12 +186,14 @@ def _timed_copies(visit: Visit, book: Notebook, batch_size: int, copies: Mapping
         )
 
 
-def _work(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+def count_operations(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, task: Task = CLASSIFICATION
+) -> tuple[float, float]:
     """Operations of a forward of one image, and of the backward to it, counted."""
     with Victim(model) as victim, torch.enable_grad():
         point = x.clone().requires_grad_()
         with _Operations() as forward:
-            loss = F.cross_entropy(victim(point), y)
+            loss = task.cross_entropy(victim(point), y).sum()
         with _Operations() as backward:
             victim.gradient(loss, point, len(x))
     return forward.total / len(x), backward.total / len(x)

@@ -10,13 +10,14 @@ from typing import Any
 from gambeson.base import pick_device
 from gambeson.studies.visit import Notebook, Visit, measure_machine, read_lines, tiny
 from gambeson.studies.visit_bench import run_benchmarks
+from gambeson.studies.visit_segmentation import run_segmentation
 from gambeson.studies.visit_training import run_trainings
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run parts of a visit from the command line."""
     parser = argparse.ArgumentParser(prog="gpu visit", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("part", choices=("machine", "bench", "training", "table"))
+    parser.add_argument("part", choices=("machine", "bench", "segmentation", "training", "table"))
     parser.add_argument("--out", type=Path, required=True, help="the file of JSON lines")
     parser.add_argument("--seconds", type=float, default=600.0, help="when to be done")
     parser.add_argument("--device", default="auto")
@@ -38,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         return int(not book.attempt("machine", lambda: measure_machine(visit, book)))
     if given.part == "bench":
         run_benchmarks(visit, book)
+        return 0
+    if given.part == "segmentation":
+        run_segmentation(visit, book)
         return 0
     done = [line for file in given.done for line in read_lines(file)]
     run_trainings(visit, book, done, [name for name in given.only.split(",") if name])
@@ -65,6 +69,11 @@ def print_table(lines: list[dict[str, Any]]) -> None:
             print(
                 f"PGD-10, {line['batch_size']} images, {line['copy']}: {1e3 * line['seconds']:.1f} ms, first "
                 f"{line['first_seconds']:.1f} s, {line['peak_gib']} GiB  {_shares(line)} ({line['notes']})"
+            )
+        elif kind == "segmentation":
+            print(
+                f"{line['model']} {line['side']} px, {line['precision']}, {line['name']}: "
+                f"{line['images_a_second']:.0f} images/s, {line['peak_gib']} GiB  {_shares(line)} ({line['notes']})"
             )
         elif kind == "profile":
             print(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 
-from gambeson.base import UserError
-from gambeson.base.notebook import frame
+from gambeson.base import UserError, notebook
 from gambeson.tasks.rate import Difference, Rate, resampled
 
 Metric = Literal["accuracy", "mean_iou", "mean_accuracy"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Confusion:
     """Diagonal and margins of the confusion matrix of each image: all that accuracy and IoU depend on.
 
@@ -35,31 +34,32 @@ class Confusion:
     classes: tuple[str, ...]
     """Names of the K classes."""
 
-    @property
+    @cached_property
     def accuracy(self) -> Rate:
         """Share of all units that are right: pixel accuracy."""
         right, truth, _ = self.counts.sum(2).unbind(1)
         return Rate.bootstrap(right, truth)
 
-    @property
+    @cached_property
     def mean_iou(self) -> Rate:
         """Mean over classes of their intersection over union; at most :attr:`mean_accuracy`."""
         return self._rate("mean_iou")
 
-    @property
+    @cached_property
     def mean_accuracy(self) -> Rate:
         """Mean over classes of the share of their units that are right."""
         return self._rate("mean_accuracy")
 
-    @property
+    @cached_property
     def iou(self) -> dict[str, Rate]:
         """Intersection over union of each class that occurs among the labels, by its name.
 
         ``n`` counts images with the class in their labels or predictions.
         """
-        right, truth, predicted = self.counts.unbind(1)
-        union = truth + predicted - right
-        return {self.classes[k]: Rate.bootstrap(right[:, k], union[:, k]) for k in self._present}
+        present = self.counts[:, 1].sum(0).nonzero().flatten()
+        right, truth, predicted = self.counts[:, :, present].unbind(1)
+        rates = Rate.bootstraps(right, truth + predicted - right)
+        return {self.classes[k]: rate for k, rate in zip(present.tolist(), rates, strict=True)}
 
     def drop(self, other: Confusion, metric: Metric = "mean_iou") -> Difference:
         """How much lower a metric is in ``other``, of the same images: clean minus perturbed.
@@ -83,19 +83,33 @@ class Confusion:
         """Return the metric for each row of counts summed over images, (B, 3 K) float64."""
         return _METRICS[metric](*sums.unflatten(1, (3, len(self.classes))).unbind(1))
 
+    def rates(self) -> dict[str, Rate]:
+        """Return every rate by its name."""
+        means = {"pixel accuracy": self.accuracy, "mean accuracy": self.mean_accuracy, "mean IoU": self.mean_iou}
+        return means | {f"IoU of {name}": rate for name, rate in self.iou.items()}
+
     def to_frame(self) -> Any:
-        """Return a ``pandas.DataFrame`` with one row per class that occurs, and the metrics of all.
+        """Return a ``pandas.DataFrame`` with one row per rate.
 
         Raises:
             UserError: pandas is not installed.
         """
-        rates = {f"IoU of {name}": rate for name, rate in self.iou.items()}
-        rates |= {"mean IoU": self.mean_iou, "mean accuracy": self.mean_accuracy, "pixel accuracy": self.accuracy}
-        return frame([{"metric": name, **rate.plain()} for name, rate in rates.items()])
+        return notebook.frame([{"metric": name, **rate.plain()} for name, rate in self.rates().items()])
+
+    def plot(self) -> Any:
+        """Return a ``plotly`` figure with the IoU of each class and its interval."""
+        lines = {"IoU": (list(self.iou), list(self.iou.values()))}
+        return notebook.curves(lines, f"Mean IoU {self.mean_iou}", "class", "IoU (%)").update_traces(mode="markers")
+
+    def __repr__(self) -> str:
+        return notebook.text_table(*self._lines)
+
+    def _repr_html_(self) -> str:
+        return notebook.html_table(*self._lines)
 
     @property
-    def _present(self) -> list[int]:
-        return self.counts[:, 1].sum(0).nonzero().flatten().tolist()
+    def _lines(self) -> tuple[str, dict[str, str]]:
+        return f"{len(self.counts):,} images", {name: str(rate) for name, rate in self.rates().items()}
 
     def _rate(self, metric: Metric) -> Rate:
         units = self.counts[:, 1].sum(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -138,16 +139,18 @@ def find_ignored(values: torch.Tensor) -> int | None:
 
 MOST_CLASSES = 10**6
 """Labels above are identifiers, not class indices."""
+_STEP = 10
+"""Labels that are multiples of so large a number may be no class indices (ours)."""
 MASK = [0, 255]
 """The values of a binary mask in an image file."""
 
 
 def is_mask(values: torch.Tensor) -> bool:
-    """Tell whether the distinct ``values`` of label maps are those of a binary mask; warn of how it is read."""
+    """Tell whether the distinct ``values`` of labels are those of a binary mask; warn of how it is read."""
     if values.tolist() != MASK:
         return False
     warnings.warn(
-        "the label maps hold 0 and 255 only: 255 is read as class 1, a foreground; if it marks pixels without a label, "
+        "the labels are 0 and 255 only: 255 is read as class 1, a foreground; if it marks what has no label, "
         "give gb.data.Split(..., ignore_index=255)",
         DataWarning,
         stacklevel=2,
@@ -173,6 +176,13 @@ def class_names(values: torch.Tensor, ignore_index: int | None) -> tuple[str, ..
         warnings.warn(
             f"labels run from 1 to {highest}: they are read as classes 1 to {highest}, and class 0 has no image; if "
             "they start at 1, pass labels - 1",
+            DataWarning,
+            stacklevel=2,
+        )
+    elif (step := math.gcd(*present)) >= _STEP:
+        warnings.warn(
+            f"all labels are multiples of {step}: they make {highest + 1} classes, of which {len(present)} have "
+            f"images; if they are levels of grey rather than class indices, pass labels // {step}",
             DataWarning,
             stacklevel=2,
         )

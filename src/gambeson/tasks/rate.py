@@ -84,17 +84,37 @@ class Rate(Config):
                 f"hits are {hits.dtype} {tuple(hits.shape)} and totals {totals.dtype} {tuple(totals.shape)}: expected "
                 "integers (N,) of both, one per image"
             )
-        rows = torch.stack([hits, totals], 1).to("cpu", torch.int64)
-        if bool((rows[:, 0] < 0).any()) or bool((rows[:, 0] > rows[:, 1]).any()):
+        return cls.bootstraps(hits[:, None], totals[:, None], seed=seed)[0]
+
+    @classmethod
+    def bootstraps(cls, hits: torch.Tensor, totals: torch.Tensor, *, seed: int = 0) -> list[Rate]:
+        """Build several rates on the same samples of the images, such as one per class; see :meth:`bootstrap`.
+
+        Args:
+            hits: (N, K) integers.
+            totals: (N, K) integers; a sample without an answer says nothing of a rate.
+            seed: of the resamples.
+        """
+        hits, totals = (counts.to("cpu", torch.int64) for counts in (hits, totals))
+        if bool((hits < 0).any()) or bool((hits > totals).any()):
             raise UserError("an image has more hits than answers, or fewer than none: expected 0 <= hits <= totals")
-        rows = rows[rows[:, 1] > 0]
-        hit, total = (int(column) for column in rows.sum(0))
-        if total == len(rows):
-            return cls.of(hit, total)
-        if 2 * hit > total:  # so that accuracy and error, which have one standard error, have the same samples
-            rows[:, 0] = rows[:, 1] - rows[:, 0]
-        shares = torch.cat([sums[:, 0] / sums[:, 1] for sums in resampled(rows, seed)])
-        return cls.from_error(hit / total, shares, len(rows), total)
+        some = totals.any(1)
+        hits, totals = hits[some], totals[some]
+        hit, total, images = hits.sum(0), totals.sum(0), (totals > 0).sum(0)
+        if torch.equal(total, images):
+            return [cls.of(*counts) for counts in zip(hit.tolist(), total.tolist(), strict=True)]
+        # Accuracy and error have one standard error: they are to have the same samples, too.
+        rows = torch.cat([torch.where(2 * hit > total, totals - hits, hits), totals], 1)
+        right, answered = torch.cat(list(resampled(rows, seed))).chunk(2, 1)
+        shares = right / answered
+        return [
+            cls.of(int(hit[k]), int(total[k]))
+            if total[k] == images[k]
+            else cls.from_error(
+                int(hit[k]) / int(total[k]), shares[answered[:, k] > 0, k], int(images[k]), int(total[k])
+            )
+            for k in range(len(hit))
+        ]
 
     @classmethod
     def from_error(cls, value: float, draws: torch.Tensor, n: int, answers: int) -> Rate:

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 History = list[dict[str, float]]
-"""One entry per epoch: each term of the objective, the learning rate, the accuracy on the validation split."""
+"""One entry per epoch: each term of the objective, the learning rate, and the accuracy on the validation split; of
+label maps also the mean IoU."""
 
 
 def train(
@@ -152,7 +153,7 @@ class Run:
                 self.history.append({"epoch": epoch, **means, **self._validate(epoch)})
                 self.seconds.append(time.perf_counter() - began)
                 self._checkpoint()
-        warn_at_chance(self.history[-1]["validation_accuracy"], self.data.validation)
+        warn_at_chance(self.history[-1], self.data.validation)
         self.model.load_state_dict(self._chosen())
         if self.out is not None and isinstance(self.model, PixelModel) and self.accelerator.is_main_process:
             save_model(self.model, self.out / "model.safetensors", {"epochs": self.recipe.epochs})

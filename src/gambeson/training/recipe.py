@@ -47,19 +47,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         "milestones": (150, 250),
         "augment": "crop-flip",
     },
+    "segmentation": {
+        "epochs": 30,
+        "batch_size": 32,
+        "optimizer": "adam",
+        "lr": 0.004,
+        "weight_decay": 0.0,
+        "warmup": 1.0,
+        "augment": "crop-flip",
+    },
 }
-"""Recipes of the papers, for ``Recipe(preset=NAME)``; omitted fields have our defaults.
+"""Recipes of the papers and one for label maps, for ``Recipe(preset=NAME)``; omitted fields have our defaults.
 
 ``shared-adversarial``: Mummadi et al. 2019 on CIFAR-10, with a learning rate for pretrained weights (augmentation
 ours). ``ensemble-adversarial-mnist``: the released code of Tramèr et al. 2018. ``ensemble-adversarial-imagenet``: that
 paper's ens3 and ens4 on ImageNet, 50 machines of 16 images; the weights of Kurakin et al. 2017, whose recipe it
 follows, are settings of the defence: ``EnsembleAdversarial(weight=0.3, random_eps=True, mixing="half",
-attack="step-ll")``. ``learn2perturb``: the released script of Jeddi et al. 2020.
+attack="step-ll")``. ``learn2perturb``: the released script of Jeddi et al. 2020. ``segmentation`` (ours): a small
+network trained from scratch on some thousands of label maps; the default of ``gambeson train`` for them.
 """
 
 
 class Recipe(Config):
-    """An optimiser and a schedule. The defaults are ours unless a preset of a paper sets them.
+    """An optimiser and a schedule. The defaults are ours unless a preset sets them.
 
     ``Recipe(preset=NAME)`` starts from one of :data:`PRESETS`; fields given with it override the preset's. The object,
     and hence ``run.yaml``, stores the fields, not the name.
@@ -101,9 +111,9 @@ class Recipe(Config):
     """Use the channels-last memory layout: the same network with different rounding, often faster with many
     channels."""
     select: Literal["last", "best", "best-universal", "best-pgd"] = "last"
-    """The epoch whose weights are kept. On validation, ``best`` has the lowest clean error,
-    ``best-universal`` the lowest universal evasion rate, ``best-pgd`` the highest accuracy under PGD; the latter two
-    among the epochs measured by ``robust_every``."""
+    """The epoch whose weights are kept. On validation, ``best`` has the lowest clean error (of label maps the highest
+    mean IoU), ``best-universal`` the lowest universal evasion rate, ``best-pgd`` the highest accuracy under PGD; the
+    latter two among the epochs measured by ``robust_every``."""
     robust_every: Annotated[int, Field(ge=0)] = 0
     """Run short attacks on validation after every so many epochs, and after the last; 0: never."""
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None

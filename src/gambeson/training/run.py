@@ -150,7 +150,7 @@ def run_training(run: TrainRun, out: Path, dataset: data.Dataset | None = None) 
         UserError: the folder holds another run, or a name is unknown.
     """
     begun = check_run(out, run) is not None
-    dataset = data.load(run.data, input_shape=input_shape(run.model)) if dataset is None else dataset
+    dataset = data.load(run.data, input_shape=input_shape(run.model, run.data)) if dataset is None else dataset
     if not begun:
         _built(run, dataset)
     model = _model(run, dataset)
@@ -185,7 +185,7 @@ def plan_training(run: TrainRun, dataset: data.Dataset | None = None, out: Path 
     """
     if out is not None:
         check_run(out, run)
-    dataset = data.load(run.data, input_shape=input_shape(run.model)) if dataset is None else dataset
+    dataset = data.load(run.data, input_shape=input_shape(run.model, run.data)) if dataset is None else dataset
     return plan(*_built(run, dataset), run.recipe, run.seed)
 
 

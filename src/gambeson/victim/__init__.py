@@ -19,6 +19,7 @@ from gambeson.victim.scoring import (
     votes_of,
     votes_right,
 )
+from gambeson.victim.temperature import Temperature, calibrating, rescaled
 from gambeson.victim.victim import BatchNormMode, FastPath, Precision, Victim, copied, frozen
 
 __all__ = [
@@ -35,9 +36,11 @@ __all__ = [
     "Precision",
     "Score",
     "Source",
+    "Temperature",
     "Victim",
     "as_victim",
     "auto_batch_size",
+    "calibrating",
     "copied",
     "fold_batchnorms",
     "frozen",
@@ -47,6 +50,7 @@ __all__ = [
     "predict",
     "predict_batches",
     "predicted",
+    "rescaled",
     "score",
     "score_batches",
     "vote",

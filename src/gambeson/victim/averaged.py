@@ -41,7 +41,7 @@ class AveragedVictim(Victim):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits of the average, (N, K) or (N, K, H, W)."""
-        return self.combine(self.each(images))
+        return self._scaled(self.combine(self.each(images)))
 
 
 class ModelAverage(AveragedVictim):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -46,9 +46,8 @@ class FoldedModel:
         self.graphs = Graphs()
         self._places: tuple[int, ...] = ()
         self.pairs = _pairs(model, example)
-        self._signature = signature(model)
-        kept = (value for module in model.modules() for value in vars(module).values())
-        self._kept = [value for value in kept if isinstance(value, torch.Tensor)]  # no other may get the id of one
+        self._kept = _attributes(model)  # no other may get the id of one
+        self._signature = signature(model), checksum(self._kept)
         plain = copy.deepcopy(model).requires_grad_(False)
         self.view = plain if not self.pairs else copy.deepcopy(plain)
         self.layout = torch.contiguous_format
@@ -78,7 +77,7 @@ class FoldedModel:
 
     def fits(self, model: nn.Module) -> bool:
         """Whether the model still has the structure that the copy was made from; values may differ."""
-        return signature(model) == self._signature
+        return (signature(model), checksum(_attributes(model))) == self._signature
 
     def keep_graphs(self) -> None:
         """Drop graphs that were captured with other tensors than the copy now has."""
@@ -190,6 +189,20 @@ def _agree(
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Parameters and buffers by name, also those that are not saved."""
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+def _attributes(model: nn.Module) -> list[torch.Tensor]:
+    """Tensors that are plain attributes of modules, which no copy of parameters and buffers brings along."""
+    values = (value for module in model.modules() for value in vars(module).values())
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+@torch.no_grad()
+def checksum(tensors: Iterable[torch.Tensor]) -> Hashable:
+    """The norm of every tensor of floats: it tells a change through ``.data``, of which ``_version`` knows nothing."""
+    floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.layout == torch.strided]
+    norms = torch._foreach_norm(floats) if floats else ()
+    return tuple(float(norm) for norm in torch.stack([norm.double().cpu() for norm in norms])) if norms else ()
 
 
 def signature(model: nn.Module) -> Hashable:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from gambeson.base import UserError, full_precision, seeded
-from gambeson.data import Split
+from gambeson.base.checks import as_images
+from gambeson.data import Split, as_split
 from gambeson.tasks import CLASSIFICATION, Counts, Rate, Task
 from gambeson.threat import perturb
 from gambeson.victim.victim import Victim
@@ -88,13 +89,21 @@ def votes_of(victim: Victim, images: torch.Tensor) -> int:
     return victim.votes
 
 
-def predict(victim: Victim, split: Split, delta: torch.Tensor | None = None, *, seed: int = 0) -> torch.Tensor:
+def predict(victim: Victim, data: object, delta: torch.Tensor | None = None, *, seed: int = 0) -> torch.Tensor:
     """Predict every image of a split, clean or under one universal perturbation; see :func:`predict_batches`.
+
+    Args:
+        victim: the model, inside its context; see :func:`votes_of` for how many votes an image has.
+        data: a split, an (images, labels) pair, or a data set, of which the test split is used.
+        delta: (1, C, H, W), or None for clean images.
+        seed: of the votes.
 
     Returns:
         Class indices (N,) or (N, H, W), on the CPU; :data:`ABSTAIN` without a majority.
     """
-    return torch.cat(predict_batches(victim, split, lambda predictions, _: predictions.cpu(), delta, seed=seed))
+    return torch.cat(
+        predict_batches(victim, as_split(data), lambda predictions, _: predictions.cpu(), delta, seed=seed)
+    )
 
 
 ReducedT = TypeVar("ReducedT")
@@ -142,7 +151,7 @@ def predict_batches(
 
 
 @torch.no_grad()
-def vote(victim: Victim, images: torch.Tensor) -> torch.Tensor:
+def vote(victim: Victim, images: Any) -> torch.Tensor:
     """Return the majority class of each image (N,), or of each pixel (N, H, W).
 
     Voting on an image ends when the remaining votes could not change the majority. If all images of a forward share one
@@ -150,7 +159,7 @@ def vote(victim: Victim, images: torch.Tensor) -> torch.Tensor:
 
     Args:
         victim: the model, inside its context; see :func:`votes_of` for how many votes an image has.
-        images: (N, C, H, W).
+        images: (N, C, H, W), a tensor or an array, of bytes or of floats in [0, 1].
 
     Returns:
         Class indices; :data:`ABSTAIN` without a majority.
@@ -158,6 +167,9 @@ def vote(victim: Victim, images: torch.Tensor) -> torch.Tensor:
     Raises:
         UserError: some logits are not finite.
     """
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        images = as_images(images)
+        images = (images / 255 if images.dtype == torch.uint8 else images).float().to(victim.device)
     votes = votes_of(victim, images)
     if _shared(victim, images, votes):
         return torch.cat([vote(victim, part) for part in images.split(_SHARING)])

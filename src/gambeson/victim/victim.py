@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gambeson.base import Config, UserError, autograd_limits, default_dtype, seeded
 from gambeson.models.outputs import at_image_size
-from gambeson.victim.bn_folding import FoldedModel, fold_batchnorms, signature
+from gambeson.victim.bn_folding import FoldedModel, checksum, fold_batchnorms, signature
 from gambeson.victim.graphs import Job, has_graphs
 from gambeson.victim.inspect import ModelTraits, NoGradientError, dtype_of, explained, inspect_model, logits_of
 
@@ -119,6 +119,7 @@ class Victim:
         allow_no_graph: the gradient of a model without a graph is zero, as audits want it, which report that; otherwise
             it is refused.
         temperature: what the logits that attacks see are divided by; 1 leaves them as they are. It changes no answer.
+            None: 1, unless an attack chooses (:data:`gambeson.victim.Temperature`).
     """
 
     members: Sequence[Victim] = ()
@@ -134,7 +135,7 @@ class Victim:
         self.traits: ModelTraits | None = None
         self.votes: int | None = None
         self.allow_no_graph = False
-        self.temperature = 1.0
+        self.temperature: float | None = None
         self._default = torch.get_default_dtype()
         self._guard = ExitStack()
         self._seen_input = False
@@ -200,7 +201,10 @@ class Victim:
                 self.forwards += len(images)
                 logits = self._logits(self._view, images.contiguous(memory_format=self._layout))
             logits = logits.to(images.dtype)
-        return logits if self.temperature == 1 else logits / self.temperature
+        return self._scaled(logits)
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.temperature is None or self.temperature == 1 else logits / self.temperature
 
     def _prepare(self, images: torch.Tensor) -> None:
         """Make the fast copy, once."""
@@ -373,7 +377,7 @@ def _traits(model: nn.Module, images: torch.Tensor) -> ModelTraits:
         return inspect_model(model, images)
     versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
     modes = tuple(module.training for module in model.modules())
-    state = (signature(model), modes, versions, images.shape[1:], images.dtype)
+    state = (signature(model), modes, versions, checksum(tensors), images.shape[1:], images.dtype)
     known = _inspected.get(model)
     if known is None or known[0] != state:
         _inspected[model] = known = state, inspect_model(model, images)

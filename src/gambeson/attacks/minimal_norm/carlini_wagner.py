@@ -10,7 +10,7 @@ from pydantic import Field
 from gambeson.attacks.losses import margin
 from gambeson.attacks.minimal_norm.base import MinimalNorm, refuse_non_finite
 from gambeson.attacks.registry import register
-from gambeson.attacks.solver import Adam
+from gambeson.attacks.solver import Adam, warn_of_zero_gradient
 from gambeson.base import Number
 from gambeson.tasks import CLASSIFICATION
 from gambeson.victim import Victim
@@ -96,7 +96,10 @@ class CarliniWagner(MinimalNorm):
                 length = (moved - images).square().flatten(1).sum(1)
                 short = (self.kappa - self._gain(logits, labels)).clamp(min=0)
                 objective = length + c[going] * short
+                still = None if step else torch.autograd.grad(length.sum(), point, retain_graph=True)[0]
                 gradient = victim.gradient(objective.sum(), point, len(going))
+            if still is not None and torch.equal(gradient, still):
+                warn_of_zero_gradient()
             refuse_non_finite(gradient.sum(), objective.sum(), step=step + 1)
             success, moved, length = self._success(logits.detach(), labels), moved.detach(), length.detach()
             better = success & (length < shortest[going])

@@ -14,13 +14,13 @@ from pydantic import Field
 from gambeson.attacks.registry import ATTACKS
 from gambeson.attacks.universal.context import CraftingContext, passes, splits_of
 from gambeson.attacks.universal.perturbation import Provenance, Status, UniversalPerturbation
-from gambeson.attacks.universal.target import OMEGA, Target
+from gambeson.attacks.universal.target import OMEGA, Target, from_predictions
 from gambeson.base import Config, UserError, seeded
 from gambeson.base.errors import DataWarning
 from gambeson.data import held_out
 from gambeson.models import fingerprint
 from gambeson.threat import Ball, Eps, Norm
-from gambeson.victim import Source, Victim, as_victim
+from gambeson.victim import Source, Victim, as_victim, rescaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,10 @@ class UniversalAttack(Config):
     @contextmanager
     def _crafting(self, model: Source, data: object, seed: int) -> Iterator[CraftingContext]:
         with as_victim(model, fast=True, gradients=type(self).__name__ if self.gradients else None) as victim:
-            yield self._prepare([victim] if victim is model else list(victim.members) or [victim], data, seed)
+            context = self._prepare([victim] if victim is model else list(victim.members) or [victim], data, seed)
+            to = getattr(self, "temperature", None)  # None: no loss of the logits
+            with rescaled([] if to is None else context.victims, to or 1.0, context.validation, seed):
+                yield context
 
     def _prepare(self, victims: list[Victim], data: object, seed: int) -> CraftingContext:
         before = passes(victims)
@@ -137,7 +140,7 @@ class UniversalAttack(Config):
                 f"tile = {tile[0]}x{tile[1]} is larger than the images of {train.shape[1]}x{train.shape[2]} pixels: "
                 "expected no larger tile"
             )
-        target, predicted = getattr(self, "target", None), settings.get("labels") == "prediction"
+        target, predicted = getattr(self, "target", None), from_predictions(settings)
         context = CraftingContext(
             victims=victims,
             train=train.to(victims[0].device),
@@ -211,6 +214,7 @@ class UniversalAttack(Config):
             status=status,
             forwards=forwards,
             backwards=backwards,
+            temperature=tuple(victim.temperature or 1.0 for victim in context.victims),
             source_class=source_class,
             target_hash=None if context.target is None else context.target.hash,
             left_out=context.left_out,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from typing import Annotated, ClassVar
 
@@ -11,12 +12,13 @@ from pydantic import Field
 
 from gambeson.attacks.losses import Loss
 from gambeson.attacks.registry import register
-from gambeson.attacks.solver import Adam, ProjectedGradient, input_gradient
+from gambeson.attacks.solver import Adam, ProjectedGradient, require_finite
 from gambeson.attacks.universal.base import Candidate, UniversalAttack
 from gambeson.attacks.universal.context import CraftingContext
 from gambeson.attacks.universal.target import OMEGA, LabelSource, TargetSetting
 from gambeson.base import Number
 from gambeson.threat import BoxGradient
+from gambeson.victim import Temperature
 
 
 class RivalLogit(Loss):
@@ -63,6 +65,8 @@ class DFUAP(UniversalAttack):
     """Where a class is to be hidden: weight of its pixels; all others have 1 - omega (Metzen et al. 2017)."""
     labels: LabelSource = "prediction"
     """See :data:`gambeson.attacks.universal.target.LabelSource`."""
+    temperature: Temperature = "auto"
+    """See :data:`gambeson.victim.Temperature`."""
     clip: bool = True
     """Clip x + delta to [0, 1] while crafting; the public code does not. Rates are always computed with clipping."""
     box_gradient: BoxGradient = "straight-through"
@@ -100,5 +104,7 @@ def _unclipped(
 ) -> torch.Tensor:
     with torch.enable_grad():
         point = delta.detach().requires_grad_()
-        _, values = solver.forward(images + point, targets, weights=weights)
-        return input_gradient(solver.victim, values.sum(), point, len(images))
+        logits, values = solver.forward(images + point, targets, weights=weights)
+        gradient = solver.victim.gradient(values.sum(), point, len(images))
+    require_finite([gradient.sum()], done=partial(solver.done, logits.detach(), targets))
+    return gradient

@@ -42,6 +42,8 @@ class Provenance(Config):
     """See :data:`Status`."""
     forwards: int
     backwards: int
+    temperature: tuple[float, ...] = (1.0,)
+    """What each model's logits were divided by while crafting; see :data:`gambeson.victim.Temperature`."""
     source_class: int | None = None
     """The true class it is for, if crafted class-wise."""
     target_hash: str | None = None

@@ -14,6 +14,7 @@ from gambeson.attacks.registry import register
 from gambeson.attacks.universal.base import Candidate, UniversalAttack
 from gambeson.attacks.universal.bayesian import first_points, latin_hypercube, propose
 from gambeson.attacks.universal.context import CraftingContext
+from gambeson.attacks.universal.target import TargetSetting
 from gambeson.base import Number, derive, generator
 
 LATTICE = 256
@@ -223,8 +224,9 @@ class ProceduralAttack(UniversalAttack):
     """Standard deviation of a variation as a share of the box; it halves over the search."""
     finalists: Annotated[int, Field(ge=1)] = 5
     """Best patterns on the training images, among which validation selects."""
-    target: Annotated[int, Field(ge=0)] | None = None
-    """Class that every image should be taken for; None: any wrong class."""
+    target: TargetSetting = None
+    """What should be predicted, such as a class for every image (:class:`gambeson.attacks.Target`); None: anything
+    wrong."""
 
     def bounds(self, size: tuple[int, int]) -> Bounds:
         """Return the box of the parameters for images of ``size`` (H, W)."""

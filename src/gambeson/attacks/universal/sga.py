@@ -17,6 +17,7 @@ from gambeson.attacks.universal.context import CraftingContext
 from gambeson.attacks.universal.target import OMEGA, TAU, LabelSource, TargetSetting
 from gambeson.base import Number, generator
 from gambeson.threat import BoxGradient
+from gambeson.victim import Temperature
 
 
 class CleanLogit(Loss):
@@ -67,6 +68,8 @@ class SGA(UniversalAttack):
     """Where a class is to be hidden: weight of its pixels; all others have 1 - omega (Metzen et al. 2017)."""
     labels: LabelSource = "prediction"
     """See :data:`gambeson.attacks.universal.target.LabelSource`."""
+    temperature: Temperature = "auto"
+    """See :data:`gambeson.victim.Temperature`."""
     box_gradient: BoxGradient = "straight-through"
     """See :data:`gambeson.threat.BoxGradient`; ``exact`` is the paper's."""
 

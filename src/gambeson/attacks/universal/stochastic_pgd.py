@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -21,7 +22,7 @@ from gambeson.attacks.universal.target import OMEGA, TAU, LabelSource, Target, T
 from gambeson.base import Number, UserError
 from gambeson.data import Split
 from gambeson.threat import BoxGradient
-from gambeson.victim import Source, auto_batch_size
+from gambeson.victim import Source, Temperature, auto_batch_size
 
 _VALUES_PER_STEP = 2**21
 """Input values that the starts which are probed together send forward per step: 128 images of 64 pixels in colour."""
@@ -41,12 +42,13 @@ class StochasticPGD(UniversalAttack):
 
     Where a run ends depends on its start far more than on its length or its batch, so many starts are run a
     little, on small batches with long steps, and only the best goes on (``benchmarks/universal_budget.py``). The
-    papers' one long run is ``probe_starts=0, steps=200, batch_size=128, box_gradient="exact"``.
+    papers' one long run is ``probe_starts=0, steps=200, batch_size=128, box_gradient="exact", temperature=1``.
 
     Crafted on ``data.train``; ``data.validation`` chooses among starts; ``data.test`` is never looked at. It costs
     ``probe_starts * probe_start_steps * probe_start_batch + restarts * steps * batch_size`` forwards and as many
-    backwards, 25,600 by default, and a forward of ``probe_start_images`` per start probed and of all validation per
-    restart. Starts are probed together, in one forward and backward per step, as far as memory allows.
+    backwards, 25,600 by default, and a forward of ``probe_start_images`` per start probed, of all validation per
+    restart, and of 200 images for the temperature. Starts are probed together, in one forward and backward per step, as
+    far as memory allows.
     """
 
     name: ClassVar[str] = "stochastic-pgd"
@@ -101,6 +103,8 @@ class StochasticPGD(UniversalAttack):
     labels: LabelSource = "truth"
     """See :data:`gambeson.attacks.universal.target.LabelSource`; a target other than a class has ``prediction`` as its
     default, as in Metzen et al. 2017."""
+    temperature: Temperature = "auto"
+    """See :data:`gambeson.victim.Temperature`."""
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
@@ -179,7 +183,7 @@ class StochasticPGD(UniversalAttack):
             own = [labels.new_full((size,), row) for row, size in enumerate(sizes)] if alone and not classwise else []
             rows = torch.cat(own) if own else labels
             guide, moving = solver.at(step, self.steps), delta[rows] if alone else delta
-            direction, _ = guide.gradient(moving, images, targets, weights=weights, sums=sums)
+            direction, logits = guide.gradient(moving, images, targets, weights=weights, sums=sums)
             direction = direction if self.tile is None else mean_over_tiles(direction, self.tile)
             if self.normalise == "sample":
                 direction = context.ball.steepest(direction)
@@ -194,7 +198,7 @@ class StochasticPGD(UniversalAttack):
                 delta = solver.step_along(delta, images, direction, length)
             else:  # a mean of steps is one already
                 delta = solver.project(delta + length * direction, images)
-        require_finite(sums, may_vanish=solver.loss.may_vanish)
+        require_finite(sums, done=partial(solver.done, logits, targets))
         return delta
 
 

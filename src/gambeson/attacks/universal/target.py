@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -222,6 +222,11 @@ class Target(Config):
         """
         targets, hidden = self.reach(predictions, valid)
         return targets, weights(targets, hidden, omega)
+
+
+def from_predictions(settings: Mapping[str, Any]) -> bool:
+    """Whether an attack with these settings takes labels from predictions; without a say it does so for a target."""
+    return settings.get("labels", "truth" if settings.get("target") is None else "prediction") == "prediction"
 
 
 def weights(targets: torch.Tensor, hidden: torch.Tensor | None, omega: float) -> torch.Tensor:

@@ -39,7 +39,7 @@ _SEVERAL = 3
 )
 def _alive(context: AuditContext) -> Finding:
     split, loss = context.sample, Loss(kind="cross-entropy")
-    scale = context.victim.temperature  # of the logits that attacks see
+    scale = context.victim.temperature or 1.0  # of the logits that attacks see
     images, labels = split.take(slice(None), context.victim.device)
     dead = _without(_gradients(context, images, labels, lambda z, y: loss(z / scale, y, split.task))[0])
     detail = f"{dead} of {len(images)} images have an input gradient of zero, or one that is not finite"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -87,6 +88,14 @@ def inspect(
     plan = stages.do("plan", BudgetPlan, lambda: fit(suite, data, room, votes, keep_eps=keep_eps))
     held = data.validation.sample(plan.suite.pattern_images)
     return plan.suite, Dataset(data.name, data.train, held, data.test, data.classes), list(plan.notes)
+
+
+def left_out(parts: Sequence[str], budget: int | None) -> str:
+    """Return the sentence on what a budget left out; empty if nothing was."""
+    if not parts:
+        return ""
+    last = [" and ".join(parts[-2:])]
+    return f"The budget of {budget} images left out {', '.join([*parts[:-2], *last])}."
 
 
 def remarks(model: nn.Module) -> list[str]:

@@ -13,7 +13,7 @@ from torch import nn
 from gambeson import analysis
 from gambeson.analysis import Spectrum, Spread
 from gambeson.analysis.bounds import both_spectra
-from gambeson.auditing.results import RANGES, Bounds, JacobianResult, LossSurface, PairHistogram, Subspace
+from gambeson.auditing.jacobian_results import RANGES, Bounds, JacobianResult, LossSurface, PairHistogram, Subspace
 from gambeson.auditing.suite import Suite
 from gambeson.base import UserError, save_tensors, seeded
 from gambeson.data import Split
@@ -30,6 +30,16 @@ _FLOATS = 2**27
 _GRID = 17
 """Points per side of the loss surface."""
 PartT = TypeVar("PartT")
+
+
+def left_out(split: Split) -> str:
+    """Return why labels of this form have no Jacobian analysis; empty if they have one."""
+    if split.task.labels_every_image:
+        return ""
+    return (
+        "No Jacobian analysis was made: it is for one label per image, all of which count; of label maps a Jacobian "
+        "has a row for every pixel and class."
+    )
 
 
 def measure(
@@ -59,7 +69,7 @@ def measure(
     Returns:
         None for black boxes, for models that are not classifiers, and if the suite omits it.
     """
-    if suite.jacobian_backwards == 0 or not split.task.labels_every_image:
+    if suite.jacobian_backwards == 0 or left_out(split):
         return None
     if isinstance(victim.model, BlackBox):
         return None

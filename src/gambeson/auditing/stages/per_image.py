@@ -1,30 +1,31 @@
-"""The per-image stage: PGD on every test image, and the standard attack suite on some."""
+"""The per-image stage: PGD on every test image (of label maps SegPGD and CosPGD too), and the attack suite on some."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from gambeson.attacks import Square
+from gambeson.attacks import PGD, CosPGD, SegPGD, Square
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.results import PerImageResult
 from gambeson.evaluation import run_suite, standard_suite
 from gambeson.evaluation.outcome import ImageAttack, accuracy_under
+from gambeson.evaluation.segmentation_suite import class_pixels
 
 
 def left_out(context: AuditContext) -> str:
     """Return why there is no attack suite; empty if there is one."""
-    if context.suite.norm != "1" and context.test.task.per_image_label:
+    if context.suite.norm != "1":
         return ""
-    return "No attack suite was tried on single images: it is for one label per image and the norms inf and 2."
+    return "No attack suite was tried on single images: it is for the norms inf and 2."
 
 
 def measure(context: AuditContext) -> list[PerImageResult]:
     """Run the per-image attacks at the middle eps.
 
-    PGD on all test images, then the standard attack suite on ``suite.suite_images`` of them. The suite needs one label
-    per image and the norms inf or 2. A black box is attacked only by Square, on the sample of the diagnostics, with
-    ``suite.queries`` per image, and not at all in the norm 1.
+    PGD on all test images, and where labels are maps SegPGD and CosPGD of as many steps and restarts, then the standard
+    attack suite on ``suite.suite_images`` of them. The suite needs the norms inf or 2. A black box is attacked only by
+    Square, on the sample of the diagnostics, with ``suite.queries`` per image, and not at all in the norm 1.
     """
     suite, norm = context.suite, context.suite.norm
     possible = not left_out(context)
@@ -33,24 +34,28 @@ def measure(context: AuditContext) -> list[PerImageResult]:
             return []
         square = Square(eps=context.eps, norm=norm, queries=suite.queries)
         return [_suite(context, "square", len(context.sample), {"square": square}, square.plain())]
-    found = [_pgd(context)]
+    task, found = context.test.task, [_single(context, "pgd", suite.pgd(context.eps))]
+    if not task.per_image_label and norm != "1":
+        same = {"eps": context.eps, "norm": norm, "steps": suite.pgd_steps, "restarts": suite.pgd_restarts}
+        found += [_single(context, "segpgd", SegPGD(**same)), _single(context, "cospgd", CosPGD(**same))]
     if possible and suite.suite_images:
         attacks = standard_suite(
             eps=context.eps,
             norm=norm,
-            queries=suite.suite_queries,
+            queries=suite.suite_queries if task.per_image_label else None,
             eot_samples=suite.eot_samples if context.subject.random else None,
+            task=task,
+            class_pixels=None if task.per_image_label else class_pixels(context.data.train),
         )
         settings = {name: attack.plain() for name, attack in attacks.items() if hasattr(attack, "plain")}
         found.append(_suite(context, "standard", suite.suite_images, attacks, settings))
     return found
 
 
-def _pgd(context: AuditContext) -> PerImageResult:
+def _single(context: AuditContext, name: str, attack: PGD) -> PerImageResult:
     before = context.spent
-    attack = context.suite.pgd(context.eps)
     return PerImageResult(
-        attack="pgd",
+        attack=name,
         settings=attack.plain(),
         eps=context.eps,
         norm=context.suite.norm,
@@ -72,5 +77,6 @@ def _suite(
         norm=context.suite.norm,
         accuracy=found.robust,
         rounds=found.rounds,
+        maps=found.maps,
         cost=context.since(before),
     )

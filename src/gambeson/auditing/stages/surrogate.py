@@ -45,7 +45,8 @@ def choose(suite: Suite, data: Dataset) -> tuple[str, str]:
     if not data.test.task.per_image_label:
         if isinstance(data.test.task, Segmentation) and min(data.image_size) >= SMALLEST:
             return _MAPS, ""
-        return "", f"No perturbation was transferred: there is no small net for {data.test.task.label_form} of this size."
+        form = data.test.task.label_form
+        return "", f"No perturbation was transferred: there is no small net for {form} of this size."
     seen = suite.surrogate_epochs * min(suite.surrogate_images, len(data.train))
     return ("resnet20" if data.in_channels > 1 and seen >= _MANY else "lenet5"), ""
 

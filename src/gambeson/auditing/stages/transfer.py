@@ -36,7 +36,7 @@ class FromSurrogate:
     Args:
         surrogate: the model to craft on.
         attack: the attack.
-        temperature: divisor of the surrogate's logits, see :mod:`gambeson.auditing.temperature`.
+        temperature: divisor of the surrogate's logits, see :mod:`gambeson.victim.temperature`.
         samples: samples that gradients are averaged over if the surrogate is random.
     """
 
@@ -67,12 +67,14 @@ class FromSurrogate:
 def on_surrogate(context: AuditContext, eps: float) -> UniversalPerturbation | None:
     """Craft a universal perturbation on the surrogate, once per eps; None without a surrogate.
 
-    The attack is short, because the surrogate is small and its perturbation rarely the strongest.
+    The attack is short, because the surrogate is small and its perturbation rarely the strongest; of label maps a
+    batch is as small as those of the suite.
     """
     if context.surrogate is None:
         return None
     if eps not in context.borrowed:
-        attack = StochasticPGD(eps=eps, norm=context.suite.norm, steps=200, probe_starts=0, batch_size=32)
+        batch = 32 if context.test.task.per_image_label else min(32, context.suite.universal_batch)
+        attack = StochasticPGD(eps=eps, norm=context.suite.norm, steps=200, probe_starts=0, batch_size=batch)
         with Victim(context.surrogate, fast=True) as source:
             source.temperature = context.surrogate_temperature
             context.borrowed[eps] = attack.craft(source, context.data, seed=context.seed)

@@ -125,7 +125,7 @@ class BlackBox(nn.Module):
         return self.answers
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return logits (N, K), float32, on the device of the images."""
+        """Return logits (N, K) or (N, K, H, W), float32, on the device of the images."""
         if torch.is_grad_enabled() and images.requires_grad:
             raise no_gradient("this", self.title)
         self._claim(len(images))  # first, so that two threads cannot both use the last of the budget
@@ -181,7 +181,7 @@ class BlackBox(nn.Module):
         with self._lock:
             if given.shape == (count,) and given.dtype in _INTEGERS:
                 scores = self._one_hot(given)
-            if scores.ndim != 2 or len(scores) != count or scores.shape[1] < 2:
+            if scores.ndim not in (2, 4) or len(scores) != count or scores.shape[1] < 2:
                 raise UserError(
                     f"{self.title} was given {count} images and returned shape {tuple(scores.shape)}: {expected} and "
                     "K of at least 2"
@@ -197,13 +197,13 @@ class BlackBox(nn.Module):
                 )
             if not bool(scores.isfinite().all()):
                 raise UserError(f"{self.title} returned NaN or infinite scores: return finite ones")
-            if given.ndim == 2:
+            if given.ndim > 1:
                 self._hard = self._hard and bool(((scores == 1).sum(1) + (scores == 0).sum(1) == self._classes).all())
-            if self.output == "auto" and given.ndim == 2:
+            if self.output == "auto" and given.ndim > 1:
                 inside = bool(((scores >= 0) & (scores <= 1)).all())
                 sure = inside and bool(((scores.sum(1) - 1).abs() < 1e-3).all())
                 self.output = "probabilities" if sure else "logits"
-        return scores.clamp(min=_TINY).log() if given.ndim == 2 and self.output == "probabilities" else scores
+        return scores.clamp(min=_TINY).log() if given.ndim > 1 and self.output == "probabilities" else scores
 
     def _one_hot(self, classes: torch.Tensor) -> torch.Tensor:
         if self._names is None:

@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 import gambeson as gb
-from gambeson.auditing import Suite, temperature
-from gambeson.victim import Victim, predict
+from gambeson import UserError
+from gambeson.attacks import SGA, StochasticPGD
+from gambeson.auditing import Suite
+from gambeson.victim import Victim, predict, temperature
 
 SUITE = Suite(
     eps=(0.15,), universal_steps=30, universal_probe_starts=0, pgd_steps=10, pgd_restarts=1, suite_images=0, queries=0,
@@ -77,3 +79,48 @@ def test_an_audit_finds_no_less_whatever_the_scale(factor, trained, digits):
     assert other.per_image[0].accuracy.value < plain.per_image[0].accuracy.value + 0.08
     assert other.middle.uer.value > plain.clean.complement.value + 0.1
     assert other.verdict.trusted, other.verdict.reasons
+
+
+UNIVERSAL = [StochasticPGD(eps=0.2, steps=60, probe_starts=0), SGA(eps=0.2, steps=20, batch_size=100)]
+
+
+@pytest.mark.parametrize("attack", UNIVERSAL)
+@pytest.mark.parametrize("factor", [0.01, 300.0])
+@pytest.mark.filterwarnings("ignore::gambeson.attacks.solver.GradientWarning")
+def test_a_universal_attack_finds_no_less_whatever_the_scale(factor, attack, trained, digits):
+    plain, other = (attack.craft(model, digits) for model in (trained, Times(trained, factor)))
+    papers = attack.model_copy(update={"temperature": 1.0}).craft(Times(trained, factor), digits)
+    assert plain.about.temperature == papers.about.temperature == (1,)
+    assert other.about.temperature == (pytest.approx(factor, rel=0.5),)
+    assert plain.about.forwards == other.about.forwards == papers.about.forwards + 200
+    found, scaled, without = (gb.evaluation.universal_evasion(trained, digits, u).value for u in (plain, other, papers))
+    assert scaled > found - 0.05
+    assert scaled > without + (0.1 if factor < 1 else 0.02)
+    assert torch.equal(attack.model_copy(update={"temperature": 1.0}).craft(trained, digits).delta, plain.delta)
+
+
+def test_each_model_has_a_temperature_of_its_own_but_an_entered_victim_keeps_its(trained, digits):
+    attack = StochasticPGD(eps=0.2, steps=2, probe_starts=0)
+    both = attack.craft([trained, Times(trained, 0.01)], digits)
+    assert both.about.temperature == (1, pytest.approx(0.01, rel=0.5))
+    with Victim(Times(trained, 0.01), fast=True) as victim:  # entered or not is the same
+        uap = attack.craft(victim, digits)
+        assert victim.temperature is None
+    again = attack.craft(Times(trained, 0.01), digits)
+    assert torch.equal(uap.delta, again.delta)
+    assert uap.about.temperature == again.about.temperature
+    with Victim(Times(trained, 0.01)) as victim:
+        victim.temperature = 0.5
+        assert attack.craft([victim, trained], digits).about.temperature == (0.5, 1)
+        assert attack.model_copy(update={"temperature": 2.0}).craft(victim, digits).about.temperature == (2,)
+        assert victim.temperature == 0.5
+    with pytest.raises(UserError, match="temperature"):
+        StochasticPGD(eps=0.2, temperature=0)
+
+
+def test_eps_uni_is_that_of_usual_logits(trained, digits):
+    attack = StochasticPGD(eps=0.2, steps=20, probe_starts=0, truncate=0.5)
+    one, other = (
+        gb.evaluation.eps_uni(model, digits, attack, tolerance=0.5) for model in (trained, Times(trained, 0.01))
+    )
+    assert other.value == pytest.approx(one.value, rel=0.25)

@@ -9,20 +9,55 @@ them (Guo et al. 2017, section 4.2), where that is far from 1. Scores are taken 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
-from gambeson.base import seeded
+from gambeson.base import Number, seeded
 from gambeson.data import Split
-from gambeson.victim import Victim
+from gambeson.victim.victim import Victim
 
 USUAL = (0.5, 2.0)
 """Calibrating temperatures between which logits are left as they are. Ours: near calibration the attacks are about as
 strong (``benchmarks/scale.py``)."""
-_IMAGES = 200
+IMAGES = 200
+"""Images that are looked at."""
 _PIXELS = 2**14
 """Answers that are looked at, of label maps."""
 _LARGEST = 1e30
+
+Temperature = Literal["auto"] | Annotated[Number, Field(gt=0)]
+"""What an attack divides the logits by. ``auto`` (ours): by :func:`temperature`, whose cost is a forward of
+:data:`IMAGES` validation images; an entered :class:`gambeson.victim.Victim` that has one keeps it. 1: the logits as
+they are, as in the papers."""
+
+
+@contextmanager
+def rescaled(victims: Sequence[Victim], to: Temperature, split: Split, seed: int) -> Iterator[None]:
+    """Set the temperature of each victim inside the block.
+
+    Args:
+        victims: the models, inside their contexts.
+        to: the temperature; ``auto``: each its own, if it has none yet.
+        split: images that nothing is reported on.
+        seed: see :func:`calibrating`.
+    """
+    # Of a mean of losses the members have theirs.
+    victims = [victim for victim in victims if getattr(victim, "average", None) != "losses"]
+    before = [(victim, victim.temperature) for victim in victims]
+    try:
+        for victim in victims:
+            if to != "auto":
+                victim.temperature = float(to)
+            elif victim.temperature is None:
+                victim.temperature = temperature(victim, split, seed)
+        yield
+    finally:
+        for victim, kept in reversed(before):  # one may be there twice
+            victim.temperature = kept
 
 
 def temperature(victim: Victim, split: Split, seed: int) -> float:
@@ -46,13 +81,14 @@ def calibrating(victim: Victim, split: Split, seed: int) -> float:
         split: images that nothing is reported on; 200 of them are looked at.
         seed: of these images, and of a random model's draws.
     """
-    count = min(_IMAGES, len(split))
+    count = min(IMAGES, len(split))
     answers, truths = [], []
     with seeded(seed, "scale"):
         for images, labels in split.sample(count, seed=seed).batches(20, device=victim.device):
             logits = victim.forward_original(images)
             if logits.ndim < 2 or logits.shape[1] < 2:
                 return math.nan
+            split.check_classes(logits.shape[1])
             rows, truth = logits.movedim(1, -1).flatten(0, -2), labels.flatten()
             known = split.task.valid(labels).flatten().nonzero().flatten()
             # Label maps are thinned out batch by batch: all their pixels would not fit into memory.

@@ -1,0 +1,229 @@
+"""Shared adversarial training on label maps: ``python benchmarks/segmentation.py [--device cuda]``.
+
+Scenes of Fashion-MNIST garments at 64 x 64 pixels, a small U-Net, equal epochs, optimiser and learning rate, three
+seeds. A cell is one network: its clean pixel accuracy and mean IoU on test; at each eps the universal perturbation
+without a target (pixel error and mean IoU), towards the label map of each of three validation images, and one that
+hides a class, each beside its controls; the eps needed for the same success; and of the weakest successful
+perturbation how visible it is, and how much of its target scene it shows.
+Everything is crafted on train, chosen on validation and reported on test. A cell is stored as its parts are done, and
+the same command goes on from there; ``--part K/N`` shares the cells among processes; ``--show`` prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
+
+import gambeson as gb
+from gambeson.attacks import CONTROLS, StochasticPGD, UniversalPerturbation
+from gambeson.base import environment, generator, read_json, write_json
+from gambeson.defenses import Defense, create
+from gambeson.evaluation import accuracy, edge_correlation, mean_iou, target_success, universal_evasion, visibility
+from gambeson.report.scenes import colour
+from gambeson.training.recipe import PRESETS, Recipe
+from gambeson.victim import as_victim, predict
+
+FOLDER, RESULTS, PICTURE = Path("runs/segmentation"), Path("results/segmentation.json"), Path("docs/segmentation.png")
+DATA, MODEL = "fashion-scenes", "unet-small"
+EPS = tuple(k / 255 for k in (2, 4, 8, 16, 32, 64))
+SHOWN = 16 / 255
+"""Where controls are scored."""
+TARGETS = ("static:0", "static:1", "static:2", "hide:Trouser")
+LEVEL = 0.8
+"""The success that the eps of different networks are compared at: share of pixels that take the target's class."""
+OTHERS = 100
+"""Maps of other scenes that a perturbation is held against."""
+RECIPE = Recipe(**PRESETS["segmentation"])
+DEFENSES: dict[str, Defense] = {
+    "standard": create("standard"),
+    "shared, s = 8, eps 8/255": create("shared-adversarial", eps="8/255", sharedness=8),
+    "shared, s = 1, eps 8/255": create("shared-adversarial", eps="8/255", sharedness=1),
+    "shared, s = 8, eps 16/255": create("shared-adversarial", eps="16/255", sharedness=8),
+}
+
+
+def load() -> gb.data.Dataset:
+    """The scenes."""
+    return gb.data.load(DATA)
+
+
+def cells(seeds: int) -> list[tuple[str, int]]:
+    """Defences and seeds; every defence once before any twice."""
+    return [(name, seed) for seed in range(seeds) for name in DEFENSES]
+
+
+def place(name: str, seed: int) -> Path:
+    """Return the folder of a cell."""
+    return FOLDER / f"{name.replace('/', ' of ')}, seed {seed}"
+
+
+def cell(name: str, seed: int, data: gb.data.Dataset, device: str, epochs: int | None) -> None:
+    """Train one network and measure it, part by part."""
+    folder = place(name, seed)
+    file, weights = folder / "cell.json", folder / "model.safetensors"
+    found: dict[str, Any] = read_json(file) if file.is_file() else {"defense": name, "seed": seed}
+    recipe = RECIPE if epochs is None else RECIPE.model_copy(update={"epochs": epochs})
+
+    def keep(part: str, value: Any) -> None:
+        found[part] = value
+        found["environment"] = environment(torch.device(device))
+        write_json(file, found)
+        print(f"{time.strftime('%H:%M:%S')} {name}, seed {seed}: {part}", flush=True)
+
+    model = gb.models.create(MODEL, data, seed=seed).to(device)
+    if "seconds" in found and weights.is_file():
+        model = gb.models.load(weights).to(device)
+    else:
+        began = time.perf_counter()
+        gb.train(model, data, DEFENSES[name], recipe=recipe, seed=seed)
+        gb.models.save(model, weights)
+        found |= {"settings": DEFENSES[name].plain(), "recipe": recipe.plain()}
+        keep("seconds", time.perf_counter() - began)
+    if "clean" not in found:
+        clean = {"accuracy": accuracy(model, data).plain(), "mean_iou": mean_iou(model, data).plain()}
+        keep("clean", clean)
+    for target in (*TARGETS, None):
+        curve = found.get(str(target), {})
+        files = {eps: folder / f"{str(target).replace(':', ' ')} {eps:.4g}.safetensors" for eps in EPS}
+        for eps in EPS:
+            if f"{eps:.4g}" not in curve or not files[eps].is_file():
+                # One map for every network: the true one of a validation image, not each network's prediction of it.
+                settings = {"labels": "truth"} if (target or "").startswith("static") else {}
+                uap = StochasticPGD(eps=eps, target=target, **settings).craft(model, data, seed=seed)
+                uap.save(files[eps])
+                curve[f"{eps:.4g}"] = scored(model, data, uap)
+                keep(str(target), curve)
+        if target is not None and target.startswith("static") and "shown" not in curve:
+            curve["shown"] = shown(data, curve, files)
+            keep(str(target), curve)
+
+
+def scored(model: torch.nn.Module, data: gb.data.Dataset, uap: UniversalPerturbation) -> dict[str, Any]:
+    """Return what a perturbation reaches on test, with its controls at one eps."""
+    kept: dict[str, Any] = {
+        "pixel error": universal_evasion(model, data, uap).plain(),
+        "mean_iou": mean_iou(model, data, uap).plain(),
+    }
+    if uap.target is not None:
+        controls = tuple(CONTROLS) if math.isclose(uap.about.eps, SHOWN) else ()
+        kept["target"] = target_success(model, data, uap, controls=controls).plain()
+    return kept
+
+
+def shown(data: gb.data.Dataset, curve: dict[str, Any], files: dict[float, Path]) -> dict[str, Any]:
+    """Return how visible the weakest successful perturbation is (or the largest), and what it shows of its target."""
+    reached = [eps for eps in EPS if curve[f"{eps:.4g}"]["target"]["success"]["value"] >= LEVEL]
+    uap = UniversalPerturbation.load(files[reached[0] if reached else EPS[-1]])
+    if uap.target is None or uap.target.map is None:
+        raise AssertionError("a static target has a map")
+    rows = torch.randperm(len(data.test), generator=generator(0, "other maps"))[:OTHERS]
+    others = data.test.subset(rows).take(slice(None))[1].cpu()
+    found = edge_correlation(uap.delta, uap.target.map, others)
+    return {
+        "eps": uap.about.eps,
+        "succeeds": bool(reached),
+        "visibility": visibility(uap, data).plain(),
+        "edges": found.plain() | {"excess": found.excess, "p": found.p},
+    }
+
+
+def draw(rows: list[dict[str, Any]], data: gb.data.Dataset, target: str = TARGETS[0]) -> None:
+    """Draw one scene per network of seed 0, under its weakest successful perturbation towards one target.
+
+    Columns: image, truth, clean prediction, target, perturbation at full range, perturbed image, prediction.
+    """
+    tiles = []
+    for row in rows:
+        if row["seed"] or "shown" not in row.get(target, {}):
+            continue
+        folder = place(row["defense"], 0)
+        eps = row[target]["shown"]["eps"]
+        uap = UniversalPerturbation.load(folder / f"{target.replace(':', ' ')} {eps:.4g}.safetensors")
+        scene = data.test.subset([7])
+        images, labels = scene.take(slice(None))
+        with as_victim(gb.models.load(folder / "model.safetensors")) as victim:
+            clean, moved = predict(victim, scene), predict(victim, scene, uap.delta)
+        if uap.target is None or uap.target.map is None:
+            raise AssertionError("a static target has a map")
+        pattern = (uap.delta[0] / eps + 1) / 2
+        maps = [painted(one) for one in (labels[0], clean[0], uap.target.map, moved[0])]
+        tiles += [images[0], maps[0], maps[1], maps[2], pattern, uap.apply(images)[0], maps[3]]
+    if tiles:
+        grid = make_grid([tile.cpu() for tile in tiles], nrow=7, padding=2, pad_value=1)
+        to_pil_image(grid.repeat_interleave(2, 1).repeat_interleave(2, 2)).save(PICTURE, optimize=True)
+
+
+def painted(values: torch.Tensor) -> torch.Tensor:
+    """Return a label map (H, W) as a picture (3, H, W); what has no label is white."""
+    table = torch.ones(257, 3)
+    for k in range(int(values[values < 255].max()) + 1):
+        table[k] = torch.tensor([int(colour(k)[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+    return table[values.cpu().where(values.cpu() >= 0, 256)].permute(2, 0, 1)
+
+
+def needed(curve: dict[str, Any], level: float = LEVEL) -> float:
+    """Return the eps at which the success reaches a level, linear in log eps; infinite if it does not."""
+    rates = [curve[f"{eps:.4g}"]["target"]["success"]["value"] for eps in EPS]
+    if rates[0] >= level:
+        return EPS[0]
+    for k in range(1, len(EPS)):
+        if rates[k] >= level:
+            share = (level - rates[k - 1]) / (rates[k] - rates[k - 1])
+            return math.exp(math.log(EPS[k - 1]) + share * math.log(EPS[k] / EPS[k - 1]))
+    return math.inf
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the table as lines: means over seeds and targets, with the smallest and largest in brackets."""
+    lines = ["defence: clean mIoU; eps for the same success of static targets; edges of the target shown, excess"]
+    for name in DEFENSES:
+        own = [row for row in rows if row["defense"] == name and "clean" in row]
+        curves = [row[target] for row in own for target in TARGETS if "shown" in row.get(target, {})]
+        if not own:
+            continue
+        ious = [row["clean"]["mean_iou"]["value"] for row in own]
+        radii = [255 * needed(curve) for curve in curves]
+        excess = [curve["shown"]["edges"]["excess"] for curve in curves]
+        lines.append(f"{name}: {span(ious)} ({len(own)} seeds); {span(radii)} / 255; {span(excess)}")
+    return lines
+
+
+def span(values: list[float]) -> str:
+    """Return mean, smallest and largest."""
+    return f"{sum(values) / len(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "not yet"
+
+
+def main() -> None:
+    """Measure what is missing, join the cells, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--part", default="1/1", help="K/N: every N-th cell from the K-th")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
+    parser.add_argument("--show", action="store_true", help="only join, draw and print what is stored")
+    given = parser.parse_args()
+    first, step = map(int, given.part.split("/"))
+    end = time.monotonic() + 60 * given.minutes
+    if not given.show:
+        data = load()
+        for name, seed in cells(given.seeds)[first - 1 :: step]:
+            if time.monotonic() < end:
+                cell(name, seed, data, given.device, given.epochs)
+    rows = [read_json(file) for file in sorted(FOLDER.glob("*/cell.json"))]
+    if given.show:
+        settings = {"data": DATA, "model": MODEL, "level": LEVEL, "attack": StochasticPGD(eps=SHOWN).plain()}
+        write_json(RESULTS, {"settings": settings, "cells": rows})
+        draw(rows, load())
+    print("\n".join(summary(rows)))
+
+
+if __name__ == "__main__":
+    main()
