@@ -228,15 +228,15 @@ def published_sea(model, x, y, eps, steps, loss, start):
 
 @pytest.mark.parametrize("loss", ["mce", "js"])
 def test_sea_follows_its_paper(loss):
-    model, eps, steps = Patchwise().double(), 0.02, 30
-    x, y = maps(Patchwise(), side=8)
+    model, eps, steps = Patchwise(), 0.02, 30
+    x, y = maps(model, count=6, side=12)
     attack = SEA(eps=eps, steps=steps, losses=(loss,), early_stop=False)
-    found = attack(model.float(), x, y, task=TASK, seed=5)
+    found = attack(model, x, y, task=TASK, seed=5)
     draw = Ball(eps=eps, norm="inf").uniform(x.shape, generator(5, "start", f"0/{loss}"))
     start = torch.minimum(torch.maximum(2 * draw, -x), 1 - x)
     for n in range(len(x)):
         one = slice(n, n + 1)
-        expected, wrong = published_sea(model.float(), x[one], y[one], eps, steps, loss, start[one])
+        expected, wrong = published_sea(model, x[one], y[one], eps, steps, loss, start[one])
         assert wrong == int((y[n] != 255).sum()) - int(right(model, found[one], y[one]))
         torch.testing.assert_close(found[one], expected, atol=1e-5, rtol=0)
 
@@ -359,6 +359,11 @@ def test_targets_of_maps_are_reached_and_ignored_pixels_are_left():
         assert torch.equal((model(moved).argmax(1) == goal) & (y != 255), reach)
 
 
-def test_the_schedule_of_segpgd_is_that_of_its_steps():
-    assert [Loss(kind="segpgd").at(t, 4).wrong_weight for t in (1, 2, 3, 4)] == [0, 0.125, 0.25, 0.375]
+def test_auto_pgd_follows_the_schedule_of_segpgd_too(monkeypatch):
     assert Loss(kind="js").at(3, 4) == Loss(kind="js")
+    model, seen = Patchwise(), []
+    x, y = maps(model, count=2)
+    weights = Loss._weights
+    monkeypatch.setattr(Loss, "_weights", lambda loss, *given: seen.append(loss) or weights(loss, *given))
+    AutoPGD(eps=0.02, steps=4, loss="segpgd")(model, x, y, task=TASK)
+    assert [loss.wrong_weight for loss in seen if loss.kind == "segpgd"] == [0, 0.125, 0.25, 0.375]

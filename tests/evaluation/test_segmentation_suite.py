@@ -76,12 +76,14 @@ def test_the_greedy_choice_is_near_the_best_one_and_above_the_bound():
     assert max(excess) < 0.005
 
 
-def test_the_greedy_choice_takes_the_best_of_several_candidates():
-    """One image; the last candidate lowers the mean IoU too, but less than the one before."""
-    counts = torch.tensor(
-        [[[[9, 9], [10, 10], [10, 10]]], [[[1, 9], [10, 10], [2, 18]]], [[[5, 9], [10, 10], [6, 14]]]]
-    )
-    assert greedy_choice(counts).tolist() == [1]
+def test_the_greedy_choice_is_for_the_data_set_and_not_for_the_image():
+    """The first image has two pixels of a class, the second a hundred: to lose the two costs that image most."""
+    clean = [[[100, 2, 0], [100, 2, 0], [100, 2, 0]], [[100, 100, 100], [100, 100, 100], [100, 100, 100]]]
+    rare = [[[100, 0, 0], [100, 2, 0], [102, 0, 0]], clean[1]]
+    many = [[[70, 2, 0], [100, 2, 0], [70, 2, 30]], clean[1]]
+    counts = torch.tensor([clean, rare, many])
+    assert iou(counts[1, :1]).mean() < iou(counts[2, :1]).mean()
+    assert greedy_choice(counts)[0] == 2
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,28 @@ def test_images_without_a_right_pixel_are_left_and_ignored_ones_are_not_tried():
     assert suite.result.maps.attacks[1].accuracy.value >= suite.result.robust.value
     with pytest.raises(UserError, match="has no label that counts"):
         run_suite(model, Split("maps", x, torch.full_like(y, 255), ("a", "b"), task=TASK), {"nothing": nothing})
+
+
+class Bright(nn.Module):
+    """Bright pixels are of the second class, so that the negative of an image turns them all."""
+
+    def forward(self, x):
+        return torch.cat([0.5 - x, x - 0.5], 1)
+
+
+def test_what_an_attack_was_not_tried_on_stays_as_an_earlier_one_left_it():
+    x = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    split = Split("maps", x, (x[:, 0] > 0.5).long(), ("dark", "bright"))
+
+    def first(victim, x, y, **_):
+        return torch.cat([1 - x[:1], x[1:]])
+
+    suite = run_suite(Bright(), split, {"first": first, "second": lambda victim, x, y, **_: 1 - x})
+    assert [turn.tried for turn in suite.result.rounds] == [3, 2]
+    assert suite.broken_by.tolist() == suite.iou_broken_by.tolist() == [0, 1, 1]
+    assert suite.result.maps.mean_iou.value == suite.result.robust.value == suite.result.maps.mean_iou_bound == 0
+    assert suite.result.maps.attacks[1].accuracy.value == 0
+    assert torch.equal(suite.iou_images, 1 - x)
 
 
 class Noisy(nn.Module):
