@@ -201,6 +201,11 @@ def test_per_image_attacks_are_those_of_label_maps(honest) -> None:
 FEW = SUITE.model_copy(update={"eps": (0.1,), "targeted": False})
 
 
+@pytest.fixture(scope="module")
+def base(net, data):
+    return gb.audit(net, data, FEW).results
+
+
 SURE = {
     "sixteen grey levels": ["no vanishing gradients", "unbounded attack succeeds", "perturbation budget used"],
     "JPEG-like rounding": ["no vanishing gradients", "unbounded attack succeeds", "perturbation budget used"],
@@ -208,6 +213,8 @@ SURE = {
     "reversed gradient": ["gradient matches finite differences", "unbounded attack succeeds"],
 }
 """What must fail on some of them."""
+HIDDEN = 0.05
+"""What one may hide of the error without being found: a final ReLU, which stops few pixels' slopes, hides 2 points."""
 
 
 def check_caught(name: str, model: nn.Module, data, base) -> None:
@@ -220,7 +227,7 @@ def check_caught(name: str, model: nn.Module, data, base) -> None:
         assert found.verdict.summary.startswith("Not to be trusted")
         return
     for now, then in ((found.results.middle.uer, base.middle.uer), (_attacked(found.results), _attacked(base))):
-        assert now.value > then.value - SLIGHT, (now, then)
+        assert now.value > then.value - HIDDEN, (now, then)
 
 
 def _attacked(result: AuditResult):
@@ -228,14 +235,14 @@ def _attacked(result: AuditResult):
 
 
 @pytest.mark.parametrize("name", OBFUSCATED)
-def test_an_obfuscated_net_is_distrusted_or_broken_as_the_net_itself(name, net, data, honest) -> None:
-    check_caught(name, OBFUSCATED[name](net), data, honest[0].results)
+def test_an_obfuscated_net_is_distrusted_or_broken_as_the_net_itself(name, net, data, base) -> None:
+    check_caught(name, OBFUSCATED[name](net), data, base)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", MORE)
-def test_more_obfuscated_nets_are_distrusted_or_broken(name, net, data, honest) -> None:
-    check_caught(name, MORE[name](net), data, honest[0].results)
+def test_more_obfuscated_nets_are_distrusted_or_broken(name, net, data, base) -> None:
+    check_caught(name, MORE[name](net), data, base)
 
 
 def test_a_surrogate_for_maps_is_a_u_net_and_its_images_keep_their_size(net, data, monkeypatch) -> None:

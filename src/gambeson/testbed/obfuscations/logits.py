@@ -94,7 +94,7 @@ class HardLabel(After):
     """The predicted class alone, as a one-hot row."""
 
     def change(self, z: torch.Tensor) -> torch.Tensor:
-        return 5 * nn.functional.one_hot(z.argmax(1), z.shape[1]) + 0 * z
+        return 5 * nn.functional.one_hot(z.argmax(1), z.shape[1]).movedim(-1, 1) + 0 * z
 
 
 class Constant(After):
