@@ -6,8 +6,9 @@
 import pytest
 import torch
 
-from gambeson.attacks import FGSM, PGD, AutoPGD, CarliniWagner, DeepFool
+from gambeson.attacks import FGSM, PGD, AutoPGD, CarliniWagner, CosPGD, DeepFool, SegPGD
 from gambeson.threat import Ball
+from tests.attacks.test_segmentation_attacks import Patchwise
 
 EPS, STEPS = 0.08, 10
 
@@ -98,3 +99,29 @@ def test_as_strong_as_foolbox_in_the_euclidean_norm(trained, batch, name):
     assert int(both.sum()) > 20
     lengths = [float((moved - x)[both].flatten(1).norm(dim=1).mean()) for moved in found]
     assert 0 < lengths[0] <= 1.01 * lengths[1]
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("name", ["segpgd", "cospgd"])
+def test_steps_on_label_maps_are_those_of_the_authors_of_cospgd(name, targeted):
+    theirs, steps, eps = pytest.importorskip("cospgd").functions, 6, 8 / 255
+    model, classes = Patchwise(), 4
+    x = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = model(x).argmax(1).roll(1, 0 if targeted else 2)
+    moved = x
+    for step in range(steps):
+        point = moved.clone().requires_grad_()
+        logits = model(point)
+        loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")
+        if name == "segpgd":
+            loss = theirs.segpgd_scale(logits, y, loss, step, steps, targeted)
+        else:
+            loss = theirs.cospgd_scale(logits, y, loss, classes, targeted).mean()
+        (gradient,) = torch.autograd.grad(loss, point)
+        moved = theirs.step_inf(moved, eps, gradient, x, 0.01, targeted)
+    attack = (SegPGD if name == "segpgd" else CosPGD)(
+        eps=eps, steps=steps, start="zero", keep="last", early_stop=False, targeted=targeted
+    )
+    torch.testing.assert_close(attack(model, x, y), moved, atol=1e-6, rtol=0)
+    assert float((moved - x).abs().mean()) > eps / 2

@@ -69,7 +69,7 @@ def linear_data(count=60, size=(4, 5)):
     return model, w, dataset(x, model(x).argmax(1), ("a", "b"))
 
 
-FAST = {"steps": 30, "batch_size": 10, "probe_starts": 0, "tau": 1.0}
+FAST = {"steps": 30, "batch_size": 10, "probe_starts": 0, "tau": 1.0, "temperature": 1}
 """Without truncation the plain loss has the closed form as its optimum."""
 
 
@@ -107,7 +107,9 @@ def test_norm_2_never_reaches_more_pixels_of_one_image_than_its_cheapest_ones():
     cost = (-(model(x[:1]).detach().diff(dim=1)[0, 0] * (2 * goal.clamp(0, 1) - 1)) / w.norm()).clamp(min=0)[:, :-1]
     best = int((cost.flatten().sort().values.square().cumsum(0) < eps**2).sum())
     assert 3 < best < 33
-    attack = StochasticPGD(eps=eps, norm="2", target=goal.where(goal >= 0, 0), steps=150, probe_starts=0, tau=0.52)
+    attack = StochasticPGD(
+        eps=eps, norm="2", target=goal.where(goal >= 0, 0), steps=150, probe_starts=0, tau=0.52, temperature=1
+    )
     reached = attack.craft(model, dataset(x, labels, ("a", "b"))).about.restarts[0][1] * 36
     assert 0.5 * best < reached <= best + 1e-6
 
@@ -141,7 +143,9 @@ def test_weights_flip_the_step_where_two_images_disagree_at_the_omega_of_the_for
     assert one > 0 > two
     flip = -two / (one - two)
     for omega, sign in ((flip + 0.01, 1), (flip - 0.01, -1)):
-        attack = StochasticPGD(eps=0.01, target="hide:o", omega=omega, steps=1, batch_size=2, probe_starts=0, tau=1)
+        attack = StochasticPGD(
+            eps=0.01, target="hide:o", omega=omega, steps=1, batch_size=2, probe_starts=0, tau=1, temperature=1
+        )
         delta = attack.craft(model, data).delta
         assert float(delta[0, 0, 0, 0].sign()) == sign
 
@@ -152,7 +156,7 @@ def test_what_is_reached_with_confidence_has_no_say(make, target):
     model, _, data = linear_data()
     goal = torch.ones(4, 5).long() if target == "static" else target
     settings = {"probe_starts": 0} if make is StochasticPGD else {"inner_batch": 5}
-    attack = make(eps=0.1, target=goal, steps=3, batch_size=10, labels="truth", **settings)
+    attack = make(eps=0.1, target=goal, steps=3, batch_size=10, labels="truth", temperature=1, **settings)
     with torch.no_grad():
         model.bias += torch.tensor([-9.0, 9.0])  # everything is class 1, with a probability above 0.75
     uap = attack.craft(model, data)
@@ -168,7 +172,7 @@ def test_tau_is_a_probability_for_every_loss(loss):
     level = torch.tensor([0.7, 0.8]).logit() / 8
     x = level.view(1, 1, 1, 2) + torch.arange(3).view(3, 1, 1, 1) / 255
     y = torch.zeros(3, 1, 2).long()
-    attack = StochasticPGD(eps=0.01, target=1, steps=1, batch_size=3, probe_starts=0, loss=loss)
+    attack = StochasticPGD(eps=0.01, target=1, steps=1, batch_size=3, probe_starts=0, loss=loss, temperature=1)
     delta = attack.craft(model, dataset(x, y, ("a", "b"))).delta.flatten()
     assert delta[0] > 0
     assert delta[1] == 0
@@ -285,7 +289,9 @@ def test_every_image_keeps_its_own_targets_in_every_batch_and_predictions_are_ma
     hide = int(y[3, 0, 0])
     y[::6, 0] = IGNORED
     data = dataset(x, y, tuple("abcd"))
-    attack = StochasticPGD(eps=0.1, target=f"hide:{hide}", omega=0.8, steps=9, batch_size=7, probe_starts=0)
+    attack = StochasticPGD(
+        eps=0.1, target=f"hide:{hide}", omega=0.8, steps=9, batch_size=7, probe_starts=0, temperature=1
+    )
     with pytest.warns(DataWarning, match="1 of the 20 training images show nothing but the class to hide"):
         uap = attack.craft(model, data)
     assert uap.about.left_out == 1

@@ -46,15 +46,26 @@ def test_no_suite_where_it_has_no_meaning_or_was_left_out(trained, few):
         assert [found.attack for found in per_image.measure(evidence)] == ["pgd"]
     with held(trained, few, (1.0,), pgd_steps=2, norm="1", suite_images=10) as evidence:
         assert [found.attack for found in per_image.measure(evidence)] == ["pgd"]
+        assert per_image.left_out(evidence).startswith("No attack suite was tried")
+
+
+def test_attacks_on_label_maps_reach_the_closed_form():
     images = torch.rand(12, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     labels = (images[:, 0] > 0.5).long()
     split = Split("maps", images, labels, ("dark", "light"))
-    with held(Pixelwise(), Dataset("maps", split, split, split, split.classes), EPS, suite_images=4) as evidence:
-        (found,) = per_image.measure(evidence)
-        assert per_image.left_out(evidence).startswith("No attack suite was tried")
+    data = Dataset("maps", split, split, split, split.classes)
+    with held(Pixelwise(), data, EPS, suite_images=4, map_share=1) as evidence:
+        *single, suite = per_image.measure(evidence)
+        assert not per_image.left_out(evidence)
+        assert [found.attack for found in single] == ["pgd", "segpgd", "cospgd"]
         # A pixel nearer than eps to one half falls, every other stands.
         stands = (images - 0.5).abs() > 0.1
-        assert found.accuracy.value == pytest.approx(float(stands.float().mean()), abs=1e-6)
+        for found in single:
+            assert found.accuracy.value == pytest.approx(float(stands.float().mean()), abs=1e-6)
+        rows = evidence.test.sample_indices(4)
+        assert suite.accuracy.value == pytest.approx(float(stands[rows].float().mean()), abs=1e-6)
+        assert [turn.attack for turn in suite.rounds] == ["sea-mce", "sea-mce-bal", "sea-js", "square"]
+        assert suite.maps.mean_iou.value < suite.maps.clean_mean_iou.value
 
 
 class Pixelwise(nn.Module):

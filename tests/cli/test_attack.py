@@ -98,7 +98,8 @@ class Colours(torch.nn.Module):
 """
 
 
-def test_uap_of_label_maps_with_a_target(tmp_path, capsys):
+def scenes(tmp_path):
+    """Write boxes and bins of 12 x 12 pixels with their masks, and a net that knows them; return its arguments."""
     draw = np.random.default_rng(0)
     for place in ("images", "masks"):
         (tmp_path / "scenes" / place).mkdir(parents=True)
@@ -111,9 +112,39 @@ def test_uap_of_label_maps_with_a_target(tmp_path, capsys):
         Image.fromarray(colour.clip(0, 255).astype(np.uint8)).save(tmp_path / f"scenes/images/{n}.png")
         Image.fromarray(mask).save(tmp_path / f"scenes/masks/{n}.png")
     Image.fromarray(mask[::-1].copy()).save(tmp_path / "goal.png")
-    (tmp_path / "scenes" / "palette.txt").write_text("ground\nbox\nbin\n")
     (tmp_path / "net.py").write_text(NET)
-    about = ["--model", f"{tmp_path / 'net.py'}:Colours", "--data", f"mask-folder:{tmp_path / 'scenes'}"]
+    (tmp_path / "scenes" / "palette.txt").write_text("ground\nbox\nbin\n")
+    return ["--model", f"{tmp_path / 'net.py'}:Colours", "--data", f"mask-folder:{tmp_path / 'scenes'}"]
+
+
+@pytest.mark.parametrize("attack", ["segpgd", "cospgd", "sea", "standard"])
+def test_attacks_on_label_maps_report_pixel_accuracy_and_mean_iou_of_stored_images(attack, tmp_path, capsys):
+    about, out = scenes(tmp_path), tmp_path / "out"
+    command = ["attack", *about, "--attack", attack, "--eps", "0.1", "--images", "6"]
+    command += ["--set", "queries=20"] if attack == "standard" else ["--set", "steps=10"]
+    assert run([*command, "--out", str(out)]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "pixel accuracy" in said
+    assert "mean IoU" in said
+    result = json.loads((out / "result.json").read_text())["result"]
+    tensors, _ = load_tensors(out / "adversarial.safetensors")
+    made = gb.evaluation.load_model(about[1], about[3], "cpu").model
+    split = gb.data.as_split((tensors["images"], tensors["labels"]))
+    assert gb.evaluation.accuracy(made, split).value == result["robust"]["value"] < result["clean"]["value"]
+    chosen = split.with_images(tensors["iou_images"])
+    assert gb.evaluation.mean_iou(made, chosen).value == pytest.approx(result["maps"]["mean_iou"]["value"])
+    names = [one["attack"] for one in result["maps"]["attacks"]]
+    sea = ["sea-mce", "sea-mce-bal", "sea-js"]
+    assert names == {"sea": sea, "standard": [*sea, "square"]}.get(attack, [attack])
+    if attack == "standard":
+        settings = json.loads((out / "result.json").read_text())["attacks"]
+        assert len(settings["sea-mce-bal"]["class_pixels"]) == 3
+    assert run([*command, "--out", str(out), "--json"]) == 0  # read back
+    assert json.loads(capsys.readouterr().out) == result
+
+
+def test_uap_of_label_maps_with_a_target(tmp_path, capsys):
+    about = scenes(tmp_path)
     small = ["--eps", "0.25", "--set", "steps=20", "--set", "probe_starts=0", "--set", "batch_size=8"]
     for name, target, more in [
         ("hidden", "hide:bin", ["--set", "omega=0.8", "--set", "tau=0.7", "--set", "tile=[12, 12]"]),
@@ -121,7 +152,7 @@ def test_uap_of_label_maps_with_a_target(tmp_path, capsys):
     ]:
         file = str(tmp_path / f"{name}.safetensors")
         assert run(["uap", "craft", *about, *small, "--target", target, *more, "--out", file]) == 0
-        assert "reach the target" in " ".join(capsys.readouterr().err.split())
+        assert "target reached by" in " ".join(capsys.readouterr().err.split())
         assert run(["uap", "score", file, *about, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)["target"]
         assert [one["name"] for one in found["controls"]] == ["random-sign", "chessboard", "shuffled target map"]

@@ -16,7 +16,7 @@ from gambeson.analysis import (
     PairSharing,
     Spread,
 )
-from gambeson.auditing.results import RANGES, Bounds, JacobianResult, LossSurface, PairHistogram, Subspace
+from gambeson.auditing.jacobian_results import RANGES, Bounds, JacobianResult, LossSurface, PairHistogram, Subspace
 from gambeson.base import generator, save_tensors
 from gambeson.evaluation.rates import Cost
 

@@ -170,17 +170,3 @@ def test_colour_pages_write_steps_in_255ths(tmp_path: Path) -> None:
     folders, _ = three(tmp_path, colour=True)
     html = report.write(folders, tmp_path / "page.html").read_text()
     assert figure(html, "surface-1")["layout"]["xaxis"]["ticktext"] == ["-12/255", "0", "12/255"]
-
-
-def test_label_maps_count_pixels_and_have_no_answers(tmp_path: Path) -> None:
-    write_audit(tmp_path / "a")
-    file = tmp_path / "a" / "examples.safetensors"
-    tensors, _ = load_tensors(file)
-    maps = torch.zeros(10, 28, 28, dtype=torch.long)
-    save_tensors(file, tensors | dict.fromkeys(("labels", "predictions", "perturbed_predictions"), maps), {})
-    html = report.write([tmp_path / "a"], tmp_path / "page.html").read_text()
-    assert "<b>68 of 100</b> pixels; without it, on <b>1</b>" in html
-    images = html.split('<section id="images">')[1].split("</section>")[0]
-    assert 'class="said wrong"' not in images.split('<div class="sum">')[1]
-    assert images.count("<img") == 3 + 20
-    assert "Of these" not in images

@@ -16,13 +16,13 @@ from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.context import AuditContext, Checkpoints
 from gambeson.auditing.cost import omitted
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, get
+from gambeson.auditing.jacobian_results import JacobianResult
 from gambeson.auditing.results import (
     AuditResult,
     Check,
     Corruption,
     DataInfo,
     IoU,
-    JacobianResult,
     ModelInfo,
     PerImageResult,
     RandomnessResult,

@@ -29,7 +29,7 @@ from gambeson.base import Config, Number, UserError, average, generator, twice_d
 from gambeson.defenses.objective import Batch, Clean, Defense, Objective, SharedForward, Term, TrainContext
 from gambeson.defenses.registry import register
 
-MOST_OUTPUTS = 4096
+MOST_OUTPUTS = 1000
 """Outputs per image up to which the exact norm is computed, by as many products whose graphs are all kept."""
 
 

@@ -28,6 +28,7 @@ from gambeson.evaluation.attack_suite import SuiteResult, run_suite, standard_su
 from gambeson.evaluation.segmentation_suite import class_pixels
 from gambeson.models.black_box.http import StoredHttp
 from gambeson.models.loading import load_model
+from gambeson.tasks import CLASSIFICATION
 from gambeson.threat import default_eps
 from gambeson.victim import as_victim
 
@@ -81,21 +82,19 @@ def settings_of(attack: str | None) -> Iterable[str]:
 
 def _attacks_of(run: AttackRun, data: Dataset | None = None) -> dict[str, Any]:
     """Return the attacks by name; of label maps the runs of SEA one by one, since the mean IoU chooses among them."""
-    maps = data is not None and not data.test.task.per_image_label
+    task = CLASSIFICATION if data is None else data.test.task
     if run.attack != STANDARD:
         attacks.require_kind(run.attack, "image")
         attack = attacks.create(run.attack, **run.settings)
-        if not (maps and isinstance(attack, attacks.SEA)):
+        if data is None or task.per_image_label or not isinstance(attack, attacks.SEA):
             return {user_code.short(run.attack): attack}
-        return attack.each(attack.class_pixels or class_pixels(data.train, seed=run.seed))
+        return dict(attack.each(attack.class_pixels or class_pixels(data.train, seed=run.seed)))
     if unknown := sorted(set(run.settings) - set(_SUITE)):
         reason = f"the suite takes {', '.join(_SUITE)}, got {', '.join(unknown)}"
         raise UserError(reason, ("settings", unknown[0]), reason)
-    if not maps:
+    if data is None or task.per_image_label:
         return dict(standard_suite(**run.settings))
-    return dict(
-        standard_suite(**run.settings, task=data.test.task, class_pixels=class_pixels(data.train, seed=run.seed))
-    )
+    return dict(standard_suite(**run.settings, task=task, class_pixels=class_pixels(data.train, seed=run.seed)))
 
 
 def _check_budget(budget: int | None, row: dict[str, Any], images: int) -> None:

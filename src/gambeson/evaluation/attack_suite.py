@@ -97,6 +97,7 @@ class WorstCase:
 
     Attributes:
         images: (N, C, H, W), the worst candidates, on the model's device.
+        clean_images: (N, C, H, W).
         source: (N,) the source of each: -1 for the clean image, else the argument of :meth:`offer`.
         votes: votes per image.
 
@@ -118,7 +119,7 @@ class WorstCase:
         traits = victim.inspect(self.images, scores=True)
         self._random = traits.stochastic
         split.check_logits(traits.shape)
-        self._clean = self.images.clone()
+        self.clean_images = self.images.clone()
         self._support = torch.zeros_like(self.labels)
         self.source = torch.full_like(self.labels, -1)
         for rows in torch.arange(len(self.labels), device=self.labels.device).split(self.batch_size):
@@ -135,7 +136,7 @@ class WorstCase:
 
     def take(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return clean images with their labels."""
-        return self._clean[rows], self.labels[rows]
+        return self.clean_images[rows], self.labels[rows]
 
     def offer(self, rows: torch.Tensor, moved: torch.Tensor, source: int) -> None:
         """Keep candidates ``moved`` of the images with indices ``rows`` if they do more harm than the current ones."""
@@ -224,7 +225,7 @@ def _of_images(worst: WorstCase, right: Counts, rounds: list[AttackRound], clean
     broken_by = torch.where(broken, worst.source, torch.where(now, -1, -2)).masked_fill(~worst.counts, -3)
     before, left = int(clean.right.sum()), int(right.right.sum())
     success = Rate.of(max(0, before - left), before)
-    result = _result(rounds, clean, right, success, worst, worst.images - worst.take(slice(None))[0], broken, norm)
+    result = _result(rounds, clean, right, success, worst, worst.images - worst.clean_images, broken, norm)
     return SuiteRun(result=result, images=worst.images.cpu(), broken_by=broken_by.cpu())
 
 
@@ -285,8 +286,8 @@ def standard_suite(
     images and the public robust LeNet5 the row broke every image that a public AutoAttack with FAB broke
     (``results/autoattack.json``).
 
-    Of label maps: the three runs of SEA (Croce et al. 2024), one per loss, so that the worst case of the mean IoU can be
-    chosen among them, and Square (ours), which SEA lacks and ``faithful`` leaves out: without it, a masked gradient
+    Of label maps: the three runs of SEA (Croce et al. 2024), one per loss, so that the worst case of the mean IoU can
+    be chosen among them, and Square (ours), which SEA lacks and ``faithful`` leaves out: without it, a masked gradient
     would pass for robustness.
 
     Args:

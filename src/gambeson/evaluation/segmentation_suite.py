@@ -1,4 +1,4 @@
-"""The worst case of label maps over several attacks: image by image for accuracy, by a greedy choice for the mean IoU."""
+"""The worst case of label maps over attacks: image by image for accuracy, by a greedy choice for the mean IoU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gambeson.tasks.rate import resampled
 from gambeson.victim import Victim, vote, votes_of
 
 _ROUNDS = 1000
-"""Most rounds of the greedy choice (Croce et al. 2024, appendix); it stops when nothing improves, after a few."""
+"""Most rounds of the greedy choice, as in the authors' code; it stops when nothing improves, after a few."""
 
 
 class MapAttack(Config):
@@ -41,7 +41,7 @@ class MapResult(Config):
 
     image_accuracy: Rate
     """aACC (Croce et al. 2024, section 3.6): the mean over images of their pixel accuracy under the worst attack. The
-    headline, ``robust`` of the suite, weights images by their labelled pixels; the two are equal if all have as many."""
+    headline, ``robust`` of the suite, weights images by their labelled pixels; the two agree if all have as many."""
     clean_mean_iou: Rate
     mean_iou: Rate
     """Mean IoU under the attacks that a greedy choice finds: it is reached, so the true worst case is no higher."""
@@ -249,7 +249,7 @@ def greedy_choice(counts: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
 
 
 def lower_bound(counts: torch.Tensor) -> float:
-    """Return a mean IoU that no choice of candidates can go below: each class alone has the choice that is worst for it.
+    """Return a mean IoU that no choice of candidates can go below: each class has the choice that is worst for it.
 
     The lowest ratio of sums, right over union, is found per class by Dinkelbach's iteration: with the ratio r of the
     last choice, each image takes the candidate of lowest right - r union, until r stays.

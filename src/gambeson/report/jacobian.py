@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gambeson.analysis import Spread
-from gambeson.auditing.results import JacobianResult, LossSurface, PairHistogram, Subspace
+from gambeson.auditing.jacobian_results import JacobianResult, LossSurface, PairHistogram, Subspace
 from gambeson.report import pictures
 from gambeson.report.charts import AXIS, LEGEND, MARKERS, Chart, embed, hue, plain_layout, soft
 from gambeson.report.formatting import EpsFormat, percent

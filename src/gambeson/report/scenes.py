@@ -61,7 +61,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Scene:
+class ShownScene:
     """A test image with its truth, and what the model sees in it without a pattern and under each."""
 
     image: Picture
@@ -82,7 +82,7 @@ class Scenes:
     """What each pattern does to all test images."""
     middle: int
     """The pattern that is shown first."""
-    scenes: list[Scene]
+    scenes: list[ShownScene]
     side: tuple[int, int]
     """Width and height of a picture of a pattern."""
     note: str
@@ -192,7 +192,7 @@ def _scenes(
     predictions: torch.Tensor,
     classes: Sequence[str],
     targets: torch.Tensor | None = None,
-) -> list[Scene]:
+) -> list[ShownScene]:
     """Draw every scene under every pattern: ``moved`` (E, K, C, H, W), ``predictions`` (E, K, H, W)."""
     labels = tensors["labels"].long()
 
@@ -211,7 +211,7 @@ def _scenes(
         ]
         clean = tensors["predictions"][k]
         found.append(
-            Scene(
+            ShownScene(
                 image=Picture(_shown(tensors["images"][k]), f"Test image {k + 1}"),
                 truth=mask(label, f"Truth of image {k + 1}"),
                 prediction=mask(clean, f"Prediction for image {k + 1} without a pattern"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -34,23 +34,23 @@ class Confusion:
     classes: tuple[str, ...]
     """Names of the K classes."""
 
-    @property
+    @cached_property
     def accuracy(self) -> Rate:
         """Share of all units that are right: pixel accuracy."""
         right, truth, _ = self.counts.sum(2).unbind(1)
         return Rate.bootstrap(right, truth)
 
-    @property
+    @cached_property
     def mean_iou(self) -> Rate:
         """Mean over classes of their intersection over union; at most :attr:`mean_accuracy`."""
         return self._rate("mean_iou")
 
-    @property
+    @cached_property
     def mean_accuracy(self) -> Rate:
         """Mean over classes of the share of their units that are right."""
         return self._rate("mean_accuracy")
 
-    @property
+    @cached_property
     def iou(self) -> dict[str, Rate]:
         """Intersection over union of each class that occurs among the labels, by its name.
 

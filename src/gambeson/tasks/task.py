@@ -6,6 +6,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +40,7 @@ class Counts:
         """Units that count and are not answered rightly."""
         return int(self.total.sum()) - int(self.right.sum())
 
-    @property
+    @cached_property
     def accuracy(self) -> Rate:
         """The share of right units, with its 95 % interval over images (:meth:`Rate.bootstrap`).
 
@@ -47,7 +48,7 @@ class Counts:
         """
         return Rate.bootstrap(self.right, self.total)
 
-    @property
+    @cached_property
     def error_rate(self) -> Rate:
         """The share of wrong units; see :attr:`accuracy`."""
         return Rate.bootstrap(self.total - self.right, self.total)

@@ -228,7 +228,8 @@ class AutoPGD(GradientAttack):
             steps = min(round(portion * self.steps), left - 1)
             if steps < 1:
                 continue
-            wide = self._stage(left < self.steps, steps=steps, eps=self.eps * radius, early_stop=False)
+            most = 1.0 if self.norm == "inf" else math.inf  # a wider ball is the box
+            wide = self._stage(left < self.steps, steps=steps, eps=min(most, self.eps * radius), early_stop=False)
             # What is found outside the ball of eps is no result, and nothing is adversarial there.
             scratch = BestSoFar.into(torch.zeros_like(images))
             place = torch.arange(len(rows), device=rows.device)

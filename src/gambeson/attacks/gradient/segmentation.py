@@ -62,8 +62,8 @@ class SEA(AutoPGD):
     A run per loss takes 300 steps in stages of 90, 90 and 120 at radii of 2, 1.5 and 1 eps; each stage starts at the
     projected result of the one before, the first at a random point of its ball. Gradients are those of the loss;
     steps are judged by the plain cross-entropy. The result per image is the point with the most wrong pixels, over
-    all losses, which is the worst case for the pixel accuracy; for that of the mean IoU, a suite chooses among the runs
-    of each loss (:meth:`each`, :func:`gambeson.evaluation.run_suite`). Norm inf in the paper; others are ours. Costs per
+    all losses, which is the worst case for the pixel accuracy; for that of the mean IoU, a suite chooses among the
+    runs of each loss (:meth:`each`, :func:`gambeson.evaluation.run_suite`). The norm is inf in the paper. Costs per
     image, loss and restart ``steps`` backwards and a forward more per stage: 303 and 300. Images without a right pixel
     cost nothing more.
     """

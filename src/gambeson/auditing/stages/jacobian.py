@@ -13,7 +13,7 @@ from torch import nn
 from gambeson import analysis
 from gambeson.analysis import Spectrum, Spread
 from gambeson.analysis.bounds import both_spectra
-from gambeson.auditing.results import RANGES, Bounds, JacobianResult, LossSurface, PairHistogram, Subspace
+from gambeson.auditing.jacobian_results import RANGES, Bounds, JacobianResult, LossSurface, PairHistogram, Subspace
 from gambeson.auditing.suite import Suite
 from gambeson.base import UserError, save_tensors, seeded
 from gambeson.data import Split
