@@ -1,4 +1,5 @@
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -180,3 +181,19 @@ def test_uap_of_label_maps_with_a_target(tmp_path, capsys):
         wanted = [*small[:2], "--target", target, *more, "--out", str(tmp_path / "bad.safetensors")]
         assert run(["uap", "craft", *about, *wanted]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_an_attack_on_images_that_are_all_wrong_already_says_so(tmp_path, digits):
+    labels = digits.test.labels[digits.test.sample_indices(3, seed=0)].tolist()
+    other = next(label for label in range(10) if label not in labels)
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Same(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.one = nn.Linear(64, 10)\n\n    def forward(self, x):\n"
+        f"        return 0.01 * self.one(x.flatten(1)) + 9 * (torch.arange(10) == {other})\n"
+    )
+    command = ["attack", f"{tmp_path}/net.py:Same", "--data", "digits", "--attack", "fgsm", "--images"]
+    with pytest.warns(UserWarning, match="none of the 3 images was right before the attack"):
+        assert run([*command, "3", "--out", str(tmp_path / "out")]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run([*command, "100", "--out", str(tmp_path / "more")]) == 0
