@@ -34,7 +34,7 @@ from gambeson.testbed.recipes import networks
 RUNS, SIGNATURE = Path("runs/testbed"), "signature.json"
 AUDITING = Path(gb.__file__).parent / "auditing"
 MAKERS = {  # which files of the audit make which stages
-    "uap-": ("stages/universal.py", "stages/surrogate.py", "suite.py", "temperature.py"),
+    "uap-": ("stages/universal.py", "stages/surrogate.py", "suite.py", "../victim/temperature.py"),
     "eps-uni": ("stages/universal.py",),
     "randomness": ("stages/randomness.py", "derandomize.py"),
     "per-image": ("stages/per_image.py",),

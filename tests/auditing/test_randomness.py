@@ -179,6 +179,24 @@ def test_what_a_random_model_answers_over_many_passes_and_without_its_noise(trai
     assert (other.noise_off, other.noise_off_by) == (None, ELSEWHERE)
 
 
+def test_two_equal_calls_do_not_prove_that_the_noise_is_off(trained, digits):
+    class Rarely(nn.Module):
+        """Draws outside of torch, another answer in every fourth call."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.calls = trained, 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.inner(x).roll(int(self.calls % 4 == 0), 1)
+
+    with Victim(Rarely()) as victim:
+        context = evidence_of(victim, digits, Suite(eps=(0.1,)))
+        victim.model.calls = 0
+        assert randomness.way_to_quiet(context) == ELSEWHERE
+
+
 def test_our_own_noise_has_a_switch(digits):
     torch.manual_seed(0)
     model = gb.models.create("lenet5", digits)
