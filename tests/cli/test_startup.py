@@ -16,7 +16,7 @@ from gambeson.auditing import SUITES, Suite
 from gambeson.cli.app import app, run
 from gambeson.evaluation import AttackRun, TransferRun
 from gambeson.models.export import TARGETS
-from gambeson.training import Recipe
+from gambeson.training.recipe import PRESETS, Recipe
 
 HEAVY = {
     "torchvision",
@@ -196,7 +196,9 @@ def test_names_are_completed_by_the_shell(monkeypatch):
 def test_the_defaults_that_help_shows_are_those_of_the_settings(command, run, paths):
     shown = {one.name: one.show_default for one in typer.main.get_command(app).commands[command].params}
     for option, setting in paths.items():
-        assert shown[option] == str(run.model_fields[setting].default), option
+        usual, _, maps = shown[option].partition(", of label maps ")
+        assert usual == str(run.model_fields[setting].default), option
+        assert not maps or maps.split()[0] == str(PRESETS["segmentation"][setting]), option
 
 
 def test_without_a_terminal_progress_is_lines(monkeypatch):

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from gambeson.attacks import UniversalPerturbation
 from gambeson.base import Config, UserError
@@ -120,6 +119,8 @@ def local_energy(delta: torch.Tensor) -> torch.Tensor:
 
 def edges(label_map: torch.Tensor, blur: float = BLUR) -> torch.Tensor:
     """Return the edges of a label map (H, W): 1 where a pixel's label differs from that of the next, then blurred."""
+    from torchvision.transforms.v2.functional import gaussian_blur  # half a second
+
     found = torch.zeros_like(label_map, dtype=torch.float32)
     for axis in (0, 1):
         size = label_map.shape[axis] - 1
