@@ -216,3 +216,18 @@ def test_without_a_terminal_progress_is_lines(monkeypatch):
         "train a net: 3 of 5, about 12 s left",
         "train a net: 5 of 5, 30 s",
     ]
+
+
+def test_steps_are_shown_unless_they_are_part_of_a_task():
+    from rich.console import Console
+
+    from gambeson.base import progress
+
+    text = io.StringIO()
+    with progress.show_progress(Console(file=text, width=40)):
+        assert list(progress.tracked("abc", "restart 1", 3)) == ["a", "b", "c"]
+        with progress.task("audit", 1) as advance:
+            assert list(progress.tracked("abc", "restart 2", 3)) == ["a", "b", "c"]
+            advance()
+        list(progress.tracked("abc", "restart 3", 3))
+    assert [line.split(":")[0] for line in text.getvalue().splitlines()] == ["restart 1", "audit", "restart 3"]

@@ -18,7 +18,7 @@ from gambeson.attacks.universal.perturbation import Provenance, Status, Universa
 from gambeson.attacks.universal.target import OMEGA, Target, from_predictions
 from gambeson.base import Config, UserError, seeded
 from gambeson.base.errors import DataWarning
-from gambeson.data import held_out
+from gambeson.data import Split, held_out
 from gambeson.models import fingerprint
 from gambeson.threat import Ball, Eps, Norm
 from gambeson.victim import Source, Victim, as_victim, auto_batch_size, rescaled
