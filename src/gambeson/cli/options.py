@@ -107,6 +107,14 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other setting, as NAME=VALUE: momentum=0.8, or in full recipe.momentum=0.8"),
 ]
+SetAttack = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any other setting of the attack, as NAME=VALUE; see `gambeson list attacks NAME`."),
+]
+SetSuite = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any other setting of the suite, as NAME=VALUE: pgd_restarts=5; see docs/audit.md."),
+]
 
 Budget = Annotated[
     int | None, typer.Option(help="Black boxes: images to send at most.", min=1, show_default="no limit", metavar="N")
