@@ -189,24 +189,51 @@ def needed(curve: dict[str, Any], level: float = LEVEL) -> float:
     return math.inf
 
 
-def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the table as lines: means over seeds and targets, with the smallest and largest in brackets."""
-    lines = ["defence: clean mIoU; eps for the same success of static targets; edges of the target shown, excess"]
+def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return for each defence what the cells so far say, with intervals over seeds and static targets.
+
+    Ratios compare a hardened network with the standard one of its seed, target by target. One whose success never
+    reaches the level counts with the largest eps, so that its ratio is a lower bound; ``censored`` counts them.
+    """
+    by = {(row["defense"], row["seed"]): row for row in rows}
+    found: dict[str, dict[str, Any]] = {}
     for name in DEFENSES:
-        own = [row for row in rows if row["defense"] == name and "clean" in row]
-        curves = [row[target] for row in own for target in TARGETS if "shown" in row.get(target, {})]
-        if not own:
+        seeds = [seed for kind, seed in by if kind == name and "shown" in by[kind, seed].get(TARGETS[-2], {})]
+        if not seeds:
             continue
-        ious = [row["clean"]["mean_iou"]["value"] for row in own]
-        radii = [255 * needed(curve) for curve in curves]
-        excess = [curve["shown"]["edges"]["excess"] for curve in curves]
-        lines.append(f"{name}: {span(ious)} ({len(own)} seeds); {span(radii)} / 255; {span(excess)}")
-    return lines
+        pairs = [(seed, target) for seed in seeds for target in TARGETS if target.startswith("static")]
+        shown = [by[name, seed][target]["shown"] for seed, target in pairs]
+        radii = [needed(by[name, seed][target]) for seed, target in pairs]
+        ious = [by[name, seed]["clean"]["mean_iou"]["value"] for seed in seeds]
+        found[name] = {
+            "seeds": len(seeds),
+            "clean mean IoU": interval(ious),
+            "eps for the same success": interval([min(eps, EPS[-1]) for eps in radii]),
+            "censored": sum(math.isinf(eps) for eps in radii),
+            "edges shown": interval([one["edges"]["value"] for one in shown]),
+            "edges shown above other scenes": interval([one["edges"]["excess"] for one in shown]),
+            "p of the edges": [one["edges"]["p"] for one in shown],
+            "rms of the perturbation": interval([one["visibility"]["rms"] for one in shown]),
+            "SSIM": interval([one["visibility"]["ssim"] for one in shown]),
+        }
+        if name != STANDARD and all((STANDARD, seed) in by for seed in seeds):
+            plain = [needed(by[STANDARD, seed][target]) for seed, target in pairs]
+            logs = [math.log(min(own, EPS[-1]) / min(eps, EPS[-1])) for own, eps in zip(radii, plain, strict=True)]
+            found[name]["ratio of eps"] = {key: math.exp(value) for key, value in interval(logs).items()}
+            lost = [
+                by[STANDARD, seed]["clean"]["mean_iou"]["value"] - iou for seed, iou in zip(seeds, ious, strict=True)
+            ]
+            found[name]["clean mean IoU lost"] = interval(lost)
+    return found
 
 
-def span(values: list[float]) -> str:
-    """Return mean, smallest and largest."""
-    return f"{sum(values) / len(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "not yet"
+def interval(values: list[float]) -> dict[str, float]:
+    """Return the mean with its 95 % percentile bootstrap interval, over the values."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    picks = torch.randint(len(values), (10_000, len(values)), generator=generator(0, "bootstrap"))
+    means = numbers[picks].mean(1)
+    low, high = (float(means.quantile(share)) for share in (0.025, 0.975))
+    return {"mean": float(numbers.mean()), "low": low, "high": high}
 
 
 def main() -> None:
@@ -228,9 +255,13 @@ def main() -> None:
     rows = [read_json(file) for file in sorted(FOLDER.glob("*/cell.json"))]
     if given.show:
         settings = {"data": DATA, "model": MODEL, "level": LEVEL, "attack": StochasticPGD(eps=SHOWN, **CRAFT).plain()}
-        write_json(RESULTS, {"settings": settings, "cells": rows})
+        write_json(RESULTS, {"settings": settings, "summary": summary(rows), "cells": rows})
         draw(rows, load())
-    print("\n".join(summary(rows)))
+    for name, numbers in summary(rows).items():
+        print(name)
+        for what, value in numbers.items():
+            said = "{mean:.4f} [{low:.4f}, {high:.4f}]".format(**value) if isinstance(value, dict) else value
+            print(f"    {what}: {said}")
 
 
 if __name__ == "__main__":

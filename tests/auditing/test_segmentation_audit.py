@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from gambeson.auditing import AuditResult, Suite
 from gambeson.auditing.audit import FILE
 from gambeson.auditing.outcome import SLIGHT, PairedDifference
 from gambeson.auditing.stages import surrogate
+from gambeson.auditing.stages.targeted import targets
 from gambeson.auditing.stages.transfer import image_attacks
 from gambeson.base import load_tensors
 from gambeson.evaluation.targeted import target_success
 from gambeson.tasks import CLASSIFICATION, Counts
 from gambeson.testbed.obfuscations import logits, preprocessing
+from gambeson.victim import Victim, predict
 from tests import scenes
 from tests.auditing.test_schema import FILE as SCHEMA
 from tests.auditing.test_schema import faults
@@ -190,6 +193,16 @@ def test_targets_are_reached_beyond_chance(honest, net, data) -> None:
     assert (tensors["hide"] != scenes.CLASSES.index(hide.target.partition(":")[2])).all()
     assert "Aimed at one scene" in found.verdict.summary
     assert "Made to hide" in found.verdict.summary
+
+
+def test_no_class_is_to_be_hidden_that_no_test_image_shows(net, data) -> None:
+    with Victim(net) as victim:
+        seen = predict(victim, data.test)
+        context = SimpleNamespace(test=data.test, data=data, victim=victim, seed=0, suite=SUITE, predictions=seen)
+        context.subject = SimpleNamespace(black_box=False)
+        static, hide = targets(context)
+        context.predictions = seen.where(seen != hide.index, 0)
+        assert targets(context) == [static]
 
 
 def test_per_image_attacks_are_those_of_label_maps(honest) -> None:

@@ -6,8 +6,8 @@ import torch
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import CONTROLS, StochasticPGD, UniversalPerturbation
-from gambeson.evaluation import TargetMeasure, target_success
-from gambeson.evaluation.targeted import SHUFFLED, Goal
+from gambeson.evaluation import Rate, TargetMeasure, eps_uni, target_success
+from gambeson.evaluation.targeted import SHUFFLED, Goal, TargetControl, TargetSuccess
 from tests.attacks.test_targets import IGNORED, dataset, four_classes
 
 FAST = {"eps": 0.3, "steps": 40, "batch_size": 10, "probe_starts": 0}
@@ -155,3 +155,40 @@ def test_what_cannot_be_scored_is_refused(scenes):
         target_success(model, other, hide)
     with gb.victim.Victim(model) as victim, pytest.raises(UserError, match="target static:3 is an image of validation"):
         TargetMeasure("static:3")(victim, data.test, None)
+
+
+@pytest.mark.filterwarnings("ignore:.* have no label that counts")
+def test_a_class_to_hide_that_is_nowhere_is_refused(scenes):
+    model, data = scenes
+    shown = model(data.test.take(slice(None))[0]).argmax(1) == 2
+    labels = data.test.labels.where(~shown, IGNORED)
+    test = gb.data.Split("maps/test", data.test.images, labels, data.classes, ignore_index=IGNORED)
+    with pytest.raises(UserError, match="is predicted 'c': nothing can be hidden"):
+        target_success(model, test, crafted(scenes, "hide:c", steps=1))
+    without = gb.data.Dataset("s", data.train, data.validation, test, data.classes)
+    with pytest.raises(UserError, match="is predicted 'c': nothing can be hidden"):
+        eps_uni(model, without, StochasticPGD(target="hide:c", **FAST), delta=0.9)
+
+
+@pytest.mark.parametrize(("target", "delta"), [("hide:c", 0.5), ("static:3", 0.1)])
+def test_eps_uni_is_not_zero_because_clean_images_reach_the_target_as_far(scenes, target, delta):
+    model, data = scenes
+    with pytest.raises(UserError, match=f"delta = {delta}, but clean images reach target {target} by 0."):
+        eps_uni(model, data, StochasticPGD(target=target, **FAST), delta=delta)
+
+
+def test_a_rival_reaches_as_much_of_the_same_thing():
+    def rate(hits):
+        return Rate.of(hits, 100)
+
+    def found(success, hidden, kept, control):
+        return TargetSuccess(
+            success=rate(success), hidden=rate(hidden), kept=rate(kept), clean=rate(90), controls=(control,)
+        )
+
+    chance = TargetControl(name=SHUFFLED, draws=10, success=rate(70))
+    noise = TargetControl(name="chessboard", draws=1, success=rate(80), hidden=rate(80), kept=rate(40))
+    assert found(95, 30, 98, chance).rival is None  # a score of 0.64, but a success of 0.95 against 0.7
+    assert found(69, 90, 90, chance).rival is chance
+    assert found(95, 30, 98, noise).rival is None
+    assert found(95, 30, 88, noise).rival is noise

@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+import torch
 
 BOUND = 40
 """Seconds of a test."""
@@ -18,6 +19,15 @@ def bounded():
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def full_float32():
+    """TF32 has ten bits: what is compared with the CPU is computed without it."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def pytest_runtest_logreport(report):

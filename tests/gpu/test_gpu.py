@@ -25,15 +25,6 @@ SIDE = 16
 GPU = "cuda"
 
 
-@pytest.fixture(autouse=True)
-def full_float32():
-    """TF32 has ten bits: what is compared with the CPU is computed without it."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def coloured(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images whose class is a coarse pattern under noise: a small net learns them in a few steps."""
     draw = torch.Generator().manual_seed(seed)

@@ -21,14 +21,6 @@ EPS, SIDE, IGNORED = 40 / 255, 32, 255
 GPU = "cuda"
 
 
-@pytest.fixture(autouse=True)
-def full_float32():
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def scenes(name: str, count: int, seed: int) -> Split:
     """Coloured squares on noise: a square's colour is its class, its border is ignored."""
     draw = torch.Generator().manual_seed(seed)

@@ -90,9 +90,12 @@ def craft(
         print_json({"file": str(out), **uap.about.plain()})
         return
     best = max(rate for _, rate in uap.about.restarts)
+    told = "UER" if uap.target is None else "target reached by"
+    if uap.target is not None and uap.target.kind == "hide":
+        told = "mean of hidden and of others kept"
     console.print(
         f"{out}: {user_code.short(attack)} at eps {uap.about.eps:.4g} ({uap.about.status}); "
-        f"{'UER' if uap.target is None else 'target reached by'} {100 * best:.1f} % on validation"
+        f"{told} {100 * best:.1f} % on validation"
     )
     if any(scale != 1 for scale in uap.about.temperature):
         scales = ", ".join(f"{scale:.3g}" for scale in uap.about.temperature)
@@ -185,9 +188,8 @@ def _print_target(console: Console, target: str, reached: TargetSuccess) -> None
         parts = {"": one.success, ", hidden ": one.hidden, ", kept ": one.kept}
         text = "".join(f"{name}{rate}" for name, rate in parts.items() if rate is not None)
         console.print(f"{one.name}: {text} (best of {one.draws})")
-    best = max(reached.controls, key=lambda one: one.score, default=None)
-    if best is not None and best.score >= reached.score:
-        console.print(f"{best.name} reaches as much, so this perturbation shows no weakness of its own")
+    if (rival := reached.rival) is not None:
+        console.print(f"{rival.name} reaches as much, so this perturbation shows no weakness of its own")
 
 
 @app.command("list")

@@ -89,7 +89,7 @@ def eps_uni(
         The smallest success; right-censored if there is none even for the whole box.
 
     Raises:
-        UserError: no such delta, or a perturbation of another norm.
+        UserError: no such delta, one that clean images reach of a target, or a perturbation of another norm.
     """
     whole = as_dataset(data)
     dataset, target = disjoint(whole), getattr(attack, "target", None)
@@ -99,6 +99,10 @@ def eps_uni(
         if measure is None and target is not None:
             labels = "prediction" if from_predictions(attack.plain()) else "truth"
             measured = TargetMeasure.of(victim, whole.validation, target, labels, seed=seed)
+            if (reached := measured(victim, dataset.test, None).error) >= delta:
+                raise UserError(
+                    f"delta = {delta:g}, but clean images reach target {target} by {reached:.4g} already: expected more"
+                )
 
         def craft(eps: float, start: torch.Tensor | None) -> UniversalPerturbation:
             return attack.model_copy(update={"eps": eps}).craft(victim, dataset, seed=seed, start=start)

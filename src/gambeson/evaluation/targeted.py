@@ -58,6 +58,14 @@ class TargetSuccess(Reached):
     """The success of clean images: what is reached without an attack."""
     controls: tuple[TargetControl, ...] = ()
 
+    @property
+    def rival(self) -> TargetControl | None:
+        """A control that reaches as much: in the score, or if it has no class to hide, in the success; None if none."""
+        return next((one for one in self.controls if one.score >= self._beside(one)), None)
+
+    def _beside(self, control: TargetControl) -> float:
+        return self.success.value if control.hidden is None else self.score
+
 
 @dataclass(frozen=True)
 class TargetHits:
@@ -110,7 +118,7 @@ class Goal:
         """Find the target in clean predictions, or else in the true labels.
 
         Raises:
-            UserError: it does not fit the split, or nothing has a target.
+            UserError: it does not fit the split, nothing has a target, or no pixel is of the class to hide.
         """
         if target.kind == "static" and target.map is None:
             raise UserError(f"target {target} is an image of validation: give its map, such as uap.target")
@@ -119,6 +127,11 @@ class Goal:
         targets, hidden = target.reach(made_of, split.task.valid(labels))
         if not bool((targets >= 0).any()):
             raise UserError(f"target {target}: no image of {split.name} has one; give images with labels that count")
+        if hidden is not None and not bool(hidden.any()):
+            seen = "predicted" if predicted else "labelled"
+            raise UserError(
+                f"no pixel of {split.name} is {seen} {split.classes[target.index]!r}: nothing can be hidden"
+            )
         return cls(split, clean, target, targets, hidden)
 
     def hits(self, predictions: torch.Tensor) -> TargetHits:
@@ -182,7 +195,7 @@ def target_success(
         controls: names in :data:`gambeson.attacks.CONTROLS`; if there are any, the shuffled target map is added.
 
     Raises:
-        UserError: the perturbation has no target, or one that does not fit the data.
+        UserError: the perturbation has no target, one that does not fit the data, or a class to hide that no pixel has.
     """
     split, target = scorable(data, uap), uap.target
     if target is None:

@@ -16,7 +16,8 @@ def targets(context: AuditContext) -> list[Target]:
     """Return the targets that are tried: the truth of a validation image, and the class to hide.
 
     The image is drawn from the seed. The class is the one that the model predicts most often on validation, the most
-    frequent one (the ground) apart; there is none if it predicts a single class. Both choices are ours.
+    frequent one (the ground) apart; there is none if it predicts a single class, or this one nowhere on test. Both
+    choices are ours.
     """
     if context.test.task.per_image_label or context.subject.black_box or not context.suite.targeted:
         return []
@@ -25,7 +26,8 @@ def targets(context: AuditContext) -> list[Target]:
     counts = predictions[validation.task.valid(validation.labels.cpu())].clamp(min=0).bincount()
     order = counts.argsort(descending=True, stable=True)
     found = [Target.parse(f"static:{int(validation.sample_indices(1, seed=context.seed)[0])}")]
-    if len(order) > 1 and counts[order[1]]:
+    shown = context.test.task.valid(context.test.labels.cpu()) & (context.predictions == order[1:2])
+    if len(order) > 1 and counts[order[1]] and bool(shown.any()):
         found.append(Target.parse(f"hide:{int(order[1])}"))
     return found
 
