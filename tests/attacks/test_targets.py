@@ -402,6 +402,19 @@ def test_what_does_not_fit_data_or_model_is_refused():
         StochasticPGD(eps=0.1, tile=(5, 5)).craft(model, data)
     with pytest.raises(UserError, match="a step in norm 1 moves single pixels"):
         StochasticPGD(eps=5, norm="1", tile=(2, 2))
+    x, y = data.train.images, data.train.labels
+    ghost = dataset(x, y, ("a", "b", "ghost"))
+    three = PixelNet(torch.cat([model.weight, torch.zeros(1, 3)]), [0.0, 0.0, -9.0])
+    for target in ("class:ghost", 2):
+        with pytest.warns(DataWarning, match="no pixel of maps/0 is labelled 'ghost': a model trained on these"):
+            StochasticPGD(eps=0.1, target=target, probe_starts=0, steps=1).craft(three, ghost)
+    for labels, seen in (("prediction", "predicted"), ("truth", "labelled")):
+        with pytest.raises(UserError, match=f"no pixel of maps/0 is {seen} 'ghost': name another class to hide"):
+            StochasticPGD(eps=0.1, target="hide:ghost", labels=labels).craft(three, ghost)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        StochasticPGD(eps=0.1, target="class:b", probe_starts=0, steps=1).craft(three, ghost)
+        StochasticPGD(eps=0.1, target=2, probe_starts=0, steps=1).craft(three, x)  # labels are predictions
     with torch.no_grad():
         model.bias += torch.tensor([9.0, -9.0])
     with pytest.raises(UserError, match="no pixel of maps/0 is predicted 'b': name another class to hide"):

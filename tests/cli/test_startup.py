@@ -1,6 +1,7 @@
 """What a start costs: help and ``import gambeson`` wait for no heavy library."""
 
 import io
+import json
 import os
 import re
 import resource
@@ -13,6 +14,7 @@ import typer
 
 import gambeson as gb
 from gambeson.auditing import SUITES, Suite
+from gambeson.cli import options
 from gambeson.cli.app import app, run
 from gambeson.evaluation import AttackRun, TransferRun
 from gambeson.models.export import TARGETS
@@ -216,3 +218,31 @@ def test_without_a_terminal_progress_is_lines(monkeypatch):
         "train a net: 3 of 5, about 12 s left",
         "train a net: 5 of 5, 30 s",
     ]
+
+
+def test_steps_are_shown_unless_they_are_part_of_a_task():
+    from rich.console import Console
+
+    from gambeson.base import progress
+
+    text = io.StringIO()
+    with progress.show_progress(Console(file=text, width=40)):
+        assert list(progress.tracked("abc", "restart 1", 3)) == ["a", "b", "c"]
+        with progress.task("audit", 1) as advance:
+            assert list(progress.tracked("abc", "restart 2", 3)) == ["a", "b", "c"]
+            advance()
+        list(progress.tracked("abc", "restart 3", 3))
+    assert [line.split(":")[0] for line in text.getvalue().splitlines()] == ["restart 1", "audit", "restart 3"]
+
+
+@pytest.mark.parametrize("kind", list(options.Kind))
+def test_completion_knows_every_name_and_reads_registries_once(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "NAMES", tmp_path / "new" / "names.json")
+    names = options.registry(kind).names()
+    assert options.complete(kind)("") == names
+    with monkeypatch.context() as without:
+        without.setattr(options, "registry", None)
+        assert options.complete(kind)("s") == [name for name in names if name.startswith("s")]
+    for spoilt in ("{", "[]", json.dumps({"stamp": "of other files", kind: ["old"]})):
+        options.NAMES.write_text(spoilt)
+        assert options.complete(kind)("") == names

@@ -215,6 +215,6 @@ def test_show_says_what_labels_are(
 ) -> None:
     monkeypatch.setattr("gambeson.data.load", lambda *_: build(tmp_path, train=4, validation=4, test=4))
     assert run(["data", "show", "fashion-scenes"]) == 0
-    assert "label maps (N, H, W), where 255 counts nowhere\nclass 0: ground\n" in capsys.readouterr().out
+    assert "label maps (N, H, W), where 255 is ignored\nclass 0: ground\n" in capsys.readouterr().out
     assert run(["data", "show", "fashion-scenes", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ignored"] == IGNORED

@@ -15,6 +15,7 @@ from gambeson import UserError, report
 from gambeson.auditing import Check
 from gambeson.auditing.display import worst_of
 from gambeson.auditing.verdict import judge
+from gambeson.base import write_yaml
 from gambeson.evaluation import Rate
 
 
@@ -122,6 +123,13 @@ def test_next_steps_are_commands_for_this_model(tmp_path: Path) -> None:
     write_audit(tmp_path / "b", wrong=(21, 30, 45, 81, 403), failed=True)
     doubted = words_of(report.write([tmp_path / "b"], tmp_path / "page.html"))
     assert "<code>gambeson attack --model runs/model --data digits --attack square --eps 0.15" in doubted
+    run = tmp_path / "own run"
+    run.mkdir()
+    write_yaml(run / "run.yaml", {"kind": "train", "data": "mask-folder:/data/my roads?size=64"})
+    quoted = "&#39;mask-folder:/data/my roads?size=64&#39;"
+    for given, name in (({}, quoted), ({"data": "voc:/data/voc"}, "voc:/data/voc")):
+        write_yaml(tmp_path / "b" / "run.yaml", {"kind": "audit", "model": str(run), **given})
+        assert f"--data {name} --attack square" in words_of(report.write([tmp_path / "b"], tmp_path / "page.html"))
     (tmp_path / "a" / "run.yaml").unlink()
     python = words_of(report.write([tmp_path / "a"], tmp_path / "page.html"))
     assert "gb.train(model, data, gb.defenses.create(&#34;shared-adversarial&#34;, eps=0.15)" in python

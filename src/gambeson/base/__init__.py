@@ -38,7 +38,7 @@ from gambeson.base.files import (
     write_text,
     write_yaml,
 )
-from gambeson.base.progress import say, show_progress, task
+from gambeson.base.progress import say, show_progress, task, tracked
 from gambeson.base.registry import Registered, Registry
 from gambeson.base.seeds import derive, generator, seeded
 
@@ -77,6 +77,7 @@ __all__ = [
     "show_progress",
     "task",
     "total",
+    "tracked",
     "twice_differentiable",
     "unknown_name",
     "writable",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,7 +23,10 @@ class _Display(Protocol):
     def start(self, label: str, total: int, done: int) -> Callable[[], None]: ...
 
 
+ItemT = TypeVar("ItemT")
 _display: ContextVar[_Display | None] = ContextVar("display", default=None)
+_busy: ContextVar[bool] = ContextVar("busy", default=False)
+"""Whether a task is shown."""
 
 
 class _Bars:
@@ -100,5 +103,18 @@ def task(label: str, total: int, *, done: int = 0) -> Iterator[Callable[[], None
     Nothing is shown outside :func:`show_progress`, but in notebooks.
     """
     with show_progress(Console()) if _display.get() is None and _in_notebook() else nullcontext():
-        display = _display.get()
-        yield (lambda: None) if display is None else display.start(label, total, done)
+        display, token = _display.get(), _busy.set(True)
+        try:
+            yield (lambda: None) if display is None else display.start(label, total, done)
+        finally:
+            _busy.reset(token)
+
+
+def tracked(items: Iterable[ItemT], label: str, total: int) -> Iterator[ItemT]:
+    """Yield ``items``, a unit of work each; they are shown as a task unless they are part of one."""
+    display = _display.get()
+    advance = None if display is None or _busy.get() else display.start(label, total, 0)
+    for item in items:
+        yield item
+        if advance is not None:
+            advance()

@@ -24,7 +24,7 @@ def attack(
     budget: options.Budget = None,
     http: options.Http = None,
     config: options.ConfigFile = None,
-    set_: options.Set = None,
+    set_: options.SetAttack = None,
     out: options.Out = None,
     seed: options.RunSeed = None,
     device: options.Device = "auto",
@@ -88,7 +88,7 @@ def attack(
     for k, part in enumerate(result.rounds):
         console.print(
             f"  {part.attack}: {alone[k] if alone else f'broke {part.broken} of {part.tried}'}, "
-            f"{part.cost.forwards:,} forwards and {part.cost.backwards:,} backwards of an image"
+            f"{part.cost.forwards:,} forward and {part.cost.backwards:,} backward passes of single images"
         )
     console.print(f"results are in {folder}")
 

@@ -38,7 +38,7 @@ def audit(
     only_plan: Annotated[bool, typer.Option("--plan", help="Print an upper bound on the cost and exit.")] = False,
     http: options.Http = None,
     config: options.ConfigFile = None,
-    set_: options.Set = None,
+    set_: options.SetSuite = None,
     out: options.Out = None,
     seed: options.RunSeed = None,
     device: options.Device = "auto",

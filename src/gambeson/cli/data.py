@@ -71,7 +71,7 @@ def show(
     typer.echo(f"{data.name}: {', '.join(f'{part} {count:,}' for part, count in counts.items())} images")
     typer.echo(f"shape {'x'.join(map(str, data.train.shape))} (channels, height, width)")
     if not task.per_image_label:
-        typer.echo(task.label_form + ("" if task.all_count else f", where {task.ignore_index} counts nowhere"))
+        typer.echo(task.label_form + ("" if task.all_count else f", where {task.ignore_index} is ignored"))
     typer.echo("\n".join(f"class {k}: {known}" for k, known in enumerate(data.classes)))
 
 

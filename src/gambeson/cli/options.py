@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import StrEnum
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,10 @@ class Kind(StrEnum):
     tasks = "tasks"
 
 
+NAMES = Path("~/.cache/gambeson/names.json").expanduser()
+"""Registered names, for completion."""
+
+
 def registry(kind: str) -> Any:
     """Return the registry of a kind of entries."""
     if kind == Kind.attacks:
@@ -53,9 +58,28 @@ def complete(kind: str) -> Callable[[str], list[str]]:
     """Return the shell completion of the names of a registry; see ``gambeson list``."""
 
     def names(incomplete: str) -> list[str]:
-        return [name for name in registry(kind).names() if name.startswith(incomplete)]
+        known = {*_own_names(kind), *(point.name for point in entry_points(group=f"gambeson.{kind}"))}
+        return sorted(name for name in known if name.startswith(incomplete))
 
     return names
+
+
+def _own_names(kind: str) -> list[str]:
+    """Return the library's own names of a kind, from a file after the first time: registries import torch."""
+    root = Path(__file__).parents[1]
+    stamp = f"{root} {max(file.stat().st_mtime_ns for file in root.rglob('*.py'))}"
+    try:
+        known = json.loads(NAMES.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if not isinstance(known, dict) or known.get("stamp") != stamp:
+        known = {"stamp": stamp}
+    if kind not in known:
+        known[kind] = [entry.name for entry in registry(kind).own()]
+        with suppress(OSError):
+            NAMES.parent.mkdir(parents=True, exist_ok=True)
+            NAMES.write_text(json.dumps(known))
+    return list(known[kind])
 
 
 Model = Annotated[
@@ -106,6 +130,14 @@ ConfigFile = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other setting, as NAME=VALUE: momentum=0.8, or in full recipe.momentum=0.8"),
+]
+SetAttack = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any other setting of the attack, as NAME=VALUE; see `gambeson list attacks NAME`."),
+]
+SetSuite = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any other setting of the suite, as NAME=VALUE: pgd_restarts=5; see docs/audit.md."),
 ]
 
 Budget = Annotated[

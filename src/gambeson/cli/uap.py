@@ -36,11 +36,12 @@ def craft(
     target: Annotated[
         str | None,
         typer.Option(
-            help="What to make the model predict: a class, or of label maps static:IMAGE (an index of validation, or a "
-            "PNG of class indices) or hide:CLASS (a name or an index). Nothing: anything wrong."
+            help="What to make the model predict: class:CLASS (a name or an index), or of label maps also static:IMAGE "
+            "(an index of validation, or a PNG of class indices) or hide:CLASS.",
+            show_default="anything wrong",
         ),
     ] = None,
-    set_: options.Set = None,
+    set_: options.SetAttack = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Output file.")] = Path("uap.safetensors"),
     seed: options.Seed = 0,
     device: options.Device = "auto",

@@ -6,9 +6,11 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from gambeson.auditing import lead_of
 from gambeson.auditing.display import worst_of
+from gambeson.base import read_settings
 from gambeson.evaluation import Rate
 from gambeson.report.formatting import EpsFormat, count, of_hundred
 from gambeson.report.loading import Folder
@@ -257,4 +259,9 @@ def _source(folder: Folder, flag: str = "--model ") -> str:
 
 
 def _data(folder: Folder) -> str:
-    return str(folder.settings.get("data") or folder.result.material.name)
+    """The data as commands name it: what the audit was given, or that of the training run."""
+    if data := folder.settings.get("data"):
+        return str(data)
+    run = Path(str(folder.settings["model"])) / "run.yaml"  # not there where the page is made elsewhere
+    trained = read_settings(run, "train") if run.is_file() else {}
+    return str(trained.get("data") or folder.result.material.name)

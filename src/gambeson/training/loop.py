@@ -116,9 +116,11 @@ class Run:
         self.data, self.train = data, data.train.to(self.device)
         processes = self.accelerator.num_processes
         if recipe.batch_size > len(self.train) or recipe.batch_size % processes:
+            shares = "" if processes == 1 else f" on {processes} processes"
+            divides = "" if processes == 1 else f", a multiple of {processes}"
             raise UserError(
-                f"batch size {recipe.batch_size} does not fit {len(self.train)} training images on {processes} "
-                "process(es): choose a smaller one that the number of processes divides"
+                f"batch size {recipe.batch_size} does not fit {len(self.train)} training images{shares}: choose "
+                f"{len(self.train)} or less{divides}"
             )
         self.share = recipe.batch_size // processes
         defense.check(self.share)

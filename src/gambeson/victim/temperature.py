@@ -9,6 +9,7 @@ them (Guo et al. 2017, section 4.2), where that is far from 1. Scores are taken 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Literal
@@ -103,7 +104,9 @@ def calibrating(victim: Victim, split: Split, seed: int) -> float:
     smoothing = 1 / (len(y) + 1)
     shares = torch.logspace(-2, 2, 401, dtype=torch.float64)
 
-    def loss(share: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(z / (unit * share), y, label_smoothing=smoothing)
+    def loss(k: int) -> float:
+        return float(torch.nn.functional.cross_entropy(z / (unit * shares[k]), y, label_smoothing=smoothing))
 
-    return unit * float(shares[torch.stack([loss(share) for share in shares]).argmin()])
+    # Convex in the inverse temperature, so that it falls before its minimum and rises after it.
+    best = bisect_left(range(len(shares) - 1), True, key=lambda k: loss(k) <= loss(k + 1))
+    return unit * float(shares[best]) if math.isfinite(loss(best)) else math.nan

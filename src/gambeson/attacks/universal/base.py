@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
 from pydantic import Field
 
@@ -17,10 +18,10 @@ from gambeson.attacks.universal.perturbation import Provenance, Status, Universa
 from gambeson.attacks.universal.target import OMEGA, Target, from_predictions
 from gambeson.base import Config, UserError, seeded
 from gambeson.base.errors import DataWarning
-from gambeson.data import held_out
+from gambeson.data import Split, held_out
 from gambeson.models import fingerprint
 from gambeson.threat import Ball, Eps, Norm
-from gambeson.victim import Source, Victim, as_victim, rescaled
+from gambeson.victim import Source, Victim, as_victim, auto_batch_size, rescaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +159,23 @@ class UniversalAttack(Config):
         # An index is that of the user's validation images, before duplicates were left out.
         found = Target.of(target).within(whole, context.predictions if predicted else None)
         context = replace(context, target=found)
+        bare = isinstance(data, torch.Tensor | np.ndarray)  # whose labels are predictions
+        if found.kind == "class" and not (train.task.per_image_label or bare):
+            self._warn_unseen(train, found.index)
         if context.hides:
             self._require_hidden(context)
         return context
+
+    @staticmethod
+    def _warn_unseen(train: Split, target: int) -> None:
+        """Warn of a class that no label map shows; one label per image is often without the target on purpose."""
+        if not any(bool((labels == target).any()) for _, labels in train.batches(auto_batch_size(train.shape))):
+            warnings.warn(
+                f"no pixel of {train.name} is labelled {train.classes[target]!r}: a model trained on these images does "
+                "not know this target, and is not robust because it does not reach it; name a class that occurs",
+                DataWarning,
+                stacklevel=2,
+            )
 
     @staticmethod
     def _require_hidden(context: CraftingContext) -> None:

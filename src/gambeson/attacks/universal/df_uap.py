@@ -16,7 +16,7 @@ from gambeson.attacks.solver import Adam, ProjectedGradient, require_finite
 from gambeson.attacks.universal.base import Candidate, UniversalAttack
 from gambeson.attacks.universal.context import CraftingContext
 from gambeson.attacks.universal.target import OMEGA, LabelSource, TargetSetting
-from gambeson.base import Number
+from gambeson.base import Number, tracked
 from gambeson.threat import BoxGradient
 from gambeson.victim import Temperature
 
@@ -84,7 +84,8 @@ class DFUAP(UniversalAttack):
     def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
         for restart, (kind, delta) in enumerate(context.starts(self.restarts, start)):
             adam, solver = Adam.like(delta, self.betas), context.solver(self.objective)
-            for images, labels, rows in islice(context.batches(self.batch_size, restart), self.steps):
+            batches = islice(context.batches(self.batch_size, restart), self.steps)
+            for images, labels, rows in tracked(batches, f"restart {restart + 1}", self.steps):
                 targets, weights = context.aims(images, labels, rows)
                 if self.clip:
                     gradient, _ = solver.gradient(delta, images, targets, weights=weights)

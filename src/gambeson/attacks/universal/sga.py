@@ -15,7 +15,7 @@ from gambeson.attacks.solver import ProjectedGradient
 from gambeson.attacks.universal.base import Candidate, UniversalAttack
 from gambeson.attacks.universal.context import CraftingContext
 from gambeson.attacks.universal.target import OMEGA, TAU, LabelSource, TargetSetting
-from gambeson.base import Number, generator
+from gambeson.base import Number, generator, tracked
 from gambeson.threat import BoxGradient
 from gambeson.victim import Temperature
 
@@ -83,7 +83,8 @@ class SGA(UniversalAttack):
     def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
         for restart, (kind, delta) in enumerate(context.starts(self.restarts, start)):
             solver, draw = context.solver(self.objective), generator(context.seed, "inner", restart)
-            for images, labels, rows in islice(context.batches(self.batch_size, restart), self.steps):
+            batches = islice(context.batches(self.batch_size, restart), self.steps)
+            for images, labels, rows in tracked(batches, f"restart {restart + 1}", self.steps):
                 targets, weights = context.aims(images, labels, rows)
                 direction = self._aggregate(solver, delta, images, targets, draw, weights)
                 delta = solver.step_along(delta, images, direction, self.rel_step_size * self.eps)

@@ -19,7 +19,7 @@ from gambeson.attacks.universal.base import Candidate, UniversalAttack
 from gambeson.attacks.universal.context import CraftingContext
 from gambeson.attacks.universal.perturbation import UniversalPerturbation
 from gambeson.attacks.universal.target import OMEGA, TAU, LabelSource, Target, TargetSetting
-from gambeson.base import Number, UserError
+from gambeson.base import Number, UserError, tracked
 from gambeson.data import Split
 from gambeson.threat import BoxGradient
 from gambeson.victim import Source, Temperature, auto_batch_size
@@ -132,7 +132,8 @@ class StochasticPGD(UniversalAttack):
         if self.probe_starts:
             starts = self._best(context, starts)
         for restart, (kind, delta) in enumerate(starts):
-            yield Candidate(start=kind, delta=self._run(context, delta, [self.probe_starts + restart]))
+            label = f"restart {restart + 1} of {len(starts)}"
+            yield Candidate(start=kind, delta=self._run(context, delta, [self.probe_starts + restart], label=label))
 
     def _tiled(self, start: torch.Tensor) -> torch.Tensor:
         """Repeat the tile at the top left of a start."""
@@ -160,7 +161,13 @@ class StochasticPGD(UniversalAttack):
         return [(f"{kind}, probed", delta) for kind, delta in ranked[: self.restarts]] + given
 
     def _run(
-        self, context: CraftingContext, delta: torch.Tensor, restarts: Sequence[int], *, classwise: bool = False
+        self,
+        context: CraftingContext,
+        delta: torch.Tensor,
+        restarts: Sequence[int],
+        *,
+        label: str = "starts",
+        classwise: bool = False,
     ) -> torch.Tensor:
         """Run several starts at once, each on mini-batches of its own: one forward and backward per step.
 
@@ -168,12 +175,14 @@ class StochasticPGD(UniversalAttack):
             context: the models and images.
             delta: (R, C, H, W), a start per restart; with ``classwise``, one perturbation per class.
             restarts: their numbers, which say in what order each sees the images.
+            label: what progress calls them.
             classwise: every image carries the perturbation of its own class.
         """
         solver, memory = context.solver(self.objective), torch.zeros_like(delta)
         sums: list[torch.Tensor] = []
         streams = zip(*(context.batches(self.batch_size, restart) for restart in restarts), strict=True)
-        for step, (batches, length) in enumerate(zip(islice(streams, self.steps), self.lengths, strict=True), 1):
+        steps = zip(islice(streams, self.steps), self.lengths, strict=True)
+        for step, (batches, length) in enumerate(tracked(steps, label, self.steps), 1):
             images, labels, places = (torch.cat(parts) for parts in zip(*batches, strict=True))
             targets, weights = context.aims(images, labels, places)
             # Mini-batches differ in size where images without a label that counts were left out.
