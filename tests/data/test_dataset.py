@@ -282,3 +282,12 @@ def test_folder_refusals(tmp_path: Path) -> None:
     only = folder(tmp_path / "only", ("test",), 3)
     with pytest.raises(UserError, match="no train folder"):
         load(only)
+
+
+def test_a_split_without_a_label_that_counts_is_not_called_one_of_one_class() -> None:
+    images, maps = torch.rand(9, 3, 4, 4), torch.arange(9 * 16).view(9, 4, 4) % 3
+    first, second, third = (Split(f"x/{k}", images, maps, tuple("abc"), ignore_index=7) for k in range(3))
+    Dataset("x", first, second, third, tuple("abc"))
+    nothing = Split("x/test", images, torch.full_like(maps, 7), tuple("abc"), ignore_index=7)
+    with pytest.raises(UserError, match="the test split of x, has no label that counts: all 9 images have the ignore"):
+        Dataset("x", first, second, nothing, tuple("abc"))

@@ -257,7 +257,7 @@ def test_images_without_a_label_are_told_and_splits_without_one_are_refused(tmp_
         load(f"mask-folder:{tmp_path}")
     for file in (tmp_path / "val/masks").iterdir():
         grey(np.full((16, 24), 255, dtype=np.uint8), file)
-    with pytest.raises(UserError, match="validation split of .*, has 8 images of one class only"):
+    with pytest.raises(UserError, match="validation split of .*, has no label that counts: all 8 images"):
         load(f"mask-folder:{tmp_path}")
 
 

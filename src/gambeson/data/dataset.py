@@ -60,12 +60,18 @@ class Dataset:
                 raise UserError(
                     f"{split.name} holds images of {split.shape}, but train of {self.train.shape}: expected one shape"
                 )
+            unlabelled = split.unlabelled
+            if 0 < unlabelled == len(split):
+                raise UserError(
+                    f"{split.name}, the {part} split of {self.name}, has no label that counts: all {len(split)} images "
+                    f"have the ignore index {split.ignore_index} everywhere; give images with labels"
+                )
             if split.single_class:
                 raise UserError(
                     f"{split.name}, the {part} split of {self.name}, has {len(split)} images of one class only: "
                     "expected two classes or more; give more images, or build the three splits yourself"
                 )
-            if unlabelled := split.unlabelled:
+            if unlabelled:
                 warnings.warn(
                     f"{unlabelled} of the {len(split)} images of {split.name} have no label that counts (all are "
                     f"{split.ignore_index}): they are in no rate, so remove them",
