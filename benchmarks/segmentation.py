@@ -3,7 +3,7 @@
 Scenes of Fashion-MNIST garments at 64 x 64 pixels and a small U-Net. A hardened network goes on from the standard one
 of its seed, as the paper's low learning rate suggests. A cell is one network: its clean pixel accuracy and mean IoU on
 test; at each eps the universal perturbation without a target (pixel error and mean IoU), towards the true label map of
-each of three validation images that items cover in large part, and one that hides a class, with controls at one eps;
+each of two validation images that items cover in large part, and one that hides a class, with controls at one eps;
 the eps needed for the same success; and of the weakest successful perturbation how visible it is, and how much of its
 target scene it shows. Everything is crafted on train, chosen on validation and reported on test. A cell is stored as
 its parts are done, and the same command goes on from there; ``--only NAME`` picks defences, for several processes;
@@ -33,10 +33,10 @@ from gambeson.victim import as_victim, predict
 
 FOLDER, RESULTS, PICTURE = Path("runs/segmentation"), Path("results/segmentation.json"), Path("docs/segmentation.png")
 DATA, MODEL = "fashion-scenes?train=8000", "unet-small"
-EPS = tuple(k / 255 for k in (2, 4, 8, 16, 32))
+EPS = tuple(k / 255 for k in (4, 8, 16, 32))
 SHOWN = 16 / 255
 """Where controls are scored."""
-TARGETS = ("static:1", "static:9", "static:11", "hide:Trouser")
+TARGETS = ("static:1", "static:9", "hide:Trouser")
 """Validation images whose labelled pixels items cover by 40 % or more; a class that all networks know well."""
 LEVEL = 0.8
 """The success that the eps of different networks are compared at: share of pixels that take the target's class."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -198,7 +199,7 @@ def test_targets_are_reached_beyond_chance(honest, net, data) -> None:
 def test_no_class_is_to_be_hidden_that_no_test_image_shows(net, data) -> None:
     with Victim(net) as victim:
         seen = predict(victim, data.test)
-        context = SimpleNamespace(test=data.test, data=data, victim=victim, seed=0, suite=SUITE, predictions=seen)
+        context: Any = SimpleNamespace(test=data.test, data=data, victim=victim, seed=0, suite=SUITE, predictions=seen)
         context.subject = SimpleNamespace(black_box=False)
         static, hide = targets(context)
         context.predictions = seen.where(seen != hide.index, 0)

@@ -493,6 +493,24 @@ def test_functions_may_return_arrays_lists_and_probabilities():
         assert zero(images).isfinite().all()
 
 
+def test_label_maps_are_read_as_scores_or_as_classes(server):
+    draw = torch.Generator().manual_seed(0)
+    images, scores = torch.rand(6, 3, 5, 4, generator=draw), torch.randn(6, 3, 5, 4, generator=draw)
+    assert torch.equal(FunctionModel(lambda _: scores)(images), scores)
+    sure = FunctionModel(lambda _: scores.softmax(1).numpy())
+    assert torch.allclose(sure(images), scores.log_softmax(1), atol=1e-5)
+    top = scores.argmax(1)
+    named = FunctionModel(lambda _: top.to(torch.uint8), classes=4)
+    found = named(images)
+    assert named.decides_only
+    assert torch.equal(found.argmax(1), top)
+    assert torch.equal(found.sum(1), torch.full((6, 5, 4), -3.0))
+    server.always = lambda _: (200, json.dumps({"classes": top.tolist()}).encode())
+    assert torch.equal(box(server, classes=4)(inner_images(6, SHAPE)), found)
+    with pytest.raises(UserError, match=r"returned shape \(6, 5, 4\): expected scores \(6, K\).* or \(6, K, H, W\)"):
+        FunctionModel(lambda _: scores[:, 0], classes=4)(images)
+
+
 def test_a_function_that_writes_into_its_input_changes_nothing():
     images = inner_images(3, SHAPE)
     before = images.clone()

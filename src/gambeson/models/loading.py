@@ -66,7 +66,7 @@ def load_model(
             * a ``torch.export`` program, ``FILE.pt2``, or ``FILE.onnx``, which is a black box if it cannot be turned
               into a differentiable model, or if there is a budget;
             * a black box: ``http://…``, ``https://…``, or ``function:FILE.py:FUNCTION``, a function from images to
-              scores (N, K) or to class indices (N,).
+              scores (N, K) or to class indices (N,), of label maps (N, K, H, W) or (N, H, W).
         data_name: a data set; None: that of the training run.
         device: of the model; a black box is not moved.
         dataset: the data, if already loaded: a data set, a split, or an (images, labels) pair.

@@ -34,11 +34,13 @@ def no_gradient(what: str, title: str) -> UserError:
 
 
 class BlackBox(nn.Module):
-    """A function from images (N, C, H, W) in [0, 1] to scores (N, K), without gradients, that counts its queries.
+    """A function from images (N, C, H, W) in [0, 1] to scores, without gradients, that counts its queries.
+
+    Scores are (N, K), or (N, K, H, W) where labels are maps; class indices (N,) or (N, H, W).
 
     It can be used wherever a model needs only forward passes: in :class:`gambeson.victim.Victim`, query and procedural
     attacks, and transfer. Probabilities are converted to their logarithm, which are logits of the same model. Class
-    indices (N,) become rows of -1 with a zero at that class, which give a search no sense of distance.
+    indices become scores of -1 with a zero at that class, which give a search no sense of distance.
 
     Args:
         output: type of the returned scores.
@@ -52,7 +54,7 @@ class BlackBox(nn.Module):
             fingerprint.
 
     Raises:
-        UserError: from ``forward``: gradients are enabled, or the result is not finite scores (N, K) or class indices.
+        UserError: from ``forward``: gradients are enabled, or the result is not finite scores or class indices.
         BudgetSpent: from ``forward``: the budget would be exceeded.
     """
 
@@ -171,7 +173,7 @@ class BlackBox(nn.Module):
         self._written = number
 
     def _read(self, answer: Any, count: int) -> torch.Tensor:
-        expected = f"expected scores ({count}, K), one row per image"
+        expected = f"expected scores ({count}, K), one row per image, or ({count}, K, H, W)"
         answer = getattr(answer, "logits", answer)
         try:
             given = torch.as_tensor(answer).detach().cpu()
@@ -179,14 +181,15 @@ class BlackBox(nn.Module):
         except (TypeError, ValueError, RuntimeError):
             raise UserError(f"{self.title} returned {type(answer).__name__}: {expected}") from None
         with self._lock:
-            if given.shape == (count,) and given.dtype in _INTEGERS:
+            decided = given.ndim in (1, 3) and len(given) == count and given.dtype in _INTEGERS
+            if decided:
                 scores = self._one_hot(given)
             if scores.ndim not in (2, 4) or len(scores) != count or scores.shape[1] < 2:
                 raise UserError(
                     f"{self.title} was given {count} images and returned shape {tuple(scores.shape)}: {expected} and "
                     "K of at least 2"
                 )
-            self._told.add("classes" if given.ndim == 1 else "scores")
+            self._told.add("classes" if decided else "scores")
             if len(self._told) > 1:
                 raise UserError(f"{self.title} returned scores for some images and classes for others: {expected}")
             self._classes = self._classes or scores.shape[1]
@@ -197,13 +200,13 @@ class BlackBox(nn.Module):
                 )
             if not bool(scores.isfinite().all()):
                 raise UserError(f"{self.title} returned NaN or infinite scores: return finite ones")
-            if given.ndim > 1:
+            if not decided:
                 self._hard = self._hard and bool(((scores == 1).sum(1) + (scores == 0).sum(1) == self._classes).all())
-            if self.output == "auto" and given.ndim > 1:
+            if self.output == "auto" and not decided:
                 inside = bool(((scores >= 0) & (scores <= 1)).all())
                 sure = inside and bool(((scores.sum(1) - 1).abs() < 1e-3).all())
                 self.output = "probabilities" if sure else "logits"
-        return scores.clamp(min=_TINY).log() if given.ndim > 1 and self.output == "probabilities" else scores
+        return scores.clamp(min=_TINY).log() if not decided and self.output == "probabilities" else scores
 
     def _one_hot(self, classes: torch.Tensor) -> torch.Tensor:
         if self._names is None:
@@ -213,7 +216,7 @@ class BlackBox(nn.Module):
                 f"{self.title} returned classes from {int(classes.min())} to {int(classes.max())}: expected 0 to "
                 f"{self._names - 1}"
             )
-        return torch.nn.functional.one_hot(classes.long(), self._names).float() - 1
+        return torch.nn.functional.one_hot(classes.long(), self._names).movedim(-1, 1).float() - 1
 
 
 def together(

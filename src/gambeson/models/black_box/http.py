@@ -238,12 +238,15 @@ class HttpModel(BlackBox):
             if time.monotonic() > latest:
                 raise httpx.ReadTimeout("the answer trickles in")
             if len(content) > _LARGEST:
-                raise UserError(f"{self.title} answered more than {_LARGEST} bytes: expected scores")
+                raise UserError(
+                    f"{self.title} answered more than {_LARGEST} bytes: expected scores; set a smaller batch"
+                )
         return bytes(content)
 
     def _answer(self, content: bytes) -> Any:
         expected = (
-            "expected scores (N, K) as a .npy file, nested lists in JSON, or under `scores` in JSON; or `classes` (N,)"
+            "expected scores (N, K) as a .npy file, nested lists in JSON, or under `scores` in JSON; or `classes` (N,); "
+            "of label maps (N, K, H, W) and (N, H, W)"
         )
         try:
             if content.startswith(b"\x93NUMPY"):

@@ -19,8 +19,8 @@ class FunctionModel(BlackBox):
     """A Python function as a black box.
 
     Args:
-        function: from a tensor (N, C, H, W), float32 in [0, 1] on the CPU, to scores (N, K) or class indices (N,):
-            a tensor, an array or lists.
+        function: from a tensor (N, C, H, W), float32 in [0, 1] on the CPU, to scores (N, K) or class indices (N,),
+            of label maps (N, K, H, W) or (N, H, W): a tensor, an array or lists.
         title: its name in messages; None: the function's name.
         keywords: see :class:`BlackBox`.
     """
