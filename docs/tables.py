@@ -1,14 +1,16 @@
-"""Write the tables of attacks and defences into docs/attacks.md and docs/defenses.md, from what is registered.
+"""Write the tables of attacks, defences and settings of suites into their pages, from the code.
 
 ``python docs/tables.py`` rewrites what stands between the markers; a test fails while it is stale.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from gambeson.attacks.registry import ATTACKS, kind_of
+from gambeson.auditing import SUITES, Suite
 from gambeson.base import Registered
 from gambeson.defenses.registry import DEFENSES
 
@@ -47,6 +49,17 @@ def settings(entry: Registered[Any]) -> str:
     return ", ".join(shown)
 
 
+def suites() -> str:
+    """Return a row per setting of an audit's suite: its value in each suite, and its description."""
+    lines = [f"| setting | {' | '.join(f'`{name}`' for name in SUITES)} | meaning |", "|---" * (len(SUITES) + 2) + "|"]
+    for name, field in Suite.model_fields.items():
+        values = [suite.plain()[name] for suite in SUITES.values()]
+        shown = [", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value) for value in values]
+        meaning = re.sub(r":\w+:`([^`]+)`", r"`\1`", " ".join((field.description or "").split()).replace("``", "`"))
+        lines.append("| " + " | ".join((f"`{name}`", *shown, meaning)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def tables() -> dict[str, tuple[str, str]]:
     """Return each table, by its marker, with the page that it stands in."""
     attacks = ATTACKS.own()
@@ -55,12 +68,13 @@ def tables() -> dict[str, tuple[str, str]]:
     return {
         "attacks per image": ("attacks.md", table(image, COSTS["image"])),
         "universal attacks": ("attacks.md", table(universal, COSTS["universal"])),
+        "suite settings": ("audit.md", suites()),
         "defences": ("defenses.md", table(DEFENSES.own(), COSTS["defense"])),
     }
 
 
 def main() -> None:
-    """Rewrite both pages."""
+    """Rewrite the pages."""
     for marker, (page, text) in tables().items():
         file = DOCS / page
         before, rest = file.read_text().split(f"<!-- {marker} -->\n")

@@ -3,6 +3,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +115,10 @@ class LaterRun(Run):
     speed: int = 1
 
 
+class NestedRun(Run):
+    group: dict[str, Any]
+
+
 def test_a_folder_belongs_to_one_run(tmp_path):
     run = Run()
     assert not open_run(tmp_path / "run", run, {"torch": "2"})
@@ -130,6 +135,15 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     assert open_run(tmp_path / "run", LaterRun(), {})
     with pytest.raises(UserError, match=r"holds another run \(it differs in speed\)"):
         open_run(tmp_path / "run", LaterRun(speed=2), {})
+    group = {"eps": 0.1, "steps": 5, "inner": {"seed": 0, "lr": 1}}
+    open_run(tmp_path / "nested", NestedRun(group=group), {})
+    write_json(tmp_path / "nested" / "result.json", {})
+    for more, differs in (
+        ({"eps": 0.2, "inner": {"seed": 0, "lr": 2}}, "group.eps, group.inner.lr"),
+        (dict.fromkeys("abcdef", 1), "group.a, group.b, group.c, group.d, 2 more"),
+    ):
+        with pytest.raises(UserError, match=rf"\(it differs in {differs}\)"):
+            check_run(tmp_path / "nested", NestedRun(group=group | more))
     with pytest.raises(UserError, match="describes a run of kind 'train': expected 'audit'"):
         read_settings(tmp_path / "run" / "run.yaml", "audit")
     write_json(tmp_path / "other" / "notes.json", {})

@@ -130,6 +130,10 @@ def test_next_steps_are_commands_for_this_model(tmp_path: Path) -> None:
     for given, name in (({}, quoted), ({"data": "voc:/data/voc"}, "voc:/data/voc")):
         write_yaml(tmp_path / "b" / "run.yaml", {"kind": "audit", "model": str(run), **given})
         assert f"--data {name} --attack square" in words_of(report.write([tmp_path / "b"], tmp_path / "page.html"))
+    held = write_audit(tmp_path / "c", wrong=(21, 30, 45, 81, 403))
+    for most, words in ((500, "attack longer and on more images:"), (5000, "attack longer:"), (None, "attack longer:")):
+        held.model_copy(update={"settings": held.settings | {"test_images": most}}).save(tmp_path / "c")
+        assert words in words_of(report.write([tmp_path / "c"], tmp_path / "page.html"))
     (tmp_path / "a" / "run.yaml").unlink()
     python = words_of(report.write([tmp_path / "a"], tmp_path / "page.html"))
     assert "gb.train(model, data, gb.defenses.create(&#34;shared-adversarial&#34;, eps=0.15)" in python

@@ -24,15 +24,19 @@ class Suite(Config):
     """Radii of the curve, ascending; empty: a default grid for grey or colour images. Pictures, per-image attacks and
     the verdict use the middle one."""
     norm: Norm = "inf"
+    """Norm of the ball."""
     universal_steps: Annotated[int, Field(ge=1)] = 400
     """Gradient steps of stochastic PGD per restart."""
     universal_restarts: Annotated[int, Field(ge=1)] = 4
+    """Starts of stochastic PGD that run to the end."""
     universal_batch: Annotated[int, Field(ge=1)] = 64
+    """Training images per step of stochastic PGD."""
     universal_probe_starts: Annotated[int, Field(ge=0)] = 8
     """Number of random starts that stochastic PGD probes."""
     pgd_steps: Annotated[int, Field(ge=1)] = 40
     """Gradient steps of PGD per restart."""
     pgd_restarts: Annotated[int, Field(ge=1)] = 2
+    """Starts of PGD per image."""
     test_images: Annotated[int, Field(ge=1)] | None = None
     """Test images that are reported on, a stratified sample; None: all."""
     validation_images: Annotated[int, Field(ge=1)] | None = None
@@ -44,7 +48,7 @@ class Suite(Config):
     suite_queries: Annotated[int, Field(ge=1)] = 5000
     """Queries per image of Square, the last attack of the suite."""
     queries: Annotated[int, Field(ge=0)] = 500
-    """Queries an image of the sample of Square, the attack that needs no gradient; 0 leaves it out."""
+    """Queries of Square, the attack that needs no gradient, per image of the sample; 0 leaves it out."""
     budget: Annotated[int, Field(ge=1)] | None = None
     """Maximum number of images sent to a black box over the whole audit; None: no limit. What does not fit is reduced
     or omitted, and the result says so."""

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,16 @@ _PASSING = {"http": None}
 """Settings that change no result: a run may be resumed with others."""
 
 
+def _unlike(held: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the settings that differ, with the names of their groups."""
+    for key in sorted(held.keys() | given.keys()):
+        one, other = held.get(key), given.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from (f"{key}.{inner}" for inner in _unlike(one, other))
+        elif one != other:
+            yield key
+
+
 def check_run(folder: Path, run: Config) -> bool | None:
     """Check, before any work, that a run can start or resume in its folder; nothing is written.
 
@@ -185,7 +196,8 @@ def check_run(folder: Path, run: Config) -> bool | None:
             return bool(held.get("finished"))
         if [path for path in folder.rglob("*") if path.is_file()] == [file]:
             return None
-        unlike = sorted(key for key in known.keys() | settings.keys() if known.get(key) != settings.get(key))
+        unlike = list(_unlike(known | _PASSING, settings | _PASSING))
+        unlike = [*unlike[:4], f"{len(unlike) - 4} more"] if len(unlike) > 5 else unlike
         raise UserError(
             f"{folder} holds another run (it differs in {', '.join(unlike)}): choose another --out, "
             "or give the same settings to resume that one"

@@ -89,4 +89,4 @@ def audit(
         console.print(f"note: {note}")
     if found.results.subject.black_box:
         console.print(f"{images_asked(folder)} images queried in total")
-    console.print(f"next: gambeson report {folder}")
+    console.print(f"next: gambeson report {folder}", soft_wrap=True)

@@ -145,7 +145,7 @@ def train(
         f"{trained.card.name} with {name} is in {folder}: "
         f"{100 * last['validation_accuracy']:.1f} % validation accuracy{iou} after {count(len(history), 'epoch')}"
     )
-    console.print(f"next: gambeson audit {folder}")
+    console.print(f"next: gambeson audit {folder}", soft_wrap=True)
 
 
 def _name(settings: dict[str, Any]) -> str:

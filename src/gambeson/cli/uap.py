@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,7 +101,8 @@ def craft(
     if any(scale != 1 for scale in uap.about.temperature):
         scales = ", ".join(f"{scale:.3g}" for scale in uap.about.temperature)
         console.print(f"logits were divided by {scales} while crafting; --set temperature=1 leaves them as they are")
-    console.print(f"next: gambeson uap score {out} {source}{f' --data {data}' if data else ''}")
+    command = ["gambeson", "uap", "score", str(out), source, *(["--data", data] if data else [])]
+    console.print(f"next: {shlex.join(command)}", soft_wrap=True)
 
 
 @app.command("score")

@@ -192,7 +192,9 @@ def _steps(folder: Folder, scale: EpsFormat) -> list[Step]:
         steps.append(_train(folder, "shared-adversarial", eps, "Train it to withstand one pattern for all images:"))
     elif not failed:
         aim = "decide it" if outcome == "on the edge" else "try harder to break it"
-        steps.append(_audit(folder, eps, f"To {aim}, attack longer and on more images:"))
+        most = result.settings.get("test_images")
+        more = " and on more images" if most is not None and most <= result.material.test else ""
+        steps.append(_audit(folder, eps, f"To {aim}, attack longer{more}:"))
     each = worst_of(result)
     if outcome == "withstands" and each is not None and each.accuracy.high < 1 - result.eps_uni.delta:
         text = "A pattern of its own for every image does break it. Train against that:"

@@ -166,7 +166,7 @@ class StochasticPGD(UniversalAttack):
         delta: torch.Tensor,
         restarts: Sequence[int],
         *,
-        label: str = "starts",
+        label: str = "probe starts",
         classwise: bool = False,
     ) -> torch.Tensor:
         """Run several starts at once, each on mini-batches of its own: one forward and backward per step.
