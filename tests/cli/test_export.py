@@ -51,6 +51,15 @@ def run(*arguments):
     return 0, ""
 
 
+def test_the_name_of_the_file_says_what_is_written(weights, tmp_path, capsys):
+    out = tmp_path / "net.safetensors"
+    assert run(weights, "--data", "digits", "--out", str(out), "--images", "5", "--json") == (0, "")
+    assert json.loads(capsys.readouterr().out)["to"] == "safetensors"
+    code, words = run(weights, "--to", "torch-export", "--data", "digits", "--out", str(tmp_path / "net.onnx"))
+    assert (code, "whose name is that of onnx: leave one of them out" in words) == (2, True)
+    assert not (tmp_path / "net.onnx").exists()
+
+
 @pytest.mark.parametrize("to", ["torch-export", "safetensors", "onnx"])
 def test_every_target_scores_as_the_original(weights, trained, digits, tmp_path, capsys, to):
     if to == "onnx":

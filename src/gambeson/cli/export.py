@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 def export(
     model: options.Model = None,
     model_: options.ModelOption = None,
-    to: Annotated[str, typer.Option(help="torch-export, onnx or safetensors.")] = "torch-export",
+    to: Annotated[
+        str | None,
+        typer.Option(help="torch-export, onnx or safetensors.", show_default="by the end of --out, else torch-export"),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="File to write.", show_default="named after the model"),
@@ -39,8 +42,13 @@ def export(
     from gambeson.models.export import TARGETS
 
     run = needed(one_model(model, model_), "export")
+    ends = {end: name for name, end in TARGETS.items()}
+    named = ends.get("" if out is None else out.suffix)
+    to = to or named or "torch-export"
     if to not in TARGETS:
         raise unknown_name("export target", to, TARGETS)
+    if named not in (None, to):
+        raise UserError(f"--to {to} came with --out {out}, whose name is that of {named}: leave one of them out")
     if out is None:
         if not Path(run).exists():
             raise UserError(

@@ -146,7 +146,8 @@ def edge_correlation(
     Args:
         delta: (1, C, H, W) or (C, H, W), of the tiled size.
         target: (H, W), the map it was crafted to reach.
-        others: (M, H, W), maps of other scenes, such as those of other images of the split.
+        others: (M, H, W), maps of other scenes, made as the target was: predicted ones, as by default in attacks, or
+            else true ones, whose borders without a label are edges too.
         blur: standard deviation of the blur in pixels; 0 for none.
 
     Raises:

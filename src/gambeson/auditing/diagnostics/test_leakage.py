@@ -34,9 +34,10 @@ def _alike(context: AuditContext) -> Finding:
     gains = {name: PairedDifference.across(test, other) for name, (test, other) in pairs.items()}
     worst = max(gains, key=lambda name: gains[name].low)
     test, other = (found.accuracy for found in pairs[worst])
+    of = "the" if context.test.task.per_image_label else "the pixels of"
     return Finding(
         gains[worst].low <= _MORE,
-        f"under {worst} of eps {context.eps:.4g} {test} of the test images stand and {other} of the "
+        f"under {worst} of eps {context.eps:.4g} {test} of {of} test images stand and {other} of {of} "
         f"validation images, of which it breaks {gains[worst].beyond(_MORE)}",
         {"test": test.value, "validation": other.value, "gap": gains[worst].value},
     )

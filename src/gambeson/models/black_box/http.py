@@ -245,8 +245,8 @@ class HttpModel(BlackBox):
 
     def _answer(self, content: bytes) -> Any:
         expected = (
-            "expected scores (N, K) as a .npy file, nested lists in JSON, or under `scores` in JSON; or `classes` (N,); "
-            "of label maps (N, K, H, W) and (N, H, W)"
+            "expected scores (N, K) or (N, K, H, W) as a .npy file, nested lists in JSON, or under `scores` in JSON; "
+            "or `classes` (N,) or (N, H, W)"
         )
         try:
             if content.startswith(b"\x93NUMPY"):
