@@ -217,7 +217,7 @@ def test_odd_models_and_norms_are_looked_at_or_left_with_a_reason(norm):
         skipped = {name for name, check in found.items() if check.passed is None}
         assert skipped <= {"gradient matches finite differences", "gradient beats random search"}
         assert ("gradient matches finite differences" in skipped) == isinstance(model, Noisy)
-        assert ("gradient beats random search" in skipped) == (norm == "1" or isinstance(model, Pixelwise))
+        assert ("gradient beats random search" in skipped) == (norm == "1")
 
 
 def test_the_clear_difference_of_paired_outcomes():

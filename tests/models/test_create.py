@@ -99,7 +99,7 @@ def test_convolutional_networks_take_other_sizes():
         ("lennet", "unknown model 'lennet': did you mean lenet"),
         ("resnet21", r"unknown model 'resnet21': did you mean .*resnet20"),
         ("resnet50", r"unknown model 'resnet50': did you mean torchvision:resnet50\?"),
-        ("qqq", "choose one of lenet, lenet5, mnist-a"),
+        ("qqq", "choose one of fcn8s, fcn8s-bn, lenet, lenet5, mnist-a"),
         ("resnet20x", "width factor '' of 'resnet20x' is not a positive number: write resnet20x4"),
         ("resnet20xwide", "width factor 'wide'"),
         ("resnet20x0", "width factor '0'"),
@@ -113,7 +113,7 @@ def test_convolutional_networks_take_other_sizes():
             "unknown weights of torchvision:resnet18 'IMAGENET'.*IMAGENET1K_V1",
         ),
         ("torchvision:resnet18@", "names no weights after @"),
-        ("torchvision:fcn_resnet50", "unknown torchvision model"),
+        ("torchvision:raft_small", "unknown torchvision model"),
     ],
 )
 def test_bad_names(name, words):

@@ -255,7 +255,12 @@ def bench_universal(settings: BenchSettings) -> BenchResult:
     train, others = (Split("random images", images, y, classes=names) for images in (x, 1 - x))
     data = Dataset("random images", train, others, others, classes=names)
     attack = StochasticPGD(
-        eps=settings.eps, steps=settings.steps, batch_size=settings.batch_size, probe_starts=0, rel_step_size=0.25
+        eps=settings.eps,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        probe_starts=0,
+        rel_step_size=0.25,
+        temperature=1,
     )
     runs: dict[str, Callable[[], object]] = {
         BARE: partial(bare_universal(settings), model, x, y),

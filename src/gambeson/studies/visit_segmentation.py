@@ -53,7 +53,7 @@ def _time(visit: Visit, book: Notebook, model: models.PixelModel, data: Dataset,
     forward, backward = count_operations(model, x, y, data.train.task)
     steps = visit.segmented_steps
     pgd = PGD(eps=visit.eps, steps=steps, early_stop=False)
-    universal = StochasticPGD(eps=visit.eps, probe_starts=0, steps=steps, batch_size=len(x))
+    universal = StochasticPGD(eps=visit.eps, probe_starts=0, steps=steps, batch_size=len(x), temperature=1)
     fast = FastPath(precision="bfloat16" if kind == "bfloat16" else "float32")
     with _precision(kind), Victim(model, fast=fast) as victim:
 
