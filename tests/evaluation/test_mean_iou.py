@@ -237,7 +237,8 @@ def test_eps_uni_of_an_attack_with_a_target_is_that_of_its_success():
     assert found.measure == "target class:1"
     # All images have one map, which is reached without an attack.
     static = bright.model_copy(update={"target": Target.parse("static:0"), "labels": "prediction"})
-    assert gb.evaluation.eps_uni(Pixelwise(), data, static, **settings).value == 0
+    with pytest.raises(UserError, match="clean images"):
+        gb.evaluation.eps_uni(Pixelwise(), data, static, **settings)
     error = gb.evaluation.eps_uni(Pixelwise(), data, bright, **settings | {"delta": 0.3}, measure="error")
     assert (error.measure, error.value) == ("error", pytest.approx(exact, rel=0.06))
 
