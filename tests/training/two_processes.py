@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import gambeson as gb
-from gambeson.base import place, save_tensors
+from gambeson.base import leave_processes, place, save_tensors
 from gambeson.data import Dataset, Split
 
 RANDOM = {"learn2perturb", "pni", "rse"}
@@ -64,6 +64,7 @@ def main(out: Path) -> None:
         history = gb.train(net, few, gb.defenses.create(name, **settings), epochs=2, batch_size=32, lr=0.05, seed=1)
         if place()[0] == 0:
             save_tensors(out / f"maps-{name}.safetensors", net.state_dict(), {"last": history[-1]})
+    leave_processes()
 
 
 if __name__ == "__main__":

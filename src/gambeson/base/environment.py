@@ -104,6 +104,15 @@ def place() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def leave_processes() -> None:
+    """End the process group, if there is one, as every process of a distributed run should before it exits.
+
+    A process that exits with its group running may abort, because the group's threads outlive what they use.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def average(tensors: Iterable[torch.Tensor]) -> None:
     """Replace float tensors, in place, by their mean over all processes; one message per dtype and device."""
     _together(tensors, lambda flat: dist.all_reduce(flat), 1 / place()[1])

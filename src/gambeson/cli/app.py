@@ -87,7 +87,12 @@ def _threads_first(arguments: list[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 an error that the user can fix, 130 stopped by Ctrl-C."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    if "torch" in sys.modules:
+        from gambeson.base import leave_processes
+
+        leave_processes()
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
