@@ -22,7 +22,10 @@ def weights(tmp_path_factory):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for command in ([sys.executable, SCRIPT, alone], [*launch, SCRIPT, both]):
-        done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
+        arguments = [str(part) for part in command]
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+        if "exitcode  : -6" in done.stderr:  # aborted, seen on a busy machine at no line of ours: once more
+            done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[:3000] + done.stderr[-1000:]
     return alone, both
 
