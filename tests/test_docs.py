@@ -195,3 +195,14 @@ def test_the_settings_of_http_are_those_of_the_page():
     text = (DOCS / "black-box.md").read_text()
     written = text.split("<!-- http settings -->\n")[1].split("<!-- /http settings -->")[0].splitlines()[2:]
     assert written == rows
+
+
+def test_what_calibrated_crafting_changes_is_what_was_stored():
+    before, after = (
+        json.loads((ROOT / "results" / f"{name}.json").read_text())["cells"]
+        for name in ("defenses", "defenses-calibrated")
+    )
+    text = (DOCS / "defenses.md").read_text()
+    for name in ("trades", "universal-consistency", "combination: consistency, jacobian"):
+        low, high = (100 * cells[name]["0"]["uer 0.3"]["value"] for cells in (before, after))
+        assert f"from {low:.1f} to {high:.1f} %" in text.replace("\n", " ")
