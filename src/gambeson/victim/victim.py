@@ -255,6 +255,7 @@ class Victim:
         cotangent: torch.Tensor | None = None,
         *,
         keep: bool = False,
+        batched: bool = False,
     ) -> torch.Tensor:
         """Return the gradient of a scalar with respect to ``wrt``, counted as ``images`` backward passes.
 
@@ -264,6 +265,8 @@ class Victim:
             images: their number.
             cotangent: None for a scalar.
             keep: keep the graph for another backward.
+            batched: whether there are several cotangents, (R, *value.shape), for all of which one backward is made:
+                the result is (R, *wrt.shape).
 
         Raises:
             NoGradientError: ``value`` does not depend on ``wrt``, which :attr:`allow_no_graph` takes for zero.
@@ -272,10 +275,14 @@ class Victim:
         gradient = None
         if value.requires_grad:
             with self._as_called(wrt), autograd_limits():  # autocast would also cast the products of the backward pass
-                (gradient,) = torch.autograd.grad(value, wrt, cotangent, retain_graph=keep, allow_unused=True)
+                (gradient,) = torch.autograd.grad(
+                    value, wrt, cotangent, retain_graph=keep, allow_unused=True, is_grads_batched=batched
+                )
         if gradient is None and not self.allow_no_graph:
             raise NoGradientError
-        return torch.zeros_like(wrt) if gradient is None else gradient
+        if gradient is not None:
+            return gradient
+        return torch.zeros_like(wrt if cotangent is None or not batched else wrt.expand(len(cotangent), *wrt.shape))
 
     def repeated(
         self, what: Hashable, job: Job, images: torch.Tensor, *tensors: torch.Tensor, by_row: bool = False
