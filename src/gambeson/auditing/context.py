@@ -110,6 +110,8 @@ class AuditContext:
     """Errors per test image under the perturbations, by eps."""
     universal: list[UniversalResult] = field(default_factory=list)
     per_image: list[PerImageResult] = field(default_factory=list)
+    attacked: dict[str, Counts] = field(default_factory=dict)
+    """What attacks left right of the test images, image by image, by name."""
     transfer: list[TransferredResult] = field(default_factory=list)
     randomness: RandomnessResult | None = None
     surrogate: nn.Module | None = None
