@@ -73,6 +73,16 @@ class UniversalAttack(Config):
             raise ValueError(f"{type(self).__name__} takes no gradients that could go through edits; leave edits out")
         return self
 
+    @model_validator(mode="after")
+    def _omega_has_a_use(self) -> Self:
+        target = getattr(self, "target", None)
+        if getattr(self, "omega", OMEGA) != OMEGA and getattr(target, "kind", None) != "hide":
+            given = "there is no target" if target is None else f"the target is {target}"
+            raise ValueError(
+                f"omega weighs the pixels of a class to hide, and {given}: leave it out, or set target to hide:CLASS"
+            )
+        return self
+
     @property
     def ball(self) -> Ball:
         """The ball of allowed perturbations."""
