@@ -15,8 +15,8 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from gambeson.attacks import UniversalPerturbation
-from gambeson.auditing.outcome import EARLY, LEVEL, AsFarAsFinite, PairedDifference
+from gambeson.attacks import PGD, TargetedAutoPGD, UniversalPerturbation
+from gambeson.auditing.outcome import EARLY, LEVEL, AsFarAsFinite, InTurn, PairedDifference
 from gambeson.auditing.results import ModelInfo, PerImageResult, RandomnessResult, TransferredResult, UniversalResult
 from gambeson.auditing.suite import Suite
 from gambeson.base import read_json, seeded, write_json, write_text
@@ -153,6 +153,22 @@ class AuditContext:
     def wider(self) -> Split:
         """The test images that a comparison is repeated on where the sample suggests a difference: :data:`WIDER`."""
         return self.few(WIDER * self.suite.sample)
+
+    @cached_property
+    def white_box(self) -> ImageAttack:
+        """The strongest attack with gradients that every image gets; of random models and of label maps, PGD."""
+        return InTurn(*self.white_parts.values()) if self.white_parts else self.suite.pgd(self.eps)
+
+    @property
+    def strongest(self) -> str:
+        """The name of :attr:`white_box`, for sentences."""
+        return "targeted Auto-PGD" if self.white_parts else "PGD"
+
+    @cached_property
+    def white_parts(self) -> dict[str, PGD | TargetedAutoPGD]:
+        """The attacks of :attr:`white_box` in turn; none where it is PGD alone."""
+        alone = self.subject.random or self.subject.black_box or self.suite.norm == "1"
+        return {} if alone or not self.test.task.per_image_label else self.suite.white_box(self.eps)
 
     @cached_property
     def unseen(self) -> Split:
