@@ -15,8 +15,8 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from gambeson.attacks import UniversalPerturbation
-from gambeson.auditing.outcome import EARLY, LEVEL, AsFarAsFinite, PairedDifference
+from gambeson.attacks import PGD, TargetedAutoPGD, UniversalPerturbation
+from gambeson.auditing.outcome import EARLY, LEVEL, AsFarAsFinite, InTurn, PairedDifference
 from gambeson.auditing.results import ModelInfo, PerImageResult, RandomnessResult, TransferredResult, UniversalResult
 from gambeson.auditing.suite import Suite
 from gambeson.base import read_json, seeded, write_json, write_text
@@ -157,6 +157,22 @@ class AuditContext:
         return self.few(WIDER * self.suite.sample)
 
     @cached_property
+    def white_box(self) -> ImageAttack:
+        """The strongest attack with gradients that every image gets; of random models and of label maps, PGD."""
+        return InTurn(*self.white_parts.values()) if self.white_parts else self.suite.pgd(self.eps)
+
+    @property
+    def strongest(self) -> str:
+        """The name of :attr:`white_box`, for sentences."""
+        return "targeted Auto-PGD" if self.white_parts else "PGD"
+
+    @cached_property
+    def white_parts(self) -> dict[str, PGD | TargetedAutoPGD]:
+        """The attacks of :attr:`white_box` in turn; none where it is PGD alone."""
+        alone = self.subject.random or self.subject.black_box or self.suite.norm == "1"
+        return {} if alone or not self.test.task.per_image_label else self.suite.white_box(self.eps)
+
+    @cached_property
     def unseen(self) -> Split:
         """A validation sample of the same size."""
         return self.few(self.suite.sample, self.data.validation)
@@ -184,6 +200,8 @@ class AuditContext:
         """
         attack, split = self.averaged(attack), getattr(self, on)
         key = (repr(attack), "test" if split is self.test else on, self.victim.temperature)
+        if split is self.test and "pgd" in self.attacked and attack == self.averaged(self.suite.pgd(self.eps)):
+            return self.attacked["pgd"]
         if key not in self._outcomes:
             self._outcomes[key] = outcome(self.victim, split, AsFarAsFinite(attack), self.seed)
         return self._outcomes[key]
