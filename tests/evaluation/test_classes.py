@@ -36,7 +36,7 @@ def test_rates_of_each_class_are_counted_by_hand(trained, digits):
 
 
 def test_auc_of_two_classes_clean_and_perturbed():
-    model, w = binary((1, 4, 6))
+    model, _ = binary((1, 4, 6))
     x = inner_images(240, (1, 4, 6))
     with torch.no_grad():
         logits = model(x).diff(dim=1).flatten()
@@ -89,12 +89,10 @@ def test_areas_without_a_wrong_pair_are_not_certain():
     assert 0.6 < perfect.low < 0.8  # ten images of the smaller class
     assert area_under_curve(-scores, scores >= 20).high == pytest.approx(1 - perfect.low)
     assert area_under_curve(torch.tensor([0.0, 2.0, 1.0]), torch.tensor([False, False, True])).low < 0.2
-    for scores, positive in (
-        (torch.zeros(3), torch.ones(3).bool()),
-        (torch.tensor([0.0, torch.nan]), torch.tensor([True, False])),
-    ):
+    one_sided, broken = (torch.zeros(3), torch.ones(3)), (torch.tensor([0.0, torch.nan]), torch.tensor([1, 0]))
+    for scores, positive in (one_sided, broken):
         with pytest.raises(UserError, match="expected numbers of both classes"):
-            area_under_curve(scores, positive)
+            area_under_curve(scores, positive.bool())
 
 
 def test_label_maps_are_refused_and_classes_without_images_left_out(trained, digits):
