@@ -1,4 +1,4 @@
-"""Models whose answer or gradient depends on batch, call or the ball's corners: each kind is caught, its worst counts."""
+"""Models whose answer or gradient depends on batch, call or corners of the ball: each is caught, its worst counts."""
 
 import pytest
 import torch

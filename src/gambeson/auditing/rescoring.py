@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from gambeson.auditing.context import AuditContext
-from gambeson.auditing.outcome import CLEAR, PairedDifference
+from gambeson.auditing.outcome import LEVEL, PairedDifference
 from gambeson.auditing.results import Rescored
 from gambeson.base import generator, seeded
 from gambeson.data import Split
@@ -215,10 +215,10 @@ def _compared(
 
 
 def clearly_more(hits: int, total: int, share: float) -> bool:
-    """Whether so many of ``total`` say that more than a share do: the exact binomial test at :data:`CLEAR`."""
-    from scipy.special import bdtrc, ndtr
+    """Whether so many of ``total`` say that more than a share do: the exact binomial test at :data:`LEVEL`."""
+    from scipy.special import bdtrc
 
-    return hits > 0 and float(bdtrc(hits - 1, total, share)) < float(ndtr(-CLEAR))
+    return hits > 0 and float(bdtrc(hits - 1, total, share)) < LEVEL
 
 
 def worse(found: Iterable[Rescored], tried: Iterable[Way]) -> list[Way]:

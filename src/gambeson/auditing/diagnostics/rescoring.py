@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from math import sqrt
+from statistics import NormalDist
 
 import torch
 
@@ -11,7 +12,7 @@ from gambeson.attacks import Loss
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.diagnostics.gradient_masking import probe
-from gambeson.auditing.outcome import CLEAR, PairedDifference
+from gambeson.auditing.outcome import LEVEL, PairedDifference
 from gambeson.auditing.rescoring import SHRINK, Perturbed, clearly_more, rescored_in, ways
 from gambeson.auditing.results import Rescored
 from gambeson.auditing.stages.per_image import PGD_NAME
@@ -205,11 +206,12 @@ def _random_gradients(context: AuditContext) -> Finding:
 
     first, second = mean(count, "first"), mean(count, "second")
     within = _cosines(first, second)
+    clear = NormalDist().inv_cdf(1 - LEVEL)
     numbers, passed, lost = {"within": float(within.mean())}, True, 0.0
     for size in (32, most):
         loss = within - _cosines(first, mean(max(size, count), f"size {size}"))
         error = float(loss.std()) / sqrt(max(1, count))
-        passed = passed and not float(loss.mean()) - CLEAR * error > _BLURRED
+        passed = passed and not float(loss.mean()) - clear * error > _BLURRED
         lost = max(lost, float(loss.mean()))
     return Finding(
         passed,
