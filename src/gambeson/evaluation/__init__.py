@@ -3,6 +3,7 @@
 from gambeson.evaluation.attack_run import AttackRun, run_attack
 from gambeson.evaluation.attack_suite import SuiteResult, SuiteRun, run_suite, standard_suite
 from gambeson.evaluation.binarization import BinarizationResult, BinarizationTest, binarization_test
+from gambeson.evaluation.edits import STANDARD_EDITS, EditedRates, EditsResult, under_edits
 from gambeson.evaluation.eps_uni import eps_adv, eps_uni
 from gambeson.evaluation.export_check import Exported, run_export
 from gambeson.evaluation.outcome import accuracy_under, outcome, outcome_under
@@ -25,6 +26,7 @@ from gambeson.models.loading import LoadedModel, load_model
 from gambeson.tasks import Confusion, Difference, Rate
 
 __all__ = [
+    "STANDARD_EDITS",
     "AttackRun",
     "BinarizationResult",
     "BinarizationTest",
@@ -32,6 +34,8 @@ __all__ = [
     "BudgetSpent",
     "Confusion",
     "Difference",
+    "EditedRates",
+    "EditsResult",
     "Exported",
     "FunctionModel",
     "HttpModel",
@@ -64,6 +68,7 @@ __all__ = [
     "standard_suite",
     "strongest",
     "target_success",
+    "under_edits",
     "universal_evasion",
     "visibility",
 ]
