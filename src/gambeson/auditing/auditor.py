@@ -44,7 +44,7 @@ from gambeson.auditing.stages import (
 from gambeson.auditing.stages.examples import save_examples
 from gambeson.auditing.suite import Suite
 from gambeson.auditing.verdict import eps_in_words, judge
-from gambeson.base import UserError, busy, environment, say, task
+from gambeson.base import UserError, environment, say, task, watched
 from gambeson.evaluation import BlackBox
 from gambeson.evaluation.rates import EpsAdv, EpsUni, ImageErrors
 from gambeson.models import fingerprint
@@ -62,6 +62,20 @@ class _Stage:
     """Measures; returns a line for those who watch, if there is something to tell."""
     check: str = ""
     """The check that it runs."""
+
+
+_STOPPED: dict[str, dict[str, Any]] = {
+    "re-scoring": {"rescoring": False},
+    "eps-uni": {"eps_uni_runs": 0},
+    "eps-adv": {"eps_adv": False},
+    "corruption": {"noise_sizes": ()},
+    "jacobian": {"jacobian_backwards": 0},
+}
+"""Settings of an audit without a stage that was stopped."""
+_MINUTE = 60.0
+"""Seconds that one waits for a first answer."""
+_LITTLE = 1e-3
+"""What every stage takes, as a share of the time."""
 
 
 class Auditor:
@@ -95,18 +109,28 @@ class Auditor:
     def run(self) -> AuditResult:
         """Return the result, which is stored too."""
         todo = self._todo()
-        costs = self._costs(todo)
-        tell = say if not busy() else (lambda _: None)
+        costs, seen = self._costs(todo), watched()
+        total = sum(costs)
         stored = [self.stages.has(stage.name) for stage in todo]
         before = sum(cost for cost, known in zip(costs, stored, strict=True) if known)
-        with task(f"audit {self.context.subject.label}", 100, done=100 * before) as advance:
+        with task(f"audit {self.context.subject.label}", 100, done=100 * before / total) as advance:
+            if seen:
+                self._first_answer(todo, costs, stored)
             for stage, cost, known in zip(todo, costs, stored, strict=True):
                 line = self._take(stage, known=known)
                 if not known:
-                    advance(100 * cost)
-                    if line:
-                        tell(line)
+                    advance(100 * cost / total)
+                    if line and seen:
+                        say(line)
         return self._result()
+
+    def _first_answer(self, todo: list[_Stage], costs: list[float], stored: list[bool]) -> None:
+        """Tell about the middle eps before its stage does, where that takes more than a minute."""
+        context = self.context
+        ahead = [stage.name for stage in todo].index(universal.file_of(context.eps)) + 1
+        wait = sum(cost for cost, known in zip(costs[:ahead], stored[:ahead], strict=True) if not known)
+        if wait > _MINUTE and not context.subject.black_box:
+            say(universal.first_answer(context, self.speed))
 
     def _todo(self) -> list[_Stage]:
         """The stages in their order; against the clock, those come first that tell most for their time."""
@@ -118,6 +142,7 @@ class Auditor:
             _Stage("surrogate", "surrogate", self._surrogate),
             _Stage("randomness", "randomness", self._randomness),
             *(_Stage(universal.file_of(eps), CURVE, partial(self._point, eps)) for eps in grid),
+            _Stage("re-scoring", "re-scoring", self._rescore),
             _Stage("eps-uni", "eps_uni", self._eps_uni),
             _Stage("eps-adv", "eps_adv", self._eps_adv),
             _Stage("per-image", "per image", self._per_image),
@@ -135,7 +160,7 @@ class Auditor:
         return sorted(todo + checks, key=lambda stage: BY_WORTH.index(stage.part))
 
     def _costs(self, todo: list[_Stage]) -> list[float]:
-        """What share of the whole time each stage takes at the most."""
+        """How many seconds each stage takes at the most."""
         context = self.context
         suite, rest = context.suite, Remaining(context.data, self.speed, black_box=context.subject.black_box)
         left = [rest.seconds(suite)]
@@ -143,8 +168,8 @@ class Auditor:
             rest.end(stage.part, stage.check)
             left.append(rest.seconds(suite))
         spans = [max(0.0, before - after) for before, after in pairwise(left)]
-        total = sum(spans)
-        return [span / total if total else 1 / len(todo) for span in spans]
+        little = _LITTLE * sum(spans) or 1.0
+        return [span + little for span in spans]
 
     def _take(self, stage: _Stage, *, known: bool) -> str | None:
         """Run a stage; against the clock, with settings that fit the time left."""
@@ -190,9 +215,14 @@ class Auditor:
         context.universal.sort(key=lambda one: one.eps)
         return in_a_line(point)
 
-    def _eps_uni(self) -> str:
+    def _rescore(self) -> None:
         context = self.context
         universal.end_curve(context)
+        again = partial(universal.rescore, context, self.folder)
+        context.universal = self.stages.afford("re-scoring", list[UniversalResult], again, context.universal)
+
+    def _eps_uni(self) -> str:
+        context = self.context
         found = self.stages.afford("eps-uni", EpsUni | None, lambda: universal.search_eps_uni(context), None)
         self.found = found or universal.search_eps_uni(context, runs=0)
         return eps_in_words(self.found, None)
@@ -202,10 +232,10 @@ class Auditor:
 
     def _per_image(self) -> str | None:
         context = self.context
-        universal.end_curve(context)
         context.per_image = self.stages.afford(
-            "per-image", list[PerImageResult], lambda: per_image.measure(context), []
+            "per-image", list[PerImageResult], lambda: per_image.measure(context, self.folder), []
         )
+        per_image.recall(context, self.folder)
         worst = worst_attack(context.middle, context.per_image, [])
         return None if worst is None else f"image by image: accuracy {worst.accuracy} under {worst.attack}"
 
@@ -267,7 +297,7 @@ class Auditor:
         notes: list[str] = []
         if clock is not None:
             suite = context.suite = suite.model_copy(update=self._as_run())
-            stopped = [name for name in stages.left_out if name not in budgeted]
+            stopped = [name for name in stages.left_out if name not in budgeted and name not in _STOPPED]
             notes, sentence = said_of(clock, suite, stopped, context.middle)
             said = f"{said} {sentence}".strip()
         costs: list[Any] = [*context.universal, *context.per_image, *self.aimed, *context.transfer]
@@ -330,15 +360,8 @@ class Auditor:
         found: dict[str, Any] = {}
         if self.unchecked:
             found["checks"] = tuple(one.name for one in DIAGNOSTICS if one.name in self.checks)
-        stopped = self.stages.left_out
-        gone: dict[str, dict[str, Any]] = {
-            "eps-uni": {"eps_uni_runs": 0},
-            "eps-adv": {"eps_adv": False},
-            "corruption": {"noise_sizes": ()},
-            "jacobian": {"jacobian_backwards": 0},
-        }
-        for name, settings in gone.items():
-            found |= settings if name in stopped else {}
+        for name, settings in _STOPPED.items():
+            found |= settings if name in self.stages.left_out else {}
         if not any(one.attack == "standard" for one in self.context.per_image):
             found["suite_images"] = 0
         return found

@@ -65,11 +65,11 @@ TIME_LADDER: tuple[Rung, ...] = (
     },
     {"eps_uni_runs": 1, "suite_images": 100, "jacobian_backwards": 0},
     {"eps_uni_runs": 0, "suite_images": 0, "eps": 3, "test_images": 500, "noise_sizes": 1},
-    {"eps_adv": 0, "targeted": 0, "noise_sizes": 0, "universal_probe_starts": 0},
+    {"eps_adv": 0, "targeted": 0, "auto_pgd": 0, "noise_sizes": 0, "universal_probe_starts": 0},
     {"surrogate": 0, "transfer_images": 100, "sample": 50},
     {"eps": 1, "test_images": 300, "validation_images": 200, "queries": 100},
-    {"universal_steps": 50, "checks": 18, "pgd_steps": 10},
-    {"test_images": 100, "validation_images": 60, "sample": 32, "checks": 12, "queries": 0},
+    {"universal_steps": 50, "checks": 22, "pgd_steps": 10, "rescoring": 0},
+    {"test_images": 100, "validation_images": 60, "sample": 32, "checks": 13, "queries": 0},
     {"universal_steps": 30, "universal_batch": 16, "test_images": 50, "validation_images": 32, "sample": 20},
     {"universal_steps": 15, "test_images": 32, "validation_images": 24, "sample": 16, "checks": 6, "pgd_steps": 5},
 )
@@ -78,11 +78,11 @@ TIME_LADDER: tuple[Rung, ...] = (
 _WORDS = {
     "test_images": "test images",
     "validation_images": "validation images",
-    "universal_steps": "steps of the universal attack",
-    "universal_restarts": "restarts of the universal attack",
+    "universal_steps": "step{s} of the universal attack",
+    "universal_restarts": "restart{s} of the universal attack",
     "universal_batch": "images per step of the universal attack",
-    "pgd_steps": "steps of PGD",
-    "pgd_restarts": "restarts of PGD",
+    "pgd_steps": "step{s} of PGD",
+    "pgd_restarts": "restart{s} of PGD",
     "patterns": "noise patterns of each kind",
     "pattern_images": "images that each pattern is tried on",
     "sample": "images that diagnostics look at",
@@ -90,7 +90,7 @@ _WORDS = {
     "queries": "queries an image of Square",
     "transfer_images": "images perturbed on the surrogate",
     "jacobian_backwards": "backward passes of each part of the Jacobian analysis",
-    "eps_uni_runs": "perturbations crafted in the search of eps_uni",
+    "eps_uni_runs": "perturbation{s} crafted in the search of eps_uni",
 }
 _GONE = {
     "eps_uni_runs": ("eps_uni was read off the curve", "the search of eps_uni"),
@@ -101,6 +101,8 @@ _GONE = {
     "eps_adv": ("eps_adv was not searched", "eps_adv"),
     "targeted": ("perturbations with a target were left out", "targets"),
     "surrogate": ("transfer was left out", "transfer"),
+    "auto_pgd": ("targeted Auto-PGD on every image was left out", "targeted Auto-PGD"),
+    "rescoring": ("perturbed images were not asked for again in other ways", "re-scoring"),
 }
 """What is said where nothing is left of a setting: as a sentence, and as a part of one."""
 
@@ -283,7 +285,9 @@ def _changes(asked: Suite, suite: Suite) -> Iterator[str]:
     for name, words in _WORDS.items():
         before, now = getattr(asked, name), getattr(suite, name)
         if before != now and not (name in _GONE and not now):
-            yield f"{now} {words}" + ("" if before is None else f" in place of {before}")
+            yield f"{now} {words.format(s='' if now == 1 else 's')}" + (
+                "" if before is None else f" in place of {before}"
+            )
     for name, (sentence, _) in _GONE.items():
         if name != "noise_sizes" and _there(asked, name) and not _there(suite, name):
             yield sentence

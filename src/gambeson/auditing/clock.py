@@ -27,16 +27,29 @@ _PRIOR = 0.02
 CURVE, CHECKED = "universal curve", "diagnostics"
 """Parts of the costs that several stages share."""
 BY_WORTH = (
-    *("surrogate", "randomness", CURVE, "per image", CHECKED, "transfer", "eps_uni", "eps_adv", "targets", "own"),
+    *(
+        "surrogate",
+        "randomness",
+        CURVE,
+        "re-scoring",
+        "per image",
+        CHECKED,
+        "transfer",
+        "eps_uni",
+        "eps_adv",
+        "targets",
+        "own",
+    ),
     *("noise", "Jacobian analysis"),
 )
 """Stages in the order of an audit against the clock."""
-_STAGE_OF = {"PGD, image by image": "per image", "attack suite": "per image"}
+_STAGE_OF = {"PGD, image by image": "per image", "attack suite": "per image", "targeted Auto-PGD": "per image"}
 _SETTINGS_OF = {
     "start": ("test_images", "validation_images", "pattern_images"),
     "surrogate": ("surrogate", "surrogate_images", "surrogate_epochs"),
     CURVE: ("universal_steps", "universal_restarts", "universal_batch", "universal_probe_starts", "patterns"),
-    "per image": ("pgd_steps", "pgd_restarts", "suite_images"),
+    "re-scoring": ("rescoring",),
+    "per image": ("pgd_steps", "pgd_restarts", "suite_images", "auto_pgd"),
     CHECKED: ("sample", "queries"),
     "transfer": ("transfer_images",),
     "eps_uni": ("eps_uni_runs",),

@@ -12,21 +12,24 @@ import torch
 from torch import nn
 
 from gambeson import models
+from gambeson.attacks import PGD, TargetedAutoPGD
+from gambeson.auditing.rescoring import MOST
 from gambeson.auditing.stages import surrogate
 from gambeson.auditing.stages.corruption import NOISES
 from gambeson.auditing.suite import Suite
 from gambeson.base import Config, UserError, seeded
 from gambeson.data import Dataset
 from gambeson.evaluation import BlackBox
+from gambeson.evaluation.outcome import at_once
 from gambeson.evaluation.universal import RANKED
-from gambeson.victim import Victim
+from gambeson.victim import Victim, auto_batch_size
 from gambeson.victim.temperature import IMAGES as CALIBRATED
 
 RUNS = 6
 """Default maximum of perturbations crafted in the search of eps_uni of a black box."""
 TRIALS = 8
 """The same where there are gradients."""
-_SUITE = 10 + 100 + 9 * 20 + 3 * 100
+SUITE_GRADIENTS = 10 + 100 + 9 * 20 + 3 * 100
 """Gradients of the standard suite per image that is never broken."""
 _MAP_SUITE = 3 * 300
 """The same of label maps."""
@@ -228,16 +231,24 @@ def parts_of(suite: Suite, data: Dataset, *, random: bool = False, ran: Collecti
     attacked = min(suite.suite_images, test) if suite.norm != "1" else 0
     of_maps = not data.test.task.per_image_label
     steps = suite.pgd_steps * suite.pgd_restarts * (3 if of_maps else 1)
-    gradients, queries = (_MAP_SUITE, 1000) if of_maps else (_SUITE, suite.suite_queries)
+    gradients, queries = (_MAP_SUITE, 1000) if of_maps else (SUITE_GRADIENTS, suite.suite_queries)
     jacobians = 0 if of_maps else suite.jacobian_backwards
     aims = 2 * suite.targeted * of_maps
     aimed = aims * test * (3 + suite.patterns_of_controls)
     lent = _lent(suite, data)
+    white = suite.auto_pgd and not (of_maps or random or suite.norm == "1")
+    targeted = sum(_gradients_of(attack) for attack in suite.white_box(suite.eps[0]).values()) if white else 0
+    again, batch = _asked_again(data, test, random=random), at_once(data.test)
+    sizes = (7, 32, suite.universal_batch, 100, sample, batch)
+    sets = (1 + bool(attacked) + 2 * of_maps + bool(white)) * suite.rescoring
     counts = _Counts(
+        batches=sum(max(_PROBES, min(batch, size)) for size in sizes),
+        again=again,
         sample=sample,
         test=test,
         held=held,
         pgd=suite.pgd_steps * suite.pgd_restarts,
+        white=targeted or suite.pgd_steps * suite.pgd_restarts,
         short=min(20, suite.pgd_steps),
         steps=suite.pgd_steps,
         queries=min(300, suite.queries),
@@ -258,7 +269,9 @@ def parts_of(suite: Suite, data: Dataset, *, random: bool = False, ran: Collecti
             votes * (points * (probe_starts + scored) + runs * held),
             points * screen + runs * run,
         ),
-        part("PGD, image by image", votes * test, eot_samples * test * steps),
+        part("re-scoring", votes * again * suite.rescoring),
+        part("PGD, image by image", votes * (test + sets * again), eot_samples * test * steps),
+        part("targeted Auto-PGD", votes * test, test * targeted) if white else part("targeted Auto-PGD", 0),
         part("attack suite", votes * attacked * queries, eot_samples * attacked * gradients),
         part("diagnostics", votes * asked, slopes),
         part("transfer", votes * (2 * min(suite.transfer_images, test) + test) if lent else 0),
@@ -289,15 +302,23 @@ class _Counts:
     held: int
     pgd: int
     """Gradients per image of the suite's PGD."""
+    white: int
+    """Those of the strongest attack with gradients that every image gets."""
     short: int
     """Those of the short one that checks compare with."""
     steps: int
     queries: int
+    batches: int
+    """Images in batches of several sizes together."""
+    again: int
+    """Images forward where perturbed ones are asked for again in every way."""
     random: bool
     draws: int
     """Draws of a random model per gradient."""
 
-    def work(self, name: str, forwards: int = 0, gradients: int = 0, beside: int = 0, shares: str = "") -> Work:
+    def work(
+        self, name: str, forwards: int = 0, gradients: int = 0, beside: int = 0, apart: int = 0, shares: str = ""
+    ) -> Work:
         """Cost of a check.
 
         Args:
@@ -305,13 +326,33 @@ class _Counts:
             forwards: per image of the sample.
             gradients: likewise.
             beside: images forward whatever the sample.
+            apart: image gradients whatever the sample.
             shares: the attack on the sample that other checks look at too.
         """
-        attacks = {"PGD": self.pgd, "short PGD": self.short}
+        attacks = {"PGD": self.pgd, "white box": self.white, "short PGD": self.short}
         shared = {shares: (self.sample, self.draws * self.sample * attacks[shares])} if shares else {}
-        return shared | {name: (forwards * self.sample + beside, self.draws * gradients * self.sample)}
+        return shared | {name: (forwards * self.sample + beside, self.draws * (gradients * self.sample + apart))}
 
 
+def _gradients_of(attack: PGD | TargetedAutoPGD) -> int:
+    """Gradients per image that is never broken."""
+    if isinstance(attack, TargetedAutoPGD):
+        return (attack.targets or 1) * (attack.probe_steps or 0) + (
+            attack.targets_kept or attack.targets or 1
+        ) * attack.steps
+    return attack.steps * attack.restarts
+
+
+def _asked_again(data: Dataset, test: int, *, random: bool) -> int:
+    """Images forward where as many are asked for again in every way, see :func:`gambeson.auditing.rescoring.ways`."""
+    if random:
+        return 2 * test
+    few = min(MOST, test)
+    return 6 * few + max(few, auto_batch_size(data.test.shape, 1024, 2**23))
+
+
+_PROBES, _BATCHES = 16, 13
+"""Images whose gradients are compared, and how often beside batches of other sizes."""
 CHECKS: dict[str, Callable[[_Counts], dict[str, Any]]] = {
     "better than majority class": lambda n: {},
     "perturbation budget used": lambda n: {},
@@ -327,19 +368,23 @@ CHECKS: dict[str, Callable[[_Counts], dict[str, Any]]] = {
     "stateless": lambda n: {"beside": min(n.sample, n.test) + 160},
     "re-scoring reproducible": lambda n: {"beside": n.test},
     "monotone in step size": lambda n: {"gradients": 2},
+    "gradient independent of the batch": lambda n: {"apart": _BATCHES * _PROBES + n.batches},
     "unbounded attack succeeds": lambda n: {"gradients": 40},
-    "white box beats queries": lambda n: {"forwards": n.queries + 40 if n.queries else 0, "shares": "PGD"},
-    "white box beats transfer": lambda n: {"forwards": 2, "shares": "PGD"},
+    "white box beats queries": lambda n: {"forwards": n.queries + 40 if n.queries else 0, "shares": "white box"},
+    "white box beats transfer": lambda n: {"forwards": 2, "shares": "white box"},
+    "no weaker inside the ball": lambda n: {"gradients": n.short, "shares": "short PGD"},
+    "alike in every batch": lambda n: {"beside": n.again // 2},
     "gradient beats random search": lambda n: {"forwards": 2 * n.pgd, "shares": "PGD"},
     "multi-step beats single-step": lambda n: {"gradients": 1, "shares": "PGD"},
     "attack beats noise": lambda n: {"forwards": 1, "shares": "PGD"},
     "universal white box beats transfer": lambda n: {"beside": 2 * n.test},
     "margin loss no stronger": lambda n: {"gradients": n.short + 3, "shares": "short PGD"},
-    "attack has converged": lambda n: {"gradients": n.pgd + 4 * n.steps, "shares": "PGD"},
+    "attack has converged": lambda n: {"gradients": n.pgd + 3 * n.white, "shares": "white box"},
     "single step approximates multi-step": lambda n: {"forwards": 4, "gradients": 12},
     "no test-set leakage": lambda n: {"gradients": n.pgd, "beside": n.test + n.held, "shares": "PGD"},
     "random start no stronger": lambda n: {"gradients": 2},
     "monotone in eps": lambda n: {"gradients": 2 * n.short, "shares": "short PGD"},
+    "attack repeats its outcome": lambda n: {"apart": min(64, n.sample) * n.steps},
 }
 """The built-in checks with their costs, see :meth:`_Counts.work`, in the order in which an audit with a limit on its
 time runs them: what costs nothing first, then by what they found on the testbed for their price. One that is not

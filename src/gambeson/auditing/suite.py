@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from gambeson.attacks import CONTROLS, MORE_CONTROLS, PGD, StochasticPGD
+from gambeson.attacks import CONTROLS, MORE_CONTROLS, PGD, StochasticPGD, TargetedAutoPGD
 from gambeson.base import Config, Number, unknown_name
 from gambeson.base.registry import canonical
 from gambeson.data import Dataset
@@ -92,6 +92,10 @@ class Suite(Config):
     middle_first: bool = False
     """Whether the curve begins at its middle eps and goes on outwards, so that an audit that is cut short has the
     number of the verdict. Else every eps begins from the perturbation of a smaller one. A limit on the time sets it."""
+    auto_pgd: bool = True
+    """Whether every test image is attacked by targeted Auto-PGD too (:meth:`white_box`)."""
+    rescoring: bool = True
+    """Whether perturbed images are asked for again in other batches and inside their ball, where the worst counts."""
     eps_uni_delta: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """The error of eps_uni."""
     eps_uni_tolerance: Annotated[Number, Field(gt=0, lt=1)] = 0.02
@@ -165,6 +169,24 @@ class Suite(Config):
         """The per-image attack at one eps."""
         return PGD(eps=eps, norm=self.norm, steps=self.pgd_steps, restarts=self.pgd_restarts)
 
+    def white_box(self, eps: float) -> dict[str, PGD | TargetedAutoPGD]:
+        """The strongest attack with gradients that every image gets, in turn: a short PGD, and targeted Auto-PGD.
+
+        The latter is probed for half of :attr:`pgd_steps` towards the five likeliest wrong classes and run in full
+        towards the nearest, on the margin, which two classes have as well (ours).
+        """
+        steps = self.pgd_steps
+        targeted = TargetedAutoPGD(
+            eps=eps,
+            norm=self.norm,
+            loss="margin",
+            steps=steps,
+            targets=5,
+            probe_steps=max(1, steps // 2),
+            targets_kept=1,
+        )
+        return {"pgd": PGD(eps=eps, norm=self.norm, steps=max(1, steps // 4)), "auto-pgd-targeted": targeted}
+
 
 _OF_IMAGES = (
     "test_images",
@@ -213,6 +235,8 @@ SUITES = {
         surrogate="none",
         noise_sizes=(),
         checks=_GLANCE,
+        auto_pgd=False,
+        rescoring=False,
         eps_points=1,
         minutes=10.0,
     ),

@@ -39,7 +39,7 @@ from gambeson.base.files import (
     write_text,
     write_yaml,
 )
-from gambeson.base.progress import busy, say, show_progress, task, tracked
+from gambeson.base.progress import say, show_progress, task, tracked, watched
 from gambeson.base.registry import Registered, Registry
 from gambeson.base.seeds import derive, generator, seeded
 
@@ -53,7 +53,6 @@ __all__ = [
     "UserError",
     "autograd_limits",
     "average",
-    "busy",
     "check_run",
     "close_run",
     "count",
@@ -83,6 +82,7 @@ __all__ = [
     "tracked",
     "twice_differentiable",
     "unknown_name",
+    "watched",
     "writable",
     "write_bytes",
     "write_json",

@@ -54,14 +54,15 @@ class _Lines:
         self.console, self.said = console, time.monotonic()
 
     def start(self, label: str, total: int, done: float) -> Advance:
-        began, before, known = time.monotonic(), done, done
+        began, before, known, over = time.monotonic(), done, done, False
 
         def advance(units: float = 1, /) -> None:
-            nonlocal known
+            nonlocal known, over
             known, now = known + units, time.monotonic()
             done = min(total, int(known + 1e-6))  # units may be parts of one
-            if done < total and (now - self.said < _EVERY or known == before):
+            if over or (done < total and (now - self.said < _EVERY or known == before)):
                 return
+            over = done >= total
             self.said = now
             left = (now - began) / max(known - before, 1e-6) * (total - known)
             rest = f"about {left:.0f} s left" if done < total else f"{now - began:.0f} s"
@@ -99,9 +100,9 @@ def say(text: str) -> None:
         display.console.print(text, highlight=False, soft_wrap=True)
 
 
-def busy() -> bool:
-    """Whether a task is shown, so that another is part of it."""
-    return _busy.get()
+def watched() -> bool:
+    """Whether progress is shown and no task has begun, so that the next one is what somebody waits for."""
+    return not _busy.get() and (_display.get() is not None or _in_notebook())
 
 
 def _in_notebook() -> bool:

@@ -6,20 +6,54 @@ the surrogate. Test only reports, so its rate has the interval of a single numbe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.context import AuditContext
+from gambeson.auditing.cost import Speed
+from gambeson.auditing.rescoring import Perturbed, Way, asked, rescored_in, ways, worse
 from gambeson.auditing.results import IoU, Restart, UniversalResult
 from gambeson.auditing.stages import black_box
 from gambeson.auditing.stages.transfer import name_of, on_surrogate
-from gambeson.base import UserError, load_tensors, save_tensors
+from gambeson.base import UserError, load_tensors, save_tensors, seeded
+from gambeson.data import Dataset
 from gambeson.evaluation.eps_uni import Found, eps_adv, search
 from gambeson.evaluation.rates import EpsAdv, EpsUni, ImageErrors
-from gambeson.evaluation.universal import change_rate, control_rates, error_rate, strongest
+from gambeson.evaluation.universal import change_rate, control_rates, error_rate, patterns_of, strongest
+from gambeson.tasks import Counts, Rate
 from gambeson.victim import predict, score
+
+_FIRST = 15.0
+"""Seconds that a first answer is crafted for, and as many that it is scored for."""
+
+
+def first_answer(context: AuditContext, speed: Speed) -> str:
+    """Return in a line what a short attack does at the middle eps, for those who wait; nothing of it is kept."""
+    suite, victim, eps = context.suite, context.victim, context.eps
+    batch = min(16, suite.universal_batch)
+    steps = min(suite.universal_steps, max(4, int(_FIRST / (batch * speed.gradient))))
+    few = {"steps": steps, "batch_size": batch, "probe_starts": 0}
+    asked = (victim.votes or 1) * speed.forward * (1 + len(suite.controls))
+    some = context.few(min(len(context.test), max(16, int(_FIRST / asked))))
+    held = context.data.validation.sample(batch, seed=context.seed)
+    data = Dataset(context.data.name, context.data.train, held, some, context.data.classes)
+    with seeded(context.seed, "first answer"):
+        uap = suite.universal(eps, restarts=1).model_copy(update=few).craft(victim, data, seed=context.seed)
+        patterns = {name: patterns_of(name, uap.ball, some.shape, context.seed)[:1] for name in suite.controls}
+        found, *beside = (
+            error_rate(score(predict(victim, some, delta.to(victim.device)), some))
+            for delta in (uap.delta, *patterns.values())
+        )
+    rivals = ", ".join(f"{rate} under {name}" for name, rate in zip(patterns, beside, strict=True))
+    against = f", against {rivals} and" if rivals else ", against"
+    return (
+        f"first answer: UER {found} at eps {eps:.3g} on {len(some)} test images after {steps} steps{against} "
+        f"{context.clean.complement} when clean; longer attacks may find more"
+    )
 
 
 def file_of(eps: float) -> str:
@@ -51,13 +85,12 @@ def craft_point(context: AuditContext, eps: float, folder: Path | None) -> Unive
         context.crafted[eps] = crafted
         own = error_rate(score(_predicted(context, crafted), context.test))
     predictions = _predicted(context, uap)
-    found, errors = score(predictions, context.test, context.predictions), ImageErrors.of(predictions, context.test)
-    context.errors[eps] = errors
+    found = score(predictions, context.test, context.predictions)
+    _keep(context, eps, ImageErrors.of(predictions, context.test), folder)
     if folder is not None:
         uap.save(folder / file_of(eps))
         if uap is not crafted:
             crafted.save(folder / crafted_file_of(eps))
-        save_tensors(_errors_file(folder, eps), {"wrong": errors.wrong, "answers": errors.answers}, {})
     return UniversalResult(
         attack=uap.about.attack,
         eps=eps,
@@ -72,6 +105,60 @@ def craft_point(context: AuditContext, eps: float, folder: Path | None) -> Unive
         status=uap.about.status,
         cost=context.since(before),
     )
+
+
+def _keep(context: AuditContext, eps: float, errors: ImageErrors, folder: Path | None) -> None:
+    context.errors[eps] = errors
+    if folder is not None:
+        save_tensors(_errors_file(folder, eps), {"wrong": errors.wrong, "answers": errors.answers}, {})
+
+
+def rescore(context: AuditContext, folder: Path | None) -> list[UniversalResult]:
+    """Ask again under the perturbation of the middle eps in other ways; what is clearly worse counts at every eps.
+
+    Returns:
+        The points of the curve. Where a way is clearly worse, their rates are the highest of those as reported and in
+        these ways, controls included, and the errors of each image those of the worst.
+    """
+    tried = ways(context)
+    found = rescored_in(context, _stored(context, context.eps), tried)
+    accused = worse(found, tried)
+    points = [_worst(context, point, accused, folder) for point in context.universal] if accused else context.universal
+    return [one.model_copy(update={"rescored": found}) if one.eps == context.eps else one for one in points]
+
+
+def _stored(context: AuditContext, eps: float) -> Perturbed:
+    errors = context.errors[eps]
+    right = Counts(errors.answers - errors.wrong, errors.answers)
+    return Perturbed(split=context.test, right=right, delta=context.uaps[eps].delta)
+
+
+def _worst(
+    context: AuditContext, point: UniversalResult, accused: Sequence[Way], folder: Path | None
+) -> UniversalResult:
+    """Return the point with every rate at the worst of as reported and asked in each of the ways."""
+    eps, test = point.eps, context.test
+    stored = _stored(context, eps)
+    predictions = [asked(context, stored, way, eps=eps) for way in accused]
+    scores = [score(one, test, context.predictions) for one in predictions]
+    most = max(range(len(scores)), key=lambda k: scores[k].error)
+    found, update = scores[most], dict[str, object]()
+    if found.error > point.uer.value:
+        _keep(context, eps, ImageErrors.of(predictions[most], test), folder)
+        update = {"fooling": change_rate(found), "iou": IoU.of(predictions[most], test)}
+    update["uer"] = Rate.highest([point.uer, *map(error_rate, scores)])
+
+    def highest(reported: Rate, *deltas: torch.Tensor) -> Rate:
+        again = [asked(context, replace(stored, delta=delta), way, eps=eps) for delta in deltas for way in accused]
+        return Rate.highest([reported, *(error_rate(score(one, test)) for one in again)])
+
+    if point.crafted is not None:
+        update["crafted"] = highest(point.crafted, context.crafted[eps].delta)
+    controls = []
+    for rival in point.controls:
+        patterns = patterns_of(rival.name, context.uaps[eps].ball, test.shape, context.seed)
+        controls.append(rival.model_copy(update={"worst": highest(rival.worst, *patterns.split(1))}))
+    return point.model_copy(update={**update, "controls": controls})
 
 
 def recall(context: AuditContext, eps: float, folder: Path) -> None:
