@@ -48,9 +48,7 @@ def test_the_interval_is_students_over_paired_differences():
     assert found.high - found.low < 0.2
 
 
-@pytest.mark.parametrize(
-    ("margin", "verdict"), [(-0.3, "not reproduced"), (-0.199, "undecided"), (-0.1, "reproduced")]
-)
+@pytest.mark.parametrize(("margin", "verdict"), [(-0.3, "not reproduced"), (-0.199, "undecided"), (-0.1, "reproduced")])
 def test_the_margin_decides(margin, verdict):
     rows = points("new", [0.30, 0.31, 0.29]) + points("old", [0.50, 0.51, 0.495])
     found = only(judge("C", claim(at_most=margin), rows, "steps", PLACE))
