@@ -91,9 +91,7 @@ def test_more_time_buys_more_and_less_is_given_up_in_order(digits, trained, monk
 
 def test_too_few_minutes_are_refused_with_the_least(digits, trained, monkeypatch):
     Time(monkeypatch)
-    with pytest.raises(
-        UserError, match=r"0.01 minutes are too few: the smallest audit .* give --minutes [\d.]+$"
-    ) as error:
+    with pytest.raises(UserError, match=r"0.01 minutes are too few: the smallest .* --minutes [\d.]+$") as error:
         Clock(0.01, trained, digits, SUITES["quick"]).choose()
     least = float(re.search(r"--minutes ([\d.]+)$", str(error.value))[1])
     assert len(Clock(least, trained, digits, SUITES["quick"]).choose().eps) == 1
@@ -232,9 +230,7 @@ def test_the_first_answer_comes_first_and_changes_nothing(digits, trained, monke
         watched = gb.audit(trained, digits, suite).results
     assert watched == silent
     lines = text.getvalue().splitlines()
-    assert re.match(
-        r"first answer: UER [\d.]+ % \[.*\] at eps 0.2 on \d+ test images after \d+ steps, against", lines[0]
-    )
+    assert re.match(r"first answer: UER .* % \[.*\] at eps 0.2 on \d+ test images after \d+ steps, against", lines[0])
     assert lines[1].startswith("eps 0.1: UER ")
     assert any(line.startswith("image by image: accuracy ") for line in lines)
     shares = [int(found[1]) for line in lines if (found := re.match(r"audit model: (\d+) of 100", line))]

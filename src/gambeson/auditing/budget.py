@@ -62,7 +62,7 @@ TIME_LADDER: tuple[Rung, ...] = (
         **{"universal_steps": 100, "universal_restarts": 1, "universal_probe_starts": 3, "universal_batch": 32},
         **{"pgd_steps": 20, "pgd_restarts": 1, "test_images": 1000, "validation_images": 500, "sample": 100},
         **{"transfer_images": 500, "surrogate_images": 8000, "surrogate_epochs": 6, "queries": 200, "noise_sizes": 2},
-    {"patterns": 40, "pattern_images": 100},
+        **{"patterns": 40, "pattern_images": 100},
     },
     {"eps_uni_runs": 1, "suite_images": 100, "jacobian_backwards": 0},
     {"eps_uni_runs": 0, "suite_images": 0, "eps": 3, "test_images": 500, "noise_sizes": 1},
