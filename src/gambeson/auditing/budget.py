@@ -62,16 +62,19 @@ TIME_LADDER: tuple[Rung, ...] = (
         **{"universal_steps": 100, "universal_restarts": 1, "universal_probe_starts": 3, "universal_batch": 32},
         **{"pgd_steps": 20, "pgd_restarts": 1, "test_images": 1000, "validation_images": 500, "sample": 100},
         **{"transfer_images": 500, "surrogate_images": 8000, "surrogate_epochs": 6, "queries": 200, "noise_sizes": 2},
+        **{"patterns": 40, "pattern_images": 100},
     },
     {"eps_uni_runs": 1, "suite_images": 100, "jacobian_backwards": 0},
     {"eps_uni_runs": 0, "suite_images": 0, "eps": 3, "test_images": 500, "noise_sizes": 1},
     {"eps_adv": 0, "targeted": 0, "auto_pgd": 0, "noise_sizes": 0, "universal_probe_starts": 0},
+    {"patterns": 20, "pattern_images": 60},
     {"surrogate": 0, "transfer_images": 100, "sample": 50},
     {"eps": 1, "test_images": 300, "validation_images": 200, "queries": 100},
     {"universal_steps": 50, "checks": 22, "pgd_steps": 10, "rescoring": 0},
     {"test_images": 100, "validation_images": 60, "sample": 32, "checks": 13, "queries": 0},
     {"universal_steps": 30, "universal_batch": 16, "test_images": 50, "validation_images": 32, "sample": 20},
     {"universal_steps": 15, "test_images": 32, "validation_images": 24, "sample": 16, "checks": 6, "pgd_steps": 5},
+    {"patterns": 10, "pattern_images": 30},
 )
 """Of time. What is given back first is what was taken last."""
 

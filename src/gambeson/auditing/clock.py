@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Collection
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -67,7 +67,7 @@ class TimeSpent(BudgetSpent):
 
 def now() -> float:
     """Seconds of a clock that only goes forward."""
-    return time.monotonic()
+    return monotonic()
 
 
 class Remaining:

@@ -217,15 +217,15 @@ _GLANCE = (
 """What looks at numbers that are there anyway, or at random models; and the six cheapest checks that ask the model."""
 SUITES = {
     "glance": Suite(
-        universal_steps=60,
+        universal_steps=32,
         universal_restarts=1,
         universal_batch=32,
         universal_probe_starts=0,
         pgd_steps=10,
         pgd_restarts=1,
-        test_images=300,
-        validation_images=200,
-        sample=50,
+        test_images=200,
+        validation_images=100,
+        sample=32,
         suite_images=0,
         eps_uni_runs=0,
         eps_adv=False,
