@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gambeson.attacks import UniversalPerturbation
-from gambeson.auditing.context import AuditContext, Checkpoints
+from gambeson.auditing.context import AuditContext, Checkpoints, Outcomes
 from gambeson.auditing.cost import omitted
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, get
 from gambeson.auditing.jacobian_results import JacobianResult
@@ -151,6 +151,8 @@ class Audit:
     """Every number, with its interval, settings and cost."""
     perturbations: list[UniversalPerturbation]
     """The crafted perturbations, in order of eps."""
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    """What each test image answers under the attacks."""
 
     @property
     def verdict(self) -> Verdict:
@@ -239,6 +241,7 @@ def audit(
             predictions = torch.tensor(stages.do("clean", list[int], lambda: predict(victim, reported.test).tolist()))
         else:
             predictions = predict(victim, reported.test)
+        clean = score(predictions, reported.test)
         context = AuditContext(
             victim=victim,
             data=reported,
@@ -254,9 +257,11 @@ def audit(
                 defense=defense,
                 epochs=epochs,
             ),
-            clean=accuracy_rate(score(predictions, reported.test)),
+            clean=accuracy_rate(clean),
             predictions=predictions,
+            outcomes=Outcomes(folder),
         )
+        context.outcomes.keep("clean", clean.counts, reported.test)
         return _Auditor(context, folder, stages, [*notes, *twice], diagnostics, mine, omitted(asked, suite)).run()
 
 
@@ -417,7 +422,7 @@ class _Auditor:
             result.save(self.folder)
         if isinstance(model, BlackBox):
             model.settle()
-        return Audit(result, [context.uaps[eps] for eps in context.suite.eps])
+        return Audit(result, [context.uaps[eps] for eps in context.suite.eps], context.outcomes)
 
     def _jacobian(self) -> JacobianResult | None:
         context = self.context

@@ -9,7 +9,7 @@ from gambeson.attacks import PGD, CosPGD, SegPGD, Square
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.results import PerImageResult
 from gambeson.evaluation import run_suite, standard_suite
-from gambeson.evaluation.outcome import ImageAttack, accuracy_under
+from gambeson.evaluation.outcome import ImageAttack, outcome
 from gambeson.evaluation.segmentation_suite import class_pixels
 
 
@@ -54,12 +54,14 @@ def measure(context: AuditContext) -> list[PerImageResult]:
 
 def _single(context: AuditContext, name: str, attack: PGD) -> PerImageResult:
     before = context.spent
+    found = outcome(context.victim, context.test, context.averaged(attack), context.seed)
+    context.outcomes.keep(f"per_image:{name}", found, context.test)
     return PerImageResult(
         attack=name,
         settings=attack.plain(),
         eps=context.eps,
         norm=context.suite.norm,
-        accuracy=accuracy_under(context.victim, context.test, context.averaged(attack), context.seed),
+        accuracy=found.accuracy,
         cost=context.since(before),
     )
 
@@ -68,8 +70,10 @@ def _suite(
     context: AuditContext, name: str, images: int, attacks: Mapping[str, ImageAttack], settings: dict[str, Any]
 ) -> PerImageResult:
     before = context.spent
-    split = context.few(images)
-    found = run_suite(context.victim, split, attacks, norm=context.suite.norm, seed=context.seed).result
+    rows = context.test.sample_indices(images, seed=context.seed)
+    suite = run_suite(context.victim, context.few(images), attacks, norm=context.suite.norm, seed=context.seed)
+    context.outcomes.keep(f"per_image:{name}", suite.counts, context.test, rows)
+    found = suite.result
     return PerImageResult(
         attack=name,
         settings=settings,

@@ -53,6 +53,7 @@ def craft_point(context: AuditContext, eps: float, folder: Path | None) -> Unive
     predictions = _predicted(context, uap)
     found, errors = score(predictions, context.test, context.predictions), ImageErrors.of(predictions, context.test)
     context.errors[eps] = errors
+    context.outcomes.keep(f"uer@{eps:.4g}", found.counts, context.test)
     if folder is not None:
         uap.save(folder / file_of(eps))
         if uap is not crafted:
