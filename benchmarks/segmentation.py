@@ -32,7 +32,7 @@ from gambeson.training.recipe import PRESETS, Recipe
 from gambeson.victim import as_victim, predict
 
 FOLDER, RESULTS, PICTURE = Path("runs/segmentation"), Path("results/segmentation.json"), Path("docs/segmentation.png")
-DATA, MODEL = "fashion-scenes?train=8000", "unet-small"
+DATA, MODEL = "fashion-scenes?train=20000", "unet-small"
 EPS = tuple(k / 255 for k in (4, 8, 16, 32))
 SHOWN = 16 / 255
 """Where controls are scored."""
@@ -45,7 +45,7 @@ CRAFT: dict[str, Any] = {"probe_starts": 0, "steps": 300, "batch_size": 16}
 OTHERS = 100
 """Maps of other scenes that a perturbation is held against."""
 FAST: dict[str, Any] = {"channels_last": True, "precision": "bfloat16"}
-RECIPE = Recipe(**PRESETS["segmentation"] | FAST | {"epochs": 12})
+RECIPE = Recipe(**PRESETS["segmentation"] | FAST | {"epochs": 16})
 HARDENING = Recipe(**PRESETS["segmentation"] | FAST | {"epochs": 3, "lr": 0.002, "warmup": 0.5})
 STANDARD = "standard"
 DEFENSES: dict[str, Defense] = {

@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gambeson.attacks.registry import ATTACKS
 from gambeson.attacks.universal.context import CraftingContext, passes, splits_of
@@ -59,6 +59,16 @@ class UniversalAttack(Config):
     2018), a forward and a backward each. None (the default is ours): 1 if the model draws independently per image,
     because the batch mean then averages over draws, else :data:`gambeson.victim.averaged.EOT_SAMPLES`. Attacks without
     a loss (DeepFool-UAP, singular vectors, data-free, procedural) use a single sample."""
+
+    @model_validator(mode="after")
+    def _omega_has_a_use(self) -> Self:
+        target = getattr(self, "target", None)
+        if getattr(self, "omega", OMEGA) != OMEGA and getattr(target, "kind", None) != "hide":
+            given = "there is no target" if target is None else f"the target is {target}"
+            raise ValueError(
+                f"omega weighs the pixels of a class to hide, and {given}: leave it out, or set target to hide:CLASS"
+            )
+        return self
 
     @property
     def ball(self) -> Ball:
