@@ -158,7 +158,7 @@ def compare(
 
     def read(given: object, name: str) -> tuple[AuditResult, Outcomes]:
         if isinstance(given, str | Path):
-            return AuditResult.load(Path(given)), Outcomes(Path(given))
+            return AuditResult.load(given), Outcomes(Path(given))
         if isinstance(given, nn.Module):
             if data is None:
                 raise UserError("models are audited before they are compared: give data as well")

@@ -316,12 +316,13 @@ class AuditResult(Config):
         write_json(folder / "result.json", self.plain())
 
     @classmethod
-    def load(cls, folder: Path) -> AuditResult:
+    def load(cls, folder: str | Path) -> AuditResult:
         """Read ``result.json`` from the folder of a finished audit.
 
         Raises:
             UserError: the file is missing, or of another kind or version.
         """
+        folder = Path(folder)
         if (folder / "run.yaml").is_file():
             read_settings(folder / "run.yaml", "audit")  # a run of another kind is refused
             if not (folder / "result.json").is_file():

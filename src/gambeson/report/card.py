@@ -39,7 +39,6 @@ def _index(result: AuditResult) -> dict[str, Any]:
                 "task": {"type": "image-classification" if unit == "image" else "image-segmentation"},
                 "dataset": {"type": result.material.name, "name": result.material.name, "split": "test"},
                 "metrics": [_metric(*row, result) for row in _numbers(result)],
-                "source": {"name": f"Gambeson {result.environment.get('gambeson', '')} audit, seed {result.seed}"},
             }
         ],
     }
@@ -73,7 +72,7 @@ def _numbers(result: AuditResult) -> list[tuple[str, str, Rate | SmallestEps, di
 def _metric(
     kind: str, name: str, number: Rate | SmallestEps, about: dict[str, Any], result: AuditResult
 ) -> dict[str, Any]:
-    args = dict(about)
+    args = {**about, "seed": result.seed, "gambeson": result.environment.get("gambeson", "unknown")}
     name += f", eps {about['eps']:.4g}" if "eps" in about else ""
     if isinstance(number, Rate):
         args |= {"images": number.n}
