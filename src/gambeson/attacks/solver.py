@@ -134,8 +134,8 @@ class ProjectedGradient:
     sparsity: float | None = None
     """Norm 1 only: the share of values a step moves; see :meth:`gambeson.threat.Ball.step_in_box`."""
     sizes: torch.Tensor | None = None
-    """(R, 1, 1, 1): radius of each perturbation as a share of eps, which also scales its start and its steps; None: eps
-    for all."""
+    """(R, 1, 1, 1): radius of each perturbation as a share of eps, which also scales its start and its steps; in the
+    norm inf also (1, C, H, W), of each value (:meth:`within`). None: eps for all."""
     place: tuple[int, int] = (0, 1)
     """Rank and world size; each process draws for all and takes its own part, so that several processes start as a
     single one would."""
@@ -163,6 +163,17 @@ class ProjectedGradient:
         draw = self.ball.uniform if kind == "uniform" else self.ball.signs
         drawn = draw((processes * rows, *images.shape[1:]), generator).unflatten(0, (processes, rows))[number]
         return self._hold(drawn.to(images.dtype) * self.scaled(size), images)
+
+    def within(self, shrink: float, images: torch.Tensor, generator: torch.Generator) -> ProjectedGradient:
+        """Return the solver in a box inside the ball of norm inf: half-widths are drawn from [1 - shrink, 1] eps.
+
+        Args:
+            shrink: what a value's half-width loses at the most, as a share of eps.
+            images: (N, C, H, W), for shape and device; all have the same box.
+            generator: on the images' device.
+        """
+        drawn = torch.rand((1, *images.shape[1:]), generator=generator, device=images.device)
+        return replace(self, sizes=1 - shrink * drawn)
 
     def scaled(self, length: float | torch.Tensor) -> float | torch.Tensor:
         """Scale a length, or a share, to the size of each perturbation's ball."""
@@ -225,7 +236,9 @@ class ProjectedGradient:
         if view is None and truth is None and self.loss.kind != "segpgd":  # whose weights change with every step
             made = (self.loss, self.task, self.per_image, self.box_gradient)
             more = () if weights is None else (weights,)
-            gradient, logits, total = self.victim.repeated(made, self._gradient, images, delta, labels, *more)
+            gradient, logits, total = self.victim.repeated(
+                made, self._gradient, images, delta, labels, *more, by_row=self.per_image
+            )
         else:
             gradient, logits, total = self._gradient(images, delta, labels, weights, truth, view)
         if sums is None:

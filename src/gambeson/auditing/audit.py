@@ -276,8 +276,8 @@ def diagnostics_of(suite: Suite) -> list[Diagnostic]:
 
 def _reported(data: Dataset, suite: Suite, seed: int, device: torch.device) -> tuple[Dataset, list[str]]:
     """The data with the suite's number of validation and test images, and notes on excluded ones."""
-    validation = _few(_labelled(data.validation), suite.validation_images, seed)
-    test = _few(_labelled(data.test), suite.test_images, seed)
+    validation = _labelled(data.validation, suite.validation_images, seed)
+    test = _labelled(data.test, suite.test_images, seed)
     found = disjoint(Dataset(data.name, data.train, validation, test, data.classes))
     parts = (("validation", validation, found.validation, "train"), ("test", test, found.test, "train or validation"))
     notes = [
@@ -288,17 +288,13 @@ def _reported(data: Dataset, suite: Suite, seed: int, device: torch.device) -> t
     return Dataset(data.name, data.train, found.validation, found.test.to(device), data.classes), notes
 
 
-def _labelled(split: Split) -> Split:
-    """Leave out images without a label that counts."""
-    if split.task.all_count:
-        return split
-    counted = split.task.labelled(split.labels)
-    if not bool(counted.any()):
-        raise nothing_counts(split)
-    return split if bool(counted.all()) else split.subset(counted.nonzero().flatten(), split.name)
-
-
-def _few(split: Split, images: int | None, seed: int) -> Split:
+def _labelled(split: Split, images: int | None, seed: int) -> Split:
+    """Leave out images without a label that counts, and take so many of the others."""
+    if not split.task.all_count:
+        counted = split.task.labelled(split.labels)
+        if not bool(counted.any()):
+            raise nothing_counts(split)
+        split = split if bool(counted.all()) else split.subset(counted.nonzero().flatten(), split.name)
     return split if images is None else split.sample(images, seed=seed)
 
 
@@ -338,6 +334,8 @@ class _Auditor:
                 context.universal.append(point)
                 advance()
             universal.end_curve(context)
+            again = partial(universal.rescore, context, folder)
+            context.universal = do("re-scoring", list[UniversalResult], again, context.universal)
             found = do("eps-uni", EpsUni | None, lambda: universal.search_eps_uni(context), None)
             found = found or universal.search_eps_uni(context, runs=0)
             each = do("eps-adv", EpsAdv | None, lambda: universal.search_eps_adv(context), None)

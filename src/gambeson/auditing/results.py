@@ -92,6 +92,23 @@ class IoU(Config):
         return cls(mean=found.mean_iou, classes=found.iou)
 
 
+class Rescored(Config):
+    """What is right of stored images asked for once more in another way (:mod:`gambeson.auditing.rescoring`)."""
+
+    way: str
+    """Such as ``one by one``."""
+    images: int
+    """Images asked for."""
+    reported: float
+    """Share right of these as reported."""
+    right: float
+    """Share right now."""
+    flipped: int
+    """Images of which more or less is right now."""
+    differs: bool
+    """Whether that is a clear difference."""
+
+
 class Restart(Config):
     """One start of a universal attack, with its rate on validation."""
 
@@ -120,6 +137,9 @@ class UniversalResult(Config):
     """UER of the perturbation crafted on the model itself, if another one was selected; else None."""
     controls: list[Control]
     restarts: list[Restart]
+    rescored: list[Rescored] = Field(default_factory=list)
+    """At the middle eps: the same images answered again in other ways. A rate that is clearly worse in one of them is
+    the one that counts, at every eps."""
     file: str
     """The perturbation's file, relative to the result."""
     status: Literal["done", "weak", "zero", "target not reached"]
@@ -143,6 +163,8 @@ class PerImageResult(Config):
     """Results of the attacks of a suite; empty for a single attack."""
     maps: MapResult | None = None
     """Of a suite on label maps: the mean IoU under its attacks."""
+    rescored: list[Rescored] = Field(default_factory=list)
+    """The perturbed images answered again in other ways; what is clearly worse in one of them counts."""
     cost: Cost
 
 

@@ -281,13 +281,13 @@ def standard_suite(
     """Return the attacks of the standard suite, to be run by :func:`gambeson.evaluation.run_suite`.
 
     The members of AutoAttack's standard version (Croce and Hein 2020, section 6) without FAB, behind a short PGD that
-    takes what is easy: Auto-PGD on cross-entropy, targeted Auto-PGD on the ratio of logits over the nine likeliest
-    wrong classes, Square, which has no gradient to be misled by. Three choices are ours, and ``faithful`` undoes the
-    latter two. FAB is left out: it aims at the same boundaries as targeted Auto-PGD at several times the cost. The
-    nine targets are probed for 20 steps and the nearest three attacked in full. Square leaves an image alone once its
-    margin is too far from a wrong answer for what it still gains (``early_abandon=3``). On 500 MNIST
-    images and the public robust LeNet5 the row broke every image that a public AutoAttack with FAB broke
-    (``results/autoattack.json``).
+    takes what is easy and, in the norm inf, keeps off the corners of the ball, at which the others end: Auto-PGD on
+    cross-entropy, targeted Auto-PGD on the ratio of logits over the nine likeliest wrong classes, Square, which has no
+    gradient to be misled by. Three choices are ours, and ``faithful`` undoes the latter two. FAB is left out: it aims
+    at the same boundaries as targeted Auto-PGD at several times the cost. The nine targets are probed for 20 steps and
+    the nearest three attacked in full. Square leaves an image alone once its margin is too far from a wrong answer for
+    what it still gains (``early_abandon=3``). On 500 MNIST images and the public robust LeNet5 the row broke every
+    image that a public AutoAttack with FAB broke (``results/autoattack.json``).
 
     Of label maps: the three runs of SEA (Croce et al. 2024), one per loss, so that the worst case of the mean IoU can
     be chosen among them, and Square (ours), which SEA lacks and ``faithful`` leaves out: without it, a masked gradient
@@ -310,7 +310,7 @@ def standard_suite(
         return sea if faithful else sea | {"square": Square(eps=eps, norm=norm, queries=queries or 1000)}
     square = Square(eps=eps, norm=norm, queries=queries or 5000, early_abandon=None if faithful else 3)
     return {
-        "pgd": PGD(steps=10, **ball),
+        "pgd": PGD(steps=10, shrink=0.06 if norm == "inf" else 0, **ball),
         "auto-pgd": AutoPGD(steps=100, **ball),
         "auto-pgd-targeted": TargetedAutoPGD(steps=100, probe_steps=None if faithful else 20, **ball),
         "square": square,

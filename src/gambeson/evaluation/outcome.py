@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import torch
@@ -28,7 +29,14 @@ class ImageAttack(Protocol):
 
 
 @scored
-def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_size: int = 250) -> Counts:
+def outcome(
+    victim: Victim,
+    split: Split,
+    attack: ImageAttack,
+    seed: int,
+    batch_size: int = 250,
+    keep: Callable[[torch.Tensor], object] | None = None,
+) -> Counts:
     """Attack every image; what is right is decided here, on the images that the attack returned.
 
     On a random model a gradient attack averages over :data:`EOT_SAMPLES` samples unless it sets a number, and the
@@ -40,6 +48,7 @@ def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_
         attack: a per-image attack.
         seed: of the attack and of a random model's votes.
         batch_size: maximum batch size; smaller for large images.
+        keep: is given the perturbed images of each batch.
 
     Raises:
         UserError: some logits are not finite, or no label of the split counts.
@@ -52,6 +61,8 @@ def outcome(victim: Victim, split: Split, attack: ImageAttack, seed: int, batch_
         for k, (images, labels) in enumerate(split.batches(at_once(split, batch_size), device=victim.device)):
             moved = attacked(attack, victim, images, labels, seed=derive(seed, "batch", k), task=split.task)
             found = split.task.counts(vote(victim, moved), labels)
+            if keep is not None:
+                keep(moved)
             right.append(found.right.cpu())
             total.append(found.total.cpu())
     return _counted(Counts(torch.cat(right), torch.cat(total)), split)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gambeson.attacks.gradient.base import (
     BestSoFar,
@@ -52,6 +52,9 @@ class PGD(GradientAttack):
     """Start of a restart; with ``zero`` further restarts are pointless unless steps are random."""
     start_size: Annotated[Number, Field(ge=0, le=1)] = 1.0
     """Radius of the random start as a share of eps."""
+    shrink: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Norm inf only: stay inside a box whose half-width is drawn for each value from [1 - shrink, 1] eps, so that no
+    step ends at a corner of the ball, where all changes are alike and a model may single them out (ours)."""
     keep: Literal["last", "best"] = "last"
     """Which point of a run is its result: the last, or the one with the most wrong labels. An image with one label that
     is wrong is finished in any case."""
@@ -66,6 +69,12 @@ class PGD(GradientAttack):
     """Smoothing of the gradient (TI), before momentum."""
     scales: Scales | None = None
     """Gradients of scaled copies (SI)."""
+
+    @model_validator(mode="after")
+    def _check_shrink(self) -> PGD:
+        if self.shrink and self.norm != "inf":
+            raise ValueError(f"shrink is for norm 'inf', and the norm is {self.norm!r}; leave it out")
+        return self
 
     @property
     def lengths(self) -> list[float]:
@@ -83,7 +92,7 @@ class PGD(GradientAttack):
 
     @property
     def _follows_sizes(self) -> bool:
-        return self.restarts == 1 and not self.early_stop
+        return self.restarts == 1 and not self.early_stop and not self.shrink
 
     @property
     def _first(self) -> float:
@@ -114,6 +123,12 @@ class PGD(GradientAttack):
                 break
             draw = generator(seed, "start", restart, device=x.device)
             views = generator(seed, "views", restart, device=x.device)
+            if self.shrink:
+                box = torch.rand(
+                    (1, *x.shape[1:]), generator=generator(seed, "box", restart, device=x.device), device=x.device
+                )
+                solver = replace(solver, sizes=1 - self.shrink * box)
+                guide = replace(guide, solver=solver)
             # Drawn for the whole batch, so that what one image gets does not depend on the others' fate.
             delta = solver.start(x, len(x), self.start, self.start_size, draw)
             rows, images, labels = active, x, y

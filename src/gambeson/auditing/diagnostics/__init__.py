@@ -8,6 +8,7 @@ from gambeson.auditing.diagnostics.base import Diagnostic, Finding, built_in, en
 _FAMILIES = (
     "randomness",
     "statefulness",
+    "rescoring",
     "gradient_masking",
     "single_step",
     "convergence",

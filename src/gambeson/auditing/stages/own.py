@@ -10,9 +10,10 @@ from gambeson import attacks
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.results import PerImageResult, TransferredResult
+from gambeson.auditing.stages.per_image import attacked
 from gambeson.auditing.suite import Suite
 from gambeson.base import UserError, user_code
-from gambeson.evaluation.outcome import accuracy_under, outcome_under
+from gambeson.evaluation.outcome import outcome_under
 
 Own = Callable[[AuditContext], PerImageResult | TransferredResult]
 """A stage that runs one attack."""
@@ -48,15 +49,7 @@ def _built(name: str, eps: float, norm: str) -> Any:
 
 def _image(attack: Any, name: str, settings: dict[str, Any]) -> Own:
     def run(context: AuditContext) -> PerImageResult:
-        before = context.spent
-        return PerImageResult(
-            attack=name,
-            settings=settings,
-            eps=getattr(attack, "eps", context.eps),
-            norm=getattr(attack, "norm", context.suite.norm),
-            accuracy=accuracy_under(context.victim, context.test, context.averaged(attack), context.seed),
-            cost=context.since(before),
-        )
+        return attacked(context, name, context.averaged(attack), settings)
 
     return run
 

@@ -6,19 +6,23 @@ the surrogate. Test only reports, so its rate has the interval of a single numbe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.context import AuditContext
+from gambeson.auditing.rescoring import Perturbed, Way, asked, rescored_in, ways, worse
 from gambeson.auditing.results import IoU, Restart, UniversalResult
 from gambeson.auditing.stages import black_box
 from gambeson.auditing.stages.transfer import name_of, on_surrogate
-from gambeson.base import UserError, load_tensors, save_tensors
+from gambeson.base import UserError
 from gambeson.evaluation.eps_uni import Found, eps_adv, search
 from gambeson.evaluation.rates import EpsAdv, EpsUni, ImageErrors
-from gambeson.evaluation.universal import change_rate, control_rates, error_rate, strongest
+from gambeson.evaluation.universal import change_rate, control_rates, error_rate, patterns_of, strongest
+from gambeson.tasks import Counts, Rate
 from gambeson.victim import predict, score
 
 
@@ -30,10 +34,6 @@ def file_of(eps: float) -> str:
 def crafted_file_of(eps: float) -> str:
     """File name of the crafted perturbation of this eps, if another one was selected."""
     return f"crafted-{eps:.4g}.safetensors"
-
-
-def _errors_file(folder: Path, eps: float) -> Path:
-    return folder / "state" / f"errors-{eps:.4g}.safetensors"
 
 
 def craft_point(context: AuditContext, eps: float, folder: Path | None) -> UniversalResult:
@@ -51,14 +51,12 @@ def craft_point(context: AuditContext, eps: float, folder: Path | None) -> Unive
         context.crafted[eps] = crafted
         own = error_rate(score(_predicted(context, crafted), context.test))
     predictions = _predicted(context, uap)
-    found, errors = score(predictions, context.test, context.predictions), ImageErrors.of(predictions, context.test)
-    context.errors[eps] = errors
-    context.outcomes.keep(f"uer@{eps:.4g}", found.counts, context.test)
+    found = score(predictions, context.test, context.predictions)
+    _keep(context, eps, ImageErrors.of(predictions, context.test))
     if folder is not None:
         uap.save(folder / file_of(eps))
         if uap is not crafted:
             crafted.save(folder / crafted_file_of(eps))
-        save_tensors(_errors_file(folder, eps), {"wrong": errors.wrong, "answers": errors.answers}, {})
     return UniversalResult(
         attack=uap.about.attack,
         eps=eps,
@@ -75,13 +73,72 @@ def craft_point(context: AuditContext, eps: float, folder: Path | None) -> Unive
     )
 
 
+def _keep(context: AuditContext, eps: float, errors: ImageErrors) -> None:
+    context.errors[eps] = errors
+    context.outcomes.keep(_name(eps), Counts(errors.answers - errors.wrong, errors.answers), context.test)
+
+
+def _name(eps: float) -> str:
+    return f"uer@{eps:.4g}"
+
+
+def rescore(context: AuditContext, folder: Path | None) -> list[UniversalResult]:
+    """Ask again under the perturbation of the middle eps in other ways; what is clearly worse counts at every eps.
+
+    Returns:
+        The points of the curve. Where a way is clearly worse, their rates are the highest of those as reported and in
+        these ways, controls included, and the errors of each image those of the worst.
+    """
+    tried = ways(context)
+    found = rescored_in(context, _stored(context, context.eps), tried)
+    accused = worse(found, tried)
+    points = [_worst(context, point, accused, folder) for point in context.universal] if accused else context.universal
+    return [one.model_copy(update={"rescored": found}) if one.eps == context.eps else one for one in points]
+
+
+def _stored(context: AuditContext, eps: float) -> Perturbed:
+    errors = context.errors[eps]
+    right = Counts(errors.answers - errors.wrong, errors.answers)
+    return Perturbed(split=context.test, right=right, delta=context.uaps[eps].delta)
+
+
+def _worst(
+    context: AuditContext, point: UniversalResult, accused: Sequence[Way], folder: Path | None
+) -> UniversalResult:
+    """Return the point with every rate at the worst of as reported and asked in each of the ways."""
+    eps, test = point.eps, context.test
+    stored = _stored(context, eps)
+    predictions = [asked(context, stored, way, eps=eps) for way in accused]
+    scores = [score(one, test, context.predictions) for one in predictions]
+    most = max(range(len(scores)), key=lambda k: scores[k].error)
+    found, update = scores[most], dict[str, object]()
+    if found.error > point.uer.value:
+        _keep(context, eps, ImageErrors.of(predictions[most], test))
+        update = {"fooling": change_rate(found), "iou": IoU.of(predictions[most], test)}
+    update["uer"] = Rate.highest([point.uer, *map(error_rate, scores)])
+
+    def highest(reported: Rate, *deltas: torch.Tensor) -> Rate:
+        again = [asked(context, replace(stored, delta=delta), way, eps=eps) for delta in deltas for way in accused]
+        return Rate.highest([reported, *(error_rate(score(one, test)) for one in again)])
+
+    if point.crafted is not None:
+        update["crafted"] = highest(point.crafted, context.crafted[eps].delta)
+    controls = []
+    for rival in point.controls:
+        patterns = patterns_of(rival.name, context.uaps[eps].ball, test.shape, context.seed)
+        controls.append(rival.model_copy(update={"worst": highest(rival.worst, *patterns.split(1))}))
+    return point.model_copy(update={**update, "controls": controls})
+
+
 def recall(context: AuditContext, eps: float, folder: Path) -> None:
     """Load what :func:`craft_point` made for this eps when the audit ran before."""
     context.uaps[eps] = UniversalPerturbation.load(folder / file_of(eps))
     if (folder / crafted_file_of(eps)).is_file():
         context.crafted[eps] = UniversalPerturbation.load(folder / crafted_file_of(eps))
-    kept, _ = load_tensors(_errors_file(folder, eps), "the errors of each image")
-    context.errors[eps] = ImageErrors(kept["wrong"], kept["answers"])
+    kept = context.outcomes.of(_name(eps))
+    if kept is None:
+        raise UserError(f"{folder} lacks what each image answers at eps {eps:.4g}: delete it, and start again")
+    context.errors[eps] = ImageErrors(kept[1].total - kept[1].right, kept[1].total)
 
 
 def _borrowed(context: AuditContext, eps: float) -> list[UniversalPerturbation]:
