@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def report(
-    audits: Annotated[list[Path], typer.Argument(help="Folders of finished audits on the same data.")],
+    audits: Annotated[
+        list[Path], typer.Argument(help="Folders of finished audits on the same data, or that of one study.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Output file.", show_default="report.html in the first folder"),
@@ -37,10 +39,13 @@ def report(
     Example: `gambeson report runs/x-audit runs/y-audit --out report.html`
 
     Example: `gambeson report runs/x-audit --gate "uer<=0.2, trusted" --sarif audit.sarif --card card.md`
+
+    Example: `gambeson report runs/studies/claims-small`
     """
     from gambeson.auditing import AuditResult
     from gambeson.base import UserError, writable
-    from gambeson.report import write, write_card
+    from gambeson.report import write, write_card, write_study
+    from gambeson.studies import is_study, read_study
 
     asked = gates.parsed(gate, sarif, junit, card)
     if card is not None and len(audits) > 1:
@@ -48,9 +53,10 @@ def report(
     others = [file for file in (sarif, junit, card) if file is not None]
     done: dict[str, Any] = {}
     if out is not None or not (asked or others):
-        writable((out or audits[0] / "report.html").parent)
-        page = write(audits, out or audits[0] / "report.html")
-        done["report"] = str(page)
+        page = out or audits[0] / "report.html"
+        writable(page.parent)
+        study = len(audits) == 1 and is_study(audits[0])
+        done["report"] = str(write_study(read_study(audits[0]), page) if study else write(audits, page))
     console = Console(stderr=True, quiet=as_json)
     reports: list[GateReport] = []
     if asked or others:
