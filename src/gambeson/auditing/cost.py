@@ -20,6 +20,7 @@ from gambeson.auditing.suite import Suite
 from gambeson.base import Config, UserError, seeded
 from gambeson.data import Dataset
 from gambeson.evaluation import BlackBox
+from gambeson.evaluation.edits import PATTERNS
 from gambeson.evaluation.outcome import at_once
 from gambeson.evaluation.universal import RANKED
 from gambeson.victim import Victim, auto_batch_size
@@ -175,6 +176,8 @@ def asked_parts(suite: Suite, data: Dataset, passes: int) -> tuple[Part, ...]:
         "eps_uni": passes * search,
         "transfer": passes * (test + 2 * transferred) if transferred else 0,
         "noise": passes * len(NOISES) * len(suite.noise_sizes) * test,
+        "edits": passes * _edited(suite, test),
+        "classes": passes * 2 * test if len(data.classes) == 2 else 0,
         "diagnostics": passes * checked,
     }
     lent = _lent(suite, data)
@@ -182,6 +185,17 @@ def asked_parts(suite: Suite, data: Dataset, passes: int) -> tuple[Part, ...]:
     return tuple(
         Part(name=name, forwards=count, gradients=0, surrogate=lent.get(name, 0)) for name, count in asked.items()
     )
+
+
+def _edited(suite: Suite, test: int) -> int:
+    """Images that are scored under edits: clean, perturbed and under controls, without an edit too."""
+    return min(suite.edit_images, test) * (len(suite.edits) + 1) * (2 + PATTERNS) if suite.edits else 0
+
+
+def _class_wise(suite: Suite) -> int:
+    """Gradients of class-wise crafting."""
+    attack = suite.class_wise_attack(suite.eps[0])
+    return suite.class_wise * attack.restarts * attack.steps * attack.batch_size
 
 
 def images_asked(suite: Suite, data: Dataset, passes: int) -> int:
@@ -289,6 +303,8 @@ def parts_of(suite: Suite, data: Dataset, *, random: bool = False, ran: Collecti
         ),
         part("targets", votes * (aimed + aims * held), aims * (screen + run)),
         part("noise", votes * test * len(NOISES) * len(suite.noise_sizes)),
+        part("edits", votes * _edited(suite, test)),
+        part("classes", votes * (2 * test + (test + 2 * held) * suite.class_wise), _class_wise(suite)),
         part("Jacobian analysis", 4 * jacobians, 3 * jacobians),
     )
 

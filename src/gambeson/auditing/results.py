@@ -16,6 +16,8 @@ from gambeson.base import Config, UserError, notebook, read_json, read_settings,
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Rate
 from gambeson.evaluation.attack_suite import AttackRound
+from gambeson.evaluation.classes import ClassView
+from gambeson.evaluation.edits import EditsResult
 from gambeson.evaluation.rates import Control, Cost, EpsAdv, EpsUni
 from gambeson.evaluation.segmentation_suite import MapResult
 from gambeson.evaluation.targeted import TargetSuccess
@@ -301,6 +303,10 @@ class AuditResult(Config):
     corruption: list[Corruption] = Field(default_factory=list)
     randomness: RandomnessResult | None = None
     """For a random model."""
+    edits: EditsResult | None = None
+    """The perturbation of the middle eps after edits of the images; None in results without them."""
+    classes: ClassView | None = None
+    """What that perturbation does to each class; None of label maps."""
     jacobian: JacobianResult | None = None
     """Jacobian analysis; None for a black box."""
     checks: list[Check]

@@ -130,7 +130,8 @@ def _finished(out: Path) -> Audit | None:
     if not (out / "result.json").is_file():
         return None
     result = AuditResult.load(out)
-    files = [FILE, *(point.file for point in result.universal), result.jacobian.file if result.jacobian else ""]
+    files = [FILE, *(point.file for point in result.universal)]
+    files += [part.file for part in (result.jacobian, result.classes) if part is not None]
     if not all((out / file).exists() for file in files):
         return None
     uaps = [UniversalPerturbation.load(out / point.file) for point in result.universal]

@@ -45,6 +45,10 @@ def audit(
     label: Annotated[
         str | None, typer.Option(help="Name of the model in tables.", show_default="its defence or file")
     ] = None,
+    class_wise: Annotated[
+        bool | None,
+        typer.Option("--class-wise", help="Also craft one perturbation for each class.", show_default="off"),
+    ] = None,
     only_plan: Annotated[bool, typer.Option("--plan", help="Print an upper bound on the cost and exit.")] = False,
     http: options.Http = None,
     config: options.ConfigFile = None,
@@ -87,6 +91,7 @@ def audit(
         "suite.norm": norm,
         "suite.budget": budget,
         "suite.surrogate": surrogate,
+        "suite.class_wise": class_wise,
     }
     settings = chosen(AuditRun, config, flags, pairs(set_, http), device, lambda _: {"suite": Suite.model_fields})
     needed(settings.get("model"), "audit")
