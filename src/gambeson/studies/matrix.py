@@ -129,10 +129,12 @@ class Matrix:
         train = self._train(row, spec)
         cells = {"train": train}
         for label, measure in self.study.measures.items():
+            if row.defense not in (measure.defenses or (row.defense,)):
+                continue
             needs = [train]
             if isinstance(measure, AttackMeasure) and measure.source:
                 needs.append(self._source(row, spec, measure.source))
-            content = {"measure": measure.plain(), "data": _size(spec.data), "seed": row.seed}
+            content = {"measure": measure.model_dump(mode="json", exclude={"defenses"}), "data": _size(spec.data), "seed": row.seed}
             cells[label] = Cell(
                 kind="measure",
                 row=row,
