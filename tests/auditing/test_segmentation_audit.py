@@ -13,9 +13,9 @@ from torch import nn
 import gambeson as gb
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing import AuditResult, Suite
-from gambeson.auditing.audit import FILE
 from gambeson.auditing.outcome import SLIGHT, PairedDifference
 from gambeson.auditing.stages import surrogate
+from gambeson.auditing.stages.examples import FILE
 from gambeson.auditing.stages.targeted import targets
 from gambeson.auditing.stages.transfer import image_attacks
 from gambeson.base import load_tensors

@@ -15,8 +15,8 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from gambeson.attacks import UniversalPerturbation
-from gambeson.auditing.outcome import EARLY, LEVEL, AsFarAsFinite, PairedDifference
+from gambeson.attacks import PGD, TargetedAutoPGD, UniversalPerturbation
+from gambeson.auditing.outcome import EARLY, LEVEL, AsFarAsFinite, InTurn, PairedDifference
 from gambeson.auditing.results import ModelInfo, PerImageResult, RandomnessResult, TransferredResult, UniversalResult
 from gambeson.auditing.suite import Suite
 from gambeson.base import read_json, seeded, write_json, write_text
@@ -47,8 +47,8 @@ class Checkpoints:
         self._folder, self._seed = folder, seed
         self._done = self._read("state/stages.json")
         self._seconds = self._read("timing.json")
-        self.left_out: dict[str, str] = {}
-        """Stages that did not fit a black box's budget, with the reason."""
+        self.left_out: dict[str, BudgetSpent] = {}
+        """Stages that did not fit a black box's budget, or the time, with the reason."""
 
     def do(self, name: str, kind: Any, work: Callable[[], ResultT]) -> ResultT:
         """Return the stored result of this stage, or compute and store it.
@@ -61,25 +61,38 @@ class Checkpoints:
             work: computes the result.
         """
         form: TypeAdapter[ResultT] = TypeAdapter(kind)
-        if name in self._done and self._whole(self._done[name]):
+        if self.has(name):
             return form.validate_python(self._done[name])
         began = time.perf_counter()
         with seeded(self._seed, "stage", name):
             result = work()
-        self._done[name] = form.dump_python(result, mode="json")
         self._seconds[name] = time.perf_counter() - began
         if self._folder is not None:
             write_json(self._folder / "timing.json", self._seconds)
-            # Written after every stage, for the audit alone: without indents, C code writes it ten times as fast.
-            write_text(self._folder / "state" / "stages.json", json.dumps(self._done, allow_nan=False))
+        self.keep(name, form.dump_python(result, mode="json"))
         return result
 
+    def has(self, name: str) -> bool:
+        """Whether the result of a stage is stored."""
+        return name in self._done and self._whole(self._done[name])
+
+    def keep(self, name: str, content: Any) -> None:
+        """Store plain data, in place of what has this name."""
+        self._done[name] = content
+        if self._folder is not None:
+            # Written after every stage, for the audit alone: without indents, C code writes it ten times as fast.
+            write_text(self._folder / "state" / "stages.json", json.dumps(self._done, allow_nan=False))
+
+    def kept(self, name: str) -> Any:
+        """Return what :meth:`keep` stored; None if nothing."""
+        return self._done.get(name)
+
     def afford(self, name: str, kind: Any, work: Callable[[], ResultT], instead: ResultT) -> ResultT:
-        """Run a stage, or return ``instead`` if it does not fit a black box's budget."""
+        """Run a stage, or return ``instead`` if it does not fit a black box's budget, or the time."""
         try:
             return self.do(name, kind, work)
         except BudgetSpent as spent:
-            self.left_out[name] = str(spent)
+            self.left_out[name] = spent
             return instead
 
     def _whole(self, stored: Any) -> bool:
@@ -157,6 +170,22 @@ class AuditContext:
         return self.few(WIDER * self.suite.sample)
 
     @cached_property
+    def white_box(self) -> ImageAttack:
+        """The strongest attack with gradients that every image gets; of random models and of label maps, PGD."""
+        return InTurn(*self.white_parts.values()) if self.white_parts else self.suite.pgd(self.eps)
+
+    @property
+    def strongest(self) -> str:
+        """The name of :attr:`white_box`, for sentences."""
+        return "targeted Auto-PGD" if self.white_parts else "PGD"
+
+    @cached_property
+    def white_parts(self) -> dict[str, PGD | TargetedAutoPGD]:
+        """The attacks of :attr:`white_box` in turn; none where it is PGD alone."""
+        alone = self.subject.random or self.subject.black_box or self.suite.norm == "1" or not self.suite.auto_pgd
+        return {} if alone or not self.test.task.per_image_label else self.suite.white_box(self.eps)
+
+    @cached_property
     def unseen(self) -> Split:
         """A validation sample of the same size."""
         return self.few(self.suite.sample, self.data.validation)
@@ -184,6 +213,8 @@ class AuditContext:
         """
         attack, split = self.averaged(attack), getattr(self, on)
         key = (repr(attack), "test" if split is self.test else on, self.victim.temperature)
+        if split is self.test and "pgd" in self.attacked and attack == self.averaged(self.suite.pgd(self.eps)):
+            return self.attacked["pgd"]
         if key not in self._outcomes:
             self._outcomes[key] = outcome(self.victim, split, AsFarAsFinite(attack), self.seed)
         return self._outcomes[key]

@@ -8,10 +8,11 @@ from statistics import NormalDist
 
 import torch
 
-from gambeson.attacks import NonFiniteGradientError
+from gambeson.attacks import GradientAttack, NonFiniteGradientError
+from gambeson.base import derive
 from gambeson.evaluation.outcome import ImageAttack
-from gambeson.tasks import Counts, Rate, Task
-from gambeson.victim import Victim
+from gambeson.tasks import CLASSIFICATION, Counts, Rate, Task
+from gambeson.victim import Victim, vote
 
 FAMILY = 0.05
 """Largest probability that an audit fails any comparison by chance: the family-wise error (ours)."""
@@ -170,6 +171,18 @@ def smallest_effect(looks: tuple[int, ...], limit: float, level: float = LEVEL) 
     return high
 
 
+def findable_share(n: int, limit: float, level: float = LEVEL) -> float:
+    """Return the smallest true share of n images that is found to be above ``limit`` with probability :data:`POWER`.
+
+    Returns:
+        The share, in [0, 1]; 1 if there are too few images to find anything.
+    """
+    from scipy.special import betaincinv
+
+    hits = next((hits for hits in range(1, n + 1) if _least(hits, n, level) > limit), None)
+    return 1.0 if hits is None else float(betaincinv(hits, n - hits + 1, POWER))
+
+
 def _needed(n: int, limit: float, level: float) -> int:
     """Return how many images of n only the stronger attack must break, and the weaker none alone; n + 1: no number."""
     low, high = 1, n + 1
@@ -225,3 +238,30 @@ class AsFarAsFinite:
             return self.attack(model, x, y, seed=seed, task=task)
         except NonFiniteGradientError as error:
             return x if error.found is None else error.found
+
+
+class InTurn:
+    """Several attacks as one: each is run on the images that those before it leave right.
+
+    Args:
+        *attacks: per-image attacks with the same ``eps`` and ``norm``, on a model that is not random.
+    """
+
+    def __init__(self, *attacks: GradientAttack) -> None:
+        self.attacks, self.eps, self.norm = attacks, attacks[0].eps, attacks[0].norm
+
+    def __repr__(self) -> str:
+        return f"InTurn{self.attacks}"
+
+    def __call__(
+        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, task: Task | None = None
+    ) -> torch.Tensor:
+        """Return perturbed images."""
+        moved, rows = x.clone(), torch.arange(len(x), device=x.device)
+        for k, attack in enumerate(self.attacks):
+            if k:
+                rows = rows[CLASSIFICATION.counts(vote(model, moved[rows]), y[rows]).right > 0]
+            if len(rows) == 0:
+                break
+            moved[rows] = AsFarAsFinite(attack)(model, x[rows], y[rows], seed=derive(seed, "turn", k), task=task)
+        return moved

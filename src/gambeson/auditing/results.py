@@ -262,6 +262,7 @@ class Verdict(Config):
     """The conclusion in words, and the reasons not to trust it."""
 
     trusted: bool
+    """Whether every check was run and none has failed."""
     summary: str
     """One or two sentences with the number that supports them and its interval."""
     reasons: list[str]
@@ -276,7 +277,9 @@ class AuditResult(Config):
     material: DataInfo
     seed: int
     settings: dict[str, Any]
-    """Every setting of the suite."""
+    """Every setting of the suite; with a limit on the time, those that were chosen. They can be run again."""
+    minutes: float | None = None
+    """The time that the settings were chosen for; None: no limit."""
     clean: Rate
     """Accuracy on clean test images."""
     iou: IoU | None = None

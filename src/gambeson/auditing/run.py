@@ -9,11 +9,14 @@ from pydantic import BeforeValidator
 
 from gambeson import data as data_room
 from gambeson.attacks import UniversalPerturbation
-from gambeson.auditing.audit import FILE, Audit, audit, diagnostics_of
-from gambeson.auditing.cost import AuditPlan, fit, plan
+from gambeson.auditing.audit import Audit, diagnostics_of, run_stages
+from gambeson.auditing.budget import changes, fit_queries
+from gambeson.auditing.clock import Clock, now
+from gambeson.auditing.cost import AuditPlan, plan
 from gambeson.auditing.results import AuditResult
 from gambeson.auditing.stages import own, surrogate
 from gambeson.auditing.stages.black_box import queries_file
+from gambeson.auditing.stages.examples import FILE
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.base import Config, UserError, check_run, close_run, environment, open_run, read_json, unknown_name
 from gambeson.evaluation import load_model
@@ -67,16 +70,21 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
         UserError: the folder contains another run, the model cannot be loaded, the data is unknown, or a black box's
             budget is spent.
     """
-    began = check_audit(run, out)  # before anything is loaded: a finished audit needs no queries
+    started, began = now(), check_audit(run, out)  # before anything is loaded: a finished audit needs no queries
     if began and (done := _finished(out)):
         return done
     left = _left(run, out)
     subject = load_model(run.model, run.data, run.device, dataset, budget=left, http=run.http)
     if began is None and left is not None:  # report a budget that is too small before creating the folder
-        fit(run.suite.on(subject.dataset), subject.dataset, left, 1, keep_eps=bool(run.suite.eps))
+        fit_queries(run.suite.on(subject.dataset), subject.dataset, left, 1, keep_eps=bool(run.suite.eps))
     surrogate.check(run.suite, subject.dataset, subject.model)
+    clock = None
+    if run.suite.minutes is not None:
+        clock = Clock(run.suite.minutes, subject.model, subject.dataset, run.suite, seed=run.seed, began=started)
+        if began is None:  # likewise
+            clock.choose()
     open_run(out, run, environment(run.device))
-    found = audit(
+    found = run_stages(
         subject.model,
         subject.dataset,
         run.suite,
@@ -85,6 +93,7 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
         label=run.label or subject.label,
         defense=subject.trained.get("defense"),
         epochs=subject.trained.get("recipe", {}).get("epochs"),
+        clock=clock,
     )
     close_run(out)
     return found
@@ -125,7 +134,13 @@ def plan_audit(run: AuditRun, out: Path | None = None, dataset: data_room.Datase
     if out is not None:
         check_audit(run, out)
     subject = load_model(run.model, run.data, run.device, dataset)
-    return plan(subject.model, subject.dataset, run.suite, run.seed)
+    if run.suite.minutes is None:
+        return plan(subject.model, subject.dataset, run.suite, run.seed)
+    clock = Clock(run.suite.minutes, subject.model, subject.dataset, run.suite, seed=run.seed)
+    suite = clock.choose()
+    found = plan(subject.model, subject.dataset, suite, run.seed, clock.rest.speed)
+    made = changes(clock.asked, suite)
+    return found.model_copy(update={"notes": (f"The time makes the audit smaller: {made}.",) if made else ()})
 
 
 def images_asked(out: Path) -> int:

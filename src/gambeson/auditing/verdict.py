@@ -35,6 +35,7 @@ def judge(
     randomness: RandomnessResult | None = None,
     each: EpsAdv | None = None,
     left_out: str = "",
+    unchecked: Sequence[str] = (),
     targeted: Sequence[TargetedResult] = (),
     unit: str = "image",
     iou: IoU | None = None,
@@ -46,7 +47,7 @@ def judge(
         points: the crafted perturbations, in order of eps; the middle one is judged.
         found: eps_uni.
         each: eps_adv, where it was searched.
-        checks: what the diagnostics saw.
+        checks: what the diagnostics saw that ran.
         per_image: accuracy under attacks that perturb each image by itself.
         transfer: error under what was crafted on other models.
         subject: the model.
@@ -56,6 +57,7 @@ def judge(
             wrong (delta, ours); how classes fare that have few of them, the mean IoU tells.
         iou: of label maps, on clean test images.
         left_out: what a budget left out, as a sentence.
+        unchecked: checks that did not run, for which no number can be trusted.
     """
     point = points[len(points) // 2]
     said = [
@@ -65,7 +67,7 @@ def judge(
         _image_by_image(worst_attack(point, per_image, transfer), unit),
         *map(_aimed, targeted),
         _random(subject, randomness),
-        _eps_uni(found, each),
+        eps_in_words(found, each),
     ]
     if subject is not None and subject.black_box and _worst(point, transfer).low < found.delta:
         said.append("Only queries were possible: an attack with gradients may do more, so not broken says less here.")
@@ -75,7 +77,13 @@ def judge(
         said.insert(0, f"Not to be trusted (failed: {names}).")
         said.append("What attacks did reach stands; the model may be weaker than these numbers.")
     reasons = [f"{check.name}: failed, {check.detail}. {check.explanation} {check.remedy}".rstrip() for check in failed]
-    return Verdict(trusted=not failed, summary=" ".join(filter(None, said)), reasons=reasons)
+    if unchecked:
+        ran = f"{len(checks)} of {len(checks) + len(unchecked)} checks were run"
+        if not failed:
+            some = ", ".join(unchecked[:3]) + (f" and {len(unchecked) - 3} more" if len(unchecked) > 3 else "")
+            said.insert(1, f"Not checked for {some}: {ran}, and none failed.")
+        reasons.append(f"{ran}: not checked for {', '.join(unchecked)}. Run a larger suite, or give it more time.")
+    return Verdict(trusted=not failed and not unchecked, summary=" ".join(filter(None, said)), reasons=reasons)
 
 
 def _tried(point: UniversalResult, transfer: Sequence[TransferredResult]) -> dict[str, Rate]:
@@ -199,7 +207,8 @@ def _random(subject: ModelInfo | None, randomness: RandomnessResult | None) -> s
     )
 
 
-def _eps_uni(found: EpsUni, each: EpsAdv | None) -> str:
+def eps_in_words(found: EpsUni, each: EpsAdv | None) -> str:
+    """Return eps_uni, and eps_adv beside it, as a sentence."""
     beside = "" if each is None else f", eps_adv({each.delta:g}) {_bound(each)}"
     return f"eps_uni({found.delta:g}) is {_bound(found)}{beside}."
 

@@ -17,8 +17,12 @@ def audit(
     data: options.Data = None,
     suite: Annotated[
         str | None,
-        typer.Option(help="quick, standard or full: from minutes to hours.", show_default="standard"),
+        typer.Option(
+            help="glance, quick, standard or full: from a minute to hours.",
+            show_default="standard; with --minutes full",
+        ),
     ] = None,
+    minutes: options.Minutes = None,
     eps: Annotated[
         str | None,
         typer.Option(help="Radii of the curve, ascending: 4/255,8/255.", show_default="five, by the data"),
@@ -54,6 +58,8 @@ def audit(
 
     Example: `gambeson audit runs/x --out runs/x-audit`
 
+    Example: `gambeson audit runs/x --minutes 10`, which says most in that time and what it left out
+
     Example: `gambeson audit http://localhost:8000/scores --data cifar10 --suite quick --budget 100000`
     """
     from gambeson.auditing import AuditRun, Suite, plan_audit, run_audit
@@ -64,8 +70,9 @@ def audit(
         "data": data,
         "label": label,
         "seed": seed,
-        "suite.name": suite,
+        "suite.name": suite or ("full" if minutes is not None and config is None else None),
         "suite.eps": None if eps is None else [part.strip() for part in eps.split(",")],
+        "suite.minutes": minutes,
         "suite.norm": norm,
         "suite.budget": budget,
         "suite.surrogate": surrogate,
@@ -78,6 +85,8 @@ def audit(
         if only_plan:
             cost = plan_audit(run, folder)
             print_json(cost.plain() | {"seconds": cost.seconds}) if as_json else console.print(plan_table(cost))
+            for note in cost.notes:
+                console.print(f"note: {note}")
             return
         found = run_audit(run, folder)
     if as_json:

@@ -2,7 +2,8 @@
 
 from gambeson.evaluation.attack_run import AttackRun, run_attack
 from gambeson.evaluation.attack_suite import SuiteResult, SuiteRun, run_suite, standard_suite
-from gambeson.evaluation.binarization import BinarizationResult, BinarizationTest, binarization_test
+from gambeson.evaluation.binarization import BinarizationResult, BinarizationTest, binarization_test, binarization_tests
+from gambeson.evaluation.classes import Auc, ClassRates, ClassView, area_under_curve, by_class
 from gambeson.evaluation.edits import STANDARD_EDITS, EditedRates, EditsResult, under_edits
 from gambeson.evaluation.eps_uni import eps_adv, eps_uni
 from gambeson.evaluation.export_check import Exported, run_export
@@ -28,10 +29,13 @@ from gambeson.tasks import Confusion, Difference, Rate
 __all__ = [
     "STANDARD_EDITS",
     "AttackRun",
+    "Auc",
     "BinarizationResult",
     "BinarizationTest",
     "BlackBox",
     "BudgetSpent",
+    "ClassRates",
+    "ClassView",
     "Confusion",
     "Difference",
     "EditedRates",
@@ -50,7 +54,10 @@ __all__ = [
     "TransferRun",
     "accuracy",
     "accuracy_under",
+    "area_under_curve",
     "binarization_test",
+    "binarization_tests",
+    "by_class",
     "confusion",
     "control_rates",
     "edge_correlation",

@@ -12,6 +12,7 @@ _FAMILIES = (
     "gradient_masking",
     "single_step",
     "convergence",
+    "active_test",
     "black_box_gap",
     "universal",
     "test_leakage",

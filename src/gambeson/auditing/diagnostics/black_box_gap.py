@@ -32,8 +32,8 @@ _REMEDY = "Report the stronger attack's number, and find what stops the gradient
 
 @register(
     "white box beats transfer",
-    condition=f"images perturbed on a surrogate are clearly more often wrong than under PGD on the model itself, "
-    f"by {100 * _MORE:g} points",
+    condition="images perturbed on a surrogate are clearly more often wrong than under the strongest attack with "
+    f"gradients on the model itself, by {100 * _MORE:g} points",
     explanation="The surrogate's gradient serves better than the model's own, which must be masked (Papernot et "
     "al. 2017; Tramèr et al. 2018, section 4: the white-box error less the transferred one fell to -9.7 points).",
     remedy=_REMEDY,
@@ -42,7 +42,7 @@ _REMEDY = "Report the stronger attack's number, and find what stops the gradient
 def _transferred(context: AuditContext) -> Finding:
     if context.surrogate is None:
         return Finding(None, "there is no surrogate")
-    white = context.suite.pgd(context.eps)
+    white = context.white_box
     numbers, gains = {"white box": context.accuracy(white).value}, []
     for name, attack in image_attacks(context.eps, context.suite.norm, context.test.task).items():
         moved = FromSurrogate(context.surrogate, attack, context.surrogate_temperature, context.suite.eot_samples)
@@ -51,8 +51,8 @@ def _transferred(context: AuditContext) -> Finding:
     rates = ", ".join(f"{name} {100 * value:.1f} %" for name, value in numbers.items() if name != "white box")
     return Finding(
         all(gain.low <= _MORE for gain in gains),
-        f"accuracy at eps {context.eps:.4g} under PGD {context.accuracy(white)}; crafted on the surrogate: "
-        f"{rates}; the strongest of these breaks {max(gains, key=lambda gain: gain.low).beyond(_MORE)}",
+        f"accuracy at eps {context.eps:.4g} under {context.strongest} {context.accuracy(white)}; crafted on "
+        f"the surrogate: {rates}; the strongest of these breaks {max(gains, key=lambda gain: gain.low).beyond(_MORE)}",
         numbers,
     )
 
@@ -84,7 +84,8 @@ def _universal(context: AuditContext) -> Finding:
 @register(
     "white box beats queries",
     condition=f"Square, or steps towards training images of other classes, break clearly more than {100 * _MORE:g} "
-    "% of images among those that PGD leaves right; of label maps, Square breaks so many of their pixels",
+    "% of images among those that the strongest attack with gradients leaves right; of label maps, Square breaks so "
+    "many of their pixels",
     explanation="An attack that sees scores alone finds what the gradient does not lead to (Athalye et al. 2018, "
     "section 3.1; Andriushchenko et al. 2020, section 5); steps towards other images find what compares images "
     "with those it knows.",
@@ -109,9 +110,9 @@ def _queried(context: AuditContext) -> Finding:
     left = int(white.right.sum())
     return Finding(
         gain.low <= _MORE,
-        f"of {left} images that PGD leaves right, among {len(white.right)}, Square breaks {broken[0]} with {queries} "
-        f"queries each, and steps towards training images of other classes break {broken[1]}: together "
-        f"{gain.beyond(_MORE)}",
+        f"of {left} images that {context.strongest} leaves right, among {len(white.right)}, Square breaks "
+        f"{broken[0]} with {queries} queries each, and steps towards training images of other classes break "
+        f"{broken[1]}: together {gain.beyond(_MORE)}",
         {"left by PGD": left, "broken by queries": left - int(both.right.sum())},
     )
 
@@ -134,8 +135,8 @@ def _queried_maps(context: AuditContext, square: Square) -> Finding:
 
 
 def _settled(context: AuditContext, others: Sequence[ImageAttack], on: Where) -> tuple[Counts, Counts, list[int]]:
-    """Return what PGD leaves right, what the others leave of that, and how many each of them breaks."""
-    white, split = context.outcome(context.suite.pgd(context.eps), on), getattr(context, on)
+    """Return what gradients leave right, what the others leave of that, and how many each of them breaks."""
+    white, split = context.outcome(context.white_box, on), getattr(context, on)
     survivors = white.right.nonzero().flatten()
     both, broken = white.right.clone(), [0] * len(others)
     if len(survivors):

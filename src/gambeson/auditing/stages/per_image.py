@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from gambeson.auditing.context import AuditContext
 from gambeson.auditing.rescoring import Perturbed, asked, rescored_in, ways, worse
 from gambeson.auditing.results import PerImageResult, Rescored
 from gambeson.base import load_tensors, save_tensors
-from gambeson.evaluation import Rate, run_suite, standard_suite
+from gambeson.evaluation import BudgetSpent, Rate, run_suite, standard_suite
 from gambeson.evaluation.outcome import ImageAttack, outcome
 from gambeson.evaluation.segmentation_suite import class_pixels
 from gambeson.tasks import Counts
@@ -41,9 +42,10 @@ def left_out(context: AuditContext) -> str:
 def measure(context: AuditContext, folder: Path | None = None) -> list[PerImageResult]:
     """Run the per-image attacks at the middle eps, and store in ``folder`` which images PGD left right.
 
-    PGD on all test images, and where labels are maps SegPGD and CosPGD of as many steps and restarts, then the standard
-    attack suite on ``suite.suite_images`` of them. The suite needs the norms inf or 2. A black box is attacked only by
-    Square, on the sample of the diagnostics, with ``suite.queries`` per image, and not at all in the norm 1.
+    PGD on all test images, then targeted Auto-PGD behind a short PGD (:meth:`Suite.white_box`; random models are spared
+    it), or where labels are maps SegPGD and CosPGD of as many steps and restarts as PGD; then the standard attack suite
+    on ``suite.suite_images`` of them. The suite needs the norms inf or 2. A black box is attacked only by Square, on
+    the sample of the diagnostics, with ``suite.queries`` per image, and not at all in the norm 1.
     """
     suite, norm = context.suite, context.suite.norm
     possible = not left_out(context)
@@ -56,6 +58,9 @@ def measure(context: AuditContext, folder: Path | None = None) -> list[PerImageR
     if folder is not None:
         right = context.attacked[PGD_NAME]
         save_tensors(folder / _FILE, {"right": right.right, "total": right.total}, {})
+    if parts := context.white_parts:
+        settings = {name: attack.plain() for name, attack in parts.items()}
+        found.append(_suite(context, "auto-pgd-targeted", len(context.test), parts, settings))
     if not task.per_image_label and norm != "1":
         same = {"eps": context.eps, "norm": norm, "steps": suite.pgd_steps, "restarts": suite.pgd_restarts}
         found += [_single(context, "segpgd", SegPGD(**same)), _single(context, "cospgd", CosPGD(**same))]
@@ -69,7 +74,8 @@ def measure(context: AuditContext, folder: Path | None = None) -> list[PerImageR
             class_pixels=None if task.per_image_label else class_pixels(context.data.train),
         )
         settings = {name: attack.plain() for name, attack in attacks.items() if hasattr(attack, "plain")}
-        found.append(_suite(context, "standard", suite.suite_images, attacks, settings))
+        with suppress(BudgetSpent):  # where the time is over, PGD's number stays
+            found.append(_suite(context, "standard", suite.suite_images, attacks, settings))
     return found
 
 

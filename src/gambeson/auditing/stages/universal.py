@@ -14,16 +14,46 @@ import torch
 
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.context import AuditContext
+from gambeson.auditing.cost import Speed
 from gambeson.auditing.rescoring import Perturbed, Way, asked, rescored_in, ways, worse
 from gambeson.auditing.results import IoU, Restart, UniversalResult
 from gambeson.auditing.stages import black_box
 from gambeson.auditing.stages.transfer import name_of, on_surrogate
-from gambeson.base import UserError, load_tensors, save_tensors
+from gambeson.base import UserError, load_tensors, save_tensors, seeded
+from gambeson.data import Dataset
 from gambeson.evaluation.eps_uni import Found, eps_adv, search
 from gambeson.evaluation.rates import EpsAdv, EpsUni, ImageErrors
 from gambeson.evaluation.universal import change_rate, control_rates, error_rate, patterns_of, strongest
 from gambeson.tasks import Counts, Rate
 from gambeson.victim import predict, score
+
+_FIRST = 15.0
+"""Seconds that a first answer is crafted for, and as many that it is scored for."""
+
+
+def first_answer(context: AuditContext, speed: Speed) -> str:
+    """Return in a line what a short attack does at the middle eps, for those who wait; nothing of it is kept."""
+    suite, victim, eps = context.suite, context.victim, context.eps
+    batch = min(16, suite.universal_batch)
+    steps = min(suite.universal_steps, max(4, int(_FIRST / (batch * speed.gradient))))
+    few = {"steps": steps, "batch_size": batch, "probe_starts": 0}
+    asked = (victim.votes or 1) * speed.forward * (1 + len(suite.controls))
+    some = context.few(min(len(context.test), max(16, int(_FIRST / asked))))
+    held = context.data.validation.sample(batch, seed=context.seed)
+    data = Dataset(context.data.name, context.data.train, held, some, context.data.classes)
+    with seeded(context.seed, "first answer"):
+        uap = suite.universal(eps, restarts=1).model_copy(update=few).craft(victim, data, seed=context.seed)
+        patterns = {name: patterns_of(name, uap.ball, some.shape, context.seed)[:1] for name in suite.controls}
+        found, *beside = (
+            error_rate(score(predict(victim, some, delta.to(victim.device)), some))
+            for delta in (uap.delta, *patterns.values())
+        )
+    rivals = ", ".join(f"{rate} under {name}" for name, rate in zip(patterns, beside, strict=True))
+    against = f", against {rivals} and" if rivals else ", against"
+    return (
+        f"first answer: UER {found} at eps {eps:.3g} on {len(some)} test images after {steps} steps{against} "
+        f"{context.clean.complement} when clean; longer attacks may find more"
+    )
 
 
 def file_of(eps: float) -> str:
@@ -159,12 +189,12 @@ def _craft(context: AuditContext, eps: float, smaller: UniversalPerturbation | N
 
 
 def end_curve(context: AuditContext) -> None:
-    """Let the curve end with the last eps that a black box's budget had room for."""
+    """Let the curve end with the eps that a black box's budget, or the time, had room for."""
     done, suite = len(context.universal), context.suite
     if not done:
         raise UserError("the budget was spent before one perturbation was crafted: give a larger --budget")
     if done < len(suite.eps):
-        context.suite = suite.model_copy(update={"eps": suite.eps[:done]})
+        context.suite = suite.model_copy(update={"eps": tuple(point.eps for point in context.universal)})
 
 
 def search_eps_uni(context: AuditContext, runs: int | None = None) -> EpsUni:
