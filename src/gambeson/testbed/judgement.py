@@ -20,11 +20,8 @@ from torch import nn
 from gambeson.attacks import PGD
 from gambeson.auditing import SUITES
 from gambeson.auditing import audit as run_audit
-from gambeson.base import unknown_name
-from gambeson.base.user_code import canonical, file_of, is_spelling
 from gambeson.data import Dataset
 from gambeson.evaluation import accuracy_under
-from gambeson.models.external import load_function
 from gambeson.testbed.recipes import DATA
 from gambeson.victim import as_victim
 
@@ -168,21 +165,3 @@ AUDITORS: dict[str, Callable[[nn.Module, Dataset], Judgement]] = {
     **{suite: partial(audit, suite=suite) for suite in SUITES},
 }
 """The built-in auditors by name: ``pgd``, and the suites of the audit."""
-
-
-def auditor_named(name: str) -> tuple[str, Callable[..., Any]]:
-    """Return an auditor by name: a built-in one, or ``FILE.py:FUNCTION``.
-
-    Raises:
-        UserError: no auditor of that name, or no such function in the file.
-    """
-    from gambeson.testbed.outside import OUTSIDE  # which says what it makes in the terms of this file
-
-    known = AUDITORS | OUTSIDE
-    if name in known:
-        return name, known[name]
-    if not is_spelling(name):
-        raise unknown_name("auditor", name, [*known, "FILE.py:FUNCTION"])
-    if not file_of(name).is_file():
-        raise UserError(f"{file_of(name)} does not exist: --auditor FILE.py:FUNCTION names a function of your own file")
-    return canonical(name), load_function(name)

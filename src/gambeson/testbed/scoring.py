@@ -16,14 +16,16 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from gambeson.base import Config, UserError, environment, open_run, read_json, task, write_json
+from gambeson.base import Config, UserError, environment, open_run, read_json, task, unknown_name, write_json
+from gambeson.base.user_code import canonical, file_of, is_spelling
 from gambeson.data import Dataset
 from gambeson.evaluation import Rate
 from gambeson.models import fingerprint
+from gambeson.models.external import load_function
 from gambeson.testbed.entry import KINDS, Entry
-from gambeson.testbed.judgement import Judgement, NotAJudgement, as_judgement, auditor_named, broken, overstates
+from gambeson.testbed.judgement import AUDITORS, Judgement, NotAJudgement, as_judgement, broken, overstates
 from gambeson.testbed.library import entry_of, models
-from gambeson.testbed.outside import MissingPackageError
+from gambeson.testbed.outside import OUTSIDE, MissingPackageError
 from gambeson.testbed.recipes import networks
 from gambeson.testbed.truth import ground_truth, python_seeded
 
@@ -142,6 +144,22 @@ def score(
     if folder is not None:
         write_json(folder / "score.json", found.plain())
     return found
+
+
+def auditor_named(name: str) -> tuple[str, Callable[..., Any]]:
+    """Return an auditor by name: a built-in one, or ``FILE.py:FUNCTION``.
+
+    Raises:
+        UserError: no auditor of that name, or no such function in the file.
+    """
+    known = AUDITORS | OUTSIDE
+    if name in known:
+        return name, known[name]
+    if not is_spelling(name):
+        raise unknown_name("auditor", name, [*known, "FILE.py:FUNCTION"])
+    if not file_of(name).is_file():
+        raise UserError(f"{file_of(name)} does not exist: --auditor FILE.py:FUNCTION names a function of your own file")
+    return canonical(name), load_function(name)
 
 
 def _rate(outcomes: list[Outcome]) -> Rate:
