@@ -334,9 +334,14 @@ def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
 
 
 def test_a_local_cluster_gives_the_numbers_of_one_process(tmp_path):
+    environment = dict(os.environ)
     pytest.importorskip("ray")
     small = {"seeds": 1, "defenses": {"standard": "standard"}}
     here = run_study(tiny(**small), tmp_path / "here")
-    there = run_study(tiny(**small), tmp_path / "there", ray="local")
+    try:
+        there = run_study(tiny(**small), tmp_path / "there", ray="local")
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)  # Ray leaves settings of its own
     assert there.done == there.cells
     assert numbers(there) == numbers(here)
