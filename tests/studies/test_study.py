@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import gambeson as gb
-from gambeson.base import OutOfSpace
+from gambeson.base import OutOfSpace, UserError
 from gambeson.cli.app import run
 from gambeson.studies import Matrix, Study, code, read_study, run_study, store
 from gambeson.studies.planning import makespan
@@ -325,3 +325,23 @@ def test_ensembles_are_attacked_through_every_part_of_them(tmp_path):
         row = run_study(tiny(defenses=defenses, seeds=1, measures=measures), tmp_path).rows[0]
     assert row.missing == []
     assert row.values["adaptive.accuracy"].value <= row.values["plain.accuracy"].value
+
+
+def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'gambeson\[ray\]'"):
+        run_study(tiny(), tmp_path, ray="local")
+
+
+def test_a_local_cluster_gives_the_numbers_of_one_process(tmp_path):
+    environment = dict(os.environ)
+    pytest.importorskip("ray")
+    small = {"seeds": 1, "defenses": {"standard": "standard"}}
+    here = run_study(tiny(**small), tmp_path / "here")
+    try:
+        there = run_study(tiny(**small), tmp_path / "there", ray="local")
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)  # Ray leaves settings of its own
+    assert there.done == there.cells
+    assert numbers(there) == numbers(here)
