@@ -228,7 +228,7 @@ class Auditor:
     def _rescore(self) -> None:
         context = self.context
         universal.end_curve(context)
-        again = partial(universal.rescore, context, self.folder)
+        again = partial(universal.rescore, context)
         context.universal = self.stages.afford("re-scoring", list[UniversalResult], again, context.universal)
 
     def _eps_uni(self) -> str:
@@ -243,9 +243,8 @@ class Auditor:
     def _per_image(self) -> str | None:
         context = self.context
         context.per_image = self.stages.afford(
-            "per-image", list[PerImageResult], lambda: per_image.measure(context, self.folder), []
+            "per-image", list[PerImageResult], lambda: per_image.measure(context), []
         )
-        per_image.recall(context, self.folder)
         worst = worst_attack(context.middle, context.per_image, [])
         return None if worst is None else f"image by image: accuracy {worst.accuracy} under {worst.attack}"
 
