@@ -26,6 +26,7 @@ SUITE = Suite(
     pattern_images=60,
     surrogate="none",
     noise_sizes=(1.0,),
+    edits=("jpeg:75",),
     eps_uni_runs=2,
 )
 
@@ -112,7 +113,7 @@ def test_a_smaller_budget_makes_a_smaller_audit(digits, passes):
         assert plan.images > 0.85 * room or not plan.notes  # what is left goes to the universal search
         assert (plan.images < images_asked(asked, digits, passes)) == bool(plan.notes)
         before = plan
-    assert omitted(asked, plan.suite) == ["4 of the 5 eps", "the search of eps_uni", "Square"]
+    assert omitted(asked, plan.suite) == ["4 of the 5 eps", "the search of eps_uni", "Square", "edits"]
     assert "Square was left out" in plan.notes[0]
     assert "eps_uni was read off the curve" in plan.notes[0]
     with pytest.raises(

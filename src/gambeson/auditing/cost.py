@@ -177,7 +177,7 @@ def asked_parts(suite: Suite, data: Dataset, passes: int) -> tuple[Part, ...]:
         "transfer": passes * (test + 2 * transferred) if transferred else 0,
         "noise": passes * len(NOISES) * len(suite.noise_sizes) * test,
         "edits": passes * _edited(suite, test),
-        "classes": passes * 2 * test if len(data.classes) == 2 else 0,
+        "classes": passes * 2 * test * (len(data.classes) == 2),
         "diagnostics": passes * checked,
     }
     lent = _lent(suite, data)
@@ -248,6 +248,7 @@ def parts_of(suite: Suite, data: Dataset, *, random: bool = False, ran: Collecti
     gradients, queries = (_MAP_SUITE, 1000) if of_maps else (SUITE_GRADIENTS, suite.suite_queries)
     jacobians = 0 if of_maps else suite.jacobian_backwards
     aims = 2 * suite.targeted * of_maps
+    areas = 2 * test * (len(data.classes) == 2)
     aimed = aims * test * (3 + suite.patterns_of_controls)
     lent = _lent(suite, data)
     white = suite.auto_pgd and not (of_maps or random or suite.norm == "1")
@@ -304,7 +305,7 @@ def parts_of(suite: Suite, data: Dataset, *, random: bool = False, ran: Collecti
         part("targets", votes * (aimed + aims * held), aims * (screen + run)),
         part("noise", votes * test * len(NOISES) * len(suite.noise_sizes)),
         part("edits", votes * _edited(suite, test)),
-        part("classes", votes * (2 * test + (test + 2 * held) * suite.class_wise), _class_wise(suite)),
+        part("classes", votes * (areas + (test + 2 * held) * suite.class_wise), _class_wise(suite)),
         part("Jacobian analysis", 4 * jacobians, 3 * jacobians),
     )
 
