@@ -351,6 +351,8 @@ def _asked_again(data: Dataset, test: int, *, random: bool) -> int:
     return 6 * few + max(few, auto_batch_size(data.test.shape, 1024, 2**23))
 
 
+_COPIES = 24
+"""Copies of the model that attacks are tested on."""
 _PROBES, _BATCHES = 16, 13
 """Images whose gradients are compared, and how often beside batches of other sizes."""
 CHECKS: dict[str, Callable[[_Counts], dict[str, Any]]] = {
@@ -378,6 +380,10 @@ CHECKS: dict[str, Callable[[_Counts], dict[str, Any]]] = {
     "multi-step beats single-step": lambda n: {"gradients": 1, "shares": "PGD"},
     "attack beats noise": lambda n: {"forwards": 1, "shares": "PGD"},
     "universal white box beats transfer": lambda n: {"beside": 2 * n.test},
+    "attacks find what is there": lambda n: {
+        "beside": _COPIES * (300 + 2 * n.queries),
+        "apart": 2 * _COPIES * (n.pgd + n.white),
+    },
     "margin loss no stronger": lambda n: {"gradients": n.short + 3, "shares": "short PGD"},
     "attack has converged": lambda n: {"gradients": n.pgd + 3 * n.white, "shares": "white box"},
     "single step approximates multi-step": lambda n: {"forwards": 4, "gradients": 12},
