@@ -77,7 +77,8 @@ def test_more_time_buys_more_and_less_is_given_up_in_order(digits, trained, monk
         chosen.append(suite)
     assert now.images == 0
     assert chosen[-1] == asked.model_copy(update={"middle_first": True})
-    for name in ("universal_steps", "pgd_steps", "sample", "jacobian_backwards", "suite_images"):
+    assert all(suite.jacobian_backwards == 0 or suite.jacobian_backwards >= 500 for suite in chosen)
+    for name in ("pgd_steps", "sample"):
         amounts = [getattr(suite, name) for suite in chosen]
         assert amounts == sorted(amounts), name
     lengths = [len(CHECKS) if suite.checks == "all" else len(suite.checks) for suite in chosen]
