@@ -145,6 +145,7 @@ def visit(browser: Browser, path: Path, width: int) -> tuple[Page, list[str], li
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
+    page.set_default_timeout(120_000)  # busy machines draw slowly
     page.goto(path.as_uri())
     page.wait_for_selector(".main-svg .legendtext")
     return page, complaints, asked

@@ -119,11 +119,11 @@ def test_an_address_follows_the_settings_and_the_code(monkeypatch):
     def changed(module, edit):
         texts = {**code._texts(), module: edit(code._texts()[module])}
         monkeypatch.setattr(code, "_texts", lambda: texts)
-        for cached in (code._module, code._reach):
+        for cached in (code._module, code._reach, code._hash):
             cached.cache_clear()
         now = {cell.title: cell.address for cell in Matrix(tiny()).cells}
         monkeypatch.undo()
-        for cached in (code._module, code._reach):
+        for cached in (code._module, code._reach, code._hash):
             cached.cache_clear()
         return {title for title in first if first[title] != now[title]}
 

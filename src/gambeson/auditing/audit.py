@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import nn
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.auditor import Auditor
 from gambeson.auditing.clock import Clock, now
-from gambeson.auditing.context import AuditContext, Checkpoints
+from gambeson.auditing.context import AuditContext, Checkpoints, Outcomes
 from gambeson.auditing.cost import Speed
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, get
 from gambeson.auditing.results import AuditResult, ModelInfo, Verdict
@@ -39,6 +39,8 @@ class Audit:
     """Every number, with its interval, settings and cost."""
     perturbations: list[UniversalPerturbation]
     """The crafted perturbations, in order of eps."""
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    """What each test image answers under the attacks."""
 
     @property
     def verdict(self) -> Verdict:
@@ -202,12 +204,14 @@ def run_stages(
                 defense=defense,
                 epochs=epochs,
             ),
-            clean=accuracy_rate(score(predictions, reported.test)),
+            clean=accuracy_rate(clean := score(predictions, reported.test)),
             predictions=predictions,
+            outcomes=Outcomes(folder),
         )
+        context.outcomes.keep("clean", clean.counts, reported.test)
         notes = [*notes, *twice]
         result = Auditor(context, folder, stages, notes, diagnostics, mine, asked, speed, clock).run()
-        return Audit(result, [context.uaps[point.eps] for point in result.universal])
+        return Audit(result, [context.uaps[point.eps] for point in result.universal], context.outcomes)
 
 
 _GRADIENT = 3.0

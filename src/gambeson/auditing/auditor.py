@@ -31,7 +31,9 @@ from gambeson.auditing.results import (
 )
 from gambeson.auditing.stages import black_box as boxes
 from gambeson.auditing.stages import (
+    classes,
     corruption,
+    edits,
     jacobian,
     own,
     per_image,
@@ -46,6 +48,8 @@ from gambeson.auditing.suite import Suite
 from gambeson.auditing.verdict import eps_in_words, judge
 from gambeson.base import UserError, environment, say, task, watched
 from gambeson.evaluation import BlackBox
+from gambeson.evaluation.classes import ClassView
+from gambeson.evaluation.edits import EditsResult
 from gambeson.evaluation.rates import EpsAdv, EpsUni, ImageErrors
 from gambeson.models import fingerprint
 
@@ -69,6 +73,8 @@ _STOPPED: dict[str, dict[str, Any]] = {
     "eps-uni": {"eps_uni_runs": 0},
     "eps-adv": {"eps_adv": False},
     "corruption": {"noise_sizes": ()},
+    "edits": {"edits": ()},
+    "classes": {"class_wise": False},
     "jacobian": {"jacobian_backwards": 0},
 }
 """Settings of an audit without a stage that was stopped."""
@@ -102,6 +108,8 @@ class Auditor:
         self.each: EpsAdv | None = None
         self.aimed: list[TargetedResult] = []
         self.noise: list[Corruption] = []
+        self.edited: EditsResult | None = None
+        self.classes: ClassView | None = None
         self.jacobians: JacobianResult | None = None
         self.checks: dict[str, Check] = {}
         self.unchecked: dict[str, Check] = {}
@@ -150,6 +158,8 @@ class Auditor:
             _Stage("transfer", "transfer", self._transfer),
             *(_Stage(name, "own", partial(self._own, name, run)) for name, run in self.mine.items()),
             _Stage("corruption", "noise", self._corruption),
+            _Stage("edits", "edits", self._edits),
+            _Stage("classes", "classes", self._classes),
             _Stage("jacobian", "Jacobian analysis", self._jacobian),
         ]
         checks = [_Stage(f"check {one.name}", CHECKED, partial(self._check, one), one.name) for one in self.diagnostics]
@@ -218,7 +228,7 @@ class Auditor:
     def _rescore(self) -> None:
         context = self.context
         universal.end_curve(context)
-        again = partial(universal.rescore, context, self.folder)
+        again = partial(universal.rescore, context)
         context.universal = self.stages.afford("re-scoring", list[UniversalResult], again, context.universal)
 
     def _eps_uni(self) -> str:
@@ -233,9 +243,8 @@ class Auditor:
     def _per_image(self) -> str | None:
         context = self.context
         context.per_image = self.stages.afford(
-            "per-image", list[PerImageResult], lambda: per_image.measure(context, self.folder), []
+            "per-image", list[PerImageResult], lambda: per_image.measure(context), []
         )
-        per_image.recall(context, self.folder)
         worst = worst_attack(context.middle, context.per_image, [])
         return None if worst is None else f"image by image: accuracy {worst.accuracy} under {worst.attack}"
 
@@ -259,6 +268,13 @@ class Auditor:
         self.noise = self.stages.afford(
             "corruption", list[Corruption], lambda: corruption.measure(self.context), list[Corruption]()
         )
+
+    def _edits(self) -> None:
+        self.edited = self.stages.afford("edits", EditsResult | None, lambda: edits.measure(self.context), None)
+
+    def _classes(self) -> None:
+        measure = partial(classes.measure, self.context, self.folder)
+        self.classes = self.stages.afford("classes", ClassView | None, measure, None)
 
     def _jacobian(self) -> None:
         self.jacobians = self.stages.afford("jacobian", JacobianResult | None, self._measure_jacobian, None)
@@ -301,7 +317,7 @@ class Auditor:
             notes, sentence = said_of(clock, suite, stopped, context.middle)
             said = f"{said} {sentence}".strip()
         costs: list[Any] = [*context.universal, *context.per_image, *self.aimed, *context.transfer]
-        costs += [part for part in (self.each, self.jacobians) if part is not None]
+        costs += [part for part in (self.each, self.edited, self.classes, self.jacobians) if part is not None]
         every = self.checks | self.unchecked
         result = AuditResult(
             subject=context.subject,
@@ -320,6 +336,8 @@ class Auditor:
             transfer=context.transfer,
             surrogate=self.source,
             corruption=self.noise,
+            edits=self.edited,
+            classes=self.classes,
             randomness=context.randomness,
             jacobian=self.jacobians,
             checks=[every[one.name] for one in self.diagnostics],
@@ -345,6 +363,7 @@ class Auditor:
                 targeted=self.aimed,
                 unit=context.test.task.unit,
                 iou=iou,
+                classes=self.classes,
             ),
             cost=sum((part.cost for part in costs), self.found.cost),
             environment=environment(victim.device),

@@ -40,7 +40,7 @@ BY_WORTH = (
         "targets",
         "own",
     ),
-    *("noise", "Jacobian analysis"),
+    *("noise", "edits", "classes", "Jacobian analysis"),
 )
 """Stages in the order of an audit against the clock."""
 _STAGE_OF = {"PGD, image by image": "per image", "attack suite": "per image", "targeted Auto-PGD": "per image"}
@@ -56,6 +56,8 @@ _SETTINGS_OF = {
     "eps_adv": ("eps_adv", "sample"),
     "targets": ("targeted",),
     "noise": ("noise_sizes",),
+    "edits": ("edits", "edit_images"),
+    "classes": ("class_wise",),
     "Jacobian analysis": ("jacobian_backwards", "sample"),
 }
 """Settings that stay once a stage has begun with them."""

@@ -20,6 +20,7 @@ from gambeson.auditing.suite import Suite
 from gambeson.base import Config, UserError, seeded
 from gambeson.data import Dataset
 from gambeson.evaluation import BlackBox
+from gambeson.evaluation.edits import PATTERNS
 from gambeson.evaluation.outcome import at_once
 from gambeson.evaluation.universal import RANKED
 from gambeson.victim import Victim, auto_batch_size
@@ -175,6 +176,8 @@ def asked_parts(suite: Suite, data: Dataset, passes: int) -> tuple[Part, ...]:
         "eps_uni": passes * search,
         "transfer": passes * (test + 2 * transferred) if transferred else 0,
         "noise": passes * len(NOISES) * len(suite.noise_sizes) * test,
+        "edits": passes * _edited(suite, test),
+        "classes": passes * 2 * test if len(data.classes) == 2 else 0,
         "diagnostics": passes * checked,
     }
     lent = _lent(suite, data)
@@ -182,6 +185,17 @@ def asked_parts(suite: Suite, data: Dataset, passes: int) -> tuple[Part, ...]:
     return tuple(
         Part(name=name, forwards=count, gradients=0, surrogate=lent.get(name, 0)) for name, count in asked.items()
     )
+
+
+def _edited(suite: Suite, test: int) -> int:
+    """Images that are scored under edits: clean, perturbed and under controls, without an edit too."""
+    return min(suite.edit_images, test) * (len(suite.edits) + 1) * (2 + PATTERNS) if suite.edits else 0
+
+
+def _class_wise(suite: Suite) -> int:
+    """Gradients of class-wise crafting."""
+    attack = suite.class_wise_attack(suite.eps[0])
+    return suite.class_wise * attack.restarts * attack.steps * attack.batch_size
 
 
 def images_asked(suite: Suite, data: Dataset, passes: int) -> int:
@@ -289,6 +303,8 @@ def parts_of(suite: Suite, data: Dataset, *, random: bool = False, ran: Collecti
         ),
         part("targets", votes * (aimed + aims * held), aims * (screen + run)),
         part("noise", votes * test * len(NOISES) * len(suite.noise_sizes)),
+        part("edits", votes * _edited(suite, test)),
+        part("classes", votes * (2 * test + (test + 2 * held) * suite.class_wise), _class_wise(suite)),
         part("Jacobian analysis", 4 * jacobians, 3 * jacobians),
     )
 
@@ -351,8 +367,6 @@ def _asked_again(data: Dataset, test: int, *, random: bool) -> int:
     return 6 * few + max(few, auto_batch_size(data.test.shape, 1024, 2**23))
 
 
-_COPIES = 24
-"""Copies of the model that attacks are tested on."""
 _PROBES, _BATCHES = 16, 13
 """Images whose gradients are compared, and how often beside batches of other sizes."""
 CHECKS: dict[str, Callable[[_Counts], dict[str, Any]]] = {
@@ -380,10 +394,7 @@ CHECKS: dict[str, Callable[[_Counts], dict[str, Any]]] = {
     "multi-step beats single-step": lambda n: {"gradients": 1, "shares": "PGD"},
     "attack beats noise": lambda n: {"forwards": 1, "shares": "PGD"},
     "universal white box beats transfer": lambda n: {"beside": 2 * n.test},
-    "attacks find what is there": lambda n: {
-        "beside": _COPIES * (300 + 2 * n.queries),
-        "apart": 2 * _COPIES * (n.pgd + n.white),
-    },
+    "attacks find what is there": lambda n: {"beside": 24 * (300 + 2 * n.queries), "apart": 48 * (n.pgd + n.white)},
     "margin loss no stronger": lambda n: {"gradients": n.short + 3, "shares": "short PGD"},
     "attack has converged": lambda n: {"gradients": n.pgd + 3 * n.white, "shares": "white box"},
     "single step approximates multi-step": lambda n: {"forwards": 4, "gradients": 12},

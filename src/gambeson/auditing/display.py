@@ -91,6 +91,16 @@ def rates(result: Any) -> list[dict[str, Any]]:
     for point in result.universal:
         rows += [row("UER", point.uer, **of(point)), row("fooling rate", point.fooling, **of(point))]
         rows += [row("UER of control", one.worst, **{**of(point), "attack": one.name}) for one in point.controls]
+    if (found := result.edits) is not None:
+        for one in found.rates:
+            rows += [row("UER, edited", one.uer, **of(found), edit=one.edit)]
+            rows += [row("clean error, edited", one.clean, edit=one.edit)]
+    if (view := result.classes) is not None:
+        for one in view.classes:
+            rows += [row("UER of class", one.uer, **of(view), label=one.name)]
+            rows += [row("class-wise UER of class", one.own, **of(view), label=one.name)] if one.own else []
+        if view.auc is not None:
+            rows += [row("AUC, clean", view.auc.clean), row("AUC", view.auc.perturbed, **of(view))]
     rows += [row("transfer error", one.error, **of(one), source=one.source) for one in result.transfer]
     return rows + [row("error under noise", one.error, attack=one.noise, eps=one.size) for one in result.corruption]
 

@@ -6,11 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from gambeson.attacks import CONTROLS, MORE_CONTROLS, PGD, StochasticPGD, TargetedAutoPGD
+from gambeson.attacks import CONTROLS, MORE_CONTROLS, PGD, ClasswiseStochasticPGD, StochasticPGD, TargetedAutoPGD
 from gambeson.base import Config, Number, unknown_name
 from gambeson.base.registry import canonical
 from gambeson.data import Dataset
+from gambeson.evaluation.edits import STANDARD_EDITS
 from gambeson.threat import Eps, Norm, eps_in_norm
+from gambeson.threat.edits import EditText
 from gambeson.victim import DEFAULT_VOTES, EOT_SAMPLES
 
 _GREY = (0.05, 0.1, 0.15, 0.2, 0.3)
@@ -79,6 +81,13 @@ class Suite(Config):
     """Maximum number of test images for per-image transfer attacks."""
     noise_sizes: tuple[Annotated[Number, Field(gt=0)], ...] = (0.5, 1.0, 2.0, 4.0)
     """Sizes of corruption noise, as multiples of the middle eps."""
+    edits: tuple[EditText, ...] = STANDARD_EDITS
+    """Edits that the perturbation of the middle eps is tried under (:func:`gambeson.evaluation.under_edits`); those
+    that do not fit the data are left out, and the result says so. Empty: none."""
+    edit_images: Annotated[int, Field(ge=1)] = 1000
+    """Maximum number of test images for them, a stratified sample."""
+    class_wise: bool = False
+    """Whether a perturbation is crafted for each class too, at the middle eps; not for black boxes and label maps."""
     jacobian_backwards: Annotated[int, Field(ge=0)] = 4000
     """Backward passes that each exact part of the Jacobian analysis may take; 0 leaves the analysis out."""
     targeted: bool = True
@@ -143,6 +152,8 @@ class Suite(Config):
     def on(self, data: Dataset) -> Suite:
         """The suite with a default grid of eps for this data, if none was given, and :attr:`map_share` applied."""
         update: dict[str, object] = {}
+        if self.class_wise:
+            data.test.task.require_classification("a class-wise attack")
         if not self.eps:
             side = middle_of(_GREY if data.in_channels == 1 else _COLOUR, self.eps_points)
             update["eps"] = tuple(eps_in_norm(eps, data.test.shape, self.norm) for eps in side)
@@ -162,6 +173,16 @@ class Suite(Config):
             restarts=restarts or self.universal_restarts,
             batch_size=self.universal_batch,
             probe_starts=self.universal_probe_starts,
+            truncate_correct=False,
+        )
+
+    def class_wise_attack(self, eps: float) -> ClasswiseStochasticPGD:
+        """The attack that crafts one perturbation for each class, on its default batch, at one eps."""
+        return ClasswiseStochasticPGD(
+            eps=eps,
+            norm=self.norm,
+            steps=self.universal_steps,
+            restarts=min(2, self.universal_restarts),
             truncate_correct=False,
         )
 
@@ -196,6 +217,7 @@ _OF_IMAGES = (
     "pattern_images",
     "surrogate_images",
     "transfer_images",
+    "edit_images",
     "universal_batch",
 )
 _GLANCE = (
@@ -217,7 +239,7 @@ _GLANCE = (
 """What looks at numbers that are there anyway, or at random models; and the six cheapest checks that ask the model."""
 SUITES = {
     "glance": Suite(
-        universal_steps=32,
+        universal_steps=30,
         universal_restarts=1,
         universal_batch=32,
         universal_probe_starts=0,
@@ -225,7 +247,7 @@ SUITES = {
         pgd_restarts=1,
         test_images=200,
         validation_images=100,
-        sample=32,
+        sample=30,
         suite_images=0,
         eps_uni_runs=0,
         eps_adv=False,
@@ -234,6 +256,7 @@ SUITES = {
         queries=0,
         surrogate="none",
         noise_sizes=(),
+        edits=(),
         checks=_GLANCE,
         auto_pgd=False,
         rescoring=False,
@@ -261,6 +284,8 @@ SUITES = {
         surrogate_images=8000,
         transfer_images=500,
         noise_sizes=(1.0, 3.0),
+        edits=("jpeg:75", "resize:0.5", "shift:1"),
+        edit_images=300,
     ),
     "standard": Suite(),
     "full": Suite(
@@ -278,6 +303,7 @@ SUITES = {
         surrogate_epochs=20,
         surrogate_images=50_000,
         transfer_images=10_000,
+        edit_images=5000,
         eps_uni_tolerance=0.01,
     ),
 }

@@ -19,6 +19,7 @@ from gambeson.auditing.results import (
     Verdict,
 )
 from gambeson.evaluation import Rate
+from gambeson.evaluation.classes import ClassView
 from gambeson.evaluation.rates import EpsAdv, EpsUni, SmallestEps
 from gambeson.evaluation.targeted import SHUFFLED
 
@@ -39,6 +40,7 @@ def judge(
     targeted: Sequence[TargetedResult] = (),
     unit: str = "image",
     iou: IoU | None = None,
+    classes: ClassView | None = None,
 ) -> Verdict:
     """State what one pattern does to the model at the middle eps, and whether that can be trusted.
 
@@ -56,6 +58,7 @@ def judge(
         unit: what rates are shares of: images, or pixels of label maps. Then BROKEN means that half of all pixels are
             wrong (delta, ours); how classes fare that have few of them, the mean IoU tells.
         iou: of label maps, on clean test images.
+        classes: what the pattern does to each class.
         left_out: what a budget left out, as a sentence.
         unchecked: checks that did not run, for which no number can be trusted.
     """
@@ -64,6 +67,7 @@ def judge(
         left_out,
         _one_pattern(clean, point, found.delta, transfer, unit),
         _mean_iou(point, iou),
+        _by_class(classes),
         _image_by_image(worst_attack(point, per_image, transfer), unit),
         *map(_aimed, targeted),
         _random(subject, randomness),
@@ -174,6 +178,19 @@ def _image_by_image(worst: Attacked | None, unit: str) -> str:
         return ""
     units = "" if unit == "image" else f" of {unit}s"
     return f"Attacked image by image, {worst.accuracy}{units} stay right under the worst attack ({worst.attack})."
+
+
+def _by_class(found: ClassView | None) -> str:
+    if found is None or len(found.classes) < 2:
+        return ""
+    low, high = found.best, found.worst
+    said = f"By class, the UER runs from {low.uer} ({low.name}) to {high.uer} ({high.name})"
+    if found.auc is not None:
+        said += f", and the AUC is {found.auc.perturbed} under the pattern, {found.auc.clean} when clean"
+    own = [one.own.value for one in found.classes if one.own is not None]
+    if own:
+        said += f"; with a pattern for each class, its mean over the classes is {100 * sum(own) / len(own):.1f} %"
+    return f"{said}."
 
 
 def _mean_iou(point: UniversalResult, iou: IoU | None) -> str:

@@ -83,6 +83,8 @@ def inspect(
     Returns:
         The reduced suite and data, and the reductions as sentences.
     """
+    if suite.class_wise:
+        raise UserError(f"class-wise perturbations need gradients, and {box.title} is a black box: leave them out")
     box.hold(suite.budget, None if folder is None else queries_file(folder))
     random = victim.inspect(data.test.take(slice(0, 8), victim.device)[0], scores=True).stochastic
     recognise(box, data, stages, folder, random=random)

@@ -19,7 +19,7 @@ from gambeson.auditing.rescoring import Perturbed, Way, asked, rescored_in, ways
 from gambeson.auditing.results import IoU, Restart, UniversalResult
 from gambeson.auditing.stages import black_box
 from gambeson.auditing.stages.transfer import name_of, on_surrogate
-from gambeson.base import UserError, load_tensors, save_tensors, seeded
+from gambeson.base import UserError, seeded
 from gambeson.data import Dataset
 from gambeson.evaluation.eps_uni import Found, eps_adv, search
 from gambeson.evaluation.rates import EpsAdv, EpsUni, ImageErrors
@@ -66,10 +66,6 @@ def crafted_file_of(eps: float) -> str:
     return f"crafted-{eps:.4g}.safetensors"
 
 
-def _errors_file(folder: Path, eps: float) -> Path:
-    return folder / "state" / f"errors-{eps:.4g}.safetensors"
-
-
 def craft_point(context: AuditContext, eps: float, folder: Path | None) -> UniversalResult:
     """Craft the perturbation of one eps, beginning from that of the next smaller one; choose; score it on test."""
     before, suite, victim = context.spent, context.suite, context.victim
@@ -86,7 +82,7 @@ def craft_point(context: AuditContext, eps: float, folder: Path | None) -> Unive
         own = error_rate(score(_predicted(context, crafted), context.test))
     predictions = _predicted(context, uap)
     found = score(predictions, context.test, context.predictions)
-    _keep(context, eps, ImageErrors.of(predictions, context.test), folder)
+    _keep(context, eps, ImageErrors.of(predictions, context.test))
     if folder is not None:
         uap.save(folder / file_of(eps))
         if uap is not crafted:
@@ -107,13 +103,16 @@ def craft_point(context: AuditContext, eps: float, folder: Path | None) -> Unive
     )
 
 
-def _keep(context: AuditContext, eps: float, errors: ImageErrors, folder: Path | None) -> None:
+def _keep(context: AuditContext, eps: float, errors: ImageErrors) -> None:
     context.errors[eps] = errors
-    if folder is not None:
-        save_tensors(_errors_file(folder, eps), {"wrong": errors.wrong, "answers": errors.answers}, {})
+    context.outcomes.keep(_name(eps), Counts(errors.answers - errors.wrong, errors.answers), context.test)
 
 
-def rescore(context: AuditContext, folder: Path | None) -> list[UniversalResult]:
+def _name(eps: float) -> str:
+    return f"uer@{eps:.4g}"
+
+
+def rescore(context: AuditContext) -> list[UniversalResult]:
     """Ask again under the perturbation of the middle eps in other ways; what is clearly worse counts at every eps.
 
     Returns:
@@ -123,7 +122,7 @@ def rescore(context: AuditContext, folder: Path | None) -> list[UniversalResult]
     tried = ways(context)
     found = rescored_in(context, _stored(context, context.eps), tried)
     accused = worse(found, tried)
-    points = [_worst(context, point, accused, folder) for point in context.universal] if accused else context.universal
+    points = [_worst(context, point, accused) for point in context.universal] if accused else context.universal
     return [one.model_copy(update={"rescored": found}) if one.eps == context.eps else one for one in points]
 
 
@@ -133,9 +132,7 @@ def _stored(context: AuditContext, eps: float) -> Perturbed:
     return Perturbed(split=context.test, right=right, delta=context.uaps[eps].delta)
 
 
-def _worst(
-    context: AuditContext, point: UniversalResult, accused: Sequence[Way], folder: Path | None
-) -> UniversalResult:
+def _worst(context: AuditContext, point: UniversalResult, accused: Sequence[Way]) -> UniversalResult:
     """Return the point with every rate at the worst of as reported and asked in each of the ways."""
     eps, test = point.eps, context.test
     stored = _stored(context, eps)
@@ -144,7 +141,7 @@ def _worst(
     most = max(range(len(scores)), key=lambda k: scores[k].error)
     found, update = scores[most], dict[str, object]()
     if found.error > point.uer.value:
-        _keep(context, eps, ImageErrors.of(predictions[most], test), folder)
+        _keep(context, eps, ImageErrors.of(predictions[most], test))
         update = {"fooling": change_rate(found), "iou": IoU.of(predictions[most], test)}
     update["uer"] = Rate.highest([point.uer, *map(error_rate, scores)])
 
@@ -166,8 +163,10 @@ def recall(context: AuditContext, eps: float, folder: Path) -> None:
     context.uaps[eps] = UniversalPerturbation.load(folder / file_of(eps))
     if (folder / crafted_file_of(eps)).is_file():
         context.crafted[eps] = UniversalPerturbation.load(folder / crafted_file_of(eps))
-    kept, _ = load_tensors(_errors_file(folder, eps), "the errors of each image")
-    context.errors[eps] = ImageErrors(kept["wrong"], kept["answers"])
+    kept = context.outcomes.of(_name(eps))
+    if kept is None:
+        raise UserError(f"{folder} lacks what each image answers at eps {eps:.4g}: delete it, and start again")
+    context.errors[eps] = ImageErrors(kept[1].total - kept[1].right, kept[1].total)
 
 
 def _borrowed(context: AuditContext, eps: float) -> list[UniversalPerturbation]:
