@@ -222,14 +222,15 @@ def costs_text() -> str:
         runs = suite.eps_uni_runs
         tried = "" if runs is None else ", at most once" if runs == 1 else f", at most {runs} times"
         attacked = f"on {suite.suite_images:,} images" if suite.suite_images else "left out"
+        lent = suite.surrogate != "none"
         values = (
-            f"{suite.surrogate_epochs} over {suite.surrogate_images:,}",
-            f"{round(whole, -3):,} to {round(whole + climb, -3):,}",
-            f"{round(probe_starts + 2 * climb, -3):,}" + tried,
+            f"{suite.surrogate_epochs} over {suite.surrogate_images:,}" if lent else "left out",
+            f"{round(whole, -3):,} to {round(whole + climb, -3):,}" if suite.eps_points > 1 else f"{round(whole, -2):,}",
+            "left out" if runs == 0 else f"{round(probe_starts + 2 * climb, -3):,}" + tried,
             f"{suite.pgd_steps * suite.pgd_restarts}, on {images}",
             attacked,
-            f"{suite.transfer_images:,}",
-            f"{suite.jacobian_backwards:,}",
+            f"{suite.transfer_images:,}" if lent else "left out",
+            f"{suite.jacobian_backwards:,}" if suite.jacobian_backwards else "left out",
             f"{suite.sample:,}",
         )
         for name, value in zip(rows, values, strict=True):

@@ -180,3 +180,19 @@ def test_a_failed_check_turns_the_verdict_and_is_a_reason_with_a_remedy():
     assert judge(CLEAN, points(800), FOUND, checks[1:]).trusted
     never = judge(CLEAN, points(60), FOUND.model_copy(update={"value": 1.0, "censored": True}), [])
     assert never.summary.endswith("eps_uni(0.5) is more than 1.")
+
+
+def test_checks_that_were_not_run_are_no_reason_to_trust():
+    ran = [Check(name="a", passed=True, detail="d"), Check(name="b", passed=None, detail="does not apply")]
+    verdict = judge(CLEAN, points(60), FOUND, ran, unchecked=["c", "d", "e", "f"], left_out="The 2 minutes left out x.")
+    assert not verdict.trusted
+    assert verdict.summary.startswith(
+        "The 2 minutes left out x. Not checked for c, d, e and 1 more: 2 of 6 checks were run, and none failed. Not "
+    )
+    assert verdict.reasons == [
+        "2 of 6 checks were run: not checked for c, d, e, f. Run a larger suite, or give it more time."
+    ]
+    failed = judge(CLEAN, points(60), FOUND, [Check(name="a", passed=False, detail="d")], unchecked=["c"])
+    assert failed.summary.startswith("Not to be trusted (failed: a).")
+    assert len(failed.reasons) == 2
+    assert judge(CLEAN, points(60), FOUND, ran).trusted

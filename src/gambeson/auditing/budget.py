@@ -115,6 +115,10 @@ _GONE = {
 """What is said where nothing is left of a setting: as a sentence, and as a part of one."""
 
 
+_USEFUL = {"jacobian_backwards": 500, "suite_images": 50}
+"""With less of a setting than this nothing is worth saying (ours)."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """What an audit may cost."""
@@ -215,7 +219,7 @@ def _raised(suite: Suite, asked: Suite, name: str, most: int, data: Dataset, bud
             low = middle
         else:
             high = middle - 1
-    return with_amount(suite, asked, name, low, data)
+    return with_amount(suite, asked, name, low, data) if low >= _USEFUL.get(name, 0) else suite
 
 
 class BudgetPlan(Config):

@@ -395,6 +395,7 @@ CHECKS: dict[str, Callable[[_Counts], dict[str, Any]]] = {
     "multi-step beats single-step": lambda n: {"gradients": 1, "shares": "PGD"},
     "attack beats noise": lambda n: {"forwards": 1, "shares": "PGD"},
     "universal white box beats transfer": lambda n: {"beside": 2 * n.test},
+    "attacks find what is there": lambda n: {"beside": 24 * (300 + 2 * n.queries), "apart": 48 * (n.pgd + n.white)},
     "margin loss no stronger": lambda n: {"gradients": n.short + 3, "shares": "short PGD"},
     "attack has converged": lambda n: {"gradients": n.pgd + 3 * n.white, "shares": "white box"},
     "single step approximates multi-step": lambda n: {"forwards": 4, "gradients": 12},

@@ -130,7 +130,7 @@ def _slug(name: str) -> str:
 
 def _trusted(result: AuditResult, _: str) -> bool | str:
     failed = ", ".join(check.name for check in result.checks if check.passed is False)
-    return result.verdict.trusted or f"failed: {failed}"
+    return result.verdict.trusted or (f"failed: {failed}" if failed else "not every check was run")
 
 
 METRICS: Mapping[str, Metric] = {

@@ -239,7 +239,7 @@ _GLANCE = (
 """What looks at numbers that are there anyway, or at random models; and the six cheapest checks that ask the model."""
 SUITES = {
     "glance": Suite(
-        universal_steps=32,
+        universal_steps=30,
         universal_restarts=1,
         universal_batch=32,
         universal_probe_starts=0,
@@ -247,7 +247,7 @@ SUITES = {
         pgd_restarts=1,
         test_images=200,
         validation_images=100,
-        sample=32,
+        sample=30,
         suite_images=0,
         eps_uni_runs=0,
         eps_adv=False,

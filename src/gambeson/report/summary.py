@@ -119,6 +119,8 @@ def summary(folder: Folder, scale: EpsFormat) -> Summary:
             "it, and those made for other models. Stronger ones, and longer searches, may do more."
         )
     measured = Badge("measurement checked", "checked", "✓") if trusted else Badge("not trusted", "doubted", "!")
+    if not trusted and not any(check.passed is False for check in result.checks):
+        measured = Badge("not all checked", "doubted", "!")
     return Summary(
         badges=[outcome, measured],
         hedge="" if trusted else "at least ",

@@ -97,7 +97,7 @@ def judgement_of(result: AuditResult) -> Judgement:
     rates = [one.accuracy for one in result.per_image if one.eps == eps]
     rates += [one.error.complement for one in transferred if not one.universal]
     return Judgement(
-        trusted=result.verdict.trusted,
+        trusted=not any(check.passed is False for check in result.checks),  # what was not checked accuses nobody
         accuracy=min(rates, key=_value, default=None),
         uer=max(errors, key=_value),
         reasons=result.verdict.reasons,

@@ -7,7 +7,7 @@ from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.outcome import findable_share, lower_end
 from gambeson.base import UserError
-from gambeson.evaluation import BinarizationTest, binarization_tests
+from gambeson.evaluation import BinarizationTest, BudgetSpent, binarization_tests
 from gambeson.evaluation.binarization import STRONG
 from gambeson.evaluation.outcome import ImageAttack
 
@@ -42,6 +42,8 @@ def _finds(context: AuditContext) -> Finding:
     test = BinarizationTest(samples=_COPIES, inner=_INNER, random_points=_GUESSES, **ball)
     try:
         found = binarization_tests(context.victim, context.sample, attacks, test, seed=context.seed)
+    except BudgetSpent:
+        raise
     except UserError as error:
         return Finding(None, str(error))
     judged = found[context.strongest]
