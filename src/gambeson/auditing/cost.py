@@ -204,6 +204,8 @@ _TRIALS = 8
 """Default maximum of perturbations crafted in the search of eps_uni."""
 _ATTACKS = 20
 """Short attacks of the diagnostics on their sample, with at most the steps of PGD."""
+_COPIES = 24
+"""Copies of the model that attacks are tested on, each with 300 points."""
 _BATCH, _TIMED = 32, 3
 
 
@@ -308,6 +310,8 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
     attacked = min(suite.suite_images, test) if suite.norm != "1" else 0
     of_maps = not data.test.task.per_image_label
     steps = suite.pgd_steps * suite.pgd_restarts * (3 if of_maps else 1)
+    alone = of_maps or random or suite.norm == "1"
+    targeted = 0 if alone else 4 * suite.pgd_steps  # a short PGD, five probes of half the steps, and one target
     gradients, queries = (_MAP_SUITE, 1000) if of_maps else (SUITE_GRADIENTS, suite.suite_queries)
     jacobians = 0 if of_maps else suite.jacobian_backwards
     aims = 2 * suite.targeted * of_maps
@@ -329,7 +333,11 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
             forwards=votes * sample * 2 * _TRIALS * suite.eps_adv,
             gradients=eot_samples * sample * suite.pgd_steps * _TRIALS * suite.eps_adv,
         ),
-        Part(name="PGD, image by image", forwards=votes * test, gradients=eot_samples * test * steps),
+        Part(
+            name="PGD, image by image",
+            forwards=votes * test * (1 + (not alone)),
+            gradients=eot_samples * test * (steps + targeted),
+        ),
         Part(
             name="attack suite",
             forwards=votes * attacked * queries,
@@ -344,7 +352,7 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
         Part(name="Jacobian analysis", forwards=4 * jacobians, gradients=3 * jacobians),
         Part(
             name="diagnostics",
-            forwards=votes * sample * (suite.queries + 100),
-            gradients=eot_samples * sample * _ATTACKS * min(20, suite.pgd_steps),
+            forwards=votes * (sample * (suite.queries + 100) + _COPIES * (suite.queries + 300)),
+            gradients=eot_samples * sample * (_ATTACKS * min(20, suite.pgd_steps) + 3 * targeted),
         ),
     )
