@@ -311,7 +311,7 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
     of_maps = not data.test.task.per_image_label
     steps = suite.pgd_steps * suite.pgd_restarts * (3 if of_maps else 1)
     alone = of_maps or random or suite.norm == "1"
-    targeted = 0 if alone else 4 * suite.pgd_steps  # a short PGD, five probes of half the steps, and one target
+    targeted = 0 if alone else 4 * suite.pgd_steps  # a short PGD, nine probes of a quarter, and one target in full
     gradients, queries = (_MAP_SUITE, 1000) if of_maps else (SUITE_GRADIENTS, suite.suite_queries)
     jacobians = 0 if of_maps else suite.jacobian_backwards
     aims = 2 * suite.targeted * of_maps
