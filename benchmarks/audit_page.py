@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gambeson import testbed
-from gambeson.attacks import StochasticPGD
+from gambeson.attacks import StochasticPGD, TargetedAutoPGD
 from gambeson.auditing import DIAGNOSTICS, SUITES, Diagnostic
 from gambeson.evaluation import Rate
 
@@ -228,6 +228,7 @@ def costs_text() -> str:
             f"{round(whole, -3):,} to {round(whole + climb, -3):,}" if suite.eps_points > 1 else f"{round(whole, -2):,}",
             "left out" if runs == 0 else f"{round(probe_starts + 2 * climb, -3):,}" + tried,
             f"{suite.pgd_steps * suite.pgd_restarts}, on {images}",
+            f"{sum(_gradients(attack) for attack in suite.white_box(0.1).values())}, on {images}",
             attacked,
             f"{suite.transfer_images:,}" if lent else "left out",
             f"{suite.jacobian_backwards:,}" if suite.jacobian_backwards else "left out",
@@ -244,11 +245,17 @@ _COSTS = (
     "universal, an eps",
     "eps_uni, each perturbation that it tries",
     "PGD, an image at most",
+    "targeted Auto-PGD, an image at most",
     "the suite of four attacks",
     "transfer, images at most",
     "Jacobian analysis, each exact part at most",
     "diagnostics, images of the sample",
 )
+
+
+def _gradients(attack: Any) -> int:
+    probes = (attack.targets or 0) * (attack.probe_steps or 0) if isinstance(attack, TargetedAutoPGD) else 0
+    return int(attack.steps + probes)
 
 
 def models_text() -> str:

@@ -62,7 +62,7 @@ def main_lines(result: Any) -> tuple[str, dict[str, str]]:
     lines = {
         "numbers": trust_in(result),
         "accuracy, clean": str(result.clean),
-        "accuracy, per image": "not measured" if each is None else str(each.accuracy),
+        "accuracy, per image": "not measured" if each is None else f"{each.accuracy} under {each.attack}",
         f"UER, eps {point.eps:.3g}": str(point.uer),
         "  worst control": "none" if control is None else str(control),
         f"eps_uni({found.delta:g})": f"{'>' if found.censored else 'at most'} {found.value:.3g}",

@@ -193,7 +193,7 @@ class Suite(Config):
     def white_box(self, eps: float) -> dict[str, PGD | TargetedAutoPGD]:
         """The strongest attack with gradients that every image gets, in turn: a short PGD, and targeted Auto-PGD.
 
-        The latter is probed for half of :attr:`pgd_steps` towards the five likeliest wrong classes and run in full
+        The latter is probed for a quarter of :attr:`pgd_steps` towards the nine likeliest wrong classes and run in full
         towards the nearest, on the margin, which two classes have as well (ours).
         """
         steps = self.pgd_steps
@@ -202,8 +202,8 @@ class Suite(Config):
             norm=self.norm,
             loss="margin",
             steps=steps,
-            targets=5,
-            probe_steps=max(1, steps // 2),
+            targets=9,
+            probe_steps=max(1, steps // 4),
             targets_kept=1,
         )
         return {"pgd": PGD(eps=eps, norm=self.norm, steps=max(1, steps // 4)), "auto-pgd-targeted": targeted}
