@@ -225,7 +225,9 @@ def costs_text() -> str:
         lent = suite.surrogate != "none"
         values = (
             f"{suite.surrogate_epochs} over {suite.surrogate_images:,}" if lent else "left out",
-            f"{round(whole, -3):,} to {round(whole + climb, -3):,}" if suite.eps_points > 1 else f"{round(whole, -2):,}",
+            f"{round(whole, -3):,} to {round(whole + climb, -3):,}"
+            if suite.eps_points > 1
+            else f"{round(whole, -2):,}",
             "left out" if runs == 0 else f"{round(probe_starts + 2 * climb, -3):,}" + tried,
             f"{suite.pgd_steps * suite.pgd_restarts}, on {images}",
             f"{sum(_gradients(attack) for attack in suite.white_box(0.1).values())}, on {images}",
