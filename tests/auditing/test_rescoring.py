@@ -1,4 +1,4 @@
-"""Models whose answer or gradient depends on batch, call or the ball's corners: each kind is caught, its worst counts."""
+"""Models whose answer or gradient depends on the batch, the call or the ball's corners: the worst of them counts."""
 
 import pytest
 import torch

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gambeson.attacks import UniversalPerturbation
+from gambeson.auditing import rescoring
 from gambeson.auditing.context import AuditContext, Checkpoints
 from gambeson.auditing.cost import omitted
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, get
@@ -324,6 +325,7 @@ class _Auditor:
             advance()
             context.randomness = do("randomness", RandomnessResult | None, lambda: randomness.measure(context), None)
             advance()
+            rescoring.begin(context, stages)
             for eps in context.suite.eps:
                 craft = partial(universal.craft_point, context, eps, self.folder)
                 point = do(universal.file_of(eps), UniversalResult | None, craft, None)
