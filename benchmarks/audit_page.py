@@ -1,4 +1,4 @@
-"""Renew the parts of ``docs/audit.md`` and ``docs/testbed.md`` that are made: ``python benchmarks/audit_page.py``.
+"""Renew the made parts of ``docs/audit.md``, ``checks.md`` and ``testbed.md``: ``python benchmarks/audit_page.py``.
 
 A section for each diagnostic comes from :data:`gambeson.auditing.DIAGNOSTICS` and from the captions here, its picture
 from ``benchmarks/audit_pictures.py``; the costs come from the suites; the error rates come from
@@ -19,8 +19,8 @@ from gambeson.auditing import DIAGNOSTICS, SUITES, Diagnostic
 from gambeson.evaluation import Rate
 
 ROOT = Path(__file__).parent.parent
-PAGE, RATES = ROOT / "docs" / "audit.md", ROOT / "results" / "testbed.json"
-TESTBED, PGD_RATES = ROOT / "docs" / "testbed.md", ROOT / "results" / "testbed-pgd.json"
+PAGE, CHECKS, TESTBED = (ROOT / "docs" / name for name in ("audit.md", "checks.md", "testbed.md"))
+RATES, PGD_RATES = ROOT / "results" / "testbed.json", ROOT / "results" / "testbed-pgd.json"
 WITHOUT = "input unchanged"
 """The one diagnostic that never fails, and so has no picture."""
 
@@ -152,9 +152,11 @@ def _section(diagnostic: Diagnostic) -> str:
     lead = f"Fails {diagnostic.condition}." if never else f"Fails when {diagnostic.condition}."
     asked = "" if diagnostic.gradients else " Black boxes are looked at too."
     parts = [f"{lead}{asked}", diagnostic.explanation, f"**What to do.** {diagnostic.remedy}"]
-    text = f"### {diagnostic.name}\n\n" + "\n\n".join(map(_wrapped, parts)) + "\n"
+    text = f"## {diagnostic.name}\n\n" + "\n\n".join(map(_wrapped, parts)) + "\n"
     if diagnostic.name == WITHOUT:
         return text + "\nIt never fails, and so has no picture.\n"
+    if diagnostic.name not in CAPTIONS:
+        return text
     left, right = CAPTIONS[diagnostic.name]
     alt = f"{diagnostic.name}: one model fails, one passes"
     picture = f'<img src="audit/{file_of(diagnostic.name)}" width="640" alt="{alt}">'
@@ -305,9 +307,13 @@ def renewed(page: str, parts: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Renew both pages."""
-    audit = {"costs": costs_text(), "error rates": rates_text(), "diagnostics": diagnostics_text()}
-    for page, parts in ((PAGE, audit), (TESTBED, {"own rates": own_rates_text(), "models": models_text()})):
+    """Renew the pages."""
+    pages = {
+        PAGE: {"costs": costs_text()},
+        CHECKS: {"diagnostics": diagnostics_text()},
+        TESTBED: {"own rates": own_rates_text(), "error rates": rates_text(), "models": models_text()},
+    }
+    for page, parts in pages.items():
         page.write_text(renewed(page.read_text(), parts))
 
 

@@ -1,4 +1,4 @@
-"""The pictures of ``docs/audit.md``: for every diagnostic a model that fails it beside one that passes.
+"""The pictures of ``docs/checks.md``: for every diagnostic a model that fails it beside one that passes.
 
 ``python benchmarks/audit_pictures.py [--only NAME ...] [--draw]``
 

@@ -99,6 +99,45 @@ def test_works_under_no_grad_and_inference_mode_and_counts():
         assert (victim.forwards, victim.backwards) == (4, 20)
 
 
+class _OwnSquare(torch.autograd.Function):
+    """Has no rule for a batch of cotangents."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        (x,) = ctx.saved_tensors
+        return cotangent * float(2 * x.sum()) / float(x.sum()) * x  # a number of the host, which vmap refuses
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("step", [2, 3, 7])
+def test_rows_of_one_backward_are_those_of_one_each(step, own, monkeypatch):
+    net = relu_net(classes=5)
+    model = nn.Sequential(_Applied(), net) if own else net
+    x = inner_images(6, SHAPE)
+    single = batch_jacobian(model, x)
+    calls = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *a, **k: calls.append(k.get("is_grads_batched")) or grad(*a, **k)
+    )
+    monkeypatch.setattr("gambeson.analysis.jacobian._rows_at_once", lambda point: step)
+    with Victim(model) as victim:
+        together = batch_jacobian(victim, x)
+        assert victim.backwards == 5 * len(x)
+    torch.testing.assert_close(together, single, rtol=1e-5, atol=1e-6)
+    assert sum(map(bool, calls)) == {2: 2, 3: 2, 7: 1}[step]
+
+
+class _Applied(nn.Module):
+    def forward(self, x):
+        return _OwnSquare.apply(x)
+
+
 def test_a_model_without_gradient_has_a_zero_jacobian():
     class Rounded(nn.Module):
         def forward(self, x):

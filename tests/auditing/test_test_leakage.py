@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from scipy.stats import beta
 from torch import nn
 
 from gambeson.auditing import DIAGNOSTICS, Suite
-from gambeson.auditing.outcome import PairedDifference
+from gambeson.auditing.outcome import LEVEL, PairedDifference
 from gambeson.auditing.stages.universal import craft_point
 from gambeson.data import Dataset, Split
 from gambeson.tasks import Counts
@@ -76,12 +77,12 @@ def outcome(right, of):
 
 
 def test_a_difference_of_two_samples_by_hand():
-    # With an answer of each kind added: 91 of 102 and 61 of 102.
     gain = PairedDifference.across(outcome(90, 100), outcome(60, 100))
-    p, q = 91 / 102, 61 / 102
-    half = 3 * ((p * (1 - p) + q * (1 - q)) / 102) ** 0.5
+    exact = [(beta.ppf(LEVEL, k, 101 - k), beta.ppf(1 - LEVEL, k + 1, 100 - k)) for k in (90, 60)]
+    (a, b), (c, d) = exact  # Clopper and Pearson's ends
     assert gain.value == pytest.approx(0.3)
-    assert (gain.low, gain.high) == (pytest.approx(p - q - half), pytest.approx(p - q + half))
+    assert gain.low == pytest.approx(0.3 - ((0.9 - a) ** 2 + (d - 0.6) ** 2) ** 0.5)
+    assert gain.high == pytest.approx(0.3 + ((b - 0.9) ** 2 + (0.6 - c) ** 2) ** 0.5)
     same = PairedDifference.across(outcome(50, 50), outcome(5, 5))
     assert same.value == 0
     assert same.low < 0 < same.high

@@ -178,10 +178,26 @@ def test_uap_of_label_maps_with_a_target(tmp_path, capsys):
         (f"static:{tmp_path / 'none.png'}", [], "cannot be read as a PNG of class indices"),
         ("hide:bin", ["--attack", "deepfool-uap"], "target"),
         ("hide:bin", ["--set", "tile=[30, 30]"], "tile = 30x30 is larger than the images of 12x12 pixels"),
+        ("static:1", ["--set", "omega=0.8"], "omega weighs the pixels of a class to hide, and the target is static:1"),
     ]:
         wanted = [*small[:2], "--target", target, *more, "--out", str(tmp_path / "bad.safetensors")]
         assert run(["uap", "craft", *about, *wanted]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_transfer_between_nets_for_label_maps_counts_pixels(tmp_path, capsys):
+    _, net, *about = scenes(tmp_path)
+    (tmp_path / "other.py").write_text(NET.replace("[0.35, 0.35, 0.65]", "[0.35, 0.5, 0.65]"))
+    other = f"{tmp_path / 'other.py'}:Colours"
+    out = tmp_path / "out"
+    assert run(["transfer", net, other, *about, "--attacks", "fgsm", "--eps", "0.16", "--out", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    model, split = gb.evaluation.load_model(net, about[1], "cpu").model, gb.data.load(about[1]).test
+    assert found["clean"][0]["value"] == pytest.approx(gb.evaluation.accuracy(model, split).complement.value)
+    assert found["unit"] == "pixel"
+    (own, across), _ = found["tables"][0]["errors"]
+    assert own["value"] > across["value"] > found["clean"][1]["value"] + 0.1
+    assert "How many of their pixels do those get wrong?" in (out / "transfer.html").read_text()
 
 
 def test_an_attack_on_images_that_are_all_wrong_already_says_so(tmp_path, digits):

@@ -32,7 +32,7 @@ HEAVY = {
     "sklearn",
     "torch._dynamo",
 }
-COMMANDS = ["quickstart", "train", "audit", "attack", "transfer", "report", "export", "data", "uap", "bench"]
+COMMANDS = ["quickstart", "train", "audit", "attack", "transfer", "report", "export", "data", "uap", "bench", "study"]
 EVERY_PACKAGE = "import gambeson as gb; [getattr(gb, name) for name in gb.__all__]"
 
 
@@ -69,6 +69,7 @@ def test_help_lists_every_command_without_torch():
         "data get",
         "bench training",
         "bench audit",
+        "study run",
         "train",
         "attack",
         "uap craft",

@@ -80,10 +80,10 @@ def test_rates_are_those_of_a_loop_over_pixels(scenes):
     assert hits.images == 45
 
 
-@pytest.mark.parametrize(("target", "omega"), [("static:3", 0.5), ("hide:c", 0.75), (1, 0.5)])
-def test_a_crafted_perturbation_beats_every_control(scenes, target, omega):
+@pytest.mark.parametrize(("target", "settings"), [("static:3", {}), ("hide:c", {"omega": 0.75}), (1, {})])
+def test_a_crafted_perturbation_beats_every_control(scenes, target, settings):
     model, data = scenes
-    uap = crafted(scenes, target, omega=omega)
+    uap = crafted(scenes, target, **settings)
     found = target_success(model, data, uap, controls=CONTROLS)
     names = [one.name for one in found.controls]
     assert names == [*CONTROLS, SHUFFLED][: 3 if isinstance(target, str) else 2]

@@ -170,6 +170,17 @@ def test_mistakes_are_named(digits):
         gb.train(model, digits, Standard(), epochs=1, lr=1e6, batch_size=64)
 
 
+def test_a_batch_that_nobody_asked_for_fits_few_images(digits):
+    few = gb.data.Dataset("few", digits.train.subset(torch.arange(90)), digits.validation, digits.test, digits.classes)
+    one, other = fresh(digits), fresh(digits)
+    with pytest.warns(UserWarning, match="a batch has 64 images in place of 128, for there are only 90 to train on"):
+        gb.train(one, few, Standard(), epochs=2)
+    gb.train(other, few, Standard(), epochs=2, batch_size=64)
+    assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+    with pytest.raises(UserError, match="batch size 128 does not fit 90 training images"):
+        gb.train(one, few, Standard(), recipe=Recipe())
+
+
 def test_label_maps_train_with_an_ignore_index():
     draw = torch.Generator().manual_seed(0)
     x = torch.rand(60, 1, 6, 6, generator=draw)

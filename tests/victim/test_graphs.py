@@ -127,6 +127,36 @@ def test_replayed_gradients_change_no_number(replayed, monkeypatch, early_stop):
     assert torch.equal(again, expected)
 
 
+def test_survivors_share_the_graphs_of_a_few_sizes(replayed, monkeypatch):
+    """An attack that leaves off image after image has a graph per size, rounded up; its numbers and counts stay."""
+    net, (x, y) = network().double(), batch(60)  # in float64 rounding does not tell a padded batch from another
+    y = net(x.double()).argmax(1)
+    attack = pgd(early_stop=True, eps=12 / 255, steps=40, rel_step_size=0.02)
+    sizes = []
+    call = replayed.__call__
+    monkeypatch.setattr(
+        replayed, "__call__", lambda graph, tensors: sizes.append(len(tensors[0])) or call(graph, tensors)
+    )
+    with Victim(net, fast=True) as victim:
+        found = attack(victim, x, y)
+        counts = victim.forwards, victim.backwards
+    monkeypatch.setattr(victims, "has_graphs", lambda device: False)
+    with Victim(net, fast=True) as victim:
+        torch.testing.assert_close(found, attack(victim, x, y), atol=1e-6, rtol=0)
+        assert counts == (victim.forwards, victim.backwards)
+    assert len(sizes) > 12
+    assert replayed.made == len(set(sizes)) < 12
+    assert set(sizes) <= {60, *range(1, 8), 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56}
+
+
+def test_graph_sizes_are_rounded_up_to_three_binary_digits():
+    sizes = graphs.Graphs()
+    assert [sizes.size_for(count) for count in (250, 249, 224, 193, 97, 13, 9, 7, 1)] == [
+        250, 250, 224, 224, 112, 14, 10, 7, 1,
+    ]  # fmt: skip
+    assert sizes.size_for(300) == 300
+
+
 def test_a_training_captures_once_and_follows_the_weights(replayed, monkeypatch):
     """Every step has a victim of its own, and the weights change in place in between."""
     found = []

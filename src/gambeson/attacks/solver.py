@@ -236,7 +236,9 @@ class ProjectedGradient:
         if view is None and truth is None and self.loss.kind != "segpgd":  # whose weights change with every step
             made = (self.loss, self.task, self.per_image, self.box_gradient)
             more = () if weights is None else (weights,)
-            gradient, logits, total = self.victim.repeated(made, self._gradient, images, delta, labels, *more)
+            gradient, logits, total = self.victim.repeated(
+                made, self._gradient, images, delta, labels, *more, by_row=self.per_image
+            )
         else:
             gradient, logits, total = self._gradient(images, delta, labels, weights, truth, view)
         if sums is None:

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from gambeson.attacks import UniversalPerturbation
-from gambeson.auditing.outcome import AsFarAsFinite
+from gambeson.attacks import PGD, TargetedAutoPGD, UniversalPerturbation
+from gambeson.auditing.outcome import EARLY, LEVEL, AsFarAsFinite, InTurn, PairedDifference
 from gambeson.auditing.results import (
     ModelInfo,
     PerImageResult,
@@ -36,6 +36,11 @@ from gambeson.victim import Victim
 from gambeson.victim.temperature import temperature
 
 ResultT = TypeVar("ResultT")
+Where = Literal["sample", "wider", "unseen", "test"]
+"""Images that an attack is tried on: those of :class:`AuditContext` by this name."""
+
+WIDER = 5
+"""Images of a second look, as a multiple of the sample's (ours): in the suite ``quick``, all that it reports on."""
 
 
 class Checkpoints:
@@ -131,7 +136,7 @@ class AuditContext:
     """Perturbations crafted on the surrogate by eps."""
     targeted: dict[str, UniversalPerturbation] = field(default_factory=dict)
     """Perturbations with a target, by its kind; of label maps."""
-    _outcomes: dict[tuple[str, bool, float | None], Counts] = field(default_factory=dict)
+    _outcomes: dict[tuple[str, str, float | None], Counts] = field(default_factory=dict)
 
     @property
     def test(self) -> Split:
@@ -158,6 +163,27 @@ class AuditContext:
         return self.few(self.suite.sample)
 
     @cached_property
+    def wider(self) -> Split:
+        """The test images that a comparison is repeated on where the sample suggests a difference: :data:`WIDER`."""
+        return self.few(WIDER * self.suite.sample)
+
+    @cached_property
+    def white_box(self) -> ImageAttack:
+        """The strongest attack with gradients that every image gets; of random models and of label maps, PGD."""
+        return InTurn(*self.white_parts.values()) if self.white_parts else self.suite.pgd(self.eps)
+
+    @property
+    def strongest(self) -> str:
+        """The name of :attr:`white_box`, for sentences."""
+        return "targeted Auto-PGD" if self.white_parts else "PGD"
+
+    @cached_property
+    def white_parts(self) -> dict[str, PGD | TargetedAutoPGD]:
+        """The attacks of :attr:`white_box` in turn; none where it is PGD alone."""
+        alone = self.subject.random or self.subject.black_box or self.suite.norm == "1"
+        return {} if alone or not self.test.task.per_image_label else self.suite.white_box(self.eps)
+
+    @cached_property
     def unseen(self) -> Split:
         """A validation sample of the same size."""
         return self.few(self.suite.sample, self.data.validation)
@@ -178,17 +204,44 @@ class AuditContext:
         """Accuracy of the sample under an attack, cached."""
         return self.outcome(attack).accuracy
 
-    def outcome(self, attack: ImageAttack, *, unseen: bool = False) -> Counts:
-        """Outcome of a per-image attack on the sample, or on the validation sample, cached.
+    def outcome(self, attack: ImageAttack, on: Where = "sample") -> Counts:
+        """Outcome of a per-image attack on the sample, or on other images, cached.
 
         On a random model, gradient attacks without ``eot_samples`` use the suite's.
         """
-        attack = self.averaged(attack)
-        key = (repr(attack), unseen, self.victim.temperature)
+        attack, split = self.averaged(attack), getattr(self, on)
+        key = (repr(attack), "test" if split is self.test else on, self.victim.temperature)
+        if split is self.test and "pgd" in self.attacked and attack == self.averaged(self.suite.pgd(self.eps)):
+            return self.attacked["pgd"]
         if key not in self._outcomes:
-            split = self.unseen if unseen else self.sample
             self._outcomes[key] = outcome(self.victim, split, AsFarAsFinite(attack), self.seed)
         return self._outcomes[key]
+
+    def compare(self, weaker: ImageAttack, stronger: ImageAttack, limit: float = 0.0) -> PairedDifference:
+        """Compare two attacks, clearly or on more images: by how much ``stronger`` breaks more than ``weaker``.
+
+        The first look is at the sample. If the difference exceeds the limit there, though not clearly, the comparison
+        is decided by a second look, at :attr:`wider`. The looks share the level of one comparison.
+
+        Args:
+            weaker: an attack that should break as much.
+            stronger: another one.
+            limit: share of images that counts as no difference.
+        """
+        return self.looked(lambda on: (self.outcome(weaker, on), self.outcome(stronger, on)), limit)
+
+    def looked(self, look: Callable[[Where], tuple[Counts, Counts]], limit: float = 0.0) -> PairedDifference:
+        """Compare the two outcomes that ``look`` returns for the sample, and if need be for more; see :meth:`compare`.
+
+        On a random model, whose gradients cost many samples, the sample decides alone.
+        """
+        looks = (len(self.sample), len(self.wider))
+        if looks[0] == looks[1] or self.subject.random:
+            return PairedDifference.of(*look("sample"))
+        first = PairedDifference.of(*look("sample"), level=EARLY * LEVEL)
+        if first.low > limit or first.value <= limit:
+            return first.over(looks)
+        return PairedDifference.of(*look("wider"), level=(1 - EARLY) * LEVEL).over(looks)
 
     def averaged(self, attack: AttackT) -> AttackT:
         """Return an attack with the suite's ``eot_samples`` if the model is random."""

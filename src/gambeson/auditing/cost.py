@@ -196,7 +196,7 @@ def _changes(asked: Suite, suite: Suite) -> Iterator[str]:
         yield f"the curve has {len(suite.eps)} eps in place of {len(asked.eps)}"
 
 
-_SUITE = 10 + 100 + 9 * 20 + 3 * 100
+SUITE_GRADIENTS = 10 + 100 + 9 * 20 + 3 * 100
 """Gradients of the standard suite per image that is never broken."""
 _MAP_SUITE = 3 * 300
 """The same of label maps."""
@@ -308,7 +308,7 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
     attacked = min(suite.suite_images, test) if suite.norm != "1" else 0
     of_maps = not data.test.task.per_image_label
     steps = suite.pgd_steps * suite.pgd_restarts * (3 if of_maps else 1)
-    gradients, queries = (_MAP_SUITE, 1000) if of_maps else (_SUITE, suite.suite_queries)
+    gradients, queries = (_MAP_SUITE, 1000) if of_maps else (SUITE_GRADIENTS, suite.suite_queries)
     jacobians = 0 if of_maps else suite.jacobian_backwards
     aims = 2 * suite.targeted * of_maps
     aimed = aims * test * (3 + suite.patterns_of_controls)

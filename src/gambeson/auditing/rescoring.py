@@ -7,16 +7,17 @@ that way, and the worst answer counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
+from statistics import NormalDist
 from typing import Literal
 
 import torch
 
 from gambeson.attacks import Loss
 from gambeson.auditing.context import AuditContext, Checkpoints
-from gambeson.auditing.outcome import CLEAR, PairedDifference
+from gambeson.auditing.outcome import LEVEL, PairedDifference
 from gambeson.auditing.results import Rescored, Steadiness
 from gambeson.base import generator, seeded
 from gambeson.data import Split
@@ -27,7 +28,7 @@ from gambeson.threat import Ball, perturb
 from gambeson.victim import auto_batch_size, vote
 
 MOST = 1000
-"""Images on which a way of asking is tried first (ours): of 1000, it is clear if 10 more are wrong; of 500, as well."""
+"""Images on which a way of asking is tried first (ours): that 15 more are wrong is clear, 1.5 % of them."""
 ROUNDING = 0.01
 """Share of answers that may change with the batch (ours): its sums are added up in another order."""
 SHRINK = 0.06
@@ -175,8 +176,12 @@ def asked(
     return answers
 
 
-def rescored_in(context: AuditContext, found: Perturbed, tried: Iterable[Way]) -> list[Rescored]:
-    """Ask again in each way for a part of the images, and compare with what was reported of the same ones."""
+def rescored_in(context: AuditContext, found: Perturbed, tried: Sequence[Way]) -> list[Rescored]:
+    """Ask again in each way for a part of the images, and compare with what was reported of the same ones.
+
+    All ways together, for better and for worse, are one comparison of the audit's level.
+    """
+    level = LEVEL / (2 * len(tried))
     few = min(MOST, len(found.split), context.suite.sample if context.subject.black_box else MOST)
     results = []
     for way in tried:
@@ -190,18 +195,18 @@ def rescored_in(context: AuditContext, found: Perturbed, tried: Iterable[Way]) -
             if way.inside:
                 raise
             continue
-        results.append(_compared(context, found, way, rows, predictions))
+        results.append(_compared(context, found, way, rows, predictions, level))
     return results
 
 
 def _compared(
-    context: AuditContext, found: Perturbed, way: Way, rows: torch.Tensor, predictions: torch.Tensor
+    context: AuditContext, found: Perturbed, way: Way, rows: torch.Tensor, predictions: torch.Tensor, level: float
 ) -> Rescored:
     split = found.split
     labels = split.take(rows, "cpu")[1]
     before = Counts(found.right.right.cpu()[rows], found.right.total.cpu()[rows])
     now = split.task.counts(predictions, labels)
-    gain, loss = PairedDifference.of(before, now), PairedDifference.of(now, before)
+    gain, loss = (PairedDifference.of(*pair, level=level) for pair in ((before, now), (now, before)))
     flipped, differs = int((before.right != now.right).sum()), gain.low > 0
     if not way.inside:
         differs = differs or loss.low > 0
@@ -218,10 +223,10 @@ def _compared(
 
 
 def clearly_more(hits: int, total: int, share: float) -> bool:
-    """Whether so many of ``total`` say that more than a share do: the exact binomial test at :data:`CLEAR`."""
-    from scipy.special import bdtrc, ndtr
+    """Whether so many of ``total`` say that more than a share do: the exact binomial test at :data:`LEVEL`."""
+    from scipy.special import bdtrc
 
-    return hits > 0 and float(bdtrc(hits - 1, total, share)) < float(ndtr(-CLEAR))
+    return hits > 0 and float(bdtrc(hits - 1, total, share)) < LEVEL
 
 
 def worse(found: Iterable[Rescored], tried: Iterable[Way]) -> list[Way]:
@@ -367,11 +372,12 @@ def _random_gradients(context: AuditContext) -> Steadiness:
 
     first, second = mean(count, "first"), mean(count, "second")
     within = _cosines(first, second)
+    clear = NormalDist().inv_cdf(1 - LEVEL)
     numbers, passed, lost = {"within": float(within.mean())}, True, 0.0
     for size in (32, most):
         loss = within - _cosines(first, mean(max(size, count), f"size {size}"))
         error = float(loss.std()) / sqrt(max(1, count))
-        passed = passed and not float(loss.mean()) - CLEAR * error > _BLURRED
+        passed = passed and not float(loss.mean()) - clear * error > _BLURRED
         lost = max(lost, float(loss.mean()))
     return Steadiness(
         passed=passed,

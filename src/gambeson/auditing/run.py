@@ -32,6 +32,10 @@ def _read_suite(value: Any) -> Any:
     return Suite(**(SUITES[name].plain() | given))
 
 
+AuditSuite = Annotated[Suite, BeforeValidator(_read_suite)]
+"""A suite, its name or its settings, or both, such as ``{name: quick, sample: 50}``."""
+
+
 class AuditRun(Config):
     """Settings of an audit: model, data and suite."""
 
@@ -43,7 +47,7 @@ class AuditRun(Config):
     """How a server is asked."""
     data: data_room.Name | None = None
     """Name of a data set; None: that of the training run."""
-    suite: Annotated[Suite, BeforeValidator(_read_suite)] = SUITES["standard"]
+    suite: AuditSuite = SUITES["standard"]
     """The suite's name or its settings, or both, such as ``{name: quick, sample: 50}``."""
     label: str | None = None
     """Name of the model in tables; None: that of its defence, or of its file."""

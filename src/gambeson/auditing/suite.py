@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, field_validator
 
-from gambeson.attacks import CONTROLS, MORE_CONTROLS, PGD, StochasticPGD
+from gambeson.attacks import CONTROLS, MORE_CONTROLS, PGD, StochasticPGD, TargetedAutoPGD
 from gambeson.base import Config, Number, unknown_name
 from gambeson.base.registry import canonical
 from gambeson.data import Dataset
@@ -148,6 +148,24 @@ class Suite(Config):
     def pgd(self, eps: float) -> PGD:
         """The per-image attack at one eps."""
         return PGD(eps=eps, norm=self.norm, steps=self.pgd_steps, restarts=self.pgd_restarts)
+
+    def white_box(self, eps: float) -> dict[str, PGD | TargetedAutoPGD]:
+        """The strongest attack with gradients that every image gets, in turn: a short PGD, and targeted Auto-PGD.
+
+        The latter is probed for half of :attr:`pgd_steps` towards the five likeliest wrong classes and run in full
+        towards the nearest, on the margin, which two classes have as well (ours).
+        """
+        steps = self.pgd_steps
+        targeted = TargetedAutoPGD(
+            eps=eps,
+            norm=self.norm,
+            loss="margin",
+            steps=steps,
+            targets=5,
+            probe_steps=max(1, steps // 2),
+            targets_kept=1,
+        )
+        return {"pgd": PGD(eps=eps, norm=self.norm, steps=max(1, steps // 4)), "auto-pgd-targeted": targeted}
 
 
 _OF_IMAGES = (

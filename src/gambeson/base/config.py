@@ -105,5 +105,17 @@ def config_error(error: ValidationError, owner: str, known: Iterable[str]) -> Us
         return UnknownSetting(f"{owner} has {reason}", path, f"there is {reason}")
     reason = problem["msg"].removeprefix("Value error, ").replace("Input should be ", "expected ", 1)
     if path and not isinstance(problem["input"], dict):
-        return UserError(f"{owner}.{field} = {problem['input']!r}: {reason}", path, reason)
+        return UserError(f"{owner}.{field} = {_shown(problem['input'])}: {reason}", path, reason)
     return UserError(f"{owner}: {reason}", path, reason)
+
+
+_LONG = 200
+"""Characters of a value that an error repeats."""
+
+
+def _shown(value: object) -> str:
+    """Return a value for a sentence: of tensors and arrays the shape and type, of long texts the beginning."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a {type(value).__name__} of shape {tuple(value.shape)} and type {value.dtype}"
+    text = repr(value)
+    return text if len(text) <= _LONG else f"{text[:_LONG]} ..."

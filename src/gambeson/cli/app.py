@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import gambeson as gb
-from gambeson.cli import attack, audit, bench, data, export, options, report, testbed, train, uap
+from gambeson.cli import attack, audit, bench, data, export, options, report, study, testbed, train, uap
 from gambeson.cli.list import list_ as list_things
 
 MISTAKE, STOPPED = 2, 130
@@ -42,6 +42,7 @@ app.command("export")(export.export)
 app.command("convert")(export.convert)
 app.add_typer(testbed.app, name="testbed")
 app.add_typer(bench.app, name="bench")
+app.add_typer(study.app, name="study")
 
 
 def _version(wanted: bool) -> None:

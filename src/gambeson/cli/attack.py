@@ -153,4 +153,5 @@ def transfer(
             shown.add_row(label, *("" if rate is None else str(rate) for rate in row))
         shown.add_row("worst of the others", *("" if rate is None else str(rate) for rate in table.worst))
         console.print(shown)
-    console.print(f"clean errors: {', '.join(map(str, result.clean))}; the page is {page}")
+    unit = "" if result.unit == "image" else f" in {result.unit}s"
+    console.print(f"clean errors{unit}: {', '.join(map(str, result.clean))}; the page is {page}")

@@ -70,8 +70,9 @@ def export(
 
 
 def _words(found: Exported, out: Path) -> str:
+    accuracy = "an accuracy" if found.unit == "image" else f"a {found.unit} accuracy"
     text = (
-        f"{out} has an accuracy of {found.exported} on {found.exported.n} test images, the original {found.original}; "
+        f"{out} has {accuracy} of {found.exported} on {found.exported.n} test images, the original {found.original}; "
         f"the largest difference of a logit is {found.largest_difference:.3g}"
     )
     if found.votes > 1:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from gambeson.auditing import AuditPlan, AuditResult
-    from gambeson.evaluation import Rate
+    from gambeson.evaluation import EditsResult, Rate
     from gambeson.evaluation.rates import SmallestEps
 
     Cells = Callable[[AuditResult], str]
@@ -80,6 +80,16 @@ def plan_table(cost: AuditPlan) -> Table:
         if cost.seconds_of(part) == 0:  # not in the suite
             continue
         table.add_row(part.name, f"{part.forwards:,}", f"{part.gradients:,}", duration(cost.seconds_of(part)))
+    return table
+
+
+def edits_table(found: EditsResult) -> Table:
+    """One row per edit: errors under the perturbation, on clean images and under the worst control."""
+    table = Table(title=f"edited images, eps {found.eps:.3g}: per cent [95 % interval]", box=box.SIMPLE_HEAD)
+    for name in ("edit", "UER", "clean error", "worst control"):
+        table.add_column(name, justify="left" if name == "edit" else "right")
+    for one in found.rates:
+        table.add_row(one.edit, *map(_cell, (one.uer, one.clean, one.control)))
     return table
 
 

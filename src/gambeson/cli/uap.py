@@ -12,6 +12,7 @@ from rich.table import Table
 
 from gambeson.cli import options
 from gambeson.cli.options import http_settings, needed, one_model, print_json, progress, put, put_all
+from gambeson.cli.tables import edits_table
 
 if TYPE_CHECKING:
     from gambeson.evaluation import Difference, Rate, TargetSuccess
@@ -113,13 +114,20 @@ def score(
     data: options.Data = None,
     budget: options.Budget = None,
     http: options.Http = None,
+    edits: Annotated[
+        str | None,
+        typer.Option(
+            help="Also under edits of the images: `standard`, or a list such as jpeg:75,shift:2,resize:0.5+jpeg:50.",
+            show_default="none",
+        ),
+    ] = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Score a perturbation and its controls on the test split of any model.
 
-    Example: `gambeson uap score uap.safetensors runs/x`
+    Example: `gambeson uap score uap.safetensors runs/x --edits standard`
     """
     from gambeson.attacks import CONTROLS, UniversalPerturbation
     from gambeson.base import pick_device
@@ -130,10 +138,13 @@ def score(
         fooling_rate,
         load_model,
         target_success,
+        under_edits,
         universal_evasion,
     )
     from gambeson.evaluation.universal import scorable
+    from gambeson.threat.edits import Edit
 
+    asked = None if edits is None or edits == "standard" else [Edit.parse(part) for part in edits.split(",")]
     uap = UniversalPerturbation.load(file)
     source = needed(one_model(model, model_), f"uap score {file}")
     with progress(as_json) as console:
@@ -154,9 +165,11 @@ def score(
             reached = target_success(subject.model, test, uap, seed=seed, controls=CONTROLS)
         else:
             controls = control_rates(subject.model, test, uap.ball, seed)
+        edited = None if edits is None else under_edits(subject.model, test, uap, asked, seed=seed)
     if as_json:
         found: dict[str, Any] = {name: rate.plain() for name, rate in rates.items()}
         found |= {"controls": [one.plain() for one in controls]} if reached is None else {"target": reached.plain()}
+        found |= {} if edited is None else {"edits": edited.plain()}
         print_json({"file": str(file), "left_out": len(whole) - len(test), **found})
         return
     if len(test) < len(whole):
@@ -170,6 +183,10 @@ def score(
         console.print(f"{name:14} {rate}")
     for control in controls:
         console.print(f"{control.name:14} {control.worst} (worst of {control.draws}), mean {100 * control.mean:.1f} %")
+    if edited is not None:
+        console.print(edits_table(edited))
+        for text, why in edited.left_out.items():
+            console.print(f"{text} was left out: {why}")
     if reached is not None:
         _print_target(console, str(uap.about.settings["target"]), reached)
         return

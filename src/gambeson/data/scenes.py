@@ -25,7 +25,7 @@ IGNORED = 255
 """The label of the pixels on both sides of an item's outline."""
 ITEMS = (2, 4)
 """Fewest and most items of a scene."""
-SCALES, ANGLE, SHIFT = (0.45, 0.7), math.pi / 12, 0.15
+SCALES, ANGLE, SHIFT = (0.45, 0.6), math.pi / 12, 0.1
 """Side of an item in parts of the scene's; largest rotation either way, in radians; largest distance of an item's
 centre from that of its quarter of the scene, each way. No two items are in one quarter, so that they hide parts of each
 other and seldom all."""

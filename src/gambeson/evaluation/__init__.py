@@ -3,6 +3,8 @@
 from gambeson.evaluation.attack_run import AttackRun, run_attack
 from gambeson.evaluation.attack_suite import SuiteResult, SuiteRun, run_suite, standard_suite
 from gambeson.evaluation.binarization import BinarizationResult, BinarizationTest, binarization_test
+from gambeson.evaluation.classes import Auc, ClassRates, ClassView, area_under_curve, by_class
+from gambeson.evaluation.edits import STANDARD_EDITS, EditedRates, EditsResult, under_edits
 from gambeson.evaluation.eps_uni import eps_adv, eps_uni
 from gambeson.evaluation.export_check import Exported, run_export
 from gambeson.evaluation.outcome import accuracy_under, outcome, outcome_under
@@ -25,13 +27,19 @@ from gambeson.models.loading import LoadedModel, load_model
 from gambeson.tasks import Confusion, Difference, Rate
 
 __all__ = [
+    "STANDARD_EDITS",
     "AttackRun",
+    "Auc",
     "BinarizationResult",
     "BinarizationTest",
     "BlackBox",
     "BudgetSpent",
+    "ClassRates",
+    "ClassView",
     "Confusion",
     "Difference",
+    "EditedRates",
+    "EditsResult",
     "Exported",
     "FunctionModel",
     "HttpModel",
@@ -46,7 +54,9 @@ __all__ = [
     "TransferRun",
     "accuracy",
     "accuracy_under",
+    "area_under_curve",
     "binarization_test",
+    "by_class",
     "confusion",
     "control_rates",
     "edge_correlation",
@@ -64,6 +74,7 @@ __all__ = [
     "standard_suite",
     "strongest",
     "target_success",
+    "under_edits",
     "universal_evasion",
     "visibility",
 ]

@@ -43,6 +43,8 @@ class Exported(Config):
     """Seed of the sample, if not all images were scored."""
     votes: int
     """Votes per image; 1 for a deterministic model."""
+    unit: str = "image"
+    """What accuracies are shares of: images, or pixels of label maps."""
     original: Rate
     """Accuracy of the original model."""
     exported: Rate
@@ -154,6 +156,7 @@ def _score(model: nn.Module, again: nn.Module, test: Split, votes: int, seed: in
     else:
         agrees = ratio is not None and 1 / _SPREAD <= ratio <= _SPREAD and difference <= _CHANCE * chance
     return {
+        "unit": test.task.unit,
         "votes": count,
         **{name: accuracy_rate(score(torch.cat(answers), test)) for name, answers in found.items()},
         "largest_difference": difference,

@@ -127,6 +127,11 @@ class ImageErrors:
         return cls(counts.total - counts.right, counts.total)
 
     @property
+    def rate(self) -> Rate:
+        """Share of wrong predictions, with its interval over images."""
+        return Rate.bootstrap(self.wrong, self.answers)
+
+    @property
     def error(self) -> float:
         """Share of wrong predictions."""
         return int(self.wrong.sum()) / max(1, int(self.answers.sum()))

@@ -83,6 +83,8 @@ class TransferResult(Config):
     """Contents of ``result.json``."""
 
     labels: list[str]
+    unit: str = "image"
+    """What errors are shares of: images, or pixels of label maps."""
     clean: list[Rate]
     """Clean error of each model."""
     tables: list[TransferTable]
@@ -145,7 +147,12 @@ def run_transfer(run: TransferRun, out: Path) -> TransferResult:
                 advance()
             tables.append(TransferTable(attack=name, errors=errors))
     result = TransferResult(
-        labels=_labels(run, subjects), clean=clean, tables=tables, run=run, environment=environment(run.device)
+        labels=_labels(run, subjects),
+        unit=split.task.unit,
+        clean=clean,
+        tables=tables,
+        run=run,
+        environment=environment(run.device),
     )
     write_json(out / "result.json", result.plain())
     close_run(out)
@@ -175,7 +182,6 @@ def _load(run: TransferRun) -> list[LoadedModel]:
         load_model(source, name, run.device, first.dataset, **settings)
         for source, settings in zip(run.models[1:], asked[1:], strict=True)
     ]
-    first.dataset.test.task.require_classification("a transfer table")
     return [first, *others]
 
 

@@ -51,10 +51,11 @@ def build(result: TransferResult) -> Page:
     ]
     worst = max(cases, key=lambda case: case.error.value - result.clean[case.target].value, default=None)
     tested = result.clean[0].n
+    asked = "How many do those get wrong?" if result.unit == "image" else "How many of their pixels do those get wrong?"
     return Page(
         title=f"Transfer between {count(len(labels), 'model')}" + (f" on {run.data}" if run.data else ""),
         setting=f"{count(tested, 'test image')} were perturbed by {count(len(result.tables), 'attack')} (eps "
-        f"{scale.text(result.eps)}) on one model each, and shown to the others. How many do those get wrong?",
+        f"{scale.text(result.eps)}) on one model each, and shown to the others. {asked}",
         answer=_answer(result, worst, len(cases)),
         squares=[] if worst is None else squares(worst.error, result.clean[worst.target]),
         strength=scale.meaning,
@@ -73,9 +74,11 @@ def _answer(result: TransferResult, worst: _Case | None, candidates: int) -> str
     source, target = (quoted(result.labels[k]) for k in (worst.source, worst.target))
     clean = result.clean[worst.target]
     error = worst.error.among(candidates)
+    hundred = "100" if result.unit == "image" else "100 pixels"
     clear = "" if error.low > clean.high else " That is not clearly more than without an attack."
     return (
-        f"Images made on {source} ({worst.attack}) make {target} wrong on {of_hundred(worst.error.value)} of 100; "
+        f"Images made on {source} ({worst.attack}) make {target} wrong on {of_hundred(worst.error.value)} of "
+        f"{hundred}; "
         f"without an attack it is wrong on {of_hundred(clean.value)}.{clear}"
     )
 

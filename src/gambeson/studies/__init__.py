@@ -1,4 +1,4 @@
-"""Studies: fixed matrices of runs, benchmarks, and measurements on accelerators."""
+"""Studies: matrices of runs with claims, benchmarks, and measurements on accelerators."""
 
 from gambeson.studies.bench import (
     AuditTiming,
@@ -9,16 +9,32 @@ from gambeson.studies.bench import (
     bench_training,
     bench_universal,
 )
+from gambeson.studies.claims import Claim, Verdict
+from gambeson.studies.matrix import Matrix
+from gambeson.studies.planning import StudyPlan
 from gambeson.studies.quickstart import FirstLook, quickstart
+from gambeson.studies.rows import StudyResult, export
+from gambeson.studies.run import plan_study, read_study, run_study
+from gambeson.studies.study import Study
 
 __all__ = [
     "AuditTiming",
     "BenchResult",
     "BenchSettings",
+    "Claim",
     "FirstLook",
+    "Matrix",
+    "Study",
+    "StudyPlan",
+    "StudyResult",
+    "Verdict",
     "bench_attacks",
     "bench_audit",
     "bench_training",
     "bench_universal",
+    "export",
+    "plan_study",
     "quickstart",
+    "read_study",
+    "run_study",
 ]

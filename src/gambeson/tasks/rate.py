@@ -134,8 +134,21 @@ class Rate(Config):
         """
         if n < 2 or not 0 < value < 1:
             return cls._wilson(value, n, 1)
-        variance = float(draws.var()) * n / (n - 1)
-        return cls._wilson(value, n, 1, min(float(answers), value * (1 - value) / max(variance, 1e-300)))
+        return cls.from_variance(value, float(draws.var()) * n / (n - 1), n, answers)
+
+    @classmethod
+    def from_variance(cls, value: float, variance: float, n: int, answers: int) -> Rate:
+        """Build a rate from the variance of its value; see :meth:`from_error`.
+
+        Args:
+            value: the share.
+            variance: of its estimate over samples of the images; unknown for a share of 0 or 1.
+            n: images behind it, two or more.
+            answers: the effective number of answers at the most, and of a share of 0 or 1.
+        """
+        known = 0 < value < 1
+        effective = min(float(answers), value * (1 - value) / max(variance, 1e-300)) if known else float(answers)
+        return cls._wilson(value, n, 1, effective)
 
     @classmethod
     def _wilson(cls, p: float, n: int, candidates: int, effective: float | None = None) -> Rate:

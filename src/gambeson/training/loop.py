@@ -34,7 +34,7 @@ from gambeson.models import PixelModel
 from gambeson.models import save as save_model
 from gambeson.training.batches import Epoch
 from gambeson.training.checkpoint import load_state, save_state
-from gambeson.training.recipe import Recipe, freeze_statistics, make_optimizer, set_lr
+from gambeson.training.recipe import Recipe, fitted, freeze_statistics, make_optimizer, set_lr
 from gambeson.training.validation import is_best, validate, validate_robustly, warn_at_chance
 from gambeson.victim import Victim, copied
 
@@ -81,14 +81,9 @@ def train(
     if recipe is not None and settings:
         raise TypeError(f"give a recipe or its fields, not both (got {', '.join(settings)})")
     with default_dtype(), torch.inference_mode(False), torch.enable_grad():
-        return Run(
-            model,
-            as_dataset(data),
-            defense,
-            recipe or Recipe(**settings),
-            seed,
-            None if out is None else Path(out),
-        ).fit(label)
+        dataset = as_dataset(data)
+        recipe = recipe or Recipe(**fitted(settings, len(dataset.train)))
+        return Run(model, dataset, defense, recipe, seed, None if out is None else Path(out)).fit(label)
 
 
 _WATCH = 50

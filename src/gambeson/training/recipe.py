@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Annotated, Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from gambeson.base import Config, Number, unknown_name
+from gambeson.base.errors import DataWarning
 from gambeson.defenses import Defense
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -152,6 +154,20 @@ class Recipe(Config):
             falls = sum(epoch >= milestone for milestone in self.milestones)
             return self.lr * rise * self.gamma ** (falls + (int(epoch / self.decay_every) if self.decay_every else 0))
         return self.lr * rise
+
+
+def fitted(fields: dict[str, Any], images: int) -> dict[str, Any]:
+    """Return the fields of a recipe, with a batch that so many training images fill where none was asked for."""
+    size = Recipe(**fields).batch_size
+    if "batch_size" in fields or not 0 < images < size:
+        return fields
+    fewer = 1 << (images.bit_length() - 1)
+    warnings.warn(
+        f"a batch has {fewer} images in place of {size}, for there are only {images} to train on",
+        DataWarning,
+        stacklevel=3,
+    )
+    return fields | {"batch_size": fewer}
 
 
 def make_optimizer(model: nn.Module, defense: Defense, recipe: Recipe) -> torch.optim.Optimizer:

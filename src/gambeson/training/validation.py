@@ -41,6 +41,15 @@ def warn_at_chance(last: dict[str, float], split: Split) -> None:
         last: the last entry of the history.
         split: the validation split.
     """
+    if how := chance_level(last, split):
+        warnings.warn(
+            f"the model has not learnt: {how}; train longer, change the learning rate, or check the labels",
+            stacklevel=2,
+        )
+
+
+def chance_level(last: dict[str, float], split: Split) -> str:
+    """Return by what a model is no better than chance, as :func:`warn_at_chance` has it; empty if it is better."""
     if "validation_mean_iou" in last:
         found, most = last["validation_mean_iou"], 1 / len(split.classes)
         how = f"its mean IoU on {split.name} is {100 * found:.1f} %, and a single class has up to {100 * most:.1f} %"
@@ -51,11 +60,7 @@ def warn_at_chance(last: dict[str, float], split: Split) -> None:
         how = f"it gets {100 * found:.1f} % of {split.name} right, and the most frequent class alone is "
         how += f"{100 * chance:.1f} %"
         learnt = found > chance + 2 * math.sqrt(chance * (1 - chance) / len(counted))
-    if not learnt:
-        warnings.warn(
-            f"the model has not learnt: {how}; train longer, change the learning rate, or check the labels",
-            stacklevel=2,
-        )
+    return "" if learnt else how
 
 
 @contextmanager

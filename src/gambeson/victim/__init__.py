@@ -1,6 +1,14 @@
 """Models under attack: frozen, counted and restored; averages over models and samples; scoring."""
 
-from gambeson.victim.averaged import EOT_SAMPLES, Average, AveragedVictim, ModelAverage, Source, as_victim
+from gambeson.victim.averaged import (
+    EOT_SAMPLES,
+    Average,
+    AveragedVictim,
+    EditedVictim,
+    ModelAverage,
+    Source,
+    as_victim,
+)
 from gambeson.victim.bn_folding import FoldedModel, fold_batchnorms
 from gambeson.victim.inspect import ModelTraits, inspect_model
 from gambeson.victim.scoring import (
@@ -29,6 +37,7 @@ __all__ = [
     "Average",
     "AveragedVictim",
     "BatchNormMode",
+    "EditedVictim",
     "FastPath",
     "FoldedModel",
     "ModelAverage",

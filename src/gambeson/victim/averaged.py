@@ -1,4 +1,4 @@
-"""Averages that gradients are taken of: ensembles of source models, and samples of a random model (EOT)."""
+"""What gradients are taken of: ensembles of source models, samples of a random model (EOT), models behind edits."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 from gambeson.base import UserError
 from gambeson.models.black_box.base import BlackBox, no_gradient
 from gambeson.tasks import CLASSIFICATION, Task
+from gambeson.threat.edits import Edit
 from gambeson.victim.inspect import ModelTraits
 from gambeson.victim.victim import FastPath, Victim
 
@@ -155,6 +156,40 @@ class EOTAverage(AveragedVictim):
     def count_backward(self, images: int) -> None:
         """Count a backward pass of so many images, per sample."""
         self.victim.count_backward(images * self.eot_samples)
+
+
+class EditedVictim(Victim):
+    """A model behind edits: each forward draws one of them, which all its images pass in its differentiable form.
+
+    Gradients over several steps, or several forwards, are those of the expectation over the edits (Athalye et al.
+    2018). For gradients alone: :func:`gambeson.victim.predict` makes the edits themselves.
+
+    Args:
+        victim: entered and inspected.
+        edits: drawn from with equal probability; ``none`` is one of them where it is given.
+        draw: on the CPU; of the choices and of what is random about an edit.
+    """
+
+    def __init__(self, victim: Victim, edits: Sequence[Edit], draw: torch.Generator) -> None:
+        super().__init__(victim.model)
+        self.victim, self.edits, self.generator = victim, edits, draw
+        self.traits, self.allow_no_graph = victim.traits, victim.allow_no_graph
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the logits of edited images, for attacks."""
+        return self.victim(self._edited(images))
+
+    def forward_original(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the original model's logits of edited images."""
+        return self.victim.forward_original(self._edited(images))
+
+    def count_backward(self, images: int) -> None:
+        """Count a backward pass of so many images."""
+        self.victim.count_backward(images)
+
+    def _edited(self, images: torch.Tensor) -> torch.Tensor:
+        edit = self.edits[int(torch.randint(len(self.edits), (), generator=self.generator))]
+        return edit.differentiable(images, edit.draw(len(images), images.shape[1], self.generator))
 
 
 EOT_SAMPLES = 10

@@ -20,8 +20,11 @@ from gambeson.base import seeded
 Job = Callable[..., tuple[torch.Tensor, ...]]
 EAGER = 2
 """Calls of the same shapes that are computed one kernel after another before a graph is captured."""
-MOST = 8
+MOST = 12
 """Graphs kept per model; the one that was used least recently is dropped."""
+DIGITS = 3
+"""Binary digits of the numbers of images that graphs are made for: at most a quarter, on average a twelfth more than
+there are images."""
 _WAITED = "synchronizing CUDA operation"
 
 
@@ -89,12 +92,19 @@ class Graphs:
 
     def __init__(self) -> None:
         self.refused: str | None = None
+        self._most = 0
         self._seen: Counter[Hashable] = Counter()
         self._made: OrderedDict[Hashable, Graph] = OrderedDict()
         self._pools: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return len(self._made)
+
+    def size_for(self, images: int) -> int:
+        """Return how many images to compute so many with: rounded up, but never above the most so far."""
+        self._most = max(self._most, images)
+        unit = 1 << max(0, images.bit_length() - DIGITS)
+        return min(self._most, -(-images // unit) * unit)
 
     def find(
         self,

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from gambeson.base import UserError, full_precision, seeded
+from gambeson.base import UserError, full_precision, generator, seeded
 from gambeson.base.checks import as_images
 from gambeson.data import Split, as_split
 from gambeson.tasks import CLASSIFICATION, Counts, Rate, Task
 from gambeson.threat import perturb
+from gambeson.threat.edits import Edit, check_edits
 from gambeson.victim.victim import Victim
 
 
@@ -89,20 +90,23 @@ def votes_of(victim: Victim, images: torch.Tensor) -> int:
     return victim.votes
 
 
-def predict(victim: Victim, data: object, delta: torch.Tensor | None = None, *, seed: int = 0) -> torch.Tensor:
+def predict(
+    victim: Victim, data: object, delta: torch.Tensor | None = None, *, seed: int = 0, edit: Edit | None = None
+) -> torch.Tensor:
     """Predict every image of a split, clean or under one universal perturbation; see :func:`predict_batches`.
 
     Args:
         victim: the model, inside its context; see :func:`votes_of` for how many votes an image has.
         data: a split, an (images, labels) pair, or a data set, of which the test split is used.
         delta: (1, C, H, W), or None for clean images.
-        seed: of the votes.
+        seed: of the votes, and of the edit.
+        edit: what happens to the images, clean or perturbed, before the model sees them.
 
     Returns:
         Class indices (N,) or (N, H, W), on the CPU; :data:`ABSTAIN` without a majority.
     """
     return torch.cat(
-        predict_batches(victim, as_split(data), lambda predictions, _: predictions.cpu(), delta, seed=seed)
+        predict_batches(victim, as_split(data), lambda predictions, _: predictions.cpu(), delta, seed=seed, edit=edit)
     )
 
 
@@ -117,6 +121,7 @@ def predict_batches(
     delta: torch.Tensor | None = None,
     *,
     seed: int = 0,
+    edit: Edit | None = None,
 ) -> list[ReducedT]:
     """Predict every image of a split, and keep of each batch what ``reduce`` makes of it: label maps may be large.
 
@@ -126,11 +131,12 @@ def predict_batches(
         reduce: maps predictions and labels, (B,) or (B, H, W), to what is kept.
         delta: (1, C, H, W), or None for clean images.
         seed: of the votes, so that the same call gives the same predictions; a single pass uses the current state of
-            torch's generators.
+            torch's generators. Also of the edit: clean and perturbed images are edited alike.
+        edit: what happens to the images, clean or perturbed, before the model sees them.
 
     Raises:
-        UserError: there are no images, a perturbation of another shape, labels without a logit, or some logits are not
-            finite.
+        UserError: there are no images, an edit or a perturbation that does not fit them, labels without a logit, or
+            some logits are not finite.
     """
     if len(split) == 0:
         raise nothing_counts(split)
@@ -143,11 +149,19 @@ def predict_batches(
     votes = victim.votes or votes_of(victim, split.take(slice(0, 8), device)[0])
     if victim.traits is not None:
         split.check_classes(victim.traits.shape[1])
+    change: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
+    if edit is not None:
+        check_edits([edit], split.shape, split.task, split.name)
+        change = edit.seeded(split.shape[0], generator(seed, "edit", str(edit)))
     with seeded(seed, "score") if votes > 1 else nullcontext():
         return [
-            reduce(vote(victim, images if delta is None else perturb(images, delta)), labels)
+            reduce(vote(victim, change(images if delta is None else perturb(images, delta))), labels)
             for images, labels in split.batches(auto_batch_size(split.shape), device=device)
         ]
+
+
+def _as_it_is(images: torch.Tensor) -> torch.Tensor:
+    return images
 
 
 @torch.no_grad()
@@ -262,6 +276,7 @@ def score_batches(
     *,
     seed: int = 0,
     clean: torch.Tensor | None = None,
+    edit: Edit | None = None,
 ) -> Score:
     """Predict and count, one batch at a time; label maps need not fit in memory.
 
@@ -269,8 +284,9 @@ def score_batches(
         victim: the model, inside its context.
         split: the images with their labels.
         delta: (1, C, H, W), or None for clean images.
-        seed: of a random model's votes.
+        seed: of a random model's votes, and of the edit.
         clean: the predictions on clean images; without them no change is counted.
+        edit: what happens to the images, clean or perturbed, before the model sees them.
 
     Raises:
         UserError: no label counts, or as :func:`predict_batches`.
@@ -280,7 +296,7 @@ def score_batches(
     def count(predictions: torch.Tensor, labels: torch.Tensor) -> Score:
         return _score(split.task, predictions, labels, None if known is None else next(known).to(predictions))
 
-    parts = predict_batches(victim, split, count, delta, seed=seed)
+    parts = predict_batches(victim, split, count, delta, seed=seed, edit=edit)
     right, total = (torch.cat([getattr(part.counts, name).cpu() for part in parts]) for name in ("right", "total"))
     found = Score(counts=Counts(right, total), changed=torch.cat([part.changed.cpu() for part in parts]))
     if found.counts.images == 0:

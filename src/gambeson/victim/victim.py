@@ -260,6 +260,7 @@ class Victim:
         cotangent: torch.Tensor | None = None,
         *,
         keep: bool = False,
+        batched: bool = False,
     ) -> torch.Tensor:
         """Return the gradient of a scalar with respect to ``wrt``, counted as ``images`` backward passes.
 
@@ -269,6 +270,8 @@ class Victim:
             images: their number.
             cotangent: None for a scalar.
             keep: keep the graph for another backward.
+            batched: whether there are several cotangents, (R, *value.shape), for all of which one backward is made:
+                the result is (R, *wrt.shape).
 
         Raises:
             NoGradientError: ``value`` does not depend on ``wrt``, which :attr:`allow_no_graph` takes for zero.
@@ -277,13 +280,17 @@ class Victim:
         gradient = None
         if value.requires_grad:
             with self._as_called(wrt), autograd_limits():  # autocast would also cast the products of the backward pass
-                (gradient,) = torch.autograd.grad(value, wrt, cotangent, retain_graph=keep, allow_unused=True)
+                (gradient,) = torch.autograd.grad(
+                    value, wrt, cotangent, retain_graph=keep, allow_unused=True, is_grads_batched=batched
+                )
         if gradient is None and not self.allow_no_graph:
             raise NoGradientError
-        return torch.zeros_like(wrt) if gradient is None else gradient
+        if gradient is not None:
+            return gradient
+        return torch.zeros_like(wrt if cotangent is None or not batched else wrt.expand(len(cotangent), *wrt.shape))
 
     def repeated(
-        self, what: Hashable, job: Job, images: torch.Tensor, *tensors: torch.Tensor
+        self, what: Hashable, job: Job, images: torch.Tensor, *tensors: torch.Tensor, by_row: bool = False
     ) -> tuple[torch.Tensor, ...]:
         """Return ``job(images, *tensors)``, from a CUDA graph if the fast path has one (:attr:`FastPath.graphs`).
 
@@ -292,6 +299,9 @@ class Victim:
             job: a function of tensors alone, to tensors, that sends them through this victim.
             images: (N, C, H, W) in [0, 1].
             tensors: its other inputs.
+            by_row: whether every input has a row per image, and every row of the outputs depends on that row alone.
+                Where images drop out, so that each call has fewer, the last one then fills up to one of a few sizes,
+                whose graphs are used again; an output without rows counts it each time.
         """
         if self.fast is not None:
             with self._as_called(images):
@@ -302,15 +312,20 @@ class Victim:
         before = self.forwards, self.backwards
         # Not yet known is as False: a graph's inputs are its own, and another victim has tried the same copy.
         state = (self.fast, self._layout, self.temperature, self.most, bool(self._writes))
+        count = len(images)
+        size = copy.graphs.size_for(count) if by_row else count
+        filled = tensors
+        if size > count:
+            filled = tuple(torch.cat([one, one[-1:].expand(size - count, *one.shape[1:])]) for one in tensors)
         graph = copy.graphs.find(
-            (what, state), job, tensors, lambda: (self.forwards, self.backwards), lambda: signature(copy.view)
+            (what, state), job, filled, lambda: (self.forwards, self.backwards), lambda: signature(copy.view)
         )
         self.forwards, self.backwards = before
         if graph is None:
             return job(*tensors)
-        self.forwards += graph.counts[0]
-        self.backwards += graph.counts[1]
-        return graph(tensors)
+        self.forwards += graph.counts[0] * count // size
+        self.backwards += graph.counts[1] * count // size
+        return tuple(one[:count] if one.ndim else one for one in graph(filled))
 
     def _make_view(self, images: torch.Tensor, fast: FastPath) -> Callable[[torch.Tensor], Any] | None:
         view: Callable[[torch.Tensor], Any] = self.model

@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gambeson.attacks.registry import ATTACKS
 from gambeson.attacks.universal.context import CraftingContext, passes, splits_of
@@ -21,6 +21,7 @@ from gambeson.base.errors import DataWarning
 from gambeson.data import Split, held_out
 from gambeson.models import fingerprint
 from gambeson.threat import Ball, Eps, Norm
+from gambeson.threat.edits import EditText, check_edits
 from gambeson.victim import Source, Victim, as_victim, auto_batch_size, rescaled
 
 
@@ -55,10 +56,32 @@ class UniversalAttack(Config):
     norm: Norm = "inf"
     """Norm of the ball."""
     eot_samples: Annotated[int, Field(ge=1)] | None = None
-    """Samples of a random model that each gradient is averaged over (expectation over transformation, Athalye et al.
-    2018), a forward and a backward each. None (the default is ours): 1 if the model draws independently per image,
-    because the batch mean then averages over draws, else :data:`gambeson.victim.averaged.EOT_SAMPLES`. Attacks without
-    a loss (DeepFool-UAP, singular vectors, data-free, procedural) use a single sample."""
+    """Samples of a random model, or edits, that each gradient is averaged over (expectation over transformation,
+    Athalye et al. 2018), a forward and a backward each. None (the default is ours): 1 if the model draws independently
+    per image, because the batch mean then averages over draws, or is not random; else
+    :data:`gambeson.victim.averaged.EOT_SAMPLES`. Attacks without a loss (DeepFool-UAP, singular vectors, data-free,
+    procedural) use a single sample."""
+    edits: tuple[EditText, ...] = ()
+    """Edits that the perturbation is to survive (:class:`gambeson.threat.edits.Edit`), such as ``("none", "jpeg:75")``:
+    every gradient goes through one of them, drawn with equal probability, in its differentiable form, and validation
+    selects by the mean rate over all of them, as they are. The ball holds before the edit. Labels that are predictions
+    are those of images without edits. Empty: none."""
+
+    @model_validator(mode="after")
+    def _through_edits(self) -> Self:
+        if self.edits and not self.gradients:
+            raise ValueError(f"{type(self).__name__} takes no gradients that could go through edits; leave edits out")
+        return self
+
+    @model_validator(mode="after")
+    def _omega_has_a_use(self) -> Self:
+        target = getattr(self, "target", None)
+        if getattr(self, "omega", OMEGA) != OMEGA and getattr(target, "kind", None) != "hide":
+            given = "there is no target" if target is None else f"the target is {target}"
+            raise ValueError(
+                f"omega weighs the pixels of a class to hide, and {given}: leave it out, or set target to hide:CLASS"
+            )
+        return self
 
     @property
     def ball(self) -> Ball:
@@ -141,6 +164,7 @@ class UniversalAttack(Config):
                 f"tile = {tile[0]}x{tile[1]} is larger than the images of {train.shape[1]}x{train.shape[2]} pixels: "
                 "expected no larger tile"
             )
+        edits = check_edits(self.edits, train.shape, train.task, train.name)
         target, predicted = getattr(self, "target", None), from_predictions(settings)
         context = CraftingContext(
             victims=victims,
@@ -152,6 +176,7 @@ class UniversalAttack(Config):
             predicted_labels=predicted,
             box_gradient=settings.get("box_gradient", "exact"),
             eot_samples=self.eot_samples,
+            edits=tuple(edits),
             before=before,
         )
         if target is None:

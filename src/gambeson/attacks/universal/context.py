@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from gambeson.base import UserError, derive, generator
 from gambeson.data import Split, as_dataset
 from gambeson.tasks import Task
 from gambeson.threat import Ball, BoxGradient
-from gambeson.victim import EOT_SAMPLES, ModelAverage, Victim, auto_batch_size, predict, score
+from gambeson.threat.edits import Edit
+from gambeson.victim import EOT_SAMPLES, EditedVictim, ModelAverage, Victim, auto_batch_size, predict, score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class CraftingContext:
     box_gradient: BoxGradient = "exact"
     eot_samples: int | None = None
     """See :attr:`gambeson.attacks.UniversalAttack.eot_samples`."""
+    edits: tuple[Edit, ...] = ()
+    """See :attr:`gambeson.attacks.UniversalAttack.edits`."""
     before: tuple[int, int] = (0, 0)
     """Forwards and backwards of the models before the crafting, in images."""
     _reached: dict[int, tuple[Split, torch.Tensor, torch.Tensor | None]] = field(init=False, default_factory=dict)
@@ -52,15 +56,32 @@ class CraftingContext:
         return self.victims[0] if len(self.victims) == 1 else self._together
 
     @cached_property
+    def edited(self) -> list[Victim]:
+        """The models behind the edits, which attacks take gradients of; :attr:`victims` where there are none."""
+        if not self.edits:
+            return self.victims
+        draws = [generator(self.seed, "edits", k) for k in range(len(self.victims))]
+        return [EditedVictim(victim, self.edits, draw) for victim, draw in zip(self.victims, draws, strict=True)]
+
+    @cached_property
     def averaged(self) -> Victim:
-        """The victim of the gradients: :attr:`victim`, or the EOT average of each random model."""
-        drawn = [victim for victim in self.victims for _ in range(self._draws(victim))]
-        return self.victim if len(drawn) == len(self.victims) else ModelAverage(drawn, "losses")
+        """The victim of the gradients: :attr:`victim`, or the EOT average of each model that is random or edited."""
+        return self._averaged(self.edited)
+
+    @cached_property
+    def _unedited(self) -> Victim:
+        return self._averaged(self.victims)
+
+    def _averaged(self, models: list[Victim]) -> Victim:
+        drawn = [victim for victim in models for _ in range(self._draws(victim))]
+        if len(drawn) == 1:
+            return drawn[0]
+        return self._together if drawn == self.victims else ModelAverage(drawn, "losses")
 
     def _draws(self, victim: Victim) -> int:
         traits = victim.traits
         if traits is None or not traits.stochastic:
-            return 1
+            return self.eot_samples or 1 if isinstance(victim, EditedVictim) else 1
         # With independent draws per image, the mean gradient of a batch already averages over draws.
         return self.eot_samples or (EOT_SAMPLES if traits.shared else 1)
 
@@ -157,7 +178,10 @@ class CraftingContext:
         return (targets, hidden) if rows is None else (targets[rows], None if hidden is None else hidden[rows])
 
     def predictions(self, split: Split) -> torch.Tensor:
-        """Return the clean predictions of a split, on the CPU; of several models those of their mean logits."""
+        """Return the clean predictions of a split, on the CPU; of several models those of their mean logits.
+
+        Those of images without edits, as everywhere where labels are predictions.
+        """
         if len(self.victims) == 1:
             return predict(self.victim, split, seed=self.seed)
         parts = split.batches(auto_batch_size(split.shape), device=self.device)
@@ -165,7 +189,8 @@ class CraftingContext:
 
     def _predicted(self, images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            each = self.averaged.each(images) if isinstance(self.averaged, ModelAverage) else [self.victim(images)]
+            victim = self._unedited
+            each = victim.each(images) if isinstance(victim, ModelAverage) else [victim(images)]
             return torch.stack(list(each)).mean(0).argmax(1)
 
     def targets(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -223,7 +248,7 @@ class CraftingContext:
         )
 
     def rate(self, delta: torch.Tensor, split: Split | None = None) -> float:
-        """Return the error (or, targeted, the rate of :meth:`Target.rate`), averaged over the models.
+        """Return the error (or, targeted, the rate of :meth:`Target.rate`), averaged over the models and the edits.
 
         Args:
             delta: (1, C, H, W).
@@ -231,13 +256,17 @@ class CraftingContext:
         """
         split = self.validation if split is None else split
         rates = []
-        for victim in self.victims:
-            predictions = predict(victim, split, delta, seed=self.seed)
+        for predictions in chain.from_iterable(self.under_edits(victim, split, delta) for victim in self.victims):
             if self.target is None:
                 rates.append(score(predictions, split).error)
             else:
                 rates.append(self.target.rate(predictions, *self.reach(split)))
         return sum(rates) / len(rates)
+
+    def under_edits(self, victim: Victim, split: Split, delta: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the predictions of a split under a perturbation and each of the edits, or none where there are none."""
+        for edit in self.edits or (None,):
+            yield predict(victim, split, delta, seed=self.seed, edit=edit)
 
     def few(self, images: int) -> Split:
         """Return a random part of the training images, the same for every call."""

@@ -141,7 +141,7 @@ class DataFree(UniversalAttack):
                 moved = perturb(images, point, "straight-through")
                 values = [
                     self._excitement(activations(victim, moved, names))
-                    for victim, names in zip(context.victims, layers, strict=True)
+                    for victim, names in zip(context.edited, layers, strict=True)
                 ]
                 gradient = input_gradient(context.victim, torch.stack(values).mean(), point, len(images))
             delta = context.ball.project(delta + self.rel_step_size * self.eps * adam.direction(gradient))

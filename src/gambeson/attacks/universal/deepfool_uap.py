@@ -68,7 +68,7 @@ class DeepFoolUAP(UniversalAttack):
                 order = torch.randperm(len(few), generator=generator(context.seed, "order", restart, turn))
                 for rows in order.split(self.images_a_step):
                     images, _ = few.take(rows, context.device)
-                    for victim, answers in zip(context.victims, clean, strict=True):
+                    for victim, answers in zip(context.edited, clean, strict=True):
                         v = self._move(context, victim, v, images, answers[rows].to(context.device))
                 reached = self._fooling(context, few, clean, v) >= self.fooling
                 if reached:
@@ -96,7 +96,8 @@ class DeepFoolUAP(UniversalAttack):
 
     def _fooling(self, context: CraftingContext, few: Split, clean: list[torch.Tensor], v: torch.Tensor) -> float:
         flipped = [
-            (found := score(predict(victim, few, v), few, before)).flipped / max(1, found.total)
+            (found := score(predictions, few, before)).flipped / max(1, found.total)
             for victim, before in zip(context.victims, clean, strict=True)
+            for predictions in context.under_edits(victim, few, v)
         ]
         return sum(flipped) / len(flipped)

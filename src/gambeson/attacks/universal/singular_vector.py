@@ -52,7 +52,7 @@ class SingularVector(UniversalAttack):
     def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
         images, _ = context.few(self.images).take(slice(None), context.device)
         p = self.p or (math.inf if self.norm == "inf" else float(self.norm))
-        for k, victim in enumerate(context.victims):
+        for k, victim in enumerate(context.edited):
             for name in self.layers or layer_names(victim.model, at_most=MAX_LAYERS):
                 draw = generator(context.seed, "singular", k, name, device=context.device)
                 v = self._strongest(victim, images, name, p, draw, start)

@@ -37,6 +37,8 @@ class Diagnostic:
     look: Callable[[AuditContext], Finding]
     gradients: bool = True
     """Whether it needs gradients, so that it does not apply to a black box."""
+    comparisons: int = 1
+    """Comparisons of rates that it makes at most, each at the level :data:`gambeson.auditing.outcome.LEVEL`."""
 
     def check(self, context: AuditContext) -> Check:
         """Run the diagnostic and return its check."""
@@ -70,7 +72,7 @@ LOOKS: Registry[ModelTraits] = Registry(
 
 
 def register(
-    name: str, *, condition: str, explanation: str, remedy: str, gradients: bool = True
+    name: str, *, condition: str, explanation: str, remedy: str, gradients: bool = True, comparisons: int = 1
 ) -> Callable[[ModelTraits], ModelTraits]:
     """Register a function as a diagnostic: ``@register("name", condition=..., explanation=..., remedy=...)``.
 
@@ -80,8 +82,10 @@ def register(
         explanation: what a failure means.
         remedy: what to do about it.
         gradients: whether it needs gradients, so that it does not apply to a black box.
+        comparisons: of rates that it makes at most, each at the level :data:`gambeson.auditing.outcome.LEVEL`.
     """
     about = {"condition": condition, "explanation": explanation, "remedy": remedy, "gradients": gradients}
+    about |= {"comparisons": comparisons}
     summary = f"Never fails: {condition[7:]}." if condition.startswith("never: ") else f"Fails where {condition}."
     return LOOKS.register(name, title=name, summary=summary, **about)
 
@@ -111,5 +115,5 @@ def _diagnostic(entry: Registered[ModelTraits]) -> Diagnostic:
             f"the function {entry.target.__name__} of {entry.owner} is no diagnostic: put @gambeson.auditing.register("
             "name, condition=..., explanation=..., remedy=...) above it"
         )
-    about = {key: entry.options[key] for key in ("condition", "explanation", "remedy", "gradients")}
+    about = {key: entry.options[key] for key in ("condition", "explanation", "remedy", "gradients", "comparisons")}
     return Diagnostic(name=entry.options["title"], look=entry.target, **about)

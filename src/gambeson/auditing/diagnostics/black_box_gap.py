@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gambeson.attacks import Square
-from gambeson.auditing.context import AuditContext
+from gambeson.auditing.context import AuditContext, Where
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.nearest_class import NearestClass
 from gambeson.auditing.outcome import AsFarAsFinite, PairedDifference
@@ -32,26 +32,27 @@ _REMEDY = "Report the stronger attack's number, and find what stops the gradient
 
 @register(
     "white box beats transfer",
-    condition=f"images perturbed on a surrogate are clearly more often wrong than under PGD on the model itself, "
-    f"by {100 * _MORE:g} points",
+    condition="images perturbed on a surrogate are clearly more often wrong than under the strongest attack with "
+    f"gradients on the model itself, by {100 * _MORE:g} points",
     explanation="The surrogate's gradient serves better than the model's own, which must be masked (Papernot et "
     "al. 2017; Tramèr et al. 2018, section 4: the white-box error less the transferred one fell to -9.7 points).",
     remedy=_REMEDY,
+    comparisons=2,
 )
 def _transferred(context: AuditContext) -> Finding:
     if context.surrogate is None:
         return Finding(None, "there is no surrogate")
-    white = context.suite.pgd(context.eps)
+    white = context.white_box
     numbers, gains = {"white box": context.accuracy(white).value}, []
     for name, attack in image_attacks(context.eps, context.suite.norm, context.test.task).items():
         moved = FromSurrogate(context.surrogate, attack, context.surrogate_temperature, context.suite.eot_samples)
-        gains.append(PairedDifference.of(context.outcome(white), context.outcome(moved)))
+        gains.append(context.compare(white, moved, _MORE))
         numbers[name] = context.accuracy(moved).value
     rates = ", ".join(f"{name} {100 * value:.1f} %" for name, value in numbers.items() if name != "white box")
     return Finding(
         all(gain.low <= _MORE for gain in gains),
-        f"accuracy at eps {context.eps:.4g} under PGD {context.accuracy(white)}; crafted on the surrogate: "
-        f"{rates}; the strongest of these breaks {max(gains, key=lambda gain: gain.low).beyond(_MORE)}",
+        f"accuracy at eps {context.eps:.4g} under {context.strongest} {context.accuracy(white)}; crafted on "
+        f"the surrogate: {rates}; the strongest of these breaks {max(gains, key=lambda gain: gain.low).beyond(_MORE)}",
         numbers,
     )
 
@@ -83,7 +84,8 @@ def _universal(context: AuditContext) -> Finding:
 @register(
     "white box beats queries",
     condition=f"Square, or steps towards training images of other classes, break clearly more than {100 * _MORE:g} "
-    "% of images among those that PGD leaves right; of label maps, Square breaks so many of their pixels",
+    "% of images among those that the strongest attack with gradients leaves right; of label maps, Square breaks so "
+    "many of their pixels",
     explanation="An attack that sees scores alone finds what the gradient does not lead to (Athalye et al. 2018, "
     "section 3.1; Andriushchenko et al. 2020, section 5); steps towards other images find what compares images "
     "with those it knows.",
@@ -97,14 +99,20 @@ def _queried(context: AuditContext) -> Finding:
     if not context.sample.task.per_image_label:
         return _queried_maps(context, square)
     others = (square, _towards(context))
-    white, both, broken = (_voted if context.subject.random else _settled)(context, others)
+    found: list[tuple[Counts, Counts, list[int]]] = []
+
+    def look(on: Where) -> tuple[Counts, Counts]:
+        found.append((_voted if context.subject.random else _settled)(context, others, on))
+        return found[-1][:2]
+
+    gain = context.looked(look, _MORE)
+    white, both, broken = found[-1]
     left = int(white.right.sum())
-    gain = PairedDifference.of(white, both)
     return Finding(
         gain.low <= _MORE,
-        f"of {left} images that PGD leaves right, among {len(white.right)}, Square breaks {broken[0]} with {queries} "
-        f"queries each, and steps towards training images of other classes break {broken[1]}: together "
-        f"{gain.beyond(_MORE)}",
+        f"of {left} images that {context.strongest} leaves right, among {len(white.right)}, Square breaks "
+        f"{broken[0]} with {queries} queries each, and steps towards training images of other classes break "
+        f"{broken[1]}: together {gain.beyond(_MORE)}",
         {"left by PGD": left, "broken by queries": left - int(both.right.sum())},
     )
 
@@ -126,14 +134,14 @@ def _queried_maps(context: AuditContext, square: Square) -> Finding:
     )
 
 
-def _settled(context: AuditContext, others: Sequence[ImageAttack]) -> tuple[Counts, Counts, list[int]]:
-    """Return what PGD leaves right, what the others leave of that, and how many each of them breaks."""
-    white = context.outcome(context.suite.pgd(context.eps))
+def _settled(context: AuditContext, others: Sequence[ImageAttack], on: Where) -> tuple[Counts, Counts, list[int]]:
+    """Return what gradients leave right, what the others leave of that, and how many each of them breaks."""
+    white, split = context.outcome(context.white_box, on), getattr(context, on)
     survivors = white.right.nonzero().flatten()
     both, broken = white.right.clone(), [0] * len(others)
     if len(survivors):
-        victim, task = context.victim, context.sample.task
-        images, labels = context.sample.take(survivors, victim.device)
+        victim, task = context.victim, split.task
+        images, labels = split.take(survivors, victim.device)
         for k, attack in enumerate(others):
             moved = attack(victim, images, labels, seed=context.seed, task=task)
             right = task.counts(vote(victim, moved), labels).right.cpu()
@@ -142,12 +150,12 @@ def _settled(context: AuditContext, others: Sequence[ImageAttack]) -> tuple[Coun
     return white, Counts(both, white.total), broken
 
 
-def _voted(context: AuditContext, others: Sequence[ImageAttack]) -> tuple[Counts, Counts, list[int]]:
+def _voted(context: AuditContext, others: Sequence[ImageAttack], on: Where) -> tuple[Counts, Counts, list[int]]:
     """Do the same on a random model, where survivors that are judged once more fall by chance alone.
 
     The worst candidate of each image is chosen by some votes and scored on others, before the others and after them.
     """
-    victim, sample, seed = context.victim, context.sample, context.seed
+    victim, sample, seed = context.victim, getattr(context, on), context.seed
     worst = WorstCase(victim, sample, seed=seed)
     clean, answers = worst.images.clone(), worst.counts.long().cpu()
     pgd = AsFarAsFinite(context.averaged(context.suite.pgd(context.eps)))
@@ -197,7 +205,7 @@ class _Noise:
 def _noise(context: AuditContext) -> Finding:
     white = context.suite.pgd(context.eps)
     noise = _Noise(white.ball)
-    gain = PairedDifference.of(context.outcome(white), context.outcome(noise))
+    gain = context.compare(white, noise, _MORE)
     return Finding(
         gain.low <= _MORE,
         f"accuracy at eps {context.eps:.4g} under PGD {context.accuracy(white)}, under random signs drawn anew for "

@@ -10,7 +10,6 @@ from gambeson.analysis import GradientStatistics, gradient_statistics
 from gambeson.attacks import PGD, Loss
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
-from gambeson.auditing.outcome import PairedDifference
 from gambeson.base import UserError, generator
 from gambeson.evaluation import Rate
 from gambeson.evaluation.outcome import at_once
@@ -76,7 +75,7 @@ def _of_wrong_classes(logits: torch.Tensor, labels: torch.Tensor, task: Task) ->
 def _fed(context: AuditContext) -> Finding:
     usual = probe(context, context.eps)
     margin = usual.model_copy(update={"loss": "margin"})
-    gain = PairedDifference.of(context.outcome(usual), context.outcome(margin))
+    gain = context.compare(usual, margin, _STARVED)
     detail = (
         f"accuracy under PGD on cross-entropy {context.accuracy(usual)}, on the margin of the logits "
         f"{context.accuracy(margin)}: the latter breaks {gain.beyond(_STARVED)}"

@@ -52,6 +52,7 @@ def _attack(context: AuditContext, eot_samples: int | None) -> PGD:
     explanation="The attacks followed the noise of too few draws, or a mean that misleads (expectation over "
     "transformation, Athalye et al. 2018, section 4.2): a stronger attack is known, and the numbers are not it.",
     remedy="Raise eot_samples until more of them change nothing; where one does better, lower them to it.",
+    comparisons=2,
 )
 def _more_draws(context: AuditContext) -> Finding:
     if not context.subject.random:
@@ -103,6 +104,7 @@ class _Nothing:
     "(Athalye et al. 2018, section 4.2).",
     remedy="Report the number with the noise off beside it; attack with more draws, more steps, and from what was "
     "crafted with the noise off.",
+    comparisons=2,
 )
 def _noise_off(context: AuditContext) -> Finding:
     if not context.subject.random:

@@ -10,7 +10,7 @@ import torch
 from gambeson.attacks import FGSM, IFGSM, RFGSM, GradientAttack, Loss
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
-from gambeson.auditing.outcome import AsFarAsFinite, PairedDifference
+from gambeson.auditing.outcome import AsFarAsFinite, lower_end
 from gambeson.evaluation import Rate
 from gambeson.evaluation.outcome import at_once
 
@@ -43,7 +43,7 @@ def _as_trained(look: Callable[[AuditContext], Finding]) -> Callable[[AuditConte
 )
 def _multi_step(context: AuditContext) -> Finding:
     single, many = _step(context, 1), context.suite.pgd(context.eps)
-    gain = PairedDifference.of(context.outcome(many), context.outcome(single))
+    gain = context.compare(many, single)
     return Finding(
         gain.low <= 0,
         f"accuracy under FGSM {context.accuracy(single)}, under PGD {context.accuracy(many)}, both at eps "
@@ -63,7 +63,7 @@ def _multi_step(context: AuditContext) -> Finding:
 @_as_trained
 def _random_start(context: AuditContext) -> Finding:
     plain, started = _step(context, 1), RFGSM(eps=context.eps, norm=context.suite.norm)
-    gain = PairedDifference.of(context.outcome(plain), context.outcome(started))
+    gain = context.compare(plain, started, _GAP)
     return Finding(
         gain.low <= _GAP,
         f"accuracy under FGSM {context.accuracy(plain)}, under R+FGSM {context.accuracy(started)}: the random start "
@@ -83,7 +83,7 @@ def _random_start(context: AuditContext) -> Finding:
 @_as_trained
 def _longer_step(context: AuditContext) -> Finding:
     half, whole = _step(context, 0.5), _step(context, 1)
-    gain = PairedDifference.of(context.outcome(whole), context.outcome(half))
+    gain = context.compare(whole, half, _FURTHER)
     return Finding(
         gain.low <= _FURTHER,
         f"accuracy under a step of eps / 2 {context.accuracy(half)}, under one of eps {context.accuracy(whole)}: "
@@ -127,7 +127,7 @@ def _approximation(context: AuditContext) -> Finding:
     ratio = whole / many if many > 0 else 1.0
     rise = (whole - start) / (many - start) if many > start else 1.0
     return Finding(
-        rise >= _NEAR or falls.low <= _FALLING,
+        rise >= _NEAR or lower_end(falls) <= _FALLING,
         f"a single step reaches {100 * ratio:.0f} % of the loss of ten small ones and {100 * rise:.0f} % of its rise; "
         f"the cosine of the two is {cosine:.2f}; on {falls} of images the loss falls in the step's second half",
         {"ratio": ratio, "rise": rise, "cosine": cosine, "falls": falls.value},

@@ -21,6 +21,7 @@ tried was the best of several on validation. Ours."""
     remedy="Find out whether the test images, or near copies of them, went into the model; score it on images that "
     "nobody has seen.",
     gradients=False,
+    comparisons=2,
 )
 def _alike(context: AuditContext) -> Finding:
     splits = [context.test, context.data.validation]
@@ -30,7 +31,7 @@ def _alike(context: AuditContext) -> Finding:
     pairs = {"the perturbation": [outcome_under(context.victim, split, delta) for split in splits]}
     if not context.subject.black_box:
         pgd = context.suite.pgd(context.eps)
-        pairs["PGD"] = [context.outcome(pgd, unseen=other) for other in (False, True)]
+        pairs["PGD"] = [context.outcome(pgd), context.outcome(pgd, "unseen")]
     gains = {name: PairedDifference.across(test, other) for name, (test, other) in pairs.items()}
     worst = max(gains, key=lambda name: gains[name].low)
     test, other = (found.accuracy for found in pairs[worst])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
-from gambeson.auditing.outcome import PairedDifference
+from gambeson.auditing.outcome import LEVEL, PairedDifference
 from gambeson.auditing.results import UniversalResult
 from gambeson.auditing.stages.universal import rescored
 from gambeson.evaluation.outcome import outcome_under
@@ -46,6 +46,7 @@ def _learnt(context: AuditContext) -> Finding:
     explanation="The attack has failed: noise is a perturbation that it could have found.",
     remedy="Give the attack more steps and restarts; look at the gradients' diagnostics.",
     gradients=False,
+    comparisons=5,
 )
 def _beats_controls(context: AuditContext) -> Finding:
     ceiling = _NEAR_CEILING * (1 - _prior(context, rarest=not context.test.task.per_image_label))
@@ -80,11 +81,13 @@ def _clearly_worse(context: AuditContext, point: UniversalResult) -> bool:
     victim, test = context.victim, context.test
     crafted = outcome_under(victim, test, context.crafted_at(point.eps).delta)
     ball = Ball(eps=point.eps, norm=context.suite.norm)
-    for rival in point.controls:
-        for pattern in patterns_of(rival.name, ball, test.shape, context.seed):
-            if PairedDifference.of(crafted, outcome_under(victim, test, pattern[None])).low > 0:
-                return True
-    return False
+    rivals = [patterns_of(rival.name, ball, test.shape, context.seed) for rival in point.controls]
+    level = LEVEL / sum(map(len, rivals))
+    return any(
+        PairedDifference.of(crafted, outcome_under(victim, test, pattern[None]), level=level).low > 0
+        for patterns in rivals
+        for pattern in patterns
+    )
 
 
 @register(

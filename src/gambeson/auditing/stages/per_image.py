@@ -41,9 +41,10 @@ def left_out(context: AuditContext) -> str:
 def measure(context: AuditContext, folder: Path | None = None) -> list[PerImageResult]:
     """Run the per-image attacks at the middle eps, and store in ``folder`` which images PGD left right.
 
-    PGD on all test images, and where labels are maps SegPGD and CosPGD of as many steps and restarts, then the standard
-    attack suite on ``suite.suite_images`` of them. The suite needs the norms inf or 2. A black box is attacked only by
-    Square, on the sample of the diagnostics, with ``suite.queries`` per image, and not at all in the norm 1.
+    PGD on all test images, then targeted Auto-PGD behind a short PGD (:meth:`Suite.white_box`; random models are spared
+    it), or where labels are maps SegPGD and CosPGD of as many steps and restarts as PGD; then the standard attack suite
+    on ``suite.suite_images`` of them. The suite needs the norms inf or 2. A black box is attacked only by Square, on
+    the sample of the diagnostics, with ``suite.queries`` per image, and not at all in the norm 1.
     """
     suite, norm = context.suite, context.suite.norm
     possible = not left_out(context)
@@ -56,6 +57,9 @@ def measure(context: AuditContext, folder: Path | None = None) -> list[PerImageR
     if folder is not None:
         right = context.attacked[PGD_NAME]
         save_tensors(folder / _FILE, {"right": right.right, "total": right.total}, {})
+    if parts := context.white_parts:
+        settings = {name: attack.plain() for name, attack in parts.items()}
+        found.append(_suite(context, "auto-pgd-targeted", len(context.test), parts, settings))
     if not task.per_image_label and norm != "1":
         same = {"eps": context.eps, "norm": norm, "steps": suite.pgd_steps, "restarts": suite.pgd_restarts}
         found += [_single(context, "segpgd", SegPGD(**same)), _single(context, "cospgd", CosPGD(**same))]

@@ -1,0 +1,144 @@
+"""``gambeson study``: matrices of trainings and measurements with claims, planned, run, resumed and exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gambeson.cli.options import Device, Json, print_json, progress
+from gambeson.cli.tables import duration
+
+if TYPE_CHECKING:
+    from gambeson.studies import StudyPlan, StudyResult
+
+app = typer.Typer(
+    help="Run studies: matrices of trainings and measurements, and claims about them.", no_args_is_help=True
+)
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A study: YAML as in the folder studies/.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of studies; results are shared by all studies in it.")]
+DEFAULT = Path("runs/studies")
+
+
+@app.command("plan")
+def plan(file: File, out: Out = DEFAULT, device: Device = "auto", as_json: Json = False) -> None:
+    """Print how many cells a study has, what each kind takes on this machine, and the time on 1, 8 and 64 like it.
+
+    Example: `gambeson study plan studies/claims-small.yaml`
+    """
+    from gambeson.base import pick_device
+    from gambeson.studies import Study, plan_study
+
+    study = Study.load(file)
+    with progress(as_json) as console:
+        found = plan_study(study, out, pick_device(device))
+    if as_json:
+        print_json(found.plain())
+        return
+    console.print(_plan_table(found))
+    for note in found.warnings:
+        console.print(f"warning: {note}", soft_wrap=True)
+    times = ", ".join(f"{duration(seconds)} on {count}" for count, seconds in found.seconds.items())
+    console.print(
+        f"{found.cells - found.done} of {found.cells} cells are left: about {times} such devices ({found.device})"
+    )
+
+
+@app.command("run")
+def run(
+    file: File,
+    out: Out = DEFAULT,
+    workers: Annotated[int, typer.Option(min=0, help="Processes on this machine; 0: this one.")] = 0,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: its address, auto, or local for a new one."),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="Stop after so long, and begin only what fits.", show_default="no limit"),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Run what is missing of a study; the same command goes on after any interruption, on any number of machines.
+
+    Example: `gambeson study run studies/claims-small.yaml --minutes 30`
+    """
+    from gambeson.base import pick_device
+    from gambeson.studies import Study, run_study
+
+    study = Study.load(file)
+    with progress(as_json):
+        found = run_study(study, out, device=pick_device(device), workers=workers, ray=ray, minutes=minutes)
+    _show(found, as_json)
+    if not as_json:
+        typer.echo(f"next: gambeson report {out / study.name}")
+
+
+@app.command("status")
+def status(file: File, out: Out = DEFAULT, as_json: Json = False) -> None:
+    """Print what is done, what failed, and the verdicts so far.
+
+    Example: `gambeson study status studies/claims-small.yaml`
+    """
+    from gambeson.studies import Study, read_study
+
+    _show(read_study(Study.load(file), out), as_json)
+
+
+@app.command("export")
+def export(
+    file: File,
+    to: Annotated[str, typer.Option(help="csv, parquet, or json: a summary for version control.")] = "csv",
+    out: Out = DEFAULT,
+    output: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Output file.", show_default="in the study's folder")
+    ] = None,
+) -> None:
+    """Write every number of a study as a table, one line per number.
+
+    Example: `gambeson study export studies/claims-small.yaml --to parquet`
+    """
+    from gambeson import studies
+
+    study = studies.Study.load(file)
+    found = studies.read_study(study, out)
+    path = studies.export(found, to, output or out / study.name / f"{study.name}.{to}")
+    typer.echo(f"{len(found.rows)} rows are in {path}")
+
+
+def _plan_table(found: StudyPlan) -> Table:
+    table = Table(title=f"study {found.study}", box=box.SIMPLE_HEAD)
+    for column in ("kind", "cells", "done", "each", "known from"):
+        table.add_column(column, justify="left" if column in ("kind", "known from") else "right")
+    for kind in found.kinds:
+        each = "\N{EN DASH}" if kind.seconds is None else duration(kind.seconds)
+        how = "finished cells" if kind.measured else "timed steps and batches"
+        table.add_row(kind.name, str(kind.cells), str(kind.done), each, how)
+    return table
+
+
+def _show(found: StudyResult, as_json: bool) -> None:
+    if as_json:
+        print_json(found.plain())
+        return
+    console = Console()
+    console.print(f"{found.done} of {found.cells} cells are done")
+    for title, reason in found.failed.items():
+        console.print(f"failed: {title}: {reason}", soft_wrap=True, highlight=False)
+    if not found.claims:
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("claim", "equal", "data, model", "effect", "verdict"):
+        table.add_column(column, overflow="fold")
+    for claim in found.claims:
+        for one in claim.findings:
+            effect = "\N{EN DASH}" if one.effect is None else f"{one.effect:.3g}"
+            effect += "" if one.low is None or one.high is None else f" [{one.low:.3g}, {one.high:.3g}]"
+            more = f"; {one.seeds_to_decide} seeds would decide" if one.seeds_to_decide else ""
+            table.add_row(claim.claim, claim.at, f"{one.data}, {one.model}", effect, one.verdict + more)
+    console.print(table)

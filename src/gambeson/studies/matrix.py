@@ -1,0 +1,237 @@
+"""The matrix of a study: its rows, and the cells that they are made of, each with its address."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from gambeson.base import UserError
+from gambeson.defenses.registry import DEFENSES
+from gambeson.models.registry import MODELS
+from gambeson.studies.code import code_hash
+from gambeson.studies.measures import AttackMeasure
+from gambeson.studies.study import At, Study, StudyData, StudyDefense, StudyModel
+from gambeson.training import Recipe, TrainRun
+
+HOLDOUT = 1000
+"""Added to the seed of a model that examples are transferred from, so that it is never the attacked one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Where a cell stands in the matrix."""
+
+    data: str
+    model: str
+    defense: str
+    """Its label in the study."""
+    variant: str
+    """The values of its grid, such as ``sigma 0.5``; empty without one."""
+    at: At
+    seed: int
+    rank: tuple[int, ...]
+    """Place in the order of work: the lower, the more it tells."""
+
+    @property
+    def title(self) -> str:
+        """Name in messages."""
+        variant = f" ({self.variant})" if self.variant else ""
+        at = "" if self.at == "steps" else ", equal time"
+        return f"{self.defense}{variant} on {self.data}, {self.model}, seed {self.seed}{at}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One piece of work whose result is stored."""
+
+    kind: Literal["cost", "search", "train", "measure"]
+    row: Row
+    settings: dict[str, Any]
+    """All that decides the result, as plain data."""
+    modules: tuple[str, ...]
+    """The modules that make it; see :mod:`gambeson.studies.code`."""
+    needs: tuple[Cell, ...] = ()
+    """Cells whose results it uses."""
+    label: str = ""
+    """Of a measurement, its name in the study."""
+    measure: Any = None
+    """The measurement."""
+
+    @cached_property
+    def address(self) -> str:
+        """Name of its folder: a hash of settings, code, and the cells that it needs."""
+        content = {
+            "kind": self.kind,
+            "settings": self.settings,
+            "code": code_hash(self.modules),
+            "needs": [cell.address for cell in self.needs],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def title(self) -> str:
+        """Name in messages."""
+        return f"{self.label or self.kind} of {self.row.title}"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The cells of a study."""
+
+    study: Study
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """Every cell once, each after those that it needs, the most informative first.
+
+        Every defence comes once, on every data set and with every measurement, before any has a second seed.
+
+        Raises:
+            UserError: a setting of a defence or a recipe is wrong.
+        """
+        found: dict[str, Cell] = {}
+
+        def add(cell: Cell) -> None:
+            for need in cell.needs:
+                add(need)
+            found.setdefault(cell.address, cell)
+
+        for _, cells in sorted(self.table, key=lambda pair: pair[0].rank):
+            for cell in cells.values():
+                add(cell)
+        return list(found.values())
+
+    @cached_property
+    def table(self) -> list[tuple[Row, dict[str, Cell]]]:
+        """The rows of the matrix, each with its training (``train``) and its measurements by label."""
+        return [self._row(row, spec) for row, spec in self._rows()]
+
+    def _rows(self) -> Iterator[tuple[Row, _Spec]]:
+        for (d, data), (m, model), (f, (label, defense)) in itertools.product(
+            enumerate(self.study.data), enumerate(self.study.models), enumerate(self.study.defenses.items())
+        ):
+            if any(name not in (wanted or (name,)) for name, wanted in _filters(data, model, defense)):
+                continue
+            for v, (variant, settings) in enumerate(_variants(defense, data)):
+                for (a, at), (s, seed) in itertools.product(enumerate(self.study.at), enumerate(self.study.seeds)):
+                    rank = (s, v, a, d, m, f)
+                    row = Row(
+                        data=data.name, model=model.name, defense=label, variant=variant, at=at, seed=seed, rank=rank
+                    )
+                    yield row, _Spec(data, model, defense, settings)
+
+    def _row(self, row: Row, spec: _Spec) -> tuple[Row, dict[str, Cell]]:
+        train = self._train(row, spec)
+        cells = {"train": train}
+        for label, measure in self.study.measures.items():
+            needs = [train]
+            if isinstance(measure, AttackMeasure) and measure.source:
+                needs.append(self._source(row, spec, measure.source))
+            content = {"measure": measure.plain(), "data": _size(spec.data), "seed": row.seed}
+            cells[label] = Cell(
+                kind="measure",
+                row=row,
+                label=label,
+                measure=measure,
+                settings=content,
+                modules=(type(measure).__module__, *measure.modules()),
+                needs=tuple(needs),
+            )
+        return row, cells
+
+    def _source(self, row: Row, spec: _Spec, label: str) -> Cell:
+        """The training of the model that examples are transferred from: of another seed, at equal steps."""
+        defense = self.study.defenses[label]
+        settings = next(_variants(defense, spec.data))[1]
+        other = replace(row, defense=label, variant="", at="steps", seed=row.seed + HOLDOUT)
+        return self._train(other, _Spec(spec.data, spec.model, defense, settings))
+
+    def _train(self, row: Row, spec: _Spec) -> Cell:
+        needs: list[Cell] = []
+        content: dict[str, Any] = {"run": self._run(row, spec), "data": _size(spec.data)}
+        modules = _modules(spec)
+        if self.study.search is not None:
+            search = content | {"run": content["run"] | {"seed": HOLDOUT}, "search": self.study.search.plain()}
+            needs.append(Cell(kind="search", row=row, settings=search, modules=modules))
+        if row.at == "seconds" and row.defense != self.study.reference:
+            standard = self.study.defenses[self.study.reference]
+            theirs = _Spec(spec.data, spec.model, standard, next(_variants(standard, spec.data))[1])
+            content["epochs of"] = self._run(row, theirs)["recipe"]["epochs"]
+            reference = replace(row, defense=self.study.reference, variant="")
+            for place, one in ((row, spec), (reference, theirs)):
+                settings = {"run": self._run(row, one) | {"seed": 0}, "data": content["data"]}
+                at_steps = replace(place, at="steps")
+                needs.append(Cell(kind="cost", row=at_steps, settings=settings, modules=_modules(one)))
+        return Cell(kind="train", row=row, settings=content, modules=modules, needs=tuple(needs))
+
+    def _run(self, row: Row, spec: _Spec) -> dict[str, Any]:
+        """The settings of a training, checked, without the device."""
+        recipe = self.study.recipe | spec.data.recipe | spec.defense.recipe
+        try:
+            run = TrainRun(
+                data=spec.data.name,
+                model=spec.model.name,
+                defense=spec.settings,
+                recipe=Recipe(**recipe),
+                seed=row.seed,
+            )
+            run.defense.check(run.recipe.batch_size)
+        except UserError as error:
+            raise UserError(f"the defence {row.defense!r} of the study {self.study.name}: {error}") from None
+        return {key: value for key, value in run.plain().items() if key != "device"}
+
+
+@dataclass(frozen=True)
+class _Spec:
+    data: StudyData
+    model: StudyModel
+    defense: StudyDefense
+    settings: dict[str, Any]
+    """Name and settings of the defence, with those of the grid."""
+
+
+def _size(data: StudyData) -> dict[str, Any]:
+    """What decides the images and the radius."""
+    return {key: value for key, value in data.plain().items() if key != "recipe"}
+
+
+def _filters(data: StudyData, model: StudyModel, defense: StudyDefense) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return (data.name, model.data), (data.name, defense.data), (model.name, defense.models)
+
+
+def _variants(defense: StudyDefense, data: StudyData) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every combination of the grid, with its name and its settings."""
+    needs_eps = "eps" in DEFENSES.get(defense.name).settings
+    for values in itertools.product(*defense.grid.values()):
+        chosen: Mapping[str, Any] = dict(zip(defense.grid, values, strict=True))
+        factor = float(chosen.get("times_eps", 1))
+        eps = {"eps": data.eps * factor} if needs_eps else {}
+        given = {key: value for key, value in chosen.items() if key != "times_eps"}
+        variant = ", ".join(f"{key.replace('times_eps', 'eps x')} {value}" for key, value in chosen.items())
+        yield variant, {"name": defense.name, **eps, **defense.settings, **given}
+
+
+def _modules(spec: _Spec) -> tuple[str, ...]:
+    """The modules that make a training: the loop, and whatever its settings name of defences and networks."""
+    found = {"gambeson.studies.trainings"}
+    for name in _texts([spec.model.name, spec.settings]):
+        base, _, factor = name.rpartition("x")
+        for registry in (DEFENSES, MODELS):
+            for known in {name, base if factor else name} & set(registry.names()):
+                target: Any = registry.get(known).target
+                found.add(getattr(target, "func", target).__module__)
+    return tuple(sorted(found))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested settings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)

@@ -1,0 +1,196 @@
+"""The rows of a study: its results as a table, its claims with their verdicts, a summary, and files for other tools."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gambeson.base import Config, UserError, write_bytes, write_json, write_text
+from gambeson.studies.claims import Point, Verdict, verdicts
+from gambeson.studies.matrix import Cell, Matrix
+from gambeson.studies.measures import Value
+from gambeson.studies.runner import failures
+from gambeson.studies.store import Damaged, Store
+
+SUMMARY = "summary.json"
+FORMATS = ("csv", "parquet", "json")
+
+
+class Result(Point):
+    """A row of the table: a trained model and its numbers."""
+
+    missing: list[str]
+    """Labels of what is not run yet; ``train`` if the model is not trained."""
+    recipe: dict[str, Any]
+    """Of the training, after the search."""
+    flat: bool | None = None
+    """Whether the validation score was flat at the length of this training; None: not looked into."""
+    verdicts: dict[str, dict[str, Any]]
+    """Of audits, by label."""
+    folders: dict[str, str]
+    """Folders of the cells, relative to the root, by label."""
+    device: str = ""
+    date: str = ""
+
+
+class StudyResult(Config):
+    """All that a study has found so far."""
+
+    study: dict[str, Any]
+    """Its settings."""
+    rows: list[Result]
+    claims: list[Verdict]
+    cells: int
+    done: int
+    failed: dict[str, str]
+    """Why cells failed, by their titles."""
+    environments: list[dict[str, str]]
+    """Versions and devices behind the results; more than one where they differ."""
+    date: str
+
+
+def collect(matrix: Matrix, store: Store) -> StudyResult:
+    """Read every result of a study; what is missing or damaged counts as not run."""
+    stored = {cell.address: _read(store, cell) for cell in matrix.cells}
+    rows = [_row(row, cells, stored, store) for row, cells in matrix.table]
+    known: list[dict[str, str]] = []
+    for content in stored.values():
+        if content is not None and content["environment"] not in known:
+            known.append(content["environment"])
+    study = matrix.study
+    places = list(dict.fromkeys((row.data, row.model) for row, _ in matrix.table))
+    return StudyResult(
+        study=study.plain(),
+        rows=rows,
+        claims=verdicts(study.claims, [row for row in rows if row.values], study.at, places),
+        cells=len(stored),
+        done=sum(content is not None for content in stored.values()),
+        failed=failures(matrix, store),
+        environments=known,
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def _read(store: Store, cell: Cell) -> dict[str, Any] | None:
+    try:
+        return store.read(cell)
+    except Damaged:
+        return None
+
+
+def _row(row: Any, cells: dict[str, Cell], stored: dict[str, dict[str, Any] | None], store: Store) -> Result:
+    found = {label: stored[cell.address] for label, cell in cells.items()}
+    values: dict[str, Value] = {}
+    audits: dict[str, dict[str, Any]] = {}
+    for label, content in found.items():
+        if content is None:
+            continue
+        if label == "train":
+            values |= {f"train.{name}": Value(value=value) for name, value in content["result"]["values"].items()}
+        else:
+            values |= {f"{label}.{name}": Value(**value) for name, value in content["result"]["metrics"].items()}
+            if content["result"]["verdict"]:
+                audits[label] = content["result"]["verdict"]
+    train = found["train"]
+    recipe: dict[str, Any] = {} if train is None else train["result"]["recipe"]
+    flat = None if train is None else train["result"]["flat from"]
+    searched = cells["train"].needs and cells["train"].needs[0].settings.get("search", {}).get("lengths")
+    return Result(
+        data=row.data,
+        model=row.model,
+        defense=row.defense,
+        variant=row.variant,
+        at=row.at,
+        seed=row.seed,
+        values=values,
+        missing=[label for label, content in found.items() if content is None],
+        recipe=recipe,
+        flat=None if not recipe or not searched else flat is not None and recipe["epochs"] >= flat,
+        verdicts=audits,
+        folders={label: str(store.folder(cell).relative_to(store.root)) for label, cell in cells.items()},
+        device="" if train is None else train["environment"]["device"],
+        date="" if train is None else train["date"],
+    )
+
+
+def summary(result: StudyResult) -> dict[str, Any]:
+    """Return what is worth keeping of a study, small enough for version control."""
+    rows = [
+        {
+            **{name: getattr(row, name) for name in ("data", "model", "defense", "variant", "at", "seed")},
+            "values": {name: value.model_dump(exclude_defaults=True) for name, value in row.values.items()},
+            "not run": row.missing,
+        }
+        for row in result.rows
+    ]
+    return {
+        "study": result.study,
+        "rows": rows,
+        "claims": [claim.plain() for claim in result.claims],
+        "cells": result.cells,
+        "done": result.done,
+        "failed": result.failed,
+        "environments": result.environments,
+        "date": result.date,
+    }
+
+
+def write_summary(result: StudyResult, folder: Path) -> Path:
+    """Write ``summary.json`` and return its path."""
+    write_json(folder / SUMMARY, summary(result))
+    return folder / SUMMARY
+
+
+def export(result: StudyResult, form: str, out: Path) -> Path:
+    """Write the rows as a table, one line per number, or the summary.
+
+    Args:
+        result: of :func:`collect`.
+        form: ``csv``, ``parquet`` or ``json``.
+        out: the file.
+
+    Raises:
+        UserError: another form, or a package is missing.
+    """
+    if form not in FORMATS:
+        raise UserError(f"--to {form}: expected one of {', '.join(FORMATS)}")
+    if form == "json":
+        write_json(out, summary(result))
+        return out
+    lines = [
+        {
+            **{name: getattr(row, name) for name in ("data", "model", "defense", "variant", "at", "seed")},
+            "metric": metric,
+            "value": value.value,
+            "low": value.low,
+            "high": value.high,
+            "n": value.n,
+            "censored": value.censored,
+            "device": row.device,
+            "date": row.date,
+        }
+        for row in result.rows
+        for metric, value in row.values.items()
+    ]
+    if not lines:
+        raise UserError("the study has no results yet: run it first, `gambeson study run FILE`")
+    if form == "csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        write_text(out, text.getvalue())
+        return out
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError("parquet needs the package pyarrow: pip install 'gambeson[parquet]', or choose --to csv")
+    import pyarrow
+    import pyarrow.parquet
+
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), sink)
+    write_bytes(out, sink.getvalue().to_pybytes())
+    return out

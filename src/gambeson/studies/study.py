@@ -1,0 +1,195 @@
+"""Studies: what is trained on what, how it is measured, and what is claimed, written as YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from gambeson import data as data_room
+from gambeson.base import Config, Number, read_settings, unknown_name
+from gambeson.defenses.registry import DEFENSES
+from gambeson.studies.audits import AuditMeasure
+from gambeson.studies.claims import Claim
+from gambeson.studies.measures import AccuracyMeasure, AttackMeasure, EpsUniMeasure, SuiteMeasure
+from gambeson.threat import Eps
+
+At = Literal["steps", "seconds"]
+Size = Annotated[int, Field(ge=1)]
+AnyMeasure = Annotated[
+    AuditMeasure | AccuracyMeasure | AttackMeasure | SuiteMeasure | EpsUniMeasure, Field(discriminator="kind")
+]
+"""A measurement, distinguished by ``kind``."""
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _seeds(value: Any) -> Any:
+    return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class StudyData(Config):
+    """A data set of a study."""
+
+    name: data_room.Name
+    """As ``gambeson train --data`` takes it."""
+    eps: Eps
+    """The radius that is attacked, and trained against where a defence sets none."""
+    train: Size | None = None
+    """Training images, a stratified sample; None: all."""
+    validation: Size | None = None
+    """Validation images, likewise."""
+    test: Size | None = None
+    """Test images, likewise."""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the recipe that differ from the study's."""
+
+    def load(self) -> data_room.Dataset:
+        """Load it, with the splits cut to size."""
+        whole = data_room.load(self.name)
+
+        def some(part: data_room.Split, size: int | None) -> data_room.Split:
+            return part if size is None else part.sample(size)
+
+        return data_room.Dataset(
+            name=whole.name,
+            train=some(whole.train, self.train),
+            validation=some(whole.validation, self.validation),
+            test=some(whole.test, self.test),
+            classes=whole.classes,
+        )
+
+
+class StudyModel(Config):
+    """An architecture of a study."""
+
+    name: str
+    """As ``gambeson train --model`` takes it."""
+    data: tuple[str, ...] = ()
+    """The data sets that it is trained on; empty: all."""
+
+
+class StudyDefense(Config):
+    """A defence of a study, or several that differ in some settings."""
+
+    name: str
+    """A registered name, or ``FILE.py:CLASS``."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Its settings. One that needs an eps and has none gets that of the data."""
+    grid: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
+    """Settings with several values, of which every combination is trained. ``times_eps`` multiplies the eps."""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the recipe that differ from the study's and the data's."""
+    data: tuple[str, ...] = ()
+    """The data sets that it is trained on; empty: all."""
+    models: tuple[str, ...] = ()
+    """The architectures, likewise."""
+
+
+class Search(Config):
+    """The search of learning rate and warm-up, the same for every defence.
+
+    A candidate's score is the mean of two accuracies on validation: clean, and under one universal perturbation of the
+    data's eps. The rule is ours: a defence costs clean accuracy, so that this alone would choose the weakest training.
+    """
+
+    lr: Annotated[tuple[Number, ...], Field(min_length=1)]
+    """Learning rates."""
+    warmup: Annotated[tuple[Number, ...], Field(min_length=1)] = (0.0,)
+    """Epochs of warm-up."""
+    epochs: Size | None = None
+    """Epochs of each candidate; None: those of the recipe."""
+    lengths: tuple[Size, ...] = ()
+    """Numbers of epochs, ascending, that the chosen one is also trained for, to see from where on the validation score
+    is flat."""
+    tolerance: Annotated[Number, Field(gt=0)] = 0.01
+    """Gain of the score from one length to the next below which it is flat."""
+
+
+class Resources(Config):
+    """What a cell asks of a Ray cluster."""
+
+    cpus: Annotated[Number, Field(gt=0)] = 1.0
+    gpus: Annotated[Number, Field(ge=0)] = 0.0
+    """May be a part of one, such as 0.25, for small networks."""
+    memory: Annotated[Number, Field(ge=0)] = 0.0
+    """GiB; 0: not stated."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """How often a cell that crashed, or whose machine was lost, is tried again."""
+
+
+class Study(Config):
+    """A study: what is trained on what, how it is measured, and what is claimed of it."""
+
+    kind: Literal["study"] = "study"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of its folder."""
+    summary: str = ""
+    data: Annotated[tuple[StudyData, ...], Field(min_length=1)]
+    models: Annotated[tuple[Annotated[StudyModel, BeforeValidator(_named)], ...], Field(min_length=1)]
+    defenses: Annotated[dict[str, Annotated[StudyDefense, BeforeValidator(_named)]], Field(min_length=1)]
+    """By label."""
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_seeds), Field(min_length=1)] = (0, 1, 2)
+    """The seeds, or their number."""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """Fields of :class:`gambeson.training.Recipe` for all trainings."""
+    search: Search | None = None
+    at: Annotated[tuple[At, ...], Field(min_length=1)] = ("steps",)
+    """What trainings have in common: optimiser steps, training time, or both, one after the other."""
+    reference: str = ""
+    """With ``seconds``: the defence whose training time all others get as well, by more or fewer epochs."""
+    measures: Annotated[dict[str, AnyMeasure], Field(min_length=1)]
+    """By label."""
+    claims: dict[str, Claim] = Field(default_factory=dict)
+    """By name."""
+    resources: Resources = Resources()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_defences(cls, fields: Any) -> Any:
+        for entry in (fields.get("defenses") or {}).values() if isinstance(fields, dict) else ():
+            name = entry if isinstance(entry, str) else entry.get("name") if isinstance(entry, dict) else None
+            if isinstance(name, str):
+                DEFENSES.get(name)
+        return fields
+
+    @field_validator("seeds")
+    @classmethod
+    def _no_twins(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds):
+            raise ValueError(f"expected different numbers from 0 on, got {', '.join(map(str, seeds))}")
+        return seeds
+
+    @model_validator(mode="after")
+    def _fits(self) -> Study:
+        sets, nets, labels = [one.name for one in self.data], [one.name for one in self.models], list(self.defenses)
+        claims = list(self.claims.values())
+        about = [*self.models, *self.defenses.values(), *claims]
+        sources = [one.source for one in self.measures.values() if isinstance(one, AttackMeasure) and one.source]
+        labelled = [self.reference] if "seconds" in self.at else []
+        labelled += sources + [name for claim in claims for name in claim.defenses]
+        measured = [metric.split(".")[0] for claim in claims for metric in claim.metrics]
+        for kind, names, known in (
+            ("data set of the study", [name for one in about for name in getattr(one, "data", ())], sets),
+            ("model of the study", [name for one in about for name in getattr(one, "models", ())], nets),
+            ("defence of the study", labelled, labels),
+            ("measure of the study", measured, [*self.measures, "train"]),
+        ):
+            for name in names:
+                if name not in known:
+                    raise unknown_name(kind, name, known)
+        for claim in self.claims.values():
+            claim.check(self.seeds)
+        return self
+
+    @classmethod
+    def load(cls, file: Path) -> Study:
+        """Read a study file.
+
+        Raises:
+            UserError: it is none, or a setting is wrong.
+        """
+        return cls(**read_settings(file, "study"))

@@ -1,0 +1,170 @@
+"""The trainings of a study: what a step costs, the search of learning rate and warm-up, and the training itself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gambeson.base import Config, UserError, check_run, read_json, seeded, write_json
+from gambeson.data import Dataset
+from gambeson.defenses.pgd_adversarial import PGDAdversarial
+from gambeson.models import PixelModel
+from gambeson.training.run import TrainRun, plan_training, run_training
+from gambeson.training.validation import chance_level, validate, validate_robustly
+
+
+class Candidate(Config):
+    """One training of a search, scored on validation."""
+
+    lr: float
+    warmup: float
+    epochs: int
+    accuracy: float | None
+    """On clean validation images; None: the training diverged."""
+    uer: float | None
+    """Under one universal perturbation."""
+
+    @property
+    def score(self) -> float:
+        """Mean of the two accuracies."""
+        return -math.inf if self.accuracy is None or self.uer is None else (self.accuracy + 1 - self.uer) / 2
+
+
+_ROUNDS = 5
+
+
+def cost(run: TrainRun, data: Dataset) -> dict[str, float]:
+    """Measure a step, relative to one of standard training: the median over a few rounds, on machines with others."""
+    found = [plan_training(run, data) for _ in range(_ROUNDS)]
+    return {
+        "ratio": statistics.median(one.plain_ratio for one in found),
+        "seconds a step": statistics.median(one.seconds_a_step for one in found),
+    }
+
+
+def search(run: TrainRun, data: Dataset, eps: float, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """Train every candidate and choose the one with the best score; nothing of the candidates is kept.
+
+    Args:
+        run: the training, with the recipe that candidates change.
+        data: the data.
+        eps: the radius of the score's perturbation.
+        settings: of :class:`gambeson.studies.study.Search`.
+        out: for the candidates' runs, which resume there.
+
+    Raises:
+        UserError: every candidate diverged.
+    """
+    epochs = settings["epochs"] or run.recipe.epochs
+    tried = [
+        _candidate(run, data, eps, {"lr": lr, "warmup": min(warmup, epochs / 2), "epochs": epochs}, out)
+        for lr, warmup in itertools.product(settings["lr"], settings["warmup"])
+    ]
+    best = max(tried, key=lambda one: one.score)
+    if best.score == -math.inf:
+        rates = ", ".join(f"{rate:g}" for rate in settings["lr"])
+        raise UserError(f"every training of the search diverged, at learning rates {rates}: give lower ones")
+    chosen = {"lr": best.lr, "warmup": best.warmup}
+    lengths = [_candidate(run, data, eps, chosen | {"epochs": length}, out) for length in settings["lengths"]]
+    flat = next(
+        (one.epochs for one, more in itertools.pairwise(lengths) if more.score - one.score < settings["tolerance"]),
+        None,
+    )
+    shutil.rmtree(out, ignore_errors=True)
+    return {
+        **chosen,
+        "tried": [one.plain() for one in tried],
+        "lengths": [one.plain() for one in lengths],
+        "flat from": flat,
+    }
+
+
+def _candidate(run: TrainRun, data: Dataset, eps: float, update: dict[str, Any], out: Path) -> Candidate:
+    folder = out / "-".join(f"{key}{value:g}" for key, value in update.items())
+    done = folder / "score.json"
+    if done.is_file():
+        return Candidate(**read_json(done))
+    try:
+        model = _trained(_with(run, update), data, folder / "run")
+        found: Mapping[str, float | None] = _scores(model, data, eps, run.seed)
+    except UserError as error:
+        if "NaN or infinite" not in str(error):
+            raise
+        found = {"accuracy": None, "uer": None}
+    result = Candidate(**update, **found)
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(done, result.plain())
+    return result
+
+
+def train(
+    run: TrainRun,
+    data: Dataset,
+    eps: float,
+    out: Path,
+    *,
+    searched: Mapping[str, Any] | None = None,
+    costs: Sequence[Mapping[str, float]] = (),
+    reference: int = 0,
+) -> dict[str, Any]:
+    """Train, or resume, in the folder ``out``.
+
+    Args:
+        run: the settings.
+        data: the data.
+        eps: the radius of the perturbation that the model is tried with on validation.
+        out: the run folder.
+        searched: the result of the search of learning rate and warm-up.
+        costs: at equal time, of a step of this training and of one of the reference.
+        reference: at equal time, the reference's epochs.
+    """
+    update: dict[str, Any] = {} if searched is None else {"lr": searched["lr"], "warmup": searched["warmup"]}
+    if costs:
+        update["epochs"] = max(1, round(reference * costs[1]["ratio"] / costs[0]["ratio"]))
+        scale = update["epochs"] / run.recipe.epochs
+        update["milestones"] = tuple(max(1, round(scale * epoch)) for epoch in run.recipe.milestones)
+        update["warmup"] = min(update.get("warmup", run.recipe.warmup), update["epochs"] / 2)
+    run = _with(run, update)
+    model = _trained(run, data, out)
+    scores = _scores(model, data, eps, run.seed)
+    history = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "values": {
+            "validation_accuracy": scores["accuracy"],
+            "validation_uer": scores["uer"],
+            "learnt": float(not chance_level(history[-1], data.validation)),
+            "seconds": sum(read_json(out / "timing.json")["seconds_per_epoch"]),
+            "steps": run.recipe.epochs * (len(data.train) // run.recipe.batch_size),
+        },
+        "recipe": run.recipe.plain(),
+        "flat from": None if searched is None else searched["flat from"],
+        "validation curve": [entry["validation_accuracy"] for entry in history],
+    }
+
+
+def _with(run: TrainRun, update: Mapping[str, Any]) -> TrainRun:
+    """The run with another recipe, validated."""
+    return run.model_copy(update={"recipe": type(run.recipe)(**{**run.recipe.plain(), **update})})
+
+
+def _trained(run: TrainRun, data: Dataset, out: Path) -> PixelModel:
+    try:
+        check_run(out, run)
+    except UserError:  # begun on another device, or damaged: nothing of it is known to be right
+        shutil.rmtree(out, ignore_errors=True)
+    return run_training(run, out, data)
+
+
+def _scores(model: PixelModel, data: Dataset, eps: float, seed: int) -> dict[str, float]:
+    """Accuracy on clean validation images, and the UER there of a short universal attack of radius ``eps``."""
+    with seeded(seed, "validation"):
+        clean = validate(model, data)["validation_accuracy"]
+        uer = validate_robustly(model, data, PGDAdversarial(eps=eps), seed)["validation_uer"]
+    return {"accuracy": clean, "uer": uer}
