@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from gambeson.auditing.rescoring import LARGEST, MOST
 from gambeson.auditing.stages import surrogate
 from gambeson.auditing.stages.corruption import NOISES
 from gambeson.auditing.suite import Suite
@@ -56,7 +57,7 @@ def images_asked(suite: Suite, data: Dataset, passes: int) -> int:
     if suite.surrogate != "none":
         scored += test + 2 * min(suite.transfer_images, test)
     scored += len(NOISES) * len(suite.noise_sizes) * test
-    scored += 2 * test + 14 * sample  # diagnostics
+    scored += 2 * test + 23 * sample  # diagnostics and re-scoring
     scored += 0 if passes == 1 else 2 * sample  # of a random box: votes that choose the worst candidates
     return passes * scored + sample * (suite.queries + 1) + 20
 
@@ -342,6 +343,11 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
             gradients=0,
         ),
         Part(name="Jacobian analysis", forwards=4 * jacobians, gradients=3 * jacobians),
+        Part(
+            name="re-scoring",
+            forwards=votes * 7 * (6 * min(MOST, test) + LARGEST),
+            gradients=eot_samples * (1000 + 64 * suite.pgd_steps + sample * min(20, suite.pgd_steps)),
+        ),
         Part(
             name="diagnostics",
             forwards=votes * sample * (suite.queries + 100),

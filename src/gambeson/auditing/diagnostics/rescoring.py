@@ -15,6 +15,7 @@ from gambeson.evaluation.outcome import outcome
 from gambeson.tasks import Counts
 from gambeson.victim import score
 
+_SHOWN = 3
 _AGAIN = 64
 _AGAIN_BATCH = 16
 
@@ -38,8 +39,10 @@ def _stored(context: AuditContext) -> Iterator[tuple[str, Rescored]]:
 def _judged(found: list[tuple[str, Rescored]]) -> tuple[bool, str, dict[str, float]]:
     differing = [(what, one) for what, one in found if one.differs]
     most = max(found, key=lambda entry: entry[1].reported - entry[1].right)
-    detail = _listed(differing or [most])
-    if not differing:
+    detail = _listed(sorted(differing, key=lambda entry: entry[1].right - entry[1].reported)[:_SHOWN] or [most])
+    if len(differing) > _SHOWN:
+        detail += f"; and {len(differing) - _SHOWN} more of {len(found)}"
+    elif not differing:
         detail = f"asked again {len(found)} times, no difference is clear; the worst is {detail}"
     worst = max((one.reported - one.right for _, one in found), default=0.0)
     return not differing, detail, {"largest loss": worst, "differing": len(differing) / len(found)}
@@ -54,6 +57,7 @@ def _judged(found: list[tuple[str, Rescored]]) -> tuple[bool, str, dict[str, flo
     remedy="Let nothing reach across the batch and nothing depend on its size; asked for one by one, a model has one "
     "answer.",
     gradients=False,
+    comparisons=5,
 )
 def _alike(context: AuditContext) -> Finding:
     batches = {way.name for way in ways(context, clean=True)}
@@ -73,6 +77,7 @@ def _alike(context: AuditContext) -> Finding:
     "inside is as allowed. The worst of the rates is the one reported.",
     remedy="Attack with changes of unequal size (PGD's shrink); find what rounds, counts or compares pixels.",
     gradients=False,
+    comparisons=5,
 )
 def _inside(context: AuditContext) -> Finding:
     batches = {way.name for way in ways(context, clean=True)}
