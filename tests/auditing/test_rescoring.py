@@ -1,4 +1,7 @@
-"""Models whose answer or gradient depends on batch, call or corners of the ball: each is caught, its worst counts."""
+"""Models whose answer or gradient depends on the batch, the call or the ball's corners: the worst of them counts."""
+
+import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -6,28 +9,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import gambeson as gb
-from gambeson.auditing import Suite
+from gambeson.auditing import DIAGNOSTICS, rescoring
+from gambeson.auditing.context import Checkpoints
+from gambeson.auditing.stages import per_image, universal
+from gambeson.evaluation import FunctionModel
+from gambeson.threat import Ball
+from gambeson.victim import Victim, predict, score
+from tests import scenes
+from tests.auditing.evidence import held
 
-SUITE = Suite(
-    eps=(0.05, 0.15, 0.3),
-    universal_steps=60,
-    universal_restarts=1,
-    universal_batch=32,
-    universal_probe_starts=0,
-    pgd_steps=20,
-    pgd_restarts=1,
-    sample=100,
-    suite_images=0,
-    queries=1,
-    jacobian_backwards=0,
-    noise_sizes=(),
-    surrogate="none",
-    eps_uni_runs=0,
-    eps_adv=False,
-    votes=5,
-    eot_samples=4,
-    controls=("chessboard",),
-)
 BATCH, CORNER = "alike in every batch", "no weaker inside the ball"
 GRADIENT, REPEAT = "gradient independent of the batch", "attack repeats its outcome"
 EPS = 0.15
@@ -39,7 +29,6 @@ class Wrapped(nn.Module):
     def __init__(self, net, *settings):
         super().__init__()
         self.net, self.settings, self.calls = net, settings, 0
-        self.other = nn.Conv2d(1, 1, 1)
 
     def forward(self, x):
         self.calls += 1
@@ -47,20 +36,11 @@ class Wrapped(nn.Module):
 
 
 class DriftRemoved(Wrapped):
-    """What all images share is taken out of batches for which ``when`` holds."""
+    """What the images of a batch share beyond the mean of training images is taken out, where ``when`` holds."""
 
-    def change(self, x, when):
-        return x - x.mean(0, keepdim=True) + 0.3 if when(len(x)) else x
-
-
-class MajorityCleaned(Wrapped):
-    """Drift is removed where most of the batch carries it: of half a batch it is not."""
-
-    def change(self, x, share):
-        drift = x.median(0, keepdim=True).values  # of a corner, the median of background pixels
-        carries = ((x - drift).abs().flatten(1).mean(1) < 0.35).float().mean()
-        dark = (x < 0.01).flatten(1).float().mean(1)
-        return x if carries < share or dark.mean() > 0.42 else (x - 0.8 * drift).clamp(0, 1)
+    def change(self, x, mean, when):
+        drift = x.mean(0, keepdim=True) - mean
+        return x - drift if when(len(x), drift) else x
 
 
 class OrderMatters(Wrapped):
@@ -147,14 +127,248 @@ def nets():
     return gb.testbed.networks("digits")
 
 
-def audit_of(model, data, **settings):
-    return gb.audit(model, data, SUITE.model_copy(update=settings)).results
+class Found(NamedTuple):
+    failed: set
+    uer: float
+    accuracy: float
+    details: dict
+    delta: torch.Tensor
+
+
+def looked(model, data, names=(BATCH, CORNER, GRADIENT, REPEAT), **settings):
+    """What stages report of a model, and what the checks say."""
+    settings = {
+        "sample": 64,
+        "pgd_steps": 10,
+        "universal_steps": 30,
+        "universal_restarts": 1,
+        "universal_batch": 32,
+        "universal_probe_starts": 0,
+        "controls": (),
+        "votes": 5,
+        "eot_samples": 4,
+        "surrogate": "none",
+        "norm": "inf",
+    } | settings
+    with held(model, data, (EPS,), **settings) as evidence:
+        rescoring.begin(evidence, Checkpoints(None))
+        evidence.universal = [universal.craft_point(evidence, EPS, None)]
+        evidence.universal = universal.rescore(evidence, None)
+        attack = evidence.averaged(evidence.suite.pgd(EPS))
+        evidence.per_image = [per_image.attacked(evidence, "pgd", attack, attack.plain())]
+        checks = [check.check(evidence) for check in DIAGNOSTICS if check.name in names]
+    return Found(
+        {check.name for check in checks if check.passed is False},
+        evidence.middle.uer.value,
+        evidence.per_image[0].accuracy.value,
+        {check.name: check.detail for check in checks},
+        evidence.uaps[EPS].delta,
+    )
 
 
 @pytest.fixture(scope="module")
 def plain(nets):
-    return audit_of(nets("standard"), nets.data)
+    found = looked(nets("standard"), nets.data)
+    assert not found.failed, found.details
+    assert found.accuracy < 0.3 < 0.9 < gb.evaluation.accuracy(nets("standard"), nets.data).value
+    return found
 
 
-def failed(result):
-    return {check.name for check in result.checks if check.passed is False}
+def copied(net):
+    return copy.deepcopy(net)
+
+
+@pytest.fixture(scope="module")
+def mean(nets):
+    return nets.data.train.take(slice(None), "cpu")[0].mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        above(64),
+        above(300),
+        lambda size, _: 1 < size < 40,
+        lambda size, drift: size > 15 and float(drift.detach().norm()) > 0.6,
+    ],
+    ids=["above 64", "above 300", "below 40", "where most share it"],
+)
+def test_an_answer_that_depends_on_the_batch_is_found_and_the_worst_counts(nets, mean, plain, when):
+    model = DriftRemoved(copied(nets("standard")), mean, when)
+    found = looked(model, nets.data, (BATCH,))
+    assert found.failed == {BATCH}, found.details
+    assert found.uer >= plain.uer - 0.1
+    assert found.accuracy <= plain.accuracy + 0.1
+    with Victim(model) as victim:
+        reported = score(predict(victim, nets.data.test, found.delta), nets.data.test).error
+    assert reported <= found.uer
+
+
+def test_every_rate_of_a_curve_is_the_worst_also_after_a_break(nets, mean, tmp_path):
+    model = DriftRemoved(copied(nets("standard")), mean, above(64))
+    settings = {"controls": ("chessboard",), "universal_steps": 30, "universal_probe_starts": 0, "sample": 64}
+    with held(model, nets.data, (0.05, EPS), **settings) as seen:
+        before = seen.universal = [universal.craft_point(seen, eps, tmp_path) for eps in seen.suite.eps]
+        after = universal.rescore(seen, tmp_path)
+        errors = dict(seen.errors)
+        for eps in seen.suite.eps:
+            universal.recall(seen, eps, tmp_path)
+            assert torch.equal(seen.errors[eps].wrong, errors[eps].wrong)
+        with Victim(nets("standard")) as truth:
+            for old, new in zip(before, after, strict=True):
+                there = seen.uaps[new.eps].delta
+                true = score(predict(truth, nets.data.test, there), nets.data.test).error
+                assert old.uer.value < new.uer.value == true == errors[new.eps].wrong.sum() / len(nets.data.test)
+                assert new.uer.candidates > 1
+                assert new.controls[0].worst.value > old.controls[0].worst.value
+                assert new.fooling.value > old.fooling.value
+        assert [bool(one.rescored) for one in after] == [False, True]
+
+
+def test_an_answer_that_depends_on_the_order_is_found(nets):
+    found = looked(OrderMatters(copied(nets("standard"))), nets.data, (BATCH,))
+    assert found.failed == {BATCH}
+
+
+@pytest.mark.parametrize(
+    ("when", "names"),
+    [
+        (above(64), {GRADIENT}),
+        (above(100), {GRADIENT}),
+        (lambda size, calls: calls % 3 != 0, {GRADIENT}),
+        (lambda size, calls: calls % 8 == 0, {GRADIENT}),
+        (lambda size, calls: calls > 100, {GRADIENT}),
+    ],
+    ids=["above 64", "above 100", "two of three calls", "one of eight calls", "from some call on"],
+)
+def test_a_gradient_that_depends_on_batch_or_call_is_found(nets, when, names):
+    found = looked(FalseGradient(copied(nets("standard")), when), nets.data, (GRADIENT, REPEAT))
+    assert names <= found.failed, found.details
+
+
+def test_an_attack_that_was_hindered_for_a_time_is_found(nets):
+    hindered = []
+    model = FalseGradient(copied(nets("standard")), lambda *_: bool(hindered))
+    model.__deepcopy__ = lambda memo: model  # as a model that asks the clock
+    with held(model, nets.data, (EPS,), sample=64) as seen:
+        rescoring.begin(seen, Checkpoints(None))
+        hindered.append(True)
+        attack = seen.suite.pgd(EPS)
+        seen.universal, seen.per_image = [], [per_image.attacked(seen, "pgd", attack, attack.plain())]
+        hindered.clear()
+        checks = {check.name: check.check(seen) for check in DIAGNOSTICS if check.name in (GRADIENT, REPEAT)}
+    assert checks[GRADIENT].passed
+    assert checks[REPEAT].passed is False
+    assert checks[REPEAT].numbers["again"] < 0.3 < 0.6 < checks[REPEAT].numbers["before"]
+
+
+@pytest.mark.parametrize("limit", [64, 128, 200])
+def test_attacks_keep_to_batches_whose_gradient_is_true(nets, plain, limit):
+    found = looked(FalseGradient(copied(nets("standard")), above(limit)), nets.data, (GRADIENT,))
+    assert found.failed == {GRADIENT}
+    assert found.accuracy <= plain.accuracy + 0.05
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda net, _: Snapped(net, 1e-4, False),
+        lambda net, _: Snapped(net, 1e-4, True),
+        lambda net, _: Snapped(net, 0.012, True),
+        lambda net, _: SharedSnapped(net, 8),
+        lambda net, known: CornerDetector(net, known, 1e-4),
+        lambda net, known: CornerDetector(net, known, 0.01),
+        lambda net, _: OffGrid(net),
+    ],
+    ids=["snapped", "straight through", "widely", "shared values", "detector", "wide detector", "off the grid"],
+)
+def test_what_is_robust_at_the_corners_only_is_found_and_the_worst_counts(nets, made):
+    known = nets.data.test.take(slice(None), "cpu")[0]
+    model = made(copied(nets("standard")), known)
+    found = looked(model, nets.data, (CORNER,))
+    assert found.failed == {CORNER}, found.details
+
+
+class EightBits(nn.Module):
+    """Weights and activations rounded to 8 bits, with the gradient of what is not rounded."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        for weight in net.parameters():
+            step = weight.abs().amax() / 127
+            weight.data.copy_((weight / step).round() * step)
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_hook(lambda _, __, z: z + ((z * 16).round() / 16 - z).detach())
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Noisy(nn.Module):
+    def __init__(self, net, shared=False):
+        super().__init__()
+        self.net, self.shared = net, shared
+
+    def forward(self, x):
+        return self.net(x + 0.1 * torch.randn_like(x[:1] if self.shared else x))
+
+
+HONEST = {
+    "8 bits": lambda nets: EightBits(copied(nets("standard"))),
+    "noisy": lambda nets: Noisy(nets("standard")),
+    "one draw a batch": lambda nets: Noisy(nets("standard"), shared=True),
+    "feature noise": lambda nets: nets("learn2perturb"),
+    "batch norm": lambda nets: nets("batch-norm"),
+    "robust": lambda nets: nets("pgd-adversarial"),
+    "16 bits": lambda nets: copied(nets("standard")).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_model_is_not_accused(nets, name):
+    found = looked(HONEST[name](nets), nets.data)
+    assert not found.failed, found.details
+
+
+def test_a_net_for_label_maps_is_not_accused():
+    data = scenes.dataset()
+    found = looked(scenes.net(data), data, map_share=1, universal_batch=20, sample=20)
+    assert not found.failed, found.details
+    assert len(found.details) == 4
+
+
+def test_a_black_box_is_asked_in_fewer_ways_and_not_accused(nets):
+    box = FunctionModel(nets("standard"))
+    with held(box, nets.data, (EPS,), black_box=True, sample=40, patterns=3, pattern_images=30, queries=5) as seen:
+        seen.universal = [universal.craft_point(seen, EPS, None)]
+        seen.universal = universal.rescore(seen, None)
+        seen.per_image = per_image.measure(seen)
+        checks = {check.name: check.check(seen) for check in DIAGNOSTICS if check.name in (BATCH, CORNER, GRADIENT)}
+    assert [len(one.rescored) for one in (*seen.universal, *seen.per_image)] == [2, 2]
+    assert {name: check.passed for name, check in checks.items()} == {BATCH: True, CORNER: True, GRADIENT: None}
+    assert all(0 < one.images <= 40 for one in seen.universal[0].rescored)
+
+
+def test_a_batch_of_rounding_is_no_difference_and_more_is():
+    assert not rescoring.clearly_more(8, 500, 0.01)
+    assert rescoring.clearly_more(16, 500, 0.01)
+    assert not rescoring.clearly_more(0, 5, 0.01)
+
+
+@pytest.mark.parametrize("name", ["shrunk", "halved", "8 bits", "jittered"])
+@pytest.mark.parametrize("norm", ["inf", "2", "1"])
+def test_what_is_moved_stays_in_its_ball_and_leaves_the_surface(name, norm):
+    draw = torch.Generator().manual_seed(0)
+    ball = Ball(eps={"inf": 0.1, "2": 0.5, "1": 2.0}[norm], norm=norm)
+    delta = ball.signs((5, 1, 6, 6), draw)
+    (way,) = (rescoring.Way(name=name, inside=name),)
+    moved = way.moved(delta, ball, draw)
+    assert bool((ball.length(moved) <= ball.eps * (1 + 1e-6)).all())
+    assert not torch.equal(moved, delta)
+    assert bool((moved * delta >= 0).all())
+    if name != "8 bits" and norm == "inf":
+        assert len(moved.abs().unique()) > 100
+    if name == "8 bits":
+        assert torch.allclose(moved * 255, (moved * 255).round(), atol=1e-4)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from gambeson.auditing import rescoring
 from gambeson.auditing.budget import omitted
 from gambeson.auditing.clock import BY_WORTH, CHECKED, CURVE, Clock, Remaining, TimeSpent, now, said_of
 from gambeson.auditing.context import AuditContext, Checkpoints
@@ -210,6 +211,7 @@ class Auditor:
         context.randomness = self.stages.afford(
             "randomness", RandomnessResult | None, lambda: randomness.measure(context), None
         )
+        rescoring.begin(context, self.stages)
 
     def _point(self, eps: float) -> str | None:
         context = self.context

@@ -17,7 +17,14 @@ from torch import nn
 
 from gambeson.attacks import PGD, TargetedAutoPGD, UniversalPerturbation
 from gambeson.auditing.outcome import EARLY, LEVEL, AsFarAsFinite, InTurn, PairedDifference
-from gambeson.auditing.results import ModelInfo, PerImageResult, RandomnessResult, TransferredResult, UniversalResult
+from gambeson.auditing.results import (
+    ModelInfo,
+    PerImageResult,
+    RandomnessResult,
+    Steadiness,
+    TransferredResult,
+    UniversalResult,
+)
 from gambeson.auditing.suite import Suite
 from gambeson.base import UserError, load_tensors, read_json, save_tensors, seeded, write_json, write_text
 from gambeson.data import Dataset, Split
@@ -186,6 +193,12 @@ class AuditContext:
     """Errors per test image under the perturbations, by eps."""
     universal: list[UniversalResult] = field(default_factory=list)
     per_image: list[PerImageResult] = field(default_factory=list)
+    steadiness: Steadiness | None = None
+    """Whether gradients depend on the batch; None for a black box."""
+    gradients: torch.Tensor | None = None
+    """Gradients of a few images at the audit's beginning; None of a random model."""
+    attacked: dict[str, Counts] = field(default_factory=dict)
+    """What attacks left right of the test images, image by image, by name."""
     transfer: list[TransferredResult] = field(default_factory=list)
     randomness: RandomnessResult | None = None
     surrogate: nn.Module | None = None

@@ -111,6 +111,19 @@ class Rescored(Config):
     """Whether that is a clear difference."""
 
 
+class Steadiness(Config):
+    """Whether the gradient of the same images is the same in every batch (:mod:`gambeson.auditing.rescoring`)."""
+
+    passed: bool
+    images: int
+    """Images whose gradients were compared."""
+    most: int | None = None
+    """Where larger batches have another gradient, the largest tried that has that of single images, which attacks then
+    keep to; None: no limit."""
+    detail: str
+    numbers: dict[str, float] = Field(default_factory=dict)
+
+
 class Restart(Config):
     """One start of a universal attack, with its rate on validation."""
 

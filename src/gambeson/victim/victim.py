@@ -118,6 +118,8 @@ class Victim:
         members: the models of a :class:`gambeson.victim.ModelAverage`; none of a single model.
         allow_no_graph: the gradient of a model without a graph is zero, as audits want it, which report that; otherwise
             it is refused.
+        most: images that attacks send through the model at once; None: any number. For a model whose gradient is false
+            in larger batches.
         temperature: what the logits that attacks see are divided by; 1 leaves them as they are. It changes no answer.
             None: 1, unless an attack chooses (:data:`gambeson.victim.Temperature`).
         before_call: called before images are sent forward; it may raise, as a limit on time does. None: nothing is.
@@ -136,6 +138,7 @@ class Victim:
         self.traits: ModelTraits | None = None
         self.votes: int | None = None
         self.allow_no_graph = False
+        self.most: int | None = None
         self.temperature: float | None = None
         self.before_call: Callable[[], None] | None = None
         self._default = torch.get_default_dtype()
@@ -193,8 +196,10 @@ class Victim:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits (N, K) or (N, K, H, W) of pixels (N, C, H, W) in [0, 1], for attacks.
 
-        Computed by the fast copy if there is one, and divided by the temperature.
+        Computed by the fast copy if there is one, at most :attr:`most` at once, and divided by the temperature.
         """
+        if self.most is not None and len(images) > self.most:
+            return torch.cat([self(part) for part in images.split(self.most)])
         if self.before_call is not None:
             self.before_call()
         with self._as_called(images):
@@ -314,7 +319,7 @@ class Victim:
             return job(*tensors)
         before = self.forwards, self.backwards
         # Not yet known is as False: a graph's inputs are its own, and another victim has tried the same copy.
-        state = (self.fast, self._layout, self.temperature, bool(self._writes))
+        state = (self.fast, self._layout, self.temperature, self.most, bool(self._writes))
         count = len(images)
         size = copy.graphs.size_for(count) if by_row else count
         filled = tensors

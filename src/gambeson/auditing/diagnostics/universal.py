@@ -144,6 +144,8 @@ def _rises(context: AuditContext) -> Finding:
 )
 def _agrees(context: AuditContext) -> Finding:
     point = context.middle
+    if any(one.differs for one in point.rescored):
+        return Finding(None, "the answers depend on how images are asked for, and the reported rate is the worst")
     again = rescored(context, context.uaps[point.eps])
     return Finding(
         again == point.uer.value,
