@@ -18,6 +18,7 @@ from gambeson.auditing.cost import omitted
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, get
 from gambeson.auditing.jacobian_results import JacobianResult
 from gambeson.auditing.results import (
+    AdaptiveResult,
     AuditResult,
     Check,
     Corruption,
@@ -30,8 +31,8 @@ from gambeson.auditing.results import (
     UniversalResult,
     Verdict,
 )
-from gambeson.auditing.stages import black_box as boxes
 from gambeson.auditing.stages import (
+    adaptive,
     corruption,
     jacobian,
     own,
@@ -42,6 +43,7 @@ from gambeson.auditing.stages import (
     transfer,
     universal,
 )
+from gambeson.auditing.stages import black_box as boxes
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.auditing.verdict import judge
 from gambeson.base import UserError, environment, pixel_bytes, save_tensors, say, seeded, task, unknown_name
@@ -352,6 +354,7 @@ class _Auditor:
                 else:
                     context.transfer.append(added)
                 advance()
+            adaptive.record(context, do("adaptive", AdaptiveResult | None, lambda: adaptive.measure(context), None))
             noise = do("corruption", list[Corruption], lambda: corruption.measure(context), list[Corruption]())
             advance()
             jacobians = stages.do("jacobian", JacobianResult | None, self._jacobian)

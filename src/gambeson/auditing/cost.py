@@ -344,7 +344,7 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
         Part(name="Jacobian analysis", forwards=4 * jacobians, gradients=3 * jacobians),
         Part(
             name="diagnostics",
-            forwards=votes * sample * (suite.queries + 100),
+            forwards=votes * sample * (suite.queries + 100) + 75 * sample,
             gradients=eot_samples * sample * _ATTACKS * min(20, suite.pgd_steps),
         ),
     )

@@ -52,14 +52,14 @@ def measure(context: AuditContext, folder: Path | None = None) -> list[PerImageR
         if not possible or suite.queries == 0:
             return []
         square = Square(eps=context.eps, norm=norm, queries=suite.queries)
-        return [_suite(context, "square", len(context.sample), {"square": square}, square.plain())]
+        return [attacked_in_turn(context, "square", len(context.sample), {"square": square}, square.plain())]
     task, found = context.test.task, [_single(context, PGD_NAME, suite.pgd(context.eps))]
     if folder is not None:
         right = context.attacked[PGD_NAME]
         save_tensors(folder / _FILE, {"right": right.right, "total": right.total}, {})
     if parts := context.white_parts:
         settings = {name: attack.plain() for name, attack in parts.items()}
-        found.append(_suite(context, "auto-pgd-targeted", len(context.test), parts, settings))
+        found.append(attacked_in_turn(context, "auto-pgd-targeted", len(context.test), parts, settings))
     if not task.per_image_label and norm != "1":
         same = {"eps": context.eps, "norm": norm, "steps": suite.pgd_steps, "restarts": suite.pgd_restarts}
         found += [_single(context, "segpgd", SegPGD(**same)), _single(context, "cospgd", CosPGD(**same))]
@@ -73,7 +73,7 @@ def measure(context: AuditContext, folder: Path | None = None) -> list[PerImageR
             class_pixels=None if task.per_image_label else class_pixels(context.data.train),
         )
         settings = {name: attack.plain() for name, attack in attacks.items() if hasattr(attack, "plain")}
-        found.append(_suite(context, "standard", suite.suite_images, attacks, settings))
+        found.append(attacked_in_turn(context, "standard", suite.suite_images, attacks, settings))
     return found
 
 
@@ -121,9 +121,10 @@ def _again(context: AuditContext, stored: Perturbed, reported: Rate) -> tuple[li
     return found, Rate.lowest([reported, *again]) if again else reported
 
 
-def _suite(
+def attacked_in_turn(
     context: AuditContext, name: str, images: int, attacks: Mapping[str, ImageAttack], settings: dict[str, Any]
 ) -> PerImageResult:
+    """Run a suite of attacks on a sample of the test images, and ask again in other ways for its worst cases."""
     before = context.spent
     split = context.few(images)
     run = run_suite(context.victim, split, attacks, norm=context.suite.norm, seed=context.seed)
