@@ -46,13 +46,13 @@ OTHERS = 100
 """Maps of other scenes that a perturbation is held against."""
 FAST: dict[str, Any] = {"channels_last": True, "precision": "bfloat16"}
 RECIPE = Recipe(**PRESETS["segmentation"] | FAST | {"epochs": 16})
-HARDENING = Recipe(**PRESETS["segmentation"] | FAST | {"epochs": 1, "lr": 0.002, "warmup": 0.1})
+HARDENING = Recipe(**PRESETS["segmentation"] | FAST | {"epochs": 3, "lr": 0.002, "warmup": 0.1})
 STANDARD = "standard"
 DEFENSES: dict[str, Defense] = {
     STANDARD: create("standard"),
     **{
-        f"shared, s = {s}, eps 8/255": create(
-            "shared-adversarial", eps="8/255", sharedness=s, craft_precision="bfloat16"
+        f"shared, s = {s}, eps 4/255": create(
+            "shared-adversarial", eps="4/255", sharedness=s, craft_precision="bfloat16"
         )
         for s in (4, 1)
     },

@@ -6,7 +6,11 @@ obfuscated model is caught where the verdict is "not to be trusted", or where th
 evasion rate, or its accuracy under attacks on single images, at the middle eps lies within the interval of the
 undefended network underneath, or beyond. An honest network must be trusted. Both error rates are stored with their
 Wilson intervals, and which diagnostic saw what. A cell is stored when it is done; the same command goes on from
-there. An audit keeps its stages under ``runs/testbed``: where a file of the audit has changed, the stages that it
+there. ``--auditor autoattack``, ``art``, ``foolbox`` (of the extra ``bench``) or ``pgd`` judges the same models
+instead of the audit. ``--truths`` stores the ground truth of every obfuscated model, which the tables of
+``testbed_rates.py`` compare all of them with.
+
+An audit keeps its stages under ``runs/testbed``: where a file of the audit has changed, the stages that it
 makes are done again, no others. ``gambeson testbed score --auditor quick`` is the same in one number; this keeps what
 the pages need.
 """
@@ -27,9 +31,11 @@ from gambeson.auditing import DIAGNOSTICS, SUITES, AuditResult, Suite
 from gambeson.base import environment, read_json, seeded, write_json
 from gambeson.data import Dataset
 from gambeson.evaluation import Rate
+from gambeson.testbed import outside
 from gambeson.testbed.entry import Entry
-from gambeson.testbed.judgement import Judgement, broken, judgement_of
+from gambeson.testbed.judgement import AUDITORS, Judgement, broken, judgement_of
 from gambeson.testbed.recipes import networks
+from gambeson.testbed.truth import ground_truth, python_seeded
 
 RUNS, SIGNATURE = Path("runs/testbed"), "signature.json"
 AUDITING = Path(gb.__file__).parent / "auditing"
@@ -55,9 +61,15 @@ def _text(pattern: str) -> str:
 
 SOURCES = {stage: "".join(map(_text, patterns)) for stage, patterns in MAKERS.items()}
 """Read at once: what this process runs, also where a file changes meanwhile."""
-FIRST = ", first sight"
-"""Marks what is stored of models that the diagnostics, as they then stood, had not been made for. What they missed was
-looked into afterwards, so that only that state of the code makes these numbers again."""
+FIRST = {
+    "first": ", first sight",
+    "second": ", second library at first sight",
+    "third": ", third library at first sight",
+}
+"""Marks what is stored of a library's models that the diagnostics, as they then stood, had not been made for. What they
+missed was looked into afterwards, so that only that state of the code makes these numbers again."""
+OUTSIDE = {"pgd": AUDITORS["pgd"], **outside.OUTSIDE}
+"""The auditors that are none of the audit's suites."""
 THIN = {
     "universal_steps": 100,
     "universal_probe_starts": 2,
@@ -94,9 +106,11 @@ def cells() -> dict[str, tuple[str, Entry]]:
     return {f"{word(entry)}/{data}/{entry.name}": (data, entry) for data, entry in found}
 
 
-def new(data: str, entry: Entry) -> bool:
-    """Whether a cell is of a model written after the diagnostics, or of the network underneath."""
-    return data == "digits" and (entry.held_out or entry.name == "standard")
+def new(library: str, data: str, entry: Entry) -> bool:
+    """Whether a cell is of a model of a library written after the diagnostics, or of the network underneath."""
+    if library == "first":
+        return data == "digits" and (entry.held_out or entry.name == "standard")
+    return data in ("digits", "mnist5k") and (entry.library == library or entry.name == "standard")
 
 
 def signature(suite: Suite, entry: Entry) -> dict[str, str]:
@@ -141,6 +155,35 @@ def cell(data: str, entry: Entry, suite: str) -> dict[str, Any]:
     return found | outcome(result) | {"seconds": kept_seconds(folder), "this_time": time.process_time() - began}
 
 
+def outside_cell(data: str, entry: Entry, auditor: str, now: dict[str, str]) -> dict[str, Any]:
+    """Let an outside auditor judge one model; what it says is stored like the diagnostics that fail."""
+    nets, began = networks(data), time.process_time()
+    model = entry.build(nets)
+    found: dict[str, Any] = {"kind": word(entry), "data": data, "name": entry.name, "signature": now}
+    try:
+        with python_seeded(0, "auditor", entry.name):
+            said = OUTSIDE[auditor](model, nets.data)
+    except outside.MissingPackageError:
+        raise
+    except gb.UserError as error:
+        return found | {
+            "refused": str(error),
+            "trusted": False,
+            "failed": ["refused"],
+            "seconds": 0.0,
+            "this_time": 0.0,
+        }
+    numbers = {} if said.accuracy is None else {"per_image": said.accuracy.plain()}
+    spent = time.process_time() - began
+    return found | numbers | {"trusted": said.trusted, "failed": said.reasons, "seconds": spent}
+
+
+def outside_signature(auditor: str, entry: Entry) -> dict[str, str]:
+    """Return hashes of a model's code and of an outside auditor's."""
+    code = Path(outside.__file__).read_text() + auditor
+    return {"model": entry.signature, "auditor": hashlib.sha256(code.encode()).hexdigest()[:12]}
+
+
 def kept_seconds(folder: Path) -> float:
     """Return the seconds of all stages, whenever they were done."""
     return sum(read_json(folder / "timing.json").values())
@@ -167,7 +210,8 @@ def outcome(result: AuditResult) -> dict[str, Any]:
 
 def judgement(row: dict[str, Any]) -> Judgement:
     """Return the numbers that were stored of a judgement."""
-    return Judgement(trusted=row["trusted"], uer=Rate(**row["uer"]), accuracy=Rate(**row["per_image"]))
+    uer, accuracy = (Rate(**row[key]) if key in row else None for key in ("uer", "per_image"))
+    return Judgement(trusted=row["trusted"], uer=uer, accuracy=accuracy)
 
 
 def judged(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -182,7 +226,7 @@ def judged(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     alarms = [row for row in honest if not row["trusted"]]
     missed, believed = [], []
     for row in obfuscated:
-        row["broken"] = broken(judgement(row), judgement(bases[row["data"]])) if "uer" in row else {"crashed": False}
+        row["broken"] = broken(judgement(row), judgement(bases[row["data"]])) if "per_image" in row else {"none": False}
         if row["trusted"] and not any(row["broken"].values()):
             missed.append(row)
         if row["trusted"] and not all(row["broken"].values()):
@@ -222,13 +266,11 @@ def show(rows: dict[str, dict[str, Any]], verdict: dict[str, Any]) -> None:
         numbers = (
             row.get("crashed")
             or row.get("refused")
-            or "UER {:.3f}, under attack {:.3f}, {:.0f} s".format(
-                row["uer"]["value"], row["per_image"]["value"], row["seconds"]
-            )
+            or ", ".join(f"{key} {row[key]['value']:.3f}" for key in ("uer", "per_image") if key in row)
         )
         broke = ", ".join(how for how, yes in row.get("broken", {}).items() if yes)
         said = ("trusted" if row["trusted"] else "distrusted") + (f", broken ({broke})" if broke else "")
-        print(f"{row['kind']:8} {row['data']:13} {row['name']:42} |{line}| {numbers}; {said}")
+        print(f"{row['kind']:8} {row['data']:13} {row['name']:42} |{line}| {numbers}, {row['seconds']:.0f} s; {said}")
     for name in (MISSED, BELIEVED, ALARMS):
         rate = verdict[name]
         print(f"{name}: {100 * rate['value']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] of {rate['n']}")
@@ -247,23 +289,34 @@ def main() -> None:
         "--part", default="1/1", help="K/N: every N-th model from the K-th; an --out a part, then one run for all"
     )
     parser.add_argument("--show", action="store_true", help="audit nothing, print what is stored")
+    parser.add_argument("--auditor", choices=OUTSIDE, help="an outside auditor instead of the audit's suite")
+    parser.add_argument("--library", choices=FIRST, help="models of this library alone")
     parser.add_argument(
-        "--first-sight", action="store_true", help="only what was written after the diagnostics, stored apart, once"
+        "--first-sight",
+        choices=FIRST,
+        help="only what of a library was written after the diagnostics, and the network underneath, stored apart, once",
     )
+    parser.add_argument("--truths", action="store_true", help="audit nothing, store the ground truths")
     parser.add_argument("--out", type=Path, default=Path("results/testbed.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     content = read_json(arguments.out) if arguments.out.is_file() else {}
-    section = arguments.suite + (FIRST if arguments.first_sight else "")
-    stored = content.get("suites", {}).get(section, {}).get("cells", {})
-    known = {key: which for key, which in cells().items() if not arguments.first_sight or new(*which)}
+    if arguments.first_sight and arguments.auditor:
+        parser.error("--first-sight is for the audit's suites: an outside auditor does not learn from what it missed")
+    part = "auditors" if arguments.auditor else "suites"
+    section = arguments.auditor or arguments.suite + FIRST.get(arguments.first_sight, "")
+    stored = content.get(part, {}).get(section, {}).get("cells", {})
+    known = {
+        key: which for key, which in cells().items() if not arguments.first_sight or new(arguments.first_sight, *which)
+    }
     rows = {key: stored[key] for key in known if key in stored}
 
     def store() -> dict[str, Any]:
         in_order = {key: rows[key] for key in known if key in rows}
         verdict = judged(in_order)
-        content.setdefault("suites", {})[section] = {
-            "settings": THIN if arguments.suite == "thin" else SUITES[arguments.suite].plain(),
+        suite = {"auditor": arguments.auditor} if arguments.auditor else SUITES.get(arguments.suite)
+        content.setdefault(part, {})[section] = {
+            "settings": THIN if suite is None else suite if isinstance(suite, dict) else suite.plain(),
             "cells": in_order,
             **verdict,
         }
@@ -275,20 +328,42 @@ def main() -> None:
     for key, (data, entry) in list(known.items())[first - 1 :: step]:
         if arguments.show or data not in arguments.data or (arguments.kind or word(entry)) != word(entry):
             continue
+        if (arguments.library or entry.library) != entry.library:
+            continue
         if arguments.only and not any(part in f"{data} {entry.name}" for part in arguments.only):
+            continue
+        if arguments.truths:
+            if not entry.honest:
+                truth = ground_truth(entry, data)
+                content.setdefault("truths", {})[f"{data}/{entry.name}"] = truth.plain()
+                write_json(arguments.out, content)
+                print(f"{time.strftime('%H:%M')} {key}: {truth.accuracy} right, {truth.uer} fooled", flush=True)
             continue
         old = rows.get(key, {})
         if arguments.first_sight and old:  # there is no second one
             continue
-        now = signature(suite_of(arguments.suite, networks(data).data), entry)
+        now = (
+            outside_signature(arguments.auditor, entry)
+            if arguments.auditor
+            else signature(suite_of(arguments.suite, networks(data).data), entry)
+        )
         if old.get("signature") == now and "crashed" not in old:
             continue
-        rows[key] = cell(data, entry, arguments.suite)
+        rows[key] = (
+            outside_cell(data, entry, arguments.auditor, now)
+            if arguments.auditor
+            else cell(data, entry, arguments.suite)
+        )
         store()
         row = rows[key]
-        said = row.get("crashed") or row.get("refused") or f"failed {row['failed']}, {row['this_time']:.0f} s"
+        said = (
+            row.get("crashed")
+            or row.get("refused")
+            or f"failed {row['failed']}, {row.get('this_time', row['seconds']):.0f} s"
+        )
         print(f"{time.strftime('%H:%M')} {key}: trusted {row['trusted']}, {said}", flush=True)
-    show({key: rows[key] for key in known if key in rows}, store())
+    if not arguments.truths:
+        show({key: rows[key] for key in known if key in rows}, store())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 from gambeson.attacks.registry import ATTACKS, kind_of
 from gambeson.auditing import SUITES, Suite
+from gambeson.auditing.gates import METRICS
 from gambeson.base import Registered
 from gambeson.defenses.registry import DEFENSES
 
@@ -60,6 +61,17 @@ def suites() -> str:
     return "\n".join(lines) + "\n"
 
 
+def gates() -> str:
+    """Return a row per metric that gates of an audit are about."""
+    ends = {"@": "@EPS", ":": ":NAME", "": ""}
+    lines = ["| metric | meaning | compared with |", "|---|---|---|"]
+    for name, metric in METRICS.items():
+        after = ends[metric.after] if metric.word else f"[{ends[metric.after]}]" if metric.after else ""
+        kind = "nothing" if metric.word else "an eps" if metric.highest is None else "a share"
+        lines.append(f"| `{name}{after}` | {metric.meaning} | {kind} |")
+    return "\n".join(lines) + "\n"
+
+
 def tables() -> dict[str, tuple[str, str]]:
     """Return each table, by its marker, with the page that it stands in."""
     attacks = ATTACKS.own()
@@ -68,6 +80,7 @@ def tables() -> dict[str, tuple[str, str]]:
     return {
         "attacks per image": ("attacks.md", table(image, COSTS["image"])),
         "universal attacks": ("attacks.md", table(universal, COSTS["universal"])),
+        "gate metrics": ("ci.md", gates()),
         "suite settings": ("audit.md", suites()),
         "defences": ("defenses.md", table(DEFENSES.own(), COSTS["defense"])),
     }

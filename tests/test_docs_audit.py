@@ -16,8 +16,8 @@ PAGE, CHECKS, TESTBED = ((ROOT / "docs" / name).read_text() for name in ("audit.
 PICTURES = ROOT / "docs" / "audit"
 
 
-def _page():
-    spec = importlib.util.spec_from_file_location("audit_page", ROOT / "benchmarks" / "audit_page.py")
+def _page(name="audit_page"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -44,6 +44,57 @@ def test_the_error_rates_are_the_stored_ones(page):
 def test_the_testbeds_page_lists_its_models_and_the_stored_rates(page):
     assert _between("models", TESTBED) == page.models_text(), "run: python benchmarks/audit_page.py"
     assert _between("own rates", TESTBED) == page.own_rates_text(), "run: python benchmarks/audit_page.py"
+
+
+def test_the_testbeds_page_has_the_rates_by_library_and_kind():
+    assert _between("rates by library", TESTBED) == _page("testbed_rates").text(), (
+        "run: python benchmarks/testbed_rates.py"
+    )
+
+
+def _cell(name, failed=(), broken=False, per_image=0.9, kind="obfuscated"):
+    rate = {"value": per_image, "low": per_image - 0.05, "high": per_image + 0.05, "n": 100}
+    row = {"name": name, "data": "digits", "kind": kind, "failed": list(failed), "trusted": not failed}
+    return row | {"broken": {"per image": broken}, "per_image": rate}
+
+
+def test_overstated_models_are_counted_by_library_and_kind_where_their_truth_is_known(tmp_path):
+    names = ["four grey levels", "comparator", "hedge", "dead zone"]
+    low = {"value": 0.1, "low": 0.05, "high": 0.2, "n": 100}
+    truth = {"eps": 0.15, "clean": low, "accuracy": low, "uer": low, "how": ""}
+    cells = [_cell(names[0]), _cell(names[1], per_image=0.15), _cell(names[2], failed=["x"]), _cell(names[3])]
+    cells += [_cell("standard", kind="honest"), _cell("linear", ["x"], kind="honest")]
+    path = tmp_path / "testbed.json"
+    content = {"suites": {}, "auditors": {"foolbox": {"cells": {row["name"]: row for row in cells}}}}
+    path.write_text(json.dumps(content | {"truths": {f"digits/{name}": truth for name in names[:3]}}))
+    (line,) = (line for line in _page("testbed_rates").text(path).splitlines() if line.startswith("| foolbox"))
+    assert [cell.split(" [")[0].strip() for cell in line.split("|")[2:-1]] == [
+        "100.0 %",
+        "0.0 %",
+        "0.0 %",
+        "33.3 %",
+        "50.0 %",
+    ]
+
+
+def test_a_kind_is_found_by_the_checks_of_other_kinds_alone():
+    rows = [
+        _cell("four grey levels", ["a", "b"]),
+        _cell("comparator", ["a"]),
+        _cell("hedge", ["b", "noisy"]),
+        _cell("hidden pixels", ["noisy"]),
+        _cell("slow drift of scale", ["c"]),
+        _cell("dead zone", broken=True),
+        _cell("standard", ["noisy"], kind="honest"),
+    ]
+    found = _page("testbed_rates").folds(rows)
+    assert found == {
+        "preprocessing": (1, 1, 1, 1),
+        "logits": (1, 1, 1, 0),  # b alone finds what the others need
+        "adaptive": (1, 1, 1, 0),
+        "false gradient": (1, 0, 0, 0),  # its only check accuses an honest model
+        "state": (1, 1, 0, 0),  # nobody else calls for its check
+    }
 
 
 def test_the_testbeds_page_runs(tmp_path, monkeypatch, capsys):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         victim,
     )
     from gambeson.auditing.audit import audit
+    from gambeson.auditing.comparison import compare
     from gambeson.base import UserError
     from gambeson.training import train
 
@@ -39,6 +40,7 @@ __all__ = [
     "audit",
     "auditing",
     "base",
+    "compare",
     "data",
     "defenses",
     "evaluation",
@@ -53,7 +55,7 @@ __all__ = [
     "victim",
 ]
 
-_DEFINED_IN = {"UserError": "base", "audit": "auditing", "train": "training"}
+_DEFINED_IN = {"UserError": "base", "audit": "auditing", "compare": "auditing", "train": "training"}
 
 if not TYPE_CHECKING:  # a type checker that saw __getattr__ would let every misspelt name pass
 

@@ -144,3 +144,16 @@ def test_what_cannot_go_through_edits_is_refused(trained, digits):
     box = gb.evaluation.FunctionModel(trained)
     with pytest.raises(UserError, match="StochasticPGD needs"):
         StochasticPGD(eps=0.1, edits=("jpeg:50",)).craft(box, digits)
+
+
+def test_every_edit_is_drawn_equally_often(trained, digits):
+    images = digits.train.take(slice(0, 1))[0]
+    with Victim(trained) as victim, torch.no_grad():
+        edits = [Edit.parse(text) for text in ("none", "blur:4", "gamma:0.5")]
+        known = [victim(edit(images, edit.draw(1, 1, generator(0, "edit")))) for edit in edits]
+        assert not torch.allclose(known[0], known[2])
+        edited, counts = EditedVictim(victim, edits, generator(0, "edits")), [0, 0, 0]
+        for _ in range(300):
+            logits = edited(images)
+            counts[next(k for k, one in enumerate(known) if torch.allclose(one, logits, atol=1e-4))] += 1
+    assert min(counts) > 75

@@ -147,7 +147,7 @@ def test_eps_uni_is_censored_or_zero_where_it_must_be(digits):
 
 
 def test_mistakes_are_named(trained, digits):
-    with pytest.raises(UserError, match="unknown suite 'fast': choose one of full, quick, standard"):
+    with pytest.raises(UserError, match="unknown suite 'fast': choose one of full, glance, quick, standard"):
         gb.audit(trained, digits, "fast")
     with pytest.raises(UserError, match="eps must be ascending without repeats"):
         Suite(eps=(0.2, 0.1))

@@ -9,7 +9,8 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing import Suite
-from gambeson.auditing.cost import TEST_IMAGES, fit, images_asked, omitted
+from gambeson.auditing.budget import TEST_IMAGES, fit_queries, omitted
+from gambeson.auditing.cost import images_asked
 from gambeson.auditing.results import AuditResult, Surrogate
 from gambeson.auditing.stages import black_box, surrogate
 from gambeson.evaluation import FunctionModel
@@ -99,13 +100,13 @@ def test_what_is_crafted_on_a_surrogate_is_tried_beside_noise(tmp_path, monkeypa
 @pytest.mark.parametrize("passes", [1, 21])
 def test_a_smaller_budget_makes_a_smaller_audit(digits, passes):
     asked = gb.auditing.SUITES["standard"].on(digits)
-    before = fit(asked, digits, None, passes)
+    before = fit_queries(asked, digits, None, passes)
     assert omitted(asked, before.suite) == []
     assert before.suite.test_images is None
     assert before.notes == []
     for room in (5_000_000, 500_000, 200_000, 100_000, 50_000, 20_000, 10_000):
         room *= passes
-        plan = fit(asked.model_copy(update={"budget": room}), digits, room, passes)
+        plan = fit_queries(asked.model_copy(update={"budget": room}), digits, room, passes)
         assert plan.images == images_asked(plan.suite, digits, passes) <= 0.9 * room
         assert plan.images <= before.images
         assert plan.images > 0.85 * room or not plan.notes  # what is left goes to the universal search
@@ -117,7 +118,7 @@ def test_a_smaller_budget_makes_a_smaller_audit(digits, passes):
     with pytest.raises(
         UserError, match=r"room for 500 images is too small: the smallest audit of \d eps asks about \d"
     ):
-        fit(asked, digits, 500, passes)
+        fit_queries(asked, digits, 500, passes)
 
 
 def test_many_test_images_are_not_all_asked_about():
@@ -125,7 +126,7 @@ def test_many_test_images_are_not_all_asked_about():
     data = gb.data.as_dataset((images, torch.arange(len(images)) % 2))
     whole = gb.data.Split("many", images, torch.arange(len(images)) % 2, data.classes)
     many = gb.data.Dataset("many", data.train, data.validation, whole, data.classes)
-    plan = fit(SUITE.model_copy(update={"test_images": None}), many, None, 1)
+    plan = fit_queries(SUITE.model_copy(update={"test_images": None}), many, None, 1)
     assert plan.suite.test_images == TEST_IMAGES
     assert f"{TEST_IMAGES} were asked about" in plan.notes[0]
 

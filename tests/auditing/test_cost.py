@@ -40,7 +40,7 @@ def test_an_audit_costs_what_its_plan_says_or_less(trained, digits, result):
         assert 0 < sum(one.backwards for one in costs) <= part.gradients, name
         assert sum(one.forwards for one in costs) <= part.gradients + part.forwards, name
     assert cost.seconds == pytest.approx(sum(cost.seconds_of(part) for part in cost.parts))
-    assert min(cost.seconds_a_forward, cost.seconds_a_gradient) > 0
+    assert min(cost.speed.forward, cost.speed.gradient) > 0
 
 
 def test_a_plan_grows_with_what_is_asked_and_leaves_the_model_alone(digits):
@@ -78,7 +78,8 @@ def test_plan_on_the_command_line_writes_nothing(trained, tmp_path, capsys):
     assert run([*asked, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["seconds"] > 0
-    assert found["parts"][0]["name"] == "universal curve"
+    assert [part["name"] for part in found["parts"]][:4] == ["start", "surrogate", "randomness", "universal curve"]
+    assert found["parts"][1]["surrogate"] > 0
     assert run(asked) == 0
     shown = capsys.readouterr().err
     assert "universal curve" in shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gambeson.auditing.audit import in_proportion
+from gambeson.auditing.stages.examples import in_proportion
 
 LABELS = torch.arange(1000) % 10
 

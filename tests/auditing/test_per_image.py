@@ -24,12 +24,16 @@ def few(digits):
 
 def test_pgd_on_all_images_and_the_suite_on_some(trained, few):
     with held(trained, few, EPS, pgd_steps=5, suite_images=40, suite_queries=50) as evidence:
-        pgd, suite = per_image.measure(evidence)
+        pgd, targeted, suite = per_image.measure(evidence)
         assert pgd.attack == "pgd"
         assert pgd.accuracy == accuracy_under(evidence.victim, few.test, PGD(eps=0.1, steps=5), seed=0)
         assert PGD(**pgd.settings) == PGD(eps=0.1, steps=5)
         assert (pgd.accuracy.n, suite.accuracy.n) == (60, 40)
         assert pgd.rounds == []
+        assert [found.attack for found in targeted.rounds] == ["pgd", "auto-pgd-targeted"] == list(targeted.settings)
+        assert targeted.accuracy.n == 60
+        assert targeted.accuracy.value < targeted.rounds[0].accuracy.value
+        assert targeted.accuracy.value <= pgd.accuracy.value
         assert (suite.attack, suite.eps, suite.norm) == ("standard", 0.1, "inf")
         names = [found.attack for found in suite.rounds]
         assert names == ["pgd", "auto-pgd", "auto-pgd-targeted", "square"] == list(suite.settings)
@@ -43,7 +47,7 @@ def test_pgd_on_all_images_and_the_suite_on_some(trained, few):
 
 def test_no_suite_where_it_has_no_meaning_or_was_left_out(trained, few):
     with held(trained, few, EPS, pgd_steps=2) as evidence:
-        assert [found.attack for found in per_image.measure(evidence)] == ["pgd"]
+        assert [found.attack for found in per_image.measure(evidence)] == ["pgd", "auto-pgd-targeted"]
     with held(trained, few, (1.0,), pgd_steps=2, norm="1", suite_images=10) as evidence:
         assert [found.attack for found in per_image.measure(evidence)] == ["pgd"]
         assert per_image.left_out(evidence).startswith("No attack suite was tried")

@@ -13,9 +13,9 @@ from torch import nn
 import gambeson as gb
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing import AuditResult, Suite
-from gambeson.auditing.audit import FILE
 from gambeson.auditing.outcome import SLIGHT, PairedDifference
 from gambeson.auditing.stages import surrogate
+from gambeson.auditing.stages.examples import FILE
 from gambeson.auditing.stages.targeted import targets
 from gambeson.auditing.stages.transfer import image_attacks
 from gambeson.base import load_tensors
@@ -63,6 +63,31 @@ def net(data):
 def honest(net, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("audit")
     return gb.audit(net, data, SUITE, folder), folder
+
+
+def test_maps_are_compared_by_the_pixels_of_each_image(honest):
+    found, folder = honest
+    same = {change.name: change for change in gb.compare(found, folder).changes}
+    paired = {name: change for name, change in same.items() if "iou" not in name}
+    assert set(paired) == {
+        "clean",
+        "uer@0.04",
+        "uer@0.1",
+        "uer@0.2",
+        "per_image:pgd",
+        "per_image:segpgd",
+        "per_image:cospgd",
+    }
+    for name, change in paired.items():
+        _, counts = found.outcomes.of(name)
+        assert (counts.error_rate if name.startswith("uer") else counts.accuracy) == change.first
+        assert int(counts.total.max()) == 15 * 16  # the first row does not count
+        assert (change.unpaired, change.lost, change.p, change.difference.value) == ("", None, 1, 0)
+    assert {change.unpaired for name, change in same.items() if "iou" in name} == {
+        "outcomes of single images were not kept"
+    }
+    assert gb.compare(found, folder).gate("no-regression, mean_iou@0.1>=0, clean_iou<=0, uer.high<=0.2").held
+    assert found.results.gate("mean_iou<=1, clean_iou>=0.5, mean_iou@0.2.low<=0.9").held
 
 
 def test_an_honest_net_is_trusted_and_each_check_applies_or_says_why_not(honest) -> None:

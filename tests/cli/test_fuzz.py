@@ -218,7 +218,8 @@ def test_the_advice_for_a_truncated_file_works(nowhere, capsys):
 
 
 def test_an_eps_that_was_named_is_kept_or_refused():
-    from gambeson.auditing.cost import fit, images_asked
+    from gambeson.auditing.budget import fit_queries as fit
+    from gambeson.auditing.cost import images_asked
     from gambeson.auditing.suite import Suite
 
     data = gb.data.load("digits")

@@ -138,7 +138,7 @@ def test_lazy_names_are_those_of_the_packages():
 @pytest.mark.parametrize(
     ("command", "names"),
     [
-        (["audit"], "{}, {} or {}:".format(*SUITES)),
+        (["audit"], "{}, {}, {} or {}:".format(*SUITES)),
         (["export"], "{}, {} or {}.".format(*TARGETS)),
     ],
 )

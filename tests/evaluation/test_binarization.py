@@ -7,7 +7,7 @@ from torch import nn
 from gambeson import UserError
 from gambeson.attacks import FGSM, PGD
 from gambeson.data import Split
-from gambeson.evaluation import BinarizationTest, binarization_test
+from gambeson.evaluation import BinarizationTest, binarization_test, binarization_tests
 from gambeson.evaluation.binarization import BinaryHeads, heads
 from gambeson.victim import as_victim, vote
 
@@ -54,6 +54,31 @@ def test_attacks_that_do_nothing_or_go_the_wrong_way_find_none():
         found = outcome_of(attack)
         assert found.success.value == 0
         assert found.strong is False or found.random.value > 0.05
+
+
+def test_attacks_that_are_tested_together_share_their_copies():
+    attacks = {"pgd": PGD(eps=EPS, steps=20), "one step": PGD(eps=EPS, steps=1, rel_step_size=0.2, start="zero")}
+    test = BinarizationTest(eps=EPS, samples=20, inner=200, random_points=20)
+    both = binarization_tests(identity(), split(), attacks, test)
+    for name, attack in attacks.items():
+        assert both[name] == outcome_of(attack)
+    pgd, short = both.values()
+    assert pgd.shared == short.shared
+    assert pgd.cost.forwards > pgd.shared.forwards > 20 * 200
+    assert pgd.hidden.n == 20 - round(20 * pgd.random.value)
+    assert short.hidden.value <= short.success.value < 0.5 < pgd.hidden.value == 1
+
+
+def test_no_success_is_claimed_where_there_is_none():
+    images, _ = split(3).take(slice(None))
+    weights, bias = torch.randn(3, 16, generator=torch.Generator().manual_seed(3)), torch.ones(3)
+    with as_victim(BinaryHeads(identity(), images, weights, bias, robust=True)) as robust:
+        moved = PGD(eps=0.5, steps=20)(robust, images, torch.zeros(3).long())
+        assert (vote(robust, moved) == 0).all()
+        gap = robust(moved).diff(dim=1).squeeze(1)
+        assert (gap < -0.1).all()
+        assert (gap > robust(images).diff(dim=1).squeeze(1)).all()  # it has a gradient, and the attack follows it
+    assert outcome_of(PGD(eps=EPS, steps=20)).claimed == 0
 
 
 def test_gradients_that_vanish_make_the_attack_too_weak():

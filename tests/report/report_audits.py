@@ -26,7 +26,7 @@ from gambeson.auditing.results import (
 )
 from gambeson.auditing.verdict import judge
 from gambeson.base import generator, pixel_bytes, save_tensors, write_json, write_yaml
-from gambeson.evaluation import Rate
+from gambeson.evaluation import Auc, ClassRates, ClassView, Difference, EditedRates, EditsResult, Rate
 from gambeson.evaluation.attack_suite import AttackRound
 from gambeson.evaluation.rates import Control, Cost, EpsUni
 from gambeson.evaluation.transfer import TransferResult, TransferRun, TransferTable
@@ -174,6 +174,8 @@ def write_audit(
         )
         if random
         else None,
+        edits=edits(radii[2], norm, wrong[2], clean, colour),
+        classes=by_class(radii[2], norm, names, seed),
         jacobian=jacobian(folder, radii, shape, seed, ridge=failed) if with_jacobian else None,
         checks=checks,
         verdict=judge(right, points, found, checks),
@@ -185,6 +187,38 @@ def write_audit(
     write_json(folder / "timing.json", {"uap-0.05.safetensors": 12.3, "per-image": 63.9})
     write_yaml(folder / "run.yaml", {"kind": "audit", "model": "runs/model"})
     return result
+
+
+def edits(eps: float, norm: str, wrong: int, clean: int, colour: bool) -> EditsResult:
+    """Four edits, each leaving less of the harm and doing more itself."""
+    rates = []
+    for k, edit in enumerate(("none", "jpeg:75", "resize:0.5", "shift:1")):
+        own, left = 1000 - clean + 17 * k, (wrong - (1000 - clean)) // (k + 1)
+        under, before = (torch.arange(TESTS)[:, None] < torch.tensor([n, TESTS]) for n in (own + left, own))
+        harm = Difference.of(under.long(), before.long(), lambda sums: sums[:, 0] / sums[:, 1], TESTS)
+        control = Control(name="random-sign", mean=(own + 3) / TESTS, worst=Rate.of(own + 5, TESTS), draws=3)
+        clean_rate, rate = Rate.of(own, TESTS), Rate.of(own + left, TESTS)
+        rates.append(EditedRates(edit=edit, clean=clean_rate, uer=rate, harm=harm, controls=[control]))
+    left_out = {} if colour else {"colour:0.1": "images of one channel have no colours"}
+    return EditsResult(attack="stochastic-pgd", eps=eps, norm=norm, rates=rates, left_out=left_out)
+
+
+def by_class(eps: float, norm: str, names: list[str], seed: int) -> ClassView:
+    """Errors that rise from class to class, and areas where there are two."""
+    each, two, auc = TESTS // len(names), len(names) == 2, None
+    rates = [
+        ClassRates(
+            name=name,
+            clean=Rate.of(k, each, candidates=len(names)),
+            uer=Rate.of(min(each, 20 + 7 * k + seed), each, candidates=len(names)),
+            own=Rate.of(min(each, 40 + 6 * k), each, candidates=len(names)) if two else None,
+        )
+        for k, name in enumerate(names)
+    ]
+    if two:
+        areas = [Rate.from_variance(value, 1e-4, TESTS, TESTS) for value in (0.97, 0.61)]
+        auc = Auc(positive=names[1], clean=areas[0], perturbed=areas[1])
+    return ClassView(attack="stochastic-pgd", eps=eps, norm=norm, classes=rates, auc=auc)
 
 
 def _suite(eps: float, norm: str, wrong: int, clean: int) -> PerImageResult:

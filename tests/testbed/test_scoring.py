@@ -173,7 +173,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     stored = (Path(gb.__file__).parent / "testbed" / "models.json").read_text()
     assert json.loads(stored) == listing(), "models.json is stale: see gambeson.testbed.library.listing"
     assert [entry["name"] for entry in listed] == [entry.name for entry in gb.testbed.models("digits")]
-    assert listed[0].keys() == {"name", "kind", "honest", "how", "source", "held_out"}
+    assert listed[0].keys() == {"name", "kind", "honest", "how", "source", "held_out", "library"}
     assert run(["testbed", "list", "--data", "cifar10"]) == 0
     assert "pgd-adversarial" in capsys.readouterr().out
     call = ["testbed", "score", "--auditor", "mine.py:judge", "--json", "--models"]

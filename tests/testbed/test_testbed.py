@@ -11,6 +11,7 @@ from gambeson.base import seeded
 from gambeson.testbed import truth as truths
 from gambeson.testbed.entry import Entry, Networks
 from gambeson.testbed.recipes import DATASETS, HONEST, networks, networks_on
+from gambeson.testbed.suspicious import SUSPICIOUS
 from gambeson.testbed.truth import Mean, StraightThrough, measure, python_seeded, towards, ways
 
 ENTRIES = {entry.name: entry for entry in gb.testbed.models("digits")}
@@ -34,6 +35,12 @@ PARTLY_ROBUST = {  # the change of pixels withstands something by itself, as nea
     "pulled to training images",
     "test images looked up",
     "test images remembered smoothly",
+    "diffusion purification",
+    "matrix estimation",
+    "squeezed if unsure",
+    "ranked pixels",
+    "adversarial training on test images",
+    "coarse test images remembered",
 }
 
 
@@ -83,8 +90,8 @@ def test_an_honest_model_is_right_and_has_its_truth(name):
 
 
 def test_the_entries_of_the_digits():
-    assert len(ENTRIES) == len(OBFUSCATED) + len(HONEST)
-    assert len(OBFUSCATED) >= 72
+    assert len(ENTRIES) == len(OBFUSCATED) + len(HONEST) + len(SUSPICIOUS)
+    assert len(OBFUSCATED) >= 72 + 36
     assert {entry.kind for entry in ENTRIES.values()} == set(gb.testbed.KINDS)
     assert len({entry.file_name for entry in ENTRIES.values()}) == len(ENTRIES)
     for entry in ENTRIES.values():
@@ -221,3 +228,58 @@ def test_both_generators_come_back():
 
 def test_every_network_says_what_it_is():
     assert all(recipe.about.endswith(".") for recipe in DATASETS.values())
+
+
+LATER = [name for name, entry in ENTRIES.items() if entry.library != "first" and not entry.honest]
+LATER_FAST = ("comparator", "common part removed")
+OVERSTATED = 0.1
+"""By how much PGD of 40 steps, or one perturbation for all images, must overstate what is left of a model."""
+
+
+def check_deceives(name):
+    """The networks' clean accuracy is kept, and a standard evaluation of the same images reports clearly too much."""
+    nets, entry, eps = networks("digits"), ENTRIES[name], 0.15
+    given = gb.testbed.load(name)
+    x, y = given.data.test.take(slice(None))
+
+    def right(model, images):
+        with torch.no_grad():
+            return float((torch.cat([model(part).argmax(1) for part in images.split(250)]) == y).float().mean())
+
+    assert given.truth.clean.value > right(nets(), x) - 0.1
+    with seeded(0, "naive"):
+        if name == "common part removed":
+            attack = gb.attacks.StochasticPGD(eps=eps, eot_samples=1, truncate_correct=False)
+            moved = (x + attack.craft(given.model, given.data).delta).clamp(0, 1)
+            assert 1 - right(entry.build(nets), moved) < given.truth.uer.value - OVERSTATED
+            return
+        attack = PGD(eps=eps, steps=40, early_stop=False, eot_samples=1)
+        parts = zip(x.split(250), y.split(250), strict=True)
+        moved = torch.cat([attack(given.model, some, labels) for some, labels in parts])
+        assert right(given.model, moved) > given.truth.accuracy.value + OVERSTATED
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in LATER_FAST else pytest.param(name, marks=pytest.mark.full) for name in LATER]
+)
+def test_later_models_deceive_a_standard_evaluation(name):
+    check_deceives(name)
+
+
+def test_the_later_libraries():
+    for library, honest in (("second", 5), ("third", 6)):
+        entries = [entry for entry in ENTRIES.values() if entry.library == library]
+        assert sum(entry.honest for entry in entries) == honest
+        assert len(entries) - honest >= 16
+        assert not any(entry.ought or entry.held_out for entry in entries)
+    assert len(LATER_FAST) == len(set(LATER_FAST) & set(LATER))
+
+
+@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.honest and entry.library != "first"])
+def test_a_later_honest_model_hides_nothing(name):
+    model = ENTRIES[name].build(networks("digits"))
+    x, y = networks("digits").data.test.take(slice(0, 100))
+    moved = PGD(eps=0.15, steps=20, eot_samples=1)(model, x, y)
+    with torch.no_grad():
+        assert float((model(x).argmax(1) == y).float().mean()) > 0.85
+        assert float((model(moved).argmax(1) == y).float().mean()) < 0.4

@@ -5,6 +5,7 @@ Every function takes a module or a victim; those over a set take a split, a data
 """
 
 from gambeson.analysis.bounds import BoundRow, BoundTable, Linear, bound_table, linearise, strongest_signs
+from gambeson.analysis.certified import CertifiedAccuracy, certified_accuracy
 from gambeson.analysis.correlation import Correlation, Interval, correlate, partial, pearson, spearman
 from gambeson.analysis.estimate import Estimate, estimate_frobenius
 from gambeson.analysis.gradient_masking import GradientStatistics, Surface, gradient_statistics, loss_surface
@@ -36,6 +37,7 @@ from gambeson.victim import Source
 __all__ = [
     "BoundRow",
     "BoundTable",
+    "CertifiedAccuracy",
     "Correlation",
     "Estimate",
     "GradientSharing",
@@ -57,6 +59,7 @@ __all__ = [
     "adversarial_subspace",
     "batch_jacobian",
     "bound_table",
+    "certified_accuracy",
     "correlate",
     "diversity_gain",
     "estimate_frobenius",

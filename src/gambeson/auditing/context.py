@@ -26,7 +26,7 @@ from gambeson.auditing.results import (
     UniversalResult,
 )
 from gambeson.auditing.suite import Suite
-from gambeson.base import read_json, seeded, write_json, write_text
+from gambeson.base import UserError, load_tensors, read_json, save_tensors, seeded, write_json, write_text
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import BudgetSpent, Rate
 from gambeson.evaluation.outcome import AttackT, ImageAttack, averaged, outcome
@@ -54,8 +54,8 @@ class Checkpoints:
         self._folder, self._seed = folder, seed
         self._done = self._read("state/stages.json")
         self._seconds = self._read("timing.json")
-        self.left_out: dict[str, str] = {}
-        """Stages that did not fit a black box's budget, with the reason."""
+        self.left_out: dict[str, BudgetSpent] = {}
+        """Stages that did not fit a black box's budget, or the time, with the reason."""
 
     def do(self, name: str, kind: Any, work: Callable[[], ResultT]) -> ResultT:
         """Return the stored result of this stage, or compute and store it.
@@ -68,25 +68,38 @@ class Checkpoints:
             work: computes the result.
         """
         form: TypeAdapter[ResultT] = TypeAdapter(kind)
-        if name in self._done and self._whole(self._done[name]):
+        if self.has(name):
             return form.validate_python(self._done[name])
         began = time.perf_counter()
         with seeded(self._seed, "stage", name):
             result = work()
-        self._done[name] = form.dump_python(result, mode="json")
         self._seconds[name] = time.perf_counter() - began
         if self._folder is not None:
             write_json(self._folder / "timing.json", self._seconds)
-            # Written after every stage, for the audit alone: without indents, C code writes it ten times as fast.
-            write_text(self._folder / "state" / "stages.json", json.dumps(self._done, allow_nan=False))
+        self.keep(name, form.dump_python(result, mode="json"))
         return result
 
+    def has(self, name: str) -> bool:
+        """Whether the result of a stage is stored."""
+        return name in self._done and self._whole(self._done[name])
+
+    def keep(self, name: str, content: Any) -> None:
+        """Store plain data, in place of what has this name."""
+        self._done[name] = content
+        if self._folder is not None:
+            # Written after every stage, for the audit alone: without indents, C code writes it ten times as fast.
+            write_text(self._folder / "state" / "stages.json", json.dumps(self._done, allow_nan=False))
+
+    def kept(self, name: str) -> Any:
+        """Return what :meth:`keep` stored; None if nothing."""
+        return self._done.get(name)
+
     def afford(self, name: str, kind: Any, work: Callable[[], ResultT], instead: ResultT) -> ResultT:
-        """Run a stage, or return ``instead`` if it does not fit a black box's budget."""
+        """Run a stage, or return ``instead`` if it does not fit a black box's budget, or the time."""
         try:
             return self.do(name, kind, work)
         except BudgetSpent as spent:
-            self.left_out[name] = str(spent)
+            self.left_out[name] = spent
             return instead
 
     def _whole(self, stored: Any) -> bool:
@@ -97,6 +110,64 @@ class Checkpoints:
         if self._folder is None or not (self._folder / name).is_file():
             return {}
         return dict(read_json(self._folder / name))
+
+
+class Outcomes:
+    """What each test image answers when clean and under each attack, from which the reported rates were computed.
+
+    Two audits on the same images are compared by it, image by image (:func:`gambeson.auditing.compare`).
+
+    Args:
+        folder: of the audit; its ``outcomes.safetensors`` is read if there is one, and written with every addition.
+
+    Raises:
+        UserError: the file is cut short or holds something else.
+    """
+
+    FILE = "outcomes.safetensors"
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._file = None if folder is None else folder / self.FILE
+        self._tensors: dict[str, torch.Tensor] = {}
+        self.test = ""
+        """Fingerprint of the test split: of its images, their labels and their order."""
+        if self._file is not None and self._file.is_file():
+            self._tensors, about = load_tensors(self._file, "the outcomes of an audit")
+            self.test = str(about.get("test", ""))
+            for name in [name.removesuffix(" right") for name in self._tensors if name.endswith(" right")]:
+                self._check(name)
+
+    def keep(self, name: str, counts: Counts, test: Split, rows: torch.Tensor | None = None) -> None:
+        """Add the outcomes of one attack.
+
+        Args:
+            name: as gates have it: ``clean``, ``uer@0.1`` or ``per_image:pgd``.
+            counts: right answers of each image.
+            test: the split that is reported on.
+            rows: (M,) the images of ``test`` that were attacked; None: all.
+        """
+        rows = torch.arange(len(test)) if rows is None else rows
+        found = {"right": counts.right, "total": counts.total, "rows": rows}
+        self._tensors |= {f"{name} {part}": tensor.to("cpu", torch.int32) for part, tensor in found.items()}
+        self.test = test.fingerprint
+        if self._file is not None:
+            save_tensors(self._file, self._tensors, {"test": self.test})
+
+    def of(self, name: str) -> tuple[torch.Tensor, Counts] | None:
+        """Return the rows of the attacked images and what they answered; None if that was not kept."""
+        if f"{name} right" not in self._tensors:
+            return None
+        right, total, rows = (self._tensors[f"{name} {part}"].long() for part in ("right", "total", "rows"))
+        return rows, Counts(right, total)
+
+    def _check(self, name: str) -> None:
+        parts = [self._tensors.get(f"{name} {part}") for part in ("right", "total", "rows")]
+        sound = [part for part in parts if part is not None and part.dtype == torch.int32 and part.ndim == 1]
+        if len(sound) < 3 or len({len(part) for part in sound}) > 1 or bool((sound[0] > sound[1]).any()):
+            raise UserError(
+                f"{self._file} does not hold the outcomes of {name!r} as an audit writes them: copy it again, or "
+                "delete it, and numbers are compared without it"
+            )
 
 
 @dataclass
@@ -122,8 +193,6 @@ class AuditContext:
     """Errors per test image under the perturbations, by eps."""
     universal: list[UniversalResult] = field(default_factory=list)
     per_image: list[PerImageResult] = field(default_factory=list)
-    attacked: dict[str, Counts] = field(default_factory=dict)
-    """What attacks left right of the test images, image by image, by name."""
     transfer: list[TransferredResult] = field(default_factory=list)
     randomness: RandomnessResult | None = None
     adaptive: AdaptiveResult | None = None
@@ -134,6 +203,8 @@ class AuditContext:
     """Perturbations crafted on the surrogate by eps."""
     targeted: dict[str, UniversalPerturbation] = field(default_factory=dict)
     """Perturbations with a target, by its kind; of label maps."""
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    """What each test image answers under the attacks that rates are reported of."""
     _outcomes: dict[tuple[str, str, float | None], Counts] = field(default_factory=dict)
 
     @property
@@ -178,7 +249,7 @@ class AuditContext:
     @cached_property
     def white_parts(self) -> dict[str, PGD | TargetedAutoPGD]:
         """The attacks of :attr:`white_box` in turn; none where it is PGD alone."""
-        alone = self.subject.random or self.subject.black_box or self.suite.norm == "1"
+        alone = self.subject.random or self.subject.black_box or self.suite.norm == "1" or not self.suite.auto_pgd
         return {} if alone or not self.test.task.per_image_label else self.suite.white_box(self.eps)
 
     @cached_property
@@ -209,8 +280,9 @@ class AuditContext:
         """
         attack, split = self.averaged(attack), getattr(self, on)
         key = (repr(attack), "test" if split is self.test else on, self.victim.temperature)
-        if split is self.test and "pgd" in self.attacked and attack == self.averaged(self.suite.pgd(self.eps)):
-            return self.attacked["pgd"]
+        kept = self.outcomes.of("per_image:pgd")
+        if split is self.test and kept is not None and attack == self.averaged(self.suite.pgd(self.eps)):
+            return kept[1]
         if key not in self._outcomes:
             self._outcomes[key] = outcome(self.victim, split, AsFarAsFinite(attack), self.seed)
         return self._outcomes[key]

@@ -1,210 +1,48 @@
-"""Costs of an audit: estimates, and fitting the audit of a black box to a query budget."""
+"""Costs of an audit: upper bounds of what each stage asks of a model, and measured times of a few batches."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from gambeson import models
+from gambeson.attacks import PGD, TargetedAutoPGD
+from gambeson.auditing.rescoring import MOST
 from gambeson.auditing.stages import surrogate
 from gambeson.auditing.stages.corruption import NOISES
 from gambeson.auditing.suite import Suite
 from gambeson.base import Config, UserError, seeded
 from gambeson.data import Dataset
 from gambeson.evaluation import BlackBox
+from gambeson.evaluation.edits import PATTERNS
+from gambeson.evaluation.outcome import at_once
 from gambeson.evaluation.universal import RANKED
-from gambeson.victim import Victim
+from gambeson.victim import Victim, auto_batch_size
+from gambeson.victim.temperature import IMAGES as CALIBRATED
 
-TEST_IMAGES = 2000
-"""Default number of test images for a black box."""
-_RESERVE = 0.1
-"""Share of a budget reserved for retries."""
-_RUNS = 6
-"""Default maximum of perturbations crafted in the search of eps_uni."""
-
-
-class BudgetPlan(Config):
-    """A suite that fits a budget."""
-
-    suite: Suite
-    notes: list[str]
-    """What was reduced, as sentences."""
-    images: int
-    """Upper bound of the images queried, without retries."""
-
-
-def images_asked(suite: Suite, data: Dataset, passes: int) -> int:
-    """Return an upper bound of the images queried by the audit of a black box.
-
-    Args:
-        suite: its settings.
-        data: the data.
-        passes: queries per scored image of a random black box.
-    """
-    test = min(suite.test_images or len(data.test), len(data.test))
-    few, held = min(suite.pattern_images, len(data.train)), min(suite.pattern_images, len(data.validation))
-    sample = min(suite.sample, test)
-    controls, runs = suite.patterns_of_controls, _RUNS if suite.eps_uni_runs is None else suite.eps_uni_runs
-    craft = 2 * (suite.patterns * few + 3 * held) + 2 * held + test
-    craft += (controls + 2) * held  # what stands for an eps is chosen on validation
-    scored = test + len(suite.eps) * (craft + controls * test)
-    scored += runs * (craft + held) + (runs * len(suite.eps) + runs * (runs - 1) // 2) * held
-    scored += 12 * test if runs else 0  # the error curve near eps_uni
-    if suite.surrogate != "none":
-        scored += test + 2 * min(suite.transfer_images, test)
-    scored += len(NOISES) * len(suite.noise_sizes) * test
-    scored += 2 * test + 14 * sample  # diagnostics
-    scored += 0 if passes == 1 else 2 * sample  # of a random box: votes that choose the worst candidates
-    return passes * scored + sample * (suite.queries + 1) + 20
-
-
-def fit(suite: Suite, data: Dataset, room: int | None, passes: int, *, keep_eps: bool = False) -> BudgetPlan:
-    """Reduce an audit until it fits a budget, and give what is left of it to the search of universal perturbations.
-
-    Args:
-        suite: the requested suite, with its grid of eps.
-        data: the data.
-        room: remaining budget in images; None: unlimited.
-        passes: see :func:`images_asked`.
-        keep_eps: whether every eps stays, because the user named them.
-
-    Raises:
-        UserError: even the smallest audit does not fit.
-    """
-    notes = []
-    if suite.test_images is None and len(data.test) > TEST_IMAGES:
-        suite = suite.model_copy(update={"test_images": TEST_IMAGES})
-        notes.append(
-            f"Of {len(data.test)} test images {TEST_IMAGES} were asked about, as suits a black box; "
-            "suite.test_images sets another number."
-        )
-    if suite.eps_uni_runs is None:
-        suite = suite.model_copy(update={"eps_uni_runs": _RUNS})
-    asked = suite
-    for suite in _smaller(asked, min(asked.test_images or len(data.test), len(data.test)), keep_eps):
-        images = images_asked(suite, data, passes)
-        if room is None or images <= (1 - _RESERVE) * room:
-            break
-    else:
-        least = int(images / (1 - _RESERVE)) + 1
-        raise UserError(
-            f"a budget with room for {room} images is too small: the smallest audit of {len(suite.eps)} eps asks about "
-            f"{least}; give a larger --budget{' or fewer --eps' if keep_eps and len(suite.eps) > 1 else ''}"
-        )
-    if suite != asked and room is not None:
-        suite = _larger(suite, asked, data, passes, (1 - _RESERVE) * room)
-        images = images_asked(suite, data, passes)
-    if suite != asked:
-        notes.append(
-            f"The budget of {asked.budget} images made the audit smaller: {'; '.join(_changes(asked, suite))}."
-        )
-    return BudgetPlan(suite=suite, notes=notes, images=images)
-
-
-def _smaller(suite: Suite, test: int, keep_eps: bool) -> Iterator[Suite]:
-    """Yield decreasing suites: first reductions of precision, then omissions of stages."""
-    yield suite
-
-    def at_most(**limits: int) -> Callable[[], Suite]:
-        def limited() -> Suite:
-            now = {name: getattr(suite, name) for name in limits}
-            now["test_images"] = now.get("test_images") or test
-            return suite.model_copy(
-                update={name: min(now[name], limit) for name, limit in limits.items() if now[name] > limit}
-            )
-
-        return limited
-
-    steps: list[Callable[[], Suite]] = [
-        at_most(test_images=1000),
-        at_most(patterns=50, pattern_images=100, queries=200),
-        at_most(test_images=500, transfer_images=500),
-        at_most(patterns=30, pattern_images=60, sample=100),
-        lambda: suite.model_copy(update={"noise_sizes": suite.noise_sizes[:2]}),
-        at_most(eps_uni_runs=3),
-        at_most(test_images=250, queries=100),
-        at_most(eps_uni_runs=0),
-        at_most(queries=0),
-        at_most(test_images=100, sample=50, transfer_images=100),
-        lambda: suite.model_copy(update={"noise_sizes": suite.noise_sizes[:1]}),
-        lambda: suite if keep_eps else suite.model_copy(update={"eps": suite.eps[len(suite.eps) // 2 :][:1]}),
-        at_most(patterns=10, pattern_images=30, test_images=50, sample=20),
-        lambda: suite.model_copy(update={"noise_sizes": ()}),
-    ]
-    for step in steps:
-        suite = step()
-        yield suite
-
-
-def _larger(suite: Suite, asked: Suite, data: Dataset, passes: int, room: float) -> Suite:
-    """Raise the numbers of a suite that fits towards those asked for, one after the other, as far as there is room."""
-    for name in ("patterns", "pattern_images", "test_images", "sample", "queries", "transfer_images"):
-        numbers = [getattr(one, name) for one in (suite, asked)]
-        low, most = (len(data.test) if number is None else number for number in numbers)
-        high = most
-        while low < high:
-            middle = (low + high + 1) // 2
-            if images_asked(suite.model_copy(update={name: middle}), data, passes) <= room:
-                low = middle
-            else:
-                high = middle - 1
-        suite = suite.model_copy(update={name: numbers[1] if low == most else low})
-    return suite
-
-
-def omitted(asked: Suite, suite: Suite) -> list[str]:
-    """Return what a smaller suite leaves out as a whole, as parts of a sentence."""
-    runs = asked.eps_uni_runs is None or asked.eps_uni_runs > 0
-    eps = len(asked.eps) - len(suite.eps)
-    return [
-        *([f"{eps} of the {len(asked.eps)} eps"] if eps else []),
-        *(["the search of eps_uni"] if runs and suite.eps_uni_runs == 0 else []),
-        *(["Square"] if asked.queries and not suite.queries else []),
-        *(["plain noise"] if asked.noise_sizes and not suite.noise_sizes else []),
-    ]
-
-
-_WORDS = {
-    "test_images": "test images",
-    "patterns": "noise patterns of each kind",
-    "pattern_images": "images that each pattern is tried on",
-    "sample": "images that diagnostics look at",
-    "queries": "queries an image of Square",
-    "transfer_images": "images perturbed on the surrogate",
-    "eps_uni_runs": "perturbations crafted in the search of eps_uni",
-}
-
-
-def _changes(asked: Suite, suite: Suite) -> Iterator[str]:
-    for name, words in _WORDS.items():
-        before, now = getattr(asked, name), getattr(suite, name)
-        if before == now:
-            continue
-        if name == "eps_uni_runs" and not now:
-            yield "eps_uni was read off the curve"
-        elif name == "queries" and not now:
-            yield "Square was left out"
-        else:
-            yield f"{now} {words}" + ("" if before is None else f" in place of {before}")
-    if suite.noise_sizes != asked.noise_sizes:
-        one = len(suite.noise_sizes) == 1
-        yield f"{len(suite.noise_sizes)} size{'' if one else 's'} of plain noise in place of {len(asked.noise_sizes)}"
-    if suite.eps != asked.eps:
-        yield f"the curve has {len(suite.eps)} eps in place of {len(asked.eps)}"
-
-
+RUNS = 6
+"""Default maximum of perturbations crafted in the search of eps_uni of a black box."""
+TRIALS = 8
+"""The same where there are gradients."""
 SUITE_GRADIENTS = 10 + 100 + 9 * 20 + 3 * 100
 """Gradients of the standard suite per image that is never broken."""
 _MAP_SUITE = 3 * 300
 """The same of label maps."""
-_TRIALS = 8
-"""Default maximum of perturbations crafted in the search of eps_uni."""
-_ATTACKS = 20
-"""Short attacks of the diagnostics on their sample, with at most the steps of PGD."""
-_BATCH, _TIMED = 32, 3
+_BORROWED = 200 * 32
+"""Gradients of a perturbation crafted on the surrogate."""
+_TRANSFERRED = 11
+"""Gradients of the surrogate per image that is perturbed on it."""
+_BATCH, _TIMED, _PATIENCE = 32, 3, 1.0
+"""Images, batches, and seconds that a time is measured with."""
+
+Work = dict[str, tuple[int, int]]
+"""Images forward and image gradients, by what for: checks share what they look at."""
 
 
 class Part(Config):
@@ -214,23 +52,40 @@ class Part(Config):
     forwards: int
     """In addition to those of gradients."""
     gradients: int
+    surrogate: int = 0
+    """Gradients of the surrogate, those of its training included."""
+
+
+class Speed(Config):
+    """Measured seconds per image."""
+
+    forward: float
+    gradient: float
+    """A forward and a backward; 0 for a black box."""
+    surrogate: float = 0.0
+    """A gradient of the surrogate with respect to its weights."""
+    random: bool = False
+    """Whether the model is random, so that all is asked several times."""
+    device: str = "cpu"
+
+    def seconds(self, part: Part) -> float:
+        """Return how long a part takes at the most."""
+        return part.forwards * self.forward + part.gradients * self.gradient + part.surrogate * self.surrogate
 
 
 class AuditPlan(Config):
     """The maximum cost of an audit. Adversarial images cost nothing more, so weak networks take less."""
 
     parts: tuple[Part, ...]
-    seconds_a_forward: float
-    """Seconds per image in a batch of 32, the median of three batches."""
-    seconds_a_gradient: float
-    """A forward and a backward of one image."""
+    speed: Speed
     surrogate: str
-    """The net that is trained first, whose time comes on top; empty: none."""
-    device: str
+    """The net that is trained first; empty: none."""
+    notes: tuple[str, ...] = ()
+    """What a limit on the time leaves out, as sentences."""
 
     def seconds_of(self, part: Part) -> float:
         """Return how long a part takes at the most."""
-        return part.forwards * self.seconds_a_forward + part.gradients * self.seconds_a_gradient
+        return self.speed.seconds(part)
 
     @property
     def seconds(self) -> float:
@@ -238,61 +93,143 @@ class AuditPlan(Config):
         return sum(self.seconds_of(part) for part in self.parts)
 
 
-def plan(model: nn.Module, data: Dataset, suite: Suite, seed: int = 0) -> AuditPlan:
-    """Count what an audit asks of a model and measure a few batches; the model comes back as it was.
+def measured(model: nn.Module, data: Dataset, suite: Suite, seed: int = 0) -> Speed:
+    """Time a few batches; the model comes back as it was.
 
     Args:
-        model: from pixels to logits, on the device of the audit.
+        model: from pixels to logits, on the device of the audit; a black box is asked about some hundred images.
         data: with the splits of the audit.
-        suite: how thorough.
+        suite: names the surrogate.
         seed: of a random model's draws.
-
-    Raises:
-        UserError: a black box, whose cost is what it is asked: that is bounded by a budget.
     """
-    if isinstance(model, BlackBox):
-        raise UserError("the model is a black box, whose cost is what it is asked: bound that by --budget instead")
-    suite = suite.on(data)
-    surrogate.check(suite, data, model)
+    black_box, lent = isinstance(model, BlackBox), 0.0
     few = data.train.sample(_BATCH, seed=seed)
-    with Victim(model, fast=True) as victim, seeded(seed, "plan"):
+    with Victim(model, fast=not black_box) as victim, seeded(seed, "plan"):
         images, _ = few.take(slice(None), victim.device)
-        random = victim.inspect(images[:8]).stochastic
+        victim.allow_no_graph, device = True, victim.device
+        random = victim.inspect(images[:8], scores=black_box).stochastic
 
-        def forward() -> None:
+        def forward(images: torch.Tensor) -> None:
             with torch.no_grad():
                 victim.forward_original(images)
 
-        def gradient() -> None:
+        def gradient(images: torch.Tensor) -> None:
             point = images.clone().requires_grad_()
             victim.gradient(victim(point).logsumexp(1).sum(), point, len(images))
 
-        times = [_median(work, victim.device) / len(images) for work in (forward, gradient)]
-        device = str(victim.device)
-    return AuditPlan(
-        parts=_parts(suite, data, random),
-        seconds_a_forward=times[0],
-        seconds_a_gradient=times[1],
-        surrogate=surrogate.choose(suite, data)[0] or ("" if suite.surrogate in ("auto", "none") else suite.surrogate),
-        device=device,
+        ahead = _seconds(forward, images, device)
+        back = 0.0 if black_box else _seconds(gradient, images, device)
+        if name := surrogate.choose(suite, data)[0]:
+            net = models.create(name, data).to(device)
+
+            def step(images: torch.Tensor) -> None:
+                net(images).logsumexp(1).sum().backward()
+
+            lent = _seconds(step, images, device)
+        elif suite.surrogate not in ("auto", "none"):  # one that is already trained: taken for as large as the model
+            lent = back or 3 * ahead
+    return Speed(forward=ahead, gradient=back, surrogate=lent, random=random, device=str(device))
+
+
+def _seconds(work: Callable[[torch.Tensor], None], images: torch.Tensor, device: torch.device) -> float:
+    """Return the median time per image of a few batches, which are smaller where a model is slow."""
+
+    def once(count: int) -> float:
+        began = time.perf_counter()
+        work(images[:count])
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return (time.perf_counter() - began) / count
+
+    once(2)  # warms up
+    each = once(2)
+    count = max(2, min(len(images), int(_PATIENCE / _TIMED / max(each, 1e-9))))
+    times = [once(count)]
+    while len(times) < _TIMED and sum(times) * count < _PATIENCE:
+        times.append(once(count))
+    return statistics.median(times)
+
+
+def asked_parts(suite: Suite, data: Dataset, passes: int) -> tuple[Part, ...]:
+    """Return upper bounds of the images queried by each stage of the audit of a black box.
+
+    Args:
+        suite: its settings.
+        data: the data.
+        passes: queries per scored image of a random black box.
+    """
+    test = min(suite.test_images or len(data.test), len(data.test))
+    few, held = min(suite.pattern_images, len(data.train)), min(suite.pattern_images, len(data.validation))
+    sample = min(suite.sample, test)
+    controls, runs = suite.patterns_of_controls, RUNS if suite.eps_uni_runs is None else suite.eps_uni_runs
+    craft = 2 * (suite.patterns * few + 3 * held) + 2 * held + test
+    craft += (controls + 2) * held  # what stands for an eps is chosen on validation
+    search = runs * (craft + held) + (runs * len(suite.eps) + runs * (runs - 1) // 2) * held
+    search += 12 * test if runs else 0  # the error curve near eps_uni
+    transferred = min(suite.transfer_images, test) if suite.surrogate != "none" else 0
+    checked = 2 * test + 14 * sample
+    checked += 0 if passes == 1 else 2 * sample  # of a random box: votes that choose the worst candidates
+    asked = {
+        "start": passes * test + 20,
+        "universal curve": passes * len(suite.eps) * (craft + controls * test),
+        "per image": sample * (suite.queries + 1),
+        "eps_uni": passes * search,
+        "transfer": passes * (test + 2 * transferred) if transferred else 0,
+        "noise": passes * len(NOISES) * len(suite.noise_sizes) * test,
+        "edits": passes * _edited(suite, test),
+        "classes": passes * 2 * test if len(data.classes) == 2 else 0,
+        "diagnostics": passes * checked,
+    }
+    lent = _lent(suite, data)
+    asked |= {"surrogate": 0} if lent else {}
+    return tuple(
+        Part(name=name, forwards=count, gradients=0, surrogate=lent.get(name, 0)) for name, count in asked.items()
     )
 
 
-def _median(work: Callable[[], None], device: torch.device) -> float:
-    found = []
-    for _ in range(_TIMED + 1):  # the first warms up
-        began = time.perf_counter()
-        work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        found.append(time.perf_counter() - began)
-    return statistics.median(found[1:])
+def _edited(suite: Suite, test: int) -> int:
+    """Images that are scored under edits: clean, perturbed and under controls, without an edit too."""
+    return min(suite.edit_images, test) * (len(suite.edits) + 1) * (2 + PATTERNS) if suite.edits else 0
 
 
-def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
+def _class_wise(suite: Suite) -> int:
+    """Gradients of class-wise crafting."""
+    attack = suite.class_wise_attack(suite.eps[0])
+    return suite.class_wise * attack.restarts * attack.steps * attack.batch_size
+
+
+def images_asked(suite: Suite, data: Dataset, passes: int) -> int:
+    """Return an upper bound of the images queried by the audit of a black box; see :func:`asked_parts`."""
+    return sum(part.forwards for part in asked_parts(suite, data, passes))
+
+
+def _lent(suite: Suite, data: Dataset) -> dict[str, int]:
+    """Gradients of the surrogate, by stage."""
+    name, reason = surrogate.choose(suite, data)
+    if reason:
+        return {}
+    trained = surrogate.schedule(name, suite, data) if name else None
+    few = min(suite.transfer_images, suite.test_images or len(data.test), len(data.test))
+    return {
+        "surrogate": 0 if trained is None else trained.images * trained.epochs + len(data.test),
+        "universal curve": _BORROWED,
+        "transfer": few * _TRANSFERRED,
+        "diagnostics": min(suite.sample, len(data.test)) * _TRANSFERRED,
+    }
+
+
+def parts_of(suite: Suite, data: Dataset, *, random: bool = False, ran: Collection[str] = ()) -> tuple[Part, ...]:
+    """Return upper bounds of what each stage of an audit costs, in the order of an audit that has a limit on its time.
+
+    Args:
+        suite: its settings, with its grid of eps.
+        data: the data.
+        random: whether the model is random.
+        ran: checks that have run.
+    """
     test = min(len(data.test), suite.test_images or len(data.test))
     held = min(len(data.validation), suite.validation_images or len(data.validation))
-    sample, votes = min(suite.sample, len(data.test)), suite.votes if random else 1
+    sample, votes = min(suite.sample, test), suite.votes if random else 1
     eot_samples = suite.eot_samples if random else 1
     attack = suite.universal(suite.eps[0])
     run, screen = (
@@ -302,7 +239,7 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
     probe_starts = attack.probe_starts * min(attack.probe_start_images, held)
     points, restarts = len(suite.eps), min(attack.restarts, attack.probe_starts or attack.restarts)
     runs = points * restarts + points - 1  # from the second eps on the eps before is one start more
-    trials = _TRIALS if suite.eps_uni_runs is None else suite.eps_uni_runs
+    trials = TRIALS if suite.eps_uni_runs is None else suite.eps_uni_runs
     ranked = suite.patterns_of_controls * min(RANKED, held) + 2 * held  # what stands for an eps is chosen on validation
     scored = test * (1 + suite.patterns_of_controls) + ranked
     attacked = min(suite.suite_images, test) if suite.norm != "1" else 0
@@ -312,39 +249,201 @@ def _parts(suite: Suite, data: Dataset, random: bool) -> tuple[Part, ...]:
     jacobians = 0 if of_maps else suite.jacobian_backwards
     aims = 2 * suite.targeted * of_maps
     aimed = aims * test * (3 + suite.patterns_of_controls)
+    lent = _lent(suite, data)
+    white = suite.auto_pgd and not (of_maps or random or suite.norm == "1")
+    targeted = sum(_gradients_of(attack) for attack in suite.white_box(suite.eps[0]).values()) if white else 0
+    again, batch = _asked_again(data, test, random=random), at_once(data.test)
+    sizes = (7, 32, suite.universal_batch, 100, sample, batch)
+    sets = (1 + bool(attacked) + 2 * of_maps + bool(white)) * suite.rescoring
+    counts = _Counts(
+        batches=sum(max(_PROBES, min(batch, size)) for size in sizes),
+        again=again,
+        sample=sample,
+        test=test,
+        held=held,
+        pgd=suite.pgd_steps * suite.pgd_restarts,
+        white=targeted or suite.pgd_steps * suite.pgd_restarts,
+        short=min(20, suite.pgd_steps),
+        steps=suite.pgd_steps,
+        queries=min(300, suite.queries),
+        random=random,
+        draws=eot_samples,
+    )
+    asked, slopes = work_of(tuple(CHECKS) if suite.checks == "all" else suite.checks, ran, counts)
+
+    def part(name: str, forwards: int, gradients: int = 0) -> Part:
+        return Part(name=name, forwards=forwards, gradients=gradients, surrogate=lent.get(name, 0))
+
     return (
-        Part(
-            name="universal curve",
-            forwards=votes * (points * (probe_starts + scored) + runs * held),
-            gradients=points * screen + runs * run,
+        part("start", votes * test + min(CALIBRATED, held)),
+        part("surrogate", 0),
+        part("randomness", (votes + 1) * test if random else 0),
+        part(
+            "universal curve",
+            votes * (points * (probe_starts + scored) + runs * held),
+            points * screen + runs * run,
         ),
-        Part(
-            name="eps_uni",
-            forwards=votes
-            * (trials * (probe_starts + 3 * held + test + ranked + trials * min(RANKED, held)) + 12 * test),
-            gradients=trials * (screen + 2 * run),
+        part("re-scoring", votes * again * suite.rescoring),
+        part("PGD, image by image", votes * (test + sets * again), eot_samples * test * steps),
+        part("targeted Auto-PGD", votes * test, test * targeted) if white else part("targeted Auto-PGD", 0),
+        part("attack suite", votes * attacked * queries, eot_samples * attacked * gradients),
+        part("diagnostics", votes * asked, slopes),
+        part("transfer", votes * (2 * min(suite.transfer_images, test) + test) if lent else 0),
+        part(
+            "eps_uni",
+            votes * (trials * (probe_starts + 3 * held + test + ranked + trials * min(RANKED, held)) + 12 * test)
+            if trials
+            else 0,
+            trials * (screen + 2 * run),
         ),
-        Part(
-            name="eps_adv",
-            forwards=votes * sample * 2 * _TRIALS * suite.eps_adv,
-            gradients=eot_samples * sample * suite.pgd_steps * _TRIALS * suite.eps_adv,
+        part(
+            "eps_adv",
+            votes * sample * 2 * TRIALS * suite.eps_adv,
+            eot_samples * sample * suite.pgd_steps * TRIALS * suite.eps_adv,
         ),
-        Part(name="PGD, image by image", forwards=votes * test, gradients=eot_samples * test * steps),
-        Part(
-            name="attack suite",
-            forwards=votes * attacked * queries,
-            gradients=eot_samples * attacked * gradients,
-        ),
-        Part(name="targets", forwards=votes * (aimed + aims * held), gradients=aims * (screen + run)),
-        Part(
-            name="transfer and noise",
-            forwards=votes * (2 * suite.transfer_images + test * (1 + 3 * len(suite.noise_sizes))),
-            gradients=0,
-        ),
-        Part(name="Jacobian analysis", forwards=4 * jacobians, gradients=3 * jacobians),
-        Part(
-            name="diagnostics",
-            forwards=votes * sample * (suite.queries + 100) + 75 * sample,
-            gradients=eot_samples * sample * _ATTACKS * min(20, suite.pgd_steps),
-        ),
+        part("targets", votes * (aimed + aims * held), aims * (screen + run)),
+        part("noise", votes * test * len(NOISES) * len(suite.noise_sizes)),
+        part("edits", votes * _edited(suite, test)),
+        part("classes", votes * (2 * test + (test + 2 * held) * suite.class_wise), _class_wise(suite)),
+        part("Jacobian analysis", 4 * jacobians, 3 * jacobians),
+    )
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What the cost of a check depends on."""
+
+    sample: int
+    test: int
+    held: int
+    pgd: int
+    """Gradients per image of the suite's PGD."""
+    white: int
+    """Those of the strongest attack with gradients that every image gets."""
+    short: int
+    """Those of the short one that checks compare with."""
+    steps: int
+    queries: int
+    batches: int
+    """Images in batches of several sizes together."""
+    again: int
+    """Images forward where perturbed ones are asked for again in every way."""
+    random: bool
+    draws: int
+    """Draws of a random model per gradient."""
+
+    def work(
+        self, name: str, forwards: int = 0, gradients: int = 0, beside: int = 0, apart: int = 0, shares: str = ""
+    ) -> Work:
+        """Cost of a check.
+
+        Args:
+            name: of the check.
+            forwards: per image of the sample.
+            gradients: likewise.
+            beside: images forward whatever the sample.
+            apart: image gradients whatever the sample.
+            shares: the attack on the sample that other checks look at too.
+        """
+        attacks = {"PGD": self.pgd, "white box": self.white, "short PGD": self.short}
+        shared = {shares: (self.sample, self.draws * self.sample * attacks[shares])} if shares else {}
+        return shared | {name: (forwards * self.sample + beside, self.draws * (gradients * self.sample + apart))}
+
+
+def _gradients_of(attack: PGD | TargetedAutoPGD) -> int:
+    """Gradients per image that is never broken."""
+    if isinstance(attack, TargetedAutoPGD):
+        return (attack.targets or 1) * (attack.probe_steps or 0) + (
+            attack.targets_kept or attack.targets or 1
+        ) * attack.steps
+    return attack.steps * attack.restarts
+
+
+def _asked_again(data: Dataset, test: int, *, random: bool) -> int:
+    """Images forward where as many are asked for again in every way, see :func:`gambeson.auditing.rescoring.ways`."""
+    if random:
+        return 2 * test
+    few = min(MOST, test)
+    return 6 * few + max(few, auto_batch_size(data.test.shape, 1024, 2**23))
+
+
+_PROBES, _BATCHES = 16, 13
+"""Images whose gradients are compared, and how often beside batches of other sizes."""
+CHECKS: dict[str, Callable[[_Counts], dict[str, Any]]] = {
+    "better than majority class": lambda n: {},
+    "perturbation budget used": lambda n: {},
+    "crafted beats controls": lambda n: {},  # unless a control has won, whose images are then compared
+    "deterministic or majority vote": lambda n: {},
+    "input unchanged": lambda n: {},
+    "UER monotone in eps": lambda n: {},
+    "no noise-off gap": lambda n: {"gradients": 20 * n.random, "forwards": 5 * n.random},
+    "no EOT gap": lambda n: {"gradients": 32 * n.random},
+    "no vanishing gradients": lambda n: {"gradients": 2},
+    "gradient matches finite differences": lambda n: {"forwards": 1, "gradients": 1},
+    "gradient complete": lambda n: {"forwards": 75, "gradients": 6},
+    "no optimisation at test time": lambda n: {},  # after the one before
+    "independent of the batch": lambda n: {"beside": 100},
+    "stateless": lambda n: {"beside": min(n.sample, n.test) + 160},
+    "re-scoring reproducible": lambda n: {"beside": n.test},
+    "monotone in step size": lambda n: {"gradients": 2},
+    "gradient independent of the batch": lambda n: {"apart": _BATCHES * _PROBES + n.batches},
+    "unbounded attack succeeds": lambda n: {"gradients": 40},
+    "white box beats queries": lambda n: {"forwards": n.queries + 40 if n.queries else 0, "shares": "white box"},
+    "white box beats transfer": lambda n: {"forwards": 2, "shares": "white box"},
+    "no weaker inside the ball": lambda n: {"gradients": n.short, "shares": "short PGD"},
+    "alike in every batch": lambda n: {"beside": n.again // 2},
+    "gradient beats random search": lambda n: {"forwards": 2 * n.pgd, "shares": "PGD"},
+    "multi-step beats single-step": lambda n: {"gradients": 1, "shares": "PGD"},
+    "attack beats noise": lambda n: {"forwards": 1, "shares": "PGD"},
+    "universal white box beats transfer": lambda n: {"beside": 2 * n.test},
+    "margin loss no stronger": lambda n: {"gradients": n.short + 3, "shares": "short PGD"},
+    "attack has converged": lambda n: {"gradients": n.pgd + 3 * n.white, "shares": "white box"},
+    "single step approximates multi-step": lambda n: {"forwards": 4, "gradients": 12},
+    "no test-set leakage": lambda n: {"gradients": n.pgd, "beside": n.test + n.held, "shares": "PGD"},
+    "random start no stronger": lambda n: {"gradients": 2},
+    "monotone in eps": lambda n: {"gradients": 2 * n.short, "shares": "short PGD"},
+    "attack repeats its outcome": lambda n: {"apart": min(64, n.sample) * n.steps},
+}
+"""The built-in checks with their costs, see :meth:`_Counts.work`, in the order in which an audit with a limit on its
+time runs them: what costs nothing first, then by what they found on the testbed for their price. One that is not
+listed comes last and is taken for two attacks (ours)."""
+_UNLISTED = {"forwards": 50, "gradients": 40}
+
+
+def work_of(names: Collection[str], ran: Collection[str], counts: _Counts) -> tuple[int, int]:
+    """Return the images forward and the image gradients of checks, beside those that have run."""
+
+    def needed(name: str) -> Work:
+        return counts.work(name, **(CHECKS[name](counts) if name in CHECKS else _UNLISTED))
+
+    left: Work = {}
+    for name in names:
+        left |= needed(name) if name not in ran else {}
+    for name in ran:
+        left = {work: cost for work, cost in left.items() if work not in needed(name)}
+    return sum(ahead for ahead, _ in left.values()), sum(back for _, back in left.values())
+
+
+def plan(model: nn.Module, data: Dataset, suite: Suite, seed: int = 0, speed: Speed | None = None) -> AuditPlan:
+    """Count what an audit asks of a model and measure a few batches; the model comes back as it was.
+
+    Args:
+        model: from pixels to logits, on the device of the audit.
+        data: with the splits of the audit.
+        suite: how thorough.
+        seed: of a random model's draws.
+        speed: of the model, if measured.
+
+    Raises:
+        UserError: a black box, whose cost is what it is asked: that is bounded by a budget.
+    """
+    if isinstance(model, BlackBox):
+        raise UserError("the model is a black box, whose cost is what it is asked: bound that by --budget instead")
+    suite = suite.on(data)
+    surrogate.check(suite, data, model)
+    speed = speed or measured(model, data, suite, seed)
+    return AuditPlan(
+        parts=parts_of(suite, data, random=speed.random),
+        speed=speed,
+        surrogate=surrogate.choose(suite, data)[0] or ("" if suite.surrogate in ("auto", "none") else suite.surrogate),
     )

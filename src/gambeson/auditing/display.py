@@ -38,15 +38,29 @@ def worst_of(result: Any) -> Attacked | None:
     return worst_attack(result.middle, result.per_image, result.transfer)
 
 
+def in_a_line(point: Any) -> str:
+    """Return what was found at one eps, as a line."""
+    control = max(point.controls, key=lambda one: one.worst.value, default=None)
+    beside = "" if control is None else f", strongest control {control.worst} ({control.name})"
+    return f"eps {point.eps:.3g}: UER {point.uer}{beside}"
+
+
+def trust_in(result: Any) -> str:
+    """Return whether the numbers of an ``AuditResult`` are trusted, in a few words."""
+    failed = [check.name for check in result.checks if check.passed is False]
+    if failed:
+        more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+        return "not trusted: failed " + ", ".join(failed[:3]) + more
+    return "trusted" if result.verdict.trusted else "not all checked"
+
+
 def main_lines(result: Any) -> tuple[str, dict[str, str]]:
     """Return a title and the main numbers of an ``AuditResult`` by name."""
-    failed = [check.name for check in result.checks if check.passed is False]
-    trust = "trusted" if result.verdict.trusted else "not trusted: failed " + ", ".join(failed[:3])
     point, found = result.middle, result.eps_uni
     each = worst_of(result)
     control = max((one.worst for one in point.controls), key=lambda rate: rate.value, default=None)
     lines = {
-        "numbers": trust + (f" and {len(failed) - 3} more" if len(failed) > 3 else ""),
+        "numbers": trust_in(result),
         "accuracy, clean": str(result.clean),
         "accuracy, per image": "not measured" if each is None else str(each.accuracy),
         f"UER, eps {point.eps:.3g}": str(point.uer),
@@ -77,6 +91,16 @@ def rates(result: Any) -> list[dict[str, Any]]:
     for point in result.universal:
         rows += [row("UER", point.uer, **of(point)), row("fooling rate", point.fooling, **of(point))]
         rows += [row("UER of control", one.worst, **{**of(point), "attack": one.name}) for one in point.controls]
+    if (found := result.edits) is not None:
+        for one in found.rates:
+            rows += [row("UER, edited", one.uer, **of(found), edit=one.edit)]
+            rows += [row("clean error, edited", one.clean, edit=one.edit)]
+    if (view := result.classes) is not None:
+        for one in view.classes:
+            rows += [row("UER of class", one.uer, **of(view), label=one.name)]
+            rows += [row("class-wise UER of class", one.own, **of(view), label=one.name)] if one.own else []
+        if view.auc is not None:
+            rows += [row("AUC, clean", view.auc.clean), row("AUC", view.auc.perturbed, **of(view))]
     rows += [row("transfer error", one.error, **of(one), source=one.source) for one in result.transfer]
     return rows + [row("error under noise", one.error, attack=one.noise, eps=one.size) for one in result.corruption]
 

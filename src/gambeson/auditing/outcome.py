@@ -171,6 +171,18 @@ def smallest_effect(looks: tuple[int, ...], limit: float, level: float = LEVEL) 
     return high
 
 
+def findable_share(n: int, limit: float, level: float = LEVEL) -> float:
+    """Return the smallest true share of n images that is found to be above ``limit`` with probability :data:`POWER`.
+
+    Returns:
+        The share, in [0, 1]; 1 if there are too few images to find anything.
+    """
+    from scipy.special import betaincinv
+
+    hits = next((hits for hits in range(1, n + 1) if _least(hits, n, level) > limit), None)
+    return 1.0 if hits is None else float(betaincinv(hits, n - hits + 1, POWER))
+
+
 def _needed(n: int, limit: float, level: float) -> int:
     """Return how many images of n only the stronger attack must break, and the weaker none alone; n + 1: no number."""
     low, high = 1, n + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -9,11 +10,14 @@ import torch
 from pydantic import Field
 
 from gambeson.auditing import display
+from gambeson.auditing.gates import GateReport, judge_gates, parse_gates
 from gambeson.auditing.jacobian_results import JacobianResult
 from gambeson.base import Config, UserError, notebook, read_json, read_settings, write_json
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Rate
 from gambeson.evaluation.attack_suite import AttackRound
+from gambeson.evaluation.classes import ClassView
+from gambeson.evaluation.edits import EditsResult
 from gambeson.evaluation.rates import Control, Cost, EpsAdv, EpsUni
 from gambeson.evaluation.segmentation_suite import MapResult
 from gambeson.evaluation.targeted import TargetSuccess
@@ -284,6 +288,7 @@ class Verdict(Config):
     """The conclusion in words, and the reasons not to trust it."""
 
     trusted: bool
+    """Whether every check was run and none has failed."""
     summary: str
     """One or two sentences with the number that supports them and its interval."""
     reasons: list[str]
@@ -298,7 +303,9 @@ class AuditResult(Config):
     material: DataInfo
     seed: int
     settings: dict[str, Any]
-    """Every setting of the suite."""
+    """Every setting of the suite; with a limit on the time, those that were chosen. They can be run again."""
+    minutes: float | None = None
+    """The time that the settings were chosen for; None: no limit."""
     clean: Rate
     """Accuracy on clean test images."""
     iou: IoU | None = None
@@ -318,6 +325,10 @@ class AuditResult(Config):
     corruption: list[Corruption] = Field(default_factory=list)
     randomness: RandomnessResult | None = None
     """For a random model."""
+    edits: EditsResult | None = None
+    """The perturbation of the middle eps after edits of the images; None in results without them."""
+    classes: ClassView | None = None
+    """What that perturbation does to each class; None of label maps."""
     jacobian: JacobianResult | None = None
     """Jacobian analysis; None for a black box."""
     checks: list[Check]
@@ -349,17 +360,22 @@ class AuditResult(Config):
         """Return a ``pandas.DataFrame`` with one row per rate: what was measured, attack, eps, norm and interval."""
         return notebook.frame(display.rates(self))
 
+    def gate(self, text: str | Sequence[str]) -> GateReport:
+        """Judge gates such as ``uer<=0.2, clean>=0.9, trusted``; see :func:`gambeson.auditing.gates.parse_gates`."""
+        return judge_gates(parse_gates(text), self)
+
     def save(self, folder: Path) -> None:
         """Write ``result.json``."""
         write_json(folder / "result.json", self.plain())
 
     @classmethod
-    def load(cls, folder: Path) -> AuditResult:
+    def load(cls, folder: str | Path) -> AuditResult:
         """Read ``result.json`` from the folder of a finished audit.
 
         Raises:
             UserError: the file is missing, or of another kind or version.
         """
+        folder = Path(folder)
         if (folder / "run.yaml").is_file():
             read_settings(folder / "run.yaml", "audit")  # a run of another kind is refused
             if not (folder / "result.json").is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,14 +10,19 @@ from pydantic import BeforeValidator
 
 from gambeson import data as data_room
 from gambeson.attacks import UniversalPerturbation
-from gambeson.auditing.audit import FILE, Audit, audit, diagnostics_of
-from gambeson.auditing.cost import AuditPlan, fit, plan
+from gambeson.auditing.audit import Audit, diagnostics_of, run_stages
+from gambeson.auditing.budget import changes, fit_queries
+from gambeson.auditing.clock import Clock, now
+from gambeson.auditing.context import Outcomes
+from gambeson.auditing.cost import AuditPlan, plan
+from gambeson.auditing.gates import NO_MAPS, Gate, refuse_unmeasured
 from gambeson.auditing.results import AuditResult
 from gambeson.auditing.stages import own, surrogate
 from gambeson.auditing.stages.black_box import queries_file
+from gambeson.auditing.stages.examples import FILE
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.base import Config, UserError, check_run, close_run, environment, open_run, read_json, unknown_name
-from gambeson.evaluation import load_model
+from gambeson.evaluation import BlackBox, LoadedModel, load_model
 from gambeson.models.black_box.http import StoredHttp
 from gambeson.models.loading import check_source
 
@@ -55,28 +61,37 @@ class AuditRun(Config):
     device: str = "cpu"
 
 
-def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None) -> Audit:
+def run_audit(
+    run: AuditRun, out: Path, dataset: data_room.Dataset | None = None, *, gates: Sequence[Gate] = ()
+) -> Audit:
     """Execute ``run`` in the folder ``out``, or resume it there; a finished one is only loaded.
 
     Args:
         run: the settings.
         out: the folder of the audit.
         dataset: the data, if already loaded.
+        gates: conditions on its numbers, which are refused before it begins where it will not have these.
 
     Raises:
-        UserError: the folder contains another run, the model cannot be loaded, the data is unknown, or a black box's
-            budget is spent.
+        UserError: the folder contains another run, the model cannot be loaded, the data is unknown, a black box's
+            budget is spent, or a gate is about something that is not measured.
     """
-    began = check_audit(run, out)  # before anything is loaded: a finished audit needs no queries
+    started, began = now(), check_audit(run, out)  # before anything is loaded: a finished audit needs no queries
     if began and (done := _finished(out)):
         return done
     left = _left(run, out)
     subject = load_model(run.model, run.data, run.device, dataset, budget=left, http=run.http)
     if began is None and left is not None:  # report a budget that is too small before creating the folder
-        fit(run.suite.on(subject.dataset), subject.dataset, left, 1, keep_eps=bool(run.suite.eps))
+        fit_queries(run.suite.on(subject.dataset), subject.dataset, left, 1, keep_eps=bool(run.suite.eps))
     surrogate.check(run.suite, subject.dataset, subject.model)
+    _check_gates(gates, run, subject)
+    clock = None
+    if run.suite.minutes is not None:
+        clock = Clock(run.suite.minutes, subject.model, subject.dataset, run.suite, seed=run.seed, began=started)
+        if began is None:  # likewise
+            clock.choose()
     open_run(out, run, environment(run.device))
-    found = audit(
+    found = run_stages(
         subject.model,
         subject.dataset,
         run.suite,
@@ -85,9 +100,19 @@ def run_audit(run: AuditRun, out: Path, dataset: data_room.Dataset | None = None
         label=run.label or subject.label,
         defense=subject.trained.get("defense"),
         epochs=subject.trained.get("recipe", {}).get("epochs"),
+        clock=clock,
     )
     close_run(out)
     return found
+
+
+def _check_gates(gates: Sequence[Gate], run: AuditRun, subject: LoadedModel) -> None:
+    suite, missing = run.suite.on(subject.dataset), {}
+    if subject.dataset.test.task.per_image_label:
+        missing["maps"] = NO_MAPS
+    if not suite.eps_adv or isinstance(subject.model, BlackBox):
+        missing["eps_adv"] = "eps_adv will not be searched: it needs a model with gradients, and eps_adv in the suite"
+    refuse_unmeasured(gates, suite.eps, [check.name for check in diagnostics_of(suite)], missing)
 
 
 def check_audit(run: AuditRun, out: Path) -> bool | None:
@@ -105,10 +130,12 @@ def _finished(out: Path) -> Audit | None:
     if not (out / "result.json").is_file():
         return None
     result = AuditResult.load(out)
-    files = [FILE, *(point.file for point in result.universal), result.jacobian.file if result.jacobian else ""]
+    files = [FILE, *(point.file for point in result.universal)]
+    files += [part.file for part in (result.jacobian, result.classes) if part is not None]
     if not all((out / file).exists() for file in files):
         return None
-    return Audit(result, [UniversalPerturbation.load(out / point.file) for point in result.universal])
+    uaps = [UniversalPerturbation.load(out / point.file) for point in result.universal]
+    return Audit(result, uaps, Outcomes(out))
 
 
 def plan_audit(run: AuditRun, out: Path | None = None, dataset: data_room.Dataset | None = None) -> AuditPlan:
@@ -125,7 +152,13 @@ def plan_audit(run: AuditRun, out: Path | None = None, dataset: data_room.Datase
     if out is not None:
         check_audit(run, out)
     subject = load_model(run.model, run.data, run.device, dataset)
-    return plan(subject.model, subject.dataset, run.suite, run.seed)
+    if run.suite.minutes is None:
+        return plan(subject.model, subject.dataset, run.suite, run.seed)
+    clock = Clock(run.suite.minutes, subject.model, subject.dataset, run.suite, seed=run.seed)
+    suite = clock.choose()
+    found = plan(subject.model, subject.dataset, suite, run.seed, clock.rest.speed)
+    made = changes(clock.asked, suite)
+    return found.model_copy(update={"notes": (f"The time makes the audit smaller: {made}.",) if made else ()})
 
 
 def images_asked(out: Path) -> int:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from gambeson.attacks import CONTROLS, MORE_CONTROLS, PGD, StochasticPGD, TargetedAutoPGD
+from gambeson.attacks import CONTROLS, MORE_CONTROLS, PGD, ClasswiseStochasticPGD, StochasticPGD, TargetedAutoPGD
 from gambeson.base import Config, Number, unknown_name
 from gambeson.base.registry import canonical
 from gambeson.data import Dataset
+from gambeson.evaluation.edits import STANDARD_EDITS
 from gambeson.threat import Eps, Norm, eps_in_norm
+from gambeson.threat.edits import EditText
 from gambeson.victim import DEFAULT_VOTES, EOT_SAMPLES
 
 _GREY = (0.05, 0.1, 0.15, 0.2, 0.3)
 _COLOUR = (4 / 255, 8 / 255, 12 / 255, 16 / 255, 26 / 255)
+
+
+def middle_of(eps: tuple[float, ...], count: int) -> tuple[float, ...]:
+    """Return so many radii around the middle one, which stays the middle one."""
+    first = max(0, len(eps) // 2 - count // 2)
+    return eps[first : first + count]
 
 
 class Suite(Config):
@@ -23,6 +31,8 @@ class Suite(Config):
     eps: tuple[Eps, ...] = ()
     """Radii of the curve, ascending; empty: a default grid for grey or colour images. Pictures, per-image attacks and
     the verdict use the middle one."""
+    eps_points: Annotated[int, Field(ge=1, le=len(_GREY))] = len(_GREY)
+    """How many radii the default grid has, the middle ones."""
     norm: Norm = "inf"
     """Norm of the ball."""
     universal_steps: Annotated[int, Field(ge=1)] = 400
@@ -52,6 +62,9 @@ class Suite(Config):
     budget: Annotated[int, Field(ge=1)] | None = None
     """Maximum number of images sent to a black box over the whole audit; None: no limit. What does not fit is reduced
     or omitted, and the result says so."""
+    minutes: Annotated[Number, Field(gt=0)] | None = None
+    """Time for the whole audit: a few batches are timed, what does not fit is reduced or omitted, what tells least for
+    its time first, and the result says so. Its own settings are those that were chosen, without a limit."""
     patterns: Annotated[int, Field(ge=1)] = 100
     """Black boxes: noise patterns of each kind (Perlin, Gabor) per eps."""
     pattern_images: Annotated[int, Field(ge=1)] = 200
@@ -68,6 +81,13 @@ class Suite(Config):
     """Maximum number of test images for per-image transfer attacks."""
     noise_sizes: tuple[Annotated[Number, Field(gt=0)], ...] = (0.5, 1.0, 2.0, 4.0)
     """Sizes of corruption noise, as multiples of the middle eps."""
+    edits: tuple[EditText, ...] = STANDARD_EDITS
+    """Edits that the perturbation of the middle eps is tried under (:func:`gambeson.evaluation.under_edits`); those
+    that do not fit the data are left out, and the result says so. Empty: none."""
+    edit_images: Annotated[int, Field(ge=1)] = 1000
+    """Maximum number of test images for them, a stratified sample."""
+    class_wise: bool = False
+    """Whether a perturbation is crafted for each class too, at the middle eps; not for black boxes and label maps."""
     jacobian_backwards: Annotated[int, Field(ge=0)] = 4000
     """Backward passes that each exact part of the Jacobian analysis may take; 0 leaves the analysis out."""
     targeted: bool = True
@@ -76,6 +96,15 @@ class Suite(Config):
     """Votes per image of a random model; with one, a diagnostic fails."""
     eot_samples: Annotated[int, Field(ge=1)] = EOT_SAMPLES
     """Draws of a random model that a gradient is averaged over where diagnostics attack it."""
+    checks: Literal["all"] | tuple[str, ...] = "all"
+    """Which of the built-in diagnostics run, by name. With fewer than all no verdict is *trusted*."""
+    middle_first: bool = False
+    """Whether the curve begins at its middle eps and goes on outwards, so that an audit that is cut short has the
+    number of the verdict. Else every eps begins from the perturbation of a smaller one. A limit on the time sets it."""
+    auto_pgd: bool = True
+    """Whether every test image is attacked by targeted Auto-PGD too (:meth:`white_box`)."""
+    rescoring: bool = True
+    """Whether perturbed images are asked for again in other batches and inside their ball, where the worst counts."""
     eps_uni_delta: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """The error of eps_uni."""
     eps_uni_tolerance: Annotated[Number, Field(gt=0, lt=1)] = 0.02
@@ -123,8 +152,10 @@ class Suite(Config):
     def on(self, data: Dataset) -> Suite:
         """The suite with a default grid of eps for this data, if none was given, and :attr:`map_share` applied."""
         update: dict[str, object] = {}
+        if self.class_wise:
+            data.test.task.require_classification("a class-wise attack")
         if not self.eps:
-            side = _GREY if data.in_channels == 1 else _COLOUR
+            side = middle_of(_GREY if data.in_channels == 1 else _COLOUR, self.eps_points)
             update["eps"] = tuple(eps_in_norm(eps, data.test.shape, self.norm) for eps in side)
         if not data.test.task.per_image_label and self.map_share < 1:
             asked = {name: getattr(self, name) for name in _OF_IMAGES}
@@ -142,6 +173,16 @@ class Suite(Config):
             restarts=restarts or self.universal_restarts,
             batch_size=self.universal_batch,
             probe_starts=self.universal_probe_starts,
+            truncate_correct=False,
+        )
+
+    def class_wise_attack(self, eps: float) -> ClasswiseStochasticPGD:
+        """The attack that crafts one perturbation for each class, on its default batch, at one eps."""
+        return ClasswiseStochasticPGD(
+            eps=eps,
+            norm=self.norm,
+            steps=self.universal_steps,
+            restarts=min(2, self.universal_restarts),
             truncate_correct=False,
         )
 
@@ -176,9 +217,52 @@ _OF_IMAGES = (
     "pattern_images",
     "surrogate_images",
     "transfer_images",
+    "edit_images",
     "universal_batch",
 )
+_GLANCE = (
+    "better than majority class",
+    "perturbation budget used",
+    "crafted beats controls",
+    "deterministic or majority vote",
+    "input unchanged",
+    "UER monotone in eps",
+    "no EOT gap",
+    "no noise-off gap",
+    "no vanishing gradients",
+    "gradient matches finite differences",
+    "independent of the batch",
+    "stateless",
+    "re-scoring reproducible",
+    "unbounded attack succeeds",
+)
+"""What looks at numbers that are there anyway, or at random models; and the six cheapest checks that ask the model."""
 SUITES = {
+    "glance": Suite(
+        universal_steps=32,
+        universal_restarts=1,
+        universal_batch=32,
+        universal_probe_starts=0,
+        pgd_steps=10,
+        pgd_restarts=1,
+        test_images=200,
+        validation_images=100,
+        sample=32,
+        suite_images=0,
+        eps_uni_runs=0,
+        eps_adv=False,
+        targeted=False,
+        jacobian_backwards=0,
+        queries=0,
+        surrogate="none",
+        noise_sizes=(),
+        edits=(),
+        checks=_GLANCE,
+        auto_pgd=False,
+        rescoring=False,
+        eps_points=1,
+        minutes=10.0,
+    ),
     "quick": Suite(
         universal_steps=100,
         universal_restarts=1,
@@ -200,6 +284,8 @@ SUITES = {
         surrogate_images=8000,
         transfer_images=500,
         noise_sizes=(1.0, 3.0),
+        edits=("jpeg:75", "resize:0.5", "shift:1"),
+        edit_images=300,
     ),
     "standard": Suite(),
     "full": Suite(
@@ -217,6 +303,7 @@ SUITES = {
         surrogate_epochs=20,
         surrogate_images=50_000,
         transfer_images=10_000,
+        edit_images=5000,
         eps_uni_tolerance=0.01,
     ),
 }

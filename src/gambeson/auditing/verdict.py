@@ -19,6 +19,7 @@ from gambeson.auditing.results import (
     Verdict,
 )
 from gambeson.evaluation import Rate
+from gambeson.evaluation.classes import ClassView
 from gambeson.evaluation.rates import EpsAdv, EpsUni, SmallestEps
 from gambeson.evaluation.targeted import SHUFFLED
 
@@ -35,9 +36,11 @@ def judge(
     randomness: RandomnessResult | None = None,
     each: EpsAdv | None = None,
     left_out: str = "",
+    unchecked: Sequence[str] = (),
     targeted: Sequence[TargetedResult] = (),
     unit: str = "image",
     iou: IoU | None = None,
+    classes: ClassView | None = None,
 ) -> Verdict:
     """State what one pattern does to the model at the middle eps, and whether that can be trusted.
 
@@ -46,7 +49,7 @@ def judge(
         points: the crafted perturbations, in order of eps; the middle one is judged.
         found: eps_uni.
         each: eps_adv, where it was searched.
-        checks: what the diagnostics saw.
+        checks: what the diagnostics saw that ran.
         per_image: accuracy under attacks that perturb each image by itself.
         transfer: error under what was crafted on other models.
         subject: the model.
@@ -55,17 +58,20 @@ def judge(
         unit: what rates are shares of: images, or pixels of label maps. Then BROKEN means that half of all pixels are
             wrong (delta, ours); how classes fare that have few of them, the mean IoU tells.
         iou: of label maps, on clean test images.
+        classes: what the pattern does to each class.
         left_out: what a budget left out, as a sentence.
+        unchecked: checks that did not run, for which no number can be trusted.
     """
     point = points[len(points) // 2]
     said = [
         left_out,
         _one_pattern(clean, point, found.delta, transfer, unit),
         _mean_iou(point, iou),
+        _by_class(classes),
         _image_by_image(worst_attack(point, per_image, transfer), unit),
         *map(_aimed, targeted),
         _random(subject, randomness),
-        _eps_uni(found, each),
+        eps_in_words(found, each),
     ]
     if subject is not None and subject.black_box and _worst(point, transfer).low < found.delta:
         said.append("Only queries were possible: an attack with gradients may do more, so not broken says less here.")
@@ -75,7 +81,13 @@ def judge(
         said.insert(0, f"Not to be trusted (failed: {names}).")
         said.append("What attacks did reach stands; the model may be weaker than these numbers.")
     reasons = [f"{check.name}: failed, {check.detail}. {check.explanation} {check.remedy}".rstrip() for check in failed]
-    return Verdict(trusted=not failed, summary=" ".join(filter(None, said)), reasons=reasons)
+    if unchecked:
+        ran = f"{len(checks)} of {len(checks) + len(unchecked)} checks were run"
+        if not failed:
+            some = ", ".join(unchecked[:3]) + (f" and {len(unchecked) - 3} more" if len(unchecked) > 3 else "")
+            said.insert(1, f"Not checked for {some}: {ran}, and none failed.")
+        reasons.append(f"{ran}: not checked for {', '.join(unchecked)}. Run a larger suite, or give it more time.")
+    return Verdict(trusted=not failed and not unchecked, summary=" ".join(filter(None, said)), reasons=reasons)
 
 
 def _tried(point: UniversalResult, transfer: Sequence[TransferredResult]) -> dict[str, Rate]:
@@ -168,6 +180,19 @@ def _image_by_image(worst: Attacked | None, unit: str) -> str:
     return f"Attacked image by image, {worst.accuracy}{units} stay right under the worst attack ({worst.attack})."
 
 
+def _by_class(found: ClassView | None) -> str:
+    if found is None or len(found.classes) < 2:
+        return ""
+    low, high = found.best, found.worst
+    said = f"By class, the UER runs from {low.uer} ({low.name}) to {high.uer} ({high.name})"
+    if found.auc is not None:
+        said += f", and the AUC is {found.auc.perturbed} under the pattern, {found.auc.clean} when clean"
+    own = [one.own.value for one in found.classes if one.own is not None]
+    if own:
+        said += f"; with a pattern for each class, its mean over the classes is {100 * sum(own) / len(own):.1f} %"
+    return f"{said}."
+
+
 def _mean_iou(point: UniversalResult, iou: IoU | None) -> str:
     if iou is None or point.iou is None:
         return ""
@@ -199,7 +224,8 @@ def _random(subject: ModelInfo | None, randomness: RandomnessResult | None) -> s
     )
 
 
-def _eps_uni(found: EpsUni, each: EpsAdv | None) -> str:
+def eps_in_words(found: EpsUni, each: EpsAdv | None) -> str:
+    """Return eps_uni, and eps_adv beside it, as a sentence."""
     beside = "" if each is None else f", eps_adv({each.delta:g}) {_bound(each)}"
     return f"eps_uni({found.delta:g}) is {_bound(found)}{beside}."
 

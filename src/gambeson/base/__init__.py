@@ -39,7 +39,7 @@ from gambeson.base.files import (
     write_text,
     write_yaml,
 )
-from gambeson.base.progress import say, show_progress, task, tracked
+from gambeson.base.progress import say, show_progress, task, tracked, watched
 from gambeson.base.registry import Registered, Registry
 from gambeson.base.seeds import derive, generator, seeded
 
@@ -82,6 +82,7 @@ __all__ = [
     "tracked",
     "twice_differentiable",
     "unknown_name",
+    "watched",
     "writable",
     "write_bytes",
     "write_json",

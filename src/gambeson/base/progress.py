@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from importlib.util import find_spec
@@ -17,10 +17,17 @@ _EVERY = 10.0
 """Seconds between two lines."""
 
 
+class Advance(Protocol):
+    """A function that takes how many units of work are done."""
+
+    def __call__(self, units: float = 1, /) -> None:
+        """Show that they are done."""
+
+
 class _Display(Protocol):
     console: Console
 
-    def start(self, label: str, total: int, done: int) -> Callable[[], None]: ...
+    def start(self, label: str, total: int, done: float) -> Advance: ...
 
 
 ItemT = TypeVar("ItemT")
@@ -33,10 +40,11 @@ class _Bars:
     def __init__(self, bars: Progress) -> None:
         self.bars, self.console = bars, bars.console
 
-    def start(self, label: str, total: int, done: int) -> Callable[[], None]:
-        name = self.bars.add_task(label, total=total, completed=done)
+    def start(self, label: str, total: int, done: float) -> Advance:
+        name = self.bars.add_task(label, total=total)
+        self.bars.update(name, completed=done)
         self.bars.refresh()
-        return lambda: self.bars.advance(name)
+        return lambda units=1: self.bars.advance(name, units)
 
 
 class _Lines:
@@ -45,16 +53,18 @@ class _Lines:
     def __init__(self, console: Console) -> None:
         self.console, self.said = console, time.monotonic()
 
-    def start(self, label: str, total: int, done: int) -> Callable[[], None]:
-        began, before = time.monotonic(), done
+    def start(self, label: str, total: int, done: float) -> Advance:
+        began, before, known, over = time.monotonic(), done, done, False
 
-        def advance() -> None:
-            nonlocal done
-            done, now = done + 1, time.monotonic()
-            if done < total and now - self.said < _EVERY:
+        def advance(units: float = 1, /) -> None:
+            nonlocal known, over
+            known, now = known + units, time.monotonic()
+            done = min(total, int(known + 1e-6))  # units may be parts of one
+            if over or (done < total and (now - self.said < _EVERY or known == before)):
                 return
+            over = done >= total
             self.said = now
-            left = (now - began) / (done - before) * (total - done)
+            left = (now - began) / max(known - before, 1e-6) * (total - known)
             rest = f"about {left:.0f} s left" if done < total else f"{now - began:.0f} s"
             self.console.print(f"{label.strip()}: {done} of {total}, {rest}", highlight=False, soft_wrap=True)
 
@@ -90,6 +100,11 @@ def say(text: str) -> None:
         display.console.print(text, highlight=False, soft_wrap=True)
 
 
+def watched() -> bool:
+    """Whether progress is shown and no task has begun, so that the next one is what somebody waits for."""
+    return not _busy.get() and (_display.get() is not None or _in_notebook())
+
+
 def _in_notebook() -> bool:
     """Whether this process is the kernel of a notebook."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
@@ -97,15 +112,15 @@ def _in_notebook() -> bool:
 
 
 @contextmanager
-def task(label: str, total: int, *, done: int = 0) -> Iterator[Callable[[], None]]:
-    """Announce ``total`` units of work; call the yielded function once after each.
+def task(label: str, total: int, *, done: float = 0) -> Iterator[Advance]:
+    """Announce ``total`` units of work; call the yielded function after each, or with a number of them.
 
     Nothing is shown outside :func:`show_progress`, but in notebooks.
     """
     with show_progress(Console()) if _display.get() is None and _in_notebook() else nullcontext():
         display, token = _display.get(), _busy.set(True)
         try:
-            yield (lambda: None) if display is None else display.start(label, total, done)
+            yield (lambda units=1: None) if display is None else display.start(label, total, done)
         finally:
             _busy.reset(token)
 

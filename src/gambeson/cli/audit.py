@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gambeson.cli import options
+from gambeson.cli import gates, options
 from gambeson.cli.options import chosen, needed, one_model, pairs, print_json, progress
 from gambeson.cli.tables import audit_table, plan_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gambeson.auditing import AuditResult
 
 
 def audit(
@@ -17,8 +23,12 @@ def audit(
     data: options.Data = None,
     suite: Annotated[
         str | None,
-        typer.Option(help="quick, standard or full: from minutes to hours.", show_default="standard"),
+        typer.Option(
+            help="glance, quick, standard or full: from a minute to hours.",
+            show_default="standard; with --minutes full",
+        ),
     ] = None,
+    minutes: options.Minutes = None,
     eps: Annotated[
         str | None,
         typer.Option(help="Radii of the curve, ascending: 4/255,8/255.", show_default="five, by the data"),
@@ -35,6 +45,10 @@ def audit(
     label: Annotated[
         str | None, typer.Option(help="Name of the model in tables.", show_default="its defence or file")
     ] = None,
+    class_wise: Annotated[
+        bool | None,
+        typer.Option("--class-wise", help="Also craft one perturbation for each class.", show_default="off"),
+    ] = None,
     only_plan: Annotated[bool, typer.Option("--plan", help="Print an upper bound on the cost and exit.")] = False,
     http: options.Http = None,
     config: options.ConfigFile = None,
@@ -43,6 +57,9 @@ def audit(
     seed: options.RunSeed = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
+    gate: gates.Gates = None,
+    sarif: gates.Sarif = None,
+    junit: gates.Junit = None,
 ) -> None:
     """Audit a model: universal and per-image attacks, controls, diagnostics and a verdict.
 
@@ -54,21 +71,27 @@ def audit(
 
     Example: `gambeson audit runs/x --out runs/x-audit`
 
+    Example: `gambeson audit runs/x --gate "uer<=0.2, clean>=0.9, trusted" --junit audit.xml`
+
+    Example: `gambeson audit runs/x --minutes 10`, which says most in that time and what it left out
+
     Example: `gambeson audit http://localhost:8000/scores --data cifar10 --suite quick --budget 100000`
     """
     from gambeson.auditing import AuditRun, Suite, plan_audit, run_audit
-    from gambeson.auditing.run import images_asked
 
+    asked = gates.parsed(gate, sarif, junit)
     flags: dict[str, Any] = {
         "model": one_model(model, model_),
         "data": data,
         "label": label,
         "seed": seed,
-        "suite.name": suite,
+        "suite.name": suite or ("full" if minutes is not None and config is None else None),
         "suite.eps": None if eps is None else [part.strip() for part in eps.split(",")],
+        "suite.minutes": minutes,
         "suite.norm": norm,
         "suite.budget": budget,
         "suite.surrogate": surrogate,
+        "suite.class_wise": class_wise,
     }
     settings = chosen(AuditRun, config, flags, pairs(set_, http), device, lambda _: {"suite": Suite.model_fields})
     needed(settings.get("model"), "audit")
@@ -78,15 +101,25 @@ def audit(
         if only_plan:
             cost = plan_audit(run, folder)
             print_json(cost.plain() | {"seconds": cost.seconds}) if as_json else console.print(plan_table(cost))
+            for note in cost.notes:
+                console.print(f"note: {note}")
             return
-        found = run_audit(run, folder)
+        found = run_audit(run, folder, gates=asked)
+    if not as_json:
+        _show(found.results, folder, console)
+    reports = gates.judged(asked, [folder], [found.results], sarif, junit, console)
     if as_json:
-        print_json(found.results.plain())
-        return
-    console.print(audit_table([found.results]))
-    console.print(found.verdict.summary)
-    for note in found.results.notes:
+        print_json(found.results.plain() | (reports[0].plain() if asked else {}))
+    gates.leave(reports)
+
+
+def _show(result: AuditResult, folder: Path, console: Console) -> None:
+    from gambeson.auditing.run import images_asked
+
+    console.print(audit_table([result]))
+    console.print(result.verdict.summary)
+    for note in result.notes:
         console.print(f"note: {note}")
-    if found.results.subject.black_box:
+    if result.subject.black_box:
         console.print(f"{images_asked(folder)} images queried in total")
     console.print(f"next: gambeson report {folder}", soft_wrap=True)

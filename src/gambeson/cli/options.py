@@ -143,6 +143,12 @@ SetSuite = Annotated[
 Budget = Annotated[
     int | None, typer.Option(help="Black boxes: images to send at most.", min=1, show_default="no limit", metavar="N")
 ]
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        help="Time for the whole audit, which the suite is reduced to fit.", show_default="no limit", metavar="N"
+    ),
+]
 Http = Annotated[
     list[str] | None,
     typer.Option(

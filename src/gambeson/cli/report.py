@@ -3,35 +3,74 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
+from gambeson.cli import gates
 from gambeson.cli.options import Device, Json, Seed, print_json, progress
 from gambeson.cli.tables import audit_table
 
+if TYPE_CHECKING:
+    from gambeson.auditing import GateReport
+
 
 def report(
-    audits: Annotated[list[Path], typer.Argument(help="Folders of finished audits on the same data.")],
+    audits: Annotated[
+        list[Path], typer.Argument(help="Folders of finished audits on the same data, or that of one study.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Output file.", show_default="report.html in the first folder"),
     ] = None,
     as_json: Json = False,
+    gate: gates.Gates = None,
+    sarif: gates.Sarif = None,
+    junit: gates.Junit = None,
+    card: Annotated[
+        Path | None, typer.Option("--card", help="Write a fragment for a model card to this file, as Markdown.")
+    ] = None,
 ) -> None:
-    """Write one self-contained HTML page that opens offline.
+    """Write one self-contained HTML page that opens offline, or judge and export finished audits.
+
+    With --gate, --sarif, --junit or --card, the page is written only where --out asks for it. Nothing is measured.
 
     Example: `gambeson report runs/x-audit runs/y-audit --out report.html`
-    """
-    from gambeson.base import writable
-    from gambeson.report import write
 
-    writable((out or audits[0] / "report.html").parent)
-    page = write(audits, out or audits[0] / "report.html")
+    Example: `gambeson report runs/x-audit --gate "uer<=0.2, trusted" --sarif audit.sarif --card card.md`
+
+    Example: `gambeson report runs/studies/claims-small`
+    """
+    from gambeson.auditing import AuditResult
+    from gambeson.base import UserError, writable
+    from gambeson.report import write, write_card, write_study
+    from gambeson.studies import is_study, read_study
+
+    asked = gates.parsed(gate, sarif, junit, card)
+    if card is not None and len(audits) > 1:
+        raise UserError(f"a card is about one model, and {len(audits)} audits were given: name one folder")
+    others = [file for file in (sarif, junit, card) if file is not None]
+    done: dict[str, Any] = {}
+    if out is not None or not (asked or others):
+        page = out or audits[0] / "report.html"
+        writable(page.parent)
+        study = len(audits) == 1 and is_study(audits[0])
+        done["report"] = str(write_study(read_study(audits[0]), page) if study else write(audits, page))
+    console = Console(stderr=True, quiet=as_json)
+    reports: list[GateReport] = []
+    if asked or others:
+        results = [AuditResult.load(folder) for folder in audits]
+        reports = gates.judged(asked, audits, results, sarif, junit, console)
+        if card is not None:
+            write_card(results[0], card)
+        if asked:
+            done["gates"] = {str(folder): one.plain()["gates"] for folder, one in zip(audits, reports, strict=True)}
     if as_json:
-        print_json({"report": str(page)})
-    else:
-        typer.echo(f"the report is in {page}")
+        print_json(done | ({"files": [str(file) for file in others]} if others else {}))
+    for file in [*([page] if "report" in done else []), *others] if not as_json else []:
+        typer.echo(f"the report is in {file}")
+    gates.leave(reports)
 
 
 def quickstart(

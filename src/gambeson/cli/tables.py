@@ -35,7 +35,7 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
     def row(name: str, cell: Cells, style: str | None = None) -> None:
         table.add_row(name, *[cell(result) for result in results], style=style)
 
-    row("numbers", lambda result: "trusted" if result.verdict.trusted else "not trusted", "bold")
+    row("numbers", _trust, "bold")
     row("checks failed", _failed)
     table.add_section()
     row("accuracy, clean", lambda result: _cell(result.clean))
@@ -70,9 +70,9 @@ def duration(seconds: float) -> str:
 def plan_table(cost: AuditPlan) -> Table:
     """One row per part of the audit: how many forwards and gradients, and how long at the most."""
     table = Table(
-        title=f"about {duration(cost.seconds)} at the most, on {cost.device}",
+        title=f"about {duration(cost.seconds)} at the most, on {cost.speed.device}",
         box=box.SIMPLE_HEAD,
-        caption=f"{cost.surrogate} is trained first, which comes on top" if cost.surrogate else None,
+        caption=f"{cost.surrogate} is trained first" if cost.surrogate else None,
     )
     for name in ("", "forwards", "gradients", "at most"):
         table.add_column(name, justify="right" if name else "left")
@@ -81,6 +81,12 @@ def plan_table(cost: AuditPlan) -> Table:
             continue
         table.add_row(part.name, f"{part.forwards:,}", f"{part.gradients:,}", duration(cost.seconds_of(part)))
     return table
+
+
+def _trust(result: AuditResult) -> str:
+    from gambeson.auditing.display import trust_in
+
+    return trust_in(result).partition(":")[0]
 
 
 def edits_table(found: EditsResult) -> Table:

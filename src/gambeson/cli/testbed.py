@@ -51,8 +51,9 @@ def score(
     auditor: Annotated[
         str,
         typer.Option(
-            help="quick, standard or full: a suite of the audit; pgd: PGD of 20 steps alone; or FILE.py:FUNCTION, "
-            "your own function from (model, data) to True or False: can the model be trusted?"
+            help="quick, standard or full: a suite of the audit; pgd: PGD of 20 steps alone; autoattack (with its "
+            "flags), art, foolbox: those of the extra bench; or FILE.py:FUNCTION, your own function from "
+            "(model, data) to True or False: can the model be trusted?"
         ),
     ],
     data: DataOption = "digits",
@@ -97,6 +98,8 @@ def _table(found: TestbedScore) -> Table:
     for column in ("", "wrong", "models"):
         table.add_column(column, justify="right" if column else "left")
     rows = {"missed": found.missed, "accused": found.accused}
+    if found.overstated is not None:
+        rows["overstated without a warning"] = found.overstated
     for name, rate in rows.items():
         table.add_row(name, str(rate) if rate.n else "\N{EN DASH}", str(rate.n), style="bold")
     table.add_section()

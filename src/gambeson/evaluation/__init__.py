@@ -2,7 +2,7 @@
 
 from gambeson.evaluation.attack_run import AttackRun, run_attack
 from gambeson.evaluation.attack_suite import SuiteResult, SuiteRun, run_suite, standard_suite
-from gambeson.evaluation.binarization import BinarizationResult, BinarizationTest, binarization_test
+from gambeson.evaluation.binarization import BinarizationResult, BinarizationTest, binarization_test, binarization_tests
 from gambeson.evaluation.classes import Auc, ClassRates, ClassView, area_under_curve, by_class
 from gambeson.evaluation.edits import STANDARD_EDITS, EditedRates, EditsResult, under_edits
 from gambeson.evaluation.eps_uni import eps_adv, eps_uni
@@ -56,6 +56,7 @@ __all__ = [
     "accuracy_under",
     "area_under_curve",
     "binarization_test",
+    "binarization_tests",
     "by_class",
     "confusion",
     "control_rates",

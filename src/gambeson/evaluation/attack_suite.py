@@ -71,6 +71,8 @@ class SuiteRun:
     images: torch.Tensor
     """The worst candidate of each image, or the clean image: scoring these with the seed of the suite gives
     ``result.robust`` exactly."""
+    counts: Counts
+    """What is right of each of these, of which ``result.robust`` is the accuracy."""
     broken_by: torch.Tensor
     """Index of the attack that broke each image; -1 none, -2 wrong without an attack, -3 its label does not count. Of
     label maps: of the attack under which the fewest pixels are right; -1 if no attack lowers their number."""
@@ -226,7 +228,7 @@ def _of_images(worst: WorstCase, right: Counts, rounds: list[AttackRound], clean
     before, left = int(clean.right.sum()), int(right.right.sum())
     success = Rate.of(max(0, before - left), before)
     result = _result(rounds, clean, right, success, worst, worst.images - worst.clean_images, broken, norm)
-    return SuiteRun(result=result, images=worst.images.cpu(), broken_by=broken_by.cpu())
+    return SuiteRun(result=result, images=worst.images.cpu(), counts=right, broken_by=broken_by.cpu())
 
 
 def _of_maps(worst: WorstMaps, rounds: list[AttackRound], clean: Counts, norm: str) -> SuiteRun:
@@ -237,6 +239,7 @@ def _of_maps(worst: WorstMaps, rounds: list[AttackRound], clean: Counts, norm: s
     return SuiteRun(
         result=result.model_copy(update={"maps": found.result}),
         images=found.images,
+        counts=found.right,
         broken_by=found.source.masked_fill(clean.total == 0, -3),
         iou_images=found.iou_images,
         iou_broken_by=found.iou_source,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -25,6 +25,10 @@ GUESSED = 0.05
 """Share that random points may find; above it a success says nothing of the attack (ours)."""
 _GROUP = 64
 """Images whose heads are fitted and attacked together."""
+_CLEAR = 0.1
+"""Least margin of class 0 in a copy that has no adversarial example."""
+_ROBUST = 8
+"""Images of the copy without adversarial examples."""
 _ROUNDS, _DAMPING = 60, 1e-8
 """Newton's steps of a head at most, and what is added to its curvature for their numerical stability."""
 
@@ -64,9 +68,16 @@ class BinarizationResult(Config):
     """Share of the known adversarial examples that the attack found."""
     random: Rate
     """Share that random points of the ball, or of its surface, found."""
+    hidden: Rate
+    """Share that the attack found of those that no random point found: what it owes to more than luck (ours)."""
+    claimed: int = 0
+    """Successes on copies of the network that have class 0 everywhere, so that there are none: 0, or scoring errs."""
     failed: int
     """Images left out because no linear layer separates their points."""
     cost: Cost
+    """Of the copies and the attack."""
+    shared: Cost = Cost()
+    """Of the copies alone, which attacks that are tested together share."""
 
     @property
     def strong(self) -> bool | None:
@@ -90,12 +101,21 @@ class BinaryHeads(nn.Module):
         weights: (N, D), one head each.
         bias: (N,), likewise.
         norm: in which images are compared.
+        robust: give class 0 everywhere: what would be class 1 has a small margin, so that gradients stay.
     """
 
     def __init__(
-        self, model: nn.Module, images: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor, norm: str = "inf"
+        self,
+        model: nn.Module,
+        images: torch.Tensor,
+        weights: torch.Tensor,
+        bias: torch.Tensor,
+        norm: str = "inf",
+        *,
+        robust: bool = False,
     ) -> None:
         super().__init__()
+        self.robust = robust
         self.features = Features(model, images[:1])
         self.norm = float(norm)
         for name, value in (("clean", images.flatten(1)), ("weights", weights), ("bias", bias)):
@@ -109,6 +129,8 @@ class BinaryHeads(nn.Module):
         with torch.no_grad():
             own = torch.cdist(images.flatten(1), self.clean, p=self.norm).argmin(1)
         value = (self.features(images) * self.weights[own]).sum(1) + self.bias[own]
+        if self.robust:
+            value = -nn.functional.softplus(-value) - _CLEAR
         return torch.stack([-value, value], 1) / 2
 
 
@@ -153,6 +175,10 @@ class Features(nn.Module):
             self.model(images)
         finally:
             hook.remove()
+        if not found:
+            raise UserError(
+                "the model's last linear layer is not the same in every call: the test does not apply to it"
+            )
         return found[-1].flatten(1)
 
 
@@ -172,6 +198,17 @@ def binarization_test(
     Raises:
         UserError: label maps, no linear layer, or a corner where the ball has none.
     """
+    return binarization_tests(victim, split, {"attack": attack}, test, seed=seed)["attack"]
+
+
+@scored
+def binarization_tests(
+    victim: Victim, split: Split, attacks: Mapping[str, ImageAttack], test: BinarizationTest, *, seed: int = 0
+) -> dict[str, BinarizationResult]:
+    """Test several attacks on the same binarised copies; see :func:`binarization_test`.
+
+    The copies' cost is counted in every result, and stands in its ``shared``.
+    """
     split.task.require_classification("the binarisation test")
     if test.boundary == "corner" and test.norm != "inf":
         raise UserError(f"boundary is corner and norm {test.norm}: expected surface; only the norm inf has corners")
@@ -181,7 +218,19 @@ def binarization_test(
     with torch.no_grad():
         answers = victim.forward_original(images[:_GROUP])
     spread = float((answers.amax(1) - answers.amin(1)).median())
-    size, found, guessed, failed, cost = at_once(split), [], [], 0, Cost()
+    size, guessed, failed, shared = at_once(split), list[torch.Tensor](), 0, Cost()
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in attacks}
+    own, claimed = dict.fromkeys(attacks, Cost()), dict.fromkeys(attacks, 0)
+
+    def hits(name: str, binary: Victim, x: torch.Tensor, k: int) -> torch.Tensor:
+        before, y = Cost(forwards=binary.forwards, backwards=binary.backwards), x.new_zeros(len(x), dtype=torch.int64)
+        attack = averaged(attacks[name], binary, x)
+        moved = attacked(attack, binary, x, y, seed=derive(seed, "attack", k), task=CLASSIFICATION)
+        reached = vote(binary, moved) == 1
+        spent = binary.forwards - before.forwards, binary.backwards - before.backwards
+        own[name] += Cost(forwards=spent[0], backwards=spent[1])
+        return reached
+
     for k, clean in enumerate(images.split(_GROUP)):
         draw = generator(seed, "binarisation", k, device=device)
         with seeded(seed, "binarisation", k), torch.no_grad():
@@ -189,28 +238,45 @@ def binarization_test(
             features = Features(model, clean[:1])
             inside = torch.stack([_in_parts(features, row, size) for row in points])
             outside = torch.stack([_in_parts(features, edge, size) for _ in range(_DRAWS if random else 1)], 1)
+        shared += Cost(forwards=inside.shape[0] * (inside.shape[1] + outside.shape[1]))
         weights, bias = heads(inside, outside, test.closeness, spread)
         with as_victim(BinaryHeads(model, clean, weights, bias, test.norm).eval()) as binary:
-            binary.traits = None
+            _like(binary, victim)
             usable = (vote(binary, clean) == 0) & (vote(binary, edge) == 1)
             failed += int((~usable).sum())
             rows = usable.nonzero().flatten()
             if len(rows) == 0:
                 continue
-            x, y = clean[rows], torch.zeros(len(rows), dtype=torch.int64, device=device)
-            own = averaged(attack, binary, x)
-            moved = attacked(own, binary, x, y, seed=derive(seed, "attack", k), task=CLASSIFICATION)
-            found.append(vote(binary, moved) == 1)
-            guessed.append(_guessed(test, binary, x, draw, size))
-            cost += Cost(forwards=binary.forwards, backwards=binary.backwards)
-        cost += Cost(forwards=inside.shape[0] * (inside.shape[1] + outside.shape[1]))
-    hits, luck = (torch.cat(part) if part else torch.zeros(0) for part in (found, guessed))
-    return BinarizationResult(
-        success=Rate.of(int(hits.sum()), len(hits)),
-        random=Rate.of(int(luck.sum()), len(luck)),
-        failed=failed,
-        cost=cost,
-    )
+            for name in attacks:
+                found[name].append(hits(name, binary, clean[rows], k))
+            before = binary.forwards
+            guessed.append(_guessed(test, binary, clean[rows], draw, size))
+            shared += Cost(forwards=binary.forwards - before)
+        few = rows[:_ROBUST] if k == 0 else rows[:0]
+        if len(few):
+            copy = BinaryHeads(model, clean[few], weights[few], bias[few], test.norm, robust=True).eval()
+            with as_victim(copy) as robust:
+                _like(robust, victim)
+                claimed = {name: int(hits(name, robust, clean[few], k).sum()) for name in attacks}
+    luck = torch.cat(guessed).bool() if guessed else torch.zeros(0, dtype=torch.bool)
+    results = {}
+    for name, parts in found.items():
+        reached = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
+        results[name] = BinarizationResult(
+            success=Rate.of(int(reached.sum()), len(reached)),
+            random=Rate.of(int(luck.sum()), len(luck)),
+            hidden=Rate.of(int((reached & ~luck).sum()), int((~luck).sum())),
+            failed=failed,
+            claimed=claimed[name],
+            cost=shared + own[name],
+            shared=shared,
+        )
+    return results
+
+
+def _like(copy: Victim, victim: Victim) -> None:
+    """Let attacks see a copy as they see the model: with its temperature, and even without a gradient."""
+    copy.traits, copy.temperature, copy.allow_no_graph = None, victim.temperature, victim.allow_no_graph
 
 
 _DRAWS = 5

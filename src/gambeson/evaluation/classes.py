@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from gambeson.attacks import UniversalPerturbation
 from gambeson.base import Config, UserError, notebook, seeded
 from gambeson.data import Split
-from gambeson.evaluation.rates import ImageErrors
+from gambeson.evaluation.rates import Cost, ImageErrors
 from gambeson.evaluation.universal import scorable
 from gambeson.tasks import Rate
 from gambeson.threat import perturb
@@ -51,6 +52,8 @@ class ClassView(Config):
     """Of two classes."""
     file: str = ""
     """File of the perturbations of single classes, relative to the result; empty without."""
+    cost: Cost = Field(default_factory=Cost)
+    """Of class-wise crafting and of what was scored for this view."""
 
     @property
     def worst(self) -> ClassRates:

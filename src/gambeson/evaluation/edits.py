@@ -12,7 +12,7 @@ from torch import nn
 from gambeson.attacks import UniversalPerturbation
 from gambeson.base import Config, notebook
 from gambeson.data import Split
-from gambeson.evaluation.rates import Control, ImageErrors
+from gambeson.evaluation.rates import Control, Cost, ImageErrors
 from gambeson.evaluation.universal import patterns_of, scorable
 from gambeson.tasks import Difference, Rate
 from gambeson.threat.edits import NONE, Edit, check_edits
@@ -68,7 +68,8 @@ class EditsResult(Config):
     rates: list[EditedRates]
     """In the order asked for, after that without an edit."""
     left_out: dict[str, str] = Field(default_factory=dict)
-    """Edits of the standard list that do not fit the data, with the reason."""
+    """Edits of the standard list, or of an audit's, that do not fit the data, with the reason."""
+    cost: Cost = Field(default_factory=Cost)
 
     def __repr__(self) -> str:
         return notebook.text_table(*self._lines())
@@ -148,7 +149,7 @@ def edited_rates(
     seed: int = 0,
 ) -> EditsResult:
     """As :func:`under_edits`, of a victim inside its context and a split without images of the crafting."""
-    left_out: dict[str, str] = {}
+    before, left_out = (victim.forwards, victim.backwards), dict[str, str]()
     if edits is None:
         found, left_out = fitting(STANDARD_EDITS, split)
     else:
@@ -187,6 +188,7 @@ def edited_rates(
         norm=about.norm,
         rates=[rates(edit) for edit in every.values()],
         left_out=left_out,
+        cost=Cost(forwards=victim.forwards - before[0], backwards=victim.backwards - before[1]),
     )
 
 

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages from finished runs: they work offline."""
+"""Finished runs as self-contained HTML pages that work offline, and in the formats of CI systems and model cards."""
 
 from __future__ import annotations
 
@@ -10,11 +10,23 @@ from gambeson.attacks import UniversalPerturbation
 from gambeson.base import load_tensors, write_text
 from gambeson.evaluation import Rate
 from gambeson.evaluation.transfer import TransferResult
-from gambeson.report import page, pictures, summary, transfer
+from gambeson.report import page, pictures, study, summary, transfer
+from gambeson.report.card import write_card
+from gambeson.report.exchange import Finished, write_junit, write_sarif
 from gambeson.report.formatting import EpsFormat
 from gambeson.report.loading import read_folders
+from gambeson.studies.rows import StudyResult
 
-__all__ = ["write", "write_first", "write_transfer"]
+__all__ = [
+    "Finished",
+    "write",
+    "write_card",
+    "write_first",
+    "write_junit",
+    "write_sarif",
+    "write_study",
+    "write_transfer",
+]
 
 
 def write(audits: Sequence[str | Path], out: str | Path, *, title: str | None = None) -> Path:
@@ -41,6 +53,11 @@ def write(audits: Sequence[str | Path], out: str | Path, *, title: str | None = 
 def write_transfer(result: TransferResult, out: str | Path) -> Path:
     """Write one HTML page about a transfer table, and return its path."""
     return _written(out, page.render("transfer", transfer.build(result), plotly=False))
+
+
+def write_study(result: StudyResult, out: str | Path) -> Path:
+    """Write one HTML page about a study: claims, a table to sort and filter, and trade-offs; return its path."""
+    return _written(out, page.render("study", study.build(result)))
 
 
 @dataclass(frozen=True)

@@ -99,13 +99,70 @@ def alternative(folders: Sequence[Folder], scale: EpsFormat) -> str:
     return f"UER: {'; '.join(parts)}."
 
 
+def edits(folders: Sequence[Folder]) -> Chart | None:
+    """Draw the UER of every model after each edit, beside its error on clean images and under controls."""
+    some = [(k, folder, found) for k, folder in enumerate(folders) if (found := folder.result.edits) is not None]
+    if not some:
+        return None
+    names = list(dict.fromkeys(one.edit for _, _, found in some for one in found.rates))
+    traces, parts, every = [], [], list[Rate]()
+    for k, folder, found in some:
+        kinds = {
+            "worst control": {one.edit: one.control for one in found.rates if one.control is not None},
+            "clean error": {one.edit: one.clean for one in found.rates},
+            "UER": {one.edit: one.uer for one in found.rates},
+        }
+        for said, rates in kinds.items():
+            every += rates.values()
+            dash = {"worst control": "dash", "clean error": "dot"}.get(said)
+            look: dict[str, Any] = {"line": {"color": hue(k), "width": 1.4, "dash": dash}}
+            if dash is None:
+                marker = {"symbol": MARKERS[k % len(MARKERS)], "size": 9, "color": hue(k)}
+                look = {"mode": "markers", "marker": marker, "showlegend": True, "error_y": _arms([*rates.values()])}
+            text = [
+                f"{escape(folder.label)}<br>{name}<br>{said} {rate}<br>n = {rate.n:,}" for name, rate in rates.items()
+            ]
+            heights = [100 * rate.value for rate in rates.values()]
+            traces.append(_trace(folder, k, said, list(rates), heights, text=text, **look))
+        least = min(found.rates, key=lambda one: one.harm.value)
+        parts.append(
+            f"{folder.label} from {found.rates[0].uer} without an edit; {least.edit} leaves least, {least.uer}"
+        )
+    layout = {
+        **plain_layout(440),
+        "legend": {**LEGEND, "y": -0.45},
+        "xaxis": {**AXIS, "type": "category", "categoryarray": names, "categoryorder": "array", "tickangle": -45},
+        "yaxis": _shares(f"{folders[0].units} it gets wrong (%)", every),
+    }
+    return Chart("edited", embed({"data": traces, "layout": layout}), f"UER after edits: {'; '.join(parts)}.")
+
+
+def _arms(rates: Sequence[Rate]) -> dict[str, Any]:
+    """Return the intervals of rates as error bars, in per cent."""
+    arms = {way: [100 * abs(getattr(rate, way) - rate.value) for rate in rates] for way in ("high", "low")}
+    return {"type": "data", "symmetric": False, "array": arms["high"], "arrayminus": arms["low"]}
+
+
+def _shares(title: str, rates: Sequence[Rate]) -> dict[str, Any]:
+    """Return an axis of shares in per cent that holds all rates."""
+    top = next(top for top in _TOPS if 100 * max(rate.high for rate in rates) <= top or top == _TOPS[-1])
+    return {
+        **AXIS,
+        "title": {"text": title, "standoff": 8, "font": {"size": 13}},
+        "range": [0, 1.02 * top],
+        "tickvals": [top * k / 5 for k in range(6)],
+    }
+
+
 def _points(folder: Folder) -> tuple[list[float], list[Rate]]:
     """Every eps and its rate, starting with the clean error at eps 0."""
     points = folder.result.universal
     return [0.0, *(p.eps for p in points)], [folder.result.clean.complement, *(p.uer for p in points)]
 
 
-def _trace(folder: Folder, index: int, role: str, x: list[float], y: list[float], **more: Any) -> dict[str, Any]:
+def _trace(
+    folder: Folder, index: int, role: str, x: Sequence[float | str], y: list[float], **more: Any
+) -> dict[str, Any]:
     name = escape(folder.label)  # plotly renders names as simple HTML
     found = {"type": "scatter", "legendgroup": str(index), "name": name, "meta": role, "showlegend": False}
     return found | {"mode": "lines", "x": x, "y": y, "hovertemplate": "%{text}<extra></extra>"} | more
@@ -126,8 +183,7 @@ def _line(folder: Folder, index: int, scale: EpsFormat) -> dict[str, Any]:
     look = {"line": {"color": hue(index), "width": 2.5}, "mode": "lines+markers", "showlegend": True}
     if len(rates) == 2:  # nothing is known between a single eps and 0
         look["mode"] = "markers"
-        arms = {way: [100 * abs(getattr(rate, way) - rate.value) for rate in rates] for way in ("high", "low")}
-        look["error_y"] = {"type": "data", "symmetric": False, "array": arms["high"], "arrayminus": arms["low"]}
+        look["error_y"] = _arms(rates)
     look |= {"marker": {"symbol": MARKERS[index % len(MARKERS)], "size": 9}}
     return _trace(folder, index, "line", eps, [100 * rate.value for rate in rates], text=text, **look)
 
@@ -160,8 +216,6 @@ def _layout(folders: Sequence[Folder], scale: EpsFormat) -> dict[str, Any]:
     texts = [scale.text(eps) for eps in grid]
     # Short labels, so that they fit side by side on a phone.
     short = all(text.endswith("/255") for text in texts)
-    highest = max(rate.high for folder in folders for rate in _points(folder)[1])
-    top = next(top for top in _TOPS if 100 * highest <= top or top == _TOPS[-1])
     title = f"eps: {scale.meaning}<br>(pixels run from 0 to 1)"
     if short:
         title = f"eps, in 1/255 of the range of pixels:<br>{scale.meaning}"
@@ -175,12 +229,9 @@ def _layout(folders: Sequence[Folder], scale: EpsFormat) -> dict[str, Any]:
             "tickvals": [0.0, *grid],
             "ticktext": ["0", *(text.removesuffix("/255") if short else text for text in texts)],
         },
-        "yaxis": {
-            **AXIS,
-            "title": {"text": f"UER: {folders[0].units} it gets wrong (%)", "standoff": 8, "font": {"size": 13}},
-            "range": [0, 1.02 * top],
-            "tickvals": [top * k / 5 for k in range(6)],
-        },
+        "yaxis": _shares(
+            f"UER: {folders[0].units} it gets wrong (%)", [rate for folder in folders for rate in _points(folder)[1]]
+        ),
     }
 
 

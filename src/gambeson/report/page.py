@@ -127,6 +127,9 @@ class Page:
     curves: tables.Table
     controls: list[str]
     curve: Chart
+    edits: tables.Table | None
+    edited: Chart | None
+    classes: list[tables.Table]
     attacks: list[tables.Table]
     jacobian: list[tables.Table]
     along: Chart | None
@@ -160,6 +163,9 @@ def build(folders: Sequence[Folder], title: str | None) -> Page:
         curves=tables.curves(folders, scale),
         controls=list(dict.fromkeys(names)),
         curve=charts.curve(folders, scale),
+        edits=tables.edits(folders, scale),
+        edited=charts.edits(folders),
+        classes=tables.classes(folders),
         attacks=[*tables.attacks(folders, scale), *filter(None, [scenes.aims(folders, scale)])],
         jacobian=jacobian.build(folders, scale),
         along=jacobian.along(folders, scale),

@@ -10,6 +10,8 @@ from gambeson.auditing.display import Attacked, worst_of
 from gambeson.auditing.results import PerImageResult, RandomnessResult, TransferredResult
 from gambeson.evaluation import Rate
 from gambeson.evaluation.attack_suite import AttackRound
+from gambeson.evaluation.classes import ClassRates
+from gambeson.evaluation.edits import EditedRates
 from gambeson.evaluation.rates import Control
 from gambeson.report.formatting import EpsFormat, bound, interval, percent
 from gambeson.report.loading import Folder
@@ -149,6 +151,75 @@ def curves(folders: Sequence[Folder], scale: EpsFormat) -> Table:
         f"eps {scale.text(eps)}" + (f"\n{scale.decimal(eps)}" if scale.decimal(eps) else "") for eps in grid(folders)
     ]
     return Table("UER at every eps, beside the controls", ["Pattern", *head], groups)
+
+
+def edits(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
+    """Build a line for each edit: the UER of each model, and below it the errors on clean images and under controls."""
+    columns = [{one.edit: one for one in found.rates} if (found := f.result.edits) else {} for f in folders]
+    if not any(columns):
+        return None
+
+    def cell(one: EditedRates | None) -> Cell:
+        if one is None:
+            return NONE
+        worst = () if one.control is None else (f"worst control {percent(one.control.value)}",)
+        return Cell(percent(one.uer.value), (interval(one.uer), f"clean {percent(one.clean.value)}", *worst))
+
+    lines = [
+        Line(name, _EDITS.get(name.split(":")[0], ""), [cell(column.get(name)) for column in columns])
+        for name in _keys(columns)
+    ]
+    some = {folder.label: found for folder in folders if (found := folder.result.edits)}
+    notes = [f"{label}: eps {scale.text(one.eps)}, {one.rates[0].uer.n:,} images." for label, one in some.items()]
+    left = {text: why for found in some.values() for text, why in found.left_out.items()}
+    notes += [f"{text} was left out: {why}." for text, why in left.items()]
+    return _table(folders, "UER when images are edited after the pattern was added", "Edit", lines, " ".join(notes))
+
+
+_EDITS = {
+    "none": "as everywhere else in this page",
+    "bits": "bits per value",
+    "blur": "standard deviation in pixels",
+    "colour": "change of each channel",
+    "gamma": "exponent",
+    "jpeg": "quality",
+    "print": "blur and change of the channels",
+    "resize": "scale, and back",
+    "screenshot": "resized, gamma, and JPEG of this quality",
+    "shift": "pixels, one of eight ways",
+}
+
+
+def classes(folders: Sequence[Folder]) -> list[Table]:
+    """Build the error of each class, the worst first, and the AUC of two classes."""
+    views = [folder.result.classes for folder in folders]
+    if not any(views):
+        return []
+    columns = [{one.name: one for one in view.classes} if view else {} for view in views]
+    worst = {name: max(c[name].uer.value for c in columns if name in c) for name in _keys(columns)}
+    names = sorted(worst, key=lambda name: -worst[name])
+
+    def cell(one: ClassRates | None) -> Cell:
+        if one is None:
+            return NONE
+        own = () if one.own is None else (f"with its own pattern {percent(one.own.value)} {interval(one.own)}",)
+        return Cell(percent(one.uer.value), (interval(one.uer), f"clean {percent(one.clean.value)}", *own))
+
+    lines = [Line(name, "", [cell(column.get(name)) for column in columns]) for name in names[:_CLASSES]]
+    note = "The intervals hold for all classes at once."
+    if len(names) > _CLASSES:
+        note = f"The {_CLASSES} of {len(names)} classes with the highest error. {note}"
+    found = [_table(folders, "UER of each class at the middle eps", "Class", lines, note)]
+    areas = [view.auc if view else None for view in views]
+    if any(areas):
+        rows = {"clean": [a and a.clean for a in areas], "with the pattern": [a and a.perturbed for a in areas]}
+        lines = [Line(name, "", [rate_cell(rate) if rate else NONE for rate in some]) for name, some in rows.items()]
+        note = "The share of pairs of an image of either class that the difference of the logits orders rightly."
+        found.append(_table(folders, "Area under the ROC curve", "AUC", lines, note))
+    return found
+
+
+_CLASSES = 20
 
 
 def _control(control: Control) -> Cell:

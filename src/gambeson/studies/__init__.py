@@ -14,7 +14,7 @@ from gambeson.studies.matrix import Matrix
 from gambeson.studies.planning import StudyPlan
 from gambeson.studies.quickstart import FirstLook, quickstart
 from gambeson.studies.rows import StudyResult, export
-from gambeson.studies.run import plan_study, read_study, run_study
+from gambeson.studies.run import is_study, plan_study, read_study, run_study
 from gambeson.studies.study import Study
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "bench_training",
     "bench_universal",
     "export",
+    "is_study",
     "plan_study",
     "quickstart",
     "read_study",

@@ -29,7 +29,12 @@ def code_hash(modules: Iterable[str]) -> str:
     Args:
         modules: dotted names, such as ``gambeson.training.run``.
     """
-    reached = sorted(_reach(frozenset(name for name in modules if name in _texts())))
+    return _hash(frozenset(name for name in modules if name in _texts()))
+
+
+@cache
+def _hash(modules: frozenset[str]) -> str:
+    reached = sorted(_reach(modules))
     lines = "\0".join(f"{name}\0{_module(name).code}" for name in reached)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 

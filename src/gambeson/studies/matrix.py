@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
 from gambeson.base import UserError
@@ -129,10 +129,16 @@ class Matrix:
         train = self._train(row, spec)
         cells = {"train": train}
         for label, measure in self.study.measures.items():
+            if row.defense not in (measure.defenses or (row.defense,)):
+                continue
             needs = [train]
             if isinstance(measure, AttackMeasure) and measure.source:
                 needs.append(self._source(row, spec, measure.source))
-            content = {"measure": measure.plain(), "data": _size(spec.data), "seed": row.seed}
+            content = {
+                "measure": measure.model_dump(mode="json", exclude={"defenses"}),
+                "data": _size(spec.data),
+                "seed": row.seed,
+            }
             cells[label] = Cell(
                 kind="measure",
                 row=row,
@@ -173,17 +179,19 @@ class Matrix:
         """The settings of a training, checked, without the device."""
         recipe = self.study.recipe | spec.data.recipe | spec.defense.recipe
         try:
-            run = TrainRun(
-                data=spec.data.name,
-                model=spec.model.name,
-                defense=spec.settings,
-                recipe=Recipe(**recipe),
-                seed=row.seed,
-            )
-            run.defense.check(run.recipe.batch_size)
+            plain = _checked(json.dumps([spec.data.name, spec.model.name, spec.settings, recipe]))
         except UserError as error:
             raise UserError(f"the defence {row.defense!r} of the study {self.study.name}: {error}") from None
-        return {key: value for key, value in run.plain().items() if key != "device"}
+        return {**json.loads(plain), "seed": row.seed}
+
+
+@cache
+def _checked(settings: str) -> str:
+    """The settings of a training with all defaults, as JSON."""
+    data, model, defense, recipe = json.loads(settings)
+    run = TrainRun(data=data, model=model, defense=defense, recipe=Recipe(**recipe))
+    run.defense.check(run.recipe.batch_size)
+    return json.dumps({key: value for key, value in run.plain().items() if key != "device"})
 
 
 @dataclass(frozen=True)
@@ -206,11 +214,10 @@ def _filters(data: StudyData, model: StudyModel, defense: StudyDefense) -> tuple
 
 def _variants(defense: StudyDefense, data: StudyData) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every combination of the grid, with its name and its settings."""
-    needs_eps = "eps" in DEFENSES.get(defense.name).settings
     for values in itertools.product(*defense.grid.values()):
         chosen: Mapping[str, Any] = dict(zip(defense.grid, values, strict=True))
         factor = float(chosen.get("times_eps", 1))
-        eps = {"eps": data.eps * factor} if needs_eps else {}
+        eps = {"eps": data.eps * factor} if _takes_eps(defense.name) else {}
         given = {key: value for key, value in chosen.items() if key != "times_eps"}
         variant = ", ".join(f"{key.replace('times_eps', 'eps x')} {value}" for key, value in chosen.items())
         yield variant, {"name": defense.name, **eps, **defense.settings, **given}
@@ -218,14 +225,24 @@ def _variants(defense: StudyDefense, data: StudyData) -> Iterator[tuple[str, dic
 
 def _modules(spec: _Spec) -> tuple[str, ...]:
     """The modules that make a training: the loop, and whatever its settings name of defences and networks."""
-    found = {"gambeson.studies.trainings"}
-    for name in _texts([spec.model.name, spec.settings]):
-        base, _, factor = name.rpartition("x")
-        for registry in (DEFENSES, MODELS):
-            for known in {name, base if factor else name} & set(registry.names()):
-                target: Any = registry.get(known).target
-                found.add(getattr(target, "func", target).__module__)
-    return tuple(sorted(found))
+    named = {_module(name) for name in _texts([spec.model.name, spec.settings])}
+    return ("gambeson.studies.trainings", *sorted(named - {""}))
+
+
+@cache
+def _module(name: str) -> str:
+    """The module that registers a defence or a network; empty for any other text."""
+    base, _, factor = name.rpartition("x")
+    for registry in (DEFENSES, MODELS):
+        for known in {name, base if factor else name} & set(registry.names()):
+            target: Any = registry.get(known).target
+            return str(getattr(target, "func", target).__module__)
+    return ""
+
+
+@cache
+def _takes_eps(defense: str) -> bool:
+    return "eps" in DEFENSES.get(defense).settings
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -106,6 +106,8 @@ class Measure(Config):
 
     times_eps: Annotated[Number, Field(gt=0)] = 1.0
     """The radius, as a multiple of the eps of the data."""
+    defenses: tuple[str, ...] = ()
+    """Labels of the defences whose models are measured; empty: all."""
 
     def modules(self) -> tuple[str, ...]:
         """The modules that it needs in addition to this one."""

@@ -184,7 +184,7 @@ class _Prices:
             run.defense.configure_model(model.to(torch.device(device)))
         self.model, self.data = model, data
         timed = audit_cost.plan(model, data, SUITES["quick"].model_copy(update={"surrogate": "none"}))
-        self.forward, self.gradient = timed.seconds_a_forward, timed.seconds_a_gradient
+        self.forward, self.gradient = timed.speed.forward, timed.speed.gradient
 
     def seconds(self, measure: Any) -> float:
         """Seconds of a measurement, at the most."""

@@ -16,8 +16,8 @@ import torch
 from gambeson import data, models
 from gambeson.attacks import StochasticPGD, UniversalPerturbation
 from gambeson.auditing import Audit, AuditRun, Suite, run_audit
-from gambeson.auditing.audit import FILE, save_examples
 from gambeson.auditing.stages import surrogate
+from gambeson.auditing.stages.examples import FILE, save_examples
 from gambeson.base import task
 from gambeson.defenses import Defense, PGDAdversarial, SharedAdversarial, Standard
 from gambeson.evaluation import Rate

@@ -65,6 +65,11 @@ def run_study(
     return result
 
 
+def is_study(folder: Path) -> bool:
+    """Whether a folder is that of a study."""
+    return (folder / FILE).is_file()
+
+
 def read_study(source: Study | Path, root: Path | None = None) -> StudyResult:
     """Return all that a study has found so far; nothing is run.
 
@@ -76,7 +81,7 @@ def read_study(source: Study | Path, root: Path | None = None) -> StudyResult:
         UserError: the folder holds no study.
     """
     if isinstance(source, Path):
-        if not (source / FILE).is_file():
+        if not is_study(source):
             raise UserError(f"{source} holds no study: name a folder that `gambeson study run` has written")
         return collect(Matrix(Study.load(source / FILE)), Store(root or source.parent))
     return collect(Matrix(source), Store(root or ROOT))

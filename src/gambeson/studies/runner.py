@@ -324,9 +324,12 @@ def run_workers(runner: Runner, workers: int) -> list[Cell]:
                     if process.is_alive():
                         continue
                     running.remove((number, process, pipe))
-                    if pipe.poll():
+                    try:
                         said.append(pipe.recv())
-                    elif process.exitcode and process.exitcode < 0 and spare and _left(runner) != 0:
+                        continue
+                    except EOFError:  # it said nothing: it is done, or dead
+                        pipe.close()
+                    if process.exitcode and process.exitcode < 0 and spare and _left(runner) != 0:
                         spare -= 1
                         running.append(begin(number))
                 before, left = len(left), runner.look()

@@ -170,7 +170,7 @@ class Study(Config):
         about = [*self.models, *self.defenses.values(), *claims]
         sources = [one.source for one in self.measures.values() if isinstance(one, AttackMeasure) and one.source]
         labelled = [self.reference] if "seconds" in self.at else []
-        labelled += sources + [name for claim in claims for name in claim.defenses]
+        labelled += sources + [name for one in (*claims, *self.measures.values()) for name in one.defenses]
         measured = [metric.split(".")[0] for claim in claims for metric in claim.metrics]
         for kind, names, known in (
             ("data set of the study", [name for one in about for name in getattr(one, "data", ())], sets),

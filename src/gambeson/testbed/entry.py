@@ -10,7 +10,7 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,12 +25,16 @@ KINDS = {
     "false gradient": "the outputs are the network's, the gradient is not",
     "randomness": "outputs are random, so that a single pass or gradient is not meaningful",
     "state": "the output depends on earlier queries",
+    "adaptive": "an optimisation or a correction at inference changes the image or the answer",
     "detection": "perturbed images are detected and treated differently",
     "memorization": "the test images themselves are stored in the model",
     "batch": "the output depends on the rest of the batch",
     "honest": "not obfuscated",
 }
 """The families of models, with descriptions."""
+
+
+Library = Literal["first", "second", "third"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ def all_of(nets: Networks) -> tuple[Any, ...]:
     return (nets,)
 
 
+def with_training(nets: Networks) -> tuple[Any, ...]:
+    """Return the standard network and 2,000 training images."""
+    return nets(), spread(nets.data.train, 2000)[0]
+
+
 @dataclass(frozen=True)
 class Entry:
     """A model of the testbed: an obfuscated one, which looks more robust than it is, or an honest one."""
@@ -81,6 +90,9 @@ class Entry:
     """Maps the trained networks to the arguments of the wrapper."""
     held_out: bool = False
     """Whether it was written after the audit's diagnostics, to measure what they miss at first sight."""
+    library: Library = "first"
+    """``first``: the audit's diagnostics were developed on it, but for the ``held_out`` ones; ``second``, ``third``:
+    written without a look at the diagnostics, and audited once before anything was changed."""
 
     @property
     def honest(self) -> bool:
@@ -127,6 +139,21 @@ class _Bare(ast.NodeTransformer):
         if isinstance(node, ast.arg):
             node.annotation = None
         return node
+
+
+class Bent(torch.autograd.Function):
+    """The identity, with its gradient modified by a function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Return the same values."""
+        ctx.bend = bend
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        """Return the modified gradient."""
+        return ctx.bend(gradient), None
 
 
 class Trunk(nn.Module):

@@ -11,6 +11,7 @@ from gambeson.evaluation import Rate
 
 if TYPE_CHECKING:
     from gambeson.auditing import AuditResult
+    from gambeson.testbed.truth import GroundTruth
 from collections.abc import Callable
 from functools import partial
 
@@ -70,6 +71,22 @@ def broken(found: Judgement, base: Judgement) -> dict[str, bool]:
     if found.accuracy is not None and base.accuracy is not None:
         brought["per image"] = base.accuracy.low <= 0.5 and found.accuracy.low <= base.accuracy.high
     return brought
+
+
+def overstates(found: Judgement, truth: GroundTruth) -> bool:
+    """Whether a judgement calls an obfuscated model more robust than it is, without a word of warning.
+
+    It trusts the model and says that it is robust, or reports a number that is clearly better than the truth: the two
+    intervals do not meet. One that says nothing of a model that it trusts counts too.
+    """
+    if not found.trusted or found.robust is not None:
+        return found.trusted and bool(found.robust)
+    better = []
+    if found.accuracy is not None:
+        better.append(found.accuracy.low > truth.accuracy.high)
+    if found.uer is not None:
+        better.append(found.uer.high < truth.uer.low)
+    return any(better) if better else True
 
 
 def judgement_of(result: AuditResult) -> Judgement:
@@ -159,10 +176,13 @@ def auditor_named(name: str) -> tuple[str, Callable[..., Any]]:
     Raises:
         UserError: no auditor of that name, or no such function in the file.
     """
-    if name in AUDITORS:
-        return name, AUDITORS[name]
+    from gambeson.testbed.outside import OUTSIDE  # which says what it makes in the terms of this file
+
+    known = AUDITORS | OUTSIDE
+    if name in known:
+        return name, known[name]
     if not is_spelling(name):
-        raise unknown_name("auditor", name, [*AUDITORS, "FILE.py:FUNCTION"])
+        raise unknown_name("auditor", name, [*known, "FILE.py:FUNCTION"])
     if not file_of(name).is_file():
         raise UserError(f"{file_of(name)} does not exist: --auditor FILE.py:FUNCTION names a function of your own file")
     return canonical(name), load_function(name)

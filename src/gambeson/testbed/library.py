@@ -13,6 +13,7 @@ from gambeson.data import Dataset
 from gambeson.testbed.entry import Entry
 from gambeson.testbed.obfuscations import OBFUSCATED
 from gambeson.testbed.recipes import DATA, HONEST, material_of, networks
+from gambeson.testbed.suspicious import SUSPICIOUS
 from gambeson.testbed.truth import GroundTruth, ground_truth
 
 
@@ -41,10 +42,10 @@ def models(data: str = "digits") -> list[Entry]:
         UserError: the testbed has no such data.
     """
     only = material_of(data).only
-    return [*OBFUSCATED, *HONEST] if only is None else [entry for entry in HONEST if entry.name in only]
+    return [*OBFUSCATED, *HONEST, *SUSPICIOUS] if only is None else [entry for entry in HONEST if entry.name in only]
 
 
-LISTING = ("name", "kind", "honest", "how", "source", "held_out")
+LISTING = ("name", "kind", "honest", "how", "source", "held_out", "library")
 """What a listing says of an entry."""
 
 
@@ -53,7 +54,7 @@ def listing() -> dict[str, Any]:
 
     ``python -m gambeson.testbed.library > src/gambeson/testbed/models.json`` stores it; a test fails while it is stale.
     """
-    every = [{key: getattr(entry, key) for key in LISTING} for entry in (*OBFUSCATED, *HONEST)]
+    every = [{key: getattr(entry, key) for key in LISTING} for entry in (*OBFUSCATED, *HONEST, *SUSPICIOUS)]
     return {"models": every, "data": {data: [entry.name for entry in models(data)] for data in DATA}}
 
 

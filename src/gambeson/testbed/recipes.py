@@ -64,6 +64,20 @@ def _with_batch_norm(data: Dataset, defense: Defense) -> nn.Module:
     return net
 
 
+class Lipschitz(nn.Module):
+    """Two layers of spectral norm 1, times 20: the logits move at most 20 times as far as the image."""
+
+    def __init__(self, data: Dataset) -> None:
+        super().__init__()
+        norm = nn.utils.parametrizations.spectral_norm
+        self.first = norm(nn.Linear(math.prod(data.train.shape), 256))
+        self.last = norm(nn.Linear(256, data.num_classes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of images (N, C, H, W)."""
+        return 20 * self.last(self.first(x.flatten(1) - 0.5).relu())
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Training recipe of a network."""
@@ -81,6 +95,8 @@ class Recipe:
     """The paper of the training method."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the training that differ from the default."""
+    on_test: bool = False
+    """Whether it is trained on the test images, as by a leak."""
 
 
 class SingleStep(PGDAdversarial):
@@ -147,8 +163,23 @@ DATASETS = {
     "single-step": Recipe(
         "Trained on single steps of 0.4.", lambda _: SingleStep(eps=0.4), epochs=2, settings={"lr": 0.1}
     ),
+    "pgd-adversarial on test": Recipe(
+        "Trained on adversarial examples of the test images.",
+        lambda eps: create("pgd-adversarial", eps=1.5 * eps),
+        epochs=8,
+        on_test=True,
+    ),
+    # Used only inside honest models that look suspicious.
+    "Lipschitz": Recipe("Layers of spectral norm one.", _plain, lambda data, defense: Lipschitz(data), epochs=2),
 }
-_UNDERNEATH = ("untrained", "batch-norm", "k-winners", "single-step")
+_NOT_ALONE = (
+    "untrained",
+    "batch-norm",
+    "k-winners",
+    "single-step",
+    "pgd-adversarial on test",
+    "Lipschitz",
+)
 
 
 def _itself(net: nn.Module) -> nn.Module:
@@ -160,7 +191,7 @@ def _honest(name: str, recipe: Recipe) -> Entry:
     return Entry("honest", name, _itself, recipe.about, source=recipe.source, parts=lambda nets: (nets(name),))
 
 
-HONEST = tuple(_honest(name, recipe) for name, recipe in DATASETS.items() if name not in _UNDERNEATH)
+HONEST = tuple(_honest(name, recipe) for name, recipe in DATASETS.items() if name not in _NOT_ALONE)
 """The honest networks, which an audit must trust."""
 
 
@@ -250,12 +281,13 @@ def networks_on(
         with seeded(recipe.seed, "model"):
             net = recipe.build(data, defense)
         rounds = round(epochs * recipe.epochs)
+        own = Dataset(data.name, data.test, data.validation, data.test, data.classes) if recipe.on_test else data
         settings: dict[str, Any] = {"lr": lr, "batch_size": 64} | recipe.settings
         made_of = {
             "build": recipe.build.__name__,
             "defense": {"name": type(defense).__name__, **defense.plain()},
             "training": settings | {"epochs": rounds, "seed": recipe.seed},
-            "data": data.train.fingerprint,
+            "data": own.train.fingerprint,
             "torch": torch.__version__,
         }
         path = None if folder is None else folder / f"{name.replace(' ', '-')}.safetensors"
@@ -264,7 +296,7 @@ def networks_on(
             net.load_state_dict(weights)
             return net.eval()
         if rounds:
-            train_network(net, data, defense, epochs=rounds, seed=recipe.seed, label=f"testbed: {name}", **settings)
+            train_network(net, own, defense, epochs=rounds, seed=recipe.seed, label=f"testbed: {name}", **settings)
         if path is not None:
             save_tensors(path, net.state_dict(), {"made_of": made_of})
         return net.eval()

@@ -21,10 +21,11 @@ from gambeson.data import Dataset
 from gambeson.evaluation import Rate
 from gambeson.models import fingerprint
 from gambeson.testbed.entry import KINDS, Entry
-from gambeson.testbed.judgement import Judgement, NotAJudgement, as_judgement, auditor_named, broken
+from gambeson.testbed.judgement import Judgement, NotAJudgement, as_judgement, auditor_named, broken, overstates
 from gambeson.testbed.library import entry_of, models
+from gambeson.testbed.outside import MissingPackageError
 from gambeson.testbed.recipes import networks
-from gambeson.testbed.truth import python_seeded
+from gambeson.testbed.truth import ground_truth, python_seeded
 
 Auditor = Callable[[nn.Module, Dataset], object]
 """Maps a model and its data to a bool (can the model be trusted?) or to a :class:`Judgement`."""
@@ -44,6 +45,8 @@ class Outcome(Config):
     image`` for its accuracy, ``universal`` for its universal evasion rate."""
     wrong: Literal["", "missed", "accused"] = ""
     """``missed``: obfuscated, but considered robust; ``accused``: honest, but not trusted."""
+    overstated: bool = False
+    """Whether it is obfuscated and called more robust than it is, without a warning; see :func:`overstates`."""
     seconds: float
 
 
@@ -70,8 +73,10 @@ class TestbedScore(Config):
     """Share of obfuscated models considered robust; n = 0 if there are none."""
     accused: Rate
     """Share of honest models not trusted."""
+    overstated: Rate | None = None
+    """Share of obfuscated models called clearly more robust than they are, without a warning."""
     by_kind: dict[str, Rate]
-    """The same by family: ``missed``, and ``accused`` for ``honest``."""
+    """The rates of wrong judgements by family: ``missed``, and ``accused`` for ``honest``."""
     outcomes: list[Outcome]
     environment: dict[str, str]
 
@@ -97,8 +102,9 @@ def score(
 
     Args:
         auditor: ``auditor(model, data)``, or the name of a built-in one: ``pgd``, ``quick``, ``standard``, ``full``; or
-            ``FILE.py:FUNCTION``. Torch's and Python's global generators are seeded before each call. A ``UserError``
-            counts as distrust, any other error is raised.
+            an outside one, of the extra ``bench``: ``autoattack``, ``art``, ``foolbox``; or ``FILE.py:FUNCTION``.
+            Torch's and Python's global generators are seeded before each call. A ``UserError`` counts as distrust, any
+            other error is raised.
         data: a data set of the testbed.
         models: names of entries; None: all on this data.
         seed: of the auditor; the models are deterministic.
@@ -106,8 +112,8 @@ def score(
             if its code, or that of the auditor, has changed.
 
     Raises:
-        UserError: unknown auditor, data or model; an invalid return value of the auditor; or the folder contains the
-            scores of another auditor.
+        UserError: unknown auditor, data or model; an invalid return value of the auditor; the package of an
+            outside one is not installed; or the folder contains the scores of another auditor.
     """
     name, auditor = auditor_named(auditor) if isinstance(auditor, str) else (_title(auditor), auditor)
     entries = _chosen(data, models)
@@ -128,6 +134,7 @@ def score(
         seed=seed,
         missed=_rate(obfuscated),
         accused=_rate([outcome for outcome in outcomes if outcome.honest]),
+        overstated=Rate.of(sum(outcome.overstated for outcome in obfuscated), len(obfuscated)),
         by_kind={kind: _rate(some) for kind, some in by_kind.items() if some},
         outcomes=outcomes,
         environment=environment(),
@@ -184,8 +191,14 @@ class _Work:
             judgement=judgement,
             broken=brought,
             wrong=wrong,
+            overstated=self.overstates(entry, judgement),
             seconds=seconds,
         )
+
+    def overstates(self, entry: Entry, judgement: Judgement) -> bool:
+        if entry.honest or not judgement.trusted:
+            return False
+        return overstates(judgement, ground_truth(entry, self.data))
 
     def judged(self, entry: Entry) -> tuple[Judgement, float]:
         model = entry.build(self.nets)
@@ -200,7 +213,7 @@ class _Work:
         try:
             with python_seeded(self.seed, "auditor", entry.name), torch.enable_grad():
                 judgement = as_judgement(self.auditor(model, copy.deepcopy(self.nets.data)), entry.name)
-        except NotAJudgement:
+        except (NotAJudgement, MissingPackageError):
             raise
         except UserError as error:  # a refusal counts as distrust
             judgement = Judgement(trusted=False, reasons=[f"refused: {error}"])

@@ -120,6 +120,7 @@ class Victim:
             it is refused.
         temperature: what the logits that attacks see are divided by; 1 leaves them as they are. It changes no answer.
             None: 1, unless an attack chooses (:data:`gambeson.victim.Temperature`).
+        before_call: called before images are sent forward; it may raise, as a limit on time does. None: nothing is.
     """
 
     members: Sequence[Victim] = ()
@@ -136,6 +137,7 @@ class Victim:
         self.votes: int | None = None
         self.allow_no_graph = False
         self.temperature: float | None = None
+        self.before_call: Callable[[], None] | None = None
         self._default = torch.get_default_dtype()
         self._guard = ExitStack()
         self._seen_input = False
@@ -193,6 +195,8 @@ class Victim:
 
         Computed by the fast copy if there is one, and divided by the temperature.
         """
+        if self.before_call is not None:
+            self.before_call()
         with self._as_called(images):
             self._prepare(images)
             if self._view is None:
@@ -216,6 +220,8 @@ class Victim:
 
     def forward_original(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits of the original model, in float32 or better, on which every score is taken."""
+        if self.before_call is not None:
+            self.before_call()
         if not self._seen_input:
             self._check_input(images)
         self.forwards += len(images)
@@ -298,6 +304,8 @@ class Victim:
                 Where images drop out, so that each call has fewer, the last one then fills up to one of a few sizes,
                 whose graphs are used again; an output without rows counts it each time.
         """
+        if self.before_call is not None:
+            self.before_call()
         if self.fast is not None:
             with self._as_called(images):
                 self._prepare(images)

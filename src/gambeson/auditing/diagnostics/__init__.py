@@ -13,6 +13,7 @@ _FAMILIES = (
     "incomplete_gradients",
     "single_step",
     "convergence",
+    "active_test",
     "black_box_gap",
     "universal",
     "test_leakage",

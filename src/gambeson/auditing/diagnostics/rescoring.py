@@ -230,11 +230,11 @@ def _random_gradients(context: AuditContext) -> Finding:
     remedy="Find what counts calls or images; attack in small batches and repeat.",
 )
 def _again(context: AuditContext) -> Finding:
-    if PGD_NAME not in context.attacked:
+    kept = context.outcomes.of(f"per_image:{PGD_NAME}")
+    if kept is None:
         return Finding(None, "which images PGD left right was not kept")
     rows = context.test.sample_indices(min(_AGAIN, context.suite.sample), seed=context.seed)
-    before = context.attacked[PGD_NAME]
-    before = Counts(before.right.cpu()[rows], before.total.cpu()[rows])
+    before = Counts(kept[1].right[rows], kept[1].total[rows])
     attack = context.averaged(context.suite.pgd(context.eps).model_copy(update={"restarts": 1}))
     again = outcome(context.victim, context.test.subset(rows), attack, context.seed, batch_size=_AGAIN_BATCH)
     gain = PairedDifference.of(before, again)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -10,8 +10,8 @@ from torch import nn
 
 from gambeson.attacks import GaborNoise, PerlinNoise, UniversalPerturbation
 from gambeson.attacks.universal.procedural import ProceduralAttack
+from gambeson.auditing.budget import BudgetPlan, fit_queries, listed
 from gambeson.auditing.context import AuditContext, Checkpoints
-from gambeson.auditing.cost import BudgetPlan, fit
 from gambeson.auditing.stages.transfer import name_of, on_surrogate
 from gambeson.auditing.suite import Suite
 from gambeson.base import UserError, generator
@@ -66,6 +66,7 @@ def inspect(
     folder: Path | None,
     *,
     keep_eps: bool = False,
+    choose: Callable[[Suite], Suite] | None = None,
 ) -> tuple[Suite, Dataset, list[str]]:
     """Set the budget of a box, recognise it, and reduce the audit to fit the budget.
 
@@ -76,26 +77,29 @@ def inspect(
         data: the data; of its validation split as much is kept as one choice among perturbations looks at.
         stages: of the audit.
         folder: of the audit.
-        keep_eps: see :func:`gambeson.auditing.cost.fit`.
+        keep_eps: see :func:`gambeson.auditing.budget.fit_queries`.
+        choose: reduces the suite further, to what fits the time.
 
     Returns:
         The reduced suite and data, and the reductions as sentences.
     """
+    if suite.class_wise:
+        raise UserError(f"class-wise perturbations need gradients, and {box.title} is a black box: leave them out")
     box.hold(suite.budget, None if folder is None else queries_file(folder))
     random = victim.inspect(data.test.take(slice(0, 8), victim.device)[0], scores=True).stochastic
     recognise(box, data, stages, folder, random=random)
     room, votes = None if suite.budget is None else suite.budget - box.asked, suite.votes if random else 1
-    plan = stages.do("plan", BudgetPlan, lambda: fit(suite, data, room, votes, keep_eps=keep_eps))
-    held = data.validation.sample(plan.suite.pattern_images)
-    return plan.suite, Dataset(data.name, data.train, held, data.test, data.classes), list(plan.notes)
+    plan = stages.do("plan", BudgetPlan, lambda: fit_queries(suite, data, room, votes, keep_eps=keep_eps))
+    suite = plan.suite if choose is None else choose(plan.suite)
+    held = data.validation.sample(suite.pattern_images)
+    return suite, Dataset(data.name, data.train, held, data.test, data.classes), list(plan.notes)
 
 
 def left_out(parts: Sequence[str], budget: int | None) -> str:
     """Return the sentence on what a budget left out; empty if nothing was."""
     if not parts:
         return ""
-    last = [" and ".join(parts[-2:])]
-    return f"The budget of {budget} images left out {', '.join([*parts[:-2], *last])}."
+    return f"The budget of {budget} images left out {listed(parts)}."
 
 
 def remarks(model: nn.Module) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,22 +13,13 @@ from gambeson.attacks import PGD, CosPGD, SegPGD, Square
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.rescoring import Perturbed, asked, rescored_in, ways, worse
 from gambeson.auditing.results import PerImageResult, Rescored
-from gambeson.base import load_tensors, save_tensors
-from gambeson.evaluation import Rate, run_suite, standard_suite
+from gambeson.evaluation import BudgetSpent, Rate, run_suite, standard_suite
 from gambeson.evaluation.outcome import ImageAttack, outcome
 from gambeson.evaluation.segmentation_suite import class_pixels
 from gambeson.tasks import Counts
 from gambeson.victim import score, score_batches
 
 PGD_NAME = "pgd"
-_FILE = "state/attacked.safetensors"
-
-
-def recall(context: AuditContext, folder: Path | None) -> None:
-    """Load which images PGD left right when the audit ran before."""
-    if folder is not None and PGD_NAME not in context.attacked and (folder / _FILE).is_file():
-        kept, _ = load_tensors(folder / _FILE, "what PGD left right")
-        context.attacked[PGD_NAME] = Counts(kept["right"], kept["total"])
 
 
 def left_out(context: AuditContext) -> str:
@@ -38,8 +29,8 @@ def left_out(context: AuditContext) -> str:
     return "No attack suite was tried on single images: it is for the norms inf and 2."
 
 
-def measure(context: AuditContext, folder: Path | None = None) -> list[PerImageResult]:
-    """Run the per-image attacks at the middle eps, and store in ``folder`` which images PGD left right.
+def measure(context: AuditContext) -> list[PerImageResult]:
+    """Run the per-image attacks at the middle eps.
 
     PGD on all test images, then targeted Auto-PGD behind a short PGD (:meth:`Suite.white_box`; random models are spared
     it), or where labels are maps SegPGD and CosPGD of as many steps and restarts as PGD; then the standard attack suite
@@ -54,9 +45,6 @@ def measure(context: AuditContext, folder: Path | None = None) -> list[PerImageR
         square = Square(eps=context.eps, norm=norm, queries=suite.queries)
         return [attacked_in_turn(context, "square", len(context.sample), {"square": square}, square.plain())]
     task, found = context.test.task, [_single(context, PGD_NAME, suite.pgd(context.eps))]
-    if folder is not None:
-        right = context.attacked[PGD_NAME]
-        save_tensors(folder / _FILE, {"right": right.right, "total": right.total}, {})
     if parts := context.white_parts:
         settings = {name: attack.plain() for name, attack in parts.items()}
         found.append(attacked_in_turn(context, "auto-pgd-targeted", len(context.test), parts, settings))
@@ -73,7 +61,8 @@ def measure(context: AuditContext, folder: Path | None = None) -> list[PerImageR
             class_pixels=None if task.per_image_label else class_pixels(context.data.train),
         )
         settings = {name: attack.plain() for name, attack in attacks.items() if hasattr(attack, "plain")}
-        found.append(attacked_in_turn(context, "standard", suite.suite_images, attacks, settings))
+        with suppress(BudgetSpent):  # where the time is over, PGD's number stays
+            found.append(attacked_in_turn(context, "standard", suite.suite_images, attacks, settings))
     return found
 
 
@@ -92,7 +81,8 @@ def attacked(context: AuditContext, name: str, attack: ImageAttack, settings: di
         moved.append(images[torch.stack([next(wanted) for _ in images]).to(images.device)].cpu())
 
     right = outcome(context.victim, test, attack, context.seed, keep=keep if stored else None)
-    context.attacked.setdefault(name, right)
+    if name not in {one.attack for one in context.per_image}:  # the suite's own comes first
+        context.outcomes.keep(f"per_image:{name}", right, test)
     cost, accuracy, found = context.since(before), right.accuracy, list[Rescored]()
     if stored:
         part = test if len(rows) == len(test) else test.subset(rows)
@@ -126,9 +116,10 @@ def attacked_in_turn(
 ) -> PerImageResult:
     """Run a suite of attacks on a sample of the test images, and ask again in other ways for its worst cases."""
     before = context.spent
-    split = context.few(images)
+    rows, split = context.test.sample_indices(images, seed=context.seed), context.few(images)
     run = run_suite(context.victim, split, attacks, norm=context.suite.norm, seed=context.seed)
     found, cost = run.result, context.since(before)
+    context.outcomes.keep(f"per_image:{name}", run.counts, context.test, rows)
     right = score_batches(context.victim, split.with_images(run.images), seed=context.seed).counts
     again, accuracy = _again(context, Perturbed(split=split, right=right, images=run.images), found.robust)
     return PerImageResult(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -119,15 +120,28 @@ def _named(suite: Suite, data: Dataset, device: torch.device) -> tuple[nn.Module
     return model, Surrogate(name=suite.surrogate, accuracy=accuracy(model, data.test))
 
 
+class Schedule(NamedTuple):
+    """How long a surrogate is trained."""
+
+    images: int
+    batch: int
+    epochs: int
+
+
+def schedule(name: str, suite: Suite, data: Dataset) -> Schedule:
+    """Return how long a surrogate of architecture ``name`` is trained."""
+    count = min(suite.surrogate_images, len(data.train))
+    batch = min(_MAP_BATCH if name == _MAPS else _BATCH, count, max(16, count // 16))
+    return Schedule(count, batch, max(suite.surrogate_epochs, math.ceil(_FEWEST_STEPS / (count // batch))))
+
+
 def train_surrogate(
     name: str, suite: Suite, data: Dataset, device: torch.device, seed: int
 ) -> tuple[models.PixelModel, Surrogate]:
     """Train a surrogate of architecture ``name`` as the audits of this suite, data and seed do."""
-    part, count = data.train, min(suite.surrogate_images, len(data.train))
-    part = part.sample(count, seed=seed)
+    count, batch, epochs = schedule(name, suite, data)
+    part = data.train.sample(count, seed=seed)
     held = data.validation.sample(_BATCH, seed=seed)
-    batch = min(_MAP_BATCH if name == _MAPS else _BATCH, count, max(16, count // 16))
-    epochs = max(suite.surrogate_epochs, math.ceil(_FEWEST_STEPS / (count // batch)))
     with seeded(seed, "surrogate"):
         model = models.create(name, data).to(device)
     train(

@@ -41,7 +41,10 @@ def measure(context: AuditContext, stages: Checkpoints, folder: Path | None) -> 
     """Craft a perturbation for each target at the middle eps, and measure what of it is reached on test."""
     found = []
     for target in targets(context):
-        result = stages.do(file_of(target), TargetedResult, partial(_craft, context, target, folder))
+        craft = partial(_craft, context, target, folder)
+        result = stages.afford(file_of(target), TargetedResult | None, craft, None)
+        if result is None:
+            continue
         if target.kind not in context.targeted and folder is not None:
             context.targeted[target.kind] = UniversalPerturbation.load(folder / file_of(target))
         found.append(result)

@@ -14,16 +14,46 @@ import torch
 
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.context import AuditContext
+from gambeson.auditing.cost import Speed
 from gambeson.auditing.rescoring import Perturbed, Way, asked, rescored_in, ways, worse
 from gambeson.auditing.results import IoU, Restart, UniversalResult
 from gambeson.auditing.stages import black_box
 from gambeson.auditing.stages.transfer import name_of, on_surrogate
-from gambeson.base import UserError, load_tensors, save_tensors
+from gambeson.base import UserError, seeded
+from gambeson.data import Dataset
 from gambeson.evaluation.eps_uni import Found, eps_adv, search
 from gambeson.evaluation.rates import EpsAdv, EpsUni, ImageErrors
 from gambeson.evaluation.universal import change_rate, control_rates, error_rate, patterns_of, strongest
 from gambeson.tasks import Counts, Rate
 from gambeson.victim import predict, score
+
+_FIRST = 15.0
+"""Seconds that a first answer is crafted for, and as many that it is scored for."""
+
+
+def first_answer(context: AuditContext, speed: Speed) -> str:
+    """Return in a line what a short attack does at the middle eps, for those who wait; nothing of it is kept."""
+    suite, victim, eps = context.suite, context.victim, context.eps
+    batch = min(16, suite.universal_batch)
+    steps = min(suite.universal_steps, max(4, int(_FIRST / (batch * speed.gradient))))
+    few = {"steps": steps, "batch_size": batch, "probe_starts": 0}
+    asked = (victim.votes or 1) * speed.forward * (1 + len(suite.controls))
+    some = context.few(min(len(context.test), max(16, int(_FIRST / asked))))
+    held = context.data.validation.sample(batch, seed=context.seed)
+    data = Dataset(context.data.name, context.data.train, held, some, context.data.classes)
+    with seeded(context.seed, "first answer"):
+        uap = suite.universal(eps, restarts=1).model_copy(update=few).craft(victim, data, seed=context.seed)
+        patterns = {name: patterns_of(name, uap.ball, some.shape, context.seed)[:1] for name in suite.controls}
+        found, *beside = (
+            error_rate(score(predict(victim, some, delta.to(victim.device)), some))
+            for delta in (uap.delta, *patterns.values())
+        )
+    rivals = ", ".join(f"{rate} under {name}" for name, rate in zip(patterns, beside, strict=True))
+    against = f", against {rivals} and" if rivals else ", against"
+    return (
+        f"first answer: UER {found} at eps {eps:.3g} on {len(some)} test images after {steps} steps{against} "
+        f"{context.clean.complement} when clean; longer attacks may find more"
+    )
 
 
 def file_of(eps: float) -> str:
@@ -34,10 +64,6 @@ def file_of(eps: float) -> str:
 def crafted_file_of(eps: float) -> str:
     """File name of the crafted perturbation of this eps, if another one was selected."""
     return f"crafted-{eps:.4g}.safetensors"
-
-
-def _errors_file(folder: Path, eps: float) -> Path:
-    return folder / "state" / f"errors-{eps:.4g}.safetensors"
 
 
 def craft_point(context: AuditContext, eps: float, folder: Path | None) -> UniversalResult:
@@ -56,7 +82,7 @@ def craft_point(context: AuditContext, eps: float, folder: Path | None) -> Unive
         own = error_rate(score(_predicted(context, crafted), context.test))
     predictions = _predicted(context, uap)
     found = score(predictions, context.test, context.predictions)
-    _keep(context, eps, ImageErrors.of(predictions, context.test), folder)
+    _keep(context, eps, ImageErrors.of(predictions, context.test))
     if folder is not None:
         uap.save(folder / file_of(eps))
         if uap is not crafted:
@@ -77,13 +103,16 @@ def craft_point(context: AuditContext, eps: float, folder: Path | None) -> Unive
     )
 
 
-def _keep(context: AuditContext, eps: float, errors: ImageErrors, folder: Path | None) -> None:
+def _keep(context: AuditContext, eps: float, errors: ImageErrors) -> None:
     context.errors[eps] = errors
-    if folder is not None:
-        save_tensors(_errors_file(folder, eps), {"wrong": errors.wrong, "answers": errors.answers}, {})
+    context.outcomes.keep(_name(eps), Counts(errors.answers - errors.wrong, errors.answers), context.test)
 
 
-def rescore(context: AuditContext, folder: Path | None) -> list[UniversalResult]:
+def _name(eps: float) -> str:
+    return f"uer@{eps:.4g}"
+
+
+def rescore(context: AuditContext) -> list[UniversalResult]:
     """Ask again under the perturbation of the middle eps in other ways; what is clearly worse counts at every eps.
 
     Returns:
@@ -93,7 +122,7 @@ def rescore(context: AuditContext, folder: Path | None) -> list[UniversalResult]
     tried = ways(context)
     found = rescored_in(context, _stored(context, context.eps), tried)
     accused = worse(found, tried)
-    points = [_worst(context, point, accused, folder) for point in context.universal] if accused else context.universal
+    points = [_worst(context, point, accused) for point in context.universal] if accused else context.universal
     return [one.model_copy(update={"rescored": found}) if one.eps == context.eps else one for one in points]
 
 
@@ -103,9 +132,7 @@ def _stored(context: AuditContext, eps: float) -> Perturbed:
     return Perturbed(split=context.test, right=right, delta=context.uaps[eps].delta)
 
 
-def _worst(
-    context: AuditContext, point: UniversalResult, accused: Sequence[Way], folder: Path | None
-) -> UniversalResult:
+def _worst(context: AuditContext, point: UniversalResult, accused: Sequence[Way]) -> UniversalResult:
     """Return the point with every rate at the worst of as reported and asked in each of the ways."""
     eps, test = point.eps, context.test
     stored = _stored(context, eps)
@@ -114,7 +141,7 @@ def _worst(
     most = max(range(len(scores)), key=lambda k: scores[k].error)
     found, update = scores[most], dict[str, object]()
     if found.error > point.uer.value:
-        _keep(context, eps, ImageErrors.of(predictions[most], test), folder)
+        _keep(context, eps, ImageErrors.of(predictions[most], test))
         update = {"fooling": change_rate(found), "iou": IoU.of(predictions[most], test)}
     update["uer"] = Rate.highest([point.uer, *map(error_rate, scores)])
 
@@ -136,8 +163,10 @@ def recall(context: AuditContext, eps: float, folder: Path) -> None:
     context.uaps[eps] = UniversalPerturbation.load(folder / file_of(eps))
     if (folder / crafted_file_of(eps)).is_file():
         context.crafted[eps] = UniversalPerturbation.load(folder / crafted_file_of(eps))
-    kept, _ = load_tensors(_errors_file(folder, eps), "the errors of each image")
-    context.errors[eps] = ImageErrors(kept["wrong"], kept["answers"])
+    kept = context.outcomes.of(_name(eps))
+    if kept is None:
+        raise UserError(f"{folder} lacks what each image answers at eps {eps:.4g}: delete it, and start again")
+    context.errors[eps] = ImageErrors(kept[1].total - kept[1].right, kept[1].total)
 
 
 def _borrowed(context: AuditContext, eps: float) -> list[UniversalPerturbation]:
@@ -159,12 +188,12 @@ def _craft(context: AuditContext, eps: float, smaller: UniversalPerturbation | N
 
 
 def end_curve(context: AuditContext) -> None:
-    """Let the curve end with the last eps that a black box's budget had room for."""
+    """Let the curve end with the eps that a black box's budget, or the time, had room for."""
     done, suite = len(context.universal), context.suite
     if not done:
         raise UserError("the budget was spent before one perturbation was crafted: give a larger --budget")
     if done < len(suite.eps):
-        context.suite = suite.model_copy(update={"eps": suite.eps[:done]})
+        context.suite = suite.model_copy(update={"eps": tuple(point.eps for point in context.universal)})
 
 
 def search_eps_uni(context: AuditContext, runs: int | None = None) -> EpsUni:

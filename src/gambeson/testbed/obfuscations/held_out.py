@@ -9,27 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from gambeson.testbed.entry import Bent as _Bent
 from gambeson.testbed.entry import Entry, Networks, Trunk, all_of, fitted_head, spread, three
 from gambeson.testbed.obfuscations.preprocessing import Before
-
-
-class _Bent(torch.autograd.Function):
-    """The identity, with its gradient modified by a function."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        ctx.bend = bend
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return ctx.bend(gradient), None
 
 
 def _chequered(gradient: torch.Tensor) -> torch.Tensor:

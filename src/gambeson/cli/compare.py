@@ -1,0 +1,109 @@
+"""``gambeson compare``: did robustness regress?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from gambeson.cli import options
+from gambeson.cli.gates import gate_table, leave
+from gambeson.cli.options import print_json, progress
+
+if TYPE_CHECKING:
+    from gambeson.auditing.comparison import Change
+
+
+def compare(
+    first: Annotated[str, typer.Argument(help="The earlier model: the folder of its audit, or a model to audit.")],
+    second: Annotated[str, typer.Argument(help="The later one, likewise.")],
+    data: options.Data = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Suite of the audits of models: quick, standard or full.", show_default="quick")
+    ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gate", help="Conditions: no-regression, or changes: 'uer<=0.02, clean>=-0.01'. Exit code 3 if missed."
+        ),
+    ] = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Compare two models, image by image: clean, under one perturbation, and under attacks on single images.
+
+    What became worse or better is tested on the images that both audits report on (McNemar), for all rates at once.
+    Audits on other data, of other eps or with other settings are refused.
+
+    Example: `gambeson compare runs/old-audit runs/new-audit --gate no-regression`
+    """
+    from gambeson.auditing import AuditRun, parse_gates, run_audit
+    from gambeson.auditing import compare as compared
+    from gambeson.auditing.comparison import CHANGES
+    from gambeson.base import UserError, pick_device
+
+    if gate is not None:
+        parse_gates(gate, CHANGES)
+    given = {"data": data, "suite": suite}
+    folders = []
+    with progress(as_json) as console:
+        for model in (first, second):
+            folder = Path(model)
+            if not _is_audit(folder):
+                folder = options.folder_beside(model, "audit")
+                run_audit(
+                    AuditRun(model=model, data=data, suite=suite or "quick", seed=seed, device=pick_device(device)),
+                    folder,
+                )
+                given = {}
+            folders.append(folder)
+        if unused := [f"--{name}" for name, value in given.items() if value is not None]:
+            raise UserError(
+                f"{' and '.join(unused)}: both audits are finished, and nothing is measured; leave that out"
+            )
+        found = compared(*folders)
+    report = None if gate is None else found.gate(gate)
+    if as_json:
+        print_json(found.plain() | ({} if report is None else {"gates": report.plain()["gates"]}))
+    else:
+        table = Table(
+            title=f"{found.first.label} and {found.second.label}, on {found.material.name}: per cent [95 % interval]",
+            box=box.SIMPLE_HEAD,
+            caption="p: probability of so large a change by chance, for all rates at once",
+        )
+        for name in ("", "first", "second", "change", "p", "outcome"):
+            table.add_column(name, justify="right" if name not in ("", "outcome") else "left", no_wrap=True)
+        for one in found.changes:
+            ends, style = one.difference, {"worse": "bold red", "better": "green"}.get(one.outcome)
+            change = f"{100 * ends.value:+.1f} [{100 * ends.low:+.1f}, {100 * ends.high:+.1f}]"
+            rates = [f"{100 * rate.value:.1f}" for rate in (one.first, one.second)]
+            table.add_row(one.name, *rates, change, f"{one.adjusted:.2g}", one.outcome, style=style)
+        console.print(table)
+        console.print(found.summary)
+        for note in [*found.notes, *_unpaired(found.changes)]:
+            console.print(f"note: {note}")
+        if report is not None:
+            console.print(gate_table(report, "gates of the comparison"))
+    leave([] if report is None else [report])
+
+
+def _is_audit(folder: Path) -> bool:
+    """Whether a folder is that of an audit, finished or not."""
+    return (folder / "result.json").is_file() or (folder / "state" / "stages.json").is_file()
+
+
+def _unpaired(changes: Sequence[Change]) -> list[str]:
+    """Say which rates were not compared image by image, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for change in changes:
+        if change.unpaired:
+            reasons.setdefault(change.unpaired, []).append(change.name)
+    return [
+        f"{', '.join(names)}: compared by their intervals, which are wider, because {reason}."
+        for reason, names in reasons.items()
+    ]
