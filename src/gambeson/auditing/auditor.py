@@ -18,6 +18,7 @@ from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic
 from gambeson.auditing.display import in_a_line, worst_attack
 from gambeson.auditing.jacobian_results import JacobianResult
 from gambeson.auditing.results import (
+    AdaptiveResult,
     AuditResult,
     Check,
     Corruption,
@@ -30,8 +31,8 @@ from gambeson.auditing.results import (
     TransferredResult,
     UniversalResult,
 )
-from gambeson.auditing.stages import black_box as boxes
 from gambeson.auditing.stages import (
+    adaptive,
     classes,
     corruption,
     edits,
@@ -44,6 +45,7 @@ from gambeson.auditing.stages import (
     transfer,
     universal,
 )
+from gambeson.auditing.stages import black_box as boxes
 from gambeson.auditing.stages.examples import save_examples
 from gambeson.auditing.suite import Suite
 from gambeson.auditing.verdict import eps_in_words, judge
@@ -255,7 +257,7 @@ class Auditor:
 
     def _transfer(self) -> None:
         context = self.context
-        context.transfer = self.stages.afford(
+        context.transfer += self.stages.afford(
             "transfer", list[TransferredResult], lambda: transfer.measure(context), []
         )
 
@@ -286,6 +288,9 @@ class Auditor:
         blank = Check(name=name, passed=None, detail="it was left out")
         found = blank
         if self._selected(diagnostic):
+            if name in adaptive.READ_BY and self.context.adaptive is None:  # stored apart: its attacks count
+                work = partial(adaptive.measure, self.context)
+                adaptive.record(self.context, self.stages.afford("adaptive", AdaptiveResult | None, work, None))
             blank = Check(name=name, passed=None, detail="the budget was spent")
             found = self.stages.afford(f"check {name}", Check, partial(diagnostic.check, self.context), blank)
         (self.unchecked if found is blank else self.checks)[name] = found

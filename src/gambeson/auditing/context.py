@@ -18,6 +18,7 @@ from torch import nn
 from gambeson.attacks import PGD, TargetedAutoPGD, UniversalPerturbation
 from gambeson.auditing.outcome import EARLY, LEVEL, AsFarAsFinite, InTurn, PairedDifference
 from gambeson.auditing.results import (
+    AdaptiveResult,
     ModelInfo,
     PerImageResult,
     RandomnessResult,
@@ -201,6 +202,8 @@ class AuditContext:
     """What attacks left right of the test images, image by image, by name."""
     transfer: list[TransferredResult] = field(default_factory=list)
     randomness: RandomnessResult | None = None
+    adaptive: AdaptiveResult | None = None
+    """How the gradient agrees with differences; None for a black box."""
     surrogate: nn.Module | None = None
     """The surrogate, for transfer; None if there is none."""
     borrowed: dict[float, UniversalPerturbation] = field(default_factory=dict)

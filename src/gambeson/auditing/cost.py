@@ -381,6 +381,8 @@ CHECKS: dict[str, Callable[[_Counts], dict[str, Any]]] = {
     "no EOT gap": lambda n: {"gradients": 32 * n.random},
     "no vanishing gradients": lambda n: {"gradients": 2},
     "gradient matches finite differences": lambda n: {"forwards": 1, "gradients": 1},
+    "gradient complete": lambda n: {"forwards": 75, "gradients": 6},
+    "no optimisation at test time": lambda n: {},  # after the one before
     "independent of the batch": lambda n: {"beside": 100},
     "stateless": lambda n: {"beside": min(n.sample, n.test) + 160},
     "re-scoring reproducible": lambda n: {"beside": n.test},

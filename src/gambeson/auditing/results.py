@@ -228,6 +228,28 @@ class TransferredResult(Config):
     cost: Cost
 
 
+class AdaptiveResult(Config):
+    """How well the gradient agrees with differences along random directions, and what attacks without it reached."""
+
+    images: int
+    """Images of the sample that it was decided on."""
+    median: float
+    """Median cosine of the gradient's promises and the differences."""
+    below: int
+    """Images on which it is below :data:`gambeson.auditing.stages.adaptive.AGREES`."""
+    false: int
+    """Images on which it is below ``WRONG`` there, though differences over several steps agree with each other."""
+    inner: int
+    """Backward passes inside one forward of the model."""
+    attacked: PerImageResult | None = None
+    """Worst case of the white-box attacks and the adaptive ones, where the gradient was suspect."""
+    gain: float | None = None
+    """Lower limit of the share of images that the adaptive ones broke beyond the others; with inner gradients, that
+    PGD without them broke beyond PGD."""
+    universal: TransferredResult | None = None
+    """Error under one perturbation that was crafted without the model's own gradient."""
+
+
 class Corruption(Config):
     """Error under corruption noise, drawn per image."""
 

@@ -10,6 +10,7 @@ _FAMILIES = (
     "statefulness",
     "rescoring",
     "gradient_masking",
+    "incomplete_gradients",
     "single_step",
     "convergence",
     "active_test",

@@ -43,11 +43,11 @@ def measure(context: AuditContext) -> list[PerImageResult]:
         if not possible or suite.queries == 0:
             return []
         square = Square(eps=context.eps, norm=norm, queries=suite.queries)
-        return [_suite(context, "square", len(context.sample), {"square": square}, square.plain())]
+        return [attacked_in_turn(context, "square", len(context.sample), {"square": square}, square.plain())]
     task, found = context.test.task, [_single(context, PGD_NAME, suite.pgd(context.eps))]
     if parts := context.white_parts:
         settings = {name: attack.plain() for name, attack in parts.items()}
-        found.append(_suite(context, "auto-pgd-targeted", len(context.test), parts, settings))
+        found.append(attacked_in_turn(context, "auto-pgd-targeted", len(context.test), parts, settings))
     if not task.per_image_label and norm != "1":
         same = {"eps": context.eps, "norm": norm, "steps": suite.pgd_steps, "restarts": suite.pgd_restarts}
         found += [_single(context, "segpgd", SegPGD(**same)), _single(context, "cospgd", CosPGD(**same))]
@@ -62,7 +62,7 @@ def measure(context: AuditContext) -> list[PerImageResult]:
         )
         settings = {name: attack.plain() for name, attack in attacks.items() if hasattr(attack, "plain")}
         with suppress(BudgetSpent):  # where the time is over, PGD's number stays
-            found.append(_suite(context, "standard", suite.suite_images, attacks, settings))
+            found.append(attacked_in_turn(context, "standard", suite.suite_images, attacks, settings))
     return found
 
 
@@ -111,9 +111,10 @@ def _again(context: AuditContext, stored: Perturbed, reported: Rate) -> tuple[li
     return found, Rate.lowest([reported, *again]) if again else reported
 
 
-def _suite(
+def attacked_in_turn(
     context: AuditContext, name: str, images: int, attacks: Mapping[str, ImageAttack], settings: dict[str, Any]
 ) -> PerImageResult:
+    """Run a suite of attacks on a sample of the test images, and ask again in other ways for its worst cases."""
     before = context.spent
     rows, split = context.test.sample_indices(images, seed=context.seed), context.few(images)
     run = run_suite(context.victim, split, attacks, norm=context.suite.norm, seed=context.seed)

@@ -1,0 +1,268 @@
+"""Gradients that lack a part, and models that optimise their input: what the audit must catch, and whom it must not."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gambeson.attacks import PGD
+from gambeson.auditing.diagnostics import DIAGNOSTICS
+from gambeson.auditing.gradient_agreement import gradient_agreement
+from gambeson.auditing.stages import adaptive
+from gambeson.victim import Victim
+from gambeson.victim.substitute import BorrowedGradient, FiniteDifferences, InnerGradientsOff
+from tests.auditing.evidence import held
+
+CHECKS = {check.name: check for check in DIAGNOSTICS}
+EPS = (0.1,)
+
+
+class Bent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bend):
+        ctx.bend = bend
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.bend(gradient), None
+
+
+class Around(nn.Module):
+    def __init__(self, net, forward):
+        super().__init__()
+        self.net, self.function = net, forward
+
+    def forward(self, x):
+        return self.function(self.net, x)
+
+
+def bent(bend):
+    return lambda net: Around(net, lambda net, x: net(Bent.apply(x, bend)))
+
+
+def blurred(gradient):
+    return F.avg_pool2d(F.pad(gradient, (1,) * 4, mode="replicate"), 3, 1)
+
+
+def scattered(gradient):
+    seen = torch.rand(gradient.shape[1:], generator=torch.Generator().manual_seed(0)) < 0.5
+    return gradient * seen
+
+
+def middle_hidden(gradient):
+    hole = torch.ones_like(gradient)
+    hole[..., 2:6, 2:6] = 0
+    return gradient * hole
+
+
+def coarse(gradient):
+    return F.interpolate(F.avg_pool2d(gradient, 2), scale_factor=2)
+
+
+def flipped_copy_detached(net):
+    return Around(net, lambda net, x: (net(x) + net(x.detach().roll(1, -1))) / 2)
+
+
+def purified(net):
+    """Half of the image is its 3 x 3 median, whose slope is taken for one."""
+
+    def forward(net, x):
+        near = F.unfold(F.pad(x, (1,) * 4, mode="replicate"), 3).view(len(x), 9, *x.shape[2:])
+        return net(x + (near.median(1, keepdim=True).values - x).detach() / 2)
+
+    return Around(net, forward)
+
+
+LACKING = {
+    "blurred": bent(blurred),
+    "coarse": bent(coarse),
+    "scattered pixels hidden": bent(scattered),
+    "middle hidden": bent(middle_hidden),
+    "member detached": flipped_copy_detached,
+    "purified": purified,
+}
+
+
+class Rounded(nn.Module):
+    """ReLU to so many levels, with a straight-through gradient."""
+
+    def __init__(self, levels):
+        super().__init__()
+        self.levels = levels / 6
+
+    def forward(self, h):
+        h = h.relu().clamp(max=6)
+        return h + ((h * self.levels).round() / self.levels - h).detach()
+
+
+def quantised(net, levels):
+    for name in ("relu1", "relu2", "relu3", "relu4"):
+        setattr(net.body, name, Rounded(levels))
+    return net
+
+
+def noisy(size, own=False):
+    generator = torch.Generator() if own else None
+    return lambda net: Around(
+        net, lambda net, x: net(x) + size * torch.randn(len(x), 10, generator=generator, device=x.device)
+    )
+
+
+class Bumps(nn.Module):
+    """The nearest training images of each class, through a Gaussian."""
+
+    def __init__(self, data):
+        super().__init__()
+        images, labels = data.train.take(slice(0, 300), "cpu")
+        self.register_buffer("images", images.flatten(1))
+        self.register_buffer("labels", F.one_hot(labels, 10).float())
+
+    def forward(self, x):
+        apart = (x.flatten(1)[:, None] - self.images).square().sum(2)
+        return torch.logsumexp(-apart[:, :, None] + (self.labels + 1e-9).log(), 1)
+
+
+COMPLETE = {
+    "itself": lambda net: net,
+    "dropout of one draw": lambda net: Around(net, lambda net, x: net(F.dropout(x, 0.1))),
+    "noise of the logits": noisy(1e-5),
+    "noise of its own": noisy(1e-5, own=True),
+    "larger noise of its own": noisy(1e-3, own=True),
+}
+
+
+@pytest.fixture
+def net(trained):
+    return copy.deepcopy(trained)
+
+
+def check_of(model, data, name="gradient complete", **settings):
+    usual = {"sample": 60, "queries": 64, "surrogate": "none", "universal_steps": 5, "universal_restarts": 1}
+    with held(model, data, EPS, **usual | settings) as context:
+        context.victim.allow_no_graph = True
+        adaptive.record(context, adaptive.measure(context))
+        return CHECKS[name].check(context), context
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_a_gradient_that_lacks_a_part_is_told_though_no_attack_is_run(name, net, digits):
+    check, _ = check_of(LACKING[name](net), digits, queries=0)
+    assert check.passed is False, check.detail
+    assert check.numbers["false"] > 0.3
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_a_gradient_that_is_the_models_own_passes_and_costs_no_attack(name, net, digits):
+    check, context = check_of(COMPLETE[name](net), digits)
+    assert check.passed is True, check.detail
+    assert check.numbers["median"] > 0.99
+    assert context.adaptive.attacked is None
+
+
+def test_a_smooth_machine_passes(digits):
+    check, _ = check_of(Bumps(digits), digits)
+    assert check.passed is True, check.detail
+
+
+@pytest.mark.parametrize(("levels", "suspect"), [(255, False), (31, True)])
+def test_a_quantised_network_is_attacked_where_it_is_suspect_and_not_accused(levels, suspect, net, digits):
+    check, context = check_of(quantised(net, levels), digits)
+    if suspect:  # its differences are a staircase's
+        assert context.adaptive.attacked is not None
+    assert check.passed is True, check.detail
+    assert check.numbers["false"] < 0.1
+
+
+def test_what_the_adaptive_attack_reaches_counts(net, digits):
+    model = bent(lambda gradient: gradient * (torch.arange(8) < 2))(net)  # a quarter of the columns
+    _, context = check_of(model, digits, queries=128)
+    found = context.adaptive.attacked
+    assert found in context.per_image
+    assert found.attack == "adaptive"
+    rounds = {one.attack: one.accuracy.value for one in found.rounds}
+    assert rounds["finite differences"] < rounds["pgd"] - 0.2
+    assert found.accuracy.value <= rounds["finite differences"]
+    assert context.adaptive.gain > 0
+    assert context.adaptive.universal in context.transfer
+
+
+class AntiAdversary(nn.Module):
+    """Moves the image towards the class that it is taken for, and answers then."""
+
+    def __init__(self, net, old_way=False):
+        super().__init__()
+        self.net, self.old_way = net, old_way
+
+    def forward(self, x):
+        with torch.enable_grad():
+            moved = x.detach().clone()
+            label = self.net(moved).argmax(1)
+            for _ in range(3):
+                moved = moved.detach().requires_grad_()
+                loss = F.cross_entropy(self.net(moved), label, reduction="sum")
+                if self.old_way:
+                    loss.backward()
+                    gradient = moved.grad
+                else:
+                    (gradient,) = torch.autograd.grad(loss, moved)
+                moved = moved - 0.08 * gradient.sign()
+        return self.net(x + (moved - x).detach())
+
+
+@pytest.mark.parametrize("old_way", [False, True])
+def test_optimisation_inside_a_forward_is_seen_turned_off_and_attacked(old_way, net, digits):
+    check, context = check_of(AntiAdversary(net, old_way), digits, "no optimisation at test time", queries=0, sample=40)
+    assert check.numbers["inner gradients"] == 3
+    rounds = {one.attack: one.accuracy.value for one in context.adaptive.attacked.rounds}
+    assert rounds["inner gradients off"] < rounds["pgd"] - 0.1
+    assert check.passed is False, check.detail
+
+
+def test_a_forward_without_gradients_has_none_to_turn_off(net, digits):
+    check, _ = check_of(net, digits, "no optimisation at test time", queries=0)
+    assert check.passed is True
+    assert "no gradients" in check.detail
+    images, _ = digits.test.take(slice(0, 8), "cpu")
+    off = InnerGradientsOff(net)
+    assert torch.equal(off(images), net(images))
+    assert off.gradients == 0
+
+
+def test_finite_differences_are_the_gradient_and_fewer_groups_agree_on_average(net, digits):
+    images, labels = digits.test.take(slice(0, 4), "cpu")
+    net.double()
+
+    def gradient(model):
+        point = (images.double() * 0.8 + 0.1).requires_grad_()
+        loss = F.cross_entropy(model(point), labels, reduction="sum")
+        return torch.autograd.grad(loss, point)[0]
+
+    true = gradient(net)
+    whole = FiniteDifferences(net, directions=64, step=1e-6)
+    assert torch.allclose(gradient(whole), true, atol=1e-5)
+    assert whole.forwards == 2 * 64 * 4
+    fewer = FiniteDifferences(net, directions=16, step=1e-6)
+    mean = torch.stack([gradient(fewer) for _ in range(200)]).mean(0)
+    assert F.cosine_similarity(mean.flatten(), true.flatten(), 0) > 0.97
+    assert not torch.allclose(gradient(fewer), true, atol=1e-3)
+
+
+def test_a_borrowed_gradient_has_the_outputs_of_one_and_the_gradient_of_the_other(net, digits):
+    images, labels = digits.test.take(slice(0, 32), "cpu")
+    stopped = Around(net, lambda net, x: net(x.detach()) + 0 * x.sum())
+    lent = BorrowedGradient(stopped, net)
+    assert torch.equal(lent(images), stopped(images))
+    right = [int((net(PGD(eps=0.1)(model, images, labels)).argmax(1) == labels).sum()) for model in (lent, net)]
+    assert right[0] == right[1] < 32
+
+
+def test_the_same_seed_gives_the_same_agreement_whatever_was_drawn_before(net, digits):
+    found = []
+    for _ in range(2):
+        torch.manual_seed(len(found))
+        with Victim(noisy(1e-4)(net)) as victim:
+            found.append(gradient_agreement(victim, digits.test.sample(20), eps=0.1).agreement)
+    assert torch.equal(*found)
