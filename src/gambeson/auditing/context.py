@@ -198,8 +198,6 @@ class AuditContext:
     """Whether gradients depend on the batch; None for a black box."""
     gradients: torch.Tensor | None = None
     """Gradients of a few images at the audit's beginning; None of a random model."""
-    attacked: dict[str, Counts] = field(default_factory=dict)
-    """What attacks left right of the test images, image by image, by name."""
     transfer: list[TransferredResult] = field(default_factory=list)
     randomness: RandomnessResult | None = None
     adaptive: AdaptiveResult | None = None

@@ -443,9 +443,8 @@ def plan(model: nn.Module, data: Dataset, suite: Suite, seed: int = 0, speed: Sp
         raise UserError("the model is a black box, whose cost is what it is asked: bound that by --budget instead")
     suite = suite.on(data)
     surrogate.check(suite, data, model)
-    speed = speed or measured(model, data, suite, seed)
     return AuditPlan(
-        parts=parts_of(suite, data, random=speed.random),
+        parts=parts_of(suite, data, random=(speed := speed or measured(model, data, suite, seed)).random),
         speed=speed,
         surrogate=surrogate.choose(suite, data)[0] or ("" if suite.surrogate in ("auto", "none") else suite.surrogate),
     )

@@ -183,6 +183,8 @@ def rescored_in(context: AuditContext, found: Perturbed, tried: Sequence[Way]) -
 
     All ways together, for better and for worse, are one comparison of the audit's level.
     """
+    if not tried:
+        return []
     level = LEVEL / (2 * len(tried))
     few = min(MOST, len(found.split), context.suite.sample if context.subject.black_box else MOST)
     results = []
