@@ -51,10 +51,10 @@ STANDARD = "standard"
 DEFENSES: dict[str, Defense] = {
     STANDARD: create("standard"),
     **{
-        f"shared, s = {s}, eps 4/255": create(
-            "shared-adversarial", eps="4/255", sharedness=s, craft_precision="bfloat16"
+        f"shared, s = {s}, eps {k}/255": create(
+            "shared-adversarial", eps=k / 255, sharedness=s, craft_precision="bfloat16"
         )
-        for s in (4, 1)
+        for s, k in ((4, 4), (4, 2), (1, 4))
     },
 }
 
