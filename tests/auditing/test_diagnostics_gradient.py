@@ -243,12 +243,12 @@ def test_the_clear_difference_of_paired_outcomes():
     same = PairedDifference.of(outcome(*[1] * 50), outcome(*[1] * 50))
     assert same.value == 0
     assert same.low < 0 < same.high
-    # 10 of 100 that only the second breaks, 1 - LEVEL^(1/100) at most that only the first would break
-    ten = PairedDifference.of(outcome(*[1] * 100), outcome(*[0] * 10, *[1] * 90))
-    assert (ten.value, ten.low, ten.high) == pytest.approx((0.1, 0.0037, 0.2247), abs=1e-4)
-    assert PairedDifference.of(outcome(*[1] * 100), outcome(*[0] * 9, *[1] * 91)).low < 0
-    back = PairedDifference.of(outcome(*[0] * 10, *[1] * 90), outcome(*[1] * 100))
-    assert (back.low, back.high) == pytest.approx((-ten.high, -ten.low))
+    # 11 of 100 that only the second breaks, 1 - LEVEL^(1/100) at most that only the first would break
+    some = PairedDifference.of(outcome(*[1] * 100), outcome(*[0] * 11, *[1] * 89))
+    assert (some.value, some.low, some.high) == pytest.approx((0.11, 0.0087, 0.2401), abs=1e-4)
+    assert PairedDifference.of(outcome(*[1] * 100), outcome(*[0] * 10, *[1] * 90)).low <= 0  # 2^-10 is above LEVEL
+    back = PairedDifference.of(outcome(*[0] * 11, *[1] * 89), outcome(*[1] * 100))
+    assert (back.low, back.high) == pytest.approx((-some.high, -some.low))
     # As many lost as won are no difference, however many they are.
     assert PairedDifference.of(outcome(*[1, 0] * 50), outcome(*[0, 1] * 50)).value == 0
     # On label maps an image counts once, by its share.

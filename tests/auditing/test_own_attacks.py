@@ -57,7 +57,7 @@ def found(trained, digits):
 
 def test_own_attacks_are_scored_as_the_suites_are(found, trained, digits):
     results = {one.attack: one for one in found.results.per_image}
-    assert list(results) == ["pgd", "Invert", "towards_grey"]
+    assert list(results) == ["pgd", "auto-pgd-targeted", "Invert", "towards_grey"]
     test = digits.test.sample(120, seed=0)
     x, y = test.take(slice(None))
     for name, attack in (("Invert", Invert()), ("towards_grey", towards_grey)):

@@ -153,7 +153,7 @@ def looked(model, data, names=(BATCH, CORNER, GRADIENT, REPEAT), **settings):
     with held(model, data, (EPS,), **settings) as evidence:
         rescoring.begin(evidence, Checkpoints(None))
         evidence.universal = [universal.craft_point(evidence, EPS, None)]
-        evidence.universal = universal.rescore(evidence, None)
+        evidence.universal = universal.rescore(evidence)
         attack = evidence.averaged(evidence.suite.pgd(EPS))
         evidence.per_image = [per_image.attacked(evidence, "pgd", attack, attack.plain())]
         checks = [check.check(evidence) for check in DIAGNOSTICS if check.name in names]
@@ -209,7 +209,7 @@ def test_every_rate_of_a_curve_is_the_worst_also_after_a_break(nets, mean, tmp_p
     settings = {"controls": ("chessboard",), "universal_steps": 30, "universal_probe_starts": 0, "sample": 64}
     with held(model, nets.data, (0.05, EPS), **settings) as seen:
         before = seen.universal = [universal.craft_point(seen, eps, tmp_path) for eps in seen.suite.eps]
-        after = universal.rescore(seen, tmp_path)
+        after = universal.rescore(seen)
         errors = dict(seen.errors)
         for eps in seen.suite.eps:
             universal.recall(seen, eps, tmp_path)
@@ -343,7 +343,7 @@ def test_a_black_box_is_asked_in_fewer_ways_and_not_accused(nets):
     box = FunctionModel(nets("standard"))
     with held(box, nets.data, (EPS,), black_box=True, sample=40, patterns=3, pattern_images=30, queries=5) as seen:
         seen.universal = [universal.craft_point(seen, EPS, None)]
-        seen.universal = universal.rescore(seen, None)
+        seen.universal = universal.rescore(seen)
         seen.per_image = per_image.measure(seen)
         checks = {check.name: check.check(seen) for check in DIAGNOSTICS if check.name in (BATCH, CORNER, GRADIENT)}
     assert [len(one.rescored) for one in (*seen.universal, *seen.per_image)] == [2, 2]
