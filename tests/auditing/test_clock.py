@@ -239,6 +239,7 @@ def test_the_first_answer_comes_first_and_changes_nothing(digits, trained, monke
     assert shares[-1] == 100
 
 
+@pytest.mark.full
 def test_three_tenths_of_a_minute(trained, tmp_path, capsys):
     weights, out = str(tmp_path / "net.safetensors"), tmp_path / "out"
     gb.models.save(trained, tmp_path / "net.safetensors")

@@ -197,7 +197,7 @@ def test_an_answer_that_depends_on_the_batch_is_found_and_the_worst_counts(nets,
     model = DriftRemoved(copied(nets("standard")), mean, when)
     found = looked(model, nets.data, (BATCH,))
     assert found.failed == {BATCH}, found.details
-    assert found.uer >= plain.uer - 0.1
+    assert found.uer >= plain.uer - 0.15  # crafted in batches of 32, it is a weaker pattern where those are false
     assert found.accuracy <= plain.accuracy + 0.1
     with Victim(model) as victim:
         reported = score(predict(victim, nets.data.test, found.delta), nets.data.test).error
