@@ -85,7 +85,7 @@ def test_the_attack_and_the_diagnostic_of_contributing_run_in_an_audit(tmp_path,
         }
     )
     found = gb.audit(trained, digits, small).results
-    pgd, step = found.per_image
+    pgd, _, step = found.per_image
     assert step.attack == "OneStep"
     assert pgd.accuracy.value <= step.accuracy.value < found.clean.value - 0.1
     check = found.checks[-1]

@@ -62,7 +62,7 @@ def test_an_installed_package_adds_one_of_everything(site, tmp_path):
     assert (found["run.yaml"]["data"], found["run.yaml"]["model"]) == ("blobs", "two-layer")
     assert found["risk"] == {"name": "quiet", "weight": 0.1}
     assert found["data name"] == ["blobs", "blobs/test"]
-    assert found["uap"] == ["stripes", {"eot_samples": None, "eps": 0.3, "norm": "inf", "widest": 2}, 2]
+    assert found["uap"] == ["stripes", {"edits": [], "eot_samples": None, "eps": 0.3, "norm": "inf", "widest": 2}, 2]
     assert found["check"] == [True, False]
     assert {package for package, _, _ in found["listed"].values()} == {"gambeson-quilt"}
     assert found["wrong"]["no defence"] == [2, "error: unknown defence 'shift': did you mean quiet?"]
@@ -89,7 +89,7 @@ def same_by_every_door(found):
         "Brighten or darken each image as a whole by eps, whichever makes it wrong.",
         ["eps", "norm", "share"],
     ]
-    assert found["listed"]["universal"][2] == ["eot_samples", "eps", "norm", "widest"]
+    assert found["listed"]["universal"][2] == ["edits", "eot_samples", "eps", "norm", "widest"]
 
 
 @pytest.mark.timeout(600)

@@ -50,6 +50,7 @@ def write_scenes(folder: Path) -> AuditResult:
     result = plain.model_copy(
         update={
             "material": plain.material.model_copy(update={"unit": "pixel"}),
+            "classes": None,
             "iou": IoU(mean=rate(0.6), classes={"tree": rate(0.47), "ground": rate(0.78)}),
             "universal": points,
             "targeted": targeted,

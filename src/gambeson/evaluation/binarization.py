@@ -148,6 +148,8 @@ class Features(nn.Module):
     def __init__(self, model: nn.Module, images: torch.Tensor) -> None:
         super().__init__()
         self.model = model
+        own = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        self.dtype = next(own, images.dtype)
         called: list[nn.Module] = []
         hooks = [
             module.register_forward_pre_hook(lambda module, _: called.append(module))
@@ -156,7 +158,7 @@ class Features(nn.Module):
         ]
         try:
             with torch.no_grad():
-                model(images)
+                model(images.to(self.dtype))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -172,14 +174,14 @@ class Features(nn.Module):
         found: list[torch.Tensor] = []
         hook = self.last.register_forward_pre_hook(lambda _, given: found.append(given[0]))
         try:
-            self.model(images)
+            self.model(images.to(self.dtype))
         finally:
             hook.remove()
         if not found:
             raise UserError(
                 "the model's last linear layer is not the same in every call: the test does not apply to it"
             )
-        return found[-1].flatten(1)
+        return found[-1].flatten(1).to(images.dtype)
 
 
 @scored
