@@ -51,6 +51,7 @@ def test_every_number_of_an_audit_is_there(rehearsal):
     assert {one["name"] for one in controls} == {"random-sign", "chessboard"}
 
 
+@pytest.mark.full
 def test_a_later_visit_goes_on_where_this_one_stopped(rehearsal, tmp_path):
     out, _ = rehearsal
     only = "standard@3,standard,shared-adversarial 8,shared-adversarial 1"

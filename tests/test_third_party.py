@@ -92,6 +92,7 @@ def same_by_every_door(found):
     assert found["listed"]["universal"][2] == ["edits", "eot_samples", "eps", "norm", "widest"]
 
 
+@pytest.mark.full
 @pytest.mark.timeout(600)
 def test_a_file_adds_one_of_everything(tmp_path):
     file, cwd = tmp_path / "my own.py", tmp_path / "cwd"

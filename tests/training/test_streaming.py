@@ -92,6 +92,7 @@ def test_workers_decode_each_image_once_an_epoch(whole):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.full
 def test_two_processes_share_the_decoding_and_the_result(elsewhere, whole):
     found = streams.decodes(elsewhere / "both.log")
     for epoch in map(str, range(streams.EPOCHS)):

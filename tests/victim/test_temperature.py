@@ -71,7 +71,7 @@ def test_logits_without_a_scale_are_left_alone(answer, classes, digits):
         assert temperature.temperature(victim, digits.validation, 0) == 1
 
 
-@pytest.mark.parametrize("factor", [0.01, 1000.0])
+@pytest.mark.parametrize("factor", [pytest.param(0.01, marks=pytest.mark.full), 1000.0])
 def test_an_audit_finds_no_less_whatever_the_scale(factor, trained, digits):
     plain, other = (gb.audit(model, digits, SUITE).results for model in (trained, Times(trained, factor)))
     assert other.temperature != 1 == plain.temperature
@@ -85,7 +85,7 @@ UNIVERSAL = [StochasticPGD(eps=0.2, steps=60, probe_starts=0), SGA(eps=0.2, step
 
 
 @pytest.mark.parametrize("attack", UNIVERSAL)
-@pytest.mark.parametrize("factor", [0.01, 300.0])
+@pytest.mark.parametrize("factor", [0.01, pytest.param(300.0, marks=pytest.mark.full)])
 @pytest.mark.filterwarnings("ignore::gambeson.attacks.solver.GradientWarning")
 def test_a_universal_attack_finds_no_less_whatever_the_scale(factor, attack, trained, digits):
     plain, other = (attack.craft(model, digits) for model in (trained, Times(trained, factor)))
