@@ -39,6 +39,16 @@ def binary(shape: tuple[int, int, int], seed: int = 0) -> tuple[LinearNet, torch
     return LinearNet(torch.stack([-half, half])), w
 
 
+def full(*case):
+    """Mark a case of a parametrised test for the full tests."""
+    return pytest.param(*case, marks=pytest.mark.full)
+
+
+def quickly(cases, *kept):
+    """Mark all cases of a parametrised test but those kept for the full tests."""
+    return [case if case in kept else full(case) for case in cases]
+
+
 def inner_images(count: int, shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
     """Images in [0.4, 0.6]: the box does not bind for eps up to 0.4."""
     return torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed)) * 0.2 + 0.4

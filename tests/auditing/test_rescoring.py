@@ -17,6 +17,7 @@ from gambeson.threat import Ball
 from gambeson.victim import Victim, predict, score
 from tests import scenes
 from tests.auditing.evidence import held
+from tests.conftest import full, quickly
 
 BATCH, CORNER = "alike in every batch", "no weaker inside the ball"
 GRADIENT, REPEAT = "gradient independent of the batch", "attack repeats its outcome"
@@ -234,10 +235,10 @@ def test_an_answer_that_depends_on_the_order_is_found(nets):
     ("when", "names"),
     [
         (above(64), {GRADIENT}),
-        (above(100), {GRADIENT}),
-        (lambda size, calls: calls % 3 != 0, {GRADIENT}),
+        full(above(100), {GRADIENT}),
+        full(lambda size, calls: calls % 3 != 0, {GRADIENT}),
         (lambda size, calls: calls % 8 == 0, {GRADIENT}),
-        (lambda size, calls: calls > 100, {GRADIENT}),
+        full(lambda size, calls: calls > 100, {GRADIENT}),
     ],
     ids=["above 64", "above 100", "two of three calls", "one of eight calls", "from some call on"],
 )
@@ -262,7 +263,7 @@ def test_an_attack_that_was_hindered_for_a_time_is_found(nets):
     assert checks[REPEAT].numbers["again"] < 0.3 < 0.6 < checks[REPEAT].numbers["before"]
 
 
-@pytest.mark.parametrize("limit", [64, 128, 200])
+@pytest.mark.parametrize("limit", quickly([64, 128, 200], 64))
 def test_attacks_keep_to_batches_whose_gradient_is_true(nets, plain, limit):
     found = looked(FalseGradient(copied(nets("standard")), above(limit)), nets.data, (GRADIENT,))
     assert found.failed == {GRADIENT}
@@ -273,12 +274,12 @@ def test_attacks_keep_to_batches_whose_gradient_is_true(nets, plain, limit):
     "made",
     [
         lambda net, _: Snapped(net, 1e-4, False),
-        lambda net, _: Snapped(net, 1e-4, True),
-        lambda net, _: Snapped(net, 0.012, True),
+        full(lambda net, _: Snapped(net, 1e-4, True)),
+        full(lambda net, _: Snapped(net, 0.012, True)),
         lambda net, _: SharedSnapped(net, 8),
-        lambda net, known: CornerDetector(net, known, 1e-4),
+        full(lambda net, known: CornerDetector(net, known, 1e-4)),
         lambda net, known: CornerDetector(net, known, 0.01),
-        lambda net, _: OffGrid(net),
+        full(lambda net, _: OffGrid(net)),
     ],
     ids=["snapped", "straight through", "widely", "shared values", "detector", "wide detector", "off the grid"],
 )
@@ -326,7 +327,7 @@ HONEST = {
 }
 
 
-@pytest.mark.parametrize("name", HONEST)
+@pytest.mark.parametrize("name", quickly(HONEST, "8 bits", "noisy", "batch norm"))
 def test_an_honest_model_is_not_accused(nets, name):
     found = looked(HONEST[name](nets), nets.data)
     assert not found.failed, found.details

@@ -26,6 +26,7 @@ from gambeson.victim import Victim, predict
 from tests import scenes
 from tests.auditing.test_schema import FILE as SCHEMA
 from tests.auditing.test_schema import faults
+from tests.conftest import quickly
 
 SUITE = Suite(
     eps=(0.04, 0.1, 0.2),
@@ -274,7 +275,7 @@ def _attacked(result: AuditResult):
     return result.per_image[0].accuracy.complement
 
 
-@pytest.mark.parametrize("name", OBFUSCATED)
+@pytest.mark.parametrize("name", quickly(OBFUSCATED, "sixteen grey levels", "logits x 1e4", "random noise"))
 def test_an_obfuscated_net_is_distrusted_or_broken_as_the_net_itself(name, net, data, base) -> None:
     check_caught(name, OBFUSCATED[name](net), data, base)
 
