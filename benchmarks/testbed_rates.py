@@ -126,20 +126,23 @@ def by_fold(content: dict[str, Any]) -> list[str]:
     return table("kind left out", lines, columns)
 
 
+_NONE = 3
+"""Bars of a head without a column."""
+
+
 def text(path: Path = RATES) -> str:
     """Return the three tables as Markdown."""
     content = json.loads(path.read_text()) if path.is_file() else {}
     found = judged(content)
+    table = by_kind(found)
+    kinds = ["The same by kind, over all data:", "", *table, ""] if table[0].count("|") > _NONE else []
     parts = [
         "Obfuscated models that an auditor trusts and calls clearly more robust than they are, and honest ones that it",
         "accuses:",
         "",
         *by_library(found),
         "",
-        "The same by kind, over all data:",
-        "",
-        *by_kind(found),
-        "",
+        *kinds,
         "K-fold by kind: of the models that the attacks alone do not bring down to the undefended network, how many",
         "are found without the kind's own checks? Checks have fixed thresholds, which are not chosen anew: what is",
         "left out is every check that only this kind calls for, and in the last column all but the fewest that the",
