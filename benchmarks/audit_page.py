@@ -196,15 +196,20 @@ _WRONG = {
 def _caught(suites: dict[str, Any]) -> list[str]:
     """Lines of a table: how many obfuscated and how many honest models fail each diagnostic."""
     columns: dict[str, list[dict[str, Any]]] = {}
+    ran: dict[str, set[str]] = {}
     for suite, found in suites.items():
         for kind in ("obfuscated", "honest"):
             cells = [cell for cell in found["cells"].values() if cell["kind"] == kind]
             if len(cells) > 1:
                 columns[f"{kind}, {suite}"] = cells
+                ran[f"{kind}, {suite}"] = {name for row in found.get("matrix", {}).values() for name in row}
     lines = [f"| fails | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for diagnostic in DIAGNOSTICS:
         counts = [
-            f"{sum(diagnostic.name in row['failed'] for row in rows)} of {len(rows)}" for rows in columns.values()
+            f"{sum(diagnostic.name in row['failed'] for row in rows)} of {len(rows)}"
+            if diagnostic.name in ran[column] or not ran[column]
+            else "not run"
+            for column, rows in columns.items()
         ]
         lines.append(f"| {diagnostic.name} | {' | '.join(counts)} |")
     return lines
