@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 import gambeson as gb
-from gambeson import UserError
 from gambeson.defenses import NFGSM, BankStarted, Batch, FreeAdversarial, TrainContext, UniversalConsistency
 from gambeson.defenses.n_fgsm import NoisyStep
 from gambeson.threat import Ball, perturb
@@ -83,15 +82,29 @@ def test_free_training_is_an_independent_loop(trained, digits):
     assert float(delta.abs().max()) == pytest.approx(0.1)
 
 
-def test_free_training_runs_in_one_process_and_in_the_training_loop(digits):
-    model, _ = binary(SHAPE)
-    batch = batch_of(place=(0, 2))
-    with pytest.raises(UserError, match="in one process, but there are 2"):
-        next(objective_of(FreeAdversarial(eps=0.1), model, batch).optimizer_steps(model, batch))
-    net = gb.models.create("lenet5", digits, seed=0)
-    before = copy.deepcopy(net.state_dict())
-    gb.train(net, digits, FreeAdversarial(eps=0.05, replays=2), epochs=1, batch_size=512, seed=0)
-    assert any(not torch.equal(before[key], value) for key, value in net.state_dict().items())
+def test_free_training_resumes_bit_for_bit(digits, tmp_path):
+    class Stop(FreeAdversarial):
+        def build_objective(self, context):
+            objective = super().build_objective(context)
+            plain = objective.optimizer_steps
+
+            def stopping(model, batch):
+                if batch.epoch == 1:
+                    raise KeyboardInterrupt
+                return plain(model, batch)
+
+            objective.optimizer_steps = stopping
+            return objective
+
+    few = gb.data.Dataset("few", digits.train.subset(torch.arange(80)), digits.validation, digits.test, digits.classes)
+    more = {"epochs": 2, "batch_size": 32, "seed": 0}
+    whole, cut = (gb.models.create("lenet5", few, seed=0) for _ in range(2))
+    gb.train(whole, few, FreeAdversarial(eps=0.05, replays=2), **more)
+    with pytest.raises(KeyboardInterrupt):
+        gb.train(cut, few, Stop(eps=0.05, replays=2), out=tmp_path, **more)
+    cut = gb.models.create("lenet5", few, seed=0)
+    gb.train(cut, few, FreeAdversarial(eps=0.05, replays=2), out=tmp_path, **more)
+    assert gb.models.fingerprint(cut) == gb.models.fingerprint(whole)
 
 
 def test_without_own_steps_bank_started_is_universal_consistency(trained, digits):

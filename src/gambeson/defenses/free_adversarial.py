@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from gambeson.base import Number, UserError
+from gambeson.base import Number, average, place
 from gambeson.defenses.objective import Batch, Defense, Losses, Objective, TrainContext, batch_loss
 from gambeson.defenses.registry import register
 from gambeson.threat import Ball, Eps, Norm, perturb
@@ -41,7 +41,7 @@ class Replays(Objective):
     """The objective of :class:`FreeAdversarial`.
 
     Attributes:
-        delta: (N, C, H, W), the perturbation of each place in the batch.
+        delta: (N, C, H, W), the perturbation of each place in the batch of all processes.
     """
 
     delta: torch.Tensor
@@ -49,31 +49,37 @@ class Replays(Objective):
     def __init__(self, settings: FreeAdversarial, context: TrainContext) -> None:
         super().__init__({})
         self.settings, self.ball = settings, Ball(eps=settings.eps, norm=settings.norm)
-        self.register_buffer("delta", torch.zeros(context.batch_size, *context.train.shape))
+        self.register_buffer("delta", torch.zeros(place()[1] * context.batch_size, *context.train.shape))
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
         """Evaluate the cross-entropy under the present perturbations."""
-        return _losses(model, batch, perturb(batch.images, self.delta[: len(batch.images)]))
+        return _losses(model, batch, perturb(batch.images, self.delta[self._own(batch)]))
 
     def optimizer_steps(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Losses, set[nn.Parameter] | None]]:
-        """Yield m steps on all weights, and move the perturbations along the gradient of each.
-
-        Raises:
-            UserError: there are several processes, whose batches would share one checkpoint of perturbations.
-        """
-        if batch.place[1] > 1:
-            raise UserError(
-                f"free-adversarial keeps a perturbation per place of its batch and runs in one process, but there are "
-                f"{batch.place[1]}: start one, or use n-fgsm, which costs two steps per batch"
-            )
-        rows = len(batch.images)
+        """Yield m steps on all weights, and move the perturbations along the gradient of each."""
+        own = self._own(batch)
         for _ in range(self.settings.replays):
             # The gradient is that at the clipped image, so that a black or white pixel can still move inwards.
-            point = perturb(batch.images, self.delta[:rows]).detach().requires_grad_()
+            point = perturb(batch.images, self.delta[own]).detach().requires_grad_()
             yield _losses(model, batch, point), None
             if point.grad is not None:
-                step = self.settings.rel_step_size * self.settings.eps * self.ball.steepest(point.grad)
-                self.delta = torch.cat([self.ball.project(self.delta[:rows] + step), self.delta[rows:]])
+                self._move(own, point.grad)
+
+    @torch.no_grad()
+    def _move(self, own: slice, gradient: torch.Tensor) -> None:
+        # Every process has all perturbations, so that any of them can write the checkpoint: the mean of gradients that
+        # are zero outside a process's own rows has the sign of their sum.
+        whole = torch.zeros_like(self.delta)
+        whole[own] = gradient
+        average([whole])
+        step = self.settings.rel_step_size * self.settings.eps * self.ball.steepest(whole)
+        self.delta = self.ball.project(self.delta + step)
+
+    @staticmethod
+    def _own(batch: Batch) -> slice:
+        """Return the rows of this process; the last batch of an epoch may be shorter."""
+        rows = len(batch.images)
+        return slice(batch.place[0] * rows, (batch.place[0] + 1) * rows)
 
 
 def _losses(model: nn.Module, batch: Batch, moved: torch.Tensor) -> Losses:
