@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gambeson.report.charts import AXIS, LEGEND, MARKERS, Chart, embed, hue, plain_layout
 from gambeson.report.formatting import Facts, flat, percent
-from gambeson.studies.claims import Finding, front, meaning
-from gambeson.studies.measures import Value
+from gambeson.studies.claims import Finding, front
+from gambeson.studies.measures import Value, meaning
 from gambeson.studies.rows import Result, StudyResult
 
 AT = {"steps": "equal steps", "seconds": "equal time"}
@@ -40,7 +41,8 @@ class Detail:
 
     title: str
     numbers: list[tuple[str, str]]
-    audits: list[tuple[str, dict[str, Any]]]
+    audits: list[tuple[str, str, dict[str, Any]]]
+    """Address of the page, command that writes it, and verdict."""
     facts: list[tuple[str, str]]
     missing: str
 
@@ -93,8 +95,19 @@ class Page:
     facts: list[Facts]
 
 
-def build(result: StudyResult) -> Page:
-    """Build the page's data."""
+def plain_name(row: Result, label: str) -> str:
+    """The name of a file about a measurement of a row."""
+    parts = (label, row.defense, row.variant, row.data, row.model, row.at, f"seed-{row.seed}")
+    return "-".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-.") for part in parts if part)
+
+
+def build(result: StudyResult, pages: Mapping[str, str] | None = None) -> Page:
+    """Build the page's data.
+
+    Args:
+        result: what a study has found.
+        pages: addresses of audits' pages by the folders of their cells.
+    """
     study = result.study
     metrics = [name for row in result.rows for name in row.values]
     metrics = [name for name in dict.fromkeys(metrics) if not name.startswith("train.")] + [
@@ -115,7 +128,7 @@ def build(result: StudyResult) -> Page:
             for finding in verdict.findings
         ],
         heads=[_head(name) for name in metrics],
-        lines=[_line(f"row{k}", rows, metrics) for k, rows in enumerate(groups.values())],
+        lines=[_line(f"row{k}", rows, metrics, pages or {}) for k, rows in enumerate(groups.values())],
         data=list(dict.fromkeys(row.data for row in result.rows)),
         ats=[(at, AT[at]) for at in study["at"]],
         charts=_charts(result, metrics),
@@ -177,7 +190,7 @@ def _ends(value: float, metric: str) -> str:
     return f"{100 * value:.1f}" if meaning(metric).share else f"{value:.4g}"
 
 
-def _line(key: str, rows: Sequence[Result], metrics: Sequence[str]) -> Line:
+def _line(key: str, rows: Sequence[Result], metrics: Sequence[str], pages: Mapping[str, str]) -> Line:
     first = rows[0]
     where = [first.data, first.model, AT[first.at]]
     return Line(
@@ -188,11 +201,11 @@ def _line(key: str, rows: Sequence[Result], metrics: Sequence[str]) -> Line:
         at=first.at,
         words=" ".join([first.defense, first.variant, *where]).lower(),
         numbers=[_number([row.values[name] for row in rows if name in row.values], name) for name in metrics],
-        seeds=[_detail(row, metrics) for row in rows],
+        seeds=[_detail(row, metrics, pages) for row in rows],
     )
 
 
-def _detail(row: Result, metrics: Sequence[str]) -> Detail:
+def _detail(row: Result, metrics: Sequence[str], pages: Mapping[str, str]) -> Detail:
     numbers = []
     for name in metrics:
         if (value := row.values.get(name)) is not None:
@@ -213,7 +226,7 @@ def _detail(row: Result, metrics: Sequence[str]) -> Detail:
     facts += [(name, str(row.recipe[name])) for name in ("epochs", "lr", "warmup", "batch_size") if name in row.recipe]
     facts += [(f"folder of {label}", folder) for label, folder in row.folders.items()]
     audits = [
-        (f"gambeson report {row.folders[label]}/audit --out {label}.html", verdict)
+        (pages.get(row.folders[label], ""), f"gambeson report {row.folders[label]}/audit --out {label}.html", verdict)
         for label, verdict in row.verdicts.items()
     ]
     return Detail(f"seed {row.seed}", numbers, audits, facts, ", ".join(row.missing))
