@@ -77,10 +77,12 @@ def defenses(rounds: int) -> dict[str, Any]:
     """Operations and processor seconds of a step, relative to a plain one, on LeNet-5 and 28 x 28 images."""
     data = images(128, 28, 1, 10)
     plain = step(data, DEFENSES["standard"], 64)
+    plain()
     least = operations(plain)
     found = {}
     for name, settings in DEFENSES.items():
         one = step(data, settings, 64)
+        one()  # the first step also looks at what the model is
         counted, ratios = operations(one), []
         for _ in range(rounds):
             times = []
@@ -140,7 +142,11 @@ def marginal(size: int, classes: int, defense: dict[str, Any], model: str) -> fl
     """Operations of one more image in a step: what a step does once, whatever its images, does not count."""
     few, more = 2, 4
     data = images(2 * more * max(1, classes // 8), size, 3, classes)
-    counts = [operations(step(data, defense, batch, model)) for batch in (few, more)]
+    counts = []
+    for batch in (few, more):
+        one = step(data, defense, batch, model)
+        one()  # the first step also looks at what the model is
+        counts.append(operations(one))
     return (counts[1] - counts[0]) / (more - few)
 
 
@@ -347,16 +353,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["defenses", *SECTIONS, "machines"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    content = json.loads(OUT.read_text()) if OUT.is_file() else {}
     for name in arguments.only:
         with gb.base.seeded(0, "scaling", name):
             if name == "machines":
-                content[name] = machines(content["defenses"]["rows"])
+                found = machines(read_json(OUT)["defenses"]["rows"])
             else:
-                content[name] = defenses(arguments.rounds) if name == "defenses" else SECTIONS[name]()
-        content["environment"] = environment()
-        write_json(OUT, content)
-        print(name, json.dumps(content[name])[:400], flush=True)
+                found = defenses(arguments.rounds) if name == "defenses" else SECTIONS[name]()
+        known = read_json(OUT) if OUT.is_file() else {}
+        write_json(OUT, known | {name: found, "environment": environment()})
+        print(name, json.dumps(found)[:400], flush=True)
     PAGE.write_text(page(PAGE.read_text(), read_json(OUT)))
 
 

@@ -76,6 +76,8 @@ class ClaimLine:
     mark: str
     verdict: str
     note: str
+    overall: str
+    """The verdict over all data and architectures."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def build(result: StudyResult, pages: Mapping[str, str] | None = None) -> Page:
         state=f"{result.done:,} of {result.cells:,} cells are done, as of {result.date} UTC"
         + (f"; computed on {' and on '.join(devices)}." if devices else "."),
         claims=[
-            _claim(verdict.statement, verdict.source, finding)
+            _claim(verdict.statement, verdict.source, finding, _overall(result, verdict.claim))
             for verdict in result.claims
             for finding in verdict.findings
         ],
@@ -146,7 +148,12 @@ def _head(metric: str) -> str:
     return words if label == "train" else f"{words} ({label})"
 
 
-def _claim(statement: str, source: str, finding: Finding) -> ClaimLine:
+def _overall(result: StudyResult, claim: str) -> str:
+    found = [f"{one.verdict} at {AT[one.at]}" for one in result.claims if one.claim == claim]
+    return f"All in all: {'; '.join(found)}."
+
+
+def _claim(statement: str, source: str, finding: Finding, overall: str) -> ClaimLine:
     badge, mark = _BADGES[finding.verdict]
     effect = "–" if finding.effect is None else f"{finding.effect:.3g}"
     if finding.low is not None and finding.high is not None:
@@ -167,6 +174,7 @@ def _claim(statement: str, source: str, finding: Finding) -> ClaimLine:
         mark=mark,
         verdict=finding.verdict,
         note="; ".join(notes),
+        overall=overall,
     )
 
 
@@ -224,7 +232,7 @@ def _detail(row: Result, metrics: Sequence[str], pages: Mapping[str, str]) -> De
         else []
     )
     facts += [(name, str(row.recipe[name])) for name in ("epochs", "lr", "warmup", "batch_size") if name in row.recipe]
-    facts += [(f"folder of {label}", folder) for label, folder in row.folders.items()]
+    facts += [(f"folder of {label}", folder) for label, folder in row.folders.items() if label not in row.missing]
     audits = [
         (pages.get(row.folders[label], ""), f"gambeson report {row.folders[label]}/audit --out {label}.html", verdict)
         for label, verdict in row.verdicts.items()

@@ -56,7 +56,7 @@ def run(runner: Runner, address: str) -> list[Cell]:
                     advance()
                     lost = None
             known = known or ("connected", "") in said
-            word, fault = said[-1] if said else ("lost", "its process was ended")
+            word, fault = said[-1] if said and said[-1][0] != "connected" else ("lost", "its process was ended")
             if word == "done":
                 break
             if word == "full":

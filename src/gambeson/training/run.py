@@ -98,11 +98,11 @@ def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed
 
 
 def step_of(run: TrainRun, dataset: data.Dataset) -> Callable[[], None]:
-    """Return the last step of ``run`` on untrained networks, for those who count what it does.
+    """Return a step of the last epoch of ``run`` on untrained networks, for those who count what it does.
 
     Args:
         run: the settings.
-        dataset: the data of ``run.data``, or a part of it with the same images.
+        dataset: the data of ``run.data``, or a part of two batches: the last step of an epoch has more to log.
     """
     model, dataset, defense = _built(run, dataset)
     job = Run(model, dataset, defense, run.recipe.model_copy(update={"track": "none"}), run.seed, None)
@@ -111,7 +111,7 @@ def step_of(run: TrainRun, dataset: data.Dataset) -> Callable[[], None]:
 
     def step() -> None:
         with seeded(run.seed, "plan"):
-            job.train_step(epoch[len(epoch) - 1])  # the first of an epoch has more to log
+            job.train_step(epoch[0])
 
     return step
 
