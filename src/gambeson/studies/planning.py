@@ -42,7 +42,7 @@ class KindPlan(Config):
     seconds: float | None
     """Of one, the mean."""
     measured: bool
-    """Whether finished cells say so; else it is an estimate from a few timed steps and batches."""
+    """Whether finished cells say so; else it is an estimate from a few timed steps and batches, or from counting."""
 
 
 class StudyPlan(Config):
@@ -242,7 +242,8 @@ class _Prices:
 
     def _images(self, measure: Any, data: Dataset, members: int, random: bool) -> tuple[int, int]:
         """Images that a measurement sends forward, and gradients of images that it takes, at the most."""
-        votes, draws = (DEFAULT_VOTES, EOT_SAMPLES) if random else (1, 1)
+        noisy = random and getattr(measure, "noise", "on") == "on"
+        votes, draws = (DEFAULT_VOTES, EOT_SAMPLES) if noisy else (1, 1)
         if isinstance(measure, AuditMeasure):
             suite = measure.suite if measure.suite.eps else measure.suite.model_copy(update={"eps": (0.1, 0.2, 0.3)})
             parts = audit_cost.parts_of(suite, data, random=random)
