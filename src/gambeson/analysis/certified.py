@@ -65,7 +65,7 @@ def certified_accuracy(
     if radius >= 0.5:
         raise UserError(f"eps = {eps} is out of range: expected a radius below 0.5")
     with classifier(model, data) as (victim, split):
-        if victim.inspect(split.take(slice(0, 8), victim.device)[0]).stochastic:
+        if victim.inspect(split.take(slice(0, 8), victim.device)[0]).varies:
             raise UserError("the model is random, and bounds are those of a function: turn its noise off")
         chosen = split.sample(images, seed=seed)
         points, labels = chosen.take(slice(None), "cpu")

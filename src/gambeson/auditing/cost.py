@@ -13,7 +13,7 @@ from torch import nn
 
 from gambeson import models
 from gambeson.attacks import PGD, TargetedAutoPGD
-from gambeson.auditing.rescoring import MOST
+from gambeson.auditing.rescoring import DRAWN, MOST
 from gambeson.auditing.stages import surrogate
 from gambeson.auditing.stages.corruption import NOISES
 from gambeson.auditing.suite import Suite
@@ -254,7 +254,7 @@ def parts_of(suite: Suite, data: Dataset, *, random: bool = False, ran: Collecti
     white = suite.auto_pgd and not (of_maps or random or suite.norm == "1")
     targeted = sum(_gradients_of(attack) for attack in suite.white_box(suite.eps[0]).values()) if white else 0
     again, batch = _asked_again(data, test, random=random), at_once(data.test)
-    sizes = (7, 32, suite.universal_batch, 100, sample, batch)
+    sizes = (7, 32, suite.universal_batch, 100, sample, batch, *[batch] * DRAWN)
     sets = (1 + bool(attacked) + 2 * of_maps + bool(white)) * suite.rescoring
     counts = _Counts(
         batches=sum(max(_PROBES, min(batch, size)) for size in sizes),
@@ -380,7 +380,7 @@ CHECKS: dict[str, Callable[[_Counts], dict[str, Any]]] = {
     "no noise-off gap": lambda n: {"gradients": 20 * n.random, "forwards": 5 * n.random},
     "no EOT gap": lambda n: {"gradients": 32 * n.random},
     "no vanishing gradients": lambda n: {"gradients": 2},
-    "gradient matches finite differences": lambda n: {"forwards": 1, "gradients": 1},
+    "gradient matches finite differences": lambda n: {"forwards": 3, "gradients": 1},
     "gradient complete": lambda n: {"forwards": 75, "gradients": 6},
     "no optimisation at test time": lambda n: {},  # after the one before
     "independent of the batch": lambda n: {"beside": 100},
@@ -401,7 +401,7 @@ CHECKS: dict[str, Callable[[_Counts], dict[str, Any]]] = {
     "margin loss no stronger": lambda n: {"gradients": n.short + 3, "shares": "short PGD"},
     "attack has converged": lambda n: {"gradients": n.pgd + 3 * n.white, "shares": "white box"},
     "single step approximates multi-step": lambda n: {"forwards": 4, "gradients": 12},
-    "no test-set leakage": lambda n: {"gradients": n.pgd, "beside": n.test + n.held, "shares": "PGD"},
+    "no test-set leakage": lambda n: {"gradients": n.pgd, "apart": 60 * n.sample, "beside": 2 * n.test + n.held},
     "random start no stronger": lambda n: {"gradients": 2},
     "monotone in eps": lambda n: {"gradients": 2 * n.short, "shares": "short PGD"},
     "attack repeats its outcome": lambda n: {"apart": min(64, n.sample) * n.steps},
