@@ -9,8 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from gambeson.attacks import PGD, TargetedAutoPGD
-from gambeson.auditing.context import WIDER
-from gambeson.auditing.diagnostics.test_leakage import STEPS
+from gambeson.auditing.context import MARGIN_STEPS, WIDER
 from gambeson.auditing.rescoring import DRAWN, MOST
 from gambeson.auditing.suite import Suite
 from gambeson.data import Dataset
@@ -216,7 +215,7 @@ CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
     "no test-set leakage": lambda n: (
         {"gradients": n.pgd, "beside": n.test + n.held, "shares": "PGD"}
         if n.of_maps
-        else {"apart": 2 * WIDER * STEPS * n.sample, "beside": 2 * n.test + 2 * n.held}
+        else {"apart": 2 * WIDER * MARGIN_STEPS * n.sample, "beside": 2 * n.test + 2 * n.held}
     ),
     "random start no stronger": lambda n: {"gradients": 2},
     "monotone in eps": lambda n: {"gradients": 2 * n.short, "shares": "short PGD"},

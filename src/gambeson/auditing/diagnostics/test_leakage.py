@@ -7,7 +7,7 @@ from statistics import NormalDist
 import torch
 
 from gambeson.attacks import PGD, Loss
-from gambeson.auditing.context import WIDER, AuditContext
+from gambeson.auditing.context import MARGIN_STEPS, WIDER, AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.outcome import LEVEL, POWER, AsFarAsFinite, PairedDifference, lower_end
 from gambeson.data import Split
@@ -21,8 +21,6 @@ tried was the best of several on validation. Ours."""
 _EVEN = 0.5 + _MORE
 """Share of pairs of a test and a validation image of which the former may withstand more. Of honest networks of the
 testbed 0.50 to 0.53; of one that was trained on adversarial examples of the test images 0.61. Ours."""
-STEPS = 5
-"""Steps of PGD behind which margins are compared (ours): what counts is their order."""
 
 
 @register(
@@ -63,8 +61,8 @@ def _alike(context: AuditContext) -> Finding:
     low = lower_end(order)
     return Finding(
         gains[worst].low <= _MORE and low <= _EVEN,
-        f"{detail}; after PGD of {STEPS} steps the test image has the larger margin in {order} of pairs, at least "
-        f"{100 * low:.1f} % ({100 * _findable(order):.1f} % would be found, with {100 * POWER:g} % power)",
+        f"{detail}; after PGD of {MARGIN_STEPS} steps the test image has the larger margin in {order} of pairs, "
+        f"at least {100 * low:.1f} % ({100 * _findable(order):.1f} % would be found, with {100 * POWER:g} % power)",
         numbers | {"order": order.value},
     )
 
@@ -83,7 +81,7 @@ def _order(context: AuditContext) -> Rate:
 def _margins(context: AuditContext, split: Split) -> torch.Tensor:
     """Return the margins (N,) that PGD leaves, of a random model at one draw."""
     victim, loss = context.victim, Loss(kind="margin")
-    settings = {"eps": context.eps, "norm": context.suite.norm, "steps": STEPS, "eot_samples": 1}
+    settings = {"eps": context.eps, "norm": context.suite.norm, "steps": MARGIN_STEPS, "eot_samples": 1}
     attack, found = AsFarAsFinite(PGD(loss="margin", early_stop=False, **settings)), []
     for images, labels in split.batches(at_once(split), device=victim.device):
         moved = attack(victim, images, labels, seed=context.seed, task=split.task)
