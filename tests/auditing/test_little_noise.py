@@ -13,6 +13,7 @@ from gambeson.auditing import DIAGNOSTICS, rescoring
 from gambeson.auditing.context import Checkpoints
 from gambeson.auditing.stages import adaptive
 from gambeson.victim import inspect_model
+from gambeson.victim.inspect import size_of
 from tests.auditing.evidence import held
 from tests.conftest import full
 
@@ -152,6 +153,13 @@ def test_a_little_noise_hides_no_memory(shared, shield, trained, digits):
     assert look("stateless", model, digits).passed is False
 
 
+def test_a_memory_that_only_leans_on_what_it_said_is_found(trained, digits):
+    model = Around(Replaying(copy.deepcopy(trained)), lambda memory, x: 0.7 * memory(x) + 0.3 * memory.net(x))
+    found = look("stateless", model, digits)
+    assert found.passed is False
+    assert "copies of the model" in found.detail
+
+
 def test_a_little_noise_accuses_nobody(trained, digits):
     model = Shielded(copy.deepcopy(trained), "weights", 1e-3, True)
     for name in ("stateless", *FOUND):
@@ -188,3 +196,11 @@ def test_inspection_tells_a_little_noise_from_randomness(trained, digits):
         images,
     )
     assert far.stochastic
+
+
+def test_the_size_of_logits_is_that_of_the_best_two_of_most_images():
+    logits = torch.arange(8.0)[:, None] + torch.tensor([0.0, 10.0, -5.0])
+    known = sorted([*range(8), *range(10, 18)])  # positions 2.25 and 12.75 of sixteen numbers
+    assert float(size_of(logits)) == pytest.approx(known[12] + 0.75 - known[2] - 0.25)
+    logits[0], logits[:, 2] = 1e6 * logits[0], -1e9
+    assert float(size_of(logits)) < 20

@@ -203,13 +203,13 @@ class ModelTraits:
 def size_of(logits: torch.Tensor) -> torch.Tensor:
     """Return what differences of logits (N, K) or (N, K, H, W) are measured by, a scalar.
 
-    That is the distance between the 10 % and 90 % quantiles of the best two logits of each answer. Classes that are
-    masked by a large negative number do not count, nor does an image whose logits are a million times those of others:
-    both would make every difference look small.
+    That is the distance between the 15 % and 85 % quantiles of the best two logits of each answer. Classes that are
+    masked by a large negative number do not count, nor does one image of eight whose logits are a million times as
+    large: both would make every difference look small.
     """
     two = logits.detach().float().topk(2, dim=1).values.nan_to_num(0, 0, 0).flatten()
     two = two[:: max(1, len(two) // _QUANTILES)]
-    low, high = two.quantile(torch.tensor([0.1, 0.9], device=two.device, dtype=two.dtype))
+    low, high = two.quantile(torch.tensor([0.15, 0.85], device=two.device, dtype=two.dtype))
     return high - low
 
 
