@@ -180,10 +180,11 @@ def test_more_steps_of_an_attack_wait_no_more_often(pair, data):
     assert 0 < found[1] == found[2] < 12
 
 
-def test_a_standard_training_step_does_not_wait_for_the_device(data):
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_standard_training_step_does_not_wait_for_the_device(data, ema):
     with seeded(0, "model"):
         net = gb.models.create("resnet20", data).to(GPU)
-    how = gb.training.Recipe(epochs=9, batch_size=128, precision="bfloat16", channels_last=True)
+    how = gb.training.Recipe(epochs=9, batch_size=128, precision="bfloat16", channels_last=True, ema=ema)
     run = Run(net, data, gb.defenses.Standard(), how, 0, None)
     batch = Epoch(run.train, how, 1, 0, 0, run.device)[0]
     net.train()
