@@ -12,13 +12,15 @@ from gambeson.base import Config, Number, read_settings, unknown_name
 from gambeson.defenses.registry import DEFENSES
 from gambeson.studies.audits import AuditMeasure
 from gambeson.studies.claims import Claim
+from gambeson.studies.jacobians import JacobianMeasure
 from gambeson.studies.measures import AccuracyMeasure, AttackMeasure, EpsUniMeasure, SuiteMeasure
 from gambeson.threat import Eps
 
 At = Literal["steps", "seconds"]
 Size = Annotated[int, Field(ge=1)]
 AnyMeasure = Annotated[
-    AuditMeasure | AccuracyMeasure | AttackMeasure | SuiteMeasure | EpsUniMeasure, Field(discriminator="kind")
+    AuditMeasure | AccuracyMeasure | AttackMeasure | SuiteMeasure | EpsUniMeasure | JacobianMeasure,
+    Field(discriminator="kind"),
 ]
 """A measurement, distinguished by ``kind``."""
 
