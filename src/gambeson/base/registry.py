@@ -14,8 +14,10 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import os
 import pkgutil
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
@@ -259,7 +261,21 @@ class Registry(Generic[T]):
             raise
 
     def _points(self, name: str | None = None) -> list[EntryPoint]:
-        return list(entry_points(group=self.group) if name is None else entry_points(group=self.group, name=name))
+        found = _announced(self.group, tuple((folder, _changed(folder)) for folder in sys.path))
+        return [point for point in found if name is None or point.name == name]
+
+
+@functools.lru_cache(16)
+def _announced(group: str, _: tuple[tuple[str, int], ...]) -> list[EntryPoint]:
+    """What installed packages announce, read anew only after a folder of them has changed."""
+    return list(entry_points(group=group))
+
+
+def _changed(folder: str) -> int:
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def canonical(name: str) -> str:
