@@ -49,7 +49,7 @@ NETS = (
 )
 
 
-def load(net: Net, weights: Path, runs: Path) -> tuple[nn.Module, Dataset]:
+def load(net: Net, weights: Path, runs: Path | None) -> tuple[nn.Module, Dataset]:
     """Return the network, in evaluation mode, and its data."""
     if net.name.startswith("mnist"):
         kind = "clntrained" if net.name.endswith("standard") else "advtrained"
@@ -66,7 +66,7 @@ def load(net: Net, weights: Path, runs: Path) -> tuple[nn.Module, Dataset]:
             defense,
             epochs=TRAINING["epochs"],
             seed=TRAINING["seed"],
-            out=runs / net.name.replace(" ", "-"),
+            out=None if runs is None else runs / net.name.replace(" ", "-"),
         )
     return model.eval().requires_grad_(False), data
 

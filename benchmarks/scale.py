@@ -36,14 +36,16 @@ CASES = (
 SEEDS, IMAGES = (0, 1), 500
 
 
-def measure(data: gb.data.Dataset, model: torch.nn.Module, eps: float) -> list[dict[str, Any]]:
-    """Attack one network at every scale; the model's own stands first."""
+def measure(
+    data: gb.data.Dataset, model: torch.nn.Module, eps: float, multiples: tuple[float, ...] = ()
+) -> list[dict[str, Any]]:
+    """Attack one network at some scales, or at every one; the model's own then stands first."""
     found = []
     few = data.validation.subset(torch.arange(min(IMAGES, len(data.validation))))
     with Victim(model, fast=True) as victim:
         victim.inspect(few.take(slice(0, 8))[0])
         own = calibrating(victim, data.validation, 0)
-        for multiple in (1 / own, *MULTIPLES):
+        for multiple in multiples or (1 / own, *MULTIPLES):
             victim.temperature = own * multiple
             rates = []
             for seed in SEEDS:

@@ -5,6 +5,7 @@ What stands between two markers is rewritten; a test fails while a page is stale
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gambeson.analysis import correlate
 from gambeson.attacks.registry import ATTACKS, kind_of
 from gambeson.auditing import SUITES, AuditResult, Suite
 from gambeson.auditing.gates import METRICS
@@ -162,23 +164,49 @@ def box_gradient() -> str:
     )
 
 
+RADII = {"-half": "0.05", "": "0.1", "-twice": "0.2"}
+"""Radii of the study of sharing, by the end of the measurement's label."""
+SHARED = {"cka": "cka", "cos_F": "cos_F", "jacobian": "norm", "rank1": "rank1", "ratio_s": "ratio_s"}
+SHARED |= {"sharing": "sharing factor", "weighted_sigma": "weighted sigma"}
+
+
 def sharing() -> str:
-    """Return the correlations of sharing metrics with the UER."""
-    radii = ("0.05", "0.1", "0.2")
+    """Return the correlations of sharing metrics with the UER over the models of each data set."""
+    rows = load("sharing.json")["rows"]
     found = []
-    for data, metrics in load("sharing.json")["correlations"].items():
-        for metric, cells in metrics.items():
-            both = [[one for one in (cells[eps]["spearman"], cells[eps]["partial"]) if one] for eps in radii]
-            values = ["; ".join(f"{c['value']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" for c in one) for one in both]
-            found.append([data, metric, *values])
-    return lines(["data", "metric", *(f"eps {eps}" for eps in radii)], found)
+    for data in sorted({row["data"] for row in rows}):
+        own = [row["values"] for row in rows if row["data"] == data]
+        columns = {name: [one[f"jacobians.{name}"]["value"] for one in own] for name in SHARED}
+        columns |= {name: [math.log(value) for value in columns[name]] for name in ("jacobian", "weighted_sigma")}
+        for name, column in columns.items():
+            cells = []
+            for end in RADII:
+                uers = [one[f"uap{end}.uer"]["value"] for one in own]
+                one = correlate(column, uers, None if name == "jacobian" else columns["jacobian"])
+                both = [part for part in (one.spearman, one.partial) if part]
+                cells.append("; ".join(f"{part.value:.2f} [{part.low:.2f}, {part.high:.2f}]" for part in both))
+            found.append([data, SHARED[name], *cells])
+    return lines(["data", "metric", *(f"eps {eps}" for eps in RADII.values())], found)
 
 
 def gains() -> str:
-    """Return what the regulariser gains."""
+    """Return what the regulariser gains at the best strength that costs at most a point of accuracy, by validation."""
+    seeds: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for row in load("sharing.json")["rows"]:
+        values = {name: value["value"] for name, value in row["values"].items()}
+        seeds.setdefault((row["data"], row["seed"]), {})[row["variant"].removeprefix("strength ")] = values
+    found = []
+    for (data, seed), own in sorted(seeds.items()):
+        plain, accuracy = own.pop(""), "train.validation_accuracy"
+        kept = {key: one for key, one in own.items() if one[accuracy] >= plain[accuracy] - 0.01}
+        for end, eps in RADII.items():
+            chosen = min(
+                kept, key=lambda key: kept[key].get(f"uap{end}.validation_uer") or kept[key]["train.validation_uer"]
+            )
+            without, uer = plain[f"uap{end}.uer"], kept[chosen][f"uap{end}.uer"]
+            cells = [f"{without / uer:.2f}", f"{(1 - uer) / (1 - without):.2f}"]
+            found.append([f"{data}, seed {seed}, eps {eps}", chosen, *cells])
     head = ["data, seed, eps", "strength", "UER without / with", "accuracy under it with / without"]
-    rows = load("sharing.json")["gains"].items()
-    found = [[key, f"{one['strength']:g}", f"{one['ratio']:.2f}", f"{one['accuracy ratio']:.2f}"] for key, one in rows]
     return lines(head, found)
 
 
