@@ -21,6 +21,7 @@ import cross_check
 import scale
 import stored
 import torch
+from cross_check_cases import CASES
 from scipy import stats
 
 import gambeson as gb
@@ -33,6 +34,7 @@ from gambeson.data import Dataset
 from gambeson.evaluation import Rate, accuracy, universal_evasion
 from gambeson.studies import Matrix, Study
 from gambeson.studies.quickstart import DATA, TRAIN
+from gambeson.threat import Ball
 from gambeson.training import Recipe
 
 RATE = {"value", "low", "high", "n"}
@@ -215,11 +217,11 @@ def peers(folder: Path) -> Iterator[Number]:
     known = read_json(folder / "cross-check.json")["rows"]
     net = next(net for net in cross_check.NETS if net.name == "fashion lenet5 standard")
     model, data = cross_check.load(net, Path(), None)
-    for case in cross_check.CASES:
+    for case in CASES:
         row = known.get(f"{net.name}, {case.name}, torchattacks")
         if case.name in ("fgsm", "pgd-inf") and row:
             x, y = data.test.take(slice(0, row["images"]))
-            ball = cross_check.Ball(eps=row["eps"], norm=row["norm"])
+            ball = Ball(eps=row["eps"], norm=row["norm"])
             found = cross_check.side(case.ours(row["eps"]), model, x, y, ball, case.targeted)
             rate = Rate.of(round(row["accuracy"]["ours"] * len(x)), len(x)).plain()
             yield Number.of(f"accuracy under {case.name}", rate, float(found.standing.float().mean()))
