@@ -55,6 +55,19 @@ def test_a_changed_number_is_found(check, copy, name, edit, said):
     assert said in found
 
 
+def test_a_result_goes_on_where_it_was_cut_unless_its_settings_changed(check, tmp_path):
+    file = tmp_path / "x.json"
+    rows = check.stored.Rows(file, "python x.py", {"steps": 3})
+    rows.add("a", 1, total=1)
+    again = check.stored.Rows(file, "python x.py", {"steps": 3})
+    assert again.missing(["a", "b"]) == ["b"]
+    assert check.stored.Rows(file, "python x.py", {"steps": 4}).missing(["a", "b"]) == ["a", "b"]
+    content = json.loads(file.read_text())
+    shutil.copy(check.stored.RESULTS / check.stored.MADE, tmp_path)
+    (about,) = check.stored.abouts(file, content, tmp_path)
+    assert (about.command, about.settings, content["total"]) == ("python x.py", {"steps": 3}, 1)
+
+
 @pytest.mark.full
 def test_the_command_fails_where_a_number_was_changed(check, copy, capsys):
     folder = copy("defenses.json", lambda it: _row(it).update(value=0.1))
