@@ -24,6 +24,7 @@ from gambeson.defenses.registry import DEFENSES
 DOCS = Path(__file__).parent
 sys.path.append(str(DOCS.parent / "benchmarks"))
 import audit_page  # noqa: E402
+import scaling  # noqa: E402
 import testbed_rates  # noqa: E402
 from stored import RESULTS, abouts, files, load  # noqa: E402
 
@@ -166,7 +167,7 @@ def box_gradient() -> str:
 
 RADII = {"-half": "0.05", "": "0.1", "-twice": "0.2"}
 """Radii of the study of sharing, by the end of the measurement's label."""
-SHARED = {"cka": "cka", "cos_F": "cos_F", "jacobian": "norm", "rank1": "rank1", "ratio_s": "ratio_s"}
+SHARED = {"cka": "cka", "pairs": "cos_F", "jacobian": "norm", "rank1": "rank1", "ratio_s": "ratio_s"}
 SHARED |= {"sharing": "sharing factor", "weighted_sigma": "weighted sigma"}
 
 
@@ -176,8 +177,14 @@ def sharing() -> str:
     found = []
     for data in sorted({row["data"] for row in rows}):
         own = [row["values"] for row in rows if row["data"] == data]
-        columns = {name: [one[f"jacobians.{name}"]["value"] for one in own] for name in SHARED}
-        columns |= {name: [math.log(value) for value in columns[name]] for name in ("jacobian", "weighted_sigma")}
+        columns = {
+            name: [one[f"jacobians.{name}"]["value"] for one in own] for name in SHARED if f"jacobians.{name}" in own[0]
+        }
+        columns |= {
+            name: [math.log(value) for value in columns[name]]
+            for name in ("jacobian", "weighted_sigma")
+            if name in columns
+        }
         for name, column in columns.items():
             cells = []
             for end in RADII:
@@ -302,7 +309,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "quickstart table": ("../README.md", quickstart()),
         "defenses table": ("defenses.md", defences()),
         "calibrated crafting": ("defenses.md", calibrated()),
-        "universal table": ("attacks.md", universal()),
+        "equal budgets": ("attacks.md", universal()),
         "box gradient": ("attacks.md", box_gradient()),
         "autoattack table": ("attacks.md", autoattack()),
         "peers table": ("attacks.md", peers()),
@@ -317,7 +324,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "error rates": ("testbed.md", audit_page.rates_text()),
         "models": ("testbed.md", audit_page.models_text()),
         "rates by library": ("testbed.md", testbed_rates.text()),
-    }
+    } | {f"{name} table": ("scaling.md", f"\n{text}\n") for name, text in scaling.tables(load("scaling.json")).items()}
 
 
 def between(page: str, marker: str) -> str:

@@ -8,8 +8,6 @@ import pytest
 
 from gambeson.evaluation import Rate
 from gambeson.studies import Study
-from gambeson.studies.jacobians import JacobianMeasure
-from gambeson.studies.measures import TrainedModel
 from tests.test_docs import ROOT
 
 
@@ -86,19 +84,6 @@ def test_a_number_that_is_changed_with_its_interval_is_found_by_computing_it_aga
     assert list(check.contradictions(folder, "scale.json")) == []
     assert check.main(["--results", str(folder), "--only", "scale.json"]) == 1
     assert check.main(["--only", "scale.json"]) == 0
-
-
-def test_the_jacobian_measure_is_the_analysis(trained, digits, tmp_path):
-    from gambeson import analysis
-
-    few = digits.test.sample(20, seed=3)
-    model = TrainedModel(model=trained, data=digits, eps=0.1, seed=3, folder=tmp_path, out=tmp_path, source=None)
-    found = {name: one.value for name, one in JacobianMeasure(test_images=20, pairs=30).measure(model).metrics.items()}
-    spread = analysis.pair_sharing(trained, few, pairs=30, seed=3).spread("cos_F")
-    assert found["cos_F"] == pytest.approx(spread.mean)
-    assert found["sharing"] == pytest.approx(analysis.sharing_factor(trained, few))
-    assert found["jacobian"] == pytest.approx(analysis.jacobian_norms(trained, few).frobenius.mean)
-    assert found["weighted_sigma"] > 0
 
 
 def test_every_study_file_is_one():

@@ -14,13 +14,12 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import os
 import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from types import UnionType
 from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 from weakref import WeakKeyDictionary
@@ -261,21 +260,13 @@ class Registry(Generic[T]):
             raise
 
     def _points(self, name: str | None = None) -> list[EntryPoint]:
-        found = _announced(self.group, tuple((folder, _changed(folder)) for folder in sys.path))
-        return [point for point in found if name is None or point.name == name]
+        return [point for point in _installed(self.group, tuple(sys.path)) if name in (None, point.name)]
 
 
-@functools.lru_cache(16)
-def _announced(group: str, _: tuple[tuple[str, int], ...]) -> list[EntryPoint]:
-    """What installed packages announce, read anew only after a folder of them has changed."""
-    return list(entry_points(group=group))
-
-
-def _changed(folder: str) -> int:
-    try:
-        return os.stat(folder or ".").st_mtime_ns
-    except OSError:
-        return 0
+@functools.lru_cache(32)
+def _installed(group: str, _path: tuple[str, ...]) -> EntryPoints:
+    """The entry points of all packages on a path; reading them takes milliseconds, and studies ask often."""
+    return entry_points(group=group)
 
 
 def canonical(name: str) -> str:

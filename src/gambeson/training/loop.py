@@ -34,9 +34,11 @@ from gambeson.models import PixelModel
 from gambeson.models import save as save_model
 from gambeson.training.batches import Epoch
 from gambeson.training.checkpoint import load_state, save_state
+from gambeson.training.graphs import GraphedForward
 from gambeson.training.recipe import Recipe, fitted, freeze_statistics, make_optimizer, set_lr
 from gambeson.training.validation import is_best, validate, validate_robustly, warn_at_chance
 from gambeson.victim import Victim, copied
+from gambeson.victim.graphs import has_graphs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -134,6 +136,7 @@ class Run:
             if recipe.ema is None
             else AveragedModel(copied(model), multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
         )
+        self.graphs = GraphedForward() if has_graphs(self.device) else None
         self.history: History = []
         self.seconds: list[float] = []
 
@@ -197,7 +200,7 @@ class Run:
         """Take one step, with every phase of the objective; return the detached losses."""
         found: Losses = {}
         images = batch.images.to(self.dtype)
-        batch, version = replace(batch, images=images), images._version
+        batch, version = replace(batch, images=images, forward_by=self.graphs), images._version
         with repeatable(), autograd_limits():
             for losses, moving in self._optimizer_steps(batch):
                 self._step(losses["loss"], moving)
@@ -239,6 +242,8 @@ class Run:
     def _step(self, loss: torch.Tensor, moving: set[nn.Parameter] | None) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.graphs is not None:
+            self.graphs.close()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         if moving is not None:
             for parameter in parameters:
