@@ -1,7 +1,8 @@
 """Renew the made parts of ``docs/audit.md``, ``checks.md`` and ``testbed.md``: ``python benchmarks/audit_page.py``.
 
 A section for each diagnostic comes from :data:`gambeson.auditing.DIAGNOSTICS` and from the captions here, its picture
-from ``benchmarks/audit_pictures.py``; the costs come from the suites; the error rates come from
+from ``benchmarks/audit_pictures.py``; the costs come from the suites; the strength
+comes from ``results/strength.json``, which ``benchmarks/strength.py`` makes; the error rates come from
 ``results/testbed.json``, which ``benchmarks/testbed.py`` makes, and from ``results/testbed-pgd.json``; the models come
 from :mod:`gambeson.testbed`. ``tests/test_docs_audit.py`` holds the pages against this.
 """
@@ -21,6 +22,7 @@ from gambeson.evaluation import Rate
 ROOT = Path(__file__).parent.parent
 PAGE, CHECKS, TESTBED = (ROOT / "docs" / name for name in ("audit.md", "checks.md", "testbed.md"))
 RATES, PGD_RATES = ROOT / "results" / "testbed.json", ROOT / "results" / "testbed-pgd.json"
+STRENGTH = ROOT / "results" / "strength.json"
 WITHOUT = "input unchanged"
 """The one diagnostic that never fails, and so has no picture."""
 
@@ -265,6 +267,21 @@ def _gradients(attack: Any) -> int:
     return int(attack.steps + probes)
 
 
+def strength_text() -> str:
+    """Return what the suites leave right image by image, against stronger attacks, with their shares of the cost."""
+    lines = [
+        "| network | AutoAttack | and stronger attacks | `quick` | `standard` | cost of `quick`, `standard` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in json.loads(STRENGTH.read_text())["summary"]["rows"].items():
+        shares = [f"{100 * found[key]:.1f} %" for key in ("autoattack", "reference")]
+        suites = [found[suite] for suite in ("quick", "standard")]
+        shares += [f"{100 * one['reported']:.1f} % ({100 * one['above']:+.1f})" for one in suites]
+        costs = ", ".join(f"{100 * one['cost']:.0f} %" for one in suites)
+        lines.append(f"| {' | '.join([name, *shares, costs])} |")
+    return "\n".join(lines) + "\n"
+
+
 def models_text() -> str:
     """Return the table of the testbed's models on the digits, by family."""
     lines = ["| model | family | how it deceives | source |", "|---|---|---|---|"]
@@ -324,7 +341,7 @@ def renewed(page: str, parts: dict[str, str]) -> str:
 def main() -> None:
     """Renew the pages."""
     pages = {
-        PAGE: {"costs": costs_text()},
+        PAGE: {"costs": costs_text(), "strength": strength_text()},
         CHECKS: {"diagnostics": diagnostics_text()},
         TESTBED: {"own rates": own_rates_text(), "error rates": rates_text(), "models": models_text()},
     }

@@ -174,6 +174,16 @@ def test_the_costs_are_those_of_the_suites(page):
     assert _between("costs") == page.costs_text(), "run: python benchmarks/audit_page.py"
 
 
+def test_the_strength_is_that_stored_and_holds(page):
+    assert _between("strength") == page.strength_text(), "run: python benchmarks/audit_page.py"
+    stored = json.loads(page.STRENGTH.read_text())["summary"]
+    assert len(stored["rows"]) == 10
+    for found in stored["rows"].values():
+        assert found["reference"] <= found["autoattack"]
+        assert found["quick"]["above"] <= 0.015 + 1e-9
+    assert stored["worst"]["quick"]["cost"] < 1 / 3
+
+
 def test_the_cost_of_a_universal_perturbation_is_what_is_counted(page, trained, digits, monkeypatch):
     from gambeson.victim import Victim
 

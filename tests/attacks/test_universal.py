@@ -271,3 +271,18 @@ def test_starts_climbed_together_end_where_each_ends_alone(trained, digits, sett
         assert victim.backwards - before == 4 * 8 * 20
     torch.testing.assert_close(together, torch.cat(alone), atol=2e-4, rtol=0)
     assert float((together[1:] - together[:1]).abs().amax()) > 0.1  # restarts see other images and end elsewhere
+
+
+def test_a_shrunk_attack_stays_off_the_corners():
+    model, _ = binary((1, 4, 6))
+    data = linear_data(model, (1, 4, 6), keep=0)
+    settings = {"eps": 0.05, "steps": 40, "probe_starts": 0, "temperature": 1}
+    corner, inner = (StochasticPGD(**settings, shrink=share).craft(model, data).delta for share in (0.0, 0.1))
+    assert torch.equal(corner.sign(), inner.sign())
+    assert torch.allclose(corner.abs(), torch.tensor(0.05))
+    sizes = inner.abs() / 0.05
+    assert 0.9 <= float(sizes.min()) < 0.93
+    assert 0.97 < float(sizes.max()) < 1
+    assert len(sizes.unique()) == sizes.numel()
+    with pytest.raises(UserError, match="shrink is for norm 'inf', and the norm is '2'"):
+        StochasticPGD(eps=1, norm="2", shrink=0.1)

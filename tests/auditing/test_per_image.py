@@ -6,7 +6,7 @@ from torch import nn
 
 import gambeson as gb
 from gambeson.attacks import PGD, Square
-from gambeson.auditing import SUITES
+from gambeson.auditing import SUITES, Suite
 from gambeson.auditing.diagnostics import DIAGNOSTICS
 from gambeson.auditing.stages import per_image
 from gambeson.data import Dataset, Split
@@ -30,14 +30,25 @@ def test_pgd_on_all_images_and_the_suite_on_some(trained, few):
         assert PGD(**pgd.settings) == PGD(eps=0.1, steps=5)
         assert (pgd.accuracy.n, suite.accuracy.n) == (60, 40)
         assert pgd.rounds == []
-        assert [found.attack for found in targeted.rounds] == ["pgd", "auto-pgd-targeted"] == list(targeted.settings)
+        assert [found.attack for found in targeted.rounds] == ["earlier pgd", "auto-pgd-targeted"]
+        assert targeted.rounds[0].accuracy == pgd.accuracy  # and costs a forward
+        before = targeted.rounds[0]
+        assert (before.cost.backwards, before.cost.forwards) == (0, before.tried)
+        assert before.broken > 0
+        assert list(targeted.settings) == ["auto-pgd-targeted"]
         assert targeted.accuracy.n == 60
         assert targeted.accuracy.value < targeted.rounds[0].accuracy.value
         assert targeted.accuracy.value <= pgd.accuracy.value
         assert (suite.attack, suite.eps, suite.norm) == ("standard", 0.1, "inf")
         names = [found.attack for found in suite.rounds]
-        assert names == ["pgd", "auto-pgd", "auto-pgd-targeted", "square"] == list(suite.settings)
+        own = ["pgd", "auto-pgd", "auto-pgd-targeted", "square"]
+        assert names == ["earlier pgd", "earlier auto-pgd-targeted", *own]
+        assert own == list(suite.settings)
         assert suite.rounds[0].broken > 0
+        rows, counts = evidence.outcomes.of("per_image:auto-pgd-targeted")
+        few_rows, worst = evidence.outcomes.of("per_image:standard")
+        assert (worst.right <= counts.right[few_rows]).all()  # image by image
+        assert torch.equal(rows, torch.arange(60))
         assert suite.accuracy == suite.rounds[-1].accuracy
         assert Square(**suite.settings["square"]).queries == 50
         assert suite.cost.backwards == sum(found.cost.backwards for found in suite.rounds) > 0
@@ -114,3 +125,32 @@ def test_suites_cost_more_from_quick_to_full():
     quick, standard, full = (SUITES[name] for name in ("quick", "standard", "full"))
     assert quick.test_images * quick.pgd_steps * quick.pgd_restarts + quick.suite_images * 600 <= 25_000
     assert (quick.sample, quick.suite_images, standard.suite_images, full.suite_images) == (100, 0, 500, 2000)
+
+
+class Snapped(nn.Module):
+    """Sets values to black that many pixels of an image share beside black and white, as at a corner of a ball."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        flat = x.flatten(1)
+        alike = ((flat[:, :, None] - flat[:, None, :]).abs() < 1e-6).sum(2) > 8
+        return self.net(torch.where(alike & (flat > 0) & (flat < 1), 0.0, flat).view_as(x))
+
+
+def test_universal_crafting_goes_on_inside_the_ball(trained, digits):
+    """Its cost is a tenth of a restart; where only corners are withstood, it is what counts."""
+    suite = Suite(
+        eps=(0.3,), universal_steps=40, universal_restarts=1, universal_batch=16, universal_probe_starts=0, pgd_steps=1,
+        pgd_restarts=1, sample=10, test_images=100, validation_images=100, suite_images=0, queries=0, eps_adv=False,
+        jacobian_backwards=0, surrogate="none", eps_uni_runs=0, noise_sizes=(), edits=(), auto_pgd=False,
+        rescoring=False, checks=(), controls=(),
+    )  # fmt: skip
+    result = gb.audit(Snapped(trained), digits, suite).results
+    rates = {one.start: one.validation_uer for one in result.middle.restarts}
+    assert rates["warm, inside the ball"] > rates["zero"] + 0.05
+    assert result.middle.uer.value > 0.8 > rates["zero"]
+    assert result.middle.cost.backwards == 40 * 16 + 2 * 2 * 16
+    assert suite.model_copy(update={"norm": "2"}).inside(0.3) is None

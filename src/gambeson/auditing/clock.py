@@ -253,7 +253,8 @@ def said_of(clock: Clock, suite: Suite, stopped: Collection[str], middle: Univer
     total, seen = len(clock.data.test), middle.uer.n
     if asked.test_images is not None:
         total = min(total, asked.test_images)
-    notes = [] if suite == asked else [f"The {time_} made the audit smaller: {changes(asked, suite)}."]
+    made = changes(asked, suite)
+    notes = [f"The {time_} made the audit smaller: {made}."] if made else []
     parts = [*omitted(asked, suite), *(name for name in stopped if not name.startswith("check "))]
     checks = len(CHECKS) if asked.checks == "all" else len(asked.checks)
     ran = checks if suite.checks == "all" else len(suite.checks)

@@ -244,6 +244,8 @@ def parts_of(
     probe_starts = attack.probe_starts * min(attack.probe_start_images, held)
     points, restarts = len(suite.eps), min(attack.restarts, attack.probe_starts or attack.restarts)
     runs = points * restarts + points - 1  # from the second eps on the eps before is one start more
+    inner = suite.inside(suite.eps[0])
+    more, inside = (2, inner.steps * inner.batch_size) if inner else (0, 0)  # two starts inside the ball
     trials = TRIALS if suite.eps_uni_runs is None else suite.eps_uni_runs
     ranked = suite.patterns_of_controls * min(RANKED, held) + 2 * held  # what stands for an eps is chosen on validation
     scored = test * (1 + suite.patterns_of_controls) + ranked
@@ -262,11 +264,14 @@ def parts_of(
         "start": (votes * test + min(CALIBRATED, held), 0),
         "surrogate": (0, 0),
         "randomness": ((votes + 1) * test * random, 0),
-        "universal curve": (votes * (points * (probe_starts + scored) + runs * held), points * screen + runs * run),
+        "universal curve": (
+            votes * (points * (probe_starts + scored + more * held) + runs * held),
+            points * (screen + more * inside) + runs * run,
+        ),
         "re-scoring": (votes * n.again * suite.rescoring, 0),
         "PGD, image by image": (votes * (test + sets * n.again), n.draws * test * n.pgd * (3 if n.of_maps else 1)),
-        "targeted Auto-PGD": (votes * test * bool(n.targeted), test * n.targeted),
-        "attack suite": (votes * attacked * queries, n.draws * attacked * gradients),
+        "targeted Auto-PGD": (2 * test * bool(n.targeted), test * n.targeted),
+        "attack suite": (votes * attacked * (queries + 2), n.draws * attacked * gradients),
         "diagnostics": (votes * asked, slopes),
         "transfer": (votes * (2 * min(suite.transfer_images, test) + test) * bool(_lent(suite, data)), 0),
         "eps_uni": (votes * search, trials * (screen + 2 * run)),

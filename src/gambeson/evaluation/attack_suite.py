@@ -169,7 +169,7 @@ class WorstCase:
 def run_suite(
     victim: Victim,
     split: Split,
-    attacks: Mapping[str, ImageAttack],
+    attacks: Mapping[str, ImageAttack | torch.Tensor],
     *,
     norm: str = "inf",
     seed: int = 0,
@@ -186,7 +186,7 @@ def run_suite(
     Args:
         victim: the model, inside its context.
         split: the images.
-        attacks: by name, cheapest first.
+        attacks: by name, cheapest first; or the images (N, C, H, W) that an earlier one made of the split's.
         norm: of the reported distances.
         seed: of every attack, and of a random model's votes.
         batch_size: maximum batch size; smaller for large images.
@@ -202,6 +202,9 @@ def run_suite(
         for k, (name, attack) in enumerate(attacks.items()):
             before, rows = (victim.forwards, victim.backwards), worst.begin()
             for j, part in enumerate(rows.split(worst.batch_size) if len(rows) else ()):
+                if isinstance(attack, torch.Tensor):
+                    worst.offer(part, attack[part.to(attack.device)].to(part.device), k)
+                    continue
                 (x, y), stream = worst.take(part), derive(seed, name, j)
                 with seeded(stream, "attack"):  # for an attack, or a model, that draws from torch's own generators
                     moved = attacked(attack, victim, x, y, seed=stream, task=split.task, name=name)

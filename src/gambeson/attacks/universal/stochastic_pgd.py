@@ -19,7 +19,7 @@ from gambeson.attacks.universal.base import Candidate, UniversalAttack
 from gambeson.attacks.universal.context import CraftingContext
 from gambeson.attacks.universal.perturbation import UniversalPerturbation
 from gambeson.attacks.universal.target import OMEGA, TAU, LabelSource, Target, TargetSetting
-from gambeson.base import Number, UserError, tracked
+from gambeson.base import Number, UserError, generator, tracked
 from gambeson.data import Split
 from gambeson.threat import BoxGradient
 from gambeson.victim import Source, Temperature, auto_batch_size
@@ -61,6 +61,9 @@ class StochasticPGD(UniversalAttack):
     """Length of the first step as a share of eps."""
     final_step: Annotated[Number, Field(gt=0)] = 0.01
     """Length of the last step as a share of eps; the lengths between follow a cosine."""
+    shrink: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Norm inf only: stay inside a box whose half-width is drawn for each value from [1 - shrink, 1] eps, as with
+    :attr:`gambeson.attacks.PGD.shrink` (ours)."""
     truncate: Number | None = -math.log(0.2)
     """Truth less likely than exp(-truncate): the image is fooled and has no more say. None: plain cross-entropy.
     With ``loss="margin"``, an image whose margin is beyond it has no more say."""
@@ -108,6 +111,8 @@ class StochasticPGD(UniversalAttack):
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
+        if self.shrink and self.norm != "inf":
+            raise ValueError(f"shrink is for norm 'inf', and the norm is {self.norm!r}; leave it out")
         if self.tile is not None and self.norm == "1":
             raise ValueError("a step in norm 1 moves single pixels, no tiles; choose norm inf or 2")
         if isinstance(self.target, Target) and self.target.kind != "class" and "labels" not in self.model_fields_set:
@@ -179,6 +184,8 @@ class StochasticPGD(UniversalAttack):
             classwise: every image carries the perturbation of its own class.
         """
         solver, memory = context.solver(self.objective), torch.zeros_like(delta)
+        if self.shrink:
+            solver = solver.within(self.shrink, delta, generator(context.seed, "box", restarts[0], device=delta.device))
         sums: list[torch.Tensor] = []
         streams = zip(*(context.batches(self.batch_size, restart) for restart in restarts), strict=True)
         steps = zip(islice(streams, self.steps), self.lengths, strict=True)

@@ -13,6 +13,7 @@ from gambeson.attacks import PGD, CosPGD, SegPGD, Square
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.rescoring import Perturbed, asked, rescored_in, ways, worse
 from gambeson.auditing.results import PerImageResult, Rescored
+from gambeson.data import Split
 from gambeson.evaluation import BudgetSpent, Rate, run_suite, standard_suite
 from gambeson.evaluation.outcome import ImageAttack, outcome
 from gambeson.evaluation.segmentation_suite import class_pixels
@@ -32,10 +33,11 @@ def left_out(context: AuditContext) -> str:
 def measure(context: AuditContext) -> list[PerImageResult]:
     """Run the per-image attacks at the middle eps.
 
-    PGD on all test images, then targeted Auto-PGD behind a short PGD (:meth:`Suite.white_box`; random models are spared
-    it), or where labels are maps SegPGD and CosPGD of as many steps and restarts as PGD; then the standard attack suite
-    on ``suite.suite_images`` of them. The suite needs the norms inf or 2. A black box is attacked only by Square, on
-    the sample of the diagnostics, with ``suite.queries`` per image, and not at all in the norm 1.
+    PGD on all test images, then on what that left targeted Auto-PGD (random models are spared it), or where labels are
+    maps SegPGD and CosPGD of as many steps and restarts as PGD; then the standard attack suite on
+    ``suite.suite_images`` of them, which begins from what those left. The suite needs the norms inf or 2. A black box
+    is attacked only by Square, on the sample of the diagnostics, with ``suite.queries`` per image, and not at all in
+    the norm 1.
     """
     suite, norm = context.suite, context.suite.norm
     possible = not left_out(context)
@@ -44,13 +46,14 @@ def measure(context: AuditContext) -> list[PerImageResult]:
             return []
         square = Square(eps=context.eps, norm=norm, queries=suite.queries)
         return [attacked_in_turn(context, "square", len(context.sample), {"square": square}, square.plain())]
-    task, found = context.test.task, [_single(context, PGD_NAME, suite.pgd(context.eps))]
-    if parts := context.white_parts:
+    task, earlier = context.test.task, dict[str, Moved]()
+    found = [_single(context, PGD_NAME, suite.pgd(context.eps), earlier)]
+    if parts := {part: attack for part, attack in context.white_parts.items() if part != PGD_NAME}:
         settings = {name: attack.plain() for name, attack in parts.items()}
-        found.append(attacked_in_turn(context, "auto-pgd-targeted", len(context.test), parts, settings))
+        found.append(attacked_in_turn(context, "auto-pgd-targeted", len(context.test), parts, settings, earlier))
     if not task.per_image_label and norm != "1":
         same = {"eps": context.eps, "norm": norm, "steps": suite.pgd_steps, "restarts": suite.pgd_restarts}
-        found += [_single(context, "segpgd", SegPGD(**same)), _single(context, "cospgd", CosPGD(**same))]
+        found += [_single(context, "segpgd", SegPGD(**same), {}), _single(context, "cospgd", CosPGD(**same), {})]
     if possible and suite.suite_images:
         attacks = standard_suite(
             eps=context.eps,
@@ -62,16 +65,29 @@ def measure(context: AuditContext) -> list[PerImageResult]:
         )
         settings = {name: attack.plain() for name, attack in attacks.items() if hasattr(attack, "plain")}
         with suppress(BudgetSpent):  # where the time is over, PGD's number stays
-            found.append(attacked_in_turn(context, "standard", suite.suite_images, attacks, settings))
+            found.append(attacked_in_turn(context, "standard", suite.suite_images, attacks, settings, earlier))
     return found
 
 
-def _single(context: AuditContext, name: str, attack: PGD) -> PerImageResult:
-    return attacked(context, name, context.averaged(attack), attack.plain())
+Moved = tuple[torch.Tensor, torch.Tensor]
+"""Which test images (M,), and what an attack made of them (M, C, H, W)."""
 
 
-def attacked(context: AuditContext, name: str, attack: ImageAttack, settings: dict[str, Any]) -> PerImageResult:
-    """Attack every test image by its own, and ask again in other ways for what the attack returned."""
+def _single(context: AuditContext, name: str, attack: PGD, into: dict[str, Moved]) -> PerImageResult:
+    return attacked(context, name, context.averaged(attack), attack.plain(), into)
+
+
+def attacked(
+    context: AuditContext,
+    name: str,
+    attack: ImageAttack,
+    settings: dict[str, Any],
+    into: dict[str, Moved] | None = None,
+) -> PerImageResult:
+    """Attack every test image by its own, and ask again in other ways for what the attack returned.
+
+    What it returned is added to ``into``, for attacks that go on from there.
+    """
     before, test, eps, norm = context.spent, context.test, context.eps, context.suite.norm
     at = getattr(attack, "eps", eps), getattr(attack, "norm", norm)
     rows = test.sample_indices(max(1, _KEPT // math.prod(test.shape)), seed=context.seed)
@@ -88,9 +104,22 @@ def attacked(context: AuditContext, name: str, attack: ImageAttack, settings: di
         part = test if len(rows) == len(test) else test.subset(rows)
         kept = Perturbed(split=part, right=Counts(right.right[rows], right.total[rows]), images=torch.cat(moved))
         found, accuracy = _again(context, kept, accuracy)
+        if into is not None and test.task.per_image_label and not context.subject.random:
+            into[f"earlier {name}"] = rows, torch.cat(moved)
     return PerImageResult(
         attack=name, settings=settings, eps=at[0], norm=at[1], accuracy=accuracy, rescored=found, cost=cost
     )
+
+
+def _placed(split: Split, rows: torch.Tensor, places: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """Return what an attack made of the images of a split, which are ``rows`` of test; clean where it made nothing."""
+    images = split.take(slice(None), "cpu")[0].clone()
+    where = {int(place): k for k, place in enumerate(places)}
+    pairs = [(k, where[int(row)]) for k, row in enumerate(rows) if int(row) in where]
+    if pairs:
+        to, of = torch.tensor(pairs).T
+        images[to] = moved[of]
+    return images
 
 
 def _marked(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -112,12 +141,24 @@ def _again(context: AuditContext, stored: Perturbed, reported: Rate) -> tuple[li
 
 
 def attacked_in_turn(
-    context: AuditContext, name: str, images: int, attacks: Mapping[str, ImageAttack], settings: dict[str, Any]
+    context: AuditContext,
+    name: str,
+    images: int,
+    attacks: Mapping[str, ImageAttack],
+    settings: dict[str, Any],
+    earlier: dict[str, Moved] | None = None,
 ) -> PerImageResult:
-    """Run a suite of attacks on a sample of the test images, and ask again in other ways for its worst cases."""
+    """Run a suite of attacks on a sample of the test images, and ask again in other ways for its worst cases.
+
+    It begins from what ``earlier`` attacks made of these, to which its own worst cases are added.
+    """
     before = context.spent
     rows, split = context.test.sample_indices(images, seed=context.seed), context.few(images)
-    run = run_suite(context.victim, split, attacks, norm=context.suite.norm, seed=context.seed)
+    known = {} if earlier is None else earlier
+    before_it = {title: _placed(split, rows, *moved) for title, moved in known.items()}
+    run = run_suite(context.victim, split, before_it | dict(attacks), norm=context.suite.norm, seed=context.seed)
+    if not context.subject.random:
+        known[f"earlier {name}"] = rows, run.images
     found, cost = run.result, context.since(before)
     context.outcomes.keep(f"per_image:{name}", run.counts, context.test, rows)
     right = score_batches(context.victim, split.with_images(run.images), seed=context.seed).counts

@@ -183,8 +183,22 @@ def _borrowed(context: AuditContext, eps: float) -> list[UniversalPerturbation]:
 def _craft(context: AuditContext, eps: float, smaller: UniversalPerturbation | None) -> UniversalPerturbation:
     if context.subject.black_box:
         return black_box.craft(context, eps, None if smaller is None else (smaller.about.attack, smaller.delta))
-    start = None if smaller is None else smaller.delta
-    return context.suite.universal(eps).craft(context.victim, context.data, seed=context.seed, start=start)
+    start, attack = None if smaller is None else smaller.delta, context.suite.universal(eps)
+    crafted = attack.craft(context.victim, context.data, seed=context.seed, start=start)
+    inner = context.suite.inside(eps)
+    if inner is None:
+        return crafted
+    moved = inner.craft(context.victim, context.data, seed=context.seed, start=crafted.delta)
+    starts = [*crafted.about.restarts, *((f"{kind}, inside the ball", rate) for kind, rate in moved.about.restarts)]
+    best = max((crafted, moved), key=lambda one: max(rate for _, rate in one.about.restarts))
+    about = best.about.model_copy(
+        update={
+            "restarts": starts,
+            "forwards": crafted.about.forwards + moved.about.forwards,
+            "backwards": crafted.about.backwards + moved.about.backwards,
+        }
+    )
+    return UniversalPerturbation(best.delta, about, best.image_hashes)
 
 
 def end_curve(context: AuditContext) -> None:
