@@ -10,7 +10,7 @@ install = $(if $(TORCH_INDEX),\
   PIP_INDEX_URL=$(TORCH_INDEX) $(PIP) torch torchvision && $(PIP) -e ".[$(1)]",\
   $(PIP) uv && $(BIN)/python -m uv pip install --quiet --python $(BIN)/python --torch-backend auto -e ".[$(1)]" || $(PIP) -e ".[$(1)]")
 
-.PHONY: quickstart test test-full lint picture bundle clean
+.PHONY: quickstart test test-full lint picture tables results-check bundle clean
 
 quickstart: $(VENV)/.quickstart   ## find a universal perturbation, harden the model, open report.html
 	$(BIN)/gambeson quickstart --out runs/quickstart
@@ -35,6 +35,12 @@ picture: quickstart $(VENV)/.dev     ## the README's pictures and stored results
 	  mkdir -p results/quickstart/$$model; \
 	  cp runs/quickstart/$$model-audit/result.json runs/quickstart/$$model-audit/run.yaml results/quickstart/$$model/; \
 	done
+
+tables: $(VENV)/.dev                 ## every table of README and docs, from the code and results/
+	$(BIN)/python docs/tables.py
+
+results-check: $(VENV)/.dev          ## results/ without contradictions, and a sample of it computed again, in minutes
+	$(BIN)/python benchmarks/results_check.py
 
 bundle: $(VENV)/.quickstart        ## all that a machine without network needs, in pieces under 60 MiB
 	$(BIN)/python scripts/bundle.py pack

@@ -6,7 +6,7 @@ Both sides take the same images in chunks, alternately, each chunk in a fresh pr
 processor time of the attack alone, so that it means the same under load; beside it stands that of one forward of the
 bare model on the same chunk, taken before the attack, for comparing chunks that were not taken one after the other.
 Every finished chunk is stored: a run that is cut goes on where it stopped; ``--again ours`` takes one side anew. The
-weights are described in ``robust_lenet.py``; pyautoattack and torchattacks come with the extra ``bench``.
+weights are described in ``public_lenet.py``; pyautoattack and torchattacks come with the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from robust_lenet import EPS, lenet5
+from public_lenet import lenet5
+from stored import RESULTS, Rows
 from torch import nn
 
 import gambeson as gb
-from gambeson.base import environment, write_json
 from gambeson.evaluation import run_suite, standard_suite
 from gambeson.victim import Victim
 
-Sides = dict[str, dict[str, Any]]
+EPS = 0.3
 
 
 def ours(model: nn.Module, part: gb.data.Split) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -87,11 +88,12 @@ def one_chunk(side: str, weights: Path, first: int, last: int) -> dict[str, Any]
     }
 
 
-def summary(sides: Sides) -> dict[str, Any]:
+def summary(rows: Mapping[str, Any]) -> dict[str, Any]:
     """Return, for each public side, both robust accuracies and times over the chunks that both have finished."""
     found = {}
-    for name in sides.keys() - {"ours"}:
-        both = [(sides["ours"][key], sides[name][key]) for key in sides[name] if key in sides.get("ours", {})]
+    for name in SIDES.keys() - {"ours"}:
+        chunks = [key.split(", ")[1] for key in rows if key.startswith(f"{name}, ")]
+        both = [(rows[f"ours, {chunk}"], rows[f"{name}, {chunk}"]) for chunk in chunks if f"ours, {chunk}" in rows]
         if not both:
             continue
         right = [[value for pair in both for value in pair[side]["right"]] for side in (0, 1)]
@@ -120,28 +122,27 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=50)
     parser.add_argument("--side", choices=[name for name in SIDES if name != "ours"], default="pyautoattack")
     parser.add_argument("--again", choices=list(SIDES), help="forget this side's chunks first")
-    parser.add_argument("--out", type=Path, default=Path("results/autoattack.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "autoattack.json")
     parser.add_argument("--one", nargs=3, metavar=("SIDE", "FIRST", "LAST"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         side, first, last = arguments.one
         print(json.dumps(one_chunk(side, arguments.weights, int(first), int(last))))
         return
-    sides: Sides = json.loads(arguments.out.read_text())["chunks"] if arguments.out.exists() else {}
-    if arguments.again:
-        sides.pop(arguments.again, None)
-    for first in range(0, arguments.images, arguments.chunk):
-        last = min(first + arguments.chunk, arguments.images)
-        for side in ("ours", arguments.side):
-            if f"{first}-{last}" in sides.setdefault(side, {}):
-                continue
-            command = [sys.executable, __file__, "--weights", arguments.weights, "--one", side, str(first), str(last)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            sides[side][f"{first}-{last}"] = json.loads(done.stdout.splitlines()[-1])
-            content = {"eps": EPS, "summary": summary(sides), "chunks": sides, "environment": environment()}
-            write_json(arguments.out, content)
-            print(first, last, side, {key: sides[side][f"{first}-{last}"][key] for key in ("seconds", "wall_seconds")})
-    print(json.dumps(summary(sides), indent=1))
+    settings = {"eps": EPS, "chunk": arguments.chunk, "side": arguments.side}
+    rows = Rows(arguments.out, "python benchmarks/autoattack.py --weights FILE", settings)
+    for key in [key for key in rows.rows if key.startswith(f"{arguments.again}, ")]:
+        del rows.rows[key]
+    starts = range(0, arguments.images, arguments.chunk)
+    spans = [(first, min(first + arguments.chunk, arguments.images)) for first in starts]
+    for key in rows.missing(f"{side}, {a}-{b}" for a, b in spans for side in ("ours", arguments.side)):
+        side, chunk = key.split(", ")
+        command = [sys.executable, __file__, "--weights", arguments.weights, "--one", side, *chunk.split("-")]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        row = json.loads(done.stdout.splitlines()[-1])
+        rows.add(key, row, summary=summary(rows.rows | {key: row}))
+        print(key, {name: row[name] for name in ("seconds", "wall_seconds")}, flush=True)
+    print(json.dumps(summary(rows.rows), indent=1))
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from cross_check_cases import CASES, Case
 from peers import BUILD
-from robust_lenet import lenet5
+from public_lenet import lenet5
+from stored import RESULTS, Rows
 from torch import nn
 
 import gambeson as gb
-from gambeson.base import environment, read_json, seeded, write_json
+from gambeson.base import seeded
 from gambeson.data import Dataset
 from gambeson.threat import Ball
 
@@ -48,7 +49,7 @@ NETS = (
 )
 
 
-def load(net: Net, weights: Path, runs: Path) -> tuple[nn.Module, Dataset]:
+def load(net: Net, weights: Path, runs: Path | None) -> tuple[nn.Module, Dataset]:
     """Return the network, in evaluation mode, and its data."""
     if net.name.startswith("mnist"):
         kind = "clntrained" if net.name.endswith("standard") else "advtrained"
@@ -65,7 +66,7 @@ def load(net: Net, weights: Path, runs: Path) -> tuple[nn.Module, Dataset]:
             defense,
             epochs=TRAINING["epochs"],
             seed=TRAINING["seed"],
-            out=runs / net.name.replace(" ", "-"),
+            out=None if runs is None else runs / net.name.replace(" ", "-"),
         )
     return model.eval().requires_grad_(False), data
 
@@ -179,29 +180,28 @@ def main() -> None:
     """Compare everything that is not in the file yet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("results/cross-check.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "cross-check.json")
     parser.add_argument("--runs", type=Path, default=Path("runs/cross-check"), help="where trained networks are kept")
     parser.add_argument("--net", default="", help="only networks whose name holds this")
     parser.add_argument("--attack", default="", help="only attacks whose name holds this")
     parser.add_argument("--share", type=float, default=1.0, help="share of the images of each comparison")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = read_json(arguments.out)["rows"] if arguments.out.exists() else []
-    images = {(row["net"], row["attack"], row["peer"]): row["images"] for row in rows}
+    rows = Rows(arguments.out, "python benchmarks/cross_check.py --weights DIR", TRAINING)
     for net in NETS:
         if arguments.net not in net.name:
             continue
         model, data = load(net, arguments.weights, arguments.runs)
         for case in CASES:
             count = wanted(case, arguments.share)
-            missing = [peer for peer in case.peers if images.get((net.name, case.name, peer), 0) < count]
+            fewer = [key for key, row in rows.rows.items() if row["images"] < count]
+            names = {f"{net.name}, {case.name}, {peer}": peer for peer in case.peers}
+            missing = [names[key] for key in names if key in (*rows.missing(names), *fewer)]
             if not missing or arguments.attack not in case.name:
                 continue
-            found = compare(case, net, model, data, missing, arguments.share)
-            taken = {(row["net"], row["attack"], row["peer"]) for row in found}
-            rows = [row for row in rows if (row["net"], row["attack"], row["peer"]) not in taken] + found
-            print("\n".join(map(show, found)), flush=True)
-            write_json(arguments.out, {"rows": rows, "training": TRAINING, "environment": environment()})
+            for row in compare(case, net, model, data, missing, arguments.share):
+                print(show(row), flush=True)
+                rows.add(f"{net.name}, {case.name}, {row['peer']}", row)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,11 @@ None needs a trained network. ``results/cross-check.json`` shows what they cost 
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from peers import art_attack, foolbox_attack, torchattacks_attack
+from stored import RESULTS, made
 from torch import nn
 
 from gambeson.attacks import PGD, AutoPGD, CarliniWagner, DeepFool
@@ -92,16 +91,13 @@ def sure_model() -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """Print what was found, and store it where asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("results/peer-faults.json"))
-    arguments = parser.parse_args()
+    """Print what was found, and store it."""
     torch.set_num_threads(1)
-    content: dict[str, Any] = {"torch": torch.__version__, "black_and_white": black_and_white()}
-    content["sure_model"] = sure_model()
+    content: dict[str, Any] = {"black_and_white": black_and_white(), "sure_model": sure_model()}
     for part in ("black_and_white", "sure_model"):
         print(part, *(f"{name:36} {value}" for name, value in content[part].items()), sep="\n  ")
-    write_json(arguments.out, content)
+    about = made("python benchmarks/peer_faults.py", {"eps": EPS})
+    write_json(RESULTS / "peer-faults.json", {"about": about, **content})
 
 
 if __name__ == "__main__":

@@ -1,22 +1,19 @@
-"""Time and strength of our attacks beside Foolbox, torchattacks and ART: ``python benchmarks/peers.py --out FILE``.
+"""Attacks of Foolbox, torchattacks and ART, called as ours are.
 
 The peers come with the extra ``bench``; the library itself never imports them. Their attacks are built here by the
-names that they have there, so that ``cross_check.py`` and the tests can compare any of them with ours.
+names that they have there.
 """
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from gambeson.base import write_json
-from gambeson.studies.bench import Attack, BenchSettings, bench_attacks
+from gambeson.studies.bench import Attack, BenchSettings
 
 warnings.filterwarnings("ignore")
 
@@ -134,26 +131,3 @@ BUILD: dict[str, Callable[..., Attack]] = {
     "art": art_attack,
 }
 """How an attack of each peer is built from its name and settings."""
-
-
-def main() -> None:
-    """Run the benchmark with every peer that is installed and store the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("results/bench-attacks.json"))
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
-    settings = BenchSettings(rounds=arguments.rounds)
-    peers = {}
-    for name, build in PEERS.items():
-        try:
-            peers[name] = build(settings)
-        except ImportError as error:
-            print(f"{name} is left out: {error}")
-    result = bench_attacks(settings, peers)
-    for timing in result.timings:
-        print(f"{timing.name:14} {timing.seconds:7.3f} s   {timing.ratio:5.2f} of the bare loop")
-    write_json(arguments.out, result.plain())
-
-
-if __name__ == "__main__":
-    main()

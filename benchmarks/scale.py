@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stored import RESULTS, Rows
 
 import gambeson as gb
 from gambeson.attacks import PGD, StochasticPGD
-from gambeson.base import environment, write_json
 from gambeson.evaluation import accuracy_under
 from gambeson.testbed import networks
 from gambeson.victim import Victim
@@ -36,14 +36,16 @@ CASES = (
 SEEDS, IMAGES = (0, 1), 500
 
 
-def measure(data: gb.data.Dataset, model: torch.nn.Module, eps: float) -> list[dict[str, Any]]:
-    """Attack one network at every scale; the model's own stands first."""
+def measure(
+    data: gb.data.Dataset, model: torch.nn.Module, eps: float, multiples: tuple[float, ...] = ()
+) -> list[dict[str, Any]]:
+    """Attack one network at some scales, or at every one; the model's own then stands first."""
     found = []
     few = data.validation.subset(torch.arange(min(IMAGES, len(data.validation))))
     with Victim(model, fast=True) as victim:
         victim.inspect(few.take(slice(0, 8))[0])
         own = calibrating(victim, data.validation, 0)
-        for multiple in (1 / own, *MULTIPLES):
+        for multiple in multiples or (1 / own, *MULTIPLES):
             victim.temperature = own * multiple
             rates = []
             for seed in SEEDS:
@@ -59,16 +61,17 @@ def measure(data: gb.data.Dataset, model: torch.nn.Module, eps: float) -> list[d
 def main() -> None:
     """Measure, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/scale.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "scale.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for name, kind, eps in CASES:
+    cases = {f"{name}, {kind}": (name, kind, eps) for name, kind, eps in CASES}
+    settings = {"usual": list(USUAL), "multiples": list(MULTIPLES), "seeds": list(SEEDS), "images": IMAGES}
+    rows = Rows(arguments.out, "python benchmarks/scale.py", settings)
+    for key in rows.missing(cases):
+        name, kind, eps = cases[key]
+        print(f"{key}, eps {eps}")
         nets = networks(name)
-        print(f"{name}, {kind}, eps {eps}")
-        scales = measure(nets.data, nets(kind), eps)
-        rows.append({"data": name, "net": kind, "eps": eps, "scales": scales})
-        write_json(arguments.out, {"chosen": USUAL, "rows": rows, "environment": environment()})
+        rows.add(key, {"data": name, "net": kind, "eps": eps, "scales": measure(nets.data, nets(kind), eps)})
 
 
 if __name__ == "__main__":

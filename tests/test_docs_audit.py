@@ -32,24 +32,8 @@ def _between(mark, page=PAGE):
     return page.split(f"<!-- {mark} -->\n")[1].split(f"<!-- /{mark} -->")[0]
 
 
-def test_the_sections_are_those_of_the_diagnostics(page):
-    assert _between("diagnostics", CHECKS) == page.diagnostics_text(), "run: python benchmarks/audit_page.py"
+def test_the_sections_are_those_of_the_diagnostics():
     assert re.findall(r"^## (.*)$", _between("diagnostics", CHECKS), re.MULTILINE) == [one.name for one in DIAGNOSTICS]
-
-
-def test_the_error_rates_are_the_stored_ones(page):
-    assert _between("error rates", TESTBED) == page.rates_text(), "run: python benchmarks/audit_page.py"
-
-
-def test_the_testbeds_page_lists_its_models_and_the_stored_rates(page):
-    assert _between("models", TESTBED) == page.models_text(), "run: python benchmarks/audit_page.py"
-    assert _between("own rates", TESTBED) == page.own_rates_text(), "run: python benchmarks/audit_page.py"
-
-
-def test_the_testbeds_page_has_the_rates_by_library_and_kind():
-    assert _between("rates by library", TESTBED) == _page("testbed_rates").text(), (
-        "run: python benchmarks/testbed_rates.py"
-    )
 
 
 def _cell(name, failed=(), broken=False, per_image=0.9, kind="obfuscated"):

@@ -11,28 +11,6 @@ ROOT = Path(__file__).parent.parent
 MODELS = ("standard", "pgd-adversarial", "shared-adversarial")
 
 
-def table() -> str:
-    lines = [
-        "| model | clean accuracy | UER at eps 0.25 | PGD accuracy at eps 0.25 | eps_uni(0.5) "
-        "| strongest control at eps 0.25 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for model in MODELS:
-        found = AuditResult.load(ROOT / "results" / "quickstart" / model)
-        point = found.middle
-        assert point.eps == 0.25
-        worst = max((control.worst for control in point.controls), key=lambda rate: rate.value)
-        cells = [found.clean, point.uer, found.per_image[0].accuracy, f"at most {found.eps_uni.value:.3f}", worst]
-        lines.append(f"| {model} | {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
-
-
-def test_the_table_is_what_is_stored():
-    text = (ROOT / "README.md").read_text()
-    found = re.search(r"<!-- quickstart table -->\n(.*?)\n?<!-- /quickstart table -->", text, re.S)
-    assert found[1] == table()
-
-
 def test_the_stored_runs_are_convincing():
     plain, _, shared = (AuditResult.load(ROOT / "results" / "quickstart" / model) for model in MODELS)
     assert plain.middle.uer.low > 3 * max(control.worst.high for control in plain.middle.controls)

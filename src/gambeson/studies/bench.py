@@ -69,6 +69,8 @@ class Timing(Config):
     ratio_low: float
     ratio_high: float
     """Smallest and largest ratio of a round."""
+    cpu_ratio: float = 0.0
+    """The median ratio of processor seconds, which hardly depend on what else the machine does."""
     work: float = 0.0
     """Floating-point operations of its convolutions and matrix products, counted while it warmed up."""
 
@@ -126,6 +128,13 @@ class _Operations(TorchDispatchMode):
         return out
 
 
+def operations(run: Callable[[], object]) -> int:
+    """Count the floating-point operations of a run's convolutions and matrix products, forward and backward."""
+    with _Operations() as counted:
+        run()
+    return counted.total
+
+
 def _wait() -> None:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
@@ -136,36 +145,38 @@ def side_by_side(
 ) -> list[Timing]:
     """Run every candidate once per round, after a warm-up round, and compare it with the baseline."""
     taken: dict[str, list[float]] = {name: [] for name in candidates}
+    used: dict[str, list[float]] = {name: [] for name in candidates}
     work: dict[str, float] = {}
     with task(title, rounds + 1) as advance:
         for lap in range(rounds + 1):
             for name, run in candidates.items():
                 if not lap:
-                    with _Operations() as counted:
-                        run()
-                    work[name] = counted.total
+                    work[name] = operations(run)
                     if torch.accelerator.is_available():  # graphs are captured where nobody counts
                         run()
                     continue
                 _wait()
-                began = time.perf_counter()
+                began, cpu = time.perf_counter(), time.process_time()
                 run()
                 _wait()
                 taken[name].append(time.perf_counter() - began)
+                used[name].append(time.process_time() - cpu)
             advance()
-    return [_timing(name, seconds, taken[baseline], work[name]) for name, seconds in taken.items()]
-
-
-def _timing(name: str, seconds: list[float], baseline: list[float], work: float) -> Timing:
-    ratios = [own / other for own, other in zip(seconds, baseline, strict=True)]
-    return Timing(
-        name=name,
-        seconds=statistics.median(seconds),
-        ratio=statistics.median(ratios),
-        ratio_low=min(ratios),
-        ratio_high=max(ratios),
-        work=work,
-    )
+    timings = []
+    for name in candidates:
+        wall, cpu_ratios = ([a / b for a, b in zip(of[name], of[baseline], strict=True)] for of in (taken, used))
+        timings.append(
+            Timing(
+                name=name,
+                seconds=statistics.median(taken[name]),
+                ratio=statistics.median(wall),
+                ratio_low=min(wall),
+                ratio_high=max(wall),
+                cpu_ratio=statistics.median(cpu_ratios),
+                work=work[name],
+            )
+        )
+    return timings
 
 
 Attack = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]

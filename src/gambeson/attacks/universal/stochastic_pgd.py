@@ -41,7 +41,7 @@ class StochasticPGD(UniversalAttack):
     known: all defaults here are ours, but for the truncation kappa = -log 0.2 of Mummadi et al.
 
     Where a run ends depends on its start far more than on its length or its batch, so many starts are run a
-    little, on small batches with long steps, and only the best goes on (``benchmarks/universal_budget.py``). The
+    little, on small batches with long steps, and only the best goes on (``studies/universal-budget.yaml``). The
     papers' one long run is ``probe_starts=0, steps=200, batch_size=128, box_gradient="exact", temperature=1``.
 
     Crafted on ``data.train``; ``data.validation`` chooses among starts; ``data.test`` is never looked at. It costs
