@@ -15,6 +15,9 @@ install = $(if $(TORCH_INDEX),\
 quickstart: $(VENV)/.quickstart   ## find a universal perturbation, harden the model, open report.html
 	$(BIN)/gambeson quickstart --out runs/quickstart
 
+# Compiled once, where the environment forbids it too, not by every worker and every command that a test starts.
+test test-full: export PYTHONDONTWRITEBYTECODE :=
+
 test: $(VENV)/.dev lint           ## everything that must hold, in minutes
 	$(BIN)/python -m pytest -n auto -m "not full"
 

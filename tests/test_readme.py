@@ -24,6 +24,9 @@ def test_the_python_example_runs_on_small_data(tmp_path, monkeypatch):
     code, _ = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     code = code.replace('"fashion-mnist"', '"digits"').replace('"lenet"', '"lenet5"').replace("epochs=10", "epochs=1")
+    small = {"surrogate_epochs": 1, "transfer_images": 50, "sample": 50, "test_images": 100, "jacobian_backwards": 300}
+    quick = gb.auditing.SUITES["quick"].model_copy(update=small)
+    monkeypatch.setitem(gb.auditing.SUITES, "quick", quick)
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(compile(code, "README", "exec"), scope)

@@ -14,6 +14,7 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.base import generator, load_tensors
+from gambeson.cli.app import run as cli
 from gambeson.defenses import PGDAdversarial, Standard
 from gambeson.training import Recipe
 from gambeson.training.validation import is_best
@@ -123,14 +124,14 @@ def test_a_cut_run_resumes_in_lock_step(digits, tmp_path, cut):
 
 def test_sigkill_at_any_moment_loses_nothing_finished(tmp_path):
     command = [
-        *(sys.executable, "-m", "gambeson", "train", "--data", "digits", "--model", "lenet5", "--json"),
+        *("train", "--data", "digits", "--model", "lenet5", "--json"),
         *("--defense", "shared-adversarial", "--sharedness", "16", "--batch-size", "64", "--epochs", "6"),
     ]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True, env=environment)
+    assert cli([*command, "--out", str(whole)]) == 0
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-    process = subprocess.Popen([*command, "--out", str(cut)], **quiet)
+    process = subprocess.Popen([sys.executable, "-m", "gambeson", *command, "--out", str(cut)], **quiet)
     deadline = time.monotonic() + 120
     while not (cut / "state" / "latest.safetensors").is_file() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -138,7 +139,7 @@ def test_sigkill_at_any_moment_loses_nothing_finished(tmp_path):
     process.wait()
     done = len((cut / "metrics.jsonl").read_text().splitlines())
     assert 1 <= done < 6
-    subprocess.run([*command, "--out", str(cut)], check=True, capture_output=True, env=environment)
+    assert cli([*command, "--out", str(cut)]) == 0
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
     assert not [file for file in cut.rglob(".*") if file.is_file()]

@@ -13,6 +13,7 @@ from gambeson.victim import Victim, predict, temperature
 SUITE = Suite(
     eps=(0.15,), universal_steps=30, universal_probe_starts=0, pgd_steps=10, pgd_restarts=1, suite_images=0, queries=0,
     jacobian_backwards=0, surrogate="none", eps_uni_runs=0, eps_adv=False, sample=60, noise_sizes=(1.0,),
+    edits=(),
 )  # fmt: skip
 
 

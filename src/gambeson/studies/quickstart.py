@@ -15,7 +15,7 @@ import torch
 
 from gambeson import data, models
 from gambeson.attacks import StochasticPGD, UniversalPerturbation
-from gambeson.auditing import Audit, AuditRun, Suite, run_audit
+from gambeson.auditing import SUITES, Audit, AuditRun, Suite, run_audit
 from gambeson.auditing.stages import surrogate
 from gambeson.auditing.stages.examples import FILE, save_examples
 from gambeson.base import task
@@ -39,18 +39,22 @@ SUITE = Suite(
     eps=(0.1, 0.2, 0.25, 0.3, 0.4),
     universal_steps=200,
     universal_restarts=1,
-    universal_batch=64,
-    universal_probe_starts=4,
+    universal_batch=32,
+    universal_probe_starts=3,
     pgd_steps=20,
     pgd_restarts=1,
     suite_images=100,
+    suite_queries=1000,
     sample=100,
     queries=200,
     surrogate_epochs=6,
     transfer_images=500,
     noise_sizes=(1.0, 3.0),
+    edits=SUITES["quick"].edits,
+    edit_images=500,
     jacobian_backwards=2000,
     eps_uni_tolerance=0.05,
+    eps_uni_runs=2,
 )
 LOOK = StochasticPGD(eps=0.25, steps=100, probe_starts=4)
 """The attack of the first look, shorter than the audits'."""
