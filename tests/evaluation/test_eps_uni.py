@@ -134,7 +134,7 @@ def test_validation_chooses_the_warm_start_and_test_does_not(digits, trained):
     good = StochasticPGD(eps=0.3, steps=30, probe_starts=0).craft(trained, digits)
     weak = uap_of(control("random-sign", Ball(eps=0.1), shape, seed=3), 0.1)
     nothing = ImageErrors(torch.zeros(449, dtype=torch.long), torch.ones(449, dtype=torch.long))
-    much = ImageErrors((torch.arange(449) % 5 < 2).long(), nothing.answers)
+    much = ImageErrors((torch.arange(449) % 5 < 2).long(), nothing.total)
     known = {0.05: Found(scaled(good, 0.05), nothing), 0.1: Found(weak, much)}
     starts = []
 
@@ -280,7 +280,7 @@ def test_an_interval_read_off_a_coarse_curve_is_as_wide_as_its_steps():
     assert crossing_interval({0: curve[0]}, 0.5) == (0, None)
     assert crossing_interval(curve, 0.01)[0] == 0
     # Answers of images without a label, or with several, weigh as many as they are.
-    maps = {eps: ImageErrors(found.wrong * 2, found.answers * 2) for eps, found in curve.items()}
+    maps = {eps: ImageErrors(found.wrong * 2, found.total * 2) for eps, found in curve.items()}
     assert crossing_interval(maps, 0.5) == (low, high)
     blank = torch.zeros(500, dtype=torch.long)
     more = {

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from gambeson.analysis.inputs import answer, classifier, labelled
+from gambeson.analysis.inputs import classifier, forward, labelled
 from gambeson.analysis.jacobian import Spread, batch_jacobian, classes_of, frobenius, rows_at
 from gambeson.analysis.matrix_free import batches_of
 from gambeson.analysis.stacked import stacked_spectrum
@@ -163,7 +163,7 @@ def gradient_sharing(model: Source, data: Any, *, norm: Norm = "inf") -> Gradien
     with classifier(model, data) as (victim, split):
         total = torch.zeros(split.shape, dtype=torch.float64, device=victim.device)
         for images, labels in batches_of(victim, split):
-            point, logits = answer(victim, images)
+            point, logits = forward(victim, images)
             with torch.enable_grad():
                 value = torch.nn.functional.cross_entropy(logits, labels.clone(), reduction="sum")
             gradient = victim.gradient(value, point, len(point)).double()

@@ -308,7 +308,7 @@ class Auditor:
         if folder is not None:
             uap = context.uaps[context.eps]
             clean = ImageErrors.of(context.predictions, context.test)
-            before, after = (one.wrong / one.answers.clamp(min=1) for one in (clean, context.errors[context.eps]))
+            before, after = (one.wrong / one.total.clamp(min=1) for one in (clean, context.errors[context.eps]))
             shown = partial(save_examples, folder, victim, context.test, uap, before, after)
             curve = [context.uaps[eps] for eps in suite.eps]
             stages.afford("examples", None, lambda: shown(curve=curve, targeted=context.targeted), None)

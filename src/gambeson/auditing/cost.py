@@ -270,7 +270,7 @@ def parts_of(suite: Suite, data: Dataset, *, random: bool = False, ran: Collecti
         random=random,
         draws=eot_samples,
     )
-    asked, slopes = work_of(tuple(CHECKS) if suite.checks == "all" else suite.checks, ran, counts)
+    asked, backward = work_of(tuple(CHECKS) if suite.checks == "all" else suite.checks, ran, counts)
 
     def part(name: str, forwards: int, gradients: int = 0) -> Part:
         return Part(name=name, forwards=forwards, gradients=gradients, surrogate=lent.get(name, 0))
@@ -288,7 +288,7 @@ def parts_of(suite: Suite, data: Dataset, *, random: bool = False, ran: Collecti
         part("PGD, image by image", votes * (test + sets * again), eot_samples * test * steps),
         part("targeted Auto-PGD", votes * test, test * targeted) if white else part("targeted Auto-PGD", 0),
         part("attack suite", votes * attacked * queries, eot_samples * attacked * gradients),
-        part("diagnostics", votes * asked, slopes),
+        part("diagnostics", votes * asked, backward),
         part("transfer", votes * (2 * min(suite.transfer_images, test) + test) if lent else 0),
         part(
             "eps_uni",

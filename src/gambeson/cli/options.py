@@ -50,7 +50,7 @@ def registry(kind: str) -> Any:
     elif kind == Kind.tasks:
         from gambeson.tasks.task import TASKS as REGISTRY
     else:
-        from gambeson.auditing.diagnostics.base import LOOKS as REGISTRY
+        from gambeson.auditing.diagnostics.base import REGISTRY
     return REGISTRY
 
 

@@ -163,7 +163,7 @@ def class_view(
     """
     split.task.require_classification("rates of each class")
     labels = split.labels.cpu()
-    parts = {k: (labels == k) & (clean.answers > 0) for k in range(len(split.classes))}
+    parts = {k: (labels == k) & (clean.total > 0) for k in range(len(split.classes))}
     parts = {k: rows for k, rows in parts.items() if bool(rows.any())}
 
     def rate(errors: ImageErrors, rows: torch.Tensor) -> Rate:

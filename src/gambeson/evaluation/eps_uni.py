@@ -399,7 +399,7 @@ def _attacked(
     before, known, _ = tried[smaller]
     worse = errors.wrong >= known.wrong
     best = torch.where(worse.view(-1, 1, 1, 1), delta, before)
-    return best, ImageErrors(torch.maximum(errors.wrong, known.wrong), errors.answers), eps
+    return best, ImageErrors(torch.maximum(errors.wrong, known.wrong), errors.total), eps
 
 
 def _moved_errors(victim: Victim, split: Split, delta: torch.Tensor) -> ImageErrors:

@@ -101,11 +101,11 @@ def _queried(context: AuditContext) -> Finding:
     others = (square, _towards(context))
     found: list[tuple[Counts, Counts, list[int]]] = []
 
-    def look(on: Where) -> tuple[Counts, Counts]:
+    def counts(on: Where) -> tuple[Counts, Counts]:
         found.append((_voted if context.subject.random else _settled)(context, others, on))
         return found[-1][:2]
 
-    gain = context.looked(look, _MORE)
+    gain = context.compare_counts(counts, _MORE)
     white, both, broken = found[-1]
     left = int(white.right.sum())
     return Finding(

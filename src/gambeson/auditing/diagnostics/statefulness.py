@@ -168,7 +168,7 @@ def _memory(context: AuditContext) -> Finding:
     gradients=False,
 )
 def _input(context: AuditContext) -> Finding:
-    look = context.victim.traits
-    if look is not None and look.writes:
+    traits = context.victim.traits
+    if traits is not None and traits.writes:
         return Finding(True, "the model writes into the images it is given; every number was taken with copies")
     return Finding(True, "the images come back as they were sent")
