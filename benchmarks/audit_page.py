@@ -1,4 +1,4 @@
-"""Renew the made parts of ``docs/audit.md``, ``checks.md`` and ``testbed.md``: ``python benchmarks/audit_page.py``.
+"""Renew the made parts of ``docs/suites.md``, ``checks.md`` and ``testbed.md``: ``python benchmarks/audit_page.py``.
 
 A section for each diagnostic comes from :data:`gambeson.auditing.DIAGNOSTICS` and from the captions here, its picture
 from ``benchmarks/audit_pictures.py``; the costs come from the suites; the error rates come from
@@ -19,7 +19,7 @@ from gambeson.auditing import DIAGNOSTICS, SUITES, Diagnostic
 from gambeson.evaluation import Rate
 
 ROOT = Path(__file__).parent.parent
-PAGE, CHECKS, TESTBED = (ROOT / "docs" / name for name in ("audit.md", "checks.md", "testbed.md"))
+SUITES_PAGE, CHECKS, TESTBED = (ROOT / "docs" / name for name in ("suites.md", "checks.md", "testbed.md"))
 RATES, PGD_RATES = ROOT / "results" / "testbed.json", ROOT / "results" / "testbed-pgd.json"
 WITHOUT = "input unchanged"
 """The one diagnostic that never fails, and so has no picture."""
@@ -324,7 +324,7 @@ def renewed(page: str, parts: dict[str, str]) -> str:
 def main() -> None:
     """Renew the pages."""
     pages = {
-        PAGE: {"costs": costs_text()},
+        SUITES_PAGE: {"costs": costs_text()},
         CHECKS: {"diagnostics": diagnostics_text()},
         TESTBED: {"own rates": own_rates_text(), "error rates": rates_text(), "models": models_text()},
     }

@@ -81,7 +81,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "attacks per image": ("attacks.md", table(image, COSTS["image"])),
         "universal attacks": ("attacks.md", table(universal, COSTS["universal"])),
         "gate metrics": ("ci.md", gates()),
-        "suite settings": ("audit.md", suites()),
+        "suite settings": ("suites.md", suites()),
         "defences": ("defenses.md", table(DEFENSES.own(), COSTS["defense"])),
     }
 

@@ -137,7 +137,7 @@ SetAttack = Annotated[
 ]
 SetSuite = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Any other setting of the suite, as NAME=VALUE: pgd_restarts=5; see docs/audit.md."),
+    typer.Option("--set", help="Any other setting of the suite, as NAME=VALUE: pgd_restarts=5; see docs/suites.md."),
 ]
 
 Budget = Annotated[
