@@ -149,8 +149,8 @@ def diagnostics_text() -> str:
 
 def _section(diagnostic: Diagnostic) -> str:
     never = diagnostic.condition.startswith("never")
-    lead = f"Fails {diagnostic.condition}." if never else f"Fails when {diagnostic.condition}."
-    asked = "" if diagnostic.gradients else " Black boxes are looked at too."
+    lead = f"Never fails: {diagnostic.condition[7:]}." if never else f"Fails when {diagnostic.condition}."
+    asked = "" if diagnostic.gradients else " Applies to black boxes too."
     parts = [f"{lead}{asked}", diagnostic.explanation, f"**What to do.** {diagnostic.remedy}"]
     text = f"## {diagnostic.name}\n\n" + "\n\n".join(map(_wrapped, parts)) + "\n"
     if diagnostic.name == WITHOUT:

@@ -182,7 +182,10 @@ def test_the_power_of_the_checks_is_what_is_computed():
     from gambeson.auditing.outcome import COMPARISONS, smallest_effect
 
     sample, limits = SUITES["quick"].sample, (0, 0.01, 0.02, 0.05)
-    for words, looks in (("the sample alone", (sample,)), ("both looks", (sample, 5 * sample))):
+    for words, looks in (
+        ("the sample alone", (sample,)),
+        ("the sample, then five times as many", (sample, 5 * sample)),
+    ):
         effects = " | ".join(f"{100 * smallest_effect(looks, limit):.1f} %" for limit in limits)
         assert f"| {words} | {effects} |" in CHECKS
     assert f"at most {COMPARISONS} comparisons" in CHECKS

@@ -54,7 +54,7 @@ class Change(Config):
         return f"{self.first} to {self.second}: {self.difference}, {self.outcome} (p = {self.adjusted:.2g})"
 
 
-class Comparison(Config):
+class Comparison(notebook.ShownAsTable, Config):
     """Result of :func:`compare`.
 
     Intervals and tests are about the test images: each model's perturbations, and the models themselves, are held
@@ -102,19 +102,10 @@ class Comparison(Config):
         """
         return judge_gates(parse_gates(text, CHANGES), self, CHANGES)
 
-    @property
     def _lines(self) -> tuple[str, dict[str, str]]:
         title = f"{self.first.label} to {self.second.label}, on {self.material.name}. {self.summary}"
         words = [f"{'>' if one.censored else 'at most'} {one.value:.3g}{one.interval}" for one in self.eps_uni]
         return title, {change.name: str(change) for change in self.changes} | {"eps_uni": " to ".join(words)}
-
-    def __repr__(self) -> str:
-        return notebook.text_table(*self._lines)
-
-    __str__ = __repr__
-
-    def _repr_html_(self) -> str:
-        return notebook.html_table(*self._lines)
 
     def to_frame(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per rate."""

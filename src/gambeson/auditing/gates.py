@@ -192,7 +192,7 @@ class GateResult(Config):
     """Why it was missed, where the number alone does not say so."""
 
 
-class GateReport(Config):
+class GateReport(notebook.ShownAsTable, Config):
     """What came of several gates."""
 
     gates: list[GateResult]
@@ -202,19 +202,10 @@ class GateReport(Config):
         """Whether all of them held."""
         return all(gate.held for gate in self.gates)
 
-    @property
     def _lines(self) -> tuple[str, dict[str, str]]:
         missed = sum(not gate.held for gate in self.gates)
         title = "All gates held" if not missed else f"{missed} of {len(self.gates)} gates missed"
         return title, {gate.gate: f"{'held' if gate.held else 'MISSED'}: {describe(gate)}" for gate in self.gates}
-
-    def __repr__(self) -> str:
-        return notebook.text_table(*self._lines)
-
-    __str__ = __repr__
-
-    def _repr_html_(self) -> str:
-        return notebook.html_table(*self._lines)
 
     def to_frame(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per gate."""

@@ -164,7 +164,7 @@ def _memory(context: AuditContext) -> Finding:
     "input unchanged",
     condition="never: a model that writes into its input is given copies, and this check says so",
     explanation="Writing into the images would change what an attack keeps.",
-    remedy="Copy the images at the head of the model's forward.",
+    remedy="Copy the images at the start of the model's forward.",
     gradients=False,
 )
 def _input(context: AuditContext) -> Finding:

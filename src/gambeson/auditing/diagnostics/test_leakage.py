@@ -16,7 +16,7 @@ tried was the best of several on validation. Ours."""
     "no test-set leakage",
     condition="under the same attack clearly more test images than validation images keep their answer, by "
     f"{100 * _MORE:g} points",
-    explanation="The model withstands more on the images that it is scored on than on others of the same kind: it "
+    explanation="The model is more robust on the images that it is scored on than on others of the same kind: it "
     "knows them, or the test split is easier than the data.",
     remedy="Find out whether the test images, or near copies of them, went into the model; score it on images that "
     "nobody has seen.",
