@@ -162,20 +162,15 @@ def outside_cell(data: str, entry: Entry, auditor: str, now: dict[str, str]) -> 
     found: dict[str, Any] = {"kind": word(entry), "data": data, "name": entry.name, "signature": now}
     try:
         with python_seeded(0, "auditor", entry.name):
-            said = OUTSIDE[auditor](model, nets.data)
+            verdict = OUTSIDE[auditor](model, nets.data)
     except outside.MissingPackageError:
         raise
-    except gb.UserError as error:
-        return found | {
-            "refused": str(error),
-            "trusted": False,
-            "failed": ["refused"],
-            "seconds": 0.0,
-            "this_time": 0.0,
-        }
-    numbers = {} if said.accuracy is None else {"per_image": said.accuracy.plain()}
+    except Exception as error:  # whoever reads a traceback is not told that the model is robust
+        said = str(error) if isinstance(error, gb.UserError) else f"{type(error).__name__}: {error}"
+        return found | {"refused": said, "trusted": False, "failed": ["refused"], "seconds": 0.0, "this_time": 0.0}
+    numbers = {} if verdict.accuracy is None else {"per_image": verdict.accuracy.plain()}
     spent = time.process_time() - began
-    return found | numbers | {"trusted": said.trusted, "failed": said.reasons, "seconds": spent}
+    return found | numbers | {"trusted": verdict.trusted, "failed": verdict.reasons, "seconds": spent}
 
 
 def outside_signature(auditor: str, entry: Entry) -> dict[str, str]:

@@ -12,14 +12,21 @@ from torch import nn
 
 import gambeson as gb
 from gambeson import UserError
+from gambeson.attacks import FGSM, PGD
 from gambeson.auditing import DIAGNOSTICS, SUITES, Suite, clock
+from gambeson.auditing.amounts import CHECKS
 from gambeson.auditing.auditor import Auditor
 from gambeson.auditing.clock import Clock
-from gambeson.auditing.cost import CHECKS, Speed, parts_of
+from gambeson.auditing.cost import Speed, parts_of
 from gambeson.auditing.results import AuditResult
+from gambeson.auditing.stages import surrogate
+from gambeson.auditing.stages.adaptive import OnStandIn
+from gambeson.auditing.stages.transfer import FromSurrogate
 from gambeson.base import show_progress
 from gambeson.cli.app import run
 from gambeson.evaluation import FunctionModel
+from gambeson.victim import Victim
+from gambeson.victim.substitute import InnerGradientsOff
 
 LITTLE = Suite(
     eps=(0.1, 0.2, 0.3), universal_steps=20, universal_restarts=1, universal_batch=16, universal_probe_starts=0,
@@ -120,6 +127,52 @@ def test_an_audit_ends_in_time_also_on_a_machine_that_slows_down(digits, trained
         assert not result.verdict.trusted or "checks" not in text.split(".")[1]
     ran = [check.name for check in result.checks if check.detail != "it was left out"]
     assert result.settings["checks"] == "all" or set(result.settings["checks"]) <= set(ran)
+
+
+def test_training_a_surrogate_stops_where_it_takes_longer_than_planned(digits, trained, monkeypatch):
+    now, create = Time(monkeypatch), gb.models.create
+
+    def slow(name, data):
+        net = create(name, data)
+        net.register_forward_hook(lambda module, inputs, logits: now.spend(20 * len(logits)))
+        return net
+
+    monkeypatch.setattr(gb.models, "create", slow)
+    monkeypatch.setattr(surrogate, "_FEWEST_STEPS", 40)
+    little = {"surrogate": "auto", "surrogate_images": 400, "surrogate_epochs": 2, "checks": ("stateless",)}
+    none = {
+        "jacobian_backwards": 0,
+        "rescoring": False,
+        "queries": 0,
+        "eps_uni_runs": 0,
+        "noise_sizes": (),
+        "edits": (),
+    }
+    suite = LITTLE.model_copy(update={"eps": (0.2,), **little, **none})
+    result = gb.audit(Slow(trained, now), digits, suite, minutes=0.3).results
+    assert now.now <= 1.02 * 18
+    assert result.surrogate.left_out == "No perturbation was transferred: training the surrogate took too long."
+    assert any(note.startswith("surrogate was left out: the 0.3 minutes of") for note in result.notes)
+    assert (result.settings["surrogate"], result.transfer) == ("none", [])
+    assert result.middle.uer.n == result.material.test
+
+
+def test_attacks_on_stand_ins_and_surrogates_stop_with_the_time(digits, trained):
+    class Over(Exception):
+        pass
+
+    def over():
+        raise Over
+
+    x, y = digits.test.take(slice(0, 4))
+    attacks = [OnStandIn(InnerGradientsOff, PGD(eps=0.1, steps=2)), FromSurrogate(trained, FGSM(eps=0.1))]
+    with Victim(trained) as victim:
+        for attack in attacks:
+            attack(victim, x, y)
+        victim.before_call = over
+        for attack in attacks:
+            with pytest.raises(Over):
+                attack(victim, x, y)
 
 
 def test_what_was_chosen_can_be_run_again_without_the_clock(digits, trained, monkeypatch):

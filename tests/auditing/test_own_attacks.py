@@ -9,6 +9,7 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.auditing import SUITES, plot_audits
 from gambeson.auditing.audit import audit
+from gambeson.auditing.cost import Speed, plan
 
 SMALL = SUITES["quick"].model_copy(
     update={
@@ -124,3 +125,31 @@ def test_a_data_set_shows_its_splits_and_some_classes(digits):
     assert repr(digits) == (
         "Dataset(digits: train 1,078, validation 270, test 449 images of 1x8x8, 10 classes: 0, 1, 2, 3, 4, ...)"
     )
+
+
+def test_own_attacks_are_part_of_the_plan(trained, digits, tmp_path):
+    (tmp_path / "mine.py").write_text(WEAK)
+    named = SMALL.model_copy(update={"attacks": ("square", f"{tmp_path}/mine.py:Corner")})
+    universal = gb.attacks.StochasticPGD(eps=0.1, steps=50, restarts=3, batch_size=20, probe_starts=2)
+    searched = gb.attacks.CarliniWagner(steps=40, searches=5)
+    mine = [gb.attacks.PGD(eps=0.2, steps=30, restarts=4), universal, searched]
+    speed = Speed(forward=1e-3, gradient=2e-3)
+
+    def own_part(suite, attacks=()):
+        parts = plan(trained, digits, suite, speed=speed, attacks=attacks).parts
+        return {part.name: part for part in parts}["own attacks"]
+
+    assert own_part(SMALL).forwards == own_part(SMALL).gradients == 0
+    assert own_part(SMALL, mine).gradients == 120 * 30 * 4 + (50 * 3 * 20 + 2 * 100 * 16) + 120 * 40 * 5
+    assert own_part(SMALL, mine[:1]).forwards >= 120
+    both = own_part(named)
+    assert (both.gradients, both.forwards >= 120 * 5000) == (120 * 100, True)  # of unknown length, and by queries
+
+
+def test_an_own_attack_costs_no_more_than_planned(found, trained, digits):
+    mine = [gb.attacks.StochasticPGD(eps=0.1, steps=200, restarts=2)]
+    parts = plan(trained, digits, SMALL, speed=Speed(forward=1e-3, gradient=2e-3), attacks=mine).parts
+    part = {part.name: part for part in parts}["own attacks"]
+    (moved,) = found.results.transfer
+    assert 0 < moved.cost.backwards <= part.gradients
+    assert moved.cost.forwards - moved.cost.backwards <= part.forwards

@@ -33,6 +33,9 @@ CASES: dict[str, list[dict]] = {
         {**EPS, "bank": 2, "warmup": 0, "restart": 2},
         {**EPS, "bank": 2, "warmup": 0, "direction": "reverse", "assignment": "strong", "truncate": 1.5},
     ],
+    "bank-started": [{**EPS, "bank": 2, "warmup": 0}],
+    "n-fgsm": [EPS],
+    "free-adversarial": [{**EPS, "replays": 2}],
     "ensemble-adversarial": [
         EPS,
         {**EPS, "attack": "r-step-ll", "mixing": "half", "weight": 0.3, "random_eps": True},

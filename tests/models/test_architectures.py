@@ -8,6 +8,7 @@ from torch.func import functional_call, grad, vmap
 
 from gambeson import models
 from gambeson.base import UserError
+from gambeson.models.lenet import MaxPool
 from tests.models import test_segmentation
 
 # name, channels, side: the smallest cases that still leave batch normalisation something to normalise
@@ -187,6 +188,27 @@ def test_lenet_is_the_paper_s_chain():
     by_hand = torch.max_pool2d(torch.conv2d(by_hand, body.conv2.weight, body.conv2.bias), 2).relu()
     by_hand = (by_hand.flatten(1) @ body.fc1.weight.T + body.fc1.bias).relu() @ body.fc2.weight.T + body.fc2.bias
     torch.testing.assert_close(body(x), by_hand)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # what torch.func loads
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pooling_is_pytorch_s_with_and_without_a_derivative(layout):
+    ours, theirs = MaxPool(), torch.nn.MaxPool2d(2)
+    x = torch.randint(3, (4, 6, 9, 7), generator=torch.Generator().manual_seed(0)).float()  # full of equal values
+    x[0, 0, 1, 2] = torch.nan
+    x = x.contiguous(memory_format=layout)
+    found, expected = ours(x), theirs(x)
+    assert torch.equal(found.nan_to_num(9), expected.nan_to_num(9))
+    assert found.isnan().sum() == 1
+    assert found.stride() == expected.stride()
+    x, move = x.nan_to_num(0), torch.rand(x.shape)
+    for derivative in (lambda pool: torch.func.jvp(pool, (x,), (move,))[1], lambda pool: _gradient(pool, x)):
+        assert torch.equal(derivative(ours), derivative(theirs))
+
+
+def _gradient(net, x):
+    point = x.clone().requires_grad_()
+    return torch.autograd.grad(net(point).square().sum(), point)[0]
 
 
 def test_golden_lenet():

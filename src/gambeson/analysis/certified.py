@@ -7,7 +7,7 @@ shared perturbation bounds the number of images that it can break together, by a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,15 @@ import torch
 from gambeson.analysis.chain import Affine, Layer, ReLU, chain_of
 from gambeson.analysis.inputs import classifier
 from gambeson.base import Config, UserError, task
+from gambeson.data import Split
 from gambeson.tasks import Rate
 from gambeson.threat import Ball
 from gambeson.victim import Source
 
 _SLACK = 1e-6
 """Margin that rounding may take, as a share of the largest logit: bounds are computed in float64, models are not."""
+LARGEST = 0.5
+"""Radii are smaller."""
 _CHUNK = 256
 """Rows that are propagated back at once."""
 
@@ -62,23 +65,34 @@ def certified_accuracy(
         UserError: a random model, layers of another kind, or an eps out of range.
     """
     radius = Ball(eps=eps).eps
-    if radius >= 0.5:
-        raise UserError(f"eps = {eps} is out of range: expected a radius below 0.5")
+    if radius >= LARGEST:
+        raise UserError(f"eps = {eps} is out of range: expected a radius below {LARGEST:g}")
     with classifier(model, data) as (victim, split):
         if victim.inspect(split.take(slice(0, 8), victim.device)[0]).stochastic:
             raise UserError("the model is random, and bounds are those of a function: turn its noise off")
         chosen = split.sample(images, seed=seed)
-        points, labels = chosen.take(slice(None), "cpu")
-        layers = chain_of(victim.model, points[:1])
+        return bounded(chain_of(victim.model, chosen.take(slice(0, 1), "cpu")[0]), chosen, radius)
+
+
+def bounded(
+    layers: Sequence[Layer], split: Split, eps: float, before_each: Callable[[], None] | None = None
+) -> CertifiedAccuracy:
+    """Return the bounds of :func:`certified_accuracy` on a whole split, for a model that is known as a chain of layers.
+
+    ``before_each`` is called before each image; it may raise, as a limit on time does.
+    """
+    points, labels = split.take(slice(None), "cpu")
     bounds = []
     with task("  certify", len(points)) as advance, torch.no_grad():
         for x, y in zip(points.double().flatten(1), labels.tolist(), strict=True):
-            bounds.append(Bound.of(layers, x, y, radius))
+            if before_each is not None:
+                before_each()
+            bounds.append(Bound.of(layers, x, y, eps))
             advance()
     right, sure = sum(one.clean for one in bounds), sum(one.certified for one in bounds)
-    broken = broken_together([one for one in bounds if one.clean and not one.certified], radius)
+    broken = broken_together([one for one in bounds if one.clean and not one.certified], eps)
     return CertifiedAccuracy(
-        eps=radius,
+        eps=eps,
         clean=Rate.of(right, len(bounds)),
         per_image=Rate.of(sure, len(bounds)),
         universal=(right - broken) / len(bounds),

@@ -20,7 +20,7 @@ from gambeson.auditing.cost import Speed
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, get
 from gambeson.auditing.results import AuditResult, ModelInfo, Verdict
 from gambeson.auditing.stages import black_box as boxes
-from gambeson.auditing.stages import own, surrogate
+from gambeson.auditing.stages import certified, own, surrogate
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.base import UserError, say, unknown_name
 from gambeson.data import Dataset, Split, as_dataset, disjoint
@@ -107,7 +107,7 @@ def audit(
     dataset = as_dataset(data)
     clock = None
     if suite.minutes is not None:
-        clock = Clock(suite.minutes, model, dataset, suite, seed=seed, began=began)
+        clock = Clock(suite.minutes, model, dataset, suite, seed=seed, began=began, attacks=attacks)
     return run_stages(
         model,
         dataset,
@@ -154,6 +154,7 @@ def run_stages(
     keep_eps, suite = bool(suite.eps), suite.on(dataset).model_copy(update={"minutes": None})
     diagnostics, mine = diagnostics_of(suite), own.of(suite, attacks)
     surrogate.check(suite, dataset, model)
+    certified.check(suite, dataset, model)
     folder = None if out is None else Path(out)
     black_box = isinstance(model, BlackBox)
     if black_box and mine:

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from gambeson.auditing import rescoring
+from gambeson.auditing.amounts import CHECKS
 from gambeson.auditing.budget import omitted
-from gambeson.auditing.clock import BY_WORTH, CHECKED, CURVE, Clock, Remaining, TimeSpent, now, said_of
+from gambeson.auditing.clock import BY_WORTH, CHECKED, CURVE, OWN, Clock, Remaining, TimeSpent, now, said_of
 from gambeson.auditing.context import AuditContext, Checkpoints
-from gambeson.auditing.cost import CHECKS, Part, Speed
+from gambeson.auditing.cost import Part, Speed
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic
 from gambeson.auditing.display import in_a_line, worst_attack
 from gambeson.auditing.jacobian_results import JacobianResult
 from gambeson.auditing.results import (
     AdaptiveResult,
     AuditResult,
+    CertifiedResult,
     Check,
     Corruption,
     DataInfo,
@@ -33,6 +35,7 @@ from gambeson.auditing.results import (
 )
 from gambeson.auditing.stages import (
     adaptive,
+    certified,
     classes,
     corruption,
     edits,
@@ -50,7 +53,7 @@ from gambeson.auditing.stages.examples import save_examples
 from gambeson.auditing.suite import Suite
 from gambeson.auditing.verdict import eps_in_words, judge
 from gambeson.base import UserError, environment, say, task, watched
-from gambeson.evaluation import BlackBox
+from gambeson.evaluation import BlackBox, BudgetSpent
 from gambeson.evaluation.classes import ClassView
 from gambeson.evaluation.edits import EditsResult
 from gambeson.evaluation.rates import EpsAdv, EpsUni, ImageErrors
@@ -72,12 +75,14 @@ class _Stage:
 
 
 _STOPPED: dict[str, dict[str, Any]] = {
+    "surrogate": {"surrogate": "none"},
     "re-scoring": {"rescoring": False},
     "eps-uni": {"eps_uni_runs": 0},
     "eps-adv": {"eps_adv": False},
     "corruption": {"noise_sizes": ()},
     "edits": {"edits": ()},
     "classes": {"class_wise": False},
+    "certified": {"certified": False},
     "jacobian": {"jacobian_backwards": 0},
 }
 """Settings of an audit without a stage that was stopped."""
@@ -113,6 +118,7 @@ class Auditor:
         self.noise: list[Corruption] = []
         self.edited: EditsResult | None = None
         self.classes: ClassView | None = None
+        self.bounds: list[CertifiedResult] = []
         self.jacobians: JacobianResult | None = None
         self.checks: dict[str, Check] = {}
         self.unchecked: dict[str, Check] = {}
@@ -159,10 +165,11 @@ class Auditor:
             _Stage("per-image", "per image", self._per_image),
             _Stage("targets", "targets", self._targets),
             _Stage("transfer", "transfer", self._transfer),
-            *(_Stage(name, "own", partial(self._own, name, run)) for name, run in self.mine.items()),
+            *(_Stage(name, OWN, partial(self._own, name, one)) for name, one in self.mine.items()),
             _Stage("corruption", "noise", self._corruption),
             _Stage("edits", "edits", self._edits),
             _Stage("classes", "classes", self._classes),
+            _Stage("certified", "certified", self._certified),
             _Stage("jacobian", "Jacobian analysis", self._jacobian),
         ]
         checks = [_Stage(f"check {one.name}", CHECKED, partial(self._check, one), one.name) for one in self.diagnostics]
@@ -175,7 +182,8 @@ class Auditor:
     def _costs(self, todo: list[_Stage]) -> list[float]:
         """How many seconds each stage takes at the most."""
         context = self.context
-        suite, rest = context.suite, Remaining(context.data, self.speed, black_box=context.subject.black_box)
+        suite, mine = context.suite, [one.attack for one in self.mine.values()]
+        rest = Remaining(context.data, self.speed, black_box=context.subject.black_box, mine=mine)
         left = [rest.seconds(suite)]
         for stage in todo:
             rest.end(stage.part, stage.check)
@@ -192,21 +200,38 @@ class Auditor:
         if not known:
             context.suite = clock.begin(context.suite, stage.part)
             self.stages.keep("clock", {"suite": context.suite.plain(), "spent": clock.spent})
-        clock.bound = bool(context.universal)  # without one perturbation there is nothing to say
+        training = stage.part == "surrogate"
+        clock.bound = training or bool(context.universal)  # without one perturbation there is nothing to say
+        clock.kept = clock.seconds(context.suite) if training else 0.0
+        if stage.check in adaptive.READ_BY:  # attacks that few models call for take no more than half of what is left
+            clock.kept = clock.left / 2
         before, began = context.spent, now()
         line = stage.run()
         clock.bound = False
         took = context.since(before)
         asked = Part(name=stage.part, forwards=took.forwards - took.backwards, gradients=took.backwards)
-        seen = not known and stage.part not in ("surrogate", "own")
+        seen = not known and stage.part not in ("surrogate", OWN)
         clock.end(stage.part, stage.check, seconds=now() - began, asked=asked if seen else None)
         return line
 
     def _surrogate(self) -> None:
-        context = self.context
-        context.surrogate, self.source = surrogate.obtain(
-            context.suite, context.data, context.victim.model, self.folder, self.stages, context.seed
-        )
+        context, victim = self.context, self.context.victim
+        try:
+            context.surrogate, self.source = surrogate.obtain(
+                context.suite,
+                context.data,
+                victim.model,
+                self.folder,
+                self.stages,
+                context.seed,
+                victim.before_call,
+            )
+        except BudgetSpent as spent:
+            self.stages.left_out["surrogate"] = spent
+            self.source = Surrogate(
+                name="", left_out="No perturbation was transferred: training the surrogate took too long."
+            )
+            context.suite = context.suite.model_copy(update={"surrogate": "none"})
 
     def _randomness(self) -> None:
         context = self.context
@@ -261,8 +286,9 @@ class Auditor:
             "transfer", list[TransferredResult], lambda: transfer.measure(context), []
         )
 
-    def _own(self, name: str, run: own.Own) -> None:
-        added = self.stages.afford(name, PerImageResult | TransferredResult | None, partial(run, self.context), None)
+    def _own(self, name: str, one: own.Own) -> None:
+        work = partial(one.run, self.context)
+        added = self.stages.afford(name, PerImageResult | TransferredResult | None, work, None)
         if isinstance(added, PerImageResult):
             self.context.per_image.append(added)
         elif added is not None:
@@ -279,6 +305,10 @@ class Auditor:
     def _classes(self) -> None:
         measure = partial(classes.measure, self.context, self.folder)
         self.classes = self.stages.afford("classes", ClassView | None, measure, None)
+
+    def _certified(self) -> None:
+        work = partial(certified.measure, self.context)
+        self.bounds = self.stages.afford("certified", list[CertifiedResult], work, [])
 
     def _jacobian(self) -> None:
         self.jacobians = self.stages.afford("jacobian", JacobianResult | None, self._measure_jacobian, None)
@@ -345,6 +375,7 @@ class Auditor:
             corruption=self.noise,
             edits=self.edited,
             classes=self.classes,
+            certified=self.bounds,
             randomness=context.randomness,
             jacobian=self.jacobians,
             checks=[every[one.name] for one in self.diagnostics],
@@ -371,6 +402,7 @@ class Auditor:
                 unit=context.test.task.unit,
                 iou=iou,
                 classes=self.classes,
+                certified=self.bounds,
             ),
             cost=sum((part.cost for part in costs), self.found.cost),
             environment=environment(victim.device),

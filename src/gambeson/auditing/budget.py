@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from gambeson.auditing.cost import CHECKS, RUNS, TRIALS, images_asked
+from gambeson.auditing.amounts import CHECKS
+from gambeson.auditing.cost import RUNS, TRIALS, images_asked
 from gambeson.auditing.suite import Suite, middle_of
 from gambeson.base import Config, UserError
 from gambeson.data import Dataset
@@ -66,7 +67,14 @@ TIME_LADDER: tuple[Rung, ...] = (
         **{"transfer_images": 500, "surrogate_images": 8000, "surrogate_epochs": 6, "queries": 200, "noise_sizes": 2},
         **{"patterns": 40, "pattern_images": 100},
     },
-    {"eps_uni_runs": 1, "suite_images": 100, "jacobian_backwards": 0, "edit_images": 100, "class_wise": 0},
+    {
+        "eps_uni_runs": 1,
+        "suite_images": 100,
+        "jacobian_backwards": 0,
+        "edit_images": 100,
+        "class_wise": 0,
+        "certified": 0,
+    },
     {"eps_uni_runs": 0, "suite_images": 0, "eps": 3, "test_images": 500, "noise_sizes": 1},
     {"eps_adv": 0, "targeted": 0, "auto_pgd": 0, "noise_sizes": 0, "edits": 0, "universal_probe_starts": 0},
     {"patterns": 20, "pattern_images": 60},
@@ -105,6 +113,7 @@ _GONE = {
     "suite_images": ("the attack suite was left out", "the attack suite"),
     "edits": ("edits of images were left out", "edits"),
     "class_wise": ("class-wise perturbations were left out", "class-wise perturbations"),
+    "certified": ("no accuracy was certified", "certified bounds"),
     "jacobian_backwards": ("the Jacobian analysis was left out", "the Jacobian analysis"),
     "eps_adv": ("eps_adv was not searched", "eps_adv"),
     "targeted": ("perturbations with a target were left out", "targets"),
@@ -148,7 +157,7 @@ def amount(suite: Suite, name: str, data: Dataset) -> int:
 def with_amount(suite: Suite, asked: Suite, name: str, number: int, data: Dataset) -> Suite:
     """Return a suite with so much of a setting of the one that was asked for.
 
-    Of eps the middle ones stay, of checks those that come first in :data:`gambeson.auditing.cost.CHECKS`.
+    Of eps the middle ones stay, of checks those that come first in :data:`gambeson.auditing.amounts.CHECKS`.
     """
     value: Any = getattr(asked, name)
     if number < amount(asked, name, data):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from gambeson.auditing.amounts import CHECKS
 from gambeson.auditing.budget import RESERVE, TIME_LADDER, Budget, changes, fit, listed, omitted
-from gambeson.auditing.cost import CHECKS, Part, Speed, asked_parts, measured, parts_of
+from gambeson.auditing.cost import Part, Speed, asked_parts, measured, parts_of
+from gambeson.auditing.stages import own
 from gambeson.auditing.suite import Suite
 from gambeson.base import UserError
 from gambeson.data import Dataset
@@ -24,7 +26,7 @@ _MARGIN = 0.02
 _PRIOR = 0.02
 """Share of the time whose stages have to be seen before their pace counts as much as the first batches do."""
 
-CURVE, CHECKED = "universal curve", "diagnostics"
+CURVE, CHECKED, OWN = "universal curve", "diagnostics", "own attacks"
 """Parts of the costs that several stages share."""
 BY_WORTH = (
     *(
@@ -38,9 +40,9 @@ BY_WORTH = (
         "eps_uni",
         "eps_adv",
         "targets",
-        "own",
+        OWN,
     ),
-    *("noise", "edits", "classes", "Jacobian analysis"),
+    *("noise", "edits", "classes", "certified", "Jacobian analysis"),
 )
 """Stages in the order of an audit against the clock."""
 _STAGE_OF = {"PGD, image by image": "per image", "attack suite": "per image", "targeted Auto-PGD": "per image"}
@@ -58,6 +60,7 @@ _SETTINGS_OF = {
     "noise": ("noise_sizes",),
     "edits": ("edits", "edit_images"),
     "classes": ("class_wise",),
+    "certified": ("certified",),
     "Jacobian analysis": ("jacobian_backwards", "sample"),
 }
 """Settings that stay once a stage has begun with them."""
@@ -79,20 +82,22 @@ class Remaining:
         data: the data.
         speed: of the model.
         black_box: whether it is one.
+        mine: attacks of the user's own.
     """
 
-    def __init__(self, data: Dataset, speed: Speed, *, black_box: bool) -> None:
-        self.data, self.speed, self.black_box = data, speed, black_box
+    def __init__(self, data: Dataset, speed: Speed, *, black_box: bool, mine: Sequence[Any] = ()) -> None:
+        self.data, self.speed, self.black_box, self.mine = data, speed, black_box, mine
         self.done: set[str] = set()
         """Parts of the costs that have begun."""
-        self.points = 0
-        """How many eps of the curve are done."""
+        self.points = self.tried = 0
+        """How many eps of the curve, and how many attacks of the user's own, are done."""
         self.ran: set[str] = set()
         """Checks that have run."""
 
     def end(self, part: str, check: str = "") -> None:
         """Record that a stage is done."""
         self.points += part == CURVE
+        self.tried += part == OWN
         self.ran |= {check} if check else set()
         self.done.add(part)
 
@@ -103,11 +108,13 @@ class Remaining:
     def _parts(self, suite: Suite) -> tuple[Part, ...]:
         if self.black_box:
             return asked_parts(suite, self.data, suite.votes if self.speed.random else 1)
-        return parts_of(suite, self.data, random=self.speed.random, ran=self.ran)
+        return parts_of(suite, self.data, random=self.speed.random, ran=self.ran, mine=self.mine[self.tried :])
 
     def _share(self, part: str, suite: Suite) -> float:
         if part == CURVE:
             return max(0, len(suite.eps) - self.points) / len(suite.eps)
+        if part == OWN:  # only those that are left have been counted
+            return 1.0
         if part == CHECKED:
             return 1 - len(self.ran & set(CHECKS)) / len(CHECKS) if self.black_box else 1.0
         return float(_STAGE_OF.get(part, part) not in self.done)
@@ -123,6 +130,7 @@ class Clock:
         asked: the suite, which is the most that is done.
         seed: of the audit.
         began: when it began, by :func:`now`.
+        attacks: the user's own, beside those that the suite names.
     """
 
     def __init__(
@@ -134,15 +142,20 @@ class Clock:
         *,
         seed: int = 0,
         began: float | None = None,
+        attacks: Sequence[Any] = (),
     ) -> None:
         self.minutes, self.data = minutes, data
         self._began = now() if began is None else began
         self._keep_eps = bool(asked.eps)  # the user named them
         self.asked = asked.on(data).model_copy(update={"minutes": None, "middle_first": True})
-        self.rest = Remaining(data, measured(model, data, self.asked, seed), black_box=isinstance(model, BlackBox))
+        mine = [one.attack for one in own.of(self.asked, attacks).values()]
+        speed = measured(model, data, self.asked, seed)
+        self.rest = Remaining(data, speed, black_box=isinstance(model, BlackBox), mine=mine)
         self._earlier = self._expected = self._took = 0.0
         self.bound = False
         """Whether a stage is stopped where the time is over."""
+        self.kept = 0.0
+        """Seconds that a stage then leaves to those after it."""
 
     @property
     def spent(self) -> float:
@@ -160,8 +173,9 @@ class Clock:
         Raises:
             TimeSpent: it is.
         """
-        if self.bound and self.left < _MARGIN * 60 * self.minutes:
-            raise TimeSpent(f"the {minutes_of(self.minutes)} of the audit are over")
+        if self.bound and self.left < _MARGIN * 60 * self.minutes + self.kept:
+            later = ", but for what the stages after it need" if self.kept else ""
+            raise TimeSpent(f"the {minutes_of(self.minutes)} of the audit are over{later}")
 
     def goes_on(self, spent: float) -> None:
         """Count the seconds of an earlier run."""

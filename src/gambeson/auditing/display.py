@@ -102,6 +102,8 @@ def rates(result: Any) -> list[dict[str, Any]]:
         if view.auc is not None:
             rows += [row("AUC, clean", view.auc.clean), row("AUC", view.auc.perturbed, **of(view))]
     rows += [row("transfer error", one.error, **of(one), source=one.source) for one in result.transfer]
+    for one in result.certified:
+        rows += [row("certified accuracy per image", one.bounds.per_image, eps=one.bounds.eps)]
     return rows + [row("error under noise", one.error, attack=one.noise, eps=one.size) for one in result.corruption]
 
 

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 import torch
 from pydantic import Field
 
+from gambeson.analysis.certified import CertifiedAccuracy
 from gambeson.auditing import display
 from gambeson.auditing.gates import GateReport, judge_gates, parse_gates
 from gambeson.auditing.jacobian_results import JacobianResult
@@ -250,6 +251,14 @@ class AdaptiveResult(Config):
     """Error under one perturbation that was crafted without the model's own gradient."""
 
 
+class CertifiedResult(Config):
+    """Lower bounds on the accuracy at one eps, and what the perturbation of that eps leaves of the same images."""
+
+    bounds: CertifiedAccuracy
+    attacked: Rate
+    """Accuracy under the perturbation: what no bound can exceed."""
+
+
 class Corruption(Config):
     """Error under corruption noise, drawn per image."""
 
@@ -336,6 +345,8 @@ class AuditResult(notebook.ShownAsTable, Config):
     transfer: list[TransferredResult] = Field(default_factory=list)
     surrogate: Surrogate | None = None
     corruption: list[Corruption] = Field(default_factory=list)
+    certified: list[CertifiedResult] = Field(default_factory=list)
+    """In order of eps; empty where the suite did not ask for bounds."""
     randomness: RandomnessResult | None = None
     """For a random model."""
     edits: EditsResult | None = None

@@ -17,7 +17,7 @@ from gambeson.auditing.context import Outcomes
 from gambeson.auditing.cost import AuditPlan, plan
 from gambeson.auditing.gates import NO_MAPS, Gate, refuse_unmeasured
 from gambeson.auditing.results import AuditResult
-from gambeson.auditing.stages import own, surrogate
+from gambeson.auditing.stages import certified, own, surrogate
 from gambeson.auditing.stages.black_box import queries_file
 from gambeson.auditing.stages.examples import FILE
 from gambeson.auditing.suite import SUITES, Suite
@@ -84,6 +84,7 @@ def run_audit(
     if began is None and left is not None:  # report a budget that is too small before creating the folder
         fit_queries(run.suite.on(subject.dataset), subject.dataset, left, 1, keep_eps=bool(run.suite.eps))
     surrogate.check(run.suite, subject.dataset, subject.model)
+    certified.check(run.suite.on(subject.dataset), subject.dataset, subject.model)
     _check_gates(gates, run, subject)
     clock = None
     if run.suite.minutes is not None:

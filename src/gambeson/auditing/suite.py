@@ -105,6 +105,10 @@ class Suite(Config):
     """Whether every test image is attacked by targeted Auto-PGD too (:meth:`white_box`)."""
     rescoring: bool = True
     """Whether perturbed images are asked for again in other batches and inside their ball, where the worst counts."""
+    certified: bool = False
+    """Whether lower bounds on the accuracy stand beside what the perturbations leave, at every eps, on 100 test images:
+    :func:`gambeson.analysis.certified_accuracy`, for small chains of affine layers, ReLU and max-pooling, in the norm
+    inf. Other models are then refused."""
     eps_uni_delta: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """The error of eps_uni."""
     eps_uni_tolerance: Annotated[Number, Field(gt=0, lt=1)] = 0.02
@@ -136,7 +140,8 @@ class Suite(Config):
 
     attacks: tuple[Annotated[str, AfterValidator(canonical)], ...] = ()
     """Additional attacks at the middle eps, by name or as ``FILE.py:CLASS``: per image, on all test images, or
-    universal. Not for black boxes. Their cost is not part of estimates."""
+    universal. Not for black boxes. Estimates take their cost from settings such as ``steps``, ``restarts``, ``queries``
+    and ``batch_size``."""
 
     map_share: Annotated[Number, Field(gt=0, le=1)] = 0.4
     """What part of every number of images above, of a batch too, and of starts to probe is used where labels are maps:

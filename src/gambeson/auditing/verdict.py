@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from gambeson.auditing.display import Attacked, worst_attack
 from gambeson.auditing.results import (
     AuditResult,
+    CertifiedResult,
     Check,
     IoU,
     ModelInfo,
@@ -41,6 +42,7 @@ def judge(
     unit: str = "image",
     iou: IoU | None = None,
     classes: ClassView | None = None,
+    certified: Sequence[CertifiedResult] = (),
 ) -> Verdict:
     """State what one pattern does to the model at the middle eps, and whether that can be trusted.
 
@@ -59,6 +61,7 @@ def judge(
             wrong (delta, ours); how classes fare that have few of them, the mean IoU tells.
         iou: of label maps, on clean test images.
         classes: what the pattern does to each class.
+        certified: lower bounds on the accuracy at every eps.
         left_out: what a budget left out, as a sentence.
         unchecked: checks that did not run, for which no number can be trusted.
     """
@@ -66,6 +69,7 @@ def judge(
     said = [
         left_out,
         _one_pattern(clean, point, found.delta, transfer, unit),
+        *(_between(one) for one in certified if one.bounds.eps == point.eps),
         _mean_iou(point, iou),
         _by_class(classes),
         _image_by_image(worst_attack(point, per_image, transfer), unit),
@@ -171,6 +175,14 @@ def _one_pattern(
     subject = "it misclassifies" if name == _CRAFTED else f"{name} misclassifies"
     units = "test images" if unit == "image" else f"the {unit}s of test images"
     return f"{lead} at eps {point.eps:.3g}: {subject} {rate} of {units}, against {against}."
+
+
+def _between(found: CertifiedResult) -> str:
+    bounds, attacked = found.bounds, found.attacked
+    return (
+        f"On {attacked.n} of the test images the accuracy under any one pattern of eps {bounds.eps:.3g} lies between "
+        f"{100 * bounds.universal:.1f} % (certified) and {100 * attacked.value:.1f} % (attacked)."
+    )
 
 
 def _image_by_image(worst: Attacked | None, unit: str) -> str:

@@ -69,10 +69,12 @@ def duration(seconds: float) -> str:
 
 def plan_table(cost: AuditPlan) -> Table:
     """One row per part of the audit: how many forwards and gradients, and how long at the most."""
+    first = f"{cost.surrogate} is trained first; " if cost.surrogate else ""
+    extra = duration(cost.seconds_of(cost.adaptive))
     table = Table(
         title=f"about {duration(cost.seconds)} at the most, on {cost.speed.device}",
         box=box.SIMPLE_HEAD,
-        caption=f"{cost.surrogate} is trained first" if cost.surrogate else None,
+        caption=f"{first}where the gradient turns out to be false, attacks without it come on top: {extra} at the most",
     )
     for name in ("", "forwards", "gradients", "at most"):
         table.add_column(name, justify="right" if name else "left")

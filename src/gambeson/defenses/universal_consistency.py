@@ -230,7 +230,7 @@ class BankConsistency(nn.Module):
     def with_logits(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Also return the clean logits, for the clean term."""
         rows = self.rows(batch)
-        moved = self.bank.perturb(batch.images, rows)
+        moved = self.moved(model, batch, rows)
         clean, perturbed = model(torch.cat([batch.images, moved])).tensor_split(2)
         if self.settings.truncate is not None:
             mute(moved, batch.losses(perturbed.detach()) <= self.settings.truncate)
@@ -239,6 +239,10 @@ class BankConsistency(nn.Module):
         values = batch.task.per_image(apart, batch.labels)
         self._seen.append((rows, values.detach()))
         return clean, values.mean()
+
+    def moved(self, model: nn.Module, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
+        """Return the images under their perturbations, with a graph to these."""
+        return self.bank.perturb(batch.images, rows)
 
     def rows(self, batch: Batch) -> torch.Tensor:
         """Return the index of each image's perturbation, (N,)."""

@@ -251,7 +251,8 @@ def _leaders(folders: Sequence[Folder], rates: Sequence[Rate | None], *, highest
 
 def attacks(folders: Sequence[Folder], scale: EpsFormat) -> list[Table]:
     """Build the non-empty tables of other attacks: one column per model, one row per attack."""
-    found = [_per_image(folders, scale), _transferred(folders, scale), _noise(folders), _draws(folders)]
+    scaled = [make(folders, scale) for make in (_per_image, _certified, _transferred)]
+    found = [*scaled, _noise(folders), _draws(folders)]
     return [table for table in found if table is not None]
 
 
@@ -279,6 +280,24 @@ def _per_image(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
     has_suites = any(a.rounds for column in columns for a in column.values())
     note = "In a suite each attack takes on only the images that the ones before it left right." if has_suites else ""
     return _table(folders, "Accuracy when every image gets a perturbation of its own", "Attack", lines, note)
+
+
+def _certified(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
+    columns = [{one.bounds.eps: one for one in folder.result.certified} for folder in folders]
+    if not any(columns):
+        return None
+    lines = []
+    for eps in _keys(columns):
+        cells = []
+        for one in (column.get(eps) for column in columns):
+            ends = one and f"{percent(one.bounds.universal)} to {percent(one.attacked.value)}"
+            each = (
+                one and f"each by itself at least {percent(one.bounds.per_image.value)}, on {one.attacked.n:,} images"
+            )
+            cells.append(Cell(ends, (each,)) if ends and each else NONE)
+        lines.append(Line(f"eps {scale.text(eps)}", "certified to attacked", cells))
+    note = "No perturbation leaves less than is certified, and no bound can say more than an attack leaves."
+    return _table(folders, "Between which ends the accuracy under any one pattern lies", "Radius", lines, note)
 
 
 def _round(turn: AttackRound | None, of: PerImageResult | None) -> Cell:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,7 @@ from gambeson.auditing.results import AdaptiveResult, TransferredResult
 from gambeson.auditing.stages import surrogate
 from gambeson.auditing.stages.per_image import attacked_in_turn
 from gambeson.data import Dataset, Split
+from gambeson.evaluation import BudgetSpent
 from gambeson.evaluation.outcome import ImageAttack, averaged
 from gambeson.evaluation.universal import error_rate
 from gambeson.tasks import Counts, Task
@@ -34,10 +36,11 @@ FEW, MANY = 0.05, 0.1
 """Shares of images that may lie below them."""
 _USUAL = 0.97
 """Median agreement below which attacks are tried; of honest networks 0.997 and more."""
-_STEPS, _PROBES = 20, 10
+STEPS, PROBES = 20, 10
 """Steps of an attack by finite differences, whose forwards per image are so many times the suite's queries."""
-_SHARED = 16
-"""Groups of values of a universal perturbation's finite differences, which a batch averages."""
+SHARED, SHARED_STEPS, SHARED_BATCH = 16, 100, 32
+"""Groups of values of a universal perturbation's finite differences, which a batch averages; its steps at the most, and
+images per step."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class OnStandIn:
         """Return perturbed images."""
         made = self.stand_in(model.model)
         with Victim(made) as other:
-            other.temperature, other.allow_no_graph = model.temperature, True
+            other.temperature, other.allow_no_graph, other.before_call = model.temperature, True, model.before_call
             attack = AsFarAsFinite(averaged(self.attack, other, x))
             moved = attack(other, x, y, seed=seed, task=task)
         _count(model, other, made)
@@ -89,13 +92,15 @@ def measure(context: AuditContext) -> AdaptiveResult | None:
     suspect = result.median < _USUAL or clearly_more(result.below, result.images, FEW)
     if not (suspect or result.inner) or not context.test.task.per_image_label:
         return result
-    attacks, first = _attacks(context, result)
-    settings = {name: repr(attack) for name, attack in attacks.items()}
-    stronger = attacked_in_turn(context, "adaptive", len(context.sample), attacks, settings)
-    ends = (0, 1) if result.inner else (first - 1, -1)  # PGD of as many steps sees the difference alone
-    before, after = (stronger.rounds[k].accuracy for k in ends)
-    gain = _gain(before.value, after.value, before.n)
-    return result.model_copy(update={"attacked": stronger, "gain": gain, "universal": _universal(context, result)})
+    with suppress(BudgetSpent):  # where the time is over, what was found by then stays
+        attacks, first = _attacks(context, result)
+        settings = {name: repr(attack) for name, attack in attacks.items()}
+        stronger = attacked_in_turn(context, "adaptive", len(context.sample), attacks, settings)
+        ends = (0, 1) if result.inner else (first - 1, -1)  # PGD of as many steps sees the difference alone
+        before, after = (stronger.rounds[k].accuracy for k in ends)
+        result = result.model_copy(update={"attacked": stronger, "gain": _gain(before.value, after.value, before.n)})
+        result = result.model_copy(update={"universal": _universal(context, result)})
+    return result
 
 
 def record(context: AuditContext, found: AdaptiveResult | None) -> None:
@@ -130,7 +135,7 @@ def _attacks(context: AuditContext, found: AdaptiveResult) -> tuple[dict[str, Im
     """The white-box attacks (behind PGD that without inner gradients), then adaptive ones; the number of the former."""
     suite, eps, norm, queries = context.suite, context.eps, context.suite.norm, context.suite.queries
     attacks: dict[str, ImageAttack] = {"pgd": AsFarAsFinite(context.averaged(suite.pgd(eps)))}
-    usual = PGD(eps=eps, norm=norm, steps=_STEPS, loss="margin", early_stop=False)
+    usual = PGD(eps=eps, norm=norm, steps=STEPS, loss="margin", early_stop=False)
     if context.subject.random:
         usual = usual.model_copy(update={"eot_samples": suite.eot_samples})
     if found.inner:
@@ -140,7 +145,7 @@ def _attacks(context: AuditContext, found: AdaptiveResult) -> tuple[dict[str, Im
     if surrogate.choose(suite, context.data)[0] and suite.surrogate == "auto":
         copy = distilled(context)
         attacks["distilled copy"] = OnStandIn(partial(BorrowedGradient, substitute=copy), usual)
-    directions = max(1, _PROBES * queries // (2 * _STEPS))
+    directions = max(1, PROBES * queries // (2 * STEPS))
     probing = usual.model_copy(
         update={
             "early_stop": True,
@@ -172,18 +177,21 @@ def distilled(context: AuditContext) -> nn.Module:
     answered = Split(part.name, images, predictions[kept], part.classes)
     name = surrogate.choose(suite, data)[0]
     made = Dataset(data.name, answered, data.validation, data.test, data.classes)
-    return surrogate.train_surrogate(name, suite, made, context.victim.device, context.seed)[0].eval()
+    victim = context.victim
+    return surrogate.train_surrogate(name, suite, made, victim.device, context.seed, victim.before_call)[0].eval()
 
 
 def _universal(context: AuditContext, found: AdaptiveResult) -> TransferredResult:
     """Craft one perturbation without the model's own gradient, and score it on the model."""
     before, victim, test = context.spent, context.victim, context.test
-    make = InnerGradientsOff if found.inner else _differences(context, _SHARED)
+    make = InnerGradientsOff if found.inner else _differences(context, SHARED)
     made: nn.Module = make(victim.model)
     attack = context.suite.universal(context.eps, restarts=1)
-    attack = attack.model_copy(update={"steps": min(100, attack.steps), "batch_size": 32, "probe_starts": 0})
+    attack = attack.model_copy(
+        update={"steps": min(SHARED_STEPS, attack.steps), "batch_size": SHARED_BATCH, "probe_starts": 0}
+    )
     with Victim(made) as other:
-        other.temperature, other.allow_no_graph = victim.temperature, True
+        other.temperature, other.allow_no_graph, other.before_call = victim.temperature, True, victim.before_call
         uap = attack.craft(other, context.data, seed=context.seed)
     _count(victim, other, made)
     predictions = predict(victim, test, uap.delta.to(victim.device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from gambeson import attacks
@@ -15,8 +16,13 @@ from gambeson.auditing.suite import Suite
 from gambeson.base import UserError, user_code
 from gambeson.evaluation.outcome import outcome_under
 
-Own = Callable[[AuditContext], PerImageResult | TransferredResult]
-"""A stage that runs one attack."""
+
+@dataclass(frozen=True)
+class Own:
+    """A stage that runs one attack."""
+
+    attack: Any
+    run: Callable[[AuditContext], PerImageResult | TransferredResult]
 
 
 def of(suite: Suite, given: Sequence[Any] = ()) -> dict[str, Own]:
@@ -51,7 +57,7 @@ def _image(attack: Any, name: str, settings: dict[str, Any]) -> Own:
     def run(context: AuditContext) -> PerImageResult:
         return attacked(context, name, context.averaged(attack), settings)
 
-    return run
+    return Own(attack, run)
 
 
 def _universal(attack: Any, name: str) -> Own:
@@ -72,4 +78,4 @@ def _universal(attack: Any, name: str) -> Own:
             cost=context.since(before),
         )
 
-    return run
+    return Own(attack, run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +54,13 @@ def choose(suite: Suite, data: Dataset) -> tuple[str, str]:
 
 
 def obtain(
-    suite: Suite, data: Dataset, audited: nn.Module, folder: Path | None, stages: Checkpoints, seed: int
+    suite: Suite,
+    data: Dataset,
+    audited: nn.Module,
+    folder: Path | None,
+    stages: Checkpoints,
+    seed: int,
+    before_step: Callable[[], None] | None = None,
 ) -> tuple[nn.Module | None, Surrogate]:
     """Return the surrogate on the audited model's device, and its description.
 
@@ -66,6 +73,7 @@ def obtain(
         folder: of the audit.
         stages: of the audit.
         seed: of its weights and its training.
+        before_step: see :func:`train_surrogate`.
 
     Raises:
         UserError: the suite names a model that is unavailable, or the audited model itself.
@@ -77,7 +85,9 @@ def obtain(
     made: list[nn.Module] = []
 
     def work() -> Surrogate:
-        model, about = train_surrogate(name, suite, data, device, seed) if name else _named(suite, data, device)
+        model, about = (
+            train_surrogate(name, suite, data, device, seed, before_step) if name else _named(suite, data, device)
+        )
         made.append(model)
         if folder is None or not isinstance(model, models.PixelModel) or not name:
             return about
@@ -136,14 +146,23 @@ def schedule(name: str, suite: Suite, data: Dataset) -> Schedule:
 
 
 def train_surrogate(
-    name: str, suite: Suite, data: Dataset, device: torch.device, seed: int
+    name: str,
+    suite: Suite,
+    data: Dataset,
+    device: torch.device,
+    seed: int,
+    before_step: Callable[[], None] | None = None,
 ) -> tuple[models.PixelModel, Surrogate]:
-    """Train a surrogate of architecture ``name`` as the audits of this suite, data and seed do."""
+    """Train a surrogate of architecture ``name`` as the audits of this suite, data and seed do.
+
+    ``before_step`` is called before each of its forwards; it may raise, as a limit on time does.
+    """
     count, batch, epochs = schedule(name, suite, data)
     part = data.train.sample(count, seed=seed)
     held = data.validation.sample(_BATCH, seed=seed)
     with seeded(seed, "surrogate"):
         model = models.create(name, data).to(device)
+    watch = model.register_forward_pre_hook(lambda *_: None if before_step is None else before_step())
     train(
         model,
         Dataset(data.name, part, held, data.test, data.classes),
@@ -155,4 +174,5 @@ def train_surrogate(
         lr=0.1 if name.startswith("resnet") else 0.03,
         warmup=0.5,
     )
+    watch.remove()
     return model, Surrogate(name=name, accuracy=accuracy(model, data.test), images=count, epochs=epochs)

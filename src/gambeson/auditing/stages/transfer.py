@@ -60,6 +60,7 @@ class FromSurrogate:
         """Return perturbed images; ``model`` is not used."""
         with Victim(self.surrogate, fast=True) as source:
             source.temperature = self.temperature
+            source.before_call = model.before_call if isinstance(model, Victim) else None
             attack = averaged(self.attack, source, x, self.samples)
             return attack(source, x, y, seed=seed, task=task)
 
@@ -76,7 +77,7 @@ def on_surrogate(context: AuditContext, eps: float) -> UniversalPerturbation | N
         batch = 32 if context.test.task.per_image_label else min(32, context.suite.universal_batch)
         attack = StochasticPGD(eps=eps, norm=context.suite.norm, steps=200, probe_starts=0, batch_size=batch)
         with Victim(context.surrogate, fast=True) as source:
-            source.temperature = context.surrogate_temperature
+            source.temperature, source.before_call = context.surrogate_temperature, context.victim.before_call
             context.borrowed[eps] = attack.craft(source, context.data, seed=context.seed)
     return context.borrowed[eps]
 
