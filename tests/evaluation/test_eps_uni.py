@@ -178,13 +178,17 @@ def test_a_known_perturbation_is_one_that_was_tried():
     data = dataset(*[(known_margins(margins_of(50, 0.05, k), w), None) for k in range(3)])
     good = uap_of(0.08 * w.sign()[None], 0.08)
 
+    starts = []
+
     class Nothing(StochasticPGD):
         def craft(self, model, data, *, seed=0, start=None):
+            starts.append(start)
             return uap_of(torch.zeros(1, *SHAPE), self.eps)
 
     with_it = eps_uni(net(w), data, Nothing(eps=0.1), known=[good], controls=())
     exact = float(margins_of(50, 0.05, 2).sort().values[24])
     assert exact * 0.999 <= with_it.value <= exact * 1.03  # scaled, it is tried at every eps
+    assert all(torch.equal(start.sign(), good.delta.sign()) for start in starts)  # and the attack begins there
     without = eps_uni(net(w), data, Nothing(eps=0.1), controls=())
     assert (without.value, without.censored, without.low, without.high) == (1.0, True, 1.0, None)
     flat = uap_of(good.delta, 0.3, norm="2")
