@@ -249,10 +249,10 @@ def costs_text() -> str:
 
 _COSTS = (
     "surrogate: passes over train, images at most",
-    "universal, an eps",
+    "universal, per eps",
     "eps_uni, each perturbation that it tries",
-    "PGD, an image at most",
-    "targeted Auto-PGD, an image at most",
+    "PGD, at most per image",
+    "targeted Auto-PGD, at most per image",
     "the suite of four attacks",
     "transfer, images at most",
     "Jacobian analysis, each exact part at most",

@@ -207,4 +207,4 @@ def test_the_cost_of_a_universal_perturbation_is_what_is_counted(page, trained, 
         with Victim(trained) as victim:
             attack.craft(victim, digits, start=start)
             counted.append(round(victim.backwards, -3))
-    assert f"| universal, an eps | {counted[0]:,} to {counted[1]:,} |" in page.costs_text()
+    assert f"| universal, per eps | {counted[0]:,} to {counted[1]:,} |" in page.costs_text()

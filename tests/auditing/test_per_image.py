@@ -1,4 +1,4 @@
-"""Attacks on single images in an audit: which are run on what, and that their numbers hang together."""
+"""Per-image attacks in an audit: which are run on what, and that their numbers hang together."""
 
 import pytest
 import torch

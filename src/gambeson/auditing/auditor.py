@@ -275,7 +275,7 @@ class Auditor:
             "per-image", list[PerImageResult], lambda: per_image.measure(context), []
         )
         worst = worst_attack(context.middle, context.per_image, [])
-        return None if worst is None else f"image by image: accuracy {worst.accuracy} under {worst.attack}"
+        return None if worst is None else f"per image: accuracy {worst.accuracy} under {worst.attack}"
 
     def _targets(self) -> None:
         self.aimed = targeted.measure(self.context, self.stages, self.folder)

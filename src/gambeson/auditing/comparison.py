@@ -131,7 +131,7 @@ def compare(
     """Compare two models: which rates became clearly worse, which better, and by how much.
 
     Clean accuracy, the UER at each eps (under the perturbation crafted for each model) and the accuracy under each
-    attack on single images are compared image by image, where both audits report on the same test images. Audits on
+    per-image attack are compared image by image, where both audits report on the same test images. Audits on
     other images of the same data, and of versions that kept no ``outcomes.safetensors``, are compared by their rates.
 
     Args:
@@ -240,7 +240,7 @@ def _pair(name: str, first: Rate, second: Rate, was: Outcomes, now: Outcomes) ->
     """Return the outcomes of the same images under both, or why there are none."""
     one, other = was.of(name), now.of(name)
     if one is None or other is None:
-        return "outcomes of single images were not kept"
+        return "outcomes per image were not kept"
     if was.test != now.test:
         return "the test images or their labels differ"
     if not torch.equal(one[0], other[0]) or not torch.equal(one[1].total, other[1].total):
@@ -340,7 +340,7 @@ CHANGES: Mapping[str, Metric] = {
     "no-regression": Metric("nothing is clearly worse, and the second can be trusted", _no_regression, word=True),
     "clean": Metric("change of the accuracy on clean images", _named("clean"), lowest=-1),
     "uer": Metric("change of the universal evasion rate at the middle eps, or at EPS", _at_eps("uer"), -1, after="@"),
-    "per_image": Metric("change of the accuracy under an attack on single images", _named("per_image"), -1, after=":"),
+    "per_image": Metric("change of the accuracy under a per-image attack", _named("per_image"), -1, after=":"),
     "clean_iou": Metric("change of the mean IoU on clean images", _named("clean_iou"), lowest=-1),
     "mean_iou": Metric("change of the mean IoU under the perturbation", _at_eps("mean_iou"), lowest=-1, after="@"),
 }

@@ -92,9 +92,9 @@ def _per_image(result: AuditResult, name: str) -> Reading | str:
     if name:
         named = [one for one in result.per_image if one.attack == name]
         tried = ", ".join(sorted({one.attack for one in result.per_image})) or "none"
-        return _of(named[0].accuracy) if named else f"the audit has no attack {name} on single images: it has {tried}"
+        return _of(named[0].accuracy) if named else f"the audit has no per-image attack {name}: it has {tried}"
     worst = worst_of(result)
-    return "the audit has no attack on single images at its middle eps" if worst is None else _of(worst.accuracy)
+    return "the audit has no per-image attack at its middle eps" if worst is None else _of(worst.accuracy)
 
 
 def _highest(part: str) -> Read:
@@ -137,9 +137,7 @@ METRICS: Mapping[str, Metric] = {
     "clean": Metric("accuracy on clean images", lambda result, _: _of(result.clean)),
     "uer": Metric("universal evasion rate at the middle eps, or at EPS", _at("uer"), after="@"),
     "fooling": Metric("fooling rate, likewise", _at("fooling"), after="@"),
-    "per_image": Metric(
-        "accuracy under the worst attack on single images, or under the one named", _per_image, after=":"
-    ),
+    "per_image": Metric("accuracy under the worst per-image attack, or under the one named", _per_image, after=":"),
     "transfer": Metric("highest error under perturbations of other models", _highest("transfer")),
     "corruption": Metric("highest error under noise", _highest("corruption")),
     "eps_uni": Metric("smallest eps of one perturbation", _smallest("eps_uni"), highest=None),
