@@ -128,6 +128,11 @@ def sharing_factor(model: Source, data: Any, *, seed: int = 0) -> float:
 
     1: all inputs share one worst direction; 1/N: theirs are orthogonal. NaN if every Jacobian is zero.
     Cost: one forward and K backwards per image, images of more than 4096 values several times.
+
+    Args:
+        model: any module from pixels to logits (N, K), or a victim.
+        data: a split, an (images, labels) pair, or a data set, of which the test split is used.
+        seed: of the start of the iterations for large images.
     """
     small = torch.Size(labelled(data).shape).numel() <= 4096
     found = stacked_spectrum(model, data, method="gram" if small else "rows", seed=seed)

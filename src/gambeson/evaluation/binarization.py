@@ -210,6 +210,9 @@ def binarization_tests(
     """Test several attacks on the same binarised copies; see :func:`binarization_test`.
 
     The copies' cost is counted in every result, and stands in its ``shared``.
+
+    Raises:
+        UserError: label maps, or corners in another norm than inf.
     """
     split.task.require_classification("the binarisation test")
     if test.boundary == "corner" and test.norm != "inf":

@@ -218,6 +218,9 @@ def eps_adv(
         delta: the error to reach.
         tolerance: width of the last bracket as a share of eps.
         seed: of the attack and the bootstrap.
+
+    Raises:
+        UserError: another kind of attack, or no label of the split counts.
     """
     split = as_split(data, "test")
     if not isinstance(attack, GradientAttack):
