@@ -4,11 +4,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from scipy.stats import binom
+from scipy.stats import beta, binom
 
 from gambeson.auditing import AuditContext
 from gambeson.auditing.diagnostics import DIAGNOSTICS
-from gambeson.auditing.outcome import COMPARISONS, FAMILY, LEVEL, POWER, PairedDifference, lower_end, smallest_effect
+from gambeson.auditing.outcome import (
+    COMPARISONS,
+    EARLY,
+    FAMILY,
+    LEVEL,
+    POWER,
+    PairedDifference,
+    findable_share,
+    lower_end,
+    smallest_effect,
+)
 from gambeson.tasks import Counts, Rate
 
 
@@ -130,3 +140,28 @@ def test_rates_are_judged_at_the_same_level():
     for n, limit in ((100, 0.05), (40, 0.25)):
         hits = next(hits for hits in range(n) if lower_end(Rate.of(hits, n)) > limit)
         assert binom.sf(hits - 1, n, limit) <= LEVEL < binom.sf(hits - 2, n, limit)
+
+
+def test_the_power_of_two_looks_by_enumeration():
+    """Without images that fall the other way, 14 of 100 are clear at a tenth of the level, or 11 of 500 at the rest."""
+    share = smallest_effect((100, 500), 0.0)
+    assert 0.5**14 <= EARLY * LEVEL < 0.5**13
+    assert 0.5**11 <= (1 - EARLY) * LEVEL < 0.5**10
+    found = binom.sf(13, 100, share)
+    found += sum(binom.pmf(hits, 100, share) * binom.sf(10 - hits, 400, share) for hits in range(1, 14))
+    assert found == pytest.approx(POWER, abs=0.002)
+
+
+def test_the_power_for_a_share_by_enumeration():
+    share = findable_share(24, 0.05)
+    hits = next(hits for hits in range(25) if binom.sf(hits - 1, 24, 0.05) <= LEVEL)
+    assert binom.sf(hits - 1, 24, share) == pytest.approx(POWER, abs=1e-6)
+
+
+def test_the_interval_of_two_shares_of_the_same_images_by_hand():
+    """Newcombe's method 10 with exact limits, where 40 of 100 fall to one attack alone and 10 to the other."""
+    found = PairedDifference.of(*pair(40, 10, 100))
+    down = 0.4 - beta.ppf(LEVEL, 40, 61)
+    up = beta.ppf(1 - LEVEL, 11, 90) - 0.1
+    together = (0.4 * 0.1 / (0.6 * 0.9)) ** 0.5
+    assert 0 < found.low == pytest.approx(0.3 - (down**2 + up**2 + 2 * together * down * up) ** 0.5)

@@ -5,6 +5,7 @@ import torch
 from scipy.stats import beta
 from torch import nn
 
+import gambeson as gb
 from gambeson.auditing import DIAGNOSTICS, Suite
 from gambeson.auditing.outcome import LEVEL, PairedDifference
 from gambeson.auditing.stages.universal import craft_point
@@ -18,6 +19,8 @@ from tests.auditing.evidence import evidence_of
 SUITE = Suite(
     eps=(0.1, 0.2), sample=200, universal_steps=40, universal_probe_starts=0, universal_restarts=1, pgd_steps=10
 )
+
+ORDER = Suite(eps=(0.15,), universal_steps=5, universal_probe_starts=0, universal_restarts=1)
 
 
 def check(model, data, suite=SUITE, *, black_box=False):
@@ -35,6 +38,39 @@ def test_a_net_that_knows_the_test_images_is_found(kind, trained, digits):
     assert found.passed is False
     assert found.numbers["test"] > found.numbers["validation"] + 0.1
     assert "of the test images stand and" in found.detail
+
+
+class Nudged(MemoryWithin):
+    """The network with a little added to the logit of a test image of the audit that lies near."""
+
+    def forward(self, x):
+        gap, which = torch.cdist(x.detach().flatten(1), self.images, p=torch.inf).min(1)
+        z = self.net(x)
+        return z + 1.2 * nn.functional.one_hot(self.labels[which], z.shape[1]) * (gap < 0.35)[:, None]
+
+
+def test_a_little_knowledge_of_the_test_images_is_found_by_the_order_of_margins(trained, digits):
+    found, _ = check(Nudged(trained, *digits.test.take(slice(None))), digits, ORDER)
+    assert found.passed is False
+    assert found.numbers["gap"] < 0.2  # which alone would not be clear
+    assert 0.57 < found.numbers["order"] < 0.7
+
+
+@pytest.mark.full
+def test_a_net_that_was_trained_on_attacked_test_images_is_found(digits):
+    found, _ = check(gb.testbed.networks("digits")("pgd-adversarial on test"), digits, ORDER)
+    assert found.passed is False
+    assert found.numbers["gap"] < 0.2  # which alone would not be clear
+    assert 0.57 < found.numbers["order"] < 0.66
+    assert "the test image has the larger margin in 6" in found.detail
+
+
+def test_the_order_of_margins_by_hand(trained, digits):
+    """Every pair is counted, and a copy of the test split as validation gives one half exactly."""
+    data = Dataset(digits.name, digits.train, digits.test, digits.test, digits.classes)
+    found, _ = check(trained, data, ORDER)
+    assert found.numbers["order"] == pytest.approx(0.5)
+    assert "(60.7 % would be found" in found.detail  # 0.53 + (3.14 + 0.84) * (2 / 449 / 12) ** 0.5
 
 
 def test_a_net_that_knows_the_validation_images_is_not_accused(trained, digits):

@@ -79,7 +79,8 @@ def waits_in(job):
 
 
 def eager(monkeypatch):
-    monkeypatch.setattr(gb.victim.victim, "has_graphs", lambda device: False)
+    for module in (gb.victim.victim, gb.training.loop):
+        monkeypatch.setattr(module, "has_graphs", lambda device: False)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -119,6 +120,44 @@ def test_a_training_by_graphs_has_the_same_bytes(data, monkeypatch):
     assert torch.equal(one, trained_weights(data, 1, precision="bfloat16", channels_last=True))
 
 
+@pytest.mark.parametrize(
+    ("defense", "count"),
+    [
+        (gb.defenses.Standard(), 1),
+        (gb.defenses.SharedAdversarial(eps=EPS, sharedness=8, steps=2, craft_precision="bfloat16"), 2),
+        (gb.defenses.Trades(eps=EPS, steps=2), 2),
+        (gb.defenses.BankStarted(eps=EPS, warmup=0), 1),
+        (gb.defenses.FreeAdversarial(eps=EPS, replays=2), 1),
+    ],
+    ids=["standard", "shared", "trades", "bank", "free"],
+)
+def test_the_outer_step_has_graphs_that_wait_for_nothing(data, defense, count):
+    with seeded(0, "model"):
+        net = gb.models.create("resnet20", data).to(GPU)
+    how = gb.training.Recipe(epochs=9, batch_size=128, precision="bfloat16", channels_last=True)
+    run = Run(net, data, defense, how, 0, None)
+    batches = Epoch(run.train, how, 1, 0, 0, run.device)
+    net.train()
+    for k in range(4):
+        run.train_step(batches[k])
+    assert (run.graphs.refused, len(run.graphs)) == (None, count)
+    crafted = 2 if isinstance(defense, gb.defenses.BankStarted) else 1
+    assert waits_in(lambda: run.train_step(batches[4])) <= crafted
+
+
+def test_dropout_has_no_graph_and_trains_as_before(data, monkeypatch):
+    def trained():
+        with seeded(0, "model"):
+            net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.2), torch.nn.Linear(3 * SIDE**2, 10))
+        net.to(GPU)
+        gb.train(net, data, gb.defenses.Standard(), epochs=1, batch_size=64, lr=0.01, seed=0)
+        return net[2].weight.detach().clone()
+
+    one = trained()
+    eager(monkeypatch)
+    assert torch.equal(one, trained())
+
+
 def test_a_step_of_adversarial_training_waits_for_the_device_once(data):
     """To read whether every gradient of the inner attack was finite."""
     with seeded(0, "model"):
@@ -141,10 +180,11 @@ def test_more_steps_of_an_attack_wait_no_more_often(pair, data):
     assert 0 < found[1] == found[2] < 12
 
 
-def test_a_standard_training_step_does_not_wait_for_the_device(data):
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_standard_training_step_does_not_wait_for_the_device(data, ema):
     with seeded(0, "model"):
         net = gb.models.create("resnet20", data).to(GPU)
-    how = gb.training.Recipe(epochs=9, batch_size=128, precision="bfloat16", channels_last=True)
+    how = gb.training.Recipe(epochs=9, batch_size=128, precision="bfloat16", channels_last=True, ema=ema)
     run = Run(net, data, gb.defenses.Standard(), how, 0, None)
     batch = Epoch(run.train, how, 1, 0, 0, run.device)[0]
     net.train()

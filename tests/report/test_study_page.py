@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page
+from report_audits import write_audit
 from report_reader import Reader
 from test_report_browser import CHROMIUM, browser  # noqa: F401
 
@@ -110,8 +111,9 @@ def test_the_page_has_every_number_and_what_is_not_run(path: Path) -> None:
     seen = Reader(html)
     assert not [address for address in seen.addresses if address and not address.startswith("data:")]
     assert "56 of 60 cells are done" in seen.text
-    assert "Heaps lower the UER. (paper, S1)" in seen.text
-    effects = [row for row in seen.rows if row[0].startswith("H ")]
+    assert seen.text.count("Heaps lower the UER. (paper, S1)") == 1
+    assert "All in all: reproduced at equal steps; reproduced at equal time." in seen.text
+    effects = [row for row in seen.rows if row[0].split()[0] == "H"]
     assert len(effects) == 4
     assert all("-0.35" in row[3] and "reproduced" in row[4] for row in effects)
     standard = next(row for row in seen.rows if row[0].startswith("standard") and "mnist5k" in row[0])
@@ -126,6 +128,20 @@ def test_the_page_has_every_number_and_what_is_not_run(path: Path) -> None:
     assert len(charts) == 2 * 2 * 2  # data, equality, and two measures against clean accuracy
     front = charts[0]["data"][0]
     assert (front["x"], front["y"]) == ([84.5, 89.5, 94.5], pytest.approx([20.5, 25.5, 60.5]))
+
+
+def test_a_row_leads_to_the_page_of_its_audit(tmp_path: Path) -> None:
+    result = made()
+    result = result.model_copy(update={"rows": result.rows[:1]})
+    write_audit(tmp_path / "cells" / "abc" / "audit", label="net 7")
+    path = report.write_study(result, tmp_path / "my page.html", tmp_path)
+    seen = Reader(path.read_text())
+    (address,) = [one for one in seen.addresses if one and not one.startswith("data:")]
+    assert address == "my page-audits/audit-standard-digits-lenet5-steps-seed-0.html"
+    assert "net 7" in Reader((tmp_path / address).read_text()).text
+    assert "gambeson report cells/abc" not in seen.text
+    elsewhere = report.write_study(result, tmp_path / "x" / "page.html", tmp_path / "x")
+    assert "gambeson report cells/abc/audit" in Reader(elsewhere.read_text()).text
 
 
 def test_a_dominated_point_is_not_on_the_front(tmp_path: Path) -> None:
@@ -215,6 +231,8 @@ def test_the_study_page_never_scrolls_sideways(browser: Browser, path: Path, wid
     assert complaints == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     if width == 360:
+        assert page.locator("#table tbody[hidden]").count() == 6  # at equal time
+        assert not any(body.is_visible() for body in page.locator("#table tbody[hidden]").all())
         page.select_option("#sort", label="UER (uap)")  # the headings are out of sight
         assert names(page)[0].endswith("pgd")
         for cell in page.locator("#table tbody:not([hidden]) tr:first-child td").all():

@@ -1,5 +1,9 @@
 """Benchmarks count the work that they time, and time every candidate."""
 
+import importlib
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -65,3 +69,18 @@ def test_a_black_box_has_no_limit_to_compare_an_audit_with(tmp_path):
     (tmp_path / "box.py").write_text("def answer(images):\n    return images.flatten(1)[:, :10]\n")
     with pytest.raises(UserError, match="bench audit needs gradients"):
         bench_audit(AuditRun(model=f"function:{tmp_path}/box.py:answer", data="digits", suite="quick"))
+
+
+def test_the_page_of_costs_is_that_of_its_results(monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    scaling = importlib.import_module("scaling")
+    found = json.loads((root / "results" / "scaling.json").read_text())
+    text = (root / "docs" / "scaling.md").read_text()
+    assert scaling.page(text, found) == text
+    rows = found["defenses"]["rows"]
+    assert len({rows[f"shared-adversarial, s = {s}"]["operations"] for s in (1, 8, 64)}) == 1
+    assert rows["ensemble, 5 members"]["operations"] == pytest.approx(5, rel=0.01)
+    for steps, ratio in found["growth"]["steps"].items():  # a gradient of an image is two forwards, a plain step three
+        assert ratio == pytest.approx((2 * int(steps) + 3) / 3, rel=0.02)
+    assert found["attacks"]["per image"]["pgd, 20 steps"] == [20, 20]

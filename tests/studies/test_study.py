@@ -1,13 +1,21 @@
 """Studies: what is computed, once, whoever is killed, whatever is damaged, and however full the disk is."""
 
+import csv
+import importlib.util
 import json
+import multiprocessing
 import os
+import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,11 +23,15 @@ import yaml
 import gambeson as gb
 from gambeson.base import OutOfSpace, UserError
 from gambeson.cli.app import run
-from gambeson.studies import Matrix, Study, code, read_study, run_study, store
+from gambeson.studies import Matrix, Study, cluster, code, export, planning, read_study, run_study, store
+from gambeson.studies.measures import JacobianMeasure, TrainedModel
 from gambeson.studies.planning import makespan
 from gambeson.studies.runner import Runner, prepare
-from gambeson.studies.store import Lock, Store
+from gambeson.studies.store import Estimates, Lock, Store
+from gambeson.training import TrainRun
+from tests.conftest import full
 
+STUDIES = Path(__file__).parents[2] / "studies"
 TINY = {
     "name": "tiny",
     "data": [{"name": "digits", "eps": 0.1, "train": 256, "validation": 64, "test": 64}],
@@ -95,17 +107,88 @@ def test_nothing_is_computed_twice_across_studies_either(done):
     assert numbers(again).items() >= numbers(result).items()
 
 
-def test_every_defence_comes_once_before_a_second_seed_and_after_what_it_needs():
-    cells = Matrix(tiny(measures={"t": {"kind": "attack", "attack": "fgsm", "source": "standard"}})).cells
+def test_the_first_claim_has_all_its_seeds_before_anything_else_is_begun():
+    transfer = {"kind": "attack", "attack": "fgsm", "source": "standard"}
+    single = {"statement": "x", "how": "value", "of": {"defense": "heaps", "variant": "sigma 0.7"}, "at_least": 0}
+    claims = {"T": {**single, "metric": "t.accuracy"}, "C": {**CLAIM, "keeping": {"than": "standard"}}}
+    search = {"lr": [0.01], "lengths": [0.5, 1]}
+    study = tiny(measures={**TINY["measures"], "t": transfer}, claims=claims, search=search)
+    cells = Matrix(study).cells
     seen = set()
     for cell in cells:
         assert {need.address for need in cell.needs} <= seen
         seen.add(cell.address)
     assert len(seen) == len(cells)
-    seeds = [cell.row.rank[0] for cell in cells]
-    assert seeds == sorted(seeds)
-    trained = [cell.row for cell in cells if cell.kind == "train"]
-    assert {row.seed for row in trained} == {0, 1, 1000, 1001}  # two more, from which examples are transferred
+    found = [(cell.label or cell.kind, cell.row.defense, cell.row.variant, cell.row.seed) for cell in cells]
+    of_one_seed = [
+        [
+            ("train", "heaps", "sigma 0.7", seed),
+            ("train", "standard", "", seed + 1000),
+            ("t", "heaps", "sigma 0.7", seed),
+        ]
+        for seed in (0, 1)
+    ]
+    searches = [("search", "heaps", "", 0), ("search", "standard", "", 1000)]
+    assert [one for one in found[:8] if one not in searches] == [*of_one_seed[0], *of_one_seed[1]]
+    then = [one[0] for one in found[8:]]
+    rest = then.index("clean")  # which no claim reads
+    assert set(then[:rest]) == {"train", "fgsm"}
+    assert then[-2:] == ["lengths", "lengths"]  # one per defence, last of all
+    assert sum(one[0] == "search" for one in found) == 2  # not one per sigma
+
+
+def test_at_equal_time_only_what_claims_read_is_done():
+    claims = {"C": CLAIM, "once": {**CLAIM, "to": {"defense": "other"}, "at": ["steps"]}}
+    defenses = {**TINY["defenses"], "other": "jacobian"}
+    study = tiny(at=["steps", "seconds"], reference="heaps", claims=claims, defenses=defenses)
+    rows = [row for row, _ in Matrix(study).table]
+    assert {row.defense for row in rows if row.at == "steps"} == {"standard", "heaps", "other"}
+    assert {row.defense for row in rows if row.at == "seconds"} == {"standard", "heaps"}
+    more = study.measures["fgsm"].model_copy(update={"defenses": ("heaps",)})
+    study = study.model_copy(update={"measures": {**study.measures, "more": more}})
+    cells = [cells for row, cells in Matrix(study).table if (row.defense, row.at) == ("heaps", "seconds")]
+    assert {label for one in cells for label in one} == {"train", "clean", "fgsm"}
+
+
+@pytest.mark.parametrize("name", ["smoke", "speedrun", full("claims-small"), full("claims-paper")])
+def test_every_claim_of_a_study_file_finds_what_it_reads(name):
+    study = Study.load(STUDIES / f"{name}.yaml")
+    matrix = Matrix(study)
+    for claim in study.claims.values():
+        for side in claim.sides:
+            label = (side.metric or claim.metric).partition(".")[0]
+            for at in claim.at or study.at:
+                places = {
+                    (row.data, row.seed)
+                    for row, cells in matrix.table
+                    if row.defense in (side.defense or row.defense, "") and row.at == at and label in cells
+                }
+                assert places == {(data, seed) for data, _ in places for seed in study.seeds}
+                assert {data for data, _ in places} >= set(claim.data), claim.statement
+                assert places
+
+
+def test_a_measure_of_some_seeds_is_made_for_those_alone():
+    few = {"kind": "accuracy", "seeds": [1]}
+    table = Matrix(tiny(measures={"clean": few})).table
+    assert {row.seed: set(cells) for row, cells in table} == {0: {"train"}, 1: {"train", "clean"}}
+
+
+def test_jacobians_are_measured_as_the_analysis_does(done):
+    result, root = done
+    row = result.rows[0]
+    model = gb.models.load(root / row.folders["train"] / "run")
+    data = gb.data.load("digits")
+    measure = JacobianMeasure(test_images=20, pairs=10)
+    trained = TrainedModel(model=model, data=data, eps=0.1, seed=3, folder=root, out=root, source=None)
+    found = measure.measure(trained).metrics
+    few = data.test.sample(20, seed=3)
+    norms = gb.analysis.batch_jacobian(model, few.take(slice(None))[0]).flatten(1).norm(dim=1)
+    assert found["jacobian"].value == pytest.approx(float(norms.mean()), rel=1e-5)
+    assert found["pairs"].value == pytest.approx(
+        float(gb.analysis.pair_sharing(model, few, pairs=10, seed=3).values["cos_F"].mean()), rel=1e-5
+    )
+    assert 1 / 20 <= found["sharing"].value <= 1
 
 
 def test_an_address_follows_the_settings_and_the_code(monkeypatch):
@@ -147,16 +230,24 @@ def test_at_equal_time_a_cheaper_training_gets_more_epochs(tmp_path):
 
 
 def test_the_search_chooses_on_validation(tmp_path):
-    search = {"lr": [1e-6, 0.01], "warmup": [0, 1], "lengths": [1, 2]}
-    study = tiny(search=search, seeds=1, defenses={"standard": "standard"}, measures={"clean": {"kind": "accuracy"}})
+    search = {"lr": [1e-6, 0.01], "warmup": [0, 1], "share": 0.5, "train": 240, "lengths": [0.25, 0.5]}
+    recipe = {**TINY["recipe"], "epochs": 4}
+    few = {"seeds": 1, "defenses": {"standard": "standard"}, "measures": {"clean": {"kind": "accuracy"}}}
+    study = tiny(search=search, recipe=recipe, **few)
     row = run_study(study, tmp_path).rows[0]
     assert row.recipe["lr"] == 0.01  # the other learns nothing
     files = [json.loads(file.read_text()) for file in tmp_path.glob("cells/*/result.json")]
-    found = next(file["result"] for file in files if file["cell"]["kind"] == "search")
-    assert len(found["tried"]) == 4
-    best = max(found["tried"], key=lambda one: one["accuracy"] - one["uer"])
-    assert (found["lr"], found["warmup"]) == (best["lr"], best["warmup"])
-    assert row.flat is not None
+    found = {file["cell"]["kind"]: file for file in files}
+    tried = found["search"]["result"]["tried"]
+    assert [one["epochs"] for one in tried] == [2] * 4
+    assert found["search"]["cell"]["settings"]["data"]["train"] == 240
+    best = max(tried, key=lambda one: one["accuracy"] - one["uer"])
+    assert [found["search"]["result"][key] for key in ("lr", "warmup")] == [best["lr"], best["warmup"]]
+    half, whole = found["lengths"]["result"]["lengths"]
+    assert (half["epochs"], whole["epochs"], half["lr"]) == (1, 2, 0.01)
+    gain = (whole["accuracy"] - whole["uer"] - half["accuracy"] + half["uer"]) / 2
+    assert found["lengths"]["result"]["flat from"] == (1 if gain < 0.01 else None)
+    assert row.flat is (gain < 0.01)
     assert not list(tmp_path.glob("cells/*/runs"))
 
 
@@ -229,6 +320,28 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(done, tmp_path):
     assert not list(tmp_path.glob("cells/*/lock.*"))
 
 
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_a_worker_killed_at_random_loses_its_unfinished_step_alone(done, tmp_path):
+    result, _ = done
+    found = []
+    runner = threading.Thread(target=lambda: found.append(run_study(tiny(), tmp_path, workers=2)))
+    runner.start()
+    killed, deadline, draw = 0, time.monotonic() + 1200, random.Random(0)
+    while runner.is_alive() and time.monotonic() < deadline:
+        workers = multiprocessing.active_children()
+        if workers and killed < 2 and len(list(tmp_path.glob("cells/*/result.json"))) > 3 * killed:
+            time.sleep(draw.random())
+            draw.choice(workers).kill()
+            killed += 1
+        time.sleep(0.2)
+    runner.join(300)
+    assert killed == 2
+    assert (found[0].done, found[0].failed) == (18, {})
+    assert numbers(found[0]) == numbers(result)
+    assert not list(tmp_path.glob("cells/*/lock.*"))
+
+
 def test_a_full_disk_leaves_the_study_intact(done, tmp_path):
     result, _ = done
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -249,6 +362,32 @@ def test_a_cell_that_fails_is_told_and_the_others_are_done(tmp_path):
     assert [row.missing for row in result.rows] == [[], ["train", "clean", "fgsm"]]
     assert list(result.failed) == ["train of wide on digits, lenet5, seed 0"]
     assert "batch size 512 does not fit 256 training images" in str(result.failed)
+
+
+def test_a_cell_that_crashes_is_tried_again_as_often_as_the_study_says(tmp_path, monkeypatch):
+    tried = []
+
+    def fake(cell, here, device):
+        tried.append(cell.title)
+        if cell.label == "fgsm" and (cell.row.seed == 1 or tried.count(cell.title) < 3):
+            raise RuntimeError("the machine had a bad moment")
+        values = {"values": {}, "recipe": {}} if cell.kind == "train" else {"metrics": {}, "verdict": {}}
+        here.write(cell, values, 0.0, (), device)
+
+    monkeypatch.setattr("gambeson.studies.runner.execute", fake)
+    monkeypatch.setattr("gambeson.studies.runner._POLL", 0.01)
+    study = tiny(defenses={"standard": "standard"}, resources={"retries": 2})
+    result = run_study(study, tmp_path)
+    assert [row.missing for row in result.rows] == [[], ["fgsm"]]
+    assert {title: tried.count(title) for title in tried if title.startswith("fgsm")} == {
+        "fgsm of standard on digits, lenet5, seed 0": 3,  # the third time it works
+        "fgsm of standard on digits, lenet5, seed 1": 3,  # and here it never does
+    }
+    assert list(result.failed) == ["fgsm of standard on digits, lenet5, seed 1"]
+    assert "RuntimeError: the machine had a bad moment" in str(result.failed)
+    again = run_study(study, tmp_path)  # a new run tries again
+    assert tried.count("fgsm of standard on digits, lenet5, seed 1") == 6
+    assert list(again.failed) == list(result.failed)
 
 
 def test_the_time_is_kept(tmp_path):
@@ -275,6 +414,33 @@ def test_a_plan_counts_cells_and_keeps_dependencies(done, tmp_path, capsys):
     assert not list(tmp_path.glob("cells"))
 
 
+def test_a_large_network_is_planned_by_counting(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "LONG", 0.0)  # nothing is short
+
+    def timed(*_):
+        raise AssertionError("a step was timed")
+
+    monkeypatch.setattr(planning, "plan_training", timed)
+    defenses = {**TINY["defenses"], "pgd": {"name": "pgd-adversarial", "settings": {"steps": 10}}}
+    prices = planning._Prices("cpu")
+    data = gb.data.load("digits")
+    cells = {cell.row.defense: cell for cell in Matrix(tiny(defenses=defenses)).cells if cell.kind == "train"}
+    ratios = {name: prices.ratio(TrainRun(**cell.settings["run"]), data) for name, cell in cells.items()}
+    assert ratios["standard"] == 1
+    # Ten gradients of images, each of which costs two forwards, and a step of three; no input gradient in a plain step.
+    assert 7 < ratios["pgd"] < 9
+    assert 1 < ratios["heaps"] < ratios["pgd"]
+    found = planning.plan(Matrix(tiny(defenses=defenses)), Store(tmp_path), "cpu")
+    seconds = {
+        cell.row.defense: Estimates(Matrix(tiny(defenses=defenses)), Store(tmp_path), "cpu").of(cell)
+        for cell in cells.values()
+    }
+    assert (seconds["pgd"] - planning.OVERHEAD) / (seconds["standard"] - planning.OVERHEAD) == pytest.approx(
+        ratios["pgd"], rel=1e-6
+    )
+    assert found.cells == 24
+
+
 def test_commands_say_what_there_is(done, tmp_path, capsys):
     result, root = done
     file = tmp_path / "tiny.yaml"
@@ -286,8 +452,27 @@ def test_commands_say_what_there_is(done, tmp_path, capsys):
     assert run(["study", "export", str(file), "--out", str(root), "--file", str(tmp_path / "x.csv")]) == 0
     lines = (tmp_path / "x.csv").read_text().splitlines()
     assert len(lines) == 1 + sum(len(row.values) for row in result.rows)
+    with (tmp_path / "x.csv").open() as opened:
+        table = list(csv.DictReader(opened))
+    fgsm = next(
+        line for line in table if (line["seed"], line["variant"], line["metric"]) == ("1", "sigma 0.7", "fgsm.accuracy")
+    )
+    row = next(row for row in result.rows if (row.variant, row.seed) == ("sigma 0.7", 1))
+    assert float(fgsm["value"]) == row.values["fgsm.accuracy"].value
     assert run(["study", "export", str(file), "--out", str(root), "--to", "xls"]) == 2
     assert "expected one of csv, parquet, json" in capsys.readouterr().err
+
+
+def test_parquet_has_what_csv_has(done, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    result, _ = done
+    export(result, "csv", tmp_path / "x.csv")
+    export(result, "parquet", tmp_path / "x.parquet")
+    with (tmp_path / "x.csv").open() as opened:
+        text = list(csv.DictReader(opened))
+    lines = parquet.read_table(tmp_path / "x.parquet").to_pylist()
+    assert [{key: "" if value is None else str(value) for key, value in line.items()} for line in lines] == text
+    assert {type(line["value"]) for line in lines} == {float}
 
 
 @pytest.mark.parametrize(
@@ -333,15 +518,108 @@ def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
         run_study(tiny(), tmp_path, ray="local")
 
 
-def test_a_local_cluster_gives_the_numbers_of_one_process(tmp_path):
-    environment = dict(os.environ)
-    pytest.importorskip("ray")
+CLUSTER = {
+    "RAY_AUTH_MODE": "disabled",  # both ends are here
+    "RAY_raylet_start_wait_time_s": "600",  # busy machines start slowly
+    "RAY_memory_monitor_refresh_ms": "0",  # and are not this test's to tidy up
+}
+
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+
+
+@needs_ray
+@pytest.mark.full
+@pytest.mark.timeout(1800)  # a busy machine starts a cluster in minutes
+def test_a_local_cluster_gives_the_numbers_of_one_process(tmp_path, monkeypatch):
+    for name, value in CLUSTER.items():
+        monkeypatch.setenv(name, value)
     small = {"seeds": 1, "defenses": {"standard": "standard"}}
     here = run_study(tiny(**small), tmp_path / "here")
-    try:
-        there = run_study(tiny(**small), tmp_path / "there", ray="local")
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)  # Ray leaves settings of its own
+    there = run_study(tiny(**small), tmp_path / "there", ray="local")
     assert there.done == there.cells
     assert numbers(there) == numbers(here)
+
+
+def test_a_cluster_that_is_lost_is_waited_for_and_one_that_never_answers_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr(
+        "gambeson.studies.runner.execute", lambda cell, here, device: here.write(cell, {}, 0, (), device)
+    )
+    monkeypatch.setattr(cluster, "_AGAIN", 0.0)
+    runner = Runner(prepare(tiny(), tmp_path), Store(tmp_path), "cpu")
+    tries = []
+
+    def driven(runner, address):
+        tries.append(address)
+        yield [("refused", "no cluster")] if len(tries) == 2 else [("connected", "")]
+        if len(tries) == 2:
+            return
+        for cell in runner.look()[: 3 if len(tries) == 1 else None]:
+            runner.attempt(cell)
+        yield [] if len(tries) == 1 else [("done", "")]  # Ray ends its process without a word
+
+    monkeypatch.setattr(cluster, "_driven", driven)
+    assert cluster.run(runner, "there:1") == []
+    assert tries == ["there:1"] * 3
+    monkeypatch.setattr(cluster, "PATIENCE", -1)
+    tries.clear()
+    lost = Runner(prepare(tiny(name="lost", seeds=(7, 8)), tmp_path), Store(tmp_path), "cpu")
+    with pytest.raises(UserError, match=r"the Ray cluster is lost \(its process was ended\)"):
+        cluster.run(lost, "there:1")
+    monkeypatch.setattr(cluster, "_driven", lambda *_: iter([[("refused", "no cluster")]]))
+    with pytest.raises(UserError, match="no cluster"):
+        cluster.run(lost, "there:1")
+    monkeypatch.setattr(cluster, "_driven", lambda *_: iter([[("connected", "")], [("full", "no space")]]))
+    with pytest.raises(OutOfSpace, match="no space"):
+        cluster.run(lost, "there:1")
+
+
+def head(port, folder):
+    """Start the head of a cluster, with its own processes."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=false"]
+    command += [f"--port={port}", "--num-cpus=1", "--disable-usage-stats", f"--temp-dir={folder}"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, env=os.environ | CLUSTER, start_new_session=True, **quiet)
+
+
+@needs_ray
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_a_study_outlives_the_head_of_its_cluster(done, tmp_path):
+    result, _ = done
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"kind": "study", **TINY}))
+    command = [sys.executable, "-m", "gambeson", "study", "run", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path)]
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # Ray's sockets need a short path
+        first = head(port, folder)
+        study = None
+        try:
+            _wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+            command += ["--ray", f"127.0.0.1:{port}"]
+            study = subprocess.Popen(command, env=os.environ | CLUSTER, start_new_session=True)
+            _wait_until(lambda: list(tmp_path.glob("cells/*/result.json")))
+            first.terminate()
+            first.wait(120)
+            begun = len(list(tmp_path.glob("cells/*/result.json")))
+            assert study.poll() is None
+            first = head(port, folder)
+            assert study.wait(900) == 0
+        finally:
+            first.terminate()
+            first.wait(120)
+            if study is not None and study.poll() is None:
+                os.killpg(study.pid, signal.SIGKILL)
+    assert begun < 18
+    found = read_study(tmp_path / "tiny")
+    assert (found.done, found.failed) == (18, {})
+    assert numbers(found) == numbers(result)
+
+
+def _wait_until(true, seconds=600):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

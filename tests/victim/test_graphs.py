@@ -271,7 +271,7 @@ def test_a_failed_capture_is_undone(monkeypatch, ended, fails):
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", close, raising=False)
-    with pytest.raises(ValueError, match="broken") if fails else nullcontext(), graphs._undone_on_error(here, (0, 7)):
+    with pytest.raises(ValueError, match="broken") if fails else nullcontext(), graphs.undone_on_error(here, (0, 7)):
         generator.capturing = fails
         if ended:
             pools.clear()

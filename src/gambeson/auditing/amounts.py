@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from gambeson.attacks import PGD, TargetedAutoPGD
-from gambeson.auditing.rescoring import MOST
+from gambeson.auditing.context import MARGIN_STEPS, WIDER
+from gambeson.auditing.rescoring import DRAWN, MOST
 from gambeson.auditing.suite import Suite
 from gambeson.data import Dataset
 from gambeson.evaluation.outcome import at_once
@@ -103,7 +104,7 @@ class Amounts:
     def batches(self) -> int:
         """Images in batches of several sizes together."""
         most = at_once(self.data.test)
-        sizes = (7, 32, self.suite.universal_batch, 100, self.sample, most)
+        sizes = (7, 32, self.suite.universal_batch, 100, self.sample, most, *[most] * DRAWN)
         return sum(max(_PROBES, min(most, size)) for size in sizes)
 
     def work(
@@ -190,11 +191,11 @@ CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
     "no noise-off gap": lambda n: {"gradients": 20 * n.random, "forwards": 5 * n.random},
     "no EOT gap": lambda n: {"gradients": 32 * n.random},
     "no vanishing gradients": lambda n: {"gradients": 2},
-    "gradient matches finite differences": lambda n: {"forwards": 1, "gradients": 1},
+    "gradient matches finite differences": lambda n: {"forwards": 3, "gradients": 1},
     "gradient complete": lambda n: {"forwards": 75, "gradients": 6},
     "no optimisation at test time": lambda n: {},  # after the one before
-    "independent of the batch": lambda n: {"beside": 100},
-    "stateless": lambda n: {"beside": min(n.sample, n.test) + 160},
+    "independent of the batch": lambda n: {"beside": 330},
+    "stateless": lambda n: {"beside": 2 * n.sample + 460},
     "re-scoring reproducible": lambda n: {"beside": n.test},
     "monotone in step size": lambda n: {"gradients": 2},
     "gradient independent of the batch": lambda n: {"apart": _BATCHES * _PROBES + n.batches},
@@ -211,7 +212,11 @@ CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
     "margin loss no stronger": lambda n: {"gradients": n.short + 3, "shares": "short PGD"},
     "attack has converged": lambda n: {"gradients": n.pgd + 3 * n.white, "shares": "white box"},
     "single step approximates multi-step": lambda n: {"forwards": 4, "gradients": 12},
-    "no test-set leakage": lambda n: {"gradients": n.pgd, "beside": n.test + n.held, "shares": "PGD"},
+    "no test-set leakage": lambda n: (
+        {"gradients": n.pgd, "beside": n.test + n.held, "shares": "PGD"}
+        if n.of_maps
+        else {"apart": 2 * WIDER * MARGIN_STEPS * n.sample, "beside": 2 * n.test + 2 * n.held}
+    ),
     "random start no stronger": lambda n: {"gradients": 2},
     "monotone in eps": lambda n: {"gradients": 2 * n.short, "shares": "short PGD"},
     "attack repeats its outcome": lambda n: {"apart": min(64, n.sample) * n.steps},

@@ -42,6 +42,9 @@ Where = Literal["sample", "wider", "unseen", "test"]
 
 WIDER = 5
 """Images of a second look, as a multiple of the sample's (ours): in the suite ``quick``, all that it reports on."""
+MARGIN_STEPS = 5
+"""Steps of PGD behind which the margins of test and validation images are compared (ours): their order is what counts.
+"""
 
 
 class Checkpoints:

@@ -173,7 +173,7 @@ def asked_parts(suite: Suite, data: Dataset, passes: int) -> tuple[Part, ...]:
     search = runs * (craft + held) + (runs * len(suite.eps) + runs * (runs - 1) // 2) * held
     search += 12 * test if runs else 0  # the error curve near eps_uni
     transferred = min(suite.transfer_images, test) if suite.surrogate != "none" else 0
-    checked = 2 * test + 23 * sample
+    checked = 2 * test + 23 * sample + 600
     checked += 0 if passes == 1 else 2 * sample  # of a random box: votes that choose the worst candidates
     asked = {
         "start": passes * test + 20,

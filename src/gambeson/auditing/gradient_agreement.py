@@ -89,7 +89,7 @@ class _Probes:
     def __init__(self, victim: Victim, split: Split, labels: torch.Tensor, seed: int, draw: torch.Generator) -> None:
         self.victim, self.task, self.labels, self.seed, self.draw = victim, split.task, labels, seed, draw
         self.loss = Loss(kind="margin")
-        self.random = victim.inspect(split.take(slice(0, 8), victim.device)[0], scores=True).stochastic
+        self.random = victim.inspect(split.take(slice(0, 8), victim.device)[0], scores=True).varies
         self.weights: torch.Tensor | None = None
 
     def values(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -240,6 +240,8 @@ def worse(found: Iterable[Rescored], tried: Iterable[Way]) -> list[Way]:
 
 
 _PROBES = 16
+DRAWN = 3
+"""Sizes of batches that are drawn at random."""
 _CALLS = 12
 _ONE = "one by one"
 FALSE = 0.05
@@ -266,10 +268,14 @@ def _gradient(context: AuditContext, images: torch.Tensor, labels: torch.Tensor,
 
 
 def _sizes(context: AuditContext) -> list[int]:
-    """Sizes of batches that gradients are taken on: of attacks, and some below and between."""
-    most = at_once(context.test)
-    suite = context.suite
-    return sorted({min(most, size) for size in (7, 32, suite.universal_batch, 100, min(suite.sample, most), most)})
+    """Sizes of batches that gradients are taken on: of attacks, some below, and some drawn between.
+
+    Attacks drop images that are adversarial already, so that their batches have any size up to the largest.
+    """
+    suite, most = context.suite, at_once(context.test)
+    drawn = torch.randint(1, most + 1, (DRAWN,), generator=generator(context.seed, "sizes")).tolist()
+    sizes = (7, 32, suite.universal_batch, 100, min(suite.sample, most), most, *drawn)
+    return sorted({min(most, size) for size in sizes})
 
 
 def _filled(size: int, count: int, draw: torch.Generator) -> torch.Tensor:

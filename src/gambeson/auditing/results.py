@@ -41,7 +41,7 @@ class ModelInfo(Config):
     black_box: bool = False
     """Whether it returns scores without gradients."""
     random: bool = False
-    """Whether two calls with the same images differ."""
+    """Whether two calls with the same images differ by what decides answers, or in the gradient."""
     defense: dict[str, Any] | None = None
     """The defence it was trained with, with every setting; None if unknown."""
     epochs: int | None = None

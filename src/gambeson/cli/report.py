@@ -56,7 +56,9 @@ def report(
         page = out or audits[0] / "report.html"
         writable(page.parent)
         study = len(audits) == 1 and is_study(audits[0])
-        done["report"] = str(write_study(read_study(audits[0]), page) if study else write(audits, page))
+        done["report"] = str(
+            write_study(read_study(audits[0]), page, audits[0].parent) if study else write(audits, page)
+        )
     console = Console(stderr=True, quiet=as_json)
     reports: list[GateReport] = []
     if asked or others:

@@ -117,7 +117,7 @@ def _plan_table(found: StudyPlan) -> Table:
         table.add_column(column, justify="left" if column in ("kind", "known from") else "right")
     for kind in found.kinds:
         each = "\N{EN DASH}" if kind.seconds is None else duration(kind.seconds)
-        how = "finished cells" if kind.measured else "timed steps and batches"
+        how = "finished cells" if kind.measured else "timed or counted steps"
         table.add_row(kind.name, str(kind.cells), str(kind.done), each, how)
     return table
 

@@ -150,7 +150,7 @@ class Transferred:
         moved = torch.cat([moved[:half], batch.images[half:]])
         if self.defense.weight == 1:
             return batch_loss(model, moved, batch)
-        values = batch.losses(model(moved))
+        values = batch.losses(batch.forward(model, moved))
         weights = torch.ones_like(values)
         weights[:half] = self.defense.weight
         return (weights * values).sum() / weights.sum()

@@ -42,6 +42,8 @@ class Batch:
     epochs: int = 1
     indices: torch.Tensor | None = None
     """(N,) indices of the images in the training split, if they are not augmented."""
+    forward_by: Callable[[nn.Module, torch.Tensor], Any] | None = None
+    """Computes a model's output in another way, such as by CUDA graphs; see :meth:`forward`."""
 
     @property
     def epoch(self) -> int:
@@ -52,6 +54,10 @@ class Batch:
     def progress(self) -> float:
         """Finished share of the training, in [0, 1)."""
         return self.step / (self.steps * self.epochs)
+
+    def forward(self, model: nn.Module, images: torch.Tensor) -> Any:
+        """Return ``model(images)`` for a loss that is differentiated once, by one backward."""
+        return model(images) if self.forward_by is None else self.forward_by(model, images)
 
     def losses(self, logits: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """Return the mean cross-entropy of each image (N,) over its units that count."""
@@ -82,7 +88,7 @@ class Term(Protocol):
 
 def batch_loss(model: nn.Module, images: torch.Tensor, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
     """Mean cross-entropy of ``images`` against the batch's labels."""
-    return batch.losses(model(images), label_smoothing).mean()
+    return batch.losses(batch.forward(model, images), label_smoothing).mean()
 
 
 class Clean(Config):

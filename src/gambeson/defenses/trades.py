@@ -36,8 +36,8 @@ class Divergence(Config):
     def with_logits(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Also return the clean logits."""
         moved = perturb(batch.images, self.craft(model, batch))
-        logits = model(batch.images)
-        return logits, _divergence(logits.log_softmax(1), model(moved), batch).mean()
+        logits, other = batch.forward(model, batch.images), batch.forward(model, moved)
+        return logits, _divergence(logits.log_softmax(1), other, batch).mean()
 
     def craft(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Craft the perturbations, (N, C, H, W), with the model in evaluation mode (as in the public code)."""

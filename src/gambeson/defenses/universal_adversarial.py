@@ -92,7 +92,7 @@ class UniversalRisk(nn.Module):
         moved = self.bank.perturb(batch.images, self._rows(batch))
         if self.update == "alternating":
             moved = moved.detach()
-        values = batch.losses(model(moved))
+        values = batch.losses(batch.forward(model, moved))
         if self.update == "one-pass" and self.truncate is not None:
             mute(moved, values <= self.truncate)
         return values.mean()

@@ -231,7 +231,7 @@ class BankConsistency(nn.Module):
         """Also return the clean logits, for the clean term."""
         rows = self.rows(batch)
         moved = self.moved(model, batch, rows)
-        clean, perturbed = model(torch.cat([batch.images, moved])).tensor_split(2)
+        clean, perturbed = batch.forward(model, torch.cat([batch.images, moved])).tensor_split(2)
         if self.settings.truncate is not None:
             mute(moved, batch.losses(perturbed.detach()) <= self.settings.truncate)
         fixed = clean.detach() if self.settings.detach_clean else clean

@@ -133,7 +133,7 @@ def _score(model: nn.Module, again: nn.Module, test: Split, votes: int, seed: in
         raise nothing_counts(test)
     with Victim(model) as victim, seeded(seed, "export"):
         first, _ = test.take(slice(0, 8))
-        repeats = not (inspect_model(model, first).stochastic or inspect_model(again, first).stochastic)
+        repeats = not (inspect_model(model, first).varies or inspect_model(again, first).varies)
         count = 1 if repeats else votes
         size = auto_batch_size(test.shape, 250)
         with task("score the export", math.ceil(len(test) / size)) as advance:

@@ -25,7 +25,7 @@ class MaxPool(nn.MaxPool2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (N, C, H // 2, W // 2) of (N, C, H, W)."""
-        traced = type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        traced = type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch._C._is_tracing()
         if traced or x.requires_grad or x.device.type != "cpu" or _differentiates():
             return super().forward(x)
         x = x[..., : x.shape[-2] // 2 * 2, : x.shape[-1] // 2 * 2]

@@ -55,9 +55,24 @@ def write_transfer(result: TransferResult, out: str | Path) -> Path:
     return _written(out, page.render("transfer", transfer.build(result), plotly=False))
 
 
-def write_study(result: StudyResult, out: str | Path) -> Path:
-    """Write one HTML page about a study: claims, a table to sort and filter, and trade-offs; return its path."""
-    return _written(out, page.render("study", study.build(result)))
+def write_study(result: StudyResult, out: str | Path, root: Path | None = None) -> Path:
+    """Write one HTML page about a study: claims, a table to sort and filter, and trade-offs; return its path.
+
+    Args:
+        result: what it has found.
+        out: the output file.
+        root: the folder of studies; the pages of its audits are then written to the folder ``NAME-audits`` beside
+            ``out``, and the rows of the table lead there.
+    """
+    pages: dict[str, str] = {}
+    for row in result.rows if root is not None else ():
+        for label in row.verdicts:
+            folder = Path(root or "") / row.folders[label] / "audit"
+            if folder.is_dir():
+                name = Path(f"{Path(out).stem}-audits", f"{study.plain_name(row, label)}.html")
+                write([folder], Path(out).parent / name)
+                pages[row.folders[label]] = name.as_posix()
+    return _written(out, page.render("study", study.build(result, pages)))
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gambeson.report.charts import AXIS, LEGEND, MARKERS, Chart, embed, hue, plain_layout
 from gambeson.report.formatting import Facts, flat, percent
-from gambeson.studies.claims import Finding, front, meaning
-from gambeson.studies.measures import Value
+from gambeson.studies.claims import Finding, front
+from gambeson.studies.measures import Value, meaning
 from gambeson.studies.rows import Result, StudyResult
 
 AT = {"steps": "equal steps", "seconds": "equal time"}
@@ -40,7 +41,8 @@ class Detail:
 
     title: str
     numbers: list[tuple[str, str]]
-    audits: list[tuple[str, dict[str, Any]]]
+    audits: list[tuple[str, str, dict[str, Any]]]
+    """Address of the page, command that writes it, and verdict."""
     facts: list[tuple[str, str]]
     missing: str
 
@@ -74,6 +76,8 @@ class ClaimLine:
     mark: str
     verdict: str
     note: str
+    overall: str
+    """The verdict over all data and architectures."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,19 @@ class Page:
     facts: list[Facts]
 
 
-def build(result: StudyResult) -> Page:
-    """Build the page's data."""
+def plain_name(row: Result, label: str) -> str:
+    """The name of a file about a measurement of a row."""
+    parts = (label, row.defense, row.variant, row.data, row.model, row.at, f"seed-{row.seed}")
+    return "-".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-.") for part in parts if part)
+
+
+def build(result: StudyResult, pages: Mapping[str, str] | None = None) -> Page:
+    """Build the page's data.
+
+    Args:
+        result: what a study has found.
+        pages: addresses of audits' pages by the folders of their cells.
+    """
     study = result.study
     metrics = [name for row in result.rows for name in row.values]
     metrics = [name for name in dict.fromkeys(metrics) if not name.startswith("train.")] + [
@@ -110,12 +125,12 @@ def build(result: StudyResult) -> Page:
         state=f"{result.done:,} of {result.cells:,} cells are done, as of {result.date} UTC"
         + (f"; computed on {' and on '.join(devices)}." if devices else "."),
         claims=[
-            _claim(verdict.statement, verdict.source, finding)
+            _claim(verdict.statement, verdict.source, finding, _overall(result, verdict.claim))
             for verdict in result.claims
             for finding in verdict.findings
         ],
         heads=[_head(name) for name in metrics],
-        lines=[_line(f"row{k}", rows, metrics) for k, rows in enumerate(groups.values())],
+        lines=[_line(f"row{k}", rows, metrics, pages or {}) for k, rows in enumerate(groups.values())],
         data=list(dict.fromkeys(row.data for row in result.rows)),
         ats=[(at, AT[at]) for at in study["at"]],
         charts=_charts(result, metrics),
@@ -133,7 +148,12 @@ def _head(metric: str) -> str:
     return words if label == "train" else f"{words} ({label})"
 
 
-def _claim(statement: str, source: str, finding: Finding) -> ClaimLine:
+def _overall(result: StudyResult, claim: str) -> str:
+    found = [f"{one.verdict} at {AT[one.at]}" for one in result.claims if one.claim == claim]
+    return f"All in all: {'; '.join(found)}."
+
+
+def _claim(statement: str, source: str, finding: Finding, overall: str) -> ClaimLine:
     badge, mark = _BADGES[finding.verdict]
     effect = "–" if finding.effect is None else f"{finding.effect:.3g}"
     if finding.low is not None and finding.high is not None:
@@ -154,6 +174,7 @@ def _claim(statement: str, source: str, finding: Finding) -> ClaimLine:
         mark=mark,
         verdict=finding.verdict,
         note="; ".join(notes),
+        overall=overall,
     )
 
 
@@ -177,7 +198,7 @@ def _ends(value: float, metric: str) -> str:
     return f"{100 * value:.1f}" if meaning(metric).share else f"{value:.4g}"
 
 
-def _line(key: str, rows: Sequence[Result], metrics: Sequence[str]) -> Line:
+def _line(key: str, rows: Sequence[Result], metrics: Sequence[str], pages: Mapping[str, str]) -> Line:
     first = rows[0]
     where = [first.data, first.model, AT[first.at]]
     return Line(
@@ -188,11 +209,11 @@ def _line(key: str, rows: Sequence[Result], metrics: Sequence[str]) -> Line:
         at=first.at,
         words=" ".join([first.defense, first.variant, *where]).lower(),
         numbers=[_number([row.values[name] for row in rows if name in row.values], name) for name in metrics],
-        seeds=[_detail(row, metrics) for row in rows],
+        seeds=[_detail(row, metrics, pages) for row in rows],
     )
 
 
-def _detail(row: Result, metrics: Sequence[str]) -> Detail:
+def _detail(row: Result, metrics: Sequence[str], pages: Mapping[str, str]) -> Detail:
     numbers = []
     for name in metrics:
         if (value := row.values.get(name)) is not None:
@@ -211,9 +232,9 @@ def _detail(row: Result, metrics: Sequence[str]) -> Detail:
         else []
     )
     facts += [(name, str(row.recipe[name])) for name in ("epochs", "lr", "warmup", "batch_size") if name in row.recipe]
-    facts += [(f"folder of {label}", folder) for label, folder in row.folders.items()]
+    facts += [(f"folder of {label}", folder) for label, folder in row.folders.items() if label not in row.missing]
     audits = [
-        (f"gambeson report {row.folders[label]}/audit --out {label}.html", verdict)
+        (pages.get(row.folders[label], ""), f"gambeson report {row.folders[label]}/audit --out {label}.html", verdict)
         for label, verdict in row.verdicts.items()
     ]
     return Detail(f"seed {row.seed}", numbers, audits, facts, ", ".join(row.missing))

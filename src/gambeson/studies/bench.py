@@ -126,6 +126,13 @@ class _Operations(TorchDispatchMode):
         return out
 
 
+def operations(run: Callable[[], object]) -> int:
+    """Count the floating-point operations of a run's convolutions and matrix products, forward and backward."""
+    with _Operations() as counted:
+        run()
+    return counted.total
+
+
 def _wait() -> None:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
@@ -141,9 +148,7 @@ def side_by_side(
         for lap in range(rounds + 1):
             for name, run in candidates.items():
                 if not lap:
-                    with _Operations() as counted:
-                        run()
-                    work[name] = counted.total
+                    work[name] = operations(run)
                     if torch.accelerator.is_available():  # graphs are captured where nobody counts
                         run()
                     continue

@@ -12,10 +12,11 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 
 from gambeson.analysis.correlation import spearman
-from gambeson.base import Config, Number, UserError, unknown_name
-from gambeson.studies.measures import METRICS, Value
+from gambeson.base import Config, Number, UserError
+from gambeson.studies.measures import Metric, Value, meaning
 
 Word = Literal["reproduced", "not reproduced", "undecided", "not run"]
+At = Literal["steps", "seconds"]
 LEVELS = 5
 """Clean accuracies at which two fronts are compared, evenly spread over what they share."""
 MOST_SEEDS = 10_000
@@ -23,22 +24,6 @@ MOST_SEEDS = 10_000
 
 def _side(value: Any) -> Any:
     return {"defense": value} if isinstance(value, str) else value
-
-
-def _metric(name: str) -> str:
-    label, _, last = name.partition(".")
-    if not label or last not in METRICS:
-        raise unknown_name("metric", name, [f"{label or 'MEASURE'}.{known}" for known in METRICS])
-    return name
-
-
-Metric = Annotated[str, BeforeValidator(_metric)]
-"""A measurement's label, or ``train``, and one of :data:`gambeson.studies.measures.METRICS`: ``audit.uer``."""
-
-
-def meaning(metric: str) -> Any:
-    """What the last part of a metric's name stands for."""
-    return METRICS[metric.partition(".")[2]]
 
 
 class Side(Config):
@@ -98,6 +83,9 @@ class Claim(Config):
     """The data sets that it is about; empty: all."""
     models: tuple[str, ...] = ()
     """The architectures; likewise."""
+    at: tuple[At, ...] = ()
+    """What the compared trainings have in common; empty: each of the study's. ``[steps]`` for one model against itself,
+    or where a step of both takes the same."""
     need: Literal["all", "any"] = "all"
     """Whether it has to hold on all of them, or on any; the intervals are then wider by Bonferroni's correction."""
 
@@ -139,6 +127,16 @@ class Claim(Config):
         """Every metric that it names."""
         named = [self.metric, self.matched, *(side.metric for side in self.sides)]
         return [name for name in named if name]
+
+    def reads(self, defense: str, variant: str) -> set[str]:
+        """Labels of what it reads of a model; empty: nothing."""
+        keeps = self.keeping is not None and self.keeping.than == defense
+        found = {"train"} if keeps else set()
+        for side in self.sides:
+            if side.defense in ("", defense) and side.variant in ("", variant):
+                metrics = {self.metric, side.metric} if self.how == "correlation" else {side.metric or self.metric}
+                found |= {"train", *(metric.partition(".")[0] for metric in metrics | {self.matched} if metric)}
+        return found
 
     def check(self, seeds: Sequence[int]) -> None:
         """Refuse what no seed could decide.
@@ -441,4 +439,9 @@ def verdicts(
     claims: Mapping[str, Claim], points: Sequence[Point], ats: Sequence[str], places: Sequence[tuple[str, str]]
 ) -> list[Verdict]:
     """Judge every claim, at equal steps and at equal time; see :func:`judge`."""
-    return [judge(name, claim, points, at, places) for name, claim in claims.items() for at in ats]
+    return [
+        judge(name, claim, points, at, places)
+        for name, claim in claims.items()
+        for at in ats
+        if at in (claim.at or ats)
+    ]

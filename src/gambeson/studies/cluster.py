@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import time
+from collections.abc import Iterator
 from functools import lru_cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from gambeson.base import OutOfSpace, UserError, say, task
 from gambeson.studies.matrix import Cell, Matrix
-from gambeson.studies.runner import Runner, _threads
-from gambeson.studies.store import Store
+from gambeson.studies.runner import Runner, _threads, time_left
+from gambeson.studies.store import Estimates, Store
 from gambeson.studies.study import Study
 
 AHEAD = 2
@@ -25,7 +28,8 @@ def run(runner: Runner, address: str) -> list[Cell]:
     """Run a study on a cluster whose machines share the folder of results.
 
     A cell whose machine is lost is tried again elsewhere, as often as the study's resources say, and goes on from what
-    it has stored. If the head of the cluster is lost, this waits for it and goes on.
+    it has stored. Ray ends every process that is connected to a cluster whose head is lost; so the connection is that
+    of a process of its own, and this one waits for the head and goes on.
 
     Args:
         runner: as for one process.
@@ -40,30 +44,73 @@ def run(runner: Runner, address: str) -> list[Cell]:
     """
     if importlib.util.find_spec("ray") is None:
         raise UserError("--ray needs the package ray: pip install 'gambeson[ray]', or use --workers")
-    _connect(address)
-    total, lost = len(runner.matrix.cells), None
-    left = runner.look()
+    total, left = len(runner.matrix.cells), runner.look()
+    lost, known = None, False
     with task(f"study {runner.matrix.study.name}", total, done=total - len(left)) as advance:
         while left:
-            before = len(left)
-            try:
-                again = _round(runner, left)
-                lost = None
-            except ConnectionError as error:
-                lost = lost or time.monotonic()
-                if time.monotonic() - lost > PATIENCE:
-                    raise UserError(f"the Ray cluster is lost ({error}): start it, and run the study again") from None
-                say("the Ray cluster does not answer: waiting for it")
-                _disconnect()
-                time.sleep(_AGAIN)
-                again = _reconnect(address)
-            left = runner.look()
-            for _ in range(before - len(left)):
-                advance()
-            if not again:
+            said: list[tuple[str, str]] = []
+            for one in _driven(runner, address):
+                before, left = len(left), runner.look()
+                said += one
+                for _ in range(before - len(left)):
+                    advance()
+                    lost = None
+            known = known or ("connected", "") in said
+            word, fault = said[-1] if said and said[-1][0] != "connected" else ("lost", "its process was ended")
+            if word == "done":
                 break
-    _disconnect()
+            if word == "full":
+                raise OutOfSpace(fault)
+            if word == "refused" and not known:
+                raise UserError(fault)
+            lost = lost or time.monotonic()
+            if time.monotonic() - lost > PATIENCE:
+                raise UserError(f"the Ray cluster is lost ({fault}): start it, and run the study again")
+            say("the Ray cluster does not answer: waiting for it")
+            time.sleep(_AGAIN)
     return left
+
+
+def _driven(runner: Runner, address: str) -> Iterator[list[tuple[str, str]]]:
+    """Drive the cluster from another process; yield what that says, from time to time."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    study = runner.matrix.study.model_dump_json()
+    given = (study, runner.store.root, runner.device, time_left(runner), runner.run, address, theirs)
+    process = context.Process(target=_drive, args=given, daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        while True:
+            alive = process.is_alive()
+            try:
+                said = [ours.recv()] if ours.poll(_POLL) else []
+            except EOFError:  # it has said all
+                process.join()
+                said, alive = [], False
+            yield said
+            if not alive and not said:
+                return
+    finally:
+        process.terminate()
+
+
+def _drive(study: str, root: Path, device: str, left: float | None, run: str, address: str, pipe: Connection) -> None:
+    matrix, store = Matrix(Study.model_validate_json(study)), Store(root)
+    deadline = None if left is None else time.monotonic() + left
+    runner = Runner(matrix, store, device, deadline, Estimates(matrix, store, device).of, run)
+    try:
+        _connect(address)
+        pipe.send(("connected", ""))
+        while (waiting := runner.look()) and _round(runner, waiting):
+            pass
+        pipe.send(("done", ""))
+    except ConnectionError as error:
+        pipe.send(("lost", str(error)))
+    except OutOfSpace as error:
+        pipe.send(("full", str(error)))
+    except UserError as error:
+        pipe.send(("refused", str(error)))
 
 
 def _round(runner: Runner, left: list[Cell]) -> bool:
@@ -76,7 +123,7 @@ def _round(runner: Runner, left: list[Cell]) -> bool:
     from ray.exceptions import RayError, RayTaskError
 
     resources = runner.matrix.study.resources
-    options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": resources.retries}
+    options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": 0}
     if resources.memory:
         options["memory"] = int(resources.memory * 2**30)
     remote = ray.remote(**options)(_task)
@@ -106,9 +153,8 @@ def _round(runner: Runner, left: list[Cell]) -> bool:
             except RayError as error:
                 if not ray.is_initialized():
                     raise ConnectionError(str(error).split("\n")[0]) from error
-                runner.store.fail(
-                    cell, f"its machine or process was lost: {type(error).__name__}", runner.run, resources.retries + 1
-                )
+                runner.crashed(cell, f"its machine or process was lost: {type(error).__name__}")
+                tried.discard(cell.address)
             else:
                 if fault is not None:
                     raise OutOfSpace(fault)
@@ -163,17 +209,3 @@ def _connect(address: str) -> None:
         raise UserError(
             f"no Ray cluster answers at {address} ({reason}): start one with `ray start --head`, or give --ray local"
         ) from None
-
-
-def _reconnect(address: str) -> bool:
-    try:
-        _connect(address)
-    except UserError:
-        return True  # not yet: the next round fails, and waits again
-    return True
-
-
-def _disconnect() -> None:
-    import ray
-
-    ray.shutdown()

@@ -13,9 +13,10 @@ from typing import Any, Literal
 from gambeson.base import UserError
 from gambeson.defenses.registry import DEFENSES
 from gambeson.models.registry import MODELS
+from gambeson.studies.claims import At, Claim
 from gambeson.studies.code import code_hash
 from gambeson.studies.measures import AttackMeasure
-from gambeson.studies.study import At, Study, StudyData, StudyDefense, StudyModel
+from gambeson.studies.study import Study, StudyData, StudyDefense, StudyModel
 from gambeson.training import Recipe, TrainRun
 
 HOLDOUT = 1000
@@ -35,7 +36,7 @@ class Row:
     at: At
     seed: int
     rank: tuple[int, ...]
-    """Place in the order of work: the lower, the more it tells."""
+    """Place in the matrix."""
 
     @property
     def title(self) -> str:
@@ -49,7 +50,7 @@ class Row:
 class Cell:
     """One piece of work whose result is stored."""
 
-    kind: Literal["cost", "search", "train", "measure"]
+    kind: Literal["cost", "search", "lengths", "train", "measure"]
     row: Row
     settings: dict[str, Any]
     """All that decides the result, as plain data."""
@@ -89,27 +90,47 @@ class Matrix:
     def cells(self) -> list[Cell]:
         """Every cell once, each after those that it needs, the most informative first.
 
-        Every defence comes once, on every data set and with every measurement, before any has a second seed.
+        On one data set and architecture after the other, at equal steps and then at equal time, come the cells of the
+        first claim, seed by seed, those of the second, and so on, and then what no claim reads: the first verdict comes
+        as early as it can.
 
         Raises:
             UserError: a setting of a defence or a recipe is wrong.
         """
         found: dict[str, Cell] = {}
+        claims = list(self.study.claims.values())
+        ranked: list[tuple[tuple[int, ...], Cell]] = []
+        for row, cells in self.table:
+            read = [self._reads(claim, row) for claim in claims]
+            place, seed, rest = row.rank[:3], row.rank[3], row.rank[4:]
+            for label, cell in cells.items():
+                first = next((k for k, labels in enumerate(read) if label in labels), len(claims))
+                ranked.append(((*place, first + (label == "lengths"), seed, *rest), cell))
 
         def add(cell: Cell) -> None:
             for need in cell.needs:
                 add(need)
             found.setdefault(cell.address, cell)
 
-        for _, cells in sorted(self.table, key=lambda pair: pair[0].rank):
-            for cell in cells.values():
-                add(cell)
+        for _, cell in sorted(ranked, key=lambda pair: pair[0]):
+            add(cell)
         return list(found.values())
+
+    def _reads(self, claim: Claim, row: Row) -> set[str]:
+        """Labels of what a claim reads of a row."""
+        asked = ((row.at, claim.at), (row.data, claim.data), (row.model, claim.models))
+        if any(name not in (some or (name,)) for name, some in asked):
+            return set()
+        return claim.reads(row.defense, row.variant)
 
     @cached_property
     def table(self) -> list[tuple[Row, dict[str, Cell]]]:
-        """The rows of the matrix, each with its training (``train``) and its measurements by label."""
-        return [self._row(row, spec) for row, spec in self._rows()]
+        """The rows of the matrix, each with its training (``train``) and its measurements by label.
+
+        At equal steps, that of the first variant and seed also has the trainings of other lengths (``lengths``).
+        """
+        rows = [self._row(row, spec) for row, spec in self._rows()]
+        return [(row, cells) for row, cells in rows if cells]
 
     def _rows(self) -> Iterator[tuple[Row, _Spec]]:
         for (d, data), (m, model), (f, (label, defense)) in itertools.product(
@@ -119,23 +140,28 @@ class Matrix:
                 continue
             for v, (variant, settings) in enumerate(_variants(defense, data)):
                 for (a, at), (s, seed) in itertools.product(enumerate(self.study.at), enumerate(self.study.seeds)):
-                    rank = (s, v, a, d, m, f)
+                    rank = (d, m, a, s, v, f)
                     row = Row(
                         data=data.name, model=model.name, defense=label, variant=variant, at=at, seed=seed, rank=rank
                     )
                     yield row, _Spec(data, model, defense, settings)
 
     def _row(self, row: Row, spec: _Spec) -> tuple[Row, dict[str, Cell]]:
+        wanted = self._wanted(row)
+        if not wanted:
+            return row, {}
         train = self._train(row, spec)
         cells = {"train": train}
+        if self.study.search is not None and self.study.search.lengths and row.rank[2:5] == (0, 0, 0):
+            cells["lengths"] = self._lengths(row, spec, train.needs[0])
         for label, measure in self.study.measures.items():
-            if row.defense not in (measure.defenses or (row.defense,)):
+            if label not in wanted:
                 continue
             needs = [train]
             if isinstance(measure, AttackMeasure) and measure.source:
                 needs.append(self._source(row, spec, measure.source))
             content = {
-                "measure": measure.model_dump(mode="json", exclude={"defenses"}),
+                "measure": measure.model_dump(mode="json", exclude={"defenses", "seeds"}),
                 "data": _size(spec.data),
                 "seed": row.seed,
             }
@@ -150,6 +176,18 @@ class Matrix:
             )
         return row, cells
 
+    def _wanted(self, row: Row) -> set[str]:
+        """Labels of the cells of a row."""
+        found = {"train"}
+        for label, measure in self.study.measures.items():
+            if row.defense in (measure.defenses or (row.defense,)) and row.seed in (measure.seeds or (row.seed,)):
+                found.add(label)
+        if row.at == "steps" or not self.study.claims:
+            return found
+        read = {label for claim in self.study.claims.values() for label in self._reads(claim, row)}
+        clean = {label for label, measure in self.study.measures.items() if measure.kind == "accuracy"}
+        return found & (read | clean) if read else set()
+
     def _source(self, row: Row, spec: _Spec, label: str) -> Cell:
         """The training of the model that examples are transferred from: of another seed, at equal steps."""
         defense = self.study.defenses[label]
@@ -162,8 +200,7 @@ class Matrix:
         content: dict[str, Any] = {"run": self._run(row, spec), "data": _size(spec.data)}
         modules = _modules(spec)
         if self.study.search is not None:
-            search = content | {"run": content["run"] | {"seed": HOLDOUT}, "search": self.study.search.plain()}
-            needs.append(Cell(kind="search", row=row, settings=search, modules=modules))
+            needs.append(self._search(row, spec))
         if row.at == "seconds" and row.defense != self.study.reference:
             standard = self.study.defenses[self.study.reference]
             theirs = _Spec(spec.data, spec.model, standard, next(_variants(standard, spec.data))[1])
@@ -174,6 +211,29 @@ class Matrix:
                 at_steps = replace(place, at="steps")
                 needs.append(Cell(kind="cost", row=at_steps, settings=settings, modules=_modules(one)))
         return Cell(kind="train", row=row, settings=content, modules=modules, needs=tuple(needs))
+
+    def _search(self, row: Row, spec: _Spec) -> Cell:
+        """One for all variants of a defence, with the settings of the middle one."""
+        assert self.study.search is not None
+        asked = self.study.search.plain()
+        few, whole = asked.pop("train"), _size(spec.data)
+        asked.pop("lengths"), asked.pop("tolerance")
+        middle = self._middle(spec)
+        run = self._run(row, middle) | {"seed": HOLDOUT}
+        settings = {"run": run, "data": whole | ({} if few is None else {"train": few}), "search": asked}
+        place = replace(row, variant="", at="steps")
+        return Cell(kind="search", row=place, settings=settings, modules=_modules(middle))
+
+    def _lengths(self, row: Row, spec: _Spec, search: Cell) -> Cell:
+        """How the score of validation grows with the epochs, for the search's choice on all images."""
+        assert self.study.search is not None
+        asked = {"lengths": list(self.study.search.lengths), "tolerance": self.study.search.tolerance}
+        settings = {"run": search.settings["run"], "data": _size(spec.data), "search": asked}
+        return Cell(kind="lengths", row=search.row, settings=settings, modules=search.modules, needs=(search,))
+
+    def _middle(self, spec: _Spec) -> _Spec:
+        variants = [settings for _, settings in _variants(spec.defense, spec.data)]
+        return replace(spec, settings=variants[len(variants) // 2])
 
     def _run(self, row: Row, spec: _Spec) -> dict[str, Any]:
         """The settings of a training, checked, without the device."""

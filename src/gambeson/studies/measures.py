@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import nn
 
+from gambeson.analysis import jacobian_norms, pair_sharing, sharing_factor
 from gambeson.attacks import StochasticPGD, UniversalAttack, UniversalPerturbation
 from gambeson.attacks.registry import ATTACKS, create, kind_of
-from gambeson.base import Config, Number, UserError
+from gambeson.base import Config, Number, UserError, unknown_name
 from gambeson.data import Dataset
 from gambeson.evaluation.attack_suite import run_suite, standard_suite
 from gambeson.evaluation.eps_uni import eps_uni
@@ -49,6 +51,7 @@ METRICS = {
     "trusted": Meaning("verdict trusted", 1),
     "sharing": Meaning("sharing factor of the Jacobians", -1, share=False),
     "jacobian": Meaning("mean Frobenius norm of the Jacobians", -1, share=False),
+    "pairs": Meaning("mean cosine of the Jacobians of two images", -1, share=False),
     "validation_accuracy": Meaning("clean accuracy on validation", 1),
     "validation_uer": Meaning("UER on validation", -1),
     "learnt": Meaning("better than the most frequent class", 1),
@@ -56,6 +59,22 @@ METRICS = {
     "steps": Meaning("optimiser steps", -1, share=False),
 }
 """The last parts of metrics' names; the first part is the measurement's label, or ``train``."""
+
+
+def _metric(name: str) -> str:
+    label, _, last = name.partition(".")
+    if not label or last not in METRICS:
+        raise unknown_name("metric", name, [f"{label or 'MEASURE'}.{known}" for known in METRICS])
+    return name
+
+
+Metric = Annotated[str, BeforeValidator(_metric)]
+"""A measurement's label, or ``train``, and one of :data:`METRICS`: ``audit.uer``."""
+
+
+def meaning(metric: str) -> Meaning:
+    """What the last part of a metric's name stands for."""
+    return METRICS[metric.partition(".")[2]]
 
 
 class Value(Config):
@@ -108,6 +127,8 @@ class Measure(Config):
     """The radius, as a multiple of the eps of the data."""
     defenses: tuple[str, ...] = ()
     """Labels of the defences whose models are measured; empty: all."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of those models; empty: all."""
 
     def modules(self) -> tuple[str, ...]:
         """The modules that it needs in addition to this one."""
@@ -275,6 +296,27 @@ class EpsUniMeasure(Measure):
         )
         value = Value(value=found.value, low=found.low, high=found.high, censored=found.censored)
         return Measured(metrics={"eps_uni": value})
+
+
+class JacobianMeasure(Measure):
+    """Norms of the Jacobians, and how much they share; see :mod:`gambeson.analysis`."""
+
+    kind: Literal["jacobian"] = "jacobian"
+    test_images: Size = 200
+    """Test images of the norms and the sharing factor, a stratified sample."""
+    pairs: Annotated[int, Field(ge=2)] = 200
+    """Pairs of images."""
+
+    def measure(self, trained: TrainedModel) -> Measured:
+        """Measure them."""
+        few = trained.data.test.sample(self.test_images, seed=trained.seed)
+        pairs = pair_sharing(trained.model, few, pairs=self.pairs, seed=trained.seed)
+        found = {
+            "jacobian": jacobian_norms(trained.model, few).frobenius.mean,
+            "sharing": sharing_factor(trained.model, few, seed=trained.seed),
+            "pairs": float(pairs.values["cos_F"].double().mean()),
+        }
+        return Measured(metrics={name: Value(value=value) for name, value in found.items() if math.isfinite(value)})
 
 
 def load_trained(

@@ -56,7 +56,14 @@ class StudyResult(Config):
 def collect(matrix: Matrix, store: Store) -> StudyResult:
     """Read every result of a study; what is missing or damaged counts as not run."""
     stored = {cell.address: _read(store, cell) for cell in matrix.cells}
-    rows = [_row(row, cells, stored, store) for row, cells in matrix.table]
+    lengths = {
+        (row.data, row.model, row.defense): stored[cells["lengths"].address]
+        for row, cells in matrix.table
+        if "lengths" in cells
+    }
+    rows = [
+        _row(row, cells, stored, store, lengths.get((row.data, row.model, row.defense))) for row, cells in matrix.table
+    ]
     known: list[dict[str, str]] = []
     for content in stored.values():
         if content is not None and content["environment"] not in known:
@@ -82,12 +89,20 @@ def _read(store: Store, cell: Cell) -> dict[str, Any] | None:
         return None
 
 
-def _row(row: Any, cells: dict[str, Cell], stored: dict[str, dict[str, Any] | None], store: Store) -> Result:
+def _row(
+    row: Any,
+    cells: dict[str, Cell],
+    stored: dict[str, dict[str, Any] | None],
+    store: Store,
+    lengths: dict[str, Any] | None,
+) -> Result:
     found = {label: stored[cell.address] for label, cell in cells.items()}
     values: dict[str, Value] = {}
     audits: dict[str, dict[str, Any]] = {}
     for label, content in found.items():
         if content is None:
+            continue
+        if label == "lengths":
             continue
         if label == "train":
             values |= {f"train.{name}": Value(value=value) for name, value in content["result"]["values"].items()}
@@ -97,8 +112,6 @@ def _row(row: Any, cells: dict[str, Cell], stored: dict[str, dict[str, Any] | No
                 audits[label] = content["result"]["verdict"]
     train = found["train"]
     recipe: dict[str, Any] = {} if train is None else train["result"]["recipe"]
-    flat = None if train is None else train["result"]["flat from"]
-    searched = cells["train"].needs and cells["train"].needs[0].settings.get("search", {}).get("lengths")
     return Result(
         data=row.data,
         model=row.model,
@@ -109,12 +122,16 @@ def _row(row: Any, cells: dict[str, Cell], stored: dict[str, dict[str, Any] | No
         values=values,
         missing=[label for label, content in found.items() if content is None],
         recipe=recipe,
-        flat=None if not recipe or not searched else flat is not None and recipe["epochs"] >= flat,
+        flat=None if not recipe or lengths is None else _flat(recipe["epochs"], lengths["result"]["flat from"]),
         verdicts=audits,
         folders={label: str(store.folder(cell).relative_to(store.root)) for label, cell in cells.items()},
         device="" if train is None else train["environment"]["device"],
         date="" if train is None else train["date"],
     )
+
+
+def _flat(epochs: int, flat_from: int | None) -> bool:
+    return flat_from is not None and epochs >= flat_from
 
 
 def summary(result: StudyResult) -> dict[str, Any]:

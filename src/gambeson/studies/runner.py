@@ -83,6 +83,8 @@ def execute(cell: Cell, store: Store, device: str) -> None:
             result = dict(trainings.cost(run, data))
         elif cell.kind == "search":
             result = trainings.search(run, data, eps, cell.settings["search"], folder / "runs")
+        elif cell.kind == "lengths":
+            result = trainings.lengths(run, data, eps, cell.settings["search"], results[0], folder / "runs")
         else:
             by_kind: dict[str, list[Any]] = {"search": [], "cost": []}
             for need, content in zip(cell.needs, results, strict=True):
@@ -218,10 +220,14 @@ class Runner:
                 self.store.fail(cell, str(error), self.run, self.retries + 1)
             except Exception as error:  # a bug, or a machine's: tried again, then told
                 text = "".join(traceback.format_exception(error)[-6:])
-                known = self.store.failure(cell)
-                times = known["times"] + 1 if known and known["run"] == self.run else 1
-                self.store.fail(cell, f"{type(error).__name__}: {one_line(error)}\n{text}", self.run, times)
+                self.crashed(cell, f"{type(error).__name__}: {one_line(error)}\n{text}")
         return True
+
+    def crashed(self, cell: Cell, message: str) -> None:
+        """Note that a cell crashed; it is tried again in this run until it has no retries left."""
+        known = self.store.failure(cell)
+        times = known["times"] + 1 if known and known["run"] == self.run else 1
+        self.store.fail(cell, message, self.run, times)
 
     def _repair(self, cell: Cell, error: Damaged) -> None:
         """Discard what a cell needs and cannot use; it is made again."""
@@ -309,7 +315,7 @@ def run_workers(runner: Runner, workers: int) -> list[Cell]:
     def begin(number: int) -> Any:
         ours, theirs = context.Pipe(duplex=False)
         place = _place(runner.device, number)
-        given = (runner.matrix.study.model_dump_json(), runner.store.root, place, _left(runner), runner.run, theirs)
+        given = (runner.matrix.study.model_dump_json(), runner.store.root, place, time_left(runner), runner.run, theirs)
         process = context.Process(target=_work, args=given, daemon=True)
         process.start()
         theirs.close()
@@ -329,7 +335,7 @@ def run_workers(runner: Runner, workers: int) -> list[Cell]:
                         continue
                     except EOFError:  # it said nothing: it is done, or dead
                         pipe.close()
-                    if process.exitcode and process.exitcode < 0 and spare and _left(runner) != 0:
+                    if process.exitcode and process.exitcode < 0 and spare and time_left(runner) != 0:
                         spare -= 1
                         running.append(begin(number))
                 before, left = len(left), runner.look()
@@ -343,7 +349,8 @@ def run_workers(runner: Runner, workers: int) -> list[Cell]:
     return left
 
 
-def _left(runner: Runner) -> float | None:
+def time_left(runner: Runner) -> float | None:
+    """Seconds until the deadline."""
     return None if runner.deadline is None else max(0.0, runner.deadline - time.monotonic())
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -141,6 +142,7 @@ class Estimates:
                 self.planned = stored["seconds"]
         self._finished: dict[str, list[float]] = {}
         self._known: set[str] = set()
+        self._looked = -math.inf
 
     def of(self, cell: Cell) -> float | None:
         """Seconds that a cell is expected to take; None where nothing is known."""
@@ -154,6 +156,9 @@ class Estimates:
         return key_of(cell) in self._finished
 
     def _collect(self) -> None:
+        if time.monotonic() - self._looked < BEAT:  # thousands of cells ask in a row
+            return
+        self._looked = time.monotonic()
         for cell in self.matrix.cells:
             if cell.address in self._known:
                 continue

@@ -11,14 +11,14 @@ from gambeson import data as data_room
 from gambeson.base import Config, Number, read_settings, unknown_name
 from gambeson.defenses.registry import DEFENSES
 from gambeson.studies.audits import AuditMeasure
-from gambeson.studies.claims import Claim
-from gambeson.studies.measures import AccuracyMeasure, AttackMeasure, EpsUniMeasure, SuiteMeasure
+from gambeson.studies.claims import At, Claim
+from gambeson.studies.measures import AccuracyMeasure, AttackMeasure, EpsUniMeasure, JacobianMeasure, SuiteMeasure
 from gambeson.threat import Eps
 
-At = Literal["steps", "seconds"]
 Size = Annotated[int, Field(ge=1)]
 AnyMeasure = Annotated[
-    AuditMeasure | AccuracyMeasure | AttackMeasure | SuiteMeasure | EpsUniMeasure, Field(discriminator="kind")
+    AuditMeasure | AccuracyMeasure | AttackMeasure | SuiteMeasure | EpsUniMeasure | JacobianMeasure,
+    Field(discriminator="kind"),
 ]
 """A measurement, distinguished by ``kind``."""
 
@@ -90,7 +90,7 @@ class StudyDefense(Config):
 
 
 class Search(Config):
-    """The search of learning rate and warm-up, the same for every defence.
+    """The search of learning rate and warm-up, the same for every defence, and once for all of its grid.
 
     A candidate's score is the mean of two accuracies on validation: clean, and under one universal perturbation of the
     data's eps. The rule is ours: a defence costs clean accuracy, so that this alone would choose the weakest training.
@@ -100,11 +100,13 @@ class Search(Config):
     """Learning rates."""
     warmup: Annotated[tuple[Number, ...], Field(min_length=1)] = (0.0,)
     """Epochs of warm-up."""
-    epochs: Size | None = None
-    """Epochs of each candidate; None: those of the recipe."""
-    lengths: tuple[Size, ...] = ()
-    """Numbers of epochs, ascending, that the chosen one is also trained for, to see from where on the validation score
-    is flat."""
+    share: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Epochs of each candidate, as a share of the recipe's."""
+    train: Size | None = None
+    """Training images of each candidate, a stratified sample; None: those of the data."""
+    lengths: tuple[Annotated[Number, Field(gt=0)], ...] = ()
+    """Multiples of the recipe's epochs, ascending, that the chosen one is also trained for, on all images, to see from
+    where on the validation score is flat. No training waits for this."""
     tolerance: Annotated[Number, Field(gt=0)] = 0.01
     """Gain of the score from one length to the next below which it is flat."""
 
@@ -138,7 +140,8 @@ class Study(Config):
     """Fields of :class:`gambeson.training.Recipe` for all trainings."""
     search: Search | None = None
     at: Annotated[tuple[At, ...], Field(min_length=1)] = ("steps",)
-    """What trainings have in common: optimiser steps, training time, or both, one after the other."""
+    """What trainings have in common: optimiser steps, training time, or both, one after the other. At equal time only
+    what claims read is trained and measured, and its clean accuracy."""
     reference: str = ""
     """With ``seconds``: the defence whose training time all others get as well, by more or fewer epochs."""
     measures: Annotated[dict[str, AnyMeasure], Field(min_length=1)]

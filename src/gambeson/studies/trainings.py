@@ -49,19 +49,19 @@ def cost(run: TrainRun, data: Dataset) -> dict[str, float]:
 
 
 def search(run: TrainRun, data: Dataset, eps: float, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """Train every candidate and choose the one with the best score; nothing of the candidates is kept.
+    """Train every candidate and choose the one with the best score; nothing of their weights is kept.
 
     Args:
         run: the training, with the recipe that candidates change.
         data: the data.
         eps: the radius of the score's perturbation.
-        settings: of :class:`gambeson.studies.study.Search`.
+        settings: ``lr``, ``warmup`` and ``share`` of :class:`gambeson.studies.study.Search`.
         out: for the candidates' runs, which resume there.
 
     Raises:
         UserError: every candidate diverged.
     """
-    epochs = settings["epochs"] or run.recipe.epochs
+    epochs = _epochs(run, settings["share"])
     tried = [
         _candidate(run, data, eps, {"lr": lr, "warmup": min(warmup, epochs / 2), "epochs": epochs}, out)
         for lr, warmup in itertools.product(settings["lr"], settings["warmup"])
@@ -70,19 +70,35 @@ def search(run: TrainRun, data: Dataset, eps: float, settings: Mapping[str, Any]
     if best.score == -math.inf:
         rates = ", ".join(f"{rate:g}" for rate in settings["lr"])
         raise UserError(f"every training of the search diverged, at learning rates {rates}: give lower ones")
-    chosen = {"lr": best.lr, "warmup": best.warmup}
-    lengths = [_candidate(run, data, eps, chosen | {"epochs": length}, out) for length in settings["lengths"]]
-    flat = next(
-        (one.epochs for one, more in itertools.pairwise(lengths) if more.score - one.score < settings["tolerance"]),
-        None,
-    )
     shutil.rmtree(out, ignore_errors=True)
-    return {
-        **chosen,
-        "tried": [one.plain() for one in tried],
-        "lengths": [one.plain() for one in lengths],
-        "flat from": flat,
-    }
+    return {"lr": best.lr, "warmup": best.warmup, "tried": [one.plain() for one in tried]}
+
+
+def lengths(
+    run: TrainRun, data: Dataset, eps: float, settings: Mapping[str, Any], searched: Mapping[str, Any], out: Path
+) -> dict[str, Any]:
+    """Train the chosen candidate for several numbers of epochs, to see from where on its score is flat.
+
+    Args:
+        run: the training, with the recipe that candidates change.
+        data: the data.
+        eps: the radius of the score's perturbation.
+        settings: ``lengths`` and ``tolerance`` of :class:`gambeson.studies.study.Search`.
+        searched: the result of :func:`search`.
+        out: for the runs, which resume there.
+    """
+    tried = [
+        _candidate(run, data, eps, {"lr": searched["lr"], "warmup": min(searched["warmup"], n / 2), "epochs": n}, out)
+        for n in (_epochs(run, length) for length in settings["lengths"])
+    ]
+    steps = itertools.pairwise(tried)
+    flat = next((one.epochs for one, more in steps if more.score - one.score < settings["tolerance"]), None)
+    shutil.rmtree(out, ignore_errors=True)
+    return {"lengths": [one.plain() for one in tried], "flat from": flat}
+
+
+def _epochs(run: TrainRun, share: float) -> int:
+    return max(1, round(share * run.recipe.epochs))
 
 
 def _candidate(run: TrainRun, data: Dataset, eps: float, update: dict[str, Any], out: Path) -> Candidate:
@@ -144,7 +160,6 @@ def train(
             "steps": run.recipe.epochs * (len(data.train) // run.recipe.batch_size),
         },
         "recipe": run.recipe.plain(),
-        "flat from": None if searched is None else searched["flat from"],
         "validation curve": [entry["validation_accuracy"] for entry in history],
     }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from gambeson.base import (
     UserError,
@@ -34,9 +34,11 @@ from gambeson.models import PixelModel
 from gambeson.models import save as save_model
 from gambeson.training.batches import Epoch
 from gambeson.training.checkpoint import load_state, save_state
+from gambeson.training.graphs import GraphedForward
 from gambeson.training.recipe import Recipe, fitted, freeze_statistics, make_optimizer, set_lr
 from gambeson.training.validation import is_best, validate, validate_robustly, warn_at_chance
 from gambeson.victim import Victim, copied
+from gambeson.victim.graphs import has_graphs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -129,11 +131,8 @@ class Run:
                 model.to(memory_format=torch.channels_last)
             self.objective = defense.build_objective(context).to(self.device)
         self.optimizer = make_optimizer(model, defense, recipe)
-        self.shadow = (
-            None
-            if recipe.ema is None
-            else AveragedModel(copied(model), multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
-        )
+        self.shadow = None if recipe.ema is None else AveragedModel(copied(model))
+        self.graphs = GraphedForward() if has_graphs(self.device) else None
         self.history: History = []
         self.seconds: list[float] = []
 
@@ -197,7 +196,7 @@ class Run:
         """Take one step, with every phase of the objective; return the detached losses."""
         found: Losses = {}
         images = batch.images.to(self.dtype)
-        batch, version = replace(batch, images=images), images._version
+        batch, version = replace(batch, images=images, forward_by=self.graphs), images._version
         with repeatable(), autograd_limits():
             for losses, moving in self._optimizer_steps(batch):
                 self._step(losses["loss"], moving)
@@ -212,11 +211,23 @@ class Run:
 
     @torch.no_grad()
     def _average(self, shadow: AveragedModel) -> None:
-        shadow.update_parameters(self.model)
-        # Only running statistics have a mean: that of the unit vectors of spectral_norm is shorter than they are.
-        for (name, value), mean in zip(self.model.named_buffers(), shadow.module.buffers(), strict=True):
-            if not name.endswith(("running_mean", "running_var")):
+        # AveragedModel.update_parameters sends the number of averages to the device, for which the host waits.
+        decay = self.recipe.ema if shadow.n_averaged else 0.0
+        assert decay is not None
+        means = [*shadow.module.parameters(), *shadow.module.buffers()]
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        weights = len(list(self.model.parameters()))
+        averaged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for k, ((name, value), mean) in enumerate(zip(named, means, strict=True)):
+            # Only running statistics have a mean: that of the unit vectors of spectral_norm is shorter than they are.
+            if decay and (k < weights or name.endswith(("running_mean", "running_var"))):
+                averaged.append((mean, value))
+            else:
                 mean.copy_(value)
+        if averaged:
+            into, values = map(list, zip(*averaged, strict=True))
+            torch._foreach_lerp_(into, values, 1 - decay)
+        shadow.n_averaged += 1
 
     def _watch(self, total: torch.Tensor, epoch: int, k: int) -> None:
         """Stop a training that has diverged; checked rarely, because it synchronises with the device."""
@@ -239,6 +250,8 @@ class Run:
     def _step(self, loss: torch.Tensor, moving: set[nn.Parameter] | None) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.graphs is not None:
+            self.graphs.close()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         if moving is not None:
             for parameter in parameters:

@@ -97,6 +97,25 @@ def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed
     )
 
 
+def step_of(run: TrainRun, dataset: data.Dataset) -> Callable[[], None]:
+    """Return a step of the last epoch of ``run`` on untrained networks, for those who count what it does.
+
+    Args:
+        run: the settings.
+        dataset: the data of ``run.data``, or a part of two batches: the last step of an epoch has more to log.
+    """
+    model, dataset, defense = _built(run, dataset)
+    job = Run(model, dataset, defense, run.recipe.model_copy(update={"track": "none"}), run.seed, None)
+    job.model.train()
+    epoch = Epoch(job.train, run.recipe, defense.num_orders, run.seed, run.recipe.epochs - 1, job.device)
+
+    def step() -> None:
+        with seeded(run.seed, "plan"):
+            job.train_step(epoch[0])
+
+    return step
+
+
 def _kept(step: Callable[[], object]) -> int:
     """Return the maximum bytes that autograd keeps for a backward during ``step``, each storage counted once."""
     alive: dict[int, int] = {}

@@ -9,7 +9,7 @@ from gambeson.victim.averaged import (
     Source,
     as_victim,
 )
-from gambeson.victim.bn_folding import FoldedModel, fold_batchnorms
+from gambeson.victim.bn_folding import FoldedModel, fold_batchnorms, signature
 from gambeson.victim.inspect import ModelTraits, inspect_model
 from gambeson.victim.scoring import (
     ABSTAIN,
@@ -62,6 +62,7 @@ __all__ = [
     "rescaled",
     "score",
     "score_batches",
+    "signature",
     "vote",
     "votes_of",
     "votes_right",

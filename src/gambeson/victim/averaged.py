@@ -108,8 +108,10 @@ class ModelAverage(AveragedVictim):
         traits = [member.inspect(images, scores=scores) for member in self.members]
         self.traits = ModelTraits(
             shape=traits[0].shape,
-            size=traits[0].size,
+            grid=traits[0].grid,
             gap=max(one.gap for one in traits),
+            size=min(one.size for one in traits),
+            steady=all(one.steady for one in traits),
             shared=any(one.shared for one in traits),
             writes=any(one.writes for one in traits),
             probabilities=any(one.probabilities for one in traits),

@@ -60,17 +60,17 @@ class Graph:
         side.wait_stream(here)
         with seeded(0, "graph"):
             with torch.cuda.stream(side):
-                before = _draws(), settings()
-                with _no_waits():
+                before = draws(), settings()
+                with no_waits():
                     job(*self.inputs)
-                if (_draws(), settings()) != before:
+                if (draws(), settings()) != before:
                     raise NotRepeatableError("the model draws random numbers or changes its settings")
             here.wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
             counted = tally()
             # Another thread, such as a prefetching one, may use the device during the capture.
             capture = torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local")
-            with _undone_on_error(here, pool), capture:
+            with undone_on_error(here, pool), capture:
                 self.outputs = job(*self.inputs)
         self.counts = tuple(after - earlier for after, earlier in zip(tally(), counted, strict=True))
 
@@ -128,7 +128,7 @@ class Graphs:
         if _get_current_dispatch_mode() is not None:  # it sees, and perhaps counts, every operation
             return None
         stream = _stream()
-        key = (what, _ambient(), stream, *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
+        key = (what, ambient(), stream, *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
         if (known := self._made.get(key)) is not None:
             self._made.move_to_end(key)
             return known
@@ -166,7 +166,7 @@ def _side(device: int) -> torch.cuda.Stream:
 
 
 @contextmanager
-def _undone_on_error(here: torch.cuda.Stream, pool: Any) -> Iterator[None]:
+def undone_on_error(here: torch.cuda.Stream, pool: Any) -> Iterator[None]:
     """Undo what torch leaves behind when a capture fails: its stream, its pool and the generator in capture mode."""
     try:
         yield
@@ -183,7 +183,7 @@ def _stream() -> int:
     return torch.cuda.current_stream().cuda_stream
 
 
-def _ambient() -> Hashable:
+def ambient() -> Hashable:
     """Settings of torch that a graph keeps as they were at its capture."""
     convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
     return (
@@ -193,7 +193,7 @@ def _ambient() -> Hashable:
     )
 
 
-def _draws() -> Hashable:
+def draws() -> Hashable:
     """The states of the global generators."""
     states = (torch.get_rng_state(), torch.cuda.get_rng_state())
     python, numpy = random.getstate(), np.random.get_state(legacy=False)
@@ -201,7 +201,7 @@ def _draws() -> Hashable:
 
 
 @contextmanager
-def _no_waits() -> Iterator[None]:
+def no_waits() -> Iterator[None]:
     """Refuse a block in which the host waits for the device.
 
     Raises:

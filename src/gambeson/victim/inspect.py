@@ -144,7 +144,14 @@ def ends_with_sigmoid(model: nn.Module, images: torch.Tensor) -> bool:
 
 CALLS = 5
 """Number of calls with the same images that must agree."""
+SLIGHT = 0.02
+"""Noise, as a share of what tells classes apart, that decides hardly an answer (ours): of the testbed's random models
+the least noisy has 0.1, and a network with noise of 0.001 on its weights 0.01."""
+_ALIKE = 0.9
+"""Least cosine of two gradients that are one (ours)."""
 _FEW = 8
+_QUANTILES = 2**20
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +160,14 @@ class ModelTraits:
 
     shape: tuple[int, ...]
     """Of the logits, (N, K) or (N, K, H, W), for the few images that were looked at."""
-    size: tuple[int, ...]
+    grid: tuple[int, ...]
     """Height and width of these images."""
     gap: float
-    """Largest difference between the logits of two calls with the same images; above zero the model is random."""
+    """Largest difference between the logits of two calls with the same images."""
+    size: float = 1.0
+    """What differences of logits are measured by, see :func:`size_of`."""
+    steady: bool = True
+    """Whether two calls have about the same gradient, or none; looked at where their logits differ a little."""
     shared: bool
     """The model is random, but equal images in one batch get equal outputs: copies in one forward are not independent
     samples."""
@@ -170,9 +181,52 @@ class ModelTraits:
     """The output is the tensor of logits itself, and not something that holds it, or logits of a coarser grid."""
 
     @property
-    def stochastic(self) -> bool:
-        """Whether two calls differ."""
+    def varies(self) -> bool:
+        """Whether two calls differ at all."""
         return self.gap > 0
+
+    @property
+    def noise(self) -> float:
+        """The difference of two calls as a share of what tells classes apart."""
+        return self.gap / max(self.size, _TINY)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the model is random: calls differ by what decides answers, or in the gradient.
+
+        Noise below :data:`SLIGHT` decides hardly an image: were it enough, a millionth of noise would shield a model
+        from all that is only asked of models that repeat themselves.
+        """
+        return self.noise > SLIGHT or not self.steady
+
+
+def size_of(logits: torch.Tensor) -> torch.Tensor:
+    """Return what differences of logits (N, K) or (N, K, H, W) are measured by, a scalar.
+
+    That is the distance between the 15 % and 85 % quantiles of the best two logits of each answer. Classes that are
+    masked by a large negative number do not count, nor does one image of eight whose logits are a million times as
+    large: both would make every difference look small.
+    """
+    two = logits.detach().float().topk(2, dim=1).values.nan_to_num(0, 0, 0).flatten()
+    two = two[:: max(1, len(two) // _QUANTILES)]
+    low, high = two.quantile(torch.tensor([0.15, 0.85], device=two.device, dtype=two.dtype))
+    return high - low
+
+
+def _steady(model: nn.Module, images: torch.Tensor) -> bool:
+    """Whether two calls have about the same gradient of the margin between the best two classes, or none."""
+    found = []
+    for _ in range(2):
+        with torch.enable_grad():
+            point = images.clone().requires_grad_()
+            best = at_image_size(logits_of(model(point.clone()), len(point)), images).topk(2, dim=1).values
+            if not best.requires_grad:
+                return True
+            (gradient,) = torch.autograd.grad((best[:, 0] - best[:, 1]).sum(), point, allow_unused=True)
+        found.append(torch.zeros_like(point) if gradient is None else gradient)
+    one, other = (gradient.double().flatten(1).nan_to_num(0, 0, 0) for gradient in found)
+    same = torch.cosine_similarity(one, other) > _ALIKE
+    return float((same | ((one == 0) & (other == 0)).all(1)).double().mean()) >= 0.5
 
 
 @torch.no_grad()
@@ -211,27 +265,30 @@ def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
                 f"the model was given {len(few)} images and returned shape {tuple(first.shape)}: expected logits "
                 "(N, K), or (N, K, H, W) for one answer per pixel, with K of at least 2"
             )
-        # One wait for all: a random model is told by its first differing call, as if there had been no more.
+        # One wait for all.
         again = [logits_of(model(few.clone()), len(few)) for _ in range(1, CALLS)]
         # Equal infinities differ by NaN; non-finite logits are refused when they are scored.
         gaps = [(raw - other).abs().nan_to_num(0.0, 0.0).max() for other in again]
         inside = ((first >= 0) & (first <= 1)).all()
         sums = ((first.sum(1) - 1).abs() < 1e-3).all()
-        found = torch.stack([*gaps, (given != few).any(), inside, inside & sums]).tolist()
-        gap = next((gap for gap in found[: CALLS - 1] if gap > 0), 0.0)
+        found = torch.stack([*gaps, size_of(first), (given != few).any(), inside, inside & sums]).tolist()
+        gap, size = max(found[: CALLS - 1]), found[CALLS - 1]
         shared = False
         if gap > 0:
             one, other = logits_of(model(few[:1].repeat(2, 1, 1, 1)))[:2]
             shared = torch.equal(one, other)
+        steady = not 0 < gap <= SLIGHT * size or _steady(model, few)
         writes, within, probabilities = (value > 0 for value in found[-3:])
         # A black box has no parameters, and no graph to look at.
         trainable = within and not probabilities and any(True for _ in model.parameters())
         sigmoids = trainable and ends_with_sigmoid(model, few)
     return ModelTraits(
         shape=tuple(first.shape),
-        size=rest,
+        grid=rest,
         bare=isinstance(answer, torch.Tensor) and first is raw,
         gap=gap,
+        size=size,
+        steady=steady,
         shared=shared,
         writes=writes,
         probabilities=probabilities,

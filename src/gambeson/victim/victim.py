@@ -180,7 +180,7 @@ class Victim:
         Raises:
             UserError: the model returns probabilities, one score for two classes, or no logits.
         """
-        if self.traits is None or self.traits.size != images.shape[2:]:
+        if self.traits is None or self.traits.grid != images.shape[2:]:
             self._check_input(images)
             with self._as_called(images):
                 self.traits = _traits(self.model, images.to(self.dtype))

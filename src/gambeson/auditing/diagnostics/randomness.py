@@ -17,7 +17,7 @@ from gambeson.victim import Victim
 
 _STEPS = 10
 _FAR = 0.1
-_NOT_RANDOM = Finding(None, "two calls with the same images agree: the model is not random")
+_NOT_RANDOM = Finding(None, "two calls with the same images agree, or nearly so: the model is not random")
 
 
 @register(
@@ -29,7 +29,11 @@ _NOT_RANDOM = Finding(None, "two calls with the same images agree: the model is 
 )
 def _one_draw(context: AuditContext) -> Finding:
     if not context.subject.random:
-        return Finding(True, "two calls with the same images agree, so one pass decides")
+        traits = context.victim.traits
+        if traits is None or not traits.varies:
+            return Finding(True, "two calls with the same images agree, so one pass decides")
+        noise = f"{100 * traits.noise:.2g} % of what tells classes apart"
+        return Finding(True, f"calls with the same images differ by {noise}, which moves hardly an answer: one decides")
     votes = context.suite.votes
     if votes == 1:
         return Finding(False, "the model is random and every image was decided by a single pass", {"votes": 1})

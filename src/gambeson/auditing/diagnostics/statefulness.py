@@ -2,53 +2,81 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
+from gambeson.auditing.rescoring import clearly_more
 from gambeson.base import generator, seeded
 from gambeson.victim import Victim, predict
+from gambeson.victim.inspect import size_of
+from gambeson.victim.victim import copied
 
 _PROBES = 8
 _OTHERS = 24
 _BURST = 120
 _REPEATS = 10
-_NEAR = 1 / 255
+_NEAR = tuple(size / 255 for size in (1, 4, 16))
+"""Sizes of nudges, of which the first is taken that has to move a model's logits beyond its noise."""
+_EACH = 12
 _NOISE = 0.01
 """What rounding may do: batches of another size are added up in another order."""
 _TIMES = 6
 """How often a random model must do the same again: one that draws among few answers does so once or twice by chance."""
+_BEYOND = 3
+"""Factor on the largest difference of as many repeated calls beyond which a difference is none of the noise (ours)."""
+_EXACT = 1e-4
+"""What copies that were asked the same may differ by where a model does not vary."""
 _UNREPEATABLE = Finding(
     None, "the model is random and no seed of torch makes it repeat itself: its answers cannot be told from its noise"
 )
-
-_STATEFUL = Finding(
-    False,
-    "asked twice for the same images from the same seed, the model answers differently; copies of it answer alike "
-    "after the same images and otherwise after others: it remembers what it was asked",
-)
+_REMEMBERS = "copies of the model answer alike after the same images and otherwise after others"
+_STATEFUL = Finding(False, f"{_REMEMBERS}: it remembers what it was asked")
 
 
 def _asked(context: AuditContext, images: torch.Tensor) -> torch.Tensor:
-    """Return logits, a random model's all from the same draw; another draws from wherever the generators stand."""
+    """Return logits, of a model that varies all from the same draw; others draw from wherever the generators stand."""
+    if context.victim.traits is not None and context.victim.traits.varies:
+        return _at_one_draw(context.victim, images, context.seed)
     with torch.no_grad():
-        if not context.subject.random:
-            return context.victim.forward_original(images)
-        with seeded(context.seed, "state"):
-            return context.victim.forward_original(images)
+        return context.victim.forward_original(images)
 
 
-def _apart(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Return the largest difference of two answers, as a share of the range of the first."""
-    size = (first.max() - first.min()).clamp(min=torch.finfo(first.dtype).tiny)
-    return float(((first - second).abs().max() / size).nan_to_num(torch.inf, torch.inf))
+def _at_one_draw(victim: Victim, images: torch.Tensor, seed: int) -> torch.Tensor:
+    with torch.no_grad(), seeded(seed, "state"):
+        return victim.forward_original(images)
 
 
-def _repeats(context: AuditContext, images: torch.Tensor) -> bool:
+def _apart(context: AuditContext, first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return the largest difference of two answers, as a share of what tells classes apart."""
+    traits = context.victim.traits
+    size = float(size_of(first)) if traits is None else traits.size
+    return float(((first - second).abs().max() / max(size, torch.finfo(first.dtype).tiny)).nan_to_num(torch.inf))
+
+
+def _noise(context: AuditContext, images: torch.Tensor) -> float:
+    """Return the largest difference of calls with the same images: the noise that torch's seeds do not fix."""
     first = _asked(context, images)
-    return all(_apart(first, _asked(context, images)) <= _NOISE for _ in range(_TIMES))
+    return max(_apart(context, first, _asked(context, images)) for _ in range(_TIMES))
+
+
+def _limit(noise: float) -> float:
+    """Return the difference up to which two answers count as one; from 1 on, nothing can be told."""
+    return max(_NOISE, _BEYOND * noise)
+
+
+def _twins(context: AuditContext, *orders: list[torch.Tensor]) -> list[list[torch.Tensor]] | None:
+    """Return the answers of copies of the model, each asked in its own order; None if there are no copies."""
+    if context.subject.black_box:
+        return None
+    answers = []
+    try:
+        for order in orders:
+            with Victim(copied(context.victim.model)) as twin:
+                answers.append([_at_one_draw(twin, images.clone(), context.seed) for images in order])
+    except Exception:  # what cannot be copied cannot be told
+        return None
+    return answers
 
 
 def _remembers(context: AuditContext, images: torch.Tensor) -> bool:
@@ -56,18 +84,39 @@ def _remembers(context: AuditContext, images: torch.Tensor) -> bool:
 
     A model that draws from a generator of its own also moves from call to call, but whatever the images were.
     """
-    if context.subject.black_box:
+    found = _twins(context, *[[images, images]] * _TIMES, [1 - images, images])
+    if found is None:
         return False
-    answers = []
-    try:
-        for before in (*[images] * _TIMES, 1 - images):
-            with Victim(copy.deepcopy(context.victim.model)) as twin, seeded(context.seed, "state"), torch.no_grad():
-                twin.forward_original(before.clone())
-                answers.append(twin.forward_original(images.clone()))
-    except Exception:  # what cannot be copied cannot be told
+    first, *again, other = (answers[-1] for answers in found)
+    return _apart(context, first, other) > _limit(max(_apart(context, first, one) for one in again))
+
+
+def _fresh(images: torch.Tensor, draw: torch.Generator) -> list[torch.Tensor]:
+    """Return images that nobody has asked for, (1, C, H, W), off every grid of levels."""
+    blends = (images + images.roll(1, 0)) / 2
+    noise = torch.rand(blends.shape, generator=draw).to(blends)
+    return list((0.8 * blends + 0.2 * noise).split(1))
+
+
+def _nudged(image: torch.Tensor, size: float, draw: torch.Generator) -> torch.Tensor:
+    noise = torch.rand(image.shape, generator=draw).to(image) * 2 - 1
+    return (image + size * noise).clamp(0, 1)
+
+
+def _replays(context: AuditContext, images: torch.Tensor) -> bool:
+    """Whether copies answer an image otherwise after one near it than after as many far from it."""
+    draw = generator(context.seed, "twins")
+    pairs = [(image, _nudged(image, size, draw)) for image, size in zip(_fresh(images, draw), _NEAR, strict=False)]
+    close = [image for pair in pairs for image in pair]
+    apart = [other for image, near in pairs for other in (1 - image, near)]
+    found = _twins(context, close, apart, apart, apart)
+    if found is None:
         return False
-    first, *again, other = answers
-    return max(_apart(first, one) for one in again) <= _NOISE < _apart(first, other)
+    after, first, *again = (answers[1::2] for answers in found)
+    return any(
+        _apart(context, one, other) > max(_EXACT, _BEYOND * max(_apart(context, one, same[k]) for same in again))
+        for k, (one, other) in enumerate(zip(first, after, strict=True))
+    )
 
 
 @register(
@@ -81,17 +130,18 @@ def _remembers(context: AuditContext, images: torch.Tensor) -> bool:
 def _batches(context: AuditContext) -> Finding:
     images, _ = context.few(_PROBES + _OTHERS, context.sample).take(slice(None), context.victim.device)
     probes, others = images[:_PROBES], images[_PROBES:]
-    if context.subject.random and not _repeats(context, images):
+    limit = _limit(_noise(context, images))
+    if limit >= 1:
         return _UNREPEATABLE
     beside = torch.cat([probes, others])
     # Flat images, half of them black: statistics of this batch are far from those of the other.
     flat = torch.linspace(-1, 1, len(others), device=images.device).clamp(min=0).view(-1, 1, 1, 1).expand_as(others)
     reference = _asked(context, beside)[: len(probes)]
-    gap = _apart(reference, _asked(context, torch.cat([probes, flat]))[: len(probes)])
+    gap = _apart(context, reference, _asked(context, torch.cat([probes, flat]))[: len(probes)])
     alone = None
     if not context.subject.random:  # alone, a random model's noise falls on other values
         try:
-            alone = _apart(reference, torch.cat([_asked(context, probe[None]) for probe in probes]))
+            alone = _apart(context, reference, torch.cat([_asked(context, probe[None]) for probe in probes]))
         except Exception:  # a program that was exported for one batch size; statistics of a single image
             alone = None
     said = (
@@ -101,19 +151,44 @@ def _batches(context: AuditContext) -> Finding:
     )
     if context.subject.random:
         said = "both at one draw"
-    worst = max(gap, alone or 0.0)
+    # Alone, a little noise falls on other values.
+    noise = 0.0 if context.victim.traits is None else context.victim.traits.noise
     return Finding(
-        worst <= _NOISE,
+        gap <= limit and (alone or 0.0) <= max(limit, _BEYOND * noise),
         f"between two batches the logits of {len(probes)} images differ by {100 * gap:.2g} % of their range; {said}",
         {"between_batches": gap, **({} if alone is None else {"alone": alone})},
     )
 
 
-def _moves(context: AuditContext, image: torch.Tensor) -> bool:
-    """Whether the largest logit has a gradient at an image."""
+def _moving(context: AuditContext, image: torch.Tensor, noise: float) -> float | None:
+    """Return the smallest nudge that moves the largest logit well beyond the noise, by its gradient; None: none does.
+
+    Looked at on an image that nobody has asked for yet: what is replayed need not have the gradient it had.
+    """
+    traits = context.victim.traits
+    if context.subject.black_box or traits is None:
+        return None
     with torch.enable_grad():
         point = image.clone().requires_grad_()
-        return bool(context.victim.gradient(context.victim.forward_original(point).amax(), point, 1).any())
+        gradient = context.victim.gradient(context.victim.forward_original(point).amax(), point, 1)
+    slope = float(gradient.norm()) / 3**0.5 / max(traits.size, torch.finfo(torch.float32).tiny)
+    return next((size for size in _NEAR if slope > 0 and slope * size > _BEYOND**2 * noise), None)
+
+
+def _coarse(context: AuditContext, images: torch.Tensor, nudge: float, still: float) -> bool:
+    """Whether logits stand still between levels, as quantised ones and a forest's do, and not by memory.
+
+    A memory replays, always, what lies within its reach of a first query, and nothing beyond. Levels let images between
+    them move at once, or some of the nudges of a size and not others.
+    """
+    draw, mixed = generator(context.seed, "coarse"), 0
+    for k, image in enumerate(_fresh(images.flip(-1), draw)):
+        first, size = _asked(context, image), nudge * 2**k
+        moved = [_apart(context, first, _asked(context, _nudged(image, size, draw))) > still for _ in range(_EACH)]
+        if k == 0 and any(moved):
+            return True
+        mixed += 0 < sum(moved) < _EACH
+    return mixed > 1
 
 
 @register(
@@ -128,34 +203,42 @@ def _moves(context: AuditContext, image: torch.Tensor) -> bool:
 def _memory(context: AuditContext) -> Finding:
     victim, subject = context.victim, context.subject
     images, _ = context.few(_PROBES, context.sample).take(slice(None), victim.device)
-    if subject.random and not _repeats(context, images):
-        return _STATEFUL if _remembers(context, images) else _UNREPEATABLE
+    noise = _noise(context, images)
+    if _replays(context, images) or (noise > _NOISE and _remembers(context, images)):
+        return _STATEFUL
+    limit = _limit(noise)
+    if limit >= 1:
+        return _UNREPEATABLE
     # The whole split again where the model is random: with other batches it would not draw the same.
     count = len(context.test) if subject.random else min(context.suite.sample, len(context.test))
     rows = context.test.sample_indices(count, seed=context.seed)
-    again = predict(victim, context.test.subset(rows))
-    changed = float((again != context.predictions[rows]).float().mean())
+    again, part = predict(victim, context.test.subset(rows)), _NOISE
+    differ = again != context.predictions[rows]
+    if noise > _NOISE:  # what seeds do not fix also changes answers
+        part = max(part, 2 * float((predict(victim, context.test.subset(rows)) != again).float().mean()))
+    changed = float(differ.float().mean())
+    varies = victim.traits is not None and victim.traits.varies
+    otherwise = clearly_more(int(differ.sum()), differ.numel(), part) if varies else changed > _NOISE
     before = _asked(context, images)
     draw = generator(context.seed, "burst")
     asked, gap, same = images[:1], 0.0, 0
-    # Looked at on an image that nobody has asked for yet: what is replayed need not have the gradient it had.
-    moves = not subject.black_box and _moves(context, images[:2].mean(0, keepdim=True))
+    still, nudge = _BEYOND * noise, _moving(context, _fresh(images, draw)[-1], noise)
     alone = _asked(context, asked)
     for number in range(_BURST):
         if number % _REPEATS:
-            noise = torch.rand(asked.shape, generator=draw).to(asked) * 2 - 1
-            same += torch.equal(_asked(context, (asked + _NEAR * noise).clamp(0, 1)), alone)
+            same += _apart(context, _asked(context, _nudged(asked, nudge or _NEAR[0], draw)), alone) <= still
         else:
-            gap = max(gap, _apart(alone, _asked(context, asked)))
-    gap = max(gap, _apart(alone, _asked(context, asked)))
-    after = _apart(before, _asked(context, images))
+            gap = max(gap, _apart(context, alone, _asked(context, asked)))
+    gap = max(gap, _apart(context, alone, _asked(context, asked)))
+    after = _apart(context, before, _asked(context, images))
     # What has a gradient moves with its image; labels, rounded logits and the like need not.
-    replayed = moves and same == _BURST - _BURST // _REPEATS
+    replayed = nudge is not None and same == _BURST - _BURST // _REPEATS
+    replayed = replayed and not _coarse(context, images, nudge or 0.0, still)
     return Finding(
-        changed <= _NOISE and max(gap, after) <= _NOISE and not replayed,
+        not otherwise and max(gap, after) <= limit and not replayed,
         f"{100 * changed:.2g} % of the clean predictions differ from those at the audit's beginning; while {_BURST} "
         f"queries near one image were asked, its logits changed by {100 * gap:.2g} % of their range, and those of "
-        f"{len(images)} images by {100 * after:.2g} %; {same} of the queries got its logits to the last digit",
+        f"{len(images)} images by {100 * after:.2g} %; {same} of the queries got its logits",
         {"changed": changed, "repeated": gap, "probes": after, "same": same / _BURST},
     )
 

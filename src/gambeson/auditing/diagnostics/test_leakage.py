@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from gambeson.auditing.context import AuditContext
+from statistics import NormalDist
+
+import torch
+
+from gambeson.attacks import PGD, Loss
+from gambeson.auditing.context import MARGIN_STEPS, WIDER, AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
-from gambeson.auditing.outcome import PairedDifference
-from gambeson.evaluation.outcome import outcome_under
+from gambeson.auditing.outcome import LEVEL, POWER, AsFarAsFinite, PairedDifference, lower_end
+from gambeson.data import Split
+from gambeson.evaluation.classes import area_under_curve
+from gambeson.evaluation.outcome import at_once, outcome_under
+from gambeson.tasks import Rate
 
 _MORE = 0.03
 """Difference beyond which it counts: two honest splits of one data set differ a little, and the perturbation that is
 tried was the best of several on validation. Ours."""
+_EVEN = 0.5 + _MORE
+"""Share of pairs of a test and a validation image of which the former may withstand more. Of honest networks of the
+testbed 0.50 to 0.53; of one that was trained on adversarial examples of the test images 0.61. Ours."""
 
 
 @register(
     "no test-set leakage",
-    condition="under the same attack clearly more test images than validation images keep their answer, by "
-    f"{100 * _MORE:g} points",
-    explanation="The model is more robust on the images that it is scored on than on others of the same kind: it "
+    condition="under one perturbation clearly more test images than validation images keep their answer, by "
+    f"{100 * _MORE:g} points; or in clearly more than {100 * _EVEN:g} % of pairs of a test and a validation image the "
+    "former has the larger margin after the same short PGD; of label maps, under PGD more pixels keep theirs",
+    explanation="The model withstands more on the images that it is scored on than on others of the same kind: it "
     "knows them, or the test split is easier than the data.",
     remedy="Find out whether the test images, or near copies of them, went into the model; score it on images that "
     "nobody has seen.",
@@ -29,16 +41,56 @@ def _alike(context: AuditContext) -> Finding:
         splits = [context.sample, context.unseen]
     delta = context.uaps[context.eps].delta
     pairs = {"the perturbation": [outcome_under(context.victim, split, delta) for split in splits]}
-    if not context.subject.black_box:
+    order = None
+    if not (context.subject.black_box or context.test.task.per_image_label):
         pgd = context.suite.pgd(context.eps)
         pairs["PGD"] = [context.outcome(pgd), context.outcome(pgd, "unseen")]
+    elif not context.subject.black_box:
+        order = _order(context)
     gains = {name: PairedDifference.across(test, other) for name, (test, other) in pairs.items()}
     worst = max(gains, key=lambda name: gains[name].low)
     test, other = (found.accuracy for found in pairs[worst])
     of = "the" if context.test.task.per_image_label else "the pixels of"
-    return Finding(
-        gains[worst].low <= _MORE,
+    detail = (
         f"under {worst} of eps {context.eps:.4g} {test} of {of} test images stand and {other} of {of} "
-        f"validation images, of which it breaks {gains[worst].beyond(_MORE)}",
-        {"test": test.value, "validation": other.value, "gap": gains[worst].value},
+        f"validation images, of which it breaks {gains[worst].beyond(_MORE)}"
     )
+    numbers = {"test": test.value, "validation": other.value, "gap": gains[worst].value}
+    if order is None:
+        return Finding(gains[worst].low <= _MORE, detail, numbers)
+    low = lower_end(order)
+    return Finding(
+        gains[worst].low <= _MORE and low <= _EVEN,
+        f"{detail}; after PGD of {MARGIN_STEPS} steps the test image has the larger margin in {order} of pairs, "
+        f"at least {100 * low:.1f} % ({100 * _findable(order):.1f} % would be found, with {100 * POWER:g} % power)",
+        numbers | {"order": order.value},
+    )
+
+
+def _order(context: AuditContext) -> Rate:
+    """Return in how many pairs of a test and a validation image the former withstands more, ties half.
+
+    Which images are right under an attack tells of each image one bit, their margins all of what was learnt of it: an
+    honest network has seen neither split, so that both orders are as frequent.
+    """
+    splits = [context.few(WIDER * context.suite.sample, split) for split in (context.test, context.data.validation)]
+    margins = [_margins(context, split) for split in splits]
+    return area_under_curve(torch.cat(margins), torch.arange(sum(map(len, margins))) < len(margins[0]))
+
+
+def _margins(context: AuditContext, split: Split) -> torch.Tensor:
+    """Return the margins (N,) that PGD leaves, of a random model at one draw."""
+    victim, loss = context.victim, Loss(kind="margin")
+    settings = {"eps": context.eps, "norm": context.suite.norm, "steps": MARGIN_STEPS, "eot_samples": 1}
+    attack, found = AsFarAsFinite(PGD(loss="margin", early_stop=False, **settings)), []
+    for images, labels in split.batches(at_once(split), device=victim.device):
+        moved = attack(victim, images, labels, seed=context.seed, task=split.task)
+        with torch.no_grad():
+            found.append(-loss(victim.forward_original(moved), labels, split.task).double().cpu())
+    return torch.cat(found).nan_to_num(0.0)
+
+
+def _findable(order: Rate) -> float:
+    """Return the share of pairs that is found to be above the limit with probability :data:`POWER`."""
+    normal, n = NormalDist(), order.effective or order.n
+    return min(1.0, _EVEN + (normal.inv_cdf(1 - LEVEL) + normal.inv_cdf(POWER)) / (2 * n**0.5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.outcome import LEVEL, PairedDifference
+from gambeson.auditing.rescoring import ROUNDING
 from gambeson.auditing.results import UniversalResult
 from gambeson.auditing.stages.universal import rescored
 from gambeson.evaluation.outcome import outcome_under
@@ -146,9 +147,10 @@ def _agrees(context: AuditContext) -> Finding:
     point = context.middle
     if any(one.differs for one in point.rescored):
         return Finding(None, "the answers depend on how images are asked for, and the reported rate is the worst")
-    again = rescored(context, context.uaps[point.eps])
+    again, traits = rescored(context, context.uaps[point.eps]), context.victim.traits
+    slight = traits is not None and traits.varies and not context.subject.random
     return Finding(
-        again == point.uer.value,
+        abs(again - point.uer.value) <= (ROUNDING if slight else 0),
         f"the stored perturbation at eps {point.eps:.4g} gives a UER of {100 * again:.1f} %, reported was {point.uer}",
         {"again": again, "reported": point.uer.value},
     )
