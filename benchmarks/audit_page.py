@@ -1,4 +1,4 @@
-"""Renew the made parts of ``docs/audit.md``, ``checks.md`` and ``testbed.md``: ``python benchmarks/audit_page.py``.
+"""Renew the made parts of ``docs/suites.md``, ``checks.md`` and ``testbed.md``: ``python benchmarks/audit_page.py``.
 
 A section for each diagnostic comes from :data:`gambeson.auditing.DIAGNOSTICS` and from the captions here, its picture
 from ``benchmarks/audit_pictures.py``; the costs come from the suites; the strength
@@ -20,7 +20,7 @@ from gambeson.auditing import DIAGNOSTICS, SUITES, Diagnostic
 from gambeson.evaluation import Rate
 
 ROOT = Path(__file__).parent.parent
-PAGE, CHECKS, TESTBED = (ROOT / "docs" / name for name in ("audit.md", "checks.md", "testbed.md"))
+SUITES_PAGE, CHECKS, TESTBED = (ROOT / "docs" / name for name in ("suites.md", "checks.md", "testbed.md"))
 RATES, PGD_RATES = ROOT / "results" / "testbed.json", ROOT / "results" / "testbed-pgd.json"
 STRENGTH = ROOT / "results" / "strength.json"
 WITHOUT = "input unchanged"
@@ -151,8 +151,8 @@ def diagnostics_text() -> str:
 
 def _section(diagnostic: Diagnostic) -> str:
     never = diagnostic.condition.startswith("never")
-    lead = f"Fails {diagnostic.condition}." if never else f"Fails when {diagnostic.condition}."
-    asked = "" if diagnostic.gradients else " Black boxes are looked at too."
+    lead = f"Never fails: {diagnostic.condition[7:]}." if never else f"Fails when {diagnostic.condition}."
+    asked = "" if diagnostic.gradients else " Applies to black boxes too."
     parts = [f"{lead}{asked}", diagnostic.explanation, f"**What to do.** {diagnostic.remedy}"]
     text = f"## {diagnostic.name}\n\n" + "\n\n".join(map(_wrapped, parts)) + "\n"
     if diagnostic.name == WITHOUT:
@@ -251,10 +251,10 @@ def costs_text() -> str:
 
 _COSTS = (
     "surrogate: passes over train, images at most",
-    "universal, an eps",
+    "universal, per eps",
     "eps_uni, each perturbation that it tries",
-    "PGD, an image at most",
-    "targeted Auto-PGD, an image at most",
+    "PGD, at most per image",
+    "targeted Auto-PGD, at most per image",
     "the suite of four attacks",
     "transfer, images at most",
     "Jacobian analysis, each exact part at most",
@@ -341,7 +341,7 @@ def renewed(page: str, parts: dict[str, str]) -> str:
 def main() -> None:
     """Renew the pages."""
     pages = {
-        PAGE: {"costs": costs_text(), "strength": strength_text()},
+        SUITES_PAGE: {"costs": costs_text(), "strength": strength_text()},
         CHECKS: {"diagnostics": diagnostics_text()},
         TESTBED: {"own rates": own_rates_text(), "error rates": rates_text(), "models": models_text()},
     }

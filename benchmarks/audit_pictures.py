@@ -191,7 +191,7 @@ def measured(name: str, case: Case) -> tuple[bool | None, str, dict[str, Any]]:
     surrogate, universal, measure = MEASURES[name]
     random.seed(0)  # one of the models draws from Python's own generator
     with held(case, surrogate=surrogate, universal=universal) as evidence:
-        found = diagnostic.look(evidence)
+        found = diagnostic.function(evidence)
         with seeded(0, "picture", name):
             return found.passed, found.detail, measure(evidence, found)
 

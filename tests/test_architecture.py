@@ -266,6 +266,7 @@ RENAMED = {
     "Together": "JointEnsemble",
     "Voting": "EnsembleDefense",
     "_descend": "_optimizer_steps",
+    "equip": "add_noise",
     "inner_step": "rel_inner_step_size",
     "whole_from": "fully_active_epoch",
     # audits, data and models

@@ -17,8 +17,8 @@ from gambeson.victim import Victim, predict, score
 
 def evidence_of(victim: Victim, data: Dataset, suite: Suite, *, black_box: bool = False) -> AuditContext:
     """What an audit knows before its first stage, of a victim inside its context."""
-    look = victim.inspect(data.test.take(slice(0, 8), victim.device)[0], scores=black_box)
-    victim.votes = suite.votes if look.stochastic else 1
+    traits = victim.inspect(data.test.take(slice(0, 8), victim.device)[0], scores=black_box)
+    victim.votes = suite.votes if traits.stochastic else 1
     predictions = predict(victim, data.test)
     return AuditContext(
         victim=victim,
@@ -26,7 +26,7 @@ def evidence_of(victim: Victim, data: Dataset, suite: Suite, *, black_box: bool 
         suite=suite,
         seed=0,
         subject=ModelInfo(
-            label="m", name="m", parameters=1, fingerprint="", black_box=black_box, random=look.stochastic
+            label="m", name="m", parameters=1, fingerprint="", black_box=black_box, random=traits.stochastic
         ),
         clean=accuracy_rate(score(predictions, data.test)),
         predictions=predictions,

@@ -286,7 +286,7 @@ def test_the_first_answer_comes_first_and_changes_nothing(digits, trained, monke
     lines = text.getvalue().splitlines()
     assert re.match(r"first answer: UER .* % \[.*\] at eps 0.2 on \d+ test images after \d+ steps, against", lines[0])
     assert lines[1].startswith("eps 0.1: UER ")
-    assert any(line.startswith("image by image: accuracy ") for line in lines)
+    assert any(line.startswith("per image: accuracy ") for line in lines)
     shares = [int(found[1]) for line in lines if (found := re.match(r"audit model: (\d+) of 100", line))]
     assert shares == sorted(shares)
     assert shares[-1] == 100

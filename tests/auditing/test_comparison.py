@@ -180,9 +180,7 @@ def test_other_images_widen_the_interval(tmp_path, digits):
     assert apart.difference.high - apart.difference.low > 1.2 * (paired.difference.high - paired.difference.low)
     assert paired.p < apart.p < 0.01
     (tmp_path / "c" / Outcomes.FILE).unlink()
-    assert {one.unpaired for one in gb.compare(first, tmp_path / "c").changes} == {
-        "outcomes of single images were not kept"
-    }
+    assert {one.unpaired for one in gb.compare(first, tmp_path / "c").changes} == {"outcomes per image were not kept"}
     tensors, about = load_tensors(first / Outcomes.FILE)
     tensors["clean right"][0] = 0  # not what was reported
     save_tensors(tmp_path / "b" / Outcomes.FILE, tensors, about)

@@ -13,7 +13,7 @@ from tests.auditing.evidence import held
 from tests.conftest import LinearNet
 
 FAMILIES = {family.__name__ for family in (gradient_masking, single_step, convergence)}
-ALL = {check.name: check for check in DIAGNOSTICS if check.look.__module__ in FAMILIES}
+ALL = {check.name: check for check in DIAGNOSTICS if check.function.__module__ in FAMILIES}
 EPS = (0.05, 0.1, 0.15)
 SHAPE = (1, 6, 6)
 

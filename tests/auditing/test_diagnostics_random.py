@@ -31,7 +31,7 @@ def look(name, model, data, suite=SUITE):
     with Victim(model, fast=True) as victim:
         evidence = evidence_of(victim, data, suite)
         evidence.randomness = randomness.measure(evidence)
-        return diagnostic.look(evidence)
+        return diagnostic.function(evidence)
 
 
 class Around(nn.Module):
@@ -316,7 +316,7 @@ def curve(victim, data, rates=None, deltas=None, eps=(0.1, 0.2), controls=True):
 
 def seen(name, evidence):
     (diagnostic,) = (one for one in DIAGNOSTICS if one.name == name)
-    return diagnostic.look(evidence)
+    return diagnostic.function(evidence)
 
 
 def test_a_curve_that_falls_is_found(trained, digits):

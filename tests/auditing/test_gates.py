@@ -81,7 +81,7 @@ def test_what_an_audit_lacks_is_missed_with_the_reason(result):
         "uer@0.25>=0": "the audit has no eps 0.25: its curve is at 0.05, 0.1, 0.15, 0.2, 0.3",
         "mean_iou>=0": "labels are no maps",
         "clean_iou>=0": "labels are no maps",
-        "per_image:square>=0": "no attack square on single images: it has pgd, standard",
+        "per_image:square>=0": "no per-image attack square: it has pgd, standard",
         "eps_uni.high>=0": "its interval has no such end",
     }.items():
         (found,) = result.gate(gate).gates

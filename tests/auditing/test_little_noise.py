@@ -131,7 +131,7 @@ def look(name, model, data):
             rescoring.begin(seen, Checkpoints(None))
         if name == "gradient complete":
             seen.adaptive = adaptive.measure(seen)
-        return CHECKS[name].look(seen)
+        return CHECKS[name].function(seen)
 
 
 SHIELDS = [("logits", 1e-5), full(("images", 1e-5, True)), full(("weights", 1e-3)), full(("logits", 1e-3, True))]

@@ -1,4 +1,4 @@
-"""Attacks on single images in an audit: which are run on what, and that their numbers hang together."""
+"""Per-image attacks in an audit: which are run on what, and that their numbers hang together."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_no_suite_where_it_has_no_meaning_or_was_left_out(trained, few):
         assert [found.attack for found in per_image.measure(evidence)] == ["pgd", "auto-pgd-targeted"]
     with held(trained, few, (1.0,), pgd_steps=2, norm="1", suite_images=10) as evidence:
         assert [found.attack for found in per_image.measure(evidence)] == ["pgd"]
-        assert per_image.left_out(evidence).startswith("No attack suite was tried")
+        assert per_image.left_out(evidence).startswith("No per-image attack suite was tried")
 
 
 def test_attacks_on_label_maps_reach_the_closed_form():

@@ -79,7 +79,7 @@ def test_the_sign_test_decides_whether_there_is_a_difference(won, lost, n):
 def looked(draw, sample, wider, limit=0.0):
     context = SimpleNamespace(sample=range(sample), wider=range(wider), subject=SimpleNamespace(random=False))
     sizes = {"sample": sample, "wider": wider}
-    return AuditContext.looked(context, lambda on: draw(sizes[on]), limit)
+    return AuditContext.compare_counts(context, lambda on: draw(sizes[on]), limit)
 
 
 def test_few_honest_audits_fail_any_comparison():

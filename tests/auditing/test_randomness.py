@@ -200,7 +200,7 @@ def test_two_equal_calls_do_not_prove_that_the_noise_is_off(trained, digits):
 def test_our_own_noise_has_a_switch(digits):
     torch.manual_seed(0)
     model = gb.models.create("lenet5", digits)
-    gb.models.equip(model, gb.models.FeatureNoise(init=0.3))
+    gb.models.add_noise(model, gb.models.FeatureNoise(init=0.3))
     with Victim(model) as victim:
         found = randomness.measure(evidence_of(victim, digits, Suite(eps=(0.1,), votes=5)))
     assert (found.votes, found.noise_off_by) == (5, SWITCHES)

@@ -84,9 +84,7 @@ def test_maps_are_compared_by_the_pixels_of_each_image(honest):
         assert (counts.error_rate if name.startswith("uer") else counts.accuracy) == change.first
         assert int(counts.total.max()) == 15 * 16  # the first row does not count
         assert (change.unpaired, change.lost, change.p, change.difference.value) == ("", None, 1, 0)
-    assert {change.unpaired for name, change in same.items() if "iou" in name} == {
-        "outcomes of single images were not kept"
-    }
+    assert {change.unpaired for name, change in same.items() if "iou" in name} == {"outcomes per image were not kept"}
     assert gb.compare(found, folder).gate("no-regression, mean_iou@0.1>=0, clean_iou<=0, uer.high<=0.2").held
     assert found.results.gate("mean_iou<=1, clean_iou>=0.5, mean_iou@0.2.low<=0.9").held
 

@@ -90,9 +90,9 @@ def test_the_worst_attack_on_single_images_stands_beside_it():
     rows = [per_image(300), per_image(120, "standard"), per_image(5, "pgd", eps=0.3)]
     said = judge(CLEAN, points(60), FOUND, [], per_image=rows).summary
     lowest = Rate.of(120, 1000, candidates=2)  # chosen between the two attacks of this eps
-    assert f"Attacked image by image, {lowest} stay right under the worst attack (standard)." in said
+    assert f"Under the worst per-image attack (standard), {lowest} stay right." in said
     said = judge(CLEAN, points(60), FOUND, [], per_image=rows, transfer=[moved(950, universal=False)]).summary
-    assert "5.0 % [3.6, 6.9] stay right under the worst attack (mi-fgsm on surrogate (lenet5))" in said
+    assert "Under the worst per-image attack (mi-fgsm on surrogate (lenet5)), 5.0 % [3.6, 6.9] stay right." in said
 
 
 def test_a_transferred_pattern_that_does_more_harm_takes_the_lead():

@@ -34,10 +34,10 @@ def noisy(trained, tmp_path_factory):
 
 
 def _equip(model):
-    from gambeson.models.factory import equip
+    from gambeson.models.factory import add_noise
     from gambeson.models.noise import FeatureNoise
 
-    equip(model, FeatureNoise(init=0.3))
+    add_noise(model, FeatureNoise(init=0.3))
 
 
 def run(*arguments):

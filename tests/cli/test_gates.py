@@ -116,7 +116,7 @@ def test_compare_tells_a_regression_by_its_exit_code(tmp_path, capsys):
     assert run(["compare", old, new]) == 0
     told = text_of(capsys)
     assert "Clearly worse: uer@0.15" in told
-    assert "compared by their intervals, which are wider, because outcomes of single images were not kept" in told
+    assert "compared by their intervals, which are wider, because outcomes per image were not kept" in told
     assert run(["compare", old, new, "--gate", "no-regression"]) == 3
     assert run(["compare", new, old, "--gate", "no-regression", "--gate", "uer<=0"]) == 0
     capsys.readouterr()

@@ -14,7 +14,7 @@ from gambeson.base import derive, generator, load_tensors, seeded
 from gambeson.data import Split
 from gambeson.defenses import Adversarial, Batch, PGDAdversarial, SharedAdversarial, Standard, TrainContext
 from gambeson.defenses.ensemble import Ensemble, against
-from gambeson.defenses.ensemble_diversity import ADP, GAL, TRS, squared_slopes
+from gambeson.defenses.ensemble_diversity import ADP, GAL, TRS, squared_gradient_norms
 from gambeson.defenses.ensemble_losses import coherence, cosines, diversity_gain, entropy, log_det, loss_gradients
 from gambeson.defenses.jacobian import Jacobian, JacobianNorm
 from gambeson.defenses.jacobian_ensemble import JacobianEnsemble
@@ -416,7 +416,7 @@ def test_gal_and_trs_are_their_formulas():
     torch.testing.assert_close(whole["smoothness"], smooth / 12**2)
 
 
-def test_trs_moves_every_second_image_to_where_slopes_are_larger():
+def test_trs_moves_every_second_image_to_where_gradients_are_larger():
     model = linear(random_weights())
     batch = batch_of(step=5, steps=5, epochs=10)
     chosen = torch.arange(12) % 2 == 1
@@ -425,7 +425,7 @@ def test_trs_moves_every_second_image_to_where_slopes_are_larger():
     gap = (moved - batch.images[chosen]).abs()
     assert float(gap.max()) == pytest.approx(0.11, abs=1e-6)  # a tenth of the way from 0.1 to 0.2
     points = [batch.images[chosen].clone().requires_grad_(), moved.clone().requires_grad_()]
-    before, after = (squared_slopes(model, point, batch.labels[chosen]).mean() for point in points)
+    before, after = (squared_gradient_norms(model, point, batch.labels[chosen]).mean() for point in points)
     assert bool(after > before)
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(UserError, match="fewer members|asks for 4 members and the model has 3"):

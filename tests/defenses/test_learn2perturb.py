@@ -15,7 +15,7 @@ from gambeson.defenses.learn2perturb import Learn2Perturb, NoiseReward, feature_
 from gambeson.defenses.noise_injection import PNI, RSE, NoisyAdversarial, NoisyClean
 from gambeson.defenses.objective import Adversarial
 from gambeson.models import injections
-from gambeson.models.factory import equip
+from gambeson.models.factory import add_noise
 from gambeson.models.noise import FeatureNoise, NoiseInjection, noise_off
 from gambeson.models.noisy_weights import FixedNoise, ParametricNoise
 from gambeson.tasks import Segmentation
@@ -77,7 +77,7 @@ def test_tau_is_harmonic_and_never_zero():
 @pytest.mark.parametrize(("epoch", "tau"), [(3, 1), (4, 1), (5, 1.5), (8, 137 / 60)])
 def test_the_regulariser_and_its_gradient_are_the_formula(digits, epoch, tau):
     model = fresh(digits)
-    equip(model, FeatureNoise())
+    add_noise(model, FeatureNoise())
     thetas = [module.theta for module in injections(model)]
     with torch.no_grad():
         for theta in thetas:
@@ -211,7 +211,7 @@ def test_the_attack_leaves_the_model_s_own_answer():
         torch.testing.assert_close(value, F.cross_entropy(model(x + delta), batch.labels))
     remembered = Batch(images=x, labels=own, seed=0)
     torch.testing.assert_close(clean(model, remembered), F.cross_entropy(model(x), own))
-    assert torch.equal(clean.answers(model, remembered), own)
+    assert torch.equal(clean.predictions(model, remembered), own)
 
 
 def test_weight_zero_changes_nothing_bit_for_bit(digits):
@@ -222,7 +222,7 @@ def test_weight_zero_changes_nothing_bit_for_bit(digits):
         Learn2Perturb(eps=0.1, mix=0, gamma=1e-2, update="joint"),
     ):
         model = fresh(digits)
-        equip(model, FeatureNoise())
+        add_noise(model, FeatureNoise())
         gb.train(model, digits, defense, epochs=1, batch_size=64, weight_decay=0)
         weights.append(model.state_dict())
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
@@ -332,7 +332,7 @@ def test_mistakes_are_named(digits):
     with pytest.raises(UserError, match="adversarial_from = 3 lies beyond the 2 epochs"):
         gb.train(fresh(digits), digits, PNI(eps=0.1, adversarial_from=3), epochs=2)
     model = fresh(digits)
-    equip(model, FixedNoise())
+    add_noise(model, FixedNoise())
     with pytest.raises(UserError, match="carries FixedNoise.* already"):
         gb.train(model, digits, Learn2Perturb(eps=0.1))
     with pytest.raises(UserError, match=r"update.*'em'"):

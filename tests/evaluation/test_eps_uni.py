@@ -134,7 +134,7 @@ def test_validation_chooses_the_warm_start_and_test_does_not(digits, trained):
     good = StochasticPGD(eps=0.3, steps=30, probe_starts=0).craft(trained, digits)
     weak = uap_of(control("random-sign", Ball(eps=0.1), shape, seed=3), 0.1)
     nothing = ImageErrors(torch.zeros(449, dtype=torch.long), torch.ones(449, dtype=torch.long))
-    much = ImageErrors((torch.arange(449) % 5 < 2).long(), nothing.answers)
+    much = ImageErrors((torch.arange(449) % 5 < 2).long(), nothing.total)
     known = {0.05: Found(scaled(good, 0.05), nothing), 0.1: Found(weak, much)}
     starts = []
 
@@ -178,13 +178,17 @@ def test_a_known_perturbation_is_one_that_was_tried():
     data = dataset(*[(known_margins(margins_of(50, 0.05, k), w), None) for k in range(3)])
     good = uap_of(0.08 * w.sign()[None], 0.08)
 
+    starts = []
+
     class Nothing(StochasticPGD):
         def craft(self, model, data, *, seed=0, start=None):
+            starts.append(start)
             return uap_of(torch.zeros(1, *SHAPE), self.eps)
 
     with_it = eps_uni(net(w), data, Nothing(eps=0.1), known=[good], controls=())
     exact = float(margins_of(50, 0.05, 2).sort().values[24])
     assert exact * 0.999 <= with_it.value <= exact * 1.03  # scaled, it is tried at every eps
+    assert all(torch.equal(start.sign(), good.delta.sign()) for start in starts)  # and the attack begins there
     without = eps_uni(net(w), data, Nothing(eps=0.1), controls=())
     assert (without.value, without.censored, without.low, without.high) == (1.0, True, 1.0, None)
     flat = uap_of(good.delta, 0.3, norm="2")
@@ -280,7 +284,7 @@ def test_an_interval_read_off_a_coarse_curve_is_as_wide_as_its_steps():
     assert crossing_interval({0: curve[0]}, 0.5) == (0, None)
     assert crossing_interval(curve, 0.01)[0] == 0
     # Answers of images without a label, or with several, weigh as many as they are.
-    maps = {eps: ImageErrors(found.wrong * 2, found.answers * 2) for eps, found in curve.items()}
+    maps = {eps: ImageErrors(found.wrong * 2, found.total * 2) for eps, found in curve.items()}
     assert crossing_interval(maps, 0.5) == (low, high)
     blank = torch.zeros(500, dtype=torch.long)
     more = {

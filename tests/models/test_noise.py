@@ -11,8 +11,8 @@ from torch.func import functional_call, stack_module_state, vmap
 import gambeson as gb
 from gambeson import UserError
 from gambeson.base import seeded
-from gambeson.models.factory import equip
-from gambeson.models.noise import FeatureNoise, NoiseInjection, add_noise, injections, noise_off, standard_normal
+from gambeson.models.factory import add_noise
+from gambeson.models.noise import FeatureNoise, NoiseInjection, inject_noise, injections, noise_off, standard_normal
 from gambeson.models.noisy_weights import FixedNoise, GaussianNoise, ParametricNoise, PassAverage, ScaledNoise
 
 
@@ -33,7 +33,7 @@ def test_theta_counts_are_the_paper_s(name, neurons):
     with torch.device("meta"):
         body = gb.models.create(name, in_channels=3, classes=10, image_size=32).body
     real = body.to_empty(device="cpu")
-    add_noise(real, FeatureNoise(), torch.zeros(1, 3, 32, 32))
+    inject_noise(real, FeatureNoise(), torch.zeros(1, 3, 32, 32))
     assert sum(module.theta.numel() for module in injections(real)) == neurons
 
 
@@ -255,23 +255,23 @@ def test_saved_and_loaded_bit_for_bit_with_the_noise_on(tmp_path, noise, members
 
 def test_equipping_is_in_place_once_and_told_by_the_card():
     model, whole = small(members=2), small(noise=FeatureNoise(), members=2)
-    equip(model, FeatureNoise())
-    equip(model, FeatureNoise())
+    add_noise(model, FeatureNoise())
+    add_noise(model, FeatureNoise())
     assert model.card == whole.card
     assert len(injections(model)) == len(injections(whole)) == 20
     assert all(voter.card.noise == FeatureNoise() for voter in model.voters)
     with noise_off(model), noise_off(whole):
         assert torch.equal(model(images()), whole(images()))
     with pytest.raises(UserError, match="carries FeatureNoise.* already"):
-        equip(model, FeatureNoise(init=0.5))
+        add_noise(model, FeatureNoise(init=0.5))
     with pytest.raises(UserError, match="created for 8x8"):
         model(torch.rand(1, 1, 16, 16))
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 10))
     with pytest.raises(UserError, match="noise for a Sequential needs an example image"):
-        equip(net, FeatureNoise())
+        add_noise(net, FeatureNoise())
     net[1].eval()
-    equip(net, FeatureNoise(), images(1))
-    equip(net, FeatureNoise())
+    add_noise(net, FeatureNoise(), images(1))
+    add_noise(net, FeatureNoise())
     assert [tuple(module.theta.shape) for module in injections(net)] == [(3, 6, 6)]
     assert not torch.equal(net(images()), net(images()))
 
@@ -279,7 +279,7 @@ def test_equipping_is_in_place_once_and_told_by_the_card():
 def test_a_frozen_normalisation_stays_frozen_while_places_are_searched():
     body = small().body.train()
     body.bn1.eval()
-    add_noise(body, FeatureNoise(), images(1))
+    inject_noise(body, FeatureNoise(), images(1))
     assert body.training
     assert not body.bn1.training
     assert float(body.bn1.running_mean.abs().max()) == 0

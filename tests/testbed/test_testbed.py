@@ -12,7 +12,7 @@ from gambeson.testbed import truth as truths
 from gambeson.testbed.entry import Entry, Networks
 from gambeson.testbed.recipes import DATASETS, HONEST, networks, networks_on
 from gambeson.testbed.suspicious import SUSPICIOUS
-from gambeson.testbed.truth import Mean, StraightThrough, measure, python_seeded, towards, ways
+from gambeson.testbed.truth import Mean, StraightThrough, measure, nearest_other_classes, python_seeded, sources_of
 
 ENTRIES = {entry.name: entry for entry in gb.testbed.models("digits")}
 OBFUSCATED = [name for name, entry in ENTRIES.items() if not entry.honest]
@@ -151,17 +151,17 @@ def test_ground_truth_is_read_where_it_was_measured(monkeypatch):
 def test_the_ways_around():
     nets = networks("digits")
     x = nets.data.test.take(slice(0, 20))[0].requires_grad_()
-    assert list(ways(ENTRIES["standard"], nets)) == ["the model itself"]
-    around = ways(ENTRIES["four grey levels"], nets)
+    assert list(sources_of(ENTRIES["standard"], nets)) == ["the model itself"]
+    around = sources_of(ENTRIES["four grey levels"], nets)
     (through,) = (way for way in around.values() if isinstance(way, StraightThrough))
     assert torch.allclose(through(x), ENTRIES["four grey levels"].build(nets)(x))
     assert torch.autograd.grad(through(x).sum(), x)[0].abs().min() >= 0
     assert torch.autograd.grad(through(x).sum(), x)[0].abs().max() > 0.01
-    (mean,) = ways(ENTRIES["random member"], nets).values()
+    (mean,) = sources_of(ENTRIES["random member"], nets).values()
     assert isinstance(mean, Mean)
     expected = sum(nets(name)(x) for name in ("standard", "standard 1", "standard 2")) / 3
     assert torch.allclose(mean(x), expected, atol=1e-5)
-    (under,) = ways(ENTRIES["dropout left on"], nets).values()  # whose wrapper takes the network apart
+    (under,) = sources_of(ENTRIES["dropout left on"], nets).values()  # whose wrapper takes the network apart
     assert torch.equal(under(x), nets()(x))
 
 
@@ -169,9 +169,9 @@ def test_steps_towards_other_classes_by_hand(digits):
     images = torch.tensor([0.0, 0.4, 1.0]).view(3, 1, 1, 1)
     known = gb.data.Split("known", images, torch.tensor([0, 1, 1]), ("a", "b"))
     x, y = torch.tensor([0.1]).view(1, 1, 1, 1), torch.tensor([0])
-    moved = [float(one) for one in towards(x, y, known, 0.2, 2)]
+    moved = [float(one) for one in nearest_other_classes(x, y, known, 0.2, 2)]
     assert moved == pytest.approx([0.3, 0.3])
-    (moved,) = towards(x, torch.tensor([1]), known, 0.05, 1)
+    (moved,) = nearest_other_classes(x, torch.tensor([1]), known, 0.05, 1)
     assert float(moved) == pytest.approx(0.05)
 
 

@@ -34,7 +34,7 @@ class Correlation(Config):
 
 
 def pearson(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return the product-moment correlation along the last dimension; NaN where one side is constant."""
+    """Return Pearson's correlation of two tensors (..., N) along the last dimension; NaN where one is constant."""
     a, b = (side - side.mean(-1, keepdim=True) for side in (a.double(), b.double()))
     spread = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
     flat = (a.abs().amax(-1) < 1e-12) | (b.abs().amax(-1) < 1e-12)
@@ -49,14 +49,15 @@ def ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return the rank correlation along the last dimension (Spearman 1904); NaN where one side is constant."""
+    """Return the rank correlation along the last dimension (Spearman 1904), as :func:`pearson` of the ranks."""
     return pearson(ranks(a), ranks(b))
 
 
 def partial(a: torch.Tensor, b: torch.Tensor, control: torch.Tensor) -> torch.Tensor:
-    """Return the partial rank correlation of a and b given the control: (r_ab - r_ac r_bc) / sqrt(...).
+    """Return the partial rank correlation of a and b given the control, along the last dimension of three (..., N).
 
-    NaN where one of the three is constant, or the control ranks a side alike.
+    (r_ab - r_ac r_bc) / sqrt((1 - r_ac^2) (1 - r_bc^2)). NaN where one of the three is constant, or the control ranks a
+    side alike.
     """
     ab, ac, bc = spearman(a, b), spearman(a, control), spearman(b, control)
     left = (1 - ac**2) * (1 - bc**2)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from gambeson.analysis.inputs import answer
+from gambeson.analysis.inputs import forward
 from gambeson.analysis.matrix_free import Linearised
 from gambeson.base import UserError, generator
 from gambeson.base.checks import as_images
@@ -84,7 +84,7 @@ def estimate_frobenius(
 
 
 def _from_outputs(victim: Victim, images: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tensor:
-    point, logits = answer(victim, images)
+    point, logits = forward(victim, images)
     squares = []
     for k in range(count):
         row = victim.gradient(logits, point, len(point), _unit(logits, draw), keep=k + 1 < count)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gambeson.analysis.inputs import answer, classifier, margins
+from gambeson.analysis.inputs import classifier, forward, margins
 from gambeson.analysis.jacobian import Spread
 from gambeson.analysis.matrix_free import batches_of
 from gambeson.base import Config, UserError, generator
@@ -66,7 +66,7 @@ def gradient_statistics(model: Source, data: Any) -> GradientStatistics:
     parts = []
     with classifier(model, data) as (victim, split):
         for images, labels in batches_of(victim, split):
-            point, logits = answer(victim, images)
+            point, logits = forward(victim, images)
             with torch.enable_grad():
                 loss = _cross_entropy(logits, labels.clone())
                 margin = margins(logits, labels).sum()
@@ -199,7 +199,7 @@ def loss_surface(
 
 def loss_gradient(victim: Victim, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradient of each image's cross-entropy, (N, C, H, W), and its margin (N,); one backward each."""
-    point, logits = answer(victim, images)
+    point, logits = forward(victim, images)
     margin = margins(logits.detach(), labels)
     with torch.enable_grad():
         value = torch.nn.functional.cross_entropy(logits, labels.clone(), reduction="sum")

@@ -14,7 +14,7 @@ from gambeson.tasks import CLASSIFICATION
 from gambeson.victim import Source, Victim, as_victim
 
 
-def answer(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the images as a leaf of a graph, and the model's logits (N, K).
 
     Works under ``torch.no_grad`` and in inference mode as well.

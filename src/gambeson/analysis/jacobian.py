@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gambeson.analysis.inputs import answer, classifier, margins
+from gambeson.analysis.inputs import classifier, forward, margins
 from gambeson.base import Config
 from gambeson.base.checks import as_images
 from gambeson.data import Split
@@ -38,7 +38,7 @@ def batch_jacobian(model: Source, images: torch.Tensor) -> torch.Tensor:
 
 def rows_at(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the Jacobians (N, K, C*H*W) and the logits (N, K) of checked images."""
-    point, logits = answer(victim, images)
+    point, logits = forward(victim, images)
     classes, step = logits.shape[1], _rows_at_once(point)
     found = torch.empty(len(images), classes, point[0].numel(), dtype=point.dtype, device=point.device)
     units = torch.eye(classes, dtype=logits.dtype, device=logits.device)[:, None].expand(-1, len(images), -1)
@@ -93,7 +93,7 @@ class Rows:
 def classes_of(victim: Victim, split: Split) -> int:
     """Return the number of logits, from one forward of one image."""
     images, _ = split.take(slice(0, 1), victim.device)
-    return answer(victim, images)[1].shape[1]
+    return forward(victim, images)[1].shape[1]
 
 
 def walk(victim: Victim, split: Split, *, needs_margin: bool = True) -> Iterator[Rows]:

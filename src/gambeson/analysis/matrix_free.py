@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from gambeson.analysis.inputs import answer, margins
+from gambeson.analysis.inputs import forward, margins
 from gambeson.analysis.jacobian import Rows, classes_of, frobenius, spectral, walk
 from gambeson.base import generator
 from gambeson.data import Split
@@ -154,7 +154,7 @@ def _from_products(victim: Victim, split: Split, weigh: Weigh, seed: int) -> Sta
     draw = generator(seed, "trace", device=victim.device)
     trace, variance, left_out = 0.0, 0.0, 0
     for images, labels in batches_of(victim, split):
-        point, logits = answer(victim, images)
+        point, logits = forward(victim, images)
         weight = weigh(margins(logits.detach(), labels)).double()
         left_out += int((weight == 0).sum())
         squares = []
@@ -201,7 +201,7 @@ class Linearised:
 
     def __init__(self, victim: Victim, images: torch.Tensor) -> None:
         self._victim = victim
-        self._point, self._answer = answer(victim, images)
+        self._point, self._answer = forward(victim, images)
         self.logits = self._answer.detach()
         with torch.enable_grad():
             self._dual = torch.zeros_like(self._answer, requires_grad=True)

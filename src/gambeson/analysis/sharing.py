@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from gambeson.analysis.inputs import answer, classifier, labelled
+from gambeson.analysis.inputs import classifier, forward, labelled
 from gambeson.analysis.jacobian import Spread, batch_jacobian, classes_of, frobenius, rows_at
 from gambeson.analysis.matrix_free import batches_of
 from gambeson.analysis.stacked import stacked_spectrum
@@ -128,6 +128,11 @@ def sharing_factor(model: Source, data: Any, *, seed: int = 0) -> float:
 
     1: all inputs share one worst direction; 1/N: theirs are orthogonal. NaN if every Jacobian is zero.
     Cost: one forward and K backwards per image, images of more than 4096 values several times.
+
+    Args:
+        model: any module from pixels to logits (N, K), or a victim.
+        data: a split, an (images, labels) pair, or a data set, of which the test split is used.
+        seed: of the start of the iterations for large images.
     """
     small = torch.Size(labelled(data).shape).numel() <= 4096
     found = stacked_spectrum(model, data, method="gram" if small else "rows", seed=seed)
@@ -163,7 +168,7 @@ def gradient_sharing(model: Source, data: Any, *, norm: Norm = "inf") -> Gradien
     with classifier(model, data) as (victim, split):
         total = torch.zeros(split.shape, dtype=torch.float64, device=victim.device)
         for images, labels in batches_of(victim, split):
-            point, logits = answer(victim, images)
+            point, logits = forward(victim, images)
             with torch.enable_grad():
                 value = torch.nn.functional.cross_entropy(logits, labels.clone(), reduction="sum")
             gradient = victim.gradient(value, point, len(point)).double()

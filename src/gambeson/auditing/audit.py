@@ -174,10 +174,10 @@ def run_stages(
         elif choose is not None:
             suite = choose(suite)
         reported, twice = _reported(dataset, suite, seed, victim.device)
-        look = victim.inspect(reported.test.take(slice(0, 8), victim.device)[0], scores=black_box)
+        traits = victim.inspect(reported.test.take(slice(0, 8), victim.device)[0], scores=black_box)
         for part in (reported.train, reported.validation, reported.test):
-            part.check_logits(look.shape)
-        victim.votes = suite.votes if look.stochastic else 1
+            part.check_logits(traits.shape)
+        victim.votes = suite.votes if traits.stochastic else 1
         victim.temperature = 1.0 if black_box else temperature(victim, reported.validation, seed)
         began = now()
         if black_box:  # queries spent are recorded
@@ -185,7 +185,7 @@ def run_stages(
         else:
             predictions = predict(victim, reported.test)
         each = (now() - began) / len(reported.test) / victim.votes
-        speed = Speed(forward=each, gradient=_GRADIENT * each, surrogate=each, random=look.stochastic)
+        speed = Speed(forward=each, gradient=_GRADIENT * each, surrogate=each, random=traits.stochastic)
         if clock is not None:
             speed = clock.rest.speed
             clock.end("start")
@@ -201,7 +201,7 @@ def run_stages(
                 parameters=count_parameters(model),
                 fingerprint=fingerprint(model),
                 black_box=black_box,
-                random=look.stochastic,
+                random=traits.stochastic,
                 defense=defense,
                 epochs=epochs,
             ),

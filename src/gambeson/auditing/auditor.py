@@ -275,7 +275,7 @@ class Auditor:
             "per-image", list[PerImageResult], lambda: per_image.measure(context), []
         )
         worst = worst_attack(context.middle, context.per_image, [])
-        return None if worst is None else f"image by image: accuracy {worst.accuracy} under {worst.attack}"
+        return None if worst is None else f"per image: accuracy {worst.accuracy} under {worst.attack}"
 
     def _targets(self) -> None:
         self.aimed = targeted.measure(self.context, self.stages, self.folder)
@@ -338,7 +338,7 @@ class Auditor:
         if folder is not None:
             uap = context.uaps[context.eps]
             clean = ImageErrors.of(context.predictions, context.test)
-            before, after = (one.wrong / one.answers.clamp(min=1) for one in (clean, context.errors[context.eps]))
+            before, after = (one.wrong / one.total.clamp(min=1) for one in (clean, context.errors[context.eps]))
             shown = partial(save_examples, folder, victim, context.test, uap, before, after)
             curve = [context.uaps[eps] for eps in suite.eps]
             stages.afford("examples", None, lambda: shown(curve=curve, targeted=context.targeted), None)

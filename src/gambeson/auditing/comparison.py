@@ -54,7 +54,7 @@ class Change(Config):
         return f"{self.first} to {self.second}: {self.difference}, {self.outcome} (p = {self.adjusted:.2g})"
 
 
-class Comparison(Config):
+class Comparison(notebook.ShownAsTable, Config):
     """Result of :func:`compare`.
 
     Intervals and tests are about the test images: each model's perturbations, and the models themselves, are held
@@ -102,19 +102,10 @@ class Comparison(Config):
         """
         return judge_gates(parse_gates(text, CHANGES), self, CHANGES)
 
-    @property
     def _lines(self) -> tuple[str, dict[str, str]]:
         title = f"{self.first.label} to {self.second.label}, on {self.material.name}. {self.summary}"
         words = [f"{'>' if one.censored else 'at most'} {one.value:.3g}{one.interval}" for one in self.eps_uni]
         return title, {change.name: str(change) for change in self.changes} | {"eps_uni": " to ".join(words)}
-
-    def __repr__(self) -> str:
-        return notebook.text_table(*self._lines)
-
-    __str__ = __repr__
-
-    def _repr_html_(self) -> str:
-        return notebook.html_table(*self._lines)
 
     def to_frame(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per rate."""
@@ -140,7 +131,7 @@ def compare(
     """Compare two models: which rates became clearly worse, which better, and by how much.
 
     Clean accuracy, the UER at each eps (under the perturbation crafted for each model) and the accuracy under each
-    attack on single images are compared image by image, where both audits report on the same test images. Audits on
+    per-image attack are compared image by image, where both audits report on the same test images. Audits on
     other images of the same data, and of versions that kept no ``outcomes.safetensors``, are compared by their rates.
 
     Args:
@@ -249,7 +240,7 @@ def _pair(name: str, first: Rate, second: Rate, was: Outcomes, now: Outcomes) ->
     """Return the outcomes of the same images under both, or why there are none."""
     one, other = was.of(name), now.of(name)
     if one is None or other is None:
-        return "outcomes of single images were not kept"
+        return "outcomes per image were not kept"
     if was.test != now.test:
         return "the test images or their labels differ"
     if not torch.equal(one[0], other[0]) or not torch.equal(one[1].total, other[1].total):
@@ -349,7 +340,7 @@ CHANGES: Mapping[str, Metric] = {
     "no-regression": Metric("nothing is clearly worse, and the second can be trusted", _no_regression, word=True),
     "clean": Metric("change of the accuracy on clean images", _named("clean"), lowest=-1),
     "uer": Metric("change of the universal evasion rate at the middle eps, or at EPS", _at_eps("uer"), -1, after="@"),
-    "per_image": Metric("change of the accuracy under an attack on single images", _named("per_image"), -1, after=":"),
+    "per_image": Metric("change of the accuracy under a per-image attack", _named("per_image"), -1, after=":"),
     "clean_iou": Metric("change of the mean IoU on clean images", _named("clean_iou"), lowest=-1),
     "mean_iou": Metric("change of the mean IoU under the perturbation", _at_eps("mean_iou"), lowest=-1, after="@"),
 }

@@ -306,20 +306,20 @@ class AuditContext:
             stronger: another one.
             limit: share of images that counts as no difference.
         """
-        return self.looked(lambda on: (self.outcome(weaker, on), self.outcome(stronger, on)), limit)
+        return self.compare_counts(lambda on: (self.outcome(weaker, on), self.outcome(stronger, on)), limit)
 
-    def looked(self, look: Callable[[Where], tuple[Counts, Counts]], limit: float = 0.0) -> PairedDifference:
-        """Compare the two outcomes that ``look`` returns for the sample, and if need be for more; see :meth:`compare`.
+    def compare_counts(self, counts: Callable[[Where], tuple[Counts, Counts]], limit: float = 0.0) -> PairedDifference:
+        """Compare the outcomes that ``counts`` returns for the sample, and if need be for more; see :meth:`compare`.
 
         On a random model, whose gradients cost many samples, the sample decides alone.
         """
         looks = (len(self.sample), len(self.wider))
         if looks[0] == looks[1] or self.subject.random:
-            return PairedDifference.of(*look("sample"))
-        first = PairedDifference.of(*look("sample"), level=EARLY * LEVEL)
+            return PairedDifference.of(*counts("sample"))
+        first = PairedDifference.of(*counts("sample"), level=EARLY * LEVEL)
         if first.low > limit or first.value <= limit:
             return first.over(looks)
-        return PairedDifference.of(*look("wider"), level=(1 - EARLY) * LEVEL).over(looks)
+        return PairedDifference.of(*counts("wider"), level=(1 - EARLY) * LEVEL).over(looks)
 
     def averaged(self, attack: AttackT) -> AttackT:
         """Return an attack with the suite's ``eot_samples`` if the model is random."""

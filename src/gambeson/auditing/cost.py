@@ -258,7 +258,7 @@ def parts_of(
     searched = n.sample * TRIALS * suite.eps_adv
     views = 2 * test * (len(data.classes) == 2) + (test + 2 * held) * suite.class_wise
     bounded = min(certified.IMAGES, test) * suite.certified
-    asked, slopes = n.checks(ran)
+    asked, backward = n.checks(ran)
     added = [own_work(one, n) for one in mine]
     found = {
         "start": (votes * test + min(CALIBRATED, held), 0),
@@ -272,7 +272,7 @@ def parts_of(
         "PGD, image by image": (votes * (test + sets * n.again), n.draws * test * n.pgd * (3 if n.of_maps else 1)),
         "targeted Auto-PGD": (2 * test * bool(n.targeted), test * n.targeted),
         "attack suite": (votes * attacked * (queries + 2), n.draws * attacked * gradients),
-        "diagnostics": (votes * asked, slopes),
+        "diagnostics": (votes * asked, backward),
         "transfer": (votes * (2 * min(suite.transfer_images, test) + test) * bool(_lent(suite, data)), 0),
         "eps_uni": (votes * search, trials * (screen + 2 * run)),
         "eps_adv": (votes * 2 * searched, n.draws * suite.pgd_steps * searched),

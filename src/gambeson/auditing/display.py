@@ -10,7 +10,7 @@ from gambeson.evaluation import Rate
 
 
 class Attacked(NamedTuple):
-    """The worst of all attacks on single images at the middle eps."""
+    """The worst of all per-image attacks at the middle eps."""
 
     accuracy: Rate
     """What stays right; its interval holds for all that were tried at once."""
@@ -19,7 +19,7 @@ class Attacked(NamedTuple):
 
 
 def worst_attack(point: Any, per_image: Sequence[Any], transfer: Sequence[Any]) -> Attacked | None:
-    """Return the attack on single images that leaves least right at the eps of ``point``; None if there was none."""
+    """Return the per-image attack that leaves least right at the eps of ``point``; None if there was none."""
     at = (point.eps, point.norm)
     found = [(one.accuracy, one.attack) for one in per_image if (one.eps, one.norm) == at]
     found += [
@@ -34,7 +34,7 @@ def worst_attack(point: Any, per_image: Sequence[Any], transfer: Sequence[Any]) 
 
 
 def worst_of(result: Any) -> Attacked | None:
-    """Return the worst attack on single images of an ``AuditResult``, at its middle eps."""
+    """Return the worst per-image attack of an ``AuditResult``, at its middle eps."""
     return worst_attack(result.middle, result.per_image, result.transfer)
 
 

@@ -92,9 +92,9 @@ def _per_image(result: AuditResult, name: str) -> Reading | str:
     if name:
         named = [one for one in result.per_image if one.attack == name]
         tried = ", ".join(sorted({one.attack for one in result.per_image})) or "none"
-        return _of(named[0].accuracy) if named else f"the audit has no attack {name} on single images: it has {tried}"
+        return _of(named[0].accuracy) if named else f"the audit has no per-image attack {name}: it has {tried}"
     worst = worst_of(result)
-    return "the audit has no attack on single images at its middle eps" if worst is None else _of(worst.accuracy)
+    return "the audit has no per-image attack at its middle eps" if worst is None else _of(worst.accuracy)
 
 
 def _highest(part: str) -> Read:
@@ -137,9 +137,7 @@ METRICS: Mapping[str, Metric] = {
     "clean": Metric("accuracy on clean images", lambda result, _: _of(result.clean)),
     "uer": Metric("universal evasion rate at the middle eps, or at EPS", _at("uer"), after="@"),
     "fooling": Metric("fooling rate, likewise", _at("fooling"), after="@"),
-    "per_image": Metric(
-        "accuracy under the worst attack on single images, or under the one named", _per_image, after=":"
-    ),
+    "per_image": Metric("accuracy under the worst per-image attack, or under the one named", _per_image, after=":"),
     "transfer": Metric("highest error under perturbations of other models", _highest("transfer")),
     "corruption": Metric("highest error under noise", _highest("corruption")),
     "eps_uni": Metric("smallest eps of one perturbation", _smallest("eps_uni"), highest=None),
@@ -192,7 +190,7 @@ class GateResult(Config):
     """Why it was missed, where the number alone does not say so."""
 
 
-class GateReport(Config):
+class GateReport(notebook.ShownAsTable, Config):
     """What came of several gates."""
 
     gates: list[GateResult]
@@ -202,19 +200,10 @@ class GateReport(Config):
         """Whether all of them held."""
         return all(gate.held for gate in self.gates)
 
-    @property
     def _lines(self) -> tuple[str, dict[str, str]]:
         missed = sum(not gate.held for gate in self.gates)
         title = "All gates held" if not missed else f"{missed} of {len(self.gates)} gates missed"
         return title, {gate.gate: f"{'held' if gate.held else 'MISSED'}: {describe(gate)}" for gate in self.gates}
-
-    def __repr__(self) -> str:
-        return notebook.text_table(*self._lines)
-
-    __str__ = __repr__
-
-    def _repr_html_(self) -> str:
-        return notebook.html_table(*self._lines)
 
     def to_frame(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per gate."""

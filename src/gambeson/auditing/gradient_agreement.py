@@ -148,8 +148,8 @@ class _Probes:
         variance: torch.Tensor,
         step: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The least agreement over the kinds, (N,), and the margin's slopes along all values, (directions, N)."""
-        least, slopes = torch.zeros(0), torch.zeros(0)
+        """The least agreement over the kinds, (N,), and the margin's derivatives along all values, (directions, N)."""
+        least, derivatives = torch.zeros(0), torch.zeros(0)
         size = gradients[0].abs().flatten(1).sum(1).double()
         noise = variance / (2 * step**2)
         for free, directions in self._kinds(gradients[0], rows):
@@ -165,11 +165,11 @@ class _Probes:
             cosine = torch.where(nothing, 1.0, cosine.nan_to_num(0.0, 0.0, 0.0)).clamp(-1, 1)
             cosine = torch.where(energy < noise / 2, math.nan, cosine)
             if free is None:  # all values
-                least, slopes = cosine.amin(0), s[:, 0]
+                least, derivatives = cosine.amin(0), s[:, 0]
                 continue
             reach = (free * energy[0].clamp(min=0)).sqrt()
             least = torch.where(reach > _MATTERS * (size + reach), torch.fmin(least, cosine[0]), least)
-        return least, slopes
+        return least, derivatives
 
     def _kinds(
         self, gradient: torch.Tensor, rows: torch.Tensor

@@ -241,7 +241,7 @@ class AsFarAsFinite:
 
 
 class InTurn:
-    """Several attacks as one: each is run on the images that those before it leave right.
+    """Attacks in turn as one: each is run on the images that those before it leave right.
 
     Args:
         *attacks: per-image attacks with the same ``eps`` and ``norm``, on a model that is not random.

@@ -317,7 +317,7 @@ class Verdict(Config):
     """Why the numbers are not to be trusted; empty if they are."""
 
 
-class AuditResult(Config):
+class AuditResult(notebook.ShownAsTable, Config):
     """The contents of ``result.json``. Same seed, same machine, same bytes."""
 
     schema_: Literal["gambeson/audit-4"] = SCHEMA
@@ -368,13 +368,8 @@ class AuditResult(Config):
         """The perturbation at the middle eps."""
         return self.universal[len(self.universal) // 2]
 
-    def __repr__(self) -> str:
-        return notebook.text_table(*display.main_lines(self))
-
-    __str__ = __repr__
-
-    def _repr_html_(self) -> str:
-        return notebook.html_table(*display.main_lines(self))
+    def _lines(self) -> tuple[str, dict[str, str]]:
+        return display.main_lines(self)
 
     def plot(self) -> Any:
         """Return a ``plotly`` figure of the UER against eps, with the worst control and 95 % intervals."""

@@ -72,7 +72,7 @@ def judge(
         *(_between(one) for one in certified if one.bounds.eps == point.eps),
         _mean_iou(point, iou),
         _by_class(classes),
-        _image_by_image(worst_attack(point, per_image, transfer), unit),
+        _per_image(worst_attack(point, per_image, transfer), unit),
         *map(_aimed, targeted),
         _random(subject, randomness),
         eps_in_words(found, each),
@@ -185,11 +185,11 @@ def _between(found: CertifiedResult) -> str:
     )
 
 
-def _image_by_image(worst: Attacked | None, unit: str) -> str:
+def _per_image(worst: Attacked | None, unit: str) -> str:
     if worst is None:
         return ""
     units = "" if unit == "image" else f" of {unit}s"
-    return f"Attacked image by image, {worst.accuracy}{units} stay right under the worst attack ({worst.attack})."
+    return f"Under the worst per-image attack ({worst.attack}), {worst.accuracy}{units} stay right."
 
 
 def _by_class(found: ClassView | None) -> str:

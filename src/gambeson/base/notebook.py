@@ -25,6 +25,22 @@ def html_table(title: str, rows: Mapping[str, str]) -> str:
     return f"<table><caption style='text-align:left'>{escape(title)}</caption>{cells}</table>"
 
 
+class ShownAsTable:
+    """A result that a terminal and a notebook show as a table."""
+
+    def _lines(self) -> tuple[str, Mapping[str, str]]:
+        """Return a title, and each row's name and text."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return text_table(*self._lines())
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._lines())
+
+
 def frame(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Return a ``pandas.DataFrame`` with one line per row.
 

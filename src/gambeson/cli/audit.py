@@ -107,7 +107,7 @@ def audit(
         found = run_audit(run, folder, gates=asked)
     if not as_json:
         _show(found.results, folder, console)
-    reports = gates.judged(asked, [folder], [found.results], sarif, junit, console)
+    reports = gates.evaluate(asked, [folder], [found.results], sarif, junit, console)
     if as_json:
         print_json(found.results.plain() | (reports[0].plain() if asked else {}))
     gates.leave(reports)

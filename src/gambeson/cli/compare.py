@@ -35,7 +35,7 @@ def compare(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Compare two models, image by image: clean, under one perturbation, and under attacks on single images.
+    """Compare two models, image by image: clean, under one perturbation, and under per-image attacks.
 
     What became worse or better is tested on the images that both audits report on (McNemar), for all rates at once.
     Audits on other data, of other eps or with other settings are refused.

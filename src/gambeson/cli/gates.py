@@ -40,7 +40,7 @@ def parsed(given: list[str] | None, *files: Path | None) -> list[Gate]:
     return [] if given is None else parse_gates(given)
 
 
-def judged(
+def evaluate(
     gates: Sequence[Gate],
     folders: Sequence[Path],
     results: Sequence[AuditResult],

@@ -50,7 +50,7 @@ def registry(kind: str) -> Any:
     elif kind == Kind.tasks:
         from gambeson.tasks.task import TASKS as REGISTRY
     else:
-        from gambeson.auditing.diagnostics.base import LOOKS as REGISTRY
+        from gambeson.auditing.diagnostics.base import REGISTRY
     return REGISTRY
 
 
@@ -137,7 +137,7 @@ SetAttack = Annotated[
 ]
 SetSuite = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Any other setting of the suite, as NAME=VALUE: pgd_restarts=5; see docs/audit.md."),
+    typer.Option("--set", help="Any other setting of the suite, as NAME=VALUE: pgd_restarts=5; see docs/suites.md."),
 ]
 
 Budget = Annotated[

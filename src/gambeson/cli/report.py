@@ -63,7 +63,7 @@ def report(
     reports: list[GateReport] = []
     if asked or others:
         results = [AuditResult.load(folder) for folder in audits]
-        reports = gates.judged(asked, audits, results, sarif, junit, console)
+        reports = gates.evaluate(asked, audits, results, sarif, junit, console)
         if card is not None:
             write_card(results[0], card)
         if asked:

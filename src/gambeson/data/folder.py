@@ -65,12 +65,12 @@ class Files:
     def __call__(self, number: int) -> Batch:
         """Load one image."""
         path = os.fsdecode(bytes(self.paths[number]))
-        with opened(path) as picture:
+        with open_image(path) as picture:
             return self.decode(picture, path), self.labels[number]
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
+def open_image(path: str | Path) -> Iterator[Image.Image]:
     """Open a picture; whatever PIL raises while it is used becomes a sentence that names the file."""
     try:
         with Image.open(path) as picture:
@@ -291,13 +291,13 @@ def _compare_classes(folder: Path, found: list[str], classes: tuple[str, ...]) -
 def decoder_for(paths: list[Path], options: ImageOptions, input_shape: Shape, name: str) -> Decoder:
     """Look at the headers, choose size, mode and white, and say what a user would want to know."""
 
-    def look(path: Path) -> Header:
-        with opened(path) as picture:
+    def header(path: Path) -> Header:
+        with open_image(path) as picture:
             return read_header(picture)
 
     seen = paths[:: -(-len(paths) // LOOKED)]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        heads = list(pool.map(look, seen))
+        heads = list(pool.map(header, seen))
     of = f"of the {len(seen)} pictures of {name}{' looked at' if len(seen) < len(paths) else ''}"
     channels, *sides = input_shape
     sizes = {(head.height, head.width) for head in heads}
@@ -335,7 +335,7 @@ def _white(deep: list[tuple[Path, str]], white: float | None) -> float | None:
         return white
     highest = 0.0
     for path, _ in deep:
-        with opened(path) as picture:
+        with open_image(path) as picture:
             values = levels(picture, str(path))
         colours = values[..., :-1] if values.ndim == 3 and values.shape[2] in (2, 4) else values  # without alpha
         highest = max(highest, float(colours.max()))

@@ -24,7 +24,7 @@ from gambeson.data.folder import (
     SHARE,
     decoder_for,
     listing,
-    opened,
+    open_image,
     part_of,
     some,
     tell_shared,
@@ -126,7 +126,7 @@ def read_mask(path: Path, colours: bool = False) -> Values:
     Raises:
         UserError: the file is lossy or damaged, partly transparent, or has colours where values are expected.
     """
-    with opened(path) as picture:
+    with open_image(path) as picture:
         if picture.format not in LOSSLESS or picture.info.get("compression") == "jpeg":
             raise UserError(
                 f"the mask {path} is a {picture.format}, whose compression changes labels at every edge: expected a "
@@ -208,7 +208,7 @@ class MaskedFiles:
     def __call__(self, number: int) -> Batch:
         """Load one image with its mask."""
         image_path, mask_path = (Path(os.fsdecode(bytes(path))) for path in self.paths[number])
-        with opened(image_path) as picture:
+        with open_image(image_path) as picture:
             head = read_header(picture)
             image = self.decode(picture, str(image_path))
         labels = self.masks(mask_path)

@@ -104,7 +104,7 @@ class PerMember(Objective):
             objective.optimizer_steps(voter, part)  # type: ignore[operator]
             for objective, voter, part in zip(self.each, self._voters, self.parts(batch), strict=True)
         ]
-        extra = self._look(batch)
+        extra = self._watch(batch)
         while True:
             found = [step for step in self._advance(streams, batch.images.device) if step is not None]
             if not found:
@@ -164,7 +164,7 @@ class PerMember(Objective):
 
         return job
 
-    def _look(self, batch: Batch) -> Losses:
+    def _watch(self, batch: Batch) -> Losses:
         return watch(self._voters, batch, self._watched)
 
 

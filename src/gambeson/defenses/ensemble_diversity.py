@@ -38,10 +38,14 @@ class JointEnsemble(EnsembleDefense):
         """One data order: all members are trained on the same images."""
         return 1
 
-    def _open(self, context: TrainContext, compare: Compare, *, mean: bool = False, slopes: bool = False) -> Objective:
+    def _open(
+        self, context: TrainContext, compare: Compare, *, mean: bool = False, input_gradients: bool = False
+    ) -> Objective:
         members_of(context.model, self.members)
         assert isinstance(context.model, PixelModel)
-        return EnsembleObjective(context.model, compare, mean=mean, slopes=slopes, watched=self.watched)
+        return EnsembleObjective(
+            context.model, compare, mean=mean, input_gradients=input_gradients, watched=self.watched
+        )
 
 
 class EnsembleObjective(Objective):
@@ -51,20 +55,26 @@ class EnsembleObjective(Objective):
         model: the ensemble.
         compare: the diversity terms.
         mean: use the mean of the cross-entropies instead of their sum.
-        slopes: whether the images need a gradient.
+        input_gradients: whether the images need a gradient.
         watched: images of a batch for the diversity gain, computed in the last step of an epoch.
     """
 
     def __init__(
-        self, model: PixelModel, compare: Compare, *, mean: bool = False, slopes: bool = False, watched: int = 0
+        self,
+        model: PixelModel,
+        compare: Compare,
+        *,
+        mean: bool = False,
+        input_gradients: bool = False,
+        watched: int = 0,
     ) -> None:
         super().__init__({})
         self._voters = model.voters  # a list: the model is not part of the objective's state
-        self._compare, self._mean, self._slopes, self._watched = compare, mean, slopes, watched
+        self._compare, self._mean, self._input_gradients, self._watched = compare, mean, input_gradients, watched
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
         """Evaluate the objective on one batch; values of weight zero are left out."""
-        images = batch.images.detach().requires_grad_() if self._slopes else batch.images
+        images = batch.images.detach().requires_grad_() if self._input_gradients else batch.images
         logits = torch.stack([voter(images) for voter in self._voters])
         every = torch.stack([batch.losses(z).mean() for z in logits])
         assert isinstance(model, PixelModel)
@@ -135,7 +145,7 @@ class GAL(JointEnsemble):
 
     def build_objective(self, context: TrainContext) -> Objective:
         """Build the objective."""
-        return self._open(context, self._compare, mean=True, slopes=bool(self.strength))
+        return self._open(context, self._compare, mean=True, input_gradients=bool(self.strength))
 
     def _compare(self, model: PixelModel, logits: torch.Tensor, batch: Batch) -> dict[str, tuple[float, torch.Tensor]]:
         if not self.strength:
@@ -172,7 +182,7 @@ class TRS(JointEnsemble):
 
     def build_objective(self, context: TrainContext) -> Objective:
         """Build the objective."""
-        return self._open(context, self._compare, slopes=bool(self.scale * self.alignment))
+        return self._open(context, self._compare, input_gradients=bool(self.scale * self.alignment))
 
     def _compare(self, model: PixelModel, logits: torch.Tensor, batch: Batch) -> dict[str, tuple[float, torch.Tensor]]:
         values: dict[str, tuple[float, torch.Tensor]] = {}
@@ -180,17 +190,17 @@ class TRS(JointEnsemble):
             gradients = loss_gradients(logits, batch.labels, batch.images, batch.task)
             values["alignment"] = self.scale * self.alignment, cosines(gradients).abs().mean()
         if self.scale * self.smoothness:
-            values["smoothness"] = self.scale * self.smoothness, self._slope(model, batch)
+            values["smoothness"] = self.scale * self.smoothness, self._smoothness(model, batch)
         return values
 
-    def _slope(self, model: PixelModel, batch: Batch) -> torch.Tensor:
+    def _smoothness(self, model: PixelModel, batch: Batch) -> torch.Tensor:
         here, (number, processes) = len(batch.images), batch.place
         # Every second image, not the second half: the same for any number of processes.
         chosen = (torch.arange(here, device=batch.images.device) + number * here) % 2 == 1
         images = batch.images.detach().clone()
         if bool(chosen.any()):
             images[chosen] = self._moved(model, batch, chosen)
-        value = squared_slopes(model, images.requires_grad_(), batch.labels, batch.task).mean()
+        value = squared_gradient_norms(model, images.requires_grad_(), batch.labels, batch.task).mean()
         return 2 * (value if self.loss_mean == "image" else value / (here * processes) ** 2)
 
     def _moved(self, model: PixelModel, batch: Batch, chosen: torch.Tensor) -> torch.Tensor:
@@ -203,13 +213,13 @@ class TRS(JointEnsemble):
         with frozen(model), torch.autocast(images.device.type, enabled=False):  # crafted in float32
             for _ in range(self.steps):
                 point = (images + delta).clamp(0, 1).requires_grad_()
-                value = squared_slopes(model, point, labels, batch.task).sum()
+                value = squared_gradient_norms(model, point, labels, batch.task).sum()
                 (gradient,) = torch.autograd.grad(value, point)
                 delta = ball.project(point.detach() - images + eps / 3 * gradient.sign())
         return (images + delta).clamp(0, 1)
 
 
-def squared_slopes(
+def squared_gradient_norms(
     model: PixelModel, point: torch.Tensor, labels: torch.Tensor, task: Task = CLASSIFICATION
 ) -> torch.Tensor:
     """Return ||grad_x CE_m||^2 of every member at every image, (M, N), with a graph.

@@ -200,7 +200,7 @@ class JacobianSettings(Config):
     jitter: Annotated[Number, Field(ge=0)] = 0.0
     """Finite difference: standard deviation of noise added to the chosen images first, also in the clean loss.
     Max-pooling ties on flat background, and a move selects the larger side of each tie: the estimate was 5 to 10 % too
-    large on Fashion-MNIST. Several times ``step`` corrects that."""
+    large on Fashion-MNIST. A few times ``step`` corrects that."""
     share: Annotated[Number, Field(gt=0, le=1)] = 1.0
     """Share of the batch used for the norm, with the same expectation (ours; 1 is the paper's)."""
     every: Annotated[int, Field(ge=1)] = 1
@@ -239,9 +239,9 @@ class JacobianNorm(JacobianSettings):
         Raises:
             UserError: gradients are off, the space is unknown, or the model does not fit the derivative.
         """
-        return self.answers(model, batch)[1]
+        return self.with_logits(model, batch)[1]
 
-    def answers(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def with_logits(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Also return the clean logits, if R needed them for the whole batch."""
         if self.power:
             raise UserError("power iteration has a state: use the term that with_state(shape, seed) returns")
@@ -347,9 +347,9 @@ class PowerNorm(nn.Module):
 
     def forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the term with its graph."""
-        return self.answers(model, batch)[1]
+        return self.with_logits(model, batch)[1]
 
-    def answers(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def with_logits(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Also return the clean logits, if they were needed."""
         self._used = self.direction.to(batch.images).detach().clone().requires_grad_()
         pixels = self._used.numel()

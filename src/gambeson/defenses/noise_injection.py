@@ -23,7 +23,7 @@ from gambeson.defenses.objective import (
 )
 from gambeson.defenses.registry import register
 from gambeson.models import PixelModel, injections
-from gambeson.models.factory import equip
+from gambeson.models.factory import add_noise
 from gambeson.models.noise import Noise
 from gambeson.models.noisy_weights import FixedNoise, ParametricNoise, Where
 from gambeson.threat import Eps, Norm, perturb
@@ -37,20 +37,20 @@ class NoisyClean:
 
     def __init__(self) -> None:
         self._batch: Batch | None = None
-        self._answers = torch.empty(0)
+        self._predictions = torch.empty(0)
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the mean cross-entropy."""
         logits = model(batch.images)
-        self._batch, self._answers = batch, logits.detach().argmax(1)
+        self._batch, self._predictions = batch, logits.detach().argmax(1)
         return batch.losses(logits).mean()
 
-    def answers(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def predictions(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the model's predictions on the batch: the stored ones, or those of a new forward."""
         if self._batch is not batch:
             with torch.no_grad():
                 return model(batch.images).argmax(1)
-        return self._answers
+        return self._predictions
 
 
 class NoisyAdversarial:
@@ -73,7 +73,7 @@ class NoisyAdversarial:
         return batch_loss(model, perturb(batch.images, self._delta), batch)
 
     def _leave(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return batch.task.targets(self.clean.answers(model, batch), batch.labels)
+        return batch.task.targets(self.clean.predictions(model, batch), batch.labels)
 
 
 class NoisyDefense(Defense):
@@ -117,7 +117,7 @@ class NoisyDefense(Defense):
     def configure_model(self, model: nn.Module) -> None:
         """Add the noise to a :class:`PixelModel`; others get it in :meth:`build_objective`."""
         if isinstance(model, PixelModel):
-            equip(model, self.noise())
+            add_noise(model, self.noise())
 
     def build_objective(self, context: TrainContext) -> Objective:
         """Return the objective; from here on the model has the noise."""
@@ -132,7 +132,7 @@ class NoisyDefense(Defense):
 def add_noise_for(context: TrainContext, noise: Noise) -> None:
     """Add noise to the model of a training, which can be any module."""
     images, _ = context.train.take(slice(0, 1))
-    equip(context.model, noise, images)
+    add_noise(context.model, noise, images)
 
 
 def undecayed(model: nn.Module) -> list[dict[str, Any]]:
@@ -211,7 +211,7 @@ class RSE(Defense):
     def configure_model(self, model: nn.Module) -> None:
         """Add the noise to a :class:`PixelModel`; others get it in :meth:`build_objective`."""
         if isinstance(model, PixelModel):
-            equip(model, self.noise())
+            add_noise(model, self.noise())
 
     def build_objective(self, context: TrainContext) -> Objective:
         """Return the objective; from here on the model has the noise."""

@@ -261,31 +261,31 @@ class Objective(nn.Module):
 
 
 @runtime_checkable
-class Answers(Protocol):
+class WithLogits(Protocol):
     """A term whose evaluation also returns the logits of the clean batch, which saves one forward per step."""
 
-    def answers(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def with_logits(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return the logits of ``batch.images`` with their graph, or None, and the value of the term."""
         ...
 
 
 class SharedForward(Objective):
-    """An objective whose clean term uses the logits of the first term that has them (:class:`Answers`)."""
+    """An objective whose clean term uses the logits of the first term that has them (:class:`WithLogits`)."""
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
         """Evaluate the objective on one batch; without such a term bit-identical to :class:`Objective`."""
         weights = {name: weight(batch) if callable(weight) else weight for name, (weight, _) in self.terms.items()}
         live = {name: self.terms[name][1] for name, weight in weights.items() if weight}
-        source = next((name for name, term in live.items() if isinstance(term, Answers)), None)
+        source = next((name for name, term in live.items() if isinstance(term, WithLogits)), None)
         if source is None or not any(isinstance(term, Clean) for term in live.values()):
             return super().losses(model, batch)
-        giver = live[source]
-        assert isinstance(giver, Answers)
-        logits, given = giver.answers(model, batch)
+        term_with_logits = live[source]
+        assert isinstance(term_with_logits, WithLogits)
+        logits, its_value = term_with_logits.with_logits(model, batch)
         values = {}
         for name, term in live.items():
             if name == source:
-                values[name] = given
+                values[name] = its_value
             elif isinstance(term, Clean) and logits is not None:
                 values[name] = batch.losses(logits, term.label_smoothing).mean()
             else:

@@ -31,9 +31,9 @@ class Divergence(Config):
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the mean divergence; the weights' gradient goes through both predictions, as in the public code."""
-        return self.answers(model, batch)[1]
+        return self.with_logits(model, batch)[1]
 
-    def answers(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def with_logits(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Also return the clean logits."""
         moved = perturb(batch.images, self.craft(model, batch))
         logits, other = batch.forward(model, batch.images), batch.forward(model, moved)

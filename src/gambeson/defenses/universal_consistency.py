@@ -225,9 +225,9 @@ class BankConsistency(nn.Module):
 
     def forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the mean divergence, with a graph to the parameters and the perturbations."""
-        return self.answers(model, batch)[1]
+        return self.with_logits(model, batch)[1]
 
-    def answers(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def with_logits(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Also return the clean logits, for the clean term."""
         rows = self.rows(batch)
         moved = self.moved(model, batch, rows)

@@ -210,6 +210,9 @@ def binarization_tests(
     """Test several attacks on the same binarised copies; see :func:`binarization_test`.
 
     The copies' cost is counted in every result, and stands in its ``shared``.
+
+    Raises:
+        UserError: label maps, or corners in another norm than inf.
     """
     split.task.require_classification("the binarisation test")
     if test.boundary == "corner" and test.norm != "inf":
@@ -342,12 +345,12 @@ def heads(
     for _ in range(_ROUNDS):
         logits = (given @ found[:, :, None])[:, :, 0]
         chance = logits.sigmoid()
-        slope = ((truth - chance)[:, None] @ given)[:, 0]
-        if float(slope.norm(dim=1).max()) < 1e-6:
+        gradient = ((truth - chance)[:, None] @ given)[:, 0]
+        if float(gradient.norm(dim=1).max()) < 1e-6:
             break
         curve = given.transpose(1, 2) @ ((chance * (1 - chance))[:, :, None] * given)
         curve += (_DAMPING + 1e-6 * curve.diagonal(dim1=1, dim2=2).mean(1))[:, None, None] * eye
-        step = torch.linalg.solve(curve, slope[:, :, None])[:, :, 0]
+        step = torch.linalg.solve(curve, gradient[:, :, None])[:, :, 0]
         # Longer steps overshoot where most points are certain already.
         found = found + step / (given @ step[:, :, None]).abs().amax((1, 2)).div(4).clamp(min=1)[:, None]
     logits = (given @ found[:, :, None])[:, :, 0]

@@ -40,7 +40,7 @@ class Auc(Config):
     perturbed: Rate
 
 
-class ClassView(Config):
+class ClassView(notebook.ShownAsTable, Config):
     """What one perturbation does to each class."""
 
     attack: str
@@ -64,14 +64,6 @@ class ClassView(Config):
     def best(self) -> ClassRates:
         """The one with the lowest."""
         return min(self.classes, key=lambda one: one.uer.value)
-
-    def __repr__(self) -> str:
-        return notebook.text_table(*self._lines())
-
-    __str__ = __repr__
-
-    def _repr_html_(self) -> str:
-        return notebook.html_table(*self._lines())
 
     def _lines(self) -> tuple[str, dict[str, str]]:
         lines = {
@@ -163,7 +155,7 @@ def class_view(
     """
     split.task.require_classification("rates of each class")
     labels = split.labels.cpu()
-    parts = {k: (labels == k) & (clean.answers > 0) for k in range(len(split.classes))}
+    parts = {k: (labels == k) & (clean.total > 0) for k in range(len(split.classes))}
     parts = {k: rows for k, rows in parts.items() if bool(rows.any())}
 
     def rate(errors: ImageErrors, rows: torch.Tensor) -> Rate:

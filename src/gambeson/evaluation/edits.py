@@ -58,7 +58,7 @@ class EditedRates(Config):
         return Rate.highest(one.worst for one in self.controls) if self.controls else None
 
 
-class EditsResult(Config):
+class EditsResult(notebook.ShownAsTable, Config):
     """A universal perturbation under edits."""
 
     attack: str
@@ -70,14 +70,6 @@ class EditsResult(Config):
     left_out: dict[str, str] = Field(default_factory=dict)
     """Edits of the standard list, or of an audit's, that do not fit the data, with the reason."""
     cost: Cost = Field(default_factory=Cost)
-
-    def __repr__(self) -> str:
-        return notebook.text_table(*self._lines())
-
-    __str__ = __repr__
-
-    def _repr_html_(self) -> str:
-        return notebook.html_table(*self._lines())
 
     def _lines(self) -> tuple[str, dict[str, str]]:
         lines = {

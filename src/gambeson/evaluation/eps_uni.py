@@ -218,6 +218,9 @@ def eps_adv(
         delta: the error to reach.
         tolerance: width of the last bracket as a share of eps.
         seed: of the attack and the bootstrap.
+
+    Raises:
+        UserError: another kind of attack, or no label of the split counts.
     """
     split = as_split(data, "test")
     if not isinstance(attack, GradientAttack):
@@ -399,7 +402,7 @@ def _attacked(
     before, known, _ = tried[smaller]
     worse = errors.wrong >= known.wrong
     best = torch.where(worse.view(-1, 1, 1, 1), delta, before)
-    return best, ImageErrors(torch.maximum(errors.wrong, known.wrong), errors.answers), eps
+    return best, ImageErrors(torch.maximum(errors.wrong, known.wrong), errors.total), eps
 
 
 def _moved_errors(victim: Victim, split: Split, delta: torch.Tensor) -> ImageErrors:

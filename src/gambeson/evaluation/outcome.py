@@ -77,7 +77,7 @@ def outcome_under(victim: Victim, split: Split, delta: torch.Tensor, *, seed: in
 def accuracy_under(
     victim: nn.Module | Victim, split: object, attack: ImageAttack, seed: int, batch_size: int = 250
 ) -> Rate:
-    """Accuracy on images that ``attack`` perturbs one by one; see :func:`outcome`."""
+    """Accuracy under a per-image attack; arguments and errors are those of :func:`outcome`."""
     return outcome(victim, split, attack, seed, batch_size).accuracy
 
 

@@ -117,7 +117,7 @@ class ImageErrors:
 
     wrong: torch.Tensor
     """(N,): predictions that differ from the label."""
-    answers: torch.Tensor
+    total: torch.Tensor
     """(N,): predictions that count; 1 for an image with one label, 0 if that is the ignore index."""
 
     @classmethod
@@ -129,22 +129,22 @@ class ImageErrors:
     @property
     def rate(self) -> Rate:
         """Share of wrong predictions, with its interval over images."""
-        return Rate.bootstrap(self.wrong, self.answers)
+        return Rate.bootstrap(self.wrong, self.total)
 
     @property
     def error(self) -> float:
         """Share of wrong predictions."""
-        return int(self.wrong.sum()) / max(1, int(self.answers.sum()))
+        return int(self.wrong.sum()) / max(1, int(self.total.sum()))
 
     @property
     def images(self) -> int:
         """Images with a prediction that counts."""
-        return int((self.answers > 0).sum())
+        return int((self.total > 0).sum())
 
     @property
     def rows(self) -> torch.Tensor:
         """(N, 2): the counts."""
-        return torch.stack([self.wrong, self.answers], 1)
+        return torch.stack([self.wrong, self.total], 1)
 
     def of_sums(self, sums: torch.Tensor) -> torch.Tensor:
         """Return the share of wrong predictions for each row of sums, (B, 2)."""

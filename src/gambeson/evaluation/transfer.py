@@ -124,30 +124,30 @@ def run_transfer(run: TransferRun, out: Path) -> TransferResult:
     """
     _attacks_of(run, 0.0)  # what is wrong is said before data and models are loaded
     writable(out) if run.eps is None else check_run(out, run)
-    subjects = _load(run)
+    models = _load(run)
     if run.eps is None:
-        run = run.model_copy(update={"eps": default_eps(subjects[0].dataset.test.shape, run.norm)})
+        run = run.model_copy(update={"eps": default_eps(models[0].dataset.test.shape, run.norm)})
     rows = _attacks_of(run)
     if open_run(out, run, environment(run.device)) and (out / "result.json").is_file():
         return TransferResult(**read_json(out / "result.json"))
-    split = subjects[0].dataset.test.sample(run.images, seed=run.seed)
+    split = models[0].dataset.test.sample(run.images, seed=run.seed)
     clean, tables = [], []
-    with task("transfer", (len(rows) + 1) * len(subjects)) as advance:
-        for target in subjects:
+    with task("transfer", (len(rows) + 1) * len(models)) as advance:
+        for target in models:
             clean.append(error_of(target.model, split, run.seed))
             advance()
         for name, attack in rows.items():
             errors: list[list[Rate | None]] = []
-            for number, source in enumerate(subjects):
+            for number, source in enumerate(models):
                 if source.black_box:
-                    errors.append([None] * len(subjects))
+                    errors.append([None] * len(models))
                 else:
                     moved = perturbed(source.model, split, attack, run.seed, name, number)
-                    errors.append([error_of(target.model, moved, run.seed) for target in subjects])
+                    errors.append([error_of(target.model, moved, run.seed) for target in models])
                 advance()
             tables.append(TransferTable(attack=name, errors=errors))
     result = TransferResult(
-        labels=_labels(run, subjects),
+        labels=_labels(run, models),
         unit=split.task.unit,
         clean=clean,
         tables=tables,
@@ -185,9 +185,9 @@ def _load(run: TransferRun) -> list[LoadedModel]:
     return [first, *others]
 
 
-def _labels(run: TransferRun, subjects: list[LoadedModel]) -> list[str]:
+def _labels(run: TransferRun, models: list[LoadedModel]) -> list[str]:
     """The models' labels, or their sources if two are equal."""
-    labels = [subject.label for subject in subjects]
+    labels = [subject.label for subject in models]
     return [label if labels.count(label) == 1 else name for label, name in zip(labels, run.models, strict=True)]
 
 

@@ -95,7 +95,17 @@ def confusion_of(victim: Victim, split: Split, delta: torch.Tensor | None = None
 
 
 def mean_iou(model: nn.Module, data: object, uap: UniversalPerturbation | None = None, *, seed: int = 0) -> Rate:
-    """Mean IoU over the classes that occur among the labels, from one confusion matrix; see :func:`confusion`."""
+    """Mean IoU over the classes that occur among the labels, from one confusion matrix.
+
+    Args:
+        model: any module from pixels to logits (N, K, H, W).
+        data: a split, an (images, label maps) pair, or a data set, of which the test split is used.
+        uap: added to every image; None: clean images.
+        seed: of a random model's votes.
+
+    Raises:
+        UserError: as :func:`confusion`.
+    """
     return confusion(model, data, uap, seed=seed).mean_iou
 
 
@@ -120,7 +130,10 @@ def universal_evasion(model: nn.Module, data: object, uap: UniversalPerturbation
 
 
 def fooling_rate(model: nn.Module, data: object, uap: UniversalPerturbation, *, seed: int = 0) -> Rate:
-    """Fooling rate: the share of predictions that the perturbation changes; see :func:`universal_evasion`."""
+    """Fooling rate: the share of predictions that the perturbation changes, whatever the labels.
+
+    Arguments and errors are those of :func:`universal_evasion`.
+    """
     split = scorable(data, uap)
     with as_victim(model) as victim:
         clean = torch.cat(predict_batches(victim, split, lambda found, _: found.int().cpu(), seed=seed))
@@ -151,7 +164,18 @@ def scorable(data: object, uap: UniversalPerturbation) -> Split:
 def control_rates(
     victim: Victim, split: Split, ball: Ball, seed: int, controls: Iterable[str] = tuple(CONTROLS)
 ) -> list[Control]:
-    """UER of every control of the same norm: mean and maximum over its draws."""
+    """UER of every control of the same norm: mean and maximum over its patterns.
+
+    Args:
+        victim: any module from pixels to logits, or a victim.
+        split: a split, an (images, labels) pair, or a data set, of which the test split is used.
+        ball: norm and eps of the patterns.
+        seed: of the random patterns.
+        controls: names, see :func:`gambeson.attacks.control`.
+
+    Returns:
+        One entry per control; ``worst`` has an interval that holds for all its patterns at once.
+    """
     found = []
     for name in controls:
         patterns = patterns_of(name, ball, split.shape, seed).to(victim.device)

@@ -6,10 +6,10 @@
 4286026
 """
 
-from gambeson.models.factory import create, ensemble, equip
+from gambeson.models.factory import add_noise, create, ensemble
 from gambeson.models.members import Members
 from gambeson.models.memory import count_parameters, fingerprint
-from gambeson.models.noise import FeatureNoise, Noise, NoiseInjection, NoiseModule, add_noise, injections, noise_off
+from gambeson.models.noise import FeatureNoise, Noise, NoiseInjection, NoiseModule, inject_noise, injections, noise_off
 from gambeson.models.noisy_weights import FixedNoise, ParametricNoise, PassAverage
 from gambeson.models.outputs import as_logits, at_image_size, fixed_batch
 from gambeson.models.pixel_model import ModelCard, Normalize, PixelModel
@@ -36,9 +36,9 @@ __all__ = [
     "count_parameters",
     "create",
     "ensemble",
-    "equip",
     "fingerprint",
     "fixed_batch",
+    "inject_noise",
     "injections",
     "load",
     "load_weights",

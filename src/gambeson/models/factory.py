@@ -12,7 +12,7 @@ from torch import nn
 from gambeson.base import UserError, seeded
 from gambeson.models import external, torchvision_nets
 from gambeson.models.members import Average, Members
-from gambeson.models.noise import Noise, add_noise, injections
+from gambeson.models.noise import Noise, inject_noise, injections
 from gambeson.models.pixel_model import ModelCard, PixelModel
 from gambeson.models.registry import build_body, check_name, is_ours
 
@@ -155,7 +155,7 @@ def build(card: ModelCard, *, pretrained: bool = True) -> PixelModel:
     ]
     if card.noise is not None:
         for body in bodies:
-            add_noise(body, card.noise, torch.zeros(1, card.in_channels, *card.image_size))
+            inject_noise(body, card.noise, torch.zeros(1, card.in_channels, *card.image_size))
     return PixelModel(card, bodies[0] if card.members == 1 else Members(bodies, card.average))
 
 
@@ -209,7 +209,7 @@ def ensemble(models: Sequence[PixelModel], average: Average = "probabilities") -
     return joined.train(models[0].training)
 
 
-def equip(model: nn.Module, noise: Noise, example: torch.Tensor | None = None) -> None:
+def add_noise(model: nn.Module, noise: Noise, example: torch.Tensor | None = None) -> None:
     """Add noise to every body of a model, in place and once; the card of a :class:`PixelModel` records it.
 
     Args:
@@ -223,10 +223,10 @@ def equip(model: nn.Module, noise: Noise, example: torch.Tensor | None = None) -
     if isinstance(model, PixelModel):
         card = model.card
         for body in model.body.members if isinstance(model.body, Members) else [model.body]:
-            add_noise(body, noise, torch.zeros(1, card.in_channels, *card.image_size))
+            inject_noise(body, noise, torch.zeros(1, card.in_channels, *card.image_size))
         model.body.fixed_size = True  # type: ignore[assignment]
         model.card = card.model_copy(update={"noise": noise})
         return
     if example is None and not injections(model):
         raise UserError(f"noise for a {type(model).__name__} needs an example image (1, C, H, W): pass one")
-    add_noise(model, noise, torch.zeros(1) if example is None else example)
+    inject_noise(model, noise, torch.zeros(1) if example is None else example)

@@ -116,7 +116,7 @@ class NoiseInjection(NoiseModule):
         self.theta.clamp_(min=self.noise.floor)
 
 
-def add_noise(body: nn.Module, noise: Noise, example: torch.Tensor) -> None:
+def inject_noise(body: nn.Module, noise: Noise, example: torch.Tensor) -> None:
     """Insert noise into a body, in place and once.
 
     Args:

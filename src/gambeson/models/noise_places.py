@@ -90,7 +90,7 @@ def feature_shapes(
             found[name].add(tuple(value.shape[1:]) if isinstance(value, torch.Tensor) else ())
 
     with _watched(body, saw):
-        _look(body, example)
+        _run_once(body, example)
     for name, shapes in found.items():
         if len(shapes) != 1 or () in shapes:
             seen = " and ".join(map(str, sorted(shapes))) if shapes - {()} else "no tensor"
@@ -110,7 +110,7 @@ def _torchvision_places(body: TorchvisionResNet) -> list[str]:
 def _after_convolutions(body: nn.Module, example: torch.Tensor) -> list[str]:
     order: list[str] = []
     with _watched(body, lambda name, *_: order.append(name)):
-        answer = _look(body, example)
+        output = _run_once(body, example)
     order = [name for name in order if not any(True for _ in body.get_submodule(name).children())]
     places, block = [], ""
     for name in [*order, ""]:
@@ -121,7 +121,7 @@ def _after_convolutions(body: nn.Module, example: torch.Tensor) -> list[str]:
         if block:
             places.append(block)
         block = name if isinstance(module, _ConvNd) else ""
-    if isinstance(answer, torch.Tensor) and answer.ndim == 4:
+    if isinstance(output, torch.Tensor) and output.ndim == 4:
         places = places[:-1]  # the last convolution gives the logits
     return list(dict.fromkeys(places))
 
@@ -142,7 +142,7 @@ def _watched(body: nn.Module, saw: Callable[[str, Any, Any], None]) -> Iterator[
 
 
 @torch.no_grad()
-def _look(body: nn.Module, example: torch.Tensor) -> Any:
+def _run_once(body: nn.Module, example: torch.Tensor) -> Any:
     modes = [(module, module.training) for module in body.modules()]
     try:
         return body.eval()(example)

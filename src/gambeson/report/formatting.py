@@ -136,7 +136,7 @@ def collect(folder: Folder, scale: EpsFormat) -> list[Facts]:
     search += [("95 % interval, by bootstrap over test images", found.interval.strip())] if found.interval else []
     if (each := result.eps_adv) is not None:
         size = f"{bound(each)[0]}{each.interval}, on {count(each.images, 'image')}"
-        search += [(f"eps_adv({each.delta:g}), image by image", size)]
+        search += [(f"eps_adv({each.delta:g}), per image", size)]
     cost = [("all of it", _cost(result.cost)), *_costs(folder, scale)]
     if folder.seconds:
         cost += [("time", duration(sum(folder.seconds.values())))]

@@ -61,7 +61,7 @@ class Summary:
     squares: list[str]
     """Of each of 100 squares the kind: ``clean`` (wrong anyway), ``flipped`` (by the pattern) or empty (right)."""
     facts: list[str]
-    """Sentences below it: the interval, and what noise and attacks on single images do."""
+    """Sentences below it: the interval, and what noise and per-image attacks do."""
     steps: list[Step] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
     """What the audit left out."""

@@ -97,7 +97,7 @@ def glance(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> Ta
         if not alike_delta:
             notes = [f"error of {percent(result.eps_uni.delta)}", *notes]
         if result.eps_adv is not None:
-            notes.append(f"image by image: {' '.join(bound(result.eps_adv)[:-1])}")
+            notes.append(f"per image: {' '.join(bound(result.eps_adv)[:-1])}")
         best = len(folders) > 1 and folder.trusted and sizes[k] == largest
         cells = [
             rate_cell(result.clean, best=clean[k]),
@@ -111,7 +111,7 @@ def glance(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> Ta
         lines.append(Line(folder.label, result.subject.name, cells))
     uer_head = "UER at its middle eps" if eps is None else f"UER at eps {scale.text(eps)}"
     smallest = f"eps_uni({folders[0].result.eps_uni.delta:g})" if alike_delta else "eps_uni"
-    head = ["Model", "Clean accuracy", uer_head, "Accuracy, attacked image by image", smallest]
+    head = ["Model", "Clean accuracy", uer_head, "Accuracy under per-image attacks", smallest]
     if folders[0].result.iou is not None:
         head.insert(3, "Mean IoU there")
     return Table("At a glance", head, [Group(None, lines)])

@@ -47,7 +47,7 @@ METRICS = {
     "uer": Meaning("UER", -1),
     "eps_uni": Meaning("eps_uni", 1, share=False),
     "eps_adv": Meaning("eps_adv", 1, share=False),
-    "attacked": Meaning("accuracy under the worst attack on single images", 1),
+    "attacked": Meaning("accuracy under the worst per-image attack", 1),
     "trusted": Meaning("verdict trusted", 1),
     "sharing": Meaning("sharing factor of the Jacobians", -1, share=False),
     "jacobian": Meaning("mean Frobenius norm of the Jacobians", -1, share=False),

@@ -103,7 +103,7 @@ def quickstart(
         begin(_train).result()
         shared = begin(_surrogate)
         if started is not None and not all((out / f"{name}-audit" / "result.json").is_file() for name in DEFENSES):
-            started(pool.submit(_look, out, seed, device).result())
+            started(pool.submit(_first_look, out, seed, device).result())
         shared.result()
         audits = [begin(_audit)]
         for name, training in [(name, begin(_train, name)) for name in DEFENSES if name != BASELINE]:
@@ -139,7 +139,7 @@ def _train(out: Path, name: str, seed: int, device: str) -> None:
     run_training(run, out / name, _data())
 
 
-def _look(out: Path, seed: int, device: str) -> FirstLook:
+def _first_look(out: Path, seed: int, device: str) -> FirstLook:
     with Victim(models.load(out / BASELINE).to(torch.device(device))) as victim:
         uap = LOOK.craft(victim, _data(), seed=seed)
         test = uap.held_out(_data().test)

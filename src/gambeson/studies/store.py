@@ -1,6 +1,6 @@
 """Where the results of cells are stored, each in the folder of its address, and who works on which.
 
-Several runners share a folder, on one machine or on several with a common file system. Who works on a cell holds its
+Runners share a folder, on one machine or on several with a common file system. Who works on a cell holds its
 lock: a file ``lock.N`` whose time is refreshed every few seconds. A lock is stale once it has not been refreshed for
 :data:`STALE` seconds, or its process is gone from this machine; it is taken over by creating ``lock.N+1``, which only
 one runner can.

@@ -16,7 +16,7 @@ Metric = Literal["accuracy", "mean_iou", "mean_accuracy"]
 
 
 @dataclass(frozen=True, repr=False)
-class Confusion:
+class Confusion(notebook.ShownAsTable):
     """Diagonal and margins of the confusion matrix of each image: all that accuracy and IoU depend on.
 
     Metrics of the data set are computed from the sums over all images, not as means over images. Units without a label
@@ -101,13 +101,6 @@ class Confusion:
         lines = {"IoU": (list(self.iou), list(self.iou.values()))}
         return notebook.curves(lines, f"Mean IoU {self.mean_iou}", "class", "IoU (%)").update_traces(mode="markers")
 
-    def __repr__(self) -> str:
-        return notebook.text_table(*self._lines)
-
-    def _repr_html_(self) -> str:
-        return notebook.html_table(*self._lines)
-
-    @property
     def _lines(self) -> tuple[str, dict[str, str]]:
         return f"{len(self.counts):,} images", {name: str(rate) for name, rate in self.rates().items()}
 

@@ -190,11 +190,11 @@ class _Work:
         self.base: Judgement | None = None
 
     def outcome(self, entry: Entry) -> Outcome:
-        judgement, seconds = self.judged(entry)
+        judgement, seconds = self.judge(entry)
         brought: dict[str, bool] = {}
         if not entry.honest and judgement.robust is None and judgement.numbers:
             if self.base is None:
-                self.base = self.judged(entry_of(BASE, self.data))[0]
+                self.base = self.judge(entry_of(BASE, self.data))[0]
             brought = broken(judgement, self.base)
         robust = judgement.robust if judgement.robust is not None else not any(brought.values())
         wrong: Literal["", "missed", "accused"] = ""
@@ -218,7 +218,7 @@ class _Work:
             return False
         return overstates(judgement, ground_truth(entry, self.data))
 
-    def judged(self, entry: Entry) -> tuple[Judgement, float]:
+    def judge(self, entry: Entry) -> tuple[Judgement, float]:
         model = entry.build(self.nets)
         made_of = {"entry": entry.signature, "weights": fingerprint(model), "auditor": self.code}
         file = None if self.folder is None else self.folder / "models" / f"{entry.file_name}.json"

@@ -101,7 +101,7 @@ class Smoothed(nn.Module):
 ITSELF = "the model itself"
 
 
-def ways(entry: Entry, nets: Networks) -> dict[str, nn.Module]:
+def sources_of(entry: Entry, nets: Networks) -> dict[str, nn.Module]:
     """Return the models that an attacker who knows the code crafts perturbations on, by name."""
     parts = entry.parts(nets)
     model = entry.wrapper(*parts, *entry.settings).eval()
@@ -116,7 +116,9 @@ def ways(entry: Entry, nets: Networks) -> dict[str, nn.Module]:
     return found
 
 
-def towards(x: torch.Tensor, y: torch.Tensor, known: Split, eps: float, tries: int) -> Iterator[torch.Tensor]:
+def nearest_other_classes(
+    x: torch.Tensor, y: torch.Tensor, known: Split, eps: float, tries: int
+) -> Iterator[torch.Tensor]:
     """Yield images moved as far as the ball allows towards each of the nearest images of other classes."""
     images, labels = known.take(slice(None))
     gaps = torch.cdist(x.flatten(1), images.flatten(1))
@@ -159,7 +161,7 @@ def measure(entry: Entry, nets: Networks, eps: float) -> GroundTruth:
     """
     memory = entry.kind == "memorization"
     x, y = spread(nets.data.validation if memory else nets.data.test, _IMAGES)
-    found, stochastic = ways(entry, nets), _random(entry, nets, x[:8])
+    found, stochastic = sources_of(entry, nets), _random(entry, nets, x[:8])
 
     def right(images: torch.Tensor) -> torch.Tensor:
         return _right(entry, nets, images, y, VOTES if stochastic else 1)
@@ -175,7 +177,7 @@ def measure(entry: Entry, nets: Networks, eps: float) -> GroundTruth:
             standing &= right(_shrunk(x, torch.cat(moved)))
     how = f"PGD of 40 steps on {' and on '.join(found)}"
     if memory or issubclass(_class_of(entry), Before):
-        for moved_on in towards(x, y, nets.data.test if memory else nets.data.train, eps, _TRIES):
+        for moved_on in nearest_other_classes(x, y, nets.data.test if memory else nets.data.train, eps, _TRIES):
             standing &= right(moved_on)
         how += f", and steps towards the {_TRIES} nearest images of other classes"
     if memory:

@@ -46,7 +46,7 @@ class AveragedVictim(Victim):
 
 
 class ModelAverage(AveragedVictim):
-    """Several models attacked as one; every image is sent to each, and counted for each.
+    """Two or more models attacked as one; every image is sent to each, and counted for each.
 
     Args:
         models: modules, or victims, which keep their own settings and counts.

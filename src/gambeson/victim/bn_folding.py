@@ -176,14 +176,14 @@ def _agree(
         for images in (example, (example + noise) / 2):
             plain, laid = images.clone().requires_grad_(), images.clone(memory_format=layout).requires_grad_()
             logits, gradient = results(model, plain, 0)
-            found, slope = results(view, laid, 0)
+            found, found_gradient = results(view, laid, 0)
             if layout != torch.contiguous_format and not torch.equal(logits, results(model, plain, 1)[0]):
-                return bool(found.isfinite().all()) and (slope is None) == (gradient is None)
+                return bool(found.isfinite().all()) and (found_gradient is None) == (gradient is None)
             if not near(found, logits, max(TOLERANCE, rounding) * max(1.0, float(logits.abs().max()))):
                 return False
-        if slope is None or gradient is None:
-            return slope is gradient
-        return float((slope - gradient).norm()) <= max(GRADIENT_TOLERANCE, rounding) * float(gradient.norm())
+        if found_gradient is None or gradient is None:
+            return found_gradient is gradient
+        return float((found_gradient - gradient).norm()) <= max(GRADIENT_TOLERANCE, rounding) * float(gradient.norm())
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -198,7 +198,7 @@ def vote(victim: Victim, images: Any) -> torch.Tensor:
 
 
 def majority(votes: torch.Tensor) -> torch.Tensor:
-    """Return the class with more than half of the votes (V, N, ...); :data:`ABSTAIN` if there is none."""
+    """Return the class with more than half of the votes (V, N, ...), (N, ...); :data:`ABSTAIN` if there is none."""
     middle = votes.median(0).values  # a majority class is the median
     return torch.where((votes == middle).sum(0) > len(votes) // 2, middle, ABSTAIN)
 

@@ -65,8 +65,8 @@ class FiniteDifferences(nn.Module):
                 with seeded(derive(self.seed, "draw", self._gradients), k):
                     ends.append(_logits(self.model, probes).unflatten(0, (len(part), len(images))))
                 self.forwards += len(probes)
-            slopes = ((ends[0] - ends[1]) * cotangent).flatten(2).sum(2) / (2 * self.step)
-            found += torch.einsum("pn,pchw->nchw", slopes.to(found), moves / self.step)
+            derivatives = ((ends[0] - ends[1]) * cotangent).flatten(2).sum(2) / (2 * self.step)
+            found += torch.einsum("pn,pchw->nchw", derivatives.to(found), moves / self.step)
         return found
 
 

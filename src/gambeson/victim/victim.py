@@ -400,8 +400,8 @@ _inspected: WeakKeyDictionary[nn.Module, tuple[Hashable, ModelTraits]] = WeakKey
 def _traits(model: nn.Module, images: torch.Tensor) -> ModelTraits:
     """Inspect a model, unless it is unchanged since it was last inspected: in settings, modes, weights and images."""
     tensors = [*model.parameters(), *model.buffers()]
-    unseen = any(tensor.is_inference() for tensor in tensors)  # these have no version
-    if unseen or _get_current_dispatch_mode() is not None:  # a mode may turn the randomness off
+    unversioned = any(tensor.is_inference() for tensor in tensors)  # these have no version
+    if unversioned or _get_current_dispatch_mode() is not None:  # a mode may turn the randomness off
         return inspect_model(model, images)
     versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
     modes = tuple(module.training for module in model.modules())

@@ -95,19 +95,19 @@ class DeepFool(MinimalNorm):
         nearest, direction = logits.new_full((len(point),), torch.inf), torch.zeros_like(point)
         ball = Ball(eps=1.0, norm=self.norm)
         gaps = logits.gather(1, rivals) - logits.gather(1, labels.unsqueeze(1))
-        copied = _copied_slopes(victim, point, labels, rivals) if len(point) <= _FEW else None
+        copied = _copied_gradients(victim, point, labels, rivals) if len(point) <= _FEW else None
         for k in range(rivals.shape[1]):
             if copied is None:
                 # The graph is kept until the last class, which saves a forward for each.
-                slope = victim.gradient(gaps[:, k].sum(), point, len(point), keep=k + 1 < rivals.shape[1])
+                gradient = victim.gradient(gaps[:, k].sum(), point, len(point), keep=k + 1 < rivals.shape[1])
             else:
-                slope = copied[:, k]
-            rise = slope.flatten(1).abs().sum(1) if self.norm == "inf" else slope.flatten(1).norm(dim=1)
+                gradient = copied[:, k]
+            rise = gradient.flatten(1).abs().sum(1) if self.norm == "inf" else gradient.flatten(1).norm(dim=1)
             refuse_non_finite(rise, step=number)
             distance = torch.where(rise > 0, gaps[:, k].detach().abs() / rise, torch.inf)
             closer = distance < nearest
             nearest = torch.where(closer, distance, nearest)
-            direction = torch.where(closer.view(-1, 1, 1, 1), ball.steepest(slope), direction)
+            direction = torch.where(closer.view(-1, 1, 1, 1), ball.steepest(gradient), direction)
         if not bool(nearest.isfinite().any()):
             warn_of_zero_gradient()
         # Without any gradient there is no step.
@@ -115,7 +115,7 @@ class DeepFool(MinimalNorm):
         return direction * length.view(-1, 1, 1, 1)
 
 
-def _copied_slopes(victim: Victim, point: torch.Tensor, labels: torch.Tensor, rivals: torch.Tensor) -> torch.Tensor:
+def _copied_gradients(victim: Victim, point: torch.Tensor, labels: torch.Tensor, rivals: torch.Tensor) -> torch.Tensor:
     """Return the gradients of every rival's lead, (A, k, C, H, W), from one backward through k copies per image."""
     count = rivals.shape[1]
     copies = point.detach().repeat_interleave(count, 0).requires_grad_()

@@ -71,8 +71,8 @@ def gradient_noise(x: torch.Tensor, y: torch.Tensor, seed: torch.Tensor | int) -
 
     def corner(right: int, down: int) -> torch.Tensor:
         at_x, at_y = (cell_x.long() + right) % LATTICE, (cell_y.long() + down) % LATTICE
-        slope = _DIRECTIONS[hashed(seed, at_x, at_y) >> 29]
-        return slope[..., 0] * (u - right) + slope[..., 1] * (v - down)
+        gradient = _DIRECTIONS[hashed(seed, at_x, at_y) >> 29]
+        return gradient[..., 0] * (u - right) + gradient[..., 1] * (v - down)
 
     s, t = _fade(u), _fade(v)
     upper = corner(0, 0) + s * (corner(1, 0) - corner(0, 0))

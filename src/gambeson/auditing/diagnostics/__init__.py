@@ -21,11 +21,11 @@ _FAMILIES = (
 
 
 def _place(diagnostic: Diagnostic) -> int:
-    family = diagnostic.look.__module__.rpartition(".")[2]
+    family = diagnostic.function.__module__.rpartition(".")[2]
     return _FAMILIES.index(family) if family in _FAMILIES else len(_FAMILIES)
 
 
 DIAGNOSTICS: tuple[Diagnostic, ...] = tuple(sorted(built_in(), key=_place))
-"""Every diagnostic of this library in the order in which an audit looks: by family, and within one as defined."""
+"""Every diagnostic of this library in the order in which an audit runs them: by family, and within one as defined."""
 
 __all__ = ["DIAGNOSTICS", "Diagnostic", "Finding", "entries", "get", "register"]

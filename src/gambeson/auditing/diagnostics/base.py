@@ -34,7 +34,7 @@ class Diagnostic:
     """What a failure means."""
     remedy: str
     """What to do about it."""
-    look: Callable[[AuditContext], Finding]
+    function: Callable[[AuditContext], Finding]
     gradients: bool = True
     """Whether it needs gradients, so that it does not apply to a black box."""
     comparisons: int = 1
@@ -45,7 +45,7 @@ class Diagnostic:
         if self.gradients and context.subject.black_box:
             found = Finding(None, "a black box has no gradients to look at")
         else:
-            found = self.look(context)
+            found = self.function(context)
         return Check(
             name=self.name,
             passed=found.passed,
@@ -57,15 +57,15 @@ class Diagnostic:
         )
 
 
-ModelTraits = Callable[[AuditContext], Finding]
-"""What looks at the evidence: measure, compare, and return a :class:`Finding`."""
+DiagnosticFunction = Callable[[AuditContext], Finding]
+"""Measures, compares, and returns a :class:`Finding`."""
 
 
 def _fault(target: object) -> str | None:
     return None if inspect.isfunction(target) else "expected a function of the AuditContext that returns a Finding"
 
 
-LOOKS: Registry[ModelTraits] = Registry(
+REGISTRY: Registry[DiagnosticFunction] = Registry(
     "diagnostic", "gambeson.diagnostics", room="gambeson.auditing.diagnostics", check=_fault, what="function"
 )
 """Every diagnostic: of this library, of installed packages (group ``gambeson.diagnostics``), and of this process."""
@@ -73,7 +73,7 @@ LOOKS: Registry[ModelTraits] = Registry(
 
 def register(
     name: str, *, condition: str, explanation: str, remedy: str, gradients: bool = True, comparisons: int = 1
-) -> Callable[[ModelTraits], ModelTraits]:
+) -> Callable[[DiagnosticFunction], DiagnosticFunction]:
     """Register a function as a diagnostic: ``@register("name", condition=..., explanation=..., remedy=...)``.
 
     Args:
@@ -87,17 +87,17 @@ def register(
     about = {"condition": condition, "explanation": explanation, "remedy": remedy, "gradients": gradients}
     about |= {"comparisons": comparisons}
     summary = f"Never fails: {condition[7:]}." if condition.startswith("never: ") else f"Fails where {condition}."
-    return LOOKS.register(name, title=name, summary=summary, **about)
+    return REGISTRY.register(name, title=name, summary=summary, **about)
 
 
-def entries() -> list[Registered[ModelTraits] | UserError]:
+def entries() -> list[Registered[DiagnosticFunction] | UserError]:
     """Every diagnostic; an error in place of one whose package cannot be imported."""
-    return LOOKS.entries()
+    return REGISTRY.entries()
 
 
 def built_in() -> list[Diagnostic]:
     """The diagnostics of this library, in the order in which they are defined."""
-    return [_diagnostic(entry) for entry in LOOKS.own()]
+    return [_diagnostic(entry) for entry in REGISTRY.own()]
 
 
 def get(name: str) -> Diagnostic:
@@ -106,14 +106,14 @@ def get(name: str) -> Diagnostic:
     Raises:
         UserError: there is none, or its package or file does not run or does not register it.
     """
-    return _diagnostic(LOOKS.get(name))
+    return _diagnostic(REGISTRY.get(name))
 
 
-def _diagnostic(entry: Registered[ModelTraits]) -> Diagnostic:
+def _diagnostic(entry: Registered[DiagnosticFunction]) -> Diagnostic:
     if "title" not in entry.options:
         raise UserError(
             f"the function {entry.target.__name__} of {entry.owner} is no diagnostic: put @gambeson.auditing.register("
             "name, condition=..., explanation=..., remedy=...) above it"
         )
     about = {key: entry.options[key] for key in ("condition", "explanation", "remedy", "gradients", "comparisons")}
-    return Diagnostic(name=entry.options["title"], look=entry.target, **about)
+    return Diagnostic(name=entry.options["title"], function=entry.target, **about)

@@ -34,7 +34,7 @@ _REMEDY = "Report the stronger attack's number, and find what stops the gradient
     "white box beats transfer",
     condition="images perturbed on a surrogate are clearly more often wrong than under the strongest attack with "
     f"gradients on the model itself, by {100 * _MORE:g} points",
-    explanation="The surrogate's gradient serves better than the model's own, which must be masked (Papernot et "
+    explanation="The surrogate's gradient is a better guide than the model's own, which must be masked (Papernot et "
     "al. 2017; Tramèr et al. 2018, section 4: the white-box error less the transferred one fell to -9.7 points).",
     remedy=_REMEDY,
     comparisons=2,
@@ -61,7 +61,7 @@ def _transferred(context: AuditContext) -> Finding:
     "universal white box beats transfer",
     condition="one perturbation crafted on a surrogate is clearly stronger than the one crafted on the model, by "
     f"{100 * _MORE_UNIVERSAL:g} points",
-    explanation="The universal attack found less on the model itself than is there.",
+    explanation="The universal attack on the model itself missed a perturbation that exists.",
     remedy=_REMEDY,
 )
 def _universal(context: AuditContext) -> Finding:
@@ -101,11 +101,11 @@ def _queried(context: AuditContext) -> Finding:
     others = (square, _towards(context))
     found: list[tuple[Counts, Counts, list[int]]] = []
 
-    def look(on: Where) -> tuple[Counts, Counts]:
+    def counts(on: Where) -> tuple[Counts, Counts]:
         found.append((_voted if context.subject.random else _settled)(context, others, on))
         return found[-1][:2]
 
-    gain = context.looked(look, _MORE)
+    gain = context.compare_counts(counts, _MORE)
     white, both, broken = found[-1]
     left = int(white.right.sum())
     return Finding(
@@ -199,7 +199,7 @@ class _Noise:
 @register(
     "attack beats noise",
     condition=f"random signs of norm eps break clearly more images than PGD, by {100 * _MORE:g} points",
-    explanation="Chance does more than the attack: it has no gradient to follow, or is led away.",
+    explanation="Noise does more than the attack, which has no gradient to follow, or a misleading one.",
     remedy=_REMEDY,
 )
 def _noise(context: AuditContext) -> Finding:

@@ -21,7 +21,7 @@ _CLOSER = 0.01
 @register(
     "unbounded attack succeeds",
     condition=f"with the whole box allowed, clearly more than {100 * _LEFT:g} % of images stay right",
-    explanation="With the whole box allowed every image can be made anything: the attack fails for another reason "
+    explanation="With the whole box allowed any image can become any other: the attack fails for another reason "
     "than the model's robustness (Athalye et al. 2018, section 3.1).",
     remedy="Find what stops the gradient; attack by queries or transfer.",
 )
@@ -37,7 +37,7 @@ def _whole_box(context: AuditContext) -> Finding:
 @register(
     "monotone in eps",
     condition="PGD with a larger eps leaves clearly more images right than with a smaller one",
-    explanation="The larger ball holds the smaller one: an attack that does less in it has lost its way (Athalye "
+    explanation="The larger ball holds the smaller one: an attack that breaks fewer images in it has failed (Athalye "
     "et al. 2018, section 3.1).",
     remedy="Take more and smaller steps; look at the gradients' diagnostics.",
     comparisons=3,
@@ -65,7 +65,7 @@ def _falls(context: AuditContext) -> Finding:
     condition=f"{_MORE} times the steps, or one more restart of PGD, break clearly more images than the strongest of "
     f"the attacks with gradients that every image gets, by {100 * _CLOSER:g} point",
     explanation="The reported accuracy is that of an attack cut short, not of the model (Carlini et al. 2019).",
-    remedy="Raise pgd_steps or pgd_restarts of the suite until this number stands still.",
+    remedy="Raise pgd_steps or pgd_restarts of the suite until this number no longer falls.",
     comparisons=2,
 )
 def _converged(context: AuditContext) -> Finding:

@@ -37,7 +37,7 @@ _SEVERAL = 3
     condition=f"more than {100 * _DEAD:g} % of images have a loss gradient of zero, to float32's smallest normal "
     "number, or one that is not finite; or on as many no wrong class's logit has a gradient",
     explanation="Such images cannot be attacked by following the gradient: it is saturated, detached, rounded away "
-    "or underflown; or it leads away from the right class, and towards no other.",
+    "or lost to underflow; or it leads away from the right class, and towards no other.",
     remedy="Attack the logits before the part that hides it, or by queries.",
 )
 def _alive(context: AuditContext) -> Finding:

@@ -22,8 +22,8 @@ def _reached(found: AdaptiveResult) -> str:
     "differences along random directions that agree with each other; or where it agrees less well than usual, attacks "
     "that do without it break clearly more images",
     explanation="A part of the gradient is missing, or it is another function's: low-passed, hidden in some pixels, of "
-    "some members of an ensemble alone (Athalye et al. 2018, section 4.1). Along itself such a gradient keeps its "
-    "promise, and attacks that follow it stop early.",
+    "some members of an ensemble alone (Athalye et al. 2018, section 4.1). Such a gradient may well be right along "
+    "itself, and attacks that follow it stop early.",
     remedy="Attack by finite differences (gambeson.victim.substitute.FiniteDifferences), a distilled copy or queries; "
     "find what detaches or smooths the gradient.",
 )

@@ -104,7 +104,7 @@ class _Nothing:
     condition="perturbations crafted with the noise off break clearly more than those crafted through it, or "
     f"clearly more than {100 * _FAR:g} % of the images that are right either way stand only while the noise is on; of "
     "label maps, so many pixels, less those that the noise alone makes wrong",
-    explanation="The robustness is the randomness's: it misleads the attack, and the model behind it has none "
+    explanation="The robustness comes from the randomness, which misleads the attack; the model behind it has none "
     "(Athalye et al. 2018, section 4.2).",
     remedy="Report the number with the noise off beside it; attack with more draws, more steps, and from what was "
     "crafted with the noise off.",

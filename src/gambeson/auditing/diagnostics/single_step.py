@@ -24,15 +24,15 @@ _DROP = 0.1
 """Share of its rise that the loss must lose in the step's second half to count as falling."""
 
 
-def _as_trained(look: Callable[[AuditContext], Finding]) -> Callable[[AuditContext], Finding]:
-    """Look at the loss of the logits as they are: single steps on it are what training on single steps defeats."""
+def _as_trained(function: Callable[[AuditContext], Finding]) -> Callable[[AuditContext], Finding]:
+    """Judge the loss of the logits as they are: single steps on it are what training on single steps defeats."""
 
-    @functools.wraps(look)
-    def looked(context: AuditContext) -> Finding:
+    @functools.wraps(function)
+    def unscaled(context: AuditContext) -> Finding:
         with context.unscaled():
-            return look(context)
+            return function(context)
 
-    return looked
+    return unscaled
 
 
 @register(

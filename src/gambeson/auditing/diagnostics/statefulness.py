@@ -247,11 +247,11 @@ def _memory(context: AuditContext) -> Finding:
     "input unchanged",
     condition="never: a model that writes into its input is given copies, and this check says so",
     explanation="Writing into the images would change what an attack keeps.",
-    remedy="Copy the images at the head of the model's forward.",
+    remedy="Copy the images at the start of the model's forward.",
     gradients=False,
 )
 def _input(context: AuditContext) -> Finding:
-    look = context.victim.traits
-    if look is not None and look.writes:
+    traits = context.victim.traits
+    if traits is not None and traits.writes:
         return Finding(True, "the model writes into the images it is given; every number was taken with copies")
     return Finding(True, "the images come back as they were sent")

@@ -136,7 +136,7 @@ def craft(context: AuditContext, eps: float, start: tuple[str, torch.Tensor] | N
     victim, suite, validation = context.victim, context.suite, context.data.validation
     spent = victim.forwards
 
-    def judged(delta: torch.Tensor) -> float:
+    def validation_error(delta: torch.Tensor) -> float:
         return score(predict(victim, validation, delta.to(victim.device), seed=context.seed), validation).error
 
     found: list[tuple[str, UniversalPerturbation, float]] = []
@@ -147,11 +147,11 @@ def craft(context: AuditContext, eps: float, start: tuple[str, torch.Tensor] | N
         mixed = borrowed.about.model_copy(update={"model": f"{borrowed.about.model}+{fingerprint(victim.model)}"})
         name = f"{mixed.attack} on surrogate ({name_of(context.surrogate)})"
         lent = UniversalPerturbation(borrowed.delta, mixed, borrowed.image_hashes)
-        found.append((name, lent, judged(borrowed.delta)))
+        found.append((name, lent, validation_error(borrowed.delta)))
     if start is not None and bool(start[1].any()):
         delta = Ball(eps=eps, norm=suite.norm).fill(start[1]).cpu()
         about = found[0][1].about.model_copy(update={"status": "done"})
-        found.append((start[0], UniversalPerturbation(delta, about, found[0][1].image_hashes), judged(delta)))
+        found.append((start[0], UniversalPerturbation(delta, about, found[0][1].image_hashes), validation_error(delta)))
     name, best, _ = max(found, key=lambda entry: entry[2])
     about = best.about.model_copy(
         update={

@@ -27,7 +27,7 @@ def left_out(context: AuditContext) -> str:
     """Return why there is no attack suite; empty if there is one."""
     if context.suite.norm != "1":
         return ""
-    return "No attack suite was tried on single images: it is for the norms inf and 2."
+    return "No per-image attack suite was tried: it is for the norms inf and 2."
 
 
 def measure(context: AuditContext) -> list[PerImageResult]:

@@ -105,7 +105,7 @@ def craft_point(context: AuditContext, eps: float, folder: Path | None) -> Unive
 
 def _keep(context: AuditContext, eps: float, errors: ImageErrors) -> None:
     context.errors[eps] = errors
-    context.outcomes.keep(_name(eps), Counts(errors.answers - errors.wrong, errors.answers), context.test)
+    context.outcomes.keep(_name(eps), Counts(errors.total - errors.wrong, errors.total), context.test)
 
 
 def _name(eps: float) -> str:
@@ -128,7 +128,7 @@ def rescore(context: AuditContext) -> list[UniversalResult]:
 
 def _stored(context: AuditContext, eps: float) -> Perturbed:
     errors = context.errors[eps]
-    right = Counts(errors.answers - errors.wrong, errors.answers)
+    right = Counts(errors.total - errors.wrong, errors.total)
     return Perturbed(split=context.test, right=right, delta=context.uaps[eps].delta)
 
 

@@ -141,7 +141,7 @@ class BlackBox(nn.Module):
             return self._read(self._ask(piece.clone()), len(piece))
 
         try:
-            found = together(ask, pieces, self.workers)
+            found = map_threads(ask, pieces, self.workers)
         finally:
             self._release(len(images) - begun)
         return torch.cat(found).to(images.device) if found else torch.zeros(0, self._classes or 2)
@@ -219,7 +219,7 @@ class BlackBox(nn.Module):
         return torch.nn.functional.one_hot(classes.long(), self._names).movedim(-1, 1).float() - 1
 
 
-def together(
+def map_threads(
     ask: Callable[[torch.Tensor], torch.Tensor], pieces: Sequence[torch.Tensor], workers: int
 ) -> list[torch.Tensor]:
     """Apply ``ask`` to every piece with ``workers`` threads; after a failure no more are started."""
