@@ -237,7 +237,7 @@ def costs_text() -> str:
             else f"{round(whole, -2):,}",
             "left out" if runs == 0 else f"{round(probe_starts + 2 * climb, -3):,}" + tried,
             f"{suite.pgd_steps * suite.pgd_restarts}, on {images}",
-            f"{sum(_gradients(attack) for attack in suite.white_box(0.1).values())}, on {images}",
+            f"{sum(map(_gradients, suite.white_box(0.1).values()))}, on {images}" if suite.auto_pgd else "left out",
             attacked,
             f"{suite.transfer_images:,}" if lent else "left out",
             f"{suite.jacobian_backwards:,}" if suite.jacobian_backwards else "left out",

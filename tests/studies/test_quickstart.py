@@ -45,7 +45,7 @@ def tiny(monkeypatch):
 
 def test_the_first_look_shows_what_it_says(tiny, tmp_path: Path) -> None:
     tiny._train(tmp_path, tiny.BASELINE, 0, "cpu")
-    first = tiny._look(tmp_path, 0, "cpu")
+    first = tiny._first_look(tmp_path, 0, "cpu")
     assert universal_evasion(load(tmp_path / "standard"), tiny._data().test, first.uap) == first.under
     assert first.under.low > first.clean.high  # even a short attack shows
     page = report.write_first(

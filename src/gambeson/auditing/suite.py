@@ -256,7 +256,7 @@ _GLANCE = (
 """What looks at numbers that are there anyway, or at random models; and the six cheapest checks that ask the model."""
 SUITES = {
     "glance": Suite(
-        universal_steps=30,
+        universal_steps=25,
         universal_restarts=1,
         universal_batch=32,
         universal_probe_starts=0,
