@@ -54,7 +54,7 @@ DEFENSES: dict[str, Defense] = {
         f"shared, s = {s}, eps {k}/255": create(
             "shared-adversarial", eps=k / 255, sharedness=s, craft_precision="bfloat16"
         )
-        for s, k in ((4, 4), (4, 2), (1, 4))
+        for s, k in ((4, 1), (4, 2), (4, 4), (1, 4))
     },
 }
 

@@ -73,6 +73,28 @@ def by_library(found: dict[str, list[tuple[Row, bool]]]) -> list[str]:
     return table("auditor", lines, (*(f"{it} library" for it in LIBRARIES), "all obfuscated", "honest, accused"))
 
 
+BESIDE = {
+    "this audit, suite `thin`: the library that its checks were made on": ("thin",),
+    "this audit, suite `thin`: two libraries at first sight": (
+        "thin, second library at first sight",
+        "thin, third library at first sight",
+    ),
+    "AutoAttack with its flags": ("autoattack",),
+    "PGD of ART": ("art",),
+    "PGD of Foolbox": ("foolbox",),
+}
+
+
+def beside(path: Path = RATES) -> str:
+    """Return the table of auditors side by side on the digits, as Markdown."""
+    found = judged(json.loads(path.read_text()))
+    lines = {}
+    for name, sections in BESIDE.items():
+        rows = [one for section in sections for one in found[section] if one[0]["data"] == "digits"]
+        lines[name] = [rate(one for one in rows if one[0]["kind"] == kind) for kind in ("obfuscated", "honest")]
+    return "\n".join(table("auditor", lines, ("overstated without a word", "honest, accused"))) + "\n"
+
+
 def by_kind(found: dict[str, list[tuple[Row, bool]]]) -> list[str]:
     """Return a line per kind: overstated models by auditor, over all data."""
     kinds = [kind for kind in testbed.KINDS if kind != "honest"]

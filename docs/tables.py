@@ -307,6 +307,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "suite settings": ("suites.md", suites()),
         "defences": ("defenses.md", table(DEFENSES.own(), COSTS["defense"])),
         "quickstart table": ("../README.md", quickstart()),
+        "auditors table": ("../README.md", testbed_rates.beside()),
         "defenses table": ("defenses.md", defences()),
         "calibrated crafting": ("defenses.md", calibrated()),
         "equal budgets": ("attacks.md", universal()),
