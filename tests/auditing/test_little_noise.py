@@ -138,7 +138,7 @@ SHIELDS = [("logits", 1e-5), full(("images", 1e-5, True)), full(("weights", 1e-3
 
 
 @pytest.mark.parametrize("shield", SHIELDS, ids=str)
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", [full(name) if name == "white box beats queries" else name for name in FOUND])
 def test_a_little_noise_hides_nothing(name, shield, trained, digits):
     model = Around(Shielded(copy.deepcopy(trained), *shield), FOUND[name])
     found = look(name, model, digits)

@@ -80,8 +80,8 @@ class Server:
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def answer(self, handler, body, todo):
-        images = torch.from_numpy(np.lib.format.read_array(io.BytesIO(body), allow_pickle=False))
-        with self.lock:
+        with self.lock:  # Python 3.11 may fail where several threads parse a header at once
+            images = torch.from_numpy(np.lib.format.read_array(io.BytesIO(body), allow_pickle=False))
             self.sizes.append((len(images), todo))
         with torch.no_grad():
             scores = self.net(images)
