@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from gambeson.auditing import AuditContext, Suite
@@ -41,3 +42,27 @@ def held(
     suite = Suite(**{"eps": eps, "pgd_steps": 20, "pgd_restarts": 1, "sample": 100, "suite_images": 0} | settings)
     with Victim(model, fast=not black_box) as victim:
         yield evidence_of(victim, data, suite, black_box=black_box)
+
+
+class Bent(torch.autograd.Function):
+    """The images themselves, with a gradient that a function makes of the true one."""
+
+    @staticmethod
+    def forward(ctx, x, bend):
+        ctx.bend = bend
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.bend(gradient), None
+
+
+class Around(nn.Module):
+    """A network behind a function of it and its images."""
+
+    def __init__(self, net, function):
+        super().__init__()
+        self.net, self.function = net, function
+
+    def forward(self, x):
+        return self.function(self.net, x)

@@ -13,31 +13,11 @@ from gambeson.auditing.gradient_agreement import gradient_agreement
 from gambeson.auditing.stages import adaptive
 from gambeson.victim import Victim
 from gambeson.victim.substitute import BorrowedGradient, FiniteDifferences, InnerGradientsOff
-from tests.auditing.evidence import held
+from tests.auditing.evidence import Around, Bent, held
 from tests.conftest import quickly
 
 CHECKS = {check.name: check for check in DIAGNOSTICS}
 EPS = (0.1,)
-
-
-class Bent(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, bend):
-        ctx.bend = bend
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.bend(gradient), None
-
-
-class Around(nn.Module):
-    def __init__(self, net, forward):
-        super().__init__()
-        self.net, self.function = net, forward
-
-    def forward(self, x):
-        return self.function(self.net, x)
 
 
 def bent(bend):

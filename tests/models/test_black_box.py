@@ -269,6 +269,27 @@ def test_classes_may_not_change(server):
         asked(inner_images(2, SHAPE))
 
 
+def test_arrays_are_read_one_at_a_time(server, monkeypatch):
+    inside, most = [], []
+    read = np.lib.format.read_array
+
+    def slowly(*given, **settings):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return read(*given, **settings)
+
+    monkeypatch.setattr(np.lib.format, "read_array", slowly)
+    file = io.BytesIO()
+    np.save(file, np.eye(3, dtype=np.float32))
+    asked = box(server)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(asked._answer, [file.getvalue()] * 8))
+    assert most == [1] * 8
+    assert all(np.array_equal(one, np.eye(3)) for one in found)
+
+
 def test_many_clients_at_once_get_their_own_answers(server):
     """Eight threads, one shared box and boxes of their own; a third of the requests fail first."""
     server.plan = [[500, None, "drop"][k % 3] for k in range(60)]

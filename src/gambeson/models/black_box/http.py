@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import threading
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +35,8 @@ if TYPE_CHECKING:  # imported where a server is asked: who names models or loads
 _KEYS = ("scores", "logits", "probabilities", "classes")
 _TURNED_AWAY = (408, 425, 429, 503)
 """Retried without counting: the server says that it has not processed the images."""
+_PARSING = threading.Lock()
+"""Python before 3.11.9 may fail where several threads parse the header of an array at once."""
 _LARGEST = 2**28
 """Maximum size of a response, in bytes."""
 _LONGEST = 60.0
@@ -250,7 +253,8 @@ class HttpModel(BlackBox):
         )
         try:
             if content.startswith(b"\x93NUMPY"):
-                return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+                with _PARSING:
+                    return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
             found = json.loads(content)
         except (ValueError, UnicodeDecodeError, EOFError) as error:
             raise UserError(
