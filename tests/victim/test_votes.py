@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from gambeson import UserError
 from gambeson.data import Split
 from gambeson.tasks import Rate
 from gambeson.victim import ABSTAIN, Victim, predict, score, vote
-from gambeson.victim.scoring import majority, votes_right
+from gambeson.victim.scoring import majority, predicted, votes_right
 
 
 def counted(votes):
@@ -88,7 +89,7 @@ class SharedCoin(nn.Module):
     def forward(self, x):
         self.most = max(getattr(self, "most", 0), len(x))
         head = torch.rand(()) < 0.6
-        return torch.where(head, torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])).expand(len(x), 2)
+        return torch.where(head, torch.tensor([-1.0, 2.0]), torch.tensor([2.0, -1.0])).expand(len(x), 2)
 
 
 def test_images_that_share_a_draw_are_decided_few_at_a_time():
@@ -103,3 +104,12 @@ def test_images_that_share_a_draw_are_decided_few_at_a_time():
             assert found.shape == (200,)
             alike = found.view(8, 25)  # what shares its draws has one answer
             assert bool((alike == alike[:, :1]).all())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_logit_that_is_not_finite_is_no_answer(value):
+    for shape, where in (((4, 3), (2, 1)), ((4, 3, 2, 2), (2, 1, 0, 1))):
+        logits = torch.zeros(shape)
+        logits[where] = value
+        with pytest.raises(UserError, match="infinite logits for 1 of 4 images"):
+            predicted(logits)
