@@ -113,3 +113,33 @@ def test_one_logit_that_is_not_finite_is_no_answer(value):
         logits[where] = value
         with pytest.raises(UserError, match="infinite logits for 1 of 4 images"):
             predicted(logits)
+
+
+def test_flips_are_counted_where_labels_are_and_nowhere_else():
+    labels = torch.tensor([0, 1, 2, 9, 9, 0])
+    split = Split("six", torch.zeros(6, 1, 2, 2), labels, ("a", "b", "c"), ignore_index=9)
+    clean, now = torch.tensor([0, 0, 2, 0, 1, 1]), torch.tensor([1, 0, 0, 2, 2, 0])
+    found = score(now, split, clean)
+    assert (found.flipped, found.errors, found.total) == (3, 3, 4)
+    assert found.changed.tolist() == [1, 0, 1, 0, 0, 1]
+    assert found.change_rate == Rate.of(3, 4)
+    maps = torch.stack([labels, labels.flip(0)]).view(2, 2, 3)
+    split = Split("maps", torch.zeros(2, 1, 2, 3), maps, ("a", "b", "c"), ignore_index=9)
+    both = [torch.stack([one, one]).view(2, 2, 3) for one in (now, clean)]
+    found = score(both[0], split, both[1])
+    assert found.changed.tolist() == [3, 4]
+    assert found.counts.total.tolist() == [4, 4]
+
+
+def test_other_seeds_are_other_votes():
+    split = Split("made", torch.rand(40, 1, 2, 2), torch.arange(40) % 2, ("a", "b"))
+
+    class Coin(nn.Module):
+        def forward(self, x):
+            z = torch.rand(len(x), 1) - 0.5
+            return torch.cat([z, -z], 1) * 10
+
+    with Victim(Coin()) as victim:
+        first, again, other = (predict(victim, split, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert 0.2 < float((first != other).float().mean()) < 0.8
