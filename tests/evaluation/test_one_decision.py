@@ -320,7 +320,11 @@ def test_attacks_that_move_images_and_do_no_harm_are_not_counted_by_their_luck()
     with Victim(Chancy()) as victim:
         found = run_suite(victim, split, {str(k): fidgety(k) for k in range(12)})
     assert bool((found.images != split.images).flatten(1).any(1).float().mean() > 0.7)
-    assert found.result.robust.value == pytest.approx(majority(0.6, 21), abs=0.062)
+    result = found.result
+    assert result.robust.value == pytest.approx(majority(0.6, 21), abs=0.062)
+    net = max(0.0, 1 - result.robust.value / result.clean.value)  # what changed both ways by chance is no success
+    assert result.success.value == pytest.approx(net)
+    assert result.success.value < 0.1
 
 
 class Fragile(Bright):

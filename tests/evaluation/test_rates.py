@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import ImageErrors, crossing_interval, crossings
+from gambeson.tasks import Difference
 
 
 @pytest.mark.parametrize(
@@ -124,3 +125,15 @@ def test_the_ends_of_the_interval_of_an_eps_are_the_quantiles_of_its_resamples()
     exact = [float(eps[order][int((below < level).sum())]) for level in (0.025, 0.975)]
     assert low == pytest.approx(exact[0], abs=2e-3)
     assert (high is None) == (exact[1] == torch.inf)
+
+
+def test_a_paired_difference_has_the_interval_of_student():
+    """Of one number per image: t s / sqrt(n), s the standard deviation of the differences with n - 1."""
+    first = torch.tensor([[3, 4], [4, 4], [2, 4], [4, 4], [1, 4]])
+    second = torch.tensor([[1, 4], [3, 4], [2, 4], [0, 4], [1, 4]])
+    apart = (first - second)[:, 0].double() / 4
+    exact = 2.7764451 * float(apart.std()) / 5**0.5
+    found = [Difference.of(first, second, lambda sums: sums[:, 0] / sums[:, 1], 5, seed=seed) for seed in range(20)]
+    assert {one.value for one in found} == {float(apart.mean())}
+    halves = torch.tensor([one.value - one.low for one in found])
+    assert float(halves.mean()) == pytest.approx(exact, rel=0.02)
