@@ -107,9 +107,10 @@ def test_the_eps_at_which_a_curve_crosses_is_read_off_its_rising_line():
         [0.3, 0.5, 0.6, 0.9],
         [0.1, 0.2, 0.2, 0.2],
         [0.0, 0.0, 0.3, 0.3],
+        [0.1, 0.25, 0.2, 0.6],  # rises from 0.25, which 0.2 has as well
     ]
     found = crossings(radii, torch.tensor(errors, dtype=torch.float64), 0.3)
-    assert found.tolist() == pytest.approx([0.125, 0.1 * 2 / 3, 0.0, torch.inf, 0.2])
+    assert found.tolist() == pytest.approx([0.125, 0.1 * 2 / 3, 0.0, torch.inf, 0.2, 0.2 + 0.2 / 7])
 
 
 def test_the_ends_of_the_interval_of_an_eps_are_the_quantiles_of_its_resamples():
