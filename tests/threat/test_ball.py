@@ -165,3 +165,13 @@ def test_no_value_is_above_eps_in_exact_arithmetic(eps):
     for found in (ball.project(far), ball.fill(far.sign()), ball.signs(far.shape, draw)):
         assert float(found.double().abs().max()) <= eps
         assert float(found.double().abs().max()) > eps * (1 - 2e-7)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 10.0, 40.0])
+def test_a_step_of_norm_2_is_spent_on_the_values_that_can_move(ratio):
+    """These have its length while the others' gradient is at most twenty times as long; then all of it has twenty."""
+    free, stuck = torch.tensor([0.6, -0.8, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 0.0]) * ratio
+    room = torch.tensor([0.5, 0.5, 0.0, 0.0]).view(1, 1, 2, 2)
+    step = Ball(eps=1.0, norm="2").step_in_box((free + stuck).view(1, 1, 2, 2), 0.3, room).flatten()
+    scale = min(1.0, 20 / (1 + ratio**2) ** 0.5)
+    torch.testing.assert_close(step, 0.3 * scale * (free + stuck))
