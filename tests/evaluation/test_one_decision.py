@@ -242,6 +242,30 @@ def test_a_random_model_is_decided_by_the_majority_of_its_votes_and_repeats(path
     assert rates(RATES[path](Chancy(), split)) == first
 
 
+def test_votes_of_one_seed_are_the_same_votes_wherever_they_are_cast():
+    """A model whose luck does not depend on the images: what does nothing to them changes no count."""
+    split, model, nil, seed = made(100, right=1.0), Chancy(), Ball(eps=0.0), 5
+    clean = gb.evaluation.accuracy(model, split, seed=seed)
+    none = uap(split, 0.0)
+    with Victim(model) as victim:
+        suite = run_suite(victim, split, {"a": nothing}, seed=seed).result
+        controls = control_rates(victim, split, nil, seed, ["chessboard"])
+        under = outcome_under(victim, split, none.delta, seed=seed).accuracy
+        edited = gb.evaluation.under_edits(victim, split, none, [], seed=seed).rates[0]
+    found = [
+        suite.clean,
+        suite.robust,
+        controls[0].worst.complement,
+        under,
+        edited.uer.complement,
+        edited.clean.complement,
+    ]
+    found.append(gb.evaluation.universal_evasion(model, split, none, seed=seed).complement)
+    found.append(transfer.error_of(model, split, seed).complement)
+    assert [rate.value for rate in found] == pytest.approx([clean.value] * len(found))
+    assert gb.evaluation.fooling_rate(model, split, none, seed=seed).value == 0
+
+
 class Slight(Bright):
     """With noise of a thousandth of what tells classes apart, which decides the images on the boundary alone."""
 
