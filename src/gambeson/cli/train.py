@@ -125,7 +125,7 @@ def train(
         writable(folder)
         dataset = load(run.data, input_shape=input_shape(run.model, run.data))
         if lacking:
-            settings["defense"]["eps"] = default_eps(dataset.train.shape, settings["defense"].get("norm", "inf"))
+            settings["defense"]["eps"] = default_eps(dataset.train.shape, getattr(run.defense, "norm", "inf"))
         if not dataset.train.task.per_image_label:
             settings["recipe"] = {"preset": "segmentation", **settings.get("recipe", {})}
             if "sharedness" in type(run.defense).model_fields:
