@@ -29,7 +29,12 @@ def blocks(page):
 
 def commands(page):
     """Return the words of every command of a page."""
-    lines = (line for kind, _, code in blocks(page) if kind == "sh" for line in code.splitlines())
+    return [words for kind, _, code in blocks(page) if kind == "sh" for words in commands_of(code)]
+
+
+def commands_of(code):
+    """Return the words of every command of a block, after ``gambeson``."""
+    lines = code.replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("gambeson ")]
 
 
@@ -181,7 +186,7 @@ def test_a_tutorial_runs_as_it_is(page, tmp_path, monkeypatch, capfd):
         elif kind == "python":
             exec(compile(code, page, "exec"), scope)
         elif kind == "sh":
-            for words in [shlex.split(line)[1:] for line in code.splitlines() if line.startswith("gambeson ")]:
+            for words in commands_of(code):
                 assert run(words) == 0, words
     sys.modules.pop("squeezing", None)
     if page.endswith("engineer"):
