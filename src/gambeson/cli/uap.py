@@ -153,12 +153,13 @@ def score(
         test = scorable(whole, uap)
         maps: dict[str, Rate | Difference] = {}
         if test.task.per_image_label:
-            right, evasion = accuracy(subject.model, test), universal_evasion(subject.model, test, uap)
+            right = accuracy(subject.model, test, seed=seed)
+            evasion = universal_evasion(subject.model, test, uap, seed=seed)
         else:
-            before, after = confusion(subject.model, test), confusion(subject.model, test, uap)
+            before, after = (confusion(subject.model, test, one, seed=seed) for one in (None, uap))
             right, evasion = before.accuracy, after.accuracy.complement
             maps = {"clean mean IoU": before.mean_iou, "mean IoU": after.mean_iou, "mean IoU lost": before.drop(after)}
-        fooling = fooling_rate(subject.model, test, uap)
+        fooling = fooling_rate(subject.model, test, uap, seed=seed)
         rates = {"clean error": right.complement, "UER": evasion, "fooling rate": fooling, **maps}
         reached, controls = None, []
         if uap.target is not None:

@@ -15,9 +15,9 @@ from gambeson.auditing.rescoring import Perturbed, asked, rescored_in, ways, wor
 from gambeson.auditing.results import PerImageResult, Rescored
 from gambeson.auditing.stages.randomness import QUIET, NoiseOff, way_to_quiet
 from gambeson.data import Split
-from gambeson.evaluation import BudgetSpent, Rate, run_suite, standard_suite
+from gambeson.evaluation import BudgetSpent, Rate, run_suite
+from gambeson.evaluation.attack_suite import suite_for
 from gambeson.evaluation.outcome import ImageAttack, outcome
-from gambeson.evaluation.segmentation_suite import class_pixels
 from gambeson.tasks import Counts
 from gambeson.victim import score, score_batches
 
@@ -59,13 +59,13 @@ def measure(context: AuditContext) -> list[PerImageResult]:
         same = {"eps": context.eps, "norm": norm, "steps": suite.pgd_steps, "restarts": suite.pgd_restarts}
         found += [_single(context, "segpgd", SegPGD(**same), {}), _single(context, "cospgd", CosPGD(**same), {})]
     if possible and suite.suite_images:
-        attacks = standard_suite(
+        attacks = suite_for(
+            context.data,
+            seed=context.seed,
             eps=context.eps,
             norm=norm,
             queries=suite.suite_queries if task.per_image_label else None,
             eot_samples=suite.eot_samples if context.subject.random else None,
-            task=task,
-            class_pixels=None if task.per_image_label else class_pixels(context.data.train),
         )
         settings = {name: attack.plain() for name, attack in attacks.items() if hasattr(attack, "plain")}
         with suppress(BudgetSpent):  # where the time is over, PGD's number stays
