@@ -1,5 +1,6 @@
 """Auto-PGD and its L1 form, step by step: the papers' algorithms in plain loops over one image after the other."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from gambeson.attacks import AutoPGD, L1AutoPGD
+from gambeson.attacks.gradient.auto_pgd import State
 from gambeson.attacks.gradient.base import BestSoFar
 from gambeson.base import generator
 from gambeson.threat import Ball
@@ -171,3 +173,42 @@ def test_success_comes_before_the_loss_and_the_first_of_equals_stays():
     expected = [one[kept_by(one)][2] if one else 0.0 for one in marks]
     assert record.delta.flatten().tolist() == expected
     assert record.is_adversarial.tolist() == [any(success for success, *_ in one) for one in marks]
+
+
+def state(**given):
+    """A state of images of one pixel, whose fields are zero unless they are given by image."""
+    count = len(next(iter(given.values())))
+    fields = {field.name: torch.zeros(count) for field in dataclasses.fields(State)}
+    wide = ("images", "delta", "before", "gradient", "best", "best_gradient")
+    fields |= {name: torch.zeros(count, 1, 1, 1) for name in wide}
+    return State(**fields | {name: torch.tensor(values) for name, values in given.items()})
+
+
+def test_a_step_is_halved_by_either_condition_of_the_paper():
+    """Fewer than three of four steps that rose; or the same best loss as before, unless the last check halved too."""
+    now = state(
+        rises=[2.0, 3.0, 4.0, 4.0, 4.0, 2.0],
+        halved=[False, False, False, False, True, True],
+        checked_value=[1.0, 1.0, 1.0, 2.0, 2.0, 1.0],
+        best_value=[2.0] * 6,
+        length=[8.0] * 6,
+    )
+    found = now.at_checkpoint(4, 0.75)
+    assert found.halved.tolist() == [True, False, False, True, False, True]
+    assert found.length.tolist() == [4.0, 8.0, 8.0, 4.0, 8.0, 4.0]
+    assert found.rises.tolist() == [0.0] * 6
+    assert found.checked_value.tolist() == [2.0] * 6
+
+
+def test_a_step_that_raises_the_loss_counts_also_below_the_best():
+    now = state(value=[1.0, 1.0, 1.0, 1.0], best_value=[3.0, 3.0, 1.0, 1.0], rises=[5.0, 5.0, 5.0, 5.0])
+    found = now.after_step(now.delta + 1, now.gradient + 2, torch.tensor([2.0, 0.5, 1.5, 1.0]))
+    assert found.rises.tolist() == [6.0, 5.0, 6.0, 5.0]
+    assert found.best_value.tolist() == [3.0, 3.0, 1.5, 1.0]
+    assert found.best.flatten().tolist() == [0.0, 0.0, 1.0, 0.0]
+    assert found.best_gradient.flatten().tolist() == [0.0, 0.0, 2.0, 0.0]
+
+
+def test_sparsity_is_checked_after_every_25th_of_the_steps():
+    for steps, every in ((10, 1), (50, 2), (75, 3), (100, 4), (250, 10)):
+        assert L1AutoPGD(eps=1.0, steps=steps).checkpoints == list(range(every, steps, every))
