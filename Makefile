@@ -10,7 +10,7 @@ install = $(if $(TORCH_INDEX),\
   PIP_INDEX_URL=$(TORCH_INDEX) $(PIP) torch torchvision && $(PIP) -e ".[$(1)]",\
   $(PIP) uv && $(BIN)/python -m uv pip install --quiet --python $(BIN)/python --torch-backend auto -e ".[$(1)]" || $(PIP) -e ".[$(1)]")
 
-.PHONY: quickstart test test-full lint picture tables results-check bundle clean
+.PHONY: quickstart test test-full lint docs picture tables results-check bundle clean
 
 quickstart: $(VENV)/.quickstart   ## find a universal perturbation, harden the model, open report.html
 	$(BIN)/gambeson quickstart --out runs/quickstart
@@ -28,6 +28,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs                  ## the site, in site/; opens from disk, with its search
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 picture: quickstart $(VENV)/.dev     ## the README's pictures and stored results, from the quickstart
 	$(BIN)/python docs/picture.py
@@ -52,6 +55,10 @@ $(VENV)/.quickstart: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(call install,dev)
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(call install,docs)
 	@touch $@
 
 $(BIN)/python:

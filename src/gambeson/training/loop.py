@@ -35,7 +35,7 @@ from gambeson.models import save as save_model
 from gambeson.training.batches import Epoch
 from gambeson.training.checkpoint import load_state, save_state
 from gambeson.training.graphs import GraphedForward
-from gambeson.training.recipe import Recipe, fitted, freeze_statistics, make_optimizer, set_lr
+from gambeson.training.recipe import Recipe, fitted, freeze_statistics, make_optimizer, recipe_for, set_lr
 from gambeson.training.validation import is_best, validate, validate_robustly, warn_at_chance
 from gambeson.victim import Victim, copied
 from gambeson.victim.graphs import has_graphs
@@ -65,7 +65,8 @@ def train(
         model: pixels (N, C, H, W) in [0, 1] to logits.
         data: a ``Dataset``, or a split or (images, labels) pair, which are split by a fixed rule.
         defense: the objective.
-        recipe: optimiser and schedule; or give its fields as keywords, such as ``epochs=10``.
+        recipe: optimiser and schedule; or give its fields as keywords, such as ``epochs=10``, beside which those of the
+            defence's own recipe are used, if it has one.
         seed: of the order, the augmentation, the perturbations and dropout.
         out: folder for ``metrics.jsonl``, ``model.safetensors`` and ``state/``. An interrupted run resumes from its
             last complete epoch and ends with the weights of an uninterrupted one, bit for bit.
@@ -84,7 +85,7 @@ def train(
         raise TypeError(f"give a recipe or its fields, not both (got {', '.join(settings)})")
     with default_dtype(), torch.inference_mode(False), torch.enable_grad():
         dataset = as_dataset(data)
-        recipe = recipe or Recipe(**fitted(settings, len(dataset.train)))
+        recipe = recipe or Recipe(**fitted(recipe_for(defense, settings), len(dataset.train)))
         return Run(model, dataset, defense, recipe, seed, None if out is None else Path(out)).fit(label)
 
 
@@ -212,8 +213,10 @@ class Run:
     @torch.no_grad()
     def _average(self, shadow: AveragedModel) -> None:
         # AveragedModel.update_parameters sends the number of averages to the device, for which the host waits.
-        decay = self.recipe.ema if shadow.n_averaged else 0.0
+        decay, number = self.recipe.ema, int(shadow.n_averaged)
         assert decay is not None
+        decay = min(decay, (1 + number) / (10 + number)) if self.recipe.ema_warmup else decay
+        decay = decay if number else 0.0
         means = [*shadow.module.parameters(), *shadow.module.buffers()]
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         weights = len(list(self.model.parameters()))

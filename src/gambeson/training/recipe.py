@@ -121,6 +121,8 @@ class Recipe(Config):
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
     """Decay per step of an exponential moving average of weights and statistics, which is then validated and
     returned."""
+    ema_warmup: bool = False
+    """Whether the decay of step n is at most (1 + n) / (10 + n), so that short trainings forget their first weights."""
     freeze_statistics: bool = False
     """Freeze BatchNorm's running statistics, for fine-tuning."""
     layer_decay: Annotated[Number, Field(gt=0, le=1)] = 1.0
@@ -154,6 +156,11 @@ class Recipe(Config):
             falls = sum(epoch >= milestone for milestone in self.milestones)
             return self.lr * rise * self.gamma ** (falls + (int(epoch / self.decay_every) if self.decay_every else 0))
         return self.lr * rise
+
+
+def recipe_for(defense: Defense, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a recipe, with those of the defence where they are not given; a preset replaces those."""
+    return given if given.get("preset") is not None else {**defense.recipe, **given}
 
 
 def fitted(fields: dict[str, Any], images: int) -> dict[str, Any]:
