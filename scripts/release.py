@@ -40,7 +40,7 @@ import gambeson as gb
 place = pathlib.Path(gb.__file__).resolve()
 assert place.is_relative_to(pathlib.Path(sys.prefix).resolve()), f"{place} is not the installed package"
 assert (place.parent / "py.typed").is_file()
-assert "http" not in pathlib.Path("runs/x-audit/report.html").read_text().split("</head>")[0].split("<script")[0]
+assert "<style" in pathlib.Path("runs/x-audit/report.html").read_text(), "templates or style are missing"
 uap = gb.attacks.UniversalPerturbation.load("uap.safetensors")
 assert 0 < uap.delta.abs().max() <= 0.2 + 1e-6, "the perturbation does nothing, or too much"
 assert len(gb.attacks.names("universal")) >= 8 and len(gb.defenses.names()) >= 18
@@ -68,7 +68,7 @@ def attempt(file: Path, torch: str, site: str) -> None:
             (library,) = (here / "env" / "lib").glob("python*/site-packages")
             (library / "borrowed.pth").write_text(f"{Path(site).resolve()}\n")
         wanted = [f"{file.resolve()}[digits]", *([f"torch=={torch}"] if torch else [])]
-        alone = ["--no-deps", "--no-build-isolation"] if site else []
+        alone = ["--no-deps"] if site else []
         run([python, "-m", "pip", "install", "--quiet", *alone, *wanted], here, environment)
         for command in COMMANDS:
             run([gambeson, *command.split()], here, environment)
@@ -80,7 +80,9 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> None:
     found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if found.returncode:
         sys.exit(f"{' '.join(command)}\nended with {found.returncode}:\n{found.stdout}{found.stderr}")
-    print(found.stdout.strip().splitlines()[-1] if found.stdout.strip() else f"{' '.join(command[1:3])}: done")
+    print(f"{Path(command[0]).name} {' '.join(command[1:4])}".splitlines()[0], flush=True)
+    if "--version" in command or "-c" in command:
+        print(found.stdout.strip(), flush=True)
 
 
 def main() -> None:

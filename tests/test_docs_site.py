@@ -6,6 +6,7 @@ import functools
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -95,10 +96,10 @@ def test_every_command_of_the_new_pages_has_these_options():
 
     from gambeson.cli.app import app
 
-    count = 0
+    count, whole = 0, get_command(app)
     for page in NEW:
         for words in commands(page):
-            command, context = get_command(app), None
+            command, context = whole, None
             while hasattr(command, "commands"):
                 context = command.make_context(words[0], [], parent=context, resilient_parsing=True)
                 command = command.commands[words.pop(0)]
@@ -224,3 +225,35 @@ def test_the_start_page_answers_for_a_checkpoint_and_a_folder(tmp_path, monkeypa
     found = gb.auditing.AuditResult.load("runs/mine")
     assert found.verdict.summary
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+
+
+def test_releases_are_tried_with_the_oldest_versions_that_the_package_allows():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    rows = workflow["jobs"]["try"]["strategy"]["matrix"]["include"]
+    assert f">={rows[0]['python']}" == project["requires-python"]
+    assert f"torch>={rows[0]['torch'].removesuffix('.0')}" in project["dependencies"]
+    assert rows[-1]["torch"] == ""  # the newest
+    steps = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
+    for name in re.findall(r"scripts/(\w+\.py)", " ".join(steps)):
+        assert (ROOT / "scripts" / name).is_file()
+
+
+def test_issue_forms_and_the_citation_are_complete():
+    forms = [file for file in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if file.stem != "config"]
+    assert len(forms) == 3
+    for file in forms:
+        form = yaml.safe_load(file.read_text())
+        assert form["name"]
+        assert form["description"]
+        ids = [part["id"] for part in form["body"]]
+        assert len(set(ids)) == len(ids)
+        assert all(isinstance(one, str) for one in ids), f"{file.name}: {ids}"
+        assert all(part["attributes"]["label"] for part in form["body"])
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    told = {re.search(r"\d{4}\.\d{5}", one["identifiers"][0]["value"])[0] for one in citation["references"]}
+    pages = " ".join((DOCS / "papers" / f"{page}.md").read_text() for page in PAPERS)
+    assert len(told) == len(PAPERS)
+    assert told <= set(re.findall(r"\d{4}\.\d{5}", pages))
