@@ -215,8 +215,15 @@ def test_the_start_page_answers_for_a_checkpoint_and_a_folder(tmp_path, monkeypa
             pixels = torch.randint(0, 120, (40, 40, 3), generator=draw, dtype=torch.uint8)
             pixels[..., number] += 100
             Image.fromarray(pixels.numpy()).save(tmp_path / "flowers" / name / f"{k}.png")
-    torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), tmp_path / "model.pth")
+    plain = torchvision.models.resnet18(num_classes=3).eval()
+    torch.save(plain.state_dict(), tmp_path / "model.pth")
     monkeypatch.chdir(tmp_path)
+    ((name, code),) = [(title, code) for _, title, code in blocks("index") if title]
+    (tmp_path / name).write_text(code.replace("num_classes=5", "num_classes=3"))
+    model = gb.evaluation.load_model("mine.py:build", f"image-folder:{tmp_path}/flowers").model
+    x = torch.rand(2, 3, 40, 40, generator=draw)
+    mean, std = (torch.tensor(one).view(1, 3, 1, 1) for one in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert torch.allclose(model(x), plain((x - mean) / std), atol=1e-4)
     for words in commands("index"):
         with contextlib.suppress(ValueError):
             place = words.index("image-folder:/data/flowers")
