@@ -184,6 +184,7 @@ def test_the_variance_between_calls_is_without_bias(linear):
     assert float(found.mean()) == pytest.approx(2 * model.size**2, rel=0.15)
 
 
+@pytest.mark.full
 def test_a_gradient_that_lacks_a_part_on_a_few_images_alone_is_attacked(net, digits):
     """Its median is as usual; what a stronger attack with gradients does is no gain of attacks without them."""
 
