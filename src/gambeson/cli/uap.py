@@ -141,6 +141,7 @@ def score(
         under_edits,
         universal_evasion,
     )
+    from gambeson.evaluation.rates import strongest_control
     from gambeson.evaluation.universal import scorable
     from gambeson.threat.edits import Edit
 
@@ -191,8 +192,8 @@ def score(
     if reached is not None:
         _print_target(console, str(uap.about.settings["target"]), reached)
         return
-    worst = max(controls, key=lambda one: one.worst.value)
-    if worst.worst.value >= evasion.value > 0:
+    worst = strongest_control(controls)
+    if worst is not None and worst.worst.value >= evasion.value > 0:
         console.print(
             f"{worst.name} does no less harm, so this perturbation shows no weakness of its own: try other attacks"
         )
