@@ -21,7 +21,7 @@ test test-full: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.dev lint           ## everything that must hold, in minutes
 	$(BIN)/python -m pytest -n auto -m "not full"
 
-test-full: $(VENV)/.dev lint      ## and the slow checks
+test-full: $(VENV)/.full lint     ## and the slow checks, and what is large to install
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
@@ -49,16 +49,8 @@ bundle: $(VENV)/.quickstart        ## all that a machine without network needs, 
 	$(BIN)/python scripts/bundle.py pack
 
 # A stamp a set of extras: made again only when pyproject.toml changes.
-$(VENV)/.quickstart: pyproject.toml | $(BIN)/python
-	$(call install,quickstart)
-	@touch $@
-
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(call install,dev)
-	@touch $@
-
-$(VENV)/.docs: pyproject.toml | $(BIN)/python
-	$(call install,docs)
+$(addprefix $(VENV)/.,quickstart dev full docs): $(VENV)/.%: pyproject.toml | $(BIN)/python
+	$(call install,$*)
 	@touch $@
 
 $(BIN)/python:

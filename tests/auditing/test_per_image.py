@@ -125,15 +125,15 @@ class Erring(nn.Module):
 
 @pytest.mark.parametrize("hidden", [False, True])
 def test_what_hides_behind_its_draws_is_attacked_with_them_off_and_through_them(trained, few, hidden):
-    """PGD follows the cross-entropy of errors that no image can mend: it leaves twice what targets do."""
-    settings = {"pgd_steps": 8, "eot_samples": 8, "votes": 9}
+    """PGD follows the cross-entropy of errors that no image can mend: it leaves far more than targets do."""
+    settings = {"pgd_steps": 4, "eot_samples": 6, "votes": 5, "rescoring": False}
     with held(Erring(trained, hidden=hidden), few, (0.15,), **settings) as evidence:
         pgd, targeted = per_image.measure(evidence)
         names = ["earlier pgd", *["noise off"] * (not hidden), "auto-pgd-targeted"]
         assert [found.attack for found in targeted.rounds] == names
         assert list(targeted.settings) == names[1:]
-        assert targeted.settings["auto-pgd-targeted"]["eot_samples"] == 4
-        assert targeted.accuracy.value < pgd.accuracy.value / 2
+        assert targeted.settings["auto-pgd-targeted"]["eot_samples"] == 3
+        assert targeted.accuracy.value < pgd.accuracy.value - 0.2
         n = Amounts(evidence.suite, few, random=True)
         assert targeted.cost.backwards <= n.targeted * n.test
         assert targeted.cost.forwards <= n.targeted * n.test + n.targeted_forwards
@@ -141,7 +141,7 @@ def test_what_hides_behind_its_draws_is_attacked_with_them_off_and_through_them(
 
 def test_attacks_on_a_random_model_that_do_nothing_change_nothing(trained, few):
     """Nearly every second answer is an error; an image that is chosen for its unlucky votes is judged by others."""
-    with held(Erring(trained, chance=0.45), few, (1e-9,), pgd_steps=4, eot_samples=4, votes=9) as evidence:
+    with held(Erring(trained, chance=0.45), few, (1e-9,), pgd_steps=1, eot_samples=2, rescoring=False) as evidence:
         _, targeted = per_image.measure(evidence)
         assert evidence.clean.value < 0.75
         assert [found.accuracy for found in targeted.rounds] == [evidence.clean] * 3

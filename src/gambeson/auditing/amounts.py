@@ -226,7 +226,7 @@ CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
     "no test-set leakage": lambda n: (
         {"gradients": n.pgd, "beside": n.test + n.held, "shares": "PGD"}
         if n.of_maps
-        else {"apart": 2 * WIDER * MARGIN_STEPS * n.sample, "beside": 2 * n.test + 2 * n.held}
+        else {"apart": 2 * WIDER * MARGIN_STEPS * n.sample, "beside": 3 * n.test + 3 * n.held}
     ),
     "random start no stronger": lambda n: {"gradients": 2},
     "monotone in eps": lambda n: {"gradients": 2 * n.short, "shares": "short PGD"},
