@@ -192,6 +192,27 @@ def universal() -> Iterator[Case]:
     yield Case("universal, beside ART", {"eps": eps, "images": images}, runs)
 
 
+def curve() -> Iterator[Case]:
+    """Universal perturbations at five eps, each also from the one before: one eps after another, and together."""
+    radii = [k / 255 for k in (2, 4, 6, 8, 10)]
+    small: dict[str, Any] = {"steps": 20, "probe_start_steps": 5, "temperature": 1}
+    for name, shape in (("lenet5", (1, 28)), ("lenet", (1, 28)), ("resnet20", (3, 32))):
+        model, whole = network(name, size=shape[1]).eval(), split(640, *shape)
+        few = whole.subset(torch.arange(64))
+        data = Dataset("random", whole.subset(torch.arange(64, 640)), few, few, few.classes)
+
+        def separate(model: nn.Module = model, data: Dataset = data) -> None:
+            start = None
+            for eps in radii:
+                start = StochasticPGD(eps=eps, **small).craft(model, data, start=start).delta
+
+        runs: Runs = {
+            "one after another": separate,
+            "together": partial(StochasticPGD(eps=radii[0], **small).craft_curve, model, data, radii),
+        }
+        yield Case(f"universal curve, {name}", {"eps": radii, **small}, runs)
+
+
 def growth() -> Iterator[Case]:
     """Attacks at three numbers of images and of steps, on an untrained network, so that nothing stops early."""
     model = network("lenet5").eval()
@@ -223,7 +244,7 @@ def installed(settings: BenchSettings) -> Iterator[tuple[str, Attack]]:
 def main() -> None:
     """Time the cases that are asked for, and keep the others as they are stored."""
     cases = {"jacobian": jacobian, "ensemble": members, "noise": noise, "spectrum": spectrum, "pairs": pairs}
-    cases |= {"universal": universal, "growth": growth}
+    cases |= {"universal": universal, "curve": curve, "growth": growth}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[*cases, "attacks", "training", []], metavar="CASE")
     parser.add_argument("--rounds", type=int, default=7)

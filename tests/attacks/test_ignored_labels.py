@@ -112,7 +112,7 @@ def test_starts_probed_together_see_the_batches_that_each_sees_alone(normalise):
     with attack._crafting(model, data, 0) as context:
         assert len({len(images) for k in range(4) for images, _ in islice(context.stream(7, k), 5)}) > 1
         starts = list(context.starts(4, None))
-        found = {float(delta.sum()) for _, delta in attack._best(context, starts)}
+        found = {float(delta.sum()) for _, delta in attack._best(context, [attack], [starts])[0]}
         alone = {float(brief._run(context, start, [k]).sum()) for k, (_, start) in enumerate(starts)}
     assert len(alone) == 4
     assert sorted(found) == pytest.approx(sorted(alone), abs=1e-5)

@@ -10,11 +10,20 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import StochasticPGD, UniversalPerturbation, control
+from gambeson.attacks.solver import ProjectedGradient
 from gambeson.attacks.universal.context import CraftingContext
+from gambeson.attacks.universal.stochastic_pgd import ClasswiseStochasticPGD
 from gambeson.data import Dataset, Split
 from gambeson.threat import Ball
 from gambeson.victim import Victim
-from tests.conftest import LinearNet, binary, inner_images
+from tests.conftest import LinearNet, binary, inner_images, quickly
+
+
+class Flicker(nn.Module):
+    """Adds noise to its input."""
+
+    def forward(self, x):
+        return x + 0.01 * torch.randn_like(x)
 
 
 def linear_data(model, shape, keep=None, count=240):
@@ -153,7 +162,7 @@ def test_starts_are_probed_by_a_short_climb_and_the_best_go_on(trained, digits):
     with attack._crafting(trained, digits, 1) as context:
         brief = StochasticPGD(eps=0.2, steps=10, batch_size=8, rel_step_size=0.5, probe_starts=0)
         rates = [context.rate(brief._run(context, start, [k])) for k, (_, start) in enumerate(context.starts(5, None))]
-        kept = [context.rate(delta) for _, delta in attack._best(context, list(context.starts(5, None)))]
+        kept = [context.rate(delta) for _, delta in attack._best(context, [attack], [list(context.starts(5, None))])[0]]
     assert kept == sorted(rates, reverse=True)[:2]
     few = attack.model_copy(update={"probe_start_images": 20}).craft(trained, digits, seed=1).about
     assert few.forwards == few.backwards + 5 * 20 + 2 * len(digits.validation) + 200
@@ -258,7 +267,7 @@ def test_its_climb_is_the_one_solver_over_mini_batches_with_one_delta(trained, d
     assert not torch.equal(crafted, context.start("sign", 1))
 
 
-@pytest.mark.parametrize("settings", [{}, {"normalise": "sample"}, {"momentum": 0.9}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"normalise": "sample"}, {"momentum": 0.9, "shrink": 0.3}], ids=str)
 def test_starts_climbed_together_end_where_each_ends_alone(trained, digits, settings):
     attack = StochasticPGD(eps=0.2, steps=8, batch_size=20, **settings)
     with Victim(trained) as victim:
@@ -271,6 +280,69 @@ def test_starts_climbed_together_end_where_each_ends_alone(trained, digits, sett
         assert victim.backwards - before == 4 * 8 * 20
     torch.testing.assert_close(together, torch.cat(alone), atol=2e-4, rtol=0)
     assert float((together[1:] - together[:1]).abs().amax()) > 0.1  # restarts see other images and end elsewhere
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Images of every forward that a gradient is taken of."""
+    sizes, plain = [], ProjectedGradient.gradient
+
+    def counted(self, delta, images, *labels, **more):
+        sizes.append(len(images))
+        return plain(self, delta, images, *labels, **more)
+
+    monkeypatch.setattr(ProjectedGradient, "gradient", counted)
+    return sizes
+
+
+CURVES = [
+    {},
+    {"norm": "2"},
+    {"norm": "1"},
+    {"shrink": 0.3, "restarts": 2},
+    {"probe_starts": 0, "restarts": 3, "normalise": "sample"},
+    {"momentum": 0.9, "tile": (4, 4), "target": 3},
+]
+
+
+@pytest.mark.parametrize("settings", quickly(CURVES, CURVES[0], CURVES[3]), ids=str)
+def test_a_curve_is_crafted_as_one_eps_after_another(trained, digits, settings, asked):
+    given = {"eps": 0.5, "steps": 4, "batch_size": 10, "probe_starts": 2, "probe_start_steps": 2, **settings}
+    attack = StochasticPGD(**given)
+    radii = [3.0, 1.0, 2.0] if attack.norm == "1" else [0.3, "1/10", 0.2]
+    alone = []
+    for eps in (1.0, 2.0, 3.0) if attack.norm == "1" else (0.1, 0.2, 0.3):
+        start = alone[-1].delta if alone else None
+        alone.append(StochasticPGD(**{**given, "eps": eps}).craft(trained, digits, seed=4, start=start))
+    separate, asked[:] = asked.copy(), []
+    curve = attack.craft_curve(trained, digits, radii, seed=4)
+    assert sum(asked) == sum(separate)
+    assert len(asked) == len(separate) - 2 * (attack.steps + attack.probe_start_steps * bool(attack.probe_starts))
+    for one, other in zip(curve, alone, strict=True):
+        assert torch.equal(one.delta, other.delta)
+        assert one.about.restarts == other.about.restarts
+        assert one.about.settings == other.about.settings
+        assert one.about.backwards == other.about.backwards
+        assert one.about.forwards <= other.about.forwards  # the temperature is fitted once
+    assert [one.about.eps for one in curve] == [one.about.eps for one in alone]
+    assert not torch.allclose(curve[1].delta, 2 * curve[0].delta, rtol=1e-3)
+
+
+def test_a_curve_needs_radii(trained, digits):
+    with pytest.raises(UserError, match="craft_curve got no eps"):
+        StochasticPGD(eps=0.1).craft_curve(trained, digits, [])
+    with pytest.raises(UserError, match="call craft_classes"):
+        ClasswiseStochasticPGD(eps=0.1).craft_curve(trained, digits, [0.1])
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("plain", [20] * 3), ("edits", [10] * 6), ("random", [10] * 6)])
+def test_restarts_run_together_unless_their_draws_would_mix(trained, digits, asked, kind, sizes):
+    edits = ("none", "shift:1") if kind == "edits" else ()
+    attack = StochasticPGD(eps=0.2, steps=3, restarts=2, probe_starts=0, batch_size=10, edits=edits)
+    model = nn.Sequential(Flicker(), trained) if kind == "random" else trained
+    uap = attack.craft(model, digits)
+    assert asked == sizes
+    assert [kind for kind, _ in uap.about.restarts] == ["zero", "sign"]
 
 
 def test_a_shrunk_attack_stays_off_the_corners():

@@ -180,11 +180,12 @@ def run_stages(
         victim.votes = suite.votes if traits.stochastic else 1
         victim.temperature = 1.0 if black_box else temperature(victim, reported.validation, seed)
         began = now()
+        clean_images = partial(predict, victim, reported.test, seed=seed)
         if black_box:  # queries spent are recorded
-            predictions = torch.tensor(stages.do("clean", list[int], lambda: predict(victim, reported.test).tolist()))
+            predictions = torch.tensor(stages.do("clean", list[int], lambda: clean_images().tolist()))
         else:
             with seeded(seed, "stage", "clean"):  # for a model whose noise decides hardly an answer
-                predictions = predict(victim, reported.test)
+                predictions = clean_images()
         each = (now() - began) / len(reported.test) / victim.votes
         speed = Speed(forward=each, gradient=_GRADIENT * each, surrogate=each, random=traits.stochastic)
         if clock is not None:

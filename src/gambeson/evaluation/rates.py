@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -38,6 +38,18 @@ class Control(Config):
     """UER of the worst draw; its interval holds for all draws at once."""
     draws: int
     """Number of patterns."""
+
+
+def strongest_control(controls: Iterable[Control]) -> Control | None:
+    """Return the control whose worst draw did most harm, the first of several; None where there is none.
+
+    The interval of its rate holds for all draws of all of them at once.
+    """
+    tried = list(controls)
+    if not tried:
+        return None
+    first = max(tried, key=lambda one: one.worst.value)
+    return first.model_copy(update={"worst": Rate.highest(one.worst for one in tried)})
 
 
 class SmallestEps(Config):

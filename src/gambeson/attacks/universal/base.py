@@ -112,15 +112,17 @@ class UniversalAttack(Config):
         """
         with self._crafting(model, data, seed) as context, seeded(seed, "noise"):
             given = None if start is None else self._scaled(start.to(context.device), context)
-            candidates = [self._checked(one, context) for one in self._search(context, given)]
-            if not candidates:
-                raise UserError(f"{type(self).__name__} found no perturbation: its _search yielded nothing")
-            rates = [context.rate(one.delta) if one.rate is None else one.rate for one in candidates]
-            best = max(range(len(rates)), key=rates.__getitem__)
-            delta = candidates[best].delta.cpu()
-            names = [one.start for one in candidates]
-            restarts = list(zip(names, rates, strict=True))
-            about = self._about(context, restarts, self._status(delta, candidates[best]))
+            return self._chosen(context, [self._checked(one, context) for one in self._search(context, given)])
+
+    def _chosen(self, context: CraftingContext, candidates: list[Candidate]) -> UniversalPerturbation:
+        """Return the best candidate on validation, with its provenance."""
+        if not candidates:
+            raise UserError(f"{type(self).__name__} found no perturbation: its _search yielded nothing")
+        rates = [context.rate(one.delta) if one.rate is None else one.rate for one in candidates]
+        best = max(range(len(rates)), key=rates.__getitem__)
+        delta = candidates[best].delta.cpu()
+        restarts = list(zip([one.start for one in candidates], rates, strict=True))
+        about = self._about(context, restarts, self._status(delta, candidates[best]))
         target = None if context.target is None else context.target.map
         return UniversalPerturbation(delta, about, self._seen(context), target)
 

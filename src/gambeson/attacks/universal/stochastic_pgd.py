@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Annotated, ClassVar, Literal, Self
@@ -16,16 +17,17 @@ from gambeson.attacks.losses import MASKED, Loss, LossName
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import cosine, require_finite
 from gambeson.attacks.universal.base import Candidate, UniversalAttack
-from gambeson.attacks.universal.context import CraftingContext
+from gambeson.attacks.universal.context import CraftingContext, passes
 from gambeson.attacks.universal.perturbation import UniversalPerturbation
 from gambeson.attacks.universal.target import OMEGA, TAU, LabelSource, Target, TargetSetting
-from gambeson.base import Number, UserError, generator, tracked
+from gambeson.base import Number, UserError, generator, seeded, tracked
 from gambeson.data import Split
-from gambeson.threat import BoxGradient
+from gambeson.threat import Ball, BoxGradient
 from gambeson.victim import Source, Temperature, auto_batch_size
 
-_VALUES_PER_STEP = 2**21
-"""Input values that the starts which are probed together send forward per step: 128 images of 64 pixels in colour."""
+_VALUES_PER_STEP, _VALUES_PER_STEP_ON_CPU = 2**21, 2**19
+"""Input values that climbs which run together send forward per step: 682 colour images of 32 x 32; on a CPU, whose
+caches larger batches exceed, 170."""
 
 
 @register(
@@ -48,7 +50,8 @@ class StochasticPGD(UniversalAttack):
     ``probe_starts * probe_start_steps * probe_start_batch + restarts * steps * batch_size`` forwards and as many
     backwards, 25,600 by default, and a forward of ``probe_start_images`` per start probed, of all validation per
     restart, and of 200 images for the temperature. Starts are probed together, in one forward and backward per step, as
-    far as memory allows.
+    far as it pays, and so are restarts and the radii of :meth:`craft_curve`. No climb depends on which others it runs
+    with; but each restart of a random model, or of edits, runs alone, as its draws would.
     """
 
     name: ClassVar[str] = "stochastic-pgd"
@@ -132,13 +135,74 @@ class StochasticPGD(UniversalAttack):
         truncate = None if self.loss in (*MASKED, "js") else self.truncate
         return Loss(kind=self.loss, truncate=truncate, truncate_correct=self.truncate_correct)
 
+    def craft_curve(
+        self, model: Source, data: object, eps: Sequence[float | str], *, seed: int = 0
+    ) -> list[UniversalPerturbation]:
+        """Craft a perturbation at each of several eps, whose climbs run together.
+
+        As :meth:`craft` at one eps after another, from the smallest, with the perturbation of the next smaller eps as
+        ``start``. Climbs from drawn starts do not depend on each other: those of all eps share their images, forwards
+        and backwards. Only those from the smaller eps follow one another. In float32 on a CPU, the perturbations of a
+        model that draws nothing are the same, bit by bit.
+
+        Args:
+            model: as in :meth:`craft`.
+            data: as in :meth:`craft`.
+            eps: radii in pixel units, instead of the attack's own.
+            seed: of every draw, the same at each eps.
+
+        Returns:
+            A perturbation per eps, ascending. Forwards and backwards in the provenance of the first include those that
+            do not divide evenly among all.
+        """
+        curve = [
+            self.model_copy(update={"eps": radius})
+            for radius in sorted({Ball(eps=one, norm=self.norm).eps for one in eps})
+        ]
+        if not curve:
+            raise UserError("craft_curve got no eps: expected one or more radii in pixel units")
+        found: list[UniversalPerturbation] = []
+        with self._crafting(model, data, seed) as context, seeded(seed, "noise"):
+            drawn = self._climbed(context, curve)
+            shared = [now - old for now, old in zip(passes(context.victims), context.before, strict=True)]
+            for number, (attack, candidates) in enumerate(zip(curve, drawn, strict=True)):
+                own = [count // len(curve) + (0 if number else count % len(curve)) for count in shared]
+                forwards, backwards = (now - old for now, old in zip(passes(context.victims), own, strict=True))
+                here = replace(context, ball=attack.ball, before=(forwards, backwards))
+                if found:
+                    start = attack._scaled(found[-1].delta.to(context.device), context)
+                    candidates.append(attack._from_given(here, start))
+                found.append(attack._chosen(here, candidates))
+        return found
+
     def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
-        starts = [(kind, self._tiled(one)) for kind, one in context.starts(self.probe_starts or self.restarts, start)]
+        yield from self._climbed(context, [self])[0]
+        if start is not None:
+            yield self._from_given(context, start)
+
+    def _climbed(self, context: CraftingContext, curve: Sequence[StochasticPGD]) -> list[list[Candidate]]:
+        """Return the ends of the climbs from drawn starts at each eps; the attacks differ in their eps alone."""
+        count, starts = self.probe_starts or self.restarts, []
+        for attack in curve:
+            own = replace(context, ball=attack.ball).starts(count, None)
+            starts.append([(kind, attack._tiled(delta)) for kind, delta in own])
         if self.probe_starts:
-            starts = self._best(context, starts)
-        for restart, (kind, delta) in enumerate(starts):
-            label = f"restart {restart + 1} of {len(starts)}"
-            yield Candidate(start=kind, delta=self._run(context, delta, [self.probe_starts + restart], label=label))
+            starts = self._best(context, curve, starts)
+        numbers = range(self.probe_starts, self.probe_starts + len(starts[0]))
+        apart = bool(context.edits) or any(
+            victim.batch_norm != "eval" or (victim.traits is not None and victim.traits.stochastic)
+            for victim in context.victims
+        )
+        ends = self._together(context, curve, starts, numbers, apart=apart)
+        return [
+            [Candidate(start=kind, delta=end) for (kind, _), end in zip(own, found.split(1), strict=True)]
+            for own, found in zip(starts, ends, strict=True)
+        ]
+
+    def _from_given(self, context: CraftingContext, start: torch.Tensor) -> Candidate:
+        """Climb from a start that was given, always the whole way."""
+        number = self.probe_starts + min(self.restarts, self.probe_starts or self.restarts)
+        return Candidate(start="warm", delta=self._run(context, self._tiled(start), [number], label="given start"))
 
     def _tiled(self, start: torch.Tensor) -> torch.Tensor:
         """Repeat the tile at the top left of a start."""
@@ -147,23 +211,65 @@ class StochasticPGD(UniversalAttack):
         height, width = self.tile
         return self.ball.project(repeat_tile(start[..., :height, :width], start.shape[2:]))
 
-    def _best(self, context: CraftingContext, starts: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
-        """Run every start for a few steps, and return the best on validation; one that was given is always kept."""
+    def _best(
+        self,
+        context: CraftingContext,
+        curve: Sequence[StochasticPGD],
+        starts: Sequence[Sequence[tuple[str, torch.Tensor]]],
+    ) -> list[list[tuple[str, torch.Tensor]]]:
+        """Run every start for a few steps, and return the best on validation, for each eps."""
         settings = {
             "steps": self.probe_start_steps,
             "batch_size": self.probe_start_batch,
             "rel_step_size": self.probe_rel_step_size,
         }
-        brief = self.model_copy(update=settings)
-        drawn, given = starts[: self.probe_starts], starts[self.probe_starts :]
-        kinds, first = [kind for kind, _ in drawn], torch.cat([delta for _, delta in drawn])
-        most = auto_batch_size(context.train.shape, len(first) * self.probe_start_batch, _VALUES_PER_STEP)
-        together = torch.arange(len(first)).split(max(1, most // self.probe_start_batch))
-        ends = torch.cat([brief._run(context, first[part], part.tolist()) for part in together])
-        probed = list(zip(kinds, ends.split(1), strict=True))
-        judge = context.validation.sample(self.probe_start_images, seed=context.seed)
-        ranked = sorted(probed, key=lambda entry: -context.rate(entry[1], judge))
-        return [(f"{kind}, probed", delta) for kind, delta in ranked[: self.restarts]] + given
+        brief = [attack.model_copy(update=settings) for attack in curve]
+        ends = brief[0]._together(context, brief, starts, range(self.probe_starts), "probe starts")
+        judge, best = context.validation.sample(self.probe_start_images, seed=context.seed), []
+        for own, found in zip(starts, ends, strict=True):
+            probed = [(f"{kind}, probed", end) for (kind, _), end in zip(own, found.split(1), strict=True)]
+            best.append(sorted(probed, key=lambda entry: -context.rate(entry[1], judge))[: self.restarts])
+        return best
+
+    def _together(
+        self,
+        context: CraftingContext,
+        curve: Sequence[StochasticPGD],
+        starts: Sequence[Sequence[tuple[str, torch.Tensor]]],
+        numbers: Sequence[int],
+        label: str = "",
+        *,
+        apart: bool = False,
+    ) -> torch.Tensor:
+        """Run the starts of every eps, as many at once as pay; return their ends, (E, R, C, H, W).
+
+        Args:
+            context: the models and images.
+            curve: the attacks, which differ in their eps alone.
+            starts: R kinds and (1, C, H, W) each, for each of them.
+            numbers: of the R restarts.
+            label: what progress calls them; by default the numbers of the restarts.
+            apart: each start by itself.
+        """
+        first = torch.stack([torch.cat([delta for _, delta in own]) for own in starts])
+        (radii, restarts), ends = first.shape[:2], torch.empty_like(first)
+        values = _VALUES_PER_STEP_ON_CPU if context.device.type == "cpu" else _VALUES_PER_STEP
+        images = 1 if apart else auto_batch_size(context.train.shape, radii * restarts * self.batch_size, values)
+        most = max(1, images // self.batch_size)
+        for rows in torch.arange(restarts).split(most):
+            for own in torch.arange(radii).split(max(1, most // len(rows))):
+                last = "" if len(rows) == 1 else f" to {int(rows[-1]) + 1}"
+                told = label or f"restart {int(rows[0]) + 1}{last} of {restarts}"
+                part = first[own][:, rows]
+                found = self._run(
+                    context,
+                    part.flatten(0, 1),
+                    [numbers[row] for row in rows.tolist()],
+                    curve=[curve[k] for k in own.tolist()],
+                    label=told,
+                )
+                ends[own[:, None], rows] = found.view_as(part)
+        return ends
 
     def _run(
         self,
@@ -171,6 +277,7 @@ class StochasticPGD(UniversalAttack):
         delta: torch.Tensor,
         restarts: Sequence[int],
         *,
+        curve: Sequence[StochasticPGD] = (),
         label: str = "probe starts",
         classwise: bool = False,
     ) -> torch.Tensor:
@@ -178,18 +285,26 @@ class StochasticPGD(UniversalAttack):
 
         Args:
             context: the models and images.
-            delta: (R, C, H, W), a start per restart; with ``classwise``, one perturbation per class.
+            delta: (R, C, H, W), a start per restart; with ``classwise``, one perturbation per class. With a curve, as
+                many for each eps, one after another.
             restarts: their numbers, which say in what order each sees the images.
+            curve: attacks that differ in their eps alone; each restart sees the same images at each. By default this
+                one.
             label: what progress calls them.
             classwise: every image carries the perturbation of its own class.
         """
-        solver, memory = context.solver(self.objective), torch.zeros_like(delta)
+        curve = curve or [self]
+        solver, memory, heaps = context.solver(self.objective), torch.zeros_like(delta), len(delta) // len(curve)
         if self.shrink:
-            solver = solver.within(self.shrink, delta, generator(context.seed, "box", restarts[0], device=delta.device))
+            boxes = [
+                solver.within(self.shrink, delta, generator(context.seed, "box", restart, device=delta.device)).sizes
+                for restart in restarts
+            ]
+            solver = replace(solver, sizes=torch.cat([box for box in boxes if box is not None]))
+        climbs = [(replace(solver, ball=attack.ball), attack.lengths) for attack in curve]
         sums: list[torch.Tensor] = []
         streams = zip(*(context.batches(self.batch_size, restart) for restart in restarts), strict=True)
-        steps = zip(islice(streams, self.steps), self.lengths, strict=True)
-        for step, (batches, length) in enumerate(tracked(steps, label, self.steps), 1):
+        for step, batches in enumerate(tracked(islice(streams, self.steps), label, self.steps)):
             images, labels, places = (torch.cat(parts) for parts in zip(*batches, strict=True))
             targets, weights = context.aims(images, labels, places)
             # Mini-batches differ in size where images without a label that counts were left out.
@@ -198,7 +313,11 @@ class StochasticPGD(UniversalAttack):
             # The row of each image: its own class's perturbation, or that of the restart whose mini-batch it is in.
             own = [labels.new_full((size,), row) for row, size in enumerate(sizes)] if alone and not classwise else []
             rows = torch.cat(own) if own else labels
-            guide, moving = solver.at(step, self.steps), delta[rows] if alone else delta
+            if len(curve) > 1:
+                images, targets = torch.cat([images] * len(curve)), torch.cat([targets] * len(curve))
+                weights = None if weights is None else torch.cat([weights] * len(curve))
+                rows = torch.cat([rows + k * heaps for k in range(len(curve))]) if alone else rows
+            guide, moving = solver.at(step + 1, self.steps), delta[rows] if alone else delta
             direction, logits = guide.gradient(moving, images, targets, weights=weights, sums=sums)
             direction = direction if self.tile is None else mean_over_tiles(direction, self.tile)
             if self.normalise == "sample":
@@ -210,10 +329,13 @@ class StochasticPGD(UniversalAttack):
             if self.momentum:
                 size = direction.abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-30)
                 direction = memory = self.momentum * memory + direction / size
-            if self.normalise == "batch" or self.momentum:
-                delta = solver.step_along(delta, images, direction, length)
-            else:  # a mean of steps is one already
-                delta = solver.project(delta + length * direction, images)
+            moved = []
+            for (inside, lengths), part, way in zip(climbs, delta.split(heaps), direction.split(heaps), strict=True):
+                if self.normalise == "batch" or self.momentum:
+                    moved.append(inside.step_along(part, images, way, lengths[step]))
+                else:  # a mean of steps is one already
+                    moved.append(inside.project(part + lengths[step] * way, images))
+            delta = torch.cat(moved)
         require_finite(sums, done=partial(solver.done, logits, targets))
         return delta
 
@@ -249,6 +371,12 @@ class ClasswiseStochasticPGD(StochasticPGD):
         raise UserError(
             "a class-wise attack makes one perturbation per class: call craft_classes, which returns them by class"
         )
+
+    def craft_curve(
+        self, model: Source, data: object, eps: Sequence[float | str], *, seed: int = 0
+    ) -> list[UniversalPerturbation]:
+        """Refuse, as :meth:`craft` does."""
+        return [self.craft(model, data, seed=seed)]
 
     def craft_classes(self, model: Source, data: object, *, seed: int = 0) -> dict[int, UniversalPerturbation]:
         """Craft one perturbation for each class; arguments as in :meth:`StochasticPGD.craft`.
