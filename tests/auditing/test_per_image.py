@@ -132,6 +132,8 @@ def test_what_hides_behind_its_draws_is_attacked_with_them_off_and_through_them(
         names = ["earlier pgd", *["noise off"] * (not hidden), "auto-pgd-targeted"]
         assert [found.attack for found in targeted.rounds] == names
         assert list(targeted.settings) == names[1:]
+        steps = {name: (one["steps"], one["probe_steps"]) for name, one in targeted.settings.items()}
+        assert steps == dict.fromkeys(names[1:-1], (8, 2)) | {"auto-pgd-targeted": (4, 1)}
         assert targeted.settings["auto-pgd-targeted"]["eot_samples"] == 3
         assert targeted.accuracy.value < pgd.accuracy.value - 0.2
         n = Amounts(evidence.suite, few, random=True)

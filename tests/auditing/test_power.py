@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from scipy.stats import beta, binom
+from scipy.stats import t as student
 
 from gambeson.auditing import AuditContext
 from gambeson.auditing.diagnostics import DIAGNOSTICS
@@ -140,6 +141,14 @@ def test_rates_are_judged_at_the_same_level():
     for n, limit in ((100, 0.05), (40, 0.25)):
         hits = next(hits for hits in range(n) if lower_end(Rate.of(hits, n)) > limit)
         assert binom.sf(hits - 1, n, limit) <= LEVEL < binom.sf(hits - 2, n, limit)
+
+
+def test_shares_of_pixels_are_judged_at_that_level_too():
+    """Wilson's lower end of the effective number of answers, with Student's quantile of as many maps."""
+    rate = Rate.from_variance(0.3, 0.3 * 0.7 / 120, 40, 10_000)
+    z, n = float(student.ppf(1 - LEVEL, 39)), 120
+    centre, half = 0.3 + z**2 / (2 * n), z * (0.3 * 0.7 / n + z**2 / (4 * n**2)) ** 0.5
+    assert lower_end(rate) == pytest.approx((centre - half) / (1 + z**2 / n))
 
 
 def test_the_power_of_two_looks_by_enumeration():
