@@ -112,10 +112,13 @@ class Recipe(Config):
     channels_last: bool = False
     """Use the channels-last memory layout: the same network with different rounding, often faster with many
     channels."""
-    select: Literal["last", "best", "best-universal", "best-pgd"] = "last"
+    select: Literal["last", "best", "best-universal", "best-pgd", "best-robust"] = "last"
     """The epoch whose weights are kept. On validation, ``best`` has the lowest clean error (of label maps the highest
-    mean IoU), ``best-universal`` the lowest universal evasion rate, ``best-pgd`` the highest accuracy under PGD; the
-    latter two among the epochs measured by ``robust_every``."""
+    mean IoU), ``best-universal`` the lowest universal evasion rate, ``best-pgd`` the highest accuracy under PGD, and
+    ``best-robust`` the highest mean of the accuracies under both; the latter three among the epochs measured by
+    ``robust_every``."""
+    least_accuracy: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    """Accuracy on clean validation images below which ``select`` takes no epoch."""
     robust_every: Annotated[int, Field(ge=0)] = 0
     """Run short attacks on validation after every so many epochs, and after the last; 0: never."""
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
