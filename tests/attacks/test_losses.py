@@ -199,3 +199,16 @@ def test_a_map_of_one_pixel_has_the_losses_of_an_image(kind):
     labels = torch.arange(9) % 4
     for loss in (Loss(kind=kind), Loss(kind=kind, targeted=True)):
         assert torch.equal(loss(logits[..., None, None], labels[:, None, None], Segmentation()), loss(logits, labels))
+
+
+@pytest.mark.parametrize("tau", [0.2, 0.75])
+@pytest.mark.parametrize("kind", ["cross-entropy", "margin"])
+def test_a_target_that_is_likelier_than_tau_has_no_gradient(tau, kind):
+    """Metzen et al. 2017: probabilities of the target just below and just above the limit, and far from it."""
+    p = torch.tensor([0.02, tau - 0.01, tau + 0.01, 0.98])
+    logits = torch.stack([p.log(), (1 - p).log()], 1).requires_grad_()
+    loss = Loss(kind=kind, targeted=True, tau=tau)
+    values = loss(logits, torch.zeros(4, dtype=torch.long))
+    (gradient,) = torch.autograd.grad(values.sum(), logits)
+    assert gradient.any(1).tolist() == [True, True, False, False]
+    torch.testing.assert_close(values, Loss(kind=kind, targeted=True)(logits, torch.zeros(4, dtype=torch.long)))

@@ -345,3 +345,17 @@ def test_a_wrong_word_for_the_outputs_is_told_from_their_values():
             gb.models.as_logits(logit, word)(x)
     with pytest.warns(UserWarning, match="name `sigmoid`, not `one-logit`"):
         gb.models.as_logits(nn.Sequential(logit, nn.Sigmoid()), "one-logit")(x)
+
+
+@pytest.mark.parametrize("odd", [2, 3, 5])
+def test_a_model_is_random_if_one_of_five_calls_differs(odd):
+    class Rarely(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            z = 10 * x.flatten(1)[:, :3]
+            return z.flip(1) if self.calls == odd else z
+
+    found = inspect_model(Rarely(), torch.rand(8, 1, 3, 3, generator=torch.Generator().manual_seed(0)))
+    assert found.stochastic

@@ -44,7 +44,9 @@ Norm = Annotated[Literal["inf", "2", "1"], *NORM_RULES]
 
 
 def default_eps(shape: Sequence[int], norm: str = "inf") -> float:
-    """Return the radius that every command takes where none is given: 0.2 for grey images, 8/255 for others.
+    """Return the radius that a command of one radius takes where none is given: 0.2 for grey images, 8/255 for others.
+
+    Audits have several, around 0.15 and 12/255 (:attr:`gambeson.auditing.Suite.eps`).
 
     Args:
         shape: (C, H, W) of an image.
