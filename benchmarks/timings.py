@@ -195,8 +195,8 @@ def universal() -> Iterator[Case]:
 def curve() -> Iterator[Case]:
     """Universal perturbations at five eps, each also from the one before: one eps after another, and together."""
     radii = [k / 255 for k in (2, 4, 6, 8, 10)]
-    small: dict[str, Any] = {"steps": 20, "probe_start_steps": 5, "temperature": 1}
-    for name, shape in (("lenet5", (1, 28)), ("lenet", (1, 28)), ("resnet20", (3, 32))):
+    small: dict[str, Any] = {"steps": 10, "probe_start_steps": 3, "temperature": 1}
+    for name, shape in (("lenet5", (1, 28)), ("resnet20", (3, 32))):
         model, whole = network(name, size=shape[1]).eval(), split(640, *shape)
         few = whole.subset(torch.arange(64))
         data = Dataset("random", whole.subset(torch.arange(64, 640)), few, few, few.classes)

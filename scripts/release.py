@@ -27,12 +27,12 @@ COMMANDS = [
     "--version",
     "list attacks",
     "list defenses",
-    "train --data digits --model lenet5 --epochs 2 --batch-size 64 --out runs/x",
-    "uap craft runs/x --eps 0.2 --set steps=5 --set probe_starts=0 --out uap.safetensors",
+    "train --data digits --model lenet5 --epochs 10 --batch-size 64 --out runs/x",
+    "uap craft runs/x --eps 0.2 --set steps=20 --set probe_starts=0 --out uap.safetensors",
     "uap score uap.safetensors runs/x",
     "audit runs/x --suite glance --out runs/x-audit " + " ".join(f"--set {one}" for one in SMALL),
     "report runs/x-audit",
-    "report runs/x-audit --gate clean>=0.05 --junit audit.xml",
+    "report runs/x-audit --gate clean>=0.5 --junit audit.xml",
 ]
 PYTHON = """
 import pathlib, sys

@@ -8,7 +8,7 @@ from scipy.optimize import brentq
 
 from gambeson import UserError
 from gambeson.threat import Ball, default_eps
-from tests.conftest import shaded_images
+from tests.conftest import inner_images, shaded_images
 
 shapes = st.tuples(st.integers(1, 4), st.sampled_from([1, 3]), st.integers(1, 5), st.integers(1, 7))
 norms = st.sampled_from(["inf", "2", "1"])
@@ -185,7 +185,7 @@ def test_projection_on_ball_and_box_is_that_of_a_root_search(norm):
     draws = torch.Generator().manual_seed(0)
     images = shaded_images(60, (1, 5, 8))
     delta = torch.randn(images.shape, generator=draws) * torch.logspace(-1, 1, 60).view(-1, 1, 1, 1)
-    eps = 2.0 if norm == "1" else 0.7
+    eps = 6.0 if norm == "1" else 2.0
     found = Ball(eps=eps, norm=norm).project_in_box(delta, -images, 1 - images)
     size, room = delta.abs().flatten(1).double(), torch.where(delta > 0, 1 - images, images).flatten(1).double()
     for k in range(60):
@@ -202,6 +202,16 @@ def test_projection_on_ball_and_box_is_that_of_a_root_search(norm):
             found[k].flatten().double(), moved(share) * delta[k].flatten().sign(), rtol=1e-4, atol=1e-6
         )
     assert int((Ball(eps=eps, norm=norm).length(found) > eps * (1 - 1e-5)).sum()) > 30
+
+
+@pytest.mark.parametrize("norm", ["1", "2"])
+def test_where_the_box_does_not_bind_the_projection_is_that_onto_the_ball_to_the_bit(norm):
+    images, ball = inner_images(40, (1, 5, 8)), Ball(eps=0.3, norm=norm)
+    delta = draw(images.shape, 0) * torch.logspace(-3, 1, 40).view(-1, 1, 1, 1)
+    plain = ball.project(delta)
+    assert bool(((images + plain > 0) & (images + plain < 1)).all())
+    assert 10 < int((plain != delta).flatten(1).any(1).sum()) < 40
+    assert torch.equal(ball.project_in_box(delta, -images, 1 - images), plain)
 
 
 def test_default_radii():

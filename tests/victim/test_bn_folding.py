@@ -231,3 +231,38 @@ def test_noise_that_is_turned_on_through_data_makes_a_model_random():
     model.scale.data.fill_(1)
     with Victim(model) as victim:
         assert victim.inspect(x).stochastic
+
+
+class Rectified(nn.Module):
+    """A ReLU in different places, of which the first alone may write into its input."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.conv, self.relu, self.head = kind, nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Linear(3 * 6 * 6, 4)
+        if kind == "hook":
+            self.conv.register_forward_hook(lambda *_: None)
+
+    def forward(self, x):
+        z = self.conv(self.relu(x) if self.kind == "input" else x)
+        z = z.sigmoid() if self.kind == "saved" else z
+        y = z if self.kind == "input" else self.relu(z)
+        return self.head((y + z if self.kind == "used again" else y).flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["plain", "used again", "saved", "input", "hook"])
+def test_relus_of_a_copy_write_into_their_input_where_nothing_else_reads_it(kind):
+    torch.manual_seed(0)
+    model, images = Rectified(kind).eval(), torch.rand(5, 1, 8, 8)
+    point = images.clone().requires_grad_()
+    logits = model(point)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), point)
+    made = fold_batchnorms(model, images[:2])
+    assert made.view.relu.inplace == (kind == "plain")
+    assert not model.relu.inplace
+    given = images.clone()
+    with Victim(model, fast=True) as victim:
+        moved = given.requires_grad_()
+        found = victim(moved)
+        torch.testing.assert_close(found, logits, atol=1e-6, rtol=0)
+        torch.testing.assert_close(victim.gradient(found.square().sum(), moved, 5), gradient, atol=1e-6, rtol=0)
+    assert torch.equal(given.detach(), images)

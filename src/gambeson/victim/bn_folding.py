@@ -59,10 +59,28 @@ class FoldedModel:
             self.view.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
             self.view.set_submodule(norm_name, nn.Identity())
         self.view.requires_grad_(False)
+        if self._rectifies_in_place(model, example):
+            return
         if self.pairs and not _agree(model, self.view, example):
             self.view, self.pairs = plain, []
         if not self.pairs and not _agree(model, plain, example):
             raise ValueError("the copy gives other results")
+
+    def _rectifies_in_place(self, model: nn.Module, example: torch.Tensor) -> bool:
+        """Let the copy's ReLUs write into their inputs, a tensor less each, if it has the model's results then too."""
+        modules = list(self.view.modules())
+        if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+            return False  # a hook may keep what would be written into
+        relus = [module for module in modules if type(module) is nn.ReLU and not module.inplace]
+        for relu in relus:
+            relu.inplace = True
+        try:
+            agree = bool(relus) and _agree(model, self.view, example)
+        except RuntimeError:  # the backward needs what was written into
+            agree = False
+        for relu in relus:
+            relu.inplace = agree
+        return agree
 
     def lay_out(self, model: nn.Module, example: torch.Tensor, layout: torch.memory_format) -> None:
         """Bring the copy into a memory layout if it gives the model's results there."""
@@ -153,18 +171,21 @@ def _agree(
 ) -> bool:
     """Whether a copy has the model's logits and input gradient, up to rounding, on images of a memory layout.
 
+    Nor may it write into its input where the model does not.
+
     The gradient is compared at random images, where no rounding decides which side of a kink they are on. Where the
     model draws random numbers, whose order the layout may change, its results have to exist only.
     """
 
-    def results(net: nn.Module, images: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def results(net: nn.Module, images: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+        sent = images.clone()
         with seeded(seed, "proof"):  # the same noise for both
-            logits = logits_of(net(images.clone()), len(images))
+            logits = logits_of(net(sent), len(images))
         if not logits.requires_grad:
-            return logits.detach(), None
+            return logits.detach(), None, sent._version > 0
         weights = torch.linspace(1, 2, logits[0].numel(), device=logits.device).view(logits.shape[1:]).to(logits.dtype)
         (gradient,) = torch.autograd.grad(logits, images, weights.expand_as(logits).contiguous(), allow_unused=True)
-        return logits.detach(), gradient
+        return logits.detach(), gradient, sent._version > 0
 
     def near(ours: torch.Tensor, theirs: torch.Tensor, most: float) -> bool:
         return ours.shape == theirs.shape and float((ours - theirs).abs().max()) <= most
@@ -175,8 +196,10 @@ def _agree(
     with torch.enable_grad(), full_precision(example.device):  # TF32 or autocast would fail the comparison
         for images in (example, (example + noise) / 2):
             plain, laid = images.clone().requires_grad_(), images.clone(memory_format=layout).requires_grad_()
-            logits, gradient = results(model, plain, 0)
-            found, found_gradient = results(view, laid, 0)
+            logits, gradient, writes = results(model, plain, 0)
+            found, found_gradient, found_writes = results(view, laid, 0)
+            if found_writes and not writes:
+                return False
             if layout != torch.contiguous_format and not torch.equal(logits, results(model, plain, 1)[0]):
                 return bool(found.isfinite().all()) and (found_gradient is None) == (gradient is None)
             if not near(found, logits, max(TOLERANCE, rounding) * max(1.0, float(logits.abs().max()))):
