@@ -22,6 +22,7 @@ from gambeson.auditing import SUITES, AuditResult, Suite
 from gambeson.auditing.gates import METRICS
 from gambeson.base import Registered
 from gambeson.defenses.registry import DEFENSES
+from gambeson.evaluation import Rate
 
 DOCS = Path(__file__).parent
 sys.path.append(str(DOCS.parent / "benchmarks"))
@@ -120,6 +121,25 @@ def defences() -> str:
         cells = [f"{statistics.mean(one):.1f}{spread}" for one, spread in zip(values, spreads, strict=True)]
         found.append([name, len(rows), f"{cost[name]:.1f}" if name in cost else "", *cells])
     return lines(["defence", "seeds", "time of a step", *columns.values()], found)
+
+
+def ablation() -> str:
+    """Return what each part of the preset adds, on validation and on test."""
+    columns = {"train.validation_accuracy": "clean, validation", "train.validation_uer": "UER 0.2, validation"}
+    columns |= {"clean.accuracy": "clean", "uap.uer": "UER 0.2", "uap-more.uer": "UER 0.3"}
+    columns |= {"pgd.accuracy": "PGD-20 at 0.1", "pgd-full.accuracy": "PGD-20 at 0.2"}
+    found = []
+    for name, rows in by_defense("gambeson-ablation").items():
+        values = [shares(rows, metric) for metric in columns]
+        found.append([name, *(f"{statistics.mean(one):.1f}" if one else "not run" for one in values)])
+    return lines(["training", *columns.values()], found)
+
+
+def hardened() -> str:
+    """Return what hardening made of the quickstart's standard network."""
+    found = load("harden-quickstart.json")["rates"]
+    cells = [[Rate(**rates[side]) for side in ("original", "hardened")] for rates in found.values()]
+    return lines(["per cent", "original", "hardened"], ([f"`{n}`", *c] for n, c in zip(found, cells, strict=True)))
 
 
 def calibrated() -> str:
@@ -340,6 +360,8 @@ def tables() -> dict[str, tuple[str, str]]:
         "auditors table": ("../README.md", testbed_rates.beside()),
         "defenses table": ("defenses.md", defences()),
         "calibrated crafting": ("defenses.md", calibrated()),
+        "ablation": ("recipe.md", ablation()),
+        "hardened": ("recipe.md", hardened()),
         "equal budgets": ("attacks.md", universal()),
         "box gradient": ("attacks.md", box_gradient()),
         "autoattack table": ("attacks.md", autoattack()),

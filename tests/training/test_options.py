@@ -12,6 +12,7 @@ from gambeson import UserError
 from gambeson.defenses import PGDAdversarial, Standard
 from gambeson.training import PRESETS, Recipe, TrainRun
 from gambeson.training.recipe import make_optimizer
+from gambeson.training.validation import is_best
 
 
 def fresh(digits, name="lenet5"):
@@ -88,6 +89,27 @@ def test_robust_selection_keeps_the_epoch_that_validation_names(digits, tmp_path
     assert all(torch.equal(best[key], value) for key, value in model.state_dict().items())
     with pytest.raises(UserError, match="needs robust_every"):
         Recipe(select="best-universal")
+
+
+def test_selection_is_among_the_epochs_that_are_accurate_enough():
+    rows = [(0.9, 0.5, 0.2), (0.9, 0.2, 0.3), (0.8, 0.1, 0.8), (0.85, 0.4, 0.5), (0.9, 0.1, 0.4), (1.0, None, None)]
+    history = [
+        {"validation_accuracy": clean}
+        | ({} if uer is None else {"validation_uer": uer, "validation_pgd_accuracy": pgd})
+        for clean, uer, pgd in rows
+    ]
+
+    def taken(select, least=0.0):
+        recipe = Recipe(select=select, robust_every=1, least_accuracy=least)
+        return [k for k in range(len(history)) if is_best(history[: k + 1], recipe, Standard())]
+
+    assert taken("best") == [0, 5]
+    assert taken("best-universal") == [0, 1, 2]
+    assert taken("best-pgd") == [0, 1, 2]
+    assert taken("best-robust") == [0, 1, 2]
+    assert taken("best-robust", 0.85) == [0, 1, 4]
+    assert taken("best-pgd", 0.85) == [0, 1, 3]
+    assert taken("best", 0.95) == [5]
 
 
 def test_fine_tuning_holds_statistics_and_slows_early_layers(digits):
