@@ -108,9 +108,10 @@ def test_mean_of_signs_differs_from_sign_of_the_mean_on_two_samples():
     y = torch.tensor([0, 1])
     with torch.no_grad():
         model.bias += torch.tensor([0.0, 1.0])  # the image of class 1 is surer, so that of class 0 has more to lose
-    part = Split("two", x, y, ("a", "b"))
+    part, alike = Split("two", x, y, ("a", "b")), Split("two", x, torch.zeros_like(y), ("a", "b"))
     with Victim(model, fast=True) as victim:
         context = CraftingContext(victims=[victim], train=part, validation=part, ball=Ball(eps=0.2), seed=0)
+        same = CraftingContext(victims=[victim], train=alike, validation=part, ball=Ball(eps=0.2), seed=0)
         zero = context.start("zero", 0)
         one = {
             kind: StochasticPGD(eps=0.2, steps=1, batch_size=2, rel_step_size=0.5, truncate=None, normalise=kind)._run(
@@ -118,6 +119,9 @@ def test_mean_of_signs_differs_from_sign_of_the_mean_on_two_samples():
             )
             for kind in ("batch", "sample")
         }
+        step = StochasticPGD(eps=0.2, steps=1, batch_size=2, rel_step_size=0.5, truncate=None, normalise="sample")
+        mean = step._run(same, zero, [0])
+    torch.testing.assert_close(mean[0], 0.1 * w.sign())  # of two equal signs, one step and not two
     assert not one["sample"].any()  # the two signs are opposite and cancel
     torch.testing.assert_close(one["batch"][0].abs(), torch.full((1, 1, 3), 0.1))
     assert torch.equal(one["batch"][0].sign(), w.sign())
