@@ -10,7 +10,7 @@ install = $(if $(TORCH_INDEX),\
   PIP_INDEX_URL=$(TORCH_INDEX) $(PIP) torch torchvision && $(PIP) -e ".[$(1)]",\
   $(PIP) uv && $(BIN)/python -m uv pip install --quiet --python $(BIN)/python --torch-backend auto -e ".[$(1)]" || $(PIP) -e ".[$(1)]")
 
-.PHONY: quickstart test test-full lint picture tables results-check bundle clean
+.PHONY: quickstart test test-full lint docs picture tables results-check bundle clean
 
 quickstart: $(VENV)/.quickstart   ## find a universal perturbation, harden the model, open report.html
 	$(BIN)/gambeson quickstart --out runs/quickstart
@@ -21,13 +21,16 @@ test test-full: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.dev lint           ## everything that must hold, in minutes
 	$(BIN)/python -m pytest -n auto -m "not full"
 
-test-full: $(VENV)/.dev lint      ## and the slow checks
+test-full: $(VENV)/.full lint     ## and the slow checks, and what is large to install
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs                  ## the site, in site/; opens from disk, with its search
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 picture: quickstart $(VENV)/.dev     ## the README's pictures and stored results, from the quickstart
 	$(BIN)/python docs/picture.py
@@ -46,12 +49,8 @@ bundle: $(VENV)/.quickstart        ## all that a machine without network needs, 
 	$(BIN)/python scripts/bundle.py pack
 
 # A stamp a set of extras: made again only when pyproject.toml changes.
-$(VENV)/.quickstart: pyproject.toml | $(BIN)/python
-	$(call install,quickstart)
-	@touch $@
-
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(call install,dev)
+$(addprefix $(VENV)/.,quickstart dev full docs): $(VENV)/.%: pyproject.toml | $(BIN)/python
+	$(call install,$*)
 	@touch $@
 
 $(BIN)/python:

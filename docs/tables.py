@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from gambeson.analysis import correlate
 from gambeson.attacks.registry import ATTACKS, kind_of
 from gambeson.auditing import SUITES, AuditResult, Suite
@@ -295,6 +297,34 @@ def quickstart() -> str:
     return lines([*head, f"strongest control at {eps}"], found)
 
 
+PAPERS = {
+    "shared-adversarial-training": "S",
+    "jacobian-regularization": "J",
+    "ensemble-adversarial-training": "E",
+    "jacobian-ensembles": "JE",
+    "learn2perturb": "L",
+}
+"""The pages of papers, and what the names of their claims start with."""
+
+
+def claims(prefix: str) -> str:
+    """Return the claims of a paper in the studies of ``studies/``, with the verdicts that are stored."""
+    found = []
+    for file in sorted((DOCS.parent / "studies").glob("*.yaml")):
+        stored = load(f"{file.stem}.json") if (RESULTS / f"{file.stem}.json").is_file() else {}
+        verdicts: dict[str, dict[str, str]] = {}
+        for one in stored.get("claims", []):
+            verdicts.setdefault(one["claim"], {})[one["at"]] = one["verdict"]
+        for name, claim in (yaml.safe_load(file.read_text()).get("claims") or {}).items():
+            if re.split(r"[-\d]", name)[0] == prefix:
+                told = ", ".join(f"{word} (equal {at})" for at, word in verdicts.get(name, {}).items())
+                source = claim["source"].split("; claim")[0]
+                source = "ours" if source.startswith("claim") else source
+                cells = (claim["statement"], source, f"`{file.name}`, `{name}`", told or "not run")
+                found.append(cells if told or not stored else (*cells[:3], "no verdict stored"))
+    return lines(["claim", "source", "study", "verdict"], found)
+
+
 def tables() -> dict[str, tuple[str, str]]:
     """Return each table, by its marker, with the page that it stands in."""
     attacks = ATTACKS.own()
@@ -326,6 +356,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "error rates": ("testbed.md", audit_page.rates_text()),
         "models": ("testbed.md", audit_page.models_text()),
         "rates by library": ("testbed.md", testbed_rates.text()),
+        **{f"claims {page}": (f"papers/{page}.md", claims(prefix)) for page, prefix in PAPERS.items()},
     } | {f"{name} table": ("scaling.md", f"\n{text}\n") for name, text in scaling.tables(load("scaling.json")).items()}
 
 

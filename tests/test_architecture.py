@@ -24,6 +24,7 @@ FLOORS = [
     {"testbed"},  # its built-in auditors are the audit
     {"studies"},
     {"report"},
+    {"hardening"},
     {"cli"},
 ]
 FLOOR = {room: k for k, rooms in enumerate(FLOORS) for room in rooms}

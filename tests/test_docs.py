@@ -30,7 +30,7 @@ def test_every_table_is_what_the_code_and_the_stored_results_say(pages, tables):
 
 def test_every_marked_table_is_made(tables):
     marked = {*tables, "http settings"}  # the last is held by a test of its own
-    for file in [ROOT / "README.md", *DOCS.glob("*.md")]:
+    for file in [ROOT / "README.md", *DOCS.rglob("*.md")]:
         assert set(re.findall(r"<!-- /(.*?) -->", file.read_text())) <= marked, file
 
 
@@ -42,6 +42,18 @@ def test_the_tables_of_names_are_those_of_the_registry(pages, tables):
     names = [name for name in names if name in own]  # other tests register defences too
     assert len(names) > 40
     assert [row.split("`")[1] for row in rows] == names
+
+
+def test_claims_of_a_paper_have_the_verdicts_that_are_stored(pages, tmp_path, monkeypatch):
+    stored = {"claims": [{"claim": "S1-front", "at": "steps", "verdict": "not reproduced"}]}
+    (tmp_path / "claims-small.json").write_text("{}")
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    monkeypatch.setattr(pages, "load", lambda name: stored)
+    rows = {row.split("`")[1] + " " + row.split("`")[3]: row for row in pages.claims("S").splitlines()[2:]}
+    assert rows["claims-small.yaml S1-front"].endswith("| not reproduced (equal steps) |")
+    assert rows["claims-small.yaml S1-factor"].endswith("| no verdict stored |")
+    assert rows["claims-paper.yaml S1-front"].endswith("| not run |")
+    assert {file.stem for file in (DOCS / "papers").glob("*.md")} == {*pages.PAPERS, "index"}
 
 
 def test_the_new_idea_of_the_page_trains(digits):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         data,
         defenses,
         evaluation,
+        hardening,
         models,
         report,
         studies,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from gambeson.auditing.audit import audit
     from gambeson.auditing.comparison import compare
     from gambeson.base import UserError
+    from gambeson.hardening.job import harden
     from gambeson.training import train
 
     __version__: str
@@ -44,6 +46,8 @@ __all__ = [
     "data",
     "defenses",
     "evaluation",
+    "harden",
+    "hardening",
     "models",
     "report",
     "studies",
@@ -55,7 +59,13 @@ __all__ = [
     "victim",
 ]
 
-_DEFINED_IN = {"UserError": "base", "audit": "auditing", "compare": "auditing", "train": "training"}
+_DEFINED_IN = {
+    "UserError": "base",
+    "audit": "auditing",
+    "compare": "auditing",
+    "harden": "hardening",
+    "train": "training",
+}
 
 if not TYPE_CHECKING:  # a type checker that saw __getattr__ would let every misspelt name pass
 

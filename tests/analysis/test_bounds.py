@@ -47,6 +47,21 @@ def test_every_bound_of_a_linear_model_has_its_formula():
     close(first.measured_error, wrong)
 
 
+def test_the_measured_error_is_that_of_clipped_images_and_the_linear_one_is_not():
+    model, _ = linear()
+    x, y = labelled(model, shaded_images(40, SHAPE))
+    deltas = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(5)) * 0.6
+    found = linearise(model, (x, y), deltas)
+    with torch.no_grad():
+        clipped = [int((model((x + delta).clamp(0, 1)).argmax(1) != y).sum()) for delta in deltas]
+        straight = [int((model(x + delta).argmax(1) != y).sum()) for delta in deltas]
+        apart = torch.stack([(model((x + one).clamp(0, 1)) - model(x + one)).norm(dim=1) for one in deltas])
+    assert found.measured_errors == clipped
+    assert found.errors == straight
+    assert all(one != other for one, other in zip(clipped, straight, strict=True))
+    close(found.rest, apart, 1e-4)
+
+
 @pytest.mark.parametrize("reach", [0.9, 1.1, 1.3, 1.5])
 def test_an_image_is_counted_from_its_margin_over_the_root_of_two(reach):
     """P4: along w_1 - w_0 the logits of two classes part by sqrt(2) times the change's length, so the bound is met."""

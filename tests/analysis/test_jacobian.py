@@ -59,7 +59,10 @@ def test_a_linear_model_is_its_own_jacobian():
     norms = jacobian_norms(model, labelled(model, x))
     close(norms.regulariser, w.square().sum() / 2)
     assert norms.errors == 0
+    top = model(x).topk(2, dim=1).values
+    reach = (top[:, 0] - top[:, 1]) / (2**0.5 * torch.linalg.svdvals(w)[0])
     assert norms.reach.n == 7
+    close([norms.reach.mean, norms.reach.median], [reach.mean(), reach.median()])
 
 
 def test_a_two_layer_net_has_the_product_of_its_active_weights():

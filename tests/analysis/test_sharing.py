@@ -141,6 +141,18 @@ def test_a_control_takes_away_what_it_explains():
     assert correlate(metric.tolist(), uer.tolist()).partial is None
 
 
+def test_the_interval_of_a_correlation_is_that_of_the_middle_95_per_cent_of_its_resamples():
+    draw = torch.Generator().manual_seed(1)
+    a, b = torch.randn(2, 30, generator=draw).double()
+    found = correlate(a.tolist(), b.tolist(), draws=3000, seed=0)
+    picks = torch.randint(30, (20_000, 30), generator=draw)
+    drawn = pearson(a[picks], b[picks])
+    exact = torch.quantile(drawn[drawn.isfinite()], torch.tensor([0.025, 0.975], dtype=torch.float64))
+    assert [found.pearson.low, found.pearson.high] == pytest.approx(exact.tolist(), abs=0.02)
+    wide = torch.quantile(drawn[drawn.isfinite()], torch.tensor([0.05, 0.95], dtype=torch.float64))
+    assert (wide - exact).abs().min() > 0.03  # which 90 per cent would be
+
+
 @pytest.mark.parametrize(
     ("columns", "words"),
     [

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from gambeson.auditing.diagnostics import get
+from gambeson.auditing.diagnostics import active_test, get
+from gambeson.evaluation import Rate
+from gambeson.evaluation.binarization import BinarizationResult
+from gambeson.evaluation.rates import Cost
 from tests.auditing.evidence import held
 
 NAME = "attacks find what is there"
@@ -55,6 +58,25 @@ def test_a_gradient_that_is_rounded_away_is_found_too_weak(trained, digits):
 def test_the_size_of_the_logits_does_not_matter(trained, digits):
     found, _ = check(ScaledLogits(trained), digits)
     assert found.passed, found.detail
+
+
+@pytest.mark.parametrize(
+    ("copies", "found", "claimed", "passed"),
+    [(20, 20, 0, True), (20, 20, 1, False), (20, 10, 0, False), (3, 3, 0, None), (3, 3, 1, False)],
+)
+def test_a_success_on_a_copy_that_has_none_fails_however_many_are_found(
+    copies, found, claimed, passed, trained, digits, monkeypatch
+):
+    def results(victim, split, attacks, test, *, seed):
+        shares = {"success": Rate.of(found, copies), "random": Rate.of(0, copies), "hidden": Rate.of(found, copies)}
+        one = BinarizationResult(**shares, failed=0, claimed=claimed, cost=Cost(), shared=Cost())
+        return dict.fromkeys(attacks, one)
+
+    monkeypatch.setattr(active_test, "binarization_tests", results)
+    check_of, _ = check(trained, digits)
+    assert check_of.passed is passed
+    if passed is not None:
+        assert f"on copies without any, {3 * claimed} successes were claimed" in check_of.detail
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The audit end to end on real digits; obfuscated models stand in test_audit_on_testbed."""
 
+import copy
 import json
 
 import pytest
@@ -9,10 +10,11 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import StochasticPGD, UniversalPerturbation
-from gambeson.auditing import AuditResult, Suite
+from gambeson.auditing import DIAGNOSTICS, AuditResult, Suite
 from gambeson.evaluation import eps_uni
+from gambeson.testbed.suspicious import ToColour
 from tests.attacks.test_universal import linear_data
-from tests.conftest import binary
+from tests.conftest import binary, quickly
 
 SUITE = Suite(
     eps=(0.05, 0.1, 0.2),
@@ -28,6 +30,14 @@ SUITE = Suite(
     jacobian_backwards=500,
     eps_uni_tolerance=0.1,
     edits=("jpeg:75", "shift:1"),
+)
+
+
+GREY = (
+    "input unchanged",
+    "stateless",
+    "gradient matches finite differences",
+    "gradient complete",
 )
 
 
@@ -146,6 +156,41 @@ def test_eps_uni_is_censored_or_zero_where_it_must_be(digits):
     assert (never.value, never.censored) == (1.0, True)
     with pytest.raises(UserError, match="expected an error between 0 and 1"):
         eps_uni(Fixed(3), digits, attack, delta=1.5)
+
+
+class Coloured(nn.Module):
+    """A network of colour images that makes three channels of a grey one in one of several ways."""
+
+    def __init__(self, net, spread):
+        super().__init__()
+        self.net, self.spread = ToColour(copy.deepcopy(net)), spread
+
+    def forward(self, x):
+        return self.net(self.spread(x))
+
+
+def brightened(x):
+    x = x.repeat(1, 3, 1, 1)
+    x[:, 1:] += 1e-3  # its own copy
+    return x
+
+
+SPREADS = {"expanded": lambda x: x.expand(-1, 3, -1, -1), "brightened": brightened}
+
+
+@pytest.mark.parametrize("spread", quickly(SPREADS, "expanded"))
+def test_a_grey_net_that_expands_to_colour_is_neither_accused_nor_refused(spread, trained, digits):
+    few = Suite(
+        eps=(0.1,), universal_steps=5, universal_restarts=1, universal_probe_starts=0, pgd_steps=5, pgd_restarts=1,
+        test_images=60, validation_images=40, sample=20, suite_images=0, queries=0, surrogate="none", eps_uni_runs=0,
+        eps_adv=False, jacobian_backwards=0, noise_sizes=(), edits=(), auto_pgd=False, rescoring=False, checks=GREY,
+    )  # fmt: skip
+    result = gb.audit(Coloured(trained, SPREADS[spread]), digits, few).results
+    assert result.clean.value > 0.8
+    assert [check.name for check in result.checks if check.passed] == [
+        one.name for one in DIAGNOSTICS if one.name in GREY
+    ]
+    assert result.cost.backwards > 0
 
 
 def test_mistakes_are_named(trained, digits):

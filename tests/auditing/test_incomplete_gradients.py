@@ -9,12 +9,13 @@ from torch import nn
 
 from gambeson.attacks import PGD
 from gambeson.auditing.diagnostics import DIAGNOSTICS
-from gambeson.auditing.gradient_agreement import gradient_agreement
+from gambeson.auditing.gradient_agreement import _Probes, gradient_agreement
 from gambeson.auditing.stages import adaptive
+from gambeson.data import Split
 from gambeson.victim import Victim
 from gambeson.victim.substitute import BorrowedGradient, FiniteDifferences, InnerGradientsOff
 from tests.auditing.evidence import Around, Bent, held
-from tests.conftest import quickly
+from tests.conftest import LinearNet, quickly
 
 CHECKS = {check.name: check for check in DIAGNOSTICS}
 EPS = (0.1,)
@@ -141,6 +142,64 @@ def test_a_gradient_that_is_the_models_own_passes_and_costs_no_attack(name, net,
     assert check.passed is True, check.detail
     assert check.numbers["median"] > 0.99
     assert context.adaptive.attacked is None
+
+
+class OwnNoise(LinearNet):
+    """A linear model whose logits carry noise that torch's seed does not fix."""
+
+    size = 0.1
+
+    def __init__(self, weight):
+        super().__init__(weight)
+        self.own = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        z = super().forward(x)
+        return z + self.size * torch.randn(z.shape, generator=self.own)
+
+
+@pytest.fixture
+def linear():
+    """It has the same gradient everywhere."""
+    draw = torch.Generator().manual_seed(1)
+    split = Split("made", torch.rand(100, 1, 8, 8, generator=draw), torch.zeros(100, dtype=torch.long), ("a", "b", "c"))
+    return OwnNoise(torch.randn(3, 1, 8, 8, generator=draw)), split
+
+
+def test_noise_that_no_seed_fixes_is_taken_off_the_differences(linear):
+    model, split = linear
+    with Victim(model) as victim:
+        agreement = gradient_agreement(victim, split, eps=0.1).agreement
+    assert float(agreement.nanmedian()) > 0.96
+    assert float((agreement < 0.9).float().mean()) < 0.2
+
+
+def test_the_variance_between_calls_is_without_bias(linear):
+    """Of the margin between two logits twice that of one."""
+    model, split = linear
+    images, labels = split.take(slice(None))
+    with Victim(model) as victim:
+        probes = _Probes(victim, split, labels, 0, torch.Generator().manual_seed(0))
+        found = torch.stack([probes.gradients(images)[2][0].mean() for _ in range(4)])
+    assert float(found.mean()) == pytest.approx(2 * model.size**2, rel=0.15)
+
+
+@pytest.mark.full
+def test_a_gradient_that_lacks_a_part_on_a_few_images_alone_is_attacked(net, digits):
+    """Its median is as usual; what a stronger attack with gradients does is no gain of attacks without them."""
+
+    def bend(gradient):
+        gradient = gradient.clone()
+        gradient[::5, :, ::2] = 0
+        return gradient
+
+    _, context = check_of(bent(bend)(net), digits, queries=0, pgd_steps=1, universal_steps=1, sample=100)
+    found = context.adaptive
+    assert found.median > 0.97
+    assert 0.1 < found.below / found.images < 0.3
+    left = [one.accuracy.value for one in found.attacked.rounds]
+    assert left[-1] < left[0] - 0.12
+    assert found.gain <= 0  # what targeted Auto-PGD adds to PGD needs the gradient
 
 
 def test_a_smooth_machine_passes(digits):

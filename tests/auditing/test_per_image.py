@@ -1,5 +1,7 @@
 """Per-image attacks in an audit: which are run on what, and that their numbers hang together."""
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 import gambeson as gb
 from gambeson.attacks import PGD, Square
 from gambeson.auditing import SUITES, Suite
+from gambeson.auditing.amounts import Amounts
 from gambeson.auditing.diagnostics import DIAGNOSTICS
 from gambeson.auditing.stages import per_image
 from gambeson.data import Dataset, Split
@@ -99,10 +102,51 @@ def test_the_suite_in_the_norm_2_and_on_a_random_model(few):
     data = Dataset("made", split, split, split, split.classes)
     settings = {"norm": "2", "pgd_steps": 3, "suite_images": 6, "suite_queries": 10, "eot_samples": 2}
     with held(model, data, (0.05,), **settings) as evidence:
-        _, suite = per_image.measure(evidence)
+        _, targeted, suite = per_image.measure(evidence)
+        assert [found.attack for found in targeted.rounds] == ["earlier pgd", "noise off", "auto-pgd-targeted"]
+        assert [found.attack for found in suite.rounds][:2] == ["earlier pgd", "earlier auto-pgd-targeted"]
         assert suite.settings["auto-pgd"]["eot_samples"] == 2
         assert suite.norm == "2"
         assert suite.accuracy.n == 6
+
+
+class Erring(nn.Module):
+    """Logits moved on by one class by chance, drawn by torch's generator or by one ``hidden`` from outside."""
+
+    def __init__(self, net, *, chance=0.3, hidden=False):
+        super().__init__()
+        self.net, self.chance, self.own = net, chance, random.Random(0) if hidden else None
+
+    def forward(self, x):
+        z = self.net(x)
+        drawn = torch.rand(len(z), 1) if self.own is None else torch.tensor([[self.own.random()] for _ in z])
+        return torch.where(drawn < self.chance, z.roll(1, 1), z)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_what_hides_behind_its_draws_is_attacked_with_them_off_and_through_them(trained, few, hidden):
+    """PGD follows the cross-entropy of errors that no image can mend: it leaves far more than targets do."""
+    settings = {"pgd_steps": 4, "eot_samples": 6, "votes": 5, "rescoring": False}
+    with held(Erring(trained, hidden=hidden), few, (0.15,), **settings) as evidence:
+        pgd, targeted = per_image.measure(evidence)
+        names = ["earlier pgd", *["noise off"] * (not hidden), "auto-pgd-targeted"]
+        assert [found.attack for found in targeted.rounds] == names
+        assert list(targeted.settings) == names[1:]
+        assert targeted.settings["auto-pgd-targeted"]["eot_samples"] == 3
+        assert targeted.accuracy.value < pgd.accuracy.value - 0.2
+        n = Amounts(evidence.suite, few, random=True)
+        assert targeted.cost.backwards <= n.targeted * n.test
+        assert targeted.cost.forwards <= n.targeted * n.test + n.targeted_forwards
+
+
+def test_attacks_on_a_random_model_that_do_nothing_change_nothing(trained, few):
+    """Nearly every second answer is an error; an image that is chosen for its unlucky votes is judged by others."""
+    with held(Erring(trained, chance=0.45), few, (1e-9,), pgd_steps=1, eot_samples=2, rescoring=False) as evidence:
+        _, targeted = per_image.measure(evidence)
+        assert evidence.clean.value < 0.75
+        assert [found.accuracy for found in targeted.rounds] == [evidence.clean] * 3
+        assert targeted.accuracy == evidence.clean
+        assert targeted.rounds[-1].broken > 0
 
 
 def test_a_black_box_is_attacked_by_square_alone(trained, few):

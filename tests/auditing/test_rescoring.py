@@ -5,12 +5,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from scipy.stats import binom
 from torch import nn
 from torch.nn import functional as F
 
 import gambeson as gb
 from gambeson.auditing import DIAGNOSTICS, rescoring
 from gambeson.auditing.context import Checkpoints
+from gambeson.auditing.outcome import LEVEL
+from gambeson.auditing.results import Rescored
 from gambeson.auditing.stages import per_image, universal
 from gambeson.evaluation import FunctionModel
 from gambeson.threat import Ball
@@ -356,6 +359,50 @@ def test_a_batch_of_rounding_is_no_difference_and_more_is():
     assert not rescoring.clearly_more(8, 500, 0.01)
     assert rescoring.clearly_more(16, 500, 0.01)
     assert not rescoring.clearly_more(0, 5, 0.01)
+    least = next(hits for hits in range(500) if binom.sf(hits - 1, 500, 0.01) < LEVEL)
+    assert [rescoring.clearly_more(hits, 500, 0.01) for hits in (least - 1, least)] == [False, True]
+
+
+def test_gradients_are_one_where_direction_and_about_the_length_are():
+    first = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    away = first.clone()
+    away[:, :, :2] *= -1
+    pairs = {1.9: True, 0.51: True, 2.1: False, 0.49: False, -1.0: False}
+    for factor, same in pairs.items():
+        assert rescoring._same(first, factor * first).tolist() == [same] * 5, factor
+    assert not rescoring._same(first, away).any()
+    assert rescoring._same(0 * first, 0 * first).all()
+    assert not rescoring._same(first, 0 * first).any()
+    assert rescoring._same(1e-30 * first, 1e-30 * first).all()
+
+
+def test_only_a_way_that_leaves_less_right_takes_the_place_of_what_was_reported():
+    tried = [rescoring.Way(name="one by one"), rescoring.Way(name="beside copies of itself", mates="copies")]
+    found = {"images": 100, "reported": 0.5, "flipped": 20}
+
+    def accused(way, right, differs):
+        return rescoring.worse([Rescored(way=way.name, right=right, differs=differs, **found)], tried)
+
+    assert accused(tried[0], 0.3, True) == tried[:1]
+    assert accused(tried[0], 0.7, True) == accused(tried[0], 0.3, False) == accused(tried[1], 0.3, True) == []
+
+
+def test_all_ways_of_asking_are_one_comparison(nets, monkeypatch):
+    levels = []
+
+    def compared(context, found, way, rows, predictions, level):
+        levels.append(level)
+        return Rescored(way=way.name, images=1, reported=1, right=1, flipped=0, differs=False)
+
+    monkeypatch.setattr(rescoring, "_compared", compared)
+    with held(nets("standard"), nets.data, (EPS,)) as context:
+        few = nets.data.test.subset(torch.arange(8))
+        right = score(predict(context.victim, few), few).counts
+        tried = rescoring.ways(context)[:3]
+        rescoring.rescored_in(
+            context, rescoring.Perturbed(split=few, right=right, images=few.take(slice(None))[0]), tried
+        )
+    assert levels == [pytest.approx(LEVEL / 6)] * 3
 
 
 @pytest.mark.parametrize("name", ["shrunk", "halved", "8 bits", "jittered"])

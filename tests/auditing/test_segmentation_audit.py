@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import t as student
 from torch import nn
 
 import gambeson as gb
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing import AuditResult, Suite
-from gambeson.auditing.outcome import SLIGHT, PairedDifference
+from gambeson.auditing.outcome import LEVEL, SLIGHT, PairedDifference
 from gambeson.auditing.stages import surrogate
 from gambeson.auditing.stages.examples import FILE
 from gambeson.auditing.stages.targeted import targets
@@ -318,6 +319,11 @@ def test_differences_of_maps_are_paired_over_images_and_slight_ones_are_none() -
     assert PairedDifference.of(counts(*[700] * 40), counts(*[685] * 40)).low < 0  # 1.5 points, every time
     same = PairedDifference.of(few, few)
     assert (same.low, same.high) == (-SLIGHT, SLIGHT)
+    uneven = counts(700, 705, 730, 790), counts(600, 640, 650, 720)
+    shares = torch.tensor([0.1, 0.065, 0.08, 0.07, 0.1, -0.1], dtype=torch.float64)  # the largest once more, both ways
+    error = float(shares.std(correction=0)) / 6**0.5
+    half = float(student.ppf(1 - LEVEL, 3)) * error + SLIGHT
+    assert PairedDifference.of(*uneven).low == pytest.approx(float(shares.mean()) - half, abs=1e-4)
     across = PairedDifference.across(few, many)
     assert across.value == pytest.approx(0.1)
     assert 0 < across.low < found.low

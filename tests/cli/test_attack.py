@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import gambeson as gb
@@ -87,6 +88,7 @@ def test_uap_craft_score_list(weights, tmp_path, capsys):
 
 NET = """
 import torch
+import yaml
 
 class Colours(torch.nn.Module):
     def __init__(self):
@@ -214,3 +216,17 @@ def test_an_attack_on_images_that_are_all_wrong_already_says_so(tmp_path, digits
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run([*command, "100", "--out", str(tmp_path / "more")]) == 0
+
+
+def test_the_default_eps_is_that_of_the_norm_that_is_used(weights, tmp_path, capsys):
+    """However the norm is spelled, and also where it is the attack's or the defence's own default."""
+    attack = ["attack", weights, "--data", "digits", "--images", "3", "--attack"]
+    assert run([*attack, "l1-auto-pgd", "--out", str(tmp_path / "a")]) == 2
+    assert "there is no customary eps for the norm 1: give one" in capsys.readouterr().err
+    assert run([*attack, "fgsm", "--set", "norm=l2", "--out", str(tmp_path / "b"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["largest"] <= 0.4
+    assert json.loads((tmp_path / "b" / "result.json").read_text())["run"]["settings"]["eps"] == 0.4
+    train = ["train", "--data", "digits", "--model", "lenet5", "--defense", "pgd-adversarial", "--epochs", "1"]
+    settings = ["--set", "defense.norm=l2", "--set", "defense.steps=1", "--set", "recipe.batch_size=1000"]
+    assert run([*train, *settings, "--out", str(tmp_path / "c"), "--json"]) == 0
+    assert yaml.safe_load((tmp_path / "c" / "run.yaml").read_text())["defense"]["eps"] == 0.4

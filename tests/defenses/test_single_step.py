@@ -1,15 +1,18 @@
 """N-FGSM, free training and bank-started steps, against closed forms and independent loops."""
 
 import copy
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 import gambeson as gb
 from gambeson.defenses import NFGSM, BankStarted, Batch, FreeAdversarial, TrainContext, UniversalConsistency
 from gambeson.defenses.n_fgsm import NoisyStep
 from gambeson.threat import Ball, perturb
+from gambeson.training.recipe import recipe_for
 from tests.conftest import binary, inner_images
 
 SHAPE = (1, 4, 4)
@@ -176,3 +179,37 @@ def test_several_processes_choose_the_same_images_as_one():
     joined = torch.cat([term.stepping(part) + 12 * part.place[0] for part in parts])
     assert torch.equal(joined, term.stepping(whole))
     assert 12 <= len(joined) < 24
+
+
+def test_perturbations_grow_to_their_size_over_the_warm_up():
+    model, w = binary(SHAPE)
+    settings = BankStarted(eps=0.1, bank=2, share=0.5, noise=0, radius=0.5, start="sign", eps_warmup=0.5)
+    batch = batch_of(12, step=1, steps=4, epochs=2)  # the second of four steps of growth
+    term = objective_of(settings, model, batch).terms["consistency"][1]
+    rows, own = term.rows(batch), term.stepping(batch)
+    moved = term.moved(model, batch, rows) - batch.images
+    start = Ball(eps=0.05).project(0.5 * term.bank.delta[rows[own]])
+    torch.testing.assert_close(moved[own], (start + 0.03 * vertex(w, batch.labels[own])).clamp(-0.05, 0.05))
+    others = [k for k in range(12) if k not in own.tolist()]
+    torch.testing.assert_close(moved[others], 0.5 * term.bank.delta[rows[others]])
+    (gradient,) = torch.autograd.grad(term.moved(model, batch, rows).sum(), term.bank._leaf)
+    assert float(gradient.abs().min()) > 0
+    late = batch_of(12, step=4, steps=4, epochs=2)
+    assert term.scale(late) == term.scale(batch_of(12, step=3, steps=4, epochs=2)) == 1
+
+
+def test_the_preset_needs_eps_alone_and_brings_its_recipe(digits, tmp_path):
+    from gambeson.cli.app import run
+
+    fast, best = gb.defenses.create("gambeson", eps=0.1, speed="fast"), gb.defenses.create("gambeson", eps=0.1)
+    assert isinstance(best, BankStarted)
+    assert (fast.recipe["epochs"], best.recipe["epochs"]) == (10, 40)
+    command = ["train", "--data", "digits", "--model", "lenet5", "--defense", "gambeson", "--eps", "0.1"]
+    assert run([*command, "--epochs", "1", "--set", "ema=0.9", "--out", str(tmp_path / "x")]) == 0
+    stored = yaml.safe_load((tmp_path / "x" / "run.yaml").read_text())["recipe"]
+    assert (stored["epochs"], stored["ema"], stored["lr"], stored["ema_warmup"]) == (1, 0.9, 0.1, True)
+    model = gb.models.create("lenet5", digits, seed=0)
+    history = gb.train(model, digits, fast, epochs=1, warmup=0, batch_size=512, seed=0)
+    assert history[0]["lr"] == pytest.approx(0.1 * (1 + math.cos(math.pi / 2)) / 2)  # of the second of two steps
+    given = {"preset": "shared-adversarial", "epochs": 2}
+    assert recipe_for(fast, given) is given

@@ -242,6 +242,59 @@ def test_a_random_model_is_decided_by_the_majority_of_its_votes_and_repeats(path
     assert rates(RATES[path](Chancy(), split)) == first
 
 
+def test_votes_of_one_seed_are_the_same_votes_wherever_they_are_cast():
+    """A model whose luck does not depend on the images: what does nothing to them changes no count."""
+    split, model, nil, seed = made(100, right=1.0), Chancy(), Ball(eps=0.0), 5
+    clean = gb.evaluation.accuracy(model, split, seed=seed)
+    none = uap(split, 0.0)
+    with Victim(model) as victim:
+        suite = run_suite(victim, split, {"a": nothing}, seed=seed).result
+        controls = control_rates(victim, split, nil, seed, ["chessboard"])
+        under = outcome_under(victim, split, none.delta, seed=seed).accuracy
+        edited = gb.evaluation.under_edits(victim, split, none, [], seed=seed).rates[0]
+    found = [
+        suite.clean,
+        suite.robust,
+        controls[0].worst.complement,
+        under,
+        edited.uer.complement,
+        edited.clean.complement,
+    ]
+    found.append(gb.evaluation.universal_evasion(model, split, none, seed=seed).complement)
+    found.append(transfer.error_of(model, split, seed).complement)
+    assert [rate.value for rate in found] == pytest.approx([clean.value] * len(found))
+    assert gb.evaluation.fooling_rate(model, split, none, seed=seed).value == 0
+
+
+class Slight(Bright):
+    """With noise of a thousandth of what tells classes apart, which decides the images on the boundary alone."""
+
+    def forward(self, x):
+        z = super().forward(x)
+        return z + 0.01 * torch.randn(z.shape, device=z.device)
+
+
+def test_noise_that_decides_hardly_an_answer_is_drawn_from_the_seed_as_well():
+    split = made(40)
+    split.images[8:, :, 0, 0] = 0.5
+    with Victim(Slight()) as victim:
+        assert not victim.inspect(split.images).stochastic
+    for path in ("accuracy", "universal_evasion", "predict and score", "controls", "outcome_under", "suite"):
+        found = []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            found.append(rates(RATES[path](Slight(), split)))
+        assert found[0] == found[1] == found[2], path
+    with Victim(Slight()) as victim:
+        first, other = (predict(victim, split, seed=seed) for seed in (1, 2))
+        assert not torch.equal(first, other)
+        assert torch.equal(first, predict(victim, split, seed=1))
+        victim.votes = 1  # whoever asks for one pass draws for it
+        torch.manual_seed(0)
+        first = predict(victim, split, seed=1)
+        assert not torch.equal(first, predict(victim, split, seed=1))
+
+
 @pytest.mark.parametrize("path", SHARES)
 def test_training_takes_a_random_model_as_it_is(path):
     torch.manual_seed(0)
@@ -292,6 +345,33 @@ def test_attacks_that_move_images_and_do_no_harm_are_not_counted_by_their_luck()
         found = run_suite(victim, split, {str(k): fidgety(k) for k in range(12)})
     assert bool((found.images != split.images).flatten(1).any(1).float().mean() > 0.7)
     assert found.result.robust.value == pytest.approx(majority(0.6, 21), abs=0.062)
+
+
+class Thrown(Chancy):
+    """With luck that depends on the image too, so that another image is another throw."""
+
+    def forward(self, x):
+        z = Bright.forward(self, x)
+        luck = (torch.rand(len(x), 1) + 1000 * x.flatten(1)[:, -1:]) % 1
+        return torch.where(luck < self.p, z, -z)
+
+
+def test_what_changes_both_ways_by_chance_is_no_success():
+    split = made(200, right=1.0)
+
+    def shaken(victim, x, y, *, seed=0, task=None):
+        return torch.cat([x[..., :-1], torch.rand_like(x[..., -1:])], -1)
+
+    with Victim(Thrown()) as victim:
+        found = run_suite(victim, split, {"shaken": shaken})
+    result = found.result
+    with Victim(Thrown()) as victim:
+        was = predict(victim, split) == split.labels
+    lost = was & (found.counts.right == 0)
+    assert int(lost.sum()) > 10
+    net = max(0.0, result.clean.value - result.robust.value) / result.clean.value
+    assert result.success.value == pytest.approx(net)
+    assert result.success.value < int(lost.sum()) / int(was.sum()) - 0.03
 
 
 class Fragile(Bright):

@@ -4,6 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gambeson.evaluation import Rate
+from gambeson.evaluation.rates import ImageErrors, crossing_interval, crossings
+from gambeson.tasks import Difference
 
 
 @pytest.mark.parametrize(
@@ -81,3 +83,58 @@ def test_choices_among_the_chosen_add_up():
     assert Rate.of(0, 0, candidates=2) == Rate.of(0, 0).among(2)
     # Bonferroni at k = 5: the 99 % interval, whose quantile tables give as 2.5758.
     assert Rate.of(0, 100, candidates=5).high == pytest.approx(2.5758**2 / (100 + 2.5758**2), rel=1e-4)
+
+
+def curve_of(errors, total):
+    """Counts by eps of images whose row of ``errors`` says at which of four eps they are wrong."""
+    return {eps: ImageErrors(errors[:, k], total) for k, eps in enumerate((0.0, 0.1, 0.2, 0.4))}
+
+
+def test_images_without_a_label_have_no_part_in_the_interval_of_an_eps():
+    errors = torch.rand(50, 4, generator=torch.Generator().manual_seed(0)).lt(torch.tensor([0.1, 0.3, 0.5, 0.9])).long()
+    expected = crossing_interval(curve_of(errors, torch.ones(50).long()), 0.4, resamples=200)
+    padded = torch.cat([errors, torch.zeros(150, 4).long()])
+    total = (torch.arange(200) < 50).long()
+    assert crossing_interval(curve_of(padded, total), 0.4, resamples=200) == expected
+    assert 0.1 < expected[0] < expected[1] < 0.4
+
+
+def test_the_eps_at_which_a_curve_crosses_is_read_off_its_rising_line():
+    radii = torch.tensor([0.0, 0.1, 0.2, 0.4], dtype=torch.float64)
+    errors = [
+        [0.1, 0.2, 0.6, 0.8],  # a quarter of the way from 0.2 to 0.6, then
+        [0.1, 0.4, 0.2, 0.6],  # the fall is none: what is found at 0.1 is there at 0.2
+        [0.3, 0.5, 0.6, 0.9],
+        [0.1, 0.2, 0.2, 0.2],
+        [0.0, 0.0, 0.3, 0.3],
+        [0.1, 0.25, 0.2, 0.6],  # rises from 0.25, which 0.2 has as well
+    ]
+    found = crossings(radii, torch.tensor(errors, dtype=torch.float64), 0.3)
+    assert found.tolist() == pytest.approx([0.125, 0.1 * 2 / 3, 0.0, torch.inf, 0.2, 0.2 + 0.2 / 7])
+
+
+def test_the_ends_of_the_interval_of_an_eps_are_the_quantiles_of_its_resamples():
+    """Of 20 images that fall at 0.2 and 20 that never do: the share that falls decides where 0.4 is crossed."""
+    errors = torch.zeros(40, 4).long()
+    errors[:20, 2:] = 1
+    low, high = crossing_interval(curve_of(errors, torch.ones(40).long()), 0.4, resamples=4000)
+    shares = torch.arange(41) / 40
+    weights = torch.distributions.Binomial(40, 0.5).log_prob(torch.arange(41.0)).exp().double()
+    eps = torch.where(shares >= 0.4, 0.1 + 0.1 * 0.4 / shares.clamp(min=0.4), torch.inf)
+    order = eps.argsort()
+    below = weights[order].cumsum(0)
+    exact = [float(eps[order][int((below < level).sum())]) for level in (0.025, 0.975)]
+    assert low == pytest.approx(exact[0], abs=2e-3)
+    assert (high is None) == (exact[1] == torch.inf)
+
+
+def test_a_paired_difference_has_the_interval_of_student():
+    """Of one number per image: t s / sqrt(n), s the standard deviation of the differences with n - 1."""
+    first = torch.tensor([[3, 4], [4, 4], [2, 4], [4, 4], [1, 4]])
+    second = torch.tensor([[1, 4], [3, 4], [2, 4], [0, 4], [1, 4]])
+    apart = (first - second)[:, 0].double() / 4
+    exact = 2.7764451 * float(apart.std()) / 5**0.5
+    found = [Difference.of(first, second, lambda sums: sums[:, 0] / sums[:, 1], 5, seed=seed) for seed in range(20)]
+    assert {one.value for one in found} == {float(apart.mean())}
+    halves = torch.tensor([one.value - one.low for one in found])
+    assert float(halves.mean()) == pytest.approx(exact, rel=0.02)

@@ -17,6 +17,9 @@ from gambeson.auditing.display import worst_of
 from gambeson.auditing.verdict import judge
 from gambeson.base import write_yaml
 from gambeson.evaluation import Rate
+from gambeson.evaluation.rates import strongest_control
+from gambeson.studies.audits import of_audit
+from gambeson.studies.measures import Value
 
 
 def show(value: float) -> str:
@@ -330,7 +333,11 @@ def test_one_rate_has_one_interval_in_table_verdict_and_notebook(tmp_path: Path)
             changed.clean, changed.universal, changed.eps_uni, [], per_image=per_image, transfer=changed.transfer
         ).summary
         assert f"{worst.accuracy} stay right" in said
-        rival = max((control.worst for control in changed.middle.controls), key=lambda rate: rate.value)
+        control = strongest_control(changed.middle.controls)
+        assert control is not None
+        rival = control.worst
+        assert rival.candidates == sum(one.worst.candidates for one in changed.middle.controls) > 1
+        assert of_audit(changed).metrics["attacked"] == Value.of(worst.accuracy)  # as a study has it
         assert f"{rival} under the strongest control" in said
         assert str(worst.accuracy) in repr(changed)
         assert str(rival) in repr(changed)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import brentq
 
 from gambeson import UserError
-from gambeson.threat import Ball
+from gambeson.threat import Ball, default_eps
+from tests.conftest import inner_images, shaded_images
 
 shapes = st.tuples(st.integers(1, 4), st.sampled_from([1, 3]), st.integers(1, 5), st.integers(1, 7))
 norms = st.sampled_from(["inf", "2", "1"])
@@ -94,7 +96,7 @@ def test_projection_on_ball_and_box_is_the_nearest_point_of_both(rows, size, nor
     torch.testing.assert_close(ball.project_in_box(found, -images, 1 - images), found, rtol=1e-4, atol=1e-5)
     plain = ball.project(delta)
     free = ((images + plain >= 0) & (images + plain <= 1)).flatten(1).all(1)
-    torch.testing.assert_close(found[free], plain[free])
+    assert torch.equal(found[free], plain[free])  # to the bit
     # Nearest: no allowed point may lie beyond the plane through it (the variational inequality).
     for _ in range(5):
         other = ball.uniform(delta.shape, draws)
@@ -165,3 +167,58 @@ def test_no_value_is_above_eps_in_exact_arithmetic(eps):
     for found in (ball.project(far), ball.fill(far.sign()), ball.signs(far.shape, draw)):
         assert float(found.double().abs().max()) <= eps
         assert float(found.double().abs().max()) > eps * (1 - 2e-7)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 10.0, 40.0])
+def test_a_step_of_norm_2_is_spent_on_the_values_that_can_move(ratio):
+    """These have its length while the others' gradient is at most twenty times as long; then all of it has twenty."""
+    free, stuck = torch.tensor([0.6, -0.8, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 0.0]) * ratio
+    room = torch.tensor([0.5, 0.5, 0.0, 0.0]).view(1, 1, 2, 2)
+    step = Ball(eps=1.0, norm="2").step_in_box((free + stuck).view(1, 1, 2, 2), 0.3, room).flatten()
+    scale = min(1.0, 20 / (1 + ratio**2) ** 0.5)
+    torch.testing.assert_close(step, 0.3 * scale * (free + stuck))
+
+
+@pytest.mark.parametrize("norm", ["1", "2"])
+def test_projection_on_ball_and_box_is_that_of_a_root_search(norm):
+    """min((|z| - t)+, room) or min(s |z|, room), with the t or s that spends the radius, found in double precision."""
+    draws = torch.Generator().manual_seed(0)
+    images = shaded_images(60, (1, 5, 8))
+    delta = torch.randn(images.shape, generator=draws) * torch.logspace(-1, 1, 60).view(-1, 1, 1, 1)
+    eps = 6.0 if norm == "1" else 2.0
+    found = Ball(eps=eps, norm=norm).project_in_box(delta, -images, 1 - images)
+    size, room = delta.abs().flatten(1).double(), torch.where(delta > 0, 1 - images, images).flatten(1).double()
+    for k in range(60):
+
+        def moved(share, size=size[k], room=room[k]):
+            kept = (size - share * size.max()).clamp(min=0) if norm == "1" else (1 - share) * size
+            return kept.minimum(room)
+
+        def excess(share, moved=moved):
+            return float(moved(share).norm(p=float(norm))) - eps
+
+        share = brentq(excess, 0, 1, xtol=1e-15) if excess(0) > 0 else 0.0
+        torch.testing.assert_close(
+            found[k].flatten().double(), moved(share) * delta[k].flatten().sign(), rtol=1e-4, atol=1e-6
+        )
+    assert int((Ball(eps=eps, norm=norm).length(found) > eps * (1 - 1e-5)).sum()) > 30
+
+
+@pytest.mark.parametrize("norm", ["1", "2"])
+def test_where_the_box_does_not_bind_the_projection_is_that_onto_the_ball_to_the_bit(norm):
+    images, ball = inner_images(40, (1, 5, 8)), Ball(eps=0.3, norm=norm)
+    delta = draw(images.shape, 0) * torch.logspace(-3, 1, 40).view(-1, 1, 1, 1)
+    plain = ball.project(delta)
+    assert bool(((images + plain > 0) & (images + plain < 1)).all())
+    assert 10 < int((plain != delta).flatten(1).any(1).sum()) < 40
+    assert torch.equal(ball.project_in_box(delta, -images, 1 - images), plain)
+
+
+def test_default_radii():
+    """Of norm 2 the same share of the diagonal as that of the side, quartered."""
+    assert default_eps((1, 28, 28)) == 0.2
+    assert default_eps((3, 32, 32)) == 8 / 255
+    assert default_eps((1, 28, 28), "2") == pytest.approx(0.2 * 28 / 4)
+    assert default_eps((3, 32, 32), "2") == pytest.approx(8 / 255 * 3072**0.5 / 4, abs=1e-3)
+    with pytest.raises(UserError, match="no customary eps for the norm 1"):
+        default_eps((1, 28, 28), "1")

@@ -19,16 +19,19 @@ def fresh(digits, name="lenet5"):
     return gb.models.create(name, digits)
 
 
-def test_moving_average_is_the_recursion(digits):
+@pytest.mark.parametrize(
+    ("ema", "decays"), [({"ema": 0.5}, (0.5, 0.5)), ({"ema": 0.9, "ema_warmup": True}, (2 / 11, 3 / 12))]
+)
+def test_moving_average_is_the_recursion(digits, ema, decays):
     plain, averaged = [], fresh(digits)
     for epochs in (1, 2, 3):
         model = fresh(digits)
         gb.train(model, digits, Standard(), epochs=epochs, batch_size=1078, schedule="constant", seed=2)
         plain.append(model)
-    gb.train(averaged, digits, Standard(), epochs=3, batch_size=1078, schedule="constant", ema=0.5, seed=2)
+    gb.train(averaged, digits, Standard(), epochs=3, batch_size=1078, schedule="constant", **ema, seed=2)
     for key, value in averaged.named_parameters():
         one, two, three = (dict(model.named_parameters())[key] for model in plain)
-        torch.testing.assert_close(value, 0.5 * (0.5 * one + 0.5 * two) + 0.5 * three)
+        torch.testing.assert_close(value, two.lerp(one, decays[0]).lerp(three, 1 - decays[1]))
 
 
 @pytest.mark.parametrize("option", [{"ema": 0.9}, {"channels_last": True}, {"optimizer": "rmsprop", "lr": 0.01}])

@@ -77,15 +77,26 @@ class Amounts:
 
     @cached_property
     def targeted(self) -> int:
-        """Those of targeted Auto-PGD behind a short PGD; 0 where it is left out."""
-        if not self.suite.auto_pgd or self.of_maps or self.random or self.suite.norm == "1":
+        """Those of targeted Auto-PGD behind a short PGD; of a random model with the noise off, and through its draws.
+
+        0 where it is left out.
+        """
+        if not self.suite.auto_pgd or self.of_maps or self.suite.norm == "1":
             return 0
-        return sum(map(gradients_of, self.suite.white_box(self.suite.eps[0]).values()))
+        if not self.random:
+            return sum(map(gradients_of, self.suite.white_box(self.suite.eps[0]).values()))
+        off, through = (self.suite.targeted_auto_pgd(self.suite.eps[0], random=random) for random in (False, True))
+        return gradients_of(off) + (through.eot_samples or 1) * gradients_of(through)
+
+    @property
+    def targeted_forwards(self) -> int:
+        """Images forward beside: of a random model votes that choose among what its attacks made, and that score it."""
+        return (9 * self.votes if self.random else 2) * self.test * bool(self.targeted)
 
     @property
     def white(self) -> int:
-        """Those of the strongest attack with gradients that every image gets."""
-        return self.targeted or self.pgd
+        """Those of the strongest attack with gradients that checks look at."""
+        return self.pgd if self.random else self.targeted or self.pgd
 
     @property
     def queries(self) -> int:
@@ -215,7 +226,7 @@ CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
     "no test-set leakage": lambda n: (
         {"gradients": n.pgd, "beside": n.test + n.held, "shares": "PGD"}
         if n.of_maps
-        else {"apart": 2 * WIDER * MARGIN_STEPS * n.sample, "beside": 2 * n.test + 2 * n.held}
+        else {"apart": 2 * WIDER * MARGIN_STEPS * n.sample, "beside": 3 * n.test + 3 * n.held}
     ),
     "random start no stronger": lambda n: {"gradients": 2},
     "monotone in eps": lambda n: {"gradients": 2 * n.short, "shares": "short PGD"},

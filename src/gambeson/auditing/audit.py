@@ -22,7 +22,7 @@ from gambeson.auditing.results import AuditResult, ModelInfo, Verdict
 from gambeson.auditing.stages import black_box as boxes
 from gambeson.auditing.stages import certified, own, surrogate
 from gambeson.auditing.suite import SUITES, Suite
-from gambeson.base import UserError, say, unknown_name
+from gambeson.base import UserError, say, seeded, unknown_name
 from gambeson.data import Dataset, Split, as_dataset, disjoint
 from gambeson.evaluation import BlackBox
 from gambeson.evaluation.universal import accuracy_rate
@@ -180,10 +180,12 @@ def run_stages(
         victim.votes = suite.votes if traits.stochastic else 1
         victim.temperature = 1.0 if black_box else temperature(victim, reported.validation, seed)
         began = now()
+        clean_images = partial(predict, victim, reported.test, seed=seed)
         if black_box:  # queries spent are recorded
-            predictions = torch.tensor(stages.do("clean", list[int], lambda: predict(victim, reported.test).tolist()))
+            predictions = torch.tensor(stages.do("clean", list[int], lambda: clean_images().tolist()))
         else:
-            predictions = predict(victim, reported.test)
+            with seeded(seed, "stage", "clean"):  # for a model whose noise decides hardly an answer
+                predictions = clean_images()
         each = (now() - began) / len(reported.test) / victim.votes
         speed = Speed(forward=each, gradient=_GRADIENT * each, surrogate=each, random=traits.stochastic)
         if clock is not None:

@@ -257,8 +257,13 @@ class AuditContext:
     @cached_property
     def white_parts(self) -> dict[str, PGD | TargetedAutoPGD]:
         """The attacks of :attr:`white_box` in turn; none where it is PGD alone."""
-        alone = self.subject.random or self.subject.black_box or self.suite.norm == "1" or not self.suite.auto_pgd
-        return {} if alone or not self.test.task.per_image_label else self.suite.white_box(self.eps)
+        return self.suite.white_box(self.eps) if self.targets_classes and not self.subject.random else {}
+
+    @property
+    def targets_classes(self) -> bool:
+        """Whether every image gets targeted Auto-PGD, of random models through their draws."""
+        possible = self.suite.norm != "1" and not self.subject.black_box and self.test.task.per_image_label
+        return possible and self.suite.auto_pgd
 
     @cached_property
     def unseen(self) -> Split:

@@ -270,7 +270,7 @@ def parts_of(
         ),
         "re-scoring": (votes * n.again * suite.rescoring, 0),
         "PGD, image by image": (votes * (test + sets * n.again), n.draws * test * n.pgd * (3 if n.of_maps else 1)),
-        "targeted Auto-PGD": (2 * test * bool(n.targeted), test * n.targeted),
+        "targeted Auto-PGD": (n.targeted_forwards, test * n.targeted),
         "attack suite": (votes * attacked * (queries + 2), n.draws * attacked * gradients),
         "diagnostics": (votes * asked, backward),
         "transfer": (votes * (2 * min(suite.transfer_images, test) + test) * bool(_lent(suite, data)), 0),

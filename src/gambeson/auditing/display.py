@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from gambeson.base import notebook
 from gambeson.evaluation import Rate
+from gambeson.evaluation.rates import strongest_control
 
 
 class Attacked(NamedTuple):
@@ -40,7 +41,7 @@ def worst_of(result: Any) -> Attacked | None:
 
 def in_a_line(point: Any) -> str:
     """Return what was found at one eps, as a line."""
-    control = max(point.controls, key=lambda one: one.worst.value, default=None)
+    control = strongest_control(point.controls)
     beside = "" if control is None else f", strongest control {control.worst} ({control.name})"
     return f"eps {point.eps:.3g}: UER {point.uer}{beside}"
 
@@ -58,13 +59,13 @@ def main_lines(result: Any) -> tuple[str, dict[str, str]]:
     """Return a title and the main numbers of an ``AuditResult`` by name."""
     point, found = result.middle, result.eps_uni
     each = worst_of(result)
-    control = max((one.worst for one in point.controls), key=lambda rate: rate.value, default=None)
+    control = strongest_control(point.controls)
     lines = {
         "numbers": trust_in(result),
         "accuracy, clean": str(result.clean),
         "accuracy, per image": "not measured" if each is None else f"{each.accuracy} under {each.attack}",
         f"UER, eps {point.eps:.3g}": str(point.uer),
-        "  worst control": "none" if control is None else str(control),
+        "  worst control": "none" if control is None else str(control.worst),
         f"eps_uni({found.delta:g})": f"{'>' if found.censored else 'at most'} {found.value:.3g}",
         "UER by eps": ", ".join(f"{one.eps:.3g}: {100 * one.uer.value:.0f} %" for one in result.universal),
     }
@@ -119,8 +120,8 @@ def plot_audits(results: Sequence[Any]) -> Any:
         eps = [point.eps for point in result.universal]
         lines[result.subject.label] = eps, [point.uer for point in result.universal]
         if all(point.controls for point in result.universal):
-            worst = [max((one.worst for one in p.controls), key=lambda rate: rate.value) for p in result.universal]
-            lines[f"{result.subject.label}, worst control"] = eps, worst
+            worst = [strongest_control(point.controls) for point in result.universal]
+            lines[f"{result.subject.label}, worst control"] = eps, [one.worst for one in worst if one is not None]
     title = f"Universal evasion rate, {results[0].material.name}"
     unit = results[0].material.unit
     units = "test images" if unit == "image" else f"{unit}s of test images"

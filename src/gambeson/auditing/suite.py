@@ -102,7 +102,7 @@ class Suite(Config):
     """Whether the curve begins at its middle eps and goes on outwards, so that an audit that is cut short has the
     number of the verdict. Else every eps begins from the perturbation of a smaller one. A limit on the time sets it."""
     auto_pgd: bool = True
-    """Whether every test image is attacked by targeted Auto-PGD too (:meth:`white_box`)."""
+    """Whether every test image is attacked by targeted Auto-PGD too (:meth:`targeted_auto_pgd`)."""
     rescoring: bool = True
     """Whether perturbed images are asked for again in other batches and inside their ball, where the worst counts."""
     certified: bool = False
@@ -206,15 +206,20 @@ class Suite(Config):
         """The per-image attack at one eps."""
         return PGD(eps=eps, norm=self.norm, steps=self.pgd_steps, restarts=self.pgd_restarts)
 
-    def white_box(self, eps: float) -> dict[str, PGD | TargetedAutoPGD]:
-        """The strongest attack with gradients that every image gets, in turn: a short PGD, and targeted Auto-PGD.
+    def targeted_auto_pgd(self, eps: float, *, random: bool = False) -> TargetedAutoPGD:
+        """The targeted Auto-PGD that goes on from what PGD left.
 
-        The latter takes as many steps as PGD, or twice as many up to 40; it is probed for a quarter of them towards the
-        nine likeliest wrong classes and run in full towards the nearest, on the margin, which two classes have as well
+        It takes as many steps as PGD, or twice as many up to 40; it is probed for a quarter of them towards the nine
+        likeliest wrong classes and run in full towards the nearest, on the margin, which two classes have as well
         (ours; ``benchmarks/strength.py`` holds it against AutoAttack).
+
+        Args:
+            eps: radius in pixel units.
+            random: whether it goes through the draws of a random model: in as many steps as PGD, with half as many
+                draws per gradient as checks take, since votes choose among what all attacks found (ours).
         """
-        steps = max(self.pgd_steps, min(40, 2 * self.pgd_steps))
-        targeted = TargetedAutoPGD(
+        steps = self.pgd_steps if random else max(self.pgd_steps, min(40, 2 * self.pgd_steps))
+        return TargetedAutoPGD(
             eps=eps,
             norm=self.norm,
             loss="margin",
@@ -222,8 +227,13 @@ class Suite(Config):
             targets=9,
             probe_steps=max(1, steps // 4),
             targets_kept=1,
+            eot_samples=max(1, self.eot_samples // 2) if random else None,
         )
-        return {"pgd": PGD(eps=eps, norm=self.norm, steps=max(1, self.pgd_steps // 4)), "auto-pgd-targeted": targeted}
+
+    def white_box(self, eps: float) -> dict[str, PGD | TargetedAutoPGD]:
+        """The strongest attack with gradients that every image gets, in turn: a short PGD, and targeted Auto-PGD."""
+        short = PGD(eps=eps, norm=self.norm, steps=max(1, self.pgd_steps // 4))
+        return {"pgd": short, "auto-pgd-targeted": self.targeted_auto_pgd(eps)}
 
 
 _OF_IMAGES = (

@@ -21,7 +21,7 @@ from gambeson.auditing.results import (
 )
 from gambeson.evaluation import Rate
 from gambeson.evaluation.classes import ClassView
-from gambeson.evaluation.rates import EpsAdv, EpsUni, SmallestEps
+from gambeson.evaluation.rates import EpsAdv, EpsUni, SmallestEps, strongest_control
 from gambeson.evaluation.targeted import SHUFFLED
 
 
@@ -168,8 +168,7 @@ def _one_pattern(
     if name != _CRAFTED:
         against = f"{_tried(point, transfer)[_CRAFTED]} under the one crafted on the model itself, {against}"
     rivals = [control for control in point.controls if f"the {control.name}" != name]
-    if rivals:
-        rival = max(rivals, key=lambda control: control.worst.value)
+    if (rival := strongest_control(rivals)) is not None:
         kind = "strongest control" if len(rivals) == len(point.controls) else "strongest other control"
         against += f" and {rival.worst} under the {kind} ({rival.name})"
     subject = "it misclassifies" if name == _CRAFTED else f"{name} misclassifies"

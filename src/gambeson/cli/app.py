@@ -14,7 +14,21 @@ from typing import Annotated, Any
 import typer
 
 import gambeson as gb
-from gambeson.cli import attack, audit, bench, compare, data, export, options, report, study, testbed, train, uap
+from gambeson.cli import (
+    attack,
+    audit,
+    bench,
+    compare,
+    data,
+    export,
+    harden,
+    options,
+    report,
+    study,
+    testbed,
+    train,
+    uap,
+)
 from gambeson.cli.list import list_ as list_things
 
 MISTAKE, STOPPED = 2, 130
@@ -35,6 +49,7 @@ app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("audit")(audit.audit)
 app.command("compare")(compare.compare)
+app.command("harden")(harden.harden)
 app.command("attack")(attack.attack)
 app.add_typer(uap.app, name="uap")
 app.command("transfer")(attack.transfer)

@@ -15,7 +15,7 @@ from gambeson.cli.gates import gate_table, leave
 from gambeson.cli.options import print_json, progress
 
 if TYPE_CHECKING:
-    from gambeson.auditing.comparison import Change
+    from gambeson.auditing.comparison import Change, Comparison
 
 
 def compare(
@@ -71,25 +71,30 @@ def compare(
     if as_json:
         print_json(found.plain() | ({} if report is None else {"gates": report.plain()["gates"]}))
     else:
-        table = Table(
-            title=f"{found.first.label} and {found.second.label}, on {found.material.name}: per cent [95 % interval]",
-            box=box.SIMPLE_HEAD,
-            caption="p: probability of so large a change by chance, for all rates at once",
-        )
-        for name in ("", "first", "second", "change", "p", "outcome"):
-            table.add_column(name, justify="right" if name not in ("", "outcome") else "left", no_wrap=True)
-        for one in found.changes:
-            ends, style = one.difference, {"worse": "bold red", "better": "green"}.get(one.outcome)
-            change = f"{100 * ends.value:+.1f} [{100 * ends.low:+.1f}, {100 * ends.high:+.1f}]"
-            rates = [f"{100 * rate.value:.1f}" for rate in (one.first, one.second)]
-            table.add_row(one.name, *rates, change, f"{one.adjusted:.2g}", one.outcome, style=style)
-        console.print(table)
+        console.print(comparison_table(found))
         console.print(found.summary)
         for note in [*found.notes, *_unpaired(found.changes)]:
             console.print(f"note: {note}")
         if report is not None:
             console.print(gate_table(report, "gates of the comparison"))
     leave([] if report is None else [report])
+
+
+def comparison_table(found: Comparison) -> Table:
+    """Return one row per rate: both models, the change with its interval, and its outcome."""
+    table = Table(
+        title=f"{found.first.label} and {found.second.label}, on {found.material.name}: per cent [95 % interval]",
+        box=box.SIMPLE_HEAD,
+        caption="p: probability of so large a change by chance, for all rates at once",
+    )
+    for name in ("", "first", "second", "change", "p", "outcome"):
+        table.add_column(name, justify="right" if name not in ("", "outcome") else "left", no_wrap=True)
+    for one in found.changes:
+        ends, style = one.difference, {"worse": "bold red", "better": "green"}.get(one.outcome)
+        change = f"{100 * ends.value:+.1f} [{100 * ends.low:+.1f}, {100 * ends.high:+.1f}]"
+        rates = [f"{100 * rate.value:.1f}" for rate in (one.first, one.second)]
+        table.add_row(one.name, *rates, change, f"{one.adjusted:.2g}", one.outcome, style=style)
+    return table
 
 
 def _is_audit(folder: Path) -> bool:

@@ -107,7 +107,10 @@ def _failed(result: AuditResult) -> str:
 
 
 def _worst(result: AuditResult) -> str:
-    return _cell(_lowest([a.accuracy for a in result.per_image]))
+    from gambeson.auditing.display import worst_of
+
+    worst = worst_of(result)
+    return _cell(None if worst is None else worst.accuracy)
 
 
 def _transferred(result: AuditResult) -> str:
@@ -128,8 +131,7 @@ def _iou(eps: float) -> Cells:
 
 def _control(eps: float) -> Cells:
     def cell(result: AuditResult) -> str:
-        rates = [control.worst for point in result.universal if point.eps == eps for control in point.controls]
-        return _cell(_highest(rates))
+        return _cell(_highest([control.worst for p in result.universal if p.eps == eps for control in p.controls]))
 
     return cell
 
@@ -138,15 +140,8 @@ def _smallest(found: SmallestEps) -> str:
     return f"{'>' if found.censored else 'at most'} {found.value:.3f}{found.interval}"
 
 
-def _lowest(rates: Sequence[Rate]) -> Rate | None:
-    """Return the lowest of several rates, with the interval of a chosen one; None where there are none."""
-    from gambeson.evaluation import Rate
-
-    return Rate.lowest(rates) if rates else None
-
-
 def _highest(rates: Sequence[Rate]) -> Rate | None:
-    """Return the highest of several rates, likewise."""
+    """Return the highest of several rates, with the interval of a chosen one; None where there are none."""
     from gambeson.evaluation import Rate
 
     return Rate.highest(rates) if rates else None

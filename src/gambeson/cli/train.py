@@ -83,7 +83,7 @@ def train(
     from gambeson.models.loading import input_shape
     from gambeson.threat import default_eps
     from gambeson.training import Recipe, TrainRun, plan_training, run_training
-    from gambeson.training.recipe import fitted
+    from gambeson.training.recipe import fitted, recipe_for
 
     flags: dict[str, Any] = {
         "data": data,
@@ -125,12 +125,12 @@ def train(
         writable(folder)
         dataset = load(run.data, input_shape=input_shape(run.model, run.data))
         if lacking:
-            settings["defense"]["eps"] = default_eps(dataset.train.shape, settings["defense"].get("norm", "inf"))
+            settings["defense"]["eps"] = default_eps(dataset.train.shape, getattr(run.defense, "norm", "inf"))
         if not dataset.train.task.per_image_label:
             settings["recipe"] = {"preset": "segmentation", **settings.get("recipe", {})}
             if "sharedness" in type(run.defense).model_fields:
                 settings["defense"].setdefault("sharedness", HEAP)
-        settings["recipe"] = fitted(settings.get("recipe", {}), len(dataset.train))
+        settings["recipe"] = fitted(recipe_for(run.defense, settings.get("recipe", {})), len(dataset.train))
         run = TrainRun(**settings)
         if only_plan:
             cost = plan_training(run, dataset, folder)

@@ -141,6 +141,7 @@ def score(
         under_edits,
         universal_evasion,
     )
+    from gambeson.evaluation.rates import strongest_control
     from gambeson.evaluation.universal import scorable
     from gambeson.threat.edits import Edit
 
@@ -153,12 +154,13 @@ def score(
         test = scorable(whole, uap)
         maps: dict[str, Rate | Difference] = {}
         if test.task.per_image_label:
-            right, evasion = accuracy(subject.model, test), universal_evasion(subject.model, test, uap)
+            right = accuracy(subject.model, test, seed=seed)
+            evasion = universal_evasion(subject.model, test, uap, seed=seed)
         else:
-            before, after = confusion(subject.model, test), confusion(subject.model, test, uap)
+            before, after = (confusion(subject.model, test, one, seed=seed) for one in (None, uap))
             right, evasion = before.accuracy, after.accuracy.complement
             maps = {"clean mean IoU": before.mean_iou, "mean IoU": after.mean_iou, "mean IoU lost": before.drop(after)}
-        fooling = fooling_rate(subject.model, test, uap)
+        fooling = fooling_rate(subject.model, test, uap, seed=seed)
         rates = {"clean error": right.complement, "UER": evasion, "fooling rate": fooling, **maps}
         reached, controls = None, []
         if uap.target is not None:
@@ -190,8 +192,8 @@ def score(
     if reached is not None:
         _print_target(console, str(uap.about.settings["target"]), reached)
         return
-    worst = max(controls, key=lambda one: one.worst.value)
-    if worst.worst.value >= evasion.value > 0:
+    worst = strongest_control(controls)
+    if worst is not None and worst.worst.value >= evasion.value > 0:
         console.print(
             f"{worst.name} does no less harm, so this perturbation shows no weakness of its own: try other attacks"
         )

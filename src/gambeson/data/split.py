@@ -287,19 +287,22 @@ class Split:
         stratified.
 
         Args:
-            count: number of images; all if the split has no more.
+            count: number of images; all that count if the split has no more.
             seed: of the draw.
 
         Returns:
-            Indices (min(count, N),), ascending, on the CPU.
+            Indices, ascending, on the CPU.
 
         Raises:
             UserError: a count below 1.
         """
         if count < 1:
             raise UserError(f"a subset of {count} images of {self.name} was requested: expected 1 or more")
-        strata = torch.zeros(len(self)) if self._strata is None else self._strata
-        return stratified(strata, min(count, len(self)), stream(seed, "sample"))
+        strata = torch.zeros(len(self)) if self._strata is None else self._strata.cpu()
+        rows = torch.arange(len(self))
+        if self.task.per_image_label and not self.task.all_count and bool((kept := self.task.labelled(strata)).any()):
+            rows = rows[kept]
+        return rows[stratified(strata[rows], min(count, len(rows)), stream(seed, "sample"))]
 
     def without(self: SplitT, seen: torch.Tensor) -> SplitT:
         """Return the split without the images whose content is among ``seen``.

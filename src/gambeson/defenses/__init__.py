@@ -1,6 +1,6 @@
 """Defences, one file per paper, each an objective that training minimises."""
 
-from gambeson.defenses.bank_started import BankStarted
+from gambeson.defenses.bank_started import BankStarted, Gambeson
 from gambeson.defenses.combination import Combination
 from gambeson.defenses.ensemble import Ensemble
 from gambeson.defenses.ensemble_adversarial import EnsembleAdversarial
@@ -48,6 +48,7 @@ __all__ = [
     "Ensemble",
     "EnsembleAdversarial",
     "FreeAdversarial",
+    "Gambeson",
     "Jacobian",
     "JacobianEnsemble",
     "JacobianNorm",

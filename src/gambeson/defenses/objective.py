@@ -324,6 +324,11 @@ class Defense(Config):
         return []
 
     @property
+    def recipe(self) -> dict[str, Any]:
+        """Fields of the training's recipe that take the place of its defaults; those that are given go before them."""
+        return {}
+
+    @property
     def num_members(self) -> int:
         """Number of members of the model."""
         return 1

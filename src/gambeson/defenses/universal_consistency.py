@@ -68,17 +68,19 @@ class UAPBank(nn.Module):
         self.register_buffer("strength", torch.zeros(count))
         self._leaf: torch.Tensor | None = None
 
-    def perturb(self, images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return clip(images + delta[rows], 0, 1), with a graph to the perturbations.
+    def perturb(self, images: torch.Tensor, rows: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """Return clip(images + scale * delta[rows], 0, 1), with a graph to the perturbations.
 
         Args:
             images: (N, C, H, W) in [0, 1].
             rows: (N,), the index of each image's perturbation.
+            scale: of the perturbations.
         """
         if self._leaf is None:
             self._leaf = self.delta.detach().requires_grad_()
+        delta = self._leaf if scale == 1 else scale * self._leaf
         # Indexing sums each perturbation's gradient in a fixed order on every device; index_select does not.
-        return perturb(images, self._leaf if len(self._leaf) == 1 else self._leaf[rows], self.box_gradient)
+        return perturb(images, delta if len(delta) == 1 else delta[rows], self.box_gradient)
 
     def maximise(self, model: nn.Module, batch: Batch, rows: torch.Tensor, loss: Loss) -> None:
         """Take one step up ``loss`` on a batch, with a separate forward and backward.

@@ -24,7 +24,7 @@ from gambeson.base import (
     write_json,
 )
 from gambeson.data import Dataset, Name
-from gambeson.evaluation.attack_suite import SuiteResult, run_suite, standard_suite
+from gambeson.evaluation.attack_suite import SuiteResult, run_suite, standard_suite, suite_for
 from gambeson.evaluation.segmentation_suite import class_pixels
 from gambeson.models.black_box.http import StoredHttp
 from gambeson.models.loading import load_model
@@ -92,9 +92,12 @@ def _attacks_of(run: AttackRun, data: Dataset | None = None) -> dict[str, Any]:
     if unknown := sorted(set(run.settings) - set(_SUITE)):
         reason = f"the suite takes {', '.join(_SUITE)}, got {', '.join(unknown)}"
         raise UserError(reason, ("settings", unknown[0]), reason)
-    if data is None or task.per_image_label:
-        return dict(standard_suite(**run.settings))
-    return dict(standard_suite(**run.settings, task=task, class_pixels=class_pixels(data.train, seed=run.seed)))
+    return standard_suite(**run.settings) if data is None else suite_for(data, seed=run.seed, **run.settings)
+
+
+def _norm(row: dict[str, Any], without: str) -> str:
+    """Return the norm of the attacks, or ``without`` where they have none."""
+    return str(getattr(next(iter(row.values())), "norm", without))
 
 
 def _check_budget(budget: int | None, row: dict[str, Any], images: int) -> None:
@@ -122,7 +125,7 @@ def run_attack(run: AttackRun, out: Path) -> SuiteResult:
     needing = next((name for name, attack in row.items() if getattr(attack, "gradients", False)), None)
     subject = load_model(run.model, run.data, run.device, budget=run.budget, http=run.http, gradients=needing)
     if run.lacks_eps:
-        run = run.with_eps(default_eps(subject.dataset.test.shape, run.settings.get("norm", "inf")))
+        run = run.with_eps(default_eps(subject.dataset.test.shape, _norm(row, "inf")))
     row = _attacks_of(run, subject.dataset)
     _check_budget(run.budget, row, min(run.images, len(subject.dataset.test)))
     if open_run(out, run, environment(run.device)) and (out / "result.json").is_file():
@@ -130,8 +133,7 @@ def run_attack(run: AttackRun, out: Path) -> SuiteResult:
     rows = subject.dataset.test.sample_indices(run.images, seed=run.seed)
     split = subject.dataset.test.subset(rows)
     with as_victim(subject.model, fast=True) as victim:
-        norm = getattr(next(iter(row.values())), "norm", "2")
-        found = run_suite(victim, split, row, norm=norm, seed=run.seed)
+        found = run_suite(victim, split, row, norm=_norm(row, "2"), seed=run.seed)
         notes = victim.notes
     if found.result.success.n == 0:
         warnings.warn(

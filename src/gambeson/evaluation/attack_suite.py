@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from gambeson.attacks import PGD, SEA, AutoPGD, Square, TargetedAutoPGD
 from gambeson.base import Config, derive, seeded, task
-from gambeson.data import Split
+from gambeson.data import Dataset, Split
 from gambeson.evaluation.outcome import ImageAttack, at_once, attacked
 from gambeson.evaluation.rates import Cost
-from gambeson.evaluation.segmentation_suite import MapResult, WorstMaps
+from gambeson.evaluation.segmentation_suite import MapResult, WorstMaps, class_pixels
 from gambeson.evaluation.universal import scored
 from gambeson.tasks import CLASSIFICATION, Counts, Rate, Task
 from gambeson.threat import Norm
@@ -318,3 +319,16 @@ def standard_suite(
         "auto-pgd-targeted": TargetedAutoPGD(steps=100, probe_steps=None if faithful else 20, **ball),
         "square": square,
     }
+
+
+def suite_for(data: Dataset, *, seed: int = 0, **settings: Any) -> dict[str, ImageAttack]:
+    """Return :func:`standard_suite` for a data set: of its task and, for label maps, of its training pixels.
+
+    Args:
+        data: the data set.
+        seed: of the sample in which the pixels of each class are counted.
+        settings: of :func:`standard_suite`.
+    """
+    task = data.test.task
+    pixels = None if task.per_image_label else class_pixels(data.train, seed=seed)
+    return standard_suite(**settings, task=task, class_pixels=pixels)

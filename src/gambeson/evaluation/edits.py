@@ -12,7 +12,7 @@ from torch import nn
 from gambeson.attacks import UniversalPerturbation
 from gambeson.base import Config, notebook
 from gambeson.data import Split
-from gambeson.evaluation.rates import Control, Cost, ImageErrors
+from gambeson.evaluation.rates import Control, Cost, ImageErrors, strongest_control
 from gambeson.evaluation.universal import patterns_of, scorable
 from gambeson.tasks import Difference, Rate
 from gambeson.threat.edits import NONE, Edit, check_edits
@@ -55,7 +55,8 @@ class EditedRates(Config):
     @property
     def control(self) -> Rate | None:
         """The worst of all controls; None without one."""
-        return Rate.highest(one.worst for one in self.controls) if self.controls else None
+        found = strongest_control(self.controls)
+        return None if found is None else found.worst
 
 
 class EditsResult(notebook.ShownAsTable, Config):

@@ -234,7 +234,7 @@ def eps_adv(
             attempt=lambda eps, tried: _attacked(victim, split, attack, eps, tried, seed),
             errors=lambda found: found[1],
             rescale=lambda found, eps: _moved_errors(victim, split, found[0] * (eps / found[2])),
-            clean=errors_under(victim, split),
+            clean=(clean := errors_under(victim, split)),
             largest=_largest(attack.norm, split),
             delta=delta,
             tolerance=tolerance,
@@ -243,7 +243,7 @@ def eps_adv(
             seed=seed,
             title=f"  eps_adv({delta:g})",
         )
-        return EpsAdv(**work.run(), images=len(split), cost=_since(victim, before))
+        return EpsAdv(**work.run(), images=clean.images, cost=_since(victim, before))
 
 
 def scaled(uap: UniversalPerturbation, eps: float) -> UniversalPerturbation:

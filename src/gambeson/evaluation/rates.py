@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -38,6 +38,18 @@ class Control(Config):
     """UER of the worst draw; its interval holds for all draws at once."""
     draws: int
     """Number of patterns."""
+
+
+def strongest_control(controls: Iterable[Control]) -> Control | None:
+    """Return the control whose worst draw did most harm, the first of several; None where there is none.
+
+    The interval of its rate holds for all draws of all of them at once.
+    """
+    tried = list(controls)
+    if not tried:
+        return None
+    first = max(tried, key=lambda one: one.worst.value)
+    return first.model_copy(update={"worst": Rate.highest(one.worst for one in tried)})
 
 
 class SmallestEps(Config):
@@ -82,7 +94,7 @@ class EpsAdv(SmallestEps):
     """eps_adv(delta), for per-image perturbations; below eps_uni(delta)."""
 
     images: int
-    """Number of test images attacked."""
+    """Test images with a label that counts."""
 
 
 class Measured(Protocol):
@@ -184,7 +196,7 @@ def crossing_interval(
 
     The perturbations of the curve are held fixed, since they were selected without the resampled images. In each
     resample the curve is made monotone (an attack at one eps is valid at every larger one) and is linear between the
-    eps tried; the eps at which it crosses ``delta`` is collected.
+    eps tried; the eps at which it crosses ``delta`` is collected. Images without a label that counts are left out.
 
     Args:
         curve: the counts of the same images by eps; 0 stands for clean images.
@@ -198,8 +210,8 @@ def crossing_interval(
     """
     radii = sorted(curve)
     steps = torch.tensor(radii, dtype=torch.float64)
-    found = []
-    for sums in resampled(torch.cat([curve[eps].rows for eps in radii], 1), seed, resamples, ordered=True):
+    rows, found = torch.cat([curve[eps].rows for eps in radii], 1), []
+    for sums in resampled(rows[rows.any(1)], seed, resamples, ordered=True):
         parts = zip(radii, sums.chunk(len(radii), 1), strict=True)
         found.append(crossings(steps, torch.stack([curve[eps].of_sums(part) for eps, part in parts], 1), delta))
     ordered = torch.cat(found).sort().values

@@ -170,7 +170,7 @@ def control_rates(
         victim: any module from pixels to logits, or a victim.
         split: a split, an (images, labels) pair, or a data set, of which the test split is used.
         ball: norm and eps of the patterns.
-        seed: of the random patterns.
+        seed: of the random patterns, and of a random model's votes.
         controls: names, see :func:`gambeson.attacks.control`.
 
     Returns:
@@ -179,7 +179,7 @@ def control_rates(
     found = []
     for name in controls:
         patterns = patterns_of(name, ball, split.shape, seed).to(victim.device)
-        rates = [error_rate(score_batches(victim, split, pattern[None])) for pattern in patterns]
+        rates = [error_rate(score_batches(victim, split, pattern[None], seed=seed)) for pattern in patterns]
         mean = sum(rate.value for rate in rates) / len(rates)
         found.append(Control(name=name, mean=mean, worst=Rate.highest(rates), draws=len(rates)))
     return found

@@ -12,6 +12,7 @@ from gambeson.auditing import lead_of
 from gambeson.auditing.display import worst_of
 from gambeson.base import read_settings
 from gambeson.evaluation import Rate
+from gambeson.evaluation.rates import strongest_control
 from gambeson.report.formatting import EpsFormat, count, of_hundred
 from gambeson.report.loading import Folder
 
@@ -91,11 +92,9 @@ def summary(folder: Folder, scale: EpsFormat) -> Summary:
     result, lead = folder.result, lead_of(folder.result)
     point, clean = result.middle, result.clean.complement
     facts = [_interval(lead.rate), _strength(point.eps, scale)]
-    if point.controls:
-        worst = max((control.worst for control in point.controls), key=lambda rate: rate.value)
-        facts.append(
-            f"Patterns of the same strength that know nothing of it: {of_hundred(worst.value)} of 100 at the most."
-        )
+    if (control := strongest_control(point.controls)) is not None:
+        most = of_hundred(control.worst.value)
+        facts.append(f"Patterns of the same strength that know nothing of it: {most} of 100 at the most.")
     if result.iou is not None and point.iou is not None:
         facts.append(
             "Averaged over classes, the overlap of prediction and truth (mean IoU) is "

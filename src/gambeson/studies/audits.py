@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Literal
 
+from gambeson.auditing.display import worst_of
 from gambeson.auditing.results import AuditResult
 from gambeson.auditing.run import AuditRun, AuditSuite, run_audit
 from gambeson.auditing.suite import SUITES
@@ -45,8 +46,8 @@ def of_audit(result: AuditResult) -> Measured:
     for name, size in (("eps_uni", result.eps_uni), ("eps_adv", result.eps_adv)):
         if size is not None:
             found[name] = Value(value=size.value, low=size.low, high=size.high, censored=size.censored)
-    if result.per_image:
-        found["attacked"] = Value.of(min((one.accuracy for one in result.per_image), key=lambda rate: rate.value))
+    if (worst := worst_of(result)) is not None:
+        found["attacked"] = Value.of(worst.accuracy)
     if result.jacobian is not None:
         if result.jacobian.sharing is not None:
             found["sharing"] = Value(value=result.jacobian.sharing)

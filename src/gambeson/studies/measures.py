@@ -18,7 +18,7 @@ from gambeson.attacks import StochasticPGD, UniversalAttack, UniversalPerturbati
 from gambeson.attacks.registry import ATTACKS, create, kind_of
 from gambeson.base import Config, Number, UserError, unknown_name
 from gambeson.data import Dataset
-from gambeson.evaluation.attack_suite import run_suite, standard_suite
+from gambeson.evaluation.attack_suite import run_suite, suite_for
 from gambeson.evaluation.eps_uni import eps_uni
 from gambeson.evaluation.outcome import accuracy_under
 from gambeson.evaluation.universal import accuracy, strongest, universal_evasion
@@ -268,8 +268,9 @@ class SuiteMeasure(Measure):
         few = trained.data.test.sample(self.test_images, seed=trained.seed)
         with Victim(trained.model, fast=True) as victim:
             random = victim.inspect(few.take(slice(0, 8), victim.device)[0]).stochastic
-            attacks = standard_suite(
-                eps=self.radius(trained), queries=self.queries, eot_samples=EOT_SAMPLES if random else None
+            settings = {"eps": self.radius(trained), "queries": self.queries}
+            attacks = suite_for(
+                trained.data, seed=trained.seed, **settings, eot_samples=EOT_SAMPLES if random else None
             )
             found = run_suite(victim, few, attacks, seed=trained.seed).result.robust
         return Measured(metrics={"accuracy": Value.of(found)})

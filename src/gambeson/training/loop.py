@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +35,8 @@ from gambeson.models import save as save_model
 from gambeson.training.batches import Epoch
 from gambeson.training.checkpoint import load_state, save_state
 from gambeson.training.graphs import GraphedForward
-from gambeson.training.recipe import Recipe, fitted, freeze_statistics, make_optimizer, set_lr
-from gambeson.training.validation import is_best, validate, validate_robustly, warn_at_chance
+from gambeson.training.recipe import Recipe, fitted, freeze_statistics, make_optimizer, recipe_for, set_lr
+from gambeson.training.validation import ACCURACY, is_best, validate, validate_robustly, warn_at_chance
 from gambeson.victim import Victim, copied
 from gambeson.victim.graphs import has_graphs
 
@@ -57,6 +57,7 @@ def train(
     seed: int = 0,
     out: str | Path | None = None,
     label: str = "training",
+    stop: Callable[[History], bool] | None = None,
     **settings: Any,
 ) -> History:
     """Train ``model`` in place, on the device it is on.
@@ -65,15 +66,18 @@ def train(
         model: pixels (N, C, H, W) in [0, 1] to logits.
         data: a ``Dataset``, or a split or (images, labels) pair, which are split by a fixed rule.
         defense: the objective.
-        recipe: optimiser and schedule; or give its fields as keywords, such as ``epochs=10``.
+        recipe: optimiser and schedule; or give its fields as keywords, such as ``epochs=10``, beside which those of the
+            defence's own recipe are used, if it has one.
         seed: of the order, the augmentation, the perturbations and dropout.
         out: folder for ``metrics.jsonl``, ``model.safetensors`` and ``state/``. An interrupted run resumes from its
             last complete epoch and ends with the weights of an uninterrupted one, bit for bit.
         label: name of the progress bar.
+        stop: told the history after every epoch, also of a resumed run; the training ends where it says so.
         settings: fields of :class:`Recipe`, if ``recipe`` is not given.
 
     Raises:
-        UserError: recipe, objective, model and data do not fit each other.
+        UserError: recipe, objective, model and data do not fit each other, or no epoch has the recipe's
+            ``least_accuracy``.
     """
     if not isinstance(defense, Defense):
         raise UserError(
@@ -84,8 +88,8 @@ def train(
         raise TypeError(f"give a recipe or its fields, not both (got {', '.join(settings)})")
     with default_dtype(), torch.inference_mode(False), torch.enable_grad():
         dataset = as_dataset(data)
-        recipe = recipe or Recipe(**fitted(settings, len(dataset.train)))
-        return Run(model, dataset, defense, recipe, seed, None if out is None else Path(out)).fit(label)
+        recipe = recipe or Recipe(**fitted(recipe_for(defense, settings), len(dataset.train)))
+        return Run(model, dataset, defense, recipe, seed, None if out is None else Path(out)).fit(label, stop)
 
 
 _WATCH = 50
@@ -136,12 +140,14 @@ class Run:
         self.history: History = []
         self.seconds: list[float] = []
 
-    def fit(self, label: str) -> History:
+    def fit(self, label: str, stop: Callable[[History], bool] | None = None) -> History:
         """Train to the end, from where an earlier run in the same folder stopped."""
         done = self._resume()
         share_first([*self.model.parameters(), *self.model.buffers()])
         with task(label, self.recipe.epochs * self.steps, done=done * self.steps) as advance:
             for epoch in range(done, self.recipe.epochs):
+                if stop is not None and self.history and stop(self.history):
+                    break
                 began = time.perf_counter()
                 with seeded(self.seed, "dropout", epoch, self.accelerator.process_index):
                     means = self._epoch(epoch, advance)
@@ -172,7 +178,15 @@ class Run:
     def _chosen(self) -> dict[str, torch.Tensor]:
         if self.out is None or self.recipe.select == "last":
             return self.result.state_dict()
-        return load_tensors(self.out / "state" / "best.safetensors")[0]
+        best = self.out / "state" / "best.safetensors"
+        if not best.is_file():
+            most = max(entry[ACCURACY] for entry in self.history)
+            raise UserError(
+                f"no epoch that was measured got {100 * self.recipe.least_accuracy:.1f} % of "
+                f"{self.data.validation.name} right, the least that was asked for ({100 * most:.1f} % at the most): "
+                "ask for less, train for longer, or lower eps or the learning rate"
+            )
+        return load_tensors(best)[0]
 
     def _epoch(self, epoch: int, advance: Any) -> dict[str, float]:
         self.model.train()
@@ -212,8 +226,10 @@ class Run:
     @torch.no_grad()
     def _average(self, shadow: AveragedModel) -> None:
         # AveragedModel.update_parameters sends the number of averages to the device, for which the host waits.
-        decay = self.recipe.ema if shadow.n_averaged else 0.0
+        decay, number = self.recipe.ema, int(shadow.n_averaged)
         assert decay is not None
+        decay = min(decay, (1 + number) / (10 + number)) if self.recipe.ema_warmup else decay
+        decay = decay if number else 0.0
         means = [*shadow.module.parameters(), *shadow.module.buffers()]
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         weights = len(list(self.model.parameters()))

@@ -112,15 +112,20 @@ class Recipe(Config):
     channels_last: bool = False
     """Use the channels-last memory layout: the same network with different rounding, often faster with many
     channels."""
-    select: Literal["last", "best", "best-universal", "best-pgd"] = "last"
+    select: Literal["last", "best", "best-universal", "best-pgd", "best-robust"] = "last"
     """The epoch whose weights are kept. On validation, ``best`` has the lowest clean error (of label maps the highest
-    mean IoU), ``best-universal`` the lowest universal evasion rate, ``best-pgd`` the highest accuracy under PGD; the
-    latter two among the epochs measured by ``robust_every``."""
+    mean IoU), ``best-universal`` the lowest universal evasion rate, ``best-pgd`` the highest accuracy under PGD, and
+    ``best-robust`` the highest mean of the accuracies under both; the latter three among the epochs measured by
+    ``robust_every``."""
+    least_accuracy: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    """Accuracy on clean validation images below which ``select`` takes no epoch."""
     robust_every: Annotated[int, Field(ge=0)] = 0
     """Run short attacks on validation after every so many epochs, and after the last; 0: never."""
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
     """Decay per step of an exponential moving average of weights and statistics, which is then validated and
     returned."""
+    ema_warmup: bool = False
+    """Whether the decay of step n is at most (1 + n) / (10 + n), so that short trainings forget their first weights."""
     freeze_statistics: bool = False
     """Freeze BatchNorm's running statistics, for fine-tuning."""
     layer_decay: Annotated[Number, Field(gt=0, le=1)] = 1.0
@@ -154,6 +159,11 @@ class Recipe(Config):
             falls = sum(epoch >= milestone for milestone in self.milestones)
             return self.lr * rise * self.gamma ** (falls + (int(epoch / self.decay_every) if self.decay_every else 0))
         return self.lr * rise
+
+
+def recipe_for(defense: Defense, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a recipe, with those of the defence where they are not given; a preset replaces those."""
+    return given if given.get("preset") is not None else {**defense.recipe, **given}
 
 
 def fitted(fields: dict[str, Any], images: int) -> dict[str, Any]:

@@ -23,13 +23,14 @@ from gambeson.training.recipe import Recipe
 from gambeson.victim import Victim, auto_batch_size, nothing_counts, predict, predict_batches, score, vote
 
 _IMAGES = 500
+ACCURACY = "validation_accuracy"
 
 
 def validate(model: nn.Module, data: Dataset) -> dict[str, float]:
     """Return the clean accuracy and, of label maps, the mean IoU."""
     with _one_pass(model) as victim:
         error, iou = _scores(victim, data.validation)
-    return {"validation_accuracy": 1 - error} | ({} if iou is None else {"validation_mean_iou": iou})
+    return {ACCURACY: 1 - error} | ({} if iou is None else {"validation_mean_iou": iou})
 
 
 def warn_at_chance(last: dict[str, float], split: Split) -> None:
@@ -126,12 +127,24 @@ def is_best(history: list[dict[str, float]], recipe: Recipe, defense: Defense) -
 
     Nor is one before all parts of the objective were active, such as noise that starts later.
     """
-    history = history[defense.fully_active_epoch(recipe.epochs) :]
-    maps = bool(history) and "validation_mean_iou" in history[-1]
-    key, sign = {
-        "best": ("validation_mean_iou" if maps else "validation_accuracy", 1),
-        "best-universal": ("validation_uer", -1),
-        "best-pgd": ("validation_pgd_accuracy", 1),
-    }[recipe.select]
-    values = [sign * entry[key] for entry in history if key in entry]
-    return bool(history) and key in history[-1] and values[-1] > max(values[:-1], default=-float("inf"))
+    entries = history[defense.fully_active_epoch(recipe.epochs) :]
+    ranks = [rank(entry, recipe.select) if entry[ACCURACY] >= recipe.least_accuracy else None for entry in entries]
+    found = [value for value in ranks if value is not None]
+    return bool(found) and ranks[-1] is not None and found[-1] > max(found[:-1], default=-math.inf)
+
+
+def rank(entry: dict[str, float], select: str) -> float | None:
+    """Return the number by which :attr:`Recipe.select` compares an epoch, of which more is better.
+
+    None where it was not measured.
+    """
+    if select == "best":
+        return entry.get("validation_mean_iou", entry[ACCURACY])
+    if "validation_uer" not in entry:
+        return None
+    universal, per_image = 1 - entry["validation_uer"], entry["validation_pgd_accuracy"]
+    return {
+        "best-universal": universal,
+        "best-pgd": per_image,
+        "best-robust": (universal + per_image) / 2,
+    }[select]

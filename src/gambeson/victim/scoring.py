@@ -130,8 +130,9 @@ def predict_batches(
         split: the images.
         reduce: maps predictions and labels, (B,) or (B, H, W), to what is kept.
         delta: (1, C, H, W), or None for clean images.
-        seed: of the votes, so that the same call gives the same predictions; a single pass uses the current state of
-            torch's generators. Also of the edit: clean and perturbed images are edited alike.
+        seed: of the votes, so that the same call gives the same predictions; only a single pass that was asked for
+            (``victim.votes`` of 1) uses the current state of torch's generators. Also of the edit: clean and perturbed
+            images are edited alike.
         edit: what happens to the images, clean or perturbed, before the model sees them.
 
     Raises:
@@ -146,14 +147,15 @@ def predict_batches(
             f"a perturbation of shape {tuple(delta.shape)} came with images of {split.shape}: expected one for images "
             "of this shape"
         )
-    votes = victim.votes or votes_of(victim, split.take(slice(0, 8), device)[0])
+    if victim.votes is None:
+        victim.inspect(split.take(slice(0, 8), device)[0], scores=True)
     if victim.traits is not None:
         split.check_classes(victim.traits.shape[1])
     change: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
     if edit is not None:
         check_edits([edit], split.shape, split.task, split.name)
         change = edit.seeded(split.shape[0], generator(seed, "edit", str(edit)))
-    with seeded(seed, "score") if votes > 1 else nullcontext():
+    with nullcontext() if victim.votes == 1 else seeded(seed, "score"):
         return [
             reduce(vote(victim, change(images if delta is None else perturb(images, delta))), labels)
             for images, labels in split.batches(auto_batch_size(split.shape), device=device)

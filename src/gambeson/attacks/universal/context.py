@@ -270,10 +270,7 @@ class CraftingContext:
 
     def few(self, images: int) -> Split:
         """Return a random part of the training images, the same for every call."""
-        train, task = self.train, self.task
-        if task.per_image_label and not task.labels_every_image:
-            train = train.subset(task.labelled(train.labels), train.name)
-        return train.sample(images, seed=self.seed)
+        return self.train.sample(images, seed=self.seed)
 
 
 def splits_of(victim: Victim, data: object) -> tuple[Split, Split]:

@@ -10,7 +10,7 @@ from gambeson.attacks import PGD
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.outcome import AsFarAsFinite, PairedDifference
-from gambeson.auditing.stages.randomness import QUIET, way_to_quiet
+from gambeson.auditing.stages.randomness import QUIET, NoiseOff, way_to_quiet
 from gambeson.evaluation.outcome import outcome
 from gambeson.tasks import Counts, Task
 from gambeson.victim import Victim
@@ -75,23 +75,6 @@ def _more_draws(context: AuditContext) -> Finding:
 
 
 @dataclass(frozen=True)
-class _NoiseOff:
-    """The attack of a random model that crafts with its noise off; the images come back for whoever judges them."""
-
-    how: str
-    attack: PGD
-
-    def __call__(
-        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, task: Task | None = None
-    ) -> torch.Tensor:
-        with Victim(model.model) as still, QUIET[self.how](still):  # of its own: a fast copy has switches of its own
-            still.temperature, still.allow_no_graph = model.temperature, model.allow_no_graph
-            moved = self.attack(still, x, y, seed=seed, task=task)
-        model.forwards, model.backwards = model.forwards + still.forwards, model.backwards + still.backwards
-        return moved
-
-
-@dataclass(frozen=True)
 class _Nothing:
     def __call__(
         self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, task: Task | None = None
@@ -124,7 +107,7 @@ def _noise_off(context: AuditContext) -> Finding:
     context.victim.forwards += still.forwards
     context.victim.backwards += still.backwards
     clean_on, on = context.outcome(_Nothing()), context.outcome(attack)
-    moved = context.outcome(_NoiseOff(how, attack))
+    moved = context.outcome(NoiseOff(how, attack))
     helped = PairedDifference.of(on, moved)
     if context.sample.task.per_image_label:
         both = (clean_on.right == clean_on.total) & (clean_off.right == clean_off.total)

@@ -9,6 +9,7 @@ from gambeson.auditing.rescoring import ROUNDING
 from gambeson.auditing.results import UniversalResult
 from gambeson.auditing.stages.universal import rescored
 from gambeson.evaluation.outcome import outcome_under
+from gambeson.evaluation.rates import strongest_control
 from gambeson.evaluation.universal import patterns_of
 from gambeson.threat import Ball
 
@@ -55,10 +56,9 @@ def _beats_controls(context: AuditContext) -> Finding:
     if not any(point.controls for point in context.universal):
         return Finding(None, "no controls were tried")
     for point in context.universal:
-        if not point.controls:
+        if (strongest := strongest_control(point.controls)) is None:
             continue
-        crafted = point.crafted or point.uer
-        worst = max((rival.worst for rival in point.controls), key=lambda rate: rate.value)
+        crafted, worst = point.crafted or point.uer, strongest.worst
         mean = max(rival.mean for rival in point.controls)
         if worst.value > crafted.value and _clearly_worse(context, point):
             beaten.append(point.eps)

@@ -194,7 +194,7 @@ def _universal(context: AuditContext, found: AdaptiveResult) -> TransferredResul
         other.temperature, other.allow_no_graph, other.before_call = victim.temperature, True, victim.before_call
         uap = attack.craft(other, context.data, seed=context.seed)
     _count(victim, other, made)
-    predictions = predict(victim, test, uap.delta.to(victim.device))
+    predictions = predict(victim, test, uap.delta.to(victim.device), seed=context.seed)
     return TransferredResult(
         source="the model without its inner gradients" if found.inner else "the model by finite differences",
         attack="stochastic-pgd",

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from gambeson.attacks import PGD, CosPGD, SegPGD, Square
+from gambeson.attacks import PGD, CosPGD, GradientAttack, SegPGD, Square
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.rescoring import Perturbed, asked, rescored_in, ways, worse
 from gambeson.auditing.results import PerImageResult, Rescored
+from gambeson.auditing.stages.randomness import QUIET, NoiseOff, way_to_quiet
 from gambeson.data import Split
-from gambeson.evaluation import BudgetSpent, Rate, run_suite, standard_suite
+from gambeson.evaluation import BudgetSpent, Rate, run_suite
+from gambeson.evaluation.attack_suite import suite_for
 from gambeson.evaluation.outcome import ImageAttack, outcome
-from gambeson.evaluation.segmentation_suite import class_pixels
 from gambeson.tasks import Counts
 from gambeson.victim import score, score_batches
 
@@ -33,11 +34,14 @@ def left_out(context: AuditContext) -> str:
 def measure(context: AuditContext) -> list[PerImageResult]:
     """Run the per-image attacks at the middle eps.
 
-    PGD on all test images, then on what that left targeted Auto-PGD (random models are spared it), or where labels are
-    maps SegPGD and CosPGD of as many steps and restarts as PGD; then the standard attack suite on
-    ``suite.suite_images`` of them, which begins from what those left. The suite needs the norms inf or 2. A black box
-    is attacked only by Square, on the sample of the diagnostics, with ``suite.queries`` per image, and not at all in
-    the norm 1.
+    PGD on all test images, then on what that left targeted Auto-PGD, or where labels are maps SegPGD and CosPGD of as
+    many steps and restarts as PGD; then the standard attack suite on ``suite.suite_images`` of them, which begins from
+    what those left. The suite needs the norms inf or 2. A black box is attacked only by Square, on the sample of the
+    diagnostics, with ``suite.queries`` per image, and not at all in the norm 1.
+
+    On a random model targeted Auto-PGD is run with the noise off, where it can be turned off, and through its draws.
+    Of what they and PGD found the worst is chosen by votes, and scored on other votes: attacks that do nothing
+    change nothing, however many they are (:func:`gambeson.evaluation.run_suite`).
     """
     suite, norm = context.suite, context.suite.norm
     possible = not left_out(context)
@@ -48,25 +52,36 @@ def measure(context: AuditContext) -> list[PerImageResult]:
         return [attacked_in_turn(context, "square", len(context.sample), {"square": square}, square.plain())]
     task, earlier = context.test.task, dict[str, Moved]()
     found = [_single(context, PGD_NAME, suite.pgd(context.eps), earlier)]
-    if parts := {part: attack for part, attack in context.white_parts.items() if part != PGD_NAME}:
+    if parts := _targeted(context):
         settings = {name: attack.plain() for name, attack in parts.items()}
         found.append(attacked_in_turn(context, "auto-pgd-targeted", len(context.test), parts, settings, earlier))
     if not task.per_image_label and norm != "1":
         same = {"eps": context.eps, "norm": norm, "steps": suite.pgd_steps, "restarts": suite.pgd_restarts}
         found += [_single(context, "segpgd", SegPGD(**same), {}), _single(context, "cospgd", CosPGD(**same), {})]
     if possible and suite.suite_images:
-        attacks = standard_suite(
+        attacks = suite_for(
+            context.data,
+            seed=context.seed,
             eps=context.eps,
             norm=norm,
             queries=suite.suite_queries if task.per_image_label else None,
             eot_samples=suite.eot_samples if context.subject.random else None,
-            task=task,
-            class_pixels=None if task.per_image_label else class_pixels(context.data.train),
         )
         settings = {name: attack.plain() for name, attack in attacks.items() if hasattr(attack, "plain")}
         with suppress(BudgetSpent):  # where the time is over, PGD's number stays
             found.append(attacked_in_turn(context, "standard", suite.suite_images, attacks, settings, earlier))
     return found
+
+
+def _targeted(context: AuditContext) -> dict[str, GradientAttack | NoiseOff]:
+    """Return the attacks that go on from what PGD left: targeted Auto-PGD, of a random model with its noise off too."""
+    eps, name = context.eps, "auto-pgd-targeted"
+    if not context.targets_classes:
+        return {}
+    alone, random = context.suite.targeted_auto_pgd(eps), context.subject.random
+    how = way_to_quiet(context) if random else ""
+    off = {"noise off": NoiseOff(how, alone)} if how in QUIET else {}
+    return {**off, name: context.suite.targeted_auto_pgd(eps, random=True) if random else alone}
 
 
 Moved = tuple[torch.Tensor, torch.Tensor]
@@ -104,7 +119,7 @@ def attacked(
         part = test if len(rows) == len(test) else test.subset(rows)
         kept = Perturbed(split=part, right=Counts(right.right[rows], right.total[rows]), images=torch.cat(moved))
         found, accuracy = _again(context, kept, accuracy)
-        if into is not None and test.task.per_image_label and not context.subject.random:
+        if into is not None and test.task.per_image_label:
             into[f"earlier {name}"] = rows, torch.cat(moved)
     return PerImageResult(
         attack=name, settings=settings, eps=at[0], norm=at[1], accuracy=accuracy, rescored=found, cost=cost
@@ -157,8 +172,7 @@ def attacked_in_turn(
     known = {} if earlier is None else earlier
     before_it = {title: _placed(split, rows, *moved) for title, moved in known.items()}
     run = run_suite(context.victim, split, before_it | dict(attacks), norm=context.suite.norm, seed=context.seed)
-    if not context.subject.random:
-        known[f"earlier {name}"] = rows, run.images
+    known[f"earlier {name}"] = rows, run.images
     found, cost = run.result, context.since(before)
     context.outcomes.keep(f"per_image:{name}", run.counts, context.test, rows)
     right = score_batches(context.victim, split.with_images(run.images), seed=context.seed).counts

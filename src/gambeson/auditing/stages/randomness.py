@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
 
+from gambeson.attacks import GradientAttack
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.derandomize import Derandomize
+from gambeson.auditing.outcome import AsFarAsFinite
 from gambeson.auditing.results import RandomnessResult
 from gambeson.base import seeded
 from gambeson.evaluation import Rate
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import injections, noise_off
+from gambeson.tasks import Task
 from gambeson.victim import Victim, predict, score
 from gambeson.victim.inspect import CALLS
 
@@ -84,6 +88,30 @@ def way_to_quiet(context: AuditContext) -> str:
         if all(torch.equal(first, other) for other in others):  # two of few draws are often the same
             return how
     return reason
+
+
+@dataclass(frozen=True)
+class NoiseOff:
+    """The attack of a random model that crafts with its noise off; the images come back for whoever judges them."""
+
+    how: str
+    """One of :data:`QUIET`."""
+    attack: GradientAttack
+
+    def __call__(
+        self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, task: Task | None = None
+    ) -> torch.Tensor:
+        """Return perturbed images, the best so far if a gradient is not finite."""
+        with Victim(model.model) as still, QUIET[self.how](still):  # of its own: a fast copy has switches of its own
+            still.temperature, still.allow_no_graph = model.temperature, model.allow_no_graph
+            still.most, still.before_call = model.most, model.before_call
+            moved = AsFarAsFinite(self.attack)(still, x, y, seed=seed, task=task)
+        model.forwards, model.backwards = model.forwards + still.forwards, model.backwards + still.backwards
+        return moved
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings as plain data."""
+        return {"noise_off_by": self.how, **self.attack.plain()}
 
 
 @contextmanager

@@ -92,7 +92,8 @@ def measure(context: AuditContext) -> list[TransferredResult]:
 
     def tried(attack: str, split: Split, delta: torch.Tensor | None = None) -> None:
         before = context.spent
-        predictions = predict(context.victim, split, None if delta is None else delta.to(context.victim.device))
+        moved = None if delta is None else delta.to(context.victim.device)
+        predictions = predict(context.victim, split, moved, seed=context.seed)
         found.append(
             TransferredResult(
                 source=f"surrogate ({name_of(surrogate)})",

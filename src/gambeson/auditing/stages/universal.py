@@ -263,4 +263,4 @@ def rescored(context: AuditContext, uap: UniversalPerturbation) -> float:
 
 
 def _predicted(context: AuditContext, uap: UniversalPerturbation) -> torch.Tensor:
-    return predict(context.victim, context.test, uap.delta.to(context.victim.device))
+    return predict(context.victim, context.test, uap.delta.to(context.victim.device), seed=context.seed)

@@ -1,0 +1,119 @@
+"""``gambeson harden``: fine-tuning of a trained model within a time and a loss of accuracy, and what it brought."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gambeson.cli import options
+from gambeson.cli.compare import comparison_table
+from gambeson.cli.options import chosen, needed, one_model, print_json, progress
+from gambeson.cli.tables import duration
+
+if TYPE_CHECKING:
+    from gambeson.hardening import HardenPlan
+
+
+def harden(
+    model: options.Model = None,
+    model_: options.ModelOption = None,
+    data: options.Data = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Time for everything: half for the training, a quarter for each audit.",
+            show_default="no limit",
+            metavar="N",
+        ),
+    ] = None,
+    keep_accuracy: Annotated[
+        float | None,
+        typer.Option(help="Points of clean accuracy that may be lost, measured on validation.", show_default="1.0"),
+    ] = None,
+    eps: options.Eps = None,
+    norm: Annotated[str | None, typer.Option(help="inf or 2.", show_default="inf")] = None,
+    speed: Annotated[
+        str | None, typer.Option(help="Epochs at the most: 10 (fast) or 40 (best).", show_default="best")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default="0.05")] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="Suite of both audits: glance, quick, standard or full.",
+            show_default="quick; with --minutes what fits",
+        ),
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(help="Also export it: torch-export, onnx or safetensors.", show_default="no")
+    ] = None,
+    only_plan: Annotated[bool, typer.Option("--plan", help="Print an estimate of the cost and exit.")] = False,
+    config: options.ConfigFile = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting of training, defence or suite: momentum=0.8, radius=1.2"),
+    ] = None,
+    out: options.Out = None,
+    seed: options.RunSeed = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Harden a trained model: fine-tune it with the preset gambeson, and audit it before and after.
+
+    MODEL is named as for `gambeson audit`, and must have weights: a black box is refused. The output folder has the
+    hardened model (model.safetensors), the page of both audits (report.html) and the numbers (result.json). The epoch
+    is chosen on validation, among those that keep the accuracy. Training that collapses is stopped, with the reason.
+
+    Example: `gambeson harden runs/x --minutes 10 --out runs/x-hardened`
+
+    Example: `gambeson harden torchvision:resnet18@model.pth --data image-folder:photos --keep-accuracy 0.5`
+    """
+    from gambeson.auditing import Suite
+    from gambeson.base import unknown_name
+    from gambeson.defenses import Gambeson
+    from gambeson.hardening import HardenRun, plan_harden, run_harden
+    from gambeson.models.export import TARGETS
+    from gambeson.training import Recipe
+
+    if to is not None and to not in TARGETS:
+        raise unknown_name("export target", to, TARGETS)
+    flags: dict[str, Any] = {
+        "model": one_model(model, model_),
+        "data": data,
+        "minutes": minutes,
+        "keep_accuracy": keep_accuracy,
+        "eps": eps,
+        "norm": norm,
+        "suite.name": suite,
+        "defense.speed": speed,
+        "recipe.lr": lr,
+        "to": to,
+        "seed": seed,
+    }
+    own = set(HardenRun.model_fields)
+    groups = {"recipe": {*Recipe.model_fields}, "defense": {*Gambeson.model_fields}, "suite": {*Suite.model_fields}}
+    settings = chosen(HardenRun, config, flags, set_, device, lambda _: {k: v - own for k, v in groups.items()})
+    needed(settings.get("model"), "harden")
+    run = HardenRun(**settings)
+    folder = out or options.folder_beside(run.model, "hardened")
+    with progress(as_json) as console:
+        if only_plan:
+            cost = plan_harden(run, folder)
+            print_json(cost.plain() | {"total": cost.total}) if as_json else console.print(_words(cost))
+            return
+        found = run_harden(run, folder)
+    if as_json:
+        print_json({"out": str(folder), **found.plain()})
+        return
+    console.print(comparison_table(found.comparison))
+    for note in found.notes:
+        console.print(f"note: {note}")
+    console.print(found.summary)
+    console.print(f"open {folder / 'report.html'}; the model is {folder / 'model.safetensors'}", soft_wrap=True)
+
+
+def _words(cost: HardenPlan) -> str:
+    return (
+        f"at most {cost.epochs} epochs, about {duration(cost.seconds)} with their validation, and two audits of at "
+        f"most {duration(cost.audit.seconds)} each, on {cost.training.device}: {duration(cost.total)} together"
+    )

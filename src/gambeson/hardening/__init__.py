@@ -1,0 +1,6 @@
+"""Hardening: fine-tuning of a trained model against perturbations, with an audit before and after and one report."""
+
+from gambeson.hardening.job import Hardened, Hardening, HardenPlan, harden
+from gambeson.hardening.run import HardenRun, plan_harden, run_harden
+
+__all__ = ["HardenPlan", "HardenRun", "Hardened", "Hardening", "harden", "plan_harden", "run_harden"]

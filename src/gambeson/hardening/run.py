@@ -1,0 +1,71 @@
+"""Runs of ``gambeson harden``: settings, execution in a folder, and cost estimates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from gambeson import data as data_room
+from gambeson.auditing.clock import now
+from gambeson.base import UserError, check_run, close_run, environment, open_run
+from gambeson.evaluation import LoadedModel, load_model
+from gambeson.evaluation.export_check import run_export
+from gambeson.hardening.job import Hardened, Hardening, HardenPlan, Job, black_box, hardened
+from gambeson.models import PixelModel
+from gambeson.models.export import TARGETS, Target
+from gambeson.models.loading import asking
+from gambeson.models.storage import FILE_NAME
+
+
+class HardenRun(Hardening):
+    """Settings of ``gambeson harden``."""
+
+    kind: Literal["harden"] = "harden"
+    model: str
+    """What :func:`gambeson.evaluation.load_model` takes, except black boxes."""
+    data: data_room.Name | None = None
+    """Name of a data set; None: that of the training run."""
+    to: Target | None = None
+    """Also export the hardened model as this; see :func:`gambeson.models.export.export`."""
+    device: str = "cpu"
+
+
+def run_harden(run: HardenRun, out: Path) -> Hardened:
+    """Execute ``run`` in the folder ``out``, or resume it there.
+
+    Raises:
+        UserError: as :func:`harden`, or the folder holds another run, the model cannot be loaded, or is a black box.
+    """
+    began = now()
+    check_run(out, run)
+    subject, job = _loaded(run)
+    schedule = job.schedule(out)
+    open_run(out, run, environment(run.device))
+    found = hardened(
+        job, schedule, out, f"{subject.label} before and after hardening, on {subject.dataset.name}", began
+    )
+    if run.to is not None and not (file := out / f"model-exported{TARGETS[run.to]}").exists():
+        run_export(str(out / FILE_NAME), run.to, file, data_name=run.data or subject.trained["data"], seed=run.seed)
+    close_run(out)
+    return found
+
+
+def plan_harden(run: HardenRun, out: Path | None = None) -> HardenPlan:
+    """Measure what ``run`` will cost, on a few steps and batches; nothing is written.
+
+    Raises:
+        UserError: as :func:`run_harden`.
+    """
+    if out is not None:
+        check_run(out, run)
+    return _loaded(run)[1].plan()
+
+
+def _loaded(run: HardenRun) -> tuple[LoadedModel, Job]:
+    if not run.model.lower().endswith(".onnx") and asking(run.model, 1, None)["budget"]:
+        raise black_box(run.model)
+    subject = load_model(run.model, run.data, run.device)
+    if run.to is not None and not isinstance(subject.model, PixelModel):
+        raise UserError(f"{run.model} cannot be exported: leave --to out, or name the architecture with its weights")
+    settings = {name: getattr(run, name) for name in Hardening.model_fields}
+    return subject, Job(subject.model, subject.dataset, Hardening(**settings))

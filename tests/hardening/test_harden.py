@@ -1,0 +1,209 @@
+"""Hardening: what it gains and keeps on digits, which epoch it takes, when it stops, and what it refuses at once."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import gambeson as gb
+from gambeson import UserError
+from gambeson.auditing.clock import now
+from gambeson.cli.app import run
+from gambeson.hardening import Hardening, HardenRun, job, run_harden
+from gambeson.hardening.job import Job, Schedule, collapsed
+from gambeson.training.validation import validate
+from tests.cli.test_cli import says
+
+SMALL = [
+    *("--data", "digits", "--eps", "0.1", "--suite", "glance", "--set", "suite.minutes=null", "--keep-accuracy", "3"),
+    *("--set", "epochs=10", "--set", "batch_size=64", "--lr", "0.1"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    """The folder of a hardening by the command line."""
+    root = tmp_path_factory.mktemp("harden")
+    gb.models.save(trained, root / "net.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "LOOKS", 2)
+        assert run(["harden", str(root / "net.safetensors"), *SMALL, "--out", str(root / "h")]) == 0
+    return root / "h"
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """Its result, read again: a finished hardening trains and crafts nothing."""
+    settings = {
+        k: v for k, v in yaml.safe_load((folder / "run.yaml").read_text()).items() if k in HardenRun.model_fields
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gb.training.loop.Run, "_epoch", None)
+        patch.setattr(gb.attacks.StochasticPGD, "craft", None)
+        return run_harden(HardenRun(**settings), folder)
+
+
+def test_a_hardened_model_withstands_more_and_keeps_its_accuracy(found, folder, trained, digits):
+    changes = {change.name: change for change in found.comparison.changes}
+    assert changes["per_image:pgd"].outcome == "better"
+    assert changes["per_image:pgd"].difference.value > 0.2
+    assert changes["uer@0.1"].outcome != "worse"
+    base, kept = (validate(model, digits)["validation_accuracy"] for model in (trained, found.model))
+    assert kept >= base - 0.03
+    looks = [
+        entry for entry in found.history if "validation_uer" in entry and entry["validation_accuracy"] >= base - 0.03
+    ]
+    best = max(looks, key=lambda entry: entry["validation_pgd_accuracy"] - entry["validation_uer"])
+    assert found.history[found.epoch - 1] == best
+    assert kept == best["validation_accuracy"]
+    assert not found.model.training
+
+
+def test_a_hardening_leaves_the_model_the_numbers_and_one_page(found, folder):
+    stored = gb.models.load(folder / "model.safetensors")
+    assert gb.models.fingerprint(stored) == gb.models.fingerprint(found.model)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["summary"] == found.summary
+    uer = {change.name: change for change in found.comparison.changes}["uer@0.1"]
+    assert (
+        f"{100 * uer.second.value:.1f} % of test images, and the original on {100 * uer.first.value:.1f} %"
+        in found.summary
+    )
+    page = (folder / "report.html").read_text()
+    assert "original" in page
+    assert "hardened" in page
+    assert yaml.safe_load((folder / "run.yaml").read_text())["finished"] is True
+    assert found.after.results.subject.defense["eps"] == 0.1
+    assert found.before.results.settings == found.after.results.settings
+
+
+def test_the_summary_says_what_the_test_split_lost(found):
+    strict = found.__class__(**{**vars(found), "keep_accuracy": -100.0})
+    assert "points were lost on test, although at most -100 on validation" in strict.summary
+    assert "were lost on test" not in found.__class__(**{**vars(found), "keep_accuracy": 100.0}).summary
+
+
+def history(accuracies, pgd=()):
+    looks = [{"validation_uer": 0.1, "validation_pgd_accuracy": value} for value in pgd]
+    return [{"validation_accuracy": a, **look} for a, look in zip(accuracies, looks or [{}] * 9, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        (history([0.9, 0.1]), "constant or random"),
+        (history([0.88, 0.84, 0.78]), "fell 3 epochs in a row, from 90.0 % at the beginning to 78.0 %"),
+        (history([0.9, 0.9, 0.9], [0.3, 0.6, 0.2]), "fell from 60.0 % to 20.0 %"),
+        (history([0.88, 0.84, 0.81]), ""),  # by less than a tenth
+        (history([0.7, 0.72, 0.71, 0.7]), ""),  # not in a row
+        (history([0.9, 0.9], [0.6, 0.4]), ""),
+        (history([0.9, 0.9], [0.2, 0.06]), ""),
+    ],
+)
+def test_a_collapse_is_seen(digits, entries, words):
+    said = collapsed(entries, 0.9, digits.validation)
+    assert words in said
+    assert bool(words) == bool(said)
+
+
+def job_of(model, digits, **settings):
+    return Job(model, digits, Hardening(**{"eps": 0.2, "recipe": {"batch_size": 256, "epochs": 6}, **settings}))
+
+
+def test_training_that_collapses_ends_with_its_reason(trained, digits, tmp_path):
+    made = job_of(trained, digits, recipe={"batch_size": 256, "epochs": 6, "lr": 1.0, "warmup": 0, "ema": None})
+    schedule = Schedule(epochs=6, robust_every=1, suite=gb.auditing.SUITES["quick"])
+    with pytest.raises(UserError, match="stopped because .*, and no epoch that was measured got"):
+        made.train(schedule, tmp_path, now())
+    assert len((tmp_path / "training" / "metrics.jsonl").read_text().splitlines()) < 6
+
+
+def test_training_ends_when_its_time_is_over(trained, digits, tmp_path):
+    made = job_of(trained, digits, minutes=1, keep_accuracy=100)
+    net, entries, notes = made.train(
+        Schedule(epochs=6, robust_every=1, suite=gb.auditing.SUITES["quick"]), tmp_path, now() - 46
+    )
+    assert len(entries) == 1
+    assert notes == ["The training ended after 1 epoch: its part of the 1 minute was over."]
+    assert gb.models.fingerprint(net) != gb.models.fingerprint(trained)
+
+
+def test_no_epoch_that_lost_too_much_is_taken(trained, digits, tmp_path):
+    made = job_of(trained, digits, keep_accuracy=0)
+    base = made.base
+    entries = [
+        {"validation_accuracy": base - 0.01, "validation_uer": 0.0, "validation_pgd_accuracy": 1.0},
+        {"validation_accuracy": base, "validation_uer": 0.2, "validation_pgd_accuracy": 0.5},
+        {"validation_accuracy": base, "validation_uer": 0.1, "validation_pgd_accuracy": 0.3},
+        {"validation_accuracy": 1.0},
+    ]
+    assert [made.rank(entry) for entry in entries] == [-1.0, pytest.approx(0.65), pytest.approx(0.6), -1.0]
+
+
+def test_the_time_decides_how_long_to_train(trained, digits, monkeypatch):
+    made = job_of(trained, digits, recipe={"batch_size": 128}, defense={"speed": "fast"})
+    monkeypatch.setattr(made, "cost", made.cost.model_copy(update={"seconds_a_step": 0.4, "plain_ratio": 4.0}))
+    steps, third = len(digits.train) // 128, len(digits.validation) / 3
+    gradient = 0.1 / 128
+    ten = 10 * (steps * 0.4 + gradient * third) + 5 * (gradient * (50 * 128 + 5000) + gradient * third)
+    assert made.seconds(10) == pytest.approx(ten)  # a look every other epoch
+    monkeypatch.setattr(Job, "_suite", lambda _: gb.auditing.SUITES["quick"])
+    for minutes, epochs in ((None, 10), (made.seconds(10) / 27, 10), (made.seconds(3) / 27 + 1e-6, 3)):
+        made.settings = made.settings.model_copy(update={"minutes": minutes})
+        assert made.schedule().epochs == epochs
+    made.settings = made.settings.model_copy(update={"minutes": made.seconds(1) / 28})
+    with pytest.raises(UserError, match="are too few: half of them are for the training"):
+        made.schedule()
+
+
+def test_two_minutes_are_shared_out(trained, digits):
+    schedule = job_of(trained, digits, minutes=20).schedule()
+    assert schedule.suite.minutes == 5
+    assert schedule.suite.eps == (0.1, 0.2, pytest.approx(0.3))
+    assert job_of(trained, digits, suite="glance").schedule().suite.eps == (0.2,)
+
+
+class Fixed(nn.Module):
+    """A classifier without parameters."""
+
+    def forward(self, x):
+        return x.flatten(1)[:, :10]
+
+
+def test_what_cannot_be_hardened_is_refused_before_any_work(trained, digits, tmp_path, capsys):
+    gb.models.save(trained, tmp_path / "net.safetensors")
+    (tmp_path / "box.py").write_text("def ask(x):\n    raise RuntimeError\n")
+    (tmp_path / "file").write_text("")
+    net, out = str(tmp_path / "net.safetensors"), ["--data", "digits", "--out", str(tmp_path / "out")]
+    says(capsys, ["harden", f"function:{tmp_path / 'box.py'}:ask", *out], "is a black box, whose weights cannot")
+    says(capsys, ["harden", "http://localhost:1/x", *out], "is a black box")
+    says(capsys, ["harden", net, *out[:2], "--out", str(tmp_path / "file" / "x")], "cannot be written")
+    says(capsys, ["harden", net, *out, "--to", "onn"], "unknown export target", "onnx")
+    says(capsys, ["harden", net, *out, "--suite", "quik"], "unknown suite", "quick")
+    says(capsys, ["harden", net, *out, "--speed", "slow"], "--speed slow")
+    says(capsys, ["harden", net, *out, "--keep-accuracy", "-1"], "--keep-accuracy -1")
+    says(capsys, ["harden", net, *out, "--eps", "0"], "nothing to harden against")
+    says(capsys, ["harden", net, *out, "--set", "lrr=1"], "no setting 'lrr'")
+    says(capsys, ["harden", "lenet5", *out], "has not learnt", "train it before")
+    says(capsys, ["harden", *out], "no model was given")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="no weights that require a gradient"):
+        gb.harden(Fixed(), digits, out=tmp_path / "out")
+    labels = torch.zeros(60, 8, 8, dtype=torch.long)
+    labels[:, :4] = 1
+    maps = gb.data.Split("maps", torch.rand(60, 1, 8, 8), labels, ("a", "b"))
+    with pytest.raises(UserError, match="hardening expects one label per image"):
+        gb.harden(trained, maps, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_writes_nothing(trained, tmp_path, capsys):
+    gb.models.save(trained, tmp_path / "net.safetensors")
+    command = ["harden", str(tmp_path / "net.safetensors"), "--data", "digits", "--plan", "--json", "--speed", "fast"]
+    assert run([*command, "--out", str(tmp_path / "out")]) == 0
+    cost = json.loads(capsys.readouterr().out)
+    assert cost["epochs"] == 10
+    assert cost["total"] > cost["seconds"] > cost["training"]["seconds"] > 0
+    assert not (tmp_path / "out").exists()
