@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from gambeson.studies.visit import Notebook, measure_machine, read_lines, tiny
+from gambeson.studies.visit_bench import measure_curve
+from gambeson.studies.visit_run import print_table
 from gambeson.studies.visit_segmentation import run_segmentation
 from gambeson.studies.visit_training import choose_epochs, run_trainings
 
@@ -74,6 +76,17 @@ def test_segmentation_networks_are_timed_in_one_precision_on_a_cpu(tmp_path):
     ]
     assert all(line["images_a_second"] > 0 and line["share_of_peak"]["float32"] > 0 for line in lines)
     assert torch.backends.cudnn.allow_tf32
+
+
+def test_a_curve_is_timed_at_equal_gradients(tmp_path, capsys):
+    book = Notebook(tmp_path / "lines.jsonl", 600)
+    measure_curve(tiny("cpu"), book)
+    separate, together = book.lines()
+    assert [separate["name"], together["name"]] == ["one after another", "together"]
+    # Two probes of 2 steps on 16 images and a run of 2 on 32 at each eps, and a run from each smaller one.
+    assert separate["backwards"] == together["backwards"] == 5 * (2 * 2 * 16 + 2 * 32) + 4 * 2 * 32
+    print_table(book.lines())
+    assert capsys.readouterr().out.count(f"universal at 5 eps, together: {together['seconds']:.2f} s for 896 grad") == 1
 
 
 @pytest.mark.full

@@ -148,10 +148,12 @@ def augment(
 
 
 def _move(x: torch.Tensor, shifts: torch.Tensor, flips: torch.Tensor | None, fill: int) -> torch.Tensor:
+    count, channels, height, width = x.shape
     padded = F.pad(x, (PAD,) * 4, value=fill)
-    # A strided view of all 9 x 9 crops of each image, (N, C, 9, 9, H, W); indexing copies one crop per image.
-    windows = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)
-    crops = windows[torch.arange(len(x), device=x.device), :, shifts[0], shifts[1]]
-    if flips is None:
-        return crops
-    return torch.where(flips[:, None, None, None], crops.flip(-1), crops)
+    columns = torch.arange(width, device=x.device).expand(count, width)
+    if flips is not None:
+        columns = torch.where(flips[:, None], columns.flip(1), columns)
+    rows = shifts[0][:, None] + torch.arange(height, device=x.device)
+    # Where each pixel comes from, so that one kernel crops and flips: (N, 1, H * W).
+    places = (rows * padded.shape[3])[:, :, None] + (shifts[1][:, None] + columns)[:, None, :]
+    return padded.flatten(2).gather(2, places.view(count, 1, -1).expand(-1, channels, -1)).view(x.shape)

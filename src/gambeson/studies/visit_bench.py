@@ -40,6 +40,7 @@ def run_benchmarks(visit: Visit, book: Notebook) -> None:
         book.attempt(f"training, {size}", partial(_side_by_side, "training", bench_training, trained, book), 8)
         if batch_size == visit.bench_batches[0]:
             book.attempt("universal crafting", lambda: _universal(visit, book), 5)
+            book.attempt("universal curve", lambda: measure_curve(visit, book), 15)
             if accelerated:
                 compiled = {"bfloat16, compiled": FastPath(precision="bfloat16", compile=True)}
                 book.attempt("compiled copy", partial(_timed_copies, visit, book, batch_size, compiled), 25)
@@ -108,6 +109,30 @@ def _universal(visit: Visit, book: Notebook) -> None:
                 **found,
                 **pace(book, found["forwards"] * forward + found["backwards"] * backward, seconds),
             )
+
+
+def measure_curve(visit: Visit, book: Notebook) -> None:
+    """Time universal perturbations at five eps, one after another and together, on a network with random weights."""
+    data, (model, _, _) = dataset(visit), _network(visit)
+    radii = [visit.eps * share / 4 for share in range(1, 6)]
+    small = {"probe_starts": 2, "probe_start_steps": 2, "steps": 2} if not visit.low else {}
+    attack = StochasticPGD(eps=visit.eps, **small)
+    for name in ("one after another", "together"):
+        found: dict[str, Any] = {}
+
+        def craft(victim: Victim, name: str = name, found: dict[str, Any] = found) -> None:
+            before = victim.backwards
+            if name == "together":
+                attack.craft_curve(victim, data, radii)
+            else:
+                start = None
+                for eps in radii:
+                    start = attack.model_copy(update={"eps": eps}).craft(victim, data, start=start).delta
+            found["backwards"] = victim.backwards - before
+
+        with Peak() as peak, Victim(model, fast=FastPath(precision=visit.precision)) as victim:
+            seconds = seconds_of(partial(craft, victim), 1, 0)
+        book.note("curve", name=name, eps=radii, seconds=seconds, peak_gib=peak.gib, **found)
 
 
 def _copies(visit: Visit) -> dict[str, FastPath | None]:

@@ -65,6 +65,11 @@ def print_table(lines: list[dict[str, Any]]) -> None:
                 f"universal {line['name']}, {line['copy']}: {line['seconds']:.2f} s for {line['backwards']} gradients, "
                 f"{line['peak_gib']} GiB  {_shares(line)}"
             )
+        elif kind == "curve":
+            print(
+                f"universal at {len(line['eps'])} eps, {line['name']}: {line['seconds']:.2f} s for {line['backwards']} "
+                f"gradients, {line['peak_gib']} GiB"
+            )
         elif kind == "attack":
             print(
                 f"PGD-10, {line['batch_size']} images, {line['copy']}: {1e3 * line['seconds']:.1f} ms, first "
