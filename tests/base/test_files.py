@@ -47,6 +47,7 @@ def test_equal_contents_are_equal_bytes(tmp_path):
         (b"PK\x03\x04rest", "is a pickle, which can run code when it is opened and is never loaded"),
         (b"\x80\x04\x95rest", "is a pickle"),
         (b"<!DOCTYPE html><html>", "a web page, not weights"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS, .*: run `git lfs pull`"),
         (b"", r"\(0 bytes\) is not a complete safetensors file"),
         (b"\x10\x00\x00\x00\x00\x00\x00\x00{}", "it is truncated or damaged"),
     ],

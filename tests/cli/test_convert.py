@@ -149,10 +149,10 @@ def test_a_server_is_asked_as_the_options_say(server, tmp_path, capsys, monkeypa
     monkeypatch.setenv("TOKEN", "abc")
     command = ["attack", server.url, "--data", "digits", "--eps", "0.2", "--attack", "square", "--out", f"{tmp_path}/a"]
     command += ["--images", "6", "--set", "queries=5", "--http", "token_env=TOKEN", "--http", "headers.X-Key=${TOKEN}"]
-    assert run([*command, "--budget", "30"]) == 2
+    assert run([*command, "--budget", "60"]) == 2
     assert (
-        "square may ask 5 queries for each of 6 images, 92 with their scoring, and the budget is 30"
-        in capsys.readouterr().err
+        "square may ask 5 queries for each of 6 images, 92 with their scoring, and the budget is 60: "
+        "attack 1 of them at most, or allow a larger --budget" in capsys.readouterr().err
     )
     assert sum(count for count, _ in server.sizes) == 2  # the trial of the model
     assert run([*command, "--budget", "92", "--http", "workers=1", "--http", "batch=3"]) == 0, capsys.readouterr().err

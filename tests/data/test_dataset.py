@@ -277,6 +277,9 @@ def test_folder_refusals(tmp_path: Path) -> None:
     (tmp_path / "train" / "emu" / "x.png").write_bytes(b"<html>")
     with pytest.raises(UserError, match=r"x\.png cannot be read as an image"):
         load(tmp_path)
+    (tmp_path / "train" / "emu" / "x.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"x\.png is a pointer of Git LFS"):
+        load(tmp_path)
     with pytest.raises(UserError, match="ImageOptions.size = 0: expected greater"):
         load(tmp_path, size=0)
     only = folder(tmp_path / "only", ("test",), 3)

@@ -118,7 +118,7 @@ def test_neighbours_can_be_imported(file):
     [
         ("nett", r"has no function 'nett': it defines Net, net, fixed, keyed"),
         ("no_module", r"no_module of .* returned a int: expected a torch.nn.Module"),
-        ("needy", r"needy of .* needs depth, which is not known here: give defaults"),
+        ("needy", r"^needy of .* needs depth, which is not known here: give defaults"),
         (
             "crooked",
             r"calling crooked failed in line {raise ValueError} of .*my nets.py \(ValueError: no such thing\): fix it",

@@ -82,6 +82,7 @@ def write_yaml(path: Path, content: Any) -> None:
     write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
+_POINTER = b"version https://git-lfs."
 _AGAIN = "copy it again, or delete it and run the command that made it, which makes what is missing"
 
 
@@ -141,6 +142,7 @@ def load_tensors(path: Path, kind: str = "weights") -> tuple[dict[str, torch.Ten
         )
     if head.lstrip()[:1] == b"<":
         raise UserError(f"{path} starts with {head!r}: a web page, not {kind}; download the file itself")
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get(_KEY, "{}")
@@ -151,6 +153,13 @@ def load_tensors(path: Path, kind: str = "weights") -> tuple[dict[str, torch.Ten
             f"{path} ({size} bytes) is not a complete safetensors file ({error}): it is truncated or damaged; {_AGAIN}"
         ) from None
     return tensors, json.loads(about)
+
+
+def refuse_pointer(path: str | Path) -> None:
+    """Raise a UserError if a file is a pointer, which a clone without Git LFS has in place of a large file."""
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path} is a pointer of Git LFS, not the file: run `git lfs pull` where it came from")
 
 
 def pixel_bytes(images: torch.Tensor) -> torch.Tensor:

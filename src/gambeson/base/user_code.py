@@ -155,11 +155,11 @@ def spelling_of(target: Any) -> str | None:
 
 
 @contextmanager
-def told(file: Path, doing: str, keep: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn an error in the user's code, but for the kinds to keep, into one sentence with the line of the file."""
+def told(file: Path, doing: str) -> Iterator[None]:
+    """Turn an error in the user's code into one sentence with the line of the file; this library's own are one."""
     try:
         yield
-    except keep:
+    except UserError:
         raise
     except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split()) or "no message"
@@ -170,16 +170,13 @@ def told(file: Path, doing: str, keep: tuple[type[Exception], ...] = ()) -> Iter
 
 @contextmanager
 def blamed(owner: object, doing: str) -> Iterator[None]:
-    """Do as :func:`told` where the class of an object, or a function, comes from a user's file; else do nothing.
-
-    Errors of this library are left as they are.
-    """
+    """Do as :func:`told` where the class of an object, or a function, comes from a user's file; else do nothing."""
     target = owner if inspect.isroutine(owner) else type(owner)
     module = sys.modules.get(target.__module__ or "")
     if module is None or not module.__name__.startswith(_PREFIX) or module.__file__ is None:
         yield
         return
-    with told(Path(module.__file__), doing, keep=(UserError,)):
+    with told(Path(module.__file__), doing):
         yield
 
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from gambeson.base.errors import DataWarning, UserError
+from gambeson.base.files import refuse_pointer
 from gambeson.data.dataset import Dataset, complete, settled
 from gambeson.data.lazy import LazySplit
 from gambeson.data.pictures import Decoder, Header, ImageOptions, Shape, levels, read_header
@@ -78,6 +79,7 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
     except UserError:
         raise
     except Exception as error:  # PIL's decoders raise errors of many types for damaged files
+        refuse_pointer(path)
         raise UserError(f"{path} cannot be read as an image ({error}): replace or remove it") from None
 
 

@@ -106,11 +106,15 @@ def _check_budget(budget: int | None, row: dict[str, Any], images: int) -> None:
         queries = getattr(attack, "queries", None)
         if budget is None or queries is None or (most := images * (queries + _SCORED) + _INSPECTED) <= budget:
             continue
-        few = max(0, budget - _INSPECTED)
+        few = budget - _INSPECTED
+        ways = {
+            "attack {} of them at most": few // (queries + _SCORED),
+            "give queries = {} at most": few // images - _SCORED,
+        }
+        advice = [way.format(number) for way, number in ways.items() if number > 0]
         raise UserError(
             f"{name} may ask {queries} queries for each of {images} images, {most} with their scoring, and the budget "
-            f"is {budget}: with it attack {few // (queries + _SCORED)} images at most, or give "
-            f"queries = {max(0, few // images - _SCORED)} at most"
+            f"is {budget}: {', or '.join([*advice, 'allow a larger --budget'])}"
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.export.passes import move_to_device_pass
 
-from gambeson.base import UserError, generator, one_line
+from gambeson.base import UserError, generator, one_line, refuse_pointer
 from gambeson.data import Shape
 from gambeson.models.black_box.local import OnnxModel
 from gambeson.models.external import tried
@@ -233,6 +233,7 @@ def _without_pickles(path: Path) -> bytes:
         with zipfile.ZipFile(path) as archive:
             entries = {name: archive.read(name) for name in archive.namelist()}
     except (OSError, zipfile.BadZipFile) as error:
+        refuse_pointer(path)
         raise UserError(
             f"{path} is no program of torch.export ({one_line(error)}): write one by torch.export.save"
         ) from None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gambeson.base import UserError, one_line, pixel_bytes
+from gambeson.base import UserError, one_line, pixel_bytes, refuse_pointer
 from gambeson.data import Shape
 from gambeson.models.black_box.base import BlackBox
 from gambeson.models.hubs import required
@@ -124,6 +124,7 @@ class OnnxModel(BlackBox):
         try:
             session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exception types differ between versions
+            refuse_pointer(path)
             raise UserError(f"{path} cannot be read as ONNX ({one_line(error)}): export the model again") from None
         inputs, outputs = session.get_inputs(), session.get_outputs()
         if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type not in _KINDS:
