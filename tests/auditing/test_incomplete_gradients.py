@@ -107,10 +107,16 @@ class Bumps(nn.Module):
         return torch.logsumexp(-apart[:, :, None] + (self.labels + 1e-9).log(), 1)
 
 
+def masked(net):
+    """Two more classes, which are masked as usual."""
+    return Around(net, lambda net, x: F.pad(net(x), (0, 2), value=-1e9))
+
+
 COMPLETE = {
     "itself": lambda net: net,
     "dropout of one draw": lambda net: Around(net, lambda net, x: net(F.dropout(x, 0.1))),
     "noise of the logits": noisy(1e-5),
+    "masked classes": masked,
     "noise of its own": noisy(1e-5, own=True),
     "larger noise of its own": noisy(1e-3, own=True),
 }
@@ -136,7 +142,7 @@ def test_a_gradient_that_lacks_a_part_is_told_though_no_attack_is_run(name, net,
     assert check.numbers["false"] > 0.3
 
 
-@pytest.mark.parametrize("name", quickly(COMPLETE, "itself", "noise of its own", "dropout of one draw"))
+@pytest.mark.parametrize("name", quickly(COMPLETE, "itself", "noise of its own", "masked classes"))
 def test_a_gradient_that_is_the_models_own_passes_and_costs_no_attack(name, net, digits):
     check, context = check_of(COMPLETE[name](net), digits)
     assert check.passed is True, check.detail
@@ -297,6 +303,10 @@ def test_a_borrowed_gradient_has_the_outputs_of_one_and_the_gradient_of_the_othe
     assert torch.equal(lent(images), stopped(images))
     right = [int((net(PGD(eps=0.1)(model, images, labels)).argmax(1) == labels).sum()) for model in (lent, net)]
     assert right[0] == right[1] < 32
+    point = images.clone().requires_grad_()
+    wider = BorrowedGradient(masked(net), net)(point)
+    assert torch.equal(wider, masked(net)(images))
+    assert torch.equal(*(torch.autograd.grad(z[:, :10].sum(), point)[0] for z in (wider, net(point))))
 
 
 def test_the_same_seed_gives_the_same_agreement_whatever_was_drawn_before(net, digits):

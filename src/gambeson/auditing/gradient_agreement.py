@@ -94,6 +94,7 @@ class _Probes:
 
     def values(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """The margin, and the combination of all logits, (2, N)."""
+        logits = logits.double()  # a masked class has a logit beside which the others' are lost in single precision
         margin = self.loss(logits, self.labels[rows], self.task)
         if logits.ndim != 2:
             return torch.stack([margin, margin])

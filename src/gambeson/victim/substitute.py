@@ -78,7 +78,8 @@ class BorrowedGradient(nn.Module):
 
     Args:
         model: whose outputs are returned.
-        substitute: whose gradient they have; logits of the same shape.
+        substitute: whose gradient they have; logits of the same shape, or of the first classes alone: the others'
+            logits then have no gradient.
     """
 
     def __init__(self, model: nn.Module, substitute: nn.Module) -> None:
@@ -92,6 +93,8 @@ class BorrowedGradient(nn.Module):
         if not (torch.is_grad_enabled() and images.requires_grad):
             return logits
         other = _logits(self.substitute, images)
+        if (more := logits.shape[1] - other.shape[1]) > 0:
+            other = torch.cat([other, other.new_zeros(len(other), more, *other.shape[2:])], 1)
         return other + (logits - other).detach()
 
 

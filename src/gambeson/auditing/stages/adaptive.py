@@ -172,7 +172,7 @@ def distilled(context: AuditContext) -> nn.Module:
     suite, data = context.suite, context.data
     part = data.train.sample(min(suite.surrogate_images, len(data.train)), seed=context.seed)
     predictions = predict(context.victim, part, seed=context.seed)
-    kept = (predictions != ABSTAIN).nonzero().flatten()
+    kept = ((predictions != ABSTAIN) & (predictions < len(part.classes))).nonzero().flatten()
     images, _ = part.take(kept, "cpu")
     answered = Split(part.name, images, predictions[kept], part.classes)
     name = surrogate.choose(suite, data)[0]
