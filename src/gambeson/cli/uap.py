@@ -55,6 +55,7 @@ def craft(
     `gambeson uap craft runs/x --target hide:bag --set omega=0.9 --set tile="[32, 32]"`
     """
     from gambeson import attacks
+    from gambeson.attacks.universal.procedural import ProceduralAttack
     from gambeson.base import UserError, pick_device, user_code, writable
     from gambeson.evaluation import load_model
     from gambeson.threat import default_eps
@@ -83,6 +84,13 @@ def craft(
         subject = load_model(source, data, pick_device(device), **asked)
         if lacks_eps:
             method = attacks.create(attack, eps=default_eps(subject.dataset.test.shape, method.norm), **given)
+        if budget is not None and isinstance(method, ProceduralAttack):
+            most = method.asked(subject.dataset)
+            if most > budget:
+                raise UserError(
+                    f"{attack} asks about {most} images, and the budget is {budget}: give fewer patterns or images by "
+                    f"--set, or allow a larger --budget"
+                )
         with user_code.blamed(method, f"the attack {attack!r}"):
             uap = method.craft(subject.model, subject.dataset, seed=seed)
         if not isinstance(uap, attacks.UniversalPerturbation):

@@ -16,6 +16,7 @@ from gambeson.attacks.universal.bayesian import first_points, latin_hypercube, p
 from gambeson.attacks.universal.context import CraftingContext
 from gambeson.attacks.universal.target import TargetSetting
 from gambeson.base import Number, derive, generator
+from gambeson.data import Dataset
 
 LATTICE = 256
 """Period of the hash, and of one-octave noise, in lattice cells."""
@@ -227,6 +228,11 @@ class ProceduralAttack(UniversalAttack):
     target: TargetSetting = None
     """What should be predicted, such as a class for every image (:class:`gambeson.attacks.Target`); None: anything
     wrong."""
+
+    def asked(self, data: Dataset) -> int:
+        """Return about how many images a deterministic model will be asked about."""
+        finalists = min(self.finalists, self.patterns)
+        return self.patterns * min(self.images, len(data.train)) + finalists * len(data.validation)
 
     def bounds(self, size: tuple[int, int]) -> Bounds:
         """Return the box of the parameters for images of ``size`` (H, W)."""
