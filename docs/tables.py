@@ -10,7 +10,7 @@ import re
 import statistics
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,53 @@ def hardened() -> str:
     found = load("harden-quickstart.json")["rates"]
     cells = [[Rate(**rates[side]) for side in ("original", "hardened")] for rates in found.values()]
     return lines(["per cent", "original", "hardened"], ([f"`{n}`", *c] for n, c in zip(found, cells, strict=True)))
+
+
+def scenes() -> str:
+    """Return what shared adversarial training does on label maps, means over seeds and static targets."""
+    stored = load("segmentation.json")
+    lost = {name: row.get("clean mean IoU lost", {"mean": 0.0})["mean"] for name, row in stored["summary"].items()}
+    found = {name: stored["summary"][name] for name in sorted(lost, key=lost.__getitem__)}
+    cells = {name: [cell for cell in stored["cells"] if cell["defense"] == name] for name in found}
+
+    def spread(value: dict[str, float], scale: float = 1.0, unit: str = "", digits: int = 1) -> str:
+        mean, low, high = (f"{scale * value[key]:.{digits}f}" for key in ("mean", "low", "high"))
+        return f"{mean}{unit}" if low == high else f"{mean}{unit} [{low}, {high}]"
+
+    def static(name: str, at: str) -> list[dict[str, Any]]:
+        return [cell[target][at]["target"] for cell in cells[name] for target in ("static:1", "static:9")]
+
+    def shown(name: str, at: str, kind: str = "success") -> str:
+        return f"{100 * statistics.mean(one[kind]['value'] for one in static(name, at)):.0f} %"
+
+    def controls(name: str, at: str) -> str:
+        strongest = [max(one["success"]["value"] for one in found["controls"]) for found in static(name, at)]
+        return f"{100 * statistics.mean(strongest):.0f} %"
+
+    def of(name: str, metric: str, otherwise: str, **how: Any) -> str:
+        return spread(found[name][metric], **how) if metric in found[name] else otherwise
+
+    rows: dict[str, Callable[[str], str]] = {
+        "seeds": lambda name: str(found[name]["seeds"]),
+        "clean pixel accuracy": lambda name: (
+            f"{100 * statistics.mean(cell['clean']['accuracy']['value'] for cell in cells[name]):.1f} %"
+        ),
+        "clean mean IoU": lambda name: of(name, "clean mean IoU", "", scale=100, unit=" %"),
+        "points of it lost": lambda name: of(name, "clean mean IoU lost", "0", scale=100),
+        "pixels that show the target without a perturbation": lambda name: shown(name, "0.06275", "clean"),
+        **{
+            f"at {round(255 * float(eps))}/255": lambda name, eps=eps: shown(name, eps)
+            for eps in ("0.01569", "0.03137", "0.06275", "0.1255")
+        },
+        "strongest control at 16/255": lambda name: controls(name, "0.06275"),
+        "eps for 80 %, in 1/255": lambda name: of(name, "eps for the same success", "", scale=255),
+        "times that of the standard network": lambda name: of(name, "ratio of eps", "1"),
+        "structural similarity at the weakest success": lambda name: of(name, "SSIM", "", digits=2),
+        "edges of the target above those of other scenes": lambda name: of(
+            name, "edges shown above other scenes", "", digits=2
+        ),
+    }
+    return lines(["", *found], ([what, *map(value, found)] for what, value in rows.items()))
 
 
 def calibrated() -> str:
@@ -363,6 +410,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "ablation": ("recipe.md", ablation()),
         "hardened": ("recipe.md", hardened()),
         "equal budgets": ("attacks.md", universal()),
+        "segmentation table": ("segmentation.md", scenes()),
         "box gradient": ("attacks.md", box_gradient()),
         "autoattack table": ("attacks.md", autoattack()),
         "peers table": ("attacks.md", peers()),
