@@ -11,6 +11,7 @@ import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def scenes() -> str:
         "points of it lost": lambda name: of(name, "clean mean IoU lost", "0", scale=100),
         "pixels that show the target without a perturbation": lambda name: shown(name, "0.06275", "clean"),
         **{
-            f"at {round(255 * float(eps))}/255": lambda name, eps=eps: shown(name, eps)
+            f"at {round(255 * float(eps))}/255": partial(shown, at=eps)
             for eps in ("0.01569", "0.03137", "0.06275", "0.1255")
         },
         "strongest control at 16/255": lambda name: controls(name, "0.06275"),
