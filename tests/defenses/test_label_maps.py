@@ -34,6 +34,7 @@ CASES: dict[str, list[dict]] = {
         {**EPS, "bank": 2, "warmup": 0, "direction": "reverse", "assignment": "strong", "truncate": 1.5},
     ],
     "bank-started": [{**EPS, "bank": 2, "warmup": 0}],
+    "gambeson": [{**EPS, "bank": 2, "eps_warmup": 0}],
     "n-fgsm": [EPS],
     "free-adversarial": [{**EPS, "replays": 2}],
     "ensemble-adversarial": [
