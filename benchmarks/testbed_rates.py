@@ -74,7 +74,7 @@ def by_library(found: dict[str, list[tuple[Row, bool]]]) -> list[str]:
 
 
 BESIDE = {
-    "this audit, suite `thin`: the library that its checks were made on": ("thin",),
+    "this audit, suite `thin`: the models that its checks were made or mended on": ("thin",),
     "this audit, suite `thin`: two libraries at first sight": (
         "thin, second library at first sight",
         "thin, third library at first sight",
