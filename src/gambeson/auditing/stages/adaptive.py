@@ -144,7 +144,8 @@ def _attacks(context: AuditContext, found: AdaptiveResult) -> tuple[dict[str, Im
     first = len(attacks)
     if surrogate.choose(suite, context.data)[0] and suite.surrogate == "auto":
         copy = distilled(context)
-        attacks["distilled copy"] = OnStandIn(partial(BorrowedGradient, substitute=copy), usual)
+        if copy is not None:
+            attacks["distilled copy"] = OnStandIn(partial(BorrowedGradient, substitute=copy), usual)
     directions = max(1, PROBES * queries // (2 * STEPS))
     probing = usual.model_copy(
         update={
@@ -167,12 +168,17 @@ def _differences(context: AuditContext, directions: int) -> Callable[[nn.Module]
     return partial(FiniteDifferences, directions=directions, step=step, seed=context.seed)
 
 
-def distilled(context: AuditContext) -> nn.Module:
-    """Train a surrogate on the model's own predictions for training images."""
+def distilled(context: AuditContext) -> nn.Module | None:
+    """Train a surrogate on the model's own predictions for training images; None where it tells no two classes apart.
+
+    A model that remembers queries may answer all of them alike, or abstain, once it has seen the training images.
+    """
     suite, data = context.suite, context.data
     part = data.train.sample(min(suite.surrogate_images, len(data.train)), seed=context.seed)
     predictions = predict(context.victim, part, seed=context.seed)
     kept = ((predictions != ABSTAIN) & (predictions < len(part.classes))).nonzero().flatten()
+    if len(predictions[kept].unique()) < 2:
+        return None
     images, _ = part.take(kept, "cpu")
     answered = Split(part.name, images, predictions[kept], part.classes)
     name = surrogate.choose(suite, data)[0]
