@@ -12,7 +12,7 @@ from gambeson.auditing.diagnostics import DIAGNOSTICS
 from gambeson.auditing.gradient_agreement import _Probes, gradient_agreement
 from gambeson.auditing.stages import adaptive
 from gambeson.data import Split
-from gambeson.victim import Victim
+from gambeson.victim import ABSTAIN, Victim
 from gambeson.victim.substitute import BorrowedGradient, FiniteDifferences, InnerGradientsOff
 from tests.auditing.evidence import Around, Bent, held
 from tests.conftest import LinearNet, quickly
@@ -316,3 +316,10 @@ def test_the_same_seed_gives_the_same_agreement_whatever_was_drawn_before(net, d
         with Victim(noisy(1e-4)(net)) as victim:
             found.append(gradient_agreement(victim, digits.test.sample(20), eps=0.1).agreement)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("answer", [3, ABSTAIN])
+def test_no_copy_is_distilled_of_answers_that_tell_no_two_classes_apart(net, digits, monkeypatch, answer):
+    monkeypatch.setattr(adaptive, "predict", lambda victim, split, **_: torch.full((len(split),), answer))
+    with held(net, digits, (0.15,), surrogate_images=50) as context:
+        assert adaptive.distilled(context) is None
