@@ -106,6 +106,7 @@ def places_table(found: PlacementResult) -> Table:
     table = Table(
         title=f"{found.what} by place of the patch: per cent (worst control)",
         box=box.SIMPLE_HEAD,
+        show_header=False,
         caption=f"{found.clean.n:,} images; clean: {_cell(found.clean)}; places from the top left to the bottom right",
     )
     for _ in found.places[0]:

@@ -1,4 +1,4 @@
-"""``gambeson uap``: crafting, scoring and listing universal perturbations."""
+"""``gambeson uap``: crafting, scoring, printing and listing universal perturbations and patches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gambeson.cli.tables import edits_table, placements_table, places_table
 if TYPE_CHECKING:
     from gambeson.evaluation import Difference, Rate, TargetSuccess
 
-app = typer.Typer(help="Craft, score and list universal perturbations.", no_args_is_help=True)
+app = typer.Typer(help="Craft, score and list universal perturbations and patches.", no_args_is_help=True)
 
 
 @app.command("craft")
@@ -249,6 +249,33 @@ def _print_target(console: Console, target: str, reached: TargetSuccess) -> None
         console.print(f"{one.name}: {text} (best of {one.draws})")
     if (rival := reached.rival) is not None:
         console.print(f"{rival.name} reaches as much, so this perturbation shows no weakness of its own")
+
+
+@app.command("export")
+def export(
+    file: Annotated[Path, typer.Argument(help="File of a patch.")],
+    size: Annotated[str, typer.Option("--print", help="Length of its longer side in print: 50mm, 5cm or 2in.")],
+    to: Annotated[Path, typer.Option(help="File to write, .png or .pdf.")],
+    dpi: Annotated[int, typer.Option(min=1, help="Dots per inch.")] = 300,
+    as_json: options.Json = False,
+) -> None:
+    """Write a patch as a picture that prints at a given size.
+
+    Example: `gambeson uap export patch.safetensors --print 50mm --to patch.pdf`
+    """
+    from gambeson.attacks import AdversarialPatch
+    from gambeson.base import writable
+    from gambeson.report import print_patch
+
+    patch = AdversarialPatch.load(file)
+    writable(to.parent)
+    height, width = print_patch(patch, to, size, dpi)
+    if as_json:
+        print_json({"file": str(to), "height": height, "width": width, "dpi": dpi})
+        return
+    pixels = "x".join(map(str, patch.mask.shape[2:]))
+    typer.echo(f"{to}: {pixels} pixels as {height}x{width} dots, {size} at {dpi} dpi")
+    typer.echo(f"it was crafted for {100 * patch.area:.2g} % of an image: print and photograph it at that share")
 
 
 @app.command("list")

@@ -60,7 +60,7 @@ class PlacementResult(notebook.ShownAsTable, Config):
     clean: Rate
     """The rate of clean images."""
     whole: PlacedRate
-    """At the placements it was crafted for."""
+    """At the placements it was crafted for, beside every pattern of each control."""
     harm: Difference
     """What the patch adds there to clean images, paired on the same images."""
     places: list[list[PlacedRate]]
@@ -137,7 +137,8 @@ def by_placement(
         scales: factors of its sides; None: those of :data:`SCALES` at which it fits into an image.
         rotations: angles in degrees; None: those of :data:`ROTATIONS` at which it fits.
         images: a stratified sample of so many at most; None: all.
-        controls: names in :data:`gambeson.attacks.PATCH_CONTROLS`, of each :data:`PATTERNS` patterns at most.
+        controls: names in :data:`gambeson.attacks.PATCH_CONTROLS`; on the grid and the curves of each
+            :data:`PATTERNS` patterns at most.
         seed: of the sample, the places, the controls and a random model's votes.
 
     Raises:
@@ -169,7 +170,7 @@ def by_placement(
 
     moved = {(y, x): own.model_copy(update={"place": (y, x)}) for y in steps for x in steps}
     scaled, turned = varied("scale", scales, SCALES), varied("rotation", rotations, ROTATIONS)
-    beside = {name: patch_control(name, patch, whole, seed=seed)[:PATTERNS] for name in controls}
+    beside = {name: patch_control(name, patch, whole, seed=seed) for name in controls}
     target = None if patch.target is None else patch.target.within(whole).index
     with as_victim(model) as victim:
         before = victim.forwards, victim.backwards
@@ -178,9 +179,11 @@ def by_placement(
             found = predict(victim, split, None if shared is None else shared.to(victim.device), seed=seed)
             return ImageErrors.of(found, split) if target is None else _taken(found, split, target)
 
-        def placed(at: float | tuple[float, float], placement: Placement) -> PlacedRate:
+        def placed(
+            at: float | tuple[float, float], placement: Placement, patterns: int | None = PATTERNS
+        ) -> PlacedRate:
             drawn = {
-                name: [errors(patch.placed(one, placement)).rate for one in some.split(1)]
+                name: [errors(patch.placed(one, placement)).rate for one in some[:patterns].split(1)]
                 for name, some in beside.items()
             }
             rate = errors(patch.placed(placement=placement)).rate
@@ -193,7 +196,7 @@ def by_placement(
             area=patch.area,
             target=None if target is None else whole.classes[target],
             clean=clean.rate,
-            whole=placed(1.0, own),
+            whole=placed(1.0, own, None),
             harm=Difference.of(under.rows, clean.rows, clean.of_sums, clean.images, seed=seed),
             places=[[placed((y, x), moved[y, x]) for x in steps] for y in steps],
             scales=[placed(scale, placement) for scale, placement in scaled.items()],

@@ -16,10 +16,12 @@ from gambeson.report.card import write_card
 from gambeson.report.exchange import Finished, write_junit, write_sarif
 from gambeson.report.formatting import EpsFormat
 from gambeson.report.loading import read_folders
+from gambeson.report.patch import print_patch
 from gambeson.studies.rows import StudyResult
 
 __all__ = [
     "Finished",
+    "print_patch",
     "write",
     "write_card",
     "write_first",

@@ -1,11 +1,16 @@
-"""The page about a patch: what it does at every place, scale and angle, beside controls of the same mask."""
+"""The page about a patch: what it does at every place, scale and angle, beside controls; and its file for a printer."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
 
 from gambeson.attacks import AdversarialPatch
-from gambeson.base import pixel_bytes
+from gambeson.base import UserError, pixel_bytes
 from gambeson.data import Split
 from gambeson.evaluation.placement import PlacedRate, PlacementResult
 from gambeson.evaluation.rates import strongest_control
@@ -96,3 +101,50 @@ def _others(found: PlacementResult) -> Table:
     lines += [line(f"scale {one.at:g}", "", one) for one in found.scales]
     lines += [line(f"turned by {one.at:g} degrees", "", one) for one in found.rotations]
     return Table(f"{found.what} by scale and angle", ["Patch", found.what, "worst control"], [Group(None, lines)])
+
+
+_UNITS = {"mm": 1.0, "cm": 10.0, "in": 25.4}
+
+
+def print_patch(patch: AdversarialPatch, out: str | Path, size: str, dpi: int = 300) -> tuple[int, int]:
+    """Write a patch for a printer, every pixel of it a square, with its physical size in the file.
+
+    Outside its mask a PNG is transparent and a PDF white. Neither knows what a printer makes of the colours.
+
+    Args:
+        patch: the patch.
+        out: a file that ends in .png or .pdf.
+        size: of its longer side, such as ``50mm``, ``5cm`` or ``2in``.
+        dpi: dots per inch.
+
+    Returns:
+        Height and width in dots.
+
+    Raises:
+        UserError: another size or ending, more or less dots than a printer has a use for, or channels without colours.
+    """
+    out, found = Path(out), re.fullmatch(r"([0-9]*\.?[0-9]+) ?(mm|cm|in)", size.strip())
+    if found is None:
+        raise UserError(f"--print {size}: expected the length of the longer side with its unit, such as 50mm or 2in")
+    if out.suffix not in (".png", ".pdf"):
+        raise UserError(f"{out} is no file for a printer: name one that ends in .png or .pdf")
+    channels, *sides = patch.pattern.shape[1:]
+    if channels not in (1, 3):
+        raise UserError(f"a patch of {channels} channels has no colours to print: expected 1 or 3")
+    dots = float(found[1]) * _UNITS[found[2]] / 25.4 * dpi / max(sides)
+    if not 1 <= dots <= 20_000 / max(sides):
+        raise UserError(
+            f"{size} at {dpi} dpi is {dots * max(sides):.0f} dots for {max(sides)} pixels: expected from one dot per "
+            "pixel to 20,000 in all"
+        )
+    height, width = (round(dots * side) for side in sides)
+    layers = pixel_bytes(torch.cat([patch.pattern[0].expand(3, -1, -1), patch.mask[0]]).cpu())
+    picture = Image.fromarray(layers.permute(1, 2, 0).contiguous().numpy(), "RGBA")
+    picture = picture.resize((width, height), Image.Resampling.NEAREST)
+    if out.suffix == ".pdf":
+        page = Image.new("RGB", picture.size, "white")
+        page.paste(picture, mask=picture.getchannel("A"))
+        page.save(out, "PDF", resolution=dpi, quality=100, subsampling=0)  # JPEG, whose loss is below a level
+    else:
+        picture.save(out, "PNG", dpi=(dpi, dpi))
+    return height, width

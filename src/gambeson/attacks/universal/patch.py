@@ -141,10 +141,11 @@ class UniversalPatch(StochasticPGD):
     ) -> torch.Tensor:
         assert isinstance(context, PatchContext)
         keywords = {key: value for key, value in keywords.items() if key != "curve"}  # of this attack alone
-        own = zip(delta.split(1), restarts, strict=True)
-        return torch.cat(
-            [super(UniversalPatch, self)._run(replace(context, restart=k), one, [k], **keywords) for one, k in own]
-        )
+        ends, label = [], keywords.pop("label", "start")
+        for number, (one, restart) in enumerate(zip(delta.split(1), restarts, strict=True), 1):
+            told = label if len(delta) == 1 else f"{label}, {number} of {len(delta)}"
+            ends.append(super()._run(replace(context, restart=restart), one, [restart], label=told, **keywords))
+        return torch.cat(ends)
 
     def _scaled(self, start: torch.Tensor, context: CraftingContext) -> torch.Tensor:
         """Return a start from a pattern in [0, 1]."""
