@@ -153,8 +153,7 @@ def plain(found: Any) -> Any:
     if isinstance(found, gb.data.Split):
         return [found.take(slice(None))[0].tolist(), found.labels.tolist(), found.classes, found.ignore_index]
     if isinstance(found, gb.attacks.UniversalPerturbation):
-        patch = isinstance(found, gb.attacks.AdversarialPatch)
-        return (found.pattern if patch else found.delta).tolist()
+        return (found.pattern if isinstance(found, gb.attacks.AdversarialPatch) else found.delta).tolist()
     if isinstance(found, Config):
         return {key: value for key, value in found.plain().items() if key != "seconds"}
     if is_dataclass(found) and not isinstance(found, type):
