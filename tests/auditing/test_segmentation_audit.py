@@ -77,7 +77,6 @@ def test_maps_are_compared_by_the_pixels_of_each_image(honest):
         "uer@0.1",
         "uer@0.2",
         "per_image:pgd",
-        "per_image:segpgd",
         "per_image:cospgd",
     }
     for name, change in paired.items():
@@ -234,7 +233,8 @@ def test_no_class_is_to_be_hidden_that_no_test_image_shows(net, data) -> None:
 
 def test_per_image_attacks_are_those_of_label_maps(honest) -> None:
     attacks = {one.attack: one.accuracy for one in honest[0].results.per_image}
-    assert list(attacks) == ["pgd", "segpgd", "cospgd"]
+    assert list(attacks) == ["pgd", "cospgd"]
+    assert attacks["cospgd"].value <= attacks["pgd"].value  # the worst of both, image by image
     assert all(rate.high < honest[0].results.clean.low for rate in attacks.values())
 
 

@@ -158,7 +158,8 @@ def _true(context: AuditContext) -> Finding:
 
 def probe(context: AuditContext, eps: float) -> PGD:
     """The short PGD that comparisons at equal steps are made with."""
-    return PGD(eps=eps, norm=context.suite.norm, steps=min(_STEPS, context.suite.pgd_steps))
+    steps = min(_STEPS, context.suite.pgd_steps)
+    return context.pgd_at(eps).model_copy(update={"steps": steps, "restarts": 1})
 
 
 def _gradients(
