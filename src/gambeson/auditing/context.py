@@ -40,8 +40,9 @@ ResultT = TypeVar("ResultT")
 Where = Literal["sample", "wider", "unseen", "test"]
 """Images that an attack is tried on: those of :class:`AuditContext` by this name."""
 
-WIDER = 5
-"""Images of a second look, as a multiple of the sample's (ours): in the suite ``quick``, all that it reports on."""
+WIDER, WIDER_MAPS = 5, 2
+"""Images of a second look, as a multiple of the sample's (ours): in the suite ``quick``, all that it reports on. Of
+label maps, whose every image tells thousands of pixels, twice as many."""
 MARGIN_STEPS = 5
 """Steps of PGD behind which the margins of test and validation images are compared (ours): their order is what counts.
 """
@@ -242,7 +243,7 @@ class AuditContext:
     @cached_property
     def wider(self) -> Split:
         """The test images that a comparison is repeated on where the sample suggests a difference: :data:`WIDER`."""
-        return self.few(WIDER * self.suite.sample)
+        return self.few((WIDER if self.test.task.per_image_label else WIDER_MAPS) * self.suite.sample)
 
     @property
     def pgd(self) -> PGD:

@@ -52,7 +52,7 @@ def measure(context: AuditContext, stages: Checkpoints, folder: Path | None) -> 
     return found
 
 
-def _enough(context: AuditContext, attack: StochasticPGD) -> Dataset:
+def enough(context: AuditContext, attack: StochasticPGD) -> Dataset:
     """Return the data with no more training images than the attack takes: the targets of each cost a forward."""
     data, taken = context.data, attack.steps * attack.batch_size
     if len(data.train) <= taken:
@@ -63,7 +63,7 @@ def _enough(context: AuditContext, attack: StochasticPGD) -> Dataset:
 def _craft(context: AuditContext, target: Target, folder: Path | None) -> TargetedResult:
     before, suite = context.spent, context.suite
     attack = suite.universal(context.eps, restarts=1).model_copy(update={"target": target, "labels": "prediction"})
-    uap = attack.craft(context.victim, _enough(context, attack), seed=context.seed)
+    uap = attack.craft(context.victim, enough(context, attack), seed=context.seed)
     context.targeted[target.kind] = uap
     if folder is not None:
         uap.save(folder / file_of(target))
