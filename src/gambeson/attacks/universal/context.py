@@ -15,7 +15,7 @@ from gambeson.attacks.solver import ProjectedGradient
 from gambeson.attacks.universal.target import OMEGA, Target, weights
 from gambeson.base import UserError, derive, generator
 from gambeson.data import Split, as_dataset
-from gambeson.tasks import Task
+from gambeson.tasks import Task, answers
 from gambeson.threat import Ball, BoxGradient
 from gambeson.threat.edits import Edit
 from gambeson.victim import EOT_SAMPLES, EditedVictim, ModelAverage, Shared, Victim, auto_batch_size, predict, score
@@ -191,7 +191,7 @@ class CraftingContext:
         with torch.no_grad():
             victim = self._unedited
             each = victim.each(images) if isinstance(victim, ModelAverage) else [victim(images)]
-            return torch.stack(list(each)).mean(0).argmax(1)
+            return answers(torch.stack(list(each)).mean(0))
 
     def targets(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the labels to leave, or the targets to reach; ignored where the true label is.
