@@ -12,19 +12,22 @@ from scipy.stats import t as student
 from torch import nn
 
 import gambeson as gb
-from gambeson.attacks import UniversalPerturbation
+from gambeson.attacks import PGD, StochasticPGD, UniversalPerturbation
 from gambeson.auditing import AuditResult, Suite
 from gambeson.auditing.outcome import LEVEL, SLIGHT, PairedDifference
-from gambeson.auditing.stages import surrogate
+from gambeson.auditing.stages import per_image, surrogate
 from gambeson.auditing.stages.examples import FILE
-from gambeson.auditing.stages.targeted import targets
+from gambeson.auditing.stages.targeted import enough, targets
 from gambeson.auditing.stages.transfer import image_attacks
 from gambeson.base import load_tensors
+from gambeson.data import Dataset, Split
 from gambeson.evaluation.targeted import target_success
-from gambeson.tasks import CLASSIFICATION, Counts
+from gambeson.evaluation.universal import strongest
+from gambeson.tasks import CLASSIFICATION, Counts, Segmentation
 from gambeson.testbed.obfuscations import logits, preprocessing
 from gambeson.victim import Victim, predict
 from tests import scenes
+from tests.auditing.evidence import held
 from tests.auditing.test_schema import FILE as SCHEMA
 from tests.auditing.test_schema import faults
 from tests.conftest import quickly
@@ -77,7 +80,6 @@ def test_maps_are_compared_by_the_pixels_of_each_image(honest):
         "uer@0.1",
         "uer@0.2",
         "per_image:pgd",
-        "per_image:segpgd",
         "per_image:cospgd",
     }
     for name, change in paired.items():
@@ -234,7 +236,8 @@ def test_no_class_is_to_be_hidden_that_no_test_image_shows(net, data) -> None:
 
 def test_per_image_attacks_are_those_of_label_maps(honest) -> None:
     attacks = {one.attack: one.accuracy for one in honest[0].results.per_image}
-    assert list(attacks) == ["pgd", "segpgd", "cospgd"]
+    assert list(attacks) == ["pgd", "cospgd"]
+    assert attacks["cospgd"].value <= attacks["pgd"].value  # the worst of both, image by image
     assert all(rate.high < honest[0].results.clean.low for rate in attacks.values())
 
 
@@ -287,6 +290,7 @@ def test_more_obfuscated_nets_are_distrusted_or_broken(name, net, data, base) ->
 
 def test_a_surrogate_for_maps_is_a_u_net_and_its_images_keep_their_size(net, data, monkeypatch) -> None:
     monkeypatch.setattr(surrogate, "_FEWEST_STEPS", 40)
+    monkeypatch.setattr(surrogate, "_MAPS_SEEN", 64)
     suite = FEW.model_copy(update={"surrogate": "auto", "surrogate_epochs": 1, "surrogate_images": 64, "queries": 0})
     found = gb.audit(net, data, suite).results
     assert found.surrogate is not None
@@ -296,6 +300,79 @@ def test_a_surrogate_for_maps_is_a_u_net_and_its_images_keep_their_size(net, dat
     assert checks["white box beats transfer"]
     assert checks["universal white box beats transfer"]
     assert [*image_attacks(0.1, "inf", CLASSIFICATION)] == ["fgsm", "mi-di-fgsm"]
+
+
+STRIPES = torch.tensor([0, 1, 0, 1])
+"""The label of each column."""
+
+
+class Torn(nn.Module):
+    """The left half of every map is wrong and the right half right; the images' mean moves both, and neither alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = 20 * (x.mean((1, 2, 3)) - 0.5)[:, None, None]
+        ahead = torch.where(torch.arange(x.shape[3]) < x.shape[3] // 2, mean - 5, 1 - mean).expand(-1, x.shape[2], -1)
+        return torch.stack([ahead * (k == STRIPES) for k in range(2)], 1)
+
+
+@pytest.fixture(scope="module")
+def torn():
+    grey, labels = torch.full((60, 1, 4, 4), 0.5), STRIPES.expand(60, 4, 4)
+    split = Split("grey", grey, labels, ("dark", "light"), task=Segmentation())
+    return Dataset("grey", split, split, split, split.classes)
+
+
+def test_pixels_that_are_wrong_take_no_part_of_the_step(torn) -> None:
+    with held(Torn(), torn, (0.1,), map_share=1, sample=20) as context:
+        # On all pixels, those that are wrong have the larger say, and what is right gets safer still.
+        assert context.accuracy(PGD(eps=0.1, steps=20)).value == 0.5
+        assert context.accuracy(context.pgd_at(0.04)).value == 0.5  # 0.8 < 1
+        found = per_image.measure(context)
+        assert [(one.attack, one.accuracy.value) for one in found] == [("pgd", 0.0), ("cospgd", 0.0)]
+        assert context.accuracy(context.pgd_at(1.0)).value == 0
+        assert (context.pgd.steps, context.suite.pgd(0.1).steps) == (40, 20)
+        assert (len(context.sample), len(context.wider)) == (20, 40)
+
+
+def test_checks_take_what_the_stage_found_of_their_maps(net, data) -> None:
+    with held(net, data, (0.1,), map_share=1, sample=10, pgd_steps=3) as context:
+        stage = per_image.attacked(context, "pgd", context.pgd, context.pgd.plain())
+        rows, counts = context.outcomes.of("per_image:pgd")
+        assert len(rows) == 40
+        before = context.spent
+        few = context.outcome(context.pgd)
+        assert context.since(before).backwards == 0
+        assert torch.equal(few.right, counts.right[context.test.sample_indices(10, seed=context.seed)])
+        assert context.outcome(context.pgd, "test").accuracy == stage.accuracy
+        other = context.outcome(context.pgd.model_copy(update={"steps": 4}))
+        assert context.since(before).backwards > 0
+        assert not torch.equal(other.right, few.right)
+
+
+def test_controls_are_ranked_on_a_few_maps(net) -> None:
+    data = scenes.dataset(20, 60)
+    with Victim(net) as victim:
+        uap = StochasticPGD(eps=0.1, steps=1, probe_starts=0, restarts=1).craft(victim, data)
+        before = victim.forwards
+        strongest(victim, data.validation, uap, controls=("random-sign", "chessboard"))
+        assert victim.forwards - before == 11 * 50 + 2 * 60
+
+
+def test_a_target_is_looked_for_in_no_more_images_than_the_attack_takes(data) -> None:
+    context: Any = SimpleNamespace(data=data, few=lambda count, split: split.sample(count, seed=3))
+    few = enough(context, StochasticPGD(eps=0.1, steps=5, batch_size=8))
+    assert (len(few.train), len(few.validation), len(few.test)) == (40, 40, 40)
+    assert enough(context, StochasticPGD(eps=0.1, steps=5, batch_size=30)) is data
+
+
+def test_no_surrogate_for_maps_that_would_learn_nothing(data) -> None:
+    quick = gb.auditing.SUITES["quick"].on(data)
+    name, why = surrogate.choose(quick, data)
+    assert name == ""
+    assert "of 900 images a net for label maps (N, H, W) learns too little" in why  # 6 epochs of 150
+    longer = quick.model_copy(update={"surrogate_epochs": 334})
+    assert surrogate.choose(longer, data) == ("unet-small", "")
+    assert surrogate.choose(longer.model_copy(update={"surrogate_epochs": 333}), data)[0] == ""
 
 
 def test_fewer_maps_are_asked_than_images(data, digits) -> None:

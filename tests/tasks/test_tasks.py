@@ -31,6 +31,12 @@ def one_hot(predictions: torch.Tensor, height: float = 1.0) -> torch.Tensor:
     return height * torch.nn.functional.one_hot(predictions, 3).movedim(-1, 1).float()
 
 
+def test_the_answer_is_the_first_of_the_largest_logits():
+    logits = torch.randint(3, (5, 4, 6, 7), generator=torch.Generator().manual_seed(0)).float()  # with many ties
+    assert torch.equal(tasks.answers(logits), logits.argmax(1))
+    assert torch.equal(tasks.answers(logits[:, :, 0, 0]), logits[:, :, 0, 0].argmax(1))
+
+
 def test_units_that_count():
     assert IMAGES.valid(LABELS).tolist() == [True, False, True, True]
     assert Classification().valid(LABELS).all()

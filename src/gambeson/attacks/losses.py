@@ -12,6 +12,7 @@ from pydantic import Field
 
 from gambeson.base import Config, Number, UserError
 from gambeson.tasks import CLASSIFICATION, Task
+from gambeson.tasks import answers as answered
 
 LossName = Literal["cross-entropy", "margin", "dlr", "segpgd", "cospgd", "mce", "mce-bal", "js"]
 """What an attack can maximise, per label. The last five were made for label maps; they are the cross-entropy with
@@ -180,7 +181,7 @@ class Loss(Config):
             answers = -(answers if self.truncate is None else answers.clamp(min=self.truncate))
         elif self.truncate is not None:
             cut = answers.clamp(max=self.truncate)
-            answers = cut if self.truncate_correct else torch.where(task.matches(logits.argmax(1), index), answers, cut)
+            answers = cut if self.truncate_correct else torch.where(task.matches(answered(logits), index), answers, cut)
         if self.targeted and self.tau is not None:
             plain = cross_entropy(logits.detach(), index) if plain is None else plain
             reached = plain < -math.log(self.tau)
@@ -212,7 +213,7 @@ class Loss(Config):
         if self.kind == "cospgd":
             alike = cosine(logits, index)
             return 1 - alike if self.targeted else alike
-        standing = (task.matches(logits.argmax(1), index) != self.targeted).to(logits.dtype)
+        standing = (task.matches(answered(logits), index) != self.targeted).to(logits.dtype)
         if self.kind == "segpgd":
             return self.wrong_weight + (1 - 2 * self.wrong_weight) * standing
         return standing if self.kind == "mce" else standing / self._frequency(logits, labels, task)

@@ -61,19 +61,19 @@ class Amounts:
         return not self.data.test.task.per_image_label
 
     @property
-    def steps(self) -> int:
-        """Steps of PGD."""
-        return self.suite.pgd_steps
-
-    @property
     def pgd(self) -> int:
         """Gradients per image of the suite's PGD."""
-        return gradients_of(self.suite.pgd(self.suite.eps[0]))
+        return gradients_of(self.suite.pgd(self.suite.eps[0], of_maps=self.of_maps))
+
+    @property
+    def cospgd(self) -> int:
+        """Those of CosPGD; 0 where there is none."""
+        return gradients_of(self.suite.cospgd(self.suite.eps[0])) if self.of_maps and self.suite.norm != "1" else 0
 
     @property
     def short(self) -> int:
         """Those of the short one that checks compare with."""
-        return min(20, self.steps)
+        return min(20, self.suite.pgd_steps)
 
     @cached_property
     def targeted(self) -> int:
@@ -230,7 +230,7 @@ CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
     ),
     "random start no stronger": lambda n: {"gradients": 2},
     "monotone in eps": lambda n: {"gradients": 2 * n.short, "shares": "short PGD"},
-    "attack repeats its outcome": lambda n: {"apart": min(64, n.sample) * n.steps},
+    "attack repeats its outcome": lambda n: {"apart": min(64, n.sample) * n.pgd // n.suite.pgd_restarts},
 }
 """The built-in checks with their costs, see :meth:`Amounts.work`, in the order in which an audit with a limit on its
 time runs them: what costs nothing first, then by what they found on the testbed for their price. One that is not

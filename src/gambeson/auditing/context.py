@@ -40,8 +40,9 @@ ResultT = TypeVar("ResultT")
 Where = Literal["sample", "wider", "unseen", "test"]
 """Images that an attack is tried on: those of :class:`AuditContext` by this name."""
 
-WIDER = 5
-"""Images of a second look, as a multiple of the sample's (ours): in the suite ``quick``, all that it reports on."""
+WIDER, WIDER_MAPS = 5, 2
+"""Images of a second look, as a multiple of the sample's (ours): in the suite ``quick``, all that it reports on. Of
+label maps, whose every image tells thousands of pixels, twice as many."""
 MARGIN_STEPS = 5
 """Steps of PGD behind which the margins of test and validation images are compared (ours): their order is what counts.
 """
@@ -242,12 +243,21 @@ class AuditContext:
     @cached_property
     def wider(self) -> Split:
         """The test images that a comparison is repeated on where the sample suggests a difference: :data:`WIDER`."""
-        return self.few(WIDER * self.suite.sample)
+        return self.few((WIDER if self.test.task.per_image_label else WIDER_MAPS) * self.suite.sample)
+
+    @property
+    def pgd(self) -> PGD:
+        """The PGD that every image gets at the middle eps."""
+        return self.pgd_at(self.eps)
+
+    def pgd_at(self, eps: float) -> PGD:
+        """The same at another eps; :meth:`Suite.pgd`."""
+        return self.suite.pgd(eps, of_maps=not self.test.task.per_image_label)
 
     @cached_property
     def white_box(self) -> ImageAttack:
         """The strongest attack with gradients that every image gets; of random models and of label maps, PGD."""
-        return InTurn(*self.white_parts.values()) if self.white_parts else self.suite.pgd(self.eps)
+        return InTurn(*self.white_parts.values()) if self.white_parts else self.pgd
 
     @property
     def strongest(self) -> str:
@@ -294,8 +304,12 @@ class AuditContext:
         attack, split = self.averaged(attack), getattr(self, on)
         key = (repr(attack), "test" if split is self.test else on, self.victim.temperature)
         kept = self.outcomes.of("per_image:pgd")
-        if split is self.test and kept is not None and attack == self.averaged(self.suite.pgd(self.eps)):
-            return kept[1]
+        if kept is not None and attack == self.averaged(self.pgd):
+            if split is self.test:
+                return kept[1]
+            if on in ("sample", "wider") and not split.task.per_image_label:  # whose every pixel was attacked already
+                rows = self.test.sample_indices(len(split), seed=self.seed)
+                return Counts(kept[1].right[rows], kept[1].total[rows])
         if key not in self._outcomes:
             self._outcomes[key] = outcome(self.victim, split, AsFarAsFinite(attack), self.seed)
         return self._outcomes[key]

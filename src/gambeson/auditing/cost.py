@@ -254,7 +254,7 @@ def parts_of(
     gradients, queries = (_MAP_SUITE, 1000) if n.of_maps else (SUITE_GRADIENTS, suite.suite_queries)
     jacobians = 0 if n.of_maps else suite.jacobian_backwards
     aims = 2 * suite.targeted * n.of_maps
-    sets = (1 + bool(attacked) + 2 * n.of_maps + bool(n.targeted)) * suite.rescoring
+    sets = (1 + bool(attacked) + n.of_maps + bool(n.targeted)) * suite.rescoring
     searched = n.sample * TRIALS * suite.eps_adv
     views = 2 * test * (len(data.classes) == 2) + (test + 2 * held) * suite.class_wise
     bounded = min(certified.IMAGES, test) * suite.certified
@@ -269,7 +269,10 @@ def parts_of(
             points * (screen + more * inside) + runs * run,
         ),
         "re-scoring": (votes * n.again * suite.rescoring, 0),
-        "PGD, image by image": (votes * (test + sets * n.again), n.draws * test * n.pgd * (3 if n.of_maps else 1)),
+        "PGD, image by image": (
+            votes * (test * (1 + 3 * n.of_maps) + sets * n.again),
+            n.draws * test * (n.pgd + n.cospgd),
+        ),
         "targeted Auto-PGD": (n.targeted_forwards, test * n.targeted),
         "attack suite": (votes * attacked * (queries + 2), n.draws * attacked * gradients),
         "diagnostics": (votes * asked, backward),

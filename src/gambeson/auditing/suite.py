@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from gambeson.attacks import CONTROLS, MORE_CONTROLS, PGD, ClasswiseStochasticPGD, StochasticPGD, TargetedAutoPGD
+from gambeson.attacks import (
+    CONTROLS,
+    MORE_CONTROLS,
+    PGD,
+    ClasswiseStochasticPGD,
+    CosPGD,
+    StochasticPGD,
+    TargetedAutoPGD,
+)
 from gambeson.base import Config, Number, unknown_name
 from gambeson.base.registry import canonical
 from gambeson.data import Dataset
@@ -202,9 +210,25 @@ class Suite(Config):
             truncate_correct=False,
         )
 
-    def pgd(self, eps: float) -> PGD:
-        """The per-image attack at one eps."""
-        return PGD(eps=eps, norm=self.norm, steps=self.pgd_steps, restarts=self.pgd_restarts)
+    def pgd(self, eps: float, *, of_maps: bool = False) -> PGD:
+        """The per-image attack at one eps.
+
+        Of label maps it climbs the cross-entropy of the pixels that are still right (``mce``), since the others' share
+        of a step is lost, in long steps that become short ones, twice as many up to 40; the point of the fewest right
+        pixels counts. The schedule is ours: see ``docs/segmentation.md`` for what others leave.
+        """
+        if not of_maps:
+            return PGD(eps=eps, norm=self.norm, steps=self.pgd_steps, restarts=self.pgd_restarts)
+        ball = {"eps": eps, "norm": self.norm, "restarts": self.pgd_restarts}
+        return PGD(loss="mce", keep="best", steps=self._longer, **ball, **_FALLING)
+
+    def cospgd(self, eps: float) -> CosPGD:
+        """The second per-image attack on label maps, in as many steps as :attr:`pgd_steps`, which become shorter."""
+        return CosPGD(eps=eps, norm=self.norm, steps=self.pgd_steps, restarts=self.pgd_restarts, **_FALLING)
+
+    @property
+    def _longer(self) -> int:
+        return max(self.pgd_steps, min(40, 2 * self.pgd_steps))
 
     def targeted_auto_pgd(self, eps: float, *, random: bool = False) -> TargetedAutoPGD:
         """The targeted Auto-PGD that goes on from what PGD left.
@@ -218,7 +242,7 @@ class Suite(Config):
             random: whether it goes through the draws of a random model: in as many steps as PGD, with half as many
                 draws per gradient as checks take, since votes choose among what all attacks found (ours).
         """
-        steps = self.pgd_steps if random else max(self.pgd_steps, min(40, 2 * self.pgd_steps))
+        steps = self.pgd_steps if random else self._longer
         return TargetedAutoPGD(
             eps=eps,
             norm=self.norm,
@@ -236,6 +260,8 @@ class Suite(Config):
         return {"pgd": short, "auto-pgd-targeted": self.targeted_auto_pgd(eps)}
 
 
+_FALLING = {"rel_step_size": 0.5, "final_step": 0.01}
+"""Size of the first and of the last step on label maps, as shares of eps."""
 _OF_IMAGES = (
     "test_images",
     "validation_images",

@@ -21,6 +21,14 @@ IGNORED = (255, -1, -100)
 """Labels commonly used for unlabelled pixels: VOC and Cityscapes masks, exporters, torch's default."""
 
 
+def answers(logits: torch.Tensor) -> torch.Tensor:
+    """Return the class of the largest logit of each unit, the first of equal ones: (N,) of (N, K), else (N, H, W).
+
+    On a processor ``argmax`` takes four times as long along the classes of maps, a third of a small net's forward.
+    """
+    return logits.argmax(1) if logits.ndim == 2 else logits.max(1).indices
+
+
 @dataclass(frozen=True)
 class Counts:
     """Right answers of each image: the sufficient statistics of accuracy and of its interval."""
@@ -244,7 +252,7 @@ class Task(Config):
             labels: (N,) or (N, H, W); targets where ``targeted``.
             targeted: whether the labels are targets to reach.
         """
-        hit = self.matches(logits.argmax(1), labels)
+        hit = self.matches(answers(logits), labels)
         hit = hit if targeted else ~hit
         return hit if self.ignore_index is None else hit & self.valid(labels)
 

@@ -33,7 +33,7 @@ def _finds(context: AuditContext) -> Finding:
     if not task.per_image_label:
         return Finding(None, "the copies have one label per image, and labels are maps")
     ball = {"eps": context.eps, "norm": suite.norm}
-    attacks: dict[str, ImageAttack] = {"PGD": context.averaged(suite.pgd(context.eps))}
+    attacks: dict[str, ImageAttack] = {"PGD": context.averaged(context.pgd)}
     attacks[context.strongest] = context.averaged(context.white_box)
     if suite.norm != "1" and suite.suite_images:
         attacks["Auto-PGD"] = context.averaged(AutoPGD(steps=100, **ball))

@@ -122,7 +122,7 @@ def _queried_maps(context: AuditContext, square: Square) -> Finding:
 
     The worse of the two per image is the model's, where it is not random: chance would choose then.
     """
-    white, other = context.outcome(context.suite.pgd(context.eps)), context.outcome(square)
+    white, other = context.outcome(context.pgd), context.outcome(square)
     if not context.subject.random:
         other = Counts(white.right.minimum(other.right), other.total)
     gain = PairedDifference.of(white, other)
@@ -158,7 +158,7 @@ def _voted(context: AuditContext, others: Sequence[ImageAttack], on: Where) -> t
     victim, sample, seed = context.victim, getattr(context, on), context.seed
     worst = WorstCase(victim, sample, seed=seed)
     clean, answers = worst.images.clone(), worst.counts.long().cpu()
-    pgd = AsFarAsFinite(context.averaged(context.suite.pgd(context.eps)))
+    pgd = AsFarAsFinite(context.averaged(context.pgd))
 
     def attack(one: ImageAttack, rows: torch.Tensor, stream: int, source: int) -> None:
         moved = one(victim, clean[rows], worst.labels[rows], seed=stream, task=sample.task)
@@ -203,7 +203,7 @@ class _Noise:
     remedy=_REMEDY,
 )
 def _noise(context: AuditContext) -> Finding:
-    white = context.suite.pgd(context.eps)
+    white = context.pgd
     noise = _Noise(white.ball)
     gain = context.compare(white, noise, _MORE)
     return Finding(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from gambeson.attacks import PGD, RandomSearch
+from gambeson.attacks import RandomSearch
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.diagnostics.gradient_masking import probe
@@ -28,7 +28,7 @@ _CLOSER = 0.01
 def _whole_box(context: AuditContext) -> Finding:
     norm, values = context.suite.norm, math.prod(context.test.shape)
     eps = {"inf": 1.0, "2": math.sqrt(values), "1": float(values)}[norm]
-    left = context.accuracy(PGD(eps=eps, norm=norm, steps=40))
+    left = context.accuracy(context.pgd_at(eps).model_copy(update={"steps": 40, "restarts": 1}))
     return Finding(
         lower_end(left) <= _LEFT, f"accuracy under PGD with the whole box allowed: {left}", {"accuracy": left.value}
     )
@@ -69,13 +69,13 @@ def _falls(context: AuditContext) -> Finding:
     comparisons=2,
 )
 def _converged(context: AuditContext) -> Finding:
-    suite, pgd, usual = context.suite, context.suite.pgd(context.eps), context.white_box
-    longer: ImageAttack = pgd.model_copy(update={"steps": _MORE * suite.pgd_steps, "restarts": 1})
+    suite, pgd, usual = context.suite, context.pgd, context.white_box
+    longer: ImageAttack = pgd.model_copy(update={"steps": _MORE * pgd.steps, "restarts": 1})
     oftener: ImageAttack = pgd.model_copy(update={"restarts": suite.pgd_restarts + 1})
     if parts := [*context.white_parts.values()]:
         longer = InTurn(*(part.model_copy(update={"steps": _MORE * part.steps}) for part in parts))
         oftener = InTurn(*parts, pgd)
-    tried = {f"steps of {_MORE * suite.pgd_steps}": longer, f"restarts of {suite.pgd_restarts + 1}": oftener}
+    tried = {f"steps of {_MORE * pgd.steps}": longer, f"restarts of {suite.pgd_restarts + 1}": oftener}
     gains = {key: context.compare(usual, attack, _CLOSER) for key, attack in tried.items()}
     helps = [key for key, gain in gains.items() if gain.low > _CLOSER]
     found = {"reported": context.accuracy(usual)} | {key: context.accuracy(attack) for key, attack in tried.items()}
@@ -83,7 +83,7 @@ def _converged(context: AuditContext) -> Finding:
     advice = f"; {' and '.join(helps)} would lower the reported number" if helps else ""
     return Finding(
         not helps,
-        f"accuracy under {context.strongest} of {suite.pgd_steps} steps, and under more: {rates}; more "
+        f"accuracy under {context.strongest} of {pgd.steps} steps, and under more: {rates}; more "
         f"break {max(gains.values(), key=lambda gain: gain.low).beyond(_CLOSER)}{advice}",
         {key: rate.value for key, rate in found.items()},
     )
@@ -100,7 +100,7 @@ def _beats_chance(context: AuditContext) -> Finding:
     norm = context.suite.norm
     if norm == "1":
         return Finding(None, "random search is for the norms inf and 2")
-    attack = context.suite.pgd(context.eps)
+    attack = context.pgd
     queries = 2 * attack.steps * attack.restarts  # a forward and a backward each
     chance = RandomSearch(eps=context.eps, norm=norm, queries=queries)
     gain = context.compare(attack, chance)

@@ -70,7 +70,7 @@ def _of_wrong_classes(logits: torch.Tensor, labels: torch.Tensor, task: Task) ->
 @register(
     "margin loss no stronger",
     condition=f"PGD on the margin of the logits breaks clearly more images, by {100 * _STARVED:g} points, than PGD "
-    "on cross-entropy with the same steps",
+    "on cross-entropy with the same steps; of label maps on that of the pixels still right",
     explanation="The logits are so large, or so shaped, that the softmax starves the attack of its gradient "
     "(Carlini and Wagner 2017, section 5; Croce and Hein 2020, section 4); the universal perturbations were "
     "crafted on the same cross-entropy.",
@@ -158,7 +158,8 @@ def _true(context: AuditContext) -> Finding:
 
 def probe(context: AuditContext, eps: float) -> PGD:
     """The short PGD that comparisons at equal steps are made with."""
-    return PGD(eps=eps, norm=context.suite.norm, steps=min(_STEPS, context.suite.pgd_steps))
+    steps = min(_STEPS, context.suite.pgd_steps)
+    return context.pgd_at(eps).model_copy(update={"steps": steps, "restarts": 1})
 
 
 def _gradients(

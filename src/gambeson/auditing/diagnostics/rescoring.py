@@ -125,7 +125,7 @@ def _again(context: AuditContext) -> Finding:
         return Finding(None, "which images PGD left right was not kept")
     rows = context.test.sample_indices(min(_AGAIN, context.suite.sample), seed=context.seed)
     before = Counts(kept[1].right[rows], kept[1].total[rows])
-    attack = context.averaged(context.suite.pgd(context.eps).model_copy(update={"restarts": 1}))
+    attack = context.averaged(context.pgd.model_copy(update={"restarts": 1}))
     again = outcome(context.victim, context.test.subset(rows), attack, context.seed, batch_size=_AGAIN_BATCH)
     gain = PairedDifference.of(before, again)
     return Finding(

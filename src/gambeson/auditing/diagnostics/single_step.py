@@ -42,7 +42,7 @@ def _as_trained(function: Callable[[AuditContext], Finding]) -> Callable[[AuditC
     remedy="Distrust gradient attacks on this model; use transfer and query attacks, and the logits' margin.",
 )
 def _multi_step(context: AuditContext) -> Finding:
-    single, many = _step(context, 1), context.suite.pgd(context.eps)
+    single, many = _step(context, 1), context.pgd
     gain = context.compare(many, single)
     return Finding(
         gain.low <= 0,

@@ -44,7 +44,7 @@ def _alike(context: AuditContext) -> Finding:
     pairs = {"the perturbation": [outcome_under(context.victim, split, delta) for split in splits]}
     orders: dict[str, Rate] = {}
     if not (context.subject.black_box or context.test.task.per_image_label):
-        pgd = context.suite.pgd(context.eps)
+        pgd = context.pgd
         pairs["PGD"] = [context.outcome(pgd), context.outcome(pgd, "unseen")]
     elif not context.subject.black_box:
         orders = {"clean": _order(context, 0), f"after PGD of {MARGIN_STEPS} steps": _order(context, MARGIN_STEPS)}

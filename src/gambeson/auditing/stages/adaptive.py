@@ -134,7 +134,7 @@ def _gain(before: float, after: float, images: int) -> float:
 def _attacks(context: AuditContext, found: AdaptiveResult) -> tuple[dict[str, ImageAttack], int]:
     """The white-box attacks (behind PGD that without inner gradients), then adaptive ones; the number of the former."""
     suite, eps, norm, queries = context.suite, context.eps, context.suite.norm, context.suite.queries
-    attacks: dict[str, ImageAttack] = {"pgd": AsFarAsFinite(context.averaged(suite.pgd(eps)))}
+    attacks: dict[str, ImageAttack] = {"pgd": AsFarAsFinite(context.averaged(context.pgd))}
     usual = PGD(eps=eps, norm=norm, steps=STEPS, loss="margin", early_stop=False)
     if context.subject.random:
         usual = usual.model_copy(update={"eot_samples": suite.eot_samples})

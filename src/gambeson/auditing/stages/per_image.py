@@ -1,4 +1,4 @@
-"""The per-image stage: PGD on every test image (of label maps SegPGD and CosPGD too), and the attack suite on some."""
+"""The per-image stage: PGD on every test image (of label maps CosPGD too), and the attack suite on some."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gambeson.attacks import PGD, CosPGD, GradientAttack, SegPGD, Square
+from gambeson.attacks import PGD, GradientAttack, Square
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.rescoring import Perturbed, asked, rescored_in, ways, worse
 from gambeson.auditing.results import PerImageResult, Rescored
@@ -34,9 +34,9 @@ def left_out(context: AuditContext) -> str:
 def measure(context: AuditContext) -> list[PerImageResult]:
     """Run the per-image attacks at the middle eps.
 
-    PGD on all test images, then on what that left targeted Auto-PGD, or where labels are maps SegPGD and CosPGD of as
-    many steps and restarts as PGD; then the standard attack suite on ``suite.suite_images`` of them, which begins from
-    what those left. The suite needs the norms inf or 2. A black box is attacked only by Square, on the sample of the
+    PGD on all test images, then on what that left targeted Auto-PGD, or where labels are maps CosPGD, of which the
+    worst per image counts; then the standard attack suite on ``suite.suite_images`` of them, which begins from what
+    those left. The suite needs the norms inf or 2. A black box is attacked only by Square, on the sample of the
     diagnostics, with ``suite.queries`` per image, and not at all in the norm 1.
 
     On a random model targeted Auto-PGD is run with the noise off, where it can be turned off, and through its draws.
@@ -51,13 +51,14 @@ def measure(context: AuditContext) -> list[PerImageResult]:
         square = Square(eps=context.eps, norm=norm, queries=suite.queries)
         return [attacked_in_turn(context, "square", len(context.sample), {"square": square}, square.plain())]
     task, earlier = context.test.task, dict[str, Moved]()
-    found = [_single(context, PGD_NAME, suite.pgd(context.eps), earlier)]
+    found = [_single(context, PGD_NAME, context.pgd, earlier)]
     if parts := _targeted(context):
         settings = {name: attack.plain() for name, attack in parts.items()}
         found.append(attacked_in_turn(context, "auto-pgd-targeted", len(context.test), parts, settings, earlier))
     if not task.per_image_label and norm != "1":
-        same = {"eps": context.eps, "norm": norm, "steps": suite.pgd_steps, "restarts": suite.pgd_restarts}
-        found += [_single(context, "segpgd", SegPGD(**same), {}), _single(context, "cospgd", CosPGD(**same), {})]
+        attack = suite.cospgd(context.eps)
+        turns = {"cospgd": context.averaged(attack)}
+        found.append(attacked_in_turn(context, "cospgd", len(context.test), turns, attack.plain(), earlier))
     if possible and suite.suite_images:
         attacks = suite_for(
             context.data,
@@ -119,7 +120,7 @@ def attacked(
         part = test if len(rows) == len(test) else test.subset(rows)
         kept = Perturbed(split=part, right=Counts(right.right[rows], right.total[rows]), images=torch.cat(moved))
         found, accuracy = _again(context, kept, accuracy)
-        if into is not None and test.task.per_image_label:
+        if into is not None:
             into[f"earlier {name}"] = rows, torch.cat(moved)
     return PerImageResult(
         attack=name, settings=settings, eps=at[0], norm=at[1], accuracy=accuracy, rescored=found, cost=cost

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from gambeson.attacks import Target, UniversalPerturbation
+from gambeson.attacks import StochasticPGD, Target, UniversalPerturbation
 from gambeson.auditing.context import AuditContext, Checkpoints
 from gambeson.auditing.results import TargetedResult
+from gambeson.data import Dataset
 from gambeson.evaluation.targeted import target_success
 from gambeson.victim import predict
 
@@ -51,10 +52,18 @@ def measure(context: AuditContext, stages: Checkpoints, folder: Path | None) -> 
     return found
 
 
+def enough(context: AuditContext, attack: StochasticPGD) -> Dataset:
+    """Return the data with no more training images than the attack takes: the targets of each cost a forward."""
+    data, taken = context.data, attack.steps * attack.batch_size
+    if len(data.train) <= taken:
+        return data
+    return Dataset(data.name, context.few(taken, data.train), data.validation, data.test, data.classes)
+
+
 def _craft(context: AuditContext, target: Target, folder: Path | None) -> TargetedResult:
     before, suite = context.spent, context.suite
     attack = suite.universal(context.eps, restarts=1).model_copy(update={"target": target, "labels": "prediction"})
-    uap = attack.craft(context.victim, context.data, seed=context.seed)
+    uap = attack.craft(context.victim, enough(context, attack), seed=context.seed)
     context.targeted[target.kind] = uap
     if folder is not None:
         uap.save(folder / file_of(target))

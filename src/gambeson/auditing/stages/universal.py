@@ -240,7 +240,7 @@ def search_eps_adv(context: AuditContext) -> EpsAdv | None:
     suite = context.suite
     if context.subject.black_box or not suite.eps_adv:
         return None
-    attack = suite.pgd(context.eps).model_copy(update={"restarts": 1})
+    attack = context.pgd.model_copy(update={"steps": suite.pgd_steps, "restarts": 1})
     if context.subject.random:
         attack = attack.model_copy(update={"eot_samples": suite.eot_samples})
     return eps_adv(
