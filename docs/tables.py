@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gambeson.analysis import correlate
 from gambeson.attacks.registry import ATTACKS, kind_of
 from gambeson.auditing import SUITES, AuditResult, Suite
@@ -26,8 +24,9 @@ from gambeson.defenses.registry import DEFENSES
 from gambeson.evaluation import Rate
 
 DOCS = Path(__file__).parent
-sys.path.append(str(DOCS.parent / "benchmarks"))
+sys.path += [str(DOCS), str(DOCS.parent / "benchmarks")]
 import audit_page  # noqa: E402
+import claims  # noqa: E402
 import scaling  # noqa: E402
 import testbed_rates  # noqa: E402
 from stored import RESULTS, abouts, files, load  # noqa: E402
@@ -365,34 +364,6 @@ def quickstart() -> str:
     return lines([*head, f"strongest control at {eps}"], found)
 
 
-PAPERS = {
-    "shared-adversarial-training": "S",
-    "jacobian-regularization": "J",
-    "ensemble-adversarial-training": "E",
-    "jacobian-ensembles": "JE",
-    "learn2perturb": "L",
-}
-"""The pages of papers, and what the names of their claims start with."""
-
-
-def claims(prefix: str) -> str:
-    """Return the claims of a paper in the studies of ``studies/``, with the verdicts that are stored."""
-    found = []
-    for file in sorted((DOCS.parent / "studies").glob("*.yaml")):
-        stored = load(f"{file.stem}.json") if (RESULTS / f"{file.stem}.json").is_file() else {}
-        verdicts: dict[str, dict[str, str]] = {}
-        for one in stored.get("claims", []):
-            verdicts.setdefault(one["claim"], {})[one["at"]] = one["verdict"]
-        for name, claim in (yaml.safe_load(file.read_text()).get("claims") or {}).items():
-            if re.split(r"[-\d]", name)[0] == prefix:
-                told = ", ".join(f"{word} (equal {at})" for at, word in verdicts.get(name, {}).items())
-                source = claim["source"].split("; claim")[0]
-                source = "ours" if source.startswith("claim") else source
-                cells = (claim["statement"], source, f"`{file.name}`, `{name}`", told or "not run")
-                found.append(cells if told or not stored else (*cells[:3], "no verdict stored"))
-    return lines(["claim", "source", "study", "verdict"], found)
-
-
 def tables() -> dict[str, tuple[str, str]]:
     """Return each table, by its marker, with the page that it stands in."""
     attacks = ATTACKS.own()
@@ -405,6 +376,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "suite settings": ("suites.md", suites()),
         "defences": ("defenses.md", table(DEFENSES.own(), COSTS["defense"])),
         "quickstart table": ("../README.md", quickstart()),
+        "claims table": ("../README.md", lines(*claims.headline())),
         "auditors table": ("../README.md", testbed_rates.beside()),
         "defenses table": ("defenses.md", defences()),
         "calibrated crafting": ("defenses.md", calibrated()),
@@ -427,7 +399,10 @@ def tables() -> dict[str, tuple[str, str]]:
         "error rates": ("testbed.md", audit_page.rates_text()),
         "models": ("testbed.md", audit_page.models_text()),
         "rates by library": ("testbed.md", testbed_rates.text()),
-        **{f"claims {page}": (f"papers/{page}.md", claims(prefix)) for page, prefix in PAPERS.items()},
+        **{
+            f"claims {page}": (f"papers/{page}.md", lines(*claims.of_paper(prefix)))
+            for page, prefix in claims.PAPERS.items()
+        },
     } | {f"{name} table": ("scaling.md", f"\n{text}\n") for name, text in scaling.tables(load("scaling.json")).items()}
 
 

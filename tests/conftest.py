@@ -93,4 +93,6 @@ def no_leaks():
         if not key.startswith(("PYTEST", "ACCELERATE", "KMP", "OMP", "GOMP", "TORCHINDUCTOR", "TRITON"))
     }
     left = {thread for thread in threading.enumerate() if thread not in threads and not thread.daemon}
-    assert not left
+    for thread in left:  # a pool that is shutting down, on a busy machine
+        thread.join(10)
+    assert not [thread for thread in left if thread.is_alive()]

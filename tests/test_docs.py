@@ -45,15 +45,25 @@ def test_the_tables_of_names_are_those_of_the_registry(pages, tables):
 
 
 def test_claims_of_a_paper_have_the_verdicts_that_are_stored(pages, tmp_path, monkeypatch):
-    stored = {"claims": [{"claim": "S1-front", "at": "steps", "verdict": "not reproduced"}]}
+    found = {"data": "digits", "effect": 0.924, "low": None, "high": None, "verdict": "undecided"}
+    later = {"data": "mnist", "effect": None, "low": None, "high": None, "verdict": "not run"}
+    points = {"data": "digits", "effect": -0.224, "low": -0.31, "high": -0.138, "verdict": "not reproduced"}
+    stored = [
+        {"claim": "S1-front", "at": "steps", "verdict": "undecided", "findings": [found, later]},
+        {"claim": "E-masking", "at": "steps", "verdict": "not reproduced", "findings": [points]},
+    ]
     (tmp_path / "claims-small.json").write_text("{}")
-    monkeypatch.setattr(pages, "RESULTS", tmp_path)
-    monkeypatch.setattr(pages, "load", lambda name: stored)
-    rows = {row.split("`")[1] + " " + row.split("`")[3]: row for row in pages.claims("S").splitlines()[2:]}
-    assert rows["claims-small.yaml S1-front"].endswith("| not reproduced (equal steps) |")
-    assert rows["claims-small.yaml S1-factor"].endswith("| no verdict stored |")
-    assert rows["claims-paper.yaml S1-front"].endswith("| not run |")
-    assert {file.stem for file in (DOCS / "papers").glob("*.md")} == {*pages.PAPERS, "index"}
+    monkeypatch.setattr(pages.claims, "RESULTS", tmp_path)
+    monkeypatch.setattr(pages.claims, "load", lambda name: {"claims": stored})
+    rows = {f"{row[2].split('`')[1]} {row[2].split('`')[3]}": row[3] for row in pages.claims.of_paper("S")[1]}
+    assert rows["claims-small.yaml S1-front"] == "undecided (equal steps; digits: undecided)"
+    assert rows["claims-small.yaml S1-factor"] == "no verdict stored"
+    assert rows["claims-paper.yaml S1-front"] == "not run"
+    assert {file.stem for file in (DOCS / "papers").glob("*.md")} == {*pages.claims.PAPERS, "index"}
+    head, (heaps, masking) = pages.claims.headline()
+    assert head == ["claim", "margin", "digits"]
+    assert heaps[1:] == ("at least 1.0 times", "undecided: 0.9 times")
+    assert masking[1:] == ("at least 0 points", "not reproduced: -22 points [-31, -14]")
 
 
 def test_the_new_idea_of_the_page_trains(digits):

@@ -460,8 +460,9 @@ def test_every_registered_attack_works_on_label_maps_or_refuses_at_once():
                 found = target_success(net, data.validation, aimed)
                 assert found.score == pytest.approx(max(rate for _, rate in aimed.about.restarts))
                 assert found.score > (0.52 if target == "hide:b" else 0.27) or not attack.gradients, (name, target)
-    assert [name for name, _ in refused] == ["deepfool-uap"]
+    assert [name for name, _ in refused] == ["deepfool-uap", "universal-patch"]
     assert "expects one label per image (N,)" in refused[0][1]
+    assert "a patch hides what a label map tells" in refused[1][1]
 
 
 def test_several_models_have_one_target_from_their_mean():

@@ -188,7 +188,7 @@ def test_a_silent_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
         began = time.monotonic()
         with pytest.raises(UserError, match=r"cannot be reached .timed out.; .*cannot be reached .timed out."):
             sources.idx_servers("MNIST", tmp_path)
-        assert 0.4 <= time.monotonic() - began < 4
+        assert 0.4 <= time.monotonic() - began < 15  # not the system's minutes
         for server in silent:  # one file a mirror, then the next mirror
             server.settimeout(0.2)
             server.accept()[0].close()

@@ -22,7 +22,7 @@ from gambeson.models.black_box.base import BudgetSpent
 from gambeson.models.black_box.http import HttpModel
 from gambeson.models.black_box.local import FunctionModel
 from gambeson.victim import Victim
-from tests.conftest import binary, inner_images
+from tests.conftest import binary, full, inner_images
 
 SHAPE = (1, 4, 4)
 
@@ -40,8 +40,9 @@ class BusyServer(ThreadingHTTPServer):
 class Server:
     """Answers with a net's scores; ``plan`` holds what happens to the next requests instead, one entry each.
 
-    An entry is a status, ``"drop"``, ``"slow"``, ``"drip"`` (a byte now and then), ``"cut"`` (half an answer), or a
-    function from the right answer to (status, bytes). ``sizes`` holds the number of images of every request, and what
+    An entry is a status, ``"drop"``, ``"slow"``, ``"drip"`` (a byte now and then), ``"cut"`` (half an answer),
+    ``"leave"`` (the connection is closed after the answer, without a word) or a function from the right answer to
+    (status, bytes). ``sizes`` holds the number of images of every request, and what
     happened to it.
     """
 
@@ -111,6 +112,9 @@ class Server:
                 time.sleep(0.04)
         else:
             handler.wfile.write(content)
+        if todo == "leave":
+            handler.close_connection = True
+            handler.connection.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
@@ -124,6 +128,11 @@ def server():
 
 def box(server, **keywords):
     return HttpModel(server.url, **{"timeout": 5.0, "pause": 0.01} | keywords)
+
+
+def patience(trouble):
+    """Seconds to wait for an answer: few where none comes in time; on a busy machine any other may come late."""
+    return 0.3 if trouble in ("slow", "drip") else 30.0
 
 
 def test_scores_are_those_of_the_model_behind_it(server):
@@ -162,7 +171,7 @@ def test_every_documented_answer_is_read(server, answer):
 def test_what_passes_is_tried_again_and_counts_again_where_it_may_have_been_answered(server, trouble, again):
     server.plan = [trouble, trouble, None, trouble]
     budget = 8 + again * 12
-    asked = box(server, timeout=0.3, budget=budget)
+    asked = box(server, timeout=patience(trouble), budget=budget)
     images = inner_images(4, SHAPE)
     with torch.no_grad():
         for _ in range(2):
@@ -186,22 +195,22 @@ def test_retry_after_is_kept_to(server):
     server.plan = [(503, {"Retry-After": "0.3"}), (429, {"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"})]
     began = time.monotonic()
     box(server)(inner_images(1, SHAPE))
-    assert 0.3 <= time.monotonic() - began < 3
+    assert 0.3 <= time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize(
     ("trouble", "words", "counted"),
     [
         (500, "status 500, 'out of order'", 8),
-        ("slow", "no answer within 0.1 s", 8),
-        ("drip", "no answer within 0.1 s", 8),
+        ("slow", "no answer within 0.3 s", 8),
+        full("drip", "no answer within 0.3 s", 8),
         ("cut", r"peer closed connection without sending complete message body.*", 8),
         (503, "status 503, 'out of order'", 0),
     ],
 )
 def test_a_server_that_never_recovers_is_told_with_the_count(server, trouble, words, counted):
     server.always = trouble
-    asked = box(server, timeout=0.1, retries=3)
+    asked = box(server, timeout=patience(trouble), retries=3)
     with pytest.raises(UserError, match=rf"gave no answer in 4 attempts \(the last: {words}\)"):
         asked(inner_images(2, SHAPE))
     assert (server.seen, asked.requests, asked.retried, asked.images) == (4, 4, 3, counted)
@@ -434,12 +443,14 @@ def test_a_server_that_does_not_accept_is_not_counted():
 
 def test_connections_are_kept_and_one_that_the_server_closed_is_not_missed():
     net, _ = binary(SHAPE)
-    server = Server(net, protocol_version="HTTP/1.1", timeout=0.3)  # closes a connection that is idle for so long
+    server = Server(net, protocol_version="HTTP/1.1")
+    server.plan = [None, "leave"]
     asked = box(server)
     images = inner_images(2, SHAPE)
-    for pause in (0, 0, 1.0, 0):
-        time.sleep(pause)
+    for _ in range(4):
         asked(images)
+        while server.busy:  # the answer is here before the server is done
+            time.sleep(0.001)
     assert (asked.images, asked.requests, asked.retried) == (8, 4, 0)
     assert len(server.connections) == 2
     server.server.shutdown()

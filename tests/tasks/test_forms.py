@@ -153,7 +153,7 @@ def plain(found: Any) -> Any:
     if isinstance(found, gb.data.Split):
         return [found.take(slice(None))[0].tolist(), found.labels.tolist(), found.classes, found.ignore_index]
     if isinstance(found, gb.attacks.UniversalPerturbation):
-        return found.delta.tolist()
+        return (found.pattern if isinstance(found, gb.attacks.AdversarialPatch) else found.delta).tolist()
     if isinstance(found, Config):
         return {key: value for key, value in found.plain().items() if key != "seconds"}
     if is_dataclass(found) and not isinstance(found, type):

@@ -62,6 +62,27 @@ def test_the_calibrating_temperature_is_known_where_answers_are_drawn_from_it():
         assert 0 < temperature.calibrating(victim, perfect, 0) < 5
 
 
+class Masked(nn.Module):
+    """Two classes more than it was trained on, which it never answers."""
+
+    def __init__(self, model, mask):
+        super().__init__()
+        self.model, self.mask = model, mask
+
+    def forward(self, x):
+        z = self.model(x)
+        return torch.cat([z.new_full((len(z), 1), self.mask), z, z.new_full((len(z), 1), self.mask)], 1)
+
+
+@pytest.mark.parametrize("mask", [-1e4, -1e9, -1e30])
+def test_a_masked_class_does_not_set_the_scale(mask, trained, digits):
+    split = digits.validation
+    moved = gb.data.Split("moved", split.images, split.labels + 1, ("before", *split.classes, "after"))
+    with Victim(trained) as plain, Victim(Times(Masked(trained, mask), 40.0)) as masked:
+        own = temperature.calibrating(plain, split, 0)
+        assert temperature.calibrating(masked, moved, 0) == pytest.approx(40 * own, rel=1e-3)
+
+
 @pytest.mark.parametrize(("answer", "classes"), [(0.0, 10), (float("nan"), 10), (7.0, 1)])
 def test_logits_without_a_scale_are_left_alone(answer, classes, digits):
     class Constant(nn.Module):

@@ -37,12 +37,14 @@ from gambeson.attacks.registry import (
     require_kind,
 )
 from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
+from gambeson.attacks.universal.adversarial_patch import AdversarialPatch, load
 from gambeson.attacks.universal.base import Candidate, UniversalAttack
 from gambeson.attacks.universal.context import CraftingContext
-from gambeson.attacks.universal.controls import CONTROLS, MORE_CONTROLS, control
+from gambeson.attacks.universal.controls import CONTROLS, MORE_CONTROLS, PATCH_CONTROLS, control, patch_control
 from gambeson.attacks.universal.data_free import DataFree
 from gambeson.attacks.universal.deepfool_uap import DeepFoolUAP
 from gambeson.attacks.universal.df_uap import DFUAP
+from gambeson.attacks.universal.patch import UniversalPatch
 from gambeson.attacks.universal.perturbation import UniversalPerturbation
 from gambeson.attacks.universal.procedural import GaborNoise, PerlinNoise
 from gambeson.attacks.universal.sga import SGA
@@ -58,12 +60,14 @@ __all__ = [
     "IFGSM",
     "MORE_CONTROLS",
     "NES",
+    "PATCH_CONTROLS",
     "PGD",
     "RFGSM",
     "SEA",
     "SGA",
     "SPSA",
     "TRANSFER",
+    "AdversarialPatch",
     "AutoPGD",
     "Average",
     "Candidate",
@@ -102,6 +106,7 @@ __all__ = [
     "Target",
     "TargetedAutoPGD",
     "UniversalAttack",
+    "UniversalPatch",
     "UniversalPerturbation",
     "canonical",
     "control",
@@ -111,11 +116,13 @@ __all__ = [
     "dlr",
     "entry",
     "js",
+    "load",
     "margin",
     "mi_fgsm",
     "name_of",
     "names",
     "ni_fgsm",
+    "patch_control",
     "register",
     "require_attack",
     "require_kind",

@@ -136,6 +136,9 @@ class ProjectedGradient:
     sizes: torch.Tensor | None = None
     """(R, 1, 1, 1): radius of each perturbation as a share of eps, which also scales its start and its steps; in the
     norm inf also (1, C, H, W), of each value (:meth:`within`). None: eps for all."""
+    carry: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    """Shared only: puts perturbations (R, C, h, w) on images (N, C, H, W), differentiably, such as a patch; None: they
+    are added and clipped (:func:`gambeson.threat.perturb`)."""
     place: tuple[int, int] = (0, 1)
     """Rank and world size; each process draws for all and takes its own part, so that several processes start as a
     single one would."""
@@ -233,7 +236,8 @@ class ProjectedGradient:
         Raises:
             NonFiniteGradientError: the gradient is not finite.
         """
-        if view is None and truth is None and self.loss.kind != "segpgd":  # whose weights change with every step
+        # The weights of segpgd, and where a patch lies, change with every step.
+        if view is None and truth is None and self.carry is None and self.loss.kind != "segpgd":
             made = (self.loss, self.task, self.per_image, self.box_gradient)
             more = () if weights is None else (weights,)
             gradient, logits, total = self.victim.repeated(
@@ -264,7 +268,7 @@ class ProjectedGradient:
                 point = moved = perturb(images, delta).detach().requires_grad_()
             else:
                 point = delta.detach().requires_grad_()
-                moved = perturb(images, point, self.box_gradient)
+                moved = self.carry(images, point) if self.carry else perturb(images, point, self.box_gradient)
             logits, values = self.forward(moved if view is None else view(moved), labels, truth, weights)
             gradient = self.victim.gradient(values.sum(), point, len(images))
         return gradient, logits.detach(), gradient.sum()

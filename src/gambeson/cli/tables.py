@@ -10,7 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from gambeson.auditing import AuditPlan, AuditResult
-    from gambeson.evaluation import EditsResult, Rate
+    from gambeson.evaluation import EditsResult, PlacementResult, Rate
     from gambeson.evaluation.rates import SmallestEps
 
     Cells = Callable[[AuditResult], str]
@@ -99,6 +99,38 @@ def edits_table(found: EditsResult) -> Table:
     for one in found.rates:
         table.add_row(one.edit, *map(_cell, (one.uer, one.clean, one.control)))
     return table
+
+
+def places_table(found: PlacementResult) -> Table:
+    """A row of places per height: the rate of a patch there, and in brackets that of the worst control."""
+    table = Table(
+        title=f"{found.what} by place of the patch: per cent (worst control)",
+        box=box.SIMPLE_HEAD,
+        show_header=False,
+        caption=f"{found.clean.n:,} images; clean: {_cell(found.clean)}; places from the top left to the bottom right",
+    )
+    for _ in found.places[0]:
+        table.add_column("", justify="right")
+    for row in found.places:
+        cells = [f"{100 * one.rate.value:.1f}" + _beside(one.control) for one in row]
+        table.add_row(*cells)
+    return table
+
+
+def placements_table(found: PlacementResult) -> Table:
+    """One row per scale and angle: the rate of a patch and that of the worst control."""
+    table = Table(title=f"{found.what} by scale and angle: per cent [95 % interval]", box=box.SIMPLE_HEAD)
+    for name in ("placement", found.what, "worst control"):
+        table.add_column(name, justify="left" if name == "placement" else "right")
+    rows = {"as crafted": found.whole} | {f"scale {one.at:g}": one for one in found.scales}
+    rows |= {f"angle {one.at:g}": one for one in found.rotations}
+    for name, one in rows.items():
+        table.add_row(name, _cell(one.rate), _cell(one.control))
+    return table
+
+
+def _beside(control: Rate | None) -> str:
+    return "" if control is None else f" ({100 * control.value:.1f})"
 
 
 def _failed(result: AuditResult) -> str:

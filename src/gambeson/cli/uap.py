@@ -1,4 +1,4 @@
-"""``gambeson uap``: crafting, scoring and listing universal perturbations."""
+"""``gambeson uap``: crafting, scoring, printing and listing universal perturbations and patches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.table import Table
 
 from gambeson.cli import options
 from gambeson.cli.options import http_settings, needed, one_model, print_json, progress, put, put_all
-from gambeson.cli.tables import edits_table
+from gambeson.cli.tables import edits_table, placements_table, places_table
 
 if TYPE_CHECKING:
     from gambeson.evaluation import Difference, Rate, TargetSuccess
 
-app = typer.Typer(help="Craft, score and list universal perturbations.", no_args_is_help=True)
+app = typer.Typer(help="Craft, score and list universal perturbations and patches.", no_args_is_help=True)
 
 
 @app.command("craft")
@@ -53,6 +53,8 @@ def craft(
 
     Example: `gambeson uap craft runs/x --eps 0.2 --set restarts=8 --out uap.safetensors`, or of label maps
     `gambeson uap craft runs/x --target hide:bag --set omega=0.9 --set tile="[32, 32]"`
+
+    Example: `gambeson uap craft runs/x --attack universal-patch --set area=0.05 --out patch.safetensors`
     """
     from gambeson import attacks
     from gambeson.attacks.universal.procedural import ProceduralAttack
@@ -103,9 +105,11 @@ def craft(
     told = "UER" if uap.target is None else "target reached by"
     if uap.target is not None and uap.target.kind == "hide":
         told = "mean of hidden and of others kept"
+    size = f"at eps {uap.about.eps:.4g}"
+    if isinstance(uap, attacks.AdversarialPatch):
+        size = f"of {'x'.join(map(str, uap.mask.shape[2:]))} pixels, {100 * uap.area:.2g} % of an image"
     console.print(
-        f"{out}: {user_code.short(attack)} at eps {uap.about.eps:.4g} ({uap.about.status}); "
-        f"{told} {100 * best:.1f} % on validation"
+        f"{out}: {user_code.short(attack)} {size} ({uap.about.status}); {told} {100 * best:.1f} % on validation"
     )
     if any(scale != 1 for scale in uap.about.temperature):
         scales = ", ".join(f"{scale:.3g}" for scale in uap.about.temperature)
@@ -129,32 +133,45 @@ def score(
             show_default="none",
         ),
     ] = None,
+    placements: Annotated[
+        bool, typer.Option("--placements", help="Of a patch: also at a grid of places, and over scales and angles.")
+    ] = False,
+    report: Annotated[Path | None, typer.Option(help="Of a patch: write this HTML page about its placements.")] = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Score a perturbation and its controls on the test split of any model.
+    """Score a perturbation, or a patch, and its controls on the test split of any model.
 
     Example: `gambeson uap score uap.safetensors runs/x --edits standard`
+
+    Example: `gambeson uap score patch.safetensors runs/x --placements`
     """
-    from gambeson.attacks import CONTROLS, UniversalPerturbation
-    from gambeson.base import pick_device
+    from gambeson.attacks import CONTROLS, PATCH_CONTROLS, AdversarialPatch, load
+    from gambeson.base import UserError, pick_device, writable
     from gambeson.evaluation import (
         accuracy,
+        by_placement,
         confusion,
-        control_rates,
         fooling_rate,
         load_model,
+        rates_beside,
         target_success,
         under_edits,
         universal_evasion,
     )
     from gambeson.evaluation.rates import strongest_control
     from gambeson.evaluation.universal import scorable
+    from gambeson.report import write_patch
     from gambeson.threat.edits import Edit
 
     asked = None if edits is None or edits == "standard" else [Edit.parse(part) for part in edits.split(",")]
-    uap = UniversalPerturbation.load(file)
+    uap, moved = load(file), None
+    patch = uap if isinstance(uap, AdversarialPatch) else None
+    if patch is None and (placements or report):
+        raise UserError(f"{file} holds a perturbation of whole images, which has no place: leave --placements out")
+    if report is not None:
+        writable(report.parent)
     source = needed(one_model(model, model_), f"uap score {file}")
     with progress(as_json) as console:
         subject = load_model(source, data, pick_device(device), budget=budget, http=http_settings(http))
@@ -172,21 +189,27 @@ def score(
         rates = {"clean error": right.complement, "UER": evasion, "fooling rate": fooling, **maps}
         reached, controls = None, []
         if uap.target is not None:
-            reached = target_success(subject.model, test, uap, seed=seed, controls=CONTROLS)
+            names = CONTROLS if patch is None else PATCH_CONTROLS
+            reached = target_success(subject.model, whole, uap, seed=seed, controls=names)
         else:
-            controls = control_rates(subject.model, test, uap.ball, seed)
+            controls = rates_beside(subject.model, test, uap, seed=seed)
         edited = None if edits is None else under_edits(subject.model, test, uap, asked, seed=seed)
+        if patch is not None and (placements or report):
+            moved = by_placement(subject.model, whole, patch, seed=seed)
+            if report is not None:
+                write_patch(patch, moved, whole, report, seed=seed)
     if as_json:
         found: dict[str, Any] = {name: rate.plain() for name, rate in rates.items()}
         found |= {"controls": [one.plain() for one in controls]} if reached is None else {"target": reached.plain()}
         found |= {} if edited is None else {"edits": edited.plain()}
+        found |= {} if moved is None else {"placements": moved.plain()}
         print_json({"file": str(file), "left_out": len(whole) - len(test), **found})
         return
     if len(test) < len(whole):
-        console.print(
-            f"{len(whole) - len(test)} of the {len(whole)} images of {whole.name} were left out: the perturbation was "
-            "crafted on the same pictures"
-        )
+        why = "the perturbation was crafted on the same pictures"
+        if patch is not None and patch.target is not None:
+            why = "of the target's class, or crafted on"
+        console.print(f"{len(whole) - len(test)} of the {len(whole)} images of {whole.name} were left out: {why}")
     if maps:
         console.print(f"rates are of labelled pixels, their intervals over {evasion.n} images")
     for name, rate in rates.items():
@@ -197,6 +220,13 @@ def score(
         console.print(edits_table(edited))
         for text, why in edited.left_out.items():
             console.print(f"{text} was left out: {why}")
+    if moved is not None:
+        console.print(places_table(moved))
+        console.print(placements_table(moved))
+        if moved.left_out:
+            console.print(f"larger than an image, and left out: {', '.join(moved.left_out)}")
+    if report is not None:
+        console.print(f"the report is in {report}")
     if reached is not None:
         _print_target(console, str(uap.about.settings["target"]), reached)
         return
@@ -221,6 +251,33 @@ def _print_target(console: Console, target: str, reached: TargetSuccess) -> None
         console.print(f"{rival.name} reaches as much, so this perturbation shows no weakness of its own")
 
 
+@app.command("export")
+def export(
+    file: Annotated[Path, typer.Argument(help="File of a patch.")],
+    size: Annotated[str, typer.Option("--print", help="Length of its longer side in print: 50mm, 5cm or 2in.")],
+    to: Annotated[Path, typer.Option(help="File to write, .png or .pdf.")],
+    dpi: Annotated[int, typer.Option(min=1, help="Dots per inch.")] = 300,
+    as_json: options.Json = False,
+) -> None:
+    """Write a patch as a picture that prints at a given size.
+
+    Example: `gambeson uap export patch.safetensors --print 50mm --to patch.pdf`
+    """
+    from gambeson.attacks import AdversarialPatch
+    from gambeson.base import writable
+    from gambeson.report import print_patch
+
+    patch = AdversarialPatch.load(file)
+    writable(to.parent)
+    height, width = print_patch(patch, to, size, dpi)
+    if as_json:
+        print_json({"file": str(to), "height": height, "width": width, "dpi": dpi})
+        return
+    pixels = "x".join(map(str, patch.mask.shape[2:]))
+    typer.echo(f"{to}: {pixels} pixels as {height}x{width} dots, {size} at {dpi} dpi")
+    typer.echo(f"it was crafted for {100 * patch.area:.2g} % of an image: print and photograph it at that share")
+
+
 @app.command("list")
 def list_(
     places: Annotated[list[Path], typer.Argument(help="Files or folders.")],
@@ -230,7 +287,7 @@ def list_(
 
     Example: `gambeson uap list runs`
     """
-    from gambeson.attacks import UniversalPerturbation
+    from gambeson.attacks import UniversalPerturbation, load
     from gambeson.base import UserError, user_code
 
     files = [file for place in places for file in (sorted(place.rglob("*.safetensors")) if place.is_dir() else [place])]
@@ -238,7 +295,7 @@ def list_(
     found: list[tuple[Path, UniversalPerturbation]] = []
     for file in files:
         try:
-            found.append((file, UniversalPerturbation.load(file)))
+            found.append((file, load(file)))
         except UserError:
             if file in named:  # folders may contain other files
                 raise

@@ -9,6 +9,7 @@ from gambeson.evaluation.eps_uni import eps_adv, eps_uni
 from gambeson.evaluation.export_check import Exported, run_export
 from gambeson.evaluation.outcome import accuracy_under, outcome, outcome_under
 from gambeson.evaluation.perceptibility import edge_correlation, visibility
+from gambeson.evaluation.placement import PlacedRate, PlacementResult, by_placement
 from gambeson.evaluation.targeted import TargetMeasure, TargetSuccess, target_success
 from gambeson.evaluation.transfer import TransferResult, TransferRun, run_transfer
 from gambeson.evaluation.universal import (
@@ -17,6 +18,7 @@ from gambeson.evaluation.universal import (
     control_rates,
     fooling_rate,
     mean_iou,
+    rates_beside,
     strongest,
     universal_evasion,
 )
@@ -45,6 +47,8 @@ __all__ = [
     "HttpModel",
     "LoadedModel",
     "OnnxModel",
+    "PlacedRate",
+    "PlacementResult",
     "Rate",
     "SuiteResult",
     "SuiteRun",
@@ -58,6 +62,7 @@ __all__ = [
     "binarization_test",
     "binarization_tests",
     "by_class",
+    "by_placement",
     "confusion",
     "control_rates",
     "edge_correlation",
@@ -68,6 +73,7 @@ __all__ = [
     "mean_iou",
     "outcome",
     "outcome_under",
+    "rates_beside",
     "run_attack",
     "run_export",
     "run_suite",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -13,10 +12,10 @@ from gambeson.attacks import UniversalPerturbation
 from gambeson.base import Config, notebook
 from gambeson.data import Split
 from gambeson.evaluation.rates import Control, Cost, ImageErrors, strongest_control
-from gambeson.evaluation.universal import patterns_of, scorable
+from gambeson.evaluation.universal import controls_beside, scorable
 from gambeson.tasks import Difference, Rate
 from gambeson.threat.edits import NONE, Edit, check_edits
-from gambeson.victim import Victim, as_victim, score_batches
+from gambeson.victim import Shared, Victim, as_victim, score_batches
 
 STANDARD_EDITS = (
     "bits:8",
@@ -147,31 +146,23 @@ def edited_rates(
         found, left_out = fitting(STANDARD_EDITS, split)
     else:
         found = check_edits(edits, split.shape, split.task, split.name)
-    patterns = {name: patterns_of(name, uap.ball, split.shape, seed)[:PATTERNS] for name in controls}
+    patterns = {name: some[:PATTERNS] for name, some in controls_beside(uap, split, seed, controls).items()}
     every = {edit.text: edit for edit in (Edit.parse(NONE), *found)}
 
     def rates(edit: Edit) -> EditedRates:
-        def error(delta: torch.Tensor | None) -> ImageErrors:
+        def error(delta: Shared | None) -> ImageErrors:
             moved = None if delta is None else delta.to(victim.device)
             counts = score_batches(victim, split, moved, seed=seed, edit=edit).counts
             return ImageErrors(counts.total - counts.right, counts.total)
 
-        clean, under = error(None), error(uap.delta)
-        drawn = {name: [error(one[None]).rate for one in some] for name, some in patterns.items()}
+        clean, under = error(None), error(uap.shared(victim.device))
+        drawn = {name: [error(one).rate for one in some] for name, some in patterns.items()}
         return EditedRates(
             edit=edit.text,
             clean=clean.rate,
             uer=under.rate,
             harm=Difference.of(under.rows, clean.rows, clean.of_sums, clean.images, seed=seed),
-            controls=[
-                Control(
-                    name=name,
-                    mean=sum(rate.value for rate in some) / len(some),
-                    worst=Rate.highest(some),
-                    draws=len(some),
-                )
-                for name, some in drawn.items()
-            ],
+            controls=[Control.of(name, some) for name, some in drawn.items()],
         )
 
     about = uap.about

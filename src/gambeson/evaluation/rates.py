@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -31,13 +31,20 @@ class Control(Config):
     """The effect of a control, which a crafted perturbation has to exceed."""
 
     name: str
-    """One of :data:`gambeson.attacks.CONTROLS` and :data:`gambeson.attacks.MORE_CONTROLS`."""
+    """One of :data:`gambeson.attacks.CONTROLS`, :data:`gambeson.attacks.MORE_CONTROLS` and, of patches,
+    :data:`gambeson.attacks.PATCH_CONTROLS`."""
     mean: float
     """Mean UER over the draws."""
     worst: Rate
     """UER of the worst draw; its interval holds for all draws at once."""
     draws: int
     """Number of patterns."""
+
+    @classmethod
+    def of(cls, name: str, rates: Sequence[Rate]) -> Control:
+        """Return the control of which each pattern has one of the rates."""
+        mean = sum(rate.value for rate in rates) / len(rates)
+        return cls(name=name, mean=mean, worst=Rate.highest(rates), draws=len(rates))
 
 
 def strongest_control(controls: Iterable[Control]) -> Control | None:

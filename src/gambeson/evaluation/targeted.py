@@ -11,8 +11,8 @@ from torch import nn
 from gambeson.attacks import Target, UniversalPerturbation
 from gambeson.attacks.universal.target import from_predictions
 from gambeson.base import Config, UserError, generator
-from gambeson.data import Split
-from gambeson.evaluation.universal import patterns_of, scorable
+from gambeson.data import Split, as_split
+from gambeson.evaluation.universal import controls_beside, scorable
 from gambeson.tasks import Rate
 from gambeson.victim import Victim, as_victim, predict
 
@@ -192,7 +192,8 @@ def target_success(
         data: a split, an (images, labels) pair, or a data set, of which the test split is used.
         uap: the perturbation; images that it was crafted on are left out.
         seed: of a random model's votes, the controls' draws and the intervals.
-        controls: names in :data:`gambeson.attacks.CONTROLS`; if there are any, the shuffled target map is added.
+        controls: names in :data:`gambeson.attacks.CONTROLS`, or :data:`gambeson.attacks.PATCH_CONTROLS` of a patch; if
+            there are any, the shuffled target map is added.
 
     Raises:
         UserError: the perturbation has no target, one that does not fit the data, or a class to hide that no pixel has.
@@ -201,13 +202,13 @@ def target_success(
     if target is None:
         raise UserError("the perturbation has no target: score it by universal_evasion, or craft it with a target")
     predicted, names = from_predictions(uap.about.settings), list(controls)
+    beside = controls_beside(uap, as_split(data, "test"), seed, names)
     with as_victim(model) as victim:
         goal = Goal.of(victim, split, target, predicted=predicted, seed=seed)
-        reached = predict(victim, split, uap.delta.to(victim.device), seed=seed)
+        reached = predict(victim, split, uap.shared(victim.device), seed=seed)
         found = []
         for name in names:
-            patterns = patterns_of(name, uap.ball, split.shape, seed).to(victim.device)
-            drawn = [(goal, predict(victim, split, pattern[None], seed=seed)) for pattern in patterns]
+            drawn = [(goal, predict(victim, split, one.to(victim.device), seed=seed)) for one in beside[name]]
             found.append(_control(name, drawn, seed))
     if names and (others := goal.shuffled(SHUFFLES, seed)):
         found.append(_control(SHUFFLED, [(other, reached) for other in others], seed))

@@ -9,13 +9,21 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from gambeson.attacks import CONTROLS, MORE_CONTROLS, UniversalPerturbation, control
+from gambeson.attacks import (
+    CONTROLS,
+    MORE_CONTROLS,
+    PATCH_CONTROLS,
+    AdversarialPatch,
+    UniversalPerturbation,
+    control,
+    patch_control,
+)
 from gambeson.base import UserError
 from gambeson.data import Split, as_split
 from gambeson.evaluation.rates import Control, ImageErrors, LostIou, Measured
 from gambeson.tasks import Confusion, Rate
 from gambeson.threat import Ball
-from gambeson.victim import Score, Victim, as_victim, nothing_counts, predict_batches, score_batches
+from gambeson.victim import Score, Shared, Victim, as_victim, nothing_counts, predict_batches, score_batches
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
@@ -79,10 +87,10 @@ def confusion(model: nn.Module, data: object, uap: UniversalPerturbation | None 
     """
     split = as_split(data, "test") if uap is None else scorable(data, uap)
     with as_victim(model) as victim:
-        return confusion_of(victim, split, None if uap is None else uap.delta.to(victim.device), seed=seed)
+        return confusion_of(victim, split, None if uap is None else uap.shared(victim.device), seed=seed)
 
 
-def confusion_of(victim: Victim, split: Split, delta: torch.Tensor | None = None, *, seed: int = 0) -> Confusion:
+def confusion_of(victim: Victim, split: Split, delta: Shared | None = None, *, seed: int = 0) -> Confusion:
     """As :func:`confusion`, of a victim inside its context and a perturbation (1, C, H, W)."""
 
     def count(predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -126,7 +134,7 @@ def universal_evasion(model: nn.Module, data: object, uap: UniversalPerturbation
     """
     split = scorable(data, uap)
     with as_victim(model) as victim:
-        return error_rate(score_batches(victim, split, uap.delta.to(victim.device), seed=seed))
+        return error_rate(score_batches(victim, split, uap.shared(victim.device), seed=seed))
 
 
 def fooling_rate(model: nn.Module, data: object, uap: UniversalPerturbation, *, seed: int = 0) -> Rate:
@@ -137,7 +145,7 @@ def fooling_rate(model: nn.Module, data: object, uap: UniversalPerturbation, *, 
     split = scorable(data, uap)
     with as_victim(model) as victim:
         clean = torch.cat(predict_batches(victim, split, lambda found, _: found.int().cpu(), seed=seed))
-        return change_rate(score_batches(victim, split, uap.delta.to(victim.device), seed=seed, clean=clean))
+        return change_rate(score_batches(victim, split, uap.shared(victim.device), seed=seed, clean=clean))
 
 
 def scorable(data: object, uap: UniversalPerturbation) -> Split:
@@ -152,9 +160,9 @@ def scorable(data: object, uap: UniversalPerturbation) -> Split:
             "from craft or load; score images of your own making with gambeson.evaluation.accuracy"
         )
     split = as_split(data, "test")
-    if tuple(uap.delta.shape[1:]) != split.shape:
+    if uap.shape != split.shape:
         raise UserError(
-            f"the perturbation is for images of {tuple(uap.delta.shape[1:])}, but {split.name} has {split.shape}: "
+            f"the perturbation is for images of {uap.shape}, but {split.name} has {split.shape}: "
             "score it on images of that size"
         )
     return uap.held_out(split)
@@ -176,19 +184,63 @@ def control_rates(
     Returns:
         One entry per control; ``worst`` has an interval that holds for all its patterns at once.
     """
-    found = []
-    for name in controls:
-        patterns = patterns_of(name, ball, split.shape, seed).to(victim.device)
-        rates = [error_rate(score_batches(victim, split, pattern[None], seed=seed)) for pattern in patterns]
-        mean = sum(rate.value for rate in rates) / len(rates)
-        found.append(Control(name=name, mean=mean, worst=Rate.highest(rates), draws=len(rates)))
-    return found
+    patterns = {name: patterns_of(name, ball, split.shape, seed).to(victim.device) for name in controls}
+    return [
+        Control.of(name, [error_rate(score_batches(victim, split, one[None], seed=seed)) for one in some])
+        for name, some in patterns.items()
+    ]
 
 
 def patterns_of(name: str, ball: Ball, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """Return the default patterns of a control, (draws, C, H, W)."""
     draws = (CONTROLS | MORE_CONTROLS).get(name, 1)  # an unknown name is refused by control()
     return control(name, ball, shape, draws=draws, seed=seed)
+
+
+def controls_beside(
+    uap: UniversalPerturbation, images: Split, seed: int, controls: Iterable[str] | None = None
+) -> dict[str, list[Shared]]:
+    """Return the patterns of controls by name: of the same norm and eps, or of the same mask at the same places.
+
+    Args:
+        uap: a perturbation, or a patch.
+        images: for their shape, and for pieces of them.
+        seed: of the random patterns.
+        controls: names; None: :data:`gambeson.attacks.CONTROLS`, or :data:`gambeson.attacks.PATCH_CONTROLS` of a patch.
+    """
+    if not isinstance(uap, AdversarialPatch):
+        names = CONTROLS if controls is None else controls
+        return {name: list(patterns_of(name, uap.ball, images.shape, seed).split(1)) for name in names}
+    patch, names = uap, PATCH_CONTROLS if controls is None else controls
+    drawn = {name: patch_control(name, patch, images, seed=seed) for name in names}
+    return {name: [patch.placed(one) for one in some.split(1)] for name, some in drawn.items()}
+
+
+def rates_beside(
+    model: nn.Module,
+    data: object,
+    uap: UniversalPerturbation,
+    *,
+    seed: int = 0,
+    controls: Iterable[str] | None = None,
+) -> list[Control]:
+    """UER of the controls of a perturbation or of a patch; see :func:`universal_evasion` and :func:`controls_beside`.
+
+    Args:
+        model: any module from pixels to logits.
+        data: a split, an (images, labels) pair, or a data set, of which the test split is used.
+        uap: the perturbation or the patch.
+        seed: of the random patterns, of a patch's places and of a random model's votes.
+        controls: their names.
+    """
+    split, found = scorable(data, uap), controls_beside(uap, as_split(data, "test"), seed, controls)
+    with as_victim(model) as victim:
+        return [
+            Control.of(
+                name, [error_rate(score_batches(victim, split, one.to(victim.device), seed=seed)) for one in some]
+            )
+            for name, some in found.items()
+        ]
 
 
 Measure = Callable[[Victim, Split, torch.Tensor | None], Measured]

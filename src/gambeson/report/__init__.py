@@ -6,23 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gambeson.attacks import UniversalPerturbation
+from gambeson.attacks import AdversarialPatch, UniversalPerturbation
 from gambeson.base import load_tensors, write_text
-from gambeson.evaluation import Rate
+from gambeson.data import Split
+from gambeson.evaluation import PlacementResult, Rate
 from gambeson.evaluation.transfer import TransferResult
-from gambeson.report import page, pictures, study, summary, transfer
+from gambeson.report import page, patch, pictures, study, summary, transfer
 from gambeson.report.card import write_card
 from gambeson.report.exchange import Finished, write_junit, write_sarif
 from gambeson.report.formatting import EpsFormat
 from gambeson.report.loading import read_folders
+from gambeson.report.patch import print_patch
 from gambeson.studies.rows import StudyResult
 
 __all__ = [
     "Finished",
+    "print_patch",
     "write",
     "write_card",
     "write_first",
     "write_junit",
+    "write_patch",
     "write_sarif",
     "write_study",
     "write_transfer",
@@ -53,6 +57,21 @@ def write(audits: Sequence[str | Path], out: str | Path, *, title: str | None = 
 def write_transfer(result: TransferResult, out: str | Path) -> Path:
     """Write one HTML page about a transfer table, and return its path."""
     return _written(out, page.render("transfer", transfer.build(result), plotly=False))
+
+
+def write_patch(
+    found: AdversarialPatch, rates: PlacementResult, images: Split, out: str | Path, *, seed: int = 0
+) -> Path:
+    """Write one HTML page about a patch and its placements, and return its path.
+
+    Args:
+        found: the patch.
+        rates: what :func:`gambeson.evaluation.by_placement` returned for it.
+        images: of which some are shown with the patch.
+        out: the output file, replaced atomically.
+        seed: of what is shown.
+    """
+    return _written(out, page.render("patch", patch.build(found, rates, images, seed), plotly=False))
 
 
 def write_study(result: StudyResult, out: str | Path, root: Path | None = None) -> Path:

@@ -14,7 +14,7 @@ from gambeson.base import UserError, full_precision, generator, seeded
 from gambeson.base.checks import as_images
 from gambeson.data import Split, as_split
 from gambeson.tasks import CLASSIFICATION, Counts, Rate, Task, answers
-from gambeson.threat import perturb
+from gambeson.threat import Patch, perturb
 from gambeson.threat.edits import Edit, check_edits
 from gambeson.victim.victim import Victim
 
@@ -90,16 +90,20 @@ def votes_of(victim: Victim, images: torch.Tensor) -> int:
     return victim.votes
 
 
+Shared = torch.Tensor | Patch
+"""What all images have in common: a perturbation (1, C, H, W), which is added and clipped, or a patch."""
+
+
 def predict(
-    victim: Victim, data: object, delta: torch.Tensor | None = None, *, seed: int = 0, edit: Edit | None = None
+    victim: Victim, data: object, delta: Shared | None = None, *, seed: int = 0, edit: Edit | None = None
 ) -> torch.Tensor:
     """Predict every image of a split, clean or under one universal perturbation; see :func:`predict_batches`.
 
     Args:
         victim: the model, inside its context; see :func:`votes_of` for how many votes an image has.
         data: a split, an (images, labels) pair, or a data set, of which the test split is used.
-        delta: (1, C, H, W), or None for clean images.
-        seed: of the votes, and of the edit.
+        delta: (1, C, H, W), a patch, or None for clean images.
+        seed: of the votes, the patch's places and the edit.
         edit: what happens to the images, clean or perturbed, before the model sees them.
 
     Returns:
@@ -118,7 +122,7 @@ def predict_batches(
     victim: Victim,
     split: Split,
     reduce: Callable[[torch.Tensor, torch.Tensor], ReducedT],
-    delta: torch.Tensor | None = None,
+    delta: Shared | None = None,
     *,
     seed: int = 0,
     edit: Edit | None = None,
@@ -129,10 +133,10 @@ def predict_batches(
         victim: the model, inside its context; see :func:`votes_of` for how many votes an image has.
         split: the images.
         reduce: maps predictions and labels, (B,) or (B, H, W), to what is kept.
-        delta: (1, C, H, W), or None for clean images.
+        delta: (1, C, H, W), a patch, or None for clean images.
         seed: of the votes, so that the same call gives the same predictions; only a single pass that was asked for
-            (``victim.votes`` of 1) uses the current state of torch's generators. Also of the edit: clean and perturbed
-            images are edited alike.
+            (``victim.votes`` of 1) uses the current state of torch's generators. Also of a patch's places, and of the
+            edit: clean and perturbed images are edited alike.
         edit: what happens to the images, clean or perturbed, before the model sees them.
 
     Raises:
@@ -142,7 +146,9 @@ def predict_batches(
     if len(split) == 0:
         raise nothing_counts(split)
     device = delta.device if delta is not None else victim.device
-    if delta is not None and delta.shape[1:] != split.shape:
+    if isinstance(delta, Patch):
+        delta.require_fit(split.shape, split.task)
+    elif delta is not None and delta.shape[1:] != split.shape:
         raise UserError(
             f"a perturbation of shape {tuple(delta.shape)} came with images of {split.shape}: expected one for images "
             "of this shape"
@@ -155,15 +161,20 @@ def predict_batches(
     if edit is not None:
         check_edits([edit], split.shape, split.task, split.name)
         change = edit.seeded(split.shape[0], generator(seed, "edit", str(edit)))
+    carry = _as_it_is if delta is None else _carried(delta, seed)
     with nullcontext() if victim.votes == 1 else seeded(seed, "score"):
         return [
-            reduce(vote(victim, change(images if delta is None else perturb(images, delta))), labels)
+            reduce(vote(victim, change(carry(images))), labels)
             for images, labels in split.batches(auto_batch_size(split.shape), device=device)
         ]
 
 
 def _as_it_is(images: torch.Tensor) -> torch.Tensor:
     return images
+
+
+def _carried(delta: Shared, seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return delta.seeded(seed) if isinstance(delta, Patch) else lambda images: perturb(images, delta)
 
 
 @torch.no_grad()
@@ -274,7 +285,7 @@ def score(predictions: torch.Tensor, split: Split, clean: torch.Tensor | None = 
 def score_batches(
     victim: Victim,
     split: Split,
-    delta: torch.Tensor | None = None,
+    delta: Shared | None = None,
     *,
     seed: int = 0,
     clean: torch.Tensor | None = None,
@@ -285,8 +296,8 @@ def score_batches(
     Args:
         victim: the model, inside its context.
         split: the images with their labels.
-        delta: (1, C, H, W), or None for clean images.
-        seed: of a random model's votes, and of the edit.
+        delta: (1, C, H, W), a patch, or None for clean images.
+        seed: of a random model's votes, the patch's places and the edit.
         clean: the predictions on clean images; without them no change is counted.
         edit: what happens to the images, clean or perturbed, before the model sees them.
 

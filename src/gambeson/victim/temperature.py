@@ -19,6 +19,7 @@ from pydantic import Field
 
 from gambeson.base import Number, seeded
 from gambeson.data import Split
+from gambeson.victim.inspect import size_of
 from gambeson.victim.victim import Victim
 
 USUAL = (0.5, 2.0)
@@ -29,6 +30,9 @@ IMAGES = 200
 _PIXELS = 2**14
 """Answers that are looked at, of label maps."""
 _LARGEST = 1e30
+_OUT_OF_REACH = 1000
+"""A class that stays this many times the size of the logits below the best is masked, and says nothing of their scale.
+Ours: the logits of trained models are within tens."""
 
 Temperature = Literal["auto"] | Annotated[Number, Field(gt=0)]
 """What an attack divides the logits by. ``auto`` (ours): by :func:`temperature`, whose cost is a forward of
@@ -75,7 +79,8 @@ def temperature(victim: Victim, split: Split, seed: int) -> float:
 def calibrating(victim: Victim, split: Split, seed: int) -> float:
     """Return the temperature at which the cross-entropy of clean images is least; NaN where there is none.
 
-    Labels are smoothed by one image's worth, so that a model without an error is not sharpened without end.
+    Labels are smoothed by one image's worth, so that a model without an error is not sharpened without end. Classes
+    masked by a large negative number do not count.
 
     Args:
         victim: the model, inside its context.
@@ -98,6 +103,9 @@ def calibrating(victim: Victim, split: Split, seed: int) -> float:
             answers.append(rows[few].double().cpu())
             truths.append(truth[few].cpu())
     z, y = torch.cat(answers), torch.cat(truths)
+    if len(y):
+        possible = (z.amax(1, keepdim=True) - z).amin(0) <= _OUT_OF_REACH * size_of(z)
+        z, y = z[possible[y]][:, possible], (possible.cumsum(0) - 1)[y[possible[y]]]
     unit = float((z.amax(1) - z.mean(1)).median()) if len(y) else math.nan
     if not (math.isfinite(unit) and 1 / _LARGEST < unit < _LARGEST):
         return math.nan

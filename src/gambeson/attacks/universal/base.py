@@ -123,6 +123,10 @@ class UniversalAttack(Config):
         delta = candidates[best].delta.cpu()
         restarts = list(zip([one.start for one in candidates], rates, strict=True))
         about = self._about(context, restarts, self._status(delta, candidates[best]))
+        return self._made(context, delta, about)
+
+    def _made(self, context: CraftingContext, delta: torch.Tensor, about: Provenance) -> UniversalPerturbation:
+        """Return what was crafted, from the candidate chosen."""
         target = None if context.target is None else context.target.map
         return UniversalPerturbation(delta, about, self._seen(context), target)
 
@@ -228,9 +232,9 @@ class UniversalAttack(Config):
         return context.train.image_hashes if self.sees_train else None
 
     def _scaled(self, start: torch.Tensor, context: CraftingContext) -> torch.Tensor:
-        if start.ndim != 4 or tuple(start.shape[1:]) != tuple(context.train.shape):
+        if start.ndim != 4 or tuple(start.shape[1:]) != context.shape[1:]:
             raise UserError(
-                f"start has shape {tuple(start.shape)}: expected (1, {', '.join(map(str, context.train.shape))})"
+                f"start has shape {tuple(start.shape)}: expected (1, {', '.join(map(str, context.shape[1:]))})"
             )
         return self.ball.fill(start) if bool(start.any()) else start
 

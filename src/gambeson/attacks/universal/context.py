@@ -18,7 +18,7 @@ from gambeson.data import Split, as_dataset
 from gambeson.tasks import Task, answers
 from gambeson.threat import Ball, BoxGradient
 from gambeson.threat.edits import Edit
-from gambeson.victim import EOT_SAMPLES, EditedVictim, ModelAverage, Victim, auto_batch_size, predict, score
+from gambeson.victim import EOT_SAMPLES, EditedVictim, ModelAverage, Shared, Victim, auto_batch_size, predict, score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class CraftingContext:
 
     def start(self, kind: str, restart: int, rows: int = 1) -> torch.Tensor:
         """Return ``rows`` starting points: ``zero``, or random ``sign``s on the ball's surface."""
-        shape = (rows, *self.train.shape)
+        shape = (rows, *self.shape[1:])
         if kind == "zero":
             return torch.zeros(shape, device=self.device)
         return self.ball.signs(shape, generator(self.seed, "start", restart, device=self.device))
@@ -266,7 +266,11 @@ class CraftingContext:
     def under_edits(self, victim: Victim, split: Split, delta: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the predictions of a split under a perturbation and each of the edits, or none where there are none."""
         for edit in self.edits or (None,):
-            yield predict(victim, split, delta, seed=self.seed, edit=edit)
+            yield predict(victim, split, self.carried(delta), seed=self.seed, edit=edit)
+
+    def carried(self, delta: torch.Tensor) -> Shared:
+        """Return what images share where they are scored: the perturbation itself."""
+        return delta
 
     def few(self, images: int) -> Split:
         """Return a random part of the training images, the same for every call."""

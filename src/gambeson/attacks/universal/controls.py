@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from gambeson.attacks.universal.adversarial_patch import AdversarialPatch
 from gambeson.attacks.universal.procedural import PerlinNoise
 from gambeson.base import generator, unknown_name
+from gambeson.data import Split
 from gambeson.threat import Ball
 
 CONTROLS = {"random-sign": 10, "chessboard": 1}
@@ -17,6 +19,8 @@ CONTROLS = {"random-sign": 10, "chessboard": 1}
 MORE_CONTROLS = {"uniform": 10, "constant-shift": 8, "stripes": 4, "perlin": 100}
 """Optional controls, which cost only forward passes. Uniform noise in the ball does less harm than random signs on its
 surface. The best of 100 Perlin patterns is already a black-box attack."""
+PATCH_CONTROLS = {"grey": 1, "uniform": 10, "random-sign": 10, "image-piece": 10}
+"""Controls of a patch, and the number of patterns of each (ours)."""
 
 
 def control(name: str, ball: Ball, shape: tuple[int, ...], *, draws: int = 1, seed: int = 0) -> torch.Tensor:
@@ -63,6 +67,54 @@ def control(name: str, ball: Ball, shape: tuple[int, ...], *, draws: int = 1, se
             patterns.append(noise.delta(shape, values, number))
         return torch.cat(patterns)
     raise unknown_name("control", name, CONTROLS | MORE_CONTROLS)
+
+
+def patch_control(name: str, patch: AdversarialPatch, images: Split, *, seed: int = 0) -> torch.Tensor:
+    """Return patterns of a patch's size that know nothing of the model, (draws, C, h, w), for its mask and placement.
+
+    - ``grey``: 0.5 everywhere.
+    - ``uniform``: every value drawn uniformly from those the patch may have.
+    - ``random-sign``: every value black or white, independently.
+    - ``image-piece``: pieces of as many images, cut out at random; of images of the target's class if there are some,
+      so that a patch has to do better than the real thing (Brown et al. 2017), else of one class after another.
+
+    Args:
+        name: the control.
+        patch: what it stands beside.
+        images: that pieces are cut from.
+        seed: of the draws.
+
+    Raises:
+        UserError: no such control.
+    """
+    if name not in PATCH_CONTROLS:
+        raise unknown_name("control", name, PATCH_CONTROLS)
+    draws, draw, (_, channels, height, width) = (
+        PATCH_CONTROLS[name],
+        generator(seed, "patch control", name),
+        patch.pattern.shape,
+    )
+    shape, ball = (draws, channels, height, width), Ball(eps=patch.about.eps)
+    if name == "grey":
+        return torch.full(shape, 0.5)
+    if name in ("uniform", "random-sign"):
+        return 0.5 + (ball.uniform if name == "uniform" else ball.signs)(torch.Size(shape), draw)
+    labels, order = images.labels.cpu(), torch.randperm(len(images), generator=draw)
+    target = None if patch.target is None else patch.target.within(images).index
+    own = order[labels[order] == target]
+    if len(own) == 0:
+        # The first image of each class, then the second of each, and so on.
+        turn = torch.zeros(len(order), dtype=torch.int64)
+        for label in labels.unique():
+            turn[labels[order] == label] = torch.arange(int((labels == label).sum()))
+        own = order[(turn * (int(labels.max()) + 1) + labels[order]).argsort(stable=True)]
+    pieces = []
+    for image in images.take(own[:draws])[0].cpu():
+        top, left = (
+            int(torch.randint(a - b + 1, (), generator=draw)) for a, b in zip(image.shape[1:], shape[2:], strict=True)
+        )
+        pieces.append(image[:, top : top + height, left : left + width])
+    return torch.stack(pieces)
 
 
 def _plus_minus(places: torch.Tensor) -> torch.Tensor:

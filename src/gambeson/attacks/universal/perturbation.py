@@ -12,6 +12,7 @@ from gambeson.base import Config, UserError, load_tensors, notebook, save_tensor
 from gambeson.base.checks import as_images
 from gambeson.data import Split, held_out
 from gambeson.threat import Ball, Eps, Norm, perturb
+from gambeson.victim import Shared
 
 Status = Literal["done", "weak", "zero", "target not reached"]
 """``weak``: its norm is below 5 % of eps; ``zero``: it is zero although eps is not; ``target not reached``: the
@@ -107,6 +108,15 @@ class UniversalPerturbation:
         """The ball of the perturbation."""
         return Ball(eps=self.about.eps, norm=self.about.norm)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the images that it is for."""
+        return tuple(self.delta.shape[1:])
+
+    def shared(self, device: torch.device | str) -> Shared:
+        """Return what images have in common, on a device, as :func:`gambeson.victim.predict` takes it."""
+        return self.delta.to(device)
+
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         """Return clip(images + delta, 0, 1) for images (N, C, H, W) in [0, 1].
 
@@ -139,19 +149,27 @@ class UniversalPerturbation:
 
     def save(self, path: str | Path) -> None:
         """Write the perturbation to one safetensors file."""
-        tensors = {"delta": self.delta, "image_hashes": self.image_hashes}
+        tensors = self._tensors() | {"image_hashes": self.image_hashes}
         if self.target_map is not None:
             tensors["target_map"] = self.target_map
         save_tensors(Path(path), tensors, self.about.plain())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {"delta": self.delta}
 
     @classmethod
     def load(cls, path: str | Path) -> UniversalPerturbation:
         """Read a perturbation written by :meth:`save`.
 
         Raises:
-            UserError: the file is missing, damaged, a pickle, or holds something else.
+            UserError: the file is missing, damaged, a pickle, or holds something else, such as a patch.
         """
         tensors, about = load_tensors(Path(path), "a universal perturbation")
+        if "pattern" in tensors:
+            raise UserError(
+                f"{path} holds a patch, and this needs a perturbation in a norm ball: score a patch with `gambeson uap "
+                "score`, or read it with gambeson.attacks.AdversarialPatch.load"
+            )
         if set(tensors) - {"target_map"} != {"delta", "image_hashes"} or "crafted_on" not in about:
             raise UserError(
                 f"{path} holds {sorted(tensors)}: expected a universal perturbation saved by gambeson, "

@@ -61,6 +61,12 @@ def _image(attack: Any, name: str, settings: dict[str, Any]) -> Own:
 
 
 def _universal(attack: Any, name: str) -> Own:
+    if isinstance(attack, attacks.UniversalPatch):
+        raise UserError(
+            f"the attack {name!r} makes a patch, and audits are about norm balls: craft it with `gambeson uap craft`, "
+            "and score it with `gambeson uap score --placements`"
+        )
+
     def run(context: AuditContext) -> TransferredResult:
         before = context.spent
         with user_code.blamed(attack, f"the attack {name!r}"):
