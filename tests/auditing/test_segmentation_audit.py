@@ -337,7 +337,9 @@ def test_pixels_that_are_wrong_take_no_part_of_the_step(torn) -> None:
 def test_checks_take_what_the_stage_found_of_their_maps(net, data) -> None:
     with held(net, data, (0.1,), map_share=1, sample=10, pgd_steps=3) as context:
         stage = per_image.attacked(context, "pgd", context.pgd, context.pgd.plain())
-        rows, counts = context.outcomes.of("per_image:pgd")
+        kept = context.outcomes.of("per_image:pgd")
+        assert kept is not None
+        rows, counts = kept
         assert len(rows) == 40
         before = context.spent
         few = context.outcome(context.pgd)
