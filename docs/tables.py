@@ -29,6 +29,7 @@ import audit_page  # noqa: E402
 import claims  # noqa: E402
 import scaling  # noqa: E402
 import testbed_rates  # noqa: E402
+import unet_audits  # noqa: E402
 from stored import RESULTS, abouts, files, load  # noqa: E402
 
 WIDTH = 140
@@ -384,6 +385,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "hardened": ("recipe.md", hardened()),
         "equal budgets": ("attacks.md", universal()),
         "segmentation table": ("segmentation.md", scenes()),
+        "unet audits table": ("segmentation.md", unet_audits.text()),
         "box gradient": ("attacks.md", box_gradient()),
         "autoattack table": ("attacks.md", autoattack()),
         "peers table": ("attacks.md", peers()),
