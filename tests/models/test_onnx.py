@@ -121,6 +121,38 @@ def test_normalised_pixels_reach_the_graph_and_the_black_box_alike(tmp_path, for
     assert not torch.allclose(load_onnx(path, 3, 5, SIZE[1:], "cpu")(images), right, atol=0.1)
 
 
+def test_weights_that_are_written_as_constants_are_found(tmp_path, images):
+    pytest.importorskip("onnx2torch")
+    import onnx
+
+    path = written(tmp_path / "c.onnx", "plain", images)
+    file = onnx.load(str(path))
+    weights = list(file.graph.initializer)
+    nodes = [onnx.helper.make_node("Constant", [], [one.name], value=one) for one in weights]
+    others = list(file.graph.node)
+    del file.graph.initializer[:], file.graph.node[:]
+    file.graph.node.extend([*nodes, *others])
+    onnx.save(file, str(path))
+    torch.testing.assert_close(load_onnx(path, 3, 5, SIZE[1:], "cpu")(images), Net().eval()(images))
+
+
+@pytest.mark.parametrize("maps", [True, False])
+def test_one_probability_is_that_of_the_second_of_two_classes(tmp_path, images, maps):
+    pytest.importorskip("onnx2torch")
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        nn.Conv2d(3, 1, 3, padding=1), *([] if maps else [nn.Flatten(), nn.Linear(60, 1)]), nn.Sigmoid()
+    )
+    path = tmp_path / "s.onnx"
+    torch.onnx.export(net, (images,), str(path), dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "n"}})
+    second = net(images).detach()
+    for model in (load_onnx(path, 3, 2, SIZE[1:], "cpu"), OnnxModel(path, classes=2)):
+        found = model(images).detach()
+        torch.testing.assert_close(found.softmax(1), torch.cat([1 - second, second], 1))
+    with pytest.raises(UserError, match="K of at least 2"):
+        OnnxModel(path, classes=3)(images)
+
+
 def test_what_has_no_gradient_is_one_sentence(tmp_path, images, monkeypatch):
     pytest.importorskip("onnx2torch")
     path = written(tmp_path / "m.onnx", "bytes", images)

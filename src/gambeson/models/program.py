@@ -21,7 +21,7 @@ from gambeson.data import Shape
 from gambeson.models.black_box.local import OnnxModel
 from gambeson.models.external import tried
 from gambeson.models.hubs import required
-from gambeson.models.outputs import as_logits
+from gambeson.models.outputs import PROBABILITIES, SIGMOID, as_logits
 from gambeson.models.pixel_model import ModelCard, PixelModel
 
 SUFFIX = ".pt2"
@@ -147,7 +147,7 @@ def load_onnx(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph = converter.convert(_understood(onnx, onnx.load(str(path)), runtime.output_index)).float()
+            graph = converter.convert(_understood(onnx, onnx.load(str(path)), runtime.output_index)).float().eval()
     except Exception as error:  # a graph with an operation that onnx2torch does not know
         raise UserError(f"onnx2torch cannot convert {path} ({one_line(error)})") from None
     images = torch.rand(4, in_channels, *image_size, generator=generator(0, "onnx"))
@@ -157,11 +157,14 @@ def load_onnx(
     program: nn.Module = Program(
         graph, entry.batch, entry.image, (lambda pixels: entry(pixels).float()) if half else entry
     )
-    model = _model(path, as_logits(program) if certain else program, in_channels, classes, image_size)
+    with torch.no_grad():
+        single = certain and program(images[:1]).shape[1] == 1
+    program = as_logits(program, SIGMOID if single else PROBABILITIES) if certain else program
+    model = _model(path, program, in_channels, classes, image_size)
     logits = model(images.requires_grad_())
     if not logits.requires_grad or not bool(torch.autograd.grad(logits.sum(), images, retain_graph=True)[0].any()):
         raise UserError(f"the logits of {path} have no gradient")
-    found, right = (logits.detach().exp(), right.exp()) if certain else (logits.detach(), right)
+    found, right = (logits.detach().softmax(1), right.softmax(1)) if certain else (logits.detach(), right)
     far = float((found - right).abs().max() / right.abs().max().clamp(min=1e-6))
     if not far < (0.02 if half else 1e-3):
         raise UserError(f"onnx2torch converts {path} to another model (its scores differ by {100 * far:.2g} %)")
@@ -177,12 +180,12 @@ def _understood(onnx: Any, graph: Any, output: int) -> Any:
     kept = body.output[output]
     del body.output[:]
     body.output.append(kept)
+    for node in list(body.node):  # some exporters write weights as constants, which onnx2torch does not look for
+        if node.op_type == "Constant" and node.attribute[0].name == "value" and node.output[0] != kept.name:
+            body.initializer.append(node.attribute[0].t)
+            body.initializer[-1].name = node.output[0]
+            body.node.remove(node)
     constants = {entry.name: entry for entry in body.initializer}
-    constants |= {
-        node.output[0]: node.attribute[0].t
-        for node in body.node
-        if node.op_type == "Constant" and node.attribute[0].name == "value"
-    }
     alias: dict[str, str] = {}
     for node in list(body.node):
         for k, name in enumerate(node.input):
