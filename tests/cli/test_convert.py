@@ -10,7 +10,9 @@ import torch
 import gambeson as gb
 from gambeson.base import UserError, read_json
 from gambeson.cli.app import run
-from gambeson.models.loading import IMAGENET, load_model
+from gambeson.models import PixelModel, normalisation
+from gambeson.models.loading import load_model
+from gambeson.models.normalisation import IMAGENET
 
 NET = """
 from torch import nn
@@ -93,7 +95,7 @@ def test_weights_that_say_nothing_of_normalisation_are_taken_aloud(digits, tmp_p
     model = gb.models.create("lenet5", digits).eval()
     torch.save(model.body.state_dict(), tmp_path / "w.pth")
     with pytest.warns(
-        UserWarning, match=r"does not say how its pixels were normalised: the statistics of digits are used \(mean 0.3"
+        UserWarning, match=r"does not say how its pixels were normalised; right of 64 .*: data is used \(mean 0.3"
     ):
         loaded = load_model(f"lenet5@{tmp_path}/w.pth", "digits", "cpu", digits)
     x, _ = digits.test.take(slice(0, 5))
@@ -121,13 +123,31 @@ def test_a_torchvision_checkpoint_gets_the_statistics_that_it_was_trained_with(t
     model = gb.models.create(name, data, seed=1, **scale).eval()
     torch.save(model.body.state_dict(), tmp_path / "w.pth")
     source, (x, _) = f"{name}@{tmp_path}/w.pth", data.test.take(slice(0, 2))
-    with pytest.warns(UserWarning, match=r"statistics of ImageNet are used \(mean 0.485/0.456/0.406, std 0.229/"):
+    with pytest.warns(UserWarning, match=r"imagenet is used \(mean 0.485/0.456/0.406, std 0.229/"):
         default = load_model(source, dataset=data).model
     asked = load_model(f"{source}?normalise={trained}", dataset=data).model  # no warning: they are errors here
     with torch.no_grad():
         right = model(x)
         assert torch.equal(asked(x), right)
         assert torch.equal(default(x), right) == (trained == "imagenet")
+
+
+def test_weights_that_are_clearly_better_normalised_otherwise_are_not_taken_as_usual(digits, trained, tmp_path):
+    class Mapped(torch.nn.Module):  # wants pixels from -1 to 1, and knows nothing outside
+        def forward(self, x):
+            inside = (x.amin((1, 2, 3)) < -0.99) & (x.amax((1, 2, 3)) < 1.01)
+            return trained((x + 1).clamp(0, 2) / 2) * inside[:, None]
+
+    model = PixelModel(trained.card, Mapped())
+    with pytest.raises(
+        UserError, match=r"w.pth does not say .*: data \d %, none \d %, 0.5,0.5 9\d %: end the model's"
+    ) as no:
+        normalisation.tell(model, digits, "w.pth", "data")
+    assert "?normalise=0.5,0.5, or in ?normalise=data if that is right after all" in str(no.value)
+    with pytest.warns(
+        UserWarning, match=r"right of 64 validation images: data 9\d %, none \d+ %, 0.5,0.5 \d+ %: data is"
+    ):
+        normalisation.tell(trained, digits, "w.pth", "data")
 
 
 def test_a_normalisation_is_read_or_refused(digits, tmp_path):

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from gambeson.base import UserError, one_line, read_json, unknown_name
+from gambeson.models.normalisation import IMAGENET
 from gambeson.models.outputs import as_logits, at_image_size
 
 TIMM, TRANSFORMERS, HUB, SMP = "timm:", "transformers:", "hf://", "smp:"
@@ -208,9 +209,6 @@ def _timm(name: str, in_channels: int, classes: int, image_size: tuple[int, int]
     return body
 
 
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
-
 def _smp_parts(name: str) -> tuple[Any, str, str, str]:
     smp = required("segmentation_models_pytorch", name)
     arch, _, rest = name.removeprefix(SMP).partition("/")
@@ -231,7 +229,7 @@ def _smp_defaults(name: str) -> dict[str, Any]:
     """What trained encoders expect, which is that of ImageNet almost without exception."""
     smp, _, encoder, tag = _smp_parts(name)
     if not tag:
-        return _IMAGENET
+        return dict(zip(("mean", "std"), IMAGENET, strict=True))
     with _fetching(name):
         told = smp.encoders.get_preprocessing_params(encoder, tag)
     scale = max(told["input_range"] or (0, 1))

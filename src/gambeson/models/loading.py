@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +13,16 @@ from torch import nn
 from gambeson import data, models
 from gambeson.base import UserError, read_settings, seeded, user_code
 from gambeson.data.load import FOLDERS
-from gambeson.models import external, hubs, registry, torchvision_nets
+from gambeson.models import external, hubs, normalisation, registry, torchvision_nets
 from gambeson.models.black_box.base import BlackBox, no_gradient
 from gambeson.models.black_box.http import HttpModel, HttpSettings
 from gambeson.models.black_box.local import FunctionModel, OnnxModel
+from gambeson.models.normalisation import IMAGENET, Scale
 from gambeson.models.program import SUFFIX, load_onnx, load_program, read_program
 from gambeson.models.storage import ENDINGS, read_card, read_weights
 
 FUNCTION = "function:"
 _SERVER = ("http://", "https://")
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and standard deviation that torchvision's recipes normalise by."""
-Scale = tuple[tuple[float, ...], tuple[float, ...]] | None
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,8 @@ def load_model(
             ONNX file may end in ``?normalise=imagenet``, ``?normalise=data`` (the statistics of the training split),
             ``?normalise=none`` or ``?normalise=MEAN,STD``, one number each or one per channel, joined by ``/``. Where
             neither this nor the file says it, torchvision's architectures of colour images get ImageNet's, as in
-            torchvision's recipes, other architectures those of the data, both with a warning, and graphs none.
+            torchvision's recipes, other architectures those of the data, both with a warning that says what others
+            would give on a few validation images, and graphs none.
         data_name: a data set; None: that of the training run.
         device: of the model; a black box is not moved.
         dataset: the data, if already loaded: a data set, a split, or an (images, labels) pair.
@@ -85,8 +83,8 @@ def load_model(
         gradients: what needs the model's gradients, such as an attack; a black box is then refused before it is asked.
 
     Raises:
-        UserError: no such model, unknown data, data that do not fit the model, or a budget for a model that is not a
-            black box.
+        UserError: no such model, unknown data, data that do not fit the model, a budget for a model that is not a
+            black box, or weights that do not say how pixels were normalised and are clearly better under another way.
     """
     source, normalise = _split(source)
     path = Path(source)
@@ -104,7 +102,7 @@ def load_model(
     if gradients is not None and load is _black_box:
         raise no_gradient(gradients, source)
     dataset = data.load(name, input_shape=input_shape(source, name)) if dataset is None else dataset
-    scale = None if normalise is None else _statistics(normalise, source, dataset)
+    scale = None if normalise is None else normalisation.read(normalise, source, dataset)
     if load is _black_box:
         model = _black_box(source, dataset, budget, http)
     elif load is _onnx:
@@ -212,11 +210,11 @@ def _stored(source: str, dataset: data.Dataset, device: str) -> nn.Module:
     return models.load(Path(source)).to(torch.device(device))
 
 
-def _program(source: str, dataset: data.Dataset, device: str, scale: Scale) -> nn.Module:
+def _program(source: str, dataset: data.Dataset, device: str, scale: Scale | None) -> nn.Module:
     return load_program(Path(source), dataset.in_channels, dataset.num_classes, dataset.image_size, device, scale)
 
 
-def _architecture(source: str, dataset: data.Dataset, device: str, scale: Scale) -> nn.Module:
+def _architecture(source: str, dataset: data.Dataset, device: str, scale: Scale | None) -> nn.Module:
     architecture, file = _parted(source)
     weights = None if file is None else read_weights(file)
     if external.is_external(external.canonical(architecture)):
@@ -239,14 +237,7 @@ def _architecture(source: str, dataset: data.Dataset, device: str, scale: Scale)
     if weights is not None:
         models.load_weights(model, weights)
         if unknown:
-            used = ("/".join(f"{value:.3g}" for value in side) for side in (model.card.mean, model.card.std))
-            whose, other = ("ImageNet", "data") if imagenet else (dataset.name, "imagenet")
-            warnings.warn(
-                f"{file} does not say how its pixels were normalised: the statistics of {whose} are used (mean "
-                f"{', std '.join(used)}); if it was trained otherwise, end the model's name in ?normalise={other}, "
-                "?normalise=none or ?normalise=MEAN,STD",
-                stacklevel=2,
-            )
+            normalisation.tell(model, dataset, str(file), "imagenet" if imagenet else "data")
     elif drawn := getattr(model.body, "drawn", None):
         raise UserError(
             f"{architecture} has no weights for {', '.join(drawn[:3])}, which would be random: choose a model that is "
@@ -282,7 +273,7 @@ def _onnx(
 
 
 def _black_box(
-    source: str, dataset: data.Dataset, budget: int | None, http: HttpSettings | None, scale: Scale = None
+    source: str, dataset: data.Dataset, budget: int | None, http: HttpSettings | None, scale: Scale | None = None
 ) -> nn.Module:
     box: BlackBox
     settings: dict[str, Any] = {"budget": budget, "classes": dataset.num_classes}
@@ -318,27 +309,6 @@ def _split(source: str) -> tuple[str, str | None]:
     if _loader(bare) in (_black_box, _stored):
         raise UserError(f"{bare} normalises its pixels itself: leave ?normalise={normalise} out")
     return bare, normalise
-
-
-def _statistics(normalise: str, source: str, dataset: data.Dataset) -> Scale:
-    """Return mean and standard deviation per channel, as ``?normalise=`` says them."""
-    count = dataset.in_channels
-    if normalise == "data":
-        mean, std = dataset.train.mean_std()
-        return mean, tuple(value if value > 0 else 1.0 for value in std)
-    if normalise == "none":
-        return (0.0,) * count, (1.0,) * count
-    try:
-        sides = IMAGENET if normalise == "imagenet" else [tuple(map(float, s.split("/"))) for s in normalise.split(",")]
-        mean, std = (side * count if len(side) == 1 else side for side in sides)
-        if not (len(mean) == len(std) == count and min(std) > 0 and all(map(math.isfinite, mean + std))):
-            raise ValueError
-    except ValueError:
-        raise UserError(
-            f"{source}?normalise={normalise}: expected imagenet (3 channels), data, none, or MEAN,STD for {count} "
-            "channels, such as 0.5,0.5 or 0.485/0.456/0.406,0.229/0.224/0.225"
-        ) from None
-    return mean, std
 
 
 def _parted(source: str) -> tuple[str, Path | None]:
