@@ -27,6 +27,7 @@ DOCS = Path(__file__).parent
 sys.path += [str(DOCS), str(DOCS.parent / "benchmarks")]
 import audit_page  # noqa: E402
 import claims  # noqa: E402
+import patch  # noqa: E402
 import scaling  # noqa: E402
 import testbed_rates  # noqa: E402
 from stored import RESULTS, abouts, files, load  # noqa: E402
@@ -384,6 +385,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "hardened": ("recipe.md", hardened()),
         "equal budgets": ("attacks.md", universal()),
         "segmentation table": ("segmentation.md", scenes()),
+        "patch table": ("threats.md", f"\n{patch.table(load('patch.json'))}\n\n"),
         "box gradient": ("attacks.md", box_gradient()),
         "autoattack table": ("attacks.md", autoattack()),
         "peers table": ("attacks.md", peers()),

@@ -59,7 +59,13 @@ def test_corners_and_fixed_places():
     found = corner.flatten(1).argmax(1).bincount(minlength=54).view(6, 9)
     assert found.nonzero().tolist() == [[0, 0], [0, 6], [4, 0], [4, 6]]
     assert int(found[found > 0].min()) > 65
-    for place, (top, left) in (((0, 0), (0, 0)), ((1, 1), (4, 6)), ((0.5, 1), (2, 6)), ((0.25, 0.5), (1, 3)), ((0.4, 0.6), (2, 4))):
+    for place, (top, left) in (
+        ((0, 0), (0, 0)),
+        ((1, 1), (4, 6)),
+        ((0.5, 1), (2, 6)),
+        ((0.25, 0.5), (1, 3)),
+        ((0.4, 0.6), (2, 4)),
+    ):
         one = Patch(torch.ones(1, 1, 2, 3), torch.ones(1, 1, 2, 3), Placement(place=place)).seeded(0)(x)
         expected = torch.zeros(6, 9)
         expected[top : top + 2, left : left + 3] = 1
