@@ -1,6 +1,7 @@
 """The architecture's rules: imports run downwards, no device is spelt out, checks exist once, one vocabulary."""
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -30,9 +31,14 @@ FLOORS = [
 FLOOR = {room: k for k, rooms in enumerate(FLOORS) for room in rooms}
 
 
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def imports_of(file: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(parsed(file)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gambeson":
             parts = node.module.split(".")
             found |= {parts[1]} if len(parts) > 1 else {name.name for name in node.names}
@@ -105,7 +111,7 @@ def graphs(files: dict[str, Path]) -> tuple[dict[str, set[str]], dict[str, set[s
     early, late = {}, {}
     for name, file in files.items():
         imports = Imports(set(files))
-        imports.visit(ast.parse(file.read_text()))
+        imports.visit(parsed(file))
         early[name], late[name] = imports.at_import, imports.at_import | imports.in_functions
     return early, late
 
@@ -174,7 +180,7 @@ def test_only_tasks_ask_what_form_labels_have_and_which_count():
     for file in SOURCE.rglob("*.py"):
         name = file.relative_to(SOURCE).as_posix()
         if not name.startswith("tasks/"):
-            asked += [(name, text) for text in questions_about_labels(ast.parse(file.read_text()))]
+            asked += [(name, text) for text in questions_about_labels(parsed(file))]
     assert {name for name, _ in asked} == DOOR | FILLS, asked
 
 
@@ -221,7 +227,7 @@ def test_no_pickle_is_loaded():
     """``torch.load`` alone reads files of others, in one place, and with ``weights_only=True`` spelt out."""
     readers = []
     for file in SOURCE.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(parsed(file)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in {"pickle.load", "pickle.loads", "np.load"}:
                 raise AssertionError(file)
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
@@ -318,6 +324,8 @@ def renamed_in(text: str, *, code: bool) -> list[str]:
 
     A name that is an English word too, such as ``Several``, counts where it is a name; any other wherever it stands.
     """
+    if not any(name in text for name in RENAMED):
+        return []
     names = names_in_code(text) if code else ((k + 1, name) for k, name in quoted(text))
     found = {(line, name) for line, name in names if name in RENAMED}
     for k, line in enumerate(text.splitlines()):

@@ -39,7 +39,7 @@ for name in absent:
 data = load_available("cifar10")
 model = gb.models.create("lenet5", data)
 defense = gb.defenses.create("pgd-adversarial", eps=0.01, steps=1)
-history = gb.train(model, data, defense, epochs=8, lr=0.05, batch_size=32)
+history = gb.train(model, data, defense, epochs=4, lr=0.05, batch_size=32)
 delta = gb.attacks.create("stochastic-pgd", eps=0.1, steps=5, batch_size=32, restarts=1).craft(model, data)
 rate = gb.evaluation.universal_evasion(model, data, delta)
 assert "stochastic-pgd" in gb.attacks.names("universal")
@@ -171,6 +171,7 @@ def works(there, piece, site, out):
     assert float(learned) > 0.1
 
 
+@pytest.mark.full
 def test_a_bundle_runs_where_only_the_expected_packages_are(bundle, tmp_path):
     link(with_dependencies([*STOCK, *BUNDLED]), tmp_path / "site")
     works(*bundle, tmp_path / "site", tmp_path)

@@ -83,6 +83,7 @@ def test_a_kind_is_found_by_the_checks_of_other_kinds_alone():
     }
 
 
+@pytest.mark.full
 def test_the_testbeds_page_runs(tmp_path, monkeypatch, capsys):
     from gambeson.testbed.recipes import networks
 

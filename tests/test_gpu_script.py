@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +33,13 @@ def rehearsal(tmp_path_factory):
     return out, rehearse(out, "--only", "standard,shared-adversarial 8")
 
 
+def test_the_script_runs_the_part_that_is_named(tmp_path):
+    lines = rehearse(tmp_path, parts="machine")
+    assert {"environment", "peak"} <= {line["kind"] for line in lines}
+    assert not {"bench", "trained"} & {line["kind"] for line in lines}
+
+
+@pytest.mark.full
 def test_every_part_leaves_its_lines(rehearsal):
     out, lines = rehearsal
     kinds = {line["kind"] for line in lines}
@@ -43,6 +49,7 @@ def test_every_part_leaves_its_lines(rehearsal):
     assert len(list(out.rglob("*"))) <= 8
 
 
+@pytest.mark.full
 def test_every_number_of_an_audit_is_there(rehearsal):
     _, lines = rehearsal
     audits = {line["defense"]: line for line in lines if line["kind"] == "audited"}
@@ -137,8 +144,4 @@ def test_as_many_runs_as_fit_and_then_as_many_epochs(left, expected):
 def test_running_needs_no_report_library():
     """A machine that trains and attacks may lack plotly."""
     code = "import sys; sys.modules['plotly'] = None; import gambeson, gambeson.cli, gambeson.studies.visit"
-    began = time.monotonic()
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=200, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    )
-    assert time.monotonic() - began < 200
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})

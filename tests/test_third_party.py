@@ -55,6 +55,7 @@ def site(tmp_path_factory):
     return target
 
 
+@pytest.mark.full
 @pytest.mark.timeout(600)
 def test_an_installed_package_adds_one_of_everything(site, tmp_path):
     found = use(NAMES, [SOURCE, site], tmp_path)
@@ -129,6 +130,9 @@ def test_two_packages_and_one_that_fails_are_told_when_asked_for(site, tmp_path)
         "    except gb.UserError as error:\n        print(error)\n"
         "print('plain' in gb.attacks.names('image'), 'broken' in gb.attacks.names('image'))\n"
         "print(gb.attacks.registry.ATTACKS.name_of(type(gb.attacks.create('plain', eps=0.1))))\n"
+        "stripes, quiet = gb.attacks.create('stripes', eps=0.3, widest=1), gb.defenses.create('quiet', weight='0.02')\n"
+        "print(stripes.widest, quiet.weight)\n"
+        "print(gb.data.load('blobs').test.name, gb.data.load('blobs').num_classes)\n"
     )
     lines = python("-c", code, path=[SOURCE, site, tmp_path], cwd=tmp_path).stdout.splitlines()
     assert lines[:2] == ["PGD", "Mine"]
@@ -136,4 +140,5 @@ def test_two_packages_and_one_that_fails_are_told_when_asked_for(site, tmp_path)
     assert lines[3].startswith("the attack 'shift' is registered by gambeson-quilt and by other: uninstall")
     assert "'broken' comes from the package other, whose import fails (ModuleNotFoundError: No module" in lines[4]
     assert "is no attack: expected a class with settings" in lines[5]
-    assert lines[6:] == ["True False", "plain"]
+    assert lines[6:8] == ["True False", "plain"]
+    assert lines[8:] == ["1 0.02", "blobs/test 4"]  # an installed package's universal attack, defence and data set

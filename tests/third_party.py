@@ -19,7 +19,7 @@ from gambeson.base import load_tensors
 from gambeson.cli.app import run
 
 AUDIT = {
-    "eps": "[0.1, 0.3]",
+    "eps": "[0.3]",
     "universal_steps": 5,
     "universal_batch": 16,
     "universal_probe_starts": 0,
@@ -30,6 +30,14 @@ AUDIT = {
     "queries": 0,
     "eps_uni_runs": 0,
     "jacobian_backwards": 0,
+    "pgd_restarts": 1,
+    "suite_images": 0,
+    "patterns": 2,
+    "eps_adv": False,
+    "auto_pgd": False,
+    "targeted": False,
+    "rescoring": False,
+    "edits": "[]",
 }
 
 

@@ -27,6 +27,7 @@ from gambeson.cli.app import run
 from gambeson.evaluation import FunctionModel
 from gambeson.victim import Victim
 from gambeson.victim.substitute import InnerGradientsOff
+from tests.conftest import full
 
 LITTLE = Suite(
     eps=(0.1, 0.2, 0.3), universal_steps=20, universal_restarts=1, universal_batch=16, universal_probe_starts=0,
@@ -113,7 +114,7 @@ def test_too_few_minutes_are_refused_with_the_least(digits, trained, monkeypatch
         gb.audit(trained, digits, "quick", minutes=float("nan"))
 
 
-@pytest.mark.parametrize(("slower", "minutes"), [(1.0, 0.3), (1.0, 1.0), (2.5, 0.5)])
+@pytest.mark.parametrize(("slower", "minutes"), [(1.0, 0.3), full(1.0, 1.0), (2.5, 0.5)])
 def test_an_audit_ends_in_time_also_on_a_machine_that_slows_down(digits, trained, monkeypatch, slower, minutes):
     now = Time(monkeypatch)
     model = Slow(trained, now, slower, after=3000)

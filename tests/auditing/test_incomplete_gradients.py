@@ -15,7 +15,7 @@ from gambeson.data import Split
 from gambeson.victim import ABSTAIN, Victim
 from gambeson.victim.substitute import BorrowedGradient, FiniteDifferences, InnerGradientsOff
 from tests.auditing.evidence import Around, Bent, held
-from tests.conftest import LinearNet, quickly
+from tests.conftest import LinearNet, full, quickly
 
 CHECKS = {check.name: check for check in DIAGNOSTICS}
 EPS = (0.1,)
@@ -258,7 +258,7 @@ class AntiAdversary(nn.Module):
         return self.net(x + (moved - x).detach())
 
 
-@pytest.mark.parametrize("old_way", [False, True])
+@pytest.mark.parametrize("old_way", [False, full(True)])
 def test_optimisation_inside_a_forward_is_seen_turned_off_and_attacked(old_way, net, digits):
     check, context = check_of(AntiAdversary(net, old_way), digits, "no optimisation at test time", queries=0, sample=40)
     assert check.numbers["inner gradients"] == 3

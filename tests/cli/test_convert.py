@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import gambeson as gb
-from gambeson.base import read_json
+from gambeson.base import UserError, read_json
 from gambeson.cli.app import run
-from gambeson.models.loading import load_model
+from gambeson.models.loading import IMAGENET, load_model
 
 NET = """
 from torch import nn
@@ -105,6 +105,46 @@ def test_weights_that_say_nothing_of_normalisation_are_taken_aloud(digits, tmp_p
     with torch.no_grad():
         assert torch.equal(loaded.model(x), other(x))
     assert loaded.model.card.mean == pytest.approx((0.1,))
+
+
+def colours():
+    """Pictures in colour whose statistics are far from ImageNet's."""
+    draw = torch.Generator().manual_seed(0)
+    images, labels = 0.1 * torch.rand(60, 3, 32, 32, generator=draw), torch.arange(60) % 2
+    return gb.data.as_dataset((images, labels))
+
+
+@pytest.mark.parametrize("trained", ["imagenet", "data"])
+def test_a_torchvision_checkpoint_gets_the_statistics_that_it_was_trained_with(trained, tmp_path):
+    data, name = colours(), "torchvision:squeezenet1_1"
+    scale = dict(zip(("mean", "std"), IMAGENET, strict=True)) if trained == "imagenet" else {}
+    model = gb.models.create(name, data, seed=1, **scale).eval()
+    torch.save(model.body.state_dict(), tmp_path / "w.pth")
+    source, (x, _) = f"{name}@{tmp_path}/w.pth", data.test.take(slice(0, 2))
+    with pytest.warns(UserWarning, match=r"statistics of ImageNet are used \(mean 0.485/0.456/0.406, std 0.229/"):
+        default = load_model(source, dataset=data).model
+    asked = load_model(f"{source}?normalise={trained}", dataset=data).model  # no warning: they are errors here
+    with torch.no_grad():
+        right = model(x)
+        assert torch.equal(asked(x), right)
+        assert torch.equal(default(x), right) == (trained == "imagenet")
+
+
+def test_a_normalisation_is_read_or_refused(digits, tmp_path):
+    model = gb.models.create("lenet5", digits, mean=0.25, std=0.5).eval()
+    torch.save(model.body.state_dict(), tmp_path / "w.pth")
+    source, (x, _) = f"lenet5@{tmp_path}/w.pth", digits.test.take(slice(0, 5))
+    with torch.no_grad():
+        assert torch.equal(load_model(f"{source}?normalise=0.25,0.5", dataset=digits).model(x), model(x))
+        assert not torch.equal(load_model(f"{source}?normalise=none", dataset=digits).model(x), model(x))
+    for wrong in ("imagenet", "0.1", "0.1,0", "a,b", "0.1/0.2,1", "nan,1", ""):
+        with pytest.raises(UserError, match=r"expected imagenet \(3 channels\), data, none, or MEAN,STD for 1"):
+            load_model(f"{source}?normalise={wrong}", dataset=digits)
+    gb.models.save(model, tmp_path / "own.safetensors")
+    with pytest.raises(UserError, match="says itself how its pixels were normalised"):
+        load_model(f"lenet5@{tmp_path}/own.safetensors?normalise=none", dataset=digits)
+    with pytest.raises(UserError, match="normalises its pixels itself: leave"):
+        load_model(f"{tmp_path}/own.safetensors?normalise=none", dataset=digits)
 
 
 @pytest.fixture

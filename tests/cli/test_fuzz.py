@@ -90,7 +90,7 @@ def commands(draw):
     return [*name.split(), *(word for word in words if word != "digits")]
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arguments=commands())
 def test_any_options_end_in_one_sentence(nowhere, capsys, arguments):
     outcome(capsys, arguments)

@@ -19,6 +19,7 @@ from gambeson.cli.app import app, run
 from gambeson.evaluation import AttackRun, TransferRun
 from gambeson.models.export import TARGETS
 from gambeson.training.recipe import PRESETS, Recipe
+from tests.conftest import full
 
 HEAVY = {
     "torchvision",
@@ -111,7 +112,7 @@ def test_the_version_is_that_of_the_installed_package_and_needs_no_torch(monkeyp
     assert gb.__version__ == "unknown"
 
 
-@pytest.mark.parametrize("kind", ["attacks", "defenses", "models", "data", "diagnostics"])
+@pytest.mark.parametrize("kind", ["attacks", full("defenses"), full("models"), "data", full("diagnostics")])
 def test_a_listing_imports_what_registers_and_nothing_heavy(kind):
     text, modules, _ = start(["list", kind])
     assert len(text.splitlines()) > 5
@@ -155,9 +156,9 @@ THREADS = "import gambeson.cli.app as app, sys; app.run(sys.argv[1:]); import to
 @pytest.mark.parametrize(
     ("arguments", "given", "expected"),
     [
-        (["list", "models", "--threads", "1"], None, "1"),
+        full(["list", "models", "--threads", "1"], None, "1"),
         (["--threads=1", "list", "models"], "2", "1"),
-        (["list", "models"], "2", "2"),
+        full(["list", "models"], "2", "2"),
         (["list", "models"], None, None),
     ],
 )
@@ -239,7 +240,7 @@ def test_steps_are_shown_unless_they_are_part_of_a_task():
 @pytest.mark.parametrize("kind", list(options.Kind))
 def test_completion_knows_every_name_and_reads_registries_once(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(options, "NAMES", tmp_path / "new" / "names.json")
-    names = options.registry(kind).names()
+    names = sorted(entry.name for entry in options.registry(kind).own())  # other tests register more
     assert options.complete(kind)("") == names
     with monkeypatch.context() as without:
         without.setattr(options, "registry", None)

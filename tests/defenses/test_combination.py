@@ -73,6 +73,7 @@ def test_every_part_has_an_effect_and_is_logged(few):
     assert {"adversarial", "clean", "jacobian", "noise"} <= set(history[-1])
 
 
+@pytest.mark.full
 def test_combined_jacobian_is_smaller_than_without(digits):
     def slope(defense):
         torch.manual_seed(0)

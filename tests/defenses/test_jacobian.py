@@ -12,7 +12,7 @@ from gambeson import UserError
 from gambeson.defenses import Batch, Clean, Standard, TrainContext
 from gambeson.defenses.jacobian import Jacobian, JacobianNorm
 from gambeson.tasks import Segmentation
-from tests.conftest import LinearNet, inner_images
+from tests.conftest import LinearNet, full, inner_images
 
 WAYS = {
     "projection": {"estimator": "projection"},
@@ -234,7 +234,7 @@ def test_without_strength_it_is_standard_training_bit_for_bit(digits):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"strength": 0.02}, {"strength": 0.02, "estimator": "input", "share": 1 / 8}],
+    [{"strength": 0.02}, full({"strength": 0.02, "estimator": "input", "share": 1 / 8})],
     ids=["projection", "input"],
 )
 def test_training_with_it_halves_the_norm_at_the_same_accuracy(digits, settings):

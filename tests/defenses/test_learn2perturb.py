@@ -19,7 +19,7 @@ from gambeson.models.factory import add_noise
 from gambeson.models.noise import FeatureNoise, NoiseInjection, noise_off
 from gambeson.models.noisy_weights import FixedNoise, ParametricNoise
 from gambeson.tasks import Segmentation
-from tests.conftest import binary, inner_images
+from tests.conftest import binary, full, inner_images
 
 
 def fresh(digits, name="lenet5", seed=0):
@@ -304,7 +304,7 @@ def right(model, digits):
     ("defense", "noise"),
     [
         (Learn2Perturb(eps=0.05, steps=1, rel_step_size=1), FeatureNoise()),
-        (Learn2Perturb(eps=0.05, steps=1, rel_step_size=1, update="joint"), FeatureNoise()),
+        full(Learn2Perturb(eps=0.05, steps=1, rel_step_size=1, update="joint"), FeatureNoise()),
         (PNI(eps=0.05, steps=1, rel_step_size=1), ParametricNoise()),
         (RSE(), FixedNoise()),
     ],

@@ -256,7 +256,7 @@ def test_a_random_model_is_decided_by_votes_and_the_same_again(digits, trained):
 def test_the_interval_covers_the_true_eps():
     """Margins are uniform on [0, 2 m]: the error is eps / 2m, and eps_uni(1/2) is m."""
     w, true, images, hits, widths = binary((1, 1, 3))[1], 0.05, 120, 0, []
-    repeats = 60
+    repeats = 30
     train = (known_margins(margins_of(4, true, 0), w), None)
 
     def craft(eps, start):

@@ -10,6 +10,7 @@ from torch import nn
 from gambeson.base import UserError
 from gambeson.models.black_box.local import OnnxModel
 from gambeson.models.program import load_onnx
+from tests.conftest import full
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package)
@@ -103,6 +104,21 @@ def test_a_file_of_todays_exporter_has_gradients(tmp_path, batch, images):
     model = load_onnx(tmp_path / "m.onnx", 3, 5, SIZE[1:], "cpu")
     with torch.no_grad():
         torch.testing.assert_close(model(images), net(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["plain", "channels last", "three images", full("half")])
+def test_normalised_pixels_reach_the_graph_and_the_black_box_alike(tmp_path, form, images):
+    pytest.importorskip("onnx2torch")
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    path = written(tmp_path / "n.onnx", form, images)
+    right = Net().eval()((images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])
+    near = {"atol": 5e-2, "rtol": 1e-2} if form == "half" else {"atol": 1e-4, "rtol": 1e-4}
+    for model in (
+        load_onnx(path, 3, 5, SIZE[1:], "cpu", (mean, std)),
+        OnnxModel(path, classes=5, normalise=(mean, std)),
+    ):
+        torch.testing.assert_close(model(images).detach(), right.detach(), **near)
+    assert not torch.allclose(load_onnx(path, 3, 5, SIZE[1:], "cpu")(images), right, atol=0.1)
 
 
 def test_what_has_no_gradient_is_one_sentence(tmp_path, images, monkeypatch):

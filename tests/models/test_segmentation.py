@@ -21,6 +21,7 @@ from gambeson.models.export import export
 from gambeson.models.outputs import at_image_size
 from gambeson.models.program import load_program
 from gambeson.victim import FastPath, Victim
+from tests.conftest import full
 
 # name, channels, size
 CASES = [
@@ -246,7 +247,7 @@ def statistics(model):
             nn.init.uniform_(module.bias, -0.2, 0.2)
 
 
-@pytest.mark.parametrize("name", ["unet-small", "fcn8s-bnx0.02", "torchvision:lraspp_mobilenet_v3_large"])
+@pytest.mark.parametrize("name", ["unet-small", "fcn8s-bnx0.02", full("torchvision:lraspp_mobilenet_v3_large")])
 def test_saved_loaded_and_exported_the_model_is_the_same(name, tmp_path):
     model = models.create(name, in_channels=3, classes=7, image_size=(48, 64), mean=0.4, std=0.3, seed=0).eval()
     drawn(model)

@@ -18,6 +18,7 @@ from test_report_browser import CHROMIUM, QUIET
 
 from gambeson import report
 from gambeson.report.scenes import PALETTE, UNLABELLED, colour
+from tests.conftest import full
 
 EPS = 5
 
@@ -91,7 +92,7 @@ def visible(page: Page, what: str) -> list[str]:
     return [text.replace("\N{NO-BREAK SPACE}", " ") for text in shown]
 
 
-@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("width", [360, full(1200)])
 def test_the_slider_goes_through_the_patterns_by_keyboard(browser: Browser, page: Path, width: int) -> None:
     context = browser.new_context(offline=True, viewport={"width": width, "height": 900})
     shown, complaints, asked = context.new_page(), [], []

@@ -156,6 +156,12 @@ CHEAP = {
     "test_images": 100,
     "sample": 50,
     "queries": 0,
+    "suite_images": 0,
+    "pgd_steps": 5,
+    "pgd_restarts": 1,
+    "rescoring": False,
+    "edits": (),
+    "eps_adv": False,
 }
 
 

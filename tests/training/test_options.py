@@ -12,6 +12,7 @@ from gambeson import UserError
 from gambeson.defenses import PGDAdversarial, Standard
 from gambeson.training import PRESETS, Recipe, TrainRun
 from gambeson.training.recipe import make_optimizer
+from gambeson.training.run import _model
 from gambeson.training.validation import is_best
 
 
@@ -214,3 +215,17 @@ def test_no_epoch_is_the_best_before_all_of_the_objective_is_at_work(digits, tmp
 def test_a_defence_given_by_name_is_refused(digits):
     with pytest.raises(UserError, match=r"defense is a str: expected a defence, such as gb.defenses.Standard\(\)"):
         gb.train(gb.models.create("lenet", digits), digits, "standard", epochs=1)
+
+
+def test_weights_of_one_network_start_every_member_of_an_ensemble(digits, tmp_path):
+    single = gb.models.create("lenet5", digits, seed=5)
+    gb.models.save(single, tmp_path / "one.safetensors")
+    defense = gb.defenses.create("jacobian-ensemble", members=2)
+    run = TrainRun(data="digits", model="lenet5", defense=defense, init=str(tmp_path / "one.safetensors"))
+    for member in _model(run, digits).voters:
+        for name, value in single.state_dict().items():
+            assert torch.equal(member.state_dict()[name], value)
+    other = gb.models.create("lenet5", in_channels=1, classes=7, image_size=8)
+    gb.models.save(other, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"do not fit this lenet5"):
+        _model(run.model_copy(update={"init": str(tmp_path / "other.safetensors")}), digits)

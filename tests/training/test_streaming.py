@@ -19,6 +19,7 @@ from gambeson.cli.app import run as command
 from gambeson.data import lazy
 from gambeson.training import Recipe
 from gambeson.training.batches import Epoch
+from tests.conftest import full
 from tests.training import streams
 
 SCRIPT = Path(streams.__file__)
@@ -30,26 +31,11 @@ def folder(tmp_path_factory):
     return streams.pictures(tmp_path_factory.mktemp("pictures"))
 
 
-@pytest.fixture(scope="module")
-def elsewhere(folder, tmp_path_factory):
-    """Other processes, at the same time: two that share a run, and one that is killed in its second epoch."""
-    root = tmp_path_factory.mktemp("elsewhere")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GAMBESON_WORKERS": "2"}
-    two = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    both = [sys.executable, SCRIPT, folder, root / "both.log", root / "both"]
-    commands = {
-        "first": (both, {**two, "RANK": "0", "LOCAL_RANK": "0"}),
-        "second": (both, {**two, "RANK": "1", "LOCAL_RANK": "1"}),
-        "cut": ([sys.executable, SCRIPT, folder, root / "cut.log", root / "cut", "cut"], {}),
-    }
-    running = {
-        name: subprocess.Popen(list(map(str, parts)), env={**environment, **more}, stderr=subprocess.PIPE, text=True)
-        for name, (parts, more) in commands.items()
-    }
-    ended = {name: (process.communicate()[1][-2000:], process.returncode) for name, process in running.items()}
-    assert ended["first"][1] == ended["second"][1] == 0, ended["first"][0] + ended["second"][0]
-    assert ended["cut"][1] == -signal.SIGKILL, ended["cut"][0]
-    return root
+def start(*parts: object, **more: str) -> subprocess.Popen[str]:
+    """Run the script in a process of its own, with two workers."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GAMBESON_WORKERS": "2", **more}
+    command = [sys.executable, str(SCRIPT), *map(str, parts)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -93,35 +79,43 @@ def test_workers_decode_each_image_once_an_epoch(whole):
 
 
 @pytest.mark.full
-def test_two_processes_share_the_decoding_and_the_result(elsewhere, whole):
-    found = streams.decodes(elsewhere / "both.log")
+def test_two_processes_share_the_decoding_and_the_result(folder, whole, tmp_path):
+    two = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    running = [
+        start(folder, tmp_path / "both.log", tmp_path / "both", **two, RANK=rank, LOCAL_RANK=rank) for rank in "01"
+    ]
+    said = [process.communicate()[1][-2000:] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    found = streams.decodes(tmp_path / "both.log")
     for epoch in map(str, range(streams.EPOCHS)):
         assert Counter(file for _, file in found[epoch]) == Counter(ALL)
         assert len({process for process, _ in found[epoch]}) == 4
-    both = gb.models.load(elsewhere / "both" / "model.safetensors")
+    both = gb.models.load(tmp_path / "both" / "model.safetensors")
     for one, other in zip(both.parameters(), whole[0].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, full(1), None])
 def test_the_same_bits_whoever_decodes(folder, whole, workers):
-    model, history = streams.run(streams.load(folder, workers=workers), None)
+    """None: the whole of it is in memory."""
+    data = gb.data.load(folder, size=12) if workers is None else streams.load(folder, workers=workers)
+    model, history = streams.run(data, None)
     assert history == whole[1]
     assert same(model, whole[0])
-    in_memory, history = streams.run(gb.data.load(folder, size=12), None)
-    assert history == whole[1]
-    assert same(in_memory, whole[0])
 
 
-def test_killed_and_resumed_ends_as_uninterrupted(elsewhere, folder, whole):
-    found = streams.decodes(elsewhere / "cut.log")
+def test_killed_and_resumed_ends_as_uninterrupted(folder, whole, tmp_path):
+    out = tmp_path / "cut"
+    process = start(folder, tmp_path / "cut.log", out, "cut")
+    said = process.communicate()[1][-2000:]
+    assert process.returncode == -signal.SIGKILL, said
+    found = streams.decodes(tmp_path / "cut.log")
     assert 0 < len(found["1"]) <= streams.TRAIN
     workers = {process for process, _ in found["1"]}
-    deadline = time.monotonic() + 20  # workers look every five seconds whether their process is alive
+    deadline = time.monotonic() + 60  # workers look every five seconds whether their process is alive
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, workers))
-    out = elsewhere / "cut"
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
     model, history = streams.run(streams.load(folder, workers=2), out)
     assert history == whole[1]

@@ -50,7 +50,7 @@ def defenses():
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     data = gb.data.load("digits")
-    few = Dataset("few", data.train.subset(torch.arange(192)), data.validation, data.test, data.classes)
+    few = Dataset("few", data.train.subset(torch.arange(128)), data.validation, data.test, data.classes)
     for name, defense in defenses():
         torch.manual_seed(0)
         model = gb.models.create("lenet5", data, members=defense.num_members)

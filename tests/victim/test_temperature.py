@@ -9,11 +9,12 @@ from gambeson import UserError
 from gambeson.attacks import SGA, StochasticPGD
 from gambeson.auditing import Suite
 from gambeson.victim import Victim, predict, temperature
+from tests.conftest import full
 
 SUITE = Suite(
     eps=(0.15,), universal_steps=30, universal_probe_starts=0, pgd_steps=10, pgd_restarts=1, suite_images=0, queries=0,
     jacobian_backwards=0, surrogate="none", eps_uni_runs=0, eps_adv=False, sample=60, noise_sizes=(1.0,),
-    edits=(),
+    edits=(), rescoring=False,
 )  # fmt: skip
 
 
@@ -103,7 +104,7 @@ def test_an_audit_finds_no_less_whatever_the_scale(factor, trained, digits):
     assert other.verdict.trusted, other.verdict.reasons
 
 
-UNIVERSAL = [StochasticPGD(eps=0.2, steps=60, probe_starts=0), SGA(eps=0.2, steps=20, batch_size=100)]
+UNIVERSAL = [StochasticPGD(eps=0.2, steps=60, probe_starts=0), full(SGA(eps=0.2, steps=20, batch_size=100))]
 
 
 @pytest.mark.parametrize("attack", UNIVERSAL)

@@ -68,6 +68,7 @@ def audit(
     torchvision:NAME@WEIGHTS, timm:NAME, transformers:NAME, FILE.py:FUNCTION that returns a torch.nn.Module;
     hf://OWNER/NAME or a folder with config.json; a torch.export program (FILE.pt2); FILE.onnx, a black box where it
     cannot be converted; or a black box: function:FILE.py:FUNCTION from images to scores or classes, http://HOST/PATH.
+    A net of normalised pixels: FILE.onnx?normalise=imagenet, or data, none, or MEAN,STD.
 
     Example: `gambeson audit runs/x --out runs/x-audit`
 

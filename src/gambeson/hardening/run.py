@@ -62,7 +62,7 @@ def plan_harden(run: HardenRun, out: Path | None = None) -> HardenPlan:
 
 
 def _loaded(run: HardenRun) -> tuple[LoadedModel, Job]:
-    if not run.model.lower().endswith(".onnx") and asking(run.model, 1, None)["budget"]:
+    if not run.model.partition("?normalise=")[0].lower().endswith(".onnx") and asking(run.model, 1, None)["budget"]:
         raise black_box(run.model)
     subject = load_model(run.model, run.data, run.device)
     if run.to is not None and not isinstance(subject.model, PixelModel):

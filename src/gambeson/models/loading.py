@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from gambeson.models.storage import ENDINGS, read_card, read_weights
 
 FUNCTION = "function:"
 _SERVER = ("http://", "https://")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation that torchvision's recipes normalise by."""
+Scale = tuple[tuple[float, ...], tuple[float, ...]] | None
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,12 @@ def load_model(
               into a differentiable model, or if there is a budget;
             * a black box: ``http://…``, ``https://…``, or ``function:FILE.py:FUNCTION``, a function from images to
               scores (N, K) or to class indices (N,), of label maps (N, K, H, W) or (N, H, W).
+
+            What was trained by someone else may take normalised pixels: an architecture with weights, a program and an
+            ONNX file may end in ``?normalise=imagenet``, ``?normalise=data`` (the statistics of the training split),
+            ``?normalise=none`` or ``?normalise=MEAN,STD``, one number each or one per channel, joined by ``/``. Where
+            neither this nor the file says it, torchvision's architectures of colour images get ImageNet's, as in
+            torchvision's recipes, other architectures those of the data, both with a warning, and graphs none.
         data_name: a data set; None: that of the training run.
         device: of the model; a black box is not moved.
         dataset: the data, if already loaded: a data set, a split, or an (images, labels) pair.
@@ -78,6 +88,7 @@ def load_model(
         UserError: no such model, unknown data, data that do not fit the model, or a budget for a model that is not a
             black box.
     """
+    source, normalise = _split(source)
     path = Path(source)
     trained = read_settings(path / "run.yaml", "train") if (path / "run.yaml").is_file() else {}
     dataset = None if dataset is None else data.as_dataset(dataset)
@@ -93,12 +104,15 @@ def load_model(
     if gradients is not None and load is _black_box:
         raise no_gradient(gradients, source)
     dataset = data.load(name, input_shape=input_shape(source, name)) if dataset is None else dataset
+    scale = None if normalise is None else _statistics(normalise, source, dataset)
     if load is _black_box:
         model = _black_box(source, dataset, budget, http)
     elif load is _onnx:
-        model = _onnx(source, dataset, device, budget, gradients)
+        model = _onnx(source, dataset, device, budget, gradients, scale)
+    elif load is _stored:
+        model = _stored(source, dataset, device)
     else:
-        model = load(source, dataset, device)
+        model = load(source, dataset, device, scale)
     if isinstance(model, models.PixelModel):
         card = model.card
         if card.classes != dataset.num_classes or card.in_channels != dataset.in_channels:
@@ -113,7 +127,7 @@ def load_model(
 
 def asking(source: str, budget: int | None, http: HttpSettings | None) -> dict[str, Any]:
     """Return those of the keywords of :func:`load_model` that a model among several has a use for."""
-    asked = _loader(source) in (_black_box, _onnx)
+    asked = _loader(_split(source)[0]) in (_black_box, _onnx)
     return {"budget": budget if asked else None, "http": http if source.startswith(_SERVER) else None}
 
 
@@ -123,7 +137,7 @@ def check_source(source: str) -> None:
     Raises:
         UserError: there is none.
     """
-    _loader(source)
+    _loader(_split(source)[0])
 
 
 def input_shape(source: str, data_name: str) -> data.Shape:
@@ -136,6 +150,7 @@ def input_shape(source: str, data_name: str) -> data.Shape:
     Raises:
         UserError: the file is damaged, or the architecture's name is wrong.
     """
+    source = _split(source)[0]
     load, known = _loader(source), dict[str, Any]()
     if load is _stored:
         known = read_card(Path(source)).plain()
@@ -197,11 +212,11 @@ def _stored(source: str, dataset: data.Dataset, device: str) -> nn.Module:
     return models.load(Path(source)).to(torch.device(device))
 
 
-def _program(source: str, dataset: data.Dataset, device: str) -> nn.Module:
-    return load_program(Path(source), dataset.in_channels, dataset.num_classes, dataset.image_size, device)
+def _program(source: str, dataset: data.Dataset, device: str, scale: Scale) -> nn.Module:
+    return load_program(Path(source), dataset.in_channels, dataset.num_classes, dataset.image_size, device, scale)
 
 
-def _architecture(source: str, dataset: data.Dataset, device: str) -> nn.Module:
+def _architecture(source: str, dataset: data.Dataset, device: str, scale: Scale) -> nn.Module:
     architecture, file = _parted(source)
     weights = None if file is None else read_weights(file)
     if external.is_external(external.canonical(architecture)):
@@ -213,18 +228,23 @@ def _architecture(source: str, dataset: data.Dataset, device: str) -> nn.Module:
             )
     own_code = user_code.is_spelling(architecture)  # which normalises, if anything does
     card = {} if weights is None or own_code else weights.document.get("exported", {})
+    told = bool(card) or any("normalize.mean" in group for group in weights.groups.values()) if weights else False
+    if told and scale is not None:
+        raise UserError(f"{file} says itself how its pixels were normalised: leave ?normalise= out")
+    unknown = weights is not None and not told and scale is None and not _normalised(architecture)
+    imagenet = unknown and architecture.startswith(torchvision_nets.PREFIX) and dataset.in_channels == 3
+    mean, std = scale or (IMAGENET if imagenet else (card.get("mean"), card.get("std")))
     with seeded(0, "model"):
-        model = models.create(architecture, dataset, mean=card.get("mean"), std=card.get("std"))
+        model = models.create(architecture, dataset, mean=mean, std=std)
     if weights is not None:
         models.load_weights(model, weights)
-        if not (
-            card or _normalised(architecture) or any("normalize.mean" in group for group in weights.groups.values())
-        ):
-            mean, std = (", ".join(f"{value:.3g}" for value in side) for side in (model.card.mean, model.card.std))
+        if unknown:
+            used = ("/".join(f"{value:.3g}" for value in side) for side in (model.card.mean, model.card.std))
+            whose, other = ("ImageNet", "data") if imagenet else (dataset.name, "imagenet")
             warnings.warn(
-                f"{file} does not say how its pixels were normalised: the statistics of {dataset.name} are used (mean "
-                f"{mean}, std {std}); if it was trained otherwise, name FILE.py:FUNCTION@{file}, which "
-                "normalises",
+                f"{file} does not say how its pixels were normalised: the statistics of {whose} are used (mean "
+                f"{', std '.join(used)}); if it was trained otherwise, end the model's name in ?normalise={other}, "
+                "?normalise=none or ?normalise=MEAN,STD",
                 stacklevel=2,
             )
     elif drawn := getattr(model.body, "drawn", None):
@@ -241,23 +261,29 @@ def _normalised(architecture: str) -> bool:
     return trained or external.is_external(external.canonical(architecture))
 
 
-def _onnx(source: str, dataset: data.Dataset, device: str, budget: int | None, gradients: str | None) -> nn.Module:
+def _onnx(
+    source: str, dataset: data.Dataset, device: str, budget: int | None, gradients: str | None, scale: Scale
+) -> nn.Module:
     if budget is None:
         try:
-            return load_onnx(Path(source), dataset.in_channels, dataset.num_classes, dataset.image_size, device)
+            return load_onnx(Path(source), dataset.in_channels, dataset.num_classes, dataset.image_size, device, scale)
         except UserError as error:
             if gradients is not None:
                 raise
             reason = error
-        model = _black_box(source, dataset, None, None)  # first: it tells what is wrong with the file or the data
+        model = _black_box(
+            source, dataset, None, None, scale
+        )  # first: it tells what is wrong with the file or the data
         warnings.warn(f"{source} is taken as a black box, without gradients: {reason}", stacklevel=2)
         return model
     if gradients is not None:
         raise no_gradient(gradients, f"{source} with a budget")
-    return _black_box(source, dataset, budget, None)
+    return _black_box(source, dataset, budget, None, scale)
 
 
-def _black_box(source: str, dataset: data.Dataset, budget: int | None, http: HttpSettings | None) -> nn.Module:
+def _black_box(
+    source: str, dataset: data.Dataset, budget: int | None, http: HttpSettings | None, scale: Scale = None
+) -> nn.Module:
     box: BlackBox
     settings: dict[str, Any] = {"budget": budget, "classes": dataset.num_classes}
     if source.startswith(FUNCTION):
@@ -270,7 +296,7 @@ def _black_box(source: str, dataset: data.Dataset, budget: int | None, http: Htt
 
         box = FunctionModel(ask, title=spelling, **settings)
     elif source.lower().endswith(".onnx"):
-        box = OnnxModel(source, **settings)
+        box = OnnxModel(source, normalise=scale, **settings)
     else:
         box = HttpModel(source, **settings, **({} if http is None else http.plain()))
     images = torch.full((2, dataset.in_channels, *dataset.image_size), 0.5)
@@ -282,6 +308,37 @@ def _black_box(source: str, dataset: data.Dataset, budget: int | None, http: Htt
             "choose data that fit the model"
         )
     return box
+
+
+def _split(source: str) -> tuple[str, str | None]:
+    """Split ``?normalise=`` from a model's name; a server's address stays as it is."""
+    bare, asked, normalise = source.rpartition("?normalise=")
+    if not asked or source.startswith(_SERVER):
+        return source, None
+    if _loader(bare) in (_black_box, _stored):
+        raise UserError(f"{bare} normalises its pixels itself: leave ?normalise={normalise} out")
+    return bare, normalise
+
+
+def _statistics(normalise: str, source: str, dataset: data.Dataset) -> Scale:
+    """Return mean and standard deviation per channel, as ``?normalise=`` says them."""
+    count = dataset.in_channels
+    if normalise == "data":
+        mean, std = dataset.train.mean_std()
+        return mean, tuple(value if value > 0 else 1.0 for value in std)
+    if normalise == "none":
+        return (0.0,) * count, (1.0,) * count
+    try:
+        sides = IMAGENET if normalise == "imagenet" else [tuple(map(float, s.split("/"))) for s in normalise.split(",")]
+        mean, std = (side * count if len(side) == 1 else side for side in sides)
+        if not (len(mean) == len(std) == count and min(std) > 0 and all(map(math.isfinite, mean + std))):
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"{source}?normalise={normalise}: expected imagenet (3 channels), data, none, or MEAN,STD for {count} "
+            "channels, such as 0.5,0.5 or 0.485/0.456/0.406,0.229/0.224/0.225"
+        ) from None
+    return mean, std
 
 
 def _parted(source: str) -> tuple[str, Path | None]:

@@ -7,7 +7,7 @@ import json
 import math
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,15 @@ def read_program(path: Path, device: str = "cpu") -> Program:
     return Program(graph, batch, shape)
 
 
-def load_program(path: Path, in_channels: int, classes: int, image_size: tuple[int, int], device: str) -> PixelModel:
-    """Load a ``torch.export`` program (.pt2) that maps pixels in [0, 1] to logits.
+def load_program(
+    path: Path,
+    in_channels: int,
+    classes: int,
+    image_size: tuple[int, int],
+    device: str,
+    normalise: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> PixelModel:
+    """Load a ``torch.export`` program (.pt2) that maps pixels in [0, 1], or normalised ones, to logits.
 
     Pickles in the file are never opened: the pickled sample inputs are skipped, and a file with pickled weights or
     constants, or with compiled code, is refused. Torch reads the rest, so load only files from trusted sources.
@@ -92,6 +99,7 @@ def load_program(path: Path, in_channels: int, classes: int, image_size: tuple[i
         classes: expected number of logits.
         image_size: (H, W) of those images.
         device: of the program.
+        normalise: mean and standard deviation per channel, if the program takes normalised pixels.
 
     Raises:
         UserError: no such program, or it does not accept these images or return such logits.
@@ -103,10 +111,17 @@ def load_program(path: Path, in_channels: int, classes: int, image_size: tuple[i
         raise UserError(
             f"{path} takes images of {sides}, but the data have {'x'.join(map(str, wanted))}: choose data that fit it"
         )
-    return _model(path, program, in_channels, classes, image_size)
+    return _model(path, program, in_channels, classes, image_size, normalise).to(torch.device(device))
 
 
-def load_onnx(path: Path, in_channels: int, classes: int, image_size: tuple[int, int], device: str) -> PixelModel:
+def load_onnx(
+    path: Path,
+    in_channels: int,
+    classes: int,
+    image_size: tuple[int, int],
+    device: str,
+    normalise: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> PixelModel:
     """Load an ONNX file as a model with gradients.
 
     onnx2torch rebuilds the graph from torch's own operations. It is taken only if it gives the scores that onnxruntime
@@ -118,11 +133,12 @@ def load_onnx(path: Path, in_channels: int, classes: int, image_size: tuple[int,
         classes: expected number of logits.
         image_size: (H, W) of those images.
         device: of the model.
+        normalise: mean and standard deviation per channel, if the file takes normalised pixels.
 
     Raises:
         UserError: a package is missing, the file cannot be read, converted or differentiated, or the scores differ.
     """
-    runtime = OnnxModel(path, classes=classes)
+    runtime = OnnxModel(path, classes=classes, normalise=normalise)
     entry = runtime.input
     if entry.dtype == torch.uint8:
         raise UserError(f"the input of {path} is uint8, which has no gradient")
@@ -203,14 +219,22 @@ def _understood(onnx: Any, graph: Any, output: int) -> Any:
     return graph
 
 
-def _model(path: Path, program: nn.Module, in_channels: int, classes: int, image_size: tuple[int, int]) -> PixelModel:
+def _model(
+    path: Path,
+    program: nn.Module,
+    in_channels: int,
+    classes: int,
+    image_size: tuple[int, int],
+    normalise: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> PixelModel:
+    mean, std = normalise or ((0.0,) * in_channels, (1.0,) * in_channels)
     card = ModelCard(
         name=str(path.absolute()),
         in_channels=in_channels,
         classes=classes,
         image_size=image_size,
-        mean=(0.0,) * in_channels,
-        std=(1.0,) * in_channels,
+        mean=tuple(mean),
+        std=tuple(std),
     )
     return PixelModel(card, tried(str(path), program, in_channels, classes, image_size)).eval()
 

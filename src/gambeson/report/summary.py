@@ -237,7 +237,7 @@ def _train(folder: Folder, defense: str, eps: str, text: str) -> Step | None:
         made = f'gb.defenses.create("{defense}"{of})'
         return Step(text, f'gb.train(model, data, {made}, epochs=10, out="runs/hardened")', python=True)
     model = str(folder.settings["model"])
-    if model.endswith((".pt2", ".onnx")):
+    if model.endswith((".pt2", ".onnx")) or "?normalise=" in model:
         return None
     architecture, _, weights = model.partition("@")
     if result.subject.epochs is not None or (model == architecture and model.endswith(".safetensors")):

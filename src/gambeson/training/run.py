@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from gambeson import data, models
-from gambeson.base import Config, check_run, close_run, derive, environment, open_run, seeded, user_code
+from gambeson.base import Config, UserError, check_run, close_run, derive, environment, open_run, seeded, user_code
 from gambeson.data import Dataset
 from gambeson.defenses import AnyDefense, Defense, Standard, name_of
 from gambeson.models.loading import input_shape
-from gambeson.models.storage import FILE_NAME, load_weights
+from gambeson.models.storage import FILE_NAME, load_weights, read_weights
 from gambeson.training.batches import Epoch, member_seeds
 from gambeson.training.loop import Run, train
 from gambeson.training.recipe import Recipe
@@ -151,8 +151,8 @@ class TrainRun(Config):
     recipe: Recipe = Recipe()
     """Training length, optimiser and schedule."""
     init: str | None = None
-    """Initial weights, of the whole model or of the architecture; None: random from the seed, or those in the model's
-    name."""
+    """Initial weights, of the whole model or of the architecture, which start every member of an ensemble; None: random
+    from the seed, or those in the model's name."""
     seed: int = 0
     device: str = "cpu"
 
@@ -232,7 +232,17 @@ def _model(run: TrainRun, dataset: data.Dataset) -> models.PixelModel:
         drawn.append(models.create(run.model, dataset, seed=seed))
     model = models.ensemble(drawn)
     if run.init is not None:
-        load_weights(model, Path(run.init))
+        weights = read_weights(Path(run.init))
+        try:
+            load_weights(model, weights)
+        except UserError as unfit:  # weights of one network start every member of an ensemble of it
+            if len(drawn) == 1:
+                raise
+            try:
+                for member in drawn:
+                    load_weights(member, weights)
+            except UserError:
+                raise unfit from None
     return model
 
 

@@ -28,7 +28,9 @@ _CLOSER = 0.01
 def _whole_box(context: AuditContext) -> Finding:
     norm, values = context.suite.norm, math.prod(context.test.shape)
     eps = {"inf": 1.0, "2": math.sqrt(values), "1": float(values)}[norm]
-    left = context.accuracy(context.pgd_at(eps).model_copy(update={"steps": 40, "restarts": 1}))
+    # On label maps, whose steps begin at half of eps: half of the box is too far.
+    shorter = {} if context.test.task.per_image_label else {"rel_step_size": 0.1, "final_step": 0.005}
+    left = context.accuracy(context.pgd_at(eps).model_copy(update={"steps": 40, "restarts": 1, **shorter}))
     return Finding(
         lower_end(left) <= _LEFT, f"accuracy under PGD with the whole box allowed: {left}", {"accuracy": left.value}
     )

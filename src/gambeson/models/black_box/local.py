@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ class OnnxInput:
     shape: tuple[int | None, ...]
     """Four sizes, with None for any."""
     dtype: torch.dtype
+    normalise: tuple[Sequence[float], Sequence[float]] | None = None
+    """Mean and standard deviation per channel of the pixels that it takes; None: pixels in [0, 1]."""
 
     @property
     def batch(self) -> int | None:
@@ -81,6 +83,9 @@ class OnnxInput:
         Raises:
             UserError: the file takes images of another size.
         """
+        if self.normalise is not None:
+            mean, std = (images.new_tensor(side)[:, None, None] for side in self.normalise)
+            images = (images - mean) / std
         if not self._fits(images.shape[1:]):
             if not self._fits((*images.shape[2:], images.shape[1])):
                 sides = "x".join("any" if side is None else str(side) for side in self.shape[1:])
@@ -104,6 +109,7 @@ class OnnxModel(BlackBox):
     Args:
         path: the file, which takes one input; see :class:`OnnxInput`. Of several outputs the first that may hold
             ``classes`` scores per image is read, by its sizes; else the first.
+        normalise: mean and standard deviation per channel, if the file takes normalised pixels.
         keywords: see :class:`BlackBox`.
 
     Attributes:
@@ -113,7 +119,13 @@ class OnnxModel(BlackBox):
         UserError: onnxruntime is not installed, or the file cannot be read or has other inputs.
     """
 
-    def __init__(self, path: Path | str, **keywords: Any) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        normalise: tuple[Sequence[float], Sequence[float]] | None = None,
+        **keywords: Any,
+    ) -> None:
         runtime = required("onnxruntime", f"the ONNX file {path}")
         self.path = Path(path)
         if not self.path.is_file():
@@ -134,7 +146,9 @@ class OnnxModel(BlackBox):
                 "export a model of images"
             )
         shape = tuple(side if isinstance(side, int) else None for side in inputs[0].shape)
-        self.input = OnnxInput(self.path, shape, _KINDS[inputs[0].type])
+        self.input = OnnxInput(self.path, shape, _KINDS[inputs[0].type], normalise)
+        if normalise is not None and self.input.dtype == torch.uint8:
+            raise UserError(f"the input of {path} is uint8, which cannot be normalised: leave ?normalise= out")
         if self.input.batch is not None:
             keywords["batch"] = self.input.batch
         super().__init__(**keywords)
