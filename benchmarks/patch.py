@@ -1,9 +1,9 @@
 """Universal patches beside their controls: ``python benchmarks/patch.py [--show]``.
 
 LeNet-5 on 10,000 images of Fashion-MNIST, three seeds. Of each network the error under one patch of 5 % of the area,
-crafted on train, chosen on validation and scored on test at fresh places: at any place; in a corner; scaled and turned
-as well; as a circle; and with a target. Beside each stand controls of the same mask at the same places. Of the first
-seed also every place, scale and angle, and the picture of the docs. A row is stored when it is done, and the same
+crafted on train, chosen on validation and scored on 2,000 test images at fresh places: at any place; in a corner;
+scaled and turned as well; and with a target. Beside each stand controls of the same mask at the same places. Of the
+first seed also every place, scale and angle, and the picture of the docs. A row is stored when it is done, and the same
 command goes on from there.
 """
 
@@ -24,20 +24,18 @@ from gambeson.evaluation import Rate, accuracy, by_placement, rates_beside, targ
 from gambeson.evaluation.rates import strongest_control
 
 FILE, PICTURE, COMMAND = "patch.json", Path("docs/patch.png"), "python benchmarks/patch.py"
-SEEDS, AREA, TRAIN, EPOCHS = 3, 0.05, 10_000, 8
+SEEDS, AREA, TRAIN, TEST, EPOCHS = 3, 0.05, 10_000, 2_000, 8
 TURNED: dict[str, Any] = {"scale": (0.8, 1.2), "rotation": 20}
 CASES: dict[str, dict[str, Any]] = {
     "any place": {},
     "a corner": {"place": "corner"},
     "any place, scale 0.8 to 1.2, turned by up to 20 degrees": TURNED,
-    "a circle, any place": {"shape": "circle"},
-    "any place, 10 % of the area": {"area": 0.1},
     "any place, target Bag": {"target": "class:Bag"},
 }
 DETAILED = "any place, scale 0.8 to 1.2, turned by up to 20 degrees"
 """The case whose placements are measured one by one."""
 SETTINGS: dict[str, Any] = {
-    "data": f"fashion-mnist, {TRAIN} training images",
+    "data": f"fashion-mnist, {TRAIN} training and {TEST} test images",
     "model": f"lenet5, {EPOCHS} epochs, learning rate 0.05, batches of 64",
     "area": AREA,
     "seeds": SEEDS,
@@ -54,7 +52,8 @@ def main() -> None:
         print(table(load(FILE)))
         return
     whole = gb.data.load("fashion-mnist")
-    data = gb.data.Dataset(whole.name, whole.train.sample(TRAIN, seed=0), whole.validation, whole.test, whole.classes)
+    parts = whole.train.sample(TRAIN, seed=0), whole.validation, whole.test.sample(TEST, seed=0)
+    data = gb.data.Dataset(whole.name, *parts, whole.classes)
     rows = Rows(RESULTS / FILE, COMMAND, SETTINGS)
     for seed in range(SEEDS):
         if not rows.missing(f"{name}, seed {seed}" for name in CASES):
@@ -89,7 +88,7 @@ def measured(model: torch.nn.Module, data: gb.data.Dataset, name: str, case: dic
 def picture(patch: AdversarialPatch, data: gb.data.Dataset) -> None:
     """Draw the patch, and test images with it, four times as large."""
     shown = patch.apply(data.test.sample(9, seed=0).take(slice(None))[0], seed=100)
-    own = torch.ones(1, *patch.shape[1:])
+    own = torch.full((1, *patch.shape[1:]), 0.5)
     height, width = patch.mask.shape[2:]
     top, left = (own.shape[1] - height) // 2, (own.shape[2] - width) // 2
     own[:, top : top + height, left : left + width] = patch.pattern[0]
@@ -102,7 +101,7 @@ def picture(patch: AdversarialPatch, data: gb.data.Dataset) -> None:
 def table(stored: dict[str, Any]) -> str:
     """Return one line per case: the range over seeds of the rate, and of its strongest control."""
     lines = [
-        "| Patch | pixels | rate under the patch | strongest control | clean images |",
+        "| Patch | pixels | with the patch | strongest control | clean images |",
         "|---|---:|---:|---:|---:|",
     ]
     for name in CASES:

@@ -28,6 +28,7 @@ sys.path += [str(DOCS), str(DOCS.parent / "benchmarks")]
 import audit_page  # noqa: E402
 import case_tables  # noqa: E402
 import claims  # noqa: E402
+import patch  # noqa: E402
 import scaling  # noqa: E402
 import testbed_rates  # noqa: E402
 import unet_audits  # noqa: E402
@@ -386,6 +387,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "hardened": ("recipe.md", hardened()),
         "equal budgets": ("attacks.md", universal()),
         "segmentation table": ("segmentation.md", scenes()),
+        "patch table": ("threats.md", f"\n{patch.table(load('patch.json'))}\n\n"),
         "unet audits table": ("segmentation.md", unet_audits.text()),
         "box gradient": ("attacks.md", box_gradient()),
         "autoattack table": ("attacks.md", autoattack()),
