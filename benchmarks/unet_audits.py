@@ -100,7 +100,8 @@ def audited(name: str, data: gb.data.Dataset) -> Row:
 
 def text() -> str:
     """Return the table of the docs."""
-    rows = {name: Row(**row) for name, row in load(FILE.name)["rows"].items()}
+    stored = load(FILE.name)["rows"]
+    rows = {name: Row(**stored[name]) for name in [*NETS, *HIDDEN] if name in stored}
 
     def number(row: Row, check: str, name: str) -> str:
         found = next((value for key, value in row.numbers.get(check, {}).items() if key.startswith(name)), None)
@@ -128,9 +129,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="networks whose name holds this")
     given, data = parser.parse_args(), segmentation.load()
-    settings = {"data": segmentation.DATA, "suite": SUITES["quick"].plain(), "thin": THIN, "fewer": FEWER}
-    rows = Rows(FILE, COMMAND, settings)
-    for name in rows.missing([*NETS, *HIDDEN]):
+    names = [*NETS, *HIDDEN]
+    rows = Rows(FILE, COMMAND, {"data": segmentation.DATA, "suites": {name: suite_of(name).plain() for name in names}})
+    for name in rows.missing(names):
         if given.only in name:
             rows.add(name, audited(name, data).plain())
     print(text())
