@@ -169,6 +169,24 @@ def digit_recognizer() -> None:
             f"{name}: {row['clean']['value']:.3f}", *(f"{row[f'universal@{e:g}']['uer']['value']:.3f}" for e in RADII)
         )
 
+    _picture_of_digits(weights, data)
+
+
+def _picture_of_digits(weights: Path, data: Any) -> None:
+    eps = max(RADII)
+    uap = UniversalPerturbation.load(weights.parent / f"uap-original-{eps:g}.safetensors")
+    model = _digits_net("original", weights, data)
+    images, _ = data.test.take(slice(None))
+    with torch.no_grad():
+        before, after = (model(some).argmax(1) for some in (images, perturb(images, uap.delta)))
+    first = int((before != after).nonzero()[0])
+    shown = {
+        f"a test image:\nanswer {int(before[first])}": images[first],
+        f"with the pattern of {eps:g}:\nanswer {int(after[first])}": perturb(images, uap.delta)[first],
+        "the pattern,\ngrey is 0": uap.delta[0] / (2 * eps) + 0.5,
+    }
+    case_pages.side_by_side(PICTURES / "digit-recognizer.png", shown, scale=6)
+
 
 def _digits_net(name: str, weights: Path, data: Any) -> nn.Module:
     if name == "original":
