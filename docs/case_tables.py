@@ -69,5 +69,6 @@ def _lines(result: dict[str, Any]) -> Table:
     for eps in result["about"]["settings"]["radii"]:
         row = result["rows"][f"hide@{eps}"]
         rows.append([f"crafted, {eps}", percent(row["hidden"]), percent(row["kept"])])
-        rows += [[f"{one['name']}, {eps}", percent(one["hidden"]), percent(one["kept"])] for one in row["controls"]]
+        controls = [one for one in row["controls"] if one["hidden"]]  # the shuffled target hides nothing by itself
+        rows += [[f"{one['name']}, {eps}", percent(one["hidden"]), percent(one["kept"])] for one in controls]
     return head, rows
