@@ -17,7 +17,7 @@ from gambeson.base import generator
 
 PAGE, MARGIN, SIDE = (640, 900), 48, 224
 COUNTS = {"train": 40, "validation": 10, "test": 40}
-CROP, LINES = 192, {"train": 40, "validation": 10, "test": 30}
+CROP, LINES = 192, {"train": 40, "validation": 5, "test": 15}
 TURNS = {
     "000": None,
     "090": Image.Transpose.ROTATE_270,

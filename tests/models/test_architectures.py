@@ -314,3 +314,11 @@ def test_same_seed_same_weights(name):
         torch.manual_seed(seed)
         prints.append(models.fingerprint(models.create(name, in_channels=3, classes=5, image_size=32)))
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_single_value_of_stride_nought_has_the_fingerprint_of_its_copy():
+    one = torch.nn.Module()
+    one.register_buffer("value", torch.tensor([2.5]).as_strided((1,), (0,)))
+    other = torch.nn.Module()
+    other.register_buffer("value", torch.tensor([2.5]))
+    assert models.fingerprint(one) == models.fingerprint(other)

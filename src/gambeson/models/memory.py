@@ -28,7 +28,8 @@ def fingerprint(module: nn.Module) -> str:
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda item: item[0]):
         value = tensor.detach().cpu().contiguous()
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
+        flat = value.flatten().clone(memory_format=torch.contiguous_format)  # one value may have the stride 0
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

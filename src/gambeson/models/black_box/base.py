@@ -185,8 +185,9 @@ class BlackBox(nn.Module):
             if decided:
                 scores = self._one_hot(given)
             one = self._names == 2 and not decided and scores.ndim in (2, 4) and scores.shape[1] == 1
-            if one and bool(((scores >= 0) & (scores <= 1)).all()):  # a sigmoid: the probability of the second class
-                scores = torch.cat([1 - scores, scores], 1)
+            if one and bool(((scores > -1e-4) & (scores < 1 + 1e-4)).all()):  # a sigmoid, up to a runtime's rounding
+                scores = scores.clamp(0, 1)
+                scores = torch.cat([1 - scores, scores], 1)  # it is the probability of the second class
             if scores.ndim not in (2, 4) or len(scores) != count or scores.shape[1] < 2:
                 raise UserError(
                     f"{self.title} was given {count} images and returned shape {tuple(scores.shape)}: {expected} and "
