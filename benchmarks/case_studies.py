@@ -294,7 +294,7 @@ def rapidocr() -> None:
     eps = next(iter(HIDE_RADII))
     uap = UniversalPerturbation.load(file.parent / f"uap-{eps.replace('/', '-')}.safetensors")
     images, _ = data.test.take(slice(0, 1))
-    shown = {}
+    shown: dict[str, torch.Tensor] = {}
     for what, one in (("an image", images), (f"with the pattern of {eps}", perturb(images, uap.delta))):
         shown |= {what: one[0], f"{what}:\nprobability of text": box(one).softmax(1)[0, 1:]}
     case_pages.side_by_side(PICTURES / "rapidocr.png", shown)
