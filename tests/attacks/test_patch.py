@@ -9,7 +9,7 @@ from gambeson.attacks import PATCH_CONTROLS, AdversarialPatch, UniversalPatch, U
 from gambeson.base import generator
 from gambeson.data import as_dataset
 from gambeson.evaluation import fooling_rate, rates_beside, target_success, under_edits, universal_evasion
-from gambeson.victim import Victim, predict, score
+from gambeson.victim import Victim, as_victim, predict, score
 from tests.conftest import LinearNet
 
 FEW = {"probe_starts": 0, "steps": 30}
@@ -109,6 +109,24 @@ def test_places_and_starts_follow_the_seed_and_no_restart_depends_on_others(trai
     narrow = UniversalPatch(eps=0.3, area=0.1, **FEW).craft(trained, digits)
     assert 0.2 - 1e-6 <= float(narrow.pattern.min()) < 0.3
     assert 0.7 < float(narrow.pattern.max()) <= 0.8 + 1e-6
+
+
+def test_every_other_random_start_is_a_piece_of_a_training_image_of_the_target_s_class(trained, digits):
+    for target in ("class:3", None):
+        attack = UniversalPatch(area=0.1, target=target, restarts=5, **FEW | {"steps": 1})
+        with as_victim(trained) as victim:
+            starts = list(attack._prepare([victim], digits, 0).starts(5, None))
+        assert [kind for kind, _ in starts] == ["zero", "sign", "image-piece", "sign", "image-piece"]
+        images, labels = digits.train.take(slice(None))
+        windows = images.unfold(2, 3, 1).unfold(3, 3, 1)[:, 0]  # (N, 6, 6, 3, 3)
+        found = []
+        for _, start in starts[2::2]:
+            equal = (windows - 0.5 - start[0, 0]).abs().amax((-2, -1)).flatten(1).amin(1) < 1e-6
+            found.append(labels[equal])
+            assert bool((found[-1] == 3).any()) if target else len(found[-1])
+        told = [kind for kind, _ in attack.craft(trained, digits).about.restarts]
+        assert told == [kind for kind, _ in starts]
+    assert not torch.equal(starts[2][1], starts[4][1])
 
 
 def test_a_target_counts_images_of_other_classes_alone(trained, digits):

@@ -99,8 +99,23 @@ def patch_control(name: str, patch: AdversarialPatch, images: Split, *, seed: in
         return torch.full(shape, 0.5)
     if name in ("uniform", "random-sign"):
         return 0.5 + (ball.uniform if name == "uniform" else ball.signs)(torch.Size(shape), draw)
-    labels, order = images.labels.cpu(), torch.randperm(len(images), generator=draw)
     target = None if patch.target is None else patch.target.within(images).index
+    return image_pieces(images, (height, width), draws, draw, target)
+
+
+def image_pieces(
+    images: Split, size: tuple[int, int], draws: int, draw: torch.Generator, target: int | None = None
+) -> torch.Tensor:
+    """Return pieces of as many images, cut out at random, (draws, C, h, w) in [0, 1].
+
+    Args:
+        images: that they are cut from.
+        size: their height and width.
+        draws: their number; of fewer images there are fewer.
+        draw: a CPU generator.
+        target: of images of this class, if there are some; else of one class after another.
+    """
+    labels, order = images.labels.cpu(), torch.randperm(len(images), generator=draw)
     own = order[labels[order] == target]
     if len(own) == 0:
         # The first image of each class, then the second of each, and so on.
@@ -108,10 +123,10 @@ def patch_control(name: str, patch: AdversarialPatch, images: Split, *, seed: in
         for label in labels.unique():
             turn[labels[order] == label] = torch.arange(int((labels == label).sum()))
         own = order[(turn * (int(labels.max()) + 1) + labels[order]).argsort(stable=True)]
-    pieces = []
+    (height, width), pieces = size, []
     for image in images.take(own[:draws])[0].cpu():
         top, left = (
-            int(torch.randint(a - b + 1, (), generator=draw)) for a, b in zip(image.shape[1:], shape[2:], strict=True)
+            int(torch.randint(a - b + 1, (), generator=draw)) for a, b in zip(image.shape[1:], size, strict=True)
         )
         pieces.append(image[:, top : top + height, left : left + width])
     return torch.stack(pieces)

@@ -15,6 +15,7 @@ from gambeson.attacks.solver import ProjectedGradient
 from gambeson.attacks.universal.adversarial_patch import AdversarialPatch
 from gambeson.attacks.universal.base import Candidate
 from gambeson.attacks.universal.context import CraftingContext
+from gambeson.attacks.universal.controls import image_pieces
 from gambeson.attacks.universal.perturbation import Provenance, Status, UniversalPerturbation
 from gambeson.attacks.universal.stochastic_pgd import StochasticPGD
 from gambeson.base import Number, UserError, generator
@@ -41,6 +42,18 @@ class PatchContext(CraftingContext):
     def shape(self) -> tuple[int, ...]:
         """(1, C, h, w) of the pattern."""
         return (1, self.train.shape[0], *self.mask.shape[2:])
+
+    def starts(self, restarts: int, start: torch.Tensor | None) -> Iterator[tuple[str, torch.Tensor]]:
+        """As :meth:`CraftingContext.starts`, but every other random start is a piece of a training image.
+
+        Pieces of images do more harm than noise, and climbing from noise does not always find what they are.
+        """
+        draw, target = generator(self.seed, "pieces"), None if self.target is None else self.target.index
+        size = (int(self.mask.shape[2]), int(self.mask.shape[3]))
+        pieces = iter(image_pieces(self.train, size, restarts, draw, target).to(self.device).split(1))
+        for number, (kind, delta) in enumerate(super().starts(restarts, start)):
+            piece = next(pieces, None) if kind == "sign" and number % 2 == 0 else None
+            yield (kind, delta) if piece is None else ("image-piece", self.ball.project(piece - GREY))
 
     def carried(self, delta: torch.Tensor) -> Patch:
         """Return the patch."""
@@ -82,7 +95,8 @@ class UniversalPatch(StochasticPGD):
     al., arXiv 1801.02608); with a mask of its own, a sticker (Eykholt et al., arXiv 1707.08945). The expectation over
     placements is maximised by stochastic PGD, with its truncated loss, probed starts and selection on validation,
     where the papers use their own loops. Values under the mask are free in [0, 1]: the ball of norm inf and radius 1/2
-    around mid-grey. Starts are the grey patch, then random black and white ones.
+    around mid-grey. Starts are the grey patch, then in turn a random black and white one and a piece of a training
+    image, of the target's class if there is one (ours).
 
     Each restart draws its own placements, and runs alone. Validation selects at placements of its own, the same for all
     candidates.
