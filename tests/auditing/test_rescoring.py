@@ -159,7 +159,7 @@ def looked(model, data, names=(BATCH, CORNER, GRADIENT, REPEAT), **settings):
         rescoring.begin(evidence, Checkpoints(None))
         evidence.universal = [universal.craft_point(evidence, EPS, None)]
         evidence.universal = universal.rescore(evidence)
-        attack = evidence.averaged(evidence.suite.pgd(EPS))
+        attack = evidence.averaged(evidence.pgd)
         evidence.per_image = [per_image.attacked(evidence, "pgd", attack, attack.plain())]
         checks = [check.check(evidence) for check in DIAGNOSTICS if check.name in names]
     return Found(

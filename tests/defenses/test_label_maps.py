@@ -11,6 +11,7 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.data import Dataset, Split
 from gambeson.defenses import Adversarial, Batch
+from gambeson.defenses.registry import DEFENSES
 from gambeson.models import ModelCard, PixelModel
 from gambeson.tasks import Segmentation
 
@@ -111,7 +112,7 @@ def trained(name, number, images, labels, task=None):
 
 
 def test_every_defence_has_its_case():
-    assert set(CASES) == set(gb.defenses.names())
+    assert set(CASES) == {entry.name for entry in DEFENSES.own()}  # other tests register defences too
 
 
 @pytest.mark.parametrize(("name", "number"), FORMS)
