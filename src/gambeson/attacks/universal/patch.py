@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Self
 import torch
 from pydantic import Field, model_validator
 
-from gambeson.attacks.losses import Loss
+from gambeson.attacks.losses import Loss, LossName
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import ProjectedGradient
 from gambeson.attacks.universal.adversarial_patch import AdversarialPatch
@@ -93,8 +93,8 @@ class UniversalPatch(StochasticPGD):
 
     Adversarial patches (Brown et al., arXiv 1712.09665) in one corner or at fixed places are those of LaVAN (Karmon et
     al., arXiv 1801.02608); with a mask of its own, a sticker (Eykholt et al., arXiv 1707.08945). The expectation over
-    placements is maximised by stochastic PGD, with its truncated loss, probed starts and selection on validation,
-    where the papers use their own loops. Values under the mask are free in [0, 1]: the ball of norm inf and radius 1/2
+    placements is maximised by stochastic PGD, with its probed starts and selection on validation, where the papers use
+    their own loops. Values under the mask are free in [0, 1]: the ball of norm inf and radius 1/2
     around mid-grey. Starts are the grey patch, then in turn a random black and white one and a piece of a training
     image, of the target's class if there is one (ours).
 
@@ -104,6 +104,13 @@ class UniversalPatch(StochasticPGD):
 
     name: ClassVar[str] = "universal-patch"
 
+    loss: LossName = "margin"
+    """As of :class:`StochasticPGD`, but for the default (ours): a small patch fools few images, and cross-entropy
+    truncated where they are fooled loses those that one place of many has only just fooled."""
+    truncate: Number | None = None
+    """As of :class:`StochasticPGD`, but for the default (ours)."""
+    momentum: Annotated[Number, Field(ge=0)] = 0.9
+    """As of :class:`StochasticPGD`, but for the default (ours)."""
     eps: Annotated[Eps, Field(gt=0, le=0.5)] = 0.5
     """Largest difference of a value of the patch from mid-grey, 1/2: 0.5 is all of [0, 1]; less suits printers, whose
     black and white are grey."""
