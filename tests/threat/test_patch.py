@@ -173,7 +173,7 @@ def test_masks_have_the_area(tmp_path):
         (lambda: mask_of("triangle", 0.1, (28, 28)), "shape 'triangle': expected square, circle, or the file"),
         (lambda: Placement(scale=0), "scale.0 = 0: expected greater than 0"),
         (lambda: Placement(scale=(2, 1)), r"scale = \(2, 1\): expected the smaller value first"),
-        (lambda: Placement(rotation=200), "rotation.0 = -200: expected greater than or equal to -180"),
+        (lambda: Placement(rotation=200), "rotation = 200: expected 0 to 180 degrees"),
         (lambda: Placement(place=(0.5, 1.2)), r"expected random, corner, or \(y, x\), two shares from 0 to 1"),
         (lambda: Placement(place="outside"), r"expected random, corner, or \(y, x\)"),
         (lambda: require_room((5, 5), (4, 9), Placement()), "patch of 5x5 pixels takes up to 5x5, and the images"),
@@ -206,3 +206,10 @@ def test_room_is_that_of_the_largest_bounding_rectangle():
         cos, sin = np.abs(np.cos(angles)), np.abs(np.sin(angles))
         expected = [(1.5 * (a * cos + b * sin)).max() for a, b in (size, size[::-1])]
         assert Placement(scale=(0.5, 1.5), rotation=rotation).needs(size) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("angle", [400, -20, float("nan")])
+def test_a_single_angle_is_meant_in_both_directions_or_refused(angle):
+    assert Placement(rotation=20).rotation == (-20, 20)
+    with pytest.raises(UserError, match="expected 0 to 180 degrees, in both directions"):
+        Placement(rotation=angle)

@@ -47,10 +47,20 @@ Scales = Annotated[
     AfterValidator(_ordered),
 ]
 """Least and largest factor of a patch's sides; a number alone is both."""
+
+
+def _both_ways(value: Any) -> Any:
+    if not isinstance(value, int | float):
+        return value
+    if not 0 <= value <= 180:
+        raise ValueError("expected 0 to 180 degrees, in both directions, or the least and the largest angle")
+    return -value, value
+
+
 Angle = Annotated[Number, Field(ge=-180, le=180)]
 Angles = Annotated[
     tuple[Angle, Angle],
-    BeforeValidator(lambda value: (-value, value) if isinstance(value, int | float) else value),
+    BeforeValidator(_both_ways),
     AfterValidator(_ordered),
 ]
 """Least and largest angle in degrees; a number alone is meant in both directions."""
