@@ -83,9 +83,9 @@ def _places(found: PlacementResult) -> Table:
         return Cell(percent(one.rate.value), (interval(one.rate), *beside), shade=shade)
 
     count_ = len(found.places)
-    heads = [f"{k / max(1, count_ - 1):.0%} from the left" for k in range(count_)]
+    heads = [f"{100 * k / max(1, count_ - 1):.0f} % from the left" for k in range(count_)]
     lines = [
-        Line(f"{k / max(1, count_ - 1):.0%} from the top", "", [cell(one) for one in row])
+        Line(f"{100 * k / max(1, count_ - 1):.0f} % from the top", "", [cell(one) for one in row])
         for k, row in enumerate(found.places)
     ]
     note = "At 0 % the patch touches one edge, at 100 % the other. The darker, the worse for the model."
