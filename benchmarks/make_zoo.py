@@ -48,10 +48,10 @@ SUITE = {
     "eps_uni_runs": 0,
     "jacobian_backwards": 0,
 }
-"""Of the audits: the checks of quick on fewer images, and the attack suite. Clean accuracy and UER are of all images."""
+"""Of the audits: checks of quick on fewer images, and the attack suite. Clean accuracy and UER are of all images."""
 
 
-class Material(NamedTuple):
+class Setup(NamedTuple):
     """A data set, its radius, and the recipe of its trainings."""
 
     eps: float
@@ -61,8 +61,8 @@ class Material(NamedTuple):
 
 
 DATA = {
-    "digits": Material(0.15, {"epochs": 30, "batch_size": 64, "lr": 0.1, "warmup": 1.0}),
-    "fashion-mnist": Material(0.1, {"epochs": 10, "batch_size": 128, "lr": 0.1, "warmup": 1.0}, 10_000),
+    "digits": Setup(0.15, {"epochs": 30, "batch_size": 64, "lr": 0.1, "warmup": 1.0}),
+    "fashion-mnist": Setup(0.1, {"epochs": 10, "batch_size": 128, "lr": 0.1, "warmup": 1.0}, 10_000),
 }
 
 
@@ -113,13 +113,13 @@ NAMES = [f"fashion-mnist/lenet5/{name}" for name in TRAININGS] + [
 def training(name: str) -> tuple[TrainRun, Training]:
     """Return the settings of an entry's training."""
     data_name, model, last = name.split("/")
-    material, how = DATA[data_name], OTHERS.get(name, TRAININGS[last])
+    setup, how = DATA[data_name], OTHERS.get(name, TRAININGS[last])
     takes_eps = "eps" in DEFENSES.get(how.defense["name"]).settings
     return TrainRun(
         data=data_name,
         model=model,
-        defense=how.defense | ({"eps": material.eps} if takes_eps else {}),
-        recipe=Recipe(**(material.recipe | how.recipe)),
+        defense=how.defense | ({"eps": setup.eps} if takes_eps else {}),
+        recipe=Recipe(**(setup.recipe | how.recipe)),
     ), how
 
 
@@ -183,11 +183,11 @@ def digest(file: Path) -> str:
 
 def card(entry: Entry, run: TrainRun, audit: Audit, uap: UniversalPerturbation) -> str:
     """Return the card of an entry."""
-    material, how = DATA[entry.data], OTHERS.get(entry.name, TRAININGS[entry.name.rpartition("/")[2]])
+    setup, how = DATA[entry.data], OTHERS.get(entry.name, TRAININGS[entry.name.rpartition("/")[2]])
     given = [f"{key} {value}" for key, value in how.defense.items() if key != "name"]
-    given += [f"eps {material.eps:g}"] if hasattr(run.defense, "eps") else []
-    recipe = ", ".join(f"{key} {value}" for key, value in (material.recipe | how.recipe).items())
-    size = "all training images" if material.train is None else f"a stratified sample of {material.train:,} images"
+    given += [f"eps {setup.eps:g}"] if hasattr(run.defense, "eps") else []
+    recipe = ", ".join(f"{key} {value}" for key, value in (setup.recipe | how.recipe).items())
+    size = "all training images" if setup.train is None else f"a stratified sample of {setup.train:,} images"
     made = ", ".join(f"{key} {audit.results.environment[key]}" for key in ("gambeson", "torch", "device"))
     failed = [f"{one.name} ({one.detail})" for one in audit.results.checks if one.passed is False]
     rows = {
@@ -199,7 +199,8 @@ def card(entry: Entry, run: TrainRun, audit: Audit, uap: UniversalPerturbation) 
         f"UER at eps {entry.eps:g}": f"{entry.uer} of {entry.uer.n:,} test images",
         "the perturbation": f"{entry.attack}, crafted on training images, chosen on {uap.about.chosen_on}",
         "accuracy under the attack suite": f"{entry.suite} of {entry.suite.n:,} test images, at eps {entry.eps:g}",
-        "verdict": f"{'trusted' if entry.trusted else 'not trusted'}. {entry.verdict}",
+        "verdict": f"{'trusted' if entry.trusted else 'not trusted'}; of {audit.results.material.test:,} test images: "
+        f"{entry.verdict}",
         "failed checks": "; ".join(failed) or "none",
         "made with": made,
         "licence": entry.license,

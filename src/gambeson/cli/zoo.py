@@ -43,7 +43,8 @@ def list_(
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("name", "what", "eps", "clean", "UER", "suite"):
-        table.add_column(column, overflow="fold", justify="left" if column in ("name", "what") else "right")
+        left = column in ("name", "what")
+        table.add_column(column, overflow="fold", no_wrap=column != "what", justify="left" if left else "right")
     for one in entries:
         rates = (f"{100 * rate.value:.1f}" for rate in (one.clean, one.uer, one.suite))
         table.add_row(one.name, escape(one.summary), f"{one.eps:.3g}", *rates)
@@ -85,7 +86,7 @@ def verify(
     else:
         table = Table(title="per cent [95 % interval]", box=box.SIMPLE_HEAD)
         for column in ("name", "clean", "UER", "verified"):
-            table.add_column(column, overflow="fold")
+            table.add_column(column, overflow="fold", no_wrap=column == "name")
         for one in found:
             rates = ("" if rate is None else str(rate) for rate in (one.clean, one.uer))
             table.add_row(one.name, *rates, "yes" if one.passed else f"no: {escape(one.reason)}")

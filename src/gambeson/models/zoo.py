@@ -151,7 +151,7 @@ def _folder() -> Path:
 
 
 def _fetched(one: Entry, file: str) -> Path:
-    hub = required("huggingface_hub", one.name)
+    hub = required("huggingface_hub", f"{PREFIX}{one.name}")
     owner, repo, *folders = one.at.removeprefix(HUB).split("/")
     repo, _, revision = repo.partition("@")
     try:
