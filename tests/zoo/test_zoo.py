@@ -14,7 +14,7 @@ import torch
 
 import gambeson as gb
 from gambeson.attacks import load as load_perturbation
-from gambeson.base import UserError, load_tensors, save_tensors, write_json
+from gambeson.base import UserError, load_tensors, read_settings, save_tensors, write_json
 from gambeson.cli.app import run
 from gambeson.evaluation import Rate, accuracy, load_model, universal_evasion
 from gambeson.models import fingerprint
@@ -235,7 +235,11 @@ def of_the_tree(monkeypatch):
 @pytest.mark.parametrize("name", shipped())
 def test_a_shipped_entry_agrees_with_its_run_its_audit_and_its_card(of_the_tree, name):
     entry, model, uap = gb.zoo.entry(name), gb.zoo.load(name), gb.zoo.load_uap(name)
-    trained, audit, card = load_model(f"zoo:{name}", dataset=None).trained, gb.zoo.load_audit(name), gb.zoo.card(name)
+    trained, audit, card = (
+        read_settings(files.path(name, files.RUN), "train"),
+        gb.zoo.load_audit(name),
+        gb.zoo.card(name),
+    )
     assert audit.subject.fingerprint == fingerprint(model)
     assert audit.middle.attack == uap.about.attack == entry.attack
     assert uap.about.attack != "stochastic-pgd" or uap.about.model == fingerprint(model)
@@ -262,5 +266,9 @@ def test_the_python_of_a_page_runs(of_the_tree, page, capsys):
 @pytest.mark.full
 @pytest.mark.parametrize("name", shipped())
 def test_a_shipped_entry_verifies(of_the_tree, name):
+    try:
+        gb.data.load(name.partition("/")[0])
+    except UserError as error:
+        pytest.skip(str(error))
     found = gb.zoo.verify(name)
     assert found.passed, found.reason
