@@ -16,6 +16,7 @@ from gambeson import data, models
 from gambeson.base import Config, UserError, check_run, close_run, derive, environment, open_run, seeded, user_code
 from gambeson.data import Dataset
 from gambeson.defenses import AnyDefense, Defense, Standard, name_of
+from gambeson.models import zoo
 from gambeson.models.loading import input_shape
 from gambeson.models.storage import FILE_NAME, load_weights, read_weights
 from gambeson.training.batches import Epoch, member_seeds
@@ -151,8 +152,8 @@ class TrainRun(Config):
     recipe: Recipe = Recipe()
     """Training length, optimiser and schedule."""
     init: str | None = None
-    """Initial weights, of the whole model or of the architecture, which start every member of an ensemble; None: random
-    from the seed, or those in the model's name."""
+    """Initial weights, of the whole model or of the architecture, which start every member of an ensemble, in a file or
+    as ``zoo:NAME``; None: random from the seed, or those in the model's name."""
     seed: int = 0
     device: str = "cpu"
 
@@ -216,6 +217,7 @@ def _built(run: TrainRun, dataset: data.Dataset) -> tuple[nn.Module, data.Datase
     """
 
     def stand_in(name: str) -> models.PixelModel:
+        name = zoo.resolved(name)
         return models.load(Path(name)) if Path(name).exists() else models.create(name, dataset)
 
     model = _model(run, dataset).to(torch.device(run.device))
@@ -232,7 +234,7 @@ def _model(run: TrainRun, dataset: data.Dataset) -> models.PixelModel:
         drawn.append(models.create(run.model, dataset, seed=seed))
     model = models.ensemble(drawn)
     if run.init is not None:
-        weights = read_weights(Path(run.init))
+        weights = read_weights(Path(zoo.resolved(run.init)))
         try:
             load_weights(model, weights)
         except UserError as unfit:  # weights of one network start every member of an ensemble of it
@@ -248,6 +250,7 @@ def _model(run: TrainRun, dataset: data.Dataset) -> models.PixelModel:
 
 def _source(run: TrainRun, name: str, out: Path, dataset: data.Dataset) -> models.PixelModel:
     """Load a source model of a defence: a run, a file, or an architecture that is trained first, next to the run."""
+    name = zoo.resolved(name)
     if Path(name).exists():
         return models.load(Path(name))
     settings = run.model_copy(
