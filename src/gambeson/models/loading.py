@@ -13,7 +13,7 @@ from torch import nn
 from gambeson import data, models
 from gambeson.base import UserError, read_settings, seeded, user_code
 from gambeson.data.load import FOLDERS
-from gambeson.models import external, hubs, normalisation, registry, torchvision_nets
+from gambeson.models import external, hubs, normalisation, registry, torchvision_nets, zoo
 from gambeson.models.black_box.base import BlackBox, no_gradient
 from gambeson.models.black_box.http import HttpModel, HttpSettings
 from gambeson.models.black_box.local import FunctionModel, OnnxModel
@@ -58,7 +58,7 @@ def load_model(
     Args:
         source: one of
 
-            * the folder of a training run, or a weights file of this library;
+            * the folder of a training run, a weights file of this library, or ``zoo:NAME`` (:mod:`gambeson.zoo`);
             * an architecture: a name of :func:`gambeson.models.create`, ``torchvision:NAME[@WEIGHTS]``,
               ``timm:NAME[@TAG]``, ``transformers:NAME_OR_PATH`` or ``FILE.py:FUNCTION``; with weights from a file as
               ``ARCHITECTURE@FILE``, where FILE is safetensors or a state dict of ``torch.save`` (see
@@ -87,7 +87,7 @@ def load_model(
         UserError: no such model, unknown data, data that do not fit the model, a budget for a model that is not a
             black box, or weights that do not say how pixels were normalised and are clearly better under another way.
     """
-    source, normalise = _split(source)
+    named, (source, normalise) = source, _split(source)
     path = Path(source)
     trained = read_settings(path / "run.yaml", "train") if (path / "run.yaml").is_file() else {}
     dataset = None if dataset is None else data.as_dataset(dataset)
@@ -119,7 +119,7 @@ def load_model(
                 f"the model takes {card.in_channels} channels and knows {card.classes} classes, but {name} has "
                 f"{dataset.in_channels} channels and {dataset.num_classes} classes: choose data that fit the model"
             )
-    defense = trained.get("defense", {})
+    defense = "" if named.startswith(zoo.PREFIX) else trained.get("defense", {})
     label = user_code.short((defense if isinstance(defense, str) else defense.get("name")) or _label(source))
     return LoadedModel(model=model, dataset=dataset, trained=trained, label=label)
 
@@ -332,11 +332,11 @@ def _black_box(
 
 
 def _split(source: str) -> tuple[str, str | None]:
-    """Split ``?normalise=`` from a model's name; a server's address stays as it is."""
+    """Split ``?normalise=`` from a model's name, and find one of the zoo; a server's address stays as it is."""
     bare, normalise = normalisation.split(source)
     if normalise is None or source.startswith(_SERVER):
-        return source, None
-    if _loader(bare) in (_black_box, _stored):
+        return zoo.resolved(source), None
+    if _loader(zoo.resolved(bare)) in (_black_box, _stored):
         raise UserError(f"{bare} normalises its pixels itself: leave ?normalise={normalise} out")
     return bare, normalise
 
