@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -51,6 +52,10 @@ def test_rates_are_those_of_each_place(spot):
     assert result.whole.rate == whole
     assert 0 < whole.value < 0.5  # 4 of 30 places
     assert result.harm.value == pytest.approx(whole.value)
+    assert result.whole.lead == result.harm  # grey and pieces of dark images do nothing
+    assert f"beats its strongest control, by {100 * result.harm.low:+.1f} to" in result.whole.comparison
+    assert fine.whole.lead is None
+    assert fine.whole.comparison == ""
     assert [one.at for one in result.rotations] == [0, 15, 30, 45, 90, 180]
     assert result.rotations[0].rate == whole
     # The larger it is, the more places cover the pixel.
@@ -114,6 +119,8 @@ def test_it_is_shown(spot, tmp_path):
     assert "One patch makes this model wrong on" in page
     assert page.count("data:image/png") >= 10  # icon, patch and eight images
     assert "turned by 180 degrees" in page
+    assert "lead, points" in page
+    assert result.whole.comparison in " ".join(page.replace("\N{NO-BREAK SPACE}", " ").replace("&nbsp;", " ").split())
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
@@ -122,14 +129,14 @@ def test_the_print_has_its_size_and_every_pixel(spot, tmp_path):
     pattern = torch.tensor([[0.0, 0.2, 0.4], [0.6, 0.8, 1.0]])[None, None]
     mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])[None, None]
     wide = AdversarialPatch(pattern, mask, found.shape, found.about)
-    assert print_patch(wide, tmp_path / "a.png", "50mm") == (394, 591)
+    assert print_patch(wide, tmp_path / "a.png", "50mm", marks=False) == (394, 591)
     picture = Image.open(tmp_path / "a.png")
     assert picture.info["dpi"] == pytest.approx((300, 300), abs=0.01)
     assert picture.size[0] / picture.info["dpi"][0] * 25.4 == pytest.approx(50, abs=0.05)
     seen = [picture.getpixel((100 + 197 * (k % 3), 100 + 197 * (k // 3))) for k in range(6)]
     assert [one[0] for one in seen] == [0, 51, 102, 153, 204, 255]
     assert [one[3] for one in seen] == [255, 255, 0, 255, 255, 255]
-    print_patch(wide, tmp_path / "a.pdf", "2 in", 100)
+    print_patch(wide, tmp_path / "a.pdf", "2 in", 100, marks=False)
     content = (tmp_path / "a.pdf").read_bytes()
     assert content.startswith(b"%PDF")
     assert b"/MediaBox [ 0 0 144.0 95.76 ]" in content  # 200 x 133 dots in points of 1/72 inch
@@ -140,6 +147,51 @@ def test_the_print_has_its_size_and_every_pixel(spot, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             print_patch(wide, tmp_path / out, size)
+
+
+def test_the_lead_is_over_the_strongest_pattern_on_the_same_images(spot):
+    model, data, found = spot
+    grey = AdversarialPatch(torch.full((1, 1, 2, 2), 0.5), found.mask, found.shape, found.about)
+    result = by_placement(model, data, grey, grid=1, scales=[], rotations=[])
+    rates = {one.name: one.worst.value for one in result.whole.controls}
+    assert rates["uniform"] > rates["grey"] == 0
+    assert result.whole.lead.value == -max(rates.values())
+    assert result.whole.lead.n == 60
+    assert result.whole.lead.high < 0
+    name = max(rates, key=rates.get)
+    assert result.whole.comparison.startswith("The patch is behind its strongest control, by -")
+    assert f"({name};" in result.whole.comparison
+    level = by_placement(model, data, grey, grid=1, controls=("grey",), scales=[], rotations=[]).whole
+    assert level.lead.low < level.lead.value == 0 < level.lead.high
+    assert "not clearly ahead of its strongest control: -" in level.comparison
+
+
+def test_crop_marks_point_to_the_corners_and_the_size_is_written(spot, tmp_path):
+    _, _, found = spot
+    white = AdversarialPatch(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), found.shape, found.about)
+    height, width = print_patch(white, tmp_path / "a.png", "2in", 254)  # ten dots a millimetre
+    assert (height, width) == (254, 508)
+    picture = Image.open(tmp_path / "a.png")
+    assert picture.info["dpi"] == pytest.approx((254, 254), abs=0.01)
+    channels = torch.from_numpy(np.array(picture))
+    opaque = channels[..., 3] > 0
+    dark = opaque & (channels[..., 0] < 128)
+    bright = (opaque & ~dark).nonzero()
+    (top, left), (bottom, right) = bright[: height * width].amin(0), bright[: height * width].amax(0)
+    assert (bottom - top + 1, right - left + 1) == (height, width)
+    assert not dark[top - 14 : bottom + 16, left - 14 : right + 16].any()  # a gap of 1.5 mm
+    for x in (left - 1, right + 1):  # marks of 4 mm, above and below the corners
+        assert dark[:top, x].sum() == 40
+        assert dark[bottom + 16 : bottom + 56, x].all()
+    for y in (top - 1, bottom + 1):
+        assert dark[y, :left].sum() == dark[y, right + 1 :].sum() == 40
+    assert dark[bottom + 56 :].sum() > 500  # its size, in letters
+    lines = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("PIL.ImageDraw.ImageDraw.text", lambda _, at, text, *rest: lines.append(text))
+        print_patch(white, tmp_path / "a.pdf", "2in", 254)
+        print_patch(white, tmp_path / "a.pdf", "50 mm", 300)
+    assert lines == ["2 x 1 in: print at 100 %, 254 dpi", "50 x 25 mm: print at 100 %, 300 dpi"]
 
 
 def test_the_commands(trained, digits, tmp_path, capsys, monkeypatch):

@@ -118,14 +118,14 @@ def places_table(found: PlacementResult) -> Table:
 
 
 def placements_table(found: PlacementResult) -> Table:
-    """One row per scale and angle: the rate of a patch and that of the worst control."""
+    """One row per scale and angle: the rate of a patch, that of the worst control, and the lead over it."""
     table = Table(title=f"{found.what} by scale and angle: per cent [95 % interval]", box=box.SIMPLE_HEAD)
-    for name in ("placement", found.what, "worst control"):
+    for name in ("placement", found.what, "worst control", "lead, paired"):
         table.add_column(name, justify="left" if name == "placement" else "right")
     rows = {"as crafted": found.whole} | {f"scale {one.at:g}": one for one in found.scales}
     rows |= {f"angle {one.at:g}": one for one in found.rotations}
     for name, one in rows.items():
-        table.add_row(name, _cell(one.rate), _cell(one.control))
+        table.add_row(name, _cell(one.rate), _cell(one.control), "-" if one.lead is None else str(one.lead))
     return table
 
 

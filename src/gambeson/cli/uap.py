@@ -223,6 +223,7 @@ def score(
     if moved is not None:
         console.print(places_table(moved))
         console.print(placements_table(moved))
+        console.print(moved.whole.comparison)
         if moved.left_out:
             console.print(f"larger than an image, and left out: {', '.join(moved.left_out)}")
     if report is not None:
@@ -257,6 +258,7 @@ def export(
     size: Annotated[str, typer.Option("--print", help="Length of its longer side in print: 50mm, 5cm or 2in.")],
     to: Annotated[Path, typer.Option(help="File to write, .png or .pdf.")],
     dpi: Annotated[int, typer.Option(min=1, help="Dots per inch.")] = 300,
+    marks: Annotated[bool, typer.Option(help="Crop marks around it, and its size beside it.")] = True,
     as_json: options.Json = False,
 ) -> None:
     """Write a patch as a picture that prints at a given size.
@@ -269,7 +271,7 @@ def export(
 
     patch = AdversarialPatch.load(file)
     writable(to.parent)
-    height, width = print_patch(patch, to, size, dpi)
+    height, width = print_patch(patch, to, size, dpi, marks=marks)
     if as_json:
         print_json({"file": str(to), "height": height, "width": width, "dpi": dpi})
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from pydantic import Field
@@ -39,6 +40,22 @@ class PlacedRate(Config):
     """The error; of a patch with a target, the share of images that are taken for it."""
     controls: list[Control]
     """The same of controls at this placement."""
+    lead: Difference | None = None
+    """The rate minus that of the control's pattern which reaches most, paired on the same images at the same places.
+    That pattern is picked on these images, so that what is left of the lead is rather too little. None without one."""
+
+    @property
+    def comparison(self) -> str:
+        """Whether the patch does more than its strongest control, in a sentence; empty without one."""
+        found = strongest_control(self.controls)
+        if found is None or self.lead is None:
+            return ""
+        points = f"{{}} {100 * self.lead.low:+.1f} to {100 * self.lead.high:+.1f} points ({found.name}; 95 % interval)"
+        if self.lead.low > 0:
+            return points.format("The patch beats its strongest control, by") + "."
+        if self.lead.high < 0:
+            return points.format("The patch is behind its strongest control, by") + "."
+        return points.format("The patch is not clearly ahead of its strongest control:") + "."
 
     @property
     def control(self) -> Rate | None:
@@ -183,11 +200,20 @@ def by_placement(
             at: float | tuple[float, float], placement: Placement, patterns: int | None = PATTERNS
         ) -> PlacedRate:
             drawn = {
-                name: [errors(patch.placed(one, placement)).rate for one in some[:patterns].split(1)]
+                name: [errors(patch.placed(one, placement)) for one in some[:patterns].split(1)]
                 for name, some in beside.items()
             }
-            rate = errors(patch.placed(placement=placement)).rate
-            return PlacedRate(at=at, rate=rate, controls=[Control.of(name, some) for name, some in drawn.items()])
+            under = errors(patch.placed(placement=placement))
+            best = max(chain.from_iterable(drawn.values()), key=lambda one: one.error, default=None)
+            return PlacedRate(
+                at=at,
+                rate=under.rate,
+                controls=[Control.of(name, [one.rate for one in some]) for name, some in drawn.items()],
+                lead=None if best is None else paired(under, best),
+            )
+
+        def paired(first: ImageErrors, second: ImageErrors) -> Difference:
+            return Difference.of(first.rows, second.rows, first.of_sums, first.images, seed=seed)
 
         clean, under = errors(None), errors(patch.placed())
         return PlacementResult(
@@ -197,7 +223,7 @@ def by_placement(
             target=None if target is None else whole.classes[target],
             clean=clean.rate,
             whole=placed(1.0, own, None),
-            harm=Difference.of(under.rows, clean.rows, clean.of_sums, clean.images, seed=seed),
+            harm=paired(under, clean),
             places=[[placed((y, x), moved[y, x]) for x in steps] for y in steps],
             scales=[placed(scale, placement) for scale, placement in scaled.items()],
             rotations=[placed(angle, placement) for angle, placement in turned.items()],

@@ -9,6 +9,7 @@ from typing import Any
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import Cost, SmallestEps
 from gambeson.report.loading import Folder
+from gambeson.tasks import Difference
 
 
 def percent(value: float) -> str:
@@ -25,8 +26,8 @@ def of_hundred(value: float) -> str:
     return f"{100 * value:.0f}"
 
 
-def interval(rate: Rate) -> str:
-    """Write the ends of the 95 % interval, in per cent: ``[11.0, 13.7]``."""
+def interval(rate: Rate | Difference) -> str:
+    """Write the ends of the 95 % interval, in per cent or points: ``[11.0, 13.7]``."""
     return f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from gambeson.attacks import AdversarialPatch
 from gambeson.base import UserError, pixel_bytes
@@ -30,6 +30,8 @@ class Page:
     title: str
     setting: str
     answer: str
+    comparison: str
+    """With the strongest control."""
     squares: list[str]
     """Of the answer's 100 images, see :func:`gambeson.report.summary.squares`."""
     pattern: str
@@ -52,6 +54,7 @@ def build(patch: AdversarialPatch, found: PlacementResult, images: Split, seed: 
         setting=f"{count(found.clean.n, 'test image')} of {shape[1]} x {shape[2]} pixels with one patch of "
         f"{' x '.join(map(str, patch.mask.shape[2:]))}. It was crafted for {patch.placement}.",
         answer=_answer(found),
+        comparison=found.whole.comparison,
         squares=squares(found.whole.rate, found.clean),
         pattern=pictures.png(flat_patch),
         examples=[pictures.png(one) for one in shown],
@@ -70,8 +73,6 @@ def _answer(found: PlacementResult) -> str:
     control = strongest_control(found.whole.controls)
     if control is not None:
         text += f" The strongest control ({control.name}) does so on {of_hundred(control.worst.value)}."
-        if found.whole.rate.low <= control.worst.high:
-            text += " The patch is not clearly stronger than that."
     return text
 
 
@@ -82,9 +83,9 @@ def _places(found: PlacementResult) -> Table:
         return Cell(percent(one.rate.value), (interval(one.rate), *beside), shade=shade)
 
     count_ = len(found.places)
-    heads = [f"{k / max(1, count_ - 1):.0%} from the left" for k in range(count_)]
+    heads = [f"{100 * k / max(1, count_ - 1):.0f} % from the left" for k in range(count_)]
     lines = [
-        Line(f"{k / max(1, count_ - 1):.0%} from the top", "", [cell(one) for one in row])
+        Line(f"{100 * k / max(1, count_ - 1):.0f} % from the top", "", [cell(one) for one in row])
         for k, row in enumerate(found.places)
     ]
     note = "At 0 % the patch touches one edge, at 100 % the other. The darker, the worse for the model."
@@ -94,20 +95,26 @@ def _places(found: PlacementResult) -> Table:
 def _others(found: PlacementResult) -> Table:
     def line(name: str, note: str, one: PlacedRate) -> Line:
         control = NONE if one.control is None else rate_cell(one.control)
-        return Line(name, note, [rate_cell(one.rate), control])
+        lead = NONE if one.lead is None else Cell(f"{100 * one.lead.value:+.1f}", (interval(one.lead),))
+        return Line(name, note, [rate_cell(one.rate), control, lead])
 
-    lines = [Line("no patch", "clean images", [rate_cell(found.clean), NONE], minor=True)]
+    lines = [Line("no patch", "clean images", [rate_cell(found.clean), NONE, NONE], minor=True)]
     lines.append(line("as crafted", str(found.placement), found.whole))
     lines += [line(f"scale {one.at:g}", "", one) for one in found.scales]
     lines += [line(f"turned by {one.at:g} degrees", "", one) for one in found.rotations]
-    return Table(f"{found.what} by scale and angle", ["Patch", found.what, "worst control"], [Group(None, lines)])
+    heads = ["Patch", found.what, "worst control", "lead, points"]
+    return Table(f"{found.what} by scale and angle", heads, [Group(None, lines)])
 
 
 _UNITS = {"mm": 1.0, "cm": 10.0, "in": 25.4}
+_MARK, _GAP = 4.0, 1.5
+"""Length of a crop mark, and its distance from the patch, in mm (ours)."""
 
 
-def print_patch(patch: AdversarialPatch, out: str | Path, size: str, dpi: int = 300) -> tuple[int, int]:
-    """Write a patch for a printer, every pixel of it a square, with its physical size in the file.
+def print_patch(
+    patch: AdversarialPatch, out: str | Path, size: str, dpi: int = 300, *, marks: bool = True
+) -> tuple[int, int]:
+    """Write a patch for a printer, every pixel of it a square, with its physical size in the file and beside it.
 
     Outside its mask a PNG is transparent and a PDF white. Neither knows what a printer makes of the colours.
 
@@ -116,9 +123,11 @@ def print_patch(patch: AdversarialPatch, out: str | Path, size: str, dpi: int = 
         out: a file that ends in .png or .pdf.
         size: of its longer side, such as ``50mm``, ``5cm`` or ``2in``.
         dpi: dots per inch.
+        marks: surround it by crop marks, which point to its corners, and write its size below; otherwise the picture
+            is the patch alone.
 
     Returns:
-        Height and width in dots.
+        Height and width of the patch in dots.
 
     Raises:
         UserError: another size or ending, more or less dots than a printer has a use for, or channels without colours.
@@ -141,6 +150,8 @@ def print_patch(patch: AdversarialPatch, out: str | Path, size: str, dpi: int = 
     layers = pixel_bytes(torch.cat([patch.pattern[0].expand(3, -1, -1), patch.mask[0]]).cpu())
     picture = Image.fromarray(layers.permute(1, 2, 0).contiguous().numpy(), "RGBA")
     picture = picture.resize((width, height), Image.Resampling.NEAREST)
+    if marks:
+        picture = _with_marks(picture, dpi, found[2])
     if out.suffix == ".pdf":
         page = Image.new("RGB", picture.size, "white")
         page.paste(picture, mask=picture.getchannel("A"))
@@ -148,3 +159,25 @@ def print_patch(patch: AdversarialPatch, out: str | Path, size: str, dpi: int = 
     else:
         picture.save(out, "PNG", dpi=(dpi, dpi))
     return height, width
+
+
+def _with_marks(picture: Image.Image, dpi: int, unit: str) -> Image.Image:
+    """Surround a picture by crop marks at its four corners, and write its width and height below."""
+    gap, mark, line = (max(1, round(length / 25.4 * dpi)) for length in (_GAP, _MARK, 0.1))
+    edge, (width, height) = gap + mark, picture.size
+    told = " x ".join(f"{round(side / dpi * 25.4 / _UNITS[unit], 1 + (unit != 'mm')):g}" for side in picture.size)
+    font = ImageFont.load_default(max(8, round(3 / 25.4 * dpi)))
+    text = f"{told} {unit}: print at 100 %, {dpi} dpi"
+    left, top, right, bottom = font.getbbox(text)
+    size = max(width + edge, round(right - left)) + edge + gap, height + 2 * (edge + gap) + round(bottom - top)
+    page = Image.new("RGBA", size, (255, 255, 255, 0))
+    page.paste(picture, (edge, edge))
+    draw = ImageDraw.Draw(page)
+    for x in (edge - line, edge + width):  # the marks' inner edges are the patch's
+        for y in (0, edge + height + gap):
+            draw.rectangle((x, y, x + line - 1, y + mark - 1), "black")
+    for y in (edge - line, edge + height):
+        for x in (0, edge + width + gap):
+            draw.rectangle((x, y, x + mark - 1, y + line - 1), "black")
+    draw.text((edge - left, height + 2 * edge + gap - top), text, "black", font)
+    return page
