@@ -26,7 +26,7 @@ from gambeson.attacks import PGD, StochasticPGD
 from gambeson.base import generator, seeded
 from gambeson.data import Dataset
 from gambeson.defenses.universal_consistency import UAPBank
-from gambeson.evaluation import accuracy, accuracy_under, under_edits, universal_evasion
+from gambeson.evaluation import Rate, accuracy, accuracy_under, under_edits, universal_evasion
 from gambeson.evaluation.transfer import error_of, perturbed
 from gambeson.training import Recipe
 from gambeson.training.loop import Run
@@ -213,6 +213,102 @@ KINDS: dict[str, tuple[Callable[[Nets, str], Any], tuple[str, ...]]] = {
     "edits": (edits, ("standard", "gambeson")),
 }
 """Kinds of rows: what makes one, and their names."""
+
+
+def percent(rate: dict[str, Any]) -> str:
+    """A rate in per cent."""
+    return f"{100 * rate['value']:.1f}"
+
+
+def tables(stored: dict[str, Any]) -> dict[str, str]:
+    """The tables of ``docs/recipe.md`` by marker, with what has not been measured left open."""
+    rows, both = stored["rows"], ("standard", "gambeson")
+
+    def of(kind: str, name: str) -> Any:
+        return rows.get(f"{kind}: {name}")
+
+    def lines(head: list[str], body: list[list[str]]) -> str:
+        width = len(head)
+        every = [head, ["---"] * width, *(cells + ["not run"] * (width - len(cells)) for cells in body)]
+        return "".join(f"| {' | '.join(cells)} |\n" for cells in every)
+
+    def by_radius(what: str, some: dict[str, tuple[float, ...]], title: str) -> str:
+        places = [(norm, f"{eps:g}") for norm, every in some.items() for eps in every]
+        head = [title, "clean", *(f"{norm}, {eps}" for norm, eps in places)]
+        found = {name: of("radii", name) for name in both}
+
+        def clean(row: dict[str, Any]) -> str:
+            right = Rate(**row["clean"])
+            return percent((right.complement if what == "uer" else right).plain())
+
+        return lines(
+            head,
+            [
+                [name, clean(row), *(percent(row[what][norm][eps]) for norm, eps in places)] if row else [name]
+                for name, row in found.items()
+            ],
+        )
+
+    def audited(name: str) -> list[str]:
+        row = of("masking", name)
+        if row is None:
+            return [name]
+        failed = [check for check, one in row["checks"].items() if one["passed"] is False]
+        steps = row["checks"]["multi-step beats single-step"]["detail"].split(", both")[0]
+        found = row["checks"]["attacks find what is there"]["detail"].split(" copies")[0].removeprefix("of ")
+        return [
+            name,
+            "yes" if row["trusted"] else "no",
+            ", ".join(failed) or "none",
+            f"all of {found}" if row["checks"]["attacks find what is there"]["passed"] else "not all",
+            steps.removeprefix("accuracy "),
+            f"{100 * min(one['value'] for one in row['per image'].values()):.1f} %",
+        ]
+
+    aligned = of("alignment", "gambeson") or []
+    parts = ["first", f"first {DIRECTIONS}", "gain"]
+    moved = {name: of("transfer", name) for name in both}
+    edited = {name: {one["edit"]: one for one in of("edits", name) or []} for name in both}
+    tuned = [
+        [f"{n}, {'from the standard network' if start == 'standard' else 'from scratch'}"]
+        + ([percent(row[what]) for what in ("clean", "uer", "pgd")] if row else [])
+        for n in SHORT
+        for start in ("standard", "scratch")
+        for row in [of("fine-tuning", f"{start} {n}")]
+    ]
+    return {
+        "recipe patterns": by_radius("uer", RADII, "error under one pattern"),
+        "recipe images": by_radius("pgd", IMAGE_RADII, "right under PGD-20"),
+        "recipe masking": lines(
+            ["training", "trusted", "failed checks", "active test finds", "one step and many", "worst per image"],
+            [audited(name) for name in ("gambeson", "single-step")],
+        ),
+        "recipe alignment": lines(
+            ["epoch", *(f"bank, {part}" for part in parts), *(f"random signs, {part}" for part in parts)],
+            [
+                [str(epoch), *(f"{row[f'{who}: {part}']:.3f}" for who in ("bank", "random") for part in parts)]
+                for epoch, row in enumerate(aligned)
+            ]
+            or [["all"]],
+        ),
+        "recipe tuning": lines(["epochs", "clean", "UER 0.2", "PGD-20 at 0.2"], tuned),
+        "recipe transfer": lines(
+            ["made on", *(f"{what}, error of {target}" for what in ("pattern", "PGD-20") for target in both)],
+            [
+                [name, *(percent(row[target][what]) for what in ("uer", "pgd") for target in both)] if row else [name]
+                for name, row in moved.items()
+            ],
+        ),
+        "recipe edits": lines(
+            ["edit", *(f"{name}: {what}" for name in both for what in ("clean error", "UER", "random signs"))],
+            [
+                [edit, *(percent(one[edit][what]) for one in edited.values() for what in ("clean", "uer", "control"))]
+                if all(edited.values())
+                else [edit]
+                for edit in ("none", *EDITS)
+            ],
+        ),
+    }
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ import case_tables  # noqa: E402
 import claims  # noqa: E402
 import make_zoo  # noqa: E402
 import patch  # noqa: E402
+import recipe  # noqa: E402
 import scaling  # noqa: E402
 import testbed_rates  # noqa: E402
 import unet_audits  # noqa: E402
@@ -421,6 +422,7 @@ def tables() -> dict[str, tuple[str, str]]:
             f"claims {page}": (f"papers/{page}.md", lines(*claims.of_paper(prefix)))
             for page, prefix in claims.PAPERS.items()
         },
+        **{marker: ("recipe.md", text) for marker, text in recipe.tables(load("recipe.json")).items()},
         **{marker: (page, lines(*made)) for marker, (page, made) in case_tables.tables().items()},
     } | {f"{name} table": ("scaling.md", f"\n{text}\n") for name, text in scaling.tables(load("scaling.json")).items()}
 

@@ -105,6 +105,14 @@ def test_a_cut_audit_goes_on_after_its_last_stage(audited, trained, digits, tmp_
     other = gb.models.create("lenet5", digits)
     with pytest.raises(UserError, match="holds the audit of another model"):
         gb.audit(other, digits, SUITE, tmp_path)
+    fewer = SUITE.model_copy(update={"pgd_steps": SUITE.pgd_steps + 1, "eps": (0.3,)})
+    for data, suite, seed, unlike in (
+        (digits, fewer, 0, "suite.eps, suite.pgd_steps"),
+        (digits, SUITE, 3, "seed"),
+        (digits.test, SUITE, 0, "images"),
+    ):
+        with pytest.raises(UserError, match=rf"holds another run \(it differs in {unlike}"):
+            gb.audit(trained, data, suite, tmp_path, seed=seed)
 
 
 def test_a_failed_attack_is_reported_as_failed(trained, digits, monkeypatch):

@@ -1,6 +1,12 @@
 """Hardening: what it gains and keeps on digits, which epoch it takes, when it stops, and what it refuses at once."""
 
+import copy
 import json
+import random
+import resource
+import subprocess
+import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,11 +16,16 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.auditing.clock import now
+from gambeson.base import OutOfSpace
+from gambeson.base.files import read_yaml
 from gambeson.cli.app import run
 from gambeson.hardening import Hardening, HardenRun, job, run_harden
 from gambeson.hardening.job import Job, Schedule, collapsed
+from gambeson.training import loop
+from gambeson.training.loop import Run
 from gambeson.training.validation import validate
 from tests.cli.test_cli import says
+from tests.conftest import full
 
 SMALL = [
     *("--data", "digits", "--eps", "0.1", "--suite", "glance", "--set", "suite.minutes=null", "--keep-accuracy", "3"),
@@ -112,9 +123,14 @@ def job_of(model, digits, **settings):
     return Job(model, digits, Hardening(**{"eps": 0.2, "recipe": {"batch_size": 256, "epochs": 6}, **settings}))
 
 
+def schedule_of(made, every=1):
+    suite = gb.auditing.SUITES["quick"]
+    return Schedule(epochs=6, robust_every=every, suite=suite, base=made.base, settings={})
+
+
 def test_training_that_collapses_ends_with_its_reason(trained, digits, tmp_path):
     made = job_of(trained, digits, recipe={"batch_size": 256, "epochs": 6, "lr": 1.0, "warmup": 0, "ema": None})
-    schedule = Schedule(epochs=6, robust_every=1, suite=gb.auditing.SUITES["quick"])
+    schedule = schedule_of(made)
     with pytest.raises(UserError, match="stopped because .*, and no epoch that was measured got"):
         made.train(schedule, tmp_path, now())
     assert len((tmp_path / "training" / "metrics.jsonl").read_text().splitlines()) < 6
@@ -122,12 +138,103 @@ def test_training_that_collapses_ends_with_its_reason(trained, digits, tmp_path)
 
 def test_training_ends_when_its_time_is_over(trained, digits, tmp_path):
     made = job_of(trained, digits, minutes=1, keep_accuracy=100)
-    net, entries, notes = made.train(
-        Schedule(epochs=6, robust_every=1, suite=gb.auditing.SUITES["quick"]), tmp_path, now() - 46
-    )
+    net, entries, notes = made.train(schedule_of(made), tmp_path, now() - 46)
     assert len(entries) == 1
     assert notes == ["The training ended after 1 epoch: its part of the 1 minute was over."]
     assert gb.models.fingerprint(net) != gb.models.fingerprint(trained)
+
+
+def drawn(model, *_):
+    """In place of attacks: numbers that follow from the weights and rise and fall from epoch to epoch."""
+    share = sum(float(weight.detach().double().abs().sum()) for weight in model.parameters()) * 1e3 % 1
+    return {"validation_uer": 0.5 - share / 2, "validation_pgd_accuracy": 0.5 + share / 2}
+
+
+@contextmanager
+def dying(how):
+    """Die in the middle of the fourth epoch, between its best weights and its state, or of a disk without its room."""
+    limits, calls = resource.getrlimit(resource.RLIMIT_FSIZE), []
+    owner, name, fatal = (Run, "train_step", 15) if how == "step" else (loop, "save_state", 4)
+    real = getattr(owner, name)
+
+    def dies(*arguments):
+        calls.append(arguments)
+        if len(calls) == fatal:
+            if how != "disk":
+                raise KeyboardInterrupt
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, dies)
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("how", "error"), [("step", KeyboardInterrupt), full("state", KeyboardInterrupt), ("disk", OutOfSpace)]
+)
+def test_a_training_that_was_cut_goes_on_bit_for_bit(how, error, trained, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "validate_robustly", drawn)
+    small = (part.sample(count, seed=0) for part, count in ((digits.train, 256), (digits.validation, 64)))
+    few = gb.data.Dataset("digits", *small, digits.test, digits.classes)
+    recipe = {"batch_size": 64, "epochs": 6, "lr": 0.01}
+    made = job_of(trained, few, eps=0.05, keep_accuracy=100, recipe=recipe)
+    net, entries, notes = made.train(schedule_of(made), tmp_path / "whole", now())
+    assert len({entry["validation_uer"] for entry in entries}) == 6
+    with dying(how), pytest.raises(error):
+        made.train(schedule_of(made), tmp_path / "cut", now())
+    assert not list((tmp_path / "cut").rglob("model.safetensors"))  # nothing that looks finished
+    assert not list((tmp_path / "cut").rglob(".*"))  # or half-written
+    assert len((tmp_path / "cut" / "training" / "metrics.jsonl").read_text().splitlines()) == 3 + (how != "step")
+    again, same, told = made.train(schedule_of(made), tmp_path / "cut", now())
+    assert (same, told) == (entries, notes)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in net.state_dict().items())
+    one, other = (tmp_path / name / "training" / "model.safetensors" for name in ("whole", "cut"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_folder_keeps_its_hardening(folder, trained, digits):
+    held = Schedule(**json.loads((folder / "schedule.json").read_text())).settings
+    known = {key: value for key, value in held.items() if key in Hardening.model_fields}
+    for other in ({"eps": 0.2}, {"seed": 1}, {"defense": {"beta": 3.0}}, {"keep_accuracy": 10}):
+        with pytest.raises(UserError, match=rf"holds another run \(it differs in {next(iter(other))}"):
+            gb.harden(trained, digits, out=folder, **{**known, **other})
+    other = copy.deepcopy(trained)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.001)
+    with pytest.raises(UserError, match="it differs in model"):
+        gb.harden(other, digits, out=folder, **known)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_a_hardening_killed_at_random_ends_as_one_that_was_not(trained, tmp_path):
+    gb.models.save(trained, tmp_path / "net.safetensors")
+    command = ["harden", str(tmp_path / "net.safetensors"), *SMALL, "--out"]
+    assert run([*command, str(tmp_path / "whole")]) == 0
+    draw, killed = random.Random(0), 0
+    while True:
+        process = subprocess.Popen([sys.executable, "-m", "gambeson", *command, str(tmp_path / "cut")])
+        try:
+            code = process.wait(None if killed == 4 else 8 + 20 * draw.random())
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+        else:
+            assert code == 0
+            break
+        held = tmp_path / "cut" / "run.yaml"
+        if held.is_file() and read_yaml(held)["finished"]:
+            break
+    assert killed
+    for name in ("model.safetensors", "training/model.safetensors", "training/metrics.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    one, other = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "cut"))
+    assert one == other
 
 
 def test_no_epoch_that_lost_too_much_is_taken(trained, digits, tmp_path):

@@ -37,7 +37,9 @@ def test_moving_average_is_the_recursion(digits, ema, decays):
 
 
 @pytest.mark.parametrize("option", [{"ema": 0.9}, {"channels_last": True}, {"optimizer": "rmsprop", "lr": 0.01}])
-def test_an_option_resumes_bit_for_bit(digits, tmp_path, option):
+def test_an_option_resumes_bit_for_bit(digits, tmp_path, option, monkeypatch):
+    monkeypatch.setattr("gambeson.training.loop.name_of", lambda _: "both")  # one that stops stands for the other
+
     class Stop(Standard):
         def terms(self):
             weight, term = super().terms()["clean"]
@@ -57,6 +59,11 @@ def test_an_option_resumes_bit_for_bit(digits, tmp_path, option):
     cut = fresh(digits)
     gb.train(cut, digits, Standard(), out=tmp_path, **settings)
     assert gb.models.fingerprint(cut) == gb.models.fingerprint(whole)
+    for other in ({"seed": 5}, {"epochs": 4}):
+        before = gb.models.fingerprint(cut)
+        with pytest.raises(UserError, match=rf"holds another run \(it differs in (recipe\.)?{next(iter(other))}"):
+            gb.train(cut, digits, Standard(), out=tmp_path, **{**settings, **other})
+        assert gb.models.fingerprint(cut) == before
 
 
 def test_channels_last_trains_the_same_network(digits, tmp_path):

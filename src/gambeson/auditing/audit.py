@@ -162,6 +162,7 @@ def run_stages(
     stages, notes, asked = Checkpoints(folder, seed), list[str](), suite
     if suite.budget is not None and not black_box:
         raise UserError("a budget limits the queries to a black box, and this model is none: leave suite.budget out")
+    stages.begin(seed=seed, suite=suite.plain())
     choose = None if clock is None else partial(_in_time, clock, stages)
     with Victim(model, fast=not black_box) as victim:
         victim.allow_no_graph = True  # "no vanishing gradients" reports it
@@ -174,6 +175,7 @@ def run_stages(
         elif choose is not None:
             suite = choose(suite)
         reported, twice = _reported(dataset, suite, seed, victim.device)
+        stages.begin(images=reported.test.fingerprint)
         traits = victim.inspect(reported.test.take(slice(0, 8), victim.device)[0], scores=black_box)
         for part in (reported.train, reported.validation, reported.test):
             part.check_logits(traits.shape)

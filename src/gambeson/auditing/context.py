@@ -27,7 +27,7 @@ from gambeson.auditing.results import (
     UniversalResult,
 )
 from gambeson.auditing.suite import Suite
-from gambeson.base import UserError, load_tensors, read_json, save_tensors, seeded, write_json, write_text
+from gambeson.base import UserError, load_tensors, read_json, refuse_other, save_tensors, seeded, write_json, write_text
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import BudgetSpent, Rate
 from gambeson.evaluation.outcome import AttackT, ImageAttack, averaged, outcome
@@ -61,6 +61,17 @@ class Checkpoints:
         self._seconds = self._read("timing.json")
         self.left_out: dict[str, BudgetSpent] = {}
         """Stages that did not fit a black box's budget, or the time, with the reason."""
+
+    def begin(self, **settings: Any) -> None:
+        """Note what decides the results, which goes with the next of them.
+
+        Raises:
+            UserError: the folder holds results of other settings.
+        """
+        held = self._done.setdefault("begun", {})
+        if self._folder is not None:
+            refuse_other(self._folder, {key: held.get(key, value) for key, value in settings.items()}, settings)
+        held |= settings
 
     def do(self, name: str, kind: Any, work: Callable[[], ResultT]) -> ResultT:
         """Return the stored result of this stage, or compute and store it.

@@ -182,6 +182,26 @@ def _unlike(held: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
             yield key
 
 
+def refuse_other(folder: Path, held: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse to go on in a folder with other settings than it was begun with.
+
+    Args:
+        folder: named in the message.
+        held: plain settings of what is there.
+        given: those of now.
+
+    Raises:
+        UserError: they differ.
+    """
+    unlike = list(_unlike(held, given))
+    if unlike:
+        unlike = [*unlike[:4], f"{len(unlike) - 4} more"] if len(unlike) > 5 else unlike
+        raise UserError(
+            f"{folder} holds another run (it differs in {', '.join(unlike)}): choose another --out, "
+            "or give the same settings to resume that one"
+        )
+
+
 def check_run(folder: Path, run: Config) -> bool | None:
     """Check, before any work, that a run can start or resume in its folder; nothing is written.
 
@@ -205,12 +225,7 @@ def check_run(folder: Path, run: Config) -> bool | None:
             return bool(held.get("finished"))
         if [path for path in folder.rglob("*") if path.is_file()] == [file]:
             return None
-        unlike = list(_unlike(known | _PASSING, settings | _PASSING))
-        unlike = [*unlike[:4], f"{len(unlike) - 4} more"] if len(unlike) > 5 else unlike
-        raise UserError(
-            f"{folder} holds another run (it differs in {', '.join(unlike)}): choose another --out, "
-            "or give the same settings to resume that one"
-        )
+        refuse_other(folder, known | _PASSING, settings | _PASSING)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty and holds no run of this kind: choose another --out")
     return None

@@ -25,6 +25,7 @@ from gambeson.base import (
     count,
     environment,
     read_json,
+    refuse_other,
     save_tensors,
     say,
     writable,
@@ -33,7 +34,7 @@ from gambeson.base import (
 from gambeson.data import Dataset, Split, as_dataset
 from gambeson.defenses import Gambeson
 from gambeson.evaluation import BlackBox
-from gambeson.models import PixelModel
+from gambeson.models import PixelModel, fingerprint
 from gambeson.models import save as save_model
 from gambeson.models.storage import FILE_NAME
 from gambeson.threat import Eps, Norm, default_eps
@@ -88,6 +89,10 @@ class Schedule(Config):
     """Epochs from one look of the attacks of validation to the next."""
     suite: Suite
     """Of the audit before; its limit of time is that of one audit."""
+    base: float
+    """Accuracy of the model as it came, on clean validation images."""
+    settings: dict[str, Any]
+    """Of the hardening, and the fingerprint of the model."""
 
 
 class HardenPlan(Config):
@@ -289,10 +294,14 @@ class Job:
         """Return how long to train and which suite to audit with, as decided before in this folder, or now.
 
         Raises:
-            UserError: the time is too short.
+            UserError: the time is too short, or the folder holds another hardening.
         """
+        settings = {"model": fingerprint(self.model), **self.settings.plain()}
         if folder is not None and (folder / SCHEDULE).is_file():
-            return Schedule(**read_json(folder / SCHEDULE))
+            found = Schedule(**read_json(folder / SCHEDULE))
+            refuse_other(folder, found.settings, settings)
+            self.base = found.base  # on another machine it may be another image more or less
+            return found
         minutes = self.settings.minutes
         fitting = [n for n in range(1, self.most + 1) if minutes is None or self.seconds(n) <= self._room(minutes)]
         if not fitting:
@@ -302,7 +311,9 @@ class Job:
                 f"its validation take about {self.seconds(1):.2g} s on this machine; give --minutes {least:.2g} or more"
             )
         epochs = fitting[-1]
-        return Schedule(epochs=epochs, robust_every=_every(epochs), suite=self._suite())
+        return Schedule(
+            epochs=epochs, robust_every=_every(epochs), suite=self._suite(), base=self.base, settings=settings
+        )
 
     def _room(self, minutes: float) -> float:
         return TRAINING * 60 * minutes * _SLACK

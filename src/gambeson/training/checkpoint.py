@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gambeson.base import UserError, load_tensors, save_tensors
+from gambeson.base import UserError, load_tensors, refuse_other, save_tensors
 
 _MODEL, _OPTIMIZER, _CARRIED = "model.", "optimizer.", "carried."
 
@@ -32,13 +32,16 @@ def save_state(
     save_tensors(path, tensors, {**about, "optimizer": scalars})
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, carried: nn.Module) -> dict[str, Any]:
+def load_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, carried: nn.Module, settings: dict[str, Any]
+) -> dict[str, Any]:
     """Restore a saved state; return the document saved with it.
 
     Raises:
-        UserError: the state belongs to another model.
+        UserError: the state belongs to another model, or to a training with other ``settings``.
     """
     tensors, about = load_tensors(path, "the state of a training run")
+    refuse_other(path.parent.parent, about.get("settings", settings), settings)
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

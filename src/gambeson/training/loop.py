@@ -29,7 +29,7 @@ from gambeson.base import (
     write_text,
 )
 from gambeson.data import Dataset, as_dataset
-from gambeson.defenses import Batch, Defense, Losses, TrainContext
+from gambeson.defenses import Batch, Defense, Losses, TrainContext, name_of
 from gambeson.models import PixelModel
 from gambeson.models import save as save_model
 from gambeson.training.batches import Epoch
@@ -287,10 +287,17 @@ class Run:
     def _state(self) -> Path | None:
         return None if self.out is None else self.out / "state" / "latest.safetensors"
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What decides the weights, as plain data."""
+        defense = {"name": name_of(self.defense), **self.defense.plain()}
+        recipe = {key: value for key, value in self.recipe.plain().items() if key != "track"}
+        return {"defense": defense, "recipe": recipe, "seed": self.seed}
+
     def _resume(self) -> int:
         if self._state is None or not self._state.is_file():
             return 0
-        about = load_state(self._state, self.model, self.optimizer, self._carried)
+        about = load_state(self._state, self.model, self.optimizer, self._carried, self._settings)
         self.history, self.seconds = about["history"], about["seconds"]
         return len(self.history)
 
@@ -303,7 +310,7 @@ class Run:
         lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in self.history]
         write_text(self.out / "metrics.jsonl", "".join(lines))
         write_json(self.out / "timing.json", {"seconds_per_epoch": self.seconds})
-        about = {"history": self.history, "seconds": self.seconds}
+        about = {"history": self.history, "seconds": self.seconds, "settings": self._settings}
         save_state(self._state, self.model, self.optimizer, self._carried, about)
         if self.recipe.track != "none":
             self.accelerator.log(self.history[-1], step=len(self.history))
