@@ -11,7 +11,7 @@ install = $(if $(TORCH_INDEX),\
   PIP_INDEX_URL=$(TORCH_INDEX) $(PIP) torch torchvision && $(PIP) -e ".[$(1)]",\
   $(PIP) uv && $(BIN)/python -m uv pip install --quiet --python $(BIN)/python --torch-backend auto -e ".[$(1)]" || $(PIP) -e ".[$(1)]")
 
-.PHONY: quickstart test test-full lint docs picture tables results-check bundle clean
+.PHONY: quickstart test test-full lint docs notebooks picture tables results-check bundle clean
 
 quickstart: $(VENV)/.quickstart   ## find a universal perturbation, harden the model, open report.html
 	$(BIN)/gambeson quickstart --out runs/quickstart
@@ -32,6 +32,9 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.docs                  ## the site, in site/; opens from disk, with its search
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+notebooks: $(VENV)/.full             ## run docs/notebooks/, and store what they show
+	$(BIN)/python docs/notebooks.py
 
 picture: quickstart $(VENV)/.dev     ## the README's pictures and stored results, from the quickstart
 	$(BIN)/python docs/picture.py

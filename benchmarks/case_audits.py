@@ -10,6 +10,7 @@ import argparse
 import time
 from typing import Any
 
+import case_cells
 import case_studies
 from stored import RESULTS, Rows
 
@@ -87,9 +88,20 @@ def digits(name: str) -> Any:
     return case_studies.digits_net(name, weights, gb.data.load(case_studies.DIGITS)), gb.data.load("mnist")
 
 
+def cells(name: str) -> Any:
+    """A network of 224 pixels by its library, and the solar cells it was trained on."""
+    folder = case_studies.RUNS / "solar-cells"
+    case_cells.write_cells(folder / "cells")
+    data = gb.data.load(f"image-folder:{folder}/cells?mode=rgb")
+    source = case_cells.NETS[name](data, folder)
+    return gb.evaluation.load_model(source, dataset=data).model, data
+
+
 QUICK = SUITES["quick"].model_copy(update={"eps": EPS})
+GLANCE = SUITES["glance"].model_copy(update={"minutes": None, "eps": (4 / 255, 8 / 255, 16 / 255), "test_images": 100})
 CASES: dict[str, tuple[Any, Suite, tuple[str, ...]]] = {
     "digit-recognizer": (digits, QUICK, ("original", "gambeson")),
+    "solar-cells": (cells, GLANCE, tuple(case_cells.NETS)),
 }
 """Of each case: what makes a network and its data, the suite, and the networks."""
 

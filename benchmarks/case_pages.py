@@ -1,10 +1,13 @@
 """Pages of text for case studies, rendered from the language reference that every Python brings (``pydoc_data``).
 
-No two splits share a text. Labels are free: how far a page is turned, and which pixels have ink.
+``python benchmarks/case_pages.py turned FOLDER`` writes an image folder of pages, each turned in four ways, ``lines
+FOLDER`` a mask folder of lines. No two splits share a text. Labels are free: how far a page is turned, and which pixels
+have ink.
 """
 
 from __future__ import annotations
 
+import argparse
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,3 +127,16 @@ def write_turned(folder: Path) -> None:
                 turned = upright if turn is None else upright.transpose(turn)
                 shortened(turned).save(place / f"{number:03}.png")
     done.touch()
+
+
+def main() -> None:
+    """Write a folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("turned", "lines"))
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args()
+    (write_turned if given.what == "turned" else write_lines)(given.folder)
+
+
+if __name__ == "__main__":
+    main()

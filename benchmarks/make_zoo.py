@@ -105,8 +105,8 @@ OTHERS = {
     )
 }
 """What is trained otherwise on one data set."""
-NAMES = [f"fashion-mnist/lenet5/{name}" for name in TRAININGS] + [
-    f"digits/lenet5/{name}" for name in ("standard", "shared-s64", "jacobian-ensemble", "gambeson")
+NAMES = [f"fashion-mnist/lenet5/{name}" for name in TRAININGS if name != "learn2perturb"] + [
+    f"digits/lenet5/{name}" for name in ("standard", "shared-s64", "jacobian-ensemble", "learn2perturb", "gambeson")
 ]
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build wheel and sdist, and try each in an empty environment, far from the source tree.
+"""Build wheel and sdist, and those of gambeson-zoo, and try each in an empty environment, far from the source tree.
 
     python scripts/release.py build                            # into dist/; needs the package build
     python scripts/release.py try dist/*.whl dist/*.tar.gz     # a fresh environment for each
@@ -49,16 +49,18 @@ print("gambeson", gb.__version__, "torch", __import__("torch").__version__, "pyt
 
 
 def build(out: Path) -> list[Path]:
-    """Build both from a clean export of the last commit, so that nothing else gets in."""
+    """Build all from a clean export of the last commit, so that nothing else gets in."""
     with tempfile.TemporaryDirectory() as clean:
         tree = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
         subprocess.run(["tar", "-x", "-C", clean], input=tree, check=True)
-        subprocess.run([sys.executable, "-m", "build", "--outdir", str(out.resolve()), clean], check=True)
+        for place in (clean, f"{clean}/packages/gambeson-zoo"):
+            subprocess.run([sys.executable, "-m", "build", "--outdir", str(out.resolve()), place], check=True)
     return sorted(out.iterdir())
 
 
 def attempt(file: Path, torch: str, site: str) -> None:
-    """Install one file into an empty environment and run what a new user would."""
+    """Install one file into an empty environment, with the zoo beside it, and run what a new user would."""
+    zoo = sorted(file.parent.glob("gambeson_zoo-*.whl"))
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         venv.create(here / "env", with_pip=True)
@@ -67,10 +69,11 @@ def attempt(file: Path, torch: str, site: str) -> None:
         if site:
             (library,) = (here / "env" / "lib").glob("python*/site-packages")
             (library / "borrowed.pth").write_text(f"{Path(site).resolve()}\n")
-        wanted = [f"{file.resolve()}[digits]", *([f"torch=={torch}"] if torch else [])]
+        wanted = [f"{file.resolve()}[digits]", *(str(one.resolve()) for one in zoo)]
+        wanted += [f"torch=={torch}"] if torch else []
         alone = ["--no-deps"] if site else []
         run([python, "-m", "pip", "install", "--quiet", *alone, *wanted], here, environment)
-        for command in COMMANDS:
+        for command in [*COMMANDS, *(["zoo verify digits/lenet5/standard"] if zoo else [])]:
             run([gambeson, *command.split()], here, environment)
         run([python, "-c", PYTHON], here, environment)
 
@@ -100,6 +103,8 @@ def main() -> None:
     if not given.files:
         parser.error("name the files to try: dist/*.whl dist/*.tar.gz")
     for file in given.files:
+        if file.name.startswith("gambeson_zoo-"):
+            continue  # tried beside each of the others
         attempt(file, given.torch, given.site)
         print(f"{file.name}: works")
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import gambeson as gb
+from gambeson.auditing import AuditResult
 from gambeson.base import UserError, read_json
 from gambeson.data import fetching
 from tests.test_docs import ROOT
@@ -87,6 +88,37 @@ def test_the_rebuilt_network_has_the_weights_and_the_input_of_the_package(cases)
     assert gb.models.count_parameters(net) == 390_410
     assert net[0](torch.full((1, 1, 1, 1), 0.1307 + 0.3081)).item() == pytest.approx(1.0)
     assert net(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_the_table_of_audits_has_their_numbers(cases, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    audits, tables = importlib.import_module("case_audits"), importlib.import_module("case_tables")
+    found = AuditResult.load(ROOT / "results" / "quickstart" / "standard")
+    row = audits.Row.of(found, 1.23).plain()
+    assert (row["processor_seconds"], row["gradients"]) == (1.2, found.cost.backwards)
+    made = tables._audits({"new": row, "stored": tables._row(found.plain())})
+    lines = {what: cells for what, *cells in made[1]}
+    assert all(new == stored for new, stored in lines.values())
+    middle = f"{found.middle.eps:.3g}"
+    assert lines[f"UER at {middle}"][0] == str(found.middle.uer)
+    worst = max((one.worst for one in found.middle.controls), key=lambda rate: rate.value)
+    assert lines[f"strongest control at {middle}"][0] == str(worst)
+    failed = row | {"trusted": False, "checks": {"one": False, "two": True, "three": None}, "eps_uni": None}
+    lines = {what: cells for what, *cells in tables._audits({"x": failed})[1]}
+    assert lines["verdict"] == ["not trusted; 1 of 2 checks passed"]
+    assert lines["half wrong under one pattern from"] == ["more than the curve has"]
+
+
+def test_cells_that_stand_together_are_in_one_split(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    cells = importlib.import_module("case_cells")
+    found = [cells.split_of(number) for number in range(1000)]
+    assert [found.count(name) for name in ("train", "validation", "test")] == [600, 100, 300]
+    assert all(len(set(found[k : k + 50])) == 1 for k in range(0, 1000, 50))
+    with pytest.raises(ValueError, match="zip"):
+        cells.renamed({"a": torch.zeros(2)}, {"b": torch.zeros(2), "c": torch.zeros(2)})
+    with pytest.raises(ValueError, match="other layers"):
+        cells.renamed({"a": torch.zeros(2)}, {"b": torch.zeros(3)})
 
 
 @pytest.mark.full

@@ -1,8 +1,8 @@
 """The site's pages: every page is found, every link leads somewhere, what they show runs, what they name exists."""
 
 import ast
-import contextlib
 import functools
+import json
 import re
 import shlex
 import sys
@@ -60,6 +60,14 @@ def anchors(file):
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", one.lower()).strip()) for one in headings}
 
 
+def words_of(file):
+    """Return a page's text, or what a notebook has in Markdown."""
+    if file.suffix != ".ipynb":
+        return file.read_text()
+    cells = json.loads(file.read_text())["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
 def leaves(tree):
     """Return the pages of the navigation."""
     if isinstance(tree, str):
@@ -68,7 +76,7 @@ def leaves(tree):
 
 
 def test_every_page_stands_once_in_the_navigation():
-    here = {str(file.relative_to(DOCS)) for file in DOCS.rglob("*.md")}
+    here = {str(file.relative_to(DOCS).with_suffix(".md")) for file in [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]}
     assert sorted(leaves(config()["nav"])) == sorted(here | set(AT_ROOT))
     packages = {file.parent.name for file in (ROOT / "src" / "gambeson").glob("*/__init__.py")} - {"cli"}
     assert packages == {file.stem for file in (DOCS / "reference").glob("*.md")} - {"gambeson"}
@@ -76,8 +84,9 @@ def test_every_page_stands_once_in_the_navigation():
 
 def test_every_link_of_every_page_leads_somewhere():
     checked = 0
-    for file in [*DOCS.rglob("*.md"), *(ROOT / name for name in ("README.md", *AT_ROOT.values()))]:
-        text = re.sub(r"```.*?```|`[^`\n]*`", "", file.read_text(), flags=re.DOTALL)
+    root = [ROOT / name for name in ("README.md", *AT_ROOT.values())]
+    for file in [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb"), *root]:
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", words_of(file), flags=re.DOTALL)
         for link in re.findall(r"\]\(([^)\s]+)\)", text):
             if link.startswith("http"):
                 continue
@@ -122,7 +131,7 @@ def test_every_command_of_the_new_pages_has_these_options():
 def test_every_name_of_the_library_on_the_pages_exists():
     """``gb.a.b`` in Python blocks, and in the running text in backquotes."""
     found = set()
-    for file in [*DOCS.rglob("*.md"), ROOT / "README.md"]:
+    for file in [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb"), ROOT / "README.md"]:
         found |= set(re.findall(r"\bgb((?:\.\w+)+)", file.read_text()))
     assert len(found) > 50
     for name in found:
@@ -229,16 +238,17 @@ def test_the_start_page_answers_for_a_checkpoint_and_a_folder(tmp_path, monkeypa
     plain = torchvision.models.resnet18(num_classes=3).eval()
     torch.save(plain.state_dict(), tmp_path / "model.pth")
     monkeypatch.chdir(tmp_path)
-    ((name, code),) = [(title, code) for _, title, code in blocks("index") if title]
-    (tmp_path / name).write_text(code.replace("num_classes=5", "num_classes=3"))
-    model = gb.evaluation.load_model("mine.py:build", f"image-folder:{tmp_path}/flowers").model
+    (code,) = [code for _, title, code in blocks("index") if title]
+    (tmp_path / "network.py").write_text("from torchvision.models import resnet18\n" + code.replace(
+        "MyNetwork()", "resnet18(num_classes=3)").replace("from my_package import MyNetwork\n", ""))  # fmt: skip
+    data = f"image-folder:{tmp_path}/flowers"
     x = torch.rand(2, 3, 40, 40, generator=draw)
     mean, std = (torch.tensor(one).view(1, 3, 1, 1) for one in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    assert torch.allclose(model(x), plain((x - mean) / std), atol=1e-4)
+    for one in ("network.py:build", "torchvision:resnet18@model.pth?normalise=imagenet"):
+        model = gb.evaluation.load_model(one, data).model
+        assert torch.allclose(model(x), plain((x - mean) / std), atol=1e-4)
     for words in commands("index"):
-        with contextlib.suppress(ValueError):
-            place = words.index("image-folder:/data/flowers")
-            words[place] = f"image-folder:{tmp_path}/flowers"
+        words = [word.replace("/data/flowers?size=224", f"{tmp_path}/flowers") for word in words]
         assert run(words) == 0, words
     found = gb.auditing.AuditResult.load("runs/mine")
     assert found.verdict.summary

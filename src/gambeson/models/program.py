@@ -150,6 +150,7 @@ def load_onnx(
             graph = converter.convert(_understood(onnx, onnx.load(str(path)), runtime.output_index)).float().eval()
     except Exception as error:  # a graph with an operation that onnx2torch does not know
         raise UserError(f"onnx2torch cannot convert {path} ({one_line(error)})") from None
+    warnings.filterwarnings("ignore", "Using a non-tuple sequence", UserWarning, r"onnx2torch\.")  # not the user's
     images = torch.rand(4, in_channels, *image_size, generator=generator(0, "onnx"))
     with torch.no_grad():
         right = runtime(images)
