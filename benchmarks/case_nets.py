@@ -34,3 +34,20 @@ def digit_recognizer() -> nn.Module:
         "fc_layers": nn.Sequential(nn.Linear(128 * 3 * 3, 256), nn.ReLU(), nn.Linear(256, 10)),
     }
     return nn.Sequential(OrderedDict(parts))
+
+
+def public_lenet5() -> nn.Module:
+    """LeNet5 of advertorch 0.2.3: two 3 x 3 convolutions (32 and 64 maps), each pooled, linear 200 and 10; pixels."""
+    parts = {
+        "conv1": nn.Conv2d(1, 32, 3, padding=1),
+        "relu1": nn.ReLU(),
+        "pool1": nn.MaxPool2d(2),
+        "conv2": nn.Conv2d(32, 64, 3, padding=1),
+        "relu2": nn.ReLU(),
+        "pool2": nn.MaxPool2d(2),
+        "flat": nn.Flatten(),
+        "linear1": nn.Linear(7 * 7 * 64, 200),
+        "relu3": nn.ReLU(),
+        "linear2": nn.Linear(200, 10),
+    }
+    return nn.Sequential(OrderedDict(parts))

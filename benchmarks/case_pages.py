@@ -89,7 +89,8 @@ def side_by_side(file: Path, shown: dict[str, torch.Tensor], scale: int = 1) -> 
         scale: pixels of the picture per pixel of an image.
     """
     high, wide = (scale * side for side in next(iter(shown.values())).shape[1:])
-    font, head, gap = ImageFont.load_default(13), 40, 12
+    font, gap = ImageFont.load_default(13), 12
+    head = 6 + 17 * max(2, *(caption.count("\n") + 1 for caption in shown))
     picture = Image.new("RGB", (len(shown) * (wide + gap) - gap, high + head), (255, 255, 255))
     for k, (caption, image) in enumerate(shown.items()):
         bytes_ = (image.expand(3, -1, -1) * 255).round().byte().permute(1, 2, 0).contiguous()

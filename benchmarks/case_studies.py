@@ -153,7 +153,7 @@ def digit_recognizer() -> None:
         held_out = None
     for name in rows.missing(["original", *FINE_TUNED]):
         began = time.process_time()
-        model = _digits_net(name, weights, data)
+        model = digits_net(name, weights, data)
         trained = time.process_time() - began
         row: dict[str, Any] = {"processor seconds of training": round(trained, 1) if name in FINE_TUNED else 0.0}
         row["parameters"] = gb.models.count_parameters(model)
@@ -185,7 +185,7 @@ def _picture_of_digits(weights: Path, data: Any) -> None:
     uap = _kept(weights.parent / f"uap-original-{eps:g}.safetensors")
     if uap is None:
         return
-    model = _digits_net("original", weights, data)
+    model = digits_net("original", weights, data)
     images, _ = data.test.take(slice(None))
     with torch.no_grad():
         before, after = (model(some).argmax(1) for some in (images, perturb(images, uap.delta)))
@@ -198,7 +198,8 @@ def _picture_of_digits(weights: Path, data: Any) -> None:
     case_pages.side_by_side(PICTURES / "digit-recognizer.png", shown, scale=6)
 
 
-def _digits_net(name: str, weights: Path, data: Any) -> nn.Module:
+def digits_net(name: str, weights: Path, data: Any) -> nn.Module:
+    """The package's network, or what fine-tuning with a defence makes of it; a finished run is only loaded."""
     if name == "original":
         return gb.evaluation.load_model(f"{NET}@{weights}", DIGITS, dataset=data).model
     own, epochs = FINE_TUNED[name]

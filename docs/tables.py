@@ -19,7 +19,7 @@ from gambeson.analysis import correlate
 from gambeson.attacks.registry import ATTACKS, kind_of
 from gambeson.auditing import SUITES, AuditResult, Suite
 from gambeson.auditing.gates import METRICS
-from gambeson.base import Registered
+from gambeson.base import Registered, read_json
 from gambeson.defenses.registry import DEFENSES
 from gambeson.evaluation import Rate
 
@@ -28,6 +28,7 @@ sys.path += [str(DOCS), str(DOCS.parent / "benchmarks")]
 import audit_page  # noqa: E402
 import case_tables  # noqa: E402
 import claims  # noqa: E402
+import make_zoo  # noqa: E402
 import patch  # noqa: E402
 import scaling  # noqa: E402
 import testbed_rates  # noqa: E402
@@ -367,6 +368,17 @@ def quickstart() -> str:
     return lines([*head, f"strongest control at {eps}"], found)
 
 
+def zoo() -> str:
+    """Return the networks of the zoo, from the manifest of its package."""
+    head = ["name after `zoo:`", "trained with", "eps", "clean accuracy", "UER", "attack suite", "verdict"]
+    found = []
+    for name, entry in read_json(make_zoo.PACKAGE / make_zoo.MANIFEST)["entries"].items():
+        rates = [Rate(**entry[key]) for key in ("clean", "uer", "suite")]
+        trusted = "trusted" if entry["trusted"] else "not trusted"
+        found.append([f"`{name}`", entry["summary"], f"{entry['eps']:g}", *rates, trusted])
+    return lines(head, found)
+
+
 def tables() -> dict[str, tuple[str, str]]:
     """Return each table, by its marker, with the page that it stands in."""
     attacks = ATTACKS.own()
@@ -396,6 +408,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "gains table": ("analysis.md", gains()),
         "scale table": ("audit.md", scales()),
         "timings table": ("performance.md", timings()),
+        "zoo table": ("zoo.md", zoo()),
         "results table": ("studies.md", made()),
         "costs": ("suites.md", audit_page.costs_text()),
         "strength": ("suites.md", audit_page.strength_text()),

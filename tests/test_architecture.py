@@ -22,7 +22,7 @@ FLOORS = [
     {"defenses"},
     {"training", "evaluation"},
     {"auditing"},
-    {"testbed"},  # its built-in auditors are the audit
+    {"testbed", "zoo"},  # built-in auditors of the testbed are the audit
     {"studies"},
     {"report"},
     {"hardening"},

@@ -17,7 +17,16 @@ import gambeson as gb
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-NEW = ("index", "concepts", "migration", "tutorials/engineer", "tutorials/red-team", "tutorials/researcher", "threats")
+NEW = (
+    "index",
+    "concepts",
+    "migration",
+    "tutorials/engineer",
+    "tutorials/red-team",
+    "tutorials/researcher",
+    "threats",
+    "zoo",
+)
 PAPERS = sorted(page.stem for page in (DOCS / "papers").glob("*.md") if page.stem != "index")
 AT_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md"}
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         threat,
         training,
         victim,
+        zoo,
     )
     from gambeson.auditing.audit import audit
     from gambeson.auditing.comparison import compare
@@ -57,6 +58,7 @@ __all__ = [
     "train",
     "training",
     "victim",
+    "zoo",
 ]
 
 _DEFINED_IN = {

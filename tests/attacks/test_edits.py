@@ -22,6 +22,7 @@ SMALL = [
     DeepFoolUAP(eps=0.2, images=30, passes=1, images_a_step=10),
     SingularVector(eps=0.2, restarts=1, iterations=2, layers=("body.conv1",)),
     DataFree(eps=0.2, steps=4, check_every=2),
+    PerlinNoise(eps=0.2, patterns=6, images=40, finalists=2),
 ]
 
 
@@ -128,9 +129,14 @@ def test_labels_that_are_predictions_are_those_of_images_without_edits(trained, 
         assert not torch.equal(seen, context.averaged(images).argmax(1))
 
 
+def test_patterns_are_searched_by_their_mean_rate_over_the_edits(trained, digits):
+    attack = PerlinNoise(eps=0.2, patterns=6, images=40, finalists=2, edits=("jpeg:10", "blur:1"))
+    plain = attack.model_copy(update={"edits": ()})
+    forwards = {one: one.craft(trained, digits).about.forwards for one in (attack, plain)}
+    assert forwards[attack] == 2 * forwards[plain] == attack.asked(digits) == 2 * plain.asked(digits)
+
+
 def test_what_cannot_go_through_edits_is_refused(trained, digits):
-    with pytest.raises(UserError, match="takes no gradients that could go through edits"):
-        PerlinNoise(eps=0.1, edits=("jpeg:50",))
     with pytest.raises(UserError, match=r"unknown edit 'jpg'"):
         StochasticPGD(eps=0.1, edits=("jpg:50",))
     with pytest.raises(UserError, match=r"edit colour:0.1 does not fit digits/train: images of one channel"):

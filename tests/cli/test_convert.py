@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import gambeson as gb
+from gambeson import training
 from gambeson.base import UserError, read_json
 from gambeson.cli.app import run
 from gambeson.models import PixelModel, normalisation
+from gambeson.models.export import export
 from gambeson.models.loading import load_model
 from gambeson.models.normalisation import IMAGENET
 
@@ -132,22 +134,80 @@ def test_a_torchvision_checkpoint_gets_the_statistics_that_it_was_trained_with(t
         assert torch.equal(default(x), right) == (trained == "imagenet")
 
 
-def test_weights_that_are_clearly_better_normalised_otherwise_are_not_taken_as_usual(digits, trained, tmp_path):
-    class Mapped(torch.nn.Module):  # wants pixels from -1 to 1, and knows nothing outside
-        def forward(self, x):
-            inside = (x.amin((1, 2, 3)) < -0.99) & (x.amax((1, 2, 3)) < 1.01)
-            return trained((x + 1).clamp(0, 2) / 2) * inside[:, None]
+def test_weights_for_an_architecture_of_another_library_are_compared_too(tmp_path):
+    pytest.importorskip("timm")
+    data, name = colours(), "timm:test_resnet"
+    torch.save(gb.models.create(name, data, seed=1).body.state_dict(), tmp_path / "w.pth")
+    with pytest.warns(
+        UserWarning, match=r"of 9 validation images: 0.5,0.5 .*, data .*: 0.5,0.5 is used \(mean 0.5/0.5"
+    ):
+        load_model(f"{name}@{tmp_path}/w.pth", dataset=data)
+    load_model(f"{name}@{tmp_path}/w.pth?normalise=imagenet", dataset=data)  # no warning: they are errors here
 
-    model = PixelModel(trained.card, Mapped())
+
+class Mapped(torch.nn.Module):
+    """A network that wants pixels from -1 to 1, and errs outside."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        inside = (x.amin((1, 2, 3)) < -0.99) & (x.amax((1, 2, 3)) < 1.01)
+        logits = self.inner((x + 1) / 2)
+        return torch.where(inside[:, None], logits, -logits)
+
+
+@pytest.mark.parametrize("ending", ["pt2", "onnx"])
+def test_a_graph_that_wants_other_pixels_is_refused_until_its_name_says_so(digits, trained, tmp_path, ending):
+    if ending == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime", "onnx2torch"):
+            pytest.importorskip(package)
+    file, example = tmp_path / f"w.{ending}", torch.zeros(1, *digits.test.shape)
+    export(Mapped(trained), file, "torch-export" if ending == "pt2" else "onnx", example=example)
     with pytest.raises(
-        UserError, match=r"w.pth does not say .*: data \d %, none \d %, 0.5,0.5 9\d %: end the model's"
+        UserError, match=r"is taken with \?normalise=none; right of 64 .*: none \d %, data \d %, 0.5,0.5 9\d %: end"
+    ):
+        load_model(str(file), dataset=digits)
+    x, _ = digits.test.take(slice(0, 5))
+    with torch.no_grad():
+        found = load_model(f"{file}?normalise=0.5,0.5", dataset=digits).model(x)
+        torch.testing.assert_close(found, trained(x), atol=1e-4, rtol=1e-4)
+
+
+def test_training_from_a_checkpoint_begins_with_its_normalisation(digits, tmp_path):
+    def begun(model, data, **settings):
+        run = training.TrainRun(data=data.name, model=model, defense=gb.defenses.Standard(), recipe=recipe, **settings)
+        return training.run._built(run, data)[0]
+
+    recipe, data = training.Recipe(epochs=1, batch_size=32), colours()
+    net = gb.models.create("lenet5", digits, mean=0.25, std=0.5)
+    torch.save(net.body.state_dict(), file := tmp_path / "w.pth")
+    with pytest.warns(UserWarning, match=r"does not say .* of 64 .*: data is used \(mean 0.3"):
+        begun("lenet5", digits, init=str(file))
+    asked = begun("lenet5", digits, init=f"{file}?normalise=0.25,0.5")  # no warning
+    assert (asked.card.mean, asked.card.std) == ((0.25,), (0.5,))
+    gb.models.save(net, own := tmp_path / "own.safetensors")
+    assert begun("lenet5", digits, init=str(own)).card.mean == (0.25,)
+    with pytest.raises(UserError, match="says itself how its pixels were normalised"):
+        begun("lenet5", digits, init=f"{own}?normalise=none")
+    net = gb.models.create(name := "torchvision:squeezenet1_1", data)
+    torch.save(net.body.state_dict(), file)
+    with pytest.warns(UserWarning, match=r"imagenet is used \(mean 0.485/0.456/0.406, std 0.229/"):
+        assert begun(name, data, init=str(file)).card.mean == pytest.approx(IMAGENET[0])
+
+
+def test_weights_that_are_clearly_better_normalised_otherwise_are_not_taken_as_usual(digits, trained, tmp_path):
+    model = PixelModel(trained.card, Mapped(trained))
+    with pytest.raises(
+        UserError, match=r"w.pth does not say .*: data \d %, none \d %, 0.5,0.5 9\d %: end its name in"
     ) as no:
-        normalisation.tell(model, digits, "w.pth", "data")
+        normalisation.compare(model, digits, "w.pth", guessed=True)
     assert "?normalise=0.5,0.5, or in ?normalise=data if that is right after all" in str(no.value)
     with pytest.warns(
         UserWarning, match=r"right of 64 validation images: data 9\d %, none \d+ %, 0.5,0.5 \d+ %: data is"
     ):
-        normalisation.tell(trained, digits, "w.pth", "data")
+        normalisation.compare(trained, digits, "w.pth", guessed=True)
 
 
 def test_a_normalisation_is_read_or_refused(digits, tmp_path):

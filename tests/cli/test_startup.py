@@ -33,7 +33,20 @@ HEAVY = {
     "sklearn",
     "torch._dynamo",
 }
-COMMANDS = ["quickstart", "train", "audit", "attack", "transfer", "report", "export", "data", "uap", "bench", "study"]
+COMMANDS = [
+    "quickstart",
+    "train",
+    "audit",
+    "attack",
+    "transfer",
+    "report",
+    "export",
+    "data",
+    "uap",
+    "bench",
+    "study",
+    "zoo",
+]
 EVERY_PACKAGE = "import gambeson as gb; [getattr(gb, name) for name in gb.__all__]"
 
 

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 import gambeson as gb
-from gambeson.base import UserError
+from gambeson.base import UserError, write_json
+from gambeson.models import zoo
 from gambeson.models.loading import load_model
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
@@ -163,6 +164,50 @@ except gb.UserError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().split("\n")[-1]
+
+
+def test_large_entries_of_the_zoo_come_from_the_hub(digits, tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    model = gb.models.create("lenet5", digits, seed=3)
+    name, served, package = "digits/lenet5/large", tmp_path / "served", tmp_path / "site" / zoo.PACKAGE
+    gb.models.save(model, served / zoo.WEIGHTS)
+    (served / zoo.RUN).write_text("{kind: train, data: digits, model: lenet5, defense: {name: standard}}")
+    digests = {file: hashlib.sha256((served / file).read_bytes()).hexdigest() for file in (zoo.WEIGHTS, zoo.RUN)}
+    rate = gb.evaluation.Rate.of(1, 2)
+    entry = zoo.Entry(
+        **dict.fromkeys(("name", "summary", "data", "model", "defense", "attack", "verdict", "test"), "x"),
+        **dict.fromkeys(("clean", "uer", "suite"), rate),
+        **{"parameters": 1, "eps": 0.1, "norm": "inf", "trusted": True},
+        at="hf://own/net@v1/lenet5",
+        files=digests,
+    ).plain()
+    del entry["name"]
+    write_json(package / zoo.MANIFEST, {"form": 1, "entries": {name: entry}})
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(package.parent)
+    server = Hub(served)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    try:
+        assert gb.models.fingerprint(gb.zoo.load(name)) == gb.models.fingerprint(model)
+        assert load_model(f"zoo:{name}").trained["model"] == "lenet5"
+        assert {one.split()[1] for one in server.asked if one.startswith("GET") and "resolve" in one} == {
+            f"/own/net/resolve/v1/lenet5/{file}" for file in digests
+        }
+        zoo.path(name, zoo.WEIGHTS).resolve().write_bytes(b"other")
+        with pytest.raises(UserError, match="is damaged: .* delete it, and it is fetched again"):
+            gb.zoo.load(name)
+        (served / zoo.CARD).write_text("x")
+        stored = json.loads((package / zoo.MANIFEST).read_text())
+        stored["entries"][name]["files"][zoo.CARD] = "0"
+        write_json(package / zoo.MANIFEST, stored)
+        with pytest.raises(UserError, match=f"card.md of {name} could not be fetched from hf://own/net@v1/lenet5"):
+            gb.zoo.card(name)
+    finally:
+        server.server.shutdown()
+        server.server.server_close()
 
 
 @pytest.mark.full

@@ -28,6 +28,7 @@ from gambeson.cli import (
     testbed,
     train,
     uap,
+    zoo,
 )
 from gambeson.cli.list import list_ as list_things
 
@@ -59,6 +60,7 @@ app.command("convert")(export.convert)
 app.add_typer(testbed.app, name="testbed")
 app.add_typer(bench.app, name="bench")
 app.add_typer(study.app, name="study")
+app.add_typer(zoo.app, name="zoo")
 
 
 def _version(wanted: bool) -> None:

@@ -60,7 +60,9 @@ def train(
     sigma: Annotated[
         float | None, typer.Option(help="Weight of the adversarial risk.", show_default="by the defence")
     ] = None,
-    init: Annotated[Path | None, typer.Option(help="Weights to start from.", show_default="random")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Weights to start from: FILE, FILE?normalise=imagenet.", show_default="random")
+    ] = None,
     only_plan: Annotated[bool, typer.Option("--plan", help="Print an estimate of the cost and exit.")] = False,
     config: options.ConfigFile = None,
     set_: options.Set = None,
@@ -89,7 +91,7 @@ def train(
         "data": data,
         "model": model,
         "seed": seed,
-        "init": None if init is None else str(init),
+        "init": init,
         "recipe.epochs": epochs,
         "recipe.batch_size": batch_size,
         "recipe.lr": lr,

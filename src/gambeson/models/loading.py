@@ -13,13 +13,13 @@ from torch import nn
 from gambeson import data, models
 from gambeson.base import UserError, read_settings, seeded, user_code
 from gambeson.data.load import FOLDERS
-from gambeson.models import external, hubs, normalisation, registry, torchvision_nets
+from gambeson.models import external, hubs, normalisation, registry, torchvision_nets, zoo
 from gambeson.models.black_box.base import BlackBox, no_gradient
 from gambeson.models.black_box.http import HttpModel, HttpSettings
 from gambeson.models.black_box.local import FunctionModel, OnnxModel
 from gambeson.models.normalisation import IMAGENET, Scale
 from gambeson.models.program import SUFFIX, load_onnx, load_program, read_program
-from gambeson.models.storage import ENDINGS, read_card, read_weights
+from gambeson.models.storage import ENDINGS, Weights, read_card, read_weights
 
 FUNCTION = "function:"
 _SERVER = ("http://", "https://")
@@ -58,7 +58,7 @@ def load_model(
     Args:
         source: one of
 
-            * the folder of a training run, or a weights file of this library;
+            * the folder of a training run, a weights file of this library, or ``zoo:NAME`` (:mod:`gambeson.zoo`);
             * an architecture: a name of :func:`gambeson.models.create`, ``torchvision:NAME[@WEIGHTS]``,
               ``timm:NAME[@TAG]``, ``transformers:NAME_OR_PATH`` or ``FILE.py:FUNCTION``; with weights from a file as
               ``ARCHITECTURE@FILE``, where FILE is safetensors or a state dict of ``torch.save`` (see
@@ -73,8 +73,9 @@ def load_model(
             ONNX file may end in ``?normalise=imagenet``, ``?normalise=data`` (the statistics of the training split),
             ``?normalise=none`` or ``?normalise=MEAN,STD``, one number each or one per channel, joined by ``/``. Where
             neither this nor the file says it, torchvision's architectures of colour images get ImageNet's, as in
-            torchvision's recipes, other architectures those of the data, both with a warning that says what others
-            would give on a few validation images, and graphs none.
+            torchvision's recipes, those of timm, transformers and smp what their library says, and other architectures
+            those of the data, with a warning that says what others would give on a few validation images; graphs and
+            functions of your own take pixels in [0, 1].
         data_name: a data set; None: that of the training run.
         device: of the model; a black box is not moved.
         dataset: the data, if already loaded: a data set, a split, or an (images, labels) pair.
@@ -86,7 +87,7 @@ def load_model(
         UserError: no such model, unknown data, data that do not fit the model, a budget for a model that is not a
             black box, or weights that do not say how pixels were normalised and are clearly better under another way.
     """
-    source, normalise = _split(source)
+    named, (source, normalise) = source, _split(source)
     path = Path(source)
     trained = read_settings(path / "run.yaml", "train") if (path / "run.yaml").is_file() else {}
     dataset = None if dataset is None else data.as_dataset(dataset)
@@ -118,7 +119,7 @@ def load_model(
                 f"the model takes {card.in_channels} channels and knows {card.classes} classes, but {name} has "
                 f"{dataset.in_channels} channels and {dataset.num_classes} classes: choose data that fit the model"
             )
-    defense = trained.get("defense", {})
+    defense = "" if named.startswith(zoo.PREFIX) else trained.get("defense", {})
     label = user_code.short((defense if isinstance(defense, str) else defense.get("name")) or _label(source))
     return LoadedModel(model=model, dataset=dataset, trained=trained, label=label)
 
@@ -211,7 +212,15 @@ def _stored(source: str, dataset: data.Dataset, device: str) -> nn.Module:
 
 
 def _program(source: str, dataset: data.Dataset, device: str, scale: Scale | None) -> nn.Module:
-    return load_program(Path(source), dataset.in_channels, dataset.num_classes, dataset.image_size, device, scale)
+    sizes = (dataset.in_channels, dataset.num_classes, dataset.image_size)
+    return _graph(load_program(Path(source), *sizes, device, scale), source, dataset, scale)
+
+
+def _graph(model: models.PixelModel, source: str, dataset: data.Dataset, scale: Scale | None) -> nn.Module:
+    """Return a graph, which takes pixels unless its name says otherwise."""
+    if scale is None:
+        normalisation.compare(model, dataset, source, guessed=False)
+    return model
 
 
 def _architecture(source: str, dataset: data.Dataset, device: str, scale: Scale | None) -> nn.Module:
@@ -224,44 +233,65 @@ def _architecture(source: str, dataset: data.Dataset, device: str, scale: Scale 
                 f"{architecture} knows {own} classes, but {dataset.name} has {dataset.num_classes}: choose data that "
                 "fit the model, or fine-tune it on these with gambeson train and name the run"
             )
-    own_code = user_code.is_spelling(architecture)  # which normalises, if anything does
-    card = {} if weights is None or own_code else weights.document.get("exported", {})
-    told = bool(card) or any("normalize.mean" in group for group in weights.groups.values()) if weights else False
-    if told and scale is not None:
-        raise UserError(f"{file} says itself how its pixels were normalised: leave ?normalise= out")
-    unknown = weights is not None and not told and scale is None and not _normalised(architecture)
-    imagenet = unknown and architecture.startswith(torchvision_nets.PREFIX) and dataset.in_channels == 3
-    mean, std = scale or (IMAGENET if imagenet else (card.get("mean"), card.get("std")))
+    (mean, std), guessed = scale_for(architecture, weights, dataset, scale)
     with seeded(0, "model"):
         model = models.create(architecture, dataset, mean=mean, std=std)
     if weights is not None:
         models.load_weights(model, weights)
-        if unknown:
-            normalisation.tell(model, dataset, str(file), "imagenet" if imagenet else "data")
     elif drawn := getattr(model.body, "drawn", None):
         raise UserError(
             f"{architecture} has no weights for {', '.join(drawn[:3])}, which would be random: choose a model that is "
             "trained as a classifier, or fine-tune it with gambeson train and name the run"
         )
+    if guessed is not None:
+        normalisation.compare(model, dataset, str(file or architecture), guessed=guessed)
     return model.eval().to(torch.device(device))
 
 
-def _normalised(architecture: str) -> bool:
-    """Whether an architecture brings a normalisation of its own."""
-    trained = architecture.startswith(torchvision_nets.PREFIX) and "@" in architecture
-    return trained or external.is_external(external.canonical(architecture))
+def scale_for(
+    architecture: str, weights: Weights | None, dataset: data.Dataset, asked: Scale | None = None
+) -> tuple[Scale | tuple[None, None], bool | None]:
+    """Return how pixels are normalised before an architecture, and whether that is to be held against other ways.
+
+    Args:
+        architecture: its name.
+        weights: those that it gets from a file; None: none.
+        dataset: the data.
+        asked: mean and standard deviation that the user named.
+
+    Returns:
+        Mean and standard deviation per channel, (None, None) for those of :func:`gambeson.models.create`; and
+        ``guessed`` of :func:`gambeson.models.normalisation.compare`, None where the file, its architecture or the user
+        says them, or where nothing was trained.
+
+    Raises:
+        UserError: both the file and the user say it.
+    """
+    own_code = user_code.is_spelling(architecture)  # which normalises, if anything does
+    card = {} if weights is None or own_code else weights.document.get("exported", {})
+    told = bool(card) or any("normalize.mean" in group for group in weights.groups.values()) if weights else False
+    if weights is not None and told and asked is not None:
+        raise UserError(f"{weights.path} says itself how its pixels were normalised: leave ?normalise= out")
+    if told or asked is not None or (weights is None and not own_code):
+        return asked or (card.get("mean"), card.get("std")), None
+    named = "@" in architecture  # published weights, whose way these take
+    imagenet = architecture.startswith(torchvision_nets.PREFIX) and not named and dataset.in_channels == 3
+    return IMAGENET if imagenet else (None, None), not own_code and not named
 
 
 def _onnx(
-    source: str, dataset: data.Dataset, device: str, budget: int | None, gradients: str | None, scale: Scale
+    source: str, dataset: data.Dataset, device: str, budget: int | None, gradients: str | None, scale: Scale | None
 ) -> nn.Module:
     if budget is None:
         try:
-            return load_onnx(Path(source), dataset.in_channels, dataset.num_classes, dataset.image_size, device, scale)
+            sizes = (dataset.in_channels, dataset.num_classes, dataset.image_size)
+            graph = load_onnx(Path(source), *sizes, device, scale)
         except UserError as error:
             if gradients is not None:
                 raise
             reason = error
+        else:
+            return _graph(graph, source, dataset, scale)
         model = _black_box(
             source, dataset, None, None, scale
         )  # first: it tells what is wrong with the file or the data
@@ -302,11 +332,11 @@ def _black_box(
 
 
 def _split(source: str) -> tuple[str, str | None]:
-    """Split ``?normalise=`` from a model's name; a server's address stays as it is."""
-    bare, asked, normalise = source.rpartition("?normalise=")
-    if not asked or source.startswith(_SERVER):
-        return source, None
-    if _loader(bare) in (_black_box, _stored):
+    """Split ``?normalise=`` from a model's name, and find one of the zoo; a server's address stays as it is."""
+    bare, normalise = normalisation.split(source)
+    if normalise is None or source.startswith(_SERVER):
+        return zoo.resolved(source), None
+    if _loader(zoo.resolved(bare)) in (_black_box, _stored):
         raise UserError(f"{bare} normalises its pixels itself: leave ?normalise={normalise} out")
     return bare, normalise
 

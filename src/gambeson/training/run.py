@@ -16,7 +16,8 @@ from gambeson import data, models
 from gambeson.base import Config, UserError, check_run, close_run, derive, environment, open_run, seeded, user_code
 from gambeson.data import Dataset
 from gambeson.defenses import AnyDefense, Defense, Standard, name_of
-from gambeson.models.loading import input_shape
+from gambeson.models import normalisation, zoo
+from gambeson.models.loading import input_shape, scale_for
 from gambeson.models.storage import FILE_NAME, load_weights, read_weights
 from gambeson.training.batches import Epoch, member_seeds
 from gambeson.training.loop import Run, train
@@ -151,8 +152,10 @@ class TrainRun(Config):
     recipe: Recipe = Recipe()
     """Training length, optimiser and schedule."""
     init: str | None = None
-    """Initial weights, of the whole model or of the architecture, which start every member of an ensemble; None: random
-    from the seed, or those in the model's name."""
+    """Initial weights, of the whole model or of the architecture, which start every member of an ensemble, in a file or
+    as ``zoo:NAME``; None: random from the seed, or those in the model's name. How a file's pixels were normalised,
+    where it does not say it, may follow as ``?normalise=``, as in the names of models
+    (:func:`gambeson.evaluation.load_model`)."""
     seed: int = 0
     device: str = "cpu"
 
@@ -216,6 +219,7 @@ def _built(run: TrainRun, dataset: data.Dataset) -> tuple[nn.Module, data.Datase
     """
 
     def stand_in(name: str) -> models.PixelModel:
+        name = zoo.resolved(name)
         return models.load(Path(name)) if Path(name).exists() else models.create(name, dataset)
 
     model = _model(run, dataset).to(torch.device(run.device))
@@ -227,12 +231,15 @@ def _built(run: TrainRun, dataset: data.Dataset) -> tuple[nn.Module, data.Datase
 
 
 def _model(run: TrainRun, dataset: data.Dataset) -> models.PixelModel:
+    file, normalise = (None, None) if run.init is None else normalisation.split(run.init)
+    weights = None if file is None else read_weights(Path(zoo.resolved(file)))
+    asked = None if normalise is None else normalisation.read(normalise, file or "", dataset)
+    (mean, std), guessed = scale_for(run.model, weights, dataset, asked)
     drawn = []
     for seed in member_seeds(run.seed, run.defense.num_members):  # each member as a separate run would draw it
-        drawn.append(models.create(run.model, dataset, seed=seed))
+        drawn.append(models.create(run.model, dataset, mean=mean, std=std, seed=seed))
     model = models.ensemble(drawn)
-    if run.init is not None:
-        weights = read_weights(Path(run.init))
+    if weights is not None:
         try:
             load_weights(model, weights)
         except UserError as unfit:  # weights of one network start every member of an ensemble of it
@@ -243,11 +250,14 @@ def _model(run: TrainRun, dataset: data.Dataset) -> models.PixelModel:
                     load_weights(member, weights)
             except UserError:
                 raise unfit from None
+        if guessed is not None:
+            normalisation.compare(model, dataset, str(file), guessed=guessed)
     return model
 
 
 def _source(run: TrainRun, name: str, out: Path, dataset: data.Dataset) -> models.PixelModel:
     """Load a source model of a defence: a run, a file, or an architecture that is trained first, next to the run."""
+    name = zoo.resolved(name)
     if Path(name).exists():
         return models.load(Path(name))
     settings = run.model_copy(

@@ -12,6 +12,7 @@ from gambeson.attacks.universal.target import Target
 from gambeson.base import UserError, load_tensors, notebook
 from gambeson.base.checks import as_images
 from gambeson.data import Split
+from gambeson.models import zoo
 from gambeson.threat import Ball, Patch, Placement
 
 
@@ -157,10 +158,11 @@ def _no_ball() -> UserError:
 
 
 def load(path: str | Path) -> UniversalPerturbation:
-    """Read a universal perturbation or a patch, whichever a file holds.
+    """Read a universal perturbation or a patch, whichever a file holds; ``zoo:NAME`` is that of a model of the zoo.
 
     Raises:
         UserError: the file is missing, damaged, a pickle, or holds something else.
     """
+    path = zoo.resolved(str(path), zoo.UAP)
     tensors, _ = load_tensors(Path(path), "a universal perturbation or a patch")
     return (AdversarialPatch if "pattern" in tensors else UniversalPerturbation).load(path)

@@ -63,15 +63,9 @@ class UniversalAttack(Config):
     procedural) use a single sample."""
     edits: tuple[EditText, ...] = ()
     """Edits that the perturbation is to survive (:class:`gambeson.threat.edits.Edit`), such as ``("none", "jpeg:75")``:
-    every gradient goes through one of them, drawn with equal probability, in its differentiable form, and validation
-    selects by the mean rate over all of them, as they are. The ball holds before the edit. Labels that are predictions
-    are those of images without edits. Empty: none."""
-
-    @model_validator(mode="after")
-    def _through_edits(self) -> Self:
-        if self.edits and not self.gradients:
-            raise ValueError(f"{type(self).__name__} takes no gradients that could go through edits; leave edits out")
-        return self
+    every gradient goes through one of them, drawn with equal probability, in its differentiable form, and rates, by
+    which validation selects and attacks without gradients search, are means over all of them, as they are. The ball
+    holds before the edit. Labels that are predictions are those of images without edits. Empty: none."""
 
     @model_validator(mode="after")
     def _omega_has_a_use(self) -> Self:

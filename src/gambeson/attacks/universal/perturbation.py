@@ -11,6 +11,7 @@ from gambeson.attacks.universal.target import Target
 from gambeson.base import Config, UserError, load_tensors, notebook, save_tensors
 from gambeson.base.checks import as_images
 from gambeson.data import Split, held_out
+from gambeson.models import zoo
 from gambeson.threat import Ball, Eps, Norm, perturb
 from gambeson.victim import Shared
 
@@ -159,12 +160,12 @@ class UniversalPerturbation:
 
     @classmethod
     def load(cls, path: str | Path) -> UniversalPerturbation:
-        """Read a perturbation written by :meth:`save`.
+        """Read a perturbation written by :meth:`save`, or that of a model of the zoo, ``zoo:NAME``.
 
         Raises:
             UserError: the file is missing, damaged, a pickle, or holds something else, such as a patch.
         """
-        tensors, about = load_tensors(Path(path), "a universal perturbation")
+        tensors, about = load_tensors(Path(zoo.resolved(str(path), zoo.UAP)), "a universal perturbation")
         if "pattern" in tensors:
             raise UserError(
                 f"{path} holds a patch, and this needs a perturbation in a norm ball: score a patch with `gambeson uap "

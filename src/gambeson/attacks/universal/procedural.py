@@ -205,8 +205,8 @@ class ProceduralAttack(UniversalAttack):
 
     Only the model's scores are used. Exactly ``patterns`` patterns are evaluated on the same ``images`` training
     images: ``patterns * images`` forwards and no backward, then ``finalists`` forwards of validation, which selects
-    among the best. The paper's searches are Bayesian, with a Gaussian process of Matern 5/2 kernel and expected
-    improvement, or 1,000 random patterns; the evolution and all sizes here are ours.
+    among the best; with edits, as many through each. The paper's searches are Bayesian, with a Gaussian process of
+    Matern 5/2 kernel and expected improvement, or 1,000 random patterns; the evolution and all sizes here are ours.
     """
 
     gradients: ClassVar[bool] = False
@@ -232,7 +232,8 @@ class ProceduralAttack(UniversalAttack):
     def asked(self, data: Dataset) -> int:
         """Return about how many images a deterministic model will be asked about."""
         finalists = min(self.finalists, self.patterns)
-        return self.patterns * min(self.images, len(data.train)) + finalists * len(data.validation)
+        rates = self.patterns * min(self.images, len(data.train)) + finalists * len(data.validation)
+        return rates * max(1, len(self.edits))
 
     def bounds(self, size: tuple[int, int]) -> Bounds:
         """Return the box of the parameters for images of ``size`` (H, W)."""
