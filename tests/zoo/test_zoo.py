@@ -197,6 +197,8 @@ def test_a_name_that_is_not_there_is_answered_with_the_nearest(package, capsys):
         load_model("zoo:tiny")
     assert run(["audit", "zoo:digits/lenet/tiny"]) == 2
     assert "unknown entry of the zoo" in capsys.readouterr().err
+    assert run(["report", f"zoo:{NAME}"]) == 2
+    assert f"zoo:{NAME} is a model, not the folder of an audit: run gambeson audit" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"unknown file of digits/lenet5/tiny 'model\.pt'"):
         files.path(NAME, "model.pt")
 
