@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import gambeson as gb
 from gambeson import UserError
 from gambeson.auditing import AuditResult, Suite, comparison
 from gambeson.auditing.context import Outcomes
 from gambeson.base import load_tensors, save_tensors, write_json
+from gambeson.cli.compare import comparison_table
 from gambeson.evaluation import Rate
 from gambeson.tasks import Counts
 
@@ -92,6 +94,16 @@ def test_pairs_are_counted_and_tested_exactly(tmp_path, digits):
     back = {change.name: change for change in other_way.changes}["clean"]
     assert (back.lost, back.gained, back.p) == (0, 6, clean.p)
     assert back.difference.low == pytest.approx(-clean.difference.high)
+
+
+def test_a_narrow_terminal_cuts_no_number_and_no_word_of_the_table(tmp_path, digits):
+    found = gb.compare(stored(tmp_path / "a", digits.test), stored(tmp_path / "b", digits.test, label="later"))
+    with (console := Console(width=60)).capture() as narrow:
+        console.print(comparison_table(found))
+    shown = narrow.get()
+    assert "…" not in shown
+    assert shown.count("]") == len(found.changes) + 1
+    assert shown.split().count("change") == 2 + len(found.changes)  # the heading and the caption have it too
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(10, 2), (2, 10), (7, 7), (1, 0), (0, 0), (40, 25)])

@@ -84,7 +84,9 @@ def test_an_entry_is_listed_and_loaded_by_its_name(package, trained, content):
     (entry,) = gb.zoo.list()
     assert str(entry) == f"{NAME}: no defence"
     assert gb.zoo.list(data="digits", defense="standard") == (entry,) == gb.zoo.list(model="lenet5")
-    assert gb.zoo.list(data="fashion-mnist") == gb.zoo.list(defense="jacobian") == ()
+    for none in ({"data": "fashion-mnist"}, {"model": "lenet"}, {"defense": "jacobian"}):
+        with pytest.raises(UserError, match=f"unknown {next(iter(none))} of the zoo .*: (choose|did you mean)"):
+            gb.zoo.list(**none)
     assert fingerprint(gb.zoo.load(NAME)) == fingerprint(trained)
     uap = gb.zoo.load_uap(NAME)
     assert torch.equal(uap.delta, gb.attacks.UniversalPerturbation.load(content / NAME / files.UAP).delta)
@@ -144,7 +146,7 @@ def test_a_damaged_file_is_refused(package, file, capsys):
     assert not found.passed
     assert found.clean is None
     assert run(["zoo", "verify", NAME]) == 2
-    assert f"error: {NAME} is not what its card says: {place} is damaged" in capsys.readouterr().err
+    assert f"error: {NAME} is not verified: {place} is damaged" in capsys.readouterr().err
     place.unlink()
     with pytest.raises(UserError, match=r"cannot be read \(No such file"):
         load(NAME)
@@ -195,6 +197,8 @@ def test_a_name_that_is_not_there_is_answered_with_the_nearest(package, capsys):
         load_model("zoo:tiny")
     assert run(["audit", "zoo:digits/lenet/tiny"]) == 2
     assert "unknown entry of the zoo" in capsys.readouterr().err
+    assert run(["report", f"zoo:{NAME}"]) == 2
+    assert f"zoo:{NAME} is a model, not the folder of an audit: run gambeson audit" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"unknown file of digits/lenet5/tiny 'model\.pt'"):
         files.path(NAME, "model.pt")
 
@@ -208,13 +212,44 @@ def test_without_the_package_one_sentence_says_what_to_install(monkeypatch, caps
     assert "pip install gambeson-zoo" in capsys.readouterr().err
 
 
-def test_a_manifest_of_another_form_is_refused(package):
-    write_json(package / files.MANIFEST, {"form": 2, "entries": {}})
-    with pytest.raises(UserError, match="is not of form 1: install versions that fit each other"):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"form": 2, "entries": {}}', "it is of form 2, not 1"),
+        ("{", ".* is not valid JSON .*"),
+        ("[1]", "it lists no entries"),
+        ('{"form": 1}', "it lists no entries"),
+        ('{"form": 1, "entries": [1]}', "it lists no entries"),
+        ('{"form": 1, "entries": {"digits/lenet5/tiny": "x"}}', "it lists no entries"),
+        ('{"form": 1, "entries": {"digits/lenet5/tiny": {"colour": "red"}}}', "Entry has no setting 'colour'.*"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(package, text, reason):
+    (package / files.MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=rf"cannot be used \({reason}\): install versions that fit each other"):
         gb.zoo.list()
-    (package / files.MANIFEST).write_text("{")
-    with pytest.raises(UserError, match="is not valid JSON"):
-        gb.zoo.list()
+
+
+@pytest.mark.parametrize("outside", ["../../secret", "/etc/hostname", "audit/../../x", "", "audit\\..\\x", "card.md\n"])
+def test_no_name_of_a_manifest_leads_out_of_the_package(package, outside):
+    stored = json.loads((package / files.MANIFEST).read_text())
+    (told,) = stored["entries"].values()
+    named = {"form": files.FORM, "entries": {outside: told}}
+    holding = {"form": files.FORM, "entries": {NAME: {**told, "files": {**told["files"], outside: "0" * 64}}}}
+    for manifest in (named, holding):
+        write_json(package / files.MANIFEST, manifest)
+        with pytest.raises(UserError, match=r"cannot be used \(Entry\.(name|files)"):
+            files.path(NAME, files.CARD)
+
+
+def test_verification_goes_on_past_an_entry_without_data_or_of_another_size(package, capsys):
+    change(package, data="gone")
+    assert gb.zoo.verify(NAME).reason.startswith("unknown data set 'gone'")
+    tensors, about = load_tensors(package / NAME / files.UAP)
+    save_tensors(package / NAME / files.UAP, {**tensors, "delta": torch.zeros(1, 1, 9, 9)}, about)
+    change(package, data="digits")
+    assert run(["zoo", "verify"]) == 2
+    assert f"error: {NAME} is not verified: the perturbation is for images of (1, 9, 9)" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -147,6 +147,9 @@ def transfer(
     if as_json:
         print_json(result.plain())
         return
+    console.print(
+        f"errors of the models in the columns, at eps {result.eps:.4g} (norm {run.norm}) [95 % interval]", markup=False
+    )
     for table in result.tables:
         shown = Table(f"{table.attack}: from", *result.labels, box=None)
         for label, row in zip(result.labels, table.errors, strict=True):

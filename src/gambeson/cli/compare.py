@@ -88,7 +88,7 @@ def comparison_table(found: Comparison) -> Table:
         caption="p: probability of so large a change by chance, for all rates at once",
     )
     for name in ("", "first", "second", "change", "p", "outcome"):
-        table.add_column(name, justify="right" if name not in ("", "outcome") else "left", no_wrap=True)
+        table.add_column(name, justify="right" if name not in ("", "outcome") else "left", overflow="fold")
     for one in found.changes:
         ends, style = one.difference, {"worse": "bold red", "better": "green"}.get(one.outcome)
         change = f"{100 * ends.value:+.1f} [{100 * ends.low:+.1f}, {100 * ends.high:+.1f}]"

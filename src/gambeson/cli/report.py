@@ -44,10 +44,17 @@ def report(
     """
     from gambeson.auditing import AuditResult
     from gambeson.base import UserError, writable
+    from gambeson.models.zoo import PREFIX
     from gambeson.report import write, write_card, write_study
     from gambeson.studies import is_study, read_study
 
     asked = gates.parsed(gate, sarif, junit, card)
+    for audit in map(str, audits):
+        if audit.startswith(PREFIX):
+            raise UserError(
+                f"{audit} is a model, not the folder of an audit: run gambeson audit {audit} and name its --out, or "
+                f"read gambeson zoo show {audit.removeprefix(PREFIX)}"
+            )
     if card is not None and len(audits) > 1:
         raise UserError(f"a card is about one model, and {len(audits)} audits were given: name one folder")
     others = [file for file in (sarif, junit, card) if file is not None]

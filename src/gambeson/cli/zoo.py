@@ -92,4 +92,4 @@ def verify(
             table.add_row(one.name, *rates, "yes" if one.passed else f"no: {escape(one.reason)}")
         console.print(table)
     if failed := [one for one in found if not one.passed]:
-        raise UserError(f"{failed[0].name} is not what its card says: {failed[0].reason}")
+        raise UserError(f"{failed[0].name} is not verified: {failed[0].reason}")

@@ -26,10 +26,14 @@ WEIGHTS, RUN, UAP, AUDIT, CARD = "model.safetensors", "run.yaml", "uap.safetenso
 _CHECKOUT = Path(__file__).parents[3] / "packages" / "gambeson-zoo" / "src" / PACKAGE
 
 
+Place = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")]
+"""Path inside the package, which names nothing outside it."""
+
+
 class Entry(Config):
     """A network of the zoo with one universal perturbation, and what both were measured at."""
 
-    name: str
+    name: Place
     """``DATA/ARCHITECTURE/TRAINING``."""
     summary: str
     """One line."""
@@ -61,7 +65,7 @@ class Entry(Config):
     license: str = "Apache-2.0"
     at: Annotated[str, Field(pattern=r"^(hf://[^/@]+/[^/@]+(@[^/]+)?(/.+)?)?$")] = ""
     """Where its files lie: ``hf://ORG/REPO[@REVISION][/FOLDER]``; empty: in the package, in the folder of its name."""
-    files: dict[str, str]
+    files: dict[Place, str]
     """Each file with its sha256."""
 
     def __str__(self) -> str:
@@ -74,13 +78,18 @@ def entries() -> dict[str, Entry]:
     Raises:
         UserError: the package is not installed, or not of a form that this version reads.
     """
-    stored = read_json(_folder() / MANIFEST)
-    if not isinstance(stored, dict) or stored.get("form") != FORM:
+    folder = _folder()
+    try:
+        stored = read_json(folder / MANIFEST)
+        if stored["form"] != FORM:
+            raise UserError(f"it is of form {stored['form']}, not {FORM}")
+        return {name: Entry(**{**fields, "name": name}) for name, fields in stored["entries"].items()}
+    except (UserError, AttributeError, KeyError, TypeError) as error:
+        reason = error if isinstance(error, UserError) else "it lists no entries"
         raise UserError(
-            f"the manifest in {_folder()} is not of form {FORM}: install versions that fit each other, by pip "
-            "install -U gambeson gambeson-zoo"
-        )
-    return {name: Entry(name=name, **fields) for name, fields in stored["entries"].items()}
+            f"the manifest in {folder} cannot be used ({one_line(reason)}): install versions that fit each other, by "
+            "pip install -U gambeson gambeson-zoo"
+        ) from None
 
 
 def entry(name: str) -> Entry:

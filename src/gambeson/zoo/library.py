@@ -5,7 +5,7 @@ from __future__ import annotations
 from gambeson import data as data_room
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing import AuditResult
-from gambeson.base import Config, UserError
+from gambeson.base import Config, UserError, unknown_name
 from gambeson.evaluation import Rate, accuracy, universal_evasion
 from gambeson.models import PixelModel, zoo
 from gambeson.models import load as load_model
@@ -24,14 +24,15 @@ def list(*, data: str | None = None, model: str | None = None, defense: str | No
         defense: those of a defence alone.
 
     Raises:
-        UserError: the package ``gambeson-zoo`` is not installed.
+        UserError: the package ``gambeson-zoo`` is not installed, or no entry has such a data set, architecture or
+            defence.
     """
-    wanted = {"data": data, "model": model, "defense": defense}
-    return tuple(
-        one
-        for one in zoo.entries().values()
-        if all(value in (None, getattr(one, field)) for field, value in wanted.items())
-    )
+    found, wanted = tuple(zoo.entries().values()), {"data": data, "model": model, "defense": defense}
+    for field, value in wanted.items():
+        known = {getattr(one, field) for one in found}
+        if value is not None and value not in known:
+            raise unknown_name(f"{field} of the zoo", value, known)
+    return tuple(one for one in found if all(value in (None, getattr(one, field)) for field, value in wanted.items()))
 
 
 def load(name: str) -> PixelModel:
@@ -69,7 +70,7 @@ class Verification(Config):
     reason: str = ""
     """Why it did not pass."""
     clean: Rate | None = None
-    """Accuracy on clean test images, measured again; None: its files are damaged."""
+    """Accuracy on clean test images, measured again; None: it could not be, for the reason given."""
     uer: Rate | None = None
     """Error under the perturbation, likewise."""
 
@@ -84,21 +85,18 @@ def verify(name: str, *, device: str = "cpu") -> Verification:
         device: of the computations.
 
     Raises:
-        UserError: there is no such entry, or its data set cannot be loaded.
+        UserError: there is no such entry.
     """
     one = entry(name)
     try:
         for file in one.files:
             zoo.path(name, file)
-        model, uap = load(name), load_uap(name)
+        model, uap, test = load(name).to(device), load_uap(name), data_room.load(one.data).test
+        if test.fingerprint != one.test:
+            raise UserError(f"the test images of {one.data} are not those that it was scored on")
+        clean, uer = accuracy(model, test), universal_evasion(model, test, uap)
     except UserError as error:
         return Verification(name=one.name, passed=False, reason=str(error))
-    test = data_room.load(one.data).test
-    if test.fingerprint != one.test:
-        reason = f"the test images of {one.data} are not those that it was scored on"
-        return Verification(name=one.name, passed=False, reason=reason)
-    model = model.to(device)
-    clean, uer = accuracy(model, test), universal_evasion(model, test, uap)
     reasons = [
         f"{what} is {now}, and was {before}"
         for what, now, before in (("accuracy", clean, one.clean), ("UER", uer, one.uer))
