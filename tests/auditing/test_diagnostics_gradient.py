@@ -103,6 +103,26 @@ def test_each_shape_of_the_loss_fails_what_it_must_and_nothing_else(model, faili
     assert all(check.passed is not None and check.numbers for check in found.values())
 
 
+class Steep(Terrain):
+    """A margin that falls along a curve: so many pixels, each moved by 0.001, leave its tangent far behind."""
+
+    def __init__(self):
+        super().__init__((0.0, 0.0), shape=(3, 32, 32))
+
+    def forward(self, x):
+        score = ((x - 0.5) * self.w).flatten(1).sum(1) / self.w.abs().sum()
+        half = score.sign() * (7.3 * torch.exp((score.abs() - self.away) / 0.00045) - 4.3) / 2
+        return torch.stack([-half, half], 1)
+
+
+def test_a_difference_of_many_pixels_is_no_judge_of_a_tangent():
+    name, eps = "gradient matches finite differences", (0.001, 0.002, 0.004)
+    honest, data = Steep(), Steep().data()
+    assert look([name], honest, data, eps)[name].numbers == {"false": 0}
+    for liar in (Around(honest, after=Reversed.apply), Around(honest, before=lambda x: x + 0.01 * torch.sin(1e4 * x))):
+        assert look([name], liar, data, eps)[name].numbers["false"] > 0.5
+
+
 def test_an_attack_cut_short_has_not_converged():
     found = look(["attack has converged"], CRACK, CRACK.data(), EPS, pgd_steps=4)["attack has converged"]
     assert found.passed is False, found.detail
