@@ -124,6 +124,15 @@ def test_the_commands_take_a_name_of_the_zoo(package, capsys, tmp_path, monkeypa
     assert json.loads(capsys.readouterr().out)["UER"] == entry.uer.plain()
 
 
+def test_a_comparison_of_models_of_other_data_is_refused_before_any_audit(package, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/run.yaml").write_text("{kind: train, data: mnist5k}")
+    assert run(["compare", f"zoo:{NAME}", "run"]) == 2
+    assert "the models are of other data (digits and mnist5k)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir() and path.name != "site"] == ["run"]
+
+
 def test_a_verified_entry_has_the_stored_rates(package, capsys):
     (entry,) = gb.zoo.list()
     found = gb.zoo.verify(NAME)

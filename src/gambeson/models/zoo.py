@@ -85,9 +85,9 @@ def entries() -> dict[str, Entry]:
             raise UserError(f"it is of form {stored['form']}, not {FORM}")
         return {name: Entry(**{**fields, "name": name}) for name, fields in stored["entries"].items()}
     except (UserError, AttributeError, KeyError, TypeError) as error:
-        reason = error if isinstance(error, UserError) else "it lists no entries"
+        reason = one_line(error) if isinstance(error, UserError) else "it lists no entries"
         raise UserError(
-            f"the manifest in {folder} cannot be used ({one_line(reason)}): install versions that fit each other, by "
+            f"the manifest in {folder} cannot be used ({reason}): install versions that fit each other, by "
             "pip install -U gambeson gambeson-zoo"
         ) from None
 
