@@ -284,9 +284,18 @@ def tables(stored: dict[str, Any]) -> dict[str, str]:
             [audited(name) for name in ("gambeson", "single-step")],
         ),
         "recipe alignment": lines(
-            ["epoch", *(f"bank, {part}" for part in parts), *(f"random signs, {part}" for part in parts)],
             [
-                [str(epoch), *(f"{row[f'{who}: {part}']:.3f}" for who in ("bank", "random") for part in parts)]
+                "epoch",
+                *(f"bank, {part}" for part in parts),
+                *(f"random signs, {part}" for part in parts),
+                "sharing factor",
+            ],
+            [
+                [
+                    str(epoch),
+                    *(f"{row[f'{who}: {part}']:.3f}" for who in ("bank", "random") for part in parts),
+                    f"{row['sharing']:.3f}",
+                ]
                 for epoch, row in enumerate(aligned)
             ]
             or [["all"]],

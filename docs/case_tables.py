@@ -27,7 +27,9 @@ def tables() -> dict[str, tuple[str, Table]]:
     found["case public-lenet5"] = ("case-studies/public-lenet5.md", _audits(pair))
     for name in ("digit-recognizer", "solar-cells"):
         if (RESULTS / f"audits-{name}.json").is_file():
-            found[f"audits {name}"] = (f"case-studies/{name}.md", _audits(load(f"audits-{name}.json")["rows"]))
+            rows = load(f"audits-{name}.json")["rows"]
+            first = sorted(rows, key=lambda row: row != "original")
+            found[f"audits {name}"] = (f"case-studies/{name}.md", _audits({row: rows[row] for row in first}))
     return found
 
 
@@ -117,7 +119,15 @@ def _pages(result: dict[str, Any]) -> Table:
         else:
             cells = [percent(row[key]) for key in ("uer", "uer of the black box", "strongest control")]
             rows.append([name.partition("@")[2], *cells, *alike])
+            for other, again in _other_seeds(result, name):
+                cells = [percent(again[key]) for key in ("uer", "uer of the black box")]
+                rows.append([f"{name.partition('@')[2]}, {other}", *cells, "", "", ""])
     return head, rows
+
+
+def _other_seeds(result: dict[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of the same crafting from other seeds, as far as they are there."""
+    return [(key.removeprefix(f"{name}, "), row) for key, row in result["rows"].items() if key.startswith(f"{name}, ")]
 
 
 def _lines(result: dict[str, Any]) -> Table:
@@ -125,7 +135,8 @@ def _lines(result: dict[str, Any]) -> Table:
     rows = []
     for eps in result["about"]["settings"]["radii"]:
         row = result["rows"][f"hide@{eps}"]
-        rows.append([f"crafted, {eps}", percent(row["hidden"]), percent(row["kept"])])
+        same = [("seed 0", row), *_other_seeds(result, f"hide@{eps}")]
+        rows += [[f"crafted, {eps}, {seed}", percent(one["hidden"]), percent(one["kept"])] for seed, one in same]
         controls = [one for one in row["controls"] if one["hidden"]]  # the shuffled target hides nothing by itself
         rows += [[f"{one['name']}, {eps}", percent(one["hidden"]), percent(one["kept"])] for one in controls]
     return head, rows

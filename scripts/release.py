@@ -4,6 +4,7 @@
     python scripts/release.py build                            # into dist/; needs the package build
     python scripts/release.py try dist/*.whl dist/*.tar.gz     # a fresh environment for each
     python scripts/release.py try dist/*.whl --torch 2.11.0    # with that version of torch
+    python scripts/release.py try dist/*.whl --lowest          # with the oldest dependencies that pyproject.toml allows
     python scripts/release.py try dist/*.whl --site DIR        # torch and the rest from DIR, nothing downloaded
 
 The environment has the Python that runs this script. What is tried takes a minute: version, listings, training, a
@@ -58,7 +59,7 @@ def build(out: Path) -> list[Path]:
     return sorted(out.iterdir())
 
 
-def attempt(file: Path, torch: str, site: str) -> None:
+def attempt(file: Path, torch: str, site: str, *, lowest: bool) -> None:
     """Install one file into an empty environment, with the zoo beside it, and run what a new user would."""
     zoo = sorted(file.parent.glob("gambeson_zoo-*.whl"))
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +72,11 @@ def attempt(file: Path, torch: str, site: str) -> None:
             (library / "borrowed.pth").write_text(f"{Path(site).resolve()}\n")
         wanted = [f"{file.resolve()}[digits]", *(str(one.resolve()) for one in zoo)]
         wanted += [f"torch=={torch}"] if torch else []
-        alone = ["--no-deps"] if site else []
+        alone = ["--no-deps"] if site or lowest else []
+        if lowest:  # of the direct dependencies; those of a file are none of uv's direct ones
+            run([python, "-m", "pip", "install", "--quiet", "uv"], here, environment)
+            oldest = ["--resolution", "lowest-direct", "-r", str(ROOT / "pyproject.toml"), "--extra", "digits"]
+            run([python, "-m", "uv", "pip", "install", "--quiet", "--python", python, *oldest], here, environment)
         run([python, "-m", "pip", "install", "--quiet", *alone, *wanted], here, environment)
         for command in [*COMMANDS, *(["zoo verify digits/lenet5/standard"] if zoo else [])]:
             run([gambeson, *command.split()], here, environment)
@@ -96,6 +101,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="where build writes")
     parser.add_argument("--torch", default="", help="version of torch; the newest by default")
     parser.add_argument("--site", default="", help="site-packages to borrow everything else from")
+    parser.add_argument("--lowest", action="store_true", help="the oldest dependencies that pyproject.toml allows")
     given = parser.parse_args()
     if given.what == "build":
         print(*build(given.out), sep="\n")
@@ -105,7 +111,7 @@ def main() -> None:
     for file in given.files:
         if file.name.startswith("gambeson_zoo-"):
             continue  # tried beside each of the others
-        attempt(file, given.torch, given.site)
+        attempt(file, given.torch, given.site, lowest=given.lowest)
         print(f"{file.name}: works")
 
 

@@ -6,6 +6,7 @@ import random
 import resource
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -215,24 +216,20 @@ def test_a_hardening_killed_at_random_ends_as_one_that_was_not(trained, tmp_path
     gb.models.save(trained, tmp_path / "net.safetensors")
     command = ["harden", str(tmp_path / "net.safetensors"), *SMALL, "--out"]
     assert run([*command, str(tmp_path / "whole")]) == 0
-    draw, killed = random.Random(0), 0
-    while True:
-        process = subprocess.Popen([sys.executable, "-m", "gambeson", *command, str(tmp_path / "cut")])
-        try:
-            code = process.wait(None if killed == 4 else 8 + 20 * draw.random())
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            killed += 1
-        else:
-            assert code == 0
-            break
-        held = tmp_path / "cut" / "run.yaml"
-        if held.is_file() and read_yaml(held)["finished"]:
-            break
-    assert killed
+    draw, cut = random.Random(0), tmp_path / "cut"
+    for mark in ("schedule.json", "training/metrics.jsonl", "training/metrics.jsonl", "hardened/state/stages.json"):
+        began, file = time.time(), cut / mark
+        process = subprocess.Popen([sys.executable, "-m", "gambeson", *command, str(cut)])
+        while process.poll() is None and not (file.is_file() and file.stat().st_mtime > began):
+            time.sleep(0.01)
+        time.sleep(draw.random() / 2)
+        process.kill()
+        process.wait()
+        assert not (cut / "result.json").exists()
+        assert not read_yaml(cut / "run.yaml")["finished"]
+    assert run([*command, str(cut)]) == 0
     for name in ("model.safetensors", "training/model.safetensors", "training/metrics.jsonl"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     one, other = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "cut"))
     assert one == other
 
