@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import StochasticPGD, UniversalPerturbation
-from gambeson.auditing import DIAGNOSTICS, AuditResult, Suite
+from gambeson.auditing import DIAGNOSTICS, AuditResult, AuditRun, Suite, run_audit
+from gambeson.base import close_run, open_run
 from gambeson.evaluation import eps_uni
 from gambeson.testbed.suspicious import ToColour
 from tests.attacks.test_universal import linear_data
@@ -103,7 +105,7 @@ def test_a_cut_audit_goes_on_after_its_last_stage(audited, trained, digits, tmp_
     assert crafted[:4] == [0.05, 0.1, 0.2, 0.2]  # the first two were not crafted again
     assert resumed.results == found.results
     other = gb.models.create("lenet5", digits)
-    with pytest.raises(UserError, match="holds the audit of another model"):
+    with pytest.raises(UserError, match=r"holds another run \(it differs in model\)"):
         gb.audit(other, digits, SUITE, tmp_path)
     fewer = SUITE.model_copy(update={"pgd_steps": SUITE.pgd_steps + 1, "eps": (0.3,)})
     for data, suite, seed, unlike in (
@@ -113,6 +115,20 @@ def test_a_cut_audit_goes_on_after_its_last_stage(audited, trained, digits, tmp_
     ):
         with pytest.raises(UserError, match=rf"holds another run \(it differs in {unlike}"):
             gb.audit(trained, data, suite, tmp_path, seed=seed)
+
+
+def test_a_finished_audit_is_not_taken_for_one_of_weights_that_changed_since(audited, trained, digits, tmp_path):
+    found, folder = audited
+    out, weights = tmp_path / "audit", tmp_path / "model.safetensors"
+    gb.models.save(trained, weights)
+    run = AuditRun(model=str(weights), data="digits", suite=SUITE)
+    open_run(out, run, {})
+    close_run(out)
+    shutil.copytree(folder, out, dirs_exist_ok=True)
+    assert run_audit(run, out, digits).results == found.results
+    gb.models.save(gb.models.create("lenet5", digits), weights)
+    with pytest.raises(UserError, match=r"audit holds the audit of other weights of .*model\.safetensors: choose"):
+        run_audit(run, out, digits)
 
 
 def test_a_failed_attack_is_reported_as_failed(trained, digits, monkeypatch):

@@ -136,8 +136,8 @@ def test_the_print_has_its_size_and_every_pixel(spot, tmp_path):
     seen = [picture.getpixel((100 + 197 * (k % 3), 100 + 197 * (k // 3))) for k in range(6)]
     assert [one[0] for one in seen] == [0, 51, 102, 153, 204, 255]
     assert [one[3] for one in seen] == [255, 255, 0, 255, 255, 255]
-    print_patch(wide, tmp_path / "a.pdf", "2 in", 100, marks=False)
-    content = (tmp_path / "a.pdf").read_bytes()
+    print_patch(wide, tmp_path / "new" / "a.pdf", "2 in", 100, marks=False)  # in a folder that is made
+    content = (tmp_path / "new" / "a.pdf").read_bytes()
     assert content.startswith(b"%PDF")
     assert b"/MediaBox [ 0 0 144.0 95.76 ]" in content  # 200 x 133 dots in points of 1/72 inch
     for out, size, message in (

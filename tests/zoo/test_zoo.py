@@ -104,6 +104,8 @@ def test_a_name_of_the_zoo_is_a_model_and_a_perturbation(package, trained, digit
     assert torch.equal(load_perturbation(named).delta, gb.attacks.UniversalPerturbation.load(named).delta)
     with pytest.raises(UserError, match=r"normalises its pixels itself: leave \?normalise=none out"):
         load_model(f"{named}?normalise=none")
+    with pytest.raises(UserError, match="expected a patch of"):
+        gb.attacks.AdversarialPatch.load(named)
     settings = {"data": "digits", "model": "lenet5", "defense": {"name": "standard"}}
     assert fingerprint(_model(TrainRun(**settings, init=named), digits)) == fingerprint(trained)
     assert fingerprint(_source(TrainRun(**settings), named, tmp_path, digits)) == fingerprint(trained)
@@ -120,6 +122,15 @@ def test_the_commands_take_a_name_of_the_zoo(package, capsys, tmp_path, monkeypa
     assert capsys.readouterr().out == "# tiny\n\n"
     assert run(["uap", "score", f"zoo:{NAME}", f"zoo:{NAME}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["UER"] == entry.uer.plain()
+
+
+def test_a_comparison_of_models_of_other_data_is_refused_before_any_audit(package, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/run.yaml").write_text("{kind: train, data: mnist5k}")
+    assert run(["compare", f"zoo:{NAME}", "run"]) == 2
+    assert "the models are of other data (digits and mnist5k)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir() and path.name != "site"] == ["run"]
 
 
 def test_a_verified_entry_has_the_stored_rates(package, capsys):

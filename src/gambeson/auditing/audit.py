@@ -162,7 +162,8 @@ def run_stages(
     stages, notes, asked = Checkpoints(folder, seed), list[str](), suite
     if suite.budget is not None and not black_box:
         raise UserError("a budget limits the queries to a black box, and this model is none: leave suite.budget out")
-    stages.begin(seed=seed, suite=suite.plain())
+    weights = {} if black_box else {"model": fingerprint(model)}
+    stages.begin(seed=seed, suite=suite.plain(), **weights)
     choose = None if clock is None else partial(_in_time, clock, stages)
     with Victim(model, fast=not black_box) as victim:
         victim.allow_no_graph = True  # "no vanishing gradients" reports it

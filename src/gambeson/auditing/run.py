@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.audit import Audit, diagnostics_of, run_stages
 from gambeson.auditing.budget import changes, fit_queries
 from gambeson.auditing.clock import Clock, now
-from gambeson.auditing.context import Outcomes
+from gambeson.auditing.context import Checkpoints, Outcomes
 from gambeson.auditing.cost import AuditPlan, plan
 from gambeson.auditing.gates import NO_MAPS, Gate, refuse_unmeasured
 from gambeson.auditing.results import AuditResult
@@ -23,6 +24,7 @@ from gambeson.auditing.stages.examples import FILE
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.base import Config, UserError, check_run, close_run, environment, open_run, read_json, unknown_name
 from gambeson.evaluation import BlackBox, LoadedModel, load_model
+from gambeson.models import fingerprint
 from gambeson.models.black_box.http import StoredHttp
 from gambeson.models.loading import check_source
 
@@ -73,11 +75,12 @@ def run_audit(
         gates: conditions on its numbers, which are refused before it begins where it will not have these.
 
     Raises:
-        UserError: the folder contains another run, the model cannot be loaded, the data is unknown, a black box's
-            budget is spent, or a gate is about something that is not measured.
+        UserError: the folder contains another run or the audit of other weights, the model cannot be loaded, the data
+            is unknown, a black box's budget is spent, or a gate is about something that is not measured.
     """
     started, began = now(), check_audit(run, out)  # before anything is loaded: a finished audit needs no queries
     if began and (done := _finished(out)):
+        _check_weights(run, out, dataset)
         return done
     left = _left(run, out)
     subject = load_model(run.model, run.data, run.device, dataset, budget=left, http=run.http)
@@ -105,6 +108,21 @@ def run_audit(
     )
     close_run(out)
     return found
+
+
+def _check_weights(run: AuditRun, out: Path, dataset: data_room.Dataset | None) -> None:
+    """Refuse to take a finished audit for one of weights that have changed since, unless they cannot be loaded now."""
+    begun = Checkpoints(out).kept("begun") or {}
+    if "model" not in begun:  # a black box, or an earlier version's
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were given when it was audited
+        try:
+            model = load_model(run.model, run.data, "cpu", dataset).model
+        except UserError:
+            return
+    if fingerprint(model) != begun["model"]:
+        raise UserError(f"{out} holds the audit of other weights of {run.model}: choose another --out")
 
 
 def _check_gates(gates: Sequence[Gate], run: AuditRun, subject: LoadedModel) -> None:

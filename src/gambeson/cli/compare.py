@@ -46,10 +46,14 @@ def compare(
     from gambeson.auditing import compare as compared
     from gambeson.auditing.comparison import CHANGES
     from gambeson.base import UserError, pick_device
+    from gambeson.models.loading import trained_on
 
     if gate is not None:
         parse_gates(gate, CHANGES)
     given = {"data": data, "suite": suite}
+    seen = [trained_on(model) for model in (first, second)]
+    if data is None and None not in seen and seen[0] != seen[1]:
+        raise UserError(f"the models are of other data ({seen[0]} and {seen[1]}): name those of both with --data")
     folders = []
     with progress(as_json) as console:
         for model in (first, second):

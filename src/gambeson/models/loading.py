@@ -12,6 +12,7 @@ from torch import nn
 
 from gambeson import data, models
 from gambeson.base import UserError, read_settings, seeded, user_code
+from gambeson.base.files import read_yaml
 from gambeson.data.load import FOLDERS
 from gambeson.models import external, hubs, normalisation, registry, torchvision_nets, zoo
 from gambeson.models.black_box.base import BlackBox, no_gradient
@@ -137,6 +138,16 @@ def check_source(source: str) -> None:
         UserError: there is none.
     """
     _loader(_split(source)[0])
+
+
+def trained_on(source: str) -> str | None:
+    """Return the name of the data set of a training run or a model of the zoo; None where a model does not tell it.
+
+    Raises:
+        UserError: the zoo has no such model.
+    """
+    held = read_yaml(file) if (file := Path(zoo.resolved(source)) / "run.yaml").is_file() else {}
+    return held.get("data") if held.get("kind") == "train" else None
 
 
 def input_shape(source: str, data_name: str) -> data.Shape:

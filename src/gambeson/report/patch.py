@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from gambeson.attacks import AdversarialPatch
-from gambeson.base import UserError, pixel_bytes
+from gambeson.base import UserError, pixel_bytes, write_bytes
 from gambeson.data import Split
 from gambeson.evaluation.placement import PlacedRate, PlacementResult
 from gambeson.evaluation.rates import strongest_control
@@ -152,12 +153,14 @@ def print_patch(
     picture = picture.resize((width, height), Image.Resampling.NEAREST)
     if marks:
         picture = _with_marks(picture, dpi, found[2])
+    content = io.BytesIO()
     if out.suffix == ".pdf":
         page = Image.new("RGB", picture.size, "white")
         page.paste(picture, mask=picture.getchannel("A"))
-        page.save(out, "PDF", resolution=dpi, quality=100, subsampling=0)  # JPEG, whose loss is below a level
+        page.save(content, "PDF", resolution=dpi, quality=100, subsampling=0)  # JPEG, whose loss is below a level
     else:
-        picture.save(out, "PNG", dpi=(dpi, dpi))
+        picture.save(content, "PNG", dpi=(dpi, dpi))
+    write_bytes(out, content.getvalue())
     return height, width
 
 

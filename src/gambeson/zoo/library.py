@@ -48,7 +48,7 @@ def load(name: str) -> PixelModel:
 
 
 def load_uap(name: str) -> UniversalPerturbation:
-    """Load the universal perturbation that was crafted on a network; see :func:`load`."""
+    """Load the universal perturbation of a network's audit, crafted on it or on a surrogate; see :func:`load`."""
     return UniversalPerturbation.load(zoo.path(name, UAP))
 
 

@@ -141,8 +141,9 @@ class AdversarialPatch(UniversalPerturbation):
         """Read a patch written by :meth:`save`.
 
         Raises:
-            UserError: the file is missing, damaged, a pickle, or holds something else.
+            UserError: the file is missing, damaged, a pickle, or holds something else, as ``zoo:NAME`` does.
         """
+        path = zoo.resolved(str(path), zoo.UAP)
         tensors, about = load_tensors(Path(path), "a patch")
         if set(tensors) != {"pattern", "mask", "image_shape", "image_hashes"} or "crafted_on" not in about:
             raise UserError(f"{path} holds {sorted(tensors)}: expected a patch of `gambeson uap craft`")
