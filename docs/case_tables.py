@@ -68,7 +68,8 @@ def _audits(rows: dict[str, dict[str, Any]]) -> Table:
     def verdict(row: dict[str, Any]) -> str:
         wrong = [name for name, passed in row["checks"].items() if passed is False]
         run = sum(passed is not None for passed in row["checks"].values())
-        return f"{'trusted' if row['trusted'] else 'not trusted'}; {run - len(wrong)} of {run} checks passed"
+        said = "trusted" if row["trusted"] else "not to be trusted" if wrong else "some checks not run"
+        return f"{said}; {run - len(wrong)} of {run} checks passed"
 
     lines: dict[str, list[str]] = {"clean": [percent(row["clean"]) for row in rows.values()]}
     for k, eps in enumerate(shown):
@@ -80,7 +81,8 @@ def _audits(rows: dict[str, dict[str, Any]]) -> Table:
         left = [row["left"].get(attack) for row in rows.values()]
         lines[f"right under `{attack}` at {middle}"] = [percent(one) if one else "" for one in left]
     lines["half wrong under one pattern from"] = [most(row["eps_uni"]) for row in rows.values()]
-    lines["half wrong, each attacked, from"] = [most(row["eps_adv"]) for row in rows.values()]
+    if any(row["eps_adv"] is not None for row in rows.values()):
+        lines["half wrong, each attacked, from"] = [most(row["eps_adv"]) for row in rows.values()]
     lines["verdict"] = [verdict(row) for row in rows.values()]
     return ["", *rows], [[what, *cells] for what, cells in lines.items()]
 
