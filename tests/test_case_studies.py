@@ -105,7 +105,7 @@ def test_the_table_of_audits_has_their_numbers(cases, monkeypatch):
     assert lines[f"strongest control at {middle}"][0] == str(worst)
     failed = row | {"trusted": False, "checks": {"one": False, "two": True, "three": None}, "eps_uni": None}
     lines = {what: cells for what, *cells in tables._audits({"x": failed})[1]}
-    assert lines["verdict"] == ["not trusted; 1 of 2 checks passed"]
+    assert lines["verdict"] == ["not to be trusted; 1 of 2 checks passed"]
     assert lines["half wrong under one pattern from"] == ["more than the curve has"]
 
 

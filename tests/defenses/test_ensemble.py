@@ -305,7 +305,7 @@ def test_copies_are_warned_of():
     "defense",
     [JacobianEnsemble(members=2, estimator="stacked", power=True, derivative="forward-mode"), TRS(members=2, steps=1)],
 )
-def test_a_cut_ensemble_resumes_bit_for_bit(digits, tmp_path, defense):
+def test_a_cut_ensemble_resumes_bit_for_bit(digits, tmp_path, defense, stand_in):
     def run(out, epochs_seen=None):
         model = joined(digits, 2)
         kind = type(defense)

@@ -241,7 +241,7 @@ def test_only_the_sizes_of_the_noise_go_without_weight_decay(digits):
 
 
 @pytest.mark.parametrize("update", ["alternating", "joint"])
-def test_a_cut_run_resumes_bit_for_bit(digits, tmp_path, update):
+def test_a_cut_run_resumes_bit_for_bit(digits, tmp_path, update, stand_in):
     settings = {"eps": 0.1, "steps": 1, "noise_from": 1, "adversarial_from": 2, "update": update, "gamma": 1e-3}
     kwargs = {"epochs": 3, "batch_size": 256, "seed": 5}
     steps = len(digits.train) // 256

@@ -85,7 +85,7 @@ def test_free_training_is_an_independent_loop(trained, digits):
     assert float(delta.abs().max()) == pytest.approx(0.1)
 
 
-def test_free_training_resumes_bit_for_bit(digits, tmp_path):
+def test_free_training_resumes_bit_for_bit(digits, tmp_path, stand_in):
     class Stop(FreeAdversarial):
         def build_objective(self, context):
             objective = super().build_objective(context)

@@ -363,7 +363,7 @@ def test_weight_zero_is_standard_training_bit_for_bit(digits, defense):
 
 
 @pytest.mark.parametrize("defense", FORMS, ids=NAMES)
-def test_a_cut_run_goes_on_bit_for_bit(digits, tmp_path, defense):
+def test_a_cut_run_goes_on_bit_for_bit(digits, tmp_path, defense, stand_in):
     steps = len(digits.train) // 128
 
     class Cut(type(defense)):

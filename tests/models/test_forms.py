@@ -306,7 +306,7 @@ NOISELESS = {
 
 
 @pytest.mark.parametrize("form", TRAINED)
-def test_defences_train_every_form_or_say_why_not(form, tmp_path):
+def test_defences_train_every_form_or_say_why_not(form, tmp_path, stand_in):
     options = {"epochs": 2, "batch_size": 48, "optimizer": "adam", "lr": 0.01, "schedule": "constant", "ema": 0.9}
     for name, defense in DEFENSES.items():
         torch.manual_seed(0)

@@ -380,13 +380,16 @@ def test_a_full_disk_leaves_the_study_intact(done, tmp_path):
     }
 
 
-def test_a_cell_that_fails_is_told_and_the_others_are_done(tmp_path):
+def test_a_cell_that_fails_is_told_and_the_others_are_done(tmp_path, capsys):
     wide = {"name": "shared-adversarial", "settings": {"sharedness": 16}, "recipe": {"batch_size": 512, "epochs": 1}}
-    study = tiny(defenses={"standard": "standard", "wide": wide}, seeds=1)
-    result = run_study(study, tmp_path)
+    changes = {"defenses": {"standard": "standard", "wide": wide}, "seeds": 1}
+    result = run_study(tiny(**changes), tmp_path)
     assert [row.missing for row in result.rows] == [[], ["train", "clean", "fgsm"]]
     assert list(result.failed) == ["train of wide on digits, lenet5, seed 0"]
     assert "batch size 512 does not fit 256 training images" in str(result.failed)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"kind": "study", **TINY, **changes}))
+    assert run(["study", "run", str(tmp_path / "s.yaml"), "--out", str(tmp_path)]) == 2  # the command says it too
+    assert "1 of 6 cells have failed, among them train of wide" in capsys.readouterr().err
 
 
 def test_a_cell_that_crashes_is_tried_again_as_often_as_the_study_says(tmp_path, monkeypatch):

@@ -94,12 +94,14 @@ def adversarial_subspace(
         seed: of the permutations.
 
     Raises:
-        UserError: the norm 1, an order that does not fit, or images and labels that do not.
+        UserError: the norm 1, no images, an order that does not fit, or images and labels that do not.
     """
     ball = Ball(eps=eps, norm=norm)
     if ball.norm == "1":
         raise UserError("norm = '1': the adversarial subspace is defined for the norms inf and 2")
     images, labels, _ = as_pair(images, labels, CLASSIFICATION, floats=True)
+    if not len(images):
+        raise UserError("there are no images: expected at least one")
     fitting = tuple(k for k in orders if 1 <= k <= images[0].numel())
     if not fitting:
         raise UserError(f"orders = {orders}: expected one between 1 and {images[0].numel()}, an image's values")

@@ -66,9 +66,11 @@ def run(
 ) -> None:
     """Run what is missing of a study; the same command goes on after any interruption, on any number of machines.
 
+    The exit code is 2 if a cell has failed: the others are done, and the same command tries it again.
+
     Example: `gambeson study run studies/claims-small.yaml --minutes 30`
     """
-    from gambeson.base import pick_device
+    from gambeson.base import UserError, pick_device
     from gambeson.studies import Study, run_study
 
     study = Study.load(file)
@@ -77,6 +79,9 @@ def run(
     _show(found, as_json)
     if not as_json:
         typer.echo(f"next: gambeson report {out / study.name}")
+    if found.failed:
+        title, reason = next(iter(found.failed.items()))
+        raise UserError(f"{len(found.failed)} of {found.cells} cells have failed, among them {title}: {reason}")
 
 
 @app.command("status")
