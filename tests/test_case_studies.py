@@ -94,8 +94,8 @@ def test_the_table_of_audits_has_their_numbers(cases, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     audits, tables = importlib.import_module("case_audits"), importlib.import_module("case_tables")
     found = AuditResult.load(ROOT / "results" / "quickstart" / "standard")
-    row = audits.Row.of(found, 1.23).plain()
-    assert (row["processor_seconds"], row["gradients"]) == (1.2, found.cost.backwards)
+    row = audits.Row.of(found).plain()
+    assert row["gradients"] == found.cost.backwards
     made = tables._audits({"new": row, "stored": tables._row(found.plain())})
     lines = {what: cells for what, *cells in made[1]}
     assert all(new == stored for new, stored in lines.values())

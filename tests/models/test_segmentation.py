@@ -299,8 +299,7 @@ def blobs(count):
     return images, bright * (1 + sides.view(-1, 1, 1))
 
 
-def test_a_cut_training_resumes_and_its_folder_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("gambeson.training.loop.name_of", lambda _: "both")  # one that stops stands for the other
+def test_a_cut_training_resumes_and_its_folder_is_loaded(tmp_path, stand_in):
 
     class Stop(Standard):
         def terms(self):

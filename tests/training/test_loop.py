@@ -62,8 +62,7 @@ def test_learns_digits_and_logs_every_epoch(digits, tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 3])
-def test_a_cut_run_resumes_in_lock_step(digits, tmp_path, cut, monkeypatch):
-    monkeypatch.setattr("gambeson.training.loop.name_of", lambda _: "both")  # one that stops stands for the other
+def test_a_cut_run_resumes_in_lock_step(digits, tmp_path, cut, stand_in):
 
     class Dropped(nn.Module):
         """Dropout and BatchNorm: what a resume breaks first."""
@@ -223,8 +222,7 @@ def test_the_best_epoch_on_label_maps_is_that_of_the_highest_mean_iou():
     assert not chosen((0.8, 0.5), (0.9, 0.3))
 
 
-def test_a_cut_run_on_label_maps_resumes_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr("gambeson.training.loop.name_of", lambda _: "both")  # one that stops stands for the other
+def test_a_cut_run_on_label_maps_resumes_bit_for_bit(tmp_path, stand_in):
     draw = torch.Generator().manual_seed(0)
     x = torch.rand(40, 3, 16, 16, generator=draw)
     y = x.argmax(1)

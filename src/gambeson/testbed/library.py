@@ -37,7 +37,7 @@ def models(data: str = "digits") -> list[Entry]:
 
     Args:
         data: ``digits``, ``mnist5k`` and ``fashion-mnist`` have all models; ``cifar10`` all but those that lose more
-            than ten points of clean accuracy there.
+            than 14 points of clean accuracy there.
 
     Raises:
         UserError: the testbed has no such data.
