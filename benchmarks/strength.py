@@ -50,7 +50,7 @@ NETS = (
     ("mnist5k", "standard"),
     ("mnist5k", "pgd-adversarial"),
 )
-IMAGES = 200
+IMAGES = 500
 LIMITS = {"quick": 0.015, "standard": 0.005}
 """By how much a suite's accuracy may lie above the reference, as a share."""
 ALONE: dict[str, Any] = {

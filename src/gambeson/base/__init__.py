@@ -2,6 +2,7 @@
 
 from gambeson.base import notebook
 from gambeson.base.config import Config, Number
+from gambeson.base.contents import contents
 from gambeson.base.environment import (
     average,
     default_dtype,
@@ -57,6 +58,7 @@ __all__ = [
     "average",
     "check_run",
     "close_run",
+    "contents",
     "count",
     "default_dtype",
     "derive",

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from gambeson.base.config import Config
+from gambeson.base.contents import contents
 from gambeson.base.errors import OutOfSpace, UserError
 
 _ELSEWHERE = "choose another --out, or make its folder writable,"
@@ -167,7 +168,7 @@ def pixel_bytes(images: torch.Tensor) -> torch.Tensor:
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-_UNLIKE = ("environment", "finished")  # may differ between two runs with the same settings
+_UNLIKE = ("environment", "finished", "files")  # may differ between two runs with the same settings
 _PASSING = {"http": None}
 """Settings that change no result: a run may be resumed with others."""
 
@@ -202,11 +203,18 @@ def refuse_other(folder: Path, held: Mapping[str, Any], given: Mapping[str, Any]
         )
 
 
+def _changed(held: Any, now: Mapping[str, str]) -> list[str]:
+    """Return the names whose files hold something else now; a file that is gone has not changed."""
+    known = held if isinstance(held, dict) else {}
+    return sorted(name for name in known.keys() & now.keys() if known[name] != now[name])
+
+
 def check_run(folder: Path, run: Config) -> bool | None:
     """Check, before any work, that a run can start or resume in its folder; nothing is written.
 
-    Settings that the stored run lacks, because an earlier version started it, have their defaults. A folder that holds
-    only the ``run.yaml`` of another run, which left nothing else, is free.
+    Settings that the stored run lacks, because an earlier version started it, have their defaults. The files that the
+    settings name must hold what they held when it began (:func:`gambeson.base.contents`). A folder that holds only the
+    ``run.yaml`` of another run, which left nothing else, is free.
 
     Returns:
         Whether the run has already finished; None if it has not begun.
@@ -221,11 +229,15 @@ def check_run(folder: Path, run: Config) -> bool | None:
         known = {key: value for key, value in held.items() if key not in _UNLIKE}
         with suppress(UserError):
             known = type(run)(**known).plain()
-        if known | _PASSING == settings | _PASSING:
+        changed = _changed(held.get("files"), contents(settings))
+        if known | _PASSING == settings | _PASSING and not changed:
             return bool(held.get("finished"))
         if [path for path in folder.rglob("*") if path.is_file()] == [file]:
             return None
         refuse_other(folder, known | _PASSING, settings | _PASSING)
+        raise UserError(
+            f"{folder} holds a run that began before {changed[0]} was changed: choose another --out, or restore it"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty and holds no run of this kind: choose another --out")
     return None
@@ -242,7 +254,9 @@ def open_run(folder: Path, run: Config, environment: dict[str, str]) -> bool:
     """
     finished = check_run(folder, run)
     if finished is None:
-        write_yaml(folder / "run.yaml", {**run.plain(), "environment": environment, "finished": False})
+        settings, files = run.plain(), contents(run.plain())
+        named = {"files": files} if files else {}
+        write_yaml(folder / "run.yaml", {**settings, **named, "environment": environment, "finished": False})
     elif not finished:
         begun = read_yaml(folder / "run.yaml").get("environment", environment)
         if other := sorted(key for key in environment if begun.get(key) != environment[key]):

@@ -98,22 +98,45 @@ def status(file: File, out: Out = DEFAULT, as_json: Json = False) -> None:
 @app.command("export")
 def export(
     file: File,
-    to: Annotated[str, typer.Option(help="csv, parquet, or json: a summary for version control.")] = "csv",
+    to: Annotated[
+        str, typer.Option(help="csv, parquet, json: a summary for version control; or cells, for study import.")
+    ] = "csv",
     out: Out = DEFAULT,
     output: Annotated[
         Path | None, typer.Option("--file", "-f", help="Output file.", show_default="in the study's folder")
     ] = None,
 ) -> None:
-    """Write every number of a study as a table, one line per number.
+    """Write every number of a study as a table, one line per number, or the results of its cells.
 
     Example: `gambeson study export studies/claims-small.yaml --to parquet`
     """
     from gambeson import studies
 
     study = studies.Study.load(file)
+    if to == "cells":
+        path = output or out / study.name / f"{study.name}.jsonl.gz"
+        typer.echo(f"{studies.export_cells(study, out, path)} results are in {path}")
+        return
     found = studies.read_study(study, out)
     path = studies.export(found, to, output or out / study.name / f"{study.name}.{to}")
     typer.echo(f"{len(found.rows)} rows are in {path}")
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="What `gambeson study export STUDY --to cells` has written.")],
+    out: Out = DEFAULT,
+) -> None:
+    """Take over the results of a study that ran elsewhere, so that it goes on here; weights are not among them.
+
+    A training whose weights a missing measurement needs is done again.
+
+    Example: `gambeson study import claims-small.jsonl.gz`
+    """
+    from gambeson import studies
+
+    new, known = studies.import_cells(file, out)
+    typer.echo(f"{new} results are new in {out / 'cells'}" + (f", {known} were there" if known else ""))
 
 
 def _plan_table(found: StudyPlan) -> Table:

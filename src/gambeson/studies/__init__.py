@@ -10,6 +10,7 @@ from gambeson.studies.bench import (
     bench_universal,
 )
 from gambeson.studies.claims import Claim, Verdict
+from gambeson.studies.exchange import export_cells, import_cells
 from gambeson.studies.matrix import Matrix
 from gambeson.studies.planning import StudyPlan
 from gambeson.studies.quickstart import FirstLook, quickstart
@@ -33,6 +34,8 @@ __all__ = [
     "bench_training",
     "bench_universal",
     "export",
+    "export_cells",
+    "import_cells",
     "is_study",
     "plan_study",
     "quickstart",

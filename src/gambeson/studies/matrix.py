@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, Literal
 
-from gambeson.base import UserError
+from gambeson.base import UserError, contents
 from gambeson.defenses.registry import DEFENSES
 from gambeson.models.registry import MODELS
 from gambeson.studies.claims import At, Claim
@@ -65,13 +65,15 @@ class Cell:
 
     @cached_property
     def address(self) -> str:
-        """Name of its folder: a hash of settings, code, and the cells that it needs."""
+        """Name of its folder: a hash of settings, the files that they name, code, and the cells that it needs."""
         content = {
             "kind": self.kind,
             "settings": self.settings,
             "code": code_hash(self.modules),
             "needs": [cell.address for cell in self.needs],
         }
+        if files := contents(self.settings):
+            content["files"] = files
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

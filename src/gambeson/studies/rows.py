@@ -174,7 +174,7 @@ def export(result: StudyResult, form: str, out: Path) -> Path:
         UserError: another form, or a package is missing.
     """
     if form not in FORMATS:
-        raise UserError(f"--to {form}: expected one of {', '.join(FORMATS)}")
+        raise UserError(f"--to {form}: expected one of {', '.join(FORMATS)}, cells")
     if form == "json":
         write_json(out, summary(result))
         return out

@@ -212,6 +212,8 @@ class Runner:
             write_cell(folder, cell)
             try:
                 execute(cell, self.store, self.device)
+                # Measured already where it was done before, and perhaps of other weights.
+                self.done -= {other.address for other in self.matrix.cells if cell in other.needs}
             except OutOfSpace:
                 raise
             except Damaged as error:

@@ -31,7 +31,7 @@ BEAT, STALE = 5.0, 60.0
 """Seconds between two refreshments of a lock, and after which it is stale."""
 TAKEOVERS = 5
 """Runners that may die over one cell before it counts as failed."""
-RESULT, FAILURE, PLAN = "result.json", "failure.json", "plan.json"
+CELLS, RESULT, FAILURE, PLAN = "cells", "result.json", "failure.json", "plan.json"
 
 
 class Store:
@@ -46,7 +46,7 @@ class Store:
 
     def folder(self, cell: Cell) -> Path:
         """The folder of a cell."""
-        return self.root / "cells" / cell.address
+        return self.root / CELLS / cell.address
 
     def read(self, cell: Cell, *, files: bool = False) -> dict[str, Any] | None:
         """Return what is stored of a cell; None if it has no result.
@@ -65,12 +65,22 @@ class Store:
             content = read_json(file)
         except UserError as error:
             raise Damaged(f"{file} is damaged ({error.reason})") from None
-        if not isinstance(content, dict) or content.get("sha256") != _digest(content):
+        if not isinstance(content, dict) or content.get("sha256") != digest(content):
             raise Damaged(f"{file} is damaged: it is not what was written")
+        for need in cell.needs:
+            of = content.get("of", {}).get(need.address)
+            if of is not None and of != self._files(need, of):
+                raise Damaged(f"{file} is not of the weights in {self.folder(need)}, which were made again")
         for name, known in content["files"].items() if files else ():
             if _file_digest(self.folder(cell) / name) != known:
                 raise Damaged(f"{self.folder(cell) / name} is damaged or gone")
         return content
+
+    def _files(self, cell: Cell, default: Mapping[str, str]) -> Mapping[str, str]:
+        """Hashes of the files that a cell made; ``default`` where it has no result at present."""
+        with suppress(UserError, TypeError, KeyError):
+            return dict(read_json(self.folder(cell) / RESULT)["files"])
+        return default
 
     def write(self, cell: Cell, result: Any, seconds: float, files: tuple[str, ...], device: str) -> None:
         """Store the result of a cell.
@@ -86,8 +96,9 @@ class Store:
             "environment": environment(device),
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
             "files": {name: _file_digest(folder / name) for name in files},
+            "of": {need.address: made for need in cell.needs if (made := self._files(need, {}))},
         }
-        write_json(folder / RESULT, content | {"sha256": _digest(content)})
+        write_json(folder / RESULT, content | {"sha256": digest(content)})
         (folder / FAILURE).unlink(missing_ok=True)
 
     def fail(self, cell: Cell, message: str, run: str, times: int) -> None:
@@ -289,7 +300,8 @@ def _machine() -> str:
     return f"{platform.node()} {_BOOT} {space}"
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def digest(content: Mapping[str, Any]) -> str:
+    """Return the sha256 that a result is stored with, of all else in it."""
     kept = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 

@@ -1,0 +1,80 @@
+"""What the files and folders that settings name hold, so that a result is never taken for one of other contents."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+WEIGHTS = "model.safetensors"
+"""The weights in the folder of a training run."""
+_KIND = re.compile(r"[a-z0-9-]+:(?!//)")
+
+
+def contents(settings: Any) -> dict[str, str]:
+    """Return the sha256 of what each file or folder named in plain settings holds, by its name there.
+
+    Of a training run it is that of its weights. Of a folder behind the name of a kind, such as ``image-folder:PATH``,
+    which may be too large to read, it is that of the names and sizes of its files. Names of Python files are left out:
+    their settings hold the hash already (:mod:`gambeson.base.user_code`).
+    """
+    found = {}
+    for text in sorted(set(_texts(settings))):
+        digest = _digest(text)
+        if digest:
+            found[text] = digest
+    return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
+def _digest(text: str) -> str:
+    if "\0" in text or "\n" in text:
+        return ""
+    bare = text.partition("?")[0]
+    behind = _KIND.match(bare)
+    for name in (bare, bare[behind.end() :] if behind else ""):
+        path = Path(name).expanduser()
+        try:
+            if not name or not path.exists():
+                continue
+            if path.is_file():
+                return _of_file(path)
+            if (path / WEIGHTS).is_file():
+                return _of_file(path / WEIGHTS)
+            if name != bare:
+                return _of_folder(path)
+        except OSError:  # no name of a file, such as a text that is too long for one, or not for us to read
+            continue
+    return ""
+
+
+def _of_file(path: Path) -> str:
+    about = path.stat()
+    return _of_bytes(path.absolute(), about.st_mtime_ns, about.st_size, about.st_ino)
+
+
+@lru_cache(256)
+def _of_bytes(path: Path, *state: int) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _of_folder(path: Path) -> str:
+    listed = hashlib.sha256()
+    for folder, below, files in os.walk(path):
+        below.sort()
+        for name in sorted(files):
+            file = Path(folder, name)
+            listed.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
+    return listed.hexdigest()
