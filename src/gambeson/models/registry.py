@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
@@ -106,6 +107,11 @@ def _width(name: str, base: str, factor: str) -> float:
 
 
 def _unknown(name: str) -> UserError:
+    if name.startswith("zoo:") or Path(name).exists():
+        return UserError(
+            f"{name!r} is a trained model: expected an architecture, such as lenet5, and the trained model as init "
+            "(`gambeson train --init`); or harden it as it is (`gambeson harden`)"
+        )
     try:
         elsewhere = name in torchvision_nets.known()
     except UserError:
