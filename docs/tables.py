@@ -28,6 +28,7 @@ sys.path += [str(DOCS), str(DOCS.parent / "benchmarks")]
 import audit_page  # noqa: E402
 import case_tables  # noqa: E402
 import claims  # noqa: E402
+import glance  # noqa: E402
 import make_zoo  # noqa: E402
 import patch  # noqa: E402
 import recipe  # noqa: E402
@@ -413,6 +414,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "results table": ("studies.md", made()),
         "costs": ("suites.md", audit_page.costs_text()),
         "strength": ("suites.md", audit_page.strength_text()),
+        "glance": ("suites.md", glance.table(load("glance.json"))),
         "diagnostics": ("checks.md", audit_page.diagnostics_text()),
         "own rates": ("testbed.md", audit_page.own_rates_text()),
         "error rates": ("testbed.md", audit_page.rates_text()),

@@ -71,7 +71,7 @@ class Gambeson(BankStarted):
     """Bank-started steps with settings that need no tuning but eps, and the recipe of training that goes with them.
 
     The settings and the recipe are ours, from single trials with small networks on Fashion-MNIST (docs/recipe.md); the
-    search that would choose them on validation is ``studies/gambeson-search.yaml``. Any of them can be set; fields of
+    search that would choose them on validation is ``studies/claims-gambeson.yaml``. Any of them can be set; fields of
     the recipe that are given go before those of the preset.
     """
 

@@ -17,6 +17,7 @@ from gambeson.studies.claims import At, Claim
 from gambeson.studies.code import code_hash
 from gambeson.studies.measures import AttackMeasure
 from gambeson.studies.study import Study, StudyData, StudyDefense, StudyModel
+from gambeson.studies.trials import ends
 from gambeson.training import Recipe, TrainRun
 
 HOLDOUT = 1000
@@ -211,7 +212,9 @@ class Matrix:
             for place, one in ((row, spec), (reference, theirs)):
                 settings = {"run": self._run(row, one) | {"seed": 0}, "data": content["data"]}
                 at_steps = replace(place, at="steps")
-                needs.append(Cell(kind="cost", row=at_steps, settings=settings, modules=_modules(one)))
+                # What trials choose of a defence may change what a step costs.
+                chosen = (self._search(at_steps, one),) if one.defense.space else ()
+                needs.append(Cell(kind="cost", row=at_steps, settings=settings, modules=_modules(one), needs=chosen))
         return Cell(kind="train", row=row, settings=content, modules=modules, needs=tuple(needs))
 
     def _search(self, row: Row, spec: _Spec) -> Cell:
@@ -221,10 +224,26 @@ class Matrix:
         few, whole = asked.pop("train"), _size(spec.data)
         asked.pop("lengths"), asked.pop("tolerance")
         middle = self._middle(spec)
+        if asked["trials"] is None:
+            asked.pop("trials"), asked.pop("space")
+        else:
+            asked["space"] = {"recipe": asked["space"], "settings": spec.defense.plain()["space"]}
+            self._check_space(row, middle)
         run = self._run(row, middle) | {"seed": HOLDOUT}
         settings = {"run": run, "data": whole | ({} if few is None else {"train": few}), "search": asked}
         place = replace(row, variant="", at="steps")
         return Cell(kind="search", row=place, settings=settings, modules=_modules(middle))
+
+    def _check_space(self, row: Row, spec: _Spec) -> None:
+        """Raise where a training would not take what a trial may choose."""
+        assert self.study.search is not None
+        for name, choice in self.study.search.space.items():
+            for value in ends(choice):
+                defense = spec.defense.model_copy(update={"recipe": {**spec.defense.recipe, name: value}})
+                self._run(row, replace(spec, defense=defense))
+        for name, choice in spec.defense.space.items():
+            for value in ends(choice):
+                self._run(row, replace(spec, settings={**spec.settings, name: value}))
 
     def _lengths(self, row: Row, spec: _Spec, search: Cell) -> Cell:
         """How the score of validation grows with the epochs, for the search's choice on all images."""

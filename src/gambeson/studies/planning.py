@@ -173,7 +173,7 @@ def _timed(cells: Sequence[Cell], device: str, prices: _Prices) -> dict[str, flo
             found[key] = OVERHEAD + 40 * step
         elif cell.kind == "search":
             search = cell.settings["search"]
-            count = len(search["lr"]) * len(search["warmup"])
+            count = search.get("trials") or len(search["lr"]) * len(search["warmup"])
             found[key] = OVERHEAD + epoch(cell.settings) * count * max(1, round(search["share"] * epochs))
         elif cell.kind == "lengths":
             found[key] = OVERHEAD + epoch(cell.settings) * epochs * sum(cell.settings["search"]["lengths"])

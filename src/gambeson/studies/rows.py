@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from gambeson.base import Config, UserError, write_bytes, write_json, write_text
 from gambeson.studies.claims import Point, Verdict, verdicts
 from gambeson.studies.matrix import Cell, Matrix
@@ -44,6 +46,8 @@ class StudyResult(Config):
     """Its settings."""
     rows: list[Result]
     claims: list[Verdict]
+    searches: list[dict[str, Any]] = Field(default_factory=list)
+    """What each search chose, and all that it tried."""
     cells: int
     done: int
     failed: dict[str, str]
@@ -74,6 +78,11 @@ def collect(matrix: Matrix, store: Store) -> StudyResult:
         study=study.plain(),
         rows=rows,
         claims=verdicts(study.claims, [row for row in rows if row.values], study.at, places),
+        searches=[
+            {"data": cell.row.data, "model": cell.row.model, "defense": cell.row.defense, **content["result"]}
+            for cell in matrix.cells
+            if cell.kind == "search" and (content := stored[cell.address]) is not None
+        ],
         cells=len(stored),
         done=sum(content is not None for content in stored.values()),
         failed=failures(matrix, store),
@@ -148,6 +157,7 @@ def summary(result: StudyResult) -> dict[str, Any]:
         "study": result.study,
         "rows": rows,
         "claims": [claim.plain() for claim in result.claims],
+        **({"searches": result.searches} if result.searches else {}),
         "cells": result.cells,
         "done": result.done,
         "failed": result.failed,

@@ -80,7 +80,7 @@ def execute(cell: Cell, store: Store, device: str) -> None:
     else:
         run = TrainRun(**cell.settings["run"], device=device)
         if cell.kind == "cost":
-            result = dict(trainings.cost(run, data))
+            result = dict(trainings.cost(run, data, next(iter(results), None)))
         elif cell.kind == "search":
             result = trainings.search(run, data, eps, cell.settings["search"], folder / "runs")
         elif cell.kind == "lengths":

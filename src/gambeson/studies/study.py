@@ -13,6 +13,7 @@ from gambeson.defenses.registry import DEFENSES
 from gambeson.studies.audits import AuditMeasure
 from gambeson.studies.claims import At, Claim
 from gambeson.studies.measures import AccuracyMeasure, AttackMeasure, EpsUniMeasure, JacobianMeasure, SuiteMeasure
+from gambeson.studies.trials import Choice, NumberChoice, Range
 from gambeson.threat import Eps
 
 Size = Annotated[int, Field(ge=1)]
@@ -81,6 +82,8 @@ class StudyDefense(Config):
     """Its settings. One that needs an eps and has none gets that of the data."""
     grid: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
     """Settings with several values, of which every combination is trained. ``times_eps`` multiplies the eps."""
+    space: dict[str, Choice] = Field(default_factory=dict)
+    """Settings that the search's trials choose, the same for all of the grid: some values, or a range."""
     recipe: dict[str, Any] = Field(default_factory=dict)
     """Fields of the recipe that differ from the study's and the data's."""
     data: tuple[str, ...] = ()
@@ -92,14 +95,22 @@ class StudyDefense(Config):
 class Search(Config):
     """The search of learning rate and warm-up, the same for every defence, and once for all of its grid.
 
+    Every combination is tried; or, with ``trials``, so many as Optuna proposes (extra ``search``), of these, of fields
+    of the recipe and of settings of the defence.
+
     A candidate's score is the mean of two accuracies on validation: clean, and under one universal perturbation of the
     data's eps. The rule is ours: a defence costs clean accuracy, so that this alone would choose the weakest training.
     """
 
-    lr: Annotated[tuple[Number, ...], Field(min_length=1)]
-    """Learning rates."""
-    warmup: Annotated[tuple[Number, ...], Field(min_length=1)] = (0.0,)
-    """Epochs of warm-up."""
+    lr: NumberChoice
+    """Learning rates; with trials also a range."""
+    warmup: NumberChoice = (0.0,)
+    """Epochs of warm-up, likewise."""
+    trials: Size | None = None
+    """Candidates, the same number for every defence, the first with the settings as they are. None: every combination
+    of learning rate and warm-up."""
+    space: dict[str, Choice] = Field(default_factory=dict)
+    """With trials: fields of the recipe that they choose as well. Those of a defence are in its ``space``."""
     share: Annotated[Number, Field(gt=0, le=1)] = 1.0
     """Epochs of each candidate, as a share of the recipe's."""
     train: Size | None = None
@@ -109,6 +120,14 @@ class Search(Config):
     where on the validation score is flat. No training waits for this."""
     tolerance: Annotated[Number, Field(gt=0)] = 0.01
     """Gain of the score from one length to the next below which it is flat."""
+
+    @model_validator(mode="after")
+    def _ranges_need_trials(self) -> Search:
+        if self.trials is None and (self.space or isinstance(self.lr, Range) or isinstance(self.warmup, Range)):
+            raise ValueError("a space and ranges are for trials: give their number")
+        if twice := {"lr", "warmup", "epochs", "milestones"} & set(self.space):
+            raise ValueError(f"{sorted(twice)[0]} is not of the space: lr and warmup stand beside it, epochs are given")
+        return self
 
 
 class Resources(Config):
@@ -186,6 +205,11 @@ class Study(Config):
                     raise unknown_name(kind, name, known)
         for claim in self.claims.values():
             claim.check(self.seeds)
+        for label, defense in self.defenses.items():
+            if defense.space and (self.search is None or self.search.trials is None):
+                raise ValueError(f"the space of {label} is for the search's trials: give search.trials")
+            if twice := defense.space.keys() & (defense.grid.keys() | {"name"}):
+                raise ValueError(f"{sorted(twice)[0]} of {label} is in its grid: leave it out of its space")
         return self
 
     @classmethod

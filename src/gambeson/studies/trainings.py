@@ -1,4 +1,4 @@
-"""The trainings of a study: what a step costs, the search of learning rate and warm-up, and the training itself."""
+"""The trainings of a study: what a step costs, the search of its settings, and the training itself."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from gambeson.base import Config, UserError, check_run, read_json, seeded, write_json
 from gambeson.data import Dataset
 from gambeson.defenses.pgd_adversarial import PGDAdversarial
 from gambeson.models import PixelModel
+from gambeson.studies.trials import Choice, Range, propose
 from gambeson.training.run import TrainRun, plan_training, run_training
 from gambeson.training.validation import chance_level, validate, validate_robustly
 
@@ -25,6 +28,10 @@ class Candidate(Config):
     lr: float
     warmup: float
     epochs: int
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """Other fields of the recipe that a trial chose."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the defence that it chose."""
     accuracy: float | None
     """On clean validation images; None: the training diverged."""
     uer: float | None
@@ -39,8 +46,15 @@ class Candidate(Config):
 _ROUNDS = 5
 
 
-def cost(run: TrainRun, data: Dataset) -> dict[str, float]:
-    """Measure a step, relative to one of standard training: the median over a few rounds, on machines with others."""
+def cost(run: TrainRun, data: Dataset, searched: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """Measure a step, relative to one of standard training: the median over a few rounds, on machines with others.
+
+    Args:
+        run: the training.
+        data: the data.
+        searched: the result of a :func:`search` whose choices may change the cost.
+    """
+    run = run if searched is None else _as_chosen(run, searched)
     found = [plan_training(run, data) for _ in range(_ROUNDS)]
     return {
         "ratio": statistics.median(one.plain_ratio for one in found),
@@ -55,23 +69,55 @@ def search(run: TrainRun, data: Dataset, eps: float, settings: Mapping[str, Any]
         run: the training, with the recipe that candidates change.
         data: the data.
         eps: the radius of the score's perturbation.
-        settings: ``lr``, ``warmup`` and ``share`` of :class:`gambeson.studies.study.Search`.
+        settings: ``lr``, ``warmup`` and ``share`` of :class:`gambeson.studies.study.Search`; with ``trials`` and
+            ``space`` the number of trials and what else they choose.
         out: for the candidates' runs, which resume there.
 
     Raises:
-        UserError: every candidate diverged.
+        UserError: every candidate diverged, or Optuna is missing.
     """
     epochs = _epochs(run, settings["share"])
-    tried = [
-        _candidate(run, data, eps, {"lr": lr, "warmup": min(warmup, epochs / 2), "epochs": epochs}, out)
-        for lr, warmup in itertools.product(settings["lr"], settings["warmup"])
-    ]
+    if settings.get("trials"):
+        tried = _by_trials(run, data, eps, settings, epochs, out)
+    else:
+        tried = [
+            _candidate(run, data, eps, {"lr": lr, "warmup": min(warmup, epochs / 2), "epochs": epochs}, out)
+            for lr, warmup in itertools.product(settings["lr"], settings["warmup"])
+        ]
     best = max(tried, key=lambda one: one.score)
     if best.score == -math.inf:
-        rates = ", ".join(f"{rate:g}" for rate in settings["lr"])
+        rates = ", ".join(f"{rate:g}" for rate in sorted({one.lr for one in tried}))
         raise UserError(f"every training of the search diverged, at learning rates {rates}: give lower ones")
     shutil.rmtree(out, ignore_errors=True)
-    return {"lr": best.lr, "warmup": best.warmup, "tried": [one.plain() for one in tried]}
+    chosen = {name: getattr(best, name) for name in ("lr", "warmup", "recipe", "settings")}
+    return {**chosen, "tried": [one.plain() for one in tried]}
+
+
+def _by_trials(
+    run: TrainRun, data: Dataset, eps: float, settings: Mapping[str, Any], epochs: int, out: Path
+) -> list[Candidate]:
+    """Train what :func:`gambeson.studies.trials.propose` names, one after the other."""
+    recipe, defense = (settings["space"][part] for part in ("recipe", "settings"))
+    space: dict[str, Choice] = {"lr": settings["lr"], "warmup": settings["warmup"]}
+    space |= {f"recipe.{name}": choice for name, choice in recipe.items()}
+    space |= {f"settings.{name}": choice for name, choice in defense.items()}
+    space = {name: Range(**one) if isinstance(one, dict) else tuple(one) for name, one in space.items()}
+    plain = run.plain()
+    now = {"lr": plain["recipe"]["lr"], "warmup": plain["recipe"]["warmup"]}
+    now |= {f"recipe.{name}": plain["recipe"][name] for name in recipe}
+    now |= {f"settings.{name}": plain["defense"].get(name) for name in defense}
+    done: list[tuple[dict[str, Any], float]] = []
+    tried = []
+    for number in range(settings["trials"]):
+        params = propose(space, now, done, run.seed)
+        parts = {
+            part: {name: params[f"{part}.{name}"] for name in names}
+            for part, names in (("recipe", recipe), ("settings", defense))
+        }
+        update = {"lr": params["lr"], "warmup": min(params["warmup"], epochs / 2), "epochs": epochs}
+        tried.append(_candidate(run, data, eps, update, out / f"trial{number}", **parts))
+        done.append((params, max(0.0, tried[-1].score)))  # one that diverged is as bad as can be
+    return tried
 
 
 def lengths(
@@ -87,6 +133,7 @@ def lengths(
         searched: the result of :func:`search`.
         out: for the runs, which resume there.
     """
+    run = _as_chosen(run, searched)
     tried = [
         _candidate(run, data, eps, {"lr": searched["lr"], "warmup": min(searched["warmup"], n / 2), "epochs": n}, out)
         for n in (_epochs(run, length) for length in settings["lengths"])
@@ -101,19 +148,27 @@ def _epochs(run: TrainRun, share: float) -> int:
     return max(1, round(share * run.recipe.epochs))
 
 
-def _candidate(run: TrainRun, data: Dataset, eps: float, update: dict[str, Any], out: Path) -> Candidate:
+def _candidate(
+    run: TrainRun,
+    data: Dataset,
+    eps: float,
+    update: dict[str, Any],
+    out: Path,
+    recipe: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Candidate:
     folder = out / "-".join(f"{key}{value:g}" for key, value in update.items())
     done = folder / "score.json"
     if done.is_file():
         return Candidate(**read_json(done))
     try:
-        model = _trained(_with(run, update), data, folder / "run")
+        model = _trained(_with(run, {**(recipe or {}), **update}, settings), data, folder / "run")
         found: Mapping[str, float | None] = _scores(model, data, eps, run.seed)
     except UserError as error:
         if "NaN or infinite" not in str(error):
             raise
         found = {"accuracy": None, "uer": None}
-    result = Candidate(**update, **found)
+    result = Candidate(**update, **found, recipe=dict(recipe or {}), settings=dict(settings or {}))
     shutil.rmtree(folder / "run", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(done, result.plain())
@@ -141,12 +196,13 @@ def train(
         costs: at equal time, of a step of this training and of one of the reference.
         reference: at equal time, the reference's epochs.
     """
-    update: dict[str, Any] = {} if searched is None else {"lr": searched["lr"], "warmup": searched["warmup"]}
+    run = run if searched is None else _as_chosen(run, searched)
+    update: dict[str, Any] = {}
     if costs:
         update["epochs"] = max(1, round(reference * costs[1]["ratio"] / costs[0]["ratio"]))
         scale = update["epochs"] / run.recipe.epochs
         update["milestones"] = tuple(max(1, round(scale * epoch)) for epoch in run.recipe.milestones)
-        update["warmup"] = min(update.get("warmup", run.recipe.warmup), update["epochs"] / 2)
+        update["warmup"] = min(run.recipe.warmup, update["epochs"] / 2)
     run = _with(run, update)
     model = _trained(run, data, out)
     scores = _scores(model, data, eps, run.seed)
@@ -160,13 +216,23 @@ def train(
             "steps": run.recipe.epochs * (len(data.train) // run.recipe.batch_size),
         },
         "recipe": run.recipe.plain(),
+        "settings": {} if searched is None else searched["settings"],
         "validation curve": [entry["validation_accuracy"] for entry in history],
     }
 
 
-def _with(run: TrainRun, update: Mapping[str, Any]) -> TrainRun:
-    """The run with another recipe, validated."""
-    return run.model_copy(update={"recipe": type(run.recipe)(**{**run.recipe.plain(), **update})})
+def _with(run: TrainRun, recipe: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> TrainRun:
+    """The run with another recipe, and other settings of its defence, validated."""
+    plain = run.plain()
+    return TrainRun(
+        **{**plain, "recipe": {**plain["recipe"], **recipe}, "defense": {**plain["defense"], **(settings or {})}}
+    )
+
+
+def _as_chosen(run: TrainRun, searched: Mapping[str, Any]) -> TrainRun:
+    """The run with what a search chose."""
+    recipe = {"lr": searched["lr"], "warmup": searched["warmup"], **searched["recipe"]}
+    return _with(run, recipe, searched["settings"])
 
 
 def _trained(run: TrainRun, data: Dataset, out: Path) -> PixelModel:

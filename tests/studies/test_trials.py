@@ -1,0 +1,143 @@
+"""Searches by trials: they learn from scores, start from the settings as they are, and go on where they were cut."""
+
+import json
+import math
+
+import pytest
+
+from gambeson.base import UserError
+from gambeson.studies import Matrix, run_study, trainings, trials
+from gambeson.studies.trials import Range, propose
+from tests.studies.test_study import tiny
+
+pytest.importorskip("optuna")
+SPACE = {"x": Range(low=1e-4, high=1.0, log=True), "kind": ("a", "b", None), "count": Range(low=1, high=9, whole=True)}
+
+
+def score(params):
+    """Best at x = 0.01, b and 7."""
+    return 1 - abs(math.log10(params["x"]) + 2) / 4 - 0.3 * (params["kind"] != "b") - abs(params["count"] - 7) / 20
+
+
+def searched(count, now, seed=0):
+    done = []
+    for _ in range(count):
+        params = propose(SPACE, now, done, seed)
+        done.append((params, score(params)))
+    return done
+
+
+def test_later_trials_are_better_than_early_ones():
+    gains = []
+    for seed in range(3):
+        done = [value for _, value in searched(60, {}, seed)]
+        gains.append(sum(done[-20:]) / 20 - sum(done[:10]) / 10)  # the first ten are drawn
+    assert min(gains) > 0.1
+
+
+def test_a_proposal_follows_from_the_trials_and_the_seed_alone():
+    done = searched(14, {})
+    assert propose(SPACE, {}, done[:13], 0) == done[13][0]
+    assert propose(SPACE, {}, done[:13], 1) != done[13][0]
+    for params, _ in done:
+        assert 1e-4 <= params["x"] <= 1
+        assert params["kind"] in SPACE["kind"]
+        assert params["count"] in range(1, 10)
+
+
+@pytest.mark.parametrize("outside", [{"x": 2.0}, {"kind": "c"}, {"count": 0}])
+def test_the_first_trial_is_of_the_settings_as_they_are_if_they_are_in_the_space(outside):
+    now = {"x": 0.5, "kind": None, "count": 3}
+    assert propose(SPACE, now, [], 0) == now
+    assert propose(SPACE, now | outside, [], 0) != now | outside
+
+
+FEW = {
+    "seeds": 2,
+    "recipe": {"epochs": 4, "batch_size": 16, "optimizer": "adam", "lr": 0.01},
+    "measures": {"clean": {"kind": "accuracy"}},
+    "search": {"lr": {"low": 1e-4, "high": 0.1, "log": True}, "trials": 4, "space": {"ema": [None, 0.9]}, "share": 0.5},
+}
+HEAPS = {"name": "shared-adversarial", "settings": {"sharedness": 8}}
+CLAIM = {"statement": "x", "metric": "clean.accuracy", "of": "heaps", "to": "standard", "at_least": 0}
+SPACE_OF_HEAPS = {"sharedness": [4, 8], "sigma": {"low": 0.2, "high": 0.8}}
+SEARCHED = {**FEW, "defenses": {"heaps": {**HEAPS, "space": SPACE_OF_HEAPS}}}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished study with a search by trials, and its folder."""
+    root = tmp_path_factory.mktemp("studies")
+    return run_study(tiny(**SEARCHED), root), root
+
+
+def test_a_study_trains_what_its_trials_chose(done):
+    result, root = done
+    (search,) = result.searches
+    assert len(search["tried"]) == 4
+    first = search["tried"][0]
+    assert (first["lr"], first["recipe"], first["epochs"]) == (0.01, {"ema": None}, 2)  # as it is: 0.01 in the recipe
+    assert first["settings"]["sharedness"] == 8
+    best = max(search["tried"], key=lambda one: one["accuracy"] - one["uer"])
+    assert all(search[name] == best[name] for name in ("lr", "warmup", "recipe", "settings"))
+    row = result.rows[0]
+    assert (row.recipe["lr"], row.recipe["ema"]) == (search["lr"], search["recipe"]["ema"])
+    text = next(root.glob("cells/*/run/run.yaml")).read_text()
+    assert f"sigma: {search['settings']['sigma']}" in text
+    assert f"sharedness: {search['settings']['sharedness']}" in text
+
+
+def test_a_search_that_was_cut_tries_the_same(done, tmp_path, monkeypatch):
+    result, _ = done
+    real, calls = trainings._trained, []
+
+    def cut(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainings, "_trained", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(tiny(**SEARCHED), tmp_path)
+    again = run_study(tiny(**SEARCHED), tmp_path)
+    assert json.dumps(again.searches) == json.dumps(result.searches)
+
+
+def test_at_equal_time_a_step_costs_what_the_trials_chose():
+    study = {**SEARCHED, "defenses": {**SEARCHED["defenses"], "standard": "standard"}, "claims": {"C": CLAIM}}
+    cells = Matrix(tiny(**study, at=["seconds"], reference="standard")).cells
+    kinds = {cell.row.defense: [need.kind for need in cell.needs] for cell in cells if cell.kind == "cost"}
+    assert kinds == {"heaps": ["search"], "standard": []}
+
+
+@pytest.mark.parametrize(
+    ("search", "defense", "words"),
+    [
+        ({"lr": [0.1], "space": {"ema": [0.9]}}, {}, "for trials: give their number"),
+        ({"lr": {"low": 0.1, "high": 0.2}}, {}, "for trials: give their number"),
+        ({"lr": {"low": 0.2, "high": 0.1}, "trials": 2}, {}, "expected low below high"),
+        ({"lr": {"low": 0, "high": 0.1, "log": True}, "trials": 2}, {}, "log needs positive numbers"),
+        ({"lr": [0.1], "trials": 2, "space": {"epochs": [1, 2]}}, {}, "epochs is not of the space"),
+        ({"lr": [0.1]}, {"space": {"sigma": [0.3]}}, "give search.trials"),
+        (
+            {"lr": [0.1], "trials": 2},
+            {"space": {"sigma": [0.3]}, "grid": {"sigma": [0.3]}},
+            "sigma of heaps is in its grid",
+        ),
+        ({"lr": [0.1], "trials": 2, "space": {"emma": [0.9]}}, {}, "did you mean ema"),
+        ({"lr": [0.1], "trials": 2}, {"space": {"sigma": [0.3, -1]}}, "sigma"),
+        ({"lr": [0.1], "trials": 2}, {"space": {"sigmma": [0.3]}}, "did you mean sigma"),
+    ],
+)
+def test_a_wrong_space_is_one_sentence(search, defense, words):
+    study = {**FEW, "search": search, "defenses": {"heaps": {**HEAPS, **defense}}}
+    with pytest.raises(UserError, match=words):
+        assert Matrix(tiny(**study)).cells
+
+
+def test_without_optuna_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(trials.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"pip install 'gambeson\[search\]'"):
+        propose(SPACE, {}, [], 0)
