@@ -42,7 +42,15 @@ def resnet20(folder: Path) -> tuple[str, str]:
     if not (out / "model.safetensors").is_file():
         whole = load("cifar10")
         few = gb.data.Dataset(whole.name, whole.train.sample(FEW), whole.validation, whole.test, whole.classes)
-        gb.train("resnet20", few, epochs=EPOCHS, batch_size=128, lr=0.1, out=out)
+        gb.train(
+            gb.models.create("resnet20", few),
+            few,
+            gb.defenses.create("standard"),
+            epochs=EPOCHS,
+            batch_size=128,
+            lr=0.1,
+            out=out,
+        )
     return str(out), "cifar10"
 
 

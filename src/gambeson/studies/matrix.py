@@ -248,7 +248,8 @@ class Matrix:
     def _lengths(self, row: Row, spec: _Spec, search: Cell) -> Cell:
         """How the score of validation grows with the epochs, for the search's choice on all images."""
         assert self.study.search is not None
-        asked = {"lengths": list(self.study.search.lengths), "tolerance": self.study.search.tolerance}
+        asked = self.study.search.plain()
+        asked = {name: asked[name] for name in ("lengths", "tolerance", "per_image")}
         settings = {"run": search.settings["run"], "data": _size(spec.data), "search": asked}
         return Cell(kind="lengths", row=search.row, settings=settings, modules=search.modules, needs=(search,))
 

@@ -99,7 +99,8 @@ class Search(Config):
     of the recipe and of settings of the defence.
 
     A candidate's score is the mean of two accuracies on validation: clean, and under one universal perturbation of the
-    data's eps. The rule is ours: a defence costs clean accuracy, so that this alone would choose the weakest training.
+    data's eps; with ``per_image`` of three, the last under PGD. The rule is ours: a defence costs clean accuracy, so
+    that this alone would choose the weakest training.
     """
 
     lr: NumberChoice
@@ -111,6 +112,8 @@ class Search(Config):
     of learning rate and warm-up."""
     space: dict[str, Choice] = Field(default_factory=dict)
     """With trials: fields of the recipe that they choose as well. Those of a defence are in its ``space``."""
+    per_image: bool = False
+    """Whether the score counts the accuracy under PGD of 10 steps, image by image, as well."""
     share: Annotated[Number, Field(gt=0, le=1)] = 1.0
     """Epochs of each candidate, as a share of the recipe's."""
     train: Size | None = None

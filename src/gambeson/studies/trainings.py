@@ -36,11 +36,15 @@ class Candidate(Config):
     """On clean validation images; None: the training diverged."""
     uer: float | None
     """Under one universal perturbation."""
+    attacked: float | None = None
+    """Accuracy under PGD, where it counts."""
 
     @property
     def score(self) -> float:
-        """Mean of the two accuracies."""
-        return -math.inf if self.accuracy is None or self.uer is None else (self.accuracy + 1 - self.uer) / 2
+        """Mean of the accuracies."""
+        if self.accuracy is None or self.uer is None:
+            return -math.inf
+        return statistics.mean([self.accuracy, 1 - self.uer, *([] if self.attacked is None else [self.attacked])])
 
 
 _ROUNDS = 5
@@ -76,12 +80,12 @@ def search(run: TrainRun, data: Dataset, eps: float, settings: Mapping[str, Any]
     Raises:
         UserError: every candidate diverged, or Optuna is missing.
     """
-    epochs = _epochs(run, settings["share"])
+    epochs, per_image = _epochs(run, settings["share"]), settings["per_image"]
     if settings.get("trials"):
         tried = _by_trials(run, data, eps, settings, epochs, out)
     else:
         tried = [
-            _candidate(run, data, eps, {"lr": lr, "warmup": min(warmup, epochs / 2), "epochs": epochs}, out)
+            _candidate(run, data, eps, {"lr": lr, "warmup": min(warmup, epochs / 2), "epochs": epochs}, out, per_image)
             for lr, warmup in itertools.product(settings["lr"], settings["warmup"])
         ]
     best = max(tried, key=lambda one: one.score)
@@ -115,7 +119,7 @@ def _by_trials(
             for part, names in (("recipe", recipe), ("settings", defense))
         }
         update = {"lr": params["lr"], "warmup": min(params["warmup"], epochs / 2), "epochs": epochs}
-        tried.append(_candidate(run, data, eps, update, out / f"trial{number}", **parts))
+        tried.append(_candidate(run, data, eps, update, out / f"trial{number}", settings["per_image"], **parts))
         done.append((params, max(0.0, tried[-1].score)))  # one that diverged is as bad as can be
     return tried
 
@@ -135,7 +139,14 @@ def lengths(
     """
     run = _as_chosen(run, searched)
     tried = [
-        _candidate(run, data, eps, {"lr": searched["lr"], "warmup": min(searched["warmup"], n / 2), "epochs": n}, out)
+        _candidate(
+            run,
+            data,
+            eps,
+            {"lr": searched["lr"], "warmup": min(searched["warmup"], n / 2), "epochs": n},
+            out,
+            settings["per_image"],
+        )
         for n in (_epochs(run, length) for length in settings["lengths"])
     ]
     steps = itertools.pairwise(tried)
@@ -154,6 +165,7 @@ def _candidate(
     eps: float,
     update: dict[str, Any],
     out: Path,
+    per_image: bool,
     recipe: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Candidate:
@@ -163,7 +175,8 @@ def _candidate(
         return Candidate(**read_json(done))
     try:
         model = _trained(_with(run, {**(recipe or {}), **update}, settings), data, folder / "run")
-        found: Mapping[str, float | None] = _scores(model, data, eps, run.seed)
+        found: dict[str, float | None] = {**_scores(model, data, eps, run.seed)}
+        found |= {} if per_image else {"attacked": None}
     except UserError as error:
         if "NaN or infinite" not in str(error):
             raise
@@ -244,8 +257,8 @@ def _trained(run: TrainRun, data: Dataset, out: Path) -> PixelModel:
 
 
 def _scores(model: PixelModel, data: Dataset, eps: float, seed: int) -> dict[str, float]:
-    """Accuracy on clean validation images, and the UER there of a short universal attack of radius ``eps``."""
+    """Accuracy on clean validation images, and of short attacks of radius ``eps`` there UER and accuracy under PGD."""
     with seeded(seed, "validation"):
         clean = validate(model, data)["validation_accuracy"]
-        uer = validate_robustly(model, data, PGDAdversarial(eps=eps), seed)["validation_uer"]
-    return {"accuracy": clean, "uer": uer}
+        found = validate_robustly(model, data, PGDAdversarial(eps=eps), seed)
+    return {"accuracy": clean, "uer": found["validation_uer"], "attacked": found["validation_pgd_accuracy"]}
