@@ -15,19 +15,22 @@ WEIGHTS = "model.safetensors"
 _KIND = re.compile(r"[a-z0-9-]+:(?!//)")
 
 
-def contents(settings: Any) -> dict[str, str]:
+def contents(settings: Any, known: dict[str, str] | None = None) -> dict[str, str]:
     """Return the sha256 of what each file or folder named in plain settings holds, by its name there.
 
     Of a training run it is that of its weights. Of a folder behind the name of a kind, such as ``image-folder:PATH``,
     which may be too large to read, it is that of the names and sizes of its files. Names of Python files are left out:
     their settings hold the hash already (:mod:`gambeson.base.user_code`).
+
+    Args:
+        settings: nested lists and dictionaries.
+        known: what each name held when it was looked up last, empty where it is no file; names are added, and are not
+            looked up again.
     """
-    found = {}
-    for text in sorted(set(_texts(settings))):
-        digest = _digest(text)
-        if digest:
-            found[text] = digest
-    return found
+    known = {} if known is None else known
+    for text in set(_texts(settings)) - known.keys():
+        known[text] = _digest(text)
+    return {text: known[text] for text in sorted(set(_texts(settings))) if known[text]}
 
 
 def _texts(value: Any) -> Iterator[str]:

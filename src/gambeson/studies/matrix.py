@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, Literal
 
@@ -63,6 +63,8 @@ class Cell:
     """Of a measurement, its name in the study."""
     measure: Any = None
     """The measurement."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """What the files hold that the settings name (:func:`gambeson.base.contents`)."""
 
     @cached_property
     def address(self) -> str:
@@ -73,8 +75,8 @@ class Cell:
             "code": code_hash(self.modules),
             "needs": [cell.address for cell in self.needs],
         }
-        if files := contents(self.settings):
-            content["files"] = files
+        if self.files:
+            content["files"] = self.files
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -88,6 +90,14 @@ class Matrix:
     """The cells of a study."""
 
     study: Study
+
+    @cached_property
+    def _known(self) -> dict[str, str]:
+        """What files hold: looked up once, since many cells name the same."""
+        return {}
+
+    def _cell(self, **fields: Any) -> Cell:
+        return Cell(files=contents(fields["settings"], self._known), **fields)
 
     @cached_property
     def cells(self) -> list[Cell]:
@@ -168,7 +178,7 @@ class Matrix:
                 "data": _size(spec.data),
                 "seed": row.seed,
             }
-            cells[label] = Cell(
+            cells[label] = self._cell(
                 kind="measure",
                 row=row,
                 label=label,
@@ -214,8 +224,10 @@ class Matrix:
                 at_steps = replace(place, at="steps")
                 # What trials choose of a defence may change what a step costs.
                 chosen = (self._search(at_steps, one),) if one.defense.space else ()
-                needs.append(Cell(kind="cost", row=at_steps, settings=settings, modules=_modules(one), needs=chosen))
-        return Cell(kind="train", row=row, settings=content, modules=modules, needs=tuple(needs))
+                needs.append(
+                    self._cell(kind="cost", row=at_steps, settings=settings, modules=_modules(one), needs=chosen)
+                )
+        return self._cell(kind="train", row=row, settings=content, modules=modules, needs=tuple(needs))
 
     def _search(self, row: Row, spec: _Spec) -> Cell:
         """One for all variants of a defence, with the settings of the middle one."""
@@ -232,7 +244,7 @@ class Matrix:
         run = self._run(row, middle) | {"seed": HOLDOUT}
         settings = {"run": run, "data": whole | ({} if few is None else {"train": few}), "search": asked}
         place = replace(row, variant="", at="steps")
-        return Cell(kind="search", row=place, settings=settings, modules=_modules(middle))
+        return self._cell(kind="search", row=place, settings=settings, modules=_modules(middle))
 
     def _check_space(self, row: Row, spec: _Spec) -> None:
         """Raise where a training would not take what a trial may choose."""
@@ -251,7 +263,7 @@ class Matrix:
         asked = self.study.search.plain()
         asked = {name: asked[name] for name in ("lengths", "tolerance", "per_image")}
         settings = {"run": search.settings["run"], "data": _size(spec.data), "search": asked}
-        return Cell(kind="lengths", row=search.row, settings=settings, modules=search.modules, needs=(search,))
+        return self._cell(kind="lengths", row=search.row, settings=settings, modules=search.modules, needs=(search,))
 
     def _middle(self, spec: _Spec) -> _Spec:
         variants = [settings for _, settings in _variants(spec.defense, spec.data)]
