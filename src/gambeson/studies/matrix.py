@@ -76,7 +76,7 @@ class Cell:
             "needs": [cell.address for cell in self.needs],
         }
         if self.files:
-            content["files"] = self.files
+            content["files"] = dict(self.files)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
