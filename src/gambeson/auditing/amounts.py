@@ -203,6 +203,7 @@ CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
     "no EOT gap": lambda n: {"gradients": 32 * n.random},
     "no vanishing gradients": lambda n: {"gradients": 2},
     "gradient matches finite differences": lambda n: {"forwards": 3, "gradients": 1},
+    "margin vanishes where the answer changes": lambda n: {"forwards": 0 if n.of_maps else 24},
     "gradient complete": lambda n: {"forwards": 75, "gradients": 6},
     "no optimisation at test time": lambda n: {},  # after the one before
     "independent of the batch": lambda n: {"beside": 330},

@@ -11,6 +11,7 @@ _FAMILIES = (
     "rescoring",
     "gradient_masking",
     "incomplete_gradients",
+    "continuity",
     "single_step",
     "convergence",
     "active_test",

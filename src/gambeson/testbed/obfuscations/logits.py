@@ -10,6 +10,7 @@ from torch import nn
 from gambeson.testbed.entry import Entry, three
 
 ALIVE, WHOLE = "no vanishing gradients", "unbounded attack succeeds"
+CONTINUOUS = "margin vanishes where the answer changes"
 TRUE, QUERIES = "gradient matches finite differences", "white box beats queries"
 
 
@@ -95,6 +96,22 @@ class HardLabel(After):
 
     def change(self, z: torch.Tensor) -> torch.Tensor:
         return 5 * nn.functional.one_hot(z.argmax(1), z.shape[1]).movedim(-1, 1) + 0 * z
+
+
+class BorrowedMargins(nn.Module):
+    """The answers of one network with the logits of another; where they differ, the answer stands just above them."""
+
+    def __init__(self, net: nn.Module, other: nn.Module) -> None:
+        super().__init__()
+        self.net, self.other = net, other
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            answer = self.net(x).argmax(1, keepdim=True)
+        z = self.other(x)
+        top, other = z.max(1, keepdim=True)
+        above = top + 1 / (1 + top - z.gather(1, answer))
+        return torch.where(other == answer, z, z.scatter(1, answer, above))
 
 
 class Constant(After):
@@ -193,6 +210,14 @@ LOGITS = (
     ),
     Entry(
         "logits", "ensemble of masked members", MaskedEnsemble, "PGD on cross-entropy finds nothing", BOTH, parts=three
+    ),
+    Entry(
+        "logits",
+        "margins of a sibling",
+        BorrowedMargins,
+        "every attack is a transfer",
+        (CONTINUOUS,),
+        parts=lambda nets: (nets(), nets("standard 1")),
     ),
     Entry("logits", "constant answer", Constant, "no perturbation changes anything", ("better than majority class",)),
 )
