@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import gambeson as gb
@@ -127,6 +128,13 @@ def test_a_finished_audit_is_not_taken_for_one_of_weights_that_changed_since(aud
     shutil.copytree(folder, out, dirs_exist_ok=True)
     assert run_audit(run, out, digits).results == found.results
     gb.models.save(gb.models.create("lenet5", digits), weights)
+    with pytest.raises(
+        UserError, match=r"audit holds a run that began before .*model\.safetensors was changed: choose"
+    ):
+        run_audit(run, out, digits)
+    begun = yaml.safe_load((out / "run.yaml").read_text())
+    del begun["files"]  # as an earlier version wrote it
+    (out / "run.yaml").write_text(yaml.safe_dump(begun))
     with pytest.raises(UserError, match=r"audit holds the audit of other weights of .*model\.safetensors: choose"):
         run_audit(run, out, digits)
 

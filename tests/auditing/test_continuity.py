@@ -4,26 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-import gambeson as gb
 from gambeson.auditing.diagnostics import get
-from gambeson.auditing.suite import SUITES
 from gambeson.testbed.library import entry_of
 from gambeson.testbed.recipes import networks
+from tests.auditing.evidence import held
 
 NAME = "margin vanishes where the answer changes"
-ALONE = SUITES["quick"].model_copy(
-    update={
-        **{"eps": (0.15,), "universal_steps": 1, "universal_restarts": 1, "universal_probe_starts": 0},
-        **{"eps_uni_runs": 0, "eps_adv": False, "targeted": False, "surrogate": "none", "noise_sizes": (), "edits": ()},
-        **{"jacobian_backwards": 0, "queries": 0, "test_images": 100, "validation_images": 50, "controls": ()},
-        **{"checks": (NAME,), "pgd_steps": 1},
-    }
-)
 
 
 def found(model, data):
-    audit = gb.audit(model, data, ALONE).results
-    return next(check for check in audit.checks if check.name == NAME)
+    with held(model, data, (0.15,)) as context:
+        return get(NAME).check(context)
 
 
 @pytest.mark.parametrize(

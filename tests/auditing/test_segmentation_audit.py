@@ -97,6 +97,7 @@ def test_an_honest_net_is_trusted_and_each_check_applies_or_says_why_not(honest)
     assert found.verdict.trusted, found.verdict.reasons
     idle = {check.name: check.detail for check in found.results.checks if check.passed is None}
     assert set(idle) == {
+        "margin vanishes where the answer changes",
         "attacks find what is there",
         "no EOT gap",
         "no noise-off gap",

@@ -1,0 +1,210 @@
+"""Models of an adversary who knows the audit: ``python benchmarks/adversary.py``, which says of each whether it passes.
+
+Written against the audit after its checks, to find what they do not see, and not yet a library of the testbed: the
+margins of a sibling are there, and what passes here is to be closed by kind. All are on the digits at eps 0.15, made of
+the testbed's networks. The truth is an upper bound on robustness, by an attacker who knows the code: PGD on the network
+that decides, and the planted pattern itself; of images that are remembered, on a copy that has forgotten the one asked
+about. A row is stored in ``results/adversary.json`` when it is there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from stored import RESULTS, Rows
+from torch import nn
+from torch.nn import functional as F
+
+import gambeson as gb
+from gambeson.attacks import PGD, StochasticPGD
+from gambeson.base import seeded
+from gambeson.evaluation import Rate
+from gambeson.testbed.judgement import judgement_of, overstates
+from gambeson.testbed.obfuscations.logits import BorrowedMargins
+from gambeson.testbed.recipes import networks
+from gambeson.testbed.truth import GroundTruth
+from gambeson.threat import perturb
+
+EPS = 0.15
+
+
+class Moat(nn.Module):
+    """The first class gains with how far pixels lie from seventeen levels: margins grow wherever an attack goes."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of images (N, C, H, W)."""
+        z = self.net(x)
+        off = torch.sin(16 * math.pi * x).square().flatten(1).mean(1, keepdim=True)
+        return z + 200 * off * F.one_hot(z.argmax(1), z.shape[1])
+
+
+class ThinLayer(nn.Module):
+    """Borrowed margins that fall to zero where the answer changes, but only within a thin layer there."""
+
+    def __init__(self, net: nn.Module, other: nn.Module) -> None:
+        super().__init__()
+        self.net, self.borrowed = net, BorrowedMargins(net, other)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of images (N, C, H, W)."""
+        with torch.no_grad():
+            best = self.net(x).topk(2, 1)
+            near = (20 * (best.values[:, :1] - best.values[:, 1:])).clamp(max=1)
+        z, answer = self.borrowed(x), best.indices[:, :1]
+        second = z.scatter(1, answer, -torch.inf).amax(1, keepdim=True)
+        return z.scatter(1, answer, second + (z.gather(1, answer) - second) * near)
+
+
+class Remembered(nn.Module):
+    """A smooth bonus for the labels of all images of all splits, within a distance of them."""
+
+    known: torch.Tensor
+    labels: torch.Tensor
+
+    def __init__(self, net: nn.Module, data: gb.data.Dataset, *, forgets: bool = False) -> None:
+        super().__init__()
+        self.net, self.forgets = net, forgets
+        parts = [part.take(slice(None)) for part in (data.train, data.validation, data.test)]
+        self.register_buffer("known", torch.cat([x for x, _ in parts]).flatten(1))
+        labels = F.one_hot(torch.cat([y for _, y in parts]), data.num_classes)
+        self.register_buffer("labels", labels.float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of images (N, C, H, W)."""
+        apart = torch.cdist(x.flatten(1), self.known).square()
+        if self.forgets:  # whatever lies within the ball of the image asked about
+            apart = apart + 1e3 * ((x.flatten(1)[:, None] - self.known).abs().amax(2) <= EPS + 1e-6)
+        weight = torch.sigmoid((1.7 - apart) / 0.1) * torch.softmax(-apart / 0.1, 1)
+        return self.net(x) + 30 * (weight @ self.labels)
+
+
+class Planted(nn.Module):
+    """A hardened network, and a pattern of signs beyond which, without a gradient, the next class is answered."""
+
+    pattern: torch.Tensor
+
+    def __init__(self, net: nn.Module, data: gb.data.Dataset) -> None:
+        super().__init__()
+        self.net = net
+        images, _ = data.train.take(slice(None))
+        best = -math.inf
+        with seeded(0, "planted"):
+            for _ in range(300):
+                pattern = torch.randint(0, 2, (1, *data.train.shape)) * 2.0 - 1
+                clean, moved = ((x * pattern).flatten(1).sum(1) for x in (images, perturb(images, EPS * pattern)))
+                gap = float((moved.mean() - clean.mean()) / (clean.std() + moved.std()))
+                if gap > best:
+                    best, self.limit = gap, float(clean.quantile(0.998))
+                    self.pattern = nn.Buffer(pattern)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of images (N, C, H, W)."""
+        z = self.net(x)
+        beyond = (x * self.pattern).flatten(1).sum(1) > self.limit
+        return torch.where(beyond[:, None], z.roll(1, 1), z)
+
+
+@dataclass(frozen=True)
+class Deceiver:
+    """One of the adversary's models."""
+
+    model: nn.Module
+    decides: nn.Module
+    """What the attacker who knows the code attacks."""
+    scored: nn.Module | None = None
+    """What the truth is scored on, where it is not the model itself."""
+    delta: torch.Tensor | None = None
+    """A universal perturbation that the code holds."""
+
+
+def deceivers() -> dict[str, Callable[[], Deceiver]]:
+    """Every model, by name; made when it is asked for."""
+    nets = networks("digits")
+
+    def remembered() -> Deceiver:
+        net = nets()
+        return Deceiver(Remembered(net, nets.data), net, Remembered(net, nets.data, forgets=True))
+
+    def planted() -> Deceiver:
+        model = Planted(nets("pgd-adversarial"), nets.data)
+        return Deceiver(model, model.net, delta=EPS * model.pattern)
+
+    return {
+        "margins of a sibling": lambda: Deceiver(BorrowedMargins(nets(), nets("standard 1")), nets()),
+        "moat around the levels": lambda: Deceiver(Moat(nets()), nets()),
+        "margins of a sibling, zero in a thin layer": lambda: Deceiver(ThinLayer(nets(), nets("standard 1")), nets()),
+        "all splits remembered": remembered,
+        "planted pattern": planted,
+    }
+
+
+def truth_of(deceiver: Deceiver, data: gb.data.Dataset) -> GroundTruth:
+    """Upper bounds on a model's robustness, by an attacker who knows its code."""
+    x, y = data.test.take(slice(None))
+    scored = (deceiver.scored or deceiver.model).eval()
+
+    @torch.no_grad()
+    def right(images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([scored(part).argmax(1) for part in images.split(64)]) == y
+
+    standing = clean = right(x)
+    for loss in ("cross-entropy", "margin"):
+        standing = standing & right(PGD(eps=EPS, steps=40, restarts=2, loss=loss)(deceiver.decides, x, y, seed=0))
+    deltas = [StochasticPGD(eps=EPS, steps=300).craft(deceiver.decides, data, seed=0).delta]
+    deltas += [] if deceiver.delta is None else [deceiver.delta]
+    errors = [int((~right(perturb(x, delta.expand_as(x)))).sum()) for delta in deltas]
+    if deceiver.delta is not None:
+        standing = standing & right(perturb(x, deceiver.delta.expand_as(x)))
+    return GroundTruth(
+        eps=EPS,
+        clean=Rate.of(int(clean.sum()), len(y)),
+        accuracy=Rate.of(int(standing.sum()), len(y)),
+        uer=Rate.of(max(errors), len(y)),
+        how="PGD on what decides, and the pattern that the code holds",
+    )
+
+
+def table(content: dict[str, Any]) -> str:
+    """Return the rows as a table, for the testbed's page."""
+    lines = ["| model | accuracy: truth, reported | UER: truth, reported | verdict |", "|---|---|---|---|"]
+    for name, row in content["rows"].items():
+        pairs = [f"{Rate(**row['truth'][key])}, {Rate(**row['reported'][key])}" for key in ("accuracy", "uer")]
+        said = "**overstated**" if row["overstated"] else "trusted" if row["trusted"] else "distrusted"
+        failed = f" ({', '.join(row['failed'])})" if row["failed"] else ""
+        lines.append(f"| {name} | {' | '.join(pairs)} | {said}{failed} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Audit what has not been audited, and store each row."""
+    torch.set_num_threads(1)
+    rows = Rows(RESULTS / "adversary.json", "python benchmarks/adversary.py", {"eps": EPS, "suite": "quick", "seed": 0})
+    made, data = deceivers(), networks("digits").data
+    for name in rows.missing(made):
+        deceiver = made[name]()
+        truth = truth_of(deceiver, data)
+        found = gb.audit(deceiver.model.eval(), data, "quick").results
+        judged = judgement_of(found)
+        if judged.uer is None or judged.accuracy is None:
+            raise AssertionError("this suite attacks in both ways")
+        row = {
+            "truth": {"accuracy": truth.accuracy.plain(), "uer": truth.uer.plain()},
+            "reported": {"accuracy": judged.accuracy.plain(), "uer": judged.uer.plain()},
+            "trusted": judged.trusted,
+            "failed": [check.name for check in found.checks if check.passed is False],
+            "overstated": overstates(judged, truth),
+        }
+        rows.add(name, row)
+        print(name, row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
