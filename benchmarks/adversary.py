@@ -156,8 +156,10 @@ def truth_of(deceiver: Deceiver, data: gb.data.Dataset) -> GroundTruth:
         return torch.cat([scored(part).argmax(1) for part in images.split(64)]) == y
 
     standing = clean = right(x)
-    for loss in ("cross-entropy", "margin"):
-        standing = standing & right(PGD(eps=EPS, steps=40, restarts=2, loss=loss)(deceiver.decides, x, y, seed=0))
+    for source in filter(None, (deceiver.decides, deceiver.scored)):
+        for loss in ("cross-entropy", "margin"):
+            attack = PGD(eps=EPS, steps=40, restarts=2, loss=loss)
+            standing = standing & right(attack(source, x, y, seed=0))
     deltas = [StochasticPGD(eps=EPS, steps=300).craft(deceiver.decides, data, seed=0).delta]
     deltas += [] if deceiver.delta is None else [deceiver.delta]
     errors = [int((~right(perturb(x, delta.expand_as(x)))).sum()) for delta in deltas]

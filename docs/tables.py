@@ -25,6 +25,7 @@ from gambeson.evaluation import Rate
 
 DOCS = Path(__file__).parent
 sys.path += [str(DOCS), str(DOCS.parent / "benchmarks")]
+import adversary  # noqa: E402
 import audit_page  # noqa: E402
 import case_tables  # noqa: E402
 import claims  # noqa: E402
@@ -414,6 +415,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "results table": ("studies.md", made()),
         "costs": ("suites.md", audit_page.costs_text()),
         "strength": ("suites.md", audit_page.strength_text()),
+        "adversary table": ("testbed.md", adversary.table(load("adversary.json"))),
         "glance": ("suites.md", glance.table(load("glance.json"))),
         "diagnostics": ("checks.md", audit_page.diagnostics_text()),
         "own rates": ("testbed.md", audit_page.own_rates_text()),
