@@ -176,6 +176,7 @@ def test_attacks_on_stand_ins_and_surrogates_stop_with_the_time(digits, trained)
                 attack(victim, x, y)
 
 
+@pytest.mark.full
 def test_what_was_chosen_can_be_run_again_without_the_clock(digits, trained, monkeypatch):
     now = Time(monkeypatch)
     first = gb.audit(Slow(trained, now), digits, LITTLE, minutes=0.5).results

@@ -62,6 +62,7 @@ def test_train_audit_report_leave_what_they_promise(made):
     assert len(page) > 1e6
 
 
+@pytest.mark.full
 def test_run_yaml_runs_again_with_the_same_numbers(made):
     assert run(["train", "--config", str(made / "run" / "run.yaml"), "--out", str(made / "again")]) == 0
     for name in ("model.safetensors", "metrics.jsonl"):
