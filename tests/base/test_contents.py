@@ -22,8 +22,16 @@ def test_files_runs_and_folders_are_told_apart(tmp_path):
     (tmp_path / "images" / "cats").mkdir(parents=True)
     (tmp_path / "images" / "cats" / "1.png").write_bytes(b"three")
     names = [f"{tmp_path}/{name}" for name in ("a.pt", "run", "a.pt?normalise=none")]
-    names += [f"image-folder:{tmp_path}/images?size=8", f"onnx:{tmp_path}/a.pt"]
-    plain = {"one": names[:2], "more": {"deeper": names[2:]}, "none": ["lenet5", "", "a\0b", "x" * 5000, 3, None]}
+    names += [
+        f"image-folder:{tmp_path}/images?size=8",
+        f"onnx:{tmp_path}/a.pt",
+        f"timm:resnet18@{tmp_path}/a.pt?normalise=data",
+    ]
+    plain = {
+        "one": names[:2],
+        "more": {"deeper": names[2:]},
+        "none": ["lenet5", "", "a\0b", "x" * 5000, "~nobody-of-this-name/x", 3, None],
+    }
     first = contents(plain)
     assert sorted(first) == sorted(names)
     assert len(set(first.values())) == 3  # the file, the weights of the run, the folder
@@ -34,6 +42,21 @@ def test_files_runs_and_folders_are_told_apart(tmp_path):
     second = contents(plain)
     assert {name for name in names if first[name] != second[name]} == set(names) - {names[1]}
     assert second[names[0]] == second[names[1]]  # the same bytes
+
+
+def test_classes_behind_links_count_and_circles_end(tmp_path):
+    images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    for folder in (images, elsewhere):
+        folder.mkdir()
+    (elsewhere / "1.png").write_bytes(b"one")
+    (images / "cats").symlink_to(elsewhere)
+    (images / "circle").symlink_to(images)
+    (images / "gone.png").symlink_to(tmp_path / "nothing")
+    name = f"image-folder:{images}"
+    first = contents([name])
+    assert contents([name]) == first != {}
+    (elsewhere / "1.png").write_bytes(b"longer")
+    assert contents([name]) != first
 
 
 def test_a_run_does_not_go_on_with_a_file_that_has_changed(tmp_path):

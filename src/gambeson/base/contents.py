@@ -28,17 +28,19 @@ def contents(settings: Any, known: dict[str, str] | None = None) -> dict[str, st
             looked up again.
     """
     known = {} if known is None else known
-    for text in set(_texts(settings)) - known.keys():
+    named = set(texts(settings))
+    for text in named - known.keys():
         known[text] = _digest(text)
-    return {text: known[text] for text in sorted(set(_texts(settings))) if known[text]}
+    return {text: known[text] for text in sorted(named) if known[text]}
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts(value: Any) -> Iterator[str]:
+    """Yield every text in nested settings."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list | tuple):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts(inner)
+            yield from texts(inner)
 
 
 def _digest(text: str) -> str:
@@ -46,9 +48,10 @@ def _digest(text: str) -> str:
         return ""
     bare = text.partition("?")[0]
     behind = _KIND.match(bare)
-    for name in (bare, bare[behind.end() :] if behind else ""):
-        path = Path(name).expanduser()
+    # As PATH, as KIND:PATH, and as torchvision:NAME@PATH.
+    for name in (bare, bare[behind.end() :] if behind else "", bare.rpartition("@")[2] if "@" in bare else ""):
         try:
+            path = Path(name).expanduser()
             if not name or not path.exists():
                 continue
             if path.is_file():
@@ -57,7 +60,7 @@ def _digest(text: str) -> str:
                 return _of_file(path / WEIGHTS)
             if name != bare:
                 return _of_folder(path)
-        except OSError:  # no name of a file, such as a text that is too long for one, or not for us to read
+        except (OSError, RuntimeError):  # too long for a name, not for us to read, or of a home that nobody has
             continue
     return ""
 
@@ -74,10 +77,12 @@ def _of_bytes(path: Path, *state: int) -> str:
 
 
 def _of_folder(path: Path) -> str:
-    listed = hashlib.sha256()
-    for folder, below, files in os.walk(path):
-        below.sort()
+    listed, seen = hashlib.sha256(), set[str]()
+    for folder, below, files in os.walk(path, followlinks=True):  # classes may be links to other folders
+        below[:] = sorted(name for name in below if os.path.realpath(Path(folder, name)) not in seen)
+        seen |= {os.path.realpath(Path(folder, name)) for name in below}
         for name in sorted(files):
             file = Path(folder, name)
-            listed.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
+            size = file.stat().st_size if file.exists() else -1
+            listed.update(f"{file.relative_to(path)}\0{size}\0".encode(errors="surrogateescape"))
     return listed.hexdigest()

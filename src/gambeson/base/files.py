@@ -254,8 +254,8 @@ def open_run(folder: Path, run: Config, environment: dict[str, str]) -> bool:
     """
     finished = check_run(folder, run)
     if finished is None:
-        settings, files = run.plain(), contents(run.plain())
-        named = {"files": files} if files else {}
+        settings = run.plain()
+        named = {"files": files} if (files := contents(settings)) else {}
         write_yaml(folder / "run.yaml", {**settings, **named, "environment": environment, "finished": False})
     elif not finished:
         begun = read_yaml(folder / "run.yaml").get("environment", environment)

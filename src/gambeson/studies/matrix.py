@@ -11,6 +11,7 @@ from functools import cache, cached_property
 from typing import Any, Literal
 
 from gambeson.base import UserError, contents
+from gambeson.base.contents import texts
 from gambeson.defenses.registry import DEFENSES
 from gambeson.models.registry import MODELS
 from gambeson.studies.claims import At, Claim
@@ -319,7 +320,7 @@ def _variants(defense: StudyDefense, data: StudyData) -> Iterator[tuple[str, dic
 
 def _modules(spec: _Spec) -> tuple[str, ...]:
     """The modules that make a training: the loop, and whatever its settings name of defences and networks."""
-    named = {_module(name) for name in _texts([spec.model.name, spec.settings])}
+    named = {_module(name) for name in texts([spec.model.name, spec.settings])}
     return ("gambeson.studies.trainings", *sorted(named - {""}))
 
 
@@ -337,12 +338,3 @@ def _module(name: str) -> str:
 @cache
 def _takes_eps(defense: str) -> bool:
     return "eps" in DEFENSES.get(defense).settings
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in nested settings."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts(inner)

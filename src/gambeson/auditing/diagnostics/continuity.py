@@ -61,7 +61,7 @@ def _continuous(context: AuditContext) -> Finding:
         changed = asked(at(middle))[0] != answers
         low, high = torch.where(changed, low, middle), torch.where(changed, middle, high)
     left = torch.maximum(asked(at(low))[1], asked(at(high))[1])[lines] / median
-    jumps = Rate.of(int((left > _JUMP).sum()), int(lines.sum()))
+    jumps = Rate.of(int((~(left <= _JUMP)).sum()), int(lines.sum()))
     return Finding(
         jumps.low <= _SHARE,
         f"where the answer changes, on {jumps} of {len(left)} lines between images more than {100 * _JUMP:g} % of the "
