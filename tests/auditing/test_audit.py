@@ -157,7 +157,7 @@ def test_a_failed_attack_is_reported_as_failed(trained, digits, monkeypatch):
     (uap,) = found.perturbations  # what the headline says is what is stored, and it has seen no image
     assert gb.evaluation.universal_evasion(trained, digits, uap) == point.uer
     assert (uap.about.attack, uap.about.crafted_on) == (point.attack, "no images")
-    assert f"the {point.attack} misclassifies {point.uer}" in found.verdict.summary
+    assert f"the {point.attack} pattern misclassifies {point.uer}" in found.verdict.summary
 
 
 def test_eps_uni_of_one_class_is_a_quantile_of_the_margins():

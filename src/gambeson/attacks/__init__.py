@@ -24,6 +24,7 @@ from gambeson.attacks.minimal_norm.deepfool import DeepFool
 from gambeson.attacks.query.base import Queries, QueryAttack
 from gambeson.attacks.query.nes import NES, SPSA
 from gambeson.attacks.query.one_pixel import OnePixel
+from gambeson.attacks.query.rays import RayS
 from gambeson.attacks.query.square import RandomSearch, Square
 from gambeson.attacks.registry import (
     Name,
@@ -44,6 +45,7 @@ from gambeson.attacks.universal.controls import CONTROLS, MORE_CONTROLS, PATCH_C
 from gambeson.attacks.universal.data_free import DataFree
 from gambeson.attacks.universal.deepfool_uap import DeepFoolUAP
 from gambeson.attacks.universal.df_uap import DFUAP
+from gambeson.attacks.universal.nes import UniversalNES
 from gambeson.attacks.universal.patch import UniversalPatch
 from gambeson.attacks.universal.perturbation import UniversalPerturbation
 from gambeson.attacks.universal.procedural import GaborNoise, PerlinNoise
@@ -95,6 +97,7 @@ __all__ = [
     "QueryAttack",
     "RStepLL",
     "RandomSearch",
+    "RayS",
     "Scales",
     "SegPGD",
     "SingularVector",
@@ -106,6 +109,7 @@ __all__ = [
     "Target",
     "TargetedAutoPGD",
     "UniversalAttack",
+    "UniversalNES",
     "UniversalPatch",
     "UniversalPerturbation",
     "canonical",

@@ -100,7 +100,7 @@ class Amounts:
 
     @property
     def queries(self) -> int:
-        """Queries of Square per image of the sample."""
+        """Queries of Square, or of RayS, per image of the sample."""
         return min(300, self.suite.queries)
 
     @cached_property
@@ -212,7 +212,7 @@ CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
     "monotone in step size": lambda n: {"gradients": 2},
     "gradient independent of the batch": lambda n: {"apart": _BATCHES * _PROBES + n.batches},
     "unbounded attack succeeds": lambda n: {"gradients": 40},
-    "white box beats queries": lambda n: {"forwards": n.queries + 40 if n.queries else 0, "shares": "white box"},
+    "white box beats queries": lambda n: {"forwards": 2 * n.queries + 40 if n.queries else 0, "shares": "white box"},
     "white box beats transfer": lambda n: {"forwards": 2, "shares": "white box"},
     "no weaker inside the ball": lambda n: {"gradients": n.short, "shares": "short PGD"},
     "alike in every batch": lambda n: {"beside": n.again // 2},
@@ -220,6 +220,7 @@ CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
     "multi-step beats single-step": lambda n: {"gradients": 1, "shares": "PGD"},
     "attack beats noise": lambda n: {"forwards": 1, "shares": "PGD"},
     "universal white box beats transfer": lambda n: {"beside": 2 * n.test},
+    "universal white box beats queries": lambda n: {"beside": 2 * n.test * bool(n.suite.universal_queries)},
     "attacks find what is there": lambda n: {"beside": 24 * (300 + 2 * n.queries), "apart": 48 * (n.pgd + n.white)},
     "margin loss no stronger": lambda n: {"gradients": n.short + 3, "shares": "short PGD"},
     "attack has converged": lambda n: {"gradients": n.pgd + 3 * n.white, "shares": "white box"},
@@ -229,6 +230,7 @@ CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
         if n.of_maps
         else {"apart": 2 * WIDER * MARGIN_STEPS * n.sample, "beside": 3 * n.test + 3 * n.held}
     ),
+    "rotated images stand too": lambda n: {"forwards": 2, "gradients": 0 if n.of_maps else n.pgd, "shares": "PGD"},
     "random start no stronger": lambda n: {"gradients": 2},
     "monotone in eps": lambda n: {"gradients": 2 * n.short, "shares": "short PGD"},
     "attack repeats its outcome": lambda n: {"apart": min(64, n.sample) * n.pgd // n.suite.pgd_restarts},

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing import rescoring
 from gambeson.auditing.amounts import CHECKS
 from gambeson.auditing.budget import omitted
@@ -76,6 +77,7 @@ class _Stage:
 
 _STOPPED: dict[str, dict[str, Any]] = {
     "surrogate": {"surrogate": "none"},
+    "universal-nes": {"universal_queries": 0},
     "re-scoring": {"rescoring": False},
     "eps-uni": {"eps_uni_runs": 0},
     "eps-adv": {"eps_adv": False},
@@ -111,6 +113,7 @@ class Auditor:
         self.diagnostics, self.mine, self.asked, self.clock = diagnostics, mine, asked, clock
         self.speed = speed
         self.curve_over = False
+        self.queried: universal.Queried | None = None
         self.source = Surrogate(name="")
         self.found: EpsUni | None = None
         self.each: EpsAdv | None = None
@@ -158,6 +161,7 @@ class Auditor:
         todo = [
             _Stage("surrogate", "surrogate", self._surrogate),
             _Stage("randomness", "randomness", self._randomness),
+            _Stage("universal-nes", "universal NES", self._by_queries),
             *(_Stage(universal.file_of(eps), CURVE, partial(self._point, eps)) for eps in grid),
             _Stage("re-scoring", "re-scoring", self._rescore),
             _Stage("eps-uni", "eps_uni", self._eps_uni),
@@ -239,6 +243,13 @@ class Auditor:
             "randomness", RandomnessResult | None, lambda: randomness.measure(context), None
         )
         rescoring.begin(context, self.stages)
+
+    def _by_queries(self) -> None:
+        context, folder = self.context, self.folder
+        craft = partial(universal.craft_by_queries, context, folder)
+        self.queried = self.stages.afford("universal-nes", universal.Queried | None, craft, None)
+        if self.queried is not None and folder is not None:
+            context.queried = UniversalPerturbation.load(folder / self.queried.file)
 
     def _point(self, eps: float) -> str | None:
         context = self.context
@@ -354,7 +365,9 @@ class Auditor:
             notes, sentence = said_of(clock, suite, stopped, context.middle)
             said = f"{said} {sentence}".strip()
         costs: list[Any] = [*context.universal, *context.per_image, *self.aimed, *context.transfer]
-        costs += [part for part in (self.each, self.edited, self.classes, self.jacobians) if part is not None]
+        costs += [
+            part for part in (self.queried, self.each, self.edited, self.classes, self.jacobians) if part is not None
+        ]
         every = self.checks | self.unchecked
         result = AuditResult(
             subject=context.subject,

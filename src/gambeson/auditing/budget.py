@@ -68,6 +68,7 @@ TIME_LADDER: tuple[Rung, ...] = (
         **{"patterns": 40, "pattern_images": 100},
     },
     {
+        "universal_queries": 30_000,
         "eps_uni_runs": 1,
         "suite_images": 100,
         "jacobian_backwards": 0,
@@ -78,7 +79,7 @@ TIME_LADDER: tuple[Rung, ...] = (
     {"eps_uni_runs": 0, "suite_images": 0, "eps": 3, "test_images": 500, "noise_sizes": 1},
     {"eps_adv": 0, "targeted": 0, "auto_pgd": 0, "noise_sizes": 0, "edits": 0, "universal_probe_starts": 0},
     {"patterns": 20, "pattern_images": 60},
-    {"surrogate": 0, "transfer_images": 100, "sample": 50},
+    {"surrogate": 0, "universal_queries": 0, "transfer_images": 100, "sample": 50},
     {"eps": 1, "test_images": 300, "validation_images": 200, "queries": 100},
     {"universal_steps": 50, "checks": 22, "pgd_steps": 10, "rescoring": 0},
     {"test_images": 100, "validation_images": 60, "sample": 32, "checks": 13, "queries": 0},
@@ -101,6 +102,7 @@ _WORDS = {
     "sample": "images that diagnostics look at",
     "suite_images": "images for the attack suite",
     "queries": "queries an image of Square",
+    "universal_queries": "queries of universal NES",
     "transfer_images": "images perturbed on the surrogate",
     "edit_images": "images that edits are tried on",
     "jacobian_backwards": "backward passes of each part of the Jacobian analysis",
@@ -109,6 +111,7 @@ _WORDS = {
 _GONE = {
     "eps_uni_runs": ("eps_uni was read off the curve", "the search of eps_uni"),
     "queries": ("Square was left out", "Square"),
+    "universal_queries": ("universal NES was left out", "universal NES"),
     "noise_sizes": ("plain noise was left out", "plain noise"),
     "suite_images": ("the attack suite was left out", "the attack suite"),
     "edits": ("edits of images were left out", "edits"),

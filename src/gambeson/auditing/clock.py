@@ -32,6 +32,7 @@ BY_WORTH = (
     *(
         "surrogate",
         "randomness",
+        "universal NES",
         CURVE,
         "re-scoring",
         "per image",
@@ -49,6 +50,7 @@ _STAGE_OF = {"PGD, image by image": "per image", "attack suite": "per image", "t
 _SETTINGS_OF = {
     "start": ("test_images", "validation_images", "pattern_images"),
     "surrogate": ("surrogate", "surrogate_images", "surrogate_epochs"),
+    "universal NES": ("universal_queries",),
     CURVE: ("universal_steps", "universal_restarts", "universal_batch", "universal_probe_starts", "patterns"),
     "re-scoring": ("rescoring",),
     "per image": ("pgd_steps", "pgd_restarts", "suite_images", "auto_pgd"),
@@ -148,6 +150,8 @@ class Clock:
         self._began = now() if began is None else began
         self._keep_eps = bool(asked.eps)  # the user named them
         self.asked = asked.on(data).model_copy(update={"minutes": None, "middle_first": True})
+        if isinstance(model, BlackBox):
+            self.asked = self.asked.model_copy(update={"universal_queries": 0})
         mine = [one.attack for one in own.of(self.asked, attacks).values()]
         speed = measured(model, data, self.asked, seed)
         self.rest = Remaining(data, speed, black_box=isinstance(model, BlackBox), mine=mine)

@@ -221,6 +221,8 @@ class AuditContext:
     """The surrogate, for transfer; None if there is none."""
     borrowed: dict[float, UniversalPerturbation] = field(default_factory=dict)
     """Perturbations crafted on the surrogate by eps."""
+    queried: UniversalPerturbation | None = None
+    """The perturbation of the middle eps that was found by queries alone; None if there is none."""
     targeted: dict[str, UniversalPerturbation] = field(default_factory=dict)
     """Perturbations with a target, by its kind; of label maps."""
     outcomes: Outcomes = field(default_factory=Outcomes)

@@ -248,7 +248,7 @@ def parts_of(
     more, inside = (2, inner.steps * inner.batch_size) if inner else (0, 0)  # two starts inside the ball
     trials = TRIALS if suite.eps_uni_runs is None else suite.eps_uni_runs
     ranked = suite.patterns_of_controls * min(RANKED, held) + 2 * held  # what stands for an eps is chosen on validation
-    scored = test * (1 + suite.patterns_of_controls) + ranked
+    scored = test * (2 + suite.patterns_of_controls) + ranked  # the crafted one too, where another was chosen
     search = trials * (probe_starts + 3 * held + test + ranked + trials * min(RANKED, held)) + 12 * test * bool(trials)
     attacked = min(suite.suite_images, test) if suite.norm != "1" else 0
     gradients, queries = (_MAP_SUITE, 1000) if n.of_maps else (SUITE_GRADIENTS, suite.suite_queries)
@@ -264,8 +264,9 @@ def parts_of(
         "start": (votes * test + min(CALIBRATED, held), 0),
         "surrogate": (0, 0),
         "randomness": ((votes + 1) * test * random, 0),
+        "universal NES": (suite.universal_queries + votes * held * bool(suite.universal_queries), 0),
         "universal curve": (
-            votes * (points * (probe_starts + scored + more * held) + runs * held),
+            votes * (points * (probe_starts + scored + (more + bool(suite.universal_queries)) * held) + runs * held),
             points * (screen + more * inside) + runs * run,
         ),
         "re-scoring": (votes * n.again * suite.rescoring, 0),

@@ -14,6 +14,7 @@ from gambeson.attacks import (
     CosPGD,
     StochasticPGD,
     TargetedAutoPGD,
+    UniversalNES,
 )
 from gambeson.base import Config, Number, unknown_name
 from gambeson.base.registry import canonical
@@ -73,6 +74,9 @@ class Suite(Config):
     minutes: Annotated[Number, Field(gt=0)] | None = None
     """Time for the whole audit: a few batches are timed, what does not fit is reduced or omitted, what tells least for
     its time first, and the result says so. Its own settings are those that were chosen, without a limit."""
+    universal_queries: Annotated[int, Field(ge=0)] = 100_000
+    """Images that :class:`gambeson.attacks.UniversalNES`, the universal attack that needs no gradient, asks about at
+    the middle eps; 0 leaves it out. Not for black boxes, which have patterns."""
     patterns: Annotated[int, Field(ge=1)] = 100
     """Black boxes: noise patterns of each kind (Perlin, Gabor) per eps."""
     pattern_images: Annotated[int, Field(ge=1)] = 200
@@ -189,6 +193,10 @@ class Suite(Config):
             truncate_correct=False,
         )
 
+    def universal_nes(self, eps: float) -> UniversalNES | None:
+        """The universal attack without gradients at one eps; None if it is left out."""
+        return UniversalNES(eps=eps, norm=self.norm, queries=self.universal_queries) if self.universal_queries else None
+
     def inside(self, eps: float) -> StochasticPGD | None:
         """The universal attack that goes on inside the ball; None in other norms than inf.
 
@@ -272,6 +280,7 @@ _OF_IMAGES = (
     "transfer_images",
     "edit_images",
     "universal_batch",
+    "universal_queries",
 )
 _GLANCE = (
     "better than majority class",
@@ -307,6 +316,7 @@ SUITES = {
         targeted=False,
         jacobian_backwards=0,
         queries=0,
+        universal_queries=0,
         surrogate="none",
         noise_sizes=(),
         edits=(),
@@ -351,6 +361,7 @@ SUITES = {
         suite_images=2000,
         jacobian_backwards=20_000,
         queries=5000,
+        universal_queries=500_000,
         patterns=200,
         pattern_images=500,
         surrogate_epochs=20,

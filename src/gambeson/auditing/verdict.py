@@ -97,11 +97,15 @@ def judge(
 def _tried(point: UniversalResult, transfer: Sequence[TransferredResult]) -> dict[str, Rate]:
     """Error under every pattern that was tried at this eps, by what to call it in a sentence; the chosen one first."""
     others = [one for one in transfer if one.universal and (one.eps, one.norm) == (point.eps, point.norm)]
-    found = {_CRAFTED if point.crafted is None else f"the {point.attack}": point.uer}
+    found = {_CRAFTED if point.crafted is None else _called(point.attack): point.uer}
     if point.crafted is not None:
         found[_CRAFTED] = point.crafted
-    found |= {f"the {control.name}": control.worst for control in point.controls if control.name != point.attack}
+    found |= {_called(control.name): control.worst for control in point.controls if control.name != point.attack}
     return found | {f"the one of {one.source}": one.error for one in others}
+
+
+def _called(attack: str) -> str:
+    return f"the {attack} pattern"
 
 
 _CRAFTED = "it"
@@ -123,7 +127,7 @@ class Lead(NamedTuple):
 
     outcome: Outcome
     pattern: str
-    """``it``, or what to call a pattern that was not crafted on the model itself."""
+    """``it``, or what to call a pattern that the suite did not craft by its own attack."""
     rate: Rate
     """The error under it."""
 
@@ -166,8 +170,8 @@ def _one_pattern(
     }[outcome]
     against = f"{clean.complement} when clean"
     if name != _CRAFTED:
-        against = f"{_tried(point, transfer)[_CRAFTED]} under the one crafted on the model itself, {against}"
-    rivals = [control for control in point.controls if f"the {control.name}" != name]
+        against = f"{_tried(point, transfer)[_CRAFTED]} under the crafted one, {against}"
+    rivals = [control for control in point.controls if _called(control.name) != name]
     if (rival := strongest_control(rivals)) is not None:
         kind = "strongest control" if len(rivals) == len(point.controls) else "strongest other control"
         against += f" and {rival.worst} under the {kind} ({rival.name})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, radians
 from typing import Annotated, NamedTuple
 
 import torch
@@ -52,6 +52,14 @@ def _shift(images: torch.Tensor, pixels: float, draws: torch.Tensor) -> torch.Te
     return images[rows, :, down[:, :, None], right[:, None, :]].permute(0, 3, 1, 2)
 
 
+def _rotate(images: torch.Tensor, degrees: float, draws: torch.Tensor) -> torch.Tensor:
+    angle = torch.where(draws[:, 0] < 0.5, -radians(degrees), radians(degrees)).to(images)
+    (height, width), none = images.shape[2:], torch.zeros_like(angle)
+    turn = [angle.cos(), -angle.sin() * height / width, none, angle.sin() * width / height, angle.cos(), none]
+    places = F.affine_grid(torch.stack(turn, 1).view(-1, 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images, places, mode="bilinear", padding_mode="border", align_corners=False)
+
+
 def _blur(images: torch.Tensor, sigma: float, _: torch.Tensor) -> torch.Tensor:
     reach = ceil(3 * sigma)
     line = torch.exp(-(torch.arange(-reach, reach + 1).to(images) / sigma).square() / 2)
@@ -91,6 +99,7 @@ KINDS = {
     "jpeg": Strength("quality", 1, 100, whole=True),
     "print": Strength("standard deviation of its blur", 0.1, 10),
     "resize": Strength("scale", 0.05, 4),
+    "rotate": Strength("degrees", 0.1, 45),
     "screenshot": Strength("quality", 1, 100, whole=True),
     "shift": Strength("pixels", 1, 64, whole=True),
 }
@@ -102,10 +111,12 @@ _CHANGES: dict[str, tuple[Change, Change]] = {
     "gamma": (_gamma, _smooth_gamma),
     "jpeg": (lambda x, quality, _: jpeg(x, int(quality)), lambda x, quality, _: differentiable_jpeg(x, int(quality))),
     "resize": (_resize, _resize),
+    "rotate": (_rotate, _rotate),
     "shift": (_shift, _shift),
 }
 """Each change, and its differentiable form."""
-_RANDOM = ("shift", "colour")
+_RANDOM = ("shift", "rotate", "colour")
+_MOVING = ("shift", "rotate")
 _MADE_OF: dict[str, Callable[[float], tuple[tuple[str, float], ...]]] = {
     "print": lambda sigma: (("blur", sigma), ("colour", min(1.0, 0.1 * sigma))),
     "screenshot": lambda quality: (("resize", 0.8), ("gamma", 1.1), ("jpeg", quality)),
@@ -125,6 +136,8 @@ class Edit:
     - ``resize:SCALE`` (0.05 to 4): to another size and back, bilinear with antialiasing.
     - ``shift:PIXELS``: cropped by so many pixels at a side or at a corner, one of eight drawn for each image, and as
       many repeated at the opposite one. It moves what is in an image.
+    - ``rotate:DEGREES`` (0.1 to 45): around the middle, clockwise or not, drawn for each image; bilinear, with the
+      outermost pixels repeated. It moves what is in an image.
     - ``blur:SIGMA``: Gaussian, in pixels.
     - ``gamma:POWER`` (0.25 to 4): x**POWER.
     - ``colour:SIZE``: each channel of each image moves up or down by SIZE, drawn for each.
@@ -165,7 +178,7 @@ class Edit:
     def misfit(self, shape: Sequence[int], task: Task) -> str:
         """Return why it does not fit images of ``shape`` (C, H, W) with the labels of a task; empty if it does."""
         names, steps = dict(self.named), dict(self.steps)
-        if "shift" in steps and not task.per_image_label:
+        if not (task.per_image_label or steps.keys().isdisjoint(_MOVING)):
             return f"it moves what is in an image, and would have to move the {task.label_form} along"
         if steps.get("shift", 0) >= min(shape[1:]):
             return f"it leaves nothing of images of {shape[1]}x{shape[2]} pixels"

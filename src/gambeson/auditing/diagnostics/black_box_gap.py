@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gambeson.attacks import Square
+from gambeson.attacks import RayS, Square, UniversalPerturbation
 from gambeson.auditing.context import AuditContext, Where
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.nearest_class import NearestClass
@@ -70,25 +70,46 @@ def _universal(context: AuditContext) -> Finding:
     moved = on_surrogate(context, context.eps)
     if moved is None:
         return Finding(None, "there is no surrogate")
-    deltas = (context.crafted_at(context.eps).delta, moved.delta)
-    white, other = (outcome_under(context.victim, context.test, delta) for delta in deltas)
-    gain = PairedDifference.of(white, other)
+    return _against(context, moved, "the one crafted on the surrogate")
+
+
+def _against(context: AuditContext, other: UniversalPerturbation, called: str) -> Finding:
+    """Compare a perturbation with the one crafted on the model by gradients."""
+    deltas = (context.crafted_at(context.eps).delta, other.delta)
+    white, found = (outcome_under(context.victim, context.test, delta) for delta in deltas)
+    gain = PairedDifference.of(white, found)
     return Finding(
         gain.low <= _MORE_UNIVERSAL,
-        f"accuracy at eps {context.eps:.4g} under the perturbation crafted on the model {white.accuracy}, under the "
-        f"one crafted on the surrogate {other.accuracy}: the latter breaks {gain.beyond(_MORE_UNIVERSAL)}",
-        {"white box": white.accuracy.value, "transferred": other.accuracy.value},
+        f"accuracy at eps {context.eps:.4g} under the perturbation crafted by gradients {white.accuracy}, under "
+        f"{called} {found.accuracy}: the latter breaks {gain.beyond(_MORE_UNIVERSAL)}",
+        {"white box": white.accuracy.value, "other": found.accuracy.value},
     )
 
 
 @register(
+    "universal white box beats queries",
+    condition="one perturbation found by queries alone (universal NES) is clearly stronger than the one crafted by "
+    f"gradients, by {100 * _MORE_UNIVERSAL:g} points",
+    explanation="The universal attack with gradients missed a perturbation that exists, such as one behind a threshold "
+    "that no gradient leads to.",
+    remedy="Report the stronger perturbation's number, and find what stops the gradient; it may have been planted.",
+    comparisons=1,
+)
+def _universal_queried(context: AuditContext) -> Finding:
+    found = context.queried
+    if found is None:
+        return Finding(None, "no perturbation was crafted by queries alone")
+    return _against(context, found, "the one found by queries alone")
+
+
+@register(
     "white box beats queries",
-    condition=f"Square, or steps towards training images of other classes, break clearly more than {100 * _MORE:g} "
-    "% of images among those that the strongest attack with gradients leaves right; of label maps, Square breaks so "
-    "many of their pixels",
+    condition="Square, RayS, or steps towards training images of other classes, break clearly more than "
+    f"{100 * _MORE:g} % of images among those that the strongest attack with gradients leaves right; of label maps, "
+    "Square breaks so many of their pixels",
     explanation="An attack that sees scores alone finds what the gradient does not lead to (Athalye et al. 2018, "
-    "section 3.1; Andriushchenko et al. 2020, section 5); steps towards other images find what compares images "
-    "with those it knows.",
+    "section 3.1; Andriushchenko et al. 2020, section 5), and one that sees answers alone what scores do not lead to "
+    "(RayS: Chen and Gu 2020); steps towards other images find what compares images with those it knows.",
     remedy=_REMEDY,
 )
 def _queried(context: AuditContext) -> Finding:
@@ -98,7 +119,8 @@ def _queried(context: AuditContext) -> Finding:
     square = Square(eps=context.eps, norm=norm, queries=queries)
     if not context.sample.task.per_image_label:
         return _queried_maps(context, square)
-    others = (square, _towards(context))
+    rays = [RayS(eps=context.eps, queries=queries)] if norm == "inf" else []
+    others: tuple[ImageAttack, ...] = (square, _towards(context), *rays)
     found: list[tuple[Counts, Counts, list[int]]] = []
 
     def counts(on: Where) -> tuple[Counts, Counts]:
@@ -108,11 +130,12 @@ def _queried(context: AuditContext) -> Finding:
     gain = context.compare_counts(counts, _MORE)
     white, both, broken = found[-1]
     left = int(white.right.sum())
+    said = [f"{name} breaks {count}" for name, count in zip(("Square", "RayS"), (broken[0], *broken[2:]), strict=False)]
     return Finding(
         gain.low <= _MORE,
-        f"of {left} images that {context.strongest} leaves right, among {len(white.right)}, Square breaks "
-        f"{broken[0]} with {queries} queries each, and steps towards training images of other classes break "
-        f"{broken[1]}: together {gain.beyond(_MORE)}",
+        f"of {left} images that {context.strongest} leaves right, among {len(white.right)}, {' and '.join(said)} "
+        f"with {queries} queries each, and steps towards training images of other classes break {broken[1]}: together "
+        f"{gain.beyond(_MORE)}",
         {"left by PGD": left, "broken by queries": left - int(both.right.sum())},
     )
 

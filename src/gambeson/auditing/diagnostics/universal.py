@@ -69,7 +69,7 @@ def _beats_controls(context: AuditContext) -> Finding:
     elif equalled:
         detail = f"the crafted perturbation does no clear harm beyond that of noise at eps {_listed(equalled)}"
     else:
-        detail = "no control does more harm than the crafted perturbation at any eps"
+        detail = "no control does clearly more harm than the crafted perturbation at any eps"
     return Finding(not beaten and not equalled, detail, {"losers": len(beaten), "equals": len(equalled)})
 
 

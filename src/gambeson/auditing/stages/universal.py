@@ -19,14 +19,16 @@ from gambeson.auditing.rescoring import Perturbed, Way, asked, rescored_in, ways
 from gambeson.auditing.results import IoU, Restart, UniversalResult
 from gambeson.auditing.stages import black_box
 from gambeson.auditing.stages.transfer import name_of, on_surrogate
-from gambeson.base import UserError, seeded
+from gambeson.base import Config, UserError, seeded
 from gambeson.data import Dataset
 from gambeson.evaluation.eps_uni import Found, eps_adv, search
-from gambeson.evaluation.rates import EpsAdv, EpsUni, ImageErrors
+from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni, ImageErrors
 from gambeson.evaluation.universal import change_rate, control_rates, error_rate, patterns_of, strongest
 from gambeson.tasks import Counts, Rate
+from gambeson.threat import Ball
 from gambeson.victim import predict, score
 
+QUERIED_FILE = "universal-nes.safetensors"
 _FIRST = 15.0
 """Seconds that a first answer is crafted for, and as many that it is scored for."""
 
@@ -71,9 +73,9 @@ def craft_point(context: AuditContext, eps: float, folder: Path | None) -> Unive
     before, suite, victim = context.spent, context.suite, context.victim
     smaller = max((known for known in context.uaps if known < eps), default=None)
     crafted = _craft(context, eps, None if smaller is None else context.uaps[smaller])
-    borrowed = _borrowed(context, eps)
+    others = _others(context, eps)
     uap, _ = strongest(
-        victim, context.data.validation, crafted, seed=context.seed, controls=suite.controls, others=borrowed
+        victim, context.data.validation, crafted, seed=context.seed, controls=suite.controls, others=others
     )
     context.uaps[eps] = uap
     own = None
@@ -169,15 +171,43 @@ def recall(context: AuditContext, eps: float, folder: Path) -> None:
     context.errors[eps] = ImageErrors(kept[1].total - kept[1].right, kept[1].total)
 
 
-def _borrowed(context: AuditContext, eps: float) -> list[UniversalPerturbation]:
-    """The surrogate's perturbation at the middle eps, which is one more candidate; a black box has it among its own."""
+def _others(context: AuditContext, eps: float) -> list[UniversalPerturbation]:
+    """More candidates: what queries alone found, in this size, and at the middle eps the surrogate's perturbation.
+
+    A black box has such ones among its own.
+    """
+    others, queried = [], context.queried
+    if queried is not None:
+        about = queried.about.model_copy(update={"eps": eps})
+        delta = Ball(eps=eps, norm=context.suite.norm).fill(queried.delta)
+        others.append(UniversalPerturbation(delta, about, queried.image_hashes))
     if context.subject.black_box or eps != context.eps:
-        return []
-    found = on_surrogate(context, eps)
-    if found is None or context.surrogate is None:
-        return []
-    name = f"{found.about.attack} on surrogate ({name_of(context.surrogate)})"
-    return [UniversalPerturbation(found.delta, found.about.model_copy(update={"attack": name}), found.image_hashes)]
+        return others
+    lent = on_surrogate(context, eps)
+    if lent is not None and context.surrogate is not None:
+        name = f"{lent.about.attack} on surrogate ({name_of(context.surrogate)})"
+        about = lent.about.model_copy(update={"attack": name})
+        others.append(UniversalPerturbation(lent.delta, about, lent.image_hashes))
+    return others
+
+
+class Queried(Config):
+    """The perturbation of the middle eps that was found by queries alone."""
+
+    file: str = QUERIED_FILE
+    cost: Cost
+
+
+def craft_by_queries(context: AuditContext, folder: Path | None) -> Queried | None:
+    """Craft that perturbation, which :attr:`AuditContext.queried` holds then; None if it is left out."""
+    attack = context.suite.universal_nes(context.eps)
+    if attack is None or context.subject.black_box:
+        return None
+    before = context.spent
+    context.queried = attack.craft(context.victim, context.data, seed=context.seed)
+    if folder is not None:
+        context.queried.save(folder / QUERIED_FILE)
+    return Queried(cost=context.since(before))
 
 
 def _craft(context: AuditContext, eps: float, smaller: UniversalPerturbation | None) -> UniversalPerturbation:
