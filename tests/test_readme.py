@@ -24,7 +24,14 @@ def test_the_python_example_runs_on_small_data(tmp_path, monkeypatch):
     code, _ = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     code = code.replace('"fashion-mnist"', '"digits"').replace('"lenet"', '"lenet5"').replace("epochs=10", "epochs=1")
-    small = {"surrogate_epochs": 1, "transfer_images": 50, "sample": 50, "test_images": 100, "jacobian_backwards": 300}
+    small = {
+        "surrogate_epochs": 1,
+        "transfer_images": 50,
+        "sample": 50,
+        "test_images": 100,
+        "jacobian_backwards": 300,
+        "universal_queries": 300,
+    }
     small |= {"eps": (0.1,), "universal_steps": 20, "universal_probe_starts": 0, "pgd_steps": 5, "queries": 20}
     small |= {"eps_uni_runs": 1, "eps_adv": False, "rescoring": False, "edits": ()}
     quick = gb.auditing.SUITES["quick"].model_copy(update=small)
@@ -67,6 +74,7 @@ def test_the_attack_and_the_diagnostic_of_contributing_run_in_an_audit(tmp_path,
             "eps_adv": False,
             "queries": 0,
             "jacobian_backwards": 0,
+            "universal_queries": 300,
         }
     )
     found = gb.audit(trained, digits, small).results

@@ -30,6 +30,7 @@ AUDIT = {
     "queries": 0,
     "eps_uni_runs": 0,
     "jacobian_backwards": 0,
+    "universal_queries": 300,
     "pgd_restarts": 1,
     "suite_images": 0,
     "patterns": 2,

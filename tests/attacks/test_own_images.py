@@ -33,6 +33,7 @@ SUITE = Suite(
     queries=0,
     surrogate="none",
     jacobian_backwards=0,
+    universal_queries=300,
     eps_uni_runs=0,
 )
 

@@ -31,6 +31,7 @@ SUITE = Suite(
     queries=50,
     surrogate="none",
     jacobian_backwards=500,
+    universal_queries=300,
     eps_uni_tolerance=0.1,
     edits=("jpeg:75", "shift:1"),
 )
@@ -215,7 +216,8 @@ def test_a_grey_net_that_expands_to_colour_is_neither_accused_nor_refused(spread
     few = Suite(
         eps=(0.1,), universal_steps=5, universal_restarts=1, universal_probe_starts=0, pgd_steps=5, pgd_restarts=1,
         test_images=60, validation_images=40, sample=20, suite_images=0, queries=0, surrogate="none", eps_uni_runs=0,
-        eps_adv=False, jacobian_backwards=0, noise_sizes=(), edits=(), auto_pgd=False, rescoring=False, checks=GREY,
+        eps_adv=False, jacobian_backwards=0,
+        universal_queries=300, noise_sizes=(), edits=(), auto_pgd=False, rescoring=False, checks=GREY,
     )  # fmt: skip
     result = gb.audit(Coloured(trained, SPREADS[spread]), digits, few).results
     assert result.clean.value > 0.8

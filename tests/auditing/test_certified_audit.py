@@ -16,7 +16,8 @@ from tests.conftest import LinearNet, binary
 SHAPE = (1, 4, 6)
 ALONE = Suite(
     eps=(0.005, 0.02, 0.3), universal_steps=20, universal_restarts=1, universal_batch=16, universal_probe_starts=0,
-    pgd_steps=5, pgd_restarts=1, sample=20, suite_images=0, queries=0, jacobian_backwards=0, surrogate="none",
+    pgd_steps=5, pgd_restarts=1, sample=20, suite_images=0, queries=0, jacobian_backwards=0,
+    universal_queries=300, surrogate="none",
     eps_uni_runs=0, noise_sizes=(), edits=(), eps_adv=False, auto_pgd=False, rescoring=False, checks=(), certified=True,
 )  # fmt: skip
 

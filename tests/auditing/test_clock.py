@@ -32,7 +32,8 @@ from tests.conftest import full
 LITTLE = Suite(
     eps=(0.1, 0.2, 0.3), universal_steps=20, universal_restarts=1, universal_batch=16, universal_probe_starts=0,
     pgd_steps=5, pgd_restarts=1, test_images=120, validation_images=60, sample=40, suite_images=0, queries=20,
-    jacobian_backwards=200, surrogate="none", eps_uni_runs=1, noise_sizes=(1.0,), eps_adv=False, auto_pgd=False,
+    jacobian_backwards=200,
+    universal_queries=300, surrogate="none", eps_uni_runs=1, noise_sizes=(1.0,), eps_adv=False, auto_pgd=False,
 )  # fmt: skip
 
 
@@ -143,6 +144,7 @@ def test_training_a_surrogate_stops_where_it_takes_longer_than_planned(digits, t
     little = {"surrogate": "auto", "surrogate_images": 400, "surrogate_epochs": 2, "checks": ("stateless",)}
     none = {
         "jacobian_backwards": 0,
+        "universal_queries": 300,
         "rescoring": False,
         "queries": 0,
         "eps_uni_runs": 0,

@@ -36,6 +36,7 @@ QUICK = Suite(
     queries=20,
     surrogate="none",
     jacobian_backwards=0,
+    universal_queries=300,
     eps_uni_runs=0,
     eps_adv=False,
     test_images=80,

@@ -59,7 +59,8 @@ def test_sizes_follow_the_norm():
 def test_an_audit_says_what_noise_does(trained, digits):
     suite = Suite(
         eps=(0.1,), universal_steps=3, universal_probe_starts=0, universal_restarts=1, pgd_steps=2, pgd_restarts=1,
-        surrogate="none", noise_sizes=(1.0, 4.0, 8.0), eps_uni_runs=0, jacobian_backwards=0, sample=20, suite_images=0,
+        surrogate="none", noise_sizes=(1.0, 4.0, 8.0), eps_uni_runs=0, jacobian_backwards=0,
+        universal_queries=300, sample=20, suite_images=0,
     )  # fmt: skip
     found = gb.audit(trained, digits, suite)
     parts = found.results.corruption

@@ -16,7 +16,7 @@ from gambeson.models.black_box.local import FunctionModel
 SUITE = Suite(
     eps=(0.1, 0.2), universal_steps=5, universal_restarts=2, universal_batch=8, universal_probe_starts=1, pgd_steps=5,
     pgd_restarts=1, test_images=60, validation_images=40, sample=30, suite_images=20, suite_queries=50, queries=20,
-    jacobian_backwards=300, surrogate="none", eps_uni_runs=1, noise_sizes=(1.0,),
+    jacobian_backwards=300, universal_queries=300, surrogate="none", eps_uni_runs=1, noise_sizes=(1.0,),
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ SMALL = SUITES["quick"].model_copy(
         "test_images": 120,
         "sample": 40,
         "jacobian_backwards": 0,
+        "universal_queries": 300,
         "surrogate": "none",
         "eps_uni_runs": 0,
         "eps_adv": False,

@@ -198,7 +198,8 @@ def test_universal_crafting_goes_on_inside_the_ball(trained, digits):
     suite = Suite(
         eps=(0.3,), universal_steps=40, universal_restarts=1, universal_batch=16, universal_probe_starts=0, pgd_steps=1,
         pgd_restarts=1, sample=10, test_images=100, validation_images=100, suite_images=0, queries=0, eps_adv=False,
-        jacobian_backwards=0, surrogate="none", eps_uni_runs=0, noise_sizes=(), edits=(), auto_pgd=False,
+        jacobian_backwards=0,
+        universal_queries=300, surrogate="none", eps_uni_runs=0, noise_sizes=(), edits=(), auto_pgd=False,
         rescoring=False, checks=(), controls=(),
     )  # fmt: skip
     result = gb.audit(Snapped(trained), digits, suite).results

@@ -60,7 +60,14 @@ def test_the_published_schema_is_the_current_one() -> None:
 @pytest.fixture(scope="module")
 def audited(trained, digits, tmp_path_factory) -> tuple[AuditResult, Path]:
     few = {"suite_images": 20, "edit_images": 50, "transfer_images": 50, "sample": 40, "eps_uni_runs": 1}
-    short = {"suite_queries": 20, "queries": 20, "pgd_steps": 5, "surrogate_epochs": 1, "jacobian_backwards": 500}
+    short = {
+        "suite_queries": 20,
+        "queries": 20,
+        "pgd_steps": 5,
+        "surrogate_epochs": 1,
+        "jacobian_backwards": 500,
+        "universal_queries": 300,
+    }
     suite = Suite(eps=(0.1,), universal_steps=5, universal_restarts=1, universal_probe_starts=0, **few, **short)
     folder = tmp_path_factory.mktemp("audit")
     return gb.audit(trained, digits, suite, folder).results, folder

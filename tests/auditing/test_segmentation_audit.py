@@ -45,6 +45,7 @@ SUITE = Suite(
     suite_images=0,
     queries=30,
     jacobian_backwards=0,
+    universal_queries=300,
     noise_sizes=(1.0,),
     votes=5,
     eot_samples=3,

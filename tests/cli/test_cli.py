@@ -20,7 +20,16 @@ AUDIT = [
     *("--eps", "0.05,0.1", "--set", "suite.universal_steps=10", "--set", "suite.universal_restarts=1"),
     *("--set", "suite.pgd_steps=3", "--set", "suite.pgd_restarts=1", "--set", "suite.eps_uni_tolerance=0.3"),
     *("--set", "suite.suite_images=20", "--set", "suite.suite_queries=20", "--set", "suite.edit_images=50"),
-    *("--set", "suite.sample=50", "--set", "suite.queries=20", "--set", "suite.jacobian_backwards=500"),
+    *(
+        "--set",
+        "suite.sample=50",
+        "--set",
+        "suite.queries=20",
+        "--set",
+        "suite.jacobian_backwards=500",
+        "--set",
+        "suite.universal_queries=300",
+    ),
     *("--set", "suite.surrogate_epochs=1", "--set", "suite.universal_probe_starts=2"),
     *("--set", "suite.test_images=100", "--set", "suite.surrogate_images=200", "--set", "suite.rescoring=false"),
 ]

@@ -186,7 +186,7 @@ def test_what_cannot_be_written_is_noticed_before_the_work(nowhere, capsys, monk
 SMALL = ["--suite", "quick", "--eps", "0.1", "--surrogate", "none"] + [
     word
     for pair in ("universal_steps=5", "pgd_steps=2", "test_images=60", "sample=20", "queries=0", "eps_uni_runs=0",
-                 "eps_adv=false", "jacobian_backwards=40")
+                 "eps_adv=false", "jacobian_backwards=40", "universal_queries=300")
     for word in ("--set", pair)
 ]  # fmt: skip
 

@@ -24,7 +24,16 @@ SMALL = [
     *("--data", "digits", "--suite", "quick", "--eps", "0.05,0.1,0.2", "--surrogate", "none"),
     *("--set", "universal_steps=10", "--set", "universal_probe_starts=0", "--set", "pgd_steps=3"),
     *("--set", "sample=20", "--set", "queries=20", "--set", "test_images=60", "--set", "validation_images=60"),
-    *("--set", "jacobian_backwards=0", "--set", "eps_uni_runs=0", "--set", "eps_adv=false"),
+    *(
+        "--set",
+        "jacobian_backwards=0",
+        "--set",
+        "universal_queries=300",
+        "--set",
+        "eps_uni_runs=0",
+        "--set",
+        "eps_adv=false",
+    ),
 ]
 
 

@@ -27,6 +27,7 @@ TINY = {
     "test_images": 60,
     "validation_images": 60,
     "jacobian_backwards": 0,
+    "universal_queries": 300,
     "eps_uni_runs": 0,
     "eps_adv": False,
 }

@@ -84,7 +84,7 @@ def trained(model: nn.Module, data: tuple[Any, Any]) -> Any:
 
 SUITE = Suite(
     eps=(0.1,), universal_steps=2, universal_restarts=1, universal_batch=4, pgd_steps=1, pgd_restarts=1, suite_images=0,
-    sample=4, queries=0, surrogate="none", jacobian_backwards=0, eps_uni_runs=0,
+    sample=4, queries=0, surrogate="none", jacobian_backwards=0, universal_queries=300, eps_uni_runs=0,
     eps_adv=False, rescoring=False, edits=(),
 )  # fmt: skip
 

@@ -152,6 +152,7 @@ CHEAP = {
     "universal_probe_starts": 0,
     "eps_uni_runs": 0,
     "jacobian_backwards": 0,
+    "universal_queries": 300,
     "surrogate": "none",
     "test_images": 100,
     "sample": 50,

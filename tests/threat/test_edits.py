@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy import ndimage
 
 from gambeson import UserError
 from gambeson.base import generator
@@ -23,6 +24,7 @@ EVERY = [
     "jpeg:60",
     "resize:0.6",
     "resize:2",
+    "rotate:7",
     "shift:2",
     "screenshot:70",
 ]
@@ -181,3 +183,18 @@ def test_edits_that_do_not_fit_the_data_are_refused(text, shape, task, message):
 
 def test_edits_that_fit_the_data():
     assert len(check_edits(["jpeg:50", "blur:1", "print:1", "bits:8"], (1, 8, 8), Segmentation(), "x")) == 4
+
+
+@pytest.mark.parametrize("degrees", [3.0, 10.0, 45.0])
+def test_rotation_is_that_of_scipy_and_goes_both_ways(degrees):
+    images = torch.rand(12, 2, 9, 12, generator=torch.Generator().manual_seed(1))
+    moved = edited(f"rotate:{degrees}", images)
+    ways = [
+        torch.from_numpy(ndimage.rotate(images.numpy(), angle, (2, 3), reshape=False, order=1, mode="nearest"))
+        for angle in (-degrees, degrees)
+    ]
+    apart = torch.stack([(moved - way).abs().amax((1, 2, 3)) for way in ways])
+    assert float(apart.amin(0).max()) < 1e-4
+    assert set(apart.argmin(0).tolist()) == {0, 1}
+    with pytest.raises(UserError, match="it moves what is in an image"):
+        check_edits([f"rotate:{degrees}"], (1, 9, 9), Segmentation(), "x")

@@ -13,7 +13,8 @@ from tests.conftest import full
 
 SUITE = Suite(
     eps=(0.15,), universal_steps=30, universal_probe_starts=0, pgd_steps=10, pgd_restarts=1, suite_images=0, queries=0,
-    jacobian_backwards=0, surrogate="none", eps_uni_runs=0, eps_adv=False, sample=60, noise_sizes=(1.0,),
+    jacobian_backwards=0,
+    universal_queries=300, surrogate="none", eps_uni_runs=0, eps_adv=False, sample=60, noise_sizes=(1.0,),
     edits=(), rescoring=False,
 )  # fmt: skip
 

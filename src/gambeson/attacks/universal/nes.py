@@ -60,7 +60,7 @@ class UniversalNES(UniversalAttack):
         clean = torch.cat([self._margins(context, *batch) for batch in few.batches(most, device=context.device)])
         means = torch.zeros(context.shape, device=context.device)
         summed, left = torch.zeros_like(means), self.queries - len(few)
-        sizes = [self.batch_size] * (left // self.batch_size) or [left]
+        sizes = [self.batch_size] * (left // self.batch_size) or [left] * bool(left)
         for size in tracked(sizes, "patterns", len(sizes)):
             rises, signs, products = means.new_zeros(()), torch.zeros_like(means), torch.zeros_like(means)
             for rows in torch.randint(len(few), (size,), generator=draw).split(most):

@@ -1,0 +1,102 @@
+"""Models that store every split, hide a pattern behind a threshold, or answer with another network than they score."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gambeson.auditing.diagnostics import get
+from gambeson.auditing.stages import universal
+from gambeson.testbed.obfuscations.logits import BorrowedMargins
+from gambeson.testbed.recipes import networks
+from tests.auditing.evidence import held
+from tests.gated import Gate
+
+EPS = 0.15
+
+
+class Remembered(nn.Module):
+    """A network with a smooth bonus for the label of the nearest of some images, within a distance of it."""
+
+    def __init__(self, net, *splits):
+        super().__init__()
+        self.net, parts = net, [split.take(slice(None)) for split in splits]
+        self.images = torch.cat([x for x, _ in parts]).flatten(1)
+        self.labels = F.one_hot(torch.cat([y for _, y in parts]), 10).float()
+
+    def forward(self, x):
+        apart = torch.cdist(x.flatten(1), self.images).square()
+        weight = torch.sigmoid((1.7 - apart) / 0.1) * torch.softmax(-apart / 0.1, 1)
+        return self.net(x) + 30 * (weight @ self.labels)
+
+
+def rotated(model, data):
+    with held(model, data, (EPS,)) as context:
+        return get("rotated images stand too").check(context)
+
+
+def test_a_net_that_stores_all_splits_falls_where_images_are_rotated(trained, digits):
+    check = rotated(Remembered(trained, digits.train, digits.validation, digits.test), digits)
+    assert check.passed is False
+    assert check.numbers["as they are"] > 0.95
+    assert check.numbers["rotated"] < 0.1
+
+
+@pytest.mark.parametrize("name", ["pgd-adversarial", "trades", "jacobian", "Lipschitz", "linear"])
+def test_honest_nets_fall_less(name, digits):
+    check = rotated(networks("digits")(name), digits)
+    assert check.passed is True
+    assert check.numbers["as they are"] > check.numbers["rotated"]
+
+
+def queried(model, data, queries=30_000):
+    settings = {"universal_steps": 60, "universal_restarts": 1, "universal_probe_starts": 0, "surrogate": "none"}
+    with held(model, data, (0.1, EPS, 0.2), universal_queries=queries, **settings) as context:
+        universal.craft_by_queries(context, None)
+        context.universal += [universal.craft_point(context, eps, None) for eps in context.suite.eps]
+        return get("universal white box beats queries").check(context), context
+
+
+def test_a_pattern_behind_a_threshold_is_found_by_queries_and_counts(trained, digits):
+    check, context = queried(Gate(trained, digits, EPS), digits)
+    assert check.passed is False
+    assert context.middle.attack == "universal-nes"
+    assert context.middle.uer.value > context.middle.crafted.value + 0.2
+    assert context.middle.uer.value == pytest.approx(1 - check.numbers["other"])
+    assert context.universal[-1].uer.value > 0.9  # the same signs, at every eps
+
+
+def test_an_honest_net_passes_and_without_queries_nothing_is_said(trained, digits):
+    check, context = queried(trained, digits)
+    assert check.passed is True
+    assert context.middle.crafted is None
+    check, context = queried(trained, digits, 0)
+    assert check.passed is None
+    assert context.queried is None
+
+
+class ThinLayer(nn.Module):
+    """Margins of another network, which fall to zero where the answer changes within a thin layer alone."""
+
+    def __init__(self, net, other):
+        super().__init__()
+        self.net, self.borrowed = net, BorrowedMargins(net, other)
+
+    def forward(self, x):
+        with torch.no_grad():
+            best = self.net(x).topk(2, 1)
+            near = (20 * (best.values[:, :1] - best.values[:, 1:])).clamp(max=1)
+        z, answer = self.borrowed(x), best.indices[:, :1]
+        second = z.scatter(1, answer, -torch.inf).amax(1, keepdim=True)
+        return z.scatter(1, answer, second + (z.gather(1, answer) - second) * near)
+
+
+def test_answers_that_scores_do_not_lead_to_are_found_by_rays():
+    nets = networks("digits")
+    name = "white box beats queries"
+    with held(ThinLayer(nets(), nets("standard 1")), nets.data, (EPS,), queries=200) as context:
+        check = get(name).check(context)
+    assert check.passed is False
+    assert "RayS breaks" in check.detail
+    with held(nets(), nets.data, (EPS,), queries=200) as context:
+        assert get(name).check(context).passed is True
