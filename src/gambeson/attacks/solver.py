@@ -45,6 +45,13 @@ class Adam:
         return Adam(self.mean[rows], self.square[rows], self.betas, self.count)
 
 
+NON_FINITE = (
+    "if its outputs are finite, look for a square root, a norm or a division at zero, as of pixels that are all equal, "
+    "and add a small number there; else check its weights"
+)
+"""What to do about a gradient that is NaN or infinite."""
+
+
 class GradientWarning(UserWarning):
     """A gradient that no attack can follow."""
 
@@ -104,8 +111,7 @@ def require_finite(
     if not all(finite):
         where = "" if first is None else f" at step {first + finite.index(False)}"
         raise NonFiniteGradientError(
-            f"the model's gradient is NaN or infinite{where}: no attack can follow it; "
-            "check the model's weights and outputs"
+            f"the model's gradient is NaN or infinite{where}: no attack can follow it; {NON_FINITE}"
         )
 
 

@@ -13,7 +13,7 @@ from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing import rescoring
 from gambeson.auditing.amounts import CHECKS
 from gambeson.auditing.budget import omitted
-from gambeson.auditing.clock import BY_WORTH, CHECKED, CURVE, OWN, Clock, Remaining, TimeSpent, now, said_of
+from gambeson.auditing.clock import BY_WORTH, CHECKED, CURVE, OWN, STOPPED, Clock, Remaining, TimeSpent, now, said_of
 from gambeson.auditing.context import AuditContext, Checkpoints
 from gambeson.auditing.cost import Part, Speed
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic
@@ -75,19 +75,6 @@ class _Stage:
     """The check that it runs."""
 
 
-_STOPPED: dict[str, dict[str, Any]] = {
-    "surrogate": {"surrogate": "none"},
-    "universal-nes": {"universal_queries": 0},
-    "re-scoring": {"rescoring": False},
-    "eps-uni": {"eps_uni_runs": 0},
-    "eps-adv": {"eps_adv": False},
-    "corruption": {"noise_sizes": ()},
-    "edits": {"edits": ()},
-    "classes": {"class_wise": False},
-    "certified": {"certified": False},
-    "jacobian": {"jacobian_backwards": 0},
-}
-"""Settings of an audit without a stage that was stopped."""
 _MINUTE = 60.0
 """Seconds that one waits for a first answer."""
 _LITTLE = 1e-3
@@ -361,7 +348,7 @@ class Auditor:
         notes: list[str] = []
         if clock is not None:
             suite = context.suite = suite.model_copy(update=self._as_run())
-            stopped = [name for name in stages.left_out if name not in budgeted and name not in _STOPPED]
+            stopped = [name for name in stages.left_out if name not in budgeted and name not in STOPPED]
             notes, sentence = said_of(clock, suite, stopped, context.middle)
             said = f"{said} {sentence}".strip()
         costs: list[Any] = [*context.universal, *context.per_image, *self.aimed, *context.transfer]
@@ -431,7 +418,7 @@ class Auditor:
         found: dict[str, Any] = {}
         if self.unchecked:
             found["checks"] = tuple(one.name for one in DIAGNOSTICS if one.name in self.checks)
-        for name, settings in _STOPPED.items():
+        for name, settings in STOPPED.items():
             found |= settings if name in self.stages.left_out else {}
         if not any(one.attack == "standard" for one in self.context.per_image):
             found["suite_images"] = 0

@@ -68,6 +68,21 @@ _SETTINGS_OF = {
 """Settings that stay once a stage has begun with them."""
 
 
+STOPPED: dict[str, dict[str, Any]] = {
+    "surrogate": {"surrogate": "none"},
+    "universal-nes": {"universal_queries": 0},
+    "re-scoring": {"rescoring": False},
+    "eps-uni": {"eps_uni_runs": 0},
+    "eps-adv": {"eps_adv": False},
+    "corruption": {"noise_sizes": ()},
+    "edits": {"edits": ()},
+    "classes": {"class_wise": False},
+    "certified": {"certified": False},
+    "jacobian": {"jacobian_backwards": 0},
+}
+"""Settings of an audit without a stage that was stopped."""
+
+
 class TimeSpent(BudgetSpent):
     """The time of an audit is over."""
 

@@ -72,7 +72,7 @@ def judge(
         *(_between(one) for one in certified if one.bounds.eps == point.eps),
         _mean_iou(point, iou),
         _by_class(classes),
-        _per_image(worst_attack(point, per_image, transfer), unit),
+        _per_image(worst_attack(point, per_image, transfer), unit, point.uer.n),
         *map(_aimed, targeted),
         _random(subject, randomness),
         eps_in_words(found, each),
@@ -188,10 +188,12 @@ def _between(found: CertifiedResult) -> str:
     )
 
 
-def _per_image(worst: Attacked | None, unit: str) -> str:
+def _per_image(worst: Attacked | None, unit: str, images: int) -> str:
     if worst is None:
         return ""
     units = "" if unit == "image" else f" of {unit}s"
+    if unit == "image" and worst.accuracy.n != images:
+        units = f" of {worst.accuracy.n} of these images"
     return f"Under the worst per-image attack ({worst.attack}), {worst.accuracy}{units} stay right."
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from gambeson.attacks.query.base import attacked, working
+from gambeson.attacks.solver import NON_FINITE
 from gambeson.base import Config, UserError
 from gambeson.tasks import Task, as_pair
 from gambeson.threat import Ball, Eps, Norm, perturb
@@ -83,5 +84,5 @@ def refuse_non_finite(*values: torch.Tensor, step: int) -> None:
     if not all(bool(value.detach().isfinite().all()) for value in values):
         raise UserError(
             f"the model's logits or gradient are NaN or infinite at step {step}: no attack can follow them; "
-            "check the model's weights and outputs"
+            f"{NON_FINITE}"
         )
