@@ -49,7 +49,7 @@ def measure(
             victim.temperature = own * multiple
             rates = []
             for seed in SEEDS:
-                attack = StochasticPGD(eps=eps, steps=100, probe_starts=2, truncate_correct=False)
+                attack = StochasticPGD(eps=eps, steps=100, probe_starts=2, truncate_margin=0.0)
                 uap = attack.craft(victim, data, seed=seed)
                 rates.append(max(rate for _, rate in uap.about.restarts))
             accuracy = accuracy_under(victim, few, PGD(eps=eps, steps=20), 0).plain()

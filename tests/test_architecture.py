@@ -250,7 +250,8 @@ RENAMED = {
     "Workshop": "CraftingContext",
     "gradient_draws": "eot_samples",
     "screen_steps": "probe_start_steps",
-    "truncate_right": "truncate_correct",
+    "truncate_correct": "truncate_margin",
+    "truncate_right": "truncate_margin",
     "universal_screened": "universal_probe_starts",
     # victims and rates
     "Cascade": "SuiteRun",

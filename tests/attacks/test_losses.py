@@ -21,14 +21,17 @@ def test_truncation_acts_on_each_answer_and_kills_its_gradient():
     assert gradient[1].any()
 
 
-def test_truncation_can_spare_answers_that_are_still_right():
-    logits = torch.zeros(2, 10)
-    logits[:, 0] = 0.1  # the likeliest of ten, at 11 %
+def test_truncation_can_spare_answers_that_are_right_or_have_only_just_fallen():
+    logits = torch.zeros(3, 10)
+    logits[:, 0] = torch.tensor([0.1, 0.39, 0.41])  # the likeliest of ten, at 11 to 14 %
     logits.requires_grad_()
-    for spared, moving in ((False, [False, False]), (True, [True, False])):
-        loss = Loss(truncate=-math.log(0.2), truncate_correct=not spared)
-        (gradient,) = torch.autograd.grad(loss(logits, torch.tensor([0, 1])).sum(), logits)
+    for least, moving in ((None, [False] * 3), (0.0, [True, False, False]), (0.4, [True, True, False])):
+        loss = Loss(truncate=-math.log(0.2), truncate_margin=least)
+        value = loss(logits, torch.tensor([0, 1, 1]))
+        (gradient,) = torch.autograd.grad(value.sum(), logits)
         assert gradient.any(1).tolist() == moving
+        cut = [kept < -math.log(0.2) + 1e-6 for kept in value.tolist()]
+        assert cut == [not one for one in moving]
 
 
 def test_targeted_loss_rises_to_the_target_down_to_its_floor():

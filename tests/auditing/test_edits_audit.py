@@ -50,7 +50,7 @@ def test_an_audit_measures_edits_and_classes_as_they_are_outside(audited, traine
     assert [(one.name, one.clean, one.uer) for one in view.classes] == [
         (one.name, one.clean, one.uer) for one in outside.classes
     ]
-    attack = ClasswiseStochasticPGD(eps=0.2, steps=20, restarts=1, truncate_correct=False)
+    attack = ClasswiseStochasticPGD(eps=0.2, steps=20, restarts=1, truncate_margin=0.4)
     tensors, _ = load_tensors(folder / view.file, "class-wise perturbations")
     assert tensors["classes"].tolist() == list(range(10))
     assert float(tensors["deltas"].abs().max()) <= 0.2

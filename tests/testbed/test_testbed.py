@@ -275,7 +275,7 @@ def check_deceives(name):
     assert given.truth.clean.value > right(nets(), x) - 0.1
     with seeded(0, "naive"):
         if name == "common part removed":
-            attack = gb.attacks.StochasticPGD(eps=eps, eot_samples=1, truncate_correct=False)
+            attack = gb.attacks.StochasticPGD(eps=eps, eot_samples=1, truncate_margin=0.4)
             moved = (x + attack.craft(given.model, given.data).delta).clamp(0, 1)
             assert 1 - right(entry.build(nets), moved) < given.truth.uer.value - OVERSTATED
             return

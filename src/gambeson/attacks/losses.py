@@ -118,9 +118,10 @@ class Loss(Config):
     """Answers whose loss is beyond this have no gradient, so that the effort goes to those not yet fooled
     (Mummadi et al. 2019: -log 0.2 of cross-entropy). It acts per answer, before any mean. For a targeted
     attack it is the floor of the loss below which an answer counts as reached."""
-    truncate_correct: bool = True
-    """Whether it holds for answers that are still right, too, as in the paper. Of many classes, or with a high
-    temperature, the truth is unlikely long before another class is likelier."""
+    truncate_margin: Number | None = None
+    """By how much the truth's logit must also lie behind the likeliest wrong one's (ours). A model that is seldom sure
+    finds the truth unlikely long before another class is clearly likelier: without it, answers that are still right
+    have no gradient, and those that have only just fallen turn back. None: the loss alone, as in the paper."""
     tau: Annotated[Number, Field(gt=0, le=1)] | None = None
     """Targeted only: answers whose target has a probability above this have no gradient (Metzen et al. 2017)."""
     wrong_weight: Annotated[Number, Field(ge=0, le=0.5)] = 0.0
@@ -180,8 +181,8 @@ class Loss(Config):
         if self.targeted:
             answers = -(answers if self.truncate is None else answers.clamp(min=self.truncate))
         elif self.truncate is not None:
-            cut = answers.clamp(max=self.truncate)
-            answers = cut if self.truncate_correct else torch.where(task.matches(answered(logits), index), answers, cut)
+            cut, least = answers.clamp(max=self.truncate), self.truncate_margin
+            answers = cut if least is None else torch.where(margin(logits.detach(), index) > least, cut, answers)
         if self.targeted and self.tau is not None:
             plain = cross_entropy(logits.detach(), index) if plain is None else plain
             reached = plain < -math.log(self.tau)

@@ -190,7 +190,7 @@ class Suite(Config):
             restarts=restarts or self.universal_restarts,
             batch_size=self.universal_batch,
             probe_starts=self.universal_probe_starts,
-            truncate_correct=False,
+            truncate_margin=0.4,
         )
 
     def universal_nes(self, eps: float) -> UniversalNES | None:
@@ -215,7 +215,7 @@ class Suite(Config):
             norm=self.norm,
             steps=self.universal_steps,
             restarts=min(2, self.universal_restarts),
-            truncate_correct=False,
+            truncate_margin=0.4,
         )
 
     def pgd(self, eps: float, *, of_maps: bool = False) -> PGD:

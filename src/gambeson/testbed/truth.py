@@ -223,7 +223,7 @@ def _pattern(net: nn.Module, data: Dataset, chooses: Split, eps: float) -> torch
     """Craft a universal perturbation on train; the images of another split select among the restarts."""
     key = fingerprint(net), data.train.fingerprint, chooses.fingerprint, eps
     if key not in _PATTERNS:
-        attack = StochasticPGD(eps=eps, truncate_correct=False)
+        attack = StochasticPGD(eps=eps, truncate_margin=0.0)
         _PATTERNS[key] = attack.craft(net, Dataset(data.name, data.train, chooses, chooses, data.classes)).delta
     return _PATTERNS[key]
 

@@ -70,9 +70,10 @@ class StochasticPGD(UniversalAttack):
     truncate: Number | None = -math.log(0.2)
     """Truth less likely than exp(-truncate): the image is fooled and has no more say. None: plain cross-entropy.
     With ``loss="margin"``, an image whose margin is beyond it has no more say."""
-    truncate_correct: bool = True
-    """Whether so unlikely a truth has no more say also where the image is still right, as in the paper. False suits
-    models of many classes or of a high temperature, which are seldom sure of anything; audits use it."""
+    truncate_margin: Number | None = None
+    """By how much the truth's logit must also lie behind the likeliest wrong one's, for an image to have no more say
+    (:attr:`gambeson.attacks.Loss.truncate_margin`); None: as in the paper. 0.4 suits models that are seldom sure of
+    anything, as those of many classes or of low accuracy, and costs others nothing; audits use it."""
     tau: Annotated[Number, Field(gt=0, le=1)] = TAU
     """Targeted only: an image, or a pixel, whose target has a probability above this has no more say (Metzen et al.
     2017)."""
@@ -133,7 +134,7 @@ class StochasticPGD(UniversalAttack):
         if self.target is not None:
             return Loss(kind=self.loss, targeted=True, tau=self.tau)
         truncate = None if self.loss in (*MASKED, "js") else self.truncate
-        return Loss(kind=self.loss, truncate=truncate, truncate_correct=self.truncate_correct)
+        return Loss(kind=self.loss, truncate=truncate, truncate_margin=self.truncate_margin)
 
     def craft_curve(
         self, model: Source, data: object, eps: Sequence[float | str], *, seed: int = 0
