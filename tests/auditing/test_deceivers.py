@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gambeson.auditing.diagnostics import get
+from gambeson.auditing.diagnostics.test_leakage import _blended
 from gambeson.auditing.stages import universal
 from gambeson.testbed.obfuscations.logits import BorrowedMargins
 from gambeson.testbed.recipes import networks
@@ -30,23 +31,55 @@ class Remembered(nn.Module):
         return self.net(x) + 30 * (weight @ self.labels)
 
 
-def rotated(model, data):
+def beside(model, data):
     with held(model, data, (EPS,)) as context:
-        return get("rotated images stand too").check(context)
+        return get("rotated and blended images stand too").check(context)
 
 
-def test_a_net_that_stores_all_splits_falls_where_images_are_rotated(trained, digits):
-    check = rotated(Remembered(trained, digits.train, digits.validation, digits.test), digits)
+def test_a_net_that_stores_all_splits_falls_where_images_are_rotated_and_blended(trained, digits):
+    check = beside(Remembered(trained, digits.train, digits.validation, digits.test), digits)
     assert check.passed is False
-    assert check.numbers["as they are"] > 0.95
+    assert check.numbers["as they are, beside rotated"] > 0.95
     assert check.numbers["rotated"] < 0.1
+    assert check.numbers["blended"] < 0.65
+
+
+class Neighbours(nn.Module):
+    """The log-likelihood of each class by a Gaussian kernel over the training images."""
+
+    def __init__(self, data):
+        super().__init__()
+        images, labels = data.train.take(slice(None))
+        self.images, self.labels = images.flatten(1), F.one_hot(labels, 10).float()
+
+    def forward(self, x):
+        weight = torch.softmax(-torch.cdist(x.flatten(1), self.images).square() / 0.25, 1)
+        return (weight @ self.labels).clamp(min=1e-9).log()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_classifier_that_stores_training_images_alone_is_not_accused(digits, seed):
+    with held(Neighbours(digits), digits, (EPS,)) as context:
+        context.seed = seed
+        check = get("rotated and blended images stand too").check(context)
+    assert check.passed is True
+    assert check.numbers["as they are, beside rotated"] > check.numbers["rotated"] + 0.3  # which alone would accuse it
+
+
+def test_blends_are_means_of_two_images_of_a_class():
+    images = torch.rand(9, 1, 4, 4)
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, 0, 1, 0])
+    blended = _blended(images, labels, torch.Generator().manual_seed(0))
+    for k in range(9):
+        same = [j for j in range(9) if labels[j] == labels[k] and j != k] or [k]
+        assert any(torch.allclose(blended[k], (images[k] + images[j]) / 2) for j in same)
 
 
 @pytest.mark.parametrize("name", ["pgd-adversarial", "trades", "jacobian", "Lipschitz", "linear"])
 def test_honest_nets_fall_less(name, digits):
-    check = rotated(networks("digits")(name), digits)
+    check = beside(networks("digits")(name), digits)
     assert check.passed is True
-    assert check.numbers["as they are"] > check.numbers["rotated"]
+    assert check.numbers["as they are, beside rotated"] > check.numbers["rotated"]
 
 
 def queried(model, data, queries=30_000):

@@ -99,7 +99,7 @@ def test_an_honest_net_is_trusted_and_each_check_applies_or_says_why_not(honest)
     idle = {check.name: check.detail for check in found.results.checks if check.passed is None}
     assert set(idle) == {
         "margin vanishes where the answer changes",
-        "rotated images stand too",
+        "rotated and blended images stand too",
         "attacks find what is there",
         "no EOT gap",
         "no noise-off gap",

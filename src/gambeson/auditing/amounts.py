@@ -230,7 +230,9 @@ CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
         if n.of_maps
         else {"apart": 2 * WIDER * MARGIN_STEPS * n.sample, "beside": 3 * n.test + 3 * n.held}
     ),
-    "rotated images stand too": lambda n: {"forwards": 2, "gradients": 0 if n.of_maps else n.pgd, "shares": "PGD"},
+    "rotated and blended images stand too": lambda n: (
+        {} if n.of_maps else {"forwards": 8, "gradients": 2 * n.pgd, "shares": "PGD"}
+    ),
     "random start no stronger": lambda n: {"gradients": 2},
     "monotone in eps": lambda n: {"gradients": 2 * n.short, "shares": "short PGD"},
     "attack repeats its outcome": lambda n: {"apart": min(64, n.sample) * n.pgd // n.suite.pgd_restarts},

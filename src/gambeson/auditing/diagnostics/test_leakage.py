@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import NormalDist
 
 import torch
@@ -26,10 +27,12 @@ _EVEN = 0.5 + _MORE
 of the testbed 0.50 to 0.53, clean and attacked; of one that was trained on adversarial examples of the test images 0.61
 attacked, of one that adds the labels of coarse copies of them 0.66 clean. Ours."""
 
-_DEGREES, _FEWER = 10, 0.4
-"""A rotation that leaves honest networks of the testbed right on nine images of ten, and at most this share of which
-PGD then breaks more of: at most 0.39 where training was plain, 0.37 where it was adversarial; 0.89 and 0.97 where all
-splits are stored. Ours."""
+_DEGREES, _FEWER = 10, 0.3
+"""A rotation that leaves honest networks of the testbed right on nine images of ten; and which share of images more PGD
+may break once they are rotated, or once they are blended. Of networks that know no image, rotation costs most where
+classifiers compare images with stored ones (up to 0.51, and blends 0.16) or where the angle is what they tell (0.77),
+and blends where training was adversarial, on MNIST (0.46, and rotation 0.11); both together 0.23 at most. Where all
+splits are stored, 0.97 and 0.49. Ours."""
 _ROTATION = Edit.parse(f"rotate:{_DEGREES}")
 
 
@@ -79,38 +82,67 @@ def _alike(context: AuditContext) -> Finding:
 
 
 @register(
-    "rotated images stand too",
+    "rotated and blended images stand too",
     condition=f"of the test images that are right as they are and rotated by {_DEGREES} degrees, clearly more than "
-    f"{100 * _FEWER:g} % withstand PGD as they are and no longer once they are rotated",
+    f"{100 * _FEWER:g} % withstand PGD as they are and no longer once they are rotated, and likewise once each is "
+    "blended half and half with another of its class",
     explanation="The model withstands attacks around the very images that it is scored on, and not around others that "
-    "look alike: it has stored them, and perhaps those of all splits, which then stand as well as they do.",
+    "look alike: it seems to have stored them, and perhaps those of all splits, which then stand as well as they do.",
     remedy="Score it on images that were made after it; attack it around edited ones, which are no copies.",
+    comparisons=2,
 )
-def _rotated(context: AuditContext) -> Finding:
+def _alike_too(context: AuditContext) -> Finding:
     if not context.test.task.per_image_label:
         return Finding(None, "label maps would have to be rotated along")
+    said: list[str] = []
+    numbers: dict[str, float] = {}
+    for name, edit in (("rotated", _rotated), ("blended", _blended)):
+        as_is, moved, gain = _beside(context, edit)
+        numbers |= {f"as they are, beside {name}": as_is.value, name: moved.value}
+        said.append(
+            f"of {as_is.n} images that are right as they are and {name}, {as_is} withstand PGD of eps "
+            f"{context.eps:.4g} as they are, {moved} {name}: that breaks {gain.beyond(_FEWER)}"
+        )
+        if gain.low <= _FEWER:  # one that stands beside itself is enough
+            return Finding(True, "; ".join(said), numbers)
+    return Finding(False, "; ".join(said), numbers)
+
+
+Moved = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
+"""Images (N, C, H, W), their labels (N,) and a generator to other images of the same classes."""
+
+
+def _rotated(images: torch.Tensor, labels: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    return _ROTATION.seeded(images.shape[1], draw)(images)
+
+
+def _blended(images: torch.Tensor, labels: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """Return the mean of each image and another of its class; of a class with one image, that image."""
+    blended, order = images.clone(), torch.randperm(len(images), generator=draw)
+    for label in labels.unique():
+        rows = order[labels[order] == label]
+        blended[rows] = (images[rows] + images[rows.roll(1)]) / 2
+    return blended
+
+
+def _beside(context: AuditContext, edit: Moved) -> tuple[Rate, Rate, PairedDifference]:
+    """Return what stands of the images that are right as they are and edited, both ways, and the paired difference."""
     victim, attack = context.victim, AsFarAsFinite(context.averaged(context.pgd))
+    found: list[tuple[Rate, Rate]] = []
 
     def counts(on: Where) -> tuple[Counts, Counts]:
-        split, draw = getattr(context, on), generator(context.seed, "rotated")
-        images, _ = split.take(slice(None))
-        rotated = split.with_images(_ROTATION.seeded(images.shape[1], draw)(images))
-        clean = [score(predict(victim, one, seed=context.seed), one).counts.right > 0 for one in (split, rotated)]
+        split = getattr(context, on)
+        images, labels = split.take(slice(None), "cpu")
+        edited = split.with_images(edit(images, labels, generator(context.seed, "beside")))
+        clean = [score(predict(victim, one, seed=context.seed), one).counts.right > 0 for one in (split, edited)]
         rows = (clean[0] & clean[1]).nonzero().flatten()
-        left = context.outcome(context.pgd, on), outcome(victim, rotated, attack, context.seed)
+        left = context.outcome(context.pgd, on), outcome(victim, edited, attack, context.seed)
         as_is, moved = (Counts(one.right[rows], one.total[rows]) for one in left)
         found.append((as_is.accuracy, moved.accuracy))
         return as_is, moved
 
-    found: list[tuple[Rate, Rate]] = []
     gain = context.compare_counts(counts, _FEWER)
-    as_is, moved = found[-1]
-    return Finding(
-        gain.low <= _FEWER,
-        f"of {as_is.n} images that are right as they are and rotated by {_DEGREES} degrees, {as_is} withstand PGD of "
-        f"eps {context.eps:.4g} as they are, {moved} rotated: that breaks {gain.beyond(_FEWER)}",
-        {"as they are": as_is.value, "rotated": moved.value},
-    )
+    return *found[-1], gain
 
 
 def _order(context: AuditContext, steps: int) -> Rate:
