@@ -30,8 +30,6 @@ def worst_attack(point: Any, per_image: Sequence[Any], transfer: Sequence[Any]) 
     ]
     if not found:
         return None
-    if all(point.uer.complement.value < rate.value for rate, _ in found):  # one pattern attacks every image, too
-        found.append((point.uer.complement, point.attack))
     attack = min(found, key=lambda entry: entry[0].value)[1]
     return Attacked(Rate.lowest(rate for rate, _ in found), attack, point.eps)
 
