@@ -56,6 +56,7 @@ def test_sizes_follow_the_norm():
     assert a_pixel(48.0, "1", SHAPE) == pytest.approx(0.01)
 
 
+@pytest.mark.full
 def test_an_audit_says_what_noise_does(trained, digits):
     suite = Suite(
         eps=(0.1,), universal_steps=3, universal_probe_starts=0, universal_restarts=1, pgd_steps=2, pgd_restarts=1,

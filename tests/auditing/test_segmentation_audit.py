@@ -280,7 +280,7 @@ def _attacked(result: AuditResult):
     return result.per_image[0].accuracy.complement
 
 
-@pytest.mark.parametrize("name", quickly(OBFUSCATED, "sixteen grey levels", "logits x 1e4"))
+@pytest.mark.parametrize("name", quickly(OBFUSCATED, "logits x 1e4"))
 def test_an_obfuscated_net_is_distrusted_or_broken_as_the_net_itself(name, net, data, base) -> None:
     check_caught(name, OBFUSCATED[name](net), data, base)
 
@@ -291,6 +291,7 @@ def test_more_obfuscated_nets_are_distrusted_or_broken(name, net, data, base) ->
     check_caught(name, MORE[name](net), data, base)
 
 
+@pytest.mark.full
 def test_a_surrogate_for_maps_is_a_u_net_and_its_images_keep_their_size(net, data, monkeypatch) -> None:
     monkeypatch.setattr(surrogate, "_FEWEST_STEPS", 40)
     monkeypatch.setattr(surrogate, "_MAPS_SEEN", 64)

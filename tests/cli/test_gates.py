@@ -253,6 +253,7 @@ def test_the_action_hands_its_inputs_over_whole_and_its_exit_code_on(tmp_path, m
     assert act(**given)[0] == 2
 
 
+@pytest.mark.full
 def test_the_action_judges_a_real_audit(audited, tmp_path):
     act = Act(tmp_path, f'#!/bin/sh\nexec "{sys.executable}" -m gambeson "$@"\n')
     shutil.copytree(audited / "a", tmp_path / "a")  # finished, so that it is only judged
