@@ -41,6 +41,7 @@ RUNS, SIGNATURE = Path("runs/testbed"), "signature.json"
 AUDITING = Path(gb.__file__).parent / "auditing"
 MAKERS = {  # which files of the audit make which stages
     "uap-": ("stages/universal.py", "stages/surrogate.py", "suite.py", "../victim/temperature.py"),
+    "universal-nes": ("stages/universal.py", "suite.py", "../attacks/universal/nes.py"),
     "eps-uni": ("stages/universal.py",),
     "randomness": ("stages/randomness.py", "derandomize.py"),
     "per-image": ("stages/per_image.py",),
