@@ -103,6 +103,7 @@ def test_pieces_hold_every_bit(stored, tmp_path):
         assert torch.equal(found["test_images"], tensors["test_images"][from_test:to_test])
 
 
+@pytest.mark.full
 def test_all_pieces_make_the_data_set_and_some_make_a_part_of_it(stored, tmp_path):
     root, tensors = stored
     first, second = write_pieces("cifar10", [((0, 300), (0, 10000)), ((300, 50000), (0, 0))], tmp_path, root)

@@ -33,6 +33,7 @@ def rehearsal(tmp_path_factory):
     return out, rehearse(out, "--only", "standard,shared-adversarial 8")
 
 
+@pytest.mark.full
 def test_the_script_runs_the_part_that_is_named(tmp_path):
     lines = rehearse(tmp_path, parts="machine")
     assert {"environment", "peak"} <= {line["kind"] for line in lines}

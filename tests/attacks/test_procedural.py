@@ -136,6 +136,7 @@ def test_search_finds_the_stripes_of_a_model_without_gradients():
     assert model.queries == uap.about.forwards + 40  # the first look: 8 images five times
 
 
+@pytest.mark.full
 def test_evolution_is_no_worse_than_random_search_on_average(trained, digits):
     def best(search):
         rates = []

@@ -26,9 +26,9 @@ def linear():
 def test_the_nearest_wrong_answer_of_a_linear_model_is_found_and_no_nearer_one(linear):
     model, x, y, radius = linear
     for factor, found in ((1.05, True), (0.95, False)):
-        for k in range(len(x)):
+        for k in range(3):
             one, eps = x[k : k + 1], factor * float(radius[k])
-            moved = RayS(eps=eps, queries=2000)(model, one, y[k : k + 1])
+            moved = RayS(eps=eps, queries=600)(model, one, y[k : k + 1])
             assert float((moved - one).abs().max()) <= eps + 1e-6
             assert bool(model(moved).argmax(1) != y[k]) is found
 

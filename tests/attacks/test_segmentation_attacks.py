@@ -321,7 +321,7 @@ class Counted(nn.Module):
         return self.conv(x).flatten(1)
 
 
-REFUSED = ("deepfool", "carlini-wagner", "di-fgsm", "mi-di-fgsm", "ti-dim", "si-ni-ti-dim")
+REFUSED = ("deepfool", "carlini-wagner", "di-fgsm", "mi-di-fgsm", "ti-dim", "si-ni-ti-dim", "rays")
 GLOBAL = ("square", "random-search", "nes", "spsa", "one-pixel", "l1-auto-pgd")
 """Attacks whose step at one pixel depends on others, such as those that accept or reject a whole image."""
 

@@ -433,6 +433,7 @@ def test_every_registered_attack_works_on_label_maps_or_refuses_at_once():
     _, x, y = four_classes(60, (8, 8))
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
     few = {"steps": 8, "batch_size": 10, "patterns": 6, "images": 12, "passes": 1, "probe_starts": 0, "restarts": 1}
+    few |= {"queries": 2000}
     with torch.no_grad():  # the colours' distances, computed by a convolution
         model, _, _ = four_classes(1)
         net[0].weight.copy_(torch.eye(3).repeat(3, 1)[:8, :, None, None])

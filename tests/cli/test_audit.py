@@ -25,6 +25,7 @@ def server(trained):
     made.server.server_close()
 
 
+@pytest.mark.full
 def test_an_endpoint_is_audited_within_its_budget_through_failures(server, tmp_path, capsys, digits):
     server.plan = [(None, 500, None, (503, {"Retry-After": "0.01"}), None, "drop")[k % 6] for k in range(48)]
     command = ["audit", server.url, *SMALL, "--budget", "12000", "--out", str(tmp_path / "a")]

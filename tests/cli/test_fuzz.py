@@ -191,6 +191,7 @@ SMALL = ["--suite", "quick", "--eps", "0.1", "--surrogate", "none"] + [
 ]  # fmt: skip
 
 
+@pytest.mark.full
 def test_the_advice_for_a_truncated_file_works(nowhere, capsys):
     train = ["train", "--data", "digits", "--model", "lenet5", "--epochs", "2", "--out", "t"]
     audit = ["audit", "t", *SMALL, "--out", "a"]

@@ -253,6 +253,7 @@ def test_a_random_model_is_decided_by_votes_and_the_same_again(digits, trained):
     assert each.value <= first.value
 
 
+@pytest.mark.full
 def test_the_interval_covers_the_true_eps():
     """Margins are uniform on [0, 2 m]: the error is eps / 2m, and eps_uni(1/2) is m."""
     w, true, images, hits, widths = binary((1, 1, 3))[1], 0.05, 120, 0, []
@@ -301,6 +302,7 @@ class Dice(nn.Module):
         return torch.stack([draw, -draw], 1)
 
 
+@pytest.mark.full
 def test_the_error_of_what_validation_chose_has_an_honest_interval():
     repeats, images, covered, greedy = 100, 200, 0, 0
     with Victim(Dice()) as victim:

@@ -332,7 +332,8 @@ def test_one_rate_has_one_interval_in_table_verdict_and_notebook(tmp_path: Path)
         said = judge(
             changed.clean, changed.universal, changed.eps_uni, [], per_image=per_image, transfer=changed.transfer
         ).summary
-        assert f"{worst.accuracy} stay right" in said
+        fewer = "" if worst.accuracy.n == changed.middle.uer.n else f" of {worst.accuracy.n} of these images"
+        assert f"{worst.accuracy}{fewer} stay right" in said
         control = strongest_control(changed.middle.controls)
         assert control is not None
         rival = control.worst

@@ -217,6 +217,7 @@ def test_an_address_follows_the_settings_and_the_code(monkeypatch):
     assert changed("gambeson.defenses.trades", lambda text: f"{text}\nx = 1\n") == set()
 
 
+@pytest.mark.full
 def test_at_equal_time_a_cheaper_training_gets_more_epochs(tmp_path):
     study = tiny(at=["steps", "seconds"], reference="heaps", seeds=1, measures={"clean": {"kind": "accuracy"}})
     found = numbers(run_study(study, tmp_path))
@@ -310,6 +311,7 @@ def nothing_is_held(root):
         assert not list(folder.glob("lock.*"))
 
 
+@pytest.mark.full
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(done, tmp_path):
     result, _ = done
     begun = killed_after(2, tmp_path)
@@ -418,6 +420,7 @@ def test_a_cell_that_crashes_is_tried_again_as_often_as_the_study_says(tmp_path,
     assert list(again.failed) == list(result.failed)
 
 
+@pytest.mark.full
 def test_the_time_is_kept(tmp_path):
     assert run_study(tiny(), tmp_path, minutes=0).done == 0
     began = time.monotonic()

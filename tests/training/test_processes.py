@@ -30,6 +30,7 @@ def weights(tmp_path_factory):
     return alone, both
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", [name for name in gb.defenses.names() if name not in RANDOM])
 def test_two_processes_end_with_the_weights_of_one(weights, name):
     files = [folder / f"{name}.safetensors" for folder in weights]

@@ -104,6 +104,7 @@ def test_the_same_bits_whoever_decodes(folder, whole, workers):
     assert same(model, whole[0])
 
 
+@pytest.mark.full
 def test_killed_and_resumed_ends_as_uninterrupted(folder, whole, tmp_path):
     out = tmp_path / "cut"
     process = start(folder, tmp_path / "cut.log", out, "cut")

@@ -181,7 +181,8 @@ class Loss(Config):
         if self.targeted:
             answers = -(answers if self.truncate is None else answers.clamp(min=self.truncate))
         elif self.truncate is not None:
-            cut, least = answers.clamp(max=self.truncate), self.truncate_margin
+            cut = answers.clamp(max=self.truncate)
+            least = self.truncate_margin
             answers = cut if least is None else torch.where(margin(logits.detach(), index) > least, cut, answers)
         if self.targeted and self.tau is not None:
             plain = cross_entropy(logits.detach(), index) if plain is None else plain

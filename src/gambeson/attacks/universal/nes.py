@@ -55,20 +55,23 @@ class UniversalNES(UniversalAttack):
         return self.queries + len(data.validation) * max(1, len(self.edits))
 
     def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
-        draw, few = generator(context.seed, "universal-nes"), context.few(min(self.images, max(1, self.queries // 2)))
-        most = auto_batch_size(few.shape)
-        clean = torch.cat([self._margins(context, *batch) for batch in few.batches(most, device=context.device)])
+        draw, train, most = (
+            generator(context.seed, "universal-nes"),
+            context.train,
+            auto_batch_size(context.train.shape),
+        )
+        few = train.sample_indices(min(self.images, max(1, self.queries // 2)), seed=context.seed)
+        clean = torch.cat([self._margins(context, rows) for rows in few.split(most)])
         means = torch.zeros(context.shape, device=context.device)
         summed, left = torch.zeros_like(means), self.queries - len(few)
         sizes = [self.batch_size] * (left // self.batch_size) or [left] * bool(left)
         for size in tracked(sizes, "patterns", len(sizes)):
             rises, signs, products = means.new_zeros(()), torch.zeros_like(means), torch.zeros_like(means)
-            for rows in torch.randint(len(few), (size,), generator=draw).split(most):
-                images, labels = few.take(rows, context.device)
-                chance = torch.rand(images.shape, generator=draw).to(context.device)
+            for picked in torch.randint(len(few), (size,), generator=draw).split(most):
+                chance = torch.rand((len(picked), *train.shape), generator=draw).to(context.device)
                 drawn = torch.where(chance < (1 + means) / 2, 1.0, -1.0)
-                found = self._margins(context, perturb(images, self.ball.fill(drawn)), labels)
-                rise = (found - clean[rows.to(found.device)]).to(means.dtype)
+                found = self._margins(context, few[picked], self.ball.fill(drawn))
+                rise = (found - clean[picked.to(found.device)]).to(means.dtype)
                 rises, signs = rises + rise.sum(), signs + drawn.sum(0)
                 products += torch.einsum("n,nchw->chw", rise, drawn)
             step = products - rises / size * signs  # the rise less its mean, times the signs less theirs
@@ -79,8 +82,19 @@ class UniversalNES(UniversalAttack):
             yield Candidate(start="given", delta=start)
 
     @torch.no_grad()
-    def _margins(self, context: CraftingContext, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the loss of images (N,), the mean over the models; behind an edit that is drawn, if there are some."""
-        loss, targets = Loss(kind="margin", targeted=self.target is not None), context.targets(images, labels)
-        found = [loss(victim.forward_original(images), targets, context.task) for victim in context.edited]
-        return torch.stack(found).mean(0)
+    def _margins(self, context: CraftingContext, rows: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the loss of training images (N,), the mean over the models; behind an edit that is drawn, if any.
+
+        Args:
+            context: the models and images.
+            rows: (N,) places of the images.
+            delta: (N, C, H, W), added to them.
+        """
+        images, labels = context.train.take(rows, context.device)
+        targets, weights = context.aims(images, labels, rows)
+        moved = images if delta is None else perturb(images, delta)
+        loss = Loss(kind="margin", targeted=self.target is not None)
+        each = [
+            loss(victim.forward_original(moved), targets, context.task, weights=weights) for victim in context.edited
+        ]
+        return torch.stack(each).mean(0)
