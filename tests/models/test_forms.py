@@ -419,7 +419,13 @@ def test_second_derivatives_of_attention_are_those_of_the_formula():
 @pytest.mark.parametrize("form", ["double", "exported", "attending", "recurrent", "tied", "weight_norm"])
 def test_a_quick_audit_of_it_ends(form, plain):
     suite = gb.auditing.SUITES["quick"].model_copy(
-        update={"eps": (0.15,), "universal_steps": 10, "test_images": 60, "validation_images": 40}
+        update={
+            "eps": (0.15,),
+            "universal_steps": 10,
+            "universal_queries": 1000,
+            "test_images": 60,
+            "validation_images": 40,
+        }
     )
     model = SAME[form](plain) if form in SAME else fitted(TRAINED[form]())
     found = gb.audit(model, data(), suite=suite).results
