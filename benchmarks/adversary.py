@@ -24,7 +24,7 @@ from gambeson.attacks import PGD, StochasticPGD
 from gambeson.base import seeded
 from gambeson.evaluation import Rate
 from gambeson.testbed.judgement import judgement_of, overstates
-from gambeson.testbed.obfuscations.logits import BorrowedMargins
+from gambeson.testbed.obfuscations.logits import BorrowedMargins, ThinLayer
 from gambeson.testbed.recipes import networks
 from gambeson.testbed.truth import GroundTruth
 from gambeson.threat import perturb
@@ -45,23 +45,6 @@ class Moat(nn.Module):
         z = self.net(x)
         off = torch.sin(16 * math.pi * x).square().flatten(1).mean(1, keepdim=True)
         return z + 200 * off * F.one_hot(z.argmax(1), z.shape[1])
-
-
-class ThinLayer(nn.Module):
-    """Borrowed margins that fall to zero where the answer changes, but only within a thin layer there."""
-
-    def __init__(self, net: nn.Module, other: nn.Module) -> None:
-        super().__init__()
-        self.net, self.borrowed = net, BorrowedMargins(net, other)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits of images (N, C, H, W)."""
-        with torch.no_grad():
-            best = self.net(x).topk(2, 1)
-            near = (20 * (best.values[:, :1] - best.values[:, 1:])).clamp(max=1)
-        z, answer = self.borrowed(x), best.indices[:, :1]
-        second = z.scatter(1, answer, -torch.inf).amax(1, keepdim=True)
-        return z.scatter(1, answer, second + (z.gather(1, answer) - second) * near)
 
 
 class Remembered(nn.Module):

@@ -94,10 +94,10 @@ def cells(name: str) -> Any:
     return gb.evaluation.load_model(source, dataset=data).model, data
 
 
-QUICK = SUITES["quick"].model_copy(update={"eps": EPS})
+STANDARD = SUITES["standard"].model_copy(update={"eps": EPS})
 GLANCE = SUITES["glance"].model_copy(update={"minutes": None, "eps": (4 / 255, 8 / 255, 16 / 255), "test_images": 100})
 CASES: dict[str, tuple[Any, Suite, tuple[str, ...]]] = {
-    "digit-recognizer": (digits, QUICK, ("original", "gambeson")),
+    "digit-recognizer": (digits, STANDARD, ("original", "gambeson")),
     "solar-cells": (cells, GLANCE, tuple(case_cells.NETS)),
 }
 """Of each case: what makes a network and its data, the suite, and the networks."""

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from gambeson.auditing.diagnostics import get
 from gambeson.auditing.diagnostics.test_leakage import _blended
 from gambeson.auditing.stages import universal
-from gambeson.testbed.obfuscations.logits import BorrowedMargins
+from gambeson.testbed.obfuscations.logits import ThinLayer
 from gambeson.testbed.recipes import networks
 from tests.auditing.evidence import held
 from tests.gated import Gate
@@ -106,22 +106,6 @@ def test_an_honest_net_passes_and_without_queries_nothing_is_said(trained, digit
     check, context = queried(trained, digits, 0)
     assert check.passed is None
     assert context.queried is None
-
-
-class ThinLayer(nn.Module):
-    """Margins of another network, which fall to zero where the answer changes within a thin layer alone."""
-
-    def __init__(self, net, other):
-        super().__init__()
-        self.net, self.borrowed = net, BorrowedMargins(net, other)
-
-    def forward(self, x):
-        with torch.no_grad():
-            best = self.net(x).topk(2, 1)
-            near = (20 * (best.values[:, :1] - best.values[:, 1:])).clamp(max=1)
-        z, answer = self.borrowed(x), best.indices[:, :1]
-        second = z.scatter(1, answer, -torch.inf).amax(1, keepdim=True)
-        return z.scatter(1, answer, second + (z.gather(1, answer) - second) * near)
 
 
 def test_answers_that_scores_do_not_lead_to_are_found_by_rays():

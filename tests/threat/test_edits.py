@@ -13,7 +13,7 @@ from gambeson import UserError
 from gambeson.base import generator
 from gambeson.tasks import CLASSIFICATION, Segmentation
 from gambeson.threat import jpeg as codec
-from gambeson.threat.edits import Edit, check_edits
+from gambeson.threat.edits import KINDS, Edit, check_edits, strength_of
 from gambeson.threat.jpeg import differentiable_jpeg, jpeg, quantisation, smooth_round
 
 EVERY = [
@@ -179,6 +179,12 @@ def test_what_is_no_edit_is_refused(text, message):
 def test_edits_that_do_not_fit_the_data_are_refused(text, shape, task, message):
     with pytest.raises(UserError, match=message):
         check_edits([text], shape, task, "x")
+
+
+def test_strengths_have_words():
+    assert strength_of("rotate:10") == "degrees"
+    assert all(strength_of(f"{kind}:1") for kind in KINDS)
+    assert strength_of("none") == strength_of("jpeg:75+shift:1") == ""
 
 
 def test_edits_that_fit_the_data():

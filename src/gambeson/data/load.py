@@ -60,8 +60,8 @@ def prepare(recipe: DatasetSpec, root: Path) -> Stored:
             save_tensors(file, content.tensors, about)
         except OutOfSpace as error:
             raise OutOfSpace(
-                f"could not store {file} ({error.__cause__}): nothing half-written was left; free some space, or "
-                "choose another folder with root= or $GAMBESON_DATA"
+                f"could not store {file} ({error.__cause__}): nothing half-written was left; choose another "
+                "folder with root= or $GAMBESON_DATA, or free some space"
             ) from error
         return content.tensors, about
     raise UserError(

@@ -15,6 +15,7 @@ from gambeson.evaluation.edits import EditedRates
 from gambeson.evaluation.rates import Control
 from gambeson.report.formatting import EpsFormat, bound, interval, percent
 from gambeson.report.loading import Folder
+from gambeson.threat.edits import strength_of
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 
@@ -165,29 +166,12 @@ def edits(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
         worst = () if one.control is None else (f"worst control {percent(one.control.value)}",)
         return Cell(percent(one.uer.value), (interval(one.uer), f"clean {percent(one.clean.value)}", *worst))
 
-    lines = [
-        Line(name, _EDITS.get(name.split(":")[0], ""), [cell(column.get(name)) for column in columns])
-        for name in _keys(columns)
-    ]
+    lines = [Line(name, strength_of(name), [cell(column.get(name)) for column in columns]) for name in _keys(columns)]
     some = {folder.label: found for folder in folders if (found := folder.result.edits)}
     notes = [f"{label}: eps {scale.text(one.eps)}, {one.rates[0].uer.n:,} images." for label, one in some.items()]
     left = {text: why for found in some.values() for text, why in found.left_out.items()}
     notes += [f"{text} was left out: {why}." for text, why in left.items()]
     return _table(folders, "UER when images are edited after the pattern was added", "Edit", lines, " ".join(notes))
-
-
-_EDITS = {
-    "none": "as everywhere else in this page",
-    "bits": "bits per value",
-    "blur": "standard deviation in pixels",
-    "colour": "change of each channel",
-    "gamma": "exponent",
-    "jpeg": "quality",
-    "print": "blur and change of the channels",
-    "resize": "scale, and back",
-    "screenshot": "resized, gamma, and JPEG of this quality",
-    "shift": "pixels, one of eight ways",
-}
 
 
 def classes(folders: Sequence[Folder]) -> list[Table]:

@@ -100,7 +100,7 @@ KINDS = {
     "print": Strength("standard deviation of its blur", 0.1, 10),
     "resize": Strength("scale", 0.05, 4),
     "rotate": Strength("degrees", 0.1, 45),
-    "screenshot": Strength("quality", 1, 100, whole=True),
+    "screenshot": Strength("quality of its JPEG", 1, 100, whole=True),
     "shift": Strength("pixels", 1, 64, whole=True),
 }
 NONE = "none"
@@ -239,6 +239,12 @@ def check_edits(edits: Iterable[str | Edit], shape: Sequence[int], task: Task, w
 
 def _steps(name: str, strength: float) -> tuple[tuple[str, float], ...]:
     return _MADE_OF[name](strength) if name in _MADE_OF else ((name, strength),)
+
+
+def strength_of(text: str) -> str:
+    """Return what the strength of an edit is, in words; empty for ``none``, several in turn, and unknown kinds."""
+    kind = KINDS.get(text.split(":")[0])
+    return kind.what if kind and "+" not in text else ""
 
 
 def _named(part: str) -> tuple[str, float]:

@@ -55,11 +55,8 @@ class UniversalNES(UniversalAttack):
         return self.queries + len(data.validation) * max(1, len(self.edits))
 
     def _search(self, context: CraftingContext, start: torch.Tensor | None) -> Iterable[Candidate]:
-        draw, train, most = (
-            generator(context.seed, "universal-nes"),
-            context.train,
-            auto_batch_size(context.train.shape),
-        )
+        draw = generator(context.seed, "universal-nes", device=context.device)
+        train, most = context.train, auto_batch_size(context.train.shape)
         few = train.sample_indices(min(self.images, max(1, self.queries // 2)), seed=context.seed)
         clean = torch.cat([self._margins(context, rows) for rows in few.split(most)])
         means = torch.zeros(context.shape, device=context.device)
@@ -67,11 +64,11 @@ class UniversalNES(UniversalAttack):
         sizes = [self.batch_size] * (left // self.batch_size) or [left] * bool(left)
         for size in tracked(sizes, "patterns", len(sizes)):
             rises, signs, products = means.new_zeros(()), torch.zeros_like(means), torch.zeros_like(means)
-            for picked in torch.randint(len(few), (size,), generator=draw).split(most):
-                chance = torch.rand((len(picked), *train.shape), generator=draw).to(context.device)
+            for picked in torch.randint(len(few), (size,), generator=draw, device=draw.device).split(most):
+                chance = torch.rand((len(picked), *train.shape), generator=draw, device=draw.device)
                 drawn = torch.where(chance < (1 + means) / 2, 1.0, -1.0)
-                found = self._margins(context, few[picked], self.ball.fill(drawn))
-                rise = (found - clean[picked.to(found.device)]).to(means.dtype)
+                found = self._margins(context, few[picked.cpu()], self.ball.fill(drawn))
+                rise = (found - clean[picked]).to(means.dtype)
                 rises, signs = rises + rise.sum(), signs + drawn.sum(0)
                 products += torch.einsum("n,nchw->chw", rise, drawn)
             step = products - rises / size * signs  # the rise less its mean, times the signs less theirs
