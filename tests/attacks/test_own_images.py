@@ -35,6 +35,7 @@ SUITE = Suite(
     jacobian_backwards=0,
     universal_queries=300,
     eps_uni_runs=0,
+    edits=(),
 )
 
 

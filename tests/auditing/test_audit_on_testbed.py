@@ -25,6 +25,7 @@ SUITE = Suite(
     queries=50,
     jacobian_backwards=0,
     universal_queries=300,
+    edits=(),
     noise_sizes=(1.0,),
     votes=5,
     eot_samples=3,

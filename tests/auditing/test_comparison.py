@@ -37,6 +37,7 @@ QUICK = Suite(
     surrogate="none",
     jacobian_backwards=0,
     universal_queries=300,
+    edits=(),
     eps_uni_runs=0,
     eps_adv=False,
     test_images=80,

@@ -19,6 +19,7 @@ SMALL = SUITES["quick"].model_copy(
         "sample": 40,
         "jacobian_backwards": 0,
         "universal_queries": 300,
+        "edits": (),
         "surrogate": "none",
         "eps_uni_runs": 0,
         "eps_adv": False,

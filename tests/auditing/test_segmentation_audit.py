@@ -52,6 +52,7 @@ SUITE = Suite(
     surrogate="none",
     eps_uni_runs=0,
     eps_adv=False,
+    edits=(),
 )
 
 

@@ -125,7 +125,7 @@ def test_the_version_is_that_of_the_installed_package_and_needs_no_torch(monkeyp
     assert gb.__version__ == "unknown"
 
 
-@pytest.mark.parametrize("kind", ["attacks", full("defenses"), full("models"), "data", full("diagnostics")])
+@pytest.mark.parametrize("kind", ["attacks", *map(full, ("defenses", "models", "data", "diagnostics"))])
 def test_a_listing_imports_what_registers_and_nothing_heavy(kind):
     text, modules, _ = start(["list", kind])
     assert len(text.splitlines()) > 5
@@ -170,7 +170,7 @@ THREADS = "import gambeson.cli.app as app, sys; app.run(sys.argv[1:]); import to
     ("arguments", "given", "expected"),
     [
         full(["list", "models", "--threads", "1"], None, "1"),
-        (["--threads=1", "list", "models"], "2", "1"),
+        full(["--threads=1", "list", "models"], "2", "1"),
         full(["list", "models"], "2", "2"),
         (["list", "models"], None, None),
     ],

@@ -15,6 +15,7 @@ from gambeson.data import Split
 from gambeson.models import load, save
 from gambeson.models.export import export
 from gambeson.victim import Victim, copied
+from tests.conftest import full
 
 # People have what torch calls deprecated: torch.jit, and the first weight norm.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
@@ -416,13 +417,14 @@ def test_second_derivatives_of_attention_are_those_of_the_formula():
     assert model.attend.in_proj_weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("form", ["double", "exported", "attending", "recurrent", "tied", "weight_norm"])
+@pytest.mark.parametrize("form", ["exported", "attending", *map(full, ("double", "recurrent", "tied", "weight_norm"))])
 def test_a_quick_audit_of_it_ends(form, plain):
     suite = gb.auditing.SUITES["quick"].model_copy(
         update={
             "eps": (0.15,),
             "universal_steps": 10,
             "universal_queries": 1000,
+            "edits": (),
             "test_images": 60,
             "validation_images": 40,
         }

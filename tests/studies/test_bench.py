@@ -56,7 +56,7 @@ def test_an_audit_is_timed_beside_its_own_count_of_forwards_and_backwards(tmp_pa
     small = SUITES["quick"].model_copy(
         update={"eps": (0.1,), "test_images": 40, "sample": 20, "pgd_steps": 2, "universal_steps": 5, "queries": 5,
                 "universal_probe_starts": 0, "eps_uni_runs": 0, "jacobian_backwards": 0,
-                "universal_queries": 300, "surrogate": "none"}
+                "universal_queries": 300, "edits": (), "surrogate": "none"}
     )  # fmt: skip
     run = AuditRun(model=str(tmp_path / "net.safetensors"), data="digits", suite=small)
     found = bench_audit(run, batch_size=16, rounds=3)

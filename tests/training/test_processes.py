@@ -16,18 +16,28 @@ from tests.training.two_processes import MAPS, RANDOM
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    alone, both = (tmp_path_factory.mktemp(name) for name in ("alone", "both"))
+def trained_by(script, folders):
+    """Run a script of this folder in one process and in two, and return where each left its weights."""
+    alone, both = (folders.mktemp(name) for name in ("alone", "both"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for command in ([sys.executable, SCRIPT, alone], [*launch, SCRIPT, both]):
+    for command in ([sys.executable, *script, alone], [*launch, *script, both]):
         arguments = [str(part) for part in command]
         done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
         if "exitcode  : -6" in done.stderr:  # aborted, seen on a busy machine at no line of ours: once more
             done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[:3000] + done.stderr[-1000:]
     return alone, both
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return trained_by([SCRIPT, "images"], tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def maps(tmp_path_factory):
+    return trained_by([SCRIPT, "maps"], tmp_path_factory)
 
 
 @pytest.mark.full
@@ -45,15 +55,15 @@ def test_two_processes_end_with_the_weights_of_one(weights, name):
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_two_processes_train_label_maps_as_one_does(weights, name):
+def test_two_processes_train_label_maps_as_one_does(maps, name):
     """With heaps that do not cross processes, and means per image whatever its number of labelled pixels."""
-    (alone, one), (both, other) = (load_tensors(folder / f"maps-{name}.safetensors") for folder in weights)
+    (alone, one), (both, other) = (load_tensors(folder / f"maps-{name}.safetensors") for folder in maps)
     for key, value in alone.items():
         torch.testing.assert_close(value, both[key], rtol=1e-3, atol=1e-5)
     for key in ("validation_accuracy", "validation_mean_iou"):  # each process looked at half
         assert one["last"][key] == pytest.approx(other["last"][key], abs=0.005)
     if name != "standard":
-        plain, _ = load_tensors(weights[0] / "maps-standard.safetensors")
+        plain, _ = load_tensors(maps[0] / "maps-standard.safetensors")
         assert any(not torch.allclose(value, plain[key], rtol=1e-3) for key, value in alone.items())
 
 

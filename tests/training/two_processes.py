@@ -1,4 +1,4 @@
-"""Train every defence for an epoch and save the weights: run alone, and by torchrun in two processes."""
+"""Train with every defence, on images or label maps, and save the weights: run alone, and by torchrun in two."""
 
 import sys
 from pathlib import Path
@@ -47,25 +47,32 @@ def defenses():
             yield name, gb.defenses.create(name, **eps, **MORE.get(name, {}))
 
 
-def main(out: Path) -> None:
+def main(kind: str, out: Path) -> None:
     torch.set_num_threads(1)
     data = gb.data.load("digits")
     few = Dataset("few", data.train.subset(torch.arange(128)), data.validation, data.test, data.classes)
-    for name, defense in defenses():
-        torch.manual_seed(0)
-        model = gb.models.create("lenet5", data, members=defense.num_members)
-        history = gb.train(model, few, defense, epochs=1, batch_size=64, lr=0.05, seed=1)
-        if place()[0] == 0:
-            gb.models.save(model, out / f"{name}.safetensors", {"accuracy": history[-1]["validation_accuracy"]})
-    few = maps(few)
-    for name, settings in MAPS.items():
-        torch.manual_seed(0)
-        net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(8, 2, 1))
-        history = gb.train(net, few, gb.defenses.create(name, **settings), epochs=2, batch_size=32, lr=0.05, seed=1)
-        if place()[0] == 0:
-            save_tensors(out / f"maps-{name}.safetensors", net.state_dict(), {"last": history[-1]})
+    {"images": on_images, "maps": on_maps}[kind](few, out)
     leave_processes()
 
 
+def on_images(few: Dataset, out: Path) -> None:
+    for name, defense in defenses():
+        torch.manual_seed(0)
+        model = gb.models.create("lenet5", few, members=defense.num_members)
+        history = gb.train(model, few, defense, epochs=1, batch_size=64, lr=0.05, seed=1)
+        if place()[0] == 0:
+            gb.models.save(model, out / f"{name}.safetensors", {"accuracy": history[-1]["validation_accuracy"]})
+
+
+def on_maps(few: Dataset, out: Path) -> None:
+    for name, settings in MAPS.items():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(8, 2, 1))
+        defense = gb.defenses.create(name, **settings)
+        history = gb.train(net, maps(few), defense, epochs=2, batch_size=32, lr=0.05, seed=1)
+        if place()[0] == 0:
+            save_tensors(out / f"maps-{name}.safetensors", net.state_dict(), {"last": history[-1]})
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))
