@@ -23,7 +23,7 @@ import yaml
 import gambeson as gb
 from gambeson.base import OutOfSpace, UserError
 from gambeson.cli.app import run
-from gambeson.studies import Matrix, Study, cluster, code, export, planning, read_study, run_study, store
+from gambeson.studies import Matrix, Study, cluster, code, export, joined, planning, read_study, run_study, store
 from gambeson.studies.measures import JacobianMeasure, TrainedModel
 from gambeson.studies.planning import makespan
 from gambeson.studies.runner import Runner, prepare
@@ -492,6 +492,46 @@ def test_commands_say_what_there_is(done, tmp_path, capsys):
     assert float(fgsm["value"]) == row.values["fgsm.accuracy"].value
     assert run(["study", "export", str(file), "--out", str(root), "--to", "xls"]) == 2
     assert "expected one of csv, parquet, json" in capsys.readouterr().err
+
+
+def test_an_earlier_summary_stands_in_for_data_sets_that_are_not_run(done, tmp_path, capsys):
+    other = TINY["data"][0] | {"name": "mnist5k"}
+    study, root = tiny(data=[*TINY["data"], other], claims={"c": CLAIM}), done[1]
+    file, both = tmp_path / "tiny.yaml", tmp_path / "both.json"
+    file.write_text(yaml.safe_dump(study.plain(), sort_keys=False))
+    here = read_study(study, root)
+    assert {row.data for row in here.rows if row.values} == {"digits"}
+    assert run(["study", "export", str(file), "--to", "json", "-o", str(root), "-f", str(tmp_path / "here.json")]) == 0
+    earlier = json.loads((tmp_path / "here.json").read_text())
+    for row in earlier["rows"]:  # as if both had run, with other numbers
+        row["values"] = row["values"] or {"fgsm.accuracy": {"value": 0.5 + 0.1 * (row["defense"] == "heaps")}}
+        row["values"]["clean.accuracy"] = {"value": 0.25}
+        row["not run"] = []
+    earlier["date"] = "2020-01-01 00:00"
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    assert run(["study", "export", str(file), "--to", "json", "-o", str(root), "-f", str(both), "--join",
+                str(tmp_path / "earlier.json")]) == 0  # fmt: skip
+    found = json.loads(both.read_text())
+    for row, own in zip(found["rows"], here.rows, strict=True):
+        mine = own.values["clean.accuracy"].value if row["data"] == "digits" else 0.25
+        assert row["values"]["clean.accuracy"]["value"] == mine
+    assert (found["done"], found["cells"], here.done) == (36, 36, 18)
+    assert found["joined"] == {"2020-01-01 00:00": ["mnist5k, lenet5, equal steps"]}
+    digits, taken = found["claims"][0]["findings"]
+    assert digits["effects"] == {str(seed): effect for seed, effect in here.claims[0].findings[0].effects.items()}
+    assert taken["effects"] == {"0": pytest.approx(0.1), "1": pytest.approx(0.1)}
+    assert joined(here, json.loads((tmp_path / "here.json").read_text())).joined == {}
+    for content, words in (
+        (earlier | {"study": earlier["study"] | {"seeds": [0, 1, 2]}}, "another seeds: expected one of the same study"),
+        ({"rows": []}, "expected a summary of a study"),
+        ([], "expected a summary of a study"),
+    ):
+        (tmp_path / "earlier.json").write_text(json.dumps(content))
+        command = ["study", "export", str(file), "-o", str(root), "--join", str(tmp_path / "earlier.json")]
+        assert run(command) == 2
+        assert words in capsys.readouterr().err
+    assert run([*command, "--to", "cells"]) == 2
+    assert "--join takes in a summary" in capsys.readouterr().err
 
 
 def test_parquet_has_what_csv_has(done, tmp_path):

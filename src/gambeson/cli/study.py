@@ -105,19 +105,27 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--file", "-f", help="Output file.", show_default="in the study's folder")
     ] = None,
+    join: Annotated[
+        Path | None, typer.Option(help="An earlier summary, for the data sets of which nothing is run here.")
+    ] = None,
 ) -> None:
     """Write every number of a study as a table, one line per number, or the results of its cells.
 
     Example: `gambeson study export studies/claims-small.yaml --to parquet`
     """
     from gambeson import studies
+    from gambeson.base import UserError, read_json
 
     study = studies.Study.load(file)
     if to == "cells":
+        if join is not None:
+            raise UserError("--join takes in a summary, which has no cells: choose --to json, csv or parquet")
         path = output or out / study.name / f"{study.name}.jsonl.gz"
         typer.echo(f"{studies.export_cells(study, out, path)} results are in {path}")
         return
     found = studies.read_study(study, out)
+    if join is not None:
+        found = studies.joined(found, read_json(join))
     path = studies.export(found, to, output or out / study.name / f"{study.name}.{to}")
     typer.echo(f"{len(found.rows)} rows are in {path}")
 

@@ -11,6 +11,7 @@ from gambeson.studies.bench import (
 )
 from gambeson.studies.claims import Claim, Verdict
 from gambeson.studies.exchange import export_cells, import_cells
+from gambeson.studies.joining import joined
 from gambeson.studies.matrix import Matrix
 from gambeson.studies.planning import StudyPlan
 from gambeson.studies.quickstart import FirstLook, quickstart
@@ -37,6 +38,7 @@ __all__ = [
     "export_cells",
     "import_cells",
     "is_study",
+    "joined",
     "plan_study",
     "quickstart",
     "read_study",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from gambeson.studies.matrix import Cell, Matrix
 from gambeson.studies.measures import Value
 from gambeson.studies.runner import failures
 from gambeson.studies.store import Damaged, Store
+from gambeson.studies.study import Study
 
 SUMMARY = "summary.json"
 FORMATS = ("csv", "parquet", "json")
@@ -55,6 +57,8 @@ class StudyResult(Config):
     environments: list[dict[str, str]]
     """Versions and devices behind the results; more than one where they differ."""
     date: str
+    joined: dict[str, list[str]] = Field(default_factory=dict)
+    """What :func:`gambeson.studies.joined` took over from earlier summaries, by their dates."""
 
 
 def collect(matrix: Matrix, store: Store) -> StudyResult:
@@ -73,11 +77,10 @@ def collect(matrix: Matrix, store: Store) -> StudyResult:
         if content is not None and content["environment"] not in known:
             known.append(content["environment"])
     study = matrix.study
-    places = list(dict.fromkeys((row.data, row.model) for row, _ in matrix.table))
     return StudyResult(
         study=study.plain(),
         rows=rows,
-        claims=verdicts(study.claims, [row for row in rows if row.values], study.at, places),
+        claims=judged(study, rows),
         searches=[
             {"data": cell.row.data, "model": cell.row.model, "defense": cell.row.defense, **content["result"]}
             for cell in matrix.cells
@@ -89,6 +92,12 @@ def collect(matrix: Matrix, store: Store) -> StudyResult:
         environments=known,
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
     )
+
+
+def judged(study: Study, rows: Sequence[Result]) -> list[Verdict]:
+    """Return the verdicts of a study on its rows, those without a number included."""
+    places = list(dict.fromkeys((row.data, row.model) for row in rows))
+    return verdicts(study.claims, [row for row in rows if row.values], study.at, places)
 
 
 def _read(store: Store, cell: Cell) -> dict[str, Any] | None:
@@ -163,6 +172,7 @@ def summary(result: StudyResult) -> dict[str, Any]:
         "failed": result.failed,
         "environments": result.environments,
         "date": result.date,
+        **({"joined": result.joined} if result.joined else {}),
     }
 
 

@@ -62,7 +62,7 @@ class UniversalNES(UniversalAttack):
         means = torch.zeros(context.shape, device=context.device)
         summed, left = torch.zeros_like(means), self.queries - len(few)
         sizes = [self.batch_size] * (left // self.batch_size) or [left] * bool(left)
-        for size in tracked(sizes, "patterns", len(sizes)):
+        for size in tracked(sizes, "steps", len(sizes)):
             rises, signs, products = means.new_zeros(()), torch.zeros_like(means), torch.zeros_like(means)
             for picked in torch.randint(len(few), (size,), generator=draw, device=draw.device).split(most):
                 chance = torch.rand((len(picked), *train.shape), generator=draw, device=draw.device)
