@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from gambeson.auditing.diagnostics import get
 from gambeson.auditing.diagnostics.test_leakage import _blended
-from gambeson.auditing.stages import universal
+from gambeson.auditing.stages import per_image, universal
 from gambeson.testbed.obfuscations.logits import ThinLayer
 from gambeson.testbed.recipes import networks
 from tests.auditing.evidence import held
@@ -87,6 +87,7 @@ def queried(model, data, queries=30_000):
     with held(model, data, (0.1, EPS, 0.2), universal_queries=queries, **settings) as context:
         universal.craft_by_queries(context, None)
         context.universal += [universal.craft_point(context, eps, None) for eps in context.suite.eps]
+        context.per_image = per_image.measure(context)
         return get("universal white box beats queries").check(context), context
 
 
@@ -97,6 +98,9 @@ def test_a_pattern_behind_a_threshold_is_found_by_queries_and_counts(trained, di
     assert context.middle.uer.value > context.middle.crafted.value + 0.2
     assert context.middle.uer.value == pytest.approx(1 - check.numbers["other"])
     assert context.universal[-1].uer.value > 0.9  # the same signs, at every eps
+    pgd, targeted = context.per_image
+    assert targeted.rounds[0].attack == "universal"
+    assert targeted.accuracy.value <= 1 - context.middle.uer.value < pgd.accuracy.value  # one for all is one for each
 
 
 def test_an_honest_net_passes_and_without_queries_nothing_is_said(trained, digits):

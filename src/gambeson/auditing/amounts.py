@@ -91,7 +91,7 @@ class Amounts:
     @property
     def targeted_forwards(self) -> int:
         """Images forward beside: of a random model votes that choose among what its attacks made, and that score it."""
-        return (9 * self.votes if self.random else 2) * self.test * bool(self.targeted)
+        return (11 * self.votes if self.random else 3) * self.test * bool(self.targeted)
 
     @property
     def white(self) -> int:

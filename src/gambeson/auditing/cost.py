@@ -271,11 +271,11 @@ def parts_of(
         ),
         "re-scoring": (votes * n.again * suite.rescoring, 0),
         "PGD, image by image": (
-            votes * (test * (1 + 3 * n.of_maps) + sets * n.again),
+            votes * (test * (1 + 4 * n.of_maps) + sets * n.again),
             n.draws * test * (n.pgd + n.cospgd),
         ),
         "targeted Auto-PGD": (n.targeted_forwards, test * n.targeted),
-        "attack suite": (votes * attacked * (queries + 2), n.draws * attacked * gradients),
+        "attack suite": (votes * attacked * (queries + 3), n.draws * attacked * gradients),
         "diagnostics": (votes * asked, backward),
         "transfer": (votes * (2 * min(suite.transfer_images, test) + test) * bool(_lent(suite, data)), 0),
         "eps_uni": (votes * search, trials * (screen + 2 * run)),

@@ -19,6 +19,7 @@ from gambeson.evaluation import BudgetSpent, Rate, run_suite
 from gambeson.evaluation.attack_suite import suite_for
 from gambeson.evaluation.outcome import ImageAttack, outcome
 from gambeson.tasks import Counts
+from gambeson.threat import perturb
 from gambeson.victim import score, score_batches
 
 PGD_NAME = "pgd"
@@ -34,10 +35,10 @@ def left_out(context: AuditContext) -> str:
 def measure(context: AuditContext) -> list[PerImageResult]:
     """Run the per-image attacks at the middle eps.
 
-    PGD on all test images, then on what that left targeted Auto-PGD, or where labels are maps CosPGD, of which the
-    worst per image counts; then the standard attack suite on ``suite.suite_images`` of them, which begins from what
-    those left. The suite needs the norms inf or 2. A black box is attacked only by Square, on the sample of the
-    diagnostics, with ``suite.queries`` per image, and not at all in the norm 1.
+    PGD on all test images; then, on what that and the universal perturbation left, targeted Auto-PGD, or where labels
+    are maps CosPGD, of which the worst per image counts; then the standard attack suite on ``suite.suite_images`` of
+    them, which begins from what those left. The suite needs the norms inf or 2. A black box is attacked only by Square,
+    on the sample of the diagnostics, with ``suite.queries`` per image, and not at all in the norm 1.
 
     On a random model targeted Auto-PGD is run with the noise off, where it can be turned off, and through its draws.
     Of what they and PGD found the worst is chosen by votes, and scored on other votes: attacks that do nothing
@@ -50,7 +51,7 @@ def measure(context: AuditContext) -> list[PerImageResult]:
             return []
         square = Square(eps=context.eps, norm=norm, queries=suite.queries)
         return [attacked_in_turn(context, "square", len(context.sample), {"square": square}, square.plain())]
-    task, earlier = context.test.task, dict[str, Moved]()
+    task, earlier = context.test.task, _universal(context)
     found = [_single(context, PGD_NAME, context.pgd, earlier)]
     if parts := _targeted(context):
         settings = {name: attack.plain() for name, attack in parts.items()}
@@ -72,6 +73,15 @@ def measure(context: AuditContext) -> list[PerImageResult]:
         with suppress(BudgetSpent):  # where the time is over, PGD's number stays
             found.append(attacked_in_turn(context, "standard", suite.suite_images, attacks, settings, earlier))
     return found
+
+
+def _universal(context: AuditContext) -> dict[str, Moved]:
+    """Return what the universal perturbation makes of the test images, since it is one of each image's as well."""
+    found = context.uaps.get(context.eps)
+    if found is None:
+        return {}
+    rows = _kept(context)
+    return {"universal": (rows, perturb(context.test.take(rows, "cpu")[0], found.delta.cpu()))}
 
 
 def _targeted(context: AuditContext) -> dict[str, GradientAttack | NoiseOff]:
@@ -106,7 +116,7 @@ def attacked(
     """
     before, test, eps, norm = context.spent, context.test, context.eps, context.suite.norm
     at = getattr(attack, "eps", eps), getattr(attack, "norm", norm)
-    rows = test.sample_indices(max(1, _KEPT // math.prod(test.shape)), seed=context.seed)
+    rows = _kept(context)
     stored, moved, wanted = at == (eps, norm), list[torch.Tensor](), iter(_marked(rows, len(test)))
 
     def keep(images: torch.Tensor) -> None:
@@ -136,6 +146,11 @@ def _placed(split: Split, rows: torch.Tensor, places: torch.Tensor, moved: torch
         to, of = torch.tensor(pairs).T
         images[to] = moved[of]
     return images
+
+
+def _kept(context: AuditContext) -> torch.Tensor:
+    """Return which test images are kept as attacks leave them: all, unless they are too many."""
+    return context.test.sample_indices(max(1, _KEPT // math.prod(context.test.shape)), seed=context.seed)
 
 
 def _marked(rows: torch.Tensor, count: int) -> torch.Tensor:
