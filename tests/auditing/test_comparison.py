@@ -38,6 +38,7 @@ QUICK = Suite(
     jacobian_backwards=0,
     universal_queries=300,
     edits=(),
+    checks=("stateless", "no vanishing gradients"),
     eps_uni_runs=0,
     eps_adv=False,
     test_images=80,

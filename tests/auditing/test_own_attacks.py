@@ -20,6 +20,7 @@ SMALL = SUITES["quick"].model_copy(
         "jacobian_backwards": 0,
         "universal_queries": 300,
         "edits": (),
+        "checks": ("stateless", "no vanishing gradients", "monotone in eps"),
         "surrogate": "none",
         "eps_uni_runs": 0,
         "eps_adv": False,
