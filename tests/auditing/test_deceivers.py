@@ -1,5 +1,7 @@
 """Models that store every split, hide a pattern behind a threshold, or answer with another network than they score."""
 
+from math import radians
+
 import pytest
 import torch
 from torch import nn
@@ -8,8 +10,10 @@ from torch.nn import functional as F
 from gambeson.auditing.diagnostics import get
 from gambeson.auditing.diagnostics.test_leakage import _blended
 from gambeson.auditing.stages import per_image, universal
+from gambeson.data import Split
 from gambeson.testbed.obfuscations.logits import ThinLayer
 from gambeson.testbed.recipes import networks
+from gambeson.threat.edits import moved
 from tests.auditing.evidence import held
 from tests.gated import Gate
 
@@ -42,6 +46,14 @@ def test_a_net_that_stores_all_splits_falls_where_images_are_rotated_and_blended
     assert check.numbers["as they are, beside rotated"] > 0.95
     assert check.numbers["rotated"] < 0.1
     assert check.numbers["blended"] < 0.65
+
+
+def test_copies_that_are_rotated_by_one_angle_do_not_cover_what_is_drawn(trained, digits):
+    images, labels = digits.test.take(slice(None))
+    turned = [moved(images, torch.full((len(images),), angle)) for angle in (-radians(10), radians(10))]
+    copies = Split("copies", torch.cat(turned), labels.repeat(2), digits.classes)
+    check = beside(Remembered(trained, digits.test, copies), digits)
+    assert check.numbers["as they are, beside rotated"] > check.numbers["rotated"] + 0.4
 
 
 class Neighbours(nn.Module):

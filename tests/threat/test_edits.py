@@ -13,7 +13,7 @@ from gambeson import UserError
 from gambeson.base import generator
 from gambeson.tasks import CLASSIFICATION, Segmentation
 from gambeson.threat import jpeg as codec
-from gambeson.threat.edits import KINDS, Edit, check_edits, strength_of
+from gambeson.threat.edits import KINDS, Edit, check_edits, moved, strength_of
 from gambeson.threat.jpeg import differentiable_jpeg, jpeg, quantisation, smooth_round
 
 EVERY = [
@@ -179,6 +179,18 @@ def test_what_is_no_edit_is_refused(text, message):
 def test_edits_that_do_not_fit_the_data_are_refused(text, shape, task, message):
     with pytest.raises(UserError, match=message):
         check_edits([text], shape, task, "x")
+
+
+def test_what_is_seen_moves_and_grows_as_asked():
+    images = torch.rand(3, 2, 6, 9, generator=torch.Generator().manual_seed(0))
+    still = torch.zeros(3)
+    torch.testing.assert_close(moved(images, still), images)
+    right = moved(images, still, shift=torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    torch.testing.assert_close(right[0, :, :, 2:], images[0, :, :, :-2])
+    torch.testing.assert_close(right[1, :, 1:], images[1, :, :-1])
+    torch.testing.assert_close(right[2], images[2])
+    ramp = torch.linspace(-1, 1, 9).expand(3, 1, 9, 9)
+    torch.testing.assert_close(moved(ramp, still, scale=torch.tensor([2.0, 1.0, 1.0]))[0], ramp[0] / 2)
 
 
 def test_strengths_have_words():

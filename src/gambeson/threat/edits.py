@@ -54,9 +54,25 @@ def _shift(images: torch.Tensor, pixels: float, draws: torch.Tensor) -> torch.Te
 
 def _rotate(images: torch.Tensor, degrees: float, draws: torch.Tensor) -> torch.Tensor:
     angle = torch.where(draws[:, 0] < 0.5, -radians(degrees), radians(degrees)).to(images)
-    (height, width), none = images.shape[2:], torch.zeros_like(angle)
-    turn = [angle.cos(), -angle.sin() * height / width, none, angle.sin() * width / height, angle.cos(), none]
-    places = F.affine_grid(torch.stack(turn, 1).view(-1, 2, 3), list(images.shape), align_corners=False)
+    return moved(images, angle)
+
+
+def moved(
+    images: torch.Tensor, angle: torch.Tensor, scale: torch.Tensor | float = 1.0, shift: torch.Tensor | float = 0.0
+) -> torch.Tensor:
+    """Shift images, scale them, and rotate them around the middle; bilinear, with the outermost pixels repeated.
+
+    Args:
+        images: (N, C, H, W).
+        angle: (N,) in radians.
+        scale: (N,), above 1 larger.
+        shift: (N, 2) in pixels, to the right and down, before the rest.
+    """
+    height, width = images.shape[2:]
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    right, down = (-2 * shift / torch.tensor([width, height]).to(images)).expand(len(images), 2).unbind(1)
+    rows = [cos, -sin * height / width, right, sin * width / height, cos, down]
+    places = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images, places, mode="bilinear", padding_mode="border", align_corners=False)
 
 
