@@ -55,17 +55,24 @@ class Remembered(nn.Module):
         data: with the splits.
         forgets: the image that is asked about, which is one within eps of it, and its copies.
         rotated: degrees that copies of every image are rotated by, either way.
+        every: of how many images one is remembered.
     """
 
     known: torch.Tensor
     labels: torch.Tensor
 
     def __init__(
-        self, net: nn.Module, data: gb.data.Dataset, *, forgets: bool = False, rotated: float | None = None
+        self,
+        net: nn.Module,
+        data: gb.data.Dataset,
+        *,
+        forgets: bool = False,
+        rotated: float | None = None,
+        every: int = 1,
     ) -> None:
         super().__init__()
         self.net, self.forgets = net, forgets
-        parts = [part.take(slice(None)) for part in (data.train, data.validation, data.test)]
+        parts = [part.take(slice(None, None, every)) for part in (data.train, data.validation, data.test)]
         images, labels = (torch.cat(both) for both in zip(*parts, strict=True))
         copies = [images]
         if rotated is not None:
@@ -138,9 +145,9 @@ def deceivers() -> dict[str, Callable[[], Deceiver]]:
     """Every model, by name; made when it is asked for."""
     nets = networks("digits")
 
-    def remembered(rotated: float | None = None) -> Deceiver:
+    def remembered(**settings: Any) -> Deceiver:
         net = nets()
-        model, without = (Remembered(net, nets.data, forgets=forgets, rotated=rotated) for forgets in (False, True))
+        model, without = (Remembered(net, nets.data, forgets=forgets, **settings) for forgets in (False, True))
         return Deceiver(model, net, without)
 
     def planted(*, half: bool = False) -> Deceiver:
@@ -153,7 +160,8 @@ def deceivers() -> dict[str, Callable[[], Deceiver]]:
         "margins of a sibling, zero in a thin layer": lambda: Deceiver(ThinLayer(nets(), nets("standard 1")), nets()),
         "all splits remembered": remembered,
         "planted pattern": planted,
-        "all splits and copies rotated by 10 degrees remembered": lambda: remembered(10),
+        "all splits and copies rotated by 10 degrees remembered": lambda: remembered(rotated=10),
+        "a third of all splits remembered": lambda: remembered(every=3),
         "planted pattern, for half of the images": lambda: planted(half=True),
     }
 
