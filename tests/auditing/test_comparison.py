@@ -183,6 +183,10 @@ def test_numbers_that_cannot_be_trusted_are_a_regression(tmp_path, digits):
     assert both.regressions == []
     assert "not to be trusted" in both.gate("no-regression").gates[0].reason
     assert gb.compare(masked, sound).regressions != ["trusted"]
+    less = AuditResult.load(sound)  # every check that was run has passed
+    less.model_copy(update={"verdict": less.verdict.model_copy(update={"trusted": False})}).save(sound)
+    assert "not all checked" in gb.compare(sound, sound).summary
+    assert "not to be trusted" not in gb.compare(sound, sound).summary
 
 
 def test_other_images_widen_the_interval(tmp_path, digits):

@@ -85,6 +85,17 @@ PIT = Terrain((-1.0, 30.0), (0.0, 1.0), (0.03, 0.2), (0.08, 1.0), (0.09, -1.0), 
 CRACK = Terrain((-1.0, 50.0), (0.0, 0.94), (0.02, -0.06), (1.0, 48.94))
 
 
+# A pit near by that large steps jump over, and nothing behind it.
+NEAR = Terrain((-1.0, 21.0), (0.0, 1.0), (0.03, -1.0), (0.06, 3.0), (1.0, 9.0))
+
+
+def test_what_falls_within_eps_has_fallen_in_the_box():
+    found = look({"unbounded attack succeeds"}, NEAR, NEAR.data())["unbounded attack succeeds"]
+    assert found.passed
+    assert found.numbers["accuracy"] == 0
+    assert "whole box allowed 51.0 %" in found.detail  # steps of a tenth of the box miss what those within eps find
+
+
 @pytest.mark.parametrize(
     ("model", "failing"),
     [

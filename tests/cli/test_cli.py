@@ -13,6 +13,8 @@ import torch
 import yaml
 
 import gambeson as gb
+from gambeson.base.errors import DataWarning
+from gambeson.cli import app
 from gambeson.cli.app import run
 
 TRAIN = ["train", "--data", "digits", "--model", "lenet5", "--epochs", "2", "--batch-size", "64"]
@@ -246,3 +248,10 @@ def test_what_a_crafted_perturbation_reached_is_named(trained, tmp_path, capsys,
     listed = capsys.readouterr().out
     assert "…" not in listed
     assert listed.count("a") >= 40
+
+
+def test_own_warnings_are_sentences_wherever_they_point():
+    told = app._plain_warning
+    assert told("few images", DataWarning, "/other/typer/main.py", 3) == "warning: few images\n"
+    assert told("few images", UserWarning, app.__file__, 3) == "warning: few images\n"
+    assert told("gone", UserWarning, "/other/main.py", 3) == "/other/main.py:3: UserWarning: gone\n"

@@ -10,9 +10,9 @@ from PIL import Image
 
 import gambeson as gb
 from gambeson import UserError
-from gambeson.attacks import AdversarialPatch, StochasticPGD, UniversalPatch, UniversalPerturbation
+from gambeson.attacks import PATCH_CONTROLS, AdversarialPatch, StochasticPGD, UniversalPatch, UniversalPerturbation
 from gambeson.cli.app import run
-from gambeson.evaluation import by_placement, universal_evasion
+from gambeson.evaluation import by_placement, under_edits, universal_evasion
 from gambeson.report import print_patch, write_patch
 from gambeson.threat import Placement
 from tests.conftest import LinearNet
@@ -32,6 +32,12 @@ def spot():
     white = AdversarialPatch(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), (1, 6, 7), about)
     dark = torch.rand(60, 1, 6, 7, generator=torch.Generator().manual_seed(1)) * 0.5
     return model, gb.data.Split("dark", dark, torch.zeros(60).long(), ("dark", "bright")), white
+
+
+def test_under_edits_the_controls_are_those_of_patches(spot):
+    model, data, found = spot
+    (rates, _) = under_edits(model, data, found, ["blur:0.3"]).rates
+    assert {one.name for one in rates.controls} == set(PATCH_CONTROLS)
 
 
 def test_rates_are_those_of_each_place(spot):

@@ -14,6 +14,7 @@ from report_reader import Reader, Written
 from gambeson import UserError, report
 from gambeson.auditing import Check
 from gambeson.auditing.display import worst_of
+from gambeson.auditing.results import NOT_RUN
 from gambeson.auditing.verdict import judge
 from gambeson.base import write_yaml
 from gambeson.evaluation import Rate
@@ -133,6 +134,17 @@ def test_next_steps_are_commands_for_this_model(tmp_path: Path) -> None:
     for given, name in (({}, quoted), ({"data": "voc:/data/voc"}, "voc:/data/voc")):
         write_yaml(tmp_path / "b" / "run.yaml", {"kind": "audit", "model": str(run), **given})
         assert f"--data {name} --attack square" in words_of(report.write([tmp_path / "b"], tmp_path / "page.html"))
+    found = write_audit(tmp_path / "own")
+    found.model_copy(update={"subject": found.subject.model_copy(update={"epochs": None})}).save(tmp_path / "own")
+    for name, told in (
+        ("torchvision:resnet18@/w/my net.pth", "torchvision:resnet18 {} --init &#39;/w/my net.pth&#39;"),
+        ("nets.py:net@net.PT", "nets.py:net {} --init net.PT"),
+        ("torchvision:resnet18@DEFAULT", "torchvision:resnet18@DEFAULT {}"),
+    ):
+        write_yaml(tmp_path / "own" / "run.yaml", {"kind": "audit", "model": name, "data": "digits"})
+        page = words_of(report.write([tmp_path / "own"], tmp_path / "page.html"))
+        told, _, weights = told.partition(" {}")
+        assert f"--model {told} --defense shared-adversarial --eps 0.15{weights} --out" in page
     held = write_audit(tmp_path / "c", wrong=(21, 30, 45, 81, 403))
     for most, words in ((500, "attack longer and on more images:"), (5000, "attack longer:"), (None, "attack longer:")):
         held.model_copy(update={"settings": held.settings | {"test_images": most}}).save(tmp_path / "c")
@@ -180,7 +192,7 @@ def test_overlapping_intervals_are_said_to_be_a_tie(tmp_path: Path) -> None:
     assert html.count('class="best">') == 2 * 9  # of the glance and of the curve
 
 
-def test_checks_and_reasons_are_written_out(written: Written) -> None:
+def test_checks_and_reasons_are_written_out(written: Written, tmp_path: Path) -> None:
     failed = written.results[2]
     assert failed.verdict.reasons
     for reason in failed.verdict.reasons:
@@ -192,6 +204,14 @@ def test_checks_and_reasons_are_written_out(written: Written) -> None:
             assert {check.condition, check.explanation, check.remedy} - {""} <= words(written.seen.text, check)
     assert "jacobian 2 passed, 1 failed, 1 does not apply" in written.seen.text
     assert "standard 3 passed, 1 does not apply" in written.seen.text
+    less = write_audit(tmp_path)
+    checks = [
+        check.model_copy(update={"passed": None, "detail": NOT_RUN[k % 2]}) for k, check in enumerate(less.checks)
+    ]
+    less.model_copy(update={"checks": [*checks[:2], *less.checks[2:]]}).save(tmp_path)
+    page = report.write([tmp_path], tmp_path / "page.html").read_text()
+    assert ", 2 not run" in page
+    assert page.count("not run</span> <span>") == 2
     bad = written.html.split('<section id="checks">')[1].split("</section>")[0]
     assert bad.count("<details open>") == 1  # what failed stands open, the rest on demand
     assert bad.index("no vanishing gradients") < bad.index("no noise-off gap")

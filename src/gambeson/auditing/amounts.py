@@ -211,7 +211,7 @@ CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
     "re-scoring reproducible": lambda n: {"beside": n.test},
     "monotone in step size": lambda n: {"gradients": 2},
     "gradient independent of the batch": lambda n: {"apart": _BATCHES * _PROBES + n.batches},
-    "unbounded attack succeeds": lambda n: {"gradients": 40},
+    "unbounded attack succeeds": lambda n: {"gradients": 40} | ({"shares": "PGD"} if n.of_maps else {}),
     "white box beats queries": lambda n: {"forwards": 2 * n.queries + 40 if n.queries else 0, "shares": "white box"},
     "white box beats transfer": lambda n: {"forwards": 2, "shares": "white box"},
     "no weaker inside the ball": lambda n: {"gradients": n.short, "shares": "short PGD"},

@@ -20,6 +20,7 @@ from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic
 from gambeson.auditing.display import in_a_line, worst_attack
 from gambeson.auditing.jacobian_results import JacobianResult
 from gambeson.auditing.results import (
+    NOT_RUN,
     AdaptiveResult,
     AuditResult,
     CertifiedResult,
@@ -313,13 +314,13 @@ class Auditor:
 
     def _check(self, diagnostic: Diagnostic) -> str | None:
         name = diagnostic.name
-        blank = Check(name=name, passed=None, detail="it was left out")
+        blank = Check(name=name, passed=None, detail=NOT_RUN[0])
         found = blank
         if self._selected(diagnostic):
             if name in adaptive.READ_BY and self.context.adaptive is None:  # stored apart: its attacks count
                 work = partial(adaptive.measure, self.context)
                 adaptive.record(self.context, self.stages.afford("adaptive", AdaptiveResult | None, work, None))
-            blank = Check(name=name, passed=None, detail="the budget was spent")
+            blank = Check(name=name, passed=None, detail=NOT_RUN[1])
             found = self.stages.afford(f"check {name}", Check, partial(diagnostic.check, self.context), blank)
         (self.unchecked if found is blank else self.checks)[name] = found
         return f"check failed: {name}" if found.passed is False else None

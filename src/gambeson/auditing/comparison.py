@@ -13,6 +13,7 @@ from torch import nn
 
 from gambeson.auditing.audit import Audit, audit
 from gambeson.auditing.context import Outcomes
+from gambeson.auditing.display import doubt_of
 from gambeson.auditing.gates import GateReport, Metric, Reading, judge_gates, parse_gates, same_eps
 from gambeson.auditing.results import AuditResult, DataInfo, ModelInfo
 from gambeson.auditing.suite import Suite
@@ -67,6 +68,8 @@ class Comparison(notebook.ShownAsTable, Config):
     """The data of the second."""
     trusted: tuple[bool, bool]
     """Whether the numbers of each can be trusted."""
+    doubt: str = ""
+    """Why the numbers of the second are not trusted, to end a sentence with; empty if they are."""
     changes: list[Change]
     eps_uni: tuple[EpsUni, EpsUni]
     """Of each, untested."""
@@ -86,8 +89,8 @@ class Comparison(notebook.ShownAsTable, Config):
         better = [change.name for change in self.changes if change.outcome == "better"]
         said = f"Clearly worse: {', '.join(worse)}." if worse else "No clear regression."
         said += f" Clearly better: {', '.join(better)}." if better else ""
-        if not self.trusted[1]:
-            said += " The numbers of the second model are not to be trusted: it may be weaker than they say."
+        if self.doubt:
+            said += f" The numbers of the second model are {self.doubt}."
         return said
 
     def gate(self, text: str | Sequence[str]) -> GateReport:
@@ -169,6 +172,7 @@ def compare(
         second=after.subject,
         material=after.material,
         trusted=(before.verdict.trusted, after.verdict.trusted),
+        doubt=doubt_of(after),
         changes=_judged(changes),
         eps_uni=(before.eps_uni, after.eps_uni),
         notes=_notes(before, after),
@@ -333,7 +337,7 @@ def _named(metric: str) -> Any:
 def _no_regression(result: Comparison, _: str) -> bool | str:
     if result.regressions:
         return f"clearly worse: {', '.join(result.regressions)}"
-    return result.trusted[1] or "the numbers of the second model are not to be trusted"
+    return result.trusted[1] or f"the numbers of the second model are {result.doubt}"
 
 
 CHANGES: Mapping[str, Metric] = {

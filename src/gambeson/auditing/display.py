@@ -55,6 +55,13 @@ def trust_in(result: Any) -> str:
     return "trusted" if result.verdict.trusted else "not all checked"
 
 
+def doubt_of(result: Any) -> str:
+    """Return why the numbers of an ``AuditResult`` are not trusted, to end a sentence with; empty if they are."""
+    if any(check.passed is False for check in result.checks):
+        return "not to be trusted: it may be weaker than they say"
+    return "" if result.verdict.trusted else "not all checked: some checks were not run"
+
+
 def main_lines(result: Any) -> tuple[str, dict[str, str]]:
     """Return a title and the main numbers of an ``AuditResult`` by name."""
     point, found = result.middle, result.eps_uni

@@ -288,6 +288,10 @@ class RandomnessResult(Config):
     """How it was turned off, or why it was not."""
 
 
+NOT_RUN = ("it was left out", "the budget was spent")
+"""Details of checks that were not run."""
+
+
 class Check(Config):
     """Result of one diagnostic."""
 
@@ -304,6 +308,13 @@ class Check(Config):
     """What to do about it."""
     numbers: dict[str, float] = Field(default_factory=dict)
     """What was measured, by name."""
+
+    @property
+    def outcome(self) -> Literal["passed", "failed", "does not apply", "not run"]:
+        """Its outcome in words."""
+        if self.passed is None:
+            return "not run" if self.detail in NOT_RUN else "does not apply"
+        return "passed" if self.passed else "failed"
 
 
 class Verdict(Config):

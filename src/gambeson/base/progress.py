@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 _EVERY = 10.0
 """Seconds between two lines."""
+_TOLD = 0.02
+"""Share of the whole from which on the time that is left is told."""
 
 
 class Advance(Protocol):
@@ -65,8 +67,10 @@ class _Lines:
             over = done >= total
             self.said = now
             left = (now - began) / max(known - before, 1e-6) * (total - known)
-            rest = f"about {left:.0f} s left" if done < total else f"{now - began:.0f} s"
-            self.console.print(f"{label.strip()}: {done} of {total}, {rest}", highlight=False, soft_wrap=True)
+            rest = f", about {left:.0f} s left" if done < total else f", {now - began:.0f} s"
+            if known - before < _TOLD * total:  # the first seconds are no measure of the rest
+                rest = ""
+            self.console.print(f"{label.strip()}: {done} of {total}{rest}", highlight=False, soft_wrap=True)
 
         return advance
 

@@ -161,6 +161,6 @@ def _plain_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """Format the library's own warnings as sentences, without the line of code."""
-    if Path(filename).is_relative_to(Path(gb.__file__).parent):
+    if category.__module__.startswith("gambeson.") or Path(filename).is_relative_to(Path(gb.__file__).parent):
         return f"warning: {message}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"

@@ -107,7 +107,7 @@ def craft(
         told = "mean of hidden and of others kept"
     size = f"at eps {uap.about.eps:.4g}"
     if isinstance(uap, attacks.AdversarialPatch):
-        size = f"of {'x'.join(map(str, uap.mask.shape[2:]))} pixels, {100 * uap.area:.2g} % of an image"
+        size = f"of {'x'.join(map(str, uap.mask.shape[2:]))} pixels, {100 * uap.area:.3g} % of an image"
     console.print(
         f"{out}: {user_code.short(attack)} {size} ({uap.about.status}); {told} {100 * best:.1f} % on validation"
     )
@@ -277,7 +277,7 @@ def export(
         return
     pixels = "x".join(map(str, patch.mask.shape[2:]))
     typer.echo(f"{to}: {pixels} pixels as {height}x{width} dots, {size} at {dpi} dpi")
-    typer.echo(f"it was crafted for {100 * patch.area:.2g} % of an image: print and photograph it at that share")
+    typer.echo(f"it was crafted for {100 * patch.area:.3g} % of an image: print and photograph it at that share")
 
 
 @app.command("list")

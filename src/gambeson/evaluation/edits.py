@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 from torch import nn
 
-from gambeson.attacks import UniversalPerturbation
+from gambeson.attacks import PATCH_CONTROLS, AdversarialPatch, UniversalPerturbation
 from gambeson.base import Config, notebook
 from gambeson.data import Split
 from gambeson.evaluation.rates import Control, Cost, ImageErrors, strongest_control
@@ -105,7 +105,7 @@ def under_edits(
     uap: UniversalPerturbation,
     edits: Iterable[str | Edit] | None = None,
     *,
-    controls: Iterable[str] = ("random-sign",),
+    controls: Iterable[str] | None = None,
     seed: int = 0,
 ) -> EditsResult:
     """Measure whether a universal perturbation survives edits, beside clean images and controls under the same edits.
@@ -119,7 +119,8 @@ def under_edits(
             perturbation was crafted on are left out.
         uap: the perturbation.
         edits: as text such as ``jpeg:75``; None: :data:`STANDARD_EDITS`, without those that do not fit the data.
-        controls: names in :data:`gambeson.attacks.CONTROLS`, of each :data:`PATTERNS` patterns at most.
+        controls: names in :data:`gambeson.attacks.CONTROLS`, of each :data:`PATTERNS` patterns at most; None: random
+            signs, or of a patch all of :data:`gambeson.attacks.PATCH_CONTROLS`.
         seed: of the edits, the controls and a random model's votes.
 
     Raises:
@@ -137,7 +138,7 @@ def edited_rates(
     uap: UniversalPerturbation,
     edits: Iterable[str | Edit] | None = None,
     *,
-    controls: Iterable[str] = ("random-sign",),
+    controls: Iterable[str] | None = None,
     seed: int = 0,
 ) -> EditsResult:
     """As :func:`under_edits`, of a victim inside its context and a split without images of the crafting."""
@@ -146,6 +147,8 @@ def edited_rates(
         found, left_out = fitting(STANDARD_EDITS, split)
     else:
         found = check_edits(edits, split.shape, split.task, split.name)
+    if controls is None:
+        controls = PATCH_CONTROLS if isinstance(uap, AdversarialPatch) else ("random-sign",)
     patterns = {name: some[:PATTERNS] for name, some in controls_beside(uap, split, seed, controls).items()}
     every = {edit.text: edit for edit in (Edit.parse(NONE), *found)}
 

@@ -17,6 +17,7 @@ from gambeson import report
 from gambeson.auditing import SUITES, Audit, AuditPlan, Comparison, Suite, audit, compare
 from gambeson.auditing.clock import Clock, minutes_of, now
 from gambeson.auditing.cost import plan as plan_of_audit
+from gambeson.auditing.display import doubt_of
 from gambeson.auditing.run import AuditSuite
 from gambeson.base import (
     Config,
@@ -148,8 +149,8 @@ class Hardened:
         said += f" Clean accuracy is {100 * clean.second.value:.1f} %, and {100 * clean.first.value:.1f} % before"
         if lost > self.keep_accuracy + 1e-9:
             said += f": {lost:.1f} points were lost on test, although at most {self.keep_accuracy:g} on validation"
-        if not self.after.verdict.trusted:
-            said += ". The numbers of the hardened model are not to be trusted: it may be weaker than they say"
+        if doubt := doubt_of(self.after.results):
+            said += f". The numbers of the hardened model are {doubt}"
         return f"{said}."
 
     def __repr__(self) -> str:

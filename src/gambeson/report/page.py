@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -103,11 +104,13 @@ class Model:
     """Command that reproduces the audit; empty without settings."""
 
     def tally(self) -> str:
-        """Summarise the checks: passed, failed, not applicable."""
-        passed, failed, rest = (sum(check.passed is state for check in self.checks) for state in (True, False, None))
-        parts = [f"{passed} passed"]
-        parts += [f"{failed} failed"] if failed else []
+        """Summarise the checks: passed, failed, not applicable, not run."""
+        found = Counter(check.outcome for check in self.checks)
+        rest = found["does not apply"]
+        parts = [f"{found['passed']} passed"]
+        parts += [f"{found['failed']} failed"] if found["failed"] else []
         parts += [f"{rest} {'does' if rest == 1 else 'do'} not apply"] if rest else []
+        parts += [f"{found['not run']} not run"] if found["not run"] else []
         return ", ".join(parts)
 
 

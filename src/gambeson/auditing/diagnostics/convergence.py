@@ -10,6 +10,7 @@ from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.diagnostics.gradient_masking import probe
 from gambeson.auditing.outcome import InTurn, lower_end
 from gambeson.evaluation.outcome import ImageAttack
+from gambeson.tasks import Counts
 
 _LEFT = 0.05
 _MORE = 3
@@ -20,7 +21,8 @@ _CLOSER = 0.01
 
 @register(
     "unbounded attack succeeds",
-    condition=f"with the whole box allowed, clearly more than {100 * _LEFT:g} % of images stay right",
+    condition=f"clearly more than {100 * _LEFT:g} % of images stay right under PGD with the whole box allowed, and "
+    "under PGD within eps as well",
     explanation="With the whole box allowed any image can become any other: the attack fails for another reason "
     "than the model's robustness (Athalye et al. 2018, section 3.1).",
     remedy="Find what stops the gradient; attack by queries or transfer.",
@@ -30,9 +32,14 @@ def _whole_box(context: AuditContext) -> Finding:
     eps = {"inf": 1.0, "2": math.sqrt(values), "1": float(values)}[norm]
     # On label maps, whose steps begin at half of eps: half of the box is too far.
     shorter = {} if context.test.task.per_image_label else {"rel_step_size": 0.1, "final_step": 0.005}
-    left = context.accuracy(context.pgd_at(eps).model_copy(update={"steps": 40, "restarts": 1, **shorter}))
+    far = context.pgd_at(eps).model_copy(update={"steps": 40, "restarts": 1, **shorter})
+    whole, near = context.outcome(far), context.outcome(context.pgd)
+    left = Counts(whole.right.minimum(near.right), whole.total).accuracy
     return Finding(
-        lower_end(left) <= _LEFT, f"accuracy under PGD with the whole box allowed: {left}", {"accuracy": left.value}
+        lower_end(left) <= _LEFT,
+        f"accuracy under PGD with the whole box allowed {whole.accuracy}, of images that PGD of eps {context.eps:.4g} "
+        f"leaves too {left}",
+        {"accuracy": left.value},
     )
 
 
