@@ -56,6 +56,19 @@ def test_copies_that_are_rotated_by_one_angle_do_not_cover_what_is_drawn(trained
     assert check.numbers["as they are, beside rotated"] > check.numbers["rotated"] + 0.4
 
 
+def test_a_model_that_is_never_right_has_nothing_to_be_moved(trained, digits):
+    check = beside(nn.Sequential(trained, Next()), digits)
+    assert check.passed is None
+    assert check.detail == "no image of the sample is right as it is and rotated"
+
+
+class Next(nn.Module):
+    """Each class as the next one."""
+
+    def forward(self, z):
+        return (10.0 * F.one_hot(z.argmax(1), 10) + 0 * z).roll(1, 1)
+
+
 class Neighbours(nn.Module):
     """The log-likelihood of each class by a Gaussian kernel over the training images."""
 

@@ -98,7 +98,10 @@ def _alike_too(context: AuditContext) -> Finding:
     said: list[str] = []
     numbers: dict[str, float] = {}
     for name, edit in (("rotated", _rotated), ("blended", _blended)):
-        as_is, moved, gain = _beside(context, edit)
+        try:
+            as_is, moved, gain = _beside(context, edit)
+        except _NoneRight:
+            return Finding(None, f"no image of the sample is right as it is and {name}", numbers)
         numbers |= {f"as they are, beside {name}": as_is.value, name: moved.value}
         said.append(
             f"of {as_is.n} images that are right as they are and {name}, {as_is} withstand PGD of eps "
@@ -130,6 +133,10 @@ def _blended(images: torch.Tensor, labels: torch.Tensor, draw: torch.Generator) 
     return blended
 
 
+class _NoneRight(Exception):
+    """No image is right both ways, so that there is nothing to attack."""
+
+
 def _beside(context: AuditContext, edit: Moved) -> tuple[Rate, Rate, PairedDifference]:
     """Return what stands of the images that are right as they are and edited, both ways, and the paired difference."""
     victim, attack = context.victim, AsFarAsFinite(context.averaged(context.pgd))
@@ -141,6 +148,8 @@ def _beside(context: AuditContext, edit: Moved) -> tuple[Rate, Rate, PairedDiffe
         edited = split.with_images(edit(images, labels, generator(context.seed, "beside")))
         clean = [score(predict(victim, one, seed=context.seed), one).counts.right > 0 for one in (split, edited)]
         rows = (clean[0] & clean[1]).nonzero().flatten()
+        if not len(rows):
+            raise _NoneRight
         left = context.outcome(context.pgd, on), outcome(victim, edited, attack, context.seed)
         as_is, moved = (Counts(one.right[rows], one.total[rows]) for one in left)
         found.append((as_is.accuracy, moved.accuracy))
