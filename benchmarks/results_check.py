@@ -61,7 +61,7 @@ def rates(content: Any, path: str = "") -> Iterator[str]:
     """What is wrong with the rates in a result: no share of whole images, or not the interval of that share."""
     if isinstance(content, dict) and content.keys() >= RATE and content["n"] and content["value"] is not None:
         hits, n = content["value"] * content["n"], content["n"]
-        counted = content.get("effective") is None and not path.endswith(("/harm", "/lead"))  # not pixels
+        counted = content.get("effective") is None and not path.endswith(("/harm", "/lead"))  # no pixels, no difference
         if counted and content.get("low") is not None:
             if abs(hits - round(hits)) > 1e-6 * n:
                 yield f"{path} is {content['value']}, which is no share of {n}"

@@ -521,6 +521,9 @@ def test_an_earlier_summary_stands_in_for_data_sets_that_are_not_run(done, tmp_p
     assert digits["effects"] == {str(seed): effect for seed, effect in here.claims[0].findings[0].effects.items()}
     assert taken["effects"] == {"0": pytest.approx(0.1), "1": pytest.approx(0.1)}
     assert joined(here, json.loads((tmp_path / "here.json").read_text())).joined == {}
+    later = found | {"date": "2021-01-01 00:00"}  # whose data set was joined in its turn
+    assert joined(here, later).joined == found["joined"]
+    assert {row.date for row in joined(here, later).rows if row.data == "mnist5k"} == {"2020-01-01 00:00"}
     for content, words in (
         (earlier | {"study": earlier["study"] | {"seeds": [0, 1, 2]}}, "another seeds: expected one of the same study"),
         ({"rows": []}, "expected a summary of a study"),

@@ -19,7 +19,8 @@ def joined(result: StudyResult, earlier: Mapping[str, Any]) -> StudyResult:
     """Take over from an earlier summary what is not run here.
 
     Whole data sets are taken, at equal steps or at equal time: claims are judged within these, so that no number is
-    compared with one that other code has made. Verdicts of audits are not in a summary.
+    compared with one that other code has made. What the earlier summary had itself taken over keeps its date. Verdicts
+    of audits are not in a summary.
 
     Args:
         result: of :func:`gambeson.studies.read_study`.
@@ -41,8 +42,9 @@ def joined(result: StudyResult, earlier: Mapping[str, Any]) -> StudyResult:
         behind[_key(row) in taken] |= {cell.address for cell in _with_needs(done)}
     searched = {(one["data"], one["model"]) for one in result.searches}
     searches = [one for one in earlier.get("searches", ()) if (one["data"], one["model"]) not in searched]
-    places = [f"{data}, {model}, equal {at}" for data, model, at in sorted(new)]
-    machines = earlier["environments"] if places else []
+    machines, dates = earlier["environments"] if new else [], dict(result.joined)
+    for date, place in sorted({(row.date, _named(row)) for row in taken.values()}):
+        dates[date] = [*dates.get(date, ()), place]
     return result.model_copy(
         update={
             "rows": rows,
@@ -50,7 +52,7 @@ def joined(result: StudyResult, earlier: Mapping[str, Any]) -> StudyResult:
             "searches": [*result.searches, *searches],
             "done": result.done + len(behind[True] - behind[False]),
             "environments": [*result.environments, *(one for one in machines if one not in result.environments)],
-            "joined": result.joined | ({earlier["date"]: places} if places else {}),
+            "joined": dates,
         }
     )
 
@@ -65,20 +67,24 @@ def _parts(earlier: Mapping[str, Any]) -> tuple[Study, list[Result]]:
     """Return the study, with the defaults of settings that are newer than the summary, and its rows."""
     try:
         study = Study(**earlier["study"])
-        date = {"date": str(earlier["date"])}
+        dates = {place: date for date, places in earlier.get("joined", {}).items() for place in places}
         device = {"device": ", ".join(sorted({one["device"] for one in earlier["environments"]}))}
-        return study, [
-            Result(
-                **{name: row[name] for name in (*_SHOWN, "values")}, missing=row["not run"], **_UNTOLD, **date, **device
-            )
+        rows = [
+            Result(**{name: row[name] for name in (*_SHOWN, "values")}, missing=row["not run"], **_UNTOLD, **device)
             for row in earlier["rows"]
         ]
-    except (KeyError, TypeError, ValueError):
+        date = str(earlier["date"])
+        return study, [row.model_copy(update={"date": dates.get(_named(row), date)}) for row in rows]
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError("expected a summary of a study, which `gambeson study export STUDY --to json` writes") from None
 
 
 def _key(row: Result) -> tuple[Any, ...]:
     return tuple(getattr(row, name) for name in _SHOWN)
+
+
+def _named(row: Result) -> str:
+    return f"{row.data}, {row.model}, equal {row.at}"
 
 
 def _place(row: Result) -> tuple[str, str, str]:
