@@ -179,6 +179,9 @@ def test_a_card_of_numbers_that_cannot_be_trusted_says_so_at_each(tmp_path):
         assert metric["name"].endswith("(not to be trusted)") == (metric["name"] != "accuracy, clean")
     assert "Not to be trusted (failed: no vanishing gradients)" in body
     assert "2 of 3 checks" in body
+    passed = [check for check in result.checks if check.passed is not False]
+    index, _ = card(write_card(result.model_copy(update={"checks": passed}), tmp_path / "card.md"))
+    assert index["results"][0]["metrics"][-1]["name"].endswith("(not all checked)")
     assert "no vanishing gradients failed (150 of 200 images have no gradient)" in body
     assert "more than 1" in body
     assert "(more than 1)" in index["results"][0]["metrics"][-1]["name"]

@@ -69,7 +69,7 @@ class Comparison(notebook.ShownAsTable, Config):
     trusted: tuple[bool, bool]
     """Whether the numbers of each can be trusted."""
     doubt: str = ""
-    """Why the numbers of the second are not trusted, to end a sentence with; empty if they are."""
+    """What the numbers of the second are that are not trusted; empty if they are."""
     changes: list[Change]
     eps_uni: tuple[EpsUni, EpsUni]
     """Of each, untested."""
@@ -90,7 +90,7 @@ class Comparison(notebook.ShownAsTable, Config):
         said = f"Clearly worse: {', '.join(worse)}." if worse else "No clear regression."
         said += f" Clearly better: {', '.join(better)}." if better else ""
         if self.doubt:
-            said += f" The numbers of the second model are {self.doubt}."
+            said += f" The numbers of the second model are {self.doubt}: it may be weaker than they say."
         return said
 
     def gate(self, text: str | Sequence[str]) -> GateReport:

@@ -56,10 +56,10 @@ def trust_in(result: Any) -> str:
 
 
 def doubt_of(result: Any) -> str:
-    """Return why the numbers of an ``AuditResult`` are not trusted, to end a sentence with; empty if they are."""
+    """Return what the numbers of an ``AuditResult`` are that are not trusted; empty if they are."""
     if any(check.passed is False for check in result.checks):
-        return "not to be trusted: it may be weaker than they say"
-    return "" if result.verdict.trusted else "not all checked: some checks were not run"
+        return "not to be trusted"
+    return "" if result.verdict.trusted else "not all checked"
 
 
 def main_lines(result: Any) -> tuple[str, dict[str, str]]:

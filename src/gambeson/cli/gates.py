@@ -50,6 +50,7 @@ def evaluate(
 ) -> list[GateReport]:
     """Judge the gates of every audit, write the files that were asked for, and print what came of it."""
     from gambeson.auditing import judge_gates
+    from gambeson.auditing.display import doubt_of
     from gambeson.report.exchange import Finished, write_junit, write_sarif
 
     reports = [judge_gates(gates, result) for result in results]
@@ -61,8 +62,8 @@ def evaluate(
     for result, report in zip(results, reports, strict=True):
         if gates:
             console.print(gate_table(report, f"gates of {result.subject.label}"))
-        if gates and report.held and not result.verdict.trusted:
-            console.print("note: the numbers are not to be trusted, and no gate asks for that: add 'trusted'")
+        if gates and report.held and (doubt := doubt_of(result)):
+            console.print(f"note: the numbers are {doubt}, and no gate asks for that: add 'trusted'")
     return reports
 
 

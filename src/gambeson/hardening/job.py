@@ -150,7 +150,7 @@ class Hardened:
         if lost > self.keep_accuracy + 1e-9:
             said += f": {lost:.1f} points were lost on test, although at most {self.keep_accuracy:g} on validation"
         if doubt := doubt_of(self.after.results):
-            said += f". The numbers of the hardened model are {doubt}"
+            said += f". The numbers of the hardened model are {doubt}: it may be weaker than they say"
         return f"{said}."
 
     def __repr__(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from gambeson.auditing import AuditResult
-from gambeson.auditing.display import worst_of
+from gambeson.auditing.display import doubt_of, worst_of
 from gambeson.base import count, write_text
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import SmallestEps
@@ -80,8 +80,8 @@ def _metric(
         name += f" (more than {number.value:.4g})"
     ends = {"low": number.low, "high": number.high}
     args |= {f"interval_{end}": round(value, 6) for end, value in ends.items() if value is not None}
-    if about and not result.verdict.trusted:
-        name += " (not to be trusted)"
+    if about and (doubt := doubt_of(result)):
+        name += f" ({doubt})"
     return {"type": kind, "name": name, "value": round(number.value, 6), "args": args}
 
 

@@ -161,7 +161,9 @@ def answer(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> st
     )
     trusted = [folder for folder in folders if folder.trusted]
     if not trusted:
-        return f"{first} No model can be called robust, because none of the measurements is trusted."
+        failed = any(check.passed is False for folder in folders for check in folder.result.checks)
+        why = "is trusted" if failed else "was checked in full"
+        return f"{first} No model can be called robust, because none of the measurements {why}."
     strongest = min(trusted, key=lambda folder: folder.at(eps).uer.value)
     least = Rate.lowest(folder.at(eps).uer for folder in trusted)
     among = "" if len(trusted) == len(folders) else " of those whose measurement is trusted"
