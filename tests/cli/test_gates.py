@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 import yaml
 
 import gambeson as gb
+from gambeson.auditing import SUITES, AuditResult, Suite
 from gambeson.cli.app import run
 from tests.cli.test_cli import says
 
@@ -140,14 +142,34 @@ def test_compare_tells_a_regression_by_its_exit_code(tmp_path, capsys):
     says(capsys, ["compare", old, str(tmp_path / "nothing.safetensors")], "nothing.safetensors")
 
 
-def test_compare_audits_a_model_that_has_no_audit_yet(audited, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gambeson.auditing.run_audit", lambda run, out: shutil.copytree(audited / "a", out))
+def test_compare_audits_a_model_as_the_other_one_was(audited, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def stands_in(run, out):
+        asked.append(run)
+        shutil.copytree(audited / "a", out)
+        return SimpleNamespace(results=AuditResult.load(out))
+
+    monkeypatch.setattr("gambeson.auditing.run_audit", stands_in)
     shutil.copy(audited / "net.safetensors", tmp_path / "net.safetensors")
-    command = ["compare", str(audited / "a"), str(tmp_path / "net.safetensors"), "--data", "digits", "--json"]
-    assert run(command) == 0
+    net, one = str(tmp_path / "net.safetensors"), str(audited / "a")
+    assert run(["compare", one, net, "--data", "digits", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {(one["lost"], one["gained"]) for one in found["changes"]} == {(0, 0)}
     assert (tmp_path / "net.safetensors-audit" / "outcomes.safetensors").is_file()
+    assert run(["compare", net, one, "--data", "digits", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "first" / "outcomes.safetensors").is_file()
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["changes"] == found["changes"]
+    settings = AuditResult.load(audited / "a").settings
+    assert [one.suite.plain() for one in asked] == [Suite(**settings).plain()] * 2
+    assert settings != SUITES["quick"].plain()
+    asked.clear()
+    both = ["compare", net, net, "--data", "digits", "--minutes", "3", "--out", str(tmp_path / "both")]
+    assert run(both) == 0
+    assert asked[0].suite.minutes == 1.5
+    assert asked[1].suite.plain() == Suite(**settings).plain()
+    capsys.readouterr()
+    says(capsys, ["compare", one, net, "--data", "digits", "--suite", "full"], "is audited as it was; leave that out")
 
 
 def action():

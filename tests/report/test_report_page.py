@@ -154,6 +154,18 @@ def test_next_steps_are_commands_for_this_model(tmp_path: Path) -> None:
     assert "gb.train(model, data, gb.defenses.create(&#34;shared-adversarial&#34;, eps=0.15)" in python
 
 
+def test_next_steps_of_a_hardening_name_its_models(tmp_path: Path) -> None:
+    write_yaml(tmp_path / "run.yaml", {"kind": "harden", "model": "zoo:digits/lenet5/standard", "data": None})
+    for name, weights in (("original", "zoo:digits/lenet5/standard"), ("hardened", f"{tmp_path}/model.safetensors")):
+        found = write_audit(tmp_path / name)
+        found.model_copy(update={"subject": found.subject.model_copy(update={"epochs": None})}).save(tmp_path / name)
+        (tmp_path / name / "run.yaml").unlink()
+        page = words_of(report.write([tmp_path / name], tmp_path / "page.html"))
+        assert (
+            f"train --data digits --model lenet --defense shared-adversarial --eps 0.15 --init {weights} --out" in page
+        )
+
+
 def test_a_low_curve_fills_its_axis(tmp_path: Path) -> None:
     for wrong, top in (((3, 4, 5, 6, 7), 5), ((121, 150, 160, 170, 178), 50), ((121, 397, 683, 811, 903), 100)):
         write_audit(tmp_path / f"{top}", wrong=wrong, clean=999 if top == 5 else 980)

@@ -84,8 +84,20 @@ class Config(BaseModel):
 def nearest(field: str, known: Iterable[str]) -> str:
     """Return the end of an error about an unknown name: the nearest known one, or all."""
     names = sorted(known)
-    near = difflib.get_close_matches(field, names, n=1)
+    near = [name for name in names if name.startswith(field) or field.startswith(name)][:1]
+    near = near or difflib.get_close_matches(field, names, n=1, cutoff=_ALIKE)
     return f"did you mean {near[0]}?" if near else f"choose among {', '.join(names)}"
+
+
+_ALIKE = 0.8
+"""Likeness from which a name is taken for a misspelling: steps is no eps, and momentm is momentum."""
+_KINDS = {
+    "tuple_type": "expected a list, such as [1, 2]",
+    "list_type": "expected a list, such as [1, 2]",
+    "dict_type": "expected settings by name, such as {name: value}",
+    "model_type": "expected settings by name, such as {name: value}",
+}
+"""What pydantic calls by the names of Python's types."""
 
 
 def config_error(error: ValidationError, owner: str, known: Iterable[str]) -> UserError:
@@ -104,6 +116,7 @@ def config_error(error: ValidationError, owner: str, known: Iterable[str]) -> Us
         reason = f"no setting {field!r}: {nearest(field, known)}"
         return UnknownSetting(f"{owner} has {reason}", path, f"there is {reason}")
     reason = problem["msg"].removeprefix("Value error, ").replace("Input should be ", "expected ", 1)
+    reason = _KINDS.get(problem["type"], reason)
     if path and not isinstance(problem["input"], dict):
         return UserError(f"{owner}.{field} = {_shown(problem['input'])}: {reason}", path, reason)
     return UserError(f"{owner}: {reason}", path, reason)

@@ -23,13 +23,27 @@ def compare(
     second: Annotated[str, typer.Argument(help="The later one, likewise.")],
     data: options.Data = None,
     suite: Annotated[
-        str | None, typer.Option(help="Suite of the audits of models: quick, standard or full.", show_default="quick")
+        str | None,
+        typer.Option(help="Suite of the audits of models: glance, quick, standard or full.", show_default="quick"),
     ] = None,
     gate: Annotated[
         list[str] | None,
         typer.Option(
             "--gate", help="Conditions: no-regression, or changes: 'uer<=0.02, clean>=-0.01'. Exit code 3 if missed."
         ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Time for both audits, which the suite is reduced to fit: half of it for that of the first model, and "
+            "the second is audited as the first was.",
+            show_default="no limit",
+            metavar="N",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for comparison.json and the audits of models, first and second."),
     ] = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -38,39 +52,43 @@ def compare(
     """Compare two models, image by image: clean, under one perturbation, and under per-image attacks.
 
     What became worse or better is tested on the images that both audits report on (McNemar), for all rates at once.
-    Audits on other data, of other eps or with other settings are refused.
+    A model is audited as the other was. Finished audits on other data, of other eps or with other settings are refused.
 
     Example: `gambeson compare runs/old-audit runs/new-audit --gate no-regression`
     """
-    from gambeson.auditing import AuditRun, parse_gates, run_audit
+    from gambeson.auditing import AuditResult, AuditRun, Suite, parse_gates, run_audit
     from gambeson.auditing import compare as compared
+    from gambeson.auditing.audit import suite_named
     from gambeson.auditing.comparison import CHANGES
-    from gambeson.base import UserError, pick_device
+    from gambeson.base import UserError, pick_device, writable, write_json
     from gambeson.models.loading import trained_on
 
     if gate is not None:
         parse_gates(gate, CHANGES)
-    given = {"data": data, "suite": suite}
+    if out is not None:
+        writable(out)
     seen = [trained_on(model) for model in (first, second)]
     if data is None and None not in seen and seen[0] != seen[1]:
         raise UserError(f"the models are of other data ({seen[0]} and {seen[1]}): name those of both with --data")
-    folders = []
+    models = {"first": first, "second": second}
+    folders = {name: Path(model) for name, model in models.items() if _is_audit(Path(model))}
+    given = {"data": data if len(folders) == 2 else None, "suite": suite, "minutes": minutes}
+    if folders and (unused := [f"--{name}" for name, value in given.items() if value is not None]):
+        done = "both audits are finished, and nothing is measured"
+        if len(folders) == 1:
+            done = f"{next(iter(folders.values()))} is finished, and the other model is audited as it was"
+        raise UserError(f"{' and '.join(unused)}: {done}; leave that out")
     with progress(as_json) as console:
-        for model in (first, second):
-            folder = Path(model)
-            if not _is_audit(folder):
-                folder = options.folder_beside(model, "audit")
-                run_audit(
-                    AuditRun(model=model, data=data, suite=suite or "quick", seed=seed, device=pick_device(device)),
-                    folder,
-                )
-                given = {}
-            folders.append(folder)
-        if unused := [f"--{name}" for name, value in given.items() if value is not None]:
-            raise UserError(
-                f"{' and '.join(unused)}: both audits are finished, and nothing is measured; leave that out"
-            )
-        found = compared(*folders)
+        asked = suite_named(suite or ("quick" if minutes is None else None), None if minutes is None else minutes / 2)
+        for folder in folders.values():
+            asked = Suite(**AuditResult.load(folder).settings)
+        for name in [name for name in models if name not in folders]:
+            run = AuditRun(model=models[name], data=data, suite=asked, seed=seed, device=pick_device(device))
+            folders[name] = options.folder_beside(run.model, "audit") if out is None else out / name
+            asked = Suite(**run_audit(run, folders[name]).results.settings)
+        found = compared(folders["first"], folders["second"])
+    if out is not None:
+        write_json(out / "comparison.json", found.plain())
     report = None if gate is None else found.gate(gate)
     if as_json:
         print_json(found.plain() | ({} if report is None else {"gates": report.plain()["gates"]}))

@@ -11,7 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from gambeson.auditing import AuditPlan, AuditResult
     from gambeson.evaluation import EditsResult, PlacementResult, Rate
-    from gambeson.evaluation.rates import SmallestEps
+    from gambeson.evaluation.rates import Control, SmallestEps
 
     Cells = Callable[[AuditResult], str]
 
@@ -93,7 +93,11 @@ def _trust(result: AuditResult) -> str:
 
 def edits_table(found: EditsResult) -> Table:
     """One row per edit: errors under the perturbation, on clean images and under the worst control."""
-    table = Table(title=f"edited images, eps {found.eps:.3g}: per cent [95 % interval]", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"edited images, eps {found.eps:.3g}: per cent [95 % interval]",
+        box=box.SIMPLE_HEAD,
+        caption=_patterns(found.rates[0].controls),
+    )
     for name in ("edit", "UER", "clean error", "worst control"):
         table.add_column(name, justify="left" if name == "edit" else "right")
     for one in found.rates:
@@ -119,7 +123,11 @@ def places_table(found: PlacementResult) -> Table:
 
 def placements_table(found: PlacementResult) -> Table:
     """One row per scale and angle: the rate of a patch, that of the worst control, and the lead over it."""
-    table = Table(title=f"{found.what} by scale and angle: per cent [95 % interval]", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"{found.what} by scale and angle: per cent [95 % interval]",
+        box=box.SIMPLE_HEAD,
+        caption=_patterns(found.places[0][0].controls, found.whole.controls),
+    )
     for name in ("placement", found.what, "worst control", "lead, paired"):
         table.add_column(name, justify="left" if name == "placement" else "right")
     rows = {"as crafted": found.whole} | {f"scale {one.at:g}": one for one in found.scales}
@@ -127,6 +135,13 @@ def placements_table(found: PlacementResult) -> Table:
     for name, one in rows.items():
         table.add_row(name, _cell(one.rate), _cell(one.control), "-" if one.lead is None else str(one.lead))
     return table
+
+
+def _patterns(controls: Sequence[Control], crafted: Sequence[Control] = ()) -> str | None:
+    """Say of how many patterns the worst control is the worst, which differs from table to table."""
+    drawn, whole = (max((one.draws for one in some), default=0) for some in (controls, crafted))
+    more = f" ({whole} as crafted)" if whole > drawn else ""
+    return f"worst control: of {drawn} patterns of each kind{more}, its interval widened" if drawn else None
 
 
 def _beside(control: Rate | None) -> str:

@@ -13,6 +13,7 @@ import torch
 from gambeson.auditing import AuditResult
 from gambeson.auditing.results import DataInfo, UniversalResult
 from gambeson.base import UserError, load_tensors, read_json, read_settings
+from gambeson.base.files import read_yaml
 
 _EXAMPLES = ("images", "perturbed", "labels", "predictions", "perturbed_predictions")
 
@@ -103,8 +104,20 @@ def _read(path: Path, result: AuditResult, times: Counter[str]) -> Folder:
         direction=_direction(path, result),
         examples=_examples(path / "examples.safetensors"),
         seconds=dict(read_json(timing)) if timing.is_file() else {},
-        settings=read_settings(path / "run.yaml", "audit") if (path / "run.yaml").is_file() else {},
+        settings=_settings(path),
     )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """Settings of an audit's run; of one that `gambeson harden` made, those that name its model and data."""
+    if (path / "run.yaml").is_file():
+        return read_settings(path / "run.yaml", "audit")
+    whole = path.parent / "run.yaml"
+    found = read_yaml(whole) if whole.is_file() else {}
+    if found.get("kind") != "harden":
+        return {}
+    model = found["model"] if path.name == "original" else str(path.parent / "model.safetensors")
+    return {"model": model, "data": found.get("data")}
 
 
 def _delta(path: Path, material: DataInfo) -> torch.Tensor:

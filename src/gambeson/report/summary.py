@@ -13,6 +13,7 @@ from gambeson.auditing.display import worst_of
 from gambeson.base import read_settings
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import strongest_control
+from gambeson.models import zoo
 from gambeson.models.storage import ENDINGS
 from gambeson.report.formatting import EpsFormat, count, of_hundred
 from gambeson.report.loading import Folder
@@ -243,7 +244,8 @@ def _train(folder: Folder, defense: str, eps: str, text: str) -> Step | None:
     if model.endswith((".pt2", ".onnx")) or "?normalise=" in model:
         return None
     architecture, _, weights = model.partition("@")
-    if result.subject.epochs is not None or (model == architecture and model.endswith(".safetensors")):
+    stored = model.startswith(zoo.PREFIX) or (model == architecture and model.endswith(".safetensors"))
+    if result.subject.epochs is not None or stored:
         architecture, weights = result.subject.name, model
     elif not weights.lower().endswith(ENDINGS):  # no file: weights by name
         architecture, weights = model, ""
