@@ -209,6 +209,7 @@ def test_checks_and_reasons_are_written_out(written: Written, tmp_path: Path) ->
     assert failed.verdict.reasons
     for reason in failed.verdict.reasons:
         assert f"Why the measurement is not trusted: {reason}" in written.seen.text
+    assert "What was not checked:" not in written.seen.text
     states = {True: "✓ passed", False: "✗ failed", None: "– does not apply"}
     for result in written.results:
         for check in result.checks:
@@ -341,7 +342,7 @@ def test_results_of_an_earlier_form_are_refused(tmp_path: Path) -> None:
 def test_missing_files_and_empty_lists_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no audit was given: expected one or more folders"):
         report.write([], tmp_path / "page.html")
-    with pytest.raises(UserError, match=r"result\.json does not exist: name a folder"):
+    with pytest.raises(UserError, match=r"result\.json does not exist: name a file or folder"):
         report.write([tmp_path / "nothing"], tmp_path / "page.html")
     write_audit(tmp_path / "cut")
     (tmp_path / "cut" / "uap-0.15.safetensors").unlink()

@@ -96,7 +96,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: name a folder that a finished run has written") from None
+        raise UserError(f"{path} does not exist: name a file or folder that a finished run has written") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): {_AGAIN}") from None
     except OSError as error:

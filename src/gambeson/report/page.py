@@ -103,6 +103,11 @@ class Model:
     command: str
     """Command that reproduces the audit; empty without settings."""
 
+    @property
+    def failed(self) -> bool:
+        """Whether a check has failed."""
+        return any(check.passed is False for check in self.checks)
+
     def tally(self) -> str:
         """Summarise the checks: passed, failed, not applicable, not run."""
         found = Counter(check.outcome for check in self.checks)
