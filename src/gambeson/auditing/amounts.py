@@ -201,7 +201,7 @@ CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
     "UER monotone in eps": lambda n: {},
     "no noise-off gap": lambda n: {"gradients": 20 * n.random, "forwards": 5 * n.random},
     "no EOT gap": lambda n: {"gradients": 32 * n.random},
-    "no vanishing gradients": lambda n: {"gradients": 2},
+    "no vanishing gradients": lambda n: {"gradients": 2, "forwards": 5 * n.of_maps},
     "gradient matches finite differences": lambda n: {"forwards": 3, "gradients": 1},
     "margin vanishes where the answer changes": lambda n: {"forwards": 0 if n.of_maps else 24},
     "gradient complete": lambda n: {"forwards": 75, "gradients": 6},

@@ -31,6 +31,8 @@ pixels is from its tangent: in more pixels than promise so much, no fewer than 3
 _LEAST = torch.finfo(torch.float32).tiny
 """What lies below is no longer a normal number: the gradient has underflown."""
 _STEPS = 20
+_DRAWS = 4
+"""Of noise at each image (ours)."""
 _SEVERAL = 3
 """Classes from which on wrong ones are looked at: the logits of two may be a number and a zero."""
 
@@ -38,7 +40,8 @@ _SEVERAL = 3
 @register(
     "no vanishing gradients",
     condition=f"more than {100 * _DEAD:g} % of images have a loss gradient of zero, to float32's smallest normal "
-    "number, or one that is not finite; or on as many no wrong class's logit has a gradient",
+    "number, or one that is not finite; or on as many no wrong class's logit has a gradient; or at as many pixels of "
+    "label maps noise of eps changes no wrong class's logit",
     explanation="Such images cannot be attacked by following the gradient: it is saturated, detached, rounded away "
     "or lost to underflow; or it leads away from the right class, and towards no other.",
     remedy="Attack the logits before the part that hides it, or by queries.",
@@ -54,7 +57,34 @@ def _alive(context: AuditContext) -> Finding:
         blind = _without(_gradients(context, images, labels, lambda z, y: _of_wrong_classes(z, y, split.task))[0])
         detail += f"; on {blind} no wrong class's logit has a gradient"
         numbers["wrong classes dead"] = blind / len(images)
-    return Finding(max(dead, blind) <= _DEAD * len(images), detail, numbers)
+    alive = max(dead, blind) <= _DEAD * len(images)
+    if not split.task.per_image_label and len(split.classes) >= _SEVERAL:
+        still = _still(context, images, labels)
+        detail += f"; at {100 * still:.1f} % of their pixels noise of eps changes no wrong class's logit"
+        numbers["wrong classes still"] = still
+        alive &= still <= _DEAD
+    return Finding(alive, detail, numbers)
+
+
+@torch.no_grad()
+def _still(context: AuditContext, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the share of labelled pixels at which noise changes no wrong class's logit, so that none has a slope."""
+    victim, task, size = context.victim, context.sample.task, at_once(context.sample)
+    ball = Ball(eps=context.eps, norm=context.suite.norm)
+    draw, still, labelled = generator(context.seed, "noise", device=images.device), 0, 0
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        with seeded(context.seed, "one draw"):
+            return victim.forward_original(x)
+
+    for x, y in zip(images.split(size), labels.split(size), strict=True):
+        before, counted = logits(x), task.valid(y)
+        moved = torch.zeros_like(before, dtype=torch.bool)
+        for _ in range(_DRAWS):
+            moved |= logits(perturb(x, ball.signs(x.shape, draw))) != before
+        moved = moved.scatter(1, task.indexable(y)[:, None], False).any(1)
+        still, labelled = still + int((~moved & counted).sum()), labelled + int(counted.sum())
+    return still / max(1, labelled)
 
 
 def _without(gradients: torch.Tensor) -> int:
