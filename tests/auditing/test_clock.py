@@ -101,11 +101,11 @@ def test_more_time_buys_more_and_less_is_given_up_in_order(digits, trained, monk
 
 def test_too_few_minutes_are_refused_with_the_least(digits, trained, monkeypatch):
     Time(monkeypatch)
-    with pytest.raises(UserError, match=r"0.01 minutes are too few: the smallest .* --minutes [\d.]+$") as error:
+    with pytest.raises(UserError, match=r"0.01 minutes is too short: the smallest .* --minutes [\d.]+$") as error:
         Clock(0.01, trained, digits, SUITES["quick"]).choose()
     least = float(re.search(r"--minutes ([\d.]+)$", str(error.value))[1])
     assert len(Clock(least, trained, digits, SUITES["quick"]).choose().eps) == 1
-    with pytest.raises(UserError, match="too few"):
+    with pytest.raises(UserError, match="too short"):
         Clock(0.8 * least, trained, digits, SUITES["quick"]).choose()
     with pytest.raises(UserError, match="or fewer --eps"):
         Clock(least, trained, digits, SUITES["quick"].model_copy(update={"eps": (0.1, 0.2, 0.3, 0.4)})).choose()

@@ -120,6 +120,25 @@ def test_a_report_judges_stored_audits_and_measures_nothing(tmp_path, capsys):
     says(capsys, ["report", names[0], "--gate", "trusted"], "is not valid JSON")
 
 
+@pytest.mark.parametrize("option", ["--out", "--sarif", "--junit", "--card"])
+def test_a_file_is_replaced_by_one_of_its_kind_alone(option, tmp_path, capsys):
+    write_audit(tmp_path / "a", with_jacobian=False)
+    own, mine = tmp_path / "made", tmp_path / "a" / "result.json"
+    for _ in range(2):  # again, in its place
+        assert run(["report", str(tmp_path / "a"), option, str(own)]) == 0
+    before = mine.read_bytes()
+    capsys.readouterr()
+    says(capsys, ["report", str(tmp_path / "a"), option, str(mine)], f"{mine} exists and is not", "name another file")
+    assert mine.read_bytes() == before
+    for other in {"--out", "--sarif", "--junit", "--card"} - {option}:
+        says(capsys, ["report", str(tmp_path / "a"), other, str(own)], f"{own} exists and is not")
+
+
+def test_an_empty_gate_is_named(tmp_path, capsys):
+    write_audit(tmp_path / "a", with_jacobian=False)
+    says(capsys, ["report", str(tmp_path / "a"), "--gate", ""], "error: a gate in '' is empty")
+
+
 def test_compare_tells_a_regression_by_its_exit_code(tmp_path, capsys):
     old, new = (str(tmp_path / name) for name in ("old", "new"))
     write_audit(tmp_path / "old", with_jacobian=False)

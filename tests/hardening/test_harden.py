@@ -258,7 +258,7 @@ def test_the_time_decides_how_long_to_train(trained, digits, monkeypatch):
         made.settings = made.settings.model_copy(update={"minutes": minutes})
         assert made.schedule().epochs == epochs
     made.settings = made.settings.model_copy(update={"minutes": made.seconds(1) / 28})
-    with pytest.raises(UserError, match="are too few: half of them are for the training"):
+    with pytest.raises(UserError, match="is too short: half of it is for the training"):
         made.schedule()
 
 

@@ -215,7 +215,7 @@ class Clock:
             speed = self.rest.speed
             back = "" if self.rest.black_box else f", {speed.gradient:.2g} s a gradient"
             raise UserError(
-                f"{minutes_of(self.minutes)} are too few: the smallest audit of this model takes about {whole:.2g} s "
+                f"{minutes_of(self.minutes)} is too short: the smallest audit of this model takes about {whole:.2g} s "
                 f"on this machine ({speed.forward:.2g} s an image forward{back}); give --minutes "
                 f"{math.ceil(least / step) * step:.3g}{fewer}"
             )

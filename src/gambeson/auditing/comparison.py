@@ -195,12 +195,19 @@ def _check_pair(first: AuditResult, second: AuditResult) -> None:
     settings = {**first.settings, **second.settings}
     unlike = [name for name in settings if first.settings.get(name) != second.settings.get(name)]
     if unlike:
-        named = [f"{name}: {first.settings.get(name)} and {second.settings.get(name)}" for name in unlike[:3]]
+        unlike.sort(key=lambda name: name == "checks")  # the longest says least
+        values = {name: [_short(each.settings.get(name)) for each in (first, second)] for name in unlike[:3]}
+        named = [f"{name}: {' and '.join(both)}" for name, both in values.items()]
         more = f" and {len(unlike) - 3} more" if len(unlike) > 3 else ""
         raise UserError(
             f"the audits differ in their settings ({'; '.join(named)}{more}), so a difference says nothing of the "
             "models: audit both with the same suite, as `gambeson audit --config` of one run.yaml does"
         )
+
+
+def _short(value: object, most: int = 40) -> str:
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]} ..."
 
 
 def _rates(result: AuditResult) -> dict[str, Rate]:

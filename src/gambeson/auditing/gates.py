@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from gambeson.auditing.display import worst_of
 from gambeson.base import Config, UserError, notebook, unknown_name
 from gambeson.base.config import parse_number
+from gambeson.base.errors import some
 from gambeson.evaluation import Rate
 
 if TYPE_CHECKING:
@@ -243,7 +244,8 @@ def parse_gates(text: str | Sequence[str], metrics: Mapping[str, Metric] = METRI
     parts = [part.strip() for one in texts for part in one.split(",")]
     if not all(parts) or not parts:
         raise UserError(
-            f"a gate in {', '.join(texts)!r} is empty: expected for example 'uer<=0.2, clean>=0.9, trusted'"
+            f"a gate in {some(map(repr, texts)) or 'an empty list'} is empty: expected for example 'uer<=0.2, "
+            "clean>=0.9, trusted'"
         )
     return [_parse(part, metrics) for part in parts]
 

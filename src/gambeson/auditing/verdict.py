@@ -19,6 +19,7 @@ from gambeson.auditing.results import (
     UniversalResult,
     Verdict,
 )
+from gambeson.base.errors import some
 from gambeson.evaluation import Rate
 from gambeson.evaluation.classes import ClassView
 from gambeson.evaluation.rates import EpsAdv, EpsUni, SmallestEps, strongest_control
@@ -88,8 +89,7 @@ def judge(
     if unchecked:
         ran = f"{len(checks)} of {len(checks) + len(unchecked)} checks were run"
         if not failed:
-            some = ", ".join(unchecked[:3]) + (f" and {len(unchecked) - 3} more" if len(unchecked) > 3 else "")
-            said.insert(1, f"Not checked for {some}: {ran}, and none failed.")
+            said.insert(1, f"Not checked for {some(unchecked, 3)}: {ran}, and none failed.")
         reasons.append(f"{ran}: not checked for {', '.join(unchecked)}. Run a larger suite, or give it more time.")
     return Verdict(trusted=not failed and not unchecked, summary=" ".join(filter(None, said)), reasons=reasons)
 

@@ -53,8 +53,16 @@ def count(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
+def some(names: Iterable[str], most: int = 5) -> str:
+    """Return the first names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def one_line(error: BaseException) -> str:
     """Return the first line of an error's message, without its full stop, to quote it in another one."""
+    if isinstance(error, OSError) and error.strerror:  # without its number and the file, which the sentence names
+        return error.strerror
     return " ".join(str(error).split("\n")[0].split()).rstrip(".") or type(error).__name__
 
 

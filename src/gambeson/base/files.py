@@ -41,6 +41,41 @@ def writable(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written ({error.strerror}): {_ELSEWHERE} and retry") from None
 
 
+KINDS = {
+    "an HTML page": b"<!doctype html>",
+    "SARIF": b'{\n  "$schema"',
+    "JUnit XML": b"<?xml ",
+    "a model card": b"---\nmodel-index:",
+    "the CSV of a study": b"data,model,",
+    "the Parquet of a study": b"PAR1",
+    "the summary of a study": b'{\n  "cells"',
+    "the results of a study's cells": b"\x1f\x8b",
+}
+"""How files begin that a command writes where it is told to."""
+
+
+def replaceable(path: Path, kind: str) -> None:
+    """Check that a file which is written anew takes the place of an earlier one of its kind, or of none.
+
+    Args:
+        path: of the file.
+        kind: one of :data:`KINDS`.
+
+    Raises:
+        UserError: there is something else.
+    """
+    begin = KINDS[kind]
+    try:
+        with path.open("rb") as file:
+            found = file.read(len(begin))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): name another file") from None
+    if found not in (b"", begin):
+        raise UserError(f"{path} exists and is not {kind}: name another file, or remove it first")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` in one step.
 
@@ -300,7 +335,10 @@ def read_settings(path: Path, kind: str) -> dict[str, Any]:
     content = {key: value for key, value in read_yaml(path).items() if key not in _UNLIKE}
     found = content.get("kind", kind)
     if found != kind:
-        use = f"`gambeson audit {path.parent}` makes one of it" if (found, kind) == ("train", "audit") else ""
+        use = {
+            ("train", "audit"): f"`gambeson audit {path.parent}` makes one of it",
+            ("audit", "train"): f"it is no model; `gambeson report {path.parent}` shows it, and --out goes on with it",
+        }.get((found, kind), "")
         raise UserError(
             f"{path} describes a run of kind {found!r}: expected {kind!r}; {use or f'use `gambeson {found}` for it'}"
         )

@@ -105,7 +105,7 @@ def compare(
 def comparison_table(found: Comparison) -> Table:
     """Return one row per rate: both models, the change with its interval, and its outcome."""
     table = Table(
-        title=f"{found.first.label} and {found.second.label}, on {found.material.name}: per cent [95 % interval]",
+        title=f"{_named(found)}, on {found.material.name}: per cent [95 % interval]",
         box=box.SIMPLE_HEAD,
         caption="p: probability of so large a change by chance, for all rates at once",
     )
@@ -117,6 +117,11 @@ def comparison_table(found: Comparison) -> Table:
         rates = [f"{100 * rate.value:.1f}" for rate in (one.first, one.second)]
         table.add_row(one.name, *rates, change, f"{one.adjusted:.2g}", one.outcome, style=style)
     return table
+
+
+def _named(found: Comparison) -> str:
+    labels = found.first.label, found.second.label
+    return "two models" if len({*labels}) == 1 else " and ".join(labels)
 
 
 def _is_audit(folder: Path) -> bool:

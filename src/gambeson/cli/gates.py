@@ -30,13 +30,17 @@ Junit = Annotated[
 ]
 
 
-def parsed(given: list[str] | None, *files: Path | None) -> list[Gate]:
+def parsed(
+    given: list[str] | None, sarif: Path | None = None, junit: Path | None = None, card: Path | None = None
+) -> list[Gate]:
     """Read the gates of a command, and check that its files can be written, before it begins."""
     from gambeson.auditing import parse_gates
-    from gambeson.base import writable
+    from gambeson.base import replaceable, writable
 
-    for file in filter(None, files):
-        writable(file.parent)
+    for kind, file in {"SARIF": sarif, "JUnit XML": junit, "a model card": card}.items():
+        if file is not None:
+            writable(file.parent)
+            replaceable(file, kind)
     return [] if given is None else parse_gates(given)
 
 

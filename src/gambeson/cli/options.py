@@ -172,7 +172,7 @@ def sentence(error: UserError, arguments: list[str]) -> str:
             if known[-length:] == part or known[:length] == part:
                 return f"{typed[known]}: {error.reason}"
     option = f"--{path[-1].replace('_', '-')}" if path else ""
-    if option in arguments:  # of a command without a run's settings
+    if option and option in arguments:  # of a command without a run's settings
         return f"{' '.join(arguments[arguments.index(option) :][:2])}: {error.reason}"
     return str(error) if path else error.reason
 

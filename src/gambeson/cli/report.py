@@ -43,7 +43,7 @@ def report(
     Example: `gambeson report runs/studies/claims-small`
     """
     from gambeson.auditing import AuditResult
-    from gambeson.base import UserError, writable
+    from gambeson.base import UserError, replaceable, writable
     from gambeson.models.zoo import PREFIX
     from gambeson.report import write, write_card, write_study
     from gambeson.studies import is_study, read_study
@@ -62,6 +62,7 @@ def report(
     if out is not None or not (asked or others):
         page = out or audits[0] / "report.html"
         writable(page.parent)
+        replaceable(page, "an HTML page")
         study = len(audits) == 1 and is_study(audits[0])
         done["report"] = str(
             write_study(read_study(audits[0]), page, audits[0].parent) if study else write(audits, page)

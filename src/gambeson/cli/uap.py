@@ -148,7 +148,7 @@ def score(
     Example: `gambeson uap score patch.safetensors runs/x --placements`
     """
     from gambeson.attacks import CONTROLS, PATCH_CONTROLS, AdversarialPatch, load
-    from gambeson.base import UserError, pick_device, writable
+    from gambeson.base import UserError, pick_device, replaceable, writable
     from gambeson.evaluation import (
         accuracy,
         by_placement,
@@ -172,6 +172,7 @@ def score(
         raise UserError(f"{file} holds a perturbation of whole images, which has no place: leave --placements out")
     if report is not None:
         writable(report.parent)
+        replaceable(report, "an HTML page")
     source = needed(one_model(model, model_), f"uap score {file}")
     with progress(as_json) as console:
         subject = load_model(source, data, pick_device(device), budget=budget, http=http_settings(http))
@@ -266,10 +267,12 @@ def export(
     Example: `gambeson uap export patch.safetensors --print 50mm --to patch.pdf`
     """
     from gambeson.attacks import AdversarialPatch
-    from gambeson.base import writable
+    from gambeson.base import UserError, writable
     from gambeson.report import print_patch
 
     patch = AdversarialPatch.load(file)
+    if to.exists():
+        raise UserError(f"{to} exists: choose another --to, or remove it first")
     writable(to.parent)
     height, width = print_patch(patch, to, size, dpi, marks=marks)
     if as_json:

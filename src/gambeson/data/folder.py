@@ -7,7 +7,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gambeson.base.errors import DataWarning, UserError
+from gambeson.base.errors import DataWarning, UserError, one_line, some
 from gambeson.base.files import refuse_pointer
 from gambeson.data.dataset import Dataset, complete, settled
 from gambeson.data.lazy import LazySplit
@@ -80,7 +80,7 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # PIL's decoders raise errors of many types for damaged files
         refuse_pointer(path)
-        raise UserError(f"{path} cannot be read as an image ({error}): replace or remove it") from None
+        raise UserError(f"{path} cannot be read as an image ({one_line(error)}): replace or remove it") from None
 
 
 def load_folder(
@@ -113,6 +113,9 @@ def load_folder(
     folders = _split_folders(path) or {"": path}
     found = {part: _class_folders(folder, options.nested == "flat") for part, folder in folders.items()}
     _refuse_masks(path, found)
+    only, *others = next(iter(found.values()))
+    if not others:
+        raise UserError(f"{path} has the one class folder {only}: expected two or more, a sub-folder per class")
     classes = _ordered(name, list(next(iter(found.values()))), options.order)
     for part, folder in folders.items():
         _compare_classes(folder, list(found[part]), classes)
@@ -359,12 +362,6 @@ def tell_shared(data: Dataset) -> None:
                 f"{shared} of the {len(split)} images of {split.name} are in {data.train.name} too (equal pixels): "
                 "rates on them measure memory, so remove them from one of the two"
             )
-
-
-def some(names: Iterable[str], most: int = 5) -> str:
-    """Return the first names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _tell(text: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from gambeson.base.errors import UserError
+from gambeson.base.errors import UserError, one_line, some
 from gambeson.data.dataset import PARTS, Dataset, complete, settled
 from gambeson.data.folder import (
     IMAGES,
@@ -26,7 +26,6 @@ from gambeson.data.folder import (
     listing,
     open_image,
     part_of,
-    some,
     tell_shared,
     within,
 )
@@ -83,7 +82,9 @@ def read_palette(path: Path) -> Palette:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the palette {path} cannot be read ({error}): expected a JSON or a text file") from None
+        raise UserError(
+            f"the palette {path} cannot be read ({one_line(error)}): expected a JSON or a text file"
+        ) from None
     found: list[tuple[str, Any]] = []
     if path.suffix.lower() == ".json":
         try:

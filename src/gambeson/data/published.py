@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from gambeson.base.errors import UserError
+from gambeson.base.errors import UserError, some
 from gambeson.data.dataset import Dataset
-from gambeson.data.folder import listing, some
+from gambeson.data.folder import listing
 from gambeson.data.mask_folders import IGNORED, MaskReader, Pair, load_masks, paired
 from gambeson.data.pictures import ImageOptions, Shape
 from gambeson.data.torchvision_sets import MOST, VOC

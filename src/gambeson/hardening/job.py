@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +33,7 @@ from gambeson.base import (
     writable,
     write_json,
 )
+from gambeson.base.errors import DataWarning
 from gambeson.data import Dataset, Split, as_dataset
 from gambeson.defenses import Gambeson
 from gambeson.evaluation import BlackBox
@@ -142,6 +144,8 @@ class Hardened:
             f"One pattern of eps {eps:.3g} fools the hardened model on {100 * uer.second.value:.1f} % of test images, "
             f"and the original on {100 * uer.first.value:.1f} %."
         )
+        if uer.outcome != "better":
+            said += " That is no clear gain." if uer.outcome != "worse" else " That is clearly worse."
         if attacks := [change for name, change in changes.items() if name.startswith("per_image:")]:
             one, other = (100 * min(getattr(change, side).value for change in attacks) for side in ("first", "second"))
             said += f" Attacked image by image, {other:.1f} % stay right, and {one:.1f} % before."
@@ -219,7 +223,12 @@ def hardened(job: Job, schedule: Schedule, folder: Path, title: str, began: floa
         save_model(net, folder / FILE_NAME, {"hardened": found.summary})
     else:
         save_tensors(folder / FILE_NAME, net.state_dict(), {"hardened": found.summary})
-    report.write([folder / BEFORE, folder / AFTER], folder / PAGE, title=title or "Before and after hardening")
+    report.write(
+        [folder / BEFORE, folder / AFTER],
+        folder / PAGE,
+        title=title or "Before and after hardening",
+        answer=found.summary,
+    )
     write_json(folder / RESULT, {**found.plain(), "environment": environment(job.device)})
     return found
 
@@ -274,6 +283,14 @@ class Job:
         found = validate(model, data)
         if how := chance_level(found, data.validation):
             raise UserError(f"the model has not learnt: {how}; train it before it is hardened, or check the data")
+        if 0 < settings.keep_accuracy < (one := 100 / len(data.validation)):
+            warnings.warn(
+                f"one of {len(data.validation)} validation images is {one:.1f} points of accuracy, so that "
+                f"keep_accuracy = {settings.keep_accuracy:g} allows no loss: give {math.ceil(10 * one) / 10:g} or "
+                "more, or more validation images",
+                DataWarning,
+                stacklevel=3,
+            )
         self.base = found[ACCURACY]
         """Accuracy on clean validation images of the model as it came."""
 
@@ -308,7 +325,7 @@ class Job:
         if not fitting:
             least = self.seconds(1) / 60 / TRAINING / _SLACK
             raise UserError(
-                f"{minutes_of(minutes or 0)} are too few: half of them are for the training, of which one epoch and "
+                f"{minutes_of(minutes or 0)} is too short: half of it is for the training, of which one epoch and "
                 f"its validation take about {self.seconds(1):.2g} s on this machine; give --minutes {least:.2g} or more"
             )
         epochs = fitting[-1]

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from gambeson.base import UserError, load_tensors, one_line, save_tensors, seeded
+from gambeson.base.errors import some
 from gambeson.models.factory import build
 from gambeson.models.outputs import as_logits
 from gambeson.models.pixel_model import ModelCard, PixelModel
@@ -327,10 +328,10 @@ def _unfit(weights: Weights, groups: dict[str, State], parts: list[nn.Module]) -
     where = f" (under {place})" if place != "no prefix" else ""
     model = parts[0]
     title = model.card.name if isinstance(model, PixelModel) else type(model).__name__
-    return UserError(
-        f"the weights of {weights.path}{where} do not fit this {title}: {best}; create the architecture the file was "
-        "written from"
-    )
+    remedy = "create the architecture the file was written from"
+    if best.startswith("of another shape"):  # and nothing else
+        remedy += ", with data of as many classes and colours"
+    return UserError(f"the weights of {weights.path}{where} do not fit this {title}: {best}; {remedy}")
 
 
 def _where(place: str, prefix: str) -> str:
@@ -357,8 +358,7 @@ def _check_normalisation(model: nn.Module, path: Path, others: State) -> None:
 def _listed(what: str, entries: list[str]) -> str:
     if not entries:
         return ""
-    more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
-    return f"{what} {', '.join(entries[:3])}{more}"
+    return f"{what} {some(entries, 3)}"
 
 
 def _group(weights: Weights, key: str) -> State:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gambeson.attacks import AdversarialPatch, UniversalPerturbation
-from gambeson.base import load_tensors, write_text
+from gambeson.base import load_tensors, replaceable, write_text
 from gambeson.data import Split
 from gambeson.evaluation import PlacementResult, Rate
 from gambeson.evaluation.transfer import TransferResult
@@ -33,7 +33,9 @@ __all__ = [
 ]
 
 
-def write(audits: Sequence[str | Path], out: str | Path, *, title: str | None = None) -> Path:
+def write(
+    audits: Sequence[str | Path], out: str | Path, *, title: str | None = None, answer: str | None = None
+) -> Path:
     """Write one HTML page about one or more audits of the same data.
 
     Everything in the page comes from the folders' files; nothing is recomputed. Equal folders give equal bytes.
@@ -42,6 +44,7 @@ def write(audits: Sequence[str | Path], out: str | Path, *, title: str | None = 
         audits: folders of finished audits, in the order of the page.
         out: the output file, replaced atomically.
         title: the page's heading; by default a plain one.
+        answer: the sentences below it; by default about the weakest and the strongest of several models.
 
     Returns:
         The path of the page.
@@ -50,7 +53,7 @@ def write(audits: Sequence[str | Path], out: str | Path, *, title: str | None = 
         UserError: no folder is given, a folder holds no finished audit, or the audits cannot be compared (other data,
             other norm).
     """
-    found = page.build(read_folders([Path(folder) for folder in audits]), title)
+    found = page.build(read_folders([Path(folder) for folder in audits]), title, answer)
     return _written(out, page.render("audit", found))
 
 
@@ -140,5 +143,6 @@ def write_first(
 
 
 def _written(out: str | Path, html: str) -> Path:
+    replaceable(Path(out), "an HTML page")
     write_text(Path(out), html)
     return Path(out)

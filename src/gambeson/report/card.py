@@ -9,7 +9,7 @@ import yaml
 
 from gambeson.auditing import AuditResult
 from gambeson.auditing.display import doubt_of, worst_of
-from gambeson.base import count, write_text
+from gambeson.base import count, replaceable, write_text
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import SmallestEps
 
@@ -26,6 +26,7 @@ def write_card(result: AuditResult, out: str | Path) -> Path:
         out: the file, replaced atomically.
     """
     head = yaml.safe_dump({"model-index": [_index(result)]}, sort_keys=False, allow_unicode=True, width=100)
+    replaceable(Path(out), "a model card")
     write_text(Path(out), f"---\n{head}---\n\n{_section(result)}")
     return Path(out)
 

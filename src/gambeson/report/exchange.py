@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from gambeson.auditing import AuditResult, Check, GateReport
 from gambeson.auditing.gates import describe, measured
-from gambeson.base import read_json, write_bytes, write_json
+from gambeson.base import read_json, replaceable, write_bytes, write_json
 
 _SARIF = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 _NOT_XML = re.compile(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]")
@@ -43,6 +43,7 @@ def write_sarif(audits: Sequence[Finished], out: Path) -> None:
     """
     labels = _labels(audits)
     runs = [_run(audit, label) for audit, label in zip(audits, labels, strict=True)]
+    replaceable(out, "SARIF")
     write_json(out, {"$schema": _SARIF, "version": "2.1.0", "runs": runs})
 
 
@@ -55,6 +56,7 @@ def write_junit(audits: Sequence[Finished], out: Path) -> None:
         audits: of models with different names; where two are equal, their folders' names are added.
         out: the file, replaced atomically.
     """
+    replaceable(out, "JUnit XML")
     root = ElementTree.Element("testsuites", name="gambeson")
     for audit, label in zip(audits, _labels(audits), strict=True):
         _suite(root, audit, label)

@@ -153,7 +153,7 @@ class Page:
     """Of label maps: the IoU of every class."""
 
 
-def build(folders: Sequence[Folder], title: str | None) -> Page:
+def build(folders: Sequence[Folder], title: str | None, answer: str | None = None) -> Page:
     """Build the page's data from the audits."""
     first = folders[0].result
     scale = EpsFormat(first.universal[0].norm, len(first.material.shape) == 3 and first.material.shape[0] == 3)
@@ -162,7 +162,7 @@ def build(folders: Sequence[Folder], title: str | None) -> Page:
     names = [control.name for folder in folders for point in folder.result.universal for control in point.controls]
     return Page(
         title=title or f"Robustness audit: {what} on {first.material.name}",
-        answer="" if len(folders) == 1 else summary.answer(folders, eps, scale),
+        answer=answer or ("" if len(folders) == 1 else summary.answer(folders, eps, scale)),
         models=[_model(folder, index, scale) for index, folder in enumerate(folders)],
         scale=scale,
         delta=f"{100 * first.eps_uni.delta:g}",

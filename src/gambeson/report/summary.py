@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gambeson.auditing import lead_of
-from gambeson.auditing.display import worst_of
+from gambeson.auditing.display import doubt_of, worst_of
 from gambeson.base import read_settings
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import strongest_control
@@ -154,7 +154,7 @@ def answer(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> st
         return "The audits share no eps, so their rates cannot be compared: compare eps_uni in the table."
     weakest = max(folders, key=lambda folder: folder.at(eps).uer.value)
     worst = Rate.highest(folder.at(eps).uer for folder in folders)
-    doubt = "" if weakest.trusted else " (a measurement that is not trusted)"
+    doubt = "" if weakest.trusted else f" (numbers that are {doubt_of(weakest.result)})"
     units = f"of 100 test {weakest.unit}s"
     first = (
         f"At eps {scale.text(eps)} one pattern makes {quoted(weakest.label)}{doubt} wrong on "

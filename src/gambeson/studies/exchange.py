@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gambeson.base import UserError, write_bytes, write_json
+from gambeson.base import UserError, one_line, replaceable, write_bytes, write_json
 from gambeson.studies.matrix import Matrix
 from gambeson.studies.store import CELLS, RESULT, Damaged, Store, digest
 from gambeson.studies.study import Study
@@ -40,6 +40,7 @@ def export_cells(study: Study, root: Path, out: Path) -> int:
                 lines.append(json.dumps({"address": cell.address, **content}, sort_keys=True))
     if not lines:
         raise UserError("the study has no results yet: run it first, `gambeson study run FILE`")
+    replaceable(out, "the results of a study's cells")
     write_bytes(out, gzip.compress("\n".join(lines).encode(), mtime=0))
     return len(lines)
 
@@ -66,7 +67,9 @@ def import_cells(file: Path, root: Path) -> tuple[int, int]:
     except FileNotFoundError:
         raise UserError(f"{file} does not exist: name a file that `gambeson study export --to cells` wrote") from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{file} cannot be read ({error}): expected what `study export --to cells` writes") from None
+        raise UserError(
+            f"{file} cannot be read ({one_line(error)}): expected what `study export --to cells` writes"
+        ) from None
     found = [_line(file, number, line) for number, line in enumerate(text.splitlines(), 1)]
     new = 0
     for address, content in found:

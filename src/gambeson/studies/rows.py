@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from gambeson.base import Config, UserError, write_bytes, write_json, write_text
+from gambeson.base import Config, UserError, replaceable, write_bytes, write_json, write_text
 from gambeson.studies.claims import Point, Verdict, verdicts
 from gambeson.studies.matrix import Cell, Matrix
 from gambeson.studies.measures import Value
@@ -196,6 +196,7 @@ def export(result: StudyResult, form: str, out: Path) -> Path:
     if form not in FORMATS:
         raise UserError(f"--to {form}: expected one of {', '.join(FORMATS)}, cells")
     if form == "json":
+        replaceable(out, "the summary of a study")
         write_json(out, summary(result))
         return out
     lines = [
@@ -216,6 +217,7 @@ def export(result: StudyResult, form: str, out: Path) -> Path:
     if not lines:
         raise UserError("the study has no results yet: run it first, `gambeson study run FILE`")
     if form == "csv":
+        replaceable(out, "the CSV of a study")
         text = io.StringIO()
         writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
         writer.writeheader()
@@ -227,6 +229,7 @@ def export(result: StudyResult, form: str, out: Path) -> Path:
     import pyarrow
     import pyarrow.parquet
 
+    replaceable(out, "the Parquet of a study")
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), sink)
     write_bytes(out, sink.getvalue().to_pybytes())

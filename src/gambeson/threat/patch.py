@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from gambeson.base import Config, Number, UserError, generator
+from gambeson.base import Config, Number, UserError, generator, one_line
 from gambeson.tasks import Task
 
 Share = Annotated[Number, Field(ge=0, le=1)]
@@ -272,7 +272,8 @@ def _alpha(file: Path) -> Any:
             alpha = picture.convert("RGBA").getchannel("A")
     except OSError as error:
         raise UserError(
-            f"shape {str(file)!r}: expected square, circle, or the file of a picture with transparency ({error})"
+            f"shape {str(file)!r}: expected square, circle, or the file of a picture with transparency "
+            f"({one_line(error)})"
         ) from None
     box = alpha.getbbox()
     if box is None:

@@ -11,6 +11,7 @@ from gambeson.attacks.universal.perturbation import Provenance, UniversalPerturb
 from gambeson.attacks.universal.target import Target
 from gambeson.base import UserError, load_tensors, notebook
 from gambeson.base.checks import as_images
+from gambeson.base.errors import some
 from gambeson.data import Split
 from gambeson.models import zoo
 from gambeson.threat import Ball, Patch, Placement
@@ -146,7 +147,10 @@ class AdversarialPatch(UniversalPerturbation):
         path = zoo.resolved(str(path), zoo.UAP)
         tensors, about = load_tensors(Path(path), "a patch")
         if set(tensors) != {"pattern", "mask", "image_shape", "image_hashes"} or "crafted_on" not in about:
-            raise UserError(f"{path} holds {sorted(tensors)}: expected a patch of `gambeson uap craft`")
+            found = f"the tensors {some(sorted(tensors), 3)}"
+            if "delta" in tensors:
+                found = "a perturbation of whole images"
+            raise UserError(f"{path} holds {found}: expected a patch, as `gambeson uap craft` writes")
         shape = tuple(tensors["image_shape"].tolist())
         return cls(tensors["pattern"], tensors["mask"], shape, Provenance(**about), tensors["image_hashes"])
 

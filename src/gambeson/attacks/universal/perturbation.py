@@ -10,6 +10,7 @@ import torch
 from gambeson.attacks.universal.target import Target
 from gambeson.base import Config, UserError, load_tensors, notebook, save_tensors
 from gambeson.base.checks import as_images
+from gambeson.base.errors import some
 from gambeson.data import Split, held_out
 from gambeson.models import zoo
 from gambeson.threat import Ball, Eps, Norm, perturb
@@ -173,7 +174,7 @@ class UniversalPerturbation:
             )
         if set(tensors) - {"target_map"} != {"delta", "image_hashes"} or "crafted_on" not in about:
             raise UserError(
-                f"{path} holds {sorted(tensors)}: expected a universal perturbation saved by gambeson, "
-                "which are delta and image_hashes"
+                f"{path} holds the tensors {some(sorted(tensors), 3)}: expected a universal perturbation, as "
+                "`gambeson uap craft` writes; a network's weights are a model"
             )
         return cls(tensors["delta"], Provenance(**about), tensors["image_hashes"], tensors.get("target_map"))

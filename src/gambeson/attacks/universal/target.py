@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
-from gambeson.base import Config, UserError, unknown_name
+from gambeson.base import Config, UserError, one_line, unknown_name
 from gambeson.data import Split
 
 LabelSource = Literal["truth", "prediction"]
@@ -272,7 +272,9 @@ def _fields(text: str) -> dict[str, Any]:
                 raise UserError(f"target {text!r} is a picture of mode {picture.mode}: expected one of class indices")
             return _static(np.asarray(picture), value)
     except OSError as error:
-        raise UserError(f"target {text!r}: {value} cannot be read as a PNG of class indices ({error})") from None
+        raise UserError(
+            f"target {text!r}: {value} cannot be read as a PNG of class indices ({one_line(error)})"
+        ) from None
 
 
 def _static(values: np.ndarray[Any, Any], name: str | None) -> dict[str, Any]:
