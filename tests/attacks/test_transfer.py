@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gambeson import UserError
-from gambeson.attacks.gradient.base import Diversity, Scales, Smoothing
 from gambeson.attacks.gradient.pgd import (
     FGSM,
     IFGSM,
@@ -25,6 +24,8 @@ from gambeson.attacks.gradient.pgd import (
     ti_dim,
     transfer_attack,
 )
+from gambeson.attacks.gradient.transfer_options import Diversity, Noise, Scales, Smoothing
+from gambeson.base import generator
 from gambeson.threat import Ball
 from gambeson.victim import ModelAverage, Victim
 from tests.conftest import LinearNet, binary, inner_images, shaded_images
@@ -66,6 +67,53 @@ def test_momentum_by_hand(trained, digits):
         moved = (moved + eps / steps * velocity.sign()).clamp(x - eps, x + eps).detach()
     found = ni_fgsm(eps=eps, steps=steps, momentum=mu)(trained, x, y)
     assert ((found - moved).abs() < 1e-5).float().mean() > 0.999  # but for signs of almost zero
+
+
+def test_averaged_gradients_by_hand(trained, digits):
+    x, y = digits.test.take(slice(0, 20))
+    eps, steps, noise = 0.1, 3, Noise(copies=4, size=0.5)
+    draw, moved = generator(0, "views", 0), x.clone()
+    trained.eval()
+    for _ in range(steps):
+        total = torch.zeros_like(x)
+        for shift in [torch.randn(x.shape, generator=draw) for _ in range(noise.copies)]:
+            point = (moved + 0.5 * eps * shift).requires_grad_()
+            total += torch.autograd.grad(F.cross_entropy(trained(point), y, reduction="sum"), point)[0]
+        moved = (moved + eps / steps * total.sign()).clamp(x - eps, x + eps).clamp(0, 1).detach()
+    found = IFGSM(eps=eps, steps=steps, noise=noise)(trained, x, y)
+    assert ((found - moved).abs() < 1e-5).float().mean() > 0.999  # but for signs of almost zero
+    assert not torch.equal(found, IFGSM(eps=eps, steps=steps)(trained, x, y))
+
+
+def test_averaged_gradients_of_a_linear_model_are_its_own():
+    model, _ = binary((3, 4, 5))
+    x, y = inner_images(4, (3, 4, 5)), torch.tensor([0, 1, 0, 1])
+    model.weight.data /= 50
+    for norm in ("inf", "2", "1"):
+        plain = PGD(eps=0.2, norm=norm, start="zero", early_stop=False)(model, x, y)
+        noisy = PGD(eps=0.2, norm=norm, start="zero", early_stop=False, noise=Noise(copies=3))(model, x, y)
+        torch.testing.assert_close(noisy, plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("norm", "length"), [("inf", 0.2 * 60**0.5), ("2", 0.2)])
+def test_noise_is_as_long_as_it_says(norm, length):
+    noise = Noise(copies=200, size=1.0)
+    draws = noise.draw(torch.zeros(1, 3, 4, 5), torch.Generator().manual_seed(0))
+    size = noise.deviation(Ball(eps=0.2, norm=norm), 60)
+    assert torch.stack([size * one.norm() for one in draws]).mean() == pytest.approx(length, rel=0.03)
+
+
+def test_copies_with_noise_go_through_scaling_and_resizing_as_well(trained, digits):
+    x, y = digits.test.take(slice(0, 10))
+    options = {"noise": Noise(copies=3), "scales": Scales(copies=2), "diversity": Diversity()}
+
+    def backwards(**chosen):
+        with Victim(trained) as victim:
+            IFGSM(eps=0.1, steps=4, early_stop=False, **chosen)(victim, x, y)
+            return victim.backwards
+
+    assert backwards(**options) == 4 * 3 * 2 * len(x)
+    assert backwards() == 4 * len(x)
 
 
 def test_smoothing_of_a_linear_model_is_the_sign_of_the_smoothed_gradient():

@@ -1,5 +1,8 @@
 """Models that store every split, hide a pattern behind a threshold, or answer with another network than they score."""
 
+import math
+import os
+import sys
 from math import radians
 
 import pytest
@@ -146,3 +149,91 @@ def test_answers_that_scores_do_not_lead_to_are_found_by_rays():
     assert "RayS breaks" in check.detail
     with held(nets(), nets.data, (EPS,), queries=200) as context:
         assert get(name).check(context).passed is True
+
+
+class Waves(nn.Module):
+    """A sinusoid of the pixels on each logit, which differences resolve and steps do not."""
+
+    def __init__(self, net, data, size=0.2, frequency=60.0):
+        super().__init__()
+        images, _ = data.validation.take(slice(None))
+        with torch.no_grad():
+            top = net(images).topk(2, 1).values
+        ways = torch.randn(math.prod(data.train.shape), data.num_classes, generator=torch.Generator().manual_seed(0))
+        self.net, self.ways = net, frequency * ways / ways.norm(dim=0)
+        self.size = size * float((top[:, 0] - top[:, 1]).median())
+
+    def forward(self, x):
+        return self.net(x) + self.size * torch.sin(x.flatten(1) @ self.ways)
+
+
+class Modest(nn.Module):
+    """A network that is the less sure the surer it is, on images as smooth as those of the data."""
+
+    def __init__(self, net, data, share=0.3):
+        super().__init__()
+        images, _ = data.validation.take(slice(None))
+        with torch.no_grad():
+            self.net, self.most = net, share * float(self.margin(net(images)).median())
+        self.rough = 1.15 * float(self.roughness(images).median())
+
+    @staticmethod
+    def margin(z):
+        top = z.topk(2, 1).values
+        return top[:, :1] - top[:, 1:]
+
+    @staticmethod
+    def roughness(x):
+        return (x - F.avg_pool2d(x, 3, 1, 1)).abs().flatten(1).mean(1, keepdim=True)
+
+    def forward(self, x):
+        z = self.net(x)
+        smooth = torch.sigmoid((self.rough - self.roughness(x)) / (0.05 * self.rough))
+        return z / (1 + smooth * (self.margin(z) / self.most) ** 2)
+
+
+def other_gradients(model, data):
+    with held(model, data, (EPS,)) as context:
+        return get("other gradients no stronger").check(context)
+
+
+@pytest.mark.parametrize("kind", [Waves, Modest])
+def test_a_gradient_that_leads_nowhere_is_found_by_another(kind, digits):
+    check = other_gradients(kind(networks("digits")("pgd-adversarial"), digits), digits)
+    assert check.passed is False
+    assert check.numbers["broken by other gradients"] >= 10
+
+
+@pytest.mark.parametrize("name", ["pgd-adversarial", "trades", "jacobian", "Lipschitz", "linear"])
+def test_honest_gradients_lead_where_others_do(name, digits):
+    check = other_gradients(networks("digits")(name), digits)
+    assert check.passed is True
+    assert check.numbers["broken by other gradients"] <= 3
+
+
+class Device(nn.Module):
+    """Another network answers where an audit is on the stack."""
+
+    def __init__(self, shown, used):
+        super().__init__()
+        self.shown, self.used, self.seen = shown, used, set()
+
+    def forward(self, x):
+        frame = sys._getframe()
+        while frame is not None:
+            if f"{os.sep}gambeson{os.sep}" in frame.f_code.co_filename:
+                self.seen.add("audit")
+                return self.shown(x)
+            frame = frame.f_back
+        self.seen.add("nobody")
+        return self.used(x)
+
+
+def test_a_model_that_looks_who_asks_is_found(trained, digits):
+    model = Device(networks("digits")("trades"), trained)
+    with held(model, digits, (EPS,)) as context:
+        context.per_image = per_image.measure(context)
+        check = get("alike in every batch").check(context)
+    assert model.seen == {"audit", "nobody"}
+    assert check.passed is False
+    assert "in a thread of its own" in check.detail

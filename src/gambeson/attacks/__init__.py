@@ -1,7 +1,7 @@
 """Attacks, one file per family. Every gradient attack, per-image or universal, is a loop over one solver."""
 
 from gambeson.attacks.gradient.auto_pgd import AutoPGD, L1AutoPGD, TargetedAutoPGD
-from gambeson.attacks.gradient.base import Diversity, GradientAttack, Scales, Smoothing
+from gambeson.attacks.gradient.base import GradientAttack
 from gambeson.attacks.gradient.pgd import (
     FGSM,
     IFGSM,
@@ -18,6 +18,7 @@ from gambeson.attacks.gradient.pgd import (
     transfer_attack,
 )
 from gambeson.attacks.gradient.segmentation import SEA, CosPGD, SegPGD
+from gambeson.attacks.gradient.transfer_options import Diversity, Noise, Scales, Smoothing
 from gambeson.attacks.losses import Loss, LossName, cosine, cross_entropy, dlr, js, margin, targeted_dlr
 from gambeson.attacks.minimal_norm.carlini_wagner import CarliniWagner
 from gambeson.attacks.minimal_norm.deepfool import DeepFool
@@ -89,6 +90,7 @@ __all__ = [
     "LossName",
     "ModelAverage",
     "Name",
+    "Noise",
     "NonFiniteGradientError",
     "OnePixel",
     "PerlinNoise",

@@ -19,13 +19,14 @@ from gambeson.attacks import Loss
 from gambeson.auditing.context import AuditContext, Checkpoints
 from gambeson.auditing.outcome import LEVEL, PairedDifference
 from gambeson.auditing.results import Rescored, Steadiness
-from gambeson.base import generator, seeded
+from gambeson.base import full_precision, generator, seeded
 from gambeson.data import Split
 from gambeson.evaluation import BudgetSpent
 from gambeson.evaluation.outcome import at_once
 from gambeson.tasks import Counts
 from gambeson.threat import Ball, perturb
-from gambeson.victim import auto_batch_size, vote
+from gambeson.victim import Victim, auto_batch_size, vote
+from gambeson.victim.scoring import predicted
 
 MOST = 1000
 """Images on which a way of asking is tried first (ours): that 15 more are wrong is clear, 1.5 % of them."""
@@ -49,6 +50,8 @@ class Way:
     """Images of a batch, of which the last is filled up by repeating some; 0: that of reporting."""
     mates: Literal["perturbed", "clean", "copies"] = "perturbed"
     """What an image shares its batch with: other perturbed images; half of the batch clean; copies of itself."""
+    apart: bool = False
+    """Whether the model is asked in a thread of its own, on whose stack nothing tells an audit from other callers."""
     inside: Literal["", "shrunk", "halved", "8 bits", "jittered"] = ""
     """How the perturbation is moved away from the surface of its ball: each value shrunk by up to 6 %, or by up to a
     half; rounded to steps of 1/255 towards zero; shrunk by 2 % and moved at random by up to as much."""
@@ -139,6 +142,7 @@ def ways(context: AuditContext, *, clean: bool = False) -> list[Way]:
         Way(name="in batches of 7", size=7, share=0.25),
         Way(name=f"in batches of {largest:,}", size=largest),
         Way(name="beside copies of itself", size=32, share=0.01, mates="copies"),
+        Way(name="in a thread of its own", share=0.25, apart=True),
     ]
     if not (clean or context.suite.rescoring):
         return []
@@ -171,11 +175,17 @@ def asked(
     answers = None
     with seeded(context.seed, "score"):
         for who, perturbed in replace(way, size=size).batches(rows, order):
-            predictions = vote(context.victim, found.take(context, way, who, perturbed, draw)).cpu()
+            images = found.take(context, way, who, perturbed, draw)
+            predictions = (_apart if way.apart else vote)(context.victim, images).cpu()
             answers = predictions.new_empty(len(rows), *predictions.shape[1:]) if answers is None else answers
             answers[place[who[perturbed]]] = predictions[perturbed]
     assert answers is not None
     return answers
+
+
+def _apart(victim: Victim, images: torch.Tensor) -> torch.Tensor:
+    with full_precision(images.device):
+        return predicted(victim.forward_apart(images))
 
 
 def rescored_in(context: AuditContext, found: Perturbed, tried: Sequence[Way]) -> list[Rescored]:

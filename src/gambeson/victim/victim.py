@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Literal
@@ -232,6 +233,15 @@ class Victim:
         self.forwards += len(images)
         with self._as_called(images):
             logits = self._logits(self.model, images)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @torch.no_grad()
+    def forward_apart(self, images: torch.Tensor) -> torch.Tensor:
+        """Return what :meth:`forward_original` does, asked in a thread of its own: on its stack is nobody's code."""
+        self.forwards += len(images)
+        with self._as_called(images), ThreadPoolExecutor(1) as pool:
+            ask = torch.no_grad()(self.model.__call__)  # the mode is the thread's
+            logits = self._logits(lambda sent: pool.submit(ask, sent).result(), images)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _logits(self, model: Callable[[torch.Tensor], Any], images: torch.Tensor) -> torch.Tensor:

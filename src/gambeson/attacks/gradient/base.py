@@ -1,4 +1,4 @@
-"""Base class of per-image gradient attacks, and the options of transfer attacks: momentum, DI, TI and SI."""
+"""Base class of per-image gradient attacks, and how the options of transfer attacks bend their gradients."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from gambeson.attacks.gradient.transfer_options import Diversity, Noise, Scales, Smoothing
 from gambeson.attacks.losses import Loss, LossName
 from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
 from gambeson.base import Config, Number, UserError, seeded
@@ -17,129 +17,6 @@ from gambeson.tasks import Task, as_pair
 from gambeson.tasks import of as task_of
 from gambeson.threat import Ball, Eps, Norm, perturb
 from gambeson.victim import Average, Source, Victim, as_victim
-
-
-class Diversity(Config):
-    """Diverse inputs, DI (Xie et al. 2019, section 3.2): with some probability, an image is resized and padded.
-
-    Images have independent draws. The image is placed on a canvas ``canvas`` times as large, at a random position and
-    at a size between its own and the canvas's. The paper's sizes for 299 pixels are [299, 330) on 330.
-    """
-
-    probability: Annotated[Number, Field(ge=0, le=1)] = 0.5
-    """Probability of the transform; the paper's 0.5."""
-    canvas: Annotated[Number, Field(gt=1)] = 1.125
-    """Side of the canvas over the side of the image: 36 of 32 pixels (ours); 330 / 299 = 1.104 in the paper."""
-    fill: Annotated[Number, Field(ge=0, le=1)] = 0.5
-    """Value of the padding: 0.5 is the paper's, whose zero is the grey of its range [-1, 1]; many ports to the range
-    [0, 1] pad with black."""
-    interpolation: Literal["bilinear", "nearest"] = "bilinear"
-    """Interpolation of the resizing; ``nearest`` is that of the paper's code, ``bilinear`` has smoother gradients
-    (ours)."""
-    resize_back: bool = True
-    """Resize the canvas to the image's size, so that models with a fixed input size can be attacked (ours). The paper
-    uses the canvas itself, which an unchanged image then fills, because a batch has one size."""
-
-    def draw(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Draw the transform of each image: (N, 4) numbers in [0, 1)."""
-        return torch.rand(len(images), 4, generator=generator, device=generator.device)
-
-    def view(self, images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-        """Return the transformed images, differentiable: two small matrix products per image.
-
-        Args:
-            images: (N, C, H, W).
-            drawn: the rows of :meth:`draw` for these images.
-        """
-        if self.probability == 0:
-            return images
-        changed = drawn[:, 3] < self.probability
-        size = drawn[:, 0].where(changed, torch.ones_like(drawn[:, 0]))
-        rows = self._matrix(images.shape[2], size, drawn[:, 1]).to(images.dtype)
-        columns = self._matrix(images.shape[3], size, drawn[:, 2]).to(images.dtype)
-        moved = torch.einsum("nih,nchw,njw->ncij", rows, images, columns)
-        covered = rows.sum(2).unsqueeze(2) * columns.sum(2).unsqueeze(1)
-        moved = moved + self.fill * (1 - covered).unsqueeze(1)
-        return torch.where(changed.view(-1, 1, 1, 1), moved, images) if self.resize_back else moved
-
-    def _matrix(self, side: int, size: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        """Return (N, out, side): the weights of the image's lines in each line of the result."""
-        canvas = max(side + 1, round(self.canvas * side))
-        resized = side + (size * (canvas - side)).floor()
-        offset = (place * (canvas - resized + 1)).floor()
-        line = torch.arange(canvas, device=size.device) - offset.unsqueeze(1)  # of the resized image
-        inside = (line >= 0) & (line < resized.unsqueeze(1))
-        step = side / resized.unsqueeze(1)
-        source = torch.arange(side, device=size.device)
-        if self.interpolation == "nearest":
-            weights = (line * step).floor().unsqueeze(2) == source
-        else:
-            centre = ((line + 0.5) * step - 0.5).clamp(0, side - 1)
-            weights = (1 - (centre.unsqueeze(2) - source).abs()).clamp(min=0)
-        matrix = weights * inside.unsqueeze(2).float()
-        if not self.resize_back:
-            return matrix
-        centre = ((torch.arange(side, device=size.device) + 0.5) * canvas / side - 0.5).clamp(0, canvas - 1)
-        back = (1 - (centre.unsqueeze(1) - torch.arange(canvas, device=size.device)).abs()).clamp(min=0)
-        return back @ matrix
-
-
-class Smoothing(Config):
-    """Translation invariance, TI (Dong et al. 2019, section 3.3): the gradient is smoothed by a Gaussian.
-
-    To first order this is the mean gradient over shifted copies of the image.
-    """
-
-    size: Annotated[int, Field(ge=1)] = 5
-    """Side of the kernel in pixels, odd; 1 smooths nothing. The paper's 15 is for 299 pixels."""
-    sigma: Annotated[Number, Field(gt=0)] = 1.0
-    """Standard deviation in pixels (ours, for 32-pixel images). The paper's code lets the kernel span three standard
-    deviations to each side: sigma = (size - 1) / 6, that is 2.33 for 15, but 0.33 for 3, which smooths nothing."""
-
-    @field_validator("size")
-    @classmethod
-    def _odd(cls, size: int) -> int:
-        if size % 2 == 0:
-            raise ValueError("the kernel needs a middle; choose an odd size")
-        return size
-
-    def kernel(self) -> torch.Tensor:
-        """Return the kernel, (size, size), of sum 1."""
-        steps = torch.arange(self.size) - self.size // 2
-        line = torch.exp(-(steps / self.sigma).square() / 2)
-        return torch.outer(line, line) / line.sum().square()
-
-    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the gradient (N, C, H, W) convolved with the kernel, each channel alone, zero outside."""
-        if self.size == 1:
-            return gradient
-        channels = gradient.shape[1]
-        kernel = self.kernel().to(gradient).expand(channels, 1, -1, -1)
-        return F.conv2d(gradient, kernel, padding=self.size // 2, groups=channels)
-
-
-class Scales(Config):
-    """Scale invariance, SI (Lin et al. 2020, section 3.3): the mean gradient over copies scaled by 1, 1/2, 1/4, ...
-
-    Cost: one forward and one backward per copy.
-    """
-
-    copies: Annotated[int, Field(ge=1)] = 5
-    """Number of copies, including the image itself; the paper's 5."""
-    toward: Literal["black", "grey"] = "black"
-    """Limit of the scaling: ``black`` scales pixels in [0, 1], as in the paper's formula; ``grey`` scales pixels in
-    [-1, 1], as in the paper's code. The two are different attacks."""
-
-    def views(self) -> list[Callable[[torch.Tensor], torch.Tensor] | None]:
-        """Return the transform of each copy; None for the image itself."""
-        rest = 0.5 if self.toward == "grey" else 0.0
-        shrunk = [self._shrink(0.5**power, rest) for power in range(1, self.copies)]
-        return [None, *shrunk]
-
-    @staticmethod
-    def _shrink(scale: float, rest: float) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda images: rest + (images - rest) * scale
-
 
 _TINY = 1e-12
 View = Callable[[torch.Tensor], torch.Tensor]
@@ -155,18 +32,20 @@ class Guide:
     diversity: Diversity | None = None
     smoothing: Smoothing | None = None
     scales: Scales | None = None
+    noise: Noise | None = None
 
     @property
     def sees_images(self) -> bool:
         """Whether the logits are those of the perturbed images themselves."""
-        return self.diversity is None and not self.nesterov
+        return self.diversity is None and self.noise is None and not self.nesterov
 
     def draw(self, images: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
         """Draw the random numbers of one step, for all images, so that they do not depend on which ones are active."""
+        noisy = [] if self.noise is None else self.noise.draw(images, generator)
         if self.diversity is None:
-            return []
-        copies = 1 if self.scales is None else self.scales.copies
-        return [self.diversity.draw(images, generator) for _ in range(copies)]
+            return noisy
+        copies = max(1, len(noisy)) * (1 if self.scales is None else self.scales.copies)
+        return noisy + [self.diversity.draw(images, generator) for _ in range(copies)]
 
     def gradient(
         self,
@@ -212,11 +91,15 @@ class Guide:
         return velocity, velocity, first
 
     def _views(self, drawn: list[torch.Tensor]) -> list[View | None]:
-        scaled: list[View | None] = [None] if self.scales is None else self.scales.views()
+        views: list[View | None] = [None] if self.scales is None else self.scales.views()
+        if self.noise is not None:
+            size = self.noise.deviation(self.solver.ball, drawn[0][0].numel())
+            noisy, drawn = drawn[: self.noise.copies], drawn[self.noise.copies :]
+            views = [_noisy(view, size * one) for one in noisy for view in views]
         if self.diversity is None:
-            return scaled
+            return views
         diversity = self.diversity
-        return [_after(view, diversity, rows) for view, rows in zip(scaled, drawn, strict=True)]
+        return [_after(view, diversity, rows) for view, rows in zip(views, drawn, strict=True)]
 
     def _unit(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient scaled to the look-ahead of one step."""
@@ -225,6 +108,10 @@ class Guide:
         else:
             size = self.solver.ball.length(gradient).view(-1, 1, 1, 1)
         return gradient / size.clamp(min=_TINY)
+
+
+def _noisy(view: View | None, noise: torch.Tensor) -> View:
+    return lambda images: images + noise if view is None else view(images + noise)
 
 
 def _after(view: View | None, diversity: Diversity, drawn: torch.Tensor) -> View:

@@ -11,13 +11,11 @@ from pydantic import Field, model_validator
 
 from gambeson.attacks.gradient.base import (
     BestSoFar,
-    Diversity,
     GradientAttack,
     Guide,
     LabelChoice,
-    Scales,
-    Smoothing,
 )
+from gambeson.attacks.gradient.transfer_options import Diversity, Noise, Scales, Smoothing
 from gambeson.attacks.losses import MASKED, warn_of_fallback
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import ProjectedGradient, cosine, require_finite
@@ -33,8 +31,8 @@ class PGD(GradientAttack):
 
     The paper fixes neither the step size nor the number of restarts; the defaults are ours. Costs per image and
     restart: ``steps`` forwards and backwards, one more forward to compare several restarts or with ``keep="best"``,
-    one more per step for early stopping or ``keep="best"`` with ``nesterov`` or ``diversity``, and ``scales.copies``
-    times as much per step with ``scales``.
+    one more per step for early stopping or ``keep="best"`` with ``nesterov``, ``diversity`` or ``noise``, and
+    ``scales.copies`` or ``noise.copies`` times as much per step with these.
 
     The options of transfer attacks are independent of each other and off by default; their customary sets have
     names in :mod:`gambeson.attacks.gradient.pgd`.
@@ -69,6 +67,8 @@ class PGD(GradientAttack):
     """Smoothing of the gradient (TI), before momentum."""
     scales: Scales | None = None
     """Gradients of scaled copies (SI)."""
+    noise: Noise | None = None
+    """Gradients averaged over copies with noise (VR)."""
 
     @model_validator(mode="after")
     def _check_shrink(self) -> PGD:
@@ -114,6 +114,7 @@ class PGD(GradientAttack):
             diversity=self.diversity,
             smoothing=self.smoothing,
             scales=self.scales,
+            noise=self.noise,
         )
         record = BestSoFar.into(best)
         for restart in range(self.restarts):

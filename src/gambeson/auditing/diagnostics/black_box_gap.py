@@ -1,12 +1,13 @@
-"""White-box attacks must not be weaker than transfer, queries or noise (Athalye et al. 2018, section 3.1)."""
+"""White-box attacks must not be weaker than transfer, queries, noise or averaged gradients (Athalye et al. 2018)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from gambeson.attacks import RayS, Square, UniversalPerturbation
+from gambeson.attacks import PGD, Noise, RayS, Square, UniversalPerturbation
 from gambeson.auditing.context import AuditContext, Where
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.nearest_class import NearestClass
@@ -27,6 +28,10 @@ _QUERIES = 300
 """Maximum queries per image."""
 _KNOWN, _FLOATS = 2000, 2**26
 """Training images that are stepped towards: so many at the most, and so many numbers in them."""
+_AVERAGED: dict[str, Any] = {"steps": 10, "noise": Noise(copies=16)}
+"""Of the PGD along averaged gradients: few steps, and many copies (ours)."""
+_RATIO = 3
+"""Classes that a ratio of logits needs."""
 _REMEDY = "Report the stronger attack's number, and find what stops the gradient; attack by transfer and queries."
 
 
@@ -137,6 +142,44 @@ def _queried(context: AuditContext) -> Finding:
         f"with {queries} queries each, and steps towards training images of other classes break {broken[1]}: together "
         f"{gain.beyond(_MORE)}",
         {"left by PGD": left, "broken by queries": left - int(both.right.sum())},
+    )
+
+
+@register(
+    "other gradients no stronger",
+    condition="PGD on the ratio of logits (DLR), or along gradients that are averaged over noise as large as eps, "
+    f"breaks clearly more than {100 * _MORE:g} % of images among those that the strongest attack with gradients leaves "
+    "right",
+    explanation="The gradient is true where it is taken and of no use a step further on: waves on the logits, or "
+    "margins that shrink where the model is surer, turn every attack that follows it. A ratio of logits has no such "
+    "scale (Croce and Hein 2020, section 4), and averaged over noise a gradient is that of the function beneath (Wu et "
+    "al. 2018).",
+    remedy="Report the stronger attack's number: gambeson.attacks.PGD with loss='dlr' or noise=Noise().",
+)
+def _other_gradients(context: AuditContext) -> Finding:
+    if not context.sample.task.per_image_label:
+        return Finding(None, "it is for one answer per image")
+    if context.subject.random:
+        return Finding(None, "the model is random, so that its gradients are averaged already")
+    ball: dict[str, Any] = {"eps": context.eps, "norm": context.suite.norm}
+    others = {f"averaged over {_AVERAGED['noise'].copies} copies with noise": PGD(**ball, **_AVERAGED)}
+    if len(context.sample.classes) >= _RATIO:
+        others = {"of the ratio of logits": PGD(**ball, loss="dlr")} | others
+    found: list[tuple[Counts, Counts, list[int]]] = []
+
+    def counts(on: Where) -> tuple[Counts, Counts]:
+        found.append(_settled(context, [AsFarAsFinite(one) for one in others.values()], on))
+        return found[-1][:2]
+
+    gain = context.compare_counts(counts, _MORE)
+    white, both, broken = found[-1]
+    left = int(white.right.sum())
+    said = " and ".join(f"along gradients {name} {count}" for name, count in zip(others, broken, strict=True))
+    return Finding(
+        gain.low <= _MORE,
+        f"of {left} images that {context.strongest} leaves right, among {len(white.right)}, PGD breaks {said}: "
+        f"together {gain.beyond(_MORE)}",
+        {"left by PGD": left, "broken by other gradients": left - int(both.right.sum())},
     )
 
 
