@@ -102,6 +102,7 @@ def test_an_honest_net_is_trusted_and_each_check_applies_or_says_why_not(honest)
         "margin vanishes where the answer changes",
         "rotated and blended images stand too",
         "attacks find what is there",
+        "other gradients no stronger",
         "no EOT gap",
         "no noise-off gap",
         "white box beats transfer",
