@@ -213,7 +213,7 @@ def test_checks_and_reasons_are_written_out(written: Written, tmp_path: Path) ->
     passed = [check for check in found.checks if check.passed is not False]
     found.model_copy(update={"checks": passed}).save(tmp_path / "a")
     text = Reader(report.write([tmp_path / "a"], tmp_path / "page.html").read_text()).text
-    assert f"What was not checked: {found.verdict.reasons[0]}" in text
+    assert f"What was not checked {found.verdict.reasons[0]}" in text
     assert "Why the measurement" not in text
     states = {True: "✓ passed", False: "✗ failed", None: "– does not apply"}
     for result in written.results:

@@ -398,7 +398,7 @@ class Auditor:
                 randomness=context.randomness,
                 each=self.each,
                 left_out=said,
-                unchecked=list(self.unchecked),
+                unchecked=[one.name for one in self.diagnostics if one.name in self.unchecked],
                 targeted=self.aimed,
                 unit=context.test.task.unit,
                 iou=iou,
