@@ -20,11 +20,12 @@ FOLDER = Path(__file__).parent / "notebooks"
 def executed(file: Path) -> Any:
     """Return a notebook with the outputs of a run in an empty folder; nothing in it tells when or where."""
     notebook = nbformat.read(file, as_version=4)
-    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of tqdm, which asks for another package
+    quiet = os.environ | {"PYTHONWARNINGS": "ignore:IProgress not found"}  # of tqdm, which asks for another package
     with tempfile.TemporaryDirectory() as empty:
-        NotebookClient(
+        client = NotebookClient(
             notebook, timeout=900, kernel_name="python3", record_timing=False, resources={"metadata": {"path": empty}}
-        ).execute()
+        )
+        client.execute(env=quiet)
     return tidied(notebook)
 
 

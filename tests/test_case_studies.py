@@ -128,7 +128,7 @@ def test_a_case_in_small(cases, tmp_path, monkeypatch):
     except UserError as error:
         pytest.skip(str(error))
     monkeypatch.setattr(cases, "RADII", (0.2, 0.3))
-    monkeypatch.setattr(cases, "CRAFT", {"steps": 10, "restarts": 1, "probe_starts": 0, "batch_size": 32})
+    monkeypatch.setattr(cases, "CRAFT", {"steps": 30, "restarts": 1, "probe_starts": 0, "batch_size": 64})
     monkeypatch.setattr(cases, "FINE_TUNED", {"shared-adversarial": ({"eps": 0.2}, 1)})
     monkeypatch.setattr(cases, "IMAGES", 20)
     monkeypatch.setattr(cases, "HELD_OUT", 100)

