@@ -189,7 +189,7 @@ def test_a_file_holds_all_of_it_and_each_kind_is_refused_as_the_other(crafted, t
     ball = UniversalPerturbation(torch.zeros(1, 1, 8, 8), crafted.about)
     ball.save(tmp_path / "ball.safetensors")
     assert type(gb.attacks.load(tmp_path / "ball.safetensors")) is UniversalPerturbation
-    with pytest.raises(UserError, match="expected a patch of"):
+    with pytest.raises(UserError, match="perturbation of whole images: expected a patch"):
         AdversarialPatch.load(tmp_path / "ball.safetensors")
 
 

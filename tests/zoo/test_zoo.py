@@ -104,7 +104,7 @@ def test_a_name_of_the_zoo_is_a_model_and_a_perturbation(package, trained, digit
     assert torch.equal(load_perturbation(named).delta, gb.attacks.UniversalPerturbation.load(named).delta)
     with pytest.raises(UserError, match=r"normalises its pixels itself: leave \?normalise=none out"):
         load_model(f"{named}?normalise=none")
-    with pytest.raises(UserError, match="expected a patch of"):
+    with pytest.raises(UserError, match="perturbation of whole images: expected a patch"):
         gb.attacks.AdversarialPatch.load(named)
     settings = {"data": "digits", "model": "lenet5", "defense": {"name": "standard"}}
     assert fingerprint(_model(TrainRun(**settings, init=named), digits)) == fingerprint(trained)
