@@ -11,6 +11,7 @@ from PIL import Image
 import gambeson as gb
 from gambeson.base import load_tensors
 from gambeson.cli.app import run
+from tests.cli.test_cli import says
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +231,13 @@ def test_the_default_eps_is_that_of_the_norm_that_is_used(weights, tmp_path, cap
     settings = ["--set", "defense.norm=l2", "--set", "defense.steps=1", "--set", "recipe.batch_size=1000"]
     assert run([*train, *settings, "--out", str(tmp_path / "c"), "--json"]) == 0
     assert yaml.safe_load((tmp_path / "c" / "run.yaml").read_text())["defense"]["eps"] == 0.4
+
+
+def test_settings_in_a_setting_are_named_like_settings(weights, tmp_path, capsys):
+    command = ["attack", weights, "--data", "digits", "--eps", "0.1", "--images", "10", "--set"]
+    assert run([*command, "noise.copies=2", "--out", str(tmp_path / "a"), "--json"]) == 0
+    assert yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())["settings"]["noise"]["copies"] == 2
+    capsys.readouterr()
+    says(capsys, [*command, "noise.copies=0"], "--set noise.copies=0: expected greater than or equal to 1")
+    says(capsys, [*command, "noize.copies=2"], "there is no setting 'noize': did you mean noise?")
+    says(capsys, [*command, "settings.noise.copy=2"], "--set settings.noise.copy=2: ", "choose among copies, size")

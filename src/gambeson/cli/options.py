@@ -315,7 +315,7 @@ def put_all(
 ) -> None:
     """Apply every ``--set name=value``; values are parsed as YAML.
 
-    A name without dots may be that of a setting in any group; see :func:`chosen`.
+    What stands before the first dot may be the name of a setting in any group; see :func:`chosen`.
     """
     import yaml
 
@@ -331,16 +331,16 @@ def put_all(
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"{typed}: {text!r} is not YAML, quote it or close its brackets") from None
-        path = name
-        if "." not in name and name not in own:
-            inside = groups(settings)
-            homes = [group for group, names in inside.items() if name in names]
+        path, head = name, name.partition(".")[0]
+        inside = {} if head in own else groups(settings)
+        if inside and head not in inside:
+            homes = [group for group, names in inside.items() if head in names]
             if not homes:
                 known = {*own, *(one for names in inside.values() for one in names)}
-                raise UserError(f"--set {pair}: there is no setting {name!r}: {nearest(name, known)}")
+                raise UserError(f"--set {pair}: there is no setting {head!r}: {nearest(head, known)}")
             if len(homes) > 1:
                 raise UserError(f"--set {pair}: say which, {' or '.join(f'{home}.{name}' for home in homes)}")
-            path = f"{homes[0]}.{name}"
+            path = ".".join([*homes, name])
         put(settings, path, value, typed=typed)
 
 
