@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gambeson.attacks import FGSM, IFGSM, PGD, AutoPGD, CarliniWagner, DeepFool, Square, TargetedAutoPGD
-from gambeson.attacks.gradient.transfer_options import Diversity, Scales, Smoothing
+from gambeson.attacks.gradient.transfer import Diversity, Scales, Smoothing
 from gambeson.threat import Norm
 
 

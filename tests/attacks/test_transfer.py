@@ -24,7 +24,7 @@ from gambeson.attacks.gradient.pgd import (
     ti_dim,
     transfer_attack,
 )
-from gambeson.attacks.gradient.transfer_options import Diversity, Noise, Scales, Smoothing
+from gambeson.attacks.gradient.transfer import Diversity, Noise, Scales, Smoothing
 from gambeson.base import generator
 from gambeson.threat import Ball
 from gambeson.victim import ModelAverage, Victim

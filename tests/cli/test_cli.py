@@ -255,3 +255,20 @@ def test_own_warnings_are_sentences_wherever_they_point():
     assert told("few images", DataWarning, "/other/typer/main.py", 3) == "warning: few images\n"
     assert told("few images", UserWarning, app.__file__, 3) == "warning: few images\n"
     assert told("gone", UserWarning, "/other/main.py", 3) == "/other/main.py:3: UserWarning: gone\n"
+
+
+def test_files_that_are_there_are_not_written_over(made, tmp_path, capsys):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    patch = tmp_path / "patch.safetensors"
+    settings = ["--set", "steps=1", "--set", "restarts=1", "--set", "probe_starts=0", "--set", "batch_size=16"]
+    assert run(["uap", "craft", str(made / "run"), "--attack", "universal-patch", *settings, "--out", str(patch)]) == 0
+    capsys.readouterr()
+    says(capsys, ["uap", "export", str(patch), "--print", "50mm", "--to", str(mine)], "exists: choose another --to")
+    says(
+        capsys, ["uap", "craft", str(made / "run"), "--eps", "0.1", "--out", str(mine)], "exists: choose another --out"
+    )
+    says(capsys, ["bench", "attacks", "--out", str(mine)], "exists: choose another --out")
+    score = ["uap", "score", str(patch), str(made / "run"), "--report"]
+    says(capsys, [*score, str(patch)], "exists and is not an HTML page")
+    assert mine.read_text() == "mine"

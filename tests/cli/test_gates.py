@@ -134,6 +134,15 @@ def test_a_file_is_replaced_by_one_of_its_kind_alone(option, tmp_path, capsys):
         says(capsys, ["report", str(tmp_path / "a"), other, str(own)], f"{own} exists and is not")
 
 
+def test_two_kinds_of_results_need_two_files(tmp_path, capsys):
+    write_audit(tmp_path / "a", with_jacobian=False)
+    one = str(tmp_path / "one")
+    says(
+        capsys, ["report", str(tmp_path / "a"), "--sarif", one, "--card", one], "two kinds of results", "name one each"
+    )
+    assert not (tmp_path / "one").exists()
+
+
 def test_an_empty_gate_is_named(tmp_path, capsys):
     write_audit(tmp_path / "a", with_jacobian=False)
     says(capsys, ["report", str(tmp_path / "a"), "--gate", ""], "error: a gate in '' is empty")

@@ -18,7 +18,7 @@ from gambeson.attacks.gradient.pgd import (
     transfer_attack,
 )
 from gambeson.attacks.gradient.segmentation import SEA, CosPGD, SegPGD
-from gambeson.attacks.gradient.transfer_options import Diversity, Noise, Scales, Smoothing
+from gambeson.attacks.gradient.transfer import Diversity, Noise, Scales, Smoothing
 from gambeson.attacks.losses import Loss, LossName, cosine, cross_entropy, dlr, js, margin, targeted_dlr
 from gambeson.attacks.minimal_norm.carlini_wagner import CarliniWagner
 from gambeson.attacks.minimal_norm.deepfool import DeepFool

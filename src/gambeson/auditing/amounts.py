@@ -212,7 +212,9 @@ CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
     "monotone in step size": lambda n: {"gradients": 2},
     "gradient independent of the batch": lambda n: {"apart": _BATCHES * _PROBES + n.batches},
     "unbounded attack succeeds": lambda n: {"gradients": 40} | ({"shares": "PGD"} if n.of_maps else {}),
-    "other gradients no stronger": lambda n: {"gradients": 0 if n.of_maps else 180, "shares": "white box"},
+    "other gradients no stronger": lambda n: (
+        {} if n.of_maps else {"gradients": 180, "forwards": 12, "shares": "white box"}
+    ),
     "white box beats queries": lambda n: {"forwards": 2 * n.queries + 40 if n.queries else 0, "shares": "white box"},
     "white box beats transfer": lambda n: {"forwards": 2, "shares": "white box"},
     "no weaker inside the ball": lambda n: {"gradients": n.short, "shares": "short PGD"},

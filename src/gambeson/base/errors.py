@@ -61,8 +61,8 @@ def some(names: Iterable[str], most: int = 5) -> str:
 
 def one_line(error: BaseException) -> str:
     """Return the first line of an error's message, without its full stop, to quote it in another one."""
-    if isinstance(error, OSError) and error.strerror:  # without its number and the file, which the sentence names
-        return error.strerror
+    if isinstance(error, OSError) and error.strerror:  # without its number
+        return error.strerror + (f": {error.filename}" if error.filename else "")
     return " ".join(str(error).split("\n")[0].split()).rstrip(".") or type(error).__name__
 
 

@@ -41,6 +41,17 @@ def writable(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written ({error.strerror}): {_ELSEWHERE} and retry") from None
 
 
+def unused(path: Path, option: str = "--out") -> None:
+    """Check that a file can be written where there is none.
+
+    Raises:
+        UserError: there is one, or its folder cannot be written.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists: choose another {option}, or remove it first")
+    writable(path.parent)
+
+
 KINDS = {
     "an HTML page": b"<!doctype html>",
     "SARIF": b'{\n  "$schema"',

@@ -30,7 +30,18 @@ BatchSize = Annotated[int, typer.Option(help="Images.")]
 Steps = Annotated[int, typer.Option(help="Steps of an attack.")]
 Rounds = Annotated[int, typer.Option(help="Timed rounds.")]
 Bfloat16 = Annotated[bool, typer.Option("--bfloat16", help="Time ours in bfloat16 as well.")]
-OutFile = Annotated[Path | None, typer.Option("--out", "-o", help="JSON file to write.")]
+
+
+def _new(out: Path | None) -> Path | None:
+    """Refuse a file that exists before minutes are spent on timings."""
+    from gambeson.base import unused
+
+    if out is not None:
+        unused(out)
+    return out
+
+
+OutFile = Annotated[Path | None, typer.Option("--out", "-o", help="JSON file to write.", callback=_new)]
 
 
 @app.command("attacks")

@@ -80,8 +80,8 @@ def compare(
         raise UserError(f"{' and '.join(unused)}: {done}; leave that out")
     with progress(as_json) as console:
         asked = suite_named(suite or ("quick" if minutes is None else None), None if minutes is None else minutes / 2)
-        for folder in folders.values():
-            asked = Suite(**AuditResult.load(folder).settings)
+        if len(folders) == 1:
+            asked = Suite(**AuditResult.load(*folders.values()).settings)
         for name in [name for name in models if name not in folders]:
             run = AuditRun(model=models[name], data=data, suite=asked, seed=seed, device=pick_device(device))
             folders[name] = options.folder_beside(run.model, "audit") if out is None else out / name

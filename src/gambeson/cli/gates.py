@@ -35,8 +35,11 @@ def parsed(
 ) -> list[Gate]:
     """Read the gates of a command, and check that its files can be written, before it begins."""
     from gambeson.auditing import parse_gates
-    from gambeson.base import replaceable, writable
+    from gambeson.base import UserError, replaceable, writable
 
+    files = [file.absolute() for file in (sarif, junit, card) if file is not None]
+    if len({*files}) < len(files):
+        raise UserError(f"two kinds of results came for one file, among {', '.join(map(str, files))}: name one each")
     for kind, file in {"SARIF": sarif, "JUnit XML": junit, "a model card": card}.items():
         if file is not None:
             writable(file.parent)

@@ -58,7 +58,7 @@ def craft(
     """
     from gambeson import attacks
     from gambeson.attacks.universal.procedural import ProceduralAttack
-    from gambeson.base import UserError, pick_device, user_code, writable
+    from gambeson.base import UserError, pick_device, unused, user_code
     from gambeson.evaluation import load_model
     from gambeson.threat import default_eps
 
@@ -73,9 +73,7 @@ def craft(
         raise UserError(f"there is no group of settings {next(iter(settings))!r}: write --set NAME=VALUE")
     lacks_eps = "eps" not in given and attacks.entry(attack).needs("eps")
     method = attacks.create(attack, **({"eps": 0.0} if lacks_eps else {}), **given)
-    if out.exists():
-        raise UserError(f"{out} exists: choose another --out, or remove it first")
-    writable(out.parent)
+    unused(out)
     source = needed(one_model(model, model_), "uap craft")
     with progress(as_json) as console:
         asked: dict[str, Any] = {
@@ -267,13 +265,11 @@ def export(
     Example: `gambeson uap export patch.safetensors --print 50mm --to patch.pdf`
     """
     from gambeson.attacks import AdversarialPatch
-    from gambeson.base import UserError, writable
+    from gambeson.base import unused
     from gambeson.report import print_patch
 
     patch = AdversarialPatch.load(file)
-    if to.exists():
-        raise UserError(f"{to} exists: choose another --to, or remove it first")
-    writable(to.parent)
+    unused(to, "--to")
     height, width = print_patch(patch, to, size, dpi, marks=marks)
     if as_json:
         print_json({"file": str(to), "height": height, "width": width, "dpi": dpi})

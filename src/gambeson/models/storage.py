@@ -329,7 +329,7 @@ def _unfit(weights: Weights, groups: dict[str, State], parts: list[nn.Module]) -
     model = parts[0]
     title = model.card.name if isinstance(model, PixelModel) else type(model).__name__
     remedy = "create the architecture the file was written from"
-    if best.startswith("of another shape"):  # and nothing else
+    if best.startswith("of another shape"):  # all names fit
         remedy += ", with data of as many classes and colours"
     return UserError(f"the weights of {weights.path}{where} do not fit this {title}: {best}; {remedy}")
 

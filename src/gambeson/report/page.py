@@ -101,7 +101,7 @@ class Model:
     jacobian: JacobianCharts
     facts: list[Facts]
     command: str
-    """Command that reproduces the audit; empty without settings."""
+    """Command that reproduces the audit; empty where it was made by no command of its own."""
 
     @property
     def failed(self) -> bool:
@@ -210,7 +210,7 @@ def _model(folder: Folder, index: int, scale: EpsFormat) -> Model:
         checks=sorted(result.checks, key=lambda check: (False, True, None).index(check.passed)),
         jacobian=_jacobian(folder, index, scale),
         facts=formatting.collect(folder, scale),
-        command=reproduce if folder.settings else "",
+        command=reproduce if (folder.path / "run.yaml").is_file() else "",
     )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from gambeson.attacks.gradient.transfer_options import Diversity, Noise, Scales, Smoothing
+from gambeson.attacks.gradient.transfer import Diversity, Noise, Scales, Smoothing
 from gambeson.attacks.losses import Loss, LossName
 from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
 from gambeson.base import Config, Number, UserError, seeded

@@ -15,7 +15,7 @@ from gambeson.attacks.gradient.base import (
     Guide,
     LabelChoice,
 )
-from gambeson.attacks.gradient.transfer_options import Diversity, Noise, Scales, Smoothing
+from gambeson.attacks.gradient.transfer import Diversity, Noise, Scales, Smoothing
 from gambeson.attacks.losses import MASKED, warn_of_fallback
 from gambeson.attacks.registry import register
 from gambeson.attacks.solver import ProjectedGradient, cosine, require_finite

@@ -148,8 +148,7 @@ class Noise(Config):
     copies: Annotated[int, Field(ge=1)] = 20
     """Number of copies, each with its own noise (ours)."""
     size: Annotated[Number, Field(gt=0)] = 1.0
-    """Standard deviation of the noise as a share of eps; in the norm 2 its expected length, and in the norm 1 its
-    largest (ours)."""
+    """Standard deviation of the noise as a share of eps; in the norms 2 and 1 about its length (ours)."""
 
     def draw(self, images: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
         """Draw the noise of each copy, of standard deviation 1 and the images' shape."""
