@@ -168,6 +168,15 @@ def test_every_claim_of_a_study_file_finds_what_it_reads(name):
                 assert places
 
 
+def test_a_claim_against_several_defences_is_one_against_each():
+    rivals = ["standard", {"defense": "heaps", "variant": "sigma 0.3"}]
+    claims = tiny(claims={"C": {**CLAIM, "statement": "Beats {to}.", "to": rivals}, "D": CLAIM}).claims
+    assert list(claims) == ["C against standard", "C against heaps", "D"]
+    assert [claim.statement for claim in claims.values()] == ["Beats standard.", "Beats heaps.", "x"]
+    assert claims["C against heaps"].to.variant == "sigma 0.3"
+    assert claims["C against heaps"].of == claims["D"].of
+
+
 def test_a_measure_of_some_seeds_is_made_for_those_alone():
     few = {"kind": "accuracy", "seeds": [1]}
     table = Matrix(tiny(measures={"clean": few})).table
@@ -558,6 +567,9 @@ def test_parquet_has_what_csv_has(done, tmp_path):
         ({"claims": {"C": {**CLAIM, "metric": "fgsm.acc"}}}, "unknown metric 'fgsm.acc'"),
         ({"claims": {"C": {**CLAIM, "at_least": None}}}, "either at_least or at_most"),
         ({"claims": {"C": CLAIM}, "seeds": 1}, "needs 2 or more"),
+        ({"claims": {"C": {**CLAIM, "to": ["standard", "standard"]}}}, "two claims are called 'C against standard'"),
+        ({"claims": {"C": {**CLAIM, "to": ["standard", "heap"]}}}, "unknown defence of the study 'heap'"),
+        ({"claims": {"C": {**CLAIM, "to": []}}}, "Claim.to = []"),
         ({"measures": {"a": {"kind": "attack", "attack": "fgms"}}}, "unknown attack 'fgms'"),
         ({"seeds": [1, 1]}, "expected different numbers"),
         ({"at": ["seconds"]}, "unknown defence of the study ''"),

@@ -32,6 +32,25 @@ def _seeds(value: Any) -> Any:
     return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _each(value: Any) -> Any:
+    """Write a claim against several defences as one against each, named after it."""
+    if not isinstance(value, dict):
+        return value
+    claims: dict[str, Any] = {}
+    for name, claim in value.items():
+        several = claim.get("to") if isinstance(claim, dict) else None
+        if not isinstance(several, list | tuple) or not several:
+            claims[name] = claim
+            continue
+        for one in several:
+            label = one.get("defense") if isinstance(one, dict) else one
+            key, statement = f"{name} against {label}", str(claim.get("statement", "")).replace("{to}", str(label))
+            if key in value or key in claims:
+                raise ValueError(f"two claims are called {key!r}: list each defence once")
+            claims[key] = claim | {"to": one, "statement": statement}
+    return claims
+
+
 class StudyData(Config):
     """A data set of a study."""
 
@@ -168,8 +187,9 @@ class Study(Config):
     """With ``seconds``: the defence whose training time all others get as well, by more or fewer epochs."""
     measures: Annotated[dict[str, AnyMeasure], Field(min_length=1)]
     """By label."""
-    claims: dict[str, Claim] = Field(default_factory=dict)
-    """By name."""
+    claims: Annotated[dict[str, Claim], BeforeValidator(_each)] = Field(default_factory=dict)
+    """By name. One whose ``to`` lists several defences stands for one claim against each; ``{to}`` in its statement is
+    the defence's label."""
     resources: Resources = Resources()
 
     @model_validator(mode="before")
