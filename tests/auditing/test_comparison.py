@@ -109,6 +109,16 @@ def test_a_narrow_terminal_cuts_no_number_and_no_word_of_the_table(tmp_path, dig
     assert shown.split().count("change") == 2 + len(found.changes)  # the heading and the caption have it too
 
 
+def test_models_of_one_label_are_called_as_they_were_named(tmp_path, digits):
+    same, other = (
+        gb.compare(stored(tmp_path / f"{label} a", digits.test), stored(tmp_path / f"{label} b", digits.test, **named))
+        for label, named in (("same", {}), ("other", {"label": "later"}))
+    )
+    names = ("old/model.pth", "new/model.pth")
+    assert comparison_table(same, names).title.startswith("old/model.pth and new/model.pth, on")
+    assert names[0] not in comparison_table(other, names).title
+
+
 @pytest.mark.parametrize(("lost", "gained"), [(10, 2), (2, 10), (7, 7), (1, 0), (0, 0), (40, 25)])
 def test_mcnemar_by_hand(lost, gained):
     n, k = lost + gained, min(lost, gained)

@@ -135,6 +135,9 @@ def test_a_second_look_is_taken_where_the_first_suggests_a_difference_alone():
 def test_few_images_find_nothing_and_say_so():
     assert smallest_effect((5,), 0.0) == 1
     assert "nothing would be" in PairedDifference.of(*pair(5, 0, 5)).beyond()
+    won, lost = (PairedDifference.of(*pair(*one, 200)) for one in ((30, 10), (10, 30)))
+    assert won.beyond().startswith(f"{won} more of 200 images")
+    assert lost.beyond().startswith(f"{won} fewer of 200 images, not clearly above 0 %")
 
 
 def test_rates_are_judged_at_the_same_level():

@@ -491,6 +491,11 @@ def test_commands_say_what_there_is(done, tmp_path, capsys):
     assert "undecided" in text or "reproduced" in text
     assert run(["study", "export", str(file), "--out", str(root), "--file", str(tmp_path / "x.csv")]) == 0
     lines = (tmp_path / "x.csv").read_text().splitlines()
+    before = file.read_bytes()
+    for to in ("csv", "json", "cells"):
+        assert run(["study", "export", str(file), "--out", str(root), "--to", to, "--file", str(file)]) == 2
+        assert f"{file} exists and is not" in " ".join(capsys.readouterr().err.split())
+    assert file.read_bytes() == before
     assert len(lines) == 1 + sum(len(row.values) for row in result.rows)
     with (tmp_path / "x.csv").open() as opened:
         table = list(csv.DictReader(opened))

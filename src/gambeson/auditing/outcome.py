@@ -118,8 +118,10 @@ class PairedDifference:
             return f"{self} more of {self.images} images, clearly above {100 * limit:g} %"
         found = self.findable(limit)
         power = f"{100 * found:.1f} % would be" if found < 1 else "nothing would be"
+        fewer = replace(self, value=-self.value, low=-self.high, high=-self.low)
+        said = f"{self} more" if self.value >= 0 else f"{fewer} fewer"
         return (
-            f"{self} more of {self.images} images, not clearly above {100 * limit:g} % ({power}, with "
+            f"{said} of {self.images} images, not clearly above {100 * limit:g} % ({power}, with "
             f"{100 * POWER:g} % power)"
         )
 

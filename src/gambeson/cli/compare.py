@@ -93,7 +93,7 @@ def compare(
     if as_json:
         print_json(found.plain() | ({} if report is None else {"gates": report.plain()["gates"]}))
     else:
-        console.print(comparison_table(found))
+        console.print(comparison_table(found, (first, second)))
         console.print(found.summary)
         for note in [*found.notes, *_unpaired(found.changes)]:
             console.print(f"note: {note}")
@@ -102,10 +102,17 @@ def compare(
     leave([] if report is None else [report])
 
 
-def comparison_table(found: Comparison) -> Table:
-    """Return one row per rate: both models, the change with its interval, and its outcome."""
+def comparison_table(found: Comparison, names: Sequence[str] = ()) -> Table:
+    """Return one row per rate: both models, the change with its interval, and its outcome.
+
+    Args:
+        found: the comparison.
+        names: of the models, where their labels are the same.
+    """
+    labels = [found.first.label, found.second.label]
+    called = " and ".join(names if names and labels[0] == labels[1] else labels)
     table = Table(
-        title=f"{_named(found)}, on {found.material.name}: per cent [95 % interval]",
+        title=f"{called}, on {found.material.name}: per cent [95 % interval]",
         box=box.SIMPLE_HEAD,
         caption="p: probability of so large a change by chance, for all rates at once",
     )
@@ -117,11 +124,6 @@ def comparison_table(found: Comparison) -> Table:
         rates = [f"{100 * rate.value:.1f}" for rate in (one.first, one.second)]
         table.add_row(one.name, *rates, change, f"{one.adjusted:.2g}", one.outcome, style=style)
     return table
-
-
-def _named(found: Comparison) -> str:
-    labels = found.first.label, found.second.label
-    return "two models" if len({*labels}) == 1 else " and ".join(labels)
 
 
 def _is_audit(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gambeson.base import Config, UserError, environment, load_tensors, seeded, task, write_json
+from gambeson.base import Config, UserError, environment, load_tensors, seeded, task, unused, write_json
 from gambeson.data import Split
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import ModelCard, PixelModel
@@ -83,8 +83,7 @@ def run_export(
     Raises:
         UserError: the file exists, the model is a black box, a dependency is missing, or the export fails.
     """
-    if out.exists():
-        raise UserError(f"{out} exists: choose another --out, or remove it first")
+    unused(out)
     if votes < 2 or (images is not None and images < 1):
         raise UserError(f"votes = {votes}, images = {images}: expected at least 2 votes and 1 image")
     if to == "onnx":

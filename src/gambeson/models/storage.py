@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gambeson.base import UserError, load_tensors, one_line, save_tensors, seeded
+from gambeson.base import UserError, load_tensors, one_line, save_tensors, seeded, unused
 from gambeson.base.errors import some
 from gambeson.models.factory import build
 from gambeson.models.outputs import as_logits
@@ -388,8 +388,7 @@ def convert(path: Path, to: Path, key: str | None = None) -> list[str]:
     """
     if to.suffix != ".safetensors":
         raise UserError(f"{to} does not end in .safetensors: name such a file with --to")
-    if to.exists():
-        raise UserError(f"{to} exists: choose another --to, or remove it first")
+    unused(to, "--to")
     weights = read_weights(path)
     groups = {place: state for place, state in weights.groups.items() if any(value.ndim for value in state.values())}
     if key is None and len(groups) > 1:
