@@ -139,7 +139,7 @@ def test_training_that_collapses_ends_with_its_reason(trained, digits, tmp_path)
 
 def test_training_ends_when_its_time_is_over(trained, digits, tmp_path):
     made = job_of(trained, digits, minutes=1, keep_accuracy=100)
-    net, entries, notes = made.train(schedule_of(made), tmp_path, now() - 46)
+    net, entries, notes = made.train(schedule_of(made), tmp_path, now() - 31)
     assert len(entries) == 1
     assert notes == ["The training ended after 1 epoch: its part of the 1 minute was over."]
     assert gb.models.fingerprint(net) != gb.models.fingerprint(trained)

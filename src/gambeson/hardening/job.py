@@ -1,4 +1,4 @@
-"""Hardening of a model: an audit, fine-tuning with the preset ``gambeson``, the choice of an epoch, an audit again."""
+"""Hardening of a model: fine-tuning with the preset ``gambeson``, the choice of an epoch, an audit before and after."""
 
 from __future__ import annotations
 
@@ -206,8 +206,8 @@ def harden(
 def hardened(job: Job, schedule: Schedule, folder: Path, title: str, began: float) -> Hardened:
     """Execute a job that began at a time of :func:`gambeson.auditing.clock.now`; see :func:`harden`."""
     write_json(folder / SCHEDULE, schedule.plain())
+    net, history, notes = job.train(schedule, folder, began)  # first, so that no audit is lost if no epoch is good
     before = job.audit(job.model, schedule.suite, folder, BEFORE)
-    net, history, notes = job.train(schedule, folder, began)
     after = job.audit(net, Suite(**before.results.settings), folder, AFTER)
     found = Hardened(
         model=net,
@@ -396,7 +396,7 @@ class Job:
         def stop(history: History) -> bool:
             nonlocal why
             why = collapsed(history, self.base, self.data.validation)
-            if not why and minutes is not None and now() - began > 60 * minutes * (1 + TRAINING) / 2:
+            if not why and minutes is not None and now() - began > 60 * minutes * TRAINING:
                 why = f"its part of the {minutes_of(minutes)} was over"
             return bool(why)
 
