@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def rehearse(out: Path, *options: str, parts: str = "machine tests bench training") -> list[dict]:
-    environment = os.environ | {"PARTS": parts, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PARTS": parts, "PYTHON": sys.executable}
     command = ["sh", str(ROOT / "scripts" / "gpu.sh"), "2", str(out), "--tiny", "--device", "cpu", *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -169,7 +169,7 @@ def test_a_model_and_data_that_do_not_fit(capsys, tmp_path):
 
 def start(arguments, **kwargs):
     command = [sys.executable, "-m", "gambeson", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, **kwargs)
 

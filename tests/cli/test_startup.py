@@ -59,7 +59,7 @@ def start(arguments, code="from gambeson.cli import main; main()"):
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        env={**os.environ, "COLUMNS": "200"},
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return done.stdout, set(done.stderr.split()), after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

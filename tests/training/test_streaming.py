@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 def start(*parts: object, **more: str) -> subprocess.Popen[str]:
     """Run the script in a process of its own, with two workers."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GAMBESON_WORKERS": "2", **more}
+    environment = {**os.environ, "GAMBESON_WORKERS": "2", **more}
     command = [sys.executable, str(SCRIPT), *map(str, parts)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -161,7 +161,7 @@ def test_a_damaged_file_ends_in_one_sentence(folder, tmp_path, monkeypatch, caps
 def test_ctrl_c_leaves_no_worker(folder, tmp_path):
     log = tmp_path / "log"
     parts = [sys.executable, SCRIPT, folder, log, tmp_path / "run", "command"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GAMBESON_WORKERS": "2"}
+    environment = {**os.environ, "GAMBESON_WORKERS": "2"}
     process = subprocess.Popen(
         [str(part) for part in parts], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
