@@ -473,3 +473,24 @@ def test_several_models_have_one_target_from_their_mean():
     with Victim(model) as one, Victim(other) as two, attack._crafting([one, two], data, 0) as context:
         mean = (model(data.train.images) + other(data.train.images)).argmax(1)
         assert torch.equal(context.predictions(context.train), mean)
+
+
+def test_a_number_that_is_another_class_s_name_is_no_index(monkeypatch):
+    """Folders 0, 1, 10, 2 are classes 0 to 3, so that 2 is a name of one and the index of another."""
+    images, labels = torch.rand(8, 1, 4, 4), torch.arange(8) % 4
+    split = Split("folders", images, labels, ("0", "1", "10", "2"))
+    for text in ("class:2", "2"):
+        with pytest.raises(
+            UserError, match=r"the class called 2, whose index is 3, or index 2, whose class is called 10"
+        ):
+            Target.of(text).within(split)
+    with pytest.raises(UserError, match=r"target 10 is not a class: .* the class called 10 is class:#2"):
+        Target.of("class:10").within(split)
+    for meant in ("class:#2", 2):
+        found = Target.of(meant).within(split)
+        assert found.index == 2
+        assert found.called(split.classes) == "class:#2 (10)"
+        assert Target.of(str(found)).within(split) == found  # as it is stored
+    assert Target.of("1").within(split).called(split.classes) == "class:1"
+    assert attacks.create("stochastic-pgd", eps=0.1, target="class:2").plain()["target"] == "class:2"
+    assert attacks.create("stochastic-pgd", eps=0.1, target=2).plain()["target"] == 2

@@ -155,7 +155,7 @@ def test_uap_of_label_maps_with_a_target(tmp_path, capsys):
     ]:
         file = str(tmp_path / f"{name}.safetensors")
         assert run(["uap", "craft", *about, *small, "--target", target, *more, "--out", file]) == 0
-        told = "mean of hidden and of others kept" if name == "hidden" else "target reached by"
+        told = "mean of hidden and of others kept" if name == "hidden" else "reached by"
         assert told in " ".join(capsys.readouterr().err.split())
         assert run(["uap", "score", file, *about, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)["target"]

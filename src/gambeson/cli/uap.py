@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from gambeson.cli.options import http_settings, needed, one_model, print_json, p
 from gambeson.cli.tables import edits_table, placements_table, places_table
 
 if TYPE_CHECKING:
+    from gambeson.attacks import UniversalPerturbation
     from gambeson.evaluation import Difference, Rate, TargetSuccess
 
 app = typer.Typer(help="Craft, score and list universal perturbations and patches.", no_args_is_help=True)
@@ -100,9 +102,10 @@ def craft(
         print_json({"file": str(out), **uap.about.plain()})
         return
     best = max(rate for _, rate in uap.about.restarts)
-    told = "UER" if uap.target is None else "target reached by"
-    if uap.target is not None and uap.target.kind == "hide":
-        told = "mean of hidden and of others kept"
+    told = "UER"
+    if uap.target is not None:
+        told = "mean of hidden and of others kept" if uap.target.kind == "hide" else "reached by"
+        told = f"target {_aim(uap, subject.dataset.classes)}: {told}"
     size = f"at eps {uap.about.eps:.4g}"
     if isinstance(uap, attacks.AdversarialPatch):
         size = f"of {'x'.join(map(str, uap.mask.shape[2:]))} pixels, {100 * uap.area:.3g} % of an image"
@@ -228,13 +231,19 @@ def score(
     if report is not None:
         console.print(f"the report is in {report}")
     if reached is not None:
-        _print_target(console, str(uap.about.settings["target"]), reached)
+        _print_target(console, _aim(uap, whole.classes), reached)
         return
     worst = strongest_control(controls)
     if worst is not None and worst.worst.value >= evasion.value > 0:
         console.print(
             f"{worst.name} does no less harm, so this perturbation shows no weakness of its own: try other attacks"
         )
+
+
+def _aim(uap: UniversalPerturbation, classes: Sequence[str]) -> str:
+    """Return what a perturbation is for, with the name of the class."""
+    aim = uap.target
+    return str(uap.about.settings["target"]) if aim is None or aim.kind == "static" else aim.called(classes)
 
 
 def _print_target(console: Console, target: str, reached: TargetSuccess) -> None:
@@ -288,7 +297,7 @@ def list_(
 
     Example: `gambeson uap list runs`
     """
-    from gambeson.attacks import UniversalPerturbation, load
+    from gambeson.attacks import load
     from gambeson.base import UserError, user_code
 
     files = [file for place in places for file in (sorted(place.rglob("*.safetensors")) if place.is_dir() else [place])]

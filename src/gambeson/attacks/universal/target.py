@@ -38,7 +38,8 @@ class Target(Config):
     - ``hide:CLASS``: pixels of the class take the class of the nearest pixel of another class, by the exact Euclidean
       distance; all other pixels keep theirs. Borders do not wrap.
 
-    CLASS is an index, or a name. Names, and images by index, are found in a data set by :meth:`within`.
+    CLASS is an index, or a name; ``#3`` is an index even where a class is called 3. Names, and images by index, are
+    found in a data set by :meth:`within`.
     """
 
     kind: Literal["class", "static", "hide"]
@@ -84,7 +85,7 @@ class Target(Config):
         if isinstance(value, torch.Tensor | np.ndarray):
             return cls(**_static(np.asarray(value), None))
         if isinstance(value, int) and not isinstance(value, bool):
-            return cls(kind="class", value=str(value))
+            return cls(kind="class", value=f"#{value}")
         raise UserError(f"target {value!r}: {_FORMS}, a class index, or a label map (H, W)")
 
     @property
@@ -106,9 +107,26 @@ class Target(Config):
         Raises:
             UserError: it is a name; :meth:`within` finds its index.
         """
-        if not self.value.isdigit():
+        bare = self.value.removeprefix("#")
+        if not bare.isdigit():
             raise UserError(f"target {self}: the index of this class is known within a data set only; call within")
-        return int(self.value)
+        return int(bare)
+
+    def _found(self, classes: Sequence[str]) -> int:
+        """The class's index in a data set, of a number that is no other class's name."""
+        named = classes.index(self.value) if self.value in classes else None
+        if named is None and not self.value.removeprefix("#").isdigit():
+            raise unknown_name("class", self.value, classes)
+        index = self.index if named is None or self.value.isdigit() else named
+        if index >= len(classes):
+            hint = "" if named is None else f"; the class called {self.value} is {self.kind}:#{named}"
+            raise UserError(f"target {index} is not a class: expected 0 to {len(classes) - 1}{hint}")
+        if named not in (None, index):
+            raise UserError(
+                f"target {self} is the class called {self.value}, whose index is {named}, or index {self.value}, whose "
+                f"class is called {classes[index]}: write {self.kind}:#{named} or {self.kind}:#{index}"
+            )
+        return index
 
     def within(self, split: Split, labels: Callable[[Split], torch.Tensor] | None = None) -> Target:
         """Return the target for data of these classes, with its index or its map.
@@ -127,14 +145,9 @@ class Target(Config):
                 f"target {self}: {split.name} has one label per image, and this needs label maps; give a class"
             )
         if self.kind != "static":
-            index = self.index if self.value.isdigit() else None
-            if index is None:
-                if self.value not in classes:
-                    raise unknown_name("class", self.value, classes)
-                index = classes.index(self.value)
-            if index >= len(classes):
-                raise UserError(f"target {index} is not a class: expected 0 to {len(classes) - 1}")
-            return self.model_copy(update={"value": str(index)})
+            index = self._found(classes)
+            clear = str(index) not in classes or classes[index] == str(index)
+            return self.model_copy(update={"value": str(index) if clear else f"#{index}"})
         values = self.map
         if values is None:
             if self.index >= len(split):
@@ -154,6 +167,17 @@ class Target(Config):
                 f"{len(classes)}: expected 0 to {len(classes) - 1}"
             )
         return self.model_copy(update=_static(values.numpy(), self.value))
+
+    def called(self, classes: Sequence[str]) -> str:
+        """Return the target with the name of its class, as ``hide:3 (car)``.
+
+        Args:
+            classes: those of the data set.
+        """
+        if self.kind == "static":
+            return str(self)
+        name = classes[self._found(classes)]
+        return str(self) if name == self.value else f"{self} ({name})"
 
     def reach(
         self, predictions: torch.Tensor, valid: torch.Tensor | None = None
@@ -302,7 +326,9 @@ def _setting(value: Any) -> Any:
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     target = Target.of(value)
-    return target.index if target.kind == "class" and target.value.isdigit() else target
+    # A number in a text may be a class's name, which its data set tells.
+    known = target.kind == "class" and not isinstance(value, str) and target.value.removeprefix("#").isdigit()
+    return target.index if known else target
 
 
 TargetSetting = Annotated[Annotated[int, Field(ge=0)] | Target | None, BeforeValidator(_setting)]
