@@ -153,7 +153,12 @@ def test_a_folder_belongs_to_one_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("a: [1", "is not valid YAML"), ("- 1", "holds a list: expected settings")]
+    ("text", "words"),
+    [
+        ("a: [1", "is not valid YAML"),
+        ("a: {b: 1, c: 2, b: 3}", "b is given twice in line 1"),
+        ("- 1", "holds a list: expected settings"),
+    ],
 )
 def test_bad_yaml_is_one_sentence(tmp_path, text, words):
     (tmp_path / "x.yaml").write_text(text)

@@ -317,6 +317,27 @@ def close_run(folder: Path) -> None:
     write_yaml(file, {**read_yaml(file), "finished": True})
 
 
+class _Once(yaml.SafeLoader):
+    """YAML whose mappings name each key once; the last of several would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML into plain values.
+
+    Raises:
+        yaml.YAMLError: it is none, or a mapping has a key twice.
+    """
+    return yaml.load(text, _Once)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
@@ -324,11 +345,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, is not YAML, or is no mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = parse_yaml(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: name a YAML file, such as the run.yaml of a finished run") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).replace('"<unicode string>", ', "")
         raise UserError(f"{path} is not valid YAML ({reason}): fix or delete it and retry") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): name a YAML file") from None

@@ -321,6 +321,7 @@ def put_all(
 
     from gambeson.base import UserError
     from gambeson.base.config import nearest
+    from gambeson.base.files import parse_yaml
 
     for pair in pairs or []:
         typed = f"--http {pair.removeprefix('http.')}" if pair.startswith("http.") else f"--set {pair}"
@@ -328,9 +329,10 @@ def put_all(
         if not sign or not all(part.strip() == part != "" for part in name.split(".")):
             raise UserError(f"{typed}: expected NAME=VALUE, for example --set momentum=0.8")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"{typed}: {text!r} is not YAML, quote it or close its brackets") from None
+            value = parse_yaml(text)
+        except yaml.YAMLError as error:
+            why = getattr(error, "problem", None)
+            raise UserError(f"{typed}: {text!r} is not YAML ({why}), quote it or close its brackets") from None
         path, head = name, name.partition(".")[0]
         inside = {} if head in own else groups(settings)
         if inside and head not in inside:
@@ -341,6 +343,9 @@ def put_all(
             if len(homes) > 1:
                 raise UserError(f"--set {pair}: say which, {' or '.join(f'{home}.{name}' for home in homes)}")
             path = ".".join([*homes, name])
+        earlier = (_typed.get() or {}).get(tuple(path.split(".")), "")
+        if earlier.startswith("--") and " " in earlier and earlier != typed:  # with a value, and not of a file
+            raise UserError(f"{earlier} and {typed} give the same setting: leave one out")
         put(settings, path, value, typed=typed)
 
 
