@@ -129,6 +129,15 @@ def test_no_model_is_said_to_stand_that_a_control_brings_down(control, chosen):
     assert said.startswith("Not brought") == (control <= 460)
     if control >= 540:
         assert said.startswith("Broken by one pattern at eps 0.1: the chessboard pattern misclassifies")
+    edge = said.startswith("On the edge")
+    own = Rate.of(
+        control if chosen else 400, 1000
+    )  # an interval beside "on the edge" holds 50 %, or the reason follows
+    most = (
+        f"may be as high as {100 * Rate.of(max(control, 400), 1000, candidates=3).high:.1f} %: more images would tell."
+    )
+    assert (most in said) == (edge and own.high < 0.5)
+    assert ("may be as high as" in said) == (most in said)
 
 
 def test_the_smallest_eps_have_their_intervals():
@@ -188,10 +197,12 @@ def test_checks_that_were_not_run_are_no_reason_to_trust():
     verdict = judge(CLEAN, points(60), FOUND, ran, unchecked=["c", "d", "e", "f"], left_out="The 2 minutes left out x.")
     assert not verdict.trusted
     assert verdict.summary.startswith(
-        "The 2 minutes left out x. Not checked for c, d, e and 1 more: 2 of 6 checks were run, and none failed. Not "
+        "The 2 minutes left out x. Not checked for c, d, e and 1 more: 1 of 6 checks were run and 1 did not apply, "
+        "and none failed. Not "
     )
     assert verdict.reasons == [
-        "2 of 6 checks were run: not checked for c, d, e, f. Run a larger suite, or give it more time."
+        "1 of 6 checks were run and 1 did not apply: not checked for c, d, e, f. Run a larger suite, or give it more "
+        "time."
     ]
     failed = judge(CLEAN, points(60), FOUND, [Check(name="a", passed=False, detail="d")], unchecked=["c"])
     assert failed.summary.startswith("Not to be trusted (failed: a).")

@@ -87,7 +87,9 @@ def judge(
         said.append("What attacks did reach stands; the model may be weaker than these numbers.")
     reasons = [f"{check.name}: failed, {check.detail}. {check.explanation} {check.remedy}".rstrip() for check in failed]
     if unchecked:
-        ran = f"{len(checks)} of {len(checks) + len(unchecked)} checks were run"
+        idle = sum(check.passed is None for check in checks)
+        ran = f"{len(checks) - idle} of {len(checks) + len(unchecked)} checks were run"
+        ran += f" and {idle} did not apply" if idle else ""
         if not failed:
             said.insert(1, f"Not checked for {some(unchecked, 3)}: {ran}, and none failed.")
         reasons.append(f"{ran}: not checked for {', '.join(unchecked)}. Run a larger suite, or give it more time.")
@@ -177,7 +179,13 @@ def _one_pattern(
         against += f" and {rival.worst} under the {kind} ({rival.name})"
     subject = "it misclassifies" if name == _CRAFTED else f"{name} misclassifies"
     units = "test images" if unit == "image" else f"the {unit}s of test images"
-    return f"{lead} at eps {point.eps:.3g}: {subject} {rate} of {units}, against {against}."
+    said = f"{lead} at eps {point.eps:.3g}: {subject} {rate} of {units}, against {against}."
+    if outcome == "on the edge" and rate.high < delta:
+        most = 100 * _worst(point, transfer).high
+        said += (
+            f" The error under the worst of the patterns tried may be as high as {most:.1f} %: more images would tell."
+        )
+    return said
 
 
 def _between(found: CertifiedResult) -> str:
