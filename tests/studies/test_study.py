@@ -575,6 +575,20 @@ def test_parquet_has_what_csv_has(done, tmp_path):
         ({"claims": {"C": {**CLAIM, "to": ["standard", "standard"]}}}, "two claims are called 'C against standard'"),
         ({"claims": {"C": {**CLAIM, "to": ["standard", "heap"]}}}, "unknown defence of the study 'heap'"),
         ({"claims": {"C": {**CLAIM, "to": []}}}, "Claim.to = []"),
+        ({"claims": {"C": {**CLAIM, "to": "heaps"}}}, "both sides are heaps"),
+        ({"claims": {"C": {**CLAIM, "keeping": {"than": "standard", "drop": 2}}}}, "less than 1"),
+        ({"models": ["lenet5", "lenet5"]}, "model: lenet5 is given twice"),
+        ({"data": [{"name": "digits", "eps": eps} for eps in (0.1, 0.2)]}, "data set: digits is given twice"),
+        ({"data": [{"name": "digits", "eps": 51}]}, "did you mean 51/255?"),
+        (
+            {"defenses": {"a": {"name": "shared-adversarial", "grid": {"sigma": [0.3, 0.3]}}}},
+            "sigma of a: 0.3 is given twice",
+        ),
+        (
+            {"defenses": {"a": {"name": "shared-adversarial", "settings": {"sigma": 0.2}, "grid": {"sigma": [0.3]}}}},
+            "sigma of a is in its grid",
+        ),
+        ({"measures": {"a": {"kind": "accuracy", "seeds": [7]}}}, "the measure a is of seed 7"),
         ({"measures": {"a": {"kind": "attack", "attack": "fgms"}}}, "unknown attack 'fgms'"),
         ({"seeds": [1, 1]}, "expected different numbers"),
         ({"at": ["seconds"]}, "unknown defence of the study ''"),
@@ -588,6 +602,15 @@ def test_a_wrong_study_is_one_sentence(changes, words, tmp_path, capsys):
     error = capsys.readouterr().err
     assert words in error
     assert "Traceback" not in error
+
+
+def test_more_images_than_there_are_are_refused(tmp_path, capsys):
+    data = [{"name": "digits", "eps": 0.1, "test": 100_000}]
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"kind": "study", **TINY, "data": data}))
+    for command, status in (("plan", 0), ("run", 2)):
+        assert run(["study", command, str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out")]) == status
+        said = " ".join("".join(capsys.readouterr()).split())
+        assert "digits/test has 449 images, and the study asks for 100000: ask for fewer" in said
 
 
 def test_ensembles_are_attacked_through_every_part_of_them(tmp_path):

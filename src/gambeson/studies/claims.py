@@ -43,8 +43,8 @@ class Keeping(Config):
 
     than: str
     """The other defence's label."""
-    drop: Annotated[Number, Field(ge=0)] = 0.01
-    """How much lower the accuracy on clean validation images may be."""
+    drop: Annotated[Number, Field(ge=0, lt=1)] = 0.01
+    """How much lower the accuracy on clean validation images may be: 0.01 is one point."""
 
 
 AnySide = Annotated[Side, BeforeValidator(_side)]
@@ -99,6 +99,8 @@ class Claim(Config):
             raise ValueError("a correlation is of of.metric with metric: give both")
         if self.how != "correlation" and any(not side.defense for side in self.sides):
             raise ValueError("each side names its defence")
+        if self.how in ("difference", "ratio") and self.of == self.to:
+            raise ValueError(f"both sides are {self.of.defense}, of the same metric and variant: name another one")
         if self.how == "ratio" and min(self.margin, 1) <= 0:
             raise ValueError(f"a ratio has a positive margin, got {self.margin:g}")
         for side in self.sides:

@@ -25,6 +25,7 @@ from gambeson.evaluation.universal import accuracy, strongest, universal_evasion
 from gambeson.models import PixelModel, noise_off
 from gambeson.models.storage import load as load_model
 from gambeson.tasks import Rate
+from gambeson.threat import Ball
 from gambeson.victim import EOT_SAMPLES, Victim
 
 Size = Annotated[int, Field(ge=1)]
@@ -142,11 +143,18 @@ class Measure(Config):
         """The radius."""
         return self.times_eps * trained.eps
 
+    def check(self, eps: float) -> None:
+        """Refuse data of an eps, with which it cannot be measured."""
+        Ball(eps=self.times_eps * eps)
+
 
 class AccuracyMeasure(Measure):
     """Clean accuracy on all test images."""
 
     kind: Literal["accuracy"] = "accuracy"
+
+    def check(self, eps: float) -> None:
+        """Take any: there is no attack."""
 
     def measure(self, trained: TrainedModel) -> Measured:
         """Count it."""
@@ -190,6 +198,10 @@ class AttackMeasure(Measure):
             raise UserError("an attack of a study has no name: expected one, as in {name: pgd, steps: 20}")
         name = given.pop("name")
         return create(name, **({"eps": eps} if "eps" in ATTACKS.get(name).settings else {}), **given)
+
+    def check(self, eps: float) -> None:
+        """Refuse an eps that the attack does not take in its norm."""
+        self.build(self.times_eps * eps)
 
     def modules(self) -> tuple[str, ...]:
         """The attack's module."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from gambeson import data as data_room
-from gambeson.base import Config, Number, read_settings, unknown_name
+from gambeson.base import Config, Number, UserError, read_settings, unknown_name
 from gambeson.defenses.registry import DEFENSES
 from gambeson.studies.audits import AuditMeasure
 from gambeson.studies.claims import At, Claim
@@ -51,6 +52,13 @@ def _each(value: Any) -> Any:
     return claims
 
 
+def _once(what: str, values: Sequence[Any]) -> None:
+    """Refuse a value that stands twice."""
+    for k, value in enumerate(values):
+        if value in values[:k]:
+            raise ValueError(f"{what}: {value} is given twice")
+
+
 class StudyData(Config):
     """A data set of a study."""
 
@@ -72,6 +80,8 @@ class StudyData(Config):
         whole = data_room.load(self.name)
 
         def some(part: data_room.Split, size: int | None) -> data_room.Split:
+            if size is not None and size > len(part):
+                raise UserError(f"{part.name} has {len(part)} images, and the study asks for {size}: ask for fewer")
             return part if size is None else part.sample(size)
 
         return data_room.Dataset(
@@ -228,7 +238,18 @@ class Study(Config):
                     raise unknown_name(kind, name, known)
         for claim in self.claims.values():
             claim.check(self.seeds)
+        _once("data set", sets)
+        _once("model", nets)
+        for label, measure in self.measures.items():
+            if unknown := sorted(set(measure.seeds) - set(self.seeds)):
+                raise ValueError(f"the measure {label} is of seed {unknown[0]}, which the study has not")
+            for one in self.data:
+                measure.check(one.eps)
         for label, defense in self.defenses.items():
+            for name, values in defense.grid.items():
+                _once(f"{name} of {label}", values)
+            if twice := defense.grid.keys() & defense.settings.keys():
+                raise ValueError(f"{sorted(twice)[0]} of {label} is in its grid: leave it out of its settings")
             if defense.space and (self.search is None or self.search.trials is None):
                 raise ValueError(f"the space of {label} is for the search's trials: give search.trials")
             if twice := defense.space.keys() & (defense.grid.keys() | {"name"}):

@@ -70,6 +70,10 @@ network trained from scratch on some thousands of label maps; the default of ``g
 """
 
 
+_OF_STEPS = ("milestones", "decay_every", "gamma")
+"""Fields that have an effect on the schedule ``steps`` alone."""
+
+
 class Recipe(Config):
     """An optimiser and a schedule. The defaults are ours unless a preset sets them.
 
@@ -141,12 +145,24 @@ class Recipe(Config):
         name = fields["preset"]
         if name not in PRESETS:
             raise unknown_name("preset", name, PRESETS)
-        return PRESETS[name] | {key: value for key, value in fields.items() if key != "preset"}
+        given = {key: value for key, value in fields.items() if key != "preset"}
+        other = "schedule" in given and given["schedule"] != PRESETS[name].get("schedule")
+        return {k: v for k, v in PRESETS[name].items() if not (other and k in _OF_STEPS)} | given
 
     @model_validator(mode="after")
     def _check_selection(self) -> Recipe:
         if self.select.startswith("best-") and not self.robust_every:
             raise ValueError(f"select {self.select!r} needs robust_every of 1 or more, got 0")
+        if self.select == "last" and self.least_accuracy:
+            raise ValueError("least_accuracy is for choosing an epoch: give select, such as best")
+        idle = [name for name in _OF_STEPS if getattr(self, name) != type(self).model_fields[name].default]
+        if self.schedule != "steps" and idle:
+            raise ValueError(f"{idle[0]} has no effect on the schedule {self.schedule!r}: give schedule=steps")
+        if self.warmup > self.epochs:
+            raise ValueError(
+                f"a warmup of {self.warmup:g} epochs is longer than the training of {self.epochs}, which would never "
+                "reach lr: give a shorter one"
+            )
         return self
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
