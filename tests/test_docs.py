@@ -98,7 +98,7 @@ def test_the_server_of_the_page_answers_the_client():
 
     from gambeson.models.black_box.http import HttpModel
 
-    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "black-box.md").read_text(), re.DOTALL)
+    code, adapter = re.findall(r"```python\n(.*?)```", (DOCS / "black-box.md").read_text(), re.DOTALL)
     begun = []
 
     class Once(http.server.ThreadingHTTPServer):
@@ -116,6 +116,9 @@ def test_the_server_of_the_page_answers_the_client():
         begun[0].shutdown()
         begun[0].server_close()
     assert torch.equal(found, scope["model"](images))
+    seen: dict = {"predict": lambda pixels: pixels.shape + (pixels.dtype.name, int(pixels[0, 1, 2, 0]))}
+    exec(adapter, seen)
+    assert seen["ask"](images) == (70, 5, 5, 1, "uint8", round(float(images[0, 0, 1, 2]) * 255))
 
 
 def test_the_settings_of_http_are_those_of_the_page():

@@ -4,6 +4,8 @@ import copy
 import re
 from pathlib import Path
 
+import torch
+
 import gambeson as gb
 from gambeson.auditing import AuditResult
 
@@ -57,7 +59,9 @@ def test_the_defence_of_the_readme_trains(tmp_path, trained, digits):
 
 
 def test_the_attack_and_the_diagnostic_of_contributing_run_in_an_audit(tmp_path, trained, digits):
-    attack, _, _, diagnostic = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    attack, universal, _, _, diagnostic = re.findall(
+        r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S
+    )
     (tmp_path / "mine.py").write_text(attack + diagnostic)
     small = gb.auditing.SUITES["quick"].model_copy(
         update={
@@ -85,3 +89,9 @@ def test_the_attack_and_the_diagnostic_of_contributing_run_in_an_audit(tmp_path,
     assert check.name == "bright images no easier"
     assert f"{100 * check.numbers['bright']:.1f} % on the brighter half" in check.detail
     assert 0.5 < check.numbers["dark"] <= 1
+
+    (tmp_path / "coarse.py").write_text(universal)
+    uap = gb.attacks.create(f"{tmp_path}/coarse.py:Coarse", eps=0.3).craft(trained, digits)
+    assert torch.equal(uap.delta[..., ::2, ::2], uap.delta[..., 1::2, 1::2])  # constant over its blocks
+    harm = gb.evaluation.universal_evasion(trained, digits, uap).value
+    assert harm > 1.5 * max(one.worst.value for one in gb.evaluation.rates_beside(trained, digits.test, uap))

@@ -358,3 +358,13 @@ def test_a_shrunk_attack_stays_off_the_corners():
     assert len(sizes.unique()) == sizes.numel()
     with pytest.raises(UserError, match="shrink is for norm 'inf', and the norm is '2'"):
         StochasticPGD(eps=1, norm="2", shrink=0.1)
+
+
+def test_the_rate_that_a_strangers_attack_states_is_counted_again(digits, trained):
+    class Liar(gb.attacks.UniversalAttack):
+        def _search(self, context, start):
+            yield gb.attacks.Candidate(start="nothing", delta=context.start("zero", 0), rate=1.0)
+
+    uap = Liar(eps=0.1).craft(trained, digits)
+    clean = 1 - gb.evaluation.accuracy(trained, digits.validation).value
+    assert uap.about.restarts == [("nothing", pytest.approx(clean))]

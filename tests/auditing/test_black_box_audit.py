@@ -196,6 +196,28 @@ def test_a_cut_audit_goes_on_and_counts_what_was_asked_before(audited, trained, 
         gb.audit(FunctionModel(other), digits, SUITE, tmp_path)
 
 
+def test_a_cut_audit_asks_nothing_that_it_cannot_finish_and_goes_on_with_a_larger_budget(trained, digits, tmp_path):
+    suite = SUITE.model_copy(update={"eps": (0.2,), "eps_uni_runs": 0, "queries": 0, "budget": 4_000})
+    file, asked = black_box.queries_file(tmp_path), 0
+    while asked < 3_100:  # a model that dies before any perturbation is there
+        with pytest.raises(KeyboardInterrupt):
+            gb.audit(Counted(trained, stop=900), digits, suite, tmp_path)
+        asked = json.loads(file.read_text())["images"]
+    box = Counted(trained)
+    with pytest.raises(
+        UserError, match=r"no perturbation was crafted: .* may be asked about 4000 images and was about"
+    ):
+        gb.audit(box, digits, suite, tmp_path)
+    assert box.seen < 200  # to know it again, and no more
+    raised = suite.model_copy(update={"budget": 20_000})
+    result = gb.audit(Counted(trained), digits, raised, tmp_path).results
+    assert len(result.universal) == 1
+    assert result.settings["budget"] == 20_000
+    assert asked < json.loads(file.read_text())["images"] <= 20_000
+    with pytest.raises(UserError, match=r"differs in suite.budget"):  # a smaller one
+        gb.audit(Counted(trained), digits, suite, tmp_path)
+
+
 def test_scores_that_are_rounded_are_still_the_same_box(audited, trained, digits, tmp_path):
     suite = SUITE.model_copy(update={"eps": (0.2,), "eps_uni_runs": 0, "queries": 0})
     gb.audit(FunctionModel(trained), digits, suite, tmp_path)

@@ -255,7 +255,7 @@ class Auditor:
 
     def _rescore(self) -> None:
         context = self.context
-        universal.end_curve(context)
+        universal.end_curve(context, self.stages.left_out)
         again = partial(universal.rescore, context)
         context.universal = self.stages.afford("re-scoring", list[UniversalResult], again, context.universal)
 

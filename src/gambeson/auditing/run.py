@@ -192,7 +192,6 @@ def _left(run: AuditRun, out: Path) -> int | None:
     left = run.suite.budget - images_asked(out)
     if left < 1:
         raise UserError(
-            f"{out} has spent its budget of {run.suite.budget} images: start again with a larger --budget and another "
-            "--out"
+            f"{out} has spent its budget of {run.suite.budget} images: give a larger --budget, and it goes on"
         )
     return left

@@ -219,6 +219,16 @@ _PASSING = {"http": None}
 """Settings that change no result: a run may be resumed with others."""
 
 
+def _raised(held: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is held with the budget of queries that is given, if that is larger: it changes no earlier result."""
+    suite, now = held.get("suite"), given.get("suite")
+    if isinstance(suite, dict) and isinstance(now, dict):
+        old, new = suite.get("budget"), now.get("budget")
+        if isinstance(old, int) and isinstance(new, int) and old < new:
+            return {**held, "suite": {**suite, "budget": new}}
+    return dict(held)
+
+
 def _unlike(held: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
     """Yield the settings that differ, with the names of their groups."""
     for key in sorted(held.keys() | given.keys()):
@@ -240,7 +250,7 @@ def refuse_other(folder: Path, held: Mapping[str, Any], given: Mapping[str, Any]
     Raises:
         UserError: they differ.
     """
-    unlike = list(_unlike(held, given))
+    unlike = list(_unlike(_raised(held, given), given))
     if unlike:
         unlike = [*unlike[:4], f"{len(unlike) - 4} more"] if len(unlike) > 5 else unlike
         raise UserError(
@@ -275,12 +285,15 @@ def check_run(folder: Path, run: Config) -> bool | None:
         known = {key: value for key, value in held.items() if key not in _UNLIKE}
         with suppress(UserError):
             known = type(run)(**known).plain()
-        changed = _changed(held.get("files"), contents(settings))
-        if known | _PASSING == settings | _PASSING and not changed:
-            return bool(held.get("finished"))
+        changed, finished = _changed(held.get("files"), contents(settings)), bool(held.get("finished"))
+        alike = known if finished else _raised(known, settings)
+        if alike | _PASSING == settings | _PASSING and not changed:
+            return finished
         if [path for path in folder.rglob("*") if path.is_file()] == [file]:
             return None
         refuse_other(folder, known | _PASSING, settings | _PASSING)
+        if finished and not changed:
+            raise UserError(f"{folder} holds a finished run: choose another --out for a larger budget")
         raise UserError(
             f"{folder} holds a run that began before {changed[0]} was changed: choose another --out, or restore it"
         )
@@ -304,7 +317,10 @@ def open_run(folder: Path, run: Config, environment: dict[str, str]) -> bool:
         named = {"files": files} if (files := contents(settings)) else {}
         write_yaml(folder / "run.yaml", {**settings, **named, "environment": environment, "finished": False})
     elif not finished:
-        begun = read_yaml(folder / "run.yaml").get("environment", environment)
+        held = read_yaml(folder / "run.yaml")
+        if (raised := _raised(held, run.plain())) != held:
+            write_yaml(folder / "run.yaml", raised)
+        begun = held.get("environment", environment)
         if other := sorted(key for key in environment if begun.get(key) != environment[key]):
             changes = ", ".join(f"{key} {environment[key]} after {begun.get(key)}" for key in other)
             warnings.warn(f"{folder} resumes with {changes}: its numbers may differ in the last digits", stacklevel=2)

@@ -90,7 +90,8 @@ def inspect(
     recognise(box, data, stages, folder, random=random)
     room, votes = None if suite.budget is None else suite.budget - box.asked, suite.votes if random else 1
     plan = stages.do("plan", BudgetPlan, lambda: fit_queries(suite, data, room, votes, keep_eps=keep_eps))
-    suite = plan.suite if choose is None else choose(plan.suite)
+    planned = plan.suite.model_copy(update={"budget": suite.budget})  # which may have been raised since
+    suite = planned if choose is None else choose(planned)
     held = data.validation.sample(suite.pattern_images)
     return suite, Dataset(data.name, data.train, held, data.test, data.classes), list(plan.notes)
 
@@ -140,7 +141,10 @@ def craft(context: AuditContext, eps: float, start: tuple[str, torch.Tensor] | N
         return score(predict(victim, validation, delta.to(victim.device), seed=context.seed), validation).error
 
     found: list[tuple[str, UniversalPerturbation, float]] = []
-    for attack in pattern_attacks(suite, eps):
+    attacks = pattern_attacks(suite, eps)
+    if isinstance(victim.model, BlackBox):  # where an interrupted audit has asked in vain, ask no more in vain
+        victim.model.afford((victim.votes or 1) * sum(attack.asked(context.data) for attack in attacks))
+    for attack in attacks:
         uap = attack.craft(victim, context.data, seed=context.seed)
         found.append((uap.about.attack, uap, max(rate for _, rate in uap.about.restarts)))
     if context.surrogate is not None and (borrowed := on_surrogate(context, eps)) is not None:

@@ -6,7 +6,7 @@ the surrogate. Test only reports, so its rate has the interval of a single numbe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,11 +231,15 @@ def _craft(context: AuditContext, eps: float, smaller: UniversalPerturbation | N
     return UniversalPerturbation(best.delta, about, best.image_hashes)
 
 
-def end_curve(context: AuditContext) -> None:
-    """Let the curve end with the eps that a black box's budget, or the time, had room for."""
+def end_curve(context: AuditContext, left_out: Mapping[str, Exception]) -> None:
+    """Let the curve end with the eps that a black box's budget, or the time, had room for.
+
+    Raises:
+        UserError: there was room for none, and why.
+    """
     done, suite = len(context.universal), context.suite
     if not done:
-        raise UserError("the budget was spent before one perturbation was crafted: give a larger --budget")
+        raise UserError(f"no perturbation was crafted: {next(iter(left_out.values()), 'the curve has no eps')}")
     if done < len(suite.eps):
         context.suite = suite.model_copy(update={"eps": tuple(point.eps for point in context.universal)})
 

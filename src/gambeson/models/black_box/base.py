@@ -115,6 +115,18 @@ class BlackBox(nn.Module):
             self.budget = left if self.budget is None else min(self.budget, left)
         self.settle()
 
+    def afford(self, count: int) -> None:
+        """Check that the budget has room for so many images more, before the first of them is paid for.
+
+        Raises:
+            BudgetSpent: it has not.
+        """
+        if self.budget is not None and self.images + count > self.budget:
+            raise BudgetSpent(
+                f"{self.title} may be asked about {self.budget + self._earlier} images and was about {self.asked}: "
+                f"{count} more are too many; allow a larger budget, or choose an attack that asks less"
+            )
+
     def settle(self) -> None:
         """Write the exact number; between calls the file may overstate it by up to half a per cent of the budget."""
         with self._lock:
@@ -151,11 +163,7 @@ class BlackBox(nn.Module):
 
     def _claim(self, count: int) -> None:
         with self._lock:
-            if self.budget is not None and self.images + count > self.budget:
-                raise BudgetSpent(
-                    f"{self.title} may be asked about {self.budget + self._earlier} images and was about {self.asked}: "
-                    f"{count} more are too many; allow a larger budget, or choose an attack that asks less"
-                )
+            self.afford(count)
             self.images += count
             if self.asked > self._written:
                 ahead = 10_000 if self.budget is None else self.budget // 200
