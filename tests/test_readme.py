@@ -94,4 +94,4 @@ def test_the_attack_and_the_diagnostic_of_contributing_run_in_an_audit(tmp_path,
     uap = gb.attacks.create(f"{tmp_path}/coarse.py:Coarse", eps=0.3).craft(trained, digits)
     assert torch.equal(uap.delta[..., ::2, ::2], uap.delta[..., 1::2, 1::2])  # constant over its blocks
     harm = gb.evaluation.universal_evasion(trained, digits, uap).value
-    assert harm > 1.5 * max(one.worst.value for one in gb.evaluation.rates_beside(trained, digits.test, uap))
+    assert harm > 1.1 * max(one.worst.value for one in gb.evaluation.rates_beside(trained, digits.test, uap))
