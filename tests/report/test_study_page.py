@@ -113,6 +113,8 @@ def test_the_page_has_every_number_and_what_is_not_run(path: Path) -> None:
     assert "56 of 60 cells are done" in seen.text
     assert seen.text.count("Heaps lower the UER. (paper, S1)") == 1
     assert "All in all: reproduced at equal steps; reproduced at equal time." in seen.text
+    assert seen.text.count("uap.uer of <b>heaps</b> minus standard: at most -0.1.") == 1
+    assert "Models are compared at equal steps, and at equal time." in seen.text
     effects = [row for row in seen.rows if row[0].split()[0] == "H"]
     assert len(effects) == 4
     assert all("-0.35" in row[3] and "reproduced" in row[4] for row in effects)

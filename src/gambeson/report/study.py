@@ -10,7 +10,7 @@ from typing import Any
 
 from gambeson.report.charts import AXIS, LEGEND, MARKERS, Chart, embed, hue, plain_layout
 from gambeson.report.formatting import Facts, flat, percent
-from gambeson.studies.claims import Finding, front
+from gambeson.studies.claims import Claim, Finding, front
 from gambeson.studies.measures import Value, meaning
 from gambeson.studies.rows import Result, StudyResult
 
@@ -69,6 +69,8 @@ class ClaimLine:
     name: str
     statement: str
     source: str
+    test: str
+    """What is compared, and with which margin."""
     at: str
     where: str
     effect: str
@@ -125,7 +127,7 @@ def build(result: StudyResult, pages: Mapping[str, str] | None = None) -> Page:
         state=f"{result.done:,} of {result.cells:,} cells are done, as of {result.date} UTC"
         + (f"; computed on {' and on '.join(devices)}." if devices else "."),
         claims=[
-            _claim(verdict.statement, verdict.source, finding, _overall(result, verdict.claim))
+            _claim(Claim(**study["claims"][verdict.claim]), finding, _overall(result, verdict.claim))
             for verdict in result.claims
             for finding in verdict.findings
         ],
@@ -153,7 +155,25 @@ def _overall(result: StudyResult, claim: str) -> str:
     return f"All in all: {'; '.join(found)}."
 
 
-def _claim(statement: str, source: str, finding: Finding, overall: str) -> ClaimLine:
+def _test(claim: Claim) -> str:
+    """What a claim compares, and with which margin, as a phrase."""
+    word = {"difference": " minus ", "ratio": " over "}.get(claim.how, ", ")
+    if claim.how == "correlation":
+        sides = " minus that of ".join(str(side.metric) for side in claim.sides)
+        said = f"Rank correlation of {sides}, with {claim.metric}"
+    else:
+        names = [f"{side.defense}{f' ({side.variant})' if side.variant else ''}" for side in claim.sides]
+        metrics = [side.metric or claim.metric for side in claim.sides]
+        alike = len(set(metrics)) == 1
+        said = f"{metrics[0]} of " if alike else ""
+        said += word.join(names if alike else [f"{m} of {name}" for m, name in zip(metrics, names, strict=True)])
+    said += f", at equal {claim.matched}" if claim.matched else ""
+    if claim.keeping is not None:
+        said += f", of what is at most {100 * claim.keeping.drop:g} points below {claim.keeping.than} on validation"
+    return f"{said}: {'at most' if claim.at_least is None else 'at least'} {claim.margin:g}."
+
+
+def _claim(claim: Claim, finding: Finding, overall: str) -> ClaimLine:
     badge, mark = _BADGES[finding.verdict]
     effect = "–" if finding.effect is None else f"{finding.effect:.3g}"
     if finding.low is not None and finding.high is not None:
@@ -165,8 +185,9 @@ def _claim(statement: str, source: str, finding: Finding, overall: str) -> Claim
     notes += [finding.note] if finding.note else []
     return ClaimLine(
         name=finding.claim,
-        statement=statement,
-        source=source,
+        statement=claim.statement,
+        source=claim.source,
+        test=_test(claim),
         at=AT[finding.at],
         where=f"{finding.data}, {finding.model}",
         effect=effect,
