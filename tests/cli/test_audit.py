@@ -56,7 +56,7 @@ def test_an_endpoint_is_audited_within_its_budget_through_failures(server, tmp_p
 
 def test_another_model_behind_the_same_address_is_noticed(server, tmp_path, capsys, digits):
     folder = tmp_path / "a"
-    command = ["audit", server.url, *SMALL, "--eps", "0.3", "--set", "suite.eps_uni_runs=0", "--out", str(folder)]
+    command = ["audit", server.url, *SMALL, "--eps", "0.3", "--out", str(folder)]
     assert run([*command, "--json"]) == 0
     held = yaml.safe_load((folder / "run.yaml").read_text())
     (folder / "run.yaml").write_text(yaml.safe_dump({**held, "finished": False}))

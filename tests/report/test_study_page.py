@@ -14,6 +14,7 @@ from report_reader import Reader
 from test_report_browser import CHROMIUM, browser  # noqa: F401
 
 from gambeson import report
+from gambeson.cli.app import run
 from gambeson.studies import Study
 from gambeson.studies.claims import verdicts
 from gambeson.studies.measures import Value
@@ -243,3 +244,24 @@ def test_the_study_page_never_scrolls_sideways(browser: Browser, path: Path, wid
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= width
     page.context.close()
+
+
+def test_a_study_s_file_leads_to_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    study: dict[str, Any] = {
+        "kind": "study",
+        "name": "tiny",
+        "data": [{"name": "digits", "eps": 0.1}],
+        "models": ["lenet5"],
+    }
+    study |= {"defenses": {"standard": "standard"}, "measures": {"clean": {"kind": "accuracy"}}}
+    (tmp_path / "s.yaml").write_text(json.dumps(study))
+    assert run(["report", "s.yaml"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "runs/studies/tiny has no results of this study: name the folder that they are in, as OUT/tiny" in said
+    assert run(["study", "run", "s.yaml", "--minutes", "0"]) == 0
+    assert run(["report", "s.yaml"]) == 0
+    assert "Study: tiny" in (tmp_path / "runs/studies/tiny/report.html").read_text()
+    (tmp_path / "net.safetensors").write_bytes(b"x")
+    assert run(["report", "net.safetensors"]) == 2
+    assert "net.safetensors is a file: name the folder of a finished audit" in " ".join(capsys.readouterr().err.split())

@@ -591,9 +591,12 @@ def test_parquet_has_what_csv_has(done, tmp_path):
         ({"measures": {"a": {"kind": "accuracy", "seeds": [7]}}}, "the measure a is of seed 7"),
         ({"measures": {"a": {"kind": "attack", "attack": "fgms"}}}, "unknown attack 'fgms'"),
         ({"seeds": [1, 1]}, "expected different numbers"),
-        ({"at": ["seconds"]}, "unknown defence of the study ''"),
+        ({"at": ["seconds"]}, "all train as long as one defence: name it as the reference"),
         ({"recipe": {"epoch": 3}}, "did you mean epochs?"),
         ({"name": "a/b"}, "name"),
+        ({"seeds": 0}, "Study.seeds = 0: expected 1 or more"),
+        ({"search": {"lr": []}}, "Search.lr = []: expected 1 or more"),
+        ({"defenses": {"a": "mine.py"}}, "mine.py is a file: name a defence in it, as mine.py:NAME"),
     ],
 )
 def test_a_wrong_study_is_one_sentence(changes, words, tmp_path, capsys):

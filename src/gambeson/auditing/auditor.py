@@ -384,7 +384,7 @@ class Auditor:
                 *self.notes,
                 *notes,
                 *(f"{name} was left out: {why}." for name, why in stages.left_out.items()),
-                *boxes.remarks(victim.model),
+                *boxes.remarks(victim.model, suite),
                 *filter(None, without),
             ],
             verdict=judge(

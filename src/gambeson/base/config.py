@@ -104,7 +104,7 @@ def config_error(error: ValidationError, owner: str, known: Iterable[str]) -> Us
     """Turn pydantic's report into one sentence: its first problem, with the field and the value given."""
     # A misspelt setting explains a missing one, so it is named first.
     problem = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
-    path = tuple(str(part) for part in problem["loc"])
+    path = tuple(str(part) for part in problem["loc"] if "[" not in str(part))  # without pydantic's names of forms
     inner = problem.get("ctx", {}).get("error")
     if isinstance(inner, UserError) and inner.path:  # of a nested object, or of the setting beside this one
         path = path[:-1] + inner.path[1:] if inner.path[0] == ".." else path + inner.path
@@ -117,6 +117,8 @@ def config_error(error: ValidationError, owner: str, known: Iterable[str]) -> Us
         return UnknownSetting(f"{owner} has {reason}", path, f"there is {reason}")
     reason = problem["msg"].removeprefix("Value error, ").replace("Input should be ", "expected ", 1)
     reason = _KINDS.get(problem["type"], reason)
+    if problem["type"] == "too_short":
+        reason = f"expected {problem['ctx']['min_length']} or more"
     if path and not isinstance(problem["input"], dict):
         return UserError(f"{owner}.{field} = {_shown(problem['input'])}: {reason}", path, reason)
     return UserError(f"{owner}: {reason}", path, reason)

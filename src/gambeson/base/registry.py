@@ -171,6 +171,8 @@ class Registry(Generic[T]):
 
     def unknown(self, name: str) -> UserError:
         """Return the error for an unknown name, with the nearest matches."""
+        if name.endswith(".py"):
+            return UserError(f"{name} is a file: name {_an(self.kind)} in it, as {name}:NAME")
         return unknown_name(self.kind, name, self.names())
 
     def canonical(self, name: str) -> str:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from gambeson.cli import gates
 from gambeson.cli.options import Device, Json, Seed, print_json, progress
+from gambeson.cli.study import DEFAULT
 from gambeson.cli.tables import audit_table
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def report(
     from gambeson.report import write, write_card, write_study
     from gambeson.studies import is_study, read_study
 
+    audits = [_folder(audit) for audit in audits]
     asked = gates.parsed(gate, sarif, junit, card)
     for audit in map(str, audits):
         if audit.startswith(PREFIX):
@@ -81,6 +83,24 @@ def report(
     for file in [*([page] if "report" in done else []), *others] if not as_json else []:
         typer.echo(f"the report is in {file}")
     gates.leave(reports)
+
+
+def _folder(given: Path) -> Path:
+    """Return the folder of results that was named, or that of a study's file."""
+    from gambeson.base import UserError
+    from gambeson.studies import Study, is_study
+
+    if not given.is_file():
+        return given
+    if given.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{given} is a file: name the folder of a finished audit, or of a study")
+    name = Study.load(given).name
+    if not is_study(DEFAULT / name):
+        raise UserError(
+            f"{DEFAULT / name} has no results of this study: name the folder that they are in, as OUT/{name}, or begin "
+            f"with `gambeson study run {given}`"
+        )
+    return DEFAULT / name
 
 
 def quickstart(

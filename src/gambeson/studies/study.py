@@ -224,6 +224,8 @@ class Study(Config):
         claims = list(self.claims.values())
         about = [*self.models, *self.defenses.values(), *claims]
         sources = [one.source for one in self.measures.values() if isinstance(one, AttackMeasure) and one.source]
+        if "seconds" in self.at and not self.reference:
+            raise ValueError("at equal time all train as long as one defence: name it as the reference")
         labelled = [self.reference] if "seconds" in self.at else []
         labelled += sources + [name for one in (*claims, *self.measures.values()) for name in one.defenses]
         measured = [metric.split(".")[0] for claim in claims for metric in claim.metrics]

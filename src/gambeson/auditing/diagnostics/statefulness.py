@@ -236,7 +236,7 @@ def _memory(context: AuditContext) -> Finding:
     replayed = replayed and not _coarse(context, images, nudge or 0.0, still)
     return Finding(
         not otherwise and max(gap, after) <= limit and not replayed,
-        f"{100 * changed:.2g} % of the clean predictions differ from those at the audit's beginning; while {_BURST} "
+        f"{100 * changed:.3g} % of the clean predictions differ from those at the audit's beginning; while {_BURST} "
         f"queries near one image were asked, its logits changed by {100 * gap:.2g} % of their range, and those of "
         f"{len(images)} images by {100 * after:.2g} %; {same} of the queries got its logits",
         {"changed": changed, "repeated": gap, "probes": after, "same": same / _BURST},

@@ -103,12 +103,12 @@ def left_out(parts: Sequence[str], budget: int | None) -> str:
     return f"The budget of {budget} images left out {listed(parts)}."
 
 
-def remarks(model: nn.Module) -> list[str]:
-    """Limits of the audit of a black box, as sentences; empty for a model with gradients."""
+def remarks(model: nn.Module, suite: Suite) -> list[str]:
+    """Limits of the audit of a black box by a suite, as sentences; empty for a model with gradients."""
     if not isinstance(model, BlackBox):
         return []
     words = ["A black box: attacks that need gradients were left out, so that true robustness may be lower."]
-    if model.decides_only:
+    if model.decides_only and suite.queries:
         words.append(
             "Only the top class came back: Square then knows hits and misses and not how near it is, and finds less "
             "than it does with scores."

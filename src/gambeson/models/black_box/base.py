@@ -181,7 +181,9 @@ class BlackBox(nn.Module):
         self._written = number
 
     def _read(self, answer: Any, count: int) -> torch.Tensor:
-        expected = f"expected scores ({count}, K), one row per image, or ({count}, K, H, W)"
+        expected = (
+            f"expected scores ({count}, K), one row per image, or ({count}, K, H, W), or classes as integers ({count},)"
+        )
         answer = getattr(answer, "logits", answer)
         try:
             given = torch.as_tensor(answer).detach().cpu()
