@@ -150,7 +150,7 @@ def _class_folders(path: Path, flat: bool) -> dict[str, list[Path]]:
             raise UserError(f"{one} holds no images: add some or remove the folder")
     if left:
         kinds = Counter(file.suffix.lower() or file.name for file in left).most_common(5)
-        _tell(f"left out of {path}: {', '.join(f'{count} {kind}' for kind, count in kinds)}")
+        tell(f"left out of {path}: {', '.join(f'{count} {kind}' for kind, count in kinds)}")
     return found
 
 
@@ -244,7 +244,7 @@ def _split_folders(path: Path) -> dict[str, Path]:
             "have it cut into three"
         )
     if left := [one for one in folders if one not in found.values() and _holds_pictures(one)]:
-        _tell(f"{some(one.name for one in left)} of {path} are left out: beside folders of splits, only those are read")
+        tell(f"{some(one.name for one in left)} of {path} are left out: beside folders of splits, only those are read")
     return found
 
 
@@ -263,7 +263,7 @@ def _ordered(name: str, classes: list[str], order: str | None) -> tuple[str, ...
         by_text != by_number or (integers and [int(one) for one in by_text] != list(range(len(classes))))
     ):
         pairs = some((f"{k} is folder {one}" for k, one in enumerate(by_text)), 12)
-        _tell(
+        tell(
             f"the classes of {name} are in the order of text, as in torchvision: {pairs}; if your model takes the "
             "numbers in their names, choose ?order=number, else ?order=text"
         )
@@ -290,7 +290,7 @@ def _compare_classes(folder: Path, found: list[str], classes: tuple[str, ...]) -
             f"{folder} has classes that train lacks: {some(strangers)}{hint}; expected the same folders in both"
         )
     if missing := [known for known in classes if known not in found]:
-        _tell(f"{folder} has no images of {some(missing)}: its rates are over the other classes")
+        tell(f"{folder} has no images of {some(missing)}: its rates are over the other classes")
 
 
 def decoder_for(paths: list[Path], options: ImageOptions, input_shape: Shape, name: str) -> Decoder:
@@ -316,13 +316,13 @@ def decoder_for(paths: list[Path], options: ImageOptions, input_shape: Shape, na
     grey = options.mode == "grey" if options.mode else channels == 1
     greys = sum(head.grey for head in heads)
     if smaller := sum(head.height < size[0] or head.width < size[1] for head in heads):
-        _tell(f"{smaller} {of} are smaller than {size[0]}x{size[1]} and are enlarged: ?size= chooses another size")
+        tell(f"{smaller} {of} are smaller than {size[0]}x{size[1]} and are enlarged: ?size= chooses another size")
     if options.mode is None and grey and greys < len(heads):
-        _tell(f"{len(heads) - greys} {of} have colours and are read as grey, which the model takes: ?mode=grey says so")
+        tell(f"{len(heads) - greys} {of} have colours and are read as grey, which the model takes: ?mode=grey says so")
     if options.mode is None and channels is None and greys == len(heads):
-        _tell(f"all pictures of {name} are grey and get three equal channels, as in torchvision: ?mode=grey gives one")
+        tell(f"all pictures of {name} are grey and get three equal channels, as in torchvision: ?mode=grey gives one")
     if animated := sum(head.frames > 1 for head in heads):
-        _tell(f"{animated} {of} have several frames or pages: the first one counts")
+        tell(f"{animated} {of} have several frames or pages: the first one counts")
     white = _white([(path, head.depth) for path, head in zip(seen, heads, strict=True) if head.depth], options.white)
     return Decoder(size, grey, white, options.alpha)
 
@@ -358,11 +358,12 @@ def tell_shared(data: Dataset) -> None:
         return
     for split in (data.validation, data.test):
         if shared := int(torch.isin(split.image_hashes, data.train.image_hashes).sum()):
-            _tell(
+            tell(
                 f"{shared} of the {len(split)} images of {split.name} are in {data.train.name} too (equal pixels): "
                 "rates on them measure memory, so remove them from one of the two"
             )
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """Warn of what a user would want to know of the data."""
     warnings.warn(text, DataWarning, stacklevel=2)

@@ -26,6 +26,7 @@ from gambeson.data.folder import (
     listing,
     open_image,
     part_of,
+    tell,
     tell_shared,
     within,
 )
@@ -317,6 +318,9 @@ def load_mask_folder(
     else:
         values = _values([mask for pairs in parts.values() for _, mask in pairs])
         reader, classes = _indexed(values, palette, options.ignore)
+        seen = set(reader.labels[np.isin(reader.known, values.numpy())].tolist())
+        if missing := [one for label, one in enumerate(classes) if label not in seen]:
+            tell(f"no mask of {name} has {some(missing)}: no number says anything of these classes")
     return load_masks(name, parts, reader, classes, options, workers, input_shape)
 
 
