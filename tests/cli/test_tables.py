@@ -53,6 +53,13 @@ def test_three_models_fit_into_80_columns(tmp_path: Path, colour: bool) -> None:
     assert "> 1.000" in text
 
 
+def test_the_size_of_the_noise_is_told(tmp_path: Path) -> None:
+    result = write_audit(tmp_path / "a")
+    assert f"noise (eps to {max(one.size for one in result.corruption):.3g})" in " ".join(
+        " ".join(drawn([result])).split()
+    )
+
+
 def test_parts_that_were_not_measured_are_dashes(tmp_path: Path) -> None:
     result = write_audit(tmp_path / "a").model_copy(update={"transfer": [], "corruption": [], "per_image": []})
     lines = drawn([result])

@@ -20,13 +20,15 @@ _NONE = "\N{EN DASH}"
 
 def audit_table(results: Sequence[AuditResult]) -> Table:
     """One column per model: the verdict, accuracy clean and attacked, UER beside its strongest control, and eps_uni."""
-    first = results[0]
+    first, noises = results[0], [one.size for result in results for one in result.corruption]
+    sizes = f" (eps to {max(noises):.3g})" if noises else ""
     table = Table(
         title=f"{first.material.test} test images of {first.material.name}: "
         f"per cent{'' if first.material.unit == 'image' else f' of {first.material.unit}s'} [95 % interval]",
         box=box.SIMPLE_HEAD,
         min_width=60,
-        caption="per image, transfer, noise: the worst, its interval widened; UER: error under one pattern for all",
+        caption=f"per image, transfer, noise{sizes}: the worst, its interval widened; UER: error under one pattern for "
+        "all",
     )
     table.add_column("")
     for result in results:
