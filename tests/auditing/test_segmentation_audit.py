@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -235,6 +236,13 @@ def test_no_class_is_to_be_hidden_that_no_test_image_shows(net, data) -> None:
         context: Any = SimpleNamespace(test=data.test, data=data, victim=victim, seed=0, suite=SUITE, predictions=seen)
         context.subject = SimpleNamespace(black_box=False)
         static, hide = targets(context)
+        numbers = tuple(str((k + 1) % len(data.classes)) for k in range(len(data.classes)))
+        train, validation, test = (copy.copy(part) for part in (data.train, data.validation, data.test))
+        for part in (train, validation, test):
+            part.classes = numbers
+        context.data, context.test = Dataset(data.name, train, validation, test, numbers), test
+        assert str(targets(context)[1]) == f"hide:#{hide.index}"  # whose number is another class's name
+        context.data, context.test = data, data.test
         context.predictions = seen.where(seen != hide.index, 0)
         assert targets(context) == [static]
 

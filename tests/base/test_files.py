@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +25,7 @@ from gambeson.base import (
     write_bytes,
     write_json,
 )
+from gambeson.base.files import parse_yaml
 
 
 def test_tensors_and_their_document_come_back(tmp_path):
@@ -191,3 +193,12 @@ def test_a_safetensors_file_is_never_taken_for_a_pickle(tmp_path):
         assert len(about["text"]) == length
         assert tensors["a"] == 1
     assert 0x80 in firsts
+
+
+def test_yaml_merges_and_refuses_only_what_is_written_twice():
+    text = "base: &base {x: 1}\na: {inner: &mid {<<: *base, x: 2}}\ntop: {<<: *mid, y: 3}\nlist: [*base, {x: 1}]"
+    assert parse_yaml(text) == yaml.safe_load(text)
+    assert parse_yaml("{1: a, '1': b}") == {1: "a", "1": "b"}
+    for twice in ("a: 1\na: 1", "a: [{b: 1, b: 2}]", "a: &x {b: {c: 1, c: 2}}"):
+        with pytest.raises(yaml.YAMLError, match="is given twice"):
+            parse_yaml(twice)

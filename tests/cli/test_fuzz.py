@@ -107,6 +107,11 @@ def test_any_options_end_in_one_sentence(nowhere, capsys, arguments):
         ("uap craft x --set tile={12,12}", "(12 is given twice), quote it"),
         ("uap craft x --set steps=3 --set steps=5", "error: --set steps=3 and --set steps=5 give the same setting"),
         ("train --data digits --epochs 1 --set recipe.epochs=2", "--epochs 1 and --set recipe.epochs=2 give the same"),
+        (
+            "train --data digits --defense standard --set defense=trades",
+            "--defense standard and --set defense=trades give",
+        ),
+        ("train --data digits --model lenet5 --lr 1 --set recipe={}", "--lr 1.0 and --set recipe={} give the same"),
         ("train --data digits --model lenet5 --set recipe.milestones=[1", "error: --set recipe.milestones=[1: "),
         ("train --data digits --model lenet5 --set lr=-3", "error: --set lr=-3: expected greater than 0"),
         ("train --data digits --model lenet5 --lr -3", "error: --lr -3.0: expected greater than 0"),

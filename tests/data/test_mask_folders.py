@@ -213,10 +213,10 @@ def test_a_colour_that_the_palette_lacks_is_refused_with_its_file(tmp_path: Path
 def test_classes_that_no_mask_shows_are_named(tmp_path: Path) -> None:
     (tmp_path / "masks").mkdir()
     fill(tmp_path / "images", tmp_path / "masks", save=lambda values, path: grey(values * 2, path))
-    with pytest.warns(DataWarning, match=r"no mask of .* has 1, 3: no number says anything of these classes"):
+    with pytest.warns(DataWarning, match=r"no mask of .* has 1, 3, of which numbers then say nothing"):
         assert load(f"mask-folder:{tmp_path}").classes == ("0", "1", "2", "3", "4")
     (tmp_path / "palette.txt").write_text("a\nb\nc\nd\ne\nunicorn\n")
-    with pytest.warns(DataWarning, match=r"has b, d, unicorn: no number"):
+    with pytest.warns(DataWarning, match=r"has b, d, unicorn, of which"):
         load(f"mask-folder:{tmp_path}")
 
 

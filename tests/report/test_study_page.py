@@ -262,6 +262,9 @@ def test_a_study_s_file_leads_to_its_results(tmp_path: Path, monkeypatch: pytest
     assert run(["study", "run", "s.yaml", "--minutes", "0"]) == 0
     assert run(["report", "s.yaml"]) == 0
     assert "Study: tiny" in (tmp_path / "runs/studies/tiny/report.html").read_text()
+    (tmp_path / "c.yaml").write_text("model: lenet5")
+    assert run(["report", "c.yaml"]) == 2
+    assert "c.yaml is no study: name the folder" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "net.safetensors").write_bytes(b"x")
     assert run(["report", "net.safetensors"]) == 2
     assert "net.safetensors is a file: name the folder of a finished audit" in " ".join(capsys.readouterr().err.split())

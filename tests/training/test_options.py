@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -164,6 +165,17 @@ def test_steps_fall_at_milestones_and_after_every_so_many_epochs():
     rates = [recipe.lr_at(4 * epoch + k, 4) for epoch in range(10) for k in (0, 3)]
     falls = [0, 0, 1, 1, 2, 3, 4, 4, 5, 5]
     assert rates == [0.5**fall for fall in falls for _ in range(2)]
+
+
+def test_what_has_no_effect_is_told_and_a_preset_s_own_gives_way():
+    with pytest.warns(UserWarning, match="gamma has no effect on the schedule 'cosine': set schedule=steps"):
+        Recipe(gamma=0.5)
+    with pytest.warns(UserWarning, match="a warmup of 5 epochs is longer than the training of 3"):
+        Recipe(epochs=3, warmup=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Recipe(preset="shared-adversarial", schedule="cosine").milestones == ()
+        assert Recipe(preset="shared-adversarial").milestones == (50,)
 
 
 def test_presets_are_the_papers_recipes(tmp_path):

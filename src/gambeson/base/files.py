@@ -220,11 +220,11 @@ _PASSING = {"http": None}
 
 
 def _raised(held: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is held with the budget of queries that is given, if that is larger: it changes no earlier result."""
+    """Return what is held with the budget of queries that is given, if it is larger or none: no result changes."""
     suite, now = held.get("suite"), given.get("suite")
     if isinstance(suite, dict) and isinstance(now, dict):
         old, new = suite.get("budget"), now.get("budget")
-        if isinstance(old, int) and isinstance(new, int) and old < new:
+        if isinstance(old, int) and (new is None or (isinstance(new, int) and old < new)):
             return {**held, "suite": {**suite, "budget": new}}
     return dict(held)
 
@@ -333,25 +333,29 @@ def close_run(folder: Path) -> None:
     write_yaml(file, {**read_yaml(file), "finished": True})
 
 
-class _Once(yaml.SafeLoader):
-    """YAML whose mappings name each key once; the last of several would win without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set[str]()
-        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def parse_yaml(text: str) -> Any:
     """Parse YAML into plain values.
 
     Raises:
-        yaml.YAMLError: it is none, or a mapping has a key twice.
+        yaml.YAMLError: it is none, or a mapping has a key twice, of which the last would win without a word.
     """
-    return yaml.load(text, _Once)
+    left, seen = [yaml.compose(text, yaml.SafeLoader)], set[int]()
+    while left:
+        node = left.pop()
+        if node is None or id(node) in seen or isinstance(node, yaml.ScalarNode):
+            continue
+        seen.add(id(node))
+        if not isinstance(node, yaml.MappingNode):
+            left += node.value
+            continue
+        keys = set[tuple[str, str]]()
+        for key, value in node.value:
+            left += [key, value]
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in keys:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+                keys.add((key.tag, key.value))
+    return yaml.safe_load(text)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -113,7 +113,9 @@ def harden(
 
 
 def _words(cost: HardenPlan) -> str:
+    from gambeson.base import count
+
     return (
-        f"at most {cost.epochs} epochs, about {duration(cost.seconds)} with their validation, and two audits of at "
-        f"most {duration(cost.audit.seconds)} each, on {cost.training.device}: {duration(cost.total)} together"
+        f"at most {count(cost.epochs, 'epoch')}, about {duration(cost.seconds)} with their validation, and two audits "
+        f"of at most {duration(cost.audit.seconds)} each, on {cost.training.device}: {duration(cost.total)} together"
     )

@@ -343,9 +343,11 @@ def put_all(
             if len(homes) > 1:
                 raise UserError(f"--set {pair}: say which, {' or '.join(f'{home}.{name}' for home in homes)}")
             path = ".".join([*homes, name])
-        earlier = (_typed.get() or {}).get(tuple(path.split(".")), "")
-        if earlier.startswith("--") and " " in earlier and earlier != typed:  # with a value, and not of a file
-            raise UserError(f"{earlier} and {typed} give the same setting: leave one out")
+        parts = tuple(path.split("."))
+        for place, earlier in (_typed.get() or {}).items():
+            valued = earlier.startswith("--") and " " in earlier  # not of a file, nor an option that was not given
+            if valued and place[: len(parts)] == parts and earlier != typed:
+                raise UserError(f"{earlier} and {typed} give the same setting: leave one out")
         put(settings, path, value, typed=typed)
 
 

@@ -88,12 +88,15 @@ def report(
 def _folder(given: Path) -> Path:
     """Return the folder of results that was named, or that of a study's file."""
     from gambeson.base import UserError
+    from gambeson.base.files import read_yaml
     from gambeson.studies import Study, is_study
 
     if not given.is_file():
         return given
     if given.suffix not in (".yaml", ".yml"):
         raise UserError(f"{given} is a file: name the folder of a finished audit, or of a study")
+    if read_yaml(given).get("kind") != "study":
+        raise UserError(f"{given} is no study: name the folder of a finished audit, or of a study")
     name = Study.load(given).name
     if not is_study(DEFAULT / name):
         raise UserError(

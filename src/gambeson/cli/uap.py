@@ -40,8 +40,9 @@ def craft(
     target: Annotated[
         str | None,
         typer.Option(
-            help="What to make the model predict: class:CLASS (a name or an index), or of label maps also static:IMAGE "
-            "(an index of validation, or a PNG of class indices) or hide:CLASS.",
+            help="What to make the model predict: class:CLASS (a name or an index; #3 is an index that is another "
+            "class's name), or of label maps also static:IMAGE (an index of validation, or a PNG of class indices) or "
+            "hide:CLASS.",
             show_default="anything wrong",
         ),
     ] = None,

@@ -319,8 +319,8 @@ def load_mask_folder(
         values = _values([mask for pairs in parts.values() for _, mask in pairs])
         reader, classes = _indexed(values, palette, options.ignore)
         seen = set(reader.labels[np.isin(reader.known, values.numpy())].tolist())
-        if missing := [one for label, one in enumerate(classes) if label not in seen]:
-            tell(f"no mask of {name} has {some(missing)}: no number says anything of these classes")
+        if missing := [one for label, one in enumerate(classes) if label not in seen and label]:  # 0 is told elsewhere
+            tell(f"no mask of {name} has {some(missing)}, of which numbers then say nothing")
     return load_masks(name, parts, reader, classes, options, workers, input_shape)
 
 

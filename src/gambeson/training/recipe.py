@@ -157,11 +157,13 @@ class Recipe(Config):
             raise ValueError("least_accuracy is for choosing an epoch: give select, such as best")
         idle = [name for name in _OF_STEPS if getattr(self, name) != type(self).model_fields[name].default]
         if self.schedule != "steps" and idle:
-            raise ValueError(f"{idle[0]} has no effect on the schedule {self.schedule!r}: give schedule=steps")
+            said = f"{idle[0]} has no effect on the schedule {self.schedule!r}: set schedule=steps"
+            warnings.warn(said, stacklevel=2)
         if self.warmup > self.epochs:
-            raise ValueError(
-                f"a warmup of {self.warmup:g} epochs is longer than the training of {self.epochs}, which would never "
-                "reach lr: give a shorter one"
+            warnings.warn(
+                f"a warmup of {self.warmup:g} epochs is longer than the training of {self.epochs}, which never reaches "
+                "lr: give a shorter one",
+                stacklevel=2,
             )
         return self
 

@@ -101,9 +101,12 @@ class UniversalPerturbation:
     def target(self) -> Target | None:
         """The target it was crafted for, with the map of a static one; None if untargeted."""
         told = self.about.settings.get("target")
-        if told is None or self.target_map is None:
-            return None if told is None else Target.of(told)
-        return Target.of(self.target_map)
+        if self.target_map is not None and told is not None:
+            return Target.of(self.target_map)
+        found = None if told is None else Target.of(told)
+        if found is not None and found.kind != "static" and found.value.isdecimal():  # an index, when it was crafted
+            return found.model_copy(update={"value": f"#{found.value}"})
+        return found
 
     @property
     def ball(self) -> Ball:

@@ -108,19 +108,20 @@ class Target(Config):
             UserError: it is a name; :meth:`within` finds its index.
         """
         bare = self.value.removeprefix("#")
-        if not bare.isdigit():
+        if not bare.isdecimal():
             raise UserError(f"target {self}: the index of this class is known within a data set only; call within")
         return int(bare)
 
     def _found(self, classes: Sequence[str]) -> int:
         """The class's index in a data set, of a number that is no other class's name."""
         named = classes.index(self.value) if self.value in classes else None
-        if named is None and not self.value.removeprefix("#").isdigit():
+        if named is None and not self.value.removeprefix("#").isdecimal():
             raise unknown_name("class", self.value, classes)
-        index = self.index if named is None or self.value.isdigit() else named
+        if named is not None and (not self.value.isdecimal() or self.index >= len(classes)):
+            return named
+        index = self.index
         if index >= len(classes):
-            hint = "" if named is None else f"; the class called {self.value} is {self.kind}:#{named}"
-            raise UserError(f"target {index} is not a class: expected 0 to {len(classes) - 1}{hint}")
+            raise UserError(f"target {index} is not a class: expected 0 to {len(classes) - 1}")
         if named not in (None, index):
             raise UserError(
                 f"target {self} is the class called {self.value}, whose index is {named}, or index {self.value}, whose "
@@ -145,9 +146,7 @@ class Target(Config):
                 f"target {self}: {split.name} has one label per image, and this needs label maps; give a class"
             )
         if self.kind != "static":
-            index = self._found(classes)
-            clear = str(index) not in classes or classes[index] == str(index)
-            return self.model_copy(update={"value": str(index) if clear else f"#{index}"})
+            return self.model_copy(update={"value": _spelt(self._found(classes), classes)})
         values = self.map
         if values is None:
             if self.index >= len(split):
@@ -176,8 +175,9 @@ class Target(Config):
         """
         if self.kind == "static":
             return str(self)
-        name = classes[self._found(classes)]
-        return str(self) if name == self.value else f"{self} ({name})"
+        index = self._found(classes)
+        name, spelt = classes[index], _spelt(index, classes)
+        return f"{self.kind}:{name}" if name in (self.value, spelt) else f"{self.kind}:{spelt} ({name})"
 
     def reach(
         self, predictions: torch.Tensor, valid: torch.Tensor | None = None
@@ -248,6 +248,11 @@ class Target(Config):
         return targets, weights(targets, hidden, omega)
 
 
+def _spelt(index: int, classes: Sequence[str]) -> str:
+    """Return an index as a text that no class's name is, but its own."""
+    return str(index) if classes[index] == str(index) or str(index) not in classes else f"#{index}"
+
+
 def from_predictions(settings: Mapping[str, Any]) -> bool:
     """Whether an attack with these settings takes labels from predictions; without a say it does so for a target."""
     return settings.get("labels", "truth" if settings.get("target") is None else "prediction") == "prediction"
@@ -281,9 +286,9 @@ def _fields(text: str) -> dict[str, Any]:
     kind, sign, value = text.partition(":")
     if not sign:
         kind, value = "class", text
-    if kind not in ("class", "static", "hide") or not value or (not sign and not text.isdigit()):
+    if kind not in ("class", "static", "hide") or not value or (not sign and not text.isdecimal()):
         raise UserError(f"target {text!r}: {_FORMS}, or a class index")
-    if kind != "static" or value.isdigit():
+    if kind != "static" or value.isdecimal():
         return {"kind": kind, "value": value}
     if value.startswith("#"):
         raise UserError(
@@ -327,7 +332,7 @@ def _setting(value: Any) -> Any:
         return value
     target = Target.of(value)
     # A number in a text may be a class's name, which its data set tells.
-    known = target.kind == "class" and not isinstance(value, str) and target.value.removeprefix("#").isdigit()
+    known = target.kind == "class" and not isinstance(value, str) and target.value.removeprefix("#").isdecimal()
     return target.index if known else target
 
 

@@ -29,7 +29,7 @@ def targets(context: AuditContext) -> list[Target]:
     found = [Target.parse(f"static:{int(validation.sample_indices(1, seed=context.seed)[0])}")]
     shown = context.test.task.valid(context.test.labels.cpu()) & (context.predictions == order[1:2])
     if len(order) > 1 and counts[order[1]] and bool(shown.any()):
-        found.append(Target.parse(f"hide:{int(order[1])}"))
+        found.append(Target.parse(f"hide:#{int(order[1])}").within(validation))
     return found
 
 
