@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+from gambeson.studies import Study
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -67,7 +67,8 @@ def headline() -> tuple[list[str], Rows]:
 
 
 def _claims(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield from (yaml.safe_load(file.read_text()).get("claims") or {}).items()
+    for name, claim in Study.load(file).claims.items():
+        yield name, {key: value for key, value in claim.plain().items() if value is not None}
 
 
 def _stored(study: str) -> list[dict[str, Any]]:
