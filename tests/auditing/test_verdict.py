@@ -197,8 +197,8 @@ def test_checks_that_were_not_run_are_no_reason_to_trust():
     verdict = judge(CLEAN, points(60), FOUND, ran, unchecked=["c", "d", "e", "f"], left_out="The 2 minutes left out x.")
     assert not verdict.trusted
     assert verdict.summary.startswith(
-        "The 2 minutes left out x. Not checked for c, d, e and 1 more: 1 of 6 checks were run and 1 did not apply, "
-        "and none failed. Not "
+        "The 2 minutes left out x. Not checked for c, d, e and 1 more: 1 of 6 checks were run, none failed and 1 "
+        "did not apply. Not "
     )
     assert verdict.reasons == [
         "1 of 6 checks were run and 1 did not apply: not checked for c, d, e, f. Run a larger suite, or give it more "

@@ -89,10 +89,12 @@ def judge(
     if unchecked:
         idle = sum(check.passed is None for check in checks)
         ran = f"{len(checks) - idle} of {len(checks) + len(unchecked)} checks were run"
-        ran += f" and {idle} did not apply" if idle else ""
+        rest = f" and {idle} did not apply" if idle else ""
         if not failed:
-            said.insert(1, f"Not checked for {some(unchecked, 3)}: {ran}, and none failed.")
-        reasons.append(f"{ran}: not checked for {', '.join(unchecked)}. Run a larger suite, or give it more time.")
+            said.insert(1, f"Not checked for {some(unchecked, 3)}: {ran}, none failed{rest}.")
+        reasons.append(
+            f"{ran}{rest}: not checked for {', '.join(unchecked)}. Run a larger suite, or give it more time."
+        )
     return Verdict(trusted=not failed and not unchecked, summary=" ".join(filter(None, said)), reasons=reasons)
 
 
