@@ -475,7 +475,7 @@ def test_several_models_have_one_target_from_their_mean():
         assert torch.equal(context.predictions(context.train), mean)
 
 
-def test_a_number_that_is_another_class_s_name_is_no_index(monkeypatch):
+def test_a_number_that_is_another_class_s_name_is_no_index():
     """Folders 0, 1, 10, 2 are classes 0 to 3, so that 2 is a name of one and the index of another."""
     images, labels = torch.rand(8, 1, 4, 4), torch.arange(8) % 4
     split = Split("folders", images, labels, ("0", "1", "10", "2"))

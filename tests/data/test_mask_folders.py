@@ -191,6 +191,9 @@ def test_names_without_colours_name_the_values(tmp_path: Path) -> None:
         ('{"a": [0, 0, 0], "b": "red"}', "'b': 'red'"),
         ('{"a": [0, 0, 0], "b"', "not valid JSON"),
         ('["a", 2]', "entry 2"),
+        ('{"a": [0, 0, 0], "b": [1, 1, 1], "a": [1, 1, 1]}', "one colour twice"),
+        ("3", "holds 3: expected colours by name"),
+        ('"ab"', "holds 'ab': expected colours by name"),
     ],
 )
 def test_wrong_palettes(tmp_path: Path, text: str, fault: str) -> None:

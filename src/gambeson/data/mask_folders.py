@@ -89,10 +89,12 @@ def read_palette(path: Path) -> Palette:
     found: list[tuple[str, Any]] = []
     if path.suffix.lower() == ".json":
         try:
-            content = json.loads(text)
+            content = json.loads(text, object_pairs_hook=tuple)  # a dict would drop all but a name's last colour
         except json.JSONDecodeError as error:
             raise UserError(f"the palette {path} is not valid JSON ({error})") from None
-        found = list(content.items()) if isinstance(content, dict) else [(name, None) for name in content]
+        if not isinstance(content, tuple | list):
+            raise UserError(f"the palette {path} holds {content!r}: expected colours by name, or a list of names")
+        found = list(content) if isinstance(content, tuple) else [(name, None) for name in content]
     else:
         for line in filter(None, (line.strip() for line in text.splitlines())):
             numbers = r"(\d+)[\s,;]+(\d+)[\s,;]+(\d+)"
