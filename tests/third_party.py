@@ -130,7 +130,7 @@ def main(names: dict[str, str]) -> dict:
     assert torch.equal(delta[:, :, :1].expand_as(delta), delta)  # stripes
     found["uap"] = [about["attack"], about["settings"], len(about["restarts"])]
     gb.attacks.create(about["attack"], **about["settings"])  # provenance is enough to make it again
-    assert 0 <= done("uap", "score", "u", "--model", "a")["UER"]["value"] <= 1
+    assert 0 <= done("uap", "score", "u", "--model", "a")["uer"]["value"] <= 1
 
     # audit, with the diagnostic; the model by its name, with weights from a file, too
     small = [part for key, value in AUDIT.items() for part in ("--set", f"suite.{key}={value}")]

@@ -198,7 +198,7 @@ def test_uap_score(trained, digits, tmp_path, capsys):
     command[2] = str(tmp_path / "few.safetensors")
     assert run(command) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["left_out"], found["UER"]["n"], found["clean error"]["n"]) == (3, 446, 446)
+    assert (found["left_out"], found["uer"]["n"], found["clean"]["n"]) == (3, 446, 446)
     assert run(command[:-1]) == 0
     assert "3 of the 449 images of digits/test were left out" in capsys.readouterr().err
     command[2] = str(tmp_path / "all.safetensors")

@@ -69,7 +69,7 @@ def test_uap_craft_score_list(weights, tmp_path, capsys):
     capsys.readouterr()
     assert run(["uap", "score", str(file), "--model", weights, "--data", "digits", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["UER"]["low"] > max(control["worst"]["high"] for control in found["controls"])
+    assert found["uer"]["low"] > max(control["worst"]["high"] for control in found["controls"])
     assert run(["uap", "list", str(tmp_path), "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)
     assert (entry["attack"], entry["eps"], entry["crafted_split"]) == ("stochastic-pgd", 0.2, "digits/train")

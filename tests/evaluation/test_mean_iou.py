@@ -214,16 +214,16 @@ def test_uap_score_prints_the_error_and_the_mean_iou_of_label_maps(tmp_path, cap
     capsys.readouterr()
     assert run(["uap", "score", file, *common, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["clean error"]["value"], found["clean mean IoU"]["value"]) == (0, 1)
-    assert found["UER"]["value"] == pytest.approx(found["fooling rate"]["value"])
-    assert found["UER"]["value"] > 0.1
-    assert found["mean IoU"]["value"] < 0.9
-    assert found["mean IoU lost"]["value"] == pytest.approx(1 - found["mean IoU"]["value"])
-    assert found["mean IoU lost"]["low"] > 0.05
+    assert (found["clean"]["value"], found["mean_iou"]["clean"]["value"]) == (0, 1)
+    assert found["uer"]["value"] == pytest.approx(found["fooling"]["value"])
+    assert found["uer"]["value"] > 0.1
+    assert found["mean_iou"]["perturbed"]["value"] < 0.9
+    assert found["mean_iou"]["lost"]["value"] == pytest.approx(1 - found["mean_iou"]["perturbed"]["value"])
+    assert found["mean_iou"]["lost"]["low"] > 0.05
     assert run(["uap", "score", file, *common]) == 0
     printed = "".join(capsys.readouterr())
-    assert f"rates are of labelled pixels, their intervals over {found['UER']['n']} images" in printed
-    assert f"mean IoU lost  +{100 * found['mean IoU lost']['value']:.1f} % [" in printed
+    assert f"rates are of labelled pixels, their intervals over {found['uer']['n']} images" in printed
+    assert f"mean IoU lost  +{100 * found['mean_iou']['lost']['value']:.1f} % [" in printed
 
 
 def test_eps_uni_of_an_attack_with_a_target_is_that_of_its_success():

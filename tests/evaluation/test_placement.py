@@ -202,7 +202,7 @@ def test_crop_marks_point_to_the_corners_and_the_size_is_written(spot, tmp_path)
 
 def test_the_commands(trained, digits, tmp_path, capsys, monkeypatch):
     few = partial(by_placement, images=40, controls=("grey",))
-    monkeypatch.setattr(gb.evaluation, "by_placement", few)
+    monkeypatch.setattr("gambeson.evaluation.uap_score.by_placement", few)
     net, file = str(tmp_path / "net.safetensors"), str(tmp_path / "patch.safetensors")
     gb.models.save(trained, net)
     craft = ["uap", "craft", net, "--data", "digits", "--attack", "universal-patch", "--set", "probe_starts=0"]
@@ -212,7 +212,7 @@ def test_the_commands(trained, digits, tmp_path, capsys, monkeypatch):
     assert run(["uap", "score", file, net, "--data", "digits", "--placements", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     patch = gb.attacks.load(file)
-    assert found["UER"] == universal_evasion(trained, digits, patch).plain()
+    assert found["uer"] == universal_evasion(trained, digits, patch).plain()
     assert [one["name"] for one in found["controls"]] == ["grey", "uniform", "random-sign", "image-piece"]
     assert len(found["placements"]["places"]) == 5
     assert found["placements"]["places"][2][2]["rate"] == few(trained, digits, patch).whole.rate.plain()  # the middle

@@ -121,7 +121,7 @@ def test_the_commands_take_a_name_of_the_zoo(package, capsys, tmp_path, monkeypa
     assert run(["zoo", "show", NAME]) == 0
     assert capsys.readouterr().out == "# tiny\n\n"
     assert run(["uap", "score", f"zoo:{NAME}", f"zoo:{NAME}", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["UER"] == entry.uer.plain()
+    assert json.loads(capsys.readouterr().out)["uer"] == entry.uer.plain()
 
 
 def test_a_comparison_of_models_of_other_data_is_refused_before_any_audit(package, capsys, tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ from gambeson.cli.tables import edits_table, placements_table, places_table
 
 if TYPE_CHECKING:
     from gambeson.attacks import UniversalPerturbation
-    from gambeson.evaluation import Difference, Rate, TargetSuccess
+    from gambeson.data import Split
+    from gambeson.evaluation import Difference, Rate, TargetSuccess, UapScore
 
 app = typer.Typer(help="Craft, score and list universal perturbations and patches.", no_args_is_help=True)
 
@@ -149,96 +150,65 @@ def score(
 
     Example: `gambeson uap score patch.safetensors runs/x --placements`
     """
-    from gambeson.attacks import CONTROLS, PATCH_CONTROLS, AdversarialPatch, load
+    from gambeson.attacks import AdversarialPatch, load
     from gambeson.base import UserError, pick_device, replaceable, writable
-    from gambeson.evaluation import (
-        accuracy,
-        by_placement,
-        confusion,
-        fooling_rate,
-        load_model,
-        rates_beside,
-        target_success,
-        under_edits,
-        universal_evasion,
-    )
-    from gambeson.evaluation.rates import strongest_control
-    from gambeson.evaluation.universal import scorable
+    from gambeson.evaluation import load_model, score_uap
     from gambeson.report import write_patch
     from gambeson.threat.edits import Edit
 
-    asked = None if edits is None or edits == "standard" else [Edit.parse(part) for part in edits.split(",")]
-    uap, moved = load(file), None
-    patch = uap if isinstance(uap, AdversarialPatch) else None
-    if patch is None and (placements or report):
+    uap = load(file)
+    if not isinstance(uap, AdversarialPatch) and (placements or report):
         raise UserError(f"{file} holds a perturbation of whole images, which has no place: leave --placements out")
     if report is not None:
         writable(report.parent)
         replaceable(report, "an HTML page")
+    asked = edits if edits in (None, "standard") else [Edit.parse(part) for part in edits.split(",")]
     source = needed(one_model(model, model_), f"uap score {file}")
     with progress(as_json) as console:
         subject = load_model(source, data, pick_device(device), budget=budget, http=http_settings(http))
-        whole = subject.dataset.test
-        test = scorable(whole, uap)
-        maps: dict[str, Rate | Difference] = {}
-        if test.task.per_image_label:
-            right = accuracy(subject.model, test, seed=seed)
-            evasion = universal_evasion(subject.model, test, uap, seed=seed)
-        else:
-            before, after = (confusion(subject.model, test, one, seed=seed) for one in (None, uap))
-            right, evasion = before.accuracy, after.accuracy.complement
-            maps = {"clean mean IoU": before.mean_iou, "mean IoU": after.mean_iou, "mean IoU lost": before.drop(after)}
-        fooling = fooling_rate(subject.model, test, uap, seed=seed)
-        rates = {"clean error": right.complement, "UER": evasion, "fooling rate": fooling, **maps}
-        reached, controls = None, []
-        if uap.target is not None:
-            names = CONTROLS if patch is None else PATCH_CONTROLS
-            reached = target_success(subject.model, whole, uap, seed=seed, controls=names)
-        else:
-            controls = rates_beside(subject.model, test, uap, seed=seed)
-        edited = None if edits is None else under_edits(subject.model, test, uap, asked, seed=seed)
-        if patch is not None and (placements or report):
-            moved = by_placement(subject.model, whole, patch, seed=seed)
-            if report is not None:
-                write_patch(patch, moved, whole, report, seed=seed)
+        test = subject.dataset.test
+        found = score_uap(subject.model, test, uap, edits=asked, placements=placements or report is not None, seed=seed)
+        if isinstance(uap, AdversarialPatch) and found.placements is not None and report is not None:
+            write_patch(uap, found.placements, test, report, seed=seed)
     if as_json:
-        found: dict[str, Any] = {name: rate.plain() for name, rate in rates.items()}
-        found |= {"controls": [one.plain() for one in controls]} if reached is None else {"target": reached.plain()}
-        found |= {} if edited is None else {"edits": edited.plain()}
-        found |= {} if moved is None else {"placements": moved.plain()}
-        print_json({"file": str(file), "left_out": len(whole) - len(test), **found})
+        print_json({"file": str(file), **found.plain()})
         return
-    if len(test) < len(whole):
-        why = "the perturbation was crafted on the same pictures"
-        if patch is not None and patch.target is not None:
-            why = "of the target's class, or crafted on"
-        console.print(f"{len(whole) - len(test)} of the {len(whole)} images of {whole.name} were left out: {why}")
-    if maps:
-        console.print(f"rates are of labelled pixels, their intervals over {evasion.n} images")
-    for name, rate in rates.items():
-        console.print(f"{name:14} {rate}")
-    for control in controls:
-        console.print(f"{control.name:14} {control.worst} (worst of {control.draws}), mean {100 * control.mean:.1f} %")
-    if edited is not None:
-        console.print(edits_table(edited))
-        for text, why in edited.left_out.items():
+    _print_rates(console, found, test, of_class=isinstance(uap, AdversarialPatch) and uap.target is not None)
+    if found.edits is not None:
+        console.print(edits_table(found.edits))
+        for text, why in found.edits.left_out.items():
             console.print(f"{text} was left out: {why}")
-    if moved is not None:
-        console.print(places_table(moved))
-        console.print(placements_table(moved))
-        console.print(moved.whole.comparison)
-        if moved.left_out:
-            console.print(f"larger than an image, and left out: {', '.join(moved.left_out)}")
+    if found.placements is not None:
+        console.print(places_table(found.placements))
+        console.print(placements_table(found.placements))
+        console.print(found.placements.whole.comparison)
+        if found.placements.left_out:
+            console.print(f"larger than an image, and left out: {', '.join(found.placements.left_out)}")
     if report is not None:
         console.print(f"the report is in {report}")
-    if reached is not None:
-        _print_target(console, _aim(uap, whole.classes), reached)
-        return
-    worst = strongest_control(controls)
-    if worst is not None and worst.worst.value >= evasion.value > 0:
+    if found.target is not None:
+        _print_target(console, _aim(uap, test.classes), found.target)
+    if found.rival is not None:
         console.print(
-            f"{worst.name} does no less harm, so this perturbation shows no weakness of its own: try other attacks"
+            f"{found.rival.name} does no less harm, so this perturbation shows no weakness of its own: "
+            "try other attacks"
         )
+
+
+def _print_rates(console: Console, found: UapScore, test: Split, *, of_class: bool) -> None:
+    if found.left_out:
+        why = (
+            "of the target's class, or crafted on" if of_class else "the perturbation was crafted on the same pictures"
+        )
+        console.print(f"{found.left_out} of the {len(test)} images of {test.name} were left out: {why}")
+    rates: dict[str, Rate | Difference] = {"clean error": found.clean, "UER": found.uer, "fooling rate": found.fooling}
+    if (maps := found.mean_iou) is not None:
+        console.print(f"rates are of labelled pixels, their intervals over {found.uer.n} images")
+        rates |= {"clean mean IoU": maps.clean, "mean IoU": maps.perturbed, "mean IoU lost": maps.lost}
+    for name, rate in rates.items():
+        console.print(f"{name:14} {rate}")
+    for control in found.controls:
+        console.print(f"{control.name:14} {control.worst} (worst of {control.draws}), mean {100 * control.mean:.1f} %")
 
 
 def _aim(uap: UniversalPerturbation, classes: Sequence[str]) -> str:

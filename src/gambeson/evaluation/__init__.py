@@ -12,6 +12,7 @@ from gambeson.evaluation.perceptibility import edge_correlation, visibility
 from gambeson.evaluation.placement import PlacedRate, PlacementResult, by_placement
 from gambeson.evaluation.targeted import TargetMeasure, TargetSuccess, target_success
 from gambeson.evaluation.transfer import TransferResult, TransferRun, run_transfer
+from gambeson.evaluation.uap_score import MapScore, UapScore, score_uap
 from gambeson.evaluation.universal import (
     accuracy,
     confusion,
@@ -46,6 +47,7 @@ __all__ = [
     "FunctionModel",
     "HttpModel",
     "LoadedModel",
+    "MapScore",
     "OnnxModel",
     "PlacedRate",
     "PlacementResult",
@@ -56,6 +58,7 @@ __all__ = [
     "TargetSuccess",
     "TransferResult",
     "TransferRun",
+    "UapScore",
     "accuracy",
     "accuracy_under",
     "area_under_curve",
@@ -78,6 +81,7 @@ __all__ = [
     "run_export",
     "run_suite",
     "run_transfer",
+    "score_uap",
     "standard_suite",
     "strongest",
     "target_success",

@@ -28,6 +28,19 @@ class Score:
     changed: torch.Tensor
     """(N,): predictions of each image that count and differ from the clean prediction."""
 
+    @classmethod
+    def joined(cls, parts: Sequence[Score], split: Split) -> Score:
+        """Join the scores of the batches of a split.
+
+        Raises:
+            UserError: no label counts.
+        """
+        right, total = (torch.cat([getattr(part.counts, name).cpu() for part in parts]) for name in ("right", "total"))
+        found = cls(counts=Counts(right, total), changed=torch.cat([part.changed.cpu() for part in parts]))
+        if found.counts.images == 0:
+            raise nothing_counts(split)
+        return found
+
     @property
     def errors(self) -> int:
         """Predictions that differ from the label."""
@@ -276,7 +289,7 @@ def score(predictions: torch.Tensor, split: Split, clean: torch.Tensor | None = 
     Raises:
         UserError: predictions and labels have different shapes, or no label counts.
     """
-    found = _score(split.task, predictions, split.labels.cpu(), clean)
+    found = score_batch(split.task, predictions, split.labels.cpu(), clean)
     if whole and found.counts.images == 0:
         raise nothing_counts(split)
     return found
@@ -307,21 +320,17 @@ def score_batches(
     known = None if clean is None else iter(clean.split(auto_batch_size(split.shape)))
 
     def count(predictions: torch.Tensor, labels: torch.Tensor) -> Score:
-        return _score(split.task, predictions, labels, None if known is None else next(known).to(predictions))
+        return score_batch(split.task, predictions, labels, None if known is None else next(known))
 
-    parts = predict_batches(victim, split, count, delta, seed=seed, edit=edit)
-    right, total = (torch.cat([getattr(part.counts, name).cpu() for part in parts]) for name in ("right", "total"))
-    found = Score(counts=Counts(right, total), changed=torch.cat([part.changed.cpu() for part in parts]))
-    if found.counts.images == 0:
-        raise nothing_counts(split)
-    return found
+    return Score.joined(predict_batches(victim, split, count, delta, seed=seed, edit=edit), split)
 
 
-def _score(task: Task, predictions: torch.Tensor, labels: torch.Tensor, clean: torch.Tensor | None) -> Score:
+def score_batch(task: Task, predictions: torch.Tensor, labels: torch.Tensor, clean: torch.Tensor | None) -> Score:
+    """Count what is right in predictions of a batch, (B,) or (B, H, W), and what differs from the clean ones."""
     counts = task.counts(predictions, labels)
     changed = torch.zeros_like(counts.total)
     if clean is not None:
-        changed = task.units((predictions != clean) & task.valid(labels)).sum(1)
+        changed = task.units((predictions != clean.to(predictions)) & task.valid(labels)).sum(1)
     return Score(counts=counts, changed=changed)
 
 
