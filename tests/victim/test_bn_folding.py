@@ -1,11 +1,13 @@
 import copy
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import gambeson as gb
-from gambeson.victim import FastPath, Victim, fold_batchnorms
+from gambeson.victim import FastPath, Victim, fold_batchnorms, frozen
 from gambeson.victim.bn_folding import FoldedModel
 
 
@@ -231,6 +233,66 @@ def test_noise_that_is_turned_on_through_data_makes_a_model_random():
     model.scale.data.fill_(1)
     with Victim(model) as victim:
         assert victim.inspect(x).stochastic
+
+
+GLOBAL = {"scale": 1.0, "noise": 0.0}
+
+
+class Elsewhere(Scaled):
+    """A model whose settings lie in an object, in a numpy array, in what a closure holds, or in a global."""
+
+    def __init__(self, place):
+        super().__init__()
+        own = SimpleNamespace(scale=1.0, noise=0.0)
+        array = np.array([1.0, 0.0])
+        cell = {"scale": 1.0, "noise": 0.0}
+        self.place, self.own, self.array, self.asked = place, own, array, lambda name: cell[name]
+        self.store = {
+            "object": lambda name, value: setattr(own, name, value),
+            "array": lambda name, value: array.put(int(name == "noise"), value),
+            "closure": cell.__setitem__,
+            "global": GLOBAL.__setitem__,
+        }[place]
+
+    def read(self, name):
+        if self.place == "object":
+            return getattr(self.own, name)
+        if self.place == "array":
+            return float(self.array[int(name == "noise")])
+        return self.asked(name) if self.place == "closure" else GLOBAL[name]
+
+    def forward(self, x):
+        return super().forward(x) * self.read("scale") + self.read("noise") * torch.randn(len(x), 3)
+
+
+@pytest.mark.parametrize("place", ["object", "array", "closure", "global"])
+def test_a_change_that_no_attribute_shows_is_seen_by_the_next_victim(place, monkeypatch):
+    monkeypatch.setitem(GLOBAL, "scale", 1.0)
+    monkeypatch.setitem(GLOBAL, "noise", 0.0)
+    torch.manual_seed(0)
+    model, x = Elsewhere(place), torch.rand(4, 1, 6, 6)
+    for scale in (1.0, -2.0, -2.0):
+        model.store("scale", scale)
+        with Victim(model, fast=True) as victim:
+            assert torch.allclose(victim(x), model(x))
+            assert not victim.inspect(x).stochastic
+    model.store("noise", 1.0)
+    with Victim(model) as victim:
+        assert victim.inspect(x).stochastic
+    model.store("noise", 0.0)
+    with Victim(model, fast=True) as victim:
+        assert torch.allclose(victim(x), model(x))
+
+
+def test_a_copy_that_still_fits_is_not_made_again_in_evaluation_or_in_training():
+    model, x = settled("resnet20x0.25"), torch.rand(4, 3, 16, 16)
+    for training in (False, True):
+        model.train(training)
+        with frozen(model):
+            first = fold_batchnorms(model, x, trained=training)
+            with torch.no_grad():
+                model.body.bn1.weight.mul_(1.1)
+            assert fold_batchnorms(model, x, trained=training) is first
 
 
 class Rectified(nn.Module):

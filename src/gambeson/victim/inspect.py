@@ -230,6 +230,15 @@ def _steady(model: nn.Module, images: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
+def repeats(model: nn.Module, images: torch.Tensor) -> bool:
+    """Whether two calls with the same few images give the same logits; torch's global generators are not changed."""
+    few = images[:_FEW].detach()
+    with seeded(0, "look"), explained(few):
+        one, other = (logits_of(model(few.clone()), len(few)) for _ in range(2))
+    return torch.equal(one, other)
+
+
+@torch.no_grad()
 def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
     """Send a few images through a model several times; torch's global generators are not changed.
 

@@ -18,7 +18,7 @@ from gambeson.base import Config, UserError, autograd_limits, default_dtype, see
 from gambeson.models.outputs import at_image_size
 from gambeson.victim.bn_folding import FoldedModel, checksum, fold_batchnorms, signature
 from gambeson.victim.graphs import Job, has_graphs
-from gambeson.victim.inspect import ModelTraits, NoGradientError, dtype_of, explained, inspect_model, logits_of
+from gambeson.victim.inspect import ModelTraits, NoGradientError, dtype_of, explained, inspect_model, logits_of, repeats
 
 BatchNormMode = Literal["eval", "batch", "train"]
 """Mode of a model under attack. ``eval``: evaluation mode, BatchNorm with its running statistics. ``batch``: evaluation
@@ -144,6 +144,7 @@ class Victim:
         self.before_call: Callable[[], None] | None = None
         self._default = torch.get_default_dtype()
         self._guard = ExitStack()
+        self._trained = False
         self._seen_input = False
         self._writes: bool | None = None  # whether the model writes into its input; None before its first call
         self._view: Callable[[torch.Tensor], Any] | None = None
@@ -155,6 +156,7 @@ class Victim:
         if torch.is_inference_mode_enabled():  # else its exit would only put the gradient mode of now back
             self._guard.enter_context(torch.inference_mode(False))
         self._guard.enter_context(default_dtype())
+        self._trained = getattr(self.model, "training", False)
         self._guard.enter_context(frozen(self.model, self.batch_norm))
         return self
 
@@ -351,7 +353,8 @@ class Victim:
         if self.batch_norm == "eval":
             try:
                 wanted = torch.channels_last if self._likes_channels_last(images, fast) else torch.contiguous_format
-                made = fold_batchnorms(self.model, images[:2].detach().to(self.dtype), wanted)
+                example = images[:2].detach().to(self.dtype)
+                made = fold_batchnorms(self.model, example, wanted, trained=self._trained)
             except Exception as error:  # a model that cannot be copied is used itself
                 self.notes = f"the model itself ({type(error).__name__} while copying it: {error})"
                 return None
@@ -408,7 +411,10 @@ _inspected: WeakKeyDictionary[nn.Module, tuple[Hashable, ModelTraits]] = WeakKey
 
 
 def _traits(model: nn.Module, images: torch.Tensor) -> ModelTraits:
-    """Inspect a model, unless it is unchanged since it was last inspected: in settings, modes, weights and images."""
+    """Inspect a model, unless it is unchanged since it was last inspected: in settings, modes, weights and images.
+
+    What it does may depend on an object that it holds or on a global, too, so it has to repeat itself still.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     unversioned = any(tensor.is_inference() for tensor in tensors)  # these have no version
     if unversioned or _get_current_dispatch_mode() is not None:  # a mode may turn the randomness off
@@ -417,7 +423,7 @@ def _traits(model: nn.Module, images: torch.Tensor) -> ModelTraits:
     modes = tuple(module.training for module in model.modules())
     state = (signature(model), modes, versions, checksum(tensors), images.shape[1:], images.dtype)
     known = _inspected.get(model)
-    if known is None or known[0] != state:
+    if known is None or known[0] != state or not (known[1].varies or repeats(model, images)):
         _inspected[model] = known = state, inspect_model(model, images)
     return known[1]
 
