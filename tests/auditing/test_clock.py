@@ -319,3 +319,38 @@ def test_three_tenths_of_a_minute(trained, tmp_path, capsys):
     assert AuditResult.load(out.with_name(str(turn))).middle.eps == 0.15
     assert run(["audit", weights, "--data", "digits", "--minutes", "-1"]) == 2
     assert "--minutes -1.0: expected greater than 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "checks"),
+    [
+        ("adaptive.measure", {"gradient complete", "no optimisation at test time"}),
+        ("universal.craft_by_queries", {"universal white box beats queries"}),
+        ("surrogate.obtain", {"white box beats transfer", "universal white box beats transfer"}),
+    ],
+)
+def test_a_check_whose_stage_was_stopped_was_not_run(stage, checks, digits, trained, monkeypatch):
+    def over(*_):
+        raise clock.TimeSpent("the minutes of the audit are over")
+
+    monkeypatch.setattr(f"gambeson.auditing.stages.{stage}", over)
+    suite = LITTLE.model_copy(update={"surrogate": "auto", "checks": tuple(sorted(checks)), "edits": ()})
+    audit = gb.audit(trained, digits, suite)
+    found = {check.name: check.outcome for check in audit.results.checks if check.name in checks}
+    assert found == dict.fromkeys(checks, "not run")
+    assert not audit.verdict.trusted
+    assert not audit.results.gate(f"check:{min(checks)}").held
+
+
+def test_checks_of_what_the_time_left_out_were_not_run(digits, trained, monkeypatch):
+    now = Time(monkeypatch)
+    asked = {"white box beats transfer", "white box beats queries", "universal white box beats queries"}
+    suite = LITTLE.model_copy(update={"surrogate": "auto", "universal_queries": 30_000, "checks": tuple(sorted(asked))})
+    monkeypatch.setattr(clock, "fit", lambda suite, *_, **__: (
+        suite.model_copy(update={"surrogate": "none", "universal_queries": 0}), True))  # fmt: skip
+    audit = gb.audit(Slow(trained, now), digits, suite, minutes=5)
+    found = {check.name: check.outcome for check in audit.results.checks if check.name in asked}
+    assert found == {**dict.fromkeys(asked, "not run"), "white box beats queries": "passed"}
+    assert not audit.verdict.trusted
+    left = gb.audit(trained, digits, suite.model_copy(update={"surrogate": "none", "universal_queries": 0})).results
+    assert {c.outcome for c in left.checks if c.name in asked} == {"passed", "does not apply"}  # nobody asked for them

@@ -12,7 +12,7 @@ from typing import Any
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing import rescoring
 from gambeson.auditing.amounts import CHECKS
-from gambeson.auditing.budget import omitted
+from gambeson.auditing.budget import lost, omitted
 from gambeson.auditing.clock import BY_WORTH, CHECKED, CURVE, OWN, STOPPED, Clock, Remaining, TimeSpent, now, said_of
 from gambeson.auditing.context import AuditContext, Checkpoints
 from gambeson.auditing.cost import Part, Speed
@@ -314,14 +314,14 @@ class Auditor:
 
     def _check(self, diagnostic: Diagnostic) -> str | None:
         name = diagnostic.name
-        blank = Check(name=name, passed=None, detail=NOT_RUN[0])
-        found = blank
+        found = blank = Check(name=name, passed=None, detail=NOT_RUN[0])
         if self._selected(diagnostic):
-            if name in adaptive.READ_BY and self.context.adaptive is None:  # stored apart: its attacks count
+            found = blank = Check(name=name, passed=None, detail=NOT_RUN[1])
+            if "adaptive" in diagnostic.needs and self.context.adaptive is None:  # stored apart: its attacks count
                 work = partial(adaptive.measure, self.context)
                 adaptive.record(self.context, self.stages.afford("adaptive", AdaptiveResult | None, work, None))
-            blank = Check(name=name, passed=None, detail=NOT_RUN[1])
-            found = self.stages.afford(f"check {name}", Check, partial(diagnostic.check, self.context), blank)
+            if not {*self.stages.left_out, *lost(self.asked, self.context.suite)}.intersection(diagnostic.needs):
+                found = self.stages.afford(f"check {name}", Check, partial(diagnostic.check, self.context), blank)
         (self.unchecked if found is blank else self.checks)[name] = found
         return f"check failed: {name}" if found.passed is False else None
 

@@ -291,8 +291,12 @@ def fit_queries(
 def omitted(asked: Suite, suite: Suite) -> list[str]:
     """Return what a smaller suite leaves out as a whole, as parts of a sentence."""
     eps = len(asked.eps) - len(suite.eps)
-    gone = [part for name, (_, part) in _GONE.items() if _there(asked, name) and not _there(suite, name)]
-    return [*([f"{eps} of the {len(asked.eps)} eps"] if eps else []), *gone]
+    return [*([f"{eps} of the {len(asked.eps)} eps"] if eps else []), *lost(asked, suite).values()]
+
+
+def lost(asked: Suite, suite: Suite) -> dict[str, str]:
+    """Return the settings of which a smaller suite leaves nothing, each as a part of a sentence."""
+    return {name: part for name, (_, part) in _GONE.items() if _there(asked, name) and not _there(suite, name)}
 
 
 def _there(suite: Suite, name: str) -> bool:

@@ -39,6 +39,9 @@ class Diagnostic:
     """Whether it needs gradients, so that it does not apply to a black box."""
     comparisons: int = 1
     """Comparisons of rates that it makes at most, each at the level :data:`gambeson.auditing.outcome.LEVEL`."""
+    needs: tuple[str, ...] = ()
+    """Stages, or settings of the suite, whose results it reads: where the time or the budget left one out, it counts as
+    not run."""
 
     def check(self, context: AuditContext) -> Check:
         """Run the diagnostic and return its check."""
@@ -72,7 +75,14 @@ REGISTRY: Registry[DiagnosticFunction] = Registry(
 
 
 def register(
-    name: str, *, condition: str, explanation: str, remedy: str, gradients: bool = True, comparisons: int = 1
+    name: str,
+    *,
+    condition: str,
+    explanation: str,
+    remedy: str,
+    gradients: bool = True,
+    comparisons: int = 1,
+    needs: tuple[str, ...] = (),
 ) -> Callable[[DiagnosticFunction], DiagnosticFunction]:
     """Register a function as a diagnostic: ``@register("name", condition=..., explanation=..., remedy=...)``.
 
@@ -83,9 +93,10 @@ def register(
         remedy: what to do about it.
         gradients: whether it needs gradients, so that it does not apply to a black box.
         comparisons: of rates that it makes at most, each at the level :data:`gambeson.auditing.outcome.LEVEL`.
+        needs: stages, or settings of the suite, whose results it reads; see :class:`Diagnostic`.
     """
     about = {"condition": condition, "explanation": explanation, "remedy": remedy, "gradients": gradients}
-    about |= {"comparisons": comparisons}
+    about |= {"comparisons": comparisons, "needs": needs}
     summary = f"Never fails: {condition[7:]}." if condition.startswith("never: ") else f"Fails where {condition}."
     return REGISTRY.register(name, title=name, summary=summary, **about)
 
@@ -115,5 +126,6 @@ def _diagnostic(entry: Registered[DiagnosticFunction]) -> Diagnostic:
             f"the function {entry.target.__name__} of {entry.owner} is no diagnostic: put @gambeson.auditing.register("
             "name, condition=..., explanation=..., remedy=...) above it"
         )
-    about = {key: entry.options[key] for key in ("condition", "explanation", "remedy", "gradients", "comparisons")}
+    kept = ("condition", "explanation", "remedy", "gradients", "comparisons", "needs")
+    about = {key: entry.options[key] for key in kept}
     return Diagnostic(name=entry.options["title"], function=entry.target, **about)

@@ -45,6 +45,7 @@ _REMEDY = "Report the stronger attack's number, and find what stops the gradient
     "al. 2017; Tramèr et al. 2018, section 4: the white-box error less the transferred one fell to -9.7 points).",
     remedy=_REMEDY,
     comparisons=2,
+    needs=("surrogate",),
 )
 def _transferred(context: AuditContext) -> Finding:
     if context.surrogate is None:
@@ -70,6 +71,7 @@ def _transferred(context: AuditContext) -> Finding:
     f"{100 * _MORE_UNIVERSAL:g} points",
     explanation="The universal attack on the model itself missed a perturbation that exists.",
     remedy=_REMEDY,
+    needs=("surrogate",),
 )
 def _universal(context: AuditContext) -> Finding:
     if context.surrogate is None:
@@ -101,6 +103,7 @@ def _against(context: AuditContext, other: UniversalPerturbation, called: str) -
     "that no gradient leads to.",
     remedy="Report the stronger perturbation's number, and find what stops the gradient; it may have been planted.",
     comparisons=1,
+    needs=("universal_queries", "universal-nes"),
 )
 def _universal_queried(context: AuditContext) -> Finding:
     found = context.queried
@@ -118,6 +121,7 @@ def _universal_queried(context: AuditContext) -> Finding:
     "section 3.1; Andriushchenko et al. 2020, section 5), and one that sees answers alone what scores do not lead to "
     "(RayS: Chen and Gu 2020); steps towards other images find what compares images with those it knows.",
     remedy=_REMEDY,
+    needs=("queries",),
 )
 def _queried(context: AuditContext) -> Finding:
     norm, queries = context.suite.norm, min(_QUERIES, context.suite.queries)

@@ -26,6 +26,7 @@ def _reached(found: AdaptiveResult) -> str:
     "itself, and attacks that follow it stop early.",
     remedy="Attack by finite differences (gambeson.victim.substitute.FiniteDifferences), a distilled copy or queries; "
     "find what detaches or smooths the gradient.",
+    needs=("adaptive",),
 )
 def _complete(context: AuditContext) -> Finding:
     found = context.adaptive
@@ -50,6 +51,7 @@ def _complete(context: AuditContext) -> Finding:
     "al. 2022, section 4).",
     remedy="Attack the network behind the optimisation (gambeson.victim.substitute.InnerGradientsOff), and score on "
     "the whole model.",
+    needs=("adaptive",),
 )
 def _optimises(context: AuditContext) -> Finding:
     found = context.adaptive

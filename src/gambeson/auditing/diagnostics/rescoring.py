@@ -118,6 +118,7 @@ def _steady(context: AuditContext) -> Finding:
     explanation="The attack was hindered when the reported number was taken: by the size of its batches, or for a "
     "time.",
     remedy="Find what counts calls or images; attack in small batches and repeat.",
+    needs=("per-image",),
 )
 def _again(context: AuditContext) -> Finding:
     kept = context.outcomes.of(f"per_image:{PGD_NAME}")
