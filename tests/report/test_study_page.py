@@ -16,9 +16,9 @@ from test_report_browser import CHROMIUM, browser  # noqa: F401
 from gambeson import report
 from gambeson.cli.app import run
 from gambeson.studies import Study
-from gambeson.studies.claims import verdicts
 from gambeson.studies.measures import Value
 from gambeson.studies.rows import Result, StudyResult
+from gambeson.studies.verdicts import verdicts
 
 NAMES = {"standard": (0.95, 0.60, 0.05), "pgd": (0.85, 0.20, 0.12), "<b>heaps</b>": (0.90, 0.25, 0.20)}
 

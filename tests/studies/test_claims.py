@@ -1,13 +1,15 @@
 """Claims: effects, intervals and verdicts against closed forms."""
 
 import math
+import random
 
 import pytest
 from scipy import stats
 
 from gambeson.base import UserError
-from gambeson.studies.claims import Claim, Point, best_variant, front, judge
+from gambeson.studies.claims import Claim
 from gambeson.studies.measures import Value
+from gambeson.studies.verdicts import Point, best_variant, front, judge
 
 PLACE = [("d", "m")]
 
@@ -101,6 +103,29 @@ def test_a_model_that_has_not_learnt_says_nothing():
     found = judge("C", claim(at_most=0), rows, "steps", PLACE)
     assert found.verdict == "not run"
     assert "new has not learnt" in only(found).note
+
+
+def test_one_of_several_places_refutes_a_claim_as_rarely_as_a_single_one():
+    """At the margin itself a claim about eight places is called not reproduced in one of twenty studies at the most."""
+    draw, places, refuted = random.Random(0), [(f"d{k}", "m") for k in range(8)], 0
+    for _ in range(300):
+        rows = []
+        for data, _ in places:
+            rows += points("old", [0.5] * 5, data=data)
+            rows += points("new", [0.6 + draw.gauss(0, 0.02) for _ in range(5)], data=data)
+        refuted += judge("C", claim(at_most=0.1), rows, "steps", places).verdict == "not reproduced"
+    assert 1 <= refuted <= 20  # of 300; 7.5 at the level of each side, and 60 without the correction
+
+
+def test_the_verdict_on_a_place_is_that_of_its_interval():
+    rows = points("new", [0.30, 0.31, 0.29]) + points("old", [0.33, 0.335, 0.33])
+    places = [*PLACE, ("e", "m"), ("f", "m")]
+    one, three = (
+        judge("C", claim(of="old", to="new", at_least=0.055), rows, "steps", some) for some in (PLACE, places)
+    )
+    assert one.findings[0] == three.findings[0]
+    assert one.findings[0].high < 0.055
+    assert (one.verdict, three.verdict) == ("not reproduced", "undecided")  # which takes 98.3 % confidence
 
 
 def test_any_needs_wider_intervals_than_all():

@@ -10,9 +10,10 @@ from typing import Any
 
 from gambeson.report.charts import AXIS, LEGEND, MARKERS, Chart, embed, hue, plain_layout
 from gambeson.report.formatting import Facts, flat, percent
-from gambeson.studies.claims import Claim, Finding, front
+from gambeson.studies.claims import Claim
 from gambeson.studies.measures import Value, meaning
 from gambeson.studies.rows import Result, StudyResult
+from gambeson.studies.verdicts import Finding, front
 
 AT = {"steps": "equal steps", "seconds": "equal time"}
 _BADGES = {

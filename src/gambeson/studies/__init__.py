@@ -9,7 +9,7 @@ from gambeson.studies.bench import (
     bench_training,
     bench_universal,
 )
-from gambeson.studies.claims import Claim, Verdict
+from gambeson.studies.claims import Claim
 from gambeson.studies.exchange import export_cells, import_cells
 from gambeson.studies.joining import joined
 from gambeson.studies.matrix import Matrix
@@ -18,6 +18,7 @@ from gambeson.studies.quickstart import FirstLook, quickstart
 from gambeson.studies.rows import StudyResult, export
 from gambeson.studies.run import is_study, plan_study, read_study, run_study
 from gambeson.studies.study import Study
+from gambeson.studies.verdicts import Verdict
 
 __all__ = [
     "AuditTiming",

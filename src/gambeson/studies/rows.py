@@ -13,12 +13,12 @@ from typing import Any
 from pydantic import Field
 
 from gambeson.base import Config, UserError, replaceable, write_bytes, write_json, write_text
-from gambeson.studies.claims import Point, Verdict, verdicts
 from gambeson.studies.matrix import Cell, Matrix
 from gambeson.studies.measures import Value
 from gambeson.studies.runner import failures
 from gambeson.studies.store import Damaged, Store
 from gambeson.studies.study import Study
+from gambeson.studies.verdicts import Point, Verdict, verdicts
 
 SUMMARY = "summary.json"
 FORMATS = ("csv", "parquet", "json")
