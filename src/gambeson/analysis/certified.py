@@ -69,7 +69,7 @@ def certified_accuracy(
         raise UserError(f"eps = {eps} is out of range: expected a radius below {LARGEST:g}")
     with classifier(model, data) as (victim, split):
         if victim.inspect(split.take(slice(0, 8), victim.device)[0]).varies:
-            raise UserError("the model is random, and bounds are those of a function: turn its noise off")
+            raise UserError("the model is random, but certified bounds need a deterministic one: turn its noise off")
         chosen = split.sample(images, seed=seed)
         return bounded(chain_of(victim.model, chosen.take(slice(0, 1), "cpu")[0]), chosen, radius)
 

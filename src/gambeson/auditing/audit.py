@@ -85,11 +85,11 @@ def audit(
     Args:
         model: any module from pixels (N, C, H, W) in [0, 1] to logits; its state is restored.
         data: a ``Dataset``, or a split or (images, labels) pair, which are split by a fixed rule.
-        suite: ``glance``, ``quick``, ``standard``, ``full``, or a :class:`Suite`; None: ``standard``, with ``minutes``
-            ``full``.
+        suite: ``glance``, ``quick``, ``standard``, ``full``, or a :class:`Suite`; None: ``standard``, or ``full`` if
+            ``minutes`` is given.
         out: folder for ``result.json``, the perturbations and ``examples.safetensors``; an interrupted audit resumes
             there after its last finished stage.
-        minutes: time for the whole audit, of which the suite is the most that is done (:attr:`Suite.minutes`).
+        minutes: time limit of the whole audit; the suite is reduced to fit it (:attr:`Suite.minutes`).
         attacks: your own, run in addition to the suite's: objects such as ``PGD(eps=0.1)``, of any class with
             ``__call__(model, x, y, *, seed, task)`` or of a :class:`UniversalAttack`, or functions. The verdict counts
             those at the middle eps.

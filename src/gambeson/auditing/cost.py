@@ -340,7 +340,7 @@ def plan(
         UserError: a black box, whose cost is what it is asked: that is bounded by a budget.
     """
     if isinstance(model, BlackBox):
-        raise UserError("the model is a black box, whose cost is what it is asked: bound that by --budget instead")
+        raise UserError("the model is a black box, whose cost is the number of queries: limit it with --budget instead")
     suite = suite.on(data)
     surrogate.check(suite, data, model)
     certified.check(suite, data, model)

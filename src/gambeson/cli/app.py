@@ -76,7 +76,7 @@ def common(
     ] = False,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Processor threads, on which rounding depends (one per core)."),
+        typer.Option(min=1, help="Number of CPU threads (one per core); it affects rounding."),
     ] = None,
 ) -> None:
     """Attack, harden and honestly judge vision models."""

@@ -24,14 +24,14 @@ def audit(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="glance, quick, standard or full: from a minute to hours.",
+            help="How thorough: glance (minutes), quick, standard or full (hours).",
             show_default="standard; with --minutes full",
         ),
     ] = None,
     minutes: options.Minutes = None,
     eps: Annotated[
         str | None,
-        typer.Option(help="Radii of the curve, ascending: 4/255,8/255.", show_default="five, by the data"),
+        typer.Option(help="Radii of the curve, ascending: 4/255,8/255.", show_default="five; one in glance"),
     ] = None,
     norm: Annotated[str | None, typer.Option(help="inf or 2.", show_default="inf")] = None,
     budget: options.Budget = None,
@@ -63,18 +63,18 @@ def audit(
 ) -> None:
     """Audit a model: universal and per-image attacks, controls, diagnostics and a verdict.
 
-    MODEL is the folder of a training run or a weights file (.safetensors); an architecture, whose weights come from a
-    file as NAME@FILE (.safetensors, .pth, .pt, .ckpt, ...): a name of this library, torchvision:NAME,
-    torchvision:NAME@WEIGHTS, timm:NAME, transformers:NAME, FILE.py:FUNCTION that returns a torch.nn.Module;
-    hf://OWNER/NAME or a folder with config.json; a torch.export program (FILE.pt2); FILE.onnx, a black box where it
-    cannot be converted; or a black box: function:FILE.py:FUNCTION from images to scores or classes, http://HOST/PATH.
-    A net of normalised pixels: FILE.onnx?normalise=imagenet, or data, none, or MEAN,STD.
+    MODEL is one of: the folder of a training run, or its weights file (.safetensors); an architecture with weights from
+    a file, NAME@FILE (.safetensors, .pth, .pt, .ckpt, ...), where NAME is a name of this library, torchvision:NAME,
+    timm:NAME, transformers:NAME, or FILE.py:FUNCTION that returns a torch.nn.Module; torchvision:NAME@WEIGHTS;
+    hf://OWNER/NAME or a folder with config.json; a torch.export program (FILE.pt2); FILE.onnx, a black box if it cannot
+    be converted; a black box: http://HOST/PATH, or function:FILE.py:FUNCTION from images to scores or classes.
+    If the network expects normalised pixels, append ?normalise=imagenet, data, none or MEAN,STD to a name with a file.
 
     Example: `gambeson audit runs/x --out runs/x-audit`
 
     Example: `gambeson audit runs/x --gate "uer<=0.2, clean>=0.9, trusted" --junit audit.xml`
 
-    Example: `gambeson audit runs/x --minutes 10`, which says most in that time and what it left out
+    Example: `gambeson audit runs/x --minutes 10`, the most informative audit that fits; it says what was left out
 
     Example: `gambeson audit http://localhost:8000/scores --data cifar10 --suite quick --budget 100000`
     """

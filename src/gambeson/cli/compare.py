@@ -24,7 +24,7 @@ def compare(
     data: options.Data = None,
     suite: Annotated[
         str | None,
-        typer.Option(help="Suite of the audits of models: glance, quick, standard or full.", show_default="quick"),
+        typer.Option(help="Suite to audit models with: glance, quick, standard or full.", show_default="quick"),
     ] = None,
     gate: Annotated[
         list[str] | None,
@@ -35,8 +35,8 @@ def compare(
     minutes: Annotated[
         float | None,
         typer.Option(
-            help="Time for both audits, which the suite is reduced to fit: half of it for that of the first model, and "
-            "the second is audited as the first was.",
+            help="Minutes for both audits: the suite is reduced to fit the audit of the first model into half of them, "
+            "and the second model is audited in the same way.",
             show_default="no limit",
             metavar="N",
         ),
@@ -51,8 +51,8 @@ def compare(
 ) -> None:
     """Compare two models, image by image: clean, under one perturbation, and under per-image attacks.
 
-    What became worse or better is tested on the images that both audits report on (McNemar), for all rates at once.
-    A model is audited as the other was. Finished audits on other data, of other eps or with other settings are refused.
+    Changes are tested on the images that both audits report on (McNemar), for all rates at once. A model
+    given beside an audit is audited in the same way. Audits that differ in data, eps or other settings are refused.
 
     Example: `gambeson compare runs/old-audit runs/new-audit --gate no-regression`
     """

@@ -34,7 +34,7 @@ def harden(
     eps: options.Eps = None,
     norm: Annotated[str | None, typer.Option(help="inf or 2.", show_default="inf")] = None,
     speed: Annotated[
-        str | None, typer.Option(help="Epochs at the most: 10 (fast) or 40 (best).", show_default="best")
+        str | None, typer.Option(help="Maximum number of epochs: 10 (fast) or 40 (best).", show_default="best")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default="0.05")] = None,
     suite: Annotated[
@@ -60,9 +60,9 @@ def harden(
 ) -> None:
     """Harden a trained model: fine-tune it with the preset gambeson, and audit it before and after.
 
-    MODEL is named as for `gambeson audit`, and must have weights: a black box is refused. The output folder has the
-    hardened model (model.safetensors), the page of both audits (report.html) and the numbers (result.json). The epoch
-    is chosen on validation, among those that keep the accuracy. Training that collapses is stopped, with the reason.
+    MODEL is given as for `gambeson audit`, and must have weights: a black box is refused. The output folder gets the
+    hardened model (model.safetensors), a report on both audits (report.html) and the numbers (result.json). The epoch
+    is selected on validation, among those that keep the accuracy. A training that collapses is stopped with a reason.
 
     Example: `gambeson harden runs/x --minutes 10 --out runs/x-hardened`
 

@@ -20,7 +20,7 @@ def list_(
     name: Annotated[str | None, typer.Argument(help="Show one entry with its settings; also FILE.py:NAME.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List attacks, defences, models, data sets, diagnostics or tasks by name, those of installed packages among them.
+    """List attacks, defences, models, data sets, diagnostics or tasks by name, including those of installed packages.
 
     Example: `gambeson list attacks`
 

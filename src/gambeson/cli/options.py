@@ -103,7 +103,7 @@ EotSamples = Annotated[
     typer.Option(help="Samples of a random model that every gradient is averaged over.", show_default="20"),
 ]
 Images = Annotated[
-    int | None, typer.Option(help="Test images at most, a stratified sample.", show_default="1000", metavar="N")
+    int | None, typer.Option(help="Maximum number of test images (stratified).", show_default="1000", metavar="N")
 ]
 Attack = Annotated[
     str | None,
@@ -129,7 +129,7 @@ ConfigFile = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Any other setting, as NAME=VALUE: momentum=0.8, or in full recipe.momentum=0.8"),
+    typer.Option("--set", help="Any other setting, as NAME=VALUE: momentum=0.8, or its full path recipe.momentum=0.8"),
 ]
 SetAttack = Annotated[
     list[str] | None,
@@ -141,12 +141,13 @@ SetSuite = Annotated[
 ]
 
 Budget = Annotated[
-    int | None, typer.Option(help="Black boxes: images to send at most.", min=1, show_default="no limit", metavar="N")
+    int | None,
+    typer.Option(help="Black boxes: maximum number of images sent.", min=1, show_default="no limit", metavar="N"),
 ]
 Minutes = Annotated[
     float | None,
     typer.Option(
-        help="Time for the whole audit, which the suite is reduced to fit.", show_default="no limit", metavar="N"
+        help="Minutes for the whole audit; the suite is reduced to fit.", show_default="no limit", metavar="N"
     ),
 ]
 Http = Annotated[

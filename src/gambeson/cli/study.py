@@ -26,7 +26,7 @@ DEFAULT = Path("runs/studies")
 
 @app.command("plan")
 def plan(file: File, out: Out = DEFAULT, device: Device = "auto", as_json: Json = False) -> None:
-    """Print how many cells a study has, what each kind takes on this machine, and the time on 1, 8 and 64 like it.
+    """Print a study's number of cells, the cost of each kind on this machine, and the time on 1, 8 and 64 devices.
 
     Example: `gambeson study plan studies/claims-small.yaml`
     """
@@ -59,14 +59,14 @@ def run(
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0, help="Stop after so long, and begin only what fits.", show_default="no limit"),
+        typer.Option(min=0, help="Minutes to run for; only cells that fit are started.", show_default="no limit"),
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Run what is missing of a study; the same command goes on after any interruption, on any number of machines.
+    """Run the missing cells of a study; the same command resumes it after an interruption, on any number of machines.
 
-    The exit code is 2 if a cell has failed: the others are done, and the same command tries it again.
+    The exit code is 2 if a cell has failed: the other cells are complete, and the same command retries it.
 
     Example: `gambeson study run studies/claims-small.yaml --minutes 30`
     """
@@ -106,7 +106,7 @@ def export(
         Path | None, typer.Option("--file", "-f", help="Output file.", show_default="in the study's folder")
     ] = None,
     join: Annotated[
-        Path | None, typer.Option(help="An earlier summary, for the data sets of which nothing is run here.")
+        Path | None, typer.Option(help="Earlier summary, used for data sets that were not run here.")
     ] = None,
 ) -> None:
     """Write every number of a study as a table, one line per number, or the results of its cells.
@@ -135,9 +135,9 @@ def import_(
     file: Annotated[Path, typer.Argument(help="What `gambeson study export STUDY --to cells` has written.")],
     out: Out = DEFAULT,
 ) -> None:
-    """Take over the results of a study that ran elsewhere, so that it goes on here; weights are not among them.
+    """Import the results of a study that ran elsewhere, to continue it here; weights are not included.
 
-    A training whose weights a missing measurement needs is done again.
+    A training is repeated if a missing measurement needs its weights.
 
     Example: `gambeson study import claims-small.jsonl.gz`
     """

@@ -39,23 +39,23 @@ def train(
         ),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the training split.", show_default="10, of label maps 30")
+        int | None, typer.Option(help="Passes over the training split.", show_default="10; 30 for label maps")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images per step.", show_default="128, of label maps 32")
+        int | None, typer.Option(help="Images per step.", show_default="128; 32 for label maps")
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate.", show_default="0.05, of label maps 0.004 with Adam")
+        float | None, typer.Option(help="Learning rate.", show_default="0.05; 0.004 with Adam for label maps")
     ] = None,
     augment: Annotated[
         str | None,
-        typer.Option(help="none, crop, crop-flip or imagenet.", show_default="none, of label maps crop-flip"),
+        typer.Option(help="none, crop, crop-flip or imagenet.", show_default="none; crop-flip for label maps"),
     ] = None,
     eps: options.Eps = None,
     norm: options.Norm = None,
     sharedness: Annotated[
         int | None,
-        typer.Option(help="Images that share a perturbation.", show_default="by the defence, of label maps 4"),
+        typer.Option(help="Images that share a perturbation.", show_default="the defence's own; 4 for label maps"),
     ] = None,
     sigma: Annotated[
         float | None, typer.Option(help="Weight of the adversarial risk.", show_default="by the defence")

@@ -41,8 +41,8 @@ def craft(
     target: Annotated[
         str | None,
         typer.Option(
-            help="What to make the model predict: class:CLASS (a name or an index; #3 is an index that is another "
-            "class's name), or of label maps also static:IMAGE (an index of validation, or a PNG of class indices) or "
+            help="What to make the model predict: class:CLASS (a name or an index; #3 is index 3 if a class is named 3 "
+            "too); for label maps also static:IMAGE (the index of a validation image, or a PNG of class indices) or "
             "hide:CLASS.",
             show_default="anything wrong",
         ),
@@ -53,9 +53,9 @@ def craft(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Craft a universal perturbation on train, selected on validation.
+    """Craft a universal perturbation on train, and select it on validation.
 
-    Example: `gambeson uap craft runs/x --eps 0.2 --set restarts=8 --out uap.safetensors`, or of label maps
+    Example: `gambeson uap craft runs/x --eps 0.2 --set restarts=8 --out uap.safetensors`, or, for label maps,
     `gambeson uap craft runs/x --target hide:bag --set omega=0.9 --set tile="[32, 32]"`
 
     Example: `gambeson uap craft runs/x --attack universal-patch --set area=0.05 --out patch.safetensors`
@@ -137,7 +137,7 @@ def score(
         ),
     ] = None,
     placements: Annotated[
-        bool, typer.Option("--placements", help="Of a patch: also at a grid of places, and over scales and angles.")
+        bool, typer.Option("--placements", help="For a patch: also score it on a grid of places, scales and angles.")
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Of a patch: write this HTML page about its placements.")] = None,
     seed: options.Seed = 0,

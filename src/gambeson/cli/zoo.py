@@ -18,18 +18,18 @@ Name = Annotated[str, typer.Argument(help="A name of `gambeson zoo list`.")]
 
 @app.command("list")
 def list_(
-    data: Annotated[str | None, typer.Option(help="Those of a data set alone.", show_default="all")] = None,
+    data: Annotated[str | None, typer.Option(help="Only networks of a data set.", show_default="all")] = None,
     defense: Annotated[
         str | None,
         typer.Option(
-            help="Those of a defence alone.", show_default="all", autocompletion=complete("defenses"), metavar="NAME"
+            help="Only networks of a defence.", show_default="all", autocompletion=complete("defenses"), metavar="NAME"
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """List the networks, with accuracy, error under one perturbation, and accuracy under the attack suite, in per cent.
 
-    Each is a model of every other command by its name after `zoo:`, and so is its perturbation.
+    Other commands take zoo:NAME wherever they take a model or the file of a perturbation.
 
     Example: `gambeson zoo list --data fashion-mnist`
 

@@ -290,7 +290,7 @@ def standard_suite(
     gradient to be misled by. Three choices are ours, and ``faithful`` undoes the latter two. FAB is left out: it aims
     at the same boundaries as targeted Auto-PGD at several times the cost. The nine targets are probed for 20 steps and
     the nearest three attacked in full. Square leaves an image alone once its margin is too far from a wrong answer for
-    what it still gains (``early_abandon=1.5``). On 500 MNIST images and the public robust LeNet5 the row broke every
+    what it still gains (``early_abandon=1.5``). On 500 MNIST images and the public robust LeNet5 the suite broke every
     image that a public AutoAttack with FAB broke (``results/autoattack.json``).
 
     Of label maps: the three runs of SEA (Croce et al. 2024), one per loss, so that the worst case of the mean IoU can

@@ -179,9 +179,9 @@ def harden(
 ) -> Hardened:
     """Fine-tune a copy of a trained model against universal and per-image perturbations, and audit it before and after.
 
-    It is trained with :class:`gambeson.defenses.Gambeson`, whose perturbations grow from nothing to eps. Of the epochs
-    that the attacks of validation looked at, the one with the highest mean of the accuracies under one pattern and
-    under PGD is taken, among those that keep the accuracy on clean validation images. What is reported is of test.
+    It is trained with :class:`gambeson.defenses.Gambeson`, whose perturbations grow from zero to eps. Some epochs are
+    attacked on validation images; of those that keep the accuracy on clean ones, the epoch with the highest mean of
+    the accuracies under one universal perturbation and under PGD is selected. Reported numbers are on test images.
 
     Args:
         model: from pixels (N, C, H, W) in [0, 1] to logits, on the device of the training; it stays as it is.

@@ -156,7 +156,7 @@ class Search(Config):
     @model_validator(mode="after")
     def _ranges_need_trials(self) -> Search:
         if self.trials is None and (self.space or isinstance(self.lr, Range) or isinstance(self.warmup, Range)):
-            raise ValueError("a space and ranges are for trials: give their number")
+            raise ValueError("a space and ranges are only for trials: give their number, search.trials")
         if twice := {"lr", "warmup", "epochs", "milestones"} & set(self.space):
             raise ValueError(f"{sorted(twice)[0]} is not of the space: lr and warmup stand beside it, epochs are given")
         return self

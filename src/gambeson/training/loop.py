@@ -183,8 +183,8 @@ class Run:
             most = max(entry[ACCURACY] for entry in self.history)
             raise UserError(
                 f"no epoch that was measured got {100 * self.recipe.least_accuracy:.1f} % of "
-                f"{self.data.validation.name} right, the least that was asked for ({100 * most:.1f} % at the most): "
-                "ask for less, train for longer, or lower eps or the learning rate"
+                f"{self.data.validation.name} right, the least_accuracy asked for (the best got {100 * most:.1f} %): "
+                "lower it, train for longer, or lower eps or the learning rate"
             )
         return load_tensors(best)[0]
 

@@ -105,7 +105,7 @@ class AdversarialPatch(UniversalPerturbation):
         images = as_images(images, floats=True)
         if tuple(images.shape[1:]) != self.image_shape:
             raise UserError(
-                f"images of shape {tuple(images.shape)} came to a patch for {self.image_shape}: expected images of that"
+                f"the patch is for images of shape {self.image_shape}, got {tuple(images.shape[1:])}: give such images"
             )
         return self.shared(images.device).seeded(seed)(images)
 

@@ -79,8 +79,8 @@ class UniversalPerturbation:
         size = float(delta.detach().double().norm(p=float(about.norm)))
         if not size <= about.eps * (1 + 1e-3) + 1e-6:  # sums over many pixels are rounded
             raise UserError(
-                f"a universal perturbation of norm {size:.4g} ({about.norm}) came for eps = {about.eps:.4g}: expected "
-                "a finite one inside the ball; project it"
+                f"the universal perturbation has norm {size:.4g} ({about.norm}), but eps = {about.eps:.4g}: expected a "
+                "finite one inside the ball; project it"
             )
         self.delta = delta.detach()
         self.image_hashes = torch.empty(0, dtype=torch.int64) if image_hashes is None else image_hashes.unique()

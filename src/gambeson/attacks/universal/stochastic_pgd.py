@@ -59,7 +59,7 @@ class StochasticPGD(UniversalAttack):
     steps: Annotated[int, Field(ge=1)] = 400
     """Gradient steps per restart, one mini-batch each."""
     batch_size: Annotated[int, Field(ge=1)] = 32
-    """Images a step."""
+    """Images per step."""
     rel_step_size: Annotated[Number, Field(gt=0)] = 0.25
     """Length of the first step as a share of eps."""
     final_step: Annotated[Number, Field(gt=0)] = 0.01
@@ -361,7 +361,7 @@ class ClasswiseStochasticPGD(StochasticPGD):
     steps: Annotated[int, Field(ge=1)] = 200
     """Gradient steps per restart, one mini-batch each."""
     batch_size: Annotated[int, Field(ge=1)] = 512
-    """Images a step, of all classes."""
+    """Images per step, over all classes."""
     restarts: Annotated[int, Field(ge=1)] = 2
     """The first starts from zero, the others from random signs."""
 
