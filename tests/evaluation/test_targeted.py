@@ -80,6 +80,20 @@ def test_rates_are_those_of_a_loop_over_pixels(scenes):
     assert hits.images == 45
 
 
+@pytest.mark.parametrize("target", ["hide:c", 1])
+def test_a_measure_that_is_used_on_several_models_holds_each_against_its_own_predictions(scenes, target):
+    model, data = scenes
+    with torch.no_grad():
+        other, _, _ = four_classes()
+        other.weight.copy_(other.weight.roll(1, 0))
+        other.bias.copy_(other.bias.roll(1))
+    measure, delta = TargetMeasure(target), torch.full((1, 3, 1, 1), 0.1).expand(1, 3, 6, 6)
+    for one in (model, other, model):
+        with gb.victim.Victim(one) as victim:
+            for moved in (None, delta):
+                assert measure(victim, data.test, moved).error == TargetMeasure(target)(victim, data.test, moved).error
+
+
 @pytest.mark.parametrize(("target", "settings"), [("static:3", {}), ("hide:c", {"omega": 0.75}), (1, {})])
 def test_a_crafted_perturbation_beats_every_control(scenes, target, settings):
     model, data = scenes

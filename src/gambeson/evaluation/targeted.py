@@ -242,7 +242,7 @@ class TargetMeasure:
     def __init__(self, target: object, labels: str = "prediction") -> None:
         self.target, self.predicted = Target.of(target), labels == "prediction"  # type: ignore[arg-type]
         self.name = f"target {self.target}"
-        self._goals: dict[int, tuple[Split, Goal]] = {}
+        self._goals: list[tuple[Victim, Goal]] = []
 
     @classmethod
     def of(cls, victim: Victim, validation: Split, target: object, labels: str, *, seed: int = 0) -> TargetMeasure:
@@ -254,7 +254,9 @@ class TargetMeasure:
 
     def __call__(self, victim: Victim, split: Split, delta: torch.Tensor | None) -> TargetHits:
         """Count what reaches the target."""
-        if id(split) not in self._goals:
-            self._goals[id(split)] = split, Goal.of(victim, split, self.target, predicted=self.predicted)
-        goal = self._goals[id(split)][1]
+        goal = next((goal for model, goal in self._goals if model is victim and goal.split is split), None)
+        if goal is None:  # another model predicts something else on the same images
+            self._goals = [known for known in self._goals if known[0] is victim]
+            goal = Goal.of(victim, split, self.target, predicted=self.predicted)
+            self._goals.append((victim, goal))
         return goal.hits(goal.clean if delta is None else predict(victim, split, delta))
