@@ -162,6 +162,15 @@ def test_label_maps_are_compared_by_images_not_by_pixels():
     assert (same.value, p) == (0, 1)
 
 
+@pytest.mark.parametrize("n", [3, 6])
+def test_few_maps_that_all_change_alike_are_no_proof(n):
+    total = torch.full((n,), 900)
+    gain, p = comparison._maps(Counts(total // 3, total), Counts(total // 2, total), 1)
+    assert gain.value == pytest.approx(1 / 6)
+    assert gain.low < gain.value - 0.04 < gain.value + 0.04 < gain.high
+    assert p == 2 ** (1 - n)  # as a coin that falls on one side every time
+
+
 def test_gates_of_a_comparison(tmp_path, digits):
     first = stored(tmp_path / "a", digits.test)
     second = stored(tmp_path / "b", digits.test, wrong=(130, 397, 650, 811, 903), clean=981)

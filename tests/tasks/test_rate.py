@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gambeson.base import UserError
-from gambeson.tasks import Rate
+from gambeson.tasks import Difference, Rate
 
 PIXELS = 1000
 
@@ -102,9 +102,17 @@ def test_what_cannot_be_known_is_not_claimed():
     assert two.high - two.low > 0.15  # two say little more
     none = torch.zeros(3, dtype=torch.long)
     assert Rate.bootstrap(none, none) == Rate.of(0, 0)
-    # Shares that are all alike are no better than independent pixels.
-    alike = Rate.bootstrap(whole // 2, whole)
-    assert alike.effective == 20 * 4096
+    # Of shares that are all alike, or nearly so, the spread is unknown: they are no better than one answer each.
+    for offset in (0, 1):
+        right = whole // 2
+        right[7] += offset
+        alike = Rate.bootstrap(right, whole)
+        assert alike.effective == 20
+        assert alike.high - alike.low > 0.3
+    checked = torch.binomial(
+        whole.double(), torch.full((20,), 0.5).double(), generator=torch.Generator().manual_seed(3)
+    )
+    assert Rate.bootstrap(checked.long(), whole).effective > 20 * 1024  # as independent pixels differ
 
 
 def test_counts_above_two_to_the_24_are_exact():
@@ -125,3 +133,35 @@ def test_counts_above_two_to_the_24_are_exact():
 def test_what_are_no_counts_is_refused(hits, totals, words):
     with pytest.raises(UserError, match=words):
         Rate.bootstrap(hits, totals)
+
+
+def ratio(sums):
+    return sums[:, 0] / sums[:, 1].clamp(min=1)
+
+
+def paired(first, second, size=1):
+    totals = torch.full((len(first),), size)
+    rows = [torch.stack([one * size, totals], 1) for one in (first.long(), second.long())]
+    return Difference.of(*rows, ratio, len(first))
+
+
+@pytest.mark.parametrize(("n", "p", "q"), [(10, 0.9, 0.02), (30, 0.97, 0.0), (60, 0.98, 0.01), (50, 0.0, 0.95)])
+def test_a_difference_that_nearly_all_images_share_is_covered(n, p, q):
+    """With Student's interval alone 20 to 80 % of these would be: where all images differ alike it has no width."""
+    draw = torch.Generator().manual_seed(n)
+    found = [paired(*(torch.rand(n, generator=draw) < share for share in (p, q))) for _ in range(400)]
+    assert sum(one.low <= p - q <= one.high for one in found) / 400 >= 0.93
+    assert all(-1 <= one.low <= one.value <= one.high <= 1 and one.low < one.high for one in found)
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 40])
+def test_images_that_all_differ_alike_leave_room_for_others(n):
+    one, none = torch.ones(n), torch.zeros(n)
+    for size in (1, 500):  # of label maps that are right or wrong as a whole, too
+        gain = paired(one, none, size)
+        assert gain == Difference.of_pairs(n, 0, n)
+        assert gain.low < 1 == gain.value == gain.high
+    totals = torch.full((n,), 1000)
+    part = Difference.of(*(torch.stack([totals // share, totals], 1) for share in (2, 4)), ratio, n)
+    assert part.value == 0.25
+    assert (part.low, part.high) == pytest.approx([0.25 * (1 + side * Rate.of(0, n).high) for side in (-1, 1)])

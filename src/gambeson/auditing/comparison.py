@@ -264,19 +264,19 @@ def _pair(name: str, first: Rate, second: Rate, was: Outcomes, now: Outcomes) ->
 
 
 def _images(lost: int, gained: int, n: int, sign: int) -> tuple[Difference, float]:
-    """Compare n images that have one answer each, with half an image added to each of the four outcomes of a pair."""
+    """Compare n images that have one answer each."""
     from scipy.stats import binomtest
 
     changed = lost + gained
-    mean = sign * (gained - lost) / (n + 2)
-    half = Z95 * sqrt(((changed + 1) / (n + 2) - mean**2) / (n + 2))
-    value = sign * (gained - lost) / n
     p = float(binomtest(lost, changed).pvalue) if changed else 1.0
-    return Difference(value=value, low=max(-1.0, mean - half), high=min(1.0, mean + half), n=n), p
+    return Difference.of_pairs(*((gained, lost) if sign > 0 else (lost, gained)), n), p
 
 
 def _maps(first: Counts, second: Counts, sign: int) -> tuple[Difference, float]:
-    """Compare label maps by the bootstrap over images; the test is that of the interval."""
+    """Compare label maps by the bootstrap over images; the test is that of the interval.
+
+    Its p is at least that of as many images that all changed in one direction, which chance does once in 2^(n - 1).
+    """
     from scipy.special import stdtr, stdtrit
 
     rows = [torch.stack([counts.right, counts.total], 1) for counts in (second, first)]
@@ -285,7 +285,8 @@ def _maps(first: Counts, second: Counts, sign: int) -> tuple[Difference, float]:
         found = Difference(value=-found.value, low=-found.high, high=-found.low, n=found.n)
     freedom = max(1, found.n - 1)
     half = max(found.high - found.value, found.value - found.low)
-    return found, float(2 * stdtr(freedom, -abs(found.value) / max(half, 1e-12) * stdtrit(freedom, 0.975)))
+    p = float(2 * stdtr(freedom, -abs(found.value) / half * stdtrit(freedom, 0.975)))
+    return found, max(p, 2.0 ** (1 - max(1, found.n)))
 
 
 def _unpaired(first: Rate, second: Rate) -> tuple[Difference, float]:

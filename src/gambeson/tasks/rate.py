@@ -15,6 +15,9 @@ Z95 = 1.959963984540054
 """The 97.5 % quantile of the normal distribution, for 95 % intervals."""
 RESAMPLES = 1000
 """Bootstrap samples of the images (ours)."""
+TOO_ALIKE = 0.1
+"""Share of the variance of independent answers below which images are too alike to tell how far others differ (ours).
+Pixels of one map go together, so that real maps differ by far more."""
 _COUNTS_AT_ONCE = 2**22
 
 
@@ -124,7 +127,8 @@ class Rate(Config):
         answers value (1 - value) / error², at most ``answers``. It stays in [0, 1], is right in the tails that a choice
         among candidates needs, where a thousand samples have no quantiles, and covers better than the percentiles of
         the samples where images are few. A share of 0 or 1, whose samples are all alike, counts as one answer per
-        image, and so does the share of one image, whose spread is unknown.
+        image, and so does the share of one image, whose spread is unknown, and that of images that are far more alike
+        than independent answers would be (:data:`TOO_ALIKE`): where none happened to differ, their spread is unknown.
 
         Args:
             value: the share.
@@ -134,7 +138,9 @@ class Rate(Config):
         """
         if n < 2 or not 0 < value < 1:
             return cls._wilson(value, n, 1)
-        return cls.from_variance(value, float(draws.var()) * n / (n - 1), n, answers)
+        variance = float(draws.var()) * n / (n - 1)
+        alike = variance < TOO_ALIKE * value * (1 - value) / answers
+        return cls.from_variance(value, variance, n, n if alike else answers)
 
     @classmethod
     def from_variance(cls, value: float, variance: float, n: int, answers: int) -> Rate:
@@ -218,8 +224,10 @@ class Difference(Config):
         """Subtract what is computed from the sums over images, with images resampled in pairs.
 
         The interval is the value and Student's quantile for n - 1 degrees of freedom times the bootstrap's standard
-        error. Where no image differs the value is exactly 0, and the interval is that of n images of which none changes
-        (:meth:`Rate.of`); for a single image it is everything.
+        error, which is nothing where all images differ alike. No end is therefore nearer than if the share of images
+        that n images may all have missed (:meth:`Rate.of`) differed by the most that any does; where none does the
+        value is exactly 0, and they may differ in everything. Images with one answer each have the interval of
+        :meth:`of_pairs`; for a single image it is everything.
 
         Args:
             first: (N, F) integers per image.
@@ -228,16 +236,35 @@ class Difference(Config):
             n: images with a label that counts.
             seed: of the resamples.
         """
-        if n < 2:
-            return cls(value=_between(first, second, share), low=-1, high=1, n=n)
         value = _between(first, second, share)
-        if torch.equal(first, second):
-            most = Rate.of(0, n).high
-            return cls(value=value, low=-most, high=most, n=n)
-        sums = resampled(torch.cat([first, second], 1), seed)
-        draws = torch.cat([torch.sub(*(share(part) for part in both.chunk(2, 1))) for both in sums])
-        half = _student(n, 1) * float(draws.std()) * sqrt(n / (n - 1))
+        if n < 2:
+            return cls(value=value, low=-1, high=1, n=n)
+        apart = share(first.double()) - share(second.double())
+        differ = bool((first != second).any())
+        won, lost = int((apart == 1).sum()), int((apart == -1).sum())
+        if differ and won + lost == int((apart != 0).sum()) and abs(value - (won - lost) / n) < 1e-9:
+            return cls.of_pairs(won, lost, n)
+        half = Rate.of(0, n).high * (float(apart.abs().max()) if differ else 1.0)
+        if differ:
+            sums = resampled(torch.cat([first, second], 1), seed)
+            draws = torch.cat([torch.sub(*(share(part) for part in both.chunk(2, 1))) for both in sums])
+            half = max(half, _student(n, 1) * float(draws.std()) * sqrt(n / (n - 1)))
         return cls(value=value, low=max(-1.0, value - half), high=min(1.0, value + half), n=n)
+
+    @classmethod
+    def of_pairs(cls, first: int, second: int, n: int) -> Difference:
+        """Compare n images that have one answer each, with half an image added to each of the four outcomes of a pair.
+
+        The interval is that of Agresti and Min (2005), which has a width where all images differ alike.
+
+        Args:
+            first: images that count in the first share alone.
+            second: images that count in the second alone.
+            n: images, one or more.
+        """
+        mean = (first - second) / (n + 2)
+        half = Z95 * sqrt(((first + second + 1) / (n + 2) - mean**2) / (n + 2))
+        return cls(value=(first - second) / n, low=max(-1.0, mean - half), high=min(1.0, mean + half), n=n)
 
     def __str__(self) -> str:
         return f"{100 * self.value:+.1f} % [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
