@@ -1,5 +1,6 @@
 """What an attack returns is looked at once, for every rate: its shape, type, range and ball."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,6 +95,47 @@ def test_the_surface_of_the_ball_is_inside_it(norm):
     assert checked(perturb(x, delta), x, attack) is not None
     with pytest.raises(UserError, match="moved an image by"):
         checked(perturb(x, 1.01 * delta), x, attack)
+
+
+class Own:
+    """A user's attack, in whatever types its settings are."""
+
+    def __init__(self, eps, norm):
+        self.eps, self.norm = eps, norm
+
+    def __call__(self, model, x, y, *, seed=0, task=None):
+        return 1 - x
+
+
+@pytest.mark.parametrize("eps", [0, np.float32(0.05), np.float64(0.05), "8/255", torch.tensor(0.05)])
+@pytest.mark.parametrize("norm", ["inf", "Linf", 2, 1])
+def test_a_users_attack_is_held_to_its_ball_whatever_type_its_eps_has(eps, norm):
+    with pytest.raises(UserError, match="'Own' of eps = .* moved an image by"):
+        accuracy_of(Own(eps, norm))
+    accuracy_of(Own(None, norm))
+    accuracy_of(Own((0.1, 0.2), norm))
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(0, 8)])
+def test_stored_images_are_looked_at_as_those_of_an_attack(part):
+    def suite(images):
+        with Victim(net()) as victim:
+            return run_suite(victim, split(), {"kept": images})
+
+    clean = split().images
+    assert suite(clean).result.robust == suite(PGD(eps=0.0)(net(), clean, split().labels)).result.robust
+    far = clean.clone()
+    far[part] = far[part] * 3 - 1
+    for wrong, said in (
+        (far, "'kept' returned pixels from"),
+        ((clean * 255).to(torch.uint8), "'kept' returned torch.uint8"),
+        (clean.double(), "'kept' returned torch.float64"),
+        (clean[:, :, 1:], "expected those of its images"),
+        (clean[:-1], "29 images of attack 'kept' came for the 30 of r"),
+        (torch.cat([clean, clean]), "60 images of attack 'kept'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            suite(wrong)
 
 
 def test_a_perturbation_of_another_size_is_not_broadcast():

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from gambeson.attacks import PGD, SEA, AutoPGD, Square, TargetedAutoPGD
-from gambeson.base import Config, derive, seeded, task
+from gambeson.base import Config, UserError, derive, seeded, task
 from gambeson.data import Dataset, Split
-from gambeson.evaluation.outcome import ImageAttack, at_once, attacked
+from gambeson.evaluation.outcome import ImageAttack, at_once, attacked, checked
 from gambeson.evaluation.rates import Cost
 from gambeson.evaluation.segmentation_suite import MapResult, WorstMaps, class_pixels
 from gambeson.evaluation.universal import scored
@@ -193,20 +193,27 @@ def run_suite(
         batch_size: maximum batch size; smaller for large images.
 
     Raises:
-        UserError: no label counts, some logits are not finite, or an attack does not return images.
+        UserError: no label counts, some logits are not finite, or an attack does not return images, or stored ones are
+            none of the split's (:func:`gambeson.evaluation.outcome.checked`).
     """
     of_maps = not split.task.per_image_label
     worst = (WorstMaps if of_maps else WorstCase)(victim, split, seed=seed, batch_size=batch_size)
     clean = right = worst.scored()
+    for name, attack in attacks.items():
+        if isinstance(attack, torch.Tensor) and len(attack) != len(split):
+            raise UserError(
+                f"{len(attack)} images of attack {name!r} came for the {len(split)} of {split.name}: give one for each"
+            )
     rounds = []
     with task("  attack suite", len(attacks)) as advance:
         for k, (name, attack) in enumerate(attacks.items()):
             before, rows = (victim.forwards, victim.backwards), worst.begin()
             for j, part in enumerate(rows.split(worst.batch_size) if len(rows) else ()):
-                if isinstance(attack, torch.Tensor):
-                    worst.offer(part, attack[part.to(attack.device)].to(part.device), k)
-                    continue
                 (x, y), stream = worst.take(part), derive(seed, name, j)
+                if isinstance(attack, torch.Tensor):
+                    stored = attack[part.to(attack.device)].to(x.device)
+                    worst.offer(part, checked(stored, x, attack, name), k)
+                    continue
                 with seeded(stream, "attack"):  # for an attack, or a model, that draws from torch's own generators
                     moved = attacked(attack, victim, x, y, seed=stream, task=split.task, name=name)
                 worst.offer(part, moved, k)

@@ -15,6 +15,7 @@ from gambeson.base.checks import TOLERANCE
 from gambeson.data import Split
 from gambeson.evaluation.universal import scored
 from gambeson.tasks import Counts, Rate, Task
+from gambeson.threat import Ball
 from gambeson.victim import EOT_SAMPLES, Victim, auto_batch_size, nothing_counts, score_batches, vote
 
 
@@ -119,7 +120,8 @@ def checked(moved: torch.Tensor, images: torch.Tensor, attack: object, name: str
     Args:
         moved: what it returned for ``images``.
         images: (N, C, H, W) in [0, 1].
-        attack: if it has an ``eps`` and a ``norm``, no image may lie outside that ball.
+        attack: if it has an ``eps`` and a ``norm`` that :class:`gambeson.threat.Ball` takes, no image may lie outside
+            that ball.
         name: of the attack, for the error; by default that of its class.
 
     Raises:
@@ -138,15 +140,26 @@ def checked(moved: torch.Tensor, images: torch.Tensor, attack: object, name: str
         raise UserError(
             f"attack {name!r} returned pixels from {low:.4g} to {high:.4g}: expected finite ones in [0, 1]; clip them"
         )
-    eps, norm = getattr(attack, "eps", None), getattr(attack, "norm", None)
-    if isinstance(eps, float) and norm in ("inf", "2", "1"):
-        largest = float((moved - images).double().flatten(1).norm(p=float(norm), dim=1).max())
-        if largest > eps * (1 + _ROUNDING) + TOLERANCE:
+    ball = _ball_of(attack)
+    if ball is not None:
+        largest = float(ball.length((moved - images).double()).max())
+        if largest > ball.eps * (1 + _ROUNDING) + TOLERANCE:
             raise UserError(
-                f"attack {name!r} of eps = {eps:.4g} moved an image by {largest:.4g} in the norm {norm}: expected "
-                "every image inside its ball; project the perturbation"
+                f"attack {name!r} of eps = {ball.eps:.4g} moved an image by {largest:.4g} in the norm {ball.norm}: "
+                "expected every image inside its ball; project the perturbation"
             )
     return moved
+
+
+def _ball_of(attack: object) -> Ball | None:
+    """Return the ball that an attack names, in whatever spelling a user's own has; None if it names none."""
+    eps, norm = getattr(attack, "eps", None), getattr(attack, "norm", None)
+    if eps is None or norm is None:
+        return None
+    try:
+        return Ball(eps=eps, norm=norm)
+    except UserError:  # several radii, or another norm
+        return None
 
 
 def _counted(counts: Counts, split: Split) -> Counts:
