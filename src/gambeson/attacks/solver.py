@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from gambeson.attacks.losses import Loss
-from gambeson.base import UserError
+from gambeson.base import UserError, full_precision
 from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.threat import Ball, BoxGradient, perturb
 from gambeson.victim import AveragedVictim, Victim
@@ -291,6 +291,28 @@ class ProjectedGradient:
         with torch.no_grad():
             logits, values = self.forward(perturb(images, delta), labels, truth)
         return values, logits
+
+    def fallen(
+        self,
+        delta: torch.Tensor,
+        images: torch.Tensor,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        targeted: bool = False,
+    ) -> torch.Tensor:
+        """Return which images (N,) are adversarial at ``delta``, where their logits are these.
+
+        Near its boundary a model answers otherwise in bfloat16 than in float32, in which it is scored: what has fallen
+        by logits below float32 has to fall on the model itself, too, for a forward of these images alone.
+        """
+        down = self.task.is_adversarial(logits, labels, targeted=targeted)
+        if self.victim.coarse and bool(down.any()):
+            rows = down.nonzero().flatten()
+            with torch.no_grad(), full_precision(images.device):
+                sure = self.victim.forward_original(perturb(images[rows], delta[rows]))
+            down[rows] = self.task.is_adversarial(sure, labels[rows], targeted=targeted)
+        return down
 
     def at(self, step: int, steps: int) -> ProjectedGradient:
         """Return the solver for a step, counted from 1, of a loss that changes with it (:meth:`Loss.at`)."""

@@ -76,6 +76,11 @@ class ModelAverage(AveragedVictim):
         self.average = average
         self.allow_no_graph = all(member.allow_no_graph for member in self.members)
 
+    @property
+    def coarse(self) -> bool:
+        """Whether those of any model are."""
+        return any(member.coarse for member in self.members)
+
     def each(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Return the logits of each model.
 
@@ -134,6 +139,7 @@ class EOTAverage(AveragedVictim):
     """
 
     average: Average = "losses"
+    coarse = False  # one sample of the model itself would confirm nothing
 
     def __init__(self, victim: Victim, eot_samples: int) -> None:
         super().__init__(victim.model)
@@ -171,6 +177,8 @@ class EditedVictim(Victim):
         edits: drawn from with equal probability; ``none`` is one of them where it is given.
         draw: on the CPU; of the choices and of what is random about an edit.
     """
+
+    coarse = False  # another edit would confirm nothing
 
     def __init__(self, victim: Victim, edits: Sequence[Edit], draw: torch.Generator) -> None:
         super().__init__(victim.model)

@@ -173,6 +173,11 @@ class Victim:
         parameter = next(self.model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
+    @property
+    def coarse(self) -> bool:
+        """Whether logits for attacks are computed below float32, so that the model itself may answer otherwise."""
+        return self.dtype.itemsize < 4 or (self.fast is not None and self.fast.precision != "float32")
+
     def inspect(self, images: torch.Tensor, *, scores: bool = False) -> ModelTraits:
         """Inspect the model before its first use; nothing is counted.
 

@@ -170,7 +170,7 @@ class AutoPGD(GradientAttack):
         with torch.no_grad():
             logits = solver.victim(x)
         # An image that is wrong as it is needs no perturbation.
-        record.is_adversarial.copy_(solver.task.is_adversarial(logits, y))
+        record.is_adversarial.copy_(solver.fallen(torch.zeros_like(x), x, logits, y))
         solver = dataclasses.replace(solver, loss=solver.loss.model_copy(update={"targeted": True}))
         task, own = solver.task, solver.task.indexable(y).unsqueeze(1)
         order = logits.scatter(1, own, -torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -323,7 +323,7 @@ class AutoPGD(GradientAttack):
         return solver.step_along(now.delta, now.images, now.gradient, now.length.view(-1, 1, 1, 1))
 
     def _note(self, solver: ProjectedGradient, state: State, logits: torch.Tensor, record: BestSoFar) -> State:
-        down = solver.task.is_adversarial(logits, state.truth, targeted=self.reaches)
+        down = solver.fallen(state.delta, state.images, logits, state.truth, targeted=self.reaches)
         judged = self._judge(solver) is solver.loss
         record.note(state.rows, state.delta, state.value if judged else solver.harm(logits, state.labels), down)
         return state.only(~down) if self.early_stop and bool(down.any()) else state

@@ -150,7 +150,7 @@ class PGD(GradientAttack):
                 if self.early_stop or self.keep == "best":
                     if not guide.sees_images:
                         _, logits = solver.losses(delta, images, labels)
-                    down = solver.task.is_adversarial(logits, labels, targeted=self.reaches)
+                    down = solver.fallen(delta, images, logits, labels, targeted=self.reaches)
                     if self.keep == "best":
                         record.note(rows, delta, solver.harm(logits, labels), down)
                     if self.early_stop and bool(down.any()):
@@ -169,7 +169,7 @@ class PGD(GradientAttack):
                 value, logits = solver.losses(delta, images, labels)
                 if self.keep == "best" or self.loss in MASKED:
                     value = solver.harm(logits, labels)
-                down = solver.task.is_adversarial(logits, labels, targeted=self.reaches)
+                down = solver.fallen(delta, images, logits, labels, targeted=self.reaches)
                 record.note(rows, delta, value, down)
 
 

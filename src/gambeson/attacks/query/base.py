@@ -62,8 +62,10 @@ class Queries:
         self.budget, self._classes, self._map = budget, None, per_image
         with ExitStack() as stack:
             self._ask = self.model
-            if isinstance(self.model, nn.Module):
-                self._ask = stack.enter_context(as_victim(self.model))
+            if isinstance(self.model, nn.Module | Victim):
+                victim = stack.enter_context(as_victim(self.model))
+                # Every answer decides, so that it is the model's own where the fast copy computes below float32.
+                self._ask = victim.forward_original if victim.coarse else victim
             stack.enter_context(torch.no_grad())
             yield
 
