@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from gambeson.attacks import PGD, AutoPGD, Square
+from gambeson.attacks import NES, PGD, AutoPGD, DeepFool, RayS, Square
+from gambeson.threat import Ball, landed
 from gambeson.victim import FastPath, Victim
 
 
@@ -60,3 +61,47 @@ def test_what_has_fallen_is_asked_once_more_and_float32_never(blurred):
         with Victim(net, fast=FastPath(precision=precision)) as victim:
             AutoPGD(eps=0.0, steps=1)(victim, x, (y + 1) % 4)  # every image is adversarial as it is
             assert victim.forwards == 600 + more
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        PGD(eps=0.03, early_stop=False),
+        PGD(eps=0.3, norm="2", early_stop=False),
+        PGD(eps=0.9, norm="1", early_stop=False),
+        AutoPGD(eps=0.03, steps=5, early_stop=False),
+        Square(eps=0.03, queries=30),
+        NES(eps=0.03, queries=120),
+        RayS(eps=0.03, queries=30),
+        DeepFool(eps=0.02, norm="inf"),
+        DeepFool(eps=0.05),
+    ],
+    ids=str,
+)
+def test_images_in_half_precision_stay_in_the_ball(blurred, attack, kind):
+    net, x, y = blurred
+    x = x[:50].to(kind)
+    moved = attack(net, x, y[:50])
+    ball = Ball(eps=attack.eps, norm=getattr(attack, "norm", "2"))
+    length = ball.length(moved.double() - x.double())
+    assert moved.dtype == kind
+    assert float(length.max()) <= attack.eps * (1 + 1e-6)
+    assert float(length.max()) > 0.5 * attack.eps
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_values_land_on_the_nearest_number_that_is_not_further_from_the_image(kind):
+    draw = torch.Generator().manual_seed(0)
+    images = torch.rand(50, 1, 20, 20, generator=draw).to(kind)
+    images[:5], images[5:10] = 0, 1
+    moved = (images + 0.1 * torch.randn(images.shape, generator=draw)).clamp(0, 1)
+    found = landed(images, moved)
+    exact, near = found.double(), moved.to(kind)
+    assert bool(((exact - images).abs() <= (moved.double() - images).abs()).all())
+    inside = (near.double() - images).abs() <= (moved.double() - images).abs()
+    assert torch.equal(found[inside], near[inside])
+    assert 0 <= float(found.min()) <= float(found.max()) <= 1
+    spacing = torch.finfo(kind).eps
+    assert bool(((exact - moved.double()).abs() <= spacing * moved).all())
+    assert torch.equal(landed(images, images.float()), images)

@@ -258,3 +258,23 @@ def perturb(images: torch.Tensor, delta: torch.Tensor, box_gradient: BoxGradient
         # Not the gradient of clamp, which at the bounds is 0 or 1 depending on the torch version.
         return torch.where((moved >= 0) & (moved <= 1), moved, clipped.detach())
     return clipped.detach() + (moved - moved.detach())
+
+
+def landed(images: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """Return perturbed images in the type of the images, none of whose values lies further away than before.
+
+    Below float32 a value is rounded towards its image: the nearest one may lie outside the ball, as in bfloat16 by half
+    of 1/256.
+
+    Args:
+        images: (N, C, H, W) in [0, 1].
+        moved: same shape, in float32 or better.
+    """
+    kind = images.dtype
+    found = moved.to(kind)
+    if kind not in (torch.float16, torch.bfloat16):
+        return found
+    beyond = (found.to(moved) - images).abs() > (moved - images).abs()
+    # Of numbers that are not negative, the next one has the next bit pattern.
+    nearer = (found.abs().view(torch.int16) + torch.where(found > images, -1, 1).short()).view(kind)
+    return torch.where(beyond, nearer, found)

@@ -15,7 +15,7 @@ from gambeson.attacks.solver import NonFiniteGradientError, ProjectedGradient
 from gambeson.base import Config, Number, UserError, seeded
 from gambeson.tasks import Task, as_pair
 from gambeson.tasks import of as task_of
-from gambeson.threat import Ball, Eps, Norm, perturb
+from gambeson.threat import Ball, Eps, Norm, landed, perturb
 from gambeson.victim import Average, Source, Victim, as_victim
 
 _TINY = 1e-12
@@ -292,9 +292,9 @@ class GradientAttack(Config):
         try:
             patient._search(solver, pixels, targets, seed, best)
         except NonFiniteGradientError as error:
-            error.found = perturb(images, best.to(images.dtype))
+            error.found = landed(images, perturb(images, best))
             raise
-        return perturb(images, best.to(images.dtype)).detach()
+        return landed(images, perturb(images, best)).detach()
 
     def _check_task(self, task: Task) -> None:
         """Refuse a task that a setting does not suit, before anything is computed."""

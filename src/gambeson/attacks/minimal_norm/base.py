@@ -11,7 +11,7 @@ from gambeson.attacks.query.base import attacked, working
 from gambeson.attacks.solver import NON_FINITE
 from gambeson.base import Config, UserError
 from gambeson.tasks import Task, as_pair
-from gambeson.threat import Ball, Eps, Norm, perturb
+from gambeson.threat import Ball, Eps, Norm, landed, perturb
 from gambeson.victim import Source, Victim, as_victim
 
 
@@ -61,7 +61,7 @@ class MinimalNorm(Config):
         if self.eps is None:
             return found.clamp(0, 1).to(images.dtype)
         delta = Ball(eps=self.eps, norm=self.small_in).project(found - working(images))
-        return perturb(images, delta.to(images.dtype))
+        return landed(images, perturb(images, delta))
 
     @abstractmethod
     def search(self, victim: Victim, x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

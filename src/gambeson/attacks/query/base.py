@@ -14,6 +14,7 @@ from torch import nn
 from gambeson.attacks.losses import Loss
 from gambeson.base import Config, UserError
 from gambeson.tasks import Task, as_pair
+from gambeson.threat import landed
 from gambeson.threat.ball import NORM_RULES
 from gambeson.victim import Victim, as_victim
 
@@ -245,7 +246,7 @@ class QueryAttack(Config):
             loss = Loss(kind=kind, targeted=self.targeted, truncate=0.0 if ends else None)
             search = Search(queries, working(images), labels, loss, task)
             self._search(search, seed)
-        return search.best.to(images.dtype)
+        return landed(images, search.best)
 
     @property
     @abstractmethod
