@@ -155,7 +155,7 @@ def bound_table(
     if not deltas or any(tuple(delta.shape[1:]) != split.shape for delta in deltas):
         shapes = ", ".join(str(tuple(delta.shape)) for delta in perturbations) or "none"
         raise UserError(f"perturbations have shapes {shapes}: expected one or more of (1, {str(split.shape)[1:]}")
-    with classifier(model, data) as (victim, split):
+    with classifier(model, data, seed) as (victim, split):
         plain, weighted = spectra or both_spectra(victim, split, seed)
         line = linearise(victim, split, torch.cat(deltas))
         measured = line.measured_errors

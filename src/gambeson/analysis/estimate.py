@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 
-from gambeson.analysis.inputs import forward
+from gambeson.analysis.inputs import forward, held
 from gambeson.analysis.matrix_free import Linearised
 from gambeson.base import UserError, generator
 from gambeson.base.checks import as_images
-from gambeson.victim import Source, Victim, as_victim
+from gambeson.victim import Source, Victim
 
 Projection = Literal["output", "input", "finite-differences"]
 """``output``: v^T J, one backward each (Hoffman et al. 2019). ``input``: J u, one backward each and one more.
@@ -63,7 +63,7 @@ def estimate_frobenius(
         projections: draws per image; default ours.
         method: projected side, and method.
         step: h of finite differences: an L2 length in pixel units; default ours.
-        seed: of the draws.
+        seed: of the draws, also a random model's.
 
     Raises:
         UserError: images out of range, no projections, or a model that is not a classifier.
@@ -71,7 +71,7 @@ def estimate_frobenius(
     if projections < 1:
         raise UserError(f"projections = {projections}: expected 1 or more")
     images = as_images(images, floats=True)
-    with as_victim(model) as victim:
+    with held(model, seed) as victim:
         draw = generator(seed, "projections", method, device=images.device)
         if method == "output":
             squares = _from_outputs(victim, images, projections, draw)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from gambeson.analysis.inputs import classifier, forward, margins
+from gambeson.analysis.inputs import classifier, forward, held, margins
 from gambeson.analysis.jacobian import Spread
 from gambeson.analysis.matrix_free import batches_of
 from gambeson.base import Config, UserError, generator
 from gambeson.tasks import CLASSIFICATION, as_pair
 from gambeson.threat import Ball, perturb
-from gambeson.victim import Source, Victim, as_victim, predicted
+from gambeson.victim import Source, Victim, predicted
 
 
 class GradientStatistics(Config):
@@ -163,7 +163,7 @@ def loss_surface(
         other: the model whose gradient defines g_perp; None: random.
         clip: clip to [0, 1]. The paper's surface is not clipped, which keeps it smooth but uses values outside the
             pixel range.
-        seed: of the random direction.
+        seed: of the random direction, and of random models' draws.
 
     Raises:
         UserError: points even or below 3, extent not above 0, or images and labels that do not fit.
@@ -174,13 +174,13 @@ def loss_surface(
     if reach == 0:
         raise UserError(f"extent = {extent}: expected a length above 0 in pixel units, such as 8/255")
     images, labels, _ = as_pair(images, labels, CLASSIFICATION, floats=True)
-    with as_victim(model) as victim:
+    with held(model, seed) as victim:
         g = loss_gradient(victim, images, labels)[0].sign()
         if other is None:
             draw = generator(seed, "surface", device=images.device)
             guide = torch.randn(images.shape, generator=draw, device=images.device, dtype=images.dtype)
         else:
-            with as_victim(other) as source:
+            with held(other, seed) as source:
                 guide = loss_gradient(source, images, labels)[0]
         side = orthogonal_signs(g, guide)
         steps = torch.linspace(-1, 1, points, dtype=torch.float64) * reach

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gambeson.base import UserError, twice_differentiable
+from gambeson.base import UserError, seeded, twice_differentiable
 from gambeson.data import Split, as_split
 from gambeson.tasks import CLASSIFICATION
 from gambeson.victim import Source, Victim, as_victim
@@ -36,14 +36,23 @@ def forward(victim: Victim, images: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 @contextmanager
-def classifier(model: Source, data: Any) -> Iterator[tuple[Victim, Split]]:
-    """Hold a classifier as a victim, with ``data`` as a split of images with one label each; of a Dataset, its test.
+def held(model: Source, seed: int = 0) -> Iterator[Victim]:
+    """Hold a model as a victim: a random one draws the same in every call, and nothing from the caller's generators."""
+    with as_victim(model) as victim, seeded(seed, "analysis"):
+        yield victim
+
+
+@contextmanager
+def classifier(model: Source, data: Any, seed: int = 0) -> Iterator[tuple[Victim, Split]]:
+    """Hold a classifier as :func:`held` does, with ``data`` as a split of images with one label each.
+
+    Of a Dataset, its test split.
 
     Raises:
         UserError: no data, label maps, or a model that does not return logits of these classes.
     """
     split = labelled(data)
-    with as_victim(model) as victim:
+    with held(model, seed) as victim:
         split.check_logits(victim.inspect(split.take(slice(0, 8), victim.device)[0]).shape)
         yield victim, split
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from gambeson.analysis.inputs import classifier, forward, margins
+from gambeson.analysis.inputs import classifier, forward, held, margins
 from gambeson.base import Config
 from gambeson.base.checks import as_images
 from gambeson.data import Split
-from gambeson.victim import Source, Victim, as_victim
+from gambeson.victim import Source, Victim
 
 _ROWS_BYTES = 2**26
 """Maximum size of the Jacobians of a batch: 2,200 rows of 3 x 32 x 32; a batch has at most 256 images."""
@@ -32,7 +32,7 @@ def batch_jacobian(model: Source, images: torch.Tensor) -> torch.Tensor:
     Raises:
         UserError: images out of range, or a model that is not a classifier.
     """
-    with as_victim(model) as victim:
+    with held(model) as victim:
         return rows_at(victim, as_images(images, floats=True))[0]
 
 

@@ -84,7 +84,7 @@ def pair_sharing(model: Source, data: Any, *, pairs: int = 1000, seed: int = 0) 
         UserError: fewer than 2 pairs, or no class with two images, or one class only.
     """
     parts: list[dict[PairMetric, torch.Tensor]] = []
-    with classifier(model, data) as (victim, split):
+    with classifier(model, data, seed) as (victim, split):
         index = draw_pairs(split.labels.cpu(), pairs, seed)
         width = 4 * torch.Size(split.shape).numel() * classes_of(victim, split)
         for some in index.split(max(1, min(128, _BYTES // (2 * width)))):

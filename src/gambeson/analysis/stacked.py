@@ -187,7 +187,7 @@ def stacked_spectrum(
     """
     if count < 1:
         raise UserError(f"count = {count}: expected 1 direction or more")
-    with classifier(model, data) as (victim, split):
+    with classifier(model, data, seed) as (victim, split):
         if method == "auto" and torch.Size(split.shape).numel() <= LARGEST:
             method = "gram"
         if method == "gram":
@@ -264,7 +264,7 @@ def stacked_norm(
     if not p > 1 or not 1 <= q < math.inf:
         raise UserError(f"p = {p}, q = {q}: expected p above 1 (infinite allowed) and a finite q of 1 or above")
     dual = 1.0 if math.isinf(p) else p / (p - 1)
-    with classifier(model, data) as (victim, split):
+    with classifier(model, data, seed) as (victim, split):
         draw = generator(seed, "power", device=victim.device)
         v = torch.randn(max(1, starts), *split.shape, generator=draw, device=victim.device)
         v = _dual(v.double(), p)

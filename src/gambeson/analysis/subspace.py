@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from gambeson.analysis.gradient_masking import loss_gradient
+from gambeson.analysis.inputs import held
 from gambeson.base import UserError, generator
 from gambeson.tasks import CLASSIFICATION, as_pair
 from gambeson.threat import Ball, Norm, perturb
-from gambeson.victim import Source, as_victim, predicted
+from gambeson.victim import Source, predicted
 
 ORDERS = (1, 4, 16, 64)
 
@@ -91,7 +92,7 @@ def adversarial_subspace(
             paper has k up to 100).
         permutations: random permutations (bases, for the norm 2) per k, of which the best counts; default ours.
         guide: (N, C, H, W), used instead of g, such as a multi-step perturbation for a model that masks its gradient.
-        seed: of the permutations.
+        seed: of the permutations, and of a random model's draws.
 
     Raises:
         UserError: the norm 1, no images, an order that does not fit, or images and labels that do not.
@@ -105,7 +106,7 @@ def adversarial_subspace(
     fitting = tuple(k for k in orders if 1 <= k <= images[0].numel())
     if not fitting:
         raise UserError(f"orders = {orders}: expected one between 1 and {images[0].numel()}, an image's values")
-    with as_victim(model) as victim, torch.no_grad():
+    with held(model, seed) as victim, torch.no_grad():
         g, margin = loss_gradient(victim, images, labels)
         if guide is not None:
             g = guide.to(g)

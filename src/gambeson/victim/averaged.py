@@ -254,12 +254,8 @@ def as_victim(
             traits = victim.inspect(images)
             if labels is not None:
                 task.check_logits(traits.shape, labels)
-            if eot_samples is None and traits.stochastic:
-                raise UserError(
-                    f"the model is random (the logits of two calls with the same images differ by up to "
-                    f"{traits.gap:.3g}): one draw tells an attack little; set eot_samples=20 to average its gradient "
-                    "over 20 draws, or turn the randomness off"
-                )
+            if eot_samples is None:
+                traits.require_fixed("set eot_samples=20 to average its gradient over 20 draws")
             if eot_samples is not None and eot_samples > 1:
                 victim = EOTAverage(victim, eot_samples)
         yield victim

@@ -199,6 +199,18 @@ class ModelTraits:
         """
         return self.noise > SLIGHT or not self.steady
 
+    def require_fixed(self, instead: str) -> None:
+        """Refuse a random model.
+
+        Raises:
+            UserError: the model is random; the message names what to do ``instead``.
+        """
+        if self.stochastic:
+            raise UserError(
+                f"the model is random (the logits of two calls with the same images differ by up to {self.gap:.3g}): "
+                f"one draw tells an attack little; {instead}, or turn the randomness off"
+            )
+
 
 def size_of(logits: torch.Tensor) -> torch.Tensor:
     """Return what differences of logits (N, K) or (N, K, H, W) are measured by, a scalar.

@@ -48,7 +48,7 @@ class MinimalNorm(Config):
             task: what the labels mean; images whose label does not count are left alone.
 
         Raises:
-            UserError: images outside [0, 1], one label per pixel, or a gradient that is not finite.
+            UserError: images outside [0, 1], one label per pixel, a random model, or a gradient that is not finite.
         """
         images, labels, task = as_pair(x, y, task, floats=True)
         task.require_classification("this attack", "for label maps choose a gradient attack such as PGD")
@@ -56,7 +56,9 @@ class MinimalNorm(Config):
         if len(rows) == 0 or self.eps == 0:
             return images
         with as_victim(model, gradients=type(self).__name__) as victim:
-            task.check_logits(victim.inspect(working(images)).shape, labels)
+            traits = victim.inspect(working(images))
+            task.check_logits(traits.shape, labels)
+            traits.require_fixed("choose a gradient attack such as PGD with eot_samples=20")
             found = self.search(victim, working(images), labels, rows)
         if self.eps is None:
             return found.clamp(0, 1).to(images.dtype)

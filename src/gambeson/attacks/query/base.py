@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from gambeson.attacks.losses import Loss
-from gambeson.base import Config, UserError
+from gambeson.base import Config, UserError, seeded
 from gambeson.tasks import Task, as_pair
 from gambeson.threat import landed
 from gambeson.threat.ball import NORM_RULES
@@ -225,7 +225,7 @@ class QueryAttack(Config):
             model: the model or function; pass a :class:`Queries` to read the counts.
             x: (N, C, H, W) in [0, 1].
             y: (N,) or (N, H, W) labels, or targets where ``targeted``.
-            seed: of every random draw.
+            seed: of every random draw, also of a model that draws from torch.
             task: what the labels mean; images whose label does not count are left alone.
 
         Returns:
@@ -240,7 +240,7 @@ class QueryAttack(Config):
         queries = model if isinstance(model, Queries) else Queries(model)
         if len(attacked(labels, task)) == 0 or self._null:
             return images
-        with queries.counting(images, self.queries, tuple(labels.shape[1:])):
+        with queries.counting(images, self.queries, tuple(labels.shape[1:])), seeded(seed, "noise"):
             kind = self.loss or self._default_loss
             ends = kind == "margin" and not (self.targeted or task.per_image_label)
             loss = Loss(kind=kind, targeted=self.targeted, truncate=0.0 if ends else None)

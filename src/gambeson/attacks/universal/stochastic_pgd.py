@@ -390,7 +390,7 @@ class ClasswiseStochasticPGD(StochasticPGD):
         Raises:
             UserError: label maps, which have no class per image; or data and model that do not fit.
         """
-        with self._crafting(model, data, seed) as context:
+        with self._crafting(model, data, seed) as context, seeded(seed, "noise"):
             context.task.require_classification("a class-wise attack")
             classes = len(context.train.classes)
             kinds, outcomes = [], []
