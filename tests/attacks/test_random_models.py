@@ -8,7 +8,9 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import (
     NES,
+    PGD,
     SPSA,
+    AutoPGD,
     CarliniWagner,
     ClasswiseStochasticPGD,
     DeepFool,
@@ -18,6 +20,7 @@ from gambeson.attacks import (
     StochasticPGD,
 )
 from gambeson.data import Split
+from gambeson.victim import Victim
 
 CLASSES = ("a", "b", "c")
 
@@ -78,6 +81,14 @@ def test_query_attacks_draw_from_their_seed_alone(jittery, attack):
     one, other = asked_twice(lambda: attack(*jittery, seed=4))
     assert torch.equal(one, other)
     assert not torch.equal(one, attack(*jittery, seed=5))
+
+
+@pytest.mark.parametrize("attack", [PGD, AutoPGD])
+def test_success_on_a_few_samples_ends_no_image_in_any_restart(jittery, attack):
+    model, x, y = jittery
+    with Victim(model) as victim:
+        attack(eps=0.2, steps=3, restarts=3, eot_samples=2)(victim, x, y)
+        assert victim.backwards == len(x) * 2 * 3 * 3
 
 
 @pytest.mark.parametrize("attack", [DeepFool(), DeepFool(eps=0.1, norm="inf"), CarliniWagner(steps=3)])
