@@ -296,6 +296,24 @@ def test_finite_differences_are_the_gradient_and_fewer_groups_agree_on_average(n
     assert not torch.allclose(gradient(fewer), true, atol=1e-3)
 
 
+@pytest.mark.parametrize("directions", [12, 4])
+def test_finite_differences_of_black_and_white_pixels_are_one_sided_and_no_shorter(directions):
+    images = torch.tensor([0.0, 1.0, 0.5, 0.002, 0.999, 0.3], dtype=torch.float64).repeat(3, 2).view(3, 1, 3, 4)
+    weight = torch.randn(2, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 2, bias=False, dtype=torch.float64))
+    linear[1].weight.data.copy_(weight)
+    model, found = FiniteDifferences(linear, directions=directions, step=0.01), []
+    for _ in range(1 if directions == 12 else 3000):
+        point = images.clone().requires_grad_()
+        found.append(torch.autograd.grad(model(point)[:, 0].sum(), point)[0].flatten(1))
+    mean = torch.stack(found).mean(0)
+    exact = weight[0].expand(3, 12)
+    assert torch.allclose(mean, exact, atol=1e-9 if directions == 12 else 0.25)
+    point = images.clone().requires_grad_()  # a step that rounding swallows moves nothing, and is no NaN
+    tiny = FiniteDifferences(linear, directions=12, step=1e-20)
+    assert bool(torch.autograd.grad(tiny(point).sum(), point)[0].isfinite().all())
+
+
 def test_a_borrowed_gradient_has_the_outputs_of_one_and_the_gradient_of_the_other(net, digits):
     images, labels = digits.test.take(slice(0, 32), "cpu")
     stopped = Around(net, lambda net, x: net(x.detach()) + 0 * x.sum())

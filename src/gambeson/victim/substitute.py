@@ -22,7 +22,8 @@ class FiniteDifferences(nn.Module):
     along random signs, forwards and backwards, and its difference is spread over it along these signs. With one group
     per value these are the central differences themselves; with fewer, their expectation is the gradient's, and the
     error is that of SPSA in as many dimensions as a group has values. Both images of a pair have the same draw of a
-    model that draws from torch. Probes are clipped to [0, 1]. Any gradient attack runs on it; a backward of N images
+    model that draws from torch. Probes are clipped to [0, 1], and the difference of a value is divided by how far apart
+    they then lie: at black and white pixels it is one-sided. Any gradient attack runs on it; a backward of N images
     costs 2 ``directions`` N forwards.
 
     Args:
@@ -65,9 +66,10 @@ class FiniteDifferences(nn.Module):
                 with seeded(derive(self.seed, "draw", self._gradients), k):
                     ends.append(_logits(self.model, probes).unflatten(0, (len(part), len(images))))
                 self.forwards += len(probes)
-            derivatives = ((ends[0] - ends[1]) * cotangent).flatten(2).sum(2) / (2 * self.step)
-            found += torch.einsum("pn,pchw->nchw", derivatives.to(found), moves / self.step)
-        return found
+            differences = ((ends[0] - ends[1]) * cotangent).flatten(2).sum(2)
+            found += torch.einsum("pn,pchw->nchw", differences.to(found), moves / self.step)
+        apart = (images + self.step).clamp(max=1) - (images - self.step).clamp(min=0)
+        return found / apart.clamp(min=torch.finfo(apart.dtype).tiny)
 
 
 class BorrowedGradient(nn.Module):
