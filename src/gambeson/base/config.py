@@ -71,7 +71,11 @@ class Config(BaseModel):
                 raise UnknownSetting(
                     f"{type(self).__name__} has no setting {field!r}: {nearest(field, type(self).model_fields)}"
                 )
-        return super().model_copy(update=update, deep=deep)
+        made = super().model_copy(update=update, deep=deep)
+        if update:  # what was computed from the old values and kept
+            for name in made.__dict__.keys() - type(self).model_fields.keys():
+                del made.__dict__[name]
+        return made
 
     def plain(self) -> dict[str, Any]:
         """Every field as plain data, ready for YAML or JSON."""
