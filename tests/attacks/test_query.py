@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gambeson import UserError
+from gambeson.attacks import CarliniWagner, DeepFool, RayS
 from gambeson.attacks.query.base import Queries
 from gambeson.attacks.query.nes import NES, SPSA
 from gambeson.attacks.query.one_pixel import OnePixel
@@ -393,3 +394,15 @@ def test_settings_are_checked():
         OnePixel(population=3)
     with pytest.raises(TypeError, match="no setting 'samples'"):
         NES(eps=0.1, samples=3)
+
+
+@pytest.mark.parametrize(
+    "attack", [Square(eps=0), NES(eps=0), OnePixel(pixels=0), DeepFool(eps=0), CarliniWagner(eps=0), RayS(eps=0)]
+)
+def test_what_is_returned_is_never_the_tensor_that_was_given(attack):
+    model, _ = binary((1, 3, 4))
+    x, y = inner_images(4, (1, 3, 4)), torch.arange(4) % 2
+    for task, labels in ((Classification(), y), (Classification(ignore_index=9), torch.full_like(y, 9))):
+        moved = attack(model, x, labels, task=task)
+        assert torch.equal(moved, x)
+        assert moved.data_ptr() != x.data_ptr()

@@ -54,7 +54,7 @@ class MinimalNorm(Config):
         task.require_classification("this attack", "for label maps choose a gradient attack such as PGD")
         rows = attacked(labels, task)
         if len(rows) == 0 or self.eps == 0:
-            return images
+            return images.clone()
         with as_victim(model, gradients=type(self).__name__) as victim:
             traits = victim.inspect(working(images))
             task.check_logits(traits.shape, labels)

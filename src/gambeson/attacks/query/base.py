@@ -239,7 +239,7 @@ class QueryAttack(Config):
         self._check_task(task)
         queries = model if isinstance(model, Queries) else Queries(model)
         if len(attacked(labels, task)) == 0 or self._null:
-            return images
+            return images.clone()
         with queries.counting(images, self.queries, tuple(labels.shape[1:])), seeded(seed, "noise"):
             kind = self.loss or self._default_loss
             ends = kind == "margin" and not (self.targeted or task.per_image_label)
