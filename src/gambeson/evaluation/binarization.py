@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from gambeson.base import Config, Number, UserError, derive, generator, seeded
 from gambeson.data import Split
-from gambeson.evaluation.outcome import ImageAttack, at_once, attacked, averaged
+from gambeson.evaluation.outcome import ImageAttack, at_once, attacked, averaged, ball_of, checked
 from gambeson.evaluation.rates import Cost
 from gambeson.evaluation.universal import scored
 from gambeson.tasks import CLASSIFICATION, Rate
@@ -194,11 +195,11 @@ def binarization_test(
         victim: the model; any module with a linear layer.
         split: the images, of which ``test.samples`` are drawn; of a data set, the test split.
         attack: a per-image attack with its own eps and budget; it sees two classes.
-        test: the settings; those of the ball should be the attack's.
+        test: the settings; those of the ball are to be the attack's.
         seed: of every draw.
 
     Raises:
-        UserError: label maps, no linear layer, or a corner where the ball has none.
+        UserError: label maps, no linear layer, an attack in another ball, or a corner where the ball has none.
     """
     return binarization_tests(victim, split, {"attack": attack}, test, seed=seed)["attack"]
 
@@ -212,11 +213,19 @@ def binarization_tests(
     The copies' cost is counted in every result, and stands in its ``shared``.
 
     Raises:
-        UserError: label maps, or corners in another norm than inf.
+        UserError: label maps, an attack in another ball, or corners in another norm than inf.
     """
     split.task.require_classification("the binarisation test")
     if test.boundary == "corner" and test.norm != "inf":
         raise UserError(f"boundary is corner and norm {test.norm}: expected surface; only the norm inf has corners")
+    for name, attack in attacks.items():
+        ball = ball_of(attack)
+        if ball is not None and (ball.norm != test.norm or not math.isclose(ball.eps, test.eps, rel_tol=1e-6)):
+            raise UserError(
+                f"attack {name!r} has eps = {ball.eps:.4g} in the norm {ball.norm} and the test {test.eps:.4g} in the "
+                f"norm {test.norm}: what is hidden on the surface of one ball says nothing of an attack in another; "
+                "give both the same"
+            )
     model, device = victim.model, victim.device
     images, _ = split.sample(test.samples, seed=seed).take(slice(None), device)
     random = victim.inspect(images[:8], scores=True).stochastic
@@ -231,6 +240,7 @@ def binarization_tests(
         before, y = Cost(forwards=binary.forwards, backwards=binary.backwards), x.new_zeros(len(x), dtype=torch.int64)
         attack = averaged(attacks[name], binary, x)
         moved = attacked(attack, binary, x, y, seed=derive(seed, "attack", k), task=CLASSIFICATION)
+        checked(moved, x, test, name)  # of an attack that names no ball
         reached = vote(binary, moved) == 1
         spent = binary.forwards - before.forwards, binary.backwards - before.backwards
         own[name] += Cost(forwards=spent[0], backwards=spent[1])

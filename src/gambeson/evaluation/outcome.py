@@ -140,7 +140,7 @@ def checked(moved: torch.Tensor, images: torch.Tensor, attack: object, name: str
         raise UserError(
             f"attack {name!r} returned pixels from {low:.4g} to {high:.4g}: expected finite ones in [0, 1]; clip them"
         )
-    ball = _ball_of(attack)
+    ball = ball_of(attack)
     if ball is not None:
         largest = float(ball.length((moved - images).double()).max())
         if largest > ball.eps * (1 + _ROUNDING) + TOLERANCE:
@@ -151,7 +151,7 @@ def checked(moved: torch.Tensor, images: torch.Tensor, attack: object, name: str
     return moved
 
 
-def _ball_of(attack: object) -> Ball | None:
+def ball_of(attack: object) -> Ball | None:
     """Return the ball that an attack names, in whatever spelling a user's own has; None if it names none."""
     eps, norm = getattr(attack, "eps", None), getattr(attack, "norm", None)
     if eps is None or norm is None:
