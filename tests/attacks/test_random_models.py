@@ -133,3 +133,34 @@ ANALYSES = {
 def test_an_analysis_repeats_itself_and_leaves_the_callers_draws_alone(jittery, name):
     model, x, y = jittery
     assert same(*asked_twice(lambda: ANALYSES[name](model, x[:30], y[:30])))
+
+
+class Undecided(nn.Module):
+    """Four classes by the means of the quarters of an image, or of a pixel's columns, in noise."""
+
+    def __init__(self, noise, maps=False):
+        super().__init__()
+        self.weight, self.noise, self.maps = nn.Parameter(torch.eye(4)), noise, maps
+
+    def forward(self, x):
+        logits = x.repeat(1, 2, 1, 1) if self.maps else x.flatten(2).mean(2).repeat(1, 2)
+        logits = torch.einsum("kc,nc...->nk...", self.weight, logits)
+        return 10 * logits + self.noise * torch.randn(logits.shape)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_images_alone_on_which_no_class_has_a_majority_are_left_out(maps):
+    x = torch.rand(80, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+    model = Undecided(1.5 if maps else 0.3, maps)
+    with Victim(model) as victim:
+        found = gb.victim.predict(victim, Split("x", x, torch.zeros(80).long(), CLASSES))
+    assert bool((found == gb.victim.ABSTAIN).any())
+    assert bool((found != gb.victim.ABSTAIN).any())
+    craft = lambda: StochasticPGD(eps=0.1, steps=3, restarts=1, probe_starts=0).craft(model, x)  # noqa: E731
+    one, other = asked_twice(craft)
+    assert torch.equal(one.delta, other.delta)
+    assert float(one.delta.abs().max()) > 0
+    lost = Undecided(1e4, maps)
+    if not maps:
+        with pytest.raises(UserError, match="majority on [01] of 9 images without labels: .* give labels as well"):
+            StochasticPGD(eps=0.1, steps=3).craft(lost, x[:9])

@@ -18,7 +18,17 @@ from gambeson.data import Split, as_dataset
 from gambeson.tasks import Task, answers
 from gambeson.threat import Ball, BoxGradient
 from gambeson.threat.edits import Edit
-from gambeson.victim import EOT_SAMPLES, EditedVictim, ModelAverage, Shared, Victim, auto_batch_size, predict, score
+from gambeson.victim import (
+    ABSTAIN,
+    EOT_SAMPLES,
+    EditedVictim,
+    ModelAverage,
+    Shared,
+    Victim,
+    auto_batch_size,
+    predict,
+    score,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +290,11 @@ class CraftingContext:
 def splits_of(victim: Victim, data: object) -> tuple[Split, Split]:
     """Return train and validation of anything a user passes; test is not read.
 
-    Images without labels (N, C, H, W) get the victim's predictions; a fixed fifth of them is validation.
+    Images without labels (N, C, H, W) get the victim's predictions; a fixed fifth of them is validation. Images on
+    which a random model's votes have no majority are left out; such pixels of label maps do not count.
+
+    Raises:
+        UserError: fewer than 2 images with a prediction.
     """
     if not (isinstance(data, torch.Tensor | np.ndarray) and data.ndim == 4):
         dataset = as_dataset(data)
@@ -290,9 +304,17 @@ def splits_of(victim: Victim, data: object) -> tuple[Split, Split]:
         raise UserError(f"got {len(images)} images without labels: expected 2 or more")
     bare = Split("images", images, torch.zeros(len(images), dtype=torch.int64), ("unknown",))
     labels = predict(victim, bare).to(images.device)
-    with torch.no_grad():
-        classes = victim(bare.take(slice(0, 1), victim.device)[0]).shape[1]
-    whole = Split("images", images, labels, tuple(str(k) for k in range(classes)))
+    sure = (labels != ABSTAIN).view(len(labels), -1).any(1)
+    if int(sure.sum()) < 2:
+        raise UserError(
+            f"the random model's votes have a majority on {int(sure.sum())} of {len(images)} images without labels: "
+            "expected 2 or more; give labels as well"
+        )
+    if not bool(sure.all()):
+        images, labels = images[sure], labels[sure]
+    classes = victim.inspect(bare.take(slice(0, 8), victim.device)[0]).shape[1]
+    ignored = ABSTAIN if bool((labels == ABSTAIN).any()) else None
+    whole = Split("images", images, labels, tuple(str(k) for k in range(classes)), ignore_index=ignored)
     held = whole.sample_indices(max(1, len(images) // 5))
     rest = torch.ones(len(images), dtype=torch.bool)
     rest[held] = False
