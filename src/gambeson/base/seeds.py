@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -25,8 +27,18 @@ def generator(seed: int, *path: str | int, device: torch.device | str = "cpu") -
 
 @contextmanager
 def seeded(seed: int, *path: str | int) -> Iterator[None]:
-    """Seed torch's global generators inside the block, for code without a ``generator`` argument, and restore them."""
+    """Seed the global generators of torch, numpy and Python inside the block, and restore them.
+
+    For code without a ``generator`` argument: a user's model may draw from any of them.
+    """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive(seed, *path))
-        yield
+    own, python, legacy = derive(seed, *path), random.getstate(), np.random.get_state(legacy=False)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(own)
+            random.seed(own)
+            np.random.seed(own % 2**32)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)

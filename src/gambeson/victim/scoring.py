@@ -148,7 +148,7 @@ def predict_batches(
         reduce: maps predictions and labels, (B,) or (B, H, W), to what is kept.
         delta: (1, C, H, W), a patch, or None for clean images.
         seed: of the votes, so that the same call gives the same predictions; only a single pass that was asked for
-            (``victim.votes`` of 1) uses the current state of torch's generators. Also of a patch's places, and of the
+            (``victim.votes`` of 1) uses the current state of the generators. Also of a patch's places, and of the
             edit: clean and perturbed images are edited alike.
         edit: what happens to the images, clean or perturbed, before the model sees them.
 

@@ -140,7 +140,7 @@ def _rises(context: AuditContext) -> Finding:
     condition="the stored perturbation does not give the reported rate once more",
     explanation="The rate is not a property of model and perturbation alone.",
     remedy="Find what else the answer depends on: a state kept between calls, the make-up of a batch, randomness "
-    "that is not drawn from torch's generators (which the audit seeds).",
+    "that is not drawn from the global generators of torch, numpy or Python (which the audit seeds).",
     gradients=False,
 )
 def _agrees(context: AuditContext) -> Finding:
