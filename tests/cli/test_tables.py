@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+import gambeson.cli
 from gambeson.auditing import AuditResult
+from gambeson.base import say, show_progress, task
+from gambeson.cli.app import run
+from gambeson.cli.options import plain_console, progress
 from gambeson.cli.tables import audit_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
@@ -66,3 +71,34 @@ def test_parts_that_were_not_measured_are_dashes(tmp_path: Path) -> None:
     for name in ("  per image", "error, transfer", "error, noise"):
         (line,) = (line for line in lines[3:-1] if name in line)
         assert line.split()[-1] == "–"
+
+
+@pytest.mark.parametrize("label", ["[/b]", "a[blue]b", ":smile:"])
+def test_names_are_printed_as_they_are(
+    tmp_path: Path, label: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / f"of {label}"
+    write_audit(folder, label=label, with_jacobian=False)
+    assert run(["report", str(folder), "--gate", "clean>=0.9"]) == 0
+    shown = capsys.readouterr()
+    assert f"gates of {label}" in shown.err + shown.out
+    plain_console().print(audit_table([AuditResult.load(folder)]))
+    assert label in capsys.readouterr().out
+    for terminal in (False, True):
+        if terminal:
+            monkeypatch.setenv("FORCE_COLOR", "1")
+        with progress(False), task(f"audit {label}", 1) as advance:
+            say(f"first {label}")
+            advance()
+        error = capsys.readouterr().err
+        assert f"audit {label}" in error
+        assert f"first {label}" in error
+    text = io.StringIO()
+    with show_progress(Console(file=text, force_terminal=False)):  # of another program
+        say(label)
+    assert text.getvalue() == f"{label}\n"
+
+
+def test_every_console_of_a_command_is_made_in_one_place() -> None:
+    files = Path(gambeson.cli.__path__[0]).glob("*.py")
+    assert [file.name for file in files if re.search(r"\bConsole\(", file.read_text())] == ["options.py"]

@@ -70,7 +70,9 @@ class _Lines:
             rest = f", about {left:.0f} s left" if done < total else f", {now - began:.0f} s"
             if known - before < _TOLD * total:  # the first seconds are no measure of the rest
                 rest = ""
-            self.console.print(f"{label.strip()}: {done} of {total}{rest}", highlight=False, soft_wrap=True)
+            self.console.print(
+                f"{label.strip()}: {done} of {total}{rest}", markup=False, emoji=False, highlight=False, soft_wrap=True
+            )
 
         return advance
 
@@ -83,7 +85,7 @@ def show_progress(console: Console) -> Iterator[None]:
     """
     bars = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
     columns = (
-        TextColumn("{task.description:<34}"),
+        TextColumn("{task.description:<34}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
@@ -101,7 +103,7 @@ def say(text: str) -> None:
     """Print a line that must be read before the work goes on, where progress is shown."""
     display = _display.get()
     if display is not None:
-        display.console.print(text, highlight=False, soft_wrap=True)
+        display.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def watched() -> bool:

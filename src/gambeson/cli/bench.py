@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from gambeson.cli import options
@@ -155,7 +154,7 @@ def audit(
     table = Table("stage", "seconds", "share", box=None)
     for name, seconds in found.stages.items():
         table.add_row(name, f"{seconds:.2f}", f"{100 * seconds / found.seconds:.0f} %")
-    console = Console()
+    console = options.plain_console()
     console.print(table)
     console.print(
         f"{found.seconds:.1f} s for {found.forwards} forwards and {found.backwards} backwards, which take "
@@ -177,7 +176,7 @@ def _show(result: BenchResult, out: Path | None, as_json: bool, base: str) -> No
         rate, share = result.images_a_second(timing), result.share_of_peak(timing)
         row = (f"{timing.seconds:.3f}", f"{timing.ratio:.2f}", span, f"{rate:.0f}", f"{100 * share:.0f} %")
         table.add_row(timing.name, *row)
-    console = Console()
+    console = options.plain_console()
     console.print(table)
     peaks = " and ".join(f"{peak / 1e9:.0f} GFLOP/s in {kind}" for kind, peak in result.peaks.items())
     console.print(f"medians; the peak is that of a large matrix product, {peaks}")

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from gambeson.cli.options import Json, print_json
+from gambeson.cli.options import Json, plain_console, print_json
 
 app = typer.Typer(help="List, download and check data sets.", no_args_is_help=True)
 Root = Annotated[
@@ -39,8 +37,8 @@ def list_(root: Root = None, as_json: Json = False) -> None:
         counts = [f"{count:,}" if count else "" for count in (entry.train, entry.test)]
         about = "; ".join(filter(None, (entry.description, entry.how, entry.licence and f"licence: {entry.licence}")))
         shape, ready = "x".join(map(str, entry.shape)), "yes" if entry.ready else "no"
-        table.add_row(entry.name, *counts, shape, ready, escape(about))  # "gambeson[digits]" is no markup
-    Console().print(table)
+        table.add_row(entry.name, *counts, shape, ready, about)
+    plain_console().print(table)
     typer.echo(
         "also image-folder:PATH, with a sub-folder per class, mask-folder:PATH, with folders of images and of masks, "
         "cityscapes:PATH, voc:PATH, ade20k:PATH and torchvision:NAME; options follow the name: "

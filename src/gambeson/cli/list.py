@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from gambeson.cli.options import Json, Kind, print_json, registry
+from gambeson.cli.options import Json, Kind, plain_console, print_json, registry
 
 if TYPE_CHECKING:
     from gambeson.base import Registered, UserError
@@ -31,9 +29,9 @@ def list_(
     if as_json:
         print_json([_plain(kind, entry) for entry in entries])
     elif name is None:
-        Console().print(_table(kind, entries))
+        plain_console().print(_table(kind, entries))
     else:
-        Console().print(_details(_plain(kind, entries[0])))
+        plain_console().print(_details(_plain(kind, entries[0])))
 
 
 def _plain(kind: Kind, entry: Registered[Any] | UserError) -> dict[str, Any]:
@@ -54,16 +52,16 @@ def _table(kind: Kind, entries: list[Registered[Any] | UserError]) -> Table:
         table.add_column(column, overflow="fold", no_wrap=column == "name" and kind is not Kind.diagnostics)
     for entry in entries:
         if isinstance(entry, ValueError):
-            table.add_row("", *([""] if kind is Kind.attacks else []), escape(f"error: {entry}"), "")
+            table.add_row("", *([""] if kind is Kind.attacks else []), f"error: {entry}", "")
         else:
             made = [_made(entry)] if kind is Kind.attacks else []
-            table.add_row(entry.name, *made, escape(entry.summary), entry.owner)
+            table.add_row(entry.name, *made, entry.summary, entry.owner)
     return table
 
 
 def _details(about: dict[str, Any]) -> Table:
     table = Table(
-        title=escape(f"{about['name']} ({about['package']}): {about['summary']}"),
+        title=f"{about['name']} ({about['package']}): {about['summary']}",
         title_justify="left",
         box=None,
         pad_edge=False,
@@ -72,5 +70,5 @@ def _details(about: dict[str, Any]) -> Table:
         table.add_column(column, overflow="fold")
     for name, setting in about["settings"].items():
         default = "required" if setting["required"] else str(setting["default"])
-        table.add_row(name, *map(escape, (setting["type"], default, setting["description"])))
+        table.add_row(name, setting["type"], default, setting["description"])
     return table

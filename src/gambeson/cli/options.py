@@ -191,12 +191,17 @@ def forget() -> None:
     _typed.set(None)
 
 
+def plain_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """Return a console that prints text as it is: names of users may hold square brackets, which are no markup."""
+    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False)
+
+
 @contextmanager
 def progress(as_json: bool) -> Iterator[Console]:
     """Show progress on standard error, unless the output is JSON."""
     from gambeson.base import show_progress
 
-    console = Console(stderr=True, quiet=as_json)
+    console = plain_console(stderr=True, quiet=as_json)
     if as_json:
         yield console
         return

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from gambeson.cli import gates
-from gambeson.cli.options import Device, Json, Seed, print_json, progress
+from gambeson.cli.options import Device, Json, Seed, plain_console, print_json, progress
 from gambeson.cli.study import DEFAULT
 from gambeson.cli.tables import audit_table
 
@@ -69,7 +69,7 @@ def report(
         done["report"] = str(
             write_study(read_study(audits[0]), page, audits[0].parent) if study else write(audits, page)
         )
-    console = Console(stderr=True, quiet=as_json)
+    console = plain_console(stderr=True, quiet=as_json)
     reports: list[GateReport] = []
     if asked or others:
         results = [AuditResult.load(folder) for folder in audits]
@@ -140,5 +140,5 @@ def quickstart(
         return
     console.print(audit_table(results))
     for result in results:
-        console.print(f"[bold]{result.subject.label}[/bold]: {result.verdict.summary}")
+        console.print(Text.assemble((result.subject.label, "bold"), f": {result.verdict.summary}"))
     console.print(f"open {page}")

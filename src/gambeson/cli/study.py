@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from gambeson.cli.options import Device, Json, print_json, progress
+from gambeson.cli.options import Device, Json, plain_console, print_json, progress
 from gambeson.cli.tables import duration
 
 if TYPE_CHECKING:
@@ -162,7 +161,7 @@ def _show(found: StudyResult, as_json: bool) -> None:
     if as_json:
         print_json(found.plain())
         return
-    console = Console()
+    console = plain_console()
     console.print(f"{found.done} of {found.cells} cells are done")
     for title, reason in found.failed.items():
         console.print(f"failed: {title}: {reason}", soft_wrap=True, highlight=False)

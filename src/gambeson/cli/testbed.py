@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from gambeson.cli.options import Json, Out, Seed, print_json, progress
+from gambeson.cli.options import Json, Out, Seed, plain_console, print_json, progress
 
 if TYPE_CHECKING:
     from gambeson.testbed import TestbedScore
@@ -43,7 +42,7 @@ def list_(data: DataOption = "digits", as_json: Json = False) -> None:
         table.add_column(column, overflow="fold")
     for entry in entries:
         table.add_row(entry["name"], entry["kind"], entry["how"], entry["source"])
-    Console().print(table)
+    plain_console().print(table)
 
 
 @app.command("score")

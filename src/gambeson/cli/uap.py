@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gambeson.cli import options
-from gambeson.cli.options import http_settings, needed, one_model, print_json, progress, put, put_all
+from gambeson.cli.options import http_settings, needed, one_model, plain_console, print_json, progress, put, put_all
 from gambeson.cli.tables import edits_table, placements_table, places_table
 
 if TYPE_CHECKING:
@@ -298,4 +298,4 @@ def list_(
             str(about.seed),
             about.status,
         )
-    Console().print(table)
+    plain_console().print(table)

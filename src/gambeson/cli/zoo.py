@@ -6,11 +6,9 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from gambeson.cli.options import Device, Json, complete, print_json, progress
+from gambeson.cli.options import Device, Json, complete, plain_console, print_json, progress
 
 app = typer.Typer(help="Trained networks and universal perturbations by name.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="A name of `gambeson zoo list`.")]
@@ -47,8 +45,8 @@ def list_(
         table.add_column(column, overflow="fold", no_wrap=column != "what", justify="left" if left else "right")
     for one in entries:
         rates = (f"{100 * rate.value:.1f}" for rate in (one.clean, one.uer, one.suite))
-        table.add_row(one.name, escape(one.summary), f"{one.eps:.3g}", *rates)
-    Console().print(table)
+        table.add_row(one.name, one.summary, f"{one.eps:.3g}", *rates)
+    plain_console().print(table)
 
 
 @app.command("show")
@@ -89,7 +87,7 @@ def verify(
             table.add_column(column, overflow="fold", no_wrap=column == "name")
         for one in found:
             rates = ("" if rate is None else str(rate) for rate in (one.clean, one.uer))
-            table.add_row(one.name, *rates, "yes" if one.passed else f"no: {escape(one.reason)}")
+            table.add_row(one.name, *rates, "yes" if one.passed else f"no: {one.reason}")
         console.print(table)
     if failed := [one for one in found if not one.passed]:
         raise UserError(f"{failed[0].name} is not verified: {failed[0].reason}")
