@@ -247,8 +247,8 @@ def test_folders_and_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pyt
         return real(folder)
 
     def image(path: Any, *rest: Any) -> Any:
-        if Path(path).name == "3.png":
-            raise PermissionError(13, "Permission denied", str(path))
+        if Path(path.name).name == "3.png":
+            raise PermissionError(13, "Permission denied", path.name)
         return opened(path, *rest)
 
     with monkeypatch.context() as patch:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import gambeson.base
 from gambeson.base.errors import DataWarning, UserError
 from gambeson.data import load
 
@@ -206,6 +207,24 @@ def test_pictures_are_turned_upright(tmp_path: Path, ending: str, orientation: i
     assert image.shape == (3, 16, 8)  # the common size is that of upright pictures
     assert image[:, :6].min() > 200
     assert image[:, 10:].max() < 50
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_grey_tiffs_are_turned_pixel_by_pixel(tmp_path: Path, orientation: int, compression: str) -> None:
+    upright = (np.arange(16 * 24) % 241).reshape(16, 24).astype(np.uint8)
+    stored = {5: upright.T, 6: np.rot90(upright), 7: np.rot90(upright, 2).T, 8: np.rot90(upright, -1)}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.fromarray(np.ascontiguousarray(stored))
+    root = folder(tmp_path, lambda path: picture.save(path, exif=exif, compression=compression), ".tif")
+    assert np.array_equal(read(root, mode="grey")[0].numpy(), upright)
+
+
+def test_pictures_are_opened_in_one_place() -> None:
+    files = [file for file in Path(gambeson.base.__path__[0]).parent.rglob("*.py") if "Image.open(" in file.read_text()]
+    inner = {"formats.py", "jpeg.py"}  # of bytes in memory
+    assert {file.name for file in files} == {"pictures.py", *inner}
 
 
 @pytest.mark.parametrize("ending", [".gif", ".webp", ".png", ".tif"])

@@ -18,6 +18,7 @@ from PIL import Image
 
 from gambeson.base.errors import DataWarning, UserError, one_line, some
 from gambeson.base.files import refuse_pointer
+from gambeson.base.pictures import open_picture
 from gambeson.data.dataset import Dataset, complete, settled
 from gambeson.data.lazy import LazySplit
 from gambeson.data.pictures import Decoder, Header, ImageOptions, Shape, levels, read_header
@@ -74,7 +75,7 @@ class Files:
 def open_image(path: str | Path) -> Iterator[Image.Image]:
     """Open a picture; whatever PIL raises while it is used becomes a sentence that names the file."""
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             yield picture
     except UserError:
         raise

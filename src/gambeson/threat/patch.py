@@ -18,6 +18,7 @@ from PIL import Image
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from gambeson.base import Config, Number, UserError, generator, one_line
+from gambeson.base.pictures import open_picture
 from gambeson.tasks import Task
 
 Share = Annotated[Number, Field(ge=0, le=1)]
@@ -263,7 +264,7 @@ def mask_of(shape: str, area: float, image: Sequence[int]) -> torch.Tensor:
 def _alpha(file: Path) -> Any:
     """Return how opaque a picture is, cut to what is not transparent."""
     try:
-        with Image.open(file) as picture:
+        with open_picture(file) as picture:
             if not picture.has_transparency_data:
                 raise UserError(
                     f"the sticker {file} has no transparency, which says where it is: save it as a PNG with an alpha "

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from gambeson.base import Config, UserError, one_line, unknown_name
+from gambeson.base.pictures import open_picture
 from gambeson.data import Split
 
 LabelSource = Literal["truth", "prediction"]
@@ -296,7 +295,7 @@ def _fields(text: str) -> dict[str, Any]:
             "perturbation that was crafted for it"
         )
     try:
-        with Image.open(Path(value)) as picture:
+        with open_picture(value) as picture:
             if picture.mode not in ("L", "P", "1", "I", "I;16"):
                 raise UserError(f"target {text!r} is a picture of mode {picture.mode}: expected one of class indices")
             return _static(np.asarray(picture), value)
