@@ -1,3 +1,4 @@
+import gzip
 import os
 import resource
 import subprocess
@@ -20,12 +21,13 @@ from gambeson.base import (
     load_tensors,
     open_run,
     read_settings,
+    replaceable,
     save_tensors,
     seeded,
     write_bytes,
     write_json,
 )
-from gambeson.base.files import parse_yaml
+from gambeson.base.files import KINDS, parse_yaml
 
 
 def test_tensors_and_their_document_come_back(tmp_path):
@@ -202,3 +204,26 @@ def test_yaml_merges_and_refuses_only_what_is_written_twice():
     for twice in ("a: 1\na: 1", "a: [{b: 1, b: 2}]", "a: &x {b: {c: 1, c: 2}}"):
         with pytest.raises(yaml.YAMLError, match="is given twice"):
             parse_yaml(twice)
+
+
+FOREIGN = {
+    "an HTML page": '<!doctype html>\n<html lang="en-GB">\n<title>my blog</title>',
+    "SARIF": '{\n  "$schema": "https://example.org/eslint.json",\n  "runs": [\n    {\n      "tool": {}}]}',
+    "JUnit XML": "<?xml version='1.0' encoding='utf-8'?>\n<testsuites name=\"pytest\">",
+    "a model card": "---\nmodel-index:\n- name: mine\nlicense: mit\n---\n\n## Adversarial robustness\n\nnone\n",
+    "the CSV of a study": "data,model,price\n1,2,3\n",
+    "the Parquet of a study": "PAR1 of somebody else PAR1",
+    "the summary of a study": '{\n  "cells": [],\n  "nbformat": 4\n}\n',
+    "the results of a study's cells": gzip.compress(b"a backup"),
+}
+
+
+def test_a_file_of_the_same_format_is_kept(tmp_path):
+    assert FOREIGN.keys() == KINDS.keys()
+    for kind, content in FOREIGN.items():
+        file = tmp_path / "mine"
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(UserError, match=f"exists and is not {kind} that gambeson wrote: name another file"):
+            replaceable(file, kind)
+        file.write_bytes(b"")
+        replaceable(file, kind)

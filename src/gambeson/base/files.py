@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -53,16 +55,19 @@ def unused(path: Path, option: str = "--out") -> None:
 
 
 KINDS = {
-    "an HTML page": b"<!doctype html>",
-    "SARIF": b'{\n  "$schema"',
-    "JUnit XML": b"<?xml ",
-    "a model card": b"---\nmodel-index:",
-    "the CSV of a study": b"data,model,",
-    "the Parquet of a study": b"PAR1",
-    "the summary of a study": b'{\n  "cells"',
-    "the results of a study's cells": b"\x1f\x8b",
+    "an HTML page": rb'<!doctype html>\n<html lang="en-GB">\n<head>\n<meta charset="utf-8">\n<meta '
+    rb'(name="generator" content="gambeson"|http-equiv="Content-Security-Policy" content="default-src \'none\'; )',
+    "SARIF": rb'\{\s+"\$schema": "[^"\n]*",\s+"runs": \[\s+\{\s+"automationDetails": \{\s+"id": "gambeson/',
+    "JUnit XML": rb'<\?xml [^>]*\?>\n<testsuites name="gambeson"',
+    "a model card": rb"---\nmodel-index:\n([ -][^\n]*\n)+---\n\n## Adversarial robustness\n.*\nModel: [^\n]*\n\Z",
+    "the CSV of a study": rb"data,model,defense,variant,([a-z]+,)*metric,value,low,high,n,",
+    "the Parquet of a study": rb"PAR1(?=.*variant)(?=.*metric)(?=.*censored)",
+    "the summary of a study": rb'\{\n  "cells": \d+,\n  "claims": \[.*\n  "study": \{\n',
+    "the results of a study's cells": rb'\x1f\x8b\{"address": "',
 }
-"""How files begin that a command writes where it is told to."""
+"""What a file is like that a command writes where it is told to, and nobody else: others of its format are kept."""
+_ENDS = 1 << 16
+"""Bytes at both ends of a file by which its kind is told."""
 
 
 def replaceable(path: Path, kind: str) -> None:
@@ -75,16 +80,20 @@ def replaceable(path: Path, kind: str) -> None:
     Raises:
         UserError: there is something else.
     """
-    begin = KINDS[kind]
     try:
         with path.open("rb") as file:
-            found = file.read(len(begin))
+            found = file.read(_ENDS)
+            file.seek(max(_ENDS, path.stat().st_size - _ENDS))
+            found += file.read()
     except FileNotFoundError:
         return
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): name another file") from None
-    if found not in (b"", begin):
-        raise UserError(f"{path} exists and is not {kind}: name another file, or remove it first")
+    if found.startswith(b"\x1f\x8b"):
+        with suppress(zlib.error):
+            found = found[:2] + zlib.decompressobj(wbits=31).decompress(found, 100)
+    if found and not re.match(KINDS[kind], found, re.DOTALL):
+        raise UserError(f"{path} exists and is not {kind} that gambeson wrote: name another file, or remove it first")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
