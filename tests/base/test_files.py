@@ -151,6 +151,12 @@ def test_a_folder_belongs_to_one_run(tmp_path):
             check_run(tmp_path / "nested", NestedRun(group=group | more))
     with pytest.raises(UserError, match="describes a run of kind 'train': expected 'audit'"):
         read_settings(tmp_path / "run" / "run.yaml", "audit")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "run.yaml").write_text("kind: train\nepochs: 3\n")  # of another program, alone
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"run\.yaml was not written by gambeson: choose another --out"):
+            open_run(tmp_path / "foreign", run, {})
+        (tmp_path / "foreign" / "notes.txt").write_text("mine")
     write_json(tmp_path / "other" / "notes.json", {})
     with pytest.raises(UserError, match="is not empty and holds no run"):
         open_run(tmp_path / "other", run, {})

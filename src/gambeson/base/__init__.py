@@ -26,14 +26,9 @@ from gambeson.base.errors import (
     unknown_name,
 )
 from gambeson.base.files import (
-    check_run,
-    close_run,
     load_tensors,
-    open_run,
     pixel_bytes,
     read_json,
-    read_settings,
-    refuse_other,
     refuse_pointer,
     replaceable,
     save_tensors,
@@ -46,6 +41,7 @@ from gambeson.base.files import (
 )
 from gambeson.base.progress import say, show_progress, task, tracked, watched
 from gambeson.base.registry import Registered, Registry
+from gambeson.base.run_folder import check_run, close_run, open_run, read_settings, refuse_foreign, refuse_other
 from gambeson.base.seeds import derive, generator, seeded
 
 __all__ = [
@@ -77,6 +73,7 @@ __all__ = [
     "place",
     "read_json",
     "read_settings",
+    "refuse_foreign",
     "refuse_other",
     "refuse_pointer",
     "repeatable",

@@ -7,9 +7,7 @@ import json
 import os
 import re
 import tempfile
-import warnings
 import zlib
-from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,6 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from gambeson.base.config import Config
-from gambeson.base.contents import contents
 from gambeson.base.errors import OutOfSpace, UserError
 
 _ELSEWHERE = "choose another --out, or make its folder writable,"
@@ -223,125 +219,6 @@ def pixel_bytes(images: torch.Tensor) -> torch.Tensor:
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-_UNLIKE = ("environment", "finished", "files")  # may differ between two runs with the same settings
-_PASSING = {"http": None}
-"""Settings that change no result: a run may be resumed with others."""
-
-
-def _raised(held: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is held with the budget of queries that is given, if it is larger or none: no result changes."""
-    suite, now = held.get("suite"), given.get("suite")
-    if isinstance(suite, dict) and isinstance(now, dict):
-        old, new = suite.get("budget"), now.get("budget")
-        if isinstance(old, int) and (new is None or (isinstance(new, int) and old < new)):
-            return {**held, "suite": {**suite, "budget": new}}
-    return dict(held)
-
-
-def _unlike(held: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the settings that differ, with the names of their groups."""
-    for key in sorted(held.keys() | given.keys()):
-        one, other = held.get(key), given.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            yield from (f"{key}.{inner}" for inner in _unlike(one, other))
-        elif one != other:
-            yield key
-
-
-def refuse_other(folder: Path, held: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse to go on in a folder with other settings than it was begun with.
-
-    Args:
-        folder: named in the message.
-        held: plain settings of what is there.
-        given: those of now.
-
-    Raises:
-        UserError: they differ.
-    """
-    unlike = list(_unlike(_raised(held, given), given))
-    if unlike:
-        unlike = [*unlike[:4], f"{len(unlike) - 4} more"] if len(unlike) > 5 else unlike
-        raise UserError(
-            f"{folder} holds another run (it differs in {', '.join(unlike)}): choose another --out, "
-            "or give the same settings to resume that one"
-        )
-
-
-def _changed(held: Any, now: Mapping[str, str]) -> list[str]:
-    """Return the names whose files hold something else now; a file that is gone has not changed."""
-    known = held if isinstance(held, dict) else {}
-    return sorted(name for name in known.keys() & now.keys() if known[name] != now[name])
-
-
-def check_run(folder: Path, run: Config) -> bool | None:
-    """Check, before any work, that a run can start or resume in its folder; nothing is written.
-
-    Settings that the stored run lacks, because an earlier version started it, have their defaults. The files that the
-    settings name must hold what they held when it began (:func:`gambeson.base.contents`). A folder that holds only the
-    ``run.yaml`` of another run, which left nothing else, is free.
-
-    Returns:
-        Whether the run has already finished; None if it has not begun.
-
-    Raises:
-        UserError: the folder cannot be written, or contains another run, or files of no run.
-    """
-    writable(folder)
-    file, settings = folder / "run.yaml", run.plain()
-    if file.is_file():
-        held = read_yaml(file)
-        known = {key: value for key, value in held.items() if key not in _UNLIKE}
-        with suppress(UserError):
-            known = type(run)(**known).plain()
-        changed, finished = _changed(held.get("files"), contents(settings)), bool(held.get("finished"))
-        alike = known if finished else _raised(known, settings)
-        if alike | _PASSING == settings | _PASSING and not changed:
-            return finished
-        if [path for path in folder.rglob("*") if path.is_file()] == [file]:
-            return None
-        refuse_other(folder, known | _PASSING, settings | _PASSING)
-        if finished and not changed:
-            raise UserError(f"{folder} holds a finished run: choose another --out for a larger budget")
-        raise UserError(
-            f"{folder} holds a run that began before {changed[0]} was changed: choose another --out, or restore it"
-        )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty and holds no run of this kind: choose another --out")
-    return None
-
-
-def open_run(folder: Path, run: Config, environment: dict[str, str]) -> bool:
-    """Create the folder of a run, or resume the run in it; see :func:`check_run`.
-
-    Returns:
-        Whether the run has already finished.
-
-    Raises:
-        UserError: as :func:`check_run`.
-    """
-    finished = check_run(folder, run)
-    if finished is None:
-        settings = run.plain()
-        named = {"files": files} if (files := contents(settings)) else {}
-        write_yaml(folder / "run.yaml", {**settings, **named, "environment": environment, "finished": False})
-    elif not finished:
-        held = read_yaml(folder / "run.yaml")
-        if (raised := _raised(held, run.plain())) != held:
-            write_yaml(folder / "run.yaml", raised)
-        begun = held.get("environment", environment)
-        if other := sorted(key for key in environment if begun.get(key) != environment[key]):
-            changes = ", ".join(f"{key} {environment[key]} after {begun.get(key)}" for key in other)
-            warnings.warn(f"{folder} resumes with {changes}: its numbers may differ in the last digits", stacklevel=2)
-    return bool(finished)
-
-
-def close_run(folder: Path) -> None:
-    """Mark the run of this folder as finished."""
-    file = folder / "run.yaml"
-    write_yaml(file, {**read_yaml(file), "finished": True})
-
-
 def parse_yaml(text: str) -> Any:
     """Parse YAML into plain values.
 
@@ -384,23 +261,4 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error.strerror}): name a YAML file") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}: expected settings, one `name: value` per line")
-    return content
-
-
-def read_settings(path: Path, kind: str) -> dict[str, Any]:
-    """Read the settings of a run from YAML, written by hand or by an earlier run.
-
-    Raises:
-        UserError: they describe another kind of run.
-    """
-    content = {key: value for key, value in read_yaml(path).items() if key not in _UNLIKE}
-    found = content.get("kind", kind)
-    if found != kind:
-        use = {
-            ("train", "audit"): f"`gambeson audit {path.parent}` makes one of it",
-            ("audit", "train"): f"it is no model; `gambeson report {path.parent}` shows it, and --out goes on with it",
-        }.get((found, kind), "")
-        raise UserError(
-            f"{path} describes a run of kind {found!r}: expected {kind!r}; {use or f'use `gambeson {found}` for it'}"
-        )
     return content
