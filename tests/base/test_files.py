@@ -1,3 +1,4 @@
+import copy
 import gzip
 import os
 import resource
@@ -12,6 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gambeson as gb
 from gambeson import UserError
 from gambeson.base import (
     Config,
@@ -88,6 +90,7 @@ def test_any_truncation_is_noticed(tmp_path_factory, cut):
 FULL = """
 import resource, sys
 from pathlib import Path
+import gambeson as gb
 from gambeson import UserError
 from gambeson.base import write_bytes
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
@@ -233,3 +236,28 @@ def test_a_file_of_the_same_format_is_kept(tmp_path):
             replaceable(file, kind)
         file.write_bytes(b"")
         replaceable(file, kind)
+
+
+@pytest.mark.parametrize("work", ["train", "audit", "harden"])
+def test_a_call_writes_into_no_folder_with_other_files(work, tmp_path, digits, trained):
+    calls = {
+        "train": lambda out: gb.train(copy.deepcopy(trained), digits, gb.defenses.Standard(), epochs=1, out=out),
+        "audit": lambda out: gb.audit(trained, digits, "glance", out),
+        "harden": lambda out: gb.harden(trained, digits, out=out, suite="glance"),
+    }
+    kinds = calls.keys() - {work}
+    for name in (
+        "notes.txt",
+        "timing.json",
+        "model.safetensors",
+        "result.json",
+        *(f"run.yaml of {one}" for one in kinds),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        file = folder / name.partition(" ")[0]
+        file.write_text(yaml.safe_dump({"kind": name.rpartition(" ")[2], "environment": {}, "finished": True}))
+        before = file.read_bytes()
+        with pytest.raises(UserError, match="is not empty and holds no run of this kind: choose another --out"):
+            calls[work](folder)
+        assert [path.read_bytes() for path in folder.rglob("*")] == [before]

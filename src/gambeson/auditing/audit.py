@@ -15,14 +15,14 @@ from torch import nn
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.auditor import Auditor
 from gambeson.auditing.clock import Clock, now
-from gambeson.auditing.context import AuditContext, Checkpoints, Outcomes
+from gambeson.auditing.context import STAGES, AuditContext, Checkpoints, Outcomes
 from gambeson.auditing.cost import Speed
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, get
 from gambeson.auditing.results import AuditResult, ModelInfo, Verdict
 from gambeson.auditing.stages import black_box as boxes
 from gambeson.auditing.stages import certified, own, surrogate
 from gambeson.auditing.suite import SUITES, Suite
-from gambeson.base import UserError, say, seeded, unknown_name
+from gambeson.base import UserError, refuse_foreign, say, seeded, unknown_name
 from gambeson.data import Dataset, Split, as_dataset, disjoint
 from gambeson.evaluation import BlackBox
 from gambeson.evaluation.universal import accuracy_rate
@@ -99,8 +99,8 @@ def audit(
         epochs: of its training, if known.
 
     Raises:
-        UserError: unknown suite, something that is no attack, too few minutes for the smallest audit, or a model and
-            data that do not fit each other.
+        UserError: unknown suite, something that is no attack, too few minutes for the smallest audit, a model and data
+            that do not fit each other, or a folder that holds anything but this audit.
     """
     began = now()
     suite = suite_named(suite, minutes)
@@ -156,6 +156,8 @@ def run_stages(
     surrogate.check(suite, dataset, model)
     certified.check(suite, dataset, model)
     folder = None if out is None else Path(out)
+    if folder is not None:
+        refuse_foreign(folder, "audit", STAGES, Outcomes.FILE, boxes.QUERIES)
     black_box = isinstance(model, BlackBox)
     if black_box and mine:
         raise UserError("attacks of your own are for models with gradients, and this is a black box: leave them out")

@@ -48,6 +48,10 @@ MARGIN_STEPS = 5
 """
 
 
+STAGES = "state/stages.json"
+"""File of the results of stages, in the folder of an audit."""
+
+
 class Checkpoints:
     """Results by name; with a folder they are persistent.
 
@@ -57,7 +61,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path | None, seed: int = 0) -> None:
         self._folder, self._seed = folder, seed
-        self._done = self._read("state/stages.json")
+        self._done = self._read(STAGES)
         self._seconds = self._read("timing.json")
         self.left_out: dict[str, BudgetSpent] = {}
         """Stages that did not fit a black box's budget, or the time, with the reason."""
@@ -90,9 +94,9 @@ class Checkpoints:
         with seeded(self._seed, "stage", name):
             result = work()
         self._seconds[name] = time.perf_counter() - began
+        self.keep(name, form.dump_python(result, mode="json"))  # first, since by it the folder is known as this audit's
         if self._folder is not None:
             write_json(self._folder / "timing.json", self._seconds)
-        self.keep(name, form.dump_python(result, mode="json"))
         return result
 
     def has(self, name: str) -> bool:
@@ -104,7 +108,7 @@ class Checkpoints:
         self._done[name] = content
         if self._folder is not None:
             # Written after every stage, for the audit alone: without indents, C code writes it ten times as fast.
-            write_text(self._folder / "state" / "stages.json", json.dumps(self._done, allow_nan=False))
+            write_text(self._folder / STAGES, json.dumps(self._done, allow_nan=False))
 
     def kept(self, name: str) -> Any:
         """Return what :meth:`keep` stored; None if nothing."""

@@ -27,10 +27,10 @@ from gambeson.base import (
     count,
     environment,
     read_json,
+    refuse_foreign,
     refuse_other,
     save_tensors,
     say,
-    writable,
     write_json,
 )
 from gambeson.base.errors import DataWarning
@@ -193,12 +193,12 @@ def harden(
 
     Raises:
         UserError: the model cannot be trained or has learnt nothing, the time is too short, the training collapsed
-            before any epoch was good, or no epoch kept the accuracy.
+            before any epoch was good, no epoch kept the accuracy, or the folder holds anything but this hardening.
     """
     began = now()
     with ExitStack() as stack:
         folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory()))
-        writable(folder)
+        refuse_foreign(folder, "harden", SCHEDULE)
         job = Job(model, as_dataset(data), Hardening(**settings))
         return hardened(job, job.schedule(folder), folder, title, began)
 

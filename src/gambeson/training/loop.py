@@ -20,6 +20,7 @@ from gambeson.base import (
     average,
     default_dtype,
     load_tensors,
+    refuse_foreign,
     repeatable,
     save_tensors,
     seeded,
@@ -76,8 +77,8 @@ def train(
         settings: fields of :class:`Recipe`, if ``recipe`` is not given.
 
     Raises:
-        UserError: recipe, objective, model and data do not fit each other, or no epoch has the recipe's
-            ``least_accuracy``.
+        UserError: recipe, objective, model and data do not fit each other, no epoch has the recipe's
+            ``least_accuracy``, or the folder holds anything but this training.
     """
     if not isinstance(defense, Defense):
         raise UserError(
@@ -86,12 +87,16 @@ def train(
         )
     if recipe is not None and settings:
         raise TypeError(f"give a recipe or its fields, not both (got {', '.join(settings)})")
+    if out is not None:
+        refuse_foreign(Path(out), "train", *_FIRST)
     with default_dtype(), torch.inference_mode(False), torch.enable_grad():
         dataset = as_dataset(data)
         recipe = recipe or Recipe(**fitted(recipe_for(defense, settings), len(dataset.train)))
         return Run(model, dataset, defense, recipe, seed, None if out is None else Path(out)).fit(label, stop)
 
 
+_FIRST = ("state/latest.safetensors", "state/best.safetensors", "track")
+"""What a training writes first."""
 _WATCH = 50
 """Steps between checks that the loss is finite."""
 

@@ -24,11 +24,13 @@ from gambeson.victim import Victim, predict, score
 _ALIKE = 1e-3
 """Scores that differ by less than this share of their range are equal, because servers round and batch differently."""
 _FINALISTS = 3
+QUERIES = "state/queries.json"
+"""File of the number of queries, in the folder of an audit."""
 
 
 def queries_file(folder: Path) -> Path:
     """Return the file with the number of images a black box was queried with."""
-    return folder / "state" / "queries.json"
+    return folder / QUERIES
 
 
 def recognise(box: BlackBox, data: Dataset, stages: Checkpoints, folder: Path | None, *, random: bool) -> None:
