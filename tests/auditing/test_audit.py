@@ -51,6 +51,11 @@ def audited(trained, digits, tmp_path_factory):
     return gb.audit(trained, digits, SUITE, folder, label="plain"), folder
 
 
+def other_train(data):
+    turned = data.train.with_images(data.train.images.flip(-1))
+    return gb.data.Dataset(data.name, turned, data.validation, data.test, data.classes)
+
+
 def test_an_honest_model_is_trusted_and_its_numbers_hang_together(audited, trained, digits):
     found, folder = audited
     result = found.results
@@ -115,6 +120,7 @@ def test_a_cut_audit_goes_on_after_its_last_stage_and_ends_with_the_same_bytes(
         (digits, fewer, 0, "suite.eps, suite.pgd_steps"),
         (digits, SUITE, 3, "seed"),
         (digits.test, SUITE, 0, "images"),
+        (other_train(digits), SUITE, 0, r"train\)"),
     ):
         with pytest.raises(UserError, match=rf"holds another run \(it differs in {unlike}"):
             gb.audit(trained, data, suite, tmp_path, seed=seed)

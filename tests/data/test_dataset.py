@@ -294,3 +294,25 @@ def test_a_split_without_a_label_that_counts_is_not_called_one_of_one_class() ->
     nothing = Split("x/test", images, torch.full_like(maps, 7), tuple("abc"), ignore_index=7)
     with pytest.raises(UserError, match="the test split of x, has no label that counts: all 9 images have the ignore"):
         Dataset("x", first, second, nothing, tuple("abc"))
+
+
+def test_a_split_on_disk_is_known_again_by_its_labels_and_a_few_images() -> None:
+    images, labels = numbered(1000)
+    read: list[int] = []
+
+    def split(pixels: torch.Tensor, truth: torch.Tensor) -> LazySplit:
+        def fetch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+            read.append(number)
+            return pixels[number], truth[number]
+
+        return LazySplit("it", fetch, truth, tuple("abcde"))
+
+    made = split(images, labels)
+    read.clear()
+    sign = made.sign
+    assert len(read) == lazy.SIGNED
+    assert split(images, labels).sign == sign
+    other = labels.clone()
+    other[3] = (other[3] + 1) % 5  # of an image that is not read
+    assert 3 not in read
+    assert len({sign, split(images, other).sign, split(255 - images, labels).sign, made.subset(range(999)).sign}) == 4

@@ -208,6 +208,9 @@ def test_a_folder_keeps_its_hardening(folder, trained, digits):
         next(other.parameters()).mul_(1.001)
     with pytest.raises(UserError, match="it differs in model"):
         gb.harden(other, digits, out=folder, **known)
+    few = gb.data.Dataset("few", digits.train.subset(torch.arange(900)), digits.validation, digits.test, digits.classes)
+    with pytest.raises(UserError, match=r"it differs in data\.train\)"):
+        gb.harden(trained, few, out=folder, **known)
 
 
 @pytest.mark.full

@@ -13,7 +13,7 @@ from torch import nn
 
 import gambeson as gb
 from gambeson import UserError
-from gambeson.base import generator, load_tensors
+from gambeson.base import generator, load_tensors, save_tensors
 from gambeson.cli.app import run as cli
 from gambeson.defenses import PGDAdversarial, Standard
 from gambeson.training import Recipe
@@ -253,3 +253,25 @@ def test_a_cut_run_on_label_maps_resumes_bit_for_bit(tmp_path, stand_in):
     assert again == history
     assert gb.models.fingerprint(resumed) == gb.models.fingerprint(whole)
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "cut/metrics.jsonl").read_text()
+
+
+def test_a_folder_keeps_the_data_and_the_weights_that_its_training_began_with(digits, tmp_path):
+    defense, more = Standard(), {"epochs": 2, "batch_size": 128, "seed": 1, "out": tmp_path}
+    model = fresh(digits)
+    history = gb.train(model, digits, defense, **more)
+    assert gb.train(model, digits, defense, **more) == history  # as after an interrupt in a notebook
+    assert gb.train(fresh(digits), digits, defense, **more) == history
+    turned = digits.validation.with_images(digits.validation.images.flip(-1))
+    other = gb.data.Dataset(digits.name, digits.train, turned, digits.test, digits.classes)
+    with pytest.raises(UserError, match=r"holds another run \(it differs in data\.validation\): choose another --out"):
+        gb.train(fresh(digits), other, defense, **more)
+    drawn = fresh(digits)
+    with torch.no_grad():
+        next(drawn.parameters()).neg_()
+    with pytest.raises(UserError, match=r"\(it differs in initial weights\)"):
+        gb.train(drawn, digits, defense, **more)
+    state = tmp_path / "state" / "latest.safetensors"
+    tensors, about = load_tensors(state)
+    about["settings"] = {key: about["settings"][key] for key in ("defense", "recipe", "seed")}
+    save_tensors(state, tensors, about)  # of an earlier version, which kept neither
+    assert gb.train(drawn, other, defense, **more) == history

@@ -178,7 +178,8 @@ def run_stages(
         elif choose is not None:
             suite = choose(suite)
         reported, twice = _reported(dataset, suite, seed, victim.device)
-        stages.begin(images=reported.test.fingerprint)
+        others = {"train": dataset.train.sign, "validation": dataset.validation.sign}
+        stages.begin(images=reported.test.fingerprint, **others)
         traits = victim.inspect(reported.test.take(slice(0, 8), victim.device)[0], scores=black_box)
         for part in (reported.train, reported.validation, reported.test):
             part.check_logits(traits.shape)

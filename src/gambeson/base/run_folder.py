@@ -123,7 +123,8 @@ def refuse_foreign(folder: Path, kind: str | None = None, *states: str) -> None:
         held = read_yaml(file)
         if held.get("kind") == kind and held.keys() >= _OPENED:
             return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # Another process of the same run may just be writing its run.yaml.
+    if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(f".{RUN}.") for p in folder.iterdir())):
         raise UserError(f"{folder} is not empty and holds no run of this kind: choose another --out")
 
 

@@ -86,6 +86,11 @@ class Dataset:
         return f"Dataset({self.name}: {counts} images of {shape}, {self.num_classes} classes: {some})"
 
     @property
+    def signs(self) -> dict[str, str]:
+        """:attr:`Split.sign` of every part."""
+        return {part: getattr(self, part).sign for part in PARTS}
+
+    @property
     def in_channels(self) -> int:
         """Channels of one image."""
         return self.train.shape[0]

@@ -18,12 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from gambeson.base.checks import as_images
 from gambeson.base.errors import UserError
-from gambeson.data.split import Batch, Indices, Split, delivered, moments, one_class
+from gambeson.data.split import Batch, Indices, Split, delivered, digests, moments, one_class
 from gambeson.tasks import as_labels
 from gambeson.tasks import of as task_of
 
 SAMPLE = 10_000
 """Maximum number of images for the mean and standard deviation: reading all would cost as much as an epoch."""
+SIGNED = 100
+"""Maximum number of images that a resumed run reads of a split to know it again (ours)."""
 MEMORY_LIMIT = 4 * 2**30
 """Maximum bytes of images kept in memory; larger sets stay on disk."""
 Fetch = Callable[[int], Batch]
@@ -266,6 +268,12 @@ class LazySplit(Split):
     def unlabelled(self) -> int:
         """As that of :class:`Split`; 0 for label maps, which are not in memory."""
         return 0 if self._known is None else len(self) - int(self.task.labelled(self._known).sum())
+
+    @property
+    def sign(self) -> str:
+        """As that of :class:`Split`, of all labels that are in memory, and of images spread over the split."""
+        images, labels = self._rows(torch.arange(0, len(self), -(-len(self) // SIGNED)))
+        return digests([(images, labels if self._known is None else self._known)], len(self))[0]
 
     @property
     def _strata(self) -> torch.Tensor | None:

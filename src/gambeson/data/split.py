@@ -333,6 +333,11 @@ class Split:
         return self._digests[0]
 
     @property
+    def sign(self) -> str:
+        """By what a resumed run knows its data again: the fingerprint, or of a split on disk that of a few items."""
+        return self.fingerprint
+
+    @property
     def image_hashes(self) -> torch.Tensor:
         """64-bit content hash of every image, int64 (N,) on the CPU; float images have that of their uint8 form.
 

@@ -95,7 +95,7 @@ class Schedule(Config):
     base: float
     """Accuracy of the model as it came, on clean validation images."""
     settings: dict[str, Any]
-    """Of the hardening, and the fingerprint of the model."""
+    """Of the hardening, and the fingerprints of model and data."""
 
 
 class HardenPlan(Config):
@@ -314,10 +314,10 @@ class Job:
         Raises:
             UserError: the time is too short, or the folder holds another hardening.
         """
-        settings = {"model": fingerprint(self.model), **self.settings.plain()}
+        settings = {"model": fingerprint(self.model), "data": self.data.signs, **self.settings.plain()}
         if folder is not None and (folder / SCHEDULE).is_file():
             found = Schedule(**read_json(folder / SCHEDULE))
-            refuse_other(folder, found.settings, settings)
+            refuse_other(folder, {"data": settings["data"], **found.settings}, settings)  # earlier versions have none
             self.base = found.base  # on another machine it may be another image more or less
             return found
         minutes = self.settings.minutes

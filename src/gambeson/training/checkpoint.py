@@ -41,7 +41,9 @@ def load_state(
         UserError: the state belongs to another model, or to a training with other ``settings``.
     """
     tensors, about = load_tensors(path, "the state of a training run")
-    refuse_other(path.parent.parent, about.get("settings", settings), settings)
+    held = about.get("settings", settings)
+    origin = {key: settings[key] for key in settings.keys() - held.keys()}  # which an earlier version did not keep
+    refuse_other(path.parent.parent, origin | held, settings)
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

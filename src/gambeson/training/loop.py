@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -29,9 +30,10 @@ from gambeson.base import (
     write_json,
     write_text,
 )
+from gambeson.base.run_folder import RUN
 from gambeson.data import Dataset, as_dataset
 from gambeson.defenses import Batch, Defense, Losses, TrainContext, name_of
-from gambeson.models import PixelModel
+from gambeson.models import PixelModel, fingerprint
 from gambeson.models import save as save_model
 from gambeson.training.batches import Epoch
 from gambeson.training.checkpoint import load_state, save_state
@@ -97,6 +99,9 @@ def train(
 
 _FIRST = ("state/latest.safetensors", "state/best.safetensors", "track")
 """What a training writes first."""
+_BEGUN: WeakKeyDictionary[nn.Module, tuple[Path, str]] = WeakKeyDictionary()
+"""Where models of this process were last trained and the weights they began with: after an interrupt, the same call
+with the same model goes on."""
 _WATCH = 50
 """Steps between checks that the loss is finite."""
 
@@ -134,6 +139,7 @@ class Run:
         context = TrainContext(
             model=model, train=self.train, seed=seed, epochs=recipe.epochs, steps=self.steps, batch_size=self.share
         )
+        self._begun = {} if out is None else self._origin(out)
         with autograd_limits():
             defense.configure_model(model)
             if recipe.channels_last:
@@ -297,7 +303,19 @@ class Run:
         """What decides the weights, as plain data."""
         defense = {"name": name_of(self.defense), **self.defense.plain()}
         recipe = {key: value for key, value in self.recipe.plain().items() if key != "track"}
-        return {"defense": defense, "recipe": recipe, "seed": self.seed}
+        return {"defense": defense, "recipe": recipe, "seed": self.seed, **self._begun}
+
+    def _origin(self, out: Path) -> dict[str, Any]:
+        """What a training in a folder begins with: the data and, unless its ``run.yaml`` tells them, the weights."""
+        data: dict[str, Any] = {"data": self.data.signs}
+        if (out / RUN).is_file():
+            return data
+        folder, known = _BEGUN.get(self.model, (None, ""))
+        if self._state is None or not self._state.is_file() or folder != out.resolve():
+            share_first([*self.model.parameters(), *self.model.buffers()])  # each process has drawn its own
+            known = fingerprint(self.model)
+            _BEGUN[self.model] = (out.resolve(), known)
+        return data | {"initial weights": known}
 
     def _resume(self) -> int:
         if self._state is None or not self._state.is_file():
