@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from gambeson.base import OutOfSpace
 from gambeson.base.files import read_yaml
 from gambeson.cli.app import run
 from gambeson.hardening import Hardening, HardenRun, job, run_harden
+from gambeson.hardening import run as harden_run
 from gambeson.hardening.job import Job, Schedule, collapsed
 from gambeson.training import loop
 from gambeson.training.loop import Run
@@ -314,3 +316,37 @@ def test_a_plan_writes_nothing(trained, tmp_path, capsys):
     assert cost["epochs"] == 10
     assert cost["total"] > cost["seconds"] > cost["training"]["seconds"] > 0
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_counts_once_its_check_was_passed(folder, monkeypatch, tmp_path):
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    asked = HardenRun(**{k: v for k, v in settings.items() if k in HardenRun.model_fields} | {"to": "safetensors"})
+    made, agrees = [], True
+
+    def exported(source, to, file, **more):
+        assert not file.exists()
+        file.write_text("a model")
+        found = SimpleNamespace(agrees=agrees, largest_difference=0.5)
+        if agrees is not None:
+            (file.parent / f"{file.name}.json").write_text(json.dumps({"agrees": agrees}))
+        made.append(file)
+        return found
+
+    loaded = SimpleNamespace(label="x", dataset=SimpleNamespace(name="digits"), trained={"data": "digits"})
+    monkeypatch.setattr(harden_run, "_loaded", lambda _: (loaded, SimpleNamespace(schedule=lambda _: None)))
+    monkeypatch.setattr(harden_run, "hardened", lambda *_: "hardened")
+    monkeypatch.setattr(harden_run, "run_export", exported)
+    out = tmp_path / "h"
+    agrees = False
+    for count in (1, 2):  # and again when it is resumed
+        with pytest.raises(UserError, match=r"does not score as the hardened model does .* 0\.5\): do not use it"):
+            run_harden(asked, out)
+        assert len(made) == count
+        assert not yaml.safe_load((out / "run.yaml").read_text())["finished"]
+    agrees = True
+    for _ in range(2):
+        assert run_harden(asked, out) == "hardened"
+    assert len(made) == 3
+    (out / f"{made[0].name}.json").unlink()  # as after a kill before the check
+    run_harden(asked, out)
+    assert len(made) == 4

@@ -7,7 +7,7 @@ from typing import Literal
 
 from gambeson import data as data_room
 from gambeson.auditing.clock import now
-from gambeson.base import UserError, check_run, close_run, environment, open_run
+from gambeson.base import UserError, check_run, close_run, environment, open_run, read_json
 from gambeson.evaluation import LoadedModel, load_model
 from gambeson.evaluation.export_check import run_export
 from gambeson.hardening.job import Hardened, Hardening, HardenPlan, Job, black_box, hardened
@@ -34,7 +34,8 @@ def run_harden(run: HardenRun, out: Path) -> Hardened:
     """Execute ``run`` in the folder ``out``, or resume it there.
 
     Raises:
-        UserError: as :func:`harden`, or the folder holds another run, the model cannot be loaded, or is a black box.
+        UserError: as :func:`harden`, or the folder holds another run, the model cannot be loaded, is a black box, or
+            its export does not score as it does.
     """
     began = now()
     check_run(out, run)
@@ -44,10 +45,25 @@ def run_harden(run: HardenRun, out: Path) -> Hardened:
     found = hardened(
         job, schedule, out, f"{subject.label} before and after hardening, on {subject.dataset.name}", began
     )
-    if run.to is not None and not (file := out / f"model-exported{TARGETS[run.to]}").exists():
-        run_export(str(out / FILE_NAME), run.to, file, data_name=run.data or subject.trained["data"], seed=run.seed)
+    if run.to is not None:
+        _export(run, run.to, run.data or subject.trained["data"], out)
     close_run(out)
     return found
+
+
+def _export(run: HardenRun, to: Target, data: str, out: Path) -> None:
+    """Export the hardened model, unless that was done and the check of the file was passed."""
+    file = out / f"model-exported{TARGETS[to]}"
+    checked = Path(f"{file}.json")
+    if file.exists() and checked.is_file() and read_json(checked).get("agrees") is True:
+        return
+    file.unlink(missing_ok=True)
+    found = run_export(str(out / FILE_NAME), to, file, data_name=data, seed=run.seed)
+    if not found.agrees:
+        raise UserError(
+            f"{file} does not score as the hardened model does (largest difference of a logit "
+            f"{found.largest_difference:.3g}): do not use it, and choose another --to; {checked} has the numbers"
+        )
 
 
 def plan_harden(run: HardenRun, out: Path | None = None) -> HardenPlan:
