@@ -17,10 +17,14 @@ import pytest
 import torch
 
 import gambeson as gb
+from gambeson.auditing import AuditRun, run_audit
 from gambeson.base import UserError
+from gambeson.evaluation import AttackRun, TransferRun, load_model, run_attack, run_transfer
+from gambeson.hardening import HardenRun, run_harden
 from gambeson.models.black_box.base import BudgetSpent
 from gambeson.models.black_box.http import HttpModel
 from gambeson.models.black_box.local import FunctionModel
+from gambeson.models.loading import check_source
 from gambeson.victim import Victim
 from tests.conftest import binary, full, inner_images
 
@@ -478,6 +482,24 @@ def test_an_answer_without_end_is_not_read_to_the_end(server, monkeypatch):
 
 def test_the_title_keeps_secrets():
     assert HttpModel("http://me:secret@host:1/path?key=secret").title == "http://host:1/path"
+
+
+@pytest.mark.parametrize(
+    "url", ["https://me@host.org/x", "http://me:hush@host.org", "https://host.org/?a=1&api_key=hush"]
+)
+def test_a_url_with_a_secret_names_no_model_of_a_run(url, tmp_path):
+    for run in (
+        lambda: run_audit(AuditRun(model=url, data="digits"), tmp_path / "a"),
+        lambda: run_attack(AttackRun(model=url, data="digits", attack="square", settings={"eps": 0.1}), tmp_path / "a"),
+        lambda: run_transfer(TransferRun(models=(url, "lenet5"), data="digits", eps=0.1), tmp_path / "a"),
+        lambda: run_harden(HardenRun(model=url, data="digits"), tmp_path / "a"),
+        lambda: load_model(url, "digits"),
+    ):
+        with pytest.raises(UserError, match=r"host\.org has a(n?) .* in it.*--http token_env=VARIABLE") as told:
+            run()
+        assert "hush" not in str(told.value)
+    assert not (tmp_path / "a").exists()
+    check_source("https://host.org/x?version=2")
 
 
 def test_a_query_attack_keeps_its_budget_through_lost_requests(server):

@@ -16,7 +16,7 @@ from gambeson.base.files import read_yaml
 from gambeson.data.load import FOLDERS
 from gambeson.models import external, hubs, normalisation, registry, torchvision_nets, zoo
 from gambeson.models.black_box.base import BlackBox, no_gradient
-from gambeson.models.black_box.http import HttpModel, HttpSettings
+from gambeson.models.black_box.http import HttpModel, HttpSettings, refuse_secrets
 from gambeson.models.black_box.local import FunctionModel, OnnxModel
 from gambeson.models.normalisation import IMAGENET, Scale
 from gambeson.models.program import SUFFIX, load_onnx, load_program, read_program
@@ -193,6 +193,8 @@ def _channels_of(weights: Path, architecture: str) -> int | None:
 
 
 def _loader(source: str) -> Any:
+    if source.startswith(_SERVER):
+        refuse_secrets(source)
     if source.startswith((*_SERVER, FUNCTION)):
         return _black_box
     if source.lower().endswith(".onnx"):

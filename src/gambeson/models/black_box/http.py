@@ -21,6 +21,7 @@ import threading
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class _Lost(Exception):
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
-_SECRET = re.compile(r"auth|cookie|key|secret|token", re.IGNORECASE)
+_SECRET = re.compile(r"auth|cookie|key|passw|secret|signature|token", re.IGNORECASE)
 
 
 class HttpSettings(Config):
@@ -94,6 +95,25 @@ def _environment(found: re.Match[str]) -> str:
     if not value:
         raise UserError(f"the environment variable {found[1]} is not set: set it to what the server expects, and retry")
     return value
+
+
+def refuse_secrets(url: str) -> None:
+    """Refuse a URL with a password or a key as the name of a model, which is stored with every run and printed.
+
+    Raises:
+        UserError: it has one.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # the client says what is wrong with it
+        return
+    secret = next((name for name, _ in parse_qsl(parts.query, True) if _SECRET.search(name)), None)
+    found = "a user or a password" if "@" in parts.netloc else None if secret is None else f"a {secret}"
+    if found is not None:
+        raise UserError(
+            f"the URL of the model at {parts.hostname} has {found} in it, which would be stored and printed with every "
+            "result: leave it out, and give it by --http token_env=VARIABLE, where the environment variable has it"
+        )
 
 
 def _no_secrets(http: HttpSettings | None) -> HttpSettings | None:
