@@ -91,6 +91,24 @@ def test_a_gate_that_cannot_be_judged_is_refused_before_the_audit(audited, tmp_p
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize(
+    ("gate", "words"),
+    [
+        ("trusted", "no audit is trusted whose suite leaves checks out"),
+        ("check:no gradient masking", "unknown check"),
+        ("check:no optimisation at test time", "the suite leaves this check out"),
+        ("transfer<=0.9", "No perturbation was transferred"),
+        ("corruption<=0.9", "the suite has no noise"),
+        ("per_image:standard>=0", "the audit will have no such attack per image, but pgd, adaptive"),
+        ("per_image:none>=0", "the audit will have no such attack per image"),
+    ],
+)
+def test_a_gate_about_what_the_suite_leaves_out_is_refused_before_the_audit(audited, tmp_path, capsys, gate, words):
+    command = ["audit", str(audited / "net.safetensors"), "--data", "digits", "--suite", "glance", "--gate", gate]
+    says(capsys, [*command, "--out", str(tmp_path / "b")], words)
+    assert not (tmp_path / "b").exists()
+
+
 def test_files_that_cannot_be_written_are_named_before_the_audit(audited, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     command = ["audit", str(audited / "net.safetensors"), *SMALL, "--out", str(tmp_path / "b")]

@@ -326,8 +326,8 @@ class Auditor:
         return f"check failed: {name}" if found.passed is False else None
 
     def _selected(self, diagnostic: Diagnostic) -> bool:
-        checks, applies = self.context.suite.checks, not (diagnostic.gradients and self.context.subject.black_box)
-        return checks == "all" or diagnostic.name in checks or diagnostic not in DIAGNOSTICS or not applies
+        applies = not (diagnostic.gradients and self.context.subject.black_box)
+        return self.context.suite.runs(diagnostic.name) or diagnostic not in DIAGNOSTICS or not applies
 
     def _result(self) -> AuditResult:
         context, folder, stages, clock = self.context, self.folder, self.stages, self.clock

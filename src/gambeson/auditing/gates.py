@@ -139,8 +139,8 @@ METRICS: Mapping[str, Metric] = {
     "uer": Metric("universal evasion rate at the middle eps, or at EPS", _at("uer"), after="@"),
     "fooling": Metric("fooling rate, likewise", _at("fooling"), after="@"),
     "per_image": Metric("accuracy under the worst per-image attack, or under the one named", _per_image, after=":"),
-    "transfer": Metric("highest error under perturbations of other models", _highest("transfer")),
-    "corruption": Metric("highest error under noise", _highest("corruption")),
+    "transfer": Metric("highest error under perturbations of other models", _highest("transfer"), known="transfer"),
+    "corruption": Metric("highest error under noise", _highest("corruption"), known="corruption"),
     "eps_uni": Metric("smallest eps of one perturbation", _smallest("eps_uni"), highest=None),
     "eps_adv": Metric("smallest eps per image", _smallest("eps_adv"), highest=None, known="eps_adv"),
     "mean_iou": Metric("mean IoU under the perturbation", _perturbed_iou, after="@", known="maps"),
@@ -149,7 +149,7 @@ METRICS: Mapping[str, Metric] = {
         lambda result, _: NO_MAPS if result.iou is None else _of(result.iou.mean),
         known="maps",
     ),
-    "trusted": Metric("no check failed", _trusted, word=True),
+    "trusted": Metric("no check failed", _trusted, word=True, known="trusted"),
     "check": Metric("this check passed", _check, word=True, after=":"),
 }
 """The metrics of an audit."""
@@ -342,13 +342,14 @@ def refuse_unmeasured(
         gates: of :func:`parse_gates`.
         eps: radii of its curve.
         checks: names of its checks.
-        missing: why it will have no numbers of a kind (:attr:`Metric.known`).
+        missing: why it will have no numbers of a kind (:attr:`Metric.known`), or none of a name (``check:NAME``).
 
     Raises:
         UserError: one is, with the reason.
     """
+    named = {_slug(name): reason for name, reason in missing.items()}
     for gate in gates:
-        reason = missing.get(METRICS[gate.metric].known, "")
+        reason = missing.get(METRICS[gate.metric].known, "") or named.get(_slug(f"{gate.metric}:{gate.of}"), "")
         if METRICS[gate.metric].after == "@" and gate.of and not any(same_eps(one, gate.of) for one in eps):
             reason = _no_eps(gate.of, eps)
         if gate.metric == "check" and _slug(gate.of) not in map(_slug, checks):

@@ -16,13 +16,25 @@ from gambeson.auditing.budget import changes, fit_queries
 from gambeson.auditing.clock import Clock, now
 from gambeson.auditing.context import Checkpoints, Outcomes
 from gambeson.auditing.cost import AuditPlan, plan
+from gambeson.auditing.diagnostics import DIAGNOSTICS
 from gambeson.auditing.gates import NO_MAPS, Gate, refuse_unmeasured
 from gambeson.auditing.results import AuditResult
-from gambeson.auditing.stages import certified, own, surrogate
+from gambeson.auditing.stages import certified, own, per_image, surrogate
 from gambeson.auditing.stages.black_box import queries_file
 from gambeson.auditing.stages.examples import FILE
 from gambeson.auditing.suite import SUITES, Suite
-from gambeson.base import Config, UserError, check_run, close_run, environment, open_run, read_json, unknown_name
+from gambeson.base import (
+    Config,
+    UserError,
+    check_run,
+    close_run,
+    environment,
+    open_run,
+    read_json,
+    unknown_name,
+    user_code,
+)
+from gambeson.base.errors import some
 from gambeson.evaluation import BlackBox, LoadedModel, load_model
 from gambeson.models import fingerprint
 from gambeson.models.black_box.http import StoredHttp
@@ -131,7 +143,23 @@ def _check_gates(gates: Sequence[Gate], run: AuditRun, subject: LoadedModel) -> 
         missing["maps"] = NO_MAPS
     if not suite.eps_adv or isinstance(subject.model, BlackBox):
         missing["eps_adv"] = "eps_adv will not be searched: it needs a model with gradients, and eps_adv in the suite"
-    refuse_unmeasured(gates, suite.eps, [check.name for check in diagnostics_of(suite)], missing)
+    if suite.checks != "all":
+        missing["trusted"] = "no audit is trusted whose suite leaves checks out: choose one with all of them"
+    if not suite.noise_sizes:
+        missing["corruption"] = "the suite has no noise: choose one with noise_sizes"
+    if (why := surrogate.choose(suite, subject.dataset)[1]) and not suite.attacks:
+        missing["transfer"] = why.removesuffix(".")
+    every = diagnostics_of(suite)
+    left_out = [one.name for one in every if one in DIAGNOSTICS and not suite.runs(one.name)]
+    missing |= {f"check:{name}": "the suite leaves this check out: choose a larger one" for name in left_out}
+    tried = per_image.names(suite, subject.dataset, black_box=isinstance(subject.model, BlackBox))
+    tried += [user_code.short(name) for name in suite.attacks]
+    for gate in gates:
+        if gate.metric == "per_image" and gate.of not in tried and (gate.of or not tried):
+            missing[f"per_image:{gate.of}"] = (
+                f"the audit will have no such attack per image, but {some(tried) or 'none'}"
+            )
+    refuse_unmeasured(gates, suite.eps, [check.name for check in every], missing)
 
 
 def check_audit(run: AuditRun, out: Path) -> bool | None:

@@ -166,6 +166,10 @@ class Suite(Config):
             raise ValueError(f"eps must be ascending without repeats, got {', '.join(f'{e:g}' for e in eps)}")
         return eps
 
+    def runs(self, check: str) -> bool:
+        """Whether a built-in diagnostic is one of :attr:`checks`."""
+        return self.checks == "all" or check in self.checks
+
     def on(self, data: Dataset) -> Suite:
         """The suite with a default grid of eps for this data, if none was given, and :attr:`map_share` applied."""
         update: dict[str, object] = {}

@@ -14,7 +14,8 @@ from gambeson.auditing.context import AuditContext
 from gambeson.auditing.rescoring import Perturbed, asked, rescored_in, ways, worse
 from gambeson.auditing.results import PerImageResult, Rescored
 from gambeson.auditing.stages.randomness import QUIET, NoiseOff, way_to_quiet
-from gambeson.data import Split
+from gambeson.auditing.suite import Suite
+from gambeson.data import Dataset, Split
 from gambeson.evaluation import BudgetSpent, Rate, run_suite
 from gambeson.evaluation.attack_suite import suite_for
 from gambeson.evaluation.outcome import ImageAttack, outcome
@@ -30,6 +31,21 @@ def left_out(context: AuditContext) -> str:
     if context.suite.norm != "1":
         return ""
     return "No per-image attack suite was tried: it is for the norms inf and 2."
+
+
+def names(suite: Suite, data: Dataset, *, black_box: bool) -> list[str]:
+    """Return what the attacks of :func:`measure`, and those that checks may call for, are named in results."""
+    possible, maps = suite.norm != "1", not data.test.task.per_image_label
+    if black_box:
+        return ["square"] if possible and suite.queries else []
+    found = {
+        PGD_NAME: True,
+        "auto-pgd-targeted": possible and not maps and suite.auto_pgd,
+        "cospgd": possible and maps,
+        "standard": possible and suite.suite_images > 0,
+        "adaptive": True,
+    }
+    return [name for name, tried in found.items() if tried]
 
 
 def measure(context: AuditContext) -> list[PerImageResult]:
