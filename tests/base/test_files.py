@@ -12,6 +12,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 import gambeson as gb
 from gambeson import UserError
@@ -22,6 +23,7 @@ from gambeson.base import (
     derive,
     load_tensors,
     open_run,
+    read_json,
     read_settings,
     replaceable,
     save_tensors,
@@ -171,6 +173,9 @@ def test_a_folder_belongs_to_one_run(tmp_path):
         ("a: [1", "is not valid YAML"),
         ("a: {b: 1, c: 2, b: 3}", "b is given twice in line 1"),
         ("- 1", "holds a list: expected settings"),
+        ("a: 2023-13-01", "is not valid YAML .*month must be in 1"),
+        ("a: 0x_", "is not valid YAML"),
+        ("a: " + "[" * 3000, "is not valid YAML .*nested too deeply"),
     ],
 )
 def test_bad_yaml_is_one_sentence(tmp_path, text, words):
@@ -261,3 +266,16 @@ def test_a_call_writes_into_no_folder_with_other_files(work, tmp_path, digits, t
         with pytest.raises(UserError, match="is not empty and holds no run of this kind: choose another --out"):
             calls[work](folder)
         assert [path.read_bytes() for path in folder.rglob("*")] == [before]
+
+
+def test_damaged_documents_are_one_sentence(tmp_path):
+    (tmp_path / "a.json").write_text('{"a":' * 100_000)
+    with pytest.raises(UserError, match=r"a\.json is not valid JSON .*nested too deeply"):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "run.yaml").write_text("kind: {train: 1}\n")
+    with pytest.raises(UserError, match=r"describes a run of kind \{'train': 1\}: expected 'train'"):
+        read_settings(tmp_path / "run.yaml", "train")
+    for document in ("3", "{", "[" * 100_000):
+        write_bytes(tmp_path / "m.safetensors", save({"a": torch.ones(2)}, {"gambeson": document}))
+        with pytest.raises(UserError, match=r"the document 'gambeson' in .*m\.safetensors .*: expected a JSON object"):
+            load_tensors(tmp_path / "m.safetensors")

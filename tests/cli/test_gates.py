@@ -338,3 +338,28 @@ def test_the_action_judges_a_real_audit(audited, tmp_path):
     found = json.loads((tmp_path / outputs["sarif"]).read_text())["runs"][0]["results"]
     assert [one["ruleId"] for one in found if one["level"] == "error"] == ["gate/uer<=0.0001"]
     assert (tmp_path / "a" / "report.html").stat().st_size > 1e5
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("result.json", {"universal": []}, "holds no universal perturbation"),
+        ("result.json", {"settings": {"pgd_steps": 3}}, "does not hold the settings universal_steps"),
+        ("timing.json", [1], "does not hold the seconds of each stage"),
+        ("timing.json", {"clean": "x"}, "does not hold the seconds of each stage"),
+    ],
+)
+def test_damaged_results_are_one_sentence(tmp_path, capsys, file, change, words):
+    write_audit(tmp_path / "a", with_jacobian=False)
+    path, folder = tmp_path / "a" / file, str(tmp_path / "a")
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(known | change if isinstance(change, dict) else change))
+    says(capsys, ["report", folder, "--junit", str(tmp_path / "b.xml"), "--out", str(tmp_path / "b.html")], words)
+    if file == "result.json":
+        says(capsys, ["report", folder, "--card", str(tmp_path / "b.md")], words)
+        says(capsys, ["compare", folder, folder], words)
+
+
+def test_a_setting_that_looks_like_a_date_and_is_none_is_named(tmp_path, capsys):
+    command = ["audit", "lenet5", "--data", "digits", "--set", "label=2023-02-31", "--out", str(tmp_path / "b")]
+    says(capsys, command, "--set label=2023-02-31: '2023-02-31' is not YAML (day is out of range for month)")

@@ -25,6 +25,7 @@ from gambeson.auditing.results import (
     Steadiness,
     TransferredResult,
     UniversalResult,
+    read_seconds,
 )
 from gambeson.auditing.suite import Suite
 from gambeson.base import UserError, load_tensors, read_json, refuse_other, save_tensors, seeded, write_json, write_text
@@ -61,8 +62,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path | None, seed: int = 0) -> None:
         self._folder, self._seed = folder, seed
-        self._done = self._read(STAGES)
-        self._seconds = self._read("timing.json")
+        self._done = self._stored()
+        self._seconds = {} if folder is None else read_seconds(folder)
         self.left_out: dict[str, BudgetSpent] = {}
         """Stages that did not fit a black box's budget, or the time, with the reason."""
 
@@ -126,10 +127,13 @@ class Checkpoints:
         file = stored.get("file") if isinstance(stored, dict) else None
         return self._folder is None or not file or (self._folder / file).is_file()
 
-    def _read(self, name: str) -> dict[str, Any]:
-        if self._folder is None or not (self._folder / name).is_file():
+    def _stored(self) -> dict[str, Any]:
+        if self._folder is None or not (file := self._folder / STAGES).is_file():
             return {}
-        return dict(read_json(self._folder / name))
+        found = read_json(file)
+        if not isinstance(found, dict):
+            raise UserError(f"{file} does not hold the results of stages: choose another --out")
+        return found
 
 
 class Outcomes:

@@ -14,6 +14,7 @@ from gambeson.auditing import display
 from gambeson.auditing.gates import GateReport, judge_gates, parse_gates
 from gambeson.auditing.jacobian_results import JacobianResult
 from gambeson.base import Config, UserError, notebook, read_json, read_settings, write_json
+from gambeson.base.errors import some
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Rate
 from gambeson.evaluation.attack_suite import AttackRound
@@ -403,7 +404,7 @@ class AuditResult(notebook.ShownAsTable, Config):
         """Read ``result.json`` from the folder of a finished audit.
 
         Raises:
-            UserError: the file is missing, or of another kind or version.
+            UserError: the file is missing, damaged, or of another kind or version.
         """
         folder = Path(folder)
         if (folder / "run.yaml").is_file():
@@ -417,4 +418,26 @@ class AuditResult(notebook.ShownAsTable, Config):
         form = content.get("schema_", "another kind") if isinstance(content, dict) else "another kind"
         if form != SCHEMA:
             raise UserError(f"{folder / 'result.json'} is of {form}, expected {SCHEMA}: run the audit again")
-        return cls(**content)
+        result = cls(**content)
+        if not result.universal:
+            raise UserError(f"{folder} holds no universal perturbation: expected at least one eps; run the audit again")
+        if lost := [name for name in _OF_ATTACKS if type(result.settings.get(name)) is not int]:
+            raise UserError(f"{folder / 'result.json'} does not hold the settings {some(lost)}: run the audit again")
+        return result
+
+
+_OF_ATTACKS = ("universal_steps", "universal_restarts", "pgd_steps", "pgd_restarts")
+"""Settings that are told wherever numbers of an audit are."""
+
+
+def read_seconds(folder: Path) -> dict[str, float]:
+    """Return the seconds that each stage of an audit took; empty where none was timed.
+
+    Raises:
+        UserError: its ``timing.json`` is damaged.
+    """
+    file = folder / "timing.json"
+    found = read_json(file) if file.is_file() else {}
+    if not isinstance(found, dict) or not all(type(value) in (int, float) for value in found.values()):
+        raise UserError(f"{file} does not hold the seconds of each stage: delete it, and times are left out")
+    return found

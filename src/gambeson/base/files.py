@@ -138,6 +138,18 @@ _POINTER = b"version https://git-lfs."
 _AGAIN = "copy it again, or delete it and run the command that made it, which makes what is missing"
 
 
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """Parse JSON, with the options of :func:`json.loads`.
+
+    Raises:
+        json.JSONDecodeError: it is none, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
+
+
 def read_json(path: Path) -> Any:
     """Read JSON.
 
@@ -145,7 +157,7 @@ def read_json(path: Path) -> Any:
         UserError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: name a file or folder that a finished run has written") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -204,7 +216,12 @@ def load_tensors(path: Path, kind: str = "weights") -> tuple[dict[str, torch.Ten
         raise UserError(
             f"{path} ({size} bytes) is not a complete safetensors file ({error}): it is truncated or damaged; {_AGAIN}"
         ) from None
-    return tensors, json.loads(about)
+    document = None
+    with suppress(json.JSONDecodeError):
+        document = parse_json(about)
+    if not isinstance(document, dict):
+        raise UserError(f"the document {_KEY!r} in {path} is {about[:50]!r}: expected a JSON object; {_AGAIN}")
+    return tensors, document
 
 
 def refuse_pointer(path: str | Path) -> None:
@@ -225,6 +242,15 @@ def parse_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is none, or a mapping has a key twice, of which the last would win without a word.
     """
+    try:
+        return _parsed_yaml(text)
+    except RecursionError:
+        raise yaml.MarkedYAMLError(problem="it is nested too deeply") from None
+    except ValueError as error:  # what looks like a date or a number and is none
+        raise yaml.MarkedYAMLError(problem=str(error)) from None
+
+
+def _parsed_yaml(text: str) -> Any:
     left, seen = [yaml.compose(text, yaml.SafeLoader)], set[int]()
     while left:
         node = left.pop()
@@ -251,7 +277,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, is not YAML, or is no mapping.
     """
     try:
-        content = parse_yaml(path.read_text())
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: name a YAML file, such as the run.yaml of a finished run") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:

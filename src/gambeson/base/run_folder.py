@@ -171,7 +171,7 @@ def read_settings(path: Path, kind: str) -> dict[str, Any]:
         use = {
             ("train", "audit"): f"`gambeson audit {path.parent}` makes one of it",
             ("audit", "train"): f"it is no model; `gambeson report {path.parent}` shows it, and --out goes on with it",
-        }.get((found, kind), "")
+        }.get((str(found), kind), "")
         raise UserError(
             f"{path} describes a run of kind {found!r}: expected {kind!r}; {use or f'use `gambeson {found}` for it'}"
         )

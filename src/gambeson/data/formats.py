@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from gambeson.base.errors import UserError
+from gambeson.base.files import parse_json
 
 _GZIP = b"\x1f\x8b"
 _IDX_UINT8 = 8
@@ -128,7 +129,7 @@ def read_labels(blob: bytes, what: str) -> torch.Tensor:
         UserError: not such a list.
     """
     try:
-        values = json.loads(blob)
+        values = parse_json(blob)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{what} is not valid JSON ({error}): fetch it again") from None
     if not isinstance(values, list) or not all(type(value) is int for value in values):

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 
 from gambeson.base.errors import UserError, one_line, some
+from gambeson.base.files import parse_json
 from gambeson.data.dataset import PARTS, Dataset, complete, settled
 from gambeson.data.folder import (
     IMAGES,
@@ -89,7 +90,7 @@ def read_palette(path: Path) -> Palette:
     found: list[tuple[str, Any]] = []
     if path.suffix.lower() == ".json":
         try:
-            content = json.loads(text, object_pairs_hook=tuple)  # a dict would drop all but a name's last colour
+            content = parse_json(text, object_pairs_hook=tuple)  # a dict would drop all but a name's last colour
         except json.JSONDecodeError as error:
             raise UserError(f"the palette {path} is not valid JSON ({error})") from None
         if not isinstance(content, tuple | list):

@@ -15,7 +15,8 @@ from xml.etree import ElementTree
 
 from gambeson.auditing import AuditResult, Check, GateReport
 from gambeson.auditing.gates import describe, measured
-from gambeson.base import read_json, replaceable, write_bytes, write_json
+from gambeson.auditing.results import read_seconds
+from gambeson.base import replaceable, write_bytes, write_json
 
 _SARIF = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 _NOT_XML = re.compile(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]")
@@ -160,8 +161,7 @@ def _line(lines: Sequence[str], check: str) -> int:
 
 
 def _suite(root: ElementTree.Element, audit: Finished, label: str) -> None:
-    result, timing = audit.result, audit.folder / "timing.json"
-    seconds = dict(read_json(timing)) if timing.is_file() else {}
+    result, seconds = audit.result, read_seconds(audit.folder)
     states = [check.passed for check in result.checks]
     failures = states.count(False) + sum(not gate.held for gate in audit.gates.gates)
     suite = ElementTree.SubElement(

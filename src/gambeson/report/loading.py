@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from gambeson.auditing import AuditResult
-from gambeson.auditing.results import DataInfo, UniversalResult
-from gambeson.base import UserError, load_tensors, read_json, read_settings
+from gambeson.auditing.results import DataInfo, UniversalResult, read_seconds
+from gambeson.base import UserError, load_tensors, read_settings
 from gambeson.base.files import read_yaml
 
 _EXAMPLES = ("images", "perturbed", "labels", "predictions", "perturbed_predictions")
@@ -71,8 +71,6 @@ def read_folders(paths: Sequence[Path]) -> list[Folder]:
         )
     results = [AuditResult.load(path) for path in paths]
     for path, result in zip(paths, results, strict=True):
-        if not result.universal:
-            raise UserError(f"{path} holds no universal perturbation: expected at least one eps; run the audit again")
         _check_pair(paths[0], results[0], path, result)
     times = Counter(result.subject.label for result in results)
     return [_read(path, result, times) for path, result in zip(paths, results, strict=True)]
@@ -94,7 +92,6 @@ def _check_pair(first: Path, expected: AuditResult, path: Path, found: AuditResu
 
 def _read(path: Path, result: AuditResult, times: Counter[str]) -> Folder:
     label = result.subject.label
-    timing = path / "timing.json"
     return Folder(
         path=path,
         label=label if times[label] == 1 else f"{label} ({path.name})",
@@ -103,7 +100,7 @@ def _read(path: Path, result: AuditResult, times: Counter[str]) -> Folder:
         aimed=tuple(_delta(path / found.file, result.material) for found in result.targeted),
         direction=_direction(path, result),
         examples=_examples(path / "examples.safetensors"),
-        seconds=dict(read_json(timing)) if timing.is_file() else {},
+        seconds=read_seconds(path),
         settings=_settings(path),
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gambeson.base import UserError, one_line, replaceable, write_bytes, write_json
+from gambeson.base.files import parse_json
 from gambeson.studies.matrix import Matrix
 from gambeson.studies.store import CELLS, RESULT, Damaged, Store, digest
 from gambeson.studies.study import Study
@@ -82,7 +83,7 @@ def import_cells(file: Path, root: Path) -> tuple[int, int]:
 
 def _line(file: Path, number: int, line: str) -> tuple[str, dict[str, Any]]:
     with suppress(ValueError):
-        content = json.loads(line)
+        content = parse_json(line)
         if isinstance(content, dict):
             address = content.pop("address", "")
             if isinstance(address, str) and _ADDRESS.fullmatch(address) and content.get("sha256") == digest(content):

@@ -13,7 +13,6 @@ The protocol, which takes a server a few lines:
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import re
@@ -28,6 +27,7 @@ import torch
 from pydantic import AfterValidator, Field
 
 from gambeson.base import Config, Number, UserError, one_line
+from gambeson.base.files import parse_json
 from gambeson.models.black_box.base import BlackBox, Output
 
 if TYPE_CHECKING:  # imported where a server is asked: who names models or loads one from a file does not wait for it
@@ -275,7 +275,7 @@ class HttpModel(BlackBox):
             if content.startswith(b"\x93NUMPY"):
                 with _PARSING:
                     return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-            found = json.loads(content)
+            found = parse_json(content)
         except (ValueError, UnicodeDecodeError, EOFError) as error:
             raise UserError(
                 f"{self.title} answered what is neither JSON nor .npy ({one_line(error)}): {expected}"
