@@ -193,3 +193,14 @@ def test_a_card_is_read_by_the_hub_s_own_library(tmp_path):
     found = hub.ModelCard.load(tmp_path / "card.md").data.eval_results
     assert {one.metric_type for one in found} == {"accuracy", "universal_evasion_rate", "eps_uni"}
     assert {one.dataset_name for one in found} == {"digits"}
+
+
+def test_audits_of_one_label_and_one_folder_name_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = {name: write_audit(tmp_path / name, label="net", with_jacobian=False) for name in ("x/audit", "y/audit")}
+    audits = [finished(Path(name), result, "uer<=0") for name, result in results.items()]
+    audits += [audits[0], finished(Path("x/audit"), write_audit(tmp_path / "z", label="NET", with_jacobian=False))]
+    runs = sarif(audits, tmp_path / "a.sarif")
+    assert runs[1]["automationDetails"]["id"] == "gambeson/net-y-audit/"
+    prints = [one["partialFingerprints"]["gambeson/v1"] for run in runs for one in run["results"]]
+    assert len(set(prints)) == len(prints) >= 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -119,16 +120,19 @@ def plot_audits(results: Sequence[Any]) -> Any:
     """Return a ``plotly`` figure that compares audits: the UER of each against eps, and the worst control.
 
     Args:
-        results: ``Audit`` or ``AuditResult`` of models on the same data.
+        results: ``Audit`` or ``AuditResult`` of models on the same data; equal labels are numbered.
     """
     results = [getattr(result, "results", result) for result in results]
     lines: dict[str, tuple[list[float], list[Rate]]] = {}
+    times = Counter[str]()
     for result in results:
-        eps = [point.eps for point in result.universal]
-        lines[result.subject.label] = eps, [point.uer for point in result.universal]
+        eps, label = [point.eps for point in result.universal], result.subject.label
+        times[label] += 1
+        label += f" ({times[label]})" if times[label] > 1 else ""
+        lines[label] = eps, [point.uer for point in result.universal]
         if all(point.controls for point in result.universal):
             worst = [strongest_control(point.controls) for point in result.universal]
-            lines[f"{result.subject.label}, worst control"] = eps, [one.worst for one in worst if one is not None]
+            lines[f"{label}, worst control"] = eps, [one.worst for one in worst if one is not None]
     title = f"Universal evasion rate, {results[0].material.name}"
     unit = results[0].material.unit
     units = "test images" if unit == "image" else f"{unit}s of test images"

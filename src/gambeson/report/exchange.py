@@ -39,7 +39,7 @@ def write_sarif(audits: Sequence[Finished], out: Path) -> None:
     again in later runs by the model's name and the rule.
 
     Args:
-        audits: of models with different names; where two are equal, their folders' names are added.
+        audits: of models with different names; where two are equal, their folders' names or paths are added.
         out: the file, replaced atomically.
     """
     labels = _labels(audits)
@@ -54,7 +54,7 @@ def write_junit(audits: Sequence[Finished], out: Path) -> None:
     A check that does not apply is skipped, with its reason.
 
     Args:
-        audits: of models with different names; where two are equal, their folders' names are added.
+        audits: of models with different names; where two are equal, their folders' names or paths are added.
         out: the file, replaced atomically.
     """
     replaceable(out, "JUnit XML")
@@ -68,12 +68,16 @@ def write_junit(audits: Sequence[Finished], out: Path) -> None:
 
 
 def _labels(audits: Sequence[Finished]) -> list[str]:
-    times = Counter(audit.result.subject.label for audit in audits)
+    """The labels; where two would be one in a SARIF file, with their folders' names, or paths, or numbers as well."""
     labels = [audit.result.subject.label for audit in audits]
-    return [
-        label if times[label] == 1 else f"{label} ({audit.folder.name})"
-        for label, audit in zip(labels, audits, strict=True)
-    ]
+    paths = [_uri(audit.folder) for audit in audits]
+    more = ([audit.folder.name for audit in audits], paths, [f"{path} {k}" for k, path in enumerate(paths, 1)])
+    found = labels
+    for names in more:
+        times = Counter(map(slug, found))
+        longer = [f"{label} ({name})" for label, name in zip(labels, names, strict=True)]
+        found = [one if times[slug(one)] == 1 else other for one, other in zip(found, longer, strict=True)]
+    return found
 
 
 def slug(name: str) -> str:
