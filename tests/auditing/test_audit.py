@@ -248,3 +248,10 @@ def test_mistakes_are_named(trained, digits):
     colour = gb.models.create("lenet5", in_channels=3, classes=10, image_size=8)
     with pytest.raises(UserError, match=r"\(8, 1, 8, 8\): this model expects \(N, 3, H, W\)"):
         gb.audit(colour, digits, SUITE)
+
+
+def test_radii_that_files_could_not_tell_apart_are_refused():
+    for eps in ((0.1, 0.100004), (8 / 255, 0.031373, 0.2)):
+        with pytest.raises(UserError, match="expected radii that differ in their first four digits"):
+            Suite(eps=eps)
+    assert Suite(eps=(0.1, 0.1001)).eps == (0.1, 0.1001)

@@ -164,6 +164,8 @@ class Suite(Config):
     def _ascending(cls, eps: tuple[float, ...]) -> tuple[float, ...]:
         if list(eps) != sorted(set(eps)):
             raise ValueError(f"eps must be ascending without repeats, got {', '.join(f'{e:g}' for e in eps)}")
+        if len({f"{one:.4g}" for one in eps}) < len(eps):  # files and tables name them so
+            raise ValueError(f"expected radii that differ in their first four digits, got {', '.join(map(str, eps))}")
         return eps
 
     def runs(self, check: str) -> bool:
