@@ -158,3 +158,34 @@ def test_an_own_attack_costs_no_more_than_planned(found, trained, digits):
     (moved,) = found.results.transfer
     assert 0 < moved.cost.backwards <= part.gradients
     assert moved.cost.forwards - moved.cost.backwards <= part.forwards
+
+
+class Shift:
+    """An attack that does not tell its settings."""
+
+    def __init__(self, by):
+        self.by, self.calls = by, 0
+
+    def __call__(self, model, x, y, *, seed=0, task=None):
+        self.calls += 1
+        return (x + self.by * (0.5 - x).sign()).clamp(0, 1)
+
+
+def test_a_stored_result_of_an_attack_without_settings_is_not_taken_for_one_of_another(
+    trained, digits, tmp_path, monkeypatch
+):
+    suite = SMALL.model_copy(update={"eps": (0.3,), "suite_images": 0, "auto_pgd": False, "rescoring": False})
+
+    def accuracies(*mine):
+        found = audit(trained, digits, suite, tmp_path, attacks=mine).results.per_image
+        return {one.attack: one.accuracy.value for one in found}
+
+    known = Invert()
+    first, second = accuracies(Shift(0.0), known), accuracies(Shift(0.3), known)
+    assert second["Shift"] == audit(trained, digits, suite, attacks=[Shift(0.3)]).results.per_image[-1].accuracy.value
+    assert second["Shift"] < first["Shift"]
+    again = Shift(0.3)
+    assert accuracies(again, known) == second
+    assert again.calls
+    monkeypatch.setattr(Invert, "__call__", None)  # whose settings are known, and whose result is stored
+    assert accuracies(again, known) == second

@@ -162,6 +162,9 @@ def run_stages(
     if black_box and mine:
         raise UserError("attacks of your own are for models with gradients, and this is a black box: leave them out")
     stages, notes, asked = Checkpoints(folder, seed), list[str](), suite
+    for name, one in mine.items():
+        if not one.described:
+            stages.forget(name)
     if suite.budget is not None and not black_box:
         raise UserError("a budget limits the queries to a black box, and this model is none: leave suite.budget out")
     weights = {} if black_box else {"model": fingerprint(model)}

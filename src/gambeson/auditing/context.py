@@ -111,6 +111,10 @@ class Checkpoints:
             # Written after every stage, for the audit alone: without indents, C code writes it ten times as fast.
             write_text(self._folder / STAGES, json.dumps(self._done, allow_nan=False))
 
+    def forget(self, name: str) -> None:
+        """Compute a stage again, whatever is stored."""
+        self._done.pop(name, None)
+
     def kept(self, name: str) -> Any:
         """Return what :meth:`keep` stored; None if nothing."""
         return self._done.get(name)

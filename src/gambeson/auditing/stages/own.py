@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gambeson import attacks
@@ -23,6 +23,8 @@ class Own:
 
     attack: Any
     run: Callable[[AuditContext], PerImageResult | TransferredResult]
+    described: bool = True
+    """Whether its settings are known, so that a stored result is known to be of this attack."""
 
 
 def of(suite: Suite, given: Sequence[Any] = ()) -> dict[str, Own]:
@@ -37,14 +39,16 @@ def of(suite: Suite, given: Sequence[Any] = ()) -> dict[str, Own]:
     """
     eps = suite.eps[len(suite.eps) // 2] if suite.eps else 0.0
     found: dict[str, Own] = {}
-    for attack in [*(_built(name, eps, suite.norm) for name in suite.attacks), *given]:
+    built = [_built(name, eps, suite.norm) for name in suite.attacks]
+    for place, attack in enumerate([*built, *given]):
         kind = attacks.require_attack(attack)
         name = attack.__name__ if inspect.isroutine(attack) else user_code.short(attacks.name_of(attack))
         settings = attack.plain() if hasattr(attack, "plain") else {}
         key = f"attack {name} {settings}"
         if key in found:
             raise UserError(f"the attack {name} was given twice with the same settings: give it once")
-        found[key] = _image(attack, name, settings) if kind == "image" else _universal(attack, name)
+        stage = _image(attack, name, settings) if kind == "image" else _universal(attack, name)
+        found[key] = replace(stage, described=place < len(built) or hasattr(attack, "plain"))
     return found
 
 
