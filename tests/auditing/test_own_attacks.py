@@ -187,5 +187,9 @@ def test_a_stored_result_of_an_attack_without_settings_is_not_taken_for_one_of_a
     again = Shift(0.3)
     assert accuracies(again, known) == second
     assert again.calls
-    monkeypatch.setattr(Invert, "__call__", None)  # whose settings are known, and whose result is stored
+
+    def never(self, model, x, y, *, seed=0, task=None):
+        raise AssertionError
+
+    monkeypatch.setattr(Invert, "__call__", never)  # whose settings are known, and whose result is stored
     assert accuracies(again, known) == second
