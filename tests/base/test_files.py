@@ -1,6 +1,7 @@
 import copy
 import gzip
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -279,3 +280,30 @@ def test_damaged_documents_are_one_sentence(tmp_path):
         write_bytes(tmp_path / "m.safetensors", save({"a": torch.ones(2)}, {"gambeson": document}))
         with pytest.raises(UserError, match=r"the document 'gambeson' in .*m\.safetensors .*: expected a JSON object"):
             load_tensors(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+def test_files_have_the_permissions_of_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "a.json", {})
+        write_json(tmp_path / "a.json", [])
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_text_is_utf_8_whatever_the_locale(tmp_path):
+    label = "gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n"
+    (tmp_path / "run.yaml").write_text(f"kind: train\nlabel: {label}\n", encoding="utf-8")
+    (tmp_path / "a.json").write_text(f'["{label}"]', encoding="utf-8")
+    code = (
+        "import sys; from pathlib import Path; from gambeson.base import read_json, read_settings; "
+        "out = Path(sys.argv[1]); print(ascii([read_settings(out / 'run.yaml', 'train'), read_json(out / 'a.json')]))"
+    )
+    plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], env=plain, capture_output=True, text=True, check=True)
+    assert done.stdout.count(ascii(label)) == 2
+    for file in Path(gb.__file__).parent.rglob("*.py"):
+        for call in re.findall(r"(?:read_text|\.write_text)\([^()]*\)", file.read_text(encoding="utf-8")):
+            assert "utf-8" in call, f"{file}: {call}"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tempfile
+import uuid
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -101,13 +102,11 @@ def write_bytes(path: Path, content: bytes) -> None:
     scratch: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        scratch = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        scratch = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
+        with scratch.open("xb") as file:  # with the permissions of the umask, not those of mkstemp
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        scratch.chmod(0o644)
         scratch.replace(path)
     except OSError as error:
         raise OutOfSpace(

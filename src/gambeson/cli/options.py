@@ -69,7 +69,7 @@ def _own_names(kind: str) -> list[str]:
     root = Path(__file__).parents[1]
     stamp = f"{root} {max(file.stat().st_mtime_ns for file in root.rglob('*.py'))}"
     try:
-        known = json.loads(NAMES.read_text())
+        known = json.loads(NAMES.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
     if not isinstance(known, dict) or known.get("stamp") != stamp:
@@ -78,7 +78,7 @@ def _own_names(kind: str) -> list[str]:
         known[kind] = [entry.name for entry in registry(kind).own()]
         with suppress(OSError):
             NAMES.parent.mkdir(parents=True, exist_ok=True)
-            NAMES.write_text(json.dumps(known))
+            NAMES.write_text(json.dumps(known), encoding="utf-8")
     return list(known[kind])
 
 

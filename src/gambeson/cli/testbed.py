@@ -28,7 +28,7 @@ def list_(data: DataOption = "digits", as_json: Json = False) -> None:
 
     Example: `gambeson testbed list --data mnist5k`
     """
-    stored = json.loads((files("gambeson") / "testbed" / "models.json").read_text())
+    stored = json.loads((files("gambeson") / "testbed" / "models.json").read_text(encoding="utf-8"))
     if data not in stored["data"]:
         from gambeson.base import unknown_name
 

@@ -139,7 +139,7 @@ def train(
             print_json(cost.plain() | {"memory": cost.memory}) if as_json else console.print(_words(cost, name))
             return
         trained = run_training(run, folder, dataset)
-        history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if as_json:
         print_json({"out": str(folder), "metrics": history})
         return

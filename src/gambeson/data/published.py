@@ -44,7 +44,7 @@ def voc(path: Path) -> Content:
     for part, file in (("train", "train.txt"), ("test", "val.txt")):
         chosen = root / "ImageSets/Segmentation" / file
         try:
-            names = chosen.read_text().split()
+            names = chosen.read_text(encoding="utf-8").split()
         except OSError as error:
             raise UserError(f"{chosen} cannot be read ({error.strerror}): expected the layout of voc") from None
         parts[part] = [(root / f"JPEGImages/{one}.jpg", root / f"SegmentationClass/{one}.png") for one in names]

@@ -102,7 +102,7 @@ def _run(audit: Finished, label: str) -> dict[str, Any]:
         if not gate.held
     ]
     file = audit.folder / "result.json"
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return {
         "tool": {"driver": {"name": "Gambeson", "version": result.environment.get("gambeson", ""), "rules": rules}},
         "automationDetails": {"id": f"gambeson/{slug(label)}/"},

@@ -209,7 +209,7 @@ class Lock:
         file = folder / f"lock.{number}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY), "w") as opened:
+            with os.fdopen(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY), "w", encoding="utf-8") as opened:
                 json.dump({"token": token, "machine": _machine(), "process": os.getpid()}, opened)
         except FileExistsError:
             return None
@@ -255,7 +255,7 @@ def _newest(folder: Path) -> int | None:
 
 def _owner(file: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        return dict(json.loads(file.read_text()))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     return {}
 
 
@@ -285,7 +285,7 @@ def _now(folder: Path) -> float:
 
 def _read(path: str) -> str:
     with suppress(OSError):
-        return Path(path).read_text().strip()
+        return Path(path).read_text(encoding="utf-8").strip()
     return ""
 
 

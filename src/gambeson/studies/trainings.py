@@ -219,7 +219,7 @@ def train(
     run = _with(run, update)
     model = _trained(run, data, out)
     scores = _scores(model, data, eps, run.seed)
-    history = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    history = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "values": {
             "validation_accuracy": scores["accuracy"],

@@ -59,7 +59,7 @@ def load_audit(name: str) -> AuditResult:
 
 def card(name: str) -> str:
     """Return the card of an entry, in Markdown; see :func:`load`."""
-    return zoo.path(name, CARD).read_text()
+    return zoo.path(name, CARD).read_text(encoding="utf-8")
 
 
 class Verification(Config):
