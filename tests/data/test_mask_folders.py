@@ -182,6 +182,16 @@ def test_names_without_colours_name_the_values(tmp_path: Path) -> None:
         load(f"mask-folder:{tmp_path}")
 
 
+def test_0_with_255_and_a_palette_of_more_than_two_names_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "images", tmp_path / "masks", save=lambda v, path: grey(v * np.uint8(255), path), classes=2)
+    names = tmp_path / "classes.txt"
+    names.write_text("roof\nlawn\npath\n")
+    with pytest.raises(UserError, match=r"0 and 255 alone, and the palette names 3 classes: say by \?ignore=255"):
+        load(f"mask-folder:{tmp_path}")
+    names.write_text("roof\nlawn\n")
+    assert quiet(f"mask-folder:{tmp_path}").classes == ("roof", "lawn")
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [

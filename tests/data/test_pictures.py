@@ -21,8 +21,8 @@ RAMP = np.linspace(0, 1, 64).reshape(8, 8)
 """Grey levels of a picture, 0 to 1; rows get brighter downwards."""
 
 
-def deep_png(values: np.ndarray[Any, Any]) -> bytes:
-    """A PNG of 16 bits per channel, (H, W, C), which PIL cannot write in colour."""
+def deep_png(values: np.ndarray[Any, Any], clear: int | None = None) -> bytes:
+    """A PNG of 16 bits per channel, (H, W, C), which PIL cannot write in colour, of which one level may be clear."""
     height, width, channels = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
 
@@ -30,7 +30,8 @@ def deep_png(values: np.ndarray[Any, Any]) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    head = chunk(b"IHDR", head) + (b"" if clear is None else chunk(b"tRNS", struct.pack(">H", clear) * channels))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def folder(root: Path, write: Any, ending: str) -> Path:
@@ -166,6 +167,16 @@ def test_transparent_pixels_need_a_rule(tmp_path: Path) -> None:
         assert image[:, 7, 7].tolist() == under
     values[..., 3] = 255
     assert read(folder(tmp_path / "opaque", saver(values), ".webp"), mode="rgb").shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_transparent_colour_of_a_deep_picture_needs_a_rule(tmp_path: Path, channels: int) -> None:
+    values = np.rint(RAMP * 65535)[..., None].repeat(channels, 2)
+    root = folder(tmp_path, lambda path: path.write_bytes(deep_png(values, clear=int(values[3, 3, 0]))), ".png")
+    for options in ({}, {"alpha": "white"}):
+        with pytest.raises(UserError, match=r"0\.png is a 16-bit picture in which one colour is transparent"):
+            read(root, **options)
+    assert (read(root, mode="grey", alpha="drop").int() - LEVELS.int()).abs().max() <= 1
 
 
 def test_palettes(tmp_path: Path) -> None:

@@ -333,6 +333,11 @@ def _indexed(values: torch.Tensor, palette: Palette | None, ignore: int | None) 
     labels = {} if ignored is None else {ignored: IGNORED}
     if ignored is None and values.tolist() == MASK:
         classes = ("background", "foreground") if palette is None else palette.names
+        if len(classes) > 2:
+            raise UserError(
+                f"the masks hold the values 0 and 255 alone, and the palette names {len(classes)} classes: say by "
+                "?ignore=255 that 255 marks unlabelled pixels, or name the two classes of 0 and 255"
+            )
         labels |= {0: 0, 255: 1}
     elif palette is not None:
         classes = palette.names

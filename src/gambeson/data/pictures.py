@@ -120,6 +120,11 @@ class Decoder:
     def __call__(self, picture: Image.Image, what: str) -> torch.Tensor:
         """Decode a picture, called ``what`` in errors."""
         kind = depth(picture)
+        if kind and "transparency" in picture.info and self.alpha != "drop":
+            raise UserError(
+                f"{what} is a {kind} picture in which one colour is transparent: choose alpha=drop for the colours "
+                "stored under it, or convert it to 8 bits"
+            )
         if kind or picture.mode == "I":
             picture = self._eight_bits(picture, kind, what)
         else:
