@@ -119,8 +119,8 @@ class PGD(GradientAttack):
         record = BestSoFar.into(best)
         for restart in range(self.restarts):
             everyone = torch.arange(len(x), device=x.device)
-            # Without early stopping, as with eot_samples, success on a few samples ends nothing.
-            active = everyone[~record.is_adversarial] if self.early_stop else everyone
+            # Success on a few samples of a random model is none.
+            active = everyone[~record.is_adversarial] if restart and not self.eot_samples else everyone
             if len(active) == 0:
                 break
             draw = generator(seed, "start", restart, device=x.device)
