@@ -225,10 +225,9 @@ def _agree(
             found, found_gradient, found_writes = results(view, laid, 0)
             if found_writes and not writes:
                 return False
-            if layout != torch.contiguous_format and not torch.equal(logits, results(model, plain, 1)[0]):
-                return bool(found.isfinite().all()) and (found_gradient is None) == (gradient is None)
             if not near(found, logits, max(TOLERANCE, rounding)):
-                return False
+                drawn = layout != torch.contiguous_format and not torch.equal(logits, results(model, plain, 1)[0])
+                return drawn and bool(found.isfinite().all()) and (found_gradient is None) == (gradient is None)
         if found_gradient is None or gradient is None:
             return found_gradient is gradient
         return float((found_gradient - gradient).norm()) <= max(GRADIENT_TOLERANCE, rounding) * float(gradient.norm())
