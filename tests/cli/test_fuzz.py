@@ -176,7 +176,11 @@ def test_a_folder_is_taken_by_valid_settings_only(trained, nowhere, capsys):
             assert outcome(capsys, [*train, "--epochs", "1", *wrong, *plan])[0] == 2
             assert not (nowhere / "t").exists()
     (nowhere / "t").mkdir()
-    (nowhere / "t" / "run.yaml").write_text(yaml.safe_dump({"kind": "train", "data": "digits", "model": "lenet"}))
+    (nowhere / "t" / "run.yaml").write_text(
+        yaml.safe_dump(failed := {"kind": "train", "data": "digits", "model": "lenet"})
+    )
+    assert outcome(capsys, [*train, "--epochs", "1"])[0] == 2  # not what a run begins with
+    (nowhere / "t" / "run.yaml").write_text(yaml.safe_dump({**failed, "environment": {}, "finished": False}))
     assert outcome(capsys, [*train, "--epochs", "1"])[0] == 0
 
 

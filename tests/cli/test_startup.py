@@ -213,7 +213,7 @@ def test_names_are_completed_by_the_shell(monkeypatch):
 def test_the_defaults_that_help_shows_are_those_of_the_settings(command, run, paths):
     shown = {one.name: one.show_default for one in typer.main.get_command(app).commands[command].params}
     for option, setting in paths.items():
-        usual, _, maps = shown[option].partition(", of label maps ")
+        usual, _, maps = shown[option].partition("; ")
         assert usual == str(run.model_fields[setting].default), option
         assert not maps or maps.split()[0] == str(PRESETS["segmentation"][setting]), option
 

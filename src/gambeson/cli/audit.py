@@ -24,7 +24,7 @@ def audit(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="How thorough: glance (minutes), quick, standard or full (hours).",
+            help="How thorough, glance, quick, standard or full: minutes to hours.",
             show_default="standard; with --minutes full",
         ),
     ] = None,

@@ -312,7 +312,7 @@ def splits_of(victim: Victim, data: object) -> tuple[Split, Split]:
         )
     if not bool(sure.all()):
         images, labels = images[sure], labels[sure]
-    classes = victim.inspect(bare.take(slice(0, 8), victim.device)[0]).shape[1]
+    classes = victim.inspect(bare.take(slice(0, 8), victim.device)[0], scores=True).shape[1]
     ignored = ABSTAIN if bool((labels == ABSTAIN).any()) else None
     whole = Split("images", images, labels, tuple(str(k) for k in range(classes)), ignore_index=ignored)
     held = whole.sample_indices(max(1, len(images) // 5))
