@@ -23,7 +23,7 @@ PAPERS = {
 }
 """The pages of papers, and what the names of their claims start with."""
 
-SMALL = "claims-small"
+SMALL, PRESET = "claims-small", "claims-gambeson"
 Rows = list[tuple[str, ...]]
 
 
@@ -66,6 +66,16 @@ def headline() -> tuple[list[str], Rows]:
     return ["claim", "margin", *places], rows
 
 
+def of_preset() -> tuple[list[str], Rows]:
+    """The preset beside each single defence, on each of three numbers, at equal steps."""
+    stored = {one["claim"]: one["findings"] for one in _stored(PRESET) if one["at"] == "steps"}
+    rows: dict[str, list[str]] = {}
+    for name, claim in _claims(ROOT / "studies" / f"{PRESET}.yaml"):
+        told = [_told(found, claim, 1) for found in stored.get(name, [])]
+        rows.setdefault(claim["to"]["defense"], []).append("; ".join(told) or "not run")
+    return ["beside", "clean accuracy", "eps_uni(0.5)", "attack suite"], [(name, *told) for name, told in rows.items()]
+
+
 def _claims(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, claim in Study.load(file).claims.items():
         yield name, {key: value for key, value in claim.plain().items() if value is not None}
@@ -89,15 +99,20 @@ def _places(verdict: dict[str, Any]) -> str:
     return "".join(f"; {found['data']}: {found['verdict']}" for found in run) if run else ""
 
 
-def _told(found: dict[str, Any], claim: dict[str, Any]) -> str:
+def _told(found: dict[str, Any], claim: dict[str, Any], digits: int = 0) -> str:
     if found["effect"] is None:
         return str(found["verdict"])
-    interval = "" if found["low"] is None else f" [{_number(found['low'], claim)}, {_number(found['high'], claim)}]"
-    return f"{found['verdict']}: {_number(found['effect'], claim)}{_unit(claim)}{interval}"
+    effect, low, high = (
+        None if found[key] is None else _number(found[key], claim, digits) for key in ("effect", "low", "high")
+    )
+    return f"{found['verdict']}: {effect}{_unit(claim)}" + ("" if low is None else f" [{low}, {high}]")
 
 
-def _number(effect: float, claim: dict[str, Any]) -> str:
-    return f"{100 * effect:.0f}" if _unit(claim) == " points" else f"{effect:.1f}" if _unit(claim) else f"{effect:.2f}"
+def _number(effect: float, claim: dict[str, Any], digits: int = 0) -> str:
+    """Format an effect, in points with so many digits."""
+    if _unit(claim) == " points":
+        return f"{100 * effect:.{digits}f}"
+    return f"{effect:.{1 + digits if _unit(claim) else 2}f}"
 
 
 def _unit(claim: dict[str, Any]) -> str:

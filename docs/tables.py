@@ -395,6 +395,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "defences": ("defenses.md", table(DEFENSES.own(), COSTS["defense"])),
         "quickstart table": ("../README.md", quickstart()),
         "claims table": ("../README.md", lines(*claims.headline())),
+        "preset table": ("recipe.md", lines(*claims.of_preset())),
         "auditors table": ("../README.md", testbed_rates.beside()),
         "defenses table": ("defenses.md", defences()),
         "calibrated crafting": ("defenses.md", calibrated()),
