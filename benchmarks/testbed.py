@@ -35,7 +35,7 @@ from gambeson.testbed import outside
 from gambeson.testbed.entry import Entry
 from gambeson.testbed.judgement import AUDITORS, Judgement, broken, judgement_of
 from gambeson.testbed.recipes import networks
-from gambeson.testbed.truth import ground_truth, python_seeded
+from gambeson.testbed.truth import ground_truth
 
 RUNS, SIGNATURE = Path("runs/testbed"), "signature.json"
 AUDITING = Path(gb.__file__).parent / "auditing"
@@ -162,7 +162,7 @@ def outside_cell(data: str, entry: Entry, auditor: str, now: dict[str, str]) -> 
     model = entry.build(nets)
     found: dict[str, Any] = {"kind": word(entry), "data": data, "name": entry.name, "signature": now}
     try:
-        with python_seeded(0, "auditor", entry.name):
+        with seeded(0, "auditor", entry.name):
             verdict = OUTSIDE[auditor](model, nets.data)
     except outside.MissingPackageError:
         raise

@@ -13,7 +13,7 @@ from gambeson.testbed import truth as truths
 from gambeson.testbed.entry import Entry, Networks
 from gambeson.testbed.recipes import DATA, DATASETS, HONEST, networks, networks_on
 from gambeson.testbed.suspicious import SUSPICIOUS
-from gambeson.testbed.truth import Mean, StraightThrough, measure, nearest_other_classes, python_seeded, sources_of
+from gambeson.testbed.truth import Mean, StraightThrough, measure, nearest_other_classes, sources_of
 
 ENTRIES = {entry.name: entry for entry in gb.testbed.models("digits")}
 OBFUSCATED = [name for name, entry in ENTRIES.items() if not entry.honest]
@@ -238,18 +238,6 @@ def test_the_images_that_choose_the_perturbation_are_not_those_that_score_it(nam
 
 def measure_of(entry, nets):
     return measure(entry, nets, 0.3)
-
-
-def test_both_generators_come_back():
-    import random
-
-    state, own = random.getstate(), torch.get_rng_state()
-    with python_seeded(0, "x"):
-        drawn = random.random(), float(torch.rand(()))
-    with python_seeded(0, "x"):
-        assert (random.random(), float(torch.rand(()))) == drawn
-    assert random.getstate() == state
-    assert torch.equal(torch.get_rng_state(), own)
 
 
 def test_every_network_says_what_it_is():

@@ -195,8 +195,8 @@ class Auditor:
         training = stage.part == "surrogate"
         clock.bound = training or bool(context.universal)  # without one perturbation there is nothing to say
         clock.kept = clock.seconds(context.suite) if training else 0.0
-        if stage.check in adaptive.READ_BY:  # attacks that few models call for take no more than half of what is left
-            clock.kept = clock.left / 2
+        if any(stage.check == one.name and "adaptive" in one.needs for one in self.diagnostics):
+            clock.kept = clock.left / 2  # attacks that few models call for take no more than half of what is left
         before, began = context.spent, now()
         line = stage.run()
         clock.bound = False

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from gambeson.base import Config, UserError, environment, open_run, read_json, task, unknown_name, write_json
+from gambeson.base import Config, UserError, environment, open_run, read_json, seeded, task, unknown_name, write_json
 from gambeson.base.user_code import canonical, file_of, is_spelling
 from gambeson.data import Dataset
 from gambeson.evaluation import Rate
@@ -27,7 +27,7 @@ from gambeson.testbed.judgement import AUDITORS, Judgement, NotAJudgement, as_ju
 from gambeson.testbed.library import entry_of, models
 from gambeson.testbed.outside import OUTSIDE, MissingPackageError
 from gambeson.testbed.recipes import networks
-from gambeson.testbed.truth import ground_truth, python_seeded
+from gambeson.testbed.truth import ground_truth
 
 Auditor = Callable[[nn.Module, Dataset], object]
 """Maps a model and its data to a bool (can the model be trusted?) or to a :class:`Judgement`."""
@@ -229,7 +229,7 @@ class _Work:
                     return Judgement(**kept["judgement"]), float(kept["seconds"])
         began = time.perf_counter()
         try:
-            with python_seeded(self.seed, "auditor", entry.name), torch.enable_grad():
+            with seeded(self.seed, "auditor", entry.name), torch.enable_grad():
                 judgement = as_judgement(self.auditor(model, copy.deepcopy(self.nets.data)), entry.name)
         except (NotAJudgement, MissingPackageError):
             raise

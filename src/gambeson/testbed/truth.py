@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import torch
 from torch import nn
 
 from gambeson.attacks import PGD, StochasticPGD
-from gambeson.base import Config, UserError, derive, generator, read_json, seeded, write_json
+from gambeson.base import Config, UserError, generator, read_json, seeded, write_json
 from gambeson.data import Dataset, Split
 from gambeson.data.load import data_root
 from gambeson.evaluation import Rate
@@ -42,18 +41,6 @@ class GroundTruth(Config):
     """Lower bound of the universal evasion rate."""
     how: str
     """How it was measured."""
-
-
-@contextmanager
-def python_seeded(seed: int, *path: str) -> Iterator[None]:
-    """Seed the global generators of torch and Python inside the block, since models draw from either."""
-    state = random.getstate()
-    random.seed(derive(seed, *path))
-    try:
-        with seeded(seed, *path):
-            yield
-    finally:
-        random.setstate(state)
 
 
 class StraightThrough(nn.Module):
@@ -170,7 +157,7 @@ def measure(entry: Entry, nets: Networks, eps: float) -> GroundTruth:
     standing = clean.clone()
     for name, way in found.items():
         attack = PGD(eps=eps, steps=40, early_stop=False, eot_samples=10 if stochastic and name == ITSELF else 1)
-        with python_seeded(0, "way", name):
+        with seeded(0, "way", name):
             moved = [attack(way, some, labels) for some, labels in zip(x.split(250), y.split(250), strict=True)]
         standing &= right(torch.cat(moved))
         if entry.kind == "detection":
@@ -233,7 +220,7 @@ def _random(entry: Entry, nets: Networks, images: torch.Tensor) -> bool:
     """Whether two fresh copies differ; a single one may only have changed its state."""
     found = []
     for draw in ("one", "two"):
-        with python_seeded(0, draw):
+        with seeded(0, draw):
             found.append(entry.build(nets)(images))
     return not torch.equal(*found)
 
@@ -244,7 +231,7 @@ def _right(entry: Entry, nets: Networks, images: torch.Tensor, labels: torch.Ten
     every = torch.ones(len(images), dtype=torch.bool)
     for at_once in (1, 250) if entry.kind == "batch" else (250,):
         model, hits = entry.build(nets), torch.zeros(len(images), dtype=torch.long)
-        with python_seeded(0, "right", entry.name):
+        with seeded(0, "right", entry.name):
             for _ in range(votes):
                 hits += torch.cat([model(some).argmax(1) for some in images.split(at_once)]) == labels
         every &= hits * 2 > votes

@@ -159,7 +159,7 @@ def fold_batchnorms(
         example: (N, C, H, W) images.
         layout: memory layout of the copy if it works there, else contiguous.
         trained: whether the model is being trained: where its weights have changed, as between two steps, an earlier
-            copy is not compared with it again, which on an accelerator would cost up to a third of a step.
+            copy is not compared with it again, which would cost a forward of each in every step.
 
     Raises:
         ValueError: no copy gives the model's results.

@@ -27,8 +27,6 @@ from gambeson.tasks import Counts, Task
 from gambeson.victim import ABSTAIN, Victim, predict, score
 from gambeson.victim.substitute import BorrowedGradient, FiniteDifferences, InnerGradientsOff
 
-READ_BY = ("gradient complete", "no optimisation at test time")
-"""Checks that read the stage's result."""
 AGREES, WRONG = 0.9, 0.8
 """Agreement below which a gradient lacks something, and below which it is another function's (ours). Of honest
 networks, quantised ones aside, 0 to 2 % of images lie below the former."""
