@@ -19,7 +19,7 @@ SMALL = [
     SGA(eps=0.2, steps=2, batch_size=60),
     DFUAP(eps=0.2, steps=4),
     DFUAP(eps=0.2, steps=3, clip=False),
-    DeepFoolUAP(eps=0.2, images=30, passes=1, images_a_step=10),
+    DeepFoolUAP(eps=0.2, images=30, passes=1, batch_size=10),
     SingularVector(eps=0.2, restarts=1, iterations=2, layers=("body.conv1",)),
     DataFree(eps=0.2, steps=4, check_every=2),
     PerlinNoise(eps=0.2, patterns=6, images=40, finalists=2),

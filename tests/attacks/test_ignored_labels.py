@@ -85,7 +85,7 @@ IMAGE_ATTACKS = {
     "sga, logit and truth": SGA(eps=0.1, steps=3, batch_size=20, rounds=1, loss="logit", labels="truth"),
     "bounded logit": DFUAP(eps=0.1, steps=3, batch_size=20),
     "bounded logit, targeted": DFUAP(eps=0.1, steps=3, batch_size=20, target=1),
-    "deepfool": DeepFoolUAP(eps=0.1, images=60, passes=2, images_a_step=8),
+    "deepfool": DeepFoolUAP(eps=0.1, images=60, passes=2, batch_size=8),
 }
 
 

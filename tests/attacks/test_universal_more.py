@@ -52,7 +52,7 @@ ATTACKS = {
     "sga-logit": lambda **kw: SGA(steps=40, batch_size=20, rounds=2, loss="logit", **kw),
     "df-uap": lambda **kw: DFUAP(steps=80, batch_size=20, rel_step_size=0.1, confidence=99, **kw),
     "deepfool": lambda **kw: DeepFoolUAP(images=60, fooling=1.0, passes=20, **kw),
-    "deepfool-32": lambda **kw: DeepFoolUAP(images=60, fooling=1.0, passes=20, images_a_step=32, **kw),
+    "deepfool-32": lambda **kw: DeepFoolUAP(images=60, fooling=1.0, passes=20, batch_size=32, **kw),
     "singular": lambda **kw: SingularVector(layers=("",), images=8, **kw),
 }
 

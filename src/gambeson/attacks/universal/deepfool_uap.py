@@ -30,7 +30,7 @@ class DeepFoolUAP(UniversalAttack):
     the fooling rate on the images reaches ``fooling``, or after ``passes`` passes over the shuffled images (the public
     Python code has no such limit; the status is then ``target not reached``).
 
-    ``images_a_step=1`` is the paper's one image at a time. With more, DeepFool runs on all images of a step that are
+    ``batch_size=1`` is the paper's one image at a time. With more, DeepFool runs on all images of a step that are
     not fooled, and v moves by the mean of their r (ours, for speed).
 
     Cost: a forward per image and pass and, if not fooled, one more and up to ``inner_steps`` times those of a step of
@@ -45,7 +45,7 @@ class DeepFoolUAP(UniversalAttack):
     """Fooling rate on these images at which it stops (the paper's 1 - delta)."""
     passes: Annotated[int, Field(ge=1)] = 10
     """Maximum number of passes over the images."""
-    images_a_step: Annotated[int, Field(ge=1)] = 1
+    batch_size: Annotated[int, Field(ge=1)] = 1
     """Images per update of v."""
     classes: Annotated[int, Field(ge=2)] = 10
     """Classes that DeepFool considers: those with the highest clean logits, including the prediction."""
@@ -66,7 +66,7 @@ class DeepFoolUAP(UniversalAttack):
             v, reached = (start if warm and start is not None else zero), False
             for turn in range(self.passes):
                 order = torch.randperm(len(few), generator=generator(context.seed, "order", restart, turn))
-                for rows in order.split(self.images_a_step):
+                for rows in order.split(self.batch_size):
                     images, _ = few.take(rows, context.device)
                     for victim, answers in zip(context.edited, clean, strict=True):
                         v = self._move(context, victim, v, images, answers[rows].to(context.device))
