@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+import typer
 import yaml
 
 import gambeson as gb
@@ -203,11 +204,19 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path, c
         gb.base.load_tensors(path)  # whatever is there is whole
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["audit"], ["report"], ["quickstart"], ["data"], ["data", "get"]])
-def test_every_command_has_help_with_an_example(capsys, command):
-    assert run([*command, "--help"]) == 0
-    text = capsys.readouterr().out
-    assert "Example" in text or command in ([], ["data"])
+def commands(group, *path):
+    """Each command with the words that call it."""
+    for name, command in group.commands.items():
+        yield from commands(command, *path, name) if hasattr(command, "commands") else [((*path, name), command)]
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [pytest.param(*found, id=" ".join(found[0])) for found in commands(typer.main.get_command(app.app))],
+)
+def test_every_command_has_an_example_and_answers_machines(words, command):
+    assert f"Example: `gambeson {' '.join(words)}" in command.help
+    assert [one for one in command.params if "--json" in one.opts]
 
 
 def test_a_setting_of_http_is_said_as_it_was_typed(capsys):

@@ -120,6 +120,8 @@ def test_the_commands_take_a_name_of_the_zoo(package, capsys, tmp_path, monkeypa
     assert NAME in capsys.readouterr().out
     assert run(["zoo", "show", NAME]) == 0
     assert capsys.readouterr().out == "# tiny\n\n"
+    assert run(["zoo", "show", NAME, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == entry.plain() | {"card": "# tiny\n"}
     assert run(["uap", "score", f"zoo:{NAME}", f"zoo:{NAME}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["uer"] == entry.uer.plain()
 

@@ -92,6 +92,7 @@ def convert(
     key: Annotated[
         str | None, typer.Option(help="Where in FILE the weights are, such as ema (the only place).")
     ] = None,
+    as_json: options.Json = False,
 ) -> None:
     """Write the weights of a checkpoint as safetensors; nothing in the checkpoint runs.
 
@@ -99,7 +100,11 @@ def convert(
     """
     from gambeson.models.storage import convert as convert_weights
 
-    for line in convert_weights(file, to, key):
+    lines = convert_weights(file, to, key)
+    if as_json:
+        print_json({"file": str(to), "notes": lines})
+        return
+    for line in lines:
         typer.echo(line)
     typer.echo(
         f"next: gambeson audit torchvision:resnet18@{to} --data NAME; or with another architecture or FILE.py:FUNCTION"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -107,6 +107,7 @@ def export(
     join: Annotated[
         Path | None, typer.Option(help="Earlier summary, used for data sets that were not run here.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write every number of a study as a table, one line per number, or the results of its cells.
 
@@ -120,19 +121,21 @@ def export(
         if join is not None:
             raise UserError("--join takes in a summary, which has no cells: choose --to json, csv or parquet")
         path = output or out / study.name / f"{study.name}.jsonl.gz"
-        typer.echo(f"{studies.export_cells(study, out, path)} results are in {path}")
+        written = studies.export_cells(study, out, path)
+        _said(as_json, f"{written} results are in {path}", file=str(path), results=written)
         return
     found = studies.read_study(study, out)
     if join is not None:
         found = studies.joined(found, read_json(join))
     path = studies.export(found, to, output or out / study.name / f"{study.name}.{to}")
-    typer.echo(f"{len(found.rows)} rows are in {path}")
+    _said(as_json, f"{len(found.rows)} rows are in {path}", file=str(path), rows=len(found.rows))
 
 
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="What `gambeson study export STUDY --to cells` has written.")],
     out: Out = DEFAULT,
+    as_json: Json = False,
 ) -> None:
     """Import the results of a study that ran elsewhere, to continue it here; weights are not included.
 
@@ -143,7 +146,16 @@ def import_(
     from gambeson import studies
 
     new, known = studies.import_cells(file, out)
-    typer.echo(f"{new} results are new in {out / 'cells'}" + (f", {known} were there" if known else ""))
+    text = f"{new} results are new in {out / 'cells'}" + (f", {known} were there" if known else "")
+    _said(as_json, text, folder=str(out / "cells"), new=new, known=known)
+
+
+def _said(as_json: bool, text: str, **content: Any) -> None:
+    """Print a sentence, or what it says as JSON."""
+    if as_json:
+        print_json(content)
+    else:
+        typer.echo(text)
 
 
 def _plan_table(found: StudyPlan) -> Table:

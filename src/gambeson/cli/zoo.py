@@ -50,14 +50,17 @@ def list_(
 
 
 @app.command("show")
-def show(name: Name) -> None:
+def show(name: Name, as_json: Json = False) -> None:
     """Print the card of a network: how it was trained, and what it was measured at.
 
     Example: `gambeson zoo show fashion-mnist/lenet5/shared-s16`
     """
     from gambeson import zoo
 
-    typer.echo(zoo.card(name))
+    if as_json:
+        print_json(zoo.entry(name).plain() | {"card": zoo.card(name)})
+    else:
+        typer.echo(zoo.card(name))
 
 
 @app.command("verify")
