@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 import gambeson as gb
 from gambeson.base import UserError
+from gambeson.base.errors import DataWarning
 from gambeson.models.export import export
 from gambeson.models.loading import input_shape, load_model
 
@@ -177,6 +179,42 @@ def test_a_model_and_data_that_do_not_fit(folder):
         load_model(f"{folder}/net.pt2", "two", "cpu", _two())
     with pytest.raises(UserError, match="does not say what data its model was trained on"):
         load_model(f"{folder}/own.safetensors", None, "cpu")
+
+
+def _named(digits, *names):
+    """Digits whose classes are called by ``names``, the rest by their numbers."""
+    classes = (*names, *digits.classes[len(names) :])
+    parts = [
+        gb.data.Split(part, split.images, split.labels, classes)
+        for part, split in (("train", digits.train), ("validation", digits.validation), ("test", digits.test))
+    ]
+    return gb.data.Dataset("named", *parts, classes)
+
+
+def test_classes_of_a_training_in_another_order_are_refused_and_other_names_said(tmp_path, digits):
+    here = _named(digits, "nought", "one", "two")
+    recipe = gb.training.Recipe(epochs=1, batch_size=64)
+    gb.train(gb.models.create("lenet", here), here, gb.defenses.Standard(), recipe=recipe, out=tmp_path)
+    source = str(tmp_path)
+    assert load_model(source, "named", "cpu", here).dataset is here
+    with pytest.raises(
+        UserError, match="class 1 is 'one' where .* was trained, but 'two' in named: give the classes in"
+    ):
+        load_model(source, "named", "cpu", _named(digits, "nought", "two", "one"))
+    with pytest.warns(
+        DataWarning, match="class 0 is 'nought' where .* but 'zero' in named: every rate is wrong unless"
+    ):
+        load_model(source, "named", "cpu", _named(digits, "zero", "one", "two"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(source, "digits", "cpu", digits)  # which only count
+
+
+def test_numbers_in_the_order_of_text_are_not_those_in_the_order_of_numbers(tmp_path, digits):
+    recipe = gb.training.Recipe(epochs=1, batch_size=64)
+    gb.train(gb.models.create("lenet", digits), digits, gb.defenses.Standard(), recipe=recipe, out=tmp_path)
+    with pytest.raises(UserError, match="class 0 is '0' where .* was trained, but '1' in named"):
+        load_model(str(tmp_path), "named", "cpu", _named(digits, "1", "0"))
 
 
 def test_trained_weights_of_other_classes_are_not_judged_with_a_new_last_layer(digits):

@@ -39,7 +39,7 @@ from gambeson.defenses import Gambeson
 from gambeson.evaluation import BlackBox
 from gambeson.models import PixelModel, fingerprint
 from gambeson.models import save as save_model
-from gambeson.models.storage import FILE_NAME
+from gambeson.models.storage import CLASS_NAMES, FILE_NAME
 from gambeson.threat import Eps, Norm, default_eps
 from gambeson.training import Recipe, TrainingCost, plan, train
 from gambeson.training.loop import History
@@ -220,7 +220,7 @@ def hardened(job: Job, schedule: Schedule, folder: Path, title: str, began: floa
         notes=tuple(notes),
     )
     if isinstance(net, PixelModel):
-        save_model(net, folder / FILE_NAME, {"hardened": found.summary})
+        save_model(net, folder / FILE_NAME, {"hardened": found.summary, CLASS_NAMES: job.data.classes})
     else:
         save_tensors(folder / FILE_NAME, net.state_dict(), {"hardened": found.summary})
     report.write(

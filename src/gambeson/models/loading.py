@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from gambeson import data, models
 from gambeson.base import UserError, read_settings, seeded, user_code
+from gambeson.base.errors import DataWarning
 from gambeson.base.files import read_yaml
 from gambeson.data.load import FOLDERS
 from gambeson.models import external, hubs, normalisation, registry, torchvision_nets, zoo
@@ -20,7 +22,7 @@ from gambeson.models.black_box.http import HttpModel, HttpSettings, refuse_secre
 from gambeson.models.black_box.local import FunctionModel, OnnxModel
 from gambeson.models.normalisation import IMAGENET, Scale
 from gambeson.models.program import SUFFIX, load_onnx, load_program, read_program
-from gambeson.models.storage import ENDINGS, Weights, read_card, read_weights
+from gambeson.models.storage import CLASS_NAMES, ENDINGS, Weights, read_card, read_weights
 
 FUNCTION = "function:"
 _SERVER = ("http://", "https://")
@@ -85,8 +87,9 @@ def load_model(
         gradients: what needs the model's gradients, such as an attack; a black box is then refused before it is asked.
 
     Raises:
-        UserError: no such model, unknown data, data that do not fit the model, a budget for a model that is not a
-            black box, or weights that do not say how pixels were normalised and are clearly better under another way.
+        UserError: no such model, unknown data, data that do not fit the model or have its classes in another order, a
+            budget for a model that is not a black box, or weights that do not say how pixels were normalised and are
+            clearly better under another way.
     """
     named, (source, normalise) = source, _split(source)
     path = Path(source)
@@ -221,7 +224,24 @@ def _loader(source: str) -> Any:
 
 
 def _stored(source: str, dataset: data.Dataset, device: str) -> nn.Module:
-    return models.load(Path(source)).to(torch.device(device))
+    weights = read_weights(Path(source))
+    _compare_classes(weights.document.get("about", {}).get(CLASS_NAMES, ()), dataset, source)
+    return models.load(weights).to(torch.device(device))
+
+
+def _compare_classes(learnt: Sequence[str], dataset: data.Dataset, source: str) -> None:
+    """Refuse data whose classes are the model's in another order, and warn of other names."""
+    given, numbers = dataset.classes, tuple(map(str, range(dataset.num_classes)))
+    different = [index for index, (mine, theirs) in enumerate(zip(learnt, given, strict=False)) if mine != theirs]
+    if len(learnt) != len(given) or not different:
+        return
+    first = different[0]
+    found = f"class {first} is {learnt[first]!r} where {source} was trained, but {given[first]!r} in {dataset.name}"
+    if {*learnt} == {*given}:
+        raise UserError(f"{found}: give the classes in the order of the training")
+    if numbers not in (tuple(learnt), given):  # which only count
+        text = f"{found}: every rate is wrong unless the names mean the same classes"
+        warnings.warn(text, DataWarning, stacklevel=4)
 
 
 def _program(source: str, dataset: data.Dataset, device: str, scale: Scale | None) -> nn.Module:

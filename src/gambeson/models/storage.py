@@ -26,6 +26,8 @@ from gambeson.models.pixel_model import ModelCard, PixelModel
 FILE_NAME = "model.safetensors"
 ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".th", ".tar")
 """Of files of weights."""
+CLASS_NAMES = "class names"
+"""Where the metadata of a trained model have the names of its classes, in its order."""
 _WRAPPERS = {"module", "_orig_mod", "model", "net", "network", "body", "backbone"}
 """Parts of names that wrappers add: data parallel, ``torch.compile``, Lightning and the like."""
 
@@ -66,23 +68,23 @@ def save(model: PixelModel, path: Path, about: dict[str, Any] | None = None) -> 
     save_tensors(Path(path), inner.state_dict(), {"card": inner.card.plain(), "about": about or {}})
 
 
-def load(path: Path) -> PixelModel:
+def load(path: Path | Weights) -> PixelModel:
     """Load a model written by :func:`save`, bit for bit, on the CPU and in evaluation mode.
 
     Nothing is downloaded, and torch's global generators are not changed.
 
     Args:
-        path: the file, or the folder of a run with ``model.safetensors``.
+        path: the file, the folder of a run with ``model.safetensors``, or what :func:`read_weights` returned.
 
     Raises:
         UserError: the file is missing or truncated, has no card, or its weights do not fit it.
     """
-    if "@" in str(path) and not Path(path).exists():
+    if not isinstance(path, Weights) and "@" in str(path) and not Path(path).exists():
         raise UserError(
             f"{path} names an architecture with weights, which are built for data: "
             f"gb.evaluation.load_model({str(path)!r}, 'DATA').model, or load_model(..., dataset=data)"
         )
-    weights = read_weights(path)
+    weights = path if isinstance(path, Weights) else read_weights(path)
     path, tensors, card = weights.path, weights.groups.get("", {}), _card(weights)
     with seeded(0, "load"):  # these weights are replaced, and the caller's generator must not advance
         model = build(card, pretrained=False)

@@ -35,6 +35,7 @@ from gambeson.data import Dataset, as_dataset
 from gambeson.defenses import Batch, Defense, Losses, TrainContext, name_of
 from gambeson.models import PixelModel, fingerprint
 from gambeson.models import save as save_model
+from gambeson.models.storage import CLASS_NAMES, FILE_NAME
 from gambeson.training.batches import Epoch
 from gambeson.training.checkpoint import load_state, save_state
 from gambeson.training.graphs import GraphedForward
@@ -169,7 +170,8 @@ class Run:
         warn_at_chance(self.history[-1], self.data.validation)
         self.model.load_state_dict(self._chosen())
         if self.out is not None and isinstance(self.model, PixelModel) and self.accelerator.is_main_process:
-            save_model(self.model, self.out / "model.safetensors", {"epochs": self.recipe.epochs})
+            about = {"epochs": self.recipe.epochs, CLASS_NAMES: self.data.classes}
+            save_model(self.model, self.out / FILE_NAME, about)
         finish(self.accelerator)
         return self.history
 
