@@ -10,7 +10,7 @@ from typing import Any
 
 from gambeson.attacks import PGD, TargetedAutoPGD
 from gambeson.auditing.context import MARGIN_STEPS, WIDER
-from gambeson.auditing.rescoring import DRAWN, MOST
+from gambeson.auditing.rescoring import DRAWN, MOST, batch_sizes
 from gambeson.auditing.suite import Suite
 from gambeson.data import Dataset
 from gambeson.evaluation.outcome import at_once
@@ -195,6 +195,7 @@ _PROBES, _BATCHES = 16, 13
 CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
     "better than majority class": lambda n: {},
     "perturbation budget used": lambda n: {},
+    "sample like the other images": lambda n: {},
     "crafted beats controls": lambda n: {},  # unless a control has won, whose images are then compared
     "deterministic or majority vote": lambda n: {},
     "input unchanged": lambda n: {},
@@ -206,23 +207,27 @@ CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
     "margin vanishes where the answer changes": lambda n: {"forwards": 0 if n.of_maps else 24},
     "gradient complete": lambda n: {"forwards": 75, "gradients": 6},
     "no optimisation at test time": lambda n: {},  # after the one before
-    "independent of the batch": lambda n: {"beside": 330},
-    "stateless": lambda n: {"beside": 2 * n.sample + 460},
+    "independent of the batch": lambda n: {"beside": 330 + sum(batch_sizes(n.data.test.shape))},
+    "stateless": lambda n: {"beside": 2 * n.sample + 500},
     "re-scoring reproducible": lambda n: {"beside": n.test},
     "monotone in step size": lambda n: {"gradients": 2},
     "gradient independent of the batch": lambda n: {"apart": _BATCHES * _PROBES + n.batches},
     "unbounded attack succeeds": lambda n: {"gradients": 40} | ({"shares": "PGD"} if n.of_maps else {}),
     "other gradients no stronger": lambda n: (
-        {} if n.of_maps else {"gradients": 180, "forwards": 12, "shares": "white box"}
+        {} if n.of_maps else {"gradients": 200, "forwards": 200, "shares": "white box"}
     ),
     "white box beats queries": lambda n: {"forwards": 2 * n.queries + 40 if n.queries else 0, "shares": "white box"},
     "white box beats transfer": lambda n: {"forwards": 2, "shares": "white box"},
-    "no weaker inside the ball": lambda n: {"gradients": n.short, "shares": "short PGD"},
+    "no weaker inside the ball": lambda n: {"gradients": 6 * n.short, "shares": "white box"},
     "alike in every batch": lambda n: {"beside": n.again // 2},
     "gradient beats random search": lambda n: {"forwards": 2 * n.pgd, "shares": "PGD"},
     "multi-step beats single-step": lambda n: {"gradients": 1, "shares": "PGD"},
     "attack beats noise": lambda n: {"forwards": 1, "shares": "PGD"},
     "universal white box beats transfer": lambda n: {"beside": 2 * n.test},
+    "crafted on train beats crafted on test": lambda n: {
+        "beside": 2 * n.test,
+        "apart": n.suite.universal_steps * n.suite.universal_batch,
+    },
     "universal white box beats queries": lambda n: {"beside": 2 * n.test * bool(n.suite.universal_queries)},
     "attacks find what is there": lambda n: {"beside": 24 * (300 + 2 * n.queries), "apart": 48 * (n.pgd + n.white)},
     "margin loss no stronger": lambda n: {"gradients": n.short + 3, "shares": "short PGD"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,10 +31,10 @@ from gambeson.auditing.suite import Suite
 from gambeson.base import UserError, load_tensors, read_json, refuse_other, save_tensors, seeded, write_json, write_text
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import BudgetSpent, Rate
-from gambeson.evaluation.outcome import AttackT, ImageAttack, averaged, outcome
+from gambeson.evaluation.outcome import AttackT, ImageAttack, at_once, averaged, outcome
 from gambeson.evaluation.rates import Cost, ImageErrors
 from gambeson.tasks import Counts
-from gambeson.victim import Victim
+from gambeson.victim import Victim, vote
 from gambeson.victim.temperature import temperature
 
 ResultT = TypeVar("ResultT")
@@ -237,6 +237,8 @@ class AuditContext:
     """The perturbation of the middle eps that was found by queries alone; None if there is none."""
     targeted: dict[str, UniversalPerturbation] = field(default_factory=dict)
     """Perturbations with a target, by its kind; of label maps."""
+    untouched: nn.Module | None = None
+    """A copy of the model that nobody has asked yet; None for a black box, and for what cannot be copied."""
     outcomes: Outcomes = field(default_factory=Outcomes)
     """What each test image answers under the attacks that rates are reported of."""
     _outcomes: dict[tuple[str, str, float | None], Counts] = field(default_factory=dict)
@@ -364,6 +366,23 @@ class AuditContext:
         if first.low > limit or first.value <= limit:
             return first.over(looks)
         return PairedDifference.of(*counts("wider"), level=(1 - EARLY) * LEVEL).over(looks)
+
+    def beyond_white_box(self, others: Sequence[ImageAttack], on: Where = "sample") -> tuple[Counts, Counts, list[int]]:
+        """Attack what the strongest attack with gradients leaves right of a model that is not random.
+
+        Returns:
+            What it leaves right, what the others leave of that, and how many each of them breaks.
+        """
+        white, split, victim = self.outcome(self.white_box, on), getattr(self, on), self.victim
+        both, broken = white.right.clone(), [0] * len(others)
+        for rows in filter(len, white.right.nonzero().flatten().split(at_once(split))):
+            images, labels = split.take(rows, victim.device)
+            for k, attack in enumerate(others):
+                moved = attack(victim, images, labels, seed=self.seed, task=split.task)
+                right = split.task.counts(vote(victim, moved), labels).right.cpu()
+                broken[k] += len(rows) - int(right.sum())
+                both[rows] = both[rows].minimum(right)
+        return white, Counts(both, white.total), broken
 
     def averaged(self, attack: AttackT) -> AttackT:
         """Return an attack with the suite's ``eot_samples`` if the model is random."""

@@ -11,6 +11,21 @@ from gambeson.threat import Ball, perturb
 from gambeson.victim import Victim
 
 
+def nearest_others(known: Split, x: torch.Tensor, y: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images of a split (K, C, H, W), and the indices (N, count) of those of other classes nearest to each.
+
+    Args:
+        known: images with one label each.
+        x: images (N, C, H, W).
+        y: labels (N,).
+        count: number of images, at most.
+    """
+    images, labels = known.take(slice(None), x.device)
+    distances = torch.cdist(x.flatten(1), images.flatten(1))
+    distances[y[:, None] == labels] = torch.inf
+    return images, distances.argsort(1)[:, :count]
+
+
 class NearestClass:
     """Move each image as far as the ball allows towards each of the nearest images of other classes.
 
@@ -40,10 +55,7 @@ class NearestClass:
             seed: nothing is drawn.
             task: what the labels mean; the loss of an image whose label does not count is zero, so that it stays.
         """
-        images, labels = self.known.take(slice(None), x.device)
-        distances = torch.cdist(x.flatten(1), images.flatten(1))
-        distances[y[:, None] == labels] = torch.inf
-        order = distances.argsort(1)[:, : self.tries]
+        images, order = nearest_others(self.known, x, y, self.tries)
         loss, kept = Loss(kind="margin"), x.clone()
         best = torch.full((len(x),), -torch.inf, device=x.device)
         for nearest in order.T:

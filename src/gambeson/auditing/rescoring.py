@@ -37,6 +37,7 @@ SHRINK = 0.06
 LARGEST = 1024
 _VALUES = 2**23
 """Values of the largest batch: twice those of a batch that rates are taken on."""
+_USUAL = (2, 4, 8, 10, 16, 20, 24, 25, 32, 40, 48, 50, 64, 80, 96, 100, 120, 125, 128, 150, 192, 200, 250, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ class Way:
     """What an image shares its batch with: other perturbed images; half of the batch clean; copies of itself."""
     apart: bool = False
     """Whether the model is asked in a thread of its own, on whose stack nothing tells an audit from other callers."""
+    inference: bool = False
+    """Whether that thread is in torch's inference mode."""
     inside: Literal["", "shrunk", "halved", "8 bits", "jittered"] = ""
     """How the perturbation is moved away from the surface of its ball: each value shrunk by up to 6 %, or by up to a
     half; rounded to steps of 1/255 towards zero; shrunk by 2 % and moved at random by up to as much."""
@@ -116,6 +119,12 @@ def _ball(context: AuditContext, eps: float | None = None) -> Ball:
     return Ball(eps=context.eps if eps is None else eps, norm=context.suite.norm)
 
 
+def batch_sizes(shape: Sequence[int]) -> list[int]:
+    """Return the sizes of batches that people take, up to the largest that images of this shape are asked for in."""
+    largest = auto_batch_size(shape, LARGEST, _VALUES)
+    return [size for size in _USUAL if size <= largest] or [1]
+
+
 def ways(context: AuditContext, *, clean: bool = False) -> list[Way]:
     """Return the ways of asking that suit a model.
 
@@ -143,6 +152,7 @@ def ways(context: AuditContext, *, clean: bool = False) -> list[Way]:
         Way(name=f"in batches of {largest:,}", size=largest),
         Way(name="beside copies of itself", size=32, share=0.01, mates="copies"),
         Way(name="in a thread of its own", share=0.25, apart=True),
+        Way(name="in inference mode", share=0.25, apart=True, inference=True),
     ]
     if not (clean or context.suite.rescoring):
         return []
@@ -176,16 +186,16 @@ def asked(
     with seeded(context.seed, "score"):
         for who, perturbed in replace(way, size=size).batches(rows, order):
             images = found.take(context, way, who, perturbed, draw)
-            predictions = (_apart if way.apart else vote)(context.victim, images).cpu()
+            predictions = (_apart(context.victim, images, way) if way.apart else vote(context.victim, images)).cpu()
             answers = predictions.new_empty(len(rows), *predictions.shape[1:]) if answers is None else answers
             answers[place[who[perturbed]]] = predictions[perturbed]
     assert answers is not None
     return answers
 
 
-def _apart(victim: Victim, images: torch.Tensor) -> torch.Tensor:
+def _apart(victim: Victim, images: torch.Tensor, way: Way) -> torch.Tensor:
     with full_precision(images.device):
-        return predicted(victim.forward_apart(images))
+        return predicted(victim.forward_apart(images, inference=way.inference))
 
 
 def rescored_in(context: AuditContext, found: Perturbed, tried: Sequence[Way]) -> list[Rescored]:

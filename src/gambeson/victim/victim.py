@@ -243,11 +243,17 @@ class Victim:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.no_grad()
-    def forward_apart(self, images: torch.Tensor) -> torch.Tensor:
-        """Return what :meth:`forward_original` does, asked in a thread of its own: on its stack is nobody's code."""
+    def forward_apart(self, images: torch.Tensor, *, inference: bool = False) -> torch.Tensor:
+        """Return what :meth:`forward_original` does, asked in a thread of its own: on its stack is nobody's code.
+
+        Args:
+            images: (N, C, H, W) in [0, 1].
+            inference: in torch's inference mode, as models are deployed, and not only without gradients.
+        """
         self.forwards += len(images)
         with self._as_called(images), ThreadPoolExecutor(1) as pool:
-            ask = torch.no_grad()(self.model.__call__)  # the mode is the thread's
+            mode = torch.inference_mode() if inference else torch.no_grad()
+            ask = mode(self.model.__call__)  # the mode is the thread's
             logits = self._logits(lambda sent: pool.submit(ask, sent).result(), images)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -8,17 +8,19 @@ from typing import Any
 import torch
 
 from gambeson.attacks import PGD, Noise, RayS, Square, UniversalPerturbation
+from gambeson.auditing.boundary_gradient import BoundaryGradient
 from gambeson.auditing.context import AuditContext, Where
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.nearest_class import NearestClass
 from gambeson.auditing.outcome import AsFarAsFinite, PairedDifference
 from gambeson.auditing.stages.transfer import FromSurrogate, image_attacks, on_surrogate
 from gambeson.base import derive, generator, seeded
+from gambeson.data import Split
 from gambeson.evaluation.attack_suite import WorstCase
 from gambeson.evaluation.outcome import ImageAttack, at_once, outcome_under
 from gambeson.tasks import Counts, Task
 from gambeson.threat import Ball, perturb
-from gambeson.victim import Victim, vote
+from gambeson.victim import Victim
 
 _MORE = 0.02
 """Share of images beyond which a weaker attack counts: honest networks come to a few in a thousand. Ours."""
@@ -135,7 +137,8 @@ def _queried(context: AuditContext) -> Finding:
     found: list[tuple[Counts, Counts, list[int]]] = []
 
     def counts(on: Where) -> tuple[Counts, Counts]:
-        found.append((_voted if context.subject.random else _settled)(context, others, on))
+        random = context.subject.random
+        found.append(_voted(context, others, on) if random else context.beyond_white_box(others, on))
         return found[-1][:2]
 
     gain = context.compare_counts(counts, _MORE)
@@ -153,14 +156,15 @@ def _queried(context: AuditContext) -> Finding:
 
 @register(
     "other gradients no stronger",
-    condition="PGD on the ratio of logits (DLR), or along gradients that are averaged over noise as large as eps, "
-    f"breaks clearly more than {100 * _MORE_BY_GRADIENTS:g} % of images among those that the strongest attack with "
-    "gradients leaves right",
+    condition="PGD on the ratio of logits (DLR) or along gradients that are averaged over noise as large as eps, or "
+    "steps along the boundary by the gradients on it, break clearly more than "
+    f"{100 * _MORE_BY_GRADIENTS:g} % of images among those that the strongest attack with gradients leaves right",
     explanation="The gradient is true where it is taken and of no use a step further on: waves on the logits, or "
     "margins that shrink where the model is surer, turn every attack that follows it. A ratio of logits has no such "
-    "scale (Croce and Hein 2020, section 4), and averaged over noise a gradient is that of the function beneath (Wu et "
-    "al. 2018).",
-    remedy="Report the stronger attack's number: gambeson.attacks.PGD with loss='dlr' or noise=Noise().",
+    "scale (Croce and Hein 2020, section 4), averaged over noise a gradient is that of the function beneath (Wu et "
+    "al. 2018), and where the answer changes no factor on the margin has a say (Brendel et al. 2019).",
+    remedy="Report the stronger attack's number: gambeson.attacks.PGD with loss='dlr' or noise=Noise(), or start at "
+    "images of other classes.",
 )
 def _other_gradients(context: AuditContext) -> Finding:
     if not context.sample.task.per_image_label:
@@ -168,22 +172,24 @@ def _other_gradients(context: AuditContext) -> Finding:
     if context.subject.random:
         return Finding(None, "the model is random, so that its gradients are averaged already")
     ball: dict[str, Any] = {"eps": context.eps, "norm": context.suite.norm}
-    others = {f"averaged over {_AVERAGED['noise'].copies} copies with noise": PGD(**ball, **_AVERAGED)}
+    others = {f"averaged over {_AVERAGED['noise'].copies} noisy copies": PGD(**ball, **_AVERAGED)}
     if len(context.sample.classes) >= _RATIO:
         others = {"of the ratio of logits": PGD(**ball, loss="dlr")} | others
+    attacks: dict[str, ImageAttack] = {name: AsFarAsFinite(one) for name, one in others.items()}
+    attacks["taken where the answer changes"] = BoundaryGradient(Ball(**ball), _known(context))
     found: list[tuple[Counts, Counts, list[int]]] = []
 
     def counts(on: Where) -> tuple[Counts, Counts]:
-        found.append(_settled(context, [AsFarAsFinite(one) for one in others.values()], on))
+        found.append(context.beyond_white_box([*attacks.values()], on))
         return found[-1][:2]
 
     gain = context.compare_counts(counts, _MORE_BY_GRADIENTS)
     white, both, broken = found[-1]
     left = int(white.right.sum())
-    said = " and ".join(f"along gradients {name} {count}" for name, count in zip(others, broken, strict=True))
+    said = ", ".join(f"{name} {count}" for name, count in zip(attacks, broken, strict=True))
     return Finding(
         gain.low <= _MORE_BY_GRADIENTS,
-        f"of {left} images that {context.strongest} leaves right, among {len(white.right)}, PGD breaks {said}: "
+        f"of {left} images that {context.strongest} leaves right, among {len(white.right)}, gradients break {said}: "
         f"together {gain.beyond(_MORE_BY_GRADIENTS)}",
         {"left by PGD": left, "broken by other gradients": left - int(both.right.sum())},
     )
@@ -204,22 +210,6 @@ def _queried_maps(context: AuditContext, square: Square) -> Finding:
         f"queries per image does more: it breaks {gain.beyond(_MORE)}",
         {"left by PGD": white.accuracy.value, "left by queries": other.accuracy.value},
     )
-
-
-def _settled(context: AuditContext, others: Sequence[ImageAttack], on: Where) -> tuple[Counts, Counts, list[int]]:
-    """Return what gradients leave right, what the others leave of that, and how many each of them breaks."""
-    white, split = context.outcome(context.white_box, on), getattr(context, on)
-    survivors = white.right.nonzero().flatten()
-    both, broken = white.right.clone(), [0] * len(others)
-    if len(survivors):
-        victim, task = context.victim, split.task
-        images, labels = split.take(survivors, victim.device)
-        for k, attack in enumerate(others):
-            moved = attack(victim, images, labels, seed=context.seed, task=task)
-            right = task.counts(vote(victim, moved), labels).right.cpu()
-            broken[k] = len(survivors) - int(right.sum())
-            both[survivors] = both[survivors].minimum(right)
-    return white, Counts(both, white.total), broken
 
 
 def _voted(context: AuditContext, others: Sequence[ImageAttack], on: Where) -> tuple[Counts, Counts, list[int]]:
@@ -248,9 +238,12 @@ def _voted(context: AuditContext, others: Sequence[ImageAttack], on: Where) -> t
 
 
 def _towards(context: AuditContext) -> NearestClass:
+    return NearestClass(Ball(eps=context.eps, norm=context.suite.norm), _known(context))
+
+
+def _known(context: AuditContext) -> Split:
     train = context.data.train
-    known = context.few(min(_KNOWN, _FLOATS // torch.Size(train.shape).numel()), train)
-    return NearestClass(Ball(eps=context.eps, norm=context.suite.norm), known)
+    return context.few(min(_KNOWN, _FLOATS // torch.Size(train.shape).numel()), train)
 
 
 class _Noise:

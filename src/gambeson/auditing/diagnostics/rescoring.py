@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
+
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.diagnostics.gradient_masking import probe
-from gambeson.auditing.outcome import PairedDifference
+from gambeson.auditing.outcome import AsFarAsFinite, PairedDifference
 from gambeson.auditing.rescoring import FALSE, SHRINK, Perturbed, changed_since, clearly_more, rescored_in, ways
 from gambeson.auditing.results import Rescored
 from gambeson.auditing.stages.per_image import PGD_NAME
+from gambeson.base import generator
 from gambeson.evaluation.outcome import outcome
 from gambeson.tasks import Counts
 from gambeson.victim import score
 
 _SHOWN = 3
+_RADII, _MORE = 4, 0.01
+"""Smaller balls, and the share of images that may fall in them and stand in the whole one (ours)."""
 _AGAIN = 64
 _AGAIN_BATCH = 16
 
@@ -51,7 +56,8 @@ def _judged(found: list[tuple[str, Rescored]]) -> tuple[bool, str, dict[str, flo
 @register(
     "alike in every batch",
     condition="images, clean or perturbed, are clearly more or less often right in batches of another size, order or "
-    "make-up than in those that rates were taken on, or asked from elsewhere: in a thread of their own",
+    "make-up than in those that rates were taken on, or asked from elsewhere: in a thread of their own, in torch's "
+    "inference mode",
     explanation="An answer is the batch's and not the image's, so that a rate depends on how images were put together; "
     "or it is made for whoever audits. The worst of the rates is the one reported.",
     remedy="Let nothing reach across the batch and nothing depend on its size or on who asks; asked for one by one, a "
@@ -72,12 +78,15 @@ def _alike(context: AuditContext) -> Finding:
 @register(
     "no weaker inside the ball",
     condition=f"perturbed images are clearly more often wrong once changes are made smaller at random or rounded; or "
-    f"PGD that keeps up to {100 * SHRINK:g} % off the surface of the ball breaks clearly more",
-    explanation="What looks like robustness holds at the corners of the ball only, where attacks end: a perturbation "
+    f"PGD that keeps up to {100 * SHRINK:g} % off the surface of the ball breaks clearly more; or PGD in "
+    f"{_RADII} smaller balls, of radii drawn at random, breaks clearly more than {100 * _MORE:g} % of images among "
+    "those that the strongest attack with gradients leaves right",
+    explanation="What looks like robustness holds at the surface of the ball only, where attacks end: a perturbation "
     "inside is as allowed. The worst of the rates is the one reported.",
-    remedy="Attack with changes of unequal size (PGD's shrink); find what rounds, counts or compares pixels.",
+    remedy="Attack with changes of unequal size (PGD's shrink) and with smaller eps; find what measures how large a "
+    "change is, or rounds, counts or compares pixels.",
     gradients=False,
-    comparisons=5,
+    comparisons=6,
 )
 def _inside(context: AuditContext) -> Finding:
     batches = {way.name for way in ways(context, clean=True)}
@@ -90,7 +99,19 @@ def _inside(context: AuditContext) -> Finding:
         passed = passed and gain.low <= 0
         said = f"PGD that keeps off the surface leaves {context.accuracy(within)} right, and breaks {gain.beyond()}"
         detail, numbers = "; ".join(filter(None, [detail, said])), numbers | {"gain": gain.value}
+    if context.test.task.per_image_label and not (context.subject.black_box or context.subject.random):
+        gain = context.compare_counts(lambda on: context.beyond_white_box(_smaller(context), on)[:2], _MORE)
+        passed = passed and gain.low <= _MORE
+        said = f"PGD in {_RADII} smaller balls breaks {gain.beyond(_MORE)}"
+        detail, numbers = "; ".join(filter(None, [detail, said])), numbers | {"smaller": gain.value}
     return Finding(passed if detail else None, detail or "no perturbed images were asked for again", numbers)
+
+
+def _smaller(context: AuditContext) -> list[AsFarAsFinite]:
+    """Short PGD in balls of radii below eps, one drawn from each part of the way to it."""
+    drawn = torch.rand(_RADII, generator=generator(context.seed, "radii")).tolist()
+    radii = [context.eps * (k + share) / _RADII for k, share in enumerate(drawn)]
+    return [AsFarAsFinite(probe(context, radius)) for radius in radii]
 
 
 @register(

@@ -6,7 +6,7 @@ import torch
 
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
-from gambeson.auditing.rescoring import clearly_more
+from gambeson.auditing.rescoring import batch_sizes, clearly_more
 from gambeson.base import generator, seeded
 from gambeson.victim import Victim, predict
 from gambeson.victim.inspect import size_of
@@ -151,13 +151,32 @@ def _batches(context: AuditContext) -> Finding:
     )
     if context.subject.random:
         said = "both at one draw"
-    # Alone, a little noise falls on other values.
+    sized = None if alone is None else _in_sizes(context, beside, reference)
+    if sized is not None:
+        said += f"; in batches of {sized[0]} by {100 * sized[1]:.2g} %, at the most of usual sizes"
+    # Alone, and in batches of other sizes, a little noise falls on other values.
     noise = 0.0 if context.victim.traits is None else context.victim.traits.noise
     return Finding(
-        gap <= limit and (alone or 0.0) <= max(limit, _BEYOND * noise),
+        gap <= limit and max(alone or 0.0, sized[1] if sized else 0.0) <= max(limit, _BEYOND * noise),
         f"between two batches the logits of {len(probes)} images differ by {100 * gap:.2g} % of their range; {said}",
         {"between_batches": gap, **({} if alone is None else {"alone": alone})},
     )
+
+
+def _in_sizes(context: AuditContext, images: torch.Tensor, reference: torch.Tensor) -> tuple[int, float] | None:
+    """Return the usual size of a batch in which the logits of the first images differ most, and how much.
+
+    None for a black box, which is paid by the query.
+    """
+    if context.subject.black_box:
+        return None
+    apart = {}
+    for size in batch_sizes(context.test.shape):
+        batch = images.repeat(-(-size // len(images)), *[1] * (images.ndim - 1))[:size]
+        known = reference[:size]
+        apart[size] = _apart(context, known, _asked(context, batch)[: len(known)])
+    worst = max(apart, key=apart.__getitem__)
+    return worst, apart[worst]
 
 
 def _moving(context: AuditContext, image: torch.Tensor, noise: float) -> float | None:
@@ -191,10 +210,25 @@ def _coarse(context: AuditContext, images: torch.Tensor, nudge: float, still: fl
     return mixed > 1
 
 
+def _at_first(context: AuditContext, images: torch.Tensor) -> float | None:
+    """Return how far the model's answers, clean and perturbed, are from those of a copy that nobody has asked before.
+
+    None where there is no copy.
+    """
+    if context.untouched is None:
+        return None
+    untouched, context.untouched = context.untouched, None  # from now on it has been asked
+    parts = [images, *(context.uaps[eps].apply(images) for eps in (context.eps,) if eps in context.uaps)]
+    with Victim(untouched) as twin:
+        first = [_at_one_draw(twin, part.clone(), context.seed) for part in parts]
+    now = [_at_one_draw(context.victim, part, context.seed) for part in parts]
+    return max(_apart(context, *pair) for pair in zip(first, now, strict=True))
+
+
 @register(
     "stateless",
-    condition="the same images get other answers later, or after many queries near one of them; or all images near "
-    "another get the logits of that one to the last digit",
+    condition="the same images get other answers later than at first, or after many queries near one of them; or all "
+    "images near another get the logits of that one to the last digit",
     explanation="The model keeps a state between calls, as detectors of repeated queries do (Chen, Carlini and "
     "Wagner 2019): what looks like robustness is its memory of the attack.",
     remedy="Reset the model before each call, or audit the network behind the detector.",
@@ -219,6 +253,7 @@ def _memory(context: AuditContext) -> Finding:
     changed = float(differ.float().mean())
     varies = victim.traits is not None and victim.traits.varies
     otherwise = clearly_more(int(differ.sum()), differ.numel(), part) if varies else changed > _NOISE
+    first = _at_first(context, images)
     before = _asked(context, images)
     draw = generator(context.seed, "burst")
     asked, gap, same = images[:1], 0.0, 0
@@ -234,11 +269,12 @@ def _memory(context: AuditContext) -> Finding:
     # What has a gradient moves with its image; labels, rounded logits and the like need not.
     replayed = nudge is not None and same == _BURST - _BURST // _REPEATS
     replayed = replayed and not _coarse(context, images, nudge or 0.0, still)
+    fresh = "" if first is None else f"; those of a copy that nobody had asked differ by {100 * first:.2g} %"
     return Finding(
-        not otherwise and max(gap, after) <= limit and not replayed,
+        not otherwise and max(gap, after, first or 0.0) <= limit and not replayed,
         f"{100 * changed:.3g} % of the clean predictions differ from those at the audit's beginning; while {_BURST} "
         f"queries near one image were asked, its logits changed by {100 * gap:.2g} % of their range, and those of "
-        f"{len(images)} images by {100 * after:.2g} %; {same} of the queries got its logits",
+        f"{len(images)} images by {100 * after:.2g} %; {same} of the queries got its logits" + fresh,
         {"changed": changed, "repeated": gap, "probes": after, "same": same / _BURST},
     )
 

@@ -83,6 +83,41 @@ def _alike(context: AuditContext) -> Finding:
 
 
 @register(
+    "sample like the other images",
+    condition="an attack that every image gets leaves clearly more, or clearly fewer, images right of the sample that "
+    "checks look at than of the other test images",
+    explanation="What checks find on the sample does not hold for the rest: the model may know which images they are.",
+    remedy="Audit with another seed, which draws another sample, and find what the model compares its images with.",
+    gradients=False,
+    comparisons=2,
+    needs=("per-image",),
+)
+def _like_the_rest(context: AuditContext) -> Finding:
+    test = context.test
+    drawn = torch.zeros(len(test), dtype=torch.bool)
+    drawn[test.sample_indices(min(context.suite.sample, len(test)), seed=context.seed)] = True
+    kept = {one.attack: context.outcomes.of(f"per_image:{one.attack}") for one in context.per_image}
+    whole = {name: found[1] for name, found in kept.items() if found is not None and len(found[0]) == len(test)}
+    if bool(drawn.all()) or not whole:
+        return Finding(None, "checks look at every image" if whole else "no attack was made on all test images")
+    level = LEVEL / (2 * len(whole))
+    parts = {
+        name: [Counts(one.right[rows], one.total[rows]) for rows in (drawn, ~drawn)] for name, one in whole.items()
+    }
+    gaps = {
+        name: max((PairedDifference.across(*pair, level=level) for pair in (both, both[::-1])), key=lambda gap: gap.low)
+        for name, both in parts.items()
+    }
+    worst = max(gaps, key=lambda name: gaps[name].low)
+    inside, outside = (one.accuracy for one in parts[worst])
+    return Finding(
+        gaps[worst].low <= 0,
+        f"under {worst} {inside} of the {int(drawn.sum())} images of the sample stand, and {outside} of the others",
+        {"sample": inside.value, "others": outside.value},
+    )
+
+
+@register(
     "rotated and blended images stand too",
     condition=f"of the test images that are right as they are and rotated by {_LEAST} to {_MOST} degrees, clearly more "
     f"than {100 * _FEWER:g} % withstand PGD as they are and no longer once they are rotated, and likewise once each is "

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import torch
+
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.outcome import LEVEL, PairedDifference
 from gambeson.auditing.rescoring import ROUNDING
 from gambeson.auditing.results import UniversalResult
 from gambeson.auditing.stages.universal import rescored
+from gambeson.base import generator
+from gambeson.data import Dataset
 from gambeson.evaluation.outcome import outcome_under
 from gambeson.evaluation.rates import strongest_control
 from gambeson.evaluation.universal import patterns_of
 from gambeson.threat import Ball
 
 _NEAR_CEILING = 0.8
+_MORE = 0.05
+"""Share of images that a perturbation crafted on test may break beyond the one crafted on train (ours)."""
+_HALF, _LEAST = 1000, 64
+"""Test images that one is crafted on, at the most and at the least (ours)."""
 
 
 def _prior(context: AuditContext, *, rarest: bool = False) -> float:
@@ -88,6 +96,35 @@ def _clearly_worse(context: AuditContext, point: UniversalResult) -> bool:
         PairedDifference.of(crafted, outcome_under(victim, test, pattern[None]), level=level).low > 0
         for patterns in rivals
         for pattern in patterns
+    )
+
+
+@register(
+    "crafted on train beats crafted on test",
+    condition="a perturbation crafted on one half of the test images is clearly stronger on the other half than the "
+    f"one crafted on training images, by {100 * _MORE:g} points",
+    explanation="Training images lead the attack astray: the model knows them and answers otherwise around them, or "
+    "they are unlike those it is scored on. No rate that is reported comes from a perturbation crafted on test images.",
+    remedy="Craft on images of the kind that the model is scored on, which it has not been trained on.",
+)
+def _beats_unseen(context: AuditContext) -> Finding:
+    test, victim, half = context.test, context.victim, min(len(context.test) // 2, _HALF)
+    if half < _LEAST:
+        return Finding(None, f"of {len(test)} test images no half is large enough to craft on")
+    order = torch.randperm(len(test), generator=generator(context.seed, "halves"))
+    held = test.subset(order[half : 2 * half])
+    train, validation = (test.subset(rows) for rows in order[:half].split([half - half // 4, half // 4]))
+    attack = context.suite.universal(context.eps, restarts=1).model_copy(update={"probe_starts": 0})
+    uap = attack.craft(victim, Dataset(test.name, train, validation, held, test.classes), seed=context.seed)
+    deltas = context.crafted_at(context.eps).delta, uap.delta
+    usual, other = (outcome_under(victim, held, delta) for delta in deltas)
+    gain = PairedDifference.of(usual, other)
+    return Finding(
+        gain.low <= _MORE,
+        f"on {half} test images the accuracy at eps {context.eps:.4g} is {usual.accuracy} under the perturbation "
+        f"crafted on training images, {other.accuracy} under one crafted on {half} other test images: that breaks "
+        f"{gain.beyond(_MORE)}",
+        {"train": usual.accuracy.value, "test": other.accuracy.value},
     )
 
 
