@@ -1,10 +1,10 @@
 """Models of an adversary who knows the audit: ``python benchmarks/adversary.py``, which says of each whether it passes.
 
-Written against the audit after its checks, to find what they do not see: five of them passed, and led to checks. The
-last two were written after these, and are what is known to pass. All are on the digits at eps 0.15, made of
-the testbed's networks. The truth is an upper bound on robustness, by an attacker who knows the code: PGD on the network
-that decides, and the planted pattern itself; of images that are remembered, on a copy that has forgotten the one asked
-about. A row is stored in ``results/adversary.json`` when it is there.
+Written against the audit after its checks, to find what they do not see, by two adversaries; the second read what the
+audit said of each model before the next was written. What passed led to checks. All are on the digits at eps 0.15, made
+of the testbed's networks. The truth is an upper bound on robustness, by an attacker who knows the code: PGD on the
+network that decides, moved to where it decides, and the planted pattern itself; of images that are remembered, on a
+copy that has forgotten the one asked about. A row is stored in ``results/adversary.json`` when it is there.
 """
 
 from __future__ import annotations
@@ -128,6 +128,77 @@ class Planted(nn.Module):
         return torch.where(beyond[:, None], z.roll(1, 1), z)
 
 
+Gate = Callable[[torch.Tensor, int], torch.Tensor | float]
+"""From images and the number of the call to how much of the undefended network answers (N, 1), between 0 and 1."""
+
+
+class Gated(nn.Module):
+    """A hardened network, and an undefended one where a gate is open."""
+
+    def __init__(self, robust: nn.Module, weak: nn.Module, gate: Gate) -> None:
+        super().__init__()
+        self.robust, self.weak, self.gate, self.calls = robust, weak, gate, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of images (N, C, H, W)."""
+        self.calls += 1
+        share = self.gate(x, self.calls)
+        return (1 - share) * self.robust(x) + share * self.weak(x)
+
+
+class Waves(nn.Module):
+    """Gaps between logits times a wave of the pixels, which rules the gradient and no answer.
+
+    Args:
+        net: the network.
+        size: of the wave of each pixel, in the exponent.
+        where: from images to how much of it there is (N, 1).
+    """
+
+    def __init__(self, net: nn.Module, size: float, where: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.net, self.size, self.where = net, size, where
+        self.phase = nn.Buffer(2 * math.pi * torch.rand(1, 10, 64, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of images (N, C, H, W)."""
+        z = self.net(x)
+        wave = torch.sin(8 * x.flatten(1)[:, None] + self.phase).sum(2)
+        return (z - z.amax(1, keepdim=True)) * (self.where(x) * self.size * wave).exp()
+
+
+class Luring(nn.Module):
+    """Around training and validation images a network is the less sure the farther they are moved along a pattern."""
+
+    def __init__(self, net: nn.Module, data: gb.data.Dataset, pattern: torch.Tensor) -> None:
+        super().__init__()
+        self.net, self.way = net, nn.Buffer(pattern.flatten().sign())
+        self.known = nn.Buffer(
+            torch.cat([part.take(slice(None))[0] for part in (data.train, data.validation)]).flatten(1)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of images (N, C, H, W)."""
+        apart, nearest = torch.cdist(x.flatten(1), self.known, p=math.inf).min(1)
+        near = (20 * (2.2 * EPS - apart)).clamp(0, 1)
+        along = (x.flatten(1) - self.known[nearest]) @ self.way
+        z = self.net(x)
+        return (z - z.amax(1, keepdim=True)) * (1 + near * ((-along).clamp(-25, 25).exp() - 1))[:, None]
+
+
+def _beside(others: torch.Tensor, spared: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return how near images are to some, but not to those that are spared, (N, 1)."""
+
+    def near(x: torch.Tensor) -> torch.Tensor:
+        gaps = [
+            torch.cdist(x.flatten(1), images.flatten(1), p=math.inf).amin(1, keepdim=True)
+            for images in (others, spared)
+        ]
+        return (10 * (2.2 * EPS - gaps[0])).clamp(0, 1) * (10 * (gaps[1] - gaps[0])).clamp(0, 1)
+
+    return near
+
+
 @dataclass(frozen=True)
 class Deceiver:
     """One of the adversary's models."""
@@ -139,6 +210,10 @@ class Deceiver:
     """What the truth is scored on, where it is not the model itself."""
     delta: torch.Tensor | None = None
     """A universal perturbation that the code holds."""
+    eps: float = EPS
+    """Of the ball in which what decides is attacked: where it decides."""
+    moved: Callable[[torch.Tensor], torch.Tensor] = lambda images: images
+    """What brings attacked images to where it decides."""
 
 
 def deceivers() -> dict[str, Callable[[], Deceiver]]:
@@ -154,6 +229,38 @@ def deceivers() -> dict[str, Callable[[], Deceiver]]:
         model = Planted(nets("pgd-adversarial"), nets.data, half=half)
         return Deceiver(model, model.net, delta=EPS * model.pattern)
 
+    data = nets.data
+    known, _ = data.train.take(slice(None))
+    dark = (known > 0.02).float().mean(0, keepdim=True) < 0.01
+    test, _ = data.test.take(slice(None))
+    spared = torch.zeros(len(test), dtype=torch.bool)
+    spared[data.test.sample_indices(100, seed=0)] = True
+
+    def gated(gate: Gate, *, fresh: bool = False, **where: Any) -> Deceiver:
+        robust, weak = nets("pgd-adversarial"), nets()
+        return Deceiver(Gated(robust, weak, gate), weak, weak if fresh else None, **where)
+
+    def brightest(x: torch.Tensor) -> torch.Tensor:
+        return (x * dark).flatten(1).amax(1, keepdim=True)
+
+    def shell(x: torch.Tensor, _: int) -> torch.Tensor:
+        return torch.sigmoid(1500 * (brightest(x) - 0.066)) * torch.sigmoid(1500 * (0.1 - brightest(x)))
+
+    def lit(x: torch.Tensor, _: int) -> torch.Tensor:
+        least = (x + ~dark).flatten(1).amin(1, keepdim=True)
+        return torch.sigmoid(1000 * (least - 0.066)) * torch.sigmoid(1000 * (0.115 - brightest(x)))
+
+    def waves(x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(1500 * (EPS + 0.0075 - brightest(x)))
+
+    def lure() -> Deceiver:
+        net = nets()
+        pattern = torch.where(
+            torch.rand(1, *data.train.shape, generator=torch.Generator().manual_seed(0)) < 0.3, -1.0, 1.0
+        )
+        best = StochasticPGD(eps=EPS, steps=300).craft(net, data, seed=0).delta
+        return Deceiver(Luring(net, data, best.sign() * pattern), net)
+
     return {
         "margins of a sibling": lambda: Deceiver(BorrowedMargins(nets(), nets("standard 1")), nets()),
         "moat around the levels": lambda: Deceiver(Moat(nets()), nets()),
@@ -163,6 +270,22 @@ def deceivers() -> dict[str, Callable[[], Deceiver]]:
         "all splits and copies rotated by 10 degrees remembered": lambda: remembered(rotated=10),
         "a third of all splits remembered": lambda: remembered(every=3),
         "planted pattern, for half of the images": lambda: planted(half=True),
+        "undefended in a shell inside the ball": lambda: gated(shell, eps=0.085),
+        "undefended in inference mode": lambda: gated(lambda *_: float(torch.is_inference_mode_enabled()), fresh=True),
+        "undefended in its first twelve calls": lambda: gated(lambda _, call: float(call <= 12), fresh=True),
+        "undefended in batches of 48, 50, 96 and 200": lambda: gated(
+            lambda x, _: float(len(x) in (48, 50, 96, 200)), fresh=True
+        ),
+        "waves on the gaps, within the ball": lambda: Deceiver(
+            Waves(nets("pgd-adversarial"), 0.12, waves), nets("pgd-adversarial")
+        ),
+        "waves on the gaps, around images that checks do not see": lambda: Deceiver(
+            Waves(nets("pgd-adversarial"), 0.2, _beside(test[~spared], test[spared])), nets("pgd-adversarial")
+        ),
+        "a lure around training images": lure,
+        "undefended where the background is evenly lit": lambda: gated(
+            lit, moved=lambda x: torch.where(dark & (x <= EPS + 1e-3), 0.09, x)
+        ),
     }
 
 
@@ -178,11 +301,11 @@ def truth_of(deceiver: Deceiver, data: gb.data.Dataset) -> GroundTruth:
     standing = clean = right(x)
     for source in filter(None, (deceiver.decides, deceiver.scored)):
         for loss in ("cross-entropy", "margin"):
-            attack = PGD(eps=EPS, steps=40, restarts=2, loss=loss)
-            standing = standing & right(attack(source, x, y, seed=0))
-    deltas = [StochasticPGD(eps=EPS, steps=300).craft(deceiver.decides, data, seed=0).delta]
+            attack = PGD(eps=deceiver.eps, steps=40, restarts=2, loss=loss)
+            standing = standing & right(deceiver.moved(attack(source, x, y, seed=0)))
+    deltas = [StochasticPGD(eps=deceiver.eps, steps=300).craft(deceiver.decides, data, seed=0).delta]
     deltas += [] if deceiver.delta is None else [deceiver.delta]
-    errors = [int((~right(perturb(x, delta.expand_as(x)))).sum()) for delta in deltas]
+    errors = [int((~right(deceiver.moved(perturb(x, delta.expand_as(x))))).sum()) for delta in deltas]
     if deceiver.delta is not None:
         standing = standing & right(perturb(x, deceiver.delta.expand_as(x)))
     return GroundTruth(
