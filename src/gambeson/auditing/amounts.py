@@ -207,7 +207,7 @@ CHECKS: dict[str, Callable[[Amounts], dict[str, Any]]] = {
     "margin vanishes where the answer changes": lambda n: {"forwards": 0 if n.of_maps else 24},
     "gradient complete": lambda n: {"forwards": 75, "gradients": 6},
     "no optimisation at test time": lambda n: {},  # after the one before
-    "independent of the batch": lambda n: {"beside": 330 + sum(batch_sizes(n.data.test.shape))},
+    "independent of the batch": lambda n: {"beside": 330 + n.suite.rescoring * sum(batch_sizes(n.data.test.shape))},
     "stateless": lambda n: {"beside": 2 * n.sample + 500},
     "re-scoring reproducible": lambda n: {"beside": n.test},
     "monotone in step size": lambda n: {"gradients": 2},

@@ -166,9 +166,9 @@ def _batches(context: AuditContext) -> Finding:
 def _in_sizes(context: AuditContext, images: torch.Tensor, reference: torch.Tensor) -> tuple[int, float] | None:
     """Return the usual size of a batch in which the logits of the first images differ most, and how much.
 
-    None for a black box, which is paid by the query.
+    None for a black box, which is paid by the query, and where the suite asks nothing again.
     """
-    if context.subject.black_box:
+    if context.subject.black_box or not context.suite.rescoring:
         return None
     apart = {}
     for size in batch_sizes(context.test.shape):
