@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -129,21 +130,21 @@ class Planted(nn.Module):
 
 
 Gate = Callable[[torch.Tensor, int], torch.Tensor | float]
-"""From images and the number of the call to how much of the undefended network answers (N, 1), between 0 and 1."""
+"""From images and the number of the call to how far it is open (N, 1), between 0 and 1."""
 
 
 class Gated(nn.Module):
-    """A hardened network, and an undefended one where a gate is open."""
+    """A network, and another one where a gate is open."""
 
-    def __init__(self, robust: nn.Module, weak: nn.Module, gate: Gate) -> None:
+    def __init__(self, net: nn.Module, other: nn.Module, gate: Gate) -> None:
         super().__init__()
-        self.robust, self.weak, self.gate, self.calls = robust, weak, gate, 0
+        self.net, self.other, self.gate, self.calls = net, other, gate, 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits of images (N, C, H, W)."""
         self.calls += 1
         share = self.gate(x, self.calls)
-        return (1 - share) * self.robust(x) + share * self.weak(x)
+        return (1 - share) * self.net(x) + share * self.other(x)
 
 
 class Waves(nn.Module):
@@ -152,10 +153,12 @@ class Waves(nn.Module):
     Args:
         net: the network.
         size: of the wave of each pixel, in the exponent.
-        where: from images to how much of it there is (N, 1).
+        where: from images to how much of it there is (N, 1); everywhere by default.
     """
 
-    def __init__(self, net: nn.Module, size: float, where: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self, net: nn.Module, size: float, where: Callable[[torch.Tensor], torch.Tensor | float] = lambda _: 1.0
+    ) -> None:
         super().__init__()
         self.net, self.size, self.where = net, size, where
         self.phase = nn.Buffer(2 * math.pi * torch.rand(1, 10, 64, generator=torch.Generator().manual_seed(0)))
@@ -236,9 +239,16 @@ def deceivers() -> dict[str, Callable[[], Deceiver]]:
     spared = torch.zeros(len(test), dtype=torch.bool)
     spared[data.test.sample_indices(100, seed=0)] = True
 
+    @cache
+    def hardened(eps: float) -> nn.Module:
+        with seeded(0, "hardened"):
+            net = gb.models.create("lenet5", data)
+            gb.train(net, data, gb.defenses.PGDAdversarial(eps=eps), epochs=40, batch_size=64, lr=0.05, seed=0)
+        return net.eval()
+
     def gated(gate: Gate, *, fresh: bool = False, **where: Any) -> Deceiver:
-        robust, weak = nets("pgd-adversarial"), nets()
-        return Deceiver(Gated(robust, weak, gate), weak, weak if fresh else None, **where)
+        weak = nets()
+        return Deceiver(Gated(hardened(0.13), weak, gate), weak, weak if fresh else None, **where)
 
     def brightest(x: torch.Tensor) -> torch.Tensor:
         return (x * dark).flatten(1).amax(1, keepdim=True)
@@ -250,8 +260,8 @@ def deceivers() -> dict[str, Callable[[], Deceiver]]:
         least = (x + ~dark).flatten(1).amin(1, keepdim=True)
         return torch.sigmoid(1000 * (least - 0.066)) * torch.sigmoid(1000 * (0.115 - brightest(x)))
 
-    def waves(x: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(1500 * (EPS + 0.0075 - brightest(x)))
+    def beyond(x: torch.Tensor, _: int) -> torch.Tensor:
+        return torch.sigmoid(1500 * (brightest(x) - EPS - 0.0075))
 
     def lure() -> Deceiver:
         net = nets()
@@ -277,10 +287,10 @@ def deceivers() -> dict[str, Callable[[], Deceiver]]:
             lambda x, _: float(len(x) in (48, 50, 96, 200)), fresh=True
         ),
         "waves on the gaps, within the ball": lambda: Deceiver(
-            Waves(nets("pgd-adversarial"), 0.12, waves), nets("pgd-adversarial")
+            Gated(Waves(hardened(0.05), 0.12), hardened(0.13), beyond), hardened(0.05)
         ),
         "waves on the gaps, around images that checks do not see": lambda: Deceiver(
-            Waves(nets("pgd-adversarial"), 0.2, _beside(test[~spared], test[spared])), nets("pgd-adversarial")
+            Waves(hardened(0.05), 0.2, _beside(test[~spared], test[spared])), hardened(0.05)
         ),
         "a lure around training images": lure,
         "undefended where the background is evenly lit": lambda: gated(

@@ -89,7 +89,6 @@ def _alike(context: AuditContext) -> Finding:
     explanation="What checks find on the sample does not hold for the rest: the model may know which images they are.",
     remedy="Audit with another seed, which draws another sample, and find what the model compares its images with.",
     gradients=False,
-    comparisons=2,
     needs=("per-image",),
 )
 def _like_the_rest(context: AuditContext) -> Finding:
