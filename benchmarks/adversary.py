@@ -1,11 +1,11 @@
 """Models of an adversary who knows the audit: ``python benchmarks/adversary.py``, which says of each whether it passes.
 
-Written against the audit after its checks, to find what they do not see, by two adversaries of four; the later one read
-what the audit said of each model before it wrote the next. What passed led to checks. All are on the digits at eps 0.15,
-made of the testbed's networks and of two hardened here. The truth is an upper bound on robustness, by an attacker who
-knows the code: PGD on the network that decides, moved to where it decides, and the planted pattern itself; of images
-that are remembered, on a copy that has forgotten the one asked about. A row is stored in ``results/adversary.json`` when
-it is there.
+Written against the audit after its checks, to find what they do not see, by two adversaries of four; the later one
+read what the audit said of each model before it wrote the next. What passed led to checks. All are on the digits at
+eps 0.15, made of the testbed's networks and of two hardened here. The truth is an upper bound on robustness, by an
+attacker who knows the code: PGD on the network that decides, moved to where it decides, and the planted pattern
+itself; of images that are remembered, on a copy that has forgotten the one asked about. A row is stored in
+``results/adversary.json`` when it is there.
 """
 
 from __future__ import annotations
