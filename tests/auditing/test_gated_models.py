@@ -100,6 +100,29 @@ def test_a_model_that_changes_after_its_first_calls_is_found_by_a_copy_nobody_ha
     assert stateless(networks("digits")("standard")).passed is True
 
 
+class Hooked(nn.Module):
+    """A network that reads what a hook has stored, and the hook of a copy stores it elsewhere."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.kept = net, {"x": torch.zeros(1, 10)}
+        kept = self.kept
+        net.register_forward_hook(lambda module, given, found: kept.update(x=found))
+
+    def forward(self, x):
+        self.net(x)
+        return self.kept["x"].expand(len(x), -1) if len(self.kept["x"]) == 1 else self.kept["x"]
+
+
+def test_a_model_whose_copies_do_not_answer_as_it_is_not_accused_of_a_memory(digits):
+    model = Hooked(copy.deepcopy(networks("digits")("standard")))
+    with held(model, digits, (EPS,)) as context:
+        context.untouched = copy.deepcopy(model)
+        check = get("stateless").check(context)
+    assert check.passed is True
+    assert "nobody had asked" not in check.detail
+
+
 @pytest.mark.parametrize("size", [48, 200])
 def test_batches_of_a_usual_size_that_are_answered_otherwise_are_found(size, digits):
     with held(Gated(lambda x, _: float(len(x) == size)), digits, (EPS,)) as context:

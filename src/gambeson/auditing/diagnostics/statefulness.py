@@ -8,6 +8,7 @@ from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.rescoring import batch_sizes, clearly_more
 from gambeson.base import generator, seeded
+from gambeson.evaluation import BudgetSpent
 from gambeson.victim import Victim, predict
 from gambeson.victim.inspect import size_of
 from gambeson.victim.victim import copied
@@ -77,6 +78,15 @@ def _twins(context: AuditContext, *orders: list[torch.Tensor]) -> list[list[torc
     except Exception:  # what cannot be copied cannot be told
         return None
     return answers
+
+
+def _like_its_copy(context: AuditContext, images: torch.Tensor, limit: float) -> bool:
+    """Whether a copy made now answers as the model: not where a hook of the copy writes into the original."""
+    other = images.flip(-1)  # not what the model was asked last, which a hook may have left in the copy
+    found = _twins(context, [other])
+    if found is None:
+        return False
+    return _apart(context, found[0][0], _at_one_draw(context.victim, other, context.seed)) <= limit
 
 
 def _remembers(context: AuditContext, images: torch.Tensor) -> bool:
@@ -168,15 +178,20 @@ def _in_sizes(context: AuditContext, images: torch.Tensor, reference: torch.Tens
 
     None for a black box, which is paid by the query, and where the suite asks nothing again.
     """
+    apart: dict[int, float] = {}
     if context.subject.black_box or not context.suite.rescoring:
         return None
-    apart = {}
     for size in batch_sizes(context.test.shape):
         batch = images.repeat(-(-size // len(images)), *[1] * (images.ndim - 1))[:size]
         known = reference[:size]
-        apart[size] = _apart(context, known, _asked(context, batch)[: len(known)])
-    worst = max(apart, key=apart.__getitem__)
-    return worst, apart[worst]
+        try:
+            apart[size] = _apart(context, known, _asked(context, batch)[: len(known)])
+        except BudgetSpent:
+            raise
+        except Exception:  # a program that was exported for some sizes
+            continue
+    worst = max(apart, key=apart.__getitem__, default=None)
+    return None if worst is None else (worst, apart[worst])
 
 
 def _moving(context: AuditContext, image: torch.Tensor, noise: float) -> float | None:
@@ -213,11 +228,11 @@ def _coarse(context: AuditContext, images: torch.Tensor, nudge: float, still: fl
 def _at_first(context: AuditContext, images: torch.Tensor) -> float | None:
     """Return how far the model's answers, clean and perturbed, are from those of a copy that nobody has asked before.
 
-    None where there is no copy.
+    None where there is no such copy.
     """
-    if context.untouched is None:
-        return None
     untouched, context.untouched = context.untouched, None  # from now on it has been asked
+    if untouched is None:
+        return None
     parts = [images, *(context.uaps[eps].apply(images) for eps in (context.eps,) if eps in context.uaps)]
     with Victim(untouched) as twin:
         first = [_at_one_draw(twin, part.clone(), context.seed) for part in parts]
@@ -238,9 +253,10 @@ def _memory(context: AuditContext) -> Finding:
     victim, subject = context.victim, context.subject
     images, _ = context.few(_PROBES, context.sample).take(slice(None), victim.device)
     noise = _noise(context, images)
-    if _replays(context, images) or (noise > _NOISE and _remembers(context, images)):
-        return _STATEFUL
     limit = _limit(noise)
+    copies = _like_its_copy(context, images, limit)
+    if copies and (_replays(context, images) or (noise > _NOISE and _remembers(context, images))):
+        return _STATEFUL
     if limit >= 1:
         return _UNREPEATABLE
     # The whole split again where the model is random: with other batches it would not draw the same.
@@ -253,7 +269,7 @@ def _memory(context: AuditContext) -> Finding:
     changed = float(differ.float().mean())
     varies = victim.traits is not None and victim.traits.varies
     otherwise = clearly_more(int(differ.sum()), differ.numel(), part) if varies else changed > _NOISE
-    first = _at_first(context, images)
+    first = _at_first(context, images) if copies else None
     before = _asked(context, images)
     draw = generator(context.seed, "burst")
     asked, gap, same = images[:1], 0.0, 0

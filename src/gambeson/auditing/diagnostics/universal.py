@@ -10,7 +10,7 @@ from gambeson.auditing.outcome import LEVEL, PairedDifference
 from gambeson.auditing.rescoring import ROUNDING
 from gambeson.auditing.results import UniversalResult
 from gambeson.auditing.stages.universal import rescored
-from gambeson.base import generator
+from gambeson.base import UserError, generator
 from gambeson.data import Dataset
 from gambeson.evaluation.outcome import outcome_under
 from gambeson.evaluation.rates import strongest_control
@@ -114,8 +114,12 @@ def _beats_unseen(context: AuditContext) -> Finding:
     order = torch.randperm(len(test), generator=generator(context.seed, "halves"))
     held = test.subset(order[half : 2 * half])
     train, validation = (test.subset(rows) for rows in order[:half].split([half - half // 4, half // 4]))
+    try:
+        data = Dataset(test.name, train, validation, held, test.classes)
+    except UserError as error:  # of one class
+        return Finding(None, f"the test images cannot be halved: {error}")
     attack = context.suite.universal(context.eps, restarts=1).model_copy(update={"probe_starts": 0})
-    uap = attack.craft(victim, Dataset(test.name, train, validation, held, test.classes), seed=context.seed)
+    uap = attack.craft(victim, data, seed=context.seed)
     deltas = context.crafted_at(context.eps).delta, uap.delta
     usual, other = (outcome_under(victim, held, delta) for delta in deltas)
     gain = PairedDifference.of(usual, other)
