@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -437,6 +438,16 @@ def test_the_time_is_kept(tmp_path):
     estimate = {"train": 1.0, "clean": 1e6, "fgsm": 1e6}
     runner = Runner(matrix, Store(tmp_path), "cpu", began + 100, lambda cell: estimate[cell.label or cell.kind])
     assert {cell.kind for cell in runner.go()} == {"measure"}  # what takes too long is not begun
+
+
+def test_time_that_is_over_before_the_first_cell_is_no_error(tmp_path, monkeypatch):
+    @contextmanager
+    def slow(*_):
+        time.sleep(0.5)  # the alarm comes here
+        yield
+
+    monkeypatch.setattr("gambeson.studies.runner._threads", slow)
+    assert run_study(tiny(), tmp_path, minutes=0).done == 0
 
 
 def test_a_plan_counts_cells_and_keeps_dependencies(done, tmp_path, capsys):

@@ -172,12 +172,12 @@ class Runner:
         """
         total = len(self.matrix.cells)
         left = self.look()
-        with (
-            _limit(self.deadline),
-            _threads(self.matrix.study, self.device),
-            task(f"study {self.matrix.study.name}", total, done=total - len(left)) as advance,
-        ):
-            try:
+        try:
+            with (
+                _limit(self.deadline),
+                _threads(self.matrix.study, self.device),
+                task(f"study {self.matrix.study.name}", total, done=total - len(left)) as advance,
+            ):
                 while left:
                     before = len(left)
                     if not any(self.attempt(cell) for cell in left if self.ready(cell) and self.fits(cell)):
@@ -189,8 +189,8 @@ class Runner:
                     left = self.look()
                     for _ in range(before - len(left)):
                         advance()
-            except TimeUp:
-                left = self.look()
+        except TimeUp:  # also before the first cell
+            left = self.look()
         return left
 
     def attempt(self, cell: Cell) -> bool:
