@@ -97,7 +97,12 @@ def test_a_model_that_changes_after_its_first_calls_is_found_by_a_copy_nobody_ha
     check = stateless(Gated(lambda _, call: float(call <= 3)))
     assert check.passed is False
     assert "a copy that nobody had asked" in check.detail
-    assert stateless(networks("digits")("standard")).passed is True
+    net = networks("digits")("standard")
+    with held(net, digits, (EPS,)) as context:
+        context.untouched = copy.deepcopy(net)
+        check = get("stateless").check(context)
+    assert check.passed is True
+    assert "nobody had asked differ by 0 %" in check.detail
 
 
 class Hooked(nn.Module):
