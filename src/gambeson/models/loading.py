@@ -225,12 +225,13 @@ def _loader(source: str) -> Any:
 
 def _stored(source: str, dataset: data.Dataset, device: str) -> nn.Module:
     weights = read_weights(Path(source))
-    _compare_classes(weights.document.get("about", {}).get(CLASS_NAMES, ()), dataset, source)
+    _compare_classes(weights, dataset, source)
     return models.load(weights).to(torch.device(device))
 
 
-def _compare_classes(learnt: Sequence[str], dataset: data.Dataset, source: str) -> None:
+def _compare_classes(weights: Weights, dataset: data.Dataset, source: str) -> None:
     """Refuse data whose classes are the model's in another order, and warn of other names."""
+    learnt: Sequence[str] = weights.document.get("about", {}).get(CLASS_NAMES, ())
     given, numbers = dataset.classes, tuple(map(str, range(dataset.num_classes)))
     different = [index for index, (mine, theirs) in enumerate(zip(learnt, given, strict=False)) if mine != theirs]
     if len(learnt) != len(given) or not different:
@@ -270,6 +271,7 @@ def _architecture(source: str, dataset: data.Dataset, device: str, scale: Scale 
     with seeded(0, "model"):
         model = models.create(architecture, dataset, mean=mean, std=std)
     if weights is not None:
+        _compare_classes(weights, dataset, source)
         models.load_weights(model, weights)
     elif drawn := getattr(model.body, "drawn", None):
         raise UserError(
