@@ -32,10 +32,12 @@ def seeded(seed: int, *path: str | int) -> Iterator[None]:
     For code without a ``generator`` argument: a user's model may draw from any of them.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    # torch.manual_seed formats the stack for accelerators to come, which takes longer than a small model's answer.
+    seed_torch = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
     own, python, legacy = derive(seed, *path), random.getstate(), np.random.get_state(legacy=False)
     try:
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(own)
+            seed_torch(own)
             random.seed(own)
             np.random.seed(own % 2**32)
             yield
