@@ -66,11 +66,13 @@ def headline() -> tuple[list[str], Rows]:
     return ["claim", "margin", *places], rows
 
 
-def of_preset() -> tuple[list[str], Rows]:
-    """The preset beside each single defence, on each of three numbers, at equal steps."""
+def of_preset(row: str) -> tuple[list[str], Rows]:
+    """A row of the preset beside each single defence, on each of three numbers, at equal steps."""
     stored = {one["claim"]: one["findings"] for one in _stored(PRESET) if one["at"] == "steps"}
     rows: dict[str, list[str]] = {}
     for name, claim in _claims(ROOT / "studies" / f"{PRESET}.yaml"):
+        if claim["of"]["defense"] != row:
+            continue
         told = [_told(found, claim, 1) for found in stored.get(name, [])]
         rows.setdefault(claim["to"]["defense"], []).append("; ".join(told) or "not run")
     return ["beside", "clean accuracy", "eps_uni(0.5)", "attack suite"], [(name, *told) for name, told in rows.items()]
