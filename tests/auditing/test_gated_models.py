@@ -70,7 +70,8 @@ def test_a_model_that_answers_otherwise_in_inference_mode_is_found(digits):
     assert "in inference mode" in check.detail
 
 
-def test_a_model_that_changes_after_its_first_calls_is_found_by_a_copy_nobody_has_asked(digits):
+@pytest.mark.parametrize("minutes", [None, 0.5])
+def test_a_model_that_changes_after_its_first_calls_is_found_by_a_copy_nobody_has_asked(minutes, digits):
     small = Suite(
         eps=(EPS,),
         checks=("stateless",),
@@ -94,7 +95,7 @@ def test_a_model_that_changes_after_its_first_calls_is_found_by_a_copy_nobody_ha
     few = gb.data.Dataset(
         digits.name, digits.train, digits.validation.sample(50, seed=0), digits.test.sample(100, seed=0), digits.classes
     )
-    found = gb.audit(Gated(lambda _, call: float(call <= 3)), few, suite=small).results.checks
+    found = gb.audit(Gated(lambda _, call: float(call <= 3)), few, suite=small, minutes=minutes).results.checks
     check = next(check for check in found if check.name == "stateless")
     assert check.passed is False
     assert "a copy that nobody had asked" in check.detail

@@ -15,7 +15,7 @@ from torch import nn
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.auditor import Auditor
 from gambeson.auditing.clock import Clock, now
-from gambeson.auditing.context import STAGES, AuditContext, Checkpoints, Outcomes
+from gambeson.auditing.context import STAGES, AuditContext, Checkpoints, Outcomes, untouched_copy
 from gambeson.auditing.cost import Speed
 from gambeson.auditing.diagnostics import DIAGNOSTICS, Diagnostic, get
 from gambeson.auditing.results import AuditResult, ModelInfo, Verdict
@@ -29,7 +29,6 @@ from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import count_parameters, fingerprint
 from gambeson.victim import Victim, nothing_counts, predict, score
 from gambeson.victim.temperature import temperature
-from gambeson.victim.victim import copied
 
 
 @dataclass(frozen=True, repr=False)
@@ -171,7 +170,7 @@ def run_stages(
     weights = {} if black_box else {"model": fingerprint(model)}
     stages.begin(seed=seed, suite=suite.plain(), **weights)
     choose = None if clock is None else partial(_in_time, clock, stages)
-    untouched = None if black_box else _copy(model)
+    untouched = untouched_copy(model) if clock is None else clock.untouched
     with Victim(model, fast=not black_box) as victim:
         victim.allow_no_graph = True  # "no vanishing gradients" reports it
         if isinstance(model, BlackBox):
@@ -231,14 +230,6 @@ def run_stages(
 
 _GRADIENT = 3.0
 """Forwards that a gradient takes as long as, where nothing was timed."""
-
-
-def _copy(model: nn.Module) -> nn.Module | None:
-    """Return a copy of a model before anybody asks it; None where it cannot be copied."""
-    try:
-        return copied(model)
-    except Exception:  # the model's own way of being copied, or no memory for it
-        return None
 
 
 def _in_time(clock: Clock, stages: Checkpoints, suite: Suite) -> Suite:

@@ -11,6 +11,7 @@ from torch import nn
 
 from gambeson.auditing.amounts import CHECKS
 from gambeson.auditing.budget import RESERVE, TIME_LADDER, Budget, changes, fit, listed, omitted
+from gambeson.auditing.context import untouched_copy
 from gambeson.auditing.cost import Part, Speed, asked_parts, measured, parts_of
 from gambeson.auditing.stages import own
 from gambeson.auditing.suite import Suite
@@ -168,6 +169,8 @@ class Clock:
         if isinstance(model, BlackBox):
             self.asked = self.asked.model_copy(update={"universal_queries": 0})
         mine = [one.attack for one in own.of(self.asked, attacks).values()]
+        self.untouched = untouched_copy(model)
+        """A copy of the model as it was before its time was taken."""
         speed = measured(model, data, self.asked, seed)
         self.rest = Remaining(data, speed, black_box=isinstance(model, BlackBox), mine=mine)
         self._earlier = self._expected = self._took = 0.0

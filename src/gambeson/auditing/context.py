@@ -30,12 +30,13 @@ from gambeson.auditing.results import (
 from gambeson.auditing.suite import Suite
 from gambeson.base import UserError, load_tensors, read_json, refuse_other, save_tensors, seeded, write_json, write_text
 from gambeson.data import Dataset, Split
-from gambeson.evaluation import BudgetSpent, Rate
+from gambeson.evaluation import BlackBox, BudgetSpent, Rate
 from gambeson.evaluation.outcome import AttackT, ImageAttack, at_once, averaged, outcome
 from gambeson.evaluation.rates import Cost, ImageErrors
 from gambeson.tasks import Counts
 from gambeson.victim import Victim, vote
 from gambeson.victim.temperature import temperature
+from gambeson.victim.victim import copied
 
 ResultT = TypeVar("ResultT")
 Where = Literal["sample", "wider", "unseen", "test"]
@@ -407,3 +408,13 @@ class AuditContext:
         """Cost since :attr:`spent` was ``before``."""
         now = self.spent
         return Cost(forwards=now.forwards - before.forwards, backwards=now.backwards - before.backwards)
+
+
+def untouched_copy(model: nn.Module) -> nn.Module | None:
+    """Return a copy of a model that nobody has asked yet; None for a black box, and for what cannot be copied."""
+    if isinstance(model, BlackBox):
+        return None
+    try:
+        return copied(model)
+    except Exception:  # the model's own way of being copied, or no memory for it
+        return None
