@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any
 
+import audit_probes as probes
 import torch
+from audit_panels import PERCENT, Panel, line_of, rate_of
 
 from gambeson.attacks import FGSM, IFGSM, PGD, Loss
 from gambeson.auditing import AuditContext, Finding
 from gambeson.auditing.outcome import AsFarAsFinite
-from gambeson.auditing.stages.randomness import one_pass
-from gambeson.auditing.stages.universal import rescored
-from gambeson.base import generator, seeded
+from gambeson.auditing.stages.adaptive import OnStandIn
 from gambeson.evaluation import Rate
-from gambeson.evaluation.universal import accuracy_rate
-from gambeson.threat import Ball, perturb
-from gambeson.victim import predict, score
+from gambeson.evaluation.outcome import ImageAttack
+from gambeson.victim.substitute import InnerGradientsOff
 
-Panel = dict[str, Any]
 Measure = Callable[[AuditContext, Finding], Panel]
-
-_PERCENT = {"y": "accuracy, %", "range": [0, 105]}
-
-
-def _rate(rate: Rate) -> dict[str, float]:
-    return {"value": 100 * rate.value, "low": 100 * rate.low, "high": 100 * rate.high}
-
-
-def _line(name: str, xs: Sequence[float], rates: Sequence[Rate], **style: Any) -> dict[str, Any]:
-    parts = [_rate(rate) for rate in rates]
-    ends = {"y": "value", "low": "low", "high": "high"}
-    return {"name": name, "x": list(xs), **{key: [part[end] for part in parts] for key, end in ends.items()}, **style}
+Needs = tuple[str, ...]
+_SHARES = [k / 8 for k in range(9)]
 
 
 def bars(
     names: dict[str, str],
     margin: float | None = None,
     *,
-    test: bool = False,
+    count: Callable[[AuditContext, Finding], int] = lambda evidence, _: len(evidence.sample),
+    y: str = "accuracy, %",
     limit_at: tuple[float, str] = (0.99, "right"),
 ) -> Measure:
     """Bars of a finding's numbers with their Wilson intervals; the limit is the first bar less the margin.
@@ -47,39 +35,22 @@ def bars(
     Args:
         names: of the bars by key of :attr:`Finding.numbers`.
         margin: how far another bar may come below the first.
-        test: numbers are of all test images; else of the sample.
+        count: what the numbers are shares of; the sample's images by default.
+        y: what they are.
         limit_at: where the limit's words stand, as a share of the width, and which end of them stands there.
     """
 
     def measure(evidence: AuditContext, found: Finding) -> Panel:
-        n = len(evidence.test if test else evidence.sample)
+        n = count(evidence, found)
         rates = [Rate.of(round(found.numbers[key] * n), n) for key in names]
-        panel: Panel = {"kind": "bars", "y": "accuracy, %", "range": [0, 112]}
-        panel["bars"] = [{"name": name, **_rate(rate)} for name, rate in zip(names.values(), rates, strict=True)]
+        panel: Panel = {"kind": "bars", "y": y, "range": [0, 112]}
+        panel["bars"] = [{"name": name, **rate_of(rate)} for name, rate in zip(names.values(), rates, strict=True)]
         if margin is not None:
             panel["limit"], panel["limit_says"] = 100 * (rates[0].value - margin), "fails below"
             panel["limit_at"] = limit_at
         return panel
 
     return measure
-
-
-def votes(evidence: AuditContext, found: Finding) -> Panel:
-    """Accuracy of single passes over the clean test images, and what an audit of this suite reports."""
-    values = []
-    for number in range(21):
-        with seeded(evidence.seed, "draw", number), one_pass(evidence.victim):
-            values.append(accuracy_rate(score(predict(evidence.victim, evidence.test), evidence.test)))
-    xs = list(range(1, 22))
-    each = {"name": "one pass", "x": xs, "y": [100 * rate.value for rate in values], "apart": True}
-    told = {"name": "reported", "x": [1, 21], "y": [100 * evidence.clean.value] * 2, "plain": True}
-    return {
-        "kind": "lines",
-        "x": "pass over the same images",
-        "y": "accuracy, %",
-        "range": [80, 100],
-        "lines": [each, told],
-    }
 
 
 def draws(evidence: AuditContext, found: Finding) -> Panel:
@@ -92,97 +63,10 @@ def draws(evidence: AuditContext, found: Finding) -> Panel:
         "x": "draws a gradient is averaged over",
         "log": True,
         "ticks": list(counts),
-        **_PERCENT,
-        "lines": [_line("under PGD", counts, rates)],
+        **PERCENT,
+        "lines": [line_of("under PGD", counts, rates)],
         "marks": [{"x": usual, "name": "suite"}, {"x": 2 * usual, "name": "twice"}],
     }
-
-
-def _asked(evidence: AuditContext, images: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return evidence.victim.forward_original(images).double()
-
-
-def mates(evidence: AuditContext, found: Finding) -> Panel:
-    """Logits of eight images beside other images and beside flat ones."""
-    images, _ = evidence.sample.take(slice(0, 32), evidence.victim.device)
-    flat = torch.linspace(-1, 1, 24).clamp(min=0).view(-1, 1, 1, 1).expand_as(images[8:])
-    beside, other = _asked(evidence, images)[:8], _asked(evidence, torch.cat([images[:8], flat]))[:8]
-    frame = [float(torch.stack([beside, other]).min()) - 1, float(torch.stack([beside, other]).max()) + 1]
-    points = [{"x": beside.flatten().tolist(), "y": other.flatten().tolist()}]
-    return {
-        "kind": "points",
-        "x": "logit beside other test images",
-        "y": "logit beside flat images",
-        "points": points,
-        "frame": frame,
-        "band": [1.0],
-    }
-
-
-def memory(evidence: AuditContext, found: Finding) -> Panel:
-    """How far the logits of one image move while it and its neighbours are asked about."""
-    image, draw = evidence.sample.take(slice(16, 17), evidence.victim.device)[0], generator(0, "picture")
-    first = _asked(evidence, image)
-    size = first.max() - first.min()
-    xs, ys = [0], [0.0]
-    for number in range(1, 121):
-        if number % 10:
-            noise = torch.rand(image.shape, generator=draw) * 2 - 1
-            _asked(evidence, (image + noise / 255).clamp(0, 1))
-        else:
-            xs.append(number)
-            ys.append(float(100 * (_asked(evidence, image) - first).abs().max() / size))
-    line = {"name": "logits", "x": xs, "y": ys}
-    words = {"x": "queries near one image", "y": "its logits moved,\n% of their range"}
-    return {"kind": "lines", **words, "lines": [line], "limit": 1.0, "limit_says": "fails above"}
-
-
-def _gradients(
-    evidence: AuditContext, kind: Any, images: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    point = images.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        value = Loss(kind=kind)(evidence.victim.forward_original(point), labels)
-        (gradient,) = torch.autograd.grad(value.sum(), point)
-    return gradient, value.detach()
-
-
-def sizes(evidence: AuditContext, found: Finding) -> Panel:
-    """How many images have a loss gradient of which size."""
-    images, labels = evidence.sample.take(slice(None), evidence.victim.device)
-    largest = _gradients(evidence, "cross-entropy", images, labels)[0].flatten(1).abs().amax(1).double()
-    power = largest.clamp(min=1e-99).log10()
-    edges = (-99, -38, -6, -4, -2, 0, 99)
-    names = ["0", "1e-6", "1e-4", "0.01", "1", "more"]
-    counts = [int(((power >= low) & (power < high)).sum()) for low, high in pairwise(edges)]
-    words = {"x": "largest entry of an image's loss gradient, up to", "y": "images", "range": [0, 1.12 * len(images)]}
-    return {"kind": "columns", **words, "names": names, "counts": counts, "dead": 1}
-
-
-def promises(evidence: AuditContext, found: Finding) -> Panel:
-    """By how much the gradient says that a small step changes the margin, and by how much it does."""
-    images, labels = evidence.sample.take(slice(None), evidence.victim.device)
-    draw = generator(evidence.seed, "differences")
-    point = perturb(images, Ball(eps=evidence.eps).uniform(images.shape, draw))
-    gradient, before = _gradients(evidence, "margin", point, labels)
-    moved = perturb(point, 1e-3 * gradient.sign())
-    said = (gradient * (moved - point)).double().flatten(1).sum(1)
-    with torch.no_grad():
-        seen = (Loss(kind="margin")(evidence.victim.forward_original(moved), labels) - before).double()
-    reach = float(torch.cat([said, seen]).abs().max()) * 1.1
-    return {
-        "kind": "points",
-        "x": "change of the margin that the gradient promises",
-        "y": "change that is seen",
-        "points": [{"x": said.tolist(), "y": seen.tolist()}],
-        "frame": [0.0, reach],
-        "height": [-reach, reach],
-        "band": [0.5, 2.0],
-    }
-
-
-_SHARES = [k / 8 for k in range(9)]
 
 
 def ridge(evidence: AuditContext, found: Finding) -> Panel:
@@ -192,8 +76,8 @@ def ridge(evidence: AuditContext, found: Finding) -> Panel:
     return {
         "kind": "lines",
         "x": "length of the step, in eps",
-        **_PERCENT,
-        "lines": [_line("one step", _SHARES, rates)],
+        **PERCENT,
+        "lines": [line_of("one step", _SHARES, rates)],
         "limit": 100 * rates[4].value + 5,
         "limit_at": (0.02, "left"),
         "limit_says": "fails above, at 1",
@@ -231,15 +115,15 @@ def box(evidence: AuditContext, found: Finding) -> Panel:
     """Accuracy under PGD against eps, up to the whole box."""
     radii = (0.05, 0.15, 0.3, 0.5, 1.0)
     rates = [evidence.clean, *(evidence.accuracy(PGD(eps=eps, steps=40)) for eps in radii)]
-    line = _line("under PGD", (0, *radii), rates)
-    return {"kind": "lines", "x": "eps", **_PERCENT, "lines": [line], "limit": 5.0, "limit_says": "fails above, at 1"}
+    line = line_of("under PGD", (0, *radii), rates)
+    return {"kind": "lines", "x": "eps", **PERCENT, "lines": [line], "limit": 5.0, "limit_says": "fails above, at 1"}
 
 
 def radii(evidence: AuditContext, found: Finding) -> Panel:
     """Accuracy under PGD at the radii of the suite."""
     eps = evidence.suite.eps
     rates = [evidence.clean, *(evidence.accuracy(PGD(eps=one, steps=20)) for one in eps)]
-    return {"kind": "lines", "x": "eps", **_PERCENT, "lines": [_line("under PGD", (0, *eps), rates)]}
+    return {"kind": "lines", "x": "eps", **PERCENT, "lines": [line_of("under PGD", (0, *eps), rates)]}
 
 
 def restarts(evidence: AuditContext, found: Finding) -> Panel:
@@ -247,30 +131,39 @@ def restarts(evidence: AuditContext, found: Finding) -> Panel:
     usual, counts = evidence.suite.pgd(evidence.eps), (1, 2, 3, 5, 10)
     rates = [evidence.accuracy(usual.model_copy(update={"restarts": count})) for count in counts]
     marks = [{"x": usual.restarts, "name": "the suite"}]
-    return {"kind": "lines", "x": "restarts of PGD", **_PERCENT, "lines": [_line("PGD", counts, rates)], "marks": marks}
-
-
-def queried(evidence: AuditContext, found: Finding) -> Panel:
-    """Images that PGD leaves right, and those of them that queries leave right too."""
-    left, n = round(found.numbers["left by PGD"]), len(evidence.sample)
-    both = left - round(found.numbers["broken by queries"])
-    pairs = (("PGD", left), ("PGD, then\nqueries", both))
-    parts = [{"name": name, **_rate(Rate.of(hits, n))} for name, hits in pairs]
     return {
-        "kind": "bars",
-        "y": "accuracy, %",
-        "range": [0, 112],
-        "bars": parts,
-        "limit": 100 * (left / n - 0.02),
-        "limit_says": "fails below",
+        "kind": "lines",
+        "x": "restarts of PGD",
+        **PERCENT,
+        "lines": [line_of("PGD", counts, rates)],
+        "marks": marks,
     }
+
+
+def beyond(by: str, margin: float) -> Measure:
+    """Images that PGD leaves right, and those of them that others leave right too."""
+
+    def measure(evidence: AuditContext, found: Finding) -> Panel:
+        left, n = round(found.numbers["left by PGD"]), _asked_about(evidence, found)
+        both = left - round(found.numbers[f"broken by {by}"])
+        pairs = (("PGD", left), (f"PGD, then\n{by}", both))
+        return {
+            "kind": "bars",
+            "y": "accuracy, %",
+            "range": [0, 112],
+            "bars": [{"name": name, **rate_of(Rate.of(hits, n))} for name, hits in pairs],
+            "limit": 100 * (left / n - margin),
+            "limit_says": "fails below",
+        }
+
+    return measure
 
 
 def learnt(evidence: AuditContext, found: Finding) -> Panel:
     """Clean accuracy against always naming the most frequent class."""
     prior = 100 * found.numbers["prior"]
     guess = {"name": "most frequent\nclass", "value": prior, "low": prior, "high": prior, "hue": 1}
-    parts = [guess, {"name": "the model", **_rate(evidence.clean), "hue": 0}]
+    parts = [guess, {"name": "the model", **rate_of(evidence.clean), "hue": 0}]
     words = {"limit": prior, "limit_says": ""}
     return {"kind": "bars", "y": "accuracy, %", "range": [0, 112], "bars": parts, **words}
 
@@ -279,13 +172,13 @@ def controls(evidence: AuditContext, found: Finding) -> Panel:
     """UER of the crafted perturbations and of the strongest control at every eps."""
     points, eps = evidence.universal, evidence.suite.eps
     worst = [max((one.worst for one in point.controls), key=lambda rate: rate.value) for point in points]
-    lines = [_line("crafted", eps, [point.uer for point in points]), _line("strongest control", eps, worst)]
+    lines = [line_of("crafted", eps, [point.uer for point in points]), line_of("strongest control", eps, worst)]
     return {"kind": "lines", "x": "eps", "y": "UER, %", "range": [0, 100], "lines": lines, "legend": "upper left"}
 
 
 def curve(evidence: AuditContext, found: Finding) -> Panel:
     """UER at every eps."""
-    line = _line("crafted", evidence.suite.eps, [point.uer for point in evidence.universal])
+    line = line_of("crafted", evidence.suite.eps, [point.uer for point in evidence.universal])
     return {"kind": "lines", "x": "eps", "y": "UER, %", "range": [0, 100], "lines": [line]}
 
 
@@ -298,59 +191,120 @@ def used(evidence: AuditContext, found: Finding) -> Panel:
     return {"kind": "lines", **words, "lines": [line], "limit": 5.0, "limit_says": "fails below"}
 
 
-def again(evidence: AuditContext, found: Finding) -> Panel:
-    """UER of one stored perturbation, scored several times."""
-    uap, told = evidence.uaps[evidence.eps], 100 * found.numbers["reported"]
-    values = [100 * rescored(evidence, uap) for _ in range(10)]
-    lines = [
-        {"name": "once more", "x": list(range(1, 11)), "y": values, "apart": True},
-        {"name": "reported", "x": [1, 10], "y": [told, told], "plain": True},
-    ]
-    return {"kind": "lines", "x": "scored once more", "y": "UER, %", "lines": lines}
+def smaller(evidence: AuditContext, found: Finding) -> Panel:
+    """Accuracy under PGD against the radius of a ball inside the audit's."""
+    shares = (0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
+    rates = [evidence.accuracy(PGD(eps=share * evidence.eps, steps=20)) for share in shares]
+    lines = [line_of("under PGD", (0, *shares), [evidence.clean, *rates])]
+    return {"kind": "lines", "x": "radius of the ball, in eps", **PERCENT, "lines": lines}
 
 
-MEASURES: dict[str, tuple[bool, bool, Measure]] = {
-    "deterministic or majority vote": (False, False, votes),
-    "no EOT gap": (False, False, draws),
+def without(evidence: AuditContext, found: Finding) -> Panel:
+    """Accuracy under PGD, and under PGD on the model without the gradients that it computes itself."""
+    usual = PGD(eps=evidence.eps, steps=40, loss="margin")
+    attacks: dict[str, ImageAttack] = {"PGD": usual, "PGD, inner\ngradients off": OnStandIn(InnerGradientsOff, usual)}
+    rates = {name: evidence.accuracy(attack) for name, attack in attacks.items()}
+    parts = [{"name": name, **rate_of(rate)} for name, rate in rates.items()]
+    return {"kind": "bars", "y": "accuracy, %", "range": [0, 112], "bars": parts}
+
+
+def drawn(evidence: AuditContext, found: Finding) -> Panel:
+    """Accuracy under the attack of all images, of the sample that checks look at and of the other images."""
+    inside = len(evidence.sample)
+    parts = (("the sample", "sample", inside), ("other test\nimages", "others", len(evidence.test) - inside))
+    rates = [{"name": name, **rate_of(Rate.of(round(found.numbers[key] * n), n))} for name, key, n in parts]
+    return {"kind": "bars", "y": "accuracy, %", "range": [0, 112], "bars": rates}
+
+
+def _asked_about(evidence: AuditContext, found: Finding) -> int:
+    """The sample, or the images of a second look where one was taken."""
+    return next(n for n in (len(evidence.wider), len(evidence.sample)) if f" of {n} images" in found.detail)
+
+
+def _of_test(evidence: AuditContext, _: Finding) -> int:
+    return len(evidence.test)
+
+
+MEASURES: dict[str, tuple[Needs, Measure]] = {
+    "deterministic or majority vote": ((), probes.votes),
+    "no EOT gap": ((), draws),
     "no noise-off gap": (
-        False,
-        False,
+        (),
         bars({"on": "noise on", "off": "noise off", "crafted_off": "crafted off,\njudged on"}),
     ),
-    "independent of the batch": (False, False, mates),
-    "stateless": (False, False, memory),
-    "no vanishing gradients": (False, False, sizes),
-    "margin loss no stronger": (False, False, bars({"cross-entropy": "cross-entropy", "margin": "margin"}, 0.05)),
-    "gradient matches finite differences": (False, False, promises),
-    "multi-step beats single-step": (False, False, bars({"multi": "PGD", "single": "FGSM"}, 0.0)),
-    "random start no stronger": (False, False, bars({"plain": "FGSM", "started": "R+FGSM"}, 0.15)),
-    "monotone in step size": (False, False, ridge),
-    "single step approximates multi-step": (False, False, rise),
-    "unbounded attack succeeds": (False, False, box),
-    "monotone in eps": (False, False, radii),
-    "attack has converged": (False, False, restarts),
-    "gradient beats random search": (False, False, bars({"pgd": "PGD", "random": "random search"}, 0.0)),
+    "independent of the batch": ((), probes.mates),
+    "stateless": ((), probes.memory),
+    "no vanishing gradients": ((), probes.sizes),
+    "margin loss no stronger": ((), bars({"cross-entropy": "cross-entropy", "margin": "margin"}, 0.05)),
+    "gradient matches finite differences": ((), probes.promises),
+    "multi-step beats single-step": ((), bars({"multi": "PGD", "single": "FGSM"}, 0.0)),
+    "random start no stronger": ((), bars({"plain": "FGSM", "started": "R+FGSM"}, 0.15)),
+    "monotone in step size": ((), ridge),
+    "single step approximates multi-step": ((), rise),
+    "unbounded attack succeeds": ((), box),
+    "monotone in eps": ((), radii),
+    "attack has converged": ((), restarts),
+    "gradient beats random search": ((), bars({"pgd": "PGD", "random": "random search"}, 0.0)),
     "white box beats transfer": (
-        True,
-        False,
+        ("surrogate",),
         bars({"white box": "PGD on it", "fgsm": "FGSM,\ntransferred", "mi-di-fgsm": "MI-DI-FGSM,\ntransferred"}, 0.02),
     ),
     "universal white box beats transfer": (
-        True,
-        True,
-        bars({"white box": "crafted on it", "transferred": "transferred"}, 0.05, test=True),
+        ("surrogate", "universal"),
+        bars({"white box": "crafted on it", "transferred": "transferred"}, 0.05, count=_of_test),
     ),
-    "white box beats queries": (False, False, queried),
-    "attack beats noise": (False, False, bars({"pgd": "PGD", "noise": "random signs"}, 0.02)),
-    "better than majority class": (False, False, learnt),
-    "crafted beats controls": (False, True, controls),
-    "perturbation budget used": (False, True, used),
-    "UER monotone in eps": (False, True, curve),
-    "re-scoring reproducible": (False, True, again),
+    "white box beats queries": ((), beyond("queries", 0.02)),
+    "attack beats noise": ((), bars({"pgd": "PGD", "noise": "random signs"}, 0.02)),
+    "better than majority class": ((), learnt),
+    "crafted beats controls": (("universal",), controls),
+    "perturbation budget used": (("universal",), used),
+    "UER monotone in eps": (("universal",), curve),
+    "re-scoring reproducible": (("universal",), probes.again),
     "no test-set leakage": (
-        False,
-        True,
-        bars({"test": "test images", "validation": "validation images"}, 0.03, test=True, limit_at=(0.5, "center")),
+        ("universal",),
+        bars(
+            {"test": "test images", "validation": "validation images"}, 0.03, count=_of_test, limit_at=(0.5, "center")
+        ),
+    ),
+    "alike in every batch": (("universal", "re-scoring"), probes.batches),
+    "no weaker inside the ball": ((), smaller),
+    "gradient independent of the batch": (("gradients",), probes.agreement),
+    "attack repeats its outcome": (
+        ("per-image",),
+        bars({"before": "PGD", "again": "once more, in\nsmall batches"}, count=lambda *_: 64),
+    ),
+    "gradient complete": (("adaptive",), probes.random_steps),
+    "no optimisation at test time": (("adaptive",), without),
+    "margin vanishes where the answer changes": ((), probes.crossing),
+    "attacks find what is there": (
+        (),
+        bars(
+            {"PGD": "PGD", "Square": "Square"},
+            count=lambda _, found: round(found.numbers["copies"]),
+            y="adversarial examples\nthat are found, %",
+        ),
+    ),
+    "universal white box beats queries": (
+        ("universal", "universal-nes"),
+        bars({"white box": "by gradients", "other": "by queries"}, 0.05, count=_of_test),
+    ),
+    "other gradients no stronger": ((), beyond("other gradients", 0.01)),
+    "crafted on train beats crafted on test": (
+        ("universal",),
+        bars(
+            {"train": "crafted on\ntraining images", "test": "crafted on\ntest images"},
+            0.05,
+            count=lambda evidence, _: len(evidence.test) // 2,
+        ),
+    ),
+    "sample like the other images": (("per-image",), drawn),
+    "rotated and blended images stand too": (
+        (),
+        bars(
+            {"as they are, beside rotated": "as they are", "rotated": "rotated"},
+            0.3,
+            count=lambda _, found: int(found.detail.split()[1]),  # of those that are right both ways
+        ),
     ),
 }
-"""For every diagnostic: whether it needs a surrogate and universal perturbations, and what is measured for it."""
+"""For every diagnostic: the stages that an audit has done before it, and what is measured for it."""

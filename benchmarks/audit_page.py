@@ -136,6 +136,66 @@ CAPTIONS: dict[str, tuple[str, str]] = {
         "a network that knows the test images, and adds the label of the one that lies within 0.35 in every pixel",
         "the network alone",
     ),
+    "alike in every batch": (
+        "the mean of a batch's logits is exchanged for that of training images, so that no pattern gains on all images "
+        "at once: asked about one by one, more fall",
+        "the network alone",
+    ),
+    "no weaker inside the ball": (
+        "a robust network, and an undefended one where the changes of dark pixels are about half of eps: PGD in a "
+        "smaller ball breaks more than PGD in the whole one",
+        "trained on PGD: the larger the ball, the more falls",
+    ),
+    "gradient independent of the batch": (
+        "in batches of more than 128 images the gradient is that of the mirror image",
+        "the same network with its own gradient",
+    ),
+    "attack repeats its outcome": (
+        "the same network: PGD on all test images at once followed the other gradient, in batches of 16 it does not",
+        "the same network with its own gradient",
+    ),
+    "gradient complete": (
+        "three quarters of the features are cut off from the gradient: a step along random signs does more than it "
+        "promises, or the opposite; the line is the promise",
+        "the same network with its own gradient",
+    ),
+    "no optimisation at test time": (
+        "an anti-adversary layer, which moves each image towards the predicted class by gradients of its own: PGD on "
+        "the network behind it breaks more than PGD through it",
+        "the network alone, which computes no gradients",
+    ),
+    "margin vanishes where the answer changes": (
+        "one network answers, with the logits of another: where the answer changes, there is a margin still",
+        "the network alone, whose margin is zero there",
+    ),
+    "attacks find what is there": (
+        "pixels rounded to four grey levels: of copies of the network that have an adversarial example for certain, "
+        "attacks with gradients find none, Square finds most",
+        "the same network without the rounding",
+    ),
+    "universal white box beats queries": (
+        "a detector of rough images, behind which there is no gradient: one perturbation found by queries alone breaks "
+        "far more than the one crafted by gradients",
+        "the network alone",
+    ),
+    "other gradients no stronger": (
+        "gaps between the logits multiplied by a wave of the pixels: the gradient is true, and leads nowhere; "
+        "gradients where the answer changes go on",
+        "the network alone",
+    ),
+    "crafted on train beats crafted on test": (
+        "a network that knows its training and validation images, and leads attacks on them along a pattern of no use: "
+        "what is crafted on test images does far more harm",
+        "the network alone",
+    ),
+    "sample like the other images": (
+        "a network that has stored all test images but those that checks look at",
+        "the network alone",
+    ),
+    "rotated and blended images stand too": (
+        "a network that has stored the test images: rotated by a few degrees, none of them stands",
+        "the network alone, on which nearly no image stands either way",
+    ),
 }
 
 
@@ -157,8 +217,6 @@ def _section(diagnostic: Diagnostic) -> str:
     text = f"## {diagnostic.name}\n\n" + "\n\n".join(map(_wrapped, parts)) + "\n"
     if diagnostic.name == WITHOUT:
         return text + "\nIt never fails, and so has no picture.\n"
-    if diagnostic.name not in CAPTIONS:
-        return text
     left, right = CAPTIONS[diagnostic.name]
     alt = f"{diagnostic.name}: one model fails, one passes"
     picture = f'<img src="audit/{file_of(diagnostic.name)}" width="640" alt="{alt}">'

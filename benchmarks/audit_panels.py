@@ -7,14 +7,30 @@ of a picture have the same kind and get the same axes. Matplotlib is needed (the
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gambeson.evaluation import Rate
+
 Panel = dict[str, Any]
+PERCENT: Panel = {"y": "accuracy, %", "range": [0, 105]}
 
 HUES = ("#0072B2", "#D55E00")
 """Blue and vermilion (Okabe and Ito): told apart by every kind of colour vision, and by their lightness in print."""
 _INK, _PALE = "#333333", "#8a8a8a"
+
+
+def rate_of(rate: Rate) -> dict[str, float]:
+    """Return a rate and the ends of its interval in per cent."""
+    return {"value": 100 * rate.value, "low": 100 * rate.low, "high": 100 * rate.high}
+
+
+def line_of(name: str, xs: Sequence[float], rates: Sequence[Rate], **style: Any) -> dict[str, Any]:
+    """Return a line of rates with their intervals."""
+    parts = [rate_of(rate) for rate in rates]
+    ends = {"y": "value", "low": "low", "high": "high"}
+    return {"name": name, "x": list(xs), **{key: [part[end] for part in parts] for key, end in ends.items()}, **style}
 
 
 def draw(panels: dict[str, Panel], path: Path) -> None:

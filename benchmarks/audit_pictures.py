@@ -2,11 +2,12 @@
 
 ``python benchmarks/audit_pictures.py [--only NAME ...] [--draw]``
 
-Models are those of :mod:`gambeson.testbed` (trained when first asked for) and three small ones made here. Each
-diagnostic is run alone on both models, as an audit holds them, and must fail the one and pass the other; what it
-compares is measured along, stored in ``results/audit-pictures.json`` and drawn to ``docs/audit/*.png``. ``--draw``
-draws what is stored; ``python benchmarks/audit_page.py`` then renews the page. Everything is seeded. A minute and a
-half on one core once the networks are trained. Matplotlib is needed: the extra ``quickstart`` brings it.
+Models are those of :mod:`gambeson.testbed` (trained when first asked for), of ``benchmarks/adversary.py``, and four
+small ones made here. Each diagnostic is run alone on both models, as an audit holds them, and must fail the one and
+pass the other; what it compares is measured along, stored in ``results/audit-pictures.json`` and drawn to
+``docs/audit/*.png``. ``--draw`` draws what is stored; ``python benchmarks/audit_page.py`` then renews the page.
+Everything is seeded. Minutes on one core once the networks are trained. Matplotlib is needed: the extra ``quickstart``
+brings it.
 """
 
 from __future__ import annotations
@@ -26,12 +27,20 @@ from torch.nn import functional as F
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # the models stand with the tests, which are not installed
 
-from audit_measures import MEASURES  # noqa: E402
+from adversary import deceivers  # noqa: E402
+from audit_measures import MEASURES, Needs  # noqa: E402
 from audit_page import file_of  # noqa: E402
 from audit_panels import draw  # noqa: E402
 
-from gambeson.auditing import DIAGNOSTICS, SUITES, AuditContext  # noqa: E402
+from gambeson.attacks import UniversalPerturbation  # noqa: E402
+from gambeson.auditing import (  # noqa: E402
+    DIAGNOSTICS,
+    SUITES,
+    AuditContext,
+    rescoring,
+)
 from gambeson.auditing.context import Checkpoints  # noqa: E402
+from gambeson.auditing.stages import adaptive, per_image  # noqa: E402
 from gambeson.auditing.stages import surrogate as surrogates  # noqa: E402
 from gambeson.auditing.stages import universal as universals  # noqa: E402
 from gambeson.base import read_json, seeded, write_json  # noqa: E402
@@ -91,6 +100,24 @@ class Tired(nn.Module):
         return torch.where((times > 50)[:, None], first + 0 * z, z)
 
 
+class Spared(nn.Module):
+    """Images near to a few get a bonus for their label."""
+
+    known: torch.Tensor
+    labels: torch.Tensor
+
+    def __init__(self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("known", images.flatten(1))
+        self.register_buffer("labels", F.one_hot(labels, 10).float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        apart = torch.cdist(x.flatten(1), self.known).square()
+        weight = torch.sigmoid((1.7 - apart) / 0.1) * torch.softmax(-apart / 0.1, 1)
+        return self.net(x) + 30 * (weight @ self.labels)
+
+
 def _tired(nets: Networks) -> nn.Module:
     return Tired(nets())
 
@@ -103,7 +130,14 @@ def _guarded(nets: Networks) -> nn.Module:
     return Guarded(nets(), *spread(nets.data.train, 2000)).eval()
 
 
-OWN = {"tired of repetitions": _tired, "random ripple": _random_ripple, "guarded": _guarded}
+def _spared(nets: Networks) -> nn.Module:
+    test = nets.data.test
+    hidden = torch.ones(len(test), dtype=torch.bool)
+    hidden[test.sample_indices(SUITES["quick"].sample, seed=0)] = False
+    return Spared(nets(), *test.take(hidden.nonzero().flatten())).eval()
+
+
+OWN = {"tired of repetitions": _tired, "random ripple": _random_ripple, "guarded": _guarded, "spared": _spared}
 
 Case = tuple[str, str, dict[str, Any]]
 """Data, name of the model (of the testbed, a network of it, or of :data:`OWN`), settings beside the quick suite's."""
@@ -144,6 +178,19 @@ CASES: dict[str, tuple[Case, Case]] = {
     "UER monotone in eps": _RADII,
     "re-scoring reproducible": (_case("random member"), _STANDARD),
     "no test-set leakage": (_case("test images remembered within a radius"), _STANDARD),
+    "alike in every batch": (_case("batch's mean logits exchanged"), _STANDARD),
+    "no weaker inside the ball": (_case("undefended in a shell inside the ball"), _case("pgd-adversarial")),
+    "gradient independent of the batch": (_case("false in large batches"), _STANDARD),
+    "attack repeats its outcome": (_case("false in large batches"), _STANDARD),
+    "gradient complete": (_case("three quarters stopped"), _STANDARD),
+    "no optimisation at test time": (_case("anti-adversary layer"), _STANDARD),
+    "margin vanishes where the answer changes": (_case("margins of a sibling"), _STANDARD),
+    "attacks find what is there": (_case("four grey levels"), _STANDARD),
+    "universal white box beats queries": (_case("detector: equal logits"), _STANDARD),
+    "other gradients no stronger": (_case("waves on the gaps, within the ball"), _STANDARD),
+    "crafted on train beats crafted on test": (_case("a lure around training images"), _STANDARD),
+    "sample like the other images": (_case("spared"), _STANDARD),
+    "rotated and blended images stand too": (_case("test images remembered within a radius"), _STANDARD),
 }
 
 
@@ -152,6 +199,8 @@ def built(data: str, name: str) -> nn.Module:
     nets, entries = networks(data), {entry.name: entry for entry in models(data)}
     if name in OWN:
         return OWN[name](nets).eval()
+    if name in (others := deceivers()):
+        return others[name]().model.eval()
     return entries[name].build(nets) if name in entries else nets(name)
 
 
@@ -160,8 +209,8 @@ _CRAFTED: dict[str, Any] = {}
 
 
 @contextmanager
-def held(case: Case, *, surrogate: bool, universal: bool) -> Iterator[AuditContext]:
-    """Hold a case's model as an audit does when it comes to the diagnostics."""
+def held(case: Case, needs: Needs) -> Iterator[AuditContext]:
+    """Hold a case's model as an audit does when it comes to the diagnostics, after the stages that it needs."""
     data, name, settings = case
     dataset, model = networks(data).data, built(data, name)
     suite = SUITES["quick"].model_copy(update=LIGHT | settings).on(dataset)
@@ -169,28 +218,40 @@ def held(case: Case, *, surrogate: bool, universal: bool) -> Iterator[AuditConte
         with seeded(0, "picture"):  # a random model's first pass
             evidence = evidence_of(victim, dataset, suite)
             victim.temperature = temperature(victim, dataset.validation, 0)
-        if surrogate:
+        if "surrogate" in needs:
             folder = RUNS / f"surrogate-{data}"
             folder.mkdir(parents=True, exist_ok=True)
             evidence.surrogate, _ = surrogates.obtain(suite, dataset, model, folder, Checkpoints(folder), 0)
-        if universal:
+        if "universal" in needs:
             crafted = _CRAFTED.get(repr(case))
             if crafted is None:
                 for eps in suite.eps:
                     with seeded(0, "stage", universals.file_of(eps)):
                         evidence.universal.append(universals.craft_point(evidence, eps, None))
-                _CRAFTED[repr(case)] = (evidence.uaps, evidence.universal)
+                _CRAFTED[repr(case)] = (evidence.uaps, evidence.universal, evidence.errors)
             else:
-                evidence.uaps, evidence.universal = crafted
+                evidence.uaps, evidence.universal, evidence.errors = crafted
+        if "re-scoring" in needs:
+            evidence.universal = universals.rescore(evidence)
+        if "universal-nes" in needs:
+            found = universals.craft_by_queries(evidence, RUNS)
+            assert found is not None
+            evidence.queried = UniversalPerturbation.load(RUNS / found.file)
+        if "gradients" in needs:
+            evidence.steadiness = rescoring.steadiness(evidence)
+        if "per-image" in needs:
+            evidence.per_image = per_image.measure(evidence)
+        if "adaptive" in needs:
+            adaptive.record(evidence, adaptive.measure(evidence))
         yield evidence
 
 
 def measured(name: str, case: Case) -> tuple[bool | None, str, dict[str, Any]]:
     """Return the verdict and the words of a diagnostic on a case, and the panel to draw."""
     diagnostic = next(one for one in DIAGNOSTICS if one.name == name)
-    surrogate, universal, measure = MEASURES[name]
+    needs, measure = MEASURES[name]
     random.seed(0)  # one of the models draws from Python's own generator
-    with held(case, surrogate=surrogate, universal=universal) as evidence:
+    with held(case, needs) as evidence:
         found = diagnostic.function(evidence)
         with seeded(0, "picture", name):
             return found.passed, found.detail, measure(evidence, found)

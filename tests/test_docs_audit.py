@@ -137,7 +137,7 @@ def test_error_rates_are_told_from_what_is_stored(page, tmp_path, monkeypatch):
 
 
 def test_every_picture_of_a_diagnostic_has_its_words(page):
-    names = [one.name for one in DIAGNOSTICS if one.name in page.CAPTIONS]
+    names = [one.name for one in DIAGNOSTICS if one.name != page.WITHOUT]
     assert sorted(page.CAPTIONS) == sorted(names)
     assert {path.name for path in PICTURES.iterdir()} == {page.file_of(name) for name in names}
     for name in names:
@@ -174,6 +174,7 @@ def test_the_power_of_the_checks_is_what_is_computed():
         effects = " | ".join(f"{100 * smallest_effect(looks, limit):.1f} %" for limit in limits)
         assert f"| {words} | {effects} |" in CHECKS
     assert f"at most {COMPARISONS} comparisons" in CHECKS
+    assert f"at the level 0.05 / {COMPARISONS} " in CHECKS
 
 
 def test_the_costs_are_those_of_the_suites(page):
