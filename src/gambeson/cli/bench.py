@@ -43,82 +43,51 @@ def _new(out: Path | None) -> Path | None:
 OutFile = Annotated[Path | None, typer.Option("--out", "-o", help="JSON file to write.", callback=_new)]
 
 
-@app.command("attacks")
-def attacks(
-    model: Model = "resnet20",
-    batch_size: BatchSize = 128,
-    steps: Steps = 10,
-    rounds: Rounds = 7,
-    bfloat16: Bfloat16 = False,
-    device: Device = "auto",
-    out: OutFile = None,
-    as_json: Json = False,
-) -> None:
-    """Time PGD and a plain loop alternately; report medians of ratios.
+def _against_a_loop(name: str, steps: int, told: str, example: str, loop: str) -> None:
+    def command(
+        model: Model = "resnet20",
+        batch_size: BatchSize = 128,
+        steps: Steps = steps,
+        rounds: Rounds = 7,
+        bfloat16: Bfloat16 = False,
+        device: Device = "auto",
+        out: OutFile = None,
+        as_json: Json = False,
+    ) -> None:
+        from gambeson import studies
+        from gambeson.base import pick_device
 
-    Example: `gambeson bench attacks --rounds 7`
-    """
-    from gambeson.base import pick_device
-    from gambeson.studies import BenchSettings, bench_attacks
+        settings = studies.BenchSettings(
+            model=model,
+            batch_size=batch_size,
+            steps=steps,
+            rounds=rounds,
+            bfloat16=bfloat16,
+            device=pick_device(device),
+        )
+        with progress(as_json):
+            result = getattr(studies, f"bench_{name}")(settings)
+        _show(result, out, as_json, loop)
 
-    settings = BenchSettings(
-        model=model, batch_size=batch_size, steps=steps, rounds=rounds, bfloat16=bfloat16, device=pick_device(device)
-    )
-    with progress(as_json):
-        result = bench_attacks(settings)
-    _show(result, out, as_json, "the bare loop")
-
-
-@app.command("universal")
-def universal(
-    model: Model = "resnet20",
-    batch_size: BatchSize = 128,
-    steps: Steps = 10,
-    rounds: Rounds = 7,
-    bfloat16: Bfloat16 = False,
-    device: Device = "auto",
-    out: OutFile = None,
-    as_json: Json = False,
-) -> None:
-    """Time steps of a universal perturbation and a plain loop alternately; report medians of ratios.
-
-    Example: `gambeson bench universal --model resnet18 --batch-size 256 --steps 50`
-    """
-    from gambeson.base import pick_device
-    from gambeson.studies import BenchSettings, bench_universal
-
-    settings = BenchSettings(
-        model=model, batch_size=batch_size, steps=steps, rounds=rounds, bfloat16=bfloat16, device=pick_device(device)
-    )
-    with progress(as_json):
-        result = bench_universal(settings)
-    _show(result, out, as_json, "the bare loop")
+    command.__doc__ = f"{told} and a plain loop alternately; report medians of ratios.\n\nExample: `{example}`"
+    app.command(name)(command)
 
 
-@app.command("training")
-def training(
-    model: Model = "resnet20",
-    batch_size: BatchSize = 128,
-    steps: Steps = 7,
-    rounds: Rounds = 7,
-    bfloat16: Bfloat16 = False,
-    device: Device = "auto",
-    out: OutFile = None,
-    as_json: Json = False,
-) -> None:
-    """Time a step of adversarial training and a plain loop alternately; report medians of ratios.
-
-    Example: `gambeson bench training --model resnet18 --rounds 7`
-    """
-    from gambeson.base import pick_device
-    from gambeson.studies import BenchSettings, bench_training
-
-    settings = BenchSettings(
-        model=model, batch_size=batch_size, steps=steps, rounds=rounds, bfloat16=bfloat16, device=pick_device(device)
-    )
-    with progress(as_json):
-        result = bench_training(settings)
-    _show(result, out, as_json, "the plain loop")
+_against_a_loop("attacks", 10, "Time PGD", "gambeson bench attacks --rounds 7", "the bare loop")
+_against_a_loop(
+    "universal",
+    10,
+    "Time steps of a universal perturbation",
+    "gambeson bench universal --model resnet18 --batch-size 256 --steps 50",
+    "the bare loop",
+)
+_against_a_loop(
+    "training",
+    7,
+    "Time a step of adversarial training",
+    "gambeson bench training --model resnet18 --rounds 7",
+    "the plain loop",
+)
 
 
 @app.command("audit")
