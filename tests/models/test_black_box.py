@@ -541,6 +541,9 @@ def test_functions_may_return_arrays_lists_and_probabilities():
         sure = FunctionModel(lambda x: net(x).softmax(1))
         assert torch.allclose(sure(images), right.log_softmax(1), atol=1e-5)
         assert sure.output == "probabilities"
+        rounded = FunctionModel(lambda x: 1.0003 * net(x).softmax(1))
+        assert torch.allclose(rounded(images), right.log_softmax(1), atol=1e-3)
+        assert rounded.output == "probabilities"
         left = FunctionModel(lambda x: net(x).softmax(1), output="logits")
         assert torch.allclose(left(images), right.softmax(1))
         zero = FunctionModel(lambda x: torch.eye(2)[torch.zeros(len(x), dtype=torch.long)])

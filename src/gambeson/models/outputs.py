@@ -48,9 +48,21 @@ def _is_coarser(rows: int, columns: int, height: int, width: int) -> bool:
 
 PROBABILITIES, SIGMOID, ONE_LOGIT = "probabilities", "sigmoid", "one-logit"
 _TINY = 1e-30
+_ROUNDING = 1e-3
+"""How far probabilities may lie outside [0, 1], and their sum from 1 (ours): sums of weights do by rounding."""
 
 
 _checked: WeakSet[nn.Module] = WeakSet()
+
+
+def are_shares(scores: torch.Tensor) -> torch.Tensor:
+    """Tell whether all scores lie in [0, 1], up to rounding; a scalar tensor, which no device is waited for."""
+    return ((scores >= -_ROUNDING) & (scores <= 1 + _ROUNDING)).all()
+
+
+def are_probabilities(scores: torch.Tensor) -> torch.Tensor:
+    """Tell whether scores (N, K) or (N, K, H, W) are shares that sum to 1 over the classes, likewise."""
+    return are_shares(scores) & ((scores.sum(1) - 1).abs() < _ROUNDING).all()
 
 
 class as_logits(nn.Module):  # noqa: N801  (used like a function)
@@ -99,7 +111,7 @@ class as_logits(nn.Module):  # noqa: N801  (used like a function)
     def _check(self, answer: torch.Tensor) -> None:
         """Check, at the first call, that the values can be what they are said to be."""
         low, high = (float(bound) for bound in torch.aminmax(answer.detach()))
-        inside = low >= 0 and high <= 1
+        inside = bool(are_shares(answer.detach()))
         if self.output != ONE_LOGIT and not inside:
             raise UserError(
                 f"the model's outputs reach from {low:.3g} to {high:.3g}: expected {self.output} in [0, 1]; leave "

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gambeson.base import UserError, seeded
-from gambeson.models.outputs import KEYS, at_image_size
+from gambeson.models.outputs import KEYS, are_probabilities, are_shares, at_image_size
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
@@ -290,9 +290,8 @@ def inspect_model(model: nn.Module, images: torch.Tensor) -> ModelTraits:
         again = [logits_of(model(few.clone()), len(few)) for _ in range(1, CALLS)]
         # Equal infinities differ by NaN; non-finite logits are refused when they are scored.
         gaps = [(raw - other).abs().nan_to_num(0.0, 0.0).max() for other in again]
-        inside = ((first >= 0) & (first <= 1)).all()
-        sums = ((first.sum(1) - 1).abs() < 1e-3).all()
-        found = torch.stack([*gaps, size_of(first), (given != few).any(), inside, inside & sums]).tolist()
+        certain = (are_shares(first), are_probabilities(first))
+        found = torch.stack([*gaps, size_of(first), (given != few).any(), *certain]).tolist()
         gap, size = max(found[: CALLS - 1]), found[CALLS - 1]
         shared = False
         if gap > 0:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gambeson.base import UserError, read_json, write_json
+from gambeson.models.outputs import are_probabilities, are_shares
 
 Output = Literal["auto", "logits", "probabilities"]
 """Type of the returned scores. ``auto`` decides on the first result: rows in [0, 1] that sum to 1 are probabilities."""
@@ -195,7 +196,7 @@ class BlackBox(nn.Module):
             if decided:
                 scores = self._one_hot(given)
             one = self._names == 2 and not decided and scores.ndim in (2, 4) and scores.shape[1] == 1
-            if one and bool(((scores > -1e-4) & (scores < 1 + 1e-4)).all()):  # a sigmoid, up to a runtime's rounding
+            if one and are_shares(scores):  # a sigmoid
                 scores = scores.clamp(0, 1)
                 scores = torch.cat([1 - scores, scores], 1)  # it is the probability of the second class
             if scores.ndim not in (2, 4) or len(scores) != count or scores.shape[1] < 2:
@@ -217,9 +218,7 @@ class BlackBox(nn.Module):
             if not decided:
                 self._hard = self._hard and bool(((scores == 1).sum(1) + (scores == 0).sum(1) == self._classes).all())
             if self.output == "auto" and not decided:
-                inside = bool(((scores >= 0) & (scores <= 1)).all())
-                sure = inside and bool(((scores.sum(1) - 1).abs() < 1e-3).all())
-                self.output = "probabilities" if sure else "logits"
+                self.output = "probabilities" if are_probabilities(scores) else "logits"
         return scores.clamp(min=_TINY).log() if not decided and self.output == "probabilities" else scores
 
     def _one_hot(self, classes: torch.Tensor) -> torch.Tensor:
