@@ -112,8 +112,25 @@ def masked(net):
     return Around(net, lambda net, x: F.pad(net(x), (0, 2), value=-1e9))
 
 
+def median(net):
+    """A median of nine pixels, whose slope is that of one of them, and of none where they are equal."""
+
+    def filtered(x):
+        rows, columns = x.shape[-2:]
+        patches = F.unfold(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3)
+        return patches.view(len(x), 9, rows * columns).median(1).values.view_as(x)
+
+    return Around(net, lambda net, x: net(filtered(x)))
+
+
+def maximum(net):
+    return Around(net, lambda net, x: net(F.max_pool2d(x, 3, 1, 1)))
+
+
 COMPLETE = {
     "itself": lambda net: net,
+    "median of pixels": median,
+    "maximum of pixels": maximum,
     "dropout of one draw": lambda net: Around(net, lambda net, x: net(F.dropout(x, 0.1))),
     "noise of the logits": noisy(1e-5),
     "masked classes": masked,
@@ -142,7 +159,7 @@ def test_a_gradient_that_lacks_a_part_is_told_though_no_attack_is_run(name, net,
     assert check.numbers["false"] > 0.3
 
 
-@pytest.mark.parametrize("name", quickly(COMPLETE, "itself", "noise of its own", "masked classes"))
+@pytest.mark.parametrize("name", quickly(COMPLETE, "itself", "median of pixels", "noise of its own", "masked classes"))
 def test_a_gradient_that_is_the_models_own_passes_and_costs_no_attack(name, net, digits):
     check, context = check_of(COMPLETE[name](net), digits)
     assert check.passed is True, check.detail

@@ -22,6 +22,8 @@ _ENOUGH = 0.97
 """Agreement at which no other step is tried."""
 _MATTERS = 0.25
 """Share of a perturbation's effect below which what a kind of direction finds does not matter."""
+_LITTLE = 0.1
+"""Share of noise in the step along the gradient's signs."""
 _CALLS = 3
 _QUIET = 0.05
 """Share of a random model's images that may still disagree when no other step is tried."""
@@ -52,9 +54,10 @@ def gradient_agreement(
     smallest gradient, where hidden pixels are; and checkerboards in random cells of two by two pixels, which a
     low-passed gradient does not see. The latter two count only where they find much that an attack could use. The
     function is the margin of the logits and, on all values, a random combination of all classes' logits. Points are
-    drawn in the ball, and a step of eps along the gradient's signs. Of four steps, from 0.00025 to half of eps, the one
-    that agrees best decides for each image: quantised models are flat below their own resolution, and a difference
-    over more than a network's linear region need not be its slope.
+    drawn in the ball, and about a step of eps along the gradient's signs; no two pixels are equal there, as medians and
+    maxima have a kink where they are. Of four steps, from 0.00025 to half of eps, the one that agrees best decides for
+    each image: quantised models are flat below their own resolution, and a difference over more than a network's
+    linear region need not be its slope.
 
     Of a random model both ends of a difference have the same draw where torch's seed fixes it; what noise remains is
     measured, and taken off the differences.
@@ -74,13 +77,21 @@ def gradient_agreement(
     for k, (images, labels) in enumerate(split.batches(auto_batch_size(split.shape, 250, 2**21), device=victim.device)):
         draw = generator(seed, "agreement", k, device=images.device)
         probes = _Probes(victim, split, labels, derive(seed, "draw", k), draw)
-        start = perturb(images, ball.uniform(images.shape, draw)).clamp(top, 1 - top)
+        start = _inside(perturb(images, ball.uniform(images.shape, draw)), top, draw)
         gradient, _, _ = probes.gradients(start)
-        moved = perturb(images, ball.project(eps * gradient.sign())).clamp(top, 1 - top)
+        little = _LITTLE * ball.uniform(images.shape, draw)  # or pixels that were equal would be so again
+        moved = _inside(perturb(images, (1 - _LITTLE) * ball.project(eps * gradient.sign()) + little), top, draw)
         (here, even), (there, level) = (probes.agreement(points, steps) for points in (start, moved))
         found.append(torch.fmin(here, there).cpu())
         smooth.append(torch.where(there < here, level, even).cpu())  # where the gradient disagrees
     return GradientAgreement(torch.cat(found), torch.cat(smooth))
+
+
+def _inside(points: torch.Tensor, top: float, draw: torch.Generator) -> torch.Tensor:
+    """Return points at least ``top`` inside the box, of which those that lay beyond are spread over as much again."""
+    spread = top * torch.rand(points.shape, generator=draw, device=points.device)
+    points = torch.where(points < top, top + spread, points)
+    return torch.where(points > 1 - top, 1 - top - spread, points)
 
 
 class _Probes:
