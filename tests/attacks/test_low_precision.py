@@ -1,10 +1,12 @@
 """Models and images below float32: success is that of the model itself, and no image leaves its ball."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from gambeson.attacks import NES, PGD, AutoPGD, DeepFool, RayS, Square
+from gambeson.attacks import NES, PGD, AutoPGD, DeepFool, Loss, RayS, Square
 from gambeson.threat import Ball, landed
 from gambeson.victim import FastPath, Victim
 
@@ -105,3 +107,51 @@ def test_values_land_on_the_nearest_number_that_is_not_further_from_the_image(ki
     spacing = torch.finfo(kind).eps
     assert bool(((exact - moved.double()).abs() <= spacing * moved).all())
     assert torch.equal(landed(images, images.float()), images)
+
+
+class Autocast(nn.Module):
+    """A network that turns autocast on by itself."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.float16):
+            return self.net(x)
+
+
+HALVES = {
+    "weights": lambda net: (copy.deepcopy(net).half(), None),
+    "autocast of its own": lambda net: (Autocast(net), None),
+    "autocast of the attack": lambda net: (net, FastPath(precision="float16")),
+}
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_float16_hides_no_gradient_of_an_image_that_the_model_is_sure_about(kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+        x, cotangents = torch.rand(200, 1, 8, 8), torch.randn(3, 200, 4)
+    net[-1].weight.data.mul_(150)
+    with torch.no_grad():
+        y = net(x).argmax(1)
+
+    def gradients(model, fast):
+        point, shared = x.clone().requires_grad_(), torch.zeros(1, 1, 8, 8, requires_grad=True)
+        with Victim(model, fast=fast or False) as victim:
+            each = victim.gradient(Loss()(victim(point), y).sum(), point, len(x))
+            of_all = victim.gradient(Loss()(victim(x + shared), y).sum(), shared, len(x))
+            several = victim.gradient(victim(point), point, len(x), cotangents, batched=True)
+        return each, of_all, several
+
+    model, fast = HALVES[kind](net)
+    exact, found = gradients(net, None), gradients(model, fast)
+    size = exact[0].flatten(1).abs().amax(1)
+    assert 20 < int((size < 1e-9).sum()) < 180  # float16 alone would have none
+    apart = (found[0] - exact[0]).flatten(1).abs().amax(1) / size
+    assert apart.quantile(0.9) < 0.1
+    for one, other in zip(found[1:], exact[1:], strict=True):
+        assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99
+        assert 0.9 < float(one.norm() / other.norm()) < 1.1

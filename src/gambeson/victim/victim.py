@@ -19,6 +19,7 @@ from gambeson.models.outputs import at_image_size
 from gambeson.victim.bn_folding import FoldedModel, checksum, fold_batchnorms, signature
 from gambeson.victim.graphs import Job, has_graphs
 from gambeson.victim.inspect import ModelTraits, NoGradientError, dtype_of, explained, inspect_model, logits_of, repeats
+from gambeson.victim.loss_scaling import LossScaling
 
 BatchNormMode = Literal["eval", "batch", "train"]
 """Mode of a model under attack. ``eval``: evaluation mode, BatchNorm with its running statistics. ``batch``: evaluation
@@ -258,16 +259,16 @@ class Victim:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _logits(self, model: Callable[[torch.Tensor], Any], images: torch.Tensor) -> torch.Tensor:
+        followed = torch.is_grad_enabled() and images.requires_grad
+        scaling = LossScaling()
         # A copy for a model that writes into its input: the attack's images shall not change, nor a leaf be written to.
-        sent = images.to(self.dtype, copy=self._writes is not False)
+        sent = (scaling.images(images) if followed else images).to(self.dtype, copy=self._writes is not False)
         with explained(images):
             logits = at_image_size(logits_of(model(sent), len(images)), images)
-        if self._writes is None:
-            self._writes = sent._version > 0
-        followed = torch.is_grad_enabled() and images.requires_grad
+        self._writes = sent._version > 0 if self._writes is None else self._writes
         if followed and not logits.requires_grad and not self.allow_no_graph:
             raise NoGradientError
-        return logits
+        return scaling.logits(logits) if followed and (self.coarse or logits.dtype.itemsize < 4) else logits
 
     @contextmanager
     def _as_called(self, images: torch.Tensor) -> Iterator[None]:
