@@ -251,6 +251,28 @@ def test_a_gradient_that_depends_on_batch_or_call_is_found(nets, when, names):
     assert names <= found.failed, found.details
 
 
+class Neighbours(nn.Module):
+    """Votes of the nearest training images, which are all for one class where the gradient is rounding alone."""
+
+    def __init__(self, net, data):
+        super().__init__()
+        images, labels = data.train.take(slice(0, 500), "cpu")
+        self.net, self.labels = net, F.one_hot(labels, 10).float()
+        with torch.no_grad():
+            self.known = F.normalize(net(images), dim=1)
+
+    def forward(self, x):
+        near, which = (F.normalize(self.net(x), dim=1) @ self.known.T).topk(15, 1)
+        return (((near / 0.05).softmax(1)[:, :, None] * self.labels[which]).sum(1) + 1e-3).log()
+
+
+def test_gradients_that_are_rounding_are_none(nets):
+    with held(Neighbours(nets("standard"), nets.data), nets.data, (EPS,)) as seen:
+        found = rescoring.steadiness(seen)
+    assert found.passed
+    assert found.numbers["differing"] < 0.1
+
+
 def test_an_attack_that_was_hindered_for_a_time_is_found(nets):
     hindered = []
     model = FalseGradient(copied(nets("standard")), lambda *_: bool(hindered))

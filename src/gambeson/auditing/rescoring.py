@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import inf, sqrt
 from statistics import NormalDist
 from typing import Literal
 
@@ -24,7 +24,7 @@ from gambeson.data import Split
 from gambeson.evaluation import BudgetSpent
 from gambeson.evaluation.outcome import at_once
 from gambeson.tasks import Counts
-from gambeson.threat import Ball, perturb
+from gambeson.threat import Ball, Norm, perturb
 from gambeson.victim import Victim, auto_batch_size, vote
 from gambeson.victim.scoring import predicted
 
@@ -268,6 +268,8 @@ FALSE = 0.05
 """Share of images whose gradient may differ (ours): at a kink of the loss, rounding decides between two."""
 _ALIKE = 0.9
 """Least cosine of two gradients that are one; their lengths may differ by a factor of two (ours)."""
+_DUAL: dict[Norm, float] = {"inf": 1, "2": 2, "1": inf}
+_ROUNDED = torch.finfo(torch.float32).eps
 _BLURRED = 0.1
 """What the cosine of a random model's gradients may lose from one batch to another (ours)."""
 
@@ -279,12 +281,18 @@ def _points(context: AuditContext) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _gradient(context: AuditContext, images: torch.Tensor, labels: torch.Tensor, *, original: bool) -> torch.Tensor:
-    """Return the gradients (N, C, H, W) of the margin, as attacks take them or by the model itself."""
-    victim, loss = context.victim, Loss(kind="margin")
+    """Return the gradients (N, C, H, W) of the margin, as attacks take them or by the model itself.
+
+    One that promises less over the whole ball than the best two logits are rounded by is zero: it is rounding itself.
+    """
+    victim, loss, suite = context.victim, Loss(kind="margin"), context.suite
     with torch.enable_grad():
         point = images.detach().clone().requires_grad_()
         logits = victim.forward_original(point) if original else victim(point)
-        return victim.gradient(loss(logits, labels, context.test.task).sum(), point, len(point)).detach()
+        found = victim.gradient(loss(logits, labels, context.test.task).sum(), point, len(point)).detach()
+    promise = context.eps * torch.linalg.vector_norm(found.flatten(1), ord=_DUAL[suite.norm], dim=1)
+    best = logits.detach().topk(2, dim=1).values.flatten(1).abs().amax(1)
+    return torch.where((promise <= _ROUNDED * best)[:, None, None, None], 0.0, found)
 
 
 def _sizes(context: AuditContext) -> list[int]:
