@@ -339,28 +339,31 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Audit what has not been audited, and store each row."""
+def judged_row(deceiver: Deceiver, data: gb.data.Dataset) -> dict[str, Any]:
+    """What ``quick`` says of a model, beside the truth."""
+    truth = truth_of(deceiver, data)
+    found = gb.audit(deceiver.model.eval(), data, "quick").results
+    judged = judgement_of(found)
+    if judged.uer is None or judged.accuracy is None:
+        raise AssertionError("this suite attacks in both ways")
+    return {
+        "truth": {"accuracy": truth.accuracy.plain(), "uer": truth.uer.plain()},
+        "reported": {"accuracy": judged.accuracy.plain(), "uer": judged.uer.plain()},
+        "trusted": judged.trusted,
+        "failed": [check.name for check in found.checks if check.passed is False],
+        "overstated": overstates(judged, truth),
+    }
+
+
+def store(name: str, made: dict[str, Callable[[], Deceiver]]) -> None:
+    """Audit what has not been audited, and store each row in ``results/NAME.json``."""
     torch.set_num_threads(1)
-    rows = Rows(RESULTS / "adversary.json", "python benchmarks/adversary.py", {"eps": EPS, "suite": "quick", "seed": 0})
-    made, data = deceivers(), networks("digits").data
-    for name in rows.missing(made):
-        deceiver = made[name]()
-        truth = truth_of(deceiver, data)
-        found = gb.audit(deceiver.model.eval(), data, "quick").results
-        judged = judgement_of(found)
-        if judged.uer is None or judged.accuracy is None:
-            raise AssertionError("this suite attacks in both ways")
-        row = {
-            "truth": {"accuracy": truth.accuracy.plain(), "uer": truth.uer.plain()},
-            "reported": {"accuracy": judged.accuracy.plain(), "uer": judged.uer.plain()},
-            "trusted": judged.trusted,
-            "failed": [check.name for check in found.checks if check.passed is False],
-            "overstated": overstates(judged, truth),
-        }
-        rows.add(name, row)
-        print(name, row, flush=True)
+    rows = Rows(RESULTS / f"{name}.json", f"python benchmarks/{name}.py", {"eps": EPS, "suite": "quick", "seed": 0})
+    for title in rows.missing(made):
+        row = judged_row(made[title](), networks("digits").data)
+        rows.add(title, row)
+        print(title, row, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    store("adversary", deceivers())

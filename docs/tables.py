@@ -418,6 +418,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "costs": ("suites.md", audit_page.costs_text()),
         "strength": ("suites.md", audit_page.strength_text()),
         "adversary table": ("testbed.md", adversary.table(load("adversary.json"))),
+        "odd models table": ("testbed.md", adversary.table(load("odd_models.json"))),
         "glance": ("suites.md", glance.table(load("glance.json"))),
         "diagnostics": ("checks.md", audit_page.diagnostics_text()),
         "own rates": ("testbed.md", audit_page.own_rates_text()),
