@@ -1,7 +1,8 @@
-"""Audits of the case studies' networks: ``python benchmarks/case_audits.py CASE [NETWORK]``.
+"""Audits of the case studies' networks: ``python benchmarks/case_audits.py CASE [NETWORK] [--picture]``.
 
 A row is stored in ``results/audits-CASE.json`` when it is there; the audits' folders, with their reports, stay in
-``runs/case-studies/CASE``. A cut audit goes on after its last finished stage.
+``runs/case-studies/CASE``. A cut audit goes on after its last finished stage. ``--picture`` draws instead what one
+pattern does to a solar cell.
 """
 
 from __future__ import annotations
@@ -10,14 +11,19 @@ import argparse
 from typing import Any
 
 import case_cells
+import case_pages
 import case_studies
+import torch
 from stored import RESULTS, Rows
 
 import gambeson as gb
+from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing import SUITES, AuditResult, Suite
 from gambeson.base import Config, UserError
 from gambeson.evaluation import Rate
+from gambeson.threat import perturb
 
+PICTURE = case_studies.PICTURES / "solar-cells.png"
 EPS = (0.1, 0.2, 0.3, 0.35, 0.4)
 """Of digits, with the radius in the middle that robust networks of MNIST are trained against."""
 
@@ -103,12 +109,40 @@ CASES: dict[str, tuple[Any, Suite, tuple[str, ...]]] = {
 """Of each case: what makes a network and its data, the suite, and the networks."""
 
 
+def picture() -> None:
+    """Draw what the pattern of the middle radius makes of the first sound cell that it changes, and the pattern."""
+    name, eps = next(iter(case_cells.NETS)), GLANCE.eps[1]
+    model, data = cells(name)
+    file = case_studies.RUNS / "solar-cells" / f"audit-{name}" / f"uap-{eps:.4g}.safetensors"
+    if file.is_file():
+        uap = UniversalPerturbation.load(file)
+    else:  # with the audit's settings, though without the patterns of other radii to begin from
+        uap = GLANCE.on(data).universal(eps).craft(model, data, seed=0)
+    for images, labels in data.test.batches(32):
+        moved = perturb(images, uap.delta)
+        with torch.no_grad():
+            before, after = (model(x).argmax(1) for x in (images, moved))
+        if len(changed := ((before == labels) & (after != labels)).nonzero().flatten()):
+            break
+    first = int(changed[0])
+    shown = {
+        f"a test cell:\nanswer {data.classes[int(before[first])]}": images[first],
+        f"with the pattern of {255 * eps:.0f}/255:\nanswer {data.classes[int(after[first])]}": moved[first],
+        "the pattern, grey is 0\n(whole range stretched)": uap.delta[0] / (2 * eps) + 0.5,
+    }
+    case_pages.side_by_side(PICTURE, shown)
+
+
 def main() -> None:
     """Audit what is missing of a case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", choices=CASES)
     parser.add_argument("network", nargs="*", help="all by default")
+    parser.add_argument("--picture", action="store_true", help="of solar-cells")
     given = parser.parse_args()
+    if given.picture:
+        picture()
+        return
     make, suite, names = CASES[given.case]
     rows = Rows(
         RESULTS / f"audits-{given.case}.json",

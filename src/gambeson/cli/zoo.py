@@ -12,6 +12,8 @@ from gambeson.cli.options import Device, Json, complete, plain_console, print_js
 
 app = typer.Typer(help="Trained networks and universal perturbations by name.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="A name of `gambeson zoo list`.")]
+_WIDE = 110
+"""Columns of a terminal that has room for what each network is."""
 
 
 @app.command("list")
@@ -39,14 +41,15 @@ def list_(
     if as_json:
         print_json([one.plain() for one in entries])
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("name", "what", "eps", "clean", "UER", "suite"):
-        left = column in ("name", "what")
-        table.add_column(column, overflow="fold", no_wrap=column != "what", justify="left" if left else "right")
+    table, console = Table(box=None, pad_edge=False, header_style="bold"), plain_console()
+    for column in ("name", "eps", "clean", "UER", "suite"):
+        table.add_column(column, overflow="fold", no_wrap=True, justify="left" if column == "name" else "right")
+    if wide := console.width >= _WIDE:
+        table.add_column("what")
     for one in entries:
         rates = (f"{100 * rate.value:.1f}" for rate in (one.clean, one.uer, one.suite))
-        table.add_row(one.name, one.summary, f"{one.eps:.3g}", *rates)
-    plain_console().print(table)
+        table.add_row(one.name, f"{one.eps:.3g}", *rates, *[one.summary] * wide)
+    console.print(table)
 
 
 @app.command("show")
