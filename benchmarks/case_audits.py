@@ -122,7 +122,8 @@ def picture() -> None:
         moved = perturb(images, uap.delta)
         with torch.no_grad():
             before, after = (model(x).argmax(1) for x in (images, moved))
-        if len(changed := ((before == labels) & (after != labels)).nonzero().flatten()):
+        sound = labels == data.classes.index("sound")
+        if len(changed := (sound & (before == labels) & (after != labels)).nonzero().flatten()):
             break
     first = int(changed[0])
     shown = {

@@ -57,6 +57,8 @@ def test_equal_contents_are_equal_bytes(tmp_path):
         (b"\x80\x04\x95rest", "is a pickle"),
         (b"<!DOCTYPE html><html>", "a web page, not weights"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS, .*: run `git lfs pull`"),
+        (b"\x89PNG\r\n\x1a\nrest", "starts with .*PNG.*, as no file of weights does: name weights"),
+        (b"notes on the model", "as no file of weights does"),
         (b"", r"\(0 bytes\) is not a complete safetensors file"),
         (b"\x10\x00\x00\x00\x00\x00\x00\x00{}", "it is truncated or damaged"),
     ],

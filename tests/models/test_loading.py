@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import gambeson as gb
 from gambeson.base import UserError
 from gambeson.base.errors import DataWarning
+from gambeson.models import normalisation
 from gambeson.models.export import export
 from gambeson.models.loading import input_shape, load_model
 
@@ -77,6 +78,39 @@ def test_an_architecture_is_the_same_at_every_call(digits):
     assert gb.models.fingerprint(first.model) == gb.models.fingerprint(second.model)
     assert first.label == "lenet5"
     assert not first.model.training
+
+
+@pytest.mark.parametrize("name", ["lenet5", "resnet20x0.5", "torchvision:squeezenet1_0"])
+def test_an_architecture_without_weights_is_said_to_be_untrained(name, digits, trained, tmp_path):
+    data = digits if name == "lenet5" else scaled(digits, 32)
+    with pytest.warns(UserWarning, match=f"{name} is untrained: its weights are random"):
+        load_model(name, "digits", "cpu", data)
+    gb.models.save(trained, tmp_path / "net.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(f"lenet5@{tmp_path}/net.safetensors", "digits", "cpu", digits)
+
+
+def scaled(data, side):
+    parts = (
+        part.with_images(part.images.repeat_interleave(side // 8, 2).repeat_interleave(side // 8, 3))
+        for part in (data.train, data.validation, data.test)
+    )
+    return gb.data.Dataset(data.name, *parts, data.classes)
+
+
+def test_classes_in_another_order_are_suspected_where_hardly_an_image_is_right(trained, digits):
+    def turned(split):
+        images, labels = split.take(slice(None))
+        return gb.data.Split(split.name, images, (labels + 1) % 10, split.classes)
+
+    parts = [turned(part) for part in (digits.train, digits.validation, digits.test)]
+    other = gb.data.Dataset("turned", *parts, digits.classes)
+    with pytest.warns(UserWarning, match="fewer than by chance: is the order of the classes"):
+        normalisation.compare(trained, other, "net.pth", guessed=True)
+    with pytest.warns(UserWarning, match="net.pth does not say") as told:
+        normalisation.compare(trained, digits, "net.pth", guessed=True)
+    assert "by chance" not in str(told[0].message)
 
 
 def test_body_weights_fit_an_architecture(folder, digits):

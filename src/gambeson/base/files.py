@@ -212,6 +212,8 @@ def load_tensors(path: Path, kind: str = "weights") -> tuple[dict[str, torch.Ten
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         size = path.stat().st_size
+        if head[8:9] not in (b"", b"{"):
+            raise UserError(f"{path} starts with {head!r}, as no file of weights does: name {kind}") from None
         raise UserError(
             f"{path} ({size} bytes) is not a complete safetensors file ({error}): it is truncated or damaged; {_AGAIN}"
         ) from None

@@ -278,9 +278,25 @@ def _architecture(source: str, dataset: data.Dataset, device: str, scale: Scale 
             f"{architecture} has no weights for {', '.join(drawn[:3])}, which would be random: choose a model that is "
             "trained as a classifier, or fine-tune it with gambeson train and name the run"
         )
+    elif _is_drawn(architecture):
+        warnings.warn(
+            f"{architecture} is untrained: its weights are random, as none are named; name a run, or their file as in "
+            f"{architecture}@FILE",
+            stacklevel=3,
+        )
     if guessed is not None:
         normalisation.compare(model, dataset, str(file or architecture), guessed=guessed)
     return model.eval().to(torch.device(device))
+
+
+def _is_drawn(architecture: str) -> bool:
+    """Whether an architecture without a file of weights has random ones; what others wrote may bring its own."""
+    name, _, weights = architecture.partition("@")
+    if name.startswith(hubs.TIMM):
+        return not weights and "." not in name
+    if name.startswith((torchvision_nets.PREFIX, hubs.SMP)):
+        return not weights
+    return any(name == one.name or name.startswith(f"{one.name}x") for one in registry.MODELS.own())
 
 
 def scale_for(

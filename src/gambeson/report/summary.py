@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gambeson.auditing import lead_of
+from gambeson.auditing import AuditResult, lead_of
 from gambeson.auditing.display import doubt_of, worst_of
 from gambeson.base import read_settings
 from gambeson.evaluation import Rate
@@ -34,6 +34,8 @@ _OUTCOMES = {
     "on the edge": Badge("on the edge", "edge", "≈"),
     "wrong without a pattern": Badge("wrong without a pattern", "broken", "✗"),
 }
+_WIDE = 0.1
+"""Width of an interval that more test images would make clearly narrower."""
 _UNDECIDED = Badge("undecided", "undecided", "?")
 """Stands for ``withstands`` where the measurement is not trusted: what attacks reached stands, what they missed not."""
 
@@ -62,7 +64,8 @@ class Summary:
     unit: str
     """``image`` or ``pixel``."""
     squares: list[str]
-    """Of each of 100 squares the kind: ``clean`` (wrong anyway), ``flipped`` (by the pattern) or empty (right)."""
+    """Of each of 100 squares the kind: ``clean`` (as many are wrong without the pattern), ``flipped`` (more with it) or
+    empty (right)."""
     facts: list[str]
     """Sentences below it: the interval, and what noise and per-image attacks do."""
     steps: list[Step] = field(default_factory=list)
@@ -199,12 +202,18 @@ def _steps(folder: Folder, scale: EpsFormat) -> list[Step]:
         aim = "decide it" if outcome == "on the edge" else "try harder to break it"
         most = result.settings.get("test_images")
         more = " and on more images" if most is not None and most <= result.material.test else ""
-        steps.append(_audit(folder, eps, f"To {aim}, attack longer{more}:"))
+        few = f"{result.material.test} test images are few: more of them decide best. " if _few(result) else ""
+        steps.append(_audit(folder, eps, f"{few}To {aim}, attack longer{more}:"))
     each = worst_of(result)
     if outcome == "withstands" and each is not None and each.accuracy.high < 1 - result.eps_uni.delta:
         text = "A pattern of its own for every image does break it. Train against that:"
         steps.append(_train(folder, "pgd-adversarial", eps, text))
     return [step for step in steps if step is not None]
+
+
+def _few(result: AuditResult) -> bool:
+    """Whether the interval of the error is wide because few test images tell it."""
+    return result.middle.uer.high - result.middle.uer.low > _WIDE
 
 
 def _attack(folder: Folder, eps: str, text: str) -> Step:
