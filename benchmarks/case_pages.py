@@ -101,7 +101,7 @@ def side_by_side(file: Path, shown: dict[str, torch.Tensor], scale: int = 1) -> 
         picture.paste(one, (k * (wide + gap), head))
         ImageDraw.Draw(picture).multiline_text((k * (wide + gap), 3), caption, (0, 0, 0), font, spacing=3)
     file.parent.mkdir(parents=True, exist_ok=True)
-    picture.quantize(48).save(file, optimize=True)
+    picture.quantize(160).save(file, optimize=True)
 
 
 def shortened(picture: Image.Image) -> Image.Image:
