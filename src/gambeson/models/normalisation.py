@@ -78,9 +78,9 @@ def compare(model: PixelModel, dataset: Dataset, file: str, *, guessed: bool) ->
     rates = ", ".join(f"{name} {100 * rate.value:.0f} %" for name, rate in found.items())
     said = "does not say how its pixels were normalised" if guessed else f"is taken with ?normalise={used}"
     told = f"{file} {said}; right of {found[used].n} validation images: {rates}"
-    if some.task.per_image_label and found[used].high < 1 / dataset.num_classes:
+    best, chance = max(found, key=lambda name: found[name].value), 1 / dataset.num_classes
+    if some.task.per_image_label and found[used].high < chance and found[best].low <= chance:
         told += " (fewer than by chance: is the order of the classes that of its training?)"
-    best = max(found, key=lambda name: found[name].value)
     if found[best].low > found[used].high:
         raise UserError(
             f"{told}: end its name in ?normalise={best}, or in ?normalise={used} if that is right after all"
