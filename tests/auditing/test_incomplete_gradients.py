@@ -167,6 +167,18 @@ def test_a_gradient_that_is_the_models_own_passes_and_costs_no_attack(name, net,
     assert context.adaptive.attacked is None
 
 
+@pytest.mark.parametrize("eps", [0.15, 0.8, 1.0])
+def test_slopes_are_taken_inside_the_box_whatever_the_radius(eps, net, digits):
+    def seen(net, x):
+        assert x.min() >= -1e-6
+        assert x.max() <= 1 + 1e-6
+        return net(x)
+
+    with Victim(Around(net, seen)) as victim:
+        found = gradient_agreement(victim, digits.test.subset(slice(0, 20)), eps=eps)
+    assert found.agreement.median() > 0.9
+
+
 class OwnNoise(LinearNet):
     """A linear model whose logits carry noise that torch's seed does not fix."""
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import gambeson as gb
 from gambeson.base import UserError
 from gambeson.base.errors import DataWarning
-from gambeson.models import normalisation
+from gambeson.models import loading, normalisation
 from gambeson.models.export import export
 from gambeson.models.loading import input_shape, load_model
 
@@ -89,6 +89,12 @@ def test_an_architecture_without_weights_is_said_to_be_untrained(name, digits, t
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_model(f"lenet5@{tmp_path}/net.safetensors", "digits", "cpu", digits)
+
+
+def test_an_architecture_of_ones_own_may_bring_its_weights():
+    assert not loading._is_drawn("lenet5xray")
+    assert not loading._is_drawn("timm:resnet18.a1_in1k")
+    assert loading._is_drawn("timm:resnet18")
 
 
 def scaled(data, side):

@@ -149,6 +149,13 @@ def test_next_steps_are_commands_for_this_model(tmp_path: Path) -> None:
     for most, words in ((500, "attack longer and on more images:"), (5000, "attack longer:"), (None, "attack longer:")):
         held.model_copy(update={"settings": held.settings | {"test_images": most}}).save(tmp_path / "c")
         assert words in words_of(report.write([tmp_path / "c"], tmp_path / "page.html"))
+    assert "test images are few" not in words_of(tmp_path / "page.html")
+    wide = held.universal[2].model_copy(update={"uer": Rate.of(9, 18)})
+    points = [*held.universal[:2], wide, *held.universal[3:]]
+    held.model_copy(update={"universal": points}).save(tmp_path / "c")
+    assert "test images are few: more of them decide best." in words_of(
+        report.write([tmp_path / "c"], tmp_path / "page.html")
+    )
     (tmp_path / "a" / "run.yaml").unlink()
     python = words_of(report.write([tmp_path / "a"], tmp_path / "page.html"))
     assert "gb.train(model, data, gb.defenses.create(&#34;shared-adversarial&#34;, eps=0.15)" in python

@@ -14,7 +14,7 @@ from gambeson.data import Split
 from gambeson.threat import Ball, Norm, perturb
 from gambeson.victim import Victim, auto_batch_size
 
-_SMALLEST, _STEPS = 2.5e-4, 4
+_SMALLEST, _LARGEST, _STEPS = 2.5e-4, 0.25, 4
 _DIRECTIONS = 6
 """Of each kind, per image. A gradient that lacks a part of the true one misses its share on every direction, and an
 honest one misses nothing on any: few tell them apart."""
@@ -55,9 +55,9 @@ def gradient_agreement(
     low-passed gradient does not see. The latter two count only where they find much that an attack could use. The
     function is the margin of the logits and, on all values, a random combination of all classes' logits. Points are
     drawn in the ball, and about a step of eps along the gradient's signs; no two pixels are equal there, as medians and
-    maxima have a kink where they are. Of four steps, from 0.00025 to half of eps, the one that agrees best decides for
-    each image: quantised models are flat below their own resolution, and a difference over more than a network's
-    linear region need not be its slope.
+    maxima have a kink where they are. Of four steps, from 0.00025 to half of eps and a quarter at the most, the one
+    that agrees best decides for each image: quantised models are flat below their own resolution, and a difference over
+    more than a network's linear region need not be its slope.
 
     Of a random model both ends of a difference have the same draw where torch's seed fixes it; what noise remains is
     measured, and taken off the differences.
@@ -73,6 +73,7 @@ def gradient_agreement(
     ball = Ball(eps=eps, norm=norm)
     values = math.prod(split.shape)
     top = max(1 / 255, {"inf": eps, "2": eps / math.sqrt(values), "1": eps / values}[norm] / 2)
+    top = min(top, _LARGEST)  # points that far inside the box have room still
     steps = [_SMALLEST * (top / _SMALLEST) ** (k / (_STEPS - 1)) for k in range(_STEPS)]
     for k, (images, labels) in enumerate(split.batches(auto_batch_size(split.shape, 250, 2**21), device=victim.device)):
         draw = generator(seed, "agreement", k, device=images.device)

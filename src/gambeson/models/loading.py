@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -296,7 +297,7 @@ def _is_drawn(architecture: str) -> bool:
         return not weights and "." not in name
     if name.startswith((torchvision_nets.PREFIX, hubs.SMP)):
         return not weights
-    return any(name == one.name or name.startswith(f"{one.name}x") for one in registry.MODELS.own())
+    return any(re.fullmatch(rf"{re.escape(one.name)}(x[\d.]+)?", name) for one in registry.MODELS.own())
 
 
 def scale_for(
