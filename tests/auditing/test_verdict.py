@@ -144,7 +144,7 @@ def test_the_smallest_eps_have_their_intervals():
     found = FOUND.model_copy(update={"low": 0.11, "high": 0.13})
     each = EpsAdv(**FOUND.model_copy(update={"value": 0.02, "low": 0.018, "high": None}).plain(), images=100)
     said = judge(CLEAN, points(60), found, [], each=each).summary
-    assert said.endswith("eps_uni(0.5) is at most 0.12 [0.11, 0.13], eps_adv(0.5) at most 0.02 [0.018, more].")
+    assert said.endswith("eps_uni(0.5) is at most 0.12 [0.11, 0.13], eps_adv(0.5) at most 0.02 [0.018 or more].")
 
 
 def test_a_random_model_and_a_black_box_are_said_to_be_so():
@@ -201,9 +201,9 @@ def test_checks_that_were_not_run_are_no_reason_to_trust():
         "did not apply. Not "
     )
     assert verdict.reasons == [
-        "1 of 6 checks were run and 1 did not apply: not checked for c, d, e, f. Run a larger suite, or give it more "
-        "time."
+        "1 of 6 checks were run and 1 did not apply. For the others run a larger suite, or give it more time."
     ]
+    assert verdict.unchecked == ["c", "d", "e", "f"]
     failed = judge(CLEAN, points(60), FOUND, [Check(name="a", passed=False, detail="d")], unchecked=["c"])
     assert failed.summary.startswith("Not to be trusted (failed: a).")
     assert len(failed.reasons) == 2

@@ -97,7 +97,7 @@ def test_weights_that_say_nothing_of_normalisation_are_taken_aloud(digits, tmp_p
     model = gb.models.create("lenet5", digits).eval()
     torch.save(model.body.state_dict(), tmp_path / "w.pth")
     with pytest.warns(
-        UserWarning, match=r"does not say how its pixels were normalised; right of 64 .*: data is used \(mean 0.3"
+        UserWarning, match=r"does not say how its pixels were normalised; right of 64 .*\. data is used \(mean 0.3"
     ):
         loaded = load_model(f"lenet5@{tmp_path}/w.pth", "digits", "cpu", digits)
     x, _ = digits.test.take(slice(0, 5))
@@ -139,7 +139,7 @@ def test_weights_for_an_architecture_of_another_library_are_compared_too(tmp_pat
     data, name = colours(), "timm:test_resnet"
     torch.save(gb.models.create(name, data, seed=1).body.state_dict(), tmp_path / "w.pth")
     with pytest.warns(
-        UserWarning, match=r"of 9 validation images: 0.5,0.5 .*, data .*: 0.5,0.5 is used \(mean 0.5/0.5"
+        UserWarning, match=r"of 9 validation images with 0.5,0.5 .*, data .*\. 0.5,0.5 is used \(mean 0.5/0.5"
     ):
         load_model(f"{name}@{tmp_path}/w.pth", dataset=data)
     load_model(f"{name}@{tmp_path}/w.pth?normalise=imagenet", dataset=data)  # no warning: they are errors here
@@ -166,7 +166,7 @@ def test_a_graph_that_wants_other_pixels_is_refused_until_its_name_says_so(digit
     file, example = tmp_path / f"w.{ending}", torch.zeros(1, *digits.test.shape)
     export(Mapped(trained), file, "torch-export" if ending == "pt2" else "onnx", example=example)
     with pytest.raises(
-        UserError, match=r"is taken with \?normalise=none; right of 64 .*: none \d %, data \d %, 0.5,0.5 9\d %: end"
+        UserError, match=r"is taken with \?normalise=none; right of 64 .* with none \d %, data \d %, 0.5,0.5 9\d %: end"
     ):
         load_model(str(file), dataset=digits)
     x, _ = digits.test.take(slice(0, 5))
@@ -183,7 +183,7 @@ def test_training_from_a_checkpoint_begins_with_its_normalisation(digits, tmp_pa
     recipe, data = training.Recipe(epochs=1, batch_size=32), colours()
     net = gb.models.create("lenet5", digits, mean=0.25, std=0.5)
     torch.save(net.body.state_dict(), file := tmp_path / "w.pth")
-    with pytest.warns(UserWarning, match=r"does not say .* of 64 .*: data is used \(mean 0.3"):
+    with pytest.warns(UserWarning, match=r"does not say .* of 64 .*\. data is used \(mean 0.3"):
         begun("lenet5", digits, init=str(file))
     asked = begun("lenet5", digits, init=f"{file}?normalise=0.25,0.5")  # no warning
     assert (asked.card.mean, asked.card.std) == ((0.25,), (0.5,))
@@ -200,14 +200,27 @@ def test_training_from_a_checkpoint_begins_with_its_normalisation(digits, tmp_pa
 def test_weights_that_are_clearly_better_normalised_otherwise_are_not_taken_as_usual(digits, trained, tmp_path):
     model = PixelModel(trained.card, Mapped(trained))
     with pytest.raises(
-        UserError, match=r"w.pth does not say .*: data \d %, none \d %, 0.5,0.5 9\d %: end its name in"
+        UserError, match=r"w.pth does not say .* with data \d %, none \d %, 0.5,0.5 9\d %: end its name in"
     ) as no:
         normalisation.compare(model, digits, "w.pth", guessed=True)
     assert "?normalise=0.5,0.5, or in ?normalise=data if that is right after all" in str(no.value)
     with pytest.warns(
-        UserWarning, match=r"right of 64 validation images: data 9\d %, none \d+ %, 0.5,0.5 \d+ %: data is"
+        UserWarning,
+        match=r"right of 64 validation images with data 9\d %, none \d+ %, 0.5,0.5 \d+ %\. data is used ",
     ):
         normalisation.compare(trained, digits, "w.pth", guessed=True)
+
+
+def test_ways_that_the_images_do_not_tell_apart_are_named(digits, trained):
+    class Alike(torch.nn.Module):
+        """Takes pixels as they are or from -1 to 1."""
+
+        def forward(self, x):
+            return trained((x + 1) / 2 if x.amin() < -0.99 else x)
+
+    model = PixelModel(trained.card.model_copy(update={"mean": (0.0,), "std": (1.0,)}), Alike()).eval()
+    with pytest.warns(UserWarning, match=r"though these images do not tell it from data or 0.5,0.5: if "):
+        normalisation.compare(model, digits, "w.pth", guessed=True)
 
 
 def test_a_normalisation_is_read_or_refused(digits, tmp_path):

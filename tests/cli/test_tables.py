@@ -12,7 +12,7 @@ from rich.console import Console
 
 import gambeson.cli
 from gambeson.auditing import AuditResult
-from gambeson.base import say, show_progress, task
+from gambeson.base import eps_text, say, show_progress, task
 from gambeson.cli.app import run
 from gambeson.cli.options import plain_console, progress
 from gambeson.cli.tables import audit_table
@@ -51,7 +51,7 @@ def test_three_models_fit_into_80_columns(tmp_path: Path, colour: bool) -> None:
             (line,) = (line for line in lines[3:-1] if name in line)
             assert f" {100 * value:.1f} [" in line
         for point in result.universal:
-            (k,) = (k for k, line in enumerate(lines) if line.strip().startswith(f"UER, eps {point.eps:.3g} "))
+            (k,) = (k for k, line in enumerate(lines) if line.strip().startswith(f"UER, eps {eps_text(point.eps)} "))
             assert f" {100 * point.uer.value:.1f} [" in lines[k]
             rival = max(control.worst.value for control in point.controls)
             assert f" {100 * rival:.1f} [" in lines[k + 1]

@@ -60,7 +60,7 @@ def test_attacks_that_do_nothing_or_go_the_wrong_way_find_none():
     "ball", [{"eps": 0.5}, {"eps": EPS / 2}, {"eps": EPS * 1.01}, {"eps": EPS, "norm": "2"}, {"eps": 0.3, "norm": "1"}]
 )
 def test_an_attack_in_another_ball_is_refused(ball):
-    with pytest.raises(UserError, match=r"attack 'attack' has eps = .* and the test 0.03137 in the norm inf: .* same"):
+    with pytest.raises(UserError, match=r"attack 'attack' has eps = .* and the test 8/255 in the norm inf: .* same"):
         outcome_of(PGD(**ball))
     assert outcome_of(PGD(eps="8/255", norm="Linf", steps=20)).success.value == 1
 
@@ -69,7 +69,7 @@ def test_an_attack_that_names_no_ball_may_not_leave_that_of_the_test():
     def wide(model, x, y, *, seed=0, task=None):
         return PGD(eps=0.2)(model, x, y)
 
-    with pytest.raises(UserError, match="attack 'attack' of eps = 0.03137 moved an image by 0.2 in the norm inf"):
+    with pytest.raises(UserError, match="attack 'attack' of eps = 8/255 moved an image by 0.2 in the norm inf"):
         outcome_of(wide)
 
 

@@ -6,8 +6,12 @@ import math
 import pytest
 
 from gambeson.base import UserError
+from gambeson.data import load as load_dataset
+from gambeson.defenses import create
 from gambeson.studies import Matrix, run_study, trainings, trials
 from gambeson.studies.trials import Range, propose
+from gambeson.training import Recipe, TrainRun
+from gambeson.training.loop import DivergedError
 from tests.studies.test_study import tiny
 
 pytest.importorskip("optuna")
@@ -104,6 +108,35 @@ def test_a_search_that_was_cut_tries_the_same(done, tmp_path, monkeypatch):
             run_study(tiny(**SEARCHED), tmp_path)
     again = run_study(tiny(**SEARCHED), tmp_path)
     assert json.dumps(again.searches) == json.dumps(result.searches)
+
+
+def test_a_training_that_diverges_at_the_rate_of_its_search_has_half_of_it(tmp_path, monkeypatch):
+    real, rates = trainings.run_training, []
+
+    def limited(run, out, data):
+        rates.append(run.recipe.lr)
+        if run.recipe.lr > 0.003:
+            raise DivergedError("the loss became NaN")
+        model = real(run, out, data)
+        if rates.count(0.002) == 1:
+            raise KeyboardInterrupt
+        return model
+
+    monkeypatch.setattr(trainings, "run_training", limited)
+    data = load_dataset("digits")
+    recipe = Recipe(epochs=4, batch_size=16, optimizer="adam", lr=0.5)
+    run = TrainRun(data="digits", model="lenet5", defense=create("standard"), recipe=recipe)
+    searched = {"lr": 0.008, "warmup": 0, "recipe": {}, "settings": {}}
+    with pytest.raises(KeyboardInterrupt):
+        trainings.train(run, data, 0.1, tmp_path / "run", searched=searched)
+    found = trainings.train(run, data, 0.1, tmp_path / "run", searched=searched)
+    assert rates == [0.008, 0.004, 0.002, 0.002]  # what was begun is gone on with
+    assert found["recipe"]["lr"] == 0.002
+    assert found["values"]["validation_accuracy"] > 0.8
+    with pytest.raises(DivergedError):
+        trainings.train(run, data, 0.1, tmp_path / "other", searched=searched | {"lr": 0.02})
+    with pytest.raises(DivergedError):  # as the study gives it
+        trainings.train(TrainRun(**run.plain()), data, 0.1, tmp_path / "given")
 
 
 def test_at_equal_time_a_step_costs_what_the_trials_chose():

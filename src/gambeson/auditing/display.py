@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from gambeson.base import notebook
+from gambeson.base import eps_text, notebook
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import strongest_control
 
@@ -44,7 +44,7 @@ def in_a_line(point: Any) -> str:
     """Return what was found at one eps, as a line."""
     control = strongest_control(point.controls)
     beside = "" if control is None else f", strongest control {control.worst} ({control.name})"
-    return f"eps {point.eps:.3g}: UER {point.uer}{beside}"
+    return f"eps {eps_text(point.eps)}: UER {point.uer}{beside}"
 
 
 def trust_in(result: Any) -> str:
@@ -72,14 +72,14 @@ def main_lines(result: Any) -> tuple[str, dict[str, str]]:
         "numbers": trust_in(result),
         "accuracy, clean": str(result.clean),
         "accuracy, per image": "not measured" if each is None else f"{each.accuracy} under {each.attack}",
-        f"UER, eps {point.eps:.3g}": str(point.uer),
+        f"UER, eps {eps_text(point.eps)}": str(point.uer),
         "  worst control": "none" if control is None else str(control.worst),
         f"eps_uni({found.delta:g})": f"{'>' if found.censored else 'at most'} {found.value:.3g}",
-        "UER by eps": ", ".join(f"{one.eps:.3g}: {100 * one.uer.value:.0f} %" for one in result.universal),
+        "UER by eps": ", ".join(f"{eps_text(one.eps)}: {100 * one.uer.value:.0f} %" for one in result.universal),
     }
     if result.iou is not None and point.iou is not None:
         lines["mean IoU, clean"] = str(result.iou.mean)
-        lines[f"mean IoU, eps {point.eps:.3g}"] = str(point.iou.mean)
+        lines[f"mean IoU, eps {eps_text(point.eps)}"] = str(point.iou.mean)
     return f"Audit of {result.subject.label} on {result.material.test:,} test images of {result.material.name}", lines
 
 

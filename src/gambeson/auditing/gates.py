@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gambeson.auditing.display import worst_of
-from gambeson.base import Config, UserError, notebook, unknown_name
+from gambeson.base import Config, UserError, eps_text, notebook, unknown_name
 from gambeson.base.config import parse_number
 from gambeson.base.errors import some
 from gambeson.evaluation import Rate
@@ -68,7 +68,7 @@ def same_eps(one: float, text: str) -> bool:
 
 
 def _no_eps(eps: str, known: Sequence[float]) -> str:
-    return f"the audit has no eps {eps}: its curve is at {', '.join(f'{one:.4g}' for one in known)}"
+    return f"the audit has no eps {eps}: its curve is at {', '.join(eps_text(one) for one in known)}"
 
 
 def _at(attribute: str) -> Read:

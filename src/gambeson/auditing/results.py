@@ -327,6 +327,8 @@ class Verdict(Config):
     """One or two sentences with the number that supports them and its interval."""
     reasons: list[str]
     """Why the numbers are not to be trusted; empty if they are."""
+    unchecked: list[str] = Field(default_factory=list)
+    """Checks that did not run."""
 
 
 class AuditResult(notebook.ShownAsTable, Config):

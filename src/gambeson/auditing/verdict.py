@@ -19,6 +19,7 @@ from gambeson.auditing.results import (
     UniversalResult,
     Verdict,
 )
+from gambeson.base import eps_text
 from gambeson.base.errors import some
 from gambeson.evaluation import Rate
 from gambeson.evaluation.classes import ClassView
@@ -92,10 +93,13 @@ def judge(
         rest = f" and {idle} did not apply" if idle else ""
         if not failed:
             said.insert(1, f"Not checked for {some(unchecked, 3)}: {ran}, none failed{rest}.")
-        reasons.append(
-            f"{ran}{rest}: not checked for {', '.join(unchecked)}. Run a larger suite, or give it more time."
-        )
-    return Verdict(trusted=not failed and not unchecked, summary=" ".join(filter(None, said)), reasons=reasons)
+        reasons.append(f"{ran}{rest}. For the others run a larger suite, or give it more time.")
+    return Verdict(
+        trusted=not failed and not unchecked,
+        summary=" ".join(filter(None, said)),
+        reasons=reasons,
+        unchecked=list(unchecked),
+    )
 
 
 def _tried(point: UniversalResult, transfer: Sequence[TransferredResult]) -> dict[str, Rate]:
@@ -181,7 +185,7 @@ def _one_pattern(
         against += f" and {rival.worst} under the {kind} ({rival.name})"
     subject = "it misclassifies" if name == _CRAFTED else f"{name} misclassifies"
     units = "test images" if unit == "image" else f"the {unit}s of test images"
-    said = f"{lead} at eps {point.eps:.3g}: {subject} {rate} of {units}, against {against}."
+    said = f"{lead} at eps {eps_text(point.eps)}: {subject} {rate} of {units}, against {against}."
     if outcome == "on the edge" and rate.high < delta:
         most = 100 * _worst(point, transfer).high
         said += (
@@ -193,8 +197,8 @@ def _one_pattern(
 def _between(found: CertifiedResult) -> str:
     bounds, attacked = found.bounds, found.attacked
     return (
-        f"On {attacked.n} of the test images the accuracy under any one pattern of eps {bounds.eps:.3g} lies between "
-        f"{100 * bounds.universal:.1f} % (certified) and {100 * attacked.value:.1f} % (attacked)."
+        f"On {attacked.n} of the test images the accuracy under any one pattern of eps {eps_text(bounds.eps)} lies "
+        f"between {100 * bounds.universal:.1f} % (certified) and {100 * attacked.value:.1f} % (attacked)."
     )
 
 

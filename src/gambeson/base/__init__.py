@@ -1,7 +1,7 @@
 """Foundations of every package: errors, validated settings, the registry, seeds, run folders and atomic files."""
 
 from gambeson.base import notebook
-from gambeson.base.config import Config, Number
+from gambeson.base.config import Config, Number, eps_text
 from gambeson.base.contents import contents
 from gambeson.base.environment import (
     average,
@@ -61,6 +61,7 @@ __all__ = [
     "default_dtype",
     "derive",
     "environment",
+    "eps_text",
     "full_precision",
     "generator",
     "leave_processes",

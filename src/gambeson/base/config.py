@@ -32,6 +32,14 @@ def parse_number(value: Any) -> Any:
     return number
 
 
+def eps_text(eps: float) -> str:
+    """Write a radius as it is usually given: ``0.15``, ``8/255``, else with four digits."""
+    if abs(float(short := f"{eps:.3g}") - eps) < 1e-9:
+        return short
+    steps = round(255 * eps)
+    return f"{steps}/255" if steps and abs(255 * eps - steps) < 5e-4 else f"{eps:.4g}"
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} is not a finite number")

@@ -119,7 +119,7 @@ def transfer(
 
     Example: `gambeson transfer runs/x runs/y runs/z --eps 0.1 --out runs/transfer`
     """
-    from gambeson.base import UserError
+    from gambeson.base import UserError, eps_text
     from gambeson.evaluation import TransferRun, run_transfer
     from gambeson.report import write_transfer
 
@@ -148,7 +148,8 @@ def transfer(
         print_json(result.plain())
         return
     console.print(
-        f"errors of the models in the columns, at eps {result.eps:.4g} (norm {run.norm}) [95 % interval]", markup=False
+        f"errors of the models in the columns, at eps {eps_text(result.eps)} (norm {run.norm}) [95 % interval]",
+        markup=False,
     )
     for table in result.tables:
         shown = Table(f"{table.attack}: from", *result.labels, box=None)

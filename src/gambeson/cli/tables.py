@@ -20,6 +20,8 @@ _NONE = "\N{EN DASH}"
 
 def audit_table(results: Sequence[AuditResult]) -> Table:
     """One column per model: the verdict, accuracy clean and attacked, UER beside its strongest control, and eps_uni."""
+    from gambeson.base import eps_text
+
     first, noises = results[0], [one.size for result in results for one in result.corruption]
     sizes = f" (eps to {max(noises):.3g})" if noises else ""
     table = Table(
@@ -48,7 +50,7 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
     row("error, noise", _noise)
     table.add_section()
     for eps in sorted({point.eps for result in results for point in result.universal}):
-        row(f"UER, eps {eps:.3g}", _uer(eps), "bold")
+        row(f"UER, eps {eps_text(eps)}", _uer(eps), "bold")
         row("  worst control", _control(eps), "dim")
         if any(point.iou is not None for result in results for point in result.universal):
             row("  mean IoU", _iou(eps))
@@ -95,8 +97,10 @@ def _trust(result: AuditResult) -> str:
 
 def edits_table(found: EditsResult) -> Table:
     """One row per edit: errors under the perturbation, on clean images and under the worst control."""
+    from gambeson.base import eps_text
+
     table = Table(
-        title=f"edited images, eps {found.eps:.3g}: per cent [95 % interval]",
+        title=f"edited images, eps {eps_text(found.eps)}: per cent [95 % interval]",
         box=box.SIMPLE_HEAD,
         caption=_patterns(found.rates[0].controls),
     )

@@ -62,7 +62,7 @@ def craft(
     """
     from gambeson import attacks
     from gambeson.attacks.universal.procedural import ProceduralAttack
-    from gambeson.base import UserError, pick_device, unused, user_code
+    from gambeson.base import UserError, eps_text, pick_device, unused, user_code
     from gambeson.evaluation import load_model
     from gambeson.threat import default_eps
 
@@ -108,7 +108,7 @@ def craft(
     if uap.target is not None:
         told = "mean of hidden and of others kept" if uap.target.kind == "hide" else "reached by"
         told = f"target {_aim(uap, subject.dataset.classes)}: {told}"
-    size = f"at eps {uap.about.eps:.4g}"
+    size = f"at eps {eps_text(uap.about.eps)}"
     if isinstance(uap, attacks.AdversarialPatch):
         size = f"of {'x'.join(map(str, uap.mask.shape[2:]))} pixels, {100 * uap.area:.3g} % of an image"
     console.print(
@@ -269,7 +269,7 @@ def list_(
     Example: `gambeson uap list runs`
     """
     from gambeson.attacks import load
-    from gambeson.base import UserError, user_code
+    from gambeson.base import UserError, eps_text, user_code
 
     files = [file for place in places for file in (sorted(place.rglob("*.safetensors")) if place.is_dir() else [place])]
     named = {file for file in places if not file.is_dir()}
@@ -292,7 +292,7 @@ def list_(
             str(file),
             user_code.short(about.attack),
             "-" if about.settings.get("target") is None else str(about.settings["target"]),
-            f"{about.eps:.4g}",
+            eps_text(about.eps),
             about.norm,
             about.crafted_split,
             str(about.seed),

@@ -36,6 +36,7 @@ def list_(
     Example: `gambeson audit zoo:digits/lenet5/standard --suite glance`
     """
     from gambeson import zoo
+    from gambeson.base import eps_text
 
     entries = zoo.list(data=data, defense=defense)
     if as_json:
@@ -48,7 +49,7 @@ def list_(
         table.add_column("what")
     for one in entries:
         rates = (f"{100 * rate.value:.1f}" for rate in (one.clean, one.uer, one.suite))
-        table.add_row(one.name, f"{one.eps:.3g}", *rates, *[one.summary] * wide)
+        table.add_row(one.name, eps_text(one.eps), *rates, *[one.summary] * wide)
     console.print(table)
 
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from gambeson.base import Config, Number, UserError, derive, generator, seeded
+from gambeson.base import Config, Number, UserError, derive, eps_text, generator, seeded
 from gambeson.data import Split
 from gambeson.evaluation.outcome import ImageAttack, at_once, attacked, averaged, ball_of, checked
 from gambeson.evaluation.rates import Cost
@@ -222,9 +222,9 @@ def binarization_tests(
         ball = ball_of(attack)
         if ball is not None and (ball.norm != test.norm or not math.isclose(ball.eps, test.eps, rel_tol=1e-6)):
             raise UserError(
-                f"attack {name!r} has eps = {ball.eps:.4g} in the norm {ball.norm} and the test {test.eps:.4g} in the "
-                f"norm {test.norm}: what is hidden on the surface of one ball says nothing of an attack in another; "
-                "give both the same"
+                f"attack {name!r} has eps = {eps_text(ball.eps)} in the norm {ball.norm} and the test "
+                f"{eps_text(test.eps)} in the norm {test.norm}: what is hidden on the surface of one ball says nothing "
+                "of an attack in another; give both the same"
             )
     model, device = victim.model, victim.device
     images, _ = split.sample(test.samples, seed=seed).take(slice(None), device)

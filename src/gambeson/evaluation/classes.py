@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from gambeson.attacks import UniversalPerturbation
-from gambeson.base import Config, UserError, notebook, seeded
+from gambeson.base import Config, UserError, eps_text, notebook, seeded
 from gambeson.data import Split
 from gambeson.evaluation.rates import Cost, ImageErrors
 from gambeson.evaluation.universal import scorable
@@ -72,7 +72,7 @@ class ClassView(notebook.ShownAsTable, Config):
         }
         if self.auc is not None:
             lines["AUC"] = f"{self.auc.perturbed}, clean {self.auc.clean}"
-        return f"{self.attack} at eps {self.eps:.3g} by class", lines
+        return f"{self.attack} at eps {eps_text(self.eps)} by class", lines
 
     def to_frame(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per class and rate, and those of the AUC."""
@@ -94,7 +94,7 @@ class ClassView(notebook.ShownAsTable, Config):
         }
         if own := [one.own for one in self.classes if one.own is not None]:
             lines["class-wise"] = [one.name for one in self.classes if one.own is not None], own
-        return notebook.curves(lines, f"Error by class, eps {self.eps:.3g} ({self.norm})", "class", "error (%)")
+        return notebook.curves(lines, f"Error by class, eps {eps_text(self.eps)} ({self.norm})", "class", "error (%)")
 
 
 def by_class(

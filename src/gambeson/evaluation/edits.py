@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from gambeson.attacks import PATCH_CONTROLS, AdversarialPatch, UniversalPerturbation
-from gambeson.base import Config, notebook
+from gambeson.base import Config, eps_text, notebook
 from gambeson.data import Split
 from gambeson.evaluation.rates import Control, Cost, ImageErrors, strongest_control
 from gambeson.evaluation.universal import controls_beside, scorable
@@ -76,7 +76,7 @@ class EditsResult(notebook.ShownAsTable, Config):
             one.edit: f"UER {one.uer}, clean error {one.clean}" + (f", control {one.control}" if one.control else "")
             for one in self.rates
         }
-        return f"{self.attack} at eps {self.eps:.3g} under edits, {self.rates[0].uer.n:,} images", lines
+        return f"{self.attack} at eps {eps_text(self.eps)} under edits, {self.rates[0].uer.n:,} images", lines
 
     def to_frame(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per edit and rate."""
@@ -96,7 +96,7 @@ class EditsResult(notebook.ShownAsTable, Config):
         worst = [one.control for one in self.rates if one.control is not None]
         if len(worst) == len(edits):
             lines["worst control"] = edits, worst
-        return notebook.curves(lines, f"Error under edits, eps {self.eps:.3g} ({self.norm})", "edit", "error (%)")
+        return notebook.curves(lines, f"Error under edits, eps {eps_text(self.eps)} ({self.norm})", "edit", "error (%)")
 
 
 def under_edits(

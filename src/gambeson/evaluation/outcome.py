@@ -10,7 +10,7 @@ from torch import nn
 
 from gambeson.attacks import GradientAttack
 from gambeson.attacks.registry import require_attack
-from gambeson.base import UserError, derive, seeded, user_code
+from gambeson.base import UserError, derive, eps_text, seeded, user_code
 from gambeson.base.checks import TOLERANCE
 from gambeson.data import Split
 from gambeson.evaluation.universal import scored
@@ -145,8 +145,8 @@ def checked(moved: torch.Tensor, images: torch.Tensor, attack: object, name: str
         largest = float(ball.length((moved - images).double()).max())
         if largest > ball.eps * (1 + _ROUNDING) + TOLERANCE:
             raise UserError(
-                f"attack {name!r} of eps = {ball.eps:.4g} moved an image by {largest:.4g} in the norm {ball.norm}: "
-                "expected every image inside its ball; project the perturbation"
+                f"attack {name!r} of eps = {eps_text(ball.eps)} moved an image by {largest:.4g} in the norm "
+                f"{ball.norm}: expected every image inside its ball; project the perturbation"
             )
     return moved
 

@@ -87,10 +87,10 @@ class SmallestEps(Config):
 
     @property
     def interval(self) -> str:
-        """The interval as text with a leading space, `` [0.0312, 0.0341]``; empty if there is none."""
-        if self.low is None:
+        """The interval as text with a leading space, `` [0.0312, 0.0341]``; empty if none or if it adds nothing."""
+        if self.low is None or (self.censored and self.low == self.value):
             return ""
-        return f" [{self.low:.3g}, {'more' if self.high is None else f'{self.high:.3g}'}]"
+        return f" [{self.low:.3g} or more]" if self.high is None else f" [{self.low:.3g}, {self.high:.3g}]"
 
 
 class EpsUni(SmallestEps):

@@ -18,6 +18,7 @@ from gambeson.base import (
     close_run,
     derive,
     environment,
+    eps_text,
     notebook,
     open_run,
     read_json,
@@ -100,7 +101,7 @@ class TransferResult(Config):
 
     def plot(self) -> Any:
         """Return a ``plotly`` figure with a heat map of the errors in per cent for each attack."""
-        title = f"Error under transferred examples, eps {self.eps:.4g} ({self.run.norm})"
+        title = f"Error under transferred examples, eps {eps_text(self.eps)} ({self.run.norm})"
         return notebook.heat_maps({table.attack: table.errors for table in self.tables}, self.labels, title)
 
     def to_frame(self) -> Any:

@@ -26,6 +26,7 @@ from gambeson.base import (
     UserError,
     count,
     environment,
+    eps_text,
     read_json,
     refuse_foreign,
     refuse_other,
@@ -141,8 +142,8 @@ class Hardened:
         eps = self.before.results.middle.eps
         clean, uer = changes["clean"], changes[f"uer@{eps:.4g}"]
         said = (
-            f"One pattern of eps {eps:.3g} fools the hardened model on {100 * uer.second.value:.1f} % of test images, "
-            f"and the original on {100 * uer.first.value:.1f} %."
+            f"One pattern of eps {eps_text(eps)} fools the hardened model on {100 * uer.second.value:.1f} % of test "
+            f"images, and the original on {100 * uer.first.value:.1f} %."
         )
         if uer.outcome != "better":
             said += " That is no clear gain." if uer.outcome != "worse" else " That is clearly worse."

@@ -77,7 +77,7 @@ def compare(model: PixelModel, dataset: Dataset, file: str, *, guessed: bool) ->
     found |= {name: _accuracy(model, some, scale) for name, scale in ways.items() if name != used}
     rates = ", ".join(f"{name} {100 * rate.value:.0f} %" for name, rate in found.items())
     said = "does not say how its pixels were normalised" if guessed else f"is taken with ?normalise={used}"
-    told = f"{file} {said}; right of {found[used].n} validation images: {rates}"
+    told = f"{file} {said}; right of {found[used].n} validation images with {rates}"
     best, chance = max(found, key=lambda name: found[name].value), 1 / dataset.num_classes
     if some.task.per_image_label and found[used].high < chance and found[best].low <= chance:
         told += " (fewer than by chance: is the order of the classes that of its training?)"
@@ -87,8 +87,10 @@ def compare(model: PixelModel, dataset: Dataset, file: str, *, guessed: bool) ->
         )
     if guessed:
         mean, std = ("/".join(f"{value:.3g}" for value in side) for side in own)
+        alike = [name for name, rate in found.items() if name != used and rate.high >= found[used].low]
+        tie = f", though these images do not tell it from {' or '.join(alike)}" if alike else ""
         warnings.warn(
-            f"{told}: {used} is used (mean {mean}, std {std}); if it was trained otherwise, end its name in "
+            f"{told}. {used} is used (mean {mean}, std {std}){tie}: if it was trained otherwise, end its name in "
             "?normalise=imagenet, data, none, or MEAN,STD",
             stacklevel=4,
         )

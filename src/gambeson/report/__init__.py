@@ -14,7 +14,6 @@ from gambeson.evaluation.transfer import TransferResult
 from gambeson.report import page, patch, pictures, study, summary, transfer
 from gambeson.report.card import write_card
 from gambeson.report.exchange import Finished, write_junit, write_sarif
-from gambeson.report.formatting import EpsFormat
 from gambeson.report.loading import read_folders
 from gambeson.report.patch import print_patch
 from gambeson.studies.rows import StudyResult
@@ -128,12 +127,12 @@ def write_first(
         title: the page's heading.
     """
     tensors, _ = load_tensors(Path(examples), "test images")
-    scale, eps = EpsFormat(uap.about.norm, uap.delta.shape[1] == 3), uap.about.eps
+    norm, eps = uap.about.norm, uap.about.eps
     shown = pictures.examples(tensors, classes)
     first = _First(
         title=title,
-        summary=summary.first(*rates, eps, scale),
-        pattern=pictures.pattern(uap.delta[0], eps, scale, "the model", f"UER {rates[0]}"),
+        summary=summary.first(*rates, eps, norm),
+        pattern=pictures.pattern(uap.delta[0], eps, norm, "the model", f"UER {rates[0]}"),
         examples=shown,
         first=pictures.first_flipped(shown),
         shown=pictures.proportion(shown, *rates),

@@ -9,7 +9,7 @@ import yaml
 
 from gambeson.auditing import AuditResult
 from gambeson.auditing.display import doubt_of, worst_of
-from gambeson.base import count, replaceable, write_text
+from gambeson.base import count, eps_text, replaceable, write_text
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import SmallestEps
 
@@ -74,7 +74,7 @@ def _metric(
     kind: str, name: str, number: Rate | SmallestEps, about: dict[str, Any], result: AuditResult
 ) -> dict[str, Any]:
     args = {**about, "seed": result.seed, "gambeson": result.environment.get("gambeson", "unknown")}
-    name += f", eps {about['eps']:.4g}" if "eps" in about else ""
+    name += f", eps {eps_text(about['eps'])}" if "eps" in about else ""
     if isinstance(number, Rate):
         args |= {"images": number.n}
     elif number.censored:
@@ -128,8 +128,8 @@ def _written(number: Rate | SmallestEps) -> str:
 
 
 def _conditions(about: dict[str, Any]) -> str:
-    said = {"attack": "{}", "eps": "eps {:.4g}", "norm": "norm {}"}
-    return _cell(", ".join(said[name].format(value) for name, value in about.items()))
+    said = about | ({"eps": f"eps {eps_text(about['eps'])}"} if "eps" in about else {})
+    return _cell(", ".join(f"norm {it}" if name == "norm" else str(it) for name, it in said.items()))
 
 
 def _cell(text: str) -> str:

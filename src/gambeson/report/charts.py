@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from gambeson.base import eps_text
 from gambeson.evaluation import Rate
-from gambeson.report.formatting import EpsFormat, percent
+from gambeson.report.formatting import decimal, meaning_of_eps, percent
 from gambeson.report.loading import Folder
 
 HUES = ("#0072b2", "#c4500a", "#007a5a", "#a8487f", "#8a6d00", "#3a3a3a")
@@ -49,12 +50,12 @@ def hue(index: int) -> str:
     return HUES[index % len(HUES)]
 
 
-def figure(folders: Sequence[Folder], scale: EpsFormat) -> dict[str, Any]:
+def figure(folders: Sequence[Folder], norm: str) -> dict[str, Any]:
     """Build data and layout: for every model a band, its controls, and its line on top."""
     traces: list[dict[str, Any]] = []
     for index, folder in enumerate(folders):
-        traces += [*_band(folder, index), *_controls(folder, index, scale), _line(folder, index, scale)]
-    return {"data": traces, "layout": _layout(folders, scale)}
+        traces += [*_band(folder, index), *_controls(folder, index), _line(folder, index)]
+    return {"data": traces, "layout": _layout(folders, norm)}
 
 
 def embed(figure: dict[str, Any]) -> str:
@@ -85,17 +86,17 @@ def plain_layout(height: int) -> dict[str, Any]:
     }
 
 
-def curve(folders: Sequence[Folder], scale: EpsFormat) -> Chart:
+def curve(folders: Sequence[Folder], norm: str) -> Chart:
     """Draw UER against eps for every model."""
-    return Chart("chart", embed(figure(folders, scale)), alternative(folders, scale))
+    return Chart("chart", embed(figure(folders, norm)), alternative(folders))
 
 
-def alternative(folders: Sequence[Folder], scale: EpsFormat) -> str:
+def alternative(folders: Sequence[Folder]) -> str:
     """Return the alternative text of the chart."""
     parts = []
     for folder in folders:
         last, clean = folder.result.universal[-1], folder.result.clean.complement
-        parts.append(f"{folder.label} from {clean} without a pattern to {last.uer} at eps {scale.text(last.eps)}")
+        parts.append(f"{folder.label} from {clean} without a pattern to {last.uer} at eps {eps_text(last.eps)}")
     return f"UER: {'; '.join(parts)}."
 
 
@@ -177,9 +178,9 @@ def _band(folder: Folder, index: int) -> list[dict[str, Any]]:
     return [_trace(folder, index, "band", eps + eps[::-1], edge, **look)]
 
 
-def _line(folder: Folder, index: int, scale: EpsFormat) -> dict[str, Any]:
+def _line(folder: Folder, index: int) -> dict[str, Any]:
     eps, rates = _points(folder)
-    text = [_hover(folder, eps, f"UER {rate}", rate, scale) for eps, rate in zip(eps, rates, strict=True)]
+    text = [_hover(folder, eps, f"UER {rate}", rate) for eps, rate in zip(eps, rates, strict=True)]
     look = {"line": {"color": hue(index), "width": 2.5}, "mode": "lines+markers", "showlegend": True}
     if len(rates) == 2:  # nothing is known between a single eps and 0
         look["mode"] = "markers"
@@ -188,15 +189,15 @@ def _line(folder: Folder, index: int, scale: EpsFormat) -> dict[str, Any]:
     return _trace(folder, index, "line", eps, [100 * rate.value for rate in rates], text=text, **look)
 
 
-def _controls(folder: Folder, index: int, scale: EpsFormat) -> list[dict[str, Any]]:
+def _controls(folder: Folder, index: int) -> list[dict[str, Any]]:
     points, clean = folder.result.universal, folder.result.clean.complement
     traces = []
     for name in [control.name for control in points[0].controls]:
         found = [(point.eps, control) for point in points for control in point.controls if control.name == name]
-        text = [_hover(folder, 0.0, f"clean error {clean}", clean, scale)]
+        text = [_hover(folder, 0.0, f"clean error {clean}", clean)]
         for eps, control in found:
             mean = "" if control.draws == 1 else f"mean of {control.draws} draws {percent(control.mean)}<br>worst "
-            text.append(_hover(folder, eps, f"{escape(name)}: {mean}{control.worst}", control.worst, scale))
+            text.append(_hover(folder, eps, f"{escape(name)}: {mean}{control.worst}", control.worst))
         line = {"color": hue(index), "width": 1.4, "dash": _DASHES.get(name, "dashdot")}
         mode = {"mode": "markers", "marker": {"symbol": "line-ew-open", "size": 9}} if len(points) == 1 else {}
         heights = [100 * clean.value, *(100 * control.mean for _, control in found)]
@@ -206,19 +207,19 @@ def _controls(folder: Folder, index: int, scale: EpsFormat) -> list[dict[str, An
     return traces
 
 
-def _hover(folder: Folder, eps: float, said: str, rate: Rate, scale: EpsFormat) -> str:
-    both = f"{scale.text(eps)} ({scale.decimal(eps)})" if scale.decimal(eps) else scale.text(eps)
+def _hover(folder: Folder, eps: float, said: str, rate: Rate) -> str:
+    both = f"{eps_text(eps)} ({decimal(eps)})" if decimal(eps) else eps_text(eps)
     return f"{escape(folder.label)}<br>eps {both}<br>{said}<br>n = {rate.n:,}"
 
 
-def _layout(folders: Sequence[Folder], scale: EpsFormat) -> dict[str, Any]:
+def _layout(folders: Sequence[Folder], norm: str) -> dict[str, Any]:
     grid = sorted({point.eps for folder in folders for point in folder.result.universal})
-    texts = [scale.text(eps) for eps in grid]
+    texts = [eps_text(eps) for eps in grid]
     # Short labels, so that they fit side by side on a phone.
     short = all(text.endswith("/255") for text in texts)
-    title = f"eps: {scale.meaning}<br>(pixels run from 0 to 1)"
+    title = f"eps: {meaning_of_eps(norm)}<br>(pixels run from 0 to 1)"
     if short:
-        title = f"eps, in 1/255 of the range of pixels:<br>{scale.meaning}"
+        title = f"eps, in 1/255 of the range of pixels:<br>{meaning_of_eps(norm)}"
     return {
         **plain_layout(480),
         "legend": LEGEND,

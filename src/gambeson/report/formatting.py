@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gambeson.base import eps_text
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import Cost, SmallestEps
 from gambeson.report.loading import Folder
@@ -31,28 +32,14 @@ def interval(rate: Rate | Difference) -> str:
     return f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 
-@dataclass(frozen=True)
-class EpsFormat:
-    """Format of eps: k/255 for colour images, a decimal number otherwise."""
+def decimal(eps: float) -> str:
+    """Write eps as a decimal if :func:`gambeson.threat.eps_text` does not; else empty."""
+    return "" if eps_text(eps) == (plain := f"{eps:.4g}") else plain
 
-    norm: str
-    colour: bool
 
-    def text(self, eps: float) -> str:
-        """Write eps in the shortest usual way: ``8/255`` or ``0.15``."""
-        steps = round(eps * 255)
-        if self.colour and self.norm == "inf" and steps and abs(eps * 255 - steps) < 1e-6:
-            return f"{steps}/255"
-        return f"{eps:.4g}"
-
-    def decimal(self, eps: float) -> str:
-        """Write eps as a decimal if :meth:`text` does not; else empty."""
-        return "" if self.text(eps) == f"{eps:.4g}" else f"{eps:.4g}"
-
-    @property
-    def meaning(self) -> str:
-        """Meaning of eps."""
-        return "largest change of a pixel" if self.norm == "inf" else "Euclidean length of the pattern"
+def meaning_of_eps(norm: str) -> str:
+    """Say what eps measures."""
+    return "largest change of a pixel" if norm == "inf" else "Euclidean length of the pattern"
 
 
 def count(number: int, noun: str) -> str:
@@ -112,7 +99,7 @@ class Facts:
     rows: list[tuple[str, str]]
 
 
-def collect(folder: Folder, scale: EpsFormat) -> list[Facts]:
+def collect(folder: Folder) -> list[Facts]:
     """List model, defence, data, settings, perturbations, search, cost and versions of one audit."""
     result = folder.result
     subject, material, found = result.subject, result.material, result.eps_uni
@@ -131,14 +118,14 @@ def collect(folder: Folder, scale: EpsFormat) -> list[Facts]:
     for point in result.universal:
         starts = ", ".join(f"{start.start} {percent(start.validation_uer)}" for start in point.restarts)
         text = f"fooling rate {point.fooling}; restarts on the validation split: {starts or 'none'}"
-        points.append((f"eps {scale.text(point.eps)}", text))
+        points.append((f"eps {eps_text(point.eps)}", text))
     tried = ", ".join(f"{eps:.4g}: {percent(uer)}" for eps, uer in found.tried)
     search = [("judged on", f"{found.split} split"), ("eps tried, with UER", tried or "none")]
     search += [("95 % interval, by bootstrap over test images", found.interval.strip())] if found.interval else []
     if (each := result.eps_adv) is not None:
         size = f"{bound(each)[0]}{each.interval}, on {count(each.images, 'image')}"
         search += [(f"eps_adv({each.delta:g}), per image", size)]
-    cost = [("all of it", _cost(result.cost)), *_costs(folder, scale)]
+    cost = [("all of it", _cost(result.cost)), *_costs(folder)]
     if folder.seconds:
         cost += [("time", duration(sum(folder.seconds.values())))]
         cost += [(f"time of {stage}", duration(spent)) for stage, spent in folder.seconds.items()]
@@ -157,13 +144,13 @@ def collect(folder: Folder, scale: EpsFormat) -> list[Facts]:
     ]
 
 
-def _costs(folder: Folder, scale: EpsFormat) -> list[tuple[str, str]]:
+def _costs(folder: Folder) -> list[tuple[str, str]]:
     result = folder.result
-    rows = [(f"universal, eps {scale.text(point.eps)}", point.cost) for point in result.universal]
+    rows = [(f"universal, eps {eps_text(point.eps)}", point.cost) for point in result.universal]
     rows += [(f"eps_uni({result.eps_uni.delta:g})", result.eps_uni.cost)]
     rows += [(f"eps_adv({each.delta:g})", each.cost)] if (each := result.eps_adv) else []
-    rows += [(f"{a.attack}, eps {scale.text(a.eps)}", a.cost) for a in result.per_image]
-    rows += [(f"{t.attack} from {t.source}, eps {scale.text(t.eps)}", t.cost) for t in result.transfer]
+    rows += [(f"{a.attack}, eps {eps_text(a.eps)}", a.cost) for a in result.per_image]
+    rows += [(f"{t.attack} from {t.source}, eps {eps_text(t.eps)}", t.cost) for t in result.transfer]
     rows += [("Jacobian analysis", result.jacobian.cost)] if result.jacobian else []
     return [(name, _cost(cost)) for name, cost in rows]
 

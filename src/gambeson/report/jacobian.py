@@ -10,9 +10,10 @@ import torch
 
 from gambeson.analysis import Spread
 from gambeson.auditing.jacobian_results import JacobianResult, LossSurface, PairHistogram, Subspace
+from gambeson.base import eps_text
 from gambeson.report import pictures
 from gambeson.report.charts import AXIS, LEGEND, MARKERS, Chart, embed, hue, plain_layout, soft
-from gambeson.report.formatting import EpsFormat, percent
+from gambeson.report.formatting import percent
 from gambeson.report.loading import Folder
 from gambeson.report.tables import NONE, Cell, Group, Line, Table
 
@@ -24,7 +25,7 @@ _STEEP = 20
 """Ratio of the highest to the lowest loss from which their axis is logarithmic."""
 
 
-def along(folders: Sequence[Folder], scale: EpsFormat) -> Chart | None:
+def along(folders: Sequence[Folder], norm: str) -> Chart | None:
     """Draw the mean loss along the signed gradient and across it, for every model; a ridge is a decrease."""
     known = [
         (k, f, f.result.jacobian.surface)
@@ -49,7 +50,7 @@ def along(folders: Sequence[Folder], scale: EpsFormat) -> Chart | None:
             )
         words.append(f"{folder.label} from {gradient[middle]:.3g} at the image to {gradient[-1]:.3g} at the far end")
     layout = plain_layout(420)
-    layout["xaxis"] |= _steps(known[0][2], scale, "step along the gradient's sign")
+    layout["xaxis"] |= _steps(known[0][2], norm, "step along the gradient's sign")
     losses = [loss for trace in traces for loss in trace["y"]]
     # On a linear axis the steepest model would press all others flat.
     steep = min(losses) > 0 and max(losses) > _STEEP * min(losses)
@@ -61,7 +62,7 @@ def along(folders: Sequence[Folder], scale: EpsFormat) -> Chart | None:
     return Chart("along", embed({"data": traces, "layout": layout}), alt)
 
 
-def surface(folder: Folder, index: int, scale: EpsFormat) -> Chart | None:
+def surface(folder: Folder, index: int, norm: str) -> Chart | None:
     """Draw the mean loss over the grid, and the contour of an error of 50 %."""
     found = folder.result.jacobian.surface if folder.result.jacobian else None
     if found is None:
@@ -83,8 +84,8 @@ def surface(folder: Folder, index: int, scale: EpsFormat) -> Chart | None:
         | {"line": {"color": "#0072b2", "width": 2, "dash": "dash"}},
     ]
     layout = plain_layout(340)
-    layout["xaxis"] |= _steps(found, scale, "along the gradient's sign")
-    layout["yaxis"] |= _steps(found, scale, "across it")
+    layout["xaxis"] |= _steps(found, norm, "along the gradient's sign")
+    layout["yaxis"] |= _steps(found, norm, "across it")
     layout["margin"] = {"l": 52, "r": 8, "t": 10, "b": 48}
     low, high = min(map(min, found.loss)), max(map(max, found.loss))
     alt = f"Heat map of the mean loss of {folder.label} on {found.images} images: from {low:.3g} to {high:.3g}."
@@ -141,9 +142,9 @@ def _shown(found: PairHistogram) -> list[float]:
     return [min(-0.25, found.edges[full[0]]), 1.0]
 
 
-def _steps(found: LossSurface, scale: EpsFormat, title: str) -> dict[str, Any]:
+def _steps(found: LossSurface, norm: str, title: str) -> dict[str, Any]:
     end = found.steps[-1]
-    text = scale.text(end) if scale.norm == "inf" else f"{end:.3g}"
+    text = eps_text(end) if norm == "inf" else f"{end:.3g}"
     return {
         "title": {"text": title, "standoff": 8},
         "tickvals": [-end, 0, end],
@@ -157,9 +158,9 @@ def _turned(grid: Sequence[Sequence[float]]) -> list[list[float]]:
     return [list(column) for column in zip(*grid, strict=True)]
 
 
-def build(folders: Sequence[Folder], scale: EpsFormat) -> list[Table]:
+def build(folders: Sequence[Folder], norm: str) -> list[Table]:
     """Build the non-empty tables."""
-    found = [_norms(folders), _pairs(folders), _bounds(folders, scale), _subspaces(folders, scale)]
+    found = [_norms(folders), _pairs(folders), _bounds(folders), _subspaces(folders, norm)]
     return [table for table in found if any(group.lines for group in table.groups)]
 
 
@@ -259,7 +260,7 @@ def _pair(found: PairHistogram | None) -> Cell:
     return Cell(main, (*(f"{side.low:.2f} to {side.high:.2f}, n = {n:,}" for side, n in sides if side),))
 
 
-def _bounds(folders: Sequence[Folder], scale: EpsFormat) -> Table:
+def _bounds(folders: Sequence[Folder]) -> Table:
     groups, counts = [], []
     for k, folder in enumerate(folders):
         found = folder.result.jacobian
@@ -270,7 +271,7 @@ def _bounds(folders: Sequence[Folder], scale: EpsFormat) -> Table:
         for eps, row in zip(found.bounds.eps, table.rows, strict=True):
             errors = (row.measured_error, row.linear_error, row.counted_error, row.effect_error, row.bound_error)
             cells = [Cell(percent(error)) for error in errors]
-            lines.append(Line(f"eps {scale.text(eps)}", "", [*cells, Cell(percent(row.attained))]))
+            lines.append(Line(f"eps {eps_text(eps)}", "", [*cells, Cell(percent(row.attained))]))
         groups.append(Group(k, lines))
         counts.append(f"{folder.label} {table.images:,}")
     head = [
@@ -293,13 +294,13 @@ def _bounds(folders: Sequence[Folder], scale: EpsFormat) -> Table:
     return Table("Bounds against measured UER, on the sample", head, groups, note)
 
 
-def _subspaces(folders: Sequence[Folder], scale: EpsFormat) -> Table:
+def _subspaces(folders: Sequence[Folder], norm: str) -> Table:
     columns = [{s.norm: s for s in f.result.jacobian.subspaces} if f.result.jacobian else {} for f in folders]
     lines = []
     for norm in dict.fromkeys(norm for column in columns for norm in column):
         found = [column.get(norm) for column in columns]
         first = next(s for s in found if s)
-        size = scale.text(first.eps) if norm == scale.norm else f"{first.eps:.3g}"
+        size = eps_text(first.eps) if norm == norm else f"{first.eps:.3g}"
         orders = " / ".join(str(k) for k in first.orders)
         lines.append(Line(f"norm {norm}, eps {size}", f"at least {orders} directions", [_subspace(s) for s in found]))
     note = "Share of the images, right when clean, of which at least so many mutually orthogonal directions of this "

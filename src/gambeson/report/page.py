@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 from gambeson.auditing import Check
 from gambeson.report import charts, formatting, jacobian, pictures, scenes, summary, tables
 from gambeson.report.charts import Chart
-from gambeson.report.formatting import EpsFormat, Facts
+from gambeson.report.formatting import Facts, meaning_of_eps
 from gambeson.report.loading import Folder
 from gambeson.report.pictures import Example, Pattern
 from gambeson.report.scenes import Scenes, Swatch
@@ -86,6 +86,7 @@ class Model:
     verdict: str
     """The verdict in full."""
     reasons: list[str]
+    unchecked: list[str]
     patterns: list[Pattern]
     middle: Pattern
     """The pattern of the examples."""
@@ -127,7 +128,11 @@ class Page:
     answer: str
     """Compares several models; empty for one."""
     models: list[Model]
-    scale: EpsFormat
+    norm: str
+    strength: str
+    """What eps measures."""
+    colour: bool
+    """Whether images have the channels red, green and blue."""
     delta: str
     """The error of eps_uni, in per cent."""
     tests: int
@@ -156,39 +161,41 @@ class Page:
 def build(folders: Sequence[Folder], title: str | None, answer: str | None = None) -> Page:
     """Build the page's data from the audits."""
     first = folders[0].result
-    scale = EpsFormat(first.universal[0].norm, len(first.material.shape) == 3 and first.material.shape[0] == 3)
+    norm = first.universal[0].norm
     eps = tables.common_eps(folders)
     what = folders[0].label if len(folders) == 1 else formatting.count(len(folders), "model")
     names = [control.name for folder in folders for point in folder.result.universal for control in point.controls]
     return Page(
         title=title or f"Robustness audit: {what} on {first.material.name}",
-        answer=answer or ("" if len(folders) == 1 else summary.answer(folders, eps, scale)),
-        models=[_model(folder, index, scale) for index, folder in enumerate(folders)],
-        scale=scale,
+        answer=answer or ("" if len(folders) == 1 else summary.answer(folders, eps)),
+        models=[_model(folder, index, norm) for index, folder in enumerate(folders)],
+        norm=norm,
+        strength=meaning_of_eps(norm),
+        colour=len(first.material.shape) == 3 and first.material.shape[0] == 3,
         delta=f"{100 * first.eps_uni.delta:g}",
         tests=first.material.test,
-        glance=tables.glance(folders, eps, scale),
-        curves=tables.curves(folders, scale),
+        glance=tables.glance(folders, eps),
+        curves=tables.curves(folders),
         controls=list(dict.fromkeys(names)),
-        curve=charts.curve(folders, scale),
-        edits=tables.edits(folders, scale),
+        curve=charts.curve(folders, norm),
+        edits=tables.edits(folders),
         edited=charts.edits(folders),
         classes=tables.classes(folders),
-        attacks=[*tables.attacks(folders, scale), *filter(None, [scenes.aims(folders, scale)])],
-        jacobian=jacobian.build(folders, scale),
-        along=jacobian.along(folders, scale),
+        attacks=[*tables.attacks(folders), *filter(None, [scenes.aims(folders)])],
+        jacobian=jacobian.build(folders, norm),
+        along=jacobian.along(folders, norm),
         small=max(first.material.shape[1:]) <= 96,
         unit=folders[0].unit,
         units=folders[0].units,
         legend=scenes.legend(folders),
-        iou=scenes.ious(folders, scale),
+        iou=scenes.ious(folders),
     )
 
 
-def _model(folder: Folder, index: int, scale: EpsFormat) -> Model:
+def _model(folder: Folder, index: int, norm: str) -> Model:
     result, tensors = folder.result, folder.examples
     drawn = [
-        pictures.pattern(delta, point.eps, scale, folder.label, f"UER {point.uer}", point.status)
+        pictures.pattern(delta, point.eps, norm, folder.label, f"UER {point.uer}", point.status)
         for point, delta in zip(result.universal, folder.deltas, strict=True)
     ]
     examples = pictures.examples(tensors, result.material.classes)
@@ -198,27 +205,28 @@ def _model(folder: Folder, index: int, scale: EpsFormat) -> Model:
         architecture=result.subject.name,
         hue=charts.hue(index),
         trusted=folder.trusted,
-        summary=summary.summary(folder, scale),
+        summary=summary.summary(folder, norm),
         verdict=result.verdict.summary,
         reasons=result.verdict.reasons,
+        unchecked=result.verdict.unchecked,
         patterns=drawn,
         middle=drawn[len(drawn) // 2],
         examples=examples,
         first=pictures.first_flipped(examples),
         shown=pictures.proportion(examples, result.middle.uer, result.clean.complement),
-        scenes=scenes.build(folder, drawn, scale),
+        scenes=scenes.build(folder, drawn, norm),
         checks=sorted(result.checks, key=lambda check: (False, True, None).index(check.passed)),
-        jacobian=_jacobian(folder, index, scale),
-        facts=formatting.collect(folder, scale),
+        jacobian=_jacobian(folder, index, norm),
+        facts=formatting.collect(folder),
         command=reproduce if (folder.path / "run.yaml").is_file() else "",
     )
 
 
-def _jacobian(folder: Folder, index: int, scale: EpsFormat) -> JacobianCharts:
+def _jacobian(folder: Folder, index: int, norm: str) -> JacobianCharts:
     found, direction = folder.result.jacobian, folder.direction
     shown = "" if direction is None else pictures.png(pictures.signed(direction, float(direction.abs().max())))
     return JacobianCharts(
-        surface=jacobian.surface(folder, index, scale),
+        surface=jacobian.surface(folder, index, norm),
         singles=jacobian.singles(folder),
         images=found.surface.images if found and found.surface else 0,
         pairs=jacobian.pairs(folder, index),

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from gambeson.base import pixel_bytes
+from gambeson.base import eps_text, pixel_bytes
 from gambeson.evaluation import Rate
-from gambeson.report.formatting import EpsFormat
 from gambeson.tasks import of as task_of
 
 
@@ -46,15 +45,15 @@ class Example:
     perturbed: Answer
 
 
-def pattern(delta: torch.Tensor, eps: float, scale: EpsFormat, label: str, rate: str, status: str = "done") -> Pattern:
+def pattern(delta: torch.Tensor, eps: float, norm: str, label: str, rate: str, status: str = "done") -> Pattern:
     """Draw a perturbation (C, H, W) for the model ``label``; ``rate`` is what it does."""
-    white = reach(delta, eps, scale.norm)
-    size = scale.text(white) if scale.norm == "inf" else f"{white:.3g}"
+    white = reach(delta, eps, norm)
+    size = eps_text(white) if norm == "inf" else f"{white:.3g}"
     return Pattern(
         source=png(signed(delta, white)),
-        alt=f"Universal perturbation for {label} at eps {scale.text(eps)}",
-        title=f"eps {scale.text(eps)}" + ("" if status == "done" else f" ({status})"),
-        scale=f"{'each channel: ' if scale.colour else ''}black -{size}, grey 0, white +{size}",
+        alt=f"Universal perturbation for {label} at eps {eps_text(eps)}",
+        title=f"eps {eps_text(eps)}" + ("" if status == "done" else f" ({status})"),
+        scale=f"{'each channel: ' if delta.shape[0] == 3 else ''}black -{size}, grey 0, white +{size}",
         rate=rate,
     )
 

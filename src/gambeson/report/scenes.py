@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from gambeson.auditing.results import IoU, TargetedResult
+from gambeson.base import eps_text
 from gambeson.evaluation import Rate
 from gambeson.evaluation.targeted import SHUFFLED, Reached
-from gambeson.report.formatting import EpsFormat, of_hundred, percent
+from gambeson.report.formatting import of_hundred, percent
 from gambeson.report.loading import Folder
 from gambeson.report.pictures import Pattern, pattern, png
 from gambeson.report.tables import NONE, Cell, Group, Line, Table, rate_cell
@@ -105,14 +106,14 @@ def legend(folders: Sequence[Folder]) -> list[Swatch]:
     return [*(Swatch(name, colour(k)) for k, name in enumerate(classes)), Swatch("no label", UNLABELLED)]
 
 
-def build(folder: Folder, patterns: list[Pattern], scale: EpsFormat) -> list[Scenes]:
+def build(folder: Folder, patterns: list[Pattern], norm: str) -> list[Scenes]:
     """Draw the stored test images of an audit; empty where labels are no maps."""
     if folder.unit == "image" or "curve" not in folder.examples:
         return []
     result, tensors = folder.result, folder.examples
     said = []
     for point in result.universal:
-        text = f"eps {scale.text(point.eps)}: wrong on {of_hundred(point.uer.value)} of 100 pixels"
+        text = f"eps {eps_text(point.eps)}: wrong on {of_hundred(point.uer.value)} of 100 pixels"
         said.append(text + (f", mean IoU {percent(point.iou.mean.value)}" if point.iou else ""))
     classes, (height, width) = result.material.classes, result.material.shape[1:]
     found = [
@@ -123,7 +124,7 @@ def build(folder: Folder, patterns: list[Pattern], scale: EpsFormat) -> list[Sce
             middle=len(patterns) // 2,
             scenes=_scenes(tensors, tensors["curve"], tensors["curve_predictions"], classes),
             side=(width, height),
-            note=_note(tensors, folder, scale),
+            note=_note(tensors, folder),
         )
     ]
     for one, delta in zip(result.targeted, folder.aimed, strict=True):
@@ -134,8 +135,8 @@ def build(folder: Folder, patterns: list[Pattern], scale: EpsFormat) -> list[Sce
         found.append(
             Scenes(
                 title=_aim(one),
-                patterns=[pattern(delta, one.eps, scale, folder.label, "")],
-                said=[_reached(one, scale)],
+                patterns=[pattern(delta, one.eps, norm, folder.label, "")],
+                said=[_reached(one)],
                 middle=0,
                 scenes=_scenes(tensors, moved, predictions, classes, tensors[kind])[:_AIMED],
                 side=(width, height),
@@ -150,9 +151,9 @@ def _aim(found: TargetedResult) -> str:
     return f"A pattern that hides the class {name}" if kind == "hide" else "A pattern that shows one chosen scene"
 
 
-def _reached(found: TargetedResult, scale: EpsFormat) -> str:
+def _reached(found: TargetedResult) -> str:
     reached = found.reached
-    said = f"eps {scale.text(found.eps)}: "
+    said = f"eps {eps_text(found.eps)}: "
     if reached.hidden is None or reached.kept is None:
         said += f"{of_hundred(reached.success.value)} of 100 pixels are taken for the target, {_clean(reached.clean)}"
         chance = next((one for one in reached.controls if one.name == SHUFFLED), None)
@@ -165,7 +166,7 @@ def _clean(rate: Rate) -> str:
     return f"{of_hundred(rate.value)} without the pattern"
 
 
-def aims(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
+def aims(folders: Sequence[Folder]) -> Table | None:
     """Build a table of the targets, with what is reached by the pattern, by controls and by chance."""
     groups = []
     for k, folder in enumerate(folders):
@@ -173,7 +174,7 @@ def aims(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
         for one in folder.result.targeted:
             kind, _, name = one.target.partition(":")
             title = f"to hide {name}" if kind == "hide" else f"to show scene {name}"
-            lines.append(Line(title, f"crafted, eps {scale.text(one.eps)}", _cells(one.reached)))
+            lines.append(Line(title, f"crafted, eps {eps_text(one.eps)}", _cells(one.reached)))
             lines.append(Line("clean images", "", [rate_cell(one.reached.clean), NONE, NONE], minor=True))
             lines += [
                 Line(control.name.replace("-", " "), "", _cells(control), minor=True)
@@ -239,13 +240,13 @@ def _of_pixels(prediction: torch.Tensor, label: torch.Tensor, classes: int, targ
     return of_hundred(1 - _share(prediction, target, classes))
 
 
-def _note(tensors: Mapping[str, torch.Tensor], folder: Folder, scale: EpsFormat) -> str:
+def _note(tensors: Mapping[str, torch.Tensor], folder: Folder) -> str:
     result = folder.result
     labels, classes = tensors["labels"].long(), len(result.material.classes)
     under, before = (of_hundred(_share(tensors[name], labels, classes)) for name in _BOTH)
     return (
         f"These {len(labels)} stand for all {result.material.test:,}: from easy to hard, their errors at eps "
-        f"{scale.text(result.middle.eps)} are spread as those of all are. There the model gets {under} of 100 of their "
+        f"{eps_text(result.middle.eps)} are spread as those of all are. There the model gets {under} of 100 of their "
         f"pixels wrong with the pattern and {before} without it; of all, {of_hundred(result.middle.uer.value)} and "
         f"{of_hundred(result.clean.complement.value)}."
     )
@@ -291,7 +292,7 @@ def _cells(found: Reached) -> list[Cell]:
     return [NONE if rate is None else rate_cell(rate) for rate in (found.success, found.hidden, found.kept)]
 
 
-def ious(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
+def ious(folders: Sequence[Folder]) -> Table | None:
     """Build, for each model, the mean IoU and that of every class, clean and over all eps; None without label maps."""
     if folders[0].unit == "image":
         return None
@@ -307,7 +308,7 @@ def ious(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
             if folder.result.iou and name in folder.result.iou.classes
         ]
         groups.append(Group(k, lines))
-    head = ["Class", "clean", *(f"eps {scale.text(eps)}" for eps in radii)]
+    head = ["Class", "clean", *(f"eps {eps_text(eps)}" for eps in radii)]
     return Table("IoU of every class, clean and under the pattern of every eps", head, groups)
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from gambeson.auditing import AuditResult, lead_of
 from gambeson.auditing.display import doubt_of, worst_of
-from gambeson.base import read_settings
+from gambeson.base import eps_text, read_settings
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import strongest_control
 from gambeson.models import zoo
 from gambeson.models.storage import ENDINGS
-from gambeson.report.formatting import EpsFormat, count, of_hundred
+from gambeson.report.formatting import count, of_hundred
 from gambeson.report.loading import Folder
 
 
@@ -79,7 +79,7 @@ def squares(wrong: Rate, clean: Rate) -> list[str]:
     return ["clean"] * anyway + ["flipped"] * (all_of_them - anyway) + [""] * (100 - all_of_them)
 
 
-def first(wrong: Rate, clean: Rate, eps: float, scale: EpsFormat) -> Summary:
+def first(wrong: Rate, clean: Rate, eps: float, norm: str) -> Summary:
     """Return the answer before anything else is measured: errors on images under one pattern and without it."""
     return Summary(
         badges=[],
@@ -88,15 +88,15 @@ def first(wrong: Rate, clean: Rate, eps: float, scale: EpsFormat) -> Summary:
         clean=of_hundred(clean.value),
         unit="image",
         squares=squares(wrong, clean),
-        facts=[_interval(wrong), _strength(eps, scale)],
+        facts=[_interval(wrong), _strength(eps, norm)],
     )
 
 
-def summary(folder: Folder, scale: EpsFormat) -> Summary:
+def summary(folder: Folder, norm: str) -> Summary:
     """Return the answer about one audited model."""
     result, lead = folder.result, lead_of(folder.result)
     point, clean = result.middle, result.clean.complement
-    facts = [_interval(lead.rate), _strength(point.eps, scale)]
+    facts = [_interval(lead.rate), _strength(point.eps, norm)]
     if (control := strongest_control(point.controls)) is not None:
         most = of_hundred(control.worst.value)
         facts.append(f"Patterns of the same strength that know nothing of it: {most} of 100 at the most.")
@@ -112,7 +112,7 @@ def summary(folder: Folder, scale: EpsFormat) -> Summary:
     trusted = folder.trusted
     outcome = _UNDECIDED if lead.outcome == "withstands" and not trusted else _OUTCOMES[lead.outcome]
     if outcome.word == "withstands":
-        outcome = replace(outcome, word=f"withstands eps {scale.text(point.eps)}")
+        outcome = replace(outcome, word=f"withstands eps {eps_text(point.eps)}")
         tried = (
             1
             + sum(one.draws for one in point.controls)
@@ -133,7 +133,7 @@ def summary(folder: Folder, scale: EpsFormat) -> Summary:
         unit=folder.unit,
         squares=squares(lead.rate, clean),
         facts=facts,
-        steps=_steps(folder, scale),
+        steps=_steps(folder),
         limits=list(result.notes),
     )
 
@@ -145,13 +145,13 @@ def _interval(rate: Rate) -> str:
     )
 
 
-def _strength(eps: float, scale: EpsFormat) -> str:
-    if scale.norm == "inf":
-        return f"The pattern changes no pixel by more than {scale.text(eps)} of the way from black to white (eps)."
-    return f"The pattern has a length of {scale.text(eps)} in the norm {scale.norm} (eps), pixels running from 0 to 1."
+def _strength(eps: float, norm: str) -> str:
+    if norm == "inf":
+        return f"The pattern changes no pixel by more than {eps_text(eps)} of the way from black to white (eps)."
+    return f"The pattern has a length of {eps_text(eps)} in the norm {norm} (eps), pixels running from 0 to 1."
 
 
-def answer(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> str:
+def answer(folders: Sequence[Folder], eps: float | None) -> str:
     """Compare several models: the weakest, and the strongest of those whose numbers are trusted."""
     if eps is None:
         return "The audits share no eps, so their rates cannot be compared: compare eps_uni in the table."
@@ -160,7 +160,7 @@ def answer(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> st
     doubt = "" if weakest.trusted else f" (numbers that are {doubt_of(weakest.result)})"
     units = f"of 100 test {weakest.unit}s"
     first = (
-        f"At eps {scale.text(eps)} one pattern makes {quoted(weakest.label)}{doubt} wrong on "
+        f"At eps {eps_text(eps)} one pattern makes {quoted(weakest.label)}{doubt} wrong on "
         f"{of_hundred(worst.value)} {units}; without it, on {of_hundred(weakest.result.clean.complement.value)}."
     )
     trusted = [folder for folder in folders if folder.trusted]
@@ -185,9 +185,9 @@ def quoted(label: str) -> str:
     return f"\N{LEFT DOUBLE QUOTATION MARK}{label}\N{RIGHT DOUBLE QUOTATION MARK}"
 
 
-def _steps(folder: Folder, scale: EpsFormat) -> list[Step]:
+def _steps(folder: Folder) -> list[Step]:
     result, outcome = folder.result, lead_of(folder.result).outcome
-    eps = scale.text(result.middle.eps)
+    eps = eps_text(result.middle.eps)
     failed = [check for check in result.checks if check.passed is False]
     steps: list[Step | None] = []
     if failed:

@@ -8,12 +8,13 @@ from typing import TypeVar
 
 from gambeson.auditing.display import Attacked, worst_of
 from gambeson.auditing.results import PerImageResult, RandomnessResult, TransferredResult
+from gambeson.base import eps_text
 from gambeson.evaluation import Rate
 from gambeson.evaluation.attack_suite import AttackRound
 from gambeson.evaluation.classes import ClassRates
 from gambeson.evaluation.edits import EditedRates
 from gambeson.evaluation.rates import Control
-from gambeson.report.formatting import EpsFormat, bound, interval, percent
+from gambeson.report.formatting import bound, decimal, interval, percent
 from gambeson.report.loading import Folder
 from gambeson.threat.edits import strength_of
 
@@ -79,7 +80,7 @@ def common_eps(folders: Sequence[Folder]) -> float | None:
     return sorted(shared)[len(shared) // 2] if shared else None
 
 
-def glance(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> Table:
+def glance(folders: Sequence[Folder], eps: float | None) -> Table:
     """Build one line for each model, whose verdict is not part of it."""
     clean = _leaders(folders, [folder.result.clean for folder in folders], highest=True)
     uer = _leaders(folders, [folder.at(eps).uer if eps is not None else None for folder in folders])
@@ -93,7 +94,7 @@ def glance(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> Ta
     for k, folder in enumerate(folders):
         result = folder.result
         point = folder.at(eps)
-        where = () if eps is not None else (f"eps {scale.text(point.eps)}",)
+        where = () if eps is not None else (f"eps {eps_text(point.eps)}",)
         main, *notes = bound(result.eps_uni)
         if not alike_delta:
             notes = [f"error of {percent(result.eps_uni.delta)}", *notes]
@@ -103,14 +104,14 @@ def glance(folders: Sequence[Folder], eps: float | None, scale: EpsFormat) -> Ta
         cells = [
             rate_cell(result.clean, best=clean[k]),
             Cell(percent(point.uer.value), (interval(point.uer), *where), uer[k]),
-            _attacked(worst[k], scale, held[k], result.material.test),
+            _attacked(worst[k], held[k], result.material.test),
             Cell(main, tuple(notes), best),
         ]
         if point.iou is not None and result.iou is not None:
             mean, clean_mean = point.iou.mean, result.iou.mean
             cells.insert(2, Cell(percent(mean.value), (interval(mean), f"clean {percent(clean_mean.value)}")))
         lines.append(Line(folder.label, result.subject.name, cells))
-    uer_head = "UER at its middle eps" if eps is None else f"UER at eps {scale.text(eps)}"
+    uer_head = "UER at its middle eps" if eps is None else f"UER at eps {eps_text(eps)}"
     smallest = f"eps_uni({folders[0].result.eps_uni.delta:g})" if alike_delta else "eps_uni"
     head = ["Model", "Clean accuracy", uer_head, "Accuracy under per-image attacks", smallest]
     if folders[0].result.iou is not None:
@@ -123,7 +124,7 @@ def grid(folders: Sequence[Folder]) -> list[float]:
     return sorted({point.eps for folder in folders for point in folder.result.universal})
 
 
-def curves(folders: Sequence[Folder], scale: EpsFormat) -> Table:
+def curves(folders: Sequence[Folder]) -> Table:
     """Build, for each model, a line for the crafted pattern and one for each control, over all eps."""
     points = [{point.eps: point for point in folder.result.universal} for folder in folders]
     best = {eps: _leaders(folders, [p[eps].uer if eps in p else None for p in points]) for eps in grid(folders)}
@@ -148,13 +149,11 @@ def curves(folders: Sequence[Folder], scale: EpsFormat) -> Table:
             note = "one fixed pattern" if control.draws == 1 else f"mean of {control.draws} draws; the worst below"
             lines.append(Line(name.replace("-", " "), note, cells, minor=True))
         groups.append(Group(k, lines))
-    head = [
-        f"eps {scale.text(eps)}" + (f"\n{scale.decimal(eps)}" if scale.decimal(eps) else "") for eps in grid(folders)
-    ]
+    head = [f"eps {eps_text(eps)}" + (f"\n{decimal(eps)}" if decimal(eps) else "") for eps in grid(folders)]
     return Table("UER at every eps, beside the controls", ["Pattern", *head], groups)
 
 
-def edits(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
+def edits(folders: Sequence[Folder]) -> Table | None:
     """Build a line for each edit: the UER of each model, and below it the errors on clean images and under controls."""
     columns = [{one.edit: one for one in found.rates} if (found := f.result.edits) else {} for f in folders]
     if not any(columns):
@@ -168,7 +167,7 @@ def edits(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
 
     lines = [Line(name, strength_of(name), [cell(column.get(name)) for column in columns]) for name in _keys(columns)]
     some = {folder.label: found for folder in folders if (found := folder.result.edits)}
-    notes = [f"{label}: eps {scale.text(one.eps)}, {one.rates[0].uer.n:,} images." for label, one in some.items()]
+    notes = [f"{label}: eps {eps_text(one.eps)}, {one.rates[0].uer.n:,} images." for label, one in some.items()]
     left = {text: why for found in some.values() for text, why in found.left_out.items()}
     notes += [f"{text} was left out: {why}." for text, why in left.items()]
     return _table(folders, "UER when images are edited after the pattern was added", "Edit", lines, " ".join(notes))
@@ -212,13 +211,13 @@ def _control(control: Control) -> Cell:
     return Cell(percent(control.mean), (f"worst {percent(control.worst.value)}", interval(control.worst)))
 
 
-def _attacked(found: Attacked | None, scale: EpsFormat, best: bool, tests: int) -> Cell:
+def _attacked(found: Attacked | None, best: bool, tests: int) -> Cell:
     if found is None:
         return Cell(NONE.main, ("not measured",))
     name = "the attack suite" if found.attack == "standard" else found.attack
     some = () if found.accuracy.n == tests else (f"on {found.accuracy.n:,} images",)
     rate = found.accuracy
-    return Cell(percent(rate.value), (interval(rate), f"{name}, eps {scale.text(found.eps)}", *some), best)
+    return Cell(percent(rate.value), (interval(rate), f"{name}, eps {eps_text(found.eps)}", *some), best)
 
 
 def _leaders(folders: Sequence[Folder], rates: Sequence[Rate | None], *, highest: bool = False) -> list[bool]:
@@ -233,9 +232,9 @@ def _leaders(folders: Sequence[Folder], rates: Sequence[Rate | None], *, highest
     ]
 
 
-def attacks(folders: Sequence[Folder], scale: EpsFormat) -> list[Table]:
+def attacks(folders: Sequence[Folder]) -> list[Table]:
     """Build the non-empty tables of other attacks: one column per model, one row per attack."""
-    scaled = [make(folders, scale) for make in (_per_image, _certified, _transferred)]
+    scaled = [make(folders) for make in (_per_image, _certified, _transferred)]
     found = [*scaled, _noise(folders), _draws(folders)]
     return [table for table in found if table is not None]
 
@@ -244,7 +243,7 @@ def _table(folders: Sequence[Folder], caption: str, name: str, lines: list[Line]
     return Table(caption, [name, *(folder.label for folder in folders)], [Group(None, lines)], note)
 
 
-def _per_image(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
+def _per_image(folders: Sequence[Folder]) -> Table | None:
     columns = [{(a.attack, a.eps): a for a in folder.result.per_image} for folder in folders]
     if not any(columns):
         return None
@@ -253,7 +252,7 @@ def _per_image(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
         found = [column.get((name, eps)) for column in columns]
         title = "the attack suite" if name == "standard" else name
         cells = [_rate(f, a.accuracy if a else None) for f, a in zip(folders, found, strict=True)]
-        lines.append(Line(title, f"eps {scale.text(eps)}", cells))
+        lines.append(Line(title, f"eps {eps_text(eps)}", cells))
         rounds = [{turn.attack: turn for turn in (a.rounds if a else [])} for a in found]
         for attack in _keys(rounds):
             cells = [_round(turns.get(attack), a) for turns, a in zip(rounds, found, strict=True)]
@@ -266,7 +265,7 @@ def _per_image(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
     return _table(folders, "Accuracy when every image gets a perturbation of its own", "Attack", lines, note)
 
 
-def _certified(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
+def _certified(folders: Sequence[Folder]) -> Table | None:
     columns = [{one.bounds.eps: one for one in folder.result.certified} for folder in folders]
     if not any(columns):
         return None
@@ -279,7 +278,7 @@ def _certified(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
                 one and f"each by itself at least {percent(one.bounds.per_image.value)}, on {one.attacked.n:,} images"
             )
             cells.append(Cell(ends, (each,)) if ends and each else NONE)
-        lines.append(Line(f"eps {scale.text(eps)}", "certified to attacked", cells))
+        lines.append(Line(f"eps {eps_text(eps)}", "certified to attacked", cells))
     note = "No perturbation leaves less than is certified, and no bound can say more than an attack leaves."
     return _table(folders, "Between which ends the accuracy under any one pattern lies", "Radius", lines, note)
 
@@ -290,10 +289,10 @@ def _round(turn: AttackRound | None, of: PerImageResult | None) -> Cell:
     return Cell(percent(turn.accuracy.value), (f"broke {turn.broken:,} of {turn.tried:,}",))
 
 
-def _transferred(folders: Sequence[Folder], scale: EpsFormat) -> Table | None:
+def _transferred(folders: Sequence[Folder]) -> Table | None:
     def note(t: TransferredResult) -> str:
         number = "one for all images" if t.universal else "one per image"
-        return f"crafted on {t.source}; {number}; eps {scale.text(t.eps)}"
+        return f"crafted on {t.source}; {number}; eps {eps_text(t.eps)}"
 
     columns = [{(t.attack, note(t)): t.error for t in folder.result.transfer} for folder in folders]
     caption = "Error under perturbations that were crafted on another model"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
+from gambeson.base import eps_text
 from gambeson.evaluation import Rate
 from gambeson.evaluation.transfer import TransferResult, TransferTable
-from gambeson.report.formatting import EpsFormat, Facts, count, flat, interval, of_hundred, percent
+from gambeson.report.formatting import Facts, count, flat, interval, meaning_of_eps, of_hundred, percent
 from gambeson.report.summary import Step, quoted, squares
 from gambeson.report.tables import NONE, Cell, Group, Line, Table, rate_cell
 
@@ -40,8 +41,6 @@ class _Case:
 def build(result: TransferResult) -> Page:
     """Build the page's data."""
     run, labels = result.run, result.labels
-    # A result does not store whether images have colours; whole 255ths as large as 0.2 are rather decimals.
-    scale = EpsFormat(run.norm, colour=result.eps < 0.2)
     cases = [
         _Case(rate, source, target, table.attack)
         for table in result.tables
@@ -55,12 +54,12 @@ def build(result: TransferResult) -> Page:
     return Page(
         title=f"Transfer between {count(len(labels), 'model')}" + (f" on {run.data}" if run.data else ""),
         setting=f"{count(tested, 'test image')} were perturbed by {count(len(result.tables), 'attack')} (eps "
-        f"{scale.text(result.eps)}) on one model each, and shown to the others. {asked}",
+        f"{eps_text(result.eps)}) on one model each, and shown to the others. {asked}",
         answer=_answer(result, worst, len(cases)),
         squares=[] if worst is None else squares(worst.error, result.clean[worst.target]),
-        strength=scale.meaning,
+        strength=meaning_of_eps(run.norm),
         tables=[_table(table, result) for table in result.tables],
-        steps=[] if worst is None else _steps(result, worst, scale),
+        steps=[] if worst is None else _steps(result, worst),
         facts=[
             Facts("Run", flat(run.model_dump(mode="json"))),
             Facts("Versions", flat(result.environment)),
@@ -104,11 +103,11 @@ def _shade(rate: Rate) -> str:
     return f"rgba(196, 80, 10, {0.6 * rate.value:.2f})"
 
 
-def _steps(result: TransferResult, worst: _Case, scale: EpsFormat) -> list[Step]:
+def _steps(result: TransferResult, worst: _Case) -> list[Step]:
     run = result.run
     source, target = (shlex.quote(run.models[k]) for k in (worst.source, worst.target))
     data = f" --data {shlex.quote(run.data)}" if run.data else ""
-    audit = f"gambeson audit {target}{data} --surrogate {source} --eps {scale.text(result.eps)}"
+    audit = f"gambeson audit {target}{data} --surrogate {source} --eps {eps_text(result.eps)}"
     return [
         Step("Audit the model that is broken most, with the model that breaks it as the surrogate:", audit),
     ]

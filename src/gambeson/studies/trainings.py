@@ -8,6 +8,7 @@ import math
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gambeson.data import Dataset
 from gambeson.defenses.pgd_adversarial import PGDAdversarial
 from gambeson.models import PixelModel
 from gambeson.studies.trials import Choice, Range, propose
+from gambeson.training.loop import DivergedError
 from gambeson.training.run import TrainRun, plan_training, run_training
 from gambeson.training.validation import chance_level, validate, validate_robustly
 
@@ -48,6 +50,8 @@ class Candidate(Config):
 
 
 _ROUNDS = 5
+_HALVINGS = 2
+"""How often a training that diverges is begun again with half of its learning rate."""
 
 
 def cost(run: TrainRun, data: Dataset, searched: Mapping[str, Any] | None = None) -> dict[str, float]:
@@ -177,9 +181,7 @@ def _candidate(
         model = _trained(_with(run, {**(recipe or {}), **update}, settings), data, folder / "run")
         found: dict[str, float | None] = {**_scores(model, data, eps, run.seed)}
         found |= {} if per_image else {"attacked": None}
-    except UserError as error:
-        if "NaN or infinite" not in str(error):
-            raise
+    except DivergedError:
         found = {"accuracy": None, "uer": None}
     result = Candidate(**update, **found, recipe=dict(recipe or {}), settings=dict(settings or {}))
     shutil.rmtree(folder / "run", ignore_errors=True)
@@ -200,6 +202,9 @@ def train(
 ) -> dict[str, Any]:
     """Train, or resume, in the folder ``out``.
 
+    A learning rate of a search, which is shorter and may take fewer images, can be too high here: where the training
+    diverges it is begun again with half of the rate, up to twice.
+
     Args:
         run: the settings.
         data: the data.
@@ -217,7 +222,7 @@ def train(
         update["milestones"] = tuple(max(1, round(scale * epoch)) for epoch in run.recipe.milestones)
         update["warmup"] = min(run.recipe.warmup, update["epochs"] / 2)
     run = _with(run, update)
-    model = _trained(run, data, out)
+    run, model = (run, _trained(run, data, out)) if searched is None else _halved(run, data, out)
     scores = _scores(model, data, eps, run.seed)
     history = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
@@ -254,6 +259,23 @@ def _trained(run: TrainRun, data: Dataset, out: Path) -> PixelModel:
     except UserError:  # begun on another device, or damaged: nothing of it is known to be right
         shutil.rmtree(out, ignore_errors=True)
     return run_training(run, out, data)
+
+
+def _halved(run: TrainRun, data: Dataset, out: Path) -> tuple[TrainRun, PixelModel]:
+    """Train; where it diverges, with half of the learning rate."""
+    runs = [_with(run, {"lr": run.recipe.lr / 2**k}) for k in range(_HALVINGS + 1)]
+    begun = next((k for k, one in enumerate(runs) if _has_begun(one, out)), 0)
+    for one in runs[begun:-1]:
+        with suppress(DivergedError):
+            return one, _trained(one, data, out)
+    return runs[-1], _trained(runs[-1], data, out)
+
+
+def _has_begun(run: TrainRun, out: Path) -> bool:
+    try:
+        return check_run(out, run) is not None
+    except UserError:
+        return False
 
 
 def _scores(model: PixelModel, data: Dataset, eps: float, seed: int) -> dict[str, float]:

@@ -107,6 +107,10 @@ _WATCH = 50
 """Steps between checks that the loss is finite."""
 
 
+class DivergedError(UserError):
+    """A training whose loss has become NaN or infinite."""
+
+
 class Run:
     """A training run; see :func:`train` for the arguments."""
 
@@ -262,7 +266,7 @@ class Run:
         """Stop a training that has diverged; checked rarely, because it synchronises with the device."""
         if not torch.isfinite(total):
             kept = f"; {self.out} keeps the state after epoch {epoch}" if self.out is not None and epoch else ""
-            raise UserError(
+            raise DivergedError(
                 f"the loss became NaN or infinite in epoch {epoch}, between steps {k - k % _WATCH} and {k}: lower the "
                 f"learning rate ({self.recipe.lr:g}) or eps{kept}"
             )

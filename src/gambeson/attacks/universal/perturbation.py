@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from gambeson.attacks.universal.target import Target
-from gambeson.base import Config, UserError, load_tensors, notebook, save_tensors
+from gambeson.base import Config, UserError, eps_text, load_tensors, notebook, save_tensors
 from gambeson.base.checks import as_images
 from gambeson.base.errors import some
 from gambeson.data import Split, held_out
@@ -79,8 +79,8 @@ class UniversalPerturbation:
         size = float(delta.detach().double().norm(p=float(about.norm)))
         if not size <= about.eps * (1 + 1e-3) + 1e-6:  # sums over many pixels are rounded
             raise UserError(
-                f"the universal perturbation has norm {size:.4g} ({about.norm}), but eps = {about.eps:.4g}: expected a "
-                "finite one inside the ball; project it"
+                f"the universal perturbation has norm {size:.4g} ({about.norm}), but eps = {eps_text(about.eps)}: "
+                "expected a finite one inside the ball; project it"
             )
         self.delta = delta.detach()
         self.image_hashes = torch.empty(0, dtype=torch.int64) if image_hashes is None else image_hashes.unique()
@@ -89,13 +89,13 @@ class UniversalPerturbation:
     def __repr__(self) -> str:
         about, shape = self.about, "x".join(map(str, self.delta.shape[1:]))
         return (
-            f"UniversalPerturbation({about.attack}, eps {about.eps:.4g}, norm {about.norm}, {shape}, {about.status}, "
-            f"crafted on {about.crafted_split})"
+            f"UniversalPerturbation({about.attack}, eps {eps_text(about.eps)}, norm {about.norm}, {shape}, "
+            f"{about.status}, crafted on {about.crafted_split})"
         )
 
     def plot(self) -> Any:
         """Return a ``plotly`` figure of the pattern, stretched to the full range of colours."""
-        return notebook.picture(self.delta[0].cpu(), f"{self.about.attack}, eps {self.about.eps:.4g}")
+        return notebook.picture(self.delta[0].cpu(), f"{self.about.attack}, eps {eps_text(self.about.eps)}")
 
     @property
     def target(self) -> Target | None:

@@ -14,7 +14,7 @@ from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.nearest_class import NearestClass
 from gambeson.auditing.outcome import AsFarAsFinite, PairedDifference
 from gambeson.auditing.stages.transfer import FromSurrogate, image_attacks, on_surrogate
-from gambeson.base import derive, generator, seeded
+from gambeson.base import derive, eps_text, generator, seeded
 from gambeson.data import Split
 from gambeson.evaluation.attack_suite import WorstCase
 from gambeson.evaluation.outcome import ImageAttack, at_once, outcome_under
@@ -61,7 +61,7 @@ def _transferred(context: AuditContext) -> Finding:
     rates = ", ".join(f"{name} {100 * value:.1f} %" for name, value in numbers.items() if name != "white box")
     return Finding(
         all(gain.low <= _MORE for gain in gains),
-        f"accuracy at eps {context.eps:.4g} under {context.strongest} {context.accuracy(white)}; crafted on "
+        f"accuracy at eps {eps_text(context.eps)} under {context.strongest} {context.accuracy(white)}; crafted on "
         f"the surrogate: {rates}; the strongest of these breaks {max(gains, key=lambda gain: gain.low).beyond(_MORE)}",
         numbers,
     )
@@ -91,7 +91,7 @@ def _against(context: AuditContext, other: UniversalPerturbation, called: str) -
     gain = PairedDifference.of(white, found)
     return Finding(
         gain.low <= _MORE_UNIVERSAL,
-        f"accuracy at eps {context.eps:.4g} under the perturbation crafted by gradients {white.accuracy}, under "
+        f"accuracy at eps {eps_text(context.eps)} under the perturbation crafted by gradients {white.accuracy}, under "
         f"{called} {found.accuracy}: the latter breaks {gain.beyond(_MORE_UNIVERSAL)}",
         {"white box": white.accuracy.value, "other": found.accuracy.value},
     )
@@ -273,7 +273,7 @@ def _noise(context: AuditContext) -> Finding:
     gain = context.compare(white, noise, _MORE)
     return Finding(
         gain.low <= _MORE,
-        f"accuracy at eps {context.eps:.4g} under PGD {context.accuracy(white)}, under random signs drawn anew for "
-        f"every image {context.accuracy(noise)}: the signs break {gain.beyond(_MORE)}",
+        f"accuracy at eps {eps_text(context.eps)} under PGD {context.accuracy(white)}, under random signs drawn anew "
+        f"for every image {context.accuracy(noise)}: the signs break {gain.beyond(_MORE)}",
         {"pgd": context.accuracy(white).value, "noise": context.accuracy(noise).value},
     )

@@ -9,6 +9,7 @@ from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.diagnostics.gradient_masking import probe
 from gambeson.auditing.outcome import InTurn, lower_end
+from gambeson.base import eps_text
 from gambeson.evaluation.outcome import ImageAttack
 from gambeson.tasks import Counts
 
@@ -37,8 +38,8 @@ def _whole_box(context: AuditContext) -> Finding:
     left = Counts(whole.right.minimum(near.right), whole.total).accuracy
     return Finding(
         lower_end(left) <= _LEFT,
-        f"accuracy under PGD with the whole box allowed {whole.accuracy}, of images that PGD of eps {context.eps:.4g} "
-        f"leaves too {left}",
+        f"accuracy under PGD with the whole box allowed {whole.accuracy}, of images that PGD of eps "
+        f"{eps_text(context.eps)} leaves too {left}",
         {"accuracy": left.value},
     )
 
@@ -59,7 +60,7 @@ def _falls(context: AuditContext) -> Finding:
     attacks = [probe(context, eps) for eps in radii]
     gains = [context.compare(large, small) for k, small in enumerate(attacks) for large in attacks[k + 1 :]]
     rates = ", ".join(
-        f"{context.accuracy(attack)} at eps {eps:.4g}" for eps, attack in zip(radii, attacks, strict=True)
+        f"{context.accuracy(attack)} at eps {eps_text(eps)}" for eps, attack in zip(radii, attacks, strict=True)
     )
     return Finding(
         all(gain.low <= 0 for gain in gains),

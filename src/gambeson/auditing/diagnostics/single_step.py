@@ -11,6 +11,7 @@ from gambeson.attacks import FGSM, IFGSM, RFGSM, GradientAttack, Loss
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.outcome import AsFarAsFinite, lower_end
+from gambeson.base import eps_text
 from gambeson.evaluation import Rate
 from gambeson.evaluation.outcome import at_once
 
@@ -47,7 +48,7 @@ def _multi_step(context: AuditContext) -> Finding:
     return Finding(
         gain.low <= 0,
         f"accuracy under FGSM {context.accuracy(single)}, under PGD {context.accuracy(many)}, both at eps "
-        f"{context.eps:.4g}: the single step breaks {gain.beyond()}",
+        f"{eps_text(context.eps)}: the single step breaks {gain.beyond()}",
         {"single": context.accuracy(single).value, "multi": context.accuracy(many).value},
     )
 

@@ -11,7 +11,7 @@ from gambeson.attacks import PGD, Loss
 from gambeson.auditing.context import MARGIN_STEPS, WIDER, AuditContext, Where
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.outcome import LEVEL, POWER, AsFarAsFinite, PairedDifference, lower_end
-from gambeson.base import generator
+from gambeson.base import eps_text, generator
 from gambeson.data import Split
 from gambeson.evaluation.classes import area_under_curve
 from gambeson.evaluation.outcome import at_once, outcome, outcome_under
@@ -66,7 +66,7 @@ def _alike(context: AuditContext) -> Finding:
     test, other = (found.accuracy for found in pairs[worst])
     of = "the" if context.test.task.per_image_label else "the pixels of"
     detail = (
-        f"under {worst} of eps {context.eps:.4g} {test} of {of} test images stand and {other} of {of} "
+        f"under {worst} of eps {eps_text(context.eps)} {test} of {of} test images stand and {other} of {of} "
         f"validation images, of which it breaks {gains[worst].beyond(_MORE)}"
     )
     numbers = {"test": test.value, "validation": other.value, "gap": gains[worst].value}
@@ -139,7 +139,7 @@ def _alike_too(context: AuditContext) -> Finding:
         numbers |= {f"as they are, beside {name}": as_is.value, name: moved.value}
         said.append(
             f"of {as_is.n} images that are right as they are and {name}, {as_is} withstand PGD of eps "
-            f"{context.eps:.4g} as they are, {moved} {name}: that breaks {gain.beyond(_FEWER)}"
+            f"{eps_text(context.eps)} as they are, {moved} {name}: that breaks {gain.beyond(_FEWER)}"
         )
         if gain.low <= _FEWER:  # one that stands beside itself is enough
             return Finding(True, "; ".join(said), numbers)

@@ -10,7 +10,7 @@ from gambeson.auditing.outcome import LEVEL, PairedDifference
 from gambeson.auditing.rescoring import ROUNDING
 from gambeson.auditing.results import UniversalResult
 from gambeson.auditing.stages.universal import rescored
-from gambeson.base import UserError, generator
+from gambeson.base import UserError, eps_text, generator
 from gambeson.data import Dataset
 from gambeson.evaluation.outcome import outcome_under
 from gambeson.evaluation.rates import strongest_control
@@ -82,7 +82,7 @@ def _beats_controls(context: AuditContext) -> Finding:
 
 
 def _listed(radii: list[float]) -> str:
-    return ", ".join(f"{eps:.4g}" for eps in radii)
+    return ", ".join(eps_text(eps) for eps in radii)
 
 
 def _clearly_worse(context: AuditContext, point: UniversalResult) -> bool:
@@ -125,7 +125,7 @@ def _beats_unseen(context: AuditContext) -> Finding:
     gain = PairedDifference.of(usual, other)
     return Finding(
         gain.low <= _MORE,
-        f"on {half} test images the accuracy at eps {context.eps:.4g} is {usual.accuracy} under the perturbation "
+        f"on {half} test images the accuracy at eps {eps_text(context.eps)} is {usual.accuracy} under the perturbation "
         f"crafted on training images, {other.accuracy} under one crafted on {half} other test images: that breaks "
         f"{gain.beyond(_MORE)}",
         {"train": usual.accuracy.value, "test": other.accuracy.value},
@@ -144,7 +144,7 @@ def _used(context: AuditContext) -> Finding:
         point.eps: point.status if point.crafted is None else context.crafted_at(point.eps).about.status
         for point in context.universal
     }
-    idle = ", ".join(f"{eps:.4g} ({status})" for eps, status in states.items() if status != "done")
+    idle = ", ".join(f"{eps_text(eps)} ({status})" for eps, status in states.items() if status != "done")
     return Finding(
         not idle, "every perturbation uses its budget" if not idle else f"the attack hardly moved at eps {idle}"
     )
@@ -162,7 +162,7 @@ def _rises(context: AuditContext) -> Finding:
     if len(points) < 2:
         return Finding(None, "the curve has a single eps")
     falls = [
-        f"from {one.uer} at eps {one.eps:.4g} to {other.uer} at {other.eps:.4g}"
+        f"from {one.uer} at eps {eps_text(one.eps)} to {other.uer} at {eps_text(other.eps)}"
         for k, one in enumerate(points)
         for other in points[k + 1 :]
         if other.uer.high < one.uer.low
@@ -192,6 +192,7 @@ def _agrees(context: AuditContext) -> Finding:
     slight = traits is not None and traits.varies and not context.subject.random
     return Finding(
         abs(again - point.uer.value) <= (ROUNDING if slight else 0),
-        f"the stored perturbation at eps {point.eps:.4g} gives a UER of {100 * again:.1f} %, reported was {point.uer}",
+        f"the stored perturbation at eps {eps_text(point.eps)} gives a UER of {100 * again:.1f} %, reported was "
+        f"{point.uer}",
         {"again": again, "reported": point.uer.value},
     )

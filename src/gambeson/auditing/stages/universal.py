@@ -19,7 +19,7 @@ from gambeson.auditing.rescoring import Perturbed, Way, asked, rescored_in, ways
 from gambeson.auditing.results import IoU, Restart, UniversalResult
 from gambeson.auditing.stages import black_box
 from gambeson.auditing.stages.transfer import name_of, on_surrogate
-from gambeson.base import Config, UserError, seeded
+from gambeson.base import Config, UserError, eps_text, seeded
 from gambeson.data import Dataset
 from gambeson.evaluation.eps_uni import Found, eps_adv, search
 from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni, ImageErrors
@@ -53,7 +53,7 @@ def first_answer(context: AuditContext, speed: Speed) -> str:
     rivals = ", ".join(f"{rate} under {name}" for name, rate in zip(patterns, beside, strict=True))
     against = f", against {rivals} and" if rivals else ", against"
     return (
-        f"first answer: UER {found} at eps {eps:.3g} on {len(some)} test images after {steps} steps{against} "
+        f"first answer: UER {found} at eps {eps_text(eps)} on {len(some)} test images after {steps} steps{against} "
         f"{context.clean.complement} when clean; longer attacks may find more"
     )
 
@@ -167,7 +167,7 @@ def recall(context: AuditContext, eps: float, folder: Path) -> None:
         context.crafted[eps] = UniversalPerturbation.load(folder / crafted_file_of(eps))
     kept = context.outcomes.of(_name(eps))
     if kept is None:
-        raise UserError(f"{folder} lacks what each image answers at eps {eps:.4g}: delete it, and start again")
+        raise UserError(f"{folder} lacks what each image answers at eps {eps_text(eps)}: delete it, and start again")
     context.errors[eps] = ImageErrors(kept[1].total - kept[1].right, kept[1].total)
 
 
