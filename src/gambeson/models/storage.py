@@ -233,7 +233,7 @@ def _unpickled(path: Path) -> tuple[Any, tuple[str, ...]]:
             reason = f"it runs {found}, which is never done here" if found else "it is a pickle but of no state dict"
             advice = f"{reason}: save a plain state dict by torch.save"
         else:
-            advice = f"{one_line(error)}; it is truncated or damaged: copy it again"
+            advice = f"it is truncated or damaged ({one_line(error).partition('. ')[0]}): copy it again"
         raise UserError(f"{path} cannot be read as weights: {advice}") from None
 
 
