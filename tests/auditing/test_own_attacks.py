@@ -111,7 +111,7 @@ def test_a_notebook_shows_ten_lines_and_figures(found, monkeypatch):
     assert str(results.middle.uer) in found._repr_html_()
     assert list(found.plot().data[0].y) == [100 * point.uer.value for point in results.universal]
     both = plot_audits([found, results])
-    assert [line.name for line in both.data][:2] == ["model", "model, worst control"]
+    assert [line.name for line in both.data][:2] == ["model", "model, strongest control"]
     three = plot_audits([found, results, results])
     assert [line.name for line in three.data][::2] == ["model", "model (2)", "model (3)"]
     frame = found.to_frame()

@@ -170,6 +170,15 @@ def test_a_folder_is_taken_by_valid_settings_only(trained, nowhere, capsys):
         for plan in ([], ["--plan"]):
             assert outcome(capsys, [*command, *plan, "--out", "o"])[0] == 2
             assert not (nowhere / "o").exists()
+    held = gb.auditing.AuditRun(model="net.safetensors", data="digits", suite={"universal_steps": 7}).plain()
+    for folder in (nowhere / "net.safetensors-audit", nowhere / "o"):
+        folder.mkdir()
+        (folder / "run.yaml").write_text(yaml.safe_dump({**held, "environment": {}, "finished": False}))
+        (folder / "state").write_text("begun")
+    plan = ["audit", *base, "--suite", "glance", "--plan"]
+    assert outcome(capsys, [*plan, "--out", "o"])[0] == 2
+    assert outcome(capsys, plan)[0] == 0  # where it would be run is asked before it is
+    assert outcome(capsys, plan[:-1])[0] == 2
     train = ["train", "--data", "digits", "--model", "lenet5", "--out", "t"]
     for wrong in (["--batch-size", "5000"], ["--defense", "ensemble-adversarial", "--set", "sources=[lenet5,lenet6]"]):
         for plan in ([], ["--plan"]):

@@ -62,7 +62,7 @@ def test_the_standard_list_leaves_out_what_does_not_fit(trained, digits, uap):
     assert "<table>" in found._repr_html_()
     assert len(found.to_frame()) == 3 * len(found.rates)
     figure = found.plot()
-    assert [trace.name for trace in figure.data] == ["perturbed", "clean", "worst control"]
+    assert [trace.name for trace in figure.data] == ["perturbed", "clean", "strongest control"]
     assert list(figure.data[0].y) == [100 * one.uer.value for one in found.rates]
     assert under_edits(trained, digits.test.sample(60), uap, [], controls=()).rates[0].control is None
 

@@ -35,12 +35,12 @@ def test_every_edit_stands_in_its_cell_and_in_the_chart(tmp_path: Path) -> None:
             one = next(one for one in edited(result).rates if one.edit == edit)
             assert one.control
             clean, worst = (f"{100 * rate.value:.1f} %" for rate in (one.clean, one.control))
-            assert cell == f"{said(one.uer)} clean {clean} worst control {worst}"
+            assert cell == f"{said(one.uer)} clean {clean} strongest control {worst}"
     assert "colour:0.1 was left out: images of one channel have no colours." in seen.text
     found = re.search(r'data-chart="edited">(.*?)</script>', html, re.S)
     assert found
     traces = json.loads(found[1])["data"]
-    assert [trace["meta"] for trace in traces] == ["worst control", "clean error", "UER"] * 3
+    assert [trace["meta"] for trace in traces] == ["strongest control", "clean error", "UER"] * 3
     for result, drawn in zip(results, [traces[k : k + 3] for k in (0, 3, 6)], strict=True):
         for trace, field in zip(drawn, ("control", "clean", "uer"), strict=True):
             assert trace["x"] == ["none", "jpeg:75", "resize:0.5", "shift:1"]

@@ -204,3 +204,55 @@ def test_a_correlation_compares_two_metrics():
 def test_a_claim_that_says_nothing_is_refused(fields, words):
     with pytest.raises(UserError, match=words):
         claim(**fields)
+
+
+@pytest.mark.parametrize(
+    ("censored", "fields", "verdict"),
+    [
+        ("new", {"at_most": 1.3}, "undecided"),  # the true ratio may be larger
+        ("new", {"at_least": 1.1}, "reproduced"),  # and is then one all the more
+        ("new", {"at_least": 1.3}, "undecided"),
+        ("old", {"at_least": 1.1}, "undecided"),
+        ("old", {"at_most": 1.3}, "reproduced"),
+        ("old", {"at_most": 1.1}, "undecided"),
+        ("neither", {"at_least": 1.1}, "reproduced"),
+    ],
+)
+@pytest.mark.parametrize("how", ["ratio", "difference"])
+def test_a_number_beyond_the_largest_eps_decides_one_way_only(censored, fields, verdict, how):
+    rows = points("new", [0.300, 0.301, 0.302]) + points("old", [0.250, 0.251, 0.252])
+    for row in rows:
+        if row.defense == censored:
+            row.values["a.uer"] = row.values["a.uer"].model_copy(update={"censored": True})
+    if how == "difference":
+        fields = {side: 0.05 + (margin - 1.2) / 4 for side, margin in fields.items()}
+    found = only(judge("C", claim(how=how, **fields), rows, "steps", PLACE))
+    assert found.verdict == verdict
+    assert ("beyond the largest eps" in found.note) == (censored != "neither")
+    assert (found.low is None) == (censored != "neither")
+
+
+def test_seeds_that_agree_do_not_tell_how_far_seeds_differ():
+    equal = points("new", [0.505, 0.605], n=200) + points("old", [0.5, 0.6], n=200)
+    found = only(judge("C", claim(at_least=0.0), equal, "steps", PLACE))
+    assert found.verdict == "undecided"  # one image of 200
+    assert found.high - found.low > 2 * 0.01
+    many = points("new", [0.505, 0.605], n=20_000) + points("old", [0.5, 0.6], n=20_000)
+    assert only(judge("C", claim(at_least=0.0), many, "steps", PLACE)).verdict == "reproduced"
+    uncounted = points("new", [0.5, 0.5]) + points("old", [0.25, 0.25])
+    found = only(judge("C", claim(at_least=0.0), uncounted, "steps", PLACE))
+    assert (found.verdict, found.low) == ("undecided", None)
+
+
+def test_a_variant_that_keeps_an_accuracy_waits_for_it():
+    rows = []
+    for variant, clean, uer in (("a", 0.5, 0.1), ("b", 0.9, 0.3)):
+        rows += points(
+            "new", [uer, uer + 0.01], variant=variant, train__validation_accuracy=clean, train__validation_uer=uer
+        )
+    kept = claim(at_most=0.0, keeping={"than": "std", "drop": 0.02})
+    old = points("old", [0.5, 0.52])
+    found = only(judge("C", kept, rows + old, "steps", PLACE))
+    assert (found.verdict, found.note.count("std")) == ("not run", 2)
+    std = points("std", [0.5, 0.5], train__validation_accuracy=0.91)
+    assert only(judge("C", kept, rows + old + std, "steps", PLACE)).effect == pytest.approx(0.305 - 0.51)

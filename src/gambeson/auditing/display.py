@@ -73,7 +73,7 @@ def main_lines(result: Any) -> tuple[str, dict[str, str]]:
         "accuracy, clean": str(result.clean),
         "accuracy, per image": "not measured" if each is None else f"{each.accuracy} under {each.attack}",
         f"UER, eps {eps_text(point.eps)}": str(point.uer),
-        "  worst control": "none" if control is None else str(control.worst),
+        "  strongest control": "none" if control is None else str(control.worst),
         f"eps_uni({found.delta:g})": f"{'>' if found.censored else 'at most'} {found.value:.3g}",
         "UER by eps": ", ".join(f"{eps_text(one.eps)}: {100 * one.uer.value:.0f} %" for one in result.universal),
     }
@@ -117,7 +117,7 @@ def rates(result: Any) -> list[dict[str, Any]]:
 
 
 def plot_audits(results: Sequence[Any]) -> Any:
-    """Return a ``plotly`` figure that compares audits: the UER of each against eps, and the worst control.
+    """Return a ``plotly`` figure that compares audits: the UER of each against eps, and the strongest control.
 
     Args:
         results: ``Audit`` or ``AuditResult`` of models on the same data; equal labels are numbered.
@@ -132,7 +132,7 @@ def plot_audits(results: Sequence[Any]) -> Any:
         lines[label] = eps, [point.uer for point in result.universal]
         if all(point.controls for point in result.universal):
             worst = [strongest_control(point.controls) for point in result.universal]
-            lines[f"{label}, worst control"] = eps, [one.worst for one in worst if one is not None]
+            lines[f"{label}, strongest control"] = eps, [one.worst for one in worst if one is not None]
     title = f"Universal evasion rate, {results[0].material.name}"
     unit = results[0].material.unit
     units = "test images" if unit == "image" else f"{unit}s of test images"

@@ -386,7 +386,7 @@ class AuditResult(notebook.ShownAsTable, Config):
         return display.main_lines(self)
 
     def plot(self) -> Any:
-        """Return a ``plotly`` figure of the UER against eps, with the worst control and 95 % intervals."""
+        """Return a ``plotly`` figure of the UER against eps, with the strongest control and 95 % intervals."""
         return display.plot_audits([self])
 
     def to_frame(self) -> Any:

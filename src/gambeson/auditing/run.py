@@ -162,14 +162,14 @@ def _check_gates(gates: Sequence[Gate], run: AuditRun, subject: LoadedModel) -> 
     refuse_unmeasured(gates, suite.eps, [check.name for check in every], missing)
 
 
-def check_audit(run: AuditRun, out: Path) -> bool | None:
+def check_audit(run: AuditRun, out: Path | None) -> bool | None:
     """Refuse what can be refused before a model or data are loaded; see :func:`gambeson.base.check_run`."""
     diagnostics_of(run.suite)
     own.of(run.suite)
     if run.suite.surrogate not in ("auto", "none"):
         check_source(run.suite.surrogate)
     check_source(run.model)
-    return check_run(out, run)
+    return None if out is None else check_run(out, run)
 
 
 def _finished(out: Path) -> Audit | None:
@@ -196,8 +196,7 @@ def plan_audit(run: AuditRun, out: Path | None = None, dataset: data_room.Datase
     Raises:
         UserError: as :func:`run_audit`, or the model is a black box.
     """
-    if out is not None:
-        check_audit(run, out)
+    check_audit(run, out)
     subject = load_model(run.model, run.data, run.device, dataset)
     if run.suite.minutes is None:
         return plan(subject.model, subject.dataset, run.suite, run.seed)

@@ -107,7 +107,7 @@ class Suite(Config):
     votes: Annotated[int, Field(ge=1)] = DEFAULT_VOTES
     """Votes per image of a random model; with one, a diagnostic fails."""
     eot_samples: Annotated[int, Field(ge=1)] = EOT_SAMPLES
-    """Draws of a random model that a gradient is averaged over where diagnostics attack it."""
+    """Draws of a random model that a gradient is averaged over by every attack."""
     checks: Literal["all"] | tuple[str, ...] = "all"
     """Which of the built-in diagnostics run, by name. With fewer than all no verdict is *trusted*."""
     middle_first: bool = False

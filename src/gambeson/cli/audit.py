@@ -39,7 +39,7 @@ def audit(
         str | None,
         typer.Option(
             help="Model to transfer from: auto trains a small one, none omits transfer, or a model's name.",
-            show_default="auto",
+            show_default="auto; none in glance",
         ),
     ] = None,
     label: Annotated[
@@ -65,9 +65,10 @@ def audit(
 
     MODEL is one of: the folder of a training run, or its weights file (.safetensors); an architecture with weights from
     a file, NAME@FILE (.safetensors, .pth, .pt, .ckpt, ...), where NAME is a name of this library, torchvision:NAME,
-    timm:NAME, transformers:NAME, or FILE.py:FUNCTION that returns a torch.nn.Module; torchvision:NAME@WEIGHTS;
-    hf://OWNER/NAME or a folder with config.json; a torch.export program (FILE.pt2); FILE.onnx, a black box if it cannot
-    be converted; a black box: http://HOST/PATH, or function:FILE.py:FUNCTION from images to scores or classes.
+    timm:NAME, transformers:NAME, smp:NAME, or FILE.py:FUNCTION that returns a torch.nn.Module;
+    torchvision:NAME@WEIGHTS; zoo:NAME; hf://OWNER/NAME or a folder with config.json; a torch.export program (FILE.pt2);
+    FILE.onnx, a black box if it cannot be converted; a black box: http://HOST/PATH, or function:FILE.py:FUNCTION from
+    images to scores or classes.
     If the network expects normalised pixels, append ?normalise=imagenet, data, none or MEAN,STD to a name with a file.
 
     Example: `gambeson audit runs/x --out runs/x-audit`
@@ -97,14 +98,14 @@ def audit(
     settings = chosen(AuditRun, config, flags, pairs(set_, http), device, lambda _: {"suite": Suite.model_fields})
     needed(settings.get("model"), "audit")
     run = AuditRun(**settings)
-    folder = out or options.folder_beside(run.model, "audit")
     with progress(as_json) as console:
         if only_plan:
-            cost = plan_audit(run, folder)
+            cost = plan_audit(run, out)
             print_json(cost.plain() | {"seconds": cost.seconds}) if as_json else console.print(plan_table(cost))
             for note in cost.notes:
                 console.print(f"note: {note}")
             return
+        folder = out or options.folder_beside(run.model, "audit")
         found = run_audit(run, folder, gates=asked)
     if not as_json:
         _show(found.results, folder, console)

@@ -95,12 +95,12 @@ def harden(
     settings = chosen(HardenRun, config, flags, set_, device, lambda _: {k: v - own for k, v in groups.items()})
     needed(settings.get("model"), "harden")
     run = HardenRun(**settings)
-    folder = out or options.folder_beside(run.model, "hardened")
     with progress(as_json) as console:
         if only_plan:
-            cost = plan_harden(run, folder)
+            cost = plan_harden(run, out)
             print_json(cost.plain() | {"total": cost.total}) if as_json else console.print(_words(cost))
             return
+        folder = out or options.folder_beside(run.model, "hardened")
         found = run_harden(run, folder)
     if as_json:
         print_json({"out": str(folder), **found.plain()})

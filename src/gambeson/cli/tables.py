@@ -51,7 +51,7 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
     table.add_section()
     for eps in sorted({point.eps for result in results for point in result.universal}):
         row(f"UER, eps {eps_text(eps)}", _uer(eps), "bold")
-        row("  worst control", _control(eps), "dim")
+        row("  strongest control", _control(eps), "dim")
         if any(point.iou is not None for result in results for point in result.universal):
             row("  mean IoU", _iou(eps))
     deltas = {result.eps_uni.delta for result in results}
@@ -96,7 +96,7 @@ def _trust(result: AuditResult) -> str:
 
 
 def edits_table(found: EditsResult) -> Table:
-    """One row per edit: errors under the perturbation, on clean images and under the worst control."""
+    """One row per edit: errors under the perturbation, on clean images and under the strongest control."""
     from gambeson.base import eps_text
 
     table = Table(
@@ -104,7 +104,7 @@ def edits_table(found: EditsResult) -> Table:
         box=box.SIMPLE_HEAD,
         caption=_patterns(found.rates[0].controls),
     )
-    for name in ("edit", "UER", "clean error", "worst control"):
+    for name in ("edit", "UER", "clean error", "strongest control"):
         table.add_column(name, justify="left" if name == "edit" else "right")
     for one in found.rates:
         table.add_row(one.edit, *map(_cell, (one.uer, one.clean, one.control)))
@@ -112,9 +112,9 @@ def edits_table(found: EditsResult) -> Table:
 
 
 def places_table(found: PlacementResult) -> Table:
-    """A row of places per height: the rate of a patch there, and in brackets that of the worst control."""
+    """A row of places per height: the rate of a patch there, and in brackets that of the strongest control."""
     table = Table(
-        title=f"{found.what} by place of the patch: per cent (worst control)",
+        title=f"{found.what} by place of the patch: per cent (strongest control)",
         box=box.SIMPLE_HEAD,
         show_header=False,
         caption=f"{found.clean.n:,} images; clean: {_cell(found.clean)}; places from the top left to the bottom right",
@@ -128,13 +128,13 @@ def places_table(found: PlacementResult) -> Table:
 
 
 def placements_table(found: PlacementResult) -> Table:
-    """One row per scale and angle: the rate of a patch, that of the worst control, and the lead over it."""
+    """One row per scale and angle: the rate of a patch, that of the strongest control, and the lead over it."""
     table = Table(
         title=f"{found.what} by scale and angle: per cent [95 % interval]",
         box=box.SIMPLE_HEAD,
         caption=_patterns(found.places[0][0].controls, found.whole.controls),
     )
-    for name in ("placement", found.what, "worst control", "lead, paired"):
+    for name in ("placement", found.what, "strongest control", "lead, paired"):
         table.add_column(name, justify="left" if name == "placement" else "right")
     rows = {"as crafted": found.whole} | {f"scale {one.at:g}": one for one in found.scales}
     rows |= {f"angle {one.at:g}": one for one in found.rotations}
@@ -144,10 +144,10 @@ def placements_table(found: PlacementResult) -> Table:
 
 
 def _patterns(controls: Sequence[Control], crafted: Sequence[Control] = ()) -> str | None:
-    """Say of how many patterns the worst control is the worst, which differs from table to table."""
+    """Say of how many patterns the strongest control is the worst, which differs from table to table."""
     drawn, whole = (max((one.draws for one in some), default=0) for some in (controls, crafted))
     more = f" ({whole} as crafted)" if whole > drawn else ""
-    return f"worst control: of {drawn} patterns of each kind{more}, its interval widened" if drawn else None
+    return f"strongest control: of {drawn} patterns of each kind{more}, its interval widened" if drawn else None
 
 
 def _beside(control: Rate | None) -> str:

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from gambeson.testbed import TestbedScore
 
 app = typer.Typer(help="Score an audit, a detector or an attack suite on obfuscated models.", no_args_is_help=True)
-DataOption = Annotated[
-    str, typer.Option("--data", help="digits or mnist5k; fashion-mnist and cifar10 have honest models only.")
-]
+DataOption = Annotated[str, typer.Option("--data", help="digits, mnist5k, fashion-mnist or cifar10.")]
 
 
 @app.command("list")

@@ -135,7 +135,7 @@ def train(
         settings["recipe"] = fitted(recipe_for(run.defense, settings.get("recipe", {})), len(dataset.train))
         run = TrainRun(**settings)
         if only_plan:
-            cost = plan_training(run, dataset, folder)
+            cost = plan_training(run, dataset, out)
             print_json(cost.plain() | {"memory": cost.memory}) if as_json else console.print(_words(cost, name))
             return
         trained = run_training(run, folder, dataset)

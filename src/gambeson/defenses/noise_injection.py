@@ -153,7 +153,7 @@ def starting(given: int | None, share: tuple[int, int], epochs: int, what: str) 
     return first
 
 
-@register("pni", source="He et al. 2019", cost="s + 2 / s + 2")
+@register("pni", source="He et al. 2019", cost="k + 2 / k + 2")
 class PNI(NoisyDefense):
     """Minimise 0.5 CE(clean) + 0.5 CE(PGD-7) over the weights and one noise scale per layer, with the noise always on.
 

@@ -25,7 +25,7 @@ class Standard(Defense):
         return {"clean": (1.0, Clean(label_smoothing=self.label_smoothing))}
 
 
-@register("pgd-adversarial", source="Madry et al. 2018", cost="s + 1 / s + 1")
+@register("pgd-adversarial", source="Madry et al. 2018", cost="k + 1 / k + 1")
 class PGDAdversarial(Defense):
     """Minimise E[max over the ball of CE(f(x + delta), y)], one delta per image (Madry et al. 2018, equation 2.1).
 

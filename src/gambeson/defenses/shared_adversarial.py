@@ -15,7 +15,7 @@ from gambeson.threat import Eps, Norm
 from gambeson.victim import BatchNormMode, Precision
 
 
-@register("shared-adversarial", source="Mummadi et al. 2019", cost="s + 2 / s + 2")
+@register("shared-adversarial", source="Mummadi et al. 2019", cost="k + 2 / k + 2")
 class SharedAdversarial(Defense):
     """Minimise sigma * E[max over xi of the mean CE of a heap of s images under one xi] + (1 - sigma) * E[CE].
 

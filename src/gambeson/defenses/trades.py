@@ -60,7 +60,7 @@ class Divergence(Config):
         return delta
 
 
-@register("trades", source="Zhang et al. 2019", cost="s + 2 / s + 2")
+@register("trades", source="Zhang et al. 2019", cost="k + 2 / k + 2")
 class Trades(Defense):
     """Minimise E[CE(f(x), y)] + beta * E[max over the ball of KL(p(x), p(x + delta))] (equation 5, beta = 1/lambda).
 

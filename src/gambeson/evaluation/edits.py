@@ -87,7 +87,7 @@ class EditsResult(notebook.ShownAsTable, Config):
         return notebook.frame(rows)
 
     def plot(self) -> Any:
-        """Return a ``plotly`` figure of the UER, the clean error and the worst control by edit."""
+        """Return a ``plotly`` figure of the UER, the clean error and the strongest control by edit."""
         edits = [one.edit for one in self.rates]
         lines: dict[str, tuple[Sequence[float | str], Sequence[Any]]] = {
             "perturbed": (edits, [one.uer for one in self.rates]),
@@ -95,7 +95,7 @@ class EditsResult(notebook.ShownAsTable, Config):
         }
         worst = [one.control for one in self.rates if one.control is not None]
         if len(worst) == len(edits):
-            lines["worst control"] = edits, worst
+            lines["strongest control"] = edits, worst
         return notebook.curves(lines, f"Error under edits, eps {eps_text(self.eps)} ({self.norm})", "edit", "error (%)")
 
 

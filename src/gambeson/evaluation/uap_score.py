@@ -56,7 +56,7 @@ class UapScore(Config):
 
     @property
     def rival(self) -> Control | None:
-        """The worst control, if it does no less harm; None if the perturbation does more, or none at all."""
+        """The strongest control, if it does no less harm; None if the perturbation does more, or none at all."""
         worst = strongest_control(self.controls)
         return worst if worst is not None and worst.worst.value >= self.uer.value > 0 else None
 

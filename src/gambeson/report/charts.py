@@ -109,13 +109,13 @@ def edits(folders: Sequence[Folder]) -> Chart | None:
     traces, parts, every = [], [], list[Rate]()
     for k, folder, found in some:
         kinds = {
-            "worst control": {one.edit: one.control for one in found.rates if one.control is not None},
+            "strongest control": {one.edit: one.control for one in found.rates if one.control is not None},
             "clean error": {one.edit: one.clean for one in found.rates},
             "UER": {one.edit: one.uer for one in found.rates},
         }
         for said, rates in kinds.items():
             every += rates.values()
-            dash = {"worst control": "dash", "clean error": "dot"}.get(said)
+            dash = {"strongest control": "dash", "clean error": "dot"}.get(said)
             look: dict[str, Any] = {"line": {"color": hue(k), "width": 1.4, "dash": dash}}
             if dash is None:
                 marker = {"symbol": MARKERS[k % len(MARKERS)], "size": 9, "color": hue(k)}

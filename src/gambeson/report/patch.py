@@ -103,7 +103,7 @@ def _others(found: PlacementResult) -> Table:
     lines.append(line("as crafted", str(found.placement), found.whole))
     lines += [line(f"scale {one.at:g}", "", one) for one in found.scales]
     lines += [line(f"turned by {one.at:g} degrees", "", one) for one in found.rotations]
-    heads = ["Patch", found.what, "worst control", "lead, points"]
+    heads = ["Patch", found.what, "strongest control", "lead, points"]
     return Table(f"{found.what} by scale and angle", heads, [Group(None, lines)])
 
 

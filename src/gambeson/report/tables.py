@@ -162,7 +162,7 @@ def edits(folders: Sequence[Folder]) -> Table | None:
     def cell(one: EditedRates | None) -> Cell:
         if one is None:
             return NONE
-        worst = () if one.control is None else (f"worst control {percent(one.control.value)}",)
+        worst = () if one.control is None else (f"strongest control {percent(one.control.value)}",)
         return Cell(percent(one.uer.value), (interval(one.uer), f"clean {percent(one.clean.value)}", *worst))
 
     lines = [Line(name, strength_of(name), [cell(column.get(name)) for column in columns]) for name in _keys(columns)]

@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -115,36 +115,42 @@ def _finding(
     name: str, claim: Claim, points: Sequence[Point], at: str, place: tuple[str, str], confidence: float
 ) -> Finding:
     notes: list[str] = []
-    effects: dict[int, float] = {}
+    found: dict[int, _Effect] = {}
     for seed in sorted({point.seed for point in points}):
         mine = [point for point in points if point.seed == seed]
         try:
-            effects[seed] = _effect(claim, mine, points)
+            found[seed] = _effect(claim, mine, points)
         except _Missing as missing:
             notes.append(f"seed {seed}: {missing}")
-    about = {"claim": name, "data": place[0], "model": place[1], "at": at, "note": "; ".join(dict.fromkeys(notes))}
-    if not effects:
+    more, less = any(one.more for one in found.values()), any(one.less for one in found.values())
+    if more or less:
+        words = [word for word, said in (("more", more), ("less", less)) if said]
+        notes.append(f"a number lies beyond the largest eps: the effect may be {' or '.join(words)}")
+    about: dict[str, Any] = {"claim": name, "data": place[0], "model": place[1], "at": at}
+    about["note"] = "; ".join(dict.fromkeys(notes))
+    if not found:
         return Finding(**about, verdict="not run", effects={})
     ratio = claim.how == "ratio"
-    shown = {seed: math.exp(effect) if ratio else effect for seed, effect in effects.items()}
-    values = list(effects.values())
+    values = [one.value for one in found.values()]
+    shown = {seed: math.exp(value) if ratio else value for seed, value in zip(found, values, strict=True)}
     mean, margin = statistics.fmean(values), math.log(claim.margin) if ratio else claim.margin
     out: Callable[[float], float] = math.exp if ratio else float
     if len(values) < 2:
         return Finding(**about, verdict="undecided", effects=shown, effect=out(mean), seeds_to_decide=2)
-    half = _half(statistics.stdev(values), len(values), confidence)
-    low, high = mean - half, mean + half
+    spread = max(statistics.stdev(values), *(one.step for one in found.values()))
+    half = _half(spread, len(values), confidence) or math.inf  # equal effects do not say how far seeds differ
+    low, high = -math.inf if less else mean - half, math.inf if more else mean + half
     inside = (low >= margin, high < margin) if claim.at_least is not None else (high <= margin, low > margin)
     verdict: Word = "reproduced" if inside[0] else "not reproduced" if inside[1] else "undecided"
+    ended = math.isfinite(high - low)
+    about |= {"low": out(low), "high": out(high)} if ended else {}
     return Finding(
         **about,
         verdict=verdict,
         effects=shown,
         effect=out(mean),
-        low=out(low),
-        high=out(high),
-        seeds_to_decide=_deciding(mean - margin, statistics.stdev(values), len(values), confidence)
-        if verdict == "undecided"
+        seeds_to_decide=_deciding(mean - margin, spread, len(values), confidence)
+        if ended and verdict == "undecided"
         else None,
     )
 
@@ -171,29 +177,53 @@ class _Missing(Exception):
     """A seed says nothing of a claim, and why."""
 
 
-def _effect(claim: Claim, points: Sequence[Point], every: Sequence[Point]) -> float:
+class _Effect(NamedTuple):
     """The effect of one seed; of a ratio, its logarithm."""
+
+    value: float
+    more: bool = False
+    """Whether the true effect may be larger, because a number of the first side is only known to be."""
+    less: bool = False
+    step: float = 0.0
+    """What half a test image more changes: seeds that agree to less tell no spread."""
+
+
+def _effect(claim: Claim, points: Sequence[Point], every: Sequence[Point]) -> _Effect:
     if claim.how == "correlation":
         first, second = ([] if side is None else [side.metric] for side in (claim.of, claim.to))
         of = _correlation(points, str(first[0]), str(claim.metric))
-        return of - (_correlation(points, str(second[0]), str(claim.metric)) if second and second[0] else 0.0)
+        return _Effect(of - (_correlation(points, str(second[0]), str(claim.metric)) if second and second[0] else 0.0))
     if claim.matched is not None and claim.to is not None:
         return _between_fronts(claim, points)
-    found = [_scaled(claim, side, _chosen(claim, side, points, every)) for side in claim.sides]
-    return found[0] - (found[1] if len(found) > 1 else 0.0)
+    found = [_side(claim, side, _chosen(claim, side, points, every)) for side in claim.sides]
+    values = [_on_scale(claim, value, side.defense, name) for side, name, value in found]
+    censored = [value.censored for _, _, value in found]
+    return _Effect(
+        values[0] - (values[1] if len(values) > 1 else 0.0),
+        more=censored[0],
+        less=any(censored[1:]),
+        step=max(_half_an_image(claim, value) for _, _, value in found),
+    )
 
 
-def _scaled(claim: Claim, side: Side, point: Point) -> float:
-    """The side's number, or its logarithm."""
+def _half_an_image(claim: Claim, value: Value) -> float:
+    if not value.n:
+        return 0.0
+    return 0.5 / (value.value * value.n + 0.5 if claim.how == "ratio" else value.n)
+
+
+def _side(claim: Claim, side: Side, point: Point) -> tuple[Side, str, Value]:
+    """The side with its metric and number."""
     name = side.metric or str(claim.metric)
     if name not in point.values:
         raise _Missing(f"{side.defense} has no {name} yet")
     if not learnt(point):
         raise _Missing(f"{side.defense} has not learnt, and says nothing of a defence")
-    return _on_scale(claim, point.values[name], side.defense, name)
+    return side, name, point.values[name]
 
 
 def _on_scale(claim: Claim, value: Value, defense: str, name: str) -> float:
+    """The number, or its logarithm."""
     if claim.how != "ratio":
         return value.value
     # Of a share, half an image is added, so that none out of n has a logarithm too.
@@ -249,6 +279,8 @@ def best_variant(defense: str, points: Iterable[Point], keeping: Keeping | None 
     robust = {variant: 1 - mean(defense, variant, "train.validation_uer") for variant in variants}
     if keeping is not None:
         least = mean(keeping.than, None, "train.validation_accuracy") - keeping.drop
+        if math.isinf(least):
+            raise _Missing(f"{keeping.than}, whose accuracy is to be kept, is not run")
         kept = [variant for variant in variants if clean[variant] >= least]
         if kept:
             return max(kept, key=lambda variant: robust[variant])
@@ -271,21 +303,23 @@ def front(points: Iterable[tuple[float, float]], *, across: int, along: int) -> 
     return sorted(found)
 
 
-def _between_fronts(claim: Claim, points: Sequence[Point]) -> float:
+def _between_fronts(claim: Claim, points: Sequence[Point]) -> _Effect:
     matched = str(claim.matched)
-    fronts = []
+    fronts, censored = [], []
     for side in claim.sides:
         name = side.metric or str(claim.metric)
         mine = [p for p in points if p.defense == side.defense and {name, matched} <= set(p.values) and learnt(p)]
         if not mine:
             raise _Missing(f"{side.defense} is not run")
         pairs = [(p.values[matched].value, _on_scale(claim, p.values[name], side.defense, name)) for p in mine]
+        censored.append(any(p.values[name].censored for p in mine))
         fronts.append(front(pairs, across=meaning(matched).better, along=meaning(name).better))
     low, high = max(one[0][0] for one in fronts), min(one[-1][0] for one in fronts)
     if low > high:
         raise _Missing(f"the fronts of {claim.of.defense} and {claim.sides[1].defense} share no {matched}")
     levels = [low + (high - low) * k / (LEVELS - 1) for k in range(LEVELS)]
-    return statistics.fmean(_at(fronts[0], level) - _at(fronts[1], level) for level in levels)
+    found = statistics.fmean(_at(fronts[0], level) - _at(fronts[1], level) for level in levels)
+    return _Effect(found, more=censored[0], less=censored[1])
 
 
 def _at(line: Sequence[tuple[float, float]], x: float) -> float:
