@@ -19,6 +19,7 @@ Word = Literal["reproduced", "not reproduced", "undecided", "not run"]
 LEVELS = 5
 """Clean accuracies at which two fronts are compared, evenly spread over what they share."""
 MOST_SEEDS = 10_000
+_ROUNDING = 1e-9
 
 
 class Point(Config):
@@ -138,7 +139,8 @@ def _finding(
     if len(values) < 2:
         return Finding(**about, verdict="undecided", effects=shown, effect=out(mean), seeds_to_decide=2)
     spread = max(statistics.stdev(values), *(one.step for one in found.values()))
-    half = _half(spread, len(values), confidence) or math.inf  # equal effects do not say how far seeds differ
+    # Equal effects do not say how far seeds differ.
+    half = _half(spread, len(values), confidence) if spread > _ROUNDING else math.inf
     low, high = -math.inf if less else mean - half, math.inf if more else mean + half
     inside = (low >= margin, high < margin) if claim.at_least is not None else (high <= margin, low > margin)
     verdict: Word = "reproduced" if inside[0] else "not reproduced" if inside[1] else "undecided"
