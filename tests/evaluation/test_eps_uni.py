@@ -9,7 +9,7 @@ from gambeson import UserError
 from gambeson.attacks import PGD, StochasticPGD, UniversalPerturbation, control
 from gambeson.attacks.universal.perturbation import Provenance
 from gambeson.data import Dataset, Split
-from gambeson.evaluation import Rate, eps_adv, eps_uni, strongest
+from gambeson.evaluation import Rate, eps_adv, eps_uni, strongest, universal_evasion
 from gambeson.evaluation.eps_uni import Found, scaled, search
 from gambeson.evaluation.rates import ImageErrors, crossing_interval
 from gambeson.evaluation.universal import error_rate
@@ -340,3 +340,24 @@ def test_a_control_takes_the_place_of_what_was_crafted_only_where_validation_say
         better, _ = strongest(victim, digits.validation, nothing, others=[crafted])
         assert torch.equal(better.delta, crafted.delta)
         assert better.about.crafted_on == crafted.about.crafted_on
+
+
+def test_of_known_perturbations_of_one_eps_the_order_does_not_matter(digits, trained):
+    attack = StochasticPGD(eps=0.2, steps=20, batch_size=64)
+    strong = attack.craft(trained, digits)
+    weak = UniversalPerturbation(strong.delta * 1e-3, strong.about, strong.image_hashes)
+    quick = StochasticPGD(eps=0.2, steps=1, batch_size=64)
+    delta = universal_evasion(trained, digits, strong).value
+
+    def found(*known):
+        return eps_uni(trained, digits, quick, delta=delta, tolerance=0.9, known=known, controls=())
+
+    assert found(strong, weak).tried == found(weak, strong).tried
+    assert found(strong, weak).value <= 0.2
+
+
+def test_a_known_perturbation_is_not_judged_by_images_it_was_crafted_on(digits, trained):
+    images, labels = digits.test.take(slice(None))
+    own = StochasticPGD(eps=0.2, steps=5, batch_size=64).craft(trained, (images, labels))
+    with pytest.raises(UserError, match="crafted on"):
+        eps_uni(trained, digits, StochasticPGD(eps=0.2, steps=1), known=[own], controls=())

@@ -220,7 +220,7 @@ def test_a_claim_that_says_nothing_is_refused(fields, words):
 )
 @pytest.mark.parametrize("how", ["ratio", "difference"])
 def test_a_number_beyond_the_largest_eps_decides_one_way_only(censored, fields, verdict, how):
-    rows = points("new", [0.300, 0.301, 0.302]) + points("old", [0.250, 0.251, 0.252])
+    rows = points("new", [0.300, 0.303, 0.302]) + points("old", [0.250, 0.251, 0.252])
     for row in rows:
         if row.defense == censored:
             row.values["a.uer"] = row.values["a.uer"].model_copy(update={"censored": True})

@@ -316,10 +316,12 @@ def standard_suite(
             (:func:`gambeson.evaluation.segmentation_suite.class_pixels`); None: those of the image itself.
     """
     ball = {"eps": eps, "norm": norm, "eot_samples": eot_samples}
+    if queries is None:
+        queries = 5000 if task.per_image_label else 1000
     if not task.per_image_label:
         sea: dict[str, ImageAttack] = dict(SEA(**ball).each(class_pixels))
-        return sea if faithful else sea | {"square": Square(eps=eps, norm=norm, queries=queries or 1000)}
-    square = Square(eps=eps, norm=norm, queries=queries or 5000, early_abandon=None if faithful else 1.5)
+        return sea if faithful else sea | {"square": Square(eps=eps, norm=norm, queries=queries)}
+    square = Square(eps=eps, norm=norm, queries=queries, early_abandon=None if faithful else 1.5)
     return {
         "pgd": PGD(steps=10, shrink=0.06 if norm == "inf" else 0, **ball),
         "auto-pgd": AutoPGD(steps=100, **ball),

@@ -238,10 +238,11 @@ def binarization_tests(
 
     def hits(name: str, binary: Victim, x: torch.Tensor, k: int) -> torch.Tensor:
         before, y = Cost(forwards=binary.forwards, backwards=binary.backwards), x.new_zeros(len(x), dtype=torch.int64)
-        attack = averaged(attacks[name], binary, x)
-        moved = attacked(attack, binary, x, y, seed=derive(seed, "attack", k), task=CLASSIFICATION)
-        checked(moved, x, test, name)  # of an attack that names no ball
-        reached = vote(binary, moved) == 1
+        with seeded(stream := derive(seed, "attack", k), "attack"):
+            attack = averaged(attacks[name], binary, x)
+            moved = attacked(attack, binary, x, y, seed=stream, task=CLASSIFICATION)
+            checked(moved, x, test, name)  # of an attack that names no ball
+            reached = vote(binary, moved) == 1
         spent = binary.forwards - before.forwards, binary.backwards - before.backwards
         own[name] += Cost(forwards=spent[0], backwards=spent[1])
         return reached
@@ -257,7 +258,8 @@ def binarization_tests(
         weights, bias = heads(inside, outside, test.closeness, spread)
         with as_victim(BinaryHeads(model, clean, weights, bias, test.norm).eval()) as binary:
             _like(binary, victim)
-            usable = (vote(binary, clean) == 0) & (vote(binary, edge) == 1)
+            with seeded(seed, "votes", k):
+                usable = (vote(binary, clean) == 0) & (vote(binary, edge) == 1)
             failed += int((~usable).sum())
             rows = usable.nonzero().flatten()
             if len(rows) == 0:
@@ -265,7 +267,8 @@ def binarization_tests(
             for name in attacks:
                 found[name].append(hits(name, binary, clean[rows], k))
             before = binary.forwards
-            guessed.append(_guessed(test, binary, clean[rows], draw, size))
+            with seeded(seed, "guesses", k):
+                guessed.append(_guessed(test, binary, clean[rows], draw, size))
             shared += Cost(forwards=binary.forwards - before)
         few = rows[:_ROBUST] if k == 0 else rows[:0]
         if len(few):

@@ -22,6 +22,7 @@ from gambeson.base import (
     notebook,
     open_run,
     read_json,
+    seeded,
     task,
     user_code,
     writable,
@@ -194,11 +195,11 @@ def _labels(run: TransferRun, models: list[LoadedModel]) -> list[str]:
 
 def perturbed(model: nn.Module, split: Split, attack: ImageAttack, seed: int, *path: str | int) -> Split:
     """Return the split with every image perturbed on a model; ``path`` names the random stream."""
+    parts = []
     with as_victim(model, fast=True) as victim:
-        parts = [
-            attacked(attack, victim, images, labels, seed=derive(seed, *path, k), task=split.task)
-            for k, (images, labels) in enumerate(split.batches(at_once(split), device=victim.device))
-        ]
+        for k, (images, labels) in enumerate(split.batches(at_once(split), device=victim.device)):
+            with seeded(stream := derive(seed, *path, k), "attack"):
+                parts.append(attacked(attack, victim, images, labels, seed=stream, task=split.task))
     if not parts:
         raise nothing_counts(split)
     return split.with_images(torch.cat(parts).cpu())

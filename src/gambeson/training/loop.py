@@ -219,7 +219,8 @@ class Run:
             for name, value in self.train_step(batch).items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value
             if k % _WATCH == _WATCH - 1 or k == self.steps - 1:
-                self._watch(sums["loss"], epoch, k)
+                weights = self.model.parameters() if k == self.steps - 1 else ()  # the last step may have broken them
+                self._watch(sum((value.detach().float().sum() for value in weights), sums["loss"]), epoch, k)
             advance()
         return {name: float(value) / self.steps for name, value in sums.items()} | {"lr": lr}
 
