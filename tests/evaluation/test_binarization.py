@@ -173,3 +173,24 @@ def test_random_points_guess_corners_as_often_as_the_formula_says():
 def test_what_does_not_apply_is_said(settings, model, message):
     with pytest.raises(UserError, match=message):
         outcome_of(PGD(eps=EPS), model, **settings)
+
+
+def test_a_random_model_gives_the_same_for_a_seed_and_leaves_the_callers_generator(digits):
+    class Noisy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 64), torch.nn.ReLU())
+            self.last = torch.nn.Linear(64, 10)
+
+        def forward(self, x):
+            return self.last(self.features(x + 0.1 * torch.randn_like(x)))
+
+    model, images = Noisy(), torch.rand(20, 1, 8, 8)
+    test = BinarizationTest(eps=0.3, samples=8, inner=50, random_points=5)
+    found = []
+    for k in range(3):
+        torch.manual_seed(k)
+        before = torch.get_rng_state()
+        found.append(binarization_test(model, (images, torch.arange(20) % 10), PGD(eps=0.3, steps=3), test).plain())
+        assert torch.equal(torch.get_rng_state(), before)
+    assert found[0] == found[1] == found[2]

@@ -7,7 +7,7 @@ import gambeson as gb
 from gambeson import UserError
 from gambeson.attacks import FGSM
 from gambeson.cli.app import run as gambeson
-from gambeson.evaluation.transfer import TransferRun, run_transfer
+from gambeson.evaluation.transfer import TransferRun, perturbed, run_transfer
 from gambeson.report import write_transfer
 
 
@@ -62,3 +62,16 @@ def test_a_black_box_is_only_a_target(files, tmp_path):
     assert table.errors[0][1] is not None
     with pytest.raises(UserError, match="models"):
         TransferRun(models=(files[0],), eps=0.1)
+
+
+def test_an_attack_that_draws_from_torchs_own_generator_repeats(trained, digits):
+    class Noise:
+        eps, norm = 0.3, "inf"
+
+        def __call__(self, model, x, y, *, seed=0, task=None):
+            return (x + self.eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+
+    some = digits.test.sample(20)
+    found = [perturbed(trained, some, Noise(), 0, "noise").images for _ in range(2)]
+    assert torch.equal(*found)
+    assert not torch.equal(perturbed(trained, some, Noise(), 1, "noise").images, found[0])

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+import gambeson as gb
 from gambeson.base import UserError
 from gambeson.data import load as load_dataset
 from gambeson.defenses import create
@@ -137,6 +138,17 @@ def test_a_training_that_diverges_at_the_rate_of_its_search_has_half_of_it(tmp_p
         trainings.train(run, data, 0.1, tmp_path / "other", searched=searched | {"lr": 0.02})
     with pytest.raises(DivergedError):  # as the study gives it
         trainings.train(TrainRun(**run.plain()), data, 0.1, tmp_path / "given")
+
+
+@pytest.mark.parametrize("high", [1e12, 1e30])
+def test_a_candidate_whose_last_step_breaks_it_is_as_bad_as_can_be(tmp_path, high):
+    data = load_dataset("digits")
+    few = gb.data.Dataset("digits", data.train.sample(140), data.validation.sample(60), data.test, data.classes)
+    run = TrainRun(data="digits", model="lenet5", defense=create("standard"), recipe=Recipe(epochs=2))
+    asked = {"lr": [0.05, high], "warmup": [0.0], "share": 1.0, "per_image": False}
+    found = trainings.search(run, few, 0.1, asked, tmp_path / "search")
+    assert found["lr"] == 0.05
+    assert [one["accuracy"] is None for one in found["tried"]] == [False, True]
 
 
 def test_at_equal_time_a_step_costs_what_the_trials_chose():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -228,8 +229,8 @@ def binarization_tests(
             )
     model, device = victim.model, victim.device
     images, _ = split.sample(test.samples, seed=seed).take(slice(None), device)
-    random = victim.inspect(images[:8], scores=True).stochastic
-    with torch.no_grad():
+    with seeded(seed, "spread"), torch.no_grad():
+        random = victim.inspect(images[:8], scores=True).stochastic
         answers = victim.forward_original(images[:_GROUP])
     spread = float((answers.amax(1) - answers.amin(1)).median())
     size, guessed, failed, shared = at_once(split), list[torch.Tensor](), 0, Cost()
@@ -256,10 +257,10 @@ def binarization_tests(
             outside = torch.stack([_in_parts(features, edge, size) for _ in range(_DRAWS if random else 1)], 1)
         shared += Cost(forwards=inside.shape[0] * (inside.shape[1] + outside.shape[1]))
         weights, bias = heads(inside, outside, test.closeness, spread)
-        with as_victim(BinaryHeads(model, clean, weights, bias, test.norm).eval()) as binary:
+        copy = partial(BinaryHeads, norm=test.norm)
+        with seeded(seed, "copies", k), as_victim(copy(model, clean, weights, bias).eval()) as binary:
             _like(binary, victim)
-            with seeded(seed, "votes", k):
-                usable = (vote(binary, clean) == 0) & (vote(binary, edge) == 1)
+            usable = (vote(binary, clean) == 0) & (vote(binary, edge) == 1)
             failed += int((~usable).sum())
             rows = usable.nonzero().flatten()
             if len(rows) == 0:
@@ -267,13 +268,12 @@ def binarization_tests(
             for name in attacks:
                 found[name].append(hits(name, binary, clean[rows], k))
             before = binary.forwards
-            with seeded(seed, "guesses", k):
-                guessed.append(_guessed(test, binary, clean[rows], draw, size))
+            guessed.append(_guessed(test, binary, clean[rows], draw, size))
             shared += Cost(forwards=binary.forwards - before)
         few = rows[:_ROBUST] if k == 0 else rows[:0]
         if len(few):
-            copy = BinaryHeads(model, clean[few], weights[few], bias[few], test.norm, robust=True).eval()
-            with as_victim(copy) as robust:
+            honest = partial(copy, model, clean[few], weights[few], bias[few], robust=True)
+            with seeded(seed, "robust", k), as_victim(honest().eval()) as robust:
                 _like(robust, victim)
                 claimed = {name: int(hits(name, robust, clean[few], k).sum()) for name in attacks}
     luck = torch.cat(guessed).bool() if guessed else torch.zeros(0, dtype=torch.bool)

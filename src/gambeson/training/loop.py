@@ -43,6 +43,7 @@ from gambeson.training.recipe import Recipe, fitted, freeze_statistics, make_opt
 from gambeson.training.validation import ACCURACY, is_best, validate, validate_robustly, warn_at_chance
 from gambeson.victim import Victim, copied
 from gambeson.victim.graphs import has_graphs
+from gambeson.victim.scoring import NonFiniteLogitsError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -168,7 +169,10 @@ class Run:
                 with seeded(self.seed, "dropout", epoch, self.accelerator.process_index):
                     means = self._epoch(epoch, advance)
                 share_first(self.model.buffers())  # running statistics differ between processes
-                self.history.append({"epoch": epoch, **means, **self._validate(epoch)})
+                try:
+                    self.history.append({"epoch": epoch, **means, **self._validate(epoch)})
+                except NonFiniteLogitsError as error:  # the last step, whose loss nobody asks for, broke the weights
+                    raise DivergedError(f"after epoch {epoch} {error}") from None
                 self.seconds.append(time.perf_counter() - began)
                 self._checkpoint()
         warn_at_chance(self.history[-1], self.data.validation)
@@ -219,8 +223,7 @@ class Run:
             for name, value in self.train_step(batch).items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value
             if k % _WATCH == _WATCH - 1 or k == self.steps - 1:
-                weights = self.model.parameters() if k == self.steps - 1 else ()  # the last step may have broken them
-                self._watch(sum((value.detach().float().sum() for value in weights), sums["loss"]), epoch, k)
+                self._watch(sums["loss"], epoch, k)
             advance()
         return {name: float(value) / self.steps for name, value in sums.items()} | {"lr": lr}
 

@@ -262,15 +262,19 @@ def _answers(victim: Victim, images: torch.Tensor) -> torch.Tensor:
         return predicted(victim.forward_original(images))
 
 
+class NonFiniteLogitsError(UserError):
+    """A model gave NaN or infinite logits."""
+
+
 def predicted(logits: torch.Tensor) -> torch.Tensor:
     """Return the predicted class of each row of logits (N, K) or (N, K, H, W).
 
     Raises:
-        UserError: some logits are not finite.
+        NonFiniteLogitsError: some logits are not finite.
     """
     if len(logits) and not bool(torch.stack(logits.aminmax()).isfinite().all()):  # one pass where all are finite
         broken = ~logits.flatten(1).isfinite().all(1)
-        raise UserError(
+        raise NonFiniteLogitsError(
             f"the model gave NaN or infinite logits for {int(broken.sum())} of {len(logits)} images: "
             "no rate can be computed; retrain it or load other weights"
         )
