@@ -256,3 +256,10 @@ def test_every_setting_of_a_listing_says_what_it_is():
 def test_short_names():
     assert user_code.short("pgd") == "pgd"
     assert user_code.short("/a b/c.py:D#sha256=0123456789abcdef") == "D"
+
+
+@pytest.mark.parametrize("name", [None, 3, ["pgd"]])
+def test_what_is_no_text_is_no_name(name):
+    for create in (gb.attacks.create, gb.defenses.create):
+        with pytest.raises(UserError, match="is no name: give text"):
+            create(name)

@@ -756,3 +756,20 @@ def _wait_until(true, seconds=600):
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("defenses: [standard]", "defenses"),
+        ("seeds: 100000000", "at most 1000"),
+        ("2026-11-30: x", "no name of a setting"),
+        ("claims: {c: {statement: s, metric: 5, of: standard, at_least: 0}}", "metric"),
+        ("defenses: {standard: {name: shared-adversarial, grid: {times_eps: [a]}}}", "times_eps"),
+    ],
+)
+def test_entries_of_a_wrong_kind_are_refused_in_a_sentence(tmp_path, text, said):
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({**tiny().plain(), **yaml.safe_load(text)}))
+    with pytest.raises(UserError, match=said):
+        assert Matrix(Study.load(file)).cells

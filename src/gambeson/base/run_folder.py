@@ -166,6 +166,8 @@ def read_settings(path: Path, kind: str) -> dict[str, Any]:
         UserError: they describe another kind of run.
     """
     content = {key: value for key, value in read_yaml(path).items() if key not in _UNLIKE}
+    if odd := [key for key in content if not isinstance(key, str)]:
+        raise UserError(f"{path} has the entry {odd[0]}, which is no name of a setting: remove it")
     found = content.get("kind", kind)
     if found != kind:
         use = {

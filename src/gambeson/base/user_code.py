@@ -28,8 +28,14 @@ _PREFIX = "gambeson_user_"
 _LOADED: dict[tuple[Path, str], ModuleType] = {}
 
 
-def is_spelling(name: str) -> bool:
-    """Whether a name has the form ``FILE.py:NAME``, with or without ``#sha256=...``."""
+def is_spelling(name: Any) -> bool:
+    """Whether a name has the form ``FILE.py:NAME``, with or without ``#sha256=...``.
+
+    Raises:
+        UserError: it is no text.
+    """
+    if not isinstance(name, str):
+        raise UserError(f"{name!r} is no name: give text")
     return _SPELLING.fullmatch(name) is not None
 
 

@@ -127,9 +127,10 @@ def run(arguments: list[str]) -> int:
     except _ClickError as error:  # of the command line itself
         return _refuse(_click_sentence(error, arguments))
     except OSError as error:  # what no part of the library has foreseen, such as a folder in place of a file
-        if error.filename is None:
+        if error.errno is None:
             raise
-        return _refuse(f"{error.filename}: {error.strerror}; name another file or folder, or make it accessible")
+        where = error.filename or "the output"
+        return _refuse(f"{where}: {error.strerror}; name another file or folder, or make it accessible")
     if code == STOPPED:
         typer.echo("stopped: finished work is kept; the same command resumes from here", err=True)
     return code

@@ -11,6 +11,7 @@ from functools import cache, cached_property
 from typing import Any, Literal
 
 from gambeson.base import UserError, contents
+from gambeson.base.config import parse_number
 from gambeson.base.contents import texts
 from gambeson.defenses.registry import DEFENSES
 from gambeson.models.registry import MODELS
@@ -311,7 +312,10 @@ def _variants(defense: StudyDefense, data: StudyData) -> Iterator[tuple[str, dic
     """Every combination of the grid, with its name and its settings."""
     for values in itertools.product(*defense.grid.values()):
         chosen: Mapping[str, Any] = dict(zip(defense.grid, values, strict=True))
-        factor = float(chosen.get("times_eps", 1))
+        try:
+            factor = float(parse_number(chosen.get("times_eps", 1)))
+        except (TypeError, ValueError):
+            raise UserError(f"times_eps of {defense.name} is {chosen['times_eps']!r}: give numbers") from None
         eps = {"eps": data.eps * factor} if _takes_eps(defense.name) else {}
         given = {key: value for key, value in chosen.items() if key != "times_eps"}
         variant = ", ".join(f"{key.replace('times_eps', 'eps x')} {value}" for key, value in chosen.items())

@@ -62,11 +62,11 @@ METRICS = {
 """The last parts of metrics' names; the first part is the measurement's label, or ``train``."""
 
 
-def _metric(name: str) -> str:
-    label, _, last = name.partition(".")
+def _metric(name: Any) -> str:
+    label, _, last = str(name).partition(".")
     if not label or last not in METRICS:
-        raise unknown_name("metric", name, [f"{label or 'MEASURE'}.{known}" for known in METRICS])
-    return name
+        raise unknown_name("metric", str(name), [f"{label or 'MEASURE'}.{known}" for known in METRICS])
+    return str(name)
 
 
 Metric = Annotated[str, BeforeValidator(_metric)]

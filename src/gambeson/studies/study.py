@@ -25,11 +25,16 @@ AnyMeasure = Annotated[
 """A measurement, distinguished by ``kind``."""
 
 
+_MOST_SEEDS = 1000
+
+
 def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
 def _seeds(value: Any) -> Any:
+    if isinstance(value, int) and value > _MOST_SEEDS:
+        raise ValueError(f"there are {value}: give at most {_MOST_SEEDS}")
     return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -205,7 +210,8 @@ class Study(Config):
     @model_validator(mode="before")
     @classmethod
     def _known_defences(cls, fields: Any) -> Any:
-        for entry in (fields.get("defenses") or {}).values() if isinstance(fields, dict) else ():
+        defenses = fields.get("defenses") if isinstance(fields, dict) else None
+        for entry in defenses.values() if isinstance(defenses, dict) else ():
             name = entry if isinstance(entry, str) else entry.get("name") if isinstance(entry, dict) else None
             if isinstance(name, str):
                 DEFENSES.get(name)
