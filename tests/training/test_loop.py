@@ -275,3 +275,18 @@ def test_a_folder_keeps_the_data_and_the_weights_that_its_training_began_with(di
     about["settings"] = {key: about["settings"][key] for key in ("defense", "recipe", "seed")}
     save_tensors(state, tensors, about)  # of an earlier version, which kept neither
     assert gb.train(drawn, other, defense, **more) == history
+
+
+def test_a_refused_training_leaves_the_model_as_it_is(digits, tmp_path):
+    gb.train(gb.models.create("lenet5", digits), digits, gb.defenses.Standard(), epochs=1, out=tmp_path)
+    model = gb.models.create("lenet5", digits, seed=3).eval()
+    before, modules = {name: value.clone() for name, value in model.state_dict().items()}, len(list(model.modules()))
+    for refused in (
+        {"defense": gb.defenses.Learn2Perturb(eps=0.1), "epochs": 1, "out": tmp_path},  # which would add its noise
+        {"defense": gb.defenses.Standard(), "epochs": 1, "batch_size": 100_000},
+    ):
+        with pytest.raises(UserError):
+            gb.train(model, digits, **refused)
+        assert not any(module.training for module in model.modules())
+        assert len(list(model.modules())) == modules
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -32,18 +32,32 @@ def save_state(
     save_tensors(path, tensors, {**about, "optimizer": scalars})
 
 
-def load_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, carried: nn.Module, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """Restore a saved state; return the document saved with it.
+def read_state(path: Path, settings: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a saved state and the document saved with it.
 
     Raises:
-        UserError: the state belongs to another model, or to a training with other ``settings``.
+        UserError: it belongs to a training with other ``settings``.
     """
     tensors, about = load_tensors(path, "the state of a training run")
     held = about.get("settings", settings)
     origin = {key: settings[key] for key in settings.keys() - held.keys()}  # which an earlier version did not keep
     refuse_other(path.parent.parent, origin | held, settings)
+    return tensors, about
+
+
+def load_state(
+    path: Path,
+    state: tuple[dict[str, torch.Tensor], dict[str, Any]],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    carried: nn.Module,
+) -> None:
+    """Restore what :func:`read_state` has read.
+
+    Raises:
+        UserError: the state belongs to another model.
+    """
+    tensors, about = state
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -60,4 +74,3 @@ def load_state(
         index, key = name.split(".", 1)
         moments.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return about

@@ -37,7 +37,7 @@ from gambeson.models import PixelModel, fingerprint
 from gambeson.models import save as save_model
 from gambeson.models.storage import CLASS_NAMES, FILE_NAME
 from gambeson.training.batches import Epoch
-from gambeson.training.checkpoint import load_state, save_state
+from gambeson.training.checkpoint import load_state, read_state, save_state
 from gambeson.training.graphs import GraphedForward
 from gambeson.training.recipe import Recipe, fitted, freeze_statistics, make_optimizer, recipe_for, set_lr
 from gambeson.training.validation import ACCURACY, is_best, validate, validate_robustly, warn_at_chance
@@ -96,7 +96,14 @@ def train(
     with default_dtype(), torch.inference_mode(False), torch.enable_grad():
         dataset = as_dataset(data)
         recipe = recipe or Recipe(**fitted(recipe_for(defense, settings), len(dataset.train)))
-        return Run(model, dataset, defense, recipe, seed, None if out is None else Path(out)).fit(label, stop)
+        modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+        try:
+            run = Run(model, dataset, defense, recipe, seed, None if out is None else Path(out))
+        except UserError:
+            for module, mode in modes:
+                module.training = mode
+            raise
+        return run.fit(label, stop)
 
 
 _FIRST = ("state/latest.safetensors", "state/best.safetensors", "track")
@@ -146,6 +153,8 @@ class Run:
             model=model, train=self.train, seed=seed, epochs=recipe.epochs, steps=self.steps, batch_size=self.share
         )
         self._begun = {} if out is None else self._origin(out)
+        file = self._state  # read before the defence changes the model, so that a refusal leaves it as it is
+        self._held = read_state(file, self._settings) if file is not None and file.is_file() else None
         with autograd_limits():
             defense.configure_model(model)
             if recipe.channels_last:
@@ -328,10 +337,11 @@ class Run:
         return data | {"initial weights": known}
 
     def _resume(self) -> int:
-        if self._state is None or not self._state.is_file():
+        if self._state is None or self._held is None:
             return 0
-        about = load_state(self._state, self.model, self.optimizer, self._carried, self._settings)
-        self.history, self.seconds = about["history"], about["seconds"]
+        state, self._held = self._held, None
+        load_state(self._state, state, self.model, self.optimizer, self._carried)
+        self.history, self.seconds = state[1]["history"], state[1]["seconds"]
         return len(self.history)
 
     def _checkpoint(self) -> None:
