@@ -159,7 +159,7 @@ def test_what_will_not_be_measured_is_refused_before(result):
 
     refuse("uer@8/255<=0.2, uer@0.063<=0.2, uer<=0.1, check:no-eot-gap, mean_iou>=0, eps_adv>=0, trusted")
     for text, words in {
-        "trusted, uer@0.1<=0.2": "gate 'uer@0.1<=0.2': the audit has no eps 0.1: its curve is at 0.03137, 0.06275",
+        "trusted, uer@0.1<=0.2": "gate 'uer@0.1<=0.2': the audit has no eps 0.1: its curve is at 8/255, 16/255",
         "check:statless": "did you mean stateless?",
         "eps_adv>=0.1": "none for a black box",
         "clean_iou>=0.1": "no maps here",

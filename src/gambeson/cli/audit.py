@@ -38,8 +38,8 @@ def audit(
     surrogate: Annotated[
         str | None,
         typer.Option(
-            help="Model to transfer from: auto trains a small one, none omits transfer, or a model's name.",
-            show_default="auto; none in glance",
+            help="Model to transfer from: auto trains a small one (not in glance), none omits transfer; or a name.",
+            show_default="auto",
         ),
     ] = None,
     label: Annotated[
