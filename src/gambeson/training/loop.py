@@ -96,12 +96,14 @@ def train(
     with default_dtype(), torch.inference_mode(False), torch.enable_grad():
         dataset = as_dataset(data)
         recipe = recipe or Recipe(**fitted(recipe_for(defense, settings), len(dataset.train)))
-        modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+        parts = model.modules() if isinstance(model, nn.Module) else ()
+        modes = [(part, part.training) for part in parts if hasattr(part, "training")]  # a frozen program has none
         try:
             run = Run(model, dataset, defense, recipe, seed, None if out is None else Path(out))
         except UserError:
-            for module, mode in modes:
-                module.training = mode
+            for part, mode in modes:
+                if part.training != mode:
+                    part.training = mode
             raise
         return run.fit(label, stop)
 
