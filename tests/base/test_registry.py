@@ -260,6 +260,11 @@ def test_short_names():
 
 @pytest.mark.parametrize("name", [None, 3, ["pgd"]])
 def test_what_is_no_text_is_no_name(name):
-    for create in (gb.attacks.create, gb.defenses.create):
+    for take in (gb.attacks.create, gb.defenses.create, gb.evaluation.load_model, gb.zoo.load, gb.models.load):
         with pytest.raises(UserError, match="is no name: give text"):
-            create(name)
+            take(name)
+
+
+def test_a_path_is_a_name(trained, digits, tmp_path):
+    gb.models.save(trained, tmp_path / "net.safetensors")
+    assert gb.evaluation.load_model(tmp_path / "net.safetensors", dataset=digits).model.card == trained.card

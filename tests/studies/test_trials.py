@@ -140,6 +140,23 @@ def test_a_training_that_diverges_at_the_rate_of_its_search_has_half_of_it(tmp_p
         trainings.train(TrainRun(**run.plain()), data, 0.1, tmp_path / "given")
 
 
+@pytest.mark.filterwarnings("ignore:the model has not learnt")
+def test_a_training_that_learns_nothing_at_the_rate_of_its_search_has_half_of_it(tmp_path, monkeypatch):
+    real, rates = trainings.run_training, []
+
+    def noted(run, out, data):
+        rates.append(run.recipe.lr)
+        return real(run, out, data)
+
+    monkeypatch.setattr(trainings, "run_training", noted)
+    data, recipe = load_dataset("digits"), Recipe(epochs=1, optimizer="adam")
+    run = TrainRun(data="digits", model="lenet5", defense=create("standard"), recipe=recipe)
+    searched = {"lr": 8.0, "warmup": 0, "recipe": {}, "settings": {}}
+    found = trainings.train(run, data, 0.1, tmp_path / "run", searched=searched)
+    assert rates == [8.0, 4.0, 2.0]
+    assert (found["recipe"]["lr"], found["values"]["learnt"]) == (2.0, 0.0)
+
+
 @pytest.mark.parametrize("high", [1e12, 1e30])
 def test_a_candidate_whose_last_step_breaks_it_is_as_bad_as_can_be(tmp_path, high):
     data = load_dataset("digits")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(ValueError):
@@ -31,6 +33,17 @@ class OutOfSpace(UserError):
 
 class DataWarning(UserWarning):
     """Something about data that the user should know and that does not stop the work."""
+
+
+def as_text(name: Any) -> str:
+    """Return a name, or a path as text.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not isinstance(name, (str, os.PathLike)):
+        raise UserError(f"{name!r} is no name: give text")
+    return str(name)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

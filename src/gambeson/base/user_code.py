@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gambeson.base.errors import UserError
+from gambeson.base.errors import UserError, as_text
 
 _SPELLING = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)(#sha256=(?P<digest>[0-9a-f]+))?")
 _DIGITS = 16
@@ -34,9 +34,7 @@ def is_spelling(name: Any) -> bool:
     Raises:
         UserError: it is no text.
     """
-    if not isinstance(name, str):
-        raise UserError(f"{name!r} is no name: give text")
-    return _SPELLING.fullmatch(name) is not None
+    return _SPELLING.fullmatch(as_text(name)) is not None
 
 
 def parts(name: str) -> tuple[Path, str]:

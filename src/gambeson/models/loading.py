@@ -14,7 +14,7 @@ from torch import nn
 
 from gambeson import data, models
 from gambeson.base import UserError, read_settings, seeded, user_code
-from gambeson.base.errors import DataWarning
+from gambeson.base.errors import DataWarning, as_text
 from gambeson.base.files import read_yaml
 from gambeson.data.load import FOLDERS
 from gambeson.models import external, hubs, normalisation, registry, torchvision_nets, zoo
@@ -48,7 +48,7 @@ class LoadedModel:
 
 
 def load_model(
-    source: str,
+    source: str | Path,
     data_name: str | None = None,
     device: str = "cpu",
     dataset: Any = None,
@@ -92,7 +92,8 @@ def load_model(
             budget for a model that is not a black box, or weights that do not say how pixels were normalised and are
             clearly better under another way.
     """
-    named, (source, normalise) = source, _split(source)
+    named = as_text(source)
+    source, normalise = _split(named)
     path = Path(source)
     trained = read_settings(path / "run.yaml", "train") if (path / "run.yaml").is_file() else {}
     dataset = None if dataset is None else data.as_dataset(dataset)

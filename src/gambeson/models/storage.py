@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from gambeson.base import UserError, load_tensors, one_line, save_tensors, seeded, unused
-from gambeson.base.errors import some
+from gambeson.base.errors import as_text, some
 from gambeson.models.factory import build
 from gambeson.models.outputs import as_logits
 from gambeson.models.pixel_model import ModelCard, PixelModel
@@ -84,7 +84,7 @@ def load(path: Path | Weights) -> PixelModel:
             f"{path} names an architecture with weights, which are built for data: "
             f"gb.evaluation.load_model({str(path)!r}, 'DATA').model, or load_model(..., dataset=data)"
         )
-    weights = path if isinstance(path, Weights) else read_weights(path)
+    weights = path if isinstance(path, Weights) else read_weights(Path(as_text(path)))
     path, tensors, card = weights.path, weights.groups.get("", {}), _card(weights)
     with seeded(0, "load"):  # these weights are replaced, and the caller's generator must not advance
         model = build(card, pretrained=False)

@@ -14,6 +14,7 @@ from typing import Annotated
 from pydantic import Field
 
 from gambeson.base import Config, UserError, one_line, read_json, unknown_name
+from gambeson.base.errors import as_text
 from gambeson.models.hubs import HUB, required
 from gambeson.tasks import Rate
 from gambeson.threat import Norm
@@ -98,7 +99,7 @@ def entry(name: str) -> Entry:
     Raises:
         UserError: there is none, or as :func:`entries`.
     """
-    name, known = name.removeprefix(PREFIX), entries()
+    name, known = as_text(name).removeprefix(PREFIX), entries()
     if name not in known:
         raise unknown_name("entry of the zoo", name, known)
     return known[name]

@@ -51,7 +51,7 @@ class Candidate(Config):
 
 _ROUNDS = 5
 _HALVINGS = 2
-"""How often a training that diverges is begun again with half of its learning rate."""
+"""How often a training that diverges or learns nothing is begun again with half of its learning rate (ours)."""
 
 
 def cost(run: TrainRun, data: Dataset, searched: Mapping[str, Any] | None = None) -> dict[str, float]:
@@ -203,7 +203,7 @@ def train(
     """Train, or resume, in the folder ``out``.
 
     A learning rate of a search, which is shorter and may take fewer images, can be too high here: where the training
-    diverges it is begun again with half of the rate, up to twice.
+    diverges, or ends no better than chance, it is begun again with half of the rate, up to twice.
 
     Args:
         run: the settings.
@@ -224,7 +224,7 @@ def train(
     run = _with(run, update)
     run, model = (run, _trained(run, data, out)) if searched is None else _halved(run, data, out)
     scores = _scores(model, data, eps, run.seed)
-    history = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    history = _history(out)
     return {
         "values": {
             "validation_accuracy": scores["accuracy"],
@@ -262,13 +262,19 @@ def _trained(run: TrainRun, data: Dataset, out: Path) -> PixelModel:
 
 
 def _halved(run: TrainRun, data: Dataset, out: Path) -> tuple[TrainRun, PixelModel]:
-    """Train; where it diverges, with half of the learning rate."""
+    """Train; where it diverges or learns nothing, with half of the learning rate."""
     runs = [_with(run, {"lr": run.recipe.lr / 2**k}) for k in range(_HALVINGS + 1)]
     begun = next((k for k, one in enumerate(runs) if _has_begun(one, out)), 0)
     for one in runs[begun:-1]:
         with suppress(DivergedError):
-            return one, _trained(one, data, out)
+            model = _trained(one, data, out)
+            if not chance_level(_history(out)[-1], data.validation):
+                return one, model
     return runs[-1], _trained(runs[-1], data, out)
+
+
+def _history(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _has_begun(run: TrainRun, out: Path) -> bool:

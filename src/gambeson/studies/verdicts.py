@@ -264,6 +264,9 @@ def best_variant(defense: str, points: Iterable[Point], keeping: Keeping | None 
         defense: its label.
         points: rows of one data set, architecture and kind of equality.
         keeping: which may be chosen.
+
+    Raises:
+        _Missing: the defence whose accuracy is to be kept is not run.
     """
     points = list(points)
 

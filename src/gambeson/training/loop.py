@@ -118,7 +118,7 @@ _WATCH = 50
 
 
 class DivergedError(UserError):
-    """A training whose loss has become NaN or infinite."""
+    """A training whose loss or logits have become NaN or infinite."""
 
 
 class Run:
@@ -182,8 +182,11 @@ class Run:
                 share_first(self.model.buffers())  # running statistics differ between processes
                 try:
                     self.history.append({"epoch": epoch, **means, **self._validate(epoch)})
-                except NonFiniteLogitsError as error:  # the last step, whose loss nobody asks for, broke the weights
-                    raise DivergedError(f"after epoch {epoch} {error}") from None
+                except NonFiniteLogitsError:  # the last step, whose loss nobody asks for, broke the weights
+                    raise DivergedError(
+                        f"the model gives NaN or infinite logits after epoch {epoch}: lower the learning rate "
+                        f"({self.recipe.lr:g}) or eps"
+                    ) from None
                 self.seconds.append(time.perf_counter() - began)
                 self._checkpoint()
         warn_at_chance(self.history[-1], self.data.validation)
