@@ -37,7 +37,7 @@ from gambeson.testbed.judgement import AUDITORS, Judgement, broken, judgement_of
 from gambeson.testbed.recipes import networks
 from gambeson.testbed.truth import ground_truth
 
-RUNS, SIGNATURE = Path("runs/testbed"), "signature.json"
+RUNS = Path("runs/testbed")
 AUDITING = Path(gb.__file__).parent / "auditing"
 MAKERS = {  # which files of the audit make which stages
     "uap-": ("stages/universal.py", "stages/surrogate.py", "suite.py", "../victim/temperature.py"),
@@ -123,7 +123,8 @@ def signature(suite: Suite, entry: Entry) -> dict[str, str]:
 
 def forget(folder: Path, now: dict[str, str]) -> None:
     """Drop the kept stages whose makers have changed, and all that hang on them."""
-    old = read_json(folder / SIGNATURE) if (folder / SIGNATURE).is_file() else {}
+    signed = folder.parent / f"{folder.name}.json"  # beside the audit, which refuses a folder with files of others
+    old = read_json(signed) if signed.is_file() else {}
     changed = [part for part in now if old.get(part) != now[part]]
     if {"model", "uap-"} & set(changed):
         shutil.rmtree(folder, ignore_errors=True)
@@ -133,8 +134,8 @@ def forget(folder: Path, now: dict[str, str]) -> None:
         if file.is_file():
             kept = {key: value for key, value in read_json(file).items() if not key.startswith(tuple(changed))}
             write_json(file, kept)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SIGNATURE, now)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_json(signed, now)
 
 
 def cell(data: str, entry: Entry, suite: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What an audit says that it will cost, against what one costs."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from gambeson import UserError
 from gambeson.auditing import Suite
 from gambeson.auditing.cost import plan
 from gambeson.cli.app import run
+from gambeson.evaluation.rates import Cost
 from gambeson.models.black_box.local import FunctionModel
+from gambeson.victim import Victim
 
 SUITE = Suite(
     eps=(0.1, 0.2), universal_steps=5, universal_restarts=2, universal_batch=8, universal_probe_starts=1, pgd_steps=5,
@@ -89,3 +92,25 @@ def test_plan_on_the_command_line_writes_nothing(trained, tmp_path, capsys):
     assert "universal curve" in shown
     assert "lenet5 is trained first" in shown
     assert not out.exists()
+
+
+def test_the_cost_of_an_audit_is_all_that_its_model_was_asked(trained, digits, tmp_path, monkeypatch):
+    seen = list[Victim]()
+
+    class Seen(Victim):
+        def __enter__(self):
+            seen.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr(sys.modules["gambeson.auditing.audit"], "Victim", Seen)
+    checked = SUITE.model_copy(update={"checks": ("no vanishing gradients", "gradient beats random search")})
+    result = gb.audit(trained, digits, checked, tmp_path / "audit").results
+    parts = [*result.universal, *result.per_image, *result.transfer, result.eps_uni, result.jacobian]
+    assert result.cost.forwards > sum(part.cost.forwards for part in parts) + len(digits.test)
+    assert result.cost == Cost(forwards=seen[0].forwards, backwards=seen[0].backwards)
+    stages = tmp_path / "audit" / "state" / "stages.json"
+    kept = json.loads(stages.read_text())
+    del kept["per-image"], kept["check no vanishing gradients"]  # made again, counted once
+    stages.write_text(json.dumps(kept))
+    assert gb.audit(trained, digits, checked, tmp_path / "audit").results.cost == result.cost
+    assert 0 < seen[1].forwards < seen[0].forwards

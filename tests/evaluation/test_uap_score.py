@@ -6,7 +6,7 @@ from torch import nn
 
 import gambeson as gb
 from gambeson import UserError
-from gambeson.attacks import StochasticPGD, UniversalPatch
+from gambeson.attacks import StochasticPGD, UniversalPatch, UniversalPerturbation
 from gambeson.data import Dataset, LazySplit, Split
 from gambeson.evaluation import (
     confusion,
@@ -88,6 +88,14 @@ def test_a_random_model_is_scored_by_the_same_votes(trained, digits, uap):
     assert found.uer == universal_evasion(model, digits, uap, seed=5)
     assert found.fooling == fooling_rate(model, digits, uap, seed=5)
     assert found.clean.value > gb.evaluation.accuracy(trained, digits).complement.value
+
+
+def test_a_piece_of_an_image_is_cut_from_all_images_as_where_nothing_is_held_out(trained, digits, uap):
+    seen = torch.cat([uap.image_hashes, digits.test.subset(torch.arange(9)).image_hashes])
+    told = UniversalPerturbation(uap.delta, uap.about, seen)
+    found = score_uap(trained, digits, told, edits=None)
+    assert found.left_out > 0
+    assert found.controls == rates_beside(trained, digits, told)
 
 
 def test_label_maps_on_disk_have_the_mean_iou_of_confusion():

@@ -22,9 +22,10 @@ from gambeson.auditing.results import AuditResult, ModelInfo, Verdict
 from gambeson.auditing.stages import black_box as boxes
 from gambeson.auditing.stages import certified, own, surrogate
 from gambeson.auditing.suite import SUITES, Suite
-from gambeson.base import UserError, refuse_foreign, say, seeded, unknown_name
+from gambeson.base import UserError, as_text, refuse_foreign, say, seeded, unknown_name
 from gambeson.data import Dataset, Split, as_dataset, disjoint
 from gambeson.evaluation import BlackBox
+from gambeson.evaluation.rates import Cost
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import count_parameters, fingerprint
 from gambeson.victim import Victim, nothing_counts, predict, score
@@ -130,8 +131,8 @@ def suite_named(suite: str | Suite | None, minutes: float | None = None) -> Suit
     """
     if suite is None:
         suite = "standard" if minutes is None else "full"
-    if isinstance(suite, str):
-        if suite not in SUITES:
+    if not isinstance(suite, Suite):
+        if not isinstance(suite, str) or suite not in SUITES:
             raise unknown_name("suite", suite, SUITES)
         suite = SUITES[suite]
     return suite if minutes is None else Suite(**(dict(suite) | {"minutes": minutes}))
@@ -155,7 +156,7 @@ def run_stages(
     diagnostics, mine = diagnostics_of(suite), own.of(suite, attacks)
     surrogate.check(suite, dataset, model)
     certified.check(suite, dataset, model)
-    folder = None if out is None else Path(out)
+    folder = None if out is None else Path(as_text(out))
     if folder is not None:
         refuse_foreign(folder, "audit", STAGES, Outcomes.FILE, boxes.QUERIES)
     black_box = isinstance(model, BlackBox)
@@ -172,6 +173,7 @@ def run_stages(
     choose = None if clock is None else partial(_in_time, clock, stages)
     untouched = untouched_copy(model) if clock is None else clock.untouched
     with Victim(model, fast=not black_box) as victim:
+        stages.meter = lambda: Cost(forwards=victim.forwards, backwards=victim.backwards)
         victim.allow_no_graph = True  # "no vanishing gradients" reports it
         if isinstance(model, BlackBox):
             suite, dataset, notes = boxes.inspect(
@@ -223,6 +225,7 @@ def run_stages(
             outcomes=Outcomes(folder),
         )
         context.outcomes.keep("clean", clean.counts, reported.test)
+        stages.charge("start", stages.meter() - stages.asked)
         notes = [*notes, *twice]
         result = Auditor(context, folder, stages, notes, diagnostics, mine, asked, speed, clock).run()
         return Audit(result, [context.uaps[point.eps] for point in result.universal], context.outcomes)

@@ -352,10 +352,6 @@ class Auditor:
             stopped = [name for name in stages.left_out if name not in budgeted and name not in STOPPED]
             notes, sentence = said_of(clock, suite, stopped, context.middle)
             said = f"{said} {sentence}".strip()
-        costs: list[Any] = [*context.universal, *context.per_image, *self.aimed, *context.transfer]
-        costs += [
-            part for part in (self.queried, self.each, self.edited, self.classes, self.jacobians) if part is not None
-        ]
         every = self.checks | self.unchecked
         result = AuditResult(
             subject=context.subject,
@@ -405,7 +401,7 @@ class Auditor:
                 classes=self.classes,
                 certified=self.bounds,
             ),
-            cost=sum((part.cost for part in costs), self.found.cost),
+            cost=stages.cost,
             environment=environment(victim.device),
         )
         if folder is not None:

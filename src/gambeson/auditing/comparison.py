@@ -17,7 +17,7 @@ from gambeson.auditing.display import doubt_of
 from gambeson.auditing.gates import GateReport, Metric, Reading, judge_gates, parse_gates, same_eps
 from gambeson.auditing.results import AuditResult, DataInfo, ModelInfo
 from gambeson.auditing.suite import Suite
-from gambeson.base import Config, UserError, notebook
+from gambeson.base import Config, UserError, as_text, notebook
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import EpsUni
 from gambeson.tasks import Counts, Difference
@@ -156,7 +156,7 @@ def compare(
         if isinstance(given, nn.Module):
             if data is None:
                 raise UserError("models are audited before they are compared: give data as well")
-            given = audit(given, data, suite, None if out is None else Path(out) / name, seed=seed, label=name)
+            given = audit(given, data, suite, None if out is None else Path(as_text(out)) / name, seed=seed, label=name)
         if isinstance(given, AuditResult):
             return given, Outcomes()
         if not isinstance(given, Audit):

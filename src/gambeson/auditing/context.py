@@ -67,6 +67,19 @@ class Checkpoints:
         self._seconds = {} if folder is None else read_seconds(folder)
         self.left_out: dict[str, BudgetSpent] = {}
         """Stages that did not fit a black box's budget, or the time, with the reason."""
+        self.meter: Callable[[], Cost] = Cost
+        """Reads what the model was asked so far, by this process."""
+        self.asked = Cost()
+        """What the stages of this process asked of it."""
+
+    @property
+    def cost(self) -> Cost:
+        """What the model was asked by all finished stages, and around them."""
+        return sum((Cost(**one) for one in self._done.get("costs", {}).values()), Cost())
+
+    def charge(self, name: str, cost: Cost) -> None:
+        """Count what was asked outside of stages: once, although every resumed audit asks it again."""
+        self._done.setdefault("costs", {}).setdefault(name, cost.plain())
 
     def begin(self, **settings: Any) -> None:
         """Note what decides the results, which goes with the next of them.
@@ -92,9 +105,12 @@ class Checkpoints:
         form: TypeAdapter[ResultT] = TypeAdapter(kind)
         if self.has(name):
             return form.validate_python(self._done[name])
-        began = time.perf_counter()
+        began, before = time.perf_counter(), self.meter()
         with seeded(self._seed, "stage", name):
             result = work()
+        spent = self.meter() - before
+        self.asked += spent
+        self._done.setdefault("costs", {})[name] = spent.plain()
         self._seconds[name] = time.perf_counter() - began
         self.keep(name, form.dump_python(result, mode="json"))  # first, since by it the folder is known as this audit's
         if self._folder is not None:
@@ -115,6 +131,7 @@ class Checkpoints:
     def forget(self, name: str) -> None:
         """Compute a stage again, whatever is stored."""
         self._done.pop(name, None)
+        self._done.get("costs", {}).pop(name, None)
 
     def kept(self, name: str) -> Any:
         """Return what :meth:`keep` stored; None if nothing."""
@@ -406,8 +423,7 @@ class AuditContext:
 
     def since(self, before: Cost) -> Cost:
         """Cost since :attr:`spent` was ``before``."""
-        now = self.spent
-        return Cost(forwards=now.forwards - before.forwards, backwards=now.backwards - before.backwards)
+        return self.spent - before
 
 
 def untouched_copy(model: nn.Module) -> nn.Module | None:

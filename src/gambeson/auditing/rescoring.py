@@ -316,8 +316,10 @@ def begin(context: AuditContext, stages: Checkpoints) -> None:
     if context.subject.black_box:
         return
     if not context.subject.random:
+        before = context.spent
         with context.unscaled():
             context.gradients, _ = _alone(context)
+        stages.charge("first gradients", context.since(before))
     context.steadiness = stages.do("gradients", Steadiness, lambda: steadiness(context))
     context.victim.most = context.steadiness.most
 

@@ -374,6 +374,7 @@ class AuditResult(notebook.ShownAsTable, Config):
     """What was omitted or reduced, and why; limits of a black box. Whole sentences."""
     verdict: Verdict
     cost: Cost
+    """Of the whole audit, its checks included: images that the audited model was sent, wherever they were made."""
     environment: dict[str, str]
     """Versions and device, the same for every run on one machine."""
 

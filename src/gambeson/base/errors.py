@@ -42,21 +42,22 @@ def as_text(name: Any) -> str:
         UserError: it is neither.
     """
     if not isinstance(name, (str, os.PathLike)):
-        raise UserError(f"{name!r} is no name: give text")
+        raise UserError(f"{name!r} is no name or path: give text")
     return str(name)
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
     """Build the error for a name that is not in a list, with the nearest matches first.
 
     Args:
         kind: what the name refers to, such as ``"model"``.
-        name: the name given.
+        name: the name given, or whatever came in its place.
         known: all accepted names.
     """
-    names = sorted(known)
-    near = [other for other in names if name and name in other][:3]
-    near = near or difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    names, near = sorted(known), list[str]()
+    if isinstance(name, str):
+        near = [other for other in names if name and name in other][:3]
+        near = near or difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}."
     return UserError(f"unknown {kind} {name!r}: {hint}")
 

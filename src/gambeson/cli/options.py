@@ -100,7 +100,10 @@ Eps = Annotated[str | None, typer.Option(help="Radius, such as 0.2 or 8/255.", s
 Norm = Annotated[str | None, typer.Option(help="Norm of the ball: inf, 2 or, for some attacks, 1.", show_default="inf")]
 EotSamples = Annotated[
     int | None,
-    typer.Option(help="Samples of a random model that every gradient is averaged over.", show_default="none"),
+    typer.Option(
+        help="Samples of a random model that every gradient is averaged over; 10 if not given.",
+        show_default="none",
+    ),
 ]
 Images = Annotated[
     int | None, typer.Option(help="Maximum number of test images (stratified).", show_default="1000", metavar="N")

@@ -11,12 +11,12 @@ import torch
 from gambeson.attacks import PGD, SEA, AutoPGD, Square, TargetedAutoPGD
 from gambeson.base import Config, UserError, derive, seeded, task
 from gambeson.data import Dataset, Split
-from gambeson.evaluation.outcome import ImageAttack, at_once, attacked, checked
+from gambeson.evaluation.outcome import ImageAttack, at_once, attacked, averaged, checked
 from gambeson.evaluation.rates import Cost
 from gambeson.evaluation.segmentation_suite import MapResult, WorstMaps, class_pixels
 from gambeson.evaluation.universal import scored
 from gambeson.tasks import CLASSIFICATION, Counts, Rate, Task
-from gambeson.threat import Norm
+from gambeson.threat import Ball, Norm
 from gambeson.victim import Victim, nothing_counts, predict, votes_of, votes_right
 
 SURE = 0.25
@@ -196,7 +196,9 @@ def run_suite(
         UserError: no label counts, some logits are not finite, or an attack does not return images, or stored ones are
             none of the split's (:func:`gambeson.evaluation.outcome.checked`).
     """
-    of_maps = not split.task.per_image_label
+    if not isinstance(attacks, Mapping):
+        raise UserError(f"attacks is a {type(attacks).__name__}: give attacks by their names, {{'pgd': PGD(eps=0.1)}}")
+    of_maps, norm = not split.task.per_image_label, Ball(**{"eps": 0, "norm": norm}).norm
     worst = (WorstMaps if of_maps else WorstCase)(victim, split, seed=seed, batch_size=batch_size)
     clean = right = worst.scored()
     for name, attack in attacks.items():
@@ -204,6 +206,10 @@ def run_suite(
             raise UserError(
                 f"{len(attack)} images of attack {name!r} came for the {len(split)} of {split.name}: give one for each"
             )
+    first = split.take(slice(0, 8), victim.device)[0]
+    attacks = {
+        name: one if isinstance(one, torch.Tensor) else averaged(one, victim, first) for name, one in attacks.items()
+    }
     rounds = []
     with task("  attack suite", len(attacks)) as advance:
         for k, (name, attack) in enumerate(attacks.items()):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from gambeson.attacks import CONTROLS, GradientAttack, UniversalAttack, UniversalPerturbation
 from gambeson.attacks.universal.target import from_predictions
-from gambeson.base import UserError, derive, seeded, task, unknown_name
+from gambeson.base import Config, Number, UserError, derive, seeded, task, unknown_name
 from gambeson.data import Dataset, Split, as_dataset, as_split, disjoint
 from gambeson.evaluation.outcome import at_once, attacked, averaged
 from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni, ImageErrors, Measured, crossing_interval
@@ -33,6 +34,13 @@ _NEIGHBOURS = 6
 """Maximum number of rescalings of the perturbation found on each side of eps_uni, at increasing distance."""
 _FAR = 4.0
 """Distance of the error curve from delta, in standard errors, that suffices for the bootstrap."""
+
+
+class EpsSearch(Config):
+    """What a search is to reach, and how closely."""
+
+    delta: Number
+    tolerance: Annotated[Number, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,15 @@ def eps_uni(
     Raises:
         UserError: no such delta, one that clean images reach of a target, or a perturbation of another norm.
     """
+    if not isinstance(attack, UniversalAttack):
+        raise UserError(
+            f"eps_uni takes a universal attack such as gb.attacks.StochasticPGD, got {type(attack).__name__}"
+        )
+    goal = EpsSearch(delta=delta, tolerance=tolerance)
+    known = list(known)
+    for uap in known:
+        if not isinstance(uap, UniversalPerturbation):
+            raise UserError(f"a known perturbation is a {type(uap).__name__}: expected a UniversalPerturbation")
     whole = as_dataset(data)
     dataset, target = disjoint(whole), getattr(attack, "target", None)
     to = getattr(attack, "temperature", 1.0)
@@ -100,9 +117,10 @@ def eps_uni(
         if measure is None and target is not None:
             labels = "prediction" if from_predictions(attack.plain()) else "truth"
             measured = TargetMeasure.of(victim, whole.validation, target, labels, seed=seed)
-            if (reached := measured(victim, dataset.test, None).error) >= delta:
+            if (reached := measured(victim, dataset.test, None).error) >= goal.delta:
                 raise UserError(
-                    f"delta = {delta:g}, but clean images reach target {target} by {reached:.4g} already: expected more"
+                    f"delta = {goal.delta:g}, but clean images reach target {target} by {reached:.4g} already: "
+                    "expected more"
                 )
 
         def craft(eps: float, start: torch.Tensor | None) -> UniversalPerturbation:
@@ -126,8 +144,8 @@ def eps_uni(
             dataset,
             craft,
             norm=attack.norm,
-            delta=delta,
-            tolerance=tolerance,
+            delta=goal.delta,
+            tolerance=goal.tolerance,
             seed=seed,
             known=found,
             controls=controls,
@@ -233,6 +251,7 @@ def eps_adv(
     split = as_split(data, "test")
     if not isinstance(attack, GradientAttack):
         raise UserError(f"eps_adv takes a gradient attack such as gb.attacks.PGD, got {type(attack).__name__}")
+    goal = EpsSearch(delta=delta, tolerance=tolerance)
     if not bool(split.task.valid(split.labels).any()):
         raise nothing_counts(split)
     with as_victim(model) as victim:
@@ -244,12 +263,12 @@ def eps_adv(
             rescale=lambda found, eps: _moved_errors(victim, split, found[0] * (eps / found[2])),
             clean=(clean := errors_under(victim, split)),
             largest=_largest(attack.norm, split),
-            delta=delta,
-            tolerance=tolerance,
+            delta=goal.delta,
+            tolerance=goal.tolerance,
             tried={},
             runs=math.inf,
             seed=seed,
-            title=f"  eps_adv({delta:g})",
+            title=f"  eps_adv({goal.delta:g})",
         )
         return EpsAdv(**work.run(), images=clean.images, cost=_since(victim, before))
 
@@ -358,7 +377,7 @@ def _largest(norm: Norm, split: Split) -> float:
 
 
 def _since(victim: Victim, before: Cost) -> Cost:
-    return Cost(forwards=victim.forwards - before.forwards, backwards=victim.backwards - before.backwards)
+    return Cost(forwards=victim.forwards, backwards=victim.backwards) - before
 
 
 MEASURES: dict[str, Measure] = {"error": errors_under, "mean-iou": lost_iou}
@@ -371,9 +390,9 @@ def measure_of(measure: str | Measure) -> Measure:
     Raises:
         UserError: no measure has this name.
     """
-    if not isinstance(measure, str):
+    if callable(measure):
         return measure
-    if measure not in MEASURES:
+    if not isinstance(measure, str) or measure not in MEASURES:
         raise unknown_name("measure", measure, MEASURES)
     return MEASURES[measure]
 

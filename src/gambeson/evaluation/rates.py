@@ -26,6 +26,9 @@ class Cost(Config):
     def __add__(self, other: Cost) -> Cost:
         return Cost(forwards=self.forwards + other.forwards, backwards=self.backwards + other.backwards)
 
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(forwards=self.forwards - other.forwards, backwards=self.backwards - other.backwards)
+
 
 class Control(Config):
     """The effect of a control, which a crafted perturbation has to exceed."""

@@ -29,7 +29,7 @@ from gambeson.base import (
     write_json,
 )
 from gambeson.data import Name, Split
-from gambeson.evaluation.outcome import ImageAttack, at_once, attacked
+from gambeson.evaluation.outcome import ImageAttack, at_once, attacked, averaged
 from gambeson.evaluation.universal import error_rate
 from gambeson.models.black_box.http import StoredHttp
 from gambeson.models.loading import LoadedModel, asking, load_model
@@ -56,7 +56,8 @@ class TransferRun(Config):
     """Radius in pixel units; None: :func:`gambeson.threat.default_eps`."""
     norm: Norm = "inf"
     eot_samples: Annotated[int, Field(ge=1)] | None = None
-    """Samples of a random source that every gradient is averaged over; for gradient attacks."""
+    """Samples of a random source that every gradient is averaged over, for gradient attacks; None:
+    :data:`gambeson.victim.averaged.EOT_SAMPLES`."""
     images: Annotated[int, Field(ge=1)] = 1000
     """Maximum number of test images, a stratified sample drawn from the seed."""
     seed: int = 0
@@ -197,6 +198,7 @@ def perturbed(model: nn.Module, split: Split, attack: ImageAttack, seed: int, *p
     """Return the split with every image perturbed on a model; ``path`` names the random stream."""
     parts = []
     with as_victim(model, fast=True) as victim:
+        attack = averaged(attack, victim, split.take(slice(0, 8), victim.device)[0])
         for k, (images, labels) in enumerate(split.batches(at_once(split), device=victim.device)):
             with seeded(stream := derive(seed, *path, k), "attack"):
                 parts.append(attacked(attack, victim, images, labels, seed=stream, task=split.task))

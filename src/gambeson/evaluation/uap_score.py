@@ -111,7 +111,7 @@ def score_uap(
         uer=error_rate(after.score),
         fooling=change_rate(after.score),
         mean_iou=maps,
-        controls=rates_beside(model, split, uap, seed=seed) if target is None else [],
+        controls=rates_beside(model, whole, uap, seed=seed) if target is None else [],
         target=target,
         edits=None if edits is None else under_edits(model, split, uap, asked, seed=seed),
         placements=by_placement(model, whole, patch, seed=seed) if patch is not None and placements else None,

@@ -24,6 +24,7 @@ from gambeson.base import (
     Config,
     Number,
     UserError,
+    as_text,
     count,
     environment,
     eps_text,
@@ -47,6 +48,7 @@ from gambeson.training.loop import History
 from gambeson.training.recipe import fitted
 from gambeson.training.validation import ACCURACY, chance_level, rank, validate
 from gambeson.victim import copied
+from gambeson.victim.inspect import require_module
 
 BEFORE, AFTER = "original", "hardened"
 """Names of the two models in the report, and folders of their audits."""
@@ -198,7 +200,7 @@ def harden(
     """
     began = now()
     with ExitStack() as stack:
-        folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if out is None else as_text(out))
         refuse_foreign(folder, "harden", SCHEDULE)
         job = Job(model, as_dataset(data), Hardening(**settings))
         return hardened(job, job.schedule(folder), folder, title, began)
@@ -270,6 +272,7 @@ class Job:
     def __init__(self, model: nn.Module, data: Dataset, settings: Hardening) -> None:
         if isinstance(model, BlackBox):
             raise black_box(model.title)
+        require_module(model)
         data.test.task.require_classification("hardening")
         self.model, self.data, self.settings = model, data, settings
         eps = default_eps(data.train.shape, settings.norm) if settings.eps is None else settings.eps

@@ -16,7 +16,18 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from gambeson.base import Config, UserError, environment, open_run, read_json, seeded, task, unknown_name, write_json
+from gambeson.base import (
+    Config,
+    UserError,
+    as_text,
+    environment,
+    open_run,
+    read_json,
+    seeded,
+    task,
+    unknown_name,
+    write_json,
+)
 from gambeson.base.user_code import canonical, file_of, is_spelling
 from gambeson.data import Dataset
 from gambeson.evaluation import Rate
@@ -118,8 +129,12 @@ def score(
             outside one is not installed; or the folder contains the scores of another auditor.
     """
     name, auditor = auditor_named(auditor) if isinstance(auditor, str) else (_title(auditor), auditor)
+    if not callable(auditor):
+        raise UserError(
+            f"the auditor is a {type(auditor).__name__}: expected a function of a model and its data, or a name"
+        )
     entries = _chosen(data, models)
-    folder = None if out is None else Path(out)
+    folder = None if out is None else Path(as_text(out))
     if folder is not None:
         open_run(folder, TestbedRun(auditor=name, data=data, seed=seed), environment())
     work = _Work(auditor, data, seed, folder)

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from gambeson.base import (
     UserError,
+    as_text,
     autograd_limits,
     average,
     default_dtype,
@@ -92,7 +93,7 @@ def train(
     if recipe is not None and settings:
         raise TypeError(f"give a recipe or its fields, not both (got {', '.join(settings)})")
     if out is not None:
-        refuse_foreign(Path(out), "train", *_FIRST)
+        refuse_foreign(Path(as_text(out)), "train", *_FIRST)
     with default_dtype(), torch.inference_mode(False), torch.enable_grad():
         dataset = as_dataset(data)
         recipe = recipe or Recipe(**fitted(recipe_for(defense, settings), len(dataset.train)))

@@ -115,7 +115,7 @@ def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: i
         uer, iou = _scores(victim, data.validation, delta)
         found = {"validation_uer": uer} | ({} if iou is None else {"validation_uap_mean_iou": iou})
         attack, right, counted = PGD(**ball, steps=10, eot_samples=1), 0, 0
-        size = len(few) if few.task.per_image_label else auto_batch_size(few.shape)
+        size = auto_batch_size(few.shape, len(few), 2**21 if few.task.per_image_label else 2**22)
         for images, labels in few.batches(size, device=victim.device):
             counts = few.task.counts(vote(victim, attack(victim, images, labels, seed=seed, task=few.task)), labels)
             right, counted = right + int(counts.right.sum()), counted + int(counts.total.sum())

@@ -16,14 +16,19 @@ from gambeson.base import UserError, seeded
 from gambeson.models.outputs import KEYS, are_probabilities, are_shares, at_image_size
 
 
+def require_module(model: object) -> None:
+    """Raise a ``UserError`` unless a model is a module."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model is a {type(model).__name__}: expected a torch.nn.Module from pixels to logits")
+
+
 def dtype_of(model: nn.Module) -> torch.dtype:
     """Return the type that a model computes in: that of most of its floating-point weights, else of its buffers.
 
     Raises:
         UserError: not a module, or a lazy one whose weights do not exist yet.
     """
-    if not isinstance(model, nn.Module):
-        raise UserError(f"the model is a {type(model).__name__}: expected a torch.nn.Module from pixels to logits")
+    require_module(model)
     for tensors in (model.parameters(), model.buffers()):
         sizes: dict[torch.dtype, int] = {}
         for tensor in tensors:

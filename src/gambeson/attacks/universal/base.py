@@ -17,6 +17,7 @@ from gambeson.attacks.universal.context import CraftingContext, passes, splits_o
 from gambeson.attacks.universal.perturbation import Provenance, Status, UniversalPerturbation
 from gambeson.attacks.universal.target import OMEGA, Target, from_predictions
 from gambeson.base import Config, UserError, seeded
+from gambeson.base.checks import as_tensor
 from gambeson.base.errors import DataWarning
 from gambeson.data import Split, held_out
 from gambeson.models import fingerprint
@@ -105,7 +106,7 @@ class UniversalAttack(Config):
             UserError: no such target class, or data and model that do not fit.
         """
         with self._crafting(model, data, seed) as context, seeded(seed, "noise"):
-            given = None if start is None else self._scaled(start.to(context.device), context)
+            given = None if start is None else self._scaled(as_tensor(start, "start").to(context.device), context)
             return self._chosen(context, [self._checked(one, context) for one in self._search(context, given)])
 
     def _chosen(self, context: CraftingContext, candidates: list[Candidate]) -> UniversalPerturbation:

@@ -37,6 +37,8 @@ def of(suite: Suite, given: Sequence[Any] = ()) -> dict[str, Own]:
     Raises:
         UserError: one is no attack, or two are the same.
     """
+    if not isinstance(given, Sequence):
+        raise UserError(f"attacks is a {type(given).__name__}: give a list of attacks")
     eps = suite.eps[len(suite.eps) // 2] if suite.eps else 0.0
     found: dict[str, Own] = {}
     built = [_built(name, eps, suite.norm) for name in suite.attacks]
