@@ -184,6 +184,21 @@ def test_a_measure_of_some_seeds_is_made_for_those_alone():
     assert {row.seed: set(cells) for row, cells in table} == {0: {"train"}, 1: {"train", "clean"}}
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kind": "attack", "attack": "stochastic-pgd", "votes": 1}, "leave votes out"),
+        ({"kind": "attack", "attack": "stochastic-pgd", "test_images": 50}, "leave test_images out"),
+        ({"kind": "accuracy", "times_eps": 2}, "leave times_eps out"),
+        ({"kind": "eps-uni", "times_eps": 0.5}, "leave times_eps out"),
+        ({"kind": "jacobian", "times_eps": 0.5}, "leave times_eps out"),
+    ],
+)
+def test_a_setting_that_would_change_nothing_is_refused(settings, said):
+    with pytest.raises(UserError, match=said):
+        tiny(measures={"it": settings})
+
+
 def test_jacobians_are_measured_as_the_analysis_does(done):
     result, root = done
     row = result.rows[0]

@@ -3,7 +3,7 @@
 import torch
 
 import gambeson as gb
-from gambeson.defenses import PGDAdversarial, Standard
+from gambeson.defenses import Jacobian, PGDAdversarial, Standard
 from gambeson.training import Recipe, TrainRun, plan, plan_training
 
 
@@ -21,6 +21,16 @@ def test_a_plan_counts_measures_and_leaves_the_model_alone(digits):
     assert costly.data == len(digits.train) * 64
     small, large = (plan(model, digits, Standard(), Recipe(batch_size=size)).activations for size in (64, 256))
     assert 3 < large / small < 4.5
+
+
+def test_what_a_function_transform_keeps_is_counted_too(digits):
+    """Its tensors show no storage."""
+    model = gb.models.create("lenet5", digits)
+    found = {
+        how: plan(model, digits, Jacobian(estimator="input", derivative=how), Recipe(batch_size=64)).activations
+        for how in ("forward-mode", "finite-difference")
+    }
+    assert min(found.values()) > plan(model, digits, Standard(), Recipe(batch_size=64)).activations
 
 
 def test_a_run_is_planned_without_a_trace(tmp_path, monkeypatch):

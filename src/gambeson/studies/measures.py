@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
@@ -124,12 +124,20 @@ class TrainedModel:
 class Measure(Config):
     """Base of every measurement."""
 
+    without_eps: ClassVar[bool] = False
+    """Whether no eps decides what is measured."""
     times_eps: Annotated[Number, Field(gt=0)] = 1.0
     """The radius, as a multiple of the eps of the data."""
     defenses: tuple[str, ...] = ()
     """Labels of the defences whose models are measured; empty: all."""
     seeds: tuple[int, ...] = ()
     """Seeds of those models; empty: all."""
+
+    @model_validator(mode="after")
+    def _has_eps(self) -> Measure:
+        if self.without_eps and self.times_eps != 1:
+            raise ValueError("no eps decides what it measures; leave times_eps out")
+        return self
 
     def modules(self) -> tuple[str, ...]:
         """The modules that it needs in addition to this one."""
@@ -152,6 +160,7 @@ class AccuracyMeasure(Measure):
     """Clean accuracy on all test images."""
 
     kind: Literal["accuracy"] = "accuracy"
+    without_eps = True
 
     def check(self, eps: float) -> None:
         """Take any: there is no attack."""
@@ -189,6 +198,9 @@ class AttackMeasure(Measure):
         self.build(0.1)
         if self.source and self.adaptive:
             raise ValueError("adaptive attacks follow the model itself; leave source out")
+        if kind_of(ATTACKS.get(self.attack["name"])) == "universal":
+            for name in sorted({"votes", "test_images"} & self.model_fields_set):
+                raise ValueError(f"one perturbation is scored on all test images, as everywhere; leave {name} out")
         return self
 
     def build(self, eps: float) -> Any:
@@ -292,6 +304,7 @@ class EpsUniMeasure(Measure):
     """eps_uni(delta): the smallest eps at which one perturbation reaches the error delta."""
 
     kind: Literal["eps-uni"] = "eps-uni"
+    without_eps = True
     delta: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """The error."""
     tolerance: Annotated[Number, Field(gt=0, lt=1)] = 0.05
@@ -315,6 +328,7 @@ class JacobianMeasure(Measure):
     """Norms of the Jacobians, and how much they share; see :mod:`gambeson.analysis`."""
 
     kind: Literal["jacobian"] = "jacobian"
+    without_eps = True
     test_images: Size = 200
     """Test images of the norms and the sharing factor, a stratified sample."""
     pairs: Annotated[int, Field(ge=2)] = 200

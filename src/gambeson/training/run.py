@@ -126,8 +126,11 @@ def _kept(step: Callable[[], object]) -> int:
         def __init__(self, tensor: torch.Tensor) -> None:
             nonlocal most
             self.tensor = tensor
-            self.key = tensor.untyped_storage().data_ptr()
-            alive[self.key] = tensor.untyped_storage().nbytes()
+            try:
+                self.key, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+            except RuntimeError:  # inside a function transform, whose tensors show no storage
+                self.key, size = id(self), tensor.nbytes
+            alive[self.key] = size
             most = max(most, sum(alive.values()))
 
         def __del__(self) -> None:
