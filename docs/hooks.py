@@ -1,14 +1,17 @@
 """What the site adds to the pages of ``docs/``: ``make docs``.
 
 The three pages at the root of the repository are pages of the site too, links to them are led there, notebooks become
-pages with what they show, and the roles that docstrings use become plain code.
+pages with what they show, the roles that docstrings use become plain code, and the commands describe themselves.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,9 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md"}
+
+COMMANDS = "<!-- commands -->"
+"""What the help of all commands stands in for."""
 
 _ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):<code>~?([^<]*)</code>")
 
@@ -40,13 +46,23 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Lead links to the pages at the root to their place in the site."""
+    """Lead links to the pages at the root to their place in the site, and describe the commands where they belong."""
+    if COMMANDS in markdown:
+        markdown = markdown.replace(COMMANDS, commands())
     return led(markdown, "../" * page.file.src_uri.count("/"))
 
 
 def on_page_content(html: str, **_: Any) -> str:
     """Show the roles of docstrings as code."""
     return _ROLE.sub(r"<code>\1</code>", html)
+
+
+def commands() -> str:
+    """Return the help of every command as Markdown."""
+    asked = [sys.executable, "-m", "typer", "gambeson.cli.app", "utils", "docs", "--name", "gambeson"]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    found = subprocess.run(asked, capture_output=True, text=True, check=True, env=env).stdout
+    return found[found.index("## `gambeson ") :]  # below the title
 
 
 def page_of(notebook: Path) -> tuple[str, dict[str, bytes]]:

@@ -73,11 +73,23 @@ def means(text):
     return [float(one) for one in re.findall(r"([\d.]+) % \[", text)]
 
 
-def test_the_site_shows_a_notebook_with_its_picture():
+@pytest.fixture(scope="module")
+def hooks():
     pytest.importorskip("mkdocs")
     spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_the_site_describes_every_command(hooks):
+    assert hooks.COMMANDS in (ROOT / "docs" / "reference" / "commands.md").read_text()
+    headings = re.findall(r"^#+ `gambeson (.*)`$", hooks.commands(), re.MULTILINE)
+    assert headings[0] == "quickstart"
+    assert {"audit", "study run", "testbed score", "uap craft"} <= set(headings)
+
+
+def test_the_site_shows_a_notebook_with_its_picture(hooks):
     text, pictures = hooks.page_of(FOLDER / "red-team.ipynb")
     ((name, picture),) = pictures.items()
     assert f"]({name})" in text
