@@ -254,22 +254,21 @@ _WRONG = {
 
 
 def _caught(suites: dict[str, Any]) -> list[str]:
-    """Lines of a table: how many obfuscated and how many honest models fail each diagnostic."""
+    """Lines of a table: how many of the models that a diagnostic applied to fail it, obfuscated and honest ones."""
     columns: dict[str, list[dict[str, Any]]] = {}
-    ran: dict[str, set[str]] = {}
     for suite, found in suites.items():
         for kind in ("obfuscated", "honest"):
             cells = [cell for cell in found["cells"].values() if cell["kind"] == kind]
             if len(cells) > 1:
                 columns[f"{kind}, {suite}"] = cells
-                ran[f"{kind}, {suite}"] = {name for row in found.get("matrix", {}).values() for name in row}
     lines = [f"| fails | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for diagnostic in DIAGNOSTICS:
         counts = [
-            f"{sum(diagnostic.name in row['failed'] for row in rows)} of {len(rows)}"
-            if diagnostic.name in ran[column] or not ran[column]
-            else "not run"
-            for column, rows in columns.items()
+            f"{failed} of {failed + passed}" if failed + passed else ""
+            for failed, passed in (
+                [sum(diagnostic.name in row.get(how, ()) for row in rows) for how in ("failed", "passed")]
+                for rows in columns.values()
+            )
         ]
         lines.append(f"| {diagnostic.name} | {' | '.join(counts)} |")
     return lines

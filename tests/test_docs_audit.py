@@ -108,8 +108,8 @@ def test_error_rates_are_told_from_what_is_stored(page, tmp_path, monkeypatch):
     rate = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 4}
     cells = {
         "a": {"kind": "obfuscated", "failed": ["no EOT gap"]},
-        "b": {"kind": "obfuscated", "failed": []},
-        "c": {"kind": "honest", "failed": []},
+        "b": {"kind": "obfuscated", "failed": [], "passed": ["no EOT gap", "stateless"]},
+        "c": {"kind": "honest", "failed": [], "passed": ["no EOT gap"]},
         "d": {"kind": "honest", "failed": []},
     }
     keys = list(page._WRONG.values())
@@ -133,7 +133,8 @@ def test_error_rates_are_told_from_what_is_stored(page, tmp_path, monkeypatch):
     assert text.count("first sight | honest") == 0
     assert "| quick | obfuscated, trusted and not broken | 25.0 % [10.0, 50.0] of 4 | b on digits |" in text
     assert "| fails | obfuscated, quick | honest, quick |\n" in text  # a single network is no rate
-    assert "| no EOT gap | 1 of 2 | 0 of 2 |" in text
+    assert "| no EOT gap | 1 of 2 | 0 of 1 |" in text  # of those that it applied to
+    assert "| stateless | 0 of 1 |  |" in text
 
 
 def test_every_picture_of_a_diagnostic_has_its_words(page):
