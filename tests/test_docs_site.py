@@ -78,7 +78,7 @@ def leaves(tree):
 def test_every_page_stands_once_in_the_navigation():
     here = {str(file.relative_to(DOCS).with_suffix(".md")) for file in [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]}
     assert sorted(leaves(config()["nav"])) == sorted(here | set(AT_ROOT))
-    packages = {file.parent.name for file in (ROOT / "src" / "gambeson").glob("*/__init__.py")} - {"cli"}  # which commands.md describes
+    packages = {file.parent.name for file in (ROOT / "src" / "gambeson").glob("*/__init__.py")} - {"cli"}
     assert packages == {file.stem for file in (DOCS / "reference").glob("*.md")} - {"gambeson", "commands"}
 
 
