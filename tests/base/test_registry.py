@@ -261,7 +261,7 @@ def test_short_names():
 @pytest.mark.parametrize("name", [None, 3, ["pgd"]])
 def test_what_is_no_text_is_no_name(name):
     for take in (gb.attacks.create, gb.defenses.create, gb.evaluation.load_model, gb.zoo.load, gb.models.load):
-        with pytest.raises(UserError, match="is no name: give text"):
+        with pytest.raises(UserError, match="is no name or path: give text"):
             take(name)
 
 
