@@ -5,10 +5,12 @@
 import math
 
 import pytest
+import torch
 
 import gambeson as gb
 from gambeson.attacks import PGD, StochasticPGD
 from gambeson.evaluation import eps_adv, eps_uni, run_suite
+from gambeson.evaluation.transfer import perturbed
 from gambeson.models import create
 
 UAP = StochasticPGD(eps=0.1, steps=2)
@@ -29,6 +31,9 @@ TRIED = {
     "tolerance": (lambda net, data: eps_adv(net, data, PGD(eps=0.1), tolerance=-1), "tolerance = -1: expected greater"),
     "start": (lambda net, data: UAP.craft(net, data, start="x"), "start are a str: expected a torch tensor"),
     "attacks of a suite": (lambda net, data: run_suite(net, data.test, [1]), "attacks is a list: give attacks by"),
+    "no images": (
+        lambda net, data: perturbed(net, data.test.subset(torch.arange(0)), PGD(eps=0.1), 0), "holds no images: give at least one"
+    ),
     "norm": (lambda net, data: run_suite(net, data.test, {}, norm="zz"), "norm = 'zz'"),
     "name of an architecture": (lambda net, data: create(3, data), "3 is no name or path"),
 }  # fmt: skip

@@ -187,7 +187,9 @@ def run_suite(
     Args:
         victim: the model, inside its context.
         split: the images.
-        attacks: by name, cheapest first; or the images (N, C, H, W) that an earlier one made of the split's.
+        attacks: by name, cheapest first; or the images (N, C, H, W) that an earlier one made of the split's. On a
+            random model, gradient attacks without ``eot_samples`` average over
+            :data:`gambeson.victim.averaged.EOT_SAMPLES`.
         norm: of the reported distances.
         seed: of every attack, and of a random model's votes.
         batch_size: maximum batch size; smaller for large images.

@@ -98,7 +98,8 @@ def eps_uni(
         The smallest success; right-censored if there is none even for the whole box.
 
     Raises:
-        UserError: no such delta, one that clean images reach of a target, or a perturbation of another norm.
+        UserError: another kind of attack, an unknown measure, no such delta or tolerance, a delta that clean images
+            reach of a target, or a perturbation of another norm.
     """
     if not isinstance(attack, UniversalAttack):
         raise UserError(
@@ -246,7 +247,7 @@ def eps_adv(
         seed: of the attack and the bootstrap.
 
     Raises:
-        UserError: another kind of attack, or no label of the split counts.
+        UserError: another kind of attack, no such delta or tolerance, or no label of the split counts.
     """
     split = as_split(data, "test")
     if not isinstance(attack, GradientAttack):

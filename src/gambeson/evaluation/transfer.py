@@ -196,14 +196,14 @@ def _labels(run: TransferRun, models: list[LoadedModel]) -> list[str]:
 
 def perturbed(model: nn.Module, split: Split, attack: ImageAttack, seed: int, *path: str | int) -> Split:
     """Return the split with every image perturbed on a model; ``path`` names the random stream."""
+    if not len(split):
+        raise nothing_counts(split)
     parts = []
     with as_victim(model, fast=True) as victim:
         attack = averaged(attack, victim, split.take(slice(0, 8), victim.device)[0])
         for k, (images, labels) in enumerate(split.batches(at_once(split), device=victim.device)):
             with seeded(stream := derive(seed, *path, k), "attack"):
                 parts.append(attacked(attack, victim, images, labels, seed=stream, task=split.task))
-    if not parts:
-        raise nothing_counts(split)
     return split.with_images(torch.cat(parts).cpu())
 
 
