@@ -32,7 +32,7 @@ TRIED = {
     "start": (lambda net, data: UAP.craft(net, data, start="x"), "start are a str: expected a torch tensor"),
     "attacks of a suite": (lambda net, data: run_suite(net, data.test, [1]), "attacks is a list: give attacks by"),
     "no images": (
-        lambda net, data: perturbed(net, data.test.subset(torch.arange(0)), PGD(eps=0.1), 0), "holds no images: give at least one"
+        lambda net, data: perturbed(net, data.test.subset(torch.arange(0)), PGD(eps=0.1), 0), "holds no images: give"
     ),
     "norm": (lambda net, data: run_suite(net, data.test, {}, norm="zz"), "norm = 'zz'"),
     "name of an architecture": (lambda net, data: create(3, data), "3 is no name or path"),
