@@ -42,7 +42,7 @@ def pack(out: Path, only: set[str], python: str, machine: str) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     missing = []
     if "package" in only:
-        names = ["src", "tests", "scripts", "pyproject.toml", "README.md", "LICENSE", "Makefile"]
+        names = ["src", "tests", "benchmarks", "scripts", "pyproject.toml", "README.md", "LICENSE", "Makefile"]
         command = ["tar", "--exclude=__pycache__", "-czf", str(out / "package.tar.gz"), "-C", str(ROOT)]
         subprocess.run([*command, *(name for name in names if (ROOT / name).exists())], check=True)
     for folder, packages in (("wheels", RUN), ("report-wheels", REPORT)):

@@ -23,7 +23,7 @@ visit() { # PART SHARE [option...]: at most SHARE per cent of what is left, kill
   left=$((end - $(date +%s)))
   [ "$left" -gt 0 ] || return 0
   seconds=$((left * share / 100))
-  timeout -k 5 $((seconds + 10)) "$PYTHON" -m gambeson.studies.visit_run "$part" --out "$out/visit.jsonl" \
+  timeout -k 5 $((seconds + 10)) "$PYTHON" "$here/benchmarks/visit_run.py" "$part" --out "$out/visit.jsonl" \
     --seconds "$seconds" "$@" 2>>"$out/errors.txt" || echo "$part ended with code $?"
 }
 
@@ -45,4 +45,4 @@ for part in $PARTS; do
 done
 tail -c 1500 "$out/errors.txt" 2>/dev/null
 echo "== results, $(($(date +%s) - began)) s"
-"$PYTHON" -m gambeson.studies.visit_run table --out "$out/visit.jsonl"
+"$PYTHON" "$here/benchmarks/visit_run.py" table --out "$out/visit.jsonl"

@@ -17,7 +17,6 @@ from tests.test_docs import ROOT
 
 @pytest.fixture
 def cases(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.chdir(ROOT)
     module = importlib.import_module("case_studies")
     for name in ("RUNS", "RESULTS", "PICTURES"):
@@ -109,8 +108,7 @@ def test_the_table_of_audits_has_their_numbers(cases, monkeypatch):
     assert lines["half wrong under one pattern from"] == ["more than the curve has"]
 
 
-def test_cells_that_stand_together_are_in_one_split(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def test_cells_that_stand_together_are_in_one_split():
     cells = importlib.import_module("case_cells")
     found = [cells.split_of(number) for number in range(1000)]
     assert [found.count(name) for name in ("train", "validation", "test")] == [600, 100, 300]

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from gambeson.studies.visit import Notebook, measure_machine, read_lines, tiny
-from gambeson.studies.visit_bench import measure_curve
-from gambeson.studies.visit_run import print_table
-from gambeson.studies.visit_segmentation import run_segmentation
-from gambeson.studies.visit_training import choose_epochs, run_trainings
+from visit import Notebook, measure_machine, read_lines, tiny
+from visit_bench import measure_curve
+from visit_run import print_table
+from visit_segmentation import run_segmentation
+from visit_training import choose_epochs, run_trainings
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,5 +143,5 @@ def test_as_many_runs_as_fit_and_then_as_many_epochs(left, expected):
 
 def test_running_needs_no_report_library():
     """A machine that trains and attacks may lack plotly."""
-    code = "import sys; sys.modules['plotly'] = None; import gambeson, gambeson.cli, gambeson.studies.visit"
+    code = "import sys; sys.modules['plotly'] = None; import gambeson, gambeson.cli, gambeson.studies"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})

@@ -12,8 +12,7 @@ from tests.test_docs import ROOT
 
 
 @pytest.fixture
-def check(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def check():
     return importlib.import_module("results_check")
 
 

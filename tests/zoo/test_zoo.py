@@ -271,8 +271,7 @@ def of_the_tree(monkeypatch):
     monkeypatch.setattr(files, "find_spec", lambda _: None)
 
 
-def test_the_command_of_the_cards_makes_the_shipped_entries(of_the_tree, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_the_command_of_the_cards_makes_the_shipped_entries(of_the_tree):
     make_zoo = importlib.import_module("make_zoo")
     assert sorted(make_zoo.NAMES) == [entry.name for entry in gb.zoo.list()]
     for name in make_zoo.NAMES:

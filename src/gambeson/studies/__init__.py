@@ -1,4 +1,4 @@
-"""Studies: matrices of runs with claims, benchmarks, and measurements on accelerators."""
+"""Studies: matrices of runs with claims, and benchmarks."""
 
 from gambeson.studies.bench import (
     AuditTiming,

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from visit import Notebook, Peak, Visit, dataset, pace, seconds_of, wait
+from visit_training import defenses, recipe
 
 from gambeson import models
 from gambeson.attacks import PGD, StochasticPGD
 from gambeson.base import seeded
 from gambeson.studies.bench import BenchResult, BenchSettings, _Operations, bench_attacks, bench_training
-from gambeson.studies.visit import Notebook, Peak, Visit, dataset, pace, seconds_of, wait
-from gambeson.studies.visit_training import defenses, recipe
 from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.training.batches import Epoch
 from gambeson.training.loop import Run

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from visit import Notebook, Visit, measure_machine, read_lines, tiny
+from visit_bench import run_benchmarks
+from visit_segmentation import run_segmentation
+from visit_training import run_trainings
+
 from gambeson.base import pick_device
-from gambeson.studies.visit import Notebook, Visit, measure_machine, read_lines, tiny
-from gambeson.studies.visit_bench import run_benchmarks
-from gambeson.studies.visit_segmentation import run_segmentation
-from gambeson.studies.visit_training import run_trainings
 
 
 def main(arguments: list[str] | None = None) -> int:

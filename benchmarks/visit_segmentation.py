@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from visit import Notebook, Peak, Visit, matmul_precision, pace, seconds_of
+from visit_bench import count_operations
 
 from gambeson import models
 from gambeson.attacks import PGD, StochasticPGD
 from gambeson.base import generator, seeded
 from gambeson.data import Dataset, Split
-from gambeson.studies.visit import Notebook, Peak, Visit, matmul_precision, pace, seconds_of
-from gambeson.studies.visit_bench import count_operations
 from gambeson.victim import FastPath, Victim
 
 CLASSES, IGNORED = 21, 255

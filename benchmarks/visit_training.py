@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import torch
+from visit import Notebook, Peak, Visit, dataset, free, pace, seconds_of
 
 from gambeson import models
 from gambeson.attacks import PGD, StochasticPGD
@@ -25,7 +26,6 @@ from gambeson.evaluation import accuracy, accuracy_under, universal_evasion
 from gambeson.evaluation.universal import control_rates
 from gambeson.models import PixelModel
 from gambeson.studies.bench import _Operations
-from gambeson.studies.visit import Notebook, Peak, Visit, dataset, free, pace, seconds_of
 from gambeson.threat import Ball
 from gambeson.training import Recipe, train
 from gambeson.training.batches import Epoch
