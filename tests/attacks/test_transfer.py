@@ -99,7 +99,7 @@ def test_averaged_gradients_of_a_linear_model_are_its_own():
 def test_noise_is_as_long_as_it_says(norm, length):
     noise = Noise(copies=200, size=1.0)
     draws = noise.draw(torch.zeros(1, 3, 4, 5), torch.Generator().manual_seed(0))
-    size = noise.deviation(Ball(eps=0.2, norm=norm), 60)
+    size = noise.deviation(Ball(eps=0.2, norm=norm), (3, 4, 5))
     assert torch.stack([size * one.norm() for one in draws]).mean() == pytest.approx(length, rel=0.03)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 
 from gambeson import UserError
-from gambeson.threat import Ball, default_eps
+from gambeson.threat import Ball, default_eps, norm_of_ones
 from tests.conftest import inner_images, shaded_images
 
 shapes = st.tuples(st.integers(1, 4), st.sampled_from([1, 3]), st.integers(1, 5), st.integers(1, 7))
@@ -225,3 +225,10 @@ def test_default_radii():
     assert default_eps((3, 32, 32), "2") == pytest.approx(8 / 255 * 3072**0.5 / 4, abs=1e-3)
     with pytest.raises(UserError, match="no customary eps for the norm 1"):
         default_eps((1, 28, 28), "1")
+
+
+@pytest.mark.parametrize("norm", ["inf", "2", "1"])
+def test_the_ball_of_the_norm_of_ones_holds_every_image_and_no_smaller_one_does(norm):
+    ones, radius = torch.ones(1, 3, 8, 8), norm_of_ones(norm, (3, 8, 8))
+    assert torch.allclose(Ball(eps=radius, norm=norm).project(ones), ones)
+    assert float(Ball(eps=0.99 * radius, norm=norm).project(ones).max()) == pytest.approx(0.99, rel=1e-5)

@@ -11,7 +11,7 @@ import torch
 from gambeson.attacks import Loss
 from gambeson.base import derive, generator, seeded
 from gambeson.data import Split
-from gambeson.threat import Ball, Norm, perturb
+from gambeson.threat import Ball, Norm, norm_of_ones, perturb
 from gambeson.victim import Victim, auto_batch_size
 
 _SMALLEST, _LARGEST, _STEPS = 2.5e-4, 0.25, 4
@@ -71,8 +71,7 @@ def gradient_agreement(
     """
     found, smooth = [], []
     ball = Ball(eps=eps, norm=norm)
-    values = math.prod(split.shape)
-    top = max(1 / 255, {"inf": eps, "2": eps / math.sqrt(values), "1": eps / values}[norm] / 2)
+    top = max(1 / 255, eps / norm_of_ones(norm, split.shape) / 2)
     top = min(top, _LARGEST)  # points that far inside the box have room still
     steps = [_SMALLEST * (top / _SMALLEST) ** (k / (_STEPS - 1)) for k in range(_STEPS)]
     for k, (images, labels) in enumerate(split.batches(auto_batch_size(split.shape, 250, 2**21), device=victim.device)):

@@ -19,7 +19,7 @@ from gambeson.evaluation.outcome import at_once, attacked, averaged
 from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni, ImageErrors, Measured, crossing_interval
 from gambeson.evaluation.targeted import TargetMeasure
 from gambeson.evaluation.universal import RANKED, Measure, errors_under, lost_iou, strongest
-from gambeson.threat import Ball, Norm, perturb
+from gambeson.threat import Ball, Norm, norm_of_ones, perturb
 from gambeson.victim import Victim, as_victim, nothing_counts, rescaled, vote
 
 Craft = Callable[[float, torch.Tensor | None], UniversalPerturbation]
@@ -211,7 +211,7 @@ def search(
         errors=lambda found: found.test,
         rescale=rescale,
         clean=measure(victim, data.test, None) if clean is None else clean,
-        largest=_largest(norm, data.test),
+        largest=norm_of_ones(norm, data.test.shape),
         delta=delta,
         tolerance=tolerance,
         tried=dict(known or {}),
@@ -263,7 +263,7 @@ def eps_adv(
             errors=lambda found: found[1],
             rescale=lambda found, eps: _moved_errors(victim, split, found[0] * (eps / found[2])),
             clean=(clean := errors_under(victim, split)),
-            largest=_largest(attack.norm, split),
+            largest=norm_of_ones(attack.norm, split.shape),
             delta=goal.delta,
             tolerance=goal.tolerance,
             tried={},
@@ -370,11 +370,6 @@ class _Bisection(Generic[FoundT]):
         if not math.isfinite(high) or high == 0:
             return 0
         return max(0, math.ceil(math.log2(max(1.0, (high - low) / self._width(max(low, high / 2))))))
-
-
-def _largest(norm: Norm, split: Split) -> float:
-    values = math.prod(split.shape)
-    return {"inf": 1.0, "2": math.sqrt(values), "1": float(values)}[norm]
 
 
 def _since(victim: Victim, before: Cost) -> Cost:

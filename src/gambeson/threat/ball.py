@@ -43,6 +43,15 @@ Norm = Annotated[Literal["inf", "2", "1"], *NORM_RULES]
 ``l1``, 2 and 1 are accepted too."""
 
 
+def norm_of_ones(norm: Norm, shape: Sequence[int]) -> float:
+    """Return the norm of a change by 1 in every value of an image (C, H, W): the radius whose ball holds every image.
+
+    A radius divided by it is the change per value if the radius is spread evenly.
+    """
+    values = math.prod(shape)
+    return {"inf": 1.0, "2": math.sqrt(values), "1": float(values)}[norm]
+
+
 def default_eps(shape: Sequence[int], norm: str = "inf") -> float:
     """Return the radius that a command of one radius takes where none is given: 0.2 for grey images, 8/255 for others.
 
@@ -70,7 +79,7 @@ def eps_in_norm(eps: float, shape: Sequence[int], norm: str) -> float:
         return eps
     if norm != "2":
         raise UserError(f"there is no customary eps for the norm {norm}: give one, for example --eps 10")
-    return round(eps * math.prod(shape) ** 0.5 / 4, 3)
+    return round(eps * norm_of_ones("2", shape) / 4, 3)
 
 
 class Ball(Config):

@@ -93,7 +93,7 @@ class Guide:
     def _views(self, drawn: list[torch.Tensor]) -> list[View | None]:
         views: list[View | None] = [None] if self.scales is None else self.scales.views()
         if self.noise is not None:
-            size = self.noise.deviation(self.solver.ball, drawn[0][0].numel())
+            size = self.noise.deviation(self.solver.ball, drawn[0].shape[1:])
             noisy, drawn = drawn[: self.noise.copies], drawn[self.noise.copies :]
             views = [_noisy(view, size * one) for one in noisy for view in views]
         if self.diversity is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 
 from gambeson.base import Config, Number
-from gambeson.threat import Ball
+from gambeson.threat import Ball, norm_of_ones
 
 
 class Diversity(Config):
@@ -157,6 +156,6 @@ class Noise(Config):
             for _ in range(self.copies)
         ]
 
-    def deviation(self, ball: Ball, values: int) -> float:
-        """Return the standard deviation in pixel units, for images of so many values."""
-        return self.size * ball.eps / {"inf": 1.0, "2": math.sqrt(values), "1": float(values)}[ball.norm]
+    def deviation(self, ball: Ball, shape: Sequence[int]) -> float:
+        """Return the standard deviation in pixel units, for images (C, H, W)."""
+        return self.size * ball.eps / norm_of_ones(ball.norm, shape)

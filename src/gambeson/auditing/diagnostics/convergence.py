@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from gambeson.attacks import RandomSearch
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
@@ -12,6 +10,7 @@ from gambeson.auditing.outcome import InTurn, lower_end
 from gambeson.base import eps_text
 from gambeson.evaluation.outcome import ImageAttack
 from gambeson.tasks import Counts
+from gambeson.threat import norm_of_ones
 
 _LEFT = 0.05
 _MORE = 3
@@ -29,8 +28,7 @@ _CLOSER = 0.01
     remedy="Find what stops the gradient; attack by queries or transfer.",
 )
 def _whole_box(context: AuditContext) -> Finding:
-    norm, values = context.suite.norm, math.prod(context.test.shape)
-    eps = {"inf": 1.0, "2": math.sqrt(values), "1": float(values)}[norm]
+    eps = norm_of_ones(context.suite.norm, context.test.shape)
     # On label maps, whose steps begin at half of eps: half of the box is too far.
     shorter = {} if context.test.task.per_image_label else {"rel_step_size": 0.1, "final_step": 0.005}
     far = context.pgd_at(eps).model_copy(update={"steps": 40, "restarts": 1, **shorter})

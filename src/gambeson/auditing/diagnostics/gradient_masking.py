@@ -15,7 +15,7 @@ from gambeson.base import UserError, generator, seeded
 from gambeson.evaluation import Rate
 from gambeson.evaluation.outcome import at_once
 from gambeson.tasks import Task
-from gambeson.threat import Ball, perturb
+from gambeson.threat import Ball, norm_of_ones, perturb
 
 _DEAD = 0.1
 _STARVED = 0.05
@@ -169,8 +169,8 @@ def _true(context: AuditContext) -> Finding:
     noise = before.double().new_zeros(())
     if victim.traits is not None and victim.traits.varies:  # what no seed of torch fixes
         noise = 3 * (margins(point) - before).double().abs().max()
-    values, norm = math.prod(split.shape), context.suite.norm
-    reaches = _REACH, max(_REACH, context.eps * {"inf": 1.0, "2": values**-0.5, "1": 1 / values}[norm] / _FURTHER)
+    values = math.prod(split.shape)
+    reaches = _REACH, max(_REACH, context.eps / norm_of_ones(context.suite.norm, split.shape) / _FURTHER)
     kept, told = (torch.zeros(len(images), dtype=torch.bool, device=images.device) for _ in range(2))
     for reach in reaches:
         moved = perturb(point, reach * signs)

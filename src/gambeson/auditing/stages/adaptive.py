@@ -24,6 +24,7 @@ from gambeson.evaluation import BudgetSpent
 from gambeson.evaluation.outcome import ImageAttack, averaged
 from gambeson.evaluation.universal import error_rate
 from gambeson.tasks import Counts, Task
+from gambeson.threat import norm_of_ones
 from gambeson.victim import ABSTAIN, Victim, predict, score
 from gambeson.victim.substitute import BorrowedGradient, FiniteDifferences, InnerGradientsOff
 
@@ -160,8 +161,7 @@ def _attacks(context: AuditContext, found: AdaptiveResult) -> tuple[dict[str, Im
 
 
 def _differences(context: AuditContext, directions: int) -> Callable[[nn.Module], nn.Module]:
-    values, eps = math.prod(context.test.shape), context.eps
-    reach = {"inf": eps, "2": eps / math.sqrt(values), "1": eps / values}[context.suite.norm]
+    reach = context.eps / norm_of_ones(context.suite.norm, context.test.shape)
     step = max(1 / 255, reach / 8)  # more than a quantised model's resolution
     return partial(FiniteDifferences, directions=directions, step=step, seed=context.seed)
 

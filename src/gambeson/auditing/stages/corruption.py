@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from gambeson.auditing.context import AuditContext
@@ -11,6 +9,7 @@ from gambeson.auditing.results import Corruption
 from gambeson.base import generator, seeded
 from gambeson.evaluation import Rate
 from gambeson.evaluation.universal import error_rate
+from gambeson.threat import norm_of_ones
 from gambeson.victim import auto_batch_size, score, vote
 
 NOISES = ("gaussian", "uniform", "salt-and-pepper")
@@ -38,15 +37,9 @@ def noisy(images: torch.Tensor, noise: str, size: float, draw: torch.Generator) 
     return moved.clamp(0, 1)
 
 
-def a_pixel(eps: float, norm: str, shape: tuple[int, ...]) -> float:
-    """Return the change per value of an image (C, H, W) if a radius is spread evenly."""
-    count = math.prod(shape)
-    return {"inf": eps, "2": eps / math.sqrt(count), "1": eps / count}[norm]
-
-
 def measure(context: AuditContext) -> list[Corruption]:
     """Measure every noise at every size of the suite, in multiples of the middle eps per pixel."""
-    unit = a_pixel(context.eps, context.suite.norm, context.test.shape)
+    unit = context.eps / norm_of_ones(context.suite.norm, context.test.shape)
     sizes = sorted({min(1.0, times * unit) for times in context.suite.noise_sizes})
     return [
         Corruption(noise=noise, size=size, error=_error(context, noise, size)) for noise in NOISES for size in sizes
