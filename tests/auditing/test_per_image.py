@@ -13,7 +13,7 @@ from gambeson.auditing.amounts import Amounts
 from gambeson.auditing.diagnostics import DIAGNOSTICS
 from gambeson.auditing.stages import per_image
 from gambeson.data import Dataset, Split
-from gambeson.evaluation import accuracy_under
+from gambeson.evaluation import Rate, accuracy_under
 from tests.auditing.evidence import held
 from tests.conftest import LinearNet
 
@@ -57,6 +57,16 @@ def test_pgd_on_all_images_and_the_suite_on_some(trained, few):
         assert suite.cost.backwards == sum(found.cost.backwards for found in suite.rounds) > 0
         weaker = evidence.outcome(PGD(eps=0.1, steps=5)).right[:40].sum()
         assert suite.accuracy.value <= float(weaker) / 40  # the worst of four is no better than the first alone
+
+
+def test_images_that_were_kept_are_compared_with_themselves():
+    reported, lucky, unlucky = Rate.of(50, 100), Rate.of(14, 20), Rate.of(6, 20)
+    assert per_image.lowered(reported, lucky, []) == reported
+    assert per_image.lowered(reported, lucky, [Rate.of(12, 20)]).value == 0.6  # below theirs, though above all images'
+    assert per_image.lowered(reported, unlucky, [Rate.of(8, 20)]) == reported  # above theirs, though below all images'
+    one, other = Rate.of(45, 100), Rate.of(40, 100)
+    assert per_image.lowered(reported, reported, [one, other]) == Rate.lowest([reported, one, other])
+    assert per_image.lowered(reported, Rate.of(52, 100), [Rate.of(51, 100)]).value == 0.5  # the same images
 
 
 def test_no_suite_where_it_has_no_meaning_or_was_left_out(trained, few):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -180,11 +180,29 @@ _KEPT = 2**27
 
 
 def _again(context: AuditContext, stored: Perturbed, reported: Rate) -> tuple[list[Rescored], Rate]:
-    """Ask again in other ways, and return what was found, and the lowest of the accuracy as reported and in these."""
+    """Ask again in other ways, and return what was found, and the accuracy: as reported, or the lowest in these."""
     tried = ways(context)
     found = rescored_in(context, stored, tried)
     again = [score(asked(context, stored, way), stored.split).counts.accuracy for way in worse(found, tried)]
-    return found, Rate.lowest([reported, *again]) if again else reported
+    return found, lowered(reported, stored.right.accuracy, again)
+
+
+def lowered(reported: Rate, kept: Rate, again: Sequence[Rate]) -> Rate:
+    """Return the lowest accuracy of images that were asked again, if it is lower than before; else what was reported.
+
+    Where fewer images were kept than reported of, "before" is their own accuracy: that they stand better or worse than
+    all is chance.
+
+    Args:
+        reported: the accuracy that was reported.
+        kept: the accuracy, as reported, of the images that were asked again.
+        again: their accuracy in each other way.
+    """
+    if kept.n == reported.n:
+        kept = reported
+    if not again or (kept is not reported and min(rate.value for rate in again) >= kept.value):
+        return reported
+    return Rate.lowest([kept, *again])
 
 
 def attacked_in_turn(
