@@ -66,9 +66,9 @@ def headline() -> tuple[list[str], Rows]:
     return ["claim", "margin", *places], rows
 
 
-def of_preset(row: str) -> tuple[list[str], Rows]:
-    """A row of the preset beside each single defence, on each of three numbers, at equal steps."""
-    stored = {one["claim"]: one["findings"] for one in _stored(PRESET) if one["at"] == "steps"}
+def of_preset(row: str, at: str = "steps") -> tuple[list[str], Rows]:
+    """A row of the preset beside each single defence, on each of three numbers, at equal steps or at equal time."""
+    stored = {one["claim"]: one["findings"] for one in _stored(PRESET) if one["at"] == at}
     rows: dict[str, list[str]] = {}
     for name, claim in _claims(ROOT / "studies" / f"{PRESET}.yaml"):
         if claim["of"]["defense"] != row:

@@ -396,6 +396,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "quickstart table": ("../README.md", quickstart()),
         "claims table": ("../README.md", lines(*claims.headline())),
         "preset table": ("recipe.md", lines(*claims.of_preset("gambeson"))),
+        "preset at equal time table": ("recipe.md", lines(*claims.of_preset("gambeson", "seconds"))),
         "preset at half table": ("recipe.md", lines(*claims.of_preset("gambeson-half"))),
         "auditors table": ("../README.md", testbed_rates.beside()),
         "defenses table": ("defenses.md", defences()),

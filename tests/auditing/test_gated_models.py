@@ -61,13 +61,38 @@ def test_a_shell_inside_the_ball_is_found_by_attacks_in_smaller_balls(low, dark,
     assert check.numbers["smaller"] <= 0.01
 
 
-def test_a_model_that_answers_otherwise_in_inference_mode_is_found(digits):
-    model = Gated(lambda *_: float(torch.is_inference_mode_enabled()))
-    with held(model, digits, (EPS,)) as context:
+UNSEEDED = torch.Generator().initial_seed()
+CALLERS = {
+    "channels last": lambda x, _: x.stride(1) == 1 and not x.requires_grad,
+    "inference mode": lambda *_: torch.is_inference_mode_enabled(),
+    "gradients on": lambda x, *_: torch.is_grad_enabled() and not x.requires_grad,
+    "seed 0": lambda *_: torch.initial_seed() == 0,
+    "seed 42": lambda *_: torch.initial_seed() == 42,
+    "no seed": lambda *_: torch.initial_seed() == UNSEEDED,
+}
+
+
+@pytest.mark.parametrize("gate", CALLERS.values(), ids=CALLERS)
+def test_a_model_that_answers_other_callers_otherwise_is_found(gate, digits):
+    with held(Gated(lambda *args: float(gate(*args))), digits, (EPS,)) as context:
         context.per_image = per_image.measure(context)
         check = get("alike in every batch").check(context)
     assert check.passed is False
-    assert "in inference mode" in check.detail
+    assert context.per_image[0].accuracy.value < 0.3  # of what was made on the other network, as it answers here
+
+
+def test_a_model_that_is_weak_while_its_parameters_are_trainable_is_found(digits):
+    model = Gated(None)
+    model.gate = lambda *_: float(any(parameter.requires_grad for parameter in model.parameters()))
+    next(model.parameters()).requires_grad_(False)
+    with held(model, digits, (EPS,)) as context:
+        context.per_image = per_image.measure(context)
+        check = get("alike in every batch").check(context)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert check.passed is False
+    assert "with gradients on" in check.detail
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    assert flags == [False] + [True] * (len(flags) - 1)  # as they came
 
 
 @pytest.mark.parametrize("minutes", [None, 0.5])

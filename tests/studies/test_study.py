@@ -199,6 +199,12 @@ def test_a_setting_that_would_change_nothing_is_refused(settings, said):
         tiny(measures={"it": settings})
 
 
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_study_can_be_read_as_it_is_stored_beside_its_results(file):
+    study = Study.load(file)
+    assert Study(**json.loads(json.dumps(study.plain()))) == study
+
+
 def test_jacobians_are_measured_as_the_analysis_does(done):
     result, root = done
     row = result.rows[0]

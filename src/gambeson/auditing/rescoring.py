@@ -25,7 +25,7 @@ from gambeson.evaluation import BudgetSpent
 from gambeson.evaluation.outcome import at_once
 from gambeson.tasks import Counts
 from gambeson.threat import Ball, Norm, perturb
-from gambeson.victim import Victim, auto_batch_size, vote
+from gambeson.victim import Caller, Victim, auto_batch_size, vote
 from gambeson.victim.scoring import predicted
 
 MOST = 1000
@@ -37,6 +37,8 @@ SHRINK = 0.06
 LARGEST = 1024
 _VALUES = 2**23
 """Values of the largest batch: twice those of a batch that rates are taken on."""
+_UNSEEDED = torch.Generator().initial_seed()
+"""Of torch's generator where nobody has set it; other callers set 0 or 42."""
 _USUAL = (2, 4, 8, 10, 16, 20, 24, 25, 32, 40, 48, 50, 64, 80, 96, 100, 120, 125, 128, 150, 192, 200, 250, 256)
 
 
@@ -51,10 +53,11 @@ class Way:
     """Images of a batch, of which the last is filled up by repeating some; 0: that of reporting."""
     mates: Literal["perturbed", "clean", "copies"] = "perturbed"
     """What an image shares its batch with: other perturbed images; half of the batch clean; copies of itself."""
-    apart: bool = False
-    """Whether the model is asked in a thread of its own, on whose stack nothing tells an audit from other callers."""
-    inference: bool = False
-    """Whether that thread is in torch's inference mode."""
+    caller: Caller | None = None
+    """How the model is called in a thread of its own, on whose stack nothing tells an audit from other callers; None:
+    in the audit's."""
+    seed: int | None = None
+    """Of torch's global generator while the model answers; None: derived from the audit's."""
     inside: Literal["", "shrunk", "halved", "8 bits", "jittered"] = ""
     """How the perturbation is moved away from the surface of its ball: each value shrunk by up to 6 %, or by up to a
     half; rounded to steps of 1/255 towards zero; shrunk by 2 % and moved at random by up to as much."""
@@ -151,8 +154,9 @@ def ways(context: AuditContext, *, clean: bool = False) -> list[Way]:
         Way(name="in batches of 7", size=7, share=0.25),
         Way(name=f"in batches of {largest:,}", size=largest),
         Way(name="beside copies of itself", size=32, share=0.01, mates="copies"),
-        Way(name="in a thread of its own", share=0.25, apart=True),
-        Way(name="in inference mode", share=0.25, apart=True, inference=True),
+        Way(name="in a thread of its own", share=0.25, caller="no_grad", seed=0),
+        Way(name="in inference mode", share=0.25, caller="inference", seed=42),
+        Way(name="with gradients on", size=min(32, largest), share=0.25, caller="grad", seed=_UNSEEDED),
     ]
     if not (clean or context.suite.rescoring):
         return []
@@ -184,9 +188,11 @@ def asked(
     place[rows] = torch.arange(len(rows))
     answers = None
     with seeded(context.seed, "score"):
+        if way.seed is not None:
+            torch.manual_seed(way.seed)
         for who, perturbed in replace(way, size=size).batches(rows, order):
             images = found.take(context, way, who, perturbed, draw)
-            predictions = (_apart(context.victim, images, way) if way.apart else vote(context.victim, images)).cpu()
+            predictions = (_apart(context.victim, images, way) if way.caller else vote(context.victim, images)).cpu()
             answers = predictions.new_empty(len(rows), *predictions.shape[1:]) if answers is None else answers
             answers[place[who[perturbed]]] = predictions[perturbed]
     assert answers is not None
@@ -195,7 +201,7 @@ def asked(
 
 def _apart(victim: Victim, images: torch.Tensor, way: Way) -> torch.Tensor:
     with full_precision(images.device):
-        return predicted(victim.forward_apart(images, inference=way.inference))
+        return predicted(victim.forward_apart(images, way.caller or "no_grad"))
 
 
 def rescored_in(context: AuditContext, found: Perturbed, tried: Sequence[Way]) -> list[Rescored]:

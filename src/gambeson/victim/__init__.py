@@ -11,6 +11,7 @@ from gambeson.victim.averaged import (
 )
 from gambeson.victim.bn_folding import FoldedModel, fold_batchnorms, signature
 from gambeson.victim.inspect import ModelTraits, inspect_model
+from gambeson.victim.modes import BatchNormMode, Caller, frozen
 from gambeson.victim.scoring import (
     ABSTAIN,
     DEFAULT_VOTES,
@@ -30,7 +31,7 @@ from gambeson.victim.scoring import (
     votes_right,
 )
 from gambeson.victim.temperature import Temperature, calibrating, rescaled
-from gambeson.victim.victim import BatchNormMode, FastPath, Precision, Victim, copied, frozen
+from gambeson.victim.victim import FastPath, Precision, Victim, copied
 
 __all__ = [
     "ABSTAIN",
@@ -39,6 +40,7 @@ __all__ = [
     "Average",
     "AveragedVictim",
     "BatchNormMode",
+    "Caller",
     "EditedVictim",
     "FastPath",
     "FoldedModel",

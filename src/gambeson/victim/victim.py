@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -20,60 +20,7 @@ from gambeson.victim.bn_folding import FoldedModel, checksum, fold_batchnorms, s
 from gambeson.victim.graphs import Job, has_graphs
 from gambeson.victim.inspect import ModelTraits, NoGradientError, dtype_of, explained, inspect_model, logits_of, repeats
 from gambeson.victim.loss_scaling import LossScaling
-
-BatchNormMode = Literal["eval", "batch", "train"]
-"""Mode of a model under attack. ``eval``: evaluation mode, BatchNorm with its running statistics. ``batch``: evaluation
-mode, but BatchNorms that were in training mode use the statistics of the attacked batch, without updating the running
-ones. ``train``: every sub-module keeps its mode, so that dropout is on and running statistics include the attacked
-images."""
-
-
-@contextmanager
-def frozen(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[None]:
-    """Keep ``model`` in evaluation mode without parameter gradients inside the block, and restore every sub-module.
-
-    Modes and flags are read on entry, per sub-module and parameter, and restored after exceptions too: a BatchNorm that
-    the user had frozen stays frozen.
-
-    Args:
-        model: any module.
-        batch_norm: see :data:`BatchNormMode`.
-    """
-    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters() if not parameter.is_inference()]
-    norms = [module for module, mode in modes if mode and isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    held = [norm for norm in norms if norm.track_running_stats] if batch_norm == "batch" else []
-    recurrent = [(module, module.dropout) for module, _ in modes if isinstance(module, nn.RNNBase)]
-    try:
-        if batch_norm != "train":
-            with suppress(NotImplementedError):  # an exported program has one mode
-                model.eval()
-            for layer, _ in recurrent:  # cuDNN has their gradient in training mode only, which is dropout alone
-                layer.training, layer.dropout = True, 0.0
-        for norm in norms if batch_norm == "batch" else []:
-            norm.training = True
-        for norm in held:
-            norm.track_running_stats = False  # in training mode: batch statistics, not stored
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for norm in held:
-            norm.track_running_stats = True
-        for layer, dropout in recurrent:
-            layer.dropout = dropout
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy, also of a model that keeps a computed tensor, such as the weight of ``weight_norm``."""
-    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
-    with torch.no_grad():  # a program's parameters would be copied as results of an operation
-        return copy.deepcopy(model, {id(value): value.detach().clone() for value in kept if not value.is_leaf})
-
+from gambeson.victim.modes import BatchNormMode, Caller, called, frozen
 
 Precision = Literal["float32", "bfloat16", "float16"]
 """Data types of a forward pass."""
@@ -91,6 +38,13 @@ class FastPath(Config):
     graphs: bool = True
     """On a CUDA device, replay the gradient of a batch shape as a CUDA graph from its third call on: the same kernels
     without their launches, which bound small batches. Not for random models."""
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy, also of a model that keeps a computed tensor, such as the weight of ``weight_norm``."""
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    with torch.no_grad():  # a program's parameters would be copied as results of an operation
+        return copy.deepcopy(model, {id(value): value.detach().clone() for value in kept if not value.is_leaf})
 
 
 class Victim:
@@ -244,18 +198,19 @@ class Victim:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.no_grad()
-    def forward_apart(self, images: torch.Tensor, *, inference: bool = False) -> torch.Tensor:
+    def forward_apart(self, images: torch.Tensor, caller: Caller = "no_grad") -> torch.Tensor:
         """Return what :meth:`forward_original` does, asked in a thread of its own: on its stack is nobody's code.
 
         Args:
             images: (N, C, H, W) in [0, 1].
-            inference: in torch's inference mode, as models are deployed, and not only without gradients.
+            caller: how that thread calls the model; in inference mode, with images in channels-last layout.
         """
         self.forwards += len(images)
+        if caller == "inference":
+            images = images.clone(memory_format=torch.channels_last)  # its strides also where there is one channel
         with self._as_called(images), ThreadPoolExecutor(1) as pool:
-            mode = torch.inference_mode() if inference else torch.no_grad()
-            ask = mode(self.model.__call__)  # the mode is the thread's
-            logits = self._logits(lambda sent: pool.submit(ask, sent).result(), images)
+            ask = called(self.model, caller)(self.model.__call__)  # the mode is the thread's
+            logits = self._logits(lambda sent: pool.submit(ask, sent).result(), images).detach()
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _logits(self, model: Callable[[torch.Tensor], Any], images: torch.Tensor) -> torch.Tensor:
