@@ -90,6 +90,42 @@ def test_a_net_that_knows_the_validation_images_is_not_accused(trained, digits):
     assert found.numbers["gap"] < 0
 
 
+class Unreached(MemoryWithin):
+    """The network, but validation images stand wherever an image was moved along the network's own direction."""
+
+    def __init__(self, net, images, labels, direction):
+        super().__init__(net, images, labels)
+        self.direction = direction.sign().flatten()
+
+    def forward(self, x):
+        flat = x.detach().flatten(1)
+        gap, which = torch.cdist(flat, self.images, p=torch.inf).min(1)
+        along = (flat - self.images[which]).sign() @ self.direction / flat.shape[1]
+        stands = ((gap < 0.32) & (along > 0.6))[:, None]
+        return self.net(x) + 40 * stands * nn.functional.one_hot(self.labels[which], 10)
+
+
+def test_validation_images_that_stand_do_not_choose_what_is_reported(digits):
+    net, suite = (
+        gb.testbed.networks("digits")("standard"),
+        ORDER.model_copy(update={"universal_steps": 100, "universal_probe_starts": 3}),
+    )
+    with Victim(net, fast=False) as victim:
+        honest = craft_point(evidence_of(victim, digits, suite), 0.15, None)
+        direction = suite.universal(0.15).craft(victim, digits, seed=0).delta
+    model = Unreached(net, *digits.validation.take(slice(None)), direction)
+    with Victim(model, fast=False) as victim:
+        evidence = evidence_of(victim, digits, suite)
+        point = craft_point(evidence, 0.15, None)
+    assert honest.uer.value > max(one.worst.value for one in honest.controls) + 0.05
+    assert point.uer.value > honest.uer.value - 0.05
+    assert point.uer.candidates == 2
+    assert point.crafted is None
+    assert evidence.uaps[0.15].about.chosen_on == digits.test.name
+    wrong = evidence.errors[0.15].wrong.sum() / len(digits.test)
+    assert float(wrong) == pytest.approx(point.uer.value)
+
+
 def test_an_honest_net_passes(trained, digits):
     found, _ = check(trained, digits)
     assert found.passed
