@@ -106,10 +106,8 @@ class Unreached(MemoryWithin):
 
 
 def test_validation_images_that_stand_do_not_choose_what_is_reported(digits):
-    net, suite = (
-        gb.testbed.networks("digits")("standard"),
-        ORDER.model_copy(update={"universal_steps": 100, "universal_probe_starts": 3}),
-    )
+    net = gb.testbed.networks("digits")("standard")
+    suite = ORDER.model_copy(update={"universal_steps": 100, "universal_batch": 32, "universal_probe_starts": 3})
     with Victim(net, fast=False) as victim:
         honest = craft_point(evidence_of(victim, digits, suite), 0.15, None)
         direction = suite.universal(0.15).craft(victim, digits, seed=0).delta
