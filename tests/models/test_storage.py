@@ -257,7 +257,16 @@ def test_files_that_hold_code_are_one_sentence(tmp_path):
     torch.jit.script(_net()).save(tmp_path / "script.pt")
     with pytest.raises(UserError, match="it is a TorchScript archive, which holds code"):
         models.load_weights(_net(), tmp_path / "script.pt")
+    program = torch.export.export(nn.Linear(2, 2).eval(), (torch.zeros(1, 2),))
+    torch.export.save(program, tmp_path / "whole.pt2")
+    with pytest.raises(UserError, match="it is a torch.export program: name it as a model as it is"):
+        models.load_weights(_net(), tmp_path / "whole.pt2")
+    (tmp_path / "net.onnx").write_bytes(b"\x08\x08\x12\x07pytorch" + bytes(100))
+    with pytest.raises(UserError, match="is an ONNX graph, with its weights: name it as a model"):
+        load_tensors(tmp_path / "net.onnx", "weights")
     torch.save(_net().state_dict(), tmp_path / "cut.pth")
+    with pytest.raises(UserError, match="no state dict under 'nothere', as it is one itself: leave the key out"):
+        models.load_weights(_net(), tmp_path / "cut.pth", key="nothere")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-200])
     with pytest.raises(UserError, match="truncated or damaged"):
         models.load_weights(_net(), tmp_path / "cut.pth")

@@ -23,6 +23,7 @@ from gambeson.base.errors import (
     as_text,
     autograd_limits,
     count,
+    duration,
     one_line,
     unknown_name,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "count",
     "default_dtype",
     "derive",
+    "duration",
     "environment",
     "eps_text",
     "full_precision",

@@ -67,6 +67,16 @@ def count(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
+def duration(seconds: float) -> str:
+    """Write a time by its two largest units: ``4.1 s``, ``41 s``, ``3 min 12 s``, ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def some(names: Iterable[str], most: int = 5) -> str:
     """Return the first names, and how many more there are."""
     names = list(names)

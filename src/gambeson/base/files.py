@@ -213,6 +213,8 @@ def load_tensors(path: Path, kind: str = "weights") -> tuple[dict[str, torch.Ten
     except SafetensorError as error:
         size = path.stat().st_size
         if head[8:9] not in (b"", b"{"):
+            if path.suffix.lower() == ".onnx":
+                raise UserError(f"{path} is an ONNX graph, with its weights: name it as a model, as it is") from None
             raise UserError(f"{path} starts with {head!r}, as no file of weights does: name {kind}") from None
         raise UserError(
             f"{path} ({size} bytes) is not a complete safetensors file ({error}): it is truncated or damaged; {_AGAIN}"

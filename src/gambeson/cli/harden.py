@@ -9,7 +9,6 @@ import typer
 from gambeson.cli import options
 from gambeson.cli.compare import comparison_table
 from gambeson.cli.options import chosen, needed, one_model, print_json, progress
-from gambeson.cli.tables import duration
 
 if TYPE_CHECKING:
     from gambeson.hardening import HardenPlan
@@ -113,7 +112,7 @@ def harden(
 
 
 def _words(cost: HardenPlan) -> str:
-    from gambeson.base import count
+    from gambeson.base import count, duration
 
     return (
         f"at most {count(cost.epochs, 'epoch')}, about {duration(cost.seconds)} with their validation, and two audits "

@@ -10,7 +10,6 @@ from rich import box
 from rich.table import Table
 
 from gambeson.cli.options import Device, Json, plain_console, print_json, progress
-from gambeson.cli.tables import duration
 
 if TYPE_CHECKING:
     from gambeson.studies import StudyPlan, StudyResult
@@ -29,7 +28,7 @@ def plan(file: File, out: Out = DEFAULT, device: Device = "auto", as_json: Json 
 
     Example: `gambeson study plan studies/claims-small.yaml`
     """
-    from gambeson.base import pick_device
+    from gambeson.base import duration, pick_device
     from gambeson.studies import Study, plan_study
 
     study = Study.load(file)
@@ -159,6 +158,8 @@ def _said(as_json: bool, text: str, **content: Any) -> None:
 
 
 def _plan_table(found: StudyPlan) -> Table:
+    from gambeson.base import duration
+
     table = Table(title=f"study {found.study}", box=box.SIMPLE_HEAD)
     for column in ("kind", "cells", "done", "each", "known from"):
         table.add_column(column, justify="left" if column in ("kind", "known from") else "right")

@@ -62,17 +62,10 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
     return table
 
 
-def duration(seconds: float) -> str:
-    """Format seconds by the two largest of hours, minutes and seconds."""
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, left = divmod(rest, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {left} s" if minutes else f"{left} s"
-
-
 def plan_table(cost: AuditPlan) -> Table:
     """One row per part of the audit: how many forwards and gradients, and how long at the most."""
+    from gambeson.base import duration
+
     first = f"{cost.surrogate} is trained first; " if cost.surrogate else ""
     extra = duration(cost.seconds_of(cost.adaptive))
     table = Table(

@@ -10,7 +10,6 @@ import typer
 
 from gambeson.cli import options
 from gambeson.cli.options import chosen, print_json, progress, put
-from gambeson.cli.tables import duration
 
 if TYPE_CHECKING:
     from gambeson.training import TrainingCost
@@ -159,6 +158,8 @@ def _name(settings: dict[str, Any]) -> str:
 
 
 def _words(cost: TrainingCost, name: str) -> str:
+    from gambeson.base import duration
+
     megabytes = [round(size / 2**20) for size in (cost.memory, cost.weights, cost.activations, cost.data)]
     return (
         f"{name}: {cost.steps} steps of {cost.seconds_a_step:.3g} s are about {duration(cost.seconds)} on "

@@ -26,6 +26,7 @@ from gambeson.base import (
     UserError,
     as_text,
     count,
+    duration,
     environment,
     eps_text,
     read_json,
@@ -330,7 +331,8 @@ class Job:
             least = self.seconds(1) / 60 / TRAINING / _SLACK
             raise UserError(
                 f"{minutes_of(minutes or 0)} is too short: half of it is for the training, of which one epoch and "
-                f"its validation take about {self.seconds(1):.2g} s on this machine; give --minutes {least:.2g} or more"
+                f"its validation take about {duration(self.seconds(1))} on this machine; give --minutes {least:.2g} or "
+                "more"
             )
         epochs = fitting[-1]
         return Schedule(

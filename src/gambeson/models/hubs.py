@@ -282,9 +282,12 @@ def _processor(name: str) -> dict[str, Any]:
     try:
         settings, _ = processing.ImageProcessingMixin.get_image_processor_dict(name.removeprefix(TRANSFORMERS))
     except (OSError, ValueError) as error:
+        reason = "" if Path(name.removeprefix(TRANSFORMERS)).is_dir() else f" ({one_line(error)})"
         raise UserError(
-            f"{name} has no preprocessor_config.json ({one_line(error)}), so its normalisation is not known: add the "
-            "file, or wrap the model by a function of your own (FILE.py:FUNCTION) that normalises"
+            f"{name} has no preprocessor_config.json{reason}, so its normalisation is not known: add the file, with "
+            "the mean and deviation that it was trained with, such as "
+            '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}, '
+            "or wrap the model by a function of your own (FILE.py:FUNCTION) that normalises"
         ) from None
     return dict(settings)
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import nn
@@ -228,6 +230,8 @@ def _unpickled(path: Path) -> tuple[Any, tuple[str, ...]]:
         what = " ".join(str(error).split())
         if "TorchScript" in what:
             advice = "it is a TorchScript archive, which holds code: save the state_dict() of the model instead"
+        elif _is_program(path):
+            advice = "it is a torch.export program: name it as a model as it is, or save the state_dict() of the model"
         elif isinstance(error, UnpicklingError):  # torch's own advice, to open it all the same, is not passed on
             found = what.partition("GLOBAL ")[2].split(" ")[0]
             reason = f"it runs {found}, which is never done here" if found else "it is a pickle but of no state dict"
@@ -235,6 +239,13 @@ def _unpickled(path: Path) -> tuple[Any, tuple[str, ...]]:
         else:
             advice = f"it is truncated or damaged ({one_line(error).partition('. ')[0]}): copy it again"
         raise UserError(f"{path} cannot be read as weights: {advice}") from None
+
+
+def _is_program(path: Path) -> bool:
+    with suppress(OSError, BadZipFile), ZipFile(path) as archive:
+        files = {name.rpartition("/")[2] for name in archive.namelist()}
+        return not files.isdisjoint(("archive_format", "serialized_exported_program.json"))
+    return False
 
 
 def _nested(content: Any, place: str = "") -> Iterator[tuple[str, State]]:
@@ -365,6 +376,8 @@ def _listed(what: str, entries: list[str]) -> str:
 
 def _group(weights: Weights, key: str) -> State:
     if key not in weights.groups:
+        if list(weights.groups) == [""]:
+            raise UserError(f"{weights.path} has no state dict under {key!r}, as it is one itself: leave the key out")
         raise UserError(f"{weights.path} has no state dict under {key!r}: it has {_contents(weights)}")
     return weights.groups[key]
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gambeson.base import eps_text
+from gambeson.base import duration, eps_text
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import Cost, SmallestEps
 from gambeson.report.loading import Folder
@@ -24,7 +25,7 @@ def of_hundred(value: float) -> str:
         return "fewer than 1"
     if 0.995 <= value < 1:
         return "more than 99"
-    return f"{100 * value:.0f}"
+    return f"{math.floor(100 * value + 0.5)}"
 
 
 def interval(rate: Rate | Difference) -> str:
@@ -56,18 +57,6 @@ def bound(found: SmallestEps) -> tuple[str, ...]:
         return "0", *ends, "reached without any pattern"
     low = max(0.0, found.value - found.tolerance)
     return f"≤ {found.value:.3g}", *ends, f"no success at {low:.3g}" if low else "smallest eps tried"
-
-
-def duration(seconds: float) -> str:
-    """Write a time: ``41 s``, ``3 min 12 s``, ``2 h 5 min``."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

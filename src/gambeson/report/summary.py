@@ -99,7 +99,7 @@ def summary(folder: Folder, norm: str) -> Summary:
     facts = [_interval(lead.rate), _strength(point.eps, norm)]
     if (control := strongest_control(point.controls)) is not None:
         most = of_hundred(control.worst.value)
-        facts.append(f"Patterns of the same strength that know nothing of it: {most} of 100 at the most.")
+        facts.append(f"Of patterns of the same strength that know nothing of it, the worst: {most} of 100.")
     if result.iou is not None and point.iou is not None:
         facts.append(
             "Averaged over classes, the overlap of prediction and truth (mean IoU) is "
@@ -231,7 +231,7 @@ def _audit(folder: Folder, eps: str, text: str) -> Step:
     if own := result.settings.get("attacks"):
         more += f" --set {shlex.quote(f'suite.attacks={json.dumps(list(own))}')}"
     return Step(
-        text,
+        f"{text.removesuffix(':')} (it may take hours; with --plan it says how many):" if text else text,
         f"gambeson audit {_source(folder, '')} --suite full --eps {eps}{more} --out {_beside(folder, 'full-audit')}",
     )
 
