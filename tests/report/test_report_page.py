@@ -147,7 +147,9 @@ def test_next_steps_are_commands_for_this_model(tmp_path: Path) -> None:
         told, _, weights = told.partition(" {}")
         assert f"--model {told} --defense shared-adversarial --eps 0.15{weights} --out" in page
     held = write_audit(tmp_path / "c", wrong=(21, 30, 45, 81, 403))
-    for most, words in ((500, "attack longer and on more images:"), (5000, "attack longer:"), (None, "attack longer:")):
+    hours = " (it may take hours; with --plan it says how many):"
+    for most, more in ((500, " and on more images"), (5000, ""), (None, "")):
+        words = f"attack longer{more}{hours}"
         held.model_copy(update={"settings": held.settings | {"test_images": most}}).save(tmp_path / "c")
         assert words in words_of(report.write([tmp_path / "c"], tmp_path / "page.html"))
     assert "test images are few" not in words_of(tmp_path / "page.html")
