@@ -5,6 +5,7 @@ from torch import nn
 from gambeson import UserError
 from gambeson.data import Split
 from gambeson.victim import Victim, predict, score, vote
+from gambeson.victim.scoring import predicted
 
 
 def mixed():
@@ -148,3 +149,13 @@ def test_predict_and_vote_take_arrays(trained, digits):
             assert torch.equal(vote(victim, batch), expected[:20])
         with pytest.raises(UserError, match=r"images must lie in \[0, 1\]|expected"):
             predict(victim, images[:3].numpy())
+
+
+def test_a_class_that_is_masked_by_infinity_is_named():
+    logits = torch.randn(4, 10)
+    logits[:, [3, 7]] = -torch.inf
+    with pytest.raises(UserError, match="-inf for every image at class 3, 7: give a masked class a large negative"):
+        predicted(logits)
+    logits[0, 1] = -torch.inf
+    with pytest.raises(UserError, match="NaN or infinite logits for 4 of 4 images"):
+        predicted(logits)

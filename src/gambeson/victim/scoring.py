@@ -12,6 +12,7 @@ import torch
 
 from gambeson.base import UserError, full_precision, generator, seeded
 from gambeson.base.checks import as_images
+from gambeson.base.errors import some
 from gambeson.data import Split, as_split
 from gambeson.tasks import CLASSIFICATION, Counts, Rate, Task, answers
 from gambeson.threat import Patch, perturb
@@ -274,6 +275,12 @@ def predicted(logits: torch.Tensor) -> torch.Tensor:
     """
     if len(logits) and not bool(torch.stack(logits.aminmax()).isfinite().all()):  # one pass where all are finite
         broken = ~logits.flatten(1).isfinite().all(1)
+        masked = (logits == -torch.inf).transpose(0, 1).flatten(1).all(1)
+        if bool(masked.any()) and bool(logits[:, ~masked].isfinite().all()):
+            raise NonFiniteLogitsError(
+                f"the model's logit is -inf for every image at class {some(map(str, masked.nonzero()[:, 0].tolist()))}: "
+                "give a masked class a large negative number instead, such as -10,000, whose losses are finite"
+            )
         raise NonFiniteLogitsError(
             f"the model gave NaN or infinite logits for {int(broken.sum())} of {len(logits)} images: "
             "no rate can be computed; retrain it or load other weights"
