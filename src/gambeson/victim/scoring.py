@@ -277,8 +277,9 @@ def predicted(logits: torch.Tensor) -> torch.Tensor:
         broken = ~logits.flatten(1).isfinite().all(1)
         masked = (logits == -torch.inf).transpose(0, 1).flatten(1).all(1)
         if bool(masked.any()) and bool(logits[:, ~masked].isfinite().all()):
+            which = some(str(one) for one in masked.nonzero()[:, 0].tolist())
             raise NonFiniteLogitsError(
-                f"the model's logit is -inf for every image at class {some(map(str, masked.nonzero()[:, 0].tolist()))}: "
+                f"the model's logit is -inf for every image at class {which}: "
                 "give a masked class a large negative number instead, such as -10,000, whose losses are finite"
             )
         raise NonFiniteLogitsError(
