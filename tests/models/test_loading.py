@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import warnings
 
@@ -382,3 +383,17 @@ def test_an_architecture_with_weights_is_loaded_in_python_as_on_the_command_line
     assert torch.equal(loaded(x), model.eval()(x))
     with pytest.raises(UserError, match=r"names an architecture with weights.*gb\.evaluation\.load_model\("):
         gb.models.load(source)
+
+
+def test_a_folder_with_weights_needs_no_slash(folder, digits, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "other").mkdir()
+    shutil.copy(folder / "own.safetensors", tmp_path / "mine" / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    found = load_model("lenet5@mine", "digits", "cpu", digits)
+    again = load_model("lenet5@mine/model.safetensors", "digits", "cpu", digits)
+    x, _ = digits.test.take(slice(0, 20))
+    with torch.no_grad():
+        assert torch.equal(found.model(x), again.model(x))
+    with pytest.raises(UserError, match="other"):
+        load_model("lenet5@other", "digits", "cpu", digits)

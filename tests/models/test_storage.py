@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,12 +252,25 @@ def test_objects_beside_the_weights_do_not_matter_and_are_never_made(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_files_that_hold_code_are_one_sentence(tmp_path):
-    torch.save(_net(), tmp_path / "whole.pth")
-    with pytest.raises(UserError, match=r"no state dict but other objects of torch.nn.modules.*save the state_dict"):
+    def follow(told):
+        """Run the line that a refusal proposes, and load what it leaves."""
+        line, _, name = str(told.value).partition(", as in ")[2].partition(", and name ARCHITECTURE@")
+        exec(line, {"torch": torch})
+        model = _net()
+        models.load_weights(model, Path(name))
+        assert all(torch.equal(value, net.state_dict()[key]) for key, value in model.state_dict().items())
+
+    net = _net()
+    torch.save(net, tmp_path / "whole.pth")
+    with pytest.raises(
+        UserError, match=r"no state dict but other objects of torch.nn.modules.*save the state_dict"
+    ) as e:
         models.load_weights(_net(), tmp_path / "whole.pth")
-    torch.jit.script(_net()).save(tmp_path / "script.pt")
-    with pytest.raises(UserError, match="it is a TorchScript archive, which holds code"):
+    follow(e)
+    torch.jit.script(net).save(tmp_path / "script.pt")
+    with pytest.raises(UserError, match="it is a TorchScript archive, which holds code") as e:
         models.load_weights(_net(), tmp_path / "script.pt")
+    follow(e)
     program = torch.export.export(nn.Linear(2, 2).eval(), (torch.zeros(1, 2),))
     torch.export.save(program, tmp_path / "whole.pt2")
     with pytest.raises(UserError, match="it is a torch.export program: name it as a model as it is"):

@@ -23,7 +23,7 @@ from gambeson.models.black_box.http import HttpModel, HttpSettings, refuse_secre
 from gambeson.models.black_box.local import FunctionModel, OnnxModel
 from gambeson.models.normalisation import IMAGENET, Scale
 from gambeson.models.program import SUFFIX, load_onnx, load_program, read_program
-from gambeson.models.storage import CLASS_NAMES, ENDINGS, Weights, read_card, read_weights
+from gambeson.models.storage import CLASS_NAMES, ENDINGS, FILE_NAME, Weights, read_card, read_weights
 
 FUNCTION = "function:"
 _SERVER = ("http://", "https://")
@@ -399,6 +399,7 @@ def _parted(source: str) -> tuple[str, Path | None]:
     cuts = [k for k, letter in enumerate(source) if letter == "@"]
     found = [(source[:k], Path(source[k + 1 :]).expanduser()) for k in cuts]
     likely = [pair for pair in found if pair[1].name.lower().endswith(ENDINGS) or "/" in str(pair[1])]
+    likely = likely or [pair for pair in found if (pair[1] / FILE_NAME).is_file()]
     return next((pair for pair in likely if pair[1].exists()), likely[0] if likely else (source, None))
 
 

@@ -194,9 +194,15 @@ def read_weights(path: Path) -> Weights:
         objects = f" of {', '.join(left_out[:3])}" if left_out else ""
         raise UserError(
             f"{path} holds no state dict but other objects{objects}, and only running their code could rebuild a model "
-            "from them: where you trust the file, save the state_dict() of what it holds by torch.save, and name that"
+            "from them: where you trust the file, save the state_dict() of what it holds by torch.save, as in "
+            f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), {str(_beside(path))!r}), and name "
+            f"ARCHITECTURE@{_beside(path)}"
         )
     return Weights(path, groups, {}, left_out)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-state.pth")
 
 
 class _StandIn:
@@ -229,7 +235,11 @@ def _unpickled(path: Path) -> tuple[Any, tuple[str, ...]]:
     except Exception as error:  # of many types, for unreadable files
         what = " ".join(str(error).split())
         if "TorchScript" in what:
-            advice = "it is a TorchScript archive, which holds code: save the state_dict() of the model instead"
+            advice = (
+                "it is a TorchScript archive, which holds code: where you trust it, save its state_dict(), as in "
+                f"torch.save(torch.jit.load({str(path)!r}).state_dict(), {str(_beside(path))!r}), and name "
+                f"ARCHITECTURE@{_beside(path)}"
+            )
         elif _is_program(path):
             advice = "it is a torch.export program: name it as a model as it is, or save the state_dict() of the model"
         elif isinstance(error, UnpicklingError):  # torch's own advice, to open it all the same, is not passed on
