@@ -379,7 +379,7 @@ class Auditor:
             notes=[
                 *self.notes,
                 *notes,
-                *(f"{name} was left out: {why}." for name, why in stages.left_out.items()),
+                *stages.notes(),
                 *boxes.remarks(victim.model, suite),
                 *filter(None, without),
             ],
