@@ -67,6 +67,7 @@ CALLERS = {
     "inference mode": lambda *_: torch.is_inference_mode_enabled(),
     "gradients on": lambda x, *_: torch.is_grad_enabled() and not x.requires_grad,
     "seed 0": lambda *_: torch.initial_seed() == 0,
+    "seed 1234": lambda *_: torch.initial_seed() == 1234,
     "seed 42": lambda *_: torch.initial_seed() == 42,
     "no seed": lambda *_: torch.initial_seed() == UNSEEDED,
 }

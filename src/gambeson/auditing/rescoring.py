@@ -38,7 +38,7 @@ LARGEST = 1024
 _VALUES = 2**23
 """Values of the largest batch: twice those of a batch that rates are taken on."""
 _UNSEEDED = torch.Generator().initial_seed()
-"""Of torch's generator where nobody has set it; other callers set 0 or 42."""
+"""Of torch's generator where nobody has set it; other callers set 0, 42 or 1234."""
 _USUAL = (2, 4, 8, 10, 16, 20, 24, 25, 32, 40, 48, 50, 64, 80, 96, 100, 120, 125, 128, 150, 192, 200, 250, 256)
 
 
@@ -56,6 +56,8 @@ class Way:
     caller: Caller | None = None
     """How the model is called in a thread of its own, on whose stack nothing tells an audit from other callers; None:
     in the audit's."""
+    channels_last: bool = False
+    """Whether images lie in memory channel by channel of each pixel."""
     seed: int | None = None
     """Of torch's global generator while the model answers; None: derived from the audit's."""
     inside: Literal["", "shrunk", "halved", "8 bits", "jittered"] = ""
@@ -156,6 +158,7 @@ def ways(context: AuditContext, *, clean: bool = False) -> list[Way]:
         Way(name="beside copies of itself", size=32, share=0.01, mates="copies"),
         Way(name="in a thread of its own", share=0.25, caller="no_grad", seed=0),
         Way(name="in inference mode", share=0.25, caller="inference", seed=42),
+        Way(name="in channels-last layout", share=0.25, caller="no_grad", channels_last=True, seed=1234),
         Way(name="with gradients on", size=min(32, largest), share=0.25, caller="grad", seed=_UNSEEDED),
     ]
     if not (clean or context.suite.rescoring):
@@ -200,6 +203,8 @@ def asked(
 
 
 def _apart(victim: Victim, images: torch.Tensor, way: Way) -> torch.Tensor:
+    if way.channels_last:
+        images = images.clone(memory_format=torch.channels_last)  # its strides also where there is one channel
     with full_precision(images.device):
         return predicted(victim.forward_apart(images, way.caller or "no_grad"))
 

@@ -203,11 +203,9 @@ class Victim:
 
         Args:
             images: (N, C, H, W) in [0, 1].
-            caller: how that thread calls the model; in inference mode, with images in channels-last layout.
+            caller: how that thread calls the model.
         """
         self.forwards += len(images)
-        if caller == "inference":
-            images = images.clone(memory_format=torch.channels_last)  # its strides also where there is one channel
         with self._as_called(images), ThreadPoolExecutor(1) as pool:
             ask = called(self.model, caller)(self.model.__call__)  # the mode is the thread's
             logits = self._logits(lambda sent: pool.submit(ask, sent).result(), images).detach()

@@ -57,7 +57,7 @@ def _judged(found: list[tuple[str, Rescored]]) -> tuple[bool, str, dict[str, flo
     "alike in every batch",
     condition="images, clean or perturbed, are clearly more or less often right in batches of another size, order or "
     "make-up than in those that rates were taken on, or asked as other callers do: in a thread of their own, in "
-    "torch's inference mode, with gradients on, under other seeds",
+    "torch's inference mode, in channels-last layout, with gradients on, under other seeds",
     explanation="An answer is the batch's and not the image's, so that a rate depends on how images were put together; "
     "or it is made for whoever audits. The worst of the rates is the one reported.",
     remedy="Let nothing reach across the batch and nothing depend on its size or on who asks; asked for one by one, a "
