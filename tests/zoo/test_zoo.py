@@ -91,7 +91,9 @@ def test_an_entry_is_listed_and_loaded_by_its_name(package, trained, content):
     uap = gb.zoo.load_uap(NAME)
     assert torch.equal(uap.delta, gb.attacks.UniversalPerturbation.load(content / NAME / files.UAP).delta)
     assert uap.about.model == fingerprint(trained)
-    assert gb.zoo.card(NAME) == "# tiny\n"
+    assert gb.zoo.card(NAME).startswith("# tiny\n\n## Files\n")
+    digest = hashlib.sha256((content / NAME / files.WEIGHTS).read_bytes()).hexdigest()
+    assert f"| `{files.WEIGHTS}` | `{digest}` |" in gb.zoo.card(NAME)
     assert gb.zoo.load_audit(NAME).subject.label == "standard"
 
 
@@ -119,9 +121,9 @@ def test_the_commands_take_a_name_of_the_zoo(package, capsys, tmp_path, monkeypa
     assert run(["zoo", "list"]) == 0
     assert NAME in capsys.readouterr().out
     assert run(["zoo", "show", NAME]) == 0
-    assert capsys.readouterr().out == "# tiny\n\n"
+    assert capsys.readouterr().out == gb.zoo.card(NAME) + "\n"
     assert run(["zoo", "show", NAME, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == entry.plain() | {"card": "# tiny\n"}
+    assert json.loads(capsys.readouterr().out) == entry.plain() | {"card": gb.zoo.card(NAME)}
     assert run(["uap", "score", f"zoo:{NAME}", f"zoo:{NAME}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["uer"] == entry.uer.plain()
 

@@ -130,5 +130,5 @@ def archive(command: list[str], pattern: str, sha256: str) -> Iterator[Path]:
         found = list(Path(scratch).glob(pattern))
         if len(found) != 1:
             raise UserError(f"{what} left {len(found)} files {pattern}: expected one")
-        check_digest(found[0].read_bytes(), sha256, what)
+        check_digest(found[0].read_bytes(), sha256, found[0].name)
         yield found[0]

@@ -58,8 +58,10 @@ def load_audit(name: str) -> AuditResult:
 
 
 def card(name: str) -> str:
-    """Return the card of an entry, in Markdown; see :func:`load`."""
-    return zoo.path(name, CARD).read_text(encoding="utf-8")
+    """Return the card of an entry, in Markdown, with the sha256 of its files; see :func:`load`."""
+    text = zoo.path(name, CARD).read_text(encoding="utf-8")
+    rows = "".join(f"| `{file}` | `{digest}` |\n" for file, digest in sorted(entry(name).files.items()))
+    return f"{text.rstrip()}\n\n## Files\n\n| file | sha256 |\n|---|---|\n{rows}"
 
 
 class Verification(Config):

@@ -129,3 +129,12 @@ def _diagnostic(entry: Registered[DiagnosticFunction]) -> Diagnostic:
     kept = ("condition", "explanation", "remedy", "gradients", "comparisons", "needs")
     about = {key: entry.options[key] for key in kept}
     return Diagnostic(name=entry.options["title"], function=entry.target, **about)
+
+
+def class_share(context: AuditContext, *, rarest: bool = False) -> float:
+    """Share of the most frequent class, or of the rarest that occurs: the accuracy of always naming it."""
+    labels = context.test.labels[context.test.task.valid(context.test.labels)]
+    if not len(labels):
+        return 0.0
+    counts = labels.bincount()
+    return float((counts[counts > 0].min() if rarest else counts.max()) / len(labels))

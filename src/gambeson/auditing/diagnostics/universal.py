@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gambeson.auditing.context import AuditContext
-from gambeson.auditing.diagnostics.base import Finding, register
+from gambeson.auditing.diagnostics.base import Finding, class_share, register
 from gambeson.auditing.outcome import LEVEL, PairedDifference
 from gambeson.auditing.rescoring import ROUNDING
 from gambeson.auditing.results import UniversalResult
@@ -24,15 +24,6 @@ _HALF, _LEAST = 1000, 64
 """Test images that one is crafted on, at the most and at the least (ours)."""
 
 
-def _prior(context: AuditContext, *, rarest: bool = False) -> float:
-    """Share of the most frequent class, or of the rarest that occurs: the accuracy of always naming it."""
-    labels = context.test.labels[context.test.task.valid(context.test.labels)]
-    if not len(labels):
-        return 0.0
-    counts = labels.bincount()
-    return float((counts[counts > 0].min() if rarest else counts.max()) / len(labels))
-
-
 @register(
     "better than majority class",
     condition="the clean accuracy is not clearly above that of always naming the most frequent class",
@@ -41,7 +32,7 @@ def _prior(context: AuditContext, *, rarest: bool = False) -> float:
     gradients=False,
 )
 def _learnt(context: AuditContext) -> Finding:
-    prior = _prior(context)
+    prior = class_share(context)
     return Finding(
         context.clean.low > prior,
         f"clean accuracy {context.clean} against {100 * prior:.1f} % for always naming the most frequent class",
@@ -59,7 +50,7 @@ def _learnt(context: AuditContext) -> Finding:
     comparisons=5,
 )
 def _beats_controls(context: AuditContext) -> Finding:
-    ceiling = _NEAR_CEILING * (1 - _prior(context, rarest=not context.test.task.per_image_label))
+    ceiling = _NEAR_CEILING * (1 - class_share(context, rarest=not context.test.task.per_image_label))
     beaten, equalled = [], []
     if not any(point.controls for point in context.universal):
         return Finding(None, "no controls were tried")
