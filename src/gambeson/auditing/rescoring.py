@@ -159,7 +159,7 @@ def ways(context: AuditContext, *, clean: bool = False) -> list[Way]:
         Way(name="in a thread of its own", share=0.25, caller="no_grad", seed=0),
         Way(name="in inference mode", share=0.25, caller="inference", seed=42),
         Way(name="in channels-last layout", share=0.25, caller="no_grad", channels_last=True, seed=1234),
-        Way(name="with gradients on", size=min(32, largest), share=0.25, caller="grad", seed=_UNSEEDED),
+        Way(name="with gradients on", size=min(32, at_once(context.test)), share=0.25, caller="grad", seed=_UNSEEDED),
     ]
     if not (clean or context.suite.rescoring):
         return []

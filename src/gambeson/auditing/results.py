@@ -137,7 +137,8 @@ class UniversalResult(Config):
     """The universal perturbation of one eps, its rates on the test split, and the controls at the same eps.
 
     It is the one that does most harm on validation: the crafted one, a control, or the one crafted on the surrogate.
-    Since no test image took part in the selection, its rates have plain intervals.
+    Since no test image took part in the selection, its rates have plain intervals; but where the crafted one is clearly
+    stronger on test than what validation chose, it is taken, and ``uer`` has the interval of the higher of two.
     """
 
     attack: str = "stochastic-pgd"
