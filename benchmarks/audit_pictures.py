@@ -228,9 +228,9 @@ def held(case: Case, needs: Needs) -> Iterator[AuditContext]:
                 for eps in suite.eps:
                     with seeded(0, "stage", universals.file_of(eps)):
                         evidence.universal.append(universals.craft_point(evidence, eps, None))
-                _CRAFTED[repr(case)] = (evidence.uaps, evidence.universal, evidence.errors)
+                _CRAFTED[repr(case)] = (evidence.uaps, evidence.universal, evidence.counts)
             else:
-                evidence.uaps, evidence.universal, evidence.errors = crafted
+                evidence.uaps, evidence.universal, evidence.counts = crafted
         if "re-scoring" in needs:
             evidence.universal = universals.rescore(evidence)
         if "universal-nes" in needs:

@@ -215,15 +215,15 @@ def test_every_rate_of_a_curve_is_the_worst_also_after_a_break(nets, mean, tmp_p
     with held(model, nets.data, (0.05, EPS), **settings) as seen:
         before = seen.universal = [universal.craft_point(seen, eps, tmp_path) for eps in seen.suite.eps]
         after = universal.rescore(seen)
-        errors = dict(seen.errors)
+        counts = dict(seen.counts)
         for eps in seen.suite.eps:
             universal.recall(seen, eps, tmp_path)
-            assert torch.equal(seen.errors[eps].wrong, errors[eps].wrong)
+            assert torch.equal(seen.counts[eps].wrong, counts[eps].wrong)
         with Victim(nets("standard")) as truth:
             for old, new in zip(before, after, strict=True):
                 there = seen.uaps[new.eps].delta
                 true = score(predict(truth, nets.data.test, there), nets.data.test).error
-                assert old.uer.value < new.uer.value == true == errors[new.eps].wrong.sum() / len(nets.data.test)
+                assert old.uer.value < new.uer.value == true == counts[new.eps].wrong.sum() / len(nets.data.test)
                 assert new.uer.candidates > 1
                 assert new.controls[0].worst.value > old.controls[0].worst.value
                 assert new.fooling.value > old.fooling.value

@@ -120,7 +120,7 @@ def test_validation_images_that_stand_do_not_choose_what_is_reported(digits):
     assert point.uer.candidates == 2
     assert point.crafted is None
     assert evidence.uaps[0.15].about.chosen_on == digits.test.name
-    wrong = evidence.errors[0.15].wrong.sum() / len(digits.test)
+    wrong = evidence.counts[0.15].wrong.sum() / len(digits.test)
     assert float(wrong) == pytest.approx(point.uer.value)
 
 

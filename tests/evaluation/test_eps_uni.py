@@ -11,8 +11,9 @@ from gambeson.attacks.universal.perturbation import Provenance
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Rate, eps_adv, eps_uni, strongest, universal_evasion
 from gambeson.evaluation.eps_uni import Found, scaled, search
-from gambeson.evaluation.rates import ImageErrors, crossing_interval
+from gambeson.evaluation.rates import crossing_interval
 from gambeson.evaluation.universal import error_rate
+from gambeson.tasks import Counts
 from gambeson.threat import Ball
 from gambeson.victim import Victim, predict, score
 from tests.conftest import LinearNet, binary
@@ -133,8 +134,8 @@ def test_validation_chooses_the_warm_start_and_test_does_not(digits, trained):
     shape = digits.test.shape
     good = StochasticPGD(eps=0.3, steps=30, probe_starts=0).craft(trained, digits)
     weak = uap_of(control("random-sign", Ball(eps=0.1), shape, seed=3), 0.1)
-    nothing = ImageErrors(torch.zeros(449, dtype=torch.long), torch.ones(449, dtype=torch.long))
-    much = ImageErrors((torch.arange(449) % 5 < 2).long(), nothing.total)
+    nothing = Counts(torch.ones(449, dtype=torch.long), torch.ones(449, dtype=torch.long))
+    much = Counts((torch.arange(449) % 5 >= 2).long(), nothing.total)
     known = {0.05: Found(scaled(good, 0.05), nothing), 0.1: Found(weak, much)}
     starts = []
 
@@ -277,20 +278,17 @@ def test_the_interval_covers_the_true_eps():
 def test_an_interval_read_off_a_coarse_curve_is_as_wide_as_its_steps():
     answers = torch.ones(1000, dtype=torch.long)
     curve = {
-        eps: ImageErrors((torch.arange(1000) < count).long(), answers)
-        for eps, count in ((0, 20), (0.1, 300), (0.2, 700))
+        eps: Counts((torch.arange(1000) >= count).long(), answers) for eps, count in ((0, 20), (0.1, 300), (0.2, 700))
     }
     low, high = crossing_interval(curve, 0.5)
     assert 0.13 < low < 0.15 < high < 0.17
     assert crossing_interval({0: curve[0]}, 0.5) == (0, None)
     assert crossing_interval(curve, 0.01)[0] == 0
     # Answers of images without a label, or with several, weigh as many as they are.
-    maps = {eps: ImageErrors(found.wrong * 2, found.total * 2) for eps, found in curve.items()}
+    maps = {eps: Counts(found.right * 2, found.total * 2) for eps, found in curve.items()}
     assert crossing_interval(maps, 0.5) == (low, high)
     blank = torch.zeros(500, dtype=torch.long)
-    more = {
-        eps: ImageErrors(torch.cat([found.wrong, blank]), torch.cat([answers, blank])) for eps, found in curve.items()
-    }
+    more = {eps: Counts(torch.cat([found.right, blank]), torch.cat([answers, blank])) for eps, found in curve.items()}
     assert crossing_interval(more, 0.5) == pytest.approx((low, high), abs=3e-3)
 
 

@@ -14,9 +14,8 @@ from gambeson.cli.app import run
 from gambeson.data import Dataset, LazySplit, Split
 from gambeson.evaluation import strongest
 from gambeson.evaluation.eps_uni import Found, scaled, search
-from gambeson.evaluation.rates import ImageErrors
 from gambeson.evaluation.universal import errors_under, lost_iou
-from gambeson.tasks import Rate
+from gambeson.tasks import Counts, Rate
 from gambeson.victim import Victim, predict
 
 
@@ -150,7 +149,8 @@ def test_eps_uni_of_a_target_is_where_it_succeeds():
     def bright(victim, split, delta=None):
         """Pixels taken for bright ones, among those that are dark."""
         hits = (predict(victim, split, delta) == 1) & (split.labels == 0)
-        return ImageErrors(hits.flatten(1).sum(1), (split.labels == 0).flatten(1).sum(1))
+        total = (split.labels == 0).flatten(1).sum(1)
+        return Counts(total - hits.flatten(1).sum(1), total)
 
     test = scenes(100, 3)
     margins = (0.5 - test.images[:, :, :, :4]).flatten().sort().values
@@ -248,7 +248,8 @@ def test_validation_chooses_by_what_is_measured():
 
     def dark(victim, split, delta=None):
         hits = (predict(victim, split, delta) == 0) & (split.labels == 1)
-        return ImageErrors(hits.flatten(1).sum(1), (split.labels == 1).flatten(1).sum(1))
+        total = (split.labels == 1).flatten(1).sum(1)
+        return Counts(total - hits.flatten(1).sum(1), total)
 
     test, darker = scenes(60, 8), UniversalPerturbation(-brighter(0.1).delta, ABOUT)
     with Victim(Pixelwise()) as victim:

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gambeson.evaluation import Rate
-from gambeson.evaluation.rates import ImageErrors, crossing_interval, crossings
-from gambeson.tasks import Difference
+from gambeson.evaluation.rates import crossing_interval, crossings
+from gambeson.tasks import Counts, Difference
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_choices_among_the_chosen_add_up():
 
 def curve_of(errors, total):
     """Counts by eps of images whose row of ``errors`` says at which of four eps they are wrong."""
-    return {eps: ImageErrors(errors[:, k], total) for k, eps in enumerate((0.0, 0.1, 0.2, 0.4))}
+    return {eps: Counts(total - errors[:, k], total) for k, eps in enumerate((0.0, 0.1, 0.2, 0.4))}
 
 
 def test_images_without_a_label_have_no_part_in_the_interval_of_an_eps():

@@ -58,7 +58,7 @@ from gambeson.base import UserError, environment, say, task, watched
 from gambeson.evaluation import BlackBox, BudgetSpent
 from gambeson.evaluation.classes import ClassView
 from gambeson.evaluation.edits import EditsResult
-from gambeson.evaluation.rates import EpsAdv, EpsUni, ImageErrors
+from gambeson.evaluation.rates import EpsAdv, EpsUni
 from gambeson.models import fingerprint
 
 
@@ -336,8 +336,8 @@ class Auditor:
             raise AssertionError("eps_uni is a stage of every audit")
         if folder is not None:
             uap = context.uaps[context.eps]
-            clean = ImageErrors.of(context.predictions, context.test)
-            before, after = (one.wrong / one.total.clamp(min=1) for one in (clean, context.errors[context.eps]))
+            clean = context.test.counts(context.predictions)
+            before, after = (one.wrong / one.total.clamp(min=1) for one in (clean, context.counts[context.eps]))
             shown = partial(save_examples, folder, victim, context.test, uap, before, after)
             curve = [context.uaps[eps] for eps in suite.eps]
             stages.afford("examples", None, lambda: shown(curve=curve, targeted=context.targeted), None)

@@ -32,7 +32,7 @@ from gambeson.base import UserError, load_tensors, read_json, refuse_other, save
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import BlackBox, BudgetSpent, Rate
 from gambeson.evaluation.outcome import AttackT, ImageAttack, at_once, averaged, outcome
-from gambeson.evaluation.rates import Cost, ImageErrors
+from gambeson.evaluation.rates import Cost
 from gambeson.tasks import Counts
 from gambeson.victim import Victim, vote
 from gambeson.victim.temperature import temperature
@@ -246,8 +246,8 @@ class AuditContext:
     """The selected perturbations by eps."""
     crafted: dict[float, UniversalPerturbation] = field(default_factory=dict)
     """The crafted perturbation of an eps at which another one was selected."""
-    errors: dict[float, ImageErrors] = field(default_factory=dict)
-    """Errors per test image under the perturbations, by eps."""
+    counts: dict[float, Counts] = field(default_factory=dict)
+    """Answers to each test image under the perturbations, by eps."""
     universal: list[UniversalResult] = field(default_factory=list)
     per_image: list[PerImageResult] = field(default_factory=list)
     steadiness: Steadiness | None = None

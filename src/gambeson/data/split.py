@@ -15,7 +15,7 @@ import torch
 from gambeson.base.errors import DataWarning, UserError
 from gambeson.base.seeds import generator as stream
 from gambeson.data.partition import stratified
-from gambeson.tasks import Task
+from gambeson.tasks import Counts, Task
 from gambeson.tasks.labels import as_pair, class_names, distinct, is_mask
 
 Pieces = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -316,6 +316,10 @@ class Split:
     def with_images(self, images: torch.Tensor) -> Split:
         """Return a split of other images (N, C, H, W) with these labels, such as the perturbed ones of each image."""
         return Split(self.name, images, self.labels, self.classes, task=self.task)
+
+    def counts(self, predictions: torch.Tensor) -> Counts:
+        """Count the right answers of each image, from predictions (N,) or (N, H, W) on any device; on the CPU."""
+        return self.task.counts(predictions.cpu(), self.labels.cpu())
 
     def to(self: SplitT, device: torch.device | str) -> SplitT:
         """Return the split with its tensors on ``device`` or, if they do not fit, with its batches sent there.

@@ -154,7 +154,7 @@ class WorstCase:
             return self.counts & (2 * self._support > self.votes)
         now = self.split.with_images(self.images)
         with seeded(self.seed, "score"):  # where a single pass decides, predict leaves the seed to its caller
-            counts = now.task.counts(predict(self.victim, now, seed=self.seed), now.labels.cpu())
+            counts = now.counts(predict(self.victim, now, seed=self.seed))
         return counts.right.to(self.labels.device) > 0
 
     def scored(self) -> Counts:

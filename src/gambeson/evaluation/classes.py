@@ -12,9 +12,9 @@ from torch import nn
 from gambeson.attacks import UniversalPerturbation
 from gambeson.base import Config, UserError, eps_text, notebook, seeded
 from gambeson.data import Split
-from gambeson.evaluation.rates import Cost, ImageErrors
+from gambeson.evaluation.rates import Cost
 from gambeson.evaluation.universal import scorable
-from gambeson.tasks import Rate
+from gambeson.tasks import Counts, Rate
 from gambeson.threat import perturb
 from gambeson.victim import Victim, as_victim, auto_batch_size, predict, votes_of
 
@@ -126,8 +126,7 @@ def by_class(
     deltas = {k: one.delta for k, one in (class_wise or {}).items()}
     with as_victim(model) as victim:
         clean, under = (
-            ImageErrors.of(predict(victim, split, delta, seed=seed), split)
-            for delta in (None, uap.delta.to(victim.device))
+            split.counts(predict(victim, split, delta, seed=seed)) for delta in (None, uap.delta.to(victim.device))
         )
         return class_view(victim, split, uap, clean, under, deltas, seed=seed)
 
@@ -136,20 +135,20 @@ def class_view(
     victim: Victim,
     split: Split,
     uap: UniversalPerturbation,
-    clean: ImageErrors,
-    under: ImageErrors,
+    clean: Counts,
+    under: Counts,
     deltas: Mapping[int, torch.Tensor] | None = None,
     *,
     seed: int = 0,
 ) -> ClassView:
-    """As :func:`by_class`, from errors that are known, of a victim inside its context.
+    """As :func:`by_class`, from answers that are known, of a victim inside its context.
 
     Args:
         victim: the model.
         split: the images.
         uap: the perturbation of all images.
-        clean: errors on the clean images.
-        under: errors under the perturbation.
+        clean: answers on the clean images.
+        under: answers under the perturbation.
         deltas: perturbations (1, C, H, W) of single classes, by index.
         seed: of a random model's votes.
     """
@@ -158,14 +157,14 @@ def class_view(
     parts = {k: (labels == k) & (clean.total > 0) for k in range(len(split.classes))}
     parts = {k: rows for k, rows in parts.items() if bool(rows.any())}
 
-    def rate(errors: ImageErrors, rows: torch.Tensor) -> Rate:
-        return Rate.of(int(errors.wrong[rows].sum()), int(rows.sum()), candidates=len(parts))
+    def rate(counts: Counts, rows: torch.Tensor) -> Rate:
+        return Rate.of(int(counts.wrong[rows].sum()), int(rows.sum()), candidates=len(parts))
 
     def own(k: int, rows: torch.Tensor) -> Rate | None:
         if deltas is None or k not in deltas:
             return None
         part = split.subset(rows)
-        found = ImageErrors.of(predict(victim, part, deltas[k].to(victim.device), seed=seed), part)
+        found = part.counts(predict(victim, part, deltas[k].to(victim.device), seed=seed))
         return rate(found, torch.ones(len(part), dtype=torch.bool))
 
     found = [

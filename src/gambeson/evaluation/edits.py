@@ -11,9 +11,9 @@ from torch import nn
 from gambeson.attacks import PATCH_CONTROLS, AdversarialPatch, UniversalPerturbation
 from gambeson.base import Config, eps_text, notebook
 from gambeson.data import Split
-from gambeson.evaluation.rates import Control, Cost, ImageErrors, strongest_control
+from gambeson.evaluation.rates import Control, Cost, strongest_control
 from gambeson.evaluation.universal import controls_beside, scorable
-from gambeson.tasks import Difference, Rate
+from gambeson.tasks import Counts, Difference, Rate
 from gambeson.threat.edits import NONE, Edit, check_edits
 from gambeson.victim import Shared, Victim, as_victim, score_batches
 
@@ -153,17 +153,16 @@ def edited_rates(
     every = {edit.text: edit for edit in (Edit.parse(NONE), *found)}
 
     def rates(edit: Edit) -> EditedRates:
-        def error(delta: Shared | None) -> ImageErrors:
+        def counts(delta: Shared | None) -> Counts:
             moved = None if delta is None else delta.to(victim.device)
-            counts = score_batches(victim, split, moved, seed=seed, edit=edit).counts
-            return ImageErrors(counts.total - counts.right, counts.total)
+            return score_batches(victim, split, moved, seed=seed, edit=edit).counts
 
-        clean, under = error(None), error(uap.shared(victim.device))
-        drawn = {name: [error(one).rate for one in some] for name, some in patterns.items()}
+        clean, under = counts(None), counts(uap.shared(victim.device))
+        drawn = {name: [counts(one).error_rate for one in some] for name, some in patterns.items()}
         return EditedRates(
             edit=edit.text,
-            clean=clean.rate,
-            uer=under.rate,
+            clean=clean.error_rate,
+            uer=under.error_rate,
             harm=Difference.of(under.rows, clean.rows, clean.of_sums, clean.images, seed=seed),
             controls=[Control.of(name, some) for name, some in drawn.items()],
         )

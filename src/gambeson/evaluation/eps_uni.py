@@ -16,9 +16,10 @@ from gambeson.attacks.universal.target import from_predictions
 from gambeson.base import Config, Number, UserError, derive, seeded, task, unknown_name
 from gambeson.data import Dataset, Split, as_dataset, as_split, disjoint
 from gambeson.evaluation.outcome import at_once, attacked, averaged
-from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni, ImageErrors, Measured, crossing_interval
+from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni, Measured, crossing_interval
 from gambeson.evaluation.targeted import TargetMeasure
 from gambeson.evaluation.universal import RANKED, Measure, errors_under, lost_iou, strongest
+from gambeson.tasks import Counts
 from gambeson.threat import Ball, Norm, norm_of_ones, perturb
 from gambeson.victim import Victim, as_victim, nothing_counts, rescaled, vote
 
@@ -261,7 +262,7 @@ def eps_adv(
         work = _Bisection(
             attempt=lambda eps, tried: _attacked(victim, split, attack, eps, tried, seed),
             errors=lambda found: found[1],
-            rescale=lambda found, eps: _moved_errors(victim, split, found[0] * (eps / found[2])),
+            rescale=lambda found, eps: _moved_counts(victim, split, found[0] * (eps / found[2])),
             clean=(clean := errors_under(victim, split)),
             largest=norm_of_ones(attack.norm, split.shape),
             delta=goal.delta,
@@ -398,8 +399,8 @@ def _name(measure: Measure) -> str:
     return names.get(measure) or str(getattr(measure, "name", getattr(measure, "__name__", type(measure).__name__)))
 
 
-PerImageFound = tuple[torch.Tensor, ImageErrors, float]
-"""Each image's worst perturbation (N, C, H, W), its errors, and the eps of the attack."""
+PerImageFound = tuple[torch.Tensor, Counts, float]
+"""Each image's worst perturbation (N, C, H, W), its answers, and the eps of the attack."""
 
 
 def _attacked(
@@ -419,20 +420,20 @@ def _attacked(
             moved = attacked(here, victim, images, labels, seed=derive(seed, "batch", k), task=split.task)
             moves.append((moved - images).cpu())
     delta = torch.cat(moves)
-    errors = _moved_errors(victim, split, delta)
+    counts = _moved_counts(victim, split, delta)
     if smaller is None:
-        return delta, errors, eps
+        return delta, counts, eps
     before, known, _ = tried[smaller]
-    worse = errors.wrong >= known.wrong
+    worse = counts.right <= known.right
     best = torch.where(worse.view(-1, 1, 1, 1), delta, before)
-    return best, ImageErrors(torch.maximum(errors.wrong, known.wrong), errors.total), eps
+    return best, Counts(torch.minimum(counts.right, known.right), counts.total), eps
 
 
-def _moved_errors(victim: Victim, split: Split, delta: torch.Tensor) -> ImageErrors:
-    """Errors under one perturbation per image (N, C, H, W), by votes if the model is random."""
+def _moved_counts(victim: Victim, split: Split, delta: torch.Tensor) -> Counts:
+    """Answers under one perturbation per image (N, C, H, W), by votes if the model is random."""
     size, at, found = at_once(split), 0, []
     with seeded(0, "score"):
         for images, _ in split.batches(size, device=victim.device):
             found.append(vote(victim, perturb(images, delta[at : at + len(images)].to(images))).cpu())
             at += len(images)
-    return ImageErrors.of(torch.cat(found), split)
+    return split.counts(torch.cat(found))

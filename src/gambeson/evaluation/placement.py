@@ -12,9 +12,9 @@ from torch import nn
 from gambeson.attacks import PATCH_CONTROLS, AdversarialPatch, patch_control
 from gambeson.base import Config, UserError, notebook
 from gambeson.data import Split, as_split
-from gambeson.evaluation.rates import Control, Cost, ImageErrors, strongest_control
+from gambeson.evaluation.rates import Control, Cost, strongest_control
 from gambeson.evaluation.universal import scorable
-from gambeson.tasks import Difference, Rate
+from gambeson.tasks import Counts, Difference, Rate
 from gambeson.threat import Placement
 from gambeson.threat.patch import require_room
 from gambeson.victim import Shared, as_victim, predict
@@ -192,36 +192,36 @@ def by_placement(
     with as_victim(model) as victim:
         before = victim.forwards, victim.backwards
 
-        def errors(shared: Shared | None) -> ImageErrors:
+        def counts(shared: Shared | None) -> Counts:
             found = predict(victim, split, None if shared is None else shared.to(victim.device), seed=seed)
-            return ImageErrors.of(found, split) if target is None else _taken(found, split, target)
+            return split.counts(found) if target is None else _taken(found, split, target)
 
         def placed(
             at: float | tuple[float, float], placement: Placement, patterns: int | None = PATTERNS
         ) -> PlacedRate:
             drawn = {
-                name: [errors(patch.placed(one, placement)) for one in some[:patterns].split(1)]
+                name: [counts(patch.placed(one, placement)) for one in some[:patterns].split(1)]
                 for name, some in beside.items()
             }
-            under = errors(patch.placed(placement=placement))
+            under = counts(patch.placed(placement=placement))
             best = max(chain.from_iterable(drawn.values()), key=lambda one: one.error, default=None)
             return PlacedRate(
                 at=at,
-                rate=under.rate,
-                controls=[Control.of(name, [one.rate for one in some]) for name, some in drawn.items()],
+                rate=under.error_rate,
+                controls=[Control.of(name, [one.error_rate for one in some]) for name, some in drawn.items()],
                 lead=None if best is None else paired(under, best),
             )
 
-        def paired(first: ImageErrors, second: ImageErrors) -> Difference:
+        def paired(first: Counts, second: Counts) -> Difference:
             return Difference.of(first.rows, second.rows, first.of_sums, first.images, seed=seed)
 
-        clean, under = errors(None), errors(patch.placed())
+        clean, under = counts(None), counts(patch.placed())
         return PlacementResult(
             attack=patch.about.attack,
             placement=own,
             area=patch.area,
             target=None if target is None else whole.classes[target],
-            clean=clean.rate,
+            clean=clean.error_rate,
             whole=placed(1.0, own, None),
             harm=paired(under, clean),
             places=[[placed((y, x), moved[y, x]) for x in steps] for y in steps],
@@ -232,7 +232,7 @@ def by_placement(
         )
 
 
-def _taken(predictions: Any, split: Split, target: int) -> ImageErrors:
-    """Count the images that are taken for a class."""
+def _taken(predictions: Any, split: Split, target: int) -> Counts:
+    """Count an image that is taken for the target as an error, as a measure that grows with the attack needs it."""
     valid = split.task.valid(split.labels.cpu())
-    return ImageErrors(((predictions == target) & valid).long(), valid.long())
+    return Counts(((predictions != target) & valid).long(), valid.long())

@@ -10,7 +10,6 @@ from typing import Literal, Protocol
 import torch
 
 from gambeson.base import Config
-from gambeson.data import Split
 from gambeson.tasks import Confusion, Rate
 from gambeson.tasks.rate import RESAMPLES, resampled
 
@@ -128,49 +127,6 @@ class Measured(Protocol):
     def images(self) -> int:
         """Images with anything that counts."""
         ...
-
-
-@dataclass(frozen=True)
-class ImageErrors:
-    """Errors per image under one attack; a label map has many predictions per image.
-
-    Of a target, the predictions that reach it among those that have one.
-    """
-
-    wrong: torch.Tensor
-    """(N,): predictions that differ from the label."""
-    total: torch.Tensor
-    """(N,): predictions that count; 1 for an image with one label, 0 if that is the ignore index."""
-
-    @classmethod
-    def of(cls, predictions: torch.Tensor, split: Split) -> ImageErrors:
-        """Count them, from predictions (N,) or (N, H, W) on the CPU."""
-        counts = split.task.counts(predictions, split.labels.cpu())
-        return cls(counts.total - counts.right, counts.total)
-
-    @property
-    def rate(self) -> Rate:
-        """Share of wrong predictions, with its interval over images."""
-        return Rate.bootstrap(self.wrong, self.total)
-
-    @property
-    def error(self) -> float:
-        """Share of wrong predictions."""
-        return int(self.wrong.sum()) / max(1, int(self.total.sum()))
-
-    @property
-    def images(self) -> int:
-        """Images with a prediction that counts."""
-        return int((self.total > 0).sum())
-
-    @property
-    def rows(self) -> torch.Tensor:
-        """(N, 2): the counts."""
-        return torch.stack([self.wrong, self.total], 1)
-
-    def of_sums(self, sums: torch.Tensor) -> torch.Tensor:
-        """Return the share of wrong predictions for each row of sums, (B, 2)."""
-        return sums[:, 0] / sums[:, 1].clamp(min=1)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from gambeson.attacks import (
 )
 from gambeson.base import UserError
 from gambeson.data import Split, as_split
-from gambeson.evaluation.rates import Control, ImageErrors, LostIou, Measured
-from gambeson.tasks import Confusion, Rate
+from gambeson.evaluation.rates import Control, LostIou, Measured
+from gambeson.tasks import Confusion, Counts, Rate
 from gambeson.threat import Ball
 from gambeson.victim import Score, Shared, Victim, as_victim, nothing_counts, predict_batches, score_batches
 
@@ -247,10 +247,9 @@ Measure = Callable[[Victim, Split, torch.Tensor | None], Measured]
 """Measures what a perturbation (1, C, H, W) does to a split, or what is found on clean images (None)."""
 
 
-def errors_under(victim: Victim, split: Split, delta: torch.Tensor | None = None) -> ImageErrors:
+def errors_under(victim: Victim, split: Split, delta: torch.Tensor | None = None) -> Counts:
     """Measure the error."""
-    counts = score_batches(victim, split, delta).counts
-    return ImageErrors(counts.total - counts.right, counts.total)
+    return score_batches(victim, split, delta).counts
 
 
 def lost_iou(victim: Victim, split: Split, delta: torch.Tensor | None = None) -> LostIou:

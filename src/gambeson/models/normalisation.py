@@ -120,4 +120,4 @@ def _accuracy(model: PixelModel, split: Split, scale: Scale) -> Rate:
     finally:
         for module, mode in modes:
             module.training = mode
-    return split.task.counts(torch.cat(found).cpu(), split.take(slice(None), "cpu")[1]).accuracy
+    return split.counts(torch.cat(found)).accuracy

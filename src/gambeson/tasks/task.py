@@ -44,9 +44,19 @@ class Counts:
         return int((self.total > 0).sum())
 
     @property
+    def wrong(self) -> torch.Tensor:
+        """(N,): units that count and are not answered rightly."""
+        return self.total - self.right
+
+    @property
     def errors(self) -> int:
-        """Units that count and are not answered rightly."""
-        return int(self.total.sum()) - int(self.right.sum())
+        """Units that count and are not answered rightly, of all images."""
+        return int(self.wrong.sum())
+
+    @property
+    def error(self) -> float:
+        """The share of wrong units, 0 where nothing counts; :attr:`error_rate` without its interval."""
+        return self.errors / max(1, int(self.total.sum()))
 
     @cached_property
     def accuracy(self) -> Rate:
@@ -59,7 +69,17 @@ class Counts:
     @cached_property
     def error_rate(self) -> Rate:
         """The share of wrong units; see :attr:`accuracy`."""
-        return Rate.bootstrap(self.total - self.right, self.total)
+        return Rate.bootstrap(self.wrong, self.total)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """(N, 2) int64: wrong units, and those that count."""
+        return torch.stack([self.wrong, self.total], 1)
+
+    @staticmethod
+    def of_sums(sums: torch.Tensor) -> torch.Tensor:
+        """Return the share of wrong units (B,) for each row of sums of :attr:`rows`, (B, 2)."""
+        return sums[:, 0] / sums[:, 1].clamp(min=1)
 
     @property
     def shares(self) -> torch.Tensor:

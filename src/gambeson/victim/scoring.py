@@ -60,7 +60,7 @@ class Score:
     @property
     def error(self) -> float:
         """Share of wrong predictions."""
-        return self.errors / max(1, self.total)
+        return self.counts.error
 
     @property
     def change_rate(self) -> Rate:

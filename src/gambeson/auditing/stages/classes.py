@@ -9,7 +9,6 @@ import torch
 from gambeson.auditing.context import AuditContext
 from gambeson.base import save_tensors
 from gambeson.evaluation.classes import ClassView, class_view
-from gambeson.evaluation.rates import ImageErrors
 
 FILE = "class-wise.safetensors"
 """Holds ``deltas`` (M, C, H, W) and the indices of their ``classes`` (M,)."""
@@ -36,8 +35,8 @@ def measure(context: AuditContext, folder: Path | None) -> ClassView | None:
         context.victim,
         context.test,
         context.uaps[context.eps],
-        ImageErrors.of(context.predictions, context.test),
-        context.errors[context.eps],
+        context.test.counts(context.predictions),
+        context.counts[context.eps],
         deltas,
         seed=context.seed,
     )

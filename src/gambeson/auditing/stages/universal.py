@@ -24,7 +24,7 @@ from gambeson.auditing.stages.transfer import name_of, on_surrogate
 from gambeson.base import Config, UserError, eps_text, seeded
 from gambeson.data import Dataset
 from gambeson.evaluation.eps_uni import Found, eps_adv, search
-from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni, ImageErrors
+from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni
 from gambeson.evaluation.universal import change_rate, control_rates, error_rate, patterns_of, strongest
 from gambeson.tasks import Counts, Rate
 from gambeson.threat import Ball
@@ -98,7 +98,7 @@ def craft_point(context: AuditContext, eps: float, folder: Path | None) -> Unive
         else:
             context.crafted[eps] = crafted
     context.uaps[eps] = uap
-    _keep(context, eps, ImageErrors.of(predictions, context.test))
+    _keep(context, eps, context.test.counts(predictions))
     if folder is not None:
         uap.save(folder / file_of(eps))
         if uap is not crafted:
@@ -119,9 +119,9 @@ def craft_point(context: AuditContext, eps: float, folder: Path | None) -> Unive
     )
 
 
-def _keep(context: AuditContext, eps: float, errors: ImageErrors) -> None:
-    context.errors[eps] = errors
-    context.outcomes.keep(_name(eps), Counts(errors.total - errors.wrong, errors.total), context.test)
+def _keep(context: AuditContext, eps: float, counts: Counts) -> None:
+    context.counts[eps] = counts
+    context.outcomes.keep(_name(eps), counts, context.test)
 
 
 def _name(eps: float) -> str:
@@ -143,9 +143,7 @@ def rescore(context: AuditContext) -> list[UniversalResult]:
 
 
 def _stored(context: AuditContext, eps: float) -> Perturbed:
-    errors = context.errors[eps]
-    right = Counts(errors.total - errors.wrong, errors.total)
-    return Perturbed(split=context.test, right=right, delta=context.uaps[eps].delta)
+    return Perturbed(split=context.test, right=context.counts[eps], delta=context.uaps[eps].delta)
 
 
 def _worst(context: AuditContext, point: UniversalResult, accused: Sequence[Way]) -> UniversalResult:
@@ -157,7 +155,7 @@ def _worst(context: AuditContext, point: UniversalResult, accused: Sequence[Way]
     most = max(range(len(scores)), key=lambda k: scores[k].error)
     found, update = scores[most], dict[str, object]()
     if found.error > point.uer.value:
-        _keep(context, eps, ImageErrors.of(predictions[most], test))
+        _keep(context, eps, found.counts)
         update = {"fooling": change_rate(found), "iou": IoU.of(predictions[most], test)}
     update["uer"] = Rate.highest([point.uer, *map(error_rate, scores)])
 
@@ -182,7 +180,7 @@ def recall(context: AuditContext, eps: float, folder: Path) -> None:
     kept = context.outcomes.of(_name(eps))
     if kept is None:
         raise UserError(f"{folder} lacks what each image answers at eps {eps_text(eps)}: delete it, and start again")
-    context.errors[eps] = ImageErrors(kept[1].total - kept[1].right, kept[1].total)
+    context.counts[eps] = kept[1]
 
 
 def _others(context: AuditContext, eps: float) -> list[UniversalPerturbation]:
@@ -276,10 +274,10 @@ def search_eps_uni(context: AuditContext, runs: int | None = None) -> EpsUni:
         delta=suite.eps_uni_delta,
         tolerance=suite.eps_uni_tolerance,
         seed=context.seed,
-        known={point.eps: Found(context.uaps[point.eps], context.errors[point.eps]) for point in context.universal},
+        known={point.eps: Found(context.uaps[point.eps], context.counts[point.eps]) for point in context.universal},
         controls=suite.controls,
         runs=suite.eps_uni_runs if runs is None else runs,
-        clean=ImageErrors.of(context.predictions, context.test),
+        clean=context.test.counts(context.predictions),
     )
 
 
