@@ -12,7 +12,7 @@ from gambeson.attacks.minimal_norm.deepfool import DeepFool
 from gambeson.tasks import Classification
 from gambeson.threat import Ball
 from gambeson.victim import Victim
-from tests.conftest import LinearNet, binary, inner_images
+from tests.conftest import LinearNet, binary, full, inner_images
 
 
 def linear(classes, shape, seed=0):
@@ -118,7 +118,7 @@ def test_bounded_by_eps_the_smallest_is_kept_and_the_rest_is_projected(attack):
     assert torch.equal(attack(eps=0)(model, x, y), x)
 
 
-@pytest.mark.parametrize(("classes", "shape"), [(2, (1, 3, 5)), (3, (3, 5, 7)), (2, (1, 1, 31))])
+@pytest.mark.parametrize(("classes", "shape"), [full(2, (1, 3, 5)), (3, (3, 5, 7)), full(2, (1, 1, 31))])
 def test_carlini_wagner_is_within_five_per_cent_of_the_optimum(classes, shape):
     model, x, y = linear(classes, shape)
     with Victim(model) as victim:

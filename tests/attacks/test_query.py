@@ -15,7 +15,7 @@ from gambeson.attacks.query.square import RandomSearch, Square
 from gambeson.tasks import Classification, Segmentation
 from gambeson.threat import Ball
 from gambeson.victim import Victim
-from tests.conftest import LinearNet, binary, inner_images
+from tests.conftest import LinearNet, binary, full, inner_images
 
 BALLS = [Square, RandomSearch, NES, SPSA]
 
@@ -99,8 +99,9 @@ def test_an_image_that_is_adversarial_is_not_asked_about_again(attack):
     assert first > 1
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 9), (3, 7, 7)])
-@pytest.mark.parametrize("norm", ["inf", "2"])
+@pytest.mark.parametrize(
+    ("shape", "norm"), [((1, 8, 9), "inf"), ((3, 7, 7), "2"), full((3, 7, 7), "inf"), full((1, 8, 9), "2")]
+)
 def test_square_comes_near_the_optimum_of_a_linear_model_and_beats_random_search(shape, norm):
     model = Steep(shape)
     x, y = inner_images(6, shape), torch.zeros(6, dtype=torch.long)
@@ -113,8 +114,7 @@ def test_square_comes_near_the_optimum_of_a_linear_model_and_beats_random_search
     assert float(noise.mean()) < float(square.mean()) - 0.1
 
 
-@pytest.mark.parametrize("attack", [NES, SPSA])
-@pytest.mark.parametrize("norm", ["inf", "2"])
+@pytest.mark.parametrize(("attack", "norm"), [(NES, "2"), (SPSA, "inf"), full(NES, "inf"), full(SPSA, "2")])
 def test_estimated_gradients_reach_the_vertex_of_a_linear_model_and_beat_random_search(attack, norm):
     shape = (3, 4, 5)
     model = Steep(shape)

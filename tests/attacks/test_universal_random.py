@@ -11,7 +11,7 @@ from gambeson.attacks.universal.stochastic_pgd import ClasswiseStochasticPGD
 from gambeson.base import seeded
 from gambeson.victim import EOT_SAMPLES, Victim, predict, score
 from tests.attacks.test_universal import linear_data
-from tests.conftest import binary
+from tests.conftest import binary, full
 
 SHAPE = (1, 3, 4)
 
@@ -80,7 +80,7 @@ def test_class_wise_choice_is_by_votes_too(trained, digits):
     [
         StochasticPGD(eps=0.1, loss="margin", truncate=None, probe_starts=0, steps=1),
         SGA(eps=0.1, steps=1, rounds=1, inner_batch=250, loss="logit"),
-        DFUAP(eps=0.1, steps=1, confidence=1e6),
+        full(DFUAP(eps=0.1, steps=1, confidence=1e6)),
     ],
     ids=lambda a: a.name,
 )

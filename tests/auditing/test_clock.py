@@ -324,7 +324,7 @@ def test_three_tenths_of_a_minute(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("stage", "checks"),
     [
-        ("adaptive.measure", {"gradient complete", "no optimisation at test time"}),
+        full("adaptive.measure", {"gradient complete", "no optimisation at test time"}),
         ("universal.craft_by_queries", {"universal white box beats queries"}),
         ("surrogate.obtain", {"white box beats transfer", "universal white box beats transfer"}),
     ],

@@ -18,6 +18,7 @@ from gambeson.testbed.obfuscations.logits import ThinLayer
 from gambeson.testbed.recipes import networks
 from gambeson.threat.edits import moved
 from tests.auditing.evidence import held
+from tests.conftest import full
 from tests.gated import Gate
 
 EPS = 0.15
@@ -103,7 +104,7 @@ def test_blends_are_means_of_two_images_of_a_class():
         assert any(torch.allclose(blended[k], (images[k] + images[j]) / 2) for j in same)
 
 
-@pytest.mark.parametrize("name", ["pgd-adversarial", "trades", "jacobian", "Lipschitz", "linear"])
+@pytest.mark.parametrize("name", [full("pgd-adversarial"), "trades", full("jacobian"), "Lipschitz", "linear"])
 def test_honest_nets_fall_less(name, digits):
     check = beside(networks("digits")(name), digits)
     assert check.passed is True
@@ -204,7 +205,7 @@ def test_a_gradient_that_leads_nowhere_is_found_by_another(kind, digits):
     assert check.numbers["broken by other gradients"] >= 10
 
 
-@pytest.mark.parametrize("name", ["pgd-adversarial", "trades", "jacobian", "Lipschitz", "linear"])
+@pytest.mark.parametrize("name", [full("pgd-adversarial"), "trades", full("jacobian"), "Lipschitz", "linear"])
 def test_honest_gradients_lead_where_others_do(name, digits):
     check = other_gradients(networks("digits")(name), digits)
     assert check.passed is True

@@ -16,7 +16,7 @@ from gambeson.auditing.stages.transfer import FromSurrogate, measure, name_of
 from gambeson.evaluation import Rate
 from gambeson.threat import Ball, perturb
 from gambeson.victim import Victim, predict
-from tests.conftest import LinearNet, binary, inner_images
+from tests.conftest import LinearNet, binary, full, inner_images
 
 SUITE = Suite(
     eps=(0.15,), sample=150, queries=60, pgd_steps=10, pgd_restarts=1, surrogate_epochs=8, transfer_images=200
@@ -83,7 +83,7 @@ class Turned(nn.Module):
         return 2 * logits.detach() - logits
 
 
-@pytest.mark.parametrize("wrapper", [Rounded, Turned])
+@pytest.mark.parametrize("wrapper", [Rounded, full(Turned)])
 def test_masked_gradients_are_beaten_by_transfer_and_queries(wrapper, trained, digits, source):
     found = looked(evidence_of(wrapper(trained), digits, source))
     assert found["white box beats transfer"].passed is False

@@ -112,7 +112,7 @@ def _part_of(term, model, x):
     return value.detach(), (part * whole).sum() / whole.square().sum()
 
 
-@pytest.mark.parametrize(("way", "dimensions"), [("projection", 4), ("forward mode", 24), ("difference", 24)])
+@pytest.mark.parametrize(("way", "dimensions"), [("projection", 4), full("forward mode", 24), ("difference", 24)])
 def test_the_spread_is_the_theory_s(way, dimensions):
     model, x = two_layers(), images(1)
     jacobian = jacobians(model, x)[0]

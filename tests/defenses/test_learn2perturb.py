@@ -305,7 +305,7 @@ def right(model, digits):
     [
         (Learn2Perturb(eps=0.05, steps=1, rel_step_size=1), FeatureNoise()),
         full(Learn2Perturb(eps=0.05, steps=1, rel_step_size=1, update="joint"), FeatureNoise()),
-        (PNI(eps=0.05, steps=1, rel_step_size=1), ParametricNoise()),
+        full(PNI(eps=0.05, steps=1, rel_step_size=1), ParametricNoise()),
         (RSE(), FixedNoise()),
     ],
 )

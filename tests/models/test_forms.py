@@ -15,7 +15,7 @@ from gambeson.data import Split
 from gambeson.models import load, save
 from gambeson.models.export import export
 from gambeson.victim import Victim, copied
-from tests.conftest import full
+from tests.conftest import full, quickly
 
 # People have what torch calls deprecated: torch.jit, and the first weight norm.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
@@ -306,7 +306,7 @@ NOISELESS = {
 }
 
 
-@pytest.mark.parametrize("form", TRAINED)
+@pytest.mark.parametrize("form", quickly(TRAINED, "recurrent", "attending", "compiled", "data parallel"))
 def test_defences_train_every_form_or_say_why_not(form, tmp_path, stand_in):
     options = {"epochs": 2, "batch_size": 48, "optimizer": "adam", "lr": 0.01, "schedule": "constant", "ema": 0.9}
     for name, defense in DEFENSES.items():
@@ -417,7 +417,7 @@ def test_second_derivatives_of_attention_are_those_of_the_formula():
     assert model.attend.in_proj_weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("form", ["exported", "attending", *map(full, ("double", "recurrent", "tied", "weight_norm"))])
+@pytest.mark.parametrize("form", ["exported", *map(full, ("attending", "double", "recurrent", "tied", "weight_norm"))])
 def test_a_quick_audit_of_it_ends(form, plain):
     suite = gb.auditing.SUITES["quick"].model_copy(
         update={
