@@ -37,7 +37,7 @@ from gambeson.auditing import (  # noqa: E402
     DIAGNOSTICS,
     SUITES,
     AuditContext,
-    rescoring,
+    steadiness,
 )
 from gambeson.auditing.context import Checkpoints  # noqa: E402
 from gambeson.auditing.stages import adaptive, per_image  # noqa: E402
@@ -238,7 +238,7 @@ def held(case: Case, needs: Needs) -> Iterator[AuditContext]:
             assert found is not None
             evidence.queried = UniversalPerturbation.load(RUNS / found.file)
         if "gradients" in needs:
-            evidence.steadiness = rescoring.steadiness(evidence)
+            evidence.steadiness = steadiness.measure(evidence)
         if "per-image" in needs:
             evidence.per_image = per_image.measure(evidence)
         if "adaptive" in needs:

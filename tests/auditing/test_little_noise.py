@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from gambeson.auditing import DIAGNOSTICS, rescoring
+from gambeson.auditing import DIAGNOSTICS, steadiness
 from gambeson.auditing.context import Checkpoints
 from gambeson.auditing.stages import adaptive
 from gambeson.victim import inspect_model
@@ -106,7 +106,7 @@ def look(name, model, data):
     with held(model, data, (EPS,), **settings | ({"queries": 0} if name == "gradient complete" else {})) as seen:
         seen.victim.allow_no_graph = True
         if name == "gradient independent of the batch":
-            rescoring.begin(seen, Checkpoints(None))
+            steadiness.begin(seen, Checkpoints(None))
         if name == "gradient complete":
             seen.adaptive = adaptive.measure(seen)
         return CHECKS[name].function(seen)

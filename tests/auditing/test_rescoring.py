@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import gambeson as gb
-from gambeson.auditing import DIAGNOSTICS, rescoring
+from gambeson.auditing import DIAGNOSTICS, rescoring, steadiness
 from gambeson.auditing.context import Checkpoints
-from gambeson.auditing.outcome import LEVEL
+from gambeson.auditing.outcome import LEVEL, clearly_more
 from gambeson.auditing.results import Rescored
 from gambeson.auditing.stages import per_image, universal
 from gambeson.evaluation import FunctionModel
@@ -156,7 +156,7 @@ def looked(model, data, names=(BATCH, CORNER, GRADIENT, REPEAT), **settings):
         "norm": "inf",
     } | settings
     with held(model, data, (EPS,), **settings) as evidence:
-        rescoring.begin(evidence, Checkpoints(None))
+        steadiness.begin(evidence, Checkpoints(None))
         evidence.universal = [universal.craft_point(evidence, EPS, None)]
         evidence.universal = universal.rescore(evidence)
         attack = evidence.averaged(evidence.pgd)
@@ -268,7 +268,7 @@ class Neighbours(nn.Module):
 
 def test_gradients_that_are_rounding_are_none(nets):
     with held(Neighbours(nets("standard"), nets.data), nets.data, (EPS,)) as seen:
-        found = rescoring.steadiness(seen)
+        found = steadiness.measure(seen)
     assert found.passed
     assert found.numbers["differing"] < 0.1
 
@@ -278,7 +278,7 @@ def test_an_attack_that_was_hindered_for_a_time_is_found(nets):
     model = FalseGradient(copied(nets("standard")), lambda *_: bool(hindered))
     model.__deepcopy__ = lambda memo: model  # as a model that asks the clock
     with held(model, nets.data, (EPS,), sample=64) as seen:
-        rescoring.begin(seen, Checkpoints(None))
+        steadiness.begin(seen, Checkpoints(None))
         hindered.append(True)
         attack = seen.suite.pgd(EPS)
         seen.universal, seen.per_image = [], [per_image.attacked(seen, "pgd", attack, attack.plain())]
@@ -379,11 +379,11 @@ def test_a_black_box_is_asked_in_fewer_ways_and_not_accused(nets):
 
 
 def test_a_batch_of_rounding_is_no_difference_and_more_is():
-    assert not rescoring.clearly_more(8, 500, 0.01)
-    assert rescoring.clearly_more(16, 500, 0.01)
-    assert not rescoring.clearly_more(0, 5, 0.01)
+    assert not clearly_more(8, 500, 0.01)
+    assert clearly_more(16, 500, 0.01)
+    assert not clearly_more(0, 5, 0.01)
     least = next(hits for hits in range(500) if binom.sf(hits - 1, 500, 0.01) < LEVEL)
-    assert [rescoring.clearly_more(hits, 500, 0.01) for hits in (least - 1, least)] == [False, True]
+    assert [clearly_more(hits, 500, 0.01) for hits in (least - 1, least)] == [False, True]
 
 
 def test_of_answers_that_change_both_ways_only_as_many_as_rounding_explains_may():
@@ -407,12 +407,12 @@ def test_the_cosine_of_a_random_models_gradients_may_lose_a_tenth_between_batche
     first, other = torch.eye(4)[0].view(1, 1, 2, 2), torch.eye(4)[1].view(1, 1, 2, 2)
     turned = (1 - lost) * first + (1 - (1 - lost) ** 2) ** 0.5 * other
     images = torch.zeros(16, 1, 2, 2)
-    monkeypatch.setattr(rescoring, "_points", lambda _: (images, torch.zeros(16, dtype=torch.long)))
-    monkeypatch.setattr(rescoring, "at_once", lambda _: 64)
+    monkeypatch.setattr(steadiness, "_points", lambda _: (images, torch.zeros(16, dtype=torch.long)))
+    monkeypatch.setattr(steadiness, "at_once", lambda _: 64)
     monkeypatch.setattr(
         rescoring, "_gradient", lambda _, x, y, original: (first if len(x) == 16 else turned).expand(len(x), 1, 2, 2)
     )
-    found = rescoring._random_gradients(SimpleNamespace(test=None, seed=0, suite=SimpleNamespace(eot_samples=3)))
+    found = steadiness._random_gradients(SimpleNamespace(test=None, seed=0, suite=SimpleNamespace(eot_samples=3)))
     assert found.passed is passed
     assert found.numbers == pytest.approx({"within": 1, "lost": lost}, abs=1e-6)
 
@@ -423,11 +423,11 @@ def test_gradients_are_one_where_direction_and_about_the_length_are():
     away[:, :, :2] *= -1
     pairs = {1.9: True, 0.51: True, 2.1: False, 0.49: False, -1.0: False}
     for factor, same in pairs.items():
-        assert rescoring._same(first, factor * first).tolist() == [same] * 5, factor
-    assert not rescoring._same(first, away).any()
-    assert rescoring._same(0 * first, 0 * first).all()
-    assert not rescoring._same(first, 0 * first).any()
-    assert rescoring._same(1e-30 * first, 1e-30 * first).all()
+        assert steadiness._same(first, factor * first).tolist() == [same] * 5, factor
+    assert not steadiness._same(first, away).any()
+    assert steadiness._same(0 * first, 0 * first).all()
+    assert not steadiness._same(first, 0 * first).any()
+    assert steadiness._same(1e-30 * first, 1e-30 * first).all()
 
 
 def test_only_a_way_that_leaves_less_right_takes_the_place_of_what_was_reported():

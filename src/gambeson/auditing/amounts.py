@@ -10,7 +10,8 @@ from typing import Any
 
 from gambeson.attacks import PGD, TargetedAutoPGD
 from gambeson.auditing.context import MARGIN_STEPS, WIDER
-from gambeson.auditing.rescoring import DRAWN, MOST, batch_sizes
+from gambeson.auditing.rescoring import MOST, batch_sizes
+from gambeson.auditing.steadiness import DRAWN
 from gambeson.auditing.suite import Suite
 from gambeson.data import Dataset
 from gambeson.evaluation.outcome import at_once

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gambeson.attacks import UniversalPerturbation
-from gambeson.auditing import rescoring
+from gambeson.auditing import steadiness
 from gambeson.auditing.amounts import CHECKS
 from gambeson.auditing.budget import lost, omitted
 from gambeson.auditing.clock import BY_WORTH, CHECKED, CURVE, OWN, STOPPED, Clock, Remaining, TimeSpent, now, said_of
@@ -230,7 +230,7 @@ class Auditor:
         context.randomness = self.stages.afford(
             "randomness", RandomnessResult | None, lambda: randomness.measure(context), None
         )
-        rescoring.begin(context, self.stages)
+        steadiness.begin(context, self.stages)
 
     def _by_queries(self) -> None:
         context, folder = self.context, self.folder

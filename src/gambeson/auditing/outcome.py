@@ -129,6 +129,13 @@ class PairedDifference:
         return f"{100 * self.value:+.1f} % [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 
 
+def clearly_more(hits: int, total: int, share: float) -> bool:
+    """Whether so many of ``total`` say that more than a share do: the exact binomial test at :data:`LEVEL`."""
+    from scipy.special import bdtrc
+
+    return hits > 0 and float(bdtrc(hits - 1, total, share)) < LEVEL
+
+
 def lower_end(rate: Rate, level: float = LEVEL) -> float:
     """Return the lower confidence limit of a rate at the level of an audit's comparisons.
 

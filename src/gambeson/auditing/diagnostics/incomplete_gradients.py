@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
-from gambeson.auditing.rescoring import clearly_more
+from gambeson.auditing.outcome import clearly_more
 from gambeson.auditing.results import AdaptiveResult
 from gambeson.auditing.stages.adaptive import AGREES, MANY, WRONG
 

@@ -9,10 +9,11 @@ import torch
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
 from gambeson.auditing.diagnostics.gradient_masking import probe
-from gambeson.auditing.outcome import AsFarAsFinite, PairedDifference
-from gambeson.auditing.rescoring import FALSE, SHRINK, Perturbed, changed_since, clearly_more, rescored_in, ways
+from gambeson.auditing.outcome import AsFarAsFinite, PairedDifference, clearly_more
+from gambeson.auditing.rescoring import SHRINK, Perturbed, rescored_in, ways
 from gambeson.auditing.results import Rescored
 from gambeson.auditing.stages.per_image import PGD_NAME
+from gambeson.auditing.steadiness import FALSE, changed_since
 from gambeson.base import generator
 from gambeson.evaluation.outcome import outcome
 from gambeson.tasks import Counts

@@ -6,7 +6,8 @@ import torch
 
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.diagnostics.base import Finding, register
-from gambeson.auditing.rescoring import batch_sizes, clearly_more
+from gambeson.auditing.outcome import clearly_more
+from gambeson.auditing.rescoring import batch_sizes
 from gambeson.base import generator, seeded
 from gambeson.evaluation import BudgetSpent
 from gambeson.victim import Victim, predict

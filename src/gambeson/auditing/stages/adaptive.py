@@ -14,8 +14,7 @@ from torch import nn
 from gambeson.attacks import PGD, Square
 from gambeson.auditing.context import AuditContext
 from gambeson.auditing.gradient_agreement import gradient_agreement
-from gambeson.auditing.outcome import AsFarAsFinite, PairedDifference
-from gambeson.auditing.rescoring import clearly_more
+from gambeson.auditing.outcome import AsFarAsFinite, PairedDifference, clearly_more
 from gambeson.auditing.results import AdaptiveResult, TransferredResult
 from gambeson.auditing.stages import surrogate
 from gambeson.auditing.stages.per_image import attacked_in_turn
