@@ -410,7 +410,7 @@ def test_the_cosine_of_a_random_models_gradients_may_lose_a_tenth_between_batche
     monkeypatch.setattr(steadiness, "_points", lambda _: (images, torch.zeros(16, dtype=torch.long)))
     monkeypatch.setattr(steadiness, "at_once", lambda _: 64)
     monkeypatch.setattr(
-        rescoring, "_gradient", lambda _, x, y, original: (first if len(x) == 16 else turned).expand(len(x), 1, 2, 2)
+        steadiness, "_gradient", lambda _, x, y, original: (first if len(x) == 16 else turned).expand(len(x), 1, 2, 2)
     )
     found = steadiness._random_gradients(SimpleNamespace(test=None, seed=0, suite=SimpleNamespace(eot_samples=3)))
     assert found.passed is passed
