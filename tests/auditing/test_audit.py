@@ -91,10 +91,11 @@ def test_result_file_is_the_result_and_another_seed_gives_another(audited, train
     assert set(json.loads((folder / "timing.json").read_text())) >= {"per-image", "eps-uni"}
 
 
-def test_a_cut_audit_goes_on_after_its_last_stage_and_ends_with_the_same_bytes(
-    audited, trained, digits, tmp_path, monkeypatch
-):
-    found, folder = audited
+def test_a_cut_audit_goes_on_after_its_last_stage_and_ends_with_the_same_bytes(trained, digits, tmp_path, monkeypatch):
+    short = {"universal_steps": 10, "pgd_steps": 3, "jacobian_backwards": 0, "edits": (), "eps_uni_tolerance": 0.3}
+    suite = SUITE.model_copy(update={**short, "checks": ("stateless", "gradient complete", "attack has converged")})
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    found = gb.audit(trained, digits, suite, whole, label="plain")
     crafted = []
     craft = StochasticPGD.craft
 
@@ -106,24 +107,24 @@ def test_a_cut_audit_goes_on_after_its_last_stage_and_ends_with_the_same_bytes(
 
     monkeypatch.setattr(StochasticPGD, "craft", counted)
     with pytest.raises(KeyboardInterrupt):
-        gb.audit(trained, digits, SUITE, tmp_path, label="plain")
-    assert not (tmp_path / "result.json").exists()
-    resumed = gb.audit(trained, digits, SUITE, tmp_path, label="plain")
+        gb.audit(trained, digits, suite, cut, label="plain")
+    assert not (cut / "result.json").exists()
+    resumed = gb.audit(trained, digits, suite, cut, label="plain")
     assert crafted[:4] == [0.05, 0.1, 0.2, 0.2]  # the first two were not crafted again
     assert resumed.results == found.results
-    assert (tmp_path / "result.json").read_bytes() == (folder / "result.json").read_bytes()
+    assert (cut / "result.json").read_bytes() == (whole / "result.json").read_bytes()
     other = gb.models.create("lenet5", digits)
     with pytest.raises(UserError, match=r"holds another run \(it differs in model\)"):
-        gb.audit(other, digits, SUITE, tmp_path)
-    fewer = SUITE.model_copy(update={"pgd_steps": SUITE.pgd_steps + 1, "eps": (0.3,)})
-    for data, suite, seed, unlike in (
+        gb.audit(other, digits, suite, cut)
+    fewer = suite.model_copy(update={"pgd_steps": suite.pgd_steps + 1, "eps": (0.3,)})
+    for data, other_suite, seed, unlike in (
         (digits, fewer, 0, "suite.eps, suite.pgd_steps"),
-        (digits, SUITE, 3, "seed"),
-        (digits.test, SUITE, 0, "images"),
-        (other_train(digits), SUITE, 0, r"train\)"),
+        (digits, suite, 3, "seed"),
+        (digits.test, suite, 0, "images"),
+        (other_train(digits), suite, 0, r"train\)"),
     ):
         with pytest.raises(UserError, match=rf"holds another run \(it differs in {unlike}"):
-            gb.audit(trained, data, suite, tmp_path, seed=seed)
+            gb.audit(trained, data, other_suite, cut, seed=seed)
 
 
 def test_a_finished_audit_is_not_taken_for_one_of_weights_that_changed_since(audited, trained, digits, tmp_path):
