@@ -3,7 +3,7 @@
 import torch
 
 import gambeson as gb
-from gambeson.defenses import Jacobian, PGDAdversarial, Standard
+from gambeson.defenses import Ensemble, Jacobian, PGDAdversarial, Standard
 from gambeson.training import Recipe, TrainRun, plan, plan_training
 
 
@@ -21,6 +21,13 @@ def test_a_plan_counts_measures_and_leaves_the_model_alone(digits):
     assert costly.data == len(digits.train) * 64
     small, large = (plan(model, digits, Standard(), Recipe(batch_size=size)).activations for size in (64, 256))
     assert 3 < large / small < 4.5
+
+
+def test_a_step_of_an_ensemble_is_one_of_all_its_members(digits):
+    model = gb.models.create("lenet", digits, members=4)
+    four = plan(model, digits, Ensemble(members=4), Recipe(batch_size=256))
+    assert 2 < four.plain_ratio < 8
+    assert four.networks == 4
 
 
 def test_what_a_function_transform_keeps_is_counted_too(digits):

@@ -161,9 +161,9 @@ def _words(cost: TrainingCost, name: str) -> str:
     from gambeson.base import duration
 
     megabytes = [round(size / 2**20) for size in (cost.memory, cost.weights, cost.activations, cost.data)]
+    of = " of one of its networks" if cost.networks > 1 else ""
     return (
         f"{name}: {cost.steps} steps of {cost.seconds_a_step:.3g} s are about {duration(cost.seconds)} on "
-        f"{cost.device}; a step costs {cost.plain_ratio:.2f} times a step of standard training; memory about "
-        f"{megabytes[0]} MiB "
-        f"(weights and moments {megabytes[1]}, activations {megabytes[2]}, images {megabytes[3]})"
+        f"{cost.device}; a step costs {cost.plain_ratio:.2f} times a step of standard training{of}; memory about "
+        f"{megabytes[0]} MiB (weights and moments {megabytes[1]}, activations {megabytes[2]}, images {megabytes[3]})"
     )

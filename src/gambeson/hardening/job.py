@@ -345,7 +345,7 @@ class Job:
     def seconds(self, epochs: int) -> float:
         """Return how long so many epochs take, with their validation."""
         batch = self._recipe(1, 1).batch_size
-        gradient = self.cost.seconds_a_step / self.cost.plain_ratio / batch
+        gradient = self.cost.networks * self.cost.seconds_a_step / self.cost.plain_ratio / batch
         clean = gradient * len(self.data.validation) / 3
         looks = -(-epochs // _every(epochs))
         steps = len(self.data.train) // batch

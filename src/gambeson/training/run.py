@@ -37,7 +37,10 @@ class TrainingCost(Config):
     seconds: float
     """Time of all steps, without validation."""
     plain_ratio: float
-    """Time of a step relative to one of standard training, measured alternately."""
+    """Time of a step relative to one of standard training of one network, measured alternately. A step of an ensemble
+    trains all its members."""
+    networks: int = 1
+    """Networks of the model: the members of an ensemble."""
     weights: int
     """Bytes of weights, their gradients and the optimiser's moments."""
     activations: int
@@ -62,9 +65,10 @@ def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed
         recipe: optimiser and schedule.
         seed: of the run.
     """
+    voters = model.voters if isinstance(model, models.PixelModel) else [model]
     runs = [
-        Run(copied(model), data, one, recipe.model_copy(update={"track": "none"}), seed, None)
-        for one in (defense, Standard())
+        Run(copied(one), data, objective, recipe.model_copy(update={"track": "none"}), seed, None)
+        for one, objective in ((model, defense), (voters[0], Standard()))
     ]
     ours = runs[0]
     times: list[list[float]] = [[], []]
@@ -91,6 +95,7 @@ def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed
         seconds_a_step=second,
         seconds=second * steps,
         plain_ratio=second / statistics.median(times[1]),
+        networks=len(voters),
         weights=values * (3 if recipe.optimizer == "sgd" else 4),
         activations=kept,
         data=len(ours.train) * math.prod(ours.train.shape),
