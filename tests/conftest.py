@@ -14,7 +14,7 @@ import gambeson as gb
 
 torch.set_num_threads(1)  # the nets are tiny: a second thread costs more than it brings
 os.environ["OMP_NUM_THREADS"] = "1"  # nor to the processes of a test, whose last digits are then the same as here
-os.fsync = lambda _: None  # no test cuts the power, and a slow disk would take longer than many tests
+os.fsync = lambda fd: None  # no test cuts the power, and a slow disk would take longer than many tests
 
 settings.register_profile("fast", max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("fast")
