@@ -653,6 +653,14 @@ def test_more_images_than_there_are_are_refused(tmp_path, capsys):
         assert "digits/test has 449 images, and the study asks for 100000: ask for fewer" in said
 
 
+def test_a_search_takes_all_images_where_there_are_fewer_than_it_may_take(tmp_path):
+    search = {"lr": [0.01], "warmup": [0], "train": 100_000}
+    study = tiny(search=search, seeds=1, defenses={"standard": "standard"}, measures={"clean": {"kind": "accuracy"}})
+    result = run_study(study, tmp_path)
+    assert not result.failed
+    assert result.rows[0].recipe["lr"] == 0.01
+
+
 def test_ensembles_are_attacked_through_every_part_of_them(tmp_path):
     measures = {
         name: {"kind": "attack", "attack": {"name": "pgd", "steps": 5}, "test_images": 64, "adaptive": adaptive}

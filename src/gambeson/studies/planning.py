@@ -155,7 +155,7 @@ def _timed(cells: Sequence[Cell], device: str, prices: _Prices) -> dict[str, flo
     """Seconds of each key of cells that share data, architecture and defence."""
     trainings = [one for cell in cells for one in (cell, *cell.needs) if one.kind != "measure"]
     train = next(one for one in trainings if one.row.defense == cells[0].row.defense)
-    run, data = TrainRun(**train.settings["run"], device=device), load(cells[0].settings["data"])
+    run, data = TrainRun(**train.settings["run"], device=device), load(cells[0])
     members, step, random = run.defense.num_members, prices.step(run, data), prices.noisy(run, data)
 
     def epoch(settings: Mapping[str, Any]) -> float:

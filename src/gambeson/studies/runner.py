@@ -11,7 +11,7 @@ import time
 import traceback
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -40,13 +40,13 @@ class TimeUp(BaseException):
 
 
 @lru_cache(1)
-def _loaded(text: str) -> Dataset:
-    return StudyData.model_validate_json(text).load()
+def _loaded(text: str, fewer: bool) -> Dataset:
+    return StudyData.model_validate_json(text).load(fewer=fewer)
 
 
-def load(content: Mapping[str, Any]) -> Dataset:
-    """Load the data of a cell, kept for the next one."""
-    return _loaded(StudyData(**content).model_dump_json())
+def load(cell: Cell) -> Dataset:
+    """Load the data of a cell, kept for the next one. A search takes fewer images where there are no more."""
+    return _loaded(StudyData(**cell.settings["data"]).model_dump_json(), cell.kind == "search")
 
 
 def execute(cell: Cell, store: Store, device: str) -> None:
@@ -62,7 +62,7 @@ def execute(cell: Cell, store: Store, device: str) -> None:
         if content is None:
             raise Damaged(f"{need.title} has no result")
     results = [content["result"] for content in found if content is not None]
-    folder, data = store.folder(cell), load(cell.settings["data"])
+    folder, data = store.folder(cell), load(cell)
     eps, files = cell.settings["data"]["eps"], tuple[str, ...]()
     result: dict[str, Any]
     if cell.kind == "measure":

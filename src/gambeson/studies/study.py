@@ -80,12 +80,21 @@ class StudyData(Config):
     recipe: dict[str, Any] = Field(default_factory=dict)
     """Fields of the recipe that differ from the study's."""
 
-    def load(self) -> data_room.Dataset:
-        """Load it, with the splits cut to size."""
+    def load(self, *, fewer: bool = False) -> data_room.Dataset:
+        """Load it, with the splits cut to size.
+
+        Args:
+            fewer: take all of a split that has fewer images than were asked for, instead of refusing it.
+
+        Raises:
+            UserError: a split has fewer images.
+        """
         whole = data_room.load(self.name)
 
         def some(part: data_room.Split, size: int | None) -> data_room.Split:
             if size is not None and size > len(part):
+                if fewer:
+                    return part
                 raise UserError(f"{part.name} has {len(part)} images, and the study asks for {size}: ask for fewer")
             return part if size is None else part.sample(size)
 
@@ -151,7 +160,7 @@ class Search(Config):
     share: Annotated[Number, Field(gt=0, le=1)] = 1.0
     """Epochs of each candidate, as a share of the recipe's."""
     train: Size | None = None
-    """Training images of each candidate, a stratified sample; None: those of the data."""
+    """Training images of each candidate, a stratified sample, or all where there are fewer; None: those of the data."""
     lengths: tuple[Annotated[Number, Field(gt=0)], ...] = ()
     """Multiples of the recipe's epochs, ascending, that the chosen one is also trained for, on all images, to see from
     where on the validation score is flat. No training waits for this."""
