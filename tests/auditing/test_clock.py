@@ -208,6 +208,13 @@ def test_an_audit_against_the_clock_goes_on_where_it_stopped(digits, trained, mo
     assert (result.material.test, result.settings["universal_steps"]) == (
         chosen["test_images"], chosen["universal_steps"],
     )  # fmt: skip
+    whole = (tmp_path / "result.json").read_bytes()
+    again = gb.audit(Slow(trained, now, slower=3, after=0), digits, LITTLE, tmp_path, minutes=0.5)
+    assert again.results == result  # a finished one is not measured again in another time
+    assert len(again.perturbations) == len(result.universal)
+    assert (tmp_path / "result.json").read_bytes() == whole
+    with pytest.raises(UserError, match="holds another run"):
+        gb.audit(gb.models.create("lenet5", digits), digits, LITTLE, tmp_path, minutes=0.5)
 
 
 def _listening(take, taken):

@@ -10,18 +10,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from gambeson import data as data_room
-from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing.audit import Audit, diagnostics_of, run_stages
 from gambeson.auditing.budget import changes, fit_queries
 from gambeson.auditing.clock import Clock, now
-from gambeson.auditing.context import Checkpoints, Outcomes
+from gambeson.auditing.context import Checkpoints
 from gambeson.auditing.cost import AuditPlan, plan
 from gambeson.auditing.diagnostics import DIAGNOSTICS
 from gambeson.auditing.gates import NO_MAPS, Gate, refuse_unmeasured
-from gambeson.auditing.results import AuditResult
 from gambeson.auditing.stages import certified, own, per_image, surrogate
 from gambeson.auditing.stages.black_box import queries_file
-from gambeson.auditing.stages.examples import FILE
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.base import (
     Config,
@@ -91,7 +88,7 @@ def run_audit(
             is unknown, a black box's budget is spent, or a gate is about something that is not measured.
     """
     started, began = now(), check_audit(run, out)  # before anything is loaded: a finished audit needs no queries
-    if began and (done := _finished(out)):
+    if began and (done := Audit.finished(out)):
         _check_weights(run, out, dataset)
         return done
     left = _left(run, out)
@@ -170,19 +167,6 @@ def check_audit(run: AuditRun, out: Path | None) -> bool | None:
         check_source(run.suite.surrogate)
     check_source(run.model)
     return None if out is None else check_run(out, run)
-
-
-def _finished(out: Path) -> Audit | None:
-    """Return the audit of a folder, unless one of its files was deleted."""
-    if not (out / "result.json").is_file():
-        return None
-    result = AuditResult.load(out)
-    files = [FILE, *(point.file for point in result.universal)]
-    files += [part.file for part in (result.jacobian, result.classes) if part is not None]
-    if not all((out / file).exists() for file in files):
-        return None
-    uaps = [UniversalPerturbation.load(out / point.file) for point in result.universal]
-    return Audit(result, uaps, Outcomes(out))
 
 
 def plan_audit(run: AuditRun, out: Path | None = None, dataset: data_room.Dataset | None = None) -> AuditPlan:
