@@ -244,6 +244,18 @@ def test_seeds_that_agree_do_not_tell_how_far_seeds_differ():
     assert (found.verdict, found.low) == ("undecided", None)
 
 
+@pytest.mark.parametrize("step", [0.0, 0.01])
+def test_seeds_that_agree_within_a_step_of_a_search_tell_no_spread_either(step):
+    rows = points("new", [0.300, 0.301, 0.300], metric="a.eps_uni") + points("old", [0.25] * 3, metric="a.eps_uni")
+    for row in rows:
+        row.values["a.eps_uni"] = row.values["a.eps_uni"].model_copy(update={"step": step})
+    found = only(judge("C", claim(metric="a.eps_uni", how="ratio", at_least=1.17), rows, "steps", PLACE))
+    assert found.verdict == ("reproduced" if step == 0 else "undecided")
+    if step:  # half of it, of the smaller number
+        half = stats.t.ppf(0.975, 2) * (0.005 / 0.25) / math.sqrt(3)
+        assert math.log(found.high / found.effect) == pytest.approx(half)
+
+
 def test_a_variant_that_keeps_an_accuracy_waits_for_it():
     rows = []
     for variant, clean, uer in (("a", 0.5, 0.1), ("b", 0.9, 0.3)):

@@ -87,6 +87,9 @@ class Value(Config):
     high: float | None = None
     n: int = 0
     """Test images behind it; 0: not counted in images."""
+    step: float = 0.0
+    """Of a number that is not counted in images: how far apart the numbers are that the measurement can tell from each
+    other, such as the width of a search's last bracket."""
     censored: bool = False
     """Whether the true number is larger, such as an eps_uni that no attack reached."""
 
@@ -321,7 +324,7 @@ class EpsUniMeasure(Measure):
         found = eps_uni(
             trained.model, trained.data, attack, delta=self.delta, tolerance=self.tolerance, seed=trained.seed
         )
-        value = Value(value=found.value, low=found.low, high=found.high, censored=found.censored)
+        value = Value(value=found.value, low=found.low, high=found.high, censored=found.censored, step=found.tolerance)
         return Measured(metrics={"eps_uni": value})
 
 

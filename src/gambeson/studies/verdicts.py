@@ -187,7 +187,7 @@ class _Effect(NamedTuple):
     """Whether the true effect may be larger, because a number of the first side is only known to be."""
     less: bool = False
     step: float = 0.0
-    """What half a test image more changes: seeds that agree to less tell no spread."""
+    """What half a test image more changes, or half a step of a search: seeds that agree to less tell no spread."""
 
 
 def _effect(claim: Claim, points: Sequence[Point], every: Sequence[Point]) -> _Effect:
@@ -204,13 +204,13 @@ def _effect(claim: Claim, points: Sequence[Point], every: Sequence[Point]) -> _E
         values[0] - (values[1] if len(values) > 1 else 0.0),
         more=censored[0],
         less=any(censored[1:]),
-        step=max(_half_an_image(claim, value) for _, _, value in found),
+        step=max(_half_a_step(claim, value) for _, _, value in found),
     )
 
 
-def _half_an_image(claim: Claim, value: Value) -> float:
+def _half_a_step(claim: Claim, value: Value) -> float:
     if not value.n:
-        return 0.0
+        return value.step / 2 / (value.value if claim.how == "ratio" else 1.0)
     return 0.5 / (value.value * value.n + 0.5 if claim.how == "ratio" else value.n)
 
 
