@@ -149,6 +149,27 @@ def test_validation_chooses_the_warm_start_and_test_does_not(digits, trained):
     torch.testing.assert_close(start, scaled(good, eps).delta)
 
 
+@pytest.mark.parametrize("known", [(0.05, 0.1), (0.1, 0.8)])
+def test_where_runs_are_few_known_perturbations_are_scaled(known, digits, trained):
+    def craft(eps, start):
+        return StochasticPGD(eps=eps, steps=30, probe_starts=0).craft(trained, digits)
+
+    with Victim(trained) as victim:
+        tried = {}
+        for eps in known:
+            uap = craft(eps, None)
+            tried[eps] = Found(uap, score(predict(victim, digits.test, uap.delta), digits.test).counts)
+        found = [
+            search(victim, digits, craft, norm="inf", delta=0.5, tolerance=0.02, known=tried, controls=(), runs=runs)
+            for runs in (1, None)
+        ]
+    few, many = found
+    assert not few.censored
+    assert many.value <= few.value < 1.2 * many.value
+    assert few.tolerance < 0.05 * few.value
+    assert few.cost.forwards < many.cost.forwards
+
+
 def test_each_try_begins_from_the_best_so_far():
     """Without a warm start this attack has one right value, and needs seven times the eps."""
     w = torch.tensor([0.3, -0.1, 0.2, -0.4, 0.25, -0.35, 0.15, 0.45]).view(1, 2, 4)

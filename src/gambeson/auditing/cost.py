@@ -171,7 +171,7 @@ def asked_parts(suite: Suite, data: Dataset, passes: int) -> tuple[Part, ...]:
     craft = 2 * (suite.patterns * few + 3 * held) + 2 * held + test
     craft += (controls + 2) * held  # what stands for an eps is chosen on validation
     search = runs * (craft + held) + (runs * len(suite.eps) + runs * (runs - 1) // 2) * held
-    search += 12 * test if runs else 0  # the error curve near eps_uni
+    search += 24 * test if runs else 0  # the error curve near eps_uni
     transferred = min(suite.transfer_images, test) if suite.surrogate != "none" else 0
     checked = 2 * test + 23 * sample + 600
     checked += 0 if passes == 1 else 2 * sample  # of a random box: votes that choose the worst candidates
@@ -249,7 +249,7 @@ def parts_of(
     trials = TRIALS if suite.eps_uni_runs is None else suite.eps_uni_runs
     ranked = suite.patterns_of_controls * min(RANKED, held) + 2 * held  # what stands for an eps is chosen on validation
     scored = test * (2 + suite.patterns_of_controls) + ranked  # the crafted one too, where another was chosen
-    search = trials * (probe_starts + 3 * held + test + ranked + trials * min(RANKED, held)) + 12 * test * bool(trials)
+    search = trials * (probe_starts + 3 * held + test + ranked + trials * min(RANKED, held)) + 24 * test * bool(trials)
     attacked = min(suite.suite_images, test) if suite.norm != "1" else 0
     gradients, queries = (_MAP_SUITE, 1000) if n.of_maps else (SUITE_GRADIENTS, suite.suite_queries)
     jacobians = 0 if n.of_maps else suite.jacobian_backwards

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -13,10 +13,11 @@ from torch import nn
 
 from gambeson.attacks import CONTROLS, GradientAttack, UniversalAttack, UniversalPerturbation
 from gambeson.attacks.universal.target import from_predictions
-from gambeson.base import Config, Number, UserError, derive, seeded, task, unknown_name
+from gambeson.base import Config, Number, UserError, derive, seeded, unknown_name
 from gambeson.data import Dataset, Split, as_dataset, as_split, disjoint
+from gambeson.evaluation.bisection import Bisection
 from gambeson.evaluation.outcome import at_once, attacked, averaged
-from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni, Measured, crossing_interval
+from gambeson.evaluation.rates import Cost, EpsAdv, EpsUni, Measured
 from gambeson.evaluation.targeted import TargetMeasure
 from gambeson.evaluation.universal import RANKED, Measure, errors_under, lost_iou, strongest
 from gambeson.tasks import Counts
@@ -25,16 +26,6 @@ from gambeson.victim import Victim, as_victim, nothing_counts, rescaled, vote
 
 Craft = Callable[[float, torch.Tensor | None], UniversalPerturbation]
 """Maps eps, and the best perturbation so far (1, C, H, W) scaled to it, to a perturbation of this eps."""
-
-_FIRST = 4 / 255
-"""The first eps tried if nothing is known."""
-FLOOR = 1e-6
-"""Minimum width of the bracket as a share of the largest possible eps (1 in the norm inf), where the rounding of
-float32 pixels begins to matter (ours)."""
-_NEIGHBOURS = 6
-"""Maximum number of rescalings of the perturbation found on each side of eps_uni, at increasing distance."""
-_FAR = 4.0
-"""Distance of the error curve from delta, in standard errors, that suffices for the bootstrap."""
 
 
 class EpsSearch(Config):
@@ -69,15 +60,15 @@ def eps_uni(
     """Search the smallest eps at which one perturbation reaches an error of ``delta`` (Mummadi et al. 2019, section 3).
 
     eps is doubled until the perturbation selected at it reaches an error of ``delta`` on the test split, then the
-    bracket is halved until it is narrower than ``tolerance`` times eps (or :data:`FLOOR`). At each eps validation
-    selects the most harmful among the perturbation crafted on train, the perturbations of earlier eps scaled to this
-    one, from the best of which the attack also starts, and the controls. Balls are nested: a success at eps counts for
-    every larger one. eps_uni is thus the minimum over everything tried, and an upper bound of the true value.
+    bracket is halved until it is narrower than ``tolerance`` times eps, or than a millionth of the largest eps. At each
+    eps validation selects the most harmful among the perturbation crafted on train, the perturbations of earlier eps
+    scaled to this one, from the best of which the attack also starts, and the controls. Balls are nested: a success at
+    eps counts for every larger one. eps_uni is thus the minimum over everything tried, and an upper bound.
 
     Test images select nothing; they show where the error crosses ``delta``. The interval is a bootstrap over them with
     the perturbations held fixed (:func:`gambeson.evaluation.rates.crossing_interval`). To measure the error curve
     there, the perturbation found is scaled to up to twelve eps around it, which costs only forwards; a scaled one that
-    succeeds at a smaller eps counts.
+    succeeds at a smaller eps counts. A bracket that is still wide is halved by those at its ends, scaled.
 
     A random model is judged by votes (:data:`gambeson.victim.DEFAULT_VOTES`), whether a module or a victim is given.
 
@@ -207,7 +198,7 @@ def search(
     def rescale(found: Found, eps: float) -> Measured:
         return measured(data.test, scaled(found.uap, eps).delta)
 
-    work = _Bisection(
+    work = Bisection(
         attempt=attempt,
         errors=lambda found: found.test,
         rescale=rescale,
@@ -259,7 +250,7 @@ def eps_adv(
     with as_victim(model) as victim:
         before = Cost(forwards=victim.forwards, backwards=victim.backwards)
         attack = averaged(attack, victim, split.take(slice(0, 8), victim.device)[0])
-        work = _Bisection(
+        work = Bisection(
             attempt=lambda eps, tried: _attacked(victim, split, attack, eps, tried, seed),
             errors=lambda found: found[1],
             rescale=lambda found, eps: _moved_counts(victim, split, found[0] * (eps / found[2])),
@@ -279,98 +270,6 @@ def scaled(uap: UniversalPerturbation, eps: float) -> UniversalPerturbation:
     """Return a perturbation scaled to norm ``eps``."""
     delta = Ball(eps=eps, norm=uap.about.norm).fill(uap.delta)
     return UniversalPerturbation(delta, uap.about.model_copy(update={"eps": eps, "status": "done"}), uap.image_hashes)
-
-
-FoundT = TypeVar("FoundT")
-
-
-@dataclass(kw_only=True)
-class _Bisection(Generic[FoundT]):
-    attempt: Callable[[float, Mapping[float, FoundT]], FoundT]
-    errors: Callable[[FoundT], Measured]
-    rescale: Callable[[FoundT, float], Measured]
-    """Errors under a perturbation scaled to another eps."""
-    clean: Measured
-    largest: float
-    """The eps at which the ball contains the whole box."""
-    delta: float
-    tolerance: float
-    tried: dict[float, FoundT]
-    runs: float
-    seed: int
-    title: str
-
-    def run(self) -> dict[str, object]:
-        """Search, and return the fields of the result."""
-        if not 0 < self.delta < 1:
-            raise UserError(f"delta = {self.delta:g}: expected an error between 0 and 1, such as 0.5")
-        probing = self.runs > 0
-        low, high = (0.0, 0.0) if self.clean.error >= self.delta else self._bracket()
-        with task(self.title, self._halvings(low, high)) as advance:
-            while math.isfinite(high) and high - low > self._width(high) and self.runs > 0:
-                middle = (low + high) / 2
-                low, high = (low, middle) if self._succeeds(middle) else (middle, high)
-                advance()
-        curve = {0.0: self.clean} | {eps: self.errors(found) for eps, found in self.tried.items()}
-        if probing and 0 < high < math.inf:
-            curve = self._neighbours(self.tried[high], high) | curve
-            high = min(eps for eps, found in curve.items() if found.error >= self.delta)
-            low = max(eps for eps, found in curve.items() if eps < high)
-        value = high if math.isfinite(high) else low
-        ends = crossing_interval(curve, self.delta, seed=self.seed)
-        return {
-            "delta": self.delta,
-            "value": value,
-            "low": min(ends[0], value),
-            "high": ends[1] if ends[1] is None or not math.isfinite(high) else max(ends[1], value),
-            "censored": not math.isfinite(high),
-            "tolerance": high - low if math.isfinite(high) else 0.0,
-            "tried": sorted((eps, found.error) for eps, found in curve.items() if eps > 0),
-            "split": "test",
-        }
-
-    def _bracket(self) -> tuple[float, float]:
-        """Return the largest eps known to fail and the smallest known to succeed (infinite if none)."""
-        while (high := self._smallest_success()) == math.inf and self._reach() < self.largest and self.runs > 0:
-            self._succeeds(min(self.largest, max(_FIRST, 2 * self._reach())))
-        low = max((eps for eps in self.tried if eps < high), default=0.0)
-        return low, high
-
-    def _succeeds(self, eps: float) -> bool:
-        """Attack at ``eps`` and return whether the error reaches delta."""
-        self.runs -= 1
-        self.tried[eps] = self.attempt(eps, self.tried)
-        return self.errors(self.tried[eps]).error >= self.delta
-
-    def _neighbours(self, found: FoundT, eps: float) -> dict[float, Measured]:
-        """Errors under the perturbation found at ``eps``, scaled until the error is far from delta."""
-        far = _FAR * math.sqrt(self.delta * (1 - self.delta) / max(1, self.clean.images))
-        step, curve = min(0.05, max(0.01, self.tolerance)), {}
-        for side in (-1, 1):
-            for k in range(_NEIGHBOURS):
-                near = min(self.largest, eps * (1 + side * step * 2**k))
-                if near <= 0 or near == eps:
-                    break
-                curve[near] = self.rescale(found, near)
-                if side * (curve[near].error - self.delta) > far:
-                    break
-        return curve
-
-    def _smallest_success(self) -> float:
-        reached = (eps for eps, found in self.tried.items() if self.errors(found).error >= self.delta)
-        return min(reached, default=math.inf)
-
-    def _reach(self) -> float:
-        return max(self.tried, default=0.0)
-
-    def _width(self, high: float) -> float:
-        return max(self.tolerance * high, FLOOR * self.largest)
-
-    def _halvings(self, low: float, high: float) -> int:
-        """Approximate number of halvings the bracket needs; an eps far below it needs more."""
-        if not math.isfinite(high) or high == 0:
-            return 0
-        return max(0, math.ceil(math.log2(max(1.0, (high - low) / self._width(max(low, high / 2))))))
 
 
 def _since(victim: Victim, before: Cost) -> Cost:
