@@ -574,6 +574,9 @@ def test_an_earlier_summary_stands_in_for_data_sets_that_are_not_run(done, tmp_p
     later = found | {"date": "2021-01-01 00:00"}  # whose data set was joined in its turn
     assert joined(here, later).joined == found["joined"]
     assert {row.date for row in joined(here, later).rows if row.data == "mnist5k"} == {"2020-01-01 00:00"}
+    rows = [row.model_copy(update={"values": dict(list(row.values.items())[:1])}) for row in here.rows]
+    few = joined(here.model_copy(update={"rows": rows}), earlier)  # of the digits too it has more
+    assert {row.values["clean.accuracy"].value for row in few.rows} == {0.25}
     for content, words in (
         (earlier | {"study": earlier["study"] | {"seeds": [0, 1, 2]}}, "another seeds: expected one of the same study"),
         ({"rows": []}, "expected a summary of a study"),

@@ -104,7 +104,7 @@ def export(
         Path | None, typer.Option("--file", "-f", help="Output file.", show_default="in the study's folder")
     ] = None,
     join: Annotated[
-        Path | None, typer.Option(help="Earlier summary, used for data sets that were not run here.")
+        Path | None, typer.Option(help="Earlier summary, used for the data sets of which it has more numbers.")
     ] = None,
     as_json: Json = False,
 ) -> None:

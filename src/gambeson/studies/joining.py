@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ _UNTOLD: dict[str, Any] = {"recipe": {}, "flat": None, "verdicts": {}, "folders"
 
 
 def joined(result: StudyResult, earlier: Mapping[str, Any]) -> StudyResult:
-    """Take over from an earlier summary what is not run here.
+    """Take over from an earlier summary that of which it has more numbers.
 
     Whole data sets are taken, at equal steps or at equal time: claims are judged within these, so that no number is
     compared with one that other code has made. What the earlier summary had itself taken over keeps its date. Verdicts
@@ -32,8 +33,8 @@ def joined(result: StudyResult, earlier: Mapping[str, Any]) -> StudyResult:
     study, (theirs, old) = Study(**result.study), _parts(earlier)
     if unlike := sorted(key for key, value in theirs.plain().items() if result.study[key] != value):
         raise UserError(f"the summary is of a study with another {', '.join(unlike)}: expected one of the same study")
-    run, there = ({_place(row) for row in rows if row.values} for rows in (result.rows, old))
-    new = there - run
+    run, there = (Counter(_place(row) for row in rows for _ in row.values) for rows in (result.rows, old))
+    new = {place for place, numbers in there.items() if numbers > run[place]}
     taken = {_key(row): row for row in old if _place(row) in new}
     rows = [taken.get(_key(row), row) for row in result.rows]
     behind: dict[bool, set[str]] = {False: set(), True: set()}  # addresses of what is done, here and there
