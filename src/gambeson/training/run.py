@@ -37,8 +37,8 @@ class TrainingCost(Config):
     seconds: float
     """Time of all steps, without validation."""
     plain_ratio: float
-    """Time of a step relative to one of standard training of one network, measured alternately. A step of an ensemble
-    trains all its members."""
+    """Time of a step relative to one of standard training of one network, measured alternately; on one thread, that of
+    the processor. A step of an ensemble trains all its members."""
     networks: int = 1
     """Networks of the model: the members of an ensemble."""
     weights: int
@@ -71,10 +71,14 @@ def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed
         for one, objective in ((model, defense), (voters[0], Standard()))
     ]
     ours = runs[0]
+    # Of one thread, the processor's own time, which others on the machine do not lengthen.
+    alone = ours.device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     times: list[list[float]] = [[], []]
+    work: list[list[float]] = [[], []]
     kept = 0
     for k in range(_WARM_UP + _TIMED):
-        for run, found in zip(runs, times, strict=True):
+        for run, found, spent in zip(runs, times, work, strict=True):
             epoch = Epoch(run.train, recipe, run.defense.num_orders, seed, recipe.epochs - 1, run.device)
             run.model.train()
             batch = epoch[k % len(epoch)]
@@ -82,19 +86,20 @@ def plan(model: nn.Module, data: Dataset, defense: Defense, recipe: Recipe, seed
                 if run is ours and k == 0:
                     kept = _kept(lambda run=run, batch=batch: run.train_step(batch))  # type: ignore[misc]
                     continue
-                began = time.perf_counter()
+                began, before = time.perf_counter(), clock()
                 run.train_step(batch)
                 if run.device.type != "cpu":
                     torch.accelerator.synchronize(run.device)
                 if k >= _WARM_UP:
                     found.append(time.perf_counter() - began)
+                    spent.append(clock() - before)
     second, steps = statistics.median(times[0]), ours.steps * recipe.epochs
     values = sum(parameter.numel() * parameter.element_size() for parameter in ours.model.parameters())
     return TrainingCost(
         steps=steps,
         seconds_a_step=second,
         seconds=second * steps,
-        plain_ratio=second / statistics.median(times[1]),
+        plain_ratio=statistics.median(work[0]) / statistics.median(work[1]),
         networks=len(voters),
         weights=values * (3 if recipe.optimizer == "sgd" else 4),
         activations=kept,
