@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import Any, Literal
+from typing import Any
 
 from gambeson.base import UserError, contents
 from gambeson.base.config import parse_number
@@ -18,7 +18,7 @@ from gambeson.models.registry import MODELS
 from gambeson.studies.claims import At, Claim
 from gambeson.studies.code import code_hash
 from gambeson.studies.measures import AttackMeasure
-from gambeson.studies.study import Study, StudyData, StudyDefense, StudyModel
+from gambeson.studies.study import Kind, Study, StudyData, StudyDefense, StudyModel
 from gambeson.studies.trials import ends
 from gambeson.training import Recipe, TrainRun
 
@@ -53,7 +53,7 @@ class Row:
 class Cell:
     """One piece of work whose result is stored."""
 
-    kind: Literal["cost", "search", "lengths", "train", "measure"]
+    kind: Kind
     row: Row
     settings: dict[str, Any]
     """All that decides the result, as plain data."""

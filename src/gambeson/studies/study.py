@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -25,6 +25,8 @@ AnyMeasure = Annotated[
 """A measurement, distinguished by ``kind``."""
 
 
+Kind = Literal["cost", "search", "lengths", "train", "measure"]
+"""What a cell of a study does."""
 _MOST_SEEDS = 1000
 
 
@@ -225,6 +227,18 @@ class Study(Config):
             if isinstance(name, str):
                 DEFENSES.get(name)
         return fields
+
+    @field_validator("measures")
+    @classmethod
+    def _own_labels(cls, measures: dict[str, Any]) -> dict[str, Any]:
+        for label in measures:
+            if label in get_args(Kind):
+                raise ValueError(f"a measure is called {label!r}, as a study's own cells are: give it another label")
+            if not label or "." in label:
+                raise ValueError(
+                    f"a measure is called {label!r}: give it a label without a dot, as metrics are LABEL.NAME"
+                )
+        return measures
 
     @field_validator("seeds")
     @classmethod
