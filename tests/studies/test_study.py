@@ -303,6 +303,55 @@ def test_a_damaged_result_is_named_and_made_again(done, tmp_path):
     assert numbers(again) == numbers(result)
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", '{"message": 5, "run": "x", "times": 1}', '{"message": "x"', "7"])
+def test_a_damaged_note_of_a_failure_is_none(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("gambeson.studies.runner.execute", _made_up)
+    study = tiny(seeds=1, defenses={"standard": "standard"})
+    notes = [Store(tmp_path).folder(cell) / "failure.json" for cell in Matrix(study).cells]
+    for note in notes:
+        note.parent.mkdir(parents=True)
+        note.write_text(text)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(study.plain()))
+    assert read_study(study, tmp_path).failed == {}
+    assert run(["study", "status", str(tmp_path / "s.yaml"), "--out", str(tmp_path)]) == 0
+    assert run_study(study, tmp_path).done == 3
+    assert not [note for note in notes if note.exists()]
+
+
+def _made_up(cell, here, device):
+    """Store a result without any work."""
+    values = {"values": {}, "recipe": {}} if cell.kind == "train" else {"metrics": {}, "verdict": {}}
+    here.write(cell, values, 0.0, (), device)
+
+
+def test_a_folder_in_place_of_a_result_is_damage_as_any_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("gambeson.studies.runner.execute", _made_up)
+    study = tiny(seeds=1, defenses={"standard": "standard"})
+    folders = [Store(tmp_path).folder(cell) for cell in Matrix(study).cells]
+    (folders[0] / "result.json" / "inside").mkdir(parents=True)
+    (folders[1] / "failure.json").mkdir(parents=True)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(study.plain()))
+    assert run(["study", "status", str(tmp_path / "s.yaml"), "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("damaged, made again by the next run: ") == 1
+    assert f"train of standard on digits, lenet5, seed 0: {folders[0] / 'result.json'} is damaged" in said
+    with pytest.warns(UserWarning, match=r"train of standard on digits.*is damaged.*it is made again"):
+        again = run_study(study, tmp_path)
+    assert (again.done, again.damaged, again.failed) == (3, {}, {})
+    assert not (folders[1] / "failure.json").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", '{"device": "cpu"}', '{"seconds": [1]}', '{"device": "cpu", "sec', "null"])
+def test_a_damaged_plan_is_measured_again(text, tmp_path, monkeypatch):
+    study = tiny(seeds=1, defenses={"standard": "standard"})
+    matrix = prepare(study, tmp_path)
+    (tmp_path / "tiny" / "plan.json").write_text(text)
+    monkeypatch.setattr(planning, "_timed", lambda cells, *_: dict.fromkeys(map(store.key_of, cells), 7.0))
+    assert run_study(study, tmp_path, minutes=0).done == 0
+    assert planning.plan(matrix, Store(tmp_path), "cpu").seconds[1] == 21
+    assert Estimates(matrix, Store(tmp_path), "cpu").of(matrix.cells[0]) == 7
+
+
 def test_a_lock_has_one_holder_until_it_is_stale(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "BEAT", 0.05)
     first = Lock.take(tmp_path)
@@ -432,8 +481,7 @@ def test_a_cell_that_crashes_is_tried_again_as_often_as_the_study_says(tmp_path,
         tried.append(cell.title)
         if cell.label == "fgsm" and (cell.row.seed == 1 or tried.count(cell.title) < 3):
             raise RuntimeError("the machine had a bad moment")
-        values = {"values": {}, "recipe": {}} if cell.kind == "train" else {"metrics": {}, "verdict": {}}
-        here.write(cell, values, 0.0, (), device)
+        _made_up(cell, here, device)
 
     monkeypatch.setattr("gambeson.studies.runner.execute", fake)
     monkeypatch.setattr("gambeson.studies.runner._POLL", 0.01)

@@ -178,6 +178,8 @@ def _show(found: StudyResult, as_json: bool) -> None:
     console.print(f"{found.done} of {found.cells} cells are done")
     for title, reason in found.failed.items():
         console.print(f"failed: {title}: {reason}", soft_wrap=True, highlight=False)
+    for title, reason in found.damaged.items():
+        console.print(f"damaged, made again by the next run: {title}: {reason}", soft_wrap=True, highlight=False)
     if not found.claims:
         return
     table = Table(box=box.SIMPLE_HEAD)

@@ -75,7 +75,7 @@ def import_cells(file: Path, root: Path) -> tuple[int, int]:
     new = 0
     for address, content in found:
         target = root / CELLS / address / RESULT
-        if not target.is_file():
+        if not target.exists():
             write_json(target, content)
             new += 1
     return new, len(found) - new

@@ -21,7 +21,7 @@ from gambeson.studies.bench import operations
 from gambeson.studies.matrix import Cell, Matrix
 from gambeson.studies.measures import AttackMeasure, EpsUniMeasure, JacobianMeasure, SuiteMeasure
 from gambeson.studies.runner import load
-from gambeson.studies.store import PLAN, Damaged, Estimates, Store, key_of
+from gambeson.studies.store import PLAN, Damaged, Estimates, Planned, Store, key_of
 from gambeson.training import TrainRun, plan_training
 from gambeson.training.run import step_of
 from gambeson.victim import DEFAULT_VOTES, EOT_SAMPLES
@@ -82,7 +82,7 @@ def plan(matrix: Matrix, store: Store, device: str) -> StudyPlan:
             except UserError as error:
                 notes.setdefault(str(error), f"{cells[0].row.title}: {error}")
             advance()
-    write_json(store.root / matrix.study.name / PLAN, {"device": device, "seconds": seconds})
+    write_json(store.root / matrix.study.name / PLAN, Planned(device=device, seconds=seconds).plain())
     estimates = Estimates(matrix, store, device)
     return StudyPlan(
         study=matrix.study.name,

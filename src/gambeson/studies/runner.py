@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import shutil
 import signal
 import threading
 import time
@@ -25,7 +24,7 @@ from gambeson.data import Dataset
 from gambeson.studies import trainings
 from gambeson.studies.matrix import Cell, Matrix
 from gambeson.studies.measures import load_trained
-from gambeson.studies.store import TAKEOVERS, Damaged, Estimates, Store, write_cell
+from gambeson.studies.store import TAKEOVERS, Damaged, Estimates, Store, remove, write_cell
 from gambeson.studies.study import Study, StudyData
 from gambeson.training import TrainRun
 
@@ -146,7 +145,7 @@ class Runner:
     def failed(self, cell: Cell) -> bool:
         """Whether a cell failed for good in this run."""
         found = self.store.failure(cell)
-        return found is not None and found["run"] == self.run and found["times"] > self.retries
+        return found is not None and found.run == self.run and found.times > self.retries
 
     @property
     def retries(self) -> int:
@@ -228,7 +227,7 @@ class Runner:
     def crashed(self, cell: Cell, message: str) -> None:
         """Note that a cell crashed; it is tried again in this run until it has no retries left."""
         known = self.store.failure(cell)
-        times = known["times"] + 1 if known and known["run"] == self.run else 1
+        times = known.times + 1 if known and known.run == self.run else 1
         self.store.fail(cell, message, self.run, times)
 
     def _repair(self, cell: Cell, error: Damaged) -> None:
@@ -251,7 +250,7 @@ def discard(folder: Path) -> None:
     """Empty the folder of a cell, but for its lock."""
     for path in folder.iterdir():
         if not path.name.startswith("lock."):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            remove(path)
 
 
 @contextmanager
@@ -370,13 +369,3 @@ def _work(study: str, root: Path, device: str, left: float | None, run: str, pip
         Runner(matrix, store, device, deadline, Estimates(matrix, store, device).of, run).go()
     except UserError as error:
         pipe.send(str(error))
-
-
-def failures(matrix: Matrix, store: Store) -> dict[str, str]:
-    """Return why cells without a result failed, by their titles."""
-    found = {}
-    for cell in matrix.cells:
-        known = store.failure(cell)
-        if known is not None and not (store.folder(cell) / "result.json").is_file():
-            found[cell.title] = str(known["message"]).split("\n")[0]
-    return found
