@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -361,8 +362,24 @@ def _place(device: str, number: int) -> str:
     return device if count < 2 else f"{device}:{number % count}"
 
 
+def end_with_parent() -> None:
+    """End this process once the one that began it has, even if that was killed: nobody waits for its work any more.
+
+    What it leaves half done is taken over as after any other kill.
+    """
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _work(study: str, root: Path, device: str, left: float | None, run: str, pipe: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent()
     matrix, store = Matrix(Study.model_validate_json(study)), Store(root)
     deadline = None if left is None else time.monotonic() + left
     try:
