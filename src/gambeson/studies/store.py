@@ -29,12 +29,13 @@ from pydantic import Field
 
 from gambeson.base import Config, Number, OutOfSpace, UserError, environment, read_json, write_json, write_yaml
 from gambeson.studies.matrix import Cell, Matrix
+from gambeson.studies.study import CELLS
 
 BEAT, STALE = 5.0, 60.0
 """Seconds between two refreshments of a lock, and after which it is stale."""
 TAKEOVERS = 5
 """Runners that may die over one cell before it counts as failed."""
-CELLS, RESULT, FAILURE, PLAN = "cells", "result.json", "failure.json", "plan.json"
+RESULT, FAILURE, PLAN = "result.json", "failure.json", "plan.json"
 
 
 class Failure(Config):

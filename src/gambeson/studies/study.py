@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from gambeson import data as data_room
 from gambeson.base import Config, Number, UserError, read_settings, unknown_name
@@ -25,9 +25,21 @@ AnyMeasure = Annotated[
 """A measurement, distinguished by ``kind``."""
 
 
+CELLS = "cells"
+"""The folder of results, beside those of studies."""
 Kind = Literal["cost", "search", "lengths", "train", "measure"]
 """What a cell of a study does."""
 _MOST_SEEDS = 1000
+
+
+def _folder(name: str) -> str:
+    if name.lower() == CELLS:
+        raise ValueError(f"{CELLS} is the folder of all studies' results: choose another name")
+    return name
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), AfterValidator(_folder)]
+"""The name of a study, and of its folder."""
 
 
 def _named(value: Any) -> Any:
@@ -194,8 +206,7 @@ class Study(Config):
     """A study: what is trained on what, how it is measured, and what is claimed of it."""
 
     kind: Literal["study"] = "study"
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """Name of its folder."""
+    name: Name
     summary: str = ""
     data: Annotated[tuple[StudyData, ...], Field(min_length=1)]
     models: Annotated[tuple[Annotated[StudyModel, BeforeValidator(_named)], ...], Field(min_length=1)]
