@@ -416,6 +416,30 @@ def killed_after(cells, out):
 
 
 @pytest.mark.full
+def test_the_workers_of_a_killed_run_end_with_it(tmp_path):
+    long = {**TINY, "recipe": {**TINY["recipe"], "epochs": 100_000}}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"kind": "study", **long}))
+    command = [sys.executable, "-m", "gambeson", "study", "run", str(tmp_path / "s.yaml"), "--out", str(tmp_path)]
+    process = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_until(lambda: len(list(tmp_path.glob("cells/*/run/metrics.jsonl"))) == 2, 120)  # both are training
+        workers = [json.loads(lock.read_text())["process"] for lock in tmp_path.glob("cells/*/lock.*")]
+    finally:
+        process.kill()
+        process.wait()
+    assert len(set(workers) - {process.pid}) == 2
+    _wait_until(lambda: not any(_runs(worker) for worker in workers), 20)
+
+
+def _runs(process):
+    """Whether a process is there and has not ended; where nobody waits for it, it stays as a zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.full
 def test_two_runners_share_what_a_killed_run_has_left(done, tmp_path):
     result, _ = done
     killed_after(4, tmp_path)
