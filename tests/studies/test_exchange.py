@@ -45,6 +45,7 @@ def test_what_was_computed_elsewhere_is_not_computed_again(small, tmp_path, monk
         patch.setattr("gambeson.studies.runner.execute", lambda *_: pytest.fail("computed again"))
         assert numbers(run_study(Study(**SMALL), tmp_path)) == numbers(result)
     assert import_cells(file, tmp_path) == (0, 3, "tiny")
+    capsys.readouterr()
     assert run(["study", "import", str(file), "--out", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "folder": str(tmp_path / "cells"),

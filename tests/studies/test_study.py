@@ -17,6 +17,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -25,6 +26,7 @@ import gambeson as gb
 from gambeson.base import OutOfSpace, UserError
 from gambeson.cli.app import run
 from gambeson.studies import Matrix, Study, cluster, code, export, joined, planning, read_study, run_study, store
+from gambeson.studies.checks import metrics_of
 from gambeson.studies.measures import JacobianMeasure, TrainedModel
 from gambeson.studies.planning import makespan
 from gambeson.studies.runner import Runner, prepare
@@ -33,7 +35,7 @@ from gambeson.training import TrainRun
 from tests.conftest import full
 
 STUDIES = Path(__file__).parents[2] / "studies"
-TINY = {
+TINY: dict[str, Any] = {
     "name": "tiny",
     "data": [{"name": "digits", "eps": 0.1, "train": 256, "validation": 64, "test": 64}],
     "models": ["lenet5"],
@@ -205,6 +207,13 @@ def test_a_study_can_be_read_as_it_is_stored_beside_its_results(file):
     assert Study(**json.loads(json.dumps(study.plain()))) == study
 
 
+def test_the_metrics_that_claims_may_name_are_those_that_are_measured(done):
+    result, _ = done
+    measures = {"train": None} | dict(tiny().measures)
+    for row in result.rows:
+        assert set(row.values) == {f"{label}.{name}" for label, one in measures.items() for name in metrics_of(one)}
+
+
 def test_jacobians_are_measured_as_the_analysis_does(done):
     result, root = done
     row = result.rows[0]
@@ -213,6 +222,7 @@ def test_jacobians_are_measured_as_the_analysis_does(done):
     measure = JacobianMeasure(test_images=20, pairs=10)
     trained = TrainedModel(model=model, data=data, eps=0.1, seed=3, folder=root, out=root, source=None)
     found = measure.measure(trained).metrics
+    assert set(found) == set(metrics_of(measure))
     few = data.test.sample(20, seed=3)
     norms = gb.analysis.batch_jacobian(model, few.take(slice(None))[0]).flatten(1).norm(dim=1)
     assert found["jacobian"].value == pytest.approx(float(norms.mean()), rel=1e-5)
@@ -706,6 +716,42 @@ def test_parquet_has_what_csv_has(done, tmp_path):
         ({"at": ["seconds"]}, "all train as long as one defence: name it as the reference"),
         ({"recipe": {"epoch": 3}}, "did you mean epochs?"),
         ({"name": "a/b"}, "name"),
+        ({"name": "cells"}, "cells is the folder of all studies' results"),
+        ({"at": ["steps", "steps"]}, "at: steps is given twice"),
+        ({"claims": {"C": {**CLAIM, "at": ["seconds"]}}}, "the claim C is at equal seconds, and the study is not"),
+        ({"claims": {"C": {**CLAIM, "metric": "clean.uer"}}}, "'clean.uer': did you mean clean.accuracy"),
+        ({"claims": {"C": {**CLAIM, "metric": "fgsm.uer"}}}, "unknown metric of the claim C 'fgsm.uer'"),
+        ({"claims": {"C": {**CLAIM, "metric": "train.accuracy"}}}, "did you mean train.validation_accuracy"),
+        (
+            {"claims": {"C": {**CLAIM, "of": {"defense": "heaps", "variant": "sigma 9"}}}},
+            "unknown variant of heaps in the claim C 'sigma 9': did you mean sigma 0.",
+        ),
+        (
+            {"claims": {"C": CLAIM}, "measures": {"fgsm": {**TINY["measures"]["fgsm"], "defenses": ["heaps"]}}},
+            "the claim C reads fgsm of standard at equal steps, which is not measured there for 2 seeds",
+        ),
+        (
+            {"claims": {"C": CLAIM}, "measures": {"fgsm": {**TINY["measures"]["fgsm"], "seeds": [1]}}},
+            "the claim C reads fgsm of heaps at equal steps, which is not measured there for 2 seeds",
+        ),
+        ({"search": {"lr": [-1]}}, "learning rates are positive, got -1"),
+        ({"search": {"lr": {"low": 0, "high": 1}, "trials": 2}}, "learning rates are positive, got 0"),
+        ({"search": {"lr": [0.1, 0.1]}}, "lr of the search: 0.1 is given twice"),
+        ({"search": {"lr": [0.1], "warmup": [1, 0, 1]}}, "warmup of the search: 1.0 is given twice"),
+        ({"search": {"lr": [0.1], "warmup": [-1]}}, "a warm-up takes 0 epochs or more, got -1"),
+        ({"search": {"lr": [0.1], "lengths": [1, 0.5]}}, "expected ascending lengths, got 1, 0.5"),
+        ({"search": {"lr": [0.1], "lengths": [1, 1]}}, "expected ascending lengths, got 1, 1"),
+        (
+            {
+                "data": [TINY["data"][0], TINY["data"][0] | {"name": "mnist5k"}],
+                "models": [{"name": "lenet5", "data": ["mnist5k"]}],
+                "defenses": {"a": {"name": "standard", "data": ["digits"]}},
+            },
+            "the study tiny trains nothing",
+        ),
+        ({"models": ["lenet6"]}, "unknown model 'lenet6'"),
+        ({"data": [{"name": "digit", "eps": 0.1}]}, "unknown data set 'digit'"),
+        ({"data": [{"name": "image-folder:/nowhere/at/all", "eps": 0.1}]}, "/nowhere/at/all"),
         ({"seeds": 0}, "Study.seeds = 0: expected 1 or more"),
         ({"search": {"lr": []}}, "Search.lr = []: expected 1 or more"),
         ({"defenses": {"a": "mine.py"}}, "mine.py is a file: name a defence in it, as mine.py:NAME"),
@@ -715,15 +761,50 @@ def test_a_wrong_study_is_one_sentence(changes, words, tmp_path, capsys):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"kind": "study", **TINY, **changes}))
     assert run(["study", "run", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--minutes", "0"]) == 2
     error = capsys.readouterr().err
-    assert words in error
+    assert words in " ".join(error.split())
     assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+    assert run(["study", "plan", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out")]) == 2
+
+
+def test_a_data_set_that_is_yet_to_be_downloaded_is_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GAMBESON_DATA", str(tmp_path / "data"))
+
+    def load(_):
+        raise UserError("could not get cifar10, every way failed")
+
+    monkeypatch.setattr("gambeson.studies.study.data_room.load", load)
+    file = tmp_path / "s.yaml"
+    file.write_text(yaml.safe_dump({"kind": "study", **TINY, "data": [{"name": "cifar10", "eps": 0.1}]}))
+    assert run(["study", "plan", str(file), "--out", str(tmp_path / "out")]) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "on cifar10, lenet5, seed 0: could not get cifar10, every way failed" in said
+
+
+def test_time_too_short_for_any_cell_is_said_with_what_the_next_one_takes(tmp_path, monkeypatch, capsys):
+    file, folder = tmp_path / "s.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump({"kind": "study", **TINY}))
+    monkeypatch.setattr("gambeson.studies.runner.execute", lambda *_: pytest.fail("begun"))
+    command = ["study", "run", str(file), "--out", str(folder), "--minutes"]
+    assert run([*command, "0"]) == 0
+    said = "no cell was finished in 0.0 s: the next one, train of heaps (sigma 0.3) on digits, lenet5, seed 0, takes"
+    assert f"{said} a time that `gambeson study plan` measures" in " ".join("".join(capsys.readouterr()).split())
+    seconds = {store.key_of(cell): 90.0 for cell in Matrix(tiny()).cells}
+    (folder / "tiny" / "plan.json").write_text(json.dumps({"device": "cpu", "seconds": seconds}))
+    assert run([*command, "0.05", "--device", "cpu"]) == 0
+    said = "no cell was finished in 3.0 s: the next one, train of heaps (sigma 0.3) on digits, lenet5, seed 0, takes"
+    assert f"{said} 1 min 30 s" in " ".join("".join(capsys.readouterr()).split())
+    monkeypatch.setattr("gambeson.studies.runner.execute", _made_up)
+    (folder / "tiny" / "plan.json").unlink()
+    assert run([*command, "1"]) == 0
+    assert "no cell was finished" not in "".join(capsys.readouterr())
 
 
 def test_more_images_than_there_are_are_refused(tmp_path, capsys):
     data = [{"name": "digits", "eps": 0.1, "test": 100_000}]
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"kind": "study", **TINY, "data": data}))
-    for command, status in (("plan", 0), ("run", 2)):
-        assert run(["study", command, str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out")]) == status
+    for command in ("plan", "run"):
+        assert run(["study", command, str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out")]) == 2
         said = " ".join("".join(capsys.readouterr()).split())
         assert "digits/test has 449 images, and the study asks for 100000: ask for fewer" in said
 

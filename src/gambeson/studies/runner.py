@@ -289,10 +289,14 @@ def prepare(study: Study, root: Path) -> Matrix:
     """Write the study's file into its folder, and return its cells.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: a setting is wrong, nothing is to be trained, or the folder cannot be written.
     """
-    writable(root)
     matrix = Matrix(study)
+    if not matrix.cells:
+        raise UserError(
+            f"the study {study.name} trains nothing: no model and defence share a data set; widen their data and models"
+        )
+    writable(root)
     write_yaml(root / study.name / FILE, study.plain())
     return matrix
 

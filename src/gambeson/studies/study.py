@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -14,7 +15,7 @@ from gambeson.defenses.registry import DEFENSES
 from gambeson.studies.audits import AuditMeasure
 from gambeson.studies.claims import At, Claim
 from gambeson.studies.measures import AccuracyMeasure, AttackMeasure, EpsUniMeasure, JacobianMeasure, SuiteMeasure
-from gambeson.studies.trials import Choice, NumberChoice, Range
+from gambeson.studies.trials import Choice, NumberChoice, Range, ends
 from gambeson.threat import Eps
 
 Size = Annotated[int, Field(ge=1)]
@@ -189,6 +190,18 @@ class Search(Config):
             raise ValueError(f"{sorted(twice)[0]} is not of the space: lr and warmup stand beside it, epochs are given")
         return self
 
+    @model_validator(mode="after")
+    def _trainable(self) -> Search:
+        if (least := min(ends(self.lr))) <= 0:
+            raise ValueError(f"learning rates are positive, got {least:g}: leave it out of search.lr")
+        if (least := min(ends(self.warmup))) < 0:
+            raise ValueError(f"a warm-up takes 0 epochs or more, got {least:g}: leave it out of search.warmup")
+        for name, choice in {"lr": self.lr, "warmup": self.warmup, **self.space}.items():
+            _once(f"{name} of the search", ends(choice))
+        if any(first >= then for first, then in itertools.pairwise(self.lengths)):
+            raise ValueError(f"expected ascending lengths, got {', '.join(f'{one:g}' for one in self.lengths)}")
+        return self
+
 
 class Resources(Config):
     """What a cell asks of a Ray cluster."""
@@ -278,8 +291,11 @@ class Study(Config):
             for name in names:
                 if name not in known:
                     raise unknown_name(kind, name, known)
-        for claim in self.claims.values():
+        _once("at", self.at)
+        for name, claim in self.claims.items():
             claim.check(self.seeds)
+            if missing := [at for at in claim.at if at not in self.at]:
+                raise ValueError(f"the claim {name} is at equal {missing[0]}, and the study is not: add it to its at")
         _once("data set", sets)
         _once("model", nets)
         for label, measure in self.measures.items():
@@ -288,7 +304,7 @@ class Study(Config):
             for one in self.data:
                 measure.check(one.eps)
         for label, defense in self.defenses.items():
-            for name, values in defense.grid.items():
+            for name, values in [*defense.grid.items(), *((k, ends(choice)) for k, choice in defense.space.items())]:
                 _once(f"{name} of {label}", values)
             if twice := defense.grid.keys() & defense.settings.keys():
                 raise ValueError(f"{sorted(twice)[0]} of {label} is in its grid: leave it out of its settings")
