@@ -84,8 +84,9 @@ def plan(matrix: Matrix, store: Store, device: str) -> StudyPlan:
             except UserError as error:
                 notes.setdefault(str(error), f"{cells[0].row.title}: {error}")
             advance()
-    if len(notes) > 0 and not seconds and all(_is_here(one.name) for one in matrix.study.data):
-        raise UserError(f"nothing of the study can run: {next(iter(notes.values()))}")
+    known = any(key_of(cell) in seconds or estimates.measured(cell) for cell in left)
+    if notes and not known and all(_is_here(one.name) for one in matrix.study.data):
+        raise UserError(f"nothing that is left of the study can run: {next(iter(notes.values()))}")
     write_json(store.root / matrix.study.name / PLAN, Planned(device=device, seconds=seconds).plain())
     estimates = Estimates(matrix, store, device)
     return StudyPlan(

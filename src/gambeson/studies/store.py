@@ -61,9 +61,8 @@ Noted = TypeVar("Noted", Failure, Planned)
 
 def _noted(kind: type[Noted], file: Path) -> Noted | None:
     """Read what only helps: None where it is absent or damaged."""
-    with suppress(UserError):
-        content = read_json(file)
-        return kind(**content) if isinstance(content, dict) else None
+    with suppress(ValueError):
+        return kind.model_validate(read_json(file))
     return None
 
 
