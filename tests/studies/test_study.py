@@ -392,6 +392,20 @@ def test_a_lock_has_one_holder_until_it_is_stale(tmp_path, monkeypatch):
     assert (tmp_path / "lock.2").exists()
 
 
+@pytest.mark.parametrize("text", ["[1]", "", "{}", '{"process": "x"}', '{"process": 1e99}'])
+def test_a_damaged_lock_holds_until_it_is_old(text, tmp_path):
+    named = text.replace("{", f'{{"machine": {json.dumps(store._machine())}' + (", " if len(text) > 2 else ""))
+    for content in (text, named):
+        (tmp_path / "lock.0").write_text(content)
+        assert Lock.take(tmp_path) is None
+        old = time.time() - store.STALE - 5
+        os.utime(tmp_path / "lock.0", (old, old))
+        lock = Lock.take(tmp_path)
+        assert lock is not None
+        lock.release()
+        assert not list(tmp_path.iterdir())
+
+
 def nothing_is_held(root):
     """A run killed between a result and the release of its lock leaves the file, which may not hold the cell."""
     for folder in root.glob("cells/*"):

@@ -56,7 +56,15 @@ class Planned(Config):
     seconds: dict[str, Annotated[Number, Field(ge=0)]]
 
 
-Noted = TypeVar("Noted", Failure, Planned)
+class Owner(Config):
+    """Who holds a lock; the defaults are nobody that is known."""
+
+    token: str = ""
+    machine: str = ""
+    process: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
+Noted = TypeVar("Noted", Failure, Planned, Owner)
 
 
 def _noted(kind: type[Noted], file: Path) -> Noted | None:
@@ -237,7 +245,7 @@ class Lock:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with os.fdopen(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY), "w", encoding="utf-8") as opened:
-                json.dump({"token": token, "machine": _machine(), "process": os.getpid()}, opened)
+                opened.write(Owner(token=token, machine=_machine(), process=os.getpid()).model_dump_json())
         except FileExistsError:
             return None
         except OSError as error:
@@ -257,7 +265,7 @@ class Lock:
     def mine(self) -> bool:
         """Whether no other runner has taken it over."""
         owner = _owner(self.folder / f"lock.{self.number}")
-        return _newest(self.folder) == self.number and owner.get("token") == self.token
+        return _newest(self.folder) == self.number and owner.token == self.token
 
     def release(self) -> None:
         """Give it up."""
@@ -280,17 +288,15 @@ def _newest(folder: Path) -> int | None:
     return max(numbers, default=None)
 
 
-def _owner(file: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    return {}
+def _owner(file: Path) -> Owner:
+    return _noted(Owner, file) or Owner()
 
 
 def _stale(file: Path) -> bool:
     owner = _owner(file)
-    if _BOOT and owner.get("machine") == _machine():
+    if _BOOT and owner.machine == _machine():
         try:
-            os.kill(int(owner["process"]), 0)
+            os.kill(owner.process, 0)
         except ProcessLookupError:
             return True
         except PermissionError:
