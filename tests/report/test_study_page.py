@@ -133,6 +133,18 @@ def test_the_page_has_every_number_and_what_is_not_run(path: Path) -> None:
     assert (front["x"], front["y"]) == ([84.5, 89.5, 94.5], pytest.approx([20.5, 25.5, 60.5]))
 
 
+def test_where_one_seed_says_something_no_number_of_seeds_is_invented(tmp_path: Path) -> None:
+    result = made()
+    rows = [row for row in result.rows if row.seed == 0]
+    study = Study(**result.study)
+    one = result.model_copy(
+        update={"rows": rows, "claims": verdicts(study.claims, rows, ["steps"], [("digits", "lenet5")])}
+    )
+    text = Reader(report.write_study(one, tmp_path / "page.html").read_text()).text
+    assert "1 seed; a single seed says something, and an interval takes two" in text
+    assert "would decide" not in text
+
+
 def test_a_row_leads_to_the_page_of_its_audit(tmp_path: Path) -> None:
     result = made()
     result = result.model_copy(update={"rows": result.rows[:1]})

@@ -92,10 +92,30 @@ def test_the_seeds_that_would_decide_are_the_fewest():
 
 def test_one_seed_decides_nothing_and_none_is_not_run():
     rows = points("new", [0.1]) + points("old", [0.9])
-    assert only(judge("C", claim(at_most=0), rows, "steps", PLACE)).verdict == "undecided"
+    found = only(judge("C", claim(at_most=0), rows, "steps", PLACE))
+    assert (found.verdict, found.seeds_to_decide) == ("undecided", None)
+    assert found.words == "undecided; a single seed says something, and an interval takes two"
     found = judge("C", claim(at_most=0), points("old", [0.9, 0.9]), "steps", PLACE)
-    assert (found.verdict, only(found).note) == ("not run", "seed 0: new is not run; seed 1: new is not run")
+    assert (found.verdict, only(found).note) == ("not run", "seeds 0, 1: new is not run")
     assert judge("C", claim(at_most=0), rows, "seconds", PLACE).verdict == "not run"
+    assert only(judge("C", claim(at_most=0), rows, "seconds", PLACE)).words == "not run"
+
+
+def test_one_seed_of_three_that_says_something_is_told_with_why_the_others_do_not():
+    rows = points("old", [0.9, 0.9, 0.8], train__learnt=1.0) + points("new", [0.1, 0.9, 0.9], train__learnt=0.0)
+    rows[3].values["train.learnt"] = Value(value=1.0)
+    found = only(judge("C", claim(at_most=0), rows, "steps", PLACE))
+    assert (found.verdict, found.seeds_to_decide, found.low) == ("undecided", None, None)
+    assert "a single seed says something, and an interval takes two; seeds 1, 2: new has not learnt" in found.words
+    assert "would decide" not in found.words
+
+
+def test_equal_effects_have_no_number_of_seeds_that_would_decide():
+    rows = points("new", [0.1, 0.1]) + points("old", [0.5, 0.5])
+    found = only(judge("C", claim(at_most=0), rows, "steps", PLACE))
+    assert found.words.startswith("undecided; the seeds agree to the last digit")
+    tie = only(judge("C", claim(at_least=0, to=None, how="value"), points("new", [0.1, -0.1]), "steps", PLACE))
+    assert tie.words == "undecided; no number up to 10,000 of seeds would decide it"
 
 
 def test_a_model_that_has_not_learnt_says_nothing():
@@ -103,6 +123,12 @@ def test_a_model_that_has_not_learnt_says_nothing():
     found = judge("C", claim(at_most=0), rows, "steps", PLACE)
     assert found.verdict == "not run"
     assert "new has not learnt" in only(found).note
+    assert only(found).words.startswith("seeds 0, 1: new has not learnt")
+    fronts = claim(at_most=0, matched="c.accuracy")
+    rows = points("new", [0.9] * 2, train__learnt=0.0, c__accuracy=0.5) + points("old", [0.9] * 2, c__accuracy=0.5)
+    assert only(judge("C", fronts, rows, "steps", PLACE)).words == "seeds 0, 1: new has not learnt"
+    ask = claim(how="correlation", of={"metric": "c.accuracy"}, to=None, at_least=0)
+    assert "and 1 of 2 have learnt" in only(judge("C", ask, rows, "steps", PLACE)).words
 
 
 def test_one_of_several_places_refutes_a_claim_as_rarely_as_a_single_one():
@@ -265,6 +291,6 @@ def test_a_variant_that_keeps_an_accuracy_waits_for_it():
     kept = claim(at_most=0.0, keeping={"than": "std", "drop": 0.02})
     old = points("old", [0.5, 0.52])
     found = only(judge("C", kept, rows + old, "steps", PLACE))
-    assert (found.verdict, found.note.count("std")) == ("not run", 2)
+    assert (found.verdict, found.note) == ("not run", "seeds 0, 1: std, whose accuracy is to be kept, is not run")
     std = points("std", [0.5, 0.5], train__validation_accuracy=0.91)
     assert only(judge("C", kept, rows + old + std, "steps", PLACE)).effect == pytest.approx(0.305 - 0.51)

@@ -34,13 +34,25 @@ def test_what_was_computed_elsewhere_is_not_computed_again(small, tmp_path, monk
     result, _, file, count = small
     assert count == result.cells == 3
     assert run(["study", "import", str(file), "--out", str(tmp_path)]) == 0
-    assert "3 results are new" in capsys.readouterr().out
+    assert f"3 results are new in {tmp_path / 'cells'}\nnext: gambeson report {tmp_path / 'tiny'}" in (
+        capsys.readouterr().out
+    )
+    assert run(["report", str(tmp_path / "tiny")]) == 0
+    page = (tmp_path / "tiny" / "report.html").read_text()
+    assert "3 of 3 cells are done" in page
+    assert f">{100 * result.rows[0].values['clean.accuracy'].value:.1f}" in page
     with monkeypatch.context() as patch:
         patch.setattr("gambeson.studies.runner.execute", lambda *_: pytest.fail("computed again"))
         assert numbers(run_study(Study(**SMALL), tmp_path)) == numbers(result)
-    assert import_cells(file, tmp_path) == (0, 3)
+    assert import_cells(file, tmp_path) == (0, 3, "tiny")
+    capsys.readouterr()
     assert run(["study", "import", str(file), "--out", str(tmp_path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"folder": str(tmp_path / "cells"), "new": 0, "known": 3}
+    assert json.loads(capsys.readouterr().out) == {
+        "folder": str(tmp_path / "cells"),
+        "new": 0,
+        "known": 3,
+        "study": "tiny",
+    }
 
 
 def test_a_measurement_that_is_missing_gets_its_weights_trained_again(small, tmp_path):
@@ -70,8 +82,17 @@ def test_what_is_there_stays_as_it_is(small, tmp_path):
     _, _, file, _ = small
     _, stored = trained(tmp_path, Study(**SMALL))
     write_json(stored, {"mine": 1})
-    assert import_cells(file, tmp_path) == (2, 1)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "study.yaml").write_text("mine: 1")
+    assert import_cells(file, tmp_path) == (2, 1, "tiny")
     assert read_json(stored) == {"mine": 1}
+    assert (tmp_path / "tiny" / "study.yaml").read_text() == "mine: 1"
+
+
+def test_results_without_their_study_are_taken_over(small, tmp_path):
+    _, _, file, _ = small
+    (tmp_path / "old.gz").write_bytes(gzip.compress(gzip.decompress(file.read_bytes()).rsplit(b"\n", 1)[0]))
+    assert import_cells(tmp_path / "old.gz", tmp_path / "out") == (3, 0, "")
 
 
 def test_a_file_that_is_not_whole_stores_nothing(small, tmp_path, capsys):
@@ -80,7 +101,10 @@ def test_a_file_that_is_not_whole_stores_nothing(small, tmp_path, capsys):
     elsewhere = json.dumps(json.loads(lines[1]) | {"address": "../../x"})
     changed = lines[1].replace('"value": 0.', '"value": 1.', 1)
     assert changed != lines[1] or '"value": 0.' not in lines[1]
+    escaping = {"study": {"name": "../x"}}
+    escaping["sha256"] = digest(escaping)
     wrong = {
+        "line 1 of ": gzip.compress(json.dumps(escaping).encode()),
         "line 2": gzip.compress("\n".join([lines[0], lines[1][:-9]]).encode()),
         "line 2 of": gzip.compress("\n".join([lines[0], elsewhere]).encode()),
         "line 1 of": gzip.compress(b"[1]"),

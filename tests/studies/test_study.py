@@ -17,6 +17,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -25,6 +26,7 @@ import gambeson as gb
 from gambeson.base import OutOfSpace, UserError
 from gambeson.cli.app import run
 from gambeson.studies import Matrix, Study, cluster, code, export, joined, planning, read_study, run_study, store
+from gambeson.studies.checks import metrics_of
 from gambeson.studies.measures import JacobianMeasure, TrainedModel
 from gambeson.studies.planning import makespan
 from gambeson.studies.runner import Runner, prepare
@@ -33,7 +35,7 @@ from gambeson.training import TrainRun
 from tests.conftest import full
 
 STUDIES = Path(__file__).parents[2] / "studies"
-TINY = {
+TINY: dict[str, Any] = {
     "name": "tiny",
     "data": [{"name": "digits", "eps": 0.1, "train": 256, "validation": 64, "test": 64}],
     "models": ["lenet5"],
@@ -205,6 +207,13 @@ def test_a_study_can_be_read_as_it_is_stored_beside_its_results(file):
     assert Study(**json.loads(json.dumps(study.plain()))) == study
 
 
+def test_the_metrics_that_claims_may_name_are_those_that_are_measured(done):
+    result, _ = done
+    measures = {"train": None} | dict(tiny().measures)
+    for row in result.rows:
+        assert set(row.values) == {f"{label}.{name}" for label, one in measures.items() for name in metrics_of(one)}
+
+
 def test_jacobians_are_measured_as_the_analysis_does(done):
     result, root = done
     row = result.rows[0]
@@ -213,6 +222,7 @@ def test_jacobians_are_measured_as_the_analysis_does(done):
     measure = JacobianMeasure(test_images=20, pairs=10)
     trained = TrainedModel(model=model, data=data, eps=0.1, seed=3, folder=root, out=root, source=None)
     found = measure.measure(trained).metrics
+    assert set(found) == set(metrics_of(measure))
     few = data.test.sample(20, seed=3)
     norms = gb.analysis.batch_jacobian(model, few.take(slice(None))[0]).flatten(1).norm(dim=1)
     assert found["jacobian"].value == pytest.approx(float(norms.mean()), rel=1e-5)
@@ -303,6 +313,55 @@ def test_a_damaged_result_is_named_and_made_again(done, tmp_path):
     assert numbers(again) == numbers(result)
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", '{"message": 5, "run": "x", "times": 1}', '{"message": "x"', "7"])
+def test_a_damaged_note_of_a_failure_is_none(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("gambeson.studies.runner.execute", _made_up)
+    study = tiny(seeds=1, defenses={"standard": "standard"})
+    notes = [Store(tmp_path).folder(cell) / "failure.json" for cell in Matrix(study).cells]
+    for note in notes:
+        note.parent.mkdir(parents=True)
+        note.write_text(text)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(study.plain()))
+    assert read_study(study, tmp_path).failed == {}
+    assert run(["study", "status", str(tmp_path / "s.yaml"), "--out", str(tmp_path)]) == 0
+    assert run_study(study, tmp_path).done == 3
+    assert not [note for note in notes if note.exists()]
+
+
+def _made_up(cell, here, device):
+    """Store a result without any work."""
+    values = {"values": {}, "recipe": {}} if cell.kind == "train" else {"metrics": {}, "verdict": {}}
+    here.write(cell, values, 0.0, (), device)
+
+
+def test_a_folder_in_place_of_a_result_is_damage_as_any_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("gambeson.studies.runner.execute", _made_up)
+    study = tiny(seeds=1, defenses={"standard": "standard"})
+    folders = [Store(tmp_path).folder(cell) for cell in Matrix(study).cells]
+    (folders[0] / "result.json" / "inside").mkdir(parents=True)
+    (folders[1] / "failure.json").mkdir(parents=True)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(study.plain()))
+    assert run(["study", "status", str(tmp_path / "s.yaml"), "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("damaged, made again by the next run: ") == 1
+    assert f"train of standard on digits, lenet5, seed 0: {folders[0] / 'result.json'} is damaged" in said
+    with pytest.warns(UserWarning, match=r"train of standard on digits.*is damaged.*it is made again"):
+        again = run_study(study, tmp_path)
+    assert (again.done, again.damaged, again.failed) == (3, {}, {})
+    assert not (folders[1] / "failure.json").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", '{"device": "cpu"}', '{"seconds": [1]}', '{"device": "cpu", "sec', "null"])
+def test_a_damaged_plan_is_measured_again(text, tmp_path, monkeypatch):
+    study = tiny(seeds=1, defenses={"standard": "standard"})
+    matrix = prepare(study, tmp_path)
+    (tmp_path / "tiny" / "plan.json").write_text(text)
+    monkeypatch.setattr(planning, "_timed", lambda cells, *_: dict.fromkeys(map(store.key_of, cells), 7.0))
+    assert run_study(study, tmp_path, minutes=0).done == 0
+    assert planning.plan(matrix, Store(tmp_path), "cpu").seconds[1] == 21
+    assert Estimates(matrix, Store(tmp_path), "cpu").of(matrix.cells[0]) == 7
+
+
 def test_a_lock_has_one_holder_until_it_is_stale(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "BEAT", 0.05)
     first = Lock.take(tmp_path)
@@ -331,6 +390,20 @@ def test_a_lock_has_one_holder_until_it_is_stale(tmp_path, monkeypatch):
     (tmp_path / "lock.2").write_text("{}")  # taken over by another
     third.release()
     assert (tmp_path / "lock.2").exists()
+
+
+@pytest.mark.parametrize("text", ["[1]", "", "{}", '{"process": "x"}', '{"process": 1e99}'])
+def test_a_damaged_lock_holds_until_it_is_old(text, tmp_path):
+    named = text.replace("{", f'{{"machine": {json.dumps(store._machine())}' + (", " if len(text) > 2 else ""))
+    for content in (text, named):
+        (tmp_path / "lock.0").write_text(content)
+        assert Lock.take(tmp_path) is None
+        old = time.time() - store.STALE - 5
+        os.utime(tmp_path / "lock.0", (old, old))
+        lock = Lock.take(tmp_path)
+        assert lock is not None
+        lock.release()
+        assert not list(tmp_path.iterdir())
 
 
 def nothing_is_held(root):
@@ -364,6 +437,30 @@ def killed_after(cells, out):
         process.kill()
         process.wait()
     return len(list(out.glob("cells/*/result.json")))
+
+
+@pytest.mark.full
+def test_the_workers_of_a_killed_run_end_with_it(tmp_path):
+    long = {**TINY, "recipe": {**TINY["recipe"], "epochs": 100_000}}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"kind": "study", **long}))
+    command = [sys.executable, "-m", "gambeson", "study", "run", str(tmp_path / "s.yaml"), "--out", str(tmp_path)]
+    process = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_until(lambda: len(list(tmp_path.glob("cells/*/run/metrics.jsonl"))) == 2, 120)  # both are training
+        workers = [json.loads(lock.read_text())["process"] for lock in tmp_path.glob("cells/*/lock.*")]
+    finally:
+        process.kill()
+        process.wait()
+    assert len(set(workers) - {process.pid}) == 2
+    _wait_until(lambda: not any(_runs(worker) for worker in workers), 20)
+
+
+def _runs(process):
+    """Whether a process is there and has not ended; where nobody waits for it, it stays as a zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.full
@@ -432,8 +529,7 @@ def test_a_cell_that_crashes_is_tried_again_as_often_as_the_study_says(tmp_path,
         tried.append(cell.title)
         if cell.label == "fgsm" and (cell.row.seed == 1 or tried.count(cell.title) < 3):
             raise RuntimeError("the machine had a bad moment")
-        values = {"values": {}, "recipe": {}} if cell.kind == "train" else {"metrics": {}, "verdict": {}}
-        here.write(cell, values, 0.0, (), device)
+        _made_up(cell, here, device)
 
     monkeypatch.setattr("gambeson.studies.runner.execute", fake)
     monkeypatch.setattr("gambeson.studies.runner._POLL", 0.01)
@@ -630,10 +726,52 @@ def test_parquet_has_what_csv_has(done, tmp_path):
         ),
         ({"measures": {"a": {"kind": "accuracy", "seeds": [7]}}}, "the measure a is of seed 7"),
         ({"measures": {"a": {"kind": "attack", "attack": "fgms"}}}, "unknown attack 'fgms'"),
+        ({"measures": {"train": {"kind": "accuracy"}}}, "a measure is called 'train', as a study's own cells are"),
+        ({"measures": {"search": {"kind": "accuracy"}}}, "a measure is called 'search', as a study's own cells are"),
+        ({"measures": {"pgd.20": {"kind": "accuracy"}}}, "a measure is called 'pgd.20': give it a label without a dot"),
         ({"seeds": [1, 1]}, "expected different numbers"),
         ({"at": ["seconds"]}, "all train as long as one defence: name it as the reference"),
         ({"recipe": {"epoch": 3}}, "did you mean epochs?"),
         ({"name": "a/b"}, "name"),
+        ({"name": "cells"}, "cells is the folder of all studies' results"),
+        ({"at": ["steps", "steps"]}, "at: steps is given twice"),
+        ({"claims": {"C": {**CLAIM, "at": ["seconds"]}}}, "the claim C is at equal seconds, and the study is not"),
+        ({"claims": {"C": {**CLAIM, "metric": "clean.uer"}}}, "'clean.uer': did you mean clean.accuracy"),
+        ({"claims": {"C": {**CLAIM, "metric": "fgsm.uer"}}}, "unknown metric of the claim C 'fgsm.uer'"),
+        ({"claims": {"C": {**CLAIM, "metric": "train.accuracy"}}}, "did you mean train.validation_accuracy"),
+        (
+            {"claims": {"C": {**CLAIM, "of": {"defense": "heaps", "variant": "sigma 9"}}}},
+            "unknown variant of heaps in the claim C 'sigma 9': did you mean sigma 0.",
+        ),
+        (
+            {"claims": {"C": CLAIM}, "measures": {"fgsm": {**TINY["measures"]["fgsm"], "defenses": ["heaps"]}}},
+            "the claim C reads fgsm of standard at equal steps, which is not measured there: widen",
+        ),
+        (
+            {
+                "claims": {"C": {**CLAIM, "data": ["digits"]}},
+                "measures": {"fgsm": {**TINY["measures"]["fgsm"], "defenses": ["standard"]}},
+            },
+            "the claim C reads fgsm of heaps at equal steps, which is not measured there: widen",
+        ),
+        ({"search": {"lr": [-1]}}, "learning rates are positive, got -1"),
+        ({"search": {"lr": {"low": 0, "high": 1}, "trials": 2}}, "learning rates are positive, got 0"),
+        ({"search": {"lr": [0.1, 0.1]}}, "lr of the search: 0.1 is given twice"),
+        ({"search": {"lr": [0.1], "warmup": [1, 0, 1]}}, "warmup of the search: 1.0 is given twice"),
+        ({"search": {"lr": [0.1], "warmup": [-1]}}, "a warm-up takes 0 epochs or more, got -1"),
+        ({"search": {"lr": [0.1], "lengths": [1, 0.5]}}, "expected ascending lengths, got 1, 0.5"),
+        ({"search": {"lr": [0.1], "lengths": [1, 1]}}, "expected ascending lengths, got 1, 1"),
+        (
+            {
+                "data": [TINY["data"][0], TINY["data"][0] | {"name": "mnist5k"}],
+                "models": [{"name": "lenet5", "data": ["mnist5k"]}],
+                "defenses": {"a": {"name": "standard", "data": ["digits"]}},
+            },
+            "the study tiny trains nothing",
+        ),
+        ({"models": ["lenet6"]}, "unknown model 'lenet6'"),
+        ({"data": [{"name": "digit", "eps": 0.1}]}, "unknown data set 'digit'"),
+        ({"data": [{"name": "image-folder:/nowhere/at/all", "eps": 0.1}]}, "/nowhere/at/all"),
         ({"seeds": 0}, "Study.seeds = 0: expected 1 or more"),
         ({"search": {"lr": []}}, "Search.lr = []: expected 1 or more"),
         ({"defenses": {"a": "mine.py"}}, "mine.py is a file: name a defence in it, as mine.py:NAME"),
@@ -643,15 +781,50 @@ def test_a_wrong_study_is_one_sentence(changes, words, tmp_path, capsys):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"kind": "study", **TINY, **changes}))
     assert run(["study", "run", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--minutes", "0"]) == 2
     error = capsys.readouterr().err
-    assert words in error
+    assert words in " ".join(error.split())
     assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+    assert run(["study", "plan", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out")]) == 2
+
+
+def test_a_data_set_that_is_yet_to_be_downloaded_is_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GAMBESON_DATA", str(tmp_path / "data"))
+
+    def load(_):
+        raise UserError("could not get cifar10, every way failed")
+
+    monkeypatch.setattr("gambeson.studies.study.data_room.load", load)
+    file = tmp_path / "s.yaml"
+    file.write_text(yaml.safe_dump({"kind": "study", **TINY, "data": [{"name": "cifar10", "eps": 0.1}]}))
+    assert run(["study", "plan", str(file), "--out", str(tmp_path / "out")]) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "on cifar10, lenet5, seed 0: could not get cifar10, every way failed" in said
+
+
+def test_time_too_short_for_any_cell_is_said_with_what_the_next_one_takes(tmp_path, monkeypatch, capsys):
+    file, folder = tmp_path / "s.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump({"kind": "study", **TINY}))
+    monkeypatch.setattr("gambeson.studies.runner.execute", lambda *_: pytest.fail("begun"))
+    command = ["study", "run", str(file), "--out", str(folder), "--minutes"]
+    assert run([*command, "0"]) == 0
+    said = "no cell was finished in 0.0 s: the next one, train of heaps (sigma 0.3) on digits, lenet5, seed 0, takes"
+    assert f"{said} a time that `gambeson study plan` measures" in " ".join("".join(capsys.readouterr()).split())
+    seconds = {store.key_of(cell): 90.0 for cell in Matrix(tiny()).cells}
+    (folder / "tiny" / "plan.json").write_text(json.dumps({"device": "cpu", "seconds": seconds}))
+    assert run([*command, "0.05", "--device", "cpu"]) == 0
+    said = "no cell was finished in 3.0 s: the next one, train of heaps (sigma 0.3) on digits, lenet5, seed 0, takes"
+    assert f"{said} 1 min 30 s" in " ".join("".join(capsys.readouterr()).split())
+    monkeypatch.setattr("gambeson.studies.runner.execute", _made_up)
+    (folder / "tiny" / "plan.json").unlink()
+    assert run([*command, "1"]) == 0
+    assert "no cell was finished" not in "".join(capsys.readouterr())
 
 
 def test_more_images_than_there_are_are_refused(tmp_path, capsys):
     data = [{"name": "digits", "eps": 0.1, "test": 100_000}]
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"kind": "study", **TINY, "data": data}))
-    for command, status in (("plan", 0), ("run", 2)):
-        assert run(["study", command, str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out")]) == status
+    for command in ("plan", "run"):
+        assert run(["study", command, str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out")]) == 2
         said = " ".join("".join(capsys.readouterr()).split())
         assert "digits/test has 449 images, and the study asks for 100000: ask for fewer" in said
 

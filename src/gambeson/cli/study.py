@@ -144,9 +144,10 @@ def import_(
     """
     from gambeson import studies
 
-    new, known = studies.import_cells(file, out)
+    new, known, name = studies.import_cells(file, out)
     text = f"{new} results are new in {out / 'cells'}" + (f", {known} were there" if known else "")
-    _said(as_json, text, folder=str(out / "cells"), new=new, known=known)
+    text += f"\nnext: gambeson report {out / name}" if name else ""
+    _said(as_json, text, folder=str(out / "cells"), new=new, known=known, study=name)
 
 
 def _said(as_json: bool, text: str, **content: Any) -> None:
@@ -178,6 +179,8 @@ def _show(found: StudyResult, as_json: bool) -> None:
     console.print(f"{found.done} of {found.cells} cells are done")
     for title, reason in found.failed.items():
         console.print(f"failed: {title}: {reason}", soft_wrap=True, highlight=False)
+    for title, reason in found.damaged.items():
+        console.print(f"damaged, made again by the next run: {title}: {reason}", soft_wrap=True, highlight=False)
     if not found.claims:
         return
     table = Table(box=box.SIMPLE_HEAD)
@@ -187,6 +190,5 @@ def _show(found: StudyResult, as_json: bool) -> None:
         for one in claim.findings:
             effect = "\N{EN DASH}" if one.effect is None else f"{one.effect:.3g}"
             effect += "" if one.low is None or one.high is None else f" [{one.low:.3g}, {one.high:.3g}]"
-            more = f"; {one.seeds_to_decide} seeds would decide" if one.seeds_to_decide else ""
-            table.add_row(claim.claim, claim.at, f"{one.data}, {one.model}", effect, one.verdict + more)
+            table.add_row(claim.claim, claim.at, f"{one.data}, {one.model}", effect, one.words)
     console.print(table)

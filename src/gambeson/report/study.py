@@ -137,7 +137,7 @@ def build(result: StudyResult, pages: Mapping[str, str] | None = None) -> Page:
         data=list(dict.fromkeys(row.data for row in result.rows)),
         ats=[(at, AT[at]) for at in study["at"]],
         charts=_charts(result, metrics),
-        failed=list(result.failed.items()),
+        failed=list((result.damaged | result.failed).items()),
         facts=[
             Facts("Study", [row for row in flat(study) if not row[0].startswith("claims.")]),
             *(Facts("Versions", flat(one)) for one in result.environments),
@@ -180,7 +180,7 @@ def _claim(claim: Claim, finding: Finding, overall: str) -> ClaimLine:
     if finding.low is not None and finding.high is not None:
         effect += f" [{finding.low:.3g}, {finding.high:.3g}]"
     notes = [f"{len(finding.effects)} {'seed' if len(finding.effects) == 1 else 'seeds'}"]
-    if finding.verdict == "undecided":
+    if finding.verdict == "undecided" and finding.low is not None:
         more = finding.seeds_to_decide
         notes.append(f"{more:,} would decide it" if more else "no number of seeds up to 10,000 would decide it")
     notes += [finding.note] if finding.note else []

@@ -13,7 +13,7 @@ from typing import Any
 
 from gambeson.base import OutOfSpace, UserError, say, task
 from gambeson.studies.matrix import Cell, Matrix
-from gambeson.studies.runner import Runner, _threads, time_left
+from gambeson.studies.runner import Runner, _threads, end_with_parent, time_left
 from gambeson.studies.store import Estimates, Store
 from gambeson.studies.study import Study
 
@@ -96,6 +96,7 @@ def _driven(runner: Runner, address: str) -> Iterator[list[tuple[str, str]]]:
 
 
 def _drive(study: str, root: Path, device: str, left: float | None, run: str, address: str, pipe: Connection) -> None:
+    end_with_parent()
     matrix, store = Matrix(Study.model_validate_json(study)), Store(root)
     deadline = None if left is None else time.monotonic() + left
     runner = Runner(matrix, store, device, deadline, Estimates(matrix, store, device).of, run)

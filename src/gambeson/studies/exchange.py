@@ -1,4 +1,4 @@
-"""The results of cells in one file, so that a study begun on one machine goes on on another without a common folder."""
+"""A study's results in one file, so that what was begun on one machine goes on on another without a common folder."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gambeson.base import UserError, one_line, replaceable, write_bytes, write_json
+from pydantic import TypeAdapter
+
+from gambeson.base import UserError, one_line, replaceable, write_bytes, write_json, write_yaml
 from gambeson.base.files import parse_json
 from gambeson.studies.matrix import Matrix
-from gambeson.studies.store import CELLS, RESULT, Damaged, Store, digest
-from gambeson.studies.study import Study
+from gambeson.studies.runner import FILE
+from gambeson.studies.store import RESULT, Damaged, Store, digest
+from gambeson.studies.study import CELLS, Name, Study
 
-_ADDRESS = re.compile(r"[0-9a-f]{16}")
+_ADDRESS, _NAME = re.compile(r"[0-9a-f]{16}"), TypeAdapter[str](Name)
 
 
 def export_cells(study: Study, root: Path, out: Path) -> int:
-    """Write every result of a study, one line of JSON each, compressed; without weights.
+    """Write every result of a study, one line of JSON each, and then the study, compressed; without weights.
 
     Args:
         study: the study.
@@ -42,12 +45,14 @@ def export_cells(study: Study, root: Path, out: Path) -> int:
     if not lines:
         raise UserError("the study has no results yet: run it first, `gambeson study run FILE`")
     replaceable(out, "the results of a study's cells")
-    write_bytes(out, gzip.compress("\n".join(lines).encode(), mtime=0))
+    about = {"study": study.plain()}
+    whole = [*lines, json.dumps(about | {"sha256": digest(about)}, sort_keys=True)]
+    write_bytes(out, gzip.compress("\n".join(whole).encode(), mtime=0))
     return len(lines)
 
 
-def import_cells(file: Path, root: Path) -> tuple[int, int]:
-    """Store results that :func:`export_cells` wrote. What is there already stays as it is.
+def import_cells(file: Path, root: Path) -> tuple[int, int, str]:
+    """Store results that :func:`export_cells` wrote, and their study. What is there already stays as it is.
 
     A cell is done if the settings and the code that made it are those of the study here; results of other code stay
     unused. Where the weights behind a missing measurement are needed, their training is done again, and if that gives
@@ -58,7 +63,8 @@ def import_cells(file: Path, root: Path) -> tuple[int, int]:
         root: folder of studies.
 
     Returns:
-        How many results are new, and how many were there.
+        How many results are new, how many were there, and the name of the study; empty if the file, an older one, does
+        not have it.
 
     Raises:
         UserError: the file cannot be read, or is not what was written; then nothing is stored.
@@ -71,21 +77,25 @@ def import_cells(file: Path, root: Path) -> tuple[int, int]:
         raise UserError(
             f"{file} cannot be read ({one_line(error)}): expected what `study export --to cells` writes"
         ) from None
-    found = [_line(file, number, line) for number, line in enumerate(text.splitlines(), 1)]
-    new = 0
-    for address, content in found:
-        target = root / CELLS / address / RESULT
-        if not target.is_file():
-            write_json(target, content)
-            new += 1
-    return new, len(found) - new
+    found = dict(_line(file, number, line) for number, line in enumerate(text.splitlines(), 1))
+    names = {path.parent.name for path in found if path.name == FILE}
+    files = {root / path: content for path, content in found.items()}
+    new = {path: content for path, content in files.items() if not path.exists()}
+    for path, content in new.items():
+        write_yaml(path, content) if path.name == FILE else write_json(path, content)
+    cells, fresh = (sum(path.name == RESULT for path in some) for some in (files, new))
+    return fresh, cells - fresh, next(iter(names), "")
 
 
-def _line(file: Path, number: int, line: str) -> tuple[str, dict[str, Any]]:
+def _line(file: Path, number: int, line: str) -> tuple[Path, dict[str, Any]]:
+    """Return the file that a line is of, below the folder of studies, and its content."""
     with suppress(ValueError):
         content = parse_json(line)
         if isinstance(content, dict):
             address = content.pop("address", "")
-            if isinstance(address, str) and _ADDRESS.fullmatch(address) and content.get("sha256") == digest(content):
-                return address, content
+            if content.get("sha256") == digest(content):
+                if isinstance(address, str) and _ADDRESS.fullmatch(address):
+                    return Path(CELLS, address, RESULT), content
+                if isinstance(study := content.get("study"), dict):
+                    return Path(_NAME.validate_python(study.get("name")), FILE), study
     raise UserError(f"line {number} of {file} is not a result as it was written: nothing was taken over")

@@ -8,17 +8,18 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import Any, Literal
+from typing import Any
 
 from gambeson.base import UserError, contents
 from gambeson.base.config import parse_number
 from gambeson.base.contents import texts
 from gambeson.defenses.registry import DEFENSES
 from gambeson.models.registry import MODELS
+from gambeson.studies.checks import check_claims
 from gambeson.studies.claims import At, Claim
 from gambeson.studies.code import code_hash
 from gambeson.studies.measures import AttackMeasure
-from gambeson.studies.study import Study, StudyData, StudyDefense, StudyModel
+from gambeson.studies.study import Kind, Study, StudyData, StudyDefense, StudyModel
 from gambeson.studies.trials import ends
 from gambeson.training import Recipe, TrainRun
 
@@ -53,7 +54,7 @@ class Row:
 class Cell:
     """One piece of work whose result is stored."""
 
-    kind: Literal["cost", "search", "lengths", "train", "measure"]
+    kind: Kind
     row: Row
     settings: dict[str, Any]
     """All that decides the result, as plain data."""
@@ -143,9 +144,14 @@ class Matrix:
         """The rows of the matrix, each with its training (``train``) and its measurements by label.
 
         At equal steps, that of the first variant and seed also has the trainings of other lengths (``lengths``).
+
+        Raises:
+            UserError: as :attr:`cells`, and for a claim about what is not measured.
         """
         rows = [self._row(row, spec) for row, spec in self._rows()]
-        return [(row, cells) for row, cells in rows if cells]
+        table = [(row, cells) for row, cells in rows if cells]
+        check_claims(self.study, table)
+        return table
 
     def _rows(self) -> Iterator[tuple[Row, _Spec]]:
         for (d, data), (m, model), (f, (label, defense)) in itertools.product(

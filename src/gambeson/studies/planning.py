@@ -14,14 +14,15 @@ from gambeson import models
 from gambeson.auditing import cost as audit_cost
 from gambeson.auditing.suite import SUITES
 from gambeson.base import Config, UserError, seeded, task, write_json
-from gambeson.data import Dataset
+from gambeson.data import Dataset, catalog
+from gambeson.data.load import TORCHVISION
 from gambeson.defenses import Standard
 from gambeson.studies.audits import AuditMeasure
 from gambeson.studies.bench import operations
 from gambeson.studies.matrix import Cell, Matrix
 from gambeson.studies.measures import AttackMeasure, EpsUniMeasure, JacobianMeasure, SuiteMeasure
 from gambeson.studies.runner import load
-from gambeson.studies.store import PLAN, Damaged, Estimates, Store, key_of
+from gambeson.studies.store import PLAN, Damaged, Estimates, Planned, Store, key_of
 from gambeson.training import TrainRun, plan_training
 from gambeson.training.run import step_of
 from gambeson.victim import DEFAULT_VOTES, EOT_SAMPLES
@@ -65,7 +66,8 @@ def plan(matrix: Matrix, store: Store, device: str) -> StudyPlan:
     Where a step takes long, such as that of a large network without an accelerator, its operations are counted instead.
 
     Raises:
-        UserError: a defence, a network and data do not fit each other.
+        UserError: a defence, a network and data do not fit each other, so that nothing can run. That a data set is yet
+            to be downloaded, or that a part cannot run, is a warning.
     """
     estimates = Estimates(matrix, store, device)
     left = [cell for cell in matrix.cells if not _done(store, cell)]
@@ -82,7 +84,10 @@ def plan(matrix: Matrix, store: Store, device: str) -> StudyPlan:
             except UserError as error:
                 notes.setdefault(str(error), f"{cells[0].row.title}: {error}")
             advance()
-    write_json(store.root / matrix.study.name / PLAN, {"device": device, "seconds": seconds})
+    known = any(key_of(cell) in seconds or estimates.measured(cell) for cell in left)
+    if notes and not known and all(_is_here(one.name) for one in matrix.study.data):
+        raise UserError(f"nothing that is left of the study can run: {next(iter(notes.values()))}")
+    write_json(store.root / matrix.study.name / PLAN, Planned(device=device, seconds=seconds).plain())
     estimates = Estimates(matrix, store, device)
     return StudyPlan(
         study=matrix.study.name,
@@ -93,6 +98,11 @@ def plan(matrix: Matrix, store: Store, device: str) -> StudyPlan:
         seconds={count: makespan(left, estimates.of, count) for count in DEVICES},
         warnings=list(notes.values()),
     )
+
+
+def _is_here(name: str) -> bool:
+    """Whether data are on this machine, and need no download."""
+    return all(entry.ready for entry in catalog() if entry.name == name) and not name.startswith(TORCHVISION)
 
 
 def _done(store: Store, cell: Cell) -> bool:

@@ -15,7 +15,6 @@ from pydantic import Field
 from gambeson.base import Config, UserError, replaceable, write_bytes, write_json, write_text
 from gambeson.studies.matrix import Cell, Matrix
 from gambeson.studies.measures import Value
-from gambeson.studies.runner import failures
 from gambeson.studies.store import Damaged, Store
 from gambeson.studies.study import Study
 from gambeson.studies.verdicts import Point, Verdict, verdicts
@@ -54,6 +53,8 @@ class StudyResult(Config):
     done: int
     failed: dict[str, str]
     """Why cells failed, by their titles."""
+    damaged: dict[str, str] = Field(default_factory=dict)
+    """Why stored results cannot be used, likewise; the next run makes these cells again."""
     environments: list[dict[str, str]]
     """Versions and devices behind the results; more than one where they differ."""
     date: str
@@ -63,7 +64,8 @@ class StudyResult(Config):
 
 def collect(matrix: Matrix, store: Store) -> StudyResult:
     """Read every result of a study; what is missing or damaged counts as not run."""
-    stored = {cell.address: _read(store, cell) for cell in matrix.cells}
+    damaged: dict[str, str] = {}
+    stored = {cell.address: _read(store, cell, damaged) for cell in matrix.cells}
     lengths = {
         (row.data, row.model, row.defense): stored[cells["lengths"].address]
         for row, cells in matrix.table
@@ -88,7 +90,12 @@ def collect(matrix: Matrix, store: Store) -> StudyResult:
         ],
         cells=len(stored),
         done=sum(content is not None for content in stored.values()),
-        failed=failures(matrix, store),
+        failed={
+            cell.title: one.message.split("\n")[0]
+            for cell in matrix.cells
+            if stored[cell.address] is None and (one := store.failure(cell)) is not None
+        },
+        damaged=damaged,
         environments=known,
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
     )
@@ -100,10 +107,11 @@ def judged(study: Study, rows: Sequence[Result]) -> list[Verdict]:
     return verdicts(study.claims, [row for row in rows if row.values], study.at, places)
 
 
-def _read(store: Store, cell: Cell) -> dict[str, Any] | None:
+def _read(store: Store, cell: Cell, damaged: dict[str, str]) -> dict[str, Any] | None:
     try:
         return store.read(cell)
-    except Damaged:
+    except Damaged as error:
+        damaged[cell.title] = str(error)
         return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import shutil
+import os
 import signal
 import threading
 import time
@@ -25,7 +25,7 @@ from gambeson.data import Dataset
 from gambeson.studies import trainings
 from gambeson.studies.matrix import Cell, Matrix
 from gambeson.studies.measures import load_trained
-from gambeson.studies.store import TAKEOVERS, Damaged, Estimates, Store, write_cell
+from gambeson.studies.store import TAKEOVERS, Damaged, Estimates, Store, remove, write_cell
 from gambeson.studies.study import Study, StudyData
 from gambeson.training import TrainRun
 
@@ -146,7 +146,7 @@ class Runner:
     def failed(self, cell: Cell) -> bool:
         """Whether a cell failed for good in this run."""
         found = self.store.failure(cell)
-        return found is not None and found["run"] == self.run and found["times"] > self.retries
+        return found is not None and found.run == self.run and found.times > self.retries
 
     @property
     def retries(self) -> int:
@@ -228,7 +228,7 @@ class Runner:
     def crashed(self, cell: Cell, message: str) -> None:
         """Note that a cell crashed; it is tried again in this run until it has no retries left."""
         known = self.store.failure(cell)
-        times = known["times"] + 1 if known and known["run"] == self.run else 1
+        times = known.times + 1 if known and known.run == self.run else 1
         self.store.fail(cell, message, self.run, times)
 
     def _repair(self, cell: Cell, error: Damaged) -> None:
@@ -251,7 +251,7 @@ def discard(folder: Path) -> None:
     """Empty the folder of a cell, but for its lock."""
     for path in folder.iterdir():
         if not path.name.startswith("lock."):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            remove(path)
 
 
 @contextmanager
@@ -289,10 +289,14 @@ def prepare(study: Study, root: Path) -> Matrix:
     """Write the study's file into its folder, and return its cells.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: a setting is wrong, nothing is to be trained, or the folder cannot be written.
     """
-    writable(root)
     matrix = Matrix(study)
+    if not matrix.cells:
+        raise UserError(
+            f"the study {study.name} trains nothing: no model and defence share a data set; widen their data and models"
+        )
+    writable(root)
     write_yaml(root / study.name / FILE, study.plain())
     return matrix
 
@@ -362,21 +366,27 @@ def _place(device: str, number: int) -> str:
     return device if count < 2 else f"{device}:{number % count}"
 
 
+def end_with_parent() -> None:
+    """End this process once the one that began it has, even if that was killed: nobody waits for its work any more.
+
+    What it leaves half done is taken over as after any other kill.
+    """
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _work(study: str, root: Path, device: str, left: float | None, run: str, pipe: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent()
     matrix, store = Matrix(Study.model_validate_json(study)), Store(root)
     deadline = None if left is None else time.monotonic() + left
     try:
         Runner(matrix, store, device, deadline, Estimates(matrix, store, device).of, run).go()
     except UserError as error:
         pipe.send(str(error))
-
-
-def failures(matrix: Matrix, store: Store) -> dict[str, str]:
-    """Return why cells without a result failed, by their titles."""
-    found = {}
-    for cell in matrix.cells:
-        known = store.failure(cell)
-        if known is not None and not (store.folder(cell) / "result.json").is_file():
-            found[cell.title] = str(known["message"]).split("\n")[0]
-    return found

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import threading
@@ -22,16 +23,55 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from gambeson.base import OutOfSpace, UserError, environment, read_json, write_json, write_yaml
+from pydantic import Field
+
+from gambeson.base import Config, Number, OutOfSpace, UserError, environment, read_json, write_json, write_yaml
 from gambeson.studies.matrix import Cell, Matrix
+from gambeson.studies.study import CELLS
 
 BEAT, STALE = 5.0, 60.0
 """Seconds between two refreshments of a lock, and after which it is stale."""
 TAKEOVERS = 5
 """Runners that may die over one cell before it counts as failed."""
-CELLS, RESULT, FAILURE, PLAN = "cells", "result.json", "failure.json", "plan.json"
+RESULT, FAILURE, PLAN = "result.json", "failure.json", "plan.json"
+
+
+class Failure(Config):
+    """How a cell failed last."""
+
+    message: str
+    run: str
+    """Of which run of the study."""
+    times: int
+    """How often in that run."""
+    title: str = ""
+
+
+class Planned(Config):
+    """The seconds that a plan has measured or counted, by :func:`key_of`."""
+
+    device: str
+    seconds: dict[str, Annotated[Number, Field(ge=0)]]
+
+
+class Owner(Config):
+    """Who holds a lock; the defaults are nobody that is known."""
+
+    token: str = ""
+    machine: str = ""
+    process: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
+Noted = TypeVar("Noted", Failure, Planned, Owner)
+
+
+def _noted(kind: type[Noted], file: Path) -> Noted | None:
+    """Read what only helps: None where it is absent or damaged."""
+    with suppress(ValueError):
+        return kind.model_validate(read_json(file))
+    return None
 
 
 class Store:
@@ -59,7 +99,7 @@ class Store:
             Damaged: what is stored is not what was written.
         """
         file = self.folder(cell) / RESULT
-        if not file.is_file():
+        if not file.exists():
             return None
         try:
             content = read_json(file)
@@ -98,8 +138,8 @@ class Store:
             "files": {name: _file_digest(folder / name) for name in files},
             "of": {need.address: made for need in cell.needs if (made := self._files(need, {}))},
         }
-        write_json(folder / RESULT, content | {"sha256": digest(content)})
-        (folder / FAILURE).unlink(missing_ok=True)
+        _put(folder / RESULT, content | {"sha256": digest(content)})
+        remove(folder / FAILURE)
 
     def fail(self, cell: Cell, message: str, run: str, times: int) -> None:
         """Note that a cell failed.
@@ -110,13 +150,12 @@ class Store:
             run: of which run of the study.
             times: how often in that run.
         """
-        write_json(self.folder(cell) / FAILURE, {"message": message, "run": run, "times": times, "title": cell.title})
+        failure = Failure(message=message, run=run, times=times, title=cell.title)
+        _put(self.folder(cell) / FAILURE, failure.plain())
 
-    def failure(self, cell: Cell) -> dict[str, Any] | None:
-        """Return how a cell failed last; None if it did not."""
-        with suppress(UserError):
-            return dict(read_json(self.folder(cell) / FAILURE))
-        return None
+    def failure(self, cell: Cell) -> Failure | None:
+        """Return how a cell failed last; None if it did not, or the note of it is damaged."""
+        return _noted(Failure, self.folder(cell) / FAILURE)
 
     def lock(self, cell: Cell) -> Lock | None:
         """Take the lock of a cell; None if another runner holds it."""
@@ -145,12 +184,8 @@ class Estimates:
 
     def __init__(self, matrix: Matrix, store: Store, device: str) -> None:
         self.matrix, self.store, self.device = matrix, store, device
-        self.planned: dict[str, float] = {}
-        file = store.root / matrix.study.name / PLAN
-        if file.is_file():
-            stored = read_json(file)
-            if stored.get("device") == device:
-                self.planned = stored["seconds"]
+        stored = _noted(Planned, store.root / matrix.study.name / PLAN)
+        self.planned = stored.seconds if stored is not None and stored.device == device else {}
         self._finished: dict[str, list[float]] = {}
         self._known: set[str] = set()
         self._looked = -math.inf
@@ -210,7 +245,7 @@ class Lock:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with os.fdopen(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY), "w", encoding="utf-8") as opened:
-                json.dump({"token": token, "machine": _machine(), "process": os.getpid()}, opened)
+                opened.write(Owner(token=token, machine=_machine(), process=os.getpid()).model_dump_json())
         except FileExistsError:
             return None
         except OSError as error:
@@ -230,7 +265,7 @@ class Lock:
     def mine(self) -> bool:
         """Whether no other runner has taken it over."""
         owner = _owner(self.folder / f"lock.{self.number}")
-        return _newest(self.folder) == self.number and owner.get("token") == self.token
+        return _newest(self.folder) == self.number and owner.token == self.token
 
     def release(self) -> None:
         """Give it up."""
@@ -253,17 +288,15 @@ def _newest(folder: Path) -> int | None:
     return max(numbers, default=None)
 
 
-def _owner(file: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    return {}
+def _owner(file: Path) -> Owner:
+    return _noted(Owner, file) or Owner()
 
 
 def _stale(file: Path) -> bool:
     owner = _owner(file)
-    if _BOOT and owner.get("machine") == _machine():
+    if _BOOT and owner.machine == _machine():
         try:
-            os.kill(int(owner["process"]), 0)
+            os.kill(owner.process, 0)
         except ProcessLookupError:
             return True
         except PermissionError:
@@ -312,6 +345,21 @@ def _file_digest(file: Path) -> str:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError:
         return "missing"
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all in it; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _put(file: Path, content: Any) -> None:
+    """Write JSON, also in place of a folder, which only damage leaves there."""
+    if file.is_dir():
+        remove(file)
+    write_json(file, content)
 
 
 def write_cell(folder: Path, cell: Cell) -> None:

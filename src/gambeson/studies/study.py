@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from gambeson import data as data_room
 from gambeson.base import Config, Number, UserError, read_settings, unknown_name
@@ -14,7 +15,7 @@ from gambeson.defenses.registry import DEFENSES
 from gambeson.studies.audits import AuditMeasure
 from gambeson.studies.claims import At, Claim
 from gambeson.studies.measures import AccuracyMeasure, AttackMeasure, EpsUniMeasure, JacobianMeasure, SuiteMeasure
-from gambeson.studies.trials import Choice, NumberChoice, Range
+from gambeson.studies.trials import Choice, NumberChoice, Range, ends
 from gambeson.threat import Eps
 
 Size = Annotated[int, Field(ge=1)]
@@ -25,7 +26,21 @@ AnyMeasure = Annotated[
 """A measurement, distinguished by ``kind``."""
 
 
+CELLS = "cells"
+"""The folder of results, beside those of studies."""
+Kind = Literal["cost", "search", "lengths", "train", "measure"]
+"""What a cell of a study does."""
 _MOST_SEEDS = 1000
+
+
+def _folder(name: str) -> str:
+    if name.lower() == CELLS:
+        raise ValueError(f"{CELLS} is the folder of all studies' results: choose another name")
+    return name
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), AfterValidator(_folder)]
+"""The name of a study, and of its folder."""
 
 
 def _named(value: Any) -> Any:
@@ -175,6 +190,18 @@ class Search(Config):
             raise ValueError(f"{sorted(twice)[0]} is not of the space: lr and warmup stand beside it, epochs are given")
         return self
 
+    @model_validator(mode="after")
+    def _trainable(self) -> Search:
+        if (least := min(ends(self.lr))) <= 0:
+            raise ValueError(f"learning rates are positive, got {least:g}: leave it out of search.lr")
+        if (least := min(ends(self.warmup))) < 0:
+            raise ValueError(f"a warm-up takes 0 epochs or more, got {least:g}: leave it out of search.warmup")
+        for name, choice in {"lr": self.lr, "warmup": self.warmup, **self.space}.items():
+            _once(f"{name} of the search", ends(choice))
+        if any(first >= then for first, then in itertools.pairwise(self.lengths)):
+            raise ValueError(f"expected ascending lengths, got {', '.join(f'{one:g}' for one in self.lengths)}")
+        return self
+
 
 class Resources(Config):
     """What a cell asks of a Ray cluster."""
@@ -192,8 +219,7 @@ class Study(Config):
     """A study: what is trained on what, how it is measured, and what is claimed of it."""
 
     kind: Literal["study"] = "study"
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """Name of its folder."""
+    name: Name
     summary: str = ""
     data: Annotated[tuple[StudyData, ...], Field(min_length=1)]
     models: Annotated[tuple[Annotated[StudyModel, BeforeValidator(_named)], ...], Field(min_length=1)]
@@ -226,6 +252,18 @@ class Study(Config):
                 DEFENSES.get(name)
         return fields
 
+    @field_validator("measures")
+    @classmethod
+    def _own_labels(cls, measures: dict[str, Any]) -> dict[str, Any]:
+        for label in measures:
+            if label in get_args(Kind):
+                raise ValueError(f"a measure is called {label!r}, as a study's own cells are: give it another label")
+            if not label or "." in label:
+                raise ValueError(
+                    f"a measure is called {label!r}: give it a label without a dot, as metrics are LABEL.NAME"
+                )
+        return measures
+
     @field_validator("seeds")
     @classmethod
     def _no_twins(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -253,8 +291,11 @@ class Study(Config):
             for name in names:
                 if name not in known:
                     raise unknown_name(kind, name, known)
-        for claim in self.claims.values():
+        _once("at", self.at)
+        for name, claim in self.claims.items():
             claim.check(self.seeds)
+            if missing := [at for at in claim.at if at not in self.at]:
+                raise ValueError(f"the claim {name} is at equal {missing[0]}, and the study is not: add it to its at")
         _once("data set", sets)
         _once("model", nets)
         for label, measure in self.measures.items():
@@ -263,7 +304,7 @@ class Study(Config):
             for one in self.data:
                 measure.check(one.eps)
         for label, defense in self.defenses.items():
-            for name, values in defense.grid.items():
+            for name, values in [*defense.grid.items(), *((k, ends(choice)) for k, choice in defense.space.items())]:
                 _once(f"{name} of {label}", values)
             if twice := defense.grid.keys() & defense.settings.keys():
                 raise ValueError(f"{sorted(twice)[0]} of {label} is in its grid: leave it out of its settings")

@@ -20,6 +20,7 @@ LEVELS = 5
 """Clean accuracies at which two fronts are compared, evenly spread over what they share."""
 MOST_SEEDS = 10_000
 _ROUNDING = 1e-9
+_ALONE = "a single seed says something, and an interval takes two"
 
 
 class Point(Config):
@@ -54,6 +55,18 @@ class Finding(Config):
     """How many seeds would decide an undecided claim if effect and spread stayed as they are; None: not known, or more
     than 10,000."""
     note: str = ""
+
+    @property
+    def words(self) -> str:
+        """The verdict, with what else it would take; where there is no interval, why."""
+        if self.verdict == "not run":
+            return self.note or "not run"
+        if self.verdict != "undecided":
+            return self.verdict
+        if self.low is None:
+            return f"undecided; {self.note}"
+        more = self.seeds_to_decide
+        return f"undecided; {f'{more:,}' if more else f'no number up to {MOST_SEEDS:,} of'} seeds would decide it"
 
 
 class Verdict(Config):
@@ -115,31 +128,34 @@ def _overall(words: Sequence[Word], surer: Sequence[Word], need: str) -> Word:
 def _finding(
     name: str, claim: Claim, points: Sequence[Point], at: str, place: tuple[str, str], confidence: float
 ) -> Finding:
-    notes: list[str] = []
+    silent: dict[str, list[str]] = {}
     found: dict[int, _Effect] = {}
     for seed in sorted({point.seed for point in points}):
         mine = [point for point in points if point.seed == seed]
         try:
             found[seed] = _effect(claim, mine, points)
         except _Missing as missing:
-            notes.append(f"seed {seed}: {missing}")
+            silent.setdefault(str(missing), []).append(str(seed))
+    notes = [f"{'seeds' if seeds[1:] else 'seed'} {', '.join(seeds)}: {why}" for why, seeds in silent.items()]
+    notes = [_ALONE, *notes] if len(found) == 1 else notes
     more, less = any(one.more for one in found.values()), any(one.less for one in found.values())
     if more or less:
         words = [word for word, said in (("more", more), ("less", less)) if said]
         notes.append(f"a number lies beyond the largest eps: the effect may be {' or '.join(words)}")
     about: dict[str, Any] = {"claim": name, "data": place[0], "model": place[1], "at": at}
-    about["note"] = "; ".join(dict.fromkeys(notes))
-    if not found:
-        return Finding(**about, verdict="not run", effects={})
     ratio = claim.how == "ratio"
     values = [one.value for one in found.values()]
+    spread = max(statistics.stdev(values), *(one.step for one in found.values())) if len(values) > 1 else 0.0
+    if len(values) > 1 and spread <= _ROUNDING:
+        notes.append("the seeds agree to the last digit, which does not say how far others would differ")
+    about["note"] = "; ".join(notes)
+    if not found:
+        return Finding(**about, verdict="not run", effects={})
     shown = {seed: math.exp(value) if ratio else value for seed, value in zip(found, values, strict=True)}
     mean, margin = statistics.fmean(values), math.log(claim.margin) if ratio else claim.margin
     out: Callable[[float], float] = math.exp if ratio else float
     if len(values) < 2:
-        return Finding(**about, verdict="undecided", effects=shown, effect=out(mean), seeds_to_decide=2)
-    spread = max(statistics.stdev(values), *(one.step for one in found.values()))
-    # Equal effects do not say how far seeds differ.
+        return Finding(**about, verdict="undecided", effects=shown, effect=out(mean))
     half = _half(spread, len(values), confidence) if spread > _ROUNDING else math.inf
     low, high = -math.inf if less else mean - half, math.inf if more else mean + half
     inside = (low >= margin, high < margin) if claim.at_least is not None else (high <= margin, low > margin)
@@ -313,9 +329,10 @@ def _between_fronts(claim: Claim, points: Sequence[Point]) -> _Effect:
     fronts, censored = [], []
     for side in claim.sides:
         name = side.metric or str(claim.metric)
-        mine = [p for p in points if p.defense == side.defense and {name, matched} <= set(p.values) and learnt(p)]
+        run = [p for p in points if p.defense == side.defense and {name, matched} <= set(p.values)]
+        mine = [p for p in run if learnt(p)]
         if not mine:
-            raise _Missing(f"{side.defense} is not run")
+            raise _Missing(f"{side.defense} has not learnt" if run else f"{side.defense} is not run")
         pairs = [(p.values[matched].value, _on_scale(claim, p.values[name], side.defense, name)) for p in mine]
         censored.append(any(p.values[name].censored for p in mine))
         fronts.append(front(pairs, across=meaning(matched).better, along=meaning(name).better))
@@ -341,10 +358,12 @@ def learnt(point: Point) -> bool:
 
 
 def _correlation(points: Sequence[Point], metric: str, with_: str) -> float:
-    mine = [point for point in points if {metric, with_} <= set(point.values) and learnt(point)]
+    run = [point for point in points if {metric, with_} <= set(point.values)]
+    mine = [point for point in run if learnt(point)]
     pairs = [(point.values[metric].value, point.values[with_].value) for point in mine]
     if len(pairs) < 4 or any(len({pair[k] for pair in pairs}) == 1 for k in (0, 1)):
-        raise _Missing(f"a correlation of {metric} with {with_} needs 4 models that differ, and there are {len(pairs)}")
+        there = f"there are {len(pairs)}" if len(mine) == len(run) else f"{len(mine)} of {len(run)} have learnt"
+        raise _Missing(f"a correlation of {metric} with {with_} needs 4 models that differ, and {there}")
     first, second = torch.tensor(pairs, dtype=torch.float64).T
     return abs(float(spearman(first, second)))
 
