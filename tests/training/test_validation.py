@@ -7,7 +7,7 @@ from torch import nn
 import gambeson as gb
 from gambeson.defenses import Standard
 from gambeson.training import Recipe
-from gambeson.training.validation import chance_level, is_best, validate
+from gambeson.training.validation import chance_level, is_best, is_due, validate
 
 
 class Says(nn.Module):
@@ -88,3 +88,20 @@ def test_an_epoch_at_chance_is_taken_only_where_all_are():
         recipe = Recipe(select=select, robust_every=1)
         history = [constant | still, good | fooled, constant | still]
         assert [is_best(history[: k + 1], recipe, Standard()) for k in range(3)] == [True, True, False]
+
+
+def test_the_first_epoch_that_is_accurate_enough_is_attacked():
+    look = {"validation_uer": 0.1, "validation_pgd_accuracy": 0.9}
+
+    def due(accuracies, least, every=3):
+        recipe, history = Recipe(epochs=8, select="best-robust", robust_every=every, least_accuracy=least), []
+        for accuracy in accuracies:
+            history.append({"validation_accuracy": accuracy})
+            history[-1] |= look if is_due(history, recipe, Standard()) else {}
+        return [k for k, entry in enumerate(history) if look.items() <= entry.items()]
+
+    assert due([0.8, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9], 0.9) == [1, 2, 5, 7]
+    assert due([0.8, 0.8, 0.8, 0.8, 0.9], 0.9) == [2, 4]
+    assert due([0.8, 0.8, 0.8, 0.8, 0.9], 0.0) == [2]
+    assert due([0.9, 0.9], 0.9, every=1) == [0, 1]
+    assert not is_due([{"validation_accuracy": 1.0}], Recipe(epochs=1), Standard())

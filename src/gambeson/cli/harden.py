@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,7 +22,7 @@ def harden(
     minutes: Annotated[
         float | None,
         typer.Option(
-            help="Time for everything: half for the training, a quarter for each audit.",
+            help="Time for everything, about: half for the training, in whole epochs, a quarter for each audit.",
             show_default="no limit",
             metavar="N",
         ),
@@ -39,8 +40,8 @@ def harden(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="Suite of both audits: glance, quick, standard or full.",
-            show_default="quick; with --minutes what fits",
+            help="Suite of both audits: glance, quick, standard or full; with --minutes, what of it fits.",
+            show_default="quick; with --minutes full",
         ),
     ] = None,
     to: Annotated[
@@ -67,6 +68,7 @@ def harden(
 
     Example: `gambeson harden torchvision:resnet18@model.pth --data image-folder:photos --keep-accuracy 0.5`
     """
+    began = monotonic()  # before the imports, which take seconds of --minutes
     from gambeson.auditing import Suite
     from gambeson.base import unknown_name
     from gambeson.defenses import Gambeson
@@ -96,16 +98,16 @@ def harden(
     run = HardenRun(**settings)
     with progress(as_json) as console:
         if only_plan:
-            cost = plan_harden(run, out)
+            cost = plan_harden(run, out, began)
             print_json(cost.plain() | {"total": cost.total}) if as_json else console.print(_words(cost))
             return
         folder = out or options.folder_beside(run.model, "hardened")
-        found = run_harden(run, folder)
+        found = run_harden(run, folder, began)
     if as_json:
         print_json({"out": str(folder), **found.plain()})
         return
     console.print(comparison_table(found.comparison))
-    for note in found.notes:
+    for note in (found.choice, *found.notes):
         console.print(f"note: {note}")
     console.print(found.summary)
     console.print(f"open {folder / 'report.html'}; the model is {folder / 'model.safetensors'}", soft_wrap=True)

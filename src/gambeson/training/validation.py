@@ -115,12 +115,13 @@ def _scores(victim: Victim, split: Split, delta: torch.Tensor | None = None) -> 
         predictions, labels = predict(victim, own, delta), own.labels
         found, valid = score(predictions, own, whole=False), split.task.valid(labels)
         groups = (labels[valid], predictions[valid & (predictions >= 0)], labels[valid & (predictions == labels)])
-        by_class = torch.stack([group.bincount(minlength=len(split.classes)) for group in groups])
-        sums = total([found.errors, found.total, *by_class.flatten().tolist()], victim.device)
+        counts = torch.stack([group.bincount(minlength=len(split.classes)) for group in groups])
+        sums = total([found.errors, found.total, *counts.flatten().tolist()], victim.device)
         errors, answers, by_class = sums[0], sums[1], torch.tensor(sums[2:], dtype=torch.double).view(3, -1)
         if answers == 0:
             raise nothing_counts(split)
-        return _Scores(errors / answers, None, *_balanced(*by_class[:, by_class[0] > 0], answers))
+        images, given, right = by_class[:, by_class[0] > 0]
+        return _Scores(errors / answers, None, *_balanced(images, given, right, answers))
 
     def count(predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return split.task.confusion(predictions, labels, len(split.classes)).sum(0)
@@ -180,15 +181,38 @@ def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: i
     return found | {"validation_pgd_accuracy": right / max(1, counted)}
 
 
+def is_due(history: list[dict[str, float]], recipe: Recipe, defense: Defense) -> bool:
+    """Whether the last epoch, whose clean accuracy is known, is to be attacked.
+
+    It is after every ``recipe.robust_every`` epochs, after the last, and where it is the first that has the least
+    accuracy: a training that ends early, or keeps it in few epochs, then has one to choose.
+    """
+    every, done = recipe.robust_every, len(history)
+    if not every or done % every == 0 or done == recipe.epochs:
+        return bool(every)
+    late, accurate = done > defense.fully_active_epoch(recipe.epochs), history[-1][ACCURACY] >= recipe.least_accuracy
+    return recipe.least_accuracy > 0 and late and accurate and not _ranks(history, recipe, defense)
+
+
 def is_best(history: list[dict[str, float]], recipe: Recipe, defense: Defense) -> bool:
     """Whether the last epoch is the best so far by the recipe's rule; an epoch that was not measured is not.
 
     Nor is one before all parts of the objective were active, such as noise that starts later.
     """
-    entries = history[defense.fully_active_epoch(recipe.epochs) :]
-    ranks = [rank(entry, recipe.select) if entry[ACCURACY] >= recipe.least_accuracy else None for entry in entries]
-    found = [value for value in ranks if value is not None]
-    return bool(found) and ranks[-1] is not None and found[-1] > max(found[:-1], default=-math.inf)
+    ranks = _ranks(history, recipe, defense)
+    last = ranks.pop(len(history) - 1, None)
+    return last is not None and last > max(ranks.values(), default=-math.inf)
+
+
+def _ranks(history: list[dict[str, float]], recipe: Recipe, defense: Defense) -> dict[int, float]:
+    """The ranks of those epochs that may be chosen."""
+    return {
+        epoch: value
+        for epoch, entry in enumerate(history)
+        if epoch >= defense.fully_active_epoch(recipe.epochs)
+        and entry[ACCURACY] >= recipe.least_accuracy
+        and (value := rank(entry, recipe.select)) is not None
+    }
 
 
 def rank(entry: dict[str, float], select: str) -> float | None:
