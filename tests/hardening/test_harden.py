@@ -22,11 +22,12 @@ from gambeson.auditing.clock import now
 from gambeson.base import OutOfSpace
 from gambeson.base.files import read_yaml
 from gambeson.cli.app import run
-from gambeson.hardening import Hardening, HardenRun, job, run_harden
+from gambeson.hardening import Hardening, HardenRun, job, plan_harden, run_harden
 from gambeson.hardening import run as harden_run
 from gambeson.hardening.collapse import collapsed
 from gambeson.hardening.job import Job
 from gambeson.hardening.settings import Schedule
+from gambeson.models.loading import trained_on
 from gambeson.report.page import _tight as tight
 from gambeson.training import loop
 from gambeson.training.loop import Run
@@ -104,6 +105,19 @@ def test_a_hardening_leaves_the_model_the_numbers_and_one_page(found, folder):
     assert yaml.safe_load((folder / "run.yaml").read_text())["finished"] is True
     assert found.after.results.subject.defense["eps"] == 0.1
     assert found.before.results.settings == found.after.results.settings
+
+
+def test_the_folder_of_a_hardening_is_a_model(found, folder, tmp_path):
+    taken = gb.evaluation.load_model(folder)
+    assert gb.models.fingerprint(taken.model) == gb.models.fingerprint(found.model)
+    assert taken.dataset.name == trained_on(str(folder)) == "digits"
+    assert (taken.label, taken.trained["defense"]["eps"]) == ("gambeson", 0.1)
+    assert plan_harden(HardenRun(model=str(folder), recipe={"batch_size": 256})).epochs == 40
+    (again := tmp_path / "again").mkdir()  # hardened again, without naming the data
+    (again / "run.yaml").write_text(yaml.safe_dump({"kind": "harden", "model": str(folder), "data": None}))
+    assert trained_on(str(again)) == "digits"
+    with pytest.raises(UserError, match=r"again.model\.safetensors does not exist: expected a file of weights"):
+        gb.evaluation.load_model(again)
 
 
 def test_the_summary_says_what_the_test_split_lost(found):
@@ -347,7 +361,7 @@ def test_the_time_decides_how_long_to_train(trained, digits, monkeypatch):
         made.settings, made.began = made.settings.model_copy(update={"minutes": minutes}), now() - loading
         assert made.schedule().epochs == epochs
     made.settings, made.began = made.settings.model_copy(update={"minutes": made.seconds(1) / 28}), now()
-    with pytest.raises(UserError, match="is too short: half of what loading leaves of it is for the training"):
+    with pytest.raises(UserError, match="is too short: loading took .*, and half of the rest is for the training"):
         made.schedule()
 
 

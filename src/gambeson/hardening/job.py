@@ -204,12 +204,13 @@ class Job:
         room = _SLACK * TRAINING * self._left()
         fitting = [n for n in range(1, self.most + 1) if self.seconds(n) <= room]
         if not fitting:
-            least = (self.seconds(1) / TRAINING / _SLACK + now() - self.began) / 60
+            loading, needed = now() - self.began, self.seconds(1)
+            least = (needed / TRAINING / _SLACK + loading) / 60
             step = 10.0 ** (math.floor(math.log10(least)) - 1)
             raise UserError(
-                f"{minutes_of(self.settings.minutes or 0)} is too short: half of what loading leaves of it is for the "
-                f"training, of which one epoch and its validation take about {duration(self.seconds(1))} on this "
-                f"machine; give --minutes {math.ceil(least / step) * step:.3g} or more"
+                f"{minutes_of(self.settings.minutes or 0)} is too short: loading took {duration(loading)}, and half of "
+                f"the rest is for the training, of which one epoch and its validation take about {duration(needed)} on "
+                f"this machine; give --minutes {math.ceil(least / step) * step:.3g} or more"
             )
         epochs = fitting[-1]
         return Schedule(
