@@ -120,6 +120,26 @@ def test_the_folder_of_a_hardening_is_a_model(found, folder, tmp_path):
         gb.evaluation.load_model(again)
 
 
+def test_a_finished_hardening_says_again_what_it_found_and_how_to_take_its_weights(
+    found, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(job, "LOOKS", 2)
+    assert run(["harden", str(folder.parent / "net.safetensors"), *SMALL, "--out", str(folder)]) == 0
+    said = capsys.readouterr().err
+    heading = next(line for line in said.splitlines() if line.split()[-3:] == ["change", "p", "outcome"])
+    assert heading.split() == ["original", "hardened", "change", "p", "outcome"]
+    told = " ".join(said.split())
+    assert found.summary in told
+    assert f"note: {found.choice}" in told
+    command = said.split("gambeson export ")[1].split()
+    assert command == [str(folder), "--to", "safetensors"]
+    assert all(name.startswith("body.") for name in gb.base.load_tensors(folder / "model.safetensors")[0])
+    assert run(["export", *command, "--out", str(tmp_path / "plain.safetensors")]) == 0
+    own = found.model.body.state_dict()
+    plain = gb.base.load_tensors(tmp_path / "plain.safetensors")[0]
+    assert all(torch.equal(plain[name], value) for name, value in own.items())
+
+
 def test_the_summary_says_what_the_test_split_lost(found):
     strict = found.__class__(**{**vars(found), "keep_accuracy": -100.0})
     assert "points were lost on test, although at most -100 on validation" in strict.summary
