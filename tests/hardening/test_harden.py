@@ -28,6 +28,7 @@ from gambeson.hardening.collapse import collapsed
 from gambeson.hardening.job import Job
 from gambeson.hardening.settings import Schedule
 from gambeson.models.loading import trained_on
+from gambeson.models.storage import FILE_NAME
 from gambeson.report.page import _tight as tight
 from gambeson.training import loop
 from gambeson.training.loop import Run
@@ -133,7 +134,7 @@ def test_a_finished_hardening_says_again_what_it_found_and_how_to_take_its_weigh
     assert f"note: {found.choice}" in told
     command = said.split("gambeson export ")[1].split()
     assert command == [str(folder), "--to", "safetensors"]
-    assert all(name.startswith("body.") for name in gb.base.load_tensors(folder / "model.safetensors")[0])
+    assert {f"body.{name}" for name in found.model.body.state_dict()} <= {*gb.base.load_tensors(folder / FILE_NAME)[0]}
     assert run(["export", *command, "--out", str(tmp_path / "plain.safetensors")]) == 0
     own = found.model.body.state_dict()
     plain = gb.base.load_tensors(tmp_path / "plain.safetensors")[0]
