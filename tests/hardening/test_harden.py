@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,9 +22,14 @@ from gambeson.auditing.clock import now
 from gambeson.base import OutOfSpace
 from gambeson.base.files import read_yaml
 from gambeson.cli.app import run
-from gambeson.hardening import Hardening, HardenRun, job, run_harden
+from gambeson.hardening import Hardening, HardenRun, job, plan_harden, run_harden
 from gambeson.hardening import run as harden_run
-from gambeson.hardening.job import Job, Schedule, collapsed
+from gambeson.hardening.collapse import collapsed
+from gambeson.hardening.job import Job
+from gambeson.hardening.settings import Schedule
+from gambeson.models.loading import trained_on
+from gambeson.models.storage import FILE_NAME
+from gambeson.report.page import _tight as tight
 from gambeson.training import loop
 from gambeson.training.loop import Run
 from gambeson.training.validation import validate
@@ -88,15 +94,84 @@ def test_a_hardening_leaves_the_model_the_numbers_and_one_page(found, folder):
     page = (folder / "report.html").read_text()
     assert "original" in page
     assert "hardened" in page
+    kept = found.history[found.epoch - 1]
+    rates = [100 * kept[f"validation_{name}"] for name in ("accuracy", "uer", "pgd_accuracy")]
+    assert found.choice.startswith(
+        f"Epoch {found.epoch} of {len(found.history)} was selected on validation, where at most 3 points of clean "
+        "accuracy could be lost: it has {:.1f} % right, {:.1f} % wrong under one pattern and {:.1f} % right under "
+        "PGD; the original has ".format(*rates)
+    )
+    assert tight(found.choice) in page
+    assert result["original"] == found.original
     assert yaml.safe_load((folder / "run.yaml").read_text())["finished"] is True
     assert found.after.results.subject.defense["eps"] == 0.1
     assert found.before.results.settings == found.after.results.settings
+
+
+def test_the_folder_of_a_hardening_is_a_model(found, folder, tmp_path):
+    taken = gb.evaluation.load_model(folder)
+    assert gb.models.fingerprint(taken.model) == gb.models.fingerprint(found.model)
+    assert taken.dataset.name == trained_on(str(folder)) == "digits"
+    assert (taken.label, taken.trained["defense"]["eps"]) == ("gambeson", 0.1)
+    assert plan_harden(HardenRun(model=str(folder), recipe={"batch_size": 256})).epochs == 40
+    (again := tmp_path / "again").mkdir()  # hardened again, without naming the data
+    (again / "run.yaml").write_text(yaml.safe_dump({"kind": "harden", "model": str(folder), "data": None}))
+    assert trained_on(str(again)) == "digits"
+    with pytest.raises(UserError, match=r"again.model\.safetensors does not exist: expected a file of weights"):
+        gb.evaluation.load_model(again)
+
+
+def test_a_finished_hardening_says_again_what_it_found_and_how_to_take_its_weights(
+    found, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(job, "LOOKS", 2)
+    assert run(["harden", str(folder.parent / "net.safetensors"), *SMALL, "--out", str(folder)]) == 0
+    said = capsys.readouterr().err
+    heading = next(line for line in said.splitlines() if line.split()[-3:] == ["change", "p", "outcome"])
+    assert heading.split() == ["original", "hardened", "change", "p", "outcome"]
+    told = " ".join(said.split())
+    assert found.summary in told
+    assert f"note: {found.choice}" in told
+    command = said.split("gambeson export ")[1].split()
+    assert command == [str(folder), "--to", "safetensors"]
+    assert {f"body.{name}" for name in found.model.body.state_dict()} <= {*gb.base.load_tensors(folder / FILE_NAME)[0]}
+    assert run(["export", *command, "--out", str(tmp_path / "plain.safetensors")]) == 0
+    own = found.model.body.state_dict()
+    plain = gb.base.load_tensors(tmp_path / "plain.safetensors")[0]
+    assert all(torch.equal(plain[name], value) for name, value in own.items())
 
 
 def test_the_summary_says_what_the_test_split_lost(found):
     strict = found.__class__(**{**vars(found), "keep_accuracy": -100.0})
     assert "points were lost on test, although at most -100 on validation" in strict.summary
     assert "were lost on test" not in found.__class__(**{**vars(found), "keep_accuracy": 100.0}).summary
+
+
+def test_the_summary_names_what_is_clearly_worse(found):
+    def said(name, like, outcome):
+        changes = {one.name: one for one in found.comparison.changes}
+        changes[name] = changes[like].model_copy(update={"name": name, "outcome": outcome})
+        points = [SimpleNamespace(eps=eps) for eps in (0.05, 0.1, 8 / 255)]
+        return found.__class__(
+            **vars(found)
+            | {
+                "comparison": found.comparison.model_copy(update={"changes": list(changes.values())}),
+                "before": SimpleNamespace(results=SimpleNamespace(middle=points[1], universal=points)),
+            }
+        ).summary
+
+    assert "learly worse" not in found.summary
+    rates = {one.name: (100 * one.second.value, 100 * one.first.value) for one in found.comparison.changes}
+    for name, like, what in (
+        ("uer@0.05", "uer@0.1", "the error under one pattern of eps 0.05"),
+        (f"uer@{8 / 255:.4g}", "uer@0.1", "the error under one pattern of eps 8/255"),
+        ("per_image:pgd", "per_image:pgd", "per_image:pgd"),
+    ):
+        now, before = rates[like]
+        words = f"Clearly worse is {what}: {now:.1f} %, and {before:.1f} % before."
+        assert words in said(name, like, "worse")
+        assert words not in said(name, like, "better")
+    assert said("uer@0.1", "uer@0.1", "worse").count("clearly worse") == 1
 
 
 def history(accuracies, pgd=()):
@@ -134,17 +209,56 @@ def schedule_of(made, every=1):
 def test_training_that_collapses_ends_with_its_reason(trained, digits, tmp_path):
     made = job_of(trained, digits, recipe={"batch_size": 256, "epochs": 6, "lr": 1.0, "warmup": 0, "ema": None})
     schedule = schedule_of(made)
-    with pytest.raises(UserError, match="stopped because .*, and no epoch that was measured got"):
-        made.train(schedule, tmp_path, now())
+    with pytest.raises(UserError, match="stopped because .*, and no epoch kept the accuracy: the best lost"):
+        made.train(schedule, tmp_path)
     assert len((tmp_path / "training" / "metrics.jsonl").read_text().splitlines()) < 6
 
 
 def test_training_ends_when_its_time_is_over(trained, digits, tmp_path):
     made = job_of(trained, digits, minutes=1, keep_accuracy=100)
-    net, entries, notes = made.train(schedule_of(made), tmp_path, now() - 31)
+    made.began = now() - 60
+    net, entries, notes = made.train(schedule_of(made), tmp_path)
     assert len(entries) == 1
     assert notes == ["The training ended after 1 epoch: its part of the 1 minute was over."]
     assert gb.models.fingerprint(net) != gb.models.fingerprint(trained)
+
+
+def test_a_training_that_ended_early_does_not_go_on_in_its_folder(trained, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "validate_robustly", drawn)
+    made = job_of(trained, digits, minutes=1, keep_accuracy=100)
+    made.began = now() - 60
+    net, entries, notes = made.train(schedule_of(made), tmp_path)
+    made.began = now()
+    ended = schedule_of(made).model_copy(update={"ended": notes})
+    again, same, told = made.train(ended, tmp_path)
+    assert (same, told) == (entries, notes)
+    assert gb.models.fingerprint(again) == gb.models.fingerprint(net)
+    assert len(made.train(schedule_of(made), tmp_path)[1]) > 1
+
+
+@pytest.mark.parametrize(("uer", "pgd", "better"), [(0.2, 0.5, True), (0.2, 0.4, False), (0.1, 0.3, False)])
+def test_a_model_that_withstands_no_more_than_the_original_is_not_written(
+    uer, pgd, better, trained, digits, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "validate_robustly", lambda *_: {"validation_uer": uer, "validation_pgd_accuracy": pgd})
+    monkeypatch.setattr(job, "validate_robustly", lambda *_: {"validation_uer": 0.2, "validation_pgd_accuracy": 0.4})
+    monkeypatch.setattr(Job, "audit", audited := Mock(side_effect=KeyboardInterrupt))
+    settings = {"eps": 0.05, "keep_accuracy": 100, "recipe": {"batch_size": 256, "epochs": 1, "lr": 0.01}}
+    words = rf"no epoch that .* {100 * uer:.1f} % wrong under one pattern .* original 9.* 20.0 % wrong .* give more"
+    with pytest.raises(KeyboardInterrupt if better else UserError, match=None if better else words):
+        gb.harden(trained, digits, out=tmp_path / "h", **settings)
+    assert audited.called == better
+    assert not (tmp_path / "h" / "model.safetensors").exists()
+
+
+def test_a_refusal_says_how_many_points_were_lost(trained, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "validate_robustly", drawn)
+    recipe = {"batch_size": 256, "epochs": 3, "lr": 1.0, "warmup": 0, "ema": None}
+    with pytest.raises(
+        UserError, match=r"the best lost \d+\.\d points .* --keep-accuracy allows 0\.5: give"
+    ) as refused:
+        gb.harden(trained, digits, eps=0.2, keep_accuracy=0.5, recipe=recipe)
+    assert "least_accuracy" not in str(refused.value)
 
 
 def drawn(model, *_):
@@ -185,14 +299,14 @@ def test_a_training_that_was_cut_goes_on_bit_for_bit(how, error, trained, digits
     few = gb.data.Dataset("digits", *small, digits.test, digits.classes)
     recipe = {"batch_size": 64, "epochs": 6, "lr": 0.01}
     made = job_of(trained, few, eps=0.05, keep_accuracy=100, recipe=recipe)
-    net, entries, notes = made.train(schedule_of(made), tmp_path / "whole", now())
+    net, entries, notes = made.train(schedule_of(made), tmp_path / "whole")
     assert len({entry["validation_uer"] for entry in entries}) == 6
     with dying(how), pytest.raises(error):
-        made.train(schedule_of(made), tmp_path / "cut", now())
+        made.train(schedule_of(made), tmp_path / "cut")
     assert not list((tmp_path / "cut").rglob("model.safetensors"))  # nothing that looks finished
     assert not list((tmp_path / "cut").rglob(".*"))  # or half-written
     assert len((tmp_path / "cut" / "training" / "metrics.jsonl").read_text().splitlines()) == 3 + (how != "step")
-    again, same, told = made.train(schedule_of(made), tmp_path / "cut", now())
+    again, same, told = made.train(schedule_of(made), tmp_path / "cut")
     assert (same, told) == (entries, notes)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in net.state_dict().items())
     one, other = (tmp_path / name / "training" / "model.safetensors" for name in ("whole", "cut"))
@@ -256,22 +370,36 @@ def test_the_time_decides_how_long_to_train(trained, digits, monkeypatch):
     monkeypatch.setattr(made, "cost", made.cost.model_copy(update={"seconds_a_step": 0.4, "plain_ratio": 4.0}))
     steps, third = len(digits.train) // 128, len(digits.validation) / 3
     gradient = 0.1 / 128
-    ten = 10 * (steps * 0.4 + gradient * third) + 5 * (gradient * (50 * 128 + 5000) + gradient * third)
-    assert made.seconds(10) == pytest.approx(ten)  # a look every other epoch
+    ten = 10 * (steps * 0.4 + gradient * third) + 7 * (gradient * (50 * 128 + 5000) + gradient * third)
+    assert made.seconds(10) == pytest.approx(ten)  # a look every other epoch, at the original and at the first good one
     monkeypatch.setattr(Job, "_suite", lambda _: gb.auditing.SUITES["quick"])
-    for minutes, epochs in ((None, 10), (made.seconds(10) / 27, 10), (made.seconds(3) / 27 + 1e-6, 3)):
-        made.settings = made.settings.model_copy(update={"minutes": minutes})
+    for minutes, loading, epochs in (
+        (None, 0, 10),
+        (made.seconds(10) / 27 + 0.01, 0, 10),
+        (made.seconds(3) / 27 + 0.01, 0, 3),
+        (made.seconds(3) / 27 + 1.01, 60, 3),
+    ):
+        made.settings, made.began = made.settings.model_copy(update={"minutes": minutes}), now() - loading
         assert made.schedule().epochs == epochs
-    made.settings = made.settings.model_copy(update={"minutes": made.seconds(1) / 28})
-    with pytest.raises(UserError, match="is too short: half of it is for the training"):
+    made.settings, made.began = made.settings.model_copy(update={"minutes": made.seconds(1) / 28}), now()
+    with pytest.raises(UserError, match="is too short: loading took .*, and half of the rest is for the training"):
         made.schedule()
 
 
-def test_two_minutes_are_shared_out(trained, digits):
-    schedule = job_of(trained, digits, minutes=20).schedule()
-    assert schedule.suite.minutes == 5
-    assert schedule.suite.eps == (0.1, 0.2, pytest.approx(0.3))
+@pytest.mark.parametrize("suite", [None, "full", {"name": "quick", "minutes": 90}])
+def test_what_loading_leaves_of_the_time_is_shared_out(suite, trained, digits):
+    made = job_of(trained, digits, minutes=20, suite=suite)
+    for loading, share in ((0, 5), (8, 3)):
+        made.began = now() - 60 * loading
+        found = made.schedule().suite
+        assert found.minutes == pytest.approx(share, abs=0.2)
+        assert found.eps == (0.1, 0.2, pytest.approx(0.3))
+
+
+def test_a_suite_keeps_its_own_time(trained, digits):
     assert job_of(trained, digits, suite="glance").schedule().suite.eps == (0.2,)
+    assert job_of(trained, digits, suite={"name": "quick", "minutes": 3}).schedule().suite.minutes == 3
+    assert job_of(trained, digits, suite={"name": "quick", "minutes": 3}, minutes=20).schedule().suite.minutes == 3
 
 
 class Fixed(nn.Module):
@@ -333,7 +461,7 @@ def test_an_export_counts_once_its_check_was_passed(folder, monkeypatch, tmp_pat
         return found
 
     loaded = SimpleNamespace(label="x", dataset=SimpleNamespace(name="digits"), trained={"data": "digits"})
-    monkeypatch.setattr(harden_run, "_loaded", lambda _: (loaded, SimpleNamespace(schedule=lambda _: None)))
+    monkeypatch.setattr(harden_run, "_loaded", lambda *_: (loaded, SimpleNamespace(schedule=lambda _: None)))
     monkeypatch.setattr(harden_run, "hardened", lambda *_: "hardened")
     monkeypatch.setattr(harden_run, "run_export", exported)
     out = tmp_path / "h"

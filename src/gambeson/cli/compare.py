@@ -102,12 +102,15 @@ def compare(
     leave([] if report is None else [report])
 
 
-def comparison_table(found: Comparison, names: Sequence[str] = ()) -> Table:
+def comparison_table(
+    found: Comparison, names: Sequence[str] = (), columns: tuple[str, str] = ("first", "second")
+) -> Table:
     """Return one row per rate: both models, the change with its interval, and its outcome.
 
     Args:
         found: the comparison.
         names: of the models, where their labels are the same.
+        columns: headings of their rates.
     """
     labels = [found.first.label, found.second.label]
     called = " and ".join(names if names and labels[0] == labels[1] else labels)
@@ -116,7 +119,7 @@ def comparison_table(found: Comparison, names: Sequence[str] = ()) -> Table:
         box=box.SIMPLE_HEAD,
         caption="p: probability of so large a change by chance, for all rates at once",
     )
-    for name in ("", "first", "second", "change", "p", "outcome"):
+    for name in ("", *columns, "change", "p", "outcome"):
         table.add_column(name, justify="right" if name not in ("", "outcome") else "left", overflow="fold")
     for one in found.changes:
         ends, style = one.difference, {"worse": "bold red", "better": "green"}.get(one.outcome)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,7 +23,7 @@ def harden(
     minutes: Annotated[
         float | None,
         typer.Option(
-            help="Time for everything: half for the training, a quarter for each audit.",
+            help="Time for everything, about: half for the training, in whole epochs, a quarter for each audit.",
             show_default="no limit",
             metavar="N",
         ),
@@ -31,7 +33,7 @@ def harden(
         typer.Option(help="Points of clean accuracy that may be lost, measured on validation.", show_default="1.0"),
     ] = None,
     eps: options.Eps = None,
-    norm: Annotated[str | None, typer.Option(help="inf or 2.", show_default="inf")] = None,
+    norm: Annotated[str | None, typer.Option(help="inf, 2, or, with --eps, 1.", show_default="inf")] = None,
     speed: Annotated[
         str | None, typer.Option(help="Maximum number of epochs: 10 (fast) or 40 (best).", show_default="best")
     ] = None,
@@ -39,8 +41,8 @@ def harden(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="Suite of both audits: glance, quick, standard or full.",
-            show_default="quick; with --minutes what fits",
+            help="Suite of both audits: glance, quick, standard or full; with --minutes, what of it fits.",
+            show_default="quick; with --minutes full",
         ),
     ] = None,
     to: Annotated[
@@ -60,17 +62,21 @@ def harden(
     """Harden a trained model: fine-tune it with the preset gambeson, and audit it before and after.
 
     MODEL is given as for `gambeson audit`, and must have weights: a black box is refused. The output folder gets the
-    hardened model (model.safetensors), a report on both audits (report.html) and the numbers (result.json). The epoch
-    is selected on validation, among those that keep the accuracy. A training that collapses is stopped with a reason.
+    hardened model (model.safetensors, with weights called body.*; --to safetensors also writes them under the names of
+    your network), a report on both audits (report.html) and the numbers (result.json). The epoch is selected on
+    validation, among those that keep the accuracy and withstand more than the model as it came; if there is none,
+    nothing is exported. A training that collapses is stopped with a reason.
 
     Example: `gambeson harden runs/x --minutes 10 --out runs/x-hardened`
 
     Example: `gambeson harden torchvision:resnet18@model.pth --data image-folder:photos --keep-accuracy 0.5`
     """
+    began = monotonic()  # before the imports, which take seconds of --minutes
     from gambeson.auditing import Suite
     from gambeson.base import unknown_name
     from gambeson.defenses import Gambeson
     from gambeson.hardening import HardenRun, plan_harden, run_harden
+    from gambeson.hardening.job import AFTER, BEFORE
     from gambeson.models.export import TARGETS
     from gambeson.training import Recipe
 
@@ -96,19 +102,23 @@ def harden(
     run = HardenRun(**settings)
     with progress(as_json) as console:
         if only_plan:
-            cost = plan_harden(run, out)
+            cost = plan_harden(run, out, began)
             print_json(cost.plain() | {"total": cost.total}) if as_json else console.print(_words(cost))
             return
         folder = out or options.folder_beside(run.model, "hardened")
-        found = run_harden(run, folder)
+        found = run_harden(run, folder, began)
     if as_json:
         print_json({"out": str(folder), **found.plain()})
         return
-    console.print(comparison_table(found.comparison))
-    for note in found.notes:
+    console.print(comparison_table(found.comparison, columns=(BEFORE, AFTER)))
+    for note in (found.choice, *found.notes):
         console.print(f"note: {note}")
     console.print(found.summary)
-    console.print(f"open {folder / 'report.html'}; the model is {folder / 'model.safetensors'}", soft_wrap=True)
+    file = folder / "model.safetensors"
+    console.print(f"open {folder / 'report.html'}; the model is {file}", soft_wrap=True)
+    if run.to != "safetensors":
+        plain = f"gambeson export {shlex.quote(str(folder))} --to safetensors"
+        console.print(f"its weights are called body.*; under the names of your network: {plain}", soft_wrap=True)
 
 
 def _words(cost: HardenPlan) -> str:

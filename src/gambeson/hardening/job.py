@@ -6,48 +6,44 @@ import math
 import tempfile
 import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from torch import nn
 
 from gambeson import report
-from gambeson.auditing import SUITES, Audit, AuditPlan, Comparison, Suite, audit, compare
+from gambeson.auditing import SUITES, Audit, Suite, audit, compare
 from gambeson.auditing.clock import Clock, minutes_of, now
 from gambeson.auditing.cost import plan as plan_of_audit
-from gambeson.auditing.display import doubt_of
-from gambeson.auditing.run import AuditSuite
 from gambeson.base import (
-    Config,
-    Number,
     UserError,
     as_text,
     count,
     duration,
     environment,
-    eps_text,
     read_json,
     refuse_foreign,
     refuse_other,
     save_tensors,
     say,
+    seeded,
     write_json,
 )
 from gambeson.base.errors import DataWarning
-from gambeson.data import Dataset, Split, as_dataset
+from gambeson.data import Dataset, as_dataset
 from gambeson.defenses import Gambeson
 from gambeson.evaluation import BlackBox
+from gambeson.hardening.collapse import collapsed
+from gambeson.hardening.result import Hardened, validated
+from gambeson.hardening.settings import Hardening, HardenPlan, Schedule
 from gambeson.models import PixelModel, fingerprint
 from gambeson.models import save as save_model
 from gambeson.models.storage import CLASS_NAMES, FILE_NAME
-from gambeson.threat import Eps, Norm, default_eps
-from gambeson.training import Recipe, TrainingCost, plan, train
-from gambeson.training.loop import History
+from gambeson.threat import default_eps
+from gambeson.training import Recipe, plan, train
+from gambeson.training.loop import History, NoEpochError
 from gambeson.training.recipe import fitted
-from gambeson.training.validation import ACCURACY, chance_level, rank, validate
+from gambeson.training.validation import ACCURACY, chance_level, rank, validate, validate_robustly
 from gambeson.victim import copied
 from gambeson.victim.inspect import require_module
 
@@ -64,118 +60,6 @@ _SLACK = 0.9
 """Part of its time that a training is planned to fill, since a machine's pace varies."""
 _LOOK = 50 * 128 + 500 * 10
 """Image gradients of one look: see :func:`gambeson.training.validation.validate_robustly`."""
-_ROW, _FALL, _LOST = 3, 0.1, 0.15
-"""A collapse: epochs in a row that lose accuracy, how much of it in all, and of that under PGD between two looks."""
-
-
-class Hardening(Config):
-    """Settings of a hardening, of any model on any data."""
-
-    eps: Eps | None = None
-    """Radius in pixel units; None: 0.2 for grey images, 8/255 for others."""
-    norm: Norm = "inf"
-    minutes: Annotated[Number, Field(gt=0)] | None = None
-    """For everything: half of them for the training, a quarter for each audit. None: no limit."""
-    keep_accuracy: Annotated[Number, Field(ge=0, le=100)] = 1.0
-    """Points of clean accuracy that may be lost, measured on validation."""
-    suite: AuditSuite | None = None
-    """Suite of both audits, at eps / 2, eps and 3/2 eps. None: what of ``full`` fits the time, or else ``quick``."""
-    recipe: dict[str, Any] = Field(default_factory=dict)
-    """Fields of :class:`gambeson.training.Recipe` in place of those of hardening, such as ``lr`` or ``augment``."""
-    defense: dict[str, Any] = Field(default_factory=dict)
-    """Fields of :class:`gambeson.defenses.Gambeson`; ``speed`` is the largest number of epochs, 10 or 40."""
-    seed: int = 0
-
-
-class Schedule(Config):
-    """What of a hardening is decided by the time: it is measured once, and kept for a resumed run."""
-
-    epochs: int
-    """Passes over the training split, at the most."""
-    robust_every: int
-    """Epochs from one look of the attacks of validation to the next."""
-    suite: Suite
-    """Of the audit before; its limit of time is that of one audit."""
-    base: float
-    """Accuracy of the model as it came, on clean validation images."""
-    settings: dict[str, Any]
-    """Of the hardening, and the fingerprints of model and data."""
-
-
-class HardenPlan(Config):
-    """The expected cost of a hardening."""
-
-    epochs: int
-    """Passes over the training split, at the most."""
-    training: TrainingCost
-    seconds: float
-    """Of the training, with its validation."""
-    audit: AuditPlan
-    """Of one of the two audits, at the most."""
-
-    @property
-    def total(self) -> float:
-        """Seconds of training and audits."""
-        return self.seconds + 2 * self.audit.seconds
-
-
-@dataclass(frozen=True, repr=False)
-class Hardened:
-    """Result of :func:`harden`."""
-
-    model: nn.Module
-    """The hardened model, in evaluation mode."""
-    before: Audit
-    after: Audit
-    comparison: Comparison
-    """Of the two audits, image by image."""
-    history: History
-    """One entry per epoch of the training."""
-    epoch: int
-    """The one that was chosen, counted from 1."""
-    keep_accuracy: float
-    """Points of clean accuracy that could be lost on validation."""
-    notes: tuple[str, ...] = ()
-    """What else has to be known. Whole sentences."""
-
-    @property
-    def summary(self) -> str:
-        """What was gained and lost on the test split, in a few sentences."""
-        changes = {change.name: change for change in self.comparison.changes}
-        eps = self.before.results.middle.eps
-        clean, uer = changes["clean"], changes[f"uer@{eps:.4g}"]
-        said = (
-            f"One pattern of eps {eps_text(eps)} fools the hardened model on {100 * uer.second.value:.1f} % of test "
-            f"images, and the original on {100 * uer.first.value:.1f} %."
-        )
-        if uer.outcome != "better":
-            said += " That is no clear gain." if uer.outcome != "worse" else " That is clearly worse."
-        if attacks := [change for name, change in changes.items() if name.startswith("per_image:")]:
-            one, other = (100 * min(getattr(change, side).value for change in attacks) for side in ("first", "second"))
-            said += f" Attacked image by image, {other:.1f} % stay right, and {one:.1f} % before."
-        lost = -100 * clean.difference.value
-        said += f" Clean accuracy is {100 * clean.second.value:.1f} %, and {100 * clean.first.value:.1f} % before"
-        if lost > self.keep_accuracy + 1e-9:
-            said += f": {lost:.1f} points were lost on test, although at most {self.keep_accuracy:g} on validation"
-        if doubt := doubt_of(self.after.results):
-            said += f". The numbers of the hardened model are {doubt}: it may be weaker than they say"
-        return f"{said}."
-
-    def __repr__(self) -> str:
-        return self.summary
-
-    def plain(self) -> dict[str, Any]:
-        """Everything but the model and the audits, as plain data."""
-        return {
-            "schema": "gambeson/harden-1",
-            "summary": self.summary,
-            "epoch": self.epoch,
-            "keep_accuracy": self.keep_accuracy,
-            "history": self.history,
-            "comparison": self.comparison.plain(),
-            "trusted": self.after.verdict.trusted,
-            "notes": list(self.notes),
-        }
 
 
 def harden(
@@ -197,20 +81,29 @@ def harden(
 
     Raises:
         UserError: the model cannot be trained or has learnt nothing, the time is too short, the training collapsed
-            before any epoch was good, no epoch kept the accuracy, or the folder holds anything but this hardening.
+            before any epoch was good, no epoch kept the accuracy and withstood more than the model as it came, or the
+            folder holds anything but this hardening.
     """
     began = now()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if out is None else as_text(out))
         refuse_foreign(folder, "harden", SCHEDULE)
-        job = Job(model, as_dataset(data), Hardening(**settings))
-        return hardened(job, job.schedule(folder), folder, title, began)
+        job = Job(model, as_dataset(data), Hardening(**settings), began)
+        return hardened(job, job.schedule(folder), folder, title)
 
 
-def hardened(job: Job, schedule: Schedule, folder: Path, title: str, began: float) -> Hardened:
-    """Execute a job that began at a time of :func:`gambeson.auditing.clock.now`; see :func:`harden`."""
-    write_json(folder / SCHEDULE, schedule.plain())
-    net, history, notes = job.train(schedule, folder, began)  # first, so that no audit is lost if no epoch is good
+def hardened(job: Job, schedule: Schedule, folder: Path, title: str) -> Hardened:
+    """Execute a job; see :func:`harden`."""
+
+    def keep(**update: Any) -> Schedule:
+        held = schedule.model_copy(update=update)
+        write_json(folder / SCHEDULE, held.plain())
+        return held
+
+    schedule = keep()
+    schedule = keep(original=schedule.original or job.attacked())
+    net, history, notes = job.train(schedule, folder)  # first, so that no audit is lost if no epoch is good
+    schedule = keep(ended=notes)
     before = job.audit(job.model, schedule.suite, folder, BEFORE)
     after = job.audit(net, Suite(**before.results.settings), folder, AFTER)
     found = Hardened(
@@ -221,6 +114,7 @@ def hardened(job: Job, schedule: Schedule, folder: Path, title: str, began: floa
         history=history,
         epoch=1 + max(range(len(history)), key=lambda k: job.rank(history[k])),
         keep_accuracy=job.settings.keep_accuracy,
+        original=schedule.original,
         notes=tuple(notes),
     )
     if isinstance(net, PixelModel):
@@ -231,46 +125,27 @@ def hardened(job: Job, schedule: Schedule, folder: Path, title: str, began: floa
         [folder / BEFORE, folder / AFTER],
         folder / PAGE,
         title=title or "Before and after hardening",
-        answer=found.summary,
+        answer=" ".join([found.summary, found.choice, *found.notes]),
     )
     write_json(folder / RESULT, {**found.plain(), "environment": environment(job.device)})
     return found
 
 
-def collapsed(history: History, base: float, split: Split) -> str:
-    """Return how a training has collapsed, as a sentence without its full stop; empty if it has not.
-
-    Args:
-        history: of the training so far.
-        base: accuracy on clean validation images at its beginning.
-        split: the validation split.
-    """
-    last = history[-1]
-    if how := chance_level(last, split):
-        return f"its answers have become constant or random: {how}"
-    clean = [base, *(entry[ACCURACY] for entry in history)][-_ROW - 1 :]
-    if len(clean) > _ROW and all(b < a for a, b in pairwise(clean)) and base - clean[-1] > _FALL:
-        return (
-            f"accuracy on clean {split.name} images fell {_ROW} epochs in a row, from {100 * base:.1f} % at the "
-            f"beginning to {100 * clean[-1]:.1f} %"
-        )
-    looks = [entry["validation_pgd_accuracy"] for entry in history if "validation_pgd_accuracy" in entry]
-    if looks and max(looks) - looks[-1] > _LOST and looks[-1] < max(looks) / 2:
-        return (
-            f"accuracy under PGD on {split.name} fell from {100 * max(looks):.1f} % to {100 * looks[-1]:.1f} %, which "
-            "the single steps of the training do not see: its gradients are being masked (catastrophic overfitting)"
-        )
-    return ""
-
-
 class Job:
     """One hardening.
+
+    Args:
+        model: as it came.
+        data: with all splits.
+        settings: of the hardening.
+        began: the beginning of its time, by :func:`gambeson.auditing.clock.now`; None: now.
 
     Raises:
         UserError: what can be refused before any work.
     """
 
-    def __init__(self, model: nn.Module, data: Dataset, settings: Hardening) -> None:
+    def __init__(self, model: nn.Module, data: Dataset, settings: Hardening, began: float | None = None) -> None:
+        self.began = now() if began is None else began
         if isinstance(model, BlackBox):
             raise black_box(model.title)
         require_module(model)
@@ -306,7 +181,8 @@ class Job:
 
     @property
     def _least(self) -> float:
-        return max(0.0, self.base - self.settings.keep_accuracy / 100 - 1e-9)
+        """Of the accuracy; more than 0, so that the first epoch that may be chosen is attacked."""
+        return max(1e-9, self.base - self.settings.keep_accuracy / 100 - 1e-9)
 
     def _recipe(self, epochs: int, every: int, least: float = 0.0) -> Recipe:
         select = {"select": "best-robust", "robust_every": every, "least_accuracy": least}
@@ -325,40 +201,46 @@ class Job:
             refuse_other(folder, {"data": settings["data"], **found.settings}, settings)  # earlier versions have none
             self.base = found.base  # on another machine it may be another image more or less
             return found
-        minutes = self.settings.minutes
-        fitting = [n for n in range(1, self.most + 1) if minutes is None or self.seconds(n) <= self._room(minutes)]
+        room = _SLACK * TRAINING * self._left()
+        fitting = [n for n in range(1, self.most + 1) if self.seconds(n) <= room]
         if not fitting:
-            least = self.seconds(1) / 60 / TRAINING / _SLACK
+            loading, needed = now() - self.began, self.seconds(1)
+            least = (needed / TRAINING / _SLACK + loading) / 60
+            step = 10.0 ** (math.floor(math.log10(least)) - 1)
             raise UserError(
-                f"{minutes_of(minutes or 0)} is too short: half of it is for the training, of which one epoch and "
-                f"its validation take about {duration(self.seconds(1))} on this machine; give --minutes {least:.2g} or "
-                "more"
+                f"{minutes_of(self.settings.minutes or 0)} is too short: loading took {duration(loading)}, and half of "
+                f"the rest is for the training, of which one epoch and its validation take about {duration(needed)} on "
+                f"this machine; give --minutes {math.ceil(least / step) * step:.3g} or more"
             )
         epochs = fitting[-1]
         return Schedule(
             epochs=epochs, robust_every=_every(epochs), suite=self._suite(), base=self.base, settings=settings
         )
 
-    def _room(self, minutes: float) -> float:
-        return TRAINING * 60 * minutes * _SLACK
+    def _left(self) -> float:
+        """Seconds of the time that are left."""
+        minutes = self.settings.minutes
+        return math.inf if minutes is None else max(0.0, 60 * minutes - (now() - self.began))
 
     def seconds(self, epochs: int) -> float:
         """Return how long so many epochs take, with their validation."""
         batch = self._recipe(1, 1).batch_size
         gradient = self.cost.networks * self.cost.seconds_a_step / self.cost.plain_ratio / batch
         clean = gradient * len(self.data.validation) / 3
-        looks = -(-epochs // _every(epochs))
+        every = _every(epochs)
+        looks = 1 + -(-epochs // every) + (every > 1)  # the model as it came, and the first epoch that may be chosen
         steps = len(self.data.train) // batch
         return epochs * (steps * self.cost.seconds_a_step + clean) + looks * (_LOOK * gradient + clean)
 
     def _suite(self) -> Suite:
         minutes, settings = self.settings.minutes, self.settings
-        share = None if minutes is None else minutes * (1 - TRAINING) / 2
+        share = (1 - TRAINING) / 2 * self._left() / 60
         suite = settings.suite or SUITES["quick" if minutes is None else "full"]
         eps, norm = self.defense.eps, self.defense.norm
         curves = [(eps,)] if suite.eps_points == 1 else [(eps / 2, eps, 1.5 * eps), (eps,)]
         for curve in curves:
-            update = {"eps": curve, "norm": norm, "minutes": share if settings.suite is None else suite.minutes}
+            time = suite.minutes if minutes is None else min(share, suite.minutes or share)
+            update = {"eps": curve, "norm": norm, "minutes": time}
             chosen = Suite(**(dict(suite) | update))
             try:
                 if chosen.minutes is not None:
@@ -391,32 +273,74 @@ class Job:
         say(f"audit of the {label} model")
         return audit(model, self.data, suite, folder / label, seed=self.settings.seed, label=label, defense=defense)
 
-    def train(self, schedule: Schedule, folder: Path, began: float) -> tuple[nn.Module, History, list[str]]:
+    def attacked(self) -> dict[str, float]:
+        """Attack the model as it came as the epochs are; return what their entries have of validation."""
+        say("validation of the original model")
+        seed = self.settings.seed
+        with seeded(seed, "validation"):
+            return validate(self.model, self.data) | validate_robustly(self.model, self.data, self.defense, seed)
+
+    def train(self, schedule: Schedule, folder: Path) -> tuple[nn.Module, History, list[str]]:
         """Train a copy; return it with the history and with what ended the training early, as sentences.
 
         Raises:
-            UserError: no epoch may be chosen.
+            UserError: no epoch may be chosen, since none kept the accuracy or none withstands more than the original.
         """
         net, minutes, why = copied(self.model), self.settings.minutes, ""
+        last, end = now(), now() + TRAINING * self._left()
 
         def stop(history: History) -> bool:
-            nonlocal why
-            why = collapsed(history, self.base, self.data.validation)
-            if not why and minutes is not None and now() - began > 60 * minutes * TRAINING:
-                why = f"its part of the {minutes_of(minutes)} was over"
+            nonlocal why, last
+            if schedule.ended is not None:
+                return True
+            why, took, last = collapsed(history, self.base, self.data.validation), now() - last, now()
+            if not why and now() + took > end:
+                why = f"its part of the {minutes_of(minutes or 0)} was over"
             return bool(why)
 
         recipe = self._recipe(schedule.epochs, schedule.robust_every, self._least)
         more: dict[str, Any] = {"out": folder / "training", "label": "harden", "stop": stop}
         try:
             history = train(net, self.data, self.defense, recipe=recipe, seed=self.settings.seed, **more)
+            nothing = self._no_gain(history, schedule.original)
+        except NoEpochError as error:
+            history, nothing = error.history, self._none_kept(error.history)
         except UserError as error:
             if not why:
                 raise
             raise UserError(f"the training was stopped because {why}, and {error.reason}") from None
+        if nothing:
+            raise UserError(f"the training was stopped because {why}, and {nothing}" if why else nothing)
+        if schedule.ended is not None:
+            return net.eval(), history, schedule.ended
         why = why or collapsed(history, self.base, self.data.validation)
         notes = [] if not why else [f"The training ended after {count(len(history), 'epoch')}: {why}."]
         return net.eval(), history, notes
+
+    def _none_kept(self, history: History) -> str:
+        """Say that no epoch of a training may be chosen."""
+        lost = 100 * (self.base - max(entry[ACCURACY] for entry in history))
+        keep, split = self.settings.keep_accuracy, self.data.validation.name
+        if lost > 100 * (self.base - self._least):
+            return (
+                f"no epoch kept the accuracy: the best lost {lost:.1f} points on {split}, and --keep-accuracy allows "
+                f"{keep:g}: give --keep-accuracy {math.ceil(10 * lost) / 10:g} or more, a lower --eps or --lr, or more "
+                "--minutes"
+            )
+        return "no epoch that kept the accuracy could be attacked before that: give more --minutes"
+
+    def _no_gain(self, history: History, original: dict[str, float]) -> str:
+        """Say that the epoch chosen withstands no more than the original; empty if it does."""
+        best = max(history, key=self.rank)
+        if self.rank(best) > (self.rank(original) if original else 0.0):
+            return ""
+        split, keep = self.data.validation.name, self.settings.keep_accuracy
+        than = f", and the original {validated(original)}" if original else ""
+        return (
+            f"no epoch that lost at most {keep:g} points withstands more than the original: the best has "
+            f"{validated(best)} on {split}{than}: give more --minutes, a higher --keep-accuracy, or another --eps or "
+            "--lr"
+        )
 
 
 def _every(epochs: int) -> int:

@@ -37,7 +37,7 @@ class LoadedModel:
     """From pixels to logits: a ``PixelModel``, or a ``BlackBox``."""
     dataset: data.Dataset
     trained: dict[str, Any]
-    """Settings of its training run; empty for other sources."""
+    """Settings of its training run; of a hardening its data and defence, and empty for other sources."""
     label: str
     """The name of its defence, or of its file."""
 
@@ -62,7 +62,8 @@ def load_model(
     Args:
         source: one of
 
-            * the folder of a training run, a weights file of this library, or ``zoo:NAME`` (:mod:`gambeson.zoo`);
+            * the folder of a training run or a hardening, a weights file of this library, or ``zoo:NAME``
+              (:mod:`gambeson.zoo`);
             * an architecture: a name of :func:`gambeson.models.create`, ``torchvision:NAME[@WEIGHTS]``,
               ``timm:NAME[@TAG]``, ``transformers:NAME_OR_PATH`` or ``FILE.py:FUNCTION``; with weights from a file as
               ``ARCHITECTURE@FILE``, where FILE is safetensors or a state dict of ``torch.save`` (see
@@ -95,7 +96,7 @@ def load_model(
     named = as_text(source)
     source, normalise = _split(named)
     path = Path(source)
-    trained = read_settings(path / "run.yaml", "train") if (path / "run.yaml").is_file() else {}
+    trained = _trained(path)
     dataset = None if dataset is None else data.as_dataset(dataset)
     name = data_name or trained.get("data") or (None if dataset is None else dataset.name)
     load = _loader(source)
@@ -146,13 +147,36 @@ def check_source(source: str) -> None:
 
 
 def trained_on(source: str) -> str | None:
-    """Return the name of the data set of a training run or a model of the zoo; None where a model does not tell it.
+    """Return the name of the data set of a training, a hardening or a model of the zoo; None where there is none.
 
     Raises:
         UserError: the zoo has no such model.
     """
-    held = read_yaml(file) if (file := Path(zoo.resolved(source)) / "run.yaml").is_file() else {}
-    return held.get("data") if held.get("kind") == "train" else None
+    folder = Path(zoo.resolved(source))
+    return _trained(folder).get("data") if _kind(folder) in ("train", "harden") else None
+
+
+def _kind(folder: Path) -> Any:
+    """The kind of the run in a folder; None where there is none."""
+    return read_yaml(file).get("kind") if (file := folder / "run.yaml").is_file() else None
+
+
+def _trained(folder: Path) -> dict[str, Any]:
+    """Return :attr:`LoadedModel.trained` of the run in a folder; empty where there is none.
+
+    Raises:
+        UserError: it is a run that leaves no model.
+    """
+    if not (folder / "run.yaml").is_file():
+        return {}
+    if _kind(folder) != "harden":
+        return read_settings(folder / "run.yaml", "train")
+    run = read_settings(folder / "run.yaml", "harden")
+    ball = {name: run[name] for name in ("eps", "norm") if run.get(name) is not None}
+    return {
+        "data": run.get("data") or trained_on(run["model"]),
+        "defense": {"name": "gambeson", **ball, **run.get("defense", {})},
+    }
 
 
 def input_shape(source: str, data_name: str) -> data.Shape:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from gambeson.auditing import AuditResult, lead_of
 from gambeson.auditing.display import doubt_of, worst_of
-from gambeson.base import eps_text, read_settings
+from gambeson.base import eps_text
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import strongest_control
 from gambeson.models import zoo
+from gambeson.models.loading import trained_on
 from gambeson.models.storage import ENDINGS
 from gambeson.report.formatting import count, of_hundred
 from gambeson.report.loading import Folder
@@ -276,9 +277,8 @@ def _source(folder: Folder, flag: str = "--model ") -> str:
 
 
 def _data(folder: Folder) -> str:
-    """The data as commands name it: what the audit was given, or that of the training run."""
+    """The data as commands name it: what the audit was given, or that of the run that left the model."""
     if data := folder.settings.get("data"):
         return str(data)
-    run = Path(str(folder.settings["model"])) / "run.yaml"  # not there where the page is made elsewhere
-    trained = read_settings(run, "train") if run.is_file() else {}
-    return str(trained.get("data") or folder.result.material.name)
+    model = str(folder.settings["model"])  # not there where the page is made elsewhere
+    return str((trained_on(model) if Path(model).is_dir() else None) or folder.result.material.name)

@@ -30,7 +30,8 @@ def _check_unit(norm: str, info: ValidationInfo) -> str:
     eps = info.data.get("eps")
     largest = max(eps, default=0) if isinstance(eps, tuple) else eps or 0
     if norm == "inf" and largest > 1:
-        reason = f"{largest:g} is too large, because pixels are in [0, 1]; did you mean {largest:g}/255?"
+        steps = f"; did you mean {largest:g}/255?" if largest <= 255 and largest == round(largest, 1) else ""
+        reason = f"{largest:g} is too large: it has to be at most 1, because pixels are in [0, 1]{steps}"
         raise UserError(f"eps = {reason}", ("..", "eps"), reason)
     return norm
 

@@ -41,7 +41,7 @@ from gambeson.training.batches import Epoch
 from gambeson.training.checkpoint import load_state, read_state, save_state
 from gambeson.training.graphs import GraphedForward
 from gambeson.training.recipe import Recipe, fitted, freeze_statistics, make_optimizer, recipe_for, set_lr
-from gambeson.training.validation import ACCURACY, is_best, validate, validate_robustly, warn_at_chance
+from gambeson.training.validation import ACCURACY, is_best, is_due, rank, validate, validate_robustly, warn_at_chance
 from gambeson.victim import Victim, copied
 from gambeson.victim.graphs import has_graphs
 from gambeson.victim.scoring import NonFiniteLogitsError
@@ -120,6 +120,25 @@ _WATCH = 50
 
 class DivergedError(UserError):
     """A training whose loss or logits have become NaN or infinite."""
+
+
+class NoEpochError(UserError):
+    """No epoch may be chosen, since none that was measured has the recipe's least accuracy.
+
+    Args:
+        recipe: of the training.
+        history: of its epochs since all of the objective was active.
+        split: the name of the validation split.
+    """
+
+    def __init__(self, recipe: Recipe, history: History, split: str) -> None:
+        self.history = history
+        measured = [entry[ACCURACY] for entry in history if rank(entry, recipe.select) is not None]
+        most = f"the best got {100 * max(measured):.1f} %" if measured else "none was measured"
+        super().__init__(
+            f"no epoch that was measured got {100 * recipe.least_accuracy:.1f} % of {split} right, the least_accuracy "
+            f"asked for ({most}): lower it, train for longer, or lower eps or the learning rate"
+        )
 
 
 class Run:
@@ -206,8 +225,7 @@ class Run:
     def _validate(self, epoch: int) -> dict[str, float]:
         with seeded(self.seed, "validation", epoch):
             found = validate(self.result, self.data)
-            every, last = self.recipe.robust_every, epoch == self.recipe.epochs - 1
-            if every and (last or (epoch + 1) % every == 0):
+            if is_due([*self.history, found], self.recipe, self.defense):
                 found |= validate_robustly(self.result, self.data, self.defense, self.seed)
         return found
 
@@ -216,12 +234,8 @@ class Run:
             return self.result.state_dict()
         best = self.out / "state" / "best.safetensors"
         if not best.is_file():
-            most = max(entry[ACCURACY] for entry in self.history)
-            raise UserError(
-                f"no epoch that was measured got {100 * self.recipe.least_accuracy:.1f} % of "
-                f"{self.data.validation.name} right, the least_accuracy asked for (the best got {100 * most:.1f} %): "
-                "lower it, train for longer, or lower eps or the learning rate"
-            )
+            late = self.history[self.defense.fully_active_epoch(self.recipe.epochs) :]
+            raise NoEpochError(self.recipe, late, self.data.validation.name)
         return load_tensors(best)[0]
 
     def _epoch(self, epoch: int, advance: Any) -> dict[str, float]:
