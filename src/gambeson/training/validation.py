@@ -27,6 +27,8 @@ _IMAGES = 500
 ACCURACY = "validation_accuracy"
 BALANCED, BY_CHANCE = "validation_balanced_accuracy", "validation_balanced_chance"
 """Mean over the classes of the share that is right, and the most of it by chance; see :func:`chance_level`."""
+_CLEAR = 0.25
+"""Part of the way from chance to no error that is clear, however few images a class has (ours)."""
 
 
 def validate(model: nn.Module, data: Dataset) -> dict[str, float]:
@@ -59,9 +61,10 @@ def chance_level(last: dict[str, float], split: Split) -> str:
     """Return by what a model is no better than chance, as a clause; empty if it is better.
 
     It is not where the mean over the classes of the share that is right is at most two standard errors above one over
-    their number, which its answers would have in a random order: one answer for all has one over the number of classes.
-    A model that is always right is better. Of label maps, where its mean IoU is no more than one over the number of
-    classes: one class for all pixels has no more.
+    their number, which answers have that do not depend on the images: one answer for all, those of the model in
+    another order, and, as far as a quarter of the way to no error, classes drawn at random. A model that is always
+    right is better. Of label maps, where its mean IoU is no more than one over the number of classes: one class for all
+    pixels has no more.
 
     Args:
         last: an entry of a history. Those of earlier versions have no mean over the classes: the accuracy has then to
@@ -140,9 +143,15 @@ def _balanced(images: torch.Tensor, given: torch.Tensor, right: torch.Tensor, an
         right: (K,), images of each class that are right.
         answers: images in all.
     """
-    share, classes = given / answers, len(images)
-    error = float((share * (1 - share) / images).sum().sqrt()) / classes
-    return float((right / images).mean()), 1 / classes + 2 * error
+    classes = len(images)
+
+    def most(share: torch.Tensor) -> float:
+        return 1 / classes + 2 * float((share * (1 - share) / images).sum().sqrt()) / classes
+
+    drawn = most(torch.full_like(images, 1 / classes))  # which few images of a rare class put out of reach
+    return float((right / images).mean()), max(
+        most(given / answers), min(drawn, (1 + _CLEAR * (classes - 1)) / classes)
+    )
 
 
 def validate_robustly(model: nn.Module, data: Dataset, defense: Defense, seed: int) -> dict[str, float]:
